@@ -1,0 +1,151 @@
+"""The `dist-llm` command: prepare, train, evaluate, generate. Imports are late, so that --help is instant."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_llm.errors import ConfigError, UserError
+
+OVERVIEW = """\
+Pre-train language models. From raw text to a trained model:
+
+  dist-llm prepare --source python-stdlib --tokenizer bpe:4096 --out data/stdlib
+  dist-llm train --config configs/demo.yaml
+  dist-llm evaluate --checkpoint runs/demo
+  dist-llm generate --checkpoint runs/demo --prompt "def "
+
+The same config on several processes, and on several nodes:
+
+  torchrun --nproc-per-node 8 -m dist_llm train --config configs/demo.yaml
+"""
+
+TRAIN = """\
+Any key of the config can be set on the command line: run.steps=100 optim.lr=3e-4.
+All keys, their types, defaults and meaning: dist-llm train --help-config
+A run that finds a checkpoint in run.dir goes on from it.
+
+  dist-llm train --config configs/demo.yaml run.dir=runs/a run.steps=20
+  dist-llm train --debug configs/demo.yaml        one process, a few steps, everything checked
+  torchrun --nproc-per-node 2 -m dist_llm train --config configs/demo.yaml parallel.dp_shard=2
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, with help that teaches."""
+    from dist_llm.text import options
+
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser("dist-llm", description=OVERVIEW, formatter_class=raw)
+    commands = top.add_subparsers(dest="command", required=True, metavar="prepare | train | evaluate | generate")
+
+    options.add_arguments(commands.add_parser("prepare", help="raw text -> token shards"))
+
+    train = commands.add_parser("train", help="token shards -> a model", epilog=TRAIN, formatter_class=raw)
+    train.add_argument("--config", type=Path, metavar="FILE", help="the run, as YAML")
+    train.add_argument("--debug", action="store_true", help="one process, eager and deterministic; checks every part")
+    train.add_argument("--help-config", action="store_true", help="print key, type, default and meaning of all keys")
+    train.add_argument(
+        "rest", nargs="*", metavar="FILE | key=value", help="the config, if not given by --config; overrides"
+    )
+
+    evaluate = commands.add_parser("evaluate", help="loss, perplexity and bits per byte on held-out text")
+    evaluate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run or one checkpoint")
+    evaluate.add_argument("--data", metavar="DIR", help="another prepared corpus of the same tokenizer")
+    evaluate.add_argument("--split", choices=("heldout", "train"), default="heldout", help="default: heldout")
+    evaluate.add_argument("--micro-batch", type=int, default=0, metavar="N", help="default: the run's")
+
+    generate = commands.add_parser("generate", help="text from a trained model")
+    generate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run or one checkpoint")
+    generate.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated; default: none")
+    generate.add_argument("--max-tokens", type=int, default=128, metavar="N", help="default: 128")
+    generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: greedy; default: 1")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; default: 1, all tokens")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all tokens")
+    generate.add_argument("--seed", type=int, default=0, help="default: 0")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. 0: done. 1: a failure of ours. 2: input that the user can mend."""
+    options = parser().parse_args(arguments)
+    commands = {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "generate": _generate}
+    try:
+        commands[options.command](options)
+    except UserError as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _refuse(error: UserError) -> int:
+    from dist_llm.launch.world import read_world
+
+    world = read_world()
+    if not world.main:
+        # All ranks mostly fail alike, and rank 0 speaks for them: torchrun then ends the others in
+        # this pause. A rank that fails alone gets to say so.
+        time.sleep(3)
+        print(f"rank {world.rank} on {world.host}:", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from dist_llm.text.options import options_from
+    from dist_llm.text.prepare import prepare
+
+    prepare(options_from(options))
+
+
+def _train(options: argparse.Namespace) -> None:
+    if options.help_config:
+        return _help_config()
+    files = [Path(item) for item in options.rest if "=" not in item]
+    files += [options.config] if options.config else []
+    if len(files) != 1:
+        raise ConfigError(
+            f"give one config file, found {len(files)}; for example: dist-llm train --config configs/demo.yaml"
+        )
+    overrides = [item for item in options.rest if "=" in item]
+    from dist_llm.config.check import AXES
+    from dist_llm.launch.world import read_world
+    from dist_llm.train.settings import read_config
+
+    if options.debug:
+        config = read_config(files[0], [*overrides, *(f"parallel.{axis}=1" for axis in AXES), "data.prefetch=0"], 1)
+        from dist_llm.train.debug import debug
+
+        return debug(config)
+    world = read_world()
+    config = read_config(files[0], overrides, world.size)  # torch is not imported before the config is right
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from dist_llm.train.run import train
+
+    # `record` hands the exception to torchrun, whose last lines name rank, host and cause.
+    record(train)(config, world)
+
+
+def _help_config() -> None:
+    from dist_llm.config.load import describe
+
+    for name, kind, default, description in describe():
+        print(f"{name}\n    {kind}; default: {default}\n    {description}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from dist_llm.launch.world import read_world
+    from dist_llm.train.score import score
+
+    score(options.checkpoint, options.data, options.split, options.micro_batch, read_world())
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from dist_llm.generate import Sampling, stream
+
+    sampling = Sampling(options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed)
+    stream(options.checkpoint, options.prompt or [""], sampling)

@@ -1,0 +1,203 @@
+"""YAML files and dotted overrides -> one `Config`, or every violation in one error."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from dist_llm.config.schema import Config
+from dist_llm.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where `3e-4` is a string; here it is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A broken rule; `keys` are the dotted keys it speaks of, the first names the place."""
+
+    keys: tuple[str, ...]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.keys[0]}: {self.message}"
+
+
+def refuse(violations: Sequence[Violation]) -> None:
+    """Raise one ConfigError that lists them all; do nothing where there are none."""
+    if violations:
+        lines = "\n".join(f"  {violation}" for violation in violations)
+        noun = "1 problem" if len(violations) == 1 else f"{len(violations)} problems"
+        raise ConfigError(f"{noun} in the config:\n{lines}\nAll keys: dist-llm train --help-config")
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> tuple[Config | None, list[Violation]]:
+    """Read `path` and its bases, apply `key.key=value` overrides, validate.
+
+    Returns the config and what is wrong with it. Where keys are wrong the config is the one
+    that remains without them, so that `check` can find more; None where none remains.
+    """
+    raw = _read(path, ()) if path else {}
+    for override in overrides:
+        _apply(raw, override)
+    violations: list[Violation] = []
+    while True:
+        try:
+            return Config.model_validate(raw), violations
+        except ValidationError as error:
+            details = error.errors()
+            violations += [_violation(detail) for detail in details]
+            removed = [_remove(raw, detail["loc"]) for detail in details if detail["type"] != "missing"]
+            if not any(removed):
+                return None, violations
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """`yaml.safe_load` with 1.2 floats, no duplicate keys, and the place in the error."""
+    try:
+        _refuse_duplicates(yaml.compose(text, Loader=_Loader), where)
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def describe() -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, description) of every key, for `--help-config`."""
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            for inner, inner_field in field.annotation.model_fields.items():
+                yield _row(f"{name}.{inner}", inner_field)
+        else:
+            yield _row(name, field)
+    yield "base", "path", "none", "another config to build on, relative to this file; keys here win"
+
+
+def _row(name: str, field: Any) -> tuple[str, str, str, str]:
+    default = "required" if field.is_required() else str(yaml.safe_dump(field.default)).split("\n")[0]
+    return name, _type_name(field.annotation), default, field.description or ""
+
+
+def _type_name(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(str(value) for value in get_args(annotation))
+    if origin in (Union, UnionType):
+        return " | ".join(_type_name(part) for part in get_args(annotation))
+    if origin is list:
+        return "list"
+    if annotation is type(None):
+        return "null"
+    if origin is Annotated:
+        return _type_name(get_args(annotation)[0])
+    return str(getattr(annotation, "__name__", annotation))
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file as nested dicts, merged onto its `base`."""
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: `base` leads back to itself: {' -> '.join(str(p) for p in (*seen, path))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    raw = parse_yaml(text, str(path)) or {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections, found {type(raw).__name__}")
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: must be the path of one YAML file")
+    return _merge(_read(path.parent / base, (*seen, path)), raw)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in top.items():
+        old = merged.get(name)
+        merged[name] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override '{override}': write it as section.key=value")
+    *parents, leaf = path.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override '{override}': '{parent}' is a value, not a section")
+    node[leaf] = parse_yaml(value, f"override '{override}'")
+
+
+def _refuse_duplicates(node: Any, where: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for name, value in node.value:
+            if name.value in seen:
+                line = name.start_mark.line + 1
+                raise ConfigError(f"{where}:{line}: key '{name.value}' is given twice; keep one")
+            seen.add(name.value)
+            _refuse_duplicates(value, where)
+
+
+def _violation(detail: ErrorDetails) -> Violation:
+    where = tuple(str(part) for part in detail["loc"])
+    name = ".".join(where)
+    if detail["type"] == "extra_forbidden":
+        return Violation((name,), f"unknown key{_nearest(where)}")
+    if detail["type"] == "missing":
+        return Violation((name,), "must be set")
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    return Violation((name,), f"{message}, found {detail['input']!r}")
+
+
+def _nearest(where: tuple[str, ...]) -> str:
+    """The closest existing key, first among the neighbours, then anywhere."""
+    known = [row[0] for row in describe()] + list(Config.model_fields)
+    name = ".".join(where)
+    neighbours = [k for k in known if k.rpartition(".")[0] == ".".join(where[:-1])]
+    by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
+    for names, candidates in ((name, neighbours), (where[-1], list(by_leaf)), (name, known)):
+        if close := difflib.get_close_matches(names, candidates, n=1, cutoff=0.6):
+            return f"; did you mean {by_leaf.get(close[0], close[0])}?"
+    return f"; valid here: {', '.join(k.rpartition('.')[2] for k in neighbours)}" if neighbours else ""
+
+
+def _remove(raw: dict[str, Any], where: tuple[int | str, ...]) -> bool:
+    """Take out the offending key; where the place is inside a value, the whole value."""
+    node: Any = raw
+    for part in where[:-1]:
+        if not isinstance(node, dict) or part not in node:
+            return False
+        if not isinstance(node[part], dict):
+            del node[part]
+            return True
+        node = node[part]
+    if not isinstance(node, dict) or where[-1] not in node:
+        return False
+    del node[where[-1]]
+    return True

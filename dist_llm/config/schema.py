@@ -1,0 +1,152 @@
+"""Every key of a run's YAML: one frozen model per section, one line of description per key.
+
+Types are strict (`steps: "20"` is an error). Rules within one key live here; rules that join
+several keys, the corpus or the world size live in `check`. A 0 that stands for "derive it" is
+filled in by `check.resolve`, so code past the command line only sees real sizes.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+def key(description: str, default: Any = ...) -> Any:
+    """A key of a section; without `default` the user must set it."""
+    return Field(default, description=description)
+
+
+class Section(BaseModel):
+    """Frozen, strict, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class RunConfig(Section):
+    dir: str = key("directory of the run: config, metrics, logs, checkpoints; resumed when it holds a checkpoint")
+    steps: Positive = key("optimizer steps to take in all, those before a resume included")
+    seed: Count = key("seed of initial values, sample order and dropout", 0)
+
+
+class ModelConfig(Section):
+    d_model: Positive = key("width of the residual stream")
+    n_layers: Positive = key("number of blocks")
+    n_heads: Positive = key("query heads per attention")
+    n_kv_heads: Count = key("key-value heads (grouped-query attention); 0: n_heads", 0)
+    head_dim: Count = key("size of one head; 0: d_model / n_heads", 0)
+    d_ff: Count = key(
+        "hidden size of the feed-forward; 0: 4 d_model, or 8/3 d_model rounded up to a multiple of 64 for swiglu",
+        0,
+    )
+    vocab_size: Count = key("token ids the model knows; 0: as many as the corpus's tokenizer", 0)
+    vocab_multiple: Positive = key("embedding rows are padded to a multiple of this; padding is never predicted", 64)
+    max_seq_len: Count = key("longest sequence (rows of learned positions); 0: data.seq_len", 0)
+    positions: Literal["rope", "learned", "sinusoidal"] = key("how tokens know their place", "rope")
+    rope_theta: PositiveFloat = key("base of the rotary wavelengths", 10_000.0)
+    norm: Literal["rmsnorm", "layernorm"] = key("normalisation layer", "rmsnorm")
+    norm_eps: PositiveFloat = key("added to the variance inside the norms", 1e-5)
+    norm_order: Literal["pre", "post"] = key("norm before each sublayer (pre) or after its residual sum (post)", "pre")
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = key("feed-forward non-linearity", "swiglu")
+    bias: bool = key("biases in linear layers and layer norms", False)
+    tie_embeddings: bool = key("the head shares the token embedding's weight", False)
+    dropout: Fraction = key("dropout on attention weights, residuals and embeddings", 0.0)
+    init: Literal["gpt2", "xavier", "he"] = key("initial values: gpt2 scales residual outputs by depth", "gpt2")
+    init_std: PositiveFloat = key("standard deviation of embeddings, and of all matrices under gpt2", 0.02)
+
+
+class DataConfig(Section):
+    path: str = key("directory that `dist-llm prepare` made")
+    seq_len: Positive = key("tokens per training sequence")
+    global_batch: Positive = key("sequences per optimizer step, over all ranks")
+    micro_batch: Count = key("sequences per forward pass of one rank; 0: all the rank has", 0)
+    order: Literal["shuffle", "random"] = key(
+        "each window once per epoch, or uniform offsets with replacement", "shuffle"
+    )
+    verify: Literal["size", "hash"] = key(
+        "check shards at start by size, or read them all and check their hashes", "size"
+    )
+    prefetch: Count = key("steps whose batches are made ahead in a thread; 0: none", 2)
+
+
+class LossConfig(Section):
+    label_smoothing: Fraction = key("share of the target's probability spread over the vocabulary", 0.0)
+    z_loss: NonNegative = key("weight of the squared log-partition, which keeps logits from drifting", 0.0)
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "sgd"] = key("optimizer", "adamw")
+    lr: PositiveFloat = key("peak learning rate", 3e-4)
+    beta1: Fraction = key("AdamW's decay of the first moment", 0.9)
+    beta2: Fraction = key("AdamW's decay of the second moment", 0.95)
+    eps: PositiveFloat = key("AdamW's epsilon", 1e-8)
+    momentum: Fraction = key("SGD's momentum", 0.0)
+    weight_decay: NonNegative = key("decoupled weight decay (in SGD: coupled)", 0.1)
+    decay_embeddings: bool = key("decay embeddings too; norms and biases never are", False)
+    clip: NonNegative = key("largest global gradient norm; 0: no clipping", 1.0)
+    implementation: Literal["fused", "foreach"] = key("how torch runs the update", "fused")
+
+
+class ScheduleConfig(Section):
+    name: Literal["cosine", "linear", "inverse_sqrt", "wsd", "constant"] = key(
+        "shape after warm-up; wsd: warm-up, stable, linear decay", "cosine"
+    )
+    warmup_steps: Count = key("steps of linear warm-up from 0 to optim.lr", 0)
+    decay_steps: Count = key("step at which the floor is reached; 0: run.steps", 0)
+    decay_fraction: Fraction = key("wsd: the last share of decay_steps in which the rate falls", 0.2)
+    min_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = key("floor of the rate as a share of optim.lr", 0.1)
+
+
+class ParallelConfig(Section):
+    dp_replicate: Positive = key("data-parallel replicas, each a full copy of the (sharded) model", 1)
+    dp_shard: Annotated[int, Field(ge=-1)] = key(
+        "ranks over which FSDP2 shards each replica; -1: all that the other axes leave", -1
+    )
+    cp: Positive = key("context-parallel ranks", 1)
+    tp: Positive = key("tensor-parallel ranks", 1)
+    pp: Positive = key("pipeline stages", 1)
+    reshard: Literal["default", "always", "never"] = key(
+        "free gathered weights after forward; default: in all blocks but the last", "default"
+    )
+
+
+class CheckpointConfig(Section):
+    every: Count = key("steps between checkpoints; 0: only at the end", 500)
+    keep: Positive = key("newest checkpoints kept", 2)
+
+
+class EvalConfig(Section):
+    every: Count = key("steps between evaluations on held-out text; 0: only at the end", 0)
+    windows: Count = key("held-out windows used while training; 0: all", 0)
+    sample_prompt: str = key("prompt of the sample shown in TensorBoard at each evaluation; empty: none", "")
+    sample_tokens: Positive = key("tokens in that sample", 64)
+
+
+class LogConfig(Section):
+    every: Positive = key("steps between lines of progress; metrics of each step are written then, in one sync", 10)
+    tensorboard: bool = key("write TensorBoard events to run.dir/tensorboard", True)
+    peak_tflops: NonNegative = key(
+        "dense TFLOP/s of one device, for MFU; 0: published for known GPUs, else measured by a matmul", 0.0
+    )
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig = Field(default_factory=LossConfig, description="the training loss")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="the optimizer")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="the learning rate over the steps")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="the layout")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation while training")
+    log: LogConfig = Field(default_factory=LogConfig, description="what is shown")
+    precision: Literal["fp32", "bf16"] = key("compute type; weights, reduction and moments stay fp32", "fp32")
+    compile: bool = key("torch.compile each block", False)
+    engine: Literal["native"] = key("who runs the step", "native")

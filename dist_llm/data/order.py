@@ -1,0 +1,81 @@
+"""Which tokens sample n is made of: a pure function of (seed, n), so no index file and no history.
+
+Both orders map sample numbers to the offset of the window's first token, vectorised, in O(1)
+memory, whatever the world size.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+
+ROUNDS = 6
+
+
+class Order(Protocol):
+    """Sample numbers -> offsets of first tokens."""
+
+    def starts(self, samples: Ints) -> Ints: ...
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """Cut the stream into windows; visit each once per epoch, in an order of the epoch's own."""
+
+    seed: int
+    n_windows: int
+    window: int  # tokens from one start to the next
+
+    def starts(self, samples: Ints) -> Ints:
+        epochs, index = np.divmod(samples, self.n_windows)
+        keys = mix(_words(epochs) ^ mix(_words([self.seed])))
+        return permute(_words(index), self.n_windows, keys).astype(np.int64) * self.window
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform offsets with replacement, as nanoGPT draws them."""
+
+    seed: int
+    n_starts: int
+
+    def starts(self, samples: Ints) -> Ints:
+        drawn = mix(_words(samples) ^ mix(_words([self.seed])))
+        # The bias of `%` is below n_starts / 2**64.
+        return (drawn % np.uint64(self.n_starts)).astype(np.int64)
+
+
+def permute(index: Words, size: int, keys: Words) -> Words:
+    """A keyed bijection of [0, size): a Feistel network, walked until it lands inside.
+
+    The network permutes the next even power of two above `size`, below 4 * size, so a walk
+    takes under 4 steps on average (cycle walking, Black and Rogaway 2002).
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.broadcast_to(keys, index.shape)
+    out = index.copy()
+    todo = np.arange(len(index))
+    while len(todo):
+        left, right = out[todo] >> half, out[todo] & mask
+        for turn in range(ROUNDS):
+            left, right = right, left ^ (mix(right ^ keys[todo] ^ np.uint64(turn << 56)) & mask)
+        out[todo] = left << half | right
+        todo = todo[out[todo] >= size]
+    return out
+
+
+def mix(words: Words) -> Words:
+    """The finaliser of splitmix64 (Steele et al. 2014): every bit in moves every bit out."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def _words(values: npt.ArrayLike) -> Words:
+    return np.asarray(values, dtype=np.int64).astype(np.uint64)

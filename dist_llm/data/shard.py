@@ -1,0 +1,151 @@
+"""The format of prepared text: token shards and the manifest that vouches for them.
+
+A corpus is a directory:
+
+    manifest.json            written last; without it the directory is not a corpus
+    tokenizer.json           see dist_llm/text/tokenizer.py
+    train-00000.bin          token ids, little-endian uint16 or uint32, no header
+    train-00000.offsets      little-endian uint64: the first token of each document, within its shard
+    heldout-00000.bin ...
+
+Documents end with `<|endoftext|>` and never straddle two shards.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from dist_llm.errors import DataError
+
+Split = Literal["train", "heldout"]
+DType = Literal["uint16", "uint32"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+MANIFEST = "manifest.json"
+FORMAT = "dist_llm token shards 1"
+
+
+def smallest_dtype(vocab_size: int) -> DType:
+    """The narrowest id type that holds every id below `vocab_size`."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of token ids; `file` is relative to the corpus directory."""
+
+    file: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that `train` needs to know of a corpus without reading its tokens."""
+
+    dtype: DType
+    vocab_size: int
+    tokenizer_sha256: str
+    source: tuple[str, ...]
+    shards: dict[Split, tuple[Shard, ...]]
+    bad_rows: int = 0
+
+    def tokens(self, split: Split) -> int:
+        return sum(shard.tokens for shard in self.shards[split])
+
+    def documents(self, split: Split) -> int:
+        return sum(shard.documents for shard in self.shards[split])
+
+    def text_bytes(self, split: Split) -> int:
+        """Bytes of UTF-8 text, the separators not counted."""
+        return sum(shard.text_bytes for shard in self.shards[split])
+
+    def fingerprint(self) -> str:
+        """A hash of the content: equal for equal tokens, whatever the directory is called."""
+        content = {split: [shard.sha256 for shard in self.shards[split]] for split in SPLITS}
+        return hashlib.sha256(json.dumps([self.tokenizer_sha256, content]).encode()).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Write the manifest durably: it is the mark that the directory is complete."""
+        temporary = directory / (MANIFEST + ".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump({"format": FORMAT, **asdict(self)}, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(directory / MANIFEST)
+
+    @staticmethod
+    def load(directory: Path) -> "Manifest":
+        """Read it back. Raises DataError where `directory` is no complete corpus."""
+        path = directory / MANIFEST
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(
+                f"{directory}: not a prepared corpus ({MANIFEST} is missing). Make one with: "
+                f"dist-llm prepare --source SOURCE --tokenizer bpe:4096 --out {directory}"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read as JSON: {error}. Prepare the corpus again.") from None
+        if fields.pop("format", None) != FORMAT:
+            raise DataError(f"{path}: not of format '{FORMAT}'. Prepare the corpus again with this version.")
+        shards = fields.pop("shards")
+        fields["shards"] = {split: tuple(Shard(**shard) for shard in shards[split]) for split in SPLITS}
+        fields["source"] = tuple(fields["source"])
+        return Manifest(**fields)
+
+
+class ShardWriter:
+    """Writes the documents of one split in order, a new shard whenever one is full.
+
+    Peak memory is one document: ids go to the file as they come, the hash is kept as they pass.
+    """
+
+    def __init__(self, directory: Path, split: Split, dtype: DType, max_tokens: int) -> None:
+        self.directory, self.split, self.max_tokens = directory, split, max_tokens
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.shards: list[Shard] = []
+        self._ids: BinaryIO | None = None
+
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
+        """Append one document; `ids` ends with the separator."""
+        if self._ids is None or self._tokens + len(ids) > self.max_tokens:
+            self._finish_shard()
+            self._start_shard()
+        assert self._ids is not None
+        raw = ids.astype(self.dtype, copy=False).tobytes()
+        self._ids.write(raw)
+        self._hash.update(raw)
+        self._offsets.write(np.uint64(self._tokens).astype("<u8").tobytes())
+        self._tokens += len(ids)
+        self._documents += 1
+        self._text_bytes += text_bytes
+
+    def close(self) -> tuple[Shard, ...]:
+        """Finish the last shard and return them all."""
+        self._finish_shard()
+        return tuple(self.shards)
+
+    def _start_shard(self) -> None:
+        self._file = f"{self.split}-{len(self.shards):05d}.bin"
+        self._ids = (self.directory / self._file).open("wb")
+        self._offsets = (self.directory / self._file).with_suffix(".offsets").open("wb")
+        self._hash = hashlib.sha256()
+        self._tokens = self._documents = self._text_bytes = 0
+
+    def _finish_shard(self) -> None:
+        if self._ids is None:
+            return
+        for file in (self._ids, self._offsets):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        self._ids = None
+        self.shards.append(Shard(self._file, self._tokens, self._documents, self._text_bytes, self._hash.hexdigest()))

@@ -1,0 +1,119 @@
+"""Sampling, token by token, with a cache of keys and values."""
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_llm.checkpoint import store
+from dist_llm.config.load import load_config, refuse
+from dist_llm.config.schema import Config
+from dist_llm.errors import ConfigError
+from dist_llm.models.attention import KVCache
+from dist_llm.models.decoder import Decoder
+from dist_llm.models.visibility import CAUSAL
+from dist_llm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep all tokens."""
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ConfigError for a value outside its range."""
+        rules = (
+            (self.max_tokens >= 1, f"--max-tokens {self.max_tokens}: must be at least 1"),
+            (self.temperature >= 0, f"--temperature {self.temperature}: must be at least 0 (0 is greedy)"),
+            (self.top_k >= 0, f"--top-k {self.top_k}: must be at least 0 (0 keeps all)"),
+            (0 < self.top_p <= 1, f"--top-p {self.top_p}: must be above 0 and at most 1 (1 keeps all)"),
+        )
+        if broken := [message for holds, message in rules if not holds]:
+            raise ConfigError("\n".join(broken))
+
+
+def load_model(checkpoint: Path, device: torch.device) -> tuple[Decoder, Tokenizer, Config]:
+    """The model of a checkpoint (or of a run's newest) on one device, ready to sample."""
+    path = store.find(checkpoint)
+    config, violations = load_config(path / "config.yaml")
+    refuse(violations)
+    assert config is not None
+    with torch.device("meta"):
+        model = Decoder(config.model)
+    model.to_empty(device=device)
+    store.load(path, model)
+    return model.eval(), Tokenizer.load(path), config
+
+
+@torch.no_grad()
+def tokens(
+    model: torch.nn.Module, prompt: list[int], sampling: Sampling, longest: int, use_cache: bool = True
+) -> Iterator[int]:
+    """Yield new token ids after `prompt`, at most `max_tokens`, and no more than make `longest` in all."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(sampling.seed)
+    cache = KVCache() if use_cache else None
+    seen = list(prompt)
+    for _ in range(min(sampling.max_tokens, longest - len(prompt))):
+        fresh = seen[cache.length :] if cache is not None else seen
+        logits_BSV = model(torch.tensor([fresh], device=device), None, CAUSAL, cache)
+        token = draw(logits_BSV[0, -1].float().cpu(), sampling, generator)
+        seen.append(token)
+        yield token
+
+
+def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token id. The nucleus (Holtzman et al. 2020) is the fewest tokens that hold `top_p`."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = logits_V / sampling.temperature
+    if 0 < sampling.top_k < len(logits_V):
+        weakest = logits_V.topk(sampling.top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < weakest, -torch.inf)
+    probabilities_V, ids_V = logits_V.softmax(-1).sort(descending=True)
+    before_V = probabilities_V.cumsum(-1) - probabilities_V
+    probabilities_V = probabilities_V.masked_fill(before_V >= sampling.top_p, 0.0)
+    return int(ids_V[torch.multinomial(probabilities_V, 1, generator=generator)])
+
+
+def text(
+    model: torch.nn.Module, tokenizer: Tokenizer, prompt: str, sampling: Sampling, longest: int, stop: bool = True
+) -> Iterator[str]:
+    """Yield pieces of text as they are sampled, the bytes of a character held until it is whole.
+
+    Ends before `<|endoftext|>`. With `stop` false the model goes on to its last token first, as it
+    must when it is sharded and all ranks have to run it equally often.
+    """
+    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+    if len(ids) >= longest:
+        raise ConfigError(f"the prompt has {len(ids)} tokens, but the model takes at most {longest}; shorten it")
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    ended = False
+    for token in tokens(model, ids, sampling, longest):
+        ended = ended or token == tokenizer.eot
+        if ended and stop:
+            break
+        if not ended and (piece := decoder.decode(tokenizer.decode_bytes([token]))):
+            yield piece
+    if tail := decoder.decode(b"", final=True):
+        yield tail
+
+
+def stream(checkpoint: Path, prompts: list[str], sampling: Sampling) -> None:
+    """Print each prompt and what follows it, as it comes."""
+    sampling.check()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, config = load_model(checkpoint, device)
+    for number, prompt in enumerate(prompts):
+        print("\n---\n" * bool(number) + prompt, end="", flush=True)
+        for piece in text(model, tokenizer, prompt, sampling, config.model.max_seq_len):
+            print(piece, end="", flush=True)
+        print()

@@ -1,0 +1,88 @@
+"""What a person sees: a live bar on a terminal, plain lines elsewhere; the log file of each rank."""
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dist_llm.launch.world import World
+from dist_llm.observe.metrics import Row
+
+log = logging.getLogger("dist_llm")
+
+
+def start_logging(directory: Path, world: World) -> None:
+    """Every rank writes to a file of its own; rank 0 to the screen too (stderr)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    stamp = logging.Formatter(f"%(asctime)s rank {world.rank} {world.host} %(levelname)s %(message)s")
+    file = logging.FileHandler(directory / f"rank_{world.rank:05d}.log", encoding="utf-8")
+    file.setFormatter(stamp)
+    stop_logging()
+    log.addHandler(file)
+    if world.main:
+        screen = logging.StreamHandler(sys.stderr)
+        screen.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(screen)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def stop_logging() -> None:
+    """Close what `start_logging` opened."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+
+
+class ProgressLine:
+    """One line per interval; on a terminal a bar below it that a newer state overwrites."""
+
+    def __init__(self, steps: int, done: int) -> None:
+        self.steps = steps
+        self.seconds = 0.0
+        console = Console(stderr=True)
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps, left"))
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
+            self.task = self.bar.add_task("train", total=steps, completed=done)
+            self.bar.start()
+
+    def __call__(self, rows: Sequence[Row]) -> None:
+        row = rows[-1]
+        text = self._heldout(row) if "heldout_loss" in row else self._train(row)
+        if self.bar is None:
+            log.info(text)
+            return
+        self.bar.update(self.task, completed=row["step"])
+        self.bar.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def _train(self, row: Row) -> str:
+        left = (self.steps - row["step"]) * row["step_seconds"]
+        return (
+            f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  "
+            f"lr {row['lr']:.2e}  grad norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  "
+            f"MFU {row['mfu']:.1%}  ETA {_clock(left)}"
+        )
+
+    def _heldout(self, row: Row) -> str:
+        return (
+            f"step {row['step']}  held-out loss {row['heldout_loss']:.4f}  "
+            f"perplexity {row['heldout_perplexity']:.2f}  bits per byte {row['heldout_bits_per_byte']:.4f}"
+        )
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,67 @@
+"""Model FLOPs, and the rate that a device could reach: the two sides of MFU.
+
+Convention, printed beside the number: PaLM's (Chowdhery et al. 2022, appendix B). Per trained
+token 6 per weight of a matrix product (the head counts, the embedding look-up does not) plus
+12 * layers * heads * head_dim * seq_len for attention, the causal half not taken off.
+Recomputation is not counted.
+"""
+
+import time
+
+import torch
+
+from dist_llm.config.schema import ModelConfig
+
+CONVENTION = "6N + 12LHES, causal not halved"
+
+# Dense bf16 TFLOP/s from the makers' data sheets (their sparse figures halved), by name; first match wins.
+PUBLISHED_BF16_TFLOPS = {
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+}
+
+
+def matmul_weights(model: ModelConfig) -> int:
+    """Weights that take part in a matrix product for each token."""
+    attention = model.d_model * model.head_dim * 2 * (model.n_heads + model.n_kv_heads)
+    feedforward = model.d_model * model.d_ff * (3 if model.activation == "swiglu" else 2)
+    return model.n_layers * (attention + feedforward) + model.vocab_size * model.d_model
+
+
+def flops_per_token(model: ModelConfig, seq_len: int) -> int:
+    """FLOPs to train on one token: forward and backward."""
+    attention = 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
+    return 6 * matmul_weights(model) + attention
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """(FLOP/s of one device, where the figure is from): published for known GPUs, else measured now."""
+    if device.type == "cuda" and precision == "bf16":
+        name = torch.cuda.get_device_name(device)
+        for known, tflops in PUBLISHED_BF16_TFLOPS.items():
+            if known in name:
+                return tflops * 1e12, f"published for {known}"
+    return _matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32), "measured matmul rate"
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """The best of a few square products, large enough to fill the device."""
+    size = 8192 if device.type == "cuda" else 1024
+    left = torch.randn(size, size, device=device).to(dtype)
+    best = 0.0
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best

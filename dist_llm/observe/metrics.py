@@ -1,0 +1,113 @@
+"""The run's numbers: gathered each step without a device sync, written in one go per interval."""
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Row = dict[str, Any]
+Sink = Callable[[Sequence[Row]], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One step's numbers as they come; the tensors are still on the device."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    scored: Tensor
+    lr: float
+    tokens: int  # consumed since the start of the run, this step included
+    data_wait_seconds: float
+
+
+class Recorder:
+    """Holds steps until `flush` turns them into rows for every sink (rank 0), or drops them (the others).
+
+    Times are those of the interval divided by its steps: on a GPU the host runs ahead, so the
+    time of a single step means nothing until the device is asked, which is done once per flush.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], flops_per_token: float, peak_flops: float, device: torch.device) -> None:
+        self.sinks, self.device = sinks, device
+        self.mfu_per_rate = flops_per_token / peak_flops if peak_flops else math.nan
+        self.held: list[Measured] = []
+        self.tokens, self.start = 0, time.perf_counter()
+
+    def restart_clock(self, tokens: int) -> None:
+        """Begin an interval now: what came before (set-up, evaluation, a save) is not step time."""
+        self.tokens, self.start = tokens, time.perf_counter()
+
+    def add(self, measured: Measured) -> None:
+        self.held.append(measured)
+
+    def flush(self) -> list[Row]:
+        """Write the held steps. The only place that waits for the device."""
+        if not self.held:
+            return []
+        held, self.held = self.held, []
+        columns = torch.stack([torch.stack((m.loss.float(), m.grad_norm.float())) for m in held]).tolist()
+        seconds = time.perf_counter() - self.start
+        rate = (held[-1].tokens - self.tokens) / seconds
+        shared = {
+            "tokens_per_second": round(rate, 1),
+            "step_seconds": round(seconds / len(held), 6),
+            "mfu": round(rate * self.mfu_per_rate, 5),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        rows = [
+            {
+                "step": m.step,
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "lr": m.lr,
+                "tokens": m.tokens,
+                "data_wait_seconds": round(m.data_wait_seconds, 6),
+                **shared,
+            }
+            for m, (loss, grad_norm) in zip(held, columns, strict=True)
+        ]
+        self.emit(rows)
+        self.restart_clock(held[-1].tokens)
+        return rows
+
+    def emit(self, rows: Sequence[Row]) -> None:
+        for sink in self.sinks:
+            sink(rows)
+
+
+class MetricsFile:
+    """metrics.jsonl: each step once. What lies beyond the step resumed from is dropped first."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= resumed_step:
+                        kept.append(line)
+                except (ValueError, KeyError):
+                    continue  # a line cut short by a kill
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.rename(path)
+        self.file = path.open("a", encoding="utf-8")
+
+    def __call__(self, rows: Sequence[Row]) -> None:
+        self.file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.file.flush()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of this process: allocated on its GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

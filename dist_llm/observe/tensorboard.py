@@ -1,0 +1,29 @@
+"""The same rows as curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_llm.observe.metrics import Row
+
+NOT_CURVES = {"step", "sample"}
+
+
+class TensorBoard:
+    """Event files under `directory`. After a resume the events beyond `resumed_step` are hidden."""
+
+    def __init__(self, directory: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # slow to import: only rank 0 pays
+
+        self.writer = SummaryWriter(str(directory), purge_step=resumed_step + 1 if resumed_step else None)
+
+    def __call__(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            group = "heldout" if "heldout_loss" in row else "train"
+            for name, value in row.items():
+                if name not in NOT_CURVES:
+                    self.writer.add_scalar(f"{group}/{name}", value, row["step"])
+            if "sample" in row:
+                # Indented, so that Markdown shows it as it is.
+                text = "\n".join("    " + line for line in row["sample"].splitlines())
+                self.writer.add_text("heldout/sample", text, row["step"])
+        self.writer.flush()

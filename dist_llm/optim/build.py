@@ -1,0 +1,30 @@
+"""Parameters -> an optimizer: who is decayed, and which update."""
+
+from collections.abc import Iterable
+
+from torch import nn, optim
+
+from dist_llm.config.schema import OptimConfig
+
+
+def build_optimizer(config: OptimConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2) or SGD over (name, parameter) pairs."""
+    decayed, free = split_decayed(config, parameters)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    how = {config.implementation: True}
+    if config.name == "sgd":
+        return optim.SGD(groups, lr=config.lr, momentum=config.momentum, **how)
+    return optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, **how)
+
+
+def split_decayed(
+    config: OptimConfig, parameters: Iterable[tuple[str, nn.Parameter]]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(decayed, not decayed): vectors are norms and biases; a tied head counts as an embedding."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in parameters:
+        embedding = name.startswith("embed.") and not config.decay_embeddings
+        (free if parameter.ndim < 2 or embedding else decayed).append(parameter)
+    return decayed, free

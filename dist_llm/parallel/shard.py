@@ -1,0 +1,35 @@
+"""Data parallelism by FSDP2: sharded, replicated or both, on one two-dimensional mesh."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from dist_llm.config.schema import Config
+from dist_llm.models.decoder import Decoder
+
+
+def shard(model: Decoder, config: Config, mesh: DeviceMesh) -> None:
+    """Shard each block, then what is left, over dp_shard; replicate over dp_replicate.
+
+    A replicated run (dp_shard 1) is the same code: its shards are whole parameters, so gathering
+    moves nothing and only the all-reduce of the gradients is left.
+    """
+    dtype = torch.bfloat16 if config.precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    data_mesh = mesh["dp_replicate", "dp_shard"]
+
+    def wrap(module: nn.Module, reshard: bool) -> None:
+        fully_shard(module, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard)
+
+    reshard = config.parallel.reshard
+    last = len(model.blocks) - 1
+    for place, block in enumerate(model.blocks.values()):
+        # Backward starts with the last block: freeing its weights only to gather them again is waste.
+        wrap(block, reshard == "always" or (reshard == "default" and place < last and config.parallel.dp_shard > 1))
+    wrap(model, reshard == "always")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are already divided by the world's count: gradients are summed, never averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM

@@ -1,0 +1,121 @@
+"""The options of `dist-llm prepare`, as a dataclass and as command-line arguments.
+
+Imports the standard library only, so that `--help` is instant.
+"""
+
+import argparse
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+EPILOG = """\
+examples:
+  # try the whole program on text that every Python installation has
+  dist-llm prepare --source python-stdlib --tokenizer bpe:4096 --out data/stdlib
+
+  # a folder of compressed JSON lines whose text is under "content"
+  dist-llm prepare --source crawl/ --text-key content --tokenizer bpe:32000 --split-pattern llama3 --out data/crawl
+
+  # several sources, read in this order; GPT-2's tokenizer from its two files
+  dist-llm prepare --source books.parquet --source notes.txt --tokenizer vocab.json,merges.txt --out data/mixed
+
+  # another corpus with the tokenizer of the first
+  dist-llm prepare --source hf:wikitext:wikitext-2-raw-v1 --tokenizer data/stdlib --out data/wikitext
+"""
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What to read, how to cut it into tokens, and where to put them."""
+
+    source: tuple[str, ...]
+    tokenizer: str
+    out: Path
+    split_pattern: str | None = None
+    text_key: str = "text"
+    hf_split: str = "train"
+    heldout_fraction: float = 0.01
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    shard_tokens: int = 100_000_000
+    bpe_train_bytes: int = 256 * 2**20
+    max_bad_rate: float = 0.001
+    overwrite: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add every field of PrepareOptions to `parser`, with help that teaches."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    _add_inputs(parser)
+    _add_tuning(parser)
+
+
+def options_from(namespace: argparse.Namespace) -> PrepareOptions:
+    """The options in a namespace parsed with `add_arguments`; other attributes are ignored."""
+    values = {each.name: getattr(namespace, each.name) for each in fields(PrepareOptions)}
+    return PrepareOptions(**{**values, "source": tuple(values["source"])})
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source",
+        action="append",
+        required=True,
+        help="where the text is; may be given several times, read in that order. A folder (walked in sorted order); "
+        "a .jsonl, .ndjson or .json file with one object a line, plain, .gz or .zst; a .parquet file; any other file "
+        "is one document. hf:NAME[:CONFIG] streams a Hugging Face dataset (NAME may be a local folder). "
+        "python-stdlib is the source code of Python's standard library",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        help="bpe:N trains N ids on the source (256 bytes, merges, <|endoftext|>); byte uses the 256 bytes; a tiktoken "
+        "encoding by name (gpt2, cl100k_base, ...; needs the network once); a .tiktoken file; vocab.json,merges.txt "
+        "or a folder that holds the two; a prepared corpus, to use its tokenizer again",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the directory to make; it appears when complete")
+    parser.add_argument(
+        "--split-pattern",
+        help="how text is split before merging: gpt2 or llama3 for bpe:N (default gpt2); gpt2, llama3 or cl100k for "
+        "a .tiktoken file (default cl100k)",
+    )
+    parser.add_argument("--text-key", default="text", help="the JSON key or column of the text (default: %(default)s)")
+    parser.add_argument("--hf-split", default="train", help="the split of an hf: source (default: %(default)s)")
+
+
+def _add_tuning(parser: argparse.ArgumentParser) -> None:
+    defaults = PrepareOptions(source=(), tokenizer="", out=Path())
+    parser.add_argument(
+        "--heldout-fraction",
+        type=float,
+        default=defaults.heldout_fraction,
+        help="share of documents kept from training, chosen by a hash of their text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=defaults.workers,
+        help="processes that tokenize; the output does not depend on it (default: one per CPU, here %(default)s)",
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=defaults.shard_tokens,
+        help="tokens after which a new file is begun (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bpe-train-bytes",
+        type=int,
+        default=defaults.bpe_train_bytes,
+        help="text that bpe:N is trained on, from the start of the source, held-out documents left out "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-bad-rate",
+        type=float,
+        default=defaults.max_bad_rate,
+        help="share of malformed rows above which the run fails; below it they are skipped (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the corpus at --out, once the new one is complete"
+    )

@@ -1,0 +1,217 @@
+"""Makes the tokenizer that a spec asks for: trained here, from tiktoken, or from someone's files.
+
+byte                        the 256 bytes
+bpe:N                       N ids trained on the source
+gpt2, cl100k_base, ...      a tiktoken encoding
+FILE.tiktoken               base64 token and rank a line
+vocab.json,merges.txt       GPT-2's two files, or a folder that holds them
+CORPUS                      the tokenizer of a prepared corpus
+"""
+
+import base64
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_llm.errors import DataError
+from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, TOKENIZER_FILE, Tokenizer
+
+BYTES = {bytes([byte]): byte for byte in range(256)}
+
+# Patterns that the trainer's regex engine reads as tiktoken's does; in cl100k it takes `{1,3}+` for another thing.
+TRAINABLE_PATTERNS = ("gpt2", "llama3")
+MIN_BPE = len(BYTES) + 1
+SAMPLE_DOCUMENTS, SAMPLE_CHARS = 256, 8192
+TRICKY_TEXTS = (
+    "I'm sure they'll say it's DON'T we'Ve'd",
+    "emoji 👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 ﬁ Ⅷ ² ½",
+    "漢字かな交じり文。한국어 문장",
+    "مرحبا بالعالم ١٢٣ हिन्दी ไทย",
+    "a" + " " * 300 + "b\t\t\tc   \n\n   d" + " " * 50,
+    "1 12 123 1234 1234567890 3.14159 0x1F",
+    "line\r\nline\r\n\r\n  indented\r\n\u00a0\u2003\u3000wide",
+    ENDOFTEXT + "!?#$%^&*()_+{}[]|\\\x00\x7f",
+)
+
+Texts = Callable[[], Iterable[str]]
+
+
+def build_tokenizer(spec: str, split_pattern: str | None, training_texts: Texts) -> Tokenizer:
+    """The tokenizer of `spec` (see above). `training_texts` is called only for `bpe:N`.
+
+    Raises DataError where the spec is unknown, its files are missing or malformed, the network is needed
+    and not there, or the texts are too few for N ids.
+    """
+    import tiktoken
+
+    folder, _, name = Path(spec), *spec.rpartition("/")[1:]
+    if spec.startswith("bpe:"):
+        return _train(_vocabulary_size(spec), _pattern(spec, split_pattern, "gpt2", TRAINABLE_PATTERNS), training_texts)
+    if name.endswith(".tiktoken"):
+        return _from_tiktoken_file(Path(spec), _pattern(spec, split_pattern, "cl100k", tuple(SPLIT_PATTERNS)))
+    if "," in spec or (folder / "merges.txt").is_file():
+        paths = spec.split(",") if "," in spec else [str(folder / "vocab.json"), str(folder / "merges.txt")]
+        if len(paths) != 2:
+            raise DataError(f"--tokenizer {spec}: expected two files, as in vocab.json,merges.txt")
+        pattern = _pattern(spec, split_pattern, "gpt2", tuple(SPLIT_PATTERNS))
+        return _from_vocab_and_merges(Path(paths[0]), Path(paths[1]), pattern)
+    if split_pattern is not None:
+        raise DataError(f"--split-pattern {split_pattern}: tokenizer {spec} has its own pattern; leave the option out.")
+    if spec == "byte":
+        return Tokenizer("byte", SPLIT_PATTERNS["gpt2"], BYTES, {ENDOFTEXT: len(BYTES)})
+    if spec in tiktoken.list_encoding_names():
+        return _from_tiktoken_name(spec)
+    if (folder / TOKENIZER_FILE).is_file():
+        return Tokenizer.load(folder)
+    raise DataError(
+        f"--tokenizer {spec}: unknown. Give byte, bpe:N, a .tiktoken file, vocab.json,merges.txt, the folder of a "
+        f"prepared corpus, or one of tiktoken's: {', '.join(tiktoken.list_encoding_names())}"
+    )
+
+
+def _pattern(spec: str, chosen: str | None, default: str, offered: tuple[str, ...]) -> str:
+    pattern = chosen or default
+    if pattern not in offered:
+        raise DataError(f"--split-pattern {pattern}: tokenizer {spec} offers {', '.join(offered)}.")
+    return pattern
+
+
+def _vocabulary_size(spec: str) -> int:
+    digits = spec.removeprefix("bpe:")
+    size = int(digits) if digits.isdecimal() else 0
+    if size < MIN_BPE:
+        raise DataError(
+            f"--tokenizer {spec}: N must be a whole number of at least {MIN_BPE}, "
+            f"for 256 bytes and {ENDOFTEXT}; for example bpe:4096"
+        )
+    return size
+
+
+def _train(size: int, pattern: str, training_texts: Texts) -> Tokenizer:
+    """Byte-level BPE of `size` ids: bytes, merges in the order learnt, `<|endoftext|>` last."""
+    trainer = _train_reference(size - 1, pattern, training_texts)
+    vocabulary = trainer.get_vocab()
+    if len(vocabulary) < size - 1:
+        raise DataError(
+            f"--tokenizer bpe:{size}: the training text is too small or too uniform for so many merges. "
+            f"The largest N it allows is {len(vocabulary) + 1}: use bpe:{len(vocabulary) + 1} or add text."
+        )
+    ranks = {_to_bytes(token): rank for token, rank in sorted(vocabulary.items(), key=lambda item: item[1])}
+    tokenizer = Tokenizer(f"bpe:{size}", SPLIT_PATTERNS[pattern], ranks, {ENDOFTEXT: size - 1})
+    _prove_equal(tokenizer, trainer, training_texts)
+    return tokenizer
+
+
+def _train_reference(size: int, pattern: str, training_texts: Texts) -> Any:
+    """A `tokenizers.Tokenizer` trained on the texts. Ties are broken by id, so it is deterministic."""
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Reference
+
+    reference = Reference(models.BPE())
+    reference.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERNS[pattern]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,  # a merge seen once is a quotation, not a regularity
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    reference.train_from_iterator(training_texts(), trainer)
+    return reference
+
+
+def _prove_equal(tokenizer: Tokenizer, reference: Any, training_texts: Texts) -> None:
+    """Raise DataError unless both libraries give the same ids: two regex engines stand behind one pattern."""
+    sample = (text[:SAMPLE_CHARS] for text in islice(training_texts(), SAMPLE_DOCUMENTS))
+    for text in (*TRICKY_TEXTS, *sample):
+        if not np.array_equal(tokenizer.encode(text), reference.encode(text).ids):
+            raise DataError(
+                f"--tokenizer {tokenizer.name}: tiktoken and tokenizers disagree on {text[:60]!r}. "
+                "Choose another N or --split-pattern."
+            )
+
+
+def _from_tiktoken_name(name: str) -> Tokenizer:
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception as error:  # whatever the network, its library or a stale cache raises
+        raise DataError(
+            f"--tokenizer {name}: tiktoken could not get its file ({type(error).__name__}). It needs the network once: "
+            "set TIKTOKEN_CACHE_DIR to a directory filled on a connected machine, give a local .tiktoken file "
+            "or vocab.json,merges.txt, or train your own with bpe:N."
+        ) from None
+    return Tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
+
+
+def _from_tiktoken_file(path: Path, pattern: str) -> Tokenizer:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise DataError(f"{path}:{number}: expected a base64 token and its rank, got {line[:60]!r}") from None
+    if not ranks:
+        raise DataError(f"{path}: no ranks in it.")
+    return Tokenizer(path.name, SPLIT_PATTERNS[pattern], ranks, {ENDOFTEXT: max(ranks.values()) + 1})
+
+
+def _from_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> Tokenizer:
+    """GPT-2's two files. tiktoken merges by id, so ids must rise in the order of the merges."""
+    try:
+        ids: dict[str, int] = json.loads(_read(vocab))
+        if not all(type(rank) is int for rank in ids.values()):
+            raise ValueError("an id is not a whole number")
+        lines = _read(merges).decode("utf-8").split("\n")
+        products = ["".join(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        alphabet = list(_BYTE_OF)
+        mergeable = {token: ids[token] for token in (*alphabet, *products)}
+    except KeyError as error:
+        raise DataError(
+            f"{vocab}: no id for {error.args[0]!r}, which {merges} needs. Do the two belong together?"
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{vocab}, {merges}: not a vocabulary and its merges: {error}") from None
+    order = [mergeable[token] for token in dict.fromkeys(products)]
+    if order != sorted(order):
+        raise DataError(f"{vocab}: ids do not rise in the order of {merges}, as in GPT-2's; tiktoken cannot run it.")
+    if ENDOFTEXT not in ids:
+        raise DataError(f"{vocab}: no {ENDOFTEXT}, which ends each document. Add it with an id of its own.")
+    ranks = {_to_bytes(token): rank for token, rank in sorted(mergeable.items(), key=lambda item: item[1])}
+    special = {token: rank for token, rank in ids.items() if token not in mergeable}
+    return Tokenizer(vocab.parent.name or "vocab.json", SPLIT_PATTERNS[pattern], ranks, special)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path given to --tokenizer.") from None
+
+
+def _byte_alphabet() -> Iterator[tuple[str, int]]:
+    """GPT-2's printable stand-in for each byte: itself where printable, else the next sign from U+0100."""
+    spare = 256
+    for byte in range(256):
+        if chr(byte).isprintable() and chr(byte) != " ":
+            yield chr(byte), byte
+        else:
+            yield chr(spare), byte
+            spare += 1
+
+
+_BYTE_OF = dict(_byte_alphabet())
+
+
+def _to_bytes(token: str) -> bytes:
+    return bytes(_BYTE_OF[sign] for sign in token)

@@ -1,0 +1,132 @@
+"""`train --debug`: one process, eager, synchronous, deterministic; shows the data and names what breaks.
+
+Nothing is written, and no thread or compiled code stands between a breakpoint and the line it is on.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from dist_llm.config.schema import Config
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.loader import Loader, build_order
+from dist_llm.engines.native import NativeEngine
+from dist_llm.launch.group import device_of, make_synchronous
+from dist_llm.launch.world import World
+from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.objectives.batch import Batch
+from dist_llm.objectives.causal import causal
+from dist_llm.text.tokenizer import Tokenizer
+from dist_llm.train.step import dropout_seed, train_step
+
+STEPS = 3
+OVERFIT_STEPS = 30
+OVERFIT_SHARE = 0.9  # of the first loss, to be reached on one batch
+SHOWN_TOKENS = 24
+
+
+class DebugError(RuntimeError):
+    """What the debug run was looking for."""
+
+
+def debug(config: Config) -> None:
+    """Show a batch, take a few steps with every value checked, overfit one batch. Raises DebugError."""
+    make_synchronous()
+    console = Console()
+    rows = min(config.data.micro_batch, config.data.global_batch)
+    config = config.model_copy(
+        update={
+            "compile": False,
+            "data": config.data.model_copy(update={"global_batch": rows, "micro_batch": rows, "prefetch": 0}),
+        }
+    )
+    device = device_of(World())
+    corpus = Corpus(Path(config.data.path), "train", config.data.verify)
+    corpus.check_sizes()
+    order = build_order(config.data, corpus, config.run.seed)
+    loader = Loader(corpus, order, causal, config.data, 0, 1, pin=False)
+    show(console, loader.batches(0)[0], Tokenizer.load(corpus.directory))
+
+    engine = NativeEngine(config, device)
+    with finite(engine.model):
+        for step in range(STEPS):
+            report = train_step(engine, loader.batches(step * rows), config.optim.lr, dropout_seed(step))
+            _check_parameters(engine.model)
+            console.print(f"step {step + 1}: loss {report.loss:.4f}  grad norm {report.grad_norm:.4f}")
+        overfit(console, config, device, loader.batches(0))
+    console.print("debug run passed")
+
+
+def show(console: Console, batch: Batch, tokenizer: Tokenizer) -> None:
+    """The first row of the batch, token by token: what goes in, what must come out, who sees what."""
+    table = Table(title=f"first batch: {tuple(batch.inputs_BS.shape)}, row 0, {batch.scored} scored targets in all")
+    for column in ("position", "input", "sees", "target", "scored"):
+        table.add_column(column)
+    inputs, targets = batch.inputs_BS[0].tolist(), batch.targets_BS[0].tolist()
+    for place, (token, target) in enumerate(zip(inputs, targets, strict=True)):
+        if place == SHOWN_TOKENS:
+            table.add_row("...", "", "", "", "")
+            break
+        sees = f"0..{place}" if batch.visible.causal else f"0..{len(inputs) - 1}"
+        aim = "" if target == IGNORE else f"{target} {tokenizer.decode([target])!r}"
+        table.add_row(
+            str(place), f"{token} {tokenizer.decode([token])!r}", sees, aim, "no" if target == IGNORE else "yes"
+        )
+    console.print(table)
+
+
+@contextmanager
+def finite(model: nn.Module) -> Iterator[None]:
+    """Within the block, the first module whose output, or parameter whose gradient, is not finite raises."""
+
+    def on_output(name: str) -> Any:
+        def check(module: nn.Module, inputs: Any, output: Any) -> None:
+            _refuse(output, f"output of module {name or 'model'} ({type(module).__name__})")
+
+        return check
+
+    def on_gradient(name: str) -> Any:
+        return lambda gradient: _refuse(gradient, f"gradient of parameter {name}")
+
+    handles = [module.register_forward_hook(on_output(name)) for name, module in model.named_modules()]
+    for name, parameter in model.named_parameters():
+        handles.append(parameter.register_hook(on_gradient(name)))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def overfit(console: Console, config: Config, device: torch.device, batches: list[Batch]) -> None:
+    """A fresh model must learn one batch by heart: if it cannot, no run of it will learn."""
+    engine = NativeEngine(config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})}), device)
+    first = last = float("nan")
+    with finite(engine.model):
+        for step in range(OVERFIT_STEPS):
+            last = float(train_step(engine, batches, config.optim.lr).loss)
+            first = last if step == 0 else first
+    console.print(f"one batch, {OVERFIT_STEPS} steps at lr {config.optim.lr:g}: loss {first:.4f} -> {last:.4f}")
+    if not last < OVERFIT_SHARE * first:
+        raise DebugError(
+            f"the loss on one repeated batch went from {first:.4f} to {last:.4f} in {OVERFIT_STEPS} steps, and should "
+            f"fall below {OVERFIT_SHARE * first:.4f}. Look at optim.lr ({config.optim.lr:g}), the targets shown "
+            "above, and whether every parameter gets a gradient."
+        )
+
+
+def _check_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        _refuse(parameter.detach(), f"value of parameter {name} after the step")
+
+
+def _refuse(value: Any, what: str) -> None:
+    if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+        bad = int((~torch.isfinite(value)).sum())
+        raise DebugError(f"not finite: {what}, shape {tuple(value.shape)}, {bad} of {value.numel()} elements")

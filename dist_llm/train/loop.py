@@ -1,0 +1,151 @@
+"""The loop: batches in, steps out, with evaluation, checkpoints and metrics on their beats."""
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from dist_llm.checkpoint import store as checkpoints
+from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.config.schema import Config
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.loader import Loader
+from dist_llm.engines.native import NativeEngine
+from dist_llm.generate import Sampling, text
+from dist_llm.launch.world import World
+from dist_llm.observe.console import ProgressLine
+from dist_llm.observe.flops import CONVENTION, flops_per_token, peak_flops
+from dist_llm.observe.metrics import Measured, MetricsFile, Recorder, Row, Sink
+from dist_llm.observe.tensorboard import TensorBoard
+from dist_llm.optim.schedule import learning_rate
+from dist_llm.text.tokenizer import Tokenizer
+from dist_llm.train.evaluate import evaluate
+from dist_llm.train.step import dropout_seed, train_step
+
+log = logging.getLogger("dist_llm")
+
+
+class Trainer:
+    """One rank's side of a run. `files` are the small files that go into each checkpoint."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        engine: NativeEngine,
+        loader: Loader,
+        store: CheckpointStore,
+        files: Mapping[str, bytes],
+    ) -> None:
+        self.config, self.world, self.engine, self.loader = config, world, engine, loader
+        self.store, self.files = store, files
+        self.directory = Path(config.run.dir)
+        self.progress = self._resume()
+        self.heldout = self._heldout()
+        self.bar: ProgressLine | None = None
+        self.recorder = self._recorder()
+
+    def run(self) -> None:
+        """Train to run.steps; evaluate and save on their beats and at the end."""
+        config = self.config
+        self.recorder.restart_clock(self.progress.tokens)
+        try:
+            while self.progress.step < config.run.steps:
+                self.step()
+                step = self.progress.step
+                last = step == config.run.steps
+                if step % config.log.every == 0 or last:
+                    self.recorder.flush()
+                if last or (config.eval.every and step % config.eval.every == 0):
+                    self.evaluate()
+                if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                    self.save()
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+        log.info("done: %d steps, checkpoint in %s", self.progress.step, self.directory / "checkpoints")
+        log.info("watch the curves: tensorboard --logdir %s", self.directory / "tensorboard")
+
+    def step(self) -> None:
+        """One optimizer step on the next global batch."""
+        config, progress = self.config, self.progress
+        begin = time.perf_counter()
+        batches = self.loader.batches(progress.samples)
+        wait = time.perf_counter() - begin
+        lr = learning_rate(config.optim, config.schedule, progress.step + 1)
+        report = train_step(self.engine, batches, lr, dropout_seed(config.run.seed, progress.step))
+        progress.step += 1
+        progress.samples += config.data.global_batch
+        progress.tokens += config.data.global_batch * config.data.seq_len
+        self.recorder.add(
+            Measured(progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, wait)
+        )
+
+    def evaluate(self) -> None:
+        """Held-out loss and a sample, into every sink."""
+        if self.heldout is None:
+            return
+        self.recorder.flush()
+        config = self.config
+        result = evaluate(self.engine, self.heldout, config.data.seq_len, config.data.micro_batch, config.eval.windows)
+        row: Row = {
+            "step": self.progress.step,
+            "heldout_loss": result.loss,
+            "heldout_perplexity": result.perplexity,
+            "heldout_bits_per_byte": result.bits_per_byte,
+        }
+        if config.eval.sample_prompt:
+            row["sample"] = self.sample()
+        self.recorder.emit([row])
+        self.recorder.restart_clock(self.progress.tokens)
+
+    def sample(self) -> str:
+        """Text from the model as it is. Every rank runs it: the model may be sharded."""
+        config = self.config
+        tokenizer = Tokenizer.load(Path(config.data.path))
+        sampling = Sampling(config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.run.seed)
+        self.engine.model.eval()
+        pieces = text(
+            self.engine.model, tokenizer, config.eval.sample_prompt, sampling, config.model.max_seq_len, stop=False
+        )
+        return config.eval.sample_prompt + "".join(pieces)
+
+    def save(self) -> None:
+        """A checkpoint of this step. Metrics up to it are on disk before it is."""
+        self.recorder.flush()
+        path = self.store.save(self.engine.model, self.engine.optimizer, self.progress, self.files)
+        log.info("saved %s", path)
+        self.recorder.restart_clock(self.progress.tokens)
+
+    def _resume(self) -> Progress:
+        found = self.store.committed()
+        if not found:
+            return Progress()
+        progress = checkpoints.load(found[-1], self.engine.model, self.engine.optimizer)
+        log.info("resumed from %s", found[-1])
+        return progress
+
+    def _heldout(self) -> Corpus | None:
+        corpus = Corpus(Path(self.config.data.path), "heldout", self.config.data.verify)
+        if corpus.n_tokens < 2:
+            log.info("no held-out text in %s: evaluation is left out", corpus.directory)
+            return None
+        return corpus
+
+    def _recorder(self) -> Recorder:
+        config, step = self.config, self.progress.step
+        device = self.engine.device
+        peak, source = peak_flops(device, config.precision)
+        if config.log.peak_tflops:
+            peak, source = config.log.peak_tflops * 1e12, "log.peak_tflops"
+        per_token = flops_per_token(config.model, config.data.seq_len)
+        log.info("MFU: %s; %.3f TFLOP/s per device, %s", CONVENTION, peak / 1e12, source)
+        sinks: list[Sink] = []
+        if self.world.main:
+            sinks.append(MetricsFile(self.directory / "metrics.jsonl", step))
+            if config.log.tensorboard:
+                sinks.append(TensorBoard(self.directory / "tensorboard", step))
+            self.bar = ProgressLine(config.run.steps, step)
+            sinks.append(self.bar)
+        return Recorder(sinks, per_token, peak * self.world.size, device)

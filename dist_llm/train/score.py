@@ -1,0 +1,43 @@
+"""The `evaluate` command: a checkpoint's loss on a corpus, by however many ranks there are."""
+
+from pathlib import Path
+
+from dist_llm.checkpoint import store
+from dist_llm.config.check import resolve
+from dist_llm.config.load import load_config, refuse
+from dist_llm.config.schema import ParallelConfig
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.shard import Split
+from dist_llm.engines.native import NativeEngine
+from dist_llm.errors import DataError
+from dist_llm.launch.group import device_of, process_group
+from dist_llm.launch.world import World
+from dist_llm.text.tokenizer import Tokenizer
+from dist_llm.train.evaluate import Evaluation, evaluate
+
+
+def score(checkpoint: Path, data: str | None, split: Split, micro_batch: int, world: World) -> Evaluation:
+    """Evaluate and, on rank 0, print. The model is sharded over all ranks, whatever it was trained on."""
+    path = store.find(checkpoint)
+    config, violations = load_config(path / "config.yaml")
+    refuse(violations)
+    assert config is not None
+    corpus = Corpus(Path(data or config.data.path), split, config.data.verify)
+    if corpus.manifest.tokenizer_sha256 != Tokenizer.load(path).sha256:
+        raise DataError(f"{corpus.directory}: was prepared with another tokenizer than the one in {path}")
+    if corpus.n_tokens < 2:
+        raise DataError(f"{corpus.directory}: has no {split} text; prepare it with a larger --heldout-fraction")
+    config = resolve(config.model_copy(update={"parallel": ParallelConfig()}), world.size, 0)
+    device = device_of(world)
+    with process_group(world, device):
+        engine = NativeEngine(config, device)
+        progress = store.load(path, engine.model)
+        result = evaluate(engine, corpus, config.data.seq_len, micro_batch or config.data.micro_batch)
+        del engine
+    if world.main:
+        print(
+            f"{path} at step {progress.step}, {split} text of {corpus.directory}: {result.tokens:,} tokens\n"
+            f"loss {result.loss:.4f} nats per token\nperplexity {result.perplexity:.3f}\n"
+            f"bits per byte {result.bits_per_byte:.4f}"
+        )
+    return result

@@ -1,0 +1,29 @@
+"""A YAML file -> the resolved config of a run. Imports no torch: a config error comes at once."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_llm.config.check import check, resolve
+from dist_llm.config.load import Violation, load_config, refuse
+from dist_llm.config.schema import Config
+from dist_llm.data.shard import Manifest
+from dist_llm.errors import DataError
+
+
+def read_config(path: Path | None, overrides: Sequence[str], world_size: int) -> Config:
+    """Load, check against the corpus and the world, and resolve. All that is wrong is in one ConfigError."""
+    config, violations = load_config(path, overrides)
+    if config is None:
+        refuse(violations)
+        raise AssertionError("no config and no violation")
+    manifest: Manifest | None = None
+    try:
+        manifest = Manifest.load(Path(config.data.path))
+    except DataError as error:
+        violations.append(Violation(("data.path",), str(error)))
+    # A rule that speaks of a key already known to be wrong would only repeat the news.
+    wrong = {key for violation in violations for key in violation.keys}
+    size = manifest.vocab_size if manifest else 0
+    violations += [v for v in check(config, world_size, size) if wrong.isdisjoint(v.keys)]
+    refuse(violations)
+    return resolve(config, world_size, size)

@@ -1,0 +1,235 @@
+"""Every kind of tokenizer gives back the bytes it was given, and the ids its reference library gives."""
+
+import base64
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import tiktoken
+from tokenizers import ByteLevelBPETokenizer
+
+from dist_llm.errors import DataError
+from dist_llm.text.tokenizer import ENDOFTEXT, PIECE_CHARS, SPLIT_PATTERNS, TOKENIZER_FILE, Tokenizer
+from dist_llm.text.vocabulary import BYTES, TRICKY_TEXTS, _prove_equal, _train_reference, build_tokenizer
+
+PROSE = [f"The {n}th ship sailed to port {n * 7}; it's late, they'll wait — 漢字 {n}.\r\n" for n in range(400)]
+STRANGE = (*TRICKY_TEXTS, "", "\x00", "a\ufeffb", "ſ K İ", "\u0130\u0131", "🏴󠁧󠁢󠁥󠁮󠁧󠁿" * 3)
+
+
+def prose():
+    return iter(PROSE)
+
+
+def nothing():
+    raise AssertionError("only bpe:N may read the source")
+
+
+def build(spec, pattern=None, texts=nothing):
+    return build_tokenizer(str(spec), pattern, texts)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return build("bpe:400", texts=prose)
+
+
+@pytest.mark.parametrize("spec", ["byte", "bpe:257", "bpe:400"])
+@pytest.mark.parametrize("text", STRANGE)
+def test_every_text_comes_back(spec, text, bpe):
+    tokenizer = bpe if spec == "bpe:400" else build(spec, texts=prose)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eot not in ids, "a special token's string is ordinary text"
+
+
+def test_byte_ids_are_the_bytes():
+    tokenizer = build("byte")
+    assert tokenizer.encode("aé").tolist() == list("aé".encode())
+    assert (tokenizer.vocab_size, tokenizer.eot) == (257, 256)
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "llama3"])
+def test_bpe_gives_the_ids_of_its_trainer(pattern):
+    tokenizer = build("bpe:400", pattern, prose)
+    reference = _train_reference(399, pattern, prose)
+    assert (tokenizer.vocab_size, tokenizer.eot) == (400, 399)
+    assert tokenizer.pattern == SPLIT_PATTERNS[pattern]
+    for text in (*STRANGE, *PROSE):
+        assert tokenizer.encode(text).tolist() == reference.encode(text).ids
+
+
+def test_a_conversion_that_changes_ids_is_refused(bpe):
+    tokens = list(bpe.ranks)
+    swapped = dict(zip([*tokens[:256], *reversed(tokens[256:])], range(399), strict=True))
+    wrong = Tokenizer("bpe:400", bpe.pattern, swapped, bpe.special_tokens)
+    with pytest.raises(DataError, match="disagree"):
+        _prove_equal(wrong, _train_reference(399, "gpt2", prose), prose)
+
+
+def test_training_is_deterministic(bpe):
+    assert build("bpe:400", texts=prose).sha256 == bpe.sha256
+
+
+def test_too_little_text_names_the_largest_size():
+    with pytest.raises(DataError, match="largest N") as caught:
+        build("bpe:60000", texts=prose)
+    largest = int(str(caught.value).split("use bpe:")[1].split()[0])
+    assert build(f"bpe:{largest}", texts=prose).vocab_size == largest
+
+
+def test_save_and_load(bpe, tmp_path):
+    bpe.save(tmp_path)
+    before = (tmp_path / TOKENIZER_FILE).read_bytes()
+    loaded = Tokenizer.load(tmp_path)
+    loaded.save(tmp_path)
+    assert (tmp_path / TOKENIZER_FILE).read_bytes() == before
+    assert loaded == bpe
+    assert loaded.sha256 == bpe.sha256
+    assert build(tmp_path) == bpe
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "missing"),
+        ("{", "cannot be read"),
+        ("[]", "not of format"),
+        ('{"format": "other"}', "not of format"),
+        ('{"format": "dist_llm tokenizer 1"}', "cannot be read"),
+        ('{"format": "dist_llm tokenizer 1", "name": "x", "pattern": "", "special_tokens": {}, "ranks": {}}', "0x00"),
+        ('{"format": "dist_llm tokenizer 1", "name": "x", "pattern": "", "special_tokens": {}, "ranks": 3}', "read"),
+    ],
+)
+def test_a_bad_file_is_a_data_error(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / TOKENIZER_FILE).write_text(content)
+    with pytest.raises(DataError, match=message):
+        Tokenizer.load(tmp_path)
+
+
+def test_parts_that_do_not_fit_are_data_errors():
+    with pytest.raises(DataError, match="distinct"):
+        Tokenizer("x", "", BYTES, {ENDOFTEXT: 7})
+    with pytest.raises(DataError, match="no special token"):
+        Tokenizer("x", "", BYTES, {})
+
+
+def test_lone_surrogates_and_ids_without_a_token(bpe):
+    assert bpe.decode(bpe.encode("a\ud800b")) == "a\ufffdb"
+    assert bpe.decode(bpe.encode("\ud83d\ude00")) == "😀"
+    assert bpe.decode([*bpe.encode("a"), 5000, -1]) == "a\ufffd\ufffd"
+    assert bpe.decode(bpe.encode("é")[:1]) == "\ufffd"
+
+
+@pytest.mark.parametrize("blanks", [2 * PIECE_CHARS, 2_000_000])
+def test_very_long_blanks_do_not_stop_the_regex_engine(bpe, blanks):
+    text = "a" + " " * blanks + "b"
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+@pytest.mark.parametrize("pattern", [None, "gpt2", "llama3", "cl100k"])
+def test_a_tiktoken_file(bpe, pattern, tmp_path):
+    path = tmp_path / "mine.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in bpe.ranks.items()))
+    tokenizer = build(path, pattern)
+    assert tokenizer.ranks == bpe.ranks
+    assert tokenizer.eot == 399
+    assert tokenizer.pattern == SPLIT_PATTERNS[pattern or "cl100k"]
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "no ranks"), ("IQ== 0\n???", ":2: expected"), (None, "read")])
+def test_a_bad_tiktoken_file(content, message, tmp_path):
+    path = tmp_path / "mine.tiktoken"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        build(path)
+
+
+@pytest.fixture
+def gpt2_files(tmp_path):
+    """vocab.json and merges.txt as `tokenizers` writes them, `<|endoftext|>` first, and the reference."""
+    reference = ByteLevelBPETokenizer()
+    reference.train_from_iterator(PROSE, vocab_size=400, show_progress=False, special_tokens=[ENDOFTEXT])
+    reference.save_model(str(tmp_path))
+    return tmp_path, reference
+
+
+def test_gpt2_style_files(gpt2_files):
+    folder, reference = gpt2_files
+    tokenizer = build(folder)
+    assert tokenizer == build(f"{folder}/vocab.json,{folder}/merges.txt")
+    assert (tokenizer.vocab_size, tokenizer.eot) == (400, 0)
+    for text in (*PROSE, *(text for text in STRANGE if ENDOFTEXT not in text)):
+        assert tokenizer.encode(text).tolist() == reference.encode(text).ids
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids: ids.pop(ENDOFTEXT), "no <|endoftext|>"),
+        (lambda ids: ids.pop("th"), "no id for 'th'"),
+        (lambda ids: ids.update({"th": ids["Ġs"], "Ġs": ids["th"]}), "do not rise"),
+        (lambda ids: ids.update({"th": "x"}), "whole number"),
+    ],
+)
+def test_gpt2_style_files_that_do_not_match(gpt2_files, change, message):
+    folder, _ = gpt2_files
+    ids = json.loads((folder / "vocab.json").read_text())
+    change(ids)
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    with pytest.raises(DataError) as caught:
+        build(folder)
+    assert message in str(caught.value)
+
+
+def test_a_tiktoken_encoding_by_name(monkeypatch):
+    encoding = tiktoken.Encoding(
+        "gpt2", pat_str=SPLIT_PATTERNS["gpt2"], mergeable_ranks=BYTES, special_tokens={ENDOFTEXT: 300}
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    tokenizer = build("gpt2")
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == ("gpt2", 301, 300)
+
+
+def test_an_unreachable_tiktoken_encoding_says_what_to_do(monkeypatch):
+    def unreachable(name):
+        raise ConnectionError("a very long story " * 100)
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    with pytest.raises(DataError, match="TIKTOKEN_CACHE_DIR") as caught:
+        build("cl100k_base")
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("spec", "pattern", "message"),
+    [
+        ("bpe:", None, "at least 257"),
+        ("bpe:256", None, "at least 257"),
+        ("bpe:4k", None, "for example bpe:4096"),
+        ("bpe:400", "cl100k", "offers gpt2, llama3"),
+        ("byte", "gpt2", "its own pattern"),
+        ("a,b,c", None, "two files"),
+        ("gone/vocab.json,gone/merges.txt", None, "cannot be read"),
+        ("gpt5", None, "one of tiktoken's: gpt2, "),
+    ],
+)
+def test_a_wrong_spec_says_what_is_right(spec, pattern, message):
+    with pytest.raises(DataError, match=message):
+        build(spec, pattern)
+
+
+def test_patterns_of_one_name_cut_alike():
+    """cl100k is llama3's pattern with possessive quantifiers: another speed, the same pieces."""
+    cutters = [Tokenizer("x", SPLIT_PATTERNS[name], _pair_ranks(), {ENDOFTEXT: 9999}) for name in ("cl100k", "llama3")]
+    for text in (*STRANGE, *PROSE):
+        first, second = (tokenizer.encode(text) for tokenizer in cutters)
+        np.testing.assert_array_equal(first, second)
+
+
+def _pair_ranks():
+    pairs = {a + b for text in PROSE[:20] for a, b in pairwise([bytes([byte]) for byte in text.encode()])}
+    return BYTES | {pair: 256 + n for n, pair in enumerate(sorted(pairs))}
