@@ -3,8 +3,9 @@
 Nothing hidden needs restoring: learning rate, data order and dropout are functions of the step.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn, optim
@@ -22,25 +23,31 @@ class Progress:
         return asdict(self)
 
 
-def weights(model: nn.Module) -> dict[str, Any]:
-    """{"model.NAME": parameter}: the tensors that DCP reads from and writes to."""
-    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+class Named(Protocol):
+    """A model, or an engine that holds parts of one."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-def moments(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
+def weights(model: Named) -> dict[str, Any]:
+    """{"model.NAME": parameter}: the tensors that are written and read in place."""
+    return {f"model.{name}": parameter.detach() for name, parameter in _first(model).items()}
+
+
+def moments(model: Named, optimizer: optim.Optimizer) -> dict[str, Any]:
     """{"optim.NAME.KEY": tensor} of every parameter that has been stepped."""
     return {
         f"optim.{name}.{key}": value
-        for name, parameter in model.named_parameters()
+        for name, parameter in _first(model).items()
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def allocate_moments(model: nn.Module, optimizer: optim.Optimizer, saved: dict[str, tuple[int, ...]]) -> None:
-    """Give each parameter the state that `saved` (name -> shape) lists, zero, for `moments` to load into.
+def allocate_moments(model: Named, optimizer: optim.Optimizer, saved: Mapping[str, tuple[int, ...]]) -> None:
+    """Give each parameter the state that `saved` (name -> shape) lists, zero, for `moments` to be read into.
 
-    The optimizer's settings are not loaded: those of the config in hand hold.
+    The optimizer's settings are not in a checkpoint: those of the config in hand hold.
     """
     for name, parameter in model.named_parameters():
         prefix = f"optim.{name}."
@@ -49,3 +56,22 @@ def allocate_moments(model: nn.Module, optimizer: optim.Optimizer, saved: dict[s
                 optimizer.state[parameter][key] = torch.zeros_like(parameter)
             else:
                 optimizer.state[parameter][key] = torch.zeros((), device=parameter.device)
+
+
+@torch.no_grad()
+def copy_to_twins(model: Named, optimizer: optim.Optimizer | None) -> None:
+    """After reading: a rank that holds a tied weight twice (both ends of a pipeline) has read it once."""
+    first = _first(model)
+    for name, parameter in model.named_parameters():
+        if parameter is not first[name]:
+            parameter.copy_(first[name])
+            state = optimizer.state if optimizer is not None else {}
+            for key, value in state.get(parameter, {}).items():
+                value.copy_(state[first[name]][key])
+
+
+def _first(model: Named) -> dict[str, nn.Parameter]:
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        found.setdefault(name, parameter)
+    return found

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import nn, optim
+from torch import optim
 from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dist_llm.checkpoint.state import Progress, allocate_moments, moments, weights
+from dist_llm.checkpoint.state import Named, Progress, allocate_moments, copy_to_twins, moments, weights
 from dist_llm.errors import CheckpointError
 from dist_llm.launch.group import barrier
 
@@ -36,9 +36,7 @@ class CheckpointStore:
         """Complete checkpoints, oldest first."""
         return sorted(marker.parent for marker in self.directory.glob(f"step_*/{MARKER}"))
 
-    def save(
-        self, model: nn.Module, optimizer: optim.Optimizer, progress: Progress, files: Mapping[str, bytes]
-    ) -> Path:
+    def save(self, model: Named, optimizer: optim.Optimizer, progress: Progress, files: Mapping[str, bytes]) -> Path:
         """Write everything aside, commit, prune. `files` are small files to put beside the tensors."""
         final = self.directory / f"step_{progress.step:08d}"
         aside = final.with_suffix(".tmp")
@@ -77,10 +75,11 @@ def find(path: Path) -> Path:
     return found[-1]
 
 
-def load(path: Path, model: nn.Module, optimizer: optim.Optimizer | None = None) -> Progress:
+def load(path: Path, model: Named, optimizer: optim.Optimizer | None = None) -> Progress:
     """Read the weights, and the moments if there is an optimizer, into whatever layout `model` has.
 
-    Raises CheckpointError where the checkpoint is of a model of other names or shapes.
+    Raises CheckpointError where the checkpoint lacks a parameter of the model or has it in another
+    shape. (That it holds more is no error: a pipeline stage asks for its own part.)
     """
     reader = filesystem.FileSystemReader(path)
     saved = {
@@ -94,10 +93,11 @@ def load(path: Path, model: nn.Module, optimizer: optim.Optimizer | None = None)
         allocate_moments(model, optimizer, saved)
         state |= moments(model, optimizer)
     state_dict_loader.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    copy_to_twins(model, optimizer)
     return Progress(**json.loads((path / PROGRESS).read_text(encoding="utf-8")))
 
 
-def _refuse_other_model(path: Path, model: nn.Module, saved: Mapping[str, tuple[int, ...]]) -> None:
+def _refuse_other_model(path: Path, model: Named, saved: Mapping[str, tuple[int, ...]]) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in weights(model).items()}
     for name, shape in wanted.items():
         if saved.get(name) != shape:
@@ -106,11 +106,6 @@ def _refuse_other_model(path: Path, model: nn.Module, saved: Mapping[str, tuple[
                 f"{path}: {name} has shape {list(shape)} in the config, but the checkpoint has {found}; "
                 "use the `model` section the run was started with, or another run.dir"
             )
-    if extra := [name for name in saved if name.startswith("model.") and name not in wanted]:
-        raise CheckpointError(
-            f"{path}: holds {extra[0]}, which the config's model does not have; "
-            "use the `model` section the run was started with, or another run.dir"
-        )
 
 
 def _write(path: Path, content: bytes) -> None:

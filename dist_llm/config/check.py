@@ -11,6 +11,7 @@ from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config, ModelConfig, ParallelConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # each rank holds two stages
 
 
 def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violation]:
@@ -19,7 +20,7 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
         *_check_model(config.model),
         *_check_lengths(config, tokenizer_size),
         *_check_schedule(config),
-        *_check_layout(config, world_size),
+        *_check_layout(config, world_size, tokenizer_size),
     )
     return list(rules)
 
@@ -27,8 +28,6 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
 def resolve(config: Config, world_size: int, tokenizer_size: int) -> Config:
     """Replace every "derive it" by its value; `config` must have passed `check`."""
     model, data, parallel = config.model, config.data, config.parallel
-    widen = 8 / 3 if model.activation == "swiglu" else 4
-    d_ff = model.d_ff or round_up(math.ceil(widen * model.d_model), 64 if model.activation == "swiglu" else 1)
     shard = dp_shard(parallel, world_size)
     ranks = parallel.dp_replicate * shard
     return config.model_copy(
@@ -37,7 +36,7 @@ def resolve(config: Config, world_size: int, tokenizer_size: int) -> Config:
                 update={
                     "n_kv_heads": model.n_kv_heads or model.n_heads,
                     "head_dim": model.head_dim or model.d_model // model.n_heads,
-                    "d_ff": d_ff,
+                    "d_ff": derived_d_ff(model),
                     "vocab_size": model.vocab_size or tokenizer_size,
                     "max_seq_len": model.max_seq_len or data.seq_len,
                 }
@@ -49,6 +48,13 @@ def resolve(config: Config, world_size: int, tokenizer_size: int) -> Config:
             ),
         }
     )
+
+
+def derived_d_ff(model: ModelConfig) -> int:
+    """The hidden size that d_ff 0 stands for."""
+    if model.d_ff:
+        return model.d_ff
+    return round_up(math.ceil(8 / 3 * model.d_model), 64) if model.activation == "swiglu" else 4 * model.d_model
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -115,16 +121,12 @@ def _check_schedule(config: Config) -> Iterator[Violation]:
         )
 
 
-def _check_layout(config: Config, world_size: int) -> Iterator[Violation]:
+def _check_layout(config: Config, world_size: int, tokenizer_size: int) -> Iterator[Violation]:
     parallel = config.parallel
     if parallel.dp_shard == 0:
         yield Violation(("parallel.dp_shard",), "must be a number of ranks, or -1 for all that the other axes leave")
         return
-    for axis in ("cp", "tp", "pp"):
-        if getattr(parallel, axis) > 1:
-            yield Violation((f"parallel.{axis}",), "this axis is not there yet; set 1")
-    shard = dp_shard(parallel, world_size)
-    sizes = {axis: shard if axis == "dp_shard" else getattr(parallel, axis) for axis in AXES}
+    sizes = {axis: getattr(parallel, axis) for axis in AXES} | {"dp_shard": dp_shard(parallel, world_size)}
     product = math.prod(sizes.values())
     if product != world_size:
         shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one rank"
@@ -133,15 +135,81 @@ def _check_layout(config: Config, world_size: int) -> Iterator[Violation]:
             f"the layout ({shape}) needs {product} ranks, but {world_size} were started; set dp_shard to -1, "
             f"or start with: torchrun --nproc-per-node {product} -m dist_llm train ...",
         )
-        return
-    ranks = parallel.dp_replicate * shard
-    keys = ("data.global_batch", "data.micro_batch", "parallel.dp_shard", "parallel.dp_replicate")
-    unit = ranks * (config.data.micro_batch or 1)
-    if config.data.global_batch % unit:
-        below, above = config.data.global_batch // unit * unit, round_up(config.data.global_batch, unit)
-        nearest = f"{below} or {above}" if below else str(above)
+    yield from _check_batch(config, sizes["dp_replicate"] * sizes["dp_shard"])
+    yield from _check_tensor(config, tokenizer_size)
+    yield from _check_context(config)
+    yield from _check_pipeline(config, sizes["dp_replicate"] * sizes["dp_shard"])
+
+
+def _check_batch(config: Config, ranks: int) -> Iterator[Violation]:
+    micro, batch = config.data.micro_batch or 1, config.data.global_batch
+    unit = ranks * micro
+    if batch % unit:
+        nearest = f"{batch // unit * unit} or {round_up(batch, unit)}" if batch > unit else str(unit)
         yield Violation(
-            keys,
-            f"{config.data.global_batch} sequences do not divide into {ranks} data-parallel ranks "
-            f"x micro-batches of {config.data.micro_batch or 1}; the nearest that do: {nearest}",
+            ("data.global_batch", "data.micro_batch", "parallel.dp_shard", "parallel.dp_replicate"),
+            f"{batch} sequences do not divide into {ranks} data-parallel ranks x micro-batches of {micro}; "
+            f"the nearest that do: {nearest}",
+        )
+
+
+def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
+    model, tp = config.model, config.parallel.tp
+    d_ff = derived_d_ff(model)
+    rows = round_up(model.vocab_size or tokenizer_size, model.vocab_multiple)
+    split = (
+        ("model.n_heads", "query heads", model.n_heads),
+        ("model.n_kv_heads", "key-value heads", model.n_kv_heads or model.n_heads),
+        ("model.d_ff", "hidden units", d_ff),
+        ("model.vocab_multiple", "vocabulary rows", rows),
+    )
+    for key, what, number in split:
+        if number % tp:
+            yield Violation((key, "parallel.tp"), f"{number} {what} do not divide over tp {tp}; tp can be {divisors(number)}")
+    if tp > 1 and config.parallel.sequence_parallel and config.data.seq_len % (tp * config.parallel.cp):
+        yield Violation(
+            ("data.seq_len", "parallel.tp", "parallel.cp", "parallel.sequence_parallel"),
+            f"{config.data.seq_len} tokens do not divide over tp {tp} x cp {config.parallel.cp}; "
+            f"set a multiple of {tp * config.parallel.cp}, or sequence_parallel to false",
+        )
+
+
+def _check_context(config: Config) -> Iterator[Violation]:
+    pieces = 2 * config.parallel.cp
+    if config.parallel.cp > 1 and config.data.seq_len % pieces:
+        yield Violation(
+            ("data.seq_len", "parallel.cp"),
+            f"{config.data.seq_len} tokens do not divide into the {pieces} pieces of cp {config.parallel.cp} "
+            f"(two a rank); the nearest that do: {config.data.seq_len // pieces * pieces or pieces} "
+            f"or {round_up(config.data.seq_len, pieces)}",
+        )
+
+
+def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
+    parallel, data = config.parallel, config.data
+    if parallel.pp == 1:
+        return
+    stages = parallel.pp * (2 if parallel.pp_schedule in TWO_STAGE_SCHEDULES else 1)
+    if config.model.n_layers < stages:
+        yield Violation(
+            ("parallel.pp", "model.n_layers", "parallel.pp_schedule"),
+            f"{stages} stages ({parallel.pp_schedule}) need as many blocks, but model.n_layers is "
+            f"{config.model.n_layers}; pp can be at most {config.model.n_layers * parallel.pp // stages or 1}",
+        )
+    microbatches = data.global_batch // ranks // (data.micro_batch or max(1, data.global_batch // ranks))
+    # Interleaved schedules go round the ranks in whole turns.
+    whole = parallel.pp_schedule.startswith("interleaved")
+    least = 1 if parallel.pp_schedule == "gpipe" else stages if parallel.pp_schedule == "zbv" else parallel.pp
+    if microbatches < least or (whole and microbatches % parallel.pp):
+        rule = f"a multiple of pp {parallel.pp}" if whole else f"at least {least}"
+        yield Violation(
+            ("data.micro_batch", "data.global_batch", "parallel.pp", "parallel.pp_schedule"),
+            f"{microbatches} microbatches for {parallel.pp_schedule} over pp {parallel.pp}, which takes {rule}; "
+            "lower micro_batch or raise global_batch (microbatches = global_batch / data ranks / micro_batch)",
+        )
+    if config.compile and parallel.pp_schedule in ("interleaved_zero_bubble", "zbv"):
+        yield Violation(
+            ("parallel.pp_schedule", "compile"),
+            f"{parallel.pp_schedule} splits backward in two, which torch cannot do with compiled blocks; "
+            "set compile to false, or pp_schedule to 1f1b or interleaved_1f1b",
         )

@@ -88,7 +88,7 @@ class OptimConfig(Section):
     weight_decay: NonNegative = key("decoupled weight decay (in SGD: coupled)", 0.1)
     decay_embeddings: bool = key("decay embeddings too; norms and biases never are", False)
     clip: NonNegative = key("largest global gradient norm; 0: no clipping", 1.0)
-    implementation: Literal["fused", "foreach"] = key("how torch runs the update", "fused")
+    implementation: Literal["fused", "foreach"] = key("how torch runs AdamW's update", "fused")
 
 
 class ScheduleConfig(Section):
@@ -106,11 +106,28 @@ class ParallelConfig(Section):
     dp_shard: Annotated[int, Field(ge=-1)] = key(
         "ranks over which FSDP2 shards each replica; -1: all that the other axes leave", -1
     )
-    cp: Positive = key("context-parallel ranks", 1)
-    tp: Positive = key("tensor-parallel ranks", 1)
-    pp: Positive = key("pipeline stages", 1)
+    cp: Positive = key("context-parallel ranks: each holds a part of every sequence", 1)
+    tp: Positive = key("tensor-parallel ranks: each holds some heads, hidden units and vocabulary rows", 1)
+    pp: Positive = key("pipeline stages (ranks, each with some of the layers)", 1)
     reshard: Literal["default", "always", "never"] = key(
-        "free gathered weights after forward; default: in all blocks but the last", "default"
+        "free gathered weights after forward; default: in all blocks but the last, never under pp", "default"
+    )
+    reduce_each_microbatch: bool = key(
+        "reduce gradients after every microbatch: more traffic, but no whole gradient is held", False
+    )
+    cpu_offload: bool = key("keep sharded weights, gradients and moments in host memory", False)
+    sequence_parallel: bool = key("under tp, split the sequence between the blocks' matrices too", True)
+    pp_schedule: Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = key(
+        "order of the microbatches' forwards and backwards over the stages", "1f1b"
+    )
+    pp_split: Literal["cost", "count"] = key(
+        "give stages equal work (embedding and head weighed in), or equally many blocks", "cost"
+    )
+    recompute: Literal["none", "full", "selective"] = key(
+        "drop activations and compute them again in backward; selective keeps matrix products and attention", "none"
+    )
+    recompute_budget: Annotated[float, Field(ge=0.0, le=1.0)] = key(
+        "with compile: share of activations each block may keep, the cheapest to recompute dropped first", 1.0
     )
 
 

@@ -1,5 +1,6 @@
 """What the training loop asks of whoever runs the step: a few verbs, above `backward`."""
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn, optim
@@ -8,10 +9,10 @@ from dist_llm.objectives.batch import Batch
 
 
 class Engine(Protocol):
-    """One rank's share of a model, its optimizer, and the ranks it works with."""
+    """One rank's share of a model, its optimizer, and the ranks it works with.
 
-    @property
-    def model(self) -> nn.Module: ...
+    The cut lies above `backward`: pipeline schedules own it, and take all microbatches at once.
+    """
 
     @property
     def optimizer(self) -> optim.Optimizer: ...
@@ -21,18 +22,34 @@ class Engine(Protocol):
         """(this rank's place among those that read different samples, how many they are)."""
         ...
 
-    def total(self, value: Tensor | int) -> Tensor:
-        """The sum of `value` over the ranks that hold different tokens."""
+    @property
+    def microbatches(self) -> int:
+        """How many batches `score` wants at a time."""
         ...
 
-    def accumulate(self, batch: Batch, scored: Tensor, last: bool, seed: int) -> Tensor:
-        """Add the gradient of loss(batch) / scored; return that loss, detached. `last`: none follows."""
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All of this rank's parameters under their names in the whole model."""
+        ...
+
+    def total(self, value: Tensor | int) -> Tensor:
+        """The sum of `value` over the ranks that score different tokens; on every rank."""
+        ...
+
+    def cut(self, batch: Batch) -> Batch:
+        """The tokens of `batch` that this rank works on: all, or its part of each sequence."""
+        ...
+
+    def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
+        """Add the gradient of the sum of losses / scored; return this rank's share of that, detached.
+
+        `step` seeds dropout.
+        """
         ...
 
     def update(self, lr: float) -> Tensor:
         """Clip, step, clear the gradients. Returns the global norm before clipping."""
         ...
 
-    def score(self, batch: Batch) -> Tensor:
-        """The sum of the batch's losses, without gradients or dropout."""
+    def score(self, batches: Sequence[Batch]) -> Tensor:
+        """This rank's share of the sum of losses, without gradients or dropout."""
         ...

@@ -1,21 +1,24 @@
-"""The step in plain torch: one process, or FSDP2 over any mesh of data-parallel ranks."""
+"""The step in plain torch: one process, or any layout that `parallel` can lay out."""
 
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dist_llm.config.schema import Config
-from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
 from dist_llm.optim.build import build_optimizer
-from dist_llm.parallel.mesh import build_mesh
-from dist_llm.parallel.parallelize import parallelize
+from dist_llm.parallel.context import local_part
+from dist_llm.parallel.mesh import DATA_AXES, SHARD_AXES, build_mesh, sum_over
+from dist_llm.parallel.parallelize import build_parts, local
+from dist_llm.parallel.pipeline import Pipeline
 
 
 class NativeEngine:
@@ -24,40 +27,68 @@ class NativeEngine:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.mesh = build_mesh(config.parallel, device.type) if dist.is_initialized() else None
-        with torch.device("meta"):
-            self.model = Decoder(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
-        parallelize(self.model, config, self.mesh, device)
-        self.optimizer = build_optimizer(config.optim, self.model.named_parameters())
+        self.parts = build_parts(config, self.mesh, device)
+        self.pipeline: Pipeline | None = None
+        if self.mesh is not None and config.parallel.pp > 1:
+            self.pipeline = Pipeline(config, self.mesh, self.parts, device)
+        self.optimizer = build_optimizer(config.optim, self.named_parameters())
+        # Where activations are equal on the tensor ranks, so must their dropout be; else it must differ.
+        split = ("pp", "dp_replicate", "dp_shard", "cp", *(("tp",) if config.parallel.sequence_parallel else ()))
+        self.dropout_stream = tuple(self._place(axis) for axis in split)
 
     @property
     def data_rank(self) -> tuple[int, int]:
-        if self.mesh is None:
-            return 0, 1
-        replica, ranks = self.mesh.get_local_rank("dp_replicate"), self.config.parallel.dp_shard
-        return replica * ranks + self.mesh.get_local_rank("dp_shard"), self.config.parallel.dp_replicate * ranks
+        shards = self.config.parallel.dp_shard
+        return self._place("dp_replicate") * shards + self._place(
+            "dp_shard"
+        ), self.config.parallel.dp_replicate * shards
+
+    @property
+    def microbatches(self) -> int:
+        return self.pipeline.microbatches if self.pipeline else 1
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All of this rank's parameters under their names in the whole model."""
+        for part in self.parts:
+            yield from part.named_parameters()
 
     def total(self, value: Tensor | int) -> Tensor:
-        summed = torch.as_tensor(value, device=self.device).clone()
-        if self.mesh is not None:
-            dist.all_reduce(summed)
-        return summed
+        counts = self.pipeline is None or self.pipeline.last
+        summed = torch.as_tensor(value, device=self.device) * counts
+        return summed if self.mesh is None else sum_over(summed, self.mesh, ("pp", *DATA_AXES))
 
-    def accumulate(self, batch: Batch, scored: Tensor, last: bool, seed: int) -> Tensor:
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
-        if self.config.model.dropout:
-            torch.manual_seed(seed)
-        self.model.train()
-        with self._precision():
-            loss = self._loss(batch) / scored.clamp(min=1)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+    def cut(self, batch: Batch) -> Batch:
+        return local_part(batch, self._place("cp"), self.config.parallel.cp)
+
+    def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
+        for part in self.parts:
+            part.train()
+        scored = scored.clamp(min=1)
+        batches = [batch.to(self.device) for batch in batches]
+        if self.pipeline is not None:
+            self._seed(step, 0)
+            with self._precision():
+                return self.pipeline.accumulate(batches, scored)
+        losses = []
+        for number, batch in enumerate(batches):
+            for module in self.parts:
+                if isinstance(module, FSDPModule):
+                    last = number == len(batches) - 1
+                    module.set_requires_gradient_sync(last or self.config.parallel.reduce_each_microbatch)
+            self._seed(step, number)
+            with self._precision():
+                loss = self._forward(batch) / scored
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def update(self, lr: float) -> Tensor:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = self._norm(gradients)
+        parameters = [p for _, p in self.named_parameters() if p.grad is not None]
+        for parameter in parameters:
+            parameter.grad = _reduced(parameter)
+        norm = self._norm()
         if self.config.optim.clip:
-            clip.scale([_local(gradient) for gradient in gradients], norm, self.config.optim.clip)
+            clip.scale([local(p.grad) for p in parameters if p.grad is not None], norm, self.config.optim.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -65,23 +96,43 @@ class NativeEngine:
         return norm
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> Tensor:
-        self.model.eval()
+    def score(self, batches: Sequence[Batch]) -> Tensor:
+        for part in self.parts:
+            part.eval()
+        batches = [batch.to(self.device) for batch in batches]
         with self._precision():
-            return self._loss(batch)
+            if self.pipeline is not None:
+                return self.pipeline.score(batches)
+            return torch.stack([self._forward(batch) for batch in batches]).sum()
 
-    def _loss(self, batch: Batch) -> Tensor:
-        batch = batch.to(self.device)
-        return self.model(batch.inputs_BS, batch.targets_BS, batch.visible)
+    def _forward(self, batch: Batch) -> Tensor:
+        (model,) = self.parts
+        return model(batch.inputs_BS, batch.targets_BS, batch.visible, None, batch.positions_BS)
 
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """Over every parameter on every rank: shards of one parameter live on the ranks of dp_shard."""
-        norm = clip.norm([_local(gradient) for gradient in gradients])
+    def _norm(self) -> Tensor:
+        """Over every parameter of the whole model, each element once.
+
+        Left out here: a parameter that all tensor ranks hold, on all of them but the first; and the
+        last stage's copy of a tied embedding.
+        """
+        gradients = []
+        for part in self.parts:
+            for name, parameter in part.named_parameters():
+                copy = name == "embed.tokens.weight" and not part.first
+                if parameter.grad is not None and not copy and (self._place("tp") == 0 or _split_by_tp(parameter)):
+                    gradients.append(local(parameter.grad))
+        norm = clip.norm(gradients).to(self.device)
         if self.mesh is None:
             return norm
-        squares = norm.square()
-        dist.all_reduce(squares, group=self.mesh.get_group("dp_shard"))
-        return squares.sqrt()
+        return sum_over(norm.square(), self.mesh, ("pp", *SHARD_AXES, "tp")).sqrt()
+
+    def _seed(self, step: int, microbatch: int) -> None:
+        """Dropout of this microbatch on this rank: a function of the step, with no state to save."""
+        if self.config.model.dropout:
+            torch.manual_seed(_mix(self.config.run.seed, step, microbatch, *self.dropout_stream))
+
+    def _place(self, axis: str) -> int:
+        return self.mesh.get_local_rank(axis) if self.mesh is not None else 0
 
     def _precision(self) -> AbstractContextManager[None]:
         if self.config.precision == "fp32":
@@ -89,5 +140,23 @@ class NativeEngine:
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+def _reduced(parameter: nn.Parameter) -> Tensor | None:
+    """The gradient laid out as its parameter. Norms on slices of the sequence leave theirs as partial sums."""
+    gradient = parameter.grad
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+        return gradient.redistribute(parameter.device_mesh, parameter.placements)
+    return gradient
+
+
+def _split_by_tp(parameter: nn.Parameter) -> bool:
+    if not isinstance(parameter, DTensor):
+        return False
+    mesh: DeviceMesh = parameter.device_mesh
+    names = mesh.mesh_dim_names or ()
+    return "tp" in names and not parameter.placements[names.index("tp")].is_replicate()
+
+
+def _mix(*numbers: int) -> int:
+    """A 63-bit seed that depends on all of `numbers` and their order."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

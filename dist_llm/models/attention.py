@@ -13,7 +13,7 @@ from dist_llm.models.visibility import Visibility
 
 # B batch  S queries  T keys  D d_model  H query heads  K key-value heads  E head dim
 
-Rotation = tuple[Tensor, Tensor]  # cos and sin, each [S, E/2]
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each [S, E/2] or [B, S, E/2]
 
 
 @dataclass
@@ -40,10 +40,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim, self.dropout = layer, config.head_dim, config.dropout
+        self.layer, self.head_dim = layer, config.head_dim
         self.q = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
         self.k = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
         self.v = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
+        self.kernel = AttentionKernel(config.dropout)
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
 
     def forward(
@@ -58,7 +59,19 @@ class Attention(nn.Module):
             q_BSHE, k_BSKE = rotate(q_BSHE, *rotation), rotate(k_BSKE, *rotation)
         if cache is not None:
             k_BSKE, v_BSKE = cache.append(self.layer, k_BSKE, v_BSKE)
-        return self.out(attend(q_BSHE, k_BSKE, v_BSKE, visible, self.dropout if self.training else 0.0).flatten(-2))
+        return self.out(self.kernel(q_BSHE, k_BSKE, v_BSKE, visible).flatten(-2))
+
+
+class AttentionKernel(nn.Module):
+    """Softmax attention as a module of its own, so that a layout can put another in its place."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, visible: Visibility) -> Tensor:
+        """[B, S, H, E] and keys and values of T tokens -> [B, S, H, E]."""
+        return attend(q_BSHE, k_BTKE, v_BTKE, visible, self.dropout if self.training else 0.0)
 
 
 def attend(q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, visible: Visibility, dropout: float) -> Tensor:

@@ -1,5 +1,6 @@
 """What one forward pass needs: tokens in, tokens to predict, and who sees whom."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,19 +18,27 @@ class Batch:
     targets_BS: Tensor
     visible: Visibility
     scored: int
+    positions_BS: Tensor | None = None  # None: 0, 1, 2, ...
 
     @staticmethod
     def of(inputs_BS: Tensor, targets_BS: Tensor, visible: Visibility) -> "Batch":
         """A batch that counts its own targets (on the host: no device sync later)."""
-        return Batch(inputs_BS, targets_BS, visible, int((targets_BS != IGNORE).sum()))
+        return Batch(inputs_BS, targets_BS, visible, count_scored(targets_BS))
 
     def pin(self) -> "Batch":
         """Page-locked, so that `to` need not wait for the copy."""
-        return replace(self, inputs_BS=self.inputs_BS.pin_memory(), targets_BS=self.targets_BS.pin_memory())
+        return self._map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        positions_BS = None if self.positions_BS is None else function(self.positions_BS)
         return replace(
-            self,
-            inputs_BS=self.inputs_BS.to(device, non_blocking=True),
-            targets_BS=self.targets_BS.to(device, non_blocking=True),
+            self, inputs_BS=function(self.inputs_BS), targets_BS=function(self.targets_BS), positions_BS=positions_BS
         )
+
+
+def count_scored(targets_BS: Tensor) -> int:
+    """How many targets are not IGNORE."""
+    return int((targets_BS != IGNORE).sum())

@@ -12,9 +12,10 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[tuple[str, nn.Para
     decayed, free = split_decayed(config, parameters)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    how = {config.implementation: True}
     if config.name == "sgd":
-        return optim.SGD(groups, lr=config.lr, momentum=config.momentum, **how)
+        # Not fused: torch has no fused SGD for sharded parameters.
+        return optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
+    how = {config.implementation: True}
     return optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, **how)
 
 

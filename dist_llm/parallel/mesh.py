@@ -1,11 +1,30 @@
 """The ranks as a grid. Every axis is always there, of size 1 where it is not used."""
 
+from collections.abc import Iterable
+
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dist_llm.config.check import AXES
 from dist_llm.config.schema import ParallelConfig
 
+# Ranks that hold different tokens; ranks over which FSDP cuts a parameter into shards.
+DATA_AXES = ("dp_replicate", "dp_shard", "cp")
+SHARD_AXES = ("dp_shard", "cp")
+
 
 def build_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
     """`pp, dp_replicate, dp_shard, cp, tp`, tensor innermost: its ranks are neighbours on one node."""
-    return init_device_mesh(device_type, tuple(getattr(parallel, axis) for axis in AXES), mesh_dim_names=AXES)
+    mesh = init_device_mesh(device_type, tuple(getattr(parallel, axis) for axis in AXES), mesh_dim_names=AXES)
+    # Context ranks hold equal weights and different tokens, as data ranks do: FSDP shards over both at once.
+    mesh[SHARD_AXES]._flatten("dp_shard_cp")
+    return mesh
+
+
+def sum_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
+    """`value` added up, in place, over the ranks that differ from this one in `axes` alone."""
+    for axis in axes:
+        if mesh[axis].size() > 1:
+            dist.all_reduce(value, group=mesh.get_group(axis))
+    return value

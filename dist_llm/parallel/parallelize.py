@@ -1,39 +1,76 @@
-"""From a model on the meta device to one that is laid out and has its values: the order, written once."""
+"""From a config to a model that is laid out and has its values: the order, written once."""
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_llm.config.schema import Config
+from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.init import fill, rule_for
+from dist_llm.parallel.context import context_parallel
+from dist_llm.parallel.mesh import DATA_AXES
+from dist_llm.parallel.pipeline import split_layers, stage_count, stages_of
+from dist_llm.parallel.recompute import compile_blocks, recompute_blocks
 from dist_llm.parallel.shard import shard
+from dist_llm.parallel.tensor import tensor_parallel
 
 
-def parallelize(model: Decoder, config: Config, mesh: DeviceMesh | None, device: torch.device) -> None:
-    """Lay `model` out over `mesh` (None: one process) and set its initial values.
+def build_parts(config: Config, mesh: DeviceMesh | None, device: torch.device) -> list[Decoder]:
+    """This rank's parts of the model: one, or one per pipeline stage that it holds."""
+    parts = _cut(config, mesh)
+    for part in parts:
+        lay_out(part, config, mesh)
+        part.to_empty(device="cpu" if config.parallel.cpu_offload else device)
+        initialise(part, config)
+    return parts
 
-    The order matters: compiled blocks are what FSDP hooks into, and values are set last, so that
-    a rank only ever holds, and computes, its own share.
-    """
+
+def lay_out(model: Decoder, config: Config, mesh: DeviceMesh | None) -> None:
+    """The order matters: kernels and splits change what a block is, recomputation wraps what was
+    compiled, FSDP hooks into all of it. Values are set after, on the share that a rank has."""
+    parallel = config.parallel
+    if mesh is not None and parallel.cp > 1:
+        context_parallel(model, mesh["cp"])
+    if mesh is not None and parallel.tp > 1:
+        tensor_parallel(model, mesh["tp"], parallel.sequence_parallel)
     if config.compile:
-        for block in model.blocks.values():
-            block.compile()
-    if mesh is not None:
+        compile_blocks(model, parallel)
+    if parallel.recompute != "none":
+        recompute_blocks(model, parallel)
+    if mesh is not None and any(mesh[axis].size() > 1 for axis in DATA_AXES):
         shard(model, config, mesh)
-    model.to_empty(device=device)
-    initialise(model, config)
 
 
 def initialise(model: Decoder, config: Config) -> None:
     """Each parameter, or this rank's slice of it, from (seed, name, element)."""
     for name, parameter in model.named_parameters():
-        rule = rule_for(name, parameter.shape, config.model)
+        offset: tuple[int, ...] = (0,) * parameter.ndim
         if isinstance(parameter, DTensor):
             _, offset = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
-            fill(parameter.to_local(), name, rule, config.run.seed, parameter.shape, offset)
-        else:
-            fill(parameter.detach(), name, rule, config.run.seed, parameter.shape, (0,) * parameter.ndim)
+        rule = rule_for(name, parameter.shape, config.model)
+        fill(local(parameter.detach()), name, rule, config.run.seed, parameter.shape, offset)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's share of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _cut(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:
+    """The parts on the meta device, whole in themselves and without values."""
+    parallel = config.parallel
+    count = stage_count(parallel.pp_schedule, parallel.pp) if parallel.pp > 1 else 1
+    numbers = stages_of(parallel.pp_schedule, mesh.get_local_rank("pp"), parallel.pp) if mesh and count > 1 else [0]
+    layers = split_layers(config.model, count, parallel.pp_split)
+    parts = []
+    for number in numbers:
+        with torch.device("meta"):
+            part = Decoder(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
+        part.keep(layers[number], first=number == 0, last=number == count - 1)
+        parts.append(part)
+    return parts

@@ -3,31 +3,40 @@
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from dist_llm.config.schema import Config
 from dist_llm.models.decoder import Decoder
 
 
 def shard(model: Decoder, config: Config, mesh: DeviceMesh) -> None:
-    """Shard each block, then what is left, over dp_shard; replicate over dp_replicate.
+    """Shard each block, then what is left, over dp_shard and cp; replicate over dp_replicate.
 
     A replicated run (dp_shard 1) is the same code: its shards are whole parameters, so gathering
     moves nothing and only the all-reduce of the gradients is left.
     """
+    parallel = config.parallel
     dtype = torch.bfloat16 if config.precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
-    data_mesh = mesh["dp_replicate", "dp_shard"]
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if parallel.cpu_offload else OffloadPolicy()
+    data_mesh = mesh["dp_replicate", "dp_shard_cp"]
 
     def wrap(module: nn.Module, reshard: bool) -> None:
-        fully_shard(module, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(module, mesh=data_mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
 
-    reshard = config.parallel.reshard
+    # A pipeline stage runs forward again and again: gathering each time would cost more than it frees.
+    freeing = parallel.reshard == "default" and data_mesh["dp_shard_cp"].size() > 1 and parallel.pp == 1
     last = len(model.blocks) - 1
     for place, block in enumerate(model.blocks.values()):
         # Backward starts with the last block: freeing its weights only to gather them again is waste.
-        wrap(block, reshard == "always" or (reshard == "default" and place < last and config.parallel.dp_shard > 1))
-    wrap(model, reshard == "always")
+        wrap(block, parallel.reshard == "always" or (freeing and place < last))
+    wrap(model, parallel.reshard == "always")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are already divided by the world's count: gradients are summed, never averaged.

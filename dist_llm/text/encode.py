@@ -9,12 +9,16 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from itertools import cycle
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,35 +94,25 @@ def is_heldout(text: bytes, fraction: float) -> bool:
 def encode_in_order(
     documents: Iterable[Document], tokenizer_directory: Path, heldout_fraction: float, workers: int
 ) -> Generator[EncodedChunk, None, None]:
-    """Encode with the saved tokenizer on `workers` processes; with one, in this process."""
+    """Encode with the saved tokenizer on `workers` processes; with one, in this process.
+
+    Raises DataError where a process dies.
+    """
     chunks = _chunks(documents)
     if workers == 1:
         yield from map(Encoder(Tokenizer.load(tokenizer_directory), heldout_fraction), chunks)
         return
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer_directory, heldout_fraction),
-    )
-    try:
-        yield from _window(pool, chunks, CHUNKS_PER_WORKER * workers)
-    except BrokenProcessPool:
-        raise DataError(
-            "A tokenizing process died, most likely killed for want of memory. Try fewer --workers."
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _window(pool: ProcessPoolExecutor, chunks: Iterable[list[Document]], size: int) -> Iterator[EncodedChunk]:
-    pending: deque[Future[EncodedChunk]] = deque()
-    for chunk in chunks:
-        if len(pending) == size:
-            yield pending.popleft().result()
-        pending.append(pool.submit(_encode, chunk))
-    while pending:
-        yield pending.popleft().result()
+    with ExitStack() as stack:
+        team = [stack.enter_context(closing(_Worker(tokenizer_directory, heldout_fraction))) for _ in range(workers)]
+        # Chunks are dealt out in turn and collected in turn: that alone keeps them in order.
+        pending: deque[_Worker] = deque()
+        for worker, chunk in zip(cycle(team), chunks, strict=False):
+            if False:
+                yield pending.popleft().collect()
+            worker.hand(chunk)
+            pending.append(worker)
+        while pending:
+            yield pending.popleft().collect()
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -134,23 +128,70 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-_encoder: Encoder
+class _Worker:
+    """A process with a pipe of its own.
+
+    Not a ProcessPoolExecutor: its workers share a pipe, so one that is killed while it writes leaves
+    the parent reading for ever. Here the pipe ends with the process, whichever end dies.
+    """
+
+    def __init__(self, tokenizer_directory: Path, heldout_fraction: float) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, far_end = context.Pipe()
+        arguments = (far_end, tokenizer_directory, heldout_fraction)
+        self._process = context.Process(target=_work, args=arguments, daemon=True)
+        self._process.start()
+        far_end.close()
+
+    def hand(self, chunk: list[Document]) -> None:
+        """Give it a chunk; returns at once, since a thread over there takes what comes."""
+        with self._explained():
+            self._pipe.send(chunk)
+
+    def collect(self) -> EncodedChunk:
+        """The result of the oldest chunk not yet collected."""
+        with self._explained():
+            result: EncodedChunk | str = self._pipe.recv()
+        if isinstance(result, str):
+            raise RuntimeError(f"in a tokenizing process:\n{result}")
+        return result
+
+    def close(self) -> None:
+        self._process.kill()  # it owns nothing that needs an orderly end
+        self._process.join()
+        self._pipe.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError):  # the pipe ended, maybe within a message
+            raise DataError(
+                "A tokenizing process died, most likely killed for want of memory. Try fewer --workers."
+            ) from None
 
 
-def _start_worker(tokenizer_directory: Path, heldout_fraction: float) -> None:
-    global _encoder
+def _work(pipe: "Connection[Any, Any]", tokenizer_directory: Path, heldout_fraction: float) -> None:
     # Ctrl-C reaches the whole group; the parent alone decides, and says one thing.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    _encoder = Encoder(Tokenizer.load(tokenizer_directory), heldout_fraction)
+    # A thread empties the pipe, or parent and worker could both wait for the other to read.
+    inbox: SimpleQueue[list[Document]] = SimpleQueue()
+    threading.Thread(target=_receive, args=(pipe, inbox), daemon=True).start()
+    try:
+        encoder = Encoder(Tokenizer.load(tokenizer_directory), heldout_fraction)
+        while True:
+            pipe.send(encoder(inbox.get()))
+    except OSError:
+        os._exit(1)  # the pipe's other end is gone
+    except Exception:
+        pipe.send(traceback.format_exc())
+        while True:  # until the parent has read that and ends this process
+            inbox.get()
 
 
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode(chunk: list[Document]) -> EncodedChunk:
-    return _encoder(chunk)
+def _receive(pipe: "Connection[Any, Any]", inbox: "SimpleQueue[list[Document]]") -> None:
+    try:
+        while True:
+            inbox.put(pipe.recv())
+    except (EOFError, OSError):
+        os._exit(1)  # the parent is gone, even if killed

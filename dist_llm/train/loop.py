@@ -21,7 +21,7 @@ from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.train.evaluate import evaluate
-from dist_llm.train.step import dropout_seed, train_step
+from dist_llm.train.step import train_step
 
 log = logging.getLogger("dist_llm")
 
@@ -43,6 +43,10 @@ class Trainer:
         self.directory = Path(config.run.dir)
         self.progress = self._resume()
         self.heldout = self._heldout()
+        parallel = config.parallel
+        self.samples = parallel.pp == parallel.tp == parallel.cp == 1
+        if config.eval.sample_prompt and not self.samples:
+            log.info("eval.sample_prompt: no samples while training under pp, tp or cp; use dist-llm generate")
         self.bar: ProgressLine | None = None
         self.recorder = self._recorder()
 
@@ -74,7 +78,7 @@ class Trainer:
         batches = self.loader.batches(progress.samples)
         wait = time.perf_counter() - begin
         lr = learning_rate(config.optim, config.schedule, progress.step + 1)
-        report = train_step(self.engine, batches, lr, dropout_seed(config.run.seed, progress.step))
+        report = train_step(self.engine, batches, lr, progress.step)
         progress.step += 1
         progress.samples += config.data.global_batch
         progress.tokens += config.data.global_batch * config.data.seq_len
@@ -95,7 +99,7 @@ class Trainer:
             "heldout_perplexity": result.perplexity,
             "heldout_bits_per_byte": result.bits_per_byte,
         }
-        if config.eval.sample_prompt:
+        if config.eval.sample_prompt and self.samples:
             row["sample"] = self.sample()
         self.recorder.emit([row])
         self.recorder.restart_clock(self.progress.tokens)
@@ -105,16 +109,15 @@ class Trainer:
         config = self.config
         tokenizer = Tokenizer.load(Path(config.data.path))
         sampling = Sampling(config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.run.seed)
-        self.engine.model.eval()
-        pieces = text(
-            self.engine.model, tokenizer, config.eval.sample_prompt, sampling, config.model.max_seq_len, stop=False
-        )
+        (model,) = self.engine.parts
+        model.eval()
+        pieces = text(model, tokenizer, config.eval.sample_prompt, sampling, config.model.max_seq_len, stop=False)
         return config.eval.sample_prompt + "".join(pieces)
 
     def save(self) -> None:
         """A checkpoint of this step. Metrics up to it are on disk before it is."""
         self.recorder.flush()
-        path = self.store.save(self.engine.model, self.engine.optimizer, self.progress, self.files)
+        path = self.store.save(self.engine, self.engine.optimizer, self.progress, self.files)
         log.info("saved %s", path)
         self.recorder.restart_clock(self.progress.tokens)
 
@@ -122,7 +125,7 @@ class Trainer:
         found = self.store.committed()
         if not found:
             return Progress()
-        progress = checkpoints.load(found[-1], self.engine.model, self.engine.optimizer)
+        progress = checkpoints.load(found[-1], self.engine, self.engine.optimizer)
         log.info("resumed from %s", found[-1])
         return progress
 

@@ -31,7 +31,7 @@ def score(checkpoint: Path, data: str | None, split: Split, micro_batch: int, wo
     device = device_of(world)
     with process_group(world, device):
         engine = NativeEngine(config, device)
-        progress = store.load(path, engine.model)
+        progress = store.load(path, engine)
         result = evaluate(engine, corpus, config.data.seq_len, micro_batch or config.data.micro_batch)
         del engine
     if world.main:

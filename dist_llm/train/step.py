@@ -1,6 +1,5 @@
 """One optimizer step: where every loss is divided, once."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,24 +18,13 @@ class StepReport:
     scored: Tensor
 
 
-def train_step(engine: Engine, batches: Sequence[Batch], lr: float, seed: int = 0) -> StepReport:
-    """Take one optimizer step; each batch is one microbatch of this rank.
+def train_step(engine: Engine, batches: Sequence[Batch], lr: float, step: int = 0) -> StepReport:
+    """Take one optimizer step; each batch is one microbatch of this data rank. `step` seeds dropout.
 
     Losses are sums, divided once by the number of tokens the whole world scores, so the
     gradient does not depend on how those tokens were cut into ranks and microbatches.
-    `seed` is of this step; each microbatch of each data rank has a dropout seed of its own.
     """
-    rank, ranks = engine.data_rank
+    batches = [engine.cut(batch) for batch in batches]
     scored = engine.total(sum(batch.scored for batch in batches))
-    losses = [
-        engine.accumulate(batch, scored, last=batch is batches[-1], seed=dropout_seed(seed, place * ranks + rank))
-        for place, batch in enumerate(batches)
-    ]
-    loss = engine.total(sum(losses[1:], losses[0]))
-    return StepReport(loss, engine.update(lr), scored)
-
-
-def dropout_seed(*numbers: int) -> int:
-    """A 63-bit seed that depends on all of `numbers` and their order."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    loss = engine.accumulate(batches, scored, step)
+    return StepReport(engine.total(loss), engine.update(lr), scored)

@@ -299,14 +299,17 @@ def some_chunks(count=8):
     return (Document("x" * 2_000_000, f"f:{number}") for number in range(count))
 
 
-def test_a_worker_that_dies_is_a_clear_error(tmp_path):
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
+def test_a_worker_that_dies_is_a_clear_error(seconds, tmp_path):
+    """Also while it writes its result, when a shared pipe would leave the reader waiting for the rest."""
     build_tokenizer("byte", None, list).save(tmp_path)
     chunks = encode_in_order(some_chunks(40), tmp_path, 0.0, workers=2)
     next(chunks)
-    for child in multiprocessing.active_children():
-        child.kill()
+    time.sleep(seconds)
+    multiprocessing.active_children()[0].kill()
     with pytest.raises(DataError, match="--workers"):
         list(chunks)
+    assert not multiprocessing.active_children()
 
 
 def test_few_chunks_are_in_flight(tmp_path):
@@ -318,11 +321,13 @@ def test_few_chunks_are_in_flight(tmp_path):
     chunks.close()
 
 
-def test_a_failure_in_a_worker_names_the_document(monkeypatch):
+def test_a_failure_in_a_worker_surfaces(tmp_path, monkeypatch):
     tokenizer = build_tokenizer("byte", None, list)
     monkeypatch.setattr(Tokenizer, "encode", lambda self, text: 1 / 0)
     with pytest.raises(RuntimeError, match="f:0: cannot be tokenized"):
         Encoder(tokenizer, 0.0)(list(some_chunks(1)))
+    with pytest.raises(RuntimeError, match=r"in a tokenizing process:(.|\n)*tokenizer\.json: missing"):
+        list(encode_in_order(some_chunks(1), tmp_path / "gone", 0.0, workers=2))
 
 
 @pytest.mark.parametrize("terminal", [False, True])

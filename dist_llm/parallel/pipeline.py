@@ -1,0 +1,143 @@
+"""Pipeline parallelism: which stage holds what, and the schedule that runs a global batch through them."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.tensor import DTensor
+
+from dist_llm.config.check import TWO_STAGE_SCHEDULES
+from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.models.decoder import Decoder
+from dist_llm.objectives.batch import Batch
+
+SCHEDULES = {
+    "1f1b": schedules.Schedule1F1B,
+    "gpipe": schedules.ScheduleGPipe,
+    "interleaved_1f1b": schedules.ScheduleInterleaved1F1B,
+    "interleaved_zero_bubble": schedules.ScheduleInterleavedZeroBubble,
+    "zbv": schedules.ScheduleZBVZeroBubble,
+}
+
+
+def stage_count(schedule: str, ranks: int) -> int:
+    return ranks * (2 if schedule in TWO_STAGE_SCHEDULES else 1)
+
+
+def stages_of(schedule: str, rank: int, ranks: int) -> list[int]:
+    """The stages that a rank holds. In `zbv` they run down the ranks and up again: rank 0 has both ends."""
+    if schedule == "zbv":
+        return [rank, 2 * ranks - 1 - rank]
+    return list(range(rank, stage_count(schedule, ranks), ranks))
+
+
+def split_layers(model: ModelConfig, stages: int, how: str) -> list[range]:
+    """Blocks for each stage, every stage at least one: equal counts, or equal work by matrix weights.
+
+    By cost the head weighs as its matrix does, in blocks; an embedding look-up weighs nothing but
+    its weights' update, taken as a tenth of that.
+    """
+    attention = 2 * model.d_model * model.head_dim * (model.n_heads + model.n_kv_heads)
+    feedforward = model.d_model * model.d_ff * (3 if model.activation == "swiglu" else 2)
+    head = model.vocab_size * model.d_model / (attention + feedforward) if how == "cost" else 0.0
+    # Work done before block i, the embedding in front of the first block.
+    before = [0.1 * head + layer for layer in range(model.n_layers + 1)]
+    share = (before[-1] + head) / stages
+    cuts = [0]
+    for stage in range(1, stages):
+        nearest = min(range(model.n_layers + 1), key=lambda layer: abs(before[layer] - stage * share))
+        # Room for at least one block before and in each stage after.
+        cuts.append(min(max(nearest, cuts[-1] + 1), model.n_layers - (stages - stage)))
+    cuts.append(model.n_layers)
+    return [range(start, end) for start, end in pairwise(cuts)]
+
+
+class Pipeline:
+    """This rank's stages and the schedule over all of them."""
+
+    def __init__(self, config: Config, mesh: DeviceMesh, parts: Sequence[Decoder], device: torch.device) -> None:
+        parallel = config.parallel
+        self.mesh = mesh["pp"]
+        rank, ranks = self.mesh.get_local_rank(), self.mesh.size()
+        numbers = stages_of(parallel.pp_schedule, rank, ranks)
+        self.count = stage_count(parallel.pp_schedule, ranks)
+        self.first, self.last = 0 in numbers, self.count - 1 in numbers
+        group = self.mesh.get_group()
+        stages = [
+            PipelineStage(part, number, self.count, device, group=group)
+            for part, number in zip(parts, numbers, strict=True)
+        ]
+        data_ranks = parallel.dp_replicate * parallel.dp_shard
+        self.microbatches = config.data.global_batch // data_ranks // config.data.micro_batch
+        self.device = device
+        self.scored = torch.ones((), device=device)
+        schedule = SCHEDULES[parallel.pp_schedule]
+        local = stages if parallel.pp_schedule in TWO_STAGE_SCHEDULES else stages[0]
+        # The last stage's output is its loss already; gradients are never rescaled by torch.
+        self.schedule = schedule(
+            local, self.microbatches, loss_fn=lambda loss, targets: loss / self.scored, scale_grads=False
+        )
+        self.tied = TiedEmbedding(self.mesh, parts, mesh) if config.model.tie_embeddings and self.count > 1 else None
+
+    def accumulate(self, batches: Sequence[Batch], scored: Tensor) -> Tensor:
+        """Forward and backward of all microbatches; the sum of losses / scored on the last stage's rank, else 0."""
+        self.scored = scored
+        losses = self._run(batches, backward=True)
+        if self.tied is not None:
+            self.tied.reduce()
+        return losses
+
+    def score(self, batches: Sequence[Batch]) -> Tensor:
+        """Forward alone; the sum of losses on the last stage's rank, else 0."""
+        self.scored = torch.ones((), device=self.device)
+        return self._run(batches, backward=False)
+
+    def _run(self, batches: Sequence[Batch], backward: bool) -> Tensor:
+        assert len(batches) == self.microbatches
+        inputs = torch.cat([batch.inputs_BS for batch in batches])
+        targets = torch.cat([batch.targets_BS for batch in batches])
+        positions = [batch.positions_BS for batch in batches if batch.positions_BS is not None]
+        keywords = {"targets_BS": targets, "visible": batches[0].visible}
+        if positions:
+            keywords["positions_BS"] = torch.cat(positions)
+        losses: list[Tensor] = []
+        run = self.schedule.step if backward else self.schedule.eval
+        run(
+            *((inputs,) if self.first else ()),
+            target=targets if self.last else None,
+            losses=losses if self.last else None,
+            return_outputs=False,
+            **keywords,
+        )
+        return torch.stack(losses).sum().detach() if self.last else torch.zeros((), device=self.device)
+
+
+class TiedEmbedding:
+    """First and last stage each hold the tied weight: their gradients are added, their copies stay equal."""
+
+    def __init__(self, pp_mesh: DeviceMesh, parts: Sequence[Decoder], mesh: DeviceMesh) -> None:
+        self.weights = [part.embed.tokens.weight for part in parts if part.embed is not None]
+        self.group: dist.ProcessGroup | None = None
+        # Every rank must take part in making every group.
+        columns = mesh.mesh.flatten(1).t().tolist()  # mesh axis 0 is pp
+        for column in columns:
+            group = dist.new_group([column[0], column[-1]])
+            if dist.get_rank() in (column[0], column[-1]):
+                self.group = group
+
+    def reduce(self) -> None:
+        """Add the stages' gradients of the embedding."""
+        if not self.weights:
+            return
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        shares = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        if len(shares) == 2:  # zbv: one rank has both ends
+            total = shares[0] + shares[1]
+            for share in shares:
+                share.copy_(total)
+        else:
+            dist.all_reduce(shares[0], group=self.group)

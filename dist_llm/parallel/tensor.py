@@ -1,0 +1,213 @@
+"""Tensor parallelism: heads, hidden units and vocabulary rows split over `tp`, optionally with the sequence.
+
+With `sequence_parallel` a rank holds a slice of the sequence between the matrices (Korthikanti et
+al. 2022): norms, residuals and dropout work on the slice, and each pair of matrices costs one
+all-gather and one reduce-scatter. Without, those two are one all-reduce.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.placement_types import Placement
+
+from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
+from dist_llm.models.decoder import Decoder, Head
+
+
+def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+    """Split `model` over the one-dimensional `mesh`. Every parameter is in a plan: the global norm counts on it."""
+    between: Placement = Shard(1) if sequence_parallel else Replicate()
+    for block in model.blocks.values():
+        parallelize_module(block, mesh, _block_plan(between))
+        if not sequence_parallel:
+            _own_dropout(block.attention.kernel, mesh)
+    if model.embed is not None:
+        plan: dict[str, ParallelStyle] = {"tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=between)}
+        if model.embed.positions is not None:
+            plan["positions"] = Positions(between)
+        parallelize_module(model.embed, mesh, plan)
+        # The look-up ends in an asynchronous collective; compiled blocks must not be handed one (their
+        # gradient for it would be lost), so its result is waited for here.
+        model.embed.tokens.register_forward_hook(lambda module, inputs, output: output.clone())
+    if model.head is not None:
+        assert isinstance(model.head, Head)
+        plan = {"norm": _norm(between)}
+        if model.head.out is not None:
+            plan["out"] = ColwiseParallel()
+        parallelize_module(model.head, mesh, plan)
+        model.head = VocabParallelHead(model.head, mesh, between)
+
+
+def _block_plan(between: Placement) -> dict[str, ParallelStyle]:
+    whole = Replicate()
+    return {
+        "norm_attention": _norm(between),
+        "attention": PrepareModuleInput(
+            input_layouts=(between, None, None, None), desired_input_layouts=(whole, None, None, None)
+        ),
+        "attention.q": ColwiseParallel(),
+        "attention.k": ColwiseParallel(),
+        "attention.v": ColwiseParallel(),
+        "attention.out": RowwiseParallel(output_layouts=between),
+        "norm_feedforward": _norm(between),
+        "feedforward": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(whole,)),
+        "feedforward.gate": ColwiseParallel(),
+        "feedforward.up": ColwiseParallel(),
+        "feedforward.down": RowwiseParallel(output_layouts=between),
+    }
+
+
+def _norm(between: Placement) -> ParallelStyle:
+    return SequenceParallel(use_local_output=True) if between == Shard(1) else Whole()
+
+
+class Whole(ParallelStyle):
+    """Parameters, inputs and outputs are equal on all ranks."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def before(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+            return tuple(DTensor.from_local(each, mesh, (Replicate(),), run_check=False) for each in inputs)
+
+        def after(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+            return output.to_local()
+
+        return distribute_module(module, device_mesh, None, before, after)
+
+
+class Positions(ParallelStyle):
+    """The table of positions is equal on all ranks; each looks up those of its slice of the sequence."""
+
+    def __init__(self, between: Placement) -> None:
+        self.between = between
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def before(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+            (positions_BS,) = inputs
+            dim = positions_BS.ndim - 1
+            placement = Shard(dim) if self.between == Shard(1) else Replicate()
+            return (DTensor.from_local(positions_BS, mesh, (Replicate(),)).redistribute(mesh, (placement,)),)
+
+        def after(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+            return output.to_local()
+
+        return distribute_module(module, device_mesh, None, before, after)
+
+
+class VocabParallelHead(nn.Module):
+    """The head with its vocabulary rows split: a rank sees its own columns of the logits, never all."""
+
+    def __init__(self, head: Head, mesh: DeviceMesh, between: Placement) -> None:
+        super().__init__()
+        self.norm, self.out, self.vocab_size, self.loss = head.norm, head.out, head.vocab_size, head.loss
+        self.mesh, self.between = mesh, between
+
+    weight = Head.weight
+
+    def forward(self, x_BSD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
+        """As `Head.forward`; every rank returns the same loss, or all logits."""
+        x = DTensor.from_local(self.norm(x_BSD), self.mesh, (self.between,), run_check=False)
+        # Each rank's columns give one part of the activations' gradient.
+        x_BSD = x.redistribute(self.mesh, (Replicate(),)).to_local(grad_placements=(Partial(),))
+        weight = self.weight(tied_VD)
+        assert isinstance(weight, DTensor)
+        logits_BSW = F.linear(x_BSD, weight.to_local())
+        start = self.mesh.get_local_rank() * logits_BSW.shape[-1]
+        if targets_BS is None:
+            whole = DTensor.from_local(logits_BSW, self.mesh, (Shard(2),), run_check=False).full_tensor()
+            return whole[..., : self.vocab_size]
+        padding = max(0, start + logits_BSW.shape[-1] - self.vocab_size)
+        return VocabParallelLoss.apply(  # type: ignore[no-untyped-call]
+            logits_BSW, targets_BS, start, padding, self.vocab_size, self.loss, self.mesh.get_group()
+        )
+
+
+class VocabParallelLoss(torch.autograd.Function):
+    """`CrossEntropy` where each rank holds the W columns [start, start + W) of the logits.
+
+    Three numbers per token travel: the largest logit, the sum of exponentials, the target's logit
+    (and the sum of logits, for label smoothing). The last `padding` columns are no tokens.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_BSW: Tensor,
+        targets_BS: Tensor,
+        start: int,
+        padding: int,
+        vocab_size: int,
+        loss: CrossEntropy,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        """The sum over scored targets, a scalar, the same on every rank of `group`."""
+        x_NW = logits_BSW.flatten(0, -2).to(torch.promote_types(logits_BSW.dtype, torch.float32))
+        width = max(0, x_NW.shape[-1] - padding)
+        targets_N = targets_BS.flatten()
+        scored_N = targets_N != IGNORE
+        here_N = scored_N & (targets_N >= start) & (targets_N < start + width)
+        column_N1 = torch.where(here_N, targets_N - start, 0).unsqueeze(-1)
+
+        real_NW = x_NW[:, :width]
+        largest_N = real_NW.amax(-1) if width else x_NW.new_full((len(x_NW),), -torch.inf)
+        dist.all_reduce(largest_N, dist.ReduceOp.MAX, group)
+        exp_NW = (x_NW - largest_N.unsqueeze(-1)).exp_()
+        exp_NW[:, width:] = 0
+        sums_3N = torch.stack(
+            (exp_NW.sum(-1), torch.where(here_N, x_NW.gather(-1, column_N1).squeeze(-1), 0.0), real_NW.sum(-1))
+        )
+        dist.all_reduce(sums_3N, group=group)
+        total_N, target_N, all_N = sums_3N
+        log_z_N = largest_N + total_N.log()
+        smooth = loss.label_smoothing
+        loss_N = log_z_N - (1 - smooth) * target_N - smooth * all_N / vocab_size + loss.z_loss * log_z_N.square()
+
+        softmax_NW = exp_NW.div_(total_N.unsqueeze(-1))
+        ctx.save_for_backward(softmax_NW, log_z_N, column_N1, here_N, scored_N)
+        ctx.loss, ctx.vocab_size, ctx.width, ctx.shape = loss, vocab_size, width, logits_BSW.shape
+        ctx.dtype = logits_BSW.dtype
+        return (loss_N * scored_N).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        softmax_NW, log_z_N, column_N1, here_N, scored_N = ctx.saved_tensors
+        smooth, z_loss = ctx.loss.label_smoothing, ctx.loss.z_loss
+        grad_NW = softmax_NW * (1 + 2 * z_loss * log_z_N).unsqueeze(-1)
+        grad_NW[:, : ctx.width] -= smooth / ctx.vocab_size
+        grad_NW.scatter_add_(-1, column_N1, -(1 - smooth) * here_N.to(grad_NW.dtype).unsqueeze(-1))
+        grad_NW *= (scored_N * gradients[0]).unsqueeze(-1)
+        return grad_NW.to(ctx.dtype).view(ctx.shape), None, None, None, None, None, None
+
+
+def _own_dropout(kernel: nn.Module, mesh: DeviceMesh) -> None:
+    """Heads are split, so their dropout must differ by rank, while all around it must not.
+
+    The kernel draws from a stream of its own, seeded by one draw of the common stream, which then
+    goes on as if nothing had happened; a recomputation repeats both.
+    """
+    rank = mesh.get_local_rank()
+
+    def before(module: nn.Module, inputs: Any) -> None:
+        seed = int(torch.randint(1 << 62, ()))
+        module.common = torch.get_rng_state()  # type: ignore[assignment]
+        torch.manual_seed(seed + rank)
+
+    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+        torch.set_rng_state(module.common)  # type: ignore[arg-type]
+        del module.common
+
+    if kernel.dropout:
+        kernel.register_forward_pre_hook(before)
+        kernel.register_forward_hook(after)

@@ -1,0 +1,196 @@
+"""Rules across sections: each broken one says what would hold; each derived value is filled in."""
+
+import re
+
+import pytest
+
+from dist_llm.config.check import AXES, check, divisors, dp_shard, resolve, round_up
+from dist_llm.config.schema import Config
+from dist_llm.data.shard import Manifest
+from dist_llm.errors import ConfigError
+from dist_llm.train.settings import read_config
+
+VOCAB = 300
+
+
+def make(**keys):
+    """A valid config with dotted keys (`__` for the dot) changed."""
+    raw = {
+        "run": {"dir": "runs/x", "steps": 20},
+        "model": {"d_model": 32, "n_layers": 2, "n_heads": 4},
+        "data": {"path": "corpus", "seq_len": 8, "global_batch": 12},
+    }
+    for name, value in keys.items():
+        section, _, leaf = name.partition("__")
+        raw.setdefault(section, {})[leaf] = value
+    return Config.model_validate(raw)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
+def test_a_sound_config_breaks_no_rule(world):
+    assert check(make(), world, VOCAB) == []
+
+
+RULES = [
+    ({"model__n_heads": 5}, 1, "model.n_heads", "set n_heads to one of 1, 2, 4, 8, 16, 32, or set model.head_dim"),
+    ({"model__n_heads": 32}, 1, "model.n_heads", "a head has 1 dimensions; make d_model / n_heads even"),
+    ({"model__head_dim": 7}, 1, "model.n_heads", "a head has 7 dimensions"),
+    ({"model__n_kv_heads": 3}, 1, "model.n_kv_heads", "do not divide 4 query heads; set one of 1, 2, 4"),
+    ({"model__vocab_size": 299}, 1, "model.vocab_size", "299 is smaller than the 300 ids .* at least 300, or 0"),
+    ({"model__max_seq_len": 7}, 1, "data.seq_len", "8 is longer than model.max_seq_len 7; lower it, or set max_seq"),
+    (
+        {"schedule__warmup_steps": 11, "schedule__decay_steps": 10},
+        1,
+        "schedule.warmup_steps",
+        "the warm-up ends at step 11, after the decay does at 10; set at most 10",
+    ),
+    ({"parallel__dp_shard": 0}, 1, "parallel.dp_shard", "or -1 for all that the other axes leave"),
+    ({"parallel__cp": 2}, 2, "parallel.cp", "set 1"),
+    ({"parallel__tp": 2}, 2, "parallel.tp", "set 1"),
+    ({"parallel__pp": 2}, 2, "parallel.pp", "set 1"),
+    ({"parallel__dp_shard": 2}, 3, "parallel.dp_shard", "dp_shard 2. needs 2 ranks, but 3 were started; set dp_shard"),
+    ({"parallel__dp_replicate": 2}, 3, "parallel.dp_shard", "needs 2 ranks, but 3 were started"),
+    (
+        {"parallel__dp_replicate": 2, "parallel__dp_shard": 2},
+        1,
+        "parallel.dp_shard",
+        r"dp_replicate 2 x dp_shard 2.* needs 4 ranks.*torchrun --nproc-per-node 4 -m dist_llm train",
+    ),
+    ({"data__global_batch": 7}, 2, "data.global_batch", "2 data-parallel ranks x micro-batches of 1; .*: 6 or 8"),
+    ({"data__global_batch": 3}, 4, "data.global_batch", "the nearest that do: 4$"),
+    ({"data__micro_batch": 5}, 2, "data.global_batch", "x micro-batches of 5; the nearest that do: 10 or 20"),
+]
+
+
+@pytest.mark.parametrize(("change", "world", "place", "message"), RULES, ids=[str(rule[0]) for rule in RULES])
+def test_a_broken_rule_names_its_place_and_the_way_out(change, world, place, message):
+    (violation,) = check(make(**change), world, VOCAB)
+    assert violation.keys[0] == place
+    assert re.search(message, violation.message)
+    for key in violation.keys:
+        section, _, leaf = key.partition(".")
+        assert leaf in Config.model_fields[section].annotation.model_fields, "a key that exists"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model__n_heads": 5, "model__head_dim": 6},
+        {"model__n_heads": 32, "model__positions": "learned"},
+        {"model__vocab_size": 300},
+        {"model__max_seq_len": 8},
+        {"schedule__warmup_steps": 10, "schedule__decay_steps": 10},
+        {"schedule__warmup_steps": 1000},  # a trial of a long run may end inside its warm-up
+        {"schedule__warmup_steps": 11, "schedule__decay_steps": 10, "schedule__name": "constant"},
+    ],
+)
+def test_what_only_looks_wrong_passes(change):
+    assert check(make(**change), 1, VOCAB) == []
+
+
+def test_the_nearest_batches_that_are_named_do_hold():
+    for batch in range(1, 40):
+        for micro in range(5):
+            for world in range(1, 5):
+                broken = check(make(data__global_batch=batch, data__micro_batch=micro), world, VOCAB)
+                assert bool(broken) == bool(batch % (world * max(micro, 1)))
+                for named in broken[0].message.rpartition(": ")[2].split(" or ") if broken else ():
+                    assert check(make(data__global_batch=int(named), data__micro_batch=micro), world, VOCAB) == []
+
+
+def test_rules_of_several_sections_come_together():
+    broken = check(make(model__n_kv_heads=3, data__global_batch=7, model__vocab_size=10), 2, VOCAB)
+    assert [v.keys[0] for v in broken] == ["model.n_kv_heads", "model.vocab_size", "data.global_batch"]
+
+
+@pytest.mark.parametrize(
+    ("change", "d_ff"),
+    [
+        ({}, 128),  # 8/3 * 32 = 85.3, up to a multiple of 64
+        ({"model__d_model": 4096}, 10944),
+        ({"model__activation": "gelu"}, 128),
+        ({"model__activation": "gelu_tanh", "model__d_model": 36}, 144),
+        ({"model__d_ff": 100}, 100),
+    ],
+)
+def test_resolve_derives_the_feed_forward(change, d_ff):
+    assert resolve(make(**change), 1, VOCAB).model.d_ff == d_ff
+
+
+def test_resolve_fills_in_every_zero_that_means_derive():
+    config = make(data__global_batch=12, parallel__dp_replicate=2)
+    model, data = (resolve(config, 6, VOCAB).model, resolve(config, 6, VOCAB).data)
+    assert (model.n_kv_heads, model.head_dim, model.vocab_size, model.max_seq_len) == (4, 8, VOCAB, 8)
+    assert data.micro_batch == 2
+    assert resolve(config, 6, VOCAB).parallel.dp_shard == 3
+    assert resolve(config, 6, VOCAB).schedule.decay_steps == 20
+
+
+def test_resolve_keeps_what_is_set_and_is_idempotent():
+    config = make(
+        model__n_kv_heads=2,
+        model__head_dim=16,
+        model__vocab_size=512,
+        model__max_seq_len=64,
+        data__micro_batch=3,
+        schedule__decay_steps=7,
+        parallel__dp_shard=2,
+    )
+    once = resolve(config, 2, VOCAB)
+    assert once.model.model_dump() == {**config.model.model_dump(), "d_ff": 128}
+    assert (once.data, once.schedule, once.parallel) == (config.data, config.schedule, config.parallel)
+    assert resolve(once, 2, VOCAB) == once
+    assert check(once, 2, VOCAB) == []
+
+
+def test_helpers():
+    assert [round_up(n, 4) for n in (0, 1, 4, 5)] == [0, 4, 4, 8]
+    assert divisors(12) == "1, 2, 3, 4, 6, 12"
+    assert divisors(5040).split(", ")[7:10] == ["8", "...", "1680"]
+    assert dp_shard(make(parallel__dp_replicate=2).parallel, 8) == 4
+    assert dp_shard(make(parallel__dp_replicate=4).parallel, 2) == 1
+    assert AXES == ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    Manifest("uint16", VOCAB, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def read(corpus, tmp_path):
+    """Read a sound config over a corpus of VOCAB ids, with overrides."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"run: {{dir: r, steps: 20}}\nmodel: {{d_model: 32, n_layers: 2, n_heads: 4}}\n"
+        f"data: {{path: '{corpus}', seq_len: 8, global_batch: 12}}\n"
+    )
+    return lambda *overrides, world=1: read_config(path, overrides, world)
+
+
+def test_read_config_takes_the_vocabulary_from_the_corpus(read):
+    assert read().model.vocab_size == VOCAB
+
+
+def test_one_error_holds_schema_rules_and_rules_across_sections(read):
+    with pytest.raises(ConfigError) as caught:
+        read("optim.lr=0", "log.evry=1", "model.n_kv_heads=3", "data.global_batch=7", world=2)
+    message = str(caught.value)
+    assert message.startswith("4 problems in the config:")
+    for place in ("optim.lr:", "log.evry:", "model.n_kv_heads:", "data.global_batch:"):
+        assert message.count(f"\n  {place}") == 1
+
+
+def test_a_missing_corpus_is_one_problem_among_others(read, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        read(f"data.path={tmp_path / 'nowhere'}", "model.n_kv_heads=3")
+    assert "data.path: " in str(caught.value)
+    assert "not a prepared corpus" in str(caught.value)
+    assert "model.n_kv_heads: " in str(caught.value)
+
+
+def test_a_rule_that_only_repeats_the_news_is_left_out(read):
+    """micro_batch is wrong in itself: that it does not divide global_batch would be a second complaint."""
+    with pytest.raises(ConfigError, match=r"^1 problem in the config:\n  data\.micro_batch: "):
+        read("data.micro_batch=-5", "data.global_batch=7", world=2)

@@ -1,0 +1,43 @@
+"""Tiny corpora, written straight through the shard format."""
+
+import numpy as np
+import pytest
+
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.shard import Manifest, ShardWriter, smallest_dtype
+
+
+@pytest.fixture
+def make_corpus(tmp_path):
+    """Shards of the given sizes -> (directory, the stream that they make, token by token)."""
+    made = []
+
+    def make(sizes, vocab_size=300, seed=0):
+        directory = tmp_path / f"corpus{len(made)}"
+        directory.mkdir()
+        made.append(directory)
+        rng = np.random.default_rng(seed)
+        documents = [rng.integers(0, vocab_size, size) for size in sizes]
+        dtype = smallest_dtype(vocab_size)
+        writer = ShardWriter(directory, "train", dtype, max_tokens=1)  # so each document fills a shard
+        for document in documents:
+            writer.add(document, text_bytes=3 * len(document))
+        Manifest(dtype, vocab_size, "none", ("random",), {"train": writer.close(), "heldout": ()}).save(directory)
+        return directory, np.concatenate(documents)
+
+    return make
+
+
+@pytest.fixture
+def counting(tmp_path):
+    """A corpus whose token at position i is i: what was read shows from where. [n_tokens] -> Corpus."""
+
+    def make(n_tokens, split="train"):
+        writer = ShardWriter(tmp_path, split, "uint32", max_tokens=7)
+        for start in range(0, n_tokens, 5):
+            writer.add(np.arange(start, min(start + 5, n_tokens)), text_bytes=5)
+        shards = {"train": (), "heldout": (), split: writer.close()}
+        Manifest("uint32", max(n_tokens, 1), "none", ("range",), shards).save(tmp_path)
+        return Corpus(tmp_path, split)
+
+    return make

@@ -1,0 +1,164 @@
+"""Shards read as one stream; a damaged one is named, with the byte where it shows."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.shard import MANIFEST, Manifest, Shard, ShardWriter, smallest_dtype
+from dist_llm.errors import DataError
+
+S = 8
+SHARDS = ([3 * S], [2 * S, S], [2 * S - 1, 2 * S + 1], [S, 1, 1, 2 * S], [4 * S + 1, 1], [1] * (2 * S + 1))
+
+
+@pytest.mark.parametrize("sizes", SHARDS, ids=str)
+@pytest.mark.parametrize("vocab_size", [300, 1 << 16, (1 << 16) + 1])
+def test_any_window_is_read_from_any_shards(sizes, vocab_size, make_corpus):
+    directory, stream = make_corpus(sizes, vocab_size=vocab_size)
+    corpus = Corpus(directory)
+    assert corpus.n_tokens == len(stream)
+    for length in (1, S, S + 1, len(stream)):
+        starts = np.arange(len(stream) - length + 1)
+        want = np.lib.stride_tricks.sliding_window_view(stream, length)
+        assert np.array_equal(corpus.read(starts, length), want)
+        assert np.array_equal(Corpus(directory).read(starts[::-1], length), want[::-1])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "windows"), [(0, -1), (1, 0), (S, 0), (S + 1, 1), (2 * S, 1), (2 * S + 1, 2), (3 * S, 2)]
+)
+def test_each_window_has_its_next_token(tokens, windows, counting):
+    corpus = counting(tokens)
+    assert max(corpus.n_windows(S), 0) == max(windows, 0)
+    if windows > 0:
+        rows = corpus.read(np.arange(windows) * S, S + 1)
+        assert np.array_equal(rows[:, 1:].ravel(), np.arange(1, windows * S + 1)), "each token is a target once"
+
+
+def test_the_smallest_type_that_holds_all_ids():
+    assert [smallest_dtype(n) for n in (1, 2**16, 2**16 + 1)] == ["uint16", "uint16", "uint32"]
+
+
+def test_the_writer_starts_a_shard_rather_than_cut_a_document(tmp_path):
+    writer = ShardWriter(tmp_path, "train", "uint16", max_tokens=10)
+    documents = [np.full(n, n) for n in (4, 6, 1, 12, 3)]
+    for document in documents:
+        writer.add(document, text_bytes=len(document))
+    shards = writer.close()
+    assert [(shard.tokens, shard.documents, shard.text_bytes) for shard in shards] == [
+        (10, 2, 10),
+        (1, 1, 1),
+        (12, 1, 12),
+        (3, 1, 3),
+    ]
+    offsets = [np.fromfile((tmp_path / s.file).with_suffix(".offsets"), "<u8").tolist() for s in shards]
+    assert offsets == [[0, 4], [0], [0], [0]]
+    stream = np.concatenate([np.fromfile(tmp_path / shard.file, "<u2") for shard in shards])
+    assert np.array_equal(stream, np.concatenate(documents))
+
+
+def test_a_manifest_reads_back(tmp_path):
+    shard = Shard("train-00000.bin", 10, 2, 33, "ab")
+    manifest = Manifest("uint32", 70_000, "cd", ("x", "y"), {"train": (shard, shard), "heldout": ()}, bad_rows=3)
+    manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+    assert (manifest.tokens("train"), manifest.documents("train"), manifest.text_bytes("train")) == (20, 4, 66)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.fixture
+def damaged(make_corpus):
+    """A corpus of three shards, to be damaged; its second shard and a reader of everything."""
+    directory, stream = make_corpus([20, 30, 20])
+    return directory, directory / "train-00001.bin", lambda: Corpus(directory).read(np.array([0]), len(stream))
+
+
+def test_an_id_beyond_the_vocabulary_is_found_with_its_byte(damaged):
+    directory, shard, read = damaged
+    ids = np.fromfile(shard, "<u2")
+    ids[7] = 300
+    ids.tofile(shard)
+    with pytest.raises(DataError, match=rf"{shard}: token 7 \(byte 14\) is 300, but the tokenizer has 300 ids"):
+        read()
+    with pytest.raises(DataError, match=r"token 7 \(byte 14\)"):
+        Corpus(directory).read(np.array([0, 25]), 5)
+    Corpus(directory).read(np.array([28]), 42)
+
+
+def test_sizes_are_checked_at_start(damaged):
+    directory, shard, read = damaged
+    Corpus(directory).check_sizes()
+    with shard.open("ab") as file:
+        file.write(b"\0\0")
+    for look in (read, Corpus(directory).check_sizes):
+        with pytest.raises(DataError, match=rf"{shard}: too long at byte 60: 62 bytes, but the manifest promises 60"):
+            look()
+    os.truncate(shard, 59)
+    for look in (read, Corpus(directory).check_sizes):
+        with pytest.raises(DataError, match=rf"{shard}: truncated at byte 59: 59 bytes, .*\(30 tokens of uint16\)"):
+            look()
+    shard.unlink()
+    for look in (read, Corpus(directory).check_sizes):
+        with pytest.raises(DataError, match=rf"{shard}: cannot be read: No such file"):
+            look()
+
+
+def test_hashes_are_checked_on_demand(damaged):
+    directory, shard, read = damaged
+    Corpus(directory, verify="hash")
+    ids = np.fromfile(shard, "<u2")
+    ids[3] ^= 1
+    ids.tofile(shard)
+    read()
+    Corpus(directory, verify="size").check_sizes()
+    with pytest.raises(DataError, match=rf"{shard}: .*sha256 .*the manifest promises"):
+        Corpus(directory, verify="hash")
+
+
+def test_what_is_no_corpus_is_refused_with_the_command_that_makes_one(tmp_path):
+    with pytest.raises(DataError, match=rf"{tmp_path}: not a prepared corpus .*dist-llm prepare .*--out {tmp_path}"):
+        Corpus(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(DataError, match="cannot be read as JSON"):
+        Corpus(tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps({"format": "dist_llm token shards 0"}))
+    with pytest.raises(DataError, match="not of format 'dist_llm token shards 1'"):
+        Corpus(tmp_path)
+
+
+def test_a_huge_corpus_opens_at_once_and_takes_no_memory(tmp_path):
+    """A sparse 10-GB shard: time and memory of start-up and of a batch do not depend on its size."""
+    size = 10 * 2**30
+    with (tmp_path / "train-00000.bin").open("wb") as file:
+        file.truncate(size)
+    shard = Shard("train-00000.bin", size // 2, 1, size, "")
+    Manifest("uint16", 300, "", (), {"train": (shard,), "heldout": ()}).save(tmp_path)
+    code = """if True:
+        import resource, sys, time
+        from pathlib import Path
+        from dist_llm.config.schema import DataConfig
+        from dist_llm.data.corpus import Corpus
+        from dist_llm.data.loader import Loader, build_order
+        from dist_llm.objectives.causal import causal
+        begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        corpus = Corpus(Path(sys.argv[1]))
+        corpus.check_sizes()
+        for name in ("shuffle", "random"):
+            data = DataConfig(path="", seq_len=1024, global_batch=8, micro_batch=8, order=name)
+            order = build_order(data, corpus, seed=0)
+            loader = Loader(corpus, order, causal, data, 0, 1, pin=False)
+            assert loader.batches(10**12)[0].scored == 8 * 1024
+            loader.close()
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print(time.perf_counter() - begin, grown)
+    """
+    ran = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    seconds, grown_kb = map(float, ran.stdout.split())
+    assert seconds < 2
+    assert grown_kb < 50_000

@@ -1,0 +1,62 @@
+"""Evaluation scores each held-out target once, on any number of ranks that run equally often."""
+
+import math
+
+import pytest
+import torch
+
+from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.train.evaluate import evaluate, heldout_batches
+
+SEQ = 8
+# No window, one short, one whole, a short tail of 1 and of SEQ - 1, more ranks than windows.
+TOKENS = (2, 5, SEQ + 1, 3 * SEQ + 1, 3 * SEQ + 2, 4 * SEQ, 7 * SEQ + 3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("n_tokens", TOKENS)
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_each_target_is_scored_once_and_ranks_run_in_step(n_tokens, micro_batch, ranks, counting):
+    corpus = counting(n_tokens, "heldout")
+    shares = [list(heldout_batches(corpus, SEQ, micro_batch, rank, ranks)) for rank in range(ranks)]
+    assert len({tuple(len(batch.inputs_BS) for batch in share) for share in shares}) == 1, "same batches, same rows"
+    scored = []
+    for batch in (batch for share in shares for batch in share):
+        assert batch.inputs_BS.shape == batch.targets_BS.shape
+        assert batch.inputs_BS.shape[1] == SEQ
+        assert len(batch.inputs_BS) <= micro_batch
+        assert batch.inputs_BS.min() >= 0
+        counts = batch.targets_BS != IGNORE
+        assert batch.scored == counts.sum()
+        assert torch.equal(batch.inputs_BS[counts] + 1, batch.targets_BS[counts]), "the corpus counts"
+        scored += batch.targets_BS[counts].tolist()
+    assert sorted(scored) == list(range(1, n_tokens))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("limit", [1, 2, 3, 99])
+def test_a_limit_takes_the_first_windows(limit, ranks, counting):
+    corpus = counting(4 * SEQ + 1, "heldout")
+    batches = [b for rank in range(ranks) for b in heldout_batches(corpus, SEQ, 2, rank, ranks, limit)]
+    scored = sorted(target for b in batches for target in b.targets_BS[b.targets_BS != IGNORE].tolist())
+    assert scored == list(range(1, min(limit, 4) * SEQ + 1))
+
+
+class Alone:
+    """An engine that charges each scored target its own id, in nats."""
+
+    data_rank = (0, 1)
+
+    def total(self, value):
+        return torch.as_tensor(value)
+
+    def score(self, batch):
+        return batch.targets_BS[batch.targets_BS != IGNORE].float().sum()
+
+
+def test_the_numbers_are_per_token_and_per_byte_of_text(counting):
+    corpus = counting(11, "heldout")  # three documents of 5 "bytes" each: 15 bytes of text
+    result = evaluate(Alone(), corpus, SEQ, 1)
+    assert (result.tokens, result.loss) == (10, sum(range(1, 11)) / 10)
+    assert result.bits_per_byte == pytest.approx(5.5 / math.log(2) / (15 / 11))
+    assert result.perplexity == pytest.approx(math.exp(5.5))

@@ -1,0 +1,153 @@
+"""Any world size reads the same samples in the same order, ahead or not, from any step."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from dist_llm.config.schema import DataConfig
+from dist_llm.data.loader import Loader, build_order
+from dist_llm.data.order import Random, Shuffle
+from dist_llm.errors import DataError
+from dist_llm.models.visibility import CAUSAL
+from dist_llm.objectives.causal import causal
+
+SEQ = 4
+BATCH = 24  # divides by every world size below
+STEPS = 3
+WORLDS = (1, 2, 3, 4, 8)
+
+
+@pytest.fixture
+def corpus(counting):
+    return counting(SEQ * BATCH * STEPS + 1)  # exactly one epoch of STEPS steps
+
+
+def settings(**changes):
+    return DataConfig(**{"path": "", "seq_len": SEQ, "global_batch": BATCH, "micro_batch": 1, "prefetch": 0, **changes})
+
+
+def loader(corpus, rank=0, ranks=1, **changes):
+    data = settings(**changes)
+    return Loader(corpus, build_order(data, corpus, seed=3), causal, data, rank, ranks, pin=False)
+
+
+def step(loader, number):
+    """First tokens of each of the step's sequences."""
+    return torch.cat([batch.inputs_BS[:, 0] for batch in loader.batches(number * BATCH)]).tolist()
+
+
+@pytest.mark.parametrize("order", ["shuffle", "random"])
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_the_global_order_does_not_depend_on_the_world(ranks, order, corpus):
+    alone = loader(corpus, order=order)
+    parts = [loader(corpus, rank, ranks, order=order) for rank in range(ranks)]
+    for number in range(2 * STEPS):
+        shares = [step(part, number) for part in parts]
+        assert {len(share) for share in shares} == {BATCH // ranks}
+        assert sum(shares, []) == step(alone, number)
+
+
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_an_epoch_is_disjoint_and_complete_over_the_ranks(ranks, corpus):
+    shares = [
+        [start for number in range(STEPS) for start in step(part, number)]
+        for part in (loader(corpus, rank, ranks) for rank in range(ranks))
+    ]
+    seen = sum(shares, [])
+    assert sorted(seen) == list(range(0, SEQ * BATCH * STEPS, SEQ))
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 12])
+def test_microbatches_cut_the_share_and_keep_its_order(micro, corpus):
+    cut, whole = loader(corpus, 1, 2, micro_batch=micro), loader(corpus, 1, 2, micro_batch=12)
+    batches = cut.batches(0)
+    assert [len(batch.inputs_BS) for batch in batches] == [micro] * (12 // micro)
+    assert step(cut, 1) == step(whole, 1)
+
+
+def test_a_batch_is_inputs_and_the_tokens_that_follow(corpus):
+    (batch,) = loader(corpus, micro_batch=BATCH).batches(0)
+    assert batch.inputs_BS.dtype == batch.targets_BS.dtype == torch.int64
+    assert batch.inputs_BS.shape == (BATCH, SEQ)
+    assert torch.equal(batch.targets_BS, batch.inputs_BS + 1), "the corpus counts"
+    assert torch.equal(batch.inputs_BS[:, 1:], batch.targets_BS[:, :-1])
+    assert (batch.visible, batch.scored) == (CAUSAL, BATCH * SEQ)
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 5])
+def test_reading_ahead_changes_nothing(prefetch, corpus):
+    ahead, plain = loader(corpus, prefetch=prefetch), loader(corpus)
+    try:
+        for number in (0, 1, 2, 7, 8, 3):  # in order, after a jump, and back
+            assert step(ahead, number) == step(plain, number)
+    finally:
+        ahead.close()
+
+
+def test_the_thread_ends_with_the_loader(corpus):
+    ahead = loader(corpus, prefetch=2)
+    step(ahead, 0)
+    assert any(thread.name.startswith("loader") for thread in threading.enumerate())
+    ahead.close()
+    assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("number", [1, STEPS, 10**9])
+def test_a_resume_is_one_number_and_reads_nothing_else(number, corpus, monkeypatch):
+    reads = []
+    read = corpus.read
+    monkeypatch.setattr(corpus, "read", lambda starts, length: reads.append(len(starts)) or read(starts, length))
+    resumed = step(loader(corpus), number)
+    assert reads == [BATCH]
+    whole = loader(corpus)
+    if number < 10:
+        assert resumed == [step(whole, n) for n in range(number + 1)][-1]
+
+
+def test_an_error_ahead_comes_with_its_own_step(make_corpus):
+    from dist_llm.data.corpus import Corpus
+
+    directory, _ = make_corpus([SEQ * BATCH * STEPS + 1])
+    path = directory / "train-00000.bin"
+    ids = np.fromfile(path, "<u2")
+    data = settings(prefetch=2)
+    corpus = Corpus(directory)
+    order = build_order(data, corpus, seed=3)
+    ids[order.starts(np.array([2 * BATCH]))] = 999  # an input of step 2 only, or a target of its neighbour
+    ids.tofile(path)
+    ahead = Loader(corpus, order, causal, data, 0, 1, pin=False)
+    try:
+        with pytest.raises(DataError, match="is 999"):
+            for number in range(3):
+                ahead.batches(number * BATCH)
+    finally:
+        ahead.close()
+
+
+def test_the_order_that_is_asked_for(corpus):
+    n_windows = BATCH * STEPS
+    assert build_order(settings(order="shuffle"), corpus, 3) == Shuffle(3, n_windows, SEQ)
+    assert build_order(settings(order="random"), corpus, 3) == Random(3, n_windows * SEQ + 1 - SEQ)
+
+
+def test_random_offsets_reach_both_ends(counting):
+    corpus = counting(SEQ + 3)
+    order = build_order(settings(order="random"), corpus, 0)
+    rows = corpus.read(order.starts(np.arange(200)), SEQ + 1)
+    assert (rows.min(), rows.max()) == (0, SEQ + 2)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, SEQ])
+@pytest.mark.parametrize("order", ["shuffle", "random"])
+def test_a_corpus_too_short_for_a_window_is_refused(tokens, order, counting):
+    corpus = counting(tokens)
+    with pytest.raises(DataError, match=rf"{tokens} train tokens make no window .*at most {max(tokens - 1, 0)} "):
+        build_order(settings(order=order), corpus, 0)
+
+
+def test_the_shortest_corpus_has_one_window(counting):
+    corpus = counting(SEQ + 1)
+    for order in ("shuffle", "random"):
+        assert build_order(settings(order=order), corpus, 0).starts(np.arange(4)).tolist() == [0] * 4

@@ -1,0 +1,124 @@
+"""The commands a user types, as processes with a time limit, and what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+DEBUG_CONFIG = REPOSITORY / "configs" / "debug.yaml"
+LIMIT_SECONDS = 120
+POLL_SECONDS = 0.002
+
+# A step of this model takes 20 ms and more, long enough to be killed between two checkpoints,
+# and is cut into microbatches at each world size up to 4.
+TINY = ("run.steps=20", "data.seq_len=128", "data.micro_batch=2", "log.every=1", "eval.windows=8")
+
+
+def command(*arguments: object, ranks: int = 0) -> list[str]:
+    """`python -m dist_llm ...`, or with `ranks` the same under torchrun."""
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    return [*launcher, "-m", "dist_llm", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """This one, as if nothing had started it under torchrun; the environment's programs first on PATH."""
+    clean = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS"}}
+    return {**clean, "PATH": f"{Path(sys.executable).parent}:{clean.get('PATH', '')}"}
+
+
+def run(*arguments: object, ranks: int = 0, cwd: Path, succeed: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run to the end. With `succeed`, any other exit than 0 fails the test and shows the output."""
+    done = subprocess.run(
+        command(*arguments, ranks=ranks),
+        cwd=cwd,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+    )
+    if succeed:
+        assert done.returncode == 0, f"{done.args} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def train(directory: Path, corpus: Path, *overrides: object, ranks: int = 0) -> Path:
+    """Train the tiny model into `directory`/run and return that run."""
+    run(*train_arguments(corpus, *overrides), ranks=ranks, cwd=directory)
+    return directory / "run"
+
+
+def train_arguments(corpus: Path, *overrides: object) -> tuple[object, ...]:
+    return ("train", "--config", DEBUG_CONFIG, "run.dir=run", f"data.path={corpus}", *TINY, *overrides)
+
+
+def kill_when(appears: Path, arguments: Sequence[object], ranks: int, cwd: Path) -> None:
+    """Start the command; as soon as the file is there, SIGKILL every process of it at once."""
+    log = cwd / f"killed_at_{appears.parent.name}.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command(*arguments, ranks=ranks),
+            cwd=cwd,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + LIMIT_SECONDS
+            while not appears.exists():
+                assert process.poll() is None, f"ended before {appears} was there:\n{log.read_text()}"
+                assert time.monotonic() < deadline, f"{appears} did not come:\n{log.read_text()}"
+                time.sleep(POLL_SECONDS)
+        finally:
+            _kill(_family(process.pid))
+            process.wait()
+
+
+def _family(process: int) -> list[int]:
+    """The process and its descendants (torchrun gives each rank a session of its own)."""
+    found = [process]
+    for parent in found:
+        for children in Path(f"/proc/{parent}/task").glob("*/children"):
+            found += [int(child) for child in children.read_text().split()]
+    return found
+
+
+def _kill(processes: Sequence[int]) -> None:
+    for process in processes:
+        try:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def metrics(run_directory: Path) -> list[dict[str, Any]]:
+    """The rows of each training step; those of evaluations are left out."""
+    return [row for row in all_rows(run_directory) if "loss" in row]
+
+
+def all_rows(run_directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    return [row[name] for row in rows]
+
+
+def newest(run_directory: Path) -> Path:
+    """The newest complete checkpoint."""
+    return max(marker.parent for marker in (run_directory / "checkpoints").glob("step_*/COMMITTED"))
+
+
+def progress(checkpoint: Path) -> dict[str, int]:
+    counters: dict[str, int] = json.loads((checkpoint / "progress.json").read_text())
+    return counters

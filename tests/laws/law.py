@@ -1,0 +1,164 @@
+"""The law: a layout computes the step that one process computes.
+
+`trace` takes steps on random batches and keeps all that a step is: loss, scored tokens, every
+parameter's full gradient before clipping, the norm, and every parameter after. `check` holds one
+trace against another.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dist_llm.config.check import check as broken_rules
+from dist_llm.config.check import resolve
+from dist_llm.config.schema import Config
+from dist_llm.engines.native import NativeEngine
+from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.models.visibility import CAUSAL
+from dist_llm.objectives.batch import Batch
+from dist_llm.train.step import train_step
+from tests.laws import bugs
+from tests.laws.worlds import world
+
+# d_ff and heads divide by 4; GQA; the vocabulary divides by nothing, so two of its 132 rows are padding.
+MODEL: dict[str, Any] = dict(
+    d_model=32, n_layers=4, n_heads=8, n_kv_heads=4, d_ff=48, vocab_size=130, vocab_multiple=4
+)
+ROWS, SEQ_LEN = 24, 32
+
+
+@dataclass
+class Trace:
+    """Per step: loss, scored, norm, {name: gradient}, {name: parameter}."""
+
+    losses: list[float] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    parameters: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+def config_of(ranks: int, model: dict[str, Any], **sections: Any) -> Config:
+    """A resolved config; keys of `sections` are sections or scalars of the schema."""
+    raw: dict[str, Any] = {
+        "run": {"dir": "unused", "steps": 20, "seed": 3},
+        "model": MODEL | model,
+        "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": ROWS, "micro_batch": 0},
+        "optim": {"name": "sgd", "lr": 1.0, "weight_decay": 0.0, "clip": 0.0},
+    }
+    for name, value in sections.items():
+        raw[name] = {**raw.get(name, {}), **value} if isinstance(value, dict) else value
+    config = Config.model_validate(raw)
+    assert not (broken := broken_rules(config, ranks, 0)), broken
+    return resolve(config, ranks, 0)
+
+
+def random_rows(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [ROWS, SEQ_LEN] of very uneven weight: a mean of means is far off."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab_size, (ROWS, SEQ_LEN + 1), generator=generator)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    keep = torch.rand(ROWS, 1, generator=generator) ** 2
+    targets[torch.rand(ROWS, SEQ_LEN, generator=generator) > keep] = IGNORE
+    targets[0, : SEQ_LEN // 2] = IGNORE  # a whole context-parallel part without a target
+    return inputs, targets
+
+
+def batches_of(config: Config, engine: NativeEngine, step: int) -> list[Batch]:
+    """This data rank's microbatches of the step, as the loader would cut them."""
+    inputs, targets = random_rows(step)
+    rank, ranks = engine.data_rank
+    share, micro = ROWS // ranks, config.data.micro_batch
+    return [
+        Batch.of(inputs[i : i + micro], targets[i : i + micro], CAUSAL)
+        for i in range(rank * share, (rank + 1) * share, micro)
+    ]
+
+
+class Spy(NativeEngine):
+    """An engine that keeps the gradients it is about to use."""
+
+    kept: dict[str, Tensor]
+
+    def update(self, lr: float) -> Tensor:
+        self.kept = {name: whole(p.grad) for name, p in self.named_parameters() if p.grad is not None}
+        return super().update(lr)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor, copied."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def trace(config: Config, steps: int, bug: str | None = None) -> Trace:
+    """Take `steps` steps, on one process or on this rank of a world, with a bug planted if one is named."""
+    with ExitStack() as planted:
+        if bug:
+            planted.enter_context(bugs.planted(bug))
+        return _trace(config, steps)
+
+
+def _trace(config: Config, steps: int) -> Trace:
+    engine, found = Spy(config, torch.device("cpu")), Trace()
+    for step in range(steps):
+        report = train_step(engine, batches_of(config, engine, step), config.optim.lr, step)
+        found.losses.append(report.loss.item())
+        found.scored.append(int(report.scored))
+        found.norms.append(report.grad_norm.item())
+        if step in (0, steps - 1):
+            found.gradients.append(engine.kept)
+            found.parameters.append({name: whole(p) for name, p in engine.named_parameters()})
+    return found
+
+
+def reference(ranks_config: Config, steps: int) -> Trace:
+    """One process on the whole batch in one piece: no layout, no accumulation, no recomputation."""
+    data = ranks_config.data.model_copy(update={"micro_batch": ROWS})
+    parallel = type(ranks_config.parallel)(dp_shard=1)
+    return trace(ranks_config.model_copy(update={"data": data, "parallel": parallel, "compile": False}), steps)
+
+
+def merged(traces: Sequence[Trace]) -> Trace:
+    """All ranks' traces as one. What several ranks report must be the same, bit for bit."""
+    first = traces[0]
+    for rank, other in enumerate(traces[1:], 1):
+        for name in ("losses", "scored", "norms"):
+            assert getattr(other, name) == getattr(first, name), f"{name} of rank {rank} differ from rank 0's"
+        for kind in ("gradients", "parameters"):
+            for into, more in zip(getattr(first, kind), getattr(other, kind), strict=True):
+                for name, value in more.items():
+                    if name in into:
+                        assert torch.equal(into[name], value), f"{kind}: {name} of rank {rank} differs from an earlier rank's"
+                    into[name] = value
+    return first
+
+
+def hold(ranks: int, config: Config, steps: int = 1, bug: str | None = None) -> None:
+    """Raise AssertionError unless `config` on `ranks` ranks computes the reference's steps."""
+    compare(merged(world(ranks).run(trace, config, steps, bug)), reference(config, steps))
+
+
+def compare(got: Trace, want: Trace, first: float = 1e-5, later: float = 1e-4) -> None:
+    """Relative to the largest element of each tensor: `first` at step 1, `later` at the last."""
+    assert got.scored == want.scored, f"scored tokens {got.scored}, one process {want.scored}"
+    for step, (a, b) in enumerate(zip(got.losses, want.losses, strict=True)):
+        _close(f"loss of step {step + 1}", torch.tensor(a), torch.tensor(b), first if step == 0 else later)
+    for step, (a, b) in enumerate(zip(got.norms, want.norms, strict=True)):
+        _close(f"norm of step {step + 1}", torch.tensor(a), torch.tensor(b), first if step == 0 else later)
+    for place, tolerance in ((0, first), (-1, later)):
+        for kind in ("gradients", "parameters"):
+            found, wanted = getattr(got, kind)[place], getattr(want, kind)[place]
+            assert found.keys() == wanted.keys(), f"{kind}: {found.keys() ^ wanted.keys()}"
+            for name in wanted:
+                _close(f"{kind[:-1]} {name}, record {place}", found[name], wanted[name], tolerance)
+
+
+def _close(what: str, found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    off = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)
+    assert off <= tolerance, f"{what}: off by {off:.2e} of its largest element, allowed {tolerance:.0e}"

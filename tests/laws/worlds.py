@@ -1,0 +1,114 @@
+"""Worlds of gloo processes, started once per size and handed one function after another.
+
+Starting eight interpreters that import torch costs more than most tests; a world that broke or hung
+is thrown away and the next call starts a fresh one.
+"""
+
+import atexit
+import gc
+import multiprocessing
+import os
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+COLLECTIVE_TIMEOUT_SECONDS = 60
+
+
+class WorldError(AssertionError):
+    """A rank raised; the text holds every rank's traceback."""
+
+
+class GlooWorld:
+    """`size` processes with a default process group. `run` calls f(*args) on all; returns their results by rank."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.store = tempfile.NamedTemporaryFile(prefix="dist_llm_world_")  # noqa: SIM115
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, self.store.name, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        results, errors = [], []
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                if not pipe.poll(timeout):
+                    raise EOFError(f"no answer in {timeout} s")
+                ok, value = pipe.recv()
+            except (EOFError, OSError) as error:
+                ok, value = False, f"{type(error).__name__}: {error}"
+            results.append(value)
+            if not ok:
+                errors.append(f"--- rank {rank}\n{value}")
+                timeout = 5
+        if errors:
+            self.stop()
+            raise WorldError("\n".join(errors))
+        return results
+
+    @property
+    def alive(self) -> bool:
+        return bool(self.processes) and all(process.is_alive() for process in self.processes)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes = []
+
+
+_worlds: dict[int, GlooWorld] = {}
+
+
+def world(size: int) -> GlooWorld:
+    """The shared world of that size, started on first use."""
+    if size not in _worlds or not _worlds[size].alive:
+        _worlds[size] = GlooWorld(size)
+    return _worlds[size]
+
+
+@atexit.register
+def stop_all() -> None:
+    for each in _worlds.values():
+        each.stop()
+
+
+def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, size),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            answer = True, function(*args)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        pipe.send(answer)
+        del answer
+        gc.collect()
+        torch.compiler.reset()

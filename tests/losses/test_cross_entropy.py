@@ -1,0 +1,131 @@
+"""The summed loss equals its definition, by hand, in value and gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
+
+B, S, V = 3, 5, 11
+
+
+def case(dtype=torch.float32, scale=3.0, seed=0):
+    """Logits [B, S, V] and targets [B, S], some of them ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(B, S, V, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, V, (B, S), generator=generator)
+    targets[0, :3] = targets[2, 4] = IGNORE
+    return logits.to(dtype), targets
+
+
+def naive(logits, targets, smoothing=0.0, z_loss=0.0):
+    """One target after another, as the papers write it, in fp64."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row, target in zip(logits.double().flatten(0, -2), targets.flatten().tolist(), strict=True):
+        if target == IGNORE:
+            continue
+        z = row.exp().sum()
+        log_p = (row.exp() / z).log()
+        share = torch.full((len(row),), smoothing / len(row), dtype=torch.float64)
+        share[target] += 1 - smoothing
+        total = total - (share * log_p).sum() + z_loss * z.log() ** 2
+    return total
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_torchs_sum_and_the_definition(seed):
+    logits, targets = case(seed=seed)
+    got = CrossEntropy()(logits, targets)
+    assert got.shape == ()
+    torch.testing.assert_close(
+        got, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(got.double(), naive(logits, targets), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4, 0.3])
+def test_smoothing_and_z_loss_by_hand(smoothing, z_loss):
+    logits, targets = case()
+    got = CrossEntropy(smoothing, z_loss)(logits, targets)
+    torch.testing.assert_close(got.double(), naive(logits, targets, smoothing, z_loss), rtol=2e-6, atol=0)
+
+
+def test_a_number_worked_out_on_paper():
+    """Two equal logits of ln 2: Z = 4, p = 1/2, so ln 2 each, plus z * (ln 4)^2."""
+    ln2 = torch.tensor(2.0).log()
+    logits, targets = torch.stack((ln2, ln2)).view(1, 1, 2), torch.tensor([[1]])
+    torch.testing.assert_close(CrossEntropy()(logits, targets), ln2)
+    torch.testing.assert_close(CrossEntropy(z_loss=0.5)(logits, targets), ln2 + 0.5 * 4 * ln2**2)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.2), CrossEntropy(0.0, 0.3), CrossEntropy(0.1, 0.01)])
+def test_gradients_are_those_of_the_value(loss):
+    logits, targets = case(torch.float64)
+    assert torch.autograd.gradcheck(lambda x: loss(x, targets), logits.requires_grad_(), fast_mode=True)
+
+
+def test_the_gradient_of_z_loss_by_hand():
+    """d/dx z * (log Z)^2 = 2 z log Z softmax(x), on scored rows only."""
+    logits, targets = case(torch.float64)
+    logits.requires_grad_()
+    (both,) = torch.autograd.grad(CrossEntropy(z_loss=0.7)(logits, targets), logits)
+    (plain,) = torch.autograd.grad(CrossEntropy()(logits, targets), logits)
+    want = 2 * 0.7 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1) * (targets != IGNORE).unsqueeze(-1)
+    torch.testing.assert_close(both - plain, want.detach())
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.1, 1e-4)])
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_finite_at_extreme_logits(loss, size):
+    logits = torch.zeros(1, 2, V)
+    logits[..., 0] = size
+    logits.requires_grad_()
+    value = loss(logits, torch.tensor([[0, 1]]))
+    value.backward()
+    assert value.isfinite()
+    assert logits.grad.isfinite().all()
+    if loss == CrossEntropy() and size > 0:
+        assert value == 1e4
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1, 0.3)])
+def test_ignored_positions_count_for_nothing(loss):
+    logits, targets = case()
+    logits.requires_grad_()
+    value = loss(logits, targets)
+    (gradient,) = torch.autograd.grad(value, logits)
+    ignored = targets == IGNORE
+    assert (gradient[ignored] == 0).all()
+    assert (gradient[~ignored] != 0).any(-1).all()
+
+    other = logits.detach().clone()
+    other[ignored] = 1e4
+    assert loss(other, targets) == value
+    kept = loss(logits[~ignored][None], targets[~ignored][None])
+    torch.testing.assert_close(kept, value)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.1, 0.3)])
+def test_nothing_scored_is_zero_not_nan(loss):
+    logits = case()[0].requires_grad_()
+    value = loss(logits, torch.full((B, S), IGNORE))
+    value.backward()
+    assert value == 0
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1, 0.01)])
+def test_bf16_logits_are_summed_in_fp32(loss):
+    logits, targets = case(torch.bfloat16)
+    got = loss(logits, targets)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, loss(logits.float(), targets))
+
+
+def test_it_is_a_sum_over_any_cut():
+    loss = CrossEntropy(0.1, 0.01)
+    logits, targets = case(torch.float64)
+    torch.testing.assert_close(
+        sum(loss(row[None], target[None]) for row, target in zip(logits, targets, strict=True)), loss(logits, targets)
+    )

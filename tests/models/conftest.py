@@ -1,0 +1,34 @@
+"""Tiny models with values, by name of setting."""
+
+import pytest
+
+from dist_llm.config.schema import ModelConfig
+from dist_llm.losses.cross_entropy import CrossEntropy
+from dist_llm.models.decoder import Decoder
+from dist_llm.models.init import fill, rule_for
+
+
+@pytest.fixture
+def settings():
+    """A resolved `model` section, Llama-like unless told otherwise."""
+
+    def settings(**changes):
+        shape = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}
+        return ModelConfig(**{**shape, "vocab_size": 20, "vocab_multiple": 1, "max_seq_len": 16, **changes})
+
+    return settings
+
+
+@pytest.fixture
+def build(settings):
+    """A model in eval mode. Values are larger than a run's, so that what should matter shows."""
+
+    def build(loss=None, seed=0, **changes):
+        config = settings(**{"init_std": 0.3, **changes})
+        model = Decoder(config, loss or CrossEntropy()).eval()
+        for name, parameter in model.named_parameters():
+            rule = rule_for(name, parameter.shape, config)
+            fill(parameter.detach(), name, rule, seed, parameter.shape, (0,) * parameter.ndim)
+        return model
+
+    return build

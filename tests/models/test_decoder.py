@@ -1,0 +1,299 @@
+"""The decoder against its definition: sizes, sight, cache, tying, padding, dropout."""
+
+import math
+
+import pytest
+import torch
+
+from dist_llm.config.schema import ModelConfig
+from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
+from dist_llm.models.attention import KVCache, attend
+from dist_llm.models.decoder import Decoder, Embedding
+from dist_llm.models.visibility import CAUSAL, FULL
+
+GPT2 = {
+    "positions": "learned",
+    "norm": "layernorm",
+    "activation": "gelu_tanh",
+    "bias": True,
+    "tie_embeddings": True,
+}
+LLAMA = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "n_kv_heads": 2}
+POSITIONS = ("rope", "learned", "sinusoidal")
+ORDERS = ("pre", "post")
+
+PUBLISHED = {
+    # Radford et al. 2019 as released; Dubey et al. 2024, table 3.
+    "GPT-2 small": (124_439_808, GPT2, 768, 12, 12, 12, 64, 3072, 50257, 1024),
+    "GPT-2 XL": (1_557_611_200, GPT2, 1600, 48, 25, 25, 64, 6400, 50257, 1024),
+    "Llama 3 8B": (8_030_261_248, {}, 4096, 32, 32, 8, 128, 14336, 128256, 8192),
+    "Llama 3 70B": (70_553_706_496, {}, 8192, 80, 64, 8, 128, 28672, 128256, 8192),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name):
+    count, kind, *sizes = PUBLISHED[name]
+    names = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "max_seq_len")
+    config = ModelConfig(**kind, **dict(zip(names, sizes, strict=True)), vocab_multiple=1)
+    with torch.device("meta"):
+        model = Decoder(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert not list(model.buffers()), "nothing but parameters needs a value"
+
+
+def distinct_tokens(length, vocab=20):
+    return torch.randperm(vocab, generator=torch.Generator().manual_seed(1))[:length][None]
+
+
+@pytest.mark.parametrize("norm_order", ORDERS)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_prediction_depends_on_all_tokens_up_to_it_and_no_later_one(positions, norm_order, build):
+    model = build(positions=positions, norm_order=norm_order, n_kv_heads=2)
+    tokens = distinct_tokens(7)
+    logits = model(tokens)
+    for place in range(7):
+        (gradient,) = torch.autograd.grad(
+            logits[0, place].square().sum(), model.embed.tokens.weight, retain_graph=True
+        )
+        reached = gradient[tokens[0]].abs().sum(-1) > 0
+        assert reached.tolist() == [other <= place for other in range(7)]
+
+
+def test_full_visibility_sees_ahead(build):
+    model = build()
+    tokens = distinct_tokens(5)
+    (gradient,) = torch.autograd.grad(model(tokens, None, FULL)[0, 0].square().sum(), model.embed.tokens.weight)
+    assert (gradient[tokens[0]].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_places_matter(positions, build):
+    """The same token among the same others, elsewhere: another prediction."""
+    model = build(positions=positions)
+    one, other = model(torch.tensor([[1, 2, 3]])), model(torch.tensor([[2, 1, 3]]))
+    assert (one[0, -1] - other[0, -1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 3, 1], [9], [1, 8], [8, 1]], ids=str)
+@pytest.mark.parametrize("kind", [GPT2, LLAMA, {"positions": "sinusoidal", "norm_order": "post"}], ids=["gpt2", "llama", "post"])
+def test_the_cache_gives_the_full_forward(kind, pieces, build):
+    model = build(**kind)
+    tokens = torch.stack([distinct_tokens(9)[0], distinct_tokens(9)[0].flip(0)])
+    cache, out = KVCache(), []
+    for piece in tokens.split(pieces, dim=1):
+        out.append(model(piece, None, CAUSAL, cache))
+    assert cache.length == 9
+    torch.testing.assert_close(torch.cat(out, dim=1), model(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_grouped_queries_are_heads_with_repeated_keys_and_values(build):
+    grouped, full = build(n_kv_heads=2), build(n_kv_heads=4)
+    state = grouped.state_dict()
+    for name in state:
+        if name.endswith(("attention.k.weight", "attention.v.weight")):
+            state[name] = state[name].view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32)
+    full.load_state_dict(state)
+    tokens = distinct_tokens(8)
+    torch.testing.assert_close(full(tokens), grouped(tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("S", "T"), [(1, 1), (1, 6), (3, 3), (3, 6), (5, 6), (2, 9)])
+@pytest.mark.parametrize("visible", [CAUSAL, FULL], ids=["causal", "full"])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_attention_is_softmax_under_an_explicit_mask(S, T, visible, kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, S, 4, 8, generator=generator)
+    k, v = (torch.randn(2, T, kv_heads, 8, generator=generator) for _ in range(2))
+    got = attend(q, k, v, visible, 0.0)
+    want = torch.empty_like(q)
+    for row in range(2):
+        for head in range(4):
+            shared = head * kv_heads // 4
+            for place in range(S):
+                seen = T - S + place + 1 if visible.causal else T
+                scores = k[row, :seen, shared] @ q[row, place, head] / math.sqrt(8)
+                want[row, place, head] = scores.softmax(0) @ v[row, :seen, shared]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def naive(model, config, tokens):
+    """The decoder in plain tensor algebra, one sequence, one head at a time."""
+    value = dict(model.named_parameters())
+    length, E = len(tokens), config.head_dim
+
+    def norm(x, name):
+        if config.norm == "rmsnorm":
+            return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * value[f"{name}.weight"]
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + config.norm_eps).sqrt()
+        return x * value[f"{name}.weight"] + (value[f"{name}.bias"] if config.bias else 0)
+
+    def linear(x, name):
+        return x @ value[f"{name}.weight"].T + (value[f"{name}.bias"] if config.bias else 0)
+
+    def turn(x):
+        """As complex numbers: (x_i + i x_{i + E/2}) e^{i m theta^{-2i/E}}."""
+        angles = torch.tensor([[m * config.rope_theta ** (-2 * i / E) for i in range(E // 2)] for m in range(length)])
+        turned = torch.complex(x[:, : E // 2], x[:, E // 2 :]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat((turned.real, turned.imag), dim=-1)
+
+    def attention(x, name):
+        q, k, v = (linear(x, f"{name}.{part}") for part in "qkv")
+        heads = []
+        for head in range(config.n_heads):
+            own = slice(head * E, head * E + E)
+            shared = head * config.n_kv_heads // config.n_heads
+            shared = slice(shared * E, shared * E + E)
+            q_h, k_h = (turn(q[:, own]), turn(k[:, shared])) if config.positions == "rope" else (q[:, own], k[:, shared])
+            scores = q_h @ k_h.T / math.sqrt(E)
+            scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+            heads.append(scores.softmax(-1) @ v[:, shared])
+        return linear(torch.cat(heads, dim=-1), f"{name}.out")
+
+    def feedforward(x, name):
+        up = linear(x, f"{name}.up")
+        if config.activation == "swiglu":
+            gate = linear(x, f"{name}.gate")
+            return linear(gate * gate.sigmoid() * up, f"{name}.down")
+        if config.activation == "gelu":
+            return linear(up * (1 + torch.erf(up / math.sqrt(2))) / 2, f"{name}.down")
+        inner = math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)
+        return linear(up * (1 + inner.tanh()) / 2, f"{name}.down")
+
+    x = value["embed.tokens.weight"][tokens]
+    if config.positions == "learned":
+        x = x + value["embed.positions.weight"][:length]
+    if config.positions == "sinusoidal":
+        for m in range(length):
+            for i in range(0, config.d_model, 2):
+                angle = m / 10_000 ** (i / config.d_model)
+                x[m, i] += math.sin(angle)
+                x[m, i + 1] += math.cos(angle)
+    for layer in range(config.n_layers):
+        block = f"blocks.{layer}."
+        for part, work in (("attention", attention), ("feedforward", feedforward)):
+            if config.norm_order == "pre":
+                x = x + work(norm(x, f"{block}norm_{part}"), block + part)
+            else:
+                x = norm(x + work(x, block + part), f"{block}norm_{part}")
+    x = norm(x, "head.norm") if config.norm_order == "pre" else x
+    return x @ value["embed.tokens.weight" if config.tie_embeddings else "head.out.weight"].T
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        GPT2,
+        LLAMA,
+        {**GPT2, "norm_order": "post", "positions": "sinusoidal", "activation": "gelu"},
+        {**LLAMA, "norm_order": "post", "head_dim": 6, "rope_theta": 500.0, "norm_eps": 0.1},
+        {**LLAMA, "norm": "layernorm", "bias": False, "positions": "learned"},
+    ],
+    ids=["gpt2", "llama", "post-gelu", "post-rope", "layernorm-no-bias"],
+)
+def test_logits_equal_the_definition(kind, build):
+    model = build(**kind)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms and biases start at 1 and 0: move them where a mix-up shows
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+        tokens = distinct_tokens(9)
+        torch.testing.assert_close(model(tokens)[0], naive(model, model.config, tokens[0]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_given_targets_the_model_returns_their_loss(tie, build):
+    loss = CrossEntropy(0.1, 0.01)
+    model = build(loss, tie_embeddings=tie)
+    tokens = distinct_tokens(8)
+    targets = tokens.flip(1)
+    targets[0, 2] = IGNORE
+    assert torch.equal(model(tokens, targets), loss(model(tokens), targets))
+
+
+def test_a_tied_head_is_the_embedding_and_adds_its_gradient(build):
+    tied, untied = build(tie_embeddings=True), build()
+    assert "head.out.weight" not in dict(tied.named_parameters())
+    untied.load_state_dict({**tied.state_dict(), "head.out.weight": tied.embed.tokens.weight.detach()})
+    tokens = distinct_tokens(8)
+    for model in (tied, untied):
+        model(tokens, tokens.flip(1)).backward()
+    assert torch.equal(tied(tokens), untied(tokens))
+    both = untied.embed.tokens.weight.grad + untied.head.out.weight.grad
+    torch.testing.assert_close(tied.embed.tokens.weight.grad, both)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_vocabulary_padding_is_zero_never_predicted_and_never_learned(tie, build):
+    model = build(CrossEntropy(0.1, 0.01), tie_embeddings=tie, vocab_multiple=64)
+    plain = build(CrossEntropy(0.1, 0.01), tie_embeddings=tie, vocab_multiple=1)
+    tokens = distinct_tokens(8)
+    assert torch.equal(model(tokens), plain(tokens)), "the padding changes nothing"
+    model(tokens, tokens.flip(1)).backward()
+    for weight in (model.embed.tokens.weight, *([] if tie else [model.head.out.weight])):
+        assert weight.shape == (64, 32)
+        assert (weight[20:] == 0).all()
+        assert (weight[:20] != 0).all()
+        assert (weight.grad[20:] == 0).all()
+        assert (weight.grad != 0).any()
+
+
+def test_dropout_on_embeddings_scales_the_survivors(settings):
+    torch.manual_seed(0)
+    embedding = Embedding(settings(dropout=0.25)).train()
+    tokens = torch.zeros(64, 16, dtype=torch.int64)
+    out = embedding(tokens, torch.arange(16))
+    kept = out != 0
+    assert 0.72 < kept.float().mean() < 0.78
+    torch.testing.assert_close(out[kept], (embedding.tokens(tokens) / 0.75)[kept])
+    assert torch.equal(embedding.eval()(tokens, torch.arange(16)), embedding.tokens(tokens))
+
+
+def test_dropout_on_attention_scales_the_surviving_weights():
+    torch.manual_seed(0)
+    T = 64
+    q = k = torch.zeros(1, T, 1, T)
+    weights = attend(q, k, torch.eye(T)[None, :, None], FULL, 0.25)
+    assert 0.70 < (weights != 0).float().mean() < 0.80
+    torch.testing.assert_close(weights[weights != 0], torch.full_like(weights[weights != 0], 1 / T / 0.75))
+
+
+def test_dropout_acts_on_both_residual_branches_and_only_in_training(build):
+    model, plain = build(dropout=0.5), build()
+    tokens = distinct_tokens(8)
+    assert torch.equal(model(tokens), plain(tokens)), "off in eval"
+    model.train()
+    draws = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        draws.append(model(tokens))
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1])
+    block = model.blocks["0"]
+    calls = []
+    block.dropout.register_forward_hook(lambda module, inputs, output: calls.append((inputs[0], output)))
+    model(tokens)
+    assert len(calls) == 2
+    for before, after in calls:
+        kept = after != 0
+        assert 0.3 < kept.float().mean() < 0.7
+        torch.testing.assert_close(after[kept], 2 * before[kept])
+
+
+@pytest.mark.parametrize("kind", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_logits_and_gradients_are_finite_in_bf16(kind, build):
+    model = build(**kind)
+    tokens = distinct_tokens(16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens)
+        loss = model(tokens, tokens.flip(1))
+    loss.backward()
+    assert logits.isfinite().all()
+    assert loss.dtype == torch.float32
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    torch.testing.assert_close(logits.float(), model(tokens), rtol=0.1, atol=0.3)
+
+
+def test_blocks_are_kept_by_name_so_that_a_stage_may_hold_some(build):
+    names = {name.split(".")[1] for name, _ in build(n_layers=3).named_parameters() if name.startswith("blocks.")}
+    assert names == {"0", "1", "2"}

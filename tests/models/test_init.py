@@ -1,0 +1,125 @@
+"""Initial values: the distributions asked for, the same numbers whatever slice is computed."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_llm.models import init
+from dist_llm.models.decoder import Decoder
+from dist_llm.models.init import Rule, fill, rule_for
+
+NORMAL, UNIFORM = Rule("normal", 0.5), Rule("uniform", 0.5)
+
+
+def drawn(rule, shape, name="w", seed=0, offset=(0, 0), full=None):
+    out = torch.full(shape, math.nan)
+    fill(out, name, rule, seed, full or shape, offset)
+    return out
+
+
+def test_normal_values_have_the_normal_distributions_quantiles():
+    values = drawn(NORMAL, (300, 1000)).flatten().double() / 0.5
+    ranks = torch.tensor([0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999], dtype=torch.float64)
+    found = torch.distributions.Normal(0, 1).cdf(values.sort().values[(ranks * len(values)).long()])
+    # The standard error of an empirical rank is sqrt(r (1 - r) / n), at most 0.0009: five of them.
+    assert (found - ranks).abs().max() < 0.0046
+    assert 4 < values.abs().max() < 6.5
+
+
+def test_uniform_values_fill_their_range_evenly():
+    values = drawn(UNIFORM, (300, 1000)).flatten()
+    assert values.abs().max() <= 0.5
+    counts = torch.histc(values, 30, -0.5, 0.5)
+    assert ((counts - 10_000).abs() < 500).all()
+
+
+@pytest.mark.parametrize("rule", [NORMAL, UNIFORM], ids=["normal", "uniform"])
+def test_values_are_independent_of_their_neighbours(rule):
+    values = drawn(rule, (400, 500))
+    for one, other in ((values[1:], values[:-1]), (values[:, 1:], values[:, :-1]), (values[:, ::2], values[:, 1::2])):
+        correlation = torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1]
+        assert correlation.abs() < 0.012, "five standard errors of 1 / sqrt(n)"
+
+
+WIDTH = {"gpt2": 0.02, "xavier": math.sqrt(6 / (256 + 64)) / math.sqrt(3), "he": math.sqrt(2 / 64)}
+
+
+@pytest.mark.parametrize("kind", WIDTH)
+def test_each_kind_has_its_standard_deviation(kind, settings):
+    config = settings(init=kind, n_layers=8)
+    rule = rule_for("blocks.0.attention.q.weight", (256, 64), config)
+    values = drawn(rule, (256, 64))
+    # The standard error of a standard deviation is below sd / sqrt(2n) = 0.0055 sd: five of them.
+    assert float(values.std()) == pytest.approx(WIDTH[kind], rel=0.028)
+    assert abs(float(values.mean())) < 5 * WIDTH[kind] / 128
+    out = rule_for("blocks.0.attention.out.weight", (256, 64), config)
+    down = rule_for("blocks.3.feedforward.down.weight", (256, 64), config)
+    smaller = 4 if kind == "gpt2" else 1  # sqrt(2 * 8 layers)
+    assert out.scale == down.scale == pytest.approx(rule.scale / smaller)
+
+
+def test_every_parameter_has_its_rule(settings):
+    """Matrices are random, embeddings normal(init_std), norms one, biases zero."""
+    for kind in WIDTH:
+        config = settings(init=kind, bias=True, norm="layernorm", positions="learned")
+        for name, parameter in Decoder(config).named_parameters():
+            rule = rule_for(name, parameter.shape, config)
+            if name.endswith(".bias"):
+                assert (rule.scale, rule.shift) == (0, 0)
+            elif "norm" in name:
+                assert (rule.scale, rule.shift) == (0, 1)
+            elif name.startswith("embed.") or name == "head.out.weight":
+                assert (rule.kind, rule.scale) == ("normal", 0.02)
+            else:
+                assert rule.scale > 0
+                assert rule.rows is None
+
+
+@pytest.mark.parametrize("rule", [NORMAL, UNIFORM, Rule("normal", 0.5, rows=7)], ids=["normal", "uniform", "padded"])
+@given(data=st.data())
+def test_a_slice_is_the_full_tensors_slice(rule, data):
+    rows, columns = 11, 9
+    first, last = sorted(data.draw(st.tuples(st.integers(0, rows), st.integers(0, rows))))
+    left, right = sorted(data.draw(st.tuples(st.integers(0, columns), st.integers(0, columns))))
+    full = drawn(rule, (rows, columns))
+    part = drawn(rule, (last - first, right - left), offset=(first, left), full=(rows, columns))
+    assert torch.equal(part, full[first:last, left:right])
+
+
+def test_chunks_do_not_show(monkeypatch):
+    whole = drawn(NORMAL, (50, 7))
+    for chunk in (1, 7, 20, 349):
+        monkeypatch.setattr(init, "CHUNK", chunk)
+        assert torch.equal(drawn(NORMAL, (50, 7)), whole)
+
+
+def test_constants_fill_slices_of_vectors():
+    local = torch.full((5,), math.nan)
+    fill(local, "norm.weight", Rule("normal", 0.0, shift=1.0), 0, (20,), (10,))
+    assert torch.equal(local, torch.ones(5))
+
+
+def test_names_and_seeds_make_other_values():
+    draws = [drawn(NORMAL, (20, 20), name, seed) for name in ("a", "b", "blocks.1", "blocks.11") for seed in (0, 1, 11)]
+    for i, one in enumerate(draws):
+        assert all((one != other).float().mean() > 0.99 for other in draws[:i])
+    assert torch.equal(drawn(NORMAL, (20, 20), "a", 1), draws[1])
+
+
+def test_values_do_not_depend_on_the_vocabularys_padding(build):
+    plain, padded = build(vocab_multiple=1), build(vocab_multiple=64)
+    for (name, one), (_, other) in zip(plain.named_parameters(), padded.named_parameters(), strict=True):
+        assert torch.equal(one, other[: len(one)]), name
+        assert (other[len(one) :] == 0).all()
+
+
+def test_a_row_beyond_32_bits_is_still_its_own():
+    """Element numbers of a 70B model's embedding need more than 32 bits."""
+    shape = (2**20, 2**13)
+    one = drawn(NORMAL, (2, 64), offset=(2**19 + 5, 0), full=shape)
+    other = drawn(NORMAL, (2, 64), offset=(5, 0), full=shape)
+    assert not torch.equal(one, other)
+    assert one.std() > 0.3

@@ -1,0 +1,122 @@
+"""The shipped optimizers step as their papers say; matrices are decayed and vectors are not."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dist_llm.config.schema import ModelConfig, OptimConfig
+from dist_llm.models.decoder import Decoder
+from dist_llm.optim.build import build_optimizer, split_decayed
+
+STEPS = 1000
+IMPLEMENTATIONS = ("fused", "foreach")
+
+
+def targets():
+    rng = np.random.default_rng(0)
+    return {"matrix": rng.normal(size=(3, 4)), "vector": rng.normal(size=4)}
+
+
+def gradient(away, t):
+    """Of a bowl with noise: where gradients die out Adam divides rounding by rounding, and nothing can be compared."""
+    return 0.5 * away + np.sin(3 * t)
+
+
+def paper(config, rate):
+    """Loshchilov and Hutter 2019, algorithm 2 (with decay times the rate, as all libraries have it), in fp64."""
+    values = {name: np.full_like(target, 0.5) for name, target in targets().items()}
+    for name, target in targets().items():
+        m, v = np.zeros_like(target), np.zeros_like(target)
+        decay = config.weight_decay if target.ndim > 1 else 0.0
+        for t in range(1, STEPS + 1):
+            g = gradient(values[name] - target, t)
+            m = config.beta1 * m + (1 - config.beta1) * g
+            v = config.beta2 * v + (1 - config.beta2) * g**2
+            m_hat, v_hat = m / (1 - config.beta1**t), v / (1 - config.beta2**t)
+            step = m_hat / (np.sqrt(v_hat) + config.eps) + decay * values[name]
+            values[name] = values[name] - rate(t) * step
+    return values
+
+
+def shipped(config, rate, dtype):
+    """The same through `build_optimizer`."""
+    wanted = {name: torch.tensor(target, dtype=dtype) for name, target in targets().items()}
+    parameters = {name: nn.Parameter(torch.full_like(target, 0.5)) for name, target in wanted.items()}
+    optimizer = build_optimizer(config, parameters.items())
+    for t in range(1, STEPS + 1):
+        for name, parameter in parameters.items():
+            parameter.grad = gradient(parameter.detach() - wanted[name], t)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(t)
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_thousand_steps_are_those_of_the_paper(implementation):
+    """In fp64 to rounding. In fp32 to 5e-6: values near 1, a thousand roundings of 6e-8 that mostly cancel."""
+    config = OptimConfig(lr=1e-2, weight_decay=0.1, beta2=0.95, eps=1e-8, implementation=implementation)
+
+    def rate(t):
+        return 1e-2 * (1 - t / (2 * STEPS))
+
+    want = paper(config, rate)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
+        got = shipped(config, rate, dtype)
+        for name in want:
+            np.testing.assert_allclose(got[name].numpy(), want[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_has_momentum_and_coupled_decay(implementation, momentum):
+    config = OptimConfig(name="sgd", lr=0.1, momentum=momentum, weight_decay=0.01, implementation=implementation)
+    parameter = nn.Parameter(torch.full((2, 2), 3.0, dtype=torch.float64))
+    optimizer = build_optimizer(config, [("w", parameter)])
+    want, velocity = 3.0, 0.0
+    for t in range(1, 20):
+        parameter.grad = torch.full((2, 2), float(t), dtype=torch.float64)
+        optimizer.step()
+        velocity = momentum * velocity + t + 0.01 * want
+        want -= 0.1 * velocity
+    torch.testing.assert_close(parameter.detach(), torch.full((2, 2), want, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("decay_embeddings", [False, True])
+def test_who_is_decayed(tie, decay_embeddings):
+    shape = {"d_model": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 4, "d_ff": 16}
+    model = Decoder(
+        ModelConfig(
+            **shape, vocab_size=10, max_seq_len=4, bias=True, norm="layernorm", positions="learned", tie_embeddings=tie
+        )
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = split_decayed(OptimConfig(decay_embeddings=decay_embeddings), model.named_parameters())
+    decayed, free = ({names[id(parameter)] for parameter in group} for group in groups)
+
+    block = {f"attention.{part}.weight" for part in ("q", "k", "v", "out")}
+    block |= {f"feedforward.{part}.weight" for part in ("gate", "up", "down")}
+    want = {f"blocks.0.{name}" for name in block} | (set() if tie else {"head.out.weight"})
+    if decay_embeddings:
+        want |= {"embed.tokens.weight", "embed.positions.weight"}
+    assert decayed == want
+    assert decayed | free == set(names.values())
+    assert not decayed & free
+    assert all(name.endswith(".bias") or "norm" in name or name.startswith("embed.") for name in free)
+
+
+def test_the_settings_reach_the_optimizer():
+    matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    config = OptimConfig(lr=0.3, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.2)
+    optimizer = build_optimizer(config, [("w", matrix), ("b", vector)])
+    by_decay = {group["weight_decay"]: group for group in optimizer.param_groups}
+    assert by_decay[0.2]["params"] == [matrix]
+    assert by_decay[0.0]["params"] == [vector]
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (0.3, (0.8, 0.7), 1e-3, True)
+
+
+def test_a_model_of_vectors_only_has_one_group():
+    assert len(build_optimizer(OptimConfig(), [("b", nn.Parameter(torch.ones(2)))]).param_groups) == 1
