@@ -1,15 +1,12 @@
 # make install | demo | test | check | bench | clean
 #
-# Everything happens in .venv, which `install` makes; no other target needs it to be activated.
+# Everything happens in .venv, which `install` makes; it need not be activated.
 # Another interpreter: make PYTHON=python3.12 install
 
 PYTHON ?= python3
 INSTALLED := .venv/.installed
-# The environment's programs come first on PATH: some packages look for theirs there (deepspeed for ninja).
-RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
-
-DEMO_DATA := data/stdlib
-DEMO_RUN := runs/demo
+# The environment's programs come first: some packages look for theirs on PATH, as deepspeed does for ninja.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: install demo test check bench clean
 .DELETE_ON_ERROR:
@@ -19,39 +16,38 @@ install: $(INSTALLED)
 # Again only when what is to be installed has changed.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "error: Python 3.11 or newer is needed, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "Name another with: make PYTHON=python3.12 install" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	  echo "error: '$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	  echo "error: $(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; \
+	  exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -c constraints.txt -e '.[dev,accelerate,deepspeed]'
+	python -m pip install -c constraints.txt -e '.[dev,accelerate,deepspeed]'
 	@touch $@
 
 # A second `make demo` goes on from the newest checkpoint, so a finished one trains no further;
 # for a fresh one: make clean, or rm -r runs/demo.
 demo: install
-	test -f $(DEMO_DATA)/manifest.json || $(RUN) dist-llm prepare \
-	  --source python-stdlib --tokenizer bpe:4096 --heldout-fraction 0.05 --out $(DEMO_DATA)
-	OMP_NUM_THREADS=$$((($$(nproc) + 1) / 2)) $(RUN) torchrun --nproc-per-node 2 \
-	  -m dist_llm train --config configs/demo.yaml data.path=$(DEMO_DATA) run.dir=$(DEMO_RUN)
-	$(RUN) dist-llm evaluate --checkpoint $(DEMO_RUN)
-	@echo; echo "a sample, prompted with \"def \":"; echo
-	$(RUN) dist-llm generate --checkpoint $(DEMO_RUN) --prompt "def " \
-	  --max-tokens 200 --temperature 0.8 --top-p 0.95 --seed 1
-	@echo; echo "The curves: .venv/bin/tensorboard --logdir $(DEMO_RUN)/tensorboard"
+	test -f data/stdlib/manifest.json || \
+	  dist-llm prepare --source python-stdlib --tokenizer bpe:4096 --heldout-fraction 0.05 --out data/stdlib
+	OMP_NUM_THREADS=$$(($$(nproc) / 2 + ($$(nproc) < 2))) \
+	  torchrun --nproc-per-node 2 -m dist_llm train --config configs/demo.yaml
+	dist-llm evaluate --checkpoint runs/demo
+	dist-llm generate --checkpoint runs/demo --prompt "def " --max-tokens 200 --temperature 0.8 --top-p 0.95 --seed 1
+	@echo; echo "The curves: .venv/bin/tensorboard --logdir runs/demo/tensorboard"
 
 test: install
-	$(RUN) python -m pytest
+	python -m pytest
 
 check: install
-	$(RUN) ruff format --check .
-	$(RUN) ruff check .
-	$(RUN) mypy
+	ruff format --check .
+	ruff check .
+	mypy
 
 bench: install
-	$(RUN) python benchmarks/overhead.py
+	python benchmarks/overhead.py
 
-# Removes what the targets above made, and no run or corpus of yours.
+# What the targets above made; no run or corpus of yours.
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO_DATA) $(DEMO_RUN)
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis data/stdlib runs/demo
 	find dist_llm tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,9 +1,11 @@
 """The `dist-llm` command: prepare, train, evaluate, generate. Imports are late, so that --help is instant."""
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from dist_llm.errors import ConfigError, UserError
@@ -82,9 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(error: UserError) -> int:
-    from dist_llm.launch.world import read_world
+    from dist_llm.launch.world import World, read_world
 
-    world = read_world()
+    try:
+        world = read_world()
+    except ConfigError:
+        world = World()  # who we are is what is wrong: speak at once
     if not world.main:
         # All ranks mostly fail alike, and rank 0 speaks for them: torchrun then ends the others in
         # this pause. A rank that fails alone gets to say so.
@@ -133,8 +138,9 @@ def _train(options: argparse.Namespace) -> None:
 def _help_config() -> None:
     from dist_llm.config.load import describe
 
-    for name, kind, default, description in describe():
-        print(f"{name}\n    {kind}; default: {default}\n    {description}")
+    with _reader_may_leave():
+        for name, kind, default, description in describe():
+            print(f"{name}\n    {kind}; default: {default}\n    {description}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -148,4 +154,16 @@ def _generate(options: argparse.Namespace) -> None:
     from dist_llm.generate import Sampling, stream
 
     sampling = Sampling(options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed)
-    stream(options.checkpoint, options.prompt or [""], sampling)
+    with _reader_may_leave():
+        stream(options.checkpoint, options.prompt or [""], sampling)
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Around what only prints: when the reader of a pipe has seen enough (`| head`), end quietly."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer must go somewhere, or Python complains at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

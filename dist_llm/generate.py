@@ -79,8 +79,9 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         weakest = logits_V.topk(sampling.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < weakest, -torch.inf)
     probabilities_V, ids_V = logits_V.softmax(-1).sort(descending=True)
-    before_V = probabilities_V.cumsum(-1) - probabilities_V
-    probabilities_V = probabilities_V.masked_fill(before_V >= sampling.top_p, 0.0)
+    if sampling.top_p < 1:  # 1 keeps all, though the sum of many small ones may round to 1 too early
+        before_V = probabilities_V.cumsum(-1) - probabilities_V
+        probabilities_V = probabilities_V.masked_fill(before_V >= sampling.top_p, 0.0)
     return int(ids_V[torch.multinomial(probabilities_V, 1, generator=generator)])
 
 

@@ -114,7 +114,7 @@ def _check_lengths(config: Config, tokenizer_size: int) -> Iterator[Violation]:
 def _check_schedule(config: Config) -> Iterator[Violation]:
     warmup, end = config.schedule.warmup_steps, config.schedule.decay_steps
     # A short trial of a long run (run.steps=20) may well end inside the warm-up: only decay_steps is held to it.
-    if end and warmup > end and config.schedule.name != "constant":
+    if end and warmup > end and config.schedule.name in ("cosine", "linear", "wsd"):
         yield Violation(
             ("schedule.warmup_steps", "schedule.decay_steps"),
             f"the warm-up ends at step {warmup}, after the decay does at {end}; set at most {end}",
@@ -158,14 +158,16 @@ def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
     d_ff = derived_d_ff(model)
     rows = round_up(model.vocab_size or tokenizer_size, model.vocab_multiple)
     split = (
-        ("model.n_heads", "query heads", model.n_heads),
-        ("model.n_kv_heads", "key-value heads", model.n_kv_heads or model.n_heads),
-        ("model.d_ff", "hidden units", d_ff),
-        ("model.vocab_multiple", "vocabulary rows", rows),
+        (("model.n_heads",), "query heads", model.n_heads),
+        (("model.n_kv_heads", "model.n_heads"), "key-value heads", model.n_kv_heads or model.n_heads),
+        (("model.d_ff", "model.d_model"), "hidden units", d_ff),
+        (("model.vocab_multiple",), "vocabulary rows", rows),
     )
-    for key, what, number in split:
+    for keys, what, number in split:
         if number % tp:
-            yield Violation((key, "parallel.tp"), f"{number} {what} do not divide over tp {tp}; tp can be {divisors(number)}")
+            yield Violation(
+                (*keys, "parallel.tp"), f"{number} {what} do not divide over tp {tp}; tp can be {divisors(number)}"
+            )
     if tp > 1 and config.parallel.sequence_parallel and config.data.seq_len % (tp * config.parallel.cp):
         yield Violation(
             ("data.seq_len", "parallel.tp", "parallel.cp", "parallel.sequence_parallel"),
@@ -175,13 +177,13 @@ def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
 
 
 def _check_context(config: Config) -> Iterator[Violation]:
-    pieces = 2 * config.parallel.cp
-    if config.parallel.cp > 1 and config.data.seq_len % pieces:
+    pieces, length = 2 * config.parallel.cp, config.data.seq_len
+    if config.parallel.cp > 1 and length % pieces:
+        nearest = f"{length // pieces * pieces} or {round_up(length, pieces)}" if length > pieces else str(pieces)
         yield Violation(
             ("data.seq_len", "parallel.cp"),
-            f"{config.data.seq_len} tokens do not divide into the {pieces} pieces of cp {config.parallel.cp} "
-            f"(two a rank); the nearest that do: {config.data.seq_len // pieces * pieces or pieces} "
-            f"or {round_up(config.data.seq_len, pieces)}",
+            f"{length} tokens do not divide into the {pieces} pieces of cp {config.parallel.cp} "
+            f"(two a rank); the nearest that do: {nearest}",
         )
 
 

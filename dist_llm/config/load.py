@@ -1,6 +1,5 @@
 """YAML files and dotted overrides -> one `Config`, or every violation in one error."""
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from dist_llm.config.nearest import nearest
 from dist_llm.config.schema import Config
 from dist_llm.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where `3e-4` is a string; here it is a number, as in YAML 1.2."""
+    """PyYAML follows YAML 1.1, where `3e-4` is a string and `010` is 8; here they are numbers as in YAML 1.2."""
 
 
 _Loader.add_implicit_resolver(
@@ -25,6 +25,17 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+
+
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int | str:
+    """Decimal digits, `_` allowed between them; YAML 1.1's other integers (0x10, 1:30) stay text."""
+    try:
+        return int(node.value)
+    except ValueError:
+        return str(node.value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> tuple[Confi
     """Read `path` and its bases, apply `key.key=value` overrides, validate.
 
     Returns the config and what is wrong with it. Where keys are wrong the config is the one
-    that remains without them, so that `check` can find more; None where none remains.
+    that remains without them, so that `check` can find more; a required number is then 1, and
+    the caller leaves out what `check` says of a wrong key. None where no config remains.
     """
     raw = _read(path, ()) if path else {}
     for override in overrides:
@@ -61,19 +73,22 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> tuple[Confi
             return Config.model_validate(raw), violations
         except ValidationError as error:
             details = error.errors()
-            violations += [_violation(detail) for detail in details]
-            removed = [_remove(raw, detail["loc"]) for detail in details if detail["type"] != "missing"]
-            if not any(removed):
-                return None, violations
+        reported = {violation.keys for violation in violations}
+        violations += [new for new in map(_violation, details) if new.keys not in reported]
+        mended = [_stand_in(raw, d["loc"]) if d["type"] == "missing" else _remove(raw, d["loc"]) for d in details]
+        if not any(mended):
+            return None, violations
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """`yaml.safe_load` with 1.2 floats, no duplicate keys, and the place in the error."""
+    """`yaml.safe_load` with 1.2 numbers, plain keys, each once, and the place in the error."""
     try:
-        _refuse_duplicates(yaml.compose(text, Loader=_Loader), where)
+        _check_keys(yaml.compose(text, Loader=_Loader), where)
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # PyYAML lets 2020-13-45 and !!bool x fall through
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply, or an alias (*) inside its own anchor (&)") from None
 
 
 def dump(config: Config) -> str:
@@ -121,6 +136,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from None
     raw = parse_yaml(text, str(path)) or {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, found {type(raw).__name__}")
@@ -144,6 +161,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"override '{override}': write it as section.key=value")
+    if path == "base":
+        raise ConfigError(f"override '{override}': base is only for files; write `base: {value}` into the config file")
     *parents, leaf = path.split(".")
     node = raw
     for parent in parents:
@@ -153,38 +172,28 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     node[leaf] = parse_yaml(value, f"override '{override}'")
 
 
-def _refuse_duplicates(node: Any, where: str) -> None:
+def _check_keys(node: Any, where: str) -> None:
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for name, value in node.value:
+            line = name.start_mark.line + 1
+            if not isinstance(name, yaml.ScalarNode):
+                raise ConfigError(f"{where}:{line}: a key must be a plain word, not a list or a mapping")
             if name.value in seen:
-                line = name.start_mark.line + 1
                 raise ConfigError(f"{where}:{line}: key '{name.value}' is given twice; keep one")
             seen.add(name.value)
-            _refuse_duplicates(value, where)
+            _check_keys(value, where)
 
 
 def _violation(detail: ErrorDetails) -> Violation:
-    where = tuple(str(part) for part in detail["loc"])
-    name = ".".join(where)
+    name = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return Violation((name,), f"unknown key{_nearest(where)}")
+        known = dict.fromkeys([*Config.model_fields, *(row[0] for row in describe())])
+        return Violation((name,), f"unknown key{nearest(name, list(known))}")
     if detail["type"] == "missing":
         return Violation((name,), "must be set")
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return Violation((name,), f"{message}, found {detail['input']!r}")
-
-
-def _nearest(where: tuple[str, ...]) -> str:
-    """The closest existing key, first among the neighbours, then anywhere."""
-    known = [row[0] for row in describe()] + list(Config.model_fields)
-    name = ".".join(where)
-    neighbours = [k for k in known if k.rpartition(".")[0] == ".".join(where[:-1])]
-    by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
-    for names, candidates in ((name, neighbours), (where[-1], list(by_leaf)), (name, known)):
-        if close := difflib.get_close_matches(names, candidates, n=1, cutoff=0.6):
-            return f"; did you mean {by_leaf.get(close[0], close[0])}?"
-    return f"; valid here: {', '.join(k.rpartition('.')[2] for k in neighbours)}" if neighbours else ""
 
 
 def _remove(raw: dict[str, Any], where: tuple[int | str, ...]) -> bool:
@@ -200,4 +209,16 @@ def _remove(raw: dict[str, Any], where: tuple[int | str, ...]) -> bool:
     if not isinstance(node, dict) or where[-1] not in node:
         return False
     del node[where[-1]]
+    return True
+
+
+def _stand_in(raw: dict[str, Any], where: tuple[int | str, ...]) -> bool:
+    """Put a 1 in the place of a required number, so that the other keys can be checked against each other."""
+    if len(where) != 2:
+        return False
+    section, name = map(str, where)
+    fields: Any = Config.model_fields[section].annotation
+    if _type_name(fields.model_fields[name].annotation) != "int":
+        return False
+    raw[section][name] = 1
     return True

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what an int64 holds
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -22,15 +23,15 @@ def key(description: str, default: Any = ...) -> Any:
 
 
 class Section(BaseModel):
-    """Frozen, strict, and closed to unknown keys."""
+    """Frozen, strict, and closed to unknown keys, inf and nan."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunConfig(Section):
     dir: str = key("directory of the run: config, metrics, logs, checkpoints; resumed when it holds a checkpoint")
     steps: Positive = key("optimizer steps to take in all, those before a resume included")
-    seed: Count = key("seed of initial values, sample order and dropout", 0)
+    seed: Seed = key("seed of initial values, sample order and dropout", 0)
 
 
 class ModelConfig(Section):
@@ -96,8 +97,10 @@ class ScheduleConfig(Section):
         "shape after warm-up; wsd: warm-up, stable, linear decay", "cosine"
     )
     warmup_steps: Count = key("steps of linear warm-up from 0 to optim.lr", 0)
-    decay_steps: Count = key("step at which the floor is reached; 0: run.steps", 0)
-    decay_fraction: Fraction = key("wsd: the last share of decay_steps in which the rate falls", 0.2)
+    decay_steps: Count = key("cosine, linear and wsd: step at which the floor is reached; 0: run.steps", 0)
+    decay_fraction: Fraction = key(
+        "wsd: the last share of decay_steps in which the rate falls; 0: it drops at once, after decay_steps", 0.2
+    )
     min_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = key("floor of the rate as a share of optim.lr", 0.1)
 
 

@@ -19,9 +19,10 @@ def build_order(data: DataConfig, corpus: Corpus, seed: int) -> Order:
     """The order that the config asks for. Raises DataError where no window fits."""
     n_windows = corpus.n_windows(data.seq_len)
     if n_windows < 1:
+        way_out = f"lower seq_len to at most {corpus.n_tokens - 1} or " if corpus.n_tokens > 1 else ""
         raise DataError(
             f"{corpus.directory}: {corpus.n_tokens} {corpus.split} tokens make no window of data.seq_len "
-            f"{data.seq_len} + 1; lower seq_len to at most {max(corpus.n_tokens - 1, 0)} or prepare more text"
+            f"{data.seq_len} + 1; {way_out}prepare more text"
         )
     if data.order == "random":
         return Random(seed, corpus.n_tokens - data.seq_len)

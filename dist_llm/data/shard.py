@@ -14,19 +14,23 @@ Documents end with `<|endoftext|>` and never straddle two shards.
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Annotated, BinaryIO, ClassVar, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from dist_llm.errors import DataError
 
 Split = Literal["train", "heldout"]
 DType = Literal["uint16", "uint32"]
+Count = Annotated[int, Field(ge=0)]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 MANIFEST = "manifest.json"
 FORMAT = "dist_llm token shards 1"
+CLOSED = ConfigDict(strict=True, extra="forbid")  # how a manifest is read: no other fields, no other types
 
 
 def smallest_dtype(vocab_size: int) -> DType:
@@ -38,10 +42,12 @@ def smallest_dtype(vocab_size: int) -> DType:
 class Shard:
     """One file of token ids; `file` is relative to the corpus directory."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
+
     file: str
-    tokens: int
-    documents: int
-    text_bytes: int
+    tokens: Count
+    documents: Count
+    text_bytes: Count
     sha256: str
 
 
@@ -49,12 +55,14 @@ class Shard:
 class Manifest:
     """All that `train` needs to know of a corpus without reading its tokens."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
+
     dtype: DType
-    vocab_size: int
+    vocab_size: Count
     tokenizer_sha256: str
     source: tuple[str, ...]
     shards: dict[Split, tuple[Shard, ...]]
-    bad_rows: int = 0
+    bad_rows: Count = 0
 
     def tokens(self, split: Split) -> int:
         return sum(shard.tokens for shard in self.shards[split])
@@ -94,36 +102,50 @@ class Manifest:
             ) from None
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read as JSON: {error}. Prepare the corpus again.") from None
-        if fields.pop("format", None) != FORMAT:
+        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
             raise DataError(f"{path}: not of format '{FORMAT}'. Prepare the corpus again with this version.")
-        shards = fields.pop("shards")
-        fields["shards"] = {split: tuple(Shard(**shard) for shard in shards[split]) for split in SPLITS}
-        fields["source"] = tuple(fields["source"])
-        return Manifest(**fields)
+        try:
+            manifest = TypeAdapter(Manifest).validate_json(json.dumps(fields))  # as JSON: there a list is a tuple
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise DataError(f"{path}: {place}: {first['msg']}. Prepare the corpus again.") from None
+        if missing := [split for split in SPLITS if split not in manifest.shards]:
+            raise DataError(f"{path}: shards: {missing[0]} is missing. Prepare the corpus again.")
+        return manifest
 
 
 class ShardWriter:
     """Writes the documents of one split in order, a new shard whenever one is full.
 
     Peak memory is one document: ids go to the file as they come, the hash is kept as they pass.
+    `close` makes the shards whole and durable; the end of a `with` only lets go of what an error left open.
     """
 
     def __init__(self, directory: Path, split: Split, dtype: DType, max_tokens: int) -> None:
         self.directory, self.split, self.max_tokens = directory, split, max_tokens
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.shards: list[Shard] = []
-        self._ids: BinaryIO | None = None
+        self._open: list[BinaryIO] = []  # ids and offsets of the shard being written
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for file in self._open:
+            with suppress(OSError):  # a full disk: the error that brought us here says so
+                file.close()
 
     def add(self, ids: np.ndarray, text_bytes: int) -> None:
         """Append one document; `ids` ends with the separator."""
-        if self._ids is None or self._tokens + len(ids) > self.max_tokens:
+        if not self._open or self._tokens + len(ids) > self.max_tokens:
             self._finish_shard()
             self._start_shard()
-        assert self._ids is not None
+        ids_file, offsets_file = self._open
         raw = ids.astype(self.dtype, copy=False).tobytes()
-        self._ids.write(raw)
+        ids_file.write(raw)
         self._hash.update(raw)
-        self._offsets.write(np.uint64(self._tokens).astype("<u8").tobytes())
+        offsets_file.write(np.uint64(self._tokens).astype("<u8").tobytes())
         self._tokens += len(ids)
         self._documents += 1
         self._text_bytes += text_bytes
@@ -135,17 +157,18 @@ class ShardWriter:
 
     def _start_shard(self) -> None:
         self._file = f"{self.split}-{len(self.shards):05d}.bin"
-        self._ids = (self.directory / self._file).open("wb")
-        self._offsets = (self.directory / self._file).with_suffix(".offsets").open("wb")
+        path = self.directory / self._file
+        for each in (path, path.with_suffix(".offsets")):
+            self._open.append(each.open("wb"))
         self._hash = hashlib.sha256()
         self._tokens = self._documents = self._text_bytes = 0
 
     def _finish_shard(self) -> None:
-        if self._ids is None:
+        if not self._open:
             return
-        for file in (self._ids, self._offsets):
+        for file in self._open:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        self._ids = None
+        self._open = []
         self.shards.append(Shard(self._file, self._tokens, self._documents, self._text_bytes, self._hash.hexdigest()))

@@ -16,9 +16,10 @@ from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
 from dist_llm.optim.build import build_optimizer
 from dist_llm.parallel.context import local_part
-from dist_llm.parallel.mesh import DATA_AXES, SHARD_AXES, build_mesh, sum_over
-from dist_llm.parallel.parallelize import build_parts, local
+from dist_llm.parallel.mesh import DATA_AXES, SHARD_AXES, build_mesh, local, sum_over
+from dist_llm.parallel.parallelize import build_parts
 from dist_llm.parallel.pipeline import Pipeline
+from dist_llm.parallel.tensor import settle_gradients
 
 
 class NativeEngine:
@@ -65,16 +66,26 @@ class NativeEngine:
             part.train()
         scored = scored.clamp(min=1)
         batches = [batch.to(self.device) for batch in batches]
-        if self.pipeline is not None:
+        if self.pipeline is None:
+            loss = self._accumulate(batches, scored, step)
+        else:
             self._seed(step, 0)
             with self._precision():
-                return self.pipeline.accumulate(batches, scored)
+                loss = self.pipeline.accumulate(batches, scored)
+        for part in self.parts:
+            settle_gradients(part)
+        if self.pipeline is not None:
+            self.pipeline.reduce_tied()
+        return loss
+
+    def _accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
+        """One microbatch after another; gradients are reduced with the last, or with each."""
+        (model,) = self.parts
         losses = []
         for number, batch in enumerate(batches):
-            for module in self.parts:
-                if isinstance(module, FSDPModule):
-                    last = number == len(batches) - 1
-                    module.set_requires_gradient_sync(last or self.config.parallel.reduce_each_microbatch)
+            if isinstance(model, FSDPModule):
+                last = number == len(batches) - 1
+                model.set_requires_gradient_sync(last or self.config.parallel.reduce_each_microbatch)
             self._seed(step, number)
             with self._precision():
                 loss = self._forward(batch) / scored
@@ -84,8 +95,6 @@ class NativeEngine:
 
     def update(self, lr: float) -> Tensor:
         parameters = [p for _, p in self.named_parameters() if p.grad is not None]
-        for parameter in parameters:
-            parameter.grad = _reduced(parameter)
         norm = self._norm()
         if self.config.optim.clip:
             clip.scale([local(p.grad) for p in parameters if p.grad is not None], norm, self.config.optim.clip)
@@ -138,14 +147,6 @@ class NativeEngine:
         if self.config.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
-
-
-def _reduced(parameter: nn.Parameter) -> Tensor | None:
-    """The gradient laid out as its parameter. Norms on slices of the sequence leave theirs as partial sums."""
-    gradient = parameter.grad
-    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
-        return gradient.redistribute(parameter.device_mesh, parameter.placements)
-    return gradient
 
 
 def _split_by_tp(parameter: nn.Parameter) -> bool:

@@ -27,7 +27,10 @@ class World:
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
-    """From RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them. Raises ConfigError if only some are there."""
+    """From RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them.
+
+    Raises ConfigError if only some are there, or if they make no sense.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     missing = [name for name in names if name not in environ]
     if len(missing) == len(names):
@@ -37,5 +40,13 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
             f"environment: {', '.join(missing)} is not set though others of {', '.join(names)} are; "
             "start with torchrun, or unset them all to run one process"
         )
-    rank, size, local_rank = (int(environ[name]) for name in names)
+    given = ", ".join(f"{name}={environ[name]}" for name in names)
+    try:
+        rank, size, local_rank = (int(environ[name]) for name in names)
+    except ValueError:
+        raise ConfigError(f"environment: {given} must be whole numbers; start with torchrun") from None
+    if not (0 <= rank < size and 0 <= local_rank < size):
+        raise ConfigError(
+            f"environment: {given}: RANK and LOCAL_RANK must be at least 0 and below WORLD_SIZE; start with torchrun"
+        )
     return World(rank, size, local_rank, socket.gethostname())

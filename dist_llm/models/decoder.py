@@ -50,15 +50,11 @@ class Head(nn.Module):
         rows = round_up(config.vocab_size, config.vocab_multiple)
         self.out = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
 
-    def weight(self, tied_VD: Tensor | None) -> Tensor:
-        """The projection's weight, padding rows included: the head's own, or the embedding's."""
-        weight_VD = tied_VD if self.out is None else self.out.weight
-        assert weight_VD is not None
-        return weight_VD
-
     def forward(self, x_BSD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
         """[B, S, D] -> logits [B, S, V], or the scalar sum of losses. Padding rows of the head are left out."""
-        logits_BSV = F.linear(self.norm(x_BSD), self.weight(tied_VD)[: self.vocab_size])
+        weight_VD = tied_VD if self.out is None else self.out.weight
+        assert weight_VD is not None
+        logits_BSV = F.linear(self.norm(x_BSD), weight_VD[: self.vocab_size])
         return logits_BSV if targets_BS is None else self.loss(logits_BSV, targets_BS)
 
 
@@ -72,7 +68,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.first = self.last = True
-        self.embed: nn.Module | None = Embedding(config)
+        self.embed: Embedding | None = Embedding(config)
         # By name and not by place: a part of the model holds some of them under their own names.
         self.blocks = nn.ModuleDict({str(layer): Block(config, layer) for layer in range(config.n_layers)})
         self.head: nn.Module | None = Head(config, loss or CrossEntropy())
@@ -82,8 +78,9 @@ class Decoder(nn.Module):
         self.first, self.last = first, last
         for layer in set(range(self.config.n_layers)) - set(layers):
             del self.blocks[str(layer)]
-        if not first and not (last and self.config.tie_embeddings):
-            self.embed = None
+        if not first and self.embed is not None:
+            self.embed.positions = None
+            self.embed = self.embed if last and self.config.tie_embeddings else None
         if not last:
             self.head = None
 

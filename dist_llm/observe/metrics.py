@@ -105,6 +105,9 @@ class MetricsFile:
         self.file.write("".join(json.dumps(row) + "\n" for row in rows))
         self.file.flush()
 
+    def close(self) -> None:
+        self.file.close()
+
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Of this process: allocated on its GPU, or resident on the CPU."""

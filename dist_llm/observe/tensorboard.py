@@ -9,12 +9,12 @@ NOT_CURVES = {"step", "sample"}
 
 
 class TensorBoard:
-    """Event files under `directory`. After a resume the events beyond `resumed_step` are hidden."""
+    """Event files under `directory`. Events beyond `resumed_step` (0: all), of a run that was killed, are hidden."""
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter  # slow to import: only rank 0 pays
 
-        self.writer = SummaryWriter(str(directory), purge_step=resumed_step + 1 if resumed_step else None)
+        self.writer = SummaryWriter(str(directory), purge_step=resumed_step + 1)
 
     def __call__(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -27,3 +27,6 @@ class TensorBoard:
                 text = "\n".join("    " + line for line in row["sample"].splitlines())
                 self.writer.add_text("heldout/sample", text, row["step"])
         self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dist_llm.models.attention import AttentionKernel, attend
+from dist_llm.models.attention import attend
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.visibility import Visibility
 from dist_llm.objectives.batch import Batch, count_scored
@@ -20,7 +20,8 @@ from dist_llm.parallel.compat import all_gather_autograd
 def context_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Put the gathering kernel into every attention of `model`; `mesh` is the cp axis."""
     for block in model.blocks.values():
-        block.attention.kernel = GatheredAttention(block.attention.kernel, mesh)
+        attention = block.attention
+        attention.kernel = GatheredAttention(attention.kernel.dropout, mesh)  # type: ignore[union-attr, arg-type]
 
 
 def local_part(batch: Batch, rank: int, ranks: int) -> Batch:
@@ -47,9 +48,9 @@ def local_part(batch: Batch, rank: int, ranks: int) -> Batch:
 class GatheredAttention(nn.Module):
     """Attention of this rank's queries to the keys and values of the whole sequence."""
 
-    def __init__(self, kernel: AttentionKernel, mesh: DeviceMesh) -> None:
+    def __init__(self, dropout: float, mesh: DeviceMesh) -> None:
         super().__init__()
-        self.dropout = kernel.dropout
+        self.dropout = dropout
         self.group, self.rank, self.ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
 
     def forward(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, visible: Visibility) -> Tensor:
@@ -60,9 +61,7 @@ class GatheredAttention(nn.Module):
             return attend(q_BSHE, k_BTKE, v_BTKE, visible, dropout)
         piece = q_BSHE.shape[1] // 2
         outputs = []
-        for q_piece, number in zip(
-            q_BSHE.split(piece, dim=1), (self.rank, 2 * self.ranks - 1 - self.rank), strict=True
-        ):
+        for q_piece, number in zip(q_BSHE.chunk(2, dim=1), (self.rank, 2 * self.ranks - 1 - self.rank), strict=True):
             end = (number + 1) * piece  # a piece's queries are the last of what they see
             outputs.append(attend(q_piece, k_BTKE[:, :end], v_BTKE[:, :end], visible, dropout))
         return torch.cat(outputs, dim=1)

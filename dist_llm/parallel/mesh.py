@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from dist_llm.config.check import AXES
 from dist_llm.config.schema import ParallelConfig
@@ -28,3 +29,8 @@ def sum_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
         if mesh[axis].size() > 1:
             dist.all_reduce(value, group=mesh.get_group(axis))
     return value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's share of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

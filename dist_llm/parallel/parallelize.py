@@ -1,7 +1,6 @@
 """From a config to a model that is laid out and has its values: the order, written once."""
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -11,7 +10,7 @@ from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.init import fill, rule_for
 from dist_llm.parallel.context import context_parallel
-from dist_llm.parallel.mesh import DATA_AXES
+from dist_llm.parallel.mesh import DATA_AXES, local
 from dist_llm.parallel.pipeline import split_layers, stage_count, stages_of
 from dist_llm.parallel.recompute import compile_blocks, recompute_blocks
 from dist_llm.parallel.shard import shard
@@ -54,11 +53,6 @@ def initialise(model: Decoder, config: Config) -> None:
             )
         rule = rule_for(name, parameter.shape, config.model)
         fill(local(parameter.detach()), name, rule, config.run.seed, parameter.shape, offset)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's share of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _cut(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, schedules
-from torch.distributed.tensor import DTensor
 
 from dist_llm.config.check import TWO_STAGE_SCHEDULES
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
+from dist_llm.parallel.mesh import local
 
 SCHEDULES = {
     "1f1b": schedules.Schedule1F1B,
@@ -76,20 +76,22 @@ class Pipeline:
         self.device = device
         self.scored = torch.ones((), device=device)
         schedule = SCHEDULES[parallel.pp_schedule]
-        local = stages if parallel.pp_schedule in TWO_STAGE_SCHEDULES else stages[0]
+        mine = stages if parallel.pp_schedule in TWO_STAGE_SCHEDULES else stages[0]
         # The last stage's output is its loss already; gradients are never rescaled by torch.
         self.schedule = schedule(
-            local, self.microbatches, loss_fn=lambda loss, targets: loss / self.scored, scale_grads=False
+            mine, self.microbatches, loss_fn=lambda loss, targets: loss / self.scored, scale_grads=False
         )
         self.tied = TiedEmbedding(self.mesh, parts, mesh) if config.model.tie_embeddings and self.count > 1 else None
 
     def accumulate(self, batches: Sequence[Batch], scored: Tensor) -> Tensor:
         """Forward and backward of all microbatches; the sum of losses / scored on the last stage's rank, else 0."""
         self.scored = scored
-        losses = self._run(batches, backward=True)
+        return self._run(batches, backward=True)
+
+    def reduce_tied(self) -> None:
+        """Add up the two gradients of a tied embedding, once both are laid out as their weights."""
         if self.tied is not None:
             self.tied.reduce()
-        return losses
 
     def score(self, batches: Sequence[Batch]) -> Tensor:
         """Forward alone; the sum of losses on the last stage's rank, else 0."""
@@ -100,10 +102,14 @@ class Pipeline:
         assert len(batches) == self.microbatches
         inputs = torch.cat([batch.inputs_BS for batch in batches])
         targets = torch.cat([batch.targets_BS for batch in batches])
-        positions = [batch.positions_BS for batch in batches if batch.positions_BS is not None]
-        keywords = {"targets_BS": targets, "visible": batches[0].visible}
-        if positions:
-            keywords["positions_BS"] = torch.cat(positions)
+        # Given, not derived: under sequence parallelism a later stage sees but a slice of the sequence.
+        positions = [
+            torch.arange(batch.inputs_BS.shape[1], device=self.device).expand_as(batch.inputs_BS)
+            if batch.positions_BS is None
+            else batch.positions_BS
+            for batch in batches
+        ]
+        keywords = {"targets_BS": targets, "visible": batches[0].visible, "positions_BS": torch.cat(positions)}
         losses: list[Tensor] = []
         run = self.schedule.step if backward else self.schedule.eval
         run(
@@ -134,7 +140,7 @@ class TiedEmbedding:
         if not self.weights:
             return
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
-        shares = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        shares = [local(gradient) for gradient in gradients]
         if len(shares) == 2:  # zbv: one rank has both ends
             total = shares[0] + shares[1]
             for share in shares:

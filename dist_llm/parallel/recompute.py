@@ -5,7 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch._functorch import config as functorch
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from dist_llm.config.schema import ParallelConfig
 from dist_llm.models.decoder import Decoder
@@ -24,20 +30,18 @@ KEPT_OPS = {
 def compile_blocks(model: Decoder, parallel: ParallelConfig) -> None:
     """Each block by itself: one graph for all layers, and FSDP's hooks stay outside it."""
     if parallel.recompute_budget < 1:
-        import torch._functorch.config
-
-        torch._functorch.config.activation_memory_budget = parallel.recompute_budget
+        functorch.activation_memory_budget = parallel.recompute_budget
     for block in model.blocks.values():
-        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward)
 
 
 def recompute_blocks(model: Decoder, parallel: ParallelConfig) -> None:
     """Keep a block's input alone (full), or also what `KEPT_OPS` gave (selective)."""
-    contexts: dict[str, Callable[[], Any]] = {}
+    contexts: Callable[[], Any] = noop_context_fn
     if parallel.recompute == "selective":
-        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        contexts = partial(create_selective_checkpoint_contexts, _policy)
     for block in model.blocks.values():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -25,6 +25,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
 from dist_llm.models.decoder import Decoder, Head
+from dist_llm.parallel.mesh import local
 
 
 def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
@@ -32,8 +33,8 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -
     between: Placement = Shard(1) if sequence_parallel else Replicate()
     for block in model.blocks.values():
         parallelize_module(block, mesh, _block_plan(between))
-        if not sequence_parallel:
-            _own_dropout(block.attention.kernel, mesh)
+        if not sequence_parallel and model.config.dropout:
+            _own_dropout(block.attention.kernel, mesh)  # type: ignore[union-attr, arg-type]
     if model.embed is not None:
         plan: dict[str, ParallelStyle] = {"tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=between)}
         if model.embed.positions is not None:
@@ -49,6 +50,15 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -
             plan["out"] = ColwiseParallel()
         parallelize_module(model.head, mesh, plan)
         model.head = VocabParallelHead(model.head, mesh, between)
+
+
+def settle_gradients(model: Decoder) -> None:
+    """Lay each gradient out as its parameter. FSDP does so itself; without it, norms on slices of the
+    sequence leave partial sums, and the vocabulary-parallel look-up a gradient of all rows."""
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+            parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)
 
 
 def _block_plan(between: Placement) -> dict[str, ParallelStyle]:
@@ -81,10 +91,10 @@ class Whole(ParallelStyle):
         def before(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             return tuple(DTensor.from_local(each, mesh, (Replicate(),), run_check=False) for each in inputs)
 
-        def after(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
-            return output.to_local()
+        def after(module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
+            return local(output)
 
-        return distribute_module(module, device_mesh, None, before, after)
+        return distribute_module(module, device_mesh, None, before, after)  # type: ignore[arg-type]
 
 
 class Positions(ParallelStyle):
@@ -98,12 +108,15 @@ class Positions(ParallelStyle):
             (positions_BS,) = inputs
             dim = positions_BS.ndim - 1
             placement = Shard(dim) if self.between == Shard(1) else Replicate()
-            return (DTensor.from_local(positions_BS, mesh, (Replicate(),)).redistribute(mesh, (placement,)),)
+            mine = DTensor.from_local(positions_BS, mesh, (Replicate(),), run_check=False).redistribute(
+                mesh, (placement,)
+            )
+            return (mine if isinstance(module, nn.Embedding) else mine.to_local(),)  # sinusoids are plain arithmetic
 
-        def after(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
-            return output.to_local()
+        def after(module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
+            return local(output)
 
-        return distribute_module(module, device_mesh, None, before, after)
+        return distribute_module(module, device_mesh, None, before, after)  # type: ignore[arg-type]
 
 
 class VocabParallelHead(nn.Module):
@@ -114,14 +127,12 @@ class VocabParallelHead(nn.Module):
         self.norm, self.out, self.vocab_size, self.loss = head.norm, head.out, head.vocab_size, head.loss
         self.mesh, self.between = mesh, between
 
-    weight = Head.weight
-
     def forward(self, x_BSD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
         """As `Head.forward`; every rank returns the same loss, or all logits."""
         x = DTensor.from_local(self.norm(x_BSD), self.mesh, (self.between,), run_check=False)
         # Each rank's columns give one part of the activations' gradient.
         x_BSD = x.redistribute(self.mesh, (Replicate(),)).to_local(grad_placements=(Partial(),))
-        weight = self.weight(tied_VD)
+        weight = tied_VD if self.out is None else self.out.weight
         assert isinstance(weight, DTensor)
         logits_BSW = F.linear(x_BSD, weight.to_local())
         start = self.mesh.get_local_rank() * logits_BSW.shape[-1]
@@ -199,15 +210,18 @@ def _own_dropout(kernel: nn.Module, mesh: DeviceMesh) -> None:
     """
     rank = mesh.get_local_rank()
 
+    streams: list[tuple[Tensor, Tensor | None]] = []
+
     def before(module: nn.Module, inputs: Any) -> None:
         seed = int(torch.randint(1 << 62, ()))
-        module.common = torch.get_rng_state()  # type: ignore[assignment]
+        streams.append((torch.get_rng_state(), torch.cuda.get_rng_state() if inputs[0].is_cuda else None))
         torch.manual_seed(seed + rank)
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        torch.set_rng_state(module.common)  # type: ignore[arg-type]
-        del module.common
+        cpu, gpu = streams.pop()
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)
 
-    if kernel.dropout:
-        kernel.register_forward_pre_hook(before)
-        kernel.register_forward_hook(after)
+    kernel.register_forward_pre_hook(before)
+    kernel.register_forward_hook(after)

@@ -107,7 +107,7 @@ def encode_in_order(
         # Chunks are dealt out in turn and collected in turn: that alone keeps them in order.
         pending: deque[_Worker] = deque()
         for worker, chunk in zip(cycle(team), chunks, strict=False):
-            if False:
+            if len(pending) == CHUNKS_PER_WORKER * workers:
                 yield pending.popleft().collect()
             worker.hand(chunk)
             pending.append(worker)

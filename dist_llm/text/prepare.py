@@ -9,8 +9,8 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -94,22 +94,26 @@ class _Run:
 
     def _write_shards(self, tokenizer: Tokenizer) -> Manifest:
         options, dtype = self.options, smallest_dtype(tokenizer.vocab_size)
-        writers = {split: ShardWriter(self.directory, split, dtype, options.shard_tokens) for split in SPLITS}
         chunks = encode_in_order(self._documents(), self.directory, options.heldout_fraction, options.workers)
         text_bytes = written = 0
-        with closing(chunks), _closing_on_failure(writers.values()):
+        with closing(chunks), ExitStack() as stack:
+            writers = {
+                split: stack.enter_context(ShardWriter(self.directory, split, dtype, options.shard_tokens))
+                for split in SPLITS
+            }
             for chunk in chunks:
                 for document in chunk:
                     split: Split = "heldout" if document.heldout else "train"
                     writers[split].add(document.ids, document.text_bytes)
                 text_bytes, written = text_bytes + int(chunk.text_bytes.sum()), written + len(chunk.ends)
                 self.meter.update(self.tally.bytes_read, text_bytes, written)
+            shards = {split: writer.close() for split, writer in writers.items()}
         return Manifest(
             dtype=dtype,
             vocab_size=tokenizer.vocab_size,
             tokenizer_sha256=tokenizer.sha256,
             source=options.source,
-            shards={split: writer.close() for split, writer in writers.items()},
+            shards=shards,
             bad_rows=self.tally.bad_rows,
         )
 
@@ -147,17 +151,6 @@ class _Run:
         )
         for location in self.tally.locations:
             self.meter.say(f"  skipped {location}")
-
-
-@contextmanager
-def _closing_on_failure(writers: Iterable[ShardWriter]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        for writer in writers:
-            with suppress(OSError):
-                writer.close()
-        raise
 
 
 @contextmanager

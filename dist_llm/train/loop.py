@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from dist_llm.checkpoint import store as checkpoints
@@ -16,7 +17,7 @@ from dist_llm.generate import Sampling, text
 from dist_llm.launch.world import World
 from dist_llm.observe.console import ProgressLine
 from dist_llm.observe.flops import CONVENTION, flops_per_token, peak_flops
-from dist_llm.observe.metrics import Measured, MetricsFile, Recorder, Row, Sink
+from dist_llm.observe.metrics import Measured, MetricsFile, Recorder, Row
 from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.text.tokenizer import Tokenizer
@@ -47,14 +48,14 @@ class Trainer:
         self.samples = parallel.pp == parallel.tp == parallel.cp == 1
         if config.eval.sample_prompt and not self.samples:
             log.info("eval.sample_prompt: no samples while training under pp, tp or cp; use dist-llm generate")
-        self.bar: ProgressLine | None = None
+        self.sinks = ExitStack()
         self.recorder = self._recorder()
 
     def run(self) -> None:
         """Train to run.steps; evaluate and save on their beats and at the end."""
         config = self.config
         self.recorder.restart_clock(self.progress.tokens)
-        try:
+        with self.sinks:  # closed at the end, whatever it is
             while self.progress.step < config.run.steps:
                 self.step()
                 step = self.progress.step
@@ -65,9 +66,6 @@ class Trainer:
                     self.evaluate()
                 if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                     self.save()
-        finally:
-            if self.bar is not None:
-                self.bar.close()
         log.info("done: %d steps, checkpoint in %s", self.progress.step, self.directory / "checkpoints")
         log.info("watch the curves: tensorboard --logdir %s", self.directory / "tensorboard")
 
@@ -144,11 +142,12 @@ class Trainer:
             peak, source = config.log.peak_tflops * 1e12, "log.peak_tflops"
         per_token = flops_per_token(config.model, config.data.seq_len)
         log.info("MFU: %s; %.3f TFLOP/s per device, %s", CONVENTION, peak / 1e12, source)
-        sinks: list[Sink] = []
+        sinks: list[MetricsFile | TensorBoard | ProgressLine] = []
         if self.world.main:
             sinks.append(MetricsFile(self.directory / "metrics.jsonl", step))
             if config.log.tensorboard:
                 sinks.append(TensorBoard(self.directory / "tensorboard", step))
-            self.bar = ProgressLine(config.run.steps, step)
-            sinks.append(self.bar)
+            sinks.append(ProgressLine(config.run.steps, step))
+        for sink in sinks:
+            self.sinks.callback(sink.close)
         return Recorder(sinks, per_token, peak * self.world.size, device)

@@ -22,7 +22,10 @@ def make(**keys):
     }
     for name, value in keys.items():
         section, _, leaf = name.partition("__")
-        raw.setdefault(section, {})[leaf] = value
+        if leaf:
+            raw.setdefault(section, {})[leaf] = value
+        else:
+            raw[section] = value
     return Config.model_validate(raw)
 
 
@@ -45,9 +48,59 @@ RULES = [
         "the warm-up ends at step 11, after the decay does at 10; set at most 10",
     ),
     ({"parallel__dp_shard": 0}, 1, "parallel.dp_shard", "or -1 for all that the other axes leave"),
-    ({"parallel__cp": 2}, 2, "parallel.cp", "set 1"),
-    ({"parallel__tp": 2}, 2, "parallel.tp", "set 1"),
-    ({"parallel__pp": 2}, 2, "parallel.pp", "set 1"),
+    (
+        {"parallel__cp": 2, "data__seq_len": 10},
+        2,
+        "data.seq_len",
+        "10 tokens do not divide into the 4 pieces of cp 2 .* the nearest that do: 8 or 12",
+    ),
+    ({"parallel__cp": 8, "data__seq_len": 4}, 8, "data.seq_len", "16 pieces of cp 8 .* the nearest that do: 16"),
+    ({"parallel__tp": 2, "model__n_kv_heads": 1}, 2, "model.n_kv_heads", "1 key-value heads .* tp 2; tp can be 1$"),
+    ({"parallel__tp": 2, "model__d_ff": 9}, 2, "model.d_ff", "9 hidden units .* tp 2; tp can be 1, 3, 9$"),
+    (
+        {"parallel__tp": 2, "model__vocab_size": 305, "model__vocab_multiple": 5},
+        2,
+        "model.vocab_multiple",
+        "305 vocabulary rows .* tp can be 1, 5, 61, 305$",
+    ),
+    ({"parallel__tp": 2, "data__seq_len": 7}, 2, "data.seq_len", "set a multiple of 2, or sequence_parallel to false"),
+    (
+        {"parallel__pp": 4, "data__micro_batch": 1},
+        4,
+        "parallel.pp",
+        r"4 stages \(1f1b\) need as many blocks, but model.n_layers is 2; pp can be at most 2",
+    ),
+    (
+        {"parallel__pp": 2, "parallel__pp_schedule": "interleaved_1f1b", "data__micro_batch": 1},
+        2,
+        "parallel.pp",
+        r"4 stages \(interleaved_1f1b\) .* pp can be at most 1",
+    ),
+    ({"parallel__pp": 2}, 2, "data.micro_batch", "1 microbatches for 1f1b over pp 2, which takes at least 2"),
+    (
+        {"parallel__pp": 2, "parallel__pp_schedule": "interleaved_1f1b", "model__n_layers": 4, "data__micro_batch": 4},
+        2,
+        "data.micro_batch",
+        "3 microbatches for interleaved_1f1b over pp 2, which takes a multiple of pp 2",
+    ),
+    (
+        {"parallel__pp": 2, "parallel__pp_schedule": "zbv", "model__n_layers": 4, "data__micro_batch": 4},
+        2,
+        "data.micro_batch",
+        "3 microbatches for zbv over pp 2, which takes at least 4",
+    ),
+    (
+        {
+            "parallel__pp": 2,
+            "parallel__pp_schedule": "zbv",
+            "model__n_layers": 4,
+            "data__micro_batch": 1,
+            "compile": True,
+        },
+        2,
+        "parallel.pp_schedule",
+        "set compile to false, or pp_schedule to 1f1b or interleaved_1f1b",
+    ),
     ({"parallel__dp_shard": 2}, 3, "parallel.dp_shard", "dp_shard 2. needs 2 ranks, but 3 were started; set dp_shard"),
     ({"parallel__dp_replicate": 2}, 3, "parallel.dp_shard", "needs 2 ranks, but 3 were started"),
     (
@@ -69,7 +122,7 @@ def test_a_broken_rule_names_its_place_and_the_way_out(change, world, place, mes
     assert re.search(message, violation.message)
     for key in violation.keys:
         section, _, leaf = key.partition(".")
-        assert leaf in Config.model_fields[section].annotation.model_fields, "a key that exists"
+        assert not leaf or leaf in Config.model_fields[section].annotation.model_fields, "a key that exists"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +139,37 @@ def test_a_broken_rule_names_its_place_and_the_way_out(change, world, place, mes
 )
 def test_what_only_looks_wrong_passes(change):
     assert check(make(**change), 1, VOCAB) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "world"),
+    [
+        ({"parallel__cp": 4}, 4),
+        ({"parallel__tp": 4}, 4),
+        ({"parallel__tp": 2, "data__seq_len": 7, "parallel__sequence_parallel": False}, 2),
+        ({"parallel__tp": 2, "parallel__cp": 2, "parallel__dp_replicate": 3}, 12),
+        ({"parallel__pp": 2, "data__micro_batch": 6}, 2),
+        ({"parallel__pp": 2, "parallel__pp_schedule": "gpipe"}, 2),
+        ({"parallel__pp": 2, "parallel__pp_schedule": "zbv", "model__n_layers": 4, "data__micro_batch": 3}, 2),
+        ({"parallel__pp": 2, "data__micro_batch": 1, "compile": True}, 2),
+    ],
+)
+def test_layouts_that_fit_pass(change, world):
+    assert check(make(**change), world, VOCAB) == []
+
+
+def test_a_wrong_layout_is_one_violation_per_rule():
+    broken = check(make(parallel__tp=3, parallel__pp=3, model__n_kv_heads=2), 5, VOCAB)
+    assert [violation.keys[0] for violation in broken] == [
+        "parallel.dp_shard",
+        "model.n_heads",
+        "model.n_kv_heads",
+        "model.d_ff",
+        "model.vocab_multiple",
+        "data.seq_len",
+        "parallel.pp",
+        "data.micro_batch",
+    ]
 
 
 def test_the_nearest_batches_that_are_named_do_hold():

@@ -1,6 +1,7 @@
 """Any world size reads the same samples in the same order, ahead or not, from any step."""
 
 import threading
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_the_global_order_does_not_depend_on_the_world(ranks, order, corpus):
     for number in range(2 * STEPS):
         shares = [step(part, number) for part in parts]
         assert {len(share) for share in shares} == {BATCH // ranks}
-        assert sum(shares, []) == step(alone, number)
+        assert list(chain(*shares)) == step(alone, number)
 
 
 @pytest.mark.parametrize("ranks", WORLDS)
@@ -55,8 +56,7 @@ def test_an_epoch_is_disjoint_and_complete_over_the_ranks(ranks, corpus):
         [start for number in range(STEPS) for start in step(part, number)]
         for part in (loader(corpus, rank, ranks) for rank in range(ranks))
     ]
-    seen = sum(shares, [])
-    assert sorted(seen) == list(range(0, SEQ * BATCH * STEPS, SEQ))
+    assert sorted(chain(*shares)) == list(range(0, SEQ * BATCH * STEPS, SEQ))
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 12])
@@ -84,6 +84,18 @@ def test_reading_ahead_changes_nothing(prefetch, corpus):
             assert step(ahead, number) == step(plain, number)
     finally:
         ahead.close()
+
+
+def test_each_step_is_made_once_though_made_ahead(corpus, monkeypatch):
+    made = []
+    ahead = loader(corpus, rank=1, ranks=2, prefetch=2)
+    make = ahead._make
+    monkeypatch.setattr(ahead, "_make", lambda first: made.append(first) or make(first))
+    for number in range(5):
+        step(ahead, number)
+    ahead.close()
+    assert made[:5] == [number * BATCH for number in range(5)]
+    assert len(set(made)) == len(made) <= 7
 
 
 def test_the_thread_ends_with_the_loader(corpus):
@@ -120,8 +132,7 @@ def test_an_error_ahead_comes_with_its_own_step(make_corpus):
     ahead = Loader(corpus, order, causal, data, 0, 1, pin=False)
     try:
         with pytest.raises(DataError, match="is 999"):
-            for number in range(3):
-                ahead.batches(number * BATCH)
+            list(map(ahead.batches, range(0, 3 * BATCH, BATCH)))
     finally:
         ahead.close()
 

@@ -1,5 +1,6 @@
 """`train --debug`: shows what the model is fed, passes on what can learn and fails on what cannot."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def test_debug_shows_the_batch_and_passes_whatever_the_layout(corpus: Path, tmp_
     for place, (position, token, text, sees, target, target_text, scored) in enumerate(rows):
         assert (int(position), sees, scored) == (place, f"0..{place}", "yes")
         assert (text, target_text) == tuple(repr(tokenizer.decode([int(each)])) for each in (token, target))
-    for row, following in zip(rows, rows[1:], strict=False):
+    for row, following in itertools.pairwise(rows):
         assert row[4] == following[1], "the target is the next input"
     assert re.search(r"one batch, 30 steps at lr 0\.003: loss \d+\.\d+ -> \d+\.\d+", done.stdout)
     assert "debug run passed" in done.stdout

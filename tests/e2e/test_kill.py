@@ -13,6 +13,7 @@ from . import commands
 from .conftest import ONE, REPLICATED, SHARDED, Layout
 
 
+@pytest.mark.timeout(600)  # three processes, each with its own limit
 @pytest.mark.parametrize("layout", [ONE, REPLICATED, SHARDED], ids=str)
 def test_a_run_killed_twice_ends_with_the_same_bits(
     layout: Layout, straight: Callable[[Layout], Path], corpus: Path, tmp_path: Path
@@ -21,8 +22,13 @@ def test_a_run_killed_twice_ends_with_the_same_bits(
     for step in (7, 13):
         arguments = commands.train_arguments(corpus, *layout.overrides, f"checkpoint.every={step}")
         saved = run / "checkpoints" / f"step_{step:08d}"
-        commands.kill_when(saved / "COMMITTED", arguments, layout.ranks, tmp_path)
+
+        def two_steps_later(saved: Path = saved, step: int = step) -> bool:
+            return (saved / "COMMITTED").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step + 2
+
+        commands.kill_when(two_steps_later, arguments, layout.ranks, tmp_path)
         assert commands.newest(run) == saved, "the kill came too late to prove anything"
+        assert len(commands.metrics(run)) > step, "some steps have to be taken again"
     resumed = commands.run(*commands.train_arguments(corpus, *layout.overrides), ranks=layout.ranks, cwd=tmp_path)
     assert "resumed from run/checkpoints/step_00000013" in resumed.stderr
 

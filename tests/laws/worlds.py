@@ -16,7 +16,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-COLLECTIVE_TIMEOUT_SECONDS = 60
+COLLECTIVE_TIMEOUT_SECONDS = 40
 
 
 class WorldError(AssertionError):
@@ -38,7 +38,7 @@ class GlooWorld:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, args))
         results, errors = [], []
@@ -99,6 +99,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
         world_size=size,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
     )
+    _share_groups()
     while True:
         try:
             function, args = pipe.recv()
@@ -112,3 +113,33 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
         del answer
         gc.collect()
         torch.compiler.reset()
+
+
+def _share_groups() -> None:
+    """One mesh per shape and one group per set of ranks: each gloo group has threads that wake all the time."""
+    import torch.distributed as dist
+
+    from dist_llm.config.check import AXES
+    from dist_llm.engines import native
+    from dist_llm.parallel.mesh import build_mesh
+
+    meshes: dict[Any, Any] = {}
+    groups: dict[Any, Any] = {}
+    new_group = dist.new_group
+
+    def shared_mesh(parallel: Any, device_type: str) -> Any:
+        shape = tuple(getattr(parallel, axis) for axis in AXES)
+        if shape not in meshes:
+            meshes[shape] = build_mesh(parallel, device_type)
+        return meshes[shape]
+
+    def shared_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        key = None if ranks is None else tuple(ranks)
+        if key is None or args or kwargs:
+            return new_group(ranks, *args, **kwargs)
+        if key not in groups:
+            groups[key] = new_group(ranks)
+        return groups[key]
+
+    native.build_mesh = shared_mesh
+    dist.new_group = shared_group

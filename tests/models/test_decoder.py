@@ -53,9 +53,7 @@ def test_a_prediction_depends_on_all_tokens_up_to_it_and_no_later_one(positions,
     tokens = distinct_tokens(7)
     logits = model(tokens)
     for place in range(7):
-        (gradient,) = torch.autograd.grad(
-            logits[0, place].square().sum(), model.embed.tokens.weight, retain_graph=True
-        )
+        (gradient,) = torch.autograd.grad(logits[0, place].square().sum(), model.embed.tokens.weight, retain_graph=True)
         reached = gradient[tokens[0]].abs().sum(-1) > 0
         assert reached.tolist() == [other <= place for other in range(7)]
 
@@ -76,7 +74,9 @@ def test_places_matter(positions, build):
 
 
 @pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 3, 1], [9], [1, 8], [8, 1]], ids=str)
-@pytest.mark.parametrize("kind", [GPT2, LLAMA, {"positions": "sinusoidal", "norm_order": "post"}], ids=["gpt2", "llama", "post"])
+@pytest.mark.parametrize(
+    "kind", [GPT2, LLAMA, {"positions": "sinusoidal", "norm_order": "post"}], ids=["gpt2", "llama", "post"]
+)
 def test_the_cache_gives_the_full_forward(kind, pieces, build):
     model = build(**kind)
     tokens = torch.stack([distinct_tokens(9)[0], distinct_tokens(9)[0].flip(0)])
@@ -144,7 +144,9 @@ def naive(model, config, tokens):
             own = slice(head * E, head * E + E)
             shared = head * config.n_kv_heads // config.n_heads
             shared = slice(shared * E, shared * E + E)
-            q_h, k_h = (turn(q[:, own]), turn(k[:, shared])) if config.positions == "rope" else (q[:, own], k[:, shared])
+            q_h, k_h = (
+                (turn(q[:, own]), turn(k[:, shared])) if config.positions == "rope" else (q[:, own], k[:, shared])
+            )
             scores = q_h @ k_h.T / math.sqrt(E)
             scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
             heads.append(scores.softmax(-1) @ v[:, shared])
@@ -292,6 +294,35 @@ def test_logits_and_gradients_are_finite_in_bf16(kind, build):
     assert loss.dtype == torch.float32
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     torch.testing.assert_close(logits.float(), model(tokens), rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3])
+@pytest.mark.parametrize("kind", [GPT2, LLAMA, {"norm_order": "post"}], ids=["gpt2", "llama", "post"])
+def test_two_parts_in_a_row_are_the_whole(kind, cut, build):
+    whole, front, back = (build(n_layers=3, **kind) for _ in range(3))
+    front.keep(range(cut), first=True, last=False)
+    back.keep(range(cut, 3), first=False, last=True)
+    tokens = distinct_tokens(8)
+    targets = tokens.flip(1)
+    assert torch.equal(back(front(tokens)), whole(tokens))
+    assert torch.equal(back(front(tokens), targets), whole(tokens, targets))
+    names = {name for part in (front, back) for name, _ in part.named_parameters()}
+    assert names == {name for name, _ in whole.named_parameters()}
+    assert front.head is None
+    assert (back.embed is None) == (not whole.config.tie_embeddings)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_positions_may_be_told(positions, build):
+    model = build(positions=positions)
+    tokens = torch.stack([distinct_tokens(6)[0], distinct_tokens(6)[0].flip(0)])
+    places = torch.arange(6)
+    assert torch.equal(model(tokens, positions_BS=places), model(tokens))
+    torch.testing.assert_close(model(tokens, positions_BS=places.expand(2, 6)), model(tokens))
+    moved = model(tokens, positions_BS=torch.stack((places, places + 5)))
+    torch.testing.assert_close(moved[0], model(tokens)[0])
+    same = torch.allclose(moved[1], model(tokens)[1], atol=1e-3)
+    assert same == (positions == "rope"), "only rope sees nothing but distances"
 
 
 def test_blocks_are_kept_by_name_so_that_a_stage_may_hold_some(build):

@@ -68,10 +68,9 @@ def test_a_thousand_steps_are_those_of_the_paper(implementation):
             np.testing.assert_allclose(got[name].numpy(), want[name], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_sgd_has_momentum_and_coupled_decay(implementation, momentum):
-    config = OptimConfig(name="sgd", lr=0.1, momentum=momentum, weight_decay=0.01, implementation=implementation)
+def test_sgd_has_momentum_and_coupled_decay(momentum):
+    config = OptimConfig(name="sgd", lr=0.1, momentum=momentum, weight_decay=0.01)
     parameter = nn.Parameter(torch.full((2, 2), 3.0, dtype=torch.float64))
     optimizer = build_optimizer(config, [("w", parameter)])
     want, velocity = 3.0, 0.0

@@ -268,6 +268,31 @@ def test_a_killed_run_leaves_no_corpus_and_no_process_and_the_next_one_finishes(
     assert not partial.exists()
 
 
+IDLE = """
+import sys, time
+from pathlib import Path
+from dist_llm.text.encode import _Worker
+from dist_llm.text.sources import Document
+worker = _Worker(Path(sys.argv[1]), 0.0)
+worker.hand([Document("x", "f:1")])
+worker.collect()
+print(worker._process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_with_nothing_to_do_dies_with_its_parent_too(tmp_path):
+    build_tokenizer("byte", None, list).save(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", IDLE, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        process.kill()
+    try:
+        wait_for(lambda: not alive(child), seconds=20)
+    finally:
+        if alive(child):
+            os.kill(child, signal.SIGKILL)
+
+
 def source_rows(source):
     with open(source) as file:
         return sum(1 for _ in file)

@@ -1,0 +1,207 @@
+"""What the framework costs: tokens/s of `dist-llm train` on one process over those of the barest loop.
+
+The bare loop is what a good engineer would write without us: the same model module, a batch from a
+memory map as nanoGPT makes it, F.cross_entropy, backward, clip_grad_norm_, fused AdamW, the loss read
+every few steps. Ours is the real training loop with its loader, schedule, metrics file, TensorBoard and
+progress lines. Both run in this process and take turns, a few steps each, in the order ours, bare, bare,
+ours, so that a machine that slows down or speeds up meanwhile touches both alike. Evaluation and
+checkpoints are left out on both sides.
+
+Prints one JSON line per pair on stdout, then a table on stderr. A ratio of 1 is no cost; below 1 the
+framework is slower.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.config.schema import Config
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.loader import Loader, build_order
+from dist_llm.engines.native import NativeEngine
+from dist_llm.launch.group import device_of
+from dist_llm.launch.world import World
+from dist_llm.models.decoder import Decoder
+from dist_llm.objectives.causal import causal
+from dist_llm.observe.console import start_logging, stop_logging
+from dist_llm.observe.metrics import Row
+from dist_llm.parallel.parallelize import initialise
+from dist_llm.text.prepare import PrepareOptions, prepare
+from dist_llm.train.loop import Trainer
+from dist_llm.train.settings import read_config
+
+WARM_UP_PAIRS = 2
+CLAIM = 0.98  # the least ratio that we promise
+
+
+def main() -> None:
+    """Run the pairs and print them."""
+    options = parser().parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        config = read(options, Path(scratch))
+        turns = run(config, options.pairs, Path(scratch))
+    for number, (ours, bare) in enumerate(turns.pairs(), start=1):
+        print(json.dumps({"pair": number, "ours": round(ours, 1), "bare": round(bare, 1), "ratio": ours / bare}))
+    sys.stdout.flush()
+    report(config, turns)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    top.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="default: %(default)s")
+    top.add_argument("--pairs", type=int, default=20, help="pairs measured, after a warm-up; default: %(default)s")
+    top.add_argument("--steps", type=int, default=5, help="steps of each turn; default: %(default)s")
+    top.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: model.d_model=512 precision=bf16")
+    return top
+
+
+def read(options: argparse.Namespace, scratch: Path) -> Config:
+    """The config, on a corpus of bytes made here; its own vocabulary size, or 4096, is kept for the head."""
+    quiet = (scratch / "prepare.txt").open("w")
+    prepare(PrepareOptions(("python-stdlib",), "byte", scratch / "corpus", heldout_fraction=0.0), quiet)
+    overrides = [
+        "model.vocab_size=4096",
+        *options.overrides,
+        f"data.path={scratch / 'corpus'}",
+        f"run.dir={scratch / 'run'}",
+        f"run.steps={(options.pairs + WARM_UP_PAIRS) * options.steps}",
+        f"log.every={options.steps}",
+        "checkpoint.every=0",
+        "data.micro_batch=0",
+    ]
+    return read_config(options.config, overrides, world_size=1)
+
+
+def run(config: Config, pairs: int, scratch: Path) -> "Turns":
+    """Train as `dist-llm train` does, the bare loop taking its turns in between."""
+    world = World()
+    device = device_of(world)
+    corpus = Corpus(Path(config.data.path))
+    engine = NativeEngine(config, device)
+    order = build_order(config.data, corpus, config.run.seed)
+    loader = Loader(corpus, order, causal, config.data, *engine.data_rank, pin=device.type == "cuda")
+    start_logging(scratch / "run" / "logs", world)
+    trainer = Trainer(config, world, engine, loader, CheckpointStore(scratch / "run" / "checkpoints", 1), {})
+    turns = Turns(BareLoop(config, device), config)
+    trainer.recorder.sinks = [*trainer.recorder.sinks, turns]
+    turns.start()
+    trainer.run()
+    loader.close()
+    stop_logging()
+    return turns
+
+
+class BareLoop:
+    """Nothing but torch around the model."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        with torch.device("meta"):
+            self.model = Decoder(config.model)
+        self.model.to_empty(device=device)
+        initialise(self.model, config)
+        decayed = [p for p in self.model.parameters() if p.dim() >= 2]
+        free = [p for p in self.model.parameters() if p.dim() < 2]
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": free, "weight_decay": 0.0}],
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            fused=True,
+        )
+        self.random = np.random.default_rng(config.run.seed)
+        self.loss = float("nan")
+
+    def steps(self, count: int) -> None:
+        """Train; the loss is read once, at the end."""
+        autocast = (
+            torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
+        )
+        for _ in range(count):
+            inputs, targets = self.batch()
+            with autocast:
+                logits = self.model(inputs)
+                loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.loss = loss.item()
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random windows from a memory map."""
+        data, length = self.config.data, self.config.data.seq_len
+        tokens = np.memmap(Path(data.path) / "train-00000.bin", dtype="<u2", mode="r")
+        starts = self.random.integers(len(tokens) - length, size=data.global_batch)
+        inputs = torch.stack([torch.from_numpy(tokens[i : i + length].astype(np.int64)) for i in starts])
+        targets = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + length].astype(np.int64)) for i in starts])
+        if self.device.type == "cuda":
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+
+class Turns:
+    """A sink of the training loop: called after each of its turns, it lets the bare loop have its own."""
+
+    def __init__(self, bare: BareLoop, config: Config) -> None:
+        self.bare, self.steps = bare, config.log.every
+        self.tokens = config.data.global_batch * config.data.seq_len * self.steps
+        self.ours_seconds: list[float] = []
+        self.bare_seconds: list[float] = []
+        self.loss = float("nan")
+
+    def start(self) -> None:
+        self.begin = time.perf_counter()
+
+    def __call__(self, rows: Sequence[Row]) -> None:
+        self.ours_seconds.append(time.perf_counter() - self.begin)
+        self.loss = rows[-1]["loss"]
+        if len(self.ours_seconds) % 2:
+            for _ in range(2):
+                self.start()
+                self.bare.steps(self.steps)
+                self.bare_seconds.append(time.perf_counter() - self.begin)
+        self.start()
+
+    def pairs(self) -> list[tuple[float, float]]:
+        """(ours, bare) in tokens/s, the warm-up left out."""
+        both = zip(self.ours_seconds, self.bare_seconds, strict=False)
+        return [(self.tokens / ours, self.tokens / bare) for ours, bare in both][WARM_UP_PAIRS:]
+
+
+def report(config: Config, turns: Turns) -> None:
+    """The table, and what was run."""
+    model, data = config.model, config.data
+    ours, bare = zip(*turns.pairs(), strict=True)
+    ratios = [mine / other for mine, other in turns.pairs()]
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    lines = [
+        f"d_model {model.d_model}, {model.n_layers} layers, vocabulary {model.vocab_size}, {data.global_batch} x "
+        f"{data.seq_len} tokens, {config.precision}, torch {torch.__version__}, {where}",
+        f"{len(ratios)} pairs of {turns.steps} + {turns.steps} steps; "
+        f"last losses {turns.loss:.3f} (ours) and {turns.bare.loss:.3f} (bare)",
+        "",
+        f"{'':12}{'median':>12}{'min':>12}{'max':>12}",
+    ]
+    for name, column, form in (("ours tok/s", ours, ",.0f"), ("bare tok/s", bare, ",.0f"), ("ratio", ratios, ".4f")):
+        low, middle, high = min(column), statistics.median(column), max(column)
+        lines.append(f"{name:12}{middle:>12{form}}{low:>12{form}}{high:>12{form}}")
+    lines.append(f"the claim, a ratio of at least {CLAIM}: median {statistics.median(ratios):.4f}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""For an unknown key: the known one that was probably meant."""
+
+import difflib
+from collections.abc import Sequence
+
+# What other trainers call it -> what it is called here.
+ALIASES = {
+    "accelerator": "engine",
+    "adam_epsilon": "optim.eps",
+    "backend": "engine",
+    "batch_size": "data.global_batch",
+    "block_size": "data.seq_len",
+    "context_length": "data.seq_len",
+    "data_parallel_size": "parallel.dp_shard",
+    "dtype": "precision",
+    "embed_dim": "model.d_model",
+    "epsilon": "optim.eps",
+    "eval_interval": "eval.every",
+    "evaluation": "eval",
+    "ffn_hidden_size": "model.d_ff",
+    "global_batch_size": "data.global_batch",
+    "grad_clip": "optim.clip",
+    "hidden_dim": "model.d_model",
+    "hidden_size": "model.d_model",
+    "intermediate_size": "model.d_ff",
+    "learning_rate": "optim.lr",
+    "log_interval": "log.every",
+    "logging": "log",
+    "max_grad_norm": "optim.clip",
+    "max_iters": "run.steps",
+    "max_length": "data.seq_len",
+    "max_position_embeddings": "model.max_seq_len",
+    "max_steps": "run.steps",
+    "micro_batch_size": "data.micro_batch",
+    "min_lr": "schedule.min_ratio",
+    "mixed_precision": "precision",
+    "n_embd": "model.d_model",
+    "num_attention_heads": "model.n_heads",
+    "num_heads": "model.n_heads",
+    "num_hidden_layers": "model.n_layers",
+    "num_key_value_heads": "model.n_kv_heads",
+    "num_kv_heads": "model.n_kv_heads",
+    "num_layers": "model.n_layers",
+    "num_steps": "run.steps",
+    "optimizer": "optim",
+    "out_dir": "run.dir",
+    "output_dir": "run.dir",
+    "per_device_train_batch_size": "data.micro_batch",
+    "pipeline_parallel_size": "parallel.pp",
+    "rms_norm_eps": "model.norm_eps",
+    "save_interval": "checkpoint.every",
+    "save_steps": "checkpoint.every",
+    "scheduler": "schedule",
+    "sequence_length": "data.seq_len",
+    "tensor_parallel_size": "parallel.tp",
+    "tie_word_embeddings": "model.tie_embeddings",
+    "torch_compile": "compile",
+    "train": "run",
+    "training": "run",
+    "train_steps": "run.steps",
+    "warmup": "schedule.warmup_steps",
+    "warmup_iters": "schedule.warmup_steps",
+}
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of a message on the unknown key `name`: what was meant, or else what is valid in its place.
+
+    The last parts of the names are compared: whole ones look alike already for being of one section.
+    """
+    section, _, leaf = name.rpartition(".")
+    neighbours = [key for key in known if key.rpartition(".")[0] == section]
+    # First the same name in another place, then an alias, a neighbour's name misspelt, any name misspelt.
+    meant = [key for key in known if _leaf(key) == leaf]
+    meant = meant or [meaning for alias, meaning in ALIASES.items() if alias == leaf]
+    meant = meant or _misspelt(leaf, neighbours) or _misspelt(leaf, known)
+    if meant:
+        return f"; did you mean {' or '.join(meant)}?"
+    return f"; valid here: {', '.join(map(_leaf, neighbours))}" if neighbours else ""
+
+
+def _misspelt(leaf: str, known: Sequence[str]) -> list[str]:
+    close = difflib.get_close_matches(leaf, map(_leaf, known), n=1, cutoff=0.6)
+    return [key for key in known if [_leaf(key)] == close]
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]

@@ -1,0 +1,146 @@
+"""The documents are true: commands parse and their keys exist, files and functions named are there.
+
+A ```sh block after a line `<!-- run -->` is run, too.
+"""
+
+import ast
+import itertools
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_llm.cli import parser
+from dist_llm.config.check import check
+from dist_llm.config.load import load_config
+
+from . import commands
+from .commands import REPOSITORY
+
+DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted(REPOSITORY.glob("[!.]*/*.md"))]
+BLOCK = re.compile(r"(<!-- run -->\n)?```sh\n(.*?)```", re.DOTALL)
+REFERENCE = re.compile(r"`([\w./-]+\.(?:py|yaml|md|toml|txt))(?::(\w+))?`")
+
+
+def blocks(run: bool) -> list[tuple[str, str]]:
+    """(document, text) of each ```sh block; with `run`, of those to be run."""
+    return [
+        (document.relative_to(REPOSITORY).as_posix(), text)
+        for document in DOCUMENTS
+        for marked, text in BLOCK.findall(document.read_text())
+        if marked or not run
+    ]
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """Each command as words, continued lines joined, comments dropped."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+COMMANDS = [(document, words) for document, text in blocks(run=False) for words in command_lines(text)]
+
+
+def test_there_are_commands_to_check() -> None:
+    ours = [words for document, words in COMMANDS if document == "README.md" and ours_in(words) is not None]
+    assert {words[-1] for _, words in COMMANDS if words[0] == "make"} >= {"demo", "test"}
+    assert len(ours) >= 5
+    assert blocks(run=True)
+
+
+@pytest.mark.parametrize("words", [words for _, words in COMMANDS if words[0] == "make"], ids=" ".join)
+def test_a_make_target_exists(words: list[str]) -> None:
+    targets = re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    assert words[-1] in targets
+
+
+@pytest.mark.parametrize(
+    "words", [words for _, words in COMMANDS if "dist_llm" in " ".join(words).replace("-", "_")], ids=" ".join
+)
+def test_a_command_parses_and_its_keys_exist(words: list[str]) -> None:
+    arguments = ours_in(words)
+    if arguments is None:
+        return  # a path that has the name in it
+    if "--help" in arguments:
+        return
+    options = parser().parse_args(arguments)
+    if options.command != "train" or options.help_config:
+        return
+    overrides = [item for item in options.rest if "=" in item]
+    files = [item for item in options.rest if "=" not in item] + [options.config] * bool(options.config)
+    config, violations = load_config(REPOSITORY / str(files[0]), overrides)
+    assert violations == []
+    assert config is not None
+    if not options.debug:
+        assert check(config, ranks_of(words), config.model.vocab_size) == []
+
+
+def ours_in(words: list[str]) -> list[str] | None:
+    """The arguments of `dist-llm ...` or `... -m dist_llm ...`."""
+    for place, word in enumerate(words):
+        if word == "dist-llm" or (word == "dist_llm" and words[place - 1] == "-m"):
+            return words[place + 1 :]
+    return None
+
+
+def ranks_of(words: list[str]) -> int:
+    """How many processes torchrun would start; 1 without it."""
+    counts = {flag: int(value) for flag, value in itertools.pairwise(words) if value.isdecimal()}
+    return counts.get("--nnodes", 1) * counts.get("--nproc-per-node", 1)
+
+
+@pytest.mark.parametrize(("document", "text"), blocks(run=True))
+def test_a_marked_block_runs(document: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text],
+        cwd=tmp_path,
+        env=commands.environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, f"{document}:\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_and_functions_named_exist(document: Path) -> None:
+    for name, symbol in REFERENCE.findall(document.read_text()):
+        places = [place for place in (REPOSITORY / name, document.parent / name) if place.is_file()]
+        if "/" not in name and not places:
+            continue  # a run's or a corpus's file, such as config.yaml
+        assert places, f"{document.name} names {name}, which is not there"
+        if symbol:
+            assert symbol in defined_in(places[0]), f"{document.name} names {name}:{symbol}, which is not there"
+
+
+def defined_in(file: Path) -> set[str]:
+    """Functions, classes, methods and module constants of a Python file."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    """Each entry exists, and each package is an entry."""
+    text = re.search(r"```text tree\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert text is not None
+    parents: list[str] = []
+    entries = set()
+    for line in text[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        parents[depth:] = [name]
+        entries.add("".join(parents))
+    assert [entry for entry in sorted(entries) if not (REPOSITORY / entry).exists()] == []
+    packages = {f"dist_llm/{path.parent.name}/" for path in (REPOSITORY / "dist_llm").glob("*/__init__.py")}
+    assert packages - entries == set()

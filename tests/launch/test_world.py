@@ -1,0 +1,50 @@
+"""torchrun's variables -> World; none -> one process; some -> an error that says which are missing."""
+
+import socket
+from itertools import combinations
+
+import pytest
+import torch
+
+from dist_llm.errors import ConfigError
+from dist_llm.launch.group import barrier, device_of, process_group
+from dist_llm.launch.world import World, read_world
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+
+
+def test_torchruns_variables():
+    world = read_world({**TORCHRUN, "MASTER_ADDR": "elsewhere", "GROUP_RANK": "2"})
+    assert world == World(5, 8, 1, socket.gethostname())
+    assert not world.main
+    assert read_world({**TORCHRUN, "RANK": "0"}).main
+
+
+def test_no_variables_are_one_process():
+    world = read_world({"PATH": "/bin", "MASTER_PORT": "1"})
+    assert (world.rank, world.size, world.local_rank, world.main) == (0, 1, 0, True)
+    assert world.host == socket.gethostname()
+
+
+@pytest.mark.parametrize("present", [c for n in (1, 2) for c in combinations(TORCHRUN, n)], ids="+".join)
+def test_some_of_them_are_an_error_that_names_the_missing(present):
+    with pytest.raises(ConfigError, match="start with torchrun, or unset them all") as caught:
+        read_world({name: TORCHRUN[name] for name in present})
+    missing = [name for name in TORCHRUN if name not in present]
+    assert f"environment: {', '.join(missing)} is not set" in str(caught.value)
+
+
+def test_each_local_rank_has_its_gpu_or_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of(World(3, 4, 3)) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_of(World(3, 4, 1)) == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="rank 6 on node7 wants GPU 2, but there are only 2"):
+        device_of(World(6, 8, 2, "node7"))
+
+
+def test_one_process_needs_no_group():
+    with process_group(World(), torch.device("cpu")):
+        assert not torch.distributed.is_initialized()
+        barrier()

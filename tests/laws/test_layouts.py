@@ -1,0 +1,61 @@
+"""Every layout computes the step that one process computes: loss, each gradient, norm, each weight."""
+
+import pytest
+
+from tests.laws.law import hold
+from tests.laws.layouts import ADAMW, CHOSEN, CLIPPED_SGD, LAYOUTS, SGD, Layout
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_layout_computes_the_step_of_one_process(layout: Layout) -> None:
+    """SGD at lr 1, clipped: a wrong scale anywhere shows in the weights, a wrong norm too."""
+    hold(layout, CLIPPED_SGD, steps=2)
+
+
+def test_the_matrix_is_as_large_as_promised() -> None:
+    assert len({str(layout) for layout in LAYOUTS}) >= 45
+    assert sum(layout.axes >= 3 for layout in LAYOUTS) >= 12
+    assert {layout.ranks for layout in LAYOUTS} >= {2, 4, 8}
+    assert len(CHOSEN) >= 12
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("layout", CHOSEN[::3], ids=str)
+def test_recomputation_changes_nothing(layout: Layout, recompute: str) -> None:
+    hold(layout, SGD, steps=2, parallel={"recompute": recompute})
+
+
+@pytest.mark.parametrize("layout", CHOSEN[3:8:4], ids=str)
+def test_compilation_changes_nothing(layout: Layout) -> None:
+    hold(layout, SGD, steps=2, compile=True)
+
+
+def test_smoothing_and_z_loss_survive_the_split_of_the_vocabulary() -> None:
+    hold(Layout(2, {"tp": 2}, "tied"), SGD, steps=2, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[24], LAYOUTS[36]], ids=str)
+def test_twenty_steps_of_adamw(layout: Layout) -> None:
+    hold(layout, ADAMW, steps=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", [SGD, CLIPPED_SGD, ADAMW], ids=["sgd", "clipped", "adamw"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_full_matrix(layout: Layout, accumulation: int, optim: dict[str, object]) -> None:
+    """Twenty steps; layouts without a pipeline in one and in three microbatches."""
+    data_ranks = layout.parallel.get("dp_replicate", 1) * layout.parallel.get("dp_shard", 1)
+    micro = layout.micro if "pp" in layout.parallel else 24 // data_ranks // accumulation
+    if "pp" in layout.parallel and accumulation == 3:
+        pytest.skip("a pipeline's microbatches are its own")
+    steps = 20 if optim["name"] == "adamw" else 3
+    hold(Layout(layout.ranks, layout.parallel, layout.model, micro), optim, steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("layout", CHOSEN, ids=str)
+def test_the_chosen_dozen_compiled_and_recomputed(layout: Layout, recompute: str, compiled: bool) -> None:
+    hold(layout, CLIPPED_SGD, steps=3, parallel={"recompute": recompute}, compile=compiled)

@@ -1,0 +1,86 @@
+"""Plain lines into a pipe, a bar on a terminal, and a log file per rank."""
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from dist_llm.launch.world import World
+from dist_llm.observe import console
+from dist_llm.observe.console import ProgressLine, log, start_logging, stop_logging
+
+ROW = {
+    "step": 30,
+    "loss": 2.34567,
+    "lr": 3e-4,
+    "grad_norm": 1.23456,
+    "tokens_per_second": 123456.7,
+    "mfu": 0.1234,
+    "step_seconds": 60.0,
+}
+HELDOUT = {"step": 30, "heldout_loss": 2.5, "heldout_perplexity": 12.1825, "heldout_bits_per_byte": 1.2}
+
+
+@pytest.fixture(autouse=True)
+def end_logging(monkeypatch):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    stop_logging()
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    start_logging(tmp_path, World())
+    bar = ProgressLine(steps=100, done=0)
+    bar([{**ROW, "step": 29}, ROW])
+    bar([HELDOUT])
+    bar.close()
+    printed = capsys.readouterr()
+    assert printed.out == "", "stdout is for results"
+    assert printed.err == (
+        "step  30/100  loss 2.3457  lr 3.00e-04  grad norm 1.235  123,457 tokens/s  MFU 12.3%  ETA 1:10:00\n"
+        "step 30  held-out loss 2.5000  perplexity 12.18  bits per byte 1.2000\n"
+    )
+
+
+def test_an_unknown_rate_still_prints(tmp_path, capsys):
+    start_logging(tmp_path, World())
+    ProgressLine(steps=100, done=0)([{**ROW, "mfu": math.nan, "step_seconds": math.inf}])
+    assert capsys.readouterr().err.rstrip().endswith("MFU nan%  ETA ?")
+
+
+def test_a_bar_where_there_is_one(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=150))
+    bar = ProgressLine(steps=100, done=10)
+    try:
+        assert bar.bar.tasks[0].completed == 10
+        bar([ROW])
+        assert bar.bar.tasks[0].completed == 30
+    finally:
+        bar.close()
+    assert "loss 2.3457" in screen.getvalue()
+    assert "30/100" in screen.getvalue()
+
+
+def test_every_rank_has_a_file_and_rank_zero_the_screen(tmp_path, capsys):
+    for rank in (1, 0):
+        start_logging(tmp_path / "logs", World(rank, 2, rank, "node7"))
+        log.info("hello from %d", rank)
+        log.debug("not this")
+    stop_logging()
+    assert capsys.readouterr().err == "hello from 0\n"
+    for rank in (0, 1):
+        (line,) = (tmp_path / "logs" / f"rank_{rank:05d}.log").read_text().splitlines()
+        assert line.endswith(f" rank {rank} node7 INFO hello from {rank}")
+
+
+def test_logging_starts_afresh_and_a_file_grows(tmp_path, capsys):
+    for _ in range(2):
+        start_logging(tmp_path, World())
+        log.info("once")
+    stop_logging()
+    assert capsys.readouterr().err == "once\nonce\n", "no handler twice"
+    assert len((tmp_path / "rank_00000.log").read_text().splitlines()) == 2
+    assert log.handlers == []

@@ -1,0 +1,101 @@
+"""Model FLOPs against a count by hand and against torch's own counter."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_llm.config.schema import ModelConfig
+from dist_llm.models.decoder import Decoder
+from dist_llm.observe import flops
+from dist_llm.observe.flops import flops_per_token, matmul_weights, peak_flops
+
+SHAPE = {"d_model": 8, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 4, "d_ff": 24}
+SHAPE |= {"vocab_size": 10, "max_seq_len": 16}
+SWIGLU = ModelConfig(**SHAPE, activation="swiglu", vocab_multiple=64)
+GELU = ModelConfig(**SHAPE, activation="gelu", positions="learned", bias=True, norm="layernorm", tie_embeddings=True)
+
+
+def test_the_count_by_hand():
+    """One token of the tiny model, multiply-adds of each product.
+
+    q    8 x 8   = 64     (2 heads of 4)
+    k, v 8 x 4   = 32 each (1 key-value head of 4)
+    out  8 x 8   = 64
+    gate, up, down: 8 x 24 = 192 each
+    a layer: 64 + 2 * 32 + 64 + 3 * 192 = 768;  two: 1536
+    head 8 x 10  = 80     (the padding to 64 rows is left out, the look-up is no product)
+    """
+    assert matmul_weights(SWIGLU) == 1536 + 80
+    assert matmul_weights(GELU) == 1536 - 2 * 192 + 80
+    # Attention over 5 tokens: scores and mixing take 5 * 4 multiply-adds each per head: 80 in a layer, 160 in two.
+    forward = 2 * (1616 + 160)
+    assert flops_per_token(SWIGLU, 5) == 3 * forward == 10_656
+
+
+@pytest.mark.parametrize("config", [SWIGLU, GELU], ids=["swiglu", "gelu"])
+def test_torchs_counter_agrees(config):
+    """Forward alone is a third; forward and backward are the whole."""
+    torch.manual_seed(0)
+    model = Decoder(config)
+    tokens = torch.randint(0, 10, (3, 16))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        model(tokens, tokens)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as both:
+        model(tokens, tokens).backward()
+    want = flops_per_token(config, 16) * tokens.numel()
+    assert 3 * forward.get_total_flops() == want
+    assert both.get_total_flops() == want
+
+
+def test_gpt3_is_six_per_parameter_and_attention():
+    """Brown et al. 2020, table D.1: 6 * 174,600 M per token; the head (0.6 G) is in our count, positions are not."""
+    gpt3 = ModelConfig(
+        d_model=12288,
+        n_layers=96,
+        n_heads=96,
+        n_kv_heads=96,
+        head_dim=128,
+        d_ff=4 * 12288,
+        vocab_size=50257,
+        activation="gelu",
+    )
+    assert 6 * matmul_weights(gpt3) == pytest.approx(6 * 174.6e9, rel=1e-3)
+    assert flops_per_token(gpt3, 2048) - flops_per_token(gpt3, 0) == 12 * 96 * 12288 * 2048
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA B200", 2250),
+    ],
+)
+def test_published_peaks_are_the_dense_ones(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    rate, source = peak_flops(torch.device("cuda", 0), "bf16")
+    assert rate == tflops * 1e12
+    assert source.startswith("published for ")
+
+
+def test_elsewhere_the_peak_is_measured(monkeypatch):
+    asked = []
+    monkeypatch.setattr(flops, "_matmul_rate", lambda device, dtype: asked.append((device.type, dtype)) or 5e9)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    assert peak_flops(torch.device("cpu"), "fp32") == (5e9, "measured matmul rate")
+    peak_flops(torch.device("cpu"), "bf16")
+    peak_flops(torch.device("cuda", 0), "bf16")
+    peak_flops(torch.device("cuda", 0), "fp32")
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert asked == [("cpu", fp32), ("cpu", bf16), ("cuda", bf16), ("cuda", fp32)]
+
+
+def test_a_measured_rate_is_a_rate():
+    assert 1e8 < flops._matmul_rate(torch.device("cpu"), torch.float32) < 1e14

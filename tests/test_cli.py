@@ -1,0 +1,185 @@
+"""The command line: help at once, exit codes, and errors that come before torch does."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dist_llm import cli
+from dist_llm.config.load import describe
+from dist_llm.data.shard import Manifest
+from dist_llm.errors import ConfigError, DataError
+
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A sound config over an empty corpus."""
+    Manifest("uint16", 300, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"run: {{dir: '{tmp_path / 'run'}', steps: 20}}\nmodel: {{d_model: 32, n_layers: 2, n_heads: 4}}\n"
+        f"data: {{path: '{tmp_path}', seq_len: 8, global_batch: 4}}\n"
+    )
+    return path
+
+
+def run(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name not in RANKS}
+    command = [sys.executable, "-m", "dist_llm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+
+def test_help_is_instant_and_teaches():
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        ran = run("--help")
+        seconds.append(time.perf_counter() - begin)
+        assert ran.returncode == 0
+    for command in ("prepare", "train", "evaluate", "generate"):
+        assert f"dist-llm {command} " in ran.stdout, "an example of each"
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "generate"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+def test_help_config_lists_every_key_without_torch():
+    code = (
+        "import sys; from dist_llm.cli import main; main(['train', '--help-config']); sys.exit('torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, "torch was imported"
+    listed = [line for line in ran.stdout.splitlines() if not line.startswith(" ")]
+    assert listed == [row[0] for row in describe()]
+    for _, kind, default, description in describe():
+        assert f"    {kind}; default: {default}\n    {description}\n" in ran.stdout
+
+
+def test_a_config_error_exits_with_2_and_imports_no_torch(config):
+    code = (
+        "import sys; from dist_llm.cli import main; "
+        f"code = main(['train', {str(config)!r}, 'model.n_heads=5', 'run.stpes=3']); "
+        "sys.exit(99 if 'torch' in sys.modules else code)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert ran.stderr.startswith("error: 2 problems in the config:\n")
+    assert "run.stpes: unknown key; did you mean run.steps?" in ran.stderr
+    assert "model.n_heads: 5 heads do not divide d_model 32" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "give one config file, found 0; for example: dist-llm train --config"),
+        (["train", "a.yaml", "b.yaml"], "give one config file, found 2"),
+        (["train", "--config", "a.yaml", "b.yaml"], "give one config file, found 2"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file"),
+        (["train", "--debug", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file"),
+        (["evaluate", "--checkpoint", "nowhere"], "nowhere: holds no complete checkpoint"),
+        (["generate", "--checkpoint", "nowhere"], "nowhere: holds no complete checkpoint"),
+        (["generate", "--checkpoint", "nowhere", "--top-p", "2"], "--top-p 2.0: must be above 0"),
+    ],
+    ids=" ".join,
+)
+def test_input_that_the_user_can_mend_exits_with_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["evaluate"], ["train", "--nonsense"], ["generate", "--top-k", "x"]]
+)
+def test_a_wrong_option_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: dist-llm" in capsys.readouterr().err
+
+
+def fail(monkeypatch, error):
+    def train(options):
+        raise error
+
+    monkeypatch.setattr(cli, "_train", train)
+
+
+def test_our_own_mistake_keeps_its_traceback(monkeypatch):
+    fail(monkeypatch, ZeroDivisionError("ours"))
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        cli.main(["train"])
+
+
+def test_an_interrupt_exits_with_130(monkeypatch, capsys):
+    fail(monkeypatch, KeyboardInterrupt())
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_rank_0_speaks_first_and_the_others_name_themselves(monkeypatch, capsys):
+    """All ranks mostly fail alike: one message on the screen, and torchrun ends the others in their pause."""
+    pauses = []
+    monkeypatch.setattr(cli.time, "sleep", pauses.append)
+    for rank, error in ((0, ConfigError("bad config")), (3, DataError("bad shard"))):
+        fail(monkeypatch, error)
+        for name, value in zip(RANKS, (rank, 4, rank), strict=True):
+            monkeypatch.setenv(name, str(value))
+        assert cli.main(["train"]) == 2
+        printed = capsys.readouterr().err
+        if rank == 0:
+            assert (printed, pauses) == ("error: bad config\n", [])
+        else:
+            assert printed.startswith("rank 3 on ")
+            assert printed.endswith(":\nerror: bad shard\n")
+            assert pauses[0] >= 1
+
+
+def test_overrides_and_the_config_may_come_in_any_order(config, monkeypatch):
+    import dist_llm.train.settings as settings
+
+    read = []
+
+    def stop(path, overrides, world_size):
+        read.append((path, overrides, world_size))
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(settings, "read_config", stop)
+    for arguments in (
+        ["--config", str(config), "a.b=1", "c=2"],
+        ["a.b=1", str(config), "c=2"],
+        ["a.b=1", "c=2", "--config", str(config)],
+    ):
+        assert cli.main(["train", *arguments]) == 2
+    assert read == [(config, ["a.b=1", "c=2"], 1)] * 3
+
+
+def test_debug_is_one_rank_whatever_the_config_says(config, monkeypatch):
+    import dist_llm.train.debug as debug
+
+    seen = []
+    monkeypatch.setattr(debug, "debug", seen.append)
+    assert cli.main(["train", "--debug", str(config), "parallel.dp_replicate=4", "data.prefetch=5"]) == 0
+    (resolved,) = seen
+    assert (resolved.parallel.dp_replicate, resolved.parallel.dp_shard, resolved.data.prefetch) == (1, 1, 0)

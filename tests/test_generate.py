@@ -1,0 +1,225 @@
+"""Sampling: the cache changes nothing, each filter keeps what it should, and no character is cut."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from dist_llm.config.schema import ModelConfig
+from dist_llm.errors import ConfigError
+from dist_llm.generate import Sampling, draw, text, tokens
+from dist_llm.models.decoder import Decoder
+from dist_llm.models.init import fill, rule_for
+from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, Tokenizer
+
+LONGEST = 24
+GREEDY = Sampling(max_tokens=12, temperature=0)
+EOT = 256
+
+
+def build(**changes):
+    shape = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "d_ff": 32, "vocab_size": 30}
+    config = ModelConfig(**shape, max_seq_len=LONGEST, init_std=0.5, **changes)
+    model = Decoder(config).eval()
+    for name, parameter in model.named_parameters():
+        rule = rule_for(name, parameter.shape, config)
+        fill(parameter.detach(), name, rule, 0, parameter.shape, (0,) * parameter.ndim)
+    return model
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(12, 1.0, 5, 0.9, seed=3), Sampling(12, seed=4)], ids=str)
+@pytest.mark.parametrize("positions", ["rope", "learned", "sinusoidal"])
+def test_the_cache_changes_no_token(positions, sampling):
+    model = build(positions=positions)
+    prompt = [3, 1, 4, 1, 5]
+    cached = list(tokens(model, prompt, sampling, LONGEST))
+    assert cached == list(tokens(model, prompt, sampling, LONGEST, use_cache=False))
+    assert len(set(cached)) > 1, "a model that has something to say"
+
+
+def test_with_the_cache_each_token_is_read_once():
+    model, lengths = build(), []
+    model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
+    list(tokens(model, [1, 2, 3], GREEDY, LONGEST))
+    assert lengths == [3] + [1] * 11
+
+
+def test_greedy_takes_the_likeliest_each_time():
+    model, seen = build(), [3, 1, 4]
+    for token in tokens(model, seen, GREEDY, LONGEST):
+        assert token == int(model(torch.tensor([seen]))[0, -1].argmax())
+        seen = [*seen, token]
+
+
+def test_seeds_repeat_and_differ():
+    model = build()
+    runs = [list(tokens(model, [1], Sampling(10, seed=seed), LONGEST)) for seed in (0, 1, 2, 0)]
+    assert runs[0] == runs[3]
+    assert len({tuple(run) for run in runs}) == 3
+
+
+def test_what_else_was_drawn_does_not_matter():
+    model = build()
+    torch.manual_seed(1)
+    first = list(tokens(model, [1], Sampling(10), LONGEST))
+    torch.manual_seed(2)
+    assert list(tokens(model, [1], Sampling(10), LONGEST)) == first
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "longest", "want"), [(3, 5, 24, 5), (3, 50, 24, 21), (23, 5, 24, 1), (3, 1, 24, 1)]
+)
+def test_it_ends_at_max_tokens_or_at_the_models_length(prompt, max_tokens, longest, want):
+    assert len(list(tokens(build(), [1] * prompt, Sampling(max_tokens), longest))) == want
+
+
+PROBABILITIES = torch.tensor([0.15, 0.5, 0.05, 0.3])  # ids by likelihood: 1, 3, 0, 2
+
+
+def drawn(sampling, n=2000, logits=None):
+    generator = torch.Generator().manual_seed(0)
+    logits = PROBABILITIES.log() if logits is None else logits
+    return Counter(draw(logits, sampling, generator) for _ in range(n))
+
+
+def near(counts, want, n=2000):
+    """Within five standard errors of the shares wanted."""
+    assert set(counts) == set(want)
+    return all(abs(counts[i] - n * p) < 5 * (n * p * (1 - p)) ** 0.5 + 1e-9 for i, p in want.items())
+
+
+@pytest.mark.parametrize(
+    ("top_k", "kept"), [(0, {0, 1, 2, 3}), (1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (9, {0, 1, 2, 3})]
+)
+def test_top_k_keeps_the_k_likeliest_in_proportion(top_k, kept):
+    total = sum(float(PROBABILITIES[i]) for i in kept)
+    assert near(drawn(Sampling(top_k=top_k)), {i: float(PROBABILITIES[i]) / total for i in kept})
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [
+        (0.01, {1}),
+        (0.49, {1}),
+        (0.51, {1, 3}),
+        (0.79, {1, 3}),
+        (0.81, {0, 1, 3}),
+        (0.96, {0, 1, 2, 3}),
+        (1.0, {0, 1, 2, 3}),
+    ],
+)
+def test_top_p_keeps_the_fewest_that_hold_p(top_p, kept):
+    total = sum(float(PROBABILITIES[i]) for i in kept)
+    assert near(drawn(Sampling(top_p=top_p)), {i: float(PROBABILITIES[i]) / total for i in kept})
+
+
+def test_the_nucleus_is_that_of_what_top_k_left():
+    """Of the two likeliest, 5/8 and 3/8: half is held by the first alone."""
+    assert set(drawn(Sampling(top_k=2, top_p=0.6), 200)) == {1}
+    assert set(drawn(Sampling(top_p=0.6), 200)) == {1, 3}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_is_a_power_of_the_probabilities(temperature):
+    want = PROBABILITIES ** (1 / temperature)
+    want = (want / want.sum()).tolist()
+    assert near(drawn(Sampling(temperature=temperature)), dict(enumerate(want)))
+
+
+def test_temperature_zero_draws_nothing():
+    assert set(drawn(Sampling(temperature=0), 20)) == {1}
+
+
+def byte_tokenizer():
+    return Tokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([byte]): byte for byte in range(256)}, {ENDOFTEXT: EOT})
+
+
+class Script(nn.Module):
+    """Says the given ids, whatever it reads; then `x` forever."""
+
+    def __init__(self, ids):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.ids, self.heard, self.calls = [*ids], [], 0
+
+    def forward(self, tokens_BS, targets_BS, visible, cache):
+        self.heard.append(tokens_BS[0].tolist())
+        token = self.ids[self.calls] if self.calls < len(self.ids) else ord("x")
+        self.calls += 1
+        return nn.functional.one_hot(torch.tensor(token), EOT + 1).float().expand(*tokens_BS.shape, EOT + 1)
+
+
+def say(ids, max_tokens=100, prompt="a", longest=200, stop=True):
+    model = Script(ids)
+    pieces = list(text(model, byte_tokenizer(), prompt, Sampling(max_tokens, temperature=0), longest, stop))
+    return model, pieces
+
+
+def test_it_stops_before_the_end_of_text():
+    model, pieces = say([*b"hi", EOT, *b"more"])
+    assert pieces == ["h", "i"]
+    assert model.calls == 3
+
+
+def test_a_sharded_model_goes_on_but_says_no_more():
+    model, pieces = say([*b"hi", EOT, *b"more"], max_tokens=10, stop=False)
+    assert pieces == ["h", "i"]
+    assert model.calls == 10
+
+
+@pytest.mark.parametrize("word", ["é", "漢字", "a🙂b", "naïve — 漢"])
+def test_a_character_comes_whole(word):
+    _, pieces = say([*word.encode(), EOT])
+    assert pieces == list(word)
+
+
+def test_a_character_cut_by_the_last_token_shows_as_replaced():
+    word = "a漢".encode()
+    assert say(word, max_tokens=3)[1] == ["a", "�"]
+    assert say([*word[:2], EOT])[1] == ["a", "�"], "cut by the end of text too"
+    assert "".join(say([*b"a", 0xFF, *b"b", EOT])[1]) == "a�b", "bytes that are no character"
+
+
+def test_the_prompt_is_read_and_an_empty_one_is_the_end_of_text():
+    assert say([EOT], prompt="hé")[0].heard == [[*"hé".encode()]]
+    assert say([EOT], prompt="")[0].heard == [[EOT]]
+    assert say([EOT], prompt=ENDOFTEXT)[0].heard == [[*ENDOFTEXT.encode()]], "ordinary text in a prompt"
+
+
+def test_a_prompt_as_long_as_the_model_is_refused():
+    with pytest.raises(ConfigError, match="the prompt has 5 tokens, but the model takes at most 5; shorten it"):
+        say([], prompt="abcde", longest=5)
+    assert say([*b"z"], prompt="abcd", longest=5)[1] == ["z"]
+
+
+def test_pieces_come_as_they_are_sampled():
+    model = Script(b"abc")
+    pieces = text(model, byte_tokenizer(), "p", Sampling(50, temperature=0), 100)
+    assert list(itertools.islice(pieces, 2)) == ["a", "b"]
+    assert model.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("max_tokens", 0, "--max-tokens 0: must be at least 1"),
+        ("temperature", -0.1, "--temperature -0.1: must be at least 0"),
+        ("temperature", float("nan"), "--temperature nan: must be"),
+        ("top_k", -1, "--top-k -1: must be at least 0"),
+        ("top_p", 0.0, "--top-p 0.0: must be above 0 and at most 1"),
+        ("top_p", 1.1, "--top-p 1.1: must be above 0 and at most 1"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(field, value, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**{field: value}).check()
+
+
+def test_all_settings_out_of_range_come_at_once_and_the_edges_pass():
+    with pytest.raises(ConfigError) as caught:
+        Sampling(0, -1, -1, 2).check()
+    assert len(str(caught.value).splitlines()) == 4
+    Sampling(1, 0, 0, 1).check()
+    Sampling(1, 0, 1, 0.001).check()
