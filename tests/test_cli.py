@@ -156,6 +156,32 @@ def test_rank_0_speaks_first_and_the_others_name_themselves(monkeypatch, capsys)
             assert pauses[0] >= 1
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0"}, "environment: WORLD_SIZE, LOCAL_RANK is not set"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "environment: RANK=x, "),
+    ],
+)
+def test_a_wrong_environment_is_an_error_like_any_other(variables, message, config, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--config", str(config)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {message}")
+    assert printed.count("error: ") == 1
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    """`dist-llm train --help-config | head -1`, with a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dist_llm", "train", "--help-config"]
+    ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_overrides_and_the_config_may_come_in_any_order(config, monkeypatch):
     import dist_llm.train.settings as settings
 

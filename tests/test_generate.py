@@ -115,6 +115,19 @@ def test_top_p_keeps_the_fewest_that_hold_p(top_p, kept):
     assert near(drawn(Sampling(top_p=top_p)), {i: float(PROBABILITIES[i]) / total for i in kept})
 
 
+def test_top_p_1_keeps_what_lies_beyond_the_rounding_of_the_sum(monkeypatch):
+    """Shares of 1/2 and, in float32, sums that reach 1 before the last of very many small ones."""
+    kept = []
+    real = torch.multinomial
+    monkeypatch.setattr(
+        torch, "multinomial", lambda p, *rest, **more: kept.append(int((p > 0).sum())) or real(p, *rest, **more)
+    )
+    logits = torch.full((1000,), -18.0)
+    logits[0] = 0.0
+    draw(logits, Sampling(top_p=1.0), torch.Generator())
+    assert kept == [1000]
+
+
 def test_the_nucleus_is_that_of_what_top_k_left():
     """Of the two likeliest, 5/8 and 3/8: half is held by the first alone."""
     assert set(drawn(Sampling(top_k=2, top_p=0.6), 200)) == {1}

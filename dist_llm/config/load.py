@@ -161,9 +161,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"override '{override}': write it as section.key=value")
-    if path == "base":
-        raise ConfigError(f"override '{override}': base is only for files; write `base: {value}` into the config file")
     *parents, leaf = path.split(".")
+    if [*parents, leaf][0] == "base":
+        raise ConfigError(f"override '{override}': base is only for files; write `base: {value}` into the config file")
     node = raw
     for parent in parents:
         node = node.setdefault(parent, {})

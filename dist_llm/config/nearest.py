@@ -5,9 +5,7 @@ from collections.abc import Sequence
 
 # What other trainers call it -> what it is called here.
 ALIASES = {
-    "accelerator": "engine",
     "adam_epsilon": "optim.eps",
-    "backend": "engine",
     "batch_size": "data.global_batch",
     "block_size": "data.seq_len",
     "context_length": "data.seq_len",

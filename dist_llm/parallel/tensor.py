@@ -42,7 +42,7 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -
         parallelize_module(model.embed, mesh, plan)
         # The look-up ends in an asynchronous collective; compiled blocks must not be handed one (their
         # gradient for it would be lost), so its result is waited for here.
-        model.embed.tokens.register_forward_hook(lambda module, inputs, output: output.clone())
+        model.embed.tokens.register_forward_hook(_wait)
     if model.head is not None:
         assert isinstance(model.head, Head)
         plan = {"norm": _norm(between)}
@@ -50,6 +50,10 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -
             plan["out"] = ColwiseParallel()
         parallelize_module(model.head, mesh, plan)
         model.head = VocabParallelHead(model.head, mesh, between)
+
+
+def _wait(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.clone()
 
 
 def settle_gradients(model: Decoder) -> None:

@@ -54,7 +54,7 @@ RULES = [
         "data.seq_len",
         "10 tokens do not divide into the 4 pieces of cp 2 .* the nearest that do: 8 or 12",
     ),
-    ({"parallel__cp": 8, "data__seq_len": 4}, 8, "data.seq_len", "16 pieces of cp 8 .* the nearest that do: 16"),
+    ({"parallel__cp": 8, "data__seq_len": 4}, 8, "data.seq_len", "16 pieces of cp 8 .* the nearest that do: 16$"),
     ({"parallel__tp": 2, "model__n_kv_heads": 1}, 2, "model.n_kv_heads", "1 key-value heads .* tp 2; tp can be 1$"),
     ({"parallel__tp": 2, "model__d_ff": 9}, 2, "model.d_ff", "9 hidden units .* tp 2; tp can be 1, 3, 9$"),
     (
@@ -135,6 +135,7 @@ def test_a_broken_rule_names_its_place_and_the_way_out(change, world, place, mes
         {"schedule__warmup_steps": 10, "schedule__decay_steps": 10},
         {"schedule__warmup_steps": 1000},  # a trial of a long run may end inside its warm-up
         {"schedule__warmup_steps": 11, "schedule__decay_steps": 10, "schedule__name": "constant"},
+        {"schedule__warmup_steps": 11, "schedule__decay_steps": 10, "schedule__name": "inverse_sqrt"},
     ],
 )
 def test_what_only_looks_wrong_passes(change):
@@ -278,3 +279,18 @@ def test_a_rule_that_only_repeats_the_news_is_left_out(read):
     """micro_batch is wrong in itself: that it does not divide global_batch would be a second complaint."""
     with pytest.raises(ConfigError, match=r"^1 problem in the config:\n  data\.micro_batch: "):
         read("data.micro_batch=-5", "data.global_batch=7", world=2)
+
+
+@pytest.mark.parametrize("wrong", ["run.steps=x", "model.d_model=x", "model.n_heads=x", "data.seq_len=0"])
+def test_a_wrong_required_number_hides_no_other_rule_and_adds_none(wrong, read):
+    layout = ("parallel.tp=3", "model.n_kv_heads=0", "model.vocab_multiple=3", "parallel.sequence_parallel=false")
+    with pytest.raises(ConfigError) as caught:
+        read(wrong, "data.global_batch=7", *layout, world=6)
+    problems = {line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:-1]}
+    assert problems >= {wrong.partition("=")[0], "data.global_batch"}
+    sound = {"model.n_heads", "model.n_kv_heads", "model.d_ff"}  # what tp 3 breaks where the numbers are right
+    assert problems <= {wrong.partition("=")[0], "data.global_batch"} | sound
+    if wrong.startswith("model.n_heads"):
+        assert "model.n_kv_heads" not in problems
+    if wrong.startswith("model.d_model"):
+        assert "model.d_ff" not in problems

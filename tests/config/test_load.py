@@ -8,8 +8,10 @@ import yaml
 from pydantic import BaseModel
 
 from dist_llm.config.load import describe, dump, load_config, parse_yaml, refuse
-from dist_llm.config.schema import Config
+from dist_llm.config.nearest import ALIASES
+from dist_llm.config.schema import Config, OptimConfig, ScheduleConfig
 from dist_llm.errors import ConfigError
+from dist_llm.optim.schedule import learning_rate
 
 MINIMAL = {
     "run": {"dir": "runs/x", "steps": 20},
@@ -73,10 +75,34 @@ def test_an_unknown_key_names_its_path_and_the_nearest(section, load):
         ("lr=1e-3", "lr: unknown key; did you mean optim.lr?"),
         ("modle.d_model=3", "modle: unknown key; did you mean model?"),
         ("enginee=native", "enginee: unknown key; did you mean engine?"),
+        ("optim.warmup_steps=3", "optim.warmup_steps: unknown key; did you mean schedule.warmup_steps?"),
+        ("optim.warmup_step=3", "optim.warmup_step: unknown key; did you mean schedule.warmup_steps?"),
+        ("run.every=3", "run.every: unknown key; did you mean checkpoint.every or eval.every or log.every?"),
+        ("optim.learning_rate=1e-3", "optim.learning_rate: unknown key; did you mean optim.lr?"),
+        ("batch_size=3", "batch_size: unknown key; did you mean data.global_batch?"),
+        ("optimizer.lr=3", "optimizer: unknown key; did you mean optim?"),
+        ("run.zzz=3", "run.zzz: unknown key; valid here: dir, steps, seed"),
     ],
 )
 def test_a_key_in_the_wrong_place_is_found_elsewhere(override, complaint, load):
     assert load(override)[1] == [complaint]
+
+
+def test_every_alias_leads_to_a_key():
+    assert set(ALIASES.values()) <= {*KEYS, *Config.model_fields}
+    assert not set(ALIASES) & {key.rpartition(".")[2] for key in KEYS}, "a name of our own is no alias"
+
+
+def test_what_is_valid_is_listed_once_each(load):
+    (complaint,) = load("zzz=1")[1]
+    listed = complaint.removeprefix("zzz: unknown key; valid here: ").split(", ")
+    assert sorted(listed) == sorted({*Config.model_fields, "base"})
+
+
+@pytest.mark.parametrize("override", ["base=other.yaml", "base.deep=3"])
+def test_a_base_on_the_command_line_is_refused(override, load):
+    with pytest.raises(ConfigError, match=rf"^override '{override}': base is only for files"):
+        load(override)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +116,10 @@ def test_a_key_in_the_wrong_place_is_found_elsewhere(override, complaint, load):
         "optim.lr='3e-4'",
         "optim.lr=0",
         "optim.lr=.nan",
+        "optim.lr=.inf",
+        "log.peak_tflops=.inf",
+        "run.seed=-1",
+        f"run.seed={2**63}",
         "optim.beta1=1.0",
         "optim.clip=-1",
         "optim.decay_embeddings=1",
@@ -136,6 +166,27 @@ def test_missing_keys_are_named_and_nothing_remains_to_check(write):
     assert [str(violation) for violation in violations] == ["run.steps: must be set", "data: must be set"]
 
 
+@pytest.mark.parametrize("content", [{}, {"run": {"dir": "x"}}])
+def test_what_is_missing_is_named_once_whatever_else_is_wrong(content, write):
+    _, violations = load_config(write({**MINIMAL, "data": {}, **content}), ["optim.lr=0", "log.evry=3", "run.steps=x"])
+    assert sorted(violation.keys[0] for violation in violations) == [
+        "data.global_batch",
+        "data.path",
+        "data.seq_len",
+        "log.evry",
+        "optim.lr",
+        "run.steps",
+    ]
+
+
+@pytest.mark.parametrize("key", ["run.steps", "model.d_model", "model.n_layers", "data.seq_len", "data.global_batch"])
+@pytest.mark.parametrize("override", ["{}=x", "{}=0", "{}=null"])
+def test_a_required_number_that_is_wrong_is_one_problem_and_the_rest_remains(key, override, load):
+    config, (violation,) = load(override.format(key), "optim.clip=3.0")
+    assert violation.startswith(f"{key}: input should be ")
+    assert config.optim.clip == 3.0
+
+
 def test_refuse_lists_every_violation(load, write):
     _, violations = load_config(write(MINIMAL), ["optim.lr=0", "log.evry=3"])
     with pytest.raises(ConfigError, match=r"^2 problems in the config:\n  .*optim\.lr.*\n  .*log\.evry"):
@@ -158,6 +209,10 @@ def test_refuse_lists_every_violation(load, write):
         ("run.dir=a=b", "run.dir", "a=b"),
         ("run.dir='3'", "run.dir", "3"),
         ("run.dir=1e-3x", "run.dir", "1e-3x"),
+        ("run.dir=12:30", "run.dir", "12:30"),
+        ("run.steps=010", "run.steps", 10),
+        ("run.steps=1_000", "run.steps", 1000),
+        (f"run.seed={2**63 - 1}", "run.seed", 2**63 - 1),
         ("eval.sample_prompt='def '", "eval.sample_prompt", "def "),
     ],
 )
@@ -217,11 +272,23 @@ def test_bases_that_lead_in_a_circle_are_shown(write):
         ("base: [a, b]\n", r"base: must be the path of one YAML file"),
         ("base: nowhere.yaml\n", r"nowhere\.yaml: cannot be read: No such file"),
         ("run: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        ("run:\n  ? [a]\n  : 3\n", r"config\.yaml:2: a key must be a plain word"),
+        ("? {a: 1}\n: 3\n", r"config\.yaml:1: a key must be a plain word"),
+        ("x: &a {y: *a}\n", r"config\.yaml: nested too deeply, or an alias \(\*\) inside its own anchor"),
+        (f"x: {'[' * 5000}", r"config\.yaml: nested too deeply"),
+        ("run: {dir: 2020-13-45}\n", r"config\.yaml: not valid YAML: month must be in 1\.\.12"),
+        ("run: !!bool x\n", r"config\.yaml: not valid YAML"),
     ],
 )
 def test_a_bad_file_is_named(content, complaint, write):
     with pytest.raises(ConfigError, match=complaint):
         load_config(write(content))
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "config.yaml").write_bytes("run: {dir: é}".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config\.yaml: byte 11 is not UTF-8 text"):
+        load_config(tmp_path / "config.yaml")
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -257,6 +324,24 @@ def test_describe_covers_every_key_with_words():
     assert rows["data.order"][:2] == ["shuffle | random", "shuffle"]
     assert rows["optim.lr"][:2] == ["float", "0.0003"]
     assert rows["compile"][:2] == ["bool", "false"]
+
+
+def test_the_description_of_decay_steps_names_the_schedules_that_use_it():
+    fields = Config.model_fields["schedule"].annotation.model_fields
+    for name in typing.get_args(fields["name"].annotation):
+        short, long = (ScheduleConfig(name=name, decay_steps=steps) for steps in (10, 1000))
+        used = learning_rate(OptimConfig(), short, 10) != learning_rate(OptimConfig(), long, 10)
+        assert used == (name in fields["decay_steps"].description), name
+        assert not used or learning_rate(OptimConfig(lr=1.0), short, 10) == pytest.approx(0.1), (
+            "the floor, at that step"
+        )
+
+
+def test_wsd_without_a_decay_drops_as_its_description_says():
+    schedule = ScheduleConfig(name="wsd", decay_steps=10, decay_fraction=0.0)
+    assert [learning_rate(OptimConfig(lr=1.0), schedule, step) for step in (9, 10, 11)] == pytest.approx([1, 1, 0.1])
+    description = Config.model_fields["schedule"].annotation.model_fields["decay_fraction"].description
+    assert "0: it drops at once, after decay_steps" in description
 
 
 @pytest.mark.parametrize("text", ["3e-4", "1E5", ".5e3", "-2e3", "+1e0", "3.e2"])

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,24 @@ def test_the_writer_starts_a_shard_rather_than_cut_a_document(tmp_path):
     assert offsets == [[0, 4], [0], [0], [0]]
     stream = np.concatenate([np.fromfile(tmp_path / shard.file, "<u2") for shard in shards])
     assert np.array_equal(stream, np.concatenate(documents))
+
+
+def test_an_error_leaves_no_file_open(tmp_path):
+    with pytest.raises(ZeroDivisionError), ShardWriter(tmp_path, "train", "uint16", max_tokens=10) as writer:
+        writer.add(np.arange(4), text_bytes=4)
+        files = [*writer._open]
+        raise ZeroDivisionError
+    assert [file.closed for file in files] == [True, True]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_once_and_leaves_no_file_open(tmp_path):
+    (tmp_path / "train-00000.offsets").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"), ShardWriter(tmp_path, "train", "uint16", 10) as writer:
+        writer.add(np.arange(4), text_bytes=4)
+        files = [*writer._open]
+        writer.close()
+    assert [file.closed for file in files] == [True, True]
 
 
 def test_a_manifest_reads_back(tmp_path):
@@ -129,6 +148,33 @@ def test_what_is_no_corpus_is_refused_with_the_command_that_makes_one(tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps({"format": "dist_llm token shards 0"}))
     with pytest.raises(DataError, match="not of format 'dist_llm token shards 1'"):
         Corpus(tmp_path)
+
+
+MALFORMED = {
+    "no mapping": lambda fields: [],
+    "a number": lambda fields: 3,
+    "no shards": lambda fields: {k: v for k, v in fields.items() if k != "shards"},
+    "no heldout": lambda fields: {**fields, "shards": {"train": []}},
+    "another split": lambda fields: {**fields, "shards": {**fields["shards"], "test": []}},
+    "no vocab_size": lambda fields: {k: v for k, v in fields.items() if k != "vocab_size"},
+    "an unknown field": lambda fields: {**fields, "colour": "red"},
+    "shards of another type": lambda fields: {**fields, "shards": [1]},
+    "a shard of another type": lambda fields: {**fields, "shards": {"train": [1], "heldout": []}},
+    "a shard without fields": lambda fields: {**fields, "shards": {"train": [{}], "heldout": []}},
+    "text for a number": lambda fields: {**fields, "vocab_size": "300"},
+    "a negative number": lambda fields: {**fields, "vocab_size": -1},
+    "a type of ids that is none": lambda fields: {**fields, "dtype": "float32"},
+    "a source that is no list": lambda fields: {**fields, "source": "here"},
+}
+
+
+@pytest.mark.parametrize("damage", MALFORMED)
+def test_a_malformed_manifest_is_refused(damage, make_corpus):
+    directory, _ = make_corpus([20])
+    path = directory / MANIFEST
+    path.write_text(json.dumps(MALFORMED[damage](json.loads(path.read_text()))))
+    with pytest.raises(DataError, match=rf"^{path}: .* Prepare the corpus again"):
+        Manifest.load(directory)
 
 
 def test_a_huge_corpus_opens_at_once_and_takes_no_memory(tmp_path):

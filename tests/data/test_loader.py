@@ -154,7 +154,8 @@ def test_random_offsets_reach_both_ends(counting):
 @pytest.mark.parametrize("order", ["shuffle", "random"])
 def test_a_corpus_too_short_for_a_window_is_refused(tokens, order, counting):
     corpus = counting(tokens)
-    with pytest.raises(DataError, match=rf"{tokens} train tokens make no window .*at most {max(tokens - 1, 0)} "):
+    way_out = f"lower seq_len to at most {tokens - 1} or prepare more text" if tokens > 1 else "prepare more text"
+    with pytest.raises(DataError, match=rf"{tokens} train tokens make no window of data.seq_len 4 \+ 1; {way_out}$"):
         build_order(settings(order=order), corpus, 0)
 
 

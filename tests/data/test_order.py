@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_llm.config.schema import RunConfig
 from dist_llm.data.order import Random, Shuffle, mix, permute
 
 KEYS = np.array([0, 1, 2**63, 2**64 - 1], dtype=np.uint64)
@@ -94,8 +95,10 @@ def test_a_sample_depends_on_nothing_but_seed_and_number(kind, seed, first, leng
 
 @pytest.mark.parametrize("kind", ORDERS)
 def test_seeds_differ(kind):
-    draws = [tuple(ORDERS[kind](seed).starts(np.arange(50))) for seed in range(20)]
-    assert len(set(draws)) == 20
+    largest = RunConfig.model_fields["seed"].metadata[-1].le
+    seeds = [*range(20), largest - 1, largest]
+    draws = [tuple(ORDERS[kind](seed).starts(np.arange(50))) for seed in seeds]
+    assert len(set(draws)) == len(seeds)
 
 
 def test_random_is_in_range_and_roughly_uniform():

@@ -34,6 +34,24 @@ def test_some_of_them_are_an_error_that_names_the_missing(present):
     assert f"environment: {', '.join(missing)} is not set" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("RANK", "x", "must be whole numbers"),
+        ("WORLD_SIZE", "", "must be whole numbers"),
+        ("LOCAL_RANK", "1.5", "must be whole numbers"),
+        ("RANK", "8", "at least 0 and below WORLD_SIZE"),
+        ("RANK", "-1", "at least 0 and below WORLD_SIZE"),
+        ("LOCAL_RANK", "-1", "at least 0 and below WORLD_SIZE"),
+        ("LOCAL_RANK", "8", "at least 0 and below WORLD_SIZE"),
+        ("WORLD_SIZE", "0", "at least 0 and below WORLD_SIZE"),
+    ],
+)
+def test_values_that_make_no_sense_are_shown(name, value, rule):
+    with pytest.raises(ConfigError, match=rf"environment: .*{name}={value}.*{rule}; start with torchrun"):
+        read_world({**TORCHRUN, name: value})
+
+
 def test_each_local_rank_has_its_gpu_or_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of(World(3, 4, 3)) == torch.device("cpu")

@@ -1,10 +1,279 @@
-"""Bugs to plant: each must make the law fail."""
+"""Bugs to plant: each is one that some trainer has had, and each must make the law fail.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+A bug is a context manager that breaks our code in this process while it is open.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch.distributed.tensor import Replicate
+
+from dist_llm.engines.native import NativeEngine
+from dist_llm.models import attention
+from dist_llm.optim import clip
+from dist_llm.parallel import context, mesh, parallelize, pipeline, shard, tensor
+from dist_llm.train import step
+
+BUGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
 
 
-@contextmanager
-def planted(name: str) -> Iterator[None]:
-    raise KeyError(name)
-    yield
+def planted(name: str) -> AbstractContextManager[Any]:
+    return BUGS[name]()
+
+
+def bug(function: Callable[[], Iterator[Any]]) -> Callable[[], Iterator[Any]]:
+    BUGS[function.__name__] = contextmanager(function)
+    return function
+
+
+def _skip(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@bug
+def replicas_gradients_are_not_reduced() -> Iterator[Any]:
+    class Silent:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(dist, name) if name != "all_reduce" else lambda *args, **kwargs: None
+
+    with patch.object(_fsdp_collectives, "dist", Silent()):
+        yield
+
+
+@bug
+def shards_gradients_are_not_reduced() -> Iterator[Any]:
+    def keep_own_part(output: torch.Tensor, input: torch.Tensor, op: Any, group: Any, **kwargs: Any) -> None:
+        output.copy_(input.view(dist.get_world_size(group), -1)[dist.get_rank(group)])
+
+    names = [name for name in ("reduce_scatter_single", "reduce_scatter_tensor") if name in vars(dist)]
+
+    class Silent:
+        def __getattr__(self, name: str) -> Any:
+            if name not in names:
+                return getattr(dist, name)
+            return lambda output, input, op=None, group=None, **kwargs: keep_own_part(output, input, op, group)
+
+    with patch.object(_fsdp_collectives, "dist", Silent()):
+        yield
+
+
+@bug
+def context_gradients_are_not_reduced() -> Iterator[Any]:
+    """Weights are sharded over dp_shard alone; context ranks keep gradients of their own tokens."""
+    real = shard.fully_shard
+
+    def over_data_alone(module: Any, mesh: Any, **keywords: Any) -> None:
+        real(module, mesh=mesh._get_root_mesh()["dp_replicate", "dp_shard"], **keywords)
+
+    with patch.object(shard, "fully_shard", over_data_alone):
+        yield
+
+
+@bug
+def head_gradients_are_not_reduced_over_tensor_ranks() -> Iterator[Any]:
+    with patch.object(tensor, "Partial", Replicate):
+        yield
+
+
+@bug
+def tied_embedding_is_not_reduced_over_stages() -> Iterator[Any]:
+    with patch.object(pipeline.TiedEmbedding, "reduce", _skip):
+        yield
+
+
+@bug
+def norm_gradients_of_sequence_slices_are_not_reduced() -> Iterator[Any]:
+    with patch("dist_llm.engines.native.settle_gradients", _skip):
+        yield
+
+
+@bug
+def gradients_are_averaged_over_ranks() -> Iterator[Any]:
+    with patch.object(FSDPModule, "set_gradient_divide_factor", _skip):
+        yield
+
+
+@bug
+def mean_of_rank_means() -> Iterator[Any]:
+    def own_count(self: NativeEngine, value: Any) -> torch.Tensor:
+        return torch.as_tensor(value) * self.data_rank[1] if isinstance(value, int) else real(self, value)
+
+    real = NativeEngine.total
+    with patch.object(NativeEngine, "total", own_count):
+        yield
+
+
+@bug
+def mean_of_microbatch_means() -> Iterator[Any]:
+    def each_by_its_own(self: NativeEngine, batches: Any, scored: torch.Tensor, step: int) -> torch.Tensor:
+        losses = [real(self, [batch], self.total(batch.scored) * len(batches), step) for batch in batches]
+        return torch.stack(losses).sum()
+
+    real = NativeEngine._accumulate
+    with patch.object(NativeEngine, "_accumulate", each_by_its_own):
+        yield
+
+
+@bug
+def loss_divided_twice() -> Iterator[Any]:
+    real = NativeEngine.accumulate
+    with patch.object(NativeEngine, "accumulate", lambda self, b, scored, s: real(self, b, scored * scored, s)):
+        yield
+
+
+@bug
+def loss_averaged_over_padding() -> Iterator[Any]:
+    def count_all(engine: Any, batches: Any, *rest: Any) -> Any:
+        return real(engine, [replace(batch, scored=batch.targets_BS.numel()) for batch in batches], *rest)
+
+    real = step.train_step
+    with patch("tests.laws.law.train_step", count_all):
+        yield
+
+
+@bug
+def last_microbatch_only() -> Iterator[Any]:
+    real = NativeEngine.accumulate
+    with patch.object(NativeEngine, "accumulate", lambda self, b, scored, s: real(self, b[-1:], scored, s)):
+        yield
+
+
+@bug
+def all_ranks_read_the_same_samples() -> Iterator[Any]:
+    real = NativeEngine.data_rank
+    with patch.object(NativeEngine, "data_rank", property(lambda self: (0, real.fget(self)[1]))):  # type: ignore[attr-defined]
+        yield
+
+
+@bug
+def clipping_by_the_local_norm() -> Iterator[Any]:
+    real = mesh.sum_over
+
+    def norm_stays_local(value: torch.Tensor, mesh: Any, axes: Any) -> torch.Tensor:
+        return value if "tp" in axes else real(value, mesh, axes)  # only the norm is summed over tp
+
+    with patch("dist_llm.engines.native.sum_over", norm_stays_local):
+        yield
+
+
+@bug
+def replicated_parameters_counted_once_per_tensor_rank() -> Iterator[Any]:
+    with patch("dist_llm.engines.native._split_by_tp", lambda parameter: True):
+        yield
+
+
+@bug
+def tied_embedding_counted_by_both_stages() -> Iterator[Any]:
+    def norm_of_all(self: NativeEngine) -> torch.Tensor:
+        ends = [part.first for part in self.parts]
+        for part in self.parts:
+            part.first = True
+        norm = real(self)
+        for part, first in zip(self.parts, ends, strict=True):
+            part.first = first
+        return norm
+
+    real = NativeEngine._norm
+    with patch.object(NativeEngine, "_norm", norm_of_all):
+        yield
+
+
+@bug
+def clipping_never_happens() -> Iterator[Any]:
+    with patch.object(clip, "scale", _skip):
+        yield
+
+
+@bug
+def context_ranks_count_positions_from_zero() -> Iterator[Any]:
+    def from_zero(batch: Any, rank: int, ranks: int) -> Any:
+        cut = real_part(batch, rank, ranks)
+        return replace(cut, positions_BS=torch.arange(cut.inputs_BS.shape[1]).expand_as(cut.inputs_BS))
+
+    real_part = context.local_part
+    with patch("dist_llm.engines.native.local_part", from_zero):
+        yield
+
+
+@bug
+def causal_mask_aligned_to_the_start() -> Iterator[Any]:
+    """SDPA's is_causal with fewer queries than keys is aligned top-left."""
+
+    def top_left(q: Any, k: Any, v: Any, visible: Any, dropout: float) -> torch.Tensor:
+        heads = {"enable_gqa": q.shape[2] != k.shape[2]}
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, **heads
+        )
+        return out.transpose(1, 2)
+
+    with patch.object(context, "attend", top_left), patch.object(attention, "attend", top_left):
+        yield
+
+
+@bug
+def tied_head_untied_by_the_tensor_split() -> Iterator[Any]:
+    """The head projects with a copy of the embedding: its gradient never reaches the weight."""
+    forward = tensor.VocabParallelHead.forward
+
+    def with_a_copy(self: Any, x: Any, tied: Any, targets: Any) -> Any:
+        return forward(self, x, None if tied is None else tied.detach(), targets)
+
+    with patch.object(tensor.VocabParallelHead, "forward", with_a_copy):
+        yield
+
+
+@bug
+def vocabulary_maximum_is_not_shared() -> Iterator[Any]:
+    class Local:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(dist, name)
+
+        def all_reduce(self, value: Any, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+            if op != dist.ReduceOp.MAX:
+                dist.all_reduce(value, op, group)
+
+    with patch.object(tensor, "dist", Local()):
+        yield
+
+
+@bug
+def vocabulary_padding_is_scored() -> Iterator[Any]:
+    apply = tensor.VocabParallelLoss.apply
+
+    def without_padding(logits: Any, targets: Any, start: int, padding: int, *rest: Any) -> Any:
+        return apply(logits, targets, start, 0, *rest)
+
+    with patch.object(tensor.VocabParallelLoss, "apply", without_padding):
+        yield
+
+
+@bug
+def every_rank_initialised_with_the_same_shard() -> Iterator[Any]:
+    def at_zero(shape: Any, mesh: Any, placements: Any) -> Any:
+        return shape, (0,) * len(shape)
+
+    with patch.object(parallelize, "compute_local_shape_and_global_offset", at_zero):
+        yield
+
+
+@bug
+def pipeline_rescales_gradients() -> Iterator[Any]:
+    def scaling(kind: Any) -> Any:
+        return lambda *args, **kwargs: kind(*args, **{**kwargs, "scale_grads": True})
+
+    with patch.dict(pipeline.SCHEDULES, {name: scaling(kind) for name, kind in pipeline.SCHEDULES.items()}):
+        yield
+
+
+@bug
+def compiled_blocks_are_handed_an_asynchronous_embedding() -> Iterator[Any]:
+    """torch's own trap: the embedding's gradient is lost, without an error."""
+    with patch.object(tensor, "_wait", lambda module, inputs, output: output):
+        yield

@@ -19,7 +19,7 @@ from typing import Any
 COLLECTIVE_TIMEOUT_SECONDS = 40
 
 
-class WorldError(AssertionError):
+class WorldError(RuntimeError):
     """A rank raised; the text holds every rank's traceback."""
 
 

@@ -109,7 +109,8 @@ def write(tmp_path):
     def write(resumed_step, steps):
         sink = MetricsFile(path, resumed_step)
         sink([{"step": step, "run": resumed_step} for step in steps])
-        sink.file.close()
+        sink.close()
+        assert sink.file.closed
         return lines(path)
 
     write.path = path
@@ -120,7 +121,7 @@ def test_rows_are_on_disk_once_written(tmp_path):
     sink = MetricsFile(tmp_path / "metrics.jsonl", 0)
     sink([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}])
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
-    sink.file.close()
+    sink.close()
 
 
 def test_each_step_is_there_once_after_a_resume(write):
@@ -148,7 +149,8 @@ def row(step, loss):
 def record(directory, resumed_step, rows):
     board = TensorBoard(directory, resumed_step)
     board(rows)
-    board.writer.close()
+    board.close()
+    assert board.writer.all_writers is None
 
 
 def curve(directory, name):
@@ -178,8 +180,14 @@ def test_a_resume_hides_the_events_beyond_it(tmp_path):
     assert curve(tmp_path, "train/loss") == want
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_hidden(tmp_path):
+    record(tmp_path, 0, [row(step, 1.0) for step in range(1, 8)])
+    record(tmp_path, 0, [row(step, 2.0) for step in range(1, 4)])
+    assert curve(tmp_path, "train/loss") == [(step, 2.0) for step in range(1, 4)]
+
+
 def test_rows_are_readable_before_the_run_ends(tmp_path):
     board = TensorBoard(tmp_path, 0)
     board([row(1, 0.5)])
     assert curve(tmp_path, "train/loss") == [(1, 0.5)]
-    board.writer.close()
+    board.close()

@@ -1,0 +1,59 @@
+"""The law bites: each bug, planted on a layout where it matters, makes it fail."""
+
+import pytest
+
+from tests.laws.bugs import BUGS
+from tests.laws.law import hold
+from tests.laws.layouts import CLIPPED_SGD, SGD, Layout
+
+WHERE = {
+    "replicas_gradients_are_not_reduced": Layout(2, {"dp_replicate": 2}),
+    "shards_gradients_are_not_reduced": Layout(2, {"dp_shard": 2}),
+    "context_gradients_are_not_reduced": Layout(4, {"dp_shard": 2, "cp": 2}),
+    "head_gradients_are_not_reduced_over_tensor_ranks": Layout(2, {"tp": 2}),
+    "tied_embedding_is_not_reduced_over_stages": Layout(2, {"pp": 2}, "tied", 6),
+    "norm_gradients_of_sequence_slices_are_not_reduced": Layout(2, {"tp": 2}),
+    "gradients_are_averaged_over_ranks": Layout(2, {"dp_shard": 2}),
+    "mean_of_rank_means": Layout(2, {"dp_shard": 2}),
+    "mean_of_microbatch_means": Layout(2, {"dp_shard": 2}, micro=4),
+    "loss_divided_twice": Layout(2, {"dp_shard": 2}),
+    "loss_averaged_over_padding": Layout(2, {"dp_shard": 2}),
+    "last_microbatch_only": Layout(2, {"dp_shard": 2}, micro=4),
+    "all_ranks_read_the_same_samples": Layout(2, {"dp_shard": 2}),
+    "clipping_by_the_local_norm": Layout(2, {"dp_shard": 2}),
+    "replicated_parameters_counted_once_per_tensor_rank": Layout(2, {"tp": 2}),
+    "tied_embedding_counted_by_both_stages": Layout(2, {"pp": 2}, "tied", 6),
+    "clipping_never_happens": Layout(2, {"dp_shard": 2}),
+    "context_ranks_count_positions_from_zero": Layout(2, {"cp": 2}),
+    "causal_mask_aligned_to_the_start": Layout(2, {"cp": 2}),
+    "tied_head_untied_by_the_tensor_split": Layout(2, {"tp": 2}, "tied"),
+    "vocabulary_maximum_is_not_shared": Layout(2, {"tp": 2}),
+    "vocabulary_padding_is_scored": Layout(2, {"tp": 2}),
+    "every_rank_initialised_with_the_same_shard": Layout(2, {"dp_shard": 2}),
+    "pipeline_rescales_gradients": Layout(2, {"pp": 2}, micro=6),
+}
+COMPILED = {"compiled_blocks_are_handed_an_asynchronous_embedding": Layout(4, {"dp_shard": 2, "tp": 2}, "tied")}
+
+
+def test_every_bug_is_planted_somewhere() -> None:
+    assert BUGS.keys() == WHERE.keys() | COMPILED.keys()
+    assert len(BUGS) >= 15
+
+
+@pytest.mark.parametrize("name", WHERE)
+def test_a_planted_bug_breaks_the_law(name: str) -> None:
+    with pytest.raises(AssertionError, match=r"differ|off by|scored tokens|gradients:|parameters:"):
+        hold(WHERE[name], CLIPPED_SGD, steps=2, bug=name)
+
+
+@pytest.mark.parametrize("layout", {str(layout): layout for layout in WHERE.values()}.values(), ids=str)
+def test_the_same_layouts_keep_it_without_a_bug(layout: Layout) -> None:
+    hold(layout, CLIPPED_SGD, steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_bug_of_compiled_blocks_breaks_the_law(name: str) -> None:
+    hold(COMPILED[name], SGD, steps=1, compile=True)
+    with pytest.raises(AssertionError, match=r"differ|off by"):
+        hold(COMPILED[name], SGD, steps=1, bug=name, compile=True)

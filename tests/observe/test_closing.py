@@ -1,0 +1,54 @@
+"""Whatever a run writes to is closed when it ends, well or not."""
+
+import pytest
+
+from dist_llm.data.shard import Manifest, ShardWriter
+from dist_llm.launch.world import World
+from dist_llm.observe.console import ProgressLine
+from dist_llm.observe.metrics import MetricsFile
+from dist_llm.observe.tensorboard import TensorBoard
+from dist_llm.text.vocabulary import build_tokenizer
+from dist_llm.train import loop
+from dist_llm.train.run import train
+from dist_llm.train.settings import read_config
+
+SINKS = (MetricsFile, TensorBoard, ProgressLine)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Two steps of a tiny model on a corpus of bytes."""
+    tokenizer = build_tokenizer("byte", None, list)
+    tokenizer.save(tmp_path)
+    with ShardWriter(tmp_path, "train", "uint16", 100) as writer:
+        writer.add(tokenizer.encode("to be or not to be, that is the question"), text_bytes=40)
+        shards = {"train": writer.close(), "heldout": ()}
+    Manifest("uint16", tokenizer.vocab_size, tokenizer.sha256, ("here",), shards).save(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"run: {{dir: '{tmp_path / 'run'}', steps: 2}}\nmodel: {{d_model: 8, n_layers: 1, n_heads: 1}}\n"
+        f"data: {{path: '{tmp_path}', seq_len: 4, global_batch: 1}}\nlog: {{peak_tflops: 1.0}}\n"
+    )
+    return read_config(path, [], 1)
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """The types of the sinks closed so far."""
+    seen = []
+    for kind in SINKS:
+        real = kind.close
+        monkeypatch.setattr(kind, "close", lambda self, real=real: seen.append(type(self)) or real(self))
+    return seen
+
+
+def test_a_run_closes_its_sinks(config, closed):
+    train(config, World())
+    assert sorted(closed, key=SINKS.index) == [*SINKS]
+
+
+def test_a_run_that_fails_does_too(config, closed, monkeypatch):
+    monkeypatch.setattr(loop, "train_step", lambda *rest: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(config, World())
+    assert sorted(closed, key=SINKS.index) == [*SINKS]
