@@ -115,14 +115,15 @@ def test_top_p_keeps_the_fewest_that_hold_p(top_p, kept):
     assert near(drawn(Sampling(top_p=top_p)), {i: float(PROBABILITIES[i]) / total for i in kept})
 
 
-def test_top_p_1_keeps_what_lies_beyond_the_rounding_of_the_sum(monkeypatch):
-    """Shares of 1/2 and, in float32, sums that reach 1 before the last of very many small ones."""
+def test_top_p_1_keeps_the_tokens_beyond_which_the_sum_rounds_to_1(monkeypatch):
     kept = []
-    real = torch.multinomial
-    monkeypatch.setattr(
-        torch, "multinomial", lambda p, *rest, **more: kept.append(int((p > 0).sum())) or real(p, *rest, **more)
-    )
-    logits = torch.full((1000,), -18.0)
+
+    def multinomial(probabilities_V, *rest, **more):
+        kept.append(int((probabilities_V > 0).sum()))
+        return torch.tensor([0])
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    logits = torch.full((1000,), -18.0)  # 1.5e-8 each: below half the distance to 1 of its neighbour
     logits[0] = 0.0
     draw(logits, Sampling(top_p=1.0), torch.Generator())
     assert kept == [1000]

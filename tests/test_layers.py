@@ -1,9 +1,11 @@
 """The tree's rules, read from the source: who may import whom, and what belongs where."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,3 +140,23 @@ def test_what_a_config_error_needs_does_not_load_torch(module):
     """Late imports keep --help and a config error instant."""
     code = f"import sys, dist_llm.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_what_the_package_declares_is_what_it_imports():
+    """A library that only the tests need belongs to the extra `dev`."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared, optional = (
+        {re.split("[^A-Za-z0-9_-]", line)[0].replace("pyyaml", "yaml") for line in lines}
+        for lines in (
+            project["dependencies"],
+            [line for lines in project["optional-dependencies"].values() for line in lines],
+        )
+    )
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+    names = {
+        name for path, tree in trees.items() for name in imports(tree, path.parent.relative_to(PACKAGE.parent).parts)
+    }
+    imported = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"dist_llm"}
+    assert imported - {"pydantic_core"} <= declared | optional
+    # torch imports the one for us; the other is what converted checkpoints are written with.
+    assert declared - imported <= {"tensorboard", "safetensors"}

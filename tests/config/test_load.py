@@ -332,9 +332,8 @@ def test_the_description_of_decay_steps_names_the_schedules_that_use_it():
         short, long = (ScheduleConfig(name=name, decay_steps=steps) for steps in (10, 1000))
         used = learning_rate(OptimConfig(), short, 10) != learning_rate(OptimConfig(), long, 10)
         assert used == (name in fields["decay_steps"].description), name
-        assert not used or learning_rate(OptimConfig(lr=1.0), short, 10) == pytest.approx(0.1), (
-            "the floor, at that step"
-        )
+        if used:
+            assert learning_rate(OptimConfig(lr=1.0), short, 10) == pytest.approx(0.1), "the floor, at that step"
 
 
 def test_wsd_without_a_decay_drops_as_its_description_says():

@@ -63,21 +63,28 @@ def test_the_writer_starts_a_shard_rather_than_cut_a_document(tmp_path):
     assert np.array_equal(stream, np.concatenate(documents))
 
 
-def test_an_error_leaves_no_file_open(tmp_path):
-    with pytest.raises(ZeroDivisionError), ShardWriter(tmp_path, "train", "uint16", max_tokens=10) as writer:
+def write_and_close(directory, files, error=None):
+    with ShardWriter(directory, "train", "uint16", max_tokens=10) as writer:
         writer.add(np.arange(4), text_bytes=4)
-        files = [*writer._open]
-        raise ZeroDivisionError
+        files += writer._open
+        if error:
+            raise error
+        writer.close()
+
+
+def test_an_error_leaves_no_file_open(tmp_path):
+    files = []
+    with pytest.raises(ZeroDivisionError):
+        write_and_close(tmp_path, files, ZeroDivisionError())
     assert [file.closed for file in files] == [True, True]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_told_once_and_leaves_no_file_open(tmp_path):
+def test_a_full_disk_leaves_no_file_open(tmp_path):
     (tmp_path / "train-00000.offsets").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"), ShardWriter(tmp_path, "train", "uint16", 10) as writer:
-        writer.add(np.arange(4), text_bytes=4)
-        files = [*writer._open]
-        writer.close()
+    files = []
+    with pytest.raises(OSError, match="No space left"):
+        write_and_close(tmp_path, files)
     assert [file.closed for file in files] == [True, True]
 
 

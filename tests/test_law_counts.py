@@ -1,0 +1,68 @@
+"""The README's counts of the law are those of the tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+TOOL = REPOSITORY / "tools" / "law_counts.py"
+START, END = "<!-- law counts -->\n", "<!-- /law counts -->"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def table() -> str:
+    done = run()
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readme_is_up_to_date(table: str) -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert text.count(START) == text.count(END) == 1
+    shown = text.partition(START)[2].partition(END)[0]
+    assert shown == table, "bring it up to date: python tools/law_counts.py --write README.md"
+
+
+def test_the_counts_are_those_of_the_lists(table: str) -> None:
+    from tests.laws.bugs import BUGS
+    from tests.laws.layouts import LAYOUTS
+
+    rows = dict(line.strip("| ").split(" | ") for line in table.splitlines()[2:])
+    by_ranks = [int(count) for what, count in rows.items() if what.startswith("... on ")]
+    assert int(rows["layouts held against one process"]) == sum(by_ranks) == len(LAYOUTS)
+    assert int(rows["... with three or more axes"]) >= 12
+    assert int(rows["planted bugs, each of which the law catches"]) == len(BUGS)
+
+
+def test_tests_are_counted_as_pytest_selects_them(table: str) -> None:
+    """By another way: the command line with and without the slow ones."""
+    rows = dict(line.strip("| ").split(" | ") for line in table.splitlines()[2:])
+    for marker, count in (("not slow", "make test` runs"), ("slow", "pytest -m slow` adds")):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "--collect-only", "-m", marker, "tests/laws"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        lines = [line for line in done.stdout.splitlines() if "::" in line]
+        assert [int(n) for what, n in rows.items() if what.endswith(count)] == [len(lines)]
+
+
+def test_the_text_around_is_left_alone_and_a_file_without_a_place_is_refused(table: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.md"
+    file.write_text(f"before\n{START}old\n{END}\nafter\n")
+    assert run("--write", file).returncode == 0
+    assert file.read_text() == f"before\n{START}{table}{END}\nafter\n"
+
+    file.write_text("nothing here\n")
+    refused = run("--write", file)
+    assert refused.returncode == 2
+    assert "a.md" in refused.stderr
+    assert file.read_text() == "nothing here\n"

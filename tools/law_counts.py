@@ -1,0 +1,79 @@
+"""Count what the law of layouts covers, from the tests themselves.
+
+Prints a table; with --write FILE, puts it between the lines `<!-- law counts -->` and `<!-- /law counts -->`
+of that file, once, and says so.
+
+  python tools/law_counts.py --write README.md
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+LAWS = REPOSITORY / "tests" / "laws"
+BETWEEN = re.compile(r"(<!-- law counts -->\n).*?(<!-- /law counts -->)", re.DOTALL)
+
+
+def main() -> int:
+    """Print the table or write it."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--write", type=Path, metavar="FILE", help="the file to bring up to date")
+    file = top.parse_args().write
+    rows = table()
+    if file is None:
+        print(rows, end="")
+        return 0
+    text, places = BETWEEN.subn(lambda match: f"{match[1]}{rows}{match[2]}", file.read_text(encoding="utf-8"))
+    if places != 1:
+        print(f"error: {file}: needs one pair of lines {BETWEEN.pattern!r}, has {places}", file=sys.stderr)
+        return 2
+    file.write_text(text, encoding="utf-8")
+    print(f"{file}: counts of the law brought up to date", file=sys.stderr)
+    return 0
+
+
+def table() -> str:
+    """The counts as rows of Markdown."""
+    sys.path.insert(0, str(REPOSITORY))
+    from tests.laws.bugs import BUGS
+    from tests.laws.layouts import CHOSEN, LAYOUTS
+
+    layouts = {str(layout): layout for layout in LAYOUTS}.values()
+    ranks = Counter(layout.ranks for layout in layouts)
+    default, slow = collected()
+    counts = {
+        "layouts held against one process": len(layouts),
+        **{f"... on {number} ranks": ranks[number] for number in sorted(ranks)},
+        "... with three or more axes": sum(layout.axes >= 3 for layout in layouts),
+        "layouts also compiled and recomputed": len({str(layout) for layout in CHOSEN}),
+        "planted bugs, each of which the law catches": len(BUGS),
+        "tests of the law that `make test` runs": default,
+        "tests of the law that `pytest -m slow` adds": slow,
+    }
+    return "\n".join(["| what | count |", "| --- | --- |", *(f"| {what} | {n} |" for what, n in counts.items())]) + "\n"
+
+
+def collected() -> tuple[int, int]:
+    """How many tests of tests/laws pytest collects: those without the marker `slow`, and those with it."""
+    found: list[bool] = []
+
+    class Collected:
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+            """Called before deselection."""
+            found.extend(item.get_closest_marker("slow") is not None for item in items)
+
+    quiet = ["-p", "no:terminal", "-p", "no:cacheprovider"]
+    code = pytest.main(["--collect-only", *quiet, "--rootdir", str(REPOSITORY), str(LAWS)], [Collected()])
+    if code != pytest.ExitCode.OK or not found:
+        raise RuntimeError(f"pytest cannot collect {LAWS}: run pytest --collect-only {LAWS}")
+    return found.count(False), found.count(True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
