@@ -21,21 +21,24 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dist_llm.config.check import AXES, check, resolve
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
+from dist_llm.models import attention
 from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.train.step import train_step
@@ -148,7 +151,8 @@ def count(case: Case) -> dict[str, Any]:
     engine = NativeEngine(config, torch.device("cpu"))
     assert engine.mesh is not None
     train_step(engine, batches_of(config, engine), config.optim.lr, step=0)  # pipelines exchange shapes once
-    with WireCounter(engine.mesh) as wire:
+    mask = patch.object(attention, "causal_lower_right", _unseen(attention.causal_lower_right))
+    with mask, WireCounter(engine.mesh) as wire:
         train_step(engine, batches_of(config, engine), config.optim.lr, step=1)
     least = minimum(config, engine)
     return {
@@ -209,7 +213,7 @@ CALLS: dict[str, tuple[str, Whole]] = {
     "_c10d_functional::reduce_scatter_tensor": ("reduce-scatter", lambda args, p: _bytes(args[0])),
 }
 # Sends nothing: a receive is counted where it is sent.
-SILENT = {"c10d::recv_", "_c10d_functional::wait_tensor"}
+SILENT = {"c10d::recv_", "_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"}
 NAMESPACES = {"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"}
 RING = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
 
@@ -221,7 +225,7 @@ class WireCounter(TorchDispatchMode):
         super().__init__()
         self.calls: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
-        self.axes = {mesh.get_group(axis).group_name: axis for axis in (*AXES, "dp_shard_cp")}
+        self.places = {rank: place for place, rank in np.ndenumerate(mesh.mesh.numpy())}
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -241,10 +245,25 @@ class WireCounter(TorchDispatchMode):
         ranks = group.size()
         if ranks == 1:
             return
-        where = self.axes[group.group_name], kind
+        where = self._axes(group), kind
         sent = RING[kind] * (ranks - 1) / ranks if kind in RING else 1
         self.calls[where] += 1
         self.bytes[where] += sent * whole(args, ranks)  # type: ignore[assignment]
+
+    def _axes(self, group: dist.ProcessGroup) -> str:
+        """Those along which the group's ranks differ."""
+        places = zip(*(self.places[rank] for rank in dist.get_process_group_ranks(group)), strict=True)
+        return " x ".join(axis for axis, along in zip(AXES, places, strict=True) if len(set(along)) > 1)
+
+
+def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` outside of any mode: torch cannot make its causal mask, a kind of tensor, inside one."""
+
+    def run(*args: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args)
+
+    return run
 
 
 def _group(func: torch._ops.OpOverload, args: Sequence[Any]) -> dist.ProcessGroup:
@@ -255,3 +274,103 @@ def _group(func: torch._ops.OpOverload, args: Sequence[Any]) -> dist.ProcessGrou
         if parameter.name == "group_name":
             return dist.distributed_c10d._resolve_process_group(value)
     raise AssertionError(f"{func} has no group")
+
+
+# --- the least that a layout needs
+
+
+def minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
+    """Bytes that this rank must send in a step, by axis, given what the layout is.
+
+    Weights. P: parameters of this rank's stage and tensor share, s = dp_shard * cp, r = dp_replicate, f(p) =
+    (p - 1) / p. Gradients are reduce-scattered once, 4 P f(s), and what is left of them all-reduced over the
+    replicas, 8 P / s f(r). A gather of everything is 4 P f(s). Weights do not change within a step, so those
+    that are not freed are gathered once; those that `reshard` frees after forward, twice a microbatch, but for
+    the embedding, whose backward needs no weights; the rest once a microbatch.
+
+    Tensor. A: bytes of the activations [B, S, D] of the rank's whole share of the step. Each of a block's two
+    pairs of matrices wants whole inputs and leaves partial sums: with the sequence split an all-gather and a
+    reduce-scatter of A forward, the same backward, 8 A f(tp) a block; without, an all-reduce of A forward and
+    one backward, which is as much. Embedding and head: 2 A f(tp) each. With the sequence split, the norms'
+    gradients are partial sums too. The loss needs three numbers per token: the largest logit, the sum of
+    exponentials, the target's logit.
+
+    Context. Per block keys and values of all, [2, B, S, K, E], gathered forward and their gradient
+    reduce-scattered. Pipeline. A to the next stage and as much to the one before.
+
+    A step's counts and norms, a few scalars, are not in it.
+    """
+    model, parallel = config.model, config.parallel
+    rows = config.data.global_batch // engine.data_rank[1]
+    microbatches = rows // config.data.micro_batch
+    blocks = sum(len(part.blocks) for part in engine.parts)
+    first, last = any(part.first for part in engine.parts), any(part.last for part in engine.parts)
+    tokens = rows * config.data.seq_len // parallel.cp
+    activations = BYTES * tokens * model.d_model
+
+    least = _weights(config, blocks, first, last, microbatches)
+    f = (parallel.tp - 1) / parallel.tp
+    norms = BYTES * model.d_model * (2 * blocks + last) if parallel.sequence_parallel else 0
+    least["tp"] = f * (activations * (8 * blocks + 2 * first + 2 * last) + 2 * norms + 2 * BYTES * 3 * tokens * last)
+    keys_and_values = 2 * BYTES * tokens * parallel.cp * model.n_kv_heads * model.head_dim / parallel.tp
+    least["cp"] = least.get("cp", 0) + blocks * 2 * keys_and_values * (parallel.cp - 1) / parallel.cp
+    slices = parallel.tp if parallel.sequence_parallel else 1
+    least["pp"] = activations / slices * (2 - first - last)
+    return {axis: value for axis, value in least.items() if value}
+
+
+def _weights(config: Config, blocks: int, first: bool, last: bool, microbatches: int) -> dict[str, float]:
+    """Gathers of weights and reductions of gradients, by axis."""
+    model, parallel = config.model, config.parallel
+    width = model.d_model
+    matrices = 2 * width * model.head_dim * (model.n_heads + model.n_kv_heads) + 3 * width * model.d_ff
+    table = model.vocab_size * width / parallel.tp
+    block, embedding, head = matrices / parallel.tp + 2 * width, table * first, (table + width) * last
+    held = blocks * block + embedding + head
+    if parallel.reshard == "always":
+        gathered = microbatches * (2 * held - embedding)
+    elif parallel.reshard == "default" and parallel.pp == 1:
+        gathered = microbatches * (held + (blocks - 1) * block)
+    else:
+        gathered = held
+    reduced = held * (microbatches if parallel.reduce_each_microbatch else 1)
+    shards, replicas = parallel.dp_shard * parallel.cp, parallel.dp_replicate
+    sharded = " x ".join(axis for axis in ("dp_shard", "cp") if getattr(parallel, axis) > 1)
+    return {
+        sharded: BYTES * (gathered + reduced) * (shards - 1) / shards,
+        "dp_replicate": 2 * BYTES * reduced / shards * (replicas - 1) / replicas,
+    }
+
+
+# --- the document
+
+
+def overview(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table, a line per layout."""
+    lines = ["| layout | ranks | calls | bytes | minimum | excess |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        lines.append(
+            f"| {row['layout']} | {row['ranks']} | {row['calls']} | {row['bytes']:,} | {row['minimum']:,} | "
+            f"{row['excess']:.2%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def by_axis(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table, a line per layout, axis and kind of call."""
+    lines = ["| layout | axis | kind | calls | bytes |", "| --- | --- | --- | ---: | ---: |"]
+    for row in rows:
+        for part in row["by_axis"]:
+            lines.append(
+                f"| {row['layout']} | {part['axis']} | {part['kind']} | {part['calls']} | {part['bytes']:,} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def document(rows: Sequence[dict[str, Any]]) -> str:
+    """docs/communication.md."""
+    return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -10,16 +10,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn, optim
 
+from dist_llm.optim.scale import LossScale
+
 
 @dataclass
 class Progress:
-    """How far the run is; `samples` is the next sample number."""
+    """How far the run is; `samples` is the next sample number, `loss_scale` what fp16 goes on with."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    loss_scale: LossScale | None = None
 
-    def as_dict(self) -> dict[str, int]:
+    @staticmethod
+    def of(fields: dict[str, Any]) -> "Progress":
+        """From what `as_dict` gave."""
+        scale = fields.pop("loss_scale")
+        return Progress(**fields, loss_scale=LossScale(**scale) if scale else None)
+
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 

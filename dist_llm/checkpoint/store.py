@@ -10,7 +10,9 @@ checkpoints/step_00000500/
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -47,7 +49,8 @@ class CheckpointStore:
             aside.mkdir(parents=True)
         barrier()
         state = weights(model) | moments(model, optimizer)
-        state_dict_saver.save(state, checkpoint_id=aside, no_dist=not dist.is_initialized())
+        with _alone():
+            state_dict_saver.save(state, checkpoint_id=aside, no_dist=not dist.is_initialized())
         if main:
             for name, content in {PROGRESS: json.dumps(progress.as_dict()).encode(), **files}.items():
                 _write(aside / name, content)
@@ -92,9 +95,10 @@ def load(path: Path, model: Named, optimizer: optim.Optimizer | None = None) -> 
     if optimizer is not None:
         allocate_moments(model, optimizer, saved)
         state |= moments(model, optimizer)
-    state_dict_loader.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    with _alone():
+        state_dict_loader.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     copy_to_twins(model, optimizer)
-    return Progress(**json.loads((path / PROGRESS).read_text(encoding="utf-8")))
+    return Progress.of(json.loads((path / PROGRESS).read_text(encoding="utf-8")))
 
 
 def _refuse_other_model(path: Path, model: Named, saved: Mapping[str, tuple[int, ...]]) -> None:
@@ -106,6 +110,14 @@ def _refuse_other_model(path: Path, model: Named, saved: Mapping[str, tuple[int,
                 f"{path}: {name} has shape {list(shape)} in the config, but the checkpoint has {found}; "
                 "use the `model` section the run was started with, or another run.dir"
             )
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process without a group is what we mean; torch warns that it assumes so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _write(path: Path, content: bytes) -> None:

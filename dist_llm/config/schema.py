@@ -167,6 +167,8 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation while training")
     log: LogConfig = Field(default_factory=LogConfig, description="what is shown")
-    precision: Literal["fp32", "bf16"] = key("compute type; weights, reduction and moments stay fp32", "fp32")
+    precision: Literal["fp32", "bf16", "fp16"] = key(
+        "compute type (fp16 with a dynamic loss scale); weights, reduction and moments stay fp32", "fp32"
+    )
     compile: bool = key("torch.compile each block", False)
     engine: Literal["native"] = key("who runs the step", "native")

@@ -1,6 +1,7 @@
 """The step in plain torch: one process, or any layout that `parallel` can lay out."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,10 +16,12 @@ from dist_llm.config.schema import Config
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
 from dist_llm.optim.build import build_optimizer
+from dist_llm.optim.scale import LossScale
 from dist_llm.parallel.context import local_part
 from dist_llm.parallel.mesh import DATA_AXES, SHARD_AXES, build_mesh, local, sum_over
 from dist_llm.parallel.parallelize import build_parts
 from dist_llm.parallel.pipeline import Pipeline
+from dist_llm.parallel.shard import DTYPES
 from dist_llm.parallel.tensor import settle_gradients
 
 
@@ -32,6 +35,7 @@ class NativeEngine:
         self.pipeline: Pipeline | None = None
         if self.mesh is not None and config.parallel.pp > 1:
             self.pipeline = Pipeline(config, self.mesh, self.parts, device)
+        self.loss_scale = LossScale() if config.precision == "fp16" else None
         self.optimizer = build_optimizer(config.optim, self.named_parameters())
         # Where activations are equal on the tensor ranks, so must their dropout be; else it must differ.
         split = ("pp", "dp_replicate", "dp_shard", "cp", *(("tp",) if config.parallel.sequence_parallel else ()))
@@ -64,7 +68,8 @@ class NativeEngine:
     def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
         for part in self.parts:
             part.train()
-        scored = scored.clamp(min=1)
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        scored = scored.clamp(min=1) / scale
         batches = [batch.to(self.device) for batch in batches]
         if self.pipeline is None:
             loss = self._accumulate(batches, scored, step)
@@ -76,7 +81,7 @@ class NativeEngine:
             settle_gradients(part)
         if self.pipeline is not None:
             self.pipeline.reduce_tied()
-        return loss
+        return loss / scale
 
     def _accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
         """One microbatch after another; gradients are reduced with the last, or with each."""
@@ -95,9 +100,17 @@ class NativeEngine:
 
     def update(self, lr: float) -> Tensor:
         parameters = [p for _, p in self.named_parameters() if p.grad is not None]
-        norm = self._norm()
-        if self.config.optim.clip:
-            clip.scale([local(p.grad) for p in parameters if p.grad is not None], norm, self.config.optim.clip)
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        norm = self._norm() / scale
+        if self.loss_scale:
+            finite = bool(torch.isfinite(norm))
+            self.loss_scale.update(finite)
+            if not finite:
+                self.optimizer.zero_grad()
+                return norm
+        if self.config.optim.clip or self.loss_scale:
+            gradients = [local(p.grad) for p in parameters if p.grad is not None]
+            clip.scale(gradients, norm, self.config.optim.clip or math.inf, scale)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -146,7 +159,7 @@ class NativeEngine:
     def _precision(self) -> AbstractContextManager[None]:
         if self.config.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, DTYPES[self.config.precision])
 
 
 def _split_by_tp(parameter: nn.Parameter) -> bool:

@@ -43,12 +43,13 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> int:
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """(FLOP/s of one device, where the figure is from): published for known GPUs, else measured now."""
-    if device.type == "cuda" and precision == "bf16":
+    if device.type == "cuda" and precision != "fp32":  # fp16 runs at bf16's rate
         name = torch.cuda.get_device_name(device)
         for known, tflops in PUBLISHED_BF16_TFLOPS.items():
             if known in name:
                 return tflops * 1e12, f"published for {known}"
-    return _matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32), "measured matmul rate"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    return _matmul_rate(device, dtype), "measured matmul rate"
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -19,9 +19,12 @@ def norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def scale(gradients: Sequence[Tensor], norm_before: Tensor, max_norm: float) -> None:
-    """Multiply all by max_norm / (norm + 1e-6) where that is below 1, without a device sync."""
-    torch._foreach_mul_(list(gradients), (max_norm / (norm_before + 1e-6)).clamp(max=1.0))
+def scale(gradients: Sequence[Tensor], norm_before: Tensor, max_norm: float, loss_scale: float = 1.0) -> None:
+    """Multiply all by max_norm / (norm + 1e-6) where that is below 1, without a device sync.
+
+    Gradients that are `loss_scale` times too large (`norm_before` is not) are brought back in the same pass.
+    """
+    torch._foreach_mul_(list(gradients), (max_norm / (norm_before + 1e-6)).clamp(max=1.0) / loss_scale)
 
 
 def _norm_on_cpu(gradient: Tensor) -> Tensor:

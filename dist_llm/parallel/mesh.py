@@ -1,5 +1,6 @@
 """The ranks as a grid. Every axis is always there, of size 1 where it is not used."""
 
+import warnings
 from collections.abc import Iterable
 
 import torch.distributed as dist
@@ -17,10 +18,21 @@ SHARD_AXES = ("dp_shard", "cp")
 
 def build_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
     """`pp, dp_replicate, dp_shard, cp, tp`, tensor innermost: its ranks are neighbours on one node."""
-    mesh = init_device_mesh(device_type, tuple(getattr(parallel, axis) for axis in AXES), mesh_dim_names=AXES)
-    # Context ranks hold equal weights and different tokens, as data ranks do: FSDP shards over both at once.
+    return init_device_mesh(device_type, tuple(getattr(parallel, axis) for axis in AXES), mesh_dim_names=AXES)
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """(replicas, shards): what FSDP works on.
+
+    Context ranks hold equal weights and different tokens, as data ranks do: weights are sharded over both at once.
+    """
+    if mesh["cp"].size() == 1:
+        return mesh["dp_replicate", "dp_shard"]
     mesh[SHARD_AXES]._flatten("dp_shard_cp")
-    return mesh
+    with warnings.catch_warnings():
+        # The slice of a flattened axis is to be had in no other way that leaves both on one root mesh.
+        warnings.filterwarnings("ignore", "Slicing a flattened dim from root mesh")
+        return mesh["dp_replicate", "dp_shard_cp"]
 
 
 def sum_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:

@@ -13,6 +13,9 @@ from torch.distributed.fsdp import (
 
 from dist_llm.config.schema import Config
 from dist_llm.models.decoder import Decoder
+from dist_llm.parallel.mesh import data_mesh
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # fp32: nothing is cast
 
 
 def shard(model: Decoder, config: Config, mesh: DeviceMesh) -> None:
@@ -22,16 +25,16 @@ def shard(model: Decoder, config: Config, mesh: DeviceMesh) -> None:
     moves nothing and only the all-reduce of the gradients is left.
     """
     parallel = config.parallel
-    dtype = torch.bfloat16 if config.precision == "bf16" else None
+    dtype = DTYPES.get(config.precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if parallel.cpu_offload else OffloadPolicy()
-    data_mesh = mesh["dp_replicate", "dp_shard_cp"]
+    ranks = data_mesh(mesh)
 
     def wrap(module: nn.Module, reshard: bool) -> None:
-        fully_shard(module, mesh=data_mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
+        fully_shard(module, mesh=ranks, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
 
     # A pipeline stage runs forward again and again: gathering each time would cost more than it frees.
-    freeing = parallel.reshard == "default" and data_mesh["dp_shard_cp"].size() > 1 and parallel.pp == 1
+    freeing = parallel.reshard == "default" and ranks.size(1) > 1 and parallel.pp == 1
     last = len(model.blocks) - 1
     for place, block in enumerate(model.blocks.values()):
         # Backward starts with the last block: freeing its weights only to gather them again is waste.

@@ -115,6 +115,7 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of this step. Metrics up to it are on disk before it is."""
         self.recorder.flush()
+        self.progress.loss_scale = self.engine.loss_scale
         path = self.store.save(self.engine, self.engine.optimizer, self.progress, self.files)
         log.info("saved %s", path)
         self.recorder.restart_clock(self.progress.tokens)
@@ -124,6 +125,8 @@ class Trainer:
         if not found:
             return Progress()
         progress = checkpoints.load(found[-1], self.engine, self.engine.optimizer)
+        if self.engine.loss_scale is not None and progress.loss_scale is not None:
+            self.engine.loss_scale = progress.loss_scale
         log.info("resumed from %s", found[-1])
         return progress
 

@@ -38,7 +38,7 @@ def environment() -> dict[str, str]:
 
 
 def run(*arguments: object, ranks: int = 0, cwd: Path, succeed: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run to the end. With `succeed`, any other exit than 0 fails the test and shows the output."""
+    """Run to the end. With `succeed`, another exit than 0 or a library's warning fails the test."""
     done = subprocess.run(
         command(*arguments, ranks=ranks),
         cwd=cwd,
@@ -50,6 +50,7 @@ def run(*arguments: object, ranks: int = 0, cwd: Path, succeed: bool = True) -> 
     )
     if succeed:
         assert done.returncode == 0, f"{done.args} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Warning: " not in done.stderr, done.stderr
     return done
 
 

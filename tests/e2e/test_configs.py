@@ -1,5 +1,6 @@
-"""Every config in configs/ is a run that could start: it loads, fits some world, and says where its corpus is from."""
+"""Every config below configs/ is a run that could start: it loads, fits a world, and says where its corpus is from."""
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -8,33 +9,41 @@ import pytest
 import yaml
 
 from dist_llm.cli import parser
-from dist_llm.config.check import check, resolve
+from dist_llm.config.check import AXES, check, resolve
 from dist_llm.config.load import load_config
+from dist_llm.config.schema import Config
 from dist_llm.text.options import options_from
 
 from .commands import REPOSITORY
 
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+FOLDER = REPOSITORY / "configs"
+CONFIGS = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
 RANKS = {"debug": 1, "demo": 2, "gpt2-124m": 8, "gpt2-xl": 16, "llama3-8b": 64, "llama3-70b": 512}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_fits_the_world_it_is_meant_for(path: Path) -> None:
-    config, violations = load_config(path)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_fits_the_world_it_is_meant_for(name: str) -> None:
+    config, violations = load_config(CONFIGS[name])
     assert config is not None
+    ranks = RANKS[name] if name in RANKS else layout_size(config)
     tokenizer_size = config.model.vocab_size or 4096
-    assert violations + check(config, RANKS[path.stem], tokenizer_size) == []
-    resolved = resolve(config, RANKS[path.stem], tokenizer_size)
-    assert resolved.run.dir == f"runs/{path.stem}"
+    assert violations + check(config, ranks, tokenizer_size) == []
+    resolved = resolve(config, ranks, tokenizer_size)
+    assert resolved.run.dir == f"runs/{name}"
     assert resolved.data.micro_batch > 0
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_says_which_command_makes_its_corpus(path: Path) -> None:
-    config, _ = load_config(path)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_says_which_command_makes_its_corpus(name: str) -> None:
+    config, _ = load_config(CONFIGS[name])
     assert config is not None
-    made = {str(options_from(parser().parse_args(arguments)).out) for arguments in prepare_commands(path)}
+    made = {str(options_from(parser().parse_args(arguments)).out) for arguments in prepare_commands(CONFIGS[name])}
     assert config.data.path in made
+
+
+def layout_size(config: Config) -> int:
+    """How many ranks a config asks for that leaves none of it to the world's size (-1 counts as one)."""
+    return math.prod(max(1, getattr(config.parallel, axis)) for axis in AXES)
 
 
 def prepare_commands(path: Path) -> list[list[str]]:
