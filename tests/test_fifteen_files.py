@@ -1,7 +1,11 @@
-"""A step of any layout, its batch included, reads in at most fifteen files."""
+"""A step of any layout reads in at most fifteen files: from its microbatches to the new weights.
+
+Making the microbatches is the loader's, ahead of the step and in a thread of its own, the same on every
+layout: four files, counted apart.
+"""
 
 import sys
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +25,37 @@ from tests.laws.law import MODEL, ROWS, SEQ_LEN, config_of
 from tests.laws.worlds import world
 
 MOST = 15
+BATCH = {"data/corpus.py", "data/loader.py", "data/order.py", "objectives/causal.py"}
 PACKAGE = Path(dist_llm.__file__).parent
-DENSE = {"clip": 1.0, "name": "adamw", "lr": 1e-3}
+ADAMW = {"clip": 1.0, "name": "adamw", "lr": 1e-3}
 
 
-def files_of_a_step(config: Config) -> list[str]:
-    """The files of the package in which a function runs while this rank makes a batch and takes a step."""
-    engine = NativeEngine(config, torch.device("cpu"))
-    corpus = Corpus(Path(config.data.path))
-    order = build_order(config.data, corpus, config.run.seed)
-    loader = Loader(corpus, order, causal, config.data, *engine.data_rank, pin=False)
-    train_step(engine, loader.batches(0), 1e-3, step=0)  # what happens only in the first step is not the step
+def files_that_run(function: Callable[[], object]) -> set[str]:
+    """The files of the package in which a Python function runs while `function` does."""
     seen: set[str] = set()
 
     def profile(frame: Any, event: str, argument: Any) -> None:
         if event == "call":
             seen.add(frame.f_code.co_filename)
 
-    threading.setprofile(profile)
     sys.setprofile(profile)
     try:
-        train_step(engine, loader.batches(config.data.global_batch), 1e-3, step=1)
+        function()
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)
-    return sorted(
-        Path(name).relative_to(PACKAGE).as_posix() for name in seen if Path(name).is_relative_to(PACKAGE)
-    )
+    return {Path(name).relative_to(PACKAGE).as_posix() for name in seen if Path(name).is_relative_to(PACKAGE)}
+
+
+def files_of(config: Config) -> tuple[set[str], set[str]]:
+    """What this rank runs to make a batch, and to take a step on it."""
+    engine = NativeEngine(config, torch.device("cpu"))
+    corpus = Corpus(Path(config.data.path))
+    order = build_order(config.data, corpus, config.run.seed)
+    loader = Loader(corpus, order, causal, config.data, *engine.data_rank, pin=False)
+    train_step(engine, loader.batches(0), 1e-3, step=0)  # what only the first step does is no part of a step
+    batch = files_that_run(lambda: loader.batches(config.data.global_batch))
+    batches = loader.batches(config.data.global_batch)
+    return batch, files_that_run(lambda: train_step(engine, batches, 1e-3, step=1))
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +80,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, {"tp": 2, "sequence_parallel": False}),
         (2, {"cp": 2}),
         (2, {"pp": 2}),
+        (4, {"dp_shard": 2, "tp": 2}),
         (4, {"cp": 2, "tp": 2}),
         (4, {"pp": 2, "tp": 2}),
         (4, {"pp": 2, "cp": 2}),
+        (8, {"pp": 2, "cp": 2, "tp": 2}),
+        (8, {"pp": 2, "dp_shard": 2, "cp": 2}),
     ],
     ids=str,
 )
 def test_a_step_reads_in_at_most_fifteen_files(ranks: int, parallel: dict[str, Any], corpus: Path) -> None:
     data = {"path": str(corpus), "prefetch": 0, "micro_batch": 6}
-    config = config_of(ranks, {"tie_embeddings": True, "dropout": 0.1}, optim=DENSE, data=data, parallel=parallel)
-    found = world(ranks).run(files_of_a_step, config) if ranks > 1 else [files_of_a_step(config)]
-    for rank, files in enumerate(found):
-        assert {"train/step.py", "engines/native.py", "data/loader.py"} <= set(files)
-        assert len(files) <= MOST, f"rank {rank} needs {len(files)} files: {', '.join(files)}"
+    model = {"tie_embeddings": True, "dropout": 0.1}
+    config = config_of(ranks, model, optim=ADAMW, data=data, parallel=parallel)
+    found = world(ranks).run(files_of, config) if ranks > 1 else [files_of(config)]
+    for rank, (batch, step) in enumerate(found):
+        assert batch == BATCH
+        assert {"train/step.py", "engines/native.py", "models/block.py"} <= step
+        assert len(step) <= MOST, f"rank {rank} needs {len(step)} files: {', '.join(sorted(step))}"

@@ -58,8 +58,9 @@ class NativeEngine:
             yield from part.named_parameters()
 
     def total(self, value: Tensor | int) -> Tensor:
-        counts = self.pipeline is None or self.pipeline.last
-        summed = torch.as_tensor(value, device=self.device) * counts
+        counts = self.pipeline is None or self.pipeline.last  # one stage speaks for its pipeline
+        # Filled on the device: a copy from the host would wait for it.
+        summed = value * counts if isinstance(value, Tensor) else torch.full((), value * counts, device=self.device)
         return summed if self.mesh is None else sum_over(summed, self.mesh, ("pp", *DATA_AXES))
 
     def cut(self, batch: Batch) -> Batch:

@@ -1,0 +1,144 @@
+"""A checkpoint is whole or it is not there; it holds the same names whatever the layout, and loads into any."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_llm.checkpoint import store
+from dist_llm.checkpoint.state import Progress, moments, weights
+from dist_llm.checkpoint.store import MARKER, CheckpointStore
+from dist_llm.config.schema import Config
+from dist_llm.engines.native import NativeEngine
+from dist_llm.errors import CheckpointError
+from dist_llm.optim.scale import LossScale
+from dist_llm.train.step import train_step
+from tests.laws.law import batches_of, config_of, whole
+from tests.laws.layouts import ADAMW, MODELS, Layout
+from tests.laws.worlds import world
+
+CPU = torch.device("cpu")
+FILES = {"config.yaml": b"run: {}\n"}
+
+
+def stepped(config: Config, steps: int = 2) -> NativeEngine:
+    engine = NativeEngine(config, CPU)
+    for step in range(steps):
+        train_step(engine, batches_of(config, engine, step), 1e-3, step)
+    return engine
+
+
+def values(engine: NativeEngine) -> dict[str, torch.Tensor]:
+    state = weights(engine) | moments(engine, engine.optimizer)
+    return {name: whole(tensor) for name, tensor in state.items()}
+
+
+def save_in_world(config: Config, directory: Path) -> dict[str, torch.Tensor]:
+    engine = stepped(config)
+    CheckpointStore(directory, keep=1).save(engine, engine.optimizer, Progress(step=2), FILES)
+    return values(engine)
+
+
+def load_in_world(config: Config, path: Path) -> dict[str, torch.Tensor]:
+    engine = NativeEngine(config, CPU)
+    store.load(path, engine, engine.optimizer)
+    return values(engine)
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    config = config_of(1, {}, optim=ADAMW)
+    engine = stepped(config)
+    progress = Progress(step=2, samples=48, tokens=1536, loss_scale=LossScale(8.0, 3))
+    path = CheckpointStore(tmp_path, keep=2).save(engine, engine.optimizer, progress, FILES)
+
+    fresh = NativeEngine(config, CPU)
+    assert store.load(path, fresh, fresh.optimizer) == progress
+    for name, value in values(engine).items():
+        assert torch.equal(values(fresh)[name], value), name
+    assert (path / "config.yaml").read_bytes() == FILES["config.yaml"]
+
+
+def test_settings_of_the_optimizer_come_from_the_config(tmp_path: Path) -> None:
+    engine = stepped(config_of(1, {}, optim=ADAMW))
+    path = CheckpointStore(tmp_path, keep=2).save(engine, engine.optimizer, Progress(2), FILES)
+    other = NativeEngine(config_of(1, {}, optim=ADAMW | {"weight_decay": 0.3, "beta2": 0.9}), CPU)
+    store.load(path, other, other.optimizer)
+    assert other.optimizer.param_groups[0]["weight_decay"] == 0.3
+    assert other.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+
+
+def test_only_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
+    engine, kept = stepped(config_of(1, {}, optim=ADAMW), 1), CheckpointStore(tmp_path, keep=2)
+    (tmp_path / "step_00000009.tmp").mkdir()
+    for step in (1, 2, 3):
+        kept.save(engine, engine.optimizer, Progress(step), FILES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
+    assert [path.name for path in kept.committed()] == ["step_00000002", "step_00000003"]
+
+
+def test_a_directory_without_the_marker_is_no_checkpoint(tmp_path: Path) -> None:
+    engine, kept = stepped(config_of(1, {}, optim=ADAMW), 1), CheckpointStore(tmp_path / "checkpoints", keep=3)
+    first = kept.save(engine, engine.optimizer, Progress(1), FILES)
+    second = kept.save(engine, engine.optimizer, Progress(2), FILES)
+    (second / MARKER).unlink()
+    assert store.find(tmp_path) == first
+    kept.save(engine, engine.optimizer, Progress(2), FILES)  # saving that step again works
+    assert store.find(tmp_path) == second
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        store.find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"d_model": 64, "head_dim": 4}, "embed.tokens.weight has shape"),
+        ({"n_layers": 5}, "blocks.4.*no such parameter"),
+    ],
+)
+def test_another_models_checkpoint_is_refused(tmp_path: Path, model: dict[str, Any], message: str) -> None:
+    engine = stepped(config_of(1, {}, optim=ADAMW), 1)
+    path = CheckpointStore(tmp_path, keep=1).save(engine, engine.optimizer, Progress(1), FILES)
+    with pytest.raises(CheckpointError, match=message):
+        store.load(path, NativeEngine(config_of(1, model, optim=ADAMW), CPU))
+
+
+LAYOUTS = [
+    Layout(2, {"dp_shard": 2, "recompute": "full"}, "tied"),
+    Layout(2, {"tp": 2}, "tied"),
+    Layout(2, {"pp": 2}, "tied", 6),
+    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", 6),
+    Layout(4, {"dp_shard": 2, "tp": 2}, "tied"),
+    Layout(4, {"pp": 2, "dp_shard": 2}, "tied", 3),
+]
+
+
+def _config(layout: Layout) -> Config:
+    return config_of(
+        layout.ranks, MODELS[layout.model], optim=ADAMW, parallel=layout.parallel, data={"micro_batch": layout.micro}
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_any_layout_is_saved_under_the_same_names_and_loads_into_one_process(layout: Layout, tmp_path: Path) -> None:
+    held: dict[str, torch.Tensor] = {}
+    for part in world(layout.ranks).run(save_in_world, _config(layout), tmp_path):
+        held |= part
+    one = NativeEngine(config_of(1, MODELS["tied"], optim=ADAMW), CPU)
+    assert store.load(store.CheckpointStore(tmp_path, 1).committed()[-1], one, one.optimizer).step == 2
+    found = values(one)
+    assert found.keys() == held.keys()
+    for name, value in found.items():
+        assert torch.equal(value, held[name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_one_process_loads_into_any_layout(layout: Layout, tmp_path: Path) -> None:
+    engine = stepped(config_of(1, MODELS["tied"], optim=ADAMW))
+    path = CheckpointStore(tmp_path, 1).save(engine, engine.optimizer, Progress(2), FILES)
+    want = values(engine)
+    for part in world(layout.ranks).run(load_in_world, _config(layout), path):
+        for name, value in part.items():
+            assert torch.equal(value, want[name]), name
