@@ -33,7 +33,8 @@ demo: install
 	OMP_NUM_THREADS=$$(($$(nproc) / 2 + ($$(nproc) < 2))) \
 	  torchrun --nproc-per-node 2 -m dist_llm train --config configs/demo.yaml
 	dist-llm evaluate --checkpoint runs/demo
-	dist-llm generate --checkpoint runs/demo --prompt "def " --max-tokens 200 --temperature 0.8 --top-p 0.95 --seed 1
+	dist-llm generate --checkpoint runs/demo --prompt "    def __init__(self, " --max-tokens 200 \
+	  --temperature 0.7 --top-p 0.9 --seed 1
 	@echo; echo "The curves: .venv/bin/tensorboard --logdir runs/demo/tensorboard"
 
 test: install

@@ -4,9 +4,7 @@ Convention: what one rank sends in a ring. Over p ranks an all-gather or reduce-
 costs n (p - 1) / p, an all-reduce twice that, a point-to-point message n at its sender. A collective over one
 rank moves nothing and is not counted. Where ranks differ, the one that sends most is shown.
 
-A small decoder in fp32 takes one step to warm up and one that is counted, in gloo processes on this machine.
-Bytes follow from shapes, not from the network: what is counted here holds for NCCL too, to the extent that the
-same calls are made.
+A small decoder takes one step to warm up and one that is counted, in gloo processes that this program starts.
 
 Prints one JSON line per layout on stdout, then the tables on stderr. --write puts them into
 docs/communication.md and fails if an excess over 5% has no explanation there.
@@ -15,10 +13,11 @@ docs/communication.md and fails if an excess over 5% has no explanation there.
 import argparse
 import gc
 import json
-import os
+import math
 import platform
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -39,13 +38,14 @@ from dist_llm.config.check import AXES, check, resolve
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention
+from dist_llm.models.decoder import Decoder
 from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.train.step import train_step
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "communication.md"
 ALLOWED_EXCESS = 0.05
-BYTES = 4  # of an element, in fp32
+FP32 = 4  # bytes of an element
 
 # Vocabulary over width, and hidden units over width, near those of Llama 3 8B; nothing is padded.
 MODEL: dict[str, Any] = {
@@ -63,46 +63,85 @@ ROWS, SEQ_LEN = 8, 128
 class Case:
     """A layout; `micro`: rows of a microbatch, 0: all that the data rank has."""
 
-    ranks: int
     parallel: dict[str, Any]
     micro: int = 0
+    precision: str = "fp32"
+
+    @property
+    def ranks(self) -> int:
+        return math.prod(self.parallel.get(axis, 1) for axis in AXES)
 
     @property
     def name(self) -> str:
-        axes = " x ".join(f"{axis} {self.parallel[axis]}" for axis in AXES if axis in self.parallel)
-        options = [f"{key} {str(value).lower()}" for key, value in self.parallel.items() if key not in AXES]
-        share = ROWS // (self.parallel.get("dp_replicate", 1) * self.parallel.get("dp_shard", 1))
-        options += [f"{share // self.micro} microbatches"] if self.micro else []
-        return ", ".join([axes, *options])
+        words = [" x ".join(f"{axis} {self.parallel[axis]}" for axis in AXES if axis in self.parallel)]
+        words += [f"{key}={json.dumps(value)}" for key, value in self.parallel.items() if key not in AXES]
+        data_ranks = self.parallel.get("dp_replicate", 1) * self.parallel.get("dp_shard", 1)
+        words += [f"{ROWS // data_ranks // self.micro} microbatches"] if self.micro else []
+        words += [self.precision] if self.precision != "fp32" else []
+        return ", ".join(words).replace('"', "")
 
 
-def _case(ranks: int, micro: int = 0, **parallel: Any) -> Case:
-    return Case(ranks, parallel, micro)
+def case(micro: int = 0, precision: str = "fp32", **parallel: Any) -> Case:
+    """A case, its `parallel` keys as keywords."""
+    return Case(parallel, micro, precision)
 
 
 CASES = (
-    _case(2, dp_replicate=2),
-    _case(2, dp_replicate=2, micro=2),
-    _case(2, dp_replicate=2, reduce_each_microbatch=True, micro=2),
-    _case(2, dp_shard=2),
-    _case(2, dp_shard=2, reshard="always"),
-    _case(2, dp_shard=2, reshard="never"),
-    _case(2, dp_shard=2, micro=2),
-    _case(2, dp_shard=2, reshard="never", micro=2),
-    _case(4, dp_shard=4),
-    _case(4, dp_shard=4, reshard="always"),
-    _case(4, dp_shard=4, reshard="never"),
-    _case(4, dp_replicate=2, dp_shard=2),
-    _case(2, tp=2),
-    _case(2, tp=2, sequence_parallel=False),
-    _case(2, cp=2),
-    _case(2, pp=2, micro=2),
-    _case(4, dp_shard=2, tp=2),
-    _case(4, pp=2, dp_shard=2, micro=2),
+    case(dp_replicate=2),
+    case(dp_replicate=2, micro=2),
+    case(dp_replicate=2, micro=2, reduce_each_microbatch=True),
+    case(dp_shard=2),
+    case(dp_shard=2, reshard="always"),
+    case(dp_shard=2, reshard="never"),
+    case(dp_shard=4),
+    case(dp_shard=4, reshard="always"),
+    case(dp_shard=4, reshard="never"),
+    case(dp_shard=2, micro=2),
+    case(dp_shard=2, micro=2, reshard="never"),
+    case(dp_replicate=2, dp_shard=2),
+    case(tp=2),
+    case(tp=2, sequence_parallel=False),
+    case(cp=2),
+    case(pp=2, micro=2),
+    case(dp_shard=2, tp=2),
+    case(pp=2, dp_shard=2, micro=2),
+    case(dp_shard=2, recompute="full"),
+    case(tp=2, recompute="full"),
+    case(tp=2, recompute="selective"),
+    case(cp=2, recompute="full"),
+    case(dp_shard=2, precision="bf16"),
+    case(tp=2, precision="bf16"),
+    case(cp=2, precision="bf16"),
+    case(pp=2, micro=2, precision="bf16"),
+    case(dp_shard=2, tp=2, precision="bf16"),
 )
 
-# Why a layout sends more than 5% over its minimum; by name.
-REASONS: dict[str, str] = {}
+AGAIN = (
+    "Recomputation runs a block's forward once more, its collectives too, but for the last reduce-scatter, whose "
+    "result nobody asks for: 3 A f(tp) a block."
+)
+EMBEDDING = (
+    "`always` frees embedding and head after forward and gathers them again as one group for backward, though the "
+    "embedding's backward reads no weights: its V D elements travel once too often, 4 V D f(s) bytes."
+)
+# Why a layout sends more than 5% over its minimum, by name. `document` refuses one too few and one too many.
+REASONS = {
+    "dp_shard 2, reshard=always": EMBEDDING,
+    "dp_shard 4, reshard=always": EMBEDDING,
+    "dp_shard 2, reshard=never, 2 microbatches": (
+        "`never` keeps gathered weights from forward to backward, but not from one microbatch to the next: they are "
+        "gathered once a microbatch, where once a step would do."
+    ),
+    "tp 2, recompute=full": AGAIN,
+    "tp 2, recompute=selective": AGAIN + " What is kept are matrix products and attention, not what was gathered.",
+    "cp 2, recompute=full": "Recomputation gathers keys and values once more.",
+    "tp 2, bf16": (
+        "Without FSDP the residual stream and the norms are fp32. The inputs of each pair of matrices, and their "
+        "gradients, travel in four bytes an element; the product rounds them to two after that. The outputs travel "
+        "in two."
+    ),
+    "pp 2, 4 microbatches, bf16": "Without FSDP the residual stream, which goes from stage to stage, is fp32.",
+}
 
 
 def main() -> None:
@@ -111,14 +150,14 @@ def main() -> None:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     top.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
     options = top.parse_args()
-    rows = [row for ranks in sorted({case.ranks for case in CASES}) for row in in_a_world(ranks)]
-    rows.sort(key=lambda row: [case.name for case in CASES].index(row["layout"]))
+    rows = [row for ranks in sorted({each.ranks for each in CASES}) for row in in_a_world(ranks)]
+    names = [each.name for each in CASES]
+    rows.sort(key=lambda row: names.index(row["layout"]))
     for row in rows:
         print(json.dumps(row))
     sys.stdout.flush()
     print(overview(rows), by_axis(rows), sep="\n", file=sys.stderr)
     if options.write:
-        DOCUMENT.parent.mkdir(exist_ok=True)
         DOCUMENT.write_text(document(rows))
 
 
@@ -131,10 +170,9 @@ def in_a_world(ranks: int) -> list[dict[str, Any]]:
 
 
 def _rank(rank: int, ranks: int, scratch: str) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{scratch}/store", ranks), rank=rank, world_size=ranks)
-    rows = [count(case) for case in CASES if case.ranks == ranks]
+    rows = [count(each) for each in CASES if each.ranks == ranks]
     (Path(scratch) / f"{rank}.json").write_text(json.dumps(rows))
     gc.collect()  # models must be gone before the group is
     dist.destroy_process_group()
@@ -145,9 +183,9 @@ def busiest(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(rows, key=lambda row: row["bytes"])
 
 
-def count(case: Case) -> dict[str, Any]:
-    """One counted step of the case on this rank of a running process group, as a row."""
-    config = config_of(case)
+def count(chosen: Case) -> dict[str, Any]:
+    """One counted step of a case on this rank of a running process group, as a row."""
+    config = config_of(chosen)
     engine = NativeEngine(config, torch.device("cpu"))
     assert engine.mesh is not None
     train_step(engine, batches_of(config, engine), config.optim.lr, step=0)  # pipelines exchange shapes once
@@ -156,8 +194,8 @@ def count(case: Case) -> dict[str, Any]:
         train_step(engine, batches_of(config, engine), config.optim.lr, step=1)
     least = minimum(config, engine)
     return {
-        "layout": case.name,
-        "ranks": case.ranks,
+        "layout": chosen.name,
+        "ranks": chosen.ranks,
         "calls": wire.calls.total(),
         "bytes": round(wire.bytes.total()),
         "minimum": round(sum(least.values())),
@@ -170,17 +208,18 @@ def count(case: Case) -> dict[str, Any]:
     }
 
 
-def config_of(case: Case) -> Config:
-    """The case as a resolved config."""
+def config_of(chosen: Case) -> Config:
+    """A case as a resolved config."""
     raw = {
         "run": {"dir": "unused", "steps": 2},
         "model": MODEL,
-        "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": ROWS, "micro_batch": case.micro},
-        "parallel": case.parallel,
+        "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": ROWS, "micro_batch": chosen.micro},
+        "parallel": chosen.parallel,
+        "precision": chosen.precision,
     }
     config = Config.model_validate(raw)
-    assert not (broken := check(config, case.ranks, 0)), broken
-    return resolve(config, case.ranks, 0)
+    assert not (broken := check(config, chosen.ranks, 0)), broken
+    return resolve(config, chosen.ranks, 0)
 
 
 def batches_of(config: Config, engine: NativeEngine) -> list[Batch]:
@@ -282,37 +321,42 @@ def _group(func: torch._ops.OpOverload, args: Sequence[Any]) -> dist.ProcessGrou
 def minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
     """Bytes that this rank must send in a step, by axis, given what the layout is.
 
-    Weights. P: parameters of this rank's stage and tensor share, s = dp_shard * cp, r = dp_replicate, f(p) =
-    (p - 1) / p. Gradients are reduce-scattered once, 4 P f(s), and what is left of them all-reduced over the
-    replicas, 8 P / s f(r). A gather of everything is 4 P f(s). Weights do not change within a step, so those
-    that are not freed are gathered once; those that `reshard` frees after forward, twice a microbatch, but for
-    the embedding, whose backward needs no weights; the rest once a microbatch.
+    Weights. P: parameters of this rank's stage and tensor share; s = dp_shard * cp; r = dp_replicate;
+    f(p) = (p - 1) / p. Gradients are reduce-scattered once, 4 P f(s) bytes, and what is left of them all-reduced
+    over the replicas, 8 P / s f(r). A gather of all weights is 4 P f(s), in bf16 half of that. Within a step
+    weights do not change, so with `reshard` never they are gathered once. Those that it frees after forward are
+    gathered twice a microbatch, but for the embedding, whose backward reads no weights; those that it does not,
+    once a microbatch.
 
-    Tensor. A: bytes of the activations [B, S, D] of the rank's whole share of the step. Each of a block's two
-    pairs of matrices wants whole inputs and leaves partial sums: with the sequence split an all-gather and a
-    reduce-scatter of A forward, the same backward, 8 A f(tp) a block; without, an all-reduce of A forward and
+    Tensor. A: bytes of the activations [B, S, D] of the rank's share of the step. Each of a block's two pairs of
+    matrices wants whole inputs and leaves partial sums: with the sequence split an all-gather and a
+    reduce-scatter of A forward and the same backward, 8 A f(tp) a block; without, an all-reduce of A forward and
     one backward, which is as much. Embedding and head: 2 A f(tp) each. With the sequence split, the norms'
-    gradients are partial sums too. The loss needs three numbers per token: the largest logit, the sum of
+    gradients are partial sums. The loss needs three numbers per token: the largest logit, the sum of
     exponentials, the target's logit.
 
-    Context. Per block keys and values of all, [2, B, S, K, E], gathered forward and their gradient
-    reduce-scattered. Pipeline. A to the next stage and as much to the one before.
+    Context. Per block the keys and values of all, [2, B, S, K, E], are gathered forward, and their gradients
+    reduce-scattered backward. Pipeline. A to the next stage and as much to the one before.
 
-    A step's counts and norms, a few scalars, are not in it.
+    Left out: the counts, losses and norms that a step adds up, a few scalars; and recomputation. With a pipeline
+    it knows of `reshard` default alone, which frees nothing until the step's end.
     """
     model, parallel = config.model, config.parallel
     rows = config.data.global_batch // engine.data_rank[1]
-    microbatches = rows // config.data.micro_batch
     blocks = sum(len(part.blocks) for part in engine.parts)
     first, last = any(part.first for part in engine.parts), any(part.last for part in engine.parts)
     tokens = rows * config.data.seq_len // parallel.cp
-    activations = BYTES * tokens * model.d_model
+    width = FP32 if config.precision == "fp32" else 2
+    activations = width * tokens * model.d_model
 
-    least = _weights(config, blocks, first, last, microbatches)
-    f = (parallel.tp - 1) / parallel.tp
-    norms = BYTES * model.d_model * (2 * blocks + last) if parallel.sequence_parallel else 0
-    least["tp"] = f * (activations * (8 * blocks + 2 * first + 2 * last) + 2 * norms + 2 * BYTES * 3 * tokens * last)
-    keys_and_values = 2 * BYTES * tokens * parallel.cp * model.n_kv_heads * model.head_dim / parallel.tp
+    least = _weights(config, blocks, first, last, microbatches=rows // config.data.micro_batch)
+    norms = model.d_model * (2 * blocks + last) if parallel.sequence_parallel else 0
+    least["tp"] = (
+        (parallel.tp - 1)
+        / parallel.tp
+        * (activations * (8 * blocks + 2 * first + 2 * last) + 2 * FP32 * (norms + 3 * tokens * last))
+    )
+    keys_and_values = 2 * width * tokens * parallel.cp * model.n_kv_heads * model.head_dim / parallel.tp
     least["cp"] = least.get("cp", 0) + blocks * 2 * keys_and_values * (parallel.cp - 1) / parallel.cp
     slices = parallel.tp if parallel.sequence_parallel else 1
     least["pp"] = activations / slices * (2 - first - last)
@@ -322,23 +366,24 @@ def minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
 def _weights(config: Config, blocks: int, first: bool, last: bool, microbatches: int) -> dict[str, float]:
     """Gathers of weights and reductions of gradients, by axis."""
     model, parallel = config.model, config.parallel
-    width = model.d_model
-    matrices = 2 * width * model.head_dim * (model.n_heads + model.n_kv_heads) + 3 * width * model.d_ff
-    table = model.vocab_size * width / parallel.tp
-    block, embedding, head = matrices / parallel.tp + 2 * width, table * first, (table + width) * last
-    held = blocks * block + embedding + head
+    matrices = 2 * model.d_model * model.head_dim * (model.n_heads + model.n_kv_heads) + 3 * model.d_model * model.d_ff
+    table = model.vocab_size * model.d_model / parallel.tp
+    block, embedding = matrices / parallel.tp + 2 * model.d_model, table * first
+    held = blocks * block + embedding + (table + model.d_model) * last
+    assert parallel.pp == 1 or parallel.reshard == "default"
     if parallel.reshard == "always":
         gathered = microbatches * (2 * held - embedding)
-    elif parallel.reshard == "default" and parallel.pp == 1:
+    elif parallel.reshard == "default" and parallel.pp == 1:  # the last block and what is in no block stay
         gathered = microbatches * (held + (blocks - 1) * block)
     else:
         gathered = held
-    reduced = held * (microbatches if parallel.reduce_each_microbatch else 1)
+    reduced = held * (microbatches if parallel.reduce_each_microbatch and parallel.pp == 1 else 1)
     shards, replicas = parallel.dp_shard * parallel.cp, parallel.dp_replicate
+    width = FP32 if config.precision == "fp32" else 2
     sharded = " x ".join(axis for axis in ("dp_shard", "cp") if getattr(parallel, axis) > 1)
     return {
-        sharded: BYTES * (gathered + reduced) * (shards - 1) / shards,
-        "dp_replicate": 2 * BYTES * reduced / shards * (replicas - 1) / replicas,
+        sharded: (width * gathered + FP32 * reduced) * (shards - 1) / shards,
+        "dp_replicate": 2 * FP32 * reduced / shards * (replicas - 1) / replicas,
     }
 
 
@@ -361,15 +406,68 @@ def by_axis(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| layout | axis | kind | calls | bytes |", "| --- | --- | --- | ---: | ---: |"]
     for row in rows:
         for part in row["by_axis"]:
-            lines.append(
-                f"| {row['layout']} | {part['axis']} | {part['kind']} | {part['calls']} | {part['bytes']:,} |"
-            )
+            lines.append(f"| {row['layout']} | {part['axis']} | {part['kind']} | {part['calls']} | {part['bytes']:,} |")
     return "\n".join(lines) + "\n"
+
+
+def explanations(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per reason. Raises SystemExit where an excess has none, or a reason no excess."""
+    large = {row["layout"]: row["excess"] for row in rows if row["excess"] > ALLOWED_EXCESS}
+    if wrong := large.keys() ^ REASONS.keys():
+        raise SystemExit(f"excess without a reason, or a reason without an excess: {sorted(wrong)}")
+    found: dict[str, list[str]] = {}
+    for name, excess in large.items():
+        found.setdefault(REASONS[name], []).append(f"{name}: {excess:.1%}")
+    return "\n".join(_wrapped(f"- **{'; '.join(names)}.** {reason}") for reason, names in found.items()) + "\n"
+
+
+def _wrapped(text: str, indent: str = "  ") -> str:
+    return textwrap.fill(text, 115, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def document(rows: Sequence[dict[str, Any]]) -> str:
     """docs/communication.md."""
-    return ""
+    with torch.device("meta"):
+        parameters = sum(each.numel() for each in Decoder(config_of(CASES[0]).model).parameters())
+    model = ", ".join(f"{key} {value}" for key, value in MODEL.items())
+    counted = (
+        "What one rank sends in one optimizer step, counted, and the least that its layout needs. The model: "
+        f"{model}; {parameters:,} parameters. {ROWS} sequences of {SEQ_LEN} tokens a step; fp32 where nothing "
+        "else is said."
+    )
+    return f"""\
+# Bytes on the wire
+
+Written by `python benchmarks/communication.py --write`; edit `benchmarks/communication.py` instead. Counted with
+torch {torch.__version__}, Python {platform.python_version()}, gloo on a CPU.
+
+{_wrapped(counted, indent="")}
+
+Over p ranks an all-gather or a reduce-scatter whose whole is n bytes costs n (p - 1) / p, as in a ring; an
+all-reduce twice that; a message n, at its sender. Of ranks that differ, the one that sends most is shown. `calls`
+are collectives and sends over two ranks or more. What the least is made of: `benchmarks/communication.py:minimum`,
+and [layouts.md](layouts.md) for formulas to plan with.
+
+{overview(rows)}
+## What is over 5%
+
+V: vocabulary, D: width, A: bytes of the activations of a rank's share of the step, f(p) = (p - 1) / p.
+
+{explanations(rows)}
+What is left below that: a few scalars a step (the count of scored tokens, the loss, the norm), and under tp a fourth
+number per token in the loss, the sum of its logits, which only label smoothing needs.
+
+## By axis
+
+{by_axis(rows)}
+## How it is counted
+
+A `TorchDispatchMode` sees each operator of torch's communication namespaces on its way to the backend
+(`benchmarks/communication.py:WireCounter`); an operator that it does not know is an error, so none is left out
+unnoticed. The group's ranks say which axes of the mesh it runs along. Bytes follow from shapes: another backend
+moves the same where the same calls are made. gloo itself carries a reduce-scatter out as an all-reduce, and moves
+more than is asked of it.
+"""
 
 
 if __name__ == "__main__":

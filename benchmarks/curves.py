@@ -121,10 +121,12 @@ def draw(one: Curve, layouts: list[Curve], file: Path) -> None:
     for number, curve in enumerate(layouts):
         style = {"color": f"C{number}", "label": f"{curve.name}, {curve.ranks} ranks"}
         # Dashes set off against each other: of curves that lie on one another all can be seen.
-        above.plot(curve.column("step"), curve.column("loss"), linestyle=(number * 3, (3, 3 * len(layouts) - 3)), **style)
+        above.plot(
+            curve.column("step"), curve.column("loss"), linestyle=(number * 3, (3, 3 * len(layouts) - 3)), **style
+        )
         below.semilogy(curve.column("step"), [max(each, 1e-9) for each in relative(curve, one, "loss")], **style)
     above.set_ylabel("loss, nats per token")
-    above.legend()
+    above.legend(handlelength=6)
     below.axhline(1e-4, color="black", linestyle=":", linewidth=1)
     below.annotate("what the tests allow", (1, 1e-4), xytext=(0, -12), textcoords="offset points", fontsize=9)
     below.set_ylim(1e-9, 1e-3)

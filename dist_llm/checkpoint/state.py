@@ -25,7 +25,7 @@ class Progress:
     @staticmethod
     def of(fields: dict[str, Any]) -> "Progress":
         """From what `as_dict` gave."""
-        scale = fields.pop("loss_scale")
+        scale = fields.pop("loss_scale", None)  # checkpoints of before fp16 have none
         return Progress(**fields, loss_scale=LossScale(**scale) if scale else None)
 
     def as_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ that was left to be derived.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config, ModelConfig, ParallelConfig
@@ -14,15 +15,62 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # each rank holds two stages
 
 
+@dataclass(frozen=True)
+class RefusedLayout(Violation):
+    """A broken rule of the layout that also tells, in a line of its own, which layouts would fit."""
+
+    fitting: str
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n  {self.fitting}"
+
+
 def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violation]:
     """All broken rules of a run on `world_size` ranks over a corpus with `tokenizer_size` ids."""
-    rules = (
-        *_check_model(config.model),
-        *_check_lengths(config, tokenizer_size),
-        *_check_schedule(config),
-        *_check_layout(config, world_size, tokenizer_size),
-    )
-    return list(rules)
+    rules = [*_check_model(config.model), *_check_lengths(config, tokenizer_size), *_check_schedule(config)]
+    layout = list(_check_layout(config, world_size, tokenizer_size))
+    if layout and (fitting := nearest_layouts(config, world_size, tokenizer_size)):
+        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+        line = f"parallel: layouts of {ranks} that fit: {'; '.join(map(_shape, fitting))}"
+        layout[-1] = RefusedLayout(layout[-1].keys, layout[-1].message, line)
+    return rules + layout
+
+
+def nearest_layouts(config: Config, world_size: int, tokenizer_size: int, most: int = 3) -> list[dict[str, int]]:
+    """The layouts of `world_size` ranks that break no rule, nearest to the config's first, at most `most`.
+
+    Nearest: with the fewest axes of another size; then with the smallest factors between old and new
+    sizes; then with the most data parallelism. A dp_shard of -1 is free to be anything.
+    """
+    wanted = {axis: size for axis in AXES if (size := getattr(config.parallel, axis)) > 0}
+
+    def distance(sizes: dict[str, int]) -> tuple[int, float, int]:
+        factors = [abs(math.log2(sizes[axis] / size)) for axis, size in wanted.items()]
+        return sum(factor > 0 for factor in factors), sum(factors), sizes["pp"] * sizes["cp"] * sizes["tp"]
+
+    found: list[dict[str, int]] = []
+    for sizes in sorted((dict(zip(AXES, each, strict=True)) for each in _factors(world_size, len(AXES))), key=distance):
+        layout = config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
+        if not any(_check_layout(layout, world_size, tokenizer_size)):
+            found.append(sizes)
+            if len(found) == most:
+                break
+    return found
+
+
+def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write `number` as a product of `count` numbers, their order minded."""
+    if count == 1:
+        yield (number,)
+        return
+    for first in range(1, number + 1):
+        if number % first == 0:
+            yield from ((first, *rest) for rest in _factors(number // first, count - 1))
+
+
+def _shape(sizes: dict[str, int]) -> str:
+    """`dp_shard 4 x tp 2`: the axes that are used."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "dp_shard 1"
 
 
 def resolve(config: Config, world_size: int, tokenizer_size: int) -> Config:
@@ -129,10 +177,9 @@ def _check_layout(config: Config, world_size: int, tokenizer_size: int) -> Itera
     sizes = {axis: getattr(parallel, axis) for axis in AXES} | {"dp_shard": dp_shard(parallel, world_size)}
     product = math.prod(sizes.values())
     if product != world_size:
-        shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one rank"
         yield Violation(
             tuple(f"parallel.{axis}" for axis in ("dp_shard", "dp_replicate", "cp", "tp", "pp")),
-            f"the layout ({shape}) needs {product} ranks, but {world_size} were started; set dp_shard to -1, "
+            f"the layout ({_shape(sizes)}) needs {product} ranks, but {world_size} were started; set dp_shard to -1, "
             f"or start with: torchrun --nproc-per-node {product} -m dist_llm train ...",
         )
     yield from _check_batch(config, sizes["dp_replicate"] * sizes["dp_shard"])

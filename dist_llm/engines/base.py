@@ -22,11 +22,6 @@ class Engine(Protocol):
         """(this rank's place among those that read different samples, how many they are)."""
         ...
 
-    @property
-    def microbatches(self) -> int:
-        """How many batches `score` wants at a time."""
-        ...
-
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All of this rank's parameters under their names in the whole model."""
         ...
@@ -50,6 +45,6 @@ class Engine(Protocol):
         """Clip, step, clear the gradients. Returns the global norm before clipping."""
         ...
 
-    def score(self, batches: Sequence[Batch]) -> Tensor:
-        """This rank's share of the sum of losses, without gradients or dropout."""
+    def score(self, batch: Batch) -> Tensor:
+        """This rank's share of the batch's sum of losses, without gradients or dropout."""
         ...

@@ -48,10 +48,6 @@ class NativeEngine:
             "dp_shard"
         ), self.config.parallel.dp_replicate * shards
 
-    @property
-    def microbatches(self) -> int:
-        return self.pipeline.microbatches if self.pipeline else 1
-
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All of this rank's parameters under their names in the whole model."""
         for part in self.parts:
@@ -119,14 +115,12 @@ class NativeEngine:
         return norm
 
     @torch.no_grad()
-    def score(self, batches: Sequence[Batch]) -> Tensor:
+    def score(self, batch: Batch) -> Tensor:
         for part in self.parts:
             part.eval()
-        batches = [batch.to(self.device) for batch in batches]
+        batch = batch.to(self.device)
         with self._precision():
-            if self.pipeline is not None:
-                return self.pipeline.score(batches)
-            return torch.stack([self._forward(batch) for batch in batches]).sum()
+            return self._forward(batch) if self.pipeline is None else self.pipeline.score(batch)
 
     def _forward(self, batch: Batch) -> Tensor:
         (model,) = self.parts

@@ -61,71 +61,85 @@ class Pipeline:
 
     def __init__(self, config: Config, mesh: DeviceMesh, parts: Sequence[Decoder], device: torch.device) -> None:
         parallel = config.parallel
-        self.mesh = mesh["pp"]
-        rank, ranks = self.mesh.get_local_rank(), self.mesh.size()
-        numbers = stages_of(parallel.pp_schedule, rank, ranks)
-        self.count = stage_count(parallel.pp_schedule, ranks)
+        self.config, self.device, self.name = config, device, parallel.pp_schedule
+        self.group, self.ranks = mesh.get_group("pp"), parallel.pp
+        numbers = stages_of(self.name, mesh.get_local_rank("pp"), self.ranks)
+        self.parts = dict(zip(numbers, parts, strict=True))  # in the order of the stages
+        self.count = stage_count(self.name, self.ranks)
         self.first, self.last = 0 in numbers, self.count - 1 in numbers
-        group = self.mesh.get_group()
-        stages = [
-            PipelineStage(part, number, self.count, device, group=group)
-            for part, number in zip(parts, numbers, strict=True)
-        ]
-        data_ranks = parallel.dp_replicate * parallel.dp_shard
-        self.microbatches = config.data.global_batch // data_ranks // config.data.micro_batch
-        self.device = device
+        share = config.data.global_batch // (parallel.dp_replicate * parallel.dp_shard)
+        stages = [PipelineStage(part, n, self.count, device, group=self.group) for n, part in self.parts.items()]
         self.scored = torch.ones((), device=device)
-        schedule = SCHEDULES[parallel.pp_schedule]
-        mine = stages if parallel.pp_schedule in TWO_STAGE_SCHEDULES else stages[0]
-        # The last stage's output is its loss already; gradients are never rescaled by torch.
-        self.schedule = schedule(
-            mine, self.microbatches, loss_fn=lambda loss, targets: loss / self.scored, scale_grads=False
+        self.schedule = SCHEDULES[self.name](
+            stages if self.name in TWO_STAGE_SCHEDULES else stages[0],
+            share // config.data.micro_batch,
+            # The last stage's output is its loss already; gradients are never rescaled by torch.
+            loss_fn=lambda loss, targets: loss / self.scored,
+            scale_grads=False,
         )
-        self.tied = TiedEmbedding(self.mesh, parts, mesh) if config.model.tie_embeddings and self.count > 1 else None
+        self.tied = TiedEmbedding(parts, mesh) if config.model.tie_embeddings else None
 
     def accumulate(self, batches: Sequence[Batch], scored: Tensor) -> Tensor:
         """Forward and backward of all microbatches; the sum of losses / scored on the last stage's rank, else 0."""
         self.scored = scored
-        return self._run(batches, backward=True)
+        inputs = torch.cat([batch.inputs_BS for batch in batches])
+        targets = torch.cat([batch.targets_BS for batch in batches])
+        positions = torch.cat([_positions(batch) for batch in batches])
+        losses: list[Tensor] = []
+        self.schedule.step(
+            *((inputs,) if self.first else ()),
+            target=targets if self.last else None,
+            losses=losses if self.last else None,
+            return_outputs=False,
+            targets_BS=targets,
+            visible=batches[0].visible,
+            positions_BS=positions,
+        )
+        return torch.stack(losses).sum().detach() if self.last else torch.zeros((), device=self.device)
 
     def reduce_tied(self) -> None:
         """Add up the two gradients of a tied embedding, once both are laid out as their weights."""
         if self.tied is not None:
             self.tied.reduce()
 
-    def score(self, batches: Sequence[Batch]) -> Tensor:
-        """Forward alone; the sum of losses on the last stage's rank, else 0."""
-        self.scored = torch.ones((), device=self.device)
-        return self._run(batches, backward=False)
+    def score(self, batch: Batch) -> Tensor:
+        """Forward alone, stage after stage; the sum of losses on the last stage's rank, else 0.
 
-    def _run(self, batches: Sequence[Batch], backward: bool) -> Tensor:
-        assert len(batches) == self.microbatches
-        inputs = torch.cat([batch.inputs_BS for batch in batches])
-        targets = torch.cat([batch.targets_BS for batch in batches])
-        # Given, not derived: under sequence parallelism a later stage sees but a slice of the sequence.
-        positions = [
-            torch.arange(batch.inputs_BS.shape[1], device=self.device).expand_as(batch.inputs_BS)
-            if batch.positions_BS is None
-            else batch.positions_BS
-            for batch in batches
-        ]
-        keywords = {"targets_BS": targets, "visible": batches[0].visible, "positions_BS": torch.cat(positions)}
-        losses: list[Tensor] = []
-        run = self.schedule.step if backward else self.schedule.eval
-        run(
-            *((inputs,) if self.first else ()),
-            target=targets if self.last else None,
-            losses=losses if self.last else None,
-            return_outputs=False,
-            **keywords,
-        )
-        return torch.stack(losses).sum().detach() if self.last else torch.zeros((), device=self.device)
+        Not by the schedule: without its backwards torch's `zbv` waits for itself. Ranks still overlap,
+        each going on to the next batch once it has handed this one over.
+        """
+        x, positions_BS = batch.inputs_BS, _positions(batch)
+        for number, part in self.parts.items():
+            if number > 0 and number - 1 not in self.parts:
+                x = torch.empty(self._hidden_shape(batch), device=self.device)
+                dist.recv(x, group=self.group, group_src=self.owner(number - 1))
+            x = part(x, batch.targets_BS, batch.visible, None, positions_BS)
+            if number + 1 < self.count and number + 1 not in self.parts:
+                dist.send(x.float().contiguous(), group=self.group, group_dst=self.owner(number + 1))
+        return x if self.last else torch.zeros((), device=self.device)
+
+    def owner(self, number: int) -> int:
+        """The pipeline rank that holds a stage."""
+        return next(rank for rank in range(self.ranks) if number in stages_of(self.name, rank, self.ranks))
+
+    def _hidden_shape(self, batch: Batch) -> tuple[int, int, int]:
+        """Of the activations between stages: sequence parallelism hands on slices."""
+        B, S = batch.inputs_BS.shape
+        parallel = self.config.parallel
+        return B, S // (parallel.tp if parallel.sequence_parallel else 1), self.config.model.d_model
+
+
+def _positions(batch: Batch) -> Tensor:
+    """Given to every stage, not derived by it: under sequence parallelism a later one sees but a slice."""
+    if batch.positions_BS is not None:
+        return batch.positions_BS
+    return torch.arange(batch.inputs_BS.shape[1], device=batch.inputs_BS.device).expand_as(batch.inputs_BS)
 
 
 class TiedEmbedding:
     """First and last stage each hold the tied weight: their gradients are added, their copies stay equal."""
 
-    def __init__(self, pp_mesh: DeviceMesh, parts: Sequence[Decoder], mesh: DeviceMesh) -> None:
+    def __init__(self, parts: Sequence[Decoder], mesh: DeviceMesh) -> None:
         self.weights = [part.embed.tokens.weight for part in parts if part.embed is not None]
         self.group: dist.ProcessGroup | None = None
         # Every rank must take part in making every group.

@@ -3,12 +3,10 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
 
-from dist_llm.config.check import round_up
 from dist_llm.data.corpus import Corpus
 from dist_llm.engines.base import Engine
 from dist_llm.losses.cross_entropy import IGNORE
@@ -36,12 +34,11 @@ def evaluate(engine: Engine, corpus: Corpus, seq_len: int, micro_batch: int, lim
     but they add no bytes.
     """
     rank, ranks = engine.data_rank
-    group = engine.microbatches
-    batches = heldout_batches(corpus, seq_len, micro_batch, rank, ranks, limit, group)
     losses, count = [], 0
-    while together := [engine.cut(batch) for batch in islice(batches, group)]:
-        losses.append(engine.score(together))
-        count += sum(batch.scored for batch in together)
+    for whole in heldout_batches(corpus, seq_len, micro_batch, rank, ranks, limit):
+        batch = engine.cut(whole)
+        losses.append(engine.score(batch))
+        count += batch.scored
     loss = float(engine.total(torch.stack(losses).double().sum()))
     tokens = int(engine.total(count))
     bytes_per_token = corpus.manifest.text_bytes(corpus.split) / corpus.n_tokens
@@ -49,17 +46,16 @@ def evaluate(engine: Engine, corpus: Corpus, seq_len: int, micro_batch: int, lim
 
 
 def heldout_batches(
-    corpus: Corpus, seq_len: int, micro_batch: int, rank: int, ranks: int, limit: int = 0, group: int = 1
+    corpus: Corpus, seq_len: int, micro_batch: int, rank: int, ranks: int, limit: int = 0
 ) -> Iterator[Batch]:
     """This rank's share of the windows, the short last one padded with unscored targets.
 
     Every rank yields equally many batches, since a sharded model runs in step: a rank without
-    windows left yields rows that score nothing. With `group` above 1 their number is a multiple of
-    it, and all have `micro_batch` rows, as a pipeline needs.
+    windows left yields rows that score nothing.
     """
     n_windows = max(1, -(-(corpus.n_tokens - 1) // seq_len))
     n_windows = min(limit, n_windows) if limit else n_windows
-    share = round_up(-(-n_windows // ranks), micro_batch * group if group > 1 else 1)
+    share = -(-n_windows // ranks)
     for first in range(rank * share, (rank + 1) * share, micro_batch):
         wanted = range(first, min(first + micro_batch, (rank + 1) * share))
         windows = np.full((len(wanted), seq_len + 1), IGNORE, dtype=np.int64)

@@ -42,27 +42,10 @@ def test_a_limit_takes_the_first_windows(limit, ranks, counting):
     assert scored == list(range(1, min(limit, 4) * SEQ + 1))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("group", [2, 4])
-@pytest.mark.parametrize("n_tokens", TOKENS)
-def test_a_pipeline_gets_whole_groups_of_whole_batches(n_tokens, group, ranks, counting):
-    corpus = counting(n_tokens, "heldout")
-    shares = [list(heldout_batches(corpus, SEQ, 2, rank, ranks, group=group)) for rank in range(ranks)]
-    assert len({len(share) for share in shares}) == 1
-    assert len(shares[0]) % group == 0
-    batches = [batch for share in shares for batch in share]
-    assert {len(batch.inputs_BS) for batch in batches} == {2}
-    scored = sorted(target for b in batches for target in b.targets_BS[b.targets_BS != IGNORE].tolist())
-    assert scored == list(range(1, n_tokens))
-
-
 class Alone:
     """An engine that charges each scored target its own id, in nats."""
 
     data_rank = (0, 1)
-
-    def __init__(self, microbatches):
-        self.microbatches, self.asked = microbatches, []
 
     def total(self, value):
         return torch.as_tensor(value)
@@ -70,17 +53,14 @@ class Alone:
     def cut(self, batch):
         return batch
 
-    def score(self, batches):
-        self.asked.append(len(batches))
-        return sum(batch.targets_BS[batch.targets_BS != IGNORE].float().sum() for batch in batches)
+    def score(self, batch):
+        return batch.targets_BS[batch.targets_BS != IGNORE].float().sum()
 
 
-@pytest.mark.parametrize("microbatches", [1, 2, 3])
-def test_the_numbers_are_per_token_and_per_byte_of_text(microbatches, counting):
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_the_numbers_are_per_token_and_per_byte_of_text(micro_batch, counting):
     corpus = counting(11, "heldout")  # three documents of 5 "bytes" each: 15 bytes of text
-    engine = Alone(microbatches)
-    result = evaluate(engine, corpus, SEQ, 1)
-    assert set(engine.asked) == {microbatches}
+    result = evaluate(Alone(), corpus, SEQ, micro_batch)
     assert (result.tokens, result.loss) == (10, sum(range(1, 11)) / 10)
     assert result.bits_per_byte == pytest.approx(5.5 / math.log(2) / (15 / 11))
     assert result.perplexity == pytest.approx(math.exp(5.5))

@@ -1,0 +1,128 @@
+"""benchmarks/communication.py counts what is sent: against hand arithmetic, on two ranks."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from benchmarks import communication
+from benchmarks.communication import CASES, MODEL, ROWS, SEQ_LEN, WireCounter, busiest, case, count, document
+from dist_llm.config.check import AXES
+from tests.laws.worlds import WorldError, world
+
+D, V, L = MODEL["d_model"], MODEL["vocab_size"], MODEL["n_layers"]
+BLOCK = D * 64 + 2 * D * 32 + 64 * D + 3 * D * MODEL["d_ff"] + 2 * D  # q, k and v, out, feed-forward, norms
+PARAMETERS = L * BLOCK + 2 * V * D + D
+ACTIVATIONS = 4 * ROWS * SEQ_LEN * D
+
+
+def counted(**keys: Any) -> dict[str, Any]:
+    return busiest(world(2).run(count, case(**keys)))
+
+
+def sent(row: dict[str, Any], kind: str) -> tuple[int, int]:
+    """(calls, bytes) of one kind, along whatever axes."""
+    parts = [part for part in row["by_axis"] if part["kind"] == kind]
+    return sum(part["calls"] for part in parts), sum(part["bytes"] for part in parts)
+
+
+def test_replicas_all_reduce_each_gradient_once() -> None:
+    row = counted(dp_replicate=2, micro=2)
+    # Over two ranks an all-reduce sends what it reduces. A group per block and one for the rest; the count of
+    # scored tokens (int64) and the loss.
+    assert sent(row, "all-reduce") == (L + 1 + 2, 4 * PARAMETERS + 8 + 4)
+    assert row["minimum"] == 4 * PARAMETERS
+    assert row["bytes"] == 4 * PARAMETERS + 12
+
+
+@pytest.mark.parametrize(
+    ("reshard", "gathered", "calls"),
+    [
+        ("never", PARAMETERS, L + 1),
+        ("default", PARAMETERS + (L - 1) * BLOCK, 2 * L),
+        ("always", 2 * PARAMETERS, 2 * (L + 1)),
+    ],
+)
+def test_shards_are_gathered_as_often_as_they_are_freed(reshard: str, gathered: int, calls: int) -> None:
+    row = counted(dp_shard=2, reshard=reshard)
+    assert sent(row, "all-gather") == (calls, 4 * gathered // 2)
+    assert sent(row, "reduce-scatter") == (L + 1, 4 * PARAMETERS // 2)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_tensor_ranks_send_eight_activations_a_block(sequence_parallel: bool) -> None:
+    row = counted(tp=2, sequence_parallel=sequence_parallel)
+    loss = 4 * 4 * ROWS * SEQ_LEN + 4  # four numbers a token; the norm
+    if sequence_parallel:
+        calls, size = 4 * L + 2, (4 * L + 2) * ACTIVATIONS // 2
+        assert sent(row, "all-gather") == sent(row, "reduce-scatter") == (calls, size)
+        assert sent(row, "all-reduce") == (2 * L + 1 + 3, 4 * D * (2 * L + 1) + loss)
+    else:
+        assert sent(row, "all-reduce") == (4 * L + 2 + 3, (4 * L + 2) * ACTIVATIONS + loss)
+    assert row["excess"] < 0.002
+
+
+def test_stages_send_activations_on_and_their_gradient_back() -> None:
+    row = counted(pp=2, micro=2)
+    assert sent(row, "send") == (ROWS // 2, ACTIVATIONS)
+    assert sent(row, "all-reduce") == (3, 8 + 4 + 4)
+
+
+def by_hand() -> dict[tuple[str, str], float]:
+    """One call of each kind on this rank, counted."""
+    mesh = init_device_mesh("cpu", (1, 1, 2, 1, 1), mesh_dim_names=AXES)
+    group, alone, other = mesh.get_group("dp_shard"), mesh.get_group("tp"), 1 - dist.get_rank()
+    whole, half = torch.zeros(10), torch.zeros(5)
+    with WireCounter(mesh) as wire:
+        dist.all_reduce(whole, group=group)
+        dist.all_reduce(whole, group=alone)
+        dist.all_gather_into_tensor(whole, half, group=group)
+        dist.reduce_scatter_tensor(half, whole, group=group)
+        for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, whole, other, group), dist.P2POp(dist.irecv, whole.clone(), other, group)]
+        ):
+            work.wait()
+    assert set(wire.calls.values()) == {1}
+    return dict(wire.bytes)
+
+
+def test_each_kind_costs_what_a_ring_costs() -> None:
+    kinds = {"all-reduce": 40, "all-gather": 20, "reduce-scatter": 20, "send": 40}
+    assert world(2).run(by_hand) == [{("dp_shard", kind): size for kind, size in kinds.items()}] * 2
+
+
+def of_an_unknown_kind() -> None:
+    mesh = init_device_mesh("cpu", (1, 1, 2, 1, 1), mesh_dim_names=AXES)
+    with WireCounter(mesh):
+        dist.broadcast(torch.zeros(1), 0)
+
+
+def test_a_call_that_is_not_known_is_not_passed_over() -> None:
+    with pytest.raises(WorldError, match="c10d::broadcast_"):
+        world(2).run(of_an_unknown_kind)
+
+
+def rows_with(excess: dict[str, float]) -> list[dict[str, Any]]:
+    fields = {"ranks": 2, "calls": 1, "bytes": 1, "minimum": 1, "by_axis": []}
+    return [{**fields, "layout": each.name, "excess": excess.get(each.name, 0.0)} for each in CASES]
+
+
+def test_an_excess_needs_a_reason_and_a_reason_an_excess() -> None:
+    explained = dict.fromkeys(communication.REASONS, 0.5)
+    document(rows_with(explained))
+    with pytest.raises(SystemExit, match=r"\['tp 2'\]"):
+        document(rows_with({**explained, "tp 2": 0.051}))
+    stale = next(iter(explained))
+    with pytest.raises(SystemExit, match=re.escape(stale)):
+        document(rows_with({**explained, stale: 0.049}))
+
+
+def test_the_document_has_every_layout() -> None:
+    lines = communication.DOCUMENT.read_text().splitlines()
+    table = [
+        line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ") and line.endswith("% |")
+    ]
+    assert table == [each.name for each in CASES]
