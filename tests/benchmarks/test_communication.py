@@ -50,6 +50,8 @@ def test_shards_are_gathered_as_often_as_they_are_freed(reshard: str, gathered: 
     row = counted(dp_shard=2, reshard=reshard)
     assert sent(row, "all-gather") == (calls, 4 * gathered // 2)
     assert sent(row, "reduce-scatter") == (L + 1, 4 * PARAMETERS // 2)
+    spared = V * D if reshard == "always" else 0  # the embedding's backward reads no weights
+    assert row["minimum"] == 4 * (gathered - spared + PARAMETERS) // 2
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
@@ -69,6 +71,7 @@ def test_stages_send_activations_on_and_their_gradient_back() -> None:
     row = counted(pp=2, micro=2)
     assert sent(row, "send") == (ROWS // 2, ACTIVATIONS)
     assert sent(row, "all-reduce") == (3, 8 + 4 + 4)
+    assert row["minimum"] == ACTIVATIONS
 
 
 def by_hand() -> dict[tuple[str, str], float]:
