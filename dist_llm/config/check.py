@@ -256,6 +256,11 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
             f"{microbatches} microbatches for {parallel.pp_schedule} over pp {parallel.pp}, which takes {rule}; "
             "lower micro_batch or raise global_batch (microbatches = global_batch / data ranks / micro_batch)",
         )
+    if parallel.reduce_each_microbatch:
+        yield Violation(
+            ("parallel.reduce_each_microbatch", "parallel.pp"),
+            "a pipeline's schedule reduces once, after its last microbatch; set it to false, or pp to 1",
+        )
     if config.compile and parallel.pp_schedule in ("interleaved_zero_bubble", "zbv"):
         yield Violation(
             ("parallel.pp_schedule", "compile"),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.models.positions import rotate
@@ -78,7 +79,10 @@ def attend(q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, visible: Visibility, 
     """Softmax attention, [B, S, H, E]; where S < T the queries are the last S of the T tokens."""
     S, T = q_BSHE.shape[1], k_BTKE.shape[1]
     # One query sees all keys: no mask. A square is the kernels' fast path. Else the mask is aligned to the end.
-    mask = causal_lower_right(S, T) if visible.causal and 1 < S < T else None
+    mask = None
+    if visible.causal and 1 < S < T:
+        with _disable_current_modes():  # the mask is a tensor subclass, which selective recomputation's mode refuses
+            mask = causal_lower_right(S, T)
     out_BHSE = F.scaled_dot_product_attention(
         q_BSHE.transpose(1, 2),
         k_BTKE.transpose(1, 2),

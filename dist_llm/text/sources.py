@@ -108,7 +108,8 @@ def _walk(root: Path, left_out: Iterable[str] = ()) -> list[Path]:
     """The files below `root`, hidden ones left out, sorted by relative path; linked folders are not entered."""
     found = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]
+        skipped = {"__pycache__", *left_out}
+        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
         found += [Path(folder, name) for name in files if not name.startswith(".")]
     return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix())
 

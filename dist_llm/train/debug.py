@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -75,9 +76,8 @@ def show(console: Console, batch: Batch, tokenizer: Tokenizer) -> None:
             break
         sees = f"0..{place}" if batch.visible.causal else f"0..{len(inputs) - 1}"
         aim = "" if target == IGNORE else f"{target} {tokenizer.decode([target])!r}"
-        table.add_row(
-            str(place), f"{token} {tokenizer.decode([token])!r}", sees, aim, "no" if target == IGNORE else "yes"
-        )
+        shown = f"{token} {tokenizer.decode([token])!r}"
+        table.add_row(str(place), escape(shown), sees, escape(aim), "no" if target == IGNORE else "yes")
     console.print(table)
 
 

@@ -15,6 +15,7 @@ from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.loader import Loader, build_order
 from dist_llm.engines.native import NativeEngine
+from dist_llm.errors import UserError
 from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.world import World
 from dist_llm.objectives.causal import causal
@@ -51,6 +52,10 @@ def train(config: Config, world: World) -> None:
             finally:
                 loader.close()
             del trainer, engine
+    except UserError as error:
+        if not world.main:  # rank 0's is about to be printed
+            log.error("rank %d on %s: %s", world.rank, world.host, error)
+        raise
     except Exception:
         log.exception("rank %d on %s failed", world.rank, world.host)
         raise

@@ -25,6 +25,10 @@ def test_recomputation_changes_nothing(layout: Layout, recompute: str) -> None:
     hold(layout, SGD, steps=2, parallel={"recompute": recompute})
 
 
+def test_selective_recomputation_and_context_parallel() -> None:
+    hold(Layout(2, {"cp": 2}), SGD, steps=2, parallel={"recompute": "selective"})
+
+
 @pytest.mark.parametrize("layout", CHOSEN[3:8:4], ids=str)
 def test_compilation_changes_nothing(layout: Layout) -> None:
     hold(layout, SGD, steps=2, compile=True)

@@ -327,14 +327,15 @@ def some_chunks(count=8):
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
 def test_a_worker_that_dies_is_a_clear_error(seconds, tmp_path):
     """Also while it writes its result, when a shared pipe would leave the reader waiting for the rest."""
+    others = set(multiprocessing.active_children())  # of other tests
     build_tokenizer("byte", None, list).save(tmp_path)
     chunks = encode_in_order(some_chunks(40), tmp_path, 0.0, workers=2)
     next(chunks)
     time.sleep(seconds)
-    multiprocessing.active_children()[0].kill()
+    next(child for child in multiprocessing.active_children() if child not in others).kill()
     with pytest.raises(DataError, match="--workers"):
         list(chunks)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_few_chunks_are_in_flight(tmp_path):
