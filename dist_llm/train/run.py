@@ -53,8 +53,7 @@ def train(config: Config, world: World) -> None:
                 loader.close()
             del trainer, engine
     except UserError as error:
-        if not world.main:  # rank 0's is about to be printed
-            log.error("rank %d on %s: %s", world.rank, world.host, error)
+        log.error("rank %d on %s: %s", world.rank, world.host, error)  # no traceback: the user can mend it
         raise
     except Exception:
         log.exception("rank %d on %s failed", world.rank, world.host)
