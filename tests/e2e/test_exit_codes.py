@@ -27,9 +27,9 @@ def test_four_rank_jobs_in_a_row_end_with_exit_code_0(jobs: int, corpus: Path, t
         arguments = commands.train_arguments(corpus, *SMALL, *QUIET)
         done = commands.run(*arguments, ranks=4, cwd=directory, succeed=False)
         codes[done.returncode] += 1
+        print(f"job {job + 1} of {jobs}: exit code {done.returncode}", flush=True)  # seen with -s
         if done.returncode:
             last = done.stderr
         else:
             assert commands.newest(directory / "run").name == "step_00000002"
-    print(f"exit codes of {jobs} jobs: {dict(codes)}")
     assert codes == {0: jobs}, f"{dict(codes)}; the last that failed said:\n{last}"
