@@ -128,12 +128,11 @@ EMBEDDING = (
 REASONS = {
     "dp_shard 2, reshard=always": EMBEDDING,
     "dp_shard 4, reshard=always": EMBEDDING,
-    "dp_shard 2, reshard=never, 2 microbatches": (
-        "`never` keeps gathered weights from forward to backward, but not from one microbatch to the next: they are "
-        "gathered once a microbatch, where once a step would do."
-    ),
     "tp 2, recompute=full": AGAIN,
-    "tp 2, recompute=selective": AGAIN + " What is kept are matrix products and attention, not what was gathered.",
+    "tp 2, recompute=selective": (
+        "What is kept are matrix products, attention and sums over the ranks, not what was gathered: each block "
+        "gathers its two inputs once more, 2 A f(tp)."
+    ),
     "cp 2, recompute=full": "Recomputation gathers keys and values once more.",
     "tp 2, bf16": (
         "Without FSDP the residual stream and the norms are fp32. The inputs of each pair of matrices, and their "

@@ -88,6 +88,8 @@ class NativeEngine:
             if isinstance(model, FSDPModule):
                 last = number == len(batches) - 1
                 model.set_requires_gradient_sync(last or self.config.parallel.reduce_each_microbatch)
+                # `never` keeps weights gathered from one microbatch to the next, too: only the update changes them.
+                model.set_reshard_after_backward(last or self.config.parallel.reshard != "never")
             self._seed(step, number)
             with self._precision():
                 loss = self._forward(batch) / scored

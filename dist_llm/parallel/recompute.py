@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 from dist_llm.config.schema import ParallelConfig
 from dist_llm.models.decoder import Decoder
 
-# Dear to compute, so kept: matrix products and every kernel of attention.
+# Dear to compute, so kept: matrix products, every kernel of attention, and sums over tensor ranks.
 KEPT_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -24,6 +24,8 @@ KEPT_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_reduce.default,
 }
 
 
