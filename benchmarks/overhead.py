@@ -30,18 +30,17 @@ from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.loader import Loader, build_order
+from dist_llm.data.loader import build_loader, build_streams
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.group import device_of
 from dist_llm.launch.world import World
 from dist_llm.models.decoder import Decoder
-from dist_llm.objectives.causal import causal
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.observe.metrics import Row
 from dist_llm.parallel.parallelize import initialise
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.train.loop import Trainer
-from dist_llm.train.settings import read_config
+from dist_llm.train.settings import read_config, read_vocabulary
 
 WARM_UP_PAIRS = 2
 CLAIM = 0.98  # the least ratio that we promise
@@ -95,8 +94,9 @@ def run(config: Config, pairs: int, scratch: Path) -> "Turns":
     device = device_of(world)
     corpus = Corpus(Path(config.data.path))
     engine = NativeEngine(config, device)
-    order = build_order(config.data, corpus, config.run.seed)
-    loader = Loader(corpus, order, causal, config.data, *engine.data_rank, pin=device.type == "cuda")
+    vocabulary = read_vocabulary(config, corpus.directory)
+    streams = build_streams(config, corpus)
+    loader = build_loader(config, streams, vocabulary, *engine.data_rank, pin=device.type == "cuda")
     start_logging(scratch / "run" / "logs", world)
     trainer = Trainer(config, world, engine, loader, CheckpointStore(scratch / "run" / "checkpoints", 1), {})
     turns = Turns(BareLoop(config, device), config)

@@ -13,8 +13,11 @@ from dist_llm.config.load import load_config, refuse
 from dist_llm.config.schema import Config
 from dist_llm.errors import ConfigError
 from dist_llm.models.attention import KVCache
+from dist_llm.models.build import build_model
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.visibility import CAUSAL
+from dist_llm.models.encoder_decoder import Source
+from dist_llm.models.visibility import CAUSAL, Visibility
+from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.text.tokenizer import Tokenizer
 
 
@@ -46,25 +49,67 @@ def load_model(checkpoint: Path, device: torch.device) -> tuple[Decoder, Tokeniz
     config, violations = load_config(path / "config.yaml")
     refuse(violations)
     assert config is not None
+    if config.model.architecture == "encoder":
+        raise ConfigError(f"{path}: an encoder fills in masks and does not go on with a text; it cannot generate")
     with torch.device("meta"):
-        model = Decoder(config.model)
+        model = build_model(config.model)
     model.to_empty(device=device)
     store.load(path, model)
     return model.eval(), Tokenizer.load(path), config
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given: ids to go on from, whether they see each other, and what an encoder reads."""
+
+    ids: list[int]
+    whole: bool = False
+    source: list[int] | None = None
+    stops: frozenset[int] = frozenset()
+
+
+def ask(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
+    """Put the question as the model was trained to be asked it. An empty prompt is the end of another text.
+
+    Of a mixture's members one that goes on with its text is taken where there is one. A model of span corruption is
+    asked for what was cut out at the end.
+    """
+    vocabulary, ids = tokenizer.vocabulary(), tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+    members = config.objective.members
+    member = next((each for each in members if each.name != "span"), members[0])
+    mode = [vocabulary.special(member.mode)] if member.mode else []
+    start = vocabulary.special("start")
+    two_stacks = config.model.architecture == "encoder_decoder"
+    ends = frozenset((vocabulary.eot, vocabulary.sentinel(1)))
+    if member.name == "span":
+        asked, gap = [*mode, *ids, vocabulary.sentinel(0), vocabulary.eot], [vocabulary.sentinel(0)]
+        if two_stacks:
+            return Prompt([start, *gap], False, asked, ends)
+        return Prompt([*asked, *gap], member.see_prefix, None, ends)
+    if two_stacks:
+        return Prompt([start], False, [*mode, *ids], ends)
+    return Prompt([*mode, *ids], member.name == "prefix" and member.see_prefix, None, ends)
+
+
 @torch.no_grad()
 def tokens(
-    model: torch.nn.Module, prompt: list[int], sampling: Sampling, longest: int, use_cache: bool = True
+    model: torch.nn.Module, prompt: Prompt, sampling: Sampling, longest: int, use_cache: bool = True
 ) -> Iterator[int]:
     """Yield new token ids after `prompt`, at most `max_tokens`, and no more than make `longest` in all."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = KVCache() if use_cache else None
-    seen = list(prompt)
-    for _ in range(min(sampling.max_tokens, longest - len(prompt))):
+    source = None
+    if prompt.source is not None:
+        source = {"source": Source(torch.tensor([prompt.source], device=device))}
+    seen = list(prompt.ids)
+    prefix_B = torch.tensor([len(prompt.ids)], device=device) if prompt.whole else None
+    for _ in range(min(sampling.max_tokens, longest - len(prompt.ids))):
         fresh = seen[cache.length :] if cache is not None else seen
-        logits_BSV = model(torch.tensor([fresh], device=device), None, CAUSAL, cache)
+        # Once they are in the cache, all of the prompt is seen by whatever follows.
+        visible = CAUSAL if len(fresh) == 1 else Visibility(causal=True, prefix_B=prefix_B)
+        logits_BSV = model(torch.tensor([fresh], device=device), visible=visible, cache=cache, **(source or {}))
+        source = source if cache is None else None  # the encoder's output is in the cache, too
         token = draw(logits_BSV[0, -1].float().cpu(), sampling, generator)
         seen.append(token)
         yield token
@@ -86,26 +131,32 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 
 
 def text(
-    model: torch.nn.Module, tokenizer: Tokenizer, prompt: str, sampling: Sampling, longest: int, stop: bool = True
+    model: torch.nn.Module, tokenizer: Tokenizer, asked: Prompt, sampling: Sampling, longest: int, stop: bool = True
 ) -> Iterator[str]:
     """Yield pieces of text as they are sampled, the bytes of a character held until it is whole.
 
-    Ends before `<|endoftext|>`. With `stop` false the model goes on to its last token first, as it
+    Ends before what `asked` stops at. With `stop` false the model goes on to its last token first, as it
     must when it is sharded and all ranks have to run it equally often.
     """
-    ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot]
-    if len(ids) >= longest:
-        raise ConfigError(f"the prompt has {len(ids)} tokens, but the model takes at most {longest}; shorten it")
+    vocabulary = tokenizer.vocabulary()
+    if (length := max(len(asked.ids), len(asked.source or ()))) >= longest:
+        raise ConfigError(f"the prompt has {length} tokens, but the model takes at most {longest}; shorten it")
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ended = False
-    for token in tokens(model, ids, sampling, longest):
-        ended = ended or token == tokenizer.eot
+    for token in tokens(model, asked, sampling, longest):
+        ended = ended or token in asked.stops
         if ended and stop:
             break
-        if not ended and (piece := decoder.decode(tokenizer.decode_bytes([token]))):
+        if not ended and (piece := decoder.decode(_bytes_of(token, tokenizer, vocabulary))):
             yield piece
     if tail := decoder.decode(b"", final=True):
         yield tail
+
+
+def _bytes_of(token: int, tokenizer: Tokenizer, vocabulary: Vocabulary) -> bytes:
+    """Of an id that an objective added: its name."""
+    name = vocabulary.describe(token)
+    return name.encode() if name else tokenizer.decode_bytes([token])
 
 
 def stream(checkpoint: Path, prompts: list[str], sampling: Sampling) -> None:
@@ -115,6 +166,6 @@ def stream(checkpoint: Path, prompts: list[str], sampling: Sampling) -> None:
     model, tokenizer, config = load_model(checkpoint, device)
     for number, prompt in enumerate(prompts):
         print("\n---\n" * bool(number) + prompt, end="", flush=True)
-        for piece in text(model, tokenizer, prompt, sampling, config.model.max_seq_len):
+        for piece in text(model, tokenizer, ask(config, tokenizer, prompt), sampling, config.model.max_seq_len):
             print(piece, end="", flush=True)
         print()

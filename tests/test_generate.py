@@ -9,14 +9,16 @@ from torch import nn
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import ConfigError
-from dist_llm.generate import Sampling, draw, text, tokens
+from dist_llm.generate import Prompt, Sampling, ask, draw, text, tokens
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.init import fill, rule_for
 from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, Tokenizer
+from tests.laws.law import config_of
 
 LONGEST = 24
 GREEDY = Sampling(max_tokens=12, temperature=0)
 EOT = 256
+CAUSAL = config_of(1, {})
 
 
 def build(**changes):
@@ -34,28 +36,28 @@ def build(**changes):
 def test_the_cache_changes_no_token(positions, sampling):
     model = build(positions=positions)
     prompt = [3, 1, 4, 1, 5]
-    cached = list(tokens(model, prompt, sampling, LONGEST))
-    assert cached == list(tokens(model, prompt, sampling, LONGEST, use_cache=False))
+    cached = list(tokens(model, Prompt(prompt), sampling, LONGEST))
+    assert cached == list(tokens(model, Prompt(prompt), sampling, LONGEST, use_cache=False))
     assert len(set(cached)) > 1, "a model that has something to say"
 
 
 def test_with_the_cache_each_token_is_read_once():
     model, lengths = build(), []
     model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
-    list(tokens(model, [1, 2, 3], GREEDY, LONGEST))
+    list(tokens(model, Prompt([1, 2, 3]), GREEDY, LONGEST))
     assert lengths == [3] + [1] * 11
 
 
 def test_greedy_takes_the_likeliest_each_time():
     model, seen = build(), [3, 1, 4]
-    for token in tokens(model, seen, GREEDY, LONGEST):
+    for token in tokens(model, Prompt(seen), GREEDY, LONGEST):
         assert token == int(model(torch.tensor([seen]))[0, -1].argmax())
         seen = [*seen, token]
 
 
 def test_seeds_repeat_and_differ():
     model = build()
-    runs = [list(tokens(model, [1], Sampling(10, seed=seed), LONGEST)) for seed in (0, 1, 2, 0)]
+    runs = [list(tokens(model, Prompt([1]), Sampling(10, seed=seed), LONGEST)) for seed in (0, 1, 2, 0)]
     assert runs[0] == runs[3]
     assert len({tuple(run) for run in runs}) == 3
 
@@ -63,16 +65,16 @@ def test_seeds_repeat_and_differ():
 def test_what_else_was_drawn_does_not_matter():
     model = build()
     torch.manual_seed(1)
-    first = list(tokens(model, [1], Sampling(10), LONGEST))
+    first = list(tokens(model, Prompt([1]), Sampling(10), LONGEST))
     torch.manual_seed(2)
-    assert list(tokens(model, [1], Sampling(10), LONGEST)) == first
+    assert list(tokens(model, Prompt([1]), Sampling(10), LONGEST)) == first
 
 
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "longest", "want"), [(3, 5, 24, 5), (3, 50, 24, 21), (23, 5, 24, 1), (3, 1, 24, 1)]
 )
 def test_it_ends_at_max_tokens_or_at_the_models_length(prompt, max_tokens, longest, want):
-    assert len(list(tokens(build(), [1] * prompt, Sampling(max_tokens), longest))) == want
+    assert len(list(tokens(build(), Prompt([1] * prompt), Sampling(max_tokens), longest))) == want
 
 
 PROBABILITIES = torch.tensor([0.15, 0.5, 0.05, 0.3])  # ids by likelihood: 1, 3, 0, 2
@@ -158,7 +160,7 @@ class Script(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.ids, self.heard, self.calls = [*ids], [], 0
 
-    def forward(self, tokens_BS, targets_BS, visible, cache):
+    def forward(self, tokens_BS, visible, cache):
         self.heard.append(tokens_BS[0].tolist())
         token = self.ids[self.calls] if self.calls < len(self.ids) else ord("x")
         self.calls += 1
@@ -167,7 +169,8 @@ class Script(nn.Module):
 
 def say(ids, max_tokens=100, prompt="a", longest=200, stop=True):
     model = Script(ids)
-    pieces = list(text(model, byte_tokenizer(), prompt, Sampling(max_tokens, temperature=0), longest, stop))
+    asked = ask(CAUSAL, byte_tokenizer(), prompt)
+    pieces = list(text(model, byte_tokenizer(), asked, Sampling(max_tokens, temperature=0), longest, stop))
     return model, pieces
 
 
@@ -210,7 +213,7 @@ def test_a_prompt_as_long_as_the_model_is_refused():
 
 def test_pieces_come_as_they_are_sampled():
     model = Script(b"abc")
-    pieces = text(model, byte_tokenizer(), "p", Sampling(50, temperature=0), 100)
+    pieces = text(model, byte_tokenizer(), ask(CAUSAL, byte_tokenizer(), "p"), Sampling(50, temperature=0), 100)
     assert list(itertools.islice(pieces, 2)) == ["a", "b"]
     assert model.calls == 2
 

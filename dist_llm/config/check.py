@@ -8,10 +8,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from dist_llm.config.lengths import extra_ids, inputs_len, lengths
 from dist_llm.config.load import Violation
-from dist_llm.config.schema import Config, ModelConfig, ParallelConfig
+from dist_llm.config.schema import Config, ModelConfig, ObjectiveConfig, ParallelConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+FITTING = {
+    "decoder": ("causal", "prefix", "span", "fim"),
+    "encoder": ("masked",),
+    "encoder_decoder": ("prefix", "span"),
+}
 TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # each rank holds two stages
 
 
@@ -27,7 +33,16 @@ class RefusedLayout(Violation):
 
 def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violation]:
     """All broken rules of a run on `world_size` ranks over a corpus with `tokenizer_size` ids."""
-    rules = [*_check_model(config.model), *_check_lengths(config, tokenizer_size), *_check_schedule(config)]
+    objective = list(_check_objective(config))
+    if objective:
+        # How long sequences are and how many ids there are follows from the objective: not to be asked of a wrong one.
+        config = config.model_copy(
+            update={
+                "objective": ObjectiveConfig(),
+                "model": config.model.model_copy(update={"architecture": "decoder"}),
+            }
+        )
+    rules = [*objective, *_check_model(config.model), *_check_lengths(config, tokenizer_size), *_check_schedule(config)]
     layout = list(_check_layout(config, world_size, tokenizer_size))
     if layout and (fitting := nearest_layouts(config, world_size, tokenizer_size)):
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
@@ -82,11 +97,12 @@ def resolve(config: Config, world_size: int, tokenizer_size: int) -> Config:
         update={
             "model": model.model_copy(
                 update={
+                    "n_encoder_layers": encoder_layers(model),
                     "n_kv_heads": model.n_kv_heads or model.n_heads,
                     "head_dim": model.head_dim or model.d_model // model.n_heads,
                     "d_ff": derived_d_ff(model),
-                    "vocab_size": model.vocab_size or tokenizer_size,
-                    "max_seq_len": model.max_seq_len or data.seq_len,
+                    "vocab_size": model.vocab_size or tokenizer_size + extra_ids(config),
+                    "max_seq_len": model.max_seq_len or max(data.seq_len, inputs_len(config)),
                 }
             ),
             "data": data.model_copy(update={"micro_batch": data.micro_batch or data.global_batch // ranks}),
@@ -98,11 +114,21 @@ def resolve(config: Config, world_size: int, tokenizer_size: int) -> Config:
     )
 
 
+def encoder_layers(model: ModelConfig) -> int:
+    """Blocks of an encoder-decoder's encoder; 0 in the other architectures."""
+    return (model.n_encoder_layers or model.n_layers) if model.architecture == "encoder_decoder" else 0
+
+
 def derived_d_ff(model: ModelConfig) -> int:
     """The hidden size that d_ff 0 stands for."""
     if model.d_ff:
         return model.d_ff
-    return round_up(math.ceil(8 / 3 * model.d_model), 64) if model.activation == "swiglu" else 4 * model.d_model
+    return round_up(math.ceil(8 / 3 * model.d_model), 64) if gated(model) else 4 * model.d_model
+
+
+def gated(model: ModelConfig) -> bool:
+    """Whether the feed-forward has a second projection that the first is multiplied with."""
+    return model.activation in ("swiglu", "geglu", "geglu_tanh")
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -144,18 +170,45 @@ def _check_model(model: ModelConfig) -> Iterator[Violation]:
         )
 
 
+def _check_objective(config: Config) -> Iterator[Violation]:
+    architecture = config.model.architecture
+    if config.model.n_encoder_layers and architecture != "encoder_decoder":
+        yield Violation(
+            ("model.n_encoder_layers", "model.architecture"),
+            f"only an encoder_decoder has them; remove the key from this {architecture}",
+        )
+    for number, each in enumerate(config.objective.members):
+        where = f"objective.mixture.{number}" if config.objective.mixture else "objective"
+        if each.name not in FITTING[architecture]:
+            others = [name for name, fitting in FITTING.items() if each.name in fitting]
+            yield Violation(
+                (f"{where}.name", "model.architecture"),
+                f"{each.name} does not fit model.architecture {architecture}, which learns by "
+                f"{' or '.join(FITTING[architecture])}; {each.name} takes {' or '.join(others)}",
+            )
+            continue
+        if each.mode and each.name not in ("prefix", "span"):
+            yield Violation((f"{where}.mode", f"{where}.name"), f"{each.name} has no mode token; leave it empty")
+        try:
+            lengths(each, architecture, config.data.seq_len)
+        except ValueError as error:
+            yield Violation(("data.seq_len", f"{where}.name"), f"{config.data.seq_len} is too short: {error}")
+
+
 def _check_lengths(config: Config, tokenizer_size: int) -> Iterator[Violation]:
-    vocab, longest = config.model.vocab_size, config.model.max_seq_len
-    if vocab and vocab < tokenizer_size:
+    vocab, longest, extra = config.model.vocab_size, config.model.max_seq_len, extra_ids(config)
+    if vocab and vocab < tokenizer_size + extra:
+        more = f" and {extra} of the objective" if extra else ""
         yield Violation(
             ("model.vocab_size",),
-            f"{vocab} is smaller than the {tokenizer_size} ids of the corpus's tokenizer; "
-            f"set at least {tokenizer_size}, or 0 to take it from the corpus",
+            f"{vocab} is smaller than the {tokenizer_size} ids of the corpus's tokenizer{more}; "
+            f"set at least {tokenizer_size + extra}, or 0 to derive it",
         )
-    if longest and longest < config.data.seq_len:
+    needed = max(config.data.seq_len, inputs_len(config))
+    if longest and longest < needed:
         yield Violation(
             ("data.seq_len", "model.max_seq_len"),
-            f"{config.data.seq_len} is longer than model.max_seq_len {longest}; lower it, or set max_seq_len to 0",
+            f"{needed} is longer than model.max_seq_len {longest}; lower it, or set max_seq_len to 0",
         )
 
 
@@ -215,6 +268,7 @@ def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
             yield Violation(
                 (*keys, "parallel.tp"), f"{number} {what} do not divide over tp {tp}; tp can be {divisors(number)}"
             )
+    # The lengths of an encoder-decoder's second sequence are made to fit.
     if tp > 1 and config.parallel.sequence_parallel and config.data.seq_len % (tp * config.parallel.cp):
         yield Violation(
             ("data.seq_len", "parallel.tp", "parallel.cp", "parallel.sequence_parallel"),
@@ -225,6 +279,11 @@ def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
 
 def _check_context(config: Config) -> Iterator[Violation]:
     pieces, length = 2 * config.parallel.cp, config.data.seq_len
+    if config.parallel.cp > 1 and config.model.architecture == "encoder_decoder":
+        yield Violation(
+            ("parallel.cp", "model.architecture"),
+            "an encoder_decoder's sequences are not split over context ranks; set cp to 1",
+        )
     if config.parallel.cp > 1 and length % pieces:
         nearest = f"{length // pieces * pieces} or {round_up(length, pieces)}" if length > pieces else str(pieces)
         yield Violation(
@@ -239,11 +298,18 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
     if parallel.pp == 1:
         return
     stages = parallel.pp * (2 if parallel.pp_schedule in TWO_STAGE_SCHEDULES else 1)
-    if config.model.n_layers < stages:
+    blocks = config.model.n_layers + encoder_layers(config.model)
+    if blocks < stages:
         yield Violation(
             ("parallel.pp", "model.n_layers", "parallel.pp_schedule"),
-            f"{stages} stages ({parallel.pp_schedule}) need as many blocks, but model.n_layers is "
-            f"{config.model.n_layers}; pp can be at most {config.model.n_layers * parallel.pp // stages or 1}",
+            f"{stages} stages ({parallel.pp_schedule}) need as many blocks, but the model has {blocks}; "
+            f"pp can be at most {blocks * parallel.pp // stages or 1}",
+        )
+    if config.model.positions == "relative":
+        yield Violation(
+            ("parallel.pp", "model.positions"),
+            "the layers share one table of relative positions, which cannot be on several stages; set pp to 1, or "
+            "positions to rope, learned or sinusoidal",
         )
     microbatches = data.global_batch // ranks // (data.micro_batch or max(1, data.global_batch // ranks))
     # Interleaved schedules go round the ranks in whole turns.

@@ -5,6 +5,7 @@ several keys, the corpus or the world size live in `check`. A 0 that stands for 
 filled in by `check.resolve`, so code past the command line only sees real sizes.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +14,7 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what an int64 holds
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
@@ -35,8 +37,13 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = key(
+        "one stack that predicts what follows, one that sees all (BERT), or one that reads and one that writes (T5)",
+        "decoder",
+    )
     d_model: Positive = key("width of the residual stream")
-    n_layers: Positive = key("number of blocks")
+    n_layers: Positive = key("number of blocks; of an encoder-decoder: in its decoder")
+    n_encoder_layers: Count = key("encoder_decoder: blocks of the encoder; 0: n_layers", 0)
     n_heads: Positive = key("query heads per attention")
     n_kv_heads: Count = key("key-value heads (grouped-query attention); 0: n_heads", 0)
     head_dim: Count = key("size of one head; 0: d_model / n_heads", 0)
@@ -47,16 +54,37 @@ class ModelConfig(Section):
     vocab_size: Count = key("token ids the model knows; 0: as many as the corpus's tokenizer", 0)
     vocab_multiple: Positive = key("embedding rows are padded to a multiple of this; padding is never predicted", 64)
     max_seq_len: Count = key("longest sequence (rows of learned positions); 0: data.seq_len", 0)
-    positions: Literal["rope", "learned", "sinusoidal"] = key("how tokens know their place", "rope")
+    positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = key(
+        "how tokens know their place; relative: a learned bias per head and distance, shared by the layers (T5)",
+        "rope",
+    )
     rope_theta: PositiveFloat = key("base of the rotary wavelengths", 10_000.0)
+    relative_buckets: Positive = key("relative: distances told apart, the far ones in logarithmic steps", 32)
+    relative_distance: Positive = key("relative: distance from which all are one bucket", 128)
     norm: Literal["rmsnorm", "layernorm"] = key("normalisation layer", "rmsnorm")
     norm_eps: PositiveFloat = key("added to the variance inside the norms", 1e-5)
     norm_order: Literal["pre", "post"] = key("norm before each sublayer (pre) or after its residual sum (post)", "pre")
-    activation: Literal["swiglu", "gelu", "gelu_tanh"] = key("feed-forward non-linearity", "swiglu")
+    norm_embedding: bool = key("a norm on the embeddings, before the first block (BERT, BART)", False)
+    activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = key(
+        "feed-forward non-linearity; swiglu and geglu multiply it with a second projection", "swiglu"
+    )
     bias: bool = key("biases in linear layers and layer norms", False)
     tie_embeddings: bool = key("the head shares the token embedding's weight", False)
+    head: Literal["linear", "mlm"] = key(
+        "mlm: a dense layer and a norm before the logits, a bias after (BERT)", "linear"
+    )
+    attention_scale: NonNegative = key("factor of queries times keys; 0: 1 / sqrt(head_dim); T5: 1", 0.0)
+    qk_norm: bool = key("RMSNorm on each head's queries and keys, which bounds attention's logits", False)
+    logit_cap: NonNegative = key("logits become cap * tanh(logits / cap); 0: they stay as they are", 0.0)
     dropout: Fraction = key("dropout on attention weights, residuals and embeddings", 0.0)
-    init: Literal["gpt2", "xavier", "he"] = key("initial values: gpt2 scales residual outputs by depth", "gpt2")
+    stochastic_depth: Fraction = key(
+        "chance that a sample skips the last block, falling linearly towards the first", 0.0
+    )
+    init: Literal["gpt2", "xavier", "he", "depth", "tfixup"] = key(
+        "initial values: gpt2 scales residual outputs by the number of layers, depth each layer by its place; tfixup: "
+        "for training without warm-up",
+        "gpt2",
+    )
     init_std: PositiveFloat = key("standard deviation of embeddings, and of all matrices under gpt2", 0.02)
 
 
@@ -68,10 +96,40 @@ class DataConfig(Section):
     order: Literal["shuffle", "random"] = key(
         "each window once per epoch, or uniform offsets with replacement", "shuffle"
     )
+    document_mask: bool = key("tokens see their own document alone, in which positions count from 0", False)
     verify: Literal["size", "hash"] = key(
         "check shards at start by size, or read them all and check their hashes", "size"
     )
     prefetch: Count = key("steps whose batches are made ahead in a thread; 0: none", 2)
+
+
+class Denoiser(Section):
+    """One way to make a training example of a window of text."""
+
+    name: Literal["causal", "prefix", "masked", "span", "fim"] = key(
+        "what is predicted: what follows, what follows a prefix, masked tokens, cut-out spans, a cut-out middle",
+        "causal",
+    )
+    weight: PositiveFloat = key("share of the samples in a mixture", 1.0)
+    mode: Literal["", "R", "S", "X"] = key("prefix and span: mode token put in front (UL2); empty: none", "")
+    see_prefix: bool = key("prefix and span, in a decoder: the inputs see each other; false: causal throughout", True)
+    mask_rate: Rate = key("masked: share of the tokens selected; of those 80% masked, 10% random, 10% kept", 0.15)
+    whole_words: bool = key("masked: select words and not tokens", False)
+    noise_density: Rate = key("span: share of the tokens cut out", 0.15)
+    mean_span: Annotated[float, Field(ge=1.0)] = key("span: mean length of a span in tokens", 3.0)
+    fim_rate: Annotated[float, Field(ge=0.0, le=1.0)] = key("fim: share of the samples with a cut-out middle", 0.5)
+    fim_spm_rate: Annotated[float, Field(ge=0.0, le=1.0)] = key("fim: of those, share that has the suffix first", 0.5)
+
+
+class ObjectiveConfig(Denoiser):
+    mixture: Annotated[tuple[Denoiser, ...], Field(strict=False)] = key(  # a list, in YAML
+        "objectives in place of the one above, each with the keys above and a weight", ()
+    )
+
+    @property
+    def members(self) -> Sequence[Denoiser]:
+        """The mixture, or the one objective that there is."""
+        return self.mixture or (self,)
 
 
 class LossConfig(Section):
@@ -160,6 +218,7 @@ class Config(Section):
     run: RunConfig
     model: ModelConfig
     data: DataConfig
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="what is learned from a window")
     loss: LossConfig = Field(default_factory=LossConfig, description="the training loss")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="the optimizer")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="the learning rate over the steps")
@@ -172,3 +231,7 @@ class Config(Section):
     )
     compile: bool = key("torch.compile each block", False)
     engine: Literal["native"] = key("who runs the step", "native")
+    init_from: str = key("checkpoint or run whose weights a new run starts from; embeddings may grow; empty: none", "")
+    init_optimizer: Literal["fresh", "keep"] = key(
+        "init_from: start with new moments, or with the checkpoint's", "fresh"
+    )

@@ -29,9 +29,9 @@ class Corpus:
             for number in range(len(self.shards)):
                 self._verify(number)
 
-    def n_windows(self, window: int) -> int:
-        """How many windows of `window` inputs and their next tokens fit, each token a target once."""
-        return (self.n_tokens - 1) // window
+    def n_windows(self, window: int, stride: int) -> int:
+        """How many windows of `window` tokens fit, each `stride` after the one before."""
+        return max(0, (self.n_tokens - window) // stride + 1)
 
     def read(self, starts: Ints, length: int) -> Tokens:
         """Rows [len(starts), length] of ids, in the corpus's own type.

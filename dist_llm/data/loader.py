@@ -1,32 +1,64 @@
 """Sample numbers -> the microbatches of one rank, made ahead in a thread."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from dist_llm.config.schema import DataConfig
-from dist_llm.data.corpus import Corpus
-from dist_llm.data.order import Order, Random, Shuffle
+from dist_llm.config.lengths import Lengths, all_lengths
+from dist_llm.config.schema import Config, DataConfig
+from dist_llm.data.corpus import Corpus, Tokens
+from dist_llm.data.order import Ints, Mixture, Order, Random, Shuffle
 from dist_llm.errors import DataError
 from dist_llm.objectives.batch import Batch
+from dist_llm.objectives.build import Objective, build_objective
+from dist_llm.objectives.vocabulary import Vocabulary
 
-Objective = Callable[[npt.NDArray[np.unsignedinteger]], Batch]  # windows [B, S+1] -> batch
 
-
-def build_order(data: DataConfig, corpus: Corpus, seed: int) -> Order:
-    """The order that the config asks for. Raises DataError where no window fits."""
-    n_windows = corpus.n_windows(data.seq_len)
+def build_order(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> Order:
+    """The order that the config asks for, of windows of `size`. Raises DataError where no window fits."""
+    n_windows = corpus.n_windows(size.window, size.stride)
     if n_windows < 1:
-        way_out = f"lower seq_len to at most {corpus.n_tokens - 1} or " if corpus.n_tokens > 1 else ""
+        way_out = f"lower seq_len (to make it {corpus.n_tokens} or fewer) or " if corpus.n_tokens > 1 else ""
         raise DataError(
-            f"{corpus.directory}: {corpus.n_tokens} {corpus.split} tokens make no window of data.seq_len "
-            f"{data.seq_len} + 1; {way_out}prepare more text"
+            f"{corpus.directory}: {corpus.n_tokens} {corpus.split} tokens make no window of {size.window}, which "
+            f"data.seq_len {data.seq_len} needs; {way_out}prepare more text"
         )
     if data.order == "random":
-        return Random(seed, corpus.n_tokens - data.seq_len)
-    return Shuffle(seed, n_windows, data.seq_len)
+        return Random(seed, corpus.n_tokens - size.window + 1)
+    return Shuffle(seed, n_windows, size.stride)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The windows that one member of a mixture reads, in its order."""
+
+    corpus: Corpus
+    order: Order
+    window: int
+
+    def read(self, numbers: Ints) -> Tokens:
+        """The windows of its samples of these numbers, [n, window]."""
+        return self.corpus.read(self.order.starts(numbers), self.window)
+
+
+def build_streams(config: Config, corpus: Corpus) -> list[Stream]:
+    """One for each member of the objective. Raises DataError where the corpus is too short for it."""
+    found = []
+    for member, size in enumerate(all_lengths(config)):
+        order = build_order(config.data, corpus, config.run.seed ^ member, size)
+        found.append(Stream(corpus, order, size.window))
+    return found
+
+
+def build_loader(
+    config: Config, streams: Sequence[Stream], vocabulary: Vocabulary, rank: int, ranks: int, pin: bool
+) -> "Loader":
+    """The loader of a resolved config's training samples."""
+    mixture = Mixture.of([each.weight for each in config.objective.members], config.run.seed)
+    return Loader(streams, mixture, build_objective(config, vocabulary), config.data, rank, ranks, pin)
 
 
 class Loader:
@@ -36,10 +68,17 @@ class Loader:
     """
 
     def __init__(
-        self, corpus: Corpus, order: Order, objective: Objective, data: DataConfig, rank: int, ranks: int, pin: bool
+        self,
+        streams: Sequence[Stream],
+        mixture: Mixture,
+        objective: Objective,
+        data: DataConfig,
+        rank: int,
+        ranks: int,
+        pin: bool,
     ) -> None:
-        self.corpus, self.order, self.objective, self.pin = corpus, order, objective, pin
-        self.window, self.global_batch, self.micro_batch = data.seq_len + 1, data.global_batch, data.micro_batch
+        self.streams, self.mixture, self.objective, self.pin = streams, mixture, objective, pin
+        self.global_batch, self.micro_batch = data.global_batch, data.micro_batch
         self.share = data.global_batch // ranks
         self.offset = rank * self.share
         self.prefetch = data.prefetch
@@ -65,6 +104,22 @@ class Loader:
             self._pool.shutdown(cancel_futures=True)
 
     def _make(self, first: int) -> list[Batch]:
-        rows = self.corpus.read(self.order.starts(self.samples(first)), self.window)
-        batches = [self.objective(rows[i : i + self.micro_batch]) for i in range(0, len(rows), self.micro_batch)]
+        samples = self.samples(first)
+        windows, members = self._read(samples)
+        batches = []
+        for start in range(0, len(samples), self.micro_batch):
+            rows = slice(start, start + self.micro_batch)
+            batches.append(self.objective(windows[rows], samples[rows], members[rows]))
         return [batch.pin() for batch in batches] if self.pin else batches
+
+    def _read(self, samples: Ints) -> tuple[Sequence[Tokens] | Tokens, list[int]]:
+        """The window of each sample, and whose it is."""
+        if len(self.streams) == 1:
+            return self.streams[0].read(samples), [0] * len(samples)
+        members, numbers = self.mixture.split(samples)
+        windows: list[Tokens] = [np.empty(0)] * len(samples)
+        for member, stream in enumerate(self.streams):
+            places = np.flatnonzero(members == member)
+            for place, window in zip(places.tolist(), stream.read(numbers[places]), strict=True):
+                windows[place] = window
+        return windows, members.tolist()

@@ -4,6 +4,7 @@ Both orders map sample numbers to the offset of the window's first token, vector
 memory, whatever the world size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +48,37 @@ class Random:
         drawn = mix(_words(samples) ^ mix(_words([self.seed])))
         # The bias of `%` is below n_starts / 2**64.
         return (drawn % np.uint64(self.n_starts)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Which member of a mixture each sample is of: fixed quotas in every block of samples, scattered within it.
+
+    So a member's share is exact over each block, and a sample's number among its member's is arithmetic.
+    """
+
+    seed: int
+    quotas: tuple[int, ...]
+
+    @staticmethod
+    def of(weights: Sequence[float], seed: int, block: int = 1000) -> "Mixture":
+        """Quotas of `block` samples nearest to the weights (largest remainders), each at least 1."""
+        shares = np.asarray(weights, dtype=np.float64) / sum(weights) * block
+        quotas = np.maximum(np.floor(shares), 1).astype(np.int64)
+        order = np.argsort(-(shares - np.floor(shares)), kind="stable")
+        for place in range(block - int(quotas.sum())):
+            quotas[order[place % len(order)]] += 1
+        return Mixture(seed, tuple(quotas.tolist()))
+
+    def split(self, samples: Ints) -> tuple[Ints, Ints]:
+        """(member of each sample, its number among that member's samples)."""
+        ends = np.cumsum(self.quotas)
+        blocks, index = np.divmod(samples, int(ends[-1]))
+        keys = mix(_words(blocks) ^ mix(_words([self.seed])))
+        places = permute(_words(index), int(ends[-1]), keys).astype(np.int64)
+        members = np.searchsorted(ends, places, side="right")
+        quotas = np.asarray(self.quotas)[members]
+        return members, blocks * quotas + places - (ends[members] - quotas)
 
 
 def permute(index: Words, size: int, keys: Words) -> Words:

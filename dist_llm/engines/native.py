@@ -126,7 +126,7 @@ class NativeEngine:
 
     def _forward(self, batch: Batch) -> Tensor:
         (model,) = self.parts
-        return model(batch.inputs_BS, batch.targets_BS, batch.visible, None, batch.positions_BS)
+        return model(batch.inputs_BS, **batch.arguments())
 
     def _norm(self) -> Tensor:
         """Over every parameter of the whole model, each element once.

@@ -1,11 +1,14 @@
-"""Grouped-query self-attention, and the one place that picks its kernel."""
+"""Grouped-query attention, and the one place that picks its kernel."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dist_llm.config.schema import ModelConfig
@@ -19,9 +22,10 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, each [S, E/2] or [B, S, E/2]
 
 @dataclass
 class KVCache:
-    """Keys and values of all tokens seen so far, per layer, for generation."""
+    """Keys and values, per layer, for generation: of all tokens seen so far, and of an encoder's output."""
 
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    memory: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -45,51 +49,122 @@ class Attention(nn.Module):
         self.q = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
         self.k = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
         self.v = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
-        self.kernel = AttentionKernel(config.dropout)
+        self.norm_q = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.norm_k = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.kernel = AttentionKernel(config.dropout, config.attention_scale or config.head_dim**-0.5)
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
 
     def forward(
         self, x_BSD: Tensor, rotation: Rotation | None, visible: Visibility, cache: KVCache | None = None
     ) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        # -1, not n_heads: a tensor-parallel rank holds only its own heads.
-        q_BSHE = self.q(x_BSD).unflatten(-1, (-1, self.head_dim))
-        k_BSKE = self.k(x_BSD).unflatten(-1, (-1, self.head_dim))
-        v_BSKE = self.v(x_BSD).unflatten(-1, (-1, self.head_dim))
+        q_BSHE = self._queries(x_BSD)
+        k_BSKE, v_BSKE = self._keys_and_values(x_BSD)
         if rotation is not None:
             q_BSHE, k_BSKE = rotate(q_BSHE, *rotation), rotate(k_BSKE, *rotation)
         if cache is not None:
             k_BSKE, v_BSKE = cache.append(self.layer, k_BSKE, v_BSKE)
         return self.out(self.kernel(q_BSHE, k_BSKE, v_BSKE, visible).flatten(-2))
 
+    def _queries(self, x_BSD: Tensor) -> Tensor:
+        # -1, not n_heads: a tensor-parallel rank holds only its own heads.
+        q_BSHE = self.q(x_BSD).unflatten(-1, (-1, self.head_dim))
+        return q_BSHE if self.norm_q is None else self.norm_q(q_BSHE)
+
+    def _keys_and_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        k_BTKE = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v_BTKE = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
+        return k_BTKE if self.norm_k is None else self.norm_k(k_BTKE), v_BTKE
+
+
+class CrossAttention(Attention):
+    """Attention of a decoder's tokens to an encoder's output; places do not matter to it."""
+
+    def forward(  # type: ignore[override]
+        self, x_BSD: Tensor, memory_BTD: Tensor, visible: Visibility, cache: KVCache | None = None
+    ) -> Tensor:
+        """[B, S, D] and the encoder's output [B, T, D] -> [B, S, D]."""
+        if cache is not None and self.layer in cache.memory:
+            k_BTKE, v_BTKE = cache.memory[self.layer]
+        else:
+            k_BTKE, v_BTKE = self._keys_and_values(memory_BTD)
+        if cache is not None:
+            cache.memory[self.layer] = (k_BTKE, v_BTKE)
+        return self.out(self.kernel(self._queries(x_BSD), k_BTKE, v_BTKE, visible).flatten(-2))
+
 
 class AttentionKernel(nn.Module):
     """Softmax attention as a module of its own, so that a layout can put another in its place."""
 
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: float, scale: float) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.scale = dropout, scale
 
     def forward(self, q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, visible: Visibility) -> Tensor:
         """[B, S, H, E] and keys and values of T tokens -> [B, S, H, E]."""
-        return attend(q_BSHE, k_BTKE, v_BTKE, visible, self.dropout if self.training else 0.0)
+        return attend(q_BSHE, k_BTKE, v_BTKE, visible, self.dropout if self.training else 0.0, self.scale)
 
 
-def attend(q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, visible: Visibility, dropout: float) -> Tensor:
-    """Softmax attention, [B, S, H, E]; where S < T the queries are the last S of the T tokens."""
+def look(
+    visible: Visibility,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    dropout: bool,
+    bias_HST: Tensor | None = None,
+) -> Visibility:
+    """`visible` with the mask that a kernel wants, made once for all layers; `shape` is B rows, S queries, T keys.
+
+    None where `causal` says it all: the kernels' fast path. A block mask for FlexAttention on a GPU, which skips
+    what is masked (and knows no dropout). Else a dense one: boolean [B, 1, S, T], or a bias with what is not seen
+    at -inf.
+    """
+    if visible.plain and bias_HST is None:
+        return visible
+    B, S, T = shape
+    if device.type == "cuda" and bias_HST is None and not dropout:
+        block_mask = create_block_mask(lambda b, h, q, k: visible.sees(S, T, b, q, k), B, None, S, T, device=device)
+        return replace(visible, mask=block_mask)
+    b, q, k = (torch.arange(size, device=device) for size in (B, S, T))
+    seen_BST = visible.sees(S, T, b[:, None, None], q[None, :, None], k).expand(B, S, T)
+    if bias_HST is None:
+        return replace(visible, mask=seen_BST[:, None])
+    return replace(visible, mask=bias_HST.masked_fill(~seen_BST[:, None], -torch.inf))
+
+
+def attend(
+    q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, visible: Visibility, dropout: float, scale: float | None = None
+) -> Tensor:
+    """Softmax attention, [B, S, H, E]; where S < T the queries are the last S of the T tokens.
+
+    `visible` has been looked at by `look`. `scale`: of query times key; None: 1 / sqrt(E).
+    """
     S, T = q_BSHE.shape[1], k_BTKE.shape[1]
+    q, k, v = q_BSHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
+    grouped = q_BSHE.shape[2] != k_BTKE.shape[2]
+    mask = visible.mask
+    if isinstance(mask, BlockMask):
+        return _flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        mask = mask.to(q.dtype)
     # One query sees all keys: no mask. A square is the kernels' fast path. Else the mask is aligned to the end.
-    mask = None
-    if visible.causal and 1 < S < T:
+    causal = visible.causal and mask is None
+    if causal and 1 < S < T:
         with _disable_current_modes():  # the mask is a tensor subclass, which selective recomputation's mode refuses
             mask = causal_lower_right(S, T)
     out_BHSE = F.scaled_dot_product_attention(
-        q_BSHE.transpose(1, 2),
-        k_BTKE.transpose(1, 2),
-        v_BTKE.transpose(1, 2),
+        q,
+        k,
+        v,
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=visible.causal and S == T and S > 1,
-        enable_gqa=q_BSHE.shape[2] != k_BTKE.shape[2],
+        is_causal=causal and S == T and S > 1,
+        enable_gqa=grouped,
+        scale=scale,
     )
     return out_BHSE.transpose(1, 2)
+
+
+@cache
+def _flex() -> Any:
+    """FlexAttention writes its kernel when compiled; without that it computes every score."""
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,32 +1,52 @@
 """One layer: attention and feed-forward, each a residual step."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from dist_llm.config.schema import ModelConfig
-from dist_llm.models.attention import Attention, KVCache, Rotation
+from dist_llm.models.attention import Attention, CrossAttention, KVCache, Rotation
 from dist_llm.models.feedforward import FeedForward
 from dist_llm.models.norm import build_norm
 from dist_llm.models.visibility import Visibility
 
 
 class Block(nn.Module):
-    """Pre-norm: x + f(norm(x)). Post-norm: norm(x + f(x)) (Xiong et al. 2020 compare them)."""
+    """Pre-norm: x + f(norm(x)). Post-norm: norm(x + f(x)) (Xiong et al. 2020 compare them).
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    With `cross` it also attends to an encoder's output.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, cross: bool = False) -> None:
         super().__init__()
         self.pre = config.norm_order == "pre"
         self.norm_attention = build_norm(config)
         self.attention = Attention(config, layer)
+        self.norm_cross = build_norm(config) if cross else None
+        self.cross = CrossAttention(config, layer) if cross else None
         self.norm_feedforward = build_norm(config)
         self.feedforward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation | None, visible: Visibility, cache: KVCache | None = None
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation | None,
+        visible: Visibility,
+        cache: KVCache | None = None,
+        survive_B: Tensor | None = None,
+        memory_BTD: Tensor | None = None,
+        visible_memory: Visibility | None = None,
     ) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
-        if self.pre:
-            x_BSD = x_BSD + self.dropout(self.attention(self.norm_attention(x_BSD), rotation, visible, cache))
-            return x_BSD + self.dropout(self.feedforward(self.norm_feedforward(x_BSD)))
-        x_BSD = self.norm_attention(x_BSD + self.dropout(self.attention(x_BSD, rotation, visible, cache)))
-        return self.norm_feedforward(x_BSD + self.dropout(self.feedforward(x_BSD)))
+        """[B, S, D] -> [B, S, D]. `survive_B` is what each row's sublayers are multiplied with: stochastic depth."""
+
+        def step(x_BSD: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+            out_BSD = self.dropout(sublayer(norm(x_BSD) if self.pre else x_BSD))
+            x_BSD = x_BSD + (out_BSD if survive_B is None else out_BSD * survive_B[:, None, None].to(out_BSD.dtype))
+            return x_BSD if self.pre else norm(x_BSD)
+
+        x_BSD = step(x_BSD, self.norm_attention, lambda x: self.attention(x, rotation, visible, cache))
+        if (cross := self.cross) is not None:
+            assert self.norm_cross is not None
+            x_BSD = step(x_BSD, self.norm_cross, lambda x: cross(x, memory_BTD, visible_memory, cache))
+        return step(x_BSD, self.norm_feedforward, self.feedforward)

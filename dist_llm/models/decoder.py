@@ -1,8 +1,11 @@
-"""The decoder: embedding, blocks, head. GPT-2 and Llama are two settings of it.
+"""One stack: embedding, blocks, head. GPT-2, Llama and BERT are settings of it.
 
-The model knows nothing of ranks: layouts are laid over it by `parallel`, from outside. It survives
-being cut: a part of it runs what it has and hands on what comes out.
+Whether it is a decoder or an encoder is said by the visibility that comes with each batch. The model knows
+nothing of ranks: layouts are laid over it by `parallel`, from outside. It survives being cut: a part of it
+runs what it has and hands on what comes out.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,24 +14,28 @@ from torch import Tensor, nn
 from dist_llm.config.check import round_up
 from dist_llm.config.schema import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.models.attention import KVCache
+from dist_llm.models.attention import KVCache, Rotation, look
 from dist_llm.models.block import Block
+from dist_llm.models.depth import survivors
+from dist_llm.models.feedforward import ACTIVATIONS
 from dist_llm.models.norm import build_norm
-from dist_llm.models.positions import Sinusoids, rotary_angles
+from dist_llm.models.positions import RelativeBias, Sinusoids, rotary_angles
 from dist_llm.models.visibility import CAUSAL, Visibility
 
 
 class Embedding(nn.Module):
     """Token ids -> vectors, with learned or sinusoidal positions added where the model has them."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tokens: nn.Embedding | None = None) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(round_up(config.vocab_size, config.vocab_multiple), config.d_model)
+        # Shared with another embedding where one is given.
+        self.tokens = tokens or nn.Embedding(round_up(config.vocab_size, config.vocab_multiple), config.d_model)
         self.positions: nn.Module | None = None
         if config.positions == "learned":
             self.positions = nn.Embedding(config.max_seq_len, config.d_model)
         elif config.positions == "sinusoidal":
             self.positions = Sinusoids(config.d_model)
+        self.norm = build_norm(config) if config.norm_embedding else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
@@ -36,7 +43,7 @@ class Embedding(nn.Module):
         x_BSD = self.tokens(tokens_BS)
         if self.positions is not None:
             x_BSD = x_BSD + self.positions(positions_BS).to(x_BSD.dtype)
-        return self.dropout(x_BSD)
+        return self.dropout(x_BSD if self.norm is None else self.norm(x_BSD))
 
 
 class Head(nn.Module):
@@ -44,22 +51,49 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, loss: CrossEntropy) -> None:
         super().__init__()
-        self.vocab_size, self.loss = config.vocab_size, loss
+        self.vocab_size, self.cap, self.loss = config.vocab_size, config.logit_cap, loss
         # In post-norm every block has already ended with a norm.
         self.norm = build_norm(config) if config.norm_order == "pre" else nn.Identity()
         rows = round_up(config.vocab_size, config.vocab_multiple)
+        self.dense = MaskedDense(config) if config.head == "mlm" else None
+        self.bias = nn.Parameter(torch.empty(rows)) if config.head == "mlm" else None
         self.out = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
 
     def forward(self, x_BSD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
         """[B, S, D] -> logits [B, S, V], or the scalar sum of losses. Padding rows of the head are left out."""
         weight_VD = tied_VD if self.out is None else self.out.weight
         assert weight_VD is not None
-        logits_BSV = F.linear(self.norm(x_BSD), weight_VD[: self.vocab_size])
+        bias_V = None if self.bias is None else self.bias[: self.vocab_size]
+        logits_BSV = capped(F.linear(self.hidden(x_BSD), weight_VD[: self.vocab_size], bias_V), self.cap)
         return logits_BSV if targets_BS is None else self.loss(logits_BSV, targets_BS)
+
+    def hidden(self, x_BSD: Tensor) -> Tensor:
+        """What is projected on the vocabulary, [B, S, D]."""
+        x_BSD = self.norm(x_BSD)
+        return x_BSD if self.dense is None else self.dense(x_BSD)
+
+
+class MaskedDense(nn.Module):
+    """BERT's layer before its logits (Devlin et al. 2019, and its source)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.norm = build_norm(config)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        return self.norm(self.activation(self.linear(x_BSD)))
+
+
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap): none is larger than `cap` (Gemma Team 2024, section 2)."""
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer, built from the `model` section of a resolved config.
+    """A transformer of one stack, built from the `model` section of a resolved config.
 
     `first` and `last` say which ends it has: a whole model has both, see `keep`.
     """
@@ -69,19 +103,26 @@ class Decoder(nn.Module):
         self.config = config
         self.first = self.last = True
         self.embed: Embedding | None = Embedding(config)
+        self.relative: RelativeBias | None = None
+        if config.positions == "relative":
+            self.relative = RelativeBias(config, both_sides=config.architecture == "encoder")
         # By name and not by place: a part of the model holds some of them under their own names.
         self.blocks = nn.ModuleDict({str(layer): Block(config, layer) for layer in range(config.n_layers)})
         self.head: nn.Module | None = Head(config, loss or CrossEntropy())
 
     def keep(self, layers: range, first: bool, last: bool) -> None:
-        """Drop all but these blocks and ends. A tied head keeps the embedding whose weight it uses."""
+        """Drop all but these blocks and ends. A tied head keeps the table whose weight it uses."""
         self.first, self.last = first, last
-        for layer in set(range(self.config.n_layers)) - set(layers):
-            del self.blocks[str(layer)]
-        if not first and self.embed is not None:
-            self.embed.positions = None
-            self.embed = self.embed if last and self.config.tie_embeddings else None
-        if not last:
+        for name in [name for name in self.blocks if int(name) not in layers]:
+            del self.blocks[name]
+        self._keep_embedding(embeds=first, projects=last)
+
+    def _keep_embedding(self, embeds: bool, projects: bool) -> None:
+        """What a part needs that looks up this stack's tokens, or has the head, or neither."""
+        if not embeds and self.embed is not None:
+            self.embed.positions = self.embed.norm = None
+            self.embed = self.embed if projects and self.config.tie_embeddings else None
+        if not projects:
             self.head = None
 
     def forward(
@@ -91,24 +132,52 @@ class Decoder(nn.Module):
         visible: Visibility = CAUSAL,
         cache: KVCache | None = None,
         positions_BS: Tensor | None = None,
+        draws_B: Tensor | None = None,
     ) -> Tensor:
         """Token ids [B, S] -> logits [B, S, V]; or, given targets, the sum of their losses, a scalar.
 
         With a cache the tokens follow those that it holds. Positions default to 0, 1, 2, ... (or go
         on from the cache). Without the first end `inputs` are activations [B, S, D]; without the
-        last the result is.
+        last the result is. `draws_B`, a hash of each sample, is what stochastic depth draws from.
         """
+        past = cache.length if cache else 0
         if positions_BS is None:
-            start = cache.length if cache else 0
-            positions_BS = torch.arange(start, start + inputs.shape[1], device=inputs.device)
-        rotation = None
-        if self.config.positions == "rope":
-            angles = rotary_angles(positions_BS, self.config.head_dim, self.config.rope_theta)
-            rotation = angles.cos(), angles.sin()
+            positions_BS = torch.arange(past, past + inputs.shape[1], device=inputs.device)
+        visible = self._look(visible, self.relative, (len(inputs), positions_BS.shape[-1]), past, inputs.device)
         x_BSD = self.embed(inputs, positions_BS) if self.embed is not None and self.first else inputs
-        for block in self.blocks.values():
-            x_BSD = block(x_BSD, rotation, visible, cache)
-        if self.head is None:
-            return x_BSD
+        rotation = self._rotation(positions_BS)
+        for layer, block in self._layers():
+            x_BSD = block(x_BSD, rotation, visible, cache, self._survivors(draws_B, layer))
+        return x_BSD if self.head is None else self._project(x_BSD, targets_BS)
+
+    def _layers(self) -> Iterator[tuple[int, nn.Module]]:
+        return ((int(name), block) for name, block in self.blocks.items())
+
+    def _project(self, x_BSD: Tensor, targets_BS: Tensor | None) -> Tensor:
+        assert self.head is not None
         tied_VD = self.embed.tokens.weight if self.embed is not None and self.config.tie_embeddings else None
         return self.head(x_BSD, tied_VD, targets_BS)
+
+    def _rotation(self, positions_BS: Tensor) -> Rotation | None:
+        if self.config.positions != "rope":
+            return None
+        angles = rotary_angles(positions_BS, self.config.head_dim, self.config.rope_theta)
+        return angles.cos(), angles.sin()
+
+    def _look(
+        self, visible: Visibility, relative: RelativeBias | None, rows: tuple[int, int], past: int, device: torch.device
+    ) -> Visibility:
+        """The masks of all layers, once."""
+        B, S = rows
+        T = visible.keys or past + S
+        bias_HST = None
+        if relative is not None:
+            keys_T = torch.arange(T, device=device)
+            bias_HST = relative(keys_T[T - S :] if visible.places_BS is None else visible.places_BS[0], keys_T)
+        return look(visible, (B, S, T), device, self.training and self.config.dropout > 0, bias_HST)
+
+    def _survivors(self, draws_B: Tensor | None, layer: int) -> Tensor | None:
+        if not (self.training and self.config.stochastic_depth) or draws_B is None:
+            return None
+        layers = self.config.n_layers + self.config.n_encoder_layers
+        return survivors(draws_B, layer, self.config.stochastic_depth * (layer + 1) / layers)

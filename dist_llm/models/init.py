@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dist_llm.config.schema import ModelConfig
 
+EMBEDDINGS = ("embed.", "source_embed.", "relative.", "source_relative.")  # tables that are looked up, by name
 CHUNK = 1 << 20  # elements computed at a time, so that temporaries stay in cache
 
 
@@ -30,25 +31,62 @@ class Rule:
 def rule_for(name: str, shape: Sequence[int], config: ModelConfig) -> Rule:
     """How the parameter called `name`, of full shape `shape`, starts.
 
-    gpt2: normal(init_std); outputs to the residual stream divided by sqrt(2 n_layers) (Radford
+    gpt2: normal(init_std); outputs to the residual stream divided by the root of their number (Radford
     et al. 2019, 2.3). xavier: uniform, +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010).
-    he: normal, sqrt(2 / fan_in) (He et al. 2015). Embeddings are normal(init_std) in all three.
+    he: normal, sqrt(2 / fan_in) (He et al. 2015). depth: xavier, divided by the root of the layer's
+    number (Zhang et al. 2019). tfixup: xavier, but what an update of the residual stream is a product of is
+    scaled so that it stays bounded without warm-up (Huang et al. 2020, 3.2). Embeddings are normal(init_std),
+    in tfixup normal(d_model^-1/2), scaled alike.
     """
     if name.endswith(".bias"):
         return Rule("normal", 0.0)
     if len(shape) == 1:
         return Rule("normal", 0.0, shift=1.0)
-    if name == "embed.tokens.weight" or name == "head.out.weight":
-        return Rule("normal", config.init_std, rows=config.vocab_size)
-    if name.startswith("embed."):
-        return Rule("normal", config.init_std)
+    if name in ("embed.tokens.weight", "head.out.weight"):
+        return Rule("normal", _embedding_std(config), rows=config.vocab_size)
+    if name.startswith(EMBEDDINGS):
+        return Rule("normal", _embedding_std(config))
     fan_out, fan_in = shape
-    if config.init == "xavier":
-        return Rule("uniform", math.sqrt(6 / (fan_in + fan_out)))
+    uniform = math.sqrt(6 / (fan_in + fan_out))
     if config.init == "he":
         return Rule("normal", math.sqrt(2 / fan_in))
-    residual = name.endswith(("attention.out.weight", "feedforward.down.weight"))
-    return Rule("normal", config.init_std / (math.sqrt(2 * config.n_layers) if residual else 1.0))
+    if config.init == "xavier" or not name.startswith("blocks."):
+        return Rule("normal", config.init_std) if config.init == "gpt2" else Rule("uniform", uniform)
+    place = _Place.of(int(name.split(".")[1]), config)
+    if config.init == "depth":
+        return Rule("uniform", uniform / math.sqrt(place.number))
+    if config.init == "tfixup":
+        inner = name.endswith((".q.weight", ".k.weight"))  # attention's weights are normalised anyway
+        return Rule("uniform", uniform * (1.0 if inner else _tfixup(place.layers, place.crossed)))
+    residual = name.endswith((".out.weight", "feedforward.down.weight"))
+    steps = (3 if place.crossed else 2) * place.layers
+    return Rule("normal", config.init_std / (math.sqrt(steps) if residual else 1.0))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Block `number` (from 1) of a stack of `layers`; `crossed`: each also attends to an encoder."""
+
+    number: int
+    layers: int
+    crossed: bool
+
+    @staticmethod
+    def of(layer: int, config: ModelConfig) -> "_Place":
+        encoder = config.n_encoder_layers
+        if layer < encoder:
+            return _Place(layer + 1, encoder, crossed=False)
+        return _Place(layer - encoder + 1, config.n_layers, crossed=encoder > 0)
+
+
+def _tfixup(layers: int, crossed: bool) -> float:
+    return (9 * layers) ** -0.25 if crossed else 0.67 * layers**-0.25
+
+
+def _embedding_std(config: ModelConfig) -> float:
+    if config.init != "tfixup":
+        return config.init_std
+    return config.d_model**-0.5 * _tfixup(config.n_layers, crossed=config.n_encoder_layers > 0)
 
 
 @torch.no_grad()
@@ -71,7 +109,7 @@ def fill(local: Tensor, name: str, rule: Rule, seed: int, shape: Sequence[int], 
 
 def _draw(element: Tensor, key: int, rule: Rule) -> Tensor:
     """One number per element, from 64 hashed bits: two uniforms of 24 bits, and Box-Muller."""
-    bits = _mix(element ^ key)
+    bits = mix(element ^ key)
     first = ((bits >> 40) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
     if rule.kind == "uniform":
         return first.mul_(2 * rule.scale).sub_(rule.scale)
@@ -79,7 +117,7 @@ def _draw(element: Tensor, key: int, rule: Rule) -> Tensor:
     return first.log_().mul_(-2).sqrt_().mul_(second.cos_()).mul_(rule.scale)
 
 
-def _mix(words: Tensor) -> Tensor:
+def mix(words: Tensor) -> Tensor:
     """The finaliser of splitmix64, on int64 whose products wrap; shifts made logical by the masks."""
     words = words + _signed(0x9E3779B97F4A7C15)
     words = (words ^ ((words >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)

@@ -1,13 +1,17 @@
-"""How tokens know their place: rotary angles, sinusoids, or a learned table.
+"""How tokens know their place: rotary angles, sinusoids, a learned table, or a learned bias per distance.
 
-Everything but the learned table is computed from the positions at each step; there are no
+Everything but the learned tables is computed from the positions at each step; there are no
 buffers, so a model made on the meta device needs nothing but its parameters.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
 
-# E head dimension  F half of it
+from dist_llm.config.schema import ModelConfig
+
+# E head dimension  F half of it  S queries  T keys  H heads
 
 
 def rotary_angles(positions_S: Tensor, head_dim: int, theta: float) -> Tensor:
@@ -41,3 +45,29 @@ def sinusoids(positions_S: Tensor, d_model: int) -> Tensor:
     exponents = torch.arange(0, d_model, 2, device=positions_S.device, dtype=torch.float32) / d_model
     angles = positions_S.float()[..., None] * 10_000.0**-exponents
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :d_model]
+
+
+class RelativeBias(nn.Module):
+    """What a head adds to the score of a query and a key that far apart (Raffel et al. 2020, 2.1)."""
+
+    def __init__(self, config: ModelConfig, both_sides: bool) -> None:
+        super().__init__()
+        self.buckets, self.distance, self.both_sides = config.relative_buckets, config.relative_distance, both_sides
+        self.table = nn.Embedding(config.relative_buckets, config.n_heads)
+
+    def forward(self, queries_S: Tensor, keys_T: Tensor) -> Tensor:
+        """Places of queries and keys -> [H, S, T]."""
+        return self.table(self.bucket(keys_T[None, :] - queries_S[:, None])).permute(2, 0, 1)
+
+    def bucket(self, ahead_ST: Tensor) -> Tensor:
+        """How far the key is ahead -> a row of the table: near ones each their own, far ones in logarithmic steps.
+
+        With `both_sides` half the rows are for keys ahead; else those count as distance 0.
+        """
+        buckets = self.buckets // 2 if self.both_sides else self.buckets
+        side_ST = (ahead_ST > 0) * buckets if self.both_sides else 0
+        away_ST = ahead_ST.abs() if self.both_sides else (-ahead_ST).clamp(min=0)
+        near = buckets // 2
+        steps_ST = torch.log(away_ST.clamp(min=1) / near) / math.log(self.distance / near) * (buckets - near)
+        far_ST = (near + steps_ST.long()).clamp(max=buckets - 1)
+        return side_ST + torch.where(away_ST < near, away_ST, far_ST)

@@ -1,12 +1,15 @@
 """What one forward pass needs: tokens in, tokens to predict, and who sees whom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.models.encoder_decoder import Source
 from dist_llm.models.visibility import Visibility
 
 
@@ -19,11 +22,32 @@ class Batch:
     visible: Visibility
     scored: int
     positions_BS: Tensor | None = None  # None: 0, 1, 2, ...
+    source: Source | None = None  # what the encoder of an encoder-decoder reads
+    draws_B: Tensor | None = None  # a hash of (seed, sample number): stochastic depth draws from it
 
     @staticmethod
     def of(inputs_BS: Tensor, targets_BS: Tensor, visible: Visibility) -> "Batch":
         """A batch that counts its own targets (on the host: no device sync later)."""
         return Batch(inputs_BS, targets_BS, visible, count_scored(targets_BS))
+
+    def arguments(self) -> dict[str, Any]:
+        """What a model's forward takes beside the ids, by name."""
+        found = {
+            "targets_BS": self.targets_BS,
+            "visible": self.visible,
+            "positions_BS": self.positions_BS,
+            "draws_B": self.draws_B,
+        }
+        return found if self.source is None else found | {"source": self.source}
+
+    @staticmethod
+    def joined(batches: Sequence["Batch"]) -> "Batch":
+        """All rows in one batch."""
+        fields = [pytree.tree_flatten(dict(vars(batch))) for batch in batches]
+        columns = zip(*(values for values, _ in fields), strict=True)
+        values = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+        whole = Batch(**pytree.tree_unflatten(values, fields[0][1]))
+        return replace(whole, scored=sum(batch.scored for batch in batches))
 
     def pin(self) -> "Batch":
         """Page-locked, so that `to` need not wait for the copy."""
@@ -33,10 +57,8 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        positions_BS = None if self.positions_BS is None else function(self.positions_BS)
-        return replace(
-            self, inputs_BS=function(self.inputs_BS), targets_BS=function(self.targets_BS), positions_BS=positions_BS
-        )
+        fields = pytree.tree_map_only(Tensor, function, dict(vars(self)))
+        return Batch(**fields)
 
 
 def count_scored(targets_BS: Tensor) -> int:

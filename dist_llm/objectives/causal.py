@@ -4,13 +4,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from dist_llm.models.visibility import CAUSAL
-from dist_llm.objectives.batch import Batch
+from dist_llm.objectives.rows import Row, documents_of
+from dist_llm.objectives.vocabulary import Vocabulary
 
 
-def causal(windows_BW: npt.NDArray[Any]) -> Batch:
-    """Windows of W = S + 1 tokens -> S inputs and the S tokens that follow them."""
-    windows = torch.from_numpy(windows_BW.astype(np.int64))
-    return Batch(windows[:, :-1], windows[:, 1:], CAUSAL, scored=windows_BW.shape[0] * (windows_BW.shape[1] - 1))
+def causal(window: npt.NDArray[Any], vocabulary: Vocabulary) -> Row:
+    """A window of S + 1 tokens -> S inputs and the S tokens that follow them.
+
+    A document's last target, the first token of the next, is scored too, as in one stream.
+    """
+    tokens = window.astype(np.int64)
+    return Row(tokens[:-1], tokens[1:], documents_of(tokens[:-1], vocabulary.eot))

@@ -74,9 +74,10 @@ class ProgressLine:
         )
 
     def _heldout(self, row: Row) -> str:
+        bits = row.get("heldout_bits_per_byte")
         return (
-            f"step {row['step']}  held-out loss {row['heldout_loss']:.4f}  "
-            f"perplexity {row['heldout_perplexity']:.2f}  bits per byte {row['heldout_bits_per_byte']:.4f}"
+            f"step {row['step']}  held-out loss {row['heldout_loss']:.4f}  perplexity {row['heldout_perplexity']:.2f}"
+            + (f"  bits per byte {bits:.4f}" if bits is not None else "")
         )
 
 

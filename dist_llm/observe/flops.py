@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from dist_llm.config.check import gated
 from dist_llm.config.schema import ModelConfig
 
 CONVENTION = "6N + 12LHES, causal not halved"
@@ -29,16 +30,36 @@ PUBLISHED_BF16_TFLOPS = {
 
 
 def matmul_weights(model: ModelConfig) -> int:
-    """Weights that take part in a matrix product for each token."""
-    attention = model.d_model * model.head_dim * 2 * (model.n_heads + model.n_kv_heads)
-    feedforward = model.d_model * model.d_ff * (3 if model.activation == "swiglu" else 2)
-    return model.n_layers * (attention + feedforward) + model.vocab_size * model.d_model
+    """Weights that take part in a matrix product for each token of a decoder or an encoder."""
+    return model.n_layers * _block(model) + _head(model)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
-    """FLOPs to train on one token: forward and backward."""
-    attention = 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
-    return 6 * matmul_weights(model) + attention
+    """FLOPs to train on one token of a decoder or an encoder: forward and backward."""
+    return 6 * matmul_weights(model) + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
+
+
+def flops_per_sample(model: ModelConfig, inputs: int, source: int) -> int:
+    """FLOPs to train on one sample: `inputs` tokens through the stack with the head, `source` through an encoder.
+
+    Of cross-attention, queries and outputs count for the former, keys and values for the latter.
+    """
+    width = model.d_model * model.head_dim
+    queries, keys = 2 * width * model.n_heads, 2 * width * model.n_kv_heads
+    crossing = model.n_layers if source else 0
+    weights = inputs * (matmul_weights(model) + crossing * queries)
+    weights += source * (model.n_encoder_layers * _block(model) + crossing * keys)
+    pairs = model.n_layers * inputs**2 + model.n_encoder_layers * source**2 + crossing * inputs * source
+    return 6 * weights + 12 * model.n_heads * model.head_dim * pairs
+
+
+def _block(model: ModelConfig) -> int:
+    attention = model.d_model * model.head_dim * 2 * (model.n_heads + model.n_kv_heads)
+    return attention + model.d_model * model.d_ff * (3 if gated(model) else 2)
+
+
+def _head(model: ModelConfig) -> int:
+    return model.d_model * (model.vocab_size + (model.d_model if model.head == "mlm" else 0))
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:

@@ -22,10 +22,14 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[tuple[str, nn.Para
 def split_decayed(
     config: OptimConfig, parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(decayed, not decayed): vectors are norms and biases; a tied head counts as an embedding."""
+    """(decayed, not decayed): vectors are norms and biases; a tied head counts as an embedding.
+
+    Tables that are looked up are called embed or relative, `source_` in front for an encoder-decoder's encoder.
+    """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in parameters:
-        embedding = name.startswith("embed.") and not config.decay_embeddings
+        table = name.removeprefix("source_").startswith(("embed.", "relative."))
+        embedding = table and not config.decay_embeddings
         (free if parameter.ndim < 2 or embedding else decayed).append(parameter)
     return decayed, free

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dist_llm.models.attention import attend
+from dist_llm.models.attention import AttentionKernel, attend
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.visibility import Visibility
 from dist_llm.objectives.batch import Batch, count_scored
@@ -21,7 +21,7 @@ def context_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Put the gathering kernel into every attention of `model`; `mesh` is the cp axis."""
     for block in model.blocks.values():
         attention = block.attention
-        attention.kernel = GatheredAttention(attention.kernel.dropout, mesh)  # type: ignore[union-attr, arg-type]
+        attention.kernel = GatheredAttention(attention.kernel, mesh)  # type: ignore[union-attr, arg-type]
 
 
 def local_part(batch: Batch, rank: int, ranks: int) -> Batch:
@@ -29,7 +29,8 @@ def local_part(batch: Batch, rank: int, ranks: int) -> Batch:
     if ranks == 1:
         return batch
     B, S = batch.inputs_BS.shape
-    positions_BS = batch.positions_BS if batch.positions_BS is not None else torch.arange(S).expand(B, S)
+    places_BS = torch.arange(S).expand(B, S)
+    positions_BS = batch.positions_BS if batch.positions_BS is not None else places_BS
 
     def cut(tensor_BS: Tensor) -> Tensor:
         pieces = tensor_BS.chunk(2 * ranks, dim=1)
@@ -41,6 +42,7 @@ def local_part(batch: Batch, rank: int, ranks: int) -> Batch:
         inputs_BS=cut(batch.inputs_BS),
         targets_BS=targets_BS,
         positions_BS=cut(positions_BS),
+        visible=batch.visible.at(cut(places_BS), S),
         scored=count_scored(targets_BS),
     )
 
@@ -48,22 +50,22 @@ def local_part(batch: Batch, rank: int, ranks: int) -> Batch:
 class GatheredAttention(nn.Module):
     """Attention of this rank's queries to the keys and values of the whole sequence."""
 
-    def __init__(self, dropout: float, mesh: DeviceMesh) -> None:
+    def __init__(self, kernel: AttentionKernel, mesh: DeviceMesh) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.scale = kernel.dropout, kernel.scale
         self.group, self.rank, self.ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
 
     def forward(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, visible: Visibility) -> Tensor:
         """[B, S/cp, H, E] -> the same: the rows of whole attention that belong to this rank."""
         dropout = self.dropout if self.training else 0.0
         k_BTKE, v_BTKE = self._gather(k_BSKE, v_BSKE)
-        if not visible.causal:
-            return attend(q_BSHE, k_BTKE, v_BTKE, visible, dropout)
+        if visible.mask is not None or not visible.causal:
+            return attend(q_BSHE, k_BTKE, v_BTKE, visible, dropout, self.scale)
         piece = q_BSHE.shape[1] // 2
         outputs = []
         for q_piece, number in zip(q_BSHE.chunk(2, dim=1), (self.rank, 2 * self.ranks - 1 - self.rank), strict=True):
             end = (number + 1) * piece  # a piece's queries are the last of what they see
-            outputs.append(attend(q_piece, k_BTKE[:, :end], v_BTKE[:, :end], visible, dropout))
+            outputs.append(attend(q_piece, k_BTKE[:, :end], v_BTKE[:, :end], visible, dropout, self.scale))
         return torch.cat(outputs, dim=1)
 
     def _gather(self, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dist_llm.config.schema import Config
 from dist_llm.losses.cross_entropy import CrossEntropy
+from dist_llm.models.build import build_model
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.init import fill, rule_for
 from dist_llm.parallel.context import context_parallel
@@ -64,7 +65,7 @@ def _cut(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:
     parts = []
     for number in numbers:
         with torch.device("meta"):
-            part = Decoder(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
+            part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
         part.keep(layers[number], first=number == 0, last=number == count - 1)
         parts.append(part)
     return parts

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from dist_llm.config.check import TWO_STAGE_SCHEDULES
+from dist_llm.config.check import TWO_STAGE_SCHEDULES, gated
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
@@ -39,20 +40,21 @@ def split_layers(model: ModelConfig, stages: int, how: str) -> list[range]:
     """Blocks for each stage, every stage at least one: equal counts, or equal work by matrix weights.
 
     By cost the head weighs as its matrix does, in blocks; an embedding look-up weighs nothing but
-    its weights' update, taken as a tenth of that.
+    its weights' update, taken as a tenth of that. An encoder-decoder's blocks count as one row of equals.
     """
+    blocks = model.n_encoder_layers + model.n_layers
     attention = 2 * model.d_model * model.head_dim * (model.n_heads + model.n_kv_heads)
-    feedforward = model.d_model * model.d_ff * (3 if model.activation == "swiglu" else 2)
+    feedforward = model.d_model * model.d_ff * (3 if gated(model) else 2)
     head = model.vocab_size * model.d_model / (attention + feedforward) if how == "cost" else 0.0
     # Work done before block i, the embedding in front of the first block.
-    before = [0.1 * head + layer for layer in range(model.n_layers + 1)]
+    before = [0.1 * head + layer for layer in range(blocks + 1)]
     share = (before[-1] + head) / stages
     cuts = [0]
     for stage in range(1, stages):
-        nearest = min(range(model.n_layers + 1), key=lambda layer: abs(before[layer] - stage * share))
+        nearest = min(range(blocks + 1), key=lambda layer: abs(before[layer] - stage * share))
         # Room for at least one block before and in each stage after.
-        cuts.append(min(max(nearest, cuts[-1] + 1), model.n_layers - (stages - stage)))
-    cuts.append(model.n_layers)
+        cuts.append(min(max(nearest, cuts[-1] + 1), blocks - (stages - stage)))
+    cuts.append(blocks)
     return [range(start, end) for start, end in pairwise(cuts)]
 
 
@@ -66,6 +68,7 @@ class Pipeline:
         numbers = stages_of(self.name, mesh.get_local_rank("pp"), self.ranks)
         self.parts = dict(zip(numbers, parts, strict=True))  # in the order of the stages
         self.count = stage_count(self.name, self.ranks)
+        self.layers = split_layers(config.model, self.count, parallel.pp_split)
         self.first, self.last = 0 in numbers, self.count - 1 in numbers
         share = config.data.global_batch // (parallel.dp_replicate * parallel.dp_shard)
         stages = [PipelineStage(part, n, self.count, device, group=self.group) for n, part in self.parts.items()]
@@ -77,23 +80,22 @@ class Pipeline:
             loss_fn=lambda loss, targets: loss / self.scored,
             scale_grads=False,
         )
-        self.tied = TiedEmbedding(parts, mesh) if config.model.tie_embeddings else None
+        holders = [number for number in range(self.count) if self._holds_table(number)]
+        self.tied = None
+        if len(holders) > 1:
+            self.tied = TiedEmbedding(parts, mesh, sorted({self.owner(number) for number in holders}))
 
     def accumulate(self, batches: Sequence[Batch], scored: Tensor) -> Tensor:
         """Forward and backward of all microbatches; the sum of losses / scored on the last stage's rank, else 0."""
         self.scored = scored
-        inputs = torch.cat([batch.inputs_BS for batch in batches])
-        targets = torch.cat([batch.targets_BS for batch in batches])
-        positions = torch.cat([_positions(batch) for batch in batches])
+        whole = Batch.joined(batches)
         losses: list[Tensor] = []
         self.schedule.step(
-            *((inputs,) if self.first else ()),
-            target=targets if self.last else None,
+            *((whole.inputs_BS,) if self.first else ()),
+            target=whole.targets_BS if self.last else None,
             losses=losses if self.last else None,
             return_outputs=False,
-            targets_BS=targets,
-            visible=batches[0].visible,
-            positions_BS=positions,
+            **_arguments(whole),
         )
         return torch.stack(losses).sum().detach() if self.last else torch.zeros((), device=self.device)
 
@@ -108,56 +110,74 @@ class Pipeline:
         Not by the schedule: without its backwards torch's `zbv` waits for itself. Ranks still overlap,
         each going on to the next batch once it has handed this one over.
         """
-        x, positions_BS = batch.inputs_BS, _positions(batch)
+        hidden: tuple[Tensor, ...] = (batch.inputs_BS,)
         for number, part in self.parts.items():
             if number > 0 and number - 1 not in self.parts:
-                x = torch.empty(self._hidden_shape(batch), device=self.device)
-                dist.recv(x, group=self.group, group_src=self.owner(number - 1))
-            x = part(x, batch.targets_BS, batch.visible, None, positions_BS)
+                hidden = tuple(torch.empty(shape, device=self.device) for shape in self._hidden_shapes(batch, number))
+                for x in hidden:
+                    dist.recv(x, group=self.group, group_src=self.owner(number - 1))
+            out = part(*hidden, **_arguments(batch))
+            hidden = out if isinstance(out, tuple) else (out,)
             if number + 1 < self.count and number + 1 not in self.parts:
-                dist.send(x.float().contiguous(), group=self.group, group_dst=self.owner(number + 1))
-        return x if self.last else torch.zeros((), device=self.device)
+                for x in hidden:
+                    dist.send(x.float().contiguous(), group=self.group, group_dst=self.owner(number + 1))
+        return hidden[0] if self.last else torch.zeros((), device=self.device)
 
     def owner(self, number: int) -> int:
         """The pipeline rank that holds a stage."""
         return next(rank for rank in range(self.ranks) if number in stages_of(self.name, rank, self.ranks))
 
-    def _hidden_shape(self, batch: Batch) -> tuple[int, int, int]:
-        """Of the activations between stages: sequence parallelism hands on slices."""
-        B, S = batch.inputs_BS.shape
-        parallel = self.config.parallel
-        return B, S // (parallel.tp if parallel.sequence_parallel else 1), self.config.model.d_model
+    def _holds_table(self, number: int) -> bool:
+        """Whether a stage looks up tokens, or projects on them: these all hold the table of token vectors."""
+        model = self.config.model
+        last = number == self.count - 1 and model.tie_embeddings
+        return number == 0 or last or (model.n_encoder_layers > 0 and model.n_encoder_layers in self.layers[number])
+
+    def _hidden_shapes(self, batch: Batch, number: int) -> list[tuple[int, int, int]]:
+        """Of the activations that stage `number` is handed: sequence parallelism hands on slices.
+
+        An encoder's, where there is one; and those of the stack with the head, where it has begun.
+        """
+        parallel, model = self.config.parallel, self.config.model
+        slices = parallel.tp if parallel.sequence_parallel else 1
+        tokens = [batch.source.tokens_BT] if batch.source is not None else []
+        if self.layers[number].start > model.n_encoder_layers or not tokens:
+            tokens.append(batch.inputs_BS)
+        return [(len(each), each.shape[1] // slices, model.d_model) for each in tokens]
 
 
-def _positions(batch: Batch) -> Tensor:
-    """Given to every stage, not derived by it: under sequence parallelism a later one sees but a slice."""
-    if batch.positions_BS is not None:
-        return batch.positions_BS
-    return torch.arange(batch.inputs_BS.shape[1], device=batch.inputs_BS.device).expand_as(batch.inputs_BS)
+def _arguments(batch: Batch) -> dict[str, Any]:
+    """What every stage is told. Positions too: under sequence parallelism a later one sees but a slice."""
+    found = batch.arguments()
+    if batch.positions_BS is None:
+        positions_BS = torch.arange(batch.inputs_BS.shape[1], device=batch.inputs_BS.device)
+        found["positions_BS"] = positions_BS.expand_as(batch.inputs_BS)
+    return found if batch.source is None else found | {"tokens_BS": batch.inputs_BS}
 
 
 class TiedEmbedding:
-    """First and last stage each hold the tied weight: their gradients are added, their copies stay equal."""
+    """Several stages hold the table of token vectors: their gradients are added, their copies stay equal."""
 
-    def __init__(self, parts: Sequence[Decoder], mesh: DeviceMesh) -> None:
+    def __init__(self, parts: Sequence[Decoder], mesh: DeviceMesh, owners: Sequence[int]) -> None:
         self.weights = [part.embed.tokens.weight for part in parts if part.embed is not None]
         self.group: dist.ProcessGroup | None = None
         # Every rank must take part in making every group.
         columns = mesh.mesh.flatten(1).t().tolist()  # mesh axis 0 is pp
         for column in columns:
-            group = dist.new_group([column[0], column[-1]])
-            if dist.get_rank() in (column[0], column[-1]):
+            ranks = [column[owner] for owner in owners]
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
                 self.group = group
 
     def reduce(self) -> None:
-        """Add the stages' gradients of the embedding."""
-        if not self.weights:
+        """Add the stages' gradients of the table."""
+        shares = [local(weight.grad) for weight in self.weights if weight.grad is not None]
+        if not shares:
             return
-        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
-        shares = [local(gradient) for gradient in gradients]
-        if len(shares) == 2:  # zbv: one rank has both ends
-            total = shares[0] + shares[1]
-            for share in shares:
+        # A rank may hold it twice: zbv has both ends on the first.
+        total = shares[0] if len(shares) == 1 else torch.stack(shares).sum(0)
+        if dist.get_world_size(self.group) > 1:
+            dist.all_reduce(total, group=self.group)
+        for share in shares:
+            if share is not total:
                 share.copy_(total)
-        else:
-            dist.all_reduce(shares[0], group=self.group)

@@ -5,6 +5,7 @@ al. 2022): norms, residuals and dropout work on the slice, and each pair of matr
 all-gather and one reduce-scatter. Without, those two are one all-reduce.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -24,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import Placement
 
 from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
-from dist_llm.models.decoder import Decoder, Head
+from dist_llm.models.decoder import Decoder, Head, capped
 from dist_llm.parallel.mesh import local
 
 
@@ -32,24 +33,28 @@ def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -
     """Split `model` over the one-dimensional `mesh`. Every parameter is in a plan: the global norm counts on it."""
     between: Placement = Shard(1) if sequence_parallel else Replicate()
     for block in model.blocks.values():
-        parallelize_module(block, mesh, _block_plan(between))
+        _parallelize(block, mesh, _block_plan(between))
         if not sequence_parallel and model.config.dropout:
-            _own_dropout(block.attention.kernel, mesh)  # type: ignore[union-attr, arg-type]
+            for attention in (block.attention, block.cross):
+                if attention is not None:
+                    _own_dropout(attention.kernel, mesh)  # type: ignore[union-attr, arg-type]
+    _parallelize(model, mesh, _plan(between))
     if model.embed is not None:
-        plan: dict[str, ParallelStyle] = {"tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=between)}
-        if model.embed.positions is not None:
-            plan["positions"] = Positions(between)
-        parallelize_module(model.embed, mesh, plan)
         # The look-up ends in an asynchronous collective; compiled blocks must not be handed one (their
         # gradient for it would be lost), so its result is waited for here.
         model.embed.tokens.register_forward_hook(_wait)
     if model.head is not None:
         assert isinstance(model.head, Head)
-        plan = {"norm": _norm(between)}
-        if model.head.out is not None:
-            plan["out"] = ColwiseParallel()
-        parallelize_module(model.head, mesh, plan)
+        if model.head.bias is not None:
+            rows = distribute_tensor(model.head.bias, mesh, (Shard(0),), src_data_rank=None)
+            model.head.bias = nn.Parameter(rows)
         model.head = VocabParallelHead(model.head, mesh, between)
+
+
+def _parallelize(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
+    """By those entries of `plan` whose modules are there."""
+    there = {name for name, _ in module.named_modules()}
+    parallelize_module(module, mesh, {name: style for name, style in plan.items() if name in there})
 
 
 def _wait(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -65,6 +70,24 @@ def settle_gradients(model: Decoder) -> None:
             parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)
 
 
+def _plan(between: Placement) -> dict[str, ParallelStyle]:
+    """All that is in no block. A table of relative positions has a column per head."""
+    return {
+        "embed.tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
+        "embed.positions": Positions(between),
+        "embed.norm": _norm(between),
+        "source_embed.positions": Positions(between),
+        "source_embed.norm": _norm(between),
+        "source_norm": _norm(between),
+        "relative.table": ColwiseParallel(),
+        "source_relative.table": ColwiseParallel(),
+        "head.norm": _norm(between),
+        "head.dense.linear": _norm(between),  # like a norm's, its weights are whole on every rank
+        "head.dense.norm": _norm(between),
+        "head.out": ColwiseParallel(),
+    }
+
+
 def _block_plan(between: Placement) -> dict[str, ParallelStyle]:
     whole = Replicate()
     return {
@@ -72,15 +95,29 @@ def _block_plan(between: Placement) -> dict[str, ParallelStyle]:
         "attention": PrepareModuleInput(
             input_layouts=(between, None, None, None), desired_input_layouts=(whole, None, None, None)
         ),
-        "attention.q": ColwiseParallel(),
-        "attention.k": ColwiseParallel(),
-        "attention.v": ColwiseParallel(),
-        "attention.out": RowwiseParallel(output_layouts=between),
+        **_attention_plan("attention", between),
+        "norm_cross": _norm(between),
+        "cross": PrepareModuleInput(
+            input_layouts=(between, between, None, None), desired_input_layouts=(whole, whole, None, None)
+        ),
+        **_attention_plan("cross", between),
         "norm_feedforward": _norm(between),
         "feedforward": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(whole,)),
         "feedforward.gate": ColwiseParallel(),
         "feedforward.up": ColwiseParallel(),
         "feedforward.down": RowwiseParallel(output_layouts=between),
+    }
+
+
+def _attention_plan(name: str, between: Placement) -> dict[str, ParallelStyle]:
+    return {
+        f"{name}.q": ColwiseParallel(),
+        f"{name}.k": ColwiseParallel(),
+        f"{name}.v": ColwiseParallel(),
+        # Over a head's dimensions, of the heads that a rank has: whole weights, partial gradients.
+        f"{name}.norm_q": SequenceParallel(sequence_dim=2, use_local_output=True),
+        f"{name}.norm_k": SequenceParallel(sequence_dim=2, use_local_output=True),
+        f"{name}.out": RowwiseParallel(output_layouts=between),
     }
 
 
@@ -123,22 +160,24 @@ class Positions(ParallelStyle):
         return distribute_module(module, device_mesh, None, before, after)  # type: ignore[arg-type]
 
 
-class VocabParallelHead(nn.Module):
+class VocabParallelHead(Head):
     """The head with its vocabulary rows split: a rank sees its own columns of the logits, never all."""
 
     def __init__(self, head: Head, mesh: DeviceMesh, between: Placement) -> None:
-        super().__init__()
-        self.norm, self.out, self.vocab_size, self.loss = head.norm, head.out, head.vocab_size, head.loss
+        nn.Module.__init__(self)
+        self.norm, self.dense, self.out, self.bias = head.norm, head.dense, head.out, head.bias
+        self.vocab_size, self.cap, self.loss = head.vocab_size, head.cap, head.loss
         self.mesh, self.between = mesh, between
 
     def forward(self, x_BSD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
         """As `Head.forward`; every rank returns the same loss, or all logits."""
-        x = DTensor.from_local(self.norm(x_BSD), self.mesh, (self.between,), run_check=False)
+        x = DTensor.from_local(self.hidden(x_BSD), self.mesh, (self.between,), run_check=False)
         # Each rank's columns give one part of the activations' gradient.
         x_BSD = x.redistribute(self.mesh, (Replicate(),)).to_local(grad_placements=(Partial(),))
         weight = tied_VD if self.out is None else self.out.weight
         assert isinstance(weight, DTensor)
-        logits_BSW = F.linear(x_BSD, weight.to_local())
+        bias = None if self.bias is None else local(self.bias)
+        logits_BSW = capped(F.linear(x_BSD, weight.to_local(), bias), self.cap)
         start = self.mesh.get_local_rank() * logits_BSW.shape[-1]
         if targets_BS is None:
             whole = DTensor.from_local(logits_BSW, self.mesh, (Shard(2),), run_check=False).full_tensor()

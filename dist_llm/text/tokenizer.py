@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_llm.errors import DataError
+from dist_llm.objectives.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import tiktoken
@@ -39,6 +40,11 @@ SPLIT_PATTERNS = {
 
 # tiktoken's regex engine gives up on about a million blanks in a row; text it refuses is cut this small.
 PIECE_CHARS = 100_000
+
+
+def _in_word(byte: int) -> bool:
+    """Whether a byte is part of a word: a letter, a digit, or of a character beyond ASCII."""
+    return byte >= 0x80 or chr(byte).isalnum()
 
 
 def well_formed(text: str) -> str:
@@ -102,6 +108,15 @@ class Tokenizer:
             return self._encoding.decode_bytes(known)
         except (KeyError, OverflowError):
             return b"".join(self._bytes_of.get(each, b"\xef\xbf\xbd") for each in known)
+
+    def vocabulary(self, words: bool = False) -> Vocabulary:
+        """What an objective knows of these ids; with `words` also which begin and end inside a word."""
+        word_V2 = None
+        if words:
+            word_V2 = np.zeros((self.vocab_size, 2), dtype=np.bool_)
+            for token, rank in self.ranks.items():
+                word_V2[rank] = _in_word(token[0]), _in_word(token[-1])
+        return Vocabulary(self.vocab_size, self.eot, word_V2)
 
     @cached_property
     def sha256(self) -> str:

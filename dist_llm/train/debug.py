@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.loader import Loader, build_order
+from dist_llm.data.loader import build_loader, build_streams
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.group import device_of, make_synchronous
 from dist_llm.launch.world import World
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.batch import Batch
-from dist_llm.objectives.causal import causal
+from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.text.tokenizer import Tokenizer
+from dist_llm.train.settings import read_vocabulary
 from dist_llm.train.step import train_step
 
 STEPS = 3
@@ -50,9 +51,9 @@ def debug(config: Config) -> None:
     device = device_of(World())
     corpus = Corpus(Path(config.data.path), "train", config.data.verify)
     corpus.check_sizes()
-    order = build_order(config.data, corpus, config.run.seed)
-    loader = Loader(corpus, order, causal, config.data, 0, 1, pin=False)
-    show(console, loader.batches(0)[0], Tokenizer.load(corpus.directory))
+    vocabulary = read_vocabulary(config, corpus.directory)
+    loader = build_loader(config, build_streams(config, corpus), vocabulary, 0, 1, pin=False)
+    show(console, loader.batches(0)[0], Tokenizer.load(corpus.directory), vocabulary)
 
     engine = NativeEngine(config, device)
     with finite(engine.parts[0]):
@@ -64,21 +65,43 @@ def debug(config: Config) -> None:
     console.print("debug run passed")
 
 
-def show(console: Console, batch: Batch, tokenizer: Tokenizer) -> None:
+def show(console: Console, batch: Batch, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     """The first row of the batch, token by token: what goes in, what must come out, who sees what."""
+
+    def named(token: int) -> str:
+        return escape(f"{token} {vocabulary.describe(token) or repr(tokenizer.decode([token]))}")
+
+    if batch.source is not None:
+        console.print(
+            "the encoder reads:", escape(" ".join(map(named, batch.source.tokens_BT[0, :SHOWN_TOKENS].tolist())))
+        )
     table = Table(title=f"first batch: {tuple(batch.inputs_BS.shape)}, row 0, {batch.scored} scored targets in all")
     for column in ("position", "input", "sees", "target", "scored"):
         table.add_column(column)
     inputs, targets = batch.inputs_BS[0].tolist(), batch.targets_BS[0].tolist()
+    seen_ST = seen(batch)
     for place, (token, target) in enumerate(zip(inputs, targets, strict=True)):
         if place == SHOWN_TOKENS:
             table.add_row("...", "", "", "", "")
             break
-        sees = f"0..{place}" if batch.visible.causal else f"0..{len(inputs) - 1}"
-        aim = "" if target == IGNORE else f"{target} {tokenizer.decode([target])!r}"
-        shown = f"{token} {tokenizer.decode([token])!r}"
-        table.add_row(str(place), escape(shown), sees, escape(aim), "no" if target == IGNORE else "yes")
+        aim = "" if target == IGNORE else named(target)
+        table.add_row(str(place), named(token), ranges(seen_ST[place]), aim, "no" if target == IGNORE else "yes")
     console.print(table)
+
+
+def seen(batch: Batch) -> Tensor:
+    """Who sees whom in the first row, [S, S]."""
+    S = batch.inputs_BS.shape[1]
+    places = torch.arange(S)
+    return batch.visible.sees(S, S, torch.tensor(0), places[:, None], places)
+
+
+def ranges(seen_T: Tensor) -> str:
+    """`0..4, 7..9`: the places that are true."""
+    places = torch.nonzero(seen_T).flatten().tolist()
+    starts = [place for place in places if place - 1 not in places]
+    ends = [place for place in places if place + 1 not in places]
+    return ", ".join(f"{start}..{end}" for start, end in zip(starts, ends, strict=True))
 
 
 @contextmanager

@@ -2,66 +2,124 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dist_llm.data.corpus import Corpus
 from dist_llm.engines.base import Engine
+from dist_llm.errors import DataError
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
+from dist_llm.objectives.build import Objective
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Over `tokens` scored targets; `loss` in nats per token."""
+    """Over `tokens` scored targets; `loss` in nats per token.
+
+    `bits_per_byte` where every token of the text is predicted from those before it, else None; `parts` has the
+    losses of a mixture's members, by name.
+    """
 
     loss: float
     tokens: int
-    bits_per_byte: float
+    bits_per_byte: float | None = None
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
 
-def evaluate(engine: Engine, corpus: Corpus, seq_len: int, micro_batch: int, limit: int = 0) -> Evaluation:
-    """Score the corpus's first `limit` windows (0: all). Raises nothing for short text: windows are padded.
+@dataclass(frozen=True)
+class Heldout:
+    """The text that is scored, and how: what stays the same from one evaluation to the next."""
+
+    corpus: Corpus
+    objective: Objective
+    micro_batch: int
+    limit: int = 0  # windows of each member of the objective; 0: all
+
+    def check(self) -> None:
+        """Raises DataError where there is too little text to score."""
+        corpus = self.corpus
+        wanted = 2 if self.objective.plain else max(size.window for _, size in self.objective.members)
+        if corpus.n_tokens < wanted:
+            raise DataError(
+                f"{corpus.directory}: the objective needs {wanted} tokens of {corpus.split} text, but there are "
+                f"{corpus.n_tokens}; prepare more, or with a larger --heldout-fraction"
+            )
+
+
+def evaluate(engine: Engine, heldout: Heldout) -> Evaluation:
+    """Score each member's windows. A sample is made as in training, from the window's number.
 
     Bits per byte are those of the text alone: separators are predicted, so their loss counts,
     but they add no bytes.
     """
-    rank, ranks = engine.data_rank
-    losses, count = [], 0
-    for whole in heldout_batches(corpus, seq_len, micro_batch, rank, ranks, limit):
+    objective, corpus = heldout.objective, heldout.corpus
+    losses, counts, names = [], [], []
+    for member, (denoiser, _) in enumerate(objective.members):
+        loss, count = _score(engine, heldout, member)
+        losses.append(loss)
+        counts.append(count)
+        names.append(f"{member}_{denoiser.name}")
+    tokens = sum(counts)
+    loss = sum(losses) / max(tokens, 1)
+    parts = {name: each / max(count, 1) for name, each, count in zip(names, losses, counts, strict=True)}
+    bits = None
+    if all(denoiser.name == "causal" for denoiser, _ in objective.members):
+        bits = loss / math.log(2) / (corpus.manifest.text_bytes(corpus.split) / corpus.n_tokens)
+    return Evaluation(loss, tokens, bits, parts if len(parts) > 1 else {})
+
+
+def _score(engine: Engine, heldout: Heldout, member: int) -> tuple[float, int]:
+    """(sum of losses, scored tokens) of one member, over all ranks."""
+    losses: list[Tensor] = []
+    count = 0
+    for whole in heldout_batches(heldout, member, *engine.data_rank):
         batch = engine.cut(whole)
         losses.append(engine.score(batch))
         count += batch.scored
-    loss = float(engine.total(torch.stack(losses).double().sum()))
-    tokens = int(engine.total(count))
-    bytes_per_token = corpus.manifest.text_bytes(corpus.split) / corpus.n_tokens
-    return Evaluation(loss / tokens, tokens, loss / tokens / math.log(2) / bytes_per_token)
+    return float(engine.total(torch.stack(losses).double().sum())), int(engine.total(count))
 
 
-def heldout_batches(
-    corpus: Corpus, seq_len: int, micro_batch: int, rank: int, ranks: int, limit: int = 0
-) -> Iterator[Batch]:
-    """This rank's share of the windows, the short last one padded with unscored targets.
+def heldout_batches(heldout: Heldout, member: int, rank: int, ranks: int) -> Iterator[Batch]:
+    """This rank's share of the windows. Plain text is scored to its last token, the short last window padded;
+    other objectives take whole windows alone.
 
     Every rank yields equally many batches, since a sharded model runs in step: a rank without
     windows left yields rows that score nothing.
     """
-    n_windows = max(1, -(-(corpus.n_tokens - 1) // seq_len))
-    n_windows = min(limit, n_windows) if limit else n_windows
+    corpus, objective = heldout.corpus, heldout.objective
+    size = objective.members[member][1]
+    if objective.plain:
+        n_windows = max(1, -(-(corpus.n_tokens - 1) // size.stride))
+    else:
+        n_windows = corpus.n_windows(size.window, size.stride)
+    n_windows = min(heldout.limit, n_windows) if heldout.limit else n_windows
     share = -(-n_windows // ranks)
-    for first in range(rank * share, (rank + 1) * share, micro_batch):
-        wanted = range(first, min(first + micro_batch, (rank + 1) * share))
-        windows = np.full((len(wanted), seq_len + 1), IGNORE, dtype=np.int64)
-        for row, window in zip(windows, wanted, strict=True):
-            if window < n_windows:
-                length = min(seq_len + 1, corpus.n_tokens - window * seq_len)
-                row[:length] = corpus.read(np.array([window * seq_len]), length)[0]
-        tokens = torch.from_numpy(windows)
-        yield Batch.of(tokens[:, :-1].clamp(min=0), tokens[:, 1:], CAUSAL)
+    for first in range(rank * share, (rank + 1) * share, heldout.micro_batch):
+        wanted = np.arange(first, min(first + heldout.micro_batch, (rank + 1) * share))
+        there = wanted < n_windows
+        if objective.plain:
+            yield _plain(corpus, size.stride, wanted, there)
+        else:
+            numbers = np.where(there, wanted, 0)
+            batch = objective(corpus.read(numbers * size.stride, size.window), numbers, [member] * len(numbers))
+            targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(there)[:, None], IGNORE)
+            yield replace(batch, targets_BS=targets_BS, scored=int((targets_BS != IGNORE).sum()))
+
+
+def _plain(corpus: Corpus, stride: int, wanted: np.ndarray, there: np.ndarray) -> Batch:
+    windows = np.full((len(wanted), stride + 1), IGNORE, dtype=np.int64)
+    for place in np.flatnonzero(there).tolist():
+        start = int(wanted[place]) * stride
+        length = min(stride + 1, corpus.n_tokens - start)
+        windows[place, :length] = corpus.read(np.array([start]), length)[0]
+    tokens = torch.from_numpy(windows)
+    return Batch.of(tokens[:, :-1].clamp(min=0), tokens[:, 1:], CAUSAL)

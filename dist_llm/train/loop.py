@@ -9,19 +9,22 @@ from pathlib import Path
 from dist_llm.checkpoint import store as checkpoints
 from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.config.lengths import inputs_len
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.loader import Loader
 from dist_llm.engines.native import NativeEngine
-from dist_llm.generate import Sampling, text
+from dist_llm.errors import DataError
+from dist_llm.generate import Sampling, ask, text
 from dist_llm.launch.world import World
+from dist_llm.objectives.build import Objective
 from dist_llm.observe.console import ProgressLine
-from dist_llm.observe.flops import CONVENTION, flops_per_token, peak_flops
+from dist_llm.observe.flops import CONVENTION, flops_per_sample, peak_flops
 from dist_llm.observe.metrics import Measured, MetricsFile, Recorder, Row
 from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.text.tokenizer import Tokenizer
-from dist_llm.train.evaluate import evaluate
+from dist_llm.train.evaluate import Heldout, evaluate
 from dist_llm.train.step import train_step
 
 log = logging.getLogger("dist_llm")
@@ -43,11 +46,13 @@ class Trainer:
         self.store, self.files = store, files
         self.directory = Path(config.run.dir)
         self.progress = self._resume()
-        self.heldout = self._heldout()
+        self.sample_tokens = inputs_len(config) + loader.objective.source
+        self.heldout = self._heldout(loader.objective)
         parallel = config.parallel
         self.samples = parallel.pp == parallel.tp == parallel.cp == 1
+        self.samples &= config.model.architecture != "encoder"
         if config.eval.sample_prompt and not self.samples:
-            log.info("eval.sample_prompt: no samples while training under pp, tp or cp; use dist-llm generate")
+            log.info("eval.sample_prompt: no samples from an encoder, or while training under pp, tp or cp")
         self.sinks = ExitStack()
         self.recorder = self._recorder()
 
@@ -79,7 +84,7 @@ class Trainer:
         report = train_step(self.engine, batches, lr, progress.step)
         progress.step += 1
         progress.samples += config.data.global_batch
-        progress.tokens += config.data.global_batch * config.data.seq_len
+        progress.tokens += config.data.global_batch * self.sample_tokens
         self.recorder.add(
             Measured(progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, wait)
         )
@@ -89,15 +94,16 @@ class Trainer:
         if self.heldout is None:
             return
         self.recorder.flush()
-        config = self.config
-        result = evaluate(self.engine, self.heldout, config.data.seq_len, config.data.micro_batch, config.eval.windows)
+        result = evaluate(self.engine, self.heldout)
         row: Row = {
             "step": self.progress.step,
             "heldout_loss": result.loss,
             "heldout_perplexity": result.perplexity,
-            "heldout_bits_per_byte": result.bits_per_byte,
         }
-        if config.eval.sample_prompt and self.samples:
+        if result.bits_per_byte is not None:
+            row["heldout_bits_per_byte"] = result.bits_per_byte
+        row |= {f"heldout_loss_{name}": loss for name, loss in result.parts.items()}
+        if self.config.eval.sample_prompt and self.samples:
             row["sample"] = self.sample()
         self.recorder.emit([row])
         self.recorder.restart_clock(self.progress.tokens)
@@ -109,7 +115,8 @@ class Trainer:
         sampling = Sampling(config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.run.seed)
         (model,) = self.engine.parts
         model.eval()
-        pieces = text(model, tokenizer, config.eval.sample_prompt, sampling, config.model.max_seq_len, stop=False)
+        asked = ask(config, tokenizer, config.eval.sample_prompt)
+        pieces = text(model, tokenizer, asked, sampling, config.model.max_seq_len, stop=False)
         return config.eval.sample_prompt + "".join(pieces)
 
     def save(self) -> None:
@@ -130,12 +137,16 @@ class Trainer:
         log.info("resumed from %s", found[-1])
         return progress
 
-    def _heldout(self) -> Corpus | None:
-        corpus = Corpus(Path(self.config.data.path), "heldout", self.config.data.verify)
-        if corpus.n_tokens < 2:
-            log.info("no held-out text in %s: evaluation is left out", corpus.directory)
+    def _heldout(self, objective: Objective) -> Heldout | None:
+        config = self.config
+        corpus = Corpus(Path(config.data.path), "heldout", config.data.verify)
+        heldout = Heldout(corpus, objective, config.data.micro_batch, config.eval.windows)
+        try:
+            heldout.check()
+        except DataError as error:
+            log.info("evaluation is left out: %s", error)
             return None
-        return corpus
+        return heldout
 
     def _recorder(self) -> Recorder:
         config, step = self.config, self.progress.step
@@ -143,7 +154,9 @@ class Trainer:
         peak, source = peak_flops(device, config.precision)
         if config.log.peak_tflops:
             peak, source = config.log.peak_tflops * 1e12, "log.peak_tflops"
-        per_token = flops_per_token(config.model, config.data.seq_len)
+        per_token = (
+            flops_per_sample(config.model, inputs_len(config), self.loader.objective.source) / self.sample_tokens
+        )
         log.info("MFU: %s; %.3f TFLOP/s per device, %s", CONVENTION, peak / 1e12, source)
         sinks: list[MetricsFile | TensorBoard | ProgressLine] = []
         if self.world.main:

@@ -13,15 +13,15 @@ from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.loader import Loader, build_order
+from dist_llm.data.loader import build_loader, build_streams
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import UserError
 from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.world import World
-from dist_llm.objectives.causal import causal
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE
 from dist_llm.train.loop import Trainer
+from dist_llm.train.settings import read_vocabulary
 
 log = logging.getLogger("dist_llm")
 
@@ -34,7 +34,8 @@ def train(config: Config, world: World) -> None:
     device = device_of(world)
     corpus = Corpus(Path(config.data.path), "train", config.data.verify)
     corpus.check_sizes()
-    order = build_order(config.data, corpus, config.run.seed)
+    streams = build_streams(config, corpus)
+    vocabulary = read_vocabulary(config, corpus.directory)
     directory = Path(config.run.dir)
     files = run_files(config)
     start_logging(directory / "logs", world)
@@ -44,7 +45,7 @@ def train(config: Config, world: World) -> None:
                 for name, content in files.items():
                     (directory / name).write_bytes(content)
             engine = NativeEngine(config, device)
-            loader = Loader(corpus, order, causal, config.data, *engine.data_rank, pin=device.type == "cuda")
+            loader = build_loader(config, streams, vocabulary, *engine.data_rank, pin=device.type == "cuda")
             store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
             trainer = Trainer(config, world, engine, loader, store, files)
             try:

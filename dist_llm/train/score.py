@@ -12,8 +12,10 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import DataError
 from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.world import World
+from dist_llm.objectives.build import build_objective
 from dist_llm.text.tokenizer import Tokenizer
-from dist_llm.train.evaluate import Evaluation, evaluate
+from dist_llm.train.evaluate import Evaluation, Heldout, evaluate
+from dist_llm.train.settings import read_vocabulary
 
 
 def score(checkpoint: Path, data: str | None, split: Split, micro_batch: int, world: World) -> Evaluation:
@@ -25,19 +27,23 @@ def score(checkpoint: Path, data: str | None, split: Split, micro_batch: int, wo
     corpus = Corpus(Path(data or config.data.path), split, config.data.verify)
     if corpus.manifest.tokenizer_sha256 != Tokenizer.load(path).sha256:
         raise DataError(f"{corpus.directory}: was prepared with another tokenizer than the one in {path}")
-    if corpus.n_tokens < 2:
-        raise DataError(f"{corpus.directory}: has no {split} text; prepare it with a larger --heldout-fraction")
+    objective = build_objective(config, read_vocabulary(config, path))
+    heldout = Heldout(corpus, objective, micro_batch or config.data.micro_batch)
+    heldout.check()
     config = resolve(config.model_copy(update={"parallel": ParallelConfig()}), world.size, 0)
     device = device_of(world)
     with process_group(world, device):
         engine = NativeEngine(config, device)
         progress = store.load(path, engine)
-        result = evaluate(engine, corpus, config.data.seq_len, micro_batch or config.data.micro_batch)
+        result = evaluate(engine, heldout)
         del engine
     if world.main:
         print(
             f"{path} at step {progress.step}, {split} text of {corpus.directory}: {result.tokens:,} tokens\n"
-            f"loss {result.loss:.4f} nats per token\nperplexity {result.perplexity:.3f}\n"
-            f"bits per byte {result.bits_per_byte:.4f}"
+            f"loss {result.loss:.4f} nats per token\nperplexity {result.perplexity:.3f}"
         )
+        for name, loss in result.parts.items():
+            print(f"loss of {name} {loss:.4f}")
+        if result.bits_per_byte is not None:
+            print(f"bits per byte {result.bits_per_byte:.4f}")
     return result

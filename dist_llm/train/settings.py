@@ -8,6 +8,14 @@ from dist_llm.config.load import Violation, load_config, refuse
 from dist_llm.config.schema import Config
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import DataError
+from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.text.tokenizer import Tokenizer
+
+
+def read_vocabulary(config: Config, directory: Path) -> Vocabulary:
+    """What the config's objective has to know of the ids of the tokenizer in `directory`."""
+    words = any(each.whole_words for each in config.objective.members)
+    return Tokenizer.load(directory).vocabulary(words)
 
 
 def read_config(path: Path | None, overrides: Sequence[str], world_size: int) -> Config:

@@ -68,7 +68,7 @@ RULES = [
         {"parallel__pp": 4, "data__micro_batch": 1},
         4,
         "parallel.pp",
-        r"4 stages \(1f1b\) need as many blocks, but model.n_layers is 2; pp can be at most 2",
+        r"4 stages \(1f1b\) need as many blocks, but the model has 2; pp can be at most 2",
     ),
     (
         {"parallel__pp": 2, "parallel__pp_schedule": "interleaved_1f1b", "data__micro_batch": 1},

@@ -7,17 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from dist_llm.config.schema import DataConfig
-from dist_llm.data.loader import Loader, build_order
-from dist_llm.data.order import Random, Shuffle
+from dist_llm.config.lengths import Lengths
+from dist_llm.config.schema import DataConfig, Denoiser
+from dist_llm.data.loader import Loader, Stream, build_order
+from dist_llm.data.order import Mixture, Random, Shuffle
 from dist_llm.errors import DataError
 from dist_llm.models.visibility import CAUSAL
-from dist_llm.objectives.causal import causal
+from dist_llm.objectives.build import Objective
+from dist_llm.objectives.rows import Form
+from dist_llm.objectives.vocabulary import Vocabulary
 
 SEQ = 4
 BATCH = 24  # divides by every world size below
 STEPS = 3
 WORLDS = (1, 2, 3, 4, 8)
+SIZE = Lengths(SEQ + 1, SEQ, SEQ)
+CAUSAL_ONLY = Objective(((Denoiser(), SIZE),), Vocabulary(1000, 999), Form(True, False, False, False), SEQ, 0, 3)
 
 
 @pytest.fixture
@@ -31,7 +36,8 @@ def settings(**changes):
 
 def loader(corpus, rank=0, ranks=1, **changes):
     data = settings(**changes)
-    return Loader(corpus, build_order(data, corpus, seed=3), causal, data, rank, ranks, pin=False)
+    streams = [Stream(corpus, build_order(data, corpus, 3, SIZE), SEQ + 1)]
+    return Loader(streams, Mixture(3, (1,)), CAUSAL_ONLY, data, rank, ranks, pin=False)
 
 
 def step(loader, number):
@@ -126,10 +132,10 @@ def test_an_error_ahead_comes_with_its_own_step(make_corpus):
     ids = np.fromfile(path, "<u2")
     data = settings(prefetch=2)
     corpus = Corpus(directory)
-    order = build_order(data, corpus, seed=3)
+    order = build_order(data, corpus, 3, SIZE)
     ids[order.starts(np.array([2 * BATCH]))] = 999  # an input of step 2 only, or a target of its neighbour
     ids.tofile(path)
-    ahead = Loader(corpus, order, causal, data, 0, 1, pin=False)
+    ahead = Loader([Stream(corpus, order, SEQ + 1)], Mixture(3, (1,)), CAUSAL_ONLY, data, 0, 1, pin=False)
     try:
         with pytest.raises(DataError, match="is 999"):
             list(map(ahead.batches, range(0, 3 * BATCH, BATCH)))
@@ -139,13 +145,13 @@ def test_an_error_ahead_comes_with_its_own_step(make_corpus):
 
 def test_the_order_that_is_asked_for(corpus):
     n_windows = BATCH * STEPS
-    assert build_order(settings(order="shuffle"), corpus, 3) == Shuffle(3, n_windows, SEQ)
-    assert build_order(settings(order="random"), corpus, 3) == Random(3, n_windows * SEQ + 1 - SEQ)
+    assert build_order(settings(order="shuffle"), corpus, 3, SIZE) == Shuffle(3, n_windows, SEQ)
+    assert build_order(settings(order="random"), corpus, 3, SIZE) == Random(3, n_windows * SEQ + 1 - SEQ)
 
 
 def test_random_offsets_reach_both_ends(counting):
     corpus = counting(SEQ + 3)
-    order = build_order(settings(order="random"), corpus, 0)
+    order = build_order(settings(order="random"), corpus, 0, SIZE)
     rows = corpus.read(order.starts(np.arange(200)), SEQ + 1)
     assert (rows.min(), rows.max()) == (0, SEQ + 2)
 
@@ -154,12 +160,13 @@ def test_random_offsets_reach_both_ends(counting):
 @pytest.mark.parametrize("order", ["shuffle", "random"])
 def test_a_corpus_too_short_for_a_window_is_refused(tokens, order, counting):
     corpus = counting(tokens)
-    way_out = f"lower seq_len to at most {tokens - 1} or prepare more text" if tokens > 1 else "prepare more text"
-    with pytest.raises(DataError, match=rf"{tokens} train tokens make no window of data.seq_len 4 \+ 1; {way_out}$"):
-        build_order(settings(order=order), corpus, 0)
+    way_out = r"lower seq_len \(to make it \d+ or fewer\) or prepare more text" if tokens > 1 else "prepare more text"
+    message = f"{tokens} train tokens make no window of 5, which data.seq_len 4 needs; {way_out}$"
+    with pytest.raises(DataError, match=message):
+        build_order(settings(order=order), corpus, 0, SIZE)
 
 
 def test_the_shortest_corpus_has_one_window(counting):
     corpus = counting(SEQ + 1)
     for order in ("shuffle", "random"):
-        assert build_order(settings(order=order), corpus, 0).starts(np.arange(4)).tolist() == [0] * 4
+        assert build_order(settings(order=order), corpus, 0, SIZE).starts(np.arange(4)).tolist() == [0] * 4

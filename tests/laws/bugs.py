@@ -206,7 +206,7 @@ def context_ranks_count_positions_from_zero() -> Iterator[Any]:
 def causal_mask_aligned_to_the_start() -> Iterator[Any]:
     """SDPA's is_causal with fewer queries than keys is aligned top-left."""
 
-    def top_left(q: Any, k: Any, v: Any, visible: Any, dropout: float) -> torch.Tensor:
+    def top_left(q: Any, k: Any, v: Any, visible: Any, dropout: float, scale: Any) -> torch.Tensor:
         heads = {"enable_gqa": q.shape[2] != k.shape[2]}
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, **heads

@@ -1,0 +1,128 @@
+"""Two stacks: an encoder that reads, and a decoder that attends to it and writes. T5 and BART are settings of it.
+
+Blocks are numbered through, the encoder's first, so that layouts cut and wrap one list.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dist_llm.config.schema import ModelConfig
+from dist_llm.losses.cross_entropy import CrossEntropy
+from dist_llm.models.attention import KVCache, look
+from dist_llm.models.block import Block
+from dist_llm.models.decoder import Decoder, Embedding
+from dist_llm.models.norm import build_norm
+from dist_llm.models.positions import RelativeBias
+from dist_llm.models.visibility import CAUSAL, FULL, Visibility
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the encoder reads: T ids a row, who sees whom among them, and positions (None: 0, 1, 2, ...)."""
+
+    tokens_BT: Tensor
+    visible: Visibility = FULL
+    positions_BT: Tensor | None = None
+
+
+pytree.register_pytree_node(
+    Source,
+    lambda source: ([source.tokens_BT, source.visible, source.positions_BT], None),
+    lambda values, _: Source(*values),
+    serialized_type_name="dist_llm.models.encoder_decoder.Source",
+)
+
+
+class EncoderDecoder(Decoder):
+    """Shares the table of token vectors between both stacks, and with a tied head."""
+
+    def __init__(self, config: ModelConfig, loss: CrossEntropy | None = None) -> None:
+        super().__init__(config, loss)
+        assert self.embed is not None
+        encoder = config.n_encoder_layers
+        self.source_embed: Embedding | None = Embedding(config, self.embed.tokens)
+        self.source_relative = RelativeBias(config, both_sides=True) if self.relative is not None else None
+        self.blocks = nn.ModuleDict(
+            {str(layer): Block(config, layer, cross=layer >= encoder) for layer in range(encoder + config.n_layers)}
+        )
+        self.source_norm: nn.Module | None = build_norm(config) if config.norm_order == "pre" else None
+
+    def keep(self, layers: range, first: bool, last: bool) -> None:
+        """As `Decoder.keep`; the first end is the encoder's, and holds the table of token vectors for it."""
+        super().keep(layers, first, last)
+        if self.config.n_encoder_layers - 1 not in layers:
+            self.source_norm = None
+        if not first:
+            self.source_embed = None
+
+    def _keep_embedding(self, embeds: bool, projects: bool) -> None:
+        embed, encoder = self.embed, str(self.config.n_encoder_layers)
+        super()._keep_embedding(embeds=encoder in self.blocks, projects=projects)
+        if embeds:  # the encoder's tokens
+            self.embed = embed
+
+    def forward(  # type: ignore[override]
+        self,
+        inputs: Tensor,
+        x_BSD: Tensor | None = None,
+        targets_BS: Tensor | None = None,
+        visible: Visibility = CAUSAL,
+        cache: KVCache | None = None,
+        positions_BS: Tensor | None = None,
+        draws_B: Tensor | None = None,
+        source: Source | None = None,
+        tokens_BS: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The decoder's ids [B, S] and what the encoder reads -> logits [B, S, V], or the sum of losses.
+
+        Without the first end `inputs` are the encoder's activations [B, T, D], `x_BSD` the decoder's where it has
+        begun, and `tokens_BS` the decoder's ids. Without the last, these activations are the result. With a cache
+        the encoder runs once: `source` may be None after that.
+        """
+        tokens_BS = inputs if self.first else tokens_BS
+        assert tokens_BS is not None
+        memory_BTD = None if source is None else self._encode(inputs, source, draws_B)
+        decoding = [(layer, block) for layer, block in self._layers() if layer >= self.config.n_encoder_layers]
+        if not decoding:
+            assert memory_BTD is not None
+            return memory_BTD
+        (B, S), past = tokens_BS.shape, cache.length if cache else 0
+        if positions_BS is None:
+            positions_BS = torch.arange(past, past + S, device=tokens_BS.device)
+        visible_memory = FULL if source is None else self._look_across(visible, source, B, S)
+        visible = self._look(visible, self.relative, (B, S), past, tokens_BS.device)
+        if x_BSD is None:
+            assert self.embed is not None
+            x_BSD = self.embed(tokens_BS, positions_BS)
+        rotation = self._rotation(positions_BS)
+        for layer, block in decoding:
+            survive_B = self._survivors(draws_B, layer)
+            x_BSD = block(x_BSD, rotation, visible, cache, survive_B, memory_BTD, visible_memory)
+        if self.head is None:
+            assert memory_BTD is not None
+            assert x_BSD is not None
+            return memory_BTD, x_BSD
+        return self._project(x_BSD, targets_BS)
+
+    def _encode(self, inputs: Tensor, source: Source, draws_B: Tensor | None) -> Tensor:
+        """As much of the encoder as there is here, [B, T, D]."""
+        B, T = source.tokens_BT.shape
+        positions_BT = source.positions_BT
+        if positions_BT is None:
+            positions_BT = torch.arange(T, device=inputs.device)
+        encoding = [(layer, block) for layer, block in self._layers() if layer < self.config.n_encoder_layers]
+        x_BTD = inputs if self.source_embed is None else self.source_embed(source.tokens_BT, positions_BT)
+        if encoding:
+            visible = self._look(source.visible, self.source_relative, (B, T), 0, inputs.device)
+            rotation = self._rotation(positions_BT)
+            for layer, block in encoding:
+                x_BTD = block(x_BTD, rotation, visible, None, self._survivors(draws_B, layer))
+        return x_BTD if self.source_norm is None else self.source_norm(x_BTD)
+
+    def _look_across(self, visible: Visibility, source: Source, B: int, S: int) -> Visibility:
+        dropout = self.training and self.config.dropout > 0
+        T = source.tokens_BT.shape[1]
+        return look(visible.cross(source.visible, S), (B, S, T), source.tokens_BT.device, dropout)

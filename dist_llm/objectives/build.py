@@ -1,0 +1,88 @@
+"""From a config to a function of windows and sample numbers that gives batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dist_llm.config.lengths import Lengths, all_lengths, inputs_len
+from dist_llm.config.schema import Config, Denoiser
+from dist_llm.models.init import mix
+from dist_llm.models.visibility import CAUSAL
+from dist_llm.objectives.batch import Batch
+from dist_llm.objectives.causal import causal
+from dist_llm.objectives.fim import fim
+from dist_llm.objectives.masked import masked
+from dist_llm.objectives.prefix import prefix
+from dist_llm.objectives.rows import Form, Row, stack
+from dist_llm.objectives.span import span
+from dist_llm.objectives.vocabulary import Vocabulary
+
+Windows = Sequence[npt.NDArray[Any]] | npt.NDArray[Any]  # one window of ids per sample
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is learned from a window. A sample is a function of (window, seed, its number), whoever makes it."""
+
+    members: tuple[tuple[Denoiser, Lengths], ...]
+    vocabulary: Vocabulary
+    form: Form
+    inputs: int  # length of every row
+    source: int  # and of what an encoder reads
+    seed: int
+
+    def __call__(self, windows: Windows, samples_B: npt.NDArray[np.int64], members_B: Sequence[int] = ()) -> Batch:
+        """Windows of ids, the number of each sample, and whose window it is in a mixture -> a batch."""
+        draws_B = mix(torch.from_numpy(samples_B) ^ mix(torch.tensor(self.seed)))
+        if self.plain:
+            tokens_BW = torch.from_numpy(np.asarray(windows).astype(np.int64))
+            targets_BS = tokens_BW[:, 1:]
+            return Batch(tokens_BW[:, :-1], targets_BS, CAUSAL, targets_BS.numel(), draws_B=draws_B)
+        owners = members_B or [0] * len(windows)
+        rows = [self.row(*each) for each in zip(windows, samples_B.tolist(), owners, strict=True)]
+        return stack(rows, self.form, draws_B)
+
+    @property
+    def plain(self) -> bool:
+        """Whether a batch is nothing but windows and their next tokens."""
+        return all(each.name == "causal" for each, _ in self.members) and not (self.form.documents or self.form.prefix)
+
+    def row(self, window: npt.NDArray[Any], sample: int, member: int) -> Row:
+        """One sample, as long as all others."""
+        denoiser, size = self.members[member]
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, sample]))
+        made = self._make(window, rng, denoiser, size)
+        return made.padded(self.inputs, self.source, self.vocabulary.eot)
+
+    def _make(self, window: npt.NDArray[Any], rng: np.random.Generator, denoiser: Denoiser, size: Lengths) -> Row:
+        match denoiser.name:
+            case "causal":
+                return causal(window, self.vocabulary)
+            case "prefix":
+                return prefix(window, rng, denoiser, self.vocabulary, two_stacks=self.source > 0)
+            case "masked":
+                return masked(window, rng, denoiser, self.vocabulary)
+            case "span":
+                return span(window, rng, denoiser, size, self.vocabulary, two_stacks=self.source > 0)
+            case "fim":
+                return fim(window, rng, denoiser, self.vocabulary)
+
+
+def build_objective(config: Config, vocabulary: Vocabulary) -> Objective:
+    """The objective of a resolved config over a corpus with that vocabulary."""
+    denoisers, sizes = config.objective.members, all_lengths(config)
+    two_stacks = config.model.architecture == "encoder_decoder"
+    seeing = [each for each in denoisers if each.name in ("prefix", "span") and each.see_prefix]
+    form = Form(
+        causal=config.model.architecture != "encoder",
+        prefix=bool(seeing) and not two_stacks,
+        documents=config.data.document_mask,
+        source_padding=two_stacks and any(each.name == "prefix" for each in denoisers),
+    )
+    source = config.data.seq_len if two_stacks else 0
+    members = tuple(zip(denoisers, sizes, strict=True))
+    return Objective(members, vocabulary, form, inputs_len(config), source, config.run.seed)

@@ -1,0 +1,105 @@
+"""One sample as arrays, and samples stacked to a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.models.encoder_decoder import Source
+from dist_llm.models.visibility import Visibility
+from dist_llm.objectives.batch import Batch
+
+Ints = npt.NDArray[np.int64]
+PADDING = -1  # the document of what is no text
+
+
+@dataclass(frozen=True)
+class Row:
+    """Inputs and targets of one sample, the document of each input, and the same of what an encoder reads."""
+
+    inputs_S: Ints
+    targets_S: Ints
+    documents_S: Ints
+    prefix: int = 0  # inputs at the start that all see each other
+    source_T: Ints | None = None
+    source_documents_T: Ints | None = None
+
+    def padded(self, length: int, source: int, filler: int) -> "Row":
+        """As long as all others: `filler` at the ends, which is not scored."""
+        return replace(
+            self,
+            inputs_S=pad(self.inputs_S, length, filler),
+            targets_S=pad(self.targets_S, length, IGNORE),
+            documents_S=pad(self.documents_S, length, int(self.documents_S[-1])),  # no row without a key to see
+            source_T=None if self.source_T is None else pad(self.source_T, source, filler),
+            source_documents_T=(
+                None if self.source_documents_T is None else pad(self.source_documents_T, source, PADDING)
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the batches of a run have, the same in all of them so that nothing is compiled again."""
+
+    causal: bool
+    prefix: bool  # some rows begin with inputs that see each other
+    documents: bool  # tokens see their own document alone
+    source_padding: bool  # what the encoder reads may be shorter than its place
+
+
+def pad(values: Ints, length: int, filler: int) -> Ints:
+    return np.concatenate((values, np.full(length - len(values), filler, dtype=np.int64)))
+
+
+def documents_of(window: npt.NDArray[Any], eot: int) -> Ints:
+    """The number of each token's document, from 0; `eot` ends one and belongs to it. Windows [..., W]."""
+    ends = (window == eot).astype(np.int64)
+    return np.cumsum(ends, axis=-1) - ends
+
+
+def positions_of(documents_BS: Ints) -> Ints:
+    """The place of each token within its document, from 0; a document's tokens need not be neighbours."""
+    positions = np.empty_like(documents_BS)
+    for row, out in zip(documents_BS, positions, strict=True):
+        order = np.argsort(row, kind="stable")
+        ordered = row[order]
+        firsts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+        out[order] = np.arange(len(row)) - np.repeat(firsts, np.diff(np.append(firsts, len(row))))
+    return positions
+
+
+def stack(rows: Sequence[Row], form: Form, draws_B: Tensor) -> Batch:
+    """Rows of equal lengths as one batch."""
+    inputs = np.stack([row.inputs_S for row in rows])
+    targets = np.stack([row.targets_S for row in rows])
+    visible, positions = Visibility(form.causal), None
+    if form.prefix:
+        visible = replace(visible, prefix_B=torch.tensor([row.prefix for row in rows]))
+    if form.documents:
+        documents = np.stack([row.documents_S for row in rows])
+        visible = replace(visible, documents_BT=torch.from_numpy(documents))
+        positions = torch.from_numpy(positions_of(documents))
+    scored = int((targets != IGNORE).sum())
+    ids = torch.from_numpy(inputs), torch.from_numpy(targets)
+    return Batch(*ids, visible, scored, positions, _source(rows, form), draws_B)
+
+
+def _source(rows: Sequence[Row], form: Form) -> Source | None:
+    tokens = [row.source_T for row in rows if row.source_T is not None]
+    documents = [row.source_documents_T for row in rows if row.source_documents_T is not None]
+    if not tokens:
+        return None
+    visible, positions, documents_BT = Visibility(causal=False), None, np.stack(documents)
+    if form.documents:
+        positions = torch.from_numpy(positions_of(documents_BT))
+    elif form.source_padding:
+        documents_BT = np.minimum(documents_BT, 0)  # one document, and padding
+    if form.documents or form.source_padding:
+        visible = replace(visible, documents_BT=torch.from_numpy(documents_BT))
+    return Source(torch.from_numpy(np.stack(tokens)), visible, positions)
