@@ -18,11 +18,10 @@ from dist_llm.optim import clip
 from dist_llm.optim.build import build_optimizer
 from dist_llm.optim.scale import LossScale
 from dist_llm.parallel.context import local_part
-from dist_llm.parallel.mesh import DATA_AXES, SHARD_AXES, build_mesh, local, sum_over
+from dist_llm.parallel.mesh import DATA_AXES, SHARD_AXES, build_mesh, local, settle_gradients, sum_over
 from dist_llm.parallel.parallelize import build_parts
 from dist_llm.parallel.pipeline import Pipeline
 from dist_llm.parallel.shard import DTYPES
-from dist_llm.parallel.tensor import settle_gradients
 
 
 class NativeEngine:
@@ -75,7 +74,7 @@ class NativeEngine:
             with self._precision():
                 loss = self.pipeline.accumulate(batches, scored)
         for part in self.parts:
-            settle_gradients(part)
+            settle_gradients(part.parameters())
         if self.pipeline is not None:
             self.pipeline.reduce_tied()
         return loss / scale

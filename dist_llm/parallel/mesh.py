@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -46,3 +46,12 @@ def sum_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """This rank's share of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def settle_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Lay each gradient out as its parameter. FSDP does so itself; without it, norms on slices of the
+    sequence leave partial sums, and the vocabulary-parallel look-up a gradient of all rows."""
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+            parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)

@@ -61,15 +61,6 @@ def _wait(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.clone()
 
 
-def settle_gradients(model: Decoder) -> None:
-    """Lay each gradient out as its parameter. FSDP does so itself; without it, norms on slices of the
-    sequence leave partial sums, and the vocabulary-parallel look-up a gradient of all rows."""
-    for parameter in model.parameters():
-        gradient = parameter.grad
-        if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
-            parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)
-
-
 def _plan(between: Placement) -> dict[str, ParallelStyle]:
     """All that is in no block. A table of relative positions has a column per head."""
     return {

@@ -16,7 +16,9 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import Replicate
 
 from dist_llm.engines.native import NativeEngine
-from dist_llm.models import attention
+from dist_llm.models import attention, decoder
+from dist_llm.models.visibility import Visibility
+from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
 from dist_llm.parallel import context, mesh, parallelize, pipeline, shard, tensor
 from dist_llm.train import step
@@ -269,6 +271,47 @@ def pipeline_rescales_gradients() -> Iterator[Any]:
         return lambda *args, **kwargs: kind(*args, **{**kwargs, "scale_grads": True})
 
     with patch.dict(pipeline.SCHEDULES, {name: scaling(kind) for name, kind in pipeline.SCHEDULES.items()}):
+        yield
+
+
+@bug
+def context_ranks_take_their_queries_for_the_last() -> Iterator[Any]:
+    """Masks of documents and prefixes then speak of other tokens than those that the rank has."""
+    with patch.object(Visibility, "at", lambda self, places_BS, keys: replace(self, keys=keys)):
+        yield
+
+
+@bug
+def every_microbatch_sees_what_the_first_may() -> Iterator[Any]:
+    """A pipeline is handed all microbatches at once, with the visibility of the first."""
+    real = Batch.joined
+
+    def with_the_first(batches: Any) -> Any:
+        visible = batches[0].visible
+        return replace(real([replace(batch, visible=visible) for batch in batches]))
+
+    with patch.object(Batch, "joined", with_the_first):
+        yield
+
+
+@bug
+def tensor_ranks_skip_layers_of_their_own_choice() -> Iterator[Any]:
+    real = decoder.survivors
+    with patch.object(decoder, "survivors", lambda draws_B, *rest: real(draws_B + dist.get_rank(), *rest)):
+        yield
+
+
+@bug
+def encoders_table_is_not_reduced_over_stages() -> Iterator[Any]:
+    """The stage where the decoder begins looks up the same table as the first."""
+    with patch.object(pipeline.TiedEmbedding, "reduce", _skip):
+        yield
+
+
+@bug
+def gradients_of_head_norms_are_not_reduced() -> Iterator[Any]:
+    """Each tensor rank normalises the queries and keys of its own heads, with weights that all share."""
+    with patch("dist_llm.engines.native.settle_gradients", _skip):
         yield
 
 

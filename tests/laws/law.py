@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -22,9 +23,11 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
+from dist_llm.objectives.build import build_objective
+from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.train.step import train_step
 from tests.laws import bugs
-from tests.laws.layouts import MODELS, Layout
+from tests.laws.layouts import MODELS, OBJECTIVES, Layout
 from tests.laws.worlds import world
 
 # d_ff and heads divide by 4; GQA; the vocabulary divides by nothing, so two of its 132 rows are padding.
@@ -38,6 +41,7 @@ MODEL: dict[str, Any] = {
     "vocab_multiple": 4,
 }
 ROWS, SEQ_LEN = 24, 32
+TEXT_IDS = 97  # of the 130; an objective's own ids come after them
 
 
 @dataclass
@@ -53,7 +57,9 @@ class Trace:
 
 def config_of(ranks: int, model: dict[str, Any], **sections: Any) -> Config:
     """A resolved config; keys of `sections` are sections or scalars of the schema."""
+    architecture = model.get("architecture", "decoder")
     raw: dict[str, Any] = {
+        "objective": OBJECTIVES[architecture],
         "run": {"dir": "unused", "steps": 20, "seed": 3},
         "model": MODEL | model,
         "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": ROWS, "micro_batch": 0},
@@ -79,13 +85,35 @@ def random_rows(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:
 
 def batches_of(config: Config, engine: NativeEngine, step: int) -> list[Batch]:
     """This data rank's microbatches of the step, as the loader would cut them."""
-    inputs, targets = random_rows(step)
     rank, ranks = engine.data_rank
     share, micro = ROWS // ranks, config.data.micro_batch
+    if not plain(config):
+        return [made_of(config, step, range(i, i + micro)) for i in range(rank * share, (rank + 1) * share, micro)]
+    inputs, targets = random_rows(step)
     return [
         Batch.of(inputs[i : i + micro], targets[i : i + micro], CAUSAL)
         for i in range(rank * share, (rank + 1) * share, micro)
     ]
+
+
+def plain(config: Config) -> bool:
+    """Whether next tokens are all there is to learn: then rows are more uneven than any text."""
+    model = config.model
+    causal = model.architecture == "decoder" and all(each.name == "causal" for each in config.objective.members)
+    return causal and not config.data.document_mask and not model.stochastic_depth
+
+
+def made_of(config: Config, step: int, rows: range) -> Batch:
+    """These samples of the step, made by the config's objective of random text with short documents."""
+    objective = build_objective(config, Vocabulary(TEXT_IDS, TEXT_IDS - 1))
+    samples = np.arange(step * ROWS + rows.start, step * ROWS + rows.stop)
+    members = (samples % len(objective.members)).tolist()
+    windows = []
+    for sample, member in zip(samples.tolist(), members, strict=True):
+        rng = np.random.default_rng(sample)
+        window = rng.integers(0, TEXT_IDS - 1, objective.members[member][1].window)
+        windows.append(np.where(rng.random(len(window)) < 0.1, TEXT_IDS - 1, window))
+    return objective(windows, samples, members)
 
 
 class Spy(NativeEngine):
@@ -161,8 +189,9 @@ def hold(layout: Layout, optim: dict[str, Any], steps: int, bug: str | None = No
         MODELS[layout.model],
         optim=optim,
         **{
-            "data": {"micro_batch": layout.micro},
+            **layout.extra,
             **sections,
+            "data": {"micro_batch": layout.micro} | layout.extra.get("data", {}),
             "parallel": layout.parallel | sections.get("parallel", {}),
         },
     )

@@ -3,12 +3,18 @@
 import pytest
 
 from tests.laws.law import hold
-from tests.laws.layouts import ADAMW, CHOSEN, CLIPPED_SGD, LAYOUTS, SGD, Layout
+from tests.laws.layouts import ADAMW, CHOSEN, CLIPPED_SGD, FAMILIES, LAYOUTS, SGD, Layout
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_layout_computes_the_step_of_one_process(layout: Layout) -> None:
     """SGD at lr 1, clipped: a wrong scale anywhere shows in the weights, a wrong norm too."""
+    hold(layout, CLIPPED_SGD, steps=2)
+
+
+@pytest.mark.parametrize("layout", FAMILIES, ids=str)
+def test_every_architecture_and_objective_keeps_the_law(layout: Layout) -> None:
+    """Their masks, cross-attention, tables and what stochastic depth skips are the same on every layout."""
     hold(layout, CLIPPED_SGD, steps=2)
 
 

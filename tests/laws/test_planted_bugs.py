@@ -4,7 +4,7 @@ import pytest
 
 from tests.laws.bugs import BUGS
 from tests.laws.law import hold
-from tests.laws.layouts import CLIPPED_SGD, SGD, Layout
+from tests.laws.layouts import CLIPPED_SGD, PREFIX, SGD, UL2, Layout
 
 WHERE = {
     "replicas_gradients_are_not_reduced": Layout(2, {"dp_replicate": 2}),
@@ -31,6 +31,11 @@ WHERE = {
     "vocabulary_padding_is_scored": Layout(2, {"tp": 2}),
     "every_rank_initialised_with_the_same_shard": Layout(2, {"dp_shard": 2}),
     "pipeline_rescales_gradients": Layout(2, {"pp": 2}, micro=6),
+    "context_ranks_take_their_queries_for_the_last": Layout(2, {"cp": 2}, extra=PREFIX),
+    "every_microbatch_sees_what_the_first_may": Layout(2, {"pp": 2}, micro=6, extra=UL2),
+    "tensor_ranks_skip_layers_of_their_own_choice": Layout(2, {"tp": 2}, "bounded"),
+    "encoders_table_is_not_reduced_over_stages": Layout(2, {"pp": 2}, "two", 6),
+    "gradients_of_head_norms_are_not_reduced": Layout(2, {"tp": 2, "sequence_parallel": False}, "bounded"),
 }
 COMPILED = {"compiled_blocks_are_handed_an_asynchronous_embedding": Layout(4, {"dp_shard": 2, "tp": 2}, "tied")}
 
