@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import optim
@@ -84,26 +85,37 @@ def load(path: Path, model: Named, optimizer: optim.Optimizer | None = None) -> 
     Raises CheckpointError where the checkpoint lacks a parameter of the model or has it in another
     shape. (That it holds more is no error: a pipeline stage asks for its own part.)
     """
-    reader = filesystem.FileSystemReader(path)
-    saved = {
-        name: tuple(entry.size)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    _refuse_other_model(path, model, saved)
+    saved = shapes(path)
+    refuse_other_model(path, weights(model), saved)
     state = weights(model)
     if optimizer is not None:
         allocate_moments(model, optimizer, saved)
         state |= moments(model, optimizer)
-    with _alone():
-        state_dict_loader.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    read(path, state)
     copy_to_twins(model, optimizer)
     return Progress.of(json.loads((path / PROGRESS).read_text(encoding="utf-8")))
 
 
-def _refuse_other_model(path: Path, model: Named, saved: Mapping[str, tuple[int, ...]]) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in weights(model).items()}
-    for name, shape in wanted.items():
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """{name: full shape} of every tensor in a checkpoint."""
+    return {
+        name: tuple(entry.size)
+        for name, entry in filesystem.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def read(path: Path, state: dict[str, Any]) -> None:
+    """Fill the tensors of `state` in place; each rank gets what it holds of them."""
+    reader = filesystem.FileSystemReader(path)
+    with _alone():
+        state_dict_loader.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def refuse_other_model(path: Path, wanted: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless `saved` has every tensor of `wanted`, in its shape."""
+    for name, tensor in wanted.items():
+        shape = tuple(tensor.shape)
         if saved.get(name) != shape:
             found = f"shape {list(saved[name])}" if name in saved else "no such parameter"
             raise CheckpointError(

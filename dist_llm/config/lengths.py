@@ -29,7 +29,8 @@ class Lengths:
 def lengths(denoiser: Denoiser, architecture: str, seq_len: int) -> Lengths:
     """Raises ValueError where `seq_len` is too short for the objective."""
     mode = 1 if denoiser.mode else 0
-    least = {"prefix": 2 + mode, "fim": 7, "masked": 2, "span": 4 + mode}.get(denoiser.name, 1)
+    span = (3 if architecture == "encoder_decoder" else 5) + mode
+    least = {"prefix": 2 + mode, "fim": 7, "masked": 2, "span": span}.get(denoiser.name, 1)
     if seq_len < least:
         raise ValueError(f"{denoiser.name} needs at least {least} tokens")
     if denoiser.name == "span":
@@ -52,17 +53,17 @@ def _span(denoiser: Denoiser, architecture: str, seq_len: int, mode: int) -> Len
         return noise, min(max(noise / denoiser.mean_span, 1.0), noise, window - noise)
 
     if architecture == "encoder_decoder":
-        # The source, [mode] text with sentinels and an end, grows by 0 or 1 with each token of the window.
+        # The source, [mode] text with sentinels and an end, hardly grows with each token of the window.
         density = denoiser.noise_density
         kept = 1 - density + min(density / denoiser.mean_span, 1 - density)
         window = max(2, int((seq_len - mode - 6) / kept))
         while True:
-            noise, spans = wanted(window + 1)
-            if window + 1 - noise + round(spans) + 1 + mode > seq_len:
-                break
+            noise, target = wanted(window)
+            excess = mode + window - noise + round(target) + 1 - seq_len
+            if excess >= 0:  # where one token more added two, to text and sentinels, a sentinel too many
+                spans = round(target) - excess
+                return Lengths(window, window, noise + spans + 1, seq_len, noise, spans)
             window += 1
-        noise, spans = wanted(window)
-        return Lengths(window, window, noise + round(spans) + 1, seq_len, noise, round(spans))
     # In one stack, [mode] text with sentinels, end, spans with sentinels, end: a sentinel is there twice. Of the
     # numbers of spans that fill the sequence, the one nearest to what the mean length asks for.
     best = None

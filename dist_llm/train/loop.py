@@ -7,9 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dist_llm.checkpoint import store as checkpoints
+from dist_llm.checkpoint.adapt import start_from
 from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.lengths import inputs_len
+from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.loader import Loader
@@ -129,6 +131,8 @@ class Trainer:
 
     def _resume(self) -> Progress:
         found = self.store.committed()
+        if not found and self.config.init_from:
+            self._adapt(checkpoints.find(Path(self.config.init_from)))
         if not found:
             return Progress()
         progress = checkpoints.load(found[-1], self.engine, self.engine.optimizer)
@@ -136,6 +140,14 @@ class Trainer:
             self.engine.loss_scale = progress.loss_scale
         log.info("resumed from %s", found[-1])
         return progress
+
+    def _adapt(self, path: Path) -> None:
+        """Begin with another run's weights."""
+        before, _ = load_config(path / "config.yaml")
+        assert before is not None
+        known = min(before.model.vocab_size, self.config.model.vocab_size)
+        start_from(path, self.engine, self.engine.optimizer if self.config.init_optimizer == "keep" else None, known)
+        log.info("starting from %s, %d ids of it known", path, known)
 
     def _heldout(self, objective: Objective) -> Heldout | None:
         config = self.config

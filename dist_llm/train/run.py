@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
-from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.checkpoint.store import CheckpointStore, find
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.loader import build_loader, build_streams
 from dist_llm.engines.native import NativeEngine
-from dist_llm.errors import UserError
+from dist_llm.errors import DataError, UserError
 from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.world import World
 from dist_llm.observe.console import start_logging, stop_logging
-from dist_llm.text.tokenizer import TOKENIZER_FILE
+from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from dist_llm.train.loop import Trainer
 from dist_llm.train.settings import read_vocabulary
 
@@ -36,6 +36,8 @@ def train(config: Config, world: World) -> None:
     corpus.check_sizes()
     streams = build_streams(config, corpus)
     vocabulary = read_vocabulary(config, corpus.directory)
+    if config.init_from:
+        _check_start(Path(config.init_from), corpus)
     directory = Path(config.run.dir)
     files = run_files(config)
     start_logging(directory / "logs", world)
@@ -61,6 +63,13 @@ def train(config: Config, world: World) -> None:
         raise
     finally:
         stop_logging()
+
+
+def _check_start(checkpoint: Path, corpus: Corpus) -> None:
+    """Raises CheckpointError or DataError where a run cannot begin with these weights."""
+    path = find(checkpoint)
+    if Tokenizer.load(path).sha256 != corpus.manifest.tokenizer_sha256:
+        raise DataError(f"{corpus.directory}: was prepared with another tokenizer than the one in init_from {path}")
 
 
 def run_files(config: Config) -> dict[str, bytes]:

@@ -1,0 +1,187 @@
+"""Our models are Hugging Face's: equal logits and losses from equal weights, padded and packed, without a download."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_llm.convert.huggingface import model_config
+from dist_llm.convert.keys import Pair, copy_weights, pairs, take
+from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.models.build import build_model
+from dist_llm.models.encoder_decoder import Source
+from dist_llm.models.visibility import Visibility
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB, S, T = 61, 12, 16
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 32}),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {**SMALL, "num_key_value_heads": 2}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**SMALL, "num_key_value_heads": 2, "sliding_window": None}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**SMALL, "num_key_value_heads": 2, "head_dim": 16}),
+    "bert": ("BertConfig", "BertForMaskedLM", {**SMALL, "max_position_embeddings": 32}),
+    "t5": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_decoder_layers": 3,
+            "num_heads": 6,
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 12,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        },
+    ),
+    "bart": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 3,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 32,
+        },
+    ),
+}
+ONE_STACK = ["gpt2", "llama", "mistral", "qwen3", "bert"]
+TWO_STACKS = ["t5", "bart"]
+
+
+def build(family: str) -> tuple[Any, Any, Any]:
+    """(their model with random weights, our model with the same, our config)."""
+    config_name, model_name, sizes = FAMILIES[family]
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = getattr(transformers, config_name)(vocab_size=VOCAB, attn_implementation="eager", **sizes, **special)
+    torch.manual_seed(0)
+    theirs = getattr(transformers, model_name)(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # biases and norms too, so that none of them goes unnoticed
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    ours_config = model_config(config.to_dict())
+    ours = build_model(ours_config).eval()
+    copy_weights(ours, family, ours_config, theirs.state_dict())
+    return theirs, ours, ours_config
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def lengths_mask(rows: int, length: int) -> Tensor:
+    """1 for text and 0 for padding at the end; rows of all lengths from 1 to whole."""
+    ends = torch.linspace(1, length, rows).long()
+    return (torch.arange(length) < ends[:, None]).long()
+
+
+@pytest.mark.parametrize("family", ONE_STACK)
+@torch.no_grad()
+def test_one_stack_whole_and_padded(family: str) -> None:
+    theirs, ours, config = build(family)
+    ids, mask = tokens(4, S), lengths_mask(4, S)
+    causal = config.architecture == "decoder"
+    whole = ours(ids, visible=Visibility(causal))
+    torch.testing.assert_close(whole, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+    padded = ours(ids, visible=Visibility(causal, documents_BT=mask - 1))
+    want = theirs(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(padded[mask == 1], want[mask == 1], rtol=1e-4, atol=1e-4)
+
+    labels = torch.where(mask == 1, ids, IGNORE)
+    targets = labels if not causal else torch.cat((labels[:, 1:], labels.new_full((4, 1), IGNORE)), dim=1)
+    loss = ours(ids, targets, Visibility(causal, documents_BT=mask - 1)) / (targets != IGNORE).sum()
+    want_loss = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(loss, want_loss, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ONE_STACK)
+@torch.no_grad()
+def test_one_stack_packed_is_each_document_alone(family: str) -> None:
+    """Three documents in one row: ours sees each alone, theirs is given each alone."""
+    theirs, ours, config = build(family)
+    cuts = [0, 3, 4, S]
+    ids = tokens(2, S)
+    documents = torch.bucketize(torch.arange(S), torch.tensor(cuts[1:-1]), right=True).expand(2, S)
+    positions = torch.cat([torch.arange(end - start) for start, end in pairwise(cuts)]).expand(2, S)
+    visible = Visibility(config.architecture == "decoder", documents_BT=documents)
+    packed = ours(ids, visible=visible, positions_BS=positions)
+    for start, end in pairwise(cuts):
+        alone = theirs(input_ids=ids[:, start:end]).logits
+        torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", TWO_STACKS)
+@torch.no_grad()
+def test_two_stacks_whole_padded_and_packed(family: str) -> None:
+    theirs, ours, _ = build(family)
+    source, inputs, mask = tokens(4, T), tokens(4, S, 1), lengths_mask(4, T)
+    got = ours(inputs, source=Source(source))
+    want = theirs(input_ids=source, decoder_input_ids=inputs).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+    got = ours(inputs, source=Source(source, Visibility(False, documents_BT=mask - 1)))
+    want = theirs(input_ids=source, attention_mask=mask, decoder_input_ids=inputs).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+    targets = tokens(4, S, 2)
+    loss = ours(inputs, targets_BS=targets, source=Source(source, Visibility(False, documents_BT=mask - 1)))
+    want_loss = theirs(input_ids=source, attention_mask=mask, decoder_input_ids=inputs, labels=targets).loss
+    torch.testing.assert_close(loss / targets.numel(), want_loss, rtol=1e-4, atol=1e-4)
+
+    cut_T, cut_S = 5, 7  # two documents, in both stacks
+    documents_T = (torch.arange(T) >= cut_T).long().expand(4, T)
+    documents_S = (torch.arange(S) >= cut_S).long().expand(4, S)
+    positions_T = (torch.arange(T) - cut_T * documents_T[0]).expand(4, T)
+    positions_S = (torch.arange(S) - cut_S * documents_S[0]).expand(4, S)
+    packed = ours(
+        inputs,
+        visible=Visibility(True, documents_BT=documents_S),
+        positions_BS=positions_S,
+        source=Source(source, Visibility(False, documents_BT=documents_T), positions_T),
+    )
+    first = theirs(input_ids=source[:, :cut_T], decoder_input_ids=inputs[:, :cut_S]).logits
+    second = theirs(input_ids=source[:, cut_T:], decoder_input_ids=inputs[:, cut_S:]).logits
+    torch.testing.assert_close(packed, torch.cat((first, second), dim=1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_names_each_tensor_of_both_sides_once(family: str) -> None:
+    theirs, ours, config = build(family)
+    table = pairs(family, config)
+    names = dict(ours.named_parameters())
+    assert sorted(pair.ours for pair in table) == sorted(names)
+    used = {pair.theirs for pair in table} | {pair.plus_row for pair in table if pair.plus_row}
+    every = dict(theirs.named_parameters(remove_duplicate=False))
+    assert used <= every.keys()
+    taken = {every[name].data_ptr() for name in used}
+    assert all(tensor.data_ptr() in taken for tensor in every.values()), "the others are the same tensors, tied"
+    for pair in table:
+        assert take(pair, theirs.state_dict()).shape == names[pair.ours].shape
+
+
+def test_a_wrong_pairing_of_rotary_dimensions_is_noticed() -> None:
+    """Meta's pairing for Hugging Face's weights: the permutation that some importers forget."""
+    theirs, ours, _ = build("llama")
+    with torch.no_grad():
+        for block in ours.blocks.values():
+            q = block.attention.q.weight
+            q.copy_(q.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32))
+    ids = tokens(2, S)
+    assert (ours(ids) - theirs(input_ids=ids).logits).abs().max() > 1e-2
+
+
+def test_a_fused_tensor_is_cut_where_it_says() -> None:
+    fused = torch.arange(24.0).view(2, 12)  # Conv1D: inputs in rows
+    part = take(Pair("v", "x", transposed=True, part=2, parts=3), {"x": fused})
+    assert torch.equal(part, fused[:, 8:].t())
