@@ -10,8 +10,9 @@ from torch import nn
 from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import ConfigError
 from dist_llm.generate import Prompt, Sampling, ask, draw, text, tokens
-from dist_llm.models.decoder import Decoder
+from dist_llm.models.build import build_model
 from dist_llm.models.init import fill, rule_for
+from dist_llm.models.visibility import FULL
 from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, Tokenizer
 from tests.laws.law import config_of
 
@@ -24,7 +25,7 @@ CAUSAL = config_of(1, {})
 def build(**changes):
     shape = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "d_ff": 32, "vocab_size": 30}
     config = ModelConfig(**shape, max_seq_len=LONGEST, init_std=0.5, **changes)
-    model = Decoder(config).eval()
+    model = build_model(config).eval()
     for name, parameter in model.named_parameters():
         rule = rule_for(name, parameter.shape, config)
         fill(parameter.detach(), name, rule, 0, parameter.shape, (0,) * parameter.ndim)
@@ -39,6 +40,59 @@ def test_the_cache_changes_no_token(positions, sampling):
     cached = list(tokens(model, Prompt(prompt), sampling, LONGEST))
     assert cached == list(tokens(model, Prompt(prompt), sampling, LONGEST, use_cache=False))
     assert len(set(cached)) > 1, "a model that has something to say"
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["causal", "prefix"])
+@pytest.mark.parametrize("changes", [{"positions": "relative"}, {"qk_norm": True, "logit_cap": 3.0}], ids=str)
+def test_the_cache_changes_no_token_of_other_settings(changes, whole):
+    model, prompt = build(**changes), Prompt([3, 1, 4, 1, 5], whole)
+    cached = list(tokens(model, prompt, GREEDY, LONGEST))
+    assert cached == list(tokens(model, prompt, GREEDY, LONGEST, use_cache=False))
+
+
+def test_a_prefix_sees_itself_whole():
+    model = build(positions="learned")
+    seen = [3, 1, 4, 1, 5]
+    (token,) = tokens(model, Prompt(seen, whole=True), Sampling(1, temperature=0), LONGEST)
+    logits = model(torch.tensor([seen]), visible=FULL)
+    assert token == int(logits[0, -1].argmax())
+    assert not torch.allclose(logits, model(torch.tensor([seen])))
+
+
+@pytest.mark.parametrize("positions", ["learned", "relative", "rope"])
+def test_two_stacks_read_once_and_write_on(positions):
+    model = build(architecture="encoder_decoder", n_encoder_layers=2, positions=positions)
+    prompt = Prompt([7], source=[3, 1, 4, 1, 5])
+    encoded = []
+    model.source_norm.register_forward_hook(lambda *rest: encoded.append(1))
+    cached = list(tokens(model, prompt, GREEDY, LONGEST))
+    assert len(encoded) == 1, "the encoder runs once"
+    assert cached == list(tokens(model, prompt, GREEDY, LONGEST, use_cache=False))
+    assert cached != list(tokens(model, Prompt([7], source=[9, 9, 2]), GREEDY, LONGEST))
+
+
+def asked(prompt="ab", architecture="decoder", **objective):
+    changes = {"architecture": architecture, "vocab_size": 0}
+    return ask(config_of(1, changes, objective=objective), byte_tokenizer(), prompt)
+
+
+def test_a_model_is_asked_as_it_was_trained():
+    a, b, start, sentinel = ord("a"), ord("b"), 257, 257 + 8
+    assert asked(name="causal") == Prompt([a, b], False, None, frozenset((EOT, sentinel + 1)))
+    assert asked(name="prefix", mode="S").ids == [257 + 3, a, b]
+    assert asked(name="prefix", mode="S").whole
+    assert not asked(name="prefix", see_prefix=False).whole
+    assert asked(name="span").ids == [a, b, sentinel, EOT, sentinel]
+    two = asked(architecture="encoder_decoder", name="span")
+    assert (two.ids, two.source) == ([start, sentinel], [a, b, sentinel, EOT])
+    two = asked(architecture="encoder_decoder", name="prefix", mode="S")
+    assert (two.ids, two.source) == ([start], [257 + 3, a, b])
+    mixed = asked(mixture=[{"name": "span", "mode": "R"}, {"name": "prefix", "mode": "S"}])
+    assert mixed.ids == [257 + 3, a, b], "of a mixture the one that goes on with its text"
+
+
+def test_an_id_that_the_objective_added_shows_its_name():
+    assert say([257 + 1, *b"x", EOT])[1] == ["<mask>", "x"]
 
 
 def test_with_the_cache_each_token_is_read_once():
@@ -164,7 +218,7 @@ class Script(nn.Module):
         self.heard.append(tokens_BS[0].tolist())
         token = self.ids[self.calls] if self.calls < len(self.ids) else ord("x")
         self.calls += 1
-        return nn.functional.one_hot(torch.tensor(token), EOT + 1).float().expand(*tokens_BS.shape, EOT + 1)
+        return nn.functional.one_hot(torch.tensor(token), EOT + 9).float().expand(*tokens_BS.shape, EOT + 9)
 
 
 def say(ids, max_tokens=100, prompt="a", longest=200, stop=True):

@@ -33,7 +33,7 @@ class Visibility:
     def sees(self, S: int, T: int, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Whether query q of S sees key k of T in row b; indices are broadcast against each other."""
         place = q + (T - S) if self.places_BS is None else self.places_BS[b, q]
-        seen = place >= k if self.causal else (place >= 0) & (k >= 0)
+        seen = place >= k if self.causal else (q >= 0) & (k >= 0)
         if self.causal and self.prefix_B is not None:
             seen = seen | (k < self.prefix_B[b])
         if self.documents_BT is not None:

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from dist_llm.config.check import AXES, check, divisors, dp_shard, resolve, round_up
+from dist_llm.config.lengths import SPECIALS, all_lengths
 from dist_llm.config.schema import Config
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import ConfigError
@@ -29,12 +30,79 @@ def make(**keys):
     return Config.model_validate(raw)
 
 
+def test_what_an_objective_implies_is_filled_in():
+    """Ids beyond the tokenizer's, and room for the longer of an encoder-decoder's sequences."""
+    config = resolve(make(model__architecture="encoder_decoder", objective__name="span", data__seq_len=64), 1, VOCAB)
+    size = all_lengths(config)[0]
+    assert config.model.vocab_size == VOCAB + len(SPECIALS) + size.spans
+    assert config.model.n_encoder_layers == config.model.n_layers == 2
+    assert config.model.max_seq_len == 64
+    assert resolve(make(), 1, VOCAB).model.vocab_size == VOCAB, "nothing is added for next tokens"
+    assert resolve(make(), 1, VOCAB).model.n_encoder_layers == 0
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
 def test_a_sound_config_breaks_no_rule(world):
     assert check(make(), world, VOCAB) == []
 
 
 RULES = [
+    (
+        {"objective__name": "masked"},
+        1,
+        "objective.name",
+        "masked does not fit model.architecture decoder, which learns by causal or prefix or span or fim; "
+        "masked takes encoder$",
+    ),
+    (
+        {"model__architecture": "encoder"},
+        1,
+        "objective.name",
+        "causal does not fit model.architecture encoder, which learns by masked; causal takes decoder$",
+    ),
+    (
+        {"model__architecture": "encoder_decoder", "objective__name": "fim"},
+        1,
+        "objective.name",
+        "fim does not fit .* encoder_decoder, which learns by prefix or span; fim takes decoder$",
+    ),
+    (
+        {"objective__mixture": [{"name": "span"}, {"name": "masked"}]},
+        1,
+        "objective.mixture.1.name",
+        "masked does not fit model.architecture decoder",
+    ),
+    ({"objective__mode": "R"}, 1, "objective.mode", "causal has no mode token; leave it empty"),
+    (
+        {"objective__name": "span", "data__seq_len": 4},
+        1,
+        "data.seq_len",
+        "4 is too short: span needs at least 5 tokens",
+    ),
+    (
+        {"model__n_encoder_layers": 2},
+        1,
+        "model.n_encoder_layers",
+        "only an encoder_decoder has them; remove the key from this decoder",
+    ),
+    (
+        {"objective__name": "span", "model__vocab_size": 305},
+        1,
+        "model.vocab_size",
+        "305 is smaller than the 300 ids of the corpus's tokenizer and 9 of the objective; set at least 309, or 0",
+    ),
+    (
+        {"model__architecture": "encoder_decoder", "objective__name": "span", "parallel__cp": 2},
+        2,
+        "parallel.cp",
+        "an encoder_decoder's sequences are not split over context ranks; set cp to 1",
+    ),
+    (
+        {"model__positions": "relative", "parallel__pp": 2, "data__micro_batch": 2},
+        2,
+        "parallel.pp",
+        "share one table of relative positions, which cannot be on several stages",
+    ),
     ({"model__n_heads": 5}, 1, "model.n_heads", "set n_heads to one of 1, 2, 4, 8, 16, 32, or set model.head_dim"),
     ({"model__n_heads": 32}, 1, "model.n_heads", "a head has 1 dimensions; make d_model / n_heads even"),
     ({"model__head_dim": 7}, 1, "model.n_heads", "a head has 7 dimensions"),
@@ -122,6 +190,7 @@ def test_a_broken_rule_names_its_place_and_the_way_out(change, world, place, mes
     assert re.search(message, violation.message)
     for key in violation.keys:
         section, _, leaf = key.partition(".")
+        leaf = leaf.split(".")[0]  # of a mixture's member: the mixture
         assert not leaf or leaf in Config.model_fields[section].annotation.model_fields, "a key that exists"
 
 

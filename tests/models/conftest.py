@@ -4,7 +4,7 @@ import pytest
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.models.decoder import Decoder
+from dist_llm.models.build import build_model
 from dist_llm.models.init import fill, rule_for
 
 
@@ -25,7 +25,7 @@ def build(settings):
 
     def build(loss=None, seed=0, **changes):
         config = settings(**{"init_std": 0.3, **changes})
-        model = Decoder(config, loss or CrossEntropy()).eval()
+        model = build_model(config, loss or CrossEntropy()).eval()
         for name, parameter in model.named_parameters():
             rule = rule_for(name, parameter.shape, config)
             fill(parameter.detach(), name, rule, seed, parameter.shape, (0,) * parameter.ndim)

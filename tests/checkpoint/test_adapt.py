@@ -1,0 +1,80 @@
+"""A run that starts from another's weights has what both know, and initial values for the ids that are new."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_llm.checkpoint.adapt import start_from
+from dist_llm.checkpoint.state import Progress, moments, weights
+from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.config.schema import Config
+from dist_llm.engines.native import NativeEngine
+from dist_llm.errors import CheckpointError
+from dist_llm.train.step import train_step
+from tests.laws.law import batches_of, config_of, whole
+from tests.laws.layouts import ADAMW, Layout
+from tests.laws.worlds import world
+
+CPU = torch.device("cpu")
+OLD, NEW = 97, 111  # both are padded to rows that divide by 4, 100 and 112
+TABLES = ("embed.tokens.weight", "head.out.weight")
+
+
+def config(vocab_size: int, ranks: int = 1, **parallel: int) -> Config:
+    return config_of(ranks, {"vocab_size": vocab_size}, optim=ADAMW, run={"seed": vocab_size}, parallel=parallel)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint of a model of OLD ids after two steps, and its tensors."""
+    engine = NativeEngine(config(OLD), CPU)
+    for step in range(2):
+        batches = batches_of(engine.config, engine, step)
+        for batch in batches:
+            batch.inputs_BS.clamp_(max=OLD - 1)
+            batch.targets_BS.clamp_(max=OLD - 1)
+        train_step(engine, batches, 1e-3, step)
+    path = CheckpointStore(tmp_path, 1).save(engine, engine.optimizer, Progress(step=2), {})
+    state = weights(engine) | moments(engine, engine.optimizer)
+    return path, {name: whole(tensor) for name, tensor in state.items()}
+
+
+def adapted(resolved: Config, path: Path, keep: bool, known: int) -> dict[str, torch.Tensor]:
+    engine = NativeEngine(resolved, CPU)
+    start_from(path, engine, engine.optimizer if keep else None, known)
+    return {name: whole(tensor) for name, tensor in (weights(engine) | moments(engine, engine.optimizer)).items()}
+
+
+@pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2}), Layout(2, {"tp": 2})], ids=str)
+@pytest.mark.parametrize("keep", [False, True], ids=["fresh", "keep"])
+def test_known_rows_are_kept_and_new_ones_begin(layout: Layout, keep: bool, saved: tuple) -> None:
+    path, old = saved
+    resolved = config(NEW, layout.ranks, **layout.parallel)
+    fresh = NativeEngine(config(NEW), CPU)
+    beginning = {name: whole(tensor) for name, tensor in weights(fresh).items()}
+    if layout.ranks == 1:
+        found = adapted(resolved, path, keep, OLD)
+    else:
+        found = world(layout.ranks).run(adapted, resolved, path, keep, OLD)[0]
+    assert any(name.startswith("optim.") for name in found) == keep
+    for name, tensor in found.items():
+        if not name.split(".", 1)[1].startswith(TABLES) or not tensor.ndim:
+            assert torch.equal(tensor, old[name]), name
+            continue
+        assert torch.equal(tensor[:OLD], old[name][:OLD]), name
+        start = beginning[name][OLD:] if name.startswith("model.") else torch.zeros_like(tensor[OLD:])
+        assert torch.equal(tensor[OLD:], start), name
+
+
+def test_fewer_ids_take_the_first_ones(saved: tuple) -> None:
+    path, old = saved
+    found = adapted(config(50), path, keep=False, known=50)
+    assert torch.equal(found["model.embed.tokens.weight"][:50], old["model.embed.tokens.weight"][:50])
+
+
+def test_another_model_is_refused(saved: tuple) -> None:
+    path, _ = saved
+    engine = NativeEngine(config_of(1, {"vocab_size": NEW, "d_ff": 64}), CPU)
+    with pytest.raises(CheckpointError, match=r"feedforward.gate.weight has shape .* use the `model` section"):
+        start_from(path, engine, None, OLD)
