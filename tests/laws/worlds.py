@@ -8,6 +8,7 @@ import atexit
 import gc
 import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
 import warnings
@@ -16,7 +17,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-COLLECTIVE_TIMEOUT_SECONDS = 40
+COLLECTIVE_TIMEOUT_SECONDS = 90
 
 
 class WorldError(RuntimeError):
@@ -38,7 +39,7 @@ class GlooWorld:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, args))
         results, errors = [], []
@@ -62,6 +63,12 @@ class GlooWorld:
     def alive(self) -> bool:
         return bool(self.processes) and all(process.is_alive() for process in self.processes)
 
+    def pause(self, pause: bool) -> None:
+        """Let its processes sleep, or wake them: gloo's threads look around all the time, work or none."""
+        for process in self.processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGSTOP if pause else signal.SIGCONT)
+
     def stop(self) -> None:
         for process in self.processes:
             process.kill()
@@ -73,7 +80,9 @@ _worlds: dict[int, GlooWorld] = {}
 
 
 def world(size: int) -> GlooWorld:
-    """The shared world of that size, started on first use."""
+    """The shared world of that size, started on first use; the others sleep meanwhile."""
+    for other, each in _worlds.items():
+        each.pause(other != size)
     if size not in _worlds or not _worlds[size].alive:
         _worlds[size] = GlooWorld(size)
     return _worlds[size]
