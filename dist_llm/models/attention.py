@@ -109,19 +109,19 @@ def look(
     visible: Visibility,
     shape: tuple[int, int, int],
     device: torch.device,
-    dropout: bool,
+    dense: bool,
     bias_HST: Tensor | None = None,
 ) -> Visibility:
     """`visible` with the mask that a kernel wants, made once for all layers; `shape` is B rows, S queries, T keys.
 
-    None where `causal` says it all: the kernels' fast path. A block mask for FlexAttention on a GPU, which skips
-    what is masked (and knows no dropout). Else a dense one: boolean [B, 1, S, T], or a bias with what is not seen
+    None where `causal` says it all: the kernels' fast path. On a GPU a block mask for FlexAttention, which skips
+    what is masked. `dense`, or with a bias, or on a CPU: boolean [B, 1, S, T], or the bias with what is not seen
     at -inf.
     """
     if visible.plain and bias_HST is None:
         return visible
     B, S, T = shape
-    if device.type == "cuda" and bias_HST is None and not dropout:
+    if device.type == "cuda" and bias_HST is None and not dense:
         block_mask = create_block_mask(lambda b, h, q, k: visible.sees(S, T, b, q, k), B, None, S, T, device=device)
         return replace(visible, mask=block_mask)
     b, q, k = (torch.arange(size, device=device) for size in (B, S, T))

@@ -174,7 +174,12 @@ class Decoder(nn.Module):
         if relative is not None:
             keys_T = torch.arange(T, device=device)
             bias_HST = relative(keys_T[T - S :] if visible.places_BS is None else visible.places_BS[0], keys_T)
-        return look(visible, (B, S, T), device, self.training and self.config.dropout > 0, bias_HST)
+        return look(visible, (B, S, T), device, self._dense, bias_HST)
+
+    @property
+    def _dense(self) -> bool:
+        """Whether FlexAttention cannot be had: it knows no dropout and no head below 16 dimensions."""
+        return (self.training and self.config.dropout > 0) or self.config.head_dim < 16
 
     def _survivors(self, draws_B: Tensor | None, layer: int) -> Tensor | None:
         if not (self.training and self.config.stochastic_depth) or draws_B is None:

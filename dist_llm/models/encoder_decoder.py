@@ -123,6 +123,5 @@ class EncoderDecoder(Decoder):
         return x_BTD if self.source_norm is None else self.source_norm(x_BTD)
 
     def _look_across(self, visible: Visibility, source: Source, B: int, S: int) -> Visibility:
-        dropout = self.training and self.config.dropout > 0
         T = source.tokens_BT.shape[1]
-        return look(visible.cross(source.visible, S), (B, S, T), source.tokens_BT.device, dropout)
+        return look(visible.cross(source.visible, S), (B, S, T), source.tokens_BT.device, self._dense)

@@ -1,6 +1,7 @@
 """What only a GPU can show; run with `pytest -m gpu`."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from dist_llm.observe.flops import peak_flops
 from dist_llm.optim import clip
 from dist_llm.train.step import train_step
 from tests.laws.law import Spy, batches_of, config_of
-from tests.laws.layouts import ADAMW, MODELS
+from tests.laws.layouts import ADAMW, DOCUMENTS, MODELS, PREFIX
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 GPU = torch.device("cuda")
@@ -28,6 +29,19 @@ def test_a_gpu_takes_the_step_that_a_cpu_takes(model: str) -> None:
     there = dict(engines[1].named_parameters())
     for name, parameter in engines[0].named_parameters():
         torch.testing.assert_close(there[name].cpu(), parameter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("extra", [PREFIX, DOCUMENTS, {**PREFIX, **DOCUMENTS}], ids=["prefix", "documents", "both"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_block_masks_are_dense_ones(compiled: bool, extra: dict[str, Any]) -> None:
+    """FlexAttention on the GPU, a dense mask on the CPU: heads of 16 dimensions, the least that it takes."""
+    model = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2}
+    cpu = Spy(config_of(1, model, optim=ADAMW, **extra), torch.device("cpu"))
+    gpu = Spy(config_of(1, model, optim=ADAMW, compile=compiled, **extra), GPU)
+    for step in range(2):
+        want, found = (train_step(each, batches_of(each.config, each, step), 1e-3, step) for each in (cpu, gpu))
+        assert found.loss.item() == pytest.approx(want.loss.item(), rel=1e-4)
+        assert found.grad_norm.item() == pytest.approx(want.grad_norm.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
