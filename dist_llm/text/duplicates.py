@@ -76,7 +76,7 @@ def near_key(text: str) -> Key:
     sketch = _blank_sketch().copy()
     shingles = _shingles(text)
     for start in range(0, len(shingles), SHINGLES_AT_ONCE):
-        sketch.update_batch(shingles[start : start + SHINGLES_AT_ONCE])
+        sketch.update_batch(shingles[start : start + SHINGLES_AT_ONCE].tolist())
     signature: npt.NDArray[np.uint32] = sketch.hashvalues.astype("<u4")
     return signature.view(np.uint8)
 

@@ -128,8 +128,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         "--dedup",
         choices=DEDUP,
         help="keep only the first of equal documents (exact) or of nearly equal ones (near: MinHash of runs of five "
-        "words). exact needs about 100 bytes of memory per document that stays, near about NEAR_KILOBYTES kB, all in "
-        "one process; near cannot be done in parts",
+        "words). exact needs about 100 bytes of memory per document that stays; near about 5 kB, and 10 kB with a "
+        "threshold of 0.5, so 5 GB for a million documents, all in one process. near cannot be done in parts",
     )
     parser.add_argument(
         "--dedup-threshold",

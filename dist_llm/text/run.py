@@ -182,8 +182,9 @@ class Run:
             sum(measure(split) for split in SPLITS)
             for measure in (manifest.tokens, manifest.text_bytes, manifest.documents)
         )
+        out = self.options.out / self.share.name if self.share.of > 1 else self.options.out
         self.meter.say(
-            f"prepared {self.options.out}: {count:,} documents, {tokens:,} tokens of {manifest.vocab_size:,} ids, "
+            f"prepared {out}: {count:,} documents, {tokens:,} tokens of {manifest.vocab_size:,} ids, "
             f"{texts / max(tokens, 1):.2f} bytes per token, {sum(map(len, manifest.shards.values()))} shards, "
             f"{manifest.documents('heldout') / max(count, 1):.2%} held out, {manifest.bad_rows:,} bad rows, "
             f"{self.report.empty_documents:,} empty, {self.meter.seconds:.1f} s, "

@@ -164,6 +164,9 @@ def test_bad_rows_are_counted_and_past_the_rate_fail(tmp_path):
         (["x"], {"bpe_train_bytes": 0}, "--bpe-train-bytes"),
         (["x"], {"tokenizer": "gpt5"}, "unknown"),
         (["x"], {"source": ()}, "--source"),
+        (["x"], {"dedup_threshold": 1.0}, "--dedup-threshold"),
+        (["x"], {"part": "3/2"}, "--part 3/2"),
+        (["x"], {"filter": ("gopher",)}, r"\(0 empty, 0 held out, 1 removed by rules\)"),
     ],
 )
 def test_what_cannot_work_says_why_and_leaves_nothing(texts, changes, message, tmp_path):
@@ -384,7 +387,9 @@ def test_arguments_become_options():
     assert options_from(least) == PrepareOptions(source=("a", "b"), tokenizer="byte", out=Path("o"))
     given = ["--source=a", "--tokenizer=bpe:300", "--out=o", "--overwrite", "--workers=3", "--split-pattern=llama3"]
     given += ["--text-key=t", "--hf-split=s", "--heldout-fraction=0.5", "--shard-tokens=7", "--bpe-train-bytes=8"]
-    want = PrepareOptions(("a",), "bpe:300", Path("o"), "llama3", "t", "s", 0.5, 3, 7, 8, 0.25, True)
+    given += ["--part=1/2", "--filter=c4", "--filter=gopher", "--dedup=near", "--dedup-threshold=0.7"]
+    scale = ("1/2", ("c4", "gopher"), "near", 0.7)
+    want = PrepareOptions(("a",), "bpe:300", Path("o"), "llama3", "t", "s", 0.5, 3, 7, 8, 0.25, True, *scale)
     assert options_from(parser.parse_args([*given, "--max-bad-rate=0.25"])) == want
     assert "python-stdlib" in parser.format_help()
 
