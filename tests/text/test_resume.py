@@ -107,6 +107,12 @@ def tear(tmp_path):
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def stray(tmp_path):
+    """A shard begun after the last record, which the run that goes on may never reach."""
+    (tmp_path / "out.partial" / "train-00009.bin").write_bytes(b"stray")
+    (tmp_path / "out.partial" / MANIFEST).write_bytes(b"from a run killed at its very end")
+
+
 ALL = [0, 1, 2, 3, 4, 5]
 
 
@@ -125,6 +131,7 @@ ALL = [0, 1, 2, 3, 4, 5]
         (damage("train*.offsets"), {}, ALL),
         (damage(JOURNAL), {}, ALL),
         (tear, {}, [2, 3, 4, 5]),
+        (stray, {}, [3, 4, 5]),
     ],
 )
 def test_what_is_done_is_used_only_while_it_holds(between, changes, read, small_marks, tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def run_parts(source, out, of, **options):
 @pytest.mark.parametrize("files", [1, 2, 5])
 @pytest.mark.parametrize("options", [{}, {"dedup": "exact"}, {"dedup": "exact", "filter": ("c4",)}], ids=str)
 def test_parts_merged_are_one_run(files, options, tmp_path):
-    texts = [prose(seed=n % 90) + "\nMenu" * (n % 3) for n in range(120)]
+    texts = [prose(seed=n % 40) + "\nMenu" * (n % 3) for n in range(120)]  # copies differ in what c4 cuts out
     source = write_files(tmp_path / "in", ["", *texts, ""], files)
     with open(tmp_path / "in" / "00.jsonl", "a") as file:
         file.write("broken\n")
