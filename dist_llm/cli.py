@@ -101,9 +101,16 @@ def _refuse(error: UserError) -> int:
 
 def _prepare(options: argparse.Namespace) -> None:
     from dist_llm.text.options import options_from
+
+    if options.merge:
+        from dist_llm.text.merge import merge
+
+        merge(options.merge)
+        return
+    chosen = options_from(options)
     from dist_llm.text.prepare import prepare
 
-    prepare(options_from(options))
+    prepare(chosen)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -14,14 +14,14 @@ Documents end with `<|endoftext|>` and never straddle two shards.
 import hashlib
 import json
 import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from dist_llm.data.growing import FileState, GrowingFile, check_prefix
 from dist_llm.errors import DataError
 
 Split = Literal["train", "heldout"]
@@ -115,10 +115,19 @@ class Manifest:
         return manifest
 
 
+@dataclass(frozen=True)
+class ShardState:
+    """A shard so far, and what its two files must hold for it to be taken up again."""
+
+    shard: Shard
+    ids: FileState
+    offsets: FileState
+
+
 class ShardWriter:
     """Writes the documents of one split in order, a new shard whenever one is full.
 
-    Peak memory is one document: ids go to the file as they come, the hash is kept as they pass.
+    Peak memory is what one call adds: ids go to the file as they come, the hash is kept as they pass.
     `close` makes the shards whole and durable; the end of a `with` only lets go of what an error left open.
     """
 
@@ -126,29 +135,69 @@ class ShardWriter:
         self.directory, self.split, self.max_tokens = directory, split, max_tokens
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.shards: list[Shard] = []
-        self._open: list[BinaryIO] = []  # ids and offsets of the shard being written
+        self._open: list[GrowingFile] = []  # ids and offsets of the shard being written
+        self._unsaid: list[ShardState] = []  # shards finished since the last sync
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *raised: object) -> None:
         for file in self._open:
-            with suppress(OSError):  # a full disk: the error that brought us here says so
-                file.close()
+            file.abandon()
 
     def add(self, ids: np.ndarray, text_bytes: int) -> None:
         """Append one document; `ids` ends with the separator."""
-        if not self._open or self._tokens + len(ids) > self.max_tokens:
-            self._finish_shard()
-            self._start_shard()
-        ids_file, offsets_file = self._open
-        raw = ids.astype(self.dtype, copy=False).tobytes()
-        ids_file.write(raw)
-        self._hash.update(raw)
-        offsets_file.write(np.uint64(self._tokens).astype("<u8").tobytes())
-        self._tokens += len(ids)
-        self._documents += 1
-        self._text_bytes += text_bytes
+        self.extend(ids, np.array([len(ids)]), np.array([text_bytes]))
+
+    def extend(self, ids: np.ndarray, ends: np.ndarray, text_bytes: np.ndarray) -> None:
+        """Append documents that follow one another in `ids`: number k ends before `ends[k]`."""
+        ids = ids.astype(self.dtype, copy=False)
+        starts = np.concatenate([[0], ends[:-1]])
+        first = 0
+        while first < len(ends):
+            if not self._open:
+                self._start_shard()
+            begin = int(starts[first])
+            last = int(np.searchsorted(ends, begin + self.max_tokens - self._tokens, side="right"))
+            if last <= first and self._tokens:
+                self._finish_shard()
+                continue
+            last = max(last, first + 1)  # a document longer than a shard gets one of its own
+            end = int(ends[last - 1])
+            self._open[0].write(ids[begin:end].tobytes())
+            self._open[1].write((starts[first:last] - begin + self._tokens).astype("<u8").tobytes())
+            self._tokens += end - begin
+            self._documents += last - first
+            self._text_bytes += int(text_bytes[first:last].sum())
+            first = last
+
+    def sync(self) -> list[ShardState]:
+        """Make durable what was added. Returns the shards that changed since the last sync, in order."""
+        for file in self._open:
+            file.sync()
+        said = [*self._unsaid, *([self._state()] if self._open else [])]
+        self._unsaid = []
+        return said
+
+    def restore(self, states: list[ShardState]) -> None:
+        """Go on after `states`, the newest of each shard. Raises DataError where a file is not as it was."""
+        for state in states[:-1]:
+            check_prefix(self.directory / state.shard.file, state.ids)
+            check_prefix((self.directory / state.shard.file).with_suffix(".offsets"), state.offsets)
+            self.shards.append(state.shard)
+        for state in states[-1:]:
+            path = self.directory / state.shard.file
+            self._open.append(GrowingFile.reopen(path, state.ids))
+            self._open.append(GrowingFile.reopen(path.with_suffix(".offsets"), state.offsets))
+            self._file = state.shard.file
+            self._tokens, self._documents = state.shard.tokens, state.shard.documents
+            self._text_bytes = state.shard.text_bytes
+
+    def files(self) -> list[Path]:
+        """The files of all shards so far, that being written included."""
+        ids = [self.directory / shard.file for shard in self.shards]
+        finished = [each for path in ids for each in (path, path.with_suffix(".offsets"))]
+        return finished + [file.path for file in self._open]
 
     def close(self) -> tuple[Shard, ...]:
         """Finish the last shard and return them all."""
@@ -159,16 +208,19 @@ class ShardWriter:
         self._file = f"{self.split}-{len(self.shards):05d}.bin"
         path = self.directory / self._file
         for each in (path, path.with_suffix(".offsets")):
-            self._open.append(each.open("wb"))
-        self._hash = hashlib.sha256()
+            self._open.append(GrowingFile(each))
         self._tokens = self._documents = self._text_bytes = 0
 
     def _finish_shard(self) -> None:
         if not self._open:
             return
         for file in self._open:
-            file.flush()
-            os.fsync(file.fileno())
             file.close()
+        state = self._state()
+        self.shards.append(state.shard)
+        self._unsaid.append(state)
         self._open = []
-        self.shards.append(Shard(self._file, self._tokens, self._documents, self._text_bytes, self._hash.hexdigest()))
+
+    def _state(self) -> ShardState:
+        ids, offsets = (file.state for file in self._open)
+        return ShardState(Shard(self._file, self._tokens, self._documents, self._text_bytes, ids.sha256), ids, offsets)

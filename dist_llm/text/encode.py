@@ -25,64 +25,94 @@ import numpy.typing as npt
 
 from dist_llm.data.shard import smallest_dtype
 from dist_llm.errors import DataError
-from dist_llm.text.sources import Document
+from dist_llm.text.chunks import Chunk, Mark
+from dist_llm.text.duplicates import KEY_BYTES, key_of
+from dist_llm.text.filters import Filters
+from dist_llm.text.report import Removals
+from dist_llm.text.share import WHOLE, Share
 from dist_llm.text.tokenizer import Tokenizer
 
-CHUNK_CHARS = 1 << 20
-DOCUMENT_OVERHEAD_CHARS = 64  # so that a chunk of tiny documents is not a million objects
 CHUNKS_PER_WORKER = 3  # one at work, one waiting, one coming back
 
 Ids = npt.NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True)
-class EncodedDocument:
-    """The ids of one document, `<|endoftext|>` last."""
+class Recipe:
+    """What is done to each document, wherever that is."""
 
-    ids: Ids
-    text_bytes: int
-    heldout: bool
+    tokenizer_directory: Path
+    heldout_fraction: float = 0.0
+    filters: tuple[str, ...] = ()
+    dedup: str | None = None
+    share: Share = WHOLE
+
+    def encoder(self) -> "Encoder":
+        """Raises DataError where there is no tokenizer."""
+        return Encoder(Tokenizer.load(self.tokenizer_directory), self)
 
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """Many documents, as few arrays: cheap to send between processes."""
+    """The documents that passed the filters, as few arrays: cheap to send between processes.
+
+    `ids` holds one document after the other, each with `<|endoftext|>` last; `ends`, `text_bytes`, `heldout` and
+    `keys` (uint8 [documents, bytes of a key]) have a row for each.
+    """
 
     ids: Ids
     ends: npt.NDArray[np.int64]
     text_bytes: npt.NDArray[np.int64]
     heldout: npt.NDArray[np.bool_]
-
-    def __iter__(self) -> Iterator[EncodedDocument]:
-        start = 0
-        columns = self.ends.tolist(), self.text_bytes.tolist(), self.heldout.tolist()
-        for end, text_bytes, heldout in zip(*columns, strict=True):
-            yield EncodedDocument(self.ids[start:end], text_bytes, heldout)
-            start = end
+    keys: npt.NDArray[np.uint8]
+    removed: Removals
 
 
 class Encoder:
-    """Turns documents into ids and says which are held out."""
+    """Turns documents into ids, and says which are held out and what makes their copies known."""
 
-    def __init__(self, tokenizer: Tokenizer, heldout_fraction: float) -> None:
-        self.tokenizer, self.heldout_fraction = tokenizer, heldout_fraction
+    def __init__(self, tokenizer: Tokenizer, recipe: Recipe) -> None:
+        self.tokenizer, self.recipe = tokenizer, recipe
         self.dtype = np.dtype(smallest_dtype(tokenizer.vocab_size))
-        self._end = np.array([tokenizer.eot], dtype=self.dtype)
+        self._end = np.array([tokenizer.eot], dtype=np.uint32)
+        self._filters = Filters(recipe.filters)
+        self._key_of = key_of(recipe.dedup) if recipe.dedup else None
 
-    def __call__(self, chunk: list[Document]) -> EncodedChunk:
-        ids: list[Ids] = []
-        texts = [document.text.encode() for document in chunk]
-        for document in chunk:
+    def __call__(self, chunk: Chunk) -> EncodedChunk:
+        removed = Removals()
+        ids: list[npt.NDArray[np.uint32]] = []
+        texts: list[bytes] = []
+        keys: list[npt.NDArray[np.uint8]] = []
+        for origin, text in zip(chunk.origins, chunk.texts, strict=True):
             try:
-                ids += [self.tokenizer.encode(document.text).astype(self.dtype), self._end]
+                kept = self._keep(text, removed)
+                if kept is None:
+                    continue
+                texts.append(kept.encode())
+                ids += [self.tokenizer.encode(kept), self._end]
+                if self._key_of:
+                    keys.append(self._key_of(kept))
             except Exception as error:
-                raise RuntimeError(f"{document.origin}: cannot be tokenized") from error
+                raise RuntimeError(f"{origin}: cannot be tokenized") from error
+        key_bytes = KEY_BYTES[self.recipe.dedup] if self.recipe.dedup else 0
         return EncodedChunk(
-            np.concatenate(ids),
-            np.cumsum([len(each) + 1 for each in ids[::2]]),
-            np.array([len(text) for text in texts]),
-            np.array([is_heldout(text, self.heldout_fraction) for text in texts]),
+            np.concatenate(ids or [self._end[:0]]).astype(self.dtype),
+            np.cumsum([len(each) + 1 for each in ids[::2]], dtype=np.int64),
+            np.array([len(text) for text in texts], dtype=np.int64),
+            np.array([is_heldout(text, self.recipe.heldout_fraction) for text in texts], dtype=np.bool_),
+            np.concatenate(keys).reshape(-1, key_bytes) if keys else np.zeros((len(texts), key_bytes), np.uint8),
+            removed,
         )
+
+    def _keep(self, text: str, removed: Removals) -> str | None:
+        """What is to be tokenized of a text: nothing of what is another part's, or does not pass."""
+        own = Removals()
+        kept = self._filters(text, own)
+        # By what is left: two texts may differ in what a filter cuts out alone.
+        if not self.recipe.share.has_text((text if kept is None else kept).encode()):
+            return None
+        removed.merge(own)
+        return kept
 
 
 def is_heldout(text: bytes, fraction: float) -> bool:
@@ -92,40 +122,31 @@ def is_heldout(text: bytes, fraction: float) -> bool:
 
 
 def encode_in_order(
-    documents: Iterable[Document], tokenizer_directory: Path, heldout_fraction: float, workers: int
-) -> Generator[EncodedChunk, None, None]:
-    """Encode with the saved tokenizer on `workers` processes; with one, in this process.
+    chunks: Iterable[Chunk], recipe: Recipe, workers: int
+) -> Generator[tuple[EncodedChunk, Mark | None], None, None]:
+    """Encode on `workers` processes, with one in this process; each chunk's mark comes back with it.
 
     Raises DataError where a process dies.
     """
-    chunks = _chunks(documents)
     if workers == 1:
-        yield from map(Encoder(Tokenizer.load(tokenizer_directory), heldout_fraction), chunks)
+        encoder = recipe.encoder()
+        yield from ((encoder(chunk), chunk.mark) for chunk in chunks)
         return
     with ExitStack() as stack:
-        team = [stack.enter_context(closing(_Worker(tokenizer_directory, heldout_fraction))) for _ in range(workers)]
+        team = [stack.enter_context(closing(_Worker(recipe))) for _ in range(workers)]
         # Chunks are dealt out in turn and collected in turn: that alone keeps them in order.
-        pending: deque[_Worker] = deque()
+        pending: deque[tuple[_Worker, Mark | None]] = deque()
         for worker, chunk in zip(cycle(team), chunks, strict=False):
             if len(pending) == CHUNKS_PER_WORKER * workers:
-                yield pending.popleft().collect()
+                yield _collect(*pending.popleft())
             worker.hand(chunk)
-            pending.append(worker)
+            pending.append((worker, chunk.mark))
         while pending:
-            yield pending.popleft().collect()
+            yield _collect(*pending.popleft())
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    chunk: list[Document] = []
-    chars = 0
-    for document in documents:
-        chunk.append(document)
-        chars += len(document.text) + DOCUMENT_OVERHEAD_CHARS
-        if chars >= CHUNK_CHARS:
-            yield chunk
-            chunk, chars = [], 0
-    if chunk:
-        yield chunk
+def _collect(worker: "_Worker", mark: Mark | None) -> tuple[EncodedChunk, Mark | None]:
+    return worker.collect(), mark
 
 
 class _Worker:
@@ -135,15 +156,14 @@ class _Worker:
     the parent reading for ever. Here the pipe ends with the process, whichever end dies.
     """
 
-    def __init__(self, tokenizer_directory: Path, heldout_fraction: float) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, far_end = context.Pipe()
-        arguments = (far_end, tokenizer_directory, heldout_fraction)
-        self._process = context.Process(target=_work, args=arguments, daemon=True)
+        self._process = context.Process(target=_work, args=(far_end, recipe), daemon=True)
         self._process.start()
         far_end.close()
 
-    def hand(self, chunk: list[Document]) -> None:
+    def hand(self, chunk: Chunk) -> None:
         """Give it a chunk; returns at once, since a thread over there takes what comes."""
         with self._explained():
             self._pipe.send(chunk)
@@ -171,14 +191,14 @@ class _Worker:
             ) from None
 
 
-def _work(pipe: "Connection[Any, Any]", tokenizer_directory: Path, heldout_fraction: float) -> None:
+def _work(pipe: "Connection[Any, Any]", recipe: Recipe) -> None:
     # Ctrl-C reaches the whole group; the parent alone decides, and says one thing.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A thread empties the pipe, or parent and worker could both wait for the other to read.
-    inbox: SimpleQueue[list[Document]] = SimpleQueue()
+    inbox: SimpleQueue[Chunk] = SimpleQueue()
     threading.Thread(target=_receive, args=(pipe, inbox), daemon=True).start()
     try:
-        encoder = Encoder(Tokenizer.load(tokenizer_directory), heldout_fraction)
+        encoder = recipe.encoder()
         while True:
             pipe.send(encoder(inbox.get()))
     except OSError:
@@ -189,7 +209,7 @@ def _work(pipe: "Connection[Any, Any]", tokenizer_directory: Path, heldout_fract
             inbox.get()
 
 
-def _receive(pipe: "Connection[Any, Any]", inbox: "SimpleQueue[list[Document]]") -> None:
+def _receive(pipe: "Connection[Any, Any]", inbox: "SimpleQueue[Chunk]") -> None:
     try:
         while True:
             inbox.put(pipe.recv())

@@ -8,6 +8,8 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from dist_llm.errors import DataError
+
 EPILOG = """\
 examples:
   # try the whole program on text that every Python installation has
@@ -21,7 +23,27 @@ examples:
 
   # another corpus with the tokenizer of the first
   dist-llm prepare --source hf:wikitext:wikitext-2-raw-v1 --tokenizer data/stdlib --out data/wikitext
+
+  # a web crawl: two published sets of quality rules, and no text twice; report.json says what each rule removed
+  dist-llm prepare --source crawl/ --tokenizer data/stdlib --filter gopher --filter c4 --dedup exact --out data/web
+
+  # on two machines, one part each; then one corpus of both
+  dist-llm prepare --source crawl/ --tokenizer data/stdlib --part 1/2 --out data/big
+  dist-llm prepare --source crawl/ --tokenizer data/stdlib --part 2/2 --out data/big
+  dist-llm prepare --merge data/big
+
+A run that was killed leaves OUT.partial, which train does not accept. The same command goes on from there: input
+files that are done are not read again (those of less than 8 MiB in groups of that size), unless they, an option
+that shapes the corpus or the tokenizer changed. The result has the same bytes as that of an undisturbed run.
+
+Filters look at a document first, then the search for duplicates, then the tokenizer.
 """
+
+USAGE = """\
+dist-llm prepare --source SOURCE --tokenizer TOKENIZER --out OUT [options]
+       dist-llm prepare --merge OUT"""
+FILTERS = ("gopher", "c4")
+DEDUP = ("exact", "near")
 
 
 @dataclass(frozen=True)
@@ -40,27 +62,37 @@ class PrepareOptions:
     bpe_train_bytes: int = 256 * 2**20
     max_bad_rate: float = 0.001
     overwrite: bool = False
+    part: str | None = None
+    filter: tuple[str, ...] = ()
+    dedup: str | None = None
+    dedup_threshold: float = 0.8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add every field of PrepareOptions to `parser`, with help that teaches."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EPILOG
+    parser.epilog, parser.usage = EPILOG, USAGE
     _add_inputs(parser)
+    _add_selection(parser)
+    _add_parts(parser)
     _add_tuning(parser)
 
 
 def options_from(namespace: argparse.Namespace) -> PrepareOptions:
-    """The options in a namespace parsed with `add_arguments`; other attributes are ignored."""
+    """The options in a namespace parsed with `add_arguments`; other attributes are ignored.
+
+    Raises DataError where one that is always needed was not given.
+    """
     values = {each.name: getattr(namespace, each.name) for each in fields(PrepareOptions)}
-    return PrepareOptions(**{**values, "source": tuple(values["source"])})
+    if missing := [f"--{name}" for name in ("source", "tokenizer", "out") if not values[name]]:
+        raise DataError(f"{', '.join(missing)}: must be given. See dist-llm prepare --help for examples.")
+    return PrepareOptions(**{**values, "source": tuple(values["source"]), "filter": tuple(values["filter"])})
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         action="append",
-        required=True,
         help="where the text is; may be given several times, read in that order. A folder (walked in sorted order); "
         "a .jsonl, .ndjson or .json file with one object a line, plain, .gz or .zst; a .parquet file; any other file "
         "is one document. hf:NAME[:CONFIG] streams a Hugging Face dataset (NAME may be a local folder). "
@@ -68,12 +100,11 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokenizer",
-        required=True,
         help="bpe:N trains N ids on the source (256 bytes, merges, <|endoftext|>); byte uses the 256 bytes; a tiktoken "
         "encoding by name (gpt2, cl100k_base, ...; needs the network once); a .tiktoken file; vocab.json,merges.txt "
         "or a folder that holds the two; a prepared corpus, to use its tokenizer again",
     )
-    parser.add_argument("--out", type=Path, required=True, help="the directory to make; it appears when complete")
+    parser.add_argument("--out", type=Path, help="the directory to make; it appears when complete")
     parser.add_argument(
         "--split-pattern",
         help="how text is split before merging: gpt2 or llama3 for bpe:N (default gpt2); gpt2, llama3 or cl100k for "
@@ -81,6 +112,49 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text-key", default="text", help="the JSON key or column of the text (default: %(default)s)")
     parser.add_argument("--hf-split", default="train", help="the split of an hf: source (default: %(default)s)")
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        choices=FILTERS,
+        help="leave out text of low quality; may be given several times, applied in that order. gopher: documents, by "
+        "length, words, symbols and repetition (Rae et al. 2021, A.1.1 and table A1). c4: lines and documents "
+        "(Raffel et al. 2020, 2.2). Both are made for English web pages, not for code",
+    )
+    parser.add_argument(
+        "--dedup",
+        choices=DEDUP,
+        help="keep only the first of equal documents (exact) or of nearly equal ones (near: MinHash of runs of five "
+        "words). exact needs about 100 bytes of memory per document that stays; near about 5 kB, and 10 kB with a "
+        "threshold of 0.5, so 5 GB for a million documents, all in one process. near cannot be done in parts",
+    )
+    parser.add_argument(
+        "--dedup-threshold",
+        type=float,
+        default=PrepareOptions.dedup_threshold,
+        help="near: share of runs of five words in common (Jaccard similarity, estimated to about 0.04) from which "
+        "the later document is left out (default: %(default)s)",
+    )
+
+
+def _add_parts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--part",
+        metavar="i/n",
+        help="do part i of n, from 1, into OUT/part-i-of-n, a corpus of its own. A part takes every n-th input file, "
+        "or every n-th row where there are fewer files than n; with --dedup exact it reads and filters everything and "
+        "takes the texts whose hash is its own, so that copies meet. With bpe:N each part trains the same "
+        "tokenizer; to save that, train it once and give that corpus as --tokenizer",
+    )
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        metavar="OUT",
+        help="make one corpus of all parts in OUT, at once: the parts' files stay where they are",
+    )
 
 
 def _add_tuning(parser: argparse.ArgumentParser) -> None:

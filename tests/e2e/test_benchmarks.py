@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from . import commands
 from .commands import REPOSITORY
 
 OVERHEAD = REPOSITORY / "benchmarks" / "overhead.py"
+PREPARE = REPOSITORY / "benchmarks" / "prepare.py"
 
 
 def test_overhead_prints_a_line_per_pair_and_a_table() -> None:
@@ -21,9 +23,18 @@ def test_overhead_prints_a_line_per_pair_and_a_table() -> None:
     assert "the claim, a ratio of at least 0.98: median" in done.stderr
 
 
-def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+def test_prepare_prints_a_line_per_case_and_pair_and_a_table() -> None:
+    done = benchmark("--megabytes", "1", "--pairs", "2", "--tokenizer", "byte", "--workers", "1", program=PREPARE)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["case"], row["pair"]) for row in rows] == [("jsonl", 1), ("jsonl", 2), ("text", 1), ("text", 2)]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["ours"] / row["bare"], rel=0.02)
+    assert "the claim: a ratio of at least 0.8" in done.stderr
+
+
+def benchmark(*arguments: str, program: Path = OVERHEAD) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, OVERHEAD, *arguments],
+        [sys.executable, program, *arguments],
         env=commands.environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -18,12 +18,13 @@ import pytest
 
 from dist_llm.data.shard import MANIFEST, SPLITS, Manifest
 from dist_llm.errors import DataError
-from dist_llm.text import prepare as prepare_module
 from dist_llm.text import progress
-from dist_llm.text.encode import Encoder, encode_in_order, is_heldout
+from dist_llm.text import run as run_module
+from dist_llm.text.chunks import Chunk
+from dist_llm.text.encode import Encoder, Recipe, encode_in_order, is_heldout
 from dist_llm.text.options import PrepareOptions, add_arguments, options_from
 from dist_llm.text.prepare import prepare
-from dist_llm.text.sources import Document
+from dist_llm.text.publish import sole_run
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
 
@@ -129,7 +130,7 @@ def test_training_sees_only_the_first_bytes_and_nothing_held_out(tmp_path, monke
         seen.extend(training_texts())
         return build_tokenizer(spec, pattern, training_texts)
 
-    monkeypatch.setattr(prepare_module, "build_tokenizer", spy)
+    monkeypatch.setattr(run_module, "build_tokenizer", spy)
     texts = random_texts(1000)
     source = write_rows(tmp_path / "a.jsonl", texts)
     run(source, tmp_path / "out", heldout_fraction=0.2, bpe_train_bytes=20_000, tokenizer="bpe:260")
@@ -163,6 +164,9 @@ def test_bad_rows_are_counted_and_past_the_rate_fail(tmp_path):
         (["x"], {"bpe_train_bytes": 0}, "--bpe-train-bytes"),
         (["x"], {"tokenizer": "gpt5"}, "unknown"),
         (["x"], {"source": ()}, "--source"),
+        (["x"], {"dedup_threshold": 1.0}, "--dedup-threshold"),
+        (["x"], {"part": "3/2"}, "--part 3/2"),
+        (["x"], {"filter": ("gopher",)}, r"\(0 empty, 0 held out, 1 removed by rules\)"),
     ],
 )
 def test_what_cannot_work_says_why_and_leaves_nothing(texts, changes, message, tmp_path):
@@ -205,7 +209,7 @@ def test_a_run_killed_while_swapping_loses_nothing(tmp_path):
 
 def test_a_second_run_to_the_same_place_is_sent_away(tmp_path):
     source, out = write_rows(tmp_path / "a.jsonl", ["x"]), tmp_path / "out"
-    with prepare_module._sole_run(out), pytest.raises(DataError, match="another prepare"):
+    with sole_run(out), pytest.raises(DataError, match="another prepare"):
         run(source, out)
     run(source, out, heldout_fraction=0)
 
@@ -214,8 +218,10 @@ PREPARE = """
 import json, resource, sys
 from pathlib import Path
 from dist_llm.errors import DataError
+from dist_llm.text import chunks
 from dist_llm.text.prepare import PrepareOptions, prepare
 fields = json.loads(sys.argv[1])
+chunks.MARK_CHARS = fields.pop("mark_chars", chunks.MARK_CHARS)
 if fields.pop("largest_file", 0):
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
@@ -271,10 +277,10 @@ def test_a_killed_run_leaves_no_corpus_and_no_process_and_the_next_one_finishes(
 IDLE = """
 import sys, time
 from pathlib import Path
-from dist_llm.text.encode import _Worker
-from dist_llm.text.sources import Document
-worker = _Worker(Path(sys.argv[1]), 0.0)
-worker.hand([Document("x", "f:1")])
+from dist_llm.text.chunks import Chunk
+from dist_llm.text.encode import Recipe, _Worker
+worker = _Worker(Recipe(Path(sys.argv[1])))
+worker.hand(Chunk(["x"], ["f:1"]))
 worker.collect()
 print(worker._process.pid, flush=True)
 time.sleep(60)
@@ -321,7 +327,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
 
 
 def some_chunks(count=8):
-    return (Document("x" * 2_000_000, f"f:{number}") for number in range(count))
+    return (Chunk(["x" * 2_000_000], [f"f:{number}"]) for number in range(count))
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
@@ -329,7 +335,7 @@ def test_a_worker_that_dies_is_a_clear_error(seconds, tmp_path):
     """Also while it writes its result, when a shared pipe would leave the reader waiting for the rest."""
     others = set(multiprocessing.active_children())  # of other tests
     build_tokenizer("byte", None, list).save(tmp_path)
-    chunks = encode_in_order(some_chunks(40), tmp_path, 0.0, workers=2)
+    chunks = encode_in_order(some_chunks(40), Recipe(tmp_path), workers=2)
     next(chunks)
     time.sleep(seconds)
     next(child for child in multiprocessing.active_children() if child not in others).kill()
@@ -341,7 +347,7 @@ def test_a_worker_that_dies_is_a_clear_error(seconds, tmp_path):
 def test_few_chunks_are_in_flight(tmp_path):
     build_tokenizer("byte", None, list).save(tmp_path)
     taken = []
-    chunks = encode_in_order((taken.append(1) or each for each in some_chunks(20)), tmp_path, 0.0, workers=2)
+    chunks = encode_in_order((taken.append(1) or each for each in some_chunks(20)), Recipe(tmp_path), workers=2)
     next(chunks)
     assert len(taken) <= 7
     chunks.close()
@@ -351,9 +357,9 @@ def test_a_failure_in_a_worker_surfaces(tmp_path, monkeypatch):
     tokenizer = build_tokenizer("byte", None, list)
     monkeypatch.setattr(Tokenizer, "encode", lambda self, text: 1 / 0)
     with pytest.raises(RuntimeError, match="f:0: cannot be tokenized"):
-        Encoder(tokenizer, 0.0)(list(some_chunks(1)))
+        Encoder(tokenizer, Recipe(tmp_path))(next(some_chunks(1)))
     with pytest.raises(RuntimeError, match=r"in a tokenizing process:(.|\n)*tokenizer\.json: missing"):
-        list(encode_in_order(some_chunks(1), tmp_path / "gone", 0.0, workers=2))
+        list(encode_in_order(some_chunks(1), Recipe(tmp_path / "gone"), workers=2))
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -381,7 +387,9 @@ def test_arguments_become_options():
     assert options_from(least) == PrepareOptions(source=("a", "b"), tokenizer="byte", out=Path("o"))
     given = ["--source=a", "--tokenizer=bpe:300", "--out=o", "--overwrite", "--workers=3", "--split-pattern=llama3"]
     given += ["--text-key=t", "--hf-split=s", "--heldout-fraction=0.5", "--shard-tokens=7", "--bpe-train-bytes=8"]
-    want = PrepareOptions(("a",), "bpe:300", Path("o"), "llama3", "t", "s", 0.5, 3, 7, 8, 0.25, True)
+    given += ["--part=1/2", "--filter=c4", "--filter=gopher", "--dedup=near", "--dedup-threshold=0.7"]
+    scale = ("1/2", ("c4", "gopher"), "near", 0.7)
+    want = PrepareOptions(("a",), "bpe:300", Path("o"), "llama3", "t", "s", 0.5, 3, 7, 8, 0.25, True, *scale)
     assert options_from(parser.parse_args([*given, "--max-bad-rate=0.25"])) == want
     assert "python-stdlib" in parser.format_help()
 

@@ -10,7 +10,8 @@ import zstandard
 from pyarrow import parquet
 
 from dist_llm.errors import DataError
-from dist_llm.text.sources import ENOUGH_ROWS, Tally, documents, open_sources, size_bytes
+from dist_llm.text.rows import ENOUGH_ROWS, Tally
+from dist_llm.text.sources import documents, open_sources, size_bytes
 
 TEXTS = ["first", "second\nline\r\n", "", "漢字 🙂", " "]
 LINES = b"".join(json.dumps({"n": n, "text": text}).encode() + b"\n" for n, text in enumerate(TEXTS))

@@ -1,0 +1,181 @@
+"""How fast `dist-llm prepare` is, end to end, beside the bare tokenizer: tiktoken's encode_ordinary_batch.
+
+Ours is the whole command's work in this process and its workers: read and parse the file, tokenize, hash,
+split off what is held out, write the shards durably, publish. The bare side has the same texts in memory
+and calls `encode_ordinary_batch` of the same tokenizer, with as many threads as ours has workers, and
+drops the result. Both have the same cores. Sides take turns, in the order ours, bare, bare, ours, so that
+a machine that slows down or speeds up meanwhile touches both alike.
+
+Without --text and --tokenizer the text is the source code of Python's standard library and the tokenizer
+is bpe:16384, trained on it once before any clock is read. Cases: jsonl, documents of about --document-bytes each;
+text, plain files of about 1 MB. --megabytes of text are written, repeating the source as often as needed.
+
+Prints one JSON line per case and pair on stdout, then a table on stderr; to try it: --megabytes 8 --pairs 2.
+The claim is a ratio of at least 0.8: ours in MB/s of text over the bare side's. `cpu_ratio` compares seconds of
+CPU, all processes together, in place of time that passed: on a machine that others use it is the steadier one.
+Starting the workers is a part of ours: with few --megabytes it is most of it.
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import tiktoken
+
+from dist_llm.text.prepare import PrepareOptions, prepare
+from dist_llm.text.rows import Tally
+from dist_llm.text.sources import documents, open_sources
+from dist_llm.text.tokenizer import Tokenizer
+from dist_llm.text.vocabulary import build_tokenizer
+
+CLAIM = 0.8  # the least ratio that we promise
+FILE_CHARS = 1_000_000
+TRAIN_CHARS = 20_000_000
+COLUMNS = (("ours", " MB/s"), ("bare", " MB/s"), ("ratio", ""), ("cpu_ratio", ""))
+
+
+def main() -> None:
+    """Run the cases and print them."""
+    options = parser().parse_args()
+    if hasattr(os, "sched_setaffinity") and options.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+    options.workers = options.workers or len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        rows = [row for case in options.case or ("jsonl", "text") for row in run(case, options, Path(scratch))]
+    sys.stdout.flush()
+    report(options, rows)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    top.add_argument("--case", action="append", choices=("jsonl", "text"), help="may be repeated; default: both")
+    top.add_argument("--megabytes", type=int, default=64, help="text of each case; default: %(default)s")
+    top.add_argument("--pairs", type=int, default=4, help="pairs measured of each case; default: %(default)s")
+    top.add_argument("--document-bytes", type=int, default=4000, help="of the jsonl case; default: %(default)s")
+    top.add_argument("--text", default="python-stdlib", help="as for prepare --source; default: %(default)s")
+    top.add_argument("--tokenizer", default="bpe:16384", help="as for prepare; default: %(default)s")
+    top.add_argument("--workers", type=int, help="of ours, and threads of the bare side; default: one per core")
+    top.add_argument("--cores", type=int, help="use that many cores alone; default: all that this process may use")
+    top.add_argument("--scratch", type=Path, help="where to write, about twice --megabytes; default: the system's")
+    return top
+
+
+def run(case: str, options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, object]]:
+    """Measure one case, pair by pair, printing each."""
+    tokenizer = build_tokenizer(options.tokenizer, None, lambda: cut(options.text, TRAIN_CHARS, FILE_CHARS))
+    (scratch / "tokenizer").mkdir(exist_ok=True)
+    tokenizer.save(scratch / "tokenizer")
+    size = options.document_bytes if case == "jsonl" else FILE_CHARS
+    texts = list(cut(options.text, options.megabytes * 1_000_000, size))
+    source = write(case, texts, scratch / case)
+    sides = {"ours": ours(source, scratch, options.workers), "bare": bare(tokenizer, texts, options.workers)}
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    for number in range(options.pairs):
+        order = ("ours", "bare") if number % 2 == 0 else ("bare", "ours")
+        taken = {name: timed(sides[name]) for name in order}
+        (seconds, cpu), (bare_seconds, bare_cpu) = taken["ours"], taken["bare"]
+        row: dict[str, object] = {
+            "case": case,
+            "pair": number + 1,
+            "documents": len(texts),
+            "megabytes": round(megabytes, 1),
+            "ours": round(megabytes / seconds, 2),
+            "bare": round(megabytes / bare_seconds, 2),
+            "ratio": round(bare_seconds / seconds, 4),
+            "cpu_ratio": round(bare_cpu / cpu, 4),
+        }
+        print(json.dumps(row), flush=True)
+        yield row
+
+
+def cut(spec: str, total: int, size: int) -> Iterator[str]:
+    """`total` characters of the source in documents of `size`, over again as often as needed; all of it in memory."""
+    text = "".join(document.text for document in documents(open_sources([spec]), Tally(1.0)))
+    text *= -(-total // max(len(text), 1))
+    for start in range(0, total, size):
+        yield text[start : min(start + size, total)]
+
+
+def write(case: str, texts: list[str], folder: Path) -> Path:
+    """The texts as the case has them, durable, so that the disk is quiet when the clock starts."""
+    folder.mkdir()
+    if case == "jsonl":
+        with (folder / "rows.jsonl").open("w") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    else:
+        for number, text in enumerate(texts):
+            (folder / f"{number:05d}.txt").write_text(text)
+    os.sync()
+    return folder
+
+
+def ours(source: Path, scratch: Path, workers: int) -> Callable[[], None]:
+    """One whole prepare; its corpus is removed when the clock has stopped, by the next call."""
+
+    def once() -> None:
+        options = PrepareOptions((str(source),), str(scratch / "tokenizer"), scratch / "corpus", workers=workers)
+        prepare(options, io.StringIO())
+
+    def clean() -> None:
+        shutil.rmtree(scratch / "corpus", ignore_errors=True)
+
+    once.clean = clean  # type: ignore[attr-defined]
+    return once
+
+
+def bare(tokenizer: Tokenizer, texts: list[str], threads: int) -> Callable[[], None]:
+    """tiktoken alone."""
+    encoding = tiktoken.Encoding(
+        "bare",
+        pat_str=tokenizer.pattern,
+        mergeable_ranks=tokenizer.ranks,
+        special_tokens=tokenizer.special_tokens,
+    )
+    return lambda: encoding.encode_ordinary_batch(texts, num_threads=threads) and None
+
+
+def timed(side: Callable[[], None]) -> tuple[float, float]:
+    """Seconds, and seconds of CPU of this process and of children that have ended."""
+    begin, cpu = time.perf_counter(), cpu_seconds()
+    side()
+    taken = time.perf_counter() - begin, cpu_seconds() - cpu
+    getattr(side, "clean", lambda: None)()
+    return taken
+
+
+def cpu_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def report(options: argparse.Namespace, rows: list[dict[str, object]]) -> None:
+    """The table, and what was run."""
+    load = os.getloadavg()[0]
+    print(
+        f"{options.text}, {options.tokenizer}, {options.workers} workers, {len(os.sched_getaffinity(0))} cores, load "
+        f"average {load:.1f} at the end, Python {platform.python_version()}, tiktoken {tiktoken.__version__}",
+        file=sys.stderr,
+    )
+    print(f"{'case':8}{'':12}{'median':>10}{'min':>10}{'max':>10}", file=sys.stderr)
+    for case in dict.fromkeys(row["case"] for row in rows):
+        for name, unit in COLUMNS:
+            column = [float(str(row[name])) for row in rows if row["case"] == case]
+            shown = "".join(f"{value:>10.2f}" for value in (statistics.median(column), min(column), max(column)))
+            print(f"{case:8}{name + unit:12}{shown}", file=sys.stderr)
+    print(f"the claim: a ratio of at least {CLAIM}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

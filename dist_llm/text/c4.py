@@ -1,0 +1,65 @@
+"""The rules that made C4 out of web pages: Raffel et al. 2020, "Exploring the Limits of Transfer Learning", 2.2.
+
+Left out: the list of bad words and the language detector, which are other people's data and models, and
+the removal of repeated three-sentence spans; for repeated documents see dist_llm/text/duplicates.py.
+The citation markers that the paper removes count as bytes of no line.
+"""
+
+import re
+
+from dist_llm.text.report import Removals
+
+TERMINAL = (".", "!", "?", '"', "”")
+MIN_WORDS_PER_LINE = 5
+MIN_SENTENCES = 3
+POLICY_NOTICES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+LINE_RULES = ("terminal_punctuation", "words_per_line", "javascript", "policy_notice")
+RULES = ("lorem_ipsum", "curly_bracket", "citation_marker", *LINE_RULES, "sentences")
+
+_CITATION = re.compile(r"\[(?:\d+|edit|citation needed)\]")
+_SENTENCE_END = re.compile(r"[.!?]+[\"”’')\]]*(?=\s|$)")
+
+
+def clean(text: str, removed: Removals) -> str | None:
+    """The page with the lines that pass, or None; what goes is counted in `removed`, under "c4.<rule>"."""
+    if broken := _broken_page_rule(text):
+        removed.add(f"c4.{broken}", documents=1, bytes=len(text.encode()))
+        return None
+    kept = [line for line in _without_citations(text, removed).split("\n") if not _drop(line, removed)]
+    page = "\n".join(kept)
+    if len(_SENTENCE_END.findall(page)) < MIN_SENTENCES:
+        removed.add("c4.sentences", documents=1, bytes=len(page.encode()))
+        return None
+    return page
+
+
+def _broken_page_rule(text: str) -> str | None:
+    if "lorem ipsum" in text.lower():
+        return "lorem_ipsum"
+    return "curly_bracket" if "{" in text else None
+
+
+def _without_citations(text: str, removed: Removals) -> str:
+    shorter = _CITATION.sub("", text)
+    if len(shorter) < len(text):
+        removed.add("c4.citation_marker", bytes=len(text) - len(shorter))  # the markers are ASCII
+    return shorter
+
+
+def _drop(line: str, removed: Removals) -> bool:
+    rule = broken_line_rule(line)
+    if rule is not None:
+        removed.add(f"c4.{rule}", lines=1, bytes=len(line.encode()))
+    return rule is not None
+
+
+def broken_line_rule(line: str) -> str | None:
+    """The first of LINE_RULES that a line breaks."""
+    lower = line.lower()
+    if not line.rstrip().endswith(TERMINAL):
+        return "terminal_punctuation"
+    if len(line.split()) < MIN_WORDS_PER_LINE:
+        return "words_per_line"
+    if "javascript" in lower:
+        return "javascript"
+    return "policy_notice" if any(notice in lower for notice in POLICY_NOTICES) else None

@@ -1,0 +1,76 @@
+"""Documents in chunks, few and large, with a mark wherever whole input files end.
+
+What was read up to a mark, and written, need not be read again by a run that goes on.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dist_llm.text.rows import Tally
+from dist_llm.text.sources import Source
+
+CHUNK_CHARS = 1 << 20
+DOCUMENT_OVERHEAD_CHARS = 64  # so that a chunk of tiny documents is not a million objects
+# A mark makes all files durable, which costs as much as tokenizing a tenth of this. Input files smaller
+# than this share a mark with their neighbours.
+MARK_CHARS = 8 << 20
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Input files finished since the last mark, as `Source.state` describes them, and the counts up to here."""
+
+    inputs: list[list[str | int] | None]
+    counts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Texts, none of them empty, and the `file:line` of each; `mark` if an input file ends with them."""
+
+    texts: list[str] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+    mark: Mark | None = None
+
+
+class Reader:
+    """Reads sources one after the other."""
+
+    def __init__(self, sources: Sequence[Source], tally: Tally) -> None:
+        self.sources, self.tally = sources, tally
+        self.empty_documents = 0
+
+    def chunks(self) -> Iterator[Chunk]:
+        chunk, chars, unmarked, inputs = Chunk(), 0, 0, []
+        for source in self.sources:
+            state = source.state  # from before: a file that changes while it is read does not pass for read
+            for document in source.documents(self.tally):
+                if not document.text:
+                    self.empty_documents += 1
+                    continue
+                chunk.texts.append(document.text)
+                chunk.origins.append(document.origin)
+                size = len(document.text) + DOCUMENT_OVERHEAD_CHARS
+                chars, unmarked = chars + size, unmarked + size
+                if chars >= CHUNK_CHARS:
+                    yield chunk
+                    chunk, chars = Chunk(), 0
+            inputs.append(state)
+            if unmarked >= MARK_CHARS:
+                yield Chunk(chunk.texts, chunk.origins, Mark(inputs, self._counts()))
+                chunk, chars, unmarked, inputs = Chunk(), 0, 0, []
+        if chunk.texts:
+            yield chunk
+
+    def _counts(self) -> dict[str, Any]:
+        tally = asdict(self.tally)
+        del tally["max_bad_rate"], tally["share"]
+        return {"tally": tally, "empty_documents": self.empty_documents}
+
+    def restore(self, files: int, counts: dict[str, Any]) -> None:
+        """Go on after the first `files` sources, with the counts of a mark."""
+        self.sources = self.sources[files:]
+        self.empty_documents = counts["empty_documents"]
+        for name, value in counts["tally"].items():
+            setattr(self.tally, name, value)

@@ -1,0 +1,132 @@
+"""Finds documents that were there before, exactly or nearly; the first in the order of the source stays.
+
+Each document has a key, computed where it is tokenized; an index, kept by the process that collects
+the documents in order, says of each key whether it is new.
+
+exact   the key is a hash of the text. About 100 bytes of memory per document that stays.
+near    the key is a MinHash signature of the set of 5-word shingles (Broder 1997); documents that share a band
+        of it (locality-sensitive hashing) are compared, and one is a duplicate of the other where the
+        estimate of the Jaccard similarity of their sets reaches the threshold.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+EXACT_BYTES = 16
+PERMUTATIONS = 128  # the estimate's standard deviation is at most 0.5 / sqrt(128) = 0.044
+SHINGLE_WORDS = 5
+SHINGLES_AT_ONCE = 4096  # so that a book does not cost a gigabyte
+# False positives cost a comparison, false negatives a duplicate: bands are chosen to have few of the latter.
+ERROR_WEIGHTS = (0.25, 0.75)
+SCHEME = "affine32"
+KEY_BYTES = {"exact": EXACT_BYTES, "near": 4 * PERMUTATIONS}
+
+Key = npt.NDArray[np.uint8]
+_WORD = re.compile(r"\w+")
+
+
+class Index(Protocol):
+    """Knows the keys of the documents that stayed."""
+
+    def is_new(self, key: Key) -> bool:
+        """Whether no document was like this one; if so, the next one will be compared with it."""
+        ...
+
+    def remember(self, key: Key) -> None:
+        """Take in the key of a document that stayed."""
+        ...
+
+
+def key_of(kind: str) -> Callable[[str], Key]:
+    """The function that makes keys, bytes [KEY_BYTES[kind]]; it depends on the text alone."""
+    return _exact_key if kind == "exact" else near_key
+
+
+def make_index(kind: str, threshold: float) -> Index:
+    return ExactIndex() if kind == "exact" else NearIndex(threshold)
+
+
+def _exact_key(text: str) -> Key:
+    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=EXACT_BYTES).digest(), dtype=np.uint8)
+
+
+class ExactIndex:
+    """A set of hashes."""
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()
+
+    def is_new(self, key: Key) -> bool:
+        new = key.tobytes() not in self._seen
+        self.remember(key)
+        return new
+
+    def remember(self, key: Key) -> None:
+        self._seen.add(key.tobytes())
+
+
+def near_key(text: str) -> Key:
+    """The MinHash signature of a text's shingles, as bytes."""
+    sketch = _blank_sketch().copy()
+    shingles = _shingles(text)
+    for start in range(0, len(shingles), SHINGLES_AT_ONCE):
+        sketch.update_batch(shingles[start : start + SHINGLES_AT_ONCE].tolist())
+    signature: npt.NDArray[np.uint32] = sketch.hashvalues.astype("<u4")
+    return signature.view(np.uint8)
+
+
+@cache
+def _blank_sketch() -> Any:
+    from datasketch import MinHash
+
+    return MinHash(PERMUTATIONS, seed=1, hashfunc=int, scheme=SCHEME)
+
+
+def _shingles(text: str) -> npt.NDArray[np.uint32]:
+    """The distinct runs of SHINGLE_WORDS words, hashed; case and punctuation do not matter."""
+    words = _WORD.findall(text.lower()) or [text]
+    words += [""] * (SHINGLE_WORDS - len(words))
+    hashes = {word: _word_hash(word) for word in set(words)}
+    column = np.array([hashes[word] for word in words], dtype=np.uint64)
+    runs = np.zeros(len(words) - SHINGLE_WORDS + 1, dtype=np.uint64)
+    for place in range(SHINGLE_WORDS):  # a polynomial modulo 2^64, whose upper half is well mixed
+        runs = runs * np.uint64(0x9E3779B97F4A7C15) + column[place : place + len(runs)]
+    return np.unique((runs >> np.uint64(32)).astype(np.uint32))
+
+
+def _word_hash(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
+
+
+class NearIndex:
+    """Signatures in tables of bands; whoever shares one is compared."""
+
+    def __init__(self, threshold: float) -> None:
+        from datasketch import MinHashLSH
+
+        self.threshold = threshold
+        self._tables = MinHashLSH(threshold, PERMUTATIONS, weights=ERROR_WEIGHTS)
+        self._signatures: list[Key] = []
+
+    def is_new(self, key: Key) -> bool:
+        signature = key.view("<u4")
+        for number in self._tables.query(self._sketch(key)):
+            if np.mean(self._signatures[number].view("<u4") == signature) >= self.threshold:
+                return False
+        self.remember(key)
+        return True
+
+    def remember(self, key: Key) -> None:
+        self._tables.insert(len(self._signatures), self._sketch(key), check_duplication=False)
+        self._signatures.append(key.copy())
+
+    def _sketch(self, key: Key) -> Any:
+        from datasketch import LeanMinHash
+
+        return LeanMinHash(seed=1, hashvalues=key.view("<u4"), scheme=SCHEME)

@@ -1,0 +1,116 @@
+"""The quality and repetition rules that made MassiveText: Rae et al. 2021, "Scaling Language Models", A.1.1, table A1.
+
+A word is what stands between blanks. Of lines, paragraphs and n-grams that occur several times, the second and
+later occurrences are the duplicates. Characters of words alone count, blanks do not.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_llm.text.report import Removals
+
+WORDS = (50, 100_000)
+MEAN_WORD_CHARS = (3, 10)
+MAX_SYMBOLS_PER_WORD = 0.1
+MAX_BULLET_LINES, MAX_ELLIPSIS_LINES = 0.9, 0.3
+MIN_ALPHABETIC_WORDS = 0.8
+STOP_WORDS, MIN_STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}, 2
+MAX_DUPLICATES = {"line": 0.30, "paragraph": 0.30}
+MAX_DUPLICATE_CHARS = {"line": 0.20, "paragraph": 0.20}
+MAX_TOP_NGRAM_CHARS = {2: 0.20, 3: 0.18, 4: 0.16}
+MAX_DUPLICATE_NGRAM_CHARS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+RULES = (
+    *("word_count", "mean_word_chars", "symbols_per_word", "bullet_lines", "ellipsis_lines"),
+    *("alphabetic_words", "stop_words"),
+    *(f"duplicate_{unit}{what}" for unit in MAX_DUPLICATES for what in ("s", "_chars")),
+    *(f"top_{n}gram_chars" for n in MAX_TOP_NGRAM_CHARS),
+    *(f"duplicate_{n}gram_chars" for n in MAX_DUPLICATE_NGRAM_CHARS),
+)
+
+Ints = npt.NDArray[np.int64]
+_PUNCTUATION = ".,;:!?\"'()[]“”‘’"
+
+
+def clean(text: str, removed: Removals) -> str | None:
+    """The text as it is, or None; what goes is counted in `removed`, under the first rule it breaks."""
+    rule = broken_rule(text)
+    if rule is None:
+        return text
+    removed.add(f"gopher.{rule}", documents=1, bytes=len(text.encode()))
+    return None
+
+
+def broken_rule(text: str) -> str | None:
+    """The first of RULES that a document breaks. The cheap ones look first."""
+    words = text.split()
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    for rules in (_quality(text, words, lines), _repetition(text, lines), _repeated_ngrams(words)):
+        for rule, broken in rules:
+            if broken:
+                return rule
+    return None
+
+
+def _quality(text: str, words: list[str], lines: list[str]) -> Iterator[tuple[str, bool]]:
+    yield "word_count", not WORDS[0] <= len(words) <= WORDS[1]
+    yield "mean_word_chars", not MEAN_WORD_CHARS[0] <= sum(map(len, words)) / len(words) <= MEAN_WORD_CHARS[1]
+    symbols = max(text.count("#"), text.count("...") + text.count("…"))
+    yield "symbols_per_word", symbols / len(words) > MAX_SYMBOLS_PER_WORD
+    bullets = sum(line.startswith(("•", "‣", "▪", "◦", "-", "*")) for line in lines)
+    yield "bullet_lines", bullets / len(lines) > MAX_BULLET_LINES
+    yield "ellipsis_lines", sum(line.endswith(("...", "…")) for line in lines) / len(lines) > MAX_ELLIPSIS_LINES
+    alphabetic = sum(any(sign.isalpha() for sign in word) for word in words)
+    yield "alphabetic_words", alphabetic / len(words) < MIN_ALPHABETIC_WORDS
+    yield "stop_words", len(STOP_WORDS & {word.strip(_PUNCTUATION).lower() for word in words}) < MIN_STOP_WORDS
+
+
+def _repetition(text: str, lines: list[str]) -> Iterator[tuple[str, bool]]:
+    paragraphs = [each.strip() for each in re.split(r"\n\s*\n", text) if each.strip()]
+    for unit, pieces in (("line", lines), ("paragraph", paragraphs)):
+        again = _later_occurrences(pieces)
+        yield f"duplicate_{unit}s", len(again) / len(pieces) > MAX_DUPLICATES[unit]
+        share = sum(map(len, again)) / sum(map(len, pieces))
+        yield f"duplicate_{unit}_chars", share > MAX_DUPLICATE_CHARS[unit]
+
+
+def _later_occurrences(pieces: Sequence[str]) -> list[str]:
+    seen: set[str] = set()
+    return [piece for piece in pieces if piece in seen or seen.add(piece)]  # type: ignore[func-returns-value]
+
+
+def _repeated_ngrams(words: list[str]) -> Iterator[tuple[str, bool]]:
+    """Shares of the characters. n-grams are numbered: equal ones, and they alone, have equal numbers."""
+    numbers: dict[str, int] = {}
+    singles = np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=np.int64)
+    chars = np.array([len(word) for word in words], dtype=np.int64)
+    ngrams = singles
+    for n in range(2, max(MAX_DUPLICATE_NGRAM_CHARS) + 1):
+        # The (n-1)-gram's number and that of the word after it make a number for both.
+        pairs = ngrams[:-1] * len(numbers) + singles[n - 1 :]
+        _, first, ngrams, counts = np.unique(pairs, return_index=True, return_inverse=True, return_counts=True)
+        if n in MAX_TOP_NGRAM_CHARS:
+            share = _top_chars(first, counts, chars, n) / chars.sum()
+            yield f"top_{n}gram_chars", share > MAX_TOP_NGRAM_CHARS[n]
+        else:
+            share = _duplicate_chars(first, len(pairs), chars, n) / chars.sum()
+            yield f"duplicate_{n}gram_chars", share > MAX_DUPLICATE_NGRAM_CHARS[n]
+
+
+def _top_chars(first: Ints, counts: Ints, chars: Ints, n: int) -> int:
+    """Characters in all occurrences of the most frequent n-gram, of the longest such; 0 where none repeats."""
+    if counts.max() == 1:
+        return 0
+    ends = np.concatenate([[0], np.cumsum(chars)])
+    top = first[counts == counts.max()]
+    return int(counts.max() * (ends[top + n] - ends[top]).max())
+
+
+def _duplicate_chars(first: Ints, ngrams: int, chars: Ints, n: int) -> int:
+    """Characters of words that lie in any n-gram which occurred before; each word counts once."""
+    again = np.ones(ngrams, dtype=np.int64)
+    again[first] = 0
+    covered = np.convolve(again, np.ones(n, dtype=np.int64)) > 0
+    return int(chars[covered].sum())

@@ -1,0 +1,107 @@
+"""Makes one corpus of the parts of `prepare --part`: a manifest over their files, which stay where they are."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.shard import SPLITS, Manifest, Shard, Split
+from dist_llm.errors import DataError
+from dist_llm.text.publish import sole_run
+from dist_llm.text.report import Report
+from dist_llm.text.share import Share
+from dist_llm.text.tokenizer import Tokenizer
+
+# How the tokenizer was come by does not matter: that it is the same one is checked.
+MAY_DIFFER = {"part", "tokenizer", "split_pattern", "bpe_train_bytes"}
+
+
+def merge(out: Path, stream: TextIO | None = None) -> Manifest:
+    """Write OUT/manifest.json over the shards of OUT/part-1-of-n to part-n-of-n, in this order.
+
+    Raises DataError where a part is missing, incomplete, damaged, or made with other options or another tokenizer.
+    """
+    out = Path(os.path.realpath(out))
+    parts = _find_parts(out)
+    try:
+        with sole_run(out):
+            manifests = [Manifest.load(out / part.name) for part in parts]
+            report = _merge_reports(out, parts)
+            _check_alike(out, parts, manifests)
+            first = manifests[0]
+            merged = Manifest(
+                dtype=first.dtype,
+                vocab_size=first.vocab_size,
+                tokenizer_sha256=first.tokenizer_sha256,
+                source=first.source,
+                shards={split: _shards(parts, manifests, split) for split in SPLITS},
+                bad_rows=report.bad_rows,
+            )
+            if not merged.tokens("train"):
+                raise DataError(f"{out}: no text to train on in any part. Give more text.")
+            Tokenizer.load(out / parts[0].name).save(out)
+            report.save(out)
+            merged.save(out)
+    except OSError as error:
+        raise DataError(f"{error.filename or out}: cannot be written: {error.strerror or error}.") from None
+    documents, tokens = (sum(map(count, SPLITS)) for count in (merged.documents, merged.tokens))
+    said = [f"merged {out}: {len(parts)} parts, {documents:,} documents, {tokens:,} tokens", *report.lines()]
+    print("\n".join(said), file=stream or sys.stderr)
+    return merged
+
+
+def _find_parts(out: Path) -> list[Share]:
+    """All n parts, in order. Raises DataError, naming it, where one is missing."""
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    found = {match[0]: int(match[1]) for name in names if (match := re.fullmatch(r"part-\d+-of-(\d+)", name))}
+    if not found:
+        raise DataError(f"--merge {out}: no parts in it. Make them with: dist-llm prepare ... --part 1/2 --out {out}")
+    if len(set(found.values())) > 1:
+        raise DataError(
+            f"--merge {out}: parts of different divisions: {', '.join(sorted(found))}. Remove those of one of them."
+        )
+    n = next(iter(found.values()))
+    for part in (parts := [Share(number, n) for number in range(1, n + 1)]):
+        if part.name not in found:
+            raise DataError(
+                f"--merge {out}: {part.name} is missing. Make it with the command of the other parts "
+                f"and --part {part.part}/{n}."
+            )
+    return parts
+
+
+def _merge_reports(out: Path, parts: list[Share]) -> Report:
+    """The sum. Raises DataError where parts were made with different options: they may hold a document twice."""
+    reports = [Report.load(out / part.name) for part in parts]
+    first = reports[0].options
+    total = Report({**first, "part": None})
+    for part, report in zip(parts, reports, strict=True):
+        for name, value in report.options.items():
+            if name not in MAY_DIFFER and value != first.get(name):
+                raise DataError(
+                    f"--merge {out}: {part.name} was made with {name} {value!r}, but {parts[0].name} with "
+                    f"{first.get(name)!r}. Make one of them again with the options of the other."
+                )
+        total.add(report)
+    return total
+
+
+def _check_alike(out: Path, parts: list[Share], manifests: list[Manifest]) -> None:
+    for part, manifest in zip(parts, manifests, strict=True):
+        if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
+            raise DataError(
+                f"--merge {out}: the tokenizer of {part.name} is not that of {parts[0].name}. Did the machines read "
+                f"the same files? Make it again with --tokenizer {out / parts[0].name}."
+            )
+        for split in SPLITS:
+            Corpus(out / part.name, split).check_sizes()
+
+
+def _shards(parts: list[Share], manifests: list[Manifest], split: Split) -> tuple[Shard, ...]:
+    return tuple(
+        Shard(f"{part.name}/{shard.file}", shard.tokens, shard.documents, shard.text_bytes, shard.sha256)
+        for part, manifest in zip(parts, manifests, strict=True)
+        for shard in manifest.shards[split]
+    )

@@ -1,0 +1,109 @@
+"""The documents of one file, as its format says, lazily and in bounded memory."""
+
+import codecs
+import io
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from dist_llm.errors import DataError
+from dist_llm.text.rows import Document, Tally, row_document
+
+JSON_LINES = {".jsonl", ".ndjson", ".json"}
+COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+BUFFER_BYTES = 1 << 20
+PARQUET_ROWS = 256
+
+
+def read_file(path: Path, text_key: str, tally: Tally) -> Iterator[Document]:
+    """Its documents. Raises OSError where it cannot be read, DataError where it is not what its suffix says."""
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSION:
+        suffix = Path(path.stem).suffix.lower()
+    if suffix in JSON_LINES:
+        return _json_lines(path, text_key, tally)
+    if suffix == ".parquet":
+        return _parquet(path, text_key, tally)
+    return _whole_text(path, tally)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, io.FileIO]]:
+    """The content of a file, decompressed, and the raw file below, whose `tell` is the progress."""
+    with ExitStack() as stack:
+        raw = stack.enter_context(path.open("rb", buffering=0))
+        codec = COMPRESSION.get(path.suffix.lower())
+        if codec is None:
+            yield stack.enter_context(io.BufferedReader(raw, BUFFER_BYTES)), raw
+            return
+        # pyarrow, not gzip and zstandard: it reads both, many frames in a file, and notices a truncated one.
+        import pyarrow
+
+        unpacked = stack.enter_context(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), codec))
+        yield stack.enter_context(io.BufferedReader(unpacked, BUFFER_BYTES)), raw
+
+
+def _whole_text(path: Path, tally: Tally) -> Iterator[Document]:
+    """One file, one document."""
+    if not tally.takes_next():
+        return
+    with _opened(path) as (stream, _):
+        content = stream.read().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        tally.bad(f"{path}:{line}", "not UTF-8")
+        return
+    tally.rows += 1
+    yield Document(text, str(path))
+
+
+def _json_lines(path: Path, text_key: str, tally: Tally) -> Iterator[Document]:
+    """One object a line; blank lines are no rows."""
+    start = tally.bytes_read
+    with _opened(path) as (stream, raw):
+        if stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            raise DataError(f"{path}: one JSON array; expected one object a line. Convert it with: jq -c '.[]'")
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.isspace():
+                continue
+            tally.bytes_read = start + raw.tell()
+            if not tally.takes_next():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                tally.bad(f"{path}:{number}", "not UTF-8")
+            except (ValueError, RecursionError) as error:
+                tally.bad(f"{path}:{number}", f"not JSON: {error}")
+            else:
+                yield from row_document(row, text_key, f"{path}:{number}", tally)
+
+
+def _parquet(path: Path, text_key: str, tally: Tally) -> Iterator[Document]:
+    """One row of the text column, one document."""
+    import pyarrow
+    from pyarrow import parquet
+
+    start, size, number = tally.bytes_read, path.stat().st_size, 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            if text_key not in file.schema_arrow.names:
+                columns = ", ".join(file.schema_arrow.names)
+                raise DataError(f"{path}: no column '{text_key}'. Give --text-key one of: {columns}")
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_key]):
+                column = batch.column(0)
+                # Arrow does not check that strings are UTF-8; decoding them here keeps the fault to its row.
+                if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                    column = column.cast(pyarrow.large_binary())
+                for value in column.to_pylist():
+                    number += 1
+                    if tally.takes_next():
+                        yield from row_document({text_key: value}, text_key, f"{path}:{number}", tally)
+                tally.bytes_read = start + size * number // file.metadata.num_rows
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {error}. Fetch it again or leave it out.") from None

@@ -1,0 +1,69 @@
+"""A shard writer that is cut off goes on to the same bytes, and refuses files that are no longer as they were."""
+
+import random
+
+import numpy as np
+import pytest
+
+from dist_llm.data.growing import FileState, GrowingFile, check_prefix
+from dist_llm.data.shard import ShardWriter
+from dist_llm.errors import DataError
+
+
+def write_randomly(directory, documents, cuts, seed=0):
+    """All documents in batches of random size; a new writer, which restores the last sync, at each cut."""
+    rng = random.Random(seed)
+    writer, states, done = ShardWriter(directory, "train", "uint16", max_tokens=20), {}, 0
+    while done < len(documents):
+        batch = documents[done : done + rng.randint(1, 9)]
+        writer.extend(np.concatenate(batch), np.cumsum([len(each) for each in batch]), np.full(len(batch), 3))
+        if rng.random() < cuts:
+            states |= {state.shard.file: state for state in writer.sync()}
+            if rng.random() < 0.5:
+                writer.add(np.full(7, 9), 1)  # written, but never noted
+            writer.__exit__()
+            writer = ShardWriter(directory, "train", "uint16", max_tokens=20)
+            writer.restore(list(states.values()))
+        done += len(batch)
+    return writer.close()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_batches_and_cuts_change_nothing(seed, tmp_path):
+    rng = np.random.default_rng(seed)
+    documents = [rng.integers(0, 1000, size).astype(np.uint16) for size in rng.integers(1, 30, 200)]
+    one_by_one, cut = tmp_path / "one", tmp_path / "cut"
+    for directory in (one_by_one, cut):
+        directory.mkdir()
+    writer = ShardWriter(one_by_one, "train", "uint16", max_tokens=20)
+    for document in documents:
+        writer.add(document, 3)
+    want = writer.close()
+    assert write_randomly(cut, documents, 0.3, seed) == want
+    for shard in want:
+        for name in (shard.file, shard.file.replace(".bin", ".offsets")):
+            assert (cut / name).read_bytes() == (one_by_one / name).read_bytes()
+    assert all(shard.tokens <= 20 or shard.documents == 1 for shard in want)
+
+
+def test_a_file_goes_on_after_its_state_and_what_followed_is_dropped(tmp_path):
+    file = GrowingFile(tmp_path / "f")
+    file.write(b"kept")
+    state = file.sync()
+    file.write(b"lost")
+    file.close()
+    again = GrowingFile.reopen(tmp_path / "f", state)
+    again.write(b"!")
+    assert again.close() == FileState(5, again.state.sha256)
+    assert (tmp_path / "f").read_bytes() == b"kept!"
+    check_prefix(tmp_path / "f", again.state)
+
+
+@pytest.mark.parametrize("content", [b"kepT and more", b"kep", None])
+def test_a_file_that_changed_is_refused(content, tmp_path):
+    file = GrowingFile(tmp_path / "f")
+    file.write(b"kept")
+    state = file.close()
+    (tmp_path / "f").unlink() if content is None else (tmp_path / "f").write_bytes(content)
+    with pytest.raises(DataError, match="/f: "):
+        GrowingFile.reopen(tmp_path / "f", state)

@@ -1,0 +1,177 @@
+"""Parts, duplicates and filters of whole runs, against one run and against plain Python."""
+
+import io
+import json
+from collections import Counter
+
+import pytest
+
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.shard import MANIFEST, SPLITS, Manifest
+from dist_llm.errors import DataError
+from dist_llm.text import chunks
+from dist_llm.text.encode import is_heldout
+from dist_llm.text.filters import Filters
+from dist_llm.text.merge import merge
+from dist_llm.text.prepare import PrepareOptions, prepare
+from dist_llm.text.report import REPORT, Removals, Removed, Report
+from dist_llm.text.tokenizer import Tokenizer
+from tests.text.test_duplicates import jaccard, texts_with_copies
+from tests.text.test_filters import prose
+from tests.text.test_prepare import all_files, random_texts, read_documents, run, write_rows
+
+
+def all_documents(out):
+    return [text for split in SPLITS for text in read_documents(out, split)]
+
+
+def write_files(directory, texts, files):
+    """The texts dealt out to so many JSONL files, in order."""
+    directory.mkdir()
+    size = -(-len(texts) // files)
+    for number in range(files):
+        write_rows(directory / f"{number:02d}.jsonl", texts[number * size : (number + 1) * size])
+    return str(directory)
+
+
+def run_parts(source, out, of, **options):
+    for part in range(1, of + 1):
+        run(source, out, part=f"{part}/{of}", **options)
+    return merge(out, io.StringIO())
+
+
+@pytest.mark.parametrize("files", [1, 2, 5])
+@pytest.mark.parametrize("options", [{}, {"dedup": "exact"}, {"dedup": "exact", "filter": ("c4",)}], ids=str)
+def test_parts_merged_are_one_run(files, options, tmp_path):
+    texts = [prose(seed=n % 40) + "\nMenu" * (n % 3) for n in range(120)]  # copies differ in what c4 cuts out
+    source = write_files(tmp_path / "in", ["", *texts, ""], files)
+    with open(tmp_path / "in" / "00.jsonl", "a") as file:
+        file.write("broken\n")
+    options = {**options, "max_bad_rate": 1, "tokenizer": "bpe:300", "heldout_fraction": 0.2}
+    one = run(source, tmp_path / "one", **options)
+    merged = run_parts(source, tmp_path / "parts", 3, **options)
+    for split in SPLITS:
+        assert Counter(read_documents(tmp_path / "parts", split)) == Counter(read_documents(tmp_path / "one", split))
+        Corpus(tmp_path / "parts", split, verify="hash")
+    assert merged == Manifest.load(tmp_path / "parts")
+    assert merged.bad_rows == one.bad_rows == 1
+    assert Tokenizer.load(tmp_path / "parts") == Tokenizer.load(tmp_path / "one")
+    reports = [Report.load(tmp_path / out) for out in ("one", "parts")]
+    for field in ("rows", "bad_rows", "empty_documents", "kept", "removed", "options"):
+        assert getattr(reports[0], field) == getattr(reports[1], field), field
+    assert reports[0].rows == 123
+
+
+def test_a_part_is_a_corpus_and_the_whole_is_none_before_the_merge(tmp_path):
+    source = write_files(tmp_path / "in", random_texts(60), 3)
+    run(source, tmp_path / "out", part="2/3")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["part-2-of-3"]
+    assert Corpus(tmp_path / "out" / "part-2-of-3").n_tokens
+    with pytest.raises(DataError, match="not a prepared corpus"):
+        Corpus(tmp_path / "out")
+
+
+def test_what_cannot_be_merged_says_why(tmp_path):
+    source, out = write_files(tmp_path / "in", random_texts(60), 3), tmp_path / "out"
+    with pytest.raises(DataError, match="no parts in it"):
+        merge(out)
+    run(source, out, part="1/2")
+    with pytest.raises(DataError, match=r"part-2-of-2 is missing.*--part 2/2"):
+        merge(out)
+    (out / "part-2-of-2").mkdir()
+    with pytest.raises(DataError, match=r"part-2-of-2: not a prepared corpus"):
+        merge(out)
+    (out / "part-2-of-2").rmdir()
+    run(source, out, part="2/2", heldout_fraction=0.5)
+    with pytest.raises(DataError, match=r"part-2-of-2 was made with heldout_fraction 0\.5, but part-1-of-2 with 0\.01"):
+        merge(out)
+    run(source, out, part="2/2", tokenizer="bpe:300", overwrite=True)
+    with pytest.raises(DataError, match="tokenizer of part-2-of-2 is not that of part-1-of-2"):
+        merge(out)
+    run(source, out, part="2/2", tokenizer=str(out / "part-1-of-2"), overwrite=True)
+    shard = next((out / "part-2-of-2").glob("train*.bin"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match="truncated"):
+        merge(out)
+    shard.write_bytes(whole)
+    run(source, out, part="1/3")
+    with pytest.raises(DataError, match="parts of different divisions"):
+        merge(out)
+    assert not (out / MANIFEST).exists()
+    (out / "part-1-of-3").rename(tmp_path / "elsewhere")
+    assert merge(out, io.StringIO()).documents("train")
+    with pytest.raises(DataError, match="is a corpus already"):
+        run(source, out, part="1/2", overwrite=True)
+
+
+def test_more_parts_than_documents(tmp_path):
+    source = write_rows(tmp_path / "a.jsonl", ["one", "two"])
+    merged = run_parts(source, tmp_path / "out", 3, heldout_fraction=0)
+    assert merged.documents("train") == 2
+    with pytest.raises(DataError, match="no text to train on in any part"):
+        run_parts(write_rows(tmp_path / "b.jsonl", [""]), tmp_path / "none", 2)
+
+
+def test_near_duplicates_cannot_be_found_in_parts(tmp_path):
+    with pytest.raises(DataError, match="--dedup near: cannot be done in parts"):
+        run(write_rows(tmp_path / "a.jsonl", ["x"]), tmp_path / "out", part="1/2", dedup="near")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_exact_duplicates_go_and_the_first_stays(workers, tmp_path):
+    texts = random_texts(300, words=3) + random_texts(20_000, words=60) + random_texts(300, words=3)
+    source = write_rows(tmp_path / "a.jsonl", texts)
+    run(source, tmp_path / "out", dedup="exact", workers=workers, heldout_fraction=0)
+    want = list(dict.fromkeys(texts))
+    assert read_documents(tmp_path / "out", "train") == want
+    gone = sum(len(text.encode()) for text in texts) - sum(len(text.encode()) for text in want)
+    assert Report.load(tmp_path / "out").removed == {"dedup.exact": Removed(len(texts) - len(want), 0, gone)}
+
+
+def test_near_duplicates_go_whatever_the_number_of_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_CHARS", 10_000)
+    texts = texts_with_copies(200, seed=7)
+    source = write_rows(tmp_path / "a.jsonl", texts)
+    for workers in (1, 2):
+        run(source, tmp_path / str(workers), dedup="near", workers=workers, heldout_fraction=0.1)
+    assert all_files(tmp_path / "1") == all_files(tmp_path / "2")
+    kept = all_documents(tmp_path / "1")
+    assert 80 < len(kept) < 160
+    assert max(jaccard(a, b) for n, a in enumerate(kept) for b in kept[:n]) < 0.93
+    for text in set(texts) - set(kept):
+        assert max(jaccard(text, other) for other in kept) > 0.67
+
+
+def test_filters_and_the_report(tmp_path):
+    texts = [prose(seed=n) for n in range(20)] + ["too short"] * 5 + [prose(seed=90) + "\nMenu", prose() + " {}."]
+    source, stream = write_rows(tmp_path / "a.jsonl", ["", *texts]), io.StringIO()
+    options = {"filter": ("gopher", "c4"), "heldout_fraction": 0.0, "workers": 1, "dedup": "exact"}
+    prepare(PrepareOptions((source,), "bpe:300", tmp_path / "out", **options), stream)
+    removed = Removals()
+    kept = [left for text in texts if (left := Filters(("gopher", "c4"))(text, removed)) is not None]
+    assert read_documents(tmp_path / "out", "train") == kept == [*texts[:20], prose(seed=90)]
+    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    assert (report["rows"], report["empty_documents"]) == (len(texts) + 1, 1)
+    assert report["kept"] == {"documents": 21, "lines": 0, "bytes": sum(len(text.encode()) for text in kept)}
+    assert report["removed"]["gopher.word_count"] == {"documents": 5, "lines": 0, "bytes": 45}
+    assert report["removed"]["c4.terminal_punctuation"] == {"documents": 0, "lines": 1, "bytes": 4}
+    assert report["removed"]["c4.curly_bracket"]["documents"] == 1
+    assert report["removed"]["gopher.stop_words"] == {"documents": 0, "lines": 0, "bytes": 0}
+    assert list(report["removed"])[-1] == "dedup.exact"
+    assert "gopher.word_count removed 5 documents, 0 lines, 45 bytes" in stream.getvalue()
+
+
+def test_the_tokenizer_is_trained_on_what_passes(tmp_path):
+    good = [prose(seed=n) for n in range(30)]
+    run(write_rows(tmp_path / "a.jsonl", good), tmp_path / "good", tokenizer="bpe:300")
+    mixed = write_rows(tmp_path / "b.jsonl", ["qqqq zzzz " * 30, *good])
+    run(mixed, tmp_path / "mixed", tokenizer="bpe:300", filter=("gopher",))
+    assert Tokenizer.load(tmp_path / "mixed") == Tokenizer.load(tmp_path / "good")
+
+
+def test_what_is_held_out_does_not_depend_on_parts(tmp_path):
+    texts = random_texts(200)
+    run_parts(write_rows(tmp_path / "a.jsonl", texts), tmp_path / "out", 2, heldout_fraction=0.3)
+    assert all(is_heldout(text.encode(), 0.3) for text in read_documents(tmp_path / "out", "heldout"))
+    assert len(all_documents(tmp_path / "out")) == 200
