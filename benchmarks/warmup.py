@@ -25,9 +25,9 @@ from dist_llm.train.settings import read_config
 
 REPOSITORY = Path(__file__).parents[1]
 KEYS = (
-    "run.steps=300",
+    "run.steps=200",
     "model.d_model=64",
-    "model.n_layers=16",
+    "model.n_layers=12",
     "model.positions=learned",
     "model.norm=layernorm",
     "model.bias=true",
@@ -39,10 +39,10 @@ KEYS = (
     "optim.clip=0.0",
     "schedule.name=constant",
     "eval.every=25",
-    "eval.windows=128",
+    "eval.windows=64",
     "log.tensorboard=false",
 )
-WARMUP = "schedule.warmup_steps=100"
+WARMUP = "schedule.warmup_steps=60"
 NONE = "schedule.warmup_steps=0"
 
 
