@@ -1,24 +1,34 @@
 """One split of a prepared corpus, read as a single stream of tokens that may cross shards."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dist_llm.config.schema import CACHE, DataConfig
+from dist_llm.data.mirror import localize, offsets_path, shard_path
 from dist_llm.data.order import Ints
+from dist_llm.data.remote import is_remote
 from dist_llm.data.shard import Manifest, Split
 from dist_llm.errors import DataError
+
+MOST_MAPS = 512  # a map keeps its file open, and a process may often open only 1024
+STATS_AT_ONCE, FETCHES_AT_ONCE = 32, 8
 
 Tokens = npt.NDArray[Any]  # of the corpus's own unsigned type
 
 
 class Corpus:
-    """Memory-mapped shards. Nothing is read at start but the manifest; shards open on first use."""
+    """Memory-mapped shards. Nothing is read at start but the manifest; shards open on first use.
 
-    def __init__(self, directory: Path, split: Split = "train", verify: str = "size") -> None:
-        self.directory, self.split = directory, split
+    Shards that are far away are fetched then, into `cache`.
+    """
+
+    def __init__(self, directory: Path, split: Split = "train", verify: str = "size", cache: str = CACHE) -> None:
+        self.directory, self.split, self.cache = directory, split, cache
         self.manifest = Manifest.load(directory)
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self.shards = self.manifest.shards[split]
@@ -28,6 +38,11 @@ class Corpus:
         if verify == "hash":
             for number in range(len(self.shards)):
                 self._verify(number)
+
+    @staticmethod
+    def of(data: DataConfig, split: Split = "train") -> "Corpus":
+        """The corpus that the config names, here or far away. Raises DataError where there is none."""
+        return Corpus(localize(data.path, data.cache), split, data.verify, data.cache)
 
     def n_windows(self, window: int) -> int:
         """How many windows of `window` inputs and their next tokens fit, each token a target once."""
@@ -40,6 +55,7 @@ class Corpus:
         """
         rows = np.empty((len(starts), length), self.dtype)
         numbers = np.searchsorted(self.ends, starts, side="right")
+        self._bring(numbers)
         for row, start, number in zip(rows, starts.tolist(), numbers.tolist(), strict=True):
             self._fill(row, start, number)
         if rows.size and rows.max() >= self.manifest.vocab_size:
@@ -56,17 +72,40 @@ class Corpus:
             filled += len(piece)
             number += 1
 
+    def _bring(self, numbers: Ints) -> None:
+        """Fetch what is far away, several at a time: the windows of a shuffled batch lie in as many shards."""
+        far = [n for n in np.unique(numbers).tolist() if n not in self._maps and is_remote(self.shards[n].file)]
+        if far:
+            with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
+                for _ in pool.map(self._check_size, far):
+                    pass
+
     def _shard(self, number: int) -> Tokens:
         if number not in self._maps:
-            path, size = self._check_size(number)
+            path = self._check_size(number)
+            shard = self.shards[number]
+            if len(self._maps) == MOST_MAPS:
+                del self._maps[next(iter(self._maps))]
             # A plain array over the map: slicing a np.memmap builds a subclass each time.
-            self._maps[number] = np.asarray(np.memmap(path, self.dtype, "r", shape=(size,)))
+            mapped = np.memmap(path, self.dtype, "r", shard.skip_bytes, (shard.tokens,))
+            self._maps[number] = np.asarray(mapped)
         return self._maps[number]
 
-    def _check_size(self, number: int) -> tuple[Path, int]:
+    def offsets(self, number: int) -> npt.NDArray[np.uint64]:
+        """Where in shard `number` its documents begin. Raises DataError where the file is not as promised."""
         shard = self.shards[number]
-        path = self.directory / shard.file
-        want = shard.tokens * self.dtype.itemsize
+        path = offsets_path(self.directory, shard, self.cache)
+        self._measure(path, 8 * shard.documents, f"{shard.documents} offsets of uint64")
+        return np.fromfile(path, "<u8")
+
+    def _check_size(self, number: int) -> Path:
+        shard = self.shards[number]
+        want = shard.skip_bytes + shard.tokens * self.dtype.itemsize
+        path = shard_path(self.directory, shard, want, self.cache)
+        header = f" after a header of {shard.skip_bytes} bytes" if shard.skip_bytes else ""
+        return self._measure(path, want, f"{shard.tokens} tokens of {self.manifest.dtype}{header}")
+
+    def _measure(self, path: Path, want: int, what: str) -> Path:
         try:
             found = path.stat().st_size
         except OSError as error:
@@ -75,17 +114,20 @@ class Corpus:
             kind = "truncated" if found < want else "too long"
             raise DataError(
                 f"{path}: {kind} at byte {min(found, want)}: {found} bytes, but the manifest promises {want} "
-                f"({shard.tokens} tokens of {self.manifest.dtype}). Copy it again or prepare the corpus again."
+                f"({what}). Copy it again or prepare the corpus again."
             )
-        return path, shard.tokens
+        return path
 
     def check_sizes(self) -> None:
-        """Stat every shard: a truncated one is found now and not in the middle of a run."""
-        for number in range(len(self.shards)):
-            self._check_size(number)
+        """Stat every shard that is here: a truncated one is found now and not in the middle of a run."""
+        near = [number for number, shard in enumerate(self.shards) if not is_remote(shard.file)]
+        # Many at once, since on a network's file system each answer takes a millisecond or more.
+        with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
+            for _ in pool.map(self._check_size, near):
+                pass
 
     def _verify(self, number: int) -> None:
-        path, _ = self._check_size(number)
+        path = self._check_size(number)
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != self.shards[number].sha256:
@@ -98,9 +140,10 @@ class Corpus:
         row, column = np.argwhere(rows >= self.manifest.vocab_size)[0].tolist()
         position = int(starts[row]) + column
         number = int(np.searchsorted(self.ends, position, side="right"))
-        inside = position - (int(self.ends[number]) - self.shards[number].tokens)
+        shard = self.shards[number]
+        inside = position - (int(self.ends[number]) - shard.tokens)
         raise DataError(
-            f"{self.directory / self.shards[number].file}: token {inside} (byte {inside * self.dtype.itemsize}) is "
+            f"{self._check_size(number)}: token {inside} (byte {shard.skip_bytes + inside * self.dtype.itemsize}) is "
             f"{rows[row, column]}, but the tokenizer has {self.manifest.vocab_size} ids. "
             "The shard is damaged or of another tokenizer: prepare the corpus again."
         )

@@ -105,7 +105,7 @@ class Trainer:
     def sample(self) -> str:
         """Text from the model as it is. Every rank runs it: the model may be sharded."""
         config = self.config
-        tokenizer = Tokenizer.load(Path(config.data.path))
+        tokenizer = Tokenizer.load(self.loader.corpus.directory)
         sampling = Sampling(config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.run.seed)
         (model,) = self.engine.parts
         model.eval()
@@ -131,7 +131,8 @@ class Trainer:
         return progress
 
     def _heldout(self) -> Corpus | None:
-        corpus = Corpus(Path(self.config.data.path), "heldout", self.config.data.verify)
+        data = self.config.data
+        corpus = Corpus(self.loader.corpus.directory, "heldout", data.verify, data.cache)
         if corpus.n_tokens < 2:
             log.info("no held-out text in %s: evaluation is left out", corpus.directory)
             return None
