@@ -1,6 +1,9 @@
 """One split of a prepared corpus, read as a single stream of tokens that may cross shards."""
 
 import hashlib
+import mmap
+import os
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from dist_llm.data.remote import is_remote
 from dist_llm.data.shard import Manifest, Split
 from dist_llm.errors import DataError
 
-MOST_MAPS = 512  # a map keeps its file open, and a process may often open only 1024
+MOST_MAPS = 256  # a map keeps its file open twice, and a process may often open only 1024
 STATS_AT_ONCE, FETCHES_AT_ONCE = 32, 8
 
 Tokens = npt.NDArray[Any]  # of the corpus's own unsigned type
@@ -34,7 +37,7 @@ class Corpus:
         self.shards = self.manifest.shards[split]
         self.ends: Ints = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)
         self.n_tokens = self.manifest.tokens(split)
-        self._maps: dict[int, Tokens] = {}
+        self._maps: dict[int, _Mapped] = {}
         if verify == "hash":
             for number in range(len(self.shards)):
                 self._verify(number)
@@ -56,21 +59,21 @@ class Corpus:
         rows = np.empty((len(starts), length), self.dtype)
         numbers = np.searchsorted(self.ends, starts, side="right")
         self._bring(numbers)
-        for row, start, number in zip(rows, starts.tolist(), numbers.tolist(), strict=True):
+        places = list(zip(starts.tolist(), numbers.tolist(), strict=True))
+        for start, number in places:
+            self._open(number).announce(start, length)
+        for row, (start, number) in zip(rows, places, strict=True):
             self._fill(row, start, number)
         if rows.size and rows.max() >= self.manifest.vocab_size:
             self._refuse_id(rows, starts)
         return rows
 
     def _fill(self, row: Tokens, start: int, number: int) -> None:
-        filled = 0
-        while filled < len(row):
-            shard = self._shard(number)
-            first = start + filled - (int(self.ends[number]) - len(shard))
-            piece = shard[first : first + len(row) - filled]
-            row[filled : filled + len(piece)] = piece
-            filled += len(piece)
+        filled = self._open(number).copy(start, row)
+        while filled < len(row):  # the window goes on in the next shard
             number += 1
+            shard = self._open(number)
+            filled += shard.copy(shard.first, row[filled:])
 
     def _bring(self, numbers: Ints) -> None:
         """Fetch what is far away, several at a time: the windows of a shuffled batch lie in as many shards."""
@@ -80,16 +83,15 @@ class Corpus:
                 for _ in pool.map(self._check_size, far):
                     pass
 
-    def _shard(self, number: int) -> Tokens:
-        if number not in self._maps:
-            path = self._check_size(number)
-            shard = self.shards[number]
-            if len(self._maps) == MOST_MAPS:
-                del self._maps[next(iter(self._maps))]
-            # A plain array over the map: slicing a np.memmap builds a subclass each time.
-            mapped = np.memmap(path, self.dtype, "r", shard.skip_bytes, (shard.tokens,))
-            self._maps[number] = np.asarray(mapped)
-        return self._maps[number]
+    def _open(self, number: int) -> "_Mapped":
+        if (found := self._maps.get(number)) is not None:
+            return found
+        path, shard = self._check_size(number), self.shards[number]
+        if len(self._maps) == MOST_MAPS:
+            self._maps.pop(next(iter(self._maps))).close()
+        first = int(self.ends[number]) - shard.tokens
+        self._maps[number] = mapped = _Mapped(path, self.dtype, shard.skip_bytes, shard.tokens, first)
+        return mapped
 
     def offsets(self, number: int) -> npt.NDArray[np.uint64]:
         """Where in shard `number` its documents begin. Raises DataError where the file is not as promised."""
@@ -147,3 +149,28 @@ class Corpus:
             f"{rows[row, column]}, but the tokenizer has {self.manifest.vocab_size} ids. "
             "The shard is damaged or of another tokenizer: prepare the corpus again."
         )
+
+
+class _Mapped:
+    """One shard in memory, whose first token is number `first` of the corpus."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], skip_bytes: int, tokens: int, first: int) -> None:
+        self.first, self.skip_bytes, self.itemsize = first, skip_bytes, dtype.itemsize
+        self._file = os.open(path, os.O_RDONLY)
+        # Call it to let go of the file; the memory goes with the last array that looks into it.
+        self.close = weakref.finalize(self, os.close, self._file)
+        content = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
+        # Windows are read at random: to read on beyond one, megabytes on some machines, would be in vain.
+        content.madvise(mmap.MADV_RANDOM)
+        self._tokens: Tokens = np.frombuffer(content, dtype, tokens, skip_bytes)
+
+    def announce(self, start: int, length: int) -> None:
+        """Have the kernel read the window that starts at token `start`, and do not wait for it."""
+        offset = self.skip_bytes + (start - self.first) * self.itemsize
+        os.posix_fadvise(self._file, offset, length * self.itemsize, os.POSIX_FADV_WILLNEED)
+
+    def copy(self, start: int, row: Tokens) -> int:
+        """Fill `row` from token `start` on, as far as this shard goes; returns how far that was."""
+        piece = self._tokens[start - self.first : start - self.first + len(row)]
+        row[: len(piece)] = piece
+        return len(piece)
