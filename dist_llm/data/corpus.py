@@ -59,21 +59,24 @@ class Corpus:
         rows = np.empty((len(starts), length), self.dtype)
         numbers = np.searchsorted(self.ends, starts, side="right")
         self._bring(numbers)
-        places = list(zip(starts.tolist(), numbers.tolist(), strict=True))
-        for start, number in places:
-            self._open(number).announce(start, length)
-        for row, (start, number) in zip(rows, places, strict=True):
-            self._fill(row, start, number)
+        for group in (slice(at, at + MOST_MAPS) for at in range(0, len(rows), MOST_MAPS)):
+            self._copy(rows[group], starts[group].tolist(), numbers[group].tolist())
         if rows.size and rows.max() >= self.manifest.vocab_size:
             self._refuse_id(rows, starts)
         return rows
 
-    def _fill(self, row: Tokens, start: int, number: int) -> None:
-        filled = self._open(number).copy(start, row)
-        while filled < len(row):  # the window goes on in the next shard
-            number += 1
-            shard = self._open(number)
-            filled += shard.copy(shard.first, row[filled:])
+    def _copy(self, rows: Tokens, starts: list[int], numbers: list[int]) -> None:
+        """Fill row i from token starts[i] on, which lies in shard numbers[i]; at most MOST_MAPS rows."""
+        length, shards = rows.shape[1], [self._open(number) for number in numbers]
+        for start, shard in zip(starts, shards, strict=True):
+            shard.announce(start, length)
+        for row, start, shard, number in zip(rows, starts, shards, numbers, strict=True):
+            piece = shard.tokens[start - shard.first : start - shard.first + length]
+            row[: len(piece)] = piece
+            while len(piece) < len(row):  # the window goes on in the next shard
+                row, number = row[len(piece) :], number + 1
+                piece = self._open(number).tokens[: len(row)]
+                row[: len(piece)] = piece
 
     def _bring(self, numbers: Ints) -> None:
         """Fetch what is far away, several at a time: the windows of a shuffled batch lie in as many shards."""
@@ -88,7 +91,7 @@ class Corpus:
             return found
         path, shard = self._check_size(number), self.shards[number]
         if len(self._maps) == MOST_MAPS:
-            self._maps.pop(next(iter(self._maps))).close()
+            del self._maps[next(iter(self._maps))]
         first = int(self.ends[number]) - shard.tokens
         self._maps[number] = mapped = _Mapped(path, self.dtype, shard.skip_bytes, shard.tokens, first)
         return mapped
@@ -157,20 +160,13 @@ class _Mapped:
     def __init__(self, path: Path, dtype: np.dtype[Any], skip_bytes: int, tokens: int, first: int) -> None:
         self.first, self.skip_bytes, self.itemsize = first, skip_bytes, dtype.itemsize
         self._file = os.open(path, os.O_RDONLY)
-        # Call it to let go of the file; the memory goes with the last array that looks into it.
-        self.close = weakref.finalize(self, os.close, self._file)
+        weakref.finalize(self, os.close, self._file)
         content = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
         # Windows are read at random: to read on beyond one, megabytes on some machines, would be in vain.
         content.madvise(mmap.MADV_RANDOM)
-        self._tokens: Tokens = np.frombuffer(content, dtype, tokens, skip_bytes)
+        self.tokens: Tokens = np.frombuffer(content, dtype, tokens, skip_bytes)
 
     def announce(self, start: int, length: int) -> None:
         """Have the kernel read the window that starts at token `start`, and do not wait for it."""
         offset = self.skip_bytes + (start - self.first) * self.itemsize
         os.posix_fadvise(self._file, offset, length * self.itemsize, os.POSIX_FADV_WILLNEED)
-
-    def copy(self, start: int, row: Tokens) -> int:
-        """Fill `row` from token `start` on, as far as this shard goes; returns how far that was."""
-        piece = self._tokens[start - self.first : start - self.first + len(row)]
-        row[: len(piece)] = piece
-        return len(piece)
