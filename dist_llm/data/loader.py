@@ -12,6 +12,8 @@ from dist_llm.data.order import Order, Random, Shuffle
 from dist_llm.errors import DataError
 from dist_llm.objectives.batch import Batch
 
+FOUND_AT_ONCE = 4096  # samples; the order's price is mostly one per call
+
 Objective = Callable[[npt.NDArray[np.unsignedinteger]], Batch]  # windows [B, S+1] -> batch
 
 
@@ -45,6 +47,7 @@ class Loader:
         self.prefetch = data.prefetch
         self._pool = ThreadPoolExecutor(1, "loader") if data.prefetch else None
         self._ahead: dict[int, Future[list[Batch]]] = {}
+        self._found, self._found_first = np.empty((0, self.share), np.int64), 0
 
     def samples(self, first: int) -> npt.NDArray[np.int64]:
         """The sample numbers of this rank in the step that starts at sample `first`."""
@@ -65,6 +68,15 @@ class Loader:
             self._pool.shutdown(cancel_futures=True)
 
     def _make(self, first: int) -> list[Batch]:
-        rows = self.corpus.read(self.order.starts(self.samples(first)), self.window)
+        rows = self.corpus.read(self._starts(first), self.window)
         batches = [self.objective(rows[i : i + self.micro_batch]) for i in range(0, len(rows), self.micro_batch)]
         return [batch.pin() for batch in batches] if self.pin else batches
+
+    def _starts(self, first: int) -> npt.NDArray[np.int64]:
+        """Where the windows of the step that starts at sample `first` begin, found for some steps at a time."""
+        step, off_beat = divmod(first - self._found_first, self.global_batch)
+        if off_beat or not 0 <= step < len(self._found):
+            steps = max(1, FOUND_AT_ONCE // self.share)
+            samples = self.samples(first) + self.global_batch * np.arange(steps)[:, None]
+            self._found, self._found_first, step = self.order.starts(samples.ravel()).reshape(steps, -1), first, 0
+        return self._found[step]
