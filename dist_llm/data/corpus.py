@@ -37,6 +37,7 @@ class Corpus:
         self.shards = self.manifest.shards[split]
         self.ends: Ints = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)
         self.n_tokens = self.manifest.tokens(split)
+        self._far = {number for number, shard in enumerate(self.shards) if is_remote(shard.file)}
         self._maps: dict[int, _Mapped] = {}
         if verify == "hash":
             for number in range(len(self.shards)):
@@ -58,7 +59,8 @@ class Corpus:
         """
         rows = np.empty((len(starts), length), self.dtype)
         numbers = np.searchsorted(self.ends, starts, side="right")
-        self._bring(numbers)
+        if self._far:
+            self._bring(self._far.intersection(numbers.tolist()) - self._maps.keys())
         for group in (slice(at, at + MOST_MAPS) for at in range(0, len(rows), MOST_MAPS)):
             self._copy(rows[group], starts[group].tolist(), numbers[group].tolist())
         if rows.size and rows.max() >= self.manifest.vocab_size:
@@ -78,13 +80,11 @@ class Corpus:
                 piece = self._open(number).tokens[: len(row)]
                 row[: len(piece)] = piece
 
-    def _bring(self, numbers: Ints) -> None:
-        """Fetch what is far away, several at a time: the windows of a shuffled batch lie in as many shards."""
-        far = [n for n in np.unique(numbers).tolist() if n not in self._maps and is_remote(self.shards[n].file)]
-        if far:
-            with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
-                for _ in pool.map(self._check_size, far):
-                    pass
+    def _bring(self, far: set[int]) -> None:
+        """Fetch these shards, several at a time: the windows of a shuffled batch lie in as many."""
+        with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
+            for _ in pool.map(self._check_size, far):
+                pass
 
     def _open(self, number: int) -> "_Mapped":
         if (found := self._maps.get(number)) is not None:
@@ -125,7 +125,7 @@ class Corpus:
 
     def check_sizes(self) -> None:
         """Stat every shard that is here: a truncated one is found now and not in the middle of a run."""
-        near = [number for number, shard in enumerate(self.shards) if not is_remote(shard.file)]
+        near = [number for number in range(len(self.shards)) if number not in self._far]
         # Many at once, since on a network's file system each answer takes a millisecond or more.
         with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
             for _ in pool.map(self._check_size, near):
