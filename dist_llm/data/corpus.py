@@ -3,6 +3,7 @@
 import hashlib
 import mmap
 import os
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from dist_llm.data.shard import Manifest, Split
 from dist_llm.errors import DataError
 
 MOST_MAPS = 256  # a map keeps its file open twice, and a process may often open only 1024
+MEMORY_BYTES_PER_SECOND = 500e6
 STATS_AT_ONCE, FETCHES_AT_ONCE = 32, 8
 
 Tokens = npt.NDArray[Any]  # of the corpus's own unsigned type
@@ -39,6 +41,7 @@ class Corpus:
         self.n_tokens = self.manifest.tokens(split)
         self._far = {number for number, shard in enumerate(self.shards) if is_remote(shard.file)}
         self._maps: dict[int, _Mapped] = {}
+        self._from_disk = True  # until a batch shows that its shards are in memory: then nothing need be announced
         if verify == "hash":
             for number in range(len(self.shards)):
                 self._verify(number)
@@ -70,8 +73,10 @@ class Corpus:
     def _copy(self, rows: Tokens, starts: list[int], numbers: list[int]) -> None:
         """Fill row i from token starts[i] on, which lies in shard numbers[i]; at most MOST_MAPS rows."""
         length, shards = rows.shape[1], [self._open(number) for number in numbers]
-        for start, shard in zip(starts, shards, strict=True):
-            shard.announce(start, length)
+        if self._from_disk:
+            for start, shard in zip(starts, shards, strict=True):
+                shard.announce(start, length)
+        begin = time.perf_counter()
         for row, start, shard, number in zip(rows, starts, shards, numbers, strict=True):
             piece = shard.tokens[start - shard.first : start - shard.first + length]
             row[: len(piece)] = piece
@@ -79,6 +84,8 @@ class Corpus:
                 row, number = row[len(piece) :], number + 1
                 piece = self._open(number).tokens[: len(row)]
                 row[: len(piece)] = piece
+        # What was copied slower than any memory's pace came from a disk, and so will what follows.
+        self._from_disk = rows.nbytes < (time.perf_counter() - begin) * MEMORY_BYTES_PER_SECOND
 
     def _bring(self, far: set[int]) -> None:
         """Fetch these shards, several at a time: the windows of a shuffled batch lie in as many."""
