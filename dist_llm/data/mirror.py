@@ -30,7 +30,7 @@ def localize(place: str, cache: str) -> Path:
         return as_path(place)
     url, corpora = place.rstrip("/"), as_path(cache).expanduser() / "corpora"
     address = f"{url}/{MANIFEST}"
-    content = tried(address, lambda: b"".join(blocks(address)), _way_out(url, corpora))
+    content = tried(address, lambda: b"".join(blocks(address)), lambda: _way_out(url, corpora))
     mirror = corpora / hashlib.sha256(f"{url}\n".encode() + content).hexdigest()
     if not mirror.exists():
         manifest = Manifest.parse(content, address)
@@ -91,7 +91,8 @@ def _made_whole(directory: Path) -> Iterator[Path]:
 
 def _way_out(url: str, corpora: Path) -> str:
     """What to do where the manifest is out of reach; the newest mirror of it is as good, if there is one."""
-    mirrors = [origin for origin in corpora.glob(f"*/{ORIGIN}") if origin.read_text(encoding="utf-8").strip() == url]
+    whole = (origin for origin in corpora.glob(f"*/{ORIGIN}") if origin.parent.suffix != ".partial")
+    mirrors = [origin for origin in whole if origin.read_text(encoding="utf-8").strip() == url]
     if mirrors:
         newest = max(mirrors, key=lambda origin: origin.stat().st_mtime).parent
         return f"Check the network, or set data.path to what was fetched before: {newest}"

@@ -79,10 +79,10 @@ def _opened(url: str) -> IO[bytes]:
     return fsspec.open(url, "rb").open()
 
 
-def tried(url: str, action: Callable[[], Result], way_out: str) -> Result:
+def tried(url: str, action: Callable[[], Result], way_out: Callable[[], str]) -> Result:
     """The result of `action`, which reads `url`; tried again where that may help, a few times.
 
-    Raises DataError that names the URL and `way_out`.
+    Raises DataError that names the URL and the way out.
     """
     for attempt in range(TRIES):
         try:
@@ -90,7 +90,7 @@ def tried(url: str, action: Callable[[], Result], way_out: str) -> Result:
         except RemoteError as error:
             if error.hopeless or attempt == TRIES - 1:
                 tries = "" if error.hopeless else f" in {TRIES} tries"
-                raise DataError(f"{url}: cannot be fetched{tries}: {error}. {way_out}") from None
+                raise DataError(f"{url}: cannot be fetched{tries}: {error}. {way_out()}") from None
             log.warning("%s: %s; trying again", url, error)
         time.sleep(PAUSE_SECONDS * 2**attempt)
     raise AssertionError("the last try returns or raises")
@@ -109,7 +109,7 @@ def fetch(url: str, target: Path, size: int | None, sha256: str | None) -> Path:
         with _alone(target):
             if not target.exists():
                 log.info("fetching %s (%s bytes)", url, f"{size:,}" if size else "unknown")
-                tried(url, lambda: _download(url, target, size, sha256), way_out)
+                tried(url, lambda: _download(url, target, size, sha256), lambda: way_out)
     return target
 
 

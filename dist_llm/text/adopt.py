@@ -134,7 +134,7 @@ class _Run:
             place = os.path.abspath(as_path(place))
             ids, digest = self._scan(place)
         else:
-            ids, digest = remote.tried(place, lambda: self._scan(place), WAY_OUT)
+            ids, digest = remote.tried(place, lambda: self._scan(place), lambda: WAY_OUT)
         starts = ids.starts(eot_begins=self.options.format == "llmc")
         offsets = f"{split}-{number:05d}.offsets"
         with (self.directory / offsets).open("wb") as file:
