@@ -1,4 +1,4 @@
-"""The `dist-llm` command: prepare, train, evaluate, generate. Imports are late, so that --help is instant."""
+"""The `dist-llm` command: prepare, adopt, train, evaluate, generate. Imports are late, so that --help is instant."""
 
 import argparse
 import os
@@ -36,13 +36,18 @@ A run that finds a checkpoint in run.dir goes on from it.
 
 def parser() -> argparse.ArgumentParser:
     """The command line, with help that teaches."""
-    from dist_llm.text import options
+    from dist_llm.text import adopt_options, options
 
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser("dist-llm", description=OVERVIEW, formatter_class=raw)
-    commands = top.add_subparsers(dest="command", required=True, metavar="prepare | train | evaluate | generate")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="prepare | adopt | train | evaluate | generate"
+    )
 
     options.add_arguments(commands.add_parser("prepare", help="raw text -> token shards"))
+
+    adopt = commands.add_parser("adopt", help="token files of other programs -> a corpus that points at them")
+    adopt_options.add_arguments(adopt)
 
     train = commands.add_parser("train", help="token shards -> a model", epilog=TRAIN, formatter_class=raw)
     train.add_argument("--config", type=Path, metavar="FILE", help="the run, as YAML")
@@ -72,7 +77,13 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. 0: done. 1: a failure of ours. 2: input that the user can mend."""
     options = parser().parse_args(arguments)
-    commands = {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "generate": _generate}
+    commands = {
+        "prepare": _prepare,
+        "adopt": _adopt,
+        "train": _train,
+        "evaluate": _evaluate,
+        "generate": _generate,
+    }
     try:
         commands[options.command](options)
     except UserError as error:
@@ -111,6 +122,13 @@ def _prepare(options: argparse.Namespace) -> None:
     from dist_llm.text.prepare import prepare
 
     prepare(chosen)
+
+
+def _adopt(options: argparse.Namespace) -> None:
+    from dist_llm.text.adopt import adopt
+    from dist_llm.text.adopt_options import options_from
+
+    adopt(options_from(options))
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -15,8 +15,7 @@ from dist_llm.errors import ConfigError
 from dist_llm.models.attention import KVCache
 from dist_llm.models.build import build_model
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.encoder_decoder import Source
-from dist_llm.models.visibility import CAUSAL, Visibility
+from dist_llm.models.visibility import CAUSAL, Source, Visibility
 from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.text.tokenizer import Tokenizer
 

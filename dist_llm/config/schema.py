@@ -18,6 +18,8 @@ Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
+CACHE = "~/.cache/dist_llm"
+
 
 def key(description: str, default: Any = ...) -> Any:
     """A key of a section; without `default` the user must set it."""
@@ -89,7 +91,8 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    path: str = key("directory that `dist-llm prepare` made")
+    path: str = key("directory that `dist-llm prepare` or `dist-llm adopt` made, or its URL")
+    cache: str = key("where remote shards are kept once fetched, one copy per content; nothing is ever removed", CACHE)
     seq_len: Positive = key("tokens per training sequence")
     global_batch: Positive = key("sequences per optimizer step, over all ranks")
     micro_batch: Count = key("sequences per forward pass of one rank; 0: all the rank has", 0)

@@ -1,33 +1,55 @@
 """One split of a prepared corpus, read as a single stream of tokens that may cross shards."""
 
 import hashlib
+import mmap
+import os
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dist_llm.config.schema import CACHE, DataConfig
+from dist_llm.data.mirror import localize, offsets_path, shard_path
 from dist_llm.data.order import Ints
+from dist_llm.data.remote import is_remote
 from dist_llm.data.shard import Manifest, Split
 from dist_llm.errors import DataError
+
+MOST_MAPS = 256  # a map keeps its file open twice, and a process may often open only 1024
+MEMORY_BYTES_PER_SECOND = 500e6
+STATS_AT_ONCE, FETCHES_AT_ONCE = 32, 8
 
 Tokens = npt.NDArray[Any]  # of the corpus's own unsigned type
 
 
 class Corpus:
-    """Memory-mapped shards. Nothing is read at start but the manifest; shards open on first use."""
+    """Memory-mapped shards. Nothing is read at start but the manifest; shards open on first use.
 
-    def __init__(self, directory: Path, split: Split = "train", verify: str = "size") -> None:
-        self.directory, self.split = directory, split
+    Shards that are far away are fetched then, into `cache`.
+    """
+
+    def __init__(self, directory: Path, split: Split = "train", verify: str = "size", cache: str = CACHE) -> None:
+        self.directory, self.split, self.cache = directory, split, cache
         self.manifest = Manifest.load(directory)
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self.shards = self.manifest.shards[split]
         self.ends: Ints = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)
         self.n_tokens = self.manifest.tokens(split)
-        self._maps: dict[int, Tokens] = {}
+        self._far = {number for number, shard in enumerate(self.shards) if is_remote(shard.file)}
+        self._maps: dict[int, _Mapped] = {}
+        self._from_disk = True  # until a batch shows that its shards are in memory: then nothing need be announced
         if verify == "hash":
             for number in range(len(self.shards)):
                 self._verify(number)
+
+    @staticmethod
+    def of(data: DataConfig, split: Split = "train") -> "Corpus":
+        """The corpus that the config names, here or far away. Raises DataError where there is none."""
+        return Corpus(localize(data.path, data.cache), split, data.verify, data.cache)
 
     def n_windows(self, window: int, stride: int) -> int:
         """How many windows of `window` tokens fit, each `stride` after the one before."""
@@ -40,33 +62,62 @@ class Corpus:
         """
         rows = np.empty((len(starts), length), self.dtype)
         numbers = np.searchsorted(self.ends, starts, side="right")
-        for row, start, number in zip(rows, starts.tolist(), numbers.tolist(), strict=True):
-            self._fill(row, start, number)
+        if self._far:
+            self._bring(self._far.intersection(numbers.tolist()) - self._maps.keys())
+        for group in (slice(at, at + MOST_MAPS) for at in range(0, len(rows), MOST_MAPS)):
+            self._copy(rows[group], starts[group].tolist(), numbers[group].tolist())
         if rows.size and rows.max() >= self.manifest.vocab_size:
             self._refuse_id(rows, starts)
         return rows
 
-    def _fill(self, row: Tokens, start: int, number: int) -> None:
-        filled = 0
-        while filled < len(row):
-            shard = self._shard(number)
-            first = start + filled - (int(self.ends[number]) - len(shard))
-            piece = shard[first : first + len(row) - filled]
-            row[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            number += 1
+    def _copy(self, rows: Tokens, starts: list[int], numbers: list[int]) -> None:
+        """Fill row i from token starts[i] on, which lies in shard numbers[i]; at most MOST_MAPS rows."""
+        length, shards = rows.shape[1], [self._open(number) for number in numbers]
+        if self._from_disk:
+            for start, shard in zip(starts, shards, strict=True):
+                shard.announce(start, length)
+        begin = time.perf_counter()
+        for row, start, shard, number in zip(rows, starts, shards, numbers, strict=True):
+            piece = shard.tokens[start - shard.first : start - shard.first + length]
+            row[: len(piece)] = piece
+            while len(piece) < len(row):  # the window goes on in the next shard
+                row, number = row[len(piece) :], number + 1
+                piece = self._open(number).tokens[: len(row)]
+                row[: len(piece)] = piece
+        # What was copied slower than any memory's pace came from a disk, and so will what follows.
+        self._from_disk = rows.nbytes < (time.perf_counter() - begin) * MEMORY_BYTES_PER_SECOND
 
-    def _shard(self, number: int) -> Tokens:
-        if number not in self._maps:
-            path, size = self._check_size(number)
-            # A plain array over the map: slicing a np.memmap builds a subclass each time.
-            self._maps[number] = np.asarray(np.memmap(path, self.dtype, "r", shape=(size,)))
-        return self._maps[number]
+    def _bring(self, far: set[int]) -> None:
+        """Fetch these shards, several at a time: the windows of a shuffled batch lie in as many."""
+        with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
+            for _ in pool.map(self._check_size, far):
+                pass
 
-    def _check_size(self, number: int) -> tuple[Path, int]:
+    def _open(self, number: int) -> "_Mapped":
+        if (found := self._maps.get(number)) is not None:
+            return found
+        path, shard = self._check_size(number), self.shards[number]
+        if len(self._maps) == MOST_MAPS:
+            del self._maps[next(iter(self._maps))]
+        first = int(self.ends[number]) - shard.tokens
+        self._maps[number] = mapped = _Mapped(path, self.dtype, shard.skip_bytes, shard.tokens, first)
+        return mapped
+
+    def offsets(self, number: int) -> npt.NDArray[np.uint64]:
+        """Where in shard `number` its documents begin. Raises DataError where the file is not as promised."""
         shard = self.shards[number]
-        path = self.directory / shard.file
-        want = shard.tokens * self.dtype.itemsize
+        path = offsets_path(self.directory, shard, self.cache)
+        self._measure(path, 8 * shard.documents, f"{shard.documents} offsets of uint64")
+        return np.fromfile(path, "<u8")
+
+    def _check_size(self, number: int) -> Path:
+        shard = self.shards[number]
+        want = shard.skip_bytes + shard.tokens * self.dtype.itemsize
+        path = shard_path(self.directory, shard, want, self.cache)
+        header = f" after a header of {shard.skip_bytes} bytes" if shard.skip_bytes else ""
+        return self._measure(path, want, f"{shard.tokens} tokens of {self.manifest.dtype}{header}")
+
+    def _measure(self, path: Path, want: int, what: str) -> Path:
         try:
             found = path.stat().st_size
         except OSError as error:
@@ -75,17 +126,20 @@ class Corpus:
             kind = "truncated" if found < want else "too long"
             raise DataError(
                 f"{path}: {kind} at byte {min(found, want)}: {found} bytes, but the manifest promises {want} "
-                f"({shard.tokens} tokens of {self.manifest.dtype}). Copy it again or prepare the corpus again."
+                f"({what}). Copy it again or prepare the corpus again."
             )
-        return path, shard.tokens
+        return path
 
     def check_sizes(self) -> None:
-        """Stat every shard: a truncated one is found now and not in the middle of a run."""
-        for number in range(len(self.shards)):
-            self._check_size(number)
+        """Stat every shard that is here: a truncated one is found now and not in the middle of a run."""
+        near = [number for number in range(len(self.shards)) if number not in self._far]
+        # Many at once, since on a network's file system each answer takes a millisecond or more.
+        with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
+            for _ in pool.map(self._check_size, near):
+                pass
 
     def _verify(self, number: int) -> None:
-        path, _ = self._check_size(number)
+        path = self._check_size(number)
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != self.shards[number].sha256:
@@ -98,9 +152,28 @@ class Corpus:
         row, column = np.argwhere(rows >= self.manifest.vocab_size)[0].tolist()
         position = int(starts[row]) + column
         number = int(np.searchsorted(self.ends, position, side="right"))
-        inside = position - (int(self.ends[number]) - self.shards[number].tokens)
+        shard = self.shards[number]
+        inside = position - (int(self.ends[number]) - shard.tokens)
         raise DataError(
-            f"{self.directory / self.shards[number].file}: token {inside} (byte {inside * self.dtype.itemsize}) is "
+            f"{self._check_size(number)}: token {inside} (byte {shard.skip_bytes + inside * self.dtype.itemsize}) is "
             f"{rows[row, column]}, but the tokenizer has {self.manifest.vocab_size} ids. "
             "The shard is damaged or of another tokenizer: prepare the corpus again."
         )
+
+
+class _Mapped:
+    """One shard in memory, whose first token is number `first` of the corpus."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], skip_bytes: int, tokens: int, first: int) -> None:
+        self.first, self.skip_bytes, self.itemsize = first, skip_bytes, dtype.itemsize
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        content = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
+        # Windows are read at random: to read on beyond one, megabytes on some machines, would be in vain.
+        content.madvise(mmap.MADV_RANDOM)
+        self.tokens: Tokens = np.frombuffer(content, dtype, tokens, skip_bytes)
+
+    def announce(self, start: int, length: int) -> None:
+        """Have the kernel read the window that starts at token `start`, and do not wait for it."""
+        offset = self.skip_bytes + (start - self.first) * self.itemsize
+        os.posix_fadvise(self._file, offset, length * self.itemsize, os.POSIX_FADV_WILLNEED)

@@ -16,6 +16,8 @@ from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build import Objective, build_objective
 from dist_llm.objectives.vocabulary import Vocabulary
 
+FOUND_AT_ONCE = 4096  # samples; the order's price is mostly one per call
+
 
 def build_order(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> Order:
     """The order that the config asks for, of windows of `size`. Raises DataError where no window fits."""
@@ -84,6 +86,7 @@ class Loader:
         self.prefetch = data.prefetch
         self._pool = ThreadPoolExecutor(1, "loader") if data.prefetch else None
         self._ahead: dict[int, Future[list[Batch]]] = {}
+        self._found, self._found_first = np.empty((0, self.share), np.int64), 0
 
     def samples(self, first: int) -> npt.NDArray[np.int64]:
         """The sample numbers of this rank in the step that starts at sample `first`."""
@@ -115,11 +118,23 @@ class Loader:
     def _read(self, samples: Ints) -> tuple[Sequence[Tokens] | Tokens, list[int]]:
         """The window of each sample, and whose it is."""
         if len(self.streams) == 1:
-            return self.streams[0].read(samples), [0] * len(samples)
+            (stream,) = self.streams
+            return stream.corpus.read(self._starts(int(samples[0]) - self.offset), stream.window), [0] * len(samples)
         members, numbers = self.mixture.split(samples)
         windows: list[Tokens] = [np.empty(0)] * len(samples)
         for member, stream in enumerate(self.streams):
             places = np.flatnonzero(members == member)
-            for place, window in zip(places.tolist(), stream.read(numbers[places]), strict=True):
+            rows = stream.corpus.read(stream.order.starts(numbers[places]), stream.window)
+            for place, window in zip(places.tolist(), rows, strict=True):
                 windows[place] = window
         return windows, members.tolist()
+
+    def _starts(self, first: int) -> Ints:
+        """Where the windows of the step that starts at sample `first` begin, found for some steps at a time."""
+        step, off_beat = divmod(first - self._found_first, self.global_batch)
+        if off_beat or not 0 <= step < len(self._found):
+            steps = max(1, FOUND_AT_ONCE // self.share)
+            samples = self.samples(first) + self.global_batch * np.arange(steps)[:, None]
+            starts = self.streams[0].order.starts(samples.ravel())
+            self._found, self._found_first, step = starts.reshape(steps, -1), first, 0
+        return self._found[step]

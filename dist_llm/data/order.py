@@ -15,6 +15,11 @@ Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 ROUNDS = 6
+TURNS = np.arange(ROUNDS, dtype=np.uint64)[:, None] << np.uint64(56)  # sets the rounds apart
+
+# Of splitmix64. Made once: for a few samples numpy's cost is the number of its calls, not of its words.
+GAMMA, MULTIPLY_1, MULTIPLY_2 = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+SHIFT_1, SHIFT_2, SHIFT_3 = map(np.uint64, (30, 27, 31))
 
 
 class Order(Protocol):
@@ -89,24 +94,28 @@ def permute(index: Words, size: int, keys: Words) -> Words:
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.broadcast_to(keys, index.shape)
+    turn_keys = np.broadcast_to(keys, index.shape) ^ TURNS
     out = index.copy()
     todo = np.arange(len(index))
     while len(todo):
-        left, right = out[todo] >> half, out[todo] & mask
-        for turn in range(ROUNDS):
-            left, right = right, left ^ (mix(right ^ keys[todo] ^ np.uint64(turn << 56)) & mask)
-        out[todo] = left << half | right
-        todo = todo[out[todo] >= size]
+        words = out[todo]
+        left, right = words >> half, words & mask
+        for key in turn_keys[:, todo]:
+            left, right = right, left ^ (mix(right ^ key) & mask)
+        out[todo] = words = left << half | right
+        todo = todo[words >= size]
     return out
 
 
 def mix(words: Words) -> Words:
     """The finaliser of splitmix64 (Steele et al. 2014): every bit in moves every bit out."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    words = words + GAMMA
+    words ^= words >> SHIFT_1
+    words *= MULTIPLY_1
+    words ^= words >> SHIFT_2
+    words *= MULTIPLY_2
+    words ^= words >> SHIFT_3
+    return words
 
 
 def _words(values: npt.ArrayLike) -> Words:

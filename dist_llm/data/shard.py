@@ -9,6 +9,10 @@ A corpus is a directory:
     heldout-00000.bin ...
 
 Documents end with `<|endoftext|>` and never straddle two shards.
+
+`dist-llm adopt` writes such a directory for token files of other programs, which stay where they are: a shard's
+`file` is then an absolute path or a URL, `skip_bytes` leads past its header, and `offsets` names the file of its
+documents, which in a file cut by others may straddle two shards.
 """
 
 import hashlib
@@ -40,7 +44,7 @@ def smallest_dtype(vocab_size: int) -> DType:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of token ids; `file` is relative to the corpus directory."""
+    """One file of token ids; `file` and `offsets` are URLs, or paths relative to the corpus directory."""
 
     __pydantic_config__: ClassVar[ConfigDict] = CLOSED
 
@@ -48,7 +52,13 @@ class Shard:
     tokens: Count
     documents: Count
     text_bytes: Count
-    sha256: str
+    sha256: str  # of the whole file, what is skipped included
+    skip_bytes: Count = 0  # before the first id
+    offsets: str = ""  # empty: as `file`, with the suffix .offsets
+
+    @property
+    def offsets_file(self) -> str:
+        return self.offsets or os.path.splitext(self.file)[0] + ".offsets"
 
 
 @dataclass(frozen=True)
@@ -94,24 +104,32 @@ class Manifest:
         """Read it back. Raises DataError where `directory` is no complete corpus."""
         path = directory / MANIFEST
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            return Manifest.parse(path.read_bytes(), str(path))
         except FileNotFoundError:
             raise DataError(
                 f"{directory}: not a prepared corpus ({MANIFEST} is missing). Make one with: "
                 f"dist-llm prepare --source SOURCE --tokenizer bpe:4096 --out {directory}"
             ) from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as JSON: {error}. Prepare the corpus again.") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}. Prepare the corpus again.") from None
+
+    @staticmethod
+    def parse(content: bytes, place: str) -> "Manifest":
+        """What `save` wrote, from its bytes. Raises DataError, naming `place`, where they are no manifest."""
+        try:
+            fields = json.loads(content.decode("utf-8"))
+        except ValueError as error:
+            raise DataError(f"{place}: cannot be read as JSON: {error}. Prepare the corpus again.") from None
         if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-            raise DataError(f"{path}: not of format '{FORMAT}'. Prepare the corpus again with this version.")
+            raise DataError(f"{place}: not of format '{FORMAT}'. Prepare the corpus again with this version.")
         try:
             manifest = TypeAdapter(Manifest).validate_json(json.dumps(fields))  # as JSON: there a list is a tuple
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise DataError(f"{path}: {place}: {first['msg']}. Prepare the corpus again.") from None
+            wrong = ".".join(map(str, first["loc"]))
+            raise DataError(f"{place}: {wrong}: {first['msg']}. Prepare the corpus again.") from None
         if missing := [split for split in SPLITS if split not in manifest.shards]:
-            raise DataError(f"{path}: shards: {missing[0]} is missing. Prepare the corpus again.")
+            raise DataError(f"{place}: shards: {missing[0]} is missing. Prepare the corpus again.")
         return manifest
 
 

@@ -3,11 +3,8 @@
 Blocks are numbered through, the encoder's first, so that layouts cut and wrap one list.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
@@ -16,24 +13,7 @@ from dist_llm.models.block import Block
 from dist_llm.models.decoder import Decoder, Embedding
 from dist_llm.models.norm import build_norm
 from dist_llm.models.positions import RelativeBias
-from dist_llm.models.visibility import CAUSAL, FULL, Visibility
-
-
-@dataclass(frozen=True)
-class Source:
-    """What the encoder reads: T ids a row, who sees whom among them, and positions (None: 0, 1, 2, ...)."""
-
-    tokens_BT: Tensor
-    visible: Visibility = FULL
-    positions_BT: Tensor | None = None
-
-
-pytree.register_pytree_node(
-    Source,
-    lambda source: ([source.tokens_BT, source.visible, source.positions_BT], None),
-    lambda values, _: Source(*values),
-    serialized_type_name="dist_llm.models.encoder_decoder.Source",
-)
+from dist_llm.models.visibility import CAUSAL, FULL, Source, Visibility
 
 
 class EncoderDecoder(Decoder):

@@ -1,4 +1,4 @@
-"""Who may look at whom, as data that travels with the batch."""
+"""Who may look at whom, and what an encoder reads: data that travels with the batch."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,6 +58,16 @@ class Visibility:
 CAUSAL = Visibility(causal=True)
 FULL = Visibility(causal=False)
 
+
+@dataclass(frozen=True)
+class Source:
+    """What the encoder reads: T ids a row, who sees whom among them, and positions (None: 0, 1, 2, ...)."""
+
+    tokens_BT: Tensor
+    visible: Visibility = FULL
+    positions_BT: Tensor | None = None
+
+
 # Pipelines cut whatever tensors a batch holds by rows: they must be able to find them.
 _FIELDS = ("prefix_B", "documents_BT", "queries_BS", "places_BS", "mask")
 pytree.register_pytree_node(
@@ -65,4 +75,10 @@ pytree.register_pytree_node(
     lambda visible: ([getattr(visible, name) for name in _FIELDS], (visible.causal, visible.keys)),
     lambda values, rest: Visibility(rest[0], keys=rest[1], **dict(zip(_FIELDS, values, strict=True))),
     serialized_type_name="dist_llm.models.visibility.Visibility",
+)
+pytree.register_pytree_node(
+    Source,
+    lambda source: ([source.tokens_BT, source.visible, source.positions_BT], None),
+    lambda values, _: Source(*values),
+    serialized_type_name="dist_llm.models.visibility.Source",
 )

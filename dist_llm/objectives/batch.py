@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.encoder_decoder import Source
-from dist_llm.models.visibility import Visibility
+from dist_llm.models.visibility import Source, Visibility
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.encoder_decoder import Source
-from dist_llm.models.visibility import Visibility
+from dist_llm.models.visibility import Source, Visibility
 from dist_llm.objectives.batch import Batch
 
 Ints = npt.NDArray[np.int64]

@@ -17,14 +17,14 @@ PLAIN_SECONDS = 10.0
 
 
 class Meter:
-    """Shows bytes read of `total_bytes` (None: unknown), the rate of text in MB/s and the documents."""
+    """Shows bytes read of `total_bytes` (None: unknown), the rate in MB/s and the documents; `doing` what."""
 
-    def __init__(self, stream: TextIO, total_bytes: int | None) -> None:
-        self.total_bytes = total_bytes
+    def __init__(self, stream: TextIO, total_bytes: int | None, doing: str = "tokenizing") -> None:
+        self.total_bytes, self.doing = total_bytes, doing
         self._console = Console(file=stream)
         self._began = self._said = time.monotonic()
         columns = (
-            TextColumn("tokenizing"),
+            TextColumn(doing),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[state]}"),
@@ -52,7 +52,7 @@ class Meter:
         self._bar.update(self._task, completed=bytes_read, state=state)
         if self._bar.disable and time.monotonic() - self._said >= PLAIN_SECONDS:
             self._said = time.monotonic()
-            self.say(f"tokenizing: {self._share(bytes_read)}{state}")
+            self.say(f"{self.doing}: {self._share(bytes_read)}{state}")
 
     def say(self, line: str) -> None:
         """Print one line, above the bar if there is one."""

@@ -5,7 +5,6 @@ Nothing is written, and no thread or compiled code stands between a breakpoint a
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ def debug(config: Config) -> None:
         }
     )
     device = device_of(World())
-    corpus = Corpus(Path(config.data.path), "train", config.data.verify)
+    corpus = Corpus.of(config.data)
     corpus.check_sizes()
     vocabulary = read_vocabulary(config, corpus.directory)
     loader = build_loader(config, build_streams(config, corpus), vocabulary, 0, 1, pin=False)

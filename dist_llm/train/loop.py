@@ -113,7 +113,7 @@ class Trainer:
     def sample(self) -> str:
         """Text from the model as it is. Every rank runs it: the model may be sharded."""
         config = self.config
-        tokenizer = Tokenizer.load(Path(config.data.path))
+        tokenizer = Tokenizer.load(self.loader.streams[0].corpus.directory)
         sampling = Sampling(config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.run.seed)
         (model,) = self.engine.parts
         model.eval()
@@ -151,7 +151,8 @@ class Trainer:
 
     def _heldout(self, objective: Objective) -> Heldout | None:
         config = self.config
-        corpus = Corpus(Path(config.data.path), "heldout", config.data.verify)
+        directory = self.loader.streams[0].corpus.directory
+        corpus = Corpus(directory, "heldout", config.data.verify, config.data.cache)
         heldout = Heldout(corpus, objective, config.data.micro_batch, config.eval.windows)
         try:
             heldout.check()

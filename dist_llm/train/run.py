@@ -32,14 +32,14 @@ def train(config: Config, world: World) -> None:
     Raises ConfigError or DataError before any process group starts where the input is wrong.
     """
     device = device_of(world)
-    corpus = Corpus(Path(config.data.path), "train", config.data.verify)
+    corpus = Corpus.of(config.data)
     corpus.check_sizes()
     streams = build_streams(config, corpus)
     vocabulary = read_vocabulary(config, corpus.directory)
     if config.init_from:
         _check_start(Path(config.init_from), corpus)
     directory = Path(config.run.dir)
-    files = run_files(config)
+    files = run_files(config, corpus.directory)
     start_logging(directory / "logs", world)
     try:
         with process_group(world, device):
@@ -72,12 +72,12 @@ def _check_start(checkpoint: Path, corpus: Corpus) -> None:
         raise DataError(f"{corpus.directory}: was prepared with another tokenizer than the one in init_from {path}")
 
 
-def run_files(config: Config) -> dict[str, bytes]:
+def run_files(config: Config, corpus: Path) -> dict[str, bytes]:
     """The small files kept in the run directory and in each checkpoint."""
     return {
         "config.yaml": dump(config).encode(),
         "environment.json": json.dumps(environment(), indent=2).encode() + b"\n",
-        TOKENIZER_FILE: (Path(config.data.path) / TOKENIZER_FILE).read_bytes(),
+        TOKENIZER_FILE: (corpus / TOKENIZER_FILE).read_bytes(),
     }
 
 

@@ -24,7 +24,7 @@ def score(checkpoint: Path, data: str | None, split: Split, micro_batch: int, wo
     config, violations = load_config(path / "config.yaml")
     refuse(violations)
     assert config is not None
-    corpus = Corpus(Path(data or config.data.path), split, config.data.verify)
+    corpus = Corpus.of(config.data.model_copy(update={"path": data or config.data.path}), split)
     if corpus.manifest.tokenizer_sha256 != Tokenizer.load(path).sha256:
         raise DataError(f"{corpus.directory}: was prepared with another tokenizer than the one in {path}")
     objective = build_objective(config, read_vocabulary(config, path))

@@ -6,6 +6,7 @@ from pathlib import Path
 from dist_llm.config.check import check, resolve
 from dist_llm.config.load import Violation, load_config, refuse
 from dist_llm.config.schema import Config
+from dist_llm.data.mirror import localize
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import DataError
 from dist_llm.objectives.vocabulary import Vocabulary
@@ -26,7 +27,7 @@ def read_config(path: Path | None, overrides: Sequence[str], world_size: int) ->
         raise AssertionError("no config and no violation")
     manifest: Manifest | None = None
     try:
-        manifest = Manifest.load(Path(config.data.path))
+        manifest = Manifest.load(localize(config.data.path, config.data.cache))
     except DataError as error:
         violations.append(Violation(("data.path",), str(error)))
     # A rule that speaks of a key already known to be wrong would only repeat the news.

@@ -11,8 +11,7 @@ from dist_llm.convert.huggingface import model_config
 from dist_llm.convert.keys import Pair, copy_weights, pairs, take
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.build import build_model
-from dist_llm.models.encoder_decoder import Source
-from dist_llm.models.visibility import Visibility
+from dist_llm.models.visibility import Source, Visibility
 
 transformers = pytest.importorskip("transformers")
 

@@ -92,6 +92,16 @@ def test_reading_ahead_changes_nothing(prefetch, corpus):
         ahead.close()
 
 
+@pytest.mark.parametrize("order", ["shuffle", "random"])
+def test_any_sample_may_be_the_first(order, corpus, monkeypatch):
+    """Starts are found for many steps at once: a step off their beat, before them or past them is found anew."""
+    monkeypatch.setattr("dist_llm.data.loader.FOUND_AT_ONCE", 2 * BATCH)
+    one = loader(corpus, order=order, micro_batch=BATCH)
+    for first in (0, BATCH, 2 * BATCH, 3, BATCH + 3, BATCH, 10**9, 0):
+        want = corpus.read(one.streams[0].order.starts(np.arange(first, first + BATCH)), SEQ)
+        assert np.array_equal(one.batches(first)[0].inputs_BS, want)
+
+
 def test_each_step_is_made_once_though_made_ahead(corpus, monkeypatch):
     made = []
     ahead = loader(corpus, rank=1, ranks=2, prefetch=2)

@@ -12,10 +12,11 @@ from .commands import REPOSITORY
 
 OVERHEAD = REPOSITORY / "benchmarks" / "overhead.py"
 PREPARE = REPOSITORY / "benchmarks" / "prepare.py"
+DATA = REPOSITORY / "benchmarks" / "data.py"
 
 
 def test_overhead_prints_a_line_per_pair_and_a_table() -> None:
-    done = benchmark("--config", str(commands.DEBUG_CONFIG), "--pairs", "2", "--steps", "2")
+    done = benchmark(OVERHEAD, "--config", str(commands.DEBUG_CONFIG), "--pairs", "2", "--steps", "2")
     pairs = [json.loads(line) for line in done.stdout.splitlines()]
     assert [pair["pair"] for pair in pairs] == [1, 2]
     for pair in pairs:
@@ -24,7 +25,7 @@ def test_overhead_prints_a_line_per_pair_and_a_table() -> None:
 
 
 def test_prepare_prints_a_line_per_case_and_pair_and_a_table() -> None:
-    done = benchmark("--megabytes", "1", "--pairs", "2", "--tokenizer", "byte", "--workers", "1", program=PREPARE)
+    done = benchmark(PREPARE, "--megabytes", "1", "--pairs", "2", "--tokenizer", "byte", "--workers", "1")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["case"], row["pair"]) for row in rows] == [("jsonl", 1), ("jsonl", 2), ("text", 1), ("text", 2)]
     for row in rows:
@@ -32,7 +33,21 @@ def test_prepare_prints_a_line_per_case_and_pair_and_a_table() -> None:
     assert "the claim: a ratio of at least 0.8" in done.stderr
 
 
-def benchmark(*arguments: str, program: Path = OVERHEAD) -> subprocess.CompletedProcess[str]:
+def test_data_prints_a_line_per_case_and_a_table() -> None:
+    done = benchmark(DATA, "--rows", "2", "3", "--seq-len", "64", "--tokens", "10000", "--turns", "3")
+    cases = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(case["rows"], case["order"]) for case in cases] == [
+        (2, "shuffle"),
+        (2, "random"),
+        (3, "shuffle"),
+        (3, "random"),
+    ]
+    for case in cases:
+        assert min(case[name] for name in ("ours", "nanogpt", "copy", "over_nanogpt", "over_copy")) > 0
+    assert "the goal: at least 5.0 over nanogpt" in done.stderr
+
+
+def benchmark(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, program, *arguments],
         env=commands.environment(),

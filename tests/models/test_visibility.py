@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dist_llm.models.encoder_decoder import Source
-from dist_llm.models.visibility import Visibility
+from dist_llm.models.visibility import Source, Visibility
 
 S, T = 8, 6
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2], [0] * 8, [0, 1, 1, 1, 1, 1, 1, 2], [0, 0, 1, 1, 0, 0, 1, 1]])

@@ -1,0 +1,156 @@
+"""What a batch costs: tokens/s of our loader, of nanoGPT's way to make one, and of a plain copy of the same bytes.
+
+ours      the loader as training has it: which samples, where they lie, read, checked, as int64 tensors
+nanogpt   a memory map per batch, random starts, each window sliced, widened and stacked, inputs and targets apart
+copy      the same windows of the mapped file copied row by row and nothing else: the limit
+
+All read one file of random uint16 ids that lies in the page cache, on one thread, at random places. They take
+turns, batch by batch, so that a machine that slows down touches all alike. Prints one JSON line per case on
+stdout, then a table on stderr: medians over the turns, and the median over the turns of the ratios.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dist_llm.config.check import resolve
+from dist_llm.config.schema import Config
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.loader import Loader, build_loader, build_streams
+from dist_llm.data.shard import Manifest, Shard
+from dist_llm.objectives.vocabulary import Vocabulary
+
+VOCABULARY = 50257
+WARM_UP = 5
+GOALS = {"nanogpt": 5.0, "copy": 0.5}  # the least of ours over theirs
+
+Make = Callable[[], object]
+
+
+def main() -> None:
+    """Measure each batch size and print."""
+    options = parser().parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        corpus = write(Path(scratch), options.tokens)
+        cases = [case(corpus, options, rows, order) for rows in options.rows for order in ("shuffle", "random")]
+    for found in cases:
+        print(json.dumps(found))
+    sys.stdout.flush()
+    report(options, cases)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    top.add_argument("--rows", type=int, nargs="+", default=[8, 64, 512], help="sequences per batch; default: 8 64 512")
+    top.add_argument("--seq-len", type=int, default=2048, help="default: %(default)s")
+    top.add_argument("--tokens", type=int, default=100_000_000, help="in the file; default: %(default)s")
+    top.add_argument("--turns", type=int, default=200, help="batches of each; default: %(default)s")
+    top.add_argument("--scratch", type=Path, help="where the file is written; default: the system's temporary folder")
+    return top
+
+
+def write(directory: Path, tokens: int) -> Corpus:
+    """A corpus of one shard of random ids."""
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, tokens, dtype="<u2")
+    ids.tofile(directory / "train-00000.bin")
+    shard = Shard("train-00000.bin", tokens, 1, 4 * tokens, "")
+    Manifest("uint16", VOCABULARY, "", ("random",), {"train": (shard,), "heldout": ()}).save(directory)
+    return Corpus(directory)
+
+
+def case(corpus: Corpus, options: argparse.Namespace, rows: int, order: str) -> dict[str, object]:
+    """Tokens/s of the three, and ours over theirs."""
+    path = corpus.directory / corpus.shards[0].file
+    raw = {
+        "run": {"dir": "unused", "steps": 1, "seed": 1},
+        "model": {"d_model": 8, "n_layers": 1, "n_heads": 1},
+        "data": {"path": "", "seq_len": options.seq_len, "global_batch": rows, "order": order, "prefetch": 0},
+    }
+    config = resolve(Config.model_validate(raw), 1, VOCABULARY)
+    loader = build_loader(config, build_streams(config, corpus), Vocabulary(VOCABULARY, 0), 0, 1, pin=False)
+    makers = {
+        "ours": ours(loader, rows),
+        "nanogpt": nanogpt(path, rows, options.seq_len),
+        "copy": copy(path, rows, options.seq_len),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in makers}
+    for turn in range(options.turns + WARM_UP):
+        for name in sorted(makers, reverse=turn % 2 == 1):
+            begin = time.perf_counter()
+            makers[name]()
+            seconds[name].append(time.perf_counter() - begin)
+    kept = {name: taken[WARM_UP:] for name, taken in seconds.items()}
+    tokens = rows * options.seq_len
+    return {
+        "rows": rows,
+        "order": order,
+        **{name: round(tokens / statistics.median(taken)) for name, taken in kept.items()},
+        **{
+            f"over_{name}": round(statistics.median(b / a for a, b in zip(kept["ours"], kept[name], strict=True)), 3)
+            for name in GOALS
+        },
+    }
+
+
+def ours(loader: Loader, rows: int) -> Make:
+    """One step after another, as in training but without the thread that works ahead."""
+    steps = iter(range(0, 1 << 62, rows))
+    return lambda: loader.batches(next(steps))
+
+
+def nanogpt(path: Path, rows: int, length: int) -> Make:
+    """As its users know it: the map is made anew for each batch."""
+
+    def make() -> object:
+        tokens = np.memmap(path, dtype="<u2", mode="r")
+        starts = torch.randint(len(tokens) - length, (rows,))
+        inputs = torch.stack([torch.from_numpy(tokens[i : i + length].astype(np.int64)) for i in starts])
+        targets = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + length].astype(np.int64)) for i in starts])
+        return inputs, targets
+
+    return make
+
+
+def copy(path: Path, rows: int, length: int) -> Make:
+    """Bytes from the page cache to a new array."""
+    tokens = np.asarray(np.memmap(path, dtype="<u2", mode="r"))
+    random = np.random.default_rng(2)
+
+    def make() -> object:
+        batch = np.empty((rows, length + 1), "<u2")
+        for row, start in zip(batch, random.integers(len(tokens) - length, size=rows).tolist(), strict=True):
+            row[:] = tokens[start : start + length + 1]
+        return batch
+
+    return make
+
+
+def report(options: argparse.Namespace, cases: list[dict[str, object]]) -> None:
+    """The table, and how far the goals are met."""
+    print(
+        f"{options.seq_len} tokens per row, {options.tokens:,} in the file, {options.turns} turns, 1 thread, "
+        f"torch {torch.__version__}, numpy {np.__version__}; millions of tokens/s\n\n"
+        f"{'rows':>6} {'order':>8} {'ours':>8} {'nanogpt':>8} {'copy':>8} {'over nanogpt':>13} {'over copy':>10}",
+        file=sys.stderr,
+    )
+    for found in cases:
+        rates = " ".join(f"{float(str(found[name])) / 1e6:8.1f}" for name in ("ours", "nanogpt", "copy"))
+        ratios = f"{found['over_nanogpt']:13} {found['over_copy']:10}"
+        print(f"{found['rows']:>6} {found['order']:>8} {rates} {ratios}", file=sys.stderr)
+    goals = ", ".join(f"at least {goal} over {name}" for name, goal in GOALS.items())
+    print(f"\nthe goal: {goals}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

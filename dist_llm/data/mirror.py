@@ -1,0 +1,99 @@
+"""A corpus at a URL -> a corpus directory on this machine, whose shards stay far away until they are read.
+
+    CACHE/shards/SHA256      a file of token ids, named by its content
+    CACHE/offsets/KEY        the offsets of its documents, by where they came from and the shard's content
+    CACHE/corpora/KEY/       manifest.json (with the URL of each file), tokenizer.json, and `url`: where from
+
+The key of a corpus is a hash of its URL and its manifest: one that changes over there is another one here.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+from dist_llm.data.remote import as_path, blocks, fetch, is_remote, sync_directory, tried, writing
+from dist_llm.data.shard import MANIFEST, SPLITS, Manifest, Shard
+
+TOKENIZER, ORIGIN = "tokenizer.json", "url"
+
+
+def localize(place: str, cache: str) -> Path:
+    """The directory of the corpus at `place`: a local one as it is; of a remote one, a mirror without its shards.
+
+    Raises DataError where the URL gives no corpus.
+    """
+    if not is_remote(place):
+        return as_path(place)
+    url, corpora = place.rstrip("/"), as_path(cache).expanduser() / "corpora"
+    address = f"{url}/{MANIFEST}"
+    content = tried(address, lambda: b"".join(blocks(address)), lambda: _way_out(url, corpora))
+    mirror = corpora / hashlib.sha256(f"{url}\n".encode() + content).hexdigest()
+    if not mirror.exists():
+        manifest = Manifest.parse(content, address)
+        with writing(mirror), _made_whole(mirror) as directory:
+            fetch(f"{url}/{TOKENIZER}", directory / TOKENIZER, None, manifest.tokenizer_sha256)
+            (directory / ORIGIN).write_text(url + "\n", encoding="utf-8")
+            shards = {split: tuple(_moved(shard, url) for shard in manifest.shards[split]) for split in SPLITS}
+            replace(manifest, shards=shards).save(directory)
+    return mirror
+
+
+def shard_path(directory: Path, shard: Shard, size: int, cache: str) -> Path:
+    """The shard's file of `size` bytes, fetched if it is far away. Raises DataError where that fails."""
+    if not is_remote(shard.file):
+        return directory / as_path(shard.file)
+    return fetch(shard.file, _cached(cache, "shards", shard.sha256), size, shard.sha256)
+
+
+def offsets_path(directory: Path, shard: Shard, cache: str) -> Path:
+    """The file of the shard's offsets, fetched if it is far away. Raises DataError where that fails."""
+    place = shard.offsets_file
+    if not is_remote(place):
+        return directory / as_path(place)
+    key = hashlib.sha256(f"{place}\n{shard.sha256}".encode()).hexdigest()
+    return fetch(place, _cached(cache, "offsets", key), 8 * shard.documents, None)
+
+
+def _cached(cache: str, kind: str, key: str) -> Path:
+    return as_path(cache).expanduser() / kind / key
+
+
+def _moved(shard: Shard, url: str) -> Shard:
+    """The same shard, seen from anywhere: names within the corpus become URLs."""
+    file, offsets = (
+        place if is_remote(place) or place.startswith(("/", "file://")) else f"{url}/{place}"
+        for place in (shard.file, shard.offsets_file)
+    )
+    return replace(shard, file=file, offsets=offsets)
+
+
+@contextmanager
+def _made_whole(directory: Path) -> Iterator[Path]:
+    """A new directory to fill, which takes the name `directory` when it is full; the first to finish wins."""
+    partial = directory.with_name(f"{directory.name}.{uuid4().hex}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        sync_directory(partial)
+        try:
+            partial.rename(directory)
+        except OSError:
+            if not directory.exists():
+                raise
+        sync_directory(directory.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _way_out(url: str, corpora: Path) -> str:
+    """What to do where the manifest is out of reach; the newest mirror of it is as good, if there is one."""
+    whole = (origin for origin in corpora.glob(f"*/{ORIGIN}") if origin.parent.suffix != ".partial")
+    mirrors = [origin for origin in whole if origin.read_text(encoding="utf-8").strip() == url]
+    if mirrors:
+        newest = max(mirrors, key=lambda origin: origin.stat().st_mtime).parent
+        return f"Check the network, or set data.path to what was fetched before: {newest}"
+    return "Check the URL, the network and your credentials, or copy the corpus to a disk and set data.path to it."

@@ -1,0 +1,88 @@
+"""The options of `dist-llm adopt`, as a dataclass and as command-line arguments.
+
+Imports the standard library only, so that `--help` is instant.
+"""
+
+import argparse
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+FORMATS = ("megatron", "npy", "bin", "llmc")
+DTYPES = ("uint16", "int16", "uint32", "int32")
+
+EPILOG = """\
+Nothing is copied: the new directory holds a manifest that points at the files where they are, the tokenizer, and
+where documents begin. Move or change a file and adopt again.
+
+examples:
+  # Megatron-LM: mix_text_document.bin and its .idx
+  dist-llm adopt --format megatron --data mix_text_document --tokenizer vocab.json,merges.txt --out data/mix
+
+  # nanoGPT
+  dist-llm adopt --format bin --dtype uint16 --data train.bin --heldout val.bin --tokenizer gpt2 --out data/owt
+
+  # llm.c's FineWeb, a hundred files
+  dist-llm adopt --format llmc --data fineweb_train_*.bin --heldout fineweb_val_*.bin --tokenizer gpt2 --out data/fw
+
+  # files that stay far away: read once now, fetched again when training needs them
+  dist-llm adopt --format npy --data s3://bucket/part-000.npy --tokenizer data/owt --out data/far
+"""
+
+
+@dataclass(frozen=True)
+class AdoptOptions:
+    """Which files, of which kind and whose tokenizer, become which corpus."""
+
+    format: str
+    data: tuple[str, ...]
+    tokenizer: str
+    out: Path
+    heldout: tuple[str, ...] = ()
+    dtype: str | None = None
+    split_pattern: str | None = None
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add every field of AdoptOptions to `parser`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    add = parser.add_argument
+    add(
+        "--format",
+        choices=FORMATS,
+        required=True,
+        help="megatron: .bin with its .idx beside it; npy: flat arrays; bin: ids alone (nanoGPT, OLMo); llmc: llm.c's",
+    )
+    add(
+        "--data",
+        action="extend",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or URLs of training tokens, in their order",
+    )
+    add(
+        "--heldout",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="the same for held-out tokens (default: none, and so no evaluation)",
+    )
+    add(
+        "--tokenizer",
+        required=True,
+        help="whose ids they are: as for prepare, but bpe:N, since there is no text to train on",
+    )
+    add("--split-pattern", help="as for prepare")
+    add("--dtype", choices=DTYPES, help="type of the ids, little-endian; for --format bin alone, others tell it")
+    add("--out", type=Path, required=True, help="the directory to make; it appears when complete")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="files read at once (default: one per CPU)")
+
+
+def options_from(namespace: argparse.Namespace) -> AdoptOptions:
+    """The options in a namespace parsed with `add_arguments`; other attributes are ignored."""
+    values = {each.name: getattr(namespace, each.name) for each in fields(AdoptOptions)}
+    return AdoptOptions(**{**values, "data": tuple(values["data"]), "heldout": tuple(values["heldout"])})

@@ -1,0 +1,198 @@
+"""Token files of other programs: what stands before the ids, of which type they are, where documents begin.
+
+megatron   X.bin: ids alone. X.idx: magic, version, type, the length of each sequence, and which begin documents
+npy        one array as numpy.save writes it
+bin        ids alone, of a type that the user must tell (nanoGPT, OLMo)
+llmc       256 int32: magic, version, number of ids; then the ids (llm.c and its descendants)
+
+All are a header and one flat array, and so a shard of ours with `skip_bytes`. What they leave unsaid is found
+by `<|endoftext|>`, which ends a document, but in llmc begins one.
+"""
+
+import io
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_llm.data.order import Ints
+from dist_llm.data.remote import is_remote
+from dist_llm.data.shard import DType
+from dist_llm.errors import DataError
+
+# Ids are never negative, so a signed type is read as the unsigned one of its size.
+READ_AS: dict[str, DType] = {"uint16": "uint16", "int16": "uint16", "uint32": "uint32", "int32": "uint32"}
+
+MEGATRON_MAGIC, MEGATRON_VERSION = b"MMIDIDX\x00\x00", 1
+MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type, sequences, documents + 1
+MEGATRON_TYPES = dict(enumerate(("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"), start=1))
+LLMC_HEADER_BYTES = 256 * 4
+LLMC_TYPES: dict[tuple[int, int], DType] = {(20240520, 1): "uint16", (20240801, 7): "uint32"}  # by magic and version
+
+ReadFile = Callable[[str], bytes]
+
+
+@dataclass(frozen=True)
+class Header:
+    """How to read a file. `tokens` and the documents' `starts` are None where the file does not tell."""
+
+    dtype: DType
+    skip_bytes: int = 0
+    tokens: int | None = None
+    starts: Ints | None = None
+
+
+def data_file(kind: str, place: str) -> str:
+    """The file of the ids; Megatron's are often named without their suffix."""
+    return place.removesuffix(".bin") + ".bin" if kind == "megatron" else place
+
+
+def read_header(kind: str, place: str, head: bytes, declared: str | None, read: ReadFile) -> Header:
+    """The header of the file at `place` that begins with `head`; `read` gives the content of another file.
+
+    Raises DataError, with file and offset, where it is none of its kind or its ids are not of a type we read.
+    """
+    if kind == "megatron":
+        index = place.removesuffix(".bin") + ".idx"
+        return _megatron(index, read(index))
+    if kind == "npy":
+        return _npy(place, head)
+    if kind == "llmc":
+        return _llmc(place, head)
+    if declared is None:
+        raise DataError(f"{place}: a .bin file does not tell its type. Give --dtype: {', '.join(READ_AS)}.")
+    return Header(_unsigned(place, 0, declared))
+
+
+def _unsigned(place: str, offset: int, dtype: str) -> DType:
+    if dtype not in READ_AS:
+        raise DataError(
+            f"{place}: byte {offset}: ids of type {dtype}; only {', '.join(READ_AS)} are read, little-endian. "
+            "Convert it with numpy: array.astype('<u4')."
+        )
+    return READ_AS[dtype]
+
+
+def _megatron(place: str, content: bytes) -> Header:
+    if len(content) < MEGATRON_HEADER.size or not content.startswith(MEGATRON_MAGIC):
+        raise DataError(f"{place}: byte 0: not an index of Megatron's ({content[:9]!r}, not {MEGATRON_MAGIC!r}).")
+    _, version, code, n_sequences, n_bounds = MEGATRON_HEADER.unpack_from(content)
+    if version != MEGATRON_VERSION:
+        raise DataError(f"{place}: byte 9: version {version}; only {MEGATRON_VERSION} is known.")
+    dtype = _unsigned(place, 17, MEGATRON_TYPES.get(code, f"number {code}"))
+    want = MEGATRON_HEADER.size + 12 * n_sequences + 8 * n_bounds
+    if len(content) != want:
+        why = "truncated" if len(content) < want else "too long, as where sequences have modes, which are not text"
+        raise DataError(
+            f"{place}: byte {min(want, len(content))}: {why}: {len(content)} bytes, but {n_sequences} sequences and "
+            f"{n_bounds} document bounds make {want}. Copy it again or make it again."
+        )
+    offset = MEGATRON_HEADER.size
+    lengths = np.frombuffer(content, "<i4", n_sequences, offset).astype(np.int64)
+    pointers = np.frombuffer(content, "<i8", n_sequences, offset + 4 * n_sequences)
+    bounds = np.frombuffer(content, "<i8", n_bounds, offset + 12 * n_sequences)
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    if len(astray := np.flatnonzero(pointers != ends[:-1] * np.dtype(dtype).itemsize)):
+        at = offset + 4 * n_sequences + 8 * int(astray[0])
+        raise DataError(f"{place}: byte {at}: sequence {astray[0]} does not follow the one before it. Make it again.")
+    if not len(bounds) or bounds[0] or bounds[-1] != n_sequences or (np.diff(bounds) < 0).any():
+        at = offset + 12 * n_sequences
+        raise DataError(f"{place}: byte {at}: document bounds do not rise from 0 to {n_sequences}. Make it again.")
+    starts = np.unique(ends[bounds[:-1]])  # once each: a document may be empty
+    return Header(dtype, 0, int(ends[-1]), starts[starts < ends[-1]])
+
+
+def _npy(place: str, head: bytes) -> Header:
+    file = io.BytesIO(head)
+    try:
+        readers: dict[Any, Any] = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{place}: byte 0: not an array that numpy.save wrote: {error}") from None
+    if len(shape) != 1:
+        raise DataError(f"{place}: byte 8: an array of shape {shape}; ids must be flat: save array.reshape(-1).")
+    name = dtype.name if dtype == dtype.newbyteorder("<") else f"{dtype.name}, big-endian"
+    return Header(_unsigned(place, 8, name), file.tell(), shape[0])
+
+
+def _llmc(place: str, head: bytes) -> Header:
+    if len(head) < LLMC_HEADER_BYTES:
+        raise DataError(f"{place}: byte {len(head)}: truncated: the header alone has {LLMC_HEADER_BYTES} bytes.")
+    magic, version, tokens = struct.unpack_from("<iii", head)
+    if (magic, version) not in LLMC_TYPES:
+        known = " or ".join(f"{magic} and {version}" for magic, version in LLMC_TYPES)
+        raise DataError(f"{place}: byte 0: magic {magic} and version {version}; llm.c's token files have {known}.")
+    return Header(LLMC_TYPES[magic, version], LLMC_HEADER_BYTES, tokens)
+
+
+class Ids:
+    """What one pass over the bytes of a file finds: how many ids, all of them known, and how much text.
+
+    `text_bytes` holds the length of each id's text.
+    """
+
+    def __init__(self, place: str, header: Header, eot: int, text_bytes: npt.NDArray[np.uint16]) -> None:
+        self.place, self.header, self.eot, self._lengths = place, header, eot, text_bytes
+        self.dtype = np.dtype(header.dtype).newbyteorder("<")
+        self.tokens = self.text_bytes = self.size = 0
+        self.eots: list[Ints] = []
+        self._rest = b""
+
+    def add(self, block: bytes) -> None:
+        """The next bytes. Raises DataError for an id that the tokenizer does not know."""
+        header_bytes = max(0, self.header.skip_bytes - self.size)
+        self.size += len(block)
+        data = self._rest + block[header_bytes:]
+        count = len(data) // self.dtype.itemsize
+        ids, self._rest = np.frombuffer(data, self.dtype, count), data[count * self.dtype.itemsize :]
+        if not count:
+            return
+        if ids.max() >= len(self._lengths):
+            place = int(np.flatnonzero(ids >= len(self._lengths))[0])
+            at = self.tokens + place
+            raise DataError(
+                f"{self.place}: token {at} (byte {self.header.skip_bytes + at * self.dtype.itemsize}) is {ids[place]}, "
+                f"but the tokenizer has {len(self._lengths)} ids. Check --tokenizer, --format and --dtype."
+            )
+        self.text_bytes += int(self._lengths[ids].sum(dtype=np.int64))
+        if self.header.starts is None:
+            self.eots.append(self.tokens + np.flatnonzero(ids == self.eot))
+        self.tokens += count
+
+    def check(self) -> None:
+        """At the end of the file. Raises DataError where it is not as long as it must be."""
+        check_size(self.place, self.header, self.size)
+
+    def starts(self, eot_begins: bool) -> Ints:
+        """The first token of each document; a file that begins within one begins with the rest of it."""
+        if self.header.starts is not None:
+            return self.header.starts
+        found = np.concatenate([np.zeros(1, np.int64), *(each + (not eot_begins) for each in self.eots)])
+        return np.unique(found[found < self.tokens])
+
+
+def check_size(place: str, header: Header, size: int) -> None:
+    """Raises DataError where a file of `size` bytes does not hold whole ids, as many as its header says."""
+    item = np.dtype(header.dtype).itemsize
+    tokens, odd = divmod(size - header.skip_bytes, item)
+    way_out = "Fetch it again." if is_remote(place) else "Copy it again."
+    if header.tokens is not None and size != header.skip_bytes + header.tokens * item:
+        want = header.skip_bytes + header.tokens * item
+        kind = "truncated" if size < want else "too long"
+        raise DataError(
+            f"{place}: {kind} at byte {min(size, want)}: {size} bytes, but {header.tokens} ids of {header.dtype} "
+            f"after {header.skip_bytes} bytes make {want}. {way_out}"
+        )
+    if odd:
+        raise DataError(
+            f"{place}: truncated at byte {size}: {size} bytes are not whole ids of {header.dtype}. "
+            f"{way_out} Or is it of another --dtype?"
+        )
+    if not tokens:
+        raise DataError(f"{place}: byte {size}: no ids in it. Leave it out.")

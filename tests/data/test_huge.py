@@ -1,0 +1,112 @@
+"""A trillion tokens open at once, in the memory of a few: neither start-up nor a step depends on the corpus's size.
+
+Times are of the CPU, since a test that reads the clock fails on a machine that others use.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dist_llm.data import corpus as corpus_module
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.shard import Manifest, Shard
+
+SHARDS, SHARD_TOKENS = 1000, 10**9
+
+CODE = """if True:
+    import json, sys, time
+    from pathlib import Path
+    from dist_llm.data.corpus import Corpus
+    from dist_llm.data.loader import build_loader, build_streams
+    from dist_llm.objectives.vocabulary import Vocabulary
+    from dist_llm.config.check import resolve
+    from dist_llm.config.schema import Config
+
+    def memory(name):
+        (line,) = (line for line in open("/proc/self/status") if line.startswith(name))
+        return int(line.split()[1]) / 1024
+
+    found = {"imported_mb": memory("VmRSS")}
+    for order_name in ("shuffle", "random"):
+        keys = dict(seq_len=2048, global_batch=512, micro_batch=8, order=order_name, prefetch=0)
+        raw = dict(run=dict(dir="", steps=1), model=dict(d_model=8, n_layers=1, n_heads=1))
+        config = resolve(Config.model_validate(raw | dict(data=dict(path=sys.argv[1], **keys))), 64, 300)
+        begin = time.process_time()
+        corpus = Corpus.of(config.data)
+        corpus.check_sizes()
+        streams = build_streams(config, corpus)
+        loader = build_loader(config, streams, Vocabulary(300, 256), 0, 64, pin=False)
+        assert loader.batches(0)[0].scored == 8 * 2048
+        found[f"{order_name}_start_seconds"] = time.process_time() - begin
+        begin = time.process_time()
+        starts = streams[0].order.starts(loader.samples(10**6 * 512))
+        found[f"{order_name}_find_seconds"] = time.process_time() - begin
+        assert len(set(starts.tolist())) == 8 and starts.max() > 10**11
+        for step in range(50):  # 400 windows in about as many shards: more than stay open
+            loader.batches((10**6 + step) * 512)
+    found["peak_mb"] = memory("VmHWM")
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def trillion(tmp_path_factory):
+    """A thousand sparse files of a billion tokens each: 2 TB that take no room."""
+    directory = tmp_path_factory.mktemp("trillion")
+    shards = []
+    for number in range(SHARDS):
+        name = f"train-{number:05d}.bin"
+        with (directory / name).open("wb") as file:
+            file.truncate(2 * SHARD_TOKENS)
+        shards.append(Shard(name, SHARD_TOKENS, 1_000_000, 4 * SHARD_TOKENS, "0" * 64))
+    Manifest("uint16", 50257, "", (), {"train": tuple(shards), "heldout": ()}).save(directory)
+    return directory
+
+
+def test_a_trillion_tokens_start_in_two_seconds_and_300_mb(trillion):
+    ran = subprocess.run([sys.executable, "-c", CODE, trillion], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    for order in ("shuffle", "random"):
+        assert found[f"{order}_start_seconds"] < 2, found
+        assert found[f"{order}_find_seconds"] < 0.01, found
+    assert found["peak_mb"] - found["imported_mb"] < 60, found
+    assert found["peak_mb"] < 300, found
+
+
+def test_more_shards_than_a_process_may_open(trillion):
+    """A map keeps its file open, and a shuffle visits every shard: the usual limit of 1024 must do."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    corpus = Corpus(trillion)
+    starts = np.arange(SHARDS) * SHARD_TOKENS
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(700, limits[1]), limits[1]))
+    try:
+        assert not corpus.read(starts, 8).any()
+        assert not corpus.read(starts[::-1], 8).any()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(corpus._maps) == corpus_module.MOST_MAPS
+
+
+def test_a_window_over_a_seam_far_out(trillion):
+    corpus = Corpus(trillion)
+    with (trillion / "train-00998.bin").open("r+b") as file:
+        file.seek(2 * (SHARD_TOKENS - 2))
+        file.write(np.array([7, 8], "<u2").tobytes())
+    with (trillion / "train-00999.bin").open("r+b") as file:
+        file.write(np.array([9, 10], "<u2").tobytes())
+    assert corpus.read(np.array([999 * SHARD_TOKENS - 3]), 6).tolist() == [[0, 7, 8, 9, 10, 0]]
+    assert corpus.n_windows(2049, 2048) == (10**12 - 1) // 2048
+
+
+def test_a_manifest_of_many_shards_is_read_at_once(tmp_path):
+    shards = tuple(Shard(f"train-{n:05d}.bin", 10**8, 10**5, 4 * 10**8, "0" * 64) for n in range(20_000))
+    Manifest("uint16", 50257, "", (), {"train": shards, "heldout": ()}).save(tmp_path)
+    begin = time.process_time()
+    assert Manifest.load(tmp_path).tokens("train") == 20_000 * 10**8
+    assert time.process_time() - begin < 2

@@ -1,0 +1,213 @@
+"""Adopted files train like prepared ones: the same tokens from the same places, and not a byte of them copied."""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_llm import cli
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.shard import Manifest
+from dist_llm.errors import DataError
+from dist_llm.text.adopt import adopt
+from dist_llm.text.adopt_options import DTYPES, FORMATS, AdoptOptions
+from dist_llm.text.foreign import READ_AS
+from dist_llm.text.prepare import PrepareOptions, prepare
+
+from .test_foreign import index
+
+EOT = 256
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """Documents of a few sizes, prepared as bytes; what they are in ids."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number, size in enumerate((40, 1, 300, 77)):
+        (text / f"{number}.txt").write_text("añ"[number % 2] * size)
+    out = tmp_path / "prepared"
+    prepare(PrepareOptions((str(text),), "byte", out, heldout_fraction=0.0, workers=1), io.StringIO())
+    return Corpus(out)
+
+
+def write(kind, corpus, directory, dtype="uint16"):
+    """The corpus as another program would have written it."""
+    ids = np.fromfile(corpus.directory / "train-00000.bin", "<u2").astype(dtype)
+    starts = np.fromfile(corpus.directory / "train-00000.offsets", "<u8").astype(int)
+    path = directory / ("x.npy" if kind == "npy" else "x.bin")
+    if kind == "npy":
+        np.save(path, ids)
+    elif kind == "llmc":
+        magic = {"uint16": (20240520, 1), "uint32": (20240801, 7)}[dtype]
+        ids = np.concatenate([[EOT], ids[:-1]]).astype(dtype)  # there it begins a document
+        path.write_bytes(np.array([*magic, len(ids), *[0] * 253], "<i4").tobytes() + ids.tobytes())
+    else:
+        ids.tofile(path)
+    if kind == "megatron":
+        code, item = {"uint16": (8, 2), "int32": (4, 4)}[dtype]
+        lengths = np.diff([*starts, len(ids)])
+        path.with_suffix(".idx").write_bytes(index(lengths, range(len(lengths) + 1), code=code, item=item))
+    return path, ids
+
+
+def options(kind, *data, out, **changes):
+    return AdoptOptions(kind, tuple(map(str, data)), "byte", out, **changes)
+
+
+CASES = [(kind, dtype) for kind in ("npy", "bin") for dtype in DTYPES]
+CASES += [("megatron", "uint16"), ("megatron", "int32"), ("llmc", "uint16"), ("llmc", "uint32")]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), CASES)
+def test_an_adopted_corpus_reads_as_the_prepared_one(kind, dtype, prepared, tmp_path):
+    path, ids = write(kind, prepared, tmp_path, dtype)
+    out = tmp_path / "out"
+    told = io.StringIO()
+    manifest = adopt(options(kind, path, out=out, dtype=dtype if kind == "bin" else None), told)
+    corpus = Corpus(out)
+    corpus.check_sizes()
+    assert (corpus.manifest, corpus.dtype.itemsize) == (manifest, np.dtype(dtype).itemsize)
+    assert np.array_equal(corpus.read(np.array([0]), len(ids))[0], ids)
+    assert np.array_equal(corpus.read(np.array([7, 350]), 40), [ids[7:47], ids[350:390]])
+    want = prepared.manifest
+    for measure in (Manifest.tokens, Manifest.documents, Manifest.text_bytes):
+        assert measure(manifest, "train") == measure(want, "train"), measure.__name__
+    assert np.array_equal(corpus.offsets(0), prepared.offsets(0))
+    assert (manifest.tokenizer_sha256, manifest.vocab_size) == (want.tokenizer_sha256, want.vocab_size)
+    (shard,) = manifest.shards["train"]
+    assert shard.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sorted(os.listdir(out)) == ["manifest.json", "tokenizer.json", "train-00000.offsets"]
+    assert not list(tmp_path.glob("*.partial"))
+    assert "4 documents, 500 tokens of 257 ids" in told.getvalue()
+
+
+def test_a_changed_or_damaged_file_is_noticed_later(prepared, tmp_path):
+    path, _ = write("llmc", prepared, tmp_path)
+    adopt(options("llmc", path, out=tmp_path / "out"), io.StringIO())
+    Corpus(tmp_path / "out", verify="hash")
+    content = bytearray(path.read_bytes())
+    content[1024 + 2 * 7 : 1024 + 2 * 8] = b"\xff\xff"
+    path.write_bytes(content)
+    corpus = Corpus(tmp_path / "out")
+    with pytest.raises(DataError, match=rf"{path}: token 7 \(byte 1038\) is 65535"):
+        corpus.read(np.array([0]), 20)
+    with pytest.raises(DataError, match=rf"{path}: bytes 0 to .* sha256"):
+        Corpus(tmp_path / "out", verify="hash")
+    os.truncate(path, 1030)
+    with pytest.raises(DataError, match=rf"{path}: truncated at byte 1030: .* tokens of uint16 after a header of 1024"):
+        Corpus(tmp_path / "out").check_sizes()
+
+
+def test_many_files_keep_their_order_and_their_split(prepared, tmp_path):
+    paths = [tmp_path / f"{number}.npy" for number in range(9)]
+    for number, path in enumerate(paths):
+        np.save(path, np.full(5 + number, number, np.uint16))
+    adopt(options("npy", *paths[:6], heldout=tuple(map(str, paths[6:])), out=tmp_path / "out"), io.StringIO())
+    train, heldout = Corpus(tmp_path / "out"), Corpus(tmp_path / "out", "heldout")
+    assert train.read(np.array([0]), train.n_tokens)[0].tolist() == [n for n in range(6) for _ in range(5 + n)]
+    assert heldout.read(np.array([0]), heldout.n_tokens)[0].tolist() == [n for n in range(6, 9) for _ in range(5 + n)]
+    assert [heldout.offsets(number).tolist() for number in range(3)] == [[0]] * 3
+
+
+def test_relative_paths_and_urls_of_files_point_at_the_same_place(prepared, tmp_path, monkeypatch):
+    path, _ = write("npy", prepared, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for number, place in enumerate(("x.npy", path.as_uri(), path)):
+        manifest = adopt(options("npy", place, out=Path(f"out{number}")), io.StringIO())
+        assert manifest.shards["train"][0].file == str(path)
+
+
+def test_a_silent_file_is_mentioned(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(9, np.uint16))
+    told = io.StringIO()
+    adopt(options("npy", tmp_path / "x.npy", out=tmp_path / "out"), told)
+    assert "1 of the files are one document each" in told.getvalue()
+
+
+def test_types_are_not_mixed(tmp_path):
+    for name in ("uint16", "int32"):
+        np.save(tmp_path / f"{name}.npy", np.zeros(9, name))
+    with pytest.raises(DataError, match=r"int32.npy: ids of uint32, but those of .*uint16.npy are uint16"):
+        adopt(options("npy", tmp_path / "uint16.npy", tmp_path / "int32.npy", out=tmp_path / "out"), io.StringIO())
+    assert sorted(os.listdir(tmp_path)) == ["int32.npy", "uint16.npy"], "nothing is left of the attempt"
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("bin", b"\1\0\2", r"x.bin: truncated at byte 3: 3 bytes are not whole ids"),
+        ("bin", b"\1\0\2\2", r"x.bin: token 1 \(byte 2\) is 514, but the tokenizer has 257 ids"),
+        ("bin", b"", r"x.bin: byte 0: no ids in it"),
+        ("megatron", b"\1\0", r"x.idx: cannot be read: No such file.* needs its .idx beside it"),
+        ("npy", b"\1\0", r"x.bin: byte 0: not an array"),
+        ("llmc", b"\1\0", r"x.bin: byte 2: truncated"),
+        ("bin", None, r"x.bin: cannot be read: No such file"),
+        ("megatron", None, r"x.bin: cannot be read: No such file"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_byte(kind, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "x.bin").write_bytes(content)
+    dtype = "uint16" if kind == "bin" else None
+    with pytest.raises(DataError, match=message):
+        adopt(options(kind, tmp_path / "x.bin", out=tmp_path / "out", dtype=dtype), io.StringIO())
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": "bpe:512"}, "--tokenizer bpe:512: give the one that made the ids"),
+        ({"tokenizer": "nonsense"}, "--tokenizer nonsense: unknown"),
+        ({"dtype": "uint16"}, "--dtype: npy files tell their type"),
+        ({"format": "bin"}, "--dtype: must be given"),
+        ({"workers": 0}, "--workers"),
+        ({"data": ()}, "--data: give at least one"),
+        ({"out": Path("/tmp")}, "/tmp: exists"),
+    ],
+)
+def test_wrong_options_are_refused(changes, message, tmp_path):
+    given = {"format": "npy", "data": ("x.npy",), "tokenizer": "byte", "out": tmp_path / "out", **changes}
+    with pytest.raises(DataError, match=message):
+        adopt(AdoptOptions(**given), io.StringIO())
+
+
+def test_a_full_disk_is_said(prepared, tmp_path):
+    path, _ = write("npy", prepared, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written: Not a directory"):
+        adopt(options("npy", path, out=tmp_path / "file" / "out"), io.StringIO())
+
+
+def test_the_command(prepared, tmp_path, capsys):
+    path, _ = write("llmc", prepared, tmp_path)
+    arguments = ["adopt", "--format", "llmc", "--data", str(path), "--tokenizer", "byte", "--out", str(tmp_path / "o")]
+    assert cli.main(arguments) == 0
+    assert Corpus(tmp_path / "o").n_tokens == prepared.n_tokens
+    assert cli.main(arguments) == 2
+    assert "exists. Choose another --out" in capsys.readouterr().err
+
+
+def test_the_options_offer_what_is_read():
+    assert set(READ_AS) == set(DTYPES)
+    assert set(FORMATS) == {"megatron", "npy", "bin", "llmc"}
+
+
+def test_a_far_file_is_adopted_where_it_is(prepared, tmp_path):
+    import fsspec
+
+    _, ids = write("megatron", prepared, tmp_path)
+    files = fsspec.filesystem("memory")
+    for name in ("x.bin", "x.idx"):
+        files.pipe_file(f"/adopt/{name}", (tmp_path / name).read_bytes())
+    manifest = adopt(options("megatron", "memory://adopt/x", out=tmp_path / "out"), io.StringIO())
+    assert manifest.shards["train"][0].file == "memory://adopt/x.bin"
+    corpus = Corpus(tmp_path / "out", cache=str(tmp_path / "cache"))
+    assert np.array_equal(corpus.read(np.array([0]), len(ids))[0], ids)
+    with pytest.raises(DataError, match=r"memory://adopt/none.bin: cannot be fetched: FileNotFoundError"):
+        adopt(options("megatron", "memory://adopt/none", out=tmp_path / "other"), io.StringIO())
