@@ -43,7 +43,7 @@ def table() -> str:
     """The counts as rows of Markdown."""
     sys.path.insert(0, str(REPOSITORY))
     from tests.laws.bugs import BUGS
-    from tests.laws.layouts import CHOSEN, LAYOUTS
+    from tests.laws.layouts import CHOSEN, FAMILIES, LAYOUTS
 
     layouts = {str(layout): layout for layout in LAYOUTS}.values()
     ranks = Counter(layout.ranks for layout in layouts)
@@ -52,6 +52,7 @@ def table() -> str:
         "layouts held against one process": len(layouts),
         **{f"... on {number} ranks": ranks[number] for number in sorted(ranks)},
         "... with three or more axes": sum(layout.axes >= 3 for layout in layouts),
+        "layouts of other architectures and objectives": len({str(layout) for layout in FAMILIES}),
         "layouts also compiled and recomputed": len({str(layout) for layout in CHOSEN}),
         "planted bugs, each of which the law catches": len(BUGS),
         "tests of the law in `make test`": default,
