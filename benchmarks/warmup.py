@@ -25,16 +25,16 @@ from dist_llm.train.settings import read_config
 
 REPOSITORY = Path(__file__).parents[1]
 KEYS = (
-    "run.steps=200",
+    "run.steps=400",
     "model.d_model=64",
-    "model.n_layers=12",
+    "model.n_layers=6",
     "model.positions=learned",
     "model.norm=layernorm",
     "model.bias=true",
     "model.activation=gelu",
     "data.seq_len=64",
     "data.global_batch=16",
-    "optim.lr=2e-3",
+    "optim.lr=1e-3",
     "optim.beta2=0.98",
     "optim.clip=0.0",
     "schedule.name=constant",
@@ -42,7 +42,7 @@ KEYS = (
     "eval.windows=64",
     "log.tensorboard=false",
 )
-WARMUP = "schedule.warmup_steps=60"
+WARMUP = "schedule.warmup_steps=200"
 NONE = "schedule.warmup_steps=0"
 
 

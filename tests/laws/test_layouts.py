@@ -35,6 +35,22 @@ def test_selective_recomputation_and_context_parallel() -> None:
     hold(Layout(2, {"cp": 2}), SGD, steps=2, parallel={"recompute": "selective"})
 
 
+OTHERS = [FAMILIES[7], FAMILIES[10], FAMILIES[23]]  # an encoder, an encoder-decoder, a prefix over context ranks
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("layout", OTHERS, ids=str)
+def test_recomputation_changes_nothing_in_other_architectures(layout: Layout, recompute: str) -> None:
+    hold(layout, SGD, steps=2, parallel={"recompute": recompute})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("layout", OTHERS, ids=str)
+def test_compilation_changes_nothing_in_other_architectures(layout: Layout, recompute: str) -> None:
+    hold(layout, SGD, steps=2, parallel={"recompute": recompute}, compile=True)
+
+
 @pytest.mark.parametrize("layout", [CHOSEN[7]], ids=str)
 def test_compilation_changes_nothing(layout: Layout) -> None:
     hold(layout, SGD, steps=2, compile=True)

@@ -13,6 +13,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -74,6 +75,8 @@ class GlooWorld:
             process.kill()
             process.join()
         self.processes = []
+        with suppress(FileNotFoundError):  # the processes remove it, where they end in order
+            self.store.close()
 
 
 _worlds: dict[int, GlooWorld] = {}
