@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -265,7 +266,8 @@ def test_a_corpus_out_of_reach_names_the_mirror_that_is_here(far, corpus, tmp_pa
     cache, url = tmp_path / "cache", serve(far, corpus[0])
     before = opened(url, cache)
     before.read(np.array([0]), 60)
-    shutil.copytree(before.directory, f"{before.directory}.killed.partial")  # newer, but not to be trusted
+    shutil.copytree(before.directory, killed := Path(f"{before.directory}.killed.partial"))
+    os.utime(killed / "url", (2**32, 2**32))  # newer, but not to be trusted
     far.close()
     with pytest.raises(
         DataError, match=rf"{url}/manifest.json: .* in 4 tries.* set data.path to .*: {before.directory}$"
