@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class Objective:
 
     def __call__(self, windows: Windows, samples_B: npt.NDArray[np.int64], members_B: Sequence[int] = ()) -> Batch:
         """Windows of ids, the number of each sample, and whose window it is in a mixture -> a batch."""
-        draws_B = mix(torch.from_numpy(samples_B) ^ mix(torch.tensor(self.seed)))
+        draws_B = mix(torch.from_numpy(samples_B) ^ self._mixed_seed)
         if self.plain:
             tokens_BW = torch.from_numpy(np.asarray(windows).astype(np.int64))
             targets_BS = tokens_BW[:, 1:]
@@ -45,6 +46,10 @@ class Objective:
         owners = members_B or [0] * len(windows)
         rows = [self.row(*each) for each in zip(windows, samples_B.tolist(), owners, strict=True)]
         return stack(rows, self.form, draws_B)
+
+    @cached_property
+    def _mixed_seed(self) -> torch.Tensor:
+        return mix(torch.tensor(self.seed))  # once: it would be a third of the price of a small batch
 
     @property
     def plain(self) -> bool:
