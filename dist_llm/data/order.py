@@ -67,12 +67,14 @@ class Mixture:
 
     @staticmethod
     def of(weights: Sequence[float], seed: int, block: int = 1000) -> "Mixture":
-        """Quotas of `block` samples nearest to the weights (largest remainders), each at least 1."""
+        """Quotas of `block` samples in all, nearest to the weights (largest remainders), each at least 1."""
         shares = np.asarray(weights, dtype=np.float64) / sum(weights) * block
         quotas = np.maximum(np.floor(shares), 1).astype(np.int64)
         order = np.argsort(-(shares - np.floor(shares)), kind="stable")
         for place in range(block - int(quotas.sum())):
             quotas[order[place % len(order)]] += 1
+        while quotas.sum() > block:  # the least shares were rounded up to 1: the largest pays
+            quotas[quotas.argmax()] -= 1
         return Mixture(seed, tuple(quotas.tolist()))
 
     def split(self, samples: Ints) -> tuple[Ints, Ints]:

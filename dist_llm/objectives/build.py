@@ -38,7 +38,7 @@ class Objective:
 
     def __call__(self, windows: Windows, samples_B: npt.NDArray[np.int64], members_B: Sequence[int] = ()) -> Batch:
         """Windows of ids, the number of each sample, and whose window it is in a mixture -> a batch."""
-        draws_B = mix(torch.from_numpy(samples_B) ^ self._mixed_seed)
+        draws_B = mix(torch.from_numpy(samples_B) ^ self._mixed_seed) if self.form.draws else None
         if self.plain:
             tokens_BW = torch.from_numpy(np.asarray(windows).astype(np.int64))
             targets_BS = tokens_BW[:, 1:]
@@ -87,6 +87,7 @@ def build_objective(config: Config, vocabulary: Vocabulary) -> Objective:
         prefix=bool(seeing) and not two_stacks,
         documents=config.data.document_mask,
         source_padding=two_stacks and any(each.name == "prefix" for each in denoisers),
+        draws=config.model.stochastic_depth > 0,
     )
     source = config.data.seq_len if two_stacks else 0
     members = tuple(zip(denoisers, sizes, strict=True))

@@ -50,6 +50,7 @@ class Form:
     prefix: bool  # some rows begin with inputs that see each other
     documents: bool  # tokens see their own document alone
     source_padding: bool  # what the encoder reads may be shorter than its place
+    draws: bool = False  # stochastic depth wants a number for each sample
 
 
 def pad(values: Ints, length: int, filler: int) -> Ints:
@@ -73,7 +74,7 @@ def positions_of(documents_BS: Ints) -> Ints:
     return positions
 
 
-def stack(rows: Sequence[Row], form: Form, draws_B: Tensor) -> Batch:
+def stack(rows: Sequence[Row], form: Form, draws_B: Tensor | None) -> Batch:
     """Rows of equal lengths as one batch."""
     inputs = np.stack([row.inputs_S for row in rows])
     targets = np.stack([row.targets_S for row in rows])
