@@ -3,8 +3,8 @@
 Ours is the whole command's work in this process and its workers: read and parse the file, tokenize, hash,
 split off what is held out, write the shards durably, publish. The bare side has the same texts in memory
 and calls `encode_ordinary_batch` of the same tokenizer, with as many threads as ours has workers, on 16 MB
-at a time, and drops the result. Both have the same cores. Sides take turns, in the order ours, bare, bare, ours, so that
-a machine that slows down or speeds up meanwhile touches both alike.
+at a time, and drops the result. Both have the same cores. Sides take turns, in the order ours, bare, bare,
+ours, so that a machine that slows down or speeds up meanwhile touches both alike.
 
 Without --text and --tokenizer the text is the source code of Python's standard library and the tokenizer
 is bpe:16384, trained on it once before any clock is read. Cases: jsonl, documents of about --document-bytes each;
