@@ -95,6 +95,6 @@ def test_a_step_reads_in_at_most_fifteen_files(ranks: int, parallel: dict[str, A
     config = config_of(ranks, model, optim=ADAMW, data=data, parallel=parallel)
     found = world(ranks).run(files_of, config) if ranks > 1 else [files_of(config)]
     for rank, (batch, step) in enumerate(found):
-        assert batch == BATCH
+        assert batch | {"data/order.py"} == BATCH  # asked for the starts of many steps at a time
         assert {"train/step.py", "engines/native.py", "models/block.py"} <= step
         assert len(step) <= MOST, f"rank {rank} needs {len(step)} files: {', '.join(sorted(step))}"
