@@ -42,7 +42,13 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
                 "model": config.model.model_copy(update={"architecture": "decoder"}),
             }
         )
-    rules = [*objective, *_check_model(config.model), *_check_lengths(config, tokenizer_size), *_check_schedule(config)]
+    rules = [
+        *objective,
+        *_check_model(config.model),
+        *_check_relative(config.model),
+        *_check_lengths(config, tokenizer_size),
+        *_check_schedule(config),
+    ]
     layout = list(_check_layout(config, world_size, tokenizer_size))
     if layout and (fitting := nearest_layouts(config, world_size, tokenizer_size)):
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
@@ -170,6 +176,17 @@ def _check_model(model: ModelConfig) -> Iterator[Violation]:
         )
 
 
+def _check_relative(model: ModelConfig) -> Iterator[Violation]:
+    sides = 1 if model.architecture == "decoder" else 2
+    near = model.relative_buckets // (2 * sides)
+    if model.positions == "relative" and (near < 1 or model.relative_distance <= near):
+        yield Violation(
+            ("model.relative_buckets", "model.relative_distance", "model.positions"),
+            f"{model.relative_buckets} buckets tell the first {near} distances apart, of {model.relative_distance}; set "
+            f"at least {2 * sides} buckets, and a relative_distance above a {'half' if sides == 1 else 'quarter'} of them",
+        )
+
+
 def _check_objective(config: Config) -> Iterator[Violation]:
     architecture = config.model.architecture
     if config.model.n_encoder_layers and architecture != "encoder_decoder":
@@ -256,7 +273,7 @@ def _check_batch(config: Config, ranks: int) -> Iterator[Violation]:
 def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
     model, tp = config.model, config.parallel.tp
     d_ff = derived_d_ff(model)
-    rows = round_up(model.vocab_size or tokenizer_size, model.vocab_multiple)
+    rows = round_up(model.vocab_size or tokenizer_size + extra_ids(config), model.vocab_multiple)
     split = (
         (("model.n_heads",), "query heads", model.n_heads),
         (("model.n_kv_heads", "model.n_heads"), "key-value heads", model.n_kv_heads or model.n_heads),
@@ -304,6 +321,12 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
             ("parallel.pp", "model.n_layers", "parallel.pp_schedule"),
             f"{stages} stages ({parallel.pp_schedule}) need as many blocks, but the model has {blocks}; "
             f"pp can be at most {blocks * parallel.pp // stages or 1}",
+        )
+    if config.model.architecture == "encoder_decoder" and parallel.pp_schedule in ("interleaved_zero_bubble", "zbv"):
+        yield Violation(
+            ("parallel.pp_schedule", "model.architecture"),
+            f"{parallel.pp_schedule} splits backward in two, which torch cannot do where the encoder's output is handed "
+            "on and used, too; set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
         )
     if config.model.positions == "relative":
         yield Violation(

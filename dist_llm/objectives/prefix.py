@@ -16,7 +16,7 @@ def prefix(
 ) -> Row:
     """Cut the window in two, each place as likely: [mode] first part -> second part."""
     tokens, documents = window.astype(np.int64), documents_of(window, vocabulary.eot)
-    cut = int(rng.integers(1, len(tokens) - 1))
+    cut = int(rng.integers(1, len(tokens)))
     mode = [vocabulary.special(denoiser.mode)] if denoiser.mode else []
     first = np.concatenate((mode, tokens[:cut])).astype(np.int64)
     first_documents = np.concatenate((documents[:1].repeat(len(mode)), documents[:cut]))

@@ -48,6 +48,30 @@ def test_a_sound_config_breaks_no_rule(world):
 
 RULES = [
     (
+        {"objective__name": "span", "model__vocab_multiple": 1, "parallel__tp": 2},
+        2,
+        "model.vocab_multiple",
+        "309 vocabulary rows do not divide over tp 2",
+    ),
+    (
+        {
+            "model__architecture": "encoder_decoder",
+            "objective__name": "span",
+            "parallel__pp": 2,
+            "parallel__pp_schedule": "zbv",
+            "data__micro_batch": 2,
+        },
+        2,
+        "parallel.pp_schedule",
+        "where the encoder's output is handed on and used, too; set pp_schedule to 1f1b",
+    ),
+    (
+        {"model__positions": "relative", "model__relative_distance": 16},
+        1,
+        "model.relative_buckets",
+        "32 buckets tell the first 16 distances apart, of 16; set at least 2 buckets",
+    ),
+    (
         {"objective__name": "masked"},
         1,
         "objective.name",
