@@ -182,8 +182,8 @@ def _check_relative(model: ModelConfig) -> Iterator[Violation]:
     if model.positions == "relative" and (near < 1 or model.relative_distance <= near):
         yield Violation(
             ("model.relative_buckets", "model.relative_distance", "model.positions"),
-            f"{model.relative_buckets} buckets tell the first {near} distances apart, of {model.relative_distance}; set "
-            f"at least {2 * sides} buckets, and a relative_distance above a {'half' if sides == 1 else 'quarter'} of them",
+            f"{model.relative_buckets} buckets tell the first {near} distances apart, of {model.relative_distance}; "
+            f"set at least {2 * sides} buckets, and a relative_distance above their number / {2 * sides}",
         )
 
 
@@ -325,8 +325,8 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
     if config.model.architecture == "encoder_decoder" and parallel.pp_schedule in ("interleaved_zero_bubble", "zbv"):
         yield Violation(
             ("parallel.pp_schedule", "model.architecture"),
-            f"{parallel.pp_schedule} splits backward in two, which torch cannot do where the encoder's output is handed "
-            "on and used, too; set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
+            f"{parallel.pp_schedule} splits backward in two, which torch cannot do where the encoder's output is "
+            "handed on and used, too; set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
         )
     if config.model.positions == "relative":
         yield Violation(
