@@ -24,7 +24,8 @@ import torch
 from dist_llm.config.check import resolve
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.loader import Loader, build_loader, build_streams
+from dist_llm.data.history import fresh_plan
+from dist_llm.data.loader import Loader, build_loader
 from dist_llm.data.shard import Manifest, Shard
 from dist_llm.objectives.vocabulary import Vocabulary
 
@@ -75,10 +76,16 @@ def case(corpus: Corpus, options: argparse.Namespace, rows: int, order: str) -> 
     raw = {
         "run": {"dir": "unused", "steps": 1, "seed": 1},
         "model": {"d_model": 8, "n_layers": 1, "n_heads": 1},
-        "data": {"path": "", "seq_len": options.seq_len, "global_batch": rows, "order": order, "prefetch": 0},
+        "data": {
+            "path": str(corpus.directory),
+            "seq_len": options.seq_len,
+            "global_batch": rows,
+            "order": order,
+            "prefetch": 0,
+        },
     }
     config = resolve(Config.model_validate(raw), 1, VOCABULARY)
-    loader = build_loader(config, build_streams(config, corpus), Vocabulary(VOCABULARY, 0), 0, 1, pin=False)
+    loader = build_loader(config, fresh_plan(config), Vocabulary(VOCABULARY, 0), 0, 1, pin=False)
     makers = {
         "ours": ours(loader, rows),
         "nanogpt": nanogpt(path, rows, options.seq_len),

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
-from dist_llm.data.corpus import Corpus
-from dist_llm.data.loader import build_loader, build_streams
+from dist_llm.data.history import fresh_plan
+from dist_llm.data.loader import build_loader
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.group import device_of
 from dist_llm.launch.world import World
@@ -92,11 +92,10 @@ def run(config: Config, pairs: int, scratch: Path) -> "Turns":
     """Train as `dist-llm train` does, the bare loop taking its turns in between."""
     world = World()
     device = device_of(world)
-    corpus = Corpus(Path(config.data.path))
+    plan = fresh_plan(config)
     engine = NativeEngine(config, device)
-    vocabulary = read_vocabulary(config, corpus.directory)
-    streams = build_streams(config, corpus)
-    loader = build_loader(config, streams, vocabulary, *engine.data_rank, pin=device.type == "cuda")
+    vocabulary = read_vocabulary(config, plan.sources[0].corpus.directory)
+    loader = build_loader(config, plan, vocabulary, *engine.data_rank, pin=device.type == "cuda")
     start_logging(scratch / "run" / "logs", world)
     trainer = Trainer(config, world, engine, loader, CheckpointStore(scratch / "run" / "checkpoints", 1), {})
     turns = Turns(BareLoop(config, device), config)

@@ -15,8 +15,8 @@ import torch
 
 import dist_llm
 from dist_llm.config.schema import Config
-from dist_llm.data.corpus import Corpus
-from dist_llm.data.loader import build_loader, build_streams
+from dist_llm.data.history import fresh_plan
+from dist_llm.data.loader import build_loader
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.engines.native import NativeEngine
 from dist_llm.objectives.vocabulary import Vocabulary
@@ -49,9 +49,8 @@ def files_that_run(function: Callable[[], object]) -> set[str]:
 def files_of(config: Config) -> tuple[set[str], set[str]]:
     """What this rank runs to make a batch, and to take a step on it."""
     engine = NativeEngine(config, torch.device("cpu"))
-    corpus = Corpus(Path(config.data.path))
     vocabulary = Vocabulary(MODEL["vocab_size"], 0)
-    loader = build_loader(config, build_streams(config, corpus), vocabulary, *engine.data_rank, pin=False)
+    loader = build_loader(config, fresh_plan(config), vocabulary, *engine.data_rank, pin=False)
     train_step(engine, loader.batches(0), 1e-3, step=0)  # what only the first step does is no part of a step
     batch = files_that_run(lambda: loader.batches(config.data.global_batch))
     batches = loader.batches(config.data.global_batch)

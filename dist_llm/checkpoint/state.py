@@ -4,7 +4,7 @@ Nothing hidden needs restoring: learning rate, data order and dropout are functi
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,11 +15,15 @@ from dist_llm.optim.scale import LossScale
 
 @dataclass
 class Progress:
-    """How far the run is; `samples` is the next sample number, `loss_scale` what fp16 goes on with."""
+    """How far the run is; `samples` is the next sample number, `loss_scale` what fp16 goes on with.
+
+    `source_tokens` are those scored so far of each source, where there are several.
+    """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    source_tokens: dict[str, int] = field(default_factory=dict)
     loss_scale: LossScale | None = None
 
     @staticmethod

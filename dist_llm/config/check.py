@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from dist_llm.config.check_data import check_data
 from dist_llm.config.lengths import extra_ids, inputs_len, lengths
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config, ModelConfig, ObjectiveConfig, ParallelConfig
@@ -34,6 +35,7 @@ class RefusedLayout(Violation):
 def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violation]:
     """All broken rules of a run on `world_size` ranks over a corpus with `tokenizer_size` ids."""
     objective = list(_check_objective(config))
+    data = list(check_data(config))
     if objective:
         # How long sequences are and how many ids there are follows from the objective: not to be asked of a wrong one.
         config = config.model_copy(
@@ -44,6 +46,7 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
         )
     rules = [
         *objective,
+        *data,
         *_check_model(config.model),
         *_check_relative(config.model),
         *_check_lengths(config, tokenizer_size),

@@ -90,8 +90,30 @@ class ModelConfig(Section):
     init_std: PositiveFloat = key("standard deviation of embeddings, and of all matrices under gpt2", 0.02)
 
 
+class SourceConfig(Section):
+    """One corpus of several."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = key("what metrics and weights call it")
+    path: str = key("as data.path")
+    weight: NonNegative = key("share of the samples; 0: by epochs", 0.0)
+    epochs: PositiveFloat = key("where no source has a weight: passes over it, compared with the others'", 1.0)
+
+
+class StageConfig(Section):
+    """Other weights from some point on."""
+
+    from_tokens: Positive = key("tokens after which these weights hold")
+    weights: dict[str, NonNegative] = key("weight of each source, by name; 0: none of it")
+
+
 class DataConfig(Section):
-    path: str = key("directory that `dist-llm prepare` or `dist-llm adopt` made, or its URL")
+    path: str = key("directory that `dist-llm prepare` or `dist-llm adopt` made, or its URL; empty: see sources", "")
+    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = key(
+        "corpora in place of the one in path, each with a name, a path, and a weight or a number of epochs", ()
+    )
+    stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = key(
+        "weights that change on the way, each with from_tokens and the weights from then on, by name", ()
+    )
     cache: str = key("where remote shards are kept once fetched, one copy per content; nothing is ever removed", CACHE)
     seq_len: Positive = key("tokens per training sequence")
     global_batch: Positive = key("sequences per optimizer step, over all ranks")
@@ -99,11 +121,26 @@ class DataConfig(Section):
     order: Literal["shuffle", "random"] = key(
         "each window once per epoch, or uniform offsets with replacement", "shuffle"
     )
+    windows: Literal["stream", "document", "packed"] = key(
+        "cut text as one stream; one document each, padded; or whole documents packed (and masked from each other)",
+        "stream",
+    )
+    score_prompts: bool = key("score prompts too, of a corpus that was prepared with --prompt-field", False)
     document_mask: bool = key("tokens see their own document alone, in which positions count from 0", False)
     verify: Literal["size", "hash"] = key(
         "check shards at start by size, or read them all and check their hashes", "size"
     )
     prefetch: Count = key("steps whose batches are made ahead in a thread; 0: none", 2)
+    skip: Annotated[tuple[Annotated[tuple[Count, Count], Field(strict=False)], ...], Field(strict=False)] = key(
+        "ranges [from, to) of sample numbers to leave out, such as those of a loss spike", ()
+    )
+    on_change: Literal["refuse", "new_segment"] = key(
+        "a resume with another corpus, seed, window or objective: refuse it, or go on with the new data from here",
+        "refuse",
+    )
+    audit_every: Count = key(
+        "steps after which ranks compare what they read; a sample read twice or left out ends the run; 0: never", 100
+    )
 
 
 class Denoiser(Section):

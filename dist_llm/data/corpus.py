@@ -6,6 +6,7 @@ import os
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Corpus:
         self.n_tokens = self.manifest.tokens(split)
         self._far = {number for number, shard in enumerate(self.shards) if is_remote(shard.file)}
         self._maps: dict[int, _Mapped] = {}
+        self._kept_documents = lru_cache(MOST_MAPS)(self.documents)
         self._from_disk = True  # until a batch shows that its shards are in memory: then nothing need be announced
         if verify == "hash":
             for number in range(len(self.shards)):
@@ -105,10 +107,31 @@ class Corpus:
 
     def offsets(self, number: int) -> npt.NDArray[np.uint64]:
         """Where in shard `number` its documents begin. Raises DataError where the file is not as promised."""
+        return self.documents(number)[:, 0]
+
+    def documents(self, number: int) -> npt.NDArray[np.uint64]:
+        """[documents, 1]: their first tokens in shard `number`; [documents, 2]: and the first after their prompts."""
         shard = self.shards[number]
-        path = offsets_path(self.directory, shard, self.cache)
-        self._measure(path, 8 * shard.documents, f"{shard.documents} offsets of uint64")
-        return np.fromfile(path, "<u8")
+        columns = 2 if self.manifest.prompts else 1
+        want = 8 * columns * shard.documents
+        path = offsets_path(self.directory, shard, want, self.cache)
+        self._measure(path, want, f"{columns * shard.documents} offsets of uint64")
+        # Mapped: of a large shard few are looked at.
+        flat = np.memmap(path, "<u8", "r") if want else np.empty(0, "<u8")
+        return flat.reshape(-1, columns)
+
+    def scored(self, starts: Ints, length: int) -> npt.NDArray[np.bool_]:
+        """Rows [len(starts), length]: which tokens of these windows are of no prompt."""
+        rows = np.ones((len(starts), length), bool)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            first_shard, last_shard = np.searchsorted(self.ends, (start, start + length - 1), side="right").tolist()
+            for number in range(first_shard, last_shard + 1):
+                begin = int(self.ends[number]) - self.shards[number].tokens - start
+                documents = self._kept_documents(number)
+                first, last = np.searchsorted(documents[:, 0], (max(-begin, 0), length - begin), side="right")
+                for prompt, completion in (documents[max(first - 1, 0) : last].astype(np.int64) + begin).tolist():
+                    row[max(prompt, 0) : max(completion, 0)] = False
+        return rows
 
     def _check_size(self, number: int) -> Path:
         shard = self.shards[number]

@@ -49,13 +49,13 @@ def shard_path(directory: Path, shard: Shard, size: int, cache: str) -> Path:
     return fetch(shard.file, _cached(cache, "shards", shard.sha256), size, shard.sha256)
 
 
-def offsets_path(directory: Path, shard: Shard, cache: str) -> Path:
-    """The file of the shard's offsets, fetched if it is far away. Raises DataError where that fails."""
+def offsets_path(directory: Path, shard: Shard, size: int, cache: str) -> Path:
+    """The file of `size` bytes with the shard's offsets, fetched if it is far away. Raises DataError if that fails."""
     place = shard.offsets_file
     if not is_remote(place):
         return directory / as_path(place)
     key = hashlib.sha256(f"{place}\n{shard.sha256}".encode()).hexdigest()
-    return fetch(place, _cached(cache, "offsets", key), 8 * shard.documents, None)
+    return fetch(place, _cached(cache, "offsets", key), size, None)
 
 
 def _cached(cache: str, kind: str, key: str) -> Path:

@@ -67,9 +67,9 @@ class Mixture:
 
     @staticmethod
     def of(weights: Sequence[float], seed: int, block: int = 1000) -> "Mixture":
-        """Quotas of `block` samples in all, nearest to the weights (largest remainders), each at least 1."""
+        """Quotas of `block` samples in all, nearest to the weights (largest remainders); a weight above 0 gets one."""
         shares = np.asarray(weights, dtype=np.float64) / sum(weights) * block
-        quotas = np.maximum(np.floor(shares), 1).astype(np.int64)
+        quotas = np.maximum(np.floor(shares), shares > 0).astype(np.int64)
         order = np.argsort(-(shares - np.floor(shares)), kind="stable")
         for place in range(block - int(quotas.sum())):
             quotas[order[place % len(order)]] += 1
@@ -86,6 +86,13 @@ class Mixture:
         members = np.searchsorted(ends, places, side="right")
         quotas = np.asarray(self.quotas)[members]
         return members, blocks * quotas + places - (ends[members] - quotas)
+
+    def counts(self, samples: int) -> Ints:
+        """How many of the first `samples` are each member's."""
+        block = sum(self.quotas)
+        blocks = samples // block
+        members, _ = self.split(np.arange(blocks * block, samples))
+        return blocks * np.asarray(self.quotas) + np.bincount(members, minlength=len(self.quotas))
 
 
 def permute(index: Words, size: int, keys: Words) -> Words:

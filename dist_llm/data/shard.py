@@ -5,7 +5,8 @@ A corpus is a directory:
     manifest.json            written last; without it the directory is not a corpus
     tokenizer.json           see dist_llm/text/tokenizer.py
     train-00000.bin          token ids, little-endian uint16 or uint32, no header
-    train-00000.offsets      little-endian uint64: the first token of each document, within its shard
+    train-00000.offsets      little-endian uint64: the first token of each document, within its shard; of a corpus
+                             with prompts followed by the first token after the document's prompt
     heldout-00000.bin ...
 
 Documents end with `<|endoftext|>` and never straddle two shards.
@@ -73,6 +74,7 @@ class Manifest:
     source: tuple[str, ...]
     shards: dict[Split, tuple[Shard, ...]]
     bad_rows: Count = 0
+    prompts: bool = False  # whether offsets tell where each document's prompt ends
 
     def tokens(self, split: Split) -> int:
         return sum(shard.tokens for shard in self.shards[split])

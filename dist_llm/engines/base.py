@@ -30,12 +30,16 @@ class Engine(Protocol):
         """The sum of `value` over the ranks that score different tokens; on every rank."""
         ...
 
+    def gather(self, value: int) -> list[int]:
+        """The value of every rank, in their order. Waits for them all."""
+        ...
+
     def cut(self, batch: Batch) -> Batch:
         """The tokens of `batch` that this rank works on: all, or its part of each sequence."""
         ...
 
     def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
-        """Add the gradient of the sum of losses / scored; return this rank's share of that, detached.
+        """Add the gradient of the sum of losses / scored; return this rank's share of that by sequence, detached.
 
         `step` seeds dropout.
         """
@@ -46,5 +50,5 @@ class Engine(Protocol):
         ...
 
     def score(self, batch: Batch) -> Tensor:
-        """This rank's share of the batch's sum of losses, without gradients or dropout."""
+        """This rank's share of the losses' sum of each sequence, [B], without gradients or dropout."""
         ...

@@ -58,6 +58,14 @@ class NativeEngine:
         summed = value * counts if isinstance(value, Tensor) else torch.full((), value * counts, device=self.device)
         return summed if self.mesh is None else sum_over(summed, self.mesh, ("pp", *DATA_AXES))
 
+    def gather(self, value: int) -> list[int]:
+        if self.mesh is None:
+            return [value]
+        mine = torch.tensor([value], device=self.device)
+        every = mine.new_empty(dist.get_world_size())
+        dist.all_gather_into_tensor(every, mine)
+        return [int(each) for each in every.tolist()]
+
     def cut(self, batch: Batch) -> Batch:
         return local_part(batch, self._place("cp"), self.config.parallel.cp)
 
@@ -68,16 +76,16 @@ class NativeEngine:
         scored = scored.clamp(min=1) / scale
         batches = [batch.to(self.device) for batch in batches]
         if self.pipeline is None:
-            loss = self._accumulate(batches, scored, step)
+            losses = self._accumulate(batches, scored, step)
         else:
             self._seed(step, 0)
             with self._precision():
-                loss = self.pipeline.accumulate(batches, scored)
+                losses = self.pipeline.accumulate(batches, scored)
         for part in self.parts:
             settle_gradients(part.parameters())
         if self.pipeline is not None:
             self.pipeline.reduce_tied()
-        return loss / scale
+        return losses / scale
 
     def _accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
         """One microbatch after another; gradients are reduced with the last, or with each."""
@@ -91,10 +99,10 @@ class NativeEngine:
                 model.set_reshard_after_backward(last or self.config.parallel.reshard != "never")
             self._seed(step, number)
             with self._precision():
-                loss = self._forward(batch) / scored
-            loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-        return torch.stack(losses).sum()
+                losses_B = self._forward(batch) / scored
+            losses_B.sum().backward()  # type: ignore[no-untyped-call]
+            losses.append(losses_B.detach())
+        return torch.cat(losses)
 
     def update(self, lr: float) -> Tensor:
         parameters = [p for _, p in self.named_parameters() if p.grad is not None]

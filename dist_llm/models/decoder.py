@@ -47,7 +47,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm, then logits; or, given targets, their summed loss."""
+    """Final norm, then logits; or, given targets, their loss summed per sequence."""
 
     def __init__(self, config: ModelConfig, loss: CrossEntropy) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Head(nn.Module):
         self.out = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
 
     def forward(self, x_BSD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
-        """[B, S, D] -> logits [B, S, V], or the scalar sum of losses. Padding rows of the head are left out."""
+        """[B, S, D] -> logits [B, S, V], or the losses' sums [B]. Padding rows of the head are left out."""
         weight_VD = tied_VD if self.out is None else self.out.weight
         assert weight_VD is not None
         bias_V = None if self.bias is None else self.bias[: self.vocab_size]
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         positions_BS: Tensor | None = None,
         draws_B: Tensor | None = None,
     ) -> Tensor:
-        """Token ids [B, S] -> logits [B, S, V]; or, given targets, the sum of their losses, a scalar.
+        """Token ids [B, S] -> logits [B, S, V]; or, given targets, their losses' sums per sequence, [B].
 
         With a cache the tokens follow those that it holds. Positions default to 0, 1, 2, ... (or go
         on from the cache). Without the first end `inputs` are activations [B, S, D]; without the

@@ -56,7 +56,7 @@ class EncoderDecoder(Decoder):
         source: Source | None = None,
         tokens_BS: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The decoder's ids [B, S] and what the encoder reads -> logits [B, S, V], or the sum of losses.
+        """The decoder's ids [B, S] and what the encoder reads -> logits [B, S, V], or the losses' sums [B].
 
         Without the first end `inputs` are the encoder's activations [B, T, D], `x_BSD` the decoder's where it has
         begun, and `tokens_BS` the decoder's ids. Without the last, these activations are the result. With a cache

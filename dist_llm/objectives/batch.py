@@ -23,6 +23,8 @@ class Batch:
     positions_BS: Tensor | None = None  # None: 0, 1, 2, ...
     source: Source | None = None  # what the encoder of an encoder-decoder reads
     draws_B: Tensor | None = None  # a hash of (seed, sample number): stochastic depth draws from it
+    samples_B: Tensor | None = None  # the sample number of each row, for those who audit the order; stays on the host
+    sources_B: Tensor | None = None  # the corpus that each row is of, where there are several
 
     @staticmethod
     def of(inputs_BS: Tensor, targets_BS: Tensor, visible: Visibility) -> "Batch":
@@ -56,8 +58,8 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        fields = pytree.tree_map_only(Tensor, function, dict(vars(self)))
-        return Batch(**fields)
+        fields = pytree.tree_map_only(Tensor, function, {**vars(self), "samples_B": None})
+        return Batch(**{**fields, "samples_B": self.samples_B})
 
 
 def count_scored(targets_BS: Tensor) -> int:

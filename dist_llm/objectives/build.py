@@ -18,11 +18,11 @@ from dist_llm.objectives.causal import causal
 from dist_llm.objectives.fim import fim
 from dist_llm.objectives.masked import masked
 from dist_llm.objectives.prefix import prefix
-from dist_llm.objectives.rows import Form, Row, stack
+from dist_llm.objectives.rows import Form, Row, Text, stack
 from dist_llm.objectives.span import span
 from dist_llm.objectives.vocabulary import Vocabulary
 
-Windows = Sequence[npt.NDArray[Any]] | npt.NDArray[Any]  # one window of ids per sample
+Windows = Sequence[npt.NDArray[Any] | Text] | npt.NDArray[Any]  # one window of ids, or text, per sample
 
 
 @dataclass(frozen=True)
@@ -54,40 +54,49 @@ class Objective:
     @property
     def plain(self) -> bool:
         """Whether a batch is nothing but windows and their next tokens."""
-        return all(each.name == "causal" for each, _ in self.members) and not (self.form.documents or self.form.prefix)
+        causal = all(each.name == "causal" for each, _ in self.members)
+        return causal and not (self.form.documents or self.form.prefix or self.form.texts)
 
-    def row(self, window: npt.NDArray[Any], sample: int, member: int) -> Row:
+    def row(self, window: npt.NDArray[Any] | Text, sample: int, member: int) -> Row:
         """One sample, as long as all others."""
         denoiser, size = self.members[member]
         rng = np.random.Generator(np.random.Philox(key=[self.seed, sample]))
         made = self._make(window, rng, denoiser, size)
         return made.padded(self.inputs, self.source, self.vocabulary.eot)
 
-    def _make(self, window: npt.NDArray[Any], rng: np.random.Generator, denoiser: Denoiser, size: Lengths) -> Row:
+    def _make(
+        self, window: npt.NDArray[Any] | Text, rng: np.random.Generator, denoiser: Denoiser, size: Lengths
+    ) -> Row:
+        text = window if isinstance(window, Text) else Text(window)
+        window = text.tokens_W
         match denoiser.name:
             case "causal":
-                return causal(window, self.vocabulary)
+                return causal(text, self.vocabulary)
             case "prefix":
                 return prefix(window, rng, denoiser, self.vocabulary, two_stacks=self.source > 0)
             case "masked":
-                return masked(window, rng, denoiser, self.vocabulary)
+                return masked(text, rng, denoiser, self.vocabulary)
             case "span":
                 return span(window, rng, denoiser, size, self.vocabulary, two_stacks=self.source > 0)
             case "fim":
                 return fim(window, rng, denoiser, self.vocabulary)
 
 
-def build_objective(config: Config, vocabulary: Vocabulary) -> Objective:
-    """The objective of a resolved config over a corpus with that vocabulary."""
+def build_objective(config: Config, vocabulary: Vocabulary, prompts: bool = False) -> Objective:
+    """The objective of a resolved config over a corpus with that vocabulary; `prompts`: some tokens are not scored."""
     denoisers, sizes = config.objective.members, all_lengths(config)
     two_stacks = config.model.architecture == "encoder_decoder"
     seeing = [each for each in denoisers if each.name in ("prefix", "span") and each.see_prefix]
     form = Form(
         causal=config.model.architecture != "encoder",
         prefix=bool(seeing) and not two_stacks,
-        documents=config.data.document_mask,
+        # Padding follows the text: only those that look ahead must be kept from it.
+        documents=config.data.document_mask
+        or config.data.windows == "packed"
+        or (config.data.windows == "document" and config.model.architecture == "encoder"),
         source_padding=two_stacks and any(each.name == "prefix" for each in denoisers),
         draws=config.model.stochastic_depth > 0,
+        texts=prompts or config.data.windows != "stream",
     )
     source = config.data.seq_len if two_stacks else 0
     members = tuple(zip(denoisers, sizes, strict=True))

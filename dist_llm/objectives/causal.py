@@ -1,18 +1,23 @@
 """Predict each next token from all before it."""
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-from dist_llm.objectives.rows import Row, documents_of
+from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.objectives.rows import Row, Text
 from dist_llm.objectives.vocabulary import Vocabulary
 
 
-def causal(window: npt.NDArray[Any], vocabulary: Vocabulary) -> Row:
+def causal(text: Text, vocabulary: Vocabulary) -> Row:
     """A window of S + 1 tokens -> S inputs and the S tokens that follow them.
 
-    A document's last target, the first token of the next, is scored too, as in one stream.
+    In a stream a document's last target, the first token of the next, is scored too. Pieces do not predict each
+    other: each is an input without its last token, and a target without its first.
     """
-    tokens = window.astype(np.int64)
-    return Row(tokens[:-1], tokens[1:], documents_of(tokens[:-1], vocabulary.eot))
+    tokens, documents = text.tokens_W.astype(np.int64), text.documents(vocabulary.eot)
+    inputs, targets = tokens[:-1], tokens[1:]
+    if text.scored_W is not None:
+        targets = np.where(text.scored_W[1:], targets, IGNORE)
+    if text.pieces_W is None:
+        return Row(inputs, targets, documents[:-1])
+    inside = documents[1:] == documents[:-1]
+    return Row(inputs[inside], targets[inside], documents[:-1][inside])

@@ -18,6 +18,19 @@ PADDING = -1  # the document of what is no text
 
 
 @dataclass(frozen=True)
+class Text:
+    """What one sample reads; without `pieces_W` one stream, in which documents follow one another."""
+
+    tokens_W: npt.NDArray[Any]
+    pieces_W: Ints | None = None  # the number of each token's piece: pieces have nothing to do with each other
+    scored_W: npt.NDArray[np.bool_] | None = None  # the tokens to be predicted; None: all
+
+    def documents(self, eot: int) -> Ints:
+        """The number of each token's document, or piece, from 0."""
+        return documents_of(self.tokens_W, eot) if self.pieces_W is None else self.pieces_W
+
+
+@dataclass(frozen=True)
 class Row:
     """Inputs and targets of one sample, the document of each input, and the same of what an encoder reads."""
 
@@ -34,7 +47,8 @@ class Row:
             self,
             inputs_S=pad(self.inputs_S, length, filler),
             targets_S=pad(self.targets_S, length, IGNORE),
-            documents_S=pad(self.documents_S, length, int(self.documents_S[-1])),  # no row without a key to see
+            # No row of attention without a key to see: what pads one stack sees itself, and nothing sees it.
+            documents_S=pad(self.documents_S, length, int(self.documents_S[-1]) + (self.source_T is None)),
             source_T=None if self.source_T is None else pad(self.source_T, source, filler),
             source_documents_T=(
                 None if self.source_documents_T is None else pad(self.source_documents_T, source, PADDING)
@@ -51,6 +65,7 @@ class Form:
     documents: bool  # tokens see their own document alone
     source_padding: bool  # what the encoder reads may be shorter than its place
     draws: bool = False  # stochastic depth wants a number for each sample
+    texts: bool = False  # samples are of any length, or not scored throughout
 
 
 def pad(values: Ints, length: int, filler: int) -> Ints:

@@ -27,6 +27,7 @@ class Measured:
     lr: float
     tokens: int  # consumed since the start of the run, this step included
     data_wait_seconds: float
+    by_source: Tensor | None = None  # [2, sources]: their shares of the loss, and their scored tokens
 
 
 class Recorder:
@@ -36,8 +37,16 @@ class Recorder:
     time of a single step means nothing until the device is asked, which is done once per flush.
     """
 
-    def __init__(self, sinks: Sequence[Sink], flops_per_token: float, peak_flops: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        flops_per_token: float,
+        peak_flops: float,
+        device: torch.device,
+        source_tokens: dict[str, int] | None = None,
+    ) -> None:
         self.sinks, self.device = sinks, device
+        self.source_tokens = dict(source_tokens or {})  # scored so far, by source, in the sources' order
         self.mfu_per_rate = flops_per_token / peak_flops if peak_flops else math.nan
         self.held: list[Measured] = []
         self.tokens, self.start = 0, time.perf_counter()
@@ -63,7 +72,7 @@ class Recorder:
             "mfu": round(rate * self.mfu_per_rate, 5),
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
-        rows = [
+        rows: list[Row] = [
             {
                 "step": m.step,
                 "loss": loss,
@@ -75,9 +84,22 @@ class Recorder:
             }
             for m, (loss, grad_norm) in zip(held, columns, strict=True)
         ]
+        for row, m in zip(rows, held, strict=True):
+            if m.by_source is not None:
+                row |= self._by_source(m.by_source.tolist(), float(m.scored))
         self.emit(rows)
         self.restart_clock(held[-1].tokens)
         return rows
+
+    def _by_source(self, by_source: list[list[float]], scored: float) -> Row:
+        """Of each source: the mean loss of this step, where it has tokens in it, and its scored tokens so far."""
+        row: Row = {}
+        for name, share, tokens in zip(self.source_tokens, *by_source, strict=True):
+            self.source_tokens[name] += round(tokens)
+            row[f"tokens_{name}"] = self.source_tokens[name]
+            if tokens:
+                row[f"loss_{name}"] = share * scored / tokens
+        return row
 
     def emit(self, rows: Sequence[Row]) -> None:
         for sink in self.sinks:

@@ -72,13 +72,12 @@ class Pipeline:
         self.first, self.last = 0 in numbers, self.count - 1 in numbers
         share = config.data.global_batch // (parallel.dp_replicate * parallel.dp_shard)
         stages = [PipelineStage(part, n, self.count, device, group=self.group) for n, part in self.parts.items()]
-        self.scored = torch.ones((), device=device)
+        self.scored, self.losses = torch.ones((), device=device), list[Tensor]()
         self.schedule = SCHEDULES[self.name](
             stages if self.name in TWO_STAGE_SCHEDULES else stages[0],
             share // config.data.micro_batch,
-            # The last stage's output is its loss already; gradients are never rescaled by torch.
-            loss_fn=lambda loss, targets: loss / self.scored,
-            scale_grads=False,
+            loss_fn=self._loss,
+            scale_grads=False,  # by torch
         )
         holders = [number for number in range(self.count) if self._holds_table(number)]
         self.tied = None
@@ -86,18 +85,26 @@ class Pipeline:
             self.tied = TiedEmbedding(parts, mesh, sorted({self.owner(number) for number in holders}))
 
     def accumulate(self, batches: Sequence[Batch], scored: Tensor) -> Tensor:
-        """Forward and backward of all microbatches; the sum of losses / scored on the last stage's rank, else 0."""
-        self.scored = scored
+        """Forward and backward of all microbatches; each row's losses / scored on the last stage's rank, else 0."""
+        self.scored, self.losses = scored, []
         whole = Batch.joined(batches)
-        losses: list[Tensor] = []
+        sums: list[Tensor] = []
         self.schedule.step(
             *((whole.inputs_BS,) if self.first else ()),
             target=whole.targets_BS if self.last else None,
-            losses=losses if self.last else None,
+            losses=sums if self.last else None,
             return_outputs=False,
             **_arguments(whole),
         )
-        return torch.stack(losses).sum().detach() if self.last else torch.zeros((), device=self.device)
+        # The first time torch also tries the loss on made-up values, to learn shapes: those come before.
+        rows = self.losses[-len(sums) :]
+        return torch.cat(rows) if self.last else torch.zeros(len(whole.inputs_BS), device=self.device)
+
+    def _loss(self, losses_B: Tensor, targets_BS: Tensor) -> Tensor:
+        """The last stage's output is its losses already. Every schedule takes microbatches forward in their order."""
+        losses_B = losses_B / self.scored
+        self.losses.append(losses_B.detach())
+        return losses_B.sum()
 
     def reduce_tied(self) -> None:
         """Add up the two gradients of a tied embedding, once both are laid out as their weights."""
@@ -105,7 +112,7 @@ class Pipeline:
             self.tied.reduce()
 
     def score(self, batch: Batch) -> Tensor:
-        """Forward alone, stage after stage; the sum of losses on the last stage's rank, else 0.
+        """Forward alone, stage after stage; each row's sum of losses on the last stage's rank, else 0.
 
         Not by the schedule: without its backwards torch's `zbv` waits for itself. Ranks still overlap,
         each going on to the next batch once it has handed this one over.
@@ -121,7 +128,7 @@ class Pipeline:
             if number + 1 < self.count and number + 1 not in self.parts:
                 for x in hidden:
                     dist.send(x.float().contiguous(), group=self.group, group_dst=self.owner(number + 1))
-        return hidden[0] if self.last else torch.zeros((), device=self.device)
+        return hidden[0] if self.last else torch.zeros(len(batch.inputs_BS), device=self.device)
 
     def owner(self, number: int) -> int:
         """The pipeline rank that holds a stage."""

@@ -161,7 +161,7 @@ class VocabParallelHead(Head):
         self.mesh, self.between = mesh, between
 
     def forward(self, x_BSD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
-        """As `Head.forward`; every rank returns the same loss, or all logits."""
+        """As `Head.forward`; every rank returns the same losses, or all logits."""
         x = DTensor.from_local(self.hidden(x_BSD), self.mesh, (self.between,), run_check=False)
         # Each rank's columns give one part of the activations' gradient.
         x_BSD = x.redistribute(self.mesh, (Replicate(),)).to_local(grad_placements=(Partial(),))
@@ -197,7 +197,7 @@ class VocabParallelLoss(torch.autograd.Function):
         loss: CrossEntropy,
         group: dist.ProcessGroup,
     ) -> Tensor:
-        """The sum over scored targets, a scalar, the same on every rank of `group`."""
+        """The sums over scored targets, [B], the same on every rank of `group`."""
         x_NW = logits_BSW.flatten(0, -2).to(torch.promote_types(logits_BSW.dtype, torch.float32))
         width = max(0, x_NW.shape[-1] - padding)
         targets_N = targets_BS.flatten()
@@ -223,7 +223,7 @@ class VocabParallelLoss(torch.autograd.Function):
         ctx.save_for_backward(softmax_NW, log_z_N, column_N1, here_N, scored_N)
         ctx.loss, ctx.vocab_size, ctx.width, ctx.shape = loss, vocab_size, width, logits_BSW.shape
         ctx.dtype = logits_BSW.dtype
-        return (loss_N * scored_N).sum()
+        return (loss_N * scored_N).view(targets_BS.shape).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -232,7 +232,8 @@ class VocabParallelLoss(torch.autograd.Function):
         grad_NW = softmax_NW * (1 + 2 * z_loss * log_z_N).unsqueeze(-1)
         grad_NW[:, : ctx.width] -= smooth / ctx.vocab_size
         grad_NW.scatter_add_(-1, column_N1, -(1 - smooth) * here_N.to(grad_NW.dtype).unsqueeze(-1))
-        grad_NW *= (scored_N * gradients[0]).unsqueeze(-1)
+        gradient_N = gradients[0].repeat_interleave(len(scored_N) // len(gradients[0]))
+        grad_NW *= (scored_N * gradient_N).unsqueeze(-1)
         return grad_NW.to(ctx.dtype).view(ctx.shape), None, None, None, None, None, None
 
 

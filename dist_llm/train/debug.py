@@ -14,8 +14,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dist_llm.config.schema import Config
-from dist_llm.data.corpus import Corpus
-from dist_llm.data.loader import build_loader, build_streams
+from dist_llm.data.history import fresh_plan
+from dist_llm.data.loader import build_loader
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.group import device_of, make_synchronous
 from dist_llm.launch.world import World
@@ -48,11 +48,11 @@ def debug(config: Config) -> None:
         }
     )
     device = device_of(World())
-    corpus = Corpus.of(config.data)
-    corpus.check_sizes()
-    vocabulary = read_vocabulary(config, corpus.directory)
-    loader = build_loader(config, build_streams(config, corpus), vocabulary, 0, 1, pin=False)
-    show(console, loader.batches(0)[0], Tokenizer.load(corpus.directory), vocabulary)
+    plan = fresh_plan(config)
+    directory = plan.sources[0].corpus.directory
+    vocabulary = read_vocabulary(config, directory)
+    loader = build_loader(config, plan, vocabulary, 0, 1, pin=False)
+    show(console, loader.batches(0)[0], Tokenizer.load(directory), vocabulary)
 
     engine = NativeEngine(config, device)
     with finite(engine.parts[0]):

@@ -1,7 +1,7 @@
 """Loss on held-out text: each window exactly once, at any world size."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.data.corpus import Corpus
+from dist_llm.data.streams import read_windows
 from dist_llm.engines.base import Engine
 from dist_llm.errors import DataError
 from dist_llm.losses.cross_entropy import IGNORE
@@ -22,7 +23,7 @@ class Evaluation:
     """Over `tokens` scored targets; `loss` in nats per token.
 
     `bits_per_byte` where every token of the text is predicted from those before it, else None; `parts` has the
-    losses of a mixture's members, by name.
+    losses of each source and each member of a mixture, by name, where there are several.
     """
 
     loss: float
@@ -39,63 +40,75 @@ class Evaluation:
 class Heldout:
     """The text that is scored, and how: what stays the same from one evaluation to the next."""
 
-    corpus: Corpus
+    corpora: Mapping[str, Corpus]
     objective: Objective
     micro_batch: int
-    limit: int = 0  # windows of each member of the objective; 0: all
+    limit: int = 0  # windows of each corpus and member of the objective; 0: all
 
     def check(self) -> None:
         """Raises DataError where there is too little text to score."""
-        corpus = self.corpus
         wanted = 2 if self.objective.plain else max(size.window for _, size in self.objective.members)
-        if corpus.n_tokens < wanted:
-            raise DataError(
-                f"{corpus.directory}: the objective needs {wanted} tokens of {corpus.split} text, but there are "
-                f"{corpus.n_tokens}; prepare more, or with a larger --heldout-fraction"
-            )
+        for corpus in self.corpora.values():
+            if corpus.n_tokens < wanted:
+                raise DataError(
+                    f"{corpus.directory}: the objective needs {wanted} tokens of {corpus.split} text, but there are "
+                    f"{corpus.n_tokens}; prepare more, or with a larger --heldout-fraction"
+                )
 
 
 def evaluate(engine: Engine, heldout: Heldout) -> Evaluation:
-    """Score each member's windows. A sample is made as in training, from the window's number.
+    """Score each corpus's windows for each member. A sample is made as in training, from the window's number.
 
     Bits per byte are those of the text alone: separators are predicted, so their loss counts,
     but they add no bytes.
     """
-    objective, corpus = heldout.objective, heldout.corpus
-    losses, counts, names = [], [], []
-    for member, (denoiser, _) in enumerate(objective.members):
-        loss, count = _score(engine, heldout, member)
-        losses.append(loss)
-        counts.append(count)
-        names.append(f"{member}_{denoiser.name}")
-    tokens = sum(counts)
-    loss = sum(losses) / max(tokens, 1)
-    parts = {name: each / max(count, 1) for name, each, count in zip(names, losses, counts, strict=True)}
-    bits = None
-    if all(denoiser.name == "causal" for denoiser, _ in objective.members):
-        bits = loss / math.log(2) / (corpus.manifest.text_bytes(corpus.split) / corpus.n_tokens)
-    return Evaluation(loss, tokens, bits, parts if len(parts) > 1 else {})
+    members = [f"{number}_{denoiser.name}" for number, (denoiser, _) in enumerate(heldout.objective.members)]
+    sums = {
+        (source, name): _score(engine, heldout, corpus, member)
+        for source, corpus in heldout.corpora.items()
+        for member, name in enumerate(members)
+    }
+    loss, tokens = (sum(column) for column in zip(*sums.values(), strict=True))
+    parts: dict[str, float] = {}
+    for source in heldout.corpora if len(heldout.corpora) > 1 else ():
+        parts[source] = _mean([each for (of, _), each in sums.items() if of == source])
+    for name in members if len(members) > 1 else ():
+        parts[name] = _mean([each for (_, of), each in sums.items() if of == name])
+    text_bytes = sum(
+        count
+        * heldout.corpora[source].manifest.text_bytes(heldout.corpora[source].split)
+        / heldout.corpora[source].n_tokens
+        for (source, _), (_, count) in sums.items()
+    )
+    whole = all(denoiser.name == "causal" for denoiser, _ in heldout.objective.members)
+    whole &= not any(corpus.manifest.prompts for corpus in heldout.corpora.values())
+    bits = loss / math.log(2) / text_bytes if whole and text_bytes else None
+    return Evaluation(loss / max(tokens, 1), int(tokens), bits, parts)
 
 
-def _score(engine: Engine, heldout: Heldout, member: int) -> tuple[float, int]:
-    """(sum of losses, scored tokens) of one member, over all ranks."""
+def _mean(sums: list[tuple[float, int]]) -> float:
+    return sum(loss for loss, _ in sums) / max(sum(count for _, count in sums), 1)
+
+
+def _score(engine: Engine, heldout: Heldout, corpus: Corpus, member: int) -> tuple[float, int]:
+    """(sum of losses, scored tokens) of one member on one corpus, over all ranks."""
     losses: list[Tensor] = []
     count = 0
-    for whole in heldout_batches(heldout, member, *engine.data_rank):
+    for whole in heldout_batches(heldout, corpus, member, *engine.data_rank):
         batch = engine.cut(whole)
-        losses.append(engine.score(batch))
+        losses.append(engine.score(batch).sum())
         count += batch.scored
     return float(engine.total(torch.stack(losses).double().sum())), int(engine.total(count))
 
 
-def heldout_batches(heldout: Heldout, member: int, rank: int, ranks: int) -> Iterator[Batch]:
+def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ranks: int) -> Iterator[Batch]:
     """This rank's share of the windows. Plain text is scored to its last token, the short last window padded;
     other objectives take whole windows alone.
 
     Every rank yields equally many batches, since a sharded model runs in step: a rank without
     windows left yields rows that score nothing.
     """
-    corpus, objective = heldout.corpus, heldout.objective
+    objective = heldout.objective
     size = objective.members[member][1]
     if objective.plain:
         n_windows = max(1, -(-(corpus.n_tokens - 1) // size.stride))
@@ -110,7 +123,8 @@ def heldout_batches(heldout: Heldout, member: int, rank: int, ranks: int) -> Ite
             yield _plain(corpus, size.stride, wanted, there)
         else:
             numbers = np.where(there, wanted, 0)
-            batch = objective(corpus.read(numbers * size.stride, size.window), numbers, [member] * len(numbers))
+            windows = read_windows(corpus, numbers * size.stride, size.window, score_prompts=not objective.form.texts)
+            batch = objective(windows, numbers, [member] * len(numbers))
             targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(there)[:, None], IGNORE)
             yield replace(batch, targets_BS=targets_BS, scored=int((targets_BS != IGNORE).sum()))
 

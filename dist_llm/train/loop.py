@@ -26,6 +26,7 @@ from dist_llm.observe.metrics import Measured, MetricsFile, Recorder, Row
 from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.text.tokenizer import Tokenizer
+from dist_llm.train.audit import Audit
 from dist_llm.train.evaluate import Heldout, evaluate
 from dist_llm.train.step import train_step
 
@@ -50,6 +51,7 @@ class Trainer:
         self.progress = self._resume()
         self.sample_tokens = inputs_len(config) + loader.objective.source
         self.heldout = self._heldout(loader.objective)
+        self.audit = Audit(engine, loader, config.data.audit_every)
         parallel = config.parallel
         self.samples = parallel.pp == parallel.tp == parallel.cp == 1
         self.samples &= config.model.architecture != "encoder"
@@ -83,12 +85,15 @@ class Trainer:
         batches = self.loader.batches(progress.samples)
         wait = time.perf_counter() - begin
         lr = learning_rate(config.optim, config.schedule, progress.step + 1)
-        report = train_step(self.engine, batches, lr, progress.step)
+        self.audit.add(progress.samples, batches)
+        report = train_step(self.engine, batches, lr, progress.step, len(self.loader.plan.sources))
         progress.step += 1
-        progress.samples += config.data.global_batch
+        progress.samples = self.loader.after(progress.samples)
         progress.tokens += config.data.global_batch * self.sample_tokens
         self.recorder.add(
-            Measured(progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, wait)
+            Measured(
+                progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, wait, report.by_source
+            )
         )
 
     def evaluate(self) -> None:
@@ -113,7 +118,7 @@ class Trainer:
     def sample(self) -> str:
         """Text from the model as it is. Every rank runs it: the model may be sharded."""
         config = self.config
-        tokenizer = Tokenizer.load(self.loader.streams[0].corpus.directory)
+        tokenizer = Tokenizer.load(self.loader.plan.sources[0].corpus.directory)
         sampling = Sampling(config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.run.seed)
         (model,) = self.engine.parts
         model.eval()
@@ -125,6 +130,7 @@ class Trainer:
         """A checkpoint of this step. Metrics up to it are on disk before it is."""
         self.recorder.flush()
         self.progress.loss_scale = self.engine.loss_scale
+        self.progress.source_tokens = self.recorder.source_tokens
         path = self.store.save(self.engine, self.engine.optimizer, self.progress, self.files)
         log.info("saved %s", path)
         self.recorder.restart_clock(self.progress.tokens)
@@ -150,16 +156,17 @@ class Trainer:
         log.info("starting from %s, %d ids of it known", path, known)
 
     def _heldout(self, objective: Objective) -> Heldout | None:
-        config = self.config
-        directory = self.loader.streams[0].corpus.directory
-        corpus = Corpus(directory, "heldout", config.data.verify, config.data.cache)
-        heldout = Heldout(corpus, objective, config.data.micro_batch, config.eval.windows)
-        try:
-            heldout.check()
-        except DataError as error:
-            log.info("evaluation is left out: %s", error)
-            return None
-        return heldout
+        """Of the sources that have enough text for it."""
+        data, corpora = self.config.data, {}
+        for source in self.loader.plan.sources:
+            corpus = Corpus(source.corpus.directory, "heldout", data.verify, data.cache)
+            try:
+                Heldout({source.name: corpus}, objective, data.micro_batch).check()
+            except DataError as error:
+                log.info("evaluation is left out: %s", error)
+            else:
+                corpora[source.name] = corpus
+        return Heldout(corpora, objective, data.micro_batch, self.config.eval.windows) if corpora else None
 
     def _recorder(self) -> Recorder:
         config, step = self.config, self.progress.step
@@ -179,4 +186,6 @@ class Trainer:
             sinks.append(ProgressLine(config.run.steps, step))
         for sink in sinks:
             self.sinks.callback(sink.close)
-        return Recorder(sinks, per_token, peak * self.world.size, device)
+        names = [source.name for source in self.loader.plan.sources if source.name]
+        tokens = {name: self.progress.source_tokens.get(name, 0) for name in names}
+        return Recorder(sinks, per_token, peak * self.world.size, device, tokens if len(tokens) > 1 else None)

@@ -4,16 +4,21 @@ import json
 import logging
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from dist_llm.checkpoint.store import CheckpointStore, find
+from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.store import PROGRESS, CheckpointStore, find
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
-from dist_llm.data.corpus import Corpus
-from dist_llm.data.loader import build_loader, build_streams
+from dist_llm.data import history as histories
+from dist_llm.data.history import HISTORY, History
+from dist_llm.data.loader import build_loader
+from dist_llm.data.plan import Plan
+from dist_llm.data.streams import Source, open_sources
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import DataError, UserError
 from dist_llm.launch.group import device_of, process_group
@@ -32,14 +37,17 @@ def train(config: Config, world: World) -> None:
     Raises ConfigError or DataError before any process group starts where the input is wrong.
     """
     device = device_of(world)
-    corpus = Corpus.of(config.data)
-    corpus.check_sizes()
-    streams = build_streams(config, corpus)
-    vocabulary = read_vocabulary(config, corpus.directory)
-    if config.init_from:
-        _check_start(Path(config.init_from), corpus)
+    sources = open_sources(config)
+    corpus = sources[0].corpus.directory
+    vocabulary = read_vocabulary(config, corpus)
     directory = Path(config.run.dir)
-    files = run_files(config, corpus.directory)
+    store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
+    found = store.committed()[-1:]
+    if config.init_from and not found:
+        _check_start(Path(config.init_from), sources[0].corpus.manifest.tokenizer_sha256, corpus)
+    history = _history(config, sources, found[0] if found else None)
+    plan = Plan(sources, history[-1].mix.lay_out(), history[-1].skip)
+    files = {**run_files(config, corpus), HISTORY: histories.dump(history)}
     start_logging(directory / "logs", world)
     try:
         with process_group(world, device):
@@ -47,8 +55,7 @@ def train(config: Config, world: World) -> None:
                 for name, content in files.items():
                     (directory / name).write_bytes(content)
             engine = NativeEngine(config, device)
-            loader = build_loader(config, streams, vocabulary, *engine.data_rank, pin=device.type == "cuda")
-            store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
+            loader = build_loader(config, plan, vocabulary, *engine.data_rank, pin=device.type == "cuda")
             trainer = Trainer(config, world, engine, loader, store, files)
             try:
                 trainer.run()
@@ -65,11 +72,22 @@ def train(config: Config, world: World) -> None:
         stop_logging()
 
 
-def _check_start(checkpoint: Path, corpus: Corpus) -> None:
+def _check_start(checkpoint: Path, tokenizer_sha256: str, corpus: Path) -> None:
     """Raises CheckpointError or DataError where a run cannot begin with these weights."""
     path = find(checkpoint)
-    if Tokenizer.load(path).sha256 != corpus.manifest.tokenizer_sha256:
-        raise DataError(f"{corpus.directory}: was prepared with another tokenizer than the one in init_from {path}")
+    if Tokenizer.load(path).sha256 != tokenizer_sha256:
+        raise DataError(f"{corpus}: was prepared with another tokenizer than the one in init_from {path}")
+
+
+def _history(config: Config, sources: Sequence[Source], checkpoint: Path | None) -> History:
+    """What the run has read, and will. Raises DataError where it cannot go on with the data of the config."""
+    wanted = histories.asked(config, sources)
+    if checkpoint is None:
+        return (wanted,)
+    before = histories.parse((checkpoint / HISTORY).read_bytes(), str(checkpoint / HISTORY))
+    progress = Progress.of(json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
+    at = progress.step, progress.samples, progress.tokens
+    return histories.resume(before, wanted, *at, config.data.on_change == "new_segment")
 
 
 def run_files(config: Config, corpus: Path) -> dict[str, bytes]:

@@ -6,8 +6,8 @@ from dist_llm.checkpoint import store
 from dist_llm.config.check import resolve
 from dist_llm.config.load import load_config, refuse
 from dist_llm.config.schema import ParallelConfig
-from dist_llm.data.corpus import Corpus
 from dist_llm.data.shard import Split
+from dist_llm.data.streams import open_corpora
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import DataError
 from dist_llm.launch.group import device_of, process_group
@@ -24,11 +24,14 @@ def score(checkpoint: Path, data: str | None, split: Split, micro_batch: int, wo
     config, violations = load_config(path / "config.yaml")
     refuse(violations)
     assert config is not None
-    corpus = Corpus.of(config.data.model_copy(update={"path": data or config.data.path}), split)
-    if corpus.manifest.tokenizer_sha256 != Tokenizer.load(path).sha256:
-        raise DataError(f"{corpus.directory}: was prepared with another tokenizer than the one in {path}")
-    objective = build_objective(config, read_vocabulary(config, path))
-    heldout = Heldout(corpus, objective, micro_batch or config.data.micro_batch)
+    chosen = config.data.model_copy(update={"path": data, "sources": ()}) if data else config.data
+    corpora = open_corpora(chosen, split)
+    for corpus in corpora.values():
+        if corpus.manifest.tokenizer_sha256 != Tokenizer.load(path).sha256:
+            raise DataError(f"{corpus.directory}: was prepared with another tokenizer than the one in {path}")
+    prompts = not config.data.score_prompts and any(corpus.manifest.prompts for corpus in corpora.values())
+    objective = build_objective(config, read_vocabulary(config, path), prompts)
+    heldout = Heldout(corpora, objective, micro_batch or config.data.micro_batch)
     heldout.check()
     config = resolve(config.model_copy(update={"parallel": ParallelConfig()}), world.size, 0)
     device = device_of(world)
@@ -39,7 +42,8 @@ def score(checkpoint: Path, data: str | None, split: Split, micro_batch: int, wo
         del engine
     if world.main:
         print(
-            f"{path} at step {progress.step}, {split} text of {corpus.directory}: {result.tokens:,} tokens\n"
+            f"{path} at step {progress.step}, {split} text of "
+            f"{', '.join(str(corpus.directory) for corpus in corpora.values())}: {result.tokens:,} tokens\n"
             f"loss {result.loss:.4f} nats per token\nperplexity {result.perplexity:.3f}"
         )
         for name, loss in result.parts.items():

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_llm.config.check import check, resolve
+from dist_llm.config.check_data import sources_of
 from dist_llm.config.load import Violation, load_config, refuse
 from dist_llm.config.schema import Config
 from dist_llm.data.mirror import localize
@@ -26,10 +27,14 @@ def read_config(path: Path | None, overrides: Sequence[str], world_size: int) ->
         refuse(violations)
         raise AssertionError("no config and no violation")
     manifest: Manifest | None = None
-    try:
-        manifest = Manifest.load(localize(config.data.path, config.data.cache))
-    except DataError as error:
-        violations.append(Violation(("data.path",), str(error)))
+    for number, source in enumerate(sources_of(config.data)):
+        if not source.path:
+            continue  # `check` asks for it
+        try:
+            manifest = Manifest.load(localize(source.path, config.data.cache))
+        except DataError as error:
+            key = f"data.sources.{number}.path" if source.name else "data.path"
+            violations.append(Violation((key,), str(error)))
     # A rule that speaks of a key already known to be wrong would only repeat the news.
     wrong = {key for violation in violations for key in violation.keys}
     size = manifest.vocab_size if manifest else 0

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dist_llm.engines.base import Engine
+from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.batch import Batch
 
 
@@ -16,9 +18,10 @@ class StepReport:
     loss: Tensor  # mean over scored tokens, nats
     grad_norm: Tensor  # before clipping
     scored: Tensor
+    by_source: Tensor | None = None  # [2, sources]: their shares of the loss, and their scored tokens
 
 
-def train_step(engine: Engine, batches: Sequence[Batch], lr: float, step: int = 0) -> StepReport:
+def train_step(engine: Engine, batches: Sequence[Batch], lr: float, step: int = 0, sources: int = 1) -> StepReport:
     """Take one optimizer step; each batch is one microbatch of this data rank. `step` seeds dropout.
 
     Losses are sums, divided once by the number of tokens the whole world scores, so the
@@ -26,5 +29,16 @@ def train_step(engine: Engine, batches: Sequence[Batch], lr: float, step: int = 
     """
     batches = [engine.cut(batch) for batch in batches]
     scored = engine.total(sum(batch.scored for batch in batches))
-    loss = engine.accumulate(batches, scored, step)
-    return StepReport(engine.total(loss), engine.update(lr), scored)
+    losses = engine.accumulate(batches, scored, step)
+    by_source = None
+    if sources > 1:
+        by_source = engine.total(_by_source(batches, losses, sources))
+    return StepReport(engine.total(losses.sum()), engine.update(lr), scored, by_source)
+
+
+def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor:
+    """This rank's part of [2, sources]: of the loss, and of the scored tokens."""
+    owners = torch.cat([batch.sources_B for batch in batches if batch.sources_B is not None])
+    counts = torch.cat([(batch.targets_BS != IGNORE).sum(-1) for batch in batches])
+    rows = torch.stack((losses, counts.to(losses, non_blocking=True)))
+    return rows.new_zeros(2, sources).index_add_(1, owners.to(losses.device, non_blocking=True), rows)

@@ -171,7 +171,6 @@ def test_what_is_missing_is_named_once_whatever_else_is_wrong(content, write):
     _, violations = load_config(write({**MINIMAL, "data": {}, **content}), ["optim.lr=0", "log.evry=3", "run.steps=x"])
     assert sorted(violation.keys[0] for violation in violations) == [
         "data.global_batch",
-        "data.path",
         "data.seq_len",
         "log.evry",
         "optim.lr",

@@ -99,7 +99,7 @@ def test_one_stack_whole_and_padded(family: str) -> None:
 
     labels = torch.where(mask == 1, ids, IGNORE)
     targets = labels if not causal else torch.cat((labels[:, 1:], labels.new_full((4, 1), IGNORE)), dim=1)
-    loss = ours(ids, targets, Visibility(causal, documents_BT=mask - 1)) / (targets != IGNORE).sum()
+    loss = ours(ids, targets, Visibility(causal, documents_BT=mask - 1)).sum() / (targets != IGNORE).sum()
     want_loss = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(loss, want_loss, rtol=1e-4, atol=1e-4)
 
@@ -136,7 +136,7 @@ def test_two_stacks_whole_padded_and_packed(family: str) -> None:
     targets = tokens(4, S, 2)
     loss = ours(inputs, targets_BS=targets, source=Source(source, Visibility(False, documents_BT=mask - 1)))
     want_loss = theirs(input_ids=source, attention_mask=mask, decoder_input_ids=inputs, labels=targets).loss
-    torch.testing.assert_close(loss / targets.numel(), want_loss, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss.sum() / targets.numel(), want_loss, rtol=1e-4, atol=1e-4)
 
     cut_T, cut_S = 5, 7  # two documents, in both stacks
     documents_T = (torch.arange(T) >= cut_T).long().expand(4, T)

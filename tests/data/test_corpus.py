@@ -194,16 +194,15 @@ def test_a_huge_corpus_opens_at_once_and_takes_no_memory(tmp_path):
     code = """if True:
         import resource, sys, time
         from pathlib import Path
-        from dist_llm.data.corpus import Corpus
-        from dist_llm.data.loader import build_loader, build_streams
+        from dist_llm.data.history import fresh_plan
+        from dist_llm.data.loader import build_loader
         from dist_llm.objectives.vocabulary import Vocabulary
         from tests.laws.law import config_of
         begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        corpus = Corpus(Path(sys.argv[1]))
-        corpus.check_sizes()
         for name in ("shuffle", "random"):
-            config = config_of(1, {}, data=dict(seq_len=1024, global_batch=8, micro_batch=8, order=name))
-            loader = build_loader(config, build_streams(config, corpus), Vocabulary(300, 256), 0, 1, pin=False)
+            keys = dict(path=sys.argv[1], seq_len=1024, global_batch=8, micro_batch=8, order=name)
+            config = config_of(1, {}, data=keys)
+            loader = build_loader(config, fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
             assert loader.batches(10**12)[0].scored == 8 * 1024
             loader.close()
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

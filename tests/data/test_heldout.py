@@ -26,7 +26,10 @@ TOKENS = (2, 5, SEQ + 1, 3 * SEQ + 1, 3 * SEQ + 2, 4 * SEQ, 7 * SEQ + 3)
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_each_target_is_scored_once_and_ranks_run_in_step(n_tokens, micro_batch, ranks, counting):
     corpus = counting(n_tokens, "heldout")
-    shares = [list(heldout_batches(Heldout(corpus, PLAIN, micro_batch), 0, rank, ranks)) for rank in range(ranks)]
+    shares = [
+        list(heldout_batches(Heldout({"": corpus}, PLAIN, micro_batch), corpus, 0, rank, ranks))
+        for rank in range(ranks)
+    ]
     assert len({tuple(len(batch.inputs_BS) for batch in share) for share in shares}) == 1, "same batches, same rows"
     scored = []
     for batch in (batch for share in shares for batch in share):
@@ -45,7 +48,8 @@ def test_each_target_is_scored_once_and_ranks_run_in_step(n_tokens, micro_batch,
 @pytest.mark.parametrize("limit", [1, 2, 3, 99])
 def test_a_limit_takes_the_first_windows(limit, ranks, counting):
     corpus = counting(4 * SEQ + 1, "heldout")
-    batches = [b for rank in range(ranks) for b in heldout_batches(Heldout(corpus, PLAIN, 2, limit), 0, rank, ranks)]
+    heldout = Heldout({"": corpus}, PLAIN, 2, limit)
+    batches = [b for rank in range(ranks) for b in heldout_batches(heldout, corpus, 0, rank, ranks)]
     scored = sorted(target for b in batches for target in b.targets_BS[b.targets_BS != IGNORE].tolist())
     assert scored == list(range(1, min(limit, 4) * SEQ + 1))
 
@@ -68,7 +72,7 @@ class Alone:
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_the_numbers_are_per_token_and_per_byte_of_text(micro_batch, counting):
     corpus = counting(11, "heldout")  # three documents of 5 "bytes" each: 15 bytes of text
-    result = evaluate(Alone(), Heldout(corpus, PLAIN, micro_batch))
+    result = evaluate(Alone(), Heldout({"": corpus}, PLAIN, micro_batch))
     assert (result.tokens, result.loss) == (10, sum(range(1, 11)) / 10)
     assert result.bits_per_byte == pytest.approx(5.5 / math.log(2) / (15 / 11))
     assert result.perplexity == pytest.approx(math.exp(5.5))

@@ -21,8 +21,8 @@ SHARDS, SHARD_TOKENS = 1000, 10**9
 CODE = """if True:
     import json, sys, time
     from pathlib import Path
-    from dist_llm.data.corpus import Corpus
-    from dist_llm.data.loader import build_loader, build_streams
+    from dist_llm.data.history import fresh_plan
+    from dist_llm.data.loader import build_loader
     from dist_llm.objectives.vocabulary import Vocabulary
     from dist_llm.config.check import resolve
     from dist_llm.config.schema import Config
@@ -37,14 +37,12 @@ CODE = """if True:
         raw = dict(run=dict(dir="", steps=1), model=dict(d_model=8, n_layers=1, n_heads=1))
         config = resolve(Config.model_validate(raw | dict(data=dict(path=sys.argv[1], **keys))), 64, 300)
         begin = time.process_time()
-        corpus = Corpus.of(config.data)
-        corpus.check_sizes()
-        streams = build_streams(config, corpus)
-        loader = build_loader(config, streams, Vocabulary(300, 256), 0, 64, pin=False)
+        plan = fresh_plan(config)
+        loader = build_loader(config, plan, Vocabulary(300, 256), 0, 64, pin=False)
         assert loader.batches(0)[0].scored == 8 * 2048
         found[f"{order_name}_start_seconds"] = time.process_time() - begin
         begin = time.process_time()
-        starts = streams[0].order.starts(loader.samples(10**6 * 512))
+        _, starts = plan.find(loader.samples(10**6 * 512))
         found[f"{order_name}_find_seconds"] = time.process_time() - begin
         assert len(set(starts.tolist())) == 8 and starts.max() > 10**11
         for step in range(50):  # 400 windows in about as many shards: more than stay open

@@ -9,8 +9,10 @@ import torch
 
 from dist_llm.config.lengths import Lengths
 from dist_llm.config.schema import DataConfig, Denoiser
-from dist_llm.data.loader import Loader, Stream, build_order
+from dist_llm.data.loader import Loader
 from dist_llm.data.order import Mixture, Random, Shuffle
+from dist_llm.data.plan import Plan, Stage
+from dist_llm.data.streams import Source, Stream, build_order
 from dist_llm.errors import DataError
 from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.build import Objective
@@ -36,8 +38,13 @@ def settings(**changes):
 
 def loader(corpus, rank=0, ranks=1, **changes):
     data = settings(**changes)
-    streams = [Stream(corpus, build_order(data, corpus, 3, SIZE), SEQ + 1)]
-    return Loader(streams, Mixture(3, (1,)), CAUSAL_ONLY, data, rank, ranks, pin=False)
+    return Loader(plan_of(corpus, build_order(data, corpus, 3, SIZE)), CAUSAL_ONLY, data, rank, ranks, pin=False)
+
+
+def plan_of(corpus, order):
+    """One source, one objective."""
+    one = Mixture(3, (1,))
+    return Plan([Source("", corpus, (Stream(corpus, order, SEQ + 1),), one, 1.0)], [Stage(0, one, (0,))])
 
 
 def step(loader, number):
@@ -145,7 +152,7 @@ def test_an_error_ahead_comes_with_its_own_step(make_corpus):
     order = build_order(data, corpus, 3, SIZE)
     ids[order.starts(np.array([2 * BATCH]))] = 999  # an input of step 2 only, or a target of its neighbour
     ids.tofile(path)
-    ahead = Loader([Stream(corpus, order, SEQ + 1)], Mixture(3, (1,)), CAUSAL_ONLY, data, 0, 1, pin=False)
+    ahead = Loader(plan_of(corpus, order), CAUSAL_ONLY, data, 0, 1, pin=False)
     try:
         with pytest.raises(DataError, match="is 999"):
             list(map(ahead.batches, range(0, 3 * BATCH, BATCH)))

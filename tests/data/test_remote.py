@@ -20,7 +20,8 @@ import pytest
 from dist_llm.config.schema import DataConfig
 from dist_llm.data import remote
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.loader import build_loader, build_streams
+from dist_llm.data.history import fresh_plan
+from dist_llm.data.loader import build_loader
 from dist_llm.data.mirror import localize
 from dist_llm.data.remote import as_path, fetch, is_remote
 from dist_llm.data.shard import Manifest, Shard, ShardWriter
@@ -204,8 +205,7 @@ def test_a_batch_is_the_same_from_far_away(far, corpus, tmp_path):
     for place in (str(directory), serve(far, directory)):
         keys = {"path": place, "cache": str(tmp_path / "cache"), "seq_len": 4, "global_batch": 8, "micro_batch": 8}
         config = config_of(1, {}, data=keys)
-        found = Corpus.of(config.data)
-        loader = build_loader(config, build_streams(config, found), Vocabulary(300, 256), 0, 1, pin=False)
+        loader = build_loader(config, fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
         batches.append(loader.batches(0)[0].inputs_BS)
         loader.close()
     assert batches[0].equal(batches[1])

@@ -75,7 +75,7 @@ def test_losses_are_those_of_one_process(
     assert commands.column(got, "loss") == pytest.approx(commands.column(want, "loss"), rel=1e-4, abs=0)
     assert commands.column(got, "grad_norm") == pytest.approx(commands.column(want, "grad_norm"), rel=1e-4, abs=0)
     if steps == 50:
-        assert want[-1]["loss"] < want[0]["loss"] - 1, "it learns"
+        assert want[-1]["loss"] < want[0]["loss"] - 0.5, "it learns"
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def scores(config: Config) -> list[float]:
     engine, found = NativeEngine(config, torch.device("cpu")), []
     for step in range(3):
         heldout = [engine.cut(batch) for batch in batches_of(config, engine, 100)]
-        found.append(sum(engine.total(engine.score(batch)).item() for batch in heldout))
+        found.append(sum(engine.total(engine.score(batch).sum()).item() for batch in heldout))
         train_step(engine, batches_of(config, engine, step), config.optim.lr, step)
     return found
 

@@ -35,8 +35,10 @@ def naive(logits, targets, smoothing=0.0, z_loss=0.0):
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_torchs_sum_and_the_definition(seed):
     logits, targets = case(seed=seed)
-    got = CrossEntropy()(logits, targets)
-    assert got.shape == ()
+    by_row = CrossEntropy()(logits, targets)
+    rows = zip(logits[:, None], targets[:, None], strict=True)
+    torch.testing.assert_close(by_row, torch.stack([naive(*row) for row in rows]).float())
+    got = by_row.sum()
     torch.testing.assert_close(
         got, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), rtol=1e-6, atol=0
     )
@@ -47,7 +49,7 @@ def test_it_is_torchs_sum_and_the_definition(seed):
 @pytest.mark.parametrize("z_loss", [0.0, 1e-4, 0.3])
 def test_smoothing_and_z_loss_by_hand(smoothing, z_loss):
     logits, targets = case()
-    got = CrossEntropy(smoothing, z_loss)(logits, targets)
+    got = CrossEntropy(smoothing, z_loss)(logits, targets).sum()
     torch.testing.assert_close(got.double(), naive(logits, targets, smoothing, z_loss), rtol=2e-6, atol=0)
 
 
@@ -55,8 +57,8 @@ def test_a_number_worked_out_on_paper():
     """Two equal logits of ln 2: Z = 4, p = 1/2, so ln 2 each, plus z * (ln 4)^2."""
     ln2 = torch.tensor(2.0).log()
     logits, targets = torch.stack((ln2, ln2)).view(1, 1, 2), torch.tensor([[1]])
-    torch.testing.assert_close(CrossEntropy()(logits, targets), ln2)
-    torch.testing.assert_close(CrossEntropy(z_loss=0.5)(logits, targets), ln2 + 0.5 * 4 * ln2**2)
+    torch.testing.assert_close(CrossEntropy()(logits, targets), ln2[None])
+    torch.testing.assert_close(CrossEntropy(z_loss=0.5)(logits, targets).sum(), ln2 + 0.5 * 4 * ln2**2)
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.2), CrossEntropy(0.0, 0.3), CrossEntropy(0.1, 0.01)])
@@ -69,8 +71,8 @@ def test_the_gradient_of_z_loss_by_hand():
     """d/dx z * (log Z)^2 = 2 z log Z softmax(x), on scored rows only."""
     logits, targets = case(torch.float64)
     logits.requires_grad_()
-    (both,) = torch.autograd.grad(CrossEntropy(z_loss=0.7)(logits, targets), logits)
-    (plain,) = torch.autograd.grad(CrossEntropy()(logits, targets), logits)
+    (both,) = torch.autograd.grad(CrossEntropy(z_loss=0.7)(logits, targets).sum(), logits)
+    (plain,) = torch.autograd.grad(CrossEntropy()(logits, targets).sum(), logits)
     want = 2 * 0.7 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1) * (targets != IGNORE).unsqueeze(-1)
     torch.testing.assert_close(both - plain, want.detach())
 
@@ -81,7 +83,7 @@ def test_finite_at_extreme_logits(loss, size):
     logits = torch.zeros(1, 2, V)
     logits[..., 0] = size
     logits.requires_grad_()
-    value = loss(logits, torch.tensor([[0, 1]]))
+    value = loss(logits, torch.tensor([[0, 1]])).sum()
     value.backward()
     assert value.isfinite()
     assert logits.grad.isfinite().all()
@@ -93,7 +95,7 @@ def test_finite_at_extreme_logits(loss, size):
 def test_ignored_positions_count_for_nothing(loss):
     logits, targets = case()
     logits.requires_grad_()
-    value = loss(logits, targets)
+    value = loss(logits, targets).sum()
     (gradient,) = torch.autograd.grad(value, logits)
     ignored = targets == IGNORE
     assert (gradient[ignored] == 0).all()
@@ -101,15 +103,15 @@ def test_ignored_positions_count_for_nothing(loss):
 
     other = logits.detach().clone()
     other[ignored] = 1e4
-    assert loss(other, targets) == value
-    kept = loss(logits[~ignored][None], targets[~ignored][None])
+    assert loss(other, targets).sum() == value
+    kept = loss(logits[~ignored][None], targets[~ignored][None]).sum()
     torch.testing.assert_close(kept, value)
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.1, 0.3)])
 def test_nothing_scored_is_zero_not_nan(loss):
     logits = case()[0].requires_grad_()
-    value = loss(logits, torch.full((B, S), IGNORE))
+    value = loss(logits, torch.full((B, S), IGNORE)).sum()
     value.backward()
     assert value == 0
     assert (logits.grad == 0).all()
@@ -126,6 +128,5 @@ def test_bf16_logits_are_summed_in_fp32(loss):
 def test_it_is_a_sum_over_any_cut():
     loss = CrossEntropy(0.1, 0.01)
     logits, targets = case(torch.float64)
-    torch.testing.assert_close(
-        sum(loss(row[None], target[None]) for row, target in zip(logits, targets, strict=True)), loss(logits, targets)
-    )
+    cut = torch.cat([loss(row[None], target[None]) for row, target in zip(logits, targets, strict=True)])
+    torch.testing.assert_close(cut, loss(logits, targets))

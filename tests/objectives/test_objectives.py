@@ -15,7 +15,7 @@ from dist_llm.objectives.build import Objective, build_objective
 from dist_llm.objectives.fim import fim
 from dist_llm.objectives.masked import masked
 from dist_llm.objectives.prefix import prefix
-from dist_llm.objectives.rows import documents_of, positions_of
+from dist_llm.objectives.rows import Text, documents_of, positions_of
 from dist_llm.objectives.span import segments, span
 from dist_llm.objectives.vocabulary import Vocabulary
 from tests.laws.law import config_of
@@ -54,7 +54,7 @@ def restored(kept, cut):
 
 def test_masked_statistics_over_a_million_tokens():
     tokens = text(1_000_000)
-    row = masked(tokens, rng(), Denoiser(name="masked"), VOCABULARY)
+    row = masked(Text(tokens), rng(), Denoiser(name="masked"), VOCABULARY)
     inputs, targets = row.inputs_S[1:], row.targets_S[1:]
     selected = targets != IGNORE
     can_be = (tokens != EOT).sum()
@@ -79,7 +79,7 @@ def test_whole_words_are_selected_together():
     word[: V // 2] = True  # ids below V/2 begin and end inside a word, so they go on with one
     vocabulary = Vocabulary(V, EOT, word)
     tokens = text(200_000, seed=1)
-    row = masked(tokens, rng(), Denoiser(name="masked", whole_words=True, mask_rate=0.2), vocabulary)
+    row = masked(Text(tokens), rng(), Denoiser(name="masked", whole_words=True, mask_rate=0.2), vocabulary)
     selected = row.targets_S[1:] != IGNORE
     goes_on = (tokens[1:] < V // 2) & (tokens[:-1] < V // 2)
     assert np.array_equal(selected[1:][goes_on], selected[:-1][goes_on])

@@ -1,0 +1,192 @@
+"""What a run was, and is, trained on: segments of sample numbers, kept in every checkpoint as data.json.
+
+A sample number means the same for the whole run: what was read is never renumbered. Data that changes at a
+resume opens a new segment; before it, all stays as it was.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from dist_llm.config.lengths import inputs_len
+from dist_llm.config.schema import Config
+from dist_llm.data.order import Mixture
+from dist_llm.data.plan import Plan, Stage, lay_out
+from dist_llm.data.streams import Source, open_sources, quotas_of
+from dist_llm.errors import DataError
+
+HISTORY = "data.json"
+SETTINGS = {  # by field of Mix
+    "seed": "run.seed",
+    "order": "data.order",
+    "windows": "data.windows",
+    "seq_len": "data.seq_len",
+    "objective": "objective",
+    "tokenizer": "tokenizer",
+}
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceRecord(Record):
+    """A corpus; `taken` samples of it were read before the mix began."""
+
+    name: str
+    path: str
+    content: str  # hash of its tokens
+    taken: int = 0
+
+
+class StageRecord(Record):
+    """Quotas of the sources, in their order, from some token of the run on."""
+
+    from_tokens: int
+    quotas: tuple[int, ...]
+
+
+class Mix(Record):
+    """How sample numbers from `first` on become windows; `tokens` were trained on before it."""
+
+    first: int
+    tokens: int
+    sample_tokens: int
+    seed: int
+    order: str
+    windows: str
+    seq_len: int
+    objective: tuple[dict[str, Any], ...]
+    tokenizer: str
+    sources: tuple[SourceRecord, ...]
+    stages: tuple[StageRecord, ...]
+
+    def lay_out(self) -> list[Stage]:
+        """The stages as sample numbers."""
+        firsts = [
+            self.first + max(0, -(-(stage.from_tokens - self.tokens) // self.sample_tokens)) for stage in self.stages
+        ]
+        mixtures = [Mixture(self.seed ^ first, each.quotas) for first, each in zip(firsts, self.stages, strict=True)]
+        return lay_out(firsts, mixtures, [source.taken for source in self.sources])
+
+
+class Segment(Record):
+    """From `step` on, steps take `global_batch` samples each, the first at sample `first`, those in `skip` left out."""
+
+    step: int
+    first: int
+    global_batch: int
+    skip: tuple[tuple[int, int], ...]
+    mix: Mix
+
+
+History = tuple[Segment, ...]
+
+
+def asked(config: Config, sources: Sequence[Source]) -> Segment:
+    """The segment of a run that starts afresh."""
+    data = config.data
+    stages = [StageRecord(from_tokens=0, quotas=quotas_of([source.weight for source in sources]))]
+    for stage in data.stages:
+        weights = [stage.weights[source.name] for source in sources]
+        stages.append(StageRecord(from_tokens=stage.from_tokens, quotas=quotas_of(weights)))
+    two_stacks = config.model.architecture == "encoder_decoder"
+    mix = Mix(
+        first=0,
+        tokens=0,
+        sample_tokens=inputs_len(config) + (data.seq_len if two_stacks else 0),
+        seed=config.run.seed,
+        order=data.order,
+        windows=data.windows,
+        seq_len=data.seq_len,
+        objective=tuple(each.model_dump(exclude={"mixture"}) for each in config.objective.members),
+        tokenizer=sources[0].corpus.manifest.tokenizer_sha256,
+        sources=tuple(
+            SourceRecord(
+                name=source.name,
+                path=str(source.corpus.directory.resolve()),
+                content=source.corpus.manifest.fingerprint(),
+            )
+            for source in sources
+        ),
+        stages=tuple(stages),
+    )
+    return Segment(step=0, first=0, global_batch=data.global_batch, skip=data.skip, mix=mix)
+
+
+def fresh_plan(config: Config) -> Plan:
+    """The plan of a run that starts afresh. Raises DataError as `open_sources` does."""
+    sources = open_sources(config)
+    return Plan(sources, asked(config, sources).mix.lay_out(), config.data.skip)
+
+
+def resume(history: History, wanted: Segment, step: int, samples: int, tokens: int, new_segment: bool) -> History:
+    """The history of a run that goes on from `step`, at sample `samples`, with the data of `wanted`.
+
+    Other weights, batch sizes and skipped ranges are taken as they come. Raises DataError where anything else
+    changed, unless a `new_segment` is wanted.
+    """
+    last = history[-1]
+    changes = list(_changes(last.mix, wanted.mix))
+    if changes and not new_segment:
+        listed = "".join(f"\n  {name}: {before} -> {after}" for name, before, after in changes)
+        raise DataError(
+            f"what the run reads is not what it read until step {step}:{listed}\n"
+            "Restore it; or set data.on_change: new_segment, to go on with the new data from here"
+        )
+    if changes or wanted.mix.stages != last.mix.stages:
+        mix = wanted.mix.model_copy(
+            update={"first": samples, "tokens": tokens, "sources": _carried(last, wanted, samples)}
+        )
+    else:
+        paths = {source.name: source.path for source in wanted.mix.sources}
+        moved = tuple(each.model_copy(update={"path": paths[each.name]}) for each in last.mix.sources)
+        mix = last.mix.model_copy(update={"sources": moved})
+    segment = wanted.model_copy(update={"step": step, "first": samples, "mix": mix})
+    same = segment.model_copy(update={"step": last.step, "first": last.first})
+    if mix.first == last.mix.first and (same.global_batch, same.skip) == (last.global_batch, last.skip):
+        return (*history[:-1], same)
+    return (*(each for each in history if each.step < step), segment)
+
+
+def dump(history: History) -> bytes:
+    return json.dumps([segment.model_dump() for segment in history], indent=2).encode() + b"\n"
+
+
+def parse(content: bytes, place: str) -> History:
+    """What `dump` gave. Raises DataError, naming `place`, for anything else."""
+    try:
+        return TypeAdapter(History).validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{place}: {'.'.join(map(str, first['loc']))}: {first['msg']}; restore the file") from None
+
+
+def _changes(before: Mix, after: Mix) -> Iterator[tuple[str, Any, Any]]:
+    """(name, then, now) of what must not change by itself."""
+    for field, key in SETTINGS.items():
+        if getattr(before, field) != getattr(after, field):
+            yield key, getattr(before, field), getattr(after, field)
+    old, new = ({source.name: source for source in mix.sources} for mix in (before, after))
+    for name in sorted(old.keys() | new.keys()):
+        then, now = (_content(found.get(name)) for found in (old, new))
+        if then != now:
+            yield f"source {name}" if name else "corpus", then, now
+
+
+def _content(source: SourceRecord | None) -> str:
+    return f"{source.path} (content {source.content[:12]})" if source else "none"
+
+
+def _carried(last: Segment, wanted: Segment, samples: int) -> tuple[SourceRecord, ...]:
+    """The new mix's sources: one that is as before goes on where it was, another begins."""
+    stage = [stage for stage in last.mix.lay_out() if stage.first <= samples][-1]
+    taken = {}
+    if all(getattr(last.mix, field) == getattr(wanted.mix, field) for field in SETTINGS):
+        counts = stage.taken(samples)
+        taken = {(old.name, old.content): count for old, count in zip(last.mix.sources, counts, strict=True)}
+    return tuple(
+        each.model_copy(update={"taken": taken.get((each.name, each.content), 0)}) for each in wanted.mix.sources
+    )

@@ -1,0 +1,98 @@
+"""Windows that keep documents apart: one document each, or several packed whole.
+
+A document that is too long is cut into windows of its own; consecutive ones share a token where the objective
+predicts the next, so that each token but a document's first is a target once. Documents are taken in groups that
+follow one another in the corpus. Only how many windows each group has is kept; which they are is worked out again
+when one is read.
+"""
+
+from bisect import bisect_left, insort
+from functools import lru_cache
+
+import numpy as np
+
+from dist_llm.config.lengths import Lengths
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.order import Ints
+from dist_llm.objectives.rows import Text
+
+GROUP = 1024  # documents packed together: with fewer more places stay empty, with more a read takes longer
+KEPT_GROUPS = 64
+
+Spans = list[tuple[int, int]]  # (first token, tokens) of each piece of a window
+
+
+class Pieces:
+    """The windows of `size` that a corpus makes, in its own order. Start-up reads where every document begins."""
+
+    def __init__(self, corpus: Corpus, size: Lengths, packed: bool) -> None:
+        self.corpus, self.size, self.packed = corpus, size, packed
+        self.groups = [
+            (shard, first)
+            for shard in range(len(corpus.shards))
+            for first in range(0, max(corpus.shards[shard].documents, 1), GROUP)
+        ]
+        self.ends: Ints = np.cumsum([len(self._windows(*group)) for group in self.groups], dtype=np.int64)
+        self.count = int(self.ends[-1]) if self.groups else 0
+        self._kept = lru_cache(KEPT_GROUPS)(self._windows)
+
+    def spans(self, window: int) -> Spans:
+        """The pieces of a window."""
+        group = int(np.searchsorted(self.ends, window, side="right"))
+        windows = self._kept(*self.groups[group])
+        return windows[window - int(self.ends[group]) + len(windows)]
+
+    def read(self, windows: Ints, score_prompts: bool) -> list[Text]:
+        """The texts of these windows. Raises DataError where the corpus does."""
+        return [self._text(self.spans(window), score_prompts) for window in windows.tolist()]
+
+    def _text(self, spans: Spans, score_prompts: bool) -> Text:
+        tokens = [self.corpus.read(np.array([start]), length)[0] for start, length in spans]
+        pieces = np.repeat(np.arange(len(spans)), [length for _, length in spans])
+        scored = None
+        if self.corpus.manifest.prompts and not score_prompts:
+            scored = np.concatenate([self.corpus.scored(np.array([start]), length)[0] for start, length in spans])
+        return Text(np.concatenate(tokens), pieces, scored)
+
+    def _windows(self, shard: int, first: int) -> list[Spans]:
+        """The windows of a group of documents. Where a shard begins inside a document, its rest is one, too."""
+        corpus, stride = self.corpus, self.size.stride
+        offsets = corpus.offsets(shard).astype(np.int64)
+        last = min(first + GROUP, len(offsets))
+        starts = offsets[first:last]
+        if first == 0 and (not len(starts) or starts[0] > 0):
+            starts = np.concatenate(([0], starts))
+        end = offsets[last] if last < len(offsets) else corpus.shards[shard].tokens
+        tokens = np.diff(np.append(starts, end))
+        shared = self.size.window - stride
+        counts = np.maximum(-(-(tokens - shared) // stride), 0)
+        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # within the document
+        cut = number * stride
+        lengths = np.minimum(np.repeat(tokens, counts) - cut, self.size.window)
+        begin = int(corpus.ends[shard]) - corpus.shards[shard].tokens
+        pieces = list(zip((begin + np.repeat(starts, counts) + cut).tolist(), lengths.tolist(), strict=True))
+        if not self.packed:
+            return [[piece] for piece in pieces]
+        return [[pieces[n] for n in window] for window in best_fit(lengths - shared, stride)]
+
+
+def best_fit(sizes: Ints, capacity: int) -> list[list[int]]:
+    """Bins of `capacity` that hold all sizes, by their numbers: the largest first, each where it leaves least room.
+
+    Best-fit decreasing, as Ding et al. 2024 pack documents.
+    """
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (what is left, bin), ascending
+    for number in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[number])
+        place = bisect_left(room, (size, -1))
+        if place == len(room):
+            bins.append([number])
+            left, chosen = capacity - size, len(bins) - 1
+        else:
+            left, chosen = room.pop(place)
+            bins[chosen].append(number)
+            left -= size
+        if left:
+            insort(room, (left, chosen))
+    return bins

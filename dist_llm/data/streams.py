@@ -1,0 +1,142 @@
+"""The corpora of a run, and the windows that each objective reads of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from dist_llm.config.check_data import BLOCK, sources_of
+from dist_llm.config.lengths import Lengths, all_lengths
+from dist_llm.config.schema import Config, DataConfig
+from dist_llm.data.corpus import Corpus, Tokens
+from dist_llm.data.order import Ints, Mixture, Order, Random, Shuffle
+from dist_llm.data.pieces import Pieces, Spans
+from dist_llm.data.shard import Split
+from dist_llm.errors import DataError
+from dist_llm.objectives.rows import Text
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The windows that one objective reads of one corpus, in its order."""
+
+    corpus: Corpus
+    order: Order  # sample number -> first token of its window, or with `pieces` the window's number
+    window: int
+    pieces: Pieces | None = None
+    score_prompts: bool = True
+
+    def read(self, places: Ints) -> Tokens | list[Text]:
+        """What the order's places hold: whole windows of ids [n, window], or texts of their own lengths."""
+        if self.pieces is not None:
+            return self.pieces.read(places, self.score_prompts)
+        return read_windows(self.corpus, places, self.window, self.score_prompts)
+
+    def spans(self, place: int) -> Spans:
+        """(first token, tokens) of each piece of text at one of the order's places."""
+        return self.pieces.spans(place) if self.pieces is not None else [(place, self.window)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus under its name, with a stream for each member of the objective."""
+
+    name: str
+    corpus: Corpus
+    streams: tuple[Stream, ...]
+    members: Mixture  # which member each of the source's samples is of
+    weight: float
+
+
+def read_windows(corpus: Corpus, starts: Ints, window: int, score_prompts: bool) -> Tokens | list[Text]:
+    """Windows of one stream of text; where prompts are not scored, with what is."""
+    rows = corpus.read(starts, window)
+    if score_prompts or not corpus.manifest.prompts:
+        return rows
+    return [Text(row, None, scored) for row, scored in zip(rows, corpus.scored(starts, window), strict=True)]
+
+
+def open_corpora(data: DataConfig, split: Split = "train") -> dict[str, Corpus]:
+    """The corpora by name, in the order of their names, their sizes checked.
+
+    Raises DataError where one is not whole, or made with another tokenizer than the rest.
+    """
+    found: dict[str, Corpus] = {}
+    for source in sorted(sources_of(data), key=lambda each: each.name):
+        found[source.name] = corpus = Corpus.of(data.model_copy(update={"path": source.path}), split)
+        corpus.check_sizes()
+        first = next(iter(found.values()))
+        if corpus.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
+            raise DataError(
+                f"{corpus.directory}: was prepared with another tokenizer than {first.directory}; prepare all sources "
+                "with the same one"
+            )
+    return found
+
+
+def open_sources(config: Config) -> list[Source]:
+    """The sources of a resolved config. Raises DataError where one is not whole or too short for a window."""
+    data, seed = config.data, config.run.seed
+    corpora = open_corpora(data)
+    weights = _weights(data, corpora)
+    scored = {each.name for each in config.objective.members} - {"causal"}
+    found = []
+    for name, corpus in corpora.items():
+        if corpus.manifest.prompts and scored and not data.score_prompts:
+            raise DataError(
+                f"{corpus.directory}: has prompts, which {' and '.join(sorted(scored))} cannot leave unscored; set "
+                "data.score_prompts to true, or objective.name to causal"
+            )
+        own = seed_of(seed, name)
+        streams = tuple(_stream(data, corpus, own ^ n, size) for n, size in enumerate(all_lengths(config)))
+        members = Mixture.of([each.weight for each in config.objective.members], own)
+        found.append(Source(name, corpus, streams, members, weights[name]))
+    return found
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A source's own seed: its order does not depend on which others there are."""
+    return seed ^ (int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") >> 1 if name else 0)
+
+
+def _stream(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> Stream:
+    if data.windows == "stream":
+        return Stream(corpus, build_order(data, corpus, seed, size), size.window, None, data.score_prompts)
+    pieces = Pieces(corpus, size, data.windows == "packed")
+    if not pieces.count:
+        raise DataError(
+            f"{corpus.directory}: has no {corpus.split} document with a token to predict; prepare more text"
+        )
+    order: Order = Random(seed, pieces.count) if data.order == "random" else Shuffle(seed, pieces.count, 1)
+    return Stream(corpus, order, size.window, pieces, data.score_prompts)
+
+
+def build_order(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> Order:
+    """The order that the config asks for, of windows of `size`. Raises DataError where no window fits."""
+    n_windows = corpus.n_windows(size.window, size.stride)
+    if n_windows < 1:
+        way_out = f"lower seq_len (to make it {corpus.n_tokens} or fewer) or " if corpus.n_tokens > 1 else ""
+        raise DataError(
+            f"{corpus.directory}: {corpus.n_tokens} {corpus.split} tokens make no window of {size.window}, which "
+            f"data.seq_len {data.seq_len} needs; {way_out}prepare more text"
+        )
+    if data.order == "random":
+        return Random(seed, corpus.n_tokens - size.window + 1)
+    return Shuffle(seed, n_windows, size.stride)
+
+
+def _weights(data: DataConfig, corpora: dict[str, Corpus]) -> dict[str, float]:
+    """Share of the samples of each source: as said, or as many as its epochs take."""
+    found = {each.name: each.weight or each.epochs * corpora[each.name].n_tokens for each in sources_of(data)}
+    whole = sum(found.values())
+    for name, weight in found.items():
+        if weight * BLOCK < whole:
+            raise DataError(
+                f"data.sources: {name} has {weight / whole:.1e} of the samples; the least share is 1/{BLOCK}. Give it "
+                "more epochs, or leave it out"
+            )
+    return found
+
+
+def quotas_of(weights: Sequence[float]) -> tuple[int, ...]:
+    """Samples of each source in every BLOCK."""
+    return Mixture.of(weights, 0, BLOCK).quotas if len(weights) > 1 else (BLOCK,)
