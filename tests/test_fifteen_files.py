@@ -25,7 +25,14 @@ from tests.laws.law import MODEL, ROWS, SEQ_LEN, config_of
 from tests.laws.worlds import world
 
 MOST = 15
-BATCH = {"data/corpus.py", "data/loader.py", "data/order.py", "objectives/build.py"}
+BATCH = {
+    "data/corpus.py",
+    "data/loader.py",
+    "data/order.py",
+    "data/plan.py",
+    "data/streams.py",
+    "objectives/build.py",
+}
 PACKAGE = Path(dist_llm.__file__).parent
 ADAMW = {"clip": 1.0, "name": "adamw", "lr": 1e-3}
 
@@ -94,6 +101,6 @@ def test_a_step_reads_in_at_most_fifteen_files(ranks: int, parallel: dict[str, A
     config = config_of(ranks, model, optim=ADAMW, data=data, parallel=parallel)
     found = world(ranks).run(files_of, config) if ranks > 1 else [files_of(config)]
     for rank, (batch, step) in enumerate(found):
-        assert batch | {"data/order.py"} == BATCH  # asked for the starts of many steps at a time
+        assert batch | {"data/order.py", "data/plan.py"} == BATCH  # places are found for many steps at a time
         assert {"train/step.py", "engines/native.py", "models/block.py"} <= step
         assert len(step) <= MOST, f"rank {rank} needs {len(step)} files: {', '.join(sorted(step))}"

@@ -5,7 +5,9 @@ import mmap
 import os
 import time
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,17 @@ MEMORY_BYTES_PER_SECOND = 500e6
 STATS_AT_ONCE, FETCHES_AT_ONCE = 32, 8
 
 Tokens = npt.NDArray[Any]  # of the corpus's own unsigned type
+
+
+@dataclass(frozen=True)
+class Document:
+    """Number `number` of shard `shard`: tokens [start, end) of the corpus; its prompt ends before `completion`."""
+
+    shard: int
+    number: int
+    start: int
+    end: int
+    completion: int
 
 
 class Corpus:
@@ -124,14 +137,22 @@ class Corpus:
         """Rows [len(starts), length]: which tokens of these windows are of no prompt."""
         rows = np.ones((len(starts), length), bool)
         for row, start in zip(rows, starts.tolist(), strict=True):
-            first_shard, last_shard = np.searchsorted(self.ends, (start, start + length - 1), side="right").tolist()
-            for number in range(first_shard, last_shard + 1):
-                begin = int(self.ends[number]) - self.shards[number].tokens - start
-                documents = self._kept_documents(number)
-                first, last = np.searchsorted(documents[:, 0], (max(-begin, 0), length - begin), side="right")
-                for prompt, completion in (documents[max(first - 1, 0) : last].astype(np.int64) + begin).tolist():
-                    row[max(prompt, 0) : max(completion, 0)] = False
+            for document in self.overlapping(start, length):
+                row[max(document.start - start, 0) : max(document.completion - start, 0)] = False
         return rows
+
+    def overlapping(self, start: int, length: int) -> Iterator["Document"]:
+        """The documents that have tokens in [start, start + length)."""
+        numbers = np.searchsorted(self.ends, (start, start + length - 1), side="right").tolist()
+        for shard in range(numbers[0], numbers[1] + 1):
+            begin = int(self.ends[shard]) - self.shards[shard].tokens
+            documents = self._kept_documents(shard)
+            first, end = np.searchsorted(documents[:, 0], (max(start - begin, 0), start + length - 1 - begin), "right")
+            for number in range(max(int(first) - 1, 0), int(end)):
+                last = number + 1 == len(documents)
+                stop = self.shards[shard].tokens if last else int(documents[number + 1, 0])
+                found = int(documents[number, 0])
+                yield Document(shard, number, begin + found, begin + stop, begin + int(documents[number, -1]))
 
     def _check_size(self, number: int) -> Path:
         shard = self.shards[number]

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dist_llm.config.lengths import inputs_len
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import Config, Denoiser, ObjectiveConfig, SourceConfig
 from dist_llm.data.order import Mixture
 from dist_llm.data.plan import Plan, Stage, lay_out
 from dist_llm.data.streams import Source, open_sources, quotas_of
@@ -122,6 +122,30 @@ def fresh_plan(config: Config) -> Plan:
     return Plan(sources, asked(config, sources).mix.lay_out(), config.data.skip)
 
 
+def reopen(config: Config, segment: Segment) -> tuple[Config, Plan]:
+    """The config as it was in a segment that may be over, and its plan. Raises DataError as `open_sources` does."""
+    mix = segment.mix
+    paths: dict[str, Any] = {"path": mix.sources[0].path, "sources": ()}
+    if mix.sources[0].name:
+        sources = tuple(SourceConfig(name=each.name, path=each.path) for each in mix.sources)
+        paths = {"path": "", "sources": sources}
+    settings = {
+        "order": mix.order,
+        "windows": mix.windows,
+        "seq_len": mix.seq_len,
+        "global_batch": segment.global_batch,
+    }
+    members = tuple(Denoiser(**each) for each in mix.objective)
+    then = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"seed": mix.seed}),
+            "data": config.data.model_copy(update={**paths, **settings}),
+            "objective": ObjectiveConfig(mixture=members),
+        }
+    )
+    return then, Plan(open_sources(then), mix.lay_out(), segment.skip)
+
+
 def resume(history: History, wanted: Segment, step: int, samples: int, tokens: int, new_segment: bool) -> History:
     """The history of a run that goes on from `step`, at sample `samples`, with the data of `wanted`.
 
@@ -171,12 +195,12 @@ def _changes(before: Mix, after: Mix) -> Iterator[tuple[str, Any, Any]]:
             yield key, getattr(before, field), getattr(after, field)
     old, new = ({source.name: source for source in mix.sources} for mix in (before, after))
     for name in sorted(old.keys() | new.keys()):
-        then, now = (_content(found.get(name)) for found in (old, new))
-        if then != now:
-            yield f"source {name}" if name else "corpus", then, now
+        then, now = old.get(name), new.get(name)
+        if then is None or now is None or then.content != now.content:
+            yield f"source {name}" if name else "corpus", _shown(then), _shown(now)
 
 
-def _content(source: SourceRecord | None) -> str:
+def _shown(source: SourceRecord | None) -> str:
     return f"{source.path} (content {source.content[:12]})" if source else "none"
 
 

@@ -6,6 +6,7 @@ memory, whatever the world size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
+KEPT_BLOCKS = 16
 ROUNDS = 6
 TURNS = np.arange(ROUNDS, dtype=np.uint64)[:, None] << np.uint64(56)  # sets the rounds apart
 
@@ -59,7 +61,8 @@ class Random:
 class Mixture:
     """Which member of a mixture each sample is of: fixed quotas in every block of samples, scattered within it.
 
-    So a member's share is exact over each block, and a sample's number among its member's is arithmetic.
+    So a member's share is exact over each block. Its samples are numbered in the order in which they come, so that
+    wherever a mixture ends, another can go on.
     """
 
     seed: int
@@ -78,14 +81,15 @@ class Mixture:
         return Mixture(seed, tuple(quotas.tolist()))
 
     def split(self, samples: Ints) -> tuple[Ints, Ints]:
-        """(member of each sample, its number among that member's samples)."""
-        ends = np.cumsum(self.quotas)
-        blocks, index = np.divmod(samples, int(ends[-1]))
-        keys = mix(_words(blocks) ^ mix(_words([self.seed])))
-        places = permute(_words(index), int(ends[-1]), keys).astype(np.int64)
-        members = np.searchsorted(ends, places, side="right")
-        quotas = np.asarray(self.quotas)[members]
-        return members, blocks * quotas + places - (ends[members] - quotas)
+        """(member of each sample, how many of that member's samples come before it)."""
+        blocks, index = np.divmod(samples, sum(self.quotas))
+        members, numbers = np.empty_like(samples), np.empty_like(samples)
+        for block in np.unique(blocks).tolist():
+            rows = blocks == block
+            owners, before = _scattered(self.seed, self.quotas, block)
+            members[rows] = owners[index[rows]]
+            numbers[rows] = block * np.asarray(self.quotas)[members[rows]] + before[index[rows]]
+        return members, numbers
 
     def counts(self, samples: int) -> Ints:
         """How many of the first `samples` are each member's."""
@@ -93,6 +97,19 @@ class Mixture:
         blocks = samples // block
         members, _ = self.split(np.arange(blocks * block, samples))
         return blocks * np.asarray(self.quotas) + np.bincount(members, minlength=len(self.quotas))
+
+
+@lru_cache(KEPT_BLOCKS)
+def _scattered(seed: int, quotas: tuple[int, ...], block: int) -> tuple[Ints, Ints]:
+    """Of each sample of a block, in order: its member, and how many of that member's come before it in the block."""
+    ends = np.cumsum(quotas)
+    key = mix(_words([block]) ^ mix(_words([seed])))
+    places = permute(_words(np.arange(ends[-1])), int(ends[-1]), key).astype(np.int64)
+    owners = np.searchsorted(ends, places, side="right")
+    by_owner = np.argsort(owners, kind="stable")
+    before = np.empty_like(by_owner)
+    before[by_owner] = np.arange(len(owners)) - (ends - quotas)[owners[by_owner]]
+    return owners, before
 
 
 def permute(index: Words, size: int, keys: Words) -> Words:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from dist_llm.config.lengths import Lengths
-from dist_llm.data.corpus import Corpus
+from dist_llm.data.corpus import Corpus, Document
 from dist_llm.data.order import Ints
 from dist_llm.objectives.rows import Text
 
@@ -41,6 +41,15 @@ class Pieces:
         group = int(np.searchsorted(self.ends, window, side="right"))
         windows = self._kept(*self.groups[group])
         return windows[window - int(self.ends[group]) + len(windows)]
+
+    def of_document(self, document: Document) -> Ints:
+        """The windows that have tokens of a document."""
+        first = document.number // GROUP * GROUP
+        group = self.groups.index((document.shard, first))
+        windows = self._windows(document.shard, first)
+        begin = int(self.ends[group]) - len(windows)
+        inside = [any(document.start <= start < document.end for start, _ in window) for window in windows]
+        return np.flatnonzero(inside) + begin
 
     def read(self, windows: Ints, score_prompts: bool) -> list[Text]:
         """The texts of these windows. Raises DataError where the corpus does."""

@@ -59,15 +59,18 @@ class Plan:
 
     def numbers(self, first: int, count: int) -> Ints:
         """The next `count` sample numbers from `first` on."""
-        found = np.arange(first, first + count, dtype=np.int64)
+        return self._passed_over(first, np.arange(first, first + count, dtype=np.int64))
+
+    def after(self, first: int, count: int) -> int:
+        """The number that follows them."""
+        return int(self._passed_over(first, np.array([first + count]))[0]) if self.skip else first + count
+
+    def _passed_over(self, first: int, found: Ints) -> Ints:
+        """Numbers counted from `first` on as if none were skipped -> what they are."""
         for start, end in self.skip:
             begin = max(first, start)
             found[found >= begin] += max(0, end - begin)
         return found
-
-    def after(self, first: int, count: int) -> int:
-        """The number that follows them."""
-        return int(self.numbers(first, count + 1)[-1]) if self.skip else first + count
 
     def find(self, samples: Ints) -> tuple[Ints, Ints]:
         """(number of the stream, place in it) of each sample."""

@@ -151,8 +151,8 @@ class ShardWriter:
     `close` makes the shards whole and durable; the end of a `with` only lets go of what an error left open.
     """
 
-    def __init__(self, directory: Path, split: Split, dtype: DType, max_tokens: int) -> None:
-        self.directory, self.split, self.max_tokens = directory, split, max_tokens
+    def __init__(self, directory: Path, split: Split, dtype: DType, max_tokens: int, prompts: bool = False) -> None:
+        self.directory, self.split, self.max_tokens, self.prompts = directory, split, max_tokens, prompts
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.shards: list[Shard] = []
         self._open: list[GrowingFile] = []  # ids and offsets of the shard being written
@@ -169,8 +169,11 @@ class ShardWriter:
         """Append one document; `ids` ends with the separator."""
         self.extend(ids, np.array([len(ids)]), np.array([text_bytes]))
 
-    def extend(self, ids: np.ndarray, ends: np.ndarray, text_bytes: np.ndarray) -> None:
-        """Append documents that follow one another in `ids`: number k ends before `ends[k]`."""
+    def extend(
+        self, ids: np.ndarray, ends: np.ndarray, text_bytes: np.ndarray, prompts: np.ndarray | None = None
+    ) -> None:
+        """Append documents that follow one another in `ids`: number k ends before `ends[k]`, after a prompt of
+        `prompts[k]` tokens."""
         ids = ids.astype(self.dtype, copy=False)
         starts = np.concatenate([[0], ends[:-1]])
         first = 0
@@ -185,7 +188,11 @@ class ShardWriter:
             last = max(last, first + 1)  # a document longer than a shard gets one of its own
             end = int(ends[last - 1])
             self._open[0].write(ids[begin:end].tobytes())
-            self._open[1].write((starts[first:last] - begin + self._tokens).astype("<u8").tobytes())
+            offsets = starts[first:last] - begin + self._tokens
+            if self.prompts:
+                assert prompts is not None
+                offsets = np.stack((offsets, offsets + prompts[first:last]), axis=1)
+            self._open[1].write(offsets.astype("<u8").tobytes())
             self._tokens += end - begin
             self._documents += last - first
             self._text_bytes += int(text_bytes[first:last].sum())

@@ -22,11 +22,18 @@ class Assembly:
     """Takes encoded chunks in order. Used as a context: what an error leaves open is let go of."""
 
     def __init__(
-        self, directory: Path, dtype: DType, shard_tokens: int, dedup: str | None, threshold: float, removed: Removals
+        self,
+        directory: Path,
+        dtype: DType,
+        shard_tokens: int,
+        dedup: str | None,
+        threshold: float,
+        removed: Removals,
+        prompts: bool = False,
     ) -> None:
         self.directory, self.dedup, self.removed = directory, dedup, removed
         self.kept = Removed()
-        self._writers = {split: ShardWriter(directory, split, dtype, shard_tokens) for split in SPLITS}
+        self._writers = {split: ShardWriter(directory, split, dtype, shard_tokens, prompts) for split in SPLITS}
         self._index: Index | None = make_index(dedup, threshold) if dedup else None
         self._keys: GrowingFile | None = None
 
@@ -47,7 +54,9 @@ class Assembly:
         for split in SPLITS:
             chosen = new & (chunk.heldout == (split == "heldout"))
             ids = chunk.ids if chosen.all() else chunk.ids[np.repeat(chosen, lengths)]
-            self._writers[split].extend(ids, np.cumsum(lengths[chosen]), chunk.text_bytes[chosen])
+            self._writers[split].extend(
+                ids, np.cumsum(lengths[chosen]), chunk.text_bytes[chosen], chunk.prompts[chosen]
+            )
         self.kept.documents += int(new.sum())
         self.kept.bytes += int(chunk.text_bytes[new].sum())
 

@@ -27,11 +27,13 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Texts, none of them empty, and the `file:line` of each; `mark` if an input file ends with them."""
+    """Texts, none of them empty, the `file:line` of each and the length of its prompt; `mark` if an input file ends
+    with them."""
 
     texts: list[str] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
     mark: Mark | None = None
+    prompts: list[int] = field(default_factory=list)  # characters
 
 
 class Reader:
@@ -51,6 +53,7 @@ class Reader:
                     continue
                 chunk.texts.append(document.text)
                 chunk.origins.append(document.origin)
+                chunk.prompts.append(document.prompt_chars)
                 size = len(document.text) + DOCUMENT_OVERHEAD_CHARS
                 chars, unmarked = chars + size, unmarked + size
                 if chars >= CHUNK_CHARS:
@@ -58,7 +61,7 @@ class Reader:
                     chunk, chars = Chunk(), 0
             inputs.append(state)
             if unmarked >= MARK_CHARS:
-                yield Chunk(chunk.texts, chunk.origins, Mark(inputs, self._counts()))
+                yield Chunk(chunk.texts, chunk.origins, Mark(inputs, self._counts()), chunk.prompts)
                 chunk, chars, unmarked, inputs = Chunk(), 0, 0, []
         if chunk.texts:
             yield chunk

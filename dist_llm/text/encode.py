@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -56,8 +56,8 @@ class Recipe:
 class EncodedChunk:
     """The documents that passed the filters, as few arrays: cheap to send between processes.
 
-    `ids` holds one document after the other, each with `<|endoftext|>` last; `ends`, `text_bytes`, `heldout` and
-    `keys` (uint8 [documents, bytes of a key]) have a row for each.
+    `ids` holds one document after the other, each with `<|endoftext|>` last; `ends`, `prompts` (tokens), `text_bytes`,
+    `heldout` and `keys` (uint8 [documents, bytes of a key]) have a row for each.
     """
 
     ids: Ids
@@ -66,6 +66,7 @@ class EncodedChunk:
     heldout: npt.NDArray[np.bool_]
     keys: npt.NDArray[np.uint8]
     removed: Removals
+    prompts: npt.NDArray[np.int64]
 
 
 class Encoder:
@@ -83,13 +84,17 @@ class Encoder:
         ids: list[npt.NDArray[np.uint32]] = []
         texts: list[bytes] = []
         keys: list[npt.NDArray[np.uint8]] = []
-        for origin, text in zip(chunk.origins, chunk.texts, strict=True):
+        prompts: list[int] = []
+        for origin, text, prompt in zip(chunk.origins, chunk.texts, chunk.prompts or repeat(0), strict=False):
             try:
                 kept = self._keep(text, removed)
                 if kept is None:
                     continue
                 texts.append(kept.encode())
-                ids += [self.tokenizer.encode(kept), self._end]
+                # Encoded apart, so that no token is of both.
+                encoded = [self.tokenizer.encode(part) for part in (kept[:prompt], kept[prompt:]) if part]
+                ids += [np.concatenate(encoded) if prompt else encoded[0], self._end]
+                prompts.append(len(encoded[0]) if prompt else 0)
                 if self._key_of:
                     keys.append(self._key_of(kept))
             except Exception as error:
@@ -102,6 +107,7 @@ class Encoder:
             np.array([is_heldout(text, self.recipe.heldout_fraction) for text in texts], dtype=np.bool_),
             np.concatenate(keys).reshape(-1, key_bytes) if keys else np.zeros((len(texts), key_bytes), np.uint8),
             removed,
+            np.array(prompts, dtype=np.int64),
         )
 
     def _keep(self, text: str, removed: Removals) -> str | None:

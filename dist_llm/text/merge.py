@@ -38,6 +38,7 @@ def merge(out: Path, stream: TextIO | None = None) -> Manifest:
                 source=first.source,
                 shards={split: _shards(parts, manifests, split) for split in SPLITS},
                 bad_rows=report.bad_rows,
+                prompts=first.prompts,
             )
             if not merged.tokens("train"):
                 raise DataError(f"{out}: no text to train on in any part. Give more text.")

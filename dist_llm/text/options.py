@@ -27,6 +27,9 @@ examples:
   # a web crawl: two published sets of quality rules, and no text twice; report.json says what each rule removed
   dist-llm prepare --source crawl/ --tokenizer data/stdlib --filter gopher --filter c4 --dedup exact --out data/web
 
+  # questions and answers: both are read, the answers alone are scored in training
+  dist-llm prepare --source qa.jsonl --prompt-key question --text-key answer --tokenizer data/stdlib --out data/qa
+
   # on two machines, one part each; then one corpus of both
   dist-llm prepare --source crawl/ --tokenizer data/stdlib --part 1/2 --out data/big
   dist-llm prepare --source crawl/ --tokenizer data/stdlib --part 2/2 --out data/big
@@ -66,6 +69,7 @@ class PrepareOptions:
     filter: tuple[str, ...] = ()
     dedup: str | None = None
     dedup_threshold: float = 0.8
+    prompt_key: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +115,10 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "a .tiktoken file (default cl100k)",
     )
     parser.add_argument("--text-key", default="text", help="the JSON key or column of the text (default: %(default)s)")
+    parser.add_argument(
+        "--prompt-key",
+        help="the JSON key or column of a prompt that goes before the text: training reads it but does not score it",
+    )
     parser.add_argument("--hf-split", default="train", help="the split of an hf: source (default: %(default)s)")
 
 

@@ -32,7 +32,7 @@ def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
     Raises DataError for whatever the user can mend: options, sources, tokenizer, rows, `OUT`, a full disk.
     """
     _check(options)
-    sources = open_sources(options.source, options.text_key, options.hf_split)
+    sources = open_sources(options.source, options.text_key, options.hf_split, options.prompt_key)
     share = _share(options, len(sources))
     out = Path(os.path.realpath(options.out))
     if share.of > 1:
@@ -66,6 +66,10 @@ def _check(options: PrepareOptions) -> None:
     rules = (
         (bool(options.source), "--source: give at least one"),
         (0 <= options.heldout_fraction < 1, "--heldout-fraction: must be at least 0 and below 1"),
+        (
+            not (options.prompt_key and options.filter),
+            "--filter: changes texts, so that it is lost where their prompts end; leave out --filter or --prompt-key",
+        ),
         (0 <= options.max_bad_rate <= 1, "--max-bad-rate: must be from 0 to 1"),
         (options.workers >= 1, "--workers: must be at least 1"),
         (options.shard_tokens >= 1, "--shard-tokens: must be at least 1"),

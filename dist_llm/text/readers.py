@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dist_llm.errors import DataError
-from dist_llm.text.rows import Document, Tally, row_document
+from dist_llm.text.rows import Document, Keys, Tally, row_document
 
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -16,15 +16,15 @@ BUFFER_BYTES = 1 << 20
 PARQUET_ROWS = 256
 
 
-def read_file(path: Path, text_key: str, tally: Tally) -> Iterator[Document]:
+def read_file(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
     """Its documents. Raises OSError where it cannot be read, DataError where it is not what its suffix says."""
     suffix = path.suffix.lower()
     if suffix in COMPRESSION:
         suffix = Path(path.stem).suffix.lower()
     if suffix in JSON_LINES:
-        return _json_lines(path, text_key, tally)
+        return _json_lines(path, keys, tally)
     if suffix == ".parquet":
-        return _parquet(path, text_key, tally)
+        return _parquet(path, keys, tally)
     return _whole_text(path, tally)
 
 
@@ -60,7 +60,7 @@ def _whole_text(path: Path, tally: Tally) -> Iterator[Document]:
     yield Document(text, str(path))
 
 
-def _json_lines(path: Path, text_key: str, tally: Tally) -> Iterator[Document]:
+def _json_lines(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
     """One object a line; blank lines are no rows."""
     start = tally.bytes_read
     with _opened(path) as (stream, raw):
@@ -81,10 +81,10 @@ def _json_lines(path: Path, text_key: str, tally: Tally) -> Iterator[Document]:
             except (ValueError, RecursionError) as error:
                 tally.bad(f"{path}:{number}", f"not JSON: {error}")
             else:
-                yield from row_document(row, text_key, f"{path}:{number}", tally)
+                yield from row_document(row, keys, f"{path}:{number}", tally)
 
 
-def _parquet(path: Path, text_key: str, tally: Tally) -> Iterator[Document]:
+def _parquet(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
     """One row of the text column, one document."""
     import pyarrow
     from pyarrow import parquet
@@ -92,18 +92,23 @@ def _parquet(path: Path, text_key: str, tally: Tally) -> Iterator[Document]:
     start, size, number = tally.bytes_read, path.stat().st_size, 0
     try:
         with parquet.ParquetFile(path) as file:
-            if text_key not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
-                raise DataError(f"{path}: no column '{text_key}'. Give --text-key one of: {columns}")
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_key]):
-                column = batch.column(0)
+            for option, key in (("--text-key", keys.text), ("--prompt-key", keys.prompt)):
+                if key and key not in file.schema_arrow.names:
+                    names = ", ".join(file.schema_arrow.names)
+                    raise DataError(f"{path}: no column '{key}'. Give {option} one of: {names}")
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=keys.all):
                 # Arrow does not check that strings are UTF-8; decoding them here keeps the fault to its row.
-                if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                    column = column.cast(pyarrow.large_binary())
-                for value in column.to_pylist():
+                columns = [
+                    column.cast(pyarrow.large_binary())
+                    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+                    else column
+                    for column in map(batch.column, keys.all)
+                ]
+                for values in zip(*(column.to_pylist() for column in columns), strict=True):
                     number += 1
                     if tally.takes_next():
-                        yield from row_document({text_key: value}, text_key, f"{path}:{number}", tally)
+                        row = dict(zip(keys.all, values, strict=True))
+                        yield from row_document(row, keys, f"{path}:{number}", tally)
                 tally.bytes_read = start + size * number // file.metadata.num_rows
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}. Fetch it again or leave it out.") from None

@@ -17,11 +17,25 @@ ENOUGH_ROWS = 10_000
 
 
 @dataclass(frozen=True)
+class Keys:
+    """Where in a row its text is, and the prompt that goes before it."""
+
+    text: str = "text"
+    prompt: str | None = None
+
+    @property
+    def all(self) -> list[str]:
+        return [self.text, *([self.prompt] if self.prompt else [])]
+
+
+@dataclass(frozen=True)
 class Document:
-    """One text, always encodable as UTF-8, and the `file:line` it came from."""
+    """One text, always encodable as UTF-8, and the `file:line` it came from; it begins with a prompt of so many
+    characters."""
 
     text: str
     origin: str
+    prompt_chars: int = 0
 
 
 @dataclass
@@ -59,16 +73,20 @@ class Tally:
             )
 
 
-def row_document(row: Any, text_key: str, origin: str, tally: Tally) -> Iterator[Document]:
+def row_document(row: Any, keys: Keys, origin: str, tally: Tally) -> Iterator[Document]:
     """The document of a row; none, and a bad row, where it has no text."""
-    text = row.get(text_key) if isinstance(row, dict) else None
-    if isinstance(text, bytes):
-        try:
-            text = text.decode("utf-8")
-        except UnicodeDecodeError:
-            return tally.bad(origin, "not UTF-8")
-    if not isinstance(text, str):
-        missing = isinstance(row, dict) and text_key not in row
-        return tally.bad(origin, f"no key '{text_key}'" if missing else f"no string under '{text_key}'")
+    found: list[str] = []
+    for key in keys.all:
+        text = row.get(key) if isinstance(row, dict) else None
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8")
+            except UnicodeDecodeError:
+                return tally.bad(origin, "not UTF-8")
+        if not isinstance(text, str):
+            missing = isinstance(row, dict) and key not in row
+            return tally.bad(origin, f"no key '{key}'" if missing else f"no string under '{key}'")
+        found.append(well_formed(text))
     tally.rows += 1
-    yield Document(well_formed(text), origin)
+    text, prompt = found[0], "".join(found[1:])
+    yield Document(prompt + text if text else "", origin, len(prompt))

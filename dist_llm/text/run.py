@@ -64,6 +64,7 @@ class Run:
             source=self.options.source,
             shards=shards,
             bad_rows=self.report.bad_rows,
+            prompts=self.options.prompt_key is not None,
         )
         if not manifest.tokens("train") and self.share.of == 1:
             raise DataError(self._nothing_left(manifest))
@@ -114,7 +115,15 @@ class Run:
         if options.dedup:
             removed.add(f"dedup.{options.dedup}")
         dtype = smallest_dtype(tokenizer.vocab_size)
-        return Assembly(self.directory, dtype, options.shard_tokens, options.dedup, options.dedup_threshold, removed)
+        return Assembly(
+            self.directory,
+            dtype,
+            options.shard_tokens,
+            options.dedup,
+            options.dedup_threshold,
+            removed,
+            prompts=options.prompt_key is not None,
+        )
 
     def _write(self, assembly: Assembly) -> None:
         options = self.options

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from dist_llm.errors import DataError
 from dist_llm.text.readers import read_file
-from dist_llm.text.rows import Document, Tally, row_document
+from dist_llm.text.rows import Document, Keys, Tally, row_document
 
 STDLIB = "python-stdlib"
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -31,9 +31,12 @@ class Source(Protocol):
     def documents(self, tally: Tally) -> Iterator[Document]: ...
 
 
-def open_sources(specs: Sequence[str], text_key: str = "text", hf_split: str = "train") -> list[Source]:
+def open_sources(
+    specs: Sequence[str], text_key: str = "text", hf_split: str = "train", prompt_key: str | None = None
+) -> list[Source]:
     """The files and datasets that the specs name. Raises DataError for one that is not there, before any is read."""
-    return [source for spec in specs for source in _open_source(spec, text_key, hf_split)]
+    keys = Keys(text_key, prompt_key)
+    return [source for spec in specs for source in _open_source(spec, keys, hf_split)]
 
 
 def size_bytes(sources: Sequence[Source]) -> int | None:
@@ -48,17 +51,17 @@ def documents(sources: Iterable[Source], tally: Tally) -> Iterator[Document]:
         yield from source.documents(tally)
 
 
-def _open_source(spec: str, text_key: str, hf_split: str) -> Sequence[Source]:
+def _open_source(spec: str, keys: Keys, hf_split: str) -> Sequence[Source]:
     if spec == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        return [FileSource(path, text_key) for path in _walk(root, STDLIB_LEFT_OUT) if path.suffix == ".py"]
+        return [FileSource(path, keys) for path in _walk(root, STDLIB_LEFT_OUT) if path.suffix == ".py"]
     if spec.startswith("hf:"):
-        return [HubSource(spec, text_key, hf_split)]
+        return [HubSource(spec, keys, hf_split)]
     path = Path(spec)
     if path.is_dir():
-        return [FileSource(each, text_key) for each in _walk(path)]
+        return [FileSource(each, keys) for each in _walk(path)]
     if path.exists():
-        return [FileSource(path, text_key)]
+        return [FileSource(path, keys)]
     raise DataError(f"--source {spec}: no such file or folder. Other sources are {STDLIB} and hf:NAME[:CONFIG].")
 
 
@@ -77,7 +80,7 @@ class FileSource:
     """One file, read as its suffix says."""
 
     path: Path
-    text_key: str
+    keys: Keys
 
     @property
     def size_bytes(self) -> int:
@@ -92,7 +95,7 @@ class FileSource:
     def documents(self, tally: Tally) -> Iterator[Document]:
         before = tally.bytes_read
         try:
-            yield from read_file(self.path, self.text_key, tally)
+            yield from read_file(self.path, self.keys, tally)
             tally.bytes_read = before + self.size_bytes
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read: {error}. Fetch it again or leave it out.") from None
@@ -104,10 +107,10 @@ class HubSource:
     size_bytes = None
     state = None  # it may have changed, and nothing says so: a run that goes on reads it again
 
-    def __init__(self, spec: str, text_key: str, hf_split: str) -> None:
+    def __init__(self, spec: str, keys: Keys, hf_split: str) -> None:
         import datasets
 
-        self.spec, self.text_key = spec, text_key
+        self.spec, self.keys = spec, keys
         name, _, config = spec.removeprefix("hf:").partition(":")
         with self._explained():
             self._rows = datasets.load_dataset(name, config or None, split=hf_split, streaming=True)
@@ -120,7 +123,7 @@ class HubSource:
             if row is None:
                 return
             if tally.takes_next():
-                yield from row_document(row, self.text_key, f"{self.spec}:{number}", tally)
+                yield from row_document(row, self.keys, f"{self.spec}:{number}", tally)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
