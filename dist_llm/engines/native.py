@@ -62,9 +62,9 @@ class NativeEngine:
         if self.mesh is None:
             return [value]
         mine = torch.tensor([value], device=self.device)
-        every = mine.new_empty(dist.get_world_size())
-        dist.all_gather_into_tensor(every, mine)
-        return [int(each) for each in every.tolist()]
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, mine)
+        return [int(each) for each in torch.cat(every).tolist()]
 
     def cut(self, batch: Batch) -> Batch:
         return local_part(batch, self._place("cp"), self.config.parallel.cp)

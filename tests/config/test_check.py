@@ -47,6 +47,62 @@ def test_a_sound_config_breaks_no_rule(world):
 
 
 RULES = [
+    ({"data__path": ""}, 1, "data.path", "name one corpus in path, or several in sources; neither is set"),
+    (
+        {"data__sources": [{"name": "a", "path": "x"}]},
+        1,
+        "data.path",
+        "name one corpus in path, or several in sources; both are set",
+    ),
+    (
+        {"data__path": "", "data__sources": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]},
+        1,
+        "data.sources.1.name",
+        "'a' is the name of an earlier source, too",
+    ),
+    (
+        {"data__path": "", "data__sources": [{"name": "a", "path": "x", "weight": 1.0}, {"name": "b", "path": "y"}]},
+        1,
+        "data.sources",
+        r"give all sources a weight or none of them \(then epochs hold\); without one: b$",
+    ),
+    (
+        {
+            "data__path": "",
+            "data__sources": [
+                {"name": "a", "path": "x", "weight": 1.0},
+                {"name": "b", "path": "y", "weight": 1e-5},
+            ],
+        },
+        1,
+        "data.sources",
+        "b has 1.0e-05 of the samples; the least share is 1/10000",
+    ),
+    (
+        {"data__stages": [{"from_tokens": 5, "weights": {"a": 1.0}}]},
+        1,
+        "data.stages",
+        "stages weigh sources, but there is one corpus alone",
+    ),
+    (
+        {
+            "data__path": "",
+            "data__sources": [{"name": "a", "path": "x"}, {"name": "b", "path": "y"}],
+            "data__stages": [{"from_tokens": 5, "weights": {"a": 1.0, "b": 0.0, "c": 1.0}}],
+        },
+        1,
+        "data.stages.0.weights",
+        "no source is called c; there are a, b",
+    ),
+    ({"data__skip": [[3, 3]]}, 1, "data.skip.0", r"\[3, 3\) is empty; write \[from, to\] with from < to"),
+    ({"data__skip": [[3, 9], [5, 12]]}, 1, "data.skip", "ranges must ascend and not overlap"),
+    (
+        {"data__windows": "packed", "objective__name": "fim"},
+        1,
+        "data.windows",
+        "packed gives texts of any length, which fim cannot take; set windows to stream, or the objective to "
+        "causal or masked",
+    ),
     (
         {"objective__name": "span", "model__vocab_multiple": 1, "parallel__tp": 2},
         2,

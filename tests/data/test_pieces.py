@@ -1,0 +1,153 @@
+"""Windows of whole documents: every token but a document's first is a target once, and packing changes no loss."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_llm.config.check import resolve
+from dist_llm.config.lengths import Lengths
+from dist_llm.config.schema import Config
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.history import fresh_plan
+from dist_llm.data.loader import build_loader
+from dist_llm.data.pieces import Pieces, best_fit
+from dist_llm.data.shard import Manifest, ShardWriter
+from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.models.build import build_model
+from dist_llm.objectives.vocabulary import Vocabulary
+
+SEQ, EOT = 8, 99
+SIZES = (2, 3, 9, 10, 17, 5, 2, 30, 4, 8, 1, 6)
+
+
+def write(directory, sizes=SIZES, prompts=None):
+    """Documents of these sizes, EOT last, whose tokens otherwise count up; prompts of the given lengths."""
+    writer = ShardWriter(directory, "train", "uint16", 40, prompts=prompts is not None)
+    next_token = 0
+    for number, size in enumerate(sizes):
+        ids = np.append((np.arange(size - 1) + next_token) % EOT, EOT)
+        next_token += size - 1
+        given = None if prompts is None else np.array([prompts[number]])
+        writer.extend(ids, np.array([size]), np.array([size - 1]), given)
+    shards = {"train": writer.close(), "heldout": ()}
+    Manifest("uint16", 100, "none", ("count",), shards, prompts=prompts is not None).save(directory)
+    return Corpus(directory)
+
+
+def config_of(corpus, steps_of=1, **data):
+    raw = {
+        "run": {"dir": "x", "steps": 1},
+        "model": {"d_model": 16, "n_layers": 2, "n_heads": 2},
+        "data": {"path": str(corpus.directory), "seq_len": SEQ, "global_batch": steps_of, "prefetch": 0, **data},
+    }
+    return resolve(Config.model_validate(raw), 1, 100)
+
+
+def epoch(corpus, **data):
+    """All windows of one epoch, as one batch."""
+    plan = fresh_plan(config_of(corpus, **data))
+    stream = plan.streams[0]
+    count = stream.pieces.count if stream.pieces else stream.order.n_windows
+    config = config_of(corpus, count, **data)
+    (batch,) = build_loader(config, plan, Vocabulary(100, EOT), 0, 1, pin=False).batches(0)
+    return batch
+
+
+@pytest.mark.parametrize("windows", ["document", "packed"])
+def test_each_token_but_a_documents_first_is_a_target_once(windows, tmp_path):
+    corpus = write(tmp_path)
+    batch = epoch(corpus, windows=windows)
+    assert batch.inputs_BS.shape[1] == SEQ
+    wanted = [token for d in documents(corpus) for token in d[1:]]
+    assert sorted(batch.targets_BS[batch.targets_BS != IGNORE].tolist()) == sorted(wanted)
+    assert batch.scored == len(wanted) == sum(SIZES) - len(SIZES)
+
+
+def documents(corpus):
+    found = []
+    for shard in range(len(corpus.shards)):
+        begin = int(corpus.ends[shard]) - corpus.shards[shard].tokens
+        edges = [*(corpus.offsets(shard).astype(int) + begin), int(corpus.ends[shard])]
+        found += [corpus.read(np.array([a]), b - a)[0].tolist() for a, b in pairwise(edges)]
+    return found
+
+
+def test_packing_leaves_fewer_windows_and_the_same_losses(tmp_path):
+    """The law of packing: what a token's loss is does not depend on its neighbours in the window."""
+    corpus = write(tmp_path)
+    alone, packed = epoch(corpus, windows="document"), epoch(corpus, windows="packed")
+    assert len(packed.inputs_BS) < len(alone.inputs_BS)
+    model = build_model(config_of(corpus).model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    losses = [model(b.inputs_BS, **b.arguments()).sum() for b in (alone, packed)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+    packed_blind = model(packed.inputs_BS, targets_BS=packed.targets_BS).sum()
+    assert not torch.isclose(packed_blind, losses[0], rtol=1e-4), "without the mask it differs: the law bites"
+
+
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=60))
+def test_best_fit_holds_everything_and_wastes_little(sizes):
+    bins = best_fit(np.array(sizes), 20)
+    assert sorted(n for each in bins for n in each) == list(range(len(sizes)))
+    assert all(sum(sizes[n] for n in each) <= 20 for each in bins)
+    assert len(bins) <= 11 / 9 * -(-sum(sizes) // 20) + 6 / 9 or len(bins) <= 1.5 * sum(size > 10 for size in sizes) + 1
+    assert sum(sum(sizes[n] for n in each) <= 10 for each in bins) <= 1, "two half-empty ones would have been one"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_spans_lie_within_documents_and_are_found_again(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("dist_llm.data.pieces.GROUP", 3)
+    corpus = write(tmp_path)
+    pieces = Pieces(corpus, Lengths(SEQ + 1, SEQ, SEQ), packed)
+    for window in range(pieces.count):
+        for start, length in pieces.spans(window):
+            (document,) = corpus.overlapping(start, length)
+            assert document.start <= start < start + length <= document.end
+            assert window in pieces.of_document(document)
+
+
+def test_a_document_with_nothing_to_predict_makes_no_window(tmp_path):
+    assert Pieces(write(tmp_path, (1, 1)), Lengths(SEQ + 1, SEQ, SEQ), packed=False).count == 0
+
+
+PROMPTS = (1, 0, 5, 3, 12, 4, 1, 9, 0, 7, 0, 2)
+
+
+@pytest.mark.parametrize("windows", ["stream", "document", "packed"])
+def test_prompts_are_read_and_not_scored(windows, tmp_path):
+    corpus = write(tmp_path, prompts=PROMPTS)
+    batch = epoch(corpus, windows=windows)
+    everything = epoch(corpus, windows=windows, score_prompts=True)
+    assert torch.equal(batch.inputs_BS, everything.inputs_BS)
+    kept = batch.targets_BS != IGNORE
+    assert torch.equal(batch.targets_BS[kept], everything.targets_BS[kept])
+    completions = [t for d, p in zip(documents(corpus), PROMPTS, strict=True) for t in d[max(p, 1) :]]
+    if windows == "stream":  # a stream also predicts the first token of a document without a prompt
+        scored = corpus.scored(np.array([0]), corpus.n_tokens)[0]
+        assert scored.tolist() == [n >= p for size, p in zip(SIZES, PROMPTS, strict=True) for n in range(size)]
+        last = (corpus.n_tokens - 1) // SEQ * SEQ + 1  # the tail makes no window
+        assert batch.scored == scored[1:last].sum()
+    else:
+        assert sorted(batch.targets_BS[kept].tolist()) == sorted(completions)
+
+
+def test_masked_text_of_any_length_hides_no_padding(tmp_path):
+    corpus = write(tmp_path)
+    raw = config_of(corpus, windows="packed").model_dump()
+    raw["model"] |= {"architecture": "encoder", "vocab_size": 0}
+    config = resolve(Config.model_validate(raw | {"objective": {"name": "masked", "mask_rate": 0.5}}), 1, 100)
+    loader = build_loader(config, fresh_plan(config), Vocabulary(100, EOT), 0, 1, pin=False)
+    for first in range(20):
+        (batch,) = loader.batches(first)
+        padding = batch.inputs_BS == EOT
+        assert (batch.targets_BS[padding] == IGNORE).all()
+        documents_S = batch.visible.documents_BT[0]
+        real = int((~padding[0]).sum())
+        if padding[0, -1] and padding[0, -2]:
+            assert documents_S[-1] not in documents_S[:real].tolist(), "text does not see what pads it"
