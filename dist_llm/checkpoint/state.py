@@ -49,6 +49,8 @@ def weights(model: Named) -> dict[str, Any]:
 
 def moments(model: Named, optimizer: optim.Optimizer) -> dict[str, Any]:
     """{"optim.NAME.KEY": tensor} of every parameter that has been stepped."""
+    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    assert known >= {parameter for _, parameter in model.named_parameters()}, "moments would be left out"
     return {
         f"optim.{name}.{key}": value
         for name, parameter in _first(model).items()

@@ -48,8 +48,14 @@ class NativeEngine:
         ), self.config.parallel.dp_replicate * shards
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All of this rank's parameters under their names in the whole model."""
+        """All of this rank's parameters under their names in the whole model.
+
+        Those that the optimizer knows: after a forward without backward FSDP still shows gathered copies.
+        """
         for part in self.parts:
+            for module in part.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
             yield from part.named_parameters()
 
     def total(self, value: Tensor | int) -> Tensor:

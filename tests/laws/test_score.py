@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dist_llm.checkpoint.state import moments
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
@@ -29,6 +30,26 @@ def scores(config: Config) -> list[float]:
         found.append(sum(engine.total(engine.score(batch).sum()).item() for batch in heldout))
         train_step(engine, batches_of(config, engine, step), config.optim.lr, step)
     return found
+
+
+def saved_names(config: Config) -> tuple[set[str], set[str]]:
+    """What a checkpoint would hold after a step, and after an evaluation on top."""
+    engine = NativeEngine(config, torch.device("cpu"))
+    train_step(engine, batches_of(config, engine, 0), config.optim.lr)
+    before = set(moments(engine, engine.optimizer))
+    engine.score(engine.cut(batches_of(config, engine, 1)[0]))
+    return before, set(moments(engine, engine.optimizer))
+
+
+@pytest.mark.parametrize("layout", [each for each in LAYOUTS if "dp_shard" in each.parallel], ids=str)
+def test_an_evaluation_leaves_nothing_out_of_the_next_checkpoint(layout: Layout) -> None:
+    """FSDP leaves the last block gathered after a forward pass: its moments once went missing here."""
+    adamw = {"name": "adamw", "lr": 1e-3}
+    model, data = MODELS[layout.model] | {"dropout": 0.0}, {"micro_batch": layout.micro}
+    config = config_of(layout.ranks, model, optim=adamw, parallel=layout.parallel, data=data)
+    for before, after in world(layout.ranks).run(saved_names, config):
+        assert before
+        assert after == before
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
