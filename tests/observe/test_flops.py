@@ -42,7 +42,7 @@ def test_torchs_counter_agrees(config):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         model(tokens, tokens)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as both:
-        model(tokens, tokens).backward()
+        model(tokens, tokens).sum().backward()
     want = flops_per_token(config, 16) * tokens.numel()
     assert 3 * forward.get_total_flops() == want
     assert both.get_total_flops() == want
