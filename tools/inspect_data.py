@@ -27,7 +27,7 @@ from rich.table import Table
 
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.load import load_config, refuse
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import CACHE, Config
 from dist_llm.data.corpus import Corpus, Document
 from dist_llm.data.history import HISTORY, History, Segment, parse, reopen
 from dist_llm.data.mirror import localize
@@ -305,7 +305,7 @@ def corpora_of(options: argparse.Namespace) -> list[Path]:
     if options.run is None:
         if not options.corpus:
             raise DataError(f"{options.command}: name a corpus, or a run with --run")
-        return [Path(localize(str(each), "~/.cache/dist_llm")) for each in options.corpus]
+        return [Path(localize(str(each), CACHE)) for each in options.corpus]
     _, history = open_run(options.run)
     return [Path(source.path) for source in history[-1].mix.sources]
 

@@ -71,7 +71,12 @@ def _check_stages(data: DataConfig) -> Iterator[Violation]:
 
 
 def _check_shares(where: str, weights: Mapping[str, float]) -> Iterator[Violation]:
+    yield from (Violation((where,), message) for message in starved(weights))
+
+
+def starved(weights: Mapping[str, float]) -> Iterator[str]:
+    """A line for each source whose weight is above 0, but less than a sample of every BLOCK."""
     whole = sum(weights.values())
     for name, weight in weights.items():
         if 0 < weight * BLOCK < whole:
-            yield Violation((where,), f"{name} has {weight / whole:.1e} of the samples; the least share is 1/{BLOCK}")
+            yield f"{name} has {weight / whole:.1e} of the samples; the least share is 1/{BLOCK}"

@@ -95,6 +95,12 @@ def inputs_len(config: Config) -> int:
     return -(-longest // multiple) * multiple
 
 
+def sample_tokens(config: Config) -> int:
+    """Tokens that the model reads of each sample, padding included."""
+    two_stacks = config.model.architecture == "encoder_decoder"
+    return inputs_len(config) + (config.data.seq_len if two_stacks else 0)
+
+
 def extra_ids(config: Config) -> int:
     """Token ids that the objective needs beyond the tokenizer's."""
     plain = all(each.name in ("causal", "prefix") and not each.mode for each in config.objective.members)

@@ -55,7 +55,7 @@ class Corpus:
         self.n_tokens = self.manifest.tokens(split)
         self._far = {number for number, shard in enumerate(self.shards) if is_remote(shard.file)}
         self._maps: dict[int, _Mapped] = {}
-        self._kept_documents = lru_cache(MOST_MAPS)(self.documents)
+        self._documents = lru_cache(MOST_MAPS)(self._map_documents)
         self._from_disk = True  # until a batch shows that its shards are in memory: then nothing need be announced
         if verify == "hash":
             for number in range(len(self.shards)):
@@ -120,9 +120,9 @@ class Corpus:
 
     def offsets(self, number: int) -> npt.NDArray[np.uint64]:
         """Where in shard `number` its documents begin. Raises DataError where the file is not as promised."""
-        return self.documents(number)[:, 0]
+        return self._documents(number)[:, 0]
 
-    def documents(self, number: int) -> npt.NDArray[np.uint64]:
+    def _map_documents(self, number: int) -> npt.NDArray[np.uint64]:
         """[documents, 1]: their first tokens in shard `number`; [documents, 2]: and the first after their prompts."""
         shard = self.shards[number]
         columns = 2 if self.manifest.prompts else 1
@@ -141,12 +141,12 @@ class Corpus:
                 row[max(document.start - start, 0) : max(document.completion - start, 0)] = False
         return rows
 
-    def overlapping(self, start: int, length: int) -> Iterator["Document"]:
+    def overlapping(self, start: int, length: int) -> Iterator[Document]:
         """The documents that have tokens in [start, start + length)."""
         numbers = np.searchsorted(self.ends, (start, start + length - 1), side="right").tolist()
         for shard in range(numbers[0], numbers[1] + 1):
             begin = int(self.ends[shard]) - self.shards[shard].tokens
-            documents = self._kept_documents(shard)
+            documents = self._documents(shard)
             first, end = np.searchsorted(documents[:, 0], (max(start - begin, 0), start + length - 1 - begin), "right")
             for number in range(max(int(first) - 1, 0), int(end)):
                 last = number + 1 == len(documents)

@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from dist_llm.config.lengths import inputs_len
+from dist_llm.config.lengths import sample_tokens
 from dist_llm.config.schema import Config, Denoiser, ObjectiveConfig, SourceConfig
 from dist_llm.data.order import Mixture
 from dist_llm.data.plan import Plan, Stage, lay_out
-from dist_llm.data.streams import Source, open_sources, quotas_of
+from dist_llm.data.streams import Source, open_sources, quotas_of, weights_of
 from dist_llm.errors import DataError
 
 HISTORY = "data.json"
@@ -81,22 +81,25 @@ class Segment(Record):
     skip: tuple[tuple[int, int], ...]
     mix: Mix
 
+    def plan(self, sources: Sequence[Source]) -> Plan:
+        """What its sample numbers mean, with these sources open."""
+        return Plan(sources, self.mix.lay_out(), self.skip)
+
 
 History = tuple[Segment, ...]
 
 
 def asked(config: Config, sources: Sequence[Source]) -> Segment:
-    """The segment of a run that starts afresh."""
+    """The segment of a run that starts afresh. Raises DataError where a source is too small for its epochs."""
     data = config.data
-    stages = [StageRecord(from_tokens=0, quotas=quotas_of([source.weight for source in sources]))]
+    stages = [StageRecord(from_tokens=0, quotas=quotas_of(weights_of(data, sources)))]
     for stage in data.stages:
         weights = [stage.weights[source.name] for source in sources]
         stages.append(StageRecord(from_tokens=stage.from_tokens, quotas=quotas_of(weights)))
-    two_stacks = config.model.architecture == "encoder_decoder"
     mix = Mix(
         first=0,
         tokens=0,
-        sample_tokens=inputs_len(config) + (data.seq_len if two_stacks else 0),
+        sample_tokens=sample_tokens(config),
         seed=config.run.seed,
         order=data.order,
         windows=data.windows,
@@ -117,9 +120,9 @@ def asked(config: Config, sources: Sequence[Source]) -> Segment:
 
 
 def fresh_plan(config: Config) -> Plan:
-    """The plan of a run that starts afresh. Raises DataError as `open_sources` does."""
+    """The plan of a run that starts afresh. Raises DataError as `open_sources` and `asked` do."""
     sources = open_sources(config)
-    return Plan(sources, asked(config, sources).mix.lay_out(), config.data.skip)
+    return asked(config, sources).plan(sources)
 
 
 def reopen(config: Config, segment: Segment) -> tuple[Config, Plan]:
@@ -143,7 +146,7 @@ def reopen(config: Config, segment: Segment) -> tuple[Config, Plan]:
             "objective": ObjectiveConfig(mixture=members),
         }
     )
-    return then, Plan(open_sources(then), mix.lay_out(), segment.skip)
+    return then, segment.plan(open_sources(then))
 
 
 def resume(history: History, wanted: Segment, step: int, samples: int, tokens: int, new_segment: bool) -> History:

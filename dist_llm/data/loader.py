@@ -9,6 +9,7 @@ import torch
 from dist_llm.config.schema import Config, DataConfig
 from dist_llm.data.order import Ints
 from dist_llm.data.plan import Plan
+from dist_llm.data.streams import hides_prompts
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build import Objective, Windows, build_objective
 from dist_llm.objectives.vocabulary import Vocabulary
@@ -18,7 +19,7 @@ FOUND_AT_ONCE = 4096  # samples; the order's price is mostly one per call
 
 def build_loader(config: Config, plan: Plan, vocabulary: Vocabulary, rank: int, ranks: int, pin: bool) -> "Loader":
     """The loader of a resolved config's training samples."""
-    prompts = any(source.corpus.manifest.prompts for source in plan.sources) and not config.data.score_prompts
+    prompts = hides_prompts(config.data, [source.corpus for source in plan.sources])
     return Loader(plan, build_objective(config, vocabulary, prompts), config.data, rank, ranks, pin)
 
 

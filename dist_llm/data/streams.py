@@ -1,10 +1,10 @@
 """The corpora of a run, and the windows that each objective reads of each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from dist_llm.config.check_data import BLOCK, sources_of
+from dist_llm.config.check_data import BLOCK, sources_of, starved
 from dist_llm.config.lengths import Lengths, all_lengths
 from dist_llm.config.schema import Config, DataConfig
 from dist_llm.data.corpus import Corpus, Tokens
@@ -44,7 +44,6 @@ class Source:
     corpus: Corpus
     streams: tuple[Stream, ...]
     members: Mixture  # which member each of the source's samples is of
-    weight: float
 
 
 def read_windows(corpus: Corpus, starts: Ints, window: int, score_prompts: bool) -> Tokens | list[Text]:
@@ -77,11 +76,10 @@ def open_sources(config: Config) -> list[Source]:
     """The sources of a resolved config. Raises DataError where one is not whole or too short for a window."""
     data, seed = config.data, config.run.seed
     corpora = open_corpora(data)
-    weights = _weights(data, corpora)
     scored = {each.name for each in config.objective.members} - {"causal"}
     found = []
     for name, corpus in corpora.items():
-        if corpus.manifest.prompts and scored and not data.score_prompts:
+        if scored and hides_prompts(data, [corpus]):
             raise DataError(
                 f"{corpus.directory}: has prompts, which {' and '.join(sorted(scored))} cannot leave unscored; set "
                 "data.score_prompts to true, or objective.name to causal"
@@ -89,7 +87,7 @@ def open_sources(config: Config) -> list[Source]:
         own = seed_of(seed, name)
         streams = tuple(_stream(data, corpus, own ^ n, size) for n, size in enumerate(all_lengths(config)))
         members = Mixture.of([each.weight for each in config.objective.members], own)
-        found.append(Source(name, corpus, streams, members, weights[name]))
+        found.append(Source(name, corpus, streams, members))
     return found
 
 
@@ -124,17 +122,18 @@ def build_order(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> O
     return Shuffle(seed, n_windows, size.stride)
 
 
-def _weights(data: DataConfig, corpora: dict[str, Corpus]) -> dict[str, float]:
-    """Share of the samples of each source: as said, or as many as its epochs take."""
-    found = {each.name: each.weight or each.epochs * corpora[each.name].n_tokens for each in sources_of(data)}
-    whole = sum(found.values())
-    for name, weight in found.items():
-        if weight * BLOCK < whole:
-            raise DataError(
-                f"data.sources: {name} has {weight / whole:.1e} of the samples; the least share is 1/{BLOCK}. Give it "
-                "more epochs, or leave it out"
-            )
-    return found
+def weights_of(data: DataConfig, sources: Sequence[Source]) -> list[float]:
+    """Share of the samples of each source: as said, or as many as its epochs take. Raises DataError for a tiny one."""
+    said = {each.name: each for each in sources_of(data)}
+    found = {each.name: said[each.name].weight or said[each.name].epochs * each.corpus.n_tokens for each in sources}
+    for message in starved(found):
+        raise DataError(f"data.sources: {message}. Give it more epochs, or leave it out")
+    return list(found.values())
+
+
+def hides_prompts(data: DataConfig, corpora: Iterable[Corpus]) -> bool:
+    """Whether some tokens are read and not scored."""
+    return not data.score_prompts and any(corpus.manifest.prompts for corpus in corpora)
 
 
 def quotas_of(weights: Sequence[float]) -> tuple[int, ...]:

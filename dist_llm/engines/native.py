@@ -111,7 +111,7 @@ class NativeEngine:
         return torch.cat(losses)
 
     def update(self, lr: float) -> Tensor:
-        parameters = [p for _, p in self.named_parameters() if p.grad is not None]
+        parameters = [p for part in self.parts for p in part.parameters() if p.grad is not None]
         scale = self.loss_scale.value if self.loss_scale else 1.0
         norm = self._norm() / scale
         if self.loss_scale:

@@ -44,6 +44,7 @@ class Heldout:
     objective: Objective
     micro_batch: int
     limit: int = 0  # windows of each corpus and member of the objective; 0: all
+    score_prompts: bool = False
 
     def check(self) -> None:
         """Raises DataError where there is too little text to score."""
@@ -81,7 +82,7 @@ def evaluate(engine: Engine, heldout: Heldout) -> Evaluation:
         for (source, _), (_, count) in sums.items()
     )
     whole = all(denoiser.name == "causal" for denoiser, _ in heldout.objective.members)
-    whole &= not any(corpus.manifest.prompts for corpus in heldout.corpora.values())
+    whole &= heldout.score_prompts or not any(corpus.manifest.prompts for corpus in heldout.corpora.values())
     bits = loss / math.log(2) / text_bytes if whole and text_bytes else None
     return Evaluation(loss / max(tokens, 1), int(tokens), bits, parts)
 
@@ -123,7 +124,7 @@ def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ra
             yield _plain(corpus, size.stride, wanted, there)
         else:
             numbers = np.where(there, wanted, 0)
-            windows = read_windows(corpus, numbers * size.stride, size.window, score_prompts=not objective.form.texts)
+            windows = read_windows(corpus, numbers * size.stride, size.window, heldout.score_prompts)
             batch = objective(windows, numbers, [member] * len(numbers))
             targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(there)[:, None], IGNORE)
             yield replace(batch, targets_BS=targets_BS, scored=int((targets_BS != IGNORE).sum()))

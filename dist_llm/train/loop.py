@@ -10,7 +10,7 @@ from dist_llm.checkpoint import store as checkpoints
 from dist_llm.checkpoint.adapt import start_from
 from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
-from dist_llm.config.lengths import inputs_len
+from dist_llm.config.lengths import inputs_len, sample_tokens
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
@@ -49,7 +49,7 @@ class Trainer:
         self.store, self.files = store, files
         self.directory = Path(config.run.dir)
         self.progress = self._resume()
-        self.sample_tokens = inputs_len(config) + loader.objective.source
+        self.sample_tokens = sample_tokens(config)
         self.heldout = self._heldout(loader.objective)
         self.audit = Audit(engine, loader, config.data.audit_every)
         parallel = config.parallel
@@ -166,7 +166,8 @@ class Trainer:
                 log.info("evaluation is left out: %s", error)
             else:
                 corpora[source.name] = corpus
-        return Heldout(corpora, objective, data.micro_batch, self.config.eval.windows) if corpora else None
+        limit = self.config.eval.windows
+        return Heldout(corpora, objective, data.micro_batch, limit, data.score_prompts) if corpora else None
 
     def _recorder(self) -> Recorder:
         config, step = self.config, self.progress.step

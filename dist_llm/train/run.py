@@ -17,7 +17,6 @@ from dist_llm.config.schema import Config
 from dist_llm.data import history as histories
 from dist_llm.data.history import HISTORY, History
 from dist_llm.data.loader import build_loader
-from dist_llm.data.plan import Plan
 from dist_llm.data.streams import Source, open_sources
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import DataError, UserError
@@ -46,7 +45,7 @@ def train(config: Config, world: World) -> None:
     if config.init_from and not found:
         _check_start(Path(config.init_from), sources[0].corpus.manifest.tokenizer_sha256, corpus)
     history = _history(config, sources, found[0] if found else None)
-    plan = Plan(sources, history[-1].mix.lay_out(), history[-1].skip)
+    plan = history[-1].plan(sources)
     files = {**run_files(config, corpus), HISTORY: histories.dump(history)}
     start_logging(directory / "logs", world)
     try:

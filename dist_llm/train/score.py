@@ -7,7 +7,7 @@ from dist_llm.config.check import resolve
 from dist_llm.config.load import load_config, refuse
 from dist_llm.config.schema import ParallelConfig
 from dist_llm.data.shard import Split
-from dist_llm.data.streams import open_corpora
+from dist_llm.data.streams import hides_prompts, open_corpora
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import DataError
 from dist_llm.launch.group import device_of, process_group
@@ -29,9 +29,10 @@ def score(checkpoint: Path, data: str | None, split: Split, micro_batch: int, wo
     for corpus in corpora.values():
         if corpus.manifest.tokenizer_sha256 != Tokenizer.load(path).sha256:
             raise DataError(f"{corpus.directory}: was prepared with another tokenizer than the one in {path}")
-    prompts = not config.data.score_prompts and any(corpus.manifest.prompts for corpus in corpora.values())
+    prompts = hides_prompts(config.data, corpora.values())
     objective = build_objective(config, read_vocabulary(config, path), prompts)
-    heldout = Heldout(corpora, objective, micro_batch or config.data.micro_batch)
+    score_prompts = config.data.score_prompts
+    heldout = Heldout(corpora, objective, micro_batch or config.data.micro_batch, score_prompts=score_prompts)
     heldout.check()
     config = resolve(config.model_copy(update={"parallel": ParallelConfig()}), world.size, 0)
     device = device_of(world)

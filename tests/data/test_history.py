@@ -7,7 +7,6 @@ from dist_llm.config.check import resolve
 from dist_llm.config.schema import Config
 from dist_llm.data import history as histories
 from dist_llm.data.history import asked, dump, fresh_plan, parse, reopen, resume
-from dist_llm.data.plan import Plan
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.data.streams import open_sources, seed_of
 from dist_llm.errors import DataError
@@ -47,7 +46,7 @@ def segment(config):
 
 
 def plan_of(config, history):
-    return Plan(open_sources(config), history[-1].mix.lay_out(), history[-1].skip)
+    return history[-1].plan(open_sources(config))
 
 
 def test_it_comes_back_from_its_file(config):
@@ -178,7 +177,7 @@ def test_epochs_weigh_by_size(config, tmp_path):
     tiny = [{"name": name, "path": str(tmp_path / name), "epochs": e} for name, e in (("b", 1e-5), ("a", 3.0))]
     data = type(base.data).model_validate({**base.data.model_dump(), "sources": tiny})
     with pytest.raises(DataError, match=r"b has 6.7e-06 of the samples; the least share is 1/10000"):
-        open_sources(base.model_copy(update={"data": data}))
+        fresh_plan(base.model_copy(update={"data": data}))
 
 
 def test_each_source_has_a_seed_of_its_own_and_the_unnamed_the_runs():

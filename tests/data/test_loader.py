@@ -44,7 +44,7 @@ def loader(corpus, rank=0, ranks=1, **changes):
 def plan_of(corpus, order):
     """One source, one objective."""
     one = Mixture(3, (1,))
-    return Plan([Source("", corpus, (Stream(corpus, order, SEQ + 1),), one, 1.0)], [Stage(0, one, (0,))])
+    return Plan([Source("", corpus, (Stream(corpus, order, SEQ + 1),), one)], [Stage(0, one, (0,))])
 
 
 def step(loader, number):

@@ -16,9 +16,12 @@ from dist_llm.data.history import fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.data.pieces import Pieces, best_fit
 from dist_llm.data.shard import Manifest, ShardWriter
+from dist_llm.data.streams import hides_prompts
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.build import build_model
+from dist_llm.objectives.build import build_objective
 from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.train.evaluate import Heldout, heldout_batches
 
 SEQ, EOT = 8, 99
 SIZES = (2, 3, 9, 10, 17, 5, 2, 30, 4, 8, 1, 6)
@@ -135,6 +138,21 @@ def test_prompts_are_read_and_not_scored(windows, tmp_path):
         assert batch.scored == scored[1:last].sum()
     else:
         assert sorted(batch.targets_BS[kept].tolist()) == sorted(completions)
+
+
+@pytest.mark.parametrize("score_prompts", [False, True])
+def test_an_evaluation_scores_prompts_if_training_does(score_prompts, tmp_path):
+    """Also where training reads whole documents, so that its objective takes texts of any length."""
+    corpus = write(tmp_path, prompts=PROMPTS)
+    config = config_of(corpus, windows="document", score_prompts=score_prompts)
+    prompts = hides_prompts(config.data, [corpus])
+    objective = build_objective(config, Vocabulary(100, EOT), prompts)
+    heldout = Heldout({"": corpus}, objective, 4, score_prompts=score_prompts)
+    scored = sum(batch.scored for batch in heldout_batches(heldout, corpus, 0, 0, 1))
+    read = (corpus.n_tokens - 1) // SEQ * SEQ
+    hidden = (~corpus.scored(np.array([0]), corpus.n_tokens)[0])[1 : read + 1].sum()
+    assert hidden > 0
+    assert scored == (read if score_prompts else read - hidden)
 
 
 def test_masked_text_of_any_length_hides_no_padding(tmp_path):

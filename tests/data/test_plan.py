@@ -35,7 +35,7 @@ def plans(draw):
         members = Mixture(
             seed ^ number, tuple(draw(st.lists(st.integers(1, 4), min_size=n_members, max_size=n_members)))
         )
-        sources.append(Source(str(number), None, streams, members, 1.0))
+        sources.append(Source(str(number), None, streams, members))
     firsts = [0, *sorted(draw(st.lists(st.integers(1, 120), max_size=2)))]
     some = st.lists(st.integers(0, 5), min_size=n_sources, max_size=n_sources).filter(any)
     mixtures = [Mixture(seed ^ first, tuple(draw(some))) for first in firsts]
@@ -158,7 +158,7 @@ def test_a_source_keeps_its_order_whoever_else_is_there():
     """Its n-th sample is the same window under any weights: those only say when it comes."""
     streams = {name: Stream(None, Shuffle(len(name), 9, WINDOW), WINDOW) for name in ("a", "bb")}
     one = Mixture(0, (1,))
-    sources = [Source(name, SimpleNamespace(), (stream,), one, 1.0) for name, stream in streams.items()]
+    sources = [Source(name, SimpleNamespace(), (stream,), one) for name, stream in streams.items()]
 
     even = Plan(sources, lay_out([0], [Mixture(1, (5, 5))], [0, 0]))
     rare = Plan(sources, lay_out([0], [Mixture(2, (1, 9))], [0, 0]))

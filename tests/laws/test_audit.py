@@ -25,7 +25,7 @@ def strayed(config: Config, off: Callable[[int], int] | None) -> str:
     """Six steps' batches, each as long as the config says, checked every three; what the audit raised."""
     engine = NativeEngine(config, torch.device("cpu"))
     one = Mixture(0, (1,))
-    plan = Plan([Source("", None, (Stream(None, Shuffle(0, 9, 4), 5),), one, 1.0)], [Stage(0, one, (0,))], ((20, 30),))  # type: ignore[arg-type]
+    plan = Plan([Source("", None, (Stream(None, Shuffle(0, 9, 4), 5),), one)], [Stage(0, one, (0,))], ((20, 30),))  # type: ignore[arg-type]
     rank, ranks = engine.data_rank
     loader = Loader(plan, None, config.data, rank, ranks, pin=False)  # type: ignore[arg-type]
     audit, first = Audit(engine, loader, 3), 0
