@@ -72,13 +72,9 @@ class Loader:
         for start in range(0, len(samples), self.micro_batch):
             rows = slice(start, start + self.micro_batch)
             batch = self.objective(windows[rows], samples[rows], owners[rows])
-            batches.append(
-                replace(
-                    batch,
-                    samples_B=torch.from_numpy(samples[rows]),
-                    sources_B=torch.from_numpy(sources[rows]) if len(self.plan.sources) > 1 else None,
-                )
-            )
+            if len(self.plan.sources) > 1:
+                batch = replace(batch, sources_B=torch.from_numpy(sources[rows]))
+            batches.append(batch)
         return [batch.pin() for batch in batches] if self.pin else batches
 
     def _read(self, streams: Ints, places: Ints) -> Windows:

@@ -1,7 +1,7 @@
 """From a config to a function of windows and sample numbers that gives batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,14 +38,17 @@ class Objective:
 
     def __call__(self, windows: Windows, samples_B: npt.NDArray[np.int64], members_B: Sequence[int] = ()) -> Batch:
         """Windows of ids, the number of each sample, and whose window it is in a mixture -> a batch."""
-        draws_B = mix(torch.from_numpy(samples_B) ^ self._mixed_seed) if self.form.draws else None
+        numbers_B = torch.from_numpy(samples_B)
+        draws_B = mix(numbers_B ^ self._mixed_seed) if self.form.draws else None
         if self.plain:
             tokens_BW = torch.from_numpy(np.asarray(windows).astype(np.int64))
             targets_BS = tokens_BW[:, 1:]
-            return Batch(tokens_BW[:, :-1], targets_BS, CAUSAL, targets_BS.numel(), draws_B=draws_B)
+            return Batch(
+                tokens_BW[:, :-1], targets_BS, CAUSAL, targets_BS.numel(), draws_B=draws_B, samples_B=numbers_B
+            )
         owners = members_B or [0] * len(windows)
         rows = [self.row(*each) for each in zip(windows, samples_B.tolist(), owners, strict=True)]
-        return stack(rows, self.form, draws_B)
+        return replace(stack(rows, self.form, draws_B), samples_B=numbers_B)
 
     @cached_property
     def _mixed_seed(self) -> torch.Tensor:
