@@ -5,6 +5,7 @@ is thrown away and the next call starts a fresh one.
 """
 
 import atexit
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -50,7 +51,8 @@ class GlooWorld:
                     raise EOFError(f"no answer in {timeout} s")
                 ok, value = pipe.recv()
             except (EOFError, OSError) as error:
-                ok, value = False, f"{type(error).__name__}: {error}"
+                self.processes[rank].join(1)
+                ok, value = False, f"{error or 'it died'} (exit code {self.processes[rank].exitcode}: -N is signal N)"
             results.append(value)
             if not ok:
                 errors.append(f"--- rank {rank}\n{value}")
@@ -99,6 +101,7 @@ def stop_all() -> None:
 
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
+    faulthandler.enable()  # a crash in torch shows every thread's stack
     import torch
     import torch.distributed as dist
 
