@@ -58,13 +58,13 @@ def parser() -> argparse.ArgumentParser:
     )
 
     evaluate = commands.add_parser("evaluate", help="loss, perplexity and bits per byte on held-out text")
-    evaluate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run or one checkpoint")
+    evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="a run or one checkpoint; may be a URL")
     evaluate.add_argument("--data", metavar="DIR", help="another prepared corpus of the same tokenizer")
     evaluate.add_argument("--split", choices=("heldout", "train"), default="heldout", help="default: heldout")
     evaluate.add_argument("--micro-batch", type=int, default=0, metavar="N", help="default: the run's")
 
     generate = commands.add_parser("generate", help="text from a trained model")
-    generate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="a run or one checkpoint")
+    generate.add_argument("--checkpoint", required=True, metavar="DIR", help="a run or one checkpoint; may be a URL")
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated; default: none")
     generate.add_argument("--max-tokens", type=int, default=128, metavar="N", help="default: 128")
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: greedy; default: 1")

@@ -42,7 +42,7 @@ class Sampling:
             raise ConfigError("\n".join(broken))
 
 
-def load_model(checkpoint: Path, device: torch.device) -> tuple[Decoder, Tokenizer, Config]:
+def load_model(checkpoint: Path | str, device: torch.device) -> tuple[Decoder, Tokenizer, Config]:
     """The model of a checkpoint (or of a run's newest) on one device, ready to sample."""
     path = store.find(checkpoint)
     config, violations = load_config(path / "config.yaml")
@@ -158,7 +158,7 @@ def _bytes_of(token: int, tokenizer: Tokenizer, vocabulary: Vocabulary) -> bytes
     return name.encode() if name else tokenizer.decode_bytes([token])
 
 
-def stream(checkpoint: Path, prompts: list[str], sampling: Sampling) -> None:
+def stream(checkpoint: str, prompts: list[str], sampling: Sampling) -> None:
     """Print each prompt and what follows it, as it comes."""
     sampling.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.checkpoint.store import of_run
 from dist_llm.config.load import load_config, refuse
 from dist_llm.config.schema import CACHE, Config
 from dist_llm.data.corpus import Corpus, Document
@@ -296,7 +296,7 @@ def open_run(directory: Path) -> tuple[Config, History]:
 
 def trained(directory: Path, history: History) -> int:
     """The step of the newest checkpoint."""
-    committed = CheckpointStore(directory / "checkpoints", keep=1).committed()
+    committed = of_run(directory).committed()
     return int(committed[-1].name.removeprefix("step_")) if committed else history[-1].step
 
 

@@ -17,7 +17,8 @@ from dist_llm.optim.scale import LossScale
 class Progress:
     """How far the run is; `samples` is the next sample number, `loss_scale` what fp16 goes on with.
 
-    `source_tokens` are those scored so far of each source, where there are several.
+    `source_tokens` are those scored so far of each source, where there are several. `heldout_loss` is that of this
+    very step, if it was evaluated.
     """
 
     step: int = 0
@@ -25,6 +26,7 @@ class Progress:
     tokens: int = 0
     source_tokens: dict[str, int] = field(default_factory=dict)
     loss_scale: LossScale | None = None
+    heldout_loss: float | None = None
 
     @staticmethod
     def of(fields: dict[str, Any]) -> "Progress":

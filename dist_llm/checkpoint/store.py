@@ -1,145 +1,251 @@
-"""Sharded checkpoints on disk: written aside, committed by a rename and a marker, then pruned.
+"""The checkpoints of a run: which there are, which are whole, which are kept; and reading them into any layout.
 
 checkpoints/step_00000500/
     __0_0.distcp .metadata     torch.distributed.checkpoint's own files
     progress.json              step, samples, tokens
-    config.yaml tokenizer.json environment.json
+    config.yaml tokenizer.json environment.json data.json
+    manifest.json              size and hash of each file above
     COMMITTED                  written last; a directory without it is not a checkpoint
 """
 
+import hashlib
 import json
-import os
-import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import optim
-from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from dist_llm.checkpoint.folder import Folder, FolderReader
+from dist_llm.checkpoint.manifest import MANIFEST, MARKER, read_manifest, verify
 from dist_llm.checkpoint.state import Named, Progress, allocate_moments, copy_to_twins, moments, weights
+from dist_llm.checkpoint.writing import Copies, Team, Writing, assume_one_process
+from dist_llm.config.load import load_config
+from dist_llm.config.schema import CACHE, CheckpointConfig
+from dist_llm.data.remote import fetch
 from dist_llm.errors import CheckpointError
-from dist_llm.launch.group import barrier
+from dist_llm.parallel.mesh import local
 
-MARKER = "COMMITTED"
+log = logging.getLogger("dist_llm")
+
 PROGRESS = "progress.json"
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Every rank calls `save` and `load`; rank 0 alone touches names."""
+    """The checkpoints in one directory, a path or a URL. Every rank calls `newest`, `save`, `poll` and `finish`."""
 
-    def __init__(self, directory: Path, keep: int) -> None:
-        self.directory, self.keep = directory, keep
+    def __init__(self, directory: Folder | Path | str, config: CheckpointConfig | None = None) -> None:
+        self.directory, self.config = Folder(directory), config or CheckpointConfig()
+        self.copies = Copies()
+        self.team: Team | None = None
+        self.writing: Writing | None = None
 
-    def committed(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted(marker.parent for marker in self.directory.glob(f"step_*/{MARKER}"))
+    def committed(self) -> list[Folder]:
+        """Those with a marker, oldest first; whether they are damaged is not looked at."""
+        found = (self.directory / name for name in self.directory.names() if name.startswith("step_"))
+        return [folder for folder in found if MARKER in folder.names()]
 
-    def save(self, model: Named, optimizer: optim.Optimizer, progress: Progress, files: Mapping[str, bytes]) -> Path:
-        """Write everything aside, commit, prune. `files` are small files to put beside the tensors."""
-        final = self.directory / f"step_{progress.step:08d}"
-        aside = final.with_suffix(".tmp")
-        main = not dist.is_initialized() or dist.get_rank() == 0
-        if main:
-            for leftover in (*self.directory.glob("*.tmp"), final):
-                shutil.rmtree(leftover, ignore_errors=True)
-            aside.mkdir(parents=True)
-        barrier()
+    def glance(self) -> Folder | None:
+        """The newest whose small files are whole; without asking the other ranks."""
+        for folder in reversed(self.committed()):
+            with suppress(CheckpointError):
+                verify(folder, tensors=False)
+                return folder
+        return None
+
+    def newest(self) -> Folder | None:
+        """The newest that is whole, every byte of it checked, each rank its part; None if there is none at all.
+
+        Raises CheckpointError, on all ranks, where there are some and all are damaged.
+        """
+        team = self._ranks()
+        every = team.each(lambda: self.committed() if team.main else [])[0]
+        for folder in reversed(every):
+            try:
+                team.each(lambda folder=folder: verify(folder, team.rank, team.size))  # type: ignore[misc]
+                return folder
+            except CheckpointError as error:
+                log.warning("%s; it is passed over, and the one before it taken if there is one", error)
+        if every:
+            raise CheckpointError(
+                f"{self.directory}: all {len(every)} checkpoints are damaged; to begin anew, move them away or set "
+                "another run.dir"
+            )
+        return None
+
+    def save(self, model: Named, optimizer: optim.Optimizer, progress: Progress, files: Mapping[str, bytes]) -> None:
+        """Begin to write what the model, the optimizer and `files` are now; `poll` and `finish` say how that went.
+
+        Raises CheckpointError where the save before it failed.
+        """
+        self.finish()
         state = weights(model) | moments(model, optimizer)
-        with _alone():
-            state_dict_saver.save(state, checkpoint_id=aside, no_dist=not dist.is_initialized())
-        if main:
-            for name, content in {PROGRESS: json.dumps(progress.as_dict()).encode(), **files}.items():
-                _write(aside / name, content)
-            aside.rename(final)
-            _write(final / MARKER, b"")
-            _sync(self.directory)
-            for old in self.committed()[: -self.keep]:
-                # The marker goes first: a half-deleted directory must not look complete.
-                (old / MARKER).unlink()
-                shutil.rmtree(old)
-        barrier()
-        return final
+        folder = self.directory / f"step_{progress.step:08d}"
+        files = {PROGRESS: json.dumps(progress.as_dict()).encode(), **files}
+        background = self.config.background
+        values = self.copies.take(state) if background else {name: local(tensor) for name, tensor in state.items()}
+        self.writing = Writing(self._ranks(), folder, state, values, files, self._prune)
+        self.writing.start()
+        if not background:
+            self.finish()
+
+    def poll(self) -> None:
+        """While a checkpoint is being written: see whether all ranks are done, and if so, `finish`."""
+        if self.writing is None:
+            return
+        done = torch.tensor(int(not self.writing.is_alive()))
+        if dist.is_initialized():
+            dist.all_reduce(done, dist.ReduceOp.MIN)
+        if done:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is being written, say so, and remove what need not be kept.
+
+        Raises CheckpointError, the same on all ranks, where it could not be written.
+        """
+        if self.writing is None:
+            return
+        writing, self.writing = self.writing, None
+        begin = time.perf_counter()
+        writing.finish()
+        log.info("saved %s", writing.folder)
+        if (waited := time.perf_counter() - begin) > 1:
+            log.info("waited %.1f s for it", waited)
+
+    def wait(self) -> None:
+        """Let what is being written be written, on the way out after whatever went wrong."""
+        if self.writing is not None:
+            self.writing.join()
+
+    def _ranks(self) -> Team:
+        self.team = self.team or Team()
+        return self.team
+
+    def _prune(self) -> None:
+        """Remove what need not be kept, and what killed saves left. Called when a checkpoint has been committed."""
+        committed = self.committed()
+        kept = {folder.name for folder in committed[-self.config.keep :]}
+        if every := self.config.keep_every:
+            kept |= {folder.name for folder in committed if int(folder.name.removeprefix("step_")) % every == 0}
+        if self.config.keep_best:
+            losses = {folder.name: loss for folder in committed if (loss := _heldout_loss(folder)) is not None}
+            kept |= set(sorted(losses, key=lambda name: losses[name])[: self.config.keep_best])
+        for name in self.directory.names():
+            if name.startswith("step_") and name not in kept:
+                self._remove(self.directory / name)
+
+    def _remove(self, folder: Folder) -> None:
+        try:
+            folder.remove(MARKER)  # first: what is half removed must not look complete
+            folder.remove()
+        except OSError as error:
+            log.warning("%s: cannot be removed: %s", folder, error)
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest of a run directory."""
-    if (path / MARKER).exists():
-        return path
-    found = CheckpointStore(path / "checkpoints", keep=1).committed()
-    if not found:
-        raise CheckpointError(
-            f"{path}: holds no complete checkpoint; give a run directory (the run.dir of `dist-llm train`) "
-            f"or one of its checkpoints/step_* directories that has a {MARKER} file"
-        )
-    return found[-1]
+def find(place: Path | str, part: int = 0, parts: int = 1) -> Path:
+    """The checkpoint that `place`, a path or a URL, means: itself, or the newest of a run; on this machine's disk.
+
+    Of the hashes of its files every `parts`-th is checked, from `part` on. Raises CheckpointError where there is none
+    or it is damaged, DataError where it cannot be fetched.
+    """
+    folder = Folder(place)
+    if MARKER not in folder.names():
+        every = of_run(folder).committed()
+        if not every:
+            raise CheckpointError(
+                f"{place}: holds no complete checkpoint; give a run directory (the run.dir of `dist-llm train`) "
+                f"or one of its checkpoints/step_* directories that has a {MARKER} file"
+            )
+        folder = every[-1]
+    if folder.local is None:
+        return _fetch(folder)
+    verify(folder, part, parts)
+    return folder.local
 
 
-def load(path: Path, model: Named, optimizer: optim.Optimizer | None = None) -> Progress:
+def of_run(run: Folder | Path | str) -> CheckpointStore:
+    """The checkpoints of the run in a directory, wherever its config says they are."""
+    run = Folder(run)
+    if run.local is not None and (run.local / "config.yaml").exists():
+        config, _ = load_config(run.local / "config.yaml")
+        if config is not None and config.checkpoint.dir:
+            return CheckpointStore(config.checkpoint.dir)
+    return CheckpointStore(run / "checkpoints")
+
+
+def _fetch(folder: Folder) -> Path:
+    """A copy in the cache, where each file is checked as it comes."""
+    key = hashlib.sha256(folder.place.encode() + folder.read(MARKER)).hexdigest()
+    target = Path(CACHE).expanduser() / "checkpoints" / key / folder.name
+    for name, written in read_manifest(folder).items():
+        fetch(f"{folder}/{name}", target / name, written.bytes, written.sha256)
+    for name in (MANIFEST, MARKER):
+        fetch(f"{folder}/{name}", target / name, None, None)
+    return target
+
+
+def load(folder: Folder | Path, model: Named, optimizer: optim.Optimizer | None = None) -> Progress:
     """Read the weights, and the moments if there is an optimizer, into whatever layout `model` has.
 
     Raises CheckpointError where the checkpoint lacks a parameter of the model or has it in another
     shape. (That it holds more is no error: a pipeline stage asks for its own part.)
     """
-    saved = shapes(path)
-    refuse_other_model(path, weights(model), saved)
+    folder = Folder(folder)
+    saved = shapes(folder)
+    refuse_other_model(folder, weights(model), saved)
     state = weights(model)
     if optimizer is not None:
         allocate_moments(model, optimizer, saved)
         state |= moments(model, optimizer)
-    read(path, state)
+    read(folder, state)
     copy_to_twins(model, optimizer)
-    return Progress.of(json.loads((path / PROGRESS).read_text(encoding="utf-8")))
+    return progress_of(folder)
 
 
-def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def shapes(folder: Folder | Path) -> dict[str, tuple[int, ...]]:
     """{name: full shape} of every tensor in a checkpoint."""
     return {
         name: tuple(entry.size)
-        for name, entry in filesystem.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+        for name, entry in FolderReader(Folder(folder)).read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
 
 
-def read(path: Path, state: dict[str, Any]) -> None:
+def read(folder: Folder | Path, state: dict[str, Any]) -> None:
     """Fill the tensors of `state` in place; each rank gets what it holds of them."""
-    reader = filesystem.FileSystemReader(path)
-    with _alone():
-        state_dict_loader.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    alone = not dist.is_initialized()
+    if alone:
+        assume_one_process()
+    state_dict_loader.load(state, storage_reader=FolderReader(Folder(folder)), no_dist=alone)
 
 
-def refuse_other_model(path: Path, wanted: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> None:
+def refuse_other_model(folder: Folder | Path, wanted: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError unless `saved` has every tensor of `wanted`, in its shape."""
     for name, tensor in wanted.items():
         shape = tuple(tensor.shape)
         if saved.get(name) != shape:
             found = f"shape {list(saved[name])}" if name in saved else "no such parameter"
             raise CheckpointError(
-                f"{path}: {name} has shape {list(shape)} in the config, but the checkpoint has {found}; "
+                f"{folder}: {name} has shape {list(shape)} in the config, but the checkpoint has {found}; "
                 "use the `model` section the run was started with, or another run.dir"
             )
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
-    """One process without a group is what we mean; torch warns that it assumes so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
+def _heldout_loss(folder: Folder) -> float | None:
+    """None too where the file is damaged."""
+    with suppress(OSError, ValueError, TypeError):
+        return progress_of(folder).heldout_loss
+    return None
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def progress_of(folder: Folder) -> Progress:
+    """How far the run was."""
+    return Progress.of(json.loads(folder.read(PROGRESS)))

@@ -234,7 +234,11 @@ class ParallelConfig(Section):
 
 class CheckpointConfig(Section):
     every: Count = key("steps between checkpoints; 0: only at the end", 500)
+    dir: str = key("where they go, a path or a URL that fsspec opens (s3://...); empty: run.dir/checkpoints", "")
     keep: Positive = key("newest checkpoints kept", 2)
+    keep_every: Count = key("keep those of each multiple of so many steps, too; 0: none", 0)
+    keep_best: Count = key("keep so many with the lowest held-out loss, too", 0)
+    background: bool = key("train on while a copy in host memory is written; false: wait, without that copy", True)
 
 
 class EvalConfig(Section):

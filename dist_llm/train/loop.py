@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dist_llm.checkpoint import store as checkpoints
 from dist_llm.checkpoint.adapt import start_from
+from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.lengths import inputs_len, sample_tokens
@@ -34,7 +35,7 @@ log = logging.getLogger("dist_llm")
 
 
 class Trainer:
-    """One rank's side of a run. `files` are the small files that go into each checkpoint."""
+    """One rank's side of a run: from the checkpoint `found`, if any. `files` are small ones that go into each."""
 
     def __init__(
         self,
@@ -43,12 +44,13 @@ class Trainer:
         engine: NativeEngine,
         loader: Loader,
         store: CheckpointStore,
+        found: Folder | None,
         files: Mapping[str, bytes],
     ) -> None:
         self.config, self.world, self.engine, self.loader = config, world, engine, loader
         self.store, self.files = store, files
         self.directory = Path(config.run.dir)
-        self.progress = self._resume()
+        self.progress = self._resume(found)
         self.sample_tokens = sample_tokens(config)
         self.heldout = self._heldout(loader.objective)
         self.audit = Audit(engine, loader, config.data.audit_every)
@@ -67,6 +69,7 @@ class Trainer:
         with self.sinks:  # closed at the end, whatever it is
             while self.progress.step < config.run.steps:
                 self.step()
+                self.store.poll()
                 step = self.progress.step
                 last = step == config.run.steps
                 if step % config.log.every == 0 or last:
@@ -75,7 +78,8 @@ class Trainer:
                     self.evaluate()
                 if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                     self.save()
-        log.info("done: %d steps, checkpoint in %s", self.progress.step, self.directory / "checkpoints")
+            self.store.finish()
+        log.info("done: %d steps, checkpoint in %s", self.progress.step, self.store.directory)
         log.info("watch the curves: tensorboard --logdir %s", self.directory / "tensorboard")
 
     def step(self) -> None:
@@ -88,6 +92,7 @@ class Trainer:
         self.audit.add(progress.samples, batches)
         report = train_step(self.engine, batches, lr, progress.step, len(self.loader.plan.sources))
         progress.step += 1
+        progress.heldout_loss = None
         progress.samples = self.loader.after(progress.samples)
         progress.tokens += config.data.global_batch * self.sample_tokens
         self.recorder.add(
@@ -102,6 +107,7 @@ class Trainer:
             return
         self.recorder.flush()
         result = evaluate(self.engine, self.heldout)
+        self.progress.heldout_loss = result.loss
         row: Row = {
             "step": self.progress.step,
             "heldout_loss": result.loss,
@@ -127,24 +133,22 @@ class Trainer:
         return config.eval.sample_prompt + "".join(pieces)
 
     def save(self) -> None:
-        """A checkpoint of this step. Metrics up to it are on disk before it is."""
+        """Begin a checkpoint of this step. Metrics up to it are on disk before it is."""
         self.recorder.flush()
         self.progress.loss_scale = self.engine.loss_scale
         self.progress.source_tokens = self.recorder.source_tokens
-        path = self.store.save(self.engine, self.engine.optimizer, self.progress, self.files)
-        log.info("saved %s", path)
+        self.store.save(self.engine, self.engine.optimizer, self.progress, self.files)
         self.recorder.restart_clock(self.progress.tokens)
 
-    def _resume(self) -> Progress:
-        found = self.store.committed()
-        if not found and self.config.init_from:
-            self._adapt(checkpoints.find(Path(self.config.init_from)))
-        if not found:
+    def _resume(self, found: Folder | None) -> Progress:
+        if found is None:
+            if self.config.init_from:
+                self._adapt(checkpoints.find(self.config.init_from, self.world.rank, self.world.size))
             return Progress()
-        progress = checkpoints.load(found[-1], self.engine, self.engine.optimizer)
+        progress = checkpoints.load(found, self.engine, self.engine.optimizer)
         if self.engine.loss_scale is not None and progress.loss_scale is not None:
             self.engine.loss_scale = progress.loss_scale
-        log.info("resumed from %s", found[-1])
+        log.info("resumed from %s", found)
         return progress
 
     def _adapt(self, path: Path) -> None:

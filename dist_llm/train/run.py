@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from dist_llm.checkpoint.state import Progress
-from dist_llm.checkpoint.store import PROGRESS, CheckpointStore, find
+from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.store import CheckpointStore, find, progress_of
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
 from dist_llm.data import history as histories
@@ -40,26 +40,30 @@ def train(config: Config, world: World) -> None:
     corpus = sources[0].corpus.directory
     vocabulary = read_vocabulary(config, corpus)
     directory = Path(config.run.dir)
-    store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
-    found = store.committed()[-1:]
-    if config.init_from and not found:
-        _check_start(Path(config.init_from), sources[0].corpus.manifest.tokenizer_sha256, corpus)
-    history = _history(config, sources, found[0] if found else None)
-    plan = history[-1].plan(sources)
-    files = {**run_files(config, corpus), HISTORY: histories.dump(history)}
+    store = CheckpointStore(config.checkpoint.dir or directory / "checkpoints", config.checkpoint)
+    seen = store.glance()
+    if config.init_from and seen is None:
+        _check_start(config.init_from, sources[0].corpus.manifest.tokenizer_sha256, corpus)
+    history = _history(config, sources, seen)
     start_logging(directory / "logs", world)
     try:
         with process_group(world, device):
+            found = store.newest()
+            if found != seen:  # a damaged one is passed over
+                history = _history(config, sources, found)
+            files = {**run_files(config, corpus), HISTORY: histories.dump(history)}
             if world.main:
                 for name, content in files.items():
                     (directory / name).write_bytes(content)
             engine = NativeEngine(config, device)
+            plan = history[-1].plan(sources)
             loader = build_loader(config, plan, vocabulary, *engine.data_rank, pin=device.type == "cuda")
-            trainer = Trainer(config, world, engine, loader, store, files)
+            trainer = Trainer(config, world, engine, loader, store, found, files)
             try:
                 trainer.run()
             finally:
                 loader.close()
+                store.wait()
             del trainer, engine
     except UserError as error:
         log.error("rank %d on %s: %s", world.rank, world.host, error)  # no traceback: the user can mend it
@@ -71,20 +75,20 @@ def train(config: Config, world: World) -> None:
         stop_logging()
 
 
-def _check_start(checkpoint: Path, tokenizer_sha256: str, corpus: Path) -> None:
+def _check_start(checkpoint: str, tokenizer_sha256: str, corpus: Path) -> None:
     """Raises CheckpointError or DataError where a run cannot begin with these weights."""
     path = find(checkpoint)
     if Tokenizer.load(path).sha256 != tokenizer_sha256:
         raise DataError(f"{corpus}: was prepared with another tokenizer than the one in init_from {path}")
 
 
-def _history(config: Config, sources: Sequence[Source], checkpoint: Path | None) -> History:
+def _history(config: Config, sources: Sequence[Source], checkpoint: Folder | None) -> History:
     """What the run has read, and will. Raises DataError where it cannot go on with the data of the config."""
     wanted = histories.asked(config, sources)
     if checkpoint is None:
         return (wanted,)
-    before = histories.parse((checkpoint / HISTORY).read_bytes(), str(checkpoint / HISTORY))
-    progress = Progress.of(json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
+    before = histories.parse(checkpoint.read(HISTORY), f"{checkpoint}/{HISTORY}")
+    progress = progress_of(checkpoint)
     at = progress.step, progress.samples, progress.tokens
     return histories.resume(before, wanted, *at, config.data.on_change == "new_segment")
 

@@ -1,7 +1,5 @@
 """The `evaluate` command: a checkpoint's loss on a corpus, by however many ranks there are."""
 
-from pathlib import Path
-
 from dist_llm.checkpoint import store
 from dist_llm.config.check import resolve
 from dist_llm.config.load import load_config, refuse
@@ -18,9 +16,9 @@ from dist_llm.train.evaluate import Evaluation, Heldout, evaluate
 from dist_llm.train.settings import read_vocabulary
 
 
-def score(checkpoint: Path, data: str | None, split: Split, micro_batch: int, world: World) -> Evaluation:
+def score(checkpoint: str, data: str | None, split: Split, micro_batch: int, world: World) -> Evaluation:
     """Evaluate and, on rank 0, print. The model is sharded over all ranks, whatever it was trained on."""
-    path = store.find(checkpoint)
+    path = store.find(checkpoint, world.rank, world.size)
     config, violations = load_config(path / "config.yaml")
     refuse(violations)
     assert config is not None

@@ -13,6 +13,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of, whole
+from tests.laws.law import saved as saved_now
 from tests.laws.layouts import ADAMW, Layout
 from tests.laws.worlds import world
 
@@ -35,7 +36,7 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
             batch.inputs_BS.clamp_(max=OLD - 1)
             batch.targets_BS.clamp_(max=OLD - 1)
         train_step(engine, batches, 1e-3, step)
-    path = CheckpointStore(tmp_path, 1).save(engine, engine.optimizer, Progress(step=2), {})
+    path = saved_now(CheckpointStore(tmp_path), engine, Progress(step=2), {})
     state = weights(engine) | moments(engine, engine.optimizer)
     return path, {name: whole(tensor) for name, tensor in state.items()}
 

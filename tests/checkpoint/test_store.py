@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from dist_llm.checkpoint import store
+from dist_llm.checkpoint.manifest import MARKER
 from dist_llm.checkpoint.state import Progress, moments, weights
-from dist_llm.checkpoint.store import MARKER, CheckpointStore
-from dist_llm.config.schema import Config
+from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.config.schema import CheckpointConfig, Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.optim.scale import LossScale
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, whole
+from tests.laws.law import batches_of, config_of, saved, whole
 from tests.laws.layouts import ADAMW, MODELS, Layout
 from tests.laws.worlds import world
 
@@ -37,7 +38,7 @@ def values(engine: NativeEngine) -> dict[str, torch.Tensor]:
 
 def save_in_world(config: Config, directory: Path) -> dict[str, torch.Tensor]:
     engine = stepped(config)
-    CheckpointStore(directory, keep=1).save(engine, engine.optimizer, Progress(step=2), FILES)
+    saved(CheckpointStore(directory), engine, Progress(step=2), FILES)
     return values(engine)
 
 
@@ -51,7 +52,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     config = config_of(1, {}, optim=ADAMW)
     engine = stepped(config)
     progress = Progress(step=2, samples=48, tokens=1536, loss_scale=LossScale(8.0, 3))
-    path = CheckpointStore(tmp_path, keep=2).save(engine, engine.optimizer, progress, FILES)
+    path = saved(CheckpointStore(tmp_path), engine, progress, FILES)
 
     fresh = NativeEngine(config, CPU)
     assert store.load(path, fresh, fresh.optimizer) == progress
@@ -62,7 +63,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 def test_settings_of_the_optimizer_come_from_the_config(tmp_path: Path) -> None:
     engine = stepped(config_of(1, {}, optim=ADAMW))
-    path = CheckpointStore(tmp_path, keep=2).save(engine, engine.optimizer, Progress(2), FILES)
+    path = saved(CheckpointStore(tmp_path), engine, Progress(2), FILES)
     other = NativeEngine(config_of(1, {}, optim=ADAMW | {"weight_decay": 0.3, "beta2": 0.9}), CPU)
     store.load(path, other, other.optimizer)
     assert other.optimizer.param_groups[0]["weight_decay"] == 0.3
@@ -70,21 +71,24 @@ def test_settings_of_the_optimizer_come_from_the_config(tmp_path: Path) -> None:
 
 
 def test_only_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
-    engine, kept = stepped(config_of(1, {}, optim=ADAMW), 1), CheckpointStore(tmp_path, keep=2)
-    (tmp_path / "step_00000009.tmp").mkdir()
+    engine, kept = stepped(config_of(1, {}, optim=ADAMW), 1), CheckpointStore(tmp_path)
+    (tmp_path / "step_00000009").mkdir()
     for step in (1, 2, 3):
-        kept.save(engine, engine.optimizer, Progress(step), FILES)
+        saved(kept, engine, Progress(step), FILES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
     assert [path.name for path in kept.committed()] == ["step_00000002", "step_00000003"]
 
 
 def test_a_directory_without_the_marker_is_no_checkpoint(tmp_path: Path) -> None:
-    engine, kept = stepped(config_of(1, {}, optim=ADAMW), 1), CheckpointStore(tmp_path / "checkpoints", keep=3)
-    first = kept.save(engine, engine.optimizer, Progress(1), FILES)
-    second = kept.save(engine, engine.optimizer, Progress(2), FILES)
+    engine, kept = (
+        stepped(config_of(1, {}, optim=ADAMW), 1),
+        CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(keep=3)),
+    )
+    first = saved(kept, engine, Progress(1), FILES)
+    second = saved(kept, engine, Progress(2), FILES)
     (second / MARKER).unlink()
     assert store.find(tmp_path) == first
-    kept.save(engine, engine.optimizer, Progress(2), FILES)  # saving that step again works
+    saved(kept, engine, Progress(2), FILES)  # saving that step again works
     assert store.find(tmp_path) == second
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
@@ -100,7 +104,7 @@ def test_a_directory_without_the_marker_is_no_checkpoint(tmp_path: Path) -> None
 )
 def test_another_models_checkpoint_is_refused(tmp_path: Path, model: dict[str, Any], message: str) -> None:
     engine = stepped(config_of(1, {}, optim=ADAMW), 1)
-    path = CheckpointStore(tmp_path, keep=1).save(engine, engine.optimizer, Progress(1), FILES)
+    path = saved(CheckpointStore(tmp_path), engine, Progress(1), FILES)
     with pytest.raises(CheckpointError, match=message):
         store.load(path, NativeEngine(config_of(1, model, optim=ADAMW), CPU))
 
@@ -127,7 +131,7 @@ def test_any_layout_is_saved_under_the_same_names_and_loads_into_one_process(lay
     for part in world(layout.ranks).run(save_in_world, _config(layout), tmp_path):
         held |= part
     one = NativeEngine(config_of(1, MODELS["tied"], optim=ADAMW), CPU)
-    assert store.load(store.CheckpointStore(tmp_path, 1).committed()[-1], one, one.optimizer).step == 2
+    assert store.load(CheckpointStore(tmp_path).committed()[-1], one, one.optimizer).step == 2
     found = values(one)
     assert found.keys() == held.keys()
     for name, value in found.items():
@@ -137,7 +141,7 @@ def test_any_layout_is_saved_under_the_same_names_and_loads_into_one_process(lay
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_one_process_loads_into_any_layout(layout: Layout, tmp_path: Path) -> None:
     engine = stepped(config_of(1, MODELS["tied"], optim=ADAMW))
-    path = CheckpointStore(tmp_path, 1).save(engine, engine.optimizer, Progress(2), FILES)
+    path = saved(CheckpointStore(tmp_path), engine, Progress(2), FILES)
     want = values(engine)
     for part in world(layout.ranks).run(load_in_world, _config(layout), path):
         for name, value in part.items():

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.check import check as broken_rules
 from dist_llm.config.check import resolve
 from dist_llm.config.schema import Config, ParallelConfig
@@ -221,3 +224,12 @@ def _close(what: str, found: Tensor, wanted: Tensor, tolerance: float, noise: fl
     assert off <= tolerance * largest + noise, (
         f"{what}: off by {off:.2e} where the largest element is {largest:.2e}, allowed {tolerance:.0e} of it"
     )
+
+
+def saved(store: CheckpointStore, engine: NativeEngine, progress: Progress, files: dict[str, bytes]) -> Path:
+    """A checkpoint, once it is on the disk."""
+    store.save(engine, engine.optimizer, progress, files)
+    store.finish()
+    path = store.committed()[-1].local
+    assert path is not None
+    return path

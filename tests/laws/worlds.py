@@ -148,12 +148,10 @@ def _share_groups() -> None:
             meshes[shape] = build_mesh(parallel, device_type)
         return meshes[shape]
 
-    def shared_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
-        key = None if ranks is None else tuple(ranks)
-        if key is None or args or kwargs:
-            return new_group(ranks, *args, **kwargs)
+    def shared_group(ranks: Any = None, **options: Any) -> Any:
+        key = None if ranks is None else tuple(ranks), repr(sorted(options.items()))
         if key not in groups:
-            groups[key] = new_group(ranks)
+            groups[key] = new_group(ranks, **options)
         return groups[key]
 
     native.build_mesh = shared_mesh

@@ -1,0 +1,201 @@
+"""A directory that holds a checkpoint, on a disk or at a URL that fsspec opens, and torch's reader and writer of it.
+
+What is written here is hashed on its way, so that a manifest of it costs no second reading.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+from torch.distributed.checkpoint import filesystem
+
+BLOCK_BYTES = 1 << 22
+
+
+class Folder:
+    """The directory at `place`, a path or a URL. Its small files are read and written whole."""
+
+    def __init__(self, place: "Folder | Path | str") -> None:
+        self.place = str(place).rstrip("/")
+        self.fs, self.path = fsspec.core.url_to_fs(self.place)
+
+    def __str__(self) -> str:
+        return self.place
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Folder) and other.place == self.place
+
+    def __hash__(self) -> int:
+        return hash(self.place)
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.place}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.place.rpartition("/")[2]
+
+    @property
+    def local(self) -> Path | None:
+        """Its path, if it is on a disk."""
+        return Path(self.path) if "file" in self.fs.protocol else None
+
+    def names(self) -> list[str]:
+        """What it holds, sorted; nothing if it is not there."""
+        self.fs.invalidate_cache()
+        try:
+            return sorted(str(path).rstrip("/").rpartition("/")[2] for path in self.fs.ls(self.path, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def size(self, name: str) -> int:
+        return int(self.fs.size(f"{self.path}/{name}"))
+
+    def read(self, name: str) -> bytes:
+        content: bytes = self.fs.cat_file(f"{self.path}/{name}")
+        return content
+
+    def sha256(self, name: str) -> str:
+        """Of a whole file, read in blocks."""
+        digest = hashlib.sha256()
+        with self.fs.open(f"{self.path}/{name}", "rb", block_size=BLOCK_BYTES) as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Durably, where that is ours to say."""
+        with self.fs.open(f"{self.path}/{name}", "wb") as file:
+            file.write(content)
+            file.flush()
+            _sync(file)
+
+    def make(self) -> None:
+        self.fs.makedirs(self.path, exist_ok=True)
+
+    def sync(self) -> None:
+        """Make the names in it durable."""
+        if self.local is not None:
+            handle = os.open(self.local, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def remove(self, name: str = "") -> None:
+        """One file, or the folder with all that is in it; nothing if it is not there."""
+        with suppress(FileNotFoundError):
+            if name:
+                self.fs.rm_file(f"{self.path}/{name}")
+            else:
+                self.fs.rm(self.path, recursive=True)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file's size and hash."""
+
+    bytes: int
+    sha256: str
+
+
+class FolderReader(filesystem.FileSystemReader):
+    """torch's reader, of a folder anywhere."""
+
+    def __init__(self, folder: Folder) -> None:
+        super().__init__(folder.path)
+        self.path = folder.path
+        self.fs = _Files(folder.fs)  # type: ignore[assignment]  # declared as one for disks alone
+
+
+class FolderWriter(filesystem.FileSystemWriter):
+    """torch's writer, into a folder anywhere; `written` is what this rank wrote, by name."""
+
+    def __init__(self, folder: Folder) -> None:
+        super().__init__(folder.path, sync_files=folder.local is not None)
+        self.path = folder.path
+        self.files = _Files(folder.fs)
+        self.fs = self.files  # type: ignore[assignment]
+
+    @property
+    def written(self) -> dict[str, Written]:
+        return {path.rpartition("/")[2]: written for path, written in self.files.written.items()}
+
+
+class _Files(filesystem.FileSystemBase):
+    def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
+        self.fs = fs
+        self.written: dict[str, Written] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        with self.fs.open(path, mode) as file:
+            if mode != "wb":
+                yield file
+                return
+            stream = _Hashed(file)
+            yield stream
+            self.written[str(path)] = Written(stream.length, stream.digest.hexdigest())
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
+        return f"{path}/{suffix}"
+
+    def init_path(self, path: str | os.PathLike[str]) -> str:
+        return str(path)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        self.fs.mv(path, new_path)
+        self.written[str(new_path)] = self.written.pop(str(path))
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        self.fs.makedirs(path, exist_ok=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        return bool(self.fs.exists(path))
+
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
+        self.fs.rm_file(path)
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        names: list[str] = self.fs.ls(path, detail=False)
+        return names
+
+
+class _Hashed(io.RawIOBase):
+    """Hands on what is written, and hashes it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.length, self.digest = file, 0, hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        self.file.write(content)
+        self.digest.update(content)
+        self.length += memoryview(content).nbytes
+        return memoryview(content).nbytes
+
+    def tell(self) -> int:
+        return self.length
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def fileno(self) -> int:
+        return self.file.fileno()  # a remote file has none and says so, which torch knows
+
+    def close(self) -> None:
+        pass  # torch closes a stream after each tensor; the file goes on
+
+
+def _sync(file: Any) -> None:
+    with suppress(AttributeError, io.UnsupportedOperation):
+        os.fsync(file.fileno())

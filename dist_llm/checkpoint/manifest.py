@@ -1,0 +1,69 @@
+"""What makes a checkpoint one: every file's size and hash in `manifest.json`, whose own hash is in the marker.
+
+The marker is written last. A folder without it is not a checkpoint; one whose files are not those of the manifest is
+a damaged one.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+from dist_llm.checkpoint.folder import Folder, Written
+from dist_llm.errors import CheckpointError
+
+MARKER, MANIFEST = "COMMITTED", "manifest.json"
+FORMAT = "dist_llm checkpoint 1"
+TENSORS = ".distcp"
+THREADS = 4  # that hash at once, in each process
+
+
+def commit(folder: Folder, files: Mapping[str, Written]) -> None:
+    """Make `folder`, all of whose files are there and durable, a checkpoint."""
+    content = {"format": FORMAT, "files": {name: asdict(files[name]) for name in sorted(files)}}
+    manifest = json.dumps(content, indent=1).encode() + b"\n"
+    folder.write(MANIFEST, manifest)
+    folder.sync()  # the names first: the marker must not outlive them
+    folder.write(MARKER, _sha256(manifest).encode())
+    folder.sync()
+
+
+def write(folder: Folder, name: str, content: bytes) -> Written:
+    """A small file, and what the manifest says of it."""
+    folder.write(name, content)
+    return Written(len(content), _sha256(content))
+
+
+def verify(folder: Folder, part: int = 0, parts: int = 1, tensors: bool = True) -> None:
+    """Check sizes of all files, and hashes of every `parts`-th from `part` on; without `tensors`, of small ones alone.
+
+    Raises CheckpointError that names the first file which is not what was saved.
+    """
+    files = read_manifest(folder)
+    try:
+        for name, written in files.items():
+            if (size := folder.size(name)) != written.bytes:
+                raise CheckpointError(f"{folder}: damaged: {name} has {size} bytes of {written.bytes}")
+        mine = [name for name in files if tensors or not name.endswith(TENSORS)][part::parts]
+        with ThreadPoolExecutor(THREADS) as pool:
+            for name, sha256 in zip(mine, pool.map(folder.sha256, mine), strict=True):
+                if sha256 != files[name].sha256:
+                    raise CheckpointError(f"{folder}: damaged: {name} is not what was saved (its sha256 differs)")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: damaged: {error}") from None
+
+
+def read_manifest(folder: Folder) -> dict[str, Written]:
+    """{name: size and hash}. Raises CheckpointError where there is none, or not the one that the marker knows."""
+    try:
+        manifest, marker = folder.read(MANIFEST), folder.read(MARKER)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: not a complete checkpoint: {error}") from None
+    if marker != _sha256(manifest).encode():
+        raise CheckpointError(f"{folder}: damaged: {MARKER} and {MANIFEST} do not belong together")
+    return {name: Written(**written) for name, written in json.loads(manifest)["files"].items()}
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

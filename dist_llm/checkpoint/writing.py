@@ -1,0 +1,175 @@
+"""Writing a checkpoint: tensors as they are now, by a thread, while training goes on.
+
+All ranks copy their parts into buffers, which takes less than a step, and hand them to the thread. There all ranks
+write, tell each other what they wrote or what went wrong, and rank 0 commits: all succeed, or all raise the same.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from dist_llm.checkpoint import manifest
+from dist_llm.checkpoint.folder import Folder, FolderWriter, Written
+from dist_llm.errors import CheckpointError
+from dist_llm.parallel.mesh import local
+
+Result = TypeVar("Result")
+LONGEST_WRITE = timedelta(hours=2)  # that one rank waits for another
+
+
+class Team:
+    """The ranks that write together, in a group of their own, since the step uses the others meanwhile."""
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo", timeout=LONGEST_WRITE) if dist.is_initialized() else None
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.group is not None else (0, 1)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def each(self, action: Callable[[], Result]) -> list[Result]:
+        """What `action` returned on each rank. Where it raised on any, the first of these as the same error on all."""
+        result, problem = None, None
+        try:
+            result = action()
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            problem = _describe(error)
+        if self.group is None:
+            every = [(result, problem)]
+        else:
+            every = [(None, None)] * self.size
+            dist.all_gather_object(every, (result, problem), group=self.group)
+        if problems := [problem for _, problem in every if problem is not None]:
+            raise CheckpointError(problems[0])
+        return [result for result, _ in every]  # type: ignore[misc]
+
+
+class Copies:
+    """Host copies of a state's tensors (of this rank's parts), in buffers that the next copy uses again."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values of now. Returns when they are there."""
+        for name, tensor in state.items():
+            mine, buffer = local(tensor), self.buffers.get(name)
+            if buffer is None or buffer.shape != mine.shape or buffer.dtype != mine.dtype:
+                buffer = torch.empty(mine.shape, dtype=mine.dtype, pin_memory=mine.is_cuda)
+                self.buffers[name] = buffer
+            buffer.copy_(mine, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return {name: self.buffers[name] for name in state}
+
+
+class Writing(threading.Thread):
+    """One checkpoint on its way to `folder`. `values` are what to write for `state`, which says what lies where.
+
+    `afterwards` is called on rank 0 once it is committed.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        folder: Folder,
+        state: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+        files: Mapping[str, bytes],
+        afterwards: Callable[[], None],
+    ) -> None:
+        super().__init__(name=f"writes {folder.name}", daemon=True)
+        self.team, self.folder, self.state, self.values, self.files = team, folder, state, values, files
+        self.afterwards = afterwards
+        self.error: CheckpointError | None = None
+
+    def run(self) -> None:
+        try:
+            self._write()
+        except CheckpointError as error:
+            self.error = CheckpointError(
+                f"{self.folder}: cannot be written: {error}. The checkpoints before it are as they were. Make room or "
+                "mend the directory, or set checkpoint.dir to another, and start again: the run goes on from the newest"
+            )
+        except Exception as error:  # a rank that is gone, most likely: it has said why
+            self.error = CheckpointError(f"{self.folder}: cannot be written: {type(error).__name__}: {error}")
+
+    def finish(self) -> None:
+        """Wait for it. Raises CheckpointError, the same on all ranks, where it failed."""
+        self.join()
+        if self.error is not None:
+            raise self.error
+
+    def _write(self) -> None:
+        team, folder = self.team, self.folder
+        writer = FolderWriter(folder)
+        try:
+            team.each(lambda: self._begin() if team.main else None)
+            team.each(lambda: self._tensors(writer))
+            files = {name: each for written in team.each(lambda: writer.written) for name, each in written.items()}
+            team.each(lambda: self._commit(files) if team.main else None)
+        except Exception:
+            if team.main:
+                with suppress(OSError):
+                    folder.remove()
+            raise
+        if team.main:
+            self.afterwards()
+
+    def _begin(self) -> None:
+        self.folder.remove()
+        self.folder.make()
+
+    def _tensors(self, writer: FolderWriter) -> None:
+        if self.team.group is None:
+            assume_one_process()
+        state_dict_saver.save(
+            dict(self.state),
+            storage_writer=writer,
+            planner=_Planner(self.values),
+            process_group=self.team.group,
+            no_dist=self.team.group is None,
+        )
+
+    def _commit(self, files: Mapping[str, Written]) -> None:
+        small = {name: manifest.write(self.folder, name, content) for name, content in self.files.items()}
+        manifest.commit(self.folder, {**files, **small})
+
+
+def assume_one_process() -> None:
+    """torch warns where it is used without a process group that it takes this for a world of one. It is."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans as the state lies; writes the values that were copied of it."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.values[index.fqn]
+
+
+def _describe(error: BaseException) -> str:
+    """In one line: the rank, and the first cause out of what torch wraps around it."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if isinstance(error, CheckpointException):
+        rank, (error, _) = min(error.failures.items(), key=lambda item: item[0])
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return f"rank {rank}: {text}" if dist.is_initialized() else text
