@@ -124,6 +124,11 @@ class FolderWriter(filesystem.FileSystemWriter):
         self.fs = self.files  # type: ignore[assignment]
 
     @property
+    def problem(self) -> OSError | None:
+        """What the system said where a write failed."""
+        return self.files.problem
+
+    @property
     def written(self) -> dict[str, Written]:
         return {path.rpartition("/")[2]: written for path, written in self.files.written.items()}
 
@@ -132,6 +137,7 @@ class _Files(filesystem.FileSystemBase):
     def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
         self.fs = fs
         self.written: dict[str, Written] = {}
+        self.problem: OSError | None = None
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
@@ -140,7 +146,10 @@ class _Files(filesystem.FileSystemBase):
                 yield file
                 return
             stream = _Hashed(file)
-            yield stream
+            try:
+                yield stream
+            finally:
+                self.problem = self.problem or stream.problem
             self.written[str(path)] = Written(stream.length, stream.digest.hexdigest())
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
@@ -176,9 +185,14 @@ class _Hashed(io.RawIOBase):
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.length, self.digest = file, 0, hashlib.sha256()
+        self.problem: OSError | None = None
 
     def write(self, content: Any) -> int:
-        self.file.write(content)
+        try:
+            self.file.write(content)
+        except OSError as error:
+            self.problem = error
+            raise
         self.digest.update(content)
         self.length += memoryview(content).nbytes
         return memoryview(content).nbytes
@@ -187,7 +201,11 @@ class _Hashed(io.RawIOBase):
         return self.length
 
     def flush(self) -> None:
-        self.file.flush()
+        try:
+            self.file.flush()
+        except OSError as error:
+            self.problem = error
+            raise
 
     def fileno(self) -> int:
         return self.file.fileno()  # a remote file has none and says so, which torch knows

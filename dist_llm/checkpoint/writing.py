@@ -45,14 +45,14 @@ class Team:
         try:
             result = action()
         except (Exception, CheckpointException) as error:  # the latter is no Exception
-            problem = _describe(error)
+            problem = isinstance(error, CheckpointException), _describe(error)
         if self.group is None:
             every = [(result, problem)]
         else:
             every = [(None, None)] * self.size
             dist.all_gather_object(every, (result, problem), group=self.group)
         if problems := [problem for _, problem in every if problem is not None]:
-            raise CheckpointError(problems[0])
+            raise CheckpointError(min(problems)[1])  # from who met it, rather than from who heard of it
         return [result for result, _ in every]  # type: ignore[misc]
 
 
@@ -135,13 +135,18 @@ class Writing(threading.Thread):
     def _tensors(self, writer: FolderWriter) -> None:
         if self.team.group is None:
             assume_one_process()
-        state_dict_saver.save(
-            dict(self.state),
-            storage_writer=writer,
-            planner=_Planner(self.values),
-            process_group=self.team.group,
-            no_dist=self.team.group is None,
-        )
+        try:
+            state_dict_saver.save(
+                dict(self.state),
+                storage_writer=writer,
+                planner=_Planner(self.values),
+                process_group=self.team.group,
+                no_dist=self.team.group is None,
+            )
+        except (Exception, CheckpointException):
+            if writer.problem is not None:  # torch says only that something failed
+                raise writer.problem from None
+            raise
 
     def _commit(self, files: Mapping[str, Written]) -> None:
         small = {name: manifest.write(self.folder, name, content) for name, content in self.files.items()}

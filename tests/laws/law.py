@@ -205,9 +205,9 @@ def compare(got: Trace, want: Trace, first: float = 1e-5, later: float = 1e-4) -
     """Relative to the largest element of each tensor: `first` at step 1, `later` at the last."""
     assert got.scored == want.scored, f"scored tokens {got.scored}, one process {want.scored}"
     for step, (a, b) in enumerate(zip(got.losses, want.losses, strict=True)):
-        _close(f"loss of step {step + 1}", torch.tensor(a), torch.tensor(b), first if step == 0 else later)
+        close(f"loss of step {step + 1}", torch.tensor(a), torch.tensor(b), first if step == 0 else later)
     for step, (a, b) in enumerate(zip(got.norms, want.norms, strict=True)):
-        _close(f"norm of step {step + 1}", torch.tensor(a), torch.tensor(b), first if step == 0 else later)
+        close(f"norm of step {step + 1}", torch.tensor(a), torch.tensor(b), first if step == 0 else later)
     for place, tolerance in ((0, first), (-1, later)):
         for kind in ("gradients", "parameters"):
             found, wanted = getattr(got, kind)[place], getattr(want, kind)[place]
@@ -215,10 +215,10 @@ def compare(got: Trace, want: Trace, first: float = 1e-5, later: float = 1e-4) -
             # A gradient that is zero in exact arithmetic (of a key bias without rope) is rounding of its summands.
             noise = 1e-7 * max(float(value.abs().max()) for value in wanted.values())
             for name in wanted:
-                _close(f"{kind[:-1]} {name}, record {place}", found[name], wanted[name], tolerance, noise)
+                close(f"{kind[:-1]} {name}, record {place}", found[name], wanted[name], tolerance, noise)
 
 
-def _close(what: str, found: Tensor, wanted: Tensor, tolerance: float, noise: float = 0.0) -> None:
+def close(what: str, found: Tensor, wanted: Tensor, tolerance: float, noise: float = 0.0) -> None:
     largest = float(wanted.abs().max())
     off = float((found - wanted).abs().max())
     assert off <= tolerance * largest + noise, (

@@ -1,0 +1,144 @@
+"""Whatever happens to a checkpoint's bytes is noticed, and the one before it is used."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_llm.checkpoint import store
+from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.manifest import MANIFEST, MARKER, read_manifest, verify
+from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.config.schema import CheckpointConfig
+from dist_llm.engines.native import NativeEngine
+from dist_llm.errors import CheckpointError
+from dist_llm.train.step import train_step
+from tests.laws.law import batches_of, config_of, saved
+from tests.laws.layouts import ADAMW
+from tests.laws.worlds import world
+
+FILES = {"config.yaml": b"run: {}\n", "tokenizer.json": b"{}\n"}
+
+
+def engine_of(ranks: int = 1) -> NativeEngine:
+    engine = NativeEngine(config_of(ranks, {}, optim=ADAMW), torch.device("cpu"))
+    train_step(engine, batches_of(engine.config, engine, 0), 1e-3, 0)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with checkpoints of steps 1 and 2; only to be copied."""
+    directory, engine = tmp_path_factory.mktemp("two"), engine_of()
+    kept = CheckpointStore(directory)
+    for step in (1, 2):
+        saved(kept, engine, Progress(step), FILES)
+    return directory
+
+
+@pytest.fixture
+def pair(two: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(two, tmp_path / "pair"))
+
+
+def flip(newest: Path, draw: random.Random) -> None:
+    """One bit of one byte, of all that the checkpoint has."""
+    files = sorted(newest.iterdir())
+    place = draw.randrange(sum(file.stat().st_size for file in files))
+    for file in files:
+        if place < file.stat().st_size:
+            content = bytearray(file.read_bytes())
+            content[place] ^= 1 << draw.randrange(8)
+            file.write_bytes(content)
+            return
+        place -= file.stat().st_size
+
+
+@pytest.mark.parametrize("draws", [pytest.param(10), pytest.param(50, marks=pytest.mark.slow)])
+def test_a_flipped_bit_anywhere_is_noticed(two: Path, tmp_path: Path, draws: int) -> None:
+    for number in range(draws):
+        pair = Path(shutil.copytree(two, tmp_path / str(number)))
+        flip(pair / "step_00000002", random.Random(number))
+        assert CheckpointStore(pair).newest() == Folder(pair / "step_00000001"), number
+
+
+def test_a_flipped_bit_in_each_file_is_noticed(two: Path, tmp_path: Path) -> None:
+    names = sorted(file.name for file in (two / "step_00000002").iterdir())
+    assert {MANIFEST, MARKER, ".metadata", "__0_0.distcp", "progress.json", *FILES} <= set(names)
+    for name in names:
+        pair = Path(shutil.copytree(two, tmp_path / name))
+        file = pair / "step_00000002" / name
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        assert CheckpointStore(pair).newest() == Folder(pair / "step_00000001"), name
+        with pytest.raises(CheckpointError, match="damaged"):
+            store.find(pair / "step_00000002")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda newest: (newest / "__0_0.distcp").unlink(), "damaged: .*__0_0.distcp"),
+        (lambda newest: cut(newest / "__0_0.distcp"), r"damaged: __0_0.distcp has \d+ bytes of \d+"),
+        (lambda newest: (newest / MANIFEST).unlink(), "not a complete checkpoint"),
+        (lambda newest: cut(newest / MARKER), "do not belong together"),
+    ],
+)
+def test_what_is_missing_or_cut_is_named(pair: Path, harm: Callable[[Path], None], message: str) -> None:
+    harm(pair / "step_00000002")
+    with pytest.raises(CheckpointError, match=message):
+        verify(Folder(pair / "step_00000002"))
+    assert CheckpointStore(pair).newest() == Folder(pair / "step_00000001")
+
+
+def test_when_all_are_damaged_nothing_begins_anew_in_silence(pair: Path) -> None:
+    for name in ("step_00000001", "step_00000002"):
+        cut(pair / name / "progress.json")
+    with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
+        CheckpointStore(pair).newest()
+    assert CheckpointStore(pair / "empty").newest() is None
+
+
+def newest_in_world(directory: Path) -> str:
+    newest = CheckpointStore(directory).newest()
+    assert newest is not None
+    return newest.name
+
+
+def test_ranks_share_the_reading_and_agree(pair: Path) -> None:
+    """A file that only one of the ranks hashes is damaged for all."""
+    names = list(read_manifest(Folder(pair / "step_00000002")))
+    assert world(2).run(newest_in_world, pair) == ["step_00000002"] * 2
+    for name in (names[0], names[1]):
+        file = pair / "step_00000002" / name
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert world(2).run(newest_in_world, pair) == ["step_00000001"] * 2, name
+        file.write_bytes(content)
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    engine = engine_of()
+    losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: 4.0, 7: 5.0}
+    kept = CheckpointStore(tmp_path, CheckpointConfig(keep=2, keep_every=3, keep_best=2))
+    for step, loss in losses.items():
+        saved(kept, engine, Progress(step, heldout_loss=loss), FILES)
+    names = [int(folder.name.removeprefix("step_")) for folder in kept.committed()]
+    assert names == [2, 3, 4, 6, 7], "the best two, the multiples of three, the newest two"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in names]
+
+
+def test_an_older_one_that_is_damaged_does_not_stop_the_run(pair: Path) -> None:
+    (pair / "step_00000001" / "progress.json").write_bytes(b"{")
+    kept = CheckpointStore(pair, CheckpointConfig(keep=1, keep_best=1))
+    saved(kept, engine_of(), Progress(3, heldout_loss=1.0), FILES)
+    assert [folder.name for folder in kept.committed()] == ["step_00000003"]

@@ -1,0 +1,218 @@
+"""What is written is the state as it was when the save began; what cannot be written says so on every rank."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from dist_llm.checkpoint import store, writing
+from dist_llm.checkpoint.folder import Folder, FolderWriter
+from dist_llm.checkpoint.state import Progress, moments, weights
+from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.config.schema import CheckpointConfig
+from dist_llm.engines.native import NativeEngine
+from dist_llm.errors import CheckpointError
+from dist_llm.parallel.mesh import local
+from dist_llm.train.step import train_step
+from tests.laws.law import batches_of, config_of, whole
+from tests.laws.layouts import ADAMW
+from tests.laws.worlds import world
+
+CPU = torch.device("cpu")
+CONFIG = config_of(1, {}, optim=ADAMW)
+
+
+def step(engine: NativeEngine, number: int) -> None:
+    train_step(engine, batches_of(engine.config, engine, number), 1e-3, number)
+
+
+def engine_at(steps: int) -> NativeEngine:
+    engine = NativeEngine(CONFIG, CPU)
+    for number in range(steps):
+        step(engine, number)
+    return engine
+
+
+def values(engine: NativeEngine) -> dict[str, torch.Tensor]:
+    return {name: whole(tensor) for name, tensor in (weights(engine) | moments(engine, engine.optimizer)).items()}
+
+
+def loaded(folder: Folder | Path) -> dict[str, torch.Tensor]:
+    engine = NativeEngine(CONFIG, CPU)
+    store.load(folder, engine, engine.optimizer)
+    return values(engine)
+
+
+def equal(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> bool:
+    assert found.keys() == want.keys()
+    return all(torch.equal(found[name], want[name]) for name in want)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Tensors are written only once this is set."""
+    go, write = threading.Event(), FolderWriter.write_data
+
+    def late(self: FolderWriter, *arguments: object) -> object:
+        assert go.wait(60)
+        return write(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FolderWriter, "write_data", late)
+    yield go
+    go.set()
+
+
+def saved_while_training(directory: Path, held: threading.Event) -> tuple[dict[str, torch.Tensor], Path]:
+    """(the state when the save began, what was written after two more steps)."""
+    engine, kept = engine_at(2), CheckpointStore(directory)
+    want = values(engine)
+    kept.save(engine, engine.optimizer, Progress(2), {})
+    for number in (2, 3):
+        step(engine, number)
+        kept.poll()
+        assert kept.writing is not None, "it cannot have been written yet"
+    held.set()
+    kept.finish()
+    assert not equal(values(engine), want)
+    return want, directory / "step_00000002"
+
+
+def test_the_file_holds_the_values_of_its_step(tmp_path: Path, held: threading.Event) -> None:
+    want, path = saved_while_training(tmp_path, held)
+    assert equal(loaded(path), want)
+
+
+def test_without_copies_it_would_not(tmp_path: Path, held: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing.Copies, "take", lambda _, state: {name: local(each) for name, each in state.items()})
+    want, path = saved_while_training(tmp_path, held)
+    assert not equal(loaded(path), want)
+
+
+def test_two_saves_in_a_row_differ(tmp_path: Path) -> None:
+    engine, kept, want = engine_at(1), CheckpointStore(tmp_path), {}
+    for number in (1, 2):
+        want[number] = values(engine)
+        kept.save(engine, engine.optimizer, Progress(number), {})
+        step(engine, number)
+    kept.finish()
+    for number in (1, 2):
+        assert equal(loaded(tmp_path / f"step_{number:08d}"), want[number])
+
+
+def test_in_the_foreground_it_is_there_at_once(tmp_path: Path) -> None:
+    engine, kept = engine_at(1), CheckpointStore(tmp_path, CheckpointConfig(background=False))
+    kept.save(engine, engine.optimizer, Progress(1), {})
+    assert kept.newest() is not None
+    assert not kept.copies.buffers
+    assert equal(loaded(tmp_path / "step_00000001"), values(engine))
+
+
+def test_it_can_lie_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "CACHE", str(tmp_path / "cache"))
+    url = f"memory://{tmp_path.name}/checkpoints"
+    engine, kept = engine_at(1), CheckpointStore(url, CheckpointConfig(keep=2))
+    for number in (1, 2, 3):
+        kept.save(engine, engine.optimizer, Progress(number), {"config.yaml": b"run: {}\n"})
+        kept.finish()
+    assert [folder.name for folder in kept.committed()] == ["step_00000002", "step_00000003"]
+    newest = kept.newest()
+    assert newest is not None
+    assert equal(loaded(newest), values(engine))
+
+    found = store.find(str(newest))
+    assert found.is_relative_to(tmp_path / "cache")
+    assert equal(loaded(found), values(engine))
+
+    memory = fsspec.filesystem("memory")
+    name = f"{newest.path}/__0_0.distcp"
+    content = bytearray(memory.cat_file(name))
+    content[len(content) // 2] ^= 1
+    memory.pipe_file(name, bytes(content))
+    assert kept.newest() == kept.committed()[-2]
+
+
+def limited_save(directory: Path, limited_rank: int) -> str:
+    """The error of a save in which one rank may write no more than 4 KiB a file, and of the one after without that."""
+    engine = NativeEngine(config_of(2, {}, optim=ADAMW), CPU)
+    step(engine, 0)
+    kept = CheckpointStore(directory)
+    kept.save(engine, engine.optimizer, Progress(1), {})
+    kept.finish()
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if torch.distributed.get_rank() == limited_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
+    begin, message = time.monotonic(), ""
+    kept.save(engine, engine.optimizer, Progress(2), {})
+    try:
+        kept.finish()
+    except CheckpointError as error:
+        message = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert time.monotonic() - begin < 60
+    assert [folder.name for folder in kept.committed()] == ["step_00000001"]
+    kept.save(engine, engine.optimizer, Progress(2), {})
+    kept.finish()
+    assert [folder.name for folder in kept.committed()] == ["step_00000001", "step_00000002"]
+    return message
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write_is_named_on_all(rank: int, tmp_path: Path) -> None:
+    """A quota that one rank meets. The older checkpoint stays, and the step is saved once there is room."""
+    first, second = world(2).run(limited_save, tmp_path, rank)
+    assert first == second
+    assert f"step_00000002: cannot be written: rank {rank}: [Errno 27] File too large" in first
+    assert "Make room" in first
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002"]
+
+
+def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    engine, kept = engine_at(1), CheckpointStore(tmp_path / "file" / "checkpoints")
+    kept.save(engine, engine.optimizer, Progress(1), {})
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*Not a directory"):
+        kept.finish()
+
+
+MEMORY = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from torch import nn
+from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.store import CheckpointStore
+
+model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))
+optimizer = torch.optim.AdamW(model.parameters())
+for parameter in model.parameters():
+    parameter.grad = torch.zeros_like(parameter)
+optimizer.step()
+optimizer.zero_grad()
+warm = nn.Linear(8, 8)
+kept = CheckpointStore(Path(sys.argv[1]) / "warm")
+kept.save(warm, torch.optim.AdamW(warm.parameters()), Progress(1), {})
+kept.finish()
+before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+kept = CheckpointStore(Path(sys.argv[1]) / "large")
+kept.save(model, optimizer, Progress(1), {})
+kept.finish()
+peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+print(json.dumps([peak - before, 3 * sum(p.numel() * 4 for p in model.parameters())]))
+"""
+
+
+def test_a_save_takes_no_more_than_one_and_a_half_times_the_shard(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
+    extra, shard = json.loads(done.stdout)
+    assert 0.5 * shard < extra < 1.5 * shard, "copies are taken, and nothing beside them"
