@@ -117,8 +117,8 @@ class FolderReader(filesystem.FileSystemReader):
 class FolderWriter(filesystem.FileSystemWriter):
     """torch's writer, into a folder anywhere; `written` is what this rank wrote, by name."""
 
-    def __init__(self, folder: Folder) -> None:
-        super().__init__(folder.path, sync_files=folder.local is not None)
+    def __init__(self, folder: Folder, one_file: bool = True) -> None:
+        super().__init__(folder.path, one_file, sync_files=folder.local is not None)
         self.path = folder.path
         self.files = _Files(folder.fs)
         self.fs = self.files  # type: ignore[assignment]

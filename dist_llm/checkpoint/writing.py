@@ -78,7 +78,8 @@ class Copies:
 class Writing(threading.Thread):
     """One checkpoint on its way to `folder`. `values` are what to write for `state`, which says what lies where.
 
-    `afterwards` is called on rank 0 once it is committed.
+    `afterwards` is called on rank 0 once it is committed. A rank writes `one_file`, or else one for each tensor, and
+    then no more than one at a time is held here.
     """
 
     def __init__(
@@ -88,11 +89,12 @@ class Writing(threading.Thread):
         state: Mapping[str, Tensor],
         values: Mapping[str, Tensor],
         files: Mapping[str, bytes],
-        afterwards: Callable[[], None],
+        afterwards: Callable[[], None] = lambda: None,
+        one_file: bool = True,
     ) -> None:
         super().__init__(name=f"writes {folder.name}", daemon=True)
         self.team, self.folder, self.state, self.values, self.files = team, folder, state, values, files
-        self.afterwards = afterwards
+        self.afterwards, self.one_file = afterwards, one_file
         self.error: CheckpointError | None = None
 
     def run(self) -> None:
@@ -114,7 +116,7 @@ class Writing(threading.Thread):
 
     def _write(self) -> None:
         team, folder = self.team, self.folder
-        writer = FolderWriter(folder)
+        writer = FolderWriter(folder, self.one_file)
         try:
             team.each(lambda: self._begin() if team.main else None)
             team.each(lambda: self._tensors(writer))

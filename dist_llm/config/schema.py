@@ -71,6 +71,7 @@ class ModelConfig(Section):
         "feed-forward non-linearity; swiglu and geglu multiply it with a second projection", "swiglu"
     )
     bias: bool = key("biases in linear layers and layer norms", False)
+    qkv_bias: bool = key("biases of queries, keys and values, whatever `bias` says (Qwen2)", False)
     tie_embeddings: bool = key("the head shares the token embedding's weight", False)
     head: Literal["linear", "mlm"] = key(
         "mlm: a dense layer and a norm before the logits, a bias after (BERT)", "linear"

@@ -1,12 +1,25 @@
-"""Hugging Face's config.json -> our `model` section, for the families in `keys`."""
+"""Hugging Face's config.json <-> our `model` section, for the families in `keys`.
 
-from collections.abc import Mapping
+A family describes a model if what it would write for it, read again, is that model. So what cannot be said there is
+refused, and never left out.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from pydantic import ValidationError
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import CheckpointError
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+# Of each of ours, the first is what we write.
+ACTIVATIONS = {
+    "gelu": ("gelu",),
+    "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+    "relu": ("relu",),
+}
+# What the forward pass of a trained model does not depend on.
+TRAINING_ALONE = {"dropout", "stochastic_depth", "init", "init_std", "vocab_multiple"}
 
 
 def model_config(theirs: Mapping[str, Any]) -> ModelConfig:
@@ -17,38 +30,121 @@ def model_config(theirs: Mapping[str, Any]) -> ModelConfig:
     family = str(theirs.get("model_type"))
     if family not in READERS:
         raise CheckpointError(f"config.json: model_type {family} is not supported; choose from {', '.join(READERS)}")
-    return ModelConfig(**READERS[family](theirs), vocab_size=theirs["vocab_size"], vocab_multiple=1)
+    try:
+        return ModelConfig(**READERS[family](theirs), vocab_size=theirs["vocab_size"])
+    except KeyError as error:
+        raise CheckpointError(f"config.json: of model_type {family}, but has no {error}") from None
+    except ValidationError as error:
+        raise CheckpointError(f"config.json: {error}") from None
 
 
-def _gpt2(c: Mapping[str, Any]) -> dict[str, Any]:
+def describe(model: ModelConfig, family: str = "") -> dict[str, Any]:
+    """config.json of a resolved model, as `family` or the first that fits.
+
+    Raises CheckpointError that says what no family, or not the one asked for, can express.
+    """
+    if family and family not in WRITERS:
+        raise CheckpointError(f"family {family} is not supported; choose from {', '.join(WRITERS)}")
+    want, fewest = _essence(model), None
+    for name in (family,) if family else WRITERS:
+        theirs = {"model_type": name, "architectures": [CLASSES[name]], **WRITERS[name](model)}
+        theirs |= {"vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings}
+        read = _essence(model_config(theirs))
+        off = [f"{key} {want[key]} (not {read[key]})" for key in want if read[key] != want[key]]
+        if not off:
+            return theirs
+        if fewest is None or len(off) < len(fewest[1]):
+            fewest = name, off
+    assert fewest is not None
+    raise CheckpointError(
+        f"this model has no twin in Hugging Face's transformers: {fewest[0]} comes closest, but the model has "
+        f"{', '.join(fewest[1])}"
+    )
+
+
+def _essence(model: ModelConfig) -> dict[str, Any]:
+    """All that a forward pass depends on, in one form."""
+    found = {key: value for key, value in model.model_dump().items() if key not in TRAINING_ALONE}
+    if model.positions != "rope":
+        found["rope_theta"] = None
+    if model.positions != "relative":
+        found["relative_buckets"] = found["relative_distance"] = None
+    if model.positions in ("rope", "relative"):
+        found["max_seq_len"] = None  # how far it was trained, and no limit of the model
+    if model.architecture != "encoder_decoder":
+        found["n_encoder_layers"] = None
+    found["attention_scale"] = model.attention_scale or model.head_dim**-0.5
+    found["qkv_bias"] = model.bias or model.qkv_bias
+    return found
+
+
+def _read_gpt2(c: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return {
         **_sizes(c["n_embd"], c["n_layer"], c["n_head"], c.get("n_inner") or 4 * c["n_embd"]),
         **LAYER_NORMED,
         "max_seq_len": c["n_positions"],
-        "norm_eps": c["layer_norm_epsilon"],
-        "activation": _activation(c["activation_function"]),
+        "norm_eps": c.get("layer_norm_epsilon", 1e-5),
+        "activation": _activation(c.get("activation_function", "gelu_new")),
         "tie_embeddings": c.get("tie_word_embeddings", True),
     }
 
 
-def _llama(c: Mapping[str, Any]) -> dict[str, Any]:
-    rope = c.get("rope_parameters") or {}
-    if (kind := rope.get("rope_type", "default")) != "default":
+def _write_gpt2(m: ModelConfig) -> dict[str, Any]:
+    return {
+        "n_embd": m.d_model,
+        "n_layer": m.n_layers,
+        "n_head": m.n_heads,
+        "n_inner": m.d_ff,
+        "n_positions": m.max_seq_len,
+        "layer_norm_epsilon": m.norm_eps,
+        "activation_function": _their_activation(m),
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), m.dropout),
+    }
+
+
+def _read_llama(c: Mapping[str, Any]) -> dict[str, Any]:
+    family = c["model_type"]
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise CheckpointError(f"config.json: rope_type {kind} is not supported, only default")
+    _refuse(c, hidden_act="silu", mlp_bias=False, attention_bias=False, use_sliding_window=False)
+    if family == "mistral":
+        _refuse(c, sliding_window=None)
     sizes = _sizes(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["intermediate_size"])
     return {
         **sizes,
-        "n_kv_heads": c["num_key_value_heads"],
+        "n_kv_heads": c.get("num_key_value_heads") or sizes["n_heads"],
         "head_dim": c.get("head_dim") or sizes["head_dim"],
         "max_seq_len": c["max_position_embeddings"],
         "rope_theta": float(rope.get("rope_theta", c.get("rope_theta", 10_000.0))),
         "norm_eps": c["rms_norm_eps"],
         "tie_embeddings": c.get("tie_word_embeddings", False),
-        "qk_norm": c["model_type"] == "qwen3",
+        "qk_norm": family == "qwen3",
+        "qkv_bias": family == "qwen2",
     }
 
 
-def _bert(c: Mapping[str, Any]) -> dict[str, Any]:
+def _write_llama(m: ModelConfig) -> dict[str, Any]:
+    return {
+        **_their_sizes(m),
+        "num_key_value_heads": m.n_kv_heads,
+        "head_dim": m.head_dim,
+        "max_position_embeddings": m.max_seq_len,
+        "rope_theta": m.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
+        "rms_norm_eps": m.norm_eps,
+        "hidden_act": "silu",
+        "attention_dropout": m.dropout,
+    }
+
+
+def _write_mistral(m: ModelConfig) -> dict[str, Any]:
+    return {**_write_llama(m), "sliding_window": None}
+
+
+def _read_bert(c: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse(c, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     return {
         **_sizes(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["intermediate_size"]),
         **LAYER_NORMED,
@@ -57,24 +153,37 @@ def _bert(c: Mapping[str, Any]) -> dict[str, Any]:
         "norm_embedding": True,
         "head": "mlm",
         "max_seq_len": c["max_position_embeddings"],
-        "norm_eps": c["layer_norm_eps"],
+        "norm_eps": c.get("layer_norm_eps", 1e-12),
         "activation": _activation(c["hidden_act"]),
         "tie_embeddings": True,
     }
 
 
-def _t5(c: Mapping[str, Any]) -> dict[str, Any]:
+def _write_bert(m: ModelConfig) -> dict[str, Any]:
+    return {
+        **_their_sizes(m),
+        "max_position_embeddings": m.max_seq_len,
+        "type_vocab_size": 2,
+        "layer_norm_eps": m.norm_eps,
+        "hidden_act": _their_activation(m),
+        **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), m.dropout),
+    }
+
+
+def _read_t5(c: Mapping[str, Any]) -> dict[str, Any]:
     if c.get("feed_forward_proj") != "gated-gelu":
         raise CheckpointError("config.json: of T5 only v1.1 is supported (feed_forward_proj gated-gelu)")
+    if c.get("tie_word_embeddings", True):
+        raise CheckpointError("config.json: of T5 only v1.1 is supported (tie_word_embeddings false)")
     return {
-        **_sizes(c["d_model"], c["num_decoder_layers"], c["num_heads"], c["d_ff"]),
+        **_sizes(c["d_model"], c.get("num_decoder_layers") or c["num_layers"], c["num_heads"], c["d_ff"]),
         "architecture": "encoder_decoder",
         "n_encoder_layers": c["num_layers"],
         "head_dim": c["d_kv"],
         "max_seq_len": c.get("n_positions", 512),
         "positions": "relative",
         "relative_buckets": c["relative_attention_num_buckets"],
-        "relative_distance": c["relative_attention_max_distance"],
+        "relative_distance": c.get("relative_attention_max_distance", 128),
         "attention_scale": 1.0,
         "norm_eps": c["layer_norm_epsilon"],
         "activation": "geglu_tanh",
@@ -82,9 +191,32 @@ def _t5(c: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _bart(c: Mapping[str, Any]) -> dict[str, Any]:
-    if c.get("scale_embedding"):
-        raise CheckpointError("config.json: scale_embedding is not supported")
+def _write_t5(m: ModelConfig) -> dict[str, Any]:
+    return {
+        "d_model": m.d_model,
+        "num_layers": m.n_encoder_layers,
+        "num_decoder_layers": m.n_layers,
+        "num_heads": m.n_heads,
+        "d_kv": m.head_dim,
+        "d_ff": m.d_ff,
+        "n_positions": m.max_seq_len,
+        "relative_attention_num_buckets": m.relative_buckets,
+        "relative_attention_max_distance": m.relative_distance,
+        "layer_norm_epsilon": m.norm_eps,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "dropout_rate": m.dropout,
+    }
+
+
+def _read_bart(c: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse(c, scale_embedding=False)
+    for of_encoder, of_decoder in (
+        ("encoder_attention_heads", "decoder_attention_heads"),
+        ("encoder_ffn_dim", "decoder_ffn_dim"),
+    ):
+        if c[of_encoder] != c[of_decoder]:
+            raise CheckpointError(f"config.json: {of_encoder} and {of_decoder} must be equal here")
     return {
         **_sizes(c["d_model"], c["decoder_layers"], c["decoder_attention_heads"], c["decoder_ffn_dim"]),
         **LAYER_NORMED,
@@ -98,8 +230,53 @@ def _bart(c: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _write_bart(m: ModelConfig) -> dict[str, Any]:
+    return {
+        "d_model": m.d_model,
+        "encoder_layers": m.n_encoder_layers,
+        "decoder_layers": m.n_layers,
+        "encoder_attention_heads": m.n_heads,
+        "decoder_attention_heads": m.n_heads,
+        "encoder_ffn_dim": m.d_ff,
+        "decoder_ffn_dim": m.d_ff,
+        "max_position_embeddings": m.max_seq_len,
+        "activation_function": _their_activation(m),
+        "scale_embedding": False,
+        **dict.fromkeys(("dropout", "attention_dropout"), m.dropout),
+    }
+
+
 LAYER_NORMED = {"positions": "learned", "norm": "layernorm", "bias": True}
-READERS = {"gpt2": _gpt2, "llama": _llama, "mistral": _llama, "qwen3": _llama, "bert": _bert, "t5": _t5, "bart": _bart}
+READERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "gpt2": _read_gpt2,
+    "llama": _read_llama,
+    "mistral": _read_llama,
+    "qwen2": _read_llama,
+    "qwen3": _read_llama,
+    "bert": _read_bert,
+    "t5": _read_t5,
+    "bart": _read_bart,
+}
+WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
+    "gpt2": _write_gpt2,
+    "llama": _write_llama,
+    "mistral": _write_mistral,
+    "qwen2": _write_llama,
+    "qwen3": _write_llama,
+    "bert": _write_bert,
+    "t5": _write_t5,
+    "bart": _write_bart,
+}
+CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "bert": "BertForMaskedLM",
+    "t5": "T5ForConditionalGeneration",
+    "bart": "BartForConditionalGeneration",
+}
 
 
 def _sizes(d_model: int, n_layers: int, n_heads: int, d_ff: int) -> dict[str, Any]:
@@ -113,7 +290,29 @@ def _sizes(d_model: int, n_layers: int, n_heads: int, d_ff: int) -> dict[str, An
     }
 
 
+def _their_sizes(m: ModelConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": m.d_model,
+        "num_hidden_layers": m.n_layers,
+        "num_attention_heads": m.n_heads,
+        "intermediate_size": m.d_ff,
+    }
+
+
 def _activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise CheckpointError(f"config.json: activation {name} is not supported; choose from {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    for ours, theirs in ACTIVATIONS.items():
+        if name in theirs:
+            return ours
+    known = ", ".join(name for theirs in ACTIVATIONS.values() for name in theirs)
+    raise CheckpointError(f"config.json: activation {name} is not supported; choose from {known}")
+
+
+def _their_activation(m: ModelConfig) -> str:
+    return ACTIVATIONS.get(m.activation, ("gelu",))[0]  # a gated one will not come back as it was, and be refused
+
+
+def _refuse(c: Mapping[str, Any], **only: Any) -> None:
+    """Raise CheckpointError where a key that is there has another value than the only one we know."""
+    for key, value in only.items():
+        if c.get(key, value) != value:
+            raise CheckpointError(f"config.json: {key} {c[key]} is not supported, only {value}")

@@ -4,8 +4,9 @@ A `Pair` is one tensor of ours and where it lies in one of theirs. The tables re
 of their tensor on import is put back on export.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -36,6 +37,28 @@ def take(pair: Pair, theirs: Mapping[str, Tensor]) -> Tensor:
     return tensor + theirs[pair.plus_row][0] if pair.plus_row else tensor
 
 
+def put(group: Sequence[Pair], ours: Callable[[str], Tensor], kept: Mapping[str, Tensor]) -> Tensor:
+    """Their tensor, of all the pairs that are parts of it: what `take` undoes.
+
+    `kept` are tensors of theirs that an import kept, since ours has no place for all of them.
+    """
+    tensor = torch.cat([ours(pair.ours) for pair in group]) if len(group) > 1 else ours(group[0].ours)
+    (pair, *_) = group
+    before = kept.get(pair.theirs)
+    if pair.skip:
+        rows = before[: pair.skip] if before is not None else tensor.new_zeros(pair.skip, *tensor.shape[1:])
+        tensor = torch.cat((rows, tensor))
+    if pair.plus_row and before is not None and torch.equal(tensor, before + kept[pair.plus_row][0]):
+        tensor = before  # as it came
+    return tensor.t() if pair.transposed and tensor.ndim == 2 else tensor
+
+
+def groups(table: Sequence[Pair]) -> Iterator[tuple[str, list[Pair]]]:
+    """(tensor of theirs, its pairs in order)."""
+    placed = sorted(table, key=lambda pair: (pair.theirs, pair.part))
+    return ((theirs, list(group)) for theirs, group in groupby(placed, key=lambda pair: pair.theirs))
+
+
 def pairs(family: str, model: ModelConfig) -> list[Pair]:
     """The table of a family for a resolved model."""
     return list(FAMILIES[family](model))
@@ -46,21 +69,28 @@ def _both(ours: str, theirs: str, bias: bool, **how: int | bool) -> Iterator[Pai
         yield Pair(f"{ours}.{kind}", f"{theirs}.{kind}", **how)  # type: ignore[arg-type]
 
 
-def _gpt2(model: ModelConfig) -> Iterator[Pair]:
+def _gpt2(model: ModelConfig, transposed: bool = True) -> Iterator[Pair]:
+    bias = model.bias
     yield Pair("embed.tokens.weight", "transformer.wte.weight")
     yield Pair("embed.positions.weight", "transformer.wpe.weight")
     for layer in range(model.n_layers):
         ours, theirs = f"blocks.{layer}", f"transformer.h.{layer}"
-        yield from _both(f"{ours}.norm_attention", f"{theirs}.ln_1", True)
+        yield from _both(f"{ours}.norm_attention", f"{theirs}.ln_1", bias)
         for part, name in enumerate("qkv"):
             yield from _both(
-                f"{ours}.attention.{name}", f"{theirs}.attn.c_attn", True, transposed=True, part=part, parts=3
+                f"{ours}.attention.{name}", f"{theirs}.attn.c_attn", bias, transposed=transposed, part=part, parts=3
             )
-        yield from _both(f"{ours}.attention.out", f"{theirs}.attn.c_proj", True, transposed=True)
-        yield from _both(f"{ours}.norm_feedforward", f"{theirs}.ln_2", True)
-        yield from _both(f"{ours}.feedforward.up", f"{theirs}.mlp.c_fc", True, transposed=True)
-        yield from _both(f"{ours}.feedforward.down", f"{theirs}.mlp.c_proj", True, transposed=True)
-    yield from _both("head.norm", "transformer.ln_f", True)
+        yield from _both(f"{ours}.attention.out", f"{theirs}.attn.c_proj", bias, transposed=transposed)
+        yield from _both(f"{ours}.norm_feedforward", f"{theirs}.ln_2", bias)
+        yield from _both(f"{ours}.feedforward.up", f"{theirs}.mlp.c_fc", bias, transposed=transposed)
+        yield from _both(f"{ours}.feedforward.down", f"{theirs}.mlp.c_proj", bias, transposed=transposed)
+    yield from _both("head.norm", "transformer.ln_f", bias)
+    if not model.tie_embeddings:
+        yield Pair("head.out.weight", "lm_head.weight")
+
+
+def _nanogpt(model: ModelConfig) -> Iterator[Pair]:
+    return _gpt2(model, transposed=False)
 
 
 def _llama(model: ModelConfig) -> Iterator[Pair]:
@@ -69,7 +99,8 @@ def _llama(model: ModelConfig) -> Iterator[Pair]:
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
         yield Pair(f"{ours}.norm_attention.weight", f"{theirs}.input_layernorm.weight")
         for name, their in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "o_proj")):
-            yield Pair(f"{ours}.attention.{name}.weight", f"{theirs}.self_attn.{their}.weight")
+            bias = model.qkv_bias and name != "out"
+            yield from _both(f"{ours}.attention.{name}", f"{theirs}.self_attn.{their}", bias)
         if model.qk_norm:
             for name in "qk":
                 yield Pair(f"{ours}.attention.norm_{name}.weight", f"{theirs}.self_attn.{name}_norm.weight")
@@ -146,10 +177,12 @@ FAMILIES: dict[str, Callable[[ModelConfig], Iterator[Pair]]] = {
     "gpt2": _gpt2,
     "llama": _llama,
     "mistral": _llama,
+    "qwen2": _llama,
     "qwen3": _llama,
     "bert": _bert,
     "t5": _t5,
     "bart": _bart,
+    "nanogpt": _nanogpt,
 }
 
 

@@ -46,9 +46,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.q = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
-        self.k = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
-        self.v = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
+        bias = config.bias or config.qkv_bias
+        self.q = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=bias)
+        self.k = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=bias)
+        self.v = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=bias)
         self.norm_q = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.norm_k = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.kernel = AttentionKernel(config.dropout, config.attention_scale or config.head_dim**-0.5)

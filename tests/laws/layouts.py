@@ -46,7 +46,13 @@ BART: dict[str, Any] = {
 }
 TWO_STACKS: dict[str, Any] = {"architecture": "encoder_decoder", "n_layers": 2, "n_encoder_layers": 3}
 # What keeps logits and depth in bounds, in one model.
-BOUNDED: dict[str, Any] = {"qk_norm": True, "logit_cap": 5.0, "stochastic_depth": 0.3, "n_kv_heads": 4}
+BOUNDED: dict[str, Any] = {
+    "qk_norm": True,
+    "logit_cap": 5.0,
+    "stochastic_depth": 0.3,
+    "n_kv_heads": 4,
+    "qkv_bias": True,
+}
 MODELS = {
     "llama": LLAMA,
     "tied": TIED,

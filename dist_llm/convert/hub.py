@@ -1,0 +1,214 @@
+"""A checkpoint of ours <-> a directory that Hugging Face's `transformers` loads, one tensor at a time."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_llm.checkpoint.adapt import ROWS_OF_IDS
+from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.convert.huggingface import describe, model_config
+from dist_llm.convert.keys import Pair, groups, pairs, put, take
+from dist_llm.convert.tokenizer import export_tokenizer
+from dist_llm.convert.weights import DictWeights, MadeWeights, Weights
+from dist_llm.convert.write import SHARD_BYTES, write_safetensors
+from dist_llm.errors import CheckpointError
+from dist_llm.models.build import build_model
+from dist_llm.text.tokenizer import Tokenizer
+
+KEPT = "theirs."  # tensors of theirs that ours has no place for, kept beside it for the way back
+SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
+PREFIXES = ("transformer.", "model.", "bert.")  # of the body, which some checkpoints leave out
+
+# Of theirs: what is computed, is a copy of another tensor, or belongs to a head that masked and next tokens do not use.
+COMPUTED = re.compile(
+    r".*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq|.*embeddings\.position_ids|.*pooler\..*|cls\.seq_relationship\..*"
+)
+COPIES = {
+    "lm_head.weight": ("transformer.wte.weight", "model.embed_tokens.weight", "model.shared.weight", "shared.weight"),
+    "cls.predictions.decoder.weight": ("bert.embeddings.word_embeddings.weight",),
+    "cls.predictions.decoder.bias": ("cls.predictions.bias",),
+    **{f"{stem}{stack}.embed_tokens.weight": ("model.shared.weight", "shared.weight")
+       for stem in ("", "model.") for stack in ("encoder", "decoder")},
+}
+
+
+def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """{parameter of ours: shape}, vocabulary padding included."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in build_model(model).named_parameters()}
+
+
+def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights:
+    """A view of our checkpoint under their names, without vocabulary padding.
+
+    Raises CheckpointError where the checkpoint lacks a parameter.
+    """
+    ours = model_shapes(model)
+    if missing := sorted(name for name in ours if weights.shapes.get(f"model.{name}") != ours[name]):
+        raise CheckpointError(f"the checkpoint lacks {missing[0]}, or has it in another shape")
+    table = pairs(family, model)
+    if left := sorted(ours.keys() - {pair.ours for pair in table}):
+        raise AssertionError(f"not in the table of {family}: {left}")
+    parts = dict(groups(table))
+    kept = {name.removeprefix(KEPT): weights for name in weights.shapes if name.startswith(KEPT)}
+
+    def ours_of(name: str) -> Tensor:
+        tensor = weights.read(f"model.{name}")
+        return tensor[: model.vocab_size] if name.startswith(ROWS_OF_IDS) else tensor
+
+    def on_meta(name: str) -> Tensor:
+        shape = ours[name]
+        return torch.empty((model.vocab_size, *shape[1:]) if name.startswith(ROWS_OF_IDS) else shape, device="meta")
+
+    def make(name: str) -> Tensor:
+        before = {each: weights.read(KEPT + each) for each in {name, SEGMENTS} & kept.keys()}
+        if name != SEGMENTS:
+            return put(parts[name], ours_of, before)
+        # As they came, if positions are as they came: they are in them.
+        (pair,) = [pair for pair in table if pair.plus_row]
+        came = before and torch.equal(put(parts[pair.theirs], ours_of, {}), _folded(weights, pair))
+        return before[name] if came else torch.zeros(2, model.d_model)
+
+    shapes = {name: tuple(put(group, on_meta, {}).shape) for name, group in parts.items()}
+    if any(pair.plus_row for pair in table):
+        shapes[SEGMENTS] = weights.shapes.get(KEPT + SEGMENTS, (2, model.d_model))
+    return MadeWeights(shapes, make)
+
+
+def _folded(weights: Weights, pair: Pair) -> Tensor:
+    return weights.read(KEPT + pair.theirs) + weights.read(KEPT + pair.plus_row)[0]
+
+
+def from_huggingface(theirs: Weights, model: ModelConfig, family: str) -> Weights:
+    """A view of their tensors under our names, with vocabulary padding (zero), and what of theirs has to be kept.
+
+    Raises CheckpointError where a tensor is missing, has another shape, or is one that we have no place for.
+    """
+    ours, table = model_shapes(model), pairs(family, model)
+    place = {_full(name, table): name for name in theirs.shapes}
+    _refuse_leftovers(theirs, place, table)
+    of = {pair.ours: pair for pair in table}
+    kept = {name for pair in table if pair.skip or pair.plus_row for name in (pair.theirs, pair.plus_row) if name}
+
+    def read(name: str) -> Tensor:
+        if name not in place:
+            raise CheckpointError(f"their checkpoint lacks {name}")
+        return theirs.read(place[name]).float()
+
+    def make(name: str) -> Tensor:
+        if name.startswith(KEPT):
+            return read(name.removeprefix(KEPT))
+        name = name.removeprefix("model.")
+        pair, shape = of[name], ours[name]
+        tensor = take(pair, {each: read(each) for each in (pair.theirs, pair.plus_row) if each})
+        if name.startswith(ROWS_OF_IDS) and len(tensor) == model.vocab_size:
+            tensor = torch.cat((tensor, tensor.new_zeros(shape[0] - len(tensor), *shape[1:])))
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{pair.theirs} gives {name} the shape {list(tensor.shape)} instead of {list(shape)}")
+        return tensor
+
+    shapes = {f"model.{name}": shape for name, shape in ours.items()}
+    shapes |= {KEPT + name: theirs.shapes[place[name]] for name in sorted(kept) if name in place}
+    return MadeWeights(shapes, make)
+
+
+def _full(name: str, table: list[Pair]) -> str:
+    """`name` with the prefix of the body, if it came without."""
+    known = {each for pair in table for each in (pair.theirs, pair.plus_row)}
+    return next((prefix + name for prefix in PREFIXES if name not in known and prefix + name in known), name)
+
+
+def _refuse_leftovers(theirs: Weights, place: Mapping[str, str], table: list[Pair]) -> None:
+    known = {each for pair in table for each in (pair.theirs, pair.plus_row)}
+    for full, name in place.items():
+        if full in known or COMPUTED.fullmatch(name):
+            continue
+        originals = [place[each] for each in COPIES.get(full, ()) if each in place]
+        if originals and torch.equal(theirs.read(name), theirs.read(originals[0])):
+            continue
+        if full == "final_logits_bias" and not theirs.read(name).any():
+            continue
+        raise CheckpointError(f"their tensor {name} {list(theirs.shapes[name])} has no place in our model")
+
+
+def export(
+    weights: Weights,
+    config: Config,
+    tokenizer: Tokenizer | None,
+    directory: Path,
+    family: str = "",
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+) -> Weights:
+    """Write all that `from_pretrained` needs into `directory`; return the view of what was written.
+
+    Raises CheckpointError where the model has no twin there.
+    """
+    theirs = describe(config.model, family)
+    view = to_huggingface(weights, config.model, theirs["model_type"])
+    directory.mkdir()
+    theirs["dtype"] = str(dtype).removeprefix("torch.")
+    theirs |= _token_ids(config, tokenizer)
+    generation = {"_from_model_config": True, **_token_ids(config, tokenizer)}
+    _write_json(directory / "config.json", theirs)
+    if config.model.architecture != "encoder":
+        _write_json(directory / "generation_config.json", generation)
+    if tokenizer is not None:
+        export_tokenizer(tokenizer, directory, config.model)
+    write_safetensors(directory, view, dtype, shard_bytes)
+    return view
+
+
+def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int]:
+    if tokenizer is None:
+        return {}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+    if config.model.architecture == "encoder_decoder":
+        ids["decoder_start_token_id"] = tokenizer.vocabulary().special("start")
+    return ids
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(directory: Path) -> tuple[str, ModelConfig]:
+    """(family, our model) of their directory. Raises CheckpointError where there is none or it is not supported."""
+    path = directory / "config.json"
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    return str(theirs.get("model_type")), model_config(theirs)
+
+
+def nanogpt(content: Mapping[str, Any]) -> tuple[ModelConfig, Weights]:
+    """(our model, their tensors) of what nanoGPT's ckpt.pt holds.
+
+    Raises CheckpointError where it is not one.
+    """
+    try:
+        arguments, tensors = content["model_args"], content["model"]
+        model = ModelConfig(
+            d_model=arguments["n_embd"],
+            n_layers=arguments["n_layer"],
+            n_heads=arguments["n_head"],
+            n_kv_heads=arguments["n_head"],
+            head_dim=arguments["n_embd"] // arguments["n_head"],
+            d_ff=4 * arguments["n_embd"],
+            vocab_size=arguments["vocab_size"],
+            max_seq_len=arguments["block_size"],
+            positions="learned",
+            norm="layernorm",
+            activation="gelu",
+            bias=arguments["bias"],
+            tie_embeddings=True,
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"not a checkpoint of nanoGPT: {error!r}") from None
+    return model, DictWeights({name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()})

@@ -1,0 +1,138 @@
+"""Writing tensors one at a time, so that no more than one is in memory; whole at their place or not there at all."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.writing import Team, Writing
+from dist_llm.convert.weights import INDEX, Weights
+from dist_llm.data.remote import sync_directory
+from dist_llm.errors import CheckpointError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+SHARD_BYTES = 5_000_000_000  # of one safetensors file, unless one tensor is larger
+
+
+@contextmanager
+def made_whole(target: Path) -> Iterator[Path]:
+    """A place aside to write a new file or directory to; it takes the name `target` when the block ends well.
+
+    Raises CheckpointError where `target` is there already.
+    """
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: is there already; name another output, or remove it")
+    aside = target.with_name(f"{target.name}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove(aside)
+    try:
+        yield aside
+        aside.replace(target)  # an empty directory gives way
+        sync_directory(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error}") from None
+    finally:
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_native(directory: Path, weights: Weights, files: Mapping[str, bytes]) -> None:
+    """A checkpoint of ours, all in fp32, with small files beside the tensors."""
+    state = {name: torch.empty(shape, device="meta") for name, shape in weights.shapes.items()}
+    writing = Writing(Team(), Folder(directory), state, _Floats(weights), files, one_file=False)
+    writing.run()
+    writing.finish()
+
+
+class _Floats(Mapping[str, Tensor]):
+    """What is read of `weights`, as fp32."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights.read(name).float().contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights.shapes)
+
+    def __len__(self) -> int:
+        return len(self.weights.shapes)
+
+
+def write_safetensors(
+    directory: Path, weights: Weights, dtype: torch.dtype = torch.float32, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Hugging Face's form: model.safetensors, or several and an index. (The library's own writer holds a file twice.)
+
+    Raises CheckpointError where what is read back is not what was written.
+    """
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, shape in weights.shapes.items():
+        length = _bytes(shape, dtype)
+        if shards[-1] and size + length > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += length
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    files = files if len(files) > 1 else ["model.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        _write_shard(directory / file, weights, names, dtype)
+    if len(files) > 1:
+        total = sum(_bytes(shape, dtype) for shape in weights.shapes.values())
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(path: Path, weights: Weights, names: list[str], dtype: torch.dtype) -> None:
+    """The format: the header's length in 8 bytes, the header in JSON, then the tensors in its order."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        shape = weights.shapes[name]
+        begin, end = end, end + _bytes(shape, dtype)
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            tensor = weights.read(name).to(dtype).contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def reopen(written: Weights, source: Weights, dtype: torch.dtype) -> None:
+    """Raise CheckpointError unless `written` has the names, shapes and values of `source`, all finite, none all zero
+    that is not zero by design.
+    """
+    if written.shapes != source.shapes:
+        raise CheckpointError(f"what was written has other tensors: {sorted(set(written.shapes) ^ set(source.shapes))}")
+    for name in source.shapes:
+        found, want = written.read(name), source.read(name).to(dtype)
+        if not torch.isfinite(found).all():
+            raise CheckpointError(f"{name}: has values that are not finite")
+        if not torch.equal(found.to(dtype), want):
+            raise CheckpointError(f"{name}: what was written is not what was read")
