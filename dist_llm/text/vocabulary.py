@@ -100,7 +100,7 @@ def _train(size: int, pattern: str, training_texts: Texts) -> Tokenizer:
             f"--tokenizer bpe:{size}: the training text is too small or too uniform for so many merges. "
             f"The largest N it allows is {len(vocabulary) + 1}: use bpe:{len(vocabulary) + 1} or add text."
         )
-    ranks = {_to_bytes(token): rank for token, rank in sorted(vocabulary.items(), key=lambda item: item[1])}
+    ranks = {to_bytes(token): rank for token, rank in sorted(vocabulary.items(), key=lambda item: item[1])}
     tokenizer = Tokenizer(f"bpe:{size}", SPLIT_PATTERNS[pattern], ranks, {ENDOFTEXT: size - 1})
     _prove_equal(tokenizer, trainer, training_texts)
     return tokenizer
@@ -174,7 +174,7 @@ def _from_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> Tokenizer
             raise ValueError("an id is not a whole number")
         lines = _read(merges).decode("utf-8").split("\n")
         products = ["".join(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        alphabet = list(_BYTE_OF)
+        alphabet = list(BYTE_OF)
         mergeable = {token: ids[token] for token in (*alphabet, *products)}
     except KeyError as error:
         raise DataError(
@@ -187,7 +187,7 @@ def _from_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> Tokenizer
         raise DataError(f"{vocab}: ids do not rise in the order of {merges}, as in GPT-2's; tiktoken cannot run it.")
     if ENDOFTEXT not in ids:
         raise DataError(f"{vocab}: no {ENDOFTEXT}, which ends each document. Add it with an id of its own.")
-    ranks = {_to_bytes(token): rank for token, rank in sorted(mergeable.items(), key=lambda item: item[1])}
+    ranks = {to_bytes(token): rank for token, rank in sorted(mergeable.items(), key=lambda item: item[1])}
     special = {token: rank for token, rank in ids.items() if token not in mergeable}
     return Tokenizer(vocab.parent.name or "vocab.json", SPLIT_PATTERNS[pattern], ranks, special)
 
@@ -210,8 +210,8 @@ def _byte_alphabet() -> Iterator[tuple[str, int]]:
             spare += 1
 
 
-_BYTE_OF = dict(_byte_alphabet())
+BYTE_OF = dict(_byte_alphabet())
 
 
-def _to_bytes(token: str) -> bytes:
-    return bytes(_BYTE_OF[sign] for sign in token)
+def to_bytes(token: str) -> bytes:
+    return bytes(BYTE_OF[sign] for sign in token)

@@ -1,0 +1,72 @@
+"""A split pattern between tiktoken (regex engine: fancy-regex) and the `tokenizers` library (Oniguruma).
+
+The engines read most of the language alike, over all of Unicode. Two things are rewritten: `$`, for Oniguruma the
+end of any line, and `{1,3}+`, for it a repeated count. All else that is not known to be alike is refused.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dist_llm.errors import CheckpointError
+from dist_llm.text.tokenizer import SPLIT_PATTERNS
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+
+_SET = r"\\[pP]\{\w+\}|\\[sSrnt]"
+_ATOM = rf"(?:{_SET}|\[\^?(?:{_SET}|[\w !-%'-,./:-@])+\]|[\w !\"#%&',/:;<=>@~-])"
+_COUNT = r"\{\d+(?:,\d*)?\}"
+_PART = re.compile(
+    rf"(?:(?P<atomic>{_ATOM}{_COUNT})\+|(?P<end>\$)|{_ATOM}(?:[?*+]\+?|{_COUNT})?"
+    rf"|\((?:\?(?:[:!=>]|i:))?|\)(?:[?*+]\+?)?|\||\\z)(?![?*+{{])",
+    re.ASCII,
+)
+# Where case is ignored, Oniguruma takes one sign, such as ß, for these two.
+_FOLDED = re.compile(r"\(\?i:[^)]*(?:s[st]|f[fil])", re.IGNORECASE)
+
+
+def for_onig(pattern: str) -> str:
+    """The pattern of the same meaning there. Raises CheckpointError where it might have another."""
+    parts, place = [], 0
+    while place < len(pattern):
+        part = _PART.match(pattern, place)
+        if part is None or _FOLDED.search(pattern):
+            rest = pattern[place : place + 20]
+            raise CheckpointError(
+                f"split pattern {pattern!r}: not known to mean the same in both engines, at {rest!r}."
+            )
+        parts.append(f"(?>{part['atomic']})" if part["atomic"] else r"\z" if part["end"] else part[0])
+        place = part.end()
+    return "".join(parts)
+
+
+def pre_tokenizer(pattern: str) -> dict[str, Any]:
+    """How `tokenizer.json` says it. Raises CheckpointError as `for_onig` does."""
+    return {"type": "Sequence", "pretokenizers": [{**SPLIT, "pattern": {"Regex": for_onig(pattern)}}, BYTE_LEVEL]}
+
+
+def pattern_of(content: Mapping[str, Any], kept: str | None) -> str:
+    """The pattern that a `tokenizer.json` splits text by; `kept` where that was exported as this.
+
+    Raises CheckpointError where text is changed before, or split by other means.
+    """
+    normalizer, step = content.get("normalizer"), content.get("pre_tokenizer") or {}
+    *splits, last = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
+    plain = normalizer is None or normalizer["type"] == "NFC"
+    if plain and last.get("type") == "ByteLevel" and last.get("add_prefix_space") is False and len(splits) < 2:
+        own = last.get("use_regex", True)
+        if own and not splits:
+            return SPLIT_PATTERNS["gpt2"]
+        regex = splits[0].get("pattern", {}).get("Regex") if splits else None
+        if regex and not own and splits == [{**SPLIT, "pattern": {"Regex": regex}}]:
+            if kept is not None and for_onig(kept) == regex:
+                return kept
+            if for_onig(regex) == regex:
+                return regex
+            raise CheckpointError(f"split pattern {regex!r}: tiktoken reads it differently.")
+    raise CheckpointError(
+        f"text is prepared by {json.dumps([normalizer, *splits, last])[:200]}, "
+        "and not by one split pattern and ByteLevel without a space in front."
+    )

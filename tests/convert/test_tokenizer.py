@@ -1,0 +1,352 @@
+"""Our tokenizers and Hugging Face's give the same ids, whichever way they went; what would give others is refused."""
+
+import ast
+import json
+import os
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
+
+import dist_llm.convert.tokenizer as convert
+from dist_llm.config.schema import ModelConfig
+from dist_llm.convert.huggingface import READERS
+from dist_llm.convert.pattern import BYTE_LEVEL, for_onig, pre_tokenizer
+from dist_llm.convert.tokenizer import export_tokenizer, import_tokenizer
+from dist_llm.errors import CheckpointError
+from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, TOKENIZER_FILE, Tokenizer
+from dist_llm.text.vocabulary import BYTES, TRICKY_TEXTS, build_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+GPT2 = os.environ.get("GPT2_VOCABULARY")  # a folder with the published gpt2_vocab.json and gpt2_merges.txt
+SOURCE = Path(ast.__file__).read_text(encoding="utf-8")
+PROSE = [f"The {n}th ship sailed to port {n * 7}; it's late, they'll wait — 漢字 {n}.\r\n" for n in range(400)]
+STRANGE = ("", " ", "\n\n  \n", "ab  \n\n  cd  \n", "x \n", "12345678 ١٢٣٤٥", "don'T 'ſ 'K ß ŉ", "\ufeff\u0085\u2028")
+TEXTS = (*TRICKY_TEXTS, *STRANGE, SOURCE)
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def learn():
+    return iter([*PROSE, SOURCE[:100_000]])
+
+
+def shuffled():
+    """Substrings in no order that merging could learn, so that much is never reached; specials and gaps between."""
+    rng = random.Random(0)
+    cuts = {SOURCE[at : at + length].encode() for at in range(0, 60_000, 50) for length in (2, 3, 4, 5, 7)}
+    tokens = sorted({b" " + cut for cut in cuts} | cuts)
+    rng.shuffle(tokens)
+    ranks = BYTES | {token: 300 + 2 * number for number, token in enumerate(tokens)}
+    return Tokenizer("mine", SPLIT_PATTERNS["cl100k"], ranks, {ENDOFTEXT: 299, "<|other|>": 301})
+
+
+def build(name):
+    if name == "shuffled":
+        return shuffled()
+    if name == "published gpt2":
+        if GPT2 is None:
+            pytest.skip("GPT2_VOCABULARY names no folder with the published files")
+        return build_tokenizer(f"{GPT2}/gpt2_vocab.json,{GPT2}/gpt2_merges.txt", None, learn)
+    spec, _, pattern = name.partition(" ")
+    trained = build_tokenizer(spec, pattern.replace("cl100k", "llama3") or None, learn)
+    return Tokenizer(name, SPLIT_PATTERNS[pattern or "gpt2"], trained.ranks, trained.special_tokens)
+
+
+NAMES = ["byte", "bpe:600 gpt2", "bpe:600 llama3", "bpe:600 cl100k", "shuffled", "published gpt2"]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def exported(request, tmp_path_factory):
+    """A tokenizer of ours, and theirs made of it, which takes special tokens' strings for text as ours does."""
+    ours, directory = build(request.param), tmp_path_factory.mktemp("exported")
+    export_tokenizer(ours, directory)
+    return SimpleNamespace(ours=ours, theirs=load(directory, split_special_tokens=True), directory=directory)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return build("bpe:600 llama3")
+
+
+def load(directory, **how):
+    return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, **how)
+
+
+def same(ours, theirs, text):
+    ids = ours.encode(text).tolist()
+    assert theirs(text)["input_ids"] == ids
+    assert theirs.decode(ids) == ours.decode(ids) == text
+
+
+def test_texts_give_the_same_ids_and_come_back(exported):
+    for text in TEXTS:
+        same(exported.ours, exported.theirs, text)
+    cut = exported.ours.encode("漢字")[1:].tolist()
+    assert exported.theirs.decode(cut) == exported.ours.decode(cut)
+
+
+WORDS = ["'", "s", "S", "T", "ſ", "re", "don't", "1", "23", "٣", "½", " ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u2028"]
+WORDS += ["_", "!?", "漢", "é", "e\u0301", "\u200d", "Ⅷ", "def ", "self", "    return", "\x00", "👩‍👩", "ǅ", "ʰ", "The"]
+
+
+@given(text=st.text(max_size=40) | st.lists(st.sampled_from(WORDS), max_size=25).map("".join))
+@settings(max_examples=100, deadline=None)
+def test_any_text_gives_the_same_ids(exported, text):
+    same(exported.ours, exported.theirs, text)
+
+
+def test_the_way_there_and_back_changes_nothing(exported, tmp_path):
+    assert import_tokenizer(exported.directory).sha256 == exported.ours.sha256
+    exported.theirs.save_pretrained(tmp_path)
+    assert import_tokenizer(tmp_path).sha256 == exported.ours.sha256
+
+
+@pytest.mark.parametrize("family", READERS)
+def test_a_model_beside_it_does_not_change_the_class(bpe, family, tmp_path):
+    export_tokenizer(bpe, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    theirs = load(tmp_path, split_special_tokens=True)
+    for text in TRICKY_TEXTS:
+        same(bpe, theirs, text)
+
+
+def test_a_special_tokens_string_is_the_token_by_default(bpe, tmp_path):
+    export_tokenizer(bpe, tmp_path)
+    ids = load(tmp_path)(f"the{ENDOFTEXT}ship")["input_ids"]
+    assert ids == [*bpe.encode("the"), bpe.eot, *bpe.encode("ship")]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "bos"), [("encoder", "<start>"), ("encoder_decoder", "<start>"), ("decoder", ENDOFTEXT)]
+)
+def test_ids_of_objectives_have_names(bpe, architecture, bos, tmp_path):
+    size = {"d_model": 8, "n_layers": 1, "n_heads": 1, "max_seq_len": 77}
+    export_tokenizer(bpe, tmp_path, ModelConfig(architecture=architecture, vocab_size=620, **size))
+    theirs = load(tmp_path)
+    assert (len(theirs), theirs.model_max_length) == (620, 77)
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token, theirs.unk_token) == (bos, ENDOFTEXT, ENDOFTEXT, None)
+    vocabulary = bpe.vocabulary()
+    assert theirs.mask_token_id == vocabulary.special("mask")
+    ids = theirs("a <mask><sentinel 0> b<sentinel 11>")["input_ids"]
+    a, b = bpe.encode("a"), bpe.encode(" b")
+    assert ids == [*a, vocabulary.special("mask"), vocabulary.sentinel(0), *b, vocabulary.sentinel(11)]
+    assert theirs.decode(ids) == "a<mask><sentinel 0> b<sentinel 11>"
+    assert theirs.decode(ids, skip_special_tokens=True) == "a b"
+    for number in range(600, 620):
+        assert theirs.convert_ids_to_tokens(number) == vocabulary.describe(number)
+    assert import_tokenizer(tmp_path).sha256 == bpe.sha256
+
+
+def test_padding_of_the_vocabulary_is_no_token(bpe, tmp_path):
+    size = {"d_model": 8, "n_layers": 1, "n_heads": 1}
+    export_tokenizer(bpe, tmp_path, ModelConfig(vocab_size=640, **size), extra=0)
+    assert (len(load(tmp_path)), load(tmp_path).mask_token) == (600, None)
+    with pytest.raises(CheckpointError, match="vocab_size: 599, but"):
+        export_tokenizer(bpe, tmp_path, ModelConfig(vocab_size=599, **size))
+
+
+def test_a_name_that_is_taken_gets_another(bpe, tmp_path):
+    taken = Tokenizer("x", bpe.pattern, bpe.ranks, {ENDOFTEXT: 599, "<mask>": 600})
+    export_tokenizer(taken, tmp_path, extra=10)
+    assert load(tmp_path).mask_token_id == taken.vocabulary().special("mask") == 602
+
+
+def swap(items, a, b):
+    items[a], items[b] = items[b], items[a]
+
+
+FAULTS = {
+    "swapped merges": lambda c: swap(c["model"]["merges"], 5, 200),
+    "swapped neighbours": lambda c: swap(c["model"]["merges"], 5, 6),
+    "swapped parts": lambda c: c["model"]["merges"][300].reverse(),
+    "a lost merge": lambda c: c["model"]["merges"].pop(100),
+    "swapped ids": lambda c: swap(c["model"]["vocab"], "th", "Ġs"),
+    "swapped bytes": lambda c: swap(c["model"]["vocab"], "a", "Ā"),
+    "another pattern": lambda c: c.update(pre_tokenizer=pre_tokenizer(SPLIT_PATTERNS["gpt2"])),
+    "no pattern": lambda c: c.update(pre_tokenizer=BYTE_LEVEL),
+    "a space in front": lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+    "lower case": lambda c: c.update(normalizer={"type": "Lowercase"}),
+    "no decoder": lambda c: c.update(decoder=None),
+    "another end": lambda c: c["added_tokens"][0].update(content="<|end|>"),
+    "a special token stripped away": lambda c: c["added_tokens"][0].update(id=7),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_what_was_written_is_noticed(bpe, fault, monkeypatch, tmp_path):
+    right = convert._content
+
+    def wrong(*arguments):
+        content = json.loads(json.dumps(right(*arguments)))
+        FAULTS[fault](content)
+        return content
+
+    monkeypatch.setattr(convert, "_content", wrong)
+    with pytest.raises(CheckpointError):
+        export_tokenizer(bpe, tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["swapped parts", "another pattern"])
+def test_running_both_libraries_finds_faults_too(bpe, fault):
+    content = json.loads(json.dumps(convert._content(bpe, bpe.special_tokens, None)))
+    convert._prove_equal(bpe, content)
+    FAULTS[fault](content)
+    with pytest.raises(CheckpointError, match="differ on"):
+        convert._prove_equal(bpe, content)
+
+
+def test_what_cannot_be_expressed_is_not_exported(bpe, tmp_path):
+    for pattern in (
+        r"^a|\s|\S",
+        r"\w+|\W",
+        r"(?m:a)|\s|\S",
+        r"(?i:ss)|\s|\S",
+        r"\S{2}?|\s",
+        r"(?i:ß)|\s|\S",
+        r"(\S\s){2}+",
+    ):
+        with pytest.raises(CheckpointError, match="not known to mean the same"):
+            export_tokenizer(Tokenizer("x", pattern, bpe.ranks, bpe.special_tokens), tmp_path)
+    for special, message in (("the", "special token and an ordinary one"), ("zebra", "differ on 'zebra'"), ("é", "é")):
+        with pytest.raises(CheckpointError, match=message):
+            export_tokenizer(Tokenizer("x", bpe.pattern, bpe.ranks, {ENDOFTEXT: 599, special: 600}), tmp_path)
+    with pytest.raises(CheckpointError):
+        export_tokenizer(Tokenizer("x", r"\p{L}+", bpe.ranks, bpe.special_tokens), tmp_path)
+
+
+ASSIGNED = [chr(each) for each in (*range(0xD800), *range(0xE000, 0x32400), *range(0xE0000, 0xE0200))]
+
+
+@pytest.mark.parametrize("part", [r"\p{L}", r"\p{N}", r"\s", r"(?i:[sdmt]|ll|ve|re)"])
+def test_both_engines_mean_the_same_signs(part):
+    text = "".join(ASSIGNED)
+    encoding = tiktoken.Encoding("x", pat_str=part, mergeable_ranks=BYTES, special_tokens={})
+    ours = bytes(encoding.encode(text, disallowed_special=())).decode()
+    cut = pre_tokenizers.Split(Regex(for_onig(part)), "removed").pre_tokenize_str(text)
+    assert set(ours) == set(text) - {sign for piece, _ in cut for sign in piece}
+
+
+def test_patterns_are_rewritten_only_where_engines_differ():
+    assert for_onig(SPLIT_PATTERNS["cl100k"]) == SPLIT_PATTERNS["cl100k"].replace(
+        r"\p{N}{1,3}+", r"(?>\p{N}{1,3})"
+    ).replace("$", r"\z")
+    for same_there in (SPLIT_PATTERNS["gpt2"], SPLIT_PATTERNS["llama3"], O200K):
+        assert for_onig(same_there) == same_there
+        assert for_onig(for_onig(same_there)) == same_there
+
+
+def theirs(bpe, **changes):
+    """`tokenizer.json` as it is published elsewhere: `bpe` with one thing or another."""
+    content = json.loads(json.dumps(convert._content(bpe, bpe.special_tokens, None)))
+    content["model"].update(changes.pop("model", {}))
+    return content | changes
+
+
+def write(directory, content, **settings):
+    (directory / TOKENIZER_FILE).write_text(json.dumps(content))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def named(bpe, name, **more):
+    """Its end of document under another name."""
+    vocab = {token: rank for token, rank in theirs(bpe)["model"]["vocab"].items() if token != ENDOFTEXT}
+    return {"model": {"vocab": vocab, **more}, "added_tokens": [{"id": 599, "content": name, **FLAGS}]}
+
+
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+
+
+def test_gpt2s_form(tmp_path):
+    """Its own pattern within ByteLevel, merges as lines, and the two files say the same."""
+    bpe = build("bpe:600 gpt2")
+    model = theirs(bpe)["model"]
+    lines = [" ".join(pair) for pair in model["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
+    two_files = import_tokenizer(tmp_path)
+    assert (two_files.ranks, two_files.special_tokens) == (bpe.ranks, bpe.special_tokens)
+    assert two_files == build_tokenizer(str(tmp_path), None, learn)
+    whole = theirs(
+        bpe, pre_tokenizer={**BYTE_LEVEL, "use_regex": True}, model={"merges": lines, "ignore_merges": False}
+    )
+    write(tmp_path, whole)
+    assert import_tokenizer(tmp_path) == two_files
+
+
+@pytest.mark.parametrize("eos", ["</s>", "<|end_of_text|>", "<|stop|>", {"content": "<|stop|>"}])
+def test_llama3s_form(bpe, eos, tmp_path):
+    """All ways to make a token in the list of merges, ids in front of a text, an end of another name."""
+    name = eos if isinstance(eos, str) else eos["content"]
+    ranks = {token: rank for token, rank in theirs(bpe)["model"]["vocab"].items() if rank < 599}
+    cuts = [(token[:cut], token[cut:]) for token in ranks for cut in range(1, len(token))]
+    merges = [[left, right] for left, right in cuts if left in ranks and right in ranks]
+    merges.sort(key=lambda pair: ranks["".join(pair)])
+    assert len(merges) > len(theirs(bpe)["model"]["merges"])
+    front = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name, "type_id": 0}}]}
+    front["single"].append({"Sequence": {"id": "A", "type_id": 0}})
+    front |= {"pair": front["single"], "special_tokens": {name: {"id": name, "ids": [599], "tokens": [name]}}}
+    write(tmp_path, theirs(bpe, post_processor=front, **named(bpe, name, merges=merges)), eos_token=eos)
+    found = import_tokenizer(tmp_path)
+    assert (found.ranks, found.special_tokens, found.pattern) == (bpe.ranks, {ENDOFTEXT: 599}, bpe.pattern)
+
+
+def test_qwens_form(bpe, tmp_path):
+    """NFC, no whole pieces, an end of a turn beside the end of a document, an added token that is not special."""
+    content = theirs(bpe, normalizer={"type": "NFC"}, model={"ignore_merges": False})
+    content["added_tokens"] += [{"id": 600, "content": "<|im_end|>", **FLAGS}]
+    content["added_tokens"] += [{"id": 601, "content": "<think>", **FLAGS, "special": False}]
+    write(tmp_path, content, eos_token="<|im_end|>")
+    found = import_tokenizer(tmp_path)
+    assert found.special_tokens == {ENDOFTEXT: 599, "<|im_end|>": 600, "<think>": 601}
+    export_tokenizer(found, tmp_path)
+    assert import_tokenizer(tmp_path) == found
+
+
+def ids_by_frequency(bpe):
+    vocab = theirs(bpe)["model"]["vocab"]
+    swap(vocab, "th", "Ġs")
+    return theirs(bpe, model={"vocab": vocab})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda bpe: None, "no tokenizer.json, nor vocab.json"),
+        (lambda bpe: [], "cannot be read"),
+        (lambda bpe: {"model": {}}, "cannot be read|prepared by"),
+        (lambda bpe: theirs(bpe, model={"merges": [["a", "漢"]]}), "cannot be read"),
+        (lambda bpe: theirs(bpe, model={"type": "Unigram"}), "is Unigram, not byte-level BPE"),
+        (lambda bpe: theirs(bpe, model={"type": "WordPiece"}), "is WordPiece, not"),
+        (lambda bpe: theirs(bpe, model={"byte_fallback": True}), "BPE with byte_fallback"),
+        (lambda bpe: theirs(bpe, model={"end_of_word_suffix": "</w>"}), "BPE with end_of_word_suffix"),
+        (lambda bpe: theirs(bpe, pre_tokenizer=None), "not by one split pattern"),
+        (lambda bpe: theirs(bpe, pre_tokenizer={**BYTE_LEVEL, "add_prefix_space": True}), "a space in front"),
+        (lambda bpe: theirs(bpe, normalizer={"type": "NFKC"}), "NFKC"),
+        (lambda bpe: theirs(bpe, pre_tokenizer=onig(r"\p{N}{1,3}+|.")), "not known to mean the same"),
+        (lambda bpe: theirs(bpe, pre_tokenizer=onig(r"\p{N}{1,3}+|\s|\S")), "tiktoken reads it differently"),
+        (ids_by_frequency, "do not rise in the order of its merges"),
+        (lambda bpe: theirs(bpe, **named(bpe, "<|stop|>")), "no token that ends a document"),
+    ],
+)
+def test_what_has_no_equal_here_is_not_imported(bpe, change, message, tmp_path):
+    content = change(bpe)
+    if content is not None:
+        write(tmp_path, content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        import_tokenizer(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path))
+    assert str(caught.value).endswith("The weights can still be converted, without a tokenizer.")
+
+
+def onig(regex):
+    split = {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": regex}}
+    return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
