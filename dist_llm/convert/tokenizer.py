@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer as Reference
+
 from dist_llm.config.schema import ModelConfig
 from dist_llm.convert.pattern import BYTE_LEVEL, pattern_of, pre_tokenizer
 from dist_llm.errors import CheckpointError, DataError
@@ -94,26 +96,22 @@ def import_tokenizer(directory: Path) -> Tokenizer:
 
 def _content(tokenizer: Tokenizer, special: Mapping[str, int], mask: str | None) -> dict[str, Any]:
     """What `tokenizer.json` says. Special tokens are in the vocabulary too, since theirs knows no gaps beyond it."""
-    vocab = {_signs(token): rank for token, rank in tokenizer.ranks.items()}
+    vocab, merges = {_signs(token): rank for token, rank in tokenizer.ranks.items()}, list(_pairs(tokenizer.ranks))
     if both := vocab.keys() & special.keys():
         raise CheckpointError(f"tokenizer {tokenizer.name}: {min(both)!r} is a special token and an ordinary one.")
-    flags = {**dict.fromkeys(("single_word", "rstrip", "normalized"), False), "special": True}
-    added = [
-        {"id": token, "content": name, "lstrip": name == mask, **flags}
-        for name, token in sorted(special.items(), key=lambda item: item[1])
-    ]
-    merges = [[_signs(left), _signs(right)] for left, right in _pairs(tokenizer.ranks)]
+    flags = {"single_word": False, "rstrip": False, "normalized": False, "special": True}
+    by_id = sorted(special.items(), key=lambda item: item[1])
     return {
         "version": "1.0",
-        "added_tokens": added,
+        "added_tokens": [{"id": token, "content": name, "lstrip": name == mask, **flags} for name, token in by_id],
         "pre_tokenizer": pre_tokenizer(tokenizer.pattern),
         "decoder": BYTE_LEVEL,
         "model": {"type": "BPE", "ignore_merges": True, "vocab": {**vocab, **special}, "merges": merges},
     }
 
 
-def _pairs(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The last two parts of each token that merging reaches, in the order of ranks."""
+def _pairs(ranks: Mapping[bytes, int]) -> Iterator[tuple[str, str]]:
+    """The last two parts, in signs, of each token that merging reaches, in the order of ranks."""
     for token in sorted(ranks, key=ranks.__getitem__):
         parts = [token[place : place + 1] for place in range(len(token))]
         while len(parts) > 2:
@@ -123,7 +121,7 @@ def _pairs(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
             place = found.index(least)
             parts[place : place + 2] = [parts[place] + parts[place + 1]]
         if len(parts) == 2:
-            yield parts[0], parts[1]
+            yield _signs(parts[0]), _signs(parts[1])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -136,12 +134,8 @@ def _from_two_files(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"no {TOKENIZER_FILE}, nor vocab.json and merges.txt.")
     lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
-    return {
-        "version": "1.0",
-        "pre_tokenizer": {**BYTE_LEVEL, "use_regex": True},
-        "decoder": BYTE_LEVEL,
-        "model": {"type": "BPE", "vocab": _read(directory / "vocab.json"), "merges": merges},
-    }
+    model = {"type": "BPE", "vocab": _read(directory / "vocab.json"), "merges": merges}
+    return {"version": "1.0", "pre_tokenizer": {**BYTE_LEVEL, "use_regex": True}, "decoder": BYTE_LEVEL, "model": model}
 
 
 def _tokenizer(content: Mapping[str, Any], settings: Mapping[str, Any], name: str) -> Tokenizer:
@@ -152,17 +146,16 @@ def _tokenizer(content: Mapping[str, Any], settings: Mapping[str, Any], name: st
         raise CheckpointError(f"its tokenizer is {kind}, not byte-level BPE.")
     pattern = pattern_of(content, kept.get("pattern"))
     vocab: dict[str, int] = model["vocab"]
-    merges = [tuple(each.split(" ")) if isinstance(each, str) else tuple(each) for each in model["merges"]]
-    products = dict.fromkeys(left + right for left, right in merges)
     added = {token["content"]: int(token["id"]) for token in content.get("added_tokens", [])}
-    ordinary = {*BYTE_OF, *products}
-    if model.get("ignore_merges"):  # a piece of text that is a token is that token, however it is made
+    merges = [tuple(each.split(" ") if isinstance(each, str) else each) for each in model["merges"]]
+    order = [vocab["".join(pair)] for pair in merges]
+    ordinary, whole_pieces = {*BYTE_OF, *map("".join, merges)}, model.get("ignore_merges", False)
+    if whole_pieces:  # a piece of text that is a token is that token, however it is made
         ordinary |= {token for token in vocab if token not in added and BYTE_OF.keys() >= set(token)}
     ranks = {to_bytes(token): vocab[token] for token in sorted(ordinary, key=vocab.__getitem__)}
-    order = [vocab[product] for product in products]
-    implied = {(_signs(left), _signs(right)) for left, right in _pairs(ranks)}
-    lost = products.keys() - {left + right for left, right in implied} if not model.get("ignore_merges") else ()
-    if order != sorted(order) or lost or implied - set(merges):
+    implied = set(_pairs(ranks))
+    never_made = not whole_pieces and len(BYTE_OF) + len(implied) < len(ranks)
+    if order != sorted(order) or implied - set(merges) or never_made:
         raise CheckpointError(
             "its ids do not rise in the order of its merges (nor do RoBERTa's and BART's), and ours merges by id."
         )
@@ -178,8 +171,6 @@ def _tokenizer(content: Mapping[str, Any], settings: Mapping[str, Any], name: st
 
 def _prove_equal(tokenizer: Tokenizer, content: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless `tokenizers`, given `content`, encodes and decodes ordinary text as ours does."""
-    from tokenizers import Tokenizer as Reference
-
     added = [{**token, "special": True} for token in content.get("added_tokens", [])]
     reference = Reference.from_str(json.dumps({**content, "normalizer": None, "added_tokens": added}))
     reference.encode_special_tokens = True
@@ -193,18 +184,17 @@ def _prove_equal(tokenizer: Tokenizer, content: Mapping[str, Any]) -> None:
 
 def _prove_reopened(tokenizer: Tokenizer, special: Mapping[str, int], directory: Path) -> None:
     """Raise CheckpointError unless what was written reads as `tokenizer`, every byte and special token too."""
-    from tokenizers import Tokenizer as Reference
-
     if import_tokenizer(directory).sha256 != tokenizer.sha256:
         raise CheckpointError(f"{directory}: what was written is not tokenizer {tokenizer.name}.")
     reference = Reference.from_file(str(directory / TOKENIZER_FILE))
-    for name, token in special.items():
-        if (reference.token_to_id(name), reference.decode([token], skip_special_tokens=False)) != (token, name):
-            raise CheckpointError(f"{directory}: special token {name!r} has no equal in Hugging Face's files.")
     every_byte = [tokenizer.ranks[bytes([byte])] for byte in range(256)]
-    if reference.decode(every_byte) != tokenizer.decode(every_byte):
-        raise CheckpointError(f"{directory}: Hugging Face's tokenizer decodes bytes differently.")
+    for ids, text in (
+        (every_byte, tokenizer.decode(every_byte)),
+        *(([token], name) for name, token in special.items()),
+    ):
+        if reference.decode(ids, skip_special_tokens=False) != text:
+            raise CheckpointError(f"{directory}: {text!r} has no equal in Hugging Face's files.")
 
 
 def _signs(token: bytes) -> str:
-    return "".join(SIGN_OF[byte] for byte in token)
+    return token.decode("latin-1").translate(SIGN_OF)
