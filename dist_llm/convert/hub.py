@@ -32,8 +32,11 @@ COPIES = {
     "lm_head.weight": ("transformer.wte.weight", "model.embed_tokens.weight", "model.shared.weight", "shared.weight"),
     "cls.predictions.decoder.weight": ("bert.embeddings.word_embeddings.weight",),
     "cls.predictions.decoder.bias": ("cls.predictions.bias",),
-    **{f"{stem}{stack}.embed_tokens.weight": ("model.shared.weight", "shared.weight")
-       for stem in ("", "model.") for stack in ("encoder", "decoder")},
+    **{
+        f"{stem}{stack}.embed_tokens.weight": ("model.shared.weight", "shared.weight")
+        for stem in ("", "model.")
+        for stack in ("encoder", "decoder")
+    },
 }
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -124,15 +124,18 @@ def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def reopen(written: Weights, source: Weights, dtype: torch.dtype) -> None:
-    """Raise CheckpointError unless `written` has the names, shapes and values of `source`, all finite, none all zero
-    that is not zero by design.
+def reopen(written: Weights, source: Weights, dtype: torch.dtype, zero: Collection[str] = ()) -> None:
+    """Raise CheckpointError unless `written` has the names, shapes and values of `source`, all finite.
+
+    A matrix that is all zero is an error too, but for those named in `zero`; vectors are biases, and may be.
     """
     if written.shapes != source.shapes:
         raise CheckpointError(f"what was written has other tensors: {sorted(set(written.shapes) ^ set(source.shapes))}")
-    for name in source.shapes:
+    for name, shape in source.shapes.items():
         found, want = written.read(name), source.read(name).to(dtype)
         if not torch.isfinite(found).all():
             raise CheckpointError(f"{name}: has values that are not finite")
         if not torch.equal(found.to(dtype), want):
             raise CheckpointError(f"{name}: what was written is not what was read")
+        if len(shape) > 1 and name not in zero and not found.any():
+            raise CheckpointError(f"{name}: is all zero")

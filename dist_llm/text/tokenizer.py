@@ -121,12 +121,12 @@ class Tokenizer:
     @cached_property
     def sha256(self) -> str:
         """The hash of the file that `save` writes."""
-        return hashlib.sha256(self._file_bytes()).hexdigest()
+        return hashlib.sha256(self.file_bytes()).hexdigest()
 
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json` into `directory`, durably."""
         with (directory / TOKENIZER_FILE).open("wb") as file:
-            file.write(self._file_bytes())
+            file.write(self.file_bytes())
             file.flush()
             os.fsync(file.fileno())
 
@@ -162,7 +162,8 @@ class Tokenizer:
         special = {rank: token.encode() for token, rank in self.special_tokens.items()}
         return {rank: token for token, rank in self.ranks.items()} | special
 
-    def _file_bytes(self) -> bytes:
+    def file_bytes(self) -> bytes:
+        """What `save` writes."""
         content = {
             "format": FORMAT,
             "name": self.name,

@@ -1,77 +1,17 @@
 """Our models are Hugging Face's: equal logits and losses from equal weights, padded and packed, without a download."""
 
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dist_llm.convert.huggingface import model_config
-from dist_llm.convert.keys import Pair, copy_weights, pairs, take
+from dist_llm.convert.keys import Pair, pairs, take
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.build import build_model
 from dist_llm.models.visibility import Source, Visibility
+from tests.convert.families import FAMILIES, ONE_STACK, TWO_STACKS, VOCAB, S, T, build
 
-transformers = pytest.importorskip("transformers")
-
-VOCAB, S, T = 61, 12, 16
-SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 32}),
-    "llama": ("LlamaConfig", "LlamaForCausalLM", {**SMALL, "num_key_value_heads": 2}),
-    "mistral": ("MistralConfig", "MistralForCausalLM", {**SMALL, "num_key_value_heads": 2, "sliding_window": None}),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**SMALL, "num_key_value_heads": 2, "head_dim": 16}),
-    "bert": ("BertConfig", "BertForMaskedLM", {**SMALL, "max_position_embeddings": 32}),
-    "t5": (
-        "T5Config",
-        "T5ForConditionalGeneration",
-        {
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 48,
-            "num_layers": 2,
-            "num_decoder_layers": 3,
-            "num_heads": 6,
-            "relative_attention_num_buckets": 8,
-            "relative_attention_max_distance": 12,
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
-        },
-    ),
-    "bart": (
-        "BartConfig",
-        "BartForConditionalGeneration",
-        {
-            "d_model": 32,
-            "encoder_layers": 2,
-            "decoder_layers": 3,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 48,
-            "decoder_ffn_dim": 48,
-            "max_position_embeddings": 32,
-        },
-    ),
-}
-ONE_STACK = ["gpt2", "llama", "mistral", "qwen3", "bert"]
-TWO_STACKS = ["t5", "bart"]
-
-
-def build(family: str) -> tuple[Any, Any, Any]:
-    """(their model with random weights, our model with the same, our config)."""
-    config_name, model_name, sizes = FAMILIES[family]
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    config = getattr(transformers, config_name)(vocab_size=VOCAB, attn_implementation="eager", **sizes, **special)
-    torch.manual_seed(0)
-    theirs = getattr(transformers, model_name)(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():  # biases and norms too, so that none of them goes unnoticed
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    ours_config = model_config(config.to_dict())
-    ours = build_model(ours_config).eval()
-    copy_weights(ours, family, ours_config, theirs.state_dict())
-    return theirs, ours, ours_config
+pytest.importorskip("transformers")
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

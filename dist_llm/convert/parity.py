@@ -1,0 +1,60 @@
+"""Whether a checkpoint of ours and a directory of Hugging Face's are the same model: equal logits on a fixed batch."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dist_llm.checkpoint import store
+from dist_llm.config.load import load_config, refuse
+from dist_llm.errors import CheckpointError
+from dist_llm.models.build import build_model
+from dist_llm.models.visibility import Source, Visibility
+
+ROWS, LENGTH = 2, 32
+MOST_OFF, MOST_KL = 1e-4, 1e-9  # in fp32, relative to the largest logit if that is above 1; in fp64
+
+
+@torch.no_grad()
+def compare(ours: Path, theirs: Path, dtype: torch.dtype = torch.float32) -> str:
+    """A line that says how far apart they are, ours rounded to `dtype`. Both are in memory, in fp64 in the end.
+
+    Raises CheckpointError where that is more than rounding, or `transformers` is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError("--check needs `transformers`: pip install transformers") from None
+    config, violations = load_config(ours / "config.yaml")
+    refuse(violations)
+    assert config is not None
+    mine = build_model(config.model).eval()
+    store.load(ours, mine)
+    mine.to(dtype).float()
+    kind = {"encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
+    loader = getattr(transformers, kind.get(config.model.architecture, "AutoModelForCausalLM"))
+    other = loader.from_pretrained(theirs, dtype=torch.float32, attn_implementation="eager").eval()
+    length = min(LENGTH, config.model.max_seq_len)
+    ids = torch.randint(config.model.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))
+    off = _difference(mine, other, ids, config.model.architecture)
+    kl = _divergence(mine.double(), other.double(), ids, config.model.architecture)
+    line = f"logits differ by {off:.1e} at most in fp32, distributions by a KL of {kl:.1e} in fp64"
+    if off > MOST_OFF or kl > MOST_KL:
+        raise CheckpointError(f"{ours} and {theirs} are not the same model: {line}")
+    return line
+
+
+def _logits(mine: nn.Module, other: nn.Module, ids: Tensor, architecture: str) -> tuple[Tensor, Tensor]:
+    if architecture == "encoder_decoder":
+        return mine(ids, source=Source(ids.flip(1))), other(input_ids=ids.flip(1), decoder_input_ids=ids).logits
+    return mine(ids, visible=Visibility(architecture == "decoder")), other(input_ids=ids).logits
+
+
+def _difference(mine: nn.Module, other: nn.Module, ids: Tensor, architecture: str) -> float:
+    found, want = _logits(mine, other, ids, architecture)
+    return float((found - want).abs().max() / want.abs().max().clamp(min=1))
+
+
+def _divergence(mine: nn.Module, other: nn.Module, ids: Tensor, architecture: str) -> float:
+    found, want = (each.log_softmax(-1) for each in _logits(mine, other, ids, architecture))
+    return float((want.exp() * (want - found)).sum(-1).max())

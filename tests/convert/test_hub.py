@@ -1,0 +1,296 @@
+"""To Hugging Face's form and back: the same bits, logits, tokens and texts; and what cannot be said there is refused."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.manifest import verify
+from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.convert import hub
+from dist_llm.convert.huggingface import WRITERS, describe
+from dist_llm.convert.weights import DictWeights, NativeWeights, SafetensorsWeights
+from dist_llm.convert.write import made_whole, reopen, write_safetensors
+from dist_llm.errors import CheckpointError
+from dist_llm.generate import Sampling, ask, load_model, tokens
+from dist_llm.models.build import build_model
+from dist_llm.text.tokenizer import Tokenizer
+from tests.convert.families import FAMILIES, their_model
+
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parents[2]
+CAUSAL = [family for family in FAMILIES if family not in ("bert", "t5", "bart")]
+
+
+@pytest.fixture(scope="module")
+def tool() -> Callable[..., int]:
+    """`python tools/convert_checkpoint.py ...`, in this process; returns its exit code."""
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools" / "convert_checkpoint.py")
+    assert spec is not None and spec.loader is not None  # noqa: PT018
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments: object) -> int:
+        before, sys.argv = sys.argv, ["convert_checkpoint.py", *map(str, arguments)]
+        try:
+            return int(module.main())
+        finally:
+            sys.argv = before
+
+    return run
+
+
+def saved_by_them(family: str, directory: Path) -> Any:
+    theirs = their_model(family)
+    theirs.save_pretrained(directory)
+    return theirs
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    weights = SafetensorsWeights(directory)
+    return {name: weights.read(name) for name in weights.shapes}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_theirs_to_ours_to_theirs_is_the_same_bits(
+    family: str, tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--check` compares logits in fp32, and distributions in fp64, on both ways."""
+    saved_by_them(family, tmp_path / "theirs")
+    assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours", "--check") == 0
+    assert tool("to-hf", tmp_path / "ours", tmp_path / "again", "--family", family, "--check") == 0
+    assert capsys.readouterr().out.count("logits differ by") == 2
+    verify(Folder(tmp_path / "ours"))
+    before, after = tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "again")
+    # What is always zero, or another tensor's copy, is not written.
+    assert after.keys() <= before.keys()
+    for name, tensor in before.items():
+        if name in after:
+            assert torch.equal(after[name], tensor), name
+        else:
+            assert not tensor.any() or any(torch.equal(tensor, other) for other in after.values()), name
+
+
+OURS: dict[str, dict[str, Any]] = {
+    "llama": {"n_kv_heads": 2},
+    "qwen2": {"n_kv_heads": 2, "qkv_bias": True, "tie_embeddings": True},
+    "qwen3": {"n_kv_heads": 1, "qk_norm": True, "head_dim": 16},
+    "gpt2": {
+        "positions": "learned",
+        "norm": "layernorm",
+        "bias": True,
+        "activation": "gelu_tanh",
+        "tie_embeddings": True,
+    },
+    "t5": {
+        "architecture": "encoder_decoder",
+        "n_encoder_layers": 2,
+        "positions": "relative",
+        "activation": "geglu_tanh",
+        "attention_scale": 1.0,
+    },
+    "bart": {
+        "architecture": "encoder_decoder",
+        "n_encoder_layers": 2,
+        "positions": "learned",
+        "norm": "layernorm",
+        "norm_order": "post",
+        "norm_embedding": True,
+        "bias": True,
+        "activation": "gelu",
+        "tie_embeddings": True,
+    },
+}
+
+
+def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
+    """Random weights, a tokenizer of bytes, and a vocabulary that is padded from 257 + the objective's to 320 rows."""
+    from dist_llm.config.load import dump
+    from dist_llm.convert.write import write_native
+    from dist_llm.objectives.vocabulary import Vocabulary
+    from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS
+
+    tokenizer = Tokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([i]): i for i in range(256)}, {ENDOFTEXT: 256})
+    two = changes.get("architecture") == "encoder_decoder"
+    vocab_size = Vocabulary(257, 256).sentinel(8) if two else 257
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}
+    config = Config.model_validate(
+        {
+            "run": {"dir": "unused", "steps": 1},
+            "model": {**sizes, "vocab_size": vocab_size, "max_seq_len": 64, "init_std": 0.4, **changes},
+            "data": {"seq_len": 64, "global_batch": 1, "micro_batch": 1},
+            "objective": {"name": "span" if two else "causal"},
+        }
+    )
+    model = build_model(config.model)
+    generator = torch.Generator().manual_seed(1)
+    weights = {f"model.{name}": torch.randn(p.shape, generator=generator) * 0.4 for name, p in model.named_parameters()}
+    progress = json.dumps({"step": 0, "samples": 0, "tokens": 0}).encode()
+    files = {
+        "config.yaml": dump(config).encode(),
+        "tokenizer.json": tokenizer.file_bytes(),
+        "progress.json": progress,
+    }
+    write_native(directory, DictWeights(weights), files)
+    return directory
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_they_generate_from_our_export_what_we_generate(family: str, tool: Callable[..., int], tmp_path: Path) -> None:
+    ours = our_checkpoint(tmp_path / "ours", OURS[family])
+    assert tool("to-hf", ours, tmp_path / "theirs", "--check") == 0
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == family
+    two = family in ("t5", "bart")
+    loader = transformers.AutoModelForSeq2SeqLM if two else transformers.AutoModelForCausalLM
+    theirs = loader.from_pretrained(tmp_path / "theirs")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+
+    model, our_tokenizer, config = load_model(ours, torch.device("cpu"))
+    prompt = "def f(x):"
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    assert ids[0].tolist() == our_tokenizer.encode(prompt).tolist()
+    asked = ask(config, our_tokenizer, prompt)
+    if two:
+        ids = torch.tensor([asked.source])
+    start = {"decoder_input_ids": torch.tensor([asked.ids])} if two else {}
+    found = theirs.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=[], **start)[0]
+    mine = list(tokens(model, asked, Sampling(20, temperature=0), 64))
+    assert found[-20:].tolist() == mine
+    assert len(set(mine)) > 3, "a model that has something to say"
+    if not two:
+        assert tokenizer.decode(found[-20:]) == our_tokenizer.decode(mine)
+
+
+def test_a_missing_permutation_is_noticed(tool: Callable[..., int], tmp_path: Path, monkeypatch: Any) -> None:
+    """Queries in Meta's pairing of rotary dimensions: the bits come back, the logits do not."""
+    saved_by_them("llama", tmp_path / "theirs")
+    real = hub.take
+
+    def permuted(pair: Any, theirs: Any) -> Tensor:
+        tensor = real(pair, theirs)
+        if pair.ours.endswith("attention.q.weight"):
+            return tensor.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32)
+        return tensor
+
+    monkeypatch.setattr(hub, "take", permuted)
+    assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours", "--check") == 2
+    assert not (tmp_path / "ours").exists(), "nothing that is wrong is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Path) -> None:
+    ours = our_checkpoint(tmp_path / "ours", OURS["llama"])
+    arguments = ("--dtype", "bf16", "--shard-gb", "1e-5", "--check")
+    assert tool("to-hf", ours, tmp_path / "theirs", *arguments) == 0
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 3
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert theirs.dtype == torch.bfloat16
+    with torch.no_grad():
+        theirs.lm_head.weight[3].zero_()
+    assert tool("from-hf", tmp_path / "theirs", tmp_path / "again") == 0
+    first, again = NativeWeights(ours), NativeWeights(tmp_path / "again")
+    for name, shape in again.shapes.items():
+        assert first.shapes[name] == shape, "vocabulary padding is back"
+        rows = slice(257) if name in ("model.embed.tokens.weight", "model.head.out.weight") else slice(None)
+        assert torch.equal(first.read(name).bfloat16().float()[rows], again.read(name)[rows]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logit_cap": 30.0}, "logit_cap 30.0"),
+        ({"positions": "sinusoidal"}, "positions sinusoidal"),
+        ({"activation": "geglu"}, "activation geglu"),
+        ({"bias": True}, "bias True"),
+        ({"attention_scale": 0.3}, "attention_scale 0.3"),
+    ],
+    ids=str,
+)
+def test_a_model_without_a_twin_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"no twin.*{message}"):
+        describe(model_of(changes))
+
+
+def model_of(changes: dict[str, Any]) -> ModelConfig:
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}
+    return ModelConfig.model_validate({**sizes, "vocab_size": 64, "max_seq_len": 32, **changes})
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_every_family_is_found_from_its_own_config(family: str) -> None:
+    config = hub.model_config(their_model(family).config.to_dict())
+    assert describe(config)["model_type"] == ("llama" if family == "mistral" else family)
+    assert describe(config, family)["model_type"] == family
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}, "rope_type llama3"),
+        ("llama", {"attention_bias": True}, "attention_bias True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
+        ("mistral", {"sliding_window": 4096}, "sliding_window 4096"),
+        ("bart", {"encoder_attention_heads": 2}, "must be equal"),
+        ("t5", {"feed_forward_proj": "relu"}, "only v1.1"),
+        ("gpt2", {"model_type": "mamba"}, "model_type mamba is not supported"),
+    ],
+)
+def test_what_their_config_may_say_and_we_cannot_do_is_refused(
+    family: str, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    saved_by_them(family, tmp_path)
+    theirs = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    with pytest.raises(CheckpointError, match=message):
+        hub.read_config(tmp_path)
+
+
+def test_tensors_that_have_no_place_or_are_missing_are_refused(tool: Callable[..., int], tmp_path: Path) -> None:
+    saved_by_them("llama", tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    whole = load_file(file)
+    for name, tensors in {
+        "extra": {**whole, "model.layers.0.mlp.extra.weight": torch.ones(2, 2)},
+        "missing": {name: each for name, each in whole.items() if "layers.1.mlp.up" not in name},
+        "cut": {**whole, "model.norm.weight": whole["model.norm.weight"][:-1].clone()},
+    }.items():
+        changed = shutil.copytree(tmp_path / "theirs", tmp_path / name)
+        save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+        assert tool("from-hf", changed, tmp_path / "ours") == 2, name
+        assert not (tmp_path / "ours").exists()
+
+
+def test_what_is_there_is_never_overwritten(tool: Callable[..., int], tmp_path: Path) -> None:
+    ours = our_checkpoint(tmp_path / "ours", OURS["llama"])
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "precious").write_text("mine")
+    assert tool("to-hf", ours, tmp_path / "theirs") == 2
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["precious"]
+
+
+def test_reading_again_notices_what_was_written_wrong(tmp_path: Path) -> None:
+    weights = DictWeights({"a": torch.randn(3, 2), "b": torch.randn(4)})
+    with made_whole(tmp_path / "out") as aside:
+        aside.mkdir()
+        write_safetensors(aside, weights)
+    reopen(SafetensorsWeights(tmp_path / "out"), weights, torch.float32)
+    file = tmp_path / "out" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="b: what was written is not what was read"):
+        reopen(SafetensorsWeights(tmp_path / "out"), weights, torch.float32)
+    for values, message in ((torch.full((3, 2), torch.nan), "not finite"), (torch.zeros(3, 2), "all zero")):
+        wrong = DictWeights({"a": values, "b": torch.randn(4)})
+        with pytest.raises(CheckpointError, match=message):
+            reopen(wrong, wrong, torch.float32)

@@ -1,0 +1,295 @@
+"""Convert checkpoints, and look into them.
+
+  to-hf           a run or checkpoint -> a directory for Hugging Face's `from_pretrained`, tokenizer included
+  from-hf         such a directory -> a checkpoint (Llama, GPT-2, Mistral, Qwen2, Qwen3, BERT, T5 v1.1, BART)
+  to-torch        a run or checkpoint -> one file of `torch.save`
+  from-torch      such a file -> a checkpoint
+  from-nanogpt    nanoGPT's ckpt.pt -> a checkpoint
+  to-deepspeed    a run or checkpoint -> a ZeRO 1, 2 or 3 directory, or a universal checkpoint
+  from-deepspeed  such a directory -> a checkpoint
+  average         the mean of the weights of several checkpoints
+  diff            where two checkpoints differ; exit code 1 if they do
+  inspect         names, shapes, types, norms, and values that are not finite
+  verify          every byte of a checkpoint against its manifest
+
+examples:
+  python tools/convert_checkpoint.py to-hf runs/demo hf/demo --check
+  python tools/convert_checkpoint.py from-hf hf/demo checkpoints/demo --check
+  python tools/convert_checkpoint.py inspect runs/demo
+
+A run stands for its newest checkpoint. What is written appears whole or not at all, and is read again and compared
+before it does. One tensor at a time is held in memory, but for to-torch and --check. No GPU, no process group.
+A checkpoint that was converted can be evaluated, sampled from, and trained on with init_from.
+Exit code 1: diff found a difference; 2: the command cannot be run, or what it found is wrong.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.store import PROGRESS, find
+from dist_llm.config.load import dump, load_config, refuse
+from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.convert import hub
+from dist_llm.convert.parity import compare
+from dist_llm.convert.tokenizer import import_tokenizer
+from dist_llm.convert.weights import DictWeights, MadeWeights, NativeWeights, SafetensorsWeights, Weights, load_torch
+from dist_llm.convert.write import DTYPES, made_whole, reopen, write_native
+from dist_llm.errors import CheckpointError, UserError
+from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
+
+console = Console(highlight=False, markup=False, soft_wrap=True)
+CONFIG = "config.yaml"
+
+
+def main() -> int:
+    """Run the command of the arguments."""
+    options = parser().parse_args()
+    try:
+        return int(options.run(options) or 0)
+    except UserError as error:
+        print(f"convert_checkpoint: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], *places: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=(run.__doc__ or "").split("\n")[0])
+        for place in places:
+            one.add_argument(place, metavar=place.upper(), nargs="+" if place == "checkpoints" else None)
+        one.set_defaults(run=run)
+        return one
+
+    one = command("to-hf", to_hf, "checkpoint", "out")
+    one.add_argument("--family", default="", help="default: the first that can express the model")
+    one.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: fp32, as trained")
+    one.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="largest file; default: 5")
+    one.add_argument("--check", action="store_true", help="compare logits with `transformers`")
+    one = command("from-hf", from_hf, "directory", "out")
+    one.add_argument("--check", action="store_true", help="compare logits with `transformers`")
+    command("to-torch", to_torch, "checkpoint", "out")
+    command("from-torch", from_torch, "file", "out")
+    one = command("from-nanogpt", from_nanogpt, "file", "out")
+    one.add_argument("--tokenizer", metavar="CORPUS", help="prepared corpus or checkpoint whose tokenizer it was")
+    command("average", average, "out", "checkpoints")
+    one = command("diff", diff, "a", "b")
+    one.add_argument("--all", action="store_true", help="show equal tensors too")
+    command("inspect", inspect, "checkpoint")
+    command("verify", verify, "checkpoint")
+    return top
+
+
+def to_hf(options: argparse.Namespace) -> None:
+    """Write a directory for Hugging Face's `from_pretrained`."""
+    path, dtype = find(options.checkpoint), DTYPES[options.dtype]
+    config, tokenizer = read_config(path), Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
+    with made_whole(Path(options.out)) as aside:
+        shard_bytes = int(options.shard_gb * 1e9)
+        view = hub.export(
+            _seen(NativeWeights(path), "converting"), config, tokenizer, aside, options.family, dtype, shard_bytes
+        )
+        reopen(SafetensorsWeights(aside), _seen(view, "checking"), dtype, {hub.SEGMENTS})
+        if options.check:
+            console.print(compare(path, aside, dtype))
+    console.print(f"wrote {options.out}: {len(view.shapes)} tensors, {options.dtype}")
+
+
+def from_hf(options: argparse.Namespace) -> None:
+    """Write a checkpoint of a directory that `from_pretrained` reads."""
+    directory = Path(options.directory)
+    family, model = hub.read_config(directory)
+    view = hub.from_huggingface(SafetensorsWeights(directory), model, family)
+    tokenizer = None
+    try:
+        tokenizer = import_tokenizer(directory)
+    except CheckpointError as error:
+        console.print(f"without a tokenizer: {error}")
+    write(Path(options.out), view, files_of(model, tokenizer, directory), directory if options.check else None)
+
+
+def to_torch(options: argparse.Namespace) -> None:
+    """Write one file of `torch.save`: {"model": ..., "optim": ..., "files": ...}."""
+    path = find(options.checkpoint)
+    weights = NativeWeights(path)
+    content: dict[str, dict[str, Tensor | str]] = {"model": {}, "optim": {}}
+    for name in track(weights.shapes, "reading"):
+        kind, _, rest = name.partition(".")
+        content.setdefault(kind, {})[rest] = weights.read(name)
+    content["files"] = {name: text.decode() for name, text in small_files(path).items()}
+    with made_whole(Path(options.out)) as aside:
+        torch.save(content, aside)
+        reopen(_of_torch(load_torch(aside)), weights, torch.float32)
+    console.print(f"wrote {options.out}: {len(weights.shapes)} tensors")
+
+
+def from_torch(options: argparse.Namespace) -> None:
+    """Write a checkpoint of a file that to-torch wrote."""
+    content = load_torch(Path(options.file))
+    files = {name: text.encode() for name, text in content.get("files", {}).items()}
+    if CONFIG not in files:
+        raise CheckpointError(f"{options.file}: has no config; it was not written by to-torch")
+    write(Path(options.out), _of_torch(content), files)
+
+
+def _of_torch(content: Mapping[str, Mapping[str, Tensor]]) -> Weights:
+    return DictWeights(
+        {f"{kind}.{name}": tensor for kind in content if kind != "files" for name, tensor in content[kind].items()}
+    )
+
+
+def from_nanogpt(options: argparse.Namespace) -> None:
+    """Write a checkpoint of nanoGPT's ckpt.pt."""
+    model, theirs = hub.nanogpt(load_torch(Path(options.file)))
+    tokenizer = Tokenizer.load(Path(options.tokenizer)) if options.tokenizer else None
+    view = hub.from_huggingface(theirs, model, "nanogpt")
+    write(Path(options.out), view, files_of(model, tokenizer, Path(options.file)))
+
+
+def average(options: argparse.Namespace) -> None:
+    """Write the mean of the weights of several checkpoints, without moments."""
+    paths = [find(each) for each in options.checkpoints]
+    every = [NativeWeights(path) for path in paths]
+    shapes = {name: shape for name, shape in every[0].shapes.items() if name.startswith("model.")}
+    for path, other in zip(paths, every, strict=True):
+        if {name: shape for name, shape in other.shapes.items() if name.startswith("model.")} != shapes:
+            raise CheckpointError(f"{path}: is of another model than {paths[0]}")
+
+    def mean(name: str) -> Tensor:
+        return torch.stack([each.read(name).double() for each in every]).mean(0).float()
+
+    write(Path(options.out), MadeWeights(shapes, mean), small_files(paths[-1]))
+
+
+def diff(options: argparse.Namespace) -> int:
+    """Say where two checkpoints differ."""
+    a, b = open_weights(options.a), open_weights(options.b)
+    table = Table("tensor", "shape", "largest difference", "relative to the norm")
+    differ = 0
+    for name in track(sorted(a.shapes.keys() | b.shapes.keys()), "comparing"):
+        if a.shapes.get(name) != b.shapes.get(name):
+            differ += 1
+            table.add_row(name, f"{_shape(a, name)} and {_shape(b, name)}", "", "")
+            continue
+        first, second = a.read(name).double(), b.read(name).double()
+        equal = torch.equal(first, second)
+        differ += not equal
+        if not equal or options.all:
+            off = first - second
+            relative = float(off.norm() / first.norm()) if first.norm() else float(off.norm())
+            table.add_row(name, _shape(a, name), f"{float(off.abs().max()):.3e}", f"{relative:.3e}")
+    if table.row_count:
+        console.print(table)
+    console.print(f"{differ} of {len(a.shapes.keys() | b.shapes.keys())} tensors differ")
+    return 1 if differ else 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """List the tensors of a checkpoint."""
+    weights = open_weights(options.checkpoint)
+    table = Table("tensor", "shape", "type", "norm", "largest", "not finite")
+    bad = elements = 0
+    for name in track(sorted(weights.shapes), "reading"):
+        tensor = weights.read(name)
+        finite = torch.isfinite(tensor)
+        wrong, values = int((~finite).sum()), tensor[finite].double()
+        bad, elements = bad + wrong, elements + tensor.numel()
+        largest = float(values.abs().max()) if values.numel() else 0.0
+        kind = str(tensor.dtype).removeprefix("torch.")
+        table.add_row(name, _shape(weights, name), kind, f"{float(values.norm()):.4g}", f"{largest:.4g}", str(wrong))
+    console.print(table)
+    console.print(f"{len(weights.shapes)} tensors, {elements:,} elements, {bad:,} of them not finite")
+    return 2 if bad else 0
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Check every byte of a checkpoint against its manifest."""
+    console.print(f"{find(options.checkpoint)}: every byte is as it was saved")
+
+
+def open_weights(place: str) -> Weights:
+    """Of a run, a checkpoint, a directory of Hugging Face's, or a file of to-torch."""
+    path = Path(place)
+    if path.is_file():
+        return _of_torch(load_torch(path))
+    if any(path.glob("*.safetensors")):
+        return SafetensorsWeights(path)
+    return NativeWeights(find(place))
+
+
+def write(out: Path, view: Weights, files: Mapping[str, bytes], theirs: Path | None = None) -> None:
+    """A checkpoint at `out`, read again before it is there, and compared with `theirs` if that is given."""
+    with made_whole(out) as aside:
+        write_native(aside, _seen(view, "writing"), files)
+        reopen(NativeWeights(aside), view, torch.float32)
+        if theirs is not None:
+            console.print(compare(aside, theirs))
+    console.print(f"wrote {out}: {len(view.shapes)} tensors; go on with it: init_from={out}")
+
+
+def files_of(model: ModelConfig, tokenizer: Tokenizer | None, source: Path) -> dict[str, bytes]:
+    """The small files of a checkpoint that comes from elsewhere."""
+    objective = {"encoder": "masked", "encoder_decoder": "span"}.get(model.architecture, "causal")
+    config = Config.model_validate(
+        {
+            "run": {"dir": str(source), "steps": 1},
+            "model": model.model_dump(),
+            "data": {"seq_len": model.max_seq_len, "global_batch": 1, "micro_batch": 1},
+            "objective": {"name": objective},
+        }
+    )
+    files = {
+        CONFIG: dump(config).encode(),
+        PROGRESS: json.dumps(Progress().as_dict()).encode(),
+        "environment.json": json.dumps({"converted_from": str(source), "dist-llm": version("dist-llm")}).encode(),
+    }
+    return files | ({TOKENIZER_FILE: tokenizer.file_bytes()} if tokenizer is not None else {})
+
+
+def small_files(path: Path) -> dict[str, bytes]:
+    """Those beside the tensors of a checkpoint."""
+    return {
+        file.name: file.read_bytes()
+        for file in path.iterdir()
+        if file.suffix in (".json", ".yaml") and file.name != "manifest.json"
+    }
+
+
+def read_config(path: Path) -> Config:
+    """The config of a checkpoint."""
+    config, violations = load_config(path / CONFIG)
+    refuse(violations)
+    assert config is not None
+    return config
+
+
+def _seen(weights: Weights, what: str) -> Weights:
+    """The same, with a bar that shows how many tensors have been read."""
+    names = iter(track(weights.shapes, what))
+
+    def read(name: str) -> Tensor:
+        next(names, None)
+        return weights.read(name)
+
+    return MadeWeights(weights.shapes, read)
+
+
+def _shape(weights: Weights, name: str) -> str:
+    return "×".join(map(str, weights.shapes[name])) if name in weights.shapes else "none"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
