@@ -352,6 +352,7 @@ def unreached(bpe):
         (lambda bpe: theirs(bpe, pre_tokenizer=onig(r"\p{N}{1,3}+|.")), "not known to mean the same"),
         (lambda bpe: theirs(bpe, pre_tokenizer=onig(r"\p{N}{1,3}+|\s|\S")), "tiktoken reads it differently"),
         (pair_twice, "do not rise in the order of its merges"),
+        (lambda bpe: theirs(bpe, model={"merges": theirs(bpe)["model"]["merges"][:-1]}), "do not rise"),
         (unreached, "do not rise in the order of its merges"),
         (ids_by_frequency, "do not rise in the order of its merges"),
         (lambda bpe: theirs(bpe, **named(bpe, "<|stop|>")), "no token that ends a document"),
