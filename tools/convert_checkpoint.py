@@ -26,12 +26,14 @@ Exit code 1: diff found a difference; 2: the command cannot be run, or what it f
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import Progress as Bar
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -99,10 +101,10 @@ def to_hf(options: argparse.Namespace) -> None:
     config, tokenizer = read_config(path), Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
     with made_whole(Path(options.out)) as aside:
         shard_bytes = int(options.shard_gb * 1e9)
-        view = hub.export(
-            _seen(NativeWeights(path), "converting"), config, tokenizer, aside, options.family, dtype, shard_bytes
-        )
-        reopen(SafetensorsWeights(aside), _seen(view, "checking"), dtype, {hub.SEGMENTS})
+        with shown(NativeWeights(path), "converting") as weights:
+            view = hub.export(weights, config, tokenizer, aside, options.family, dtype, shard_bytes)
+        with shown(view, "checking") as seen:
+            reopen(SafetensorsWeights(aside), seen, dtype, {hub.SEGMENTS})
         if options.check:
             console.print(compare(path, aside, dtype))
     console.print(f"wrote {options.out}: {len(view.shapes)} tensors, {options.dtype}")
@@ -233,8 +235,10 @@ def open_weights(place: str) -> Weights:
 def write(out: Path, view: Weights, files: Mapping[str, bytes], theirs: Path | None = None) -> None:
     """A checkpoint at `out`, read again before it is there, and compared with `theirs` if that is given."""
     with made_whole(out) as aside:
-        write_native(aside, _seen(view, "writing"), files)
-        reopen(NativeWeights(aside), view, torch.float32)
+        with shown(view, "converting") as seen:
+            write_native(aside, seen, files)
+        with shown(view, "checking") as seen:
+            reopen(NativeWeights(aside), seen, torch.float32)
         if theirs is not None:
             console.print(compare(aside, theirs))
     console.print(f"wrote {out}: {len(view.shapes)} tensors; go on with it: init_from={out}")
@@ -276,15 +280,17 @@ def read_config(path: Path) -> Config:
     return config
 
 
-def _seen(weights: Weights, what: str) -> Weights:
+@contextmanager
+def shown(weights: Weights, what: str) -> Iterator[Weights]:
     """The same, with a bar that shows how many tensors have been read."""
-    names = iter(track(weights.shapes, what))
+    with Bar() as bar:
+        task = bar.add_task(what, total=len(weights.shapes))
 
-    def read(name: str) -> Tensor:
-        next(names, None)
-        return weights.read(name)
+        def read(name: str) -> Tensor:
+            bar.advance(task)
+            return weights.read(name)
 
-    return MadeWeights(weights.shapes, read)
+        yield MadeWeights(weights.shapes, read)
 
 
 def _shape(weights: Weights, name: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.checkpoint.adapt import ROWS_OF_IDS
+from dist_llm.config.lengths import extra_ids
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert.huggingface import describe, model_config
 from dist_llm.convert.keys import Pair, groups, pairs, put, take
@@ -162,7 +163,7 @@ def export(
     if config.model.architecture != "encoder":
         _write_json(directory / "generation_config.json", generation)
     if tokenizer is not None:
-        export_tokenizer(tokenizer, directory, config.model)
+        export_tokenizer(tokenizer, directory, config.model, extra_ids(config))
     write_safetensors(directory, view, dtype, shard_bytes)
     return view
 

@@ -54,7 +54,7 @@ def write_native(directory: Path, weights: Weights, files: Mapping[str, bytes]) 
     """A checkpoint of ours, all in fp32, with small files beside the tensors."""
     state = {name: torch.empty(shape, device="meta") for name, shape in weights.shapes.items()}
     writing = Writing(Team(), Folder(directory), state, _Floats(weights), files, one_file=False)
-    writing.run()
+    writing.start()
     writing.finish()
 
 

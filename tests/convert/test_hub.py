@@ -1,4 +1,4 @@
-"""To Hugging Face's form and back: the same bits, logits, tokens and texts; and what cannot be said there is refused."""
+"""To Hugging Face's form and back: the same bits, logits, tokens and texts; what cannot be said there is refused."""
 
 import importlib.util
 import json
