@@ -100,6 +100,8 @@ def from_huggingface(theirs: Weights, model: ModelConfig, family: str) -> Weight
     kept = {name for pair in table if pair.skip or pair.plus_row for name in (pair.theirs, pair.plus_row) if name}
 
     def read(name: str) -> Tensor:
+        if family == "t5" and name == "lm_head.weight" and name not in place:
+            name = "shared.weight"  # equal when it was saved, which v1.1 does not say
         if name not in place:
             raise CheckpointError(f"their checkpoint lacks {name}")
         return theirs.read(place[name]).float()

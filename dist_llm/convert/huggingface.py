@@ -45,20 +45,24 @@ def describe(model: ModelConfig, family: str = "") -> dict[str, Any]:
     """
     if family and family not in WRITERS:
         raise CheckpointError(f"family {family} is not supported; choose from {', '.join(WRITERS)}")
-    want, fewest = _essence(model), None
+    want = _essence(model)
+    fewest: tuple[str, list[str]] | None = None
     for name in (family,) if family else WRITERS:
         theirs = {"model_type": name, "architectures": [CLASSES[name]], **WRITERS[name](model)}
         theirs |= {"vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings}
-        read = _essence(model_config(theirs))
+        try:
+            read = _essence(model_config(theirs))
+        except CheckpointError:
+            continue
         off = [f"{key} {want[key]} (not {read[key]})" for key in want if read[key] != want[key]]
         if not off:
             return theirs
         if fewest is None or len(off) < len(fewest[1]):
             fewest = name, off
-    assert fewest is not None
+    closest, off = fewest or (family, [f"tie_embeddings {model.tie_embeddings}"])
     raise CheckpointError(
-        f"this model has no twin in Hugging Face's transformers: {fewest[0]} comes closest, but the model has "
-        f"{', '.join(fewest[1])}"
+        f"this model has no twin in Hugging Face's transformers: {closest} comes closest, but the model has "
+        f"{', '.join(off)}"
     )
 
 
@@ -173,7 +177,7 @@ def _write_bert(m: ModelConfig) -> dict[str, Any]:
 def _read_t5(c: Mapping[str, Any]) -> dict[str, Any]:
     if c.get("feed_forward_proj") != "gated-gelu":
         raise CheckpointError("config.json: of T5 only v1.1 is supported (feed_forward_proj gated-gelu)")
-    if c.get("tie_word_embeddings", True):
+    if c.get("scale_decoder_outputs", c.get("tie_word_embeddings", True)):
         raise CheckpointError("config.json: of T5 only v1.1 is supported (tie_word_embeddings false)")
     return {
         **_sizes(c["d_model"], c.get("num_decoder_layers") or c["num_layers"], c["num_heads"], c["d_ff"]),

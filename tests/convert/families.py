@@ -61,6 +61,8 @@ def their_model(family: str) -> Any:
     config = getattr(transformers, config_name)(vocab_size=VOCAB, attn_implementation="eager", **sizes, **special)
     torch.manual_seed(0)
     theirs = getattr(transformers, model_name)(config).eval()
+    if family == "t5":  # v1.1's head is its own, whatever transformers starts it as
+        theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.detach().clone())
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -134,7 +134,10 @@ def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     )
     model = build_model(config.model)
     generator = torch.Generator().manual_seed(1)
-    weights = {f"model.{name}": torch.randn(p.shape, generator=generator) * 0.4 for name, p in model.named_parameters()}
+    weights = {
+        f"model.{name}": torch.randn(p.shape, generator=generator) * (0.2 if "tokens" in name else 0.7)
+        for name, p in model.named_parameters()
+    }
     progress = json.dumps({"step": 0, "samples": 0, "tokens": 0}).encode()
     files = {
         "config.yaml": dump(config).encode(),
