@@ -1,0 +1,280 @@
+"""Reads DeepSpeed's checkpoints, without DeepSpeed and without ranks: ZeRO 0 to 3 and universal ones.
+
+Files are mapped, not loaded: a tensor's elements are first touched when it is read. Nothing that a file names is
+imported or run: classes of DeepSpeed's own, and any others, are replaced by a stand-in that does nothing.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_llm.convert.deepspeed_layout import Layout, contiguous, split
+from dist_llm.errors import CheckpointError
+
+RANK_FILE = re.compile(r"(?:(?:bf16_|fp16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(model|optim)_states\.pt")
+Entry = tuple[tuple[int, ...], Callable[[], Tensor]]  # shape, and how to read it
+
+
+@dataclass(frozen=True)
+class DeepSpeedWeights:
+    """`shapes` of all tensors by the names of our checkpoints: model.NAME, optim.NAME.exp_avg, optim.NAME.step, ..."""
+
+    shapes: dict[str, tuple[int, ...]]
+    readers: Mapping[str, Callable[[], Tensor]]
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor, a copy; numbers of any precision as fp32, master weights where there are some."""
+        tensor = self.readers[name]().reshape(self.shapes[name])
+        return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+
+def open_deepspeed(directory: Path, groups: Sequence[Sequence[str]] = ()) -> DeepSpeedWeights:
+    """A checkpoint directory, or its parent with the file `latest` (`latest_universal`).
+
+    ZeRO 0 keeps moments by number, so its moments are there only if `groups` has the parameters' names in the
+    optimizer's order. Frozen parameters, buffers and second names of shared parameters are weights too.
+
+    Raises CheckpointError for a missing, damaged or left-out file, and for tensor, pipeline and expert parallelism.
+    """
+    folder = _tagged(directory)
+    entries = dict(_universal(folder) if (folder / "zero").is_dir() else _zero(folder, groups))
+    return DeepSpeedWeights(
+        {name: shape for name, (shape, _) in entries.items()}, {name: read for name, (_, read) in entries.items()}
+    )
+
+
+def _tagged(directory: Path) -> Path:
+    for latest in ("latest", "latest_universal"):
+        if (directory / latest).is_file():
+            folder = directory / (directory / latest).read_text(encoding="utf-8").strip()
+            if not folder.is_dir():
+                raise CheckpointError(
+                    f"{directory / latest}: names {folder.name}, which is not there; give one that is"
+                )
+            return folder
+    if (directory / "zero").is_dir() or any(directory.glob("*_states.pt")):
+        return directory
+    raise CheckpointError(
+        f"{directory}: no DeepSpeed checkpoint; give the directory that holds `latest`, or one with *_model_states.pt"
+    )
+
+
+class _StandIn:
+    """In place of whatever class or function a file names; takes what it is given and keeps none of it."""
+
+    def __init__(self, *_: object) -> None: ...
+    def __setstate__(self, _: object) -> None: ...
+    def __setitem__(self, _: object, __: object) -> None: ...
+
+
+def _load(path: Path) -> Any:
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        with torch.serialization.safe_globals([(_StandIn, name) for name in unknown]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: is missing; copy it from where the run wrote it") from error
+    except (RuntimeError, OSError, EOFError, ValueError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: cannot be read ({reason}); copy it again, or use an older checkpoint"
+        ) from error
+
+
+def _zero(folder: Path, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, Entry]]:
+    models, optims = _rank_files(folder, "model"), _rank_files(folder, "optim")
+    if 0 not in models:
+        raise CheckpointError(f"{folder}: has no model states of rank 0; copy them from where the run wrote them")
+    model = _load(models[0])
+    if not isinstance(model, dict) or not isinstance(model.get("module"), dict):
+        raise CheckpointError(f"{models[0]}: holds no `module`; checkpoints of pipelines are not supported")
+    if model.get("param_shapes") is None:
+        yield from _unpartitioned(models[0], model, groups)
+        return
+    world = model["dp_world_size"]
+    _refuse_missing(folder, "optim", optims, world)
+    ranks = [_load(optims[rank])["optimizer_state_dict"] for rank in range(world)]
+    whole = "fp32_flat_groups" not in ranks[0]
+    if not whole:
+        _refuse_missing(folder, "model", models, world)
+    masters = dict(_masters(optims, model["param_shapes"], ranks))
+    yield from masters.items()
+    fragments = [] if whole else [_load(models[rank])["frozen_param_fragments"] or {} for rank in range(world)]
+    yield from _others(model, masters, fragments).items()
+
+
+def _masters(
+    files: Mapping[int, Path], groups: Sequence[Mapping[str, Sequence[int]]], ranks: Sequence[Any]
+) -> Iterator[tuple[str, Entry]]:
+    """What the optimizer steps: fp32 weights and moments. `ranks` are the contents of the ranks' `files`."""
+    third = "fp32_flat_groups" in ranks[0]
+    flats_key, base_key = (
+        ("fp32_flat_groups", "optimizer_state_dict")
+        if third
+        else ("single_partition_of_fp32_groups", "base_optimizer_state")
+    )
+    if len(ranks[0][flats_key]) != len(groups):
+        raise CheckpointError(
+            f"{files[0]}: has not the {len(groups)} groups of its model states; copy both of one step"
+        )
+    counts = ranks[0]["partition_count"]
+    for number, group in enumerate(groups):
+        shapes = {name: tuple(shape) for name, shape in group.items()}
+        if (counts[number] if isinstance(counts, list) else counts) != len(ranks):
+            raise CheckpointError(
+                f"{files[0]}: group {number} lies on other ranks than the rest (experts?): not supported"
+            )
+        gaps = () if third else ranks[0].get("param_alignment_paddings", {number: ()})[number]
+        layout = split(shapes, len(ranks)) if third else contiguous(shapes, len(ranks), gaps)
+        states = [_state(rank[base_key], number) for rank in ranks]
+        keys = {key for key, value in states[0].items() if isinstance(value, Tensor) and value.ndim}
+        flats = {key: [state[key] for state in states] for key in sorted(keys)}
+        weights = [rank[flats_key][number] for rank in ranks]
+        for what, tensors in {"weights": weights, **flats}.items():
+            _refuse_wrong_size(files, f"{what} of group {number}", tensors, layout)
+        scalars = {key: states[0][key] for key in states[0].keys() - keys}
+        for name, shape in shapes.items():
+            yield f"model.{name}", (shape, partial(_join, layout.pieces(name, weights)))
+            for key, tensors in flats.items():
+                yield f"optim.{name}.{key}", (shape, partial(_join, layout.pieces(name, tensors)))
+            for key, value in scalars.items():
+                yield f"optim.{name}.{key}", ((), partial(torch.tensor, float(value)))
+
+
+def _state(optimizer: Any, number: int) -> dict[str, Any]:
+    """The optimizer's state of a group, moments flat. (A list under `elastic_checkpoint`; some keep step apart.)"""
+    if isinstance(optimizer, list):
+        return optimizer[number]
+    steps = {
+        place: group["step"] for group in optimizer["param_groups"] if "step" in group for place in group["params"]
+    }
+    state = optimizer["state"].get(number, {})
+    return {"step": steps[number], **state} if state and number in steps else state
+
+
+def _others(model: Any, masters: Mapping[str, Entry], fragments: Sequence[Any]) -> dict[str, Entry]:
+    """Weights that the optimizer does not step: frozen ones, buffers, and second names of shared ones.
+
+    `fragments` are the ranks' parts of frozen parameters, in stage 3; else all of these are in `module`, whole.
+    """
+    found: dict[str, Entry] = {}
+    for name, shape in (model["frozen_param_shapes"] or {}).items() if fragments else ():
+        layout = split({name: tuple(shape)}, len(fragments))
+        found[f"model.{name}"] = tuple(shape), partial(_join, layout.pieces(name, [each[name] for each in fragments]))
+    for second, first in (model.get("shared_params") or {}).items():
+        if f"model.{first}" in masters:
+            found[f"model.{second}"] = masters[f"model.{first}"]
+    whole = model["buffer_names"] if fragments else model["module"]
+    for name, tensor in ((name, model["module"].get(name)) for name in whole):
+        if isinstance(tensor, Tensor) and f"model.{name}" not in masters.keys() | found.keys():
+            found[f"model.{name}"] = tuple(tensor.shape), tensor.clone
+    return found
+
+
+def _unpartitioned(path: Path, model: Any, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, Entry]]:
+    """ZeRO 0: weights as in the model, moments by their number in the optimizer."""
+    optimizer = model.get("optimizer") or {"state": {}}
+    if "state" not in optimizer:
+        raise CheckpointError(
+            f"{path}: bf16 and fp16 at stage 0 keep their fp32 weights in a form that is not supported; "
+            "save at stage 1, or as a universal checkpoint"
+        )
+    for name, tensor in model["module"].items():
+        if isinstance(tensor, Tensor):
+            yield f"model.{name}", (tuple(tensor.shape), tensor.clone)
+    names = [name for group in groups for name in group]
+    if names and optimizer["state"] and len(names) != sum(len(group["params"]) for group in optimizer["param_groups"]):
+        raise CheckpointError(f"{path}: its optimizer has not the {len(names)} parameters of `groups`; give its groups")
+    for number, name in enumerate(names):
+        for key, value in optimizer["state"].get(number, {}).items():
+            tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
+            if tensor.ndim and tensor.shape != model["module"][name].shape:
+                raise CheckpointError(
+                    f"{path}: {key} number {number} has not the shape of {name}; give `groups` in order"
+                )
+            yield f"optim.{name}.{key}", (tuple(tensor.shape), tensor.clone)
+
+
+def _universal(folder: Path) -> Iterator[tuple[str, Entry]]:
+    """zero/NAME/KEY.pt; from stage 3 the tensors are flat, and the step is in zero/optimizer_state.pt alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    seconds: dict[str, str] = {}
+    for path in sorted(folder.glob("*_model_states.pt"))[:1]:
+        model = _load(path)
+        for group in model.get("param_shapes") or []:
+            shapes |= {name: tuple(shape) for name, shape in group.items()}
+        seconds = model.get("shared_params") or {}
+    common = _load(folder / "zero" / "optimizer_state.pt") if (folder / "zero/optimizer_state.pt").exists() else {}
+    step = common.get("optimizer_state_dict", {}).get("state", {}).get(0, {}).get("step")
+    names = sorted(path.name for path in (folder / "zero").iterdir() if path.is_dir())
+    for name in names:
+        files = {path.stem: path for path in sorted((folder / "zero" / name).glob("*.pt"))}
+        tensor = _param(files.get("fp32", folder / "zero" / name / "fp32.pt"))
+        shape = shapes.get(name, tuple(tensor.shape))
+        for key, path in files.items():
+            tensor = _param(path)
+            if tensor.numel() != (1 if key == "step" else prod(shape)):
+                raise CheckpointError(f"{path}: has {tensor.numel()} elements, not the {prod(shape)} of {list(shape)}")
+            full = f"model.{name}" if key == "fp32" else f"optim.{name}.{key}"
+            yield full, (() if key == "step" else shape, partial(_param, path, copy=True))
+        if "exp_avg" in files and "step" not in files and step is not None:
+            yield f"optim.{name}.step", ((), partial(torch.tensor, float(step)))
+    for second, first in seconds.items():
+        if first in names and second not in names:
+            yield f"model.{second}", (shapes[first], partial(_param, folder / "zero" / first / "fp32.pt", copy=True))
+
+
+def _param(path: Path, copy: bool = False) -> Tensor:
+    held = _load(path)
+    held = held["param"] if isinstance(held, dict) else held
+    tensor = held if isinstance(held, Tensor) else torch.tensor(float(held))
+    return tensor.clone() if copy else tensor
+
+
+def _join(pieces: Sequence[Tensor]) -> Tensor:
+    return torch.cat([piece.reshape(-1) for piece in pieces])
+
+
+def _rank_files(folder: Path, kind: str) -> dict[int, Path]:
+    """{data rank: path} of the files of a kind (model or optim)."""
+    found = {}
+    for path in folder.glob(f"*_{kind}_states.pt"):
+        match = RANK_FILE.fullmatch(path.name)
+        if match is None or int(match[2]):
+            raise CheckpointError(
+                f"{path}: of a run with tensor, pipeline or expert parallelism, which is not supported; "
+                "use a checkpoint of data-parallel ranks alone"
+            )
+        found[int(match[1] or 0)] = path
+    return found
+
+
+def _refuse_missing(folder: Path, kind: str, files: Mapping[int, Path], world: int) -> None:
+    missing = sorted(set(range(world)) - files.keys())
+    if missing:
+        raise CheckpointError(
+            f"{folder}: was saved by {world} ranks; the {kind} states of {', '.join(map(str, missing))} are missing; "
+            "copy their zero_pp_rank_* files too (each node may have written its own disk)"
+        )
+    if extra := sorted(files.keys() - set(range(world))):
+        raise CheckpointError(
+            f"{folder}: was saved by {world} ranks, but has {kind} states of {', '.join(map(str, extra))}; "
+            "move the files of the other run away"
+        )
+
+
+def _refuse_wrong_size(files: Mapping[int, Path], what: str, flats: Sequence[Tensor], layout: Layout) -> None:
+    for rank, flat in enumerate(flats):
+        if flat.numel() not in (layout.leans[rank], layout.sizes[rank]):
+            raise CheckpointError(
+                f"{files[rank]}: {what} have {flat.numel()} elements, not {layout.sizes[rank]} "
+                f"({layout.leans[rank]} without padding); the file is damaged or of another run: copy it again"
+            )
