@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dist_llm.convert.deepspeed_files import load_mapped
 from dist_llm.convert.deepspeed_layout import Layout, contiguous, split
 from dist_llm.errors import CheckpointError
 
@@ -32,7 +32,7 @@ class DeepSpeedWeights:
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, a copy; numbers of any precision as fp32, master weights where there are some."""
-        tensor = self.readers[name]().reshape(self.shapes[name])
+        tensor = self.readers[name]().detach().reshape(self.shapes[name])
         return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
@@ -67,33 +67,11 @@ def _tagged(directory: Path) -> Path:
     )
 
 
-class _StandIn:
-    """In place of whatever class or function a file names; takes what it is given and keeps none of it."""
-
-    def __init__(self, *_: object) -> None: ...
-    def __setstate__(self, _: object) -> None: ...
-    def __setitem__(self, _: object, __: object) -> None: ...
-
-
-def _load(path: Path) -> Any:
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        with torch.serialization.safe_globals([(_StandIn, name) for name in unknown]):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: is missing; copy it from where the run wrote it") from error
-    except (RuntimeError, OSError, EOFError, ValueError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: cannot be read ({reason}); copy it again, or use an older checkpoint"
-        ) from error
-
-
 def _zero(folder: Path, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, Entry]]:
     models, optims = _rank_files(folder, "model"), _rank_files(folder, "optim")
     if 0 not in models:
         raise CheckpointError(f"{folder}: has no model states of rank 0; copy them from where the run wrote them")
-    model = _load(models[0])
+    model = load_mapped(models[0])
     if not isinstance(model, dict) or not isinstance(model.get("module"), dict):
         raise CheckpointError(f"{models[0]}: holds no `module`; checkpoints of pipelines are not supported")
     if model.get("param_shapes") is None:
@@ -101,13 +79,13 @@ def _zero(folder: Path, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, 
         return
     world = model["dp_world_size"]
     _refuse_missing(folder, "optim", optims, world)
-    ranks = [_load(optims[rank])["optimizer_state_dict"] for rank in range(world)]
+    ranks = [load_mapped(optims[rank])["optimizer_state_dict"] for rank in range(world)]
     whole = "fp32_flat_groups" not in ranks[0]
     if not whole:
         _refuse_missing(folder, "model", models, world)
     masters = dict(_masters(optims, model["param_shapes"], ranks))
     yield from masters.items()
-    fragments = [] if whole else [_load(models[rank])["frozen_param_fragments"] or {} for rank in range(world)]
+    fragments = [] if whole else [load_mapped(models[rank])["frozen_param_fragments"] or {} for rank in range(world)]
     yield from _others(model, masters, fragments).items()
 
 
@@ -208,11 +186,13 @@ def _universal(folder: Path) -> Iterator[tuple[str, Entry]]:
     shapes: dict[str, tuple[int, ...]] = {}
     seconds: dict[str, str] = {}
     for path in sorted(folder.glob("*_model_states.pt"))[:1]:
-        model = _load(path)
+        model = load_mapped(path)
         for group in model.get("param_shapes") or []:
             shapes |= {name: tuple(shape) for name, shape in group.items()}
         seconds = model.get("shared_params") or {}
-    common = _load(folder / "zero" / "optimizer_state.pt") if (folder / "zero/optimizer_state.pt").exists() else {}
+    common = (
+        load_mapped(folder / "zero" / "optimizer_state.pt") if (folder / "zero/optimizer_state.pt").exists() else {}
+    )
     step = common.get("optimizer_state_dict", {}).get("state", {}).get(0, {}).get("step")
     names = sorted(path.name for path in (folder / "zero").iterdir() if path.is_dir())
     for name in names:
@@ -233,7 +213,7 @@ def _universal(folder: Path) -> Iterator[tuple[str, Entry]]:
 
 
 def _param(path: Path, copy: bool = False) -> Tensor:
-    held = _load(path)
+    held = load_mapped(path)
     held = held["param"] if isinstance(held, dict) else held
     tensor = held if isinstance(held, Tensor) else torch.tensor(float(held))
     return tensor.clone() if copy else tensor

@@ -1,0 +1,119 @@
+"""Files of torch.save that name DeepSpeed's classes: read and written without them, tensors mapped.
+
+Nothing that a file names is imported or run.
+"""
+
+import mmap
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_llm.errors import CheckpointError
+
+
+class _StandIn:
+    """In place of whatever class or function a file names; takes what it is given and keeps none of it."""
+
+    def __init__(self, *_: object) -> None: ...
+    def __setstate__(self, _: object) -> None: ...
+    def __setitem__(self, _: object, __: object) -> None: ...
+
+
+def load_mapped(path: Path) -> Any:
+    """What torch.save wrote, tensors mapped; raises CheckpointError where the file is missing or damaged."""
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        with torch.serialization.safe_globals([(_StandIn, name) for name in unknown]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: is missing; copy it from where the run wrote it") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: is damaged, or holds what cannot be read without running code; copy it again, or save it without "
+            "what was added to it"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: cannot be read ({reason}); copy it again, or use an older checkpoint"
+        ) from error
+
+
+class FragmentAddress:
+    """Where a piece of a parameter lies in a flat partition, in elements."""
+
+    def __init__(self, numel: int, start: int) -> None:
+        self.numel, self.start = numel, start
+
+
+class LossScaler:
+    """A fixed scale of 1."""
+
+    def __init__(self) -> None:
+        self.cur_scale, self.dynamic = 1.0, False
+
+
+THEIR_NAMES: dict[Any, bytes] = {
+    FragmentAddress: b"deepspeed.utils.tensor_fragment\nfragment_address\n",
+    LossScaler: b"deepspeed.runtime.fp16.loss_scaler\nLossScaler\n",
+}
+
+
+PURE_PYTHON: Any = pickle._Pickler  # the one in C asks the module of a class whether it has it
+
+
+class _Pickling:
+    """What torch.save wants of a pickle module: ours writes our two classes as DeepSpeed's."""
+
+    class Pickler(PURE_PYTHON):  # type: ignore[misc]
+        def save_global(self, obj: Any, name: str | None = None) -> None:
+            if obj not in THEIR_NAMES:
+                super().save_global(obj, name)
+                return
+            self.write(pickle.GLOBAL + THEIR_NAMES[obj])
+            self.memoize(obj)
+
+
+def lay_out(content: dict[str, Any], path: Path) -> None:
+    """A file whose tensors are zero: holes, as yet, on the disk."""
+    with torch.serialization.skip_data():
+        torch.save(content, path, pickle_module=_Pickling)
+
+
+def writable(path: Path) -> Any:
+    """What torch.save wrote; what is copied into its tensors is in the file."""
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        return load_mapped(path)
+
+
+@contextmanager
+def published(directory: Path, tag: str, latest: str) -> Iterator[Path]:
+    """A directory to write into: called `tag` at the end, when the file `latest` names it, and gone after an error."""
+    final, aside = directory / tag, directory / f"{tag}.tmp"
+    if final.exists():
+        raise CheckpointError(f"{final}: is there already; give another tag or directory")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in aside.rglob("*"):
+            _sync(path)
+        aside.rename(final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    pointer = directory / f"{latest}.tmp"
+    pointer.write_text(tag, encoding="utf-8")
+    pointer.replace(directory / latest)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

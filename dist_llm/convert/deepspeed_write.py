@@ -1,0 +1,271 @@
+"""Writes checkpoints that DeepSpeed loads, without DeepSpeed and without ranks: ZeRO 1 to 3 and universal ones.
+
+Files are first laid out with their tensors empty, then filled through a map, one parameter at a time: memory is that
+of one tensor. All is written aside and renamed; `latest` comes last.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dist_llm.convert.deepspeed_files import FragmentAddress, LossScaler, lay_out, published, writable
+from dist_llm.convert.deepspeed_layout import Layout, Shapes, contiguous, split, sub_groups
+from dist_llm.errors import CheckpointError
+
+VERSION = "0.19.8"  # of DeepSpeed, whose layout this is
+SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's default
+
+
+class Weights(Protocol):
+    """Tensors by the names of our checkpoints: model.NAME, optim.NAME.exp_avg, optim.NAME.step, ..."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def write_deepspeed(
+    directory: Path,
+    weights: Weights,
+    stage: int,
+    world: int,
+    *,
+    groups: Sequence[Sequence[str]],
+    settings: Sequence[Mapping[str, Any]],
+    step: int,
+    shared: Mapping[str, str] | None = None,
+    sub_group_size: int = SUB_GROUP_SIZE,
+    tag: str = "",
+) -> Path:
+    """A directory `tag` (global_step<step>) that an engine of this ZeRO stage on `world` ranks loads.
+
+    `groups` and `settings` are the optimizer's: the names of each group's parameters in order, and the rest of its
+    entry in torch's `param_groups` (lr, betas, ...), which a loading engine takes over. `shared` is {second name:
+    first name} of parameters that the model holds twice. Moments are written if `weights` has them; without them
+    the engine starts with new ones. At stage 3 an fp16 engine goes on with a loss scale of 1: use a universal
+    checkpoint there. Stage 3 must be loaded with the same `sub_group_size`.
+
+    Raises CheckpointError for another stage, for parameters that are in no group or two, for moments of only some of
+    them or that took different numbers of steps, and where `tag` is there already.
+    """
+    if stage not in (1, 2, 3):
+        raise CheckpointError(f"stage {stage}: only ZeRO 1, 2 and 3 can be written; write a universal checkpoint")
+    shared = shared or {}
+    _refuse_wrong_groups(weights, groups, settings, shared)
+    shapes: list[Shapes] = [{name: weights.shapes[f"model.{name}"] for name in group} for group in groups]
+    owners = list(range(len(groups)))  # of each flat tensor: the optimizer's group
+    if stage == 3:
+        cut = [(owner, part) for owner in owners for part in sub_groups(shapes[owner], world, sub_group_size)]
+        owners, shapes = [owner for owner, _ in cut], [part for _, part in cut]
+    layouts = [split(each, world) if stage == 3 else contiguous(each, world) for each in shapes]
+    moments = _moments(weights, [name for group in groups for name in group])
+    steps = [_steps(weights, each) for each in shapes]
+    flat_groups = [
+        {**rest, "params": [number for number, owner in enumerate(owners) if owner == group]}
+        for group, rest in enumerate(settings)
+    ]
+    tag = tag or f"global_step{step}"
+    with published(directory, tag, "latest") as aside:
+        prefixes = [f"zero_pp_rank_{rank}_" for rank in range(world)]
+        for prefix in prefixes if stage == 3 else [""]:
+            lay_out(_model_states(shapes, world, stage, step, shared), aside / f"{prefix}mp_rank_00_model_states.pt")
+        for rank, prefix in enumerate(prefixes):
+            content = _optim_states(layouts, flat_groups, moments, steps, stage, rank)
+            lay_out(content, aside / f"{prefix}mp_rank_00_optim_states.pt")
+        optims = [writable(aside / f"{prefix}mp_rank_00_optim_states.pt") for prefix in prefixes]
+        _fill(weights, layouts, [each["optimizer_state_dict"] for each in optims], moments, steps)
+        if stage < 3:
+            for name, tensor in writable(aside / "mp_rank_00_model_states.pt")["module"].items():
+                tensor.copy_(weights.read(f"model.{shared.get(name, name)}"))
+    return directory / tag
+
+
+def write_universal(directory: Path, weights: Weights, *, step: int, tag: str = "") -> Path:
+    """A directory `tag` (global_step<step>) for {"checkpoint": {"load_universal": true}}, any stage and world size.
+
+    The optimizer's settings are not in it, so those of the engine in hand hold. Without moments in `weights` it
+    loads at stages 1 and 2 alone: DeepSpeed's stage 3 wants them. There, loading it gives all groups of torch's
+    optimizers one tensor `step`, which each group then counts up: clone it in each state, or use write_deepspeed.
+
+    Raises CheckpointError for moments of only some parameters, and where `tag` is there already.
+    """
+    shapes = {name[6:]: shape for name, shape in weights.shapes.items() if name.startswith("model.")}
+    moments, steps = _moments(weights, list(shapes)), _steps(weights, shapes)
+    tag = tag or f"global_step{step}"
+    with published(directory, tag, "latest_universal") as aside:
+        for name in shapes:
+            folder = aside / "zero" / name
+            folder.mkdir(parents=True)
+            for key, full in {"fp32": f"model.{name}", **{key: f"optim.{name}.{key}" for key in moments}}.items():
+                torch.save({"param": weights.read(full).float().contiguous(), "cat_dim": 0}, folder / f"{key}.pt")
+            if steps is not None:
+                torch.save(torch.tensor(steps), folder / "step.pt")
+        # An engine copies its groups' settings from here, one by one: nothing to copy, for no fewer groups than it has.
+        no_settings = [{"params": [number]} for number in range(len(shapes))]
+        state = {} if steps is None else {0: {"step": torch.tensor(steps)}}
+        optimizer = {"state": state, "param_groups": no_settings}
+        common = {"optimizer_state_dict": optimizer, "param_groups": no_settings, "ds_version": VERSION}
+        torch.save(common, aside / "zero" / "optimizer_state.pt")
+        model = _model_states([shapes], 1, 3, step, {})
+        for prefix in ("", "zero_pp_rank_0_"):  # where stages 1 and 2 look, and 3
+            torch.save(model, aside / f"{prefix}mp_rank_00_model_states.pt")
+    return directory / tag
+
+
+def _refuse_wrong_groups(
+    weights: Weights,
+    groups: Sequence[Sequence[str]],
+    settings: Sequence[Mapping[str, Any]],
+    shared: Mapping[str, str],
+) -> None:
+    if len(settings) != len(groups) or not all(groups):
+        raise CheckpointError(
+            f"{len(groups)} groups, {len(settings)} settings: one for each, and no group may be empty"
+        )
+    names = [name for group in groups for name in group]
+    if len(set(names)) != len(names):
+        raise CheckpointError("a parameter is twice in the groups; give those of the optimizer as they are")
+    known = {name[6:] for name in weights.shapes if name.startswith("model.")} - shared.keys()
+    if wrong := sorted(known.symmetric_difference(names)):
+        raise CheckpointError(
+            f"{wrong[0]} is {'in no group' if wrong[0] in known else 'not in the weights'}; groups hold each parameter "
+            "once (frozen ones and buffers cannot be written; take them out)"
+        )
+
+
+def _moments(weights: Weights, names: Sequence[str]) -> list[str]:
+    """What each parameter has in its own shape: exp_avg, exp_avg_sq; empty if there are no moments."""
+    keys: dict[str, set[str]] = {name: set() for name in names}
+    for full in weights.shapes:
+        name, _, key = full.removeprefix("optim.").rpartition(".")
+        if full.startswith("optim.") and name in keys:
+            keys[name].add(key)
+    every = set().union(*keys.values())
+    if lacking := [name for name in names if keys[name] != every]:
+        raise CheckpointError(f"{lacking[0]} lacks moments that others have; take all moments out, or none")
+    return sorted(every - {"step"})
+
+
+def _steps(weights: Weights, names: Iterator[str] | Mapping[str, Any]) -> float | None:
+    """How many steps these parameters have taken; None where it is not said."""
+    steps = {float(weights.read(full)) for name in names if (full := f"optim.{name}.step") in weights.shapes}
+    if len(steps) > 1:
+        raise CheckpointError(
+            f"parameters have taken {sorted(steps)} steps, but DeepSpeed keeps one number; take all moments out"
+        )
+    return steps.pop() if steps else None
+
+
+def _model_states(
+    shapes: Sequence[Shapes], world: int, stage: int, step: int, shared: Mapping[str, str]
+) -> dict[str, Any]:
+    """`module` is empty at stage 3, where an engine takes the weights from the optimizer's files."""
+    module = {name: torch.empty(shape if stage < 3 else 0) for group in shapes for name, shape in group.items()}
+    return {
+        "module": OrderedDict({**module, **{second: module[first] for second, first in shared.items()}}),
+        "buffer_names": [],
+        "optimizer": None,
+        "param_shapes": [OrderedDict((name, torch.Size(each)) for name, each in group.items()) for group in shapes],
+        "frozen_param_shapes": None,
+        "shared_params": dict(shared),
+        "frozen_param_fragments": None,
+        "lr_scheduler": None,
+        "data_sampler": None,
+        "random_ltd": None,
+        "skipped_steps": 0,
+        "global_steps": step,
+        "dp_world_size": world,
+        "mp_world_size": 1,
+        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+        "ds_config": {"zero_optimization": {"stage": stage}},
+        "ds_version": VERSION,
+    }
+
+
+def _optim_states(
+    layouts: Sequence[Layout],
+    param_groups: Sequence[Mapping[str, Any]],
+    moments: Sequence[str],
+    steps: Sequence[float | None],
+    stage: int,
+    rank: int,
+) -> dict[str, Any]:
+    """What a rank's file holds; tensors have their sizes and no content yet."""
+    world = len(layouts[0].sizes)
+    state = {
+        number: {
+            **({} if steps[number] is None else {"step": torch.empty(())}),
+            **{key: torch.empty(layout.sizes[rank]) for key in moments},
+        }
+        for number, layout in enumerate(layouts)
+    }
+    optimizer = {"state": {k: v for k, v in state.items() if v}, "param_groups": list(param_groups)}
+    flats = [torch.empty(layout.leans[rank]) for layout in layouts]
+    if stage == 3:
+        content = {
+            "zero_stage": stage,
+            "loss_scaler": LossScaler(),
+            "dynamic_loss_scale": False,
+            "overflow": False,
+            "partition_count": world,
+            "optimizer_state_dict": optimizer,
+            "fp32_flat_groups": flats,
+        }
+    else:
+        content = {
+            "zero_stage": stage,
+            "base_optimizer_state": optimizer,
+            "single_partition_of_fp32_groups": flats,
+            "group_paddings": [layout.sizes[rank] - layout.leans[rank] for layout in layouts],
+            "param_alignment_paddings": [[0] * len(layout.places) for layout in layouts],
+            "partition_count": [world] * len(layouts),
+            "ds_version": VERSION,
+            "param_slice_mappings": [_fragments(layout, rank) for layout in layouts],
+        }
+    return {
+        "optimizer_state_dict": content,
+        "ds_config": {"zero_optimization": {"stage": stage}},
+        "ds_version": VERSION,
+    }
+
+
+def _fragments(layout: Layout, rank: int) -> "OrderedDict[str, FragmentAddress]":
+    """Where a rank has which parameter: what DeepSpeed's converter to universal checkpoints reads."""
+    places = ((name, places[rank]) for name, places in layout.places.items())
+    return OrderedDict(
+        (name, FragmentAddress(place.stop - place.start, place.start))
+        for name, place in places
+        if place.stop > place.start
+    )
+
+
+def _fill(
+    weights: Weights,
+    layouts: Sequence[Layout],
+    ranks: Sequence[Any],
+    moments: Sequence[str],
+    steps: Sequence[float | None],
+) -> None:
+    """Copy each tensor into the ranks' mapped files."""
+    third = "fp32_flat_groups" in ranks[0]
+    for number, layout in enumerate(layouts):
+        flats = [rank["fp32_flat_groups" if third else "single_partition_of_fp32_groups"][number] for rank in ranks]
+        optimizers = [rank["optimizer_state_dict" if third else "base_optimizer_state"]["state"] for rank in ranks]
+        for name in layout.places:
+            _scatter(weights.read(f"model.{name}"), layout.pieces(name, flats))
+            for key in moments:
+                states = [optimizer[number][key] for optimizer in optimizers]
+                _scatter(weights.read(f"optim.{name}.{key}"), layout.pieces(name, states))
+        for optimizer in optimizers if steps[number] is not None else ():
+            optimizer[number]["step"].fill_(steps[number])
+
+
+def _scatter(tensor: Tensor, pieces: Sequence[Tensor]) -> None:
+    parts = torch.split_with_sizes(tensor.reshape(-1), [piece.numel() for piece in pieces])
+    for piece, part in zip(pieces, parts, strict=True):
+        piece.copy_(part)

@@ -1,0 +1,162 @@
+"""What the ranks of a DeepSpeed run do: load, take steps, save, and say what DeepSpeed holds.
+
+`plain` takes the same steps in one process of plain torch.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn, optim
+
+from dist_llm.config.schema import ModelConfig, OptimConfig
+from dist_llm.models.build import build_model
+from dist_llm.models.visibility import Source
+from dist_llm.optim.build import build_optimizer
+
+# Odd sizes everywhere, so that there is padding in each kind of partition.
+SIZES: dict[str, Any] = {
+    "d_model": 7,
+    "n_layers": 2,
+    "n_heads": 1,
+    "n_kv_heads": 1,
+    "head_dim": 7,
+    "d_ff": 5,
+    "vocab_size": 13,
+    "vocab_multiple": 1,
+    "max_seq_len": 9,
+    "positions": "learned",
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "odd": {},
+    "even": {"d_model": 8, "head_dim": 8, "d_ff": 16, "vocab_size": 16},
+    "shared": {"architecture": "encoder_decoder", "n_encoder_layers": 1, "positions": "none", "tie_embeddings": True},
+}
+FROZEN = {"shared": "blocks.0.norm_attention.weight"}
+OPTIM = OptimConfig(lr=1e-2, implementation="foreach")
+ROWS, S = 4, 8
+Named = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """`load` and `save` are directories that hold tags; `steps` are the numbers of the batches to step on."""
+
+    stage: int
+    model: str = "odd"
+    steps: range = range(3)
+    load: Path | None = None
+    save: Path | None = None
+    moments: bool = True  # load the optimizer's states too
+    zero: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def new(name: str) -> tuple[nn.Module, optim.Optimizer, list[list[str]]]:
+    """(model, its optimizer, the names of the optimizer's groups)"""
+    model = build_model(ModelConfig(**{**SIZES, **MODELS[name]}))
+    for number, parameter in enumerate(model.parameters()):
+        nn.init.uniform_(parameter, -0.5, 0.5, generator=torch.Generator().manual_seed(number))
+    trained = [(each, parameter) for each, parameter in model.named_parameters() if each != FROZEN.get(name)]
+    optimizer = build_optimizer(OPTIM, trained)
+    for each, parameter in model.named_parameters():
+        parameter.requires_grad_(each != FROZEN.get(name))
+    names = {parameter: each for each, parameter in trained}
+    return model, optimizer, [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def loss_of(model: Any, name: str, step: int, rank: int, world: int) -> Tensor:
+    """The mean over this rank's rows of the batch of a step."""
+    ids = torch.randint(0, 13, (ROWS, S + 1), generator=torch.Generator().manual_seed(step))[rank::world]
+    more = {"source": Source(ids.flip(1))} if name == "shared" else {}
+    return model(ids[:, :-1], targets_BS=ids[:, 1:], **more).sum() / ids[:, 1:].numel()
+
+
+def plain(name: str, steps: int) -> Iterator[Named]:
+    """Weights and moments after each step, by the names of our checkpoints."""
+    model, optimizer, _ = new(name)
+    for step in range(steps):
+        loss_of(model, name, step, 0, 1).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        parameters = dict(model.named_parameters())
+        found = {f"model.{each}": parameter.detach().clone() for each, parameter in parameters.items()}
+        for each, parameter in parameters.items():
+            found |= {f"optim.{each}.{key}": value.clone() for key, value in optimizer.state.get(parameter, {}).items()}
+        yield found
+
+
+def deepspeed_run(run: Run) -> tuple[Named, Named]:
+    """(what DeepSpeed holds after loading, what it holds at the end); called on every rank."""
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK="0")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler
+    model, optimizer, _ = new(run.model)
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": run.stage, **run.zero},
+        "zero_allow_untested_optimizer": True,
+        **run.config,
+    }
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    loaded: Named = {}
+    if run.load is not None:
+        path, _ = engine.load_checkpoint(str(run.load), load_optimizer_states=run.moments)
+        assert path is not None, f"DeepSpeed finds no checkpoint in {run.load}"
+        loaded = held(engine, model, run)
+        for state in stepper(engine).state.values():
+            # A universal checkpoint's stage 3 has one tensor for all groups, which each would count up.
+            state["step"] = state["step"].clone()
+    for step in run.steps:
+        loss = loss_of(engine, run.model, step, dist.get_rank(), dist.get_world_size())
+        engine.backward(loss)
+        engine.step()
+    if run.save is not None:
+        engine.save_checkpoint(str(run.save))
+    end = held(engine, model, run)
+    engine.destroy()
+    return loaded, end
+
+
+def held(engine: Any, model: nn.Module, run: Run) -> Named:
+    """DeepSpeed's own view, by the names of our checkpoints: fp32 weights, moments, steps.
+
+    Weights alone with `round_robin_gradients`, where DeepSpeed looks up its optimizer's tensors at wrong places.
+    """
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    found: Named = {}
+    steps = {float(state["step"]) for state in stepper(engine).state.values() if "step" in state}
+    assert len(steps) <= 1
+    if run.stage in (1, 2):  # done by DeepSpeed after the first group's first step, too early for the second's moments
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in model.named_parameters():
+        if run.zero.get("round_robin_gradients"):
+            found[f"model.{name}"] = parameter.detach().clone()
+        elif run.stage == 0:
+            found[f"model.{name}"] = parameter.detach().clone()
+            state = engine.optimizer.state.get(parameter, {})
+            found |= {f"optim.{name}.{key}": value.clone() for key, value in state.items()}
+        elif not parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                found[f"model.{name}"] = parameter.detach().float().clone()
+        else:
+            found[f"model.{name}"] = safe_get_full_fp32_param(parameter).clone()
+            for key in ("exp_avg", "exp_avg_sq") if steps else ():
+                found[f"optim.{name}.{key}"] = safe_get_full_optimizer_state(parameter, key).clone()
+            found |= {f"optim.{name}.step": torch.tensor(step) for step in steps}
+    return found
+
+
+def stepper(engine: Any) -> optim.Optimizer:
+    """torch's optimizer, within DeepSpeed's."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)

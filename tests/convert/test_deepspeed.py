@@ -1,0 +1,461 @@
+"""DeepSpeed's checkpoints: we read exactly what DeepSpeed holds, and DeepSpeed goes on from what we write."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_llm.convert.deepspeed_files import load_mapped
+from dist_llm.convert.deepspeed_layout import contiguous, split
+from dist_llm.convert.deepspeed_read import open_deepspeed
+from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
+from dist_llm.errors import CheckpointError
+from tests.convert.deepspeed_runs import FROZEN, Named, Run, deepspeed_run, new, plain
+from tests.laws.worlds import GlooWorld
+
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("deepspeed is not installed", allow_module_level=True)
+
+BF16 = {"bf16": {"enabled": True}}
+RUNS = {
+    "0": Run(0),
+    "1": Run(1),
+    "2": Run(2),
+    "3": Run(3),
+    "1 even": Run(1, "even"),
+    "1 shared": Run(1, "shared"),
+    "2 shared": Run(2, "shared"),
+    "3 shared": Run(3, "shared"),
+    "2 aligned": Run(2, zero={"parameter_alignment": True}),
+    "3 sub-groups": Run(3, zero={"sub_group_size": 100}),
+    "1 elastic": Run(1, zero={"elastic_checkpoint": True}),
+    "1 bf16": Run(1, config=BF16),
+    "1 bf16, fp32 gradients": Run(1, config={**BF16, "data_types": {"grad_accum_dtype": "fp32"}}),
+    "2 bf16": Run(2, config=BF16),
+    "3 bf16": Run(3, config=BF16),
+}
+
+
+class Held:
+    """Tensors in memory, as something to be written."""
+
+    def __init__(self, tensors: Named) -> None:
+        self.tensors = tensors
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+class Ranks:
+    """Worlds of this module's own: DeepSpeed changes torch in the processes it is used in."""
+
+    def __init__(self) -> None:
+        self.worlds: dict[int, GlooWorld] = {}
+
+    def run(self, run: Run, size: int = 2) -> tuple[Named, Named]:
+        for other, each in self.worlds.items():
+            each.pause(other != size)
+        if size not in self.worlds or not self.worlds[size].alive:
+            self.worlds[size] = GlooWorld(size)
+        return self.worlds[size].run(deepspeed_run, run)[0]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks()
+    yield ranks
+    for each in ranks.worlds.values():
+        each.stop()
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """saved(key, world) -> (the directory of a run of RUNS, what DeepSpeed held when it saved); made once."""
+    made: dict[tuple[str, int], tuple[Path, Named]] = {}
+
+    def save(key: str, size: int = 2) -> tuple[Path, Named]:
+        if (key, size) not in made:
+            path = tmp_path_factory.mktemp("saved")
+            made[key, size] = path, ranks.run(replace(RUNS[key], save=path), size)[1]
+        return made[key, size]
+
+    return save
+
+
+@pytest.fixture
+def copy(saved: Any, tmp_path: Path) -> Any:
+    """copy(key) -> a copy of a run's directory, to be damaged."""
+    return lambda key: Path(shutil.copytree(saved(key)[0], tmp_path / "copy"))
+
+
+def equal(found: Any, wanted: Named) -> None:
+    """The same names, shapes and bits."""
+    assert sorted(found.shapes) == sorted(wanted)
+    for name, tensor in wanted.items():
+        assert found.shapes[name] == tuple(tensor.shape), name
+        assert torch.equal(found.read(name), tensor.float()), name
+
+
+def groups_of(model: str) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """What the writer asks of an optimizer."""
+    _, optimizer, groups = new(model)
+    return groups, [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def held_by_plain(model: str, steps: int) -> Named:
+    return list(plain(model, steps))[-1]
+
+
+def tag_of(directory: Path) -> Path:
+    return directory / (directory / "latest").read_text()
+
+
+@pytest.mark.parametrize("key", RUNS)
+def test_what_we_read_is_what_deepspeed_holds(key: str, saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, wanted = saved(key)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # an import of it would fail
+    model = RUNS[key].model
+    found = open_deepspeed(directory, groups_of(model)[0] if RUNS[key].stage == 0 else ())
+    if model == "shared":
+        wanted = {**wanted, "model.source_embed.tokens.weight": wanted["model.embed.tokens.weight"]}
+    equal(found, wanted)
+    equal(open_deepspeed(tag_of(directory), groups_of(model)[0]), wanted)
+
+
+def test_we_read_parameters_dealt_out_round_robin(ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed cannot look moments up there, so those of a plain run are what they should be."""
+    _, held = ranks.run(Run(2, save=tmp_path, zero={"round_robin_gradients": True}))
+    found = open_deepspeed(tmp_path)
+    for name, tensor in held_by_plain("odd", 3).items():
+        torch.testing.assert_close(found.read(name), tensor, rtol=1e-4, atol=1e-6)
+        assert name not in held or torch.equal(found.read(name), held[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("key", ["1", "2", "3", "3 shared", "2 aligned"])
+def test_we_read_other_world_sizes(key: str, size: int, saved: Any) -> None:
+    directory, wanted = saved(key, size)
+    if "shared" in key:
+        wanted = {**wanted, "model.source_embed.tokens.weight": wanted["model.embed.tokens.weight"]}
+    equal(open_deepspeed(directory), wanted)
+
+
+def test_these_runs_have_padding() -> None:
+    """Else the tests above would not see it ignored."""
+    model, _, groups = new("odd")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for group in groups:
+        flat = contiguous({name: shapes[name] for name in group}, 2)
+        assert flat.leans[-1] < flat.sizes[-1]
+    assert any(parameter.numel() % 2 for parameter in model.parameters())
+
+
+def test_stage_0_without_groups_gives_weights_alone(saved: Any) -> None:
+    directory, wanted = saved("0")
+    equal(open_deepspeed(directory), {name: tensor for name, tensor in wanted.items() if name.startswith("model.")})
+    groups, _ = groups_of("odd")
+    with pytest.raises(CheckpointError, match="give its groups"):
+        open_deepspeed(directory, groups[:1])
+    with pytest.raises(CheckpointError, match="in order"):
+        open_deepspeed(directory, groups[::-1])
+
+
+def converted(tag: Path, output: Path) -> Path:
+    """A universal checkpoint, by DeepSpeed's own converter."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command += ["--input_folder", str(tag), "--output_folder", str(output / tag.name)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.mark.parametrize("key", ["1", "3", "2 shared", "3 shared"])
+def test_a_universal_checkpoint(key: str, saved: Any, tmp_path: Path) -> None:
+    directory, wanted = saved(key)
+    found = open_deepspeed(converted(tag_of(directory), tmp_path))
+    if "shared" in key:
+        wanted = {**wanted, "model.source_embed.tokens.weight": wanted["model.embed.tokens.weight"]}
+    if key == "3 shared":  # the converter leaves frozen parameters out
+        del wanted[f"model.{FROZEN['shared']}"]
+    equal(found, wanted)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("model", ["odd", "even"])
+@pytest.mark.parametrize("moments", [True, False])
+def test_deepspeed_goes_on_from_what_we_write(
+    stage: int, model: str, moments: bool, ranks: Ranks, tmp_path: Path
+) -> None:
+    before, after = list(plain(model, 4))[-2:]
+    if not moments:
+        before = {name: tensor for name, tensor in before.items() if name.startswith("model.")}
+    groups, settings = groups_of(model)
+    write_deepspeed(tmp_path, Held(before), stage, 2, groups=groups, settings=settings, step=3)
+    loaded, end = ranks.run(Run(stage, model, steps=range(3, 4), load=tmp_path))
+    equal(Held(loaded), before)
+    if moments:
+        assert end.keys() == after.keys()
+        for name, tensor in after.items():
+            torch.testing.assert_close(end[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 4])
+def test_deepspeed_goes_on_at_other_world_sizes(stage: int, size: int, ranks: Ranks, tmp_path: Path) -> None:
+    before, after = list(plain("odd", 4))[-2:]
+    groups, settings = groups_of("odd")
+    write_deepspeed(tmp_path, Held(before), stage, size, groups=groups, settings=settings, step=3)
+    loaded, end = ranks.run(Run(stage, steps=range(3, 4), load=tmp_path), size)
+    equal(Held(loaded), before)
+    for name, tensor in after.items():
+        torch.testing.assert_close(end[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_loads_the_weights_alone(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    before = held_by_plain("odd", 3)
+    groups, settings = groups_of("odd")
+    write_deepspeed(tmp_path, Held(before), stage, 2, groups=groups, settings=settings, step=3)
+    loaded, _ = ranks.run(Run(stage, steps=range(0), load=tmp_path, moments=False))
+    equal(Held(loaded), {name: tensor for name, tensor in before.items() if name.startswith("model.")})
+
+
+def test_deepspeed_loads_sub_groups(ranks: Ranks, tmp_path: Path) -> None:
+    before = held_by_plain("odd", 3)
+    groups, settings = groups_of("odd")
+    write_deepspeed(tmp_path, Held(before), 3, 2, groups=groups, settings=settings, step=3, sub_group_size=100)
+    loaded, _ = ranks.run(Run(3, steps=range(0), load=tmp_path, zero={"sub_group_size": 100}))
+    equal(Held(loaded), before)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("moments", [True, False])
+def test_deepspeed_goes_on_from_our_universal_checkpoint(
+    stage: int, moments: bool, ranks: Ranks, tmp_path: Path
+) -> None:
+    if stage == 3 and not moments:
+        pytest.skip("DeepSpeed wants moments there")
+    before, after = list(plain("odd", 4))[-2:]
+    if not moments:
+        before = {name: tensor for name, tensor in before.items() if name.startswith("model.")}
+    write_universal(tmp_path, Held(before), step=3)
+    universal = {"checkpoint": {"load_universal": True}}
+    loaded, end = ranks.run(Run(stage, steps=range(3, 4), load=tmp_path, config=universal))
+    equal(Held(loaded), before)
+    for name, tensor in after.items() if moments else ():
+        torch.testing.assert_close(end[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_deepspeeds_converter_reads_what_we_write(tmp_path: Path) -> None:
+    before = held_by_plain("odd", 3)
+    groups, settings = groups_of("odd")
+    tag = write_deepspeed(tmp_path / "zero", Held(before), 1, 4, groups=groups, settings=settings, step=3)
+    equal(open_deepspeed(converted(tag, tmp_path / "universal")), before)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_we_read_what_we_write(stage: int, size: int, tmp_path: Path) -> None:
+    before = held_by_plain("odd", 2)
+    groups, settings = groups_of("odd")
+    write_deepspeed(
+        tmp_path, Held(before), stage, size, groups=groups, settings=settings, step=2, sub_group_size=50, tag="mine"
+    )
+    equal(open_deepspeed(tmp_path), before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "mine"]
+
+
+def test_we_read_the_universal_checkpoint_we_write(tmp_path: Path) -> None:
+    before = held_by_plain("odd", 2)
+    write_universal(tmp_path, Held(before), step=2)
+    equal(open_deepspeed(tmp_path), before)
+
+
+def test_a_shared_parameter_is_written_under_both_names(ranks: Ranks, saved: Any, tmp_path: Path) -> None:
+    """And what is read can be written: the second name comes with it, frozen parameters have to be taken out."""
+    directory, _ = saved("2 shared")
+    read = open_deepspeed(directory)
+    held = {name: read.read(name) for name in read.shapes}
+    groups, settings = groups_of("shared")
+    shared = {"source_embed.tokens.weight": "embed.tokens.weight"}
+    with pytest.raises(CheckpointError, match=f"{FROZEN['shared']} is in no group"):
+        write_deepspeed(tmp_path, Held(held), 2, 2, groups=groups, settings=settings, step=3, shared=shared)
+    del held[f"model.{FROZEN['shared']}"]
+    write_deepspeed(tmp_path, Held(held), 2, 2, groups=groups, settings=settings, step=3, shared=shared)
+    equal(open_deepspeed(tmp_path), held)
+
+
+def test_a_missing_rank(copy: Any) -> None:
+    directory = copy("1")
+    (tag_of(directory) / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"saved by 2 ranks; the optim states of 1 are missing"):
+        open_deepspeed(directory)
+
+
+def test_a_missing_model_state_of_stage_3(copy: Any) -> None:
+    directory = copy("3")
+    (tag_of(directory) / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"saved by 2 ranks; the model states of 1 are missing"):
+        open_deepspeed(directory)
+
+
+def test_a_rank_too_many(copy: Any) -> None:
+    tag = tag_of(copy("2"))
+    shutil.copy(tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt", tag / "zero_pp_rank_2_mp_rank_00_optim_states.pt")
+    with pytest.raises(CheckpointError, match=r"saved by 2 ranks, but has optim states of 2"):
+        open_deepspeed(tag)
+
+
+@pytest.mark.parametrize("key", ["0", "1", "3"])
+def test_a_file_cut_short(key: str, copy: Any) -> None:
+    path = sorted(tag_of(copy(key)).glob("*_states.pt"))[-1]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=f"{path.name}: cannot be read"):
+        open_deepspeed(path.parent)
+
+
+@pytest.mark.parametrize(("key", "flats"), [("1", "single_partition_of_fp32_groups"), ("3", "fp32_flat_groups")])
+@pytest.mark.parametrize("change", [-1, 7])
+def test_a_partition_of_a_wrong_size(key: str, flats: str, change: int, copy: Any) -> None:
+    path = tag_of(copy(key)) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = load_mapped(path)["optimizer_state_dict"]
+    unneeded = ("param_slice_mappings", "loss_scaler", "zero_stage")  # of DeepSpeed's own classes
+    kept = {name: value for name, value in content.items() if name not in unneeded}
+    flat = kept[flats][1]
+    kept[flats][1] = torch.zeros(flat.numel() + change)
+    path.unlink()  # it is mapped
+    torch.save({"optimizer_state_dict": kept}, path)
+    with pytest.raises(CheckpointError, match=rf"rank_1.*weights of group 1 have {flat.numel() + change} elements"):
+        open_deepspeed(path.parent)
+
+
+def test_tensor_parallel_ranks_are_refused(copy: Any) -> None:
+    tag = tag_of(copy("1"))
+    shutil.copy(tag / "mp_rank_00_model_states.pt", tag / "mp_rank_01_model_states.pt")
+    with pytest.raises(CheckpointError, match="tensor, pipeline or expert parallelism"):
+        open_deepspeed(tag)
+
+
+def test_a_directory_that_is_none(copy: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no DeepSpeed checkpoint; give the directory"):
+        open_deepspeed(tmp_path)
+    directory = copy("1")
+    tag_of(directory).rename(directory / "elsewhere")
+    with pytest.raises(CheckpointError, match="names global_step3, which is not there"):
+        open_deepspeed(directory)
+
+
+class Evil:
+    """Unpickled the usual way, it makes a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_that_a_file_names_is_run(copy: Any, tmp_path: Path) -> None:
+    path = tag_of(copy("0")) / "mp_rank_00_model_states.pt"
+    content = torch.load(path)
+    torch.save({**content, "client": Evil(tmp_path / "evil")}, path)
+    assert open_deepspeed(path.parent).shapes
+    assert not (tmp_path / "evil").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "evil").exists(), "the usual way does run it"
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_tensor_costs_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways: 1 GiB of weights, of which hardly any are there."""
+    shapes = {"model.big": (2**28,), "model.small": (3,)}
+    held = Held({"model.small": torch.arange(3.0)})
+    held.shapes = shapes
+    monkeypatch.setattr(
+        held, "read", lambda name: torch.arange(3.0) if name == "model.small" else torch.zeros(1).expand(2**28)
+    )
+    monkeypatch.setattr(
+        "dist_llm.convert.deepspeed_write._scatter",
+        lambda tensor, pieces: pieces[-1].fill_(7) if len(tensor) == 3 else None,
+    )
+    before = resident_bytes()
+    write_deepspeed(tmp_path, held, 3, 2, groups=[["big", "small"]], settings=[{}], step=0)
+    weights = open_deepspeed(tmp_path)
+    assert weights.read("model.small").tolist() == [0.0, 0.0, 7.0]
+    assert resident_bytes() - before < 2**27
+
+
+def test_nothing_half_written_is_left(tmp_path: Path) -> None:
+    tensors = held_by_plain("odd", 1)
+    groups, settings = groups_of("odd")
+
+    class Breaking(Held):
+        def read(self, name: str) -> Tensor:
+            if name == "model.head.out.weight":
+                raise OSError("no space left on device")
+            return super().read(name)
+
+    for write in (
+        lambda: write_deepspeed(tmp_path, Breaking(tensors), 2, 2, groups=groups, settings=settings, step=1),
+        lambda: write_universal(tmp_path, Breaking(tensors), step=1),
+    ):
+        with pytest.raises(OSError, match="no space"):
+            write()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    tensors = held_by_plain("odd", 1)
+    groups, settings = groups_of("odd")
+    first = groups[0][0]
+
+    def write(tensors: Named = tensors, stage: int = 2, groups: Any = groups, settings: Any = settings) -> None:
+        write_deepspeed(tmp_path, Held(tensors), stage, 2, groups=groups, settings=settings, step=1)
+
+    with pytest.raises(CheckpointError, match=r"stage 0: .* universal"):
+        write(stage=0)
+    with pytest.raises(CheckpointError, match="2 groups, 1 settings"):
+        write(settings=settings[:1])
+    with pytest.raises(CheckpointError, match="twice"):
+        write(groups=[groups[0], [*groups[1], first]])
+    with pytest.raises(CheckpointError, match=f"{first} is in no group"):
+        write(groups=[groups[0][1:], groups[1]])
+    with pytest.raises(CheckpointError, match="other is not in the weights"):
+        write(groups=[groups[0], [*groups[1], "other"]])
+    with pytest.raises(CheckpointError, match=f"{first} lacks moments"):
+        write({name: tensor for name, tensor in tensors.items() if name != f"optim.{first}.exp_avg"})
+    with pytest.raises(CheckpointError, match=r"have taken \[1.0, 9.0\] steps"):
+        write({**tensors, f"optim.{first}.step": torch.tensor(9.0)})
+    assert list(tmp_path.iterdir()) == []
+    write()
+    with pytest.raises(CheckpointError, match="is there already"):
+        write()
+
+
+def test_partitions_by_hand() -> None:
+    shapes = {"a": (3,), "b": (2, 2)}
+    flat = contiguous(shapes, 2)  # 7 elements, 8 with padding, 4 a rank
+    assert flat.sizes == [4, 4]
+    assert flat.leans == [4, 3]
+    assert flat.places == {"a": [slice(0, 3), slice(0, 0)], "b": [slice(3, 4), slice(0, 3)]}
+    assert contiguous(shapes, 2, [1, 0]).places["b"] == [slice(4, 4), slice(0, 4)]
+    third = split(shapes, 2)  # 2 and 2 a rank, of which rank 1 has 1 and 2
+    assert third.sizes == [4, 4]
+    assert third.places == {"a": [slice(0, 2), slice(0, 1)], "b": [slice(2, 4), slice(2, 4)]}
