@@ -113,7 +113,7 @@ def deepspeed_run(run: Run) -> tuple[Named, Named]:
         loaded = held(engine, model, run)
         for state in stepper(engine).state.values():
             # A universal checkpoint's stage 3 has one tensor for all groups, which each would count up.
-            state["step"] = state["step"].clone()
+            state.update({key: value.clone() for key, value in state.items() if key == "step"})
     for step in run.steps:
         loss = loss_of(engine, run.model, step, dist.get_rank(), dist.get_world_size())
         engine.backward(loss)

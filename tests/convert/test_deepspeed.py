@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -359,21 +359,31 @@ def test_a_directory_that_is_none(copy: Any, tmp_path: Path) -> None:
         open_deepspeed(directory)
 
 
+def make_directory(path: str) -> None:
+    os.mkdir(path)
+
+
+@dataclass
 class Evil:
     """Unpickled the usual way, it makes a directory."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    function: Any
+    path: Path
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self.path),)
+        return self.function, (str(self.path),)
 
 
-def test_nothing_that_a_file_names_is_run(copy: Any, tmp_path: Path) -> None:
-    path = tag_of(copy("0")) / "mp_rank_00_model_states.pt"
-    content = torch.load(path)
-    torch.save({**content, "client": Evil(tmp_path / "evil")}, path)
-    assert open_deepspeed(path.parent).shapes
+@pytest.mark.parametrize(("function", "refused"), [(make_directory, False), (os.mkdir, True)])
+def test_nothing_that_a_file_names_is_run(function: Any, refused: bool, tmp_path: Path) -> None:
+    content = {"module": {"w": torch.ones(2)}, "param_shapes": None}
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({**content, "client": Evil(function, tmp_path / "evil")}, path)
+    if refused:
+        with pytest.raises(CheckpointError, match="holds what cannot be read without running code"):
+            open_deepspeed(tmp_path)
+    else:
+        equal(open_deepspeed(tmp_path), {"model.w": torch.ones(2)})
     assert not (tmp_path / "evil").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "evil").exists(), "the usual way does run it"
