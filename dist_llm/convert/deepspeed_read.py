@@ -85,7 +85,9 @@ def _zero(folder: Path, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, 
         _refuse_missing(folder, "model", models, world)
     masters = dict(_masters(optims, model["param_shapes"], ranks))
     yield from masters.items()
-    fragments = [] if whole else [load_mapped(models[rank])["frozen_param_fragments"] or {} for rank in range(world)]
+    fragments = (
+        [] if whole else [load_mapped(models[rank]).get("frozen_param_fragments") or {} for rank in range(world)]
+    )
     yield from _others(model, masters, fragments).items()
 
 
@@ -144,7 +146,7 @@ def _others(model: Any, masters: Mapping[str, Entry], fragments: Sequence[Any]) 
     `fragments` are the ranks' parts of frozen parameters, in stage 3; else all of these are in `module`, whole.
     """
     found: dict[str, Entry] = {}
-    for name, shape in (model["frozen_param_shapes"] or {}).items() if fragments else ():
+    for name, shape in (model.get("frozen_param_shapes") or {}).items() if fragments else ():
         layout = split({name: tuple(shape)}, len(fragments))
         found[f"model.{name}"] = tuple(shape), partial(_join, layout.pieces(name, [each[name] for each in fragments]))
     for second, first in (model.get("shared_params") or {}).items():
