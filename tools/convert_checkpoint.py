@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,13 +40,16 @@ from rich.table import Table
 from torch import Tensor
 
 from dist_llm.checkpoint.state import Progress
-from dist_llm.checkpoint.store import PROGRESS, find
+from dist_llm.checkpoint.store import PROGRESS, find, progress_of
+from dist_llm.checkpoint.tensors import NativeWeights
 from dist_llm.config.load import dump, load_config, refuse
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert import hub
+from dist_llm.convert.deepspeed_read import open_deepspeed
+from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
 from dist_llm.convert.parity import compare
 from dist_llm.convert.tokenizer import import_tokenizer
-from dist_llm.convert.weights import DictWeights, MadeWeights, NativeWeights, SafetensorsWeights, Weights, load_torch
+from dist_llm.convert.weights import DictWeights, MadeWeights, SafetensorsWeights, Weights, load_torch
 from dist_llm.convert.write import DTYPES, made_whole, reopen, write_native
 from dist_llm.errors import CheckpointError, UserError
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -87,6 +91,12 @@ def parser() -> argparse.ArgumentParser:
     command("from-torch", from_torch, "file", "out")
     one = command("from-nanogpt", from_nanogpt, "file", "out")
     one.add_argument("--tokenizer", metavar="CORPUS", help="prepared corpus or checkpoint whose tokenizer it was")
+    one = command("to-deepspeed", to_deepspeed, "checkpoint", "out")
+    one.add_argument("--stage", type=int, choices=(1, 2, 3), help="a ZeRO directory of this stage ...")
+    one.add_argument("--world", type=int, default=1, metavar="N", help="... for so many ranks; default: 1")
+    one.add_argument("--universal", action="store_true", help="or a universal checkpoint, for any")
+    one = command("from-deepspeed", from_deepspeed, "directory", "out")
+    one.add_argument("--like", required=True, metavar="DIR", help="run or checkpoint whose config and tokenizer hold")
     command("average", average, "out", "checkpoints")
     one = command("diff", diff, "a", "b")
     one.add_argument("--all", action="store_true", help="show equal tensors too")
@@ -159,6 +169,55 @@ def from_nanogpt(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer.load(Path(options.tokenizer)) if options.tokenizer else None
     view = hub.from_huggingface(theirs, model, "nanogpt")
     write(Path(options.out), view, files_of(model, tokenizer, Path(options.file)))
+
+
+def to_deepspeed(options: argparse.Namespace) -> None:
+    """Write a ZeRO 1, 2 or 3 directory, or a universal checkpoint."""
+    if bool(options.stage) == options.universal:
+        raise CheckpointError("give either --stage 1, 2 or 3 (and --world), or --universal")
+    path = find(options.checkpoint)
+    config, step = read_config(path), progress_of(Folder(path)).step
+    groups, settings, shared = groups_of(config)
+    with shown(NativeWeights(path), "converting") as weights:
+        if options.universal:
+            made = write_universal(Path(options.out), weights, step=step)
+        else:
+            how = {"groups": groups, "settings": settings, "step": step, "shared": shared}
+            made = write_deepspeed(Path(options.out), weights, options.stage, options.world, **how)
+    with shown(weights, "checking") as seen:
+        written = open_deepspeed(made)
+        reopen(MadeWeights({name: written.shapes[name] for name in seen.shapes}, written.read), seen, torch.float32)
+    console.print(f"wrote {made}: {len(weights.shapes)} tensors")
+
+
+def from_deepspeed(options: argparse.Namespace) -> None:
+    """Write a checkpoint of a DeepSpeed directory, moments included."""
+    like = find(options.like)
+    config = read_config(like)
+    groups, _, shared = groups_of(config)
+    found = open_deepspeed(Path(options.directory), groups)
+    wanted = {f"model.{name}": shape for name, shape in hub.model_shapes(config.model).items()}
+    for name, shape in wanted.items():
+        if found.shapes.get(name) != shape:
+            there = f"has shape {list(found.shapes[name])}" if name in found.shapes else "is missing"
+            raise CheckpointError(f"{options.directory}: {name} {there}; --like {like} has {list(shape)}")
+    other = {name for name in found.shapes if name.startswith("model.")} - wanted.keys()
+    if unknown := sorted(other - {f"model.{name}" for name in shared}):
+        raise CheckpointError(f"{options.directory}: {unknown[0]} is no parameter of the model of --like {like}")
+    shapes = {name: shape for name, shape in found.shapes.items() if name not in other}
+    write(Path(options.out), MadeWeights(shapes, found.read), small_files(like) | fresh_progress())
+
+
+def groups_of(config: Config) -> tuple[list[list[str]], list[dict[str, Any]], dict[str, str]]:
+    """(names of each of the optimizer's groups, the rest of its settings, {second name: first} of shared ones)."""
+    with torch.device("meta"):
+        model = build_model(config.model)
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(config.optim, model.named_parameters())
+    groups = [[name_of[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    every = model.named_parameters(remove_duplicate=False)
+    return groups, settings, {name: name_of[p] for name, p in every if name != name_of[p]}
 
 
 def average(options: argparse.Namespace) -> None:
@@ -257,10 +316,14 @@ def files_of(model: ModelConfig, tokenizer: Tokenizer | None, source: Path) -> d
     )
     files = {
         CONFIG: dump(config).encode(),
-        PROGRESS: json.dumps(Progress().as_dict()).encode(),
         "environment.json": json.dumps({"converted_from": str(source), "dist-llm": version("dist-llm")}).encode(),
     }
-    return files | ({TOKENIZER_FILE: tokenizer.file_bytes()} if tokenizer is not None else {})
+    return files | fresh_progress() | ({TOKENIZER_FILE: tokenizer.file_bytes()} if tokenizer is not None else {})
+
+
+def fresh_progress() -> dict[str, bytes]:
+    """That of a run which begins."""
+    return {PROGRESS: json.dumps(Progress().as_dict()).encode()}
 
 
 def small_files(path: Path) -> dict[str, bytes]:

@@ -7,26 +7,18 @@ of one tensor. All is written aside and renamed; `latest` comes last.
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_llm.convert.deepspeed_files import FragmentAddress, LossScaler, lay_out, published, writable
 from dist_llm.convert.deepspeed_layout import Layout, Shapes, contiguous, split, sub_groups
+from dist_llm.convert.weights import Weights
 from dist_llm.errors import CheckpointError
 
 VERSION = "0.19.8"  # of DeepSpeed, whose layout this is
 SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's default
-
-
-class Weights(Protocol):
-    """Tensors by the names of our checkpoints: model.NAME, optim.NAME.exp_avg, optim.NAME.step, ..."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    def read(self, name: str) -> Tensor: ...
 
 
 def write_deepspeed(

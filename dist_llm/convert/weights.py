@@ -5,18 +5,13 @@ Names are those of our checkpoints, `model.NAME` and `optim.NAME.KEY`, or those 
 
 import json
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from dist_llm.checkpoint.folder import Folder, FolderReader
-from dist_llm.checkpoint.writing import assume_one_process
 from dist_llm.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -33,36 +28,6 @@ class Weights(Protocol):
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
         ...
-
-
-class NativeWeights:
-    """One of our checkpoints, saved in whatever layout."""
-
-    def __init__(self, path: Path) -> None:
-        self.reader = _Reader(Folder(path))
-        self.found = {
-            name: entry
-            for name, entry in self.reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        self.shapes = {name: tuple(entry.size) for name, entry in self.found.items()}
-
-    def read(self, name: str) -> Tensor:
-        state = {name: torch.empty(self.shapes[name], dtype=self.found[name].properties.dtype)}
-        assume_one_process()
-        state_dict_loader.load(state, storage_reader=self.reader, no_dist=True)
-        return state[name]
-
-
-class _Reader(FolderReader):
-    """Reads its metadata once, and not for each tensor."""
-
-    @cached_property
-    def _metadata(self) -> Metadata:
-        return super().read_metadata()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
 
 
 class SafetensorsWeights:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.manifest import verify
+from dist_llm.checkpoint.tensors import NativeWeights
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert import hub
 from dist_llm.convert.huggingface import WRITERS, describe
-from dist_llm.convert.weights import DictWeights, NativeWeights, SafetensorsWeights
+from dist_llm.convert.weights import DictWeights, SafetensorsWeights
 from dist_llm.convert.write import made_whole, reopen, write_safetensors
 from dist_llm.errors import CheckpointError
 from dist_llm.generate import Sampling, ask, load_model, tokens
@@ -113,6 +114,11 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 
+def scale_of(name: str, ndim: int) -> float:
+    """Small enough for tokens that a model says more than the last of them again."""
+    return 0.1 if ndim == 1 or "tokens" in name else 0.5
+
+
 def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     """Random weights, a tokenizer of bytes, and a vocabulary that is padded from 257 + the objective's to 320 rows."""
     from dist_llm.config.load import dump
@@ -135,7 +141,8 @@ def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     model = build_model(config.model)
     generator = torch.Generator().manual_seed(1)
     weights = {
-        f"model.{name}": torch.randn(p.shape, generator=generator) * (0.2 if "tokens" in name else 0.7)
+        f"model.{name}": torch.randn(p.shape, generator=generator) * scale_of(name, p.ndim)
+        + ("norm" in name and name.endswith("weight"))
         for name, p in model.named_parameters()
     }
     progress = json.dumps({"step": 0, "samples": 0, "tokens": 0}).encode()
@@ -159,19 +166,20 @@ def test_they_generate_from_our_export_what_we_generate(family: str, tool: Calla
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
 
     model, our_tokenizer, config = load_model(ours, torch.device("cpu"))
-    prompt = "def f(x):"
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    assert ids[0].tolist() == our_tokenizer.encode(prompt).tolist()
-    asked = ask(config, our_tokenizer, prompt)
-    if two:
-        ids = torch.tensor([asked.source])
-    start = {"decoder_input_ids": torch.tensor([asked.ids])} if two else {}
-    found = theirs.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=[], **start)[0]
-    mine = list(tokens(model, asked, Sampling(20, temperature=0), 64))
-    assert found[-20:].tolist() == mine
-    assert len(set(mine)) > 3, "a model that has something to say"
-    if not two:
-        assert tokenizer.decode(found[-20:]) == our_tokenizer.decode(mine)
+    said: set[int] = set()
+    for prompt in ("def f(x):", "import", "#", "class A: pass"):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        assert ids[0].tolist() == our_tokenizer.encode(prompt).tolist()
+        asked = ask(config, our_tokenizer, prompt)
+        if two:
+            ids = torch.tensor([asked.source])
+        start = {"decoder_input_ids": torch.tensor([asked.ids])} if two else {}
+        found = theirs.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=[], **start)[0]
+        mine = list(tokens(model, asked, Sampling(20, temperature=0), 64))
+        assert found[-20:].tolist() == mine
+        assert tokenizer.decode(found[-20:], skip_special_tokens=False) == our_tokenizer.decode(mine) or two
+        said.update(mine)
+    assert len(said) >= 3, "a model that has something to say"
 
 
 def test_a_missing_permutation_is_noticed(tool: Callable[..., int], tmp_path: Path, monkeypatch: Any) -> None:
