@@ -39,6 +39,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import PROGRESS, find, progress_of
 from dist_llm.checkpoint.tensors import NativeWeights
@@ -52,6 +53,8 @@ from dist_llm.convert.tokenizer import import_tokenizer
 from dist_llm.convert.weights import DictWeights, MadeWeights, SafetensorsWeights, Weights, load_torch
 from dist_llm.convert.write import DTYPES, made_whole, reopen, write_native
 from dist_llm.errors import CheckpointError, UserError
+from dist_llm.models.build import build_model
+from dist_llm.optim.build import build_optimizer
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 console = Console(highlight=False, markup=False, soft_wrap=True)

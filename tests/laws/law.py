@@ -31,7 +31,7 @@ from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.train.step import train_step
 from tests.laws import bugs
 from tests.laws.layouts import MODELS, OBJECTIVES, Layout
-from tests.laws.worlds import world
+from tests.laws.worlds import renew, world
 
 # d_ff and heads divide by 4; GQA; the vocabulary divides by nothing, so two of its 132 rows are padding.
 MODEL: dict[str, Any] = {
@@ -198,6 +198,8 @@ def hold(layout: Layout, optim: dict[str, Any], steps: int, bug: str | None = No
             "parallel": layout.parallel | sections.get("parallel", {}),
         },
     )
+    if config.compile:
+        renew(layout.ranks)
     compare(merged(world(layout.ranks).run(trace, config, steps, bug)), reference(config, steps))
 
 

@@ -93,6 +93,16 @@ def world(size: int) -> GlooWorld:
     return _worlds[size]
 
 
+def renew(size: int) -> None:
+    """Let the next call start another world of that size.
+
+    For compiled models: what torch traced of an earlier one's mesh may be found again where it cannot be used
+    ("device_mesh._get_submesh is not an OpOverload", torch 2.13). A user's processes have one model.
+    """
+    if size in _worlds:
+        _worlds.pop(size).stop()
+
+
 @atexit.register
 def stop_all() -> None:
     for each in _worlds.values():
