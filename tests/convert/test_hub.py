@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +14,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dist_llm.checkpoint import store
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.manifest import verify
 from dist_llm.checkpoint.tensors import NativeWeights
+from dist_llm.config.load import dump, load_config
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert import hub
 from dist_llm.convert.huggingface import WRITERS, describe
-from dist_llm.convert.weights import DictWeights, SafetensorsWeights
-from dist_llm.convert.write import made_whole, reopen, write_safetensors
+from dist_llm.convert.weights import DictWeights, MadeWeights, SafetensorsWeights
+from dist_llm.convert.write import made_whole, reopen, write_native, write_safetensors
 from dist_llm.errors import CheckpointError
 from dist_llm.generate import Sampling, ask, load_model, tokens
 from dist_llm.models.build import build_model
-from dist_llm.text.tokenizer import Tokenizer
+from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, Tokenizer
 from tests.convert.families import FAMILIES, their_model
 
 transformers = pytest.importorskip("transformers")
@@ -121,11 +125,6 @@ def scale_of(name: str, ndim: int) -> float:
 
 def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     """Random weights, a tokenizer of bytes, and a vocabulary that is padded from 257 + the objective's to 320 rows."""
-    from dist_llm.config.load import dump
-    from dist_llm.convert.write import write_native
-    from dist_llm.objectives.vocabulary import Vocabulary
-    from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS
-
     tokenizer = Tokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([i]): i for i in range(256)}, {ENDOFTEXT: 256})
     two = changes.get("architecture") == "encoder_decoder"
     vocab_size = Vocabulary(257, 256).sentinel(8) if two else 257
@@ -305,3 +304,151 @@ def test_reading_again_notices_what_was_written_wrong(tmp_path: Path) -> None:
         wrong = DictWeights({"a": values, "b": torch.randn(4)})
         with pytest.raises(CheckpointError, match=message):
             reopen(wrong, wrong, torch.float32)
+
+
+NANOGPT = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 61, "dropout": 0.0}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt(bias: bool, tool: Callable[..., int], tmp_path: Path) -> None:
+    """Its tensors are GPT-2's, not transposed: a GPT-2 of Hugging Face's (exact GELU) says what they mean."""
+    sizes = {
+        "n_layer": 2,
+        "n_head": 4,
+        "n_embd": 32,
+        "n_positions": 16,
+        "vocab_size": 61,
+        "activation_function": "gelu",
+    }
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+            if not bias and name.endswith("bias"):
+                parameter.zero_()
+    tensors = {
+        f"_orig_mod.{name}": tensor.t() if name.endswith(transposed) else tensor
+        for name, tensor in theirs.state_dict().items()
+        if bias or not name.endswith(".bias")
+    }
+    mask = torch.ones(16, 16).tril().view(1, 1, 16, 16)
+    tensors |= {f"_orig_mod.transformer.h.{layer}.attn.bias": mask for layer in range(2)}
+    file = tmp_path / "ckpt.pt"
+    content = {"model": tensors, "model_args": {**NANOGPT, "bias": bias}, "iter_num": 7, "config": {"out_dir": "out"}}
+    torch.save(content, file)
+    assert tool("from-nanogpt", file, tmp_path / "ours") == 0
+
+    model, config = rebuilt(tmp_path / "ours")
+    assert config.model.bias == bias
+    ids = torch.randint(61, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def rebuilt(path: Path) -> tuple[Any, Config]:
+    """Our model and config of a checkpoint without a tokenizer."""
+    config, violations = load_config(path / "config.yaml")
+    assert not violations
+    assert config is not None
+    model = build_model(config.model).eval()
+    store.load(path, model)
+    return model, config
+
+
+def test_one_file_of_torch_and_back(tool: Callable[..., int], tmp_path: Path) -> None:
+    ours = our_checkpoint(tmp_path / "ours", OURS["t5"])
+    assert tool("to-torch", ours, tmp_path / "one.pt") == 0
+    content = torch.load(tmp_path / "one.pt", weights_only=True)
+    model, _ = rebuilt(ours)
+    model.load_state_dict(content["model"], strict=False)
+    assert tool("from-torch", tmp_path / "one.pt", tmp_path / "again") == 0
+    assert tool("diff", ours, tmp_path / "again") == 0
+    assert tool("diff", ours, tmp_path / "one.pt") == 0
+    for name in ("config.yaml", "tokenizer.json", "progress.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (ours / name).read_bytes()
+    (tmp_path / "bad.pt").write_bytes((tmp_path / "one.pt").read_bytes()[:1000])
+    assert tool("from-torch", tmp_path / "bad.pt", tmp_path / "third") == 2
+
+
+def test_average_diff_and_inspect(tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = our_checkpoint(tmp_path / "1", OURS["llama"]), our_checkpoint(tmp_path / "2", OURS["llama"])
+    weights = NativeWeights(first)
+    doubled = {name: weights.read(name) * 2 for name in weights.shapes}
+    shutil.rmtree(second)
+    files = {file.name: file.read_bytes() for file in first.iterdir() if file.suffix in (".json", ".yaml")}
+    write_native(second, DictWeights(doubled), {name: each for name, each in files.items() if name != "manifest.json"})
+    assert tool("average", tmp_path / "mean", first, second) == 0
+    mean = NativeWeights(tmp_path / "mean")
+    for name in weights.shapes:
+        torch.testing.assert_close(mean.read(name), weights.read(name) * 1.5)
+    assert tool("diff", first, second) == 1
+    out = capsys.readouterr().out
+    assert f"{len(weights.shapes)} of {len(weights.shapes)} tensors differ" in out
+    assert "1.000e+00" in out, "each by its own norm"
+
+    assert tool("inspect", first) == 0
+    out = capsys.readouterr().out
+    total = sum(weights.read(name).numel() for name in weights.shapes)
+    assert f"{len(weights.shapes)} tensors, {total:,} elements, 0 of them not finite" in out
+    assert tool("verify", first) == 0
+    next(first.glob("*.distcp")).write_bytes(b"")
+    assert tool("verify", first) == 2
+    broken = {name: tensor.fill_(torch.inf) for name, tensor in doubled.items()}
+    write_native(tmp_path / "broken", DictWeights(broken), {})
+    assert tool("inspect", tmp_path / "broken") == 2
+
+
+@pytest.mark.parametrize(
+    "how", [("--stage", 1), ("--stage", 2, "--world", 3), ("--stage", 3), ("--universal",)], ids=str
+)
+def test_deepspeed_and_back(how: tuple[Any, ...], tool: Callable[..., int], tmp_path: Path) -> None:
+    """That DeepSpeed itself loads what is written: test_deepspeed.py."""
+    ours = our_checkpoint(tmp_path / "ours", OURS["t5"])
+    assert tool("to-deepspeed", ours, tmp_path / "ds", *how) == 0
+    assert tool("from-deepspeed", tmp_path / "ds", tmp_path / "again", "--like", ours) == 0
+    assert tool("diff", ours, tmp_path / "again") == 0
+    other = our_checkpoint(tmp_path / "other", OURS["bart"])
+    assert tool("from-deepspeed", tmp_path / "ds", tmp_path / "third", "--like", other) == 2
+
+
+LARGE = """
+import json, resource, sys
+from pathlib import Path
+import torch
+sys.argv = ["convert_checkpoint.py", *sys.argv[1:]]
+sys.path.insert(0, "tools")
+import convert_checkpoint
+code = convert_checkpoint.main()
+peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+print(json.dumps([code, peak]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_gigabytes_are_converted_in_little_memory(tmp_path: Path) -> None:
+    """Both ways, in processes of their own: peak memory under 1.2 GB."""
+    model = model_of({"d_model": 2048, "n_layers": 8, "n_heads": 16, "n_kv_heads": 16, "head_dim": 128, "d_ff": 5632,
+                      "vocab_size": 32000})  # fmt: skip
+    config = Config.model_validate(
+        {"run": {"dir": "unused", "steps": 1}, "model": model.model_dump(), "data": {"seq_len": 32, "global_batch": 1}}
+    )
+    shapes = hub.model_shapes(model)
+    size = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert size > 2e9
+    weights = MadeWeights(
+        {f"model.{name}": shape for name, shape in shapes.items()}, lambda name: torch.randn(shapes[name[6:]])
+    )
+    files = {"config.yaml": dump(config).encode(), "progress.json": b'{"step": 0}'}
+    write_native(tmp_path / "ours", weights, files)
+    for arguments in (
+        ("to-hf", tmp_path / "ours", tmp_path / "theirs"),
+        ("from-hf", tmp_path / "theirs", tmp_path / "again"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", LARGE, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        code, peak = json.loads(done.stdout.splitlines()[-1])
+        assert code == 0, done.stderr
+        assert peak < 1.2e9, arguments[0]
