@@ -95,7 +95,8 @@ def ranks_of(words: list[str]) -> int:
 
 @pytest.mark.parametrize(("document", "text"), blocks(run=True))
 def test_a_marked_block_runs(document: str, text: str, tmp_path: Path) -> None:
-    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    for folder in ("configs", "tools"):
+        (tmp_path / folder).symlink_to(REPOSITORY / folder)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text],
         cwd=tmp_path,
