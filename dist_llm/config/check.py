@@ -51,6 +51,7 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
         *_check_relative(config.model),
         *_check_lengths(config, tokenizer_size),
         *_check_schedule(config),
+        *_check_checkpoints(config),
     ]
     layout = list(_check_layout(config, world_size, tokenizer_size))
     if layout and (fitting := nearest_layouts(config, world_size, tokenizer_size)):
@@ -239,6 +240,20 @@ def _check_schedule(config: Config) -> Iterator[Violation]:
         yield Violation(
             ("schedule.warmup_steps", "schedule.decay_steps"),
             f"the warm-up ends at step {warmup}, after the decay does at {end}; set at most {end}",
+        )
+
+
+def _check_checkpoints(config: Config) -> Iterator[Violation]:
+    saved, scored = config.checkpoint.every, config.eval.every
+    if config.checkpoint.keep_best and (not saved or not scored or saved % scored):
+        yield Violation(
+            ("checkpoint.keep_best", "checkpoint.every", "eval.every"),
+            f"which are best is known of steps that are evaluated too, but eval.every is {scored} and checkpoint.every "
+            f"{saved}; set eval.every to a divisor of it",
+        )
+    if config.init_optimizer == "keep" and not config.init_from:
+        yield Violation(
+            ("init_optimizer", "init_from"), "there are no moments to keep without init_from; remove the key"
         )
 
 

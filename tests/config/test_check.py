@@ -47,6 +47,9 @@ def test_a_sound_config_breaks_no_rule(world):
 
 
 RULES = [
+    ({"checkpoint__keep_best": 1}, 1, "checkpoint.keep_best", "eval.every is 0 and checkpoint.every 500"),
+    ({"checkpoint__keep_best": 1, "eval__every": 300}, 1, "checkpoint.keep_best", "set eval.every to a divisor of it"),
+    ({"init_optimizer": "keep"}, 1, "init_optimizer", "no moments to keep without init_from"),
     ({"data__path": ""}, 1, "data.path", "name one corpus in path, or several in sources; neither is set"),
     (
         {"data__sources": [{"name": "a", "path": "x"}]},
@@ -282,6 +285,7 @@ def test_a_broken_rule_names_its_place_and_the_way_out(change, world, place, mes
         {"model__vocab_size": 300},
         {"model__max_seq_len": 8},
         {"schedule__warmup_steps": 10, "schedule__decay_steps": 10},
+        {"checkpoint__keep_best": 1, "eval__every": 250},
         {"schedule__warmup_steps": 1000},  # a trial of a long run may end inside its warm-up
         {"schedule__warmup_steps": 11, "schedule__decay_steps": 10, "schedule__name": "constant"},
         {"schedule__warmup_steps": 11, "schedule__decay_steps": 10, "schedule__name": "inverse_sqrt"},

@@ -13,6 +13,7 @@ from .commands import REPOSITORY
 OVERHEAD = REPOSITORY / "benchmarks" / "overhead.py"
 PREPARE = REPOSITORY / "benchmarks" / "prepare.py"
 DATA = REPOSITORY / "benchmarks" / "data.py"
+CHECKPOINT = REPOSITORY / "benchmarks" / "checkpoint.py"
 
 
 def test_overhead_prints_a_line_per_pair_and_a_table() -> None:
@@ -45,6 +46,14 @@ def test_data_prints_a_line_per_case_and_a_table() -> None:
     for case in cases:
         assert min(case[name] for name in ("ours", "nanogpt", "copy", "over_nanogpt", "over_copy")) > 0
     assert "the goal: at least 5.0 over nanogpt" in done.stderr
+
+
+def test_checkpoint_prints_a_line_per_save_and_a_table() -> None:
+    done = benchmark(CHECKPOINT, "--saves", "2", "--d-model", "64", "--layers", "2", "--tokens", "512")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["save"] for row in rows] == [1, 2]
+    assert all(row[name] > 0 for row in rows for name in ("stall", "slower", "bandwidth", "megabytes"))
+    assert "stall" in done.stderr
 
 
 def benchmark(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

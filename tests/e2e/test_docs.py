@@ -1,6 +1,6 @@
 """The documents are true: commands parse and their keys exist, files and functions named are there.
 
-A ```sh block after a line `<!-- run -->` is run, too.
+The ```sh blocks of a page that follow a line `<!-- run -->` are run, too.
 """
 
 import ast
@@ -93,18 +93,19 @@ def ranks_of(words: list[str]) -> int:
     return counts.get("--nnodes", 1) * counts.get("--nproc-per-node", 1)
 
 
-@pytest.mark.parametrize(("document", "text"), blocks(run=True))
-def test_a_marked_block_runs(document: str, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("document", sorted({document for document, _ in blocks(run=True)}))
+def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
+    """One after the other, in one directory."""
     for folder in ("configs", "tools"):
         (tmp_path / folder).symlink_to(REPOSITORY / folder)
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", text],
+        ["bash", "-euo", "pipefail", "-c", "\n".join(text for each, text in blocks(run=True) if each == document)],
         cwd=tmp_path,
         env=commands.environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
     )
     assert done.returncode == 0, f"{document}:\n{done.stdout}\n{done.stderr}"
 
