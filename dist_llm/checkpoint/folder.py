@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import filesystem
 
 BLOCK_BYTES = 1 << 22
@@ -44,14 +45,14 @@ class Folder:
     @property
     def local(self) -> Path | None:
         """Its path, if it is on a disk."""
-        return Path(self.path) if "file" in self.fs.protocol else None
+        return Path(self.path) if isinstance(self.fs, LocalFileSystem) else None
 
     def names(self) -> list[str]:
         """What it holds, sorted; nothing if it is not there."""
         self.fs.invalidate_cache()
         try:
             return sorted(str(path).rstrip("/").rpartition("/")[2] for path in self.fs.ls(self.path, detail=False))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def size(self, name: str) -> int:

@@ -91,7 +91,7 @@ class CheckpointStore:
         files = {PROGRESS: json.dumps(progress.as_dict()).encode(), **files}
         background = self.config.background
         values = self.copies.take(state) if background else {name: local(tensor) for name, tensor in state.items()}
-        self.writing = Writing(self._ranks(), folder, state, values, files, self._prune)
+        self.writing = Writing(self._ranks(), folder, state, values, files, lambda: self._prune(folder))
         self.writing.start()
         if not background:
             self.finish()
@@ -129,14 +129,18 @@ class CheckpointStore:
         self.team = self.team or Team()
         return self.team
 
-    def _prune(self) -> None:
-        """Remove what need not be kept, and what killed saves left. Called when a checkpoint has been committed."""
+    def _prune(self, newest: Folder) -> None:
+        """Remove what need not be kept, and what killed saves left, now that `newest` is committed.
+
+        Those of later steps were passed over as damaged when the run went on: they count for nothing, and stay.
+        """
         committed = self.committed()
-        kept = {folder.name for folder in committed[-self.config.keep :]}
+        ours = [folder.name for folder in committed if folder.name <= newest.name]
+        kept = {folder.name for folder in committed} - set(ours) | set(ours[-self.config.keep :])
         if every := self.config.keep_every:
-            kept |= {folder.name for folder in committed if int(folder.name.removeprefix("step_")) % every == 0}
+            kept |= {name for name in ours if int(name.removeprefix("step_")) % every == 0}
         if self.config.keep_best:
-            losses = {folder.name: loss for folder in committed if (loss := _heldout_loss(folder)) is not None}
+            losses = {name: loss for name in ours if (loss := _heldout_loss(self.directory / name)) is not None}
             kept |= set(sorted(losses, key=lambda name: losses[name])[: self.config.keep_best])
         for name in self.directory.names():
             if name.startswith("step_") and name not in kept:
@@ -156,7 +160,7 @@ def find(place: Path | str, part: int = 0, parts: int = 1) -> Path:
     Of the hashes of its files every `parts`-th is checked, from `part` on. Raises CheckpointError where there is none
     or it is damaged, DataError where it cannot be fetched.
     """
-    folder = Folder(place)
+    folder, before = Folder(place), ""
     if MARKER not in folder.names():
         every = of_run(folder).committed()
         if not every:
@@ -165,9 +169,13 @@ def find(place: Path | str, part: int = 0, parts: int = 1) -> Path:
                 f"or one of its checkpoints/step_* directories that has a {MARKER} file"
             )
         folder = every[-1]
+        before = f"; the one before it: {every[-2]}" if len(every) > 1 else ""
     if folder.local is None:
         return _fetch(folder)
-    verify(folder, part, parts)
+    try:
+        verify(folder, part, parts)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{before}") from None
     return folder.local
 
 

@@ -137,6 +137,25 @@ def test_what_is_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in names]
 
 
+def test_a_damaged_later_one_does_not_take_the_place_of_a_new_one(pair: Path, tmp_path: Path) -> None:
+    """The run goes on from step 1 and saves step 1 + x before it comes to step 9 again."""
+    shutil.copytree(pair / "step_00000002", pair / "step_00000009")
+    cut(pair / "step_00000009" / "progress.json")
+    kept = CheckpointStore(pair, CheckpointConfig(keep=1))
+    saved(kept, engine_of(), Progress(3), FILES)
+    assert kept.newest() == Folder(pair / "step_00000003")
+    with pytest.raises(CheckpointError, match=r"step_00000009: damaged: .*; the one before it: .*step_00000003"):
+        store.find(run_of(pair, tmp_path))
+
+
+def run_of(checkpoints: Path, directory: Path) -> Path:
+    """A run directory with these checkpoints."""
+    run = directory / "run"
+    run.mkdir()
+    checkpoints.rename(run / "checkpoints")
+    return run
+
+
 def test_an_older_one_that_is_damaged_does_not_stop_the_run(pair: Path) -> None:
     (pair / "step_00000001" / "progress.json").write_bytes(b"{")
     kept = CheckpointStore(pair, CheckpointConfig(keep=1, keep_best=1))

@@ -232,6 +232,6 @@ def saved(store: CheckpointStore, engine: NativeEngine, progress: Progress, file
     """A checkpoint, once it is on the disk."""
     store.save(engine, engine.optimizer, progress, files)
     store.finish()
-    path = store.committed()[-1].local
+    path = (store.directory / f"step_{progress.step:08d}").local
     assert path is not None
     return path
