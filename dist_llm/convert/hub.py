@@ -170,12 +170,14 @@ def export(
     return view
 
 
-def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int]:
-    if tokenizer is None:
-        return {}
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """None where there is no tokenizer to ask: a family's defaults would be ids of another one."""
+    ids: dict[str, int | None] = dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot if tokenizer is not None else None
+    )
     if config.model.architecture == "encoder_decoder":
-        ids["decoder_start_token_id"] = tokenizer.vocabulary().special("start")
+        start = tokenizer.vocabulary().special("start") if tokenizer is not None else None
+        ids["decoder_start_token_id"] = start
     return ids
 
 
