@@ -39,9 +39,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from dist_llm.checkpoint import manifest
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.state import Progress
-from dist_llm.checkpoint.store import PROGRESS, find, progress_of
+from dist_llm.checkpoint.store import PROGRESS, find, meant, progress_of
 from dist_llm.checkpoint.tensors import NativeWeights
 from dist_llm.config.load import dump, load_config, refuse
 from dist_llm.config.schema import Config, ModelConfig
@@ -59,6 +60,7 @@ from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 CONFIG = "config.yaml"
+TOKEN_IDS = "token_ids.json"  # of a checkpoint that came from Hugging Face: for the way back
 
 
 def main() -> int:
@@ -112,12 +114,13 @@ def to_hf(options: argparse.Namespace) -> None:
     """Write a directory for Hugging Face's `from_pretrained`."""
     path, dtype = find(options.checkpoint), DTYPES[options.dtype]
     config, tokenizer = read_config(path), Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
+    ids = json.loads((path / TOKEN_IDS).read_text(encoding="utf-8")) if (path / TOKEN_IDS).exists() else None
     with made_whole(Path(options.out)) as aside:
         shard_bytes = int(options.shard_gb * 1e9)
         with shown(NativeWeights(path), "converting") as weights:
-            view = hub.export(weights, config, tokenizer, aside, options.family, dtype, shard_bytes)
+            view = hub.export(weights, config, tokenizer, aside, options.family, dtype, shard_bytes, ids)
         with shown(view, "checking") as seen:
-            reopen(SafetensorsWeights(aside), seen, dtype, {hub.SEGMENTS})
+            reopen(SafetensorsWeights(aside), seen, dtype)
         if options.check:
             console.print(compare(path, aside, dtype))
     console.print(f"wrote {options.out}: {len(view.shapes)} tensors, {options.dtype}")
@@ -133,7 +136,8 @@ def from_hf(options: argparse.Namespace) -> None:
         tokenizer = import_tokenizer(directory)
     except CheckpointError as error:
         console.print(f"without a tokenizer: {error}")
-    write(Path(options.out), view, files_of(model, tokenizer, directory), directory if options.check else None)
+    files = files_of(model, tokenizer, directory) | {TOKEN_IDS: json.dumps(hub.token_ids(directory)).encode()}
+    write(Path(options.out), view, files, directory if options.check else None)
 
 
 def to_torch(options: argparse.Namespace) -> None:
@@ -281,7 +285,9 @@ def inspect(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> None:
     """Check every byte of a checkpoint against its manifest."""
-    console.print(f"{find(options.checkpoint)}: every byte is as it was saved")
+    folder = meant(options.checkpoint)
+    manifest.verify(folder)
+    console.print(f"{folder}: every byte is as it was saved")
 
 
 def open_weights(place: str) -> Weights:

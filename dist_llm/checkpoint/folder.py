@@ -119,7 +119,8 @@ class FolderWriter(filesystem.FileSystemWriter):
     """torch's writer, into a folder anywhere; `written` is what this rank wrote, by name."""
 
     def __init__(self, folder: Folder, one_file: bool = True) -> None:
-        super().__init__(folder.path, one_file, sync_files=folder.local is not None)
+        # Nothing is copied ahead: that would be on the stream of another device than this rank's, in a thread.
+        super().__init__(folder.path, one_file, sync_files=folder.local is not None, per_thread_copy_ahead=0)
         self.path = folder.path
         self.files = _Files(folder.fs)
         self.fs = self.files  # type: ignore[assignment]
@@ -209,6 +210,7 @@ class _Hashed(io.RawIOBase):
             raise
 
     def fileno(self) -> int:
+        self.flush()  # torch asks in order to fsync, and not always flushes before
         return self.file.fileno()  # a remote file has none and says so, which torch knows
 
     def close(self) -> None:

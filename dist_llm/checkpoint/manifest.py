@@ -4,6 +4,7 @@ The marker is written last. A folder without it is not a checkpoint; one whose f
 a damaged one.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
@@ -17,6 +18,10 @@ MARKER, MANIFEST = "COMMITTED", "manifest.json"
 FORMAT = "dist_llm checkpoint 1"
 TENSORS = ".distcp"
 THREADS = 4  # that hash at once, in each process
+
+
+class DamagedError(CheckpointError):
+    """What is there is not what was saved. (That it cannot be read just now is another thing.)"""
 
 
 def commit(folder: Folder, files: Mapping[str, Written]) -> None:
@@ -38,31 +43,37 @@ def write(folder: Folder, name: str, content: bytes) -> Written:
 def verify(folder: Folder, part: int = 0, parts: int = 1, tensors: bool = True) -> None:
     """Check sizes of all files, and hashes of every `parts`-th from `part` on; without `tensors`, of small ones alone.
 
-    Raises CheckpointError that names the first file which is not what was saved.
+    Raises DamagedError that names the first file which is not what was saved, CheckpointError where one cannot be read.
     """
     files = read_manifest(folder)
     try:
         for name, written in files.items():
             if (size := folder.size(name)) != written.bytes:
-                raise CheckpointError(f"{folder}: damaged: {name} has {size} bytes of {written.bytes}")
+                raise DamagedError(f"{folder}: damaged: {name} has {size} bytes of {written.bytes}")
         mine = [name for name in files if tensors or not name.endswith(TENSORS)][part::parts]
         with ThreadPoolExecutor(THREADS) as pool:
             for name, sha256 in zip(mine, pool.map(folder.sha256, mine), strict=True):
                 if sha256 != files[name].sha256:
-                    raise CheckpointError(f"{folder}: damaged: {name} is not what was saved (its sha256 differs)")
+                    raise DamagedError(f"{folder}: damaged: {name} is not what was saved (its sha256 differs)")
     except OSError as error:
-        raise CheckpointError(f"{folder}: damaged: {error}") from None
+        raise _unreadable(folder, error) from None
 
 
 def read_manifest(folder: Folder) -> dict[str, Written]:
-    """{name: size and hash}. Raises CheckpointError where there is none, or not the one that the marker knows."""
+    """{name: size and hash}. Raises DamagedError where there is none, or not the one that the marker knows."""
     try:
         manifest, marker = folder.read(MANIFEST), folder.read(MARKER)
     except OSError as error:
-        raise CheckpointError(f"{folder}: not a complete checkpoint: {error}") from None
+        raise _unreadable(folder, error) from None
     if marker != _sha256(manifest).encode():
-        raise CheckpointError(f"{folder}: damaged: {MARKER} and {MANIFEST} do not belong together")
+        raise DamagedError(f"{folder}: damaged: {MARKER} and {MANIFEST} do not belong together")
     return {name: Written(**written) for name, written in json.loads(manifest)["files"].items()}
+
+
+def _unreadable(folder: Folder, error: OSError) -> CheckpointError:
+    if isinstance(error, FileNotFoundError) or error.errno == errno.EIO:
+        return DamagedError(f"{folder}: damaged: {error}")
+    return CheckpointError(f"{folder}: cannot be read: {error}")
 
 
 def _sha256(content: bytes) -> str:

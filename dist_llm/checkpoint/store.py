@@ -11,6 +11,8 @@ checkpoints/step_00000500/
 import hashlib
 import json
 import logging
+import math
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,7 +26,7 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dist_llm.checkpoint.folder import Folder, FolderReader
-from dist_llm.checkpoint.manifest import MANIFEST, MARKER, read_manifest, verify
+from dist_llm.checkpoint.manifest import MANIFEST, MARKER, DamagedError, read_manifest, verify
 from dist_llm.checkpoint.state import Named, Progress, allocate_moments, copy_to_twins, moments, weights
 from dist_llm.checkpoint.writing import Copies, Team, Writing, assume_one_process
 from dist_llm.config.load import load_config
@@ -36,6 +38,7 @@ from dist_llm.parallel.mesh import local
 log = logging.getLogger("dist_llm")
 
 PROGRESS = "progress.json"
+NAME = re.compile(r"step_\d{8,}")
 
 
 class CheckpointStore:
@@ -49,13 +52,16 @@ class CheckpointStore:
 
     def committed(self) -> list[Folder]:
         """Those with a marker, oldest first; whether they are damaged is not looked at."""
-        found = (self.directory / name for name in self.directory.names() if name.startswith("step_"))
-        return [folder for folder in found if MARKER in folder.names()]
+        return [folder for folder in self._named() if MARKER in folder.names()]
+
+    def _named(self) -> list[Folder]:
+        """Those that have the name of a checkpoint. What is called otherwise is not ours."""
+        return [self.directory / name for name in self.directory.names() if NAME.fullmatch(name)]
 
     def glance(self) -> Folder | None:
         """The newest whose small files are whole; without asking the other ranks."""
         for folder in reversed(self.committed()):
-            with suppress(CheckpointError):
+            with suppress(DamagedError):
                 verify(folder, tensors=False)
                 return folder
         return None
@@ -63,16 +69,15 @@ class CheckpointStore:
     def newest(self) -> Folder | None:
         """The newest that is whole, every byte of it checked, each rank its part; None if there is none at all.
 
-        Raises CheckpointError, on all ranks, where there are some and all are damaged.
+        Raises CheckpointError, on all ranks, where there are some and all are damaged, or one cannot be read.
         """
         team = self._ranks()
         every = team.each(lambda: self.committed() if team.main else [])[0]
         for folder in reversed(every):
-            try:
-                team.each(lambda folder=folder: verify(folder, team.rank, team.size))  # type: ignore[misc]
+            problems = team.each(lambda folder=folder: _damage(folder, team.rank, team.size))  # type: ignore[misc]
+            if not (problem := next(filter(None, problems), "")):
                 return folder
-            except CheckpointError as error:
-                log.warning("%s; it is passed over, and the one before it taken if there is one", error)
+            log.warning("%s; it is passed over, and the one before it taken if there is one", problem)
         if every:
             raise CheckpointError(
                 f"{self.directory}: all {len(every)} checkpoints are damaged; to begin anew, move them away or set "
@@ -92,8 +97,10 @@ class CheckpointStore:
         background = self.config.background
         values = self.copies.take(state) if background else {name: local(tensor) for name, tensor in state.items()}
         self.writing = Writing(self._ranks(), folder, state, values, files, lambda: self._prune(folder))
-        self.writing.start()
-        if not background:
+        if background:
+            self.writing.start()
+        else:
+            self.writing.run()
             self.finish()
 
     def poll(self) -> None:
@@ -115,7 +122,13 @@ class CheckpointStore:
             return
         writing, self.writing = self.writing, None
         begin = time.perf_counter()
-        writing.finish()
+        try:
+            writing.finish()
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}. The checkpoints before it are as they were. Make room or mend the directory, and start "
+                "again: the run goes on from the newest"
+            ) from None
         log.info("saved %s", writing.folder)
         if (waited := time.perf_counter() - begin) > 1:
             log.info("waited %.1f s for it", waited)
@@ -134,49 +147,55 @@ class CheckpointStore:
 
         Those of later steps were passed over as damaged when the run went on: they count for nothing, and stay.
         """
-        committed = self.committed()
-        ours = [folder.name for folder in committed if folder.name <= newest.name]
-        kept = {folder.name for folder in committed} - set(ours) | set(ours[-self.config.keep :])
-        if every := self.config.keep_every:
-            kept |= {name for name in ours if int(name.removeprefix("step_")) % every == 0}
-        if self.config.keep_best:
-            losses = {name: loss for name in ours if (loss := _heldout_loss(self.directory / name)) is not None}
-            kept |= set(sorted(losses, key=lambda name: losses[name])[: self.config.keep_best])
-        for name in self.directory.names():
-            if name.startswith("step_") and name not in kept:
-                self._remove(self.directory / name)
-
-    def _remove(self, folder: Folder) -> None:
         try:
-            folder.remove(MARKER)  # first: what is half removed must not look complete
-            folder.remove()
-        except OSError as error:
-            log.warning("%s: cannot be removed: %s", folder, error)
+            committed = [folder.name for folder in self.committed()]
+            ours = [name for name in committed if name <= newest.name]
+            kept = set(committed) - set(ours) | set(ours[-self.config.keep :])
+            if every := self.config.keep_every:
+                kept |= {name for name in ours if int(name.removeprefix("step_")) % every == 0}
+            if self.config.keep_best:
+                losses = {name: _heldout_loss(self.directory / name) for name in ours}
+                known = [name for name in ours if math.isfinite(losses[name])]
+                kept |= set(sorted(known, key=lambda name: losses[name])[: self.config.keep_best])
+            for folder in self._named():
+                if folder.name not in kept:
+                    folder.remove(MARKER)  # first: what is half removed must not look complete
+                    folder.remove()
+        except Exception as error:  # of whatever kind a file system has; no reason to stop
+            log.warning("%s: what need not be kept cannot be removed: %s", self.directory, error)
 
 
 def find(place: Path | str, part: int = 0, parts: int = 1) -> Path:
-    """The checkpoint that `place`, a path or a URL, means: itself, or the newest of a run; on this machine's disk.
+    """The checkpoint that `place` means, on this machine's disk: a copy in the cache, if it is far away.
 
     Of the hashes of its files every `parts`-th is checked, from `part` on. Raises CheckpointError where there is none
     or it is damaged, DataError where it cannot be fetched.
     """
-    folder, before = Folder(place), ""
-    if MARKER not in folder.names():
-        every = of_run(folder).committed()
-        if not every:
-            raise CheckpointError(
-                f"{place}: holds no complete checkpoint; give a run directory (the run.dir of `dist-llm train`) "
-                f"or one of its checkpoints/step_* directories that has a {MARKER} file"
-            )
-        folder = every[-1]
-        before = f"; the one before it: {every[-2]}" if len(every) > 1 else ""
-    if folder.local is None:
-        return _fetch(folder)
+    folder = meant(place)
+    path = folder.local or _fetch(folder)
     try:
-        verify(folder, part, parts)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{before}") from None
-    return folder.local
+        verify(Folder(path), part, parts)
+    except DamagedError as error:
+        others = [other for other in CheckpointStore(folder.place.rpartition("/")[0]).committed() if other != folder]
+        raise DamagedError(f"{error}{f'; another: {others[-1]}' if others else ''}") from None
+    return path
+
+
+def meant(place: Path | str) -> Folder:
+    """A checkpoint itself; or the newest of a directory of checkpoints, or of a run. A path or a URL.
+
+    Raises CheckpointError where there is none.
+    """
+    folder = Folder(place)
+    if MARKER in folder.names():
+        return folder
+    every = CheckpointStore(folder).committed() or of_run(folder).committed()
+    if not every:
+        raise CheckpointError(
+            f"{place}: holds no complete checkpoint; give a run directory (the run.dir of `dist-llm train`) "
+            f"or one of its checkpoints/step_* directories that has a {MARKER} file"
+        )
+    return every[-1]
 
 
 def of_run(run: Folder | Path | str) -> CheckpointStore:
@@ -247,11 +266,21 @@ def refuse_other_model(folder: Folder | Path, wanted: Mapping[str, Any], saved: 
             )
 
 
-def _heldout_loss(folder: Folder) -> float | None:
-    """None too where the file is damaged."""
+def _heldout_loss(folder: Folder) -> float:
+    """nan where it is not known, or the file is damaged."""
     with suppress(OSError, ValueError, TypeError):
-        return progress_of(folder).heldout_loss
-    return None
+        loss = progress_of(folder).heldout_loss
+        return math.nan if loss is None else loss
+    return math.nan
+
+
+def _damage(folder: Folder, part: int, parts: int) -> str:
+    """What `verify` finds; empty if nothing."""
+    try:
+        verify(folder, part, parts)
+    except DamagedError as error:
+        return str(error)
+    return ""
 
 
 def progress_of(folder: Folder) -> Progress:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dist_llm.checkpoint import manifest
 from dist_llm.checkpoint.folder import Folder, FolderWriter, Written
-from dist_llm.errors import CheckpointError
+from dist_llm.errors import CheckpointError, UserError
 from dist_llm.parallel.mesh import local
 
 Result = TypeVar("Result")
@@ -96,15 +96,13 @@ class Writing(threading.Thread):
         self.team, self.folder, self.state, self.values, self.files = team, folder, state, values, files
         self.afterwards, self.one_file = afterwards, one_file
         self.error: CheckpointError | None = None
+        self.committed = False
 
     def run(self) -> None:
         try:
             self._write()
         except CheckpointError as error:
-            self.error = CheckpointError(
-                f"{self.folder}: cannot be written: {error}. The checkpoints before it are as they were. Make room or "
-                "mend the directory, or set checkpoint.dir to another, and start again: the run goes on from the newest"
-            )
+            self.error = CheckpointError(f"{self.folder}: cannot be written: {error}")
         except Exception as error:  # a rank that is gone, most likely: it has said why
             self.error = CheckpointError(f"{self.folder}: cannot be written: {type(error).__name__}: {error}")
 
@@ -123,7 +121,7 @@ class Writing(threading.Thread):
             files = {name: each for written in team.each(lambda: writer.written) for name, each in written.items()}
             team.each(lambda: self._commit(files) if team.main else None)
         except Exception:
-            if team.main:
+            if team.main and not self.committed:
                 with suppress(OSError):
                     folder.remove()
             raise
@@ -153,6 +151,7 @@ class Writing(threading.Thread):
     def _commit(self, files: Mapping[str, Written]) -> None:
         small = {name: manifest.write(self.folder, name, content) for name, content in self.files.items()}
         manifest.commit(self.folder, {**files, **small})
+        self.committed = True
 
 
 def assume_one_process() -> None:
@@ -178,5 +177,5 @@ def _describe(error: BaseException) -> str:
         rank, (error, _) = min(error.failures.items(), key=lambda item: item[0])
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, OSError | UserError) else f"{type(error).__name__}: {error}"
     return f"rank {rank}: {text}" if dist.is_initialized() else text

@@ -22,6 +22,7 @@ from dist_llm.models.build import build_model
 from dist_llm.text.tokenizer import Tokenizer
 
 KEPT = "theirs."  # tensors of theirs that ours has no place for, kept beside it for the way back
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
 PREFIXES = ("transformer.", "model.", "bert.")  # of the body, which some checkpoints leave out
 
@@ -150,8 +151,11 @@ def export(
     family: str = "",
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
+    ids: Mapping[str, Any] | None = None,
 ) -> Weights:
     """Write all that `from_pretrained` needs into `directory`; return the view of what was written.
+
+    `ids` are those of TOKEN_IDS, where the model came from there; else they are the tokenizer's.
 
     Raises CheckpointError where the model has no twin there.
     """
@@ -159,8 +163,9 @@ def export(
     view = to_huggingface(weights, config.model, theirs["model_type"])
     directory.mkdir()
     theirs["dtype"] = str(dtype).removeprefix("torch.")
-    theirs |= _token_ids(config, tokenizer)
-    generation = {"_from_model_config": True, **_token_ids(config, tokenizer)}
+    ids = _token_ids(config, tokenizer) if ids is None else ids
+    theirs |= ids
+    generation = {"_from_model_config": True, **ids}
     _write_json(directory / "config.json", theirs)
     if config.model.architecture != "encoder":
         _write_json(directory / "generation_config.json", generation)
@@ -179,6 +184,16 @@ def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int | N
         start = tokenizer.vocabulary().special("start") if tokenizer is not None else None
         ids["decoder_start_token_id"] = start
     return ids
+
+
+def token_ids(directory: Path) -> dict[str, Any]:
+    """Theirs, those for generation first, as `export` takes them."""
+    found: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        if (path := directory / name).exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found |= {key: content[key] for key in TOKEN_IDS if key in content}
+    return found
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -115,11 +115,10 @@ def _read_llama(c: Mapping[str, Any]) -> dict[str, Any]:
     _refuse(c, hidden_act="silu", mlp_bias=False, attention_bias=False, use_sliding_window=False)
     if family == "mistral":
         _refuse(c, sliding_window=None)
-    sizes = _sizes(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["intermediate_size"])
+    heads = c["num_attention_heads"]
     return {
-        **sizes,
-        "n_kv_heads": c.get("num_key_value_heads") or sizes["n_heads"],
-        "head_dim": c.get("head_dim") or sizes["head_dim"],
+        **_sizes(c["hidden_size"], c["num_hidden_layers"], heads, c["intermediate_size"], c.get("head_dim")),
+        "n_kv_heads": c.get("num_key_value_heads") or heads,
         "max_seq_len": c["max_position_embeddings"],
         "rope_theta": float(rope.get("rope_theta", c.get("rope_theta", 10_000.0))),
         "norm_eps": c["rms_norm_eps"],
@@ -180,10 +179,9 @@ def _read_t5(c: Mapping[str, Any]) -> dict[str, Any]:
     if c.get("scale_decoder_outputs", c.get("tie_word_embeddings", True)):
         raise CheckpointError("config.json: of T5 only v1.1 is supported (tie_word_embeddings false)")
     return {
-        **_sizes(c["d_model"], c.get("num_decoder_layers") or c["num_layers"], c["num_heads"], c["d_ff"]),
+        **_sizes(c["d_model"], c.get("num_decoder_layers") or c["num_layers"], c["num_heads"], c["d_ff"], c["d_kv"]),
         "architecture": "encoder_decoder",
         "n_encoder_layers": c["num_layers"],
-        "head_dim": c["d_kv"],
         "max_seq_len": c.get("n_positions", 512),
         "positions": "relative",
         "relative_buckets": c["relative_attention_num_buckets"],
@@ -283,13 +281,15 @@ CLASSES = {
 }
 
 
-def _sizes(d_model: int, n_layers: int, n_heads: int, d_ff: int) -> dict[str, Any]:
+def _sizes(d_model: int, n_layers: int, n_heads: int, d_ff: int, head_dim: int | None = None) -> dict[str, Any]:
+    if not head_dim and d_model % n_heads:
+        raise CheckpointError(f"config.json: {n_heads} heads do not divide a width of {d_model}")
     return {
         "d_model": d_model,
         "n_layers": n_layers,
         "n_heads": n_heads,
         "n_kv_heads": n_heads,
-        "head_dim": d_model // n_heads,
+        "head_dim": head_dim or d_model // n_heads,
         "d_ff": d_ff,
     }
 

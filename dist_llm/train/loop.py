@@ -35,7 +35,7 @@ log = logging.getLogger("dist_llm")
 
 
 class Trainer:
-    """One rank's side of a run: from the checkpoint `found`, if any. `files` are small ones that go into each."""
+    """One rank's side of a run: from its checkpoint, or another's at a path. `files` go into each that it saves."""
 
     def __init__(
         self,
@@ -44,13 +44,13 @@ class Trainer:
         engine: NativeEngine,
         loader: Loader,
         store: CheckpointStore,
-        found: Folder | None,
+        start: Folder | Path | None,
         files: Mapping[str, bytes],
     ) -> None:
         self.config, self.world, self.engine, self.loader = config, world, engine, loader
         self.store, self.files = store, files
         self.directory = Path(config.run.dir)
-        self.progress = self._resume(found)
+        self.progress = self._resume(start)
         self.sample_tokens = sample_tokens(config)
         self.heldout = self._heldout(loader.objective)
         self.audit = Audit(engine, loader, config.data.audit_every)
@@ -140,15 +140,16 @@ class Trainer:
         self.store.save(self.engine, self.engine.optimizer, self.progress, self.files)
         self.recorder.restart_clock(self.progress.tokens)
 
-    def _resume(self, found: Folder | None) -> Progress:
-        if found is None:
-            if self.config.init_from:
-                self._adapt(checkpoints.find(self.config.init_from, self.world.rank, self.world.size))
+    def _resume(self, start: Folder | Path | None) -> Progress:
+        if start is None:
             return Progress()
-        progress = checkpoints.load(found, self.engine, self.engine.optimizer)
+        if isinstance(start, Path):
+            self._adapt(start)
+            return Progress()
+        progress = checkpoints.load(start, self.engine, self.engine.optimizer)
         if self.engine.loss_scale is not None and progress.loss_scale is not None:
             self.engine.loss_scale = progress.loss_scale
-        log.info("resumed from %s", found)
+        log.info("resumed from %s", start)
         return progress
 
     def _adapt(self, path: Path) -> None:

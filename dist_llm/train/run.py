@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dist_llm.checkpoint.folder import Folder
-from dist_llm.checkpoint.store import CheckpointStore, find, progress_of
+from dist_llm.checkpoint.store import CheckpointStore, find, of_run, progress_of
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
 from dist_llm.data import history as histories
@@ -19,7 +19,7 @@ from dist_llm.data.history import HISTORY, History
 from dist_llm.data.loader import build_loader
 from dist_llm.data.streams import Source, open_sources
 from dist_llm.engines.native import NativeEngine
-from dist_llm.errors import DataError, UserError
+from dist_llm.errors import CheckpointError, DataError, UserError
 from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.world import World
 from dist_llm.observe.console import start_logging, stop_logging
@@ -42,8 +42,12 @@ def train(config: Config, world: World) -> None:
     directory = Path(config.run.dir)
     store = CheckpointStore(config.checkpoint.dir or directory / "checkpoints", config.checkpoint)
     seen = store.glance()
-    if config.init_from and seen is None:
-        _check_start(config.init_from, sources[0].corpus.manifest.tokenizer_sha256, corpus)
+    start: Path | None = None
+    if seen is None:
+        _refuse_moved(store, directory)
+        if config.init_from:
+            start = find(config.init_from, world.rank, world.size)
+            _check_start(start, sources[0].corpus.manifest.tokenizer_sha256, corpus)
     history = _history(config, sources, seen)
     start_logging(directory / "logs", world)
     try:
@@ -58,7 +62,7 @@ def train(config: Config, world: World) -> None:
             engine = NativeEngine(config, device)
             plan = history[-1].plan(sources)
             loader = build_loader(config, plan, vocabulary, *engine.data_rank, pin=device.type == "cuda")
-            trainer = Trainer(config, world, engine, loader, store, found, files)
+            trainer = Trainer(config, world, engine, loader, store, found or start, files)
             try:
                 trainer.run()
             finally:
@@ -75,9 +79,18 @@ def train(config: Config, world: World) -> None:
         stop_logging()
 
 
-def _check_start(checkpoint: str, tokenizer_sha256: str, corpus: Path) -> None:
-    """Raises CheckpointError or DataError where a run cannot begin with these weights."""
-    path = find(checkpoint)
+def _refuse_moved(store: CheckpointStore, run: Path) -> None:
+    """Raises CheckpointError where the run has checkpoints, but elsewhere: it would begin anew over what it left."""
+    before = of_run(run)
+    if before.directory != store.directory and before.committed():
+        raise CheckpointError(
+            f"checkpoint.dir: the run in {run} has its checkpoints in {before.directory}, and none in "
+            f"{store.directory}; move the step_* directories there, or set another run.dir"
+        )
+
+
+def _check_start(path: Path, tokenizer_sha256: str, corpus: Path) -> None:
+    """Raises DataError where a run cannot begin with these weights."""
     if Tokenizer.load(path).sha256 != tokenizer_sha256:
         raise DataError(f"{corpus}: was prepared with another tokenizer than the one in init_from {path}")
 

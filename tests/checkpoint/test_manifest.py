@@ -1,5 +1,6 @@
 """Whatever happens to a checkpoint's bytes is noticed, and the one before it is used."""
 
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def cut(path: Path) -> None:
     [
         (lambda newest: (newest / "__0_0.distcp").unlink(), "damaged: .*__0_0.distcp"),
         (lambda newest: cut(newest / "__0_0.distcp"), r"damaged: __0_0.distcp has \d+ bytes of \d+"),
-        (lambda newest: (newest / MANIFEST).unlink(), "not a complete checkpoint"),
+        (lambda newest: (newest / MANIFEST).unlink(), "damaged: .*manifest.json"),
         (lambda newest: cut(newest / MARKER), "do not belong together"),
     ],
 )
@@ -98,6 +99,25 @@ def test_what_is_missing_or_cut_is_named(pair: Path, harm: Callable[[Path], None
     with pytest.raises(CheckpointError, match=message):
         verify(Folder(pair / "step_00000002"))
     assert CheckpointStore(pair).newest() == Folder(pair / "step_00000001")
+
+
+def test_what_cannot_be_read_just_now_is_not_called_damaged(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that took the one before would write over the better one later."""
+
+    def refuse(folder: Folder, name: str) -> str:
+        raise PermissionError(13, "Permission denied", f"{folder}/{name}")
+
+    monkeypatch.setattr(Folder, "sha256", refuse)
+    with pytest.raises(CheckpointError, match=r"step_00000002: cannot be read: .*Permission denied"):
+        CheckpointStore(pair).newest()
+
+
+def test_what_has_another_name_is_left_alone(pair: Path) -> None:
+    shutil.copytree(pair / "step_00000002", pair / "step_00000002_backup")
+    (pair / "step_notes").mkdir()
+    kept = CheckpointStore(pair, CheckpointConfig(keep=1, keep_every=5))
+    saved(kept, engine_of(), Progress(3), FILES)
+    assert sorted(path.name for path in pair.iterdir()) == ["step_00000002_backup", "step_00000003", "step_notes"]
 
 
 def test_when_all_are_damaged_nothing_begins_anew_in_silence(pair: Path) -> None:
@@ -128,7 +148,7 @@ def test_ranks_share_the_reading_and_agree(pair: Path) -> None:
 
 def test_what_is_kept(tmp_path: Path) -> None:
     engine = engine_of()
-    losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: 4.0, 7: 5.0}
+    losses = {1: math.nan, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: 4.0, 7: 5.0}
     kept = CheckpointStore(tmp_path, CheckpointConfig(keep=2, keep_every=3, keep_best=2))
     for step, loss in losses.items():
         saved(kept, engine, Progress(step, heldout_loss=loss), FILES)
@@ -144,7 +164,7 @@ def test_a_damaged_later_one_does_not_take_the_place_of_a_new_one(pair: Path, tm
     kept = CheckpointStore(pair, CheckpointConfig(keep=1))
     saved(kept, engine_of(), Progress(3), FILES)
     assert kept.newest() == Folder(pair / "step_00000003")
-    with pytest.raises(CheckpointError, match=r"step_00000009: damaged: .*; the one before it: .*step_00000003"):
+    with pytest.raises(CheckpointError, match=r"step_00000009: damaged: .*; another: .*step_00000003"):
         store.find(run_of(pair, tmp_path))
 
 

@@ -154,6 +154,38 @@ def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     return directory
 
 
+BERT = {
+    "architecture": "encoder",
+    "positions": "learned",
+    "norm": "layernorm",
+    "norm_order": "post",
+    "norm_embedding": True,
+    "bias": True,
+    "activation": "gelu",
+    "tie_embeddings": True,
+    "head": "mlm",
+}
+
+
+def test_our_encoder_there_and_back(tool: Callable[..., int], tmp_path: Path) -> None:
+    ours = our_checkpoint(tmp_path / "ours", BERT)
+    assert tool("to-hf", ours, tmp_path / "theirs", "--check") == 0
+    assert tool("from-hf", tmp_path / "theirs", tmp_path / "again", "--check") == 0
+    first, again = NativeWeights(ours), NativeWeights(tmp_path / "again")
+    for name in first.shapes:
+        rows = slice(257) if name in ("model.embed.tokens.weight", "model.head.bias") else slice(None)
+        assert torch.equal(first.read(name)[rows], again.read(name)[rows]), name
+
+
+def test_ids_that_came_with_a_model_go_back_with_it(tool: Callable[..., int], tmp_path: Path) -> None:
+    theirs = saved_by_them("t5", tmp_path / "theirs")
+    assert theirs.config.decoder_start_token_id == 1
+    assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours") == 0
+    assert tool("to-hf", tmp_path / "ours", tmp_path / "again") == 0
+    found = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert [found[key] for key in hub.TOKEN_IDS] == [1, 2, 0, 1]
+
+
 @pytest.mark.parametrize("family", OURS)
 def test_they_generate_from_our_export_what_we_generate(family: str, tool: Callable[..., int], tmp_path: Path) -> None:
     ours = our_checkpoint(tmp_path / "ours", OURS[family])
@@ -223,6 +255,10 @@ def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Pa
         ({"activation": "geglu"}, "activation geglu"),
         ({"bias": True}, "bias True"),
         ({"attention_scale": 0.3}, "attention_scale 0.3"),
+        (
+            {"positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu", "head_dim": 9},
+            "head_dim 9",
+        ),
     ],
     ids=str,
 )

@@ -144,6 +144,14 @@ def test_a_full_disk_ends_the_run_on_all_ranks_and_room_lets_it_go_on(
     assert (small_disk / "step_00000020" / "COMMITTED").exists()
 
 
+def test_checkpoints_elsewhere_are_not_begun_over(corpus: Path, tmp_path: Path) -> None:
+    commands.train(tmp_path, corpus, "run.steps=2")
+    arguments = commands.train_arguments(corpus, "run.steps=4", "checkpoint.dir=other")
+    refused = commands.run(*arguments, cwd=tmp_path, succeed=False)
+    assert refused.returncode == 2
+    assert "has its checkpoints in run/checkpoints, and none in other" in refused.stderr
+
+
 REMOTE = """
 import sys
 from dist_llm.cli import main
