@@ -108,7 +108,8 @@ class Writing(threading.Thread):
 
     def finish(self) -> None:
         """Wait for it. Raises CheckpointError, the same on all ranks, where it failed."""
-        self.join()
+        if self.ident is not None:  # else it ran in the caller's thread
+            self.join()
         if self.error is not None:
             raise self.error
 

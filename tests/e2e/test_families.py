@@ -70,16 +70,17 @@ def test_another_objective_starts_from_trained_weights(
     objective: str, optimizer: str, straight: Callable[[Layout], Path], corpus: Path, tmp_path: Path
 ) -> None:
     """Finding 3 of Wang et al. 2022 as a command: causal first, then something else, sharded or not."""
-    keys = (f"objective={objective}", "run.steps=3", f"init_optimizer={optimizer}")
+    keys = (f"objective={objective}", "run.steps=3")
+    adapted = (f"init_from={straight(ONE)}", f"init_optimizer={optimizer}")
     losses = {}
-    for name, start in (("fresh", ()), ("adapted", (f"init_from={straight(ONE)}",))):
+    for name, start in (("fresh", ()), ("adapted", adapted)):
         directory = tmp_path / name
         directory.mkdir()
         run = commands.train(directory, corpus, *keys, *start)
         losses[name] = commands.column(commands.metrics(run), "loss")
         assert commands.column(commands.metrics(run), "step") == [1, 2, 3]
     assert losses["adapted"][0] < losses["fresh"][0] - 0.5, "it knows something from the start"
-    sharded = commands.train(tmp_path, corpus, *keys, f"init_from={straight(ONE)}", "parallel.dp_shard=2", ranks=2)
+    sharded = commands.train(tmp_path, corpus, *keys, *adapted, "parallel.dp_shard=2", ranks=2)
     assert commands.column(commands.metrics(sharded), "loss") == pytest.approx(losses["adapted"], rel=1e-4)
 
 
