@@ -133,6 +133,7 @@ def test_what_we_read_is_what_deepspeed_holds(key: str, saved: Any, monkeypatch:
     equal(open_deepspeed(tag_of(directory), groups_of(model)[0]), wanted)
 
 
+@pytest.mark.slow
 def test_we_read_parameters_dealt_out_round_robin(ranks: Ranks, tmp_path: Path) -> None:
     """DeepSpeed cannot look moments up there, so those of a plain run are what they should be."""
     _, held = ranks.run(Run(2, save=tmp_path, zero={"round_robin_gradients": True}))
@@ -229,7 +230,7 @@ def converted(tag: Path, output: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "key", ["2 shared", "3 shared", *(pytest.param(key, marks=pytest.mark.slow) for key in ("1", "3"))]
+    "key", ["2 shared", *(pytest.param(key, marks=pytest.mark.slow) for key in ("1", "3", "3 shared"))]
 )
 def test_a_universal_checkpoint(key: str, saved: Any, tmp_path: Path) -> None:
     directory, wanted = saved(key)
@@ -242,7 +243,9 @@ def test_a_universal_checkpoint(key: str, saved: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize(("model", "moments"), [("odd", True), ("odd", False), ("even", True)])
+@pytest.mark.parametrize(
+    ("model", "moments"), [("odd", True), ("odd", False), pytest.param("even", True, marks=pytest.mark.slow)]
+)
 def test_deepspeed_goes_on_from_what_we_write(
     stage: int, model: str, moments: bool, ranks: Ranks, tmp_path: Path
 ) -> None:
@@ -304,6 +307,7 @@ def test_deepspeed_goes_on_from_our_universal_checkpoint(
         torch.testing.assert_close(end[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_deepspeeds_converter_reads_what_we_write(tmp_path: Path) -> None:
     before = held_by_plain("odd", 3)
     groups, settings = groups_of("odd")
