@@ -1,11 +1,11 @@
 """What a checkpoint costs a run: how long a save holds up the step, and how fast it is written.
 
-On one process, steps of a decoder alternate: some alone, some right after a save has begun, until it is on the disk.
+On one process, in turn: steps alone, a save alone, and steps right after a save has begun, until it is on the disk.
 `stall` is what `save` takes before the next step may begin, over a step; `slower` is a step while the thread writes,
-over one alone; `bandwidth` is that of the whole write, hashes and fsync included, over that of `dd conv=fsync` of as
-many bytes into the same directory; `memory` is what a save takes beside the model, over the size of its shard.
+over one alone; `bandwidth` is that of a save alone, copy, hashes and fsync included, over that of `dd conv=fsync` of
+as many bytes into the same directory. The first save of all, which allocates the copies, is left out.
 
-Prints one JSON line per save on stdout, then a table on stderr. The goals: a stall below 1, a memory below 1.5.
+Prints one JSON line per save on stdout, then a table on stderr. The goal: a stall below 1.
 """
 
 import argparse
@@ -79,28 +79,21 @@ def run(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
     rows = []
     for number in range(options.saves + 1):
         alone = statistics.median(step() for _ in range(3))
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         begin = time.perf_counter()
-        store.save(engine, engine.optimizer, Progress(number + 1), {})
+        store.save(engine, engine.optimizer, Progress(2 * number + 1), {})
+        store.finish()
+        speed = shard / (time.perf_counter() - begin)
+
+        begin = time.perf_counter()
+        store.save(engine, engine.optimizer, Progress(2 * number + 2), {})
         stall, during = time.perf_counter() - begin, []
         while store.writing is not None and store.writing.is_alive():
             during.append(step())
         store.finish()
-        written = time.perf_counter() - begin
-        extra = resident("VmHWM") - before
-        speed, disk = shard / written, dd(directory / "dd", shard)
         row = {"step_seconds": alone, "megabytes": shard / 1e6, "stall": stall / alone}
-        row |= {"slower": statistics.median(during) / alone if during else 1.0, "bandwidth": speed / disk}
-        rows.append({**row, "megabytes_per_second": speed / 1e6, "memory": extra / shard})
-    # The first allocates the copies, which the others find allocated: it alone shows what memory they take.
-    return [{**row, "memory": rows[0]["memory"]} for row in rows[1:]]
-
-
-def resident(what: str) -> int:
-    """Bytes of this process's memory, now (VmRSS) or at most (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(what)).split()[1]) * 1024
+        row |= {"slower": statistics.median(during) / alone if during else 1.0}
+        rows.append({**row, "megabytes_per_second": speed / 1e6, "bandwidth": speed / dd(directory / "dd", shard)})
+    return rows[1:]
 
 
 def dd(target: Path, size: int) -> float:
