@@ -97,7 +97,7 @@ def run(config: Config, pairs: int, scratch: Path) -> "Turns":
     vocabulary = read_vocabulary(config, plan.sources[0].corpus.directory)
     loader = build_loader(config, plan, vocabulary, *engine.data_rank, pin=device.type == "cuda")
     start_logging(scratch / "run" / "logs", world)
-    trainer = Trainer(config, world, engine, loader, CheckpointStore(scratch / "run" / "checkpoints", 1), {})
+    trainer = Trainer(config, world, engine, loader, CheckpointStore(scratch / "checkpoints"), None, {})
     turns = Turns(BareLoop(config, device), config)
     trainer.recorder.sinks = [*trainer.recorder.sinks, turns]
     turns.start()

@@ -41,9 +41,9 @@ def test_a_run_killed_twice_ends_with_the_same_bits(
 
 
 def test_what_a_kill_in_the_middle_of_a_save_leaves_is_passed_over(corpus: Path, tmp_path: Path) -> None:
-    """Neither a directory that was not renamed yet nor one without its marker is taken for a checkpoint."""
+    """A directory without its marker is not taken for a checkpoint, and goes when the next one is there."""
     run = commands.train(tmp_path, corpus, "run.steps=2")
-    for leftover in ("step_00000003.tmp", "step_00000004"):
+    for leftover in ("step_00000003", "step_00000004"):
         shutil.copytree(commands.newest(run), run / "checkpoints" / leftover)
         (run / "checkpoints" / leftover / "COMMITTED").unlink()
 
@@ -51,7 +51,7 @@ def test_what_a_kill_in_the_middle_of_a_save_leaves_is_passed_over(corpus: Path,
 
     assert "resumed from run/checkpoints/step_00000002" in resumed.stderr
     assert commands.column(commands.metrics(run), "step") == [1, 2, 3, 4, 5]
-    assert not (run / "checkpoints" / "step_00000003.tmp").exists()
+    assert not (run / "checkpoints" / "step_00000003").exists()
 
 
 def assert_same_weights(run: Path, want: Path) -> None:
