@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.checkpoint import store
-from dist_llm.config.load import load_config, refuse
+from dist_llm.config.load import load_saved
 from dist_llm.config.schema import Config
 from dist_llm.errors import ConfigError
 from dist_llm.models.attention import KVCache
@@ -45,9 +45,7 @@ class Sampling:
 def load_model(checkpoint: Path | str, device: torch.device) -> tuple[Decoder, Tokenizer, Config]:
     """The model of a checkpoint (or of a run's newest) on one device, ready to sample."""
     path = store.find(checkpoint)
-    config, violations = load_config(path / "config.yaml")
-    refuse(violations)
-    assert config is not None
+    config = load_saved(path)
     if config.model.architecture == "encoder":
         raise ConfigError(f"{path}: an encoder fills in masks and does not go on with a text; it cannot generate")
     with torch.device("meta"):

@@ -44,7 +44,7 @@ from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import PROGRESS, find, meant, progress_of
 from dist_llm.checkpoint.tensors import NativeWeights
-from dist_llm.config.load import dump, load_config, refuse
+from dist_llm.config.load import dump, load_saved
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert import hub
 from dist_llm.convert.deepspeed_read import open_deepspeed
@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
 def to_hf(options: argparse.Namespace) -> None:
     """Write a directory for Hugging Face's `from_pretrained`."""
     path, dtype = find(options.checkpoint), DTYPES[options.dtype]
-    config, tokenizer = read_config(path), Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
+    config, tokenizer = load_saved(path), Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
     ids = json.loads((path / TOKEN_IDS).read_text(encoding="utf-8")) if (path / TOKEN_IDS).exists() else None
     with made_whole(Path(options.out)) as aside:
         shard_bytes = int(options.shard_gb * 1e9)
@@ -187,7 +187,7 @@ def to_deepspeed(options: argparse.Namespace) -> None:
     if bool(options.stage) == options.universal:
         raise CheckpointError("give either --stage 1, 2 or 3 (and --world), or --universal")
     path = find(options.checkpoint)
-    config, step = read_config(path), progress_of(Folder(path)).step
+    config, step = load_saved(path), progress_of(Folder(path)).step
     groups, settings, shared = groups_of(config)
     with shown(NativeWeights(path), "converting") as weights:
         if options.universal:
@@ -204,7 +204,7 @@ def to_deepspeed(options: argparse.Namespace) -> None:
 def from_deepspeed(options: argparse.Namespace) -> None:
     """Write a checkpoint of a DeepSpeed directory, moments included."""
     like = find(options.like)
-    config = read_config(like)
+    config = load_saved(like)
     groups, _, shared = groups_of(config)
     found = open_deepspeed(Path(options.directory), groups)
     wanted = {f"model.{name}": shape for name, shape in hub.model_shapes(config.model).items()}
@@ -346,14 +346,6 @@ def small_files(path: Path) -> dict[str, bytes]:
         for file in path.iterdir()
         if file.suffix in (".json", ".yaml") and file.name != "manifest.json"
     }
-
-
-def read_config(path: Path) -> Config:
-    """The config of a checkpoint."""
-    config, violations = load_config(path / CONFIG)
-    refuse(violations)
-    assert config is not None
-    return config
 
 
 @contextmanager

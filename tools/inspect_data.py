@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dist_llm.checkpoint.store import of_run
-from dist_llm.config.load import load_config, refuse
+from dist_llm.config.load import load_saved
 from dist_llm.config.schema import CACHE, Config
 from dist_llm.data.corpus import Corpus, Document
 from dist_llm.data.history import HISTORY, History, Segment, parse, reopen
@@ -288,9 +288,7 @@ def open_run(directory: Path) -> tuple[Config, History]:
     """The config and history of a run. Raises DataError where there is none."""
     if not (directory / HISTORY).exists():
         raise DataError(f"--run {directory}: has no {HISTORY}; give the run.dir of a `dist-llm train`")
-    config, violations = load_config(directory / "config.yaml")
-    refuse(violations)
-    assert config is not None
+    config = load_saved(directory)
     return config, parse((directory / HISTORY).read_bytes(), str(directory / HISTORY))
 
 

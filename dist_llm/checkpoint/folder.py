@@ -16,6 +16,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import filesystem
 
+from dist_llm.data.remote import sync_directory
+
 BLOCK_BYTES = 1 << 22
 
 
@@ -83,11 +85,7 @@ class Folder:
     def sync(self) -> None:
         """Make the names in it durable."""
         if self.local is not None:
-            handle = os.open(self.local, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync_directory(self.local)
 
     def remove(self, name: str = "") -> None:
         """One file, or the folder with all that is in it; nothing if it is not there."""

@@ -91,6 +91,14 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: nested too deeply, or an alias (*) inside its own anchor (&)") from None
 
 
+def load_saved(directory: Path) -> Config:
+    """The config that a run or a checkpoint has beside it. Raises ConfigError where it is not valid."""
+    config, violations = load_config(directory / "config.yaml")
+    refuse(violations)
+    assert config is not None
+    return config
+
+
 def dump(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)

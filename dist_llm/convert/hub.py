@@ -60,7 +60,7 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
     if left := sorted(ours.keys() - {pair.ours for pair in table}):
         raise AssertionError(f"not in the table of {family}: {left}")
     parts = dict(groups(table))
-    kept = {name.removeprefix(KEPT): weights for name in weights.shapes if name.startswith(KEPT)}
+    kept = {name.removeprefix(KEPT) for name in weights.shapes if name.startswith(KEPT)}
 
     def ours_of(name: str) -> Tensor:
         tensor = weights.read(f"model.{name}")
@@ -71,7 +71,7 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
         return torch.empty((model.vocab_size, *shape[1:]) if name.startswith(ROWS_OF_IDS) else shape, device="meta")
 
     def make(name: str) -> Tensor:
-        before = {each: weights.read(KEPT + each) for each in {name, SEGMENTS} & kept.keys()}
+        before = {each: weights.read(KEPT + each) for each in {name, SEGMENTS} & kept}
         if name != SEGMENTS:
             return put(parts[name], ours_of, before)
         # As they came, if positions are as they came: they are in them.
@@ -95,8 +95,9 @@ def from_huggingface(theirs: Weights, model: ModelConfig, family: str) -> Weight
     Raises CheckpointError where a tensor is missing, has another shape, or is one that we have no place for.
     """
     ours, table = model_shapes(model), pairs(family, model)
-    place = {_full(name, table): name for name in theirs.shapes}
-    _refuse_leftovers(theirs, place, table)
+    known = {name for pair in table for name in (pair.theirs, pair.plus_row)}
+    place = {_full(name, known): name for name in theirs.shapes}
+    _refuse_leftovers(theirs, place, known)
     of = {pair.ours: pair for pair in table}
     kept = {name for pair in table if pair.skip or pair.plus_row for name in (pair.theirs, pair.plus_row) if name}
 
@@ -124,14 +125,12 @@ def from_huggingface(theirs: Weights, model: ModelConfig, family: str) -> Weight
     return MadeWeights(shapes, make)
 
 
-def _full(name: str, table: list[Pair]) -> str:
+def _full(name: str, known: set[str]) -> str:
     """`name` with the prefix of the body, if it came without."""
-    known = {each for pair in table for each in (pair.theirs, pair.plus_row)}
     return next((prefix + name for prefix in PREFIXES if name not in known and prefix + name in known), name)
 
 
-def _refuse_leftovers(theirs: Weights, place: Mapping[str, str], table: list[Pair]) -> None:
-    known = {each for pair in table for each in (pair.theirs, pair.plus_row)}
+def _refuse_leftovers(theirs: Weights, place: Mapping[str, str], known: set[str]) -> None:
     for full, name in place.items():
         if full in known or COMPUTED.fullmatch(name):
             continue

@@ -184,18 +184,3 @@ FAMILIES: dict[str, Callable[[ModelConfig], Iterator[Pair]]] = {
     "bart": _bart,
     "nanogpt": _nanogpt,
 }
-
-
-@torch.no_grad()
-def copy_weights(model: torch.nn.Module, family: str, config: ModelConfig, theirs: Mapping[str, Tensor]) -> None:
-    """Set every parameter of `model` from a Hugging Face state dict; padding rows of the vocabulary become zero.
-
-    Raises KeyError where one of theirs is missing, and ValueError where one of ours is not in the table.
-    """
-    left = dict(model.named_parameters())
-    for pair in pairs(family, config):
-        parameter, tensor = left.pop(pair.ours), take(pair, theirs)
-        parameter.zero_()
-        parameter[: len(tensor)] = tensor
-    if left:
-        raise ValueError(f"not in the table of {family}: {', '.join(sorted(left))}")

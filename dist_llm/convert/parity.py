@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_llm.checkpoint import store
-from dist_llm.config.load import load_config, refuse
+from dist_llm.config.load import load_saved
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build import build_model
 from dist_llm.models.visibility import Source, Visibility
@@ -27,9 +27,7 @@ def compare(ours: Path, theirs: Path, dtype: torch.dtype = torch.float32) -> str
         import transformers
     except ImportError:
         raise CheckpointError("--check needs `transformers`: pip install transformers") from None
-    config, violations = load_config(ours / "config.yaml")
-    refuse(violations)
-    assert config is not None
+    config = load_saved(ours)
     mine = build_model(config.model).eval()
     store.load(ours, mine)
     mine.to(dtype).float()

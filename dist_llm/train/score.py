@@ -2,7 +2,7 @@
 
 from dist_llm.checkpoint import store
 from dist_llm.config.check import resolve
-from dist_llm.config.load import load_config, refuse
+from dist_llm.config.load import load_saved
 from dist_llm.config.schema import ParallelConfig
 from dist_llm.data.shard import Split
 from dist_llm.data.streams import hides_prompts, open_corpora
@@ -19,9 +19,7 @@ from dist_llm.train.settings import read_vocabulary
 def score(checkpoint: str, data: str | None, split: Split, micro_batch: int, world: World) -> Evaluation:
     """Evaluate and, on rank 0, print. The model is sharded over all ranks, whatever it was trained on."""
     path = store.find(checkpoint, world.rank, world.size)
-    config, violations = load_config(path / "config.yaml")
-    refuse(violations)
-    assert config is not None
+    config = load_saved(path)
     chosen = config.data.model_copy(update={"path": data, "sources": ()}) if data else config.data
     corpora = open_corpora(chosen, split)
     for corpus in corpora.values():

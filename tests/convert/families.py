@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
+from dist_llm.convert.hub import from_huggingface
 from dist_llm.convert.huggingface import model_config
-from dist_llm.convert.keys import copy_weights
+from dist_llm.convert.weights import DictWeights
 from dist_llm.models.build import build_model
 
 VOCAB, S, T = 61, 12, 16
@@ -74,5 +75,8 @@ def build(family: str) -> tuple[Any, Any, Any]:
     theirs = their_model(family)
     config = model_config(theirs.config.to_dict())
     ours = build_model(config).eval()
-    copy_weights(ours, family, config, theirs.state_dict())
+    view = from_huggingface(DictWeights(theirs.state_dict()), config, family)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            parameter.copy_(view.read(f"model.{name}"))
     return theirs, ours, config

@@ -30,6 +30,7 @@ from dist_llm.models.build import build_model
 from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, Tokenizer
 from tests.convert.families import FAMILIES, their_model
+from tests.laws.layouts import BART, BERT
 
 transformers = pytest.importorskip("transformers")
 
@@ -104,17 +105,7 @@ OURS: dict[str, dict[str, Any]] = {
         "activation": "geglu_tanh",
         "attention_scale": 1.0,
     },
-    "bart": {
-        "architecture": "encoder_decoder",
-        "n_encoder_layers": 2,
-        "positions": "learned",
-        "norm": "layernorm",
-        "norm_order": "post",
-        "norm_embedding": True,
-        "bias": True,
-        "activation": "gelu",
-        "tie_embeddings": True,
-    },
+    "bart": {**BART, "n_encoder_layers": 2, "n_kv_heads": 4},
 }
 
 
@@ -154,21 +145,8 @@ def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     return directory
 
 
-BERT = {
-    "architecture": "encoder",
-    "positions": "learned",
-    "norm": "layernorm",
-    "norm_order": "post",
-    "norm_embedding": True,
-    "bias": True,
-    "activation": "gelu",
-    "tie_embeddings": True,
-    "head": "mlm",
-}
-
-
 def test_our_encoder_there_and_back(tool: Callable[..., int], tmp_path: Path) -> None:
-    ours = our_checkpoint(tmp_path / "ours", BERT)
+    ours = our_checkpoint(tmp_path / "ours", {**BERT, "n_kv_heads": 4})
     assert tool("to-hf", ours, tmp_path / "theirs", "--check") == 0
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "again", "--check") == 0
     first, again = NativeWeights(ours), NativeWeights(tmp_path / "again")
