@@ -129,11 +129,7 @@ def test_a_full_disk_ends_the_run_on_all_ranks_and_room_lets_it_go_on(
     )
     failed = commands.run(*arguments, ranks=2, cwd=tmp_path, succeed=False)
     assert failed.returncode != 0
-    logs = [path.read_text() for path in sorted((tmp_path / "run" / "logs").iterdir())]
-    messages = [re.findall(r"step_\d+: cannot be written: .*", log)[-1] for log in logs]
-    assert len(messages) == 2
-    assert messages[0] == messages[1]
-    assert "No space left on device" in messages[0]
+    assert "No space left on device" in said_by_both(tmp_path / "run")
     saved = sorted(small_disk.glob("step_*"))
     assert saved
     assert all((path / "COMMITTED").exists() for path in saved), "older ones are whole, and the failed one is gone"
@@ -142,6 +138,22 @@ def test_a_full_disk_ends_the_run_on_all_ranks_and_room_lets_it_go_on(
     resumed = commands.run(*arguments, ranks=2, cwd=tmp_path)
     assert f"resumed from {saved[-1]}" in resumed.stderr
     assert (small_disk / "step_00000020" / "COMMITTED").exists()
+
+
+def said_by_both(run: Path) -> str:
+    """Why two ranks could not save, which is the same."""
+    first, second = (path.read_text() for path in sorted((run / "logs").iterdir()))
+    pattern = r"step_\d+: cannot be written: .*"
+    assert re.findall(pattern, first)[-1] == re.findall(pattern, second)[-1]
+    return str(re.findall(pattern, first)[-1])
+
+
+def test_a_disk_that_is_read_only(small_disk: Path, corpus: Path, tmp_path: Path) -> None:
+    assert mount("-o", "remount,ro", small_disk) == 0
+    arguments = commands.train_arguments(corpus, *SHARDED.overrides, f"checkpoint.dir={small_disk}", "run.steps=2")
+    failed = commands.run(*arguments, ranks=2, cwd=tmp_path, succeed=False)
+    assert failed.returncode != 0
+    assert "Read-only file system" in said_by_both(tmp_path / "run")
 
 
 def test_checkpoints_elsewhere_are_not_begun_over(corpus: Path, tmp_path: Path) -> None:
