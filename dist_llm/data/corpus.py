@@ -93,12 +93,16 @@ class Corpus:
                 shard.announce(start, length)
         begin = time.perf_counter()
         for row, start, shard, number in zip(rows, starts, shards, numbers, strict=True):
-            piece = shard.tokens[start - shard.first : start - shard.first + length]
-            row[: len(piece)] = piece
-            while len(piece) < len(row):  # the window goes on in the next shard
-                row, number = row[len(piece) :], number + 1
-                piece = self._open(number).tokens[: len(row)]
-                row[: len(piece)] = piece
+            start -= shard.first
+            if (fits := shard.n_tokens - start) >= length:
+                row[:] = shard.tokens[start : start + length]
+                continue
+            row[:fits] = shard.tokens[start:]
+            while fits < length:  # the window goes on in the next shard
+                number += 1
+                piece = self._open(number).tokens[: length - fits]
+                row[fits : fits + len(piece)] = piece
+                fits += len(piece)
         # What was copied slower than any memory's pace came from a disk, and so will what follows.
         self._from_disk = rows.nbytes < (time.perf_counter() - begin) * MEMORY_BYTES_PER_SECOND
 
@@ -209,7 +213,7 @@ class _Mapped:
     """One shard in memory, whose first token is number `first` of the corpus."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any], skip_bytes: int, tokens: int, first: int) -> None:
-        self.first, self.skip_bytes, self.itemsize = first, skip_bytes, dtype.itemsize
+        self.first, self.n_tokens, self.skip_bytes, self.itemsize = first, tokens, skip_bytes, dtype.itemsize
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
         content = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)

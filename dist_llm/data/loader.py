@@ -66,14 +66,14 @@ class Loader:
     def _make(self, first: int) -> list[Batch]:
         samples, streams, places = self._find(first)
         windows = self._read(streams, places)
-        sources, members = np.divmod(streams, len(self.objective.members))
-        owners = members.tolist() if len(self.objective.members) > 1 else ()
+        members = len(self.objective.members)
+        owners = (streams % members).tolist() if members > 1 else ()
         batches = []
         for start in range(0, len(samples), self.micro_batch):
             rows = slice(start, start + self.micro_batch)
             batch = self.objective(windows[rows], samples[rows], owners[rows])
             if len(self.plan.sources) > 1:
-                batch = replace(batch, sources_B=torch.from_numpy(sources[rows]))
+                batch = replace(batch, sources_B=torch.from_numpy(streams[rows] // members))
             batches.append(batch)
         return [batch.pin() for batch in batches] if self.pin else batches
 

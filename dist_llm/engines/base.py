@@ -35,7 +35,7 @@ class Engine(Protocol):
         ...
 
     def cut(self, batch: Batch) -> Batch:
-        """The tokens of `batch` that this rank works on: all, or its part of each sequence."""
+        """The tokens of `batch` that this rank works on, on its device: all, or its part of each sequence."""
         ...
 
     def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:

@@ -73,14 +73,13 @@ class NativeEngine:
         return [int(each) for each in torch.cat(every).tolist()]
 
     def cut(self, batch: Batch) -> Batch:
-        return local_part(batch, self._place("cp"), self.config.parallel.cp)
+        return local_part(batch, self._place("cp"), self.config.parallel.cp).to(self.device)
 
     def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
         for part in self.parts:
             part.train()
         scale = self.loss_scale.value if self.loss_scale else 1.0
         scored = scored.clamp(min=1) / scale
-        batches = [batch.to(self.device) for batch in batches]
         if self.pipeline is None:
             losses = self._accumulate(batches, scored, step)
         else:
@@ -133,7 +132,6 @@ class NativeEngine:
     def score(self, batch: Batch) -> Tensor:
         for part in self.parts:
             part.eval()
-        batch = batch.to(self.device)
         with self._precision():
             return self._forward(batch) if self.pipeline is None else self.pipeline.score(batch)
 

@@ -14,7 +14,10 @@ from dist_llm.models.visibility import Source, Visibility
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences of S tokens; a target of IGNORE is not scored. `scored` counts the others."""
+    """B sequences of S tokens; a target of IGNORE is not scored. `scored` counts the others.
+
+    Ids that are read and not made may have the corpus's own narrow type until `to` widens them.
+    """
 
     inputs_BS: Tensor
     targets_BS: Tensor
@@ -55,11 +58,16 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """On the device, and int64 there: a quarter of the bytes is copied."""
+        return self._map(lambda tensor: _wide(tensor.to(device, non_blocking=True)))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         fields = pytree.tree_map_only(Tensor, function, {**vars(self), "samples_B": None})
         return Batch(**{**fields, "samples_B": self.samples_B})
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32) else tensor
 
 
 def count_scored(targets_BS: Tensor) -> int:

@@ -41,7 +41,7 @@ class Objective:
         numbers_B = torch.from_numpy(samples_B)
         draws_B = mix(numbers_B ^ self._mixed_seed) if self.form.draws else None
         if self.plain:
-            tokens_BW = torch.from_numpy(np.asarray(windows).astype(np.int64))
+            tokens_BW = torch.from_numpy(np.asarray(windows))
             targets_BS = tokens_BW[:, 1:]
             return Batch(
                 tokens_BW[:, :-1], targets_BS, CAUSAL, targets_BS.numel(), draws_B=draws_B, samples_B=numbers_B
@@ -54,7 +54,7 @@ class Objective:
     def _mixed_seed(self) -> torch.Tensor:
         return mix(torch.tensor(self.seed))  # once: it would be a third of the price of a small batch
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether a batch is nothing but windows and their next tokens."""
         causal = all(each.name == "causal" for each, _ in self.members)

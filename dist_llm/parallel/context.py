@@ -28,6 +28,7 @@ def local_part(batch: Batch, rank: int, ranks: int) -> Batch:
     """This rank's two pieces of each sequence, with the positions they have in the whole."""
     if ranks == 1:
         return batch
+    batch = batch.to(batch.inputs_BS.device)  # widened: unsigned ids cannot be compared with IGNORE
     B, S = batch.inputs_BS.shape
     places_BS = torch.arange(S).expand(B, S)
     positions_BS = batch.positions_BS if batch.positions_BS is not None else places_BS

@@ -40,5 +40,5 @@ def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor
     """This rank's part of [2, sources]: of the loss, and of the scored tokens."""
     owners = torch.cat([batch.sources_B for batch in batches if batch.sources_B is not None])
     counts = torch.cat([(batch.targets_BS != IGNORE).sum(-1) for batch in batches])
-    rows = torch.stack((losses, counts.to(losses, non_blocking=True)))
-    return rows.new_zeros(2, sources).index_add_(1, owners.to(losses.device, non_blocking=True), rows)
+    rows = torch.stack((losses, counts.to(losses)))
+    return rows.new_zeros(2, sources).index_add_(1, owners, rows)

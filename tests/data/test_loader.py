@@ -14,10 +14,12 @@ from dist_llm.data.order import Mixture, Random, Shuffle
 from dist_llm.data.plan import Plan, Stage
 from dist_llm.data.streams import Source, Stream, build_order
 from dist_llm.errors import DataError
+from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.build import Objective
 from dist_llm.objectives.rows import Form
 from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.parallel.context import local_part
 
 SEQ = 4
 BATCH = 24  # divides by every world size below
@@ -81,12 +83,21 @@ def test_microbatches_cut_the_share_and_keep_its_order(micro, corpus):
 
 
 def test_a_batch_is_inputs_and_the_tokens_that_follow(corpus):
-    (batch,) = loader(corpus, micro_batch=BATCH).batches(0)
+    (narrow,) = loader(corpus, micro_batch=BATCH).batches(0)
+    assert narrow.inputs_BS.numpy().dtype == corpus.dtype, "the corpus's type is all that is copied to a device"
+    batch = narrow.to(torch.device("cpu"))
     assert batch.inputs_BS.dtype == batch.targets_BS.dtype == torch.int64
     assert batch.inputs_BS.shape == (BATCH, SEQ)
     assert torch.equal(batch.targets_BS, batch.inputs_BS + 1), "the corpus counts"
     assert torch.equal(batch.inputs_BS[:, 1:], batch.targets_BS[:, :-1])
     assert (batch.visible, batch.scored) == (CAUSAL, BATCH * SEQ)
+
+
+def test_the_id_whose_bits_are_those_of_ignore_is_scored_when_a_sequence_is_cut():
+    ids = np.full((2, SEQ + 1), IGNORE, np.int16).view("<u2")  # 65436
+    batch = CAUSAL_ONLY(ids, np.arange(2))
+    parts = [local_part(batch, rank, 2) for rank in range(2)]
+    assert sum(part.scored for part in parts) == batch.scored == 2 * SEQ
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
