@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dist_llm.checkpoint.state import Progress, moments, weights
+from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.check import resolve
 from dist_llm.config.schema import CheckpointConfig, Config
@@ -75,17 +75,17 @@ def run(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
 
     store = CheckpointStore(directory / "checkpoints", CheckpointConfig(keep=1))
     step()
-    shard = sum(tensor.nbytes for tensor in (weights(engine) | moments(engine, engine.optimizer)).values())
+    shard = sum(tensor.nbytes for tensor in (engine.state.weights() | engine.state.moments()).values())
     rows = []
     for number in range(options.saves + 1):
         alone = statistics.median(step() for _ in range(3))
         begin = time.perf_counter()
-        store.save(engine, engine.optimizer, Progress(2 * number + 1), {})
+        store.save(engine.state, Progress(2 * number + 1), {})
         store.finish()
         speed = shard / (time.perf_counter() - begin)
 
         begin = time.perf_counter()
-        store.save(engine, engine.optimizer, Progress(2 * number + 2), {})
+        store.save(engine.state, Progress(2 * number + 2), {})
         stall, during = time.perf_counter() - begin, []
         while store.writing is not None and store.writing.is_alive():
             during.append(step())

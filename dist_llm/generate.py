@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.checkpoint import store
+from dist_llm.checkpoint.state import Held
 from dist_llm.config.load import load_saved
 from dist_llm.config.schema import Config
 from dist_llm.errors import ConfigError
@@ -51,7 +52,7 @@ def load_model(checkpoint: Path | str, device: torch.device) -> tuple[Decoder, T
     with torch.device("meta"):
         model = build_model(config.model)
     model.to_empty(device=device)
-    store.load(path, model)
+    store.load(path, Held(model), moments=False)
     return model.eval(), Tokenizer.load(path), config
 
 

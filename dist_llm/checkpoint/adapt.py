@@ -5,31 +5,30 @@ checkpoint knows are taken from it; those of new ids keep the initial values tha
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, optim
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch import Tensor
 
-from dist_llm.checkpoint.state import Named, allocate_moments, copy_to_twins, moments, weights
+from dist_llm.checkpoint.boxes import placed
+from dist_llm.checkpoint.state import State
 from dist_llm.checkpoint.store import read, refuse_other_model, shapes
-from dist_llm.parallel.mesh import local
 
 ROWS_OF_IDS = ("embed.tokens.weight", "head.out.weight", "head.bias")
 
 
 @torch.no_grad()
-def start_from(path: Path, model: Named, optimizer: optim.Optimizer | None, known_ids: int) -> None:
-    """Set `model` (with its initial values), and the moments if there is an optimizer, from a checkpoint that knows
+def start_from(path: Path, held: State, moments: bool, known_ids: int) -> None:
+    """Set the initial values that the ranks hold, and the moments if they are wanted, from a checkpoint that knows
     the first `known_ids` ids.
 
     Raises CheckpointError where it lacks a parameter of the model, or has it in another shape.
     """
     saved = shapes(path)
-    state = weights(model)
-    if optimizer is not None:
-        allocate_moments(model, optimizer, {name: shape for name, shape in saved.items() if name.startswith("optim.")})
-        state |= moments(model, optimizer)
+    state = held.weights()
+    if moments:
+        held.allocate_moments(saved)
+        state |= held.moments()
     tables = {name: tensor for name, tensor in state.items() if name.split(".", 1)[1].startswith(ROWS_OF_IDS)}
     tables = {name: tensor for name, tensor in tables.items() if tensor.ndim and name in saved}
     rest = {name: tensor for name, tensor in state.items() if name not in tables}
@@ -37,17 +36,15 @@ def start_from(path: Path, model: Named, optimizer: optim.Optimizer | None, know
     # Whole, on every rank: rows need not lie where they will be.
     whole = {name: torch.empty(saved[name]) for name in tables}
     read(path, rest | whole)
-    for name, tensor in tables.items():
-        _copy_rows(tensor, whole[name][:known_ids])
-    copy_to_twins(model, optimizer)
+    for name, table in tables.items():
+        _copy_rows(table, whole[name][:known_ids])
+    held.settle()
 
 
-def _copy_rows(tensor: Tensor, known: Tensor) -> None:
-    """The rows that this rank has of `known`."""
-    first = 0
-    if isinstance(tensor, DTensor):
-        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        first = offset[0]
-    mine = local(tensor)
-    rows = known[first : first + len(mine)]
-    mine[: len(rows)] = rows.to(mine.device)
+def _copy_rows(table: Any, known: Tensor) -> None:
+    """What this rank has of `known`."""
+    for (first, *columns), mine in placed(table):
+        rows = known[first : first + len(mine)]
+        for dimension, start in enumerate(columns, 1):
+            rows = rows.narrow(dimension, start, mine.shape[dimension])
+        mine[: len(rows)] = rows.to(mine.device)

@@ -44,51 +44,78 @@ class Named(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-def weights(model: Named) -> dict[str, Any]:
-    """{"model.NAME": parameter}: the tensors that are written and read in place."""
-    return {f"model.{name}": parameter.detach() for name, parameter in _first(model).items()}
+class State(Protocol):
+    """What a rank holds of a run's tensors, by the names of a checkpoint; each a tensor, a DTensor or `Boxes`."""
+
+    def weights(self) -> dict[str, Any]:
+        """{"model.NAME": parameter}, to be written, and read in place."""
+        ...
+
+    def moments(self) -> dict[str, Any]:
+        """{"optim.NAME.KEY": tensor} of every parameter that has been stepped."""
+        ...
+
+    def allocate_moments(self, saved: Mapping[str, tuple[int, ...]]) -> None:
+        """Give each parameter the state that `saved` (name -> shape) lists, zero, for `moments` to be read into.
+
+        The optimizer's settings are not in a checkpoint: those of the config in hand hold.
+        """
+        ...
+
+    def settle(self) -> None:
+        """After reading: bring up to date what is made of the tensors read."""
+        ...
 
 
-def moments(model: Named, optimizer: optim.Optimizer) -> dict[str, Any]:
-    """{"optim.NAME.KEY": tensor} of every parameter that has been stepped."""
-    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    assert known >= {parameter for _, parameter in model.named_parameters()}, "moments would be left out"
-    return {
-        f"optim.{name}.{key}": value
-        for name, parameter in _first(model).items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
+@dataclass(frozen=True)
+class Held:
+    """`State` of plain torch: a model's parameters, and the moments if there is an optimizer."""
+
+    model: Named
+    optimizer: optim.Optimizer | None = None
+
+    def weights(self) -> dict[str, Any]:
+        return {f"model.{name}": parameter.detach() for name, parameter in self._first().items()}
+
+    def moments(self) -> dict[str, Any]:
+        if self.optimizer is None:
+            return {}
+        known = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        assert known >= {parameter for _, parameter in self.model.named_parameters()}, "moments would be left out"
+        return {
+            f"optim.{name}.{key}": value
+            for name, parameter in self._first().items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def allocate_moments(self, saved: Mapping[str, tuple[int, ...]]) -> None:
+        if self.optimizer is None:
+            return
+        for name, parameter in self.model.named_parameters():
+            for key, shape in saved_moments(saved, name).items():
+                empty = torch.zeros_like(parameter) if shape else torch.zeros((), device=parameter.device)
+                self.optimizer.state[parameter][key] = empty
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """A rank that holds a tied weight twice (both ends of a pipeline) has read it once."""
+        first = self._first()
+        for name, parameter in self.model.named_parameters():
+            if parameter is not first[name]:
+                parameter.copy_(first[name])
+                state = self.optimizer.state if self.optimizer is not None else {}
+                for key, value in state.get(parameter, {}).items():
+                    value.copy_(state[first[name]][key])
+
+    def _first(self) -> dict[str, nn.Parameter]:
+        found: dict[str, nn.Parameter] = {}
+        for name, parameter in self.model.named_parameters():
+            found.setdefault(name, parameter)
+        return found
 
 
-def allocate_moments(model: Named, optimizer: optim.Optimizer, saved: Mapping[str, tuple[int, ...]]) -> None:
-    """Give each parameter the state that `saved` (name -> shape) lists, zero, for `moments` to be read into.
-
-    The optimizer's settings are not in a checkpoint: those of the config in hand hold.
-    """
-    for name, parameter in model.named_parameters():
-        prefix = f"optim.{name}."
-        for key in (k.removeprefix(prefix) for k in saved if k.startswith(prefix)):
-            if saved[prefix + key]:
-                optimizer.state[parameter][key] = torch.zeros_like(parameter)
-            else:
-                optimizer.state[parameter][key] = torch.zeros((), device=parameter.device)
-
-
-@torch.no_grad()
-def copy_to_twins(model: Named, optimizer: optim.Optimizer | None) -> None:
-    """After reading: a rank that holds a tied weight twice (both ends of a pipeline) has read it once."""
-    first = _first(model)
-    for name, parameter in model.named_parameters():
-        if parameter is not first[name]:
-            parameter.copy_(first[name])
-            state = optimizer.state if optimizer is not None else {}
-            for key, value in state.get(parameter, {}).items():
-                value.copy_(state[first[name]][key])
-
-
-def _first(model: Named) -> dict[str, nn.Parameter]:
-    found: dict[str, nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
-        found.setdefault(name, parameter)
-    return found
+def saved_moments(saved: Mapping[str, tuple[int, ...]], name: str) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of the moments that a checkpoint has of a parameter."""
+    prefix = f"optim.{name}."
+    return {key.removeprefix(prefix): shape for key, shape in saved.items() if key.startswith(prefix)}

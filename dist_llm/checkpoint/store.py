@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import optim
+from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from dist_llm.checkpoint.boxes import Boxes, piece_of
 from dist_llm.checkpoint.folder import Folder, FolderReader
 from dist_llm.checkpoint.manifest import MANIFEST, MARKER, DamagedError, read_manifest, verify
-from dist_llm.checkpoint.state import Named, Progress, allocate_moments, copy_to_twins, moments, weights
+from dist_llm.checkpoint.state import Progress, State
 from dist_llm.checkpoint.writing import Copies, Team, Writing, assume_one_process
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import CACHE, CheckpointConfig
@@ -85,17 +87,17 @@ class CheckpointStore:
             )
         return None
 
-    def save(self, model: Named, optimizer: optim.Optimizer, progress: Progress, files: Mapping[str, bytes]) -> None:
-        """Begin to write what the model, the optimizer and `files` are now; `poll` and `finish` say how that went.
+    def save(self, held: State, progress: Progress, files: Mapping[str, bytes]) -> None:
+        """Begin to write what the ranks hold, and `files`, as they are now; `poll` and `finish` say how that went.
 
         Raises CheckpointError where the save before it failed.
         """
         self.finish()
-        state = weights(model) | moments(model, optimizer)
+        state = held.weights() | held.moments()
         folder = self.directory / f"step_{progress.step:08d}"
         files = {PROGRESS: json.dumps(progress.as_dict()).encode(), **files}
         background = self.config.background
-        values = self.copies.take(state) if background else {name: local(tensor) for name, tensor in state.items()}
+        values = self.copies.take(state) if background else {name: local(each) for name, each in state.items()}
         self.writing = Writing(self._ranks(), folder, state, values, files, lambda: self._prune(folder))
         if background:
             self.writing.start()
@@ -219,21 +221,21 @@ def _fetch(folder: Folder) -> Path:
     return target
 
 
-def load(folder: Folder | Path, model: Named, optimizer: optim.Optimizer | None = None) -> Progress:
-    """Read the weights, and the moments if there is an optimizer, into whatever layout `model` has.
+def load(folder: Folder | Path, held: State, moments: bool = True) -> Progress:
+    """Read the weights, and the moments if they are wanted, into whatever layout the ranks have.
 
     Raises CheckpointError where the checkpoint lacks a parameter of the model or has it in another
     shape. (That it holds more is no error: a pipeline stage asks for its own part.)
     """
     folder = Folder(folder)
     saved = shapes(folder)
-    refuse_other_model(folder, weights(model), saved)
-    state = weights(model)
-    if optimizer is not None:
-        allocate_moments(model, optimizer, saved)
-        state |= moments(model, optimizer)
+    state = held.weights()
+    refuse_other_model(folder, state, saved)
+    if moments:
+        held.allocate_moments(saved)
+        state |= held.moments()
     read(folder, state)
-    copy_to_twins(model, optimizer)
+    held.settle()
     return progress_of(folder)
 
 
@@ -251,7 +253,24 @@ def read(folder: Folder | Path, state: dict[str, Any]) -> None:
     alone = not dist.is_initialized()
     if alone:
         assume_one_process()
-    state_dict_loader.load(state, storage_reader=FolderReader(Folder(folder)), no_dist=alone)
+    state_dict_loader.load(state, storage_reader=FolderReader(Folder(folder)), planner=_Planner(), no_dist=alone)
+
+
+class _Planner(DefaultLoadPlanner):
+    """Knows boxes, of which torch's makes None where it looks for tensors on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        held = self.state_dict[index.fqn]
+        found: Tensor = piece_of(held, index) if isinstance(held, Boxes) else super().lookup_tensor(index)
+        return found
 
 
 def refuse_other_model(folder: Folder | Path, wanted: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> None:

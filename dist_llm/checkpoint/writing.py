@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dist_llm.checkpoint import manifest
+from dist_llm.checkpoint.boxes import Boxes, Offset, piece_of
 from dist_llm.checkpoint.folder import Folder, FolderWriter, Written
 from dist_llm.errors import CheckpointError, UserError
 from dist_llm.parallel.mesh import local
@@ -60,19 +61,25 @@ class Copies:
     """Host copies of a state's tensors (of this rank's parts), in buffers that the next copy uses again."""
 
     def __init__(self) -> None:
-        self.buffers: dict[str, Tensor] = {}
+        self.buffers: dict[tuple[str, Offset], Tensor] = {}
 
-    def take(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def take(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The values of now. Returns when they are there."""
-        for name, tensor in state.items():
-            mine, buffer = local(tensor), self.buffers.get(name)
-            if buffer is None or buffer.shape != mine.shape or buffer.dtype != mine.dtype:
-                buffer = torch.empty(mine.shape, dtype=mine.dtype, pin_memory=mine.is_cuda)
-                self.buffers[name] = buffer
-            buffer.copy_(mine, non_blocking=True)
+        values = {name: self._copy(name, held) for name, held in state.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return {name: self.buffers[name] for name in state}
+        return values
+
+    def _copy(self, name: str, held: Any) -> Any:
+        if not isinstance(held, Boxes):
+            return self._filled((name, ()), local(held))
+        return Boxes(held.shape, {at: self._filled((name, at), piece) for at, piece in held.pieces.items()})
+
+    def _filled(self, key: tuple[str, Offset], tensor: Tensor) -> Tensor:
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self.buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return buffer.copy_(tensor, non_blocking=True)
 
 
 class Writing(threading.Thread):
@@ -86,8 +93,8 @@ class Writing(threading.Thread):
         self,
         team: Team,
         folder: Folder,
-        state: Mapping[str, Tensor],
-        values: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        values: Mapping[str, Any],
         files: Mapping[str, bytes],
         afterwards: Callable[[], None] = lambda: None,
         one_file: bool = True,
@@ -163,12 +170,12 @@ def assume_one_process() -> None:
 class _Planner(DefaultSavePlanner):
     """Plans as the state lies; writes the values that were copied of it."""
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__()
         self.values = values
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.values[index.fqn]
+        return piece_of(self.values[index.fqn], index)
 
 
 def _describe(error: BaseException) -> str:

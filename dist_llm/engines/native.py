@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dist_llm.checkpoint.state import Held, State
 from dist_llm.config.schema import Config
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
@@ -57,6 +58,10 @@ class NativeEngine:
                 if isinstance(module, FSDPModule):
                     module.reshard()
             yield from part.named_parameters()
+
+    @property
+    def state(self) -> State:
+        return Held(self, self.optimizer)
 
     def total(self, value: Tensor | int) -> Tensor:
         counts = self.pipeline is None or self.pipeline.last  # one stage speaks for its pipeline

@@ -137,7 +137,7 @@ class Trainer:
         self.recorder.flush()
         self.progress.loss_scale = self.engine.loss_scale
         self.progress.source_tokens = self.recorder.source_tokens
-        self.store.save(self.engine, self.engine.optimizer, self.progress, self.files)
+        self.store.save(self.engine.state, self.progress, self.files)
         self.recorder.restart_clock(self.progress.tokens)
 
     def _resume(self, start: Folder | Path | None) -> Progress:
@@ -146,7 +146,7 @@ class Trainer:
         if isinstance(start, Path):
             self._adapt(start)
             return Progress()
-        progress = checkpoints.load(start, self.engine, self.engine.optimizer)
+        progress = checkpoints.load(start, self.engine.state)
         if self.engine.loss_scale is not None and progress.loss_scale is not None:
             self.engine.loss_scale = progress.loss_scale
         log.info("resumed from %s", start)
@@ -157,7 +157,7 @@ class Trainer:
         before, _ = load_config(path / "config.yaml")
         assert before is not None
         known = min(before.model.vocab_size, self.config.model.vocab_size)
-        start_from(path, self.engine, self.engine.optimizer if self.config.init_optimizer == "keep" else None, known)
+        start_from(path, self.engine.state, self.config.init_optimizer == "keep", known)
         log.info("starting from %s, %d ids of it known", path, known)
 
     def _heldout(self, objective: Objective) -> Heldout | None:

@@ -34,7 +34,7 @@ def score(checkpoint: str, data: str | None, split: Split, micro_batch: int, wor
     device = device_of(world)
     with process_group(world, device):
         engine = NativeEngine(config, device)
-        progress = store.load(path, engine)
+        progress = store.load(path, engine.state, moments=False)
         result = evaluate(engine, heldout)
         del engine
     if world.main:

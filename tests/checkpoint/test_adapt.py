@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_llm.checkpoint.adapt import start_from
-from dist_llm.checkpoint.state import Progress, moments, weights
+from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
@@ -37,14 +37,14 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
             batch.targets_BS.clamp_(max=OLD - 1)
         train_step(engine, batches, 1e-3, step)
     path = saved_now(CheckpointStore(tmp_path), engine, Progress(step=2), {})
-    state = weights(engine) | moments(engine, engine.optimizer)
+    state = engine.state.weights() | engine.state.moments()
     return path, {name: whole(tensor) for name, tensor in state.items()}
 
 
 def adapted(resolved: Config, path: Path, keep: bool, known: int) -> dict[str, torch.Tensor]:
     engine = NativeEngine(resolved, CPU)
-    start_from(path, engine, engine.optimizer if keep else None, known)
-    return {name: whole(tensor) for name, tensor in (weights(engine) | moments(engine, engine.optimizer)).items()}
+    start_from(path, engine.state, keep, known)
+    return {name: whole(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()}
 
 
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2}), Layout(2, {"tp": 2})], ids=str)
@@ -53,7 +53,7 @@ def test_known_rows_are_kept_and_new_ones_begin(layout: Layout, keep: bool, save
     path, old = saved
     resolved = config(NEW, layout.ranks, **layout.parallel)
     fresh = NativeEngine(config(NEW), CPU)
-    beginning = {name: whole(tensor) for name, tensor in weights(fresh).items()}
+    beginning = {name: whole(tensor) for name, tensor in fresh.state.weights().items()}
     if layout.ranks == 1:
         found = adapted(resolved, path, keep, OLD)
     else:
@@ -78,4 +78,4 @@ def test_another_model_is_refused(saved: tuple) -> None:
     path, _ = saved
     engine = NativeEngine(config_of(1, {"vocab_size": NEW, "d_ff": 64}), CPU)
     with pytest.raises(CheckpointError, match=r"feedforward.gate.weight has shape .* use the `model` section"):
-        start_from(path, engine, None, OLD)
+        start_from(path, engine.state, False, OLD)

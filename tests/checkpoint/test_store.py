@@ -9,7 +9,7 @@ import torch
 
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.manifest import MARKER
-from dist_llm.checkpoint.state import Progress, moments, weights
+from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig, Config
 from dist_llm.engines.native import NativeEngine
@@ -32,7 +32,7 @@ def stepped(config: Config, steps: int = 2) -> NativeEngine:
 
 
 def values(engine: NativeEngine) -> dict[str, torch.Tensor]:
-    state = weights(engine) | moments(engine, engine.optimizer)
+    state = engine.state.weights() | engine.state.moments()
     return {name: whole(tensor) for name, tensor in state.items()}
 
 
@@ -44,7 +44,7 @@ def save_in_world(config: Config, directory: Path) -> dict[str, torch.Tensor]:
 
 def load_in_world(config: Config, path: Path) -> dict[str, torch.Tensor]:
     engine = NativeEngine(config, CPU)
-    store.load(path, engine, engine.optimizer)
+    store.load(path, engine.state)
     return values(engine)
 
 
@@ -55,7 +55,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     path = saved(CheckpointStore(tmp_path), engine, progress, FILES)
 
     fresh = NativeEngine(config, CPU)
-    assert store.load(path, fresh, fresh.optimizer) == progress
+    assert store.load(path, fresh.state) == progress
     for name, value in values(engine).items():
         assert torch.equal(values(fresh)[name], value), name
     assert (path / "config.yaml").read_bytes() == FILES["config.yaml"]
@@ -65,7 +65,7 @@ def test_settings_of_the_optimizer_come_from_the_config(tmp_path: Path) -> None:
     engine = stepped(config_of(1, {}, optim=ADAMW))
     path = saved(CheckpointStore(tmp_path), engine, Progress(2), FILES)
     other = NativeEngine(config_of(1, {}, optim=ADAMW | {"weight_decay": 0.3, "beta2": 0.9}), CPU)
-    store.load(path, other, other.optimizer)
+    store.load(path, other.state)
     assert other.optimizer.param_groups[0]["weight_decay"] == 0.3
     assert other.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
 
@@ -106,7 +106,7 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path, model: dict[str, A
     engine = stepped(config_of(1, {}, optim=ADAMW), 1)
     path = saved(CheckpointStore(tmp_path), engine, Progress(1), FILES)
     with pytest.raises(CheckpointError, match=message):
-        store.load(path, NativeEngine(config_of(1, model, optim=ADAMW), CPU))
+        store.load(path, NativeEngine(config_of(1, model, optim=ADAMW), CPU).state, moments=False)
 
 
 LAYOUTS = [
@@ -131,7 +131,7 @@ def test_any_layout_is_saved_under_the_same_names_and_loads_into_one_process(lay
     for part in world(layout.ranks).run(save_in_world, _config(layout), tmp_path):
         held |= part
     one = NativeEngine(config_of(1, MODELS["tied"], optim=ADAMW), CPU)
-    assert store.load(CheckpointStore(tmp_path).committed()[-1], one, one.optimizer).step == 2
+    assert store.load(CheckpointStore(tmp_path).committed()[-1], one.state).step == 2
     found = values(one)
     assert found.keys() == held.keys()
     for name, value in found.items():

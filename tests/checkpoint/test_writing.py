@@ -16,7 +16,7 @@ import torch
 
 from dist_llm.checkpoint import store, writing
 from dist_llm.checkpoint.folder import Folder, FolderWriter
-from dist_llm.checkpoint.state import Progress, moments, weights
+from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
@@ -43,12 +43,12 @@ def engine_at(steps: int) -> NativeEngine:
 
 
 def values(engine: NativeEngine) -> dict[str, torch.Tensor]:
-    return {name: whole(tensor) for name, tensor in (weights(engine) | moments(engine, engine.optimizer)).items()}
+    return {name: whole(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()}
 
 
 def loaded(folder: Folder | Path) -> dict[str, torch.Tensor]:
     engine = NativeEngine(CONFIG, CPU)
-    store.load(folder, engine, engine.optimizer)
+    store.load(folder, engine.state)
     return values(engine)
 
 
@@ -75,7 +75,7 @@ def saved_while_training(directory: Path, held: threading.Event) -> tuple[dict[s
     """(the state when the save began, what was written after two more steps)."""
     engine, kept = engine_at(2), CheckpointStore(directory)
     want = values(engine)
-    kept.save(engine, engine.optimizer, Progress(2), {})
+    kept.save(engine.state, Progress(2), {})
     for number in (2, 3):
         step(engine, number)
         kept.poll()
@@ -101,7 +101,7 @@ def test_two_saves_in_a_row_differ(tmp_path: Path) -> None:
     engine, kept, want = engine_at(1), CheckpointStore(tmp_path), {}
     for number in (1, 2):
         want[number] = values(engine)
-        kept.save(engine, engine.optimizer, Progress(number), {})
+        kept.save(engine.state, Progress(number), {})
         step(engine, number)
     kept.finish()
     for number in (1, 2):
@@ -110,7 +110,7 @@ def test_two_saves_in_a_row_differ(tmp_path: Path) -> None:
 
 def test_in_the_foreground_it_is_there_at_once(tmp_path: Path) -> None:
     engine, kept = engine_at(1), CheckpointStore(tmp_path, CheckpointConfig(background=False))
-    kept.save(engine, engine.optimizer, Progress(1), {})
+    kept.save(engine.state, Progress(1), {})
     assert kept.newest() is not None
     assert not kept.copies.buffers
     assert equal(loaded(tmp_path / "step_00000001"), values(engine))
@@ -121,7 +121,7 @@ def test_it_can_lie_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     url = f"memory://{tmp_path.name}/checkpoints"
     engine, kept = engine_at(1), CheckpointStore(url, CheckpointConfig(keep=2))
     for number in (1, 2, 3):
-        kept.save(engine, engine.optimizer, Progress(number), {"config.yaml": b"run: {}\n"})
+        kept.save(engine.state, Progress(number), {"config.yaml": b"run: {}\n"})
         kept.finish()
     assert [folder.name for folder in kept.committed()] == ["step_00000002", "step_00000003"]
     newest = kept.newest()
@@ -145,13 +145,13 @@ def limited_save(directory: Path, limited_rank: int) -> str:
     engine = NativeEngine(config_of(2, {}, optim=ADAMW), CPU)
     step(engine, 0)
     kept = CheckpointStore(directory)
-    kept.save(engine, engine.optimizer, Progress(1), {})
+    kept.save(engine.state, Progress(1), {})
     kept.finish()
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     if torch.distributed.get_rank() == limited_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
     begin, message = time.monotonic(), ""
-    kept.save(engine, engine.optimizer, Progress(2), {})
+    kept.save(engine.state, Progress(2), {})
     try:
         kept.finish()
     except CheckpointError as error:
@@ -160,7 +160,7 @@ def limited_save(directory: Path, limited_rank: int) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     assert time.monotonic() - begin < 60
     assert [folder.name for folder in kept.committed()] == ["step_00000001"]
-    kept.save(engine, engine.optimizer, Progress(2), {})
+    kept.save(engine.state, Progress(2), {})
     kept.finish()
     assert [folder.name for folder in kept.committed()] == ["step_00000001", "step_00000002"]
     return message
@@ -179,7 +179,7 @@ def test_a_rank_that_cannot_write_is_named_on_all(rank: int, tmp_path: Path) -> 
 def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     engine, kept = engine_at(1), CheckpointStore(tmp_path / "file" / "checkpoints")
-    kept.save(engine, engine.optimizer, Progress(1), {})
+    kept.save(engine.state, Progress(1), {})
     with pytest.raises(CheckpointError, match=r"cannot be written: .*Not a directory"):
         kept.finish()
 
@@ -189,7 +189,7 @@ import json, resource, sys
 from pathlib import Path
 import torch
 from torch import nn
-from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.state import Held, Progress
 from dist_llm.checkpoint.store import CheckpointStore
 
 model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))
@@ -200,12 +200,12 @@ optimizer.step()
 optimizer.zero_grad()
 warm = nn.Linear(8, 8)
 kept = CheckpointStore(Path(sys.argv[1]) / "warm")
-kept.save(warm, torch.optim.AdamW(warm.parameters()), Progress(1), {})
+kept.save(Held(warm, torch.optim.AdamW(warm.parameters())), Progress(1), {})
 kept.finish()
 before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 kept = CheckpointStore(Path(sys.argv[1]) / "large")
-kept.save(model, optimizer, Progress(1), {})
+kept.save(Held(model, optimizer), Progress(1), {})
 kept.finish()
 peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 print(json.dumps([peak - before, 3 * sum(p.numel() * 4 for p in model.parameters())]))

@@ -17,6 +17,7 @@ from torch import Tensor
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.manifest import verify
+from dist_llm.checkpoint.state import Held
 from dist_llm.checkpoint.tensors import NativeWeights
 from dist_llm.config.load import dump, load_config
 from dist_llm.config.schema import Config, ModelConfig
@@ -366,7 +367,7 @@ def rebuilt(path: Path) -> tuple[Any, Config]:
     assert not violations
     assert config is not None
     model = build_model(config.model).eval()
-    store.load(path, model)
+    store.load(path, Held(model), moments=False)
     return model, config
 
 

@@ -230,7 +230,7 @@ def close(what: str, found: Tensor, wanted: Tensor, tolerance: float, noise: flo
 
 def saved(store: CheckpointStore, engine: NativeEngine, progress: Progress, files: dict[str, bytes]) -> Path:
     """A checkpoint, once it is on the disk."""
-    store.save(engine, engine.optimizer, progress, files)
+    store.save(engine.state, progress, files)
     store.finish()
     path = (store.directory / f"step_{progress.step:08d}").local
     assert path is not None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.state import Progress, moments, weights
+from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
@@ -64,17 +64,17 @@ def half(
     if kept and first:
         newest = kept.newest()
         assert newest is not None
-        store.load(newest, engine, engine.optimizer)
+        store.load(newest, engine.state)
         if bug:
-            for _, moment in moments(engine, engine.optimizer).items():
+            for _, moment in engine.state.moments().items():
                 moment.zero_()
     losses = [
         train_step(engine, batches_of(config, engine, step), 1e-2, step).loss.item() for step in (first, first + 1)
     ]
     if kept:
-        kept.save(engine, engine.optimizer, Progress(first + 2), {})
+        kept.save(engine.state, Progress(first + 2), {})
         kept.finish()
-    found = weights(engine) | moments(engine, engine.optimizer)
+    found = engine.state.weights() | engine.state.moments()
     return losses, {name: whole(tensor) for name, tensor in found.items()}
 
 
@@ -92,7 +92,7 @@ def on(layout: Layout, directory: Path, first: int, bug: bool = False) -> tuple[
 def undisturbed() -> tuple[list[float], dict[str, Tensor]]:
     engine = NativeEngine(resolved(ONE), torch.device("cpu"))
     losses = [train_step(engine, batches_of(engine.config, engine, step), 1e-2, step).loss.item() for step in range(4)]
-    found = weights(engine) | moments(engine, engine.optimizer)
+    found = engine.state.weights() | engine.state.moments()
     return losses, {name: whole(tensor) for name, tensor in found.items()}
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from dist_llm.checkpoint.state import moments
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
@@ -36,9 +35,9 @@ def saved_names(config: Config) -> tuple[set[str], set[str]]:
     """What a checkpoint would hold after a step, and after an evaluation on top."""
     engine = NativeEngine(config, torch.device("cpu"))
     train_step(engine, batches_of(config, engine, 0), config.optim.lr)
-    before = set(moments(engine, engine.optimizer))
+    before = set(engine.state.moments())
     engine.score(engine.cut(batches_of(config, engine, 1)[0]))
-    return before, set(moments(engine, engine.optimizer))
+    return before, set(engine.state.moments())
 
 
 @pytest.mark.parametrize("layout", [each for each in LAYOUTS if "dp_shard" in each.parallel], ids=str)

@@ -1,0 +1,101 @@
+"""A stretch of a tensor's elements, as boxes: each element once, in place; written by some ranks, read by others."""
+
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dist_llm.checkpoint import store
+from dist_llm.checkpoint.boxes import Boxes, boxes, placed
+from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.store import CheckpointStore
+from tests.laws.worlds import world
+
+SHAPES = {"model.a": (7, 5), "model.b": (3, 2, 4), "model.c": (11,), "model.d": ()}
+
+
+@given(st.lists(st.integers(1, 5), max_size=4), st.data())
+def test_boxes_are_the_stretch_and_nothing_else(shape: list[int], data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, prod(shape)))
+    stop = data.draw(st.integers(start, prod(shape)))
+    flat = torch.arange(start, stop)
+    whole = torch.full(shape, -1)
+    for offset, piece in placed(Boxes.of_flat(tuple(shape), flat, start)):
+        place = tuple(slice(at, at + size) for at, size in zip(offset, piece.shape, strict=True))
+        assert (whole[place] == -1).all(), "an element twice"
+        whole[place] = piece
+    want = np.full(prod(shape), -1)
+    want[start:stop] = np.arange(start, stop)
+    assert whole.flatten().tolist() == want.tolist()
+    assert len(list(boxes(tuple(shape), start, stop))) <= max(1, 2 * len(shape) - 1)
+
+
+def test_pieces_are_views_of_the_partition() -> None:
+    flat = torch.zeros(9)
+    for _, piece in placed(Boxes.of_flat((4, 4), flat, 3)):
+        piece.fill_(1)
+    assert flat.tolist() == [1.0] * 9
+
+
+class Split:
+    """All tensors one after another in a row, cut into equal parts, of which a rank holds one."""
+
+    def __init__(self, fill: bool) -> None:
+        rank, ranks, values = dist.get_rank(), dist.get_world_size(), expected()
+        row = torch.cat([value.flatten() for value in values.values()])
+        size = -(-len(row) // ranks)
+        first = rank * size
+        self.flat = row[first : first + size].clone() if fill else torch.full((min(size, len(row) - first),), -1.0)
+        self.held, start = {}, 0
+        for name, value in values.items():
+            begin, end = max(start, first), max(min(start + value.numel(), first + size), start, first)
+            part = self.flat[begin - first : end - first]
+            self.held[name] = Boxes.of_flat(tuple(value.shape), part, begin - start)
+            start += value.numel()
+
+    def weights(self) -> dict[str, Boxes]:
+        return self.held
+
+    def moments(self) -> dict[str, Tensor]:
+        return {}
+
+    def settle(self) -> None:
+        pass
+
+
+def expected() -> dict[str, Tensor]:
+    return {
+        name: torch.arange(prod(shape)).view(shape) + 100.0 * number
+        for number, (name, shape) in enumerate(SHAPES.items())
+    }
+
+
+def save(directory: Path, background: bool) -> None:
+    kept = CheckpointStore(directory)
+    kept.config = kept.config.model_copy(update={"background": background})
+    kept.save(Split(fill=True), Progress(1), {})
+    kept.finish()
+
+
+def load_split(directory: Path) -> bool:
+    held = Split(fill=False)
+    store.load(directory, held, moments=False)
+    return torch.equal(held.flat, Split(fill=True).flat)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_what_three_ranks_write_two_and_one_read(background: bool, tmp_path: Path) -> None:
+    world(3).run(save, tmp_path, background)
+    newest = CheckpointStore(tmp_path).committed()[-1]
+    assert newest.local is not None
+    assert all(world(2).run(load_split, newest.local))
+    whole = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    store.read(newest, dict(whole))
+    for name, value in expected().items():
+        assert torch.equal(whole[name], value), name
