@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dist_llm.config.check_data import check_data
+from dist_llm.config.check_engine import check_engine
 from dist_llm.config.lengths import extra_ids, inputs_len, lengths
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config, ModelConfig, ObjectiveConfig, ParallelConfig
@@ -52,6 +53,7 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
         *_check_lengths(config, tokenizer_size),
         *_check_schedule(config),
         *_check_checkpoints(config),
+        *check_engine(config, world_size),
     ]
     layout = list(_check_layout(config, world_size, tokenizer_size))
     if layout and (fitting := nearest_layouts(config, world_size, tokenizer_size)):

@@ -233,6 +233,24 @@ class ParallelConfig(Section):
     )
 
 
+class DeepSpeedConfig(Section):
+    stage: Literal[0, 1, 2, 3] = key(
+        "what ZeRO shards: nothing, moments, gradients too, weights too (stage 3 is FSDP's way)", 2
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = key("where moments are kept, and stepped", "none")
+    offload_params: Literal["none", "cpu", "nvme"] = key("stage 3: where weights wait for their turn", "none")
+    nvme_path: str = key("directory on a local disk for what is offloaded to nvme", "")
+    config: str = key(
+        "a DeepSpeed JSON file whose further settings hold; where it contradicts this config, it is refused", ""
+    )
+
+
+class AccelerateConfig(Section):
+    plugin: Literal["ddp", "fsdp2", "deepspeed"] = key(
+        "what accelerate prepares the model with; deepspeed: as the section deepspeed says", "ddp"
+    )
+
+
 class CheckpointConfig(Section):
     every: Count = key("steps between checkpoints; 0: only at the end", 500)
     dir: str = key("where they go, a path or a URL that fsspec opens (s3://...); empty: run.dir/checkpoints", "")
@@ -275,8 +293,16 @@ class Config(Section):
         "compute type (fp16 with a dynamic loss scale); weights, reduction and moments stay fp32", "fp32"
     )
     compile: bool = key("torch.compile each block", False)
-    engine: Literal["native"] = key("who runs the step", "native")
+    engine: Literal["native", "deepspeed", "accelerate"] = key("who runs the step", "native")
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig, description="DeepSpeed, as or in an engine")
+    accelerate: AccelerateConfig = Field(default_factory=AccelerateConfig, description="engine: accelerate")
+
     init_from: str = key("checkpoint or run whose weights a new run starts from; embeddings may grow; empty: none", "")
     init_optimizer: Literal["fresh", "keep"] = key(
         "init_from: start with new moments, or with the checkpoint's", "fresh"
     )
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether DeepSpeed runs the step, itself or through accelerate."""
+        return self.engine == "deepspeed" or (self.engine == "accelerate" and self.accelerate.plugin == "deepspeed")

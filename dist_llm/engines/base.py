@@ -3,9 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from torch import Tensor, nn, optim
+import torch
+from torch import Tensor, nn
 
+from dist_llm.checkpoint.state import State
+from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
+from dist_llm.optim.scale import LossScale
 
 
 class Engine(Protocol):
@@ -14,8 +18,18 @@ class Engine(Protocol):
     The cut lies above `backward`: pipeline schedules own it, and take all microbatches at once.
     """
 
+    device: torch.device
+    loss_scale: LossScale | None  # of fp16, where the engine keeps one
+
     @property
-    def optimizer(self) -> optim.Optimizer: ...
+    def parts(self) -> Sequence[Decoder]:
+        """This rank's parts of the model: one, or its stages of a pipeline."""
+        ...
+
+    @property
+    def state(self) -> State:
+        """Weights and moments, for checkpoints."""
+        ...
 
     @property
     def data_rank(self) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """The step in plain torch: one process, or any layout that `parallel` can lay out."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_llm.checkpoint.state import Held, State
 from dist_llm.config.schema import Config
+from dist_llm.engines.replicas import gather, mix
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
 from dist_llm.optim.build import build_optimizer
@@ -70,12 +70,7 @@ class NativeEngine:
         return summed if self.mesh is None else sum_over(summed, self.mesh, ("pp", *DATA_AXES))
 
     def gather(self, value: int) -> list[int]:
-        if self.mesh is None:
-            return [value]
-        mine = torch.tensor([value], device=self.device)
-        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, mine)
-        return [int(each) for each in torch.cat(every).tolist()]
+        return [value] if self.mesh is None else gather(value, self.device)
 
     def cut(self, batch: Batch) -> Batch:
         return local_part(batch, self._place("cp"), self.config.parallel.cp).to(self.device)
@@ -164,7 +159,7 @@ class NativeEngine:
     def _seed(self, step: int, microbatch: int) -> None:
         """Dropout of this microbatch on this rank: a function of the step, with no state to save."""
         if self.config.model.dropout:
-            torch.manual_seed(_mix(self.config.run.seed, step, microbatch, *self.dropout_stream))
+            torch.manual_seed(mix(self.config.run.seed, step, microbatch, *self.dropout_stream))
 
     def _place(self, axis: str) -> int:
         return self.mesh.get_local_rank(axis) if self.mesh is not None else 0
@@ -181,9 +176,3 @@ def _split_by_tp(parameter: nn.Parameter) -> bool:
     mesh: DeviceMesh = parameter.device_mesh
     names = mesh.mesh_dim_names or ()
     return "tp" in names and not parameter.placements[names.index("tp")].is_replicate()
-
-
-def _mix(*numbers: int) -> int:
-    """A 63-bit seed that depends on all of `numbers` and their order."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -27,15 +27,17 @@ def device_of(world: World) -> torch.device:
 
 
 @contextmanager
-def process_group(world: World, device: torch.device, timeout_seconds: float = 600) -> Iterator[None]:
-    """The default process group for the time of the block; nothing for a world of one.
+def process_group(
+    world: World, device: torch.device, timeout_seconds: float = 600, alone: bool = False
+) -> Iterator[None]:
+    """The default process group for the time of the block; for a world of one only if `alone`.
 
     Whoever built models inside must have dropped them by the end: a 4-rank FSDP job that still
     holds one at interpreter exit dies one time in five ("terminate called without an active exception").
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world.size == 1:
+    if world.size == 1 and not alone:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -43,6 +45,9 @@ def process_group(world: World, device: torch.device, timeout_seconds: float = 6
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     dist.init_process_group(
         backend,
+        store=torch._C._distributed_c10d.HashStore() if world.size == 1 else None,
+        rank=world.rank,
+        world_size=world.size,
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if device.type == "cuda" else None,
     )

@@ -31,5 +31,8 @@ def split_decayed(
     for name, parameter in parameters:
         table = name.removeprefix("source_").startswith(("embed.", "relative."))
         embedding = table and not config.decay_embeddings
-        (free if parameter.ndim < 2 or embedding else decayed).append(parameter)
+        shape = getattr(
+            parameter, "ds_shape", parameter.shape
+        )  # of one that DeepSpeed has partitioned, nothing is left
+        (free if len(shape) < 2 or embedding else decayed).append(parameter)
     return decayed, free

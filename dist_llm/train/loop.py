@@ -16,7 +16,7 @@ from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.loader import Loader
-from dist_llm.engines.native import NativeEngine
+from dist_llm.engines.base import Engine
 from dist_llm.errors import DataError
 from dist_llm.generate import Sampling, ask, text
 from dist_llm.launch.world import World
@@ -41,7 +41,7 @@ class Trainer:
         self,
         config: Config,
         world: World,
-        engine: NativeEngine,
+        engine: Engine,
         loader: Loader,
         store: CheckpointStore,
         start: Folder | Path | None,

@@ -18,7 +18,7 @@ from dist_llm.data import history as histories
 from dist_llm.data.history import HISTORY, History
 from dist_llm.data.loader import build_loader
 from dist_llm.data.streams import Source, open_sources
-from dist_llm.engines.native import NativeEngine
+from dist_llm.engines.build import build_engine
 from dist_llm.errors import CheckpointError, DataError, UserError
 from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.world import World
@@ -51,7 +51,7 @@ def train(config: Config, world: World) -> None:
     history = _history(config, sources, seen)
     start_logging(directory / "logs", world)
     try:
-        with process_group(world, device):
+        with process_group(world, device, alone=config.engine != "native"):
             found = store.newest()
             if found != seen:  # a damaged one is passed over
                 history = _history(config, sources, found)
@@ -59,7 +59,7 @@ def train(config: Config, world: World) -> None:
             if world.main:
                 for name, content in files.items():
                     (directory / name).write_bytes(content)
-            engine = NativeEngine(config, device)
+            engine = build_engine(config, device)
             plan = history[-1].plan(sources)
             loader = build_loader(config, plan, vocabulary, *engine.data_rank, pin=device.type == "cuda")
             trainer = Trainer(config, world, engine, loader, store, found or start, files)

@@ -22,6 +22,7 @@ from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.check import check as broken_rules
 from dist_llm.config.check import resolve
 from dist_llm.config.schema import Config, ParallelConfig
+from dist_llm.engines.base import Engine
 from dist_llm.engines.native import NativeEngine
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.visibility import CAUSAL
@@ -86,7 +87,7 @@ def random_rows(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
-def batches_of(config: Config, engine: NativeEngine, step: int) -> list[Batch]:
+def batches_of(config: Config, engine: Engine, step: int) -> list[Batch]:
     """This data rank's microbatches of the step, as the loader would cut them."""
     rank, ranks = engine.data_rank
     share, micro = ROWS // ranks, config.data.micro_batch
@@ -135,18 +136,18 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def trace(config: Config, steps: int, bug: str | None = None) -> Trace:
+def trace(config: Config, steps: int, bug: str | None = None, decay: float = 1.0) -> Trace:
     """Take `steps` steps, on one process or on this rank of a world, with a bug planted if one is named."""
     with ExitStack() as planted:
         if bug:
             planted.enter_context(bugs.planted(bug))
-        return _trace(config, steps)
+        return _trace(config, steps, decay)
 
 
-def _trace(config: Config, steps: int) -> Trace:
+def _trace(config: Config, steps: int, decay: float = 1.0) -> Trace:
     engine, found = Spy(config, torch.device("cpu")), Trace()
     for step in range(steps):
-        report = train_step(engine, batches_of(config, engine, step), config.optim.lr, step)
+        report = train_step(engine, batches_of(config, engine, step), config.optim.lr * decay**step, step)
         found.losses.append(report.loss.item())
         found.scored.append(int(report.scored))
         found.norms.append(report.grad_norm.item())
@@ -156,16 +157,19 @@ def _trace(config: Config, steps: int) -> Trace:
     return found
 
 
-def reference(config: Config, steps: int) -> Trace:
-    """One process on the whole batch in one piece: no layout, no accumulation, no recomputation."""
+def reference(config: Config, steps: int, decay: float = 1.0) -> Trace:
+    """One process on the whole batch in one piece: no layout, no accumulation, no recomputation.
+
+    Each step's rate is `decay` times that of the one before.
+    """
     data = config.data.model_copy(update={"micro_batch": ROWS})
     plain = config.model_copy(update={"data": data, "parallel": ParallelConfig(dp_shard=1), "compile": False})
-    return _reference(plain.model_dump_json(), steps)
+    return _reference(plain.model_dump_json(), steps, decay)
 
 
 @lru_cache(maxsize=64)
-def _reference(config: str, steps: int) -> Trace:
-    return trace(Config.model_validate_json(config), steps)
+def _reference(config: str, steps: int, decay: float) -> Trace:
+    return trace(Config.model_validate_json(config), steps, decay=decay)
 
 
 def merged(traces: Sequence[Trace]) -> Trace:
@@ -228,7 +232,7 @@ def close(what: str, found: Tensor, wanted: Tensor, tolerance: float, noise: flo
     )
 
 
-def saved(store: CheckpointStore, engine: NativeEngine, progress: Progress, files: dict[str, bytes]) -> Path:
+def saved(store: CheckpointStore, engine: Engine, progress: Progress, files: dict[str, bytes]) -> Path:
     """A checkpoint, once it is on the disk."""
     store.save(engine.state, progress, files)
     store.finish()

@@ -1,0 +1,123 @@
+"""The step by what accelerate prepares: DDP, FSDP2 or DeepSpeed, for those who start with `accelerate launch`.
+
+Accelerate makes the distributed model. Losses, clipping and the learning rate are ours: it would divide the loss by
+the microbatches, and step a scheduler once for each process.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn, optim
+from torch.distributed.tensor import DTensor
+
+from dist_llm.checkpoint.state import Held, State
+from dist_llm.config.schema import Config
+from dist_llm.engines.deepspeed import DeepSpeedEngine
+from dist_llm.engines.replicas import Replicas
+from dist_llm.errors import ConfigError
+from dist_llm.launch.environment import prepare_accelerate
+from dist_llm.models.decoder import Decoder
+from dist_llm.objectives.batch import Batch
+from dist_llm.optim import clip
+from dist_llm.optim.build import build_optimizer
+from dist_llm.parallel.mesh import local
+from dist_llm.parallel.parallelize import build_parts
+
+BACKEND = {"cpu": "gloo", "cuda": "nccl"}
+
+
+class AccelerateEngine(Replicas):
+    """See `Engine`: accelerate's DDP or FSDP2. `config` is resolved; a process group exists."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config, device)
+        accelerate = prepare_accelerate(config.precision)
+        options: dict[str, Any] = {"cpu": device.type == "cpu"}
+        if config.accelerate.plugin == "fsdp2":
+            options["fsdp_plugin"] = accelerate.FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["Block"],
+            )
+        self.accelerator = accelerate.Accelerator(
+            mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+            gradient_accumulation_steps=1,
+            **options,
+        )
+        (self.model,) = build_parts(config, None, device)
+        optimizer = build_optimizer(config.optim, self.model.named_parameters())
+        self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        _insist(self.accelerator, config.accelerate.plugin, dist.get_world_size(), self.prepared)
+
+    @property
+    def parts(self) -> list[Decoder]:
+        return [self.model]
+
+    @property
+    def state(self) -> State:
+        return Held(self.model, self.optimizer.optimizer)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
+
+    def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
+        self.prepared.train()
+        scored, losses = scored.clamp(min=1), []
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.prepared):
+                self.seed(step, number)
+                losses_B = self.prepared(batch.inputs_BS, **batch.arguments()) / scored
+                self.accelerator.backward(losses_B.sum() * self.data_rank[1])
+            losses.append(losses_B.detach())
+        return torch.cat(losses)
+
+    def update(self, lr: float) -> Tensor:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        mine = [local(gradient) for gradient in gradients]
+        norm = clip.norm(mine).to(self.device)
+        if any(isinstance(gradient, DTensor) for gradient in gradients):
+            norm = self.total(norm.square()).sqrt()
+        if self.config.optim.clip:
+            clip.scale(mine, norm, self.config.optim.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        self.prepared.eval()
+        losses_B: Tensor = self.prepared(batch.inputs_BS, **batch.arguments())
+        return losses_B
+
+
+class AccelerateDeepSpeedEngine(DeepSpeedEngine):
+    """DeepSpeed's engine as accelerate prepares it; the step is then taken as without accelerate."""
+
+    def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
+        accelerate = prepare_accelerate(self.config.precision)
+        accelerator = accelerate.Accelerator(
+            deepspeed_plugin=accelerate.DeepSpeedPlugin(hf_ds_config=settings),
+            kwargs_handlers=[accelerate.InitProcessGroupKwargs(backend=BACKEND[self.device.type])],
+        )
+        engine, _ = accelerator.prepare(model, optimizer)
+        _insist(accelerator, "deepspeed", dist.get_world_size(), engine)
+        return engine
+
+
+def _insist(accelerator: Any, plugin: str, ranks: int, prepared: nn.Module) -> None:
+    """Raises ConfigError unless accelerate does what it was asked for: on CPUs it falls back without a word."""
+    found = str(accelerator.distributed_type.value)
+    wanted = {"ddp": ("MULTI_CPU", "MULTI_GPU"), "fsdp2": ("FSDP",), "deepspeed": ("DEEPSPEED",)}[plugin]
+    alone = ranks == 1 and plugin == "ddp"
+    if accelerator.num_processes != ranks or (found not in wanted and not alone):
+        raise ConfigError(
+            f"accelerate.plugin: {plugin} on {ranks} ranks was asked for, but accelerate is {found} on "
+            f"{accelerator.num_processes}, with the model as {type(prepared).__name__}; see the settings that "
+            "`accelerate env` prints, and start as many processes as there are ranks"
+        )

@@ -1,0 +1,18 @@
+"""Which engine runs the step."""
+
+import torch
+
+from dist_llm.config.schema import Config
+from dist_llm.engines.accelerate import AccelerateDeepSpeedEngine, AccelerateEngine
+from dist_llm.engines.base import Engine
+from dist_llm.engines.deepspeed import DeepSpeedEngine
+from dist_llm.engines.native import NativeEngine
+
+
+def build_engine(config: Config, device: torch.device) -> Engine:
+    """The engine of a resolved config; a process group exists unless it is the native one on one rank."""
+    if config.engine == "native":
+        return NativeEngine(config, device)
+    if config.engine == "deepspeed":
+        return DeepSpeedEngine(config, device)
+    return (AccelerateDeepSpeedEngine if config.uses_deepspeed else AccelerateEngine)(config, device)

@@ -1,0 +1,209 @@
+"""What the ranks of an engine of others do in the law: steps, and what they hold after them."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from dist_llm.checkpoint import store
+from dist_llm.checkpoint.boxes import placed
+from dist_llm.checkpoint.state import Progress
+from dist_llm.config.schema import Config
+from dist_llm.engines.accelerate import AccelerateEngine
+from dist_llm.engines.base import Engine
+from dist_llm.engines.build import build_engine
+from dist_llm.engines.deepspeed import DeepSpeedEngine
+from dist_llm.train.step import train_step
+from tests.laws.law import Trace, batches_of, saved
+
+CPU = torch.device("cpu")
+Placed = dict[str, list[tuple[tuple[int, ...], Tensor]]]
+
+
+@dataclass
+class Steps:
+    """What one rank saw: per step loss, scored tokens, norm and rates; its parts; a loss without a step."""
+
+    losses: list[float] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    rates: list[list[float]] = field(default_factory=list)
+    held: list[Placed] = field(default_factory=list)  # after the first step, and after the last
+    heldout: float = 0.0
+
+
+def take(
+    config: Config,
+    steps: range,
+    bug: str | None = None,
+    load: Path | None = None,
+    save: Path | None = None,
+) -> Steps:
+    """Steps on this rank, from a checkpoint if there is one; rates are some power of the step."""
+    with opened(config) as engine, ExitStack() as planted:
+        if bug:
+            planted.enter_context(BUGS[bug]())
+        found = Steps()
+        if load is not None:
+            store.load(load, engine.state)
+        for step in steps:
+            report = train_step(engine, batches_of(config, engine, step), rate(config, step), step)
+            found.losses.append(report.loss.item())
+            found.scored.append(int(report.scored))
+            found.norms.append(report.grad_norm.item())
+            found.rates.append([group["lr"] for group in engine.optimizer.param_groups])  # type: ignore[attr-defined]
+            if step in (steps.start, steps.stop - 1):
+                found.held.append(parts_of(engine))
+        (batch, *_) = batches_of(config, engine, 1000)
+        found.heldout = engine.total(engine.score(engine.cut(batch)).sum()).item()
+        if save is not None:
+            saved(store.CheckpointStore(save), engine, Progress(steps.stop), {})
+        return found
+
+
+def rate(config: Config, step: int) -> float:
+    """Another one each step, so that a rate set too late shows."""
+    return config.optim.lr * 0.7**step
+
+
+@contextmanager
+def opened(config: Config) -> Iterator[Engine]:
+    """An engine, and none of its settings after."""
+    with patch.dict(os.environ):
+        engine = build_engine(config, CPU)
+        try:
+            yield engine
+        finally:
+            if isinstance(engine, DeepSpeedEngine):
+                engine.deepspeed.destroy()
+            if config.engine == "accelerate":
+                from accelerate.state import AcceleratorState, GradientState
+
+                AcceleratorState._reset_state(reset_partial_state=True)
+                GradientState._reset_state()
+
+
+def parts_of(engine: Engine) -> Placed:
+    state = engine.state.weights() | engine.state.moments()
+    return {name: [(offset, part.clone()) for offset, part in placed(held)] for name, held in state.items()}
+
+
+def joined(every: list[Placed], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The whole tensors of what the ranks hold; what several hold must be the same, and nothing may be missing."""
+    found = {}
+    for name, shape in shapes.items():
+        whole = torch.full(shape, torch.nan)
+        for parts in every:
+            for offset, part in parts[name]:
+                place = tuple(slice(at, at + size) for at, size in zip(offset, part.shape, strict=True))
+                before = whole[place]
+                assert torch.equal(before.nan_to_num(0), part) or before.isnan().all(), f"{name} differs between ranks"
+                whole[place] = part
+        assert not whole.isnan().any(), f"{name}: no rank holds all of it"
+        found[name] = whole
+    return found
+
+
+def as_trace(every: list[Steps], want: Trace) -> Trace:
+    """All ranks' steps in the form of the law."""
+    first = every[0]
+    for rank, other in enumerate(every[1:], 1):
+        for name in ("losses", "scored", "norms"):
+            assert getattr(other, name) == getattr(first, name), f"{name} of rank {rank} differ from rank 0's"
+    found = Trace(first.losses, first.scored, first.norms)
+    shapes = {f"model.{name}": tuple(value.shape) for name, value in want.parameters[0].items()}
+    for place in range(len(first.held)):
+        whole = joined([steps.held[place] for steps in every], shapes)
+        found.parameters.append({name.removeprefix("model."): value for name, value in whole.items()})
+    found.gradients = want.gradients  # an engine of others keeps its own; stepped weights tell
+    return found
+
+
+def json_file(path: Path, content: dict[str, Any]) -> str:
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def changed(accumulate: Callable[..., Callable[..., Tensor]]) -> Callable[[], Iterator[None]]:
+    """Both engines with `accumulate(the real one)` in place of the real one."""
+
+    @contextmanager
+    def bug() -> Iterator[None]:
+        with (
+            patch.object(DeepSpeedEngine, "accumulate", accumulate(DeepSpeedEngine.accumulate)),
+            patch.object(AccelerateEngine, "accumulate", accumulate(AccelerateEngine.accumulate)),
+        ):
+            yield
+
+    bug.__name__ = accumulate.__name__
+    return bug
+
+
+@changed
+def losses_are_averaged_over_ranks(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Not multiplied by their number, though gradients are averaged."""
+
+    def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
+        ranks = torch.distributed.get_world_size()
+        return real(self, batches, scored * ranks, step) * ranks
+
+    return accumulate
+
+
+@changed
+def only_the_last_microbatch_counts(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
+        with torch.no_grad():
+            before = [self.model(batch.inputs_BS, **batch.arguments()) / scored for batch in batches[:-1]]
+        return torch.cat([*before, real(self, batches[-1:], scored, step)])
+
+    return accumulate
+
+
+@contextmanager
+def losses_are_divided_by_the_microbatches() -> Iterator[None]:
+    import accelerate
+    from deepspeed import DeepSpeedEngine as Theirs
+
+    real, real_accelerate = Theirs.backward, accelerate.Accelerator.backward
+    with (
+        patch.object(Theirs, "backward", lambda self, loss, **options: real(self, loss)),
+        patch.object(accelerate.Accelerator, "backward", lambda self, loss: real_accelerate(self, loss / 3)),
+    ):
+        yield
+
+
+@contextmanager
+def the_rate_is_set_after_the_step() -> Iterator[None]:
+    with (
+        patch.object(DeepSpeedEngine, "update", late(DeepSpeedEngine.update)),
+        patch.object(AccelerateEngine, "update", late(AccelerateEngine.update)),
+    ):
+        yield
+
+
+def late(update: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def with_the_last(self: Any, lr: float) -> Tensor:
+        norm = update(self, getattr(self, "before", self.config.optim.lr))
+        self.before = lr
+        return norm
+
+    return with_the_last
+
+
+BUGS = {
+    each.__name__: each
+    for each in (
+        losses_are_averaged_over_ranks,
+        losses_are_divided_by_the_microbatches,
+        the_rate_is_set_after_the_step,
+        only_the_last_microbatch_counts,
+    )
+}
