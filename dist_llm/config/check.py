@@ -58,7 +58,7 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
     layout = list(_check_layout(config, world_size, tokenizer_size))
     if layout and (fitting := nearest_layouts(config, world_size, tokenizer_size)):
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-        line = f"parallel: layouts of {ranks} that fit: {'; '.join(map(_shape, fitting))}"
+        line = f"parallel: layouts of {ranks} that fit: {'; '.join(map(shape, fitting))}"
         layout[-1] = RefusedLayout(layout[-1].keys, layout[-1].message, line)
     return rules + layout
 
@@ -95,7 +95,7 @@ def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
             yield from ((first, *rest) for rest in _factors(number // first, count - 1))
 
 
-def _shape(sizes: dict[str, int]) -> str:
+def shape(sizes: dict[str, int]) -> str:
     """`dp_shard 4 x tp 2`: the axes that are used."""
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "dp_shard 1"
 
@@ -269,7 +269,7 @@ def _check_layout(config: Config, world_size: int, tokenizer_size: int) -> Itera
     if product != world_size:
         yield Violation(
             tuple(f"parallel.{axis}" for axis in ("dp_shard", "dp_replicate", "cp", "tp", "pp")),
-            f"the layout ({_shape(sizes)}) needs {product} ranks, but {world_size} were started; set dp_shard to -1, "
+            f"the layout ({shape(sizes)}) needs {product} ranks, but {world_size} were started; set dp_shard to -1, "
             f"or start with: torchrun --nproc-per-node {product} -m dist_llm train ...",
         )
     yield from _check_batch(config, sizes["dp_replicate"] * sizes["dp_shard"])

@@ -34,7 +34,7 @@ class AccelerateEngine(Replicas):
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config, device)
-        accelerate = prepare_accelerate(config.precision)
+        accelerate = prepare_accelerate()
         options: dict[str, Any] = {"cpu": device.type == "cpu"}
         if config.accelerate.plugin == "fsdp2":
             options["fsdp_plugin"] = accelerate.FullyShardedDataParallelPlugin(
@@ -100,7 +100,7 @@ class AccelerateDeepSpeedEngine(DeepSpeedEngine):
     """DeepSpeed's engine as accelerate prepares it; the step is then taken as without accelerate."""
 
     def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
-        accelerate = prepare_accelerate(self.config.precision)
+        accelerate = prepare_accelerate()
         accelerator = accelerate.Accelerator(
             deepspeed_plugin=accelerate.DeepSpeedPlugin(hf_ds_config=settings),
             kwargs_handlers=[accelerate.InitProcessGroupKwargs(backend=BACKEND[self.device.type])],

@@ -3,12 +3,14 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dist_llm.errors import ConfigError
+from dist_llm.config.load import Violation
+from dist_llm.config.schema import Config
 
 
 def prepare_deepspeed(device: torch.device) -> Any:
@@ -29,26 +31,39 @@ def prepare_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def prepare_accelerate(precision: str) -> Any:
-    """The module, told of the process group that there is.
-
-    Raises ConfigError where `accelerate launch` was given another precision.
-    """
-    if dist.get_world_size() > 1:  # it looks here, though it takes up the group
-        known = {
-            "RANK": dist.get_rank(),
-            "WORLD_SIZE": dist.get_world_size(),
-            "LOCAL_RANK": 0,
-            "MASTER_ADDR": "localhost",
-        }
-        for name, value in known.items():
+def prepare_accelerate() -> Any:
+    """The module, which takes up the process group that there is, but looks into the environment for its place."""
+    ranks = dist.get_world_size()
+    if ranks > 1:
+        place = {"RANK": dist.get_rank(), "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
+        for name, value in place.items():
             os.environ.setdefault(name, str(value))
-    wanted = {"fp32": "no"}.get(precision, precision)
-    if (launched := os.environ.get("ACCELERATE_MIXED_PRECISION", wanted)) != wanted:
-        raise ConfigError(
-            f"precision: {precision} is {wanted} to accelerate, but it was launched with mixed precision {launched}; "
-            "set one to the other"
-        )
     import accelerate
 
     return accelerate
+
+
+def check_accelerate(
+    config: Config, device: torch.device, environ: Mapping[str, str] = os.environ
+) -> Iterator[Violation]:
+    """Where `accelerate launch`, or this machine, contradicts the config of a run under engine: accelerate."""
+    plugin, zero = config.accelerate.plugin, config.deepspeed
+    key = "accelerate.plugin"
+    if plugin == "fsdp2" and device.type == "cpu":
+        yield Violation((key,), "fsdp2 needs GPUs: on CPUs accelerate would do something else in silence; set ddp")
+    precision = {"fp32": "no"}.get(config.precision, config.precision)
+    microbatches = str(config.data.global_batch // config.data.micro_batch)
+    fitting: dict[str, tuple[str, list[str]]] = {
+        "ACCELERATE_MIXED_PRECISION": ("precision", [precision]),
+        "ACCELERATE_USE_DEEPSPEED": (key, [str(plugin == "deepspeed").lower()]),
+        "ACCELERATE_USE_FSDP": (key, [str(plugin == "fsdp2").lower()]),
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("deepspeed.stage", [str(zero.stage)]),
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("deepspeed.config", [zero.config or "none"]),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("data.micro_batch", ["1", "auto", microbatches]),
+    }
+    for name, (ours, values) in fitting.items():
+        if (found := environ.get(name)) is not None and found not in values:
+            yield Violation(
+                (ours, "engine"),
+                f"asks for {name}={values[-1]}, but accelerate was launched with {found}; change one of them",
+            )

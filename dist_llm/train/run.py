@@ -12,7 +12,8 @@ import torch
 
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.store import CheckpointStore, find, of_run, progress_of
-from dist_llm.config.load import dump
+from dist_llm.config.check import AXES, shape
+from dist_llm.config.load import dump, refuse
 from dist_llm.config.schema import Config
 from dist_llm.data import history as histories
 from dist_llm.data.history import HISTORY, History
@@ -20,6 +21,7 @@ from dist_llm.data.loader import build_loader
 from dist_llm.data.streams import Source, open_sources
 from dist_llm.engines.build import build_engine
 from dist_llm.errors import CheckpointError, DataError, UserError
+from dist_llm.launch.environment import check_accelerate
 from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.world import World
 from dist_llm.observe.console import start_logging, stop_logging
@@ -36,6 +38,8 @@ def train(config: Config, world: World) -> None:
     Raises ConfigError or DataError before any process group starts where the input is wrong.
     """
     device = device_of(world)
+    if config.engine == "accelerate":
+        refuse(list(check_accelerate(config, device)))
     sources = open_sources(config)
     corpus = sources[0].corpus.directory
     vocabulary = read_vocabulary(config, corpus)
@@ -60,6 +64,8 @@ def train(config: Config, world: World) -> None:
                 for name, content in files.items():
                     (directory / name).write_bytes(content)
             engine = build_engine(config, device)
+            layout = shape({axis: getattr(config.parallel, axis) for axis in AXES})
+            log.info("ranks: %d (%s), engine: %s", world.size, layout, config.engine)
             plan = history[-1].plan(sources)
             loader = build_loader(config, plan, vocabulary, *engine.data_rank, pin=device.type == "cuda")
             trainer = Trainer(config, world, engine, loader, store, found or start, files)

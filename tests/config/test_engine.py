@@ -1,0 +1,171 @@
+"""Engines of others: what they cannot do is refused; our config makes DeepSpeed's JSON; a contradiction is named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_llm.config import check_engine
+from dist_llm.config.check import check, resolve
+from dist_llm.config.deepspeed import deepspeed_json
+from dist_llm.config.schema import Config
+from dist_llm.launch.environment import check_accelerate
+
+CPU = torch.device("cpu")
+
+
+def make(**sections: Any) -> Config:
+    raw = {
+        "run": {"dir": "runs/x", "steps": 20},
+        "model": {"d_model": 32, "n_layers": 2, "n_heads": 4},
+        "data": {"path": "corpus", "seq_len": 8, "global_batch": 12, "micro_batch": 2},
+    }
+    return Config.model_validate({**raw, **sections})
+
+
+def problems(ranks: int = 2, **sections: Any) -> str:
+    return "\n".join(map(str, check(make(**sections), ranks, 300)))
+
+
+REFUSED = [
+    (
+        {"engine": "deepspeed", "precision": "fp16"},
+        "precision: fp16 is not supported under engine: deepspeed; set bf16",
+    ),
+    (
+        {"engine": "deepspeed", "precision": "bf16", "deepspeed": {"stage": 0}},
+        "deepspeed.stage: at stage 0 with bf16 DeepSpeed takes an optimizer step of its own before the first; set stage 1",
+    ),
+    (
+        {"engine": "deepspeed", "parallel": {"tp": 2}},
+        "parallel.tp: 2 under engine: deepspeed, where all ranks are data",
+    ),
+    ({"engine": "accelerate", "parallel": {"pp": 2}}, "parallel.pp: 2 under engine: accelerate"),
+    ({"engine": "deepspeed", "parallel": {"reshard": "never"}}, "parallel.reshard: is of engine: native; remove it"),
+    ({"engine": "deepspeed", "deepspeed": {"stage": 3}, "compile": True}, "compile: compiled blocks are not supported"),
+    ({"engine": "deepspeed", "deepspeed": {"stage": 0, "offload_optimizer": "cpu"}}, "needs a stage of at least 1"),
+    ({"engine": "deepspeed", "deepspeed": {"offload_params": "cpu"}}, "deepspeed.offload_params: needs stage 3"),
+    ({"engine": "deepspeed", "deepspeed": {"offload_optimizer": "nvme"}}, "not supported yet; set cpu"),
+    ({"deepspeed": {"stage": 3}}, "deepspeed: is of engine: deepspeed alone"),
+    ({"engine": "accelerate", "deepspeed": {"stage": 3}}, "deepspeed: is of engine: deepspeed alone"),
+    ({"accelerate": {"plugin": "fsdp2"}}, "accelerate: is of engine: accelerate alone"),
+    ({"engine": "deepspeed", "deepspeed": {"config": "nowhere.json"}}, "nowhere.json cannot be read as JSON: "),
+]
+
+
+@pytest.mark.parametrize(("sections", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_an_engine_cannot_do_is_refused(sections: dict[str, Any], message: str) -> None:
+    assert message in problems(**sections)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"engine": "deepspeed"},
+        {"engine": "deepspeed", "deepspeed": {"stage": 3, "offload_optimizer": "cpu", "offload_params": "cpu"}},
+        {"engine": "accelerate"},
+        {"engine": "accelerate", "accelerate": {"plugin": "deepspeed"}, "deepspeed": {"stage": 1}},
+        {"engine": "deepspeed", "precision": "bf16", "parallel": {"recompute": "full"}},
+    ],
+    ids=str,
+)
+def test_what_it_can_do_is_not(sections: dict[str, Any]) -> None:
+    assert not problems(**sections)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_engine, "find_spec", lambda name: None)
+    assert "engine: deepspeed is not installed; pip install 'dist-llm[deepspeed]'" in problems(engine="deepspeed")
+
+
+def made(content: Any, path: Path, **sections: Any) -> str:
+    (path / "ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    zero = {"config": str(path / "ds.json"), **sections.pop("deepspeed", {})}
+    return problems(engine="deepspeed", deepspeed=zero, **sections)
+
+
+CONTRADICTIONS = [
+    ({"gradient_clipping": 0.5}, "says gradient_clipping: 0.5, but optim.clip makes it 1.0; set one to the other"),
+    ({"zero_optimization": {"stage": 3}}, "says zero_optimization.stage: 3, but deepspeed.stage makes it 2"),
+    ({"train_micro_batch_size_per_gpu": 6}, "says train_micro_batch_size_per_gpu: 6, but data.micro_batch makes it 2"),
+    ({"gradient_accumulation_steps": 1}, "but data.micro_batch makes it 3"),
+    ({"train_batch_size": 24}, "but data.global_batch makes it 12"),
+    ({"bf16": {"enabled": True}}, "says bf16.enabled: true, but precision makes it false"),
+    ({"optimizer": {"type": "Lion"}}, 'says optimizer.type: "Lion", but optim.name makes it "AdamW"'),
+    ({"optimizer": {"params": {"lr": 1e-3}}}, "says optimizer.params.lr: 0.001, but optim.lr makes it 0.0003"),
+    ({"optimizer": {"params": {"amsgrad": True}}}, "remove optimizer.params.amsgrad: optim.* says it all"),
+    ({"scheduler": {"type": "WarmupLR"}}, "remove scheduler.type: the rate of each step comes from schedule.*"),
+    (
+        {"zero_optimization": {"mics_shard_size": 4}},
+        "remove zero_optimization.mics_shard_size: weights are sharded over",
+    ),
+    ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "but deepspeed.offload_optimizer makes it"),
+    ("{", "cannot be read as JSON"),
+    ("[]", "cannot be read as JSON: it is no object"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), CONTRADICTIONS, ids=[message for _, message in CONTRADICTIONS])
+def test_a_json_that_contradicts_is_refused_with_both_values(content: Any, message: str, tmp_path: Path) -> None:
+    assert message in made(content, tmp_path)
+
+
+def test_the_rest_of_a_json_holds_and_what_agrees_or_is_auto_is_fine(tmp_path: Path) -> None:
+    theirs = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.9, 0.95], "weight_decay": "auto"}},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000},
+        "fp16": {"enabled": "auto"},
+        "wall_clock_breakdown": True,
+    }
+    assert not made(theirs, tmp_path)
+    config = make(engine="deepspeed", deepspeed={"config": str(tmp_path / "ds.json")})
+    found = deepspeed_json(resolve(config, 2, 300), 2)
+    assert found["train_batch_size"] == 12
+    assert found["gradient_accumulation_steps"] == 3
+    assert found["zero_optimization"]["stage"] == 2
+    assert found["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert found["wall_clock_breakdown"] is True
+    assert "optimizer" not in found, "it is handed over as an object"
+    assert found["fp16"] == {"enabled": False}
+
+
+def test_bf16_reduces_in_fp32_as_the_native_engine_does() -> None:
+    config = resolve(make(engine="deepspeed", precision="bf16"), 2, 300)
+    assert deepspeed_json(config, 2)["communication_data_type"] == "fp32"
+    assert deepspeed_json(config, 2)["bf16"] == {"enabled": True}
+
+
+LAUNCHED = [
+    ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "precision: asks for ACCELERATE_MIXED_PRECISION=no, but accelerate was"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate.plugin: asks for ACCELERATE_USE_DEEPSPEED=false"),
+    ({"ACCELERATE_USE_FSDP": "true"}, "accelerate.plugin: asks for ACCELERATE_USE_FSDP=false"),
+    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "data.micro_batch: asks for ACCELERATE_GRADIENT_ACCUMULATION"),
+]
+
+
+@pytest.mark.parametrize(("environ", "message"), LAUNCHED, ids=[message for _, message in LAUNCHED])
+def test_accelerate_launched_otherwise_is_refused(environ: dict[str, str], message: str) -> None:
+    config = resolve(make(engine="accelerate"), 2, 300)
+    assert message in str(next(check_accelerate(config, CPU, environ)))
+
+
+def test_accelerate_launched_as_the_config_says_is_not() -> None:
+    config = resolve(make(engine="accelerate", accelerate={"plugin": "deepspeed"}, deepspeed={"stage": 3}), 2, 300)
+    environ = {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    }
+    assert not list(check_accelerate(config, CPU, environ))
+
+
+def test_fsdp2_through_accelerate_is_refused_on_cpus() -> None:
+    config = resolve(make(engine="accelerate", accelerate={"plugin": "fsdp2"}), 2, 300)
+    assert "fsdp2 needs GPUs" in str(next(check_accelerate(config, CPU, {})))
+    assert not list(check_accelerate(config, torch.device("cuda"), {}))
