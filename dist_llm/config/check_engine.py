@@ -22,11 +22,13 @@ def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
     for needed in {engine, "deepspeed" if config.uses_deepspeed else engine}:
         if find_spec(needed) is None:
             yield Violation(("engine",), f"{needed} is not installed; pip install 'dist-llm[{needed}]'")
-    for axis in ("dp_replicate", "cp", "tp", "pp"):
+    axes = ("dp_replicate", "cp", "tp", *(("pp",) if engine != "deepspeed" else ()))
+    for axis in axes:
         if (size := getattr(config.parallel, axis)) > 1:
+            others = "data or pipeline" if engine == "deepspeed" else "data"
             yield Violation(
                 (f"parallel.{axis}", "engine"),
-                f"{size} under engine: {engine}, where all ranks are data parallel; set it to 1, or engine to native",
+                f"{size} under engine: {engine}, whose ranks are {others} parallel; set it to 1, or engine to native",
             )
     for key, plain in FSDP_KEYS.items():
         if getattr(config.parallel, key) != plain:
@@ -39,4 +41,34 @@ def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
             ("precision", "engine"), f"fp16 is not supported under engine: {engine}; set bf16, or engine to native"
         )
     if config.uses_deepspeed:
-        yield from check_deepspeed(config, ranks)
+        yield from check_deepspeed(config, max(1, ranks // config.parallel.pp))
+        yield from _check_pipeline(config)
+
+
+def _check_pipeline(config: Config) -> Iterator[Violation]:
+    """DeepSpeed's pipeline hands on one tensor from stage to stage, and works with ZeRO 1 alone."""
+    parallel, model, data = config.parallel, config.model, config.data
+    if parallel.pp == 1:
+        return
+    if config.deepspeed.stage != 1:
+        yield Violation(
+            ("deepspeed.stage", "parallel.pp"),
+            f"stage {config.deepspeed.stage} with a pipeline: it works with stage 1 alone (at 0 DeepSpeed clips by the "
+            "norm of one stage); set 1",
+        )
+    plain: tuple[tuple[str, bool, str], ...] = (
+        ("parallel.pp_schedule", parallel.pp_schedule == "1f1b", "1f1b"),
+        ("model.architecture", model.architecture == "decoder", "decoder"),
+        ("model.tie_embeddings", not model.tie_embeddings, "false"),
+        ("model.stochastic_depth", not model.stochastic_depth, "0"),
+        ("objective.name", all(each.name == "causal" for each in config.objective.members), "causal"),
+        ("data.windows", data.windows == "stream", "stream"),
+        ("data.document_mask", not data.document_mask, "false"),
+        ("compile", not config.compile, "false"),
+    )
+    for key, holds, only in plain:
+        if not holds:
+            yield Violation(
+                (key, "parallel.pp", "engine"),
+                f"DeepSpeed's pipeline takes {only} alone; set it so, or engine to native",
+            )

@@ -13,7 +13,7 @@ AUTO = "auto"  # in others' JSON: whatever fits
 DEFAULTS: dict[str, Any] = {  # what a user's JSON may set otherwise
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,  # its own AdamW on CPUs wants a compiler
-    "steps_per_print": 2**31,
+    "steps_per_print": None,
 }
 UNKNOWN = {  # what we could not keep the promises of a checkpoint or a precision with
     "zero_optimization.mics_shard_size": "weights are sharded over all ranks here",

@@ -6,6 +6,7 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.accelerate import AccelerateDeepSpeedEngine, AccelerateEngine
 from dist_llm.engines.base import Engine
 from dist_llm.engines.deepspeed import DeepSpeedEngine
+from dist_llm.engines.deepspeed_pipeline import DeepSpeedPipelineEngine
 from dist_llm.engines.native import NativeEngine
 
 
@@ -14,5 +15,5 @@ def build_engine(config: Config, device: torch.device) -> Engine:
     if config.engine == "native":
         return NativeEngine(config, device)
     if config.engine == "deepspeed":
-        return DeepSpeedEngine(config, device)
+        return (DeepSpeedPipelineEngine if config.parallel.pp > 1 else DeepSpeedEngine)(config, device)
     return (AccelerateDeepSpeedEngine if config.uses_deepspeed else AccelerateEngine)(config, device)

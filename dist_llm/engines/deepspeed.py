@@ -36,7 +36,7 @@ class DeepSpeedEngine(Replicas):
         deepspeed = prepare_deepspeed(device)
         self.stage = config.deepspeed.stage
         settings = deepspeed_json(config, self.data_rank[1])
-        self.model = self._model(deepspeed, settings)
+        self.model = self.build(deepspeed, settings)
         optimizer = build_optimizer(config.optim, self.model.named_parameters())
         self.deepspeed = self.initialize(deepspeed, self.model, optimizer, settings)
         self.optimizer = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
@@ -47,7 +47,7 @@ class DeepSpeedEngine(Replicas):
         """DeepSpeed's engine."""
         return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
-    def _model(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
+    def build(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
         """Whole, with its initial values; at stage 3 no rank ever holds it whole."""
         config, loss = self.config, CrossEntropy(self.config.loss.label_smoothing, self.config.loss.z_loss)
         if self.stage == 3:
@@ -90,10 +90,14 @@ class DeepSpeedEngine(Replicas):
         norm = self._whole_norm() if self.stage == 0 else None
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        self.deepspeed.step()
+        self.step()
         if norm is None:
             norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.device).float()
         return norm
+
+    def step(self) -> None:
+        """Clip, step and clear."""
+        self.deepspeed.step()
 
     def _whole_norm(self) -> Tensor:
         """At stage 0 gradients are whole after the last backward, and DeepSpeed tells no norm though it clips."""

@@ -23,6 +23,11 @@ class Replicas:
     def data_rank(self) -> tuple[int, int]:
         return dist.get_rank(), dist.get_world_size()
 
+    @property
+    def place(self) -> tuple[int, ...]:
+        """On the native engine's axes: pp, dp_replicate, dp_shard, cp."""
+        return 0, 0, dist.get_rank(), 0
+
     def total(self, value: Tensor | int) -> Tensor:
         summed = value.clone() if isinstance(value, Tensor) else torch.full((), value, device=self.device)
         dist.all_reduce(summed)
@@ -37,8 +42,8 @@ class Replicas:
     def seed(self, step: int, microbatch: int) -> None:
         """Dropout as the native engine has it with as many dp_shard ranks."""
         if self.config.model.dropout:
-            place = (0, 0, dist.get_rank(), 0, *((0,) if self.config.parallel.sequence_parallel else ()))
-            torch.manual_seed(mix(self.config.run.seed, step, microbatch, *place))
+            tensor = (0,) if self.config.parallel.sequence_parallel else ()
+            torch.manual_seed(mix(self.config.run.seed, step, microbatch, *self.place, *tensor))
 
 
 def gather(value: int, device: torch.device) -> list[int]:

@@ -36,11 +36,11 @@ REFUSED = [
     ),
     (
         {"engine": "deepspeed", "precision": "bf16", "deepspeed": {"stage": 0}},
-        "deepspeed.stage: at stage 0 with bf16 DeepSpeed takes an optimizer step of its own before the first; set stage 1",
+        "deepspeed.stage: at stage 0 with bf16 DeepSpeed takes an optimizer step of its own before the first",
     ),
     (
         {"engine": "deepspeed", "parallel": {"tp": 2}},
-        "parallel.tp: 2 under engine: deepspeed, where all ranks are data",
+        "parallel.tp: 2 under engine: deepspeed, whose ranks are data",
     ),
     ({"engine": "accelerate", "parallel": {"pp": 2}}, "parallel.pp: 2 under engine: accelerate"),
     ({"engine": "deepspeed", "parallel": {"reshard": "never"}}, "parallel.reshard: is of engine: native; remove it"),

@@ -101,7 +101,7 @@ def joined(every: list[Placed], shapes: dict[str, tuple[int, ...]]) -> dict[str,
     for name, shape in shapes.items():
         whole = torch.full(shape, torch.nan)
         for parts in every:
-            for offset, part in parts[name]:
+            for offset, part in parts.get(name, []):
                 place = tuple(slice(at, at + size) for at, size in zip(offset, part.shape, strict=True))
                 before = whole[place]
                 assert torch.equal(before.nan_to_num(0), part) or before.isnan().all(), f"{name} differs between ranks"

@@ -29,6 +29,7 @@ ENGINES = {
     "accelerate-zero2": prepared("deepspeed", deepspeed={"stage": 2}),
     "accelerate-zero3": prepared("deepspeed", deepspeed={"stage": 3}),
 }
+PIPELINE = {**zero(1), "parallel": {"pp": 2}}
 OFFLOADED = {
     "zero2-offload": zero(2, offload_optimizer="cpu"),
     "zero3-offload": zero(3, offload_optimizer="cpu", offload_params="cpu"),
@@ -69,6 +70,13 @@ def test_clip_0_is_none(engine: str) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_three_ranks_cannot_share_evenly(stage: int) -> None:
     hold(3, config(3, zero(stage), "gpt", CLIPPED, micro=4), steps=2)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(2, 6), (4, 4)], ids=["pp 2", "pp 2 x dp 2"])
+@pytest.mark.parametrize("model", ["llama", "post"])
+@pytest.mark.parametrize("optim", [CLIPPED, ADAMW], ids=["sgd", "adamw"])
+def test_deepspeeds_pipeline(optim: dict[str, Any], model: str, ranks: int, micro: int) -> None:
+    hold(ranks, config(ranks, PIPELINE, model, optim, micro), steps=3)
 
 
 @pytest.mark.parametrize("engine", OFFLOADED)

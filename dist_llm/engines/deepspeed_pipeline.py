@@ -1,0 +1,95 @@
+"""DeepSpeed's pipeline: its schedule and communication, ZeRO 1 on each stage, with the stages of the native engine.
+
+Of its step we take two halves: all microbatches forward and backward with gradients reduced, and, once the learning
+rate is set, the update.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn, optim
+
+from dist_llm.config.schema import Config
+from dist_llm.engines.deepspeed import DeepSpeedEngine
+from dist_llm.losses.cross_entropy import CrossEntropy
+from dist_llm.models.build import build_model
+from dist_llm.models.decoder import Decoder
+from dist_llm.objectives.batch import Batch
+from dist_llm.parallel.parallelize import initialise, lay_out
+from dist_llm.parallel.pipeline import split_layers
+
+
+class DeepSpeedPipelineEngine(DeepSpeedEngine):
+    """See `Engine`. Ranks count through stages as the native mesh does: data ranks are innermost."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.stages = config.parallel.pp
+        self.last = dist.get_rank() // (dist.get_world_size() // self.stages) == self.stages - 1
+        self.cross_entropy = CrossEntropy(config.loss.label_smoothing, config.loss.z_loss)
+        self.scored, self.factor = torch.ones((), device=device), 1.0
+        self.losses: list[Tensor] = []
+        super().__init__(config, device)
+        schedule = type(self.deepspeed)._INSTRUCTION_MAP
+        step = next(kind for kind in schedule if kind.__name__ == "OptimizerStep")
+        self.deepspeed._INSTRUCTION_MAP = {**schedule, step: lambda *_, **__: None}  # the rate is not known yet
+
+    @property
+    def data_rank(self) -> tuple[int, int]:
+        ranks = dist.get_world_size() // self.stages
+        return dist.get_rank() % ranks, ranks
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        return dist.get_rank() // self.data_rank[1], 0, self.data_rank[0], 0
+
+    def total(self, value: Tensor | int) -> Tensor:
+        return super().total(value * self.last)  # one stage speaks for its pipeline
+
+    def build(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
+        """This rank's stage."""
+        config, stage = self.config, dist.get_rank() // self.data_rank[1]
+        with torch.device("meta"):
+            part = build_model(config.model)
+        layers = split_layers(config.model, self.stages, config.parallel.pp_split)[stage]
+        part.keep(layers, first=stage == 0, last=self.last)
+        lay_out(part, config, None)
+        part.to_empty(device=self.device)
+        initialise(part, config)
+        return part
+
+    def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
+        stage = dist.get_rank() // self.data_rank[1]
+        # It builds those of its own stage alone: what stands for the others is never run.
+        layers = [model if number == stage else nn.Identity() for number in range(self.stages)]
+        module = deepspeed.PipelineModule(layers, self.stages, loss_fn=self._loss, partition_method="uniform")
+        return super().initialize(deepspeed, module, optimizer, settings)
+
+    def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
+        self.seed(step, 0)
+        # It averages over microbatches and over data ranks.
+        self.scored, self.factor, self.losses = scored.clamp(min=1), float(len(batches) * self.data_rank[1]), []
+        self.deepspeed.reset_activation_shape()
+        self.deepspeed.train_batch(_pairs(batches))
+        rows = sum(len(batch.inputs_BS) for batch in batches)
+        return torch.cat(self.losses) if self.last else torch.zeros(rows, device=self.device)
+
+    def step(self) -> None:
+        self.deepspeed._exec_optimizer_step()
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        self.scored, self.factor, self.losses = torch.ones((), device=self.device), 1.0, []
+        self.deepspeed.reset_activation_shape()
+        self.deepspeed.eval_batch(_pairs([batch]), reduce_output=None, bcast_loss=False, num_micro_batches=1)
+        return torch.cat(self.losses) if self.last else torch.zeros(len(batch.inputs_BS), device=self.device)
+
+    def _loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+        losses_B = self.cross_entropy(logits_BSV, targets_BS) / self.scored
+        self.losses.append(losses_B.detach().float())
+        return losses_B.sum() * self.factor
+
+
+def _pairs(batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((batch.inputs_BS, batch.targets_BS) for batch in batches)
