@@ -1,5 +1,6 @@
 """The step in plain torch: one process, or any layout that `parallel` can lay out."""
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,13 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from dist_llm.checkpoint.state import Held, State
 from dist_llm.config.schema import Config
-from dist_llm.engines.replicas import gather, mix
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
 from dist_llm.optim.build import build_optimizer
 from dist_llm.optim.scale import LossScale
 from dist_llm.parallel.context import local_part
-from dist_llm.parallel.mesh import DATA_AXES, SHARD_AXES, build_mesh, local, settle_gradients, sum_over
+from dist_llm.parallel.mesh import DATA_AXES, SHARD_AXES, build_mesh, gather, local, settle_gradients, sum_over
 from dist_llm.parallel.parallelize import build_parts
 from dist_llm.parallel.pipeline import Pipeline
 from dist_llm.parallel.shard import DTYPES
@@ -176,3 +176,9 @@ def _split_by_tp(parameter: nn.Parameter) -> bool:
     mesh: DeviceMesh = parameter.device_mesh
     names = mesh.mesh_dim_names or ()
     return "tp" in names and not parameter.placements[names.index("tp")].is_replicate()
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit seed that depends on all of `numbers` and their order."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,13 +1,10 @@
 """What engines share whose ranks all have whole sequences, and each other ones: plain data parallelism."""
 
-import hashlib
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_llm.config.schema import Config
-from dist_llm.objectives.batch import Batch
 from dist_llm.optim.scale import LossScale
 
 
@@ -32,29 +29,3 @@ class Replicas:
         summed = value.clone() if isinstance(value, Tensor) else torch.full((), value, device=self.device)
         dist.all_reduce(summed)
         return summed
-
-    def gather(self, value: int) -> list[int]:
-        return gather(value, self.device)
-
-    def cut(self, batch: Batch) -> Batch:
-        return batch.to(self.device)
-
-    def seed(self, step: int, microbatch: int) -> None:
-        """Dropout as the native engine has it with as many dp_shard ranks."""
-        if self.config.model.dropout:
-            tensor = (0,) if self.config.parallel.sequence_parallel else ()
-            torch.manual_seed(mix(self.config.run.seed, step, microbatch, *self.place, *tensor))
-
-
-def gather(value: int, device: torch.device) -> list[int]:
-    """The value of every rank of the default group."""
-    mine = torch.tensor([value], device=device)
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, mine)
-    return [int(each) for each in torch.cat(every).tolist()]
-
-
-def mix(*numbers: int) -> int:
-    """A 63-bit seed that depends on all of `numbers` and their order."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -38,6 +38,7 @@ def prepare_accelerate() -> Any:
         place = {"RANK": dist.get_rank(), "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
         for name, value in place.items():
             os.environ.setdefault(name, str(value))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it would choose another number
     import accelerate
 
     return accelerate

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -41,6 +42,27 @@ def sum_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
         if mesh[axis].size() > 1:
             dist.all_reduce(value, group=mesh.get_group(axis))
     return value
+
+
+def gather(self, value: int) -> list[int]:
+        return gather(value, self.device)
+
+    def cut(self, batch: Batch) -> Batch:
+        return batch.to(self.device)
+
+    def seed(self, step: int, microbatch: int) -> None:
+        """Dropout as the native engine has it with as many dp_shard ranks."""
+        if self.config.model.dropout:
+            tensor = (0,) if self.config.parallel.sequence_parallel else ()
+            torch.manual_seed(mix(self.config.run.seed, step, microbatch, *self.place, *tensor))
+
+
+def gather(value: int, device: torch.device) -> list[int]:
+    """The value of every rank of the default group."""
+    mine = torch.tensor([value], device=device)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    return [int(each) for each in torch.cat(every).tolist()]
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from .commands import REPOSITORY
 OVERHEAD = REPOSITORY / "benchmarks" / "overhead.py"
 PREPARE = REPOSITORY / "benchmarks" / "prepare.py"
 DATA = REPOSITORY / "benchmarks" / "data.py"
+ENGINES = REPOSITORY / "benchmarks" / "engines.py"
 CHECKPOINT = REPOSITORY / "benchmarks" / "checkpoint.py"
 
 
@@ -66,3 +67,14 @@ def benchmark(program: Path, *arguments: str) -> subprocess.CompletedProcess[str
         timeout=commands.LIMIT_SECONDS,
         check=True,
     )
+
+
+@pytest.mark.slow
+def test_engines_prints_a_line_per_case_and_a_table() -> None:
+    small = {"rounds": 1, "steps": 1, "d-model": 48, "layers": 1, "vocabulary": 64, "seq-len": 16}
+    done = benchmark(ENGINES, *(word for name, value in small.items() for word in (f"--{name}", str(value))))
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(rows) == 8
+    assert len({round(row["loss"], 4) for row in rows}) == 1, "the same work"
+    assert all(row["wire_bytes"] > 0 for row in rows)
+    assert "| deepspeed, stage 3 |" in done.stderr

@@ -1,0 +1,48 @@
+"""On every engine a run leaves the same files, rows with the same keys, and the same losses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import commands
+
+ENGINES = {
+    "native": (),
+    "deepspeed": ("engine=deepspeed", "deepspeed.stage=2"),
+    "pipeline": ("engine=deepspeed", "deepspeed.stage=1", "parallel.pp=2", "model.tie_embeddings=false"),
+    "accelerate": ("engine=accelerate",),
+}
+
+
+def left(run: Path) -> tuple[set[str], list[dict[str, Any]]]:
+    """(names of files, ranks' own numbers left out; rows of metrics)"""
+    files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    names = {name for name in files if "tensorboard" not in name and ".distcp" not in name}
+    return names, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plain(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Native runs on one process, with a tied head and an untied one."""
+    places = {name: tmp_path_factory.mktemp("plain") for name in ("tied", "untied")}
+    options = ("run.steps=6", "checkpoint.every=3")
+    return {
+        name: commands.train(place, corpus, *options, f"model.tie_embeddings={str(name == 'tied').lower()}")
+        for name, place in places.items()
+    }
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_leaves_the_same(engine: str, corpus: Path, plain: dict[str, Path], tmp_path: Path) -> None:
+    run = commands.train(tmp_path, corpus, "run.steps=6", "checkpoint.every=3", *ENGINES[engine], ranks=2)
+    files, rows = left(run)
+    wanted_files, wanted = left(plain["untied" if engine == "pipeline" else "tied"])
+    assert files == wanted_files | {"logs/rank_00001.log"}
+    assert [row.keys() for row in rows] == [row.keys() for row in wanted]
+    for row, want in zip(rows, wanted, strict=True):
+        for key in {"loss", "grad_norm", "heldout_loss"} & row.keys():
+            assert row[key] == pytest.approx(want[key], rel=1e-4), (row["step"], key)
+        for key in ("step", "lr", "tokens"):
+            assert row.get(key) == want.get(key), (row["step"], key)
