@@ -5,7 +5,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_llm.config.schema import Config
+from dist_llm.engines.native import mix
+from dist_llm.objectives.batch import Batch
 from dist_llm.optim.scale import LossScale
+from dist_llm.parallel.mesh import gather
 
 
 class Replicas:
@@ -29,3 +32,15 @@ class Replicas:
         summed = value.clone() if isinstance(value, Tensor) else torch.full((), value, device=self.device)
         dist.all_reduce(summed)
         return summed
+
+    def gather(self, value: int) -> list[int]:
+        return gather(value, self.device)
+
+    def cut(self, batch: Batch) -> Batch:
+        return batch.to(self.device)
+
+    def seed(self, step: int, microbatch: int) -> None:
+        """Dropout as the native engine has it with as many dp_shard ranks."""
+        if self.config.model.dropout:
+            tensor = (0,) if self.config.parallel.sequence_parallel else ()
+            torch.manual_seed(mix(self.config.run.seed, step, microbatch, *self.place, *tensor))

@@ -44,19 +44,6 @@ def sum_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
     return value
 
 
-def gather(self, value: int) -> list[int]:
-        return gather(value, self.device)
-
-    def cut(self, batch: Batch) -> Batch:
-        return batch.to(self.device)
-
-    def seed(self, step: int, microbatch: int) -> None:
-        """Dropout as the native engine has it with as many dp_shard ranks."""
-        if self.config.model.dropout:
-            tensor = (0,) if self.config.parallel.sequence_parallel else ()
-            torch.manual_seed(mix(self.config.run.seed, step, microbatch, *self.place, *tensor))
-
-
 def gather(value: int, device: torch.device) -> list[int]:
     """The value of every rank of the default group."""
     mine = torch.tensor([value], device=device)
