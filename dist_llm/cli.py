@@ -71,6 +71,10 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; default: 1, all tokens")
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="default: 0, all tokens")
     generate.add_argument("--seed", type=int, default=0, help="default: 0")
+    generate.add_argument(
+        "--offload", metavar="DIR", help="of a model larger than memory: a directory on a fast disk for the rest of it"
+    )
+    generate.add_argument("--memory", type=float, metavar="GiB", help="with --offload: of host memory at most so much")
     return top
 
 
@@ -176,11 +180,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from dist_llm.generate import Sampling, stream
+    from dist_llm.generate import Offload, Sampling, stream
 
+    if (options.offload is None) != (options.memory is None):
+        raise ConfigError("--offload and --memory go together: what does not fit into the one's GiB goes to the other")
+    offload = Offload(Path(options.offload), int(options.memory * 2**30)) if options.offload else None
     sampling = Sampling(options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed)
     with _reader_may_leave():
-        stream(options.checkpoint, options.prompt or [""], sampling)
+        stream(options.checkpoint, options.prompt or [""], sampling, offload)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from dist_llm.checkpoint import store
 from dist_llm.checkpoint.state import Held
 from dist_llm.config.load import load_saved
 from dist_llm.config.schema import Config
+from dist_llm.convert.spread import spread
 from dist_llm.errors import ConfigError
 from dist_llm.models.attention import KVCache
 from dist_llm.models.build import build_model
@@ -43,12 +44,25 @@ class Sampling:
             raise ConfigError("\n".join(broken))
 
 
-def load_model(checkpoint: Path | str, device: torch.device) -> tuple[Decoder, Tokenizer, Config]:
-    """The model of a checkpoint (or of a run's newest) on one device, ready to sample."""
+@dataclass(frozen=True)
+class Offload:
+    """Where blocks wait that do not fit: at most `memory_bytes` in host memory, the rest in `folder`."""
+
+    folder: Path
+    memory_bytes: int
+
+
+def load_model(
+    checkpoint: Path | str, device: torch.device, offload: Offload | None = None
+) -> tuple[Decoder, Tokenizer, Config]:
+    """The model of a checkpoint (or of a run's newest) on one device, or spread, ready to sample."""
     path = store.find(checkpoint)
     config = load_saved(path)
     if config.model.architecture == "encoder":
         raise ConfigError(f"{path}: an encoder fills in masks and does not go on with a text; it cannot generate")
+    if offload is not None:
+        model = spread(path, config.model, device, offload.folder, offload.memory_bytes)
+        return model, Tokenizer.load(path), config
     with torch.device("meta"):
         model = build_model(config.model)
     model.to_empty(device=device)
@@ -94,7 +108,7 @@ def tokens(
     model: torch.nn.Module, prompt: Prompt, sampling: Sampling, longest: int, use_cache: bool = True
 ) -> Iterator[int]:
     """Yield new token ids after `prompt`, at most `max_tokens`, and no more than make `longest` in all."""
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = KVCache() if use_cache else None
     source = None
@@ -157,11 +171,11 @@ def _bytes_of(token: int, tokenizer: Tokenizer, vocabulary: Vocabulary) -> bytes
     return name.encode() if name else tokenizer.decode_bytes([token])
 
 
-def stream(checkpoint: str, prompts: list[str], sampling: Sampling) -> None:
+def stream(checkpoint: str, prompts: list[str], sampling: Sampling, offload: Offload | None = None) -> None:
     """Print each prompt and what follows it, as it comes."""
     sampling.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, config = load_model(checkpoint, device)
+    model, tokenizer, config = load_model(checkpoint, device, offload)
     for number, prompt in enumerate(prompts):
         print("\n---\n" * bool(number) + prompt, end="", flush=True)
         for piece in text(model, tokenizer, ask(config, tokenizer, prompt), sampling, config.model.max_seq_len):

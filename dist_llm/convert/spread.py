@@ -1,0 +1,63 @@
+"""A model larger than memory, by accelerate: blocks wait on GPUs, in host memory and on a disk for their turn."""
+
+import logging
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dist_llm.checkpoint.tensors import NativeWeights
+from dist_llm.config.schema import ModelConfig
+from dist_llm.convert.weights import MadeWeights
+from dist_llm.convert.write import write_safetensors
+from dist_llm.errors import ConfigError
+from dist_llm.models.build import build_model
+from dist_llm.models.decoder import Decoder
+
+
+def spread(path: Path, config: ModelConfig, device: torch.device, folder: Path, memory_bytes: int) -> Decoder:
+    """The model of a checkpoint, of which at most `memory_bytes` lie in host memory, and the rest that no GPU holds in
+    `folder`, which takes up to twice the weights' bytes while it is read.
+
+    Raises ConfigError where accelerate is not installed, or the memory is too small for the ends of the model.
+    """
+    if find_spec("accelerate") is None:
+        raise ConfigError("--offload: accelerate is not installed; pip install 'dist-llm[accelerate]'")
+    from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+    from accelerate.utils import get_max_memory
+
+    with init_empty_weights():
+        model = build_model(config)
+    weights = folder / "weights"
+    weights.mkdir(parents=True, exist_ok=True)
+    saved = NativeWeights(path)
+    names = [name for name in saved.shapes if name.startswith("model.")]
+    view = MadeWeights(
+        {name.removeprefix("model."): saved.shapes[name] for name in names}, lambda name: saved.read(f"model.{name}")
+    )
+    write_safetensors(weights, view)
+    # What is used beside its own call, a tied table by the head, must be there throughout: only blocks wait elsewhere.
+    ends = [name for name, _ in model.named_children() if name != "blocks"]
+    main: int | str = "cpu" if device.type == "cpu" else device.index or 0
+    room = {place: size for place, size in get_max_memory().items() if place != "cpu"} | {"cpu": memory_bytes}
+    room[main] -= _bytes(*(getattr(model, name) for name in ends))
+    if room[main] < 0:
+        raise ConfigError(f"--memory: embedding and head take {-room[main] / 2**20:.1f} MiB more than there is")
+    places: dict[str, int | str] = dict.fromkeys(ends, main)
+    for name, block in model.blocks.items():
+        place = next((place for place, size in room.items() if size >= _bytes(block)), "disk")
+        places[f"blocks.{name}"] = place
+        if place != "disk":
+            room[place] -= _bytes(block)
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that some are offloaded is what was wanted
+    spread: Decoder = load_checkpoint_and_dispatch(model, weights, device_map=places, offload_folder=folder / "blocks")
+    shutil.rmtree(weights)
+    return spread.eval()
+
+
+def _bytes(*modules: nn.Module) -> int:
+    """What they take, shared parameters once."""
+    found = {parameter for module in modules for parameter in module.parameters()}
+    return sum(parameter.numel() * parameter.element_size() for parameter in found)
