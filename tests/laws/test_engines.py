@@ -34,6 +34,7 @@ OFFLOADED = {
     "zero2-offload": zero(2, offload_optimizer="cpu"),
     "zero3-offload": zero(3, offload_optimizer="cpu", offload_params="cpu"),
 }
+ALL = ENGINES | OFFLOADED | {"pipeline": PIPELINE}
 # Stage 3 gathers only what is above a threshold, under which the whole model of a test would lie.
 NO_THRESHOLD = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 500}}
 
@@ -157,11 +158,11 @@ def test_bf16_stays_near(engine: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", [SGD, CLIPPED, ADAMW], ids=["sgd", "clipped", "adamw"])
-@pytest.mark.parametrize("engine", ENGINES | OFFLOADED)
+@pytest.mark.parametrize("engine", ALL)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_twenty_steps(ranks: int, engine: str, optim: dict[str, Any]) -> None:
-    micro = 24 // ranks // 3
-    hold(ranks, config(ranks, (ENGINES | OFFLOADED)[engine], "llama", optim, micro), steps=20)
+    micro = 24 // (ranks // 2 if engine == "pipeline" else ranks) // 3
+    hold(ranks, config(ranks, ALL[engine], "llama", optim, micro), steps=20)
 
 
 @pytest.mark.slow
