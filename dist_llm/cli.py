@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,9 +79,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. 0: done. 1: a failure of ours. 2: input that the user can mend."""
+    """Run the command. 0: done. 1: a failure of ours. 2: input that the user can mend. 128 + N: stopped by signal N."""
     options = parser().parse_args(arguments)
-    commands = {
+    commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         "prepare": _prepare,
         "adopt": _adopt,
         "train": _train,
@@ -89,13 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "generate": _generate,
     }
     try:
-        commands[options.command](options)
+        return commands[options.command](options) or 0
     except UserError as error:
         return _refuse(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _refuse(error: UserError) -> int:
@@ -135,9 +134,10 @@ def _adopt(options: argparse.Namespace) -> None:
     adopt(options_from(options))
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     if options.help_config:
-        return _help_config()
+        _help_config()
+        return 0
     files = [Path(item) for item in options.rest if "=" not in item]
     files += [options.config] if options.config else []
     if len(files) != 1:
@@ -153,7 +153,8 @@ def _train(options: argparse.Namespace) -> None:
         config = read_config(files[0], [*overrides, *(f"parallel.{axis}=1" for axis in AXES), "data.prefetch=0"], 1)
         from dist_llm.train.debug import debug
 
-        return debug(config)
+        debug(config)
+        return 0
     world = read_world()
     config = read_config(files[0], overrides, world.size)  # torch is not imported before the config is right
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -161,7 +162,8 @@ def _train(options: argparse.Namespace) -> None:
     from dist_llm.train.run import train
 
     # `record` hands the exception to torchrun, whose last lines name rank, host and cause.
-    record(train)(config, world)
+    told = record(train)(config, world) or 0
+    return 128 + told if told else 0
 
 
 def _help_config() -> None:

@@ -23,6 +23,7 @@ from dist_llm.checkpoint import manifest
 from dist_llm.checkpoint.boxes import Boxes, Offset, piece_of
 from dist_llm.checkpoint.folder import Folder, FolderWriter, Written
 from dist_llm.errors import CheckpointError, UserError
+from dist_llm.launch.watchdog import CHECKPOINT_GROUP
 from dist_llm.parallel.mesh import local
 
 Result = TypeVar("Result")
@@ -33,7 +34,9 @@ class Team:
     """The ranks that write together, in a group of their own, since the step uses the others meanwhile."""
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo", timeout=LONGEST_WRITE) if dist.is_initialized() else None
+        self.group: dist.ProcessGroup | None = None
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=LONGEST_WRITE, group_desc=CHECKPOINT_GROUP)
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.group is not None else (0, 1)
 
     @property

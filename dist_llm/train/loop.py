@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from signal import Signals
 
 from dist_llm.checkpoint import store as checkpoints
 from dist_llm.checkpoint.adapt import start_from
@@ -19,6 +20,8 @@ from dist_llm.data.loader import Loader
 from dist_llm.engines.base import Engine
 from dist_llm.errors import DataError
 from dist_llm.generate import Sampling, ask, text
+from dist_llm.launch.stop import StopSignals
+from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
 from dist_llm.objectives.build import Objective
 from dist_llm.observe.console import ProgressLine
@@ -32,6 +35,8 @@ from dist_llm.train.evaluate import Heldout, evaluate
 from dist_llm.train.step import train_step
 
 log = logging.getLogger("dist_llm")
+
+SLOW = 30  # times longer than a step may what has no steps of its own stand still
 
 
 class Trainer:
@@ -48,6 +53,7 @@ class Trainer:
         files: Mapping[str, bytes],
     ) -> None:
         self.config, self.world, self.engine, self.loader = config, world, engine, loader
+        self.watchdog = Watchdog(world, config.run.hang_seconds)
         self.store, self.files = store, files
         self.directory = Path(config.run.dir)
         self.progress = self._resume(start)
@@ -62,25 +68,38 @@ class Trainer:
         self.sinks = ExitStack()
         self.recorder = self._recorder()
 
-    def run(self) -> None:
-        """Train to run.steps; evaluate and save on their beats and at the end."""
-        config = self.config
+    def run(self) -> int:
+        """Train to run.steps; evaluate and save on their beats and at the end.
+
+        Returns 0, or the signal that made it save and stop before.
+        """
+        config, told = self.config, 0
         self.recorder.restart_clock(self.progress.tokens)
-        with self.sinks:  # closed at the end, whatever it is
-            while self.progress.step < config.run.steps:
+        with self.sinks, self.watchdog, StopSignals() as signals:  # closed at the end, whatever it is
+            while self.progress.step < config.run.steps and not told:
+                self.watchdog.beat(f"step {self.progress.step + 1}")
+                signals.share()
                 self.step()
                 self.store.poll()
                 step = self.progress.step
+                told = signals.agreed()
                 last = step == config.run.steps
                 if step % config.log.every == 0 or last:
                     self.recorder.flush()
-                if last or (config.eval.every and step % config.eval.every == 0):
+                if last or (config.eval.every and step % config.eval.every == 0 and not told):
+                    self.watchdog.beat(f"the evaluation of step {step}", SLOW)
                     self.evaluate()
-                if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                if last or told or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                    self.watchdog.beat(f"the checkpoint of step {step}", SLOW)
                     self.save()
+            self.watchdog.beat("writing the last checkpoint", SLOW)
             self.store.finish()
+        if told:
+            log.info("stopped by %s after step %d, saved; start again to go on", Signals(told).name, self.progress.step)
+            return told
         log.info("done: %d steps, checkpoint in %s", self.progress.step, self.store.directory)
         log.info("watch the curves: tensorboard --logdir %s", self.directory / "tensorboard")
+        return 0
 
     def step(self) -> None:
         """One optimizer step on the next global batch."""

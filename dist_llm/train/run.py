@@ -22,7 +22,10 @@ from dist_llm.data.streams import Source, open_sources
 from dist_llm.engines.build import build_engine
 from dist_llm.errors import CheckpointError, DataError, UserError
 from dist_llm.launch.environment import check_accelerate
+from dist_llm.launch.failures import add_last_words
 from dist_llm.launch.group import device_of, process_group
+from dist_llm.launch.stop import forget_word, leave_word
+from dist_llm.launch.watchdog import start_recording
 from dist_llm.launch.world import World
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -32,8 +35,10 @@ from dist_llm.train.settings import read_vocabulary
 log = logging.getLogger("dist_llm")
 
 
-def train(config: Config, world: World) -> None:
+def train(config: Config, world: World) -> int:
     """Train as the resolved config says, from the newest checkpoint of run.dir if there is one.
+
+    Returns 0, or the signal that made it save and stop before the end.
 
     Raises ConfigError or DataError before any process group starts where the input is wrong.
     """
@@ -55,12 +60,14 @@ def train(config: Config, world: World) -> None:
     history = _history(config, sources, seen)
     start_logging(directory / "logs", world)
     try:
+        start_recording()
         with process_group(world, device, alone=config.engine != "native"):
             found = store.newest()
             if found != seen:  # a damaged one is passed over
                 history = _history(config, sources, found)
             files = {**run_files(config, corpus), HISTORY: histories.dump(history)}
             if world.main:
+                forget_word(directory)
                 for name, content in files.items():
                     (directory / name).write_bytes(content)
             engine = build_engine(config, device)
@@ -70,11 +77,17 @@ def train(config: Config, world: World) -> None:
             loader = build_loader(config, plan, vocabulary, *engine.data_rank, pin=device.type == "cuda")
             trainer = Trainer(config, world, engine, loader, store, found or start, files)
             try:
-                trainer.run()
+                told = trainer.run()
+                if told and world.main:
+                    leave_word(told, trainer.progress.step, directory)
+            except Exception as error:
+                add_last_words(error, world, trainer.watchdog.what)
+                raise
             finally:
                 loader.close()
                 store.wait()
             del trainer, engine
+        return told
     except UserError as error:
         log.error("rank %d on %s: %s", world.rank, world.host, error)  # no traceback: the user can mend it
         raise

@@ -1,0 +1,154 @@
+"""A run that stands still is ended, and told why: which rank holds up the others, and where it is.
+
+Every rank has a thread that looks at the time of its last beat. Where ranks work in step, all stand still when one
+does. Each then leaves word in the store of the process group: where it is, and whether it waits in a collective. A
+rank that leaves no word is stopped or gone; one that waits for no other holds up those that do.
+"""
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_llm.launch.world import World
+
+log = logging.getLogger("dist_llm")
+
+EXIT_CODE = 70  # of a rank that ended itself
+FIRST_BEATS, FIRST_TIMES = 3, 10  # the first steps, which compile, may take so many times as long
+LONGEST_TIMES = 10  # and later ones so many times the longest so far
+CHECKPOINT_GROUP = "checkpoint"  # what the thread that writes one calls its group
+ANSWER_SECONDS = 5.0  # that ranks have to leave word, once the first has
+LAST_SECONDS = 4.0  # between the verdict and the end
+
+
+class Watchdog:
+    """While open, ends this process where it stands still for `limit_seconds`, or as much longer as is said below.
+
+    0: never.
+    """
+
+    def __init__(self, world: World, limit_seconds: float, end: Callable[[int], Any] = os._exit) -> None:
+        self.world, self.limit, self.end = world, limit_seconds, end
+        self.beats, self.times, self.longest, self.last, self.what = 0, 1, 0.0, time.monotonic(), "start"
+        self._main = threading.get_ident()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Watchdog":
+        if self.limit:
+            self.last = time.monotonic()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._over.set()
+
+    def beat(self, what: str, times: int = 1) -> None:
+        """This rank goes on, with `what`, which may stand still `times` as long as a step."""
+        now = time.monotonic()
+        if self.beats >= FIRST_BEATS and self.times == 1:
+            self.longest = max(self.longest, now - self.last)
+        self.beats, self.last, self.what, self.times = self.beats + 1, now, what, times
+
+    @property
+    def patience(self) -> float:
+        """Seconds that it may stand still now."""
+        first = FIRST_TIMES if self.beats <= FIRST_BEATS else 1
+        return max(self.limit * max(first, self.times), LONGEST_TIMES * self.longest)
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, self.limit / 4)):
+            if (stood := time.monotonic() - self.last) > self.patience:
+                self._tell(stood)
+                return
+
+    def _tell(self, stood: float) -> None:
+        world, waiting = self.world, unfinished()
+        stack = traceback.format_stack(sys._current_frames().get(self._main))
+        log.error(
+            "rank %d on %s stands still since %.0f s, in %s, %s\n%s",
+            *(world.rank, world.host, stood, self.what, f"waiting in {waiting}" if waiting else "in no collective"),
+            "".join(stack),
+        )
+        place = " ".join(stack[-1].split()) if stack else "an unknown place"
+        every = _exchange(world, {"host": world.host, "what": self.what, "waiting": waiting, "place": place})
+        speaks = min(every)
+        for line in verdict(every, world.size):
+            log.error(line)
+            if world.rank == speaks and not world.main:  # who has the screen is the one that is silent
+                print(line, file=sys.stderr, flush=True)
+        for handler in log.handlers:
+            handler.flush()
+        # The others read and speak, too, before the launcher hears of the first that ends; rank 0 may be their store.
+        time.sleep(LAST_SECONDS if world.main else LAST_SECONDS / 2)
+        self.end(EXIT_CODE)
+
+
+def verdict(every: dict[int, dict[str, Any]], ranks: int) -> list[str]:
+    """Who holds up the others, from what those that answered said, by rank."""
+    gone = [rank for rank in range(ranks) if rank not in every]
+    lines = [f"rank {rank} does not answer: its process is stopped, or its node gone" for rank in gone]
+    for rank, said in every.items():
+        if not said["waiting"]:
+            lines.append(f"rank {rank} on {said['host']} holds up the run, in {said['what']}: {said['place']}")
+    if not lines:
+        places = ", ".join(f"{rank} in {said['waiting']}" for rank, said in sorted(every.items()))
+        lines = [f"all ranks wait for each other: {places}; a network that fails, or collectives that do not match"]
+    return lines
+
+
+def unfinished() -> str:
+    """The newest collective that this process is in, but for those of a checkpoint's thread; empty: none.
+
+    From torch's flight recorder (`start_recording`).
+    """
+    if not dist.is_initialized():
+        return ""
+    try:
+        found = json.loads(torch._C._distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]
+    except Exception:  # of a build without it
+        return ""
+    entries = [
+        entry
+        for entry in found.get("entries", ())
+        if not entry.get("retired", True) and CHECKPOINT_GROUP not in entry["process_group"]
+    ]
+    if not entries:
+        return ""
+    newest = max(entries, key=lambda entry: entry["record_id"])
+    return f"{newest['profiling_name']} {newest['input_sizes']} of {newest['process_group'][1]}"
+
+
+def start_recording() -> None:
+    """Have torch note its collectives. Before the process group is made."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")
+
+
+def _exchange(world: World, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """What the ranks that stand still say, by rank: those that answer in time."""
+    if world.size == 1 or not dist.is_initialized():
+        return {world.rank: mine}
+    found = {world.rank: mine}
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"dist_llm/still/{world.rank}", json.dumps(mine))
+        until = time.monotonic() + ANSWER_SECONDS
+        while time.monotonic() < until and len(found) < world.size:
+            for rank in set(range(world.size)) - found.keys():
+                key = f"dist_llm/still/{rank}"
+                if store.check([key]):
+                    found[rank] = json.loads(store.get(key))
+            time.sleep(0.2)
+    except Exception as error:  # the store's host is gone
+        log.error("rank %d cannot ask the others: %s", world.rank, error)
+    return found

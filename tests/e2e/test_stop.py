@@ -1,0 +1,137 @@
+"""Told to stop, all ranks save after the same step and leave; a rank that fails or hangs is named, and ends the job."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from . import commands
+from .conftest import ONE, SHARDED, Layout
+from .test_kill import assert_same_weights
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+def start(
+    fault: tuple[object, ...], corpus: Path, cwd: Path, *overrides: object, ranks: int = 2
+) -> subprocess.Popen[str]:
+    launcher = TORCHRUN if ranks else [sys.executable]
+    arguments = commands.train_arguments(corpus, "run.steps=20", *overrides)
+    return subprocess.Popen(
+        [*launcher, "-m", "tests.e2e.faulty", *map(str, fault), *map(str, arguments)],
+        cwd=cwd,
+        env={**commands.environment(), "PYTHONPATH": str(commands.REPOSITORY)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str], seconds: float) -> tuple[int, str, list[int]]:
+    """(exit code, output, processes that are left): within `seconds` of now."""
+    family = commands._family(process.pid)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    finally:
+        left = [each for each in commands._family(process.pid) + family if _alive(each)]
+        commands._kill(left)
+    return process.returncode, output, left
+
+
+def _alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def word(run: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((run / "stopped.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(("fault", "code"), [("usr1", 138), ("term", 143)])
+def test_one_process_saves_after_the_step_and_goes_on_with_the_same_bits(
+    fault: str, code: int, straight: Callable[[Layout], Path], corpus: Path, tmp_path: Path
+) -> None:
+    process = start((fault, 0, 7), corpus, tmp_path, "checkpoint.every=0", ranks=0)
+    found, output, left = end(process, 60)
+    assert (found, left) == (code, []), output
+    step = int(str(word(tmp_path / "run")["step"]))
+    assert step in (7, 8), "within one step"
+    assert commands.newest(tmp_path / "run").name == f"step_{step:08d}"
+    assert f"stopped by SIG{fault.upper()} after step {step}, saved" in output
+    commands.run(*commands.train_arguments(corpus), cwd=tmp_path)
+    assert not (tmp_path / "run" / "stopped.json").exists(), "it goes on"
+    want = straight(ONE)
+    assert commands.column(commands.metrics(tmp_path / "run"), "loss") == commands.column(
+        commands.metrics(want), "loss"
+    )
+    assert_same_weights(tmp_path / "run", want)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(rank: int, corpus: Path, tmp_path: Path) -> None:
+    process = start(("usr1", rank, 5), corpus, tmp_path, *SHARDED.overrides)
+    _, output, left = end(process, 60)
+    assert not left
+    step = int(str(word(tmp_path / "run")["step"]))
+    assert step in (5, 6)
+    assert word(tmp_path / "run")["signal"] == "SIGUSR1"
+    assert commands.column(commands.metrics(tmp_path / "run"), "step") == list(range(1, step + 1))
+    assert commands.newest(tmp_path / "run").name == f"step_{step:08d}", output
+
+
+def test_sigterm_to_torchrun_is_a_stop_too(corpus: Path, tmp_path: Path) -> None:
+    process = start(("none", 9, 9), corpus, tmp_path, "run.steps=100000", *SHARDED.overrides)
+    rows = tmp_path / "run" / "metrics.jsonl"
+    until = time.monotonic() + 60
+    while not rows.exists() or rows.read_text().count("\n") < 3:
+        assert time.monotonic() < until
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    _, output, left = end(process, 60)
+    assert not left
+    step = int(str(word(tmp_path / "run")["step"]))
+    assert commands.newest(tmp_path / "run").name == f"step_{step:08d}", output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_raises_ends_the_job_and_is_named_in_the_last_lines(
+    rank: int, corpus: Path, tmp_path: Path
+) -> None:
+    process = start(("raise", rank, 4), corpus, tmp_path, *SHARDED.overrides)
+    code, output, left = end(process, 60)
+    assert code != 0
+    assert not left, output
+    assert f"rank {rank} on " in output
+    assert "in step 4: ValueError: planted" in output
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("sleep", "holds up the run, in step 5: "), ("stop", "rank 1 does not answer: its process is stopped")],
+)
+def test_a_rank_that_hangs_is_named_and_the_job_ends(fault: str, said: str, corpus: Path, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    process = start((fault, 1, 5), corpus, tmp_path, "run.hang_seconds=3", *SHARDED.overrides)
+    code, output, left = end(process, 100)
+    assert code != 0
+    assert not left, output
+    assert said in output, output
+    log = (tmp_path / "run" / "logs" / "rank_00000.log").read_text()
+    assert "stands still since" in log
+    assert "waiting in gloo:" in log
+    assert "train_step" in log, "the stack"
+    if fault == "sleep":
+        assert "time.sleep(3600)" in output, "where it is"
+    assert time.monotonic() - begin < 90
