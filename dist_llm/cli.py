@@ -186,6 +186,8 @@ def _generate(options: argparse.Namespace) -> None:
 
     if (options.offload is None) != (options.memory is None):
         raise ConfigError("--offload and --memory go together: what does not fit into the one's GiB goes to the other")
+    if options.memory is not None and not 0 < options.memory < float("inf"):
+        raise ConfigError(f"--memory {options.memory}: must be above 0")
     offload = Offload(Path(options.offload), int(options.memory * 2**30)) if options.offload else None
     sampling = Sampling(options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed)
     with _reader_may_leave():

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dist_llm.config.check_data import check_data
-from dist_llm.config.check_engine import check_engine
+from dist_llm.config.check_engine import check_axes, check_engine
 from dist_llm.config.lengths import extra_ids, inputs_len, lengths
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config, ModelConfig, ObjectiveConfig, ParallelConfig
@@ -78,7 +78,7 @@ def nearest_layouts(config: Config, world_size: int, tokenizer_size: int, most: 
     found: list[dict[str, int]] = []
     for sizes in sorted((dict(zip(AXES, each, strict=True)) for each in _factors(world_size, len(AXES))), key=distance):
         layout = config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
-        if not any(_check_layout(layout, world_size, tokenizer_size)):
+        if not any(_check_layout(layout, world_size, tokenizer_size)) and not any(check_axes(layout)):
             found.append(sizes)
             if len(found) == most:
                 break

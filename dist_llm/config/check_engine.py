@@ -22,14 +22,7 @@ def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
     for needed in {engine, "deepspeed" if config.uses_deepspeed else engine}:
         if find_spec(needed) is None:
             yield Violation(("engine",), f"{needed} is not installed; pip install 'dist-llm[{needed}]'")
-    axes = ("dp_replicate", "cp", "tp", *(("pp",) if engine != "deepspeed" else ()))
-    for axis in axes:
-        if (size := getattr(config.parallel, axis)) > 1:
-            others = "data or pipeline" if engine == "deepspeed" else "data"
-            yield Violation(
-                (f"parallel.{axis}", "engine"),
-                f"{size} under engine: {engine}, whose ranks are {others} parallel; set it to 1, or engine to native",
-            )
+    yield from check_axes(config)
     for key, plain in FSDP_KEYS.items():
         if getattr(config.parallel, key) != plain:
             yield Violation(
@@ -43,6 +36,19 @@ def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
     if config.uses_deepspeed:
         yield from check_deepspeed(config, max(1, ranks // config.parallel.pp))
         yield from _check_pipeline(config)
+
+
+def check_axes(config: Config) -> Iterator[Violation]:
+    """The layouts that an engine of others has."""
+    engine = config.engine
+    known = {"native": (), "deepspeed": ("dp_replicate", "cp", "tp"), "accelerate": ("dp_replicate", "cp", "tp", "pp")}
+    for axis in known[engine]:
+        if (size := getattr(config.parallel, axis)) > 1:
+            others = "data or pipeline" if engine == "deepspeed" else "data"
+            yield Violation(
+                (f"parallel.{axis}", "engine"),
+                f"{size} under engine: {engine}, whose ranks are {others} parallel; set it to 1, or engine to native",
+            )
 
 
 def _check_pipeline(config: Config) -> Iterator[Violation]:

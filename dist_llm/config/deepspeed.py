@@ -15,13 +15,49 @@ DEFAULTS: dict[str, Any] = {  # what a user's JSON may set otherwise
     "zero_force_ds_cpu_optimizer": False,  # its own AdamW on CPUs wants a compiler
     "steps_per_print": None,
 }
-UNKNOWN = {  # what we could not keep the promises of a checkpoint or a precision with
-    "zero_optimization.mics_shard_size": "weights are sharded over all ranks here",
-    "zero_optimization.zero_hpz_partition_size": "weights are sharded over all ranks here",
-    "torch_autocast.enabled": "precision says what is computed in",
-    "amp.enabled": "precision says what is computed in",
-    "scheduler": "the rate of each step comes from schedule.*",
-}
+# Sections and keys that change how the step is carried out, and not what it computes or where its tensors lie.
+FREE = (
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "steps_per_print",
+    "communication_data_type",
+    "disable_allgather",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "flops_profiler",
+    "comms_logger",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "aio",
+    *(
+        f"zero_optimization.{key}"
+        for key in (
+            "allgather_partitions",
+            "allgather_bucket_size",
+            "overlap_comm",
+            "reduce_scatter",
+            "reduce_bucket_size",
+            "contiguous_gradients",
+            "sub_group_size",
+            "stage3_max_live_parameters",
+            "stage3_max_reuse_distance",
+            "stage3_prefetch_bucket_size",
+            "stage3_param_persistence_threshold",
+            "stage3_model_persistence_threshold",
+            "stage3_gather_16bit_weights_on_model_save",
+            "use_multi_rank_bucket_allreduce",
+            "offload_optimizer.pin_memory",
+            "offload_optimizer.buffer_count",
+            "offload_param.pin_memory",
+            "offload_param.buffer_count",
+            "offload_param.buffer_size",
+            "offload_param.max_in_cpu",
+        )
+    ),
+)
+TIMERS = ("wall_clock_breakdown", "flops_profiler.enabled")  # which its pipeline cannot stand
 
 
 @dataclass(frozen=True)
@@ -36,7 +72,11 @@ def deepspeed_json(config: Config, ranks: int) -> dict[str, Any]:
     """What `deepspeed.initialize` is given for a resolved and checked config on so many data-parallel ranks."""
     theirs = {key: value for key, value in _flat(_read(config)) if not key.startswith("optimizer.")}
     ours = {key: each.value for key, each in _ours(config, ranks).items() if not key.startswith("optimizer.")}
-    fixed = {"communication_data_type": "fp32"} if config.precision == "bf16" else {}
+    fixed: dict[str, Any] = {}
+    if config.precision == "bf16":
+        fixed["communication_data_type"] = "fp32"
+        if config.deepspeed.stage > 1:
+            fixed["data_types.grad_accum_dtype"] = "fp32"
     return _nested({**DEFAULTS, **fixed, **theirs, **ours})
 
 
@@ -54,11 +94,6 @@ def check_deepspeed(config: Config, ranks: int) -> Iterator[Violation]:
         yield Violation(("deepspeed.offload_optimizer", "deepspeed.stage"), "needs a stage of at least 1")
     if zero.offload_params != "none" and zero.stage < 3:
         yield Violation(("deepspeed.offload_params", "deepspeed.stage"), "needs stage 3")
-    if "nvme" in (zero.offload_optimizer, zero.offload_params):
-        yield Violation(
-            ("deepspeed.offload_optimizer", "deepspeed.offload_params"),
-            "checkpoints of what lies on nvme are not supported yet; set cpu",
-        )
     yield from _contradictions(config, ranks)
 
 
@@ -69,26 +104,32 @@ def _contradictions(config: Config, ranks: int) -> Iterator[Violation]:
     except (OSError, ValueError) as error:
         yield Violation(("deepspeed.config",), f"{config.deepspeed.config} cannot be read as JSON: {error}")
         return
-    ours = _ours(config, ranks)
+    ours, name = _ours(config, ranks), config.deepspeed.config
     for key, value in theirs.items():
-        for unknown, why in UNKNOWN.items():
-            if (key == unknown or key.startswith(unknown + ".")) and value not in (False, 0, 1, -1, AUTO):
-                yield Violation(("deepspeed.config",), f"{config.deepspeed.config}: remove {key}: {why}")
         known = ours.get(key)
-        if known is None and key.startswith("optimizer."):
-            yield Violation(("deepspeed.config",), f"{config.deepspeed.config}: remove {key}: optim.* says it all")
-        elif known is not None and value != AUTO and _plain(value) != _plain(known.value):
+        if key.startswith("optimizer.") and known is None:
+            yield Violation(("deepspeed.config",), f"{name}: remove {key}: optim.* says it all")
+        elif key == "scheduler" or key.startswith("scheduler."):
+            yield Violation(("deepspeed.config",), f"{name}: remove {key}: the rate of each step comes from schedule.*")
+        elif known is not None and value != AUTO and not _equal(value, known.value):
             yield Violation(
                 ("deepspeed.config", known.key),
-                f"{config.deepspeed.config} says {key}: {json.dumps(value)}, but {known.key} makes it "
-                f'{json.dumps(known.value)}; set one to the other, or {key} to "auto"',
+                f"{name} says {key}: {json.dumps(value)}, but {known.key} makes it {json.dumps(known.value)}; set one "
+                f'to the other, or {key} to "auto"',
             )
+        elif known is None and not any(key == free or key.startswith(free + ".") for free in FREE):
+            yield Violation(
+                ("deepspeed.config",),
+                f"{name}: remove {key}: it is unknown, or would change what a step computes or where its tensors lie",
+            )
+        elif key in TIMERS and value and config.parallel.pp > 1:
+            yield Violation(("deepspeed.config", "parallel.pp"), f"{name}: remove {key}: pipelines cannot stand it")
 
 
 def _ours(config: Config, ranks: int) -> dict[str, Ours]:
     """All that our config decides, by dotted key of DeepSpeed's."""
     data, optim, zero = config.data, config.optim, config.deepspeed
-    micro = data.micro_batch or data.global_batch // ranks
+    micro = data.micro_batch or max(1, data.global_batch // ranks)
     found = {
         "train_batch_size": Ours(data.global_batch, "data.global_batch"),
         "train_micro_batch_size_per_gpu": Ours(micro, "data.micro_batch"),
@@ -109,8 +150,6 @@ def _ours(config: Config, ranks: int) -> dict[str, Ours]:
     for name, where in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_params)):
         key = "deepspeed.offload_params" if name == "offload_param" else f"deepspeed.{name}"
         found[f"zero_optimization.{name}.device"] = Ours(where, key)
-        if where == "nvme":
-            found[f"zero_optimization.{name}.nvme_path"] = Ours(zero.nvme_path, "deepspeed.nvme_path")
     return found
 
 
@@ -143,6 +182,10 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _plain(value: Any) -> Any:
-    """Comparable: a number is a number however it is written."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+def _equal(theirs: Any, ours: Any) -> bool:
+    """A number is a number however it is written, but true is no 1."""
+    if isinstance(theirs, bool) or isinstance(ours, bool):
+        return theirs is ours
+    if isinstance(theirs, int | float) and isinstance(ours, int | float):
+        return float(theirs) == float(ours)
+    return bool(theirs == ours)

@@ -242,9 +242,8 @@ class DeepSpeedConfig(Section):
     stage: Literal[0, 1, 2, 3] = key(
         "what ZeRO shards: nothing, moments, gradients too, weights too (stage 3 is FSDP's way)", 2
     )
-    offload_optimizer: Literal["none", "cpu", "nvme"] = key("where moments are kept, and stepped", "none")
-    offload_params: Literal["none", "cpu", "nvme"] = key("stage 3: where weights wait for their turn", "none")
-    nvme_path: str = key("directory on a local disk for what is offloaded to nvme", "")
+    offload_optimizer: Literal["none", "cpu"] = key("where moments are kept, and stepped", "none")
+    offload_params: Literal["none", "cpu"] = key("stage 3: where weights wait for their turn", "none")
     config: str = key(
         "a DeepSpeed JSON file whose further settings hold; where it contradicts this config, it is refused", ""
     )

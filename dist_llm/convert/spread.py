@@ -1,7 +1,9 @@
 """A model larger than memory, by accelerate: blocks wait on GPUs, in host memory and on a disk for their turn."""
 
+import atexit
 import logging
 import shutil
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,10 +18,12 @@ from dist_llm.errors import ConfigError
 from dist_llm.models.build import build_model
 from dist_llm.models.decoder import Decoder
 
+GPU_SHARE = 0.7
+
 
 def spread(path: Path, config: ModelConfig, device: torch.device, folder: Path, memory_bytes: int) -> Decoder:
     """The model of a checkpoint, of which at most `memory_bytes` lie in host memory, and the rest that no GPU holds in
-    `folder`, which takes up to twice the weights' bytes while it is read.
+    a directory of its own in `folder`, which takes up to twice the weights' bytes until the process ends.
 
     Raises ConfigError where accelerate is not installed, or the memory is too small for the ends of the model.
     """
@@ -30,18 +34,12 @@ def spread(path: Path, config: ModelConfig, device: torch.device, folder: Path, 
 
     with init_empty_weights():
         model = build_model(config)
-    weights = folder / "weights"
-    weights.mkdir(parents=True, exist_ok=True)
-    saved = NativeWeights(path)
-    names = [name for name in saved.shapes if name.startswith("model.")]
-    view = MadeWeights(
-        {name.removeprefix("model."): saved.shapes[name] for name in names}, lambda name: saved.read(f"model.{name}")
-    )
-    write_safetensors(weights, view)
     # What is used beside its own call, a tied table by the head, must be there throughout: only blocks wait elsewhere.
     ends = [name for name, _ in model.named_children() if name != "blocks"]
     main: int | str = "cpu" if device.type == "cpu" else device.index or 0
-    room = {place: size for place, size in get_max_memory().items() if place != "cpu"} | {"cpu": memory_bytes}
+    # Of a GPU's memory a part is left to the blocks that pass through, and to what is computed.
+    room = {place: round(GPU_SHARE * size) for place, size in get_max_memory().items() if place != "cpu"}
+    room["cpu"] = memory_bytes
     room[main] -= _bytes(*(getattr(model, name) for name in ends))
     if room[main] < 0:
         raise ConfigError(f"--memory: embedding and head take {-room[main] / 2**20:.1f} MiB more than there is")
@@ -51,9 +49,21 @@ def spread(path: Path, config: ModelConfig, device: torch.device, folder: Path, 
         places[f"blocks.{name}"] = place
         if place != "disk":
             room[place] -= _bytes(block)
+    saved = NativeWeights(path)
+    names = [name for name in saved.shapes if name.startswith("model.")]
+    view = MadeWeights(
+        {name.removeprefix("model."): saved.shapes[name] for name in names}, lambda name: saved.read(f"model.{name}")
+    )
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that some are offloaded is what was wanted
-    spread: Decoder = load_checkpoint_and_dispatch(model, weights, device_map=places, offload_folder=folder / "blocks")
-    shutil.rmtree(weights)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--offload: {folder} cannot be made: {error.strerror}") from None
+    waiting = Path(tempfile.mkdtemp(prefix="blocks_", dir=folder))
+    with tempfile.TemporaryDirectory(prefix="weights_", dir=folder) as weights:
+        write_safetensors(Path(weights), view)
+        spread: Decoder = load_checkpoint_and_dispatch(model, weights, device_map=places, offload_folder=waiting)
+    atexit.register(shutil.rmtree, waiting, ignore_errors=True)
     return spread.eval()
 
 

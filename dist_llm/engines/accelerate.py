@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from dist_llm.checkpoint.state import Held, State
@@ -25,6 +26,7 @@ from dist_llm.optim import clip
 from dist_llm.optim.build import build_optimizer
 from dist_llm.parallel.mesh import local
 from dist_llm.parallel.parallelize import build_parts
+from dist_llm.parallel.shard import DTYPES
 
 BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 
@@ -39,6 +41,7 @@ class AccelerateEngine(Replicas):
         if config.accelerate.plugin == "fsdp2":
             options["fsdp_plugin"] = accelerate.FullyShardedDataParallelPlugin(
                 fsdp_version=2,
+                mixed_precision_policy=self._policy(),
                 auto_wrap_policy="transformer_based_wrap",
                 transformer_cls_names_to_wrap=["Block"],
             )
@@ -51,6 +54,11 @@ class AccelerateEngine(Replicas):
         optimizer = build_optimizer(config.optim, self.model.named_parameters())
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         _insist(self.accelerator, config.accelerate.plugin, dist.get_world_size(), self.prepared)
+
+    def _policy(self) -> MixedPrecisionPolicy:
+        """As the native engine's: gradients are reduced in fp32."""
+        kind = DTYPES[self.config.precision] if self.config.precision != "fp32" else None
+        return MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32 if kind else None)
 
     @property
     def parts(self) -> list[Decoder]:

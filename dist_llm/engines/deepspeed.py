@@ -96,8 +96,12 @@ class DeepSpeedEngine(Replicas):
         return norm
 
     def step(self) -> None:
-        """Clip, step and clear."""
+        """Clip, step and clear. DeepSpeed leaves out a step whose gradient is not finite, at stage 1 and above."""
         self.deepspeed.step()
+        if (
+            self.stage == 3 and self.deepspeed.optimizer.overflow
+        ):  # and at stage 3 forgets to gather what it keeps gathered
+            self.deepspeed.optimizer._post_step(set())
 
     def _whole_norm(self) -> Tensor:
         """At stage 0 gradients are whole after the last backward, and DeepSpeed tells no norm though it clips."""

@@ -38,6 +38,7 @@ def prepare_accelerate() -> Any:
         place = {"RANK": dist.get_rank(), "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
         for name, value in place.items():
             os.environ.setdefault(name, str(value))
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # with this it refuses any config but its launcher's
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it would choose another number
     import accelerate
 
@@ -53,18 +54,20 @@ def check_accelerate(
     if plugin == "fsdp2" and device.type == "cpu":
         yield Violation((key,), "fsdp2 needs GPUs: on CPUs accelerate would do something else in silence; set ddp")
     precision = {"fp32": "no"}.get(config.precision, config.precision)
-    microbatches = str(config.data.global_batch // config.data.micro_batch)
     fitting: dict[str, tuple[str, list[str]]] = {
         "ACCELERATE_MIXED_PRECISION": ("precision", [precision]),
         "ACCELERATE_USE_DEEPSPEED": (key, [str(plugin == "deepspeed").lower()]),
         "ACCELERATE_USE_FSDP": (key, [str(plugin == "fsdp2").lower()]),
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("deepspeed.stage", [str(zero.stage)]),
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("deepspeed.config", [zero.config or "none"]),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("data.micro_batch", ["1", "auto", microbatches]),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("data.micro_batch", ["1"]),  # it would divide losses by it
+        "ACCELERATE_GRADIENT_CLIPPING": ("optim.clip", [str(config.optim.clip), "none"]),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("deepspeed.offload_optimizer", [zero.offload_optimizer]),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("deepspeed.offload_params", [zero.offload_params]),
     }
     for name, (ours, values) in fitting.items():
         if (found := environ.get(name)) is not None and found not in values:
             yield Violation(
                 (ours, "engine"),
-                f"asks for {name}={values[-1]}, but accelerate was launched with {found}; change one of them",
+                f"asks for {name}={values[0]}, but accelerate was launched with {found}; change one of them",
             )

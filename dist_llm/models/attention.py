@@ -1,6 +1,6 @@
 """Grouped-query attention, and the one place that picks its kernel."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -20,12 +20,15 @@ from dist_llm.models.visibility import Visibility
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each [S, E/2] or [B, S, E/2]
 
 
-@dataclass
 class KVCache:
-    """Keys and values, per layer, for generation: of all tokens seen so far, and of an encoder's output."""
+    """Keys and values, per layer, for generation: of all tokens seen so far, and of an encoder's output.
 
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    memory: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    No dataclass: of one FSDP hands on a copy where it casts what a model is given.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def length(self) -> int:

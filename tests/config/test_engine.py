@@ -16,12 +16,12 @@ from dist_llm.launch.environment import check_accelerate
 CPU = torch.device("cpu")
 
 
+DATA = {"path": "corpus", "seq_len": 8, "global_batch": 12, "micro_batch": 2}
+
+
 def make(**sections: Any) -> Config:
-    raw = {
-        "run": {"dir": "runs/x", "steps": 20},
-        "model": {"d_model": 32, "n_layers": 2, "n_heads": 4},
-        "data": {"path": "corpus", "seq_len": 8, "global_batch": 12, "micro_batch": 2},
-    }
+    model = {"d_model": 32, "n_layers": 2, "n_heads": 4}
+    raw = {"run": {"dir": "runs/x", "steps": 20}, "model": model, "data": DATA}
     return Config.model_validate({**raw, **sections})
 
 
@@ -47,7 +47,23 @@ REFUSED = [
     ({"engine": "deepspeed", "deepspeed": {"stage": 3}, "compile": True}, "compile: compiled blocks are not supported"),
     ({"engine": "deepspeed", "deepspeed": {"stage": 0, "offload_optimizer": "cpu"}}, "needs a stage of at least 1"),
     ({"engine": "deepspeed", "deepspeed": {"offload_params": "cpu"}}, "deepspeed.offload_params: needs stage 3"),
-    ({"engine": "deepspeed", "deepspeed": {"offload_optimizer": "nvme"}}, "not supported yet; set cpu"),
+    (
+        {"engine": "deepspeed", "data": {**DATA, "global_batch": 1, "micro_batch": 0}},
+        "1 sequences do not divide into 2",
+    ),
+    (
+        {"engine": "deepspeed", "deepspeed": {"stage": 2}, "parallel": {"pp": 2}},
+        "deepspeed.stage: stage 2 with a pipeline: it works with stage 1 alone",
+    ),
+    (
+        {
+            "engine": "deepspeed",
+            "deepspeed": {"stage": 1},
+            "parallel": {"pp": 2},
+            "data": {**DATA, "document_mask": True},
+        },
+        "data.document_mask: DeepSpeed's pipeline takes false alone",
+    ),
     ({"deepspeed": {"stage": 3}}, "deepspeed: is of engine: deepspeed alone"),
     ({"engine": "accelerate", "deepspeed": {"stage": 3}}, "deepspeed: is of engine: deepspeed alone"),
     ({"accelerate": {"plugin": "fsdp2"}}, "accelerate: is of engine: accelerate alone"),
@@ -97,10 +113,21 @@ CONTRADICTIONS = [
     ({"optimizer": {"params": {"lr": 1e-3}}}, "says optimizer.params.lr: 0.001, but optim.lr makes it 0.0003"),
     ({"optimizer": {"params": {"amsgrad": True}}}, "remove optimizer.params.amsgrad: optim.* says it all"),
     ({"scheduler": {"type": "WarmupLR"}}, "remove scheduler.type: the rate of each step comes from schedule.*"),
-    (
-        {"zero_optimization": {"mics_shard_size": 4}},
-        "remove zero_optimization.mics_shard_size: weights are sharded over",
+    *(
+        ({"zero_optimization": {key: value}}, f"remove zero_optimization.{key}: it is unknown, or would change what")
+        for key, value in (("mics_shard_size", 4), ("round_robin_gradients", True), ("zero_quantized_weights", True))
     ),
+    ({"zero_optimizaton": {"stage": 2}}, "remove zero_optimizaton.stage: it is unknown"),
+    ({"zero_optimization": None}, "remove zero_optimization: it is unknown"),
+    ({"bf16": True}, "remove bf16: it is unknown"),
+    (
+        {"torch_autocast": {"enabled": True}},
+        "remove torch_autocast.enabled: it is unknown, or would",
+    ),
+    ({"amp": {"enabled": True}}, "remove amp.enabled"),
+    ({"sparse_gradients": True}, "remove sparse_gradients"),
+    ({"gradient_clipping": True}, "says gradient_clipping: true, but optim.clip makes it 1.0"),
+    ({"scheduler": {"params": {"warmup_num_steps": 1}}}, "remove scheduler.params.warmup_num_steps: the rate of each"),
     ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "but deepspeed.offload_optimizer makes it"),
     ("{", "cannot be read as JSON"),
     ("[]", "cannot be read as JSON: it is no object"),
@@ -110,6 +137,13 @@ CONTRADICTIONS = [
 @pytest.mark.parametrize(("content", "message"), CONTRADICTIONS, ids=[message for _, message in CONTRADICTIONS])
 def test_a_json_that_contradicts_is_refused_with_both_values(content: Any, message: str, tmp_path: Path) -> None:
     assert message in made(content, tmp_path)
+
+
+@pytest.mark.parametrize("content", [{"wall_clock_breakdown": True}, {"flops_profiler": {"enabled": True}}], ids=str)
+def test_timers_are_refused_in_pipelines_alone(content: Any, tmp_path: Path) -> None:
+    assert not made(content, tmp_path)
+    pipeline = {"deepspeed": {"stage": 1}, "parallel": {"pp": 2}}
+    assert "pipelines cannot stand it" in made(content, tmp_path, **pipeline)
 
 
 def test_the_rest_of_a_json_holds_and_what_agrees_or_is_auto_is_fine(tmp_path: Path) -> None:
@@ -138,6 +172,7 @@ def test_bf16_reduces_in_fp32_as_the_native_engine_does() -> None:
     config = resolve(make(engine="deepspeed", precision="bf16"), 2, 300)
     assert deepspeed_json(config, 2)["communication_data_type"] == "fp32"
     assert deepspeed_json(config, 2)["bf16"] == {"enabled": True}
+    assert deepspeed_json(config, 2)["data_types"] == {"grad_accum_dtype": "fp32"}, "stage 2 would add up in bf16"
 
 
 LAUNCHED = [

@@ -38,7 +38,7 @@ def test_it_says_what_the_whole_model_says(model: str, kept: int, tmp_path: Path
     found = spread(path, engine.config.model, CPU, tmp_path / "disk", memory)
     away = sum(all(p.is_meta for p in block.parameters()) for block in found.blocks.values())
     assert away == len(blocks) - kept
-    assert not (tmp_path / "disk" / "weights").exists()
+    assert [path.name[:7] for path in (tmp_path / "disk").iterdir()] == ["blocks_"]
     source = [3, 4, 5] if engine.config.model.architecture == "encoder_decoder" else None
     prompt, sampling = Prompt([1, 2, 3], source=source), Sampling(8, seed=2)
     want = list(tokens(whole.eval(), prompt, sampling, 32))
@@ -49,6 +49,18 @@ def test_memory_for_less_than_the_ends_is_refused(tmp_path: Path) -> None:
     engine, path = native("llama", tmp_path)
     with pytest.raises(ConfigError, match="--memory: embedding and head take"):
         spread(path, engine.config.model, CPU, tmp_path / "disk", 100)
+    assert not (tmp_path / "disk").exists(), "before anything is written"
+
+
+def test_what_else_lies_in_the_folder_stays(tmp_path: Path) -> None:
+    engine, path = native("llama", tmp_path)
+    theirs = tmp_path / "disk" / "weights" / "precious"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    spread(path, engine.config.model, CPU, tmp_path / "disk", 10**9)
+    assert theirs.read_text() == "mine"
+    with pytest.raises(ConfigError, match=r"--offload: .*precious cannot be made: File exists"):
+        spread(path, engine.config.model, CPU, theirs, 10**9)
 
 
 def test_without_accelerate_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def take(
     """Steps on this rank, from a checkpoint if there is one; rates are some power of the step."""
     with opened(config) as engine, ExitStack() as planted:
         if bug:
-            planted.enter_context(BUGS[bug]())
+            planted.enter_context((BUGS | FAULTS)[bug]())
         found = Steps()
         if load is not None:
             store.load(load, engine.state)
@@ -167,6 +167,14 @@ def only_the_last_microbatch_counts(real: Callable[..., Tensor]) -> Callable[...
     return accumulate
 
 
+@changed
+def the_second_step_is_not_finite(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
+        return real(self, batches, scored * (torch.nan if step == 1 else 1.0), step)
+
+    return accumulate
+
+
 @contextmanager
 def losses_are_divided_by_the_microbatches() -> Iterator[None]:
     import accelerate
@@ -207,3 +215,4 @@ BUGS = {
         only_the_last_microbatch_counts,
     )
 }
+FAULTS = {"the_second_step_is_not_finite": the_second_step_is_not_finite}

@@ -1,5 +1,6 @@
 """DeepSpeed and accelerate take the steps that the native engine takes in one process, and change places with it."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,24 @@ def test_bf16_stays_near(engine: str) -> None:
     assert got.losses == pytest.approx(plain.losses, rel=0.01)
     assert got.norms == pytest.approx(plain.norms, rel=0.05)
     assert got.losses != plain.losses, "it is bf16"
+
+
+def test_bf16_gradients_add_up_in_fp32() -> None:
+    """Over twelve microbatches as over one, where DeepSpeed can."""
+    rare, often = (
+        world(2).run(take, config(2, zero(2), "tied", CLIPPED, micro=micro, precision="bf16"), range(2))[0]
+        for micro in (12, 1)
+    )
+    assert often.norms == pytest.approx(rare.norms, rel=0.01)
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_deepspeed_leaves_out_a_step_that_is_not_finite(engine: str) -> None:
+    bug = "the_second_step_is_not_finite"
+    (found, _) = world(2).run(take, config(2, ENGINES[engine], "tied", CLIPPED, micro=4), range(4), bug)
+    assert not math.isfinite(found.norms[1])
+    assert all(map(math.isfinite, found.losses[2:] + found.norms[2:]))
+    assert math.isfinite(found.heldout)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import torch
 
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
+from dist_llm.models.attention import KVCache
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of
 from tests.laws.layouts import MODELS, SGD, Layout
@@ -58,3 +59,16 @@ def test_a_layout_scores_as_one_process_does(layout: Layout) -> None:
     want = scores(config_of(1, model, optim=SGD))
     for rank, found in enumerate(world(layout.ranks).run(scores, config)):
         assert found == pytest.approx(want, rel=1e-5), f"rank {rank}"
+
+
+def remembered() -> int:
+    engine = NativeEngine(config_of(2, {}, precision="bf16", parallel={"dp_shard": 2}), torch.device("cpu"))
+    cache = KVCache()
+    with torch.no_grad():
+        engine.parts[0](torch.tensor([[1, 2, 3]]), cache=cache)
+    return cache.length
+
+
+def test_a_sharded_model_in_bf16_fills_the_cache_that_it_is_given() -> None:
+    """Where FSDP casts what a model is given, it once filled a copy."""
+    assert world(2).run(remembered) == [3, 3]

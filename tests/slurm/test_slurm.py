@@ -1,0 +1,118 @@
+"""Jobs on a real Slurm: they train, are queued again before their time limit, and end with the same bits."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import commands
+from tests.e2e.test_kill import assert_same_weights
+from tests.slurm.cluster import Cluster, missing, running
+
+SCRIPT = commands.REPOSITORY / "slurm" / "train.sbatch"
+DEBUG = commands.REPOSITORY / "slurm" / "debug.sbatch"
+
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=missing() or "there is one")]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    base, home = (tmp_path_factory.mktemp(name) for name in ("slurm", "home"))
+    with running(base, home) as found:
+        yield found
+
+
+def instead(*words: str) -> str:
+    """A python that runs these words where it should run dist_llm."""
+    return f"{sys.executable} {Path(__file__).with_name('instead.py')} {','.join(words)}"
+
+
+PACED = instead("tests.slurm.paced")
+
+
+def train(corpus: Path, run: str, steps: int) -> tuple[object, ...]:
+    """Arguments of the script."""
+    return commands.train_arguments(corpus, f"run.dir={run}", f"run.steps={steps}")[1:]
+
+
+def straight(corpus: Path, directory: Path, steps: int, ranks: int) -> Path:
+    """The same run, never stopped, under torchrun."""
+    return commands.train(directory, corpus, f"run.steps={steps}", ranks=ranks)
+
+
+def assert_the_same(run: Path, want: Path) -> None:
+    assert commands.column(commands.metrics(run), "loss") == commands.column(commands.metrics(want), "loss")
+    assert_same_weights(run, want)
+
+
+@pytest.mark.timeout(400)
+def test_two_nodes_stopped_by_their_time_limit_end_with_the_same_bits(
+    cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
+    steps, run = 220, "limited"
+    limits = ("--nodes=2", "--ntasks-per-node=2", "--time=1", "--signal=USR1@40")
+    job = cluster.submit(*limits, SCRIPT, *train(corpus, run, steps), PYTHON=PACED)
+    found = cluster.wait(job, 360)
+    log = cluster.log(job)
+    assert found["JobState"] == "COMPLETED", log
+    assert int(found["Restarts"]) >= 2, log
+    assert log.count("stopped by SIGUSR1") == int(found["Restarts"]) == log.count("queued again"), "each time once"
+    assert "ranks: 4 (dp_shard 4)" in log
+    assert_the_same(cluster.home / run, straight(corpus, tmp_path, steps, ranks=4))
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("launch", ["tasks", "torchrun"])
+def test_a_signal_is_a_stop_either_way(launch: str, cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+    steps, run = 60, f"by_{launch}"
+    job = cluster.submit(
+        "--nodes=2", "--ntasks-per-node=1", SCRIPT, *train(corpus, run, steps), PYTHON=PACED, LAUNCH=launch
+    )
+    rows = cluster.home / run / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not rows.exists() or rows.read_text().count("\n") < 5:
+        assert time.monotonic() < until, cluster.log(job)
+        time.sleep(0.1)
+    cluster.call("scancel", "--signal=USR1", job)
+    found = cluster.wait(job, 200)
+    log = cluster.log(job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log
+    assert log.count("stopped by SIGUSR1") == 1
+    assert "resumed from" in log
+    assert not list(cluster.home.glob(".stopped-*"))
+    assert_the_same(cluster.home / run, straight(corpus, tmp_path, steps, ranks=2))
+
+
+def test_nodes_may_have_different_numbers_of_tasks(cluster: Cluster, corpus: Path) -> None:
+    options = ("--nodes=2", "--ntasks=3", "--ntasks-per-node=2")
+    job = cluster.submit(*options, SCRIPT, *train(corpus, "uneven", 3), "data.global_batch=12")
+    assert cluster.wait(job, 120)["JobState"] == "COMPLETED", cluster.log(job)
+    assert "ranks: 3 (dp_shard 3)" in cluster.log(job)
+    nodes = {path.read_text().split(" INFO ")[0].split()[-1] for path in (cluster.home / "uneven/logs").glob("*.log")}
+    assert nodes == {"n1", "n2"}
+
+
+def test_a_rank_that_raises_ends_the_job_at_once_and_is_named(cluster: Cluster, corpus: Path) -> None:
+    begin = time.monotonic()
+    options = ("--nodes=2", "--ntasks-per-node=1")
+    python = instead("tests.e2e.faulty", "raise", "1", "3")
+    job = cluster.submit(*options, SCRIPT, *train(corpus, "raising", 9), PYTHON=python)
+    found = cluster.wait(job, 100)
+    assert found["JobState"] == "FAILED"
+    assert found["Restarts"] == "0"
+    assert time.monotonic() - begin < 60
+    assert "rank 1 on n2, in step 3: ValueError: planted" in cluster.log(job)
+
+
+def test_the_debug_script_runs(cluster: Cluster, corpus: Path) -> None:
+    job = cluster.submit(DEBUG, commands.DEBUG_CONFIG, f"data.path={corpus}")
+    assert cluster.wait(job, 100)["JobState"] == "COMPLETED", cluster.log(job)
+    assert "first batch" in cluster.log(job)
+
+
+def test_tasks_without_a_place_to_meet_are_told_so(cluster: Cluster, corpus: Path) -> None:
+    words = [sys.executable, "-m", "dist_llm", "train", *map(str, train(corpus, "lost", 1))]
+    found = cluster.call("srun", "--ntasks=2", "bash", "-c", f"{' '.join(words)} 2>&1; true")
+    assert "MASTER_ADDR and MASTER_PORT do not say where they meet; start with: dist-llm submit" in found
