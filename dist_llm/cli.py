@@ -1,4 +1,4 @@
-"""The `dist-llm` command: prepare, adopt, train, evaluate, generate. Imports are late, so that --help is instant."""
+"""The `dist-llm` command: prepare, adopt, check, train, evaluate, generate. Imports are late, so --help is instant."""
 
 import argparse
 import os
@@ -21,6 +21,10 @@ Pre-train language models. From raw text to a trained model:
 The same config on several processes, and on several nodes:
 
   torchrun --nproc-per-node 8 -m dist_llm train --config configs/demo.yaml
+
+Before a long one, started in the same way, what is wrong with which node:
+
+  torchrun --nproc-per-node 8 -m dist_llm check --directory runs
 """
 
 TRAIN = """\
@@ -41,13 +45,19 @@ def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser("dist-llm", description=OVERVIEW, formatter_class=raw)
     commands = top.add_subparsers(
-        dest="command", required=True, metavar="prepare | adopt | train | evaluate | generate"
+        dest="command", required=True, metavar="prepare | adopt | check | train | evaluate | generate"
     )
 
     options.add_arguments(commands.add_parser("prepare", help="raw text -> token shards"))
 
     adopt = commands.add_parser("adopt", help="token files of other programs -> a corpus that points at them")
     adopt_options.add_arguments(adopt)
+
+    check = commands.add_parser("check", help="what is wrong with which node; start it as you would start train")
+    check.add_argument(
+        "--directory", type=Path, default=Path(), metavar="DIR", help="to be shared by all nodes; default: this one"
+    )
+    check.add_argument("--seconds", type=float, default=60.0, metavar="S", help="at most so many; default: 60")
 
     train = commands.add_parser("train", help="token shards -> a model", epilog=TRAIN, formatter_class=raw)
     train.add_argument("--config", type=Path, metavar="FILE", help="the run, as YAML")
@@ -84,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         "prepare": _prepare,
         "adopt": _adopt,
+        "check": _check,
         "train": _train,
         "evaluate": _evaluate,
         "generate": _generate,
@@ -132,6 +143,15 @@ def _adopt(options: argparse.Namespace) -> None:
     from dist_llm.text.adopt_options import options_from
 
     adopt(options_from(options))
+
+
+def _check(options: argparse.Namespace) -> None:
+    from dist_llm.launch.world import read_world
+
+    world = read_world()
+    from dist_llm.launch.preflight import check
+
+    check(options.directory, options.seconds, world)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -46,12 +46,12 @@ def test_help_is_instant_and_teaches():
         ran = run("--help")
         seconds.append(time.perf_counter() - begin)
         assert ran.returncode == 0
-    for command in ("prepare", "train", "evaluate", "generate"):
-        assert f"dist-llm {command} " in ran.stdout, "an example of each"
+    for command in ("dist-llm prepare", "dist_llm check", "dist-llm train", "dist-llm evaluate", "dist-llm generate"):
+        assert f"{command} " in ran.stdout, "an example of each"
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "generate"])
+@pytest.mark.parametrize("command", ["prepare", "check", "train", "evaluate", "generate"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
