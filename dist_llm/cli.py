@@ -1,4 +1,4 @@
-"""The `dist-llm` command: prepare, adopt, check, train, evaluate, generate. Imports are late, so --help is instant."""
+"""The `dist-llm` command. Imports are late, so that --help comes at once."""
 
 import argparse
 import os
@@ -37,6 +37,13 @@ A run that finds a checkpoint in run.dir goes on from it.
   torchrun --nproc-per-node 2 -m dist_llm train --config configs/demo.yaml parallel.dp_shard=2
 """
 
+SUBMIT = """\
+Renders a batch script, shows it, and hands it to sbatch. The config is checked for its number of ranks before.
+
+  dist-llm submit configs/gpt2-xl.yaml run.dir=runs/xl --nodes 16 --tasks-per-node 8 --gpus-per-node 8 --time 24:00:00
+  dist-llm submit configs/debug.yaml --sweep optim.lr=1e-3,3e-4 --sweep run.seed=1,2 --dry-run
+"""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line, with help that teaches."""
@@ -45,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser("dist-llm", description=OVERVIEW, formatter_class=raw)
     commands = top.add_subparsers(
-        dest="command", required=True, metavar="prepare | adopt | check | train | evaluate | generate"
+        dest="command", required=True, metavar="prepare | adopt | check | train | submit | evaluate | generate"
     )
 
     options.add_arguments(commands.add_parser("prepare", help="raw text -> token shards"))
@@ -66,6 +73,17 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "rest", nargs="*", metavar="FILE | key=value", help="the config, if not given by --config; overrides"
     )
+
+    submit = commands.add_parser("submit", help="train on Slurm", epilog=SUBMIT, formatter_class=raw)
+    submit.add_argument("config", type=Path, metavar="FILE", help="the run, as YAML")
+    submit.add_argument("rest", nargs="*", metavar="key=value", help="overrides")
+    submit.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
+    submit.add_argument("--tasks-per-node", type=int, default=1, metavar="N", help="ranks of a node; default: 1")
+    submit.add_argument("--sweep", action="append", default=[], metavar="KEY=A,B", help="an array; may be repeated")
+    submit.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="of sbatch; may be repeated")
+    submit.add_argument("--time", metavar="LIMIT", help="as --sbatch=--time=LIMIT")
+    submit.add_argument("--gpus-per-node", metavar="N", help="as --sbatch=--gpus-per-node=N")
+    submit.add_argument("--dry-run", action="store_true", help="show the script, submit nothing")
 
     evaluate = commands.add_parser("evaluate", help="loss, perplexity and bits per byte on held-out text")
     evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="a run or one checkpoint; may be a URL")
@@ -96,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "adopt": _adopt,
         "check": _check,
         "train": _train,
+        "submit": _submit,
         "evaluate": _evaluate,
         "generate": _generate,
     }
@@ -184,6 +203,30 @@ def _train(options: argparse.Namespace) -> int:
     # `record` hands the exception to torchrun, whose last lines name rank, host and cause.
     told = record(train)(config, world) or 0
     return 128 + told if told else 0
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from dist_llm.launch.submit import Job, directories, parse_sweep, render, submit
+    from dist_llm.train.settings import read_config
+
+    asked = [
+        f"--{name}={value}" for name in ("time", "gpus-per-node") if (value := vars(options)[name.replace("-", "_")])
+    ]
+    sizes = options.nodes, options.tasks_per_node
+    if min(sizes) < 1:
+        raise ConfigError(f"--nodes {sizes[0]}, --tasks-per-node {sizes[1]}: both must be at least 1")
+    job = Job(options.config, tuple(options.rest), *sizes, (*asked, *options.sbatch), parse_sweep(options.sweep))
+    configs = [read_config(job.config, run, job.ranks) for run in job.runs]
+    places = directories(job, configs[0].run.dir)
+    script = render(job, places)
+    print(script)
+    if options.dry_run:
+        return
+    number = submit(script)
+    print(
+        f"job {number}; its output: slurm-{number}{'_*' if job.sweep else ''}.log; its runs:", *places, file=sys.stderr
+    )
+    print(f"squeue --job {number}; scancel {number}; tensorboard --logdir {configs[0].run.dir}", file=sys.stderr)
 
 
 def _help_config() -> None:

@@ -26,6 +26,29 @@ def test_no_variables_are_one_process():
     assert world.host == socket.gethostname()
 
 
+SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURMD_NODENAME": "n7"}
+MEETING = {"MASTER_ADDR": "n1", "MASTER_PORT": "20001"}
+
+
+def test_a_task_of_slurm_is_a_rank():
+    assert read_world({**SLURM, **MEETING}) == World(5, 8, 1, "n7")
+    assert read_world({**SLURM, **TORCHRUN, "RANK": "3"}) == World(3, 8, 1, "n7"), "torchrun within a task knows better"
+
+
+def test_tasks_without_a_place_to_meet_are_refused():
+    with pytest.raises(
+        ConfigError, match="8 tasks of Slurm, but MASTER_ADDR and MASTER_PORT do not say where they meet"
+    ):
+        read_world({**SLURM, "MASTER_ADDR": "n1"})
+
+
+@pytest.mark.parametrize("changes", [{"SLURM_STEP_ID": None}, {"SLURM_NTASKS": "1"}], ids=["batch script", "one task"])
+def test_what_is_no_task_of_several_is_one_process(changes):
+    """A batch script and a shell have the variables of tasks, too."""
+    environ = {name: value for name, value in {**SLURM, **changes}.items() if value is not None}
+    assert read_world(environ) == World(host="n7")
+
+
 @pytest.mark.parametrize("present", [c for n in (1, 2) for c in combinations(TORCHRUN, n)], ids="+".join)
 def test_some_of_them_are_an_error_that_names_the_missing(present):
     with pytest.raises(ConfigError, match="start with torchrun, or unset them all") as caught:

@@ -116,3 +116,18 @@ def test_tasks_without_a_place_to_meet_are_told_so(cluster: Cluster, corpus: Pat
     words = [sys.executable, "-m", "dist_llm", "train", *map(str, train(corpus, "lost", 1))]
     found = cluster.call("srun", "--ntasks=2", "bash", "-c", f"{' '.join(words)} 2>&1; true")
     assert "MASTER_ADDR and MASTER_PORT do not say where they meet; start with: dist-llm submit" in found
+
+
+def test_submit_trains_each_run_of_a_sweep_in_its_own_directory(cluster: Cluster, corpus: Path) -> None:
+    words = [sys.executable, "-m", "dist_llm", "submit", commands.DEBUG_CONFIG, f"data.path={corpus}", "run.dir=swept"]
+    words += ["run.steps=2", "eval.windows=8", "--nodes", "2", "--sweep", "optim.lr=1e-3,3e-4", "--time", "5"]
+    shown = cluster.call(*words)
+    assert "#SBATCH --array=0-1" in shown
+    job = max(int(line.split()[0].split("_")[0]) for line in cluster.call("squeue", "-h", "-a").splitlines())
+    runs = [cluster.home / "swept" / name for name in ("lr=1e-3", "lr=3e-4")]
+    until = time.monotonic() + 120
+    while not all((run / "checkpoints/step_00000002/COMMITTED").exists() for run in runs):
+        logs = [path.read_text() for path in cluster.home.glob(f"slurm-{job}_*.log")]
+        assert time.monotonic() < until, logs
+        time.sleep(0.3)
+    assert [commands.metrics(run)[-1]["lr"] for run in runs] != [commands.metrics(runs[0])[-1]["lr"]] * 2

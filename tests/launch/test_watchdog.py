@@ -1,0 +1,66 @@
+"""Who holds up a run: from what ranks say, and from what they do not say. A run that goes on is left alone."""
+
+import time
+from typing import Any
+
+import pytest
+
+from dist_llm.launch.watchdog import EXIT_CODE, FIRST_BEATS, Watchdog, verdict
+from dist_llm.launch.world import World
+
+
+def said(
+    waiting: str = "gloo:all_reduce [[4]] of default_pg", what: str = "step 5", host: str = "n1"
+) -> dict[str, Any]:
+    return {"host": host, "what": what, "waiting": waiting, "place": "train.py, in forward"}
+
+
+def test_who_waits_for_nobody_holds_up_the_others() -> None:
+    assert verdict({0: said(), 1: said("", host="n2"), 2: said()}, 3) == [
+        "rank 1 on n2 holds up the run, in step 5: train.py, in forward"
+    ]
+
+
+def test_who_says_nothing_is_stopped_or_gone() -> None:
+    assert verdict({0: said(), 2: said()}, 3) == ["rank 1 does not answer: its process is stopped, or its node gone"]
+
+
+def test_where_all_wait_it_is_none_of_them() -> None:
+    (line,) = verdict({0: said("gloo:send [[2]] of pp"), 1: said()}, 2)
+    assert line.startswith("all ranks wait for each other: 0 in gloo:send [[2]] of pp, 1 in gloo:all_reduce")
+
+
+def ended(limit: float, beats: int, seconds: float, times: int = 1) -> list[int]:
+    codes: list[int] = []
+    with Watchdog(World(), limit, end=codes.append) as dog:
+        for number in range(beats):
+            dog.beat(f"step {number}", times)
+        time.sleep(seconds)
+    return codes
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_llm.launch.watchdog.LAST_SECONDS", 0.0)
+
+
+def test_a_run_that_stands_still_is_ended() -> None:
+    assert ended(0.2, FIRST_BEATS + 1, 0.8) == [EXIT_CODE]
+
+
+@pytest.mark.parametrize(
+    ("limit", "beats", "times"),
+    [(0.2, 1, 1), (0.2, FIRST_BEATS + 1, 30), (0.0, FIRST_BEATS + 1, 1)],
+    ids=["the first steps", "what takes long", "no limit"],
+)
+def test_what_may_take_longer_is_not(limit: float, beats: int, times: int) -> None:
+    assert ended(limit, beats, 0.8, times) == []
+
+
+def test_long_steps_may_be_ten_times_as_long() -> None:
+    dog = Watchdog(World(), 1.0)
+    for number in range(FIRST_BEATS):
+        dog.beat(f"step {number}")
+    dog.last -= 7.0
+    dog.beat("step 4")
+    assert dog.patience == pytest.approx(70.0, rel=0.01)
