@@ -56,6 +56,7 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
         raise ConfigError(f"environment: {given} must be whole numbers; start with torchrun") from None
     if not (0 <= rank < size and 0 <= local_rank < size):
         raise ConfigError(
-            f"environment: {given}: {names[0]} and {names[2]} must be at least 0 and below {names[1]}; start with torchrun"
+            f"environment: {given}: {names[0]} and {names[2]} must be at least 0 and below {names[1]}; "
+            "start with torchrun"
         )
     return World(rank, size, local_rank, host)

@@ -36,9 +36,7 @@ def test_a_task_of_slurm_is_a_rank():
 
 
 def test_tasks_without_a_place_to_meet_are_refused():
-    with pytest.raises(
-        ConfigError, match="8 tasks of Slurm, but MASTER_ADDR and MASTER_PORT do not say where they meet"
-    ):
+    with pytest.raises(ConfigError, match="8 tasks of Slurm, but MASTER_ADDR and MASTER_PORT do not say where"):
         read_world({**SLURM, "MASTER_ADDR": "n1"})
 
 

@@ -73,9 +73,9 @@ class Cluster:
             "PATH": f"{Path(sys.executable).parent}:{clean['PATH']}:/usr/sbin",
         }
 
-    def call(self, *words: object, check: bool = True) -> str:
+    def call(self, *words: object, check: bool = True, seconds: float = 60) -> str:
         done = subprocess.run(
-            list(map(str, words)), cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=60
+            list(map(str, words)), cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=seconds
         )
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout

@@ -1,5 +1,6 @@
 """Jobs on a real Slurm: they train, are queued again before their time limit, and end with the same bits."""
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -131,3 +132,19 @@ def test_submit_trains_each_run_of_a_sweep_in_its_own_directory(cluster: Cluster
         assert time.monotonic() < until, logs
         time.sleep(0.3)
     assert [commands.metrics(run)[-1]["lr"] for run in runs] != [commands.metrics(runs[0])[-1]["lr"]] * 2
+
+
+@pytest.mark.timeout(400)
+def test_the_commands_of_the_page_run(cluster: Cluster) -> None:
+    text = (commands.REPOSITORY / "docs" / "slurm.md").read_text()
+    (block,) = re.findall(r"<!-- slurm -->\n```sh\n(.*?)```", text, re.DOTALL)
+    for folder in ("configs", "slurm"):
+        (cluster.home / folder).symlink_to(commands.REPOSITORY / folder)
+    cluster.call("bash", "-euo", "pipefail", "-c", block, seconds=120)
+    until = time.monotonic() + 250
+    while cluster.call("squeue", "-h").strip():
+        assert time.monotonic() < until, cluster.call("squeue")
+        time.sleep(0.5)
+    for run, step in {"two": 4, "by_hand": 4, "swept/lr=1e-3": 2, "swept/lr=3e-4": 2}.items():
+        assert (cluster.home / "runs" / run / f"checkpoints/step_{step:08d}/COMMITTED").exists(), run
+    assert any("first batch" in path.read_text() for path in cluster.home.glob("slurm-*.log")), "of the debug script"
