@@ -38,7 +38,8 @@ def blocks(run: bool) -> list[tuple[str, str]]:
 def command_lines(text: str) -> Iterator[list[str]]:
     """Each command as words, continued lines joined, comments dropped."""
     for line in text.replace("\\\n", " ").splitlines():
-        if words := shlex.split(line, comments=True):
+        words = shlex.split(line, comments=True)
+        if words := list(itertools.takewhile(lambda word: word not in ("&", "|", "||", "&&"), words)):
             yield words
 
 
