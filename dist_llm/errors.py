@@ -19,3 +19,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete or belongs to another model."""
+
+
+class DivergedError(UserError):
+    """A loss that is not finite: no step after it can mend that."""

@@ -36,6 +36,9 @@ class RunConfig(Section):
     dir: str = key("directory of the run: config, metrics, logs, checkpoints; resumed when it holds a checkpoint")
     steps: Positive = key("optimizer steps to take in all, those before a resume included")
     seed: Seed = key("seed of initial values, sample order and dropout", 0)
+    stop_if_not_finite: bool = key(
+        "end a run whose loss is not finite, before it is saved; noticed when metrics are written (log.every)", True
+    )
     hang_seconds: NonNegative = key(
         "a run that stands still so long is ended, the rank that holds it up named; 10 times that in the first steps, "
         "and 10 times the longest step in later ones; 0: never",

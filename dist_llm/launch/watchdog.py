@@ -87,6 +87,7 @@ class Watchdog:
             log.error(line)
             if world.rank == speaks and not world.main:  # who has the screen is the one that is silent
                 print(line, file=sys.stderr, flush=True)
+        log.error("ended after run.hang_seconds: %g; raise it where a step may take so long", self.limit)
         for handler in log.handlers:
             handler.flush()
         # The others read and speak, too, before the launcher hears of the first that ends; rank 0 may be their store.

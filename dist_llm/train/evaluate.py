@@ -1,7 +1,7 @@
 """Loss on held-out text: each window exactly once, at any world size."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -57,15 +57,17 @@ class Heldout:
                 )
 
 
-def evaluate(engine: Engine, heldout: Heldout) -> Evaluation:
+def evaluate(engine: Engine, heldout: Heldout, alive: Callable[[], None] = lambda: None) -> Evaluation:
     """Score each corpus's windows for each member. A sample is made as in training, from the window's number.
+
+    Calls `alive` before each batch.
 
     Bits per byte are those of the text alone: separators are predicted, so their loss counts,
     but they add no bytes.
     """
     members = [f"{number}_{denoiser.name}" for number, (denoiser, _) in enumerate(heldout.objective.members)]
     sums = {
-        (source, name): _score(engine, heldout, corpus, member)
+        (source, name): _score(engine, heldout, corpus, member, alive)
         for source, corpus in heldout.corpora.items()
         for member, name in enumerate(members)
     }
@@ -91,11 +93,14 @@ def _mean(sums: list[tuple[float, int]]) -> float:
     return sum(loss for loss, _ in sums) / max(sum(count for _, count in sums), 1)
 
 
-def _score(engine: Engine, heldout: Heldout, corpus: Corpus, member: int) -> tuple[float, int]:
+def _score(
+    engine: Engine, heldout: Heldout, corpus: Corpus, member: int, alive: Callable[[], None]
+) -> tuple[float, int]:
     """(sum of losses, scored tokens) of one member on one corpus, over all ranks."""
     losses: list[Tensor] = []
     count = 0
     for whole in heldout_batches(heldout, corpus, member, *engine.data_rank):
+        alive()
         batch = engine.cut(whole)
         losses.append(engine.score(batch).sum())
         count += batch.scored

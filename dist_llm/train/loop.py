@@ -1,6 +1,7 @@
 """The loop: batches in, steps out, with evaluation, checkpoints and metrics on their beats."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.loader import Loader
 from dist_llm.engines.base import Engine
-from dist_llm.errors import DataError
+from dist_llm.errors import DataError, DivergedError
 from dist_llm.generate import Sampling, ask, text
 from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.watchdog import Watchdog
@@ -85,9 +86,8 @@ class Trainer:
                 told = signals.agreed()
                 last = step == config.run.steps
                 if step % config.log.every == 0 or last:
-                    self.recorder.flush()
+                    self.flush()
                 if last or (config.eval.every and step % config.eval.every == 0 and not told):
-                    self.watchdog.beat(f"the evaluation of step {step}", SLOW)
                     self.evaluate()
                 if last or told or (config.checkpoint.every and step % config.checkpoint.every == 0):
                     self.watchdog.beat(f"the checkpoint of step {step}", SLOW)
@@ -120,12 +120,23 @@ class Trainer:
             )
         )
 
+    def flush(self) -> None:
+        """Write the metrics so far. Raises DivergedError, on all ranks, where a loss is not finite."""
+        for row in self.recorder.flush():
+            if not math.isfinite(row["loss"]) and self.config.run.stop_if_not_finite:
+                raise DivergedError(
+                    f"the loss of step {row['step']} is {row['loss']}; nothing was saved since. To go on from the last "
+                    "checkpoint, lower optim.lr, or leave out the step's samples by data.skip (tools/inspect_data.py "
+                    f"show --run {self.directory} --step {row['step']} shows them); to go on anyway, set "
+                    "run.stop_if_not_finite to false"
+                )
+
     def evaluate(self) -> None:
         """Held-out loss and a sample, into every sink."""
         if self.heldout is None:
             return
-        self.recorder.flush()
-        result = evaluate(self.engine, self.heldout)
+        self.flush()
+        result = evaluate(self.engine, self.heldout, lambda: self.watchdog.beat("an evaluation", SLOW))
         self.progress.heldout_loss = result.loss
         row: Row = {
             "step": self.progress.step,
@@ -153,7 +164,7 @@ class Trainer:
 
     def save(self) -> None:
         """Begin a checkpoint of this step. Metrics up to it are on disk before it is."""
-        self.recorder.flush()
+        self.flush()
         self.progress.loss_scale = self.engine.loss_scale
         self.progress.source_tokens = self.recorder.source_tokens
         self.store.save(self.engine.state, self.progress, self.files)

@@ -1,6 +1,6 @@
 """`python -m tests.e2e.faulty FAULT RANK STEP train ...`: the command, with a fault planted before a step of one rank.
 
-raise: an exception. sleep: it goes on with nothing. stop: SIGSTOP. usr1, term: a signal to itself.
+raise: an exception. sleep: it goes on with nothing. stop: SIGSTOP. usr1, term: a signal to itself. nan: a weight.
 """
 
 import os
@@ -8,6 +8,8 @@ import signal
 import sys
 import time
 from unittest.mock import patch
+
+import torch
 
 from dist_llm.cli import main
 from dist_llm.train.loop import Trainer
@@ -25,7 +27,10 @@ def run() -> int:
                 raise ValueError("planted")
             if fault == "sleep":
                 time.sleep(3600)
-            os.kill(os.getpid(), SIGNALS[fault])
+            if fault == "nan":
+                next(self.engine.named_parameters())[1].data.fill_(torch.nan)
+            else:
+                os.kill(os.getpid(), SIGNALS[fault])
         step(self)
 
     with patch.object(Trainer, "step", faulty):
