@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -16,22 +17,37 @@ STEPS = 80
 TOLERANCE = 1e-4  # of losses that were computed by other numbers of ranks than in the run that nobody disturbed
 
 
+@dataclass(frozen=True)
+class Job:
+    """What all its nodes have in common; `place` says where a node's command runs."""
+
+    nodes: int
+    steps: int
+    overrides: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    place: Callable[[list[str]], list[str]] = list
+
+
+JOB = Job(2, STEPS, ("run.hang_seconds=20",))
+
+
 @contextmanager
-def node(name: str, port: int, corpus: Path, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """One torchrun with one rank, of a job of one to two nodes."""
+def node(name: str, meeting: str, corpus: Path, cwd: Path, job: Job = JOB) -> Iterator[subprocess.Popen[bytes]]:
+    """One torchrun with one rank, of a job of one to so many nodes that meet there."""
     conf = "last_call_timeout=2,join_timeout=60,read_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=3"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1"]
-    launcher += ["--max-restarts=10", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes=1:{job.nodes}", "--nproc-per-node=1"]
+    launcher += ["--max-restarts=10", "--rdzv-backend=c10d", f"--rdzv-endpoint={meeting}", "--rdzv-id=test"]
     launcher += [f"--rdzv-conf={conf}", "--monitor-interval=0.2"]
-    arguments = commands.train_arguments(corpus, f"run.steps={STEPS}", "checkpoint.every=1", "run.hang_seconds=20")
+    arguments = commands.train_arguments(corpus, f"run.steps={job.steps}", "checkpoint.every=1", *job.overrides)
     with (cwd / f"{name}.txt").open("w") as output:
         process = subprocess.Popen(
-            [*launcher, "-m", "tests.slurm.paced", *map(str, arguments)],
+            job.place([*launcher, "-m", "tests.slurm.paced", *map(str, arguments)]),
             cwd=cwd,
             env={
                 **commands.environment(),
                 "PYTHONPATH": str(commands.REPOSITORY),
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                **job.environment,
             },
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -77,15 +93,15 @@ def test_a_node_dies_and_comes_back(corpus: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    with node("first", port, corpus, tmp_path) as first:
+    with node("first", f"localhost:{port}", corpus, tmp_path) as first:
         wait(lambda: listens(port), tmp_path)  # where nodes meet must outlive the second
-        with node("second", port, corpus, tmp_path):
+        with node("second", f"localhost:{port}", corpus, tmp_path):
             wait(lambda: rows(tmp_path) >= 4, tmp_path)
             assert said(tmp_path, "ranks: 2 (dp_shard 2)") == 1
         # The second node is gone, all its processes killed.
         alone = rows(tmp_path)
         wait(lambda: rows(tmp_path) >= alone + 2 and said(tmp_path, "ranks: 1 (dp_shard 1)") >= 1, tmp_path)
-        with node("again", port, corpus, tmp_path) as again:
+        with node("again", f"localhost:{port}", corpus, tmp_path) as again:
             wait(lambda: said(tmp_path, "ranks: 2 (dp_shard 2)") >= 2, tmp_path)
             assert first.wait(120) == 0
             assert again.wait(30) == 0
