@@ -13,6 +13,7 @@ from .commands import REPOSITORY
 OVERHEAD = REPOSITORY / "benchmarks" / "overhead.py"
 PREPARE = REPOSITORY / "benchmarks" / "prepare.py"
 DATA = REPOSITORY / "benchmarks" / "data.py"
+RECOVERY = REPOSITORY / "benchmarks" / "recovery.py"
 ENGINES = REPOSITORY / "benchmarks" / "engines.py"
 CHECKPOINT = REPOSITORY / "benchmarks" / "checkpoint.py"
 
@@ -78,3 +79,14 @@ def test_engines_prints_a_line_per_case_and_a_table() -> None:
     assert len({round(row["loss"], 4) for row in rows}) == 1, "the same work"
     assert all(row["wire_bytes"] > 0 for row in rows)
     assert "| deepspeed, stage 3 |" in done.stderr
+
+
+@pytest.mark.slow
+def test_recovery_prints_a_line_per_fault_and_a_table() -> None:
+    done = benchmark(RECOVERY, "--faults", "kill", "--steps", "30", "--at", "8")
+    (row,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert row["fault"] == "kill"
+    assert row["steps_lost"] == 3
+    assert row["recovery_seconds"] > 0
+    assert 0 < row["goodput"] < 1
+    assert "to the next step, s" in done.stderr
