@@ -76,7 +76,7 @@ class Corpus:
         Raises DataError, with file and offset, for an id that the tokenizer does not know.
         """
         rows = np.empty((len(starts), length), self.dtype)
-        numbers = np.searchsorted(self.ends, starts, side="right")
+        numbers = self.ends.searchsorted(starts, "right")
         if self._far:
             self._bring(self._far.intersection(numbers.tolist()) - self._maps.keys())
         for group in (slice(at, at + MOST_MAPS) for at in range(0, len(rows), MOST_MAPS)):

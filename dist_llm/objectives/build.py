@@ -41,11 +41,10 @@ class Objective:
         numbers_B = torch.from_numpy(samples_B)
         draws_B = mix(numbers_B ^ self._mixed_seed) if self.form.draws else None
         if self.plain:
-            tokens_BW = torch.from_numpy(np.asarray(windows))
-            targets_BS = tokens_BW[:, 1:]
-            return Batch(
-                tokens_BW[:, :-1], targets_BS, CAUSAL, targets_BS.numel(), draws_B=draws_B, samples_B=numbers_B
-            )
+            ids_BW = np.asarray(windows)
+            inputs_BS, targets_BS = torch.from_numpy(ids_BW[:, :-1]), torch.from_numpy(ids_BW[:, 1:])
+            scored = ids_BW.size - len(ids_BW)
+            return Batch(inputs_BS, targets_BS, CAUSAL, scored, draws_B=draws_B, samples_B=numbers_B)
         owners = members_B or [0] * len(windows)
         rows = [self.row(*each) for each in zip(windows, samples_B.tolist(), owners, strict=True)]
         return replace(stack(rows, self.form, draws_B), samples_B=numbers_B)

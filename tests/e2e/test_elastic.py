@@ -88,6 +88,7 @@ def said(cwd: Path, words: str) -> int:
     return sum(path.read_text().count(words) for path in cwd.glob("*.txt"))
 
 
+@pytest.mark.slow  # with a network in between, tests/netns has it in all runs
 @pytest.mark.timeout(400)
 def test_a_node_dies_and_comes_back(corpus: Path, tmp_path: Path) -> None:
     with socket.socket() as probe:
