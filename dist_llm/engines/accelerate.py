@@ -4,7 +4,7 @@ Accelerate makes the distributed model. Losses, clipping and the learning rate a
 the microbatches, and step a scheduler once for each process.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from dist_llm.checkpoint.state import Held, State
 from dist_llm.config.schema import Config
 from dist_llm.engines.deepspeed import DeepSpeedEngine
+from dist_llm.engines.native import step_at
 from dist_llm.engines.replicas import Replicas
 from dist_llm.errors import ConfigError
 from dist_llm.launch.environment import prepare_accelerate
@@ -61,15 +62,8 @@ class AccelerateEngine(Replicas):
         return MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32 if kind else None)
 
     @property
-    def parts(self) -> list[Decoder]:
-        return [self.model]
-
-    @property
     def state(self) -> State:
         return Held(self.model, self.optimizer.optimizer)
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.model.named_parameters()
 
     def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
         self.prepared.train()
@@ -91,10 +85,7 @@ class AccelerateEngine(Replicas):
             norm = self.total(norm.square()).sqrt()
         if self.config.optim.clip:
             clip.scale(mine, norm, self.config.optim.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        step_at(self.optimizer, lr)
         return norm
 
     @torch.no_grad()

@@ -63,17 +63,10 @@ class DeepSpeedEngine(Replicas):
         return model
 
     @property
-    def parts(self) -> list[Decoder]:
-        return [self.model]
-
-    @property
     def state(self) -> State:
         if self.stage == 0:
             return Held(self.model, self.optimizer)
         return Partitions(self.deepspeed.optimizer, dict(self.model.named_parameters()), self.stage, *self.data_rank)
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.model.named_parameters()
 
     def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
         self.deepspeed.train()
@@ -98,10 +91,8 @@ class DeepSpeedEngine(Replicas):
     def step(self) -> None:
         """Clip, step and clear. DeepSpeed leaves out a step whose gradient is not finite, at stage 1 and above."""
         self.deepspeed.step()
-        if (
-            self.stage == 3 and self.deepspeed.optimizer.overflow
-        ):  # and at stage 3 forgets to gather what it keeps gathered
-            self.deepspeed.optimizer._post_step(set())
+        if self.stage == 3 and self.deepspeed.optimizer.overflow:
+            self.deepspeed.optimizer._post_step(set())  # which it then leaves out, too: small weights stay gathered
 
     def _whole_norm(self) -> Tensor:
         """At stage 0 gradients are whole after the last backward, and DeepSpeed tells no norm though it clips."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -122,10 +122,7 @@ class NativeEngine:
         if self.config.optim.clip or self.loss_scale:
             gradients = [local(p.grad) for p in parameters if p.grad is not None]
             clip.scale(gradients, norm, self.config.optim.clip or math.inf, scale)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        step_at(self.optimizer, lr)
         return norm
 
     @torch.no_grad()
@@ -168,6 +165,14 @@ class NativeEngine:
         if self.config.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.config.precision])
+
+
+def step_at(optimizer: optim.Optimizer, lr: float) -> None:
+    """Step at this rate, and clear the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _split_by_tp(parameter: nn.Parameter) -> bool:

@@ -1,11 +1,14 @@
 """What engines share whose ranks all have whole sequences, and each other ones: plain data parallelism."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import mix
+from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim.scale import LossScale
 from dist_llm.parallel.mesh import gather
@@ -15,9 +18,17 @@ class Replicas:
     """A part of an `Engine`. A process group exists."""
 
     loss_scale: LossScale | None = None
+    model: Decoder
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
+
+    @property
+    def parts(self) -> list[Decoder]:
+        return [self.model]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
 
     @property
     def data_rank(self) -> tuple[int, int]:
