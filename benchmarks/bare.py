@@ -1,0 +1,153 @@
+"""The bare loop: what a good engineer writes in an afternoon, without us. GPT-2 and Llama in the manner of nanoGPT:
+torch's attention, F.cross_entropy over whole logits, fused AdamW, clip_grad_norm_. Not a program: others run it.
+
+`Model` shares no code with dist_llm.models; of dist_llm it knows the config's names of sizes, and `ours` says which
+weight is which there, so that both may start from the same values. `Loop` takes any module that gives logits.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dist_llm.config.schema import ModelConfig, OptimConfig
+
+
+class Attention(nn.Module):
+    """Queries, keys and values by one product; rotary positions where angles are given."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.groups, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.sizes = [heads * config.head_dim for heads in (self.heads, self.groups, self.groups)]
+        self.qkv = nn.Linear(config.d_model, sum(self.sizes), bias=config.bias)
+        self.out = nn.Linear(self.sizes[0], config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+        B, S, _ = x.shape
+        q, k, v = (part.view(B, S, -1, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(self.sizes, -1))
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.groups)
+        return self.out(y.transpose(1, 2).reshape(B, S, -1))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair (i, i + E/2) turned by its angle, in fp32."""
+    left, right = x.float().chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x)
+
+
+class FeedForward(nn.Module):
+    """GPT-2's with a GELU, or Llama's with SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False) if config.activation == "swiglu" else None
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x), approximate=self.approximate))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """Pre-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = norm(config), norm(config)
+        self.attention, self.feedforward = Attention(config), FeedForward(config)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.attention(self.norm_1(x), angles)
+        return x + self.feedforward(self.norm_2(x))
+
+
+def norm(config: ModelConfig) -> nn.Module:
+    """Over d_model."""
+    if config.norm == "layernorm":
+        return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+
+
+class Model(nn.Module):
+    """Token ids [B, S] -> logits [B, S, V]. `recompute`: keep the blocks' inputs alone."""
+
+    def __init__(self, config: ModelConfig, recompute: bool = False) -> None:
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.max_seq_len, config.d_model) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = norm(config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.tokens.weight
+        if self.positions is None:
+            exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
+            angles = torch.arange(config.max_seq_len)[:, None] * config.rope_theta**-exponents
+            self.cos: Tensor
+            self.sin: Tensor
+            self.register_buffer("cos", angles.cos(), persistent=False)
+            self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        S = tokens.shape[1]
+        x, angles = self.tokens(tokens), None
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(S, device=tokens.device))
+        else:
+            angles = (self.cos[:S], self.sin[:S])
+        for block in self.blocks:
+            x = checkpoint(block, x, angles, use_reentrant=False) if self.recompute else block(x, angles)
+        return self.head(self.norm(x))
+
+    def ours(self) -> Iterator[tuple[str, Tensor]]:
+        """(a parameter's name in dist_llm, the same here or the part of one that it is)."""
+        yield "embed.tokens.weight", self.tokens.weight
+        if self.positions is not None:
+            yield "embed.positions.weight", self.positions.weight
+        for number, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            for name, parameter in block.named_parameters():
+                module, _, kind = name.rpartition(".")
+                if module == "attention.qkv":
+                    parts = parameter.split(block.attention.sizes)  # type: ignore[no-untyped-call]
+                    yield from ((f"blocks.{number}.attention.{n}.{kind}", p) for n, p in zip("qkv", parts, strict=True))
+                else:
+                    module = {"norm_1": "norm_attention", "norm_2": "norm_feedforward"}.get(module, module)
+                    yield f"blocks.{number}.{module}.{kind}", parameter
+        yield from ((f"head.norm.{name}", parameter) for name, parameter in self.norm.named_parameters())
+        if not self.config.tie_embeddings:
+            yield "head.out.weight", self.head.weight
+
+
+class Loop:
+    """Nothing but torch around a module that turns ids into logits."""
+
+    def __init__(self, model: nn.Module, optim: OptimConfig, precision: str, device: torch.device) -> None:
+        self.model = model
+        self.autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": optim.weight_decay},
+            {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+
+    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """One optimizer step; the loss, which nobody has waited for."""
+        with self.autocast:
+            logits = self.model(inputs)
+            loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()

@@ -1,0 +1,81 @@
+"""What a program here found: a JSON line per row on stdout, a table on stderr, and with --write a file beside the
+programs, results/<program>-<device>.json, with the machine, the versions, the commit and the command."""
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_llm.train.run import environment
+from measure import cores, cpu_name
+
+DIRECTORY = Path(__file__).parent / "results"
+Row = Mapping[str, Any]
+
+
+class Results:
+    """Rows of one run of one program."""
+
+    def __init__(self, program: str, device: torch.device) -> None:
+        self.program, self.device = program, device
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        """Print a row, its floats to six digits, and keep it."""
+        self.rows.append({name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in row.items()})
+        print(json.dumps(self.rows[-1]), flush=True)
+
+    def finish(self, text: str, write: bool) -> None:
+        """Print a table under what it was run on; write the rows where asked to."""
+        print(f"{self.machine()}\n\n{text}", file=sys.stderr)
+        if write:
+            path = DIRECTORY / f"{self.program}-{self.slug()}.json"
+            path.parent.mkdir(exist_ok=True)
+            command = f"python benchmarks/{self.program}.py {shlex.join(sys.argv[1:])}".strip()
+            content = {"command": command, "machine": self.facts(), "rows": self.rows}
+            path.write_text(json.dumps(content, indent=1) + "\n")
+            print(f"\nwritten: benchmarks/results/{path.name}", file=sys.stderr)
+
+    def machine(self) -> str:
+        """One line for people."""
+        where = f"{cores()} cores of {cpu_name()}, {torch.get_num_threads()} threads"
+        if self.device.type == "cuda":
+            where = f"{torch.cuda.get_device_name(self.device)}, {where}"
+        return f"torch {torch.__version__}, {where}"
+
+    def facts(self) -> dict[str, Any]:
+        """As a run's environment.json, and the processor."""
+        return {**environment(), "cpu": cpu_name(), "cores": cores(), "threads": torch.get_num_threads()}
+
+    def slug(self) -> str:
+        """The device in a file's name."""
+        if self.device.type == "cpu":
+            return "cpu"
+        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(self.device).lower()).strip("-")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A command line that shows the program's docstring, with --write."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(description=description, formatter_class=raw)
+    top.add_argument("--write", action="store_true", help="keep the rows in benchmarks/results/")
+    return top
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns as wide as they need to be: the first to the left, figures to the right."""
+    cells = [[*map(str, header)], *([*map(str, row)] for row in rows)]
+    widths = [max(len(line[number]) for line in cells) for number in range(len(header))]
+    lines = []
+    for line in cells:
+        first, *rest = (
+            f"{c:<{w}}" if n == 0 else f"{c:>{w}}" for n, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
+        lines.append("  ".join((first, *rest)).rstrip())
+    return "\n".join(lines)
