@@ -30,6 +30,7 @@ from dist_llm.engines.build import build_engine
 from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.train.step import train_step
+from measure import PeakMemory
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "engines.md"
 BEGIN, END = "<!-- table: benchmarks/engines.py -->\n", "<!-- /table -->\n"
@@ -114,8 +115,7 @@ def _rank(rank: int, config: Config, steps: int, scratch: str) -> None:
     if config.uses_deepspeed:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed  # noqa: F401
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    peak = PeakMemory(torch.device("cpu"))
     engine = build_engine(config, torch.device("cpu"))
     generator = torch.Generator().manual_seed(rank)
     shape = (config.data.micro_batch, config.data.seq_len + 1)
@@ -132,7 +132,7 @@ def _rank(rank: int, config: Config, steps: int, scratch: str) -> None:
     found = {
         "seconds": time.perf_counter() - begin,
         "wire_bytes": _carried() - sent,
-        "peak_bytes": _status("VmHWM") - before,
+        "peak_bytes": peak.bytes(),
         "loss": loss,
     }
     (Path(scratch) / f"{rank}.json").write_text(json.dumps(found))
@@ -140,11 +140,6 @@ def _rank(rank: int, config: Config, steps: int, scratch: str) -> None:
     del engine, report
     gc.collect()  # models must be gone before the group is
     dist.destroy_process_group()
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
 def _carried() -> int:

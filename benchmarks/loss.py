@@ -30,7 +30,7 @@ from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.decoder import Head
 from measure import PeakMemory, any_device, matmul_rate, seconds, take_turns, workers
 from models import config_of
-from results import Results, parser, table
+from results import Results, parse, parser, table
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
     top.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="default: both")
     top.add_argument("--rounds", type=int, default=5, help="turns of each; default: %(default)s")
     top.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: loss.z_loss=1e-4")
-    return top.parse_args()
+    return parse(top)
 
 
 def make(name: str, config: Config, tokens: int, device: torch.device) -> Callable[[], dict[str, Any]]:

@@ -50,7 +50,7 @@ def take_turns(cases: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, l
 class Worker:
     """Work in a process of its own, so that its peak of memory is its own, which waits for its turns.
 
-    `make(*arguments)` builds it there and returns what a turn is. A worker is meant for `workers`.
+    `make(*arguments)` builds it there and returns what a turn is. `workers` starts and ends them.
     """
 
     def __init__(self, make: Callable[..., Callable[[], Any]], *arguments: Any) -> None:
@@ -59,11 +59,14 @@ class Worker:
         self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
         self.process.start()
         theirs.close()  # so that its death is seen here
+
+    def wait(self) -> None:
+        """Until it is built."""
         self.pipe.recv()
 
-    def turn(self) -> Any:
+    def turn(self, *arguments: Any) -> Any:
         """Have one turn there; what it returned. EOFError where the process has died: its traceback was printed."""
-        self.pipe.send(True)
+        self.pipe.send(arguments)
         return self.pipe.recv()
 
     def close(self) -> None:
@@ -79,6 +82,8 @@ def workers(work: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Worker]]:
     try:
         for name, (make, *arguments) in work.items():
             started[name] = Worker(make, *arguments)
+        for worker in started.values():
+            worker.wait()
         yield started
     finally:
         for worker in started.values():
@@ -88,8 +93,8 @@ def workers(work: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Worker]]:
 def _serve(pipe: Connection, make: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> None:
     turn = make(*arguments)
     pipe.send(None)
-    while pipe.recv():
-        pipe.send(turn())
+    while True:
+        pipe.send(turn(*pipe.recv()))
 
 
 class PeakMemory:
@@ -120,15 +125,16 @@ def resident(name: str) -> int:
 
 
 class Strain:
-    """What the system did for this process since `start`: page faults, and its share of the CPU's seconds."""
+    """What this process has had since this was made: seconds of CPU, the system's share of them, page faults."""
 
-    def start(self) -> None:
+    def __init__(self) -> None:
         self.before = resource.getrusage(resource.RUSAGE_SELF)
 
-    def taken(self) -> tuple[int, float]:
+    def taken(self) -> dict[str, float]:
         now = resource.getrusage(resource.RUSAGE_SELF)
         user, system = now.ru_utime - self.before.ru_utime, now.ru_stime - self.before.ru_stime
-        return now.ru_minflt - self.before.ru_minflt, system / max(user + system, 1e-9)
+        faults = now.ru_minflt - self.before.ru_minflt
+        return {"cpu_seconds": user + system, "system": system / max(user + system, 1e-9), "faults": faults}
 
 
 def matmul_rate(device: torch.device, precision: str, size: int = 0, tries: int = 3) -> float:

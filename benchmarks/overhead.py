@@ -19,13 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from bare import Loop
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
@@ -113,35 +112,17 @@ class BareLoop:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         with torch.device("meta"):
-            self.model = Decoder(config.model)
-        self.model.to_empty(device=device)
-        initialise(self.model, config)
-        decayed = [p for p in self.model.parameters() if p.dim() >= 2]
-        free = [p for p in self.model.parameters() if p.dim() < 2]
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": free, "weight_decay": 0.0}],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            fused=True,
-        )
+            model = Decoder(config.model)
+        model.to_empty(device=device)
+        initialise(model, config)
+        self.loop = Loop(model, config.optim, config.precision, device)
         self.random = np.random.default_rng(config.run.seed)
         self.loss = float("nan")
 
     def steps(self, count: int) -> None:
         """Train; the loss is read once, at the end."""
-        autocast = (
-            torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
-        )
         for _ in range(count):
-            inputs, targets = self.batch()
-            with autocast:
-                logits = self.model(inputs)
-                loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.loop.step(*self.batch())
         self.loss = loss.item()
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:

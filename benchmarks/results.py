@@ -68,6 +68,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return top
 
 
+def parse(top: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with its key=value words in `overrides`, wherever they stand: `--models a b key=value`."""
+    keys = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    options = top.parse_args([word for word in sys.argv[1:] if word not in keys])
+    options.overrides = keys
+    return options
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns as wide as they need to be: the first to the left, figures to the right."""
     cells = [[*map(str, header)], *([*map(str, row)] for row in rows)]

@@ -7,7 +7,9 @@ that `peak` is its own; both live at once and take turns of a few steps, in the 
 between them a matrix product of the same precision is timed: the limit, its best over all rounds, 2048 x 2048 on a
 CPU and 8192 x 8192 on a GPU.
 
-  ratio       of tokens/s, ours over bare: the median over the rounds
+  ratio       of tokens/s, ours over bare: the median over the rounds; least and most are of single rounds
+  cpu_ratio   the same with seconds of CPU in place of time that passed: on a busy machine the one to look at, with
+              OMP_NUM_THREADS=1 so that no thread spins in wait
   memory      of peaks, ours over bare
   mfu         FLOPs by the convention of metrics.jsonl (6N + 12LHES), over the maker's figure for a known GPU, or the
               limit measured here
@@ -28,12 +30,14 @@ each block, also where ours is selective.
 
 import argparse
 import itertools
+import os
 import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bare import Loop, Model
@@ -46,16 +50,16 @@ from dist_llm.observe.flops import CONVENTION, flops_per_token, matmul_weights, 
 from dist_llm.train.step import train_step
 from measure import PeakMemory, Strain, any_device, matmul_rate, seconds, take_turns, workers
 from models import MODELS, config_of
-from results import Results, parser, table
+from results import Results, parse, parser, table
 
 WARM_UP = 2  # steps
-Turn = Callable[[], dict[str, Any]]
-Step = Callable[[int], torch.Tensor]
+Turn = Callable[..., dict[str, Any]]
 
 
 def main() -> None:
     """Measure each case and print."""
     options = arguments()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of its starts and stops
     device = any_device()
     models = options.models or (["gpt2-124m", "llama-160m"] if device.type == "cuda" else ["gpt2-cpu", "llama-cpu"])
     results = Results("train", device)
@@ -65,8 +69,8 @@ def main() -> None:
         keys = [f"precision={precision}", f"compile={compiled == 'yes'}", f"parallel.recompute={recompute}"]
         keys += [f"data.seq_len={seq_len}"] if seq_len else []
         keys += [f"data.global_batch={options.batch}"] if options.batch else []
-        row, profiled = case(config_of(name, [*keys, *options.overrides]), options, device)
-        results.add({"model": name, **row})
+        found, profiled = case(config_of(name, [*keys, *options.overrides]), options, device)
+        results.add({"model": name, **found})
         profiles += [f"\n{name}, {precision}, {who}\n{text}" for who, text in profiled.items()]
     results.finish("\n".join([report(results, options), *profiles]), options.write)
 
@@ -88,53 +92,61 @@ def arguments() -> argparse.Namespace:
     top.add_argument("--steps", type=int, default=2, help="steps of a turn; default: %(default)s")
     top.add_argument("--profile", action="store_true", help="show what a step's time goes to, by torch.profiler")
     top.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: model.qk_norm=true")
-    options, rest = top.parse_known_args()  # `--models a b key=value` leaves the last one to nobody
-    if wrong := [word for word in rest if "=" not in word or word.startswith("-")]:
-        top.error(f"unknown: {' '.join(wrong)}")
-    options.overrides += rest
-    return options
+    return parse(top)
 
 
 def case(config: Config, options: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
     """One row, and the profiles where asked for."""
-    asked = (config, options.steps, device)
-    with workers({who: (MAKERS[who], *asked, options.profile) for who in MAKERS}) as started:
-        turns: dict[str, Callable[[], Any]] = {who: worker.turn for who, worker in started.items()}
+    with workers({who: (make, config, device) for who, make in MAKERS.items()}) as started:
+        first = {who: worker.turn(WARM_UP) for who, worker in started.items()}
+        turns: dict[str, Callable[[], Any]] = {who: partial(each.turn, options.steps) for who, each in started.items()}
         turns["limit"] = partial(matmul_rate, device, config.precision)
-        first = {who: started[who].turn() for who in MAKERS}  # warm
         found = take_turns(turns, options.rounds)
-        profiled = {who: started[who].turn()["profile"] for who in MAKERS} if options.profile else {}
-    limit = max(found["limit"])
-    tokens = config.data.global_batch * config.data.seq_len
-    rates = {who: [tokens * options.steps / turn["seconds"] for turn in found[who]] for who in MAKERS}
-    ours, bare = (statistics.median(rates[who]) for who in MAKERS)
+        profiled = {who: worker.turn(1, True)["profile"] for who, worker in started.items()} if options.profile else {}
+    return row(config, options.steps, first, found, device), profiled
+
+
+def row(
+    config: Config, steps: int, first: dict[str, Any], found: dict[str, list[Any]], device: torch.device
+) -> dict[str, Any]:
+    """What the turns of a case say."""
+    data, limit = config.data, max(found["limit"])
+    pairs = list(zip(found["ours"], found["bare"], strict=True))
+    ratios = [bare["seconds"] / ours["seconds"] for ours, bare in pairs]
+    median = {
+        who: {name: statistics.median(turn[name] for turn in found[who]) for name in found[who][0]} for who in MAKERS
+    }
+    tokens = data.global_batch * data.seq_len * steps
+    ours, bare = (tokens / median[who]["seconds"] for who in MAKERS)
     peak, source = peak_flops(device, config.precision) if device.type == "cuda" else (limit, "the limit")
     exact = exact_flops(config)
-    peaks = {who: found[who][-1]["peak"] for who in MAKERS}
     return {
         "precision": config.precision,
         "compile": config.compile,
         "recompute": config.parallel.recompute,
-        "seq_len": config.data.seq_len,
-        "batch": config.data.global_batch,
+        "seq_len": data.seq_len,
+        "batch": data.global_batch,
         "ours": ours,
         "bare": bare,
-        "ratio": statistics.median(a / b for a, b in zip(rates["ours"], rates["bare"], strict=True)),
-        "least": min(a / b for a, b in zip(rates["ours"], rates["bare"], strict=True)),
-        "most": max(a / b for a, b in zip(rates["ours"], rates["bare"], strict=True)),
-        "peak": peaks["ours"],
-        "bare_peak": peaks["bare"],
-        "memory": peaks["ours"] / peaks["bare"],
-        "mfu": ours * flops_per_token(config.model, config.data.seq_len) / peak,
+        "ratio": statistics.median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+        "cpu_ratio": statistics.median(bare["cpu_seconds"] / ours["cpu_seconds"] for ours, bare in pairs),
+        "mfu": ours * flops_per_token(config.model, data.seq_len) / peak,
         "mfu_of": source,
         "limit": limit,
         "of_matmul": ours * exact / limit,
         "bare_of_matmul": bare * exact / limit,
+        "peak": median["ours"]["peak"],
+        "bare_peak": median["bare"]["peak"],
+        "memory": median["ours"]["peak"] / median["bare"]["peak"],
+        "faults": median["ours"]["faults"] / steps,
+        "bare_faults": median["bare"]["faults"] / steps,
+        "system": median["ours"]["system"],
+        "bare_system": median["bare"]["system"],
         "loss": first["ours"]["loss"],
         "bare_loss": first["bare"]["loss"],
-        **{name: statistics.median(turn[name] for turn in found["ours"]) for name in ("faults", "system")},
-        **{f"bare_{name}": statistics.median(turn[name] for turn in found["bare"]) for name in ("faults", "system")},
-    }, profiled
+    }
 
 
 def exact_flops(config: Config) -> float:
@@ -147,16 +159,16 @@ def exact_flops(config: Config) -> float:
     return 6 * matmul_weights(model) + 2 * blocks * again + (9 if again else 7) * attention
 
 
-def make_ours(config: Config, steps: int, device: torch.device, profiling: bool) -> Turn:
+def make_ours(config: Config, device: torch.device) -> Turn:
     """The native engine."""
     peak = begin(config, device)
     engine = NativeEngine(config, device)
     tokens = draw(config)
     batches = [Batch.of(tokens[:, :-1], tokens[:, 1:], CAUSAL)]
-    return turns(lambda step: train_step(engine, batches, config.optim.lr, step).loss, steps, device, peak, profiling)
+    return turns(lambda: train_step(engine, batches, config.optim.lr).loss, device, peak)
 
 
-def make_bare(config: Config, steps: int, device: torch.device, profiling: bool) -> Turn:
+def make_bare(config: Config, device: torch.device) -> Turn:
     """The bare loop, with the engine's initial weights."""
     peak = begin(config, device)
     with torch.device(device):
@@ -170,7 +182,7 @@ def make_bare(config: Config, steps: int, device: torch.device, profiling: bool)
     loop = Loop(model, config.optim, config.precision, device)
     tokens = draw(config)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return turns(lambda _: loop.step(inputs.to(device), targets.to(device)), steps, device, peak, profiling)
+    return turns(lambda: loop.step(inputs.to(device), targets.to(device)), device, peak)
 
 
 MAKERS = {"ours": make_ours, "bare": make_bare}
@@ -189,28 +201,25 @@ def draw(config: Config) -> torch.Tensor:
     return torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
 
-def turns(step: Step, steps: int, device: torch.device, peak: PeakMemory, profiling: bool) -> Turn:
-    """The first turn warms up and knows the first loss; the others are timed. When asked for, each has a profile."""
-    count, strain = 0, Strain()
+def turns(step: Callable[[], Tensor], device: torch.device, peak: PeakMemory) -> Turn:
+    """A turn is some steps: what they took, and the loss before the first of them; or their profile."""
 
-    def some(number: int) -> list[torch.Tensor]:
-        nonlocal count
-        count += number
-        return [step(count - number + each) for each in range(number)]
+    def turn(steps: int, profiling: bool = False) -> dict[str, Any]:
+        losses: list[Tensor] = []
 
-    def turn() -> dict[str, Any]:
-        if count == 0:
-            return {"loss": some(WARM_UP)[0].item()}
-        strain.start()
-        taken = seconds(lambda: some(steps), device)
-        faults, system = strain.taken()
-        found = {"seconds": taken, "peak": peak.bytes(), "faults": faults / steps, "system": system}
-        return found | ({"profile": profiled(lambda: some(1), device)} if profiling else {})
+        def work() -> None:
+            losses.extend(step() for _ in range(steps))
+
+        if profiling:
+            return {"profile": profiled(work, device)}
+        strain = Strain()
+        taken = seconds(work, device)
+        return {"seconds": taken, "peak": peak.bytes(), "loss": losses[0].item(), **strain.taken()}
 
     return turn
 
 
-def profiled(work: Callable[[], object], device: torch.device, most: int = 16) -> str:
+def profiled(work: Callable[[], object], device: torch.device, most: int = 20) -> str:
     """The operators that `work` spends most time in by themselves, with their shares."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=kinds) as profiler:
@@ -224,7 +233,7 @@ def profiled(work: Callable[[], object], device: torch.device, most: int = 16) -
 
 def report(results: Results, options: argparse.Namespace) -> str:
     """The table."""
-    names = ("ratio", "least", "most", "mfu", "of_matmul", "bare_of_matmul", "memory")
+    names = ("ratio", "least", "most", "cpu_ratio", "mfu", "of_matmul", "bare_of_matmul", "memory")
     header = ["model", "precision", "compile", "recompute", "tokens", "ours tok/s", "bare tok/s", *names]
     header = [name.replace("bare_of_matmul", "bare's").replace("_", " ") for name in header]
     rows = []

@@ -16,6 +16,10 @@ DATA = REPOSITORY / "benchmarks" / "data.py"
 RECOVERY = REPOSITORY / "benchmarks" / "recovery.py"
 ENGINES = REPOSITORY / "benchmarks" / "engines.py"
 CHECKPOINT = REPOSITORY / "benchmarks" / "checkpoint.py"
+TRAIN = REPOSITORY / "benchmarks" / "train.py"
+LOSS = REPOSITORY / "benchmarks" / "loss.py"
+# Keys that make a named model tiny.
+TINY = ("model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.vocab_size=128")
 
 
 def test_overhead_prints_a_line_per_pair_and_a_table() -> None:
@@ -56,6 +60,41 @@ def test_checkpoint_prints_a_line_per_save_and_a_table() -> None:
     assert [row["save"] for row in rows] == [1, 2]
     assert all(row[name] > 0 for row in rows for name in ("stall", "slower", "bandwidth", "megabytes"))
     assert "stall" in done.stderr
+
+
+def test_train_prints_a_line_per_case_and_a_table() -> None:
+    sizes = ("--rounds", "1", "--steps", "1", "--batch", "2", "--seq-len", "16", "24")
+    done = benchmark(TRAIN, "--models", "llama-cpu", "--precision", "fp32", *sizes, *TINY)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["model"], row["seq_len"], row["batch"]) for row in rows] == [
+        ("llama-cpu", 16, 2),
+        ("llama-cpu", 24, 2),
+    ]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["bare_loss"], rel=1e-5), "the same model"
+        assert row["ratio"] == pytest.approx(row["ours"] / row["bare"], rel=1e-3)
+        assert row["memory"] == pytest.approx(row["peak"] / row["bare_peak"], rel=1e-3)
+        assert row["of_matmul"] / row["bare_of_matmul"] == pytest.approx(row["ratio"], rel=1e-3)
+    assert "bare tok/s" in done.stderr
+
+
+def test_a_profile_has_a_table_for_each_of_the_two() -> None:
+    sizes = ("--rounds", "1", "--steps", "1", "--batch", "2", "--seq-len", "16")
+    keys = [key for key in TINY if "kv" not in key]
+    done = benchmark(TRAIN, "--models", "gpt2-cpu", "--precision", "bf16", "--profile", *sizes, *keys)
+    (row,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert row["loss"] == pytest.approx(row["bare_loss"], rel=1e-3)
+    assert all(f"gpt2-cpu, bf16, {who}\noperator" in done.stderr for who in ("ours", "bare"))
+
+
+def test_loss_prints_a_line_per_case_and_a_table() -> None:
+    sizes = ("--tokens", "64", "--d-model", "16", "--vocabulary", "200")
+    done = benchmark(LOSS, *sizes, "--rounds", "1", "--precision", "fp32")
+    whole, head = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (whole["case"], head["case"]) == ("whole", "head")
+    assert head["ratio"] == pytest.approx(whole["seconds"] / head["seconds"], rel=1e-3)
+    assert (head["loss"], head["grad_norm"]) == pytest.approx((whole["loss"], whole["grad_norm"]), rel=1e-5)
+    assert "of matmul" in done.stderr
 
 
 def benchmark(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
