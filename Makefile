@@ -45,8 +45,9 @@ check: install
 	ruff check .
 	mypy
 
+# Some minutes on two cores. What they keep with --write is in benchmarks/results.
 bench: install
-	python benchmarks/overhead.py
+	for program in overhead train loss attention optimizer startup; do python benchmarks/$$program.py || exit 1; done
 
 # What the targets above made; no run or corpus of yours.
 clean:

@@ -31,16 +31,16 @@ class Results:
         self.rows.append({name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in row.items()})
         print(json.dumps(self.rows[-1]), flush=True)
 
-    def finish(self, text: str, write: bool) -> None:
-        """Print a table under what it was run on; write the rows where asked to."""
+    def finish(self, text: str, directory: Path | None) -> None:
+        """Print a table under what it was run on; write the rows where there is a directory for them."""
         print(f"{self.machine()}\n\n{text}", file=sys.stderr)
-        if write:
-            path = DIRECTORY / f"{self.program}-{self.slug()}.json"
+        if directory is not None:
+            path = directory / f"{self.program}-{self.slug()}.json"
             path.parent.mkdir(exist_ok=True)
             command = f"python benchmarks/{self.program}.py {shlex.join(sys.argv[1:])}".strip()
             content = {"command": command, "machine": self.facts(), "rows": self.rows}
             path.write_text(json.dumps(content, indent=1) + "\n")
-            print(f"\nwritten: benchmarks/results/{path.name}", file=sys.stderr)
+            print(f"\nwritten: {path.name}", file=sys.stderr)
 
     def machine(self) -> str:
         """One line for people."""
@@ -64,7 +64,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """A command line that shows the program's docstring, with --write."""
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(description=description, formatter_class=raw)
-    top.add_argument("--write", action="store_true", help="keep the rows in benchmarks/results/")
+    top.add_argument(
+        "--write",
+        nargs="?",
+        type=Path,
+        const=DIRECTORY,
+        metavar="DIR",
+        help="keep the rows in benchmarks/results/, or DIR",
+    )
     return top
 
 

@@ -18,6 +18,9 @@ ENGINES = REPOSITORY / "benchmarks" / "engines.py"
 CHECKPOINT = REPOSITORY / "benchmarks" / "checkpoint.py"
 TRAIN = REPOSITORY / "benchmarks" / "train.py"
 LOSS = REPOSITORY / "benchmarks" / "loss.py"
+ATTENTION = REPOSITORY / "benchmarks" / "attention.py"
+OPTIMIZER = REPOSITORY / "benchmarks" / "optimizer.py"
+STARTUP = REPOSITORY / "benchmarks" / "startup.py"
 # Keys that make a named model tiny.
 TINY = ("model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.vocab_size=128")
 
@@ -95,6 +98,60 @@ def test_loss_prints_a_line_per_case_and_a_table() -> None:
     assert head["ratio"] == pytest.approx(whole["seconds"] / head["seconds"], rel=1e-3)
     assert (head["loss"], head["grad_norm"]) == pytest.approx((whole["loss"], whole["grad_norm"]), rel=1e-5)
     assert "of matmul" in done.stderr
+
+
+def test_attention_prints_a_line_per_kernel_and_marks_the_chosen_one() -> None:
+    sizes = ("--seq-len", "16", "--precision", "fp32", "--batch", "2", "--heads", "2", "--kv-heads", "1")
+    done = benchmark(ATTENTION, *sizes, "--head-dim", "16", "--rounds", "1")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    masks = ("causal", "prefix", "documents", "bidirectional")
+    by_mask = {mask: {row["kernel"]: row for row in rows if row["mask"] == mask} for mask in masks}
+    assert sum(map(len, by_mask.values())) == len(rows)
+    for kernels in by_mask.values():
+        (chosen,) = [row for row in kernels.values() if row["chosen"]]
+        assert kernels["math"]["ratio"] == pytest.approx(chosen["seconds"] / kernels["math"]["seconds"], rel=1e-3)
+    pairs = {"causal": 136, "prefix": 136 + 6, "documents": 4 * 10, "bidirectional": 256}
+    for mask, count in pairs.items():
+        row = by_mask[mask]["math"]
+        assert row["tflops"] * row["seconds"] * 1e12 == pytest.approx(14 * 16 * 2 * 2 * count, rel=1e-3)
+    assert "*: what the model chooses" in done.stderr
+
+
+def test_optimizer_prints_a_line_per_way_and_a_table() -> None:
+    done = benchmark(OPTIMIZER, "--models", "llama-cpu", "--rounds", "1", *TINY)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["way"] for row in rows] == ["fused", "foreach", "for-loop", "norm", "scale", "clip_grad_norm_"]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(rows[0]["seconds"] / row["seconds"], rel=1e-3)
+        assert row["of_copy"] == pytest.approx(row["bytes_per_second"] / row["copy"], rel=1e-3)
+    assert rows[0]["bytes_per_second"] * rows[0]["seconds"] == pytest.approx(28 * rows[0]["parameters"], rel=1e-3)
+    assert "copy's GB/s" in done.stderr
+
+
+def test_startup_prints_a_line_per_stage_and_what_is_imported() -> None:
+    done = benchmark(STARTUP, "--rounds", "1", "--top", "3")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    stages = {row["stage"]: row for row in rows if "stage" in row}
+    assert list(stages)[:3] == ["interpreter", "torch", "imports"]
+    first = list(stages).index("first_step") + 1
+    summary = rows[-1]
+    assert summary["to_first_step"] == pytest.approx(
+        sum(row["seconds"] for row in list(stages.values())[:first]), rel=1e-3
+    )
+    assert 0 < summary["ours"] < summary["own"] < summary["to_first_step"]
+    assert next(row["package"] for row in rows if "package" in row) == "torch"
+    assert len([row for row in rows if "module" in row]) == 3
+    assert "our own code" in done.stderr
+
+
+def test_write_keeps_the_rows_with_the_machine_and_the_command(tmp_path: Path) -> None:
+    done = benchmark(OPTIMIZER, "--models", "gpt2-cpu", "--rounds", "1", "--write", str(tmp_path), "model.n_layers=1")
+    (kept,) = tmp_path.glob("optimizer-*.json")
+    written = json.loads(kept.read_text())
+    assert written["rows"] == [json.loads(line) for line in done.stdout.splitlines()]
+    assert written["command"].startswith("python benchmarks/optimizer.py --models gpt2-cpu")
+    assert {"cpu", "cores", "torch", "python", "git_commit"} <= set(written["machine"])
+    assert str(REPOSITORY) not in json.dumps(written)
 
 
 def benchmark(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,115 @@
+"""What the update costs: AdamW over the parameters of a named model, beside a plain copy of as many bytes.
+
+  fused, foreach, for-loop   torch.optim.AdamW as optim.implementation says (for-loop: neither)
+  norm, scale                our clipping: the global norm, and the gradients scaled by it
+  clip_grad_norm_            torch's, both in one
+
+All work on the same parameters and gradients and take turns. Bytes are those that must be read and written if each is
+touched once: weight, gradient and two moments read, all but the gradient written (28 per parameter); for the norm 4,
+for scaling 8, for both 12. `of_copy` is their rate over that of torch's copy of as many bytes as AdamW's; a CPU also
+reads what a copy overwrites, which nobody counts, so more than 1 can be had. `ratio` is the seconds of `fused` over
+its own, round by round.
+
+  python benchmarks/optimizer.py
+  python benchmarks/optimizer.py --models gpt2-124m llama-1b
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_llm.models.build import build_model
+from dist_llm.optim import clip
+from dist_llm.optim.build import build_optimizer
+from measure import any_device, copy_rate, seconds, take_turns
+from models import MODELS, config_of
+from results import Results, parse, parser, table
+
+ADAMW = ("fused", "foreach", "for-loop")
+BYTES = {**dict.fromkeys(ADAMW, 28), "norm": 4, "scale": 8, "clip_grad_norm_": 12}
+
+
+def main() -> None:
+    """Measure each case and print."""
+    options = arguments()
+    device = any_device()
+    results = Results("optimizer", device)
+    for model in options.models or ["gpt2-124m" if device.type == "cuda" else "llama-cpu"]:
+        for row in case(model, options, device):
+            results.add({"model": model, **row})
+    results.finish(f"{options.rounds} rounds\n\n{report(results)}", options.write)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    top = parser(__doc__)
+    top.add_argument("--models", nargs="+", choices=MODELS, help="default: one that fits the device")
+    top.add_argument("--rounds", type=int, default=8, help="turns of each; default: %(default)s")
+    top.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: model.n_layers=2")
+    return parse(top)
+
+
+def case(name: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """One row per way."""
+    config = config_of(name, options.overrides)
+    with torch.device("meta"):
+        model = build_model(config.model)
+    model.to_empty(device=device)
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        nn.init.normal_(parameter, std=0.02)
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    work: dict[str, Callable[[], object]] = {}
+    for way in ADAMW:
+        optim = config.optim.model_copy(update={"implementation": "foreach" if way == "for-loop" else way})
+        optimizer = build_optimizer(optim, model.named_parameters())
+        for group in optimizer.param_groups if way == "for-loop" else []:
+            group["foreach"] = False
+        work[way] = optimizer.step
+    work["norm"] = lambda: clip.norm(gradients)
+    work["scale"] = lambda: clip.scale(gradients, torch.ones((), device=device), 1.0)
+    work["clip_grad_norm_"] = lambda: nn.utils.clip_grad_norm_(parameters, 1.0)
+    turns: dict[str, Callable[[], float]] = {way: partial(seconds, each, device) for way, each in work.items()}
+    count = sum(parameter.numel() for parameter in parameters)
+    turns["copy"] = lambda: copy_rate(device, count * BYTES["fused"] // 2, tries=1)
+    take_turns(turns, 1)
+    found = take_turns(turns, options.rounds)
+    copied = statistics.median(found["copy"])
+    rows = []
+    for way in work:
+        taken = statistics.median(found[way])
+        rate = count * BYTES[way] / taken
+        ratio = statistics.median(a / b for a, b in zip(found["fused"], found[way], strict=True))
+        figures = {"seconds": taken, "ratio": ratio, "bytes_per_second": rate, "copy": copied, "of_copy": rate / copied}
+        rows.append({"way": way, "parameters": count, "tensors": len(parameters), **figures})
+    return rows
+
+
+def report(results: Results) -> str:
+    """The table."""
+    rows = [
+        (
+            row["model"],
+            row["way"],
+            f"{row['parameters'] / 1e6:,.1f}",
+            row["tensors"],
+            f"{row['seconds'] * 1000:,.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['bytes_per_second'] / 1e9:,.2f}",
+            f"{row['copy'] / 1e9:,.2f}",
+            f"{row['of_copy']:.2f}",
+        )
+        for row in results.rows
+    ]
+    header = ("model", "way", "M parameters", "tensors", "ms", "ratio", "GB/s", "copy's GB/s", "of copy")
+    return table(header, rows)
+
+
+if __name__ == "__main__":
+    main()
