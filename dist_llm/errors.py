@@ -22,4 +22,4 @@ class CheckpointError(UserError):
 
 
 class DivergedError(UserError):
-    """A loss that is not finite: no step after it can mend that."""
+    """A bad step, by the policy of the section `guard`."""

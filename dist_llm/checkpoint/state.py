@@ -14,6 +14,15 @@ from dist_llm.optim.scale import LossScale
 
 
 @dataclass
+class Guarded:
+    """The newest losses of steps that were not bad; how many bad ones were dealt with; samples [from, to) left out."""
+
+    losses: list[float] = field(default_factory=list)
+    spent: int = 0
+    left_out: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass
 class Progress:
     """How far the run is; `samples` is the next sample number, `loss_scale` what fp16 goes on with.
 
@@ -27,12 +36,14 @@ class Progress:
     source_tokens: dict[str, int] = field(default_factory=dict)
     loss_scale: LossScale | None = None
     heldout_loss: float | None = None
+    guard: Guarded = field(default_factory=Guarded)
 
     @staticmethod
     def of(fields: dict[str, Any]) -> "Progress":
         """From what `as_dict` gave."""
-        scale = fields.pop("loss_scale", None)  # checkpoints of before fp16 have none
-        return Progress(**fields, loss_scale=LossScale(**scale) if scale else None)
+        scale, guard = fields.pop("loss_scale", None), fields.pop("guard", {})  # older checkpoints have none
+        guard["left_out"] = [tuple(each) for each in guard.get("left_out", ())]
+        return Progress(**fields, loss_scale=LossScale(**scale) if scale else None, guard=Guarded(**guard))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,6 +103,7 @@ class Held:
     def allocate_moments(self, saved: Mapping[str, tuple[int, ...]]) -> None:
         if self.optimizer is None:
             return
+        self.optimizer.state.clear()
         for name, parameter in self.model.named_parameters():
             for key, shape in saved_moments(saved, name).items():
                 empty = torch.zeros_like(parameter) if shape else torch.zeros((), device=parameter.device)

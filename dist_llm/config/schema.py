@@ -17,6 +17,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Policy = Literal["stop", "skip", "rewind", "warn"]
 
 CACHE = "~/.cache/dist_llm"
 
@@ -36,9 +37,6 @@ class RunConfig(Section):
     dir: str = key("directory of the run: config, metrics, logs, checkpoints; resumed when it holds a checkpoint")
     steps: Positive = key("optimizer steps to take in all, those before a resume included")
     seed: Seed = key("seed of initial values, sample order and dropout", 0)
-    stop_if_not_finite: bool = key(
-        "end a run whose loss is not finite, before it is saved; noticed when metrics are written (log.every)", True
-    )
     hang_seconds: NonNegative = key(
         "a run that stands still so long is ended, the rank that holds it up named; 10 times that in the first steps, "
         "and 10 times the longest step in later ones; 0: never",
@@ -267,6 +265,28 @@ class CheckpointConfig(Section):
     background: bool = key("train on while a copy in host memory is written; false: wait, without that copy", True)
 
 
+class GuardConfig(Section):
+    """Bad steps: what they are, and what becomes of them."""
+
+    not_finite: Policy = key(
+        "a step with a loss or gradient that is not finite: stop the run; skip the update; rewind to the newest "
+        "checkpoint and leave out the step's samples; or warn and go on. Noticed when metrics are written (log.every) "
+        "and before each checkpoint; skip waits for the device in each step",
+        "stop",
+    )
+    spike: Policy = key("a step with a loss far above those before it: the same choices", "warn")
+    spike_z: PositiveFloat = key(
+        "a spike lies so many standard deviations above the median of the newest losses (1.4826 times their median "
+        "absolute deviation)",
+        10.0,
+    )
+    window: Annotated[int, Field(ge=4)] = key("the newest losses that are compared with; none is judged before", 128)
+    skip_steps: Count = key(
+        "rewind: steps whose samples are left out, the bad one last; 0: none, for machines that err and not data", 1
+    )
+    budget: Count = key("bad steps that are skipped or rewound in a run; one more ends it", 10)
+
+
 class EvalConfig(Section):
     every: Count = key("steps between evaluations on held-out text; 0: only at the end", 0)
     windows: Count = key("held-out windows used while training; 0: all", 0)
@@ -294,6 +314,7 @@ class Config(Section):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="the learning rate over the steps")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="the layout")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
+    guard: GuardConfig = Field(default_factory=GuardConfig, description="what becomes of bad steps")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation while training")
     log: LogConfig = Field(default_factory=LogConfig, description="what is shown")
     precision: Literal["fp32", "bf16", "fp16"] = key(

@@ -48,6 +48,12 @@ class Loader:
         """Where the step after the one that starts at sample `first` does."""
         return self.plan.after(first, self.global_batch)
 
+    def after_steps(self, first: int, steps: int) -> int:
+        """Where the step `steps` after the one that starts at sample `first` does."""
+        for _ in range(steps):
+            first = self.after(first)
+        return first
+
     def batches(self, first: int) -> list[Batch]:
         """The microbatches of the step that starts at sample `first`; starts on the next ones."""
         if self._pool is None:

@@ -33,6 +33,17 @@ class Stage:
         return tuple((np.asarray(self.before) + self.mixture.counts(samples - self.first)).tolist())
 
 
+def merged(ranges: Ranges) -> tuple[tuple[int, int], ...]:
+    """The same numbers in ranges that ascend and do not overlap."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if found and start < found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return tuple(found)
+
+
 def lay_out(firsts: Sequence[int], mixtures: Sequence[Mixture], taken: Sequence[int]) -> list[Stage]:
     """Stages one after the other; of those that begin at the same sample, the last."""
     found: list[Stage] = []

@@ -4,7 +4,7 @@ Accelerate makes the distributed model. Losses, clipping and the learning rate a
 the microbatches, and step a scheduler once for each process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -77,12 +77,15 @@ class AccelerateEngine(Replicas):
             losses.append(losses_B.detach())
         return torch.cat(losses)
 
-    def update(self, lr: float) -> Tensor:
+    def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         mine = [local(gradient) for gradient in gradients]
         norm = clip.norm(mine).to(self.device)
         if any(isinstance(gradient, DTensor) for gradient in gradients):
             norm = self.total(norm.square()).sqrt()
+        if accept is not None and not accept(norm):
+            self.optimizer.zero_grad()
+            return norm
         if self.config.optim.clip:
             clip.scale(mine, norm, self.config.optim.clip)
         step_at(self.optimizer, lr)

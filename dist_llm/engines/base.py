@@ -1,6 +1,6 @@
 """What the training loop asks of whoever runs the step: a few verbs, above `backward`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -59,8 +59,12 @@ class Engine(Protocol):
         """
         ...
 
-    def update(self, lr: float) -> Tensor:
-        """Clip, step, clear the gradients. Returns the global norm before clipping."""
+    def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
+        """Clip, step, clear the gradients. Returns the global norm before clipping.
+
+        Where `accept`, asked with the norm, says no, gradients are cleared and nothing else. DeepSpeed's partitioned
+        optimizers are not asked: they leave out steps whose norm is not finite, and no other.
+        """
         ...
 
     def score(self, batch: Batch) -> Tensor:

@@ -1,6 +1,6 @@
 """The step by DeepSpeed: ZeRO 0 to 3 with our model, loss, optimizer, schedule and checkpoints."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,8 +79,11 @@ class DeepSpeedEngine(Replicas):
             losses.append(losses_B.detach().float())
         return torch.cat(losses)
 
-    def update(self, lr: float) -> Tensor:
+    def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
         norm = self._whole_norm() if self.stage == 0 else None
+        if norm is not None and accept is not None and not accept(norm):
+            self.deepspeed.zero_grad()
+            return norm
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.step()

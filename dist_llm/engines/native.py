@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -109,7 +109,7 @@ class NativeEngine:
             losses.append(losses_B.detach())
         return torch.cat(losses)
 
-    def update(self, lr: float) -> Tensor:
+    def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
         parameters = [p for part in self.parts for p in part.parameters() if p.grad is not None]
         scale = self.loss_scale.value if self.loss_scale else 1.0
         norm = self._norm() / scale
@@ -119,6 +119,9 @@ class NativeEngine:
             if not finite:
                 self.optimizer.zero_grad()
                 return norm
+        if accept is not None and not accept(norm):
+            self.optimizer.zero_grad()
+            return norm
         if self.config.optim.clip or self.loss_scale:
             gradients = [local(p.grad) for p in parameters if p.grad is not None]
             clip.scale(gradients, norm, self.config.optim.clip or math.inf, scale)

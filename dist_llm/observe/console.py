@@ -54,7 +54,7 @@ class ProgressLine:
 
     def __call__(self, rows: Sequence[Row]) -> None:
         row = rows[-1]
-        text = self._heldout(row) if "heldout_loss" in row else self._train(row)
+        text = row.get("event") or (self._heldout(row) if "heldout_loss" in row else self._train(row))
         if self.bar is None:
             log.info(text)
             return

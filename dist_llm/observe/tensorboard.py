@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dist_llm.observe.metrics import Row
 
-NOT_CURVES = {"step", "sample"}
+NOT_CURVES = {"step", "sample", "event"}
 
 
 class TensorBoard:
@@ -26,6 +26,8 @@ class TensorBoard:
                 # Indented, so that Markdown shows it as it is.
                 text = "\n".join("    " + line for line in row["sample"].splitlines())
                 self.writer.add_text("heldout/sample", text, row["step"])
+            if "event" in row:
+                self.writer.add_text("train/event", row["event"], row["step"])
         self.writer.flush()
 
     def close(self) -> None:

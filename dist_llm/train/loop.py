@@ -1,17 +1,18 @@
 """The loop: batches in, steps out, with evaluation, checkpoints and metrics on their beats."""
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from signal import Signals
 
 from dist_llm.checkpoint import store as checkpoints
 from dist_llm.checkpoint.adapt import start_from
 from dist_llm.checkpoint.folder import Folder
-from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.state import Guarded, Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.lengths import inputs_len, sample_tokens
 from dist_llm.config.load import load_config
@@ -19,7 +20,7 @@ from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.loader import Loader
 from dist_llm.engines.base import Engine
-from dist_llm.errors import DataError, DivergedError
+from dist_llm.errors import DataError
 from dist_llm.generate import Sampling, ask, text
 from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.watchdog import Watchdog
@@ -33,6 +34,7 @@ from dist_llm.optim.schedule import learning_rate
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.train.audit import Audit
 from dist_llm.train.evaluate import Heldout, evaluate
+from dist_llm.train.guard import Guard
 from dist_llm.train.step import train_step
 
 log = logging.getLogger("dist_llm")
@@ -41,7 +43,10 @@ SLOW = 30  # times longer than a step may what has no steps of its own stand sti
 
 
 class Trainer:
-    """One rank's side of a run: from its checkpoint, or another's at a path. `files` go into each that it saves."""
+    """One rank's side of a run: from its checkpoint, or another's at a path. `files` go into each that it saves.
+
+    `guarded`: what is known of bad steps by a run that goes back to that checkpoint.
+    """
 
     def __init__(
         self,
@@ -52,12 +57,16 @@ class Trainer:
         store: CheckpointStore,
         start: Folder | Path | None,
         files: Mapping[str, bytes],
+        guarded: Guarded | None = None,
     ) -> None:
         self.config, self.world, self.engine, self.loader = config, world, engine, loader
         self.watchdog = Watchdog(world, config.run.hang_seconds)
         self.store, self.files = store, files
         self.directory = Path(config.run.dir)
         self.progress = self._resume(start)
+        if guarded is not None:
+            self.progress.guard = replace(guarded, losses=self.progress.guard.losses)
+        self.guard = Guard(config.guard, self.progress.guard, engine, self.directory)
         self.sample_tokens = sample_tokens(config)
         self.heldout = self._heldout(loader.objective)
         self.audit = Audit(engine, loader, config.data.audit_every)
@@ -72,11 +81,13 @@ class Trainer:
     def run(self) -> int:
         """Train to run.steps; evaluate and save on their beats and at the end.
 
-        Returns 0, or the signal that made it save and stop before.
+        Returns 0, or the signal that made it save and stop before. Raises RewindError where it is to go back.
         """
         config, told = self.config, 0
         self.recorder.restart_clock(self.progress.tokens)
         with self.sinks, self.watchdog, StopSignals() as signals:  # closed at the end, whatever it is
+            if self.progress.step == 0 and "rewind" in (config.guard.not_finite, config.guard.spike):
+                self.save()  # something to go back to
             while self.progress.step < config.run.steps and not told:
                 self.watchdog.beat(f"step {self.progress.step + 1}")
                 signals.share()
@@ -109,7 +120,8 @@ class Trainer:
         wait = time.perf_counter() - begin
         lr = learning_rate(config.optim, config.schedule, progress.step + 1)
         self.audit.add(progress.samples, batches)
-        report = train_step(self.engine, batches, lr, progress.step, len(self.loader.plan.sources))
+        accept = partial(self.guard.accept, progress.step + 1) if self.guard.skips else None
+        report = train_step(self.engine, batches, lr, progress.step, len(self.loader.plan.sources), accept)
         progress.step += 1
         progress.heldout_loss = None
         progress.samples = self.loader.after(progress.samples)
@@ -121,15 +133,9 @@ class Trainer:
         )
 
     def flush(self) -> None:
-        """Write the metrics so far. Raises DivergedError, on all ranks, where a loss is not finite."""
-        for row in self.recorder.flush():
-            if not math.isfinite(row["loss"]) and self.config.run.stop_if_not_finite:
-                raise DivergedError(
-                    f"the loss of step {row['step']} is {row['loss']}; nothing was saved since. To go on from the last "
-                    "checkpoint, lower optim.lr, or leave out the step's samples by data.skip (tools/inspect_data.py "
-                    f"show --run {self.directory} --step {row['step']} shows them); to go on anyway, set "
-                    "run.stop_if_not_finite to false"
-                )
+        """Write the metrics so far. Raises DivergedError or RewindError, on all ranks, where a step was bad."""
+        if notes := self.guard.look(self.recorder.flush()):
+            self.recorder.emit(notes)
 
     def evaluate(self) -> None:
         """Held-out loss and a sample, into every sink."""

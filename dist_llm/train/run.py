@@ -5,12 +5,14 @@ import logging
 import platform
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.state import Guarded
 from dist_llm.checkpoint.store import CheckpointStore, find, of_run, progress_of
 from dist_llm.config.check import AXES, shape
 from dist_llm.config.load import dump, refuse
@@ -18,7 +20,9 @@ from dist_llm.config.schema import Config
 from dist_llm.data import history as histories
 from dist_llm.data.history import HISTORY, History
 from dist_llm.data.loader import build_loader
+from dist_llm.data.plan import merged
 from dist_llm.data.streams import Source, open_sources
+from dist_llm.engines.base import Engine
 from dist_llm.engines.build import build_engine
 from dist_llm.errors import CheckpointError, DataError, UserError
 from dist_llm.launch.environment import check_accelerate
@@ -27,8 +31,10 @@ from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.stop import forget_word, leave_word
 from dist_llm.launch.watchdog import start_recording
 from dist_llm.launch.world import World
+from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from dist_llm.train.guard import RewindError
 from dist_llm.train.loop import Trainer
 from dist_llm.train.settings import read_vocabulary
 
@@ -57,36 +63,35 @@ def train(config: Config, world: World) -> int:
         if config.init_from:
             start = find(config.init_from, world.rank, world.size)
             _check_start(start, sources[0].corpus.manifest.tokenizer_sha256, corpus)
-    history = _history(config, sources, seen)
+    _history(config, sources, seen)  # what is wrong with it is said before any process group starts
     start_logging(directory / "logs", world)
     try:
         start_recording()
         with process_group(world, device, alone=config.engine != "native"):
             found = store.newest()
-            if found != seen:  # a damaged one is passed over
-                history = _history(config, sources, found)
-            files = {**run_files(config, corpus), HISTORY: histories.dump(history)}
             if world.main:
                 forget_word(directory)
-                for name, content in files.items():
-                    (directory / name).write_bytes(content)
             engine = build_engine(config, device)
             layout = shape({axis: getattr(config.parallel, axis) for axis in AXES})
             log.info("ranks: %d (%s), engine: %s", world.size, layout, config.engine)
-            plan = history[-1].plan(sources)
-            loader = build_loader(config, plan, vocabulary, *engine.data_rank, pin=device.type == "cuda")
-            trainer = Trainer(config, world, engine, loader, store, found or start, files)
+            parts = Parts(config, world, sources, vocabulary, store, engine)
+            trainer = parts.trainer(found or start)
             try:
-                told = trainer.run()
+                while True:
+                    try:
+                        told = trainer.run()
+                        break
+                    except RewindError as bad:
+                        trainer = parts.rewound(trainer, bad)
                 if told and world.main:
                     leave_word(told, trainer.progress.step, directory)
             except Exception as error:
                 add_last_words(error, world, trainer.watchdog.what)
                 raise
             finally:
-                loader.close()
+                trainer.loader.close()
                 store.wait()
-            del trainer, engine
+            del trainer, parts, engine
         return told
     except UserError as error:
         log.error("rank %d on %s: %s", world.rank, world.host, error)  # no traceback: the user can mend it
@@ -96,6 +101,49 @@ def train(config: Config, world: World) -> int:
         raise
     finally:
         stop_logging()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer is made of, again and again where a run goes back."""
+
+    config: Config
+    world: World
+    sources: Sequence[Source]
+    vocabulary: Vocabulary
+    store: CheckpointStore
+    engine: Engine
+
+    def trainer(self, start: Folder | Path | None, guarded: Guarded | None = None) -> Trainer:
+        """One that begins there. `guarded`: what is known of bad steps, more than the checkpoint knows."""
+        config, corpus = self.config, self.sources[0].corpus.directory
+        history = _history(config, self.sources, start if isinstance(start, Folder) else None, guarded)
+        files = {**run_files(config, corpus), HISTORY: histories.dump(history)}
+        if self.world.main:
+            for name, content in files.items():
+                (Path(config.run.dir) / name).write_bytes(content)
+        pin = self.engine.device.type == "cuda"
+        plan = history[-1].plan(self.sources)
+        loader = build_loader(config, plan, self.vocabulary, *self.engine.data_rank, pin=pin)
+        return Trainer(config, self.world, self.engine, loader, self.store, start, files, guarded)
+
+    def rewound(self, trainer: Trainer, bad: RewindError) -> Trainer:
+        """One that begins at the newest checkpoint, and leaves out the samples that the policy says."""
+        trainer.loader.close()
+        self.store.finish()
+        found = self.store.newest()
+        assert found is not None, "a run that may go back saves before its first step"
+        at, loader, guarded = progress_of(found), trainer.loader, trainer.progress.guard
+        back = bad.step - at.step
+        first = loader.after_steps(at.samples, max(0, back - self.config.guard.skip_steps))
+        end = loader.after_steps(first, min(back, self.config.guard.skip_steps))
+        left_out = [(first, end)] if end > first else []
+        trainer = self.trainer(found, replace(guarded, left_out=guarded.left_out + left_out))
+        event = f"{bad}; went back from there to step {at.step}" + (
+            f", samples {first} to {end - 1} are left out" if left_out else ", to read the same samples again"
+        )
+        trainer.recorder.emit([{"step": at.step, "event": event}])
+        return trainer
 
 
 def _refuse_moved(store: CheckpointStore, run: Path) -> None:
@@ -114,13 +162,17 @@ def _check_start(path: Path, tokenizer_sha256: str, corpus: Path) -> None:
         raise DataError(f"{corpus}: was prepared with another tokenizer than the one in init_from {path}")
 
 
-def _history(config: Config, sources: Sequence[Source], checkpoint: Folder | None) -> History:
+def _history(
+    config: Config, sources: Sequence[Source], checkpoint: Folder | None, guarded: Guarded | None = None
+) -> History:
     """What the run has read, and will. Raises DataError where it cannot go on with the data of the config."""
     wanted = histories.asked(config, sources)
     if checkpoint is None:
         return (wanted,)
     before = histories.parse(checkpoint.read(HISTORY), f"{checkpoint}/{HISTORY}")
     progress = progress_of(checkpoint)
+    left_out = (guarded or progress.guard).left_out
+    wanted = wanted.model_copy(update={"skip": merged((*wanted.skip, *left_out))})
     at = progress.step, progress.samples, progress.tokens
     return histories.resume(before, wanted, *at, config.data.on_change == "new_segment")
 

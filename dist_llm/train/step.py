@@ -1,7 +1,8 @@
 """One optimizer step: where every loss is divided, once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,8 +22,17 @@ class StepReport:
     by_source: Tensor | None = None  # [2, sources]: their shares of the loss, and their scored tokens
 
 
-def train_step(engine: Engine, batches: Sequence[Batch], lr: float, step: int = 0, sources: int = 1) -> StepReport:
+def train_step(
+    engine: Engine,
+    batches: Sequence[Batch],
+    lr: float,
+    step: int = 0,
+    sources: int = 1,
+    accept: Callable[[Tensor, Tensor], bool] | None = None,
+) -> StepReport:
     """Take one optimizer step; each batch is one microbatch of this data rank. `step` seeds dropout.
+
+    `accept`, asked with the loss and the gradient's norm, may say no: then weights and moments stay as they are.
 
     Losses are sums, divided once by the number of tokens the whole world scores, so the
     gradient does not depend on how those tokens were cut into ranks and microbatches.
@@ -33,7 +43,9 @@ def train_step(engine: Engine, batches: Sequence[Batch], lr: float, step: int = 
     by_source = None
     if sources > 1:
         by_source = engine.total(_by_source(batches, losses, sources))
-    return StepReport(engine.total(losses.sum()), engine.update(lr), scored, by_source)
+    loss = engine.total(losses.sum())
+    norm = engine.update(lr, None if accept is None else partial(accept, loss))
+    return StepReport(loss, norm, scored, by_source)
 
 
 def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor:

@@ -1,17 +1,24 @@
 """`python -m tests.e2e.faulty FAULT RANK STEP train ...`: the command, with a fault planted before a step of one rank.
 
-raise: an exception. sleep: it goes on with nothing. stop: SIGSTOP. usr1, term: a signal to itself. nan: a weight.
+raise: an exception. sleep: it goes on with nothing. stop: SIGSTOP. usr1, term: a signal to itself. nan: a weight, once;
+nan_always: each time. nan_gradient: gradients, once reduced. garbage: other targets than those of the text. Two faults
+at their steps, one after the other: nan+usr1 0 12+10.
 """
 
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from dist_llm.cli import main
+from dist_llm.engines.native import NativeEngine
+from dist_llm.parallel.mesh import local
 from dist_llm.train.loop import Trainer
 
 SIGNALS = {"stop": signal.SIGSTOP, "usr1": signal.SIGUSR1, "term": signal.SIGTERM}
@@ -20,22 +27,45 @@ SIGNALS = {"stop": signal.SIGSTOP, "usr1": signal.SIGUSR1, "term": signal.SIGTER
 def run() -> int:
     fault, rank, at, *arguments = sys.argv[1:]
     step = Trainer.step
+    faults = list(zip(fault.split("+"), map(int, at.split("+")), strict=True))
 
     def faulty(self: Trainer) -> None:
-        if self.world.rank == int(rank) and self.progress.step + 1 == int(at):
-            if fault == "raise":
+        if self.world.rank == int(rank) and faults and self.progress.step + 1 == faults[0][1]:
+            now = faults[0][0] if faults[0][0] == "nan_always" else faults.pop(0)[0]
+            if now == "raise":
                 raise ValueError("planted")
-            if fault == "sleep":
+            if now == "sleep":
                 time.sleep(3600)
-            if fault == "nan":
+            if now in ("nan", "nan_always"):
                 next(self.engine.named_parameters())[1].data.fill_(torch.nan)
+            elif now in BROKEN:
+                with patch.object(NativeEngine, "accumulate", BROKEN[now]):
+                    return step(self)
             else:
-                os.kill(os.getpid(), SIGNALS[fault])
-        step(self)
+                os.kill(os.getpid(), SIGNALS[now])
+        return step(self)
 
     with patch.object(Trainer, "step", faulty):
         return main(arguments)
 
+
+accumulate: Callable[..., Tensor] = NativeEngine.accumulate
+
+
+def nan_gradient(self: NativeEngine, *given: object) -> Tensor:
+    losses = accumulate(self, *given)
+    for _, parameter in self.named_parameters():
+        local(parameter.grad).fill_(torch.nan)
+    return losses
+
+
+def garbage(self: NativeEngine, batches: list[object], *given: object) -> Tensor:
+    ids = self.config.model.vocab_size
+    made = [replace(each, targets_BS=torch.randint_like(each.targets_BS, ids)) for each in batches]  # type: ignore[type-var, attr-defined]
+    return accumulate(self, made, *given)
+
+
+BROKEN = {"nan_gradient": nan_gradient, "garbage": garbage}
 
 if __name__ == "__main__":
     sys.exit(run())

@@ -143,12 +143,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(ranks: int, c
     code, output, left = end(start(("nan", 0, 5), corpus, tmp_path, *options, ranks=ranks), 60)
     assert code == (1 if ranks else 2), output
     assert not left
-    assert "the loss of step 5 is nan; nothing was saved since" in output
+    assert "step 5: the loss is nan; nothing was saved since" in output
     assert commands.newest(tmp_path / "run").name == "step_00000004"
     assert [str(row["loss"]) for row in commands.metrics(tmp_path / "run")][4:] == ["nan", "nan"]
 
 
 def test_it_may_go_on_anyway(corpus: Path, tmp_path: Path) -> None:
-    options = ("run.steps=6", "run.stop_if_not_finite=false")
+    options = ("run.steps=6", "guard.not_finite=warn")
     code, output, _ = end(start(("nan", 0, 5), corpus, tmp_path, *options, ranks=0), 60)
     assert code == 0, output

@@ -5,7 +5,7 @@ parameter's full gradient before clipping, the norm, and every parameter after. 
 trace against another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -125,9 +125,9 @@ class Spy(NativeEngine):
 
     kept: dict[str, Tensor]
 
-    def update(self, lr: float) -> Tensor:
+    def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
         self.kept = {name: whole(p.grad) for name, p in self.named_parameters() if p.grad is not None}
-        return super().update(lr)
+        return super().update(lr, accept)
 
 
 def whole(tensor: Tensor) -> Tensor:
