@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.boxes import placed
-from dist_llm.checkpoint.state import Progress
-from dist_llm.config.schema import Config
+from dist_llm.checkpoint.state import Guarded, Progress
+from dist_llm.config.schema import Config, GuardConfig
 from dist_llm.engines.accelerate import AccelerateEngine
 from dist_llm.engines.base import Engine
 from dist_llm.engines.build import build_engine
 from dist_llm.engines.deepspeed import DeepSpeedEngine
+from dist_llm.train.guard import Guard
 from dist_llm.train.step import train_step
 from tests.laws.law import Trace, batches_of, saved
 
@@ -41,30 +43,36 @@ class Steps:
 
 def take(
     config: Config,
-    steps: range,
+    steps: Sequence[int],
     bug: str | None = None,
     load: Path | None = None,
     save: Path | None = None,
+    skip: bool = False,
 ) -> Steps:
-    """Steps on this rank, from a checkpoint if there is one; rates are some power of the step."""
+    """Steps on this rank, from a checkpoint if there is one; rates are some power of the step.
+
+    With `skip`, a step that is not finite is left out.
+    """
     with opened(config) as engine, ExitStack() as planted:
         if bug:
             planted.enter_context((BUGS | FAULTS)[bug]())
         found = Steps()
         if load is not None:
             store.load(load, engine.state)
+        guard = Guard(GuardConfig(not_finite="skip"), Guarded(), engine, Path("unused"))
         for step in steps:
-            report = train_step(engine, batches_of(config, engine, step), rate(config, step), step)
+            accept = partial(guard.accept, step) if skip else None
+            report = train_step(engine, batches_of(config, engine, step), rate(config, step), step, accept=accept)
             found.losses.append(report.loss.item())
             found.scored.append(int(report.scored))
             found.norms.append(report.grad_norm.item())
             found.rates.append([group["lr"] for group in engine.optimizer.param_groups])  # type: ignore[attr-defined]
-            if step in (steps.start, steps.stop - 1):
+            if step in (steps[0], steps[-1]):
                 found.held.append(parts_of(engine))
         (batch, *_) = batches_of(config, engine, 1000)
         found.heldout = engine.total(engine.score(engine.cut(batch)).sum()).item()
         if save is not None:
-            saved(store.CheckpointStore(save), engine, Progress(steps.stop), {})
+            saved(store.CheckpointStore(save), engine, Progress(steps[-1] + 1), {})
         return found
 
 
@@ -198,8 +206,8 @@ def the_rate_is_set_after_the_step() -> Iterator[None]:
 
 
 def late(update: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def with_the_last(self: Any, lr: float) -> Tensor:
-        norm = update(self, getattr(self, "before", self.config.optim.lr))
+    def with_the_last(self: Any, lr: float, accept: Any) -> Tensor:
+        norm = update(self, getattr(self, "before", self.config.optim.lr), accept)
         self.before = lr
         return norm
 
