@@ -296,6 +296,10 @@ class EvalConfig(Section):
 
 class LogConfig(Section):
     every: Positive = key("steps between lines of progress; metrics of each step are written then, in one sync", 10)
+    stragglers_seconds: NonNegative = key(
+        "seconds of training after which it is told how long each rank works in a step, and which is slow; 0: never",
+        120.0,
+    )
     tensorboard: bool = key("write TensorBoard events to run.dir/tensorboard", True)
     peak_tflops: NonNegative = key(
         "dense TFLOP/s of one device, for MFU; 0: published for known GPUs, else measured by a matmul", 0.0

@@ -113,26 +113,36 @@ def unfinished() -> str:
 
     From torch's flight recorder (`start_recording`).
     """
-    if not dist.is_initialized():
-        return ""
-    try:
-        found = json.loads(torch._C._distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]
-    except Exception:  # of a build without it
-        return ""
-    entries = [
-        entry
-        for entry in found.get("entries", ())
-        if not entry.get("retired", True) and CHECKPOINT_GROUP not in entry["process_group"]
-    ]
+    entries = _recorded()
     if not entries:
         return ""
     newest = max(entries, key=lambda entry: entry["record_id"])
     return f"{newest['profiling_name']} {newest['input_sizes']} of {newest['process_group'][1]}"
 
 
+def waits() -> bool:
+    """Whether this process, or its device, is in a collective now. What NCCL has yet to start waits for nobody."""
+    return any(not entry["profiling_name"].startswith("nccl") or entry["state"] == "started" for entry in _recorded())
+
+
+def _recorded() -> list[dict[str, Any]]:
+    """Collectives that are not over, but for those of a checkpoint's thread."""
+    if not dist.is_initialized():
+        return []
+    try:
+        found = json.loads(torch._C._distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]
+    except Exception:  # of a build without it
+        return []
+    return [
+        entry
+        for entry in found.get("entries", ())
+        if not entry.get("retired", True) and CHECKPOINT_GROUP not in entry["process_group"]
+    ]
+
+
 def start_recording() -> None:
-    """Have torch note its collectives. Before the process group is made."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")
+    """Have torch note its newest collectives; reading them takes some 15 us each. Before the process group is made."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")
 
 
 def _exchange(world: World, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:

@@ -54,12 +54,15 @@ class ProgressLine:
 
     def __call__(self, rows: Sequence[Row]) -> None:
         row = rows[-1]
-        text = row.get("event") or (self._heldout(row) if "heldout_loss" in row else self._train(row))
-        if self.bar is None:
-            log.info(text)
-            return
-        self.bar.update(self.task, completed=row["step"])
-        self.bar.console.print(text, highlight=False)
+        texts = [each["event"] for each in rows if "event" in each]
+        if "heldout_loss" in row or "loss" in row:
+            texts.append(self._heldout(row) if "heldout_loss" in row else self._train(row))
+        for text in texts:
+            if self.bar is None:
+                log.info(text)
+            else:
+                self.bar.update(self.task, completed=row["step"])
+                self.bar.console.print(text, highlight=False)
 
     def close(self) -> None:
         if self.bar is not None:

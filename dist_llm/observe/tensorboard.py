@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from dist_llm.observe.metrics import Row
 
-NOT_CURVES = {"step", "sample", "event"}
+NOT_CURVES = {"step", "sample", "event", "busy_seconds"}
 
 
 class TensorBoard:
@@ -26,6 +28,8 @@ class TensorBoard:
                 # Indented, so that Markdown shows it as it is.
                 text = "\n".join("    " + line for line in row["sample"].splitlines())
                 self.writer.add_text("heldout/sample", text, row["step"])
+            if "busy_seconds" in row:
+                self.writer.add_histogram("train/busy_seconds", np.asarray(row["busy_seconds"]), row["step"])
             if "event" in row:
                 self.writer.add_text("train/event", row["event"], row["step"])
         self.writer.flush()

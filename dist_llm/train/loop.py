@@ -36,6 +36,7 @@ from dist_llm.train.audit import Audit
 from dist_llm.train.evaluate import Heldout, evaluate
 from dist_llm.train.guard import Guard
 from dist_llm.train.step import train_step
+from dist_llm.train.stragglers import Stragglers
 
 log = logging.getLogger("dist_llm")
 
@@ -66,6 +67,7 @@ class Trainer:
         self.progress = self._resume(start)
         if guarded is not None:
             self.progress.guard = replace(guarded, losses=self.progress.guard.losses)
+        self.stragglers = Stragglers(world, engine, config.log.stragglers_seconds)
         self.guard = Guard(config.guard, self.progress.guard, engine, self.directory)
         self.sample_tokens = sample_tokens(config)
         self.heldout = self._heldout(loader.objective)
@@ -85,7 +87,7 @@ class Trainer:
         """
         config, told = self.config, 0
         self.recorder.restart_clock(self.progress.tokens)
-        with self.sinks, self.watchdog, StopSignals() as signals:  # closed at the end, whatever it is
+        with self.sinks, self.watchdog, self.stragglers, StopSignals() as signals:  # closed at the end, whatever it is
             if self.progress.step == 0 and "rewind" in (config.guard.not_finite, config.guard.spike):
                 self.save()  # something to go back to
             while self.progress.step < config.run.steps and not told:
@@ -134,7 +136,8 @@ class Trainer:
 
     def flush(self) -> None:
         """Write the metrics so far. Raises DivergedError or RewindError, on all ranks, where a step was bad."""
-        if notes := self.guard.look(self.recorder.flush()):
+        rows = self.recorder.flush()
+        if notes := self.guard.look(rows) + self.stragglers.report(rows):
             self.recorder.emit(notes)
 
     def evaluate(self) -> None:

@@ -1,7 +1,8 @@
 """`python -m tests.e2e.faulty FAULT RANK STEP train ...`: the command, with a fault planted before a step of one rank.
 
 raise: an exception. sleep: it goes on with nothing. stop: SIGSTOP. usr1, term: a signal to itself. nan: a weight, once;
-nan_always: each time. nan_gradient: gradients, once reduced. garbage: other targets than those of the text. Two faults
+nan_always: each time. nan_gradient: gradients, once reduced. garbage: other targets than those of the text. slow: 0.3 s
+longer in each step, whatever the STEP. Two faults
 at their steps, one after the other: nan+usr1 0 12+10.
 """
 
@@ -30,7 +31,9 @@ def run() -> int:
     faults = list(zip(fault.split("+"), map(int, at.split("+")), strict=True))
 
     def faulty(self: Trainer) -> None:
-        if self.world.rank == int(rank) and faults and self.progress.step + 1 == faults[0][1]:
+        if fault == "slow":
+            time.sleep(0.3 * (self.world.rank == int(rank)))
+        elif self.world.rank == int(rank) and faults and self.progress.step + 1 == faults[0][1]:
             now = faults[0][0] if faults[0][0] == "nan_always" else faults.pop(0)[0]
             if now == "raise":
                 raise ValueError("planted")

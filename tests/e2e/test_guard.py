@@ -110,3 +110,12 @@ def test_the_budget_ends_what_would_never_end(corpus: Path, tmp_path: Path) -> N
     assert "step 5: the loss is nan, and guard.budget of 3 bad steps is spent" in output
     assert commands.newest(tmp_path / "run").name == "step_00000004"
     assert len(events(tmp_path / "run")) == 3
+
+
+def test_a_slow_rank_is_named(corpus: Path, tmp_path: Path) -> None:
+    output = faulty(("slow", 1, 0), corpus, tmp_path, "log.stragglers_seconds=5", *SHARDED.overrides, ranks=2)
+    assert ": rank 1 is slow: it works 0." in output
+    row = next(row for row in commands.all_rows(tmp_path / "run") if "busy_seconds" in row)
+    fast, slow = row["busy_seconds"]
+    assert fast < slow
+    assert slow > 0.3
