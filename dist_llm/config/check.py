@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dist_llm.config.check_data import check_data
 from dist_llm.config.check_engine import check_axes, check_engine
+from dist_llm.config.check_guard import check_guard
 from dist_llm.config.lengths import extra_ids, inputs_len, lengths
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config, ModelConfig, ObjectiveConfig, ParallelConfig
@@ -53,6 +54,7 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
         *_check_lengths(config, tokenizer_size),
         *_check_schedule(config),
         *_check_checkpoints(config),
+        *check_guard(config),
         *check_engine(config, world_size),
     ]
     layout = list(_check_layout(config, world_size, tokenizer_size))

@@ -33,11 +33,6 @@ def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
         yield Violation(
             ("precision", "engine"), f"fp16 is not supported under engine: {engine}; set bf16, or engine to native"
         )
-    if config.uses_deepspeed and config.deepspeed.stage and config.guard.spike == "skip":
-        yield Violation(
-            ("guard.spike", "deepspeed.stage"),
-            "skip: DeepSpeed's partitioned optimizers step before the loss can be judged; set rewind, stop or warn",
-        )
     if config.uses_deepspeed:
         yield from check_deepspeed(config, max(1, ranks // config.parallel.pp))
         yield from _check_pipeline(config)

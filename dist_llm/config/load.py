@@ -194,7 +194,7 @@ def _check_keys(node: Any, where: str) -> None:
 
 
 def _violation(detail: ErrorDetails) -> Violation:
-    name = ".".join(str(part) for part in detail["loc"])
+    name = ".".join(str(part) for part in detail["loc"] if part != "[key]")
     if detail["type"] == "extra_forbidden":
         known = dict.fromkeys([*Config.model_fields, *(row[0] for row in describe())])
         return Violation((name,), f"unknown key{nearest(name, list(known))}")

@@ -17,6 +17,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Variable = Annotated[str, Field(pattern=r"^(NCCL|TORCH_NCCL|GLOO|UCX|FI)_[A-Z0-9_]+$")]
 Policy = Literal["stop", "skip", "rewind", "warn"]
 
 CACHE = "~/.cache/dist_llm"
@@ -41,6 +42,12 @@ class RunConfig(Section):
         "a run that stands still so long is ended, the rank that holds it up named; 10 times that in the first steps, "
         "and 10 times the longest step in later ones; 0: never",
         60.0,
+    )
+
+    network: dict[Variable, str | int] = key(
+        "variables of NCCL, gloo and what is below them (NCCL_*, TORCH_NCCL_*, GLOO_*, UCX_*, FI_*), set on all ranks "
+        "before they meet; one that the environment has with another value is refused",
+        {},
     )
 
 
@@ -285,6 +292,21 @@ class GuardConfig(Section):
         "rewind: steps whose samples are left out, the bad one last; 0: none, for machines that err and not data", 1
     )
     budget: Count = key("bad steps that are skipped or rewound in a run; one more ends it", 10)
+    corrupt: Literal["stop", "rewind"] = key(
+        "ranks that should hold or compute the same, and do not: stop the run, or rewind to the newest checkpoint and "
+        "leave no samples out",
+        "stop",
+    )
+    digest_every: Count = key(
+        "steps after which ranks compare digests of the weights that several hold, as they do before each checkpoint; "
+        "0: never",
+        100,
+    )
+    replay_every: Count = key(
+        "engine: native, no dropout: steps after which each data rank computes its neighbour's batch, too, and both "
+        "must agree; it costs two steps; 0: never",
+        0,
+    )
 
 
 class EvalConfig(Section):

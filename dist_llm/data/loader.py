@@ -1,6 +1,7 @@
 """Sample numbers -> the microbatches of one rank, made ahead in a thread."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -64,6 +65,12 @@ class Loader:
                 self._ahead[ahead] = self._pool.submit(self._make, ahead)
             ahead = self.after(ahead)
         return self._ahead.pop(first).result()
+
+    def batches_of(self, rank: int, first: int) -> list[Batch]:
+        """The microbatches that data rank `rank` has in that step."""
+        loader = copy(self)
+        loader.offset, loader._found = rank * self.share, {}
+        return loader._make(first)
 
     def close(self) -> None:
         if self._pool is not None:

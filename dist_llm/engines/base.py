@@ -10,6 +10,7 @@ from dist_llm.checkpoint.state import State
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim.scale import LossScale
+from dist_llm.parallel.digest import Copies
 
 
 class Engine(Protocol):
@@ -34,6 +35,11 @@ class Engine(Protocol):
     @property
     def data_rank(self) -> tuple[int, int]:
         """(this rank's place among those that read different samples, how many they are)."""
+        ...
+
+    @property
+    def copies(self) -> Copies:
+        """What other ranks should hold bit for bit, too."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -41,6 +41,11 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         return dist.get_rank() % ranks, ranks
 
     @property
+    def replicas(self) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = self.deepspeed.grid.get_data_parallel_group()
+        return group
+
+    @property
     def place(self) -> tuple[int, ...]:
         return dist.get_rank() // self.data_rank[1], 0, self.data_rank[0], 0
 

@@ -19,6 +19,7 @@ from dist_llm.optim import clip
 from dist_llm.optim.build import build_optimizer
 from dist_llm.optim.scale import LossScale
 from dist_llm.parallel.context import local_part
+from dist_llm.parallel.digest import Copies
 from dist_llm.parallel.mesh import DATA_AXES, SHARD_AXES, build_mesh, gather, local, settle_gradients, sum_over
 from dist_llm.parallel.parallelize import build_parts
 from dist_llm.parallel.pipeline import Pipeline
@@ -62,6 +63,20 @@ class NativeEngine:
     @property
     def state(self) -> State:
         return Held(self, self.optimizer)
+
+    @property
+    def copies(self) -> Copies:
+        if self.mesh is None:
+            return []
+        every = dict(self.named_parameters())
+        found: list[tuple[dist.ProcessGroup, dict[str, Tensor]]] = []
+        if self.mesh["dp_replicate"].size() > 1:
+            found.append((self.mesh.get_group("dp_replicate"), {name: local(each) for name, each in every.items()}))
+        # Without sequence_parallel tensor ranks add nothing up: their copies are equal only if their kernels are.
+        if self.mesh["tp"].size() > 1 and self.config.parallel.sequence_parallel:
+            whole = {name: local(each) for name, each in every.items() if not _split_by_tp(each)}
+            found.append((self.mesh.get_group("tp"), whole))
+        return [(group, tensors) for group, tensors in found if tensors]
 
     def total(self, value: Tensor | int) -> Tensor:
         counts = self.pipeline is None or self.pipeline.last  # one stage speaks for its pipeline

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import mix
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim.scale import LossScale
+from dist_llm.parallel.digest import Copies
 from dist_llm.parallel.mesh import gather
 
 
@@ -29,6 +31,19 @@ class Replicas:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()
+
+    @property
+    def copies(self) -> Copies:
+        """All weights, where ranks hold them whole."""
+        parameters = dict(self.named_parameters())
+        if any(isinstance(each, DTensor) or hasattr(each, "ds_id") for each in parameters.values()):
+            return []  # FSDP's, or ZeRO's stage 3
+        return [(self.replicas, parameters)]
+
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same; None: all."""
+        return None
 
     @property
     def data_rank(self) -> tuple[int, int]:

@@ -9,8 +9,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_llm.config.load import Violation
+from dist_llm.config.load import Violation, refuse
 from dist_llm.config.schema import Config
+
+
+def set_network(variables: Mapping[str, str | int]) -> None:
+    """Those of `run.network`. Raises ConfigError where the environment says otherwise. Before ranks meet."""
+    refuse(
+        [
+            Violation((f"run.network.{name}",), f"is {value}, but the environment has {os.environ[name]}; change one")
+            for name, value in variables.items()
+            if os.environ.get(name, str(value)) != str(value)
+        ]
+    )
+    os.environ.update({name: str(value) for name, value in variables.items()})
 
 
 def prepare_deepspeed(device: torch.device) -> Any:

@@ -8,11 +8,13 @@ rank that leaves no word is stopped or gone; one that waits for no other holds u
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ FIRST_BEATS, FIRST_TIMES = 3, 10  # the first steps, which compile, may take so 
 LONGEST_TIMES = 10  # and later ones so many times the longest so far
 CHECKPOINT_GROUP = "checkpoint"  # what the thread that writes one calls its group
 ANSWER_SECONDS = 5.0  # that ranks have to leave word, once the first has
+PROCESS = "dist_llm/process"
 LAST_SECONDS = 4.0  # between the verdict and the end
 
 
@@ -46,6 +49,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self.limit:
             self.last = time.monotonic()
+            _introduce(self.world)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -88,6 +92,7 @@ class Watchdog:
             if world.rank == speaks and not world.main:  # who has the screen is the one that is silent
                 print(line, file=sys.stderr, flush=True)
         log.error("ended after run.hang_seconds: %g; raise it where a step may take so long", self.limit)
+        kill_silent(self.world, every)
         for handler in log.handlers:
             handler.flush()
         # The others read and speak, too, before the launcher hears of the first that ends; rank 0 may be their store.
@@ -106,6 +111,29 @@ def verdict(every: dict[int, dict[str, Any]], ranks: int) -> list[str]:
         places = ", ".join(f"{rank} in {said['waiting']}" for rank, said in sorted(every.items()))
         lines = [f"all ranks wait for each other: {places}; a network that fails, or collectives that do not match"]
     return lines
+
+
+def kill_silent(world: World, every: Mapping[int, Any]) -> None:
+    """End the processes on this node of ranks that do not answer: a launcher would wait for them to end by themselves.
+
+    Torchrun asks for 30 s before it kills; one that is stopped cannot hear it.
+    """
+    if world.size == 1 or not dist.is_initialized():
+        return
+    with suppress(Exception):  # the store's host may be gone; the launcher then does it
+        store = dist.distributed_c10d._get_default_store()
+        for rank in set(range(world.size)) - every.keys():
+            host, process = json.loads(store.get(f"{PROCESS}/{rank}"))
+            if host == world.host:
+                log.error("rank %d, process %d on this node, is killed", rank, process)
+                os.kill(process, signal.SIGKILL)
+
+
+def _introduce(world: World) -> None:
+    """Tell the others which process this is."""
+    if world.size > 1 and dist.is_initialized():
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{PROCESS}/{world.rank}", json.dumps((world.host, os.getpid())))
 
 
 def unfinished() -> str:

@@ -25,18 +25,22 @@ LEAST = 1e-3  # share of the median below which a deviation is no sign of anythi
 
 @dataclass(frozen=True)
 class Bad:
-    """What is wrong with a step, and the key of the section `guard` that says what to do."""
+    """What is wrong with a step, the key of the section `guard` that says what to do, and what a user may do."""
 
     key: str
     what: str
+    advice: str = (
+        "lower optim.lr, or leave out the step's samples by data.skip (tools/inspect_data.py show --run {run} --step "
+        "{step} shows them), or let the run do so: guard.{key}: rewind; to go on anyway, guard.{key}: warn"
+    )
 
 
 class RewindError(Exception):
     """A step was bad, and the run is to go on from a checkpoint before it."""
 
-    def __init__(self, step: int, what: str) -> None:
-        super().__init__(f"step {step}: {what}")
-        self.step = step
+    def __init__(self, step: int, bad: Bad) -> None:
+        super().__init__(f"step {step}: {bad.what}")
+        self.step, self.by_samples = step, bad.key != "corrupt"
 
 
 class Guard:
@@ -49,6 +53,7 @@ class Guard:
         self.config, self.state, self.gather, self.run = config, state, engine.gather, run
         self.norms = engine.loss_scale is None
         self.skips = "skip" in (config.not_finite, config.spike)
+        self.rewinds = "rewind" in (config.not_finite, config.spike, config.corrupt)
         self.judged: dict[int, Bad | None] = {}  # steps that were judged before they were taken
         self.warned = 0  # the newest step that was warned of
 
@@ -70,13 +75,18 @@ class Guard:
         judged, self.judged = self.judged, {}
         return [note for step, bad in judged.items() if bad for note in self._act(step, bad, self._policy(bad))]
 
+    def corrupt(self, step: int, lines: Sequence[str]) -> None:
+        """After ranks compared what they hold, or computed. Raises as `look` does if there is a line."""
+        if lines:
+            advice = "take out the machine that errs (sbatch --exclude NODE), or set guard.corrupt: rewind"
+            bad = Bad("corrupt", f"ranks do not agree: {'; '.join(lines)}", advice)
+            self._act(step, bad, self.config.corrupt)
+
     def _act(self, step: int, bad: Bad, policy: str) -> list[Row]:
         if policy == "stop":
+            advice = bad.advice.format(run=self.run, step=step, key=bad.key)
             raise DivergedError(
-                f"step {step}: {bad.what}; nothing was saved since. To go on from the last checkpoint, lower "
-                "optim.lr, or leave out the step's samples by data.skip (tools/inspect_data.py show --run "
-                f"{self.run} --step {step} shows them), or let the run do so: guard.{bad.key}: rewind; to go on "
-                f"anyway, guard.{bad.key}: warn"
+                f"step {step}: {bad.what}; nothing was saved since. To go on from the last checkpoint, {advice}"
             )
         if policy == "warn":
             repeated, self.warned = self.warned == step - 1, step
@@ -88,7 +98,7 @@ class Guard:
             )
         self.state.spent += 1
         if policy == "rewind":
-            raise RewindError(step, bad.what)
+            raise RewindError(step, bad)
         return [{"step": step, "event": f"step {step}: {bad.what}; its update was left out"}]
 
     def _agreed(self, mine: Bad | None) -> Bad | None:

@@ -31,10 +31,12 @@ from dist_llm.observe.flops import CONVENTION, flops_per_sample, peak_flops
 from dist_llm.observe.metrics import Measured, MetricsFile, Recorder, Row
 from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
+from dist_llm.parallel.digest import differing
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.train.audit import Audit
 from dist_llm.train.evaluate import Heldout, evaluate
 from dist_llm.train.guard import Guard
+from dist_llm.train.replay import replay
 from dist_llm.train.step import train_step
 from dist_llm.train.stragglers import Stragglers
 
@@ -88,7 +90,11 @@ class Trainer:
         config, told = self.config, 0
         self.recorder.restart_clock(self.progress.tokens)
         with self.sinks, self.watchdog, self.stragglers, StopSignals() as signals:  # closed at the end, whatever it is
-            if self.progress.step == 0 and "rewind" in (config.guard.not_finite, config.guard.spike):
+            if self.progress.step == 0 and "rewind" in (
+                config.guard.not_finite,
+                config.guard.spike,
+                config.guard.corrupt,
+            ):
                 self.save()  # something to go back to
             while self.progress.step < config.run.steps and not told:
                 self.watchdog.beat(f"step {self.progress.step + 1}")
@@ -122,6 +128,9 @@ class Trainer:
         wait = time.perf_counter() - begin
         lr = learning_rate(config.optim, config.schedule, progress.step + 1)
         self.audit.add(progress.samples, batches)
+        if (every := config.guard.replay_every) and (progress.step + 1) % every == 0:
+            lines = replay(self.engine, self.loader, progress.samples, progress.step, config.precision)
+            self.guard.corrupt(progress.step + 1, lines)
         accept = partial(self.guard.accept, progress.step + 1) if self.guard.skips else None
         report = train_step(self.engine, batches, lr, progress.step, len(self.loader.plan.sources), accept)
         progress.step += 1
@@ -133,6 +142,13 @@ class Trainer:
                 progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, wait, report.by_source
             )
         )
+        if (every := config.guard.digest_every) and progress.step % every == 0:
+            self.compare()
+
+    def compare(self) -> None:
+        """Raises DivergedError or RewindError, on all ranks, where copies of weights differ."""
+        if copies := self.engine.copies:
+            self.guard.corrupt(self.progress.step, differing(copies, self.world.host))
 
     def flush(self) -> None:
         """Write the metrics so far. Raises DivergedError or RewindError, on all ranks, where a step was bad."""
@@ -174,6 +190,8 @@ class Trainer:
     def save(self) -> None:
         """Begin a checkpoint of this step. Metrics up to it are on disk before it is."""
         self.flush()
+        if self.config.guard.digest_every:
+            self.compare()
         self.progress.loss_scale = self.engine.loss_scale
         self.progress.source_tokens = self.recorder.source_tokens
         self.store.save(self.engine.state, self.progress, self.files)

@@ -25,7 +25,7 @@ from dist_llm.data.streams import Source, open_sources
 from dist_llm.engines.base import Engine
 from dist_llm.engines.build import build_engine
 from dist_llm.errors import CheckpointError, DataError, UserError
-from dist_llm.launch.environment import check_accelerate
+from dist_llm.launch.environment import check_accelerate, set_network
 from dist_llm.launch.failures import add_last_words
 from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.stop import forget_word, leave_word
@@ -48,6 +48,7 @@ def train(config: Config, world: World) -> int:
 
     Raises ConfigError or DataError before any process group starts where the input is wrong.
     """
+    set_network(config.run.network)
     device = device_of(world)
     if config.engine == "accelerate":
         refuse(list(check_accelerate(config, device)))
@@ -135,8 +136,9 @@ class Parts:
         assert found is not None, "a run that may go back saves before its first step"
         at, loader, guarded = progress_of(found), trainer.loader, trainer.progress.guard
         back = bad.step - at.step
-        first = loader.after_steps(at.samples, max(0, back - self.config.guard.skip_steps))
-        end = loader.after_steps(first, min(back, self.config.guard.skip_steps))
+        skipped = self.config.guard.skip_steps if bad.by_samples else 0
+        first = loader.after_steps(at.samples, max(0, back - skipped))
+        end = loader.after_steps(first, min(back, skipped))
         left_out = [(first, end)] if end > first else []
         trainer = self.trainer(found, replace(guarded, left_out=guarded.left_out + left_out))
         event = f"{bad}; went back from there to step {at.step}" + (

@@ -81,7 +81,11 @@ def test_an_unknown_key_names_its_path_and_the_nearest(section, load):
         ("optim.learning_rate=1e-3", "optim.learning_rate: unknown key; did you mean optim.lr?"),
         ("batch_size=3", "batch_size: unknown key; did you mean data.global_batch?"),
         ("optimizer.lr=3", "optimizer: unknown key; did you mean optim?"),
-        ("run.zzz=3", "run.zzz: unknown key; valid here: dir, steps, seed, hang_seconds"),
+        (
+            "run.network.PATH=x",
+            "run.network.PATH: string should match pattern '^(NCCL|TORCH_NCCL|GLOO|UCX|FI)_[A-Z0-9_]+$', found 'PATH'",
+        ),
+        ("run.zzz=3", "run.zzz: unknown key; valid here: dir, steps, seed, hang_seconds, network"),
     ],
 )
 def test_a_key_in_the_wrong_place_is_found_elsewhere(override, complaint, load):

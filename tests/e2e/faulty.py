@@ -1,9 +1,9 @@
 """`python -m tests.e2e.faulty FAULT RANK STEP train ...`: the command, with a fault planted before a step of one rank.
 
 raise: an exception. sleep: it goes on with nothing. stop: SIGSTOP. usr1, term: a signal to itself. nan: a weight, once;
-nan_always: each time. nan_gradient: gradients, once reduced. garbage: other targets than those of the text. slow: 0.3 s
-longer in each step, whatever the STEP. Two faults
-at their steps, one after the other: nan+usr1 0 12+10.
+nan_always: each time. nan_gradient: gradients, once reduced. garbage: other targets than those of the text. flip: a bit
+of a weight. garbled: the results of a block, in this step. slow: 0.3 s longer in each step, whatever the STEP. Two
+faults at their steps, one after the other: nan+usr1 0 12+10.
 """
 
 import os
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dist_llm.cli import main
 from dist_llm.engines.native import NativeEngine
+from dist_llm.models.block import Block
 from dist_llm.parallel.mesh import local
 from dist_llm.train.loop import Trainer
 
@@ -41,6 +42,11 @@ def run() -> int:
                 time.sleep(3600)
             if now in ("nan", "nan_always"):
                 next(self.engine.named_parameters())[1].data.fill_(torch.nan)
+            elif now == "flip":
+                local(next(self.engine.named_parameters())[1].data).view(-1).view(torch.int32)[:1] ^= 1 << 20
+            elif now == "garbled":
+                with patch.object(Block, "forward", lambda *given: 1.01 * forward(*given).roll(1, -1)):
+                    return step(self)
             elif now in BROKEN:
                 with patch.object(NativeEngine, "accumulate", BROKEN[now]):
                     return step(self)
@@ -52,6 +58,7 @@ def run() -> int:
         return main(arguments)
 
 
+forward: Callable[..., Tensor] = Block.forward
 accumulate: Callable[..., Tensor] = NativeEngine.accumulate
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from . import commands
-from .conftest import SHARDED
+from .conftest import ONE, SHARDED, Layout
 from .test_kill import assert_same_weights
 from .test_stop import end, start
 
@@ -63,8 +63,6 @@ def test_a_fault_of_the_machine_leaves_nothing_out(corpus: Path, tmp_path: Path,
     """Before the first checkpoint, too: one of step 0 is there."""
     output = faulty(("nan", 0, 3), corpus, tmp_path, *REWIND, "guard.skip_steps=0")
     assert "went back from there to step 0, to read the same samples again" in output
-    from .conftest import ONE
-
     assert losses(tmp_path / "run") == losses(straight(ONE))
     assert_same_weights(tmp_path / "run", straight(ONE))
 
@@ -103,6 +101,39 @@ def test_a_spike_is_rewound(corpus: Path, tmp_path: Path) -> None:
     assert max(losses(tmp_path / "run")[8:]) < losses(tmp_path / "run")[0]
 
 
+REPLICATED = ("parallel.dp_replicate=2", "parallel.dp_shard=1")
+
+
+@pytest.mark.parametrize("policy", ["stop", "rewind"])
+def test_a_flipped_bit_in_one_copy_is_never_saved(policy: str, corpus: Path, tmp_path: Path, straight: Any) -> None:
+    options = (*REPLICATED, f"guard.corrupt={policy}", "checkpoint.every=4", "guard.digest_every=7")
+    code, output, left = end(start(("flip", 1, 10), corpus, tmp_path, *options), 120)
+    assert not left
+    what = "step 12: ranks do not agree: embed.tokens.weight: differs on rank 0, 1 of ranks 0, 1"
+    assert what in output
+    if policy == "stop":
+        assert code == 1
+        assert commands.newest(tmp_path / "run").name == "step_00000008"
+        assert "take out the machine that errs" in output
+        return
+    assert code == 0, output
+    assert events(tmp_path / "run")[0][0] == 8
+    want = straight(Layout(2, ("parallel.dp_replicate=2",)))
+    assert losses(tmp_path / "run") == losses(want)
+    assert_same_weights(tmp_path / "run", want)
+
+
+def test_a_step_that_another_rank_computes_otherwise_ends_the_run(corpus: Path, tmp_path: Path) -> None:
+    options = ("guard.replay_every=5", "guard.digest_every=0", *SHARDED.overrides)
+    code, output, left = end(start(("garbled", 1, 10), corpus, tmp_path, *options), 120)
+    assert (code, left) == (1, []), output
+    assert "step 10: ranks do not agree: a step computed twice has other gradients" in output
+    assert "resumed" not in output
+    (tmp_path / "well").mkdir()
+    commands.train(tmp_path / "well", corpus, *options, ranks=2)
+    assert losses(tmp_path / "well" / "run")[:9] == losses(tmp_path / "run")[:9], "it takes no step"
+
+
 def test_the_budget_ends_what_would_never_end(corpus: Path, tmp_path: Path) -> None:
     options = ("guard.not_finite=rewind", "guard.budget=3", "checkpoint.every=2")
     code, output, _ = end(start(("nan_always", 0, 5), corpus, tmp_path, *options, ranks=0), 120)
@@ -119,3 +150,11 @@ def test_a_slow_rank_is_named(corpus: Path, tmp_path: Path) -> None:
     fast, slow = row["busy_seconds"]
     assert fast < slow
     assert slow > 0.3
+
+
+@pytest.mark.parametrize("device", ["lo", "nowhere0"])
+def test_variables_of_the_network_are_set_before_ranks_meet(device: str, corpus: Path, tmp_path: Path) -> None:
+    options = (f"run.network.GLOO_SOCKET_IFNAME={device}", "run.steps=2")
+    code, output, _ = end(start(("none", 0, 0), corpus, tmp_path, *options, *SHARDED.overrides), 60)
+    assert (code == 0) == (device == "lo"), output
+    assert ("nowhere0" in output) == (device != "lo")

@@ -1,0 +1,25 @@
+"""What the guard cannot do under which engine or model."""
+
+from collections.abc import Iterator
+
+from dist_llm.config.load import Violation
+from dist_llm.config.schema import Config
+
+
+def check_guard(config: Config) -> Iterator[Violation]:
+    """Broken rules of the section `guard`."""
+    guard = config.guard
+    if guard.spike == "skip" and config.uses_deepspeed and config.deepspeed.stage:
+        yield Violation(
+            ("guard.spike", "deepspeed.stage"),
+            "skip: DeepSpeed's partitioned optimizers step before the loss can be judged; set rewind, stop or warn",
+        )
+    if not guard.replay_every:
+        return
+    needed = (("engine", config.engine == "native", "native"), ("model.dropout", not config.model.dropout, "0"))
+    for key, holds, only in needed:
+        if not holds:
+            yield Violation(
+                (key, "guard.replay_every"),
+                f"must be {only} for a step to be computed twice; set it so, or guard.replay_every to 0",
+            )
