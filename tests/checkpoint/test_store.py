@@ -146,3 +146,16 @@ def test_one_process_loads_into_any_layout(layout: Layout, tmp_path: Path) -> No
     for part in world(layout.ranks).run(load_in_world, _config(layout), path):
         for name, value in part.items():
             assert torch.equal(value, want[name]), name
+
+
+def test_going_back_to_before_the_first_step_leaves_no_moments(tmp_path: Path) -> None:
+    """What is read is what was saved: nothing, of a run that has taken no step."""
+    config = config_of(1, {}, optim=ADAMW)
+    engine = NativeEngine(config, torch.device("cpu"))
+    initial = {name: whole(parameter) for name, parameter in engine.named_parameters()}
+    folder = saved(CheckpointStore(tmp_path), engine, Progress(), {})
+    losses = [train_step(engine, batches_of(config, engine, step), 1e-2, step).loss for step in range(3)]
+    store.load(folder, engine.state)
+    assert engine.state.moments() == {}
+    assert all(torch.equal(whole(parameter), initial[name]) for name, parameter in engine.named_parameters())
+    assert [train_step(engine, batches_of(config, engine, step), 1e-2, step).loss for step in range(3)] == losses

@@ -31,6 +31,11 @@ def problems(ranks: int = 2, **sections: Any) -> str:
 
 REFUSED = [
     (
+        {"engine": "deepspeed", "guard": {"spike": "skip"}},
+        "guard.spike: skip: DeepSpeed's partitioned optimizers step before the loss can be judged; set rewind",
+    ),
+    ({"engine": "deepspeed", "guard": {"replay_every": 9}}, "engine: must be native for a step to be computed twice"),
+    (
         {"engine": "deepspeed", "precision": "fp16"},
         "precision: fp16 is not supported under engine: deepspeed; set bf16",
     ),

@@ -198,3 +198,13 @@ def test_the_shortest_corpus_has_one_window(counting):
     corpus = counting(SEQ + 1)
     for order in ("shuffle", "random"):
         assert build_order(settings(order=order), corpus, 0, SIZE).starts(np.arange(4)).tolist() == [0] * 4
+
+
+def test_what_another_rank_reads_is_known_without_moving_on(corpus):
+    mine, other = (loader(corpus, rank, 3, prefetch=1) for rank in (0, 2))
+    before = mine.batches(0)
+    theirs = torch.cat([batch.inputs_BS for batch in mine.batches_of(2, BATCH)])
+    assert torch.equal(theirs, torch.cat([batch.inputs_BS for batch in other.batches(BATCH)]))
+    assert torch.equal(before[0].inputs_BS, mine.batches(0)[0].inputs_BS)
+    assert mine.after_steps(5, 2) == 5 + 2 * BATCH
+    mine.close(), other.close()

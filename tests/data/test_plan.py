@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dist_llm.config.schema import DataConfig
 from dist_llm.data.loader import Loader
 from dist_llm.data.order import Mixture, Shuffle
-from dist_llm.data.plan import Plan, lay_out
+from dist_llm.data.plan import Plan, lay_out, merged
 from dist_llm.data.streams import Source, Stream
 
 WINDOW = 5
@@ -174,3 +174,11 @@ def test_stages_that_begin_at_the_same_sample_are_the_last_of_them():
     assert all(
         sum(after.before) - sum(before.before) == after.first - before.first for before, after in pairwise(stages)
     )
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 15)), max_size=12))
+def test_ranges_that_overlap_are_merged(pairs):
+    ranges = merged([(start, start + length) for start, length in pairs])
+    assert all(a[1] <= b[0] for a, b in pairwise(ranges))
+    covered = {number for start, end in ranges for number in range(start, end)}
+    assert covered == {number for start, length in pairs for number in range(start, start + length)}
