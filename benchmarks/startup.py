@@ -11,14 +11,14 @@ their own and note when each stage ended, by the same clock as whoever started t
   data           devices, corpus, history, log files
   model          the engine: model, initial values, optimizer
   loader         the loader and the loop: metrics, TensorBoard, the rate that MFU is over
-  first step     batch, forward, backward, update
+  first_step     batch, forward, backward, update
   end            the checkpoint; there is no held-out text
   exit           to the end of the process
 
-A process before all others runs with -X importtime, which says what each module took by itself: `ours` is what modules of dist_llm
-took, and `late` what was imported after the stage `imports`, that is in the midst of another; those seconds are a
-little too many, since noting them costs time, too. `own` is all of our own code to the first step: the stages from
-config to loader without late imports, and the import of our modules.
+A process before all others runs with -X importtime, which says what each module took by itself: `ours` is what modules
+of dist_llm took, and `late` what was imported after the stage `imports`, that is in the midst of another; those seconds
+are a little too many, since noting them costs time, too. `own` is all of our own code to the first step: the stages
+from config to loader without late imports, and the import of our modules.
 
 Prints one JSON line per stage (medians over the rounds), and one per package that takes long to import. The goal: the
 first step within 8 seconds, of which our own code less than 1.
