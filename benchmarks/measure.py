@@ -6,7 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,7 +70,9 @@ class Worker:
         return self.pipe.recv()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, which sees the pipe closed; where it does not, as in the midst of a turn, by force."""
+        self.pipe.close()
+        self.process.join(timeout=20)
         self.process.terminate()
         self.process.join()
 
@@ -93,8 +95,9 @@ def workers(work: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Worker]]:
 def _serve(pipe: Connection, make: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> None:
     turn = make(*arguments)
     pipe.send(None)
-    while True:
-        pipe.send(turn(*pipe.recv()))
+    with suppress(EOFError):
+        while True:
+            pipe.send(turn(*pipe.recv()))
 
 
 class PeakMemory:
