@@ -8,6 +8,7 @@ rank that leaves no word is stopped or gone; one that waits for no other holds u
 import json
 import logging
 import os
+import queue
 import signal
 import sys
 import threading
@@ -31,6 +32,10 @@ CHECKPOINT_GROUP = "checkpoint"  # what the thread that writes one calls its gro
 ANSWER_SECONDS = 5.0  # that ranks have to leave word, once the first has
 PROCESS = "dist_llm/process"
 LAST_SECONDS = 4.0  # between the verdict and the end
+SILENT = (
+    "the store of the process group, which is on the node of rank 0, does not answer: the process of rank 0 is "
+    "stopped, or its node gone"
+)
 
 
 class Watchdog:
@@ -86,8 +91,8 @@ class Watchdog:
         )
         place = " ".join(stack[-1].split()) if stack else "an unknown place"
         every = _exchange(world, {"host": world.host, "what": self.what, "waiting": waiting, "place": place})
-        speaks = min(every)
-        for line in verdict(every, world.size):
+        speaks = min(every) if every else world.rank
+        for line in verdict(every, world.size) if every else [SILENT]:
             log.error(line)
             if world.rank == speaks and not world.main:  # who has the screen is the one that is silent
                 print(line, file=sys.stderr, flush=True)
@@ -118,7 +123,7 @@ def kill_silent(world: World, every: Mapping[int, Any]) -> None:
 
     Torchrun asks for 30 s before it kills; one that is stopped cannot hear it.
     """
-    if world.size == 1 or not dist.is_initialized():
+    if world.size == 1 or not every:  # nothing was heard: nothing can be asked
         return
     with suppress(Exception):  # the store's host may be gone; the launcher then does it
         store = dist.distributed_c10d._get_default_store()
@@ -174,9 +179,25 @@ def start_recording() -> None:
 
 
 def _exchange(world: World, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """What the ranks that stand still say, by rank: those that answer in time."""
+    """What the ranks that stand still say, by rank: those that answer in time; nothing where there is none to ask.
+
+    Rank 0 may hold the store in which they leave word. Where it is stopped, a question to it never returns, and has no
+    limit of its own: a thread asks, which is left behind.
+    """
     if world.size == 1 or not dist.is_initialized():
         return {world.rank: mine}
+    answers: queue.SimpleQueue[dict[int, dict[str, Any]]] = queue.SimpleQueue()
+    threading.Thread(target=_ask, args=(world, mine, answers), name="asks", daemon=True).start()
+    found: dict[int, dict[str, Any]] = {}
+    with suppress(queue.Empty):
+        until = time.monotonic() + ANSWER_SECONDS + 1.0
+        while len(found) < world.size:
+            found = answers.get(timeout=max(0.0, until - time.monotonic()))
+    return found
+
+
+def _ask(world: World, mine: dict[str, Any], answers: "queue.SimpleQueue[dict[int, dict[str, Any]]]") -> None:
+    """Leave word in the store, and hand on what others left there, each time that the store answers."""
     found = {world.rank: mine}
     try:
         store = dist.distributed_c10d._get_default_store()
@@ -187,7 +208,7 @@ def _exchange(world: World, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
                 key = f"dist_llm/still/{rank}"
                 if store.check([key]):
                     found[rank] = json.loads(store.get(key))
+            answers.put(dict(found))
             time.sleep(0.2)
     except Exception as error:  # the store's host is gone
         log.error("rank %d cannot ask the others: %s", world.rank, error)
-    return found

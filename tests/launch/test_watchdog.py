@@ -1,11 +1,13 @@
 """Who holds up a run: from what ranks say, and from what they do not say. A run that goes on is left alone."""
 
+import threading
 import time
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from dist_llm.launch.watchdog import EXIT_CODE, FIRST_BEATS, Watchdog, verdict
+from dist_llm.launch.watchdog import EXIT_CODE, FIRST_BEATS, SILENT, Watchdog, verdict
 from dist_llm.launch.world import World
 
 
@@ -46,6 +48,29 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_that_stands_still_is_ended() -> None:
     assert ended(0.2, FIRST_BEATS + 1, 0.8) == [EXIT_CODE]
+
+
+def test_it_is_ended_though_the_store_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 0 holds it, and may be the one that is stopped."""
+
+    class Stopped:
+        def set(self, key: str, value: str) -> None:
+            threading.Event().wait()
+
+    monkeypatch.setattr("dist_llm.launch.watchdog.ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Stopped)
+    codes: list[int] = []
+    with Watchdog(World(1, 2), 0.2, end=codes.append) as dog:
+        for number in range(FIRST_BEATS + 1):
+            dog.beat(f"step {number}")
+        until = time.monotonic() + 10
+        while not codes and time.monotonic() < until:
+            time.sleep(0.05)
+    assert codes == [EXIT_CODE]
+    assert SILENT in caplog.messages
 
 
 @pytest.mark.parametrize(
