@@ -26,6 +26,7 @@ from dist_llm.launch.world import World
 log = logging.getLogger("dist_llm")
 
 EXIT_CODE = 70  # of a rank that ended itself
+START_TIMES = 30  # before its first beat a rank may stand still so many times as long
 FIRST_BEATS, FIRST_TIMES = 3, 10  # the first steps, which compile, may take so many times as long
 LONGEST_TIMES = 10  # and later ones so many times the longest so far
 CHECKPOINT_GROUP = "checkpoint"  # what the thread that writes one calls its group
@@ -46,7 +47,7 @@ class Watchdog:
 
     def __init__(self, world: World, limit_seconds: float, end: Callable[[int], Any] = os._exit) -> None:
         self.world, self.limit, self.end = world, limit_seconds, end
-        self.beats, self.times, self.longest, self.last, self.what = 0, 1, 0.0, time.monotonic(), "start"
+        self.beats, self.times, self.longest, self.last, self.what = 0, START_TIMES, 0.0, time.monotonic(), "the start"
         self._main = threading.get_ident()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -54,13 +55,18 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self.limit:
             self.last = time.monotonic()
-            _introduce(self.world)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *raised: object) -> None:
         self._over.set()
+
+    def introduce(self) -> None:
+        """Tell the others which process this is, in the store of the process group."""
+        if self.world.size > 1 and dist.is_initialized():
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"{PROCESS}/{self.world.rank}", json.dumps((self.world.host, os.getpid())))
 
     def beat(self, what: str, times: int = 1) -> None:
         """This rank goes on, with `what`, which may stand still `times` as long as a step."""
@@ -128,17 +134,12 @@ def kill_silent(world: World, every: Mapping[int, Any]) -> None:
     with suppress(Exception):  # the store's host may be gone; the launcher then does it
         store = dist.distributed_c10d._get_default_store()
         for rank in set(range(world.size)) - every.keys():
+            if not store.check([f"{PROCESS}/{rank}"]):  # it never came
+                continue
             host, process = json.loads(store.get(f"{PROCESS}/{rank}"))
             if host == world.host:
                 log.error("rank %d, process %d on this node, is killed", rank, process)
                 os.kill(process, signal.SIGKILL)
-
-
-def _introduce(world: World) -> None:
-    """Tell the others which process this is."""
-    if world.size > 1 and dist.is_initialized():
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"{PROCESS}/{world.rank}", json.dumps((world.host, os.getpid())))
 
 
 def unfinished() -> str:

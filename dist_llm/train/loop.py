@@ -49,6 +49,7 @@ class Trainer:
     """One rank's side of a run: from its checkpoint, or another's at a path. `files` go into each that it saves.
 
     `guarded`: what is known of bad steps by a run that goes back to that checkpoint.
+    `watchdog` is opened and closed by whoever hands it in: a rank may hang before the first step, and after the last.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class Trainer:
         start: Folder | Path | None,
         files: Mapping[str, bytes],
         guarded: Guarded | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.config, self.world, self.engine, self.loader = config, world, engine, loader
-        self.watchdog = Watchdog(world, config.run.hang_seconds)
+        self.watchdog = watchdog or Watchdog(world, 0.0)
         self.store, self.files = store, files
         self.directory = Path(config.run.dir)
         self.progress = self._resume(start)
@@ -89,7 +91,7 @@ class Trainer:
         """
         config, told = self.config, 0
         self.recorder.restart_clock(self.progress.tokens)
-        with self.sinks, self.watchdog, self.stragglers, StopSignals() as signals:  # closed at the end, whatever it is
+        with self.sinks, self.stragglers, StopSignals() as signals:  # closed at the end, whatever it is
             if self.progress.step == 0 and "rewind" in (
                 config.guard.not_finite,
                 config.guard.spike,

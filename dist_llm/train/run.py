@@ -29,13 +29,13 @@ from dist_llm.launch.environment import check_accelerate, set_network
 from dist_llm.launch.failures import add_last_words
 from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.stop import forget_word, leave_word
-from dist_llm.launch.watchdog import start_recording
+from dist_llm.launch.watchdog import Watchdog, start_recording
 from dist_llm.launch.world import World
 from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from dist_llm.train.guard import RewindError
-from dist_llm.train.loop import Trainer
+from dist_llm.train.loop import SLOW, Trainer
 from dist_llm.train.settings import read_vocabulary
 
 log = logging.getLogger("dist_llm")
@@ -68,14 +68,16 @@ def train(config: Config, world: World) -> int:
     start_logging(directory / "logs", world)
     try:
         start_recording()
-        with process_group(world, device, alone=config.engine != "native"):
+        alone, watchdog = config.engine != "native", Watchdog(world, config.run.hang_seconds)
+        with watchdog, process_group(world, device, alone=alone):
+            watchdog.introduce()
             found = store.newest()
             if world.main:
                 forget_word(directory)
             engine = build_engine(config, device)
             layout = shape({axis: getattr(config.parallel, axis) for axis in AXES})
             log.info("ranks: %d (%s), engine: %s", world.size, layout, config.engine)
-            parts = Parts(config, world, sources, vocabulary, store, engine)
+            parts = Parts(config, world, sources, vocabulary, store, engine, watchdog)
             trainer = parts.trainer(found or start)
             try:
                 while True:
@@ -87,9 +89,10 @@ def train(config: Config, world: World) -> int:
                 if told and world.main:
                     leave_word(told, trainer.progress.step, directory)
             except Exception as error:
-                add_last_words(error, world, trainer.watchdog.what)
+                add_last_words(error, world, watchdog.what)
                 raise
             finally:
+                watchdog.beat("the end", SLOW)
                 trainer.loader.close()
                 store.wait()
             del trainer, parts, engine
@@ -114,6 +117,7 @@ class Parts:
     vocabulary: Vocabulary
     store: CheckpointStore
     engine: Engine
+    watchdog: Watchdog
 
     def trainer(self, start: Folder | Path | None, guarded: Guarded | None = None) -> Trainer:
         """One that begins there. `guarded`: what is known of bad steps, more than the checkpoint knows."""
@@ -126,10 +130,11 @@ class Parts:
         pin = self.engine.device.type == "cuda"
         plan = history[-1].plan(self.sources)
         loader = build_loader(config, plan, self.vocabulary, *self.engine.data_rank, pin=pin)
-        return Trainer(config, self.world, self.engine, loader, self.store, start, files, guarded)
+        return Trainer(config, self.world, self.engine, loader, self.store, start, files, guarded, self.watchdog)
 
     def rewound(self, trainer: Trainer, bad: RewindError) -> Trainer:
         """One that begins at the newest checkpoint, and leaves out the samples that the policy says."""
+        self.watchdog.beat("going back", SLOW)
         trainer.loader.close()
         self.store.finish()
         found = self.store.newest()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -135,6 +136,25 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(fault: str, said: str, corp
     if fault == "sleep":
         assert "time.sleep(3600)" in output, "where it is"
     assert time.monotonic() - begin < 90
+
+
+def test_a_rank_that_never_comes_is_named_and_the_others_end(corpus: Path, tmp_path: Path) -> None:
+    """Before the first step a rank may stand still 30 times as long."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = subprocess.run(
+        commands.command(*commands.train_arguments(corpus, "run.hang_seconds=0.1")),
+        cwd=tmp_path,
+        env={**commands.environment(), **place},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 70, done.stderr
+    assert "in the start, in no collective" in done.stderr
+    assert "rank 1 does not answer: its process is stopped, or its node gone" in done.stderr
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
