@@ -14,7 +14,7 @@ def missing() -> str:
     """Why there can be no such nodes here; empty if there can."""
     if os.geteuid():
         return "needs root, to make network namespaces"
-    if lacking := [name for name in ("ip", "unshare") if shutil.which(name) is None]:
+    if lacking := [name for name in ("ip", "tc", "unshare") if shutil.which(name) is None]:
         return f"needs {', '.join(lacking)} (apt install iproute2)"
     name = f"probe{os.getpid()}"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
@@ -62,6 +62,20 @@ class Network:
         """Plug a node's cable in, or pull it: nobody is told."""
         _in(f"{self.tag}hub", "ip", "link", "set", f"port{node}", "up" if up else "down")
 
+    def limit(self, node: int, rate: str) -> None:
+        """Let a node's cable carry no more than so much each way, in tc's units (`5mbit`: 5 million bits a second)."""
+        bucket = ("root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms")
+        for space, device in ((self.space(node), "eth0"), (f"{self.tag}hub", f"port{node}")):
+            _in(space, "tc", "qdisc", "replace", "dev", device, *bucket)
+
+    def sent(self, node: int) -> int:
+        """Bytes that the node put on its cable so far."""
+        return int(_in(self.space(node), "cat", "/sys/class/net/eth0/statistics/tx_bytes"))
+
+    def processes(self, node: int) -> list[int]:
+        """All that run on a node, whoever started them."""
+        return [int(process) for process in _ip("netns", "pids", self.space(node)).split()]
+
     def on(self, node: int, words: Sequence[str]) -> list[str]:
         """A command as it runs on the node, which goes by its name there."""
         named = f'hostname n{node}; exec "$@"'
@@ -78,9 +92,9 @@ def network(count: int) -> Iterator[Network]:
         found.stop()
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], capture_output=True, text=True, check=True)
+def _ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=True).stdout
 
 
-def _in(space: str, *words: str) -> None:
-    _ip("netns", "exec", space, *words)
+def _in(space: str, *words: str) -> str:
+    return _ip("netns", "exec", space, *words)
