@@ -43,6 +43,7 @@ from torch.profiler import ProfilerActivity, profile
 from bare import Loop, Model
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
+from dist_llm.launch.group import keep_freed_memory
 from dist_llm.models.init import fill, rule_for
 from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
@@ -162,6 +163,7 @@ def exact_flops(config: Config) -> float:
 def make_ours(config: Config, device: torch.device) -> Turn:
     """The native engine."""
     peak = begin(config, device)
+    keep_freed_memory(device)  # as training does
     engine = NativeEngine(config, device)
     tokens = draw(config)
     batches = [Batch.of(tokens[:, :-1], tokens[:, 1:], CAUSAL)]

@@ -40,7 +40,7 @@ class RunConfig(Section):
     seed: Seed = key("seed of initial values, sample order and dropout", 0)
     hang_seconds: NonNegative = key(
         "a run that stands still so long is ended, the rank that holds it up named; 10 times that in the first steps, "
-        "and 10 times the longest step in later ones; 0: never",
+        "and 10 times a usual step in later ones; 0: never",
         60.0,
     )
 

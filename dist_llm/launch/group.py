@@ -1,5 +1,6 @@
 """This rank's device, and the process group for the time of a run."""
 
+import ctypes
 import gc
 import logging
 import os
@@ -24,6 +25,19 @@ def device_of(world: World) -> torch.device:
             f"{torch.cuda.device_count()}; start at most that many processes per node"
         )
     return torch.device("cuda", world.local_rank)
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU: what a tensor leaves goes to the next one, and not back to the system.
+
+    glibc would map each large tensor anew, and the system fills it with zeros page by page: a tenth of a step's time
+    and more. All threads share one heap, since backward, a thread of its own, can use what forward frees.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if device.type == "cpu" and mallopt is not None:  # glibc's; constants as in its malloc.h
+        trim_threshold, mmap_max, arena_max = -1, -4, -8
+        for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
+            mallopt(option, value)
 
 
 @contextmanager

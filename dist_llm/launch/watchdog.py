@@ -10,10 +10,12 @@ import logging
 import os
 import queue
 import signal
+import statistics
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -28,7 +30,8 @@ log = logging.getLogger("dist_llm")
 EXIT_CODE = 70  # of a rank that ended itself
 START_TIMES = 30  # before its first beat a rank may stand still so many times as long
 FIRST_BEATS, FIRST_TIMES = 3, 10  # the first steps, which compile, may take so many times as long
-LONGEST_TIMES = 10  # and later ones so many times the longest so far
+USUAL_TIMES = 10  # and later ones so many times as the newest took, by their median
+NEWEST = 32
 CHECKPOINT_GROUP = "checkpoint"  # what the thread that writes one calls its group
 ANSWER_SECONDS = 5.0  # that ranks have to leave word, once the first has
 PROCESS = "dist_llm/process"
@@ -47,7 +50,8 @@ class Watchdog:
 
     def __init__(self, world: World, limit_seconds: float, end: Callable[[int], Any] = os._exit) -> None:
         self.world, self.limit, self.end = world, limit_seconds, end
-        self.beats, self.times, self.longest, self.last, self.what = 0, START_TIMES, 0.0, time.monotonic(), "the start"
+        self.beats, self.times, self.last, self.what = 0, START_TIMES, time.monotonic(), "the start"
+        self.took: deque[float] = deque(maxlen=NEWEST)
         self._main = threading.get_ident()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -72,14 +76,15 @@ class Watchdog:
         """This rank goes on, with `what`, which may stand still `times` as long as a step."""
         now = time.monotonic()
         if self.beats >= FIRST_BEATS and self.times == 1:
-            self.longest = max(self.longest, now - self.last)
+            self.took.append(now - self.last)
         self.beats, self.last, self.what, self.times = self.beats + 1, now, what, times
 
     @property
     def patience(self) -> float:
         """Seconds that it may stand still now."""
         first = FIRST_TIMES if self.beats <= FIRST_BEATS else 1
-        return max(self.limit * max(first, self.times), LONGEST_TIMES * self.longest)
+        usual = statistics.median(took) if (took := tuple(self.took)) else 0.0  # a copy: another thread adds to it
+        return max(self.limit * max(first, self.times), USUAL_TIMES * usual)
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.limit / 4)):

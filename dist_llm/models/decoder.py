@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dist_llm.config.check import round_up
 from dist_llm.config.schema import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
+from dist_llm.losses.linear import Columns, linear_cross_entropy
 from dist_llm.models.attention import KVCache, Rotation, look
 from dist_llm.models.block import Block
 from dist_llm.models.depth import survivors
@@ -63,9 +64,13 @@ class Head(nn.Module):
         """[B, S, D] -> logits [B, S, V], or the losses' sums [B]. Padding rows of the head are left out."""
         weight_VD = tied_VD if self.out is None else self.out.weight
         assert weight_VD is not None
+        if targets_BS is not None:
+            columns = Columns(self.vocab_size, 0, self.vocab_size)
+            return linear_cross_entropy(
+                self.hidden(x_BSD), weight_VD, self.bias, targets_BS, self.loss, self.cap, columns
+            )
         bias_V = None if self.bias is None else self.bias[: self.vocab_size]
-        logits_BSV = capped(F.linear(self.hidden(x_BSD), weight_VD[: self.vocab_size], bias_V), self.cap)
-        return logits_BSV if targets_BS is None else self.loss(logits_BSV, targets_BS)
+        return capped(F.linear(self.hidden(x_BSD), weight_VD[: self.vocab_size], bias_V), self.cap)
 
     def hidden(self, x_BSD: Tensor) -> Tensor:
         """What is projected on the vocabulary, [B, S, D]."""

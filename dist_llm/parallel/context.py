@@ -7,6 +7,8 @@ mask an early piece sees little and a late one much, so every rank does the same
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -14,7 +16,6 @@ from dist_llm.models.attention import AttentionKernel, attend
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.visibility import Visibility
 from dist_llm.objectives.batch import Batch, count_scored
-from dist_llm.parallel.compat import all_gather_autograd
 
 
 def context_parallel(model: Decoder, mesh: DeviceMesh) -> None:
@@ -72,8 +73,15 @@ class GatheredAttention(nn.Module):
     def _gather(self, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all ranks in one collective, back in the order of the sequence."""
         both = torch.stack((k_BSKE, v_BSKE))  # [2, B, S/cp, K, E]
-        ranks = all_gather_autograd(both, self.group).chunk(self.ranks)
+        ranks = _all_gather(both, self.group).chunk(self.ranks)
         halves = [rank.chunk(2, dim=2) for rank in ranks]
         pieces = [early for early, _ in halves] + [late for _, late in reversed(halves)]
         k_BTKE, v_BTKE = torch.cat(pieces, dim=2).unbind(0)
         return k_BTKE, v_BTKE
+
+
+def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The ranks' tensors one after another along dimension 0; backward is a reduce-scatter."""
+    if "all_gather_single_autograd" in vars(collectives):  # torch 2.13's name
+        return collectives.all_gather_single_autograd(tensor.contiguous(), gather_dim=0, group=group)
+    return collectives.all_gather_tensor_autograd(tensor.contiguous(), gather_dim=0, group=group)

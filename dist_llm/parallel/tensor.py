@@ -6,6 +6,7 @@ all-gather and one reduce-scatter. Without, those two are one all-reduce.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.placement_types import Placement
 
-from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
+from dist_llm.losses.linear import Columns, linear_cross_entropy
 from dist_llm.models.decoder import Decoder, Head, capped
 from dist_llm.parallel.mesh import local
 
@@ -152,7 +153,11 @@ class Positions(ParallelStyle):
 
 
 class VocabParallelHead(Head):
-    """The head with its vocabulary rows split: a rank sees its own columns of the logits, never all."""
+    """The head with its vocabulary rows split: a rank sees its own columns of the logits, never all.
+
+    For the loss three numbers per token travel: the largest logit, the sum of exponentials, the target's logit (and the
+    sum of logits, for label smoothing).
+    """
 
     def __init__(self, head: Head, mesh: DeviceMesh, between: Placement) -> None:
         nn.Module.__init__(self)
@@ -167,74 +172,29 @@ class VocabParallelHead(Head):
         x_BSD = x.redistribute(self.mesh, (Replicate(),)).to_local(grad_placements=(Partial(),))
         weight = tied_VD if self.out is None else self.out.weight
         assert isinstance(weight, DTensor)
-        bias = None if self.bias is None else local(self.bias)
-        logits_BSW = capped(F.linear(x_BSD, weight.to_local(), bias), self.cap)
-        start = self.mesh.get_local_rank() * logits_BSW.shape[-1]
-        if targets_BS is None:
-            whole = DTensor.from_local(logits_BSW, self.mesh, (Shard(2),), run_check=False).full_tensor()
-            return whole[..., : self.vocab_size]
-        padding = max(0, start + logits_BSW.shape[-1] - self.vocab_size)
-        return VocabParallelLoss.apply(  # type: ignore[no-untyped-call]
-            logits_BSW, targets_BS, start, padding, self.vocab_size, self.loss, self.mesh.get_group()
-        )
+        weight_WD, bias_W = weight.to_local(), None if self.bias is None else local(self.bias)
+        if targets_BS is not None:
+            columns = self._columns(weight_WD)
+            return linear_cross_entropy(x_BSD, weight_WD, bias_W, targets_BS, self.loss, self.cap, columns)
+        logits_BSW = capped(F.linear(x_BSD, weight_WD, bias_W), self.cap)
+        whole = DTensor.from_local(logits_BSW, self.mesh, (Shard(2),), run_check=False).full_tensor()
+        return whole[..., : self.vocab_size]
+
+    def _columns(self, weight_WD: Tensor) -> Columns:
+        """Of this rank, without the padding at the end."""
+        start, group = self.mesh.get_local_rank() * len(weight_WD), self.mesh.get_group()
+        width = min(len(weight_WD), max(0, self.vocab_size - start))
+        return Columns(self.vocab_size, start, width, partial(_sum, group), partial(_largest, group))
 
 
-class VocabParallelLoss(torch.autograd.Function):
-    """`CrossEntropy` where each rank holds the W columns [start, start + W) of the logits.
+def _sum(group: dist.ProcessGroup, parts: Tensor) -> Tensor:
+    dist.all_reduce(parts, group=group)
+    return parts
 
-    Three numbers per token travel: the largest logit, the sum of exponentials, the target's logit
-    (and the sum of logits, for label smoothing). The last `padding` columns are no tokens.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_BSW: Tensor,
-        targets_BS: Tensor,
-        start: int,
-        padding: int,
-        vocab_size: int,
-        loss: CrossEntropy,
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        """The sums over scored targets, [B], the same on every rank of `group`."""
-        x_NW = logits_BSW.flatten(0, -2).to(torch.promote_types(logits_BSW.dtype, torch.float32))
-        width = max(0, x_NW.shape[-1] - padding)
-        targets_N = targets_BS.flatten()
-        scored_N = targets_N != IGNORE
-        here_N = scored_N & (targets_N >= start) & (targets_N < start + width)
-        column_N1 = torch.where(here_N, targets_N - start, 0).unsqueeze(-1)
-
-        real_NW = x_NW[:, :width]
-        largest_N = real_NW.amax(-1) if width else x_NW.new_full((len(x_NW),), -torch.inf)
-        dist.all_reduce(largest_N, dist.ReduceOp.MAX, group)
-        exp_NW = (x_NW - largest_N.unsqueeze(-1)).exp_()
-        exp_NW[:, width:] = 0
-        sums_3N = torch.stack(
-            (exp_NW.sum(-1), torch.where(here_N, x_NW.gather(-1, column_N1).squeeze(-1), 0.0), real_NW.sum(-1))
-        )
-        dist.all_reduce(sums_3N, group=group)
-        total_N, target_N, all_N = sums_3N
-        log_z_N = largest_N + total_N.log()
-        smooth = loss.label_smoothing
-        loss_N = log_z_N - (1 - smooth) * target_N - smooth * all_N / vocab_size + loss.z_loss * log_z_N.square()
-
-        softmax_NW = exp_NW.div_(total_N.unsqueeze(-1))
-        ctx.save_for_backward(softmax_NW, log_z_N, column_N1, here_N, scored_N)
-        ctx.loss, ctx.vocab_size, ctx.width, ctx.shape = loss, vocab_size, width, logits_BSW.shape
-        ctx.dtype = logits_BSW.dtype
-        return (loss_N * scored_N).view(targets_BS.shape).sum(-1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        softmax_NW, log_z_N, column_N1, here_N, scored_N = ctx.saved_tensors
-        smooth, z_loss = ctx.loss.label_smoothing, ctx.loss.z_loss
-        grad_NW = softmax_NW * (1 + 2 * z_loss * log_z_N).unsqueeze(-1)
-        grad_NW[:, : ctx.width] -= smooth / ctx.vocab_size
-        grad_NW.scatter_add_(-1, column_N1, -(1 - smooth) * here_N.to(grad_NW.dtype).unsqueeze(-1))
-        gradient_N = gradients[0].repeat_interleave(len(scored_N) // len(gradients[0]))
-        grad_NW *= (scored_N * gradient_N).unsqueeze(-1)
-        return grad_NW.to(ctx.dtype).view(ctx.shape), None, None, None, None, None, None
+def _largest(group: dist.ProcessGroup, each: Tensor) -> Tensor:
+    dist.all_reduce(each, dist.ReduceOp.MAX, group)
+    return each
 
 
 def _own_dropout(kernel: nn.Module, mesh: DeviceMesh) -> None:

@@ -27,7 +27,7 @@ from dist_llm.engines.build import build_engine
 from dist_llm.errors import CheckpointError, DataError, UserError
 from dist_llm.launch.environment import check_accelerate, set_network
 from dist_llm.launch.failures import add_last_words
-from dist_llm.launch.group import device_of, process_group
+from dist_llm.launch.group import device_of, keep_freed_memory, process_group
 from dist_llm.launch.stop import forget_word, leave_word
 from dist_llm.launch.watchdog import Watchdog, start_recording
 from dist_llm.launch.world import World
@@ -50,6 +50,7 @@ def train(config: Config, world: World) -> int:
     """
     set_network(config.run.network)
     device = device_of(world)
+    keep_freed_memory(device)
     if config.engine == "accelerate":
         refuse(list(check_accelerate(config, device)))
     sources = open_sources(config)

@@ -86,6 +86,10 @@ def test_long_steps_may_be_ten_times_as_long() -> None:
     dog = Watchdog(World(), 1.0)
     for number in range(FIRST_BEATS):
         dog.beat(f"step {number}")
-    dog.last -= 7.0
-    dog.beat("step 4")
+    for _ in range(3):
+        dog.last -= 7.0
+        dog.beat("a step")
     assert dog.patience == pytest.approx(70.0, rel=0.01)
+    dog.last -= 60.0
+    dog.beat("a step that met a cut link")
+    assert dog.patience == pytest.approx(70.0, rel=0.01), "one does not make them long"

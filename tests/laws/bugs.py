@@ -247,12 +247,12 @@ def vocabulary_maximum_is_not_shared() -> Iterator[Any]:
 
 @bug
 def vocabulary_padding_is_scored() -> Iterator[Any]:
-    apply = tensor.VocabParallelLoss.apply
+    real = tensor.VocabParallelHead._columns
 
-    def without_padding(logits: Any, targets: Any, start: int, padding: int, *rest: Any) -> Any:
-        return apply(logits, targets, start, 0, *rest)
+    def all_rows(self: Any, weight_WD: Any) -> Any:
+        return replace(real(self, weight_WD), width=len(weight_WD))
 
-    with patch.object(tensor.VocabParallelLoss, "apply", without_padding):
+    with patch.object(tensor.VocabParallelHead, "_columns", all_rows):
         yield
 
 
