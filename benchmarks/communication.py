@@ -453,8 +453,7 @@ and [layouts.md](layouts.md) for formulas to plan with.
 V: vocabulary, D: width, A: bytes of the activations of a rank's share of the step, f(p) = (p - 1) / p.
 
 {explanations(rows)}
-What is left below that: a few scalars a step (the count of scored tokens, the loss, the norm), and under tp a fourth
-number per token in the loss, the sum of its logits, which only label smoothing needs.
+What is left below that: a few scalars a step (the count of scored tokens, the loss, the norm).
 
 ## By axis
 
