@@ -3,6 +3,7 @@ programs, results/<program>-<device>.json, with the machine, the versions, the c
 
 import argparse
 import json
+import platform
 import re
 import shlex
 import sys
@@ -50,8 +51,14 @@ class Results:
         return f"torch {torch.__version__}, {where}"
 
     def facts(self) -> dict[str, Any]:
-        """As a run's environment.json, and the processor."""
-        return {**environment(), "cpu": cpu_name(), "cores": cores(), "threads": torch.get_num_threads()}
+        """As a run's environment.json, of the system no more than its kind, and the processor."""
+        return {
+            **environment(),
+            "machine": f"{platform.system()} {platform.machine()}",
+            "cpu": cpu_name(),
+            "cores": cores(),
+            "threads": torch.get_num_threads(),
+        }
 
     def slug(self) -> str:
         """The device in a file's name."""
