@@ -70,7 +70,8 @@ class Loader:
         """The microbatches that data rank `rank` has in that step."""
         loader = copy(self)
         loader.offset, loader._found = rank * self.share, {}
-        return loader._make(first)
+        # In the thread that reads ahead: corpora are not to be read by two at once.
+        return loader._make(first) if self._pool is None else self._pool.submit(loader._make, first).result()
 
     def close(self) -> None:
         if self._pool is not None:

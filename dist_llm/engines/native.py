@@ -122,6 +122,7 @@ class NativeEngine:
                 losses_B = self._forward(batch) / scored
             losses_B.sum().backward()  # type: ignore[no-untyped-call]
             losses.append(losses_B.detach())
+            del losses_B  # and the graph with it, before the next one grows
         return torch.cat(losses)
 
     def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
@@ -169,7 +170,14 @@ class NativeEngine:
         norm = clip.norm(gradients).to(self.device)
         if self.mesh is None:
             return norm
-        return sum_over(norm.square(), self.mesh, ("pp", *SHARD_AXES, "tp")).sqrt()
+        whole, replicas = (
+            sum_over(norm.square(), self.mesh, ("pp", *SHARD_AXES, "tp")),
+            self.mesh["dp_replicate"].size(),
+        )
+        if self.mesh.size() > replicas:
+            # Replicas that each add up by themselves may differ in the last bit, on some networks: the mean is one for all.
+            whole = sum_over(whole, self.mesh, ("dp_replicate",)) / replicas
+        return whole.sqrt()
 
     def _seed(self, step: int, microbatch: int) -> None:
         """Dropout of this microbatch on this rank: a function of the step, with no state to save."""

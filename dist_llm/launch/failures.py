@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from dist_llm.launch.world import World
 
-KEY = "dist_llm/first_failure"
+FIRST_FAILURE = "dist_llm/first_failure"
 
 
 def add_last_words(error: BaseException, world: World, doing: str) -> None:
@@ -22,7 +22,7 @@ def _first(mine: str) -> str:
         return mine
     try:
         store = dist.distributed_c10d._get_default_store()
-        return store.compare_set(KEY, "", mine).decode()
+        return store.compare_set(FIRST_FAILURE, "", mine).decode()
     except Exception:  # the store's host is gone
         return mine
 

@@ -21,7 +21,8 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.noted = 0
+        self.noted = 0  # by this rank
+        self.told = 0  # by some rank, as all agreed
         self._before: dict[int, Any] = {}
         self._number = torch.zeros((), dtype=torch.int64)
         self._work: dist.Work | None = None
@@ -42,6 +43,7 @@ class StopSignals:
 
     def share(self) -> None:
         """Tell the others what was noted so far."""
+        self.agreed()  # of a step that was broken off
         self._number.fill_(self.noted)
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._work = dist.all_reduce(self._number, dist.ReduceOp.MAX, async_op=True)
@@ -51,7 +53,8 @@ class StopSignals:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return int(self._number)
+        self.told = self.told or int(self._number)
+        return self.told
 
 
 def leave_word(number: int, step: int, directory: Path) -> None:

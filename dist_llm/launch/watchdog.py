@@ -16,13 +16,15 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from dist_llm.launch.failures import FIRST_FAILURE
 from dist_llm.launch.world import World
 
 log = logging.getLogger("dist_llm")
@@ -34,7 +36,8 @@ USUAL_TIMES = 10  # and later ones so many times as the newest took, by their me
 NEWEST = 32
 CHECKPOINT_GROUP = "checkpoint"  # what the thread that writes one calls its group
 ANSWER_SECONDS = 5.0  # that ranks have to leave word, once the first has
-PROCESS = "dist_llm/process"
+PROCESS, STILL = "dist_llm/process", "dist_llm/still"  # in the store of the process group
+Answers = tuple[dict[int, dict[str, Any]], dict[int, Any]]
 LAST_SECONDS = 4.0  # between the verdict and the end
 SILENT = (
     "the store of the process group, which is on the node of rank 0, does not answer: the process of rank 0 is "
@@ -70,7 +73,10 @@ class Watchdog:
         """Tell the others which process this is, in the store of the process group."""
         if self.world.size > 1 and dist.is_initialized():
             store = dist.distributed_c10d._get_default_store()
-            store.set(f"{PROCESS}/{self.world.rank}", json.dumps((self.world.host, os.getpid())))
+            store.set(f"{PROCESS}/{self.world.rank}", json.dumps((self.world.host, os.getpid(), identity(os.getpid()))))
+            # A launcher may keep its store over restarts, with the words of ranks that are no more.
+            for key in (f"{STILL}/{self.world.rank}", *([FIRST_FAILURE] if self.world.main else [])):
+                store.delete_key(key)
 
     def beat(self, what: str, times: int = 1) -> None:
         """This rank goes on, with `what`, which may stand still `times` as long as a step."""
@@ -88,7 +94,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.limit / 4)):
-            if (stood := time.monotonic() - self.last) > self.patience:
+            patience = self.patience  # before the time: a beat in between makes it shorter
+            if (stood := time.monotonic() - self.last) > patience:
                 self._tell(stood)
                 return
 
@@ -101,14 +108,14 @@ class Watchdog:
             "".join(stack),
         )
         place = " ".join(stack[-1].split()) if stack else "an unknown place"
-        every = _exchange(world, {"host": world.host, "what": self.what, "waiting": waiting, "place": place})
+        every, silent = _exchange(world, {"host": world.host, "what": self.what, "waiting": waiting, "place": place})
         speaks = min(every) if every else world.rank
         for line in verdict(every, world.size) if every else [SILENT]:
             log.error(line)
             if world.rank == speaks and not world.main:  # who has the screen is the one that is silent
                 print(line, file=sys.stderr, flush=True)
         log.error("ended after run.hang_seconds: %g; raise it where a step may take so long", self.limit)
-        kill_silent(self.world, every)
+        kill_silent(self.world, silent)
         for handler in log.handlers:
             handler.flush()
         # The others read and speak, too, before the launcher hears of the first that ends; rank 0 may be their store.
@@ -129,22 +136,26 @@ def verdict(every: dict[int, dict[str, Any]], ranks: int) -> list[str]:
     return lines
 
 
-def kill_silent(world: World, every: Mapping[int, Any]) -> None:
+def kill_silent(world: World, silent: Mapping[int, Any]) -> None:
     """End the processes on this node of ranks that do not answer: a launcher would wait for them to end by themselves.
 
     Torchrun asks for 30 s before it kills; one that is stopped cannot hear it.
     """
-    if world.size == 1 or not every:  # nothing was heard: nothing can be asked
-        return
-    with suppress(Exception):  # the store's host may be gone; the launcher then does it
-        store = dist.distributed_c10d._get_default_store()
-        for rank in set(range(world.size)) - every.keys():
-            if not store.check([f"{PROCESS}/{rank}"]):  # it never came
-                continue
-            host, process = json.loads(store.get(f"{PROCESS}/{rank}"))
-            if host == world.host:
+    for rank, (host, process, who) in silent.items():
+        with suppress(OSError):  # it has ended
+            if host == world.host and identity(process) == who:
                 log.error("rank %d, process %d on this node, is killed", rank, process)
                 os.kill(process, signal.SIGKILL)
+
+
+def identity(process: int) -> list[str]:
+    """What no other process has that goes by this number: on another machine, in another container, at another time.
+
+    Raises OSError where there is none.
+    """
+    place = Path(f"/proc/{process}")
+    started = (place / "stat").read_text().rpartition(")")[2].split()[19]
+    return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink(place / "ns" / "pid"), started]
 
 
 def unfinished() -> str:
@@ -155,7 +166,7 @@ def unfinished() -> str:
     entries = _recorded()
     if not entries:
         return ""
-    newest = max(entries, key=lambda entry: entry["record_id"])
+    newest = max(entries, key=lambda entry: entry["time_created_ns"])
     return f"{newest['profiling_name']} {newest['input_sizes']} of {newest['process_group'][1]}"
 
 
@@ -168,53 +179,64 @@ def _recorded() -> list[dict[str, Any]]:
     """Collectives that are not over, but for those of a checkpoint's thread."""
     if not dist.is_initialized():
         return []
-    try:
-        found = json.loads(torch._C._distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]
-    except Exception:  # of a build without it
-        return []
+    entries = []
+    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's, and NCCL's where there is one
+        with suppress(Exception):  # of a build without it
+            entries += json.loads(getattr(torch._C._distributed_c10d, name)())["entries"]
     return [
         entry
-        for entry in found.get("entries", ())
-        if not entry.get("retired", True) and CHECKPOINT_GROUP not in entry["process_group"]
+        for entry in entries
+        # NCCL's are retired some time after they are completed; gloo's have no such state.
+        if not entry.get("retired", True)
+        and entry["state"] != "completed"
+        and CHECKPOINT_GROUP not in entry["process_group"]
     ]
 
 
-def start_recording() -> None:
-    """Have torch note its newest collectives; reading them takes some 15 us each. Before the process group is made."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "64")
+def start_recording(device: torch.device) -> None:
+    """Have torch note its newest collectives; reading them takes some 15 us each. Before the process group is made.
+
+    A GPU's host runs a step ahead of it, so that the one that runs is far from the newest.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1024" if device.type == "cuda" else "64")
+    os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")  # else none is known to have started
 
 
-def _exchange(world: World, mine: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """What the ranks that stand still say, by rank: those that answer in time; nothing where there is none to ask.
+def _exchange(world: World, mine: dict[str, Any]) -> tuple[dict[int, dict[str, Any]], dict[int, Any]]:
+    """(what the ranks that stand still say: those that answer in time; of those that do not, which process they are).
 
-    Rank 0 may hold the store in which they leave word. Where it is stopped, a question to it never returns, and has no
-    limit of its own: a thread asks, which is left behind.
+    Nothing of either where there is none to ask. Rank 0 may hold the store in which they leave word. Where it is
+    stopped, a question to it never returns, and has no limit of its own: a thread asks, which is left behind.
     """
     if world.size == 1 or not dist.is_initialized():
-        return {world.rank: mine}
-    answers: queue.SimpleQueue[dict[int, dict[str, Any]]] = queue.SimpleQueue()
+        return {world.rank: mine}, {}
+    answers: queue.SimpleQueue[Answers] = queue.SimpleQueue()
     threading.Thread(target=_ask, args=(world, mine, answers), name="asks", daemon=True).start()
-    found: dict[int, dict[str, Any]] = {}
+    found: Answers = ({}, {})
     with suppress(queue.Empty):
         until = time.monotonic() + ANSWER_SECONDS + 1.0
-        while len(found) < world.size:
+        while len(found[0]) + len(found[1]) < world.size:
             found = answers.get(timeout=max(0.0, until - time.monotonic()))
     return found
 
 
-def _ask(world: World, mine: dict[str, Any], answers: "queue.SimpleQueue[dict[int, dict[str, Any]]]") -> None:
+def _ask(world: World, mine: dict[str, Any], answers: "queue.SimpleQueue[Answers]") -> None:
     """Leave word in the store, and hand on what others left there, each time that the store answers."""
-    found = {world.rank: mine}
+    found, every = {world.rank: mine}, set(range(world.size))
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"dist_llm/still/{world.rank}", json.dumps(mine))
+        store.set(f"{STILL}/{world.rank}", json.dumps(mine))
         until = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < until and len(found) < world.size:
-            for rank in set(range(world.size)) - found.keys():
-                key = f"dist_llm/still/{rank}"
-                if store.check([key]):
-                    found[rank] = json.loads(store.get(key))
-            answers.put(dict(found))
+            found |= _words(store, STILL, every - found.keys())
+            answers.put((dict(found), {}))
             time.sleep(0.2)
+        answers.put((dict(found), _words(store, PROCESS, every - found.keys())))
     except Exception as error:  # the store's host is gone
         log.error("rank %d cannot ask the others: %s", world.rank, error)
+
+
+def _words(store: Any, about: str, ranks: Iterable[int]) -> dict[int, Any]:
+    """What these ranks left there, of those that did."""
+    keys = {rank: f"{about}/{rank}" for rank in ranks}
+    return {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}

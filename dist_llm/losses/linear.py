@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
 
@@ -22,7 +23,7 @@ SLICE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of a slice's logits in fp32,
 BLOCK_BYTES = 2 << 20  # on a CPU: of those that are worked on at a time, so that they stay in its cache
 # In fp16 the gradient of a logit, at most 1 before the loss scale, is kept so many times as large: what is then lost of
 # small probabilities is nothing, and sums over a slice's tokens are far from the largest number.
-FP16_BOOST = 16.0
+FP16_BOOST, FP16_TOKENS = 16.0, 1024
 Join = Callable[[Tensor], Tensor]
 
 
@@ -86,7 +87,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         turn = _compiled() if kind == "cuda" and columns.add is None else _turn
         with torch.autocast(kind, enabled=False):
             # As many slices on all ranks, whose columns may differ: padding counts.
-            for part in _slices(len(x_ND), len(weight_WD), SLICE_BYTES[kind]):
+            most = FP16_TOKENS * 4 * len(weight_WD) if dtype == torch.float16 else SLICE_BYTES[kind]
+            for part in _slices(len(x_ND), len(weight_WD), min(most, SLICE_BYTES[kind])):
                 logits_nW = F.linear(x_ND[part], rows_WD, None if bias_W is None else bias_W[:width].to(dtype))
                 by_block = kind == "cpu" and columns.add is None
                 for block in _slices(len(logits_nW), width, BLOCK_BYTES) if by_block else [slice(None)]:
@@ -100,23 +102,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     if bias_W is not None:
                         grad_bias_W += logits_nW.sum(0, dtype=exact)
         ctx.made, ctx.scaled = (grad_x_ND, grad_rows_WD, grad_bias_W), False
-        ctx.like = x_BSD, weight_WD, bias_W
+        ctx.shape, ctx.dtype, ctx.rows, ctx.biased = x_BSD.shape, x_BSD.dtype, len(weight_WD), bias_W is not None
+        ctx.dtypes = weight_WD.dtype, weight_WD.dtype if bias_W is None else bias_W.dtype
         return losses_N.view(targets_BS.shape).sum(-1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """What forward made, times the gradient of the losses."""
         each = gradients[0] / ctx.boost
-        (grad_x_ND, *sums), (x_BSD, weight_WD, bias_W) = ctx.made, ctx.like
+        grad_x_ND, *sums = ctx.made
         if not ctx.scaled:  # else asked for again: a pipeline may want the activations' gradients first
             first = each.flatten()[0]
             for made in sums:
                 made *= torch.where((each == first).all(), first, torch.nan)
             ctx.scaled = True
-        weight = _padded(sums[0], weight_WD)
-        bias = None if bias_W is None else _padded(sums[1], bias_W)
-        grad_x_BSD = grad_x_ND.view(x_BSD.shape) * each[..., None, None]
-        return grad_x_BSD.to(x_BSD.dtype), weight, bias, None, None, None, None, None
+        weight, bias = (_padded(made, ctx.rows).to(dtype) for made, dtype in zip(sums, ctx.dtypes, strict=True))
+        grad_x_BSD = (grad_x_ND.view(ctx.shape) * each[..., None, None]).to(ctx.dtype)
+        return grad_x_BSD, weight, bias if ctx.biased else None, None, None, None, None, None
 
 
 def _turn(y_nW: Tensor, targets_n: Tensor, loss: CrossEntropy, cap: float, columns: Columns, boost: float) -> Tensor:
@@ -178,8 +181,8 @@ def _add_product(sum_WD: Tensor, left_nW: Tensor, right_nD: Tensor) -> None:
         sum_WD += left_nW.t() @ right_nD
 
 
-def _padded(gradient: Tensor, like: Tensor) -> Tensor:
-    """In the form of the parameter, whose rows of padding have none."""
-    if len(gradient) < len(like):
-        gradient = torch.cat((gradient, gradient.new_zeros(len(like) - len(gradient), *gradient.shape[1:])))
-    return gradient.to(like.dtype)
+def _padded(gradient: Tensor, rows: int) -> Tensor:
+    """With that many rows: those of padding are zero."""
+    if len(gradient) < rows:
+        gradient = torch.cat((gradient, gradient.new_zeros(rows - len(gradient), *gradient.shape[1:])))
+    return gradient

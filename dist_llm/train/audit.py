@@ -32,6 +32,8 @@ class Audit:
 
     def check(self) -> None:
         """Compare with all ranks what was read since the last time."""
+        if not self.firsts:
+            return
         _, ranks = self.engine.data_rank
         loader = self.loader
         planned = [loader.plan.numbers(first, loader.global_batch).reshape(ranks, -1) for first in self.firsts]

@@ -73,7 +73,7 @@ class Guard:
         if found and any(self.gather(int(any(found.values())))):
             self.judged |= {step: self._agreed(bad) for step, bad in found.items()}
         judged, self.judged = self.judged, {}
-        return [note for step, bad in judged.items() if bad for note in self._act(step, bad, self._policy(bad))]
+        return [note for step, bad in sorted(judged.items()) if bad for note in self._act(step, bad, self._policy(bad))]
 
     def corrupt(self, step: int, lines: Sequence[str]) -> None:
         """After ranks compared what they hold, or computed. Raises as `look` does if there is a line."""
@@ -81,6 +81,13 @@ class Guard:
             advice = "take out the machine that errs (sbatch --exclude NODE), or set guard.corrupt: rewind"
             bad = Bad("corrupt", f"ranks do not agree: {'; '.join(lines)}", advice)
             self._act(step, bad, self.config.corrupt)
+
+    def weigh(self, step: int, finite: bool) -> None:
+        """Before a checkpoint, with whether all of this rank's weights are finite. Raises as `look` does."""
+        wrong = [rank for rank, each in enumerate(self.gather(int(finite))) if not each]
+        if wrong and self.config.not_finite != "warn":
+            bad = Bad("not_finite", f"weights of rank {wrong[0]} are not finite after it")
+            self._act(step, bad, "rewind" if self.config.not_finite == "rewind" else "stop")
 
     def _act(self, step: int, bad: Bad, policy: str) -> list[Row]:
         if policy == "stop":

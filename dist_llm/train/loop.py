@@ -11,6 +11,7 @@ from signal import Signals
 
 from dist_llm.checkpoint import store as checkpoints
 from dist_llm.checkpoint.adapt import start_from
+from dist_llm.checkpoint.boxes import placed
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.state import Guarded, Progress
 from dist_llm.checkpoint.store import CheckpointStore
@@ -84,19 +85,15 @@ class Trainer:
         self.sinks = ExitStack()
         self.recorder = self._recorder()
 
-    def run(self) -> int:
+    def run(self, signals: StopSignals) -> int:
         """Train to run.steps; evaluate and save on their beats and at the end.
 
         Returns 0, or the signal that made it save and stop before. Raises RewindError where it is to go back.
         """
-        config, told = self.config, 0
+        config, told = self.config, signals.told
         self.recorder.restart_clock(self.progress.tokens)
-        with self.sinks, self.stragglers, StopSignals() as signals:  # closed at the end, whatever it is
-            if self.progress.step == 0 and "rewind" in (
-                config.guard.not_finite,
-                config.guard.spike,
-                config.guard.corrupt,
-            ):
+        with self.sinks, self.stragglers:  # closed at the end, whatever it is
+            if self.progress.step == 0 and self.guard.rewinds:
                 self.save()  # something to go back to
             while self.progress.step < config.run.steps and not told:
                 self.watchdog.beat(f"step {self.progress.step + 1}")
@@ -192,8 +189,11 @@ class Trainer:
     def save(self) -> None:
         """Begin a checkpoint of this step. Metrics up to it are on disk before it is."""
         self.flush()
+        self.audit.check()
         if self.config.guard.digest_every:
             self.compare()
+        held = (part for each in self.engine.state.weights().values() for _, part in placed(each))
+        self.guard.weigh(self.progress.step, all(bool(part.isfinite().all()) for part in held))
         self.progress.loss_scale = self.engine.loss_scale
         self.progress.source_tokens = self.recorder.source_tokens
         self.store.save(self.engine.state, self.progress, self.files)

@@ -67,8 +67,13 @@ def _ranks(at: list[int], place: int) -> str:
 
 
 def _close(found: Tensor, wanted: Tensor, allowed: float) -> bool:
-    """To a share of the largest element; what is nearly nothing everywhere is rounding."""
+    """To a share of the largest element; what is nearly nothing everywhere is rounding.
+
+    What is not finite, for the guard or the loss scale to deal with, has to be so both times.
+    """
     if not wanted.numel():
         return True
+    if not (wanted.isfinite().all() and found.isfinite().all()):
+        return bool(wanted.isfinite().all()) == bool(found.isfinite().all())
     off, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
     return off <= 10 * allowed * largest + 1e-9

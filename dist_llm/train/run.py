@@ -28,7 +28,7 @@ from dist_llm.errors import CheckpointError, DataError, UserError
 from dist_llm.launch.environment import check_accelerate, set_network
 from dist_llm.launch.failures import add_last_words
 from dist_llm.launch.group import device_of, keep_freed_memory, process_group
-from dist_llm.launch.stop import forget_word, leave_word
+from dist_llm.launch.stop import StopSignals, forget_word, leave_word
 from dist_llm.launch.watchdog import Watchdog, start_recording
 from dist_llm.launch.world import World
 from dist_llm.objectives.vocabulary import Vocabulary
@@ -68,7 +68,7 @@ def train(config: Config, world: World) -> int:
     _history(config, sources, seen)  # what is wrong with it is said before any process group starts
     start_logging(directory / "logs", world)
     try:
-        start_recording()
+        start_recording(device)
         alone, watchdog = config.engine != "native", Watchdog(world, config.run.hang_seconds)
         with watchdog, process_group(world, device, alone=alone):
             watchdog.introduce()
@@ -81,16 +81,18 @@ def train(config: Config, world: World) -> int:
             parts = Parts(config, world, sources, vocabulary, store, engine, watchdog)
             trainer = parts.trainer(found or start)
             try:
-                while True:
-                    try:
-                        told = trainer.run()
-                        break
-                    except RewindError as bad:
-                        trainer = parts.rewound(trainer, bad)
+                with StopSignals() as signals:  # what is noted while the run goes back still holds
+                    while True:
+                        try:
+                            told = trainer.run(signals)
+                            break
+                        except RewindError as bad:
+                            trainer = parts.rewound(trainer, bad)
                 if told and world.main:
                     leave_word(told, trainer.progress.step, directory)
             except Exception as error:
                 add_last_words(error, world, watchdog.what)
+                log.error("%s", error.__notes__[-1])  # now: what is being written may take longer than others wait
                 raise
             finally:
                 watchdog.beat("the end", SLOW)

@@ -158,3 +158,14 @@ def test_variables_of_the_network_are_set_before_ranks_meet(device: str, corpus:
     code, output, _ = end(start(("none", 0, 0), corpus, tmp_path, *options, *SHARDED.overrides), 60)
     assert (code == 0) == (device == "lo"), output
     assert ("nowhere0" in output) == (device != "lo")
+
+
+def test_a_signal_that_comes_while_a_run_goes_back_still_stops_it(corpus: Path, tmp_path: Path) -> None:
+    """The signal comes in the step at whose end the bad one is noticed."""
+    options = ("guard.not_finite=rewind", "checkpoint.every=4", "log.every=4")
+    code, output, left = end(start(("nan+usr1", 0, "6+8"), corpus, tmp_path, *options, *SHARDED.overrides), 60)
+    assert (code, left) == (1, []), output
+    run = tmp_path / "run"
+    assert "went back from there to step 4" in output
+    assert json.loads((run / "stopped.json").read_text())["signal"] == "SIGUSR1"
+    assert commands.newest(run).name in ("step_00000004", "step_00000005")

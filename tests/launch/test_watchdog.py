@@ -1,5 +1,7 @@
 """Who holds up a run: from what ranks say, and from what they do not say. A run that goes on is left alone."""
 
+import signal
+import subprocess
 import threading
 import time
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dist_llm.launch.watchdog import EXIT_CODE, FIRST_BEATS, SILENT, Watchdog, verdict
+from dist_llm.launch.watchdog import EXIT_CODE, FIRST_BEATS, SILENT, Watchdog, identity, kill_silent, verdict
 from dist_llm.launch.world import World
 
 
@@ -93,3 +95,15 @@ def test_long_steps_may_be_ten_times_as_long() -> None:
     dog.last -= 60.0
     dog.beat("a step that met a cut link")
     assert dog.patience == pytest.approx(70.0, rel=0.01), "one does not make them long"
+
+
+def test_a_process_is_killed_only_if_it_is_the_one_that_was_introduced() -> None:
+    with subprocess.Popen(["sleep", "60"]) as other:
+        who = identity(other.pid)
+        for wrong in ([*who[:2], "1"], [who[0], "pid:[1]", who[2]]):  # at another time; in another container
+            kill_silent(World(0, 3, host="n1"), {1: ["n1", other.pid, wrong]})
+        kill_silent(World(0, 3, host="n2"), {1: ["n1", other.pid, who]})
+        assert other.poll() is None
+        # One that has ended already is no reason to leave the next one alive.
+        kill_silent(World(0, 3, host="n1"), {2: ["n1", 2**22 + 1, who], 1: ["n1", other.pid, who]})
+        assert other.wait(10) == -signal.SIGKILL

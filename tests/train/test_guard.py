@@ -123,3 +123,12 @@ def test_progress_keeps_it() -> None:
     assert Progress.of(before.as_dict()) == before
     older = {key: value for key, value in before.as_dict().items() if key != "guard"}
     assert Progress.of(older).guard == Guarded()
+
+
+def test_weights_that_are_not_finite_are_not_saved() -> None:
+    guard().weigh(5, finite=True)
+    guard(not_finite="warn").weigh(5, finite=False)
+    with pytest.raises(DivergedError, match="step 5: weights of rank 0 are not finite after it"):
+        guard(not_finite="skip").weigh(5, finite=False)
+    with pytest.raises(RewindError):
+        guard(not_finite="rewind").weigh(5, finite=False)
