@@ -170,12 +170,10 @@ class NativeEngine:
         norm = clip.norm(gradients).to(self.device)
         if self.mesh is None:
             return norm
-        whole, replicas = (
-            sum_over(norm.square(), self.mesh, ("pp", *SHARD_AXES, "tp")),
-            self.mesh["dp_replicate"].size(),
-        )
+        whole = sum_over(norm.square(), self.mesh, ("pp", *SHARD_AXES, "tp"))
+        replicas = self.mesh["dp_replicate"].size()
         if self.mesh.size() > replicas:
-            # Replicas that each add up by themselves may differ in the last bit, on some networks: the mean is one for all.
+            # Each adds up by itself, on some networks in an order of its own: the mean is the same for all.
             whole = sum_over(whole, self.mesh, ("dp_replicate",)) / replicas
         return whole.sqrt()
 

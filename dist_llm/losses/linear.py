@@ -143,7 +143,9 @@ def _turn(y_nW: Tensor, targets_n: Tensor, loss: CrossEntropy, cap: float, colum
     target_n = torch.where(here_n, y_nW.gather(-1, column_n1).squeeze(-1), 0) if some else torch.zeros_like(largest_n)
     sums = [target_n, *([y_nW.sum(-1)] if smooth else [])]
     sums.append(y_nW.exp_().sum(-1))
-    if columns.add is not None:
+    if columns.add is None:
+        sums[0] = torch.where(here_n | (scored_n == 0), target_n, torch.nan)  # a target that is no token
+    else:
         sums = list(columns.add(torch.stack(sums)))
     target_n, *all_n, total_n = sums
     log_n = total_n.log()

@@ -138,3 +138,9 @@ def test_slices_cover_all_and_hold_no_more_than_they_may() -> None:
         assert [row for part in found for row in range(length)[part]] == list(range(length))
         rows = max(part.stop - part.start for part in found)
         assert rows == 1 or rows * width * 4 <= most + width * 4
+
+
+def test_a_target_that_is_no_token_is_not_passed_over() -> None:
+    x, weight, _, targets = case(False, ignored=0.0)
+    targets[1, 2] = V
+    assert together(x, weight, None, targets, CrossEntropy(), 0.0).isnan().tolist() == [False, True, False]
