@@ -103,7 +103,10 @@ def hold(pair: tuple[Layout, Layout], directory: Path, bug: bool = False) -> Non
     assert first + second == pytest.approx(losses, rel=1e-5)
     assert found.keys() == want.keys()
     for name, value in want.items():
-        close(name, found[name], value, 2e-5)
+        # As in the law: where a gradient is nearly nothing, its moments are rounding of much larger summands.
+        alike = [each for other, each in want.items() if other.rpartition(".")[2] == name.rpartition(".")[2]]
+        noise = 1e-7 * max(float(each.abs().max()) for each in alike)
+        close(name, found[name], value, 2e-5, noise)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0]} then {pair[1]}")
