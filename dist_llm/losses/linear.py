@@ -97,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     if dtype != exact:
                         logits_nW[block] = y_nW
                 if wanted:
-                    grad_x_ND[part] = logits_nW @ rows_WD
+                    torch.mm(logits_nW, rows_WD, out=grad_x_ND[part])
                     _add_product(grad_rows_WD, logits_nW, x_ND[part])
                     if bias_W is not None:
                         grad_bias_W += logits_nW.sum(0, dtype=exact)
