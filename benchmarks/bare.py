@@ -119,7 +119,7 @@ class Model(nn.Module):
             for name, parameter in block.named_parameters():
                 module, _, kind = name.rpartition(".")
                 if module == "attention.qkv":
-                    parts = parameter.split(block.attention.sizes)  # type: ignore[no-untyped-call]
+                    parts = parameter.split(block.attention.sizes)
                     yield from ((f"blocks.{number}.attention.{n}.{kind}", p) for n, p in zip("qkv", parts, strict=True))
                 else:
                     module = {"norm_1": "norm_attention", "norm_2": "norm_feedforward"}.get(module, module)
@@ -146,7 +146,7 @@ class Loop:
         with self.autocast:
             logits = self.model(inputs)
             loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

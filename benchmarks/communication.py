@@ -260,7 +260,7 @@ class WireCounter(TorchDispatchMode):
     """Counts, by (axis, kind), the calls and the bytes that this rank sends. A call it does not know is an error."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
         self.places = {rank: place for place, rank in np.ndenumerate(mesh.mesh.numpy())}

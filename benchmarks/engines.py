@@ -52,10 +52,10 @@ CASES: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Measure, print, and write the table if asked to."""
     options = parser().parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number in range(options.rounds):
         for name in CASES:
-            found = {"round": number, "case": name, **measured(name, options)}
+            found: dict[str, Any] = {"round": number, "case": name, **measured(name, options)}
             base = next(row for row in reversed([*rows, found]) if row["case"] == BASELINE)
             found["ratio"] = found["tokens_per_second"] / base["tokens_per_second"]
             rows.append(found)

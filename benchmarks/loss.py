@@ -87,7 +87,7 @@ def make(name: str, config: Config, tokens: int, device: torch.device) -> Callab
     def once() -> float:
         with autocast:
             mean = loss(x_BSD, targets_BS)
-        mean.backward()  # type: ignore[no-untyped-call]
+        mean.backward()
         return mean.item()
 
     def turn() -> dict[str, Any]:

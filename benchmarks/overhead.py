@@ -32,6 +32,7 @@ from dist_llm.data.history import fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.group import device_of
+from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.world import World
 from dist_llm.models.decoder import Decoder
 from dist_llm.observe.console import start_logging, stop_logging
@@ -100,7 +101,8 @@ def run(config: Config, pairs: int, scratch: Path) -> "Turns":
     turns = Turns(BareLoop(config, device), config)
     trainer.recorder.sinks = [*trainer.recorder.sinks, turns]
     turns.start()
-    trainer.run()
+    with StopSignals() as signals:
+        trainer.run(signals)
     loader.close()
     stop_logging()
     return turns

@@ -101,8 +101,8 @@ def run(place: Path, name: str, options: argparse.Namespace, fault: str | None) 
     words += [f"run.steps={options.steps}", f"checkpoint.every={options.every}", "log.every=1", "eval.windows=8"]
     words += [f"run.hang_seconds={HANG_SECONDS}"]
     begin = time.monotonic()
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(words, cwd=place, env=environment(), **silent)
+    nowhere = subprocess.DEVNULL
+    process = subprocess.Popen(words, cwd=place, env=environment(), stdout=nowhere, stderr=nowhere)
     found: dict[str, float] = {}
     if fault:
         wait(process, lambda: steps(place / name) >= options.at)

@@ -120,7 +120,7 @@ class NativeEngine:
             self._seed(step, number)
             with self._precision():
                 losses_B = self._forward(batch) / scored
-            losses_B.sum().backward()  # type: ignore[no-untyped-call]
+            losses_B.sum().backward()
             losses.append(losses_B.detach())
             del losses_B  # and the graph with it, before the next one grows
         return torch.cat(losses)

@@ -205,7 +205,7 @@ def versions(device: torch.device) -> dict[str, str]:
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or "none",
-        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else "none",  # type: ignore[no-untyped-call]
+        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else "none",
         "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "none",
         "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "dist_llm": f"{__version__} (source {source})",

@@ -118,7 +118,7 @@ def finite(model: nn.Module) -> Iterator[None]:
 
     handles = [module.register_forward_hook(on_output(name)) for name, module in model.named_modules()]
     for name, parameter in model.named_parameters():
-        handles.append(parameter.register_hook(on_gradient(name)))  # type: ignore[no-untyped-call]
+        handles.append(parameter.register_hook(on_gradient(name)))
     try:
         yield
     finally:
