@@ -79,26 +79,8 @@ def train(config: Config, world: World) -> int:
             layout = shape({axis: getattr(config.parallel, axis) for axis in AXES})
             log.info("ranks: %d (%s), engine: %s", world.size, layout, config.engine)
             parts = Parts(config, world, sources, vocabulary, store, engine, watchdog)
-            trainer = parts.trainer(found or start)
-            try:
-                with StopSignals() as signals:  # what is noted while the run goes back still holds
-                    while True:
-                        try:
-                            told = trainer.run(signals)
-                            break
-                        except RewindError as bad:
-                            trainer = parts.rewound(trainer, bad)
-                if told and world.main:
-                    leave_word(told, trainer.progress.step, directory)
-            except Exception as error:
-                add_last_words(error, world, watchdog.what)
-                log.error("%s", error.__notes__[-1])  # now: what is being written may take longer than others wait
-                raise
-            finally:
-                watchdog.beat("the end", SLOW)
-                trainer.loader.close()
-                store.wait()
-            del trainer, parts, engine
+            told = parts.run(found or start)
+            del parts, engine
         return told
     except UserError as error:
         log.error("rank %d on %s: %s", world.rank, world.host, error)  # no traceback: the user can mend it
@@ -121,6 +103,29 @@ class Parts:
     store: CheckpointStore
     engine: Engine
     watchdog: Watchdog
+
+    def run(self, start: Folder | Path | None) -> int:
+        """Train from there, going back as often as the guard says. Returns as `train` does."""
+        world, watchdog, trainer = self.world, self.watchdog, self.trainer(start)
+        try:
+            with StopSignals() as signals:  # what is noted while the run goes back still holds
+                while True:
+                    try:
+                        told = trainer.run(signals)
+                        break
+                    except RewindError as bad:
+                        trainer = self.rewound(trainer, bad)
+            if told and world.main:
+                leave_word(told, trainer.progress.step, Path(self.config.run.dir))
+            return told
+        except Exception as error:
+            add_last_words(error, world, watchdog.what)
+            log.error("%s", error.__notes__[-1])  # now: what is being written may take longer than others wait
+            raise
+        finally:
+            watchdog.beat("the end", SLOW)
+            trainer.loader.close()
+            self.store.wait()
 
     def trainer(self, start: Folder | Path | None, guarded: Guarded | None = None) -> Trainer:
         """One that begins there. `guarded`: what is known of bad steps, more than the checkpoint knows."""
