@@ -95,12 +95,12 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.limit / 4)):
             patience = self.patience  # before the time: a beat in between makes it shorter
-            if (stood := time.monotonic() - self.last) > patience:
-                self._tell(stood)
+            if (stood := time.monotonic() - self.last) > patience and self._tell(stood):
                 return
 
-    def _tell(self, stood: float) -> None:
-        world, waiting = self.world, unfinished()
+    def _tell(self, stood: float) -> bool:
+        """End this process, and tell why. False where it went on meanwhile."""
+        world, waiting, beats = self.world, unfinished(), self.beats
         stack = traceback.format_stack(sys._current_frames().get(self._main))
         log.error(
             "rank %d on %s stands still since %.0f s, in %s, %s\n%s",
@@ -114,13 +114,18 @@ class Watchdog:
             log.error(line)
             if world.rank == speaks and not world.main:  # who has the screen is the one that is silent
                 print(line, file=sys.stderr, flush=True)
-        log.error("ended after run.hang_seconds: %g; raise it where a step may take so long", self.limit)
         kill_silent(self.world, silent)
-        for handler in log.handlers:
-            handler.flush()
         # The others read and speak, too, before the launcher hears of the first that ends; rank 0 may be their store.
         time.sleep(LAST_SECONDS if world.main else LAST_SECONDS / 2)
+        if self.beats > beats:
+            log.warning("rank %d on %s goes on after all, with %s", world.rank, world.host, self.what)
+            _take_back(world)
+            return False
+        log.error("ended after run.hang_seconds: %g; raise it where a step may take so long", self.limit)
+        for handler in log.handlers:
+            handler.flush()
         self.end(EXIT_CODE)
+        return True
 
 
 def verdict(every: dict[int, dict[str, Any]], ranks: int) -> list[str]:
@@ -234,6 +239,13 @@ def _ask(world: World, mine: dict[str, Any], answers: "queue.SimpleQueue[Answers
         answers.put((dict(found), _words(store, PROCESS, every - found.keys())))
     except Exception as error:  # the store's host is gone
         log.error("rank %d cannot ask the others: %s", world.rank, error)
+
+
+def _take_back(world: World) -> None:
+    """The word that this rank left, so that none hears it the next time."""
+    if world.size > 1 and dist.is_initialized():
+        with suppress(Exception):  # the store's host is gone, which ends this rank otherwise
+            dist.distributed_c10d._get_default_store().delete_key(f"{STILL}/{world.rank}")
 
 
 def _words(store: Any, about: str, ranks: Iterable[int]) -> dict[int, Any]:

@@ -18,9 +18,9 @@ from tests.chaos.watch import TICK_SECONDS, Watch
 from tests.netns.network import Network
 
 # From the end of a fault to a step that was not taken before. The longest is a rank that is stopped after a step that a
-# cut link made long: the others wait for 10 times that, ask and speak for 10 s, and torchrun waits for 30 s.
-BOUND_SECONDS = 120.0
-STARTING_SECONDS = BOUND_SECONDS + START_TIMES * HANG_SECONDS  # the same, where the fault may have met a start
+# cut link made long: the others wait for 10 times that, ask and speak for 10 s, and torchrun waits for 30 s. Any may
+# meet a start: a run that went on after a cut link may end of it all the same, some seconds later.
+BOUND_SECONDS = 120.0 + START_TIMES * HANG_SECONDS
 IMPATIENT = 0.3  # of the faults after the first deck are followed by another before that
 PAUSE_SECONDS = 3.0  # at most, until the next fault
 START_SECONDS = 12.0  # the same where it is to meet a run that starts
@@ -45,7 +45,7 @@ class Monkey:
 
     def __init__(self, seed: int, job: Job, watch: Watch, net: Network, disk: Path) -> None:
         self.draw, self.job, self.watch, self.net, self.disk = random.Random(seed), job, watch, net, disk
-        self.born, self.faults, self.bound = time.monotonic(), list[Fault](), BOUND_SECONDS
+        self.born, self.faults = time.monotonic(), list[Fault]()
         self.deck = self.draw.sample(KINDS, len(KINDS))
 
     def rage(self, seconds: float) -> None:
@@ -56,7 +56,6 @@ class Monkey:
                 fault.recovery_seconds = self.recover(fault)
                 time.sleep(self.draw.uniform(0, PAUSE_SECONDS))
             else:
-                self.bound = STARTING_SECONDS
                 time.sleep(self.draw.uniform(0, START_SECONDS))
         self.recover(fault)
 
@@ -79,14 +78,13 @@ class Monkey:
         self.watch.look()
         reached = self.watch.reached
         self.wait(lambda: self.watch.step > reached, f"the run to go on from step {reached}")
-        self.bound = BOUND_SECONDS
         return self.age - fault.seconds
 
     def wait(self, ready: Callable[[], bool], what: str) -> None:
         """Raises AssertionError where it takes too long, or something went wrong meanwhile."""
-        until = time.monotonic() + self.bound
+        until = time.monotonic() + BOUND_SECONDS
         while not ready():
-            assert time.monotonic() < until, f"waited {self.bound:g} s for {what}\n{self.job.tails()}"
+            assert time.monotonic() < until, f"waited {BOUND_SECONDS:g} s for {what}\n{self.job.tails()}"
             self.check()
             time.sleep(0.05)
 

@@ -75,6 +75,25 @@ def test_it_is_ended_though_the_store_does_not_answer(
     assert SILENT in caplog.messages
 
 
+def test_a_run_that_goes_on_after_all_is_left_alone_and_its_next_halt_is_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cable is put back while the verdict is spoken."""
+    monkeypatch.setattr("dist_llm.launch.watchdog.LAST_SECONDS", 1.0)
+    codes: list[int] = []
+    with Watchdog(World(), 0.2, end=codes.append) as dog:
+        for number in range(FIRST_BEATS + 1):
+            dog.beat(f"step {number}")
+        time.sleep(0.6)
+        for _ in range(4):  # quick ones, that leave its patience short
+            dog.beat("the step after")
+        time.sleep(0.9)
+        assert codes == []
+        assert "goes on after all, with the step after" in caplog.text
+        time.sleep(1.2)
+    assert codes == [EXIT_CODE]
+
+
 @pytest.mark.parametrize(
     ("limit", "beats", "times"),
     [(0.2, 1, 1), (0.2, FIRST_BEATS + 1, 30), (0.0, FIRST_BEATS + 1, 1)],
