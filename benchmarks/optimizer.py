@@ -1,14 +1,16 @@
 """What the update costs: AdamW over the parameters of a named model, beside a plain copy of as many bytes.
 
   fused, foreach, for-loop   torch.optim.AdamW as optim.implementation says (for-loop: neither)
+  bf16 moments               ours, as optim.moments: bf16 says
+  muon                       ours, as optim.name: muon says, of one process
   norm, scale                our clipping: the global norm, and the gradients scaled by it
   clip_grad_norm_            torch's, both in one
 
 All work on the same parameters and gradients and take turns. Bytes are those that must be read and written if each is
-touched once: weight, gradient and two moments read, all but the gradient written (28 per parameter); for the norm 4,
-for scaling 8, for both 12. `of_copy` is their rate over that of torch's copy of as many bytes as AdamW's; a CPU also
-reads what a copy overwrites, which nobody counts, so more than 1 can be had. `ratio` is the seconds of `fused` over
-its own, round by round.
+touched once: weight, gradient and two moments read, all but the gradient written (28 per parameter; 20 with moments in
+bf16; Muon, whose time goes into products, is counted as AdamW); for the norm 4, for scaling 8, for both 12. `of_copy`
+is their rate over that of torch's copy of as many bytes as AdamW's; a CPU also reads what a copy overwrites, which
+nobody counts, so more than 1 can be had. `ratio` is the seconds of `fused` over its own, round by round.
 
   python benchmarks/optimizer.py
   python benchmarks/optimizer.py --models gpt2-124m llama-1b
@@ -30,8 +32,14 @@ from measure import any_device, copy_rate, seconds, take_turns
 from models import MODELS, config_of
 from results import Results, parse, parser, table
 
-ADAMW = ("fused", "foreach", "for-loop")
-BYTES = {**dict.fromkeys(ADAMW, 28), "norm": 4, "scale": 8, "clip_grad_norm_": 12}
+WAYS: dict[str, dict[str, str]] = {
+    "fused": {"implementation": "fused"},
+    "foreach": {"implementation": "foreach"},
+    "for-loop": {"implementation": "foreach"},
+    "bf16 moments": {"moments": "bf16"},
+    "muon": {"name": "muon"},
+}
+BYTES = {**dict.fromkeys(WAYS, 28), "bf16 moments": 20, "norm": 4, "scale": 8, "clip_grad_norm_": 12}
 
 
 def main() -> None:
@@ -66,12 +74,11 @@ def case(name: str, options: argparse.Namespace, device: torch.device) -> list[d
         parameter.grad = torch.randn_like(parameter) * 1e-3
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     work: dict[str, Callable[[], object]] = {}
-    for way in ADAMW:
-        optim = config.optim.model_copy(update={"implementation": "foreach" if way == "for-loop" else way})
-        optimizer = build_optimizer(optim, model.named_parameters())
+    for way, keys in WAYS.items():
+        optimizer = build_optimizer(config.optim.model_copy(update=keys), model.named_parameters())
         for group in optimizer.param_groups if way == "for-loop" else []:
             group["foreach"] = False
-        work[way] = optimizer.step
+        work[way] = partial(step, optimizer, dict(zip(parameters, gradients, strict=True)))
     work["norm"] = lambda: clip.norm(gradients)
     work["scale"] = lambda: clip.scale(gradients, torch.ones((), device=device), 1.0)
     work["clip_grad_norm_"] = lambda: nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -89,6 +96,13 @@ def case(name: str, options: argparse.Namespace, device: torch.device) -> list[d
         figures = {"seconds": taken, "ratio": ratio, "bytes_per_second": rate, "copy": copied, "of_copy": rate / copied}
         rows.append({"way": way, "parameters": count, "tensors": len(parameters), **figures})
     return rows
+
+
+def step(optimizer: torch.optim.Optimizer, gradients: dict[nn.Parameter, torch.Tensor]) -> None:
+    """One, on the same gradients: Muon takes them away."""
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
+    optimizer.step()
 
 
 def report(results: Results) -> str:

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from dist_llm.parallel.mesh import place
 
 Offset = tuple[int, ...]
 
@@ -56,10 +56,9 @@ def placed(held: Any) -> Iterator[tuple[Offset, Tensor]]:
     """(offset, this rank's part) of a tensor, a DTensor or boxes."""
     if isinstance(held, Boxes):
         yield from held.pieces.items()
-    elif isinstance(held, DTensor):
-        yield compute_local_shape_and_global_offset(held.shape, held.device_mesh, held.placements)[1], held.to_local()
     else:
-        yield (0,) * held.ndim, held
+        part, offset = place(held)
+        yield offset, part
 
 
 def piece_of(held: Any, index: MetadataIndex) -> Any:

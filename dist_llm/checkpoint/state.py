@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn, optim
 
+from dist_llm.errors import CheckpointError
 from dist_llm.optim.scale import LossScale
 
 
@@ -104,9 +105,18 @@ class Held:
         if self.optimizer is None:
             return
         self.optimizer.state.clear()
+        wanted = {each: _keys(group) for group in self.optimizer.param_groups for each in group["params"]}
         for name, parameter in self.model.named_parameters():
-            for key, shape in saved_moments(saved, name).items():
-                empty = torch.zeros_like(parameter) if shape else torch.zeros((), device=parameter.device)
+            moments = saved_moments(saved, name)
+            if moments and moments.keys() != wanted[parameter]:
+                raise CheckpointError(
+                    f"optim.name: the checkpoint's optimizer keeps {', '.join(moments)} of {name}, this one "
+                    f"{', '.join(sorted(wanted[parameter])) or 'nothing'}; set it as it was, or begin a new run with "
+                    "init_from"
+                )
+            for key, shape in moments.items():
+                dtype = getattr(self.optimizer, "dtypes", {}).get(key)
+                empty = torch.zeros_like(parameter, dtype=dtype) if shape else torch.zeros((), device=parameter.device)
                 self.optimizer.state[parameter][key] = empty
 
     @torch.no_grad()
@@ -125,6 +135,13 @@ class Held:
         for name, parameter in self.model.named_parameters():
             found.setdefault(name, parameter)
         return found
+
+
+def _keys(group: Mapping[str, Any]) -> set[str]:
+    """What torch's optimizers, and ours, keep of a parameter of this group. Muon's groups have a momentum, too."""
+    if "momentum" in group:
+        return {"momentum_buffer"} if group["momentum"] else set()
+    return {"step", "exp_avg", "exp_avg_sq"}
 
 
 def saved_moments(saved: Mapping[str, tuple[int, ...]], name: str) -> dict[str, tuple[int, ...]]:

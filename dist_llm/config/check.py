@@ -54,6 +54,7 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
         *_check_lengths(config, tokenizer_size),
         *_check_schedule(config),
         *_check_checkpoints(config),
+        *_check_optim(config),
         *check_guard(config),
         *check_engine(config, world_size),
     ]
@@ -244,6 +245,16 @@ def _check_schedule(config: Config) -> Iterator[Violation]:
         yield Violation(
             ("schedule.warmup_steps", "schedule.decay_steps"),
             f"the warm-up ends at step {warmup}, after the decay does at {end}; set at most {end}",
+        )
+
+
+def _check_optim(config: Config) -> Iterator[Violation]:
+    optim = config.optim
+    if optim.moments == "bf16" and optim.name == "sgd":
+        yield Violation(("optim.moments", "optim.name"), "bf16: sgd has no such moments; set fp32")
+    if optim.name == "muon" and config.parallel.cpu_offload:
+        yield Violation(
+            ("optim.name", "parallel.cpu_offload"), "muon: matrices are not sent from host memory; set adamw, or false"
         )
 
 

@@ -29,6 +29,9 @@ def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
                 (f"parallel.{key}", "engine"),
                 f"is of engine: native; remove it (see {engine}.* for what there is)",
             )
+    for key, own in (("name", "muon"), ("moments", "bf16")):
+        if getattr(config.optim, key) == own:
+            yield Violation((f"optim.{key}", "engine"), f"{own} is of engine: native; set another, or engine so")
     if config.precision == "fp16":
         yield Violation(
             ("precision", "engine"), f"fp16 is not supported under engine: {engine}; set bf16, or engine to native"

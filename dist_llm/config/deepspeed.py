@@ -139,7 +139,7 @@ def _ours(config: Config, ranks: int) -> dict[str, Ours]:
         "bf16.enabled": Ours(config.precision == "bf16", "precision"),
         "fp16.enabled": Ours(False, "precision"),
         "tensor_parallel.autotp_size": Ours(1, "parallel.tp"),
-        "optimizer.type": Ours({"adamw": "AdamW", "sgd": "SGD"}[optim.name], "optim.name"),
+        "optimizer.type": Ours("SGD" if optim.name == "sgd" else "AdamW", "optim.name"),
         "optimizer.params.lr": Ours(optim.lr, "optim.lr"),
         "optimizer.params.weight_decay": Ours(optim.weight_decay, "optim.weight_decay"),
         "optimizer.params.eps": Ours(optim.eps, "optim.eps"),

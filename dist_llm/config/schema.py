@@ -192,11 +192,17 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    name: Literal["adamw", "sgd"] = key("optimizer", "adamw")
+    name: Literal["adamw", "muon", "sgd"] = key(
+        "optimizer; muon: of the blocks' matrices, with AdamW for the rest", "adamw"
+    )
     lr: PositiveFloat = key("peak learning rate", 3e-4)
     beta1: Fraction = key("AdamW's decay of the first moment", 0.9)
     beta2: Fraction = key("AdamW's decay of the second moment", 0.95)
     eps: PositiveFloat = key("AdamW's epsilon", 1e-8)
+    moments: Literal["fp32", "bf16"] = key(
+        "dtype in which AdamW's moments are kept; bf16 is rounded by chance, so right on average", "fp32"
+    )
+    muon_momentum: Fraction = key("Muon's momentum (Nesterov's)", 0.95)
     momentum: Fraction = key("SGD's momentum", 0.0)
     weight_decay: NonNegative = key("decoupled weight decay (in SGD: coupled)", 0.1)
     decay_embeddings: bool = key("decay embeddings too; norms and biases never are", False)

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,13 @@ from dist_llm.checkpoint.state import Held, State
 from dist_llm.config.schema import Config
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
-from dist_llm.optim.build import build_optimizer
+from dist_llm.optim.build import build_optimizer, matrices
+from dist_llm.optim.muon import Orthogonalize, orthogonalized
 from dist_llm.optim.scale import LossScale
 from dist_llm.parallel.context import local_part
 from dist_llm.parallel.digest import Copies
-from dist_llm.parallel.mesh import DATA_AXES, SHARD_AXES, build_mesh, gather, local, settle_gradients, sum_over
+from dist_llm.parallel.mesh import DATA_AXES, SHARD_AXES, build_mesh, gather, local, place, settle_gradients, sum_over
+from dist_llm.parallel.owners import Owners
 from dist_llm.parallel.parallelize import build_parts
 from dist_llm.parallel.pipeline import Pipeline
 from dist_llm.parallel.shard import DTYPES
@@ -37,10 +40,17 @@ class NativeEngine:
         if self.mesh is not None and config.parallel.pp > 1:
             self.pipeline = Pipeline(config, self.mesh, self.parts, device)
         self.loss_scale = LossScale() if config.precision == "fp16" else None
-        self.optimizer = build_optimizer(config.optim, self.named_parameters())
+        self.optimizer = self._optimizer()
         # Where activations are equal on the tensor ranks, so must their dropout be; else it must differ.
         split = ("pp", "dp_replicate", "dp_shard", "cp", *(("tp",) if config.parallel.sequence_parallel else ()))
         self.dropout_stream = tuple(self._place(axis) for axis in split)
+
+    def _optimizer(self) -> optim.Optimizer:
+        config, dtype = self.config.optim, DTYPES.get(self.config.precision, torch.float32)
+        orthogonalize: Orthogonalize = partial(orthogonalized, dtype=dtype)
+        if config.name == "muon" and self.mesh is not None:
+            orthogonalize = Owners(self.mesh, list(matrices(self.named_parameters()).values()), dtype)
+        return build_optimizer(config, self.named_parameters(), place, orthogonalize)
 
     @property
     def data_rank(self) -> tuple[int, int]:

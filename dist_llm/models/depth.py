@@ -6,7 +6,7 @@ Which, is a function of the sample and the layer alone, so every layout skips th
 import torch
 from torch import Tensor
 
-from dist_llm.models.init import mix
+from dist_llm.chance import mix
 
 
 def survivors(draws_B: Tensor, layer: int, rate: float) -> Tensor:

@@ -4,7 +4,6 @@ A rank that holds a slice of a parameter computes just that slice, in time and m
 slice, and gets the very numbers that one process would have there.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_llm.chance import key_of, mix, numbered
 from dist_llm.config.schema import ModelConfig
 
 EMBEDDINGS = ("embed.", "source_embed.", "relative.", "source_relative.")  # tables that are looked up, by name
-CHUNK = 1 << 20  # elements computed at a time, so that temporaries stay in cache
 
 
 @dataclass(frozen=True)
@@ -95,16 +94,12 @@ def fill(local: Tensor, name: str, rule: Rule, seed: int, shape: Sequence[int], 
     if not rule.scale:
         local.fill_(rule.shift)
         return
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    key = int.from_bytes(digest, "little", signed=True)
-    columns = torch.arange(local.shape[1], device=local.device) + offset[1]
-    per_chunk = max(1, CHUNK // max(1, local.shape[1]))
-    for start in range(0, local.shape[0], per_chunk):
-        rows = torch.arange(start, min(start + per_chunk, local.shape[0]), device=local.device) + offset[0]
-        values = _draw(rows[:, None] * shape[1] + columns, key, rule)
+    key = key_of(f"{seed}:{name}")
+    for rows, elements in numbered(local, shape, offset):
+        values = _draw(elements, key, rule)
         if rule.rows is not None:
-            values = values.masked_fill_((rows >= rule.rows)[:, None], 0.0)
-        local[start : start + len(rows)] = values
+            values = values.masked_fill_(elements >= rule.rows * shape[1], 0.0)
+        local[rows] = values
 
 
 def _draw(element: Tensor, key: int, rule: Rule) -> Tensor:
@@ -115,15 +110,3 @@ def _draw(element: Tensor, key: int, rule: Rule) -> Tensor:
         return first.mul_(2 * rule.scale).sub_(rule.scale)
     second = (bits & 0xFFFFFF).float().mul_(2 * math.pi * 2.0**-24)
     return first.log_().mul_(-2).sqrt_().mul_(second.cos_()).mul_(rule.scale)
-
-
-def mix(words: Tensor) -> Tensor:
-    """The finaliser of splitmix64, on int64 whose products wrap; shifts made logical by the masks."""
-    words = words + _signed(0x9E3779B97F4A7C15)
-    words = (words ^ ((words >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    words = (words ^ ((words >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return words ^ ((words >> 31) & ((1 << 33) - 1))
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >= 1 << 63 else word

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dist_llm.chance import mix
 from dist_llm.config.lengths import Lengths, all_lengths, inputs_len
 from dist_llm.config.schema import Config, Denoiser
-from dist_llm.models.init import mix
 from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.causal import causal

@@ -1,22 +1,50 @@
 """Parameters -> an optimizer: who is decayed, and which update."""
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from dist_llm.config.schema import OptimConfig
+from dist_llm.optim.adamw import BF16AdamW, Place
+from dist_llm.optim.muon import Muon, Orthogonalize, orthogonalized
 
 
-def build_optimizer(config: OptimConfig, parameters: Iterable[tuple[str, nn.Parameter]]) -> optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2) or SGD over (name, parameter) pairs."""
-    decayed, free = split_decayed(config, parameters)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+def _all(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    return tensor, (0,) * tensor.ndim
+
+
+def build_optimizer(
+    config: OptimConfig,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    place: Place = _all,
+    orthogonalize: Orthogonalize = orthogonalized,
+) -> optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2), Muon for matrices with AdamW for the rest, or SGD.
+
+    `place` and `orthogonalize`: for ranks that hold parts of parameters; the latter gets parts of all `matrices`.
+    """
+    parameters = list(parameters)
+    moved = matrices(parameters) if config.name == "muon" else {}
+    decayed, free = split_decayed(config, ((name, each) for name, each in parameters if name not in moved))
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+        {"params": list(moved.values()), "weight_decay": config.weight_decay, "momentum": config.muon_momentum},
+    ]
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
         # Not fused: torch has no fused SGD for sharded parameters.
         return optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
-    how = {config.implementation: True}
-    return optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, **how)
+    betas = config.beta1, config.beta2
+    adamw: optim.Optimizer
+    if config.moments == "bf16":
+        adamw = BF16AdamW(groups, config.lr, betas, config.eps, {each: name for name, each in parameters}, place)
+    else:
+        adamw = optim.AdamW(groups, config.lr, betas, config.eps, **{config.implementation: True})
+    if moved:
+        adamw.register_step_pre_hook(Muon(orthogonalize))
+    return adamw
 
 
 def split_decayed(
@@ -36,3 +64,8 @@ def split_decayed(
         )  # of one that DeepSpeed has partitioned, nothing is left
         (free if len(shape) < 2 or embedding else decayed).append(parameter)
     return decayed, free
+
+
+def matrices(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+    """Those that Muon steps: of the blocks. Rows of tables and of the head are updated each by itself."""
+    return {name: each for name, each in parameters if name.startswith("blocks.") and each.ndim == 2}

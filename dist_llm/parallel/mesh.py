@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_llm.config.check import AXES
 from dist_llm.config.schema import ParallelConfig
@@ -55,6 +56,21 @@ def gather(value: int, device: torch.device) -> list[int]:
 def local(tensor: Tensor) -> Tensor:
     """This rank's share of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def place(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's share of a tensor, and where in the whole it begins."""
+    if not isinstance(tensor, DTensor):
+        return tensor, (0,) * tensor.ndim
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), offset
+
+
+def stage_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The ranks that hold the same layers."""
+    if mesh["pp"].size() == 1:
+        return dist.group.WORLD  # type: ignore[return-value]
+    return mesh[AXES[1:]]._flatten("stage").get_group()
 
 
 def settle_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -2,8 +2,6 @@
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_llm.config.schema import Config
 from dist_llm.losses.cross_entropy import CrossEntropy
@@ -11,7 +9,7 @@ from dist_llm.models.build import build_model
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.init import fill, rule_for
 from dist_llm.parallel.context import context_parallel
-from dist_llm.parallel.mesh import DATA_AXES, local
+from dist_llm.parallel.mesh import DATA_AXES, place
 from dist_llm.parallel.pipeline import split_layers, stage_count, stages_of
 from dist_llm.parallel.recompute import compile_blocks, recompute_blocks
 from dist_llm.parallel.shard import shard
@@ -47,13 +45,9 @@ def lay_out(model: Decoder, config: Config, mesh: DeviceMesh | None) -> None:
 def initialise(model: Decoder, config: Config) -> None:
     """Each parameter, or this rank's slice of it, from (seed, name, element)."""
     for name, parameter in model.named_parameters():
-        offset: tuple[int, ...] = (0,) * parameter.ndim
-        if isinstance(parameter, DTensor):
-            _, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
+        share, offset = place(parameter.detach())
         rule = rule_for(name, parameter.shape, config.model)
-        fill(local(parameter.detach()), name, rule, config.run.seed, parameter.shape, offset)
+        fill(share, name, rule, config.run.seed, parameter.shape, offset)
 
 
 def _cut(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:

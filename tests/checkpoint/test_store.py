@@ -17,7 +17,7 @@ from dist_llm.errors import CheckpointError
 from dist_llm.optim.scale import LossScale
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of, saved, whole
-from tests.laws.layouts import ADAMW, MODELS, Layout
+from tests.laws.layouts import ADAMW, BF16_MOMENTS, MODELS, MUON, SGD, Layout
 from tests.laws.worlds import world
 
 CPU = torch.device("cpu")
@@ -68,6 +68,64 @@ def test_settings_of_the_optimizer_come_from_the_config(tmp_path: Path) -> None:
     store.load(path, other.state)
     assert other.optimizer.param_groups[0]["weight_decay"] == 0.3
     assert other.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+
+
+@pytest.mark.parametrize("optim", [MUON, BF16_MOMENTS], ids=["muon", "bf16 moments"])
+@pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2})], ids=str)
+def test_a_run_goes_on_as_if_it_had_not_stopped(optim: dict[str, Any], layout: Layout, tmp_path: Path) -> None:
+    """To the bit: what chance decides is a function of the step."""
+    config = config_of(layout.ranks, {}, optim=optim, parallel=layout.parallel)
+    if layout.ranks == 1:
+        stopped = [stop_and_go_on(config, tmp_path)]
+    else:
+        stopped = world(layout.ranks).run(stop_and_go_on, config, tmp_path)
+    for on, again in stopped:
+        assert on.keys() == again.keys()
+        for name, value in on.items():
+            assert again[name].dtype == value.dtype
+            assert torch.equal(again[name], value), name
+
+
+def stop_and_go_on(config: Config, directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What four steps leave, and four with a checkpoint in the middle."""
+    engine = stepped(config)
+    path = saved(CheckpointStore(directory), engine, Progress(step=2), FILES)
+    again = NativeEngine(config, CPU)
+    store.load(path, again.state)
+    for each in (engine, again):
+        for step in (2, 3):
+            train_step(each, batches_of(config, each, step), 1e-3, step)
+    return values(engine), values(again)
+
+
+def test_moments_become_bf16_where_the_config_says_so(tmp_path: Path) -> None:
+    """And fp32 again: what bf16 holds is kept."""
+    full, half = config_of(1, {}, optim=ADAMW), config_of(1, {}, optim=BF16_MOMENTS)
+    engine, store_ = stepped(full), CheckpointStore(tmp_path)
+    read = load_in_world(half, saved(store_, engine, Progress(step=2), FILES))
+    for name, value in values(engine).items():
+        moment = name.startswith("optim.") and value.ndim > 0
+        assert read[name].dtype == (torch.bfloat16 if moment else torch.float32)
+        assert torch.equal(read[name], value.to(read[name].dtype)), name
+    again = load_in_world(full, saved(store_, stepped(half), Progress(step=3), FILES))
+    assert {value.dtype for value in again.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (ADAMW, MUON, r"keeps .*exp_avg.* of blocks\..*, this one momentum_buffer; set it as it was"),
+        (MUON, ADAMW, r"keeps momentum_buffer of blocks\..*, this one exp_avg, exp_avg_sq, step"),
+        (ADAMW, SGD, r"keeps .*, this one nothing; set it as it was, or begin a new run with init_from"),
+    ],
+    ids=["to muon", "from muon", "to sgd"],
+)
+def test_another_optimizers_moments_are_refused(
+    before: dict[str, Any], now: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = saved(CheckpointStore(tmp_path), stepped(config_of(1, {}, optim=before)), Progress(step=2), FILES)
+    with pytest.raises(CheckpointError, match=f"optim.name: the checkpoint's optimizer {message}"):
+        load_in_world(config_of(1, {}, optim=now), path)
 
 
 def test_only_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:

@@ -49,6 +49,13 @@ def test_a_sound_config_breaks_no_rule(world):
 RULES = [
     ({"checkpoint__keep_best": 1}, 1, "checkpoint.keep_best", "eval.every is 0 and checkpoint.every 500"),
     ({"checkpoint__keep_best": 1, "eval__every": 300}, 1, "checkpoint.keep_best", "set eval.every to a divisor of it"),
+    ({"optim__moments": "bf16", "optim__name": "sgd"}, 1, "optim.moments", "sgd has no such moments; set fp32"),
+    (
+        {"optim__name": "muon", "parallel__cpu_offload": True},
+        2,
+        "optim.name",
+        "are not sent from host memory",
+    ),
     ({"init_optimizer": "keep"}, 1, "init_optimizer", "no moments to keep without init_from"),
     ({"data__path": ""}, 1, "data.path", "name one corpus in path, or several in sources; neither is set"),
     (

@@ -69,6 +69,8 @@ REFUSED = [
         },
         "data.document_mask: DeepSpeed's pipeline takes false alone",
     ),
+    ({"engine": "deepspeed", "optim": {"name": "muon"}}, "optim.name: muon is of engine: native; set another, or"),
+    ({"engine": "accelerate", "optim": {"moments": "bf16"}}, "optim.moments: bf16 is of engine: native"),
     ({"deepspeed": {"stage": 3}}, "deepspeed: is of engine: deepspeed alone"),
     ({"engine": "accelerate", "deepspeed": {"stage": 3}}, "deepspeed: is of engine: deepspeed alone"),
     ({"accelerate": {"plugin": "fsdp2"}}, "accelerate: is of engine: accelerate alone"),

@@ -120,7 +120,8 @@ def test_attention_prints_a_line_per_kernel_and_marks_the_chosen_one() -> None:
 def test_optimizer_prints_a_line_per_way_and_a_table() -> None:
     done = benchmark(OPTIMIZER, "--models", "llama-cpu", "--rounds", "1", *TINY)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["way"] for row in rows] == ["fused", "foreach", "for-loop", "norm", "scale", "clip_grad_norm_"]
+    ways = ["fused", "foreach", "for-loop", "bf16 moments", "muon", "norm", "scale", "clip_grad_norm_"]
+    assert [row["way"] for row in rows] == ways
     for row in rows:
         assert row["ratio"] == pytest.approx(rows[0]["seconds"] / row["seconds"], rel=1e-3)
         assert row["of_copy"] == pytest.approx(row["bytes_per_second"] / row["copy"], rel=1e-3)

@@ -20,7 +20,9 @@ from dist_llm.models import attention, decoder
 from dist_llm.models.visibility import Visibility
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
+from dist_llm.optim.muon import orthogonalized
 from dist_llm.parallel import context, mesh, parallelize, pipeline, shard, tensor
+from dist_llm.parallel.owners import Owners
 from dist_llm.train import step
 
 BUGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
@@ -258,10 +260,7 @@ def vocabulary_padding_is_scored() -> Iterator[Any]:
 
 @bug
 def every_rank_initialised_with_the_same_shard() -> Iterator[Any]:
-    def at_zero(shape: Any, mesh: Any, placements: Any) -> Any:
-        return shape, (0,) * len(shape)
-
-    with patch.object(parallelize, "compute_local_shape_and_global_offset", at_zero):
+    with patch.object(parallelize, "place", lambda tensor: (mesh.local(tensor), (0,) * tensor.ndim)):
         yield
 
 
@@ -319,4 +318,35 @@ def gradients_of_head_norms_are_not_reduced() -> Iterator[Any]:
 def compiled_blocks_are_handed_an_asynchronous_embedding() -> Iterator[Any]:
     """torch's own trap: the embedding's gradient is lost, without an error."""
     with patch.object(tensor, "_wait", lambda module, inputs, output: output):
+        yield
+
+
+@bug
+def shares_made_orthogonal_each_by_itself() -> Iterator[Any]:
+    def alone(self: Owners, updates: Any) -> Any:
+        parts = [mesh.local(update) for update in updates]
+        for part, made in zip(parts, orthogonalized(parts), strict=True):
+            part.copy_(made)
+        return updates
+
+    with patch.object(Owners, "__call__", alone):
+        yield
+
+
+@bug
+def shares_handed_back_to_the_wrong_rank() -> Iterator[Any]:
+    """Shares of a matrix that are alike in shape, so that nothing but the values is wrong."""
+    real = Owners.__init__
+
+    def swapped(self: Owners, *args: Any) -> None:
+        real(self, *args)
+        self.returned = self.returned[::-1]
+
+    with patch.object(Owners, "__init__", swapped):
+        yield
+
+
+@bug
+def moments_rounded_by_the_place_in_the_share() -> Iterator[Any]:
+    with patch("dist_llm.engines.native.place", lambda tensor: (mesh.local(tensor), (0,) * tensor.ndim)):
         yield

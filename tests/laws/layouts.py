@@ -238,3 +238,5 @@ SGD = {"name": "sgd", "lr": 1.0, "weight_decay": 0.0, "clip": 0.0}
 CLIPPED_SGD = {"name": "sgd", "lr": 1.0, "weight_decay": 0.0, "clip": 0.05}
 # A large eps: where a gradient is rounding, AdamW would turn its sign into a whole step.
 ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "clip": 0.05, "eps": 1e-5}
+MUON = ADAMW | {"name": "muon", "lr": 1e-2}
+BF16_MOMENTS = ADAMW | {"moments": "bf16"}

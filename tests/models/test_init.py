@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from dist_llm.models import init
+from dist_llm import chance
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.init import Rule, fill, rule_for
 
@@ -94,7 +94,7 @@ def test_a_slice_is_the_full_tensors_slice(rule, data):
 def test_chunks_do_not_show(monkeypatch):
     whole = drawn(NORMAL, (50, 7))
     for chunk in (1, 7, 20, 349):
-        monkeypatch.setattr(init, "CHUNK", chunk)
+        monkeypatch.setattr(chance, "CHUNK", chunk)
         assert torch.equal(drawn(NORMAL, (50, 7)), whole)
 
 

@@ -1,0 +1,41 @@
+"""Random numbers that are a function of what they are for: a name and an element, whatever rank asks."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 20  # elements at a time, so that temporaries stay in cache
+
+
+def key_of(text: str) -> int:
+    """64 bits of `text`, signed."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def numbered(local: Tensor, shape: Sequence[int], offset: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of `local` at a time, each with the numbers of its elements in the whole tensor of `shape`.
+
+    `local`, of one or two dimensions, is the slice of the whole at `offset`.
+    """
+    width = local.shape[1] if local.ndim == 2 else 1
+    per_chunk = max(1, CHUNK // max(1, width))
+    for start in range(0, local.shape[0], per_chunk):
+        rows = slice(start, min(start + per_chunk, local.shape[0]))
+        numbers = torch.arange(rows.start, rows.stop, device=local.device) + offset[0]
+        if local.ndim == 2:
+            numbers = numbers[:, None] * shape[1] + torch.arange(width, device=local.device) + offset[1]
+        yield rows, numbers
+
+
+def mix(words: Tensor) -> Tensor:
+    """The finaliser of splitmix64, on int64 whose products wrap; shifts made logical by the masks."""
+    words = words + _signed(0x9E3779B97F4A7C15)
+    words = (words ^ ((words >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    words = (words ^ ((words >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return words ^ ((words >> 31) & ((1 << 33) - 1))
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >= 1 << 63 else word

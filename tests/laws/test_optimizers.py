@@ -1,0 +1,50 @@
+"""Muon, and moments in bf16: every layout takes the steps of one process."""
+
+import pytest
+
+from tests.laws.law import config_of, hold, merged, reference, trace
+from tests.laws.layouts import BF16_MOMENTS, CHOSEN, MODELS, MUON, Layout
+from tests.laws.worlds import world
+
+MORE = [
+    Layout(2, {"dp_replicate": 2}),
+    Layout(4, {"dp_replicate": 2, "dp_shard": 2}, "gpt"),
+    Layout(2, {"tp": 2}, "t5"),
+    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, micro=6),
+]
+
+
+@pytest.mark.parametrize("layout", [*CHOSEN, *MORE], ids=str)
+def test_muon_on_every_layout(layout: Layout) -> None:
+    hold(layout, MUON, steps=3)
+
+
+@pytest.mark.parametrize("name", ["shares_made_orthogonal_each_by_itself", "shares_handed_back_to_the_wrong_rank"])
+def test_a_planted_bug_breaks_the_law_of_muon(name: str) -> None:
+    with pytest.raises(AssertionError, match="off by"):
+        hold(Layout(2, {"dp_shard": 2}), MUON, steps=3, bug=name)
+
+
+@pytest.mark.parametrize("layout", [*CHOSEN[::2], *MORE], ids=str)
+def test_moments_in_bf16_on_every_layout(layout: Layout) -> None:
+    """Their rounding is the element's own, so those few alone differ whose fp32 values lie on two sides of a chance."""
+    assert differing(layout) < 0.01
+
+
+def test_moments_rounded_by_the_place_in_the_share_break_the_law() -> None:
+    assert differing(Layout(2, {"dp_shard": 2}), "moments_rounded_by_the_place_in_the_share") > 0.1
+
+
+def differing(layout: Layout, bug: str | None = None) -> float:
+    """The share of weights that are more than 1e-5 off after five steps; none may be off by more than rounding can."""
+    micro, parallel = {"micro_batch": layout.micro}, layout.parallel
+    config = config_of(layout.ranks, MODELS[layout.model], optim=BF16_MOMENTS, parallel=parallel, data=micro)
+    got, want = merged(world(layout.ranks).run(trace, config, 5, bug)), reference(config, 5)
+    count = off = 0
+    for name, wanted in want.parameters[-1].items():
+        # A key's bias without rope has no gradient but rounding, and stays near its zero.
+        away = (got.parameters[-1][name] - wanted).abs() / wanted.abs().max().clamp(min=1e-4)
+        assert away.max() < 2e-3, f"{name}: off by {away.max():.1e}"
+        off += int((away > 1e-5).sum())
+        count += wanted.numel()
+    return off / count
