@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from dist_llm.data.remote import sync_directory
+from dist_llm.errors import CheckpointError
 
 BLOCK_BYTES = 1 << 22
+WRITERS = 2  # threads, each with a file of its own: a hash takes as long as the disk does
 
 
 class Folder:
@@ -116,12 +122,21 @@ class FolderReader(filesystem.FileSystemReader):
 class FolderWriter(filesystem.FileSystemWriter):
     """torch's writer, into a folder anywhere; `written` is what this rank wrote, by name."""
 
-    def __init__(self, folder: Folder, one_file: bool = True) -> None:
+    def __init__(self, folder: Folder, few_files: bool = True) -> None:
         # Nothing is copied ahead: that would be on the stream of another device than this rank's, in a thread.
-        super().__init__(folder.path, one_file, sync_files=folder.local is not None, per_thread_copy_ahead=0)
+        durable, threads = folder.local is not None, WRITERS if few_files else 1
+        super().__init__(folder.path, few_files, durable, thread_count=threads, per_thread_copy_ahead=0)
         self.path = folder.path
         self.files = _Files(folder.fs)
         self.fs = self.files  # type: ignore[assignment]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Raises what went wrong in any thread, which torch would leave there."""
+        with _no_crc32():
+            done = super().write_data(plan, planner)
+        if len(done.value()) < len(plan.items):
+            raise self.problem or CheckpointError("a thread that writes tensors failed; its error is above")
+        return done
 
     @property
     def problem(self) -> OSError | None:
@@ -131,6 +146,17 @@ class FolderWriter(filesystem.FileSystemWriter):
     @property
     def written(self) -> dict[str, Written]:
         return {path.rpartition("/")[2]: written for path, written in self.files.written.items()}
+
+
+@contextmanager
+def _no_crc32() -> Generator[None, None, None]:
+    """torch.save's own checksum takes longer than the write; every byte is hashed here anyway."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _Files(filesystem.FileSystemBase):

@@ -88,7 +88,7 @@ class Copies:
 class Writing(threading.Thread):
     """One checkpoint on its way to `folder`. `values` are what to write for `state`, which says what lies where.
 
-    `afterwards` is called on rank 0 once it is committed. A rank writes `one_file`, or else one for each tensor, and
+    `afterwards` is called on rank 0 once it is committed. A rank writes `few_files`, or else one for each tensor, and
     then no more than one at a time is held here.
     """
 
@@ -100,11 +100,11 @@ class Writing(threading.Thread):
         values: Mapping[str, Any],
         files: Mapping[str, bytes],
         afterwards: Callable[[], None] = lambda: None,
-        one_file: bool = True,
+        few_files: bool = True,
     ) -> None:
         super().__init__(name=f"writes {folder.name}", daemon=True)
         self.team, self.folder, self.state, self.values, self.files = team, folder, state, values, files
-        self.afterwards, self.one_file = afterwards, one_file
+        self.afterwards, self.few_files = afterwards, few_files
         self.error: CheckpointError | None = None
         self.committed = False
 
@@ -125,7 +125,7 @@ class Writing(threading.Thread):
 
     def _write(self) -> None:
         team, folder = self.team, self.folder
-        writer = FolderWriter(folder, self.one_file)
+        writer = FolderWriter(folder, self.few_files)
         try:
             team.each(lambda: self._begin() if team.main else None)
             team.each(lambda: self._tensors(writer))

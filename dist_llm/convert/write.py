@@ -56,7 +56,7 @@ def _remove(path: Path) -> None:
 def write_native(directory: Path, weights: Weights, files: Mapping[str, bytes]) -> None:
     """A checkpoint of ours, all in fp32, with small files beside the tensors."""
     state = {name: torch.empty(shape, device="meta") for name, shape in weights.shapes.items()}
-    writing = Writing(Team(), Folder(directory), state, _Floats(weights), files, one_file=False)
+    writing = Writing(Team(), Folder(directory), state, _Floats(weights), files, few_files=False)
     writing.start()
     writing.finish()
 

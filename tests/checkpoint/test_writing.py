@@ -9,10 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 import torch
+from torch.distributed.checkpoint import filesystem
 
 from dist_llm.checkpoint import store, writing
 from dist_llm.checkpoint.folder import Folder, FolderWriter
@@ -174,6 +176,26 @@ def test_a_rank_that_cannot_write_is_named_on_all(rank: int, tmp_path: Path) -> 
     assert f"step_00000002: cannot be written: rank {rank}: [Errno 27] File too large" in first
     assert "Make room" in first
     assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_writers_thread_that_fails_is_not_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch starts more threads than the one it looks at; what one of them lacks, the others' files do not make up."""
+    real, kept, tried = filesystem._write_item, CheckpointStore(tmp_path), threading.Event()
+
+    def failing(*args: Any, **keywords: Any) -> Any:
+        if not threading.current_thread().name.startswith("writes "):
+            tried.set()
+            raise ValueError("no such luck")
+        tried.wait(10)  # until the other has a file
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(filesystem, "_write_item", failing)
+    kept.save(engine_at(1).state, Progress(1), {})
+    with pytest.raises(CheckpointError, match="a thread that writes tensors failed; its error is above"):
+        kept.finish()
+    assert tried.is_set()
+    assert not kept.committed()
 
 
 def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
