@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from dist_llm.config.schema import ModelConfig
@@ -41,7 +42,7 @@ class Block(nn.Module):
         """[B, S, D] -> [B, S, D]. `survive_B` is what each row's sublayers are multiplied with: stochastic depth."""
 
         def step(x_BSD: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-            out_BSD = self.dropout(sublayer(norm(x_BSD) if self.pre else x_BSD))
+            out_BSD = self.dropout(sublayer(rounded(norm(x_BSD) if self.pre else x_BSD)))
             x_BSD = x_BSD + (out_BSD if survive_B is None else out_BSD * survive_B[:, None, None].to(out_BSD.dtype))
             return x_BSD if self.pre else norm(x_BSD)
 
@@ -50,3 +51,9 @@ class Block(nn.Module):
             assert self.norm_cross is not None
             x_BSD = step(x_BSD, self.norm_cross, lambda x: cross(x, memory_BTD, visible_memory, cache))
         return step(x_BSD, self.norm_feedforward, self.feedforward)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """In the type that products have under autocast: once, and not for each of those that take it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
