@@ -22,6 +22,7 @@ FITTING = {
     "encoder_decoder": ("prefix", "span"),
 }
 TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # each rank holds two stages
+SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv")  # gradients of activations first, of weights later
 
 
 @dataclass(frozen=True)
@@ -355,7 +356,7 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
             f"{stages} stages ({parallel.pp_schedule}) need as many blocks, but the model has {blocks}; "
             f"pp can be at most {blocks * parallel.pp // stages or 1}",
         )
-    if config.model.architecture == "encoder_decoder" and parallel.pp_schedule in ("interleaved_zero_bubble", "zbv"):
+    if config.model.architecture == "encoder_decoder" and parallel.pp_schedule in SPLIT_BACKWARD:
         yield Violation(
             ("parallel.pp_schedule", "model.architecture"),
             f"{parallel.pp_schedule} splits backward in two, which torch cannot do where the encoder's output is "
@@ -383,9 +384,15 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
             ("parallel.reduce_each_microbatch", "parallel.pp"),
             "a pipeline's schedule reduces once, after its last microbatch; set it to false, or pp to 1",
         )
-    if config.compile and parallel.pp_schedule in ("interleaved_zero_bubble", "zbv"):
+    if config.compile and parallel.pp_schedule in SPLIT_BACKWARD:
         yield Violation(
             ("parallel.pp_schedule", "compile"),
             f"{parallel.pp_schedule} splits backward in two, which torch cannot do with compiled blocks; "
             "set compile to false, or pp_schedule to 1f1b or interleaved_1f1b",
+        )
+    if parallel.recompute == "selective" and parallel.pp_schedule in SPLIT_BACKWARD:
+        yield Violation(
+            ("parallel.recompute", "parallel.pp_schedule"),
+            f"{parallel.pp_schedule} goes backward through a block twice, but what selective keeps is there once; "
+            "set recompute to full or none, or pp_schedule to 1f1b or interleaved_1f1b",
         )

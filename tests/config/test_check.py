@@ -47,6 +47,18 @@ def test_a_sound_config_breaks_no_rule(world):
 
 
 RULES = [
+    (
+        {
+            "parallel__pp": 2,
+            "parallel__pp_schedule": "zbv",
+            "parallel__recompute": "selective",
+            "model__n_layers": 4,
+            "data__micro_batch": 3,
+        },
+        2,
+        "parallel.recompute",
+        "set recompute to full or none, or pp_schedule to 1f1b or interleaved_1f1b",
+    ),
     ({"checkpoint__keep_best": 1}, 1, "checkpoint.keep_best", "eval.every is 0 and checkpoint.every 500"),
     ({"checkpoint__keep_best": 1, "eval__every": 300}, 1, "checkpoint.keep_best", "set eval.every to a divisor of it"),
     ({"optim__moments": "bf16", "optim__name": "sgd"}, 1, "optim.moments", "sgd has no such moments; set fp32"),
