@@ -36,6 +36,7 @@ from dist_llm.parallel.digest import differing
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.train.audit import Audit
 from dist_llm.train.evaluate import Heldout, evaluate
+from dist_llm.train.garbage import Garbage
 from dist_llm.train.guard import Guard
 from dist_llm.train.replay import replay
 from dist_llm.train.step import train_step
@@ -92,7 +93,7 @@ class Trainer:
         """
         config, told = self.config, signals.told
         self.recorder.restart_clock(self.progress.tokens)
-        with self.sinks, self.stragglers:  # closed at the end, whatever it is
+        with self.sinks, self.stragglers, Garbage() as garbage:  # closed at the end, whatever it is
             if self.progress.step == 0 and self.guard.rewinds:
                 self.save()  # something to go back to
             while self.progress.step < config.run.steps and not told:
@@ -105,11 +106,14 @@ class Trainer:
                 last = step == config.run.steps
                 if step % config.log.every == 0 or last:
                     self.flush()
+                    garbage.collect()
                 if last or (config.eval.every and step % config.eval.every == 0 and not told):
                     self.evaluate()
+                    garbage.collect(everything=True)
                 if last or told or (config.checkpoint.every and step % config.checkpoint.every == 0):
                     self.watchdog.beat(f"the checkpoint of step {step}", SLOW)
                     self.save()
+                    garbage.collect(everything=True)
             self.watchdog.beat("writing the last checkpoint", SLOW)
             self.store.finish()
         if told:
