@@ -56,6 +56,7 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
         *_check_schedule(config),
         *_check_checkpoints(config),
         *_check_optim(config),
+        *_check_budget(config.parallel),
         *check_guard(config),
         *check_engine(config, world_size),
     ]
@@ -290,6 +291,14 @@ def _check_layout(config: Config, world_size: int, tokenizer_size: int) -> Itera
     yield from _check_tensor(config, tokenizer_size)
     yield from _check_context(config)
     yield from _check_pipeline(config, sizes["dp_replicate"] * sizes["dp_shard"])
+
+
+def _check_budget(parallel: ParallelConfig) -> Iterator[Violation]:
+    if parallel.activations_gib and parallel.recompute != "none":
+        yield Violation(
+            ("parallel.activations_gib", "parallel.recompute"),
+            "the budget chooses what each block computes again; set recompute to none, or activations_gib to 0",
+        )
 
 
 def _check_batch(config: Config, ranks: int) -> Iterator[Violation]:

@@ -7,7 +7,7 @@ from dist_llm.config.deepspeed import check_deepspeed
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import AccelerateConfig, Config, DeepSpeedConfig
 
-FSDP_KEYS = {"reshard": "default", "reduce_each_microbatch": False, "cpu_offload": False}
+FSDP_KEYS = {"reshard": "default", "reduce_each_microbatch": False, "cpu_offload": False, "activations_gib": 0.0}
 
 
 def check_engine(config: Config, ranks: int) -> Iterator[Violation]:

@@ -250,6 +250,11 @@ class ParallelConfig(Section):
     recompute_budget: Annotated[float, Field(ge=0.0, le=1.0)] = key(
         "with compile: share of activations each block may keep, the cheapest to recompute dropped first", 1.0
     )
+    activations_gib: Annotated[float, Field(ge=0.0)] = key(
+        "GiB that a rank's blocks may keep for backward, of all microbatches in flight: recompute is chosen for each "
+        "block, as little as possible; 0: no budget",
+        0.0,
+    )
 
 
 class DeepSpeedConfig(Section):

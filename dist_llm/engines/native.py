@@ -14,12 +14,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dist_llm.checkpoint.state import Held, State
+from dist_llm.config.check import SPLIT_BACKWARD
 from dist_llm.config.schema import Config
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
 from dist_llm.optim.build import build_optimizer, matrices
 from dist_llm.optim.muon import Orthogonalize, orthogonalized
 from dist_llm.optim.scale import LossScale
+from dist_llm.parallel.budget import fit
 from dist_llm.parallel.context import local_part
 from dist_llm.parallel.digest import Copies
 from dist_llm.parallel.mesh import DATA_AXES, SHARD_AXES, build_mesh, gather, local, place, settle_gradients, sum_over
@@ -39,6 +41,7 @@ class NativeEngine:
         self.pipeline: Pipeline | None = None
         if self.mesh is not None and config.parallel.pp > 1:
             self.pipeline = Pipeline(config, self.mesh, self.parts, device)
+        self.fitted = not config.parallel.activations_gib
         self.loss_scale = LossScale() if config.precision == "fp16" else None
         self.optimizer = self._optimizer()
         # Where activations are equal on the tensor ranks, so must their dropout be; else it must differ.
@@ -103,6 +106,8 @@ class NativeEngine:
     def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
         for part in self.parts:
             part.train()
+        if not self.fitted:
+            self._fit(batches[0], step)
         scale = self.loss_scale.value if self.loss_scale else 1.0
         scored = scored.clamp(min=1) / scale
         if self.pipeline is None:
@@ -116,6 +121,23 @@ class NativeEngine:
         if self.pipeline is not None:
             self.pipeline.reduce_tied()
         return losses / scale
+
+    def _fit(self, batch: Batch, step: int) -> None:
+        """Choose which blocks are computed again, once, by what the first microbatch keeps: all have its shape."""
+        self._seed(step, 0)
+        pipeline, parallel = self.pipeline, self.config.parallel
+
+        def forward() -> list[Tensor]:
+            if pipeline is not None:
+                return pipeline.rehearse(batch)
+            self._forward(batch)
+            return []
+
+        split = parallel.pp > 1 and parallel.pp_schedule in SPLIT_BACKWARD
+        held = sum if pipeline is None else pipeline.most_held
+        with self._precision():
+            fit(self.parts, forward, held, self.mesh, parallel.activations_gib, not self.config.compile and not split)
+        self.fitted = True
 
     def _accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
         """One microbatch after another; gradients are reduced with the last, or with each."""

@@ -36,8 +36,8 @@ def lay_out(model: Decoder, config: Config, mesh: DeviceMesh | None) -> None:
         tensor_parallel(model, mesh["tp"], parallel.sequence_parallel)
     if config.compile:
         compile_blocks(model, parallel)
-    if parallel.recompute != "none":
-        recompute_blocks(model, parallel)
+    if parallel.recompute != "none" or parallel.activations_gib:
+        recompute_blocks(model, parallel.recompute)
     if mesh is not None and any(mesh[axis].size() > 1 for axis in DATA_AXES):
         shard(model, config, mesh)
 

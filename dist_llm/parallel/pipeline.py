@@ -23,6 +23,8 @@ SCHEDULES = {
     "interleaved_zero_bubble": schedules.ScheduleInterleavedZeroBubble,
     "zbv": schedules.ScheduleZBVZeroBubble,
 }
+FORWARD = schedules.FORWARD
+BACKWARDS = (schedules.FULL_BACKWARD, schedules.BACKWARD_WEIGHT)
 
 
 def stage_count(schedule: str, ranks: int) -> int:
@@ -129,6 +131,33 @@ class Pipeline:
                 for x in hidden:
                     dist.send(x.float().contiguous(), group=self.group, group_dst=self.owner(number + 1))
         return hidden[0] if self.last else torch.zeros(len(batch.inputs_BS), device=self.device)
+
+    def rehearse(self, batch: Batch) -> list[Tensor]:
+        """This rank's stages on one microbatch, each by itself. Returns what others would hand over, made up."""
+        inbox: list[Tensor] = []
+        for number, part in self.parts.items():
+            hidden: tuple[Tensor, ...] = (batch.inputs_BS,)
+            if number > 0:
+                shapes = self._hidden_shapes(batch, number)
+                hidden = tuple(torch.zeros(shape, device=self.device, requires_grad=True) for shape in shapes)
+                inbox += hidden
+            part(*hidden, **_arguments(batch))
+        return inbox
+
+    def most_held(self, sizes: Sequence[int]) -> int:
+        """The most that is held at once over the schedule, of what one microbatch keeps of each stage.
+
+        Until backward is through with it, and where backward is in two, through with the weights.
+        """
+        held = most = 0
+        each = dict(zip(self.parts, sizes, strict=True))
+        for action in self.schedule.pipeline_order[dist.get_rank(self.group)]:
+            if action is not None and action.computation_type is FORWARD:
+                held += each[action.stage_index]
+            elif action is not None and action.computation_type in BACKWARDS:
+                held -= each[action.stage_index]
+            most = max(most, held)
+        return most
 
     def owner(self, number: int) -> int:
         """The pipeline rank that holds a stage."""

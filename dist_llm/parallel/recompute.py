@@ -1,11 +1,16 @@
 """Activation checkpointing and compilation of the blocks, without a wrapper: parameter names stay as they are."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch._functorch import config as functorch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -15,6 +20,8 @@ from torch.utils.checkpoint import (
 
 from dist_llm.config.schema import ParallelConfig
 from dist_llm.models.decoder import Decoder
+
+Choice = Literal["none", "selective", "full"]
 
 # Dear to compute, so kept: matrix products, every kernel of attention, and sums over tensor ranks.
 KEPT_OPS = {
@@ -37,13 +44,58 @@ def compile_blocks(model: Decoder, parallel: ParallelConfig) -> None:
         block.forward = torch.compile(block.forward)
 
 
-def recompute_blocks(model: Decoder, parallel: ParallelConfig) -> None:
-    """Keep a block's input alone (full), or also what `KEPT_OPS` gave (selective)."""
-    contexts: Callable[[], Any] = noop_context_fn
-    if parallel.recompute == "selective":
-        contexts = partial(create_selective_checkpoint_contexts, _policy)
+def recompute_blocks(model: Decoder, choice: Choice) -> None:
+    """All blocks alike; a budget may choose for each anew (`budget.py:fit`)."""
     for block in model.blocks.values():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+        block.forward = Recomputed(block.forward, choice)
+
+
+class Recomputed:
+    """A block's forward: keeps all (none), its input alone (full), or also what `KEPT_OPS` gave (selective).
+
+    With a `ledger`, what it keeps is written down there, each storage with its bytes, and is not kept.
+    """
+
+    def __init__(self, forward: Callable[..., Tensor], choice: Choice) -> None:
+        self.forward, self.choice = forward, choice
+        self.ledger: dict[StorageWeakRef, int] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        outputs: list[dict[Any, list[Any]]] = []  # of a selective forward: what is kept beside its input
+
+        def contexts() -> Any:
+            both = create_selective_checkpoint_contexts(_policy)
+            outputs.append(both[0].storage)
+            return both
+
+        with nullcontext() if self.ledger is None else saved_tensors_hooks(self._note, _lost):
+            if self.choice == "none":
+                return self.forward(*args, **kwargs)
+            context_fn = contexts if self.choice == "selective" else noop_context_fn
+            found: Tensor = checkpoint(self.forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+        if self.ledger is not None:
+            for kept in outputs:
+                self._note([getattr(each, "val", None) for each in pytree.tree_leaves(dict(kept))])
+                kept.clear()
+        return found
+
+    def _note(self, kept: Any) -> None:
+        assert self.ledger is not None
+        for storage in storages(kept):
+            self.ledger[StorageWeakRef(storage)] = storage.nbytes()
+
+
+def storages(value: Any) -> Iterator[torch.UntypedStorage]:
+    """Of all tensors in there; of a DTensor, and of what a collective has not brought yet, the one inside."""
+    for each in pytree.tree_leaves(value):
+        if isinstance(each, Tensor) and is_traceable_wrapper_subclass(each):
+            yield from storages([getattr(each, name) for name in each.__tensor_flatten__()[0]])
+        elif isinstance(each, Tensor):
+            yield each.untyped_storage()
+
+
+def _lost(_: Any) -> Tensor:
+    raise AssertionError("what was only written down cannot go backward")
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

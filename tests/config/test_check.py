@@ -48,6 +48,12 @@ def test_a_sound_config_breaks_no_rule(world):
 
 RULES = [
     (
+        {"parallel__activations_gib": 1.0, "parallel__recompute": "full"},
+        1,
+        "parallel.activations_gib",
+        "the budget chooses what each block computes again; set recompute to none, or activations_gib to 0",
+    ),
+    (
         {
             "parallel__pp": 2,
             "parallel__pp_schedule": "zbv",
