@@ -1,7 +1,7 @@
 """A step of any layout reads in at most fifteen files: from its microbatches to the new weights.
 
 Making the microbatches is the loader's, ahead of the step and in a thread of its own, the same on every
-layout: four files, counted apart.
+layout: four files, counted apart. So is the one of products in float8.
 """
 
 import sys
@@ -104,3 +104,16 @@ def test_a_step_reads_in_at_most_fifteen_files(ranks: int, parallel: dict[str, A
         assert batch | {"data/order.py", "data/plan.py"} == BATCH  # places are found for many steps at a time
         assert {"train/step.py", "engines/native.py", "models/block.py"} <= step
         assert len(step) <= MOST, f"rank {rank} needs {len(step)} files: {', '.join(sorted(step))}"
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, {}), (4, {"pp": 2, "tp": 2})], ids=str)
+def test_float8_is_one_file_more(ranks: int, parallel: dict[str, Any], corpus: Path) -> None:
+    data = {"path": str(corpus), "prefetch": 0, "micro_batch": 6}
+    model = {"tie_embeddings": True, "n_kv_heads": 8, "d_ff": 64}
+    found = []
+    for fp8 in (False, True):
+        config = config_of(ranks, model, optim=ADAMW, data=data, parallel=parallel, precision="bf16", fp8=fp8)
+        found.append(world(ranks).run(files_of, config) if ranks > 1 else [files_of(config)])
+    for (_, without), (_, step) in zip(*found, strict=True):
+        assert step - without == {"parallel/fp8.py"}, "where there are fifteen without it, they are sixteen"
+        assert len(without) <= MOST

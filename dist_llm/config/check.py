@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dist_llm.config.check_data import check_data
 from dist_llm.config.check_engine import check_axes, check_engine
+from dist_llm.config.check_fp8 import check_fp8, check_fp8_sizes
 from dist_llm.config.check_guard import check_guard
 from dist_llm.config.lengths import extra_ids, inputs_len, lengths
 from dist_llm.config.load import Violation
@@ -59,6 +60,7 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
         *_check_budget(config.parallel),
         *check_guard(config),
         *check_engine(config, world_size),
+        *check_fp8(config),
     ]
     layout = list(_check_layout(config, world_size, tokenizer_size))
     if layout and (fitting := nearest_layouts(config, world_size, tokenizer_size)):
@@ -289,6 +291,7 @@ def _check_layout(config: Config, world_size: int, tokenizer_size: int) -> Itera
         )
     yield from _check_batch(config, sizes["dp_replicate"] * sizes["dp_shard"])
     yield from _check_tensor(config, tokenizer_size)
+    yield from check_fp8_sizes(config, derived_d_ff(config.model))
     yield from _check_context(config)
     yield from _check_pipeline(config, sizes["dp_replicate"] * sizes["dp_shard"])
 

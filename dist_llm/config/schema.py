@@ -357,6 +357,11 @@ class Config(Section):
     precision: Literal["fp32", "bf16", "fp16"] = key(
         "compute type (fp16 with a dynamic loss scale); weights, reduction and moments stay fp32", "fp32"
     )
+    fp8: bool = key(
+        "precision: bf16, engine: native: the blocks' matrix products in float8, each tensor with a scale of its own; "
+        "needs GPUs of compute capability 8.9 or later, and is emulated on a CPU",
+        False,
+    )
     compile: bool = key("torch.compile each block", False)
     engine: Literal["native", "deepspeed", "accelerate"] = key("who runs the step", "native")
     deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig, description="DeepSpeed, as or in an engine")

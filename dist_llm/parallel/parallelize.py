@@ -9,6 +9,7 @@ from dist_llm.models.build import build_model
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.init import fill, rule_for
 from dist_llm.parallel.context import context_parallel
+from dist_llm.parallel.fp8 import check_device, float8_blocks
 from dist_llm.parallel.mesh import DATA_AXES, place
 from dist_llm.parallel.pipeline import split_layers, stage_count, stages_of
 from dist_llm.parallel.recompute import compile_blocks, recompute_blocks
@@ -18,6 +19,8 @@ from dist_llm.parallel.tensor import tensor_parallel
 
 def build_parts(config: Config, mesh: DeviceMesh | None, device: torch.device) -> list[Decoder]:
     """This rank's parts of the model: one, or one per pipeline stage that it holds."""
+    if config.fp8:
+        check_device(device)
     parts = _cut(config, mesh)
     for part in parts:
         lay_out(part, config, mesh)
@@ -30,6 +33,8 @@ def lay_out(model: Decoder, config: Config, mesh: DeviceMesh | None) -> None:
     """The order matters: kernels and splits change what a block is, recomputation wraps what was
     compiled, FSDP hooks into all of it. Values are set after, on the share that a rank has."""
     parallel = config.parallel
+    if config.fp8:
+        float8_blocks(model)
     if mesh is not None and parallel.cp > 1:
         context_parallel(model, mesh["cp"])
     if mesh is not None and parallel.tp > 1:

@@ -40,6 +40,11 @@ REFUSED = [
         "precision: fp16 is not supported under engine: deepspeed; set bf16",
     ),
     (
+        {"engine": "deepspeed", "precision": "bf16", "fp8": True},
+        "fp8: true under engine: deepspeed; set it to false, or engine to native",
+    ),
+    ({"engine": "accelerate", "precision": "bf16", "fp8": True}, "fp8: true under engine: accelerate; set it to false"),
+    (
         {"engine": "deepspeed", "precision": "bf16", "deepspeed": {"stage": 0}},
         "deepspeed.stage: at stage 0 with bf16 DeepSpeed takes an optimizer step of its own before the first",
     ),

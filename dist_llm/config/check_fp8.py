@@ -1,0 +1,42 @@
+"""Where products in float8 cannot be."""
+
+from collections.abc import Iterator
+
+from dist_llm.config.load import Violation
+from dist_llm.config.schema import Config
+
+MULTIPLE = 16  # of which the kernels want all sizes of a product to be
+
+
+def check_fp8(config: Config) -> Iterator[Violation]:
+    """What `fp8` does not go with, whatever the layout."""
+    if config.fp8 and config.precision != "bf16":
+        yield Violation(
+            ("fp8", "precision"),
+            f"true with precision {config.precision}: what is not in float8 is in bf16; set precision to "
+            "bf16, or fp8 to false",
+        )
+    if config.fp8 and config.engine != "native":
+        yield Violation(("fp8", "engine"), f"true under engine: {config.engine}; set it to false, or engine to native")
+
+
+def check_fp8_sizes(config: Config, d_ff: int) -> Iterator[Violation]:
+    """What a rank holds of each matrix of the blocks has sides that the kernels take. `d_ff` is the derived one."""
+    model, tp = config.model, config.parallel.tp
+    if not config.fp8:
+        return
+    head_dim = model.head_dim or model.d_model // model.n_heads
+    sides: tuple[tuple[tuple[str, ...], int, int], ...] = (
+        (("model.d_model",), model.d_model, 1),
+        (("model.n_heads", "model.head_dim"), model.n_heads * head_dim, tp),
+        (("model.n_kv_heads", "model.head_dim"), (model.n_kv_heads or model.n_heads) * head_dim, tp),
+        (("model.d_ff",), d_ff, tp),
+    )
+    for keys, side, ranks in sides:
+        if side % ranks == 0 and side // ranks % MULTIPLE:
+            split = f", {side // ranks} on a rank of tp {ranks}," if ranks > 1 else ""
+            yield Violation(
+                (*keys, *(("parallel.tp",) if ranks > 1 else ()), "fp8"),
+                f"a matrix with a side of {side}{split} is not multiplied in float8, which takes multiples of "
+                f"{MULTIPLE}; change it, or set fp8 to false",
+            )

@@ -1,0 +1,119 @@
+"""The blocks' matrix products in float8: inputs and weights in e4m3, gradients in e5m2 (Micikevicius et al. 2022).
+
+A tensor is rounded as a whole, at each use: multiplied by the largest power of two that keeps its largest element in
+float8's range, which is found on the device. What an element is rounded to then does not hang on its neighbours, unless
+it is 2^14 times smaller than the largest (in e5m2: 2^29 times). So how rows and columns are split over microbatches and
+ranks makes no difference but there. A GPU multiplies float8; elsewhere it is emulated by products of the same rounded
+numbers in bf16, which holds them exactly.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from dist_llm.config.check_fp8 import MULTIPLE
+from dist_llm.errors import ConfigError
+from dist_llm.models.decoder import Decoder
+
+# M tokens  K inputs  N outputs of a layer
+
+INPUT, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
+LEAST = 2.0**-100  # a largest element below it counts as this, so that the scale is finite
+EXPONENT = 0x7F800000  # the bits of fp32 that make it a power of two
+
+
+def float8_blocks(model: Decoder) -> None:
+    """Every linear layer of the blocks multiplies in float8; names and weights stay."""
+    for block in model.blocks.values():
+        for module in block.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Float8Linear
+
+
+def check_device(device: torch.device) -> None:
+    """Raises ConfigError unless this GPU multiplies the two kinds of float8 above."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.cuda is None or capability < (8, 9):
+        what = ".".join(map(str, capability)) if torch.version.cuda else "of another maker"
+        raise ConfigError(
+            f"fp8: {torch.cuda.get_device_name(device)} (compute capability {what}) has no products in float8; they "
+            "take NVIDIA's GPUs of 8.9 or later (Ada, Hopper, Blackwell). Set fp8 to false"
+        )
+
+
+class Float8Linear(nn.Linear):
+    """A linear layer, whole or tensor parallel; inputs of any float type, outputs in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        y = self._split(x) if isinstance(x, DTensor) else linear(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _split(self, x: DTensor) -> Tensor:
+        """Each rank multiplies what it holds: all inputs to some outputs, or some inputs to parts of sums."""
+        weight = self.weight
+        assert isinstance(weight, DTensor)
+        columns, last = weight.placements == (Shard(0),), x.ndim - 1
+        assert x.placements == ((x.placements[0],) if columns else (Shard(last),))
+        x_here = x.to_local(grad_placements=(Partial(),)) if columns else x.to_local()
+        result: Placement = Shard(last) if columns else Partial()
+        return DTensor.from_local(linear(x_here, weight.to_local()), x.device_mesh, (result,), run_check=False)
+
+
+def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """[..., K] -> [..., N] in bf16, by products in float8."""
+    x_MK = x.to(torch.bfloat16).flatten(0, -2)
+    tokens = len(x_MK)
+    if tokens % MULTIPLE:  # K and N were checked with the config
+        x_MK = F.pad(x_MK, (0, 0, 0, -tokens % MULTIPLE))
+    y_MN: Tensor = _Linear.apply(x_MK, weight_NK)  # type: ignore[no-untyped-call]
+    return y_MN[:tokens].unflatten(0, x.shape[:-1])
+
+
+class _Linear(torch.autograd.Function):
+    """y = x w^T. Keeps the input in float8, and of the weight nothing that FSDP could not free."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+        x_MK, x_unit = quantise(x_MK, INPUT)
+        ctx.save_for_backward(x_MK, x_unit, weight_NK)
+        return product(x_MK, x_unit, *quantise(weight_NK.to(torch.bfloat16), INPUT))
+
+    @staticmethod
+    def backward(ctx: Any, y_grad_MN: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_MK, x_unit, weight_NK = ctx.saved_tensors
+        y_grad_MN, unit = quantise(y_grad_MN, GRADIENT)
+        x_grad_MK = weight_grad_NK = None
+        if ctx.needs_input_grad[0]:
+            w_NK, w_unit = quantise(weight_NK.to(torch.bfloat16), INPUT)
+            x_grad_MK = product(y_grad_MN, unit, w_NK.t().contiguous(), w_unit)
+        if ctx.needs_input_grad[1]:
+            weight_grad_NK = product(y_grad_MN.t().contiguous(), unit, x_MK.t().contiguous(), x_unit)
+            weight_grad_NK = weight_grad_NK.to(weight_NK.dtype)
+        return x_grad_MK, weight_grad_NK
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`x` in float8, and the unit [] that it is in: a power of two, or NaN where anything in `x` is not finite."""
+    largest = x.abs().amax().float().clamp(min=LEAST)
+    exact = torch.finfo(dtype).max / largest
+    scale = (exact.view(torch.int32) & EXPONENT).view(torch.float32)  # rounded down to a power of two
+    return (x.float() * scale).to(dtype), scale.reciprocal() + 0 * largest
+
+
+def product(a_IK: Tensor, a_unit: Tensor, b_JK: Tensor, b_unit: Tensor) -> Tensor:
+    """a b^T, [I, J] in bf16, summed in fp32; both are contiguous float8, as the kernel wants them on Ada and Hopper."""
+    if not a_IK.is_cuda:
+        return emulated(a_IK, a_unit, b_JK, b_unit)
+    return torch._scaled_mm(a_IK, b_JK.t(), a_unit, b_unit, out_dtype=torch.bfloat16, use_fast_accum=False)
+
+
+def emulated(a_IK: Tensor, a_unit: Tensor, b_JK: Tensor, b_unit: Tensor) -> Tensor:
+    """`product` without its kernel: units are powers of two, so multiplying with them last rounds nothing."""
+    return (a_IK.to(torch.bfloat16) @ b_JK.to(torch.bfloat16).t()) * (a_unit * b_unit)
