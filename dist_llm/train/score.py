@@ -30,7 +30,8 @@ def score(checkpoint: str, data: str | None, split: Split, micro_batch: int, wor
     score_prompts = config.data.score_prompts
     heldout = Heldout(corpora, objective, micro_batch or config.data.micro_batch, score_prompts=score_prompts)
     heldout.check()
-    config = resolve(config.model_copy(update={"parallel": ParallelConfig()}), world.size, 0)
+    # In bf16 what was trained in float8, on any device, and as `generate` and other tools compute it.
+    config = resolve(config.model_copy(update={"parallel": ParallelConfig(), "fp8": False}), world.size, 0)
     device = device_of(world)
     with process_group(world, device):
         engine = NativeEngine(config, device)
