@@ -26,6 +26,7 @@ each block, also where ours is selective.
   python benchmarks/train.py --models llama-cpu --precision bf16 --profile
   python benchmarks/train.py --models llama-1b --compile no yes --recompute none selective --seq-len 2048 8192
   python benchmarks/train.py --models gpt2-124m model.vocab_size=50257 loss.z_loss=1e-4
+  python benchmarks/train.py --models llama-1b --precision bf16 --compile yes fp8=true    (bare and the limit stay bf16)
 """
 
 import argparse
