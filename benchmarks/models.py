@@ -34,12 +34,12 @@ MODELS = {
 }
 
 
-def config_of(name: str, overrides: Sequence[str] = ()) -> Config:
-    """The resolved config of a named model on one process; raises ConfigError where overrides do not fit."""
+def config_of(name: str, overrides: Sequence[str] = (), ranks: int = 1) -> Config:
+    """The resolved config of a named model; raises ConfigError where overrides do not fit."""
     model, data = MODELS[name]
     keys = [f"model.{key}" for key in model.split()] + [f"data.{key}" for key in data.split()]
     config, broken = load_config(None, ["run.dir=unused", "run.steps=1000", "data.path=unused", *keys, *overrides])
     refuse(broken)
     assert config is not None
-    refuse(check(config, 1, 0))
-    return resolve(config, 1, 0)
+    refuse(check(config, ranks, 0))
+    return resolve(config, ranks, 0)
