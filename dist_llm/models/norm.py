@@ -35,7 +35,7 @@ class _RMSNorm(torch.autograd.Function):
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         scale = scale.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, scale)
-        return (wide * scale).mul_(weight_D).to(torch.result_type(x, weight_D))
+        return (wide * scale).mul_(weight_D).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, Tensor, None]:

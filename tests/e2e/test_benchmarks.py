@@ -20,6 +20,7 @@ TRAIN = REPOSITORY / "benchmarks" / "train.py"
 LOSS = REPOSITORY / "benchmarks" / "loss.py"
 ATTENTION = REPOSITORY / "benchmarks" / "attention.py"
 OPTIMIZER = REPOSITORY / "benchmarks" / "optimizer.py"
+LAYOUTS = REPOSITORY / "benchmarks" / "layouts.py"
 STARTUP = REPOSITORY / "benchmarks" / "startup.py"
 # Keys that make a named model tiny.
 TINY = ("model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.vocab_size=128")
@@ -127,6 +128,17 @@ def test_optimizer_prints_a_line_per_way_and_a_table() -> None:
         assert row["of_copy"] == pytest.approx(row["bytes_per_second"] / row["copy"], rel=1e-3)
     assert rows[0]["bytes_per_second"] * rows[0]["seconds"] == pytest.approx(28 * rows[0]["parameters"], rel=1e-3)
     assert "copy's GB/s" in done.stderr
+
+
+def test_layouts_prints_a_line_per_layout_with_its_share_of_the_ideal() -> None:
+    cases = ("--layouts", "dp_shard", "muon", "--rounds", "1", "--steps", "1")
+    done = benchmark(LAYOUTS, *cases, *TINY, "model.n_kv_heads=2", "data.seq_len=32")
+    rows = {row["layout"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert list(rows) == ["ideal", "ideal muon", "dp_shard", "muon"]
+    for layout, ideal in (("dp_shard", "ideal"), ("muon", "ideal muon")):
+        ratio = rows[layout]["tokens_per_second"] / rows[ideal]["tokens_per_second"]
+        assert rows[layout]["ratio"] == pytest.approx(ratio, rel=1e-3)
+    assert "of ideal" in done.stderr
 
 
 def test_startup_prints_a_line_per_stage_and_what_is_imported() -> None:
