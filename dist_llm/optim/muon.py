@@ -45,8 +45,8 @@ class Muon:
             parameter.add_(update, alpha=-0.2 * group["lr"] * max(parameter.shape) ** 0.5)
 
 
-def orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Each [R, C] as `orthogonal` makes it in that dtype; those of one shape in one batch."""
+def orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Each [R, C] as `orthogonal` makes it in that dtype, or in its own; those of one shape in one batch."""
     found: dict[int, Tensor] = {}
     alike = defaultdict(list)
     for number, matrix in enumerate(matrices):

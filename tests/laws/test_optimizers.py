@@ -1,7 +1,13 @@
 """Muon, and moments in bf16: every layout takes the steps of one process."""
 
 import pytest
+import torch
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from dist_llm.config.schema import ParallelConfig
+from dist_llm.optim.muon import orthogonal
+from dist_llm.parallel.mesh import build_mesh
+from dist_llm.parallel.owners import Owners
 from tests.laws.law import config_of, hold, merged, reference, trace
 from tests.laws.layouts import BF16_MOMENTS, CHOSEN, MODELS, MUON, Layout
 from tests.laws.worlds import world
@@ -17,6 +23,23 @@ MORE = [
 @pytest.mark.parametrize("layout", [*CHOSEN, *MORE], ids=str)
 def test_muon_on_every_layout(layout: Layout) -> None:
     hold(layout, MUON, steps=3)
+
+
+def owned(dtype: torch.dtype) -> bool:
+    """Whether shards that owners made orthogonal are those of the whole, bit for bit."""
+    mesh = build_mesh(ParallelConfig(dp_shard=2), "cpu")
+    generator = torch.Generator().manual_seed(0)
+    whole = [1e-9 * torch.randn(shape, generator=generator) for shape in ((6, 8), (9, 4), (6, 8))]
+    shards = [distribute_tensor(each, mesh["dp_shard"], (Shard(0),), src_data_rank=None) for each in whole]
+    got = Owners(mesh, shards, dtype)(shards)
+    want = (orthogonal(each[None].to(dtype))[0] for each in whole)
+    return all(torch.equal(a.full_tensor(), b.float()) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_owners_work_in_the_compute_type(dtype: torch.dtype) -> None:
+    """Of gradients as small as a billionth, and with shards of unequal size."""
+    assert world(2).run(owned, dtype) == [True, True]
 
 
 @pytest.mark.parametrize("name", ["shares_made_orthogonal_each_by_itself", "shares_handed_back_to_the_wrong_rank"])
