@@ -39,7 +39,7 @@ demo: install
 
 # A file's tests run one after another, three files at a time: some wait more than they work.
 test: install
-	python -m pytest -n 3 --dist loadgroup
+	python -m pytest -n 3 --no-loadscope-reorder
 
 check: install
 	ruff format --check .

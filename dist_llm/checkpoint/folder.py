@@ -3,9 +3,11 @@
 What is written here is hashed on its way, so that a manifest of it costs no second reading.
 """
 
+import errno
 import hashlib
 import io
 import os
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from dist_llm.data.remote import sync_directory
 from dist_llm.errors import CheckpointError
 
 BLOCK_BYTES = 1 << 22
+CANCELLED = "another thread could not write"
 WRITERS = 2  # threads, each with a file of its own: a hash takes as long as the disk does
 
 
@@ -131,11 +134,17 @@ class FolderWriter(filesystem.FileSystemWriter):
         self.fs = self.files  # type: ignore[assignment]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Raises what went wrong in any thread, which torch would leave there."""
-        with _no_crc32():
+        """Raises what went wrong in any thread, which torch would leave there; then none writes any more."""
+        before = torch.serialization.get_crc32_options()
+        try:
             done = super().write_data(plan, planner)
-        if len(done.value()) < len(plan.items):
-            raise self.problem or CheckpointError("a thread that writes tensors failed; its error is above")
+            if len(done.value()) < len(plan.items):
+                raise self.problem or CheckpointError("a thread that writes tensors failed; its error is above")
+        except BaseException:
+            self.files.stop()
+            raise
+        finally:
+            torch.serialization.set_crc32_options(before)
         return done
 
     @property
@@ -148,34 +157,38 @@ class FolderWriter(filesystem.FileSystemWriter):
         return {path.rpartition("/")[2]: written for path, written in self.files.written.items()}
 
 
-@contextmanager
-def _no_crc32() -> Generator[None, None, None]:
-    """torch.save's own checksum takes longer than the write; every byte is hashed here anyway."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
-
-
 class _Files(filesystem.FileSystemBase):
     def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
         self.fs = fs
         self.written: dict[str, Written] = {}
         self.problem: OSError | None = None
+        self.streams: set[_Hashed] = set()  # that are open
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Let every thread fail at its next write, and wait for that."""
+        self.stopped = True
+        while self.streams:
+            time.sleep(0.01)
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        if self.stopped:
+            raise OSError(errno.ECANCELED, CANCELLED)
         with self.fs.open(path, mode) as file:
             if mode != "wb":
                 yield file
                 return
-            stream = _Hashed(file)
+            # torch.save's own checksum takes longer than the write, and every byte is hashed here. The option is this
+            # thread's own; in older torch it is the process's, and `write_data` puts it back.
+            torch.serialization.set_crc32_options(False)
+            stream = _Hashed(file, self)
+            self.streams.add(stream)
             try:
                 yield stream
             finally:
                 self.problem = self.problem or stream.problem
+                self.streams.discard(stream)
             self.written[str(path)] = Written(stream.length, stream.digest.hexdigest())
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
@@ -209,11 +222,13 @@ class _Files(filesystem.FileSystemBase):
 class _Hashed(io.RawIOBase):
     """Hands on what is written, and hashes it."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.length, self.digest = file, 0, hashlib.sha256()
+    def __init__(self, file: IO[bytes], files: _Files) -> None:
+        self.file, self.files, self.length, self.digest = file, files, 0, hashlib.sha256()
         self.problem: OSError | None = None
 
     def write(self, content: Any) -> int:
+        if self.files.stopped:
+            raise OSError(errno.ECANCELED, CANCELLED)
         try:
             self.file.write(content)
         except OSError as error:

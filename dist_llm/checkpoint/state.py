@@ -3,7 +3,7 @@
 Nothing hidden needs restoring: learning rate, data order and dropout are functions of the step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -105,15 +105,10 @@ class Held:
         if self.optimizer is None:
             return
         self.optimizer.state.clear()
-        wanted = {each: _keys(group) for group in self.optimizer.param_groups for each in group["params"]}
+        groups = {each: group for group in self.optimizer.param_groups for each in group["params"]}
         for name, parameter in self.model.named_parameters():
             moments = saved_moments(saved, name)
-            if moments and moments.keys() != wanted[parameter]:
-                raise CheckpointError(
-                    f"optim.name: the checkpoint's optimizer keeps {', '.join(moments)} of {name}, this one "
-                    f"{', '.join(sorted(wanted[parameter])) or 'nothing'}; set it as it was, or begin a new run with "
-                    "init_from"
-                )
+            refuse_other_optimizer(name, moments, groups[parameter])
             for key, shape in moments.items():
                 dtype = getattr(self.optimizer, "dtypes", {}).get(key)
                 empty = torch.zeros_like(parameter, dtype=dtype) if shape else torch.zeros((), device=parameter.device)
@@ -137,11 +132,17 @@ class Held:
         return found
 
 
-def _keys(group: Mapping[str, Any]) -> set[str]:
-    """What torch's optimizers, and ours, keep of a parameter of this group. Muon's groups have a momentum, too."""
-    if "momentum" in group:
-        return {"momentum_buffer"} if group["momentum"] else set()
-    return {"step", "exp_avg", "exp_avg_sq"}
+def refuse_other_optimizer(name: str, moments: Collection[str], group: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a parameter has moments that an optimizer does not keep of this group of its own."""
+    wanted = {"step", "exp_avg", "exp_avg_sq"}
+    if "momentum" in group:  # SGD's, and Muon's
+        wanted = {"momentum_buffer"} if group["momentum"] else set()
+    if moments and set(moments) != wanted:
+        raise CheckpointError(
+            f"optim.name: the checkpoint's optimizer keeps {', '.join(sorted(moments))} of {name}, this one "
+            f"{', '.join(sorted(wanted)) or 'nothing'}; set it as it was, or begin a new run with init_from and "
+            "init_optimizer: fresh"
+        )
 
 
 def saved_moments(saved: Mapping[str, tuple[int, ...]], name: str) -> dict[str, tuple[int, ...]]:

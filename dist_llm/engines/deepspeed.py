@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from dist_llm.checkpoint.boxes import Boxes
-from dist_llm.checkpoint.state import Held, State, saved_moments
+from dist_llm.checkpoint.state import Held, State, refuse_other_optimizer, saved_moments
 from dist_llm.config.deepspeed import deepspeed_json
 from dist_llm.config.schema import Config
 from dist_llm.convert.deepspeed_layout import Layout, contiguous, split
@@ -147,6 +147,7 @@ class Partitions:
                     f"{odd[0]} has not the moments that {next(iter(kinds))} has, but DeepSpeed steps both together; "
                     "start with init_from and init_optimizer: fresh"
                 )
+            refuse_other_optimizer(next(iter(kinds)), first, self.optimizer.param_groups[0])
             self.optimizer.state[flat] = {
                 key: torch.zeros_like(flat, requires_grad=False) if shape else torch.zeros((), device=flat.device)
                 for key, shape in first.items()

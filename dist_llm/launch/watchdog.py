@@ -94,13 +94,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.limit / 4)):
-            patience = self.patience  # before the time: a beat in between makes it shorter
-            if (stood := time.monotonic() - self.last) > patience and self._tell(stood):
+            beats, patience = self.beats, self.patience  # before the time: a beat in between makes it shorter
+            if (stood := time.monotonic() - self.last) > patience and self._tell(stood, beats):
                 return
 
-    def _tell(self, stood: float) -> bool:
+    def _tell(self, stood: float, beats: int) -> bool:
         """End this process, and tell why. False where it went on meanwhile."""
-        world, waiting, beats = self.world, unfinished(), self.beats
+        world, waiting = self.world, unfinished()
         stack = traceback.format_stack(sys._current_frames().get(self._main))
         log.error(
             "rank %d on %s stands still since %.0f s, in %s, %s\n%s",
@@ -109,22 +109,33 @@ class Watchdog:
         )
         place = " ".join(stack[-1].split()) if stack else "an unknown place"
         every, silent = _exchange(world, {"host": world.host, "what": self.what, "waiting": waiting, "place": place})
+        if self._went_on(beats):  # perhaps with those that look silent: they had no reason to leave word
+            return False
         speaks = min(every) if every else world.rank
         for line in verdict(every, world.size) if every else [SILENT]:
             log.error(line)
             if world.rank == speaks and not world.main:  # who has the screen is the one that is silent
                 print(line, file=sys.stderr, flush=True)
-        kill_silent(self.world, silent)
+        killed = kill_silent(self.world, silent)
         # The others read and speak, too, before the launcher hears of the first that ends; rank 0 may be their store.
         time.sleep(LAST_SECONDS if world.main else LAST_SECONDS / 2)
-        if self.beats > beats:
-            log.warning("rank %d on %s goes on after all, with %s", world.rank, world.host, self.what)
-            _take_back(world)
+        if not killed and self._went_on(beats):
             return False
         log.error("ended after run.hang_seconds: %g; raise it where a step may take so long", self.limit)
         for handler in log.handlers:
             handler.flush()
         self.end(EXIT_CODE)
+        return True
+
+    def _went_on(self, beats: int) -> bool:
+        """Whether there was a beat since, or the end. Then the word that was left must not be heard the next time."""
+        if self.beats == beats and not self._over.is_set():
+            return False
+        log.warning("rank %d on %s goes on after all, with %s", self.world.rank, self.world.host, self.what)
+        if self.world.size > 1 and dist.is_initialized():
+            thread = threading.Thread(target=_say, args=(self.world, None), name="takes back", daemon=True)
+            thread.start()
+            thread.join(ANSWER_SECONDS)  # a store that is gone ends the run otherwise
         return True
 
 
@@ -141,16 +152,19 @@ def verdict(every: dict[int, dict[str, Any]], ranks: int) -> list[str]:
     return lines
 
 
-def kill_silent(world: World, silent: Mapping[int, Any]) -> None:
+def kill_silent(world: World, silent: Mapping[int, Any]) -> bool:
     """End the processes on this node of ranks that do not answer: a launcher would wait for them to end by themselves.
 
-    Torchrun asks for 30 s before it kills; one that is stopped cannot hear it.
+    Torchrun asks for 30 s before it kills; one that is stopped cannot hear it. Returns whether there was one.
     """
+    killed = False
     for rank, (host, process, who) in silent.items():
         with suppress(OSError):  # it has ended
             if host == world.host and identity(process) == who:
                 log.error("rank %d, process %d on this node, is killed", rank, process)
                 os.kill(process, signal.SIGKILL)
+                killed = True
+    return killed
 
 
 def identity(process: int) -> list[str]:
@@ -229,8 +243,7 @@ def _ask(world: World, mine: dict[str, Any], answers: "queue.SimpleQueue[Answers
     """Leave word in the store, and hand on what others left there, each time that the store answers."""
     found, every = {world.rank: mine}, set(range(world.size))
     try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"{STILL}/{world.rank}", json.dumps(mine))
+        store = _say(world, mine)
         until = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < until and len(found) < world.size:
             found |= _words(store, STILL, every - found.keys())
@@ -241,14 +254,15 @@ def _ask(world: World, mine: dict[str, Any], answers: "queue.SimpleQueue[Answers
         log.error("rank %d cannot ask the others: %s", world.rank, error)
 
 
-def _take_back(world: World) -> None:
-    """The word that this rank left, so that none hears it the next time."""
-    if world.size > 1 and dist.is_initialized():
-        with suppress(Exception):  # the store's host is gone, which ends this rank otherwise
-            dist.distributed_c10d._get_default_store().delete_key(f"{STILL}/{world.rank}")
+def _say(world: World, word: dict[str, Any] | None) -> Any:
+    """Leave this rank's word in the store, or None in its place: one that is deleted may be waited for."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"{STILL}/{world.rank}", json.dumps(word))
+    return store
 
 
 def _words(store: Any, about: str, ranks: Iterable[int]) -> dict[int, Any]:
     """What these ranks left there, of those that did."""
     keys = {rank: f"{about}/{rank}" for rank in ranks}
-    return {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
+    left = {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
+    return {rank: word for rank, word in left.items() if word is not None}

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dist_llm.config.schema import ModelConfig
 
@@ -38,10 +39,11 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * scale).mul_(weight_D).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, scale = ctx.saved_tensors
         normed, y_grad = _wide(x) * scale, _wide(y_grad)
-        weight_grad_D = (y_grad * normed).flatten(0, -2).sum(0)
+        weight_grad_D = (y_grad * normed).reshape(-1, x.shape[-1]).sum(0)
         x_grad = y_grad * weight_D
         along = torch.linalg.vecdot(x_grad, normed)[..., None]
         x_grad = x_grad.addcmul_(normed, along, value=-1 / x.shape[-1]).mul_(scale)

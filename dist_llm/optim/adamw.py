@@ -63,4 +63,5 @@ class BF16AdamW(optim.Optimizer):
 
 def rounded(values: Tensor, bits: Tensor) -> Tensor:
     """fp32 to bf16, up with the chance that the lower 16 of the random `bits` give it."""
-    return ((values.view(torch.int32) + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32).bfloat16()
+    moved = ((values.view(torch.int32) + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32)
+    return torch.where(values.isfinite(), moved, values).bfloat16()  # a GPU's NaN has all bits set: none may be added

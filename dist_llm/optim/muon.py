@@ -10,6 +10,7 @@ from torch import Tensor, optim
 # Of Jordan et al.: a quintic that, five times over, takes singular values in (0, 1] to 0.7 ... 1.2, small ones fast.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
+BATCH = 1 << 26  # elements at a time at most, of which some copies are made
 
 # Updates of matrices, or what a rank has of them, to the same made orthogonal.
 Orthogonalize = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -46,15 +47,16 @@ class Muon:
 
 
 def orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Each [R, C] as `orthogonal` makes it in that dtype, or in its own; those of one shape in one batch."""
+    """Each [R, C] as `orthogonal` makes it in that dtype, or in its own; those of one shape in batches."""
     found: dict[int, Tensor] = {}
     alike = defaultdict(list)
     for number, matrix in enumerate(matrices):
         alike[matrix.shape].append(number)
-    for numbers in alike.values():
-        found.update(
-            zip(numbers, orthogonal(torch.stack([matrices[number] for number in numbers]).to(dtype)), strict=True)
-        )
+    for shape, numbers in alike.items():
+        count = max(1, BATCH // shape.numel())
+        for some in (numbers[first : first + count] for first in range(0, len(numbers), count)):
+            batch = torch.stack([matrices[number].to(dtype) for number in some])
+            found.update(zip(some, orthogonal(batch), strict=True))
     return [found[number] for number in range(len(matrices))]
 
 

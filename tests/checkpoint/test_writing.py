@@ -198,6 +198,31 @@ def test_a_writers_thread_that_fails_is_not_a_checkpoint(tmp_path: Path, monkeyp
     assert not kept.committed()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_where_one_thread_fails_the_other_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor makes again what the failed save has removed."""
+    real, kept, wrote = filesystem._write_item, CheckpointStore(tmp_path), list[float]()
+
+    def failing(*args: Any, **keywords: Any) -> Any:
+        if threading.current_thread().name.startswith("writes "):
+            time.sleep(0.1)  # the other is at work
+            raise ValueError("no such luck")
+        time.sleep(0.02)
+        found = real(*args, **keywords)
+        wrote.append(time.monotonic())
+        return found
+
+    monkeypatch.setattr(filesystem, "_write_item", failing)
+    kept.save(engine_at(1).state, Progress(1), {})
+    with pytest.raises(CheckpointError, match="no such luck"):
+        kept.finish()
+    ended = time.monotonic()
+    time.sleep(0.2)
+    assert wrote
+    assert max(wrote) < ended
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     engine, kept = engine_at(1), CheckpointStore(tmp_path / "file" / "checkpoints")

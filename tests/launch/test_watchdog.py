@@ -1,5 +1,6 @@
 """Who holds up a run: from what ranks say, and from what they do not say. A run that goes on is left alone."""
 
+import json
 import signal
 import subprocess
 import threading
@@ -92,6 +93,29 @@ def test_a_run_that_goes_on_after_all_is_left_alone_and_its_next_halt_is_the_end
         assert "goes on after all, with the step after" in caplog.text
         time.sleep(1.2)
     assert codes == [EXIT_CODE]
+
+
+def test_a_neighbour_that_went_on_too_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A halt that ended before the other rank's watchdog looked: that one has left no word, and beats."""
+    store, me = dist.HashStore(), World(0, 2)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr("dist_llm.launch.watchdog.unfinished", lambda: "")
+    monkeypatch.setattr("dist_llm.launch.watchdog.ANSWER_SECONDS", 0.5)
+    codes: list[int] = []
+    with subprocess.Popen(["sleep", "60"]) as other:
+        store.set("dist_llm/process/1", json.dumps((me.host, other.pid, identity(other.pid))))
+        with Watchdog(me, 0.4, end=codes.append) as dog:
+            for number in range(FIRST_BEATS + 1):
+                dog.beat(f"step {number}")
+            time.sleep(0.7)
+            for _ in range(20):
+                dog.beat("going on")
+                time.sleep(0.1)
+        assert other.poll() is None
+        other.kill()
+    assert codes == []
+    assert store.get("dist_llm/still/0") == b"null", "its word is taken back"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def both(dtype: torch.dtype, weight_dtype: torch.dtype, shape: tuple[int, ...]) 
     ],
     ids=str,
 )
-@pytest.mark.parametrize("shape", [(5, 32), (2, 3, 4, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(16,), (5, 32), (2, 3, 4, 16)], ids=str)
 def test_it_is_torchs(dtype: torch.dtype, weight_dtype: torch.dtype, tolerance: float, shape: tuple[int, ...]) -> None:
     """In bf16 to its rounding: 2^-8 of a value, for sums a little more."""
     for got, want in zip(*both(dtype, weight_dtype, shape), strict=True):

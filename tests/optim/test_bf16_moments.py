@@ -29,7 +29,9 @@ def test_what_bf16_holds_is_kept_and_so_is_what_is_not_finite() -> None:
     exact = torch.tensor([0.0, 1.0, -2.5, 2.0**-126, float("inf"), -float("inf")])
     for seed in range(100):
         assert torch.equal(rounded(exact, chance.mix(torch.arange(6) + 6 * seed)).float(), exact)
-    assert rounded(torch.tensor([float("nan")]), torch.tensor([0xFFFF])).isnan()
+    for pattern in (0x7FC00000, 0x7FFFFFFF, -1):  # a CPU's NaN, a GPU's, and one with a sign
+        nan = torch.tensor([pattern], dtype=torch.int32).view(torch.float32)
+        assert rounded(nan, torch.tensor([0xFFFF])).isnan()
 
 
 def test_a_second_moment_grows_where_the_nearest_would_stand_still() -> None:
