@@ -11,7 +11,7 @@ from dist_llm.config.schema import Config
 from tests.laws.engines import BUGS, as_trace, json_file, take
 from tests.laws.law import Trace, compare, config_of, reference
 from tests.laws.layouts import ADAMW, CLIPPED_SGD, MODELS, SGD
-from tests.laws.worlds import renew, world
+from tests.laws.worlds import WorldError, renew, world
 
 pytestmark = pytest.mark.usefixtures("worlds_of_its_own")
 CLIPPED: dict[str, Any] = {**CLIPPED_SGD, "momentum": 0.5}
@@ -136,6 +136,15 @@ def test_a_run_moves_from_engine_to_engine(tmp_path: Path) -> None:
         assert every[0].losses == pytest.approx(one.losses[steps.start : steps.stop], rel=2e-5), f"{engine} {ranks}"
         assert every[0].norms == pytest.approx(one.norms[steps.start : steps.stop], rel=1e-4), f"{engine} {ranks}"
         newest = CheckpointStore(tmp_path).committed()[-1].local
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "ddp"])
+def test_another_optimizers_moments_are_refused(engine: str, tmp_path: Path) -> None:
+    world(1).run(take, config(1, {}, "tied", CLIPPED, 24), range(2), None, None, tmp_path)
+    (saved,) = CheckpointStore(tmp_path).committed()
+    message = "optim.name: the checkpoint's optimizer keeps momentum_buffer of .*, this one exp_avg, exp_avg_sq, step"
+    with pytest.raises(WorldError, match=message):
+        world(2).run(take, config(2, ENGINES[engine], "tied", ADAMW, 12), range(2, 4), None, saved.local, tmp_path)
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "accelerate-zero3", "ddp"])
