@@ -37,9 +37,8 @@ demo: install
 	  --temperature 0.7 --top-p 0.9 --seed 1
 	@echo; echo "The curves: .venv/bin/tensorboard --logdir runs/demo/tensorboard"
 
-# A file's tests run one after another, three files at a time: some wait more than they work.
 test: install
-	python -m pytest -n 3 --no-loadscope-reorder
+	python -m pytest
 
 check: install
 	ruff format --check .
