@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dist_llm.config.schema import ModelConfig
-from dist_llm.models.norm import RMSNorm
+from dist_llm.models.layers import RMSNorm
 from dist_llm.models.positions import rotate
 from dist_llm.models.visibility import Visibility
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_llm.models.norm import RMSNorm
+from dist_llm.models.layers import RMSNorm
 
 
 def both(dtype: torch.dtype, weight_dtype: torch.dtype, shape: tuple[int, ...]) -> list[list[torch.Tensor]]:
