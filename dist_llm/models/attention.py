@@ -12,7 +12,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dist_llm.config.schema import ModelConfig
-from dist_llm.models.layers import RMSNorm
 from dist_llm.models.positions import rotate
 from dist_llm.models.visibility import Visibility
 
@@ -54,8 +53,8 @@ class Attention(nn.Module):
         self.q = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=bias)
         self.k = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=bias)
         self.v = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=bias)
-        self.norm_q = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.norm_k = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.norm_q = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.norm_k = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.kernel = AttentionKernel(config.dropout, config.attention_scale or config.head_dim**-0.5)
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.models.attention import Attention, CrossAttention, KVCache, Rotation
-from dist_llm.models.layers import FeedForward, build_norm
+from dist_llm.models.feedforward import FeedForward
+from dist_llm.models.norm import build_norm
 from dist_llm.models.visibility import Visibility
 
 

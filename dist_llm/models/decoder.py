@@ -18,7 +18,8 @@ from dist_llm.losses.linear import Columns, linear_cross_entropy
 from dist_llm.models.attention import KVCache, Rotation, look
 from dist_llm.models.block import Block
 from dist_llm.models.depth import survivors
-from dist_llm.models.layers import ACTIVATIONS, build_norm
+from dist_llm.models.feedforward import ACTIVATIONS
+from dist_llm.models.norm import build_norm
 from dist_llm.models.positions import RelativeBias, Sinusoids, rotary_angles
 from dist_llm.models.visibility import CAUSAL, Visibility
 

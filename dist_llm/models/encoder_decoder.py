@@ -11,7 +11,7 @@ from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.attention import KVCache, look
 from dist_llm.models.block import Block
 from dist_llm.models.decoder import Decoder, Embedding
-from dist_llm.models.layers import build_norm
+from dist_llm.models.norm import build_norm
 from dist_llm.models.positions import RelativeBias
 from dist_llm.models.visibility import CAUSAL, FULL, Source, Visibility
 
