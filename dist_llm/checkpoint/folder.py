@@ -4,7 +4,6 @@ What is written here is hashed on its way, so that a manifest of it costs no sec
 """
 
 import errno
-import hashlib
 import io
 import os
 import time
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from dist_llm.data.remote import sync_directory
+from dist_llm.data.remote import hasher, named, sync_directory
 from dist_llm.errors import CheckpointError
 
 BLOCK_BYTES = 1 << 22
@@ -73,13 +72,13 @@ class Folder:
         content: bytes = self.fs.cat_file(f"{self.path}/{name}")
         return content
 
-    def sha256(self, name: str) -> str:
-        """Of a whole file, read in blocks."""
-        digest = hashlib.sha256()
+    def hash(self, name: str, like: str) -> str:
+        """Of a whole file, read in blocks, of the kind that `like` is."""
+        digest = hasher(like)
         with self.fs.open(f"{self.path}/{name}", "rb", block_size=BLOCK_BYTES) as file:
             while block := file.read(BLOCK_BYTES):
                 digest.update(block)
-        return digest.hexdigest()
+        return named(digest)
 
     def write(self, name: str, content: bytes) -> None:
         """Durably, where that is ours to say."""
@@ -107,10 +106,10 @@ class Folder:
 
 @dataclass(frozen=True)
 class Written:
-    """A file's size and hash."""
+    """A file's size, and its hash as `named` has it."""
 
     bytes: int
-    sha256: str
+    hash: str
 
 
 class FolderReader(filesystem.FileSystemReader):
@@ -189,7 +188,7 @@ class _Files(filesystem.FileSystemBase):
             finally:
                 self.problem = self.problem or stream.problem
                 self.streams.discard(stream)
-            self.written[str(path)] = Written(stream.length, stream.digest.hexdigest())
+            self.written[str(path)] = Written(stream.length, named(stream.digest))
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         return f"{path}/{suffix}"
@@ -223,7 +222,7 @@ class _Hashed(io.RawIOBase):
     """Hands on what is written, and hashes it."""
 
     def __init__(self, file: IO[bytes], files: _Files) -> None:
-        self.file, self.files, self.length, self.digest = file, files, 0, hashlib.sha256()
+        self.file, self.files, self.length, self.digest = file, files, 0, hasher()
         self.problem: OSError | None = None
 
     def write(self, content: Any) -> int:

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from dist_llm.checkpoint.folder import Folder, Written
+from dist_llm.data.remote import hasher, named
 from dist_llm.errors import CheckpointError
 
 MARKER, MANIFEST = "COMMITTED", "manifest.json"
-FORMAT = "dist_llm checkpoint 1"
+FORMAT = "dist_llm checkpoint 2"
 TENSORS = ".distcp"
 THREADS = 4  # that hash at once, in each process
 
@@ -37,7 +38,9 @@ def commit(folder: Folder, files: Mapping[str, Written]) -> None:
 def write(folder: Folder, name: str, content: bytes) -> Written:
     """A small file, and what the manifest says of it."""
     folder.write(name, content)
-    return Written(len(content), _sha256(content))
+    digest = hasher()
+    digest.update(content)
+    return Written(len(content), named(digest))
 
 
 def verify(folder: Folder, part: int = 0, parts: int = 1, tensors: bool = True) -> None:
@@ -52,9 +55,10 @@ def verify(folder: Folder, part: int = 0, parts: int = 1, tensors: bool = True) 
                 raise DamagedError(f"{folder}: damaged: {name} has {size} bytes of {written.bytes}")
         mine = [name for name in files if tensors or not name.endswith(TENSORS)][part::parts]
         with ThreadPoolExecutor(THREADS) as pool:
-            for name, sha256 in zip(mine, pool.map(folder.sha256, mine), strict=True):
-                if sha256 != files[name].sha256:
-                    raise DamagedError(f"{folder}: damaged: {name} is not what was saved (its sha256 differs)")
+            want = [files[name].hash for name in mine]
+            for name, was, found in zip(mine, want, pool.map(folder.hash, mine, want), strict=True):
+                if found != was:
+                    raise DamagedError(f"{folder}: damaged: {name} is not what was saved (its hash differs)")
     except OSError as error:
         raise _unreadable(folder, error) from None
 
@@ -67,7 +71,11 @@ def read_manifest(folder: Folder) -> dict[str, Written]:
         raise _unreadable(folder, error) from None
     if marker != _sha256(manifest).encode():
         raise DamagedError(f"{folder}: damaged: {MARKER} and {MANIFEST} do not belong together")
-    return {name: Written(**written) for name, written in json.loads(manifest)["files"].items()}
+    files = json.loads(manifest)["files"]
+    # Of format 1 all were SHA-256's.
+    return {
+        name: Written(each["bytes"], each.get("hash") or f"sha256:{each['sha256']}") for name, each in files.items()
+    }
 
 
 def _unreadable(folder: Folder, error: OSError) -> CheckpointError:

@@ -215,7 +215,7 @@ def _fetch(folder: Folder) -> Path:
     key = hashlib.sha256(folder.place.encode() + folder.read(MARKER)).hexdigest()
     target = Path(CACHE).expanduser() / "checkpoints" / key / folder.name
     for name, written in read_manifest(folder).items():
-        fetch(f"{folder}/{name}", target / name, written.bytes, written.sha256)
+        fetch(f"{folder}/{name}", target / name, written.bytes, written.hash)
     for name in (MANIFEST, MARKER):
         fetch(f"{folder}/{name}", target / name, None, None)
     return target

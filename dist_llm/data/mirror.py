@@ -35,7 +35,7 @@ def localize(place: str, cache: str) -> Path:
     if not mirror.exists():
         manifest = Manifest.parse(content, address)
         with writing(mirror), _made_whole(mirror) as directory:
-            fetch(f"{url}/{TOKENIZER}", directory / TOKENIZER, None, manifest.tokenizer_sha256)
+            fetch(f"{url}/{TOKENIZER}", directory / TOKENIZER, None, f"sha256:{manifest.tokenizer_sha256}")
             (directory / ORIGIN).write_text(url + "\n", encoding="utf-8")
             shards = {split: tuple(_moved(shard, url) for shard in manifest.shards[split]) for split in SPLITS}
             replace(manifest, shards=shards).save(directory)
@@ -46,7 +46,7 @@ def shard_path(directory: Path, shard: Shard, size: int, cache: str) -> Path:
     """The shard's file of `size` bytes, fetched if it is far away. Raises DataError where that fails."""
     if not is_remote(shard.file):
         return directory / as_path(shard.file)
-    return fetch(shard.file, _cached(cache, "shards", shard.sha256), size, shard.sha256)
+    return fetch(shard.file, _cached(cache, "shards", shard.sha256), size, f"sha256:{shard.sha256}")
 
 
 def offsets_path(directory: Path, shard: Shard, size: int, cache: str) -> Path:

@@ -18,11 +18,13 @@ from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
 from uuid import uuid4
+
+from blake3 import blake3
 
 from dist_llm.errors import DataError
 
@@ -96,8 +98,18 @@ def tried(url: str, action: Callable[[], Result], way_out: Callable[[], str]) ->
     raise AssertionError("the last try returns or raises")
 
 
-def fetch(url: str, target: Path, size: int | None, sha256: str | None) -> Path:
-    """`target`, made from `url` if it is not there yet, of `size` bytes and `sha256` where these are given.
+def hasher(like: str = "blake3:") -> Any:
+    """A hash to feed, of the kind that a `named` one is. BLAKE3 takes a fifth of SHA-256's time."""
+    return blake3() if like.startswith("blake3:") else hashlib.new(like.partition(":")[0])
+
+
+def named(digest: Any) -> str:
+    """What it was fed, as manifests have it: `blake3:` or `sha256:`, and hexadecimal digits."""
+    return f"{digest.name}:{digest.hexdigest()}"
+
+
+def fetch(url: str, target: Path, size: int | None, wanted: str | None) -> Path:
+    """`target`, made from `url` if it is not there yet, of `size` bytes and the hash `wanted` where these are given.
 
     Raises DataError where the far end does not give that, or the near end has no room for it.
     """
@@ -109,7 +121,7 @@ def fetch(url: str, target: Path, size: int | None, sha256: str | None) -> Path:
         with _alone(target):
             if not target.exists():
                 log.info("fetching %s (%s bytes)", url, f"{size:,}" if size else "unknown")
-                tried(url, lambda: _download(url, target, size, sha256), lambda: way_out)
+                tried(url, lambda: _download(url, target, size, wanted), lambda: way_out)
     return target
 
 
@@ -125,9 +137,9 @@ def writing(target: Path) -> Iterator[None]:
         ) from None
 
 
-def _download(url: str, target: Path, size: int | None, sha256: str | None) -> None:
+def _download(url: str, target: Path, size: int | None, wanted: str | None) -> None:
     partial = target.with_name(f"{target.name}.{uuid4().hex}.partial")
-    digest, length = hashlib.sha256(), 0
+    digest, length = hasher(wanted or "blake3:"), 0
     try:
         with partial.open("xb") as file:
             for block in blocks(url):
@@ -138,8 +150,8 @@ def _download(url: str, target: Path, size: int | None, sha256: str | None) -> N
             os.fsync(file.fileno())
         if size not in (None, length):
             raise RemoteError(f"{length} bytes came, but the manifest promises {size}")
-        if sha256 not in (None, digest.hexdigest()):
-            raise RemoteError(f"what came has sha256 {digest.hexdigest()}, but the manifest promises {sha256}")
+        if wanted not in (None, named(digest)):
+            raise RemoteError(f"what came has {named(digest)}, but the manifest promises {wanted}")
         partial.rename(target)
         sync_directory(target.parent)
     finally:

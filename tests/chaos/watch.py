@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from blake3 import blake3
+
 from tests.chaos.job import Job
 
 TICK_SECONDS = 0.2
@@ -87,7 +89,7 @@ def whole(checkpoint: Path) -> bool:
             return False
         files = json.loads(manifest)["files"]
         return all(
-            hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() == written["sha256"]
+            f"blake3:{blake3((checkpoint / name).read_bytes()).hexdigest()}" == written["hash"]
             for name, written in files.items()
         )
     except FileNotFoundError:  # it has no marker, or is removed just now

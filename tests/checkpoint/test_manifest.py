@@ -1,5 +1,7 @@
 """Whatever happens to a checkpoint's bytes is noticed, and the one before it is used."""
 
+import hashlib
+import json
 import math
 import random
 import shutil
@@ -81,6 +83,27 @@ def test_a_flipped_bit_in_each_file_is_noticed(two: Path, tmp_path: Path) -> Non
             store.find(pair / "step_00000002")
 
 
+def test_a_checkpoint_of_format_1_is_whole_or_damaged_as_well(pair: Path) -> None:
+    """Its hashes are SHA-256's."""
+    newest = pair / "step_00000002"
+    names = [file.name for file in newest.iterdir() if file.name not in (MANIFEST, MARKER)]
+    files = {name: (newest / name).read_bytes() for name in names}
+    manifest = json.dumps(
+        {
+            "format": "dist_llm checkpoint 1",
+            "files": {
+                name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                for name, content in files.items()
+            },
+        }
+    )
+    (newest / MANIFEST).write_text(manifest)
+    (newest / MARKER).write_text(hashlib.sha256(manifest.encode()).hexdigest())
+    assert CheckpointStore(pair).newest() == Folder(newest)
+    flip(newest, random.Random(0))
+    assert CheckpointStore(pair).newest() == Folder(pair / "step_00000001")
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -104,10 +127,10 @@ def test_what_is_missing_or_cut_is_named(pair: Path, harm: Callable[[Path], None
 def test_what_cannot_be_read_just_now_is_not_called_damaged(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A start that took the one before would write over the better one later."""
 
-    def refuse(folder: Folder, name: str) -> str:
+    def refuse(folder: Folder, name: str, like: str) -> str:
         raise PermissionError(13, "Permission denied", f"{folder}/{name}")
 
-    monkeypatch.setattr(Folder, "sha256", refuse)
+    monkeypatch.setattr(Folder, "hash", refuse)
     with pytest.raises(CheckpointError, match=r"step_00000002: cannot be read: .*Permission denied"):
         CheckpointStore(pair).newest()
 

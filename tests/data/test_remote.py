@@ -122,7 +122,7 @@ def opened(url, cache, split="train"):
 
 
 def digest(content):
-    return hashlib.sha256(content).hexdigest()
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def names(directory):
@@ -189,7 +189,9 @@ def test_a_local_manifest_may_point_far_away(far, corpus, tmp_path):
     content = b"header" + (directory / "train-00002.bin").read_bytes()
     far.files["/elsewhere"] = content
     shards[1] = Shard(**{**vars(shards[1]), "file": f"{far.url}/c/train-00001.bin"})
-    shards[2] = Shard(f"{far.url}/elsewhere", 22, 1, 22, digest(content), 6, "train-00002.offsets")
+    shards[2] = Shard(
+        f"{far.url}/elsewhere", 22, 1, 22, digest(content).removeprefix("sha256:"), 6, "train-00002.offsets"
+    )
     for gone in ("train-00001.bin", "train-00001.offsets", "train-00002.bin"):
         (directory / gone).unlink()
     Manifest("uint16", 300, "", (), {"train": tuple(shards), "heldout": ()}).save(directory)
@@ -227,7 +229,7 @@ def test_a_passing_trouble_is_tried_again(trick, far, tmp_path, waits):
     [
         ("busy", "cannot be fetched in 4 tries: HTTP status 503"),
         ("cut", "in 4 tries: OSError: the connection ended 500 bytes early"),
-        ("damage", "in 4 tries: what came has sha256 .*, but the manifest promises"),
+        ("damage", "in 4 tries: what came has sha256:.*, but the manifest promises"),
     ],
 )
 def test_a_lasting_trouble_ends_with_the_way_out(trick, message, far, tmp_path, waits):
