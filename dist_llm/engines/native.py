@@ -136,7 +136,7 @@ class NativeEngine:
         split = parallel.pp > 1 and parallel.pp_schedule in SPLIT_BACKWARD
         held = sum if pipeline is None else pipeline.most_held
         with self._precision():
-            fit(self.parts, forward, held, self.mesh, parallel.activations_gib, not self.config.compile and not split)
+            fit(self.parts, forward, held, self.mesh, parallel.activations_gib, selective=not split)
         self.fitted = True
 
     def _accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:

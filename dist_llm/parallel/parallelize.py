@@ -42,7 +42,7 @@ def lay_out(model: Decoder, config: Config, mesh: DeviceMesh | None) -> None:
     if config.compile:
         compile_blocks(model, parallel)
     if parallel.recompute != "none" or parallel.activations_gib:
-        recompute_blocks(model, parallel.recompute)
+        recompute_blocks(model, parallel.recompute, config.compile)
     if mesh is not None and any(mesh[axis].size() > 1 for axis in DATA_AXES):
         shard(model, config, mesh)
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from types import MethodType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch import config as functorch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -45,33 +46,39 @@ def compile_blocks(model: Decoder, parallel: ParallelConfig) -> None:
         block.forward = torch.compile(block.forward)
 
 
-def recompute_blocks(model: Decoder, choice: Choice) -> None:
-    """All blocks alike; a budget may choose for each anew (`budget.py:fit`)."""
+def recompute_blocks(model: Decoder, choice: Choice, compiled: bool) -> None:
+    """All blocks alike, after `compile_blocks`; a budget may choose for each anew (`budget.py:fit`)."""
     for block in model.blocks.values():
-        block.forward = Recomputed(block.forward, choice)
+        selective = MethodType(_selective, block)
+        block.forward = Recomputed(block.forward, torch.compile(selective) if compiled else None, choice)
 
 
 class Recomputed:
     """A block's forward: keeps all (none), its input alone (full), or also what `KEPT_OPS` gave (selective).
 
+    `selective`: a compiled forward that does so by itself. A compiler has to see the products that are kept; called
+    from outside, what it made of them has other names.
+
     With a `ledger`, what it keeps is written down there, each storage with its bytes, and is not kept.
     """
 
-    def __init__(self, forward: Callable[..., Tensor], choice: Choice) -> None:
-        self.forward, self.choice = forward, choice
+    def __init__(self, forward: Callable[..., Tensor], selective: Callable[..., Tensor] | None, choice: Choice) -> None:
+        self.forward, self.selective, self.choice = forward, selective, choice
         self.ledger: dict[StorageWeakRef, int] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         outputs: list[dict[Any, list[Any]]] = []  # of a selective forward: what is kept beside its input
 
         def contexts() -> Any:
-            both = create_selective_checkpoint_contexts(_policy)
+            both = _contexts()
             outputs.append(both[0].storage)
             return both
 
         with nullcontext() if self.ledger is None else saved_tensors_hooks(self._note, _lost):
             if self.choice == "none":
                 return self.forward(*args, **kwargs)
+            if self.choice == "selective" and self.selective is not None:
+                return self.selective(*args, **kwargs)
             context_fn = contexts if self.choice == "selective" else noop_context_fn
             found: Tensor = checkpoint(self.forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
         if self.ledger is not None:
@@ -97,6 +104,17 @@ def storages(value: Any) -> Iterator[torch.UntypedStorage]:
 
 def _lost(_: Any) -> Tensor:
     raise AssertionError("what was only written down cannot go backward")
+
+
+def _selective(block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """A function of the block alone, so that all layers have one graph."""
+    forward = type(block).forward  # the instance's is what calls this one
+    found: Tensor = checkpoint(forward, block, *args, use_reentrant=False, context_fn=_contexts, **kwargs)
+    return found
+
+
+def _contexts() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
