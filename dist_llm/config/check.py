@@ -338,6 +338,12 @@ def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
             f"{config.data.seq_len} tokens do not divide over tp {tp} x cp {config.parallel.cp}; "
             f"set a multiple of {tp * config.parallel.cp}, or sequence_parallel to false",
         )
+    if tp > 1 and config.parallel.async_tp and not (config.compile and config.parallel.sequence_parallel):
+        yield Violation(
+            ("parallel.async_tp", "compile", "parallel.sequence_parallel"),
+            "the compiler overlaps the all-gathers and reduce-scatters of sequence_parallel; set compile and "
+            "sequence_parallel to true, or async_tp to false",
+        )
 
 
 def _check_context(config: Config) -> Iterator[Violation]:

@@ -238,6 +238,9 @@ class ParallelConfig(Section):
     )
     cpu_offload: bool = key("keep sharded weights, gradients and moments in host memory", False)
     sequence_parallel: bool = key("under tp, split the sequence between the blocks' matrices too", True)
+    async_tp: bool = key(
+        "under tp with compile, on GPUs that read each other's memory: overlap collectives with products", False
+    )
     pp_schedule: Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = key(
         "order of the microbatches' forwards and backwards over the stages", "1f1b"
     )

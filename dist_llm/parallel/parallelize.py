@@ -8,6 +8,7 @@ from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.build import build_model
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.init import fill, rule_for
+from dist_llm.parallel.async_tp import overlap
 from dist_llm.parallel.context import context_parallel
 from dist_llm.parallel.fp8 import check_device, float8_blocks
 from dist_llm.parallel.mesh import DATA_AXES, place
@@ -39,6 +40,8 @@ def lay_out(model: Decoder, config: Config, mesh: DeviceMesh | None) -> None:
         context_parallel(model, mesh["cp"])
     if mesh is not None and parallel.tp > 1:
         tensor_parallel(model, mesh["tp"], parallel.sequence_parallel)
+        if parallel.async_tp:
+            overlap(mesh["tp"])
     if config.compile:
         compile_blocks(model, parallel)
     if parallel.recompute != "none" or parallel.activations_gib:

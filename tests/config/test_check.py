@@ -65,6 +65,12 @@ RULES = [
         "parallel.recompute",
         "set recompute to full or none, or pp_schedule to 1f1b or interleaved_1f1b",
     ),
+    (
+        {"parallel__tp": 2, "parallel__async_tp": True},
+        2,
+        "parallel.async_tp",
+        "set compile and sequence_parallel to true",
+    ),
     ({"fp8": True}, 1, "fp8", "true with precision fp32: .* set precision to bf16, or fp8 to false"),
     ({"fp8": True, "precision": "fp16"}, 1, "fp8", "true with precision fp16"),
     (
