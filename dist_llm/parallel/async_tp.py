@@ -8,8 +8,6 @@ puts kernels in their place that read the other ranks' memory.
 import logging
 import warnings
 
-import torch._inductor.config as inductor
-from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger("dist_llm")
@@ -25,6 +23,9 @@ def overlap(mesh: DeviceMesh) -> None:
 
 def fuse(mesh: DeviceMesh) -> None:
     """Let the compiler do so from now on."""
+    from torch._inductor import config as inductor  # takes seconds, which runs without it should not wait
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
     inductor._micro_pipeline_tp = True
     with warnings.catch_warnings():  # needed still, though torch calls it deprecated
         warnings.simplefilter("ignore", FutureWarning)
