@@ -1,6 +1,8 @@
 """The `dist-llm` command. Imports are late, so that --help comes at once."""
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 import time
@@ -109,6 +111,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. 0: done. 1: a failure of ours. 2: input that the user can mend. 128 + N: stopped by signal N."""
     options = parser().parse_args(arguments)
+    # torch makes some 300,000 objects on import, and no garbage: to look through them took a second of a short command.
+    gc.set_threshold(100_000, 50, 50)
+    atexit.register(gc.freeze)
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         "prepare": _prepare,
         "adopt": _adopt,
