@@ -107,12 +107,14 @@ class Trainer:
                 if step % config.log.every == 0 or last:
                     self.flush()
                     garbage.collect()
-                if last or (config.eval.every and step % config.eval.every == 0 and not told):
+                evaluates = last or (config.eval.every and step % config.eval.every == 0 and not told)
+                saves = last or told or (config.checkpoint.every and step % config.checkpoint.every == 0)
+                if evaluates:
                     self.evaluate()
-                    garbage.collect(everything=True)
-                if last or told or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                if saves:
                     self.watchdog.beat(f"the checkpoint of step {step}", SLOW)
                     self.save()
+                if evaluates or saves:
                     garbage.collect(everything=True)
             self.watchdog.beat("writing the last checkpoint", SLOW)
             self.store.finish()

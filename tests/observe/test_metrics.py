@@ -6,12 +6,19 @@ import math
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from dist_llm.observe import metrics
 from dist_llm.observe.metrics import Measured, MetricsFile, Recorder
 from dist_llm.observe.tensorboard import TensorBoard
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def files_in_order(monkeypatch):
+    """Event files of one second and process are read in the order of their names, where 10 comes before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def measured(step, tokens=None):
