@@ -344,6 +344,13 @@ def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
             "the compiler overlaps the all-gathers and reduce-scatters of sequence_parallel; set compile and "
             "sequence_parallel to true, or async_tp to false",
         )
+    selects = config.parallel.recompute == "selective" or config.parallel.activations_gib
+    if tp > 1 and not config.parallel.sequence_parallel and config.compile and selects and model.dropout:
+        yield Violation(
+            ("parallel.recompute", "parallel.activations_gib", "compile", "parallel.sequence_parallel"),
+            "a compiled block that keeps a selection cannot draw the dropout of a rank's own heads; set "
+            "sequence_parallel to true, or compile to false, or recompute to full and activations_gib to 0",
+        )
 
 
 def _check_context(config: Config) -> Iterator[Violation]:

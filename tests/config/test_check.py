@@ -71,6 +71,18 @@ RULES = [
         "parallel.async_tp",
         "set compile and sequence_parallel to true",
     ),
+    (
+        {
+            "parallel__tp": 2,
+            "parallel__sequence_parallel": False,
+            "parallel__recompute": "selective",
+            "compile": True,
+            "model__dropout": 0.1,
+        },
+        2,
+        "parallel.recompute",
+        "set sequence_parallel to true, or compile to false, or recompute to full",
+    ),
     ({"fp8": True}, 1, "fp8", "true with precision fp32: .* set precision to bf16, or fp8 to false"),
     ({"fp8": True, "precision": "fp16"}, 1, "fp8", "true with precision fp16"),
     (

@@ -12,7 +12,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of, merged, trace
 from tests.laws.layouts import MODELS, SGD, Layout
-from tests.laws.worlds import world
+from tests.laws.worlds import renew, world
 
 DROPOUT = {"dropout": 0.5}
 
@@ -113,12 +113,18 @@ def test_replicated_and_tied_parameters_stay_bitwise_equal_for_ten_steps_of_drop
     assert all(torch.isfinite(value).all() for value in found.parameters[-1].values())
 
 
-def test_recomputation_repeats_the_masks() -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation_repeats_the_masks(recompute: str, compiled: bool) -> None:
     """Same seeds, so the same step to the last bit, recomputed or not; with split heads too."""
     for parallel in ({"tp": 2, "sequence_parallel": False}, {"dp_shard": 2}):
+        if compiled and recompute == "selective" and "tp" in parallel:
+            continue  # refused
         found = []
-        for recompute in ("none", "full"):
-            config = config_of(2, DROPOUT, optim=SGD, parallel={**parallel, "recompute": recompute})
+        for choice in ("none", recompute):
+            config = config_of(2, DROPOUT, optim=SGD, parallel={**parallel, "recompute": choice}, compile=compiled)
+            if compiled:
+                renew(2)
             found.append(merged(world(2).run(trace, config, 2)))
         assert found[0].losses == found[1].losses
         for name, gradient in found[0].gradients[0].items():
