@@ -23,7 +23,7 @@ from rich.table import Table
 
 from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
-from dist_llm.config.check import resolve
+from dist_llm.config.derive import resolve
 from dist_llm.config.schema import CheckpointConfig, Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models.visibility import CAUSAL

@@ -34,7 +34,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from dist_llm.config.check import AXES, check, resolve
+from dist_llm.config.check import check
+from dist_llm.config.derive import AXES, resolve
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention

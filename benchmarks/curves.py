@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from dist_llm.config.check import AXES
+from dist_llm.config.derive import AXES
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs" / "layouts"

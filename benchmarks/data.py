@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dist_llm.config.check import resolve
+from dist_llm.config.derive import resolve
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.history import fresh_plan

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_llm.config.check import check, resolve
+from dist_llm.config.check import check
+from dist_llm.config.derive import resolve
 from dist_llm.config.schema import Config
 from dist_llm.engines.build import build_engine
 from dist_llm.models.visibility import CAUSAL

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from dist_llm.config.check import check, resolve
+from dist_llm.config.check import check
+from dist_llm.config.derive import resolve
 from dist_llm.config.load import load_config, refuse
 from dist_llm.config.schema import Config
 

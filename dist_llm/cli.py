@@ -189,7 +189,7 @@ def _train(options: argparse.Namespace) -> int:
             f"give one config file, found {len(files)}; for example: dist-llm train --config configs/demo.yaml"
         )
     overrides = [item for item in options.rest if "=" in item]
-    from dist_llm.config.check import AXES
+    from dist_llm.config.derive import AXES
     from dist_llm.launch.world import read_world
     from dist_llm.train.settings import read_config
 

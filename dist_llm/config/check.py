@@ -1,29 +1,28 @@
-"""Rules that join keys, the corpus and the world size; and the values that they imply.
+"""Rules that join keys, the corpus and the world size.
 
-`check` finds every violation before a process group exists; `resolve` then fills in each key
-that was left to be derived.
+`check` finds every violation before a process group exists; `derive.py:resolve` then fills in each key that was left
+to be derived.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_llm.config.check_data import check_data
 from dist_llm.config.check_engine import check_axes, check_engine
-from dist_llm.config.check_fp8 import check_fp8, check_fp8_sizes
+from dist_llm.config.check_fp8 import check_fp8
 from dist_llm.config.check_guard import check_guard
+from dist_llm.config.check_layout import check_budget, check_layout
+from dist_llm.config.derive import AXES, divisors, shape
 from dist_llm.config.lengths import extra_ids, inputs_len, lengths
 from dist_llm.config.load import Violation
-from dist_llm.config.schema import Config, ModelConfig, ObjectiveConfig, ParallelConfig
+from dist_llm.config.schema import Config, ModelConfig, ObjectiveConfig
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 FITTING = {
     "decoder": ("causal", "prefix", "span", "fim"),
     "encoder": ("masked",),
     "encoder_decoder": ("prefix", "span"),
 }
-TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # each rank holds two stages
-SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv")  # gradients of activations first, of weights later
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,12 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
         *_check_schedule(config),
         *_check_checkpoints(config),
         *_check_optim(config),
-        *_check_budget(config.parallel),
+        *check_budget(config.parallel),
         *check_guard(config),
         *check_engine(config, world_size),
         *check_fp8(config),
     ]
-    layout = list(_check_layout(config, world_size, tokenizer_size))
+    layout = list(check_layout(config, world_size, tokenizer_size))
     if layout and (fitting := nearest_layouts(config, world_size, tokenizer_size)):
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
         line = f"parallel: layouts of {ranks} that fit: {'; '.join(map(shape, fitting))}"
@@ -85,7 +84,7 @@ def nearest_layouts(config: Config, world_size: int, tokenizer_size: int, most: 
     found: list[dict[str, int]] = []
     for sizes in sorted((dict(zip(AXES, each, strict=True)) for each in _factors(world_size, len(AXES))), key=distance):
         layout = config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
-        if not any(_check_layout(layout, world_size, tokenizer_size)) and not any(check_axes(layout)):
+        if not any(check_layout(layout, world_size, tokenizer_size)) and not any(check_axes(layout)):
             found.append(sizes)
             if len(found) == most:
                 break
@@ -100,72 +99,6 @@ def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
     for first in range(1, number + 1):
         if number % first == 0:
             yield from ((first, *rest) for rest in _factors(number // first, count - 1))
-
-
-def shape(sizes: dict[str, int]) -> str:
-    """`dp_shard 4 x tp 2`: the axes that are used."""
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "dp_shard 1"
-
-
-def resolve(config: Config, world_size: int, tokenizer_size: int) -> Config:
-    """Replace every "derive it" by its value; `config` must have passed `check`."""
-    model, data, parallel = config.model, config.data, config.parallel
-    shard = dp_shard(parallel, world_size)
-    ranks = parallel.dp_replicate * shard
-    return config.model_copy(
-        update={
-            "model": model.model_copy(
-                update={
-                    "n_encoder_layers": encoder_layers(model),
-                    "n_kv_heads": model.n_kv_heads or model.n_heads,
-                    "head_dim": model.head_dim or model.d_model // model.n_heads,
-                    "d_ff": derived_d_ff(model),
-                    "vocab_size": model.vocab_size or tokenizer_size + extra_ids(config),
-                    "max_seq_len": model.max_seq_len or max(data.seq_len, inputs_len(config)),
-                }
-            ),
-            "data": data.model_copy(update={"micro_batch": data.micro_batch or data.global_batch // ranks}),
-            "parallel": parallel.model_copy(update={"dp_shard": shard}),
-            "schedule": config.schedule.model_copy(
-                update={"decay_steps": config.schedule.decay_steps or config.run.steps}
-            ),
-        }
-    )
-
-
-def encoder_layers(model: ModelConfig) -> int:
-    """Blocks of an encoder-decoder's encoder; 0 in the other architectures."""
-    return (model.n_encoder_layers or model.n_layers) if model.architecture == "encoder_decoder" else 0
-
-
-def derived_d_ff(model: ModelConfig) -> int:
-    """The hidden size that d_ff 0 stands for."""
-    if model.d_ff:
-        return model.d_ff
-    return round_up(math.ceil(8 / 3 * model.d_model), 64) if gated(model) else 4 * model.d_model
-
-
-def gated(model: ModelConfig) -> bool:
-    """Whether the feed-forward has a second projection that the first is multiplied with."""
-    return model.activation in ("swiglu", "geglu", "geglu_tanh")
-
-
-def round_up(number: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `number`."""
-    return -(-number // multiple) * multiple
-
-
-def dp_shard(parallel: ParallelConfig, world_size: int) -> int:
-    """The sharding degree, where -1 takes all that the other axes leave (at least 1)."""
-    others = parallel.dp_replicate * parallel.cp * parallel.tp * parallel.pp
-    return parallel.dp_shard if parallel.dp_shard > 0 else max(1, world_size // others)
-
-
-def divisors(number: int) -> str:
-    """For messages: `1, 2, 3, 6`, the middle left out where there are many."""
-    found = [n for n in range(1, number + 1) if number % n == 0]
-    shown: Sequence[int | str] = found if len(found) <= 12 else [*found[:8], "...", *found[-3:]]
-    return ", ".join(map(str, shown))
 
 
 def _check_model(model: ModelConfig) -> Iterator[Violation]:
@@ -273,151 +206,4 @@ def _check_checkpoints(config: Config) -> Iterator[Violation]:
     if config.init_optimizer == "keep" and not config.init_from:
         yield Violation(
             ("init_optimizer", "init_from"), "there are no moments to keep without init_from; remove the key"
-        )
-
-
-def _check_layout(config: Config, world_size: int, tokenizer_size: int) -> Iterator[Violation]:
-    parallel = config.parallel
-    if parallel.dp_shard == 0:
-        yield Violation(("parallel.dp_shard",), "must be a number of ranks, or -1 for all that the other axes leave")
-        return
-    sizes = {axis: getattr(parallel, axis) for axis in AXES} | {"dp_shard": dp_shard(parallel, world_size)}
-    product = math.prod(sizes.values())
-    if product != world_size:
-        yield Violation(
-            tuple(f"parallel.{axis}" for axis in ("dp_shard", "dp_replicate", "cp", "tp", "pp")),
-            f"the layout ({shape(sizes)}) needs {product} ranks, but {world_size} were started; set dp_shard to -1, "
-            f"or start with: torchrun --nproc-per-node {product} -m dist_llm train ...",
-        )
-    yield from _check_batch(config, sizes["dp_replicate"] * sizes["dp_shard"])
-    yield from _check_tensor(config, tokenizer_size)
-    yield from check_fp8_sizes(config, derived_d_ff(config.model))
-    yield from _check_context(config)
-    yield from _check_pipeline(config, sizes["dp_replicate"] * sizes["dp_shard"])
-
-
-def _check_budget(parallel: ParallelConfig) -> Iterator[Violation]:
-    if parallel.activations_gib and parallel.recompute != "none":
-        yield Violation(
-            ("parallel.activations_gib", "parallel.recompute"),
-            "the budget chooses what each block computes again; set recompute to none, or activations_gib to 0",
-        )
-
-
-def _check_batch(config: Config, ranks: int) -> Iterator[Violation]:
-    micro, batch = config.data.micro_batch or 1, config.data.global_batch
-    unit = ranks * micro
-    if batch % unit:
-        nearest = f"{batch // unit * unit} or {round_up(batch, unit)}" if batch > unit else str(unit)
-        yield Violation(
-            ("data.global_batch", "data.micro_batch", "parallel.dp_shard", "parallel.dp_replicate"),
-            f"{batch} sequences do not divide into {ranks} data-parallel ranks x micro-batches of {micro}; "
-            f"the nearest that do: {nearest}",
-        )
-
-
-def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
-    model, tp = config.model, config.parallel.tp
-    d_ff = derived_d_ff(model)
-    rows = round_up(model.vocab_size or tokenizer_size + extra_ids(config), model.vocab_multiple)
-    split = (
-        (("model.n_heads",), "query heads", model.n_heads),
-        (("model.n_kv_heads", "model.n_heads"), "key-value heads", model.n_kv_heads or model.n_heads),
-        (("model.d_ff", "model.d_model"), "hidden units", d_ff),
-        (("model.vocab_multiple",), "vocabulary rows", rows),
-    )
-    for keys, what, number in split:
-        if number % tp:
-            yield Violation(
-                (*keys, "parallel.tp"), f"{number} {what} do not divide over tp {tp}; tp can be {divisors(number)}"
-            )
-    # The lengths of an encoder-decoder's second sequence are made to fit.
-    if tp > 1 and config.parallel.sequence_parallel and config.data.seq_len % (tp * config.parallel.cp):
-        yield Violation(
-            ("data.seq_len", "parallel.tp", "parallel.cp", "parallel.sequence_parallel"),
-            f"{config.data.seq_len} tokens do not divide over tp {tp} x cp {config.parallel.cp}; "
-            f"set a multiple of {tp * config.parallel.cp}, or sequence_parallel to false",
-        )
-    if tp > 1 and config.parallel.async_tp and not (config.compile and config.parallel.sequence_parallel):
-        yield Violation(
-            ("parallel.async_tp", "compile", "parallel.sequence_parallel"),
-            "the compiler overlaps the all-gathers and reduce-scatters of sequence_parallel; set compile and "
-            "sequence_parallel to true, or async_tp to false",
-        )
-    selects = config.parallel.recompute == "selective" or config.parallel.activations_gib
-    if tp > 1 and not config.parallel.sequence_parallel and config.compile and selects and model.dropout:
-        yield Violation(
-            ("parallel.recompute", "parallel.activations_gib", "compile", "parallel.sequence_parallel"),
-            "a compiled block that keeps a selection cannot draw the dropout of a rank's own heads; set "
-            "sequence_parallel to true, or compile to false, or recompute to full and activations_gib to 0",
-        )
-
-
-def _check_context(config: Config) -> Iterator[Violation]:
-    pieces, length = 2 * config.parallel.cp, config.data.seq_len
-    if config.parallel.cp > 1 and config.model.architecture == "encoder_decoder":
-        yield Violation(
-            ("parallel.cp", "model.architecture"),
-            "an encoder_decoder's sequences are not split over context ranks; set cp to 1",
-        )
-    if config.parallel.cp > 1 and length % pieces:
-        nearest = f"{length // pieces * pieces} or {round_up(length, pieces)}" if length > pieces else str(pieces)
-        yield Violation(
-            ("data.seq_len", "parallel.cp"),
-            f"{length} tokens do not divide into the {pieces} pieces of cp {config.parallel.cp} "
-            f"(two a rank); the nearest that do: {nearest}",
-        )
-
-
-def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
-    parallel, data = config.parallel, config.data
-    if parallel.pp == 1:
-        return
-    stages = parallel.pp * (2 if parallel.pp_schedule in TWO_STAGE_SCHEDULES else 1)
-    blocks = config.model.n_layers + encoder_layers(config.model)
-    if blocks < stages:
-        yield Violation(
-            ("parallel.pp", "model.n_layers", "parallel.pp_schedule"),
-            f"{stages} stages ({parallel.pp_schedule}) need as many blocks, but the model has {blocks}; "
-            f"pp can be at most {blocks * parallel.pp // stages or 1}",
-        )
-    if config.model.architecture == "encoder_decoder" and parallel.pp_schedule in SPLIT_BACKWARD:
-        yield Violation(
-            ("parallel.pp_schedule", "model.architecture"),
-            f"{parallel.pp_schedule} splits backward in two, which torch cannot do where the encoder's output is "
-            "handed on and used, too; set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
-        )
-    if config.model.positions == "relative":
-        yield Violation(
-            ("parallel.pp", "model.positions"),
-            "the layers share one table of relative positions, which cannot be on several stages; set pp to 1, or "
-            "positions to rope, learned or sinusoidal",
-        )
-    microbatches = data.global_batch // ranks // (data.micro_batch or max(1, data.global_batch // ranks))
-    # Interleaved schedules go round the ranks in whole turns.
-    whole = parallel.pp_schedule.startswith("interleaved")
-    least = 1 if parallel.pp_schedule == "gpipe" else stages if parallel.pp_schedule == "zbv" else parallel.pp
-    if microbatches < least or (whole and microbatches % parallel.pp):
-        rule = f"a multiple of pp {parallel.pp}" if whole else f"at least {least}"
-        yield Violation(
-            ("data.micro_batch", "data.global_batch", "parallel.pp", "parallel.pp_schedule"),
-            f"{microbatches} microbatches for {parallel.pp_schedule} over pp {parallel.pp}, which takes {rule}; "
-            "lower micro_batch or raise global_batch (microbatches = global_batch / data ranks / micro_batch)",
-        )
-    if parallel.reduce_each_microbatch:
-        yield Violation(
-            ("parallel.reduce_each_microbatch", "parallel.pp"),
-            "a pipeline's schedule reduces once, after its last microbatch; set it to false, or pp to 1",
-        )
-    if config.compile and parallel.pp_schedule in SPLIT_BACKWARD:
-        yield Violation(
-            ("parallel.pp_schedule", "compile"),
-            f"{parallel.pp_schedule} splits backward in two, which torch cannot do with compiled blocks; "
-            "set compile to false, or pp_schedule to 1f1b or interleaved_1f1b",
-        )
-    if parallel.recompute == "selective" and parallel.pp_schedule in SPLIT_BACKWARD:
-        yield Violation(
-            ("parallel.recompute", "parallel.pp_schedule"),
-            f"{parallel.pp_schedule} goes backward through a block twice, but what selective keeps is there once; "
-            "set recompute to full or none, or pp_schedule to 1f1b or interleaved_1f1b",
         )

@@ -12,7 +12,7 @@ from math import ceil, prod
 
 from torch import Tensor
 
-from dist_llm.config.check import round_up
+from dist_llm.config.derive import round_up
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dist_llm.checkpoint.state import Held, State
-from dist_llm.config.check import SPLIT_BACKWARD
+from dist_llm.config.derive import SPLIT_BACKWARD
 from dist_llm.config.schema import Config
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip

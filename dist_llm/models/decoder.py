@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_llm.config.check import round_up
+from dist_llm.config.derive import round_up
 from dist_llm.config.schema import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.losses.linear import Columns, linear_cross_entropy

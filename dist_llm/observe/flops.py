@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from dist_llm.config.check import gated
+from dist_llm.config.derive import gated
 from dist_llm.config.schema import ModelConfig
 
 CONVENTION = "6N + 12LHES, causal not halved"

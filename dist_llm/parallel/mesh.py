@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dist_llm.config.check import AXES
+from dist_llm.config.derive import AXES
 from dist_llm.config.schema import ParallelConfig
 
 # Ranks that hold different tokens; ranks over which FSDP cuts a parameter into shards.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from dist_llm.config.check import TWO_STAGE_SCHEDULES, gated
+from dist_llm.config.derive import TWO_STAGE_SCHEDULES, gated
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch

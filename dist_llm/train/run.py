@@ -14,7 +14,7 @@ import torch
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.state import Guarded
 from dist_llm.checkpoint.store import CheckpointStore, find, of_run, progress_of
-from dist_llm.config.check import AXES, shape
+from dist_llm.config.derive import AXES, shape
 from dist_llm.config.load import dump, refuse
 from dist_llm.config.schema import Config
 from dist_llm.data import history as histories

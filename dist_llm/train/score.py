@@ -1,7 +1,7 @@
 """The `evaluate` command: a checkpoint's loss on a corpus, by however many ranks there are."""
 
 from dist_llm.checkpoint import store
-from dist_llm.config.check import resolve
+from dist_llm.config.derive import resolve
 from dist_llm.config.load import load_saved
 from dist_llm.config.schema import ParallelConfig
 from dist_llm.data.shard import Split

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_llm.config.check import check, resolve
+from dist_llm.config.check import check
 from dist_llm.config.check_data import sources_of
+from dist_llm.config.derive import resolve
 from dist_llm.config.load import Violation, load_config, refuse
 from dist_llm.config.schema import Config
 from dist_llm.data.mirror import localize

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks import communication
 from benchmarks.communication import CASES, MODEL, ROWS, SEQ_LEN, WireCounter, busiest, case, count, document
-from dist_llm.config.check import AXES
+from dist_llm.config.derive import AXES
 from tests.laws.worlds import WorldError, world
 
 D, V, L = MODEL["d_model"], MODEL["vocab_size"], MODEL["n_layers"]

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from dist_llm.config.check import AXES, check, divisors, dp_shard, resolve, round_up
+from dist_llm.config.check import check
+from dist_llm.config.derive import AXES, divisors, dp_shard, resolve, round_up
 from dist_llm.config.lengths import SPECIALS, all_lengths
 from dist_llm.config.schema import Config
 from dist_llm.data.shard import Manifest

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dist_llm.config import check_engine
-from dist_llm.config.check import check, resolve
+from dist_llm.config.check import check
 from dist_llm.config.deepspeed import deepspeed_json
+from dist_llm.config.derive import resolve
 from dist_llm.config.schema import Config
 from dist_llm.launch.environment import check_accelerate
 

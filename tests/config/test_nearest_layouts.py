@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from dist_llm.config.check import AXES, check, nearest_layouts
+from dist_llm.config.check import check, nearest_layouts
+from dist_llm.config.derive import AXES
 from dist_llm.config.schema import Config
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import ConfigError

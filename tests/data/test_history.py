@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dist_llm.config.check import resolve
+from dist_llm.config.derive import resolve
 from dist_llm.config.schema import Config
 from dist_llm.data import history as histories
 from dist_llm.data.history import asked, dump, fresh_plan, parse, reopen, resume

@@ -24,7 +24,7 @@ CODE = """if True:
     from dist_llm.data.history import fresh_plan
     from dist_llm.data.loader import build_loader
     from dist_llm.objectives.vocabulary import Vocabulary
-    from dist_llm.config.check import resolve
+    from dist_llm.config.derive import resolve
     from dist_llm.config.schema import Config
 
     def memory(name):

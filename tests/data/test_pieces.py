@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_llm.config.check import resolve
+from dist_llm.config.derive import resolve
 from dist_llm.config.lengths import Lengths
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from dist_llm.cli import parser
-from dist_llm.config.check import AXES, check, resolve
+from dist_llm.config.check import check
+from dist_llm.config.derive import AXES, resolve
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
 from dist_llm.text.options import options_from

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.check import check as broken_rules
-from dist_llm.config.check import resolve
+from dist_llm.config.derive import resolve
 from dist_llm.config.schema import Config, ParallelConfig
 from dist_llm.engines.base import Engine
 from dist_llm.engines.native import NativeEngine

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_llm.config.check import AXES
+from dist_llm.config.derive import AXES
 from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of, merged, trace

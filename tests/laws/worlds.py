@@ -144,7 +144,7 @@ def _share_groups() -> None:
     """One mesh per shape and one group per set of ranks: each gloo group has threads that wake all the time."""
     import torch.distributed as dist
 
-    from dist_llm.config.check import AXES
+    from dist_llm.config.derive import AXES
     from dist_llm.engines import native
     from dist_llm.parallel.mesh import build_mesh
 

@@ -1,0 +1,77 @@
+"""What follows from a config: the values of keys that were left to be derived, and the arithmetic of layouts."""
+
+import math
+from collections.abc import Sequence
+
+from dist_llm.config.lengths import extra_ids, inputs_len
+from dist_llm.config.schema import Config, ModelConfig, ParallelConfig
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # each rank holds two stages
+SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv")  # gradients of activations first, of weights later
+
+
+def resolve(config: Config, world_size: int, tokenizer_size: int) -> Config:
+    """Replace every "derive it" by its value; `config` must have passed `check`."""
+    model, data, parallel = config.model, config.data, config.parallel
+    shard = dp_shard(parallel, world_size)
+    ranks = parallel.dp_replicate * shard
+    return config.model_copy(
+        update={
+            "model": model.model_copy(
+                update={
+                    "n_encoder_layers": encoder_layers(model),
+                    "n_kv_heads": model.n_kv_heads or model.n_heads,
+                    "head_dim": model.head_dim or model.d_model // model.n_heads,
+                    "d_ff": derived_d_ff(model),
+                    "vocab_size": model.vocab_size or tokenizer_size + extra_ids(config),
+                    "max_seq_len": model.max_seq_len or max(data.seq_len, inputs_len(config)),
+                }
+            ),
+            "data": data.model_copy(update={"micro_batch": data.micro_batch or data.global_batch // ranks}),
+            "parallel": parallel.model_copy(update={"dp_shard": shard}),
+            "schedule": config.schedule.model_copy(
+                update={"decay_steps": config.schedule.decay_steps or config.run.steps}
+            ),
+        }
+    )
+
+
+def encoder_layers(model: ModelConfig) -> int:
+    """Blocks of an encoder-decoder's encoder; 0 in the other architectures."""
+    return (model.n_encoder_layers or model.n_layers) if model.architecture == "encoder_decoder" else 0
+
+
+def derived_d_ff(model: ModelConfig) -> int:
+    """The hidden size that d_ff 0 stands for."""
+    if model.d_ff:
+        return model.d_ff
+    return round_up(math.ceil(8 / 3 * model.d_model), 64) if gated(model) else 4 * model.d_model
+
+
+def gated(model: ModelConfig) -> bool:
+    """Whether the feed-forward has a second projection that the first is multiplied with."""
+    return model.activation in ("swiglu", "geglu", "geglu_tanh")
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `number`."""
+    return -(-number // multiple) * multiple
+
+
+def dp_shard(parallel: ParallelConfig, world_size: int) -> int:
+    """The sharding degree, where -1 takes all that the other axes leave (at least 1)."""
+    others = parallel.dp_replicate * parallel.cp * parallel.tp * parallel.pp
+    return parallel.dp_shard if parallel.dp_shard > 0 else max(1, world_size // others)
+
+
+def divisors(number: int) -> str:
+    """For messages: `1, 2, 3, 6`, the middle left out where there are many."""
+    found = [n for n in range(1, number + 1) if number % n == 0]
+    shown: Sequence[int | str] = found if len(found) <= 12 else [*found[:8], "...", *found[-3:]]
+    return ", ".join(map(str, shown))
+
+
+def shape(sizes: dict[str, int]) -> str:
+    """`dp_shard 4 x tp 2`: the axes that are used."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "dp_shard 1"
