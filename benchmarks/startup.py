@@ -78,7 +78,7 @@ marked(settings, "read_config", after="config")
 marked(run, "build_engine", before="data", after="model")
 marked(run.Trainer, "step", before="loader", after="first_step")
 marked(run.Trainer, "run", after="end")
-sys.exit(cli.main())
+cli.run()
 """
 STAGES = ("interpreter", "torch", "imports", "config", "data", "model", "loader", "first_step", "end", "exit")
 OURS = ("config", "data", "model", "loader")

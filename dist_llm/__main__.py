@@ -1,8 +1,6 @@
 """`python -m dist_llm` is the `dist-llm` command."""
 
-import sys
-
-from dist_llm.cli import main
+from dist_llm.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -108,12 +108,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. 0: done. 1: a failure of ours. 2: input that the user can mend. 128 + N: stopped by signal N."""
-    options = parser().parse_args(arguments)
+def run() -> None:
+    """The command as a process of its own."""
     # torch makes some 300,000 objects on import, and no garbage: to look through them took a second of a short command.
     gc.set_threshold(100_000, 50, 50)
     atexit.register(gc.freeze)
+    sys.exit(main())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. 0: done. 1: a failure of ours. 2: input that the user can mend. 128 + N: stopped by signal N."""
+    options = parser().parse_args(arguments)
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         "prepare": _prepare,
         "adopt": _adopt,
