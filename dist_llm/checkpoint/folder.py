@@ -26,7 +26,7 @@ from dist_llm.errors import CheckpointError
 
 BLOCK_BYTES = 1 << 22
 CANCELLED = "another thread could not write"
-WRITERS = 2  # threads, each with a file of its own: a hash takes as long as the disk does
+WRITERS = 2  # threads, each with a file of its own: one writes and hashes while the other waits for the disk
 
 
 class Folder:

@@ -23,7 +23,7 @@ def overlap(mesh: DeviceMesh) -> None:
 
 def fuse(mesh: DeviceMesh) -> None:
     """Let the compiler do so from now on."""
-    from torch._inductor import config as inductor  # takes seconds, which runs without it should not wait
+    from torch._inductor import config as inductor  # a second, unless this torch has it already (2.13 has)
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
     inductor._micro_pipeline_tp = True

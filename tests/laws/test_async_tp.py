@@ -41,10 +41,8 @@ class Seen(CustomGraphPass):
 def traced(config: Config, backwards: bool) -> tuple[Trace, dict[str, int]]:
     """Two steps, and how often the compiler fused what. `backwards`: parts are handed to the wrong ranks."""
     seen, library = Seen(), torch.library.Library("symm_mem", "IMPL")
-    for name, function in FUSED.items():
+    for name, function in (FUSED | ({"fused_all_gather_matmul": _reversed} if backwards else {})).items():
         library.impl(name, function, "CPU")
-    if backwards:
-        library.impl("fused_all_gather_matmul", _reversed, "CPU", allow_override=True)
     with (
         patch.object(parallelize, "overlap", fuse),
         patch.object(inductor, "post_grad_custom_post_pass", seen),

@@ -51,7 +51,7 @@ def test_compilation_changes_nothing_in_other_architectures(layout: Layout, reco
     hold(layout, SGD, steps=2, parallel={"recompute": recompute}, compile=True)
 
 
-@pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.slow), "selective"])
+@pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_compilation_changes_nothing(recompute: str) -> None:
     hold(CHOSEN[7], SGD, steps=2, parallel={"recompute": recompute}, compile=True)
 
@@ -60,7 +60,7 @@ def test_smoothing_and_z_loss_survive_the_split_of_the_vocabulary() -> None:
     hold(Layout(2, {"tp": 2}, "tied"), SGD, steps=2, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[36]], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[24], LAYOUTS[36]], ids=str)
 def test_twenty_steps_of_adamw(layout: Layout) -> None:
     hold(layout, ADAMW, steps=20)
 
