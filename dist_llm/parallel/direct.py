@@ -1,0 +1,88 @@
+"""FSDP's collectives over gloo, by messages from each rank to each other.
+
+gloo makes an all-reduce of a reduce-scatter, which moves twice as much, and its all-gather copies more than it must.
+Here a rank sends what it would in a ring, n (p - 1) / p of n bytes over p ranks, each part to where it is wanted.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from dist_llm.models.decoder import Decoder
+
+
+def send_directly(model: Decoder) -> None:
+    """Have `model`, which is sharded, do so, and gather each block's weights while the one before it computes."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(Gather())  # type: ignore[arg-type]  # torch's base classes are not public
+            module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]
+    modules = [cast(FSDPModule, module) for module in (model, *model.blocks.values())]
+    for one, following in pairwise(modules):
+        one.set_modules_to_forward_prefetch([following])
+
+
+class Gather:
+    """The ranks' inputs, one after another, on all of them; FSDP waits for what this returns."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work:
+        parts = output_tensor.chunk(group.size())
+        works = [dist.isend(input_tensor, group=group, group_dst=rank) for rank in _others(group)]
+        works += [dist.irecv(parts[rank], group=group, group_src=rank) for rank in _others(group)]
+        mine = parts[group.rank()]
+        if mine.data_ptr() != input_tensor.data_ptr():
+            mine.copy_(input_tensor)
+        return _All(works)
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for an input or an output."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class ReduceScatter:
+    """This rank's part of the sum of all inputs, added up in an order that is always the same."""
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> None:
+        assert op == dist.ReduceOp.SUM
+        parts = input_tensor.chunk(group.size())
+        sent = _All([dist.isend(parts[rank], group=group, group_dst=rank) for rank in _others(group)])
+        output_tensor.copy_(parts[group.rank()])
+        received = torch.empty_like(output_tensor)
+        for rank in _others(group):
+            dist.recv(received, group=group, group_src=rank)
+            output_tensor += received
+        sent.wait()
+
+    allocate = Gather.allocate
+
+
+class _All(dist.Work):
+    """Done when all of them are. Each is waited for once: a second wait for a message is for the next one."""
+
+    def __init__(self, works: Sequence[dist.Work | None]) -> None:
+        super().__init__()
+        self.works = [work for work in works if work is not None]
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        while self.works:
+            self.works.pop(0).wait(timeout)
+        return True
+
+
+def _others(group: dist.ProcessGroup) -> list[int]:
+    return [rank for rank in range(group.size()) if rank != group.rank()]

@@ -1,0 +1,106 @@
+"""On CPUs FSDP's collectives are messages: the step is that of one process, and no more is sent."""
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.communication import Case, busiest, case, count
+from dist_llm.config.schema import Config
+from dist_llm.parallel import direct, shard
+from tests.laws.law import Trace, compare, config_of, merged, reference, trace
+from tests.laws.layouts import ADAMW, MODELS, Layout
+from tests.laws.worlds import world
+
+LAYOUTS = [
+    Layout(2, {"dp_shard": 2}),
+    Layout(4, {"dp_shard": 4}, "tied", micro=3),
+    Layout(4, {"dp_shard": 4, "reshard": "always"}, "bert", micro=3),
+    Layout(4, {"dp_replicate": 2, "dp_shard": 2, "reduce_each_microbatch": True}, "gpt", micro=3),
+    Layout(4, {"dp_shard": 2, "cp": 2, "recompute": "full"}),
+    Layout(4, {"dp_shard": 2, "tp": 2, "recompute": "selective"}, "t5"),
+    Layout(4, {"pp": 2, "dp_shard": 2, "pp_schedule": "interleaved_1f1b"}, micro=3),
+]
+
+
+class Unadded(direct.ReduceScatter):
+    """A planted bug: the others' parts are received, and forgotten."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, **named: Any) -> None:
+        super().__call__(output_tensor, input_tensor, group, **named)
+        output_tensor.copy_(input_tensor.chunk(group.size())[group.rank()])
+
+
+class Swapped(direct.Gather):
+    """A planted bug: the first two ranks' parts change places."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, **named: Any
+    ) -> dist.Work:
+        work = super().__call__(output_tensor, input_tensor, group, **named)
+        work.wait()
+        first, second, *_ = output_tensor.chunk(group.size())
+        kept = first.clone()
+        first.copy_(second)
+        second.copy_(kept)
+        return work
+
+
+def directly(config: Config, bug: tuple[str, type] | None) -> Trace:
+    name, other = bug or ("Gather", direct.Gather)
+    with patch.object(shard, "send_directly", direct.send_directly), patch.object(direct, name, other):
+        return trace(config, 3)
+
+
+def hold(layout: Layout, bug: tuple[str, type] | None = None) -> None:
+    data = {"micro_batch": layout.micro}
+    config = config_of(layout.ranks, MODELS[layout.model], optim=ADAMW, parallel=layout.parallel, data=data)
+    compare(merged(world(layout.ranks).run(directly, config, bug)), reference(config, 3))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_messages_take_the_step_of_one_process(layout: Layout) -> None:
+    hold(layout)
+
+
+@pytest.mark.parametrize("bug", [("ReduceScatter", Unadded), ("Gather", Swapped)], ids=["unadded", "swapped"])
+def test_a_planted_bug_breaks_it(bug: tuple[str, type]) -> None:
+    with pytest.raises(AssertionError, match="off by"):
+        hold(LAYOUTS[1], bug)
+
+
+def counted(chosen: Case) -> dict[str, Any]:
+    with patch.object(shard, "send_directly", direct.send_directly):
+        return count(chosen)
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_a_rank_sends_no_more_than_by_collectives(shards: int) -> None:
+    """A law of bytes: collectives as a ring sends them, messages as they are."""
+    chosen = case(dp_shard=shards)
+    by_collectives, by_messages = (busiest(world(shards).run(each, chosen)) for each in (count, counted))
+    assert by_messages["bytes"] == by_collectives["bytes"]
+    kinds = {part["kind"] for part in by_messages["by_axis"]}
+    assert kinds == {"send", "all-reduce"}  # the latter of the norm, and of counts
+
+
+def test_its_sums_are_always_the_same() -> None:
+    """Bit by bit, of numbers whose sum depends on the order."""
+    first, second = (world(4).run(summed) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    whole = torch.stack([_numbers(rank) for rank in range(4)]).double().sum(0)
+    torch.testing.assert_close(torch.cat(first).double(), whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
+
+
+def _numbers(rank: int) -> Tensor:
+    return torch.randn(4000, generator=torch.Generator().manual_seed(rank)) * 10.0**rank
+
+
+def summed() -> Tensor:
+    output = torch.empty(1000)
+    assert dist.group.WORLD is not None
+    direct.ReduceScatter()(output, _numbers(dist.get_rank()), dist.group.WORLD, dist.ReduceOp.SUM)
+    return output
