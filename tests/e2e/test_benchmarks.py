@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from . import commands
 from .commands import REPOSITORY
@@ -22,6 +23,7 @@ ATTENTION = REPOSITORY / "benchmarks" / "attention.py"
 OPTIMIZER = REPOSITORY / "benchmarks" / "optimizer.py"
 LAYOUTS = REPOSITORY / "benchmarks" / "layouts.py"
 STARTUP = REPOSITORY / "benchmarks" / "startup.py"
+MEMORY = REPOSITORY / "benchmarks" / "memory.py"
 # Keys that make a named model tiny.
 TINY = ("model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.vocab_size=128")
 
@@ -199,3 +201,20 @@ def test_recovery_prints_a_line_per_fault_and_a_table() -> None:
     assert row["recovery_seconds"] > 0
     assert 0 < row["goodput"] < 1
     assert "to the next step, s" in done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a GPU is pretended by torch's CPU build alone")
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_memory_traces_a_rank_of_any_layout(ranks: int) -> None:
+    """Weights and moments in fp32 are 12 bytes a parameter, over the ranks; the rest is what a step needs besides."""
+    keys = (*TINY, "model.d_ff=96", "model.vocab_size=4096", "data.global_batch=8", "data.seq_len=64")
+    done = benchmark(MEMORY, "--models", "llama-cpu", "--ranks", str(ranks), "--recompute", "none", "full", *keys)
+    none, full = (json.loads(line) for line in done.stdout.splitlines())
+    # Embedding and head; q and out; k and v, with half the heads; three matrices of the feed-forward; three norms.
+    parameters = 2 * 4096 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 96 + 3 * 32
+    for row in (none, full):
+        assert row["weights"] == pytest.approx(12 * parameters / ranks, rel=0.01)
+        assert row["weights"] < row["peak"] < row["whole"]
+        assert row["tokens"] == 8 * 64 // ranks
+    assert full["peak"] < none["peak"]
+    assert f"one of {ranks} GPUs, traced" in done.stderr

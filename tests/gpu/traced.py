@@ -1,0 +1,123 @@
+"""A program: steps of the engine on a GPU that is not there (benchmarks/pretend.py), a JSON line per case.
+
+`python -m tests.gpu.traced [--plant BUG]`; test_traced.py says what it must print.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import pretend
+from dist_llm.engines.native import NativeEngine
+from dist_llm.models import attention
+from dist_llm.train.step import train_step
+from tests.laws.law import batches_of, config_of
+from tests.laws.layouts import ADAMW, BF16_MOMENTS, DOCUMENTS, MODELS, MUON, PREFIX
+
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.out}
+LAYOUTS = {
+    "dp_shard": {"dp_shard": 8},
+    "dp_replicate": {"dp_replicate": 8},
+    "dp_replicate, dp_shard": {"dp_replicate": 2, "dp_shard": 4, "reshard": "always"},
+    "tp": {"dp_shard": 2, "tp": 4},
+    "tp, whole": {"dp_shard": 2, "tp": 4, "sequence_parallel": False},
+    "cp": {"dp_shard": 2, "cp": 4},
+    "selective": {"dp_shard": 8, "recompute": "selective"},
+    "full": {"dp_shard": 8, "recompute": "full"},
+    "offload": {"dp_shard": 8, "cpu_offload": True},
+}
+
+
+def cases() -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Name, ranks, keywords of config_of."""
+    for model, keys in MODELS.items():
+        yield model, 1, {"model": keys, "precision": "bf16"}
+    yield "fp32", 1, {}
+    yield "prefix", 1, PREFIX
+    yield "documents", 1, DOCUMENTS
+    yield "documents, bf16", 1, DOCUMENTS | {"precision": "bf16"}
+    yield "dropout", 1, {"model": {"dropout": 0.1}}
+    yield "muon", 1, {"optim": MUON, "precision": "bf16"}
+    yield "moments in bf16", 1, {"optim": BF16_MOMENTS, "precision": "bf16"}
+    yield "fp8", 1, {"model": {"d_model": 64, "d_ff": 64}, "precision": "bf16", "fp8": True}
+    for name, parallel in LAYOUTS.items():
+        yield name, 8, {"precision": "bf16", "parallel": parallel}
+    for model in ("t5", "bert", "two"):
+        yield f"{model}, tp", 8, {"model": MODELS[model], "precision": "bf16", "parallel": LAYOUTS["tp"]}
+    yield "muon, dp_shard", 8, {"optim": MUON, "precision": "bf16", "parallel": {"dp_shard": 8}}
+    yield "dropout, tp", 8, {"model": {"dropout": 0.1}, "precision": "bf16", "parallel": {"dp_shard": 2, "tp": 4}}
+
+
+class Products(TorchDispatchMode):
+    """The types of the matrix products, but for attention's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented
+        if func in PRODUCTS and args[0].device.type == "cuda":
+            self.types.add(str(args[-1].dtype).removeprefix("torch."))
+        return func(*args, **(kwargs or {}))
+
+
+class Rank:
+    """What batches_of asks an engine for."""
+
+    def __init__(self, ranks: int) -> None:
+        self.data_rank = 0, ranks
+
+
+def step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
+    """A step, and a score without gradients."""
+    sections = {"optim": ADAMW, **sections}
+    config = config_of(ranks, {"n_layers": 2} | sections.pop("model", {}), **sections)
+    batches = batches_of(config, Rank(config.parallel.dp_replicate * config.parallel.dp_shard), 0)  # type: ignore[arg-type]
+    with pretend.gpu(ranks):
+        engine = NativeEngine(config, pretend.DEVICE)
+        with Products() as products:
+            report = train_step(engine, batches, 1e-3)
+        engine.score(engine.cut(batches[0]))
+        devices = {each.device.type for each in (report.loss, report.grad_norm, report.scored)}
+        return {"devices": sorted(devices), "products": sorted(products.types)}
+
+
+def waits(self: NativeEngine) -> Any:
+    """A planted bug: the norm's value is asked for in each step."""
+    norm = NORM(self)
+    return torch.full_like(norm, norm.item())
+
+
+REAL, NORM = attention.rotate, NativeEngine._norm
+BUGS = {
+    "none": nullcontext,
+    "host": lambda: patch.object(attention, "rotate", lambda x, cos, sin: REAL(x, cos.cpu(), sin)),
+    "waits": lambda: patch.object(NativeEngine, "_norm", waits),
+}
+
+
+def main() -> None:
+    top = argparse.ArgumentParser(description=__doc__)
+    top.add_argument("--plant", choices=BUGS, default="none")
+    bug = top.parse_args().plant
+    pretend.preload()
+    for name, ranks, sections in cases() if bug == "none" else [("planted", 1, {})]:
+        try:
+            with BUGS[bug]():
+                row = step(ranks, sections)
+        except Exception as error:
+            row = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"case": name, **row}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
