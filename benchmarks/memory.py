@@ -6,7 +6,7 @@
   whole    the peak if the loss were F.cross_entropy over whole logits (not under tp)
 
 The rank is the first of --ranks; its layout is in `parallel.*` of the key=value words. What kernels need for
-themselves, NCCL's buffers and gaps in the allocator's memory are not counted; blocks are not compiled, and need more so.
+themselves, NCCL's buffers and gaps in its memory are not counted. Blocks are not compiled, and need more so.
 
   python benchmarks/memory.py
   python benchmarks/memory.py --models llama-1b --recompute none selective full data.seq_len=4096
