@@ -39,7 +39,7 @@ GIB = 2**30
 
 
 def main() -> None:
-    """Trace each case and print."""
+    """Trace each case and print. SystemExit where a step reads what others send: there are no values."""
     options = arguments()
     pretend.preload()
     results = Results("memory", torch.device("cpu"))
@@ -48,6 +48,10 @@ def main() -> None:
             for recompute in options.recompute:
                 keys = [f"precision={precision}", f"parallel.recompute={recompute}", *options.overrides]
                 config = config_of(model, keys, options.ranks)
+                if config.parallel.pp > 1 or config.parallel.activations_gib:
+                    raise SystemExit(
+                        "error: not traced: parallel.pp, parallel.activations_gib. A stage: model.n_layers"
+                    )
                 row = {"model": model, "precision": precision, "recompute": recompute, "tokens": tokens(config)}
                 found = trace(config, options.ranks)
                 if config.parallel.tp == 1:

@@ -24,6 +24,7 @@ OPTIMIZER = REPOSITORY / "benchmarks" / "optimizer.py"
 LAYOUTS = REPOSITORY / "benchmarks" / "layouts.py"
 STARTUP = REPOSITORY / "benchmarks" / "startup.py"
 MEMORY = REPOSITORY / "benchmarks" / "memory.py"
+COLLECTIVES = REPOSITORY / "benchmarks" / "collectives.py"
 # Keys that make a named model tiny.
 TINY = ("model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.vocab_size=128")
 
@@ -218,3 +219,13 @@ def test_memory_traces_a_rank_of_any_layout(ranks: int) -> None:
         assert row["tokens"] == 8 * 64 // ranks
     assert full["peak"] < none["peak"]
     assert f"one of {ranks} GPUs, traced" in done.stderr
+
+
+def test_collectives_prints_a_line_per_kind_and_size() -> None:
+    done = benchmark(COLLECTIVES, "--megabytes", "0.01", "0.1", "--rounds", "1")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    kinds = ["all_reduce", "all_gather", "reduce_scatter", "gather by messages", "reduce by messages"]
+    assert [(row["kind"], row["bytes"]) for row in rows] == [(kind, size) for size in (10**4, 10**5) for kind in kinds]
+    for row in rows:
+        twice = 2 if row["kind"] == "all_reduce" else 1
+        assert row["rate"] == pytest.approx(twice * row["bytes"] / 2 / row["seconds"] / 1e9, rel=1e-3)
