@@ -1,6 +1,7 @@
 """Products in float8: how far they are from exact ones, and that a wrong scale would show."""
 
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -85,6 +86,31 @@ def test_a_product_is_as_far_off_as_its_rounding(tokens: int) -> None:
 
 def test_the_error_is_that_of_float8() -> None:
     hold(*factors(512, 128, 256))
+
+
+def torchaos(x: Tensor, w: Tensor, g: Tensor, powers_of_two: bool) -> tuple[Tensor, ...]:
+    """Outputs and both gradients, by torchao's layer, emulated as ours is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own use of torch
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    layer = nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=torch.bfloat16)
+    layer.weight.data.copy_(w)
+    how = Float8LinearConfig(emulate=True, round_scales_to_power_of_2=powers_of_two)
+    peer = convert_to_float8_training(nn.Sequential(layer), config=how)
+    x = x.bfloat16().requires_grad_()
+    y = peer(x)
+    return y.detach(), *torch.autograd.grad(y, (x, peer[0].weight), g.bfloat16())
+
+
+@pytest.mark.parametrize("sizes", [(48, 64, 96), (512, 256, 384)], ids=str)
+def test_products_are_those_of_torchao(sizes: tuple[int, int, int]) -> None:
+    """But for the order of sums, where its scales are powers of two, too; exact scales would be seen."""
+    x, w, g = factors(*sizes)
+    ours = products(x.bfloat16(), w.bfloat16(), g)
+    for found, same, other in zip(ours, torchaos(x, w, g, True), torchaos(x, w, g, False), strict=True):
+        size = same.double().norm()
+        assert float((found.double() - same.double()).norm() / size) < 1e-7
+        assert float((found.double() - other.double()).norm() / size) > 1e-3
 
 
 def _twice(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
