@@ -103,7 +103,7 @@ def works(whole: Tensor, part: Tensor) -> dict[str, Work]:
     if whole.is_cuda or group is None:
         return found
     by_messages = {
-        "gather by messages": lambda: Gather()(whole, part, group).wait(),
+        "gather by messages": lambda: Gather()(whole, whole.chunk(group.size())[group.rank()], group).wait(),
         "reduce by messages": lambda: ReduceScatter()(part, whole, group, dist.ReduceOp.SUM),
     }
     return found | by_messages

@@ -5,8 +5,9 @@
   at       the operator that was run then
   whole    the peak if the loss were F.cross_entropy over whole logits (not under tp)
 
-The rank is the first of --ranks; its layout is in `parallel.*` of the key=value words. What kernels need for
-themselves, NCCL's buffers and gaps in its memory are not counted. Blocks are not compiled, and need more so.
+The rank is the first of --ranks; its layout is in `parallel.*` of the key=value words. Sequences are causal and have no
+other mask. Not counted: what kernels and NCCL need for themselves, and gaps in the allocator's memory. Blocks are not
+compiled, and need more so.
 
   python benchmarks/memory.py
   python benchmarks/memory.py --models llama-1b --recompute none selective full data.seq_len=4096
@@ -39,7 +40,7 @@ GIB = 2**30
 
 
 def main() -> None:
-    """Trace each case and print. SystemExit where a step reads what others send: there are no values."""
+    """Trace each case and print."""
     options = arguments()
     pretend.preload()
     results = Results("memory", torch.device("cpu"))
@@ -48,10 +49,7 @@ def main() -> None:
             for recompute in options.recompute:
                 keys = [f"precision={precision}", f"parallel.recompute={recompute}", *options.overrides]
                 config = config_of(model, keys, options.ranks)
-                if config.parallel.pp > 1 or config.parallel.activations_gib:
-                    raise SystemExit(
-                        "error: not traced: parallel.pp, parallel.activations_gib. A stage: model.n_layers"
-                    )
+                refuse(config)
                 row = {"model": model, "precision": precision, "recompute": recompute, "tokens": tokens(config)}
                 found = trace(config, options.ranks)
                 if config.parallel.tp == 1:
@@ -73,6 +71,16 @@ def arguments() -> argparse.Namespace:
     return parse(top)
 
 
+def refuse(config: Config) -> None:
+    """SystemExit where the trace would not be of what the config says."""
+    no = [key for key in ("pp", "activations_gib") if getattr(config.parallel, key) > (key == "pp")]
+    if no or config.data.document_mask or [each.name for each in config.objective.members] != ["causal"]:
+        raise SystemExit(
+            f"error: not traced: {', '.join(f'parallel.{key}' for key in no) or 'masks'}. Causal rows are, and of a "
+            "pipeline a stage by itself: model.n_layers=<blocks of a stage>"
+        )
+
+
 def tokens(config: Config) -> int:
     """Of a microbatch on one rank."""
     return config.data.micro_batch * config.data.seq_len // config.parallel.cp
@@ -87,6 +95,7 @@ def trace(config: Config, ranks: int) -> dict[str, Any]:
         engine = NativeEngine(config, pretend.DEVICE)
         train_step(engine, batches, config.optim.lr)
         weights = gpu.peak = gpu.now
+        gpu.at = ""
         train_step(engine, batches, config.optim.lr, step=1)
         return {"weights": weights, "peak": gpu.peak, "at": gpu.at}
 

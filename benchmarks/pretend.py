@@ -1,17 +1,18 @@
 """A GPU that is not there, and ranks that are not: what a step would do on them, where there is a C++ compiler.
 
 Tensors on it have a shape, a type and a device, but no values: of each operator its shape function alone is run. So a
-step shows what it allocates and when (`Gpu.peak`), and fails where it mixes devices or has the host wait for a value.
+step shows what it allocates and when (`Gpu.peak`), and fails where it mixes devices or asks for a value that is there.
 What it does not show: numbers, time, what kernels need for themselves, and gaps in the allocator's memory. Blocks are
-not compiled, and attention is FlashAttention where it is causal. Collectives end at once, in torch's fake group.
+not compiled. Attention without a mask is FlashAttention; with one, all scores are computed, which takes more than on a
+GPU. Collectives end at once, in torch's fake group.
 
 torch's build for CPUs cannot go backward on a GPU, even on one without values. `preload` starts the program again with
 a library that says there is one. Not a program: memory.py and tests/gpu/traced.py use it.
 """
 
 import contextlib
-import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -84,32 +85,23 @@ REGISTER_CUDA_HOOKS(CUDAHooks);
 
 def preload() -> None:
     """Start this program again with a library in front of torch, unless it was; SystemExit where that cannot be."""
-    if os.environ.get(MARK):
+    if scratch := os.environ.pop(MARK, ""):
+        del os.environ["LD_PRELOAD"]
+        shutil.rmtree(scratch)
         return
     if torch.version.cuda is not None:
         raise SystemExit("error: a GPU is pretended by torch's CPU build alone, and this one is for CUDA")
-    (place,) = importlib.util.find_spec("torch").submodule_search_locations  # type: ignore[union-attr, misc]
-    with tempfile.TemporaryDirectory() as scratch:
-        source, library = Path(scratch) / "gpu.cpp", Path(scratch) / "gpu.so"
-        source.write_text(SOURCE)
-        command = [
-            "g++",
-            "-std=c++20",
-            "-O0",
-            "-shared",
-            "-fPIC",
-            f"-I{place}/include",
-            str(source),
-            "-o",
-            str(library),
-        ]
-        try:
-            subprocess.run([*command, f"-L{place}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{place}/lib"], check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise SystemExit(f"error: a pretended GPU needs g++, and it failed: {error}") from None
-        environ = os.environ | {MARK: "1", "LD_PRELOAD": str(library)}
-        done = subprocess.run([sys.executable, *sys.orig_argv[1:]], env=environ)
-    raise SystemExit(done.returncode)
+    scratch, place = tempfile.mkdtemp(prefix="dist_llm_gpu_"), torch.__path__[0]
+    source, library = Path(scratch) / "gpu.cpp", Path(scratch) / "gpu.so"
+    source.write_text(SOURCE)
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{place}/include", str(source), "-o", str(library)]
+    try:
+        subprocess.run([*command, f"-L{place}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{place}/lib"], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        shutil.rmtree(scratch)
+        raise SystemExit(f"error: a pretended GPU needs g++, and it failed: {error}") from None
+    environ = os.environ | {MARK: scratch, "LD_PRELOAD": str(library)}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)
 
 
 class Gpu(TorchDispatchMode):
@@ -134,35 +126,35 @@ class Gpu(TorchDispatchMode):
         args, kwargs = pytree.tree_map_only(Tensor, self._known, (args, kwargs))
         with self.fake:
             found = func(*args, **kwargs)
-        before = self.peak
         for each in pytree.tree_leaves(found):
             if isinstance(each, FakeTensor) and each.device.type == "cuda":
-                self._hold(each.untyped_storage())
-        if self.peak > before:
-            self.at = f"{func}{', backward' if torch._C._current_graph_task_id() >= 0 else ''}"
+                self._hold(each.untyped_storage(), func)
         return found
 
     def _known(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
-    def _hold(self, storage: torch.UntypedStorage) -> None:
+    def _hold(self, storage: torch.UntypedStorage, func: Any) -> None:
         key = storage._cdata
         if key not in self.held:
             weakref.finalize(storage, self._resize, key, None)
-        self._resize(key, storage.nbytes())
+        self._resize(key, storage.nbytes(), func)
 
-    def _resize(self, key: int, size: int | None) -> None:
+    def _resize(self, key: int, size: int | None, func: Any = None) -> None:
         """`None`: it is gone."""
-        self.now += (size or 0) - self.held.pop(key, 0)
+        change = (size or 0) - self.held.pop(key, 0)
+        self.now += change
         if size is not None:
             self.held[key] = size
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:
+            self.peak = self.now
+            self.at = f"{func}{', backward' if torch._C._current_graph_task_id() >= 0 else ''}"
 
     def resize(self, storage: torch.UntypedStorage, size: int) -> Any:
         """In place of UntypedStorage.resize_, by which FSDP frees and allocates."""
         found = RESIZE(storage, size)
         if storage._cdata in self.held:
-            self._resize(storage._cdata, size)
+            self._resize(storage._cdata, size, "resize_")
         return found
 
 
@@ -259,7 +251,7 @@ def _to_empty(module: nn.Module, *, device: Any, recurse: bool = True) -> nn.Mod
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any
 ) -> Tensor:
-    """FlashAttention where it would be taken: the CPU's build of torch knows no kernel of a GPU."""
+    """FlashAttention where there is no mask but a causal one: torch's build for CPUs knows no kernel of a GPU."""
     if q.device.type != "cuda" or (isinstance(attn_mask, Tensor) and not isinstance(attn_mask, CausalBias)):
         return ATTENTION(q, k, v, attn_mask, dropout_p, **options)
     if torch.is_autocast_enabled("cuda"):

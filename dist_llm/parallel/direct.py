@@ -7,7 +7,7 @@ Here a rank sends what it would in a ring, n (p - 1) / p of n bytes over p ranks
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import pairwise
-from typing import cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,23 +23,24 @@ def send_directly(model: Decoder) -> None:
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(Gather())  # type: ignore[arg-type]  # torch's base classes are not public
             module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]
-    modules = [cast(FSDPModule, module) for module in (model, *model.blocks.values())]
+    modules: list[Any] = [model, *model.blocks.values()]
     for one, following in pairwise(modules):
         one.set_modules_to_forward_prefetch([following])
 
 
 class Gather:
-    """The ranks' inputs, one after another, on all of them; FSDP waits for what this returns."""
+    """The ranks' inputs, one after another, on all of them; FSDP waits for what this returns.
+
+    The input is this rank's part of the output, as FSDP has it.
+    """
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work:
         parts = output_tensor.chunk(group.size())
+        assert parts[group.rank()].data_ptr() == input_tensor.data_ptr()
         works = [dist.isend(input_tensor, group=group, group_dst=rank) for rank in _others(group)]
         works += [dist.irecv(parts[rank], group=group, group_src=rank) for rank in _others(group)]
-        mine = parts[group.rank()]
-        if mine.data_ptr() != input_tensor.data_ptr():
-            mine.copy_(input_tensor)
         return _All(works)
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -63,7 +64,7 @@ class ReduceScatter:
         sent = _All([dist.isend(parts[rank], group=group, group_dst=rank) for rank in _others(group)])
         output_tensor.copy_(parts[group.rank()])
         received = torch.empty_like(output_tensor)
-        for rank in _others(group):
+        for rank in reversed(_others(group)):  # from whom sends here first, so that all links are busy
             dist.recv(received, group=group, group_src=rank)
             output_tensor += received
         sent.wait()
@@ -72,7 +73,7 @@ class ReduceScatter:
 
 
 class _All(dist.Work):
-    """Done when all of them are. Each is waited for once: a second wait for a message is for the next one."""
+    """Done when all of them are. Each is waited for once: a second wait for a message would not end."""
 
     def __init__(self, works: Sequence[dist.Work | None]) -> None:
         super().__init__()
@@ -85,4 +86,5 @@ class _All(dist.Work):
 
 
 def _others(group: dist.ProcessGroup) -> list[int]:
-    return [rank for rank in range(group.size()) if rank != group.rank()]
+    """The next rank first."""
+    return [(group.rank() + step) % group.size() for step in range(1, group.size())]

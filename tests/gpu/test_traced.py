@@ -1,4 +1,4 @@
-"""The engine's step on a GPU that is not there: all that it computes lies on it, and the host waits for nothing."""
+"""The engine's step on a GPU that is not there: what it computes lies there, and is not asked for."""
 
 import json
 import subprocess

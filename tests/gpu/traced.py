@@ -7,6 +7,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -70,18 +71,12 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Rank:
-    """What batches_of asks an engine for."""
-
-    def __init__(self, ranks: int) -> None:
-        self.data_rank = 0, ranks
-
-
 def step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
     """A step, and a score without gradients."""
     sections = {"optim": ADAMW, **sections}
     config = config_of(ranks, {"n_layers": 2} | sections.pop("model", {}), **sections)
-    batches = batches_of(config, Rank(config.parallel.dp_replicate * config.parallel.dp_shard), 0)  # type: ignore[arg-type]
+    data_ranks = config.parallel.dp_replicate * config.parallel.dp_shard
+    batches = batches_of(config, SimpleNamespace(data_rank=(0, data_ranks)), 0)  # type: ignore[arg-type]
     with pretend.gpu(ranks):
         engine = NativeEngine(config, pretend.DEVICE)
         with Products() as products:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from benchmarks.communication import Case, busiest, case, count
 from dist_llm.config.schema import Config
+from dist_llm.engines.native import NativeEngine
 from dist_llm.parallel import direct, shard
-from tests.laws.law import Trace, compare, config_of, merged, reference, trace
+from dist_llm.train.step import train_step
+from tests.laws.law import Trace, batches_of, compare, config_of, merged, reference, trace, whole
 from tests.laws.layouts import ADAMW, MODELS, Layout
 from tests.laws.worlds import world
 
@@ -53,6 +55,26 @@ def directly(config: Config, bug: tuple[str, type] | None) -> Trace:
     name, other = bug or ("Gather", direct.Gather)
     with patch.object(shard, "send_directly", direct.send_directly), patch.object(direct, name, other):
         return trace(config, 3)
+
+
+def scored(config: Config, messages: bool) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of steps with a score between them, which goes forward alone; and the weights after."""
+    with patch.object(shard, "send_directly", direct.send_directly if messages else lambda model: None):
+        engine, losses = NativeEngine(config, torch.device("cpu")), []
+    for step in range(3):
+        batches = batches_of(config, engine, step)
+        losses.append(train_step(engine, batches, config.optim.lr, step).loss.item())
+        losses.append(engine.score(engine.cut(batches[0])).sum().item())
+    return losses, {name: whole(parameter) for name, parameter in engine.named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_ranks_get_the_bits_that_collectives_give(precision: str) -> None:
+    """A sum of two numbers has one order; weights gathered in bf16 are what they are."""
+    config = config_of(2, {}, optim=ADAMW, parallel={"dp_shard": 2}, precision=precision, data={"micro_batch": 6})
+    (losses, weights), (by_messages, same) = (world(2).run(scored, config, each)[0] for each in (False, True))
+    assert losses == by_messages
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
 def hold(layout: Layout, bug: tuple[str, type] | None = None) -> None:
