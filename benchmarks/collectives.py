@@ -15,8 +15,8 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_llm.parallel.direct import Gather, ReduceScatter
-from measure import Strain, any_device, settle
+from measure import Strain, any_device, seconds, take_turns
 from results import Results, parser, table
 
 REPETITIONS = 4  # of a kind in one turn
@@ -70,24 +70,24 @@ def measured(elements: int, device: torch.device, rounds: int) -> list[dict[str,
     """A row for each kind, of a whole of so many fp32 numbers."""
     whole, ranks = torch.ones(elements, device=device), dist.get_world_size()
     kinds = works(whole, torch.ones(elements // ranks, device=device))
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
-    for number in range(rounds + 1):
-        for name, work in kinds.items():
-            dist.barrier()
-            strain, begin = Strain(), time.perf_counter()
-            for _ in range(REPETITIONS):
-                work()
-            settle(device)
-            if number:  # the first is to warm up
-                taken = time.perf_counter() - begin, strain.taken()["cpu_seconds"]
-                found[name].append((taken[0] / REPETITIONS, taken[1] / REPETITIONS))
+    turns = {name: partial(turn, work, device) for name, work in kinds.items()}
+    take_turns(turns, 1)
+    found = take_turns(turns, rounds)
     rows = []
     for name, times in found.items():
-        seconds, cpu = (statistics.median(each) for each in zip(*times, strict=True))
+        passed, cpu = (statistics.median(each) for each in zip(*times, strict=True))
         sent = whole.nbytes * (ranks - 1) / ranks * (2 if name == "all_reduce" else 1)
-        row = {"kind": name, "ranks": ranks, "bytes": whole.nbytes, "seconds": seconds, "cpu": cpu}
-        rows.append({**row, "rate": sent / seconds / 1e9})
+        row = {"kind": name, "ranks": ranks, "bytes": whole.nbytes, "seconds": passed, "cpu": cpu}
+        rows.append({**row, "rate": sent / passed / 1e9})
     return rows
+
+
+def turn(work: Work, device: torch.device) -> tuple[float, float]:
+    """Seconds of one, and of this rank's CPU."""
+    dist.barrier()
+    strain = Strain()
+    taken = seconds(lambda: [work() for _ in range(REPETITIONS)], device)
+    return taken / REPETITIONS, strain.taken()["cpu_seconds"] / REPETITIONS
 
 
 def works(whole: Tensor, part: Tensor) -> dict[str, Work]:

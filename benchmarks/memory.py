@@ -73,11 +73,16 @@ def arguments() -> argparse.Namespace:
 
 def refuse(config: Config) -> None:
     """SystemExit where the trace would not be of what the config says."""
-    no = [key for key in ("pp", "activations_gib") if getattr(config.parallel, key) > (key == "pp")]
-    if no or config.data.document_mask or [each.name for each in config.objective.members] != ["causal"]:
+    found = {
+        "parallel.pp": config.parallel.pp > 1,
+        "parallel.activations_gib": config.parallel.activations_gib > 0,
+        "data.document_mask": config.data.document_mask,
+        "objective": [each.name for each in config.objective.members] != ["causal"],
+    }
+    if keys := [key for key, wanted in found.items() if wanted]:
         raise SystemExit(
-            f"error: not traced: {', '.join(f'parallel.{key}' for key in no) or 'masks'}. Causal rows are, and of a "
-            "pipeline a stage by itself: model.n_layers=<blocks of a stage>"
+            f"error: not traced: {', '.join(keys)}. Causal rows are, and of a pipeline a stage by itself: "
+            "model.n_layers=<blocks of a stage>"
         )
 
 

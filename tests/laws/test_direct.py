@@ -1,5 +1,6 @@
 """On CPUs FSDP's collectives are messages: the step is that of one process, and no more is sent."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -51,15 +52,20 @@ class Swapped(direct.Gather):
         return work
 
 
+def by_messages() -> AbstractContextManager[Any]:
+    """As on CPUs; the worlds here use collectives."""
+    return patch.object(shard, "send_directly", direct.send_directly)
+
+
 def directly(config: Config, bug: tuple[str, type] | None) -> Trace:
     name, other = bug or ("Gather", direct.Gather)
-    with patch.object(shard, "send_directly", direct.send_directly), patch.object(direct, name, other):
+    with by_messages(), patch.object(direct, name, other):
         return trace(config, 3)
 
 
 def scored(config: Config, messages: bool) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of steps with a score between them, which goes forward alone; and the weights after."""
-    with patch.object(shard, "send_directly", direct.send_directly if messages else lambda model: None):
+    with by_messages() if messages else nullcontext():
         engine, losses = NativeEngine(config, torch.device("cpu")), []
     for step in range(3):
         batches = batches_of(config, engine, step)
@@ -72,8 +78,8 @@ def scored(config: Config, messages: bool) -> tuple[list[float], dict[str, Tenso
 def test_two_ranks_get_the_bits_that_collectives_give(precision: str) -> None:
     """A sum of two numbers has one order; weights gathered in bf16 are what they are."""
     config = config_of(2, {}, optim=ADAMW, parallel={"dp_shard": 2}, precision=precision, data={"micro_batch": 6})
-    (losses, weights), (by_messages, same) = (world(2).run(scored, config, each)[0] for each in (False, True))
-    assert losses == by_messages
+    (losses, weights), (again, same) = (world(2).run(scored, config, each)[0] for each in (False, True))
+    assert losses == again
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
@@ -95,7 +101,7 @@ def test_a_planted_bug_breaks_it(bug: tuple[str, type]) -> None:
 
 
 def counted(chosen: Case) -> dict[str, Any]:
-    with patch.object(shard, "send_directly", direct.send_directly):
+    with by_messages():
         return count(chosen)
 
 
@@ -103,9 +109,9 @@ def counted(chosen: Case) -> dict[str, Any]:
 def test_a_rank_sends_no_more_than_by_collectives(shards: int) -> None:
     """A law of bytes: collectives as a ring sends them, messages as they are."""
     chosen = case(dp_shard=shards)
-    by_collectives, by_messages = (busiest(world(shards).run(each, chosen)) for each in (count, counted))
-    assert by_messages["bytes"] == by_collectives["bytes"]
-    kinds = {part["kind"] for part in by_messages["by_axis"]}
+    collectives, messages = (busiest(world(shards).run(each, chosen)) for each in (count, counted))
+    assert messages["bytes"] == collectives["bytes"]
+    kinds = {part["kind"] for part in messages["by_axis"]}
     assert kinds == {"send", "all-reduce"}  # the latter of the norm, and of counts
 
 
