@@ -190,4 +190,4 @@ class Decoder(nn.Module):
         if not (self.training and self.config.stochastic_depth) or draws_B is None:
             return None
         layers = self.config.n_layers + self.config.n_encoder_layers
-        return survivors(draws_B, layer, self.config.stochastic_depth * (layer + 1) / layers)
+        return survivors(draws_B, layer, self.config.stochastic_depth * (layer + 1) / layers)[:, None, None]

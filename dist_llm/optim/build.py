@@ -19,10 +19,12 @@ def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]],
     place: Place = _all,
     orthogonalize: Orthogonalize = orthogonalized,
+    adamw_kind: type[optim.AdamW] = optim.AdamW,
 ) -> optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019, algorithm 2), Muon for matrices with AdamW for the rest, or SGD.
 
-    `place` and `orthogonalize`: for ranks that hold parts of parameters; the latter gets parts of all `matrices`.
+    `place`, `orthogonalize` and `adamw_kind`: for ranks that hold parts of parameters; the second gets parts of all
+    `matrices`.
     """
     parameters = list(parameters)
     moved = matrices(parameters) if config.name == "muon" else {}
@@ -41,7 +43,7 @@ def build_optimizer(
     if config.moments == "bf16":
         adamw = BF16AdamW(groups, config.lr, betas, config.eps, {each: name for name, each in parameters}, place)
     else:
-        adamw = optim.AdamW(groups, config.lr, betas, config.eps, **{config.implementation: True})
+        adamw = adamw_kind(groups, config.lr, betas, config.eps, **{config.implementation: True})
     if moved:
         adamw.register_step_pre_hook(Muon(orthogonalize))
     return adamw

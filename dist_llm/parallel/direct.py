@@ -1,4 +1,4 @@
-"""FSDP's collectives over gloo, by messages from each rank to each other.
+"""Over gloo FSDP's and tensor ranks' collectives are messages from each rank to each other.
 
 gloo makes an all-reduce of a reduce-scatter, which moves twice as much, and its all-gather copies more than it must.
 Here a rank sends what it would in a ring, n (p - 1) / p of n bytes over p ranks, each part to where it is wanted.
@@ -12,9 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from dist_llm.models.decoder import Decoder
+
+
+def by_messages(mesh: DeviceMesh) -> bool:
+    """Whether these ranks send messages."""
+    return mesh.device_type == "cpu"
 
 
 def send_directly(model: Decoder) -> None:
@@ -62,14 +68,28 @@ class ReduceScatter:
         assert op == dist.ReduceOp.SUM
         parts = input_tensor.chunk(group.size())
         sent = _All([dist.isend(parts[rank], group=group, group_dst=rank) for rank in _others(group)])
-        output_tensor.copy_(parts[group.rank()])
-        received = torch.empty_like(output_tensor)
+        received, total = torch.empty_like(output_tensor), parts[group.rank()]
         for rank in reversed(_others(group)):  # from whom sends here first, so that all links are busy
             dist.recv(received, group=group, group_src=rank)
-            output_tensor += received
+            total = torch.add(total, received, out=output_tensor)
         sent.wait()
 
     allocate = Gather.allocate
+
+
+def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The ranks' parts [n, ...], one after another: [n p, ...]."""
+    whole = part.new_empty(group.size() * len(part), *part.shape[1:])
+    mine = whole.chunk(group.size())[group.rank()].copy_(part)
+    Gather()(whole, mine, group).wait()
+    return whole
+
+
+def reduced(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's part [n / p, ...] of the sum of what the ranks have, [n, ...]."""
+    total = whole.new_empty(len(whole) // group.size(), *whole.shape[1:])
+    ReduceScatter()(total, whole, group, dist.ReduceOp.SUM)
+    return total
 
 
 class _All(dist.Work):

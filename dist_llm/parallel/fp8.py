@@ -12,8 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.distributed.tensor.placement_types import Placement
 
 from dist_llm.config.check_fp8 import MULTIPLE
 from dist_llm.errors import ConfigError
@@ -48,32 +46,22 @@ def check_device(device: torch.device) -> None:
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer, whole or tensor parallel; inputs of any float type, outputs in bf16."""
+    """Inputs of any float type, outputs in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        y = self._split(x) if isinstance(x, DTensor) else linear(x, self.weight)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def _split(self, x: DTensor) -> Tensor:
-        """Each rank multiplies what it holds: all inputs to some outputs, or some inputs to parts of sums."""
-        weight = self.weight
-        assert isinstance(weight, DTensor)
-        columns, last = weight.placements == (Shard(0),), x.ndim - 1
-        assert x.placements == ((x.placements[0],) if columns else (Shard(last),))
-        x_here = x.to_local(grad_placements=(Partial(),)) if columns else x.to_local()
-        result: Placement = Shard(last) if columns else Partial()
-        return DTensor.from_local(linear(x_here, weight.to_local()), x.device_mesh, (result,), run_check=False)
+        return linear(x, self.weight, self.bias)
 
 
-def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """[..., K] -> [..., N] in bf16, by products in float8."""
     x_MK = x.to(torch.bfloat16).flatten(0, -2)
     tokens = len(x_MK)
     if tokens % MULTIPLE:  # K and N were checked with the config
         x_MK = F.pad(x_MK, (0, 0, 0, -tokens % MULTIPLE))
     y_MN: Tensor = _Linear.apply(x_MK, weight_NK)  # type: ignore[no-untyped-call]
-    return y_MN[:tokens].unflatten(0, x.shape[:-1])
+    y = y_MN[:tokens].unflatten(0, x.shape[:-1])
+    return y if bias_N is None else y + bias_N.to(y.dtype)
 
 
 class _Linear(torch.autograd.Function):

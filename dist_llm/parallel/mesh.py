@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -71,12 +71,3 @@ def stage_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     if mesh["pp"].size() == 1:
         return dist.group.WORLD  # type: ignore[return-value]
     return mesh[AXES[1:]]._flatten("stage").get_group()
-
-
-def settle_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Lay each gradient out as its parameter. FSDP does so itself; without it, norms on slices of the
-    sequence leave partial sums, and the vocabulary-parallel look-up a gradient of all rows."""
-    for parameter in parameters:
-        gradient = parameter.grad
-        if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
-            parameter.grad = gradient.redistribute(parameter.device_mesh, parameter.placements)

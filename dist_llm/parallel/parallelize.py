@@ -15,7 +15,7 @@ from dist_llm.parallel.mesh import DATA_AXES, place
 from dist_llm.parallel.pipeline import split_layers, stage_count, stages_of
 from dist_llm.parallel.recompute import compile_blocks, recompute_blocks
 from dist_llm.parallel.shard import shard
-from dist_llm.parallel.tensor import tensor_parallel
+from dist_llm.parallel.split import tensor_parallel
 
 
 def build_parts(config: Config, mesh: DeviceMesh | None, device: torch.device) -> list[Decoder]:

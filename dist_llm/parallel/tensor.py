@@ -1,11 +1,13 @@
-"""Tensor parallelism: heads, hidden units and vocabulary rows split over `tp`, optionally with the sequence.
+"""What tensor ranks compute: layers of which a rank has a part, and what they say to each other between them.
 
-With `sequence_parallel` a rank holds a slice of the sequence between the matrices (Korthikanti et
-al. 2022): norms, residuals and dropout work on the slice, and each pair of matrices costs one
+With `sequence_parallel` a rank holds its share of the tokens between the matrices (Korthikanti et
+al. 2022): norms, residuals and dropout work on the share, and each pair of matrices costs one
 all-gather and one reduce-scatter. Without, those two are one all-reduce.
+
+Parameters are DTensors, where FSDP, checkpoints and the norm read what a rank has of them. Layers compute with their
+local parts. Which layer is split how says `split.py`.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,143 +15,202 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor import DTensor, Shard
 
 from dist_llm.losses.linear import Columns, linear_cross_entropy
+from dist_llm.models.attention import CrossAttention
 from dist_llm.models.decoder import Decoder, Head, capped
+from dist_llm.parallel.direct import by_messages, gathered, reduced
 from dist_llm.parallel.mesh import local
 
+# Of a rank: T tokens between the matrices, S or S / tp  F inputs or outputs of a layer  W rows of the vocabulary
 
-def tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
-    """Split `model` over the one-dimensional `mesh`. Every parameter is in a plan: the global norm counts on it."""
-    between: Placement = Shard(1) if sequence_parallel else Replicate()
-    for block in model.blocks.values():
-        _parallelize(block, mesh, _block_plan(between))
-        if not sequence_parallel and model.config.dropout:
-            for attention in (block.attention, block.cross):
-                if attention is not None:
-                    _own_dropout(attention.kernel, mesh)  # type: ignore[union-attr, arg-type]
-    _parallelize(model, mesh, _plan(between))
-    if model.embed is not None:
-        # The look-up ends in an asynchronous collective; compiled blocks must not be handed one (their
-        # gradient for it would be lost), so its result is waited for here.
-        model.embed.tokens.register_forward_hook(_wait)
-    if model.head is not None:
-        assert isinstance(model.head, Head)
-        if model.head.bias is not None:
-            rows = distribute_tensor(model.head.bias, mesh, (Shard(0),), src_data_rank=None)
-            model.head.bias = nn.Parameter(rows)
-        model.head = VocabParallelHead(model.head, mesh, between)
+collectives = torch.ops._c10d_functional
 
 
-def _parallelize(module: nn.Module, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
-    """By those entries of `plan` whose modules are there."""
-    there = {name for name, _ in module.named_modules()}
-    parallelize_module(module, mesh, {name: style for name, style in plan.items() if name in there})
+class Between:
+    """How activations lie between the matrices: each rank has its share of the tokens, or all have all of them.
+
+    Shares are cut of the tokens of all sequences in a row, so that nothing is copied to put them together. As no layer
+    there looks at two tokens at once, it does not matter to it that a row of its [B, T, D] is not of one sequence.
+    """
+
+    def __init__(self, mesh: DeviceMesh, sliced: bool) -> None:
+        self.mesh, self.sliced, self.messages = mesh, sliced, by_messages(mesh)
+        self.rank, self.ranks, self.group = mesh.get_local_rank(), mesh.size(), mesh.get_group()
+
+    def join(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> all tokens, on every rank [B, S, D]; of their gradient each rank has a part of a sum."""
+        return _Join.apply(x_BTD, self)  # type: ignore[no-untyped-call]
+
+    def add(self, part_BSD: Tensor) -> Tensor:
+        """Each rank's part of a sum [B, S, D] -> the sum, [B, T, D]."""
+        return _Add.apply(part_BSD, self)  # type: ignore[no-untyped-call]
+
+    def mine(self, numbers_BS: Tensor) -> Tensor:
+        """Of numbers of all tokens [B, S, ...] those of the tokens that this rank has, [B, T, ...]."""
+        return numbers_BS.flatten(0, 1).chunk(self.ranks)[self.rank].unflatten(0, (len(numbers_BS), -1))
+
+    def join_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A hook: what splits heads or units is handed all tokens; cross-attention of both stacks."""
+        count = 2 if isinstance(module, CrossAttention) else 1
+        return *(self.join(each) for each in inputs[:count]), *inputs[count:]
+
+    def share_positions(self, embedding: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A hook, where tokens are shared out."""
+        tokens_BS, positions_BS = inputs
+        return tokens_BS, self.mine(positions_BS.expand_as(tokens_BS))
+
+    def share_survivors(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A hook, where tokens are shared out."""
+        x_BTD, rotation, visible, cache, survive_B11, *rest = inputs
+        if survive_B11 is not None:
+            survive_B11 = self.mine(survive_B11.expand(-1, x_BTD.shape[1] * self.ranks, 1))
+        return x_BTD, rotation, visible, cache, survive_B11, *rest
+
+    def joined(self, x_BTD: Tensor) -> Tensor:
+        """`join` without its gradient."""
+        if not self.sliced:
+            return x_BTD.view_as(x_BTD)
+        return self._gathered(x_BTD.flatten(0, 1)).unflatten(0, (len(x_BTD), -1))
+
+    def added(self, part_BSD: Tensor) -> Tensor:
+        """`add` without its gradient."""
+        part_ND = part_BSD.flatten(0, 1)
+        if self.sliced:
+            return self._reduced(part_ND).unflatten(0, (len(part_BSD), -1))
+        if self._sends and len(part_ND) % self.ranks == 0:
+            return self._gathered(self._reduced(part_ND)).view_as(part_BSD)
+        return collectives.wait_tensor(collectives.all_reduce(part_BSD.contiguous(), "sum", self.group.group_name))
+
+    def _gathered(self, part: Tensor) -> Tensor:
+        if self._sends:
+            return gathered(part.contiguous(), self.group)
+        whole = collectives.all_gather_into_tensor(part.contiguous(), self.ranks, self.group.group_name)
+        return collectives.wait_tensor(whole)
+
+    def _reduced(self, parts: Tensor) -> Tensor:
+        if self._sends:
+            return reduced(parts.contiguous(), self.group)
+        share = collectives.reduce_scatter_tensor(parts.contiguous(), "sum", self.ranks, self.group.group_name)
+        return collectives.wait_tensor(share)
+
+    @property
+    def _sends(self) -> bool:
+        return self.messages and not torch.compiler.is_compiling()  # a compiler knows collectives, no messages
 
 
-def _wait(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output.clone()
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, between: Between) -> Tensor:
+        ctx.between = between
+        return between.joined(x_BTD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor, None]:
+        return ctx.between.added(grad_BSD), None
 
 
-def _plan(between: Placement) -> dict[str, ParallelStyle]:
-    """All that is in no block. A table of relative positions has a column per head."""
-    return {
-        "embed.tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
-        "embed.positions": Positions(between),
-        "embed.norm": _norm(between),
-        "source_embed.positions": Positions(between),
-        "source_embed.norm": _norm(between),
-        "source_norm": _norm(between),
-        "relative.table": ColwiseParallel(),
-        "source_relative.table": ColwiseParallel(),
-        "head.norm": _norm(between),
-        "head.dense.linear": _norm(between),  # like a norm's, its weights are whole on every rank
-        "head.dense.norm": _norm(between),
-        "head.out": ColwiseParallel(),
-    }
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part_BSD: Tensor, between: Between) -> Tensor:
+        ctx.between = between
+        return between.added(part_BSD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None]:
+        return ctx.between.joined(grad_BTD), None
 
 
-def _block_plan(between: Placement) -> dict[str, ParallelStyle]:
-    whole = Replicate()
-    return {
-        "norm_attention": _norm(between),
-        "attention": PrepareModuleInput(
-            input_layouts=(between, None, None, None), desired_input_layouts=(whole, None, None, None)
-        ),
-        **_attention_plan("attention", between),
-        "norm_cross": _norm(between),
-        "cross": PrepareModuleInput(
-            input_layouts=(between, between, None, None), desired_input_layouts=(whole, whole, None, None)
-        ),
-        **_attention_plan("cross", between),
-        "norm_feedforward": _norm(between),
-        "feedforward": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(whole,)),
-        "feedforward.gate": ColwiseParallel(),
-        "feedforward.up": ColwiseParallel(),
-        "feedforward.down": RowwiseParallel(output_layouts=between),
-    }
+@torch.no_grad()
+def settle_gradients(model: Decoder, mesh: DeviceMesh, device: torch.device) -> None:
+    """Add up over tensor ranks, all at once, the gradients of what they share and each saw a part of."""
+    gradients = []
+    for module in model.modules():
+        parameters = (getattr(module, name, None) for name in getattr(module, "summed", ()))
+        gradients += [local(each.grad) for each in parameters if each is not None and each.grad is not None]
+    if gradients:
+        total = torch.cat([each.flatten() for each in gradients]).to(device)
+        dist.all_reduce(total, group=mesh.get_group())
+        for each, summed in zip(gradients, total.split([each.numel() for each in gradients]), strict=True):
+            each.copy_(summed.view_as(each))
 
 
-def _attention_plan(name: str, between: Placement) -> dict[str, ParallelStyle]:
-    return {
-        f"{name}.q": ColwiseParallel(),
-        f"{name}.k": ColwiseParallel(),
-        f"{name}.v": ColwiseParallel(),
-        # Over a head's dimensions, of the heads that a rank has: whole weights, partial gradients.
-        f"{name}.norm_q": SequenceParallel(sequence_dim=2, use_local_output=True),
-        f"{name}.norm_k": SequenceParallel(sequence_dim=2, use_local_output=True),
-        f"{name}.out": RowwiseParallel(output_layouts=between),
-    }
+def _here(parameter: Tensor) -> Tensor:
+    """This rank's part."""
+    assert isinstance(parameter, DTensor)
+    if torch.compiler.is_compiling():
+        return parameter.to_local()
+    return _Here.apply(parameter)  # type: ignore[no-untyped-call]
 
 
-def _norm(between: Placement) -> ParallelStyle:
-    return SequenceParallel(use_local_output=True) if between == Shard(1) else Whole()
+class _Here(torch.autograd.Function):
+    """`to_local` in a tenth of the time: torch's own looks at a gradient as at any tensor, 0.3 ms for each on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: DTensor) -> Tensor:
+        ctx.spec = parameter._spec
+        part = parameter.to_local()
+        return part.view_as(part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return DTensor(grad.contiguous(), ctx.spec, requires_grad=False)
 
 
-class Whole(ParallelStyle):
-    """Parameters, inputs and outputs are equal on all ranks."""
+class LocalLinear(nn.Linear):
+    """Of this rank's part of the weights, be it all of them: [..., K] -> [..., F]. So are all that are called local."""
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def before(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-            return tuple(DTensor.from_local(each, mesh, (Replicate(),), run_check=False) for each in inputs)
+    product: Any
 
-        def after(module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
-            return local(output)
-
-        return distribute_module(module, device_mesh, None, before, after)  # type: ignore[arg-type]
+    def forward(self, x: Tensor) -> Tensor:
+        bias_F = None if self.bias is None else _here(self.bias)
+        return self.product(x, _here(self.weight), bias_F)
 
 
-class Positions(ParallelStyle):
-    """The table of positions is equal on all ranks; each looks up those of its slice of the sequence."""
+class LocalEmbedding(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, _here(self.weight))
 
-    def __init__(self, between: Placement) -> None:
-        self.between = between
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def before(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-            (positions_BS,) = inputs
-            dim = positions_BS.ndim - 1
-            placement = Shard(dim) if self.between == Shard(1) else Replicate()
-            mine = DTensor.from_local(positions_BS, mesh, (Replicate(),), run_check=False).redistribute(
-                mesh, (placement,)
-            )
-            return (mine if isinstance(module, nn.Embedding) else mine.to_local(),)  # sinusoids are plain arithmetic
+class LocalLayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        bias_D = None if self.bias is None else _here(self.bias)
+        return F.layer_norm(x, self.normalized_shape, _here(self.weight), bias_D, self.eps)
 
-        def after(module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
-            return local(output)
 
-        return distribute_module(module, device_mesh, None, before, after)  # type: ignore[arg-type]
+class LocalRMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, _here(self.weight), self.eps)
+
+
+class RowLinear(nn.Linear):
+    """Products with some of the inputs, added up: [B, S, F] -> [B, T, D]."""
+
+    product: Any
+    between: Between
+
+    def forward(self, x_BSF: Tensor) -> Tensor:
+        y_BTD = self.between.add(self.product(x_BSF, _here(self.weight)))
+        return y_BTD if self.bias is None else y_BTD + _here(self.bias).to(y_BTD.dtype)
+
+
+class RowEmbedding(nn.Embedding):
+    """The vectors of some tokens, added up: ids [B, S] -> [B, T, D]."""
+
+    between: Between
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        weight_WD = _here(self.weight)
+        rows_BS = ids_BS - self.between.rank * len(weight_WD)
+        elsewhere_BS = (rows_BS < 0) | (rows_BS >= len(weight_WD))
+        x_BSD = F.embedding(rows_BS.masked_fill(elsewhere_BS, 0), weight_WD)
+        return self.between.add(x_BSD.masked_fill(elsewhere_BS[..., None], 0))
 
 
 class VocabParallelHead(Head):
@@ -159,30 +220,28 @@ class VocabParallelHead(Head):
     sum of logits, for label smoothing).
     """
 
-    def __init__(self, head: Head, mesh: DeviceMesh, between: Placement) -> None:
+    def __init__(self, head: Head, between: Between) -> None:
         nn.Module.__init__(self)
         self.norm, self.dense, self.out, self.bias = head.norm, head.dense, head.out, head.bias
         self.vocab_size, self.cap, self.loss = head.vocab_size, head.cap, head.loss
-        self.mesh, self.between = mesh, between
+        self.between = between
 
-    def forward(self, x_BSD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
         """As `Head.forward`; every rank returns the same losses, or all logits."""
-        x = DTensor.from_local(self.hidden(x_BSD), self.mesh, (self.between,), run_check=False)
-        # Each rank's columns give one part of the activations' gradient.
-        x_BSD = x.redistribute(self.mesh, (Replicate(),)).to_local(grad_placements=(Partial(),))
-        weight = tied_VD if self.out is None else self.out.weight
-        assert isinstance(weight, DTensor)
-        weight_WD, bias_W = weight.to_local(), None if self.bias is None else local(self.bias)
+        x_BSD = self.between.join(self.hidden(x_BTD))
+        whole_VD = tied_VD if self.out is None else self.out.weight
+        assert whole_VD is not None
+        weight_WD, bias_W = _here(whole_VD), None if self.bias is None else _here(self.bias)
         if targets_BS is not None:
             columns = self._columns(weight_WD)
             return linear_cross_entropy(x_BSD, weight_WD, bias_W, targets_BS, self.loss, self.cap, columns)
         logits_BSW = capped(F.linear(x_BSD, weight_WD, bias_W), self.cap)
-        whole = DTensor.from_local(logits_BSW, self.mesh, (Shard(2),), run_check=False).full_tensor()
+        whole = DTensor.from_local(logits_BSW, self.between.mesh, (Shard(2),), run_check=False).full_tensor()
         return whole[..., : self.vocab_size]
 
     def _columns(self, weight_WD: Tensor) -> Columns:
         """Of this rank, without the padding at the end."""
-        start, group = self.mesh.get_local_rank() * len(weight_WD), self.mesh.get_group()
+        start, group = self.between.rank * len(weight_WD), self.between.group
         width = min(len(weight_WD), max(0, self.vocab_size - start))
         return Columns(self.vocab_size, start, width, partial(_sum, group), partial(_largest, group))
 
@@ -197,7 +256,7 @@ def _largest(group: dist.ProcessGroup, each: Tensor) -> Tensor:
     return each
 
 
-def _own_dropout(kernel: nn.Module, mesh: DeviceMesh) -> None:
+def own_dropout(kernel: nn.Module, mesh: DeviceMesh) -> None:
     """Heads are split, so their dropout must differ by rank, while all around it must not.
 
     The kernel draws from a stream of its own, seeded by one draw of the common stream, which then

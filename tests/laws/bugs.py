@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
-from torch.distributed.tensor import Replicate
 
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention, decoder
@@ -81,8 +80,24 @@ def context_gradients_are_not_reduced() -> Iterator[Any]:
 
 
 @bug
-def head_gradients_are_not_reduced_over_tensor_ranks() -> Iterator[Any]:
-    with patch.object(tensor, "Partial", Replicate):
+def joined_gradients_are_not_added_over_tensor_ranks() -> Iterator[Any]:
+    """Each tensor rank goes on with the part that its own heads, units or columns give."""
+
+    def own_part(context: Any, grad_BSD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return context.between.mine(grad_BSD), None
+
+    with patch.object(tensor._Join, "backward", staticmethod(own_part)):
+        yield
+
+
+@bug
+def tensor_ranks_take_the_positions_of_the_first() -> Iterator[Any]:
+    """With learned positions; its share of the tokens is another."""
+
+    def first(self: Any, numbers_BS: torch.Tensor) -> torch.Tensor:
+        return numbers_BS.flatten(0, 1).chunk(self.ranks)[0].unflatten(0, (len(numbers_BS), -1))
+
+    with patch.object(tensor.Between, "mine", first):
         yield
 
 
@@ -311,13 +326,6 @@ def encoders_table_is_not_reduced_over_stages() -> Iterator[Any]:
 def gradients_of_head_norms_are_not_reduced() -> Iterator[Any]:
     """Each tensor rank normalises the queries and keys of its own heads, with weights that all share."""
     with patch("dist_llm.engines.native.settle_gradients", _skip):
-        yield
-
-
-@bug
-def compiled_blocks_are_handed_an_asynchronous_embedding() -> Iterator[Any]:
-    """torch's own trap: the embedding's gradient is lost, without an error."""
-    with patch.object(tensor, "_wait", lambda module, inputs, output: output):
         yield
 
 

@@ -47,6 +47,7 @@ def traced(config: Config, backwards: bool) -> tuple[Trace, dict[str, int]]:
         patch.object(parallelize, "overlap", fuse),
         patch.object(inductor, "post_grad_custom_post_pass", seen),
         patch.object(inductor, "_micro_pipeline_tp", False),
+        patch.object(inductor, "post_grad_custom_pre_pass", None),
         patch.object(torch.distributed, "is_nccl_available", lambda: True),  # the compiler asks, on any device
     ):
         found = trace(config, 2)

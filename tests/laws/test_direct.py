@@ -1,6 +1,6 @@
 """On CPUs FSDP's collectives are messages: the step is that of one process, and no more is sent."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.communication import Case, busiest, case, count
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
-from dist_llm.parallel import direct, shard
+from dist_llm.parallel import direct, shard, tensor
 from dist_llm.train.step import train_step
 from tests.laws.law import Trace, batches_of, compare, config_of, merged, reference, trace, whole
 from tests.laws.layouts import ADAMW, MODELS, Layout
@@ -54,7 +54,10 @@ class Swapped(direct.Gather):
 
 def by_messages() -> AbstractContextManager[Any]:
     """As on CPUs; the worlds here use collectives."""
-    return patch.object(shard, "send_directly", direct.send_directly)
+    stack = ExitStack()
+    for module in (shard, tensor):
+        stack.enter_context(patch.object(module, "by_messages", direct.by_messages))
+    return stack
 
 
 def directly(config: Config, bug: tuple[str, type] | None) -> Trace:
