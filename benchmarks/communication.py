@@ -42,7 +42,7 @@ from dist_llm.models import attention
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel import shard, tensor
+from dist_llm.parallel import direct
 from dist_llm.train.step import train_step
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "communication.md"
@@ -172,15 +172,11 @@ def in_a_world(ranks: int) -> list[dict[str, Any]]:
 def _rank(rank: int, ranks: int, scratch: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{scratch}/store", ranks), rank=rank, world_size=ranks)
-    with patch.object(shard, "by_messages", _never), patch.object(tensor, "by_messages", _never):
+    with patch.object(direct, "by_messages", lambda device: False):
         rows = [count(each) for each in CASES if each.ranks == ranks]
     (Path(scratch) / f"{rank}.json").write_text(json.dumps(rows))
     gc.collect()  # models must be gone before the group is
     dist.destroy_process_group()
-
-
-def _never(mesh: DeviceMesh) -> bool:
-    return False
 
 
 def busiest(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -470,7 +466,7 @@ A `TorchDispatchMode` sees each operator of torch's communication namespaces on 
 (`benchmarks/communication.py:WireCounter`); an operator that it does not know is an error, so none is left out
 unnoticed. The group's ranks say which axes of the mesh it runs along. Bytes follow from shapes: another backend
 moves the same where the same calls are made. gloo itself carries a reduce-scatter out as an all-reduce, and moves
-more than is asked of it; so on CPUs FSDP's collectives are messages of as many bytes as are counted here
+more than is asked of it; so on CPUs the collectives of FSDP and of tensor ranks are messages of as many bytes
 (`dist_llm/parallel/direct.py`, `tests/laws/test_direct.py`).
 """
 

@@ -1,4 +1,4 @@
-"""Over gloo FSDP's and tensor ranks' collectives are messages from each rank to each other.
+"""On CPUs gathers and reductions are messages from each rank to each other.
 
 gloo makes an all-reduce of a reduce-scatter, which moves twice as much, and its all-gather copies more than it must.
 Here a rank sends what it would in a ring, n (p - 1) / p of n bytes over p ranks, each part to where it is wanted.
@@ -12,19 +12,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from dist_llm.models.decoder import Decoder
 
 
-def by_messages(mesh: DeviceMesh) -> bool:
-    """Whether these ranks send messages."""
-    return mesh.device_type == "cpu"
+def by_messages(device: str) -> bool:
+    """Whether those that compute there send messages."""
+    return device == "cpu"
 
 
-def send_directly(model: Decoder) -> None:
-    """Have `model`, which is sharded, do so, and gather each block's weights while the one before it computes."""
+def send_directly(model: Decoder, device: str) -> None:
+    """Have FSDP do so, if `model` is there; and gather each block's weights while the one before it computes."""
+    if not by_messages(device):
+        return
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(Gather())  # type: ignore[arg-type]  # torch's base classes are not public
@@ -75,21 +76,6 @@ class ReduceScatter:
         sent.wait()
 
     allocate = Gather.allocate
-
-
-def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The ranks' parts [n, ...], one after another: [n p, ...]."""
-    whole = part.new_empty(group.size() * len(part), *part.shape[1:])
-    mine = whole.chunk(group.size())[group.rank()].copy_(part)
-    Gather()(whole, mine, group).wait()
-    return whole
-
-
-def reduced(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's part [n / p, ...] of the sum of what the ranks have, [n, ...]."""
-    total = whole.new_empty(len(whole) // group.size(), *whole.shape[1:])
-    ReduceScatter()(total, whole, group, dist.ReduceOp.SUM)
-    return total
 
 
 class _All(dist.Work):

@@ -1,4 +1,4 @@
-"""The ranks as a grid. Every axis is always there, of size 1 where it is not used."""
+"""The ranks as a grid, and what they say to each other. Every axis is always there, of size 1 where it is not used."""
 
 import warnings
 from collections.abc import Iterable
@@ -12,10 +12,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dist_llm.config.derive import AXES
 from dist_llm.config.schema import ParallelConfig
+from dist_llm.parallel import direct
 
 # Ranks that hold different tokens; ranks over which FSDP cuts a parameter into shards.
 DATA_AXES = ("dp_replicate", "dp_shard", "cp")
 SHARD_AXES = ("dp_shard", "cp")
+
+collectives = torch.ops._c10d_functional
 
 
 def build_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
@@ -43,6 +46,38 @@ def sum_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
         if mesh[axis].size() > 1:
             dist.all_reduce(value, group=mesh.get_group(axis))
     return value
+
+
+def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The ranks' parts [n, ...], one after another: [n p, ...]."""
+    part = part.contiguous()
+    if _sends(part):
+        whole = part.new_empty(group.size() * len(part), *part.shape[1:])
+        mine = whole.chunk(group.size())[group.rank()].copy_(part)
+        direct.Gather()(whole, mine, group).wait()
+        return whole
+    return collectives.wait_tensor(collectives.all_gather_into_tensor(part, group.size(), group.group_name))
+
+
+def reduced(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's part [n / p, ...] of the sum of what the ranks have, [n, ...]."""
+    parts = parts.contiguous()
+    if _sends(parts):
+        total = parts.new_empty(len(parts) // group.size(), *parts.shape[1:])
+        direct.ReduceScatter()(total, parts, group, dist.ReduceOp.SUM)
+        return total
+    return collectives.wait_tensor(collectives.reduce_scatter_tensor(parts, "sum", group.size(), group.group_name))
+
+
+def total(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of what the ranks have, on all of them."""
+    if _sends(value) and len(value) % group.size() == 0:
+        return gathered(reduced(value, group), group)
+    return collectives.wait_tensor(collectives.all_reduce(value.contiguous(), "sum", group.group_name))
+
+
+def _sends(tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and direct.by_messages(tensor.device.type)  # a compiler knows no messages
 
 
 def gather(value: int, device: torch.device) -> list[int]:

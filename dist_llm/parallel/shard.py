@@ -13,7 +13,7 @@ from torch.distributed.fsdp import (
 
 from dist_llm.config.schema import Config
 from dist_llm.models.decoder import Decoder
-from dist_llm.parallel.direct import by_messages, send_directly
+from dist_llm.parallel.direct import send_directly
 from dist_llm.parallel.mesh import data_mesh
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # fp32: nothing is cast
@@ -46,5 +46,5 @@ def shard(model: Decoder, config: Config, mesh: DeviceMesh) -> None:
             # Losses are already divided by the world's count: gradients are summed, never averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
-    if by_messages(mesh) and ranks.size(1) > 1:
-        send_directly(model)
+    if ranks.size(1) > 1:
+        send_directly(model, mesh.device_type)

@@ -8,6 +8,7 @@ Parameters are DTensors, where FSDP, checkpoints and the norm read what a rank h
 local parts. Which layer is split how says `split.py`.
 """
 
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -22,12 +23,9 @@ from torch.distributed.tensor import DTensor, Shard
 from dist_llm.losses.linear import Columns, linear_cross_entropy
 from dist_llm.models.attention import CrossAttention
 from dist_llm.models.decoder import Decoder, Head, capped
-from dist_llm.parallel.direct import by_messages, gathered, reduced
-from dist_llm.parallel.mesh import local
+from dist_llm.parallel.mesh import gathered, local, reduced, total
 
 # Of a rank: T tokens between the matrices, S or S / tp  F inputs or outputs of a layer  W rows of the vocabulary
-
-collectives = torch.ops._c10d_functional
 
 
 class Between:
@@ -38,7 +36,7 @@ class Between:
     """
 
     def __init__(self, mesh: DeviceMesh, sliced: bool) -> None:
-        self.mesh, self.sliced, self.messages = mesh, sliced, by_messages(mesh)
+        self.mesh, self.sliced = mesh, sliced
         self.rank, self.ranks, self.group = mesh.get_local_rank(), mesh.size(), mesh.get_group()
 
     def join(self, x_BTD: Tensor) -> Tensor:
@@ -74,32 +72,12 @@ class Between:
         """`join` without its gradient."""
         if not self.sliced:
             return x_BTD.view_as(x_BTD)
-        return self._gathered(x_BTD.flatten(0, 1)).unflatten(0, (len(x_BTD), -1))
+        return gathered(x_BTD.flatten(0, 1), self.group).unflatten(0, (len(x_BTD), -1))
 
     def added(self, part_BSD: Tensor) -> Tensor:
         """`add` without its gradient."""
-        part_ND = part_BSD.flatten(0, 1)
-        if self.sliced:
-            return self._reduced(part_ND).unflatten(0, (len(part_BSD), -1))
-        if self._sends and len(part_ND) % self.ranks == 0:
-            return self._gathered(self._reduced(part_ND)).view_as(part_BSD)
-        return collectives.wait_tensor(collectives.all_reduce(part_BSD.contiguous(), "sum", self.group.group_name))
-
-    def _gathered(self, part: Tensor) -> Tensor:
-        if self._sends:
-            return gathered(part.contiguous(), self.group)
-        whole = collectives.all_gather_into_tensor(part.contiguous(), self.ranks, self.group.group_name)
-        return collectives.wait_tensor(whole)
-
-    def _reduced(self, parts: Tensor) -> Tensor:
-        if self._sends:
-            return reduced(parts.contiguous(), self.group)
-        share = collectives.reduce_scatter_tensor(parts.contiguous(), "sum", self.ranks, self.group.group_name)
-        return collectives.wait_tensor(share)
-
-    @property
-    def _sends(self) -> bool:
-        return self.messages and not torch.compiler.is_compiling()  # a compiler knows collectives, no messages
+        sum_up = reduced if self.sliced else total
+        return sum_up(part_BSD.flatten(0, 1), self.group).unflatten(0, (len(part_BSD), -1))
 
 
 class _Join(torch.autograd.Function):
@@ -134,9 +112,9 @@ def settle_gradients(model: Decoder, mesh: DeviceMesh, device: torch.device) -> 
         parameters = (getattr(module, name, None) for name in getattr(module, "summed", ()))
         gradients += [local(each.grad) for each in parameters if each is not None and each.grad is not None]
     if gradients:
-        total = torch.cat([each.flatten() for each in gradients]).to(device)
-        dist.all_reduce(total, group=mesh.get_group())
-        for each, summed in zip(gradients, total.split([each.numel() for each in gradients]), strict=True):
+        flat = torch.cat([each.flatten() for each in gradients]).to(device)
+        dist.all_reduce(flat, group=mesh.get_group())
+        for each, summed in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
             each.copy_(summed.view_as(each))
 
 
@@ -153,7 +131,7 @@ class _Here(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: DTensor) -> Tensor:
-        ctx.spec = parameter._spec
+        ctx.spec = copy(parameter._spec)
         part = parameter.to_local()
         return part.view_as(part)
 

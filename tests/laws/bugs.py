@@ -92,7 +92,7 @@ def joined_gradients_are_not_added_over_tensor_ranks() -> Iterator[Any]:
 
 @bug
 def tensor_ranks_take_the_positions_of_the_first() -> Iterator[Any]:
-    """With learned positions; its share of the tokens is another."""
+    """With learned positions; its share of the tokens is another, and begins within a sequence."""
 
     def first(self: Any, numbers_BS: torch.Tensor) -> torch.Tensor:
         return numbers_BS.flatten(0, 1).chunk(self.ranks)[0].unflatten(0, (len(numbers_BS), -1))

@@ -106,7 +106,7 @@ LAYOUTS = [
     _at(2, dp_shard=2, cpu_offload=True),
     _at(2, tp=2),
     _at(2, "tied", micro=8, tp=2, sequence_parallel=False),
-    _at(2, "gpt", micro=8, tp=2),
+    _at(2, "gpt", micro=3, tp=2),  # a rank's share of the tokens: a sequence and a half
     _at(2, "gpt", tp=2, sequence_parallel=False),
     _at(2, "post", tp=2),
     _at(2, "tied", micro=8, cp=2),
@@ -182,7 +182,7 @@ FAMILIES = [
     # encoders
     _at(2, "bert", micro=4, dp_shard=2),
     _at(2, "bert", dp_replicate=2),
-    _at(2, "bert", micro=8, tp=2),
+    _at(2, "bert", micro=3, tp=2),
     _at(2, "bert", tp=2, sequence_parallel=False),
     _at(2, "bert", cp=2),
     _at(2, "bert", micro=6, pp=2),
@@ -191,7 +191,7 @@ FAMILIES = [
     _at(4, "bert", micro=3, pp=2, dp_shard=2),
     # encoder-decoders
     _at(2, "t5", micro=4, dp_shard=2),
-    _at(2, "t5", micro=8, tp=2),
+    _at(2, "t5", micro=3, tp=2),
     _at(2, "t5", tp=2, sequence_parallel=False),
     _at(2, "bart", micro=4, dp_shard=2),
     _at(2, "bart", tp=2),
@@ -212,7 +212,7 @@ FAMILIES = [
     _also(_at(4, "tied", cp=2, tp=2), **DOCUMENTS, **PREFIX),
     # bounded logits, and depth that samples skip
     _at(2, "bounded", micro=4, dp_shard=2),
-    _at(2, "bounded", micro=8, tp=2),
+    _at(2, "bounded", micro=3, tp=2),
     _at(2, "bounded", tp=2, sequence_parallel=False),
     _at(2, "bounded", cp=2),
     _at(2, "bounded", micro=6, pp=2),

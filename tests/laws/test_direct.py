@@ -1,6 +1,6 @@
 """On CPUs FSDP's collectives are messages: the step is that of one process, and no more is sent."""
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.communication import Case, busiest, case, count
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
-from dist_llm.parallel import direct, shard, tensor
+from dist_llm.parallel import direct
 from dist_llm.train.step import train_step
 from tests.laws.law import Trace, batches_of, compare, config_of, merged, reference, trace, whole
 from tests.laws.layouts import ADAMW, MODELS, Layout
@@ -24,6 +24,8 @@ LAYOUTS = [
     Layout(4, {"dp_shard": 4, "reshard": "always"}, "bert", micro=3),
     Layout(4, {"dp_replicate": 2, "dp_shard": 2, "reduce_each_microbatch": True}, "gpt", micro=3),
     Layout(4, {"dp_shard": 2, "cp": 2, "recompute": "full"}),
+    Layout(2, {"tp": 2}, "bounded", micro=3),
+    Layout(2, {"tp": 2, "sequence_parallel": False}, "gpt", micro=3),
     Layout(4, {"dp_shard": 2, "tp": 2, "recompute": "selective"}, "t5"),
     Layout(4, {"pp": 2, "dp_shard": 2, "pp_schedule": "interleaved_1f1b"}, micro=3),
 ]
@@ -54,10 +56,7 @@ class Swapped(direct.Gather):
 
 def by_messages() -> AbstractContextManager[Any]:
     """As on CPUs; the worlds here use collectives."""
-    stack = ExitStack()
-    for module in (shard, tensor):
-        stack.enter_context(patch.object(module, "by_messages", direct.by_messages))
-    return stack
+    return patch.object(direct, "by_messages", lambda device: device == "cpu")
 
 
 def directly(config: Config, bug: tuple[str, type] | None) -> Trace:
@@ -97,10 +96,11 @@ def test_messages_take_the_step_of_one_process(layout: Layout) -> None:
     hold(layout)
 
 
+@pytest.mark.parametrize("layout", [LAYOUTS[1], Layout(2, {"cp": 2}), Layout(2, {"tp": 2})], ids=str)
 @pytest.mark.parametrize("bug", [("ReduceScatter", Unadded), ("Gather", Swapped)], ids=["unadded", "swapped"])
-def test_a_planted_bug_breaks_it(bug: tuple[str, type]) -> None:
+def test_a_planted_bug_breaks_it(layout: Layout, bug: tuple[str, type]) -> None:
     with pytest.raises(AssertionError, match="off by"):
-        hold(LAYOUTS[1], bug)
+        hold(layout, bug)
 
 
 def counted(chosen: Case) -> dict[str, Any]:
@@ -108,11 +108,14 @@ def counted(chosen: Case) -> dict[str, Any]:
         return count(chosen)
 
 
-@pytest.mark.parametrize("shards", [2, 4])
-def test_a_rank_sends_no_more_than_by_collectives(shards: int) -> None:
+@pytest.mark.parametrize(
+    "chosen",
+    [case(dp_shard=2), case(dp_shard=4), case(cp=2), case(tp=2), case(tp=2, sequence_parallel=False)],
+    ids=lambda chosen: chosen.name,
+)
+def test_a_rank_sends_no_more_than_by_collectives(chosen: Case) -> None:
     """A law of bytes: collectives as a ring sends them, messages as they are."""
-    chosen = case(dp_shard=shards)
-    collectives, messages = (busiest(world(shards).run(each, chosen)) for each in (count, counted))
+    collectives, messages = (busiest(world(chosen.ranks).run(each, chosen)) for each in (count, counted))
     assert messages["bytes"] == collectives["bytes"]
     kinds = {part["kind"] for part in messages["by_axis"]}
     assert kinds == {"send", "all-reduce"}  # the latter of the norm, and of counts

@@ -11,7 +11,7 @@ WHERE = {
     "shards_gradients_are_not_reduced": Layout(2, {"dp_shard": 2}),
     "context_gradients_are_not_reduced": Layout(4, {"dp_shard": 2, "cp": 2}),
     "joined_gradients_are_not_added_over_tensor_ranks": Layout(2, {"tp": 2}),
-    "tensor_ranks_take_the_positions_of_the_first": Layout(2, {"tp": 2}, "gpt"),
+    "tensor_ranks_take_the_positions_of_the_first": Layout(2, {"tp": 2}, "gpt", 3),
     "tied_embedding_is_not_reduced_over_stages": Layout(2, {"pp": 2}, "tied", 6),
     "norm_gradients_of_sequence_slices_are_not_reduced": Layout(2, {"tp": 2}),
     "gradients_are_averaged_over_ranks": Layout(2, {"dp_shard": 2}),

@@ -171,6 +171,6 @@ def _share_groups() -> None:
 
 def _gather_and_reduce_as_on_gpus() -> None:
     """By collectives, so that laws hold what runs there; test_direct.py holds the messages that CPUs send instead."""
-    from dist_llm.parallel import shard, tensor
+    from dist_llm.parallel import direct
 
-    shard.by_messages = tensor.by_messages = lambda mesh: False
+    direct.by_messages = lambda device: False
