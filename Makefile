@@ -47,7 +47,7 @@ check: install
 
 # Some minutes on two cores. What they keep with --write is in benchmarks/results.
 bench: install
-	for program in overhead train loss attention optimizer collectives layouts startup; do python benchmarks/$$program.py || exit 1; done
+	for program in overhead train loss attention optimizer data checkpoint communication collectives layouts startup; do python benchmarks/$$program.py || exit 1; done
 
 # What the targets above made; no run or corpus of yours.
 clean:

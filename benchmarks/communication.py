@@ -333,8 +333,8 @@ def minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
     matrices wants whole inputs and leaves partial sums: with the sequence split an all-gather and a
     reduce-scatter of A forward and the same backward, 8 A f(tp) a block; without, an all-reduce of A forward and
     one backward, which is as much. Embedding and head: 2 A f(tp) each. With the sequence split, the norms'
-    gradients are partial sums. The loss needs three numbers per token: the largest logit, the sum of
-    exponentials, the target's logit.
+    gradients are partial sums, of which a rank adds up the 1 / s that is left to it. The loss needs three numbers
+    per token: the largest logit, the sum of exponentials, the target's logit.
 
     Context. Per block the keys and values of all, [2, B, S, K, E], are gathered forward, and their gradients
     reduce-scattered backward. Pipeline. A to the next stage and as much to the one before.
@@ -352,6 +352,7 @@ def minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
 
     least = _weights(config, blocks, first, last, microbatches=rows // config.data.micro_batch)
     norms = model.d_model * (2 * blocks + last) if parallel.sequence_parallel else 0
+    norms /= parallel.dp_shard * parallel.cp
     least["tp"] = (
         (parallel.tp - 1)
         / parallel.tp

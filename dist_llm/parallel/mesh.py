@@ -63,9 +63,9 @@ def reduced(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's part [n / p, ...] of the sum of what the ranks have, [n, ...]."""
     parts = parts.contiguous()
     if _sends(parts):
-        total = parts.new_empty(len(parts) // group.size(), *parts.shape[1:])
-        direct.ReduceScatter()(total, parts, group, dist.ReduceOp.SUM)
-        return total
+        mine = parts.new_empty(len(parts) // group.size(), *parts.shape[1:])
+        direct.ReduceScatter()(mine, parts, group, dist.ReduceOp.SUM)
+        return mine
     return collectives.wait_tensor(collectives.reduce_scatter_tensor(parts, "sum", group.size(), group.group_name))
 
 

@@ -34,8 +34,8 @@ LAYOUTS = [
 class Unadded(direct.ReduceScatter):
     """A planted bug: the others' parts are received, and forgotten."""
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, **named: Any) -> None:
-        super().__call__(output_tensor, input_tensor, group, **named)
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, *rest: Any) -> None:
+        super().__call__(output_tensor, input_tensor, group, *rest)
         output_tensor.copy_(input_tensor.chunk(group.size())[group.rank()])
 
 
