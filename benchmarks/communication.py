@@ -351,8 +351,7 @@ def minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
     activations = width * tokens * model.d_model
 
     least = _weights(config, blocks, first, last, microbatches=rows // config.data.micro_batch)
-    norms = model.d_model * (2 * blocks + last) if parallel.sequence_parallel else 0
-    norms /= parallel.dp_shard * parallel.cp
+    norms = model.d_model * (2 * blocks + last) / (parallel.dp_shard * parallel.cp) if parallel.sequence_parallel else 0
     least["tp"] = (
         (parallel.tp - 1)
         / parallel.tp
