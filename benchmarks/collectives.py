@@ -1,7 +1,7 @@
 """Seconds of the collectives that layouts are made of, by size, between ranks of this machine: GPUs, or gloo processes.
 
   all_reduce, all_gather, reduce_scatter    of the process group
-  gather by messages, reduce by messages    what FSDP does over gloo (dist_llm/parallel/direct.py), on CPUs alone
+  gather by messages, reduce by messages    what ranks do on CPUs (dist_llm/parallel/direct.py)
 
 `bytes` are those of the whole: what all ranks have after an all-gather. `rate` is GB/s that a rank sends if it sends
 as in a ring, bytes (p - 1) / p over p ranks and twice that for an all-reduce, so that kinds can be compared; `cpu` the

@@ -466,7 +466,7 @@ A `TorchDispatchMode` sees each operator of torch's communication namespaces on 
 (`benchmarks/communication.py:WireCounter`); an operator that it does not know is an error, so none is left out
 unnoticed. The group's ranks say which axes of the mesh it runs along. Bytes follow from shapes: another backend
 moves the same where the same calls are made. gloo itself carries a reduce-scatter out as an all-reduce, and moves
-more than is asked of it; so on CPUs the collectives of FSDP and of tensor ranks are messages of as many bytes
+more than is asked of it; so on CPUs gathers and reductions are messages of as many bytes
 (`dist_llm/parallel/direct.py`, `tests/laws/test_direct.py`).
 """
 

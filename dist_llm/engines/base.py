@@ -59,9 +59,9 @@ class Engine(Protocol):
         ...
 
     def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
-        """Add the gradient of the sum of losses / scored; return this rank's share of that by sequence, detached.
+        """Make the gradient of the sum of losses / scored; return this rank's share of that by sequence, detached.
 
-        `step` seeds dropout.
+        Gradients are clear before. `step` seeds dropout.
         """
         ...
 

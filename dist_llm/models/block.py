@@ -35,15 +35,15 @@ class Block(nn.Module):
         rotation: Rotation | None,
         visible: Visibility,
         cache: KVCache | None = None,
-        survive_B11: Tensor | None = None,
+        survive_BS1: Tensor | None = None,
         memory_BTD: Tensor | None = None,
         visible_memory: Visibility | None = None,
     ) -> Tensor:
-        """[B, S, D] -> [B, S, D]. `survive_B11` is what each row's sublayers are multiplied with: stochastic depth."""
+        """[B, S, D] -> [B, S, D]. Sublayers are multiplied with `survive_BS1`, [B, 1 or S, 1]: stochastic depth."""
 
         def step(x_BSD: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
             out_BSD = self.dropout(sublayer(rounded(norm(x_BSD) if self.pre else x_BSD)))
-            x_BSD = x_BSD + (out_BSD if survive_B11 is None else out_BSD * survive_B11.to(out_BSD.dtype))
+            x_BSD = x_BSD + (out_BSD if survive_BS1 is None else out_BSD * survive_BS1.to(out_BSD.dtype))
             return x_BSD if self.pre else norm(x_BSD)
 
         x_BSD = step(x_BSD, self.norm_attention, lambda x: self.attention(x, rotation, visible, cache))

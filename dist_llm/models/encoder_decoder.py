@@ -79,8 +79,8 @@ class EncoderDecoder(Decoder):
             x_BSD = self.embed(tokens_BS, positions_BS)
         rotation = self._rotation(positions_BS)
         for layer, block in decoding:
-            survive_B11 = self._survivors(draws_B, layer)
-            x_BSD = block(x_BSD, rotation, visible, cache, survive_B11, memory_BTD, visible_memory)
+            survive_BS1 = self._survivors(draws_B, layer)
+            x_BSD = block(x_BSD, rotation, visible, cache, survive_BS1, memory_BTD, visible_memory)
         if self.head is None:
             assert memory_BTD is not None
             assert x_BSD is not None

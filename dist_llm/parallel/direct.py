@@ -67,6 +67,7 @@ class ReduceScatter:
         async_op: bool = False,
     ) -> None:
         assert op == dist.ReduceOp.SUM
+        assert group.size() > 1
         parts = input_tensor.chunk(group.size())
         sent = _All([dist.isend(parts[rank], group=group, group_dst=rank) for rank in _others(group)])
         received, total = torch.empty_like(output_tensor), parts[group.rank()]

@@ -24,7 +24,8 @@ from dist_llm.models.decoder import Decoder
 
 Choice = Literal["none", "selective", "full"]
 
-# Dear to compute, so kept: matrix products, every kernel of attention, and sums over tensor ranks.
+# Dear to compute, so kept: matrix products, every kernel of attention, and sums over tensor ranks (those that are
+# collectives; on a CPU they are messages, which are sent again).
 KEPT_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,

@@ -63,10 +63,10 @@ class Between:
 
     def share_survivors(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """A hook, where tokens are shared out."""
-        x_BTD, rotation, visible, cache, survive_B11, *rest = inputs
-        if survive_B11 is not None:
-            survive_B11 = self.mine(survive_B11.expand(-1, x_BTD.shape[1] * self.ranks, 1))
-        return x_BTD, rotation, visible, cache, survive_B11, *rest
+        x_BTD, rotation, visible, cache, survive_BS1, *rest = inputs
+        if survive_BS1 is not None:
+            survive_BS1 = self.mine(survive_BS1.expand(-1, x_BTD.shape[1] * self.ranks, 1))
+        return x_BTD, rotation, visible, cache, survive_BS1, *rest
 
     def joined(self, x_BTD: Tensor) -> Tensor:
         """`join` without its gradient."""
@@ -106,14 +106,18 @@ class _Add(torch.autograd.Function):
 
 @torch.no_grad()
 def settle_gradients(model: Decoder, mesh: DeviceMesh, device: torch.device) -> None:
-    """Add up over tensor ranks, all at once, the gradients of what they share and each saw a part of."""
+    """Once a step, after its last microbatch: add up over tensor ranks, all at once, the gradients of what they share
+    and each saw a part of."""
     gradients = []
     for module in model.modules():
+        if isinstance(module, LocalLinear | RowLinear):
+            module.rounded = None
         parameters = (getattr(module, name, None) for name in getattr(module, "summed", ()))
         gradients += [local(each.grad) for each in parameters if each is not None and each.grad is not None]
     if gradients:
         flat = torch.cat([each.flatten() for each in gradients]).to(device)
         dist.all_reduce(flat, group=mesh.get_group())
+        flat = flat.to(gradients[0].device)  # under cpu_offload gradients are on the host
         for each, summed in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
             each.copy_(summed.view_as(each))
 
@@ -141,14 +145,30 @@ class _Here(torch.autograd.Function):
         return DTensor(grad.contiguous(), ctx.spec, requires_grad=False)
 
 
+def _matrix(layer: "LocalLinear | RowLinear") -> Tensor:
+    """The layer's part of the weight; under autocast rounded, once a step.
+
+    Autocast rounds a parameter once for all microbatches of a pipeline, but not a part of one.
+    """
+    device = layer.weight.device.type
+    if not torch.is_autocast_enabled(device) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _here(layer.weight)
+    if layer.product is not F.linear or layer.weight.dtype != torch.float32:  # float8 rounds by itself; FSDP did
+        return _here(layer.weight)
+    if layer.rounded is None:
+        layer.rounded = _here(layer.weight).to(torch.get_autocast_dtype(device))
+    return layer.rounded
+
+
 class LocalLinear(nn.Linear):
     """Of this rank's part of the weights, be it all of them: [..., K] -> [..., F]. So are all that are called local."""
 
     product: Any
+    rounded: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         bias_F = None if self.bias is None else _here(self.bias)
-        return self.product(x, _here(self.weight), bias_F)
+        return self.product(x, _matrix(self), bias_F)
 
 
 class LocalEmbedding(nn.Embedding):
@@ -171,10 +191,11 @@ class RowLinear(nn.Linear):
     """Products with some of the inputs, added up: [B, S, F] -> [B, T, D]."""
 
     product: Any
+    rounded: Tensor | None = None
     between: Between
 
     def forward(self, x_BSF: Tensor) -> Tensor:
-        y_BTD = self.between.add(self.product(x_BSF, _here(self.weight)))
+        y_BTD = self.between.add(self.product(x_BSF, _matrix(self)))
         return y_BTD if self.bias is None else y_BTD + _here(self.bias).to(y_BTD.dtype)
 
 

@@ -33,6 +33,7 @@ LAYOUTS = {
     "selective": {"dp_shard": 8, "recompute": "selective"},
     "full": {"dp_shard": 8, "recompute": "full"},
     "offload": {"dp_shard": 8, "cpu_offload": True},
+    "offload, tp": {"dp_shard": 2, "tp": 4, "cpu_offload": True},
 }
 
 

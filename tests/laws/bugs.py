@@ -5,6 +5,7 @@ A bug is a context manager that breaks our code in this process while it is open
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -87,6 +88,41 @@ def joined_gradients_are_not_added_over_tensor_ranks() -> Iterator[Any]:
         return context.between.mine(grad_BSD), None
 
     with patch.object(tensor._Join, "backward", staticmethod(own_part)):
+        yield
+
+
+@bug
+def head_gradients_are_not_reduced_over_tensor_ranks() -> Iterator[Any]:
+    """Those of its input: each rank's columns give a part."""
+
+    class OwnPart(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, x_BTD: torch.Tensor, between: Any) -> torch.Tensor:
+            context.between = between
+            return between.joined(x_BTD)
+
+        @staticmethod
+        def backward(context: Any, grad_BSD: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return context.between.mine(grad_BSD), None
+
+    real = tensor.VocabParallelHead.forward
+
+    def forward(self: Any, *inputs: Any) -> Any:
+        between = self.between
+        self.between = copy(between)
+        self.between.join = lambda x_BTD: OwnPart.apply(x_BTD, between)  # type: ignore[no-untyped-call]
+        found = real(self, *inputs)
+        self.between = between
+        return found
+
+    with patch.object(tensor.VocabParallelHead, "forward", forward):
+        yield
+
+
+@bug
+def shares_of_tokens_skip_what_whole_rows_skip() -> Iterator[Any]:
+    """Stochastic depth: a row of a rank's share is not of one sequence."""
+    with patch.object(tensor.Between, "share_survivors", lambda self, block, inputs: inputs):
         yield
 
 

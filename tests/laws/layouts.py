@@ -123,7 +123,7 @@ LAYOUTS = [
     # four: pairs of axes
     _at(4, "tied", micro=2, dp_shard=4),
     _at(4, dp_replicate=2, dp_shard=2),
-    _at(4, "tied", micro=4, dp_shard=2, tp=2),
+    _at(4, "tied", micro=4, dp_shard=2, tp=2, cpu_offload=True),
     _at(4, "gpt", dp_shard=2, tp=2, sequence_parallel=False),
     _at(4, dp_replicate=2, tp=2),
     _at(4, "gpt", tp=4),

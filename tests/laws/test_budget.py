@@ -19,6 +19,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError
 from dist_llm.parallel import budget, recompute
 from dist_llm.parallel.budget import GIB, Kept, choose
+from dist_llm.parallel.mesh import local
 from dist_llm.parallel.recompute import Choice, storages
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of, hold
@@ -79,7 +80,7 @@ class Live:
         """All but weights: parameters, and bf16 copies of them, which are told by their shape."""
         assert self.block is not None
         weights = {each.data_ptr() for p in self.block.parameters() for each in storages(p)}
-        shapes = {tuple(sorted(p.shape)) for p in self.block.parameters() if p.ndim == 2}
+        shapes = {tuple(sorted(local(p).shape)) for p in self.block.parameters() if p.ndim == 2}
         if (
             isinstance(kept, Tensor)
             and kept.dtype == torch.bfloat16
@@ -145,7 +146,7 @@ CASES: list[Any] = [
     (Layout(1, {}, "t5", micro=6), {}),
     (Layout(1, {}, "bounded", micro=6, extra=DOCUMENTS), {}),
     (Layout(2, {"dp_shard": 2}, micro=6), BF16),
-    (Layout(2, {"tp": 2}, "tied", micro=6), {}),
+    (Layout(2, {"tp": 2}, "tied", micro=6), BF16),
     (Layout(2, {"tp": 2, "sequence_parallel": False}, "bert", micro=6), {}),
     (Layout(2, {"cp": 2}, micro=6), {}),
     (Layout(2, {"pp": 2}, micro=6), {}),

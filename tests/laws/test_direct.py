@@ -1,4 +1,4 @@
-"""On CPUs FSDP's collectives are messages: the step is that of one process, and no more is sent."""
+"""On CPUs gathers and reductions are messages: the step is that of one process, and no more is sent."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,11 +12,11 @@ from torch import Tensor
 from benchmarks.communication import Case, busiest, case, count
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
-from dist_llm.parallel import direct
+from dist_llm.parallel import direct, mesh
 from dist_llm.train.step import train_step
 from tests.laws.law import Trace, batches_of, compare, config_of, merged, reference, trace, whole
 from tests.laws.layouts import ADAMW, MODELS, Layout
-from tests.laws.worlds import world
+from tests.laws.worlds import renew, world
 
 LAYOUTS = [
     Layout(2, {"dp_shard": 2}),
@@ -34,8 +34,10 @@ LAYOUTS = [
 class Unadded(direct.ReduceScatter):
     """A planted bug: the others' parts are received, and forgotten."""
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, *rest: Any) -> None:
-        super().__call__(output_tensor, input_tensor, group, *rest)
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, *rest: Any, **named: Any
+    ) -> None:
+        super().__call__(output_tensor, input_tensor, group, *rest, **named)
         output_tensor.copy_(input_tensor.chunk(group.size())[group.rank()])
 
 
@@ -96,11 +98,41 @@ def test_messages_take_the_step_of_one_process(layout: Layout) -> None:
     hold(layout)
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[1], Layout(2, {"cp": 2}), Layout(2, {"tp": 2})], ids=str)
 @pytest.mark.parametrize("bug", [("ReduceScatter", Unadded), ("Gather", Swapped)], ids=["unadded", "swapped"])
-def test_a_planted_bug_breaks_it(layout: Layout, bug: tuple[str, type]) -> None:
+def test_a_planted_bug_breaks_it(bug: tuple[str, type]) -> None:
     with pytest.raises(AssertionError, match="off by"):
-        hold(layout, bug)
+        hold(LAYOUTS[1], bug)
+
+
+class Broken:
+    """`direct` with a bug, as those that exchange activations see it, while FSDP sees it without."""
+
+    def __init__(self, name: str, other: type) -> None:
+        setattr(self, name, other)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(direct, name)
+
+
+def with_broken_activations(config: Config, bug: tuple[str, type]) -> Trace:
+    with by_messages(), patch.object(mesh, "direct", Broken(*bug)):
+        return trace(config, 3)
+
+
+@pytest.mark.parametrize("parallel", [{"cp": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("bug", [("ReduceScatter", Unadded), ("Gather", Swapped)], ids=["unadded", "swapped"])
+def test_a_bug_planted_in_messages_of_activations_breaks_it(bug: tuple[str, type], parallel: dict[str, Any]) -> None:
+    config = config_of(2, {}, optim=ADAMW, parallel=parallel)
+    traces = world(2).run(with_broken_activations, config, bug)
+    with pytest.raises(AssertionError, match="off by"):
+        compare(merged(traces), reference(config, 3))
+
+
+def test_compiled_blocks_use_collectives_beside_them() -> None:
+    """On the same groups."""
+    config = config_of(4, MODELS["tied"], optim=ADAMW, parallel={"dp_shard": 2, "tp": 2}, compile=True)
+    renew(4)
+    compare(merged(world(4).run(directly, config, None)), reference(config, 3))
 
 
 def counted(chosen: Case) -> dict[str, Any]:

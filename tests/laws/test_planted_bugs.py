@@ -11,6 +11,8 @@ WHERE = {
     "shards_gradients_are_not_reduced": Layout(2, {"dp_shard": 2}),
     "context_gradients_are_not_reduced": Layout(4, {"dp_shard": 2, "cp": 2}),
     "joined_gradients_are_not_added_over_tensor_ranks": Layout(2, {"tp": 2}),
+    "head_gradients_are_not_reduced_over_tensor_ranks": Layout(2, {"tp": 2}),
+    "shares_of_tokens_skip_what_whole_rows_skip": Layout(2, {"tp": 2}, "bounded", 3),
     "tensor_ranks_take_the_positions_of_the_first": Layout(2, {"tp": 2}, "gpt", 3),
     "tied_embedding_is_not_reduced_over_stages": Layout(2, {"pp": 2}, "tied", 6),
     "norm_gradients_of_sequence_slices_are_not_reduced": Layout(2, {"tp": 2}),

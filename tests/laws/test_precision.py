@@ -16,11 +16,13 @@ from tests.laws.worlds import world
 LAYOUTS = [
     Layout(2, {"dp_shard": 2}, micro=4),
     Layout(2, {"dp_replicate": 2}, "gpt"),
-    Layout(2, {"tp": 2}, "tied"),
+    Layout(2, {"tp": 2}, "tied", 8),
     Layout(2, {"cp": 2}),
     Layout(2, {"pp": 2}, "tied", 6),
     Layout(4, {"dp_shard": 2, "tp": 2}, "tied"),
     Layout(4, {"pp": 2, "dp_shard": 2}, micro=3),
+    Layout(4, {"pp": 2, "tp": 2}, micro=6),
+    Layout(4, {"pp": 2, "tp": 2, "pp_schedule": "zbv"}, "tied", micro=6),
 ]
 
 
