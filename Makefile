@@ -45,7 +45,7 @@ check: install
 	ruff check .
 	mypy
 
-# Twenty minutes on two cores. What they keep with --write is in benchmarks/results.
+# Over a quarter of an hour on two cores. What they keep with --write is in benchmarks/results.
 bench: install
 	for program in overhead train loss attention optimizer data checkpoint communication collectives layouts startup; do python benchmarks/$$program.py || exit 1; done
 
