@@ -4,6 +4,7 @@ import argparse
 import atexit
 import gc
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -113,6 +114,8 @@ def run() -> None:
     # torch makes some 300,000 objects on import, and no garbage: to look through them took a second of a short command.
     gc.set_threshold(100_000, 50, 50)
     atexit.register(gc.freeze)
+    # Slurm's word that the time limit is near waits until training listens, and fails nothing that ends by itself.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     sys.exit(main())
 
 

@@ -15,7 +15,8 @@ MARKER = "DIST_LLM_STOPPED"  # names the file that tells a batch script of a sto
 
 
 class StopSignals:
-    """While open, a first SIGTERM or SIGUSR1 is only noted; a second SIGTERM ends the process.
+    """While open, a first SIGTERM or SIGUSR1 is only noted, as is one that waited, blocked; a second SIGTERM ends the
+    process.
 
     `share` and `agreed` are called on every rank around each step: the word goes round while the step is computed.
     """
@@ -24,14 +25,17 @@ class StopSignals:
         self.noted = 0  # by this rank
         self.told = 0  # by some rank, as all agreed
         self._before: dict[int, Any] = {}
+        self._blocked: set[int] = set()
         self._number = torch.zeros((), dtype=torch.int64)
         self._work: dist.Work | None = None
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+        self._blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -79,6 +79,44 @@ def test_one_process_saves_after_the_step_and_goes_on_with_the_same_bits(
     assert_same_weights(tmp_path / "run", want)
 
 
+# The command, signalled while it imports torch ("torch") or, all done, while Python ends ("end").
+OUTSIDE = """
+import atexit, os, signal, sys
+
+when, *sys.argv[1:] = sys.argv[1:]
+
+class Importing:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+if when == "torch":
+    sys.meta_path.insert(0, Importing())
+else:
+    atexit.register(os.kill, os.getpid(), signal.SIGUSR1)
+from dist_llm.cli import run
+run()
+"""
+
+
+@pytest.mark.parametrize(("when", "code", "step"), [("torch", 138, 1), ("end", 0, 3)])
+def test_a_warning_before_training_listens_is_not_lost_and_one_after_it_fails_nothing(
+    when: str, code: int, step: int, corpus: Path, tmp_path: Path
+) -> None:
+    arguments = map(str, commands.train_arguments(corpus, "run.steps=3"))
+    done = subprocess.run(
+        [sys.executable, "-c", OUTSIDE, when, *arguments],
+        cwd=tmp_path,
+        env=commands.environment(),
+        capture_output=True,
+        text=True,
+        timeout=commands.LIMIT_SECONDS,
+    )
+    assert done.returncode == code, done.stderr
+    assert commands.newest(tmp_path / "run").name == f"step_{step:08d}"
+    assert (tmp_path / "run" / "stopped.json").exists() == bool(code)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(rank: int, corpus: Path, tmp_path: Path) -> None:
     process = start(("usr1", rank, 5), corpus, tmp_path, *SHARDED.overrides)

@@ -1,16 +1,15 @@
 """`python -m tests.slurm.paced ...`: the command, with steps of a tenth of a second at least."""
 
-import sys
 import time
 from unittest.mock import patch
 
-from dist_llm.cli import main
+from dist_llm.cli import run as command
 from dist_llm.train.loop import Trainer
 
 SECONDS = 0.15
 
 
-def run() -> int:
+def run() -> None:
     step = Trainer.step
 
     def slow(self: Trainer) -> None:
@@ -18,8 +17,8 @@ def run() -> int:
         step(self)
 
     with patch.object(Trainer, "step", slow):
-        return main()
+        command()
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    run()
