@@ -114,7 +114,9 @@ def run() -> None:
     # torch makes some 300,000 objects on import, and no garbage: to look through them took a second of a short command.
     gc.set_threshold(100_000, 50, 50)
     atexit.register(gc.freeze)
-    # Slurm's word that the time limit is near waits until training listens, and fails nothing that ends by itself.
+    # Slurm's word that the time limit is near waits until training listens, and fails nothing that ends by itself:
+    # threads that training started do not block it.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     sys.exit(main())
 

@@ -25,6 +25,7 @@ from dist_llm.data.remote import hasher, named, sync_directory
 from dist_llm.errors import CheckpointError
 
 BLOCK_BYTES = 1 << 22
+AHEAD_BYTES = 1 << 24
 CANCELLED = "another thread could not write"
 WRITERS = 2  # threads, each with a file of its own: one writes and hashes while the other waits for the disk
 
@@ -159,6 +160,7 @@ class FolderWriter(filesystem.FileSystemWriter):
 class _Files(filesystem.FileSystemBase):
     def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
         self.fs = fs
+        self.on_disk = isinstance(fs, LocalFileSystem) and hasattr(os, "posix_fadvise")
         self.written: dict[str, Written] = {}
         self.problem: OSError | None = None
         self.streams: set[_Hashed] = set()  # that are open
@@ -223,19 +225,30 @@ class _Hashed(io.RawIOBase):
 
     def __init__(self, file: IO[bytes], files: _Files) -> None:
         self.file, self.files, self.length, self.digest = file, files, 0, hasher()
+        self.announced = 0  # bytes that the system was told to write
         self.problem: OSError | None = None
 
     def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        for start in range(0, len(view), BLOCK_BYTES):
+            self._write(view[start : start + BLOCK_BYTES])
+        return len(view)
+
+    def _write(self, block: memoryview) -> None:
         if self.files.stopped:
             raise OSError(errno.ECANCELED, CANCELLED)
         try:
-            self.file.write(content)
+            self.file.write(block)
         except OSError as error:
             self.problem = error
             raise
-        self.digest.update(content)
-        self.length += memoryview(content).nbytes
-        return memoryview(content).nbytes
+        self.digest.update(block)
+        self.length += len(block)
+        if self.files.on_disk and self.length - self.announced >= AHEAD_BYTES:
+            file = self.fileno()
+            with suppress(OSError):  # the advice: have the disk begin now, not when the file is synced
+                os.posix_fadvise(file, self.announced, self.length - self.announced, os.POSIX_FADV_DONTNEED)
+            self.announced = self.length
 
     def tell(self) -> int:
         return self.length

@@ -5,19 +5,17 @@ mask an early piece sees little and a late one much, so every rank does the same
 """
 
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_llm.models.attention import AttentionKernel, attend
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.visibility import Visibility
 from dist_llm.objectives.batch import Batch, count_scored
-from dist_llm.parallel.mesh import gathered, reduced
+from dist_llm.parallel.mesh import exchanged, gathered, reduced
 
 
 def context_parallel(model: Decoder, mesh: DeviceMesh) -> None:
@@ -75,22 +73,9 @@ class GatheredAttention(nn.Module):
     def _gather(self, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all ranks in one collective, back in the order of the sequence."""
         both = torch.stack((k_BSKE, v_BSKE))  # [2, B, S/cp, K, E]
-        ranks = _Gather.apply(both, self.group).chunk(self.ranks)  # type: ignore[no-untyped-call]
+        forth, back = partial(gathered, group=self.group), partial(reduced, group=self.group)
+        ranks = exchanged(both, forth, back).chunk(self.ranks)
         halves = [rank.chunk(2, dim=2) for rank in ranks]
         pieces = [early for early, _ in halves] + [late for _, late in reversed(halves)]
         k_BTKE, v_BTKE = torch.cat(pieces, dim=2).unbind(0)
         return k_BTKE, v_BTKE
-
-
-class _Gather(torch.autograd.Function):
-    """The ranks' tensors one after another along dimension 0; their gradients are added up."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return gathered(part, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduced(grad, ctx.group), None

@@ -1,11 +1,13 @@
 """The ranks as a grid, and what they say to each other. Every axis is always there, of size 1 where it is not used."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -74,6 +76,23 @@ def total(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     if _sends(value) and len(value) % group.size() == 0:
         return gathered(reduced(value, group), group)
     return collectives.wait_tensor(collectives.all_reduce(value.contiguous(), "sum", group.group_name))
+
+
+def exchanged(x: Tensor, forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+    """forth(x), what ranks say to each other; its gradient goes `back`."""
+    return _Exchange.apply(x, forth, back)  # type: ignore[no-untyped-call]
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return forth(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad), None, None
 
 
 def _sends(tensor: Tensor) -> bool:

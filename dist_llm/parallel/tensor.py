@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from dist_llm.losses.linear import Columns, linear_cross_entropy
 from dist_llm.models.attention import CrossAttention
 from dist_llm.models.decoder import Decoder, Head, capped
-from dist_llm.parallel.mesh import gathered, local, reduced, total
+from dist_llm.parallel.mesh import exchanged, gathered, local, reduced, total
 
 # Of a rank: T tokens between the matrices, S or S / tp  F inputs or outputs of a layer  W rows of the vocabulary
 
@@ -41,11 +41,11 @@ class Between:
 
     def join(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> all tokens, on every rank [B, S, D]; of their gradient each rank has a part of a sum."""
-        return _Join.apply(x_BTD, self)  # type: ignore[no-untyped-call]
+        return exchanged(x_BTD, self.joined, self.added)
 
     def add(self, part_BSD: Tensor) -> Tensor:
         """Each rank's part of a sum [B, S, D] -> the sum, [B, T, D]."""
-        return _Add.apply(part_BSD, self)  # type: ignore[no-untyped-call]
+        return exchanged(part_BSD, self.added, self.joined)
 
     def mine(self, numbers_BS: Tensor) -> Tensor:
         """Of numbers of all tokens [B, S, ...] those of the tokens that this rank has, [B, T, ...]."""
@@ -78,30 +78,6 @@ class Between:
         """`add` without its gradient."""
         sum_up = reduced if self.sliced else total
         return sum_up(part_BSD.flatten(0, 1), self.group).unflatten(0, (len(part_BSD), -1))
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, between: Between) -> Tensor:
-        ctx.between = between
-        return between.joined(x_BTD)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor, None]:
-        return ctx.between.added(grad_BSD), None
-
-
-class _Add(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part_BSD: Tensor, between: Between) -> Tensor:
-        ctx.between = between
-        return between.added(part_BSD)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None]:
-        return ctx.between.joined(grad_BTD), None
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What is written is the state as it was when the save began; what cannot be written says so on every rank."""
 
+import errno
 import json
 import os
 import resource
@@ -14,10 +15,11 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import filesystem
 
 from dist_llm.checkpoint import store, writing
-from dist_llm.checkpoint.folder import Folder, FolderWriter
+from dist_llm.checkpoint.folder import AHEAD_BYTES, Folder, FolderWriter, _Files
 from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
@@ -263,3 +265,21 @@ def test_a_save_takes_no_more_than_one_and_a_half_times_the_shard(tmp_path: Path
     done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
     extra, shard = json.loads(done.stdout)
     assert 0.5 * shard < extra < 1.5 * shard, "copies are taken, and nothing beside them"
+
+
+def test_the_disk_is_told_of_a_large_file_as_it_grows_and_may_decline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def decline(file: int, offset: int, length: int, advice: int) -> None:
+        told.append((offset, length, os.fstat(file).st_size))
+        raise OSError(errno.EINVAL, "planted")
+
+    monkeypatch.setattr(os, "posix_fadvise", decline)
+    content = os.urandom(5 * AHEAD_BYTES // 2)
+    files = _Files(LocalFileSystem())
+    with files.create_stream(tmp_path / "file", "wb") as stream:
+        stream.write(content)
+    assert (tmp_path / "file").read_bytes() == content
+    assert told == [(0, AHEAD_BYTES, AHEAD_BYTES), (AHEAD_BYTES, AHEAD_BYTES, 2 * AHEAD_BYTES)]

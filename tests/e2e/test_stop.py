@@ -79,7 +79,8 @@ def test_one_process_saves_after_the_step_and_goes_on_with_the_same_bits(
     assert_same_weights(tmp_path / "run", want)
 
 
-# The command, signalled while it imports torch ("torch") or, all done, while Python ends ("end").
+# The command, signalled while it imports torch ("torch") or, all done, while Python ends: in a thread that blocks what
+# the main one does ("end"), or in one that does not, as those that training started ("thread").
 OUTSIDE = """
 import atexit, os, signal, sys
 
@@ -94,12 +95,14 @@ if when == "torch":
     sys.meta_path.insert(0, Importing())
 else:
     atexit.register(os.kill, os.getpid(), signal.SIGUSR1)
+if when == "thread":  # registered last, so first
+    atexit.register(signal.pthread_sigmask, signal.SIG_UNBLOCK, {signal.SIGUSR1})
 from dist_llm.cli import run
 run()
 """
 
 
-@pytest.mark.parametrize(("when", "code", "step"), [("torch", 138, 1), ("end", 0, 3)])
+@pytest.mark.parametrize(("when", "code", "step"), [("torch", 138, 1), ("end", 0, 3), ("thread", 0, 3)])
 def test_a_warning_before_training_listens_is_not_lost_and_one_after_it_fails_nothing(
     when: str, code: int, step: int, corpus: Path, tmp_path: Path
 ) -> None:

@@ -5,7 +5,6 @@ A bug is a context manager that breaks our code in this process while it is open
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from copy import copy
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -83,40 +82,25 @@ def context_gradients_are_not_reduced() -> Iterator[Any]:
 @bug
 def joined_gradients_are_not_added_over_tensor_ranks() -> Iterator[Any]:
     """Each tensor rank goes on with the part that its own heads, units or columns give."""
-
-    def own_part(context: Any, grad_BSD: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return context.between.mine(grad_BSD), None
-
-    with patch.object(tensor._Join, "backward", staticmethod(own_part)):
+    with patch.object(tensor.Between, "join", _join_own_part):
         yield
 
 
 @bug
 def head_gradients_are_not_reduced_over_tensor_ranks() -> Iterator[Any]:
     """Those of its input: each rank's columns give a part."""
-
-    class OwnPart(torch.autograd.Function):
-        @staticmethod
-        def forward(context: Any, x_BTD: torch.Tensor, between: Any) -> torch.Tensor:
-            context.between = between
-            return between.joined(x_BTD)
-
-        @staticmethod
-        def backward(context: Any, grad_BSD: torch.Tensor) -> tuple[torch.Tensor, None]:
-            return context.between.mine(grad_BSD), None
-
     real = tensor.VocabParallelHead.forward
 
     def forward(self: Any, *inputs: Any) -> Any:
-        between = self.between
-        self.between = copy(between)
-        self.between.join = lambda x_BTD: OwnPart.apply(x_BTD, between)  # type: ignore[no-untyped-call]
-        found = real(self, *inputs)
-        self.between = between
-        return found
+        with patch.object(tensor.Between, "join", _join_own_part):
+            return real(self, *inputs)
 
     with patch.object(tensor.VocabParallelHead, "forward", forward):
         yield
+
+
+def _join_own_part(between: tensor.Between, x_BTD: torch.Tensor) -> torch.Tensor:
+    return mesh.exchanged(x_BTD, between.joined, between.mine)
 
 
 @bug

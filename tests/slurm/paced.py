@@ -1,15 +1,18 @@
-"""`python -m tests.slurm.paced ...`: the command, with steps of a tenth of a second at least."""
+"""`python -m tests.slurm.paced ...`: the command, with steps of a quarter of a second at least."""
 
+import signal
 import time
 from unittest.mock import patch
 
-from dist_llm.cli import run as command
-from dist_llm.train.loop import Trainer
-
-SECONDS = 0.15
+SECONDS = 0.25
 
 
 def run() -> None:
+    # As the command itself does, but before what is patched is imported.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    from dist_llm.cli import run as command
+    from dist_llm.train.loop import Trainer
+
     step = Trainer.step
 
     def slow(self: Trainer) -> None:

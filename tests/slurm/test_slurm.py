@@ -52,7 +52,7 @@ def assert_the_same(run: Path, want: Path) -> None:
 def test_two_nodes_stopped_by_their_time_limit_end_with_the_same_bits(
     cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
-    steps, run = 220, "limited"
+    steps, run = 150, "limited"
     limits = ("--nodes=2", "--ntasks-per-node=2", "--time=1", "--signal=USR1@40")
     job = cluster.submit(*limits, SCRIPT, *train(corpus, run, steps), PYTHON=PACED)
     found = cluster.wait(job, 360)
