@@ -1,10 +1,9 @@
-"""`python -m tests.slurm.paced ...`: the command, with steps of a quarter of a second at least."""
+"""`python -m tests.slurm.paced SECONDS ...`: the command, with steps that take so much longer."""
 
 import signal
+import sys
 import time
 from unittest.mock import patch
-
-SECONDS = 0.25
 
 
 def run() -> None:
@@ -13,10 +12,10 @@ def run() -> None:
     from dist_llm.cli import run as command
     from dist_llm.train.loop import Trainer
 
-    step = Trainer.step
+    step, seconds = Trainer.step, float(sys.argv.pop(1))
 
     def slow(self: Trainer) -> None:
-        time.sleep(SECONDS)
+        time.sleep(seconds)
         step(self)
 
     with patch.object(Trainer, "step", slow):
