@@ -15,6 +15,7 @@ import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STATUS = Path("/proc/self/status")
+LONGEST_SECONDS = 2.0  # of one product
 T = TypeVar("T")
 
 
@@ -142,7 +143,10 @@ class Strain:
 
 def matmul_rate(device: torch.device, precision: str, size: int = 0, tries: int = 3) -> float:
     """FLOP/s of a product of two square matrices, with all threads: the best of a few tries, after one to warm up."""
-    size = size or (8192 if device.type == "cuda" else 2048)
+    if not size:
+        size, least = 8192 if device.type == "cuda" else 2048, matmul_rate(device, precision, 256, 1)
+        while 2 * size**3 / least > LONGEST_SECONDS:  # a CPU without bf16 has a hundredth of its rate in fp32
+            size //= 2
     left = torch.randn(size, size, device=device).to(DTYPES[precision])
     return 2 * size**3 / min([seconds(lambda: left @ left, device) for _ in range(tries + 1)][1:])
 
