@@ -78,7 +78,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     left = torch.randn(size, size, device=device).to(dtype)
     best, enough = 0.0, time.perf_counter() + 1
-    for _ in range(5):
+    for number in range(5):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -86,6 +86,6 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
-        if time.perf_counter() > enough:  # a CPU without bf16 has a hundredth of its rate in fp32
+        if number and time.perf_counter() > enough:  # a CPU without bf16 has a hundredth of its rate in fp32
             break
     return best
