@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +54,7 @@ class NativeEngine:
         orthogonalize: Orthogonalize = partial(orthogonalized, dtype=dtype)
         if config.name == "muon" and self.mesh is not None:
             orthogonalize = Owners(self.mesh, list(matrices(self.named_parameters()).values()), dtype)
-        return build_optimizer(config, self.named_parameters(), place, orthogonalize, LocalAdamW)
+        return build_optimizer(config, self.named_parameters(), place, orthogonalize, local)
 
     @property
     def data_rank(self) -> tuple[int, int]:
@@ -224,16 +223,6 @@ class NativeEngine:
         if self.config.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.config.precision])
-
-
-class LocalAdamW(optim.AdamW):
-    """torch's, which updates what a rank has of each DTensor: asked for whole ones, torch takes twice as long."""
-
-    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
-        found = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
-        for each in lists:
-            each[:] = map(local, each)
-        return found
 
 
 def step_at(optimizer: optim.Optimizer, lr: float) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn, optim
 
 from dist_llm.config.schema import OptimConfig
 from dist_llm.optim.adamw import BF16AdamW, Place
+from dist_llm.optim.local import Local, LocalAdamW, LocalSGD
 from dist_llm.optim.muon import Muon, Orthogonalize, orthogonalized
 
 
@@ -19,11 +20,11 @@ def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]],
     place: Place = _all,
     orthogonalize: Orthogonalize = orthogonalized,
-    adamw_kind: type[optim.AdamW] = optim.AdamW,
+    local: Local | None = None,
 ) -> optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019, algorithm 2), Muon for matrices with AdamW for the rest, or SGD.
 
-    `place`, `orthogonalize` and `adamw_kind`: for ranks that hold parts of parameters; the second gets parts of all
+    `place`, `orthogonalize` and `local`: for ranks that hold parts of parameters; the second gets parts of all
     `matrices`.
     """
     parameters = list(parameters)
@@ -36,16 +37,17 @@ def build_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
-        # Not fused: torch has no fused SGD for sharded parameters.
-        return optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
+        options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "foreach": True}
+        return optim.SGD(groups, **options) if local is None else LocalSGD(local, groups, **options)
     betas = config.beta1, config.beta2
     adamw: optim.Optimizer
     if config.moments == "bf16":
         adamw = BF16AdamW(groups, config.lr, betas, config.eps, {each: name for name, each in parameters}, place)
     else:
-        adamw = adamw_kind(groups, config.lr, betas, config.eps, **{config.implementation: True})
+        options = {"lr": config.lr, "betas": betas, "eps": config.eps, config.implementation: True}
+        adamw = optim.AdamW(groups, **options) if local is None else LocalAdamW(local, groups, **options)
     if moved:
-        adamw.register_step_pre_hook(Muon(orthogonalize))
+        adamw.register_step_pre_hook(Muon(orthogonalize, local or (lambda whole: whole)))
     return adamw
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
+from dist_llm.optim.local import Local
+
 # Of Jordan et al.: a quintic that, five times over, takes singular values in (0, 1] to 0.7 ... 1.2, small ones fast.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
@@ -23,8 +25,8 @@ class Muon:
     al. 2025, 2.2), so that rate and decay are those of all parameters. One without a gradient has a gradient of zero.
     """
 
-    def __init__(self, orthogonalize: Orthogonalize) -> None:
-        self.orthogonalize = orthogonalize
+    def __init__(self, orthogonalize: Orthogonalize, local: Local) -> None:
+        self.orthogonalize, self.local = orthogonalize, local
 
     @torch.no_grad()
     def __call__(self, optimizer: optim.Optimizer, *_: Any) -> None:
@@ -33,17 +35,18 @@ class Muon:
                 self._step(group, optimizer.state)
 
     def _step(self, group: dict[str, Any], state: Any) -> None:
-        updates, beta = [], group["momentum"]
+        updates, beta, local = [], group["momentum"], self.local
         for parameter in group["params"]:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             if "momentum_buffer" not in state[parameter]:
                 state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer = state[parameter]["momentum_buffer"].lerp_(gradient, 1 - beta)
-            updates.append(gradient.lerp_(buffer, beta))
+            buffer = local(state[parameter]["momentum_buffer"]).lerp_(local(gradient), 1 - beta)
+            local(gradient).lerp_(buffer, beta)
+            updates.append(gradient)
             parameter.grad = None
         for parameter, update in zip(group["params"], self.orthogonalize(updates), strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update, alpha=-0.2 * group["lr"] * max(parameter.shape) ** 0.5)
+            weights = local(parameter).mul_(1 - group["lr"] * group["weight_decay"])
+            weights.add_(local(update), alpha=-0.2 * group["lr"] * max(parameter.shape) ** 0.5)
 
 
 def orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:

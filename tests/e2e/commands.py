@@ -3,12 +3,18 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from tests import warm
 
 REPOSITORY = Path(__file__).parents[2]
 DEBUG_CONFIG = REPOSITORY / "configs" / "debug.yaml"
@@ -38,8 +44,37 @@ def environment() -> dict[str, str]:
 
 
 def run(*arguments: object, ranks: int = 0, cwd: Path, succeed: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run to the end. With `succeed`, another exit than 0 or a library's warning fails the test."""
-    done = subprocess.run(
+    """Run to the end. With `succeed`, another exit than 0 or a library's warning fails the test.
+
+    Ranks are started as `srun` would start them; where they may fail, by torchrun, which tells of it.
+    """
+    if ranks and not succeed:
+        return cold(*arguments, ranks=ranks, cwd=cwd)
+    with tempfile.TemporaryDirectory() as place:
+        output, errors = Path(place, "output"), Path(place, "errors")
+        output.touch()
+        errors.touch()
+        started = start(*arguments, ranks=ranks, cwd=cwd, output=output, errors=errors)
+        deadline = time.monotonic() + LIMIT_SECONDS
+        try:
+            while any(each.exitcode is None for each in started) and not any(each.exitcode for each in started):
+                connection.wait([each.sentinel for each in started if each.exitcode is None], 1)
+                assert time.monotonic() < deadline, f"{arguments} goes on:\n{errors.read_text()}"
+        finally:
+            for each in started:
+                _kill(_family(each.pid))
+                each.join()
+        code = next((each.exitcode for each in started if each.exitcode), 0)
+        done = subprocess.CompletedProcess(arguments, code, output.read_text(), errors.read_text())
+    if succeed:
+        assert done.returncode == 0, f"{done.args} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Warning: " not in done.stderr, done.stderr
+    return done
+
+
+def cold(*arguments: object, ranks: int = 0, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run to the end as a user would start it: a new interpreter, and torchrun for `ranks`."""
+    return subprocess.run(
         command(*arguments, ranks=ranks),
         cwd=cwd,
         env=environment(),
@@ -48,10 +83,18 @@ def run(*arguments: object, ranks: int = 0, cwd: Path, succeed: bool = True) -> 
         text=True,
         timeout=LIMIT_SECONDS,
     )
-    if succeed:
-        assert done.returncode == 0, f"{done.args} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
-        assert "Warning: " not in done.stderr, done.stderr
-    return done
+
+
+def start(*arguments: object, ranks: int, cwd: Path, output: Path, errors: Path) -> list[ForkServerProcess]:
+    """The command's process, or those of its ranks."""
+    words = list(map(str, arguments))
+    if not ranks:
+        return [warm.start(words, environment(), cwd, output, errors)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return [warm.start(words, environment() | meeting | place, cwd, output, errors) for place in places]
 
 
 def train(directory: Path, corpus: Path, *overrides: object, ranks: int = 0) -> Path:
@@ -67,25 +110,18 @@ def train_arguments(corpus: Path, *overrides: object) -> tuple[object, ...]:
 def kill_when(ready: Callable[[], bool], arguments: Sequence[object], ranks: int, cwd: Path) -> None:
     """Start the command; as soon as it is `ready`, SIGKILL every process of it at once."""
     log = cwd / "killed.txt"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command(*arguments, ranks=ranks),
-            cwd=cwd,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            deadline = time.monotonic() + LIMIT_SECONDS
-            while not ready():
-                assert process.poll() is None, f"ended too early:\n{log.read_text()}"
-                assert time.monotonic() < deadline, f"never ready:\n{log.read_text()}"
-                time.sleep(POLL_SECONDS)
-        finally:
-            _kill(_family(process.pid))
-            process.wait()
+    log.write_text("")
+    started = start(*arguments, ranks=ranks, cwd=cwd, output=log, errors=log)
+    try:
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not ready():
+            assert all(each.is_alive() for each in started), f"ended too early:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"never ready:\n{log.read_text()}"
+            time.sleep(POLL_SECONDS)
+    finally:
+        _kill([each for process in started for each in _family(process.pid)])
+        for process in started:
+            process.join()
 
 
 def _family(process: int) -> list[int]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.boxes import placed
 from dist_llm.checkpoint.state import Guarded, Progress
 from dist_llm.config.schema import Config, GuardConfig
 from dist_llm.engines.accelerate import AccelerateEngine
@@ -23,10 +22,9 @@ from dist_llm.engines.build import build_engine
 from dist_llm.engines.deepspeed import DeepSpeedEngine
 from dist_llm.train.guard import Guard
 from dist_llm.train.step import train_step
-from tests.laws.law import Trace, batches_of, saved
+from tests.laws.law import Placed, Trace, batches_of, joined, parts_of, saved
 
 CPU = torch.device("cpu")
-Placed = dict[str, list[tuple[tuple[int, ...], Tensor]]]
 
 
 @dataclass
@@ -68,7 +66,7 @@ def take(
             found.norms.append(report.grad_norm.item())
             found.rates.append([group["lr"] for group in engine.optimizer.param_groups])  # type: ignore[attr-defined]
             if step in (steps[0], steps[-1]):
-                found.held.append(parts_of(engine))
+                found.held.append(parts_of((engine.state.weights() | engine.state.moments()).items()))
         (batch, *_) = batches_of(config, engine, 1000)
         found.heldout = engine.total(engine.score(engine.cut(batch)).sum()).item()
         if save is not None:
@@ -96,27 +94,6 @@ def opened(config: Config) -> Iterator[Engine]:
 
                 AcceleratorState._reset_state(reset_partial_state=True)
                 GradientState._reset_state()
-
-
-def parts_of(engine: Engine) -> Placed:
-    state = engine.state.weights() | engine.state.moments()
-    return {name: [(offset, part.clone()) for offset, part in placed(held)] for name, held in state.items()}
-
-
-def joined(every: list[Placed], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The whole tensors of what the ranks hold; what several hold must be the same, and nothing may be missing."""
-    found = {}
-    for name, shape in shapes.items():
-        whole = torch.full(shape, torch.nan)
-        for parts in every:
-            for offset, part in parts.get(name, []):
-                place = tuple(slice(at, at + size) for at, size in zip(offset, part.shape, strict=True))
-                before = whole[place]
-                assert torch.equal(before.nan_to_num(0), part) or before.isnan().all(), f"{name} differs between ranks"
-                whole[place] = part
-        assert not whole.isnan().any(), f"{name}: no rank holds all of it"
-        found[name] = whole
-    return found
 
 
 def as_trace(every: list[Steps], want: Trace) -> Trace:

@@ -5,7 +5,7 @@ parameter's full gradient before clipping, the norm, and every parameter after. 
 trace against another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dist_llm.checkpoint.boxes import placed
 from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.check import check as broken_rules
@@ -46,6 +47,28 @@ MODEL: dict[str, Any] = {
 }
 ROWS, SEQ_LEN = 24, 32
 TEXT_IDS = 97  # of the 130; an objective's own ids come after them
+
+
+# What a rank has of tensors: (offset in the whole, part) by name.
+Placed = dict[str, list[tuple[tuple[int, ...], Tensor]]]
+
+
+@dataclass
+class Taken:
+    """What one rank saw of its steps. Per step: loss, scored, norm, its parts of gradients and of parameters."""
+
+    losses: list[float] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: list[Placed] = field(default_factory=list)
+    parameters: list[Placed] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of whole parameters
+
+    def keep(self, engine: "Spy") -> None:
+        """Its gradients and parameters after a step."""
+        self.gradients.append(engine.kept)
+        self.parameters.append(parts_of(engine.named_parameters()))
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in engine.named_parameters()}
 
 
 @dataclass
@@ -123,11 +146,15 @@ def made_of(config: Config, step: int, rows: range) -> Batch:
 class Spy(NativeEngine):
     """An engine that keeps the gradients it is about to use."""
 
-    kept: dict[str, Tensor]
+    kept: Placed
 
     def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
-        self.kept = {name: whole(p.grad) for name, p in self.named_parameters() if p.grad is not None}
+        self.kept = parts_of((name, p.grad) for name, p in self.named_parameters() if p.grad is not None)
         return super().update(lr, accept)
+
+
+def parts_of(tensors: Iterable[tuple[str, Any]]) -> Placed:
+    return {name: [(offset, part.detach().clone()) for offset, part in placed(held)] for name, held in tensors}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -136,7 +163,7 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def trace(config: Config, steps: int, bug: str | None = None, decay: float = 1.0) -> Trace:
+def trace(config: Config, steps: int, bug: str | None = None, decay: float = 1.0) -> Taken:
     """Take `steps` steps, on one process or on this rank of a world, with a bug planted if one is named."""
     with ExitStack() as planted:
         if bug:
@@ -144,16 +171,15 @@ def trace(config: Config, steps: int, bug: str | None = None, decay: float = 1.0
         return _trace(config, steps, decay)
 
 
-def _trace(config: Config, steps: int, decay: float = 1.0) -> Trace:
-    engine, found = Spy(config, torch.device("cpu")), Trace()
+def _trace(config: Config, steps: int, decay: float = 1.0) -> Taken:
+    engine, found = Spy(config, torch.device("cpu")), Taken()
     for step in range(steps):
         report = train_step(engine, batches_of(config, engine, step), config.optim.lr * decay**step, step)
         found.losses.append(report.loss.item())
         found.scored.append(int(report.scored))
         found.norms.append(report.grad_norm.item())
         if step in (0, steps - 1):
-            found.gradients.append(engine.kept)
-            found.parameters.append({name: whole(p) for name, p in engine.named_parameters()})
+            found.keep(engine)
     return found
 
 
@@ -169,24 +195,36 @@ def reference(config: Config, steps: int, decay: float = 1.0) -> Trace:
 
 @lru_cache(maxsize=64)
 def _reference(config: str, steps: int, decay: float) -> Trace:
-    return trace(Config.model_validate_json(config), steps, decay=decay)
+    return merged([trace(Config.model_validate_json(config), steps, decay=decay)])
 
 
-def merged(traces: Sequence[Trace]) -> Trace:
-    """All ranks' traces as one. What several ranks report must be the same, bit for bit."""
-    first = traces[0]
-    for rank, other in enumerate(traces[1:], 1):
+def merged(every: Sequence[Taken]) -> Trace:
+    """All ranks' steps as one. What several ranks report must be the same, bit for bit."""
+    first = every[0]
+    for rank, other in enumerate(every[1:], 1):
         for name in ("losses", "scored", "norms"):
             assert getattr(other, name) == getattr(first, name), f"{name} of rank {rank} differ from rank 0's"
-        for kind in ("gradients", "parameters"):
-            for into, more in zip(getattr(first, kind), getattr(other, kind), strict=True):
-                for name, value in more.items():
-                    if name in into:
-                        assert torch.equal(into[name], value), (
-                            f"{kind}: {name} of rank {rank} differs from an earlier rank's"
-                        )
-                    into[name] = value
-    return first
+    shapes = {name: shape for taken in every for name, shape in taken.shapes.items()}
+    gradients = [joined(parts, shapes) for parts in zip(*(taken.gradients for taken in every), strict=True)]
+    parameters = [joined(parts, shapes) for parts in zip(*(taken.parameters for taken in every), strict=True)]
+    return Trace(first.losses, first.scored, first.norms, gradients, parameters)
+
+
+def joined(every: Sequence[Placed], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Those of the tensors that any rank has; what several have must be the same, and nothing may be missing."""
+    found = {}
+    for name in (name for name in shapes if any(name in parts for parts in every)):
+        whole = torch.full(shapes[name], torch.nan)
+        for rank, parts in enumerate(every):
+            for offset, part in parts.get(name, []):
+                place = tuple(slice(at, at + size) for at, size in zip(offset, part.shape, strict=True))
+                before = whole[place]
+                same = before.isnan().all() or torch.equal(before, part)
+                assert same, f"{name} of rank {rank} differs from an earlier rank's"
+                whole[place] = part
+        assert not whole.isnan().any(), f"{name}: no rank holds all of it"
+        found[name] = whole
+    return found
 
 
 def hold(layout: Layout, optim: dict[str, Any], steps: int, bug: str | None = None, **sections: Any) -> None:

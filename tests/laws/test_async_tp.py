@@ -15,7 +15,7 @@ from torch.distributed import _symmetric_memory as symmetric
 from dist_llm.config.schema import Config
 from dist_llm.parallel import parallelize
 from dist_llm.parallel.async_tp import fuse
-from tests.laws.law import Trace, compare, config_of, merged, reference, trace
+from tests.laws.law import Taken, compare, config_of, merged, reference, trace
 from tests.laws.layouts import SGD
 from tests.laws.worlds import renew, world
 
@@ -38,7 +38,7 @@ class Seen(CustomGraphPass):
         return None  # graphs that it was not shown are not taken from a cache
 
 
-def traced(config: Config, backwards: bool) -> tuple[Trace, dict[str, int]]:
+def traced(config: Config, backwards: bool) -> tuple[Taken, dict[str, int]]:
     """Two steps, and how often the compiler fused what. `backwards`: parts are handed to the wrong ranks."""
     seen, library = Seen(), torch.library.Library("symm_mem", "IMPL")
     for name, function in (FUSED | ({"fused_all_gather_matmul": _reversed} if backwards else {})).items():

@@ -14,7 +14,7 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.parallel import direct, mesh
 from dist_llm.train.step import train_step
-from tests.laws.law import Trace, batches_of, compare, config_of, merged, reference, trace, whole
+from tests.laws.law import Taken, batches_of, compare, config_of, merged, reference, trace, whole
 from tests.laws.layouts import ADAMW, MODELS, Layout
 from tests.laws.worlds import renew, world
 
@@ -61,7 +61,7 @@ def by_messages() -> AbstractContextManager[Any]:
     return patch.object(direct, "by_messages", lambda device: device == "cpu")
 
 
-def directly(config: Config, bug: tuple[str, type] | None) -> Trace:
+def directly(config: Config, bug: tuple[str, type] | None) -> Taken:
     name, other = bug or ("Gather", direct.Gather)
     with by_messages(), patch.object(direct, name, other):
         return trace(config, 3)
@@ -114,7 +114,7 @@ class Broken:
         return getattr(direct, name)
 
 
-def with_broken_activations(config: Config, bug: tuple[str, type]) -> Trace:
+def with_broken_activations(config: Config, bug: tuple[str, type]) -> Taken:
     with by_messages(), patch.object(mesh, "direct", Broken(*bug)):
         return trace(config, 3)
 

@@ -50,7 +50,7 @@ def config(layout: Layout, precision: str = "bf16", fp8: bool = True) -> Any:
 def step(layout: Layout, on: bool = True) -> Trace:
     """One step of the layout."""
     if layout.ranks == 1:
-        return trace(config(layout, fp8=on), 1)
+        return merged([trace(config(layout, fp8=on), 1)])
     return merged(world(layout.ranks).run(trace, config(layout, fp8=on), 1))
 
 

@@ -1,14 +1,13 @@
 """Worlds of gloo processes, started once per size and handed one function after another.
 
-Starting eight interpreters that import torch costs more than most tests; a world that broke or hung
-is thrown away and the next call starts a fresh one.
+A world that broke or hung is thrown away and the next call starts a fresh one.
 """
 
 import atexit
 import faulthandler
 import gc
-import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import traceback
@@ -18,6 +17,8 @@ from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tests.warm import context
 
 COLLECTIVE_TIMEOUT_SECONDS = 90
 
@@ -30,12 +31,11 @@ class GlooWorld:
     """`size` processes with a default process group. `run` calls f(*args) on all; returns their results by rank."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
         self.store = tempfile.NamedTemporaryFile(prefix="dist_llm_world_")  # noqa: SIM115
         self.pipes, self.processes = [], []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, self.store.name, theirs), daemon=True)
+            ours, theirs = context().Pipe()
+            process = context().Process(target=_serve, args=(rank, size, self.store.name, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -49,7 +49,7 @@ class GlooWorld:
             try:
                 if not pipe.poll(timeout):
                     raise EOFError(f"no answer in {timeout} s")
-                ok, value = pipe.recv()
+                ok, value = pickle.loads(pipe.recv_bytes())
             except (EOFError, OSError) as error:
                 self.processes[rank].join(1)
                 ok, value = False, f"{error or 'it died'} (exit code {self.processes[rank].exitcode}: -N is signal N)"
@@ -110,7 +110,6 @@ def stop_all() -> None:
 
 
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
     faulthandler.enable()  # a crash in torch shows every thread's stack
     import torch
     import torch.distributed as dist
@@ -135,9 +134,11 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
             answer = True, function(*args)
         except BaseException:
             answer = False, traceback.format_exc()
-        pipe.send(answer)
+        # By value: torch's own way to send tensors opens a file for each.
+        pipe.send_bytes(pickle.dumps(answer))
         del answer
         gc.collect()
+        gc.freeze()  # what stays is not looked at again
         torch.compiler.reset()
 
 
