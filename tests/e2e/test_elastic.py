@@ -41,7 +41,7 @@ def node(name: str, meeting: str, corpus: Path, cwd: Path, job: Job = JOB) -> It
     arguments = commands.train_arguments(corpus, f"run.steps={job.steps}", "checkpoint.every=1", *job.overrides)
     with (cwd / f"{name}.txt").open("w") as output:
         process = subprocess.Popen(
-            job.place([*launcher, "-m", "tests.slurm.paced", "0.15", *map(str, arguments)]),
+            job.place([*launcher, "-m", "tests.e2e.paced", "0.15", *map(str, arguments)]),
             cwd=cwd,
             env={
                 **commands.environment(),

@@ -32,7 +32,7 @@ def instead(*words: str) -> str:
 
 def paced(seconds: float) -> str:
     """A python whose steps take so much longer."""
-    return instead("tests.slurm.paced", str(seconds))
+    return instead("tests.e2e.paced", str(seconds))
 
 
 def train(corpus: Path, run: str, steps: int) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""`python -m tests.slurm.paced SECONDS ...`: the command, with steps that take so much longer."""
+"""`python -m tests.e2e.paced SECONDS ...`: the command, with steps that take so much longer."""
 
 import signal
 import sys
