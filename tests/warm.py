@@ -20,23 +20,23 @@ def context() -> ForkServerContext:
 
 
 def start(
-    arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path, errors: Path
+    words: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path, errors: Path
 ) -> ForkServerProcess:
-    """`python -m dist_llm ARGUMENTS` in a session of its own; what it says is added to these files."""
-    process = context().Process(target=_command, args=(arguments, dict(environment), cwd, output, errors))
+    """`python -m WORDS` in a session of its own; what it says is added to these files."""
+    process = context().Process(target=_command, args=(words, dict(environment), cwd, output, errors))
     process.start()
     return process
 
 
-def _command(arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path, errors: Path) -> None:
+def _command(words: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path, errors: Path) -> None:
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     for number, path in ((1, output), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.argv = ["dist_llm", *arguments]
+    sys.argv = list(words)
     try:
-        runpy.run_module("dist_llm", run_name="__main__", alter_sys=True)
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # forked processes leave them out

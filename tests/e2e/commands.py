@@ -43,7 +43,9 @@ def environment() -> dict[str, str]:
     return {**clean, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{clean.get('PATH', '')}"}
 
 
-def run(*arguments: object, ranks: int = 0, cwd: Path, succeed: bool = True) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: object, ranks: int = 0, cwd: Path, succeed: bool = True, module: str = "dist_llm"
+) -> subprocess.CompletedProcess[str]:
     """Run to the end. With `succeed`, another exit than 0 or a library's warning fails the test.
 
     Ranks are started as `srun` would start them; where they may fail, by torchrun, which tells of it.
@@ -54,7 +56,7 @@ def run(*arguments: object, ranks: int = 0, cwd: Path, succeed: bool = True) -> 
         output, errors = Path(place, "output"), Path(place, "errors")
         output.touch()
         errors.touch()
-        started = start(*arguments, ranks=ranks, cwd=cwd, output=output, errors=errors)
+        started = start(module, *arguments, ranks=ranks, cwd=cwd, output=output, errors=errors)
         deadline = time.monotonic() + LIMIT_SECONDS
         try:
             while any(each.exitcode is None for each in started) and not any(each.exitcode for each in started):
@@ -86,7 +88,7 @@ def cold(*arguments: object, ranks: int = 0, cwd: Path) -> subprocess.CompletedP
 
 
 def start(*arguments: object, ranks: int, cwd: Path, output: Path, errors: Path) -> list[ForkServerProcess]:
-    """The command's process, or those of its ranks."""
+    """The process of `python -m ARGUMENTS`, or those of its ranks."""
     words = list(map(str, arguments))
     if not ranks:
         return [warm.start(words, environment(), cwd, output, errors)]
@@ -111,7 +113,7 @@ def kill_when(ready: Callable[[], bool], arguments: Sequence[object], ranks: int
     """Start the command; as soon as it is `ready`, SIGKILL every process of it at once."""
     log = cwd / "killed.txt"
     log.write_text("")
-    started = start(*arguments, ranks=ranks, cwd=cwd, output=log, errors=log)
+    started = start("dist_llm", *arguments, ranks=ranks, cwd=cwd, output=log, errors=log)
     try:
         deadline = time.monotonic() + LIMIT_SECONDS
         while not ready():
