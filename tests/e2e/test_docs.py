@@ -94,6 +94,7 @@ def ranks_of(words: list[str]) -> int:
     return counts.get("--nnodes", 1) * counts.get("--nproc-per-node", 1)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("document", sorted({document for document, _ in blocks(run=True)}))
 def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
     """One after the other, in one directory."""
@@ -106,7 +107,7 @@ def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
     )
     assert done.returncode == 0, f"{document}:\n{done.stdout}\n{done.stderr}"
 
