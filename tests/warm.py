@@ -22,7 +22,7 @@ def context() -> ForkServerContext:
 def start(
     words: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path, errors: Path
 ) -> ForkServerProcess:
-    """`python -m WORDS` in a session of its own; what it says is added to these files."""
+    """`python -m WORDS`, or `python WORDS` of a file, in a session of its own; what it says is added to these files."""
     process = context().Process(target=_command, args=(words, dict(environment), cwd, output, errors))
     process.start()
     return process
@@ -37,6 +37,9 @@ def _command(words: Sequence[str], environment: Mapping[str, str], cwd: Path, ou
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = list(words)
     try:
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        if words[0].endswith(".py"):
+            runpy.run_path(words[0], run_name="__main__")
+        else:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # forked processes leave them out

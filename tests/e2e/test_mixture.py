@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,8 +44,8 @@ def mixed(corpus: Path, keys: Callable[..., tuple[str, ...]], tmp_path_factory: 
 
 
 def inspect(*arguments: object, succeed: bool = True) -> str:
-    program = [sys.executable, REPOSITORY / "tools" / "inspect_data.py", *map(str, arguments)]
-    done = subprocess.run(program, capture_output=True, text=True, env=commands.environment(), timeout=120)
+    tool = str(REPOSITORY / "tools" / "inspect_data.py")
+    done = commands.run(*arguments, cwd=REPOSITORY, succeed=succeed, module=tool)
     assert (done.returncode == 0) == succeed, done.stdout + done.stderr
     return done.stdout + done.stderr
 
