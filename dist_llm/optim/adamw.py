@@ -8,7 +8,8 @@ from torch import Tensor, optim
 
 from dist_llm.chance import key_of, mix, numbered
 
-# This rank's share of a tensor, and where in the whole it begins.
+# This rank's share of a tensor, in the same memory; and the same with where in the whole it begins.
+Local = Callable[[Tensor], Tensor]
 Place = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
 
 

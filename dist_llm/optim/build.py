@@ -6,8 +6,7 @@ from typing import Any
 from torch import Tensor, nn, optim
 
 from dist_llm.config.schema import OptimConfig
-from dist_llm.optim.adamw import BF16AdamW, Place
-from dist_llm.optim.local import Local, LocalAdamW, LocalSGD
+from dist_llm.optim.adamw import BF16AdamW, Local, Place
 from dist_llm.optim.muon import Muon, Orthogonalize, orthogonalized
 
 
@@ -15,17 +14,22 @@ def _all(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return tensor, (0,) * tensor.ndim
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def build_optimizer(
     config: OptimConfig,
     parameters: Iterable[tuple[str, nn.Parameter]],
     place: Place = _all,
     orthogonalize: Orthogonalize = orthogonalized,
-    local: Local | None = None,
+    local: Local = _whole,
+    adamw_kind: type[optim.AdamW] = optim.AdamW,
+    sgd_kind: type[optim.SGD] = optim.SGD,
 ) -> optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019, algorithm 2), Muon for matrices with AdamW for the rest, or SGD.
 
-    `place`, `orthogonalize` and `local`: for ranks that hold parts of parameters; the second gets parts of all
-    `matrices`.
+    From `place` on: for ranks that hold parts of parameters; `orthogonalize` gets parts of all `matrices`.
     """
     parameters = list(parameters)
     moved = matrices(parameters) if config.name == "muon" else {}
@@ -37,17 +41,15 @@ def build_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
-        options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "foreach": True}
-        return optim.SGD(groups, **options) if local is None else LocalSGD(local, groups, **options)
+        return sgd_kind(groups, lr=config.lr, momentum=config.momentum, foreach=True)
     betas = config.beta1, config.beta2
     adamw: optim.Optimizer
     if config.moments == "bf16":
         adamw = BF16AdamW(groups, config.lr, betas, config.eps, {each: name for name, each in parameters}, place)
     else:
-        options = {"lr": config.lr, "betas": betas, "eps": config.eps, config.implementation: True}
-        adamw = optim.AdamW(groups, **options) if local is None else LocalAdamW(local, groups, **options)
+        adamw = adamw_kind(groups, config.lr, betas, config.eps, **{config.implementation: True})
     if moved:
-        adamw.register_step_pre_hook(Muon(orthogonalize, local or (lambda whole: whole)))
+        adamw.register_step_pre_hook(Muon(orthogonalize, local))
     return adamw
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
-from dist_llm.optim.local import Local
+from dist_llm.optim.adamw import Local
 
 # Of Jordan et al.: a quintic that, five times over, takes singular values in (0, 1] to 0.7 ... 1.2, small ones fast.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -1,10 +1,12 @@
-"""Muon, and moments in bf16: every layout takes the steps of one process."""
+"""Muon, moments in bf16, momentum: every layout takes the steps of one process."""
 
 import pytest
 import torch
+from torch import nn, optim
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dist_llm.config.schema import ParallelConfig
+from dist_llm.engines.native import LocalSGD
 from dist_llm.optim.muon import orthogonal
 from dist_llm.parallel.mesh import build_mesh
 from dist_llm.parallel.owners import Owners
@@ -52,6 +54,33 @@ def test_a_planted_bug_breaks_the_law_of_muon(name: str) -> None:
 def test_moments_in_bf16_on_every_layout(layout: Layout) -> None:
     """Their rounding is the element's own, so those few alone differ whose fp32 values lie on two sides of a chance."""
     assert differing(layout) < 0.01
+
+
+SGD_WITH_MOMENTUM = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "clip": 0.05}
+
+
+@pytest.mark.parametrize("layout", CHOSEN[::3], ids=str)
+def test_momentum_on_layouts(layout: Layout) -> None:
+    hold(layout, SGD_WITH_MOMENTUM, steps=4)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_torchs_on_what_a_rank_has(momentum: float) -> None:
+    """Bit for bit; a parameter without a gradient stays."""
+    generator = torch.Generator().manual_seed(0)
+    begin = [torch.randn(3, 4, generator=generator) for _ in range(3)]
+    found = []
+    for kind in (LocalSGD, optim.SGD):
+        parameters = [nn.Parameter(each.clone()) for each in begin]
+        optimizer = kind([{"params": parameters}], lr=0.1, momentum=momentum, weight_decay=0.1, foreach=True)
+        for step in range(3):
+            for number, parameter in enumerate(parameters[:2]):
+                parameter.grad = torch.full_like(parameter, step + number + 0.3)
+            optimizer.step()
+        found.append(parameters)
+    for ours, theirs, before in zip(*found, begin, strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours, before) == (before is begin[2])
 
 
 def test_moments_rounded_by_the_place_in_the_share_break_the_law() -> None:
