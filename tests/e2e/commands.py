@@ -48,7 +48,8 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end. With `succeed`, another exit than 0 or a library's warning fails the test.
 
-    Ranks are started as `srun` would start them; where they may fail, by torchrun, which tells of it.
+    Forked by a server that has imported torch, ranks as `srun` would start them; where ranks may fail, new interpreters
+    under torchrun, which tells of it.
     """
     if ranks and not succeed:
         return cold(*arguments, ranks=ranks, cwd=cwd)
