@@ -33,7 +33,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from dist_llm.models.attention import attend, look
 from dist_llm.models.visibility import CAUSAL, FULL, Visibility
-from measure import DTYPES, any_device, seconds, take_turns
+from measure import DTYPES, any_device, precisions, seconds, take_turns
 from results import Results, parser, table
 
 SDPA = {
@@ -51,7 +51,9 @@ def main() -> None:
     options = arguments()
     device = any_device()
     results = Results("attention", device)
-    for mask, seq_len, precision in itertools.product(options.masks, options.seq_len, options.precision):
+    for mask, seq_len, precision in itertools.product(
+        options.masks, options.seq_len, precisions(options.precision, device)
+    ):
         for row in case(mask, seq_len, precision, options, device):
             results.add({"mask": mask, "seq_len": seq_len, "precision": precision, **row})
     sizes = f"{options.batch} sequences, {options.heads} heads ({options.kv_heads} of keys) of {options.head_dim}"
@@ -74,8 +76,8 @@ def arguments() -> argparse.Namespace:
         "--precision",
         nargs="+",
         choices=DTYPES,
-        default=["bf16"] if cuda else ["fp32", "bf16"],
-        help="default: bf16, on a CPU both",
+        default=["bf16"] if cuda else None,
+        help="default: bf16; on a CPU both, without bf16 where it has none",
     )
     top.add_argument("--batch", type=int, default=4 if cuda else 2, help="sequences; default: %(default)s")
     top.add_argument("--heads", type=int, default=16 if cuda else 8, help="default: %(default)s")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dist_llm.config.schema import Config
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.decoder import Head
-from measure import PeakMemory, any_device, matmul_rate, seconds, take_turns, workers
+from measure import PeakMemory, any_device, matmul_rate, precisions, seconds, take_turns, workers
 from models import config_of
 from results import Results, parse, parser, table
 
@@ -41,7 +41,7 @@ def main() -> None:
     device = any_device()
     results = Results("loss", device)
     limits = {}
-    for precision in options.precision:
+    for precision in precisions(options.precision, device):
         keys = [f"model.d_model={options.d_model}", f"model.vocab_size={options.vocabulary}", f"precision={precision}"]
         config = config_of("llama-cpu", [*keys, "model.n_heads=1", "model.n_kv_heads=1", *options.overrides])
         names = [name for name in LOSSES if name != "liger" or (device.type == "cuda" and find_spec("liger_kernel"))]
@@ -64,7 +64,9 @@ def arguments() -> argparse.Namespace:
     top.add_argument("--tokens", type=int, default=2048, help="default: %(default)s")
     top.add_argument("--d-model", type=int, default=512, help="default: %(default)s")
     top.add_argument("--vocabulary", type=int, default=32000, help="default: %(default)s")
-    top.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="default: both")
+    top.add_argument(
+        "--precision", nargs="+", choices=("fp32", "bf16"), help="default: both, without bf16 on a CPU that has none"
+    )
     top.add_argument("--rounds", type=int, default=5, help="turns of each; default: %(default)s")
     top.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: loss.z_loss=1e-4")
     return parse(top)

@@ -4,8 +4,9 @@ limits that figures are held against: the rate of a matrix product and that of a
 import multiprocessing
 import os
 import resource
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -149,6 +150,18 @@ def matmul_rate(device: torch.device, precision: str, size: int = 0, tries: int 
             size //= 2
     left = torch.randn(size, size, device=device).to(DTYPES[precision])
     return 2 * size**3 / min([seconds(lambda: left @ left, device) for _ in range(tries + 1)][1:])
+
+
+def precisions(asked: Sequence[str] | None, device: torch.device) -> list[str]:
+    """Those asked for; else fp32 and bf16, but bf16 on a CPU that has none and would take hours. It says so."""
+    if asked:
+        return list(asked)
+    fp32, bf16 = (matmul_rate(device, precision, 256, 1) for precision in ("fp32", "bf16"))
+    if bf16 > fp32 / 10:
+        return ["fp32", "bf16"]
+    rates = f"{bf16 / 1e9:.1f} GFLOP/s, in fp32 at {fp32 / 1e9:.0f}"
+    print(f"bf16 is left out: products in it run at {rates} here; --precision bf16 asks for it", file=sys.stderr)
+    return ["fp32"]
 
 
 def copy_rate(device: torch.device, size: int, tries: int = 3) -> float:

@@ -50,7 +50,7 @@ from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.observe.flops import CONVENTION, flops_per_token, matmul_weights, peak_flops
 from dist_llm.train.step import train_step
-from measure import PeakMemory, Strain, any_device, matmul_rate, seconds, take_turns, workers
+from measure import PeakMemory, Strain, any_device, matmul_rate, precisions, seconds, take_turns, workers
 from models import MODELS, config_of
 from results import Results, parse, parser, table
 
@@ -66,7 +66,9 @@ def main() -> None:
     models = options.models or (["gpt2-124m", "llama-160m"] if device.type == "cuda" else ["gpt2-cpu", "llama-cpu"])
     results = Results("train", device)
     profiles: list[str] = []
-    grid = itertools.product(models, options.precision, options.compile, options.recompute, options.seq_len)
+    grid = itertools.product(
+        models, precisions(options.precision, device), options.compile, options.recompute, options.seq_len
+    )
     for name, precision, compiled, recompute, seq_len in grid:
         keys = [f"precision={precision}", f"compile={compiled == 'yes'}", f"parallel.recompute={recompute}"]
         keys += [f"data.seq_len={seq_len}"] if seq_len else []
@@ -83,7 +85,9 @@ def arguments() -> argparse.Namespace:
     top.add_argument(
         "--models", nargs="+", choices=MODELS, help=f"default: two that fit the device; {' '.join(MODELS)}"
     )
-    top.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="default: both")
+    top.add_argument(
+        "--precision", nargs="+", choices=("fp32", "bf16"), help="default: both, without bf16 on a CPU that has none"
+    )
     top.add_argument("--compile", nargs="+", choices=("no", "yes"), default=["no"], help="default: no")
     top.add_argument(
         "--recompute", nargs="+", choices=("none", "full", "selective"), default=["none"], help="default: none"
