@@ -24,8 +24,9 @@ from torch.futures import Future
 from dist_llm.data.remote import hasher, named, sync_directory
 from dist_llm.errors import CheckpointError
 
-BLOCK_BYTES = 1 << 22
-AHEAD_BYTES = 1 << 24
+READ_BYTES = 1 << 22  # at once: of a remote file by one request
+WRITE_BYTES = 1 << 20  # at once: few enough to be in the cache still when they are hashed
+AHEAD_BYTES = 1 << 23  # after which the disk is told to begin
 CANCELLED = "another thread could not write"
 WRITERS = 2  # threads, each with a file of its own: one writes and hashes while the other waits for the disk
 
@@ -76,8 +77,8 @@ class Folder:
     def hash(self, name: str, like: str) -> str:
         """Of a whole file, read in blocks, of the kind that `like` is."""
         digest = hasher(like)
-        with self.fs.open(f"{self.path}/{name}", "rb", block_size=BLOCK_BYTES) as file:
-            while block := file.read(BLOCK_BYTES):
+        with self.fs.open(f"{self.path}/{name}", "rb", block_size=READ_BYTES) as file:
+            while block := file.read(READ_BYTES):
                 digest.update(block)
         return named(digest)
 
@@ -230,8 +231,8 @@ class _Hashed(io.RawIOBase):
 
     def write(self, content: Any) -> int:
         view = memoryview(content).cast("B")
-        for start in range(0, len(view), BLOCK_BYTES):
-            self._write(view[start : start + BLOCK_BYTES])
+        for start in range(0, len(view), WRITE_BYTES):
+            self._write(view[start : start + WRITE_BYTES])
         return len(view)
 
     def _write(self, block: memoryview) -> None:
