@@ -20,7 +20,7 @@ from dist_llm.config.derive import SPLIT_BACKWARD
 from dist_llm.config.schema import Config
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
-from dist_llm.optim.build import build_optimizer, matrices
+from dist_llm.optim.build import Shares, build_optimizer, matrices
 from dist_llm.optim.muon import Orthogonalize, orthogonalized
 from dist_llm.optim.scale import LossScale
 from dist_llm.parallel.budget import fit
@@ -56,7 +56,8 @@ class NativeEngine:
         orthogonalize: Orthogonalize = partial(orthogonalized, dtype=dtype)
         if config.name == "muon" and self.mesh is not None:
             orthogonalize = Owners(self.mesh, list(matrices(self.named_parameters()).values()), dtype)
-        return build_optimizer(config, self.named_parameters(), place, orthogonalize, local, LocalAdamW, LocalSGD)
+        shares = Shares(local, place, orthogonalize, LocalAdamW, LocalSGD)
+        return build_optimizer(config, self.named_parameters(), shares)
 
     @property
     def data_rank(self) -> tuple[int, int]:

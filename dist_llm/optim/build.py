@@ -1,7 +1,7 @@
 """Parameters -> an optimizer: who is decayed, and which update."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn, optim
 
@@ -18,19 +18,26 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def build_optimizer(
-    config: OptimConfig,
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    place: Place = _all,
-    orthogonalize: Orthogonalize = orthogonalized,
-    local: Local = _whole,
-    adamw_kind: type[optim.AdamW] = optim.AdamW,
-    sgd_kind: type[optim.SGD] = optim.SGD,
-) -> optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2), Muon for matrices with AdamW for the rest, or SGD.
+class Shares(NamedTuple):
+    """How a rank steps what it has of parameters; the default: all of them, in plain tensors.
 
-    From `place` on: for ranks that hold parts of parameters; `orthogonalize` gets parts of all `matrices`.
+    `orthogonalize` gets what it has of all `matrices`.
     """
+
+    local: Local = _whole
+    place: Place = _all
+    orthogonalize: Orthogonalize = orthogonalized
+    adamw: type[optim.AdamW] = optim.AdamW
+    sgd: type[optim.SGD] = optim.SGD
+
+
+ALL = Shares()
+
+
+def build_optimizer(
+    config: OptimConfig, parameters: Iterable[tuple[str, nn.Parameter]], shares: Shares = ALL
+) -> optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2), Muon for matrices with AdamW for the rest, or SGD."""
     parameters = list(parameters)
     moved = matrices(parameters) if config.name == "muon" else {}
     decayed, free = split_decayed(config, ((name, each) for name, each in parameters if name not in moved))
@@ -41,15 +48,16 @@ def build_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
-        return sgd_kind(groups, lr=config.lr, momentum=config.momentum, foreach=True)
+        return shares.sgd(groups, lr=config.lr, momentum=config.momentum, foreach=True)
     betas = config.beta1, config.beta2
     adamw: optim.Optimizer
     if config.moments == "bf16":
-        adamw = BF16AdamW(groups, config.lr, betas, config.eps, {each: name for name, each in parameters}, place)
+        names: dict[Tensor, str] = {each: name for name, each in parameters}
+        adamw = BF16AdamW(groups, config.lr, betas, config.eps, names, shares.place)
     else:
-        adamw = adamw_kind(groups, config.lr, betas, config.eps, **{config.implementation: True})
+        adamw = shares.adamw(groups, config.lr, betas, config.eps, **{config.implementation: True})
     if moved:
-        adamw.register_step_pre_hook(Muon(orthogonalize, local))
+        adamw.register_step_pre_hook(Muon(shares.orthogonalize, shares.local))
     return adamw
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
-from dist_llm.engines.native import NativeEngine
+from dist_llm.engines.native import LocalSGD, NativeEngine
 from dist_llm.models import attention, decoder
 from dist_llm.models.visibility import Visibility
 from dist_llm.objectives.batch import Batch
@@ -372,6 +372,28 @@ def shares_handed_back_to_the_wrong_rank() -> Iterator[Any]:
 
     with patch.object(Owners, "__init__", swapped):
         yield
+
+
+@bug
+def momentum_begins_anew_with_each_step() -> Iterator[Any]:
+    with _before_sgd_steps(lambda optimizer: optimizer.state.clear()):
+        yield
+
+
+@bug
+def momentum_is_the_first_ranks_alone() -> Iterator[Any]:
+    with _before_sgd_steps(lambda optimizer: optimizer.state.clear() if dist.get_rank() else None):
+        yield
+
+
+def _before_sgd_steps(action: Callable[[LocalSGD], None]) -> AbstractContextManager[Any]:
+    real = LocalSGD.step
+
+    def step(self: LocalSGD, closure: None = None) -> None:
+        action(self)
+        real(self, closure)
+
+    return patch.object(LocalSGD, "step", step)
 
 
 @bug

@@ -64,6 +64,12 @@ def test_momentum_on_layouts(layout: Layout) -> None:
     hold(layout, SGD_WITH_MOMENTUM, steps=4)
 
 
+@pytest.mark.parametrize("name", ["momentum_begins_anew_with_each_step", "momentum_is_the_first_ranks_alone"])
+def test_a_planted_bug_breaks_the_law_of_momentum(name: str) -> None:
+    with pytest.raises(AssertionError, match="off by"):
+        hold(Layout(2, {"dp_shard": 2}), SGD_WITH_MOMENTUM, steps=4, bug=name)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_is_torchs_on_what_a_rank_has(momentum: float) -> None:
     """Bit for bit; a parameter without a gradient stays."""

@@ -43,6 +43,8 @@ WHERE = {
 OPTIMIZERS = {  # planted in test_optimizers.py
     "shares_made_orthogonal_each_by_itself",
     "shares_handed_back_to_the_wrong_rank",
+    "momentum_begins_anew_with_each_step",
+    "momentum_is_the_first_ranks_alone",
     "moments_rounded_by_the_place_in_the_share",
 }
 COMPILED = {"joined_gradients_are_not_added_over_tensor_ranks": Layout(4, {"dp_shard": 2, "tp": 2}, "tied")}

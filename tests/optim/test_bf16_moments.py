@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from dist_llm import chance
 from dist_llm.config.schema import OptimConfig
 from dist_llm.optim.adamw import BF16AdamW, rounded
-from dist_llm.optim.build import build_optimizer
+from dist_llm.optim.build import Shares, build_optimizer
 
 
 def bits(count: int) -> Tensor:
@@ -84,7 +84,7 @@ def test_a_slice_steps_as_it_does_in_the_whole(monkeypatch) -> None:
     monkeypatch.setattr(chance, "CHUNK", 20)
     held = nn.Parameter(torch.full((4, 5), 0.5))
     config = OptimConfig(moments="bf16", lr=1e-2, beta2=0.95, weight_decay=0.1)
-    optimizer = build_optimizer(config, [("w", held)], lambda tensor: (tensor, (6, 0)))
+    optimizer = build_optimizer(config, [("w", held)], Shares(place=lambda tensor: (tensor, (6, 0))))
     for step in range(20):
         noise = torch.randn(12, 5, generator=torch.Generator().manual_seed(step))
         held.grad = held.detach() - 0.1 + noise[6:10]
