@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from importlib.metadata import version
 
 from dist_llm.config.check_fp8 import check_fp8_sizes
 from dist_llm.config.derive import (
@@ -130,6 +131,12 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
             ("parallel.pp_schedule", "model.architecture"),
             f"{parallel.pp_schedule} splits backward in two, which torch cannot do where the encoder's output is "
             "handed on and used, too; set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
+        )
+    if parallel.pp_schedule in SPLIT_BACKWARD and (found := version("torch")).startswith(("2.11.", "2.12.")):
+        yield Violation(
+            ("parallel.pp_schedule",),
+            f"{parallel.pp_schedule} splits backward in two, which torch {found} cannot do with FSDP and the loss; "
+            "upgrade torch to 2.13 or newer, or set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
         )
     if config.model.positions == "relative":
         yield Violation(

@@ -377,6 +377,16 @@ def test_layouts_that_fit_pass(change, world):
     assert check(make(**change), world, VOCAB) == []
 
 
+@pytest.mark.parametrize("schedule", ["zbv", "interleaved_zero_bubble"])
+@pytest.mark.parametrize(("torch", "refused"), [("2.11.0+cu130", True), ("2.12.1", True), ("2.13.0+cpu", False)])
+def test_an_older_torch_cannot_split_backward(torch, refused, schedule, monkeypatch):
+    monkeypatch.setattr("dist_llm.config.check_layout.version", {"torch": torch}.get)
+    change = {"model__n_layers": 4, "data__micro_batch": 1, "parallel__pp": 2, "parallel__pp_schedule": schedule}
+    assert [re.search("torch .* to 2.13", each.message) is not None for each in check(make(**change), 2, VOCAB)] == (
+        [True] * refused
+    )
+
+
 def test_a_wrong_layout_is_one_violation_per_rule():
     broken = check(make(parallel__tp=3, parallel__pp=3, model__n_kv_heads=2), 5, VOCAB)
     assert [violation.keys[0] for violation in broken] == [

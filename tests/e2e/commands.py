@@ -93,11 +93,20 @@ def start(*arguments: object, ranks: int, cwd: Path, output: Path, errors: Path)
     words = list(map(str, arguments))
     if not ranks:
         return [warm.start(words, environment(), cwd, output, errors)]
+    return [warm.start(words, environment() | place, cwd, output, errors) for place in places(ranks)]
+
+
+def places(ranks: int) -> list[dict[str, str]]:
+    """What torchrun tells each of so many ranks on this machine."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} for rank in range(ranks)]
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return [warm.start(words, environment() | meeting | place, cwd, output, errors) for place in places]
+        port: int = free.getsockname()[1]
+    return port
 
 
 def train(directory: Path, corpus: Path, *overrides: object, ranks: int = 0) -> Path:

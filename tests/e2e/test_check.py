@@ -30,14 +30,10 @@ def test_two_ranks_find_no_problem_but_a_busy_core(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_never_comes_does_not_hold_up_the_others(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     done = subprocess.run(
         commands.command("check", "--seconds", 2),
         cwd=tmp_path,
-        env={**commands.environment(), **place},
+        env=commands.environment() | commands.places(2)[0],
         capture_output=True,
         text=True,
         timeout=commands.LIMIT_SECONDS,

@@ -91,9 +91,7 @@ def said(cwd: Path, words: str) -> int:
 @pytest.mark.slow  # with a network in between, tests/netns has it in all runs
 @pytest.mark.timeout(400)
 def test_a_node_dies_and_comes_back(corpus: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = commands.free_port()
     with node("first", f"localhost:{port}", corpus, tmp_path) as first:
         wait(lambda: listens(port), tmp_path)  # where nodes meet must outlive the second
         with node("second", f"localhost:{port}", corpus, tmp_path):

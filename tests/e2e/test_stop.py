@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -181,14 +180,10 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(fault: str, said: str, corp
 
 def test_a_rank_that_never_comes_is_named_and_the_others_end(corpus: Path, tmp_path: Path) -> None:
     """Before the first step a rank may stand still 30 times as long."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     done = subprocess.run(
         commands.command(*commands.train_arguments(corpus, "run.hang_seconds=0.1")),
         cwd=tmp_path,
-        env={**commands.environment(), **place},
+        env=commands.environment() | commands.places(2)[0],
         capture_output=True,
         text=True,
         timeout=60,
