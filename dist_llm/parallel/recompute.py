@@ -1,7 +1,8 @@
 """Activation checkpointing and compilation of the blocks, without a wrapper: parameter names stay as they are."""
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ class Recomputed:
             outputs.append(both[0].storage)
             return both
 
-        with nullcontext() if self.ledger is None else saved_tensors_hooks(self._note, _lost):
+        with nullcontext() if self.ledger is None else _hooked(self._note):
             if self.choice == "none":
                 return self.forward(*args, **kwargs)
             if self.choice == "selective" and self.selective is not None:
@@ -101,6 +102,14 @@ def storages(value: Any) -> Iterator[torch.UntypedStorage]:
             yield from storages([getattr(each, name) for name in each.__tensor_flatten__()[0]])
         elif isinstance(each, Tensor):
             yield each.untyped_storage()
+
+
+@contextmanager
+def _hooked(note: Callable[[Tensor], None]) -> Iterator[None]:
+    with warnings.catch_warnings(), saved_tensors_hooks(note, _lost):
+        # torch 2.14 warns that what selective keeps passes by the hooks, as ever.
+        warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
+        yield
 
 
 def _lost(_: Any) -> Tensor:
