@@ -4,12 +4,12 @@ from importlib.metadata import version
 
 import pytest
 
-from dist_llm.config.derive import SPLIT_BACKWARD
+from dist_llm.config.derive import SPLIT_BACKWARD, splits_backward
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     torch = version("torch")
-    if torch.startswith(("2.11.", "2.12.")):
+    if not splits_backward(torch):
         for item in items:
             if any(schedule in item.name for schedule in SPLIT_BACKWARD):
                 item.add_marker(pytest.mark.skip(reason=f"torch {torch} cannot split backward"))

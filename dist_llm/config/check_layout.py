@@ -15,6 +15,7 @@ from dist_llm.config.derive import (
     encoder_layers,
     round_up,
     shape,
+    splits_backward,
 )
 from dist_llm.config.lengths import extra_ids
 from dist_llm.config.load import Violation
@@ -132,7 +133,7 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
             f"{parallel.pp_schedule} splits backward in two, which torch cannot do where the encoder's output is "
             "handed on and used, too; set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
         )
-    if parallel.pp_schedule in SPLIT_BACKWARD and (found := version("torch")).startswith(("2.11.", "2.12.")):
+    if parallel.pp_schedule in SPLIT_BACKWARD and not splits_backward(found := version("torch")):
         yield Violation(
             ("parallel.pp_schedule",),
             f"{parallel.pp_schedule} splits backward in two, which torch {found} cannot do with FSDP and the loss; "

@@ -11,6 +11,11 @@ TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # 
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv")  # gradients of activations first, of weights later
 
 
+def splits_backward(version: str) -> bool:
+    """Whether that version of torch can, where there are autograd.Functions: FSDP's and the loss's."""
+    return not version.startswith(("2.11.", "2.12."))
+
+
 def resolve(config: Config, world_size: int, tokenizer_size: int) -> Config:
     """Replace every "derive it" by its value; `config` must have passed `check`."""
     model, data, parallel = config.model, config.data, config.parallel
