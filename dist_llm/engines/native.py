@@ -52,7 +52,8 @@ class NativeEngine:
         self.dropout_stream = tuple(self._place(axis) for axis in split)
 
     def _optimizer(self) -> optim.Optimizer:
-        config, dtype = self.config.optim, torch.float32 if self.config.precision == "fp32" else torch.bfloat16
+        config = self.config.optim
+        dtype = torch.get_default_dtype() if self.config.precision == "fp32" else torch.bfloat16
         orthogonalize: Orthogonalize = partial(orthogonalized, dtype=dtype)
         if config.name == "muon" and self.mesh is not None:
             orthogonalize = Owners(self.mesh, list(matrices(self.named_parameters()).values()), dtype)

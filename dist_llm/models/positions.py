@@ -22,7 +22,7 @@ def rotary_angles(positions_S: Tensor, head_dim: int, theta: float) -> Tensor:
 
 def rotate(x_BSHE: Tensor, cos_BSF: Tensor, sin_BSF: Tensor) -> Tensor:
     """Turn each pair (i, i + E/2) by its angle, in fp32. Hugging Face's pairing, not Meta's (2i, 2i + 1)."""
-    left, right = x_BSHE.float().chunk(2, dim=-1)
+    left, right = x_BSHE.to(torch.promote_types(x_BSHE.dtype, torch.float32)).chunk(2, dim=-1)
     cos, sin = cos_BSF.unsqueeze(-2), sin_BSF.unsqueeze(-2)  # the same for all heads
     turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
     return turned.to(x_BSHE.dtype)

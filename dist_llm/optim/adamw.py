@@ -50,7 +50,9 @@ class BF16AdamW(optim.Optimizer):
                 state[moment] = torch.zeros_like(parameter, dtype=dtype)
         step = state["step"].add_(1)
         weights, offset = self.place(parameter)
-        gradient, first, second = (self.place(each)[0] for each in (gradient, state["exp_avg"], state["exp_avg_sq"]))
+        gradient, first, second = (
+            self.place(each)[0] for each in (gradient.float(), state["exp_avg"], state["exp_avg_sq"])
+        )
         (beta1, beta2), lr = group["betas"], group["lr"]
         key = (step.long() << 40) ^ key_of(self.names[parameter])
         for rows, elements in numbered(weights, parameter.shape, offset):

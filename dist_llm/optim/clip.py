@@ -9,13 +9,14 @@ ROW = 1024  # elements whose squares are added in one go
 
 
 def norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The L2 norm over all elements of all gradients, in fp32, as if they were one vector."""
+    """The L2 norm over all elements of all gradients, as if they were one vector; in fp32 or, of fp64, in fp64."""
     if not gradients:
         return torch.zeros(())
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     if gradients[0].is_cuda:
-        norms = list(torch._foreach_norm(list(gradients), 2.0, dtype=torch.float32))
+        norms = list(torch._foreach_norm(list(gradients), 2.0, dtype=dtype))
     else:
-        norms = [_norm_on_cpu(gradient.float()) for gradient in gradients]
+        norms = [_norm_on_cpu(gradient.to(dtype)) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 

@@ -67,7 +67,8 @@ def orthogonal(x_NRC: Tensor) -> Tensor:
     """[N, R, C] -> U V^T of each U S V^T, nearly, by Newton-Schulz steps in the dtype of the input."""
     if x_NRC.shape[1] > x_NRC.shape[2]:
         return orthogonal(x_NRC.mT).mT
-    norm_N11 = torch.linalg.matrix_norm(x_NRC.float(), keepdim=True)
+    exact = torch.promote_types(x_NRC.dtype, torch.float32)
+    norm_N11 = torch.linalg.matrix_norm(x_NRC.to(exact), keepdim=True)
     x_NRC = x_NRC / (norm_N11 + 1e-20).to(x_NRC.dtype)
     a, b, c = COEFFICIENTS
     for _ in range(ROUNDS):

@@ -1,12 +1,14 @@
 """The law: a layout computes the step that one process computes.
 
 `trace` takes steps on random batches and keeps all that a step is: loss, scored tokens, every
-parameter's full gradient before clipping, the norm, and every parameter after. `check` holds one
+parameter's full gradient before clipping, the norm, and every parameter after. `compare` holds one
 trace against another.
+
+A run in fp32 is judged in fp64 (`exact_dtype`): rounding is then 1e-15, and no fault can hide under it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_llm.checkpoint.boxes import placed
@@ -67,8 +69,8 @@ class Taken:
     def keep(self, engine: "Spy") -> None:
         """Its gradients and parameters after a step."""
         self.gradients.append(engine.kept)
-        self.parameters.append(parts_of(engine.named_parameters()))
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in engine.named_parameters()}
+        self.parameters.append(parts_of(parameters_of(engine)))
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters_of(engine)}
 
 
 @dataclass
@@ -82,8 +84,8 @@ class Trace:
     parameters: list[dict[str, Tensor]] = field(default_factory=list)
 
 
-def config_of(ranks: int, model: dict[str, Any], **sections: Any) -> Config:
-    """A resolved config; keys of `sections` are sections or scalars of the schema."""
+def raw_config(model: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """A config as a user writes it; keys of `sections` are sections or scalars of the schema."""
     architecture = model.get("architecture", "decoder")
     raw: dict[str, Any] = {
         "objective": OBJECTIVES[architecture],
@@ -94,7 +96,12 @@ def config_of(ranks: int, model: dict[str, Any], **sections: Any) -> Config:
     }
     for name, value in sections.items():
         raw[name] = {**raw.get(name, {}), **value} if isinstance(value, dict) else value
-    config = Config.model_validate(raw)
+    return raw
+
+
+def config_of(ranks: int, model: dict[str, Any], **sections: Any) -> Config:
+    """A resolved config; arguments as of `raw_config`."""
+    config = Config.model_validate(raw_config(model, **sections))
     assert not (broken := broken_rules(config, ranks, 0)), broken
     return resolve(config, ranks, 0)
 
@@ -104,8 +111,8 @@ def random_rows(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocab_size, (ROWS, SEQ_LEN + 1), generator=generator)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
-    keep = torch.rand(ROWS, 1, generator=generator) ** 2
-    targets[torch.rand(ROWS, SEQ_LEN, generator=generator) > keep] = IGNORE
+    keep = torch.rand(ROWS, 1, generator=generator, dtype=torch.float32) ** 2  # the same numbers, judged in fp64 or not
+    targets[torch.rand(ROWS, SEQ_LEN, generator=generator, dtype=torch.float32) > keep] = IGNORE
     targets[0, : SEQ_LEN // 2] = IGNORE  # a whole context-parallel part without a target
     return inputs, targets
 
@@ -149,8 +156,14 @@ class Spy(NativeEngine):
     kept: Placed
 
     def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
-        self.kept = parts_of((name, p.grad) for name, p in self.named_parameters() if p.grad is not None)
+        self.kept = parts_of((name, p.grad) for name, p in parameters_of(self) if p.grad is not None)
         return super().update(lr, accept)
+
+
+def parameters_of(engine: NativeEngine) -> Iterator[tuple[str, nn.Parameter]]:
+    """As the modules have them. `engine.named_parameters` would reshard them, which the step itself has to do."""
+    for part in engine.parts:
+        yield from part.named_parameters()
 
 
 def parts_of(tensors: Iterable[tuple[str, Any]]) -> Placed:
@@ -166,9 +179,26 @@ def whole(tensor: Tensor) -> Tensor:
 def trace(config: Config, steps: int, bug: str | None = None, decay: float = 1.0) -> Taken:
     """Take `steps` steps, on one process or on this rank of a world, with a bug planted if one is named."""
     with ExitStack() as planted:
+        planted.enter_context(default_dtype(exact_dtype(config)))
         if bug:
             planted.enter_context(bugs.planted(bug))
         return _trace(config, steps, decay)
+
+
+def exact_dtype(config: Config) -> torch.dtype:
+    """The dtype in which a run is judged: fp64, unless another precision than fp32 is its subject."""
+    return torch.float64 if config.precision == "fp32" else torch.float32
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors have this dtype meanwhile."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _trace(config: Config, steps: int, decay: float = 1.0) -> Taken:
@@ -214,7 +244,8 @@ def joined(every: Sequence[Placed], shapes: dict[str, tuple[int, ...]]) -> dict[
     """Those of the tensors that any rank has; what several have must be the same, and nothing may be missing."""
     found = {}
     for name in (name for name in shapes if any(name in parts for parts in every)):
-        whole = torch.full(shapes[name], torch.nan)
+        dtype = next(part.dtype for parts in every for _, part in parts.get(name, []))
+        whole = torch.full(shapes[name], torch.nan, dtype=dtype)
         for rank, parts in enumerate(every):
             for offset, part in parts.get(name, []):
                 place = tuple(slice(at, at + size) for at, size in zip(offset, part.shape, strict=True))
@@ -240,26 +271,42 @@ def hold(layout: Layout, optim: dict[str, Any], steps: int, bug: str | None = No
             "parallel": layout.parallel | sections.get("parallel", {}),
         },
     )
+    hold_config(config, layout.ranks, steps, bug)
+
+
+def hold_config(config: Config, ranks: int, steps: int, bug: str | None = None, later: float | None = None) -> None:
+    """As `hold`, of a resolved config; `later` as of `compare`."""
     if config.compile:
-        renew(layout.ranks)
-    compare(merged(world(layout.ranks).run(trace, config, steps, bug)), reference(config, steps))
+        renew(ranks)
+    compare(merged(world(ranks).run(trace, config, steps, bug)), reference(config, steps), later=later)
 
 
-def compare(got: Trace, want: Trace, first: float = 1e-5, later: float = 1e-4) -> None:
-    """Relative to the largest element of each tensor: `first` at step 1, `later` at the last."""
+def compare(got: Trace, want: Trace, first: float | None = None, later: float | None = None) -> None:
+    """Relative to the largest element of each tensor: `first` at step 1, `later` at the last.
+
+    By default 1e-11 of what was judged in fp64; else 1e-5 at step 1 and 1e-4 at the last.
+    """
+    exact = next(iter(got.parameters[0].values())).dtype == torch.float64
+    first = first or (1e-11 if exact else 1e-5)
+    later = later or (1e-11 if exact else 1e-4)
     assert got.scored == want.scored, f"scored tokens {got.scored}, one process {want.scored}"
     for step, (a, b) in enumerate(zip(got.losses, want.losses, strict=True)):
-        close(f"loss of step {step + 1}", torch.tensor(a), torch.tensor(b), first if step == 0 else later)
+        close(f"loss of step {step + 1}", scalar(a), scalar(b), first if step == 0 else later)
     for step, (a, b) in enumerate(zip(got.norms, want.norms, strict=True)):
-        close(f"norm of step {step + 1}", torch.tensor(a), torch.tensor(b), first if step == 0 else later)
+        close(f"norm of step {step + 1}", scalar(a), scalar(b), first if step == 0 else later)
     for place, tolerance in ((0, first), (-1, later)):
         for kind in ("gradients", "parameters"):
             found, wanted = getattr(got, kind)[place], getattr(want, kind)[place]
             assert found.keys() == wanted.keys(), f"{kind}: {found.keys() ^ wanted.keys()}"
             # A gradient that is zero in exact arithmetic (of a key bias without rope) is rounding of its summands.
-            noise = 1e-7 * max(float(value.abs().max()) for value in wanted.values())
+            rounding = 1e-14 if exact else 1e-7
+            noise = rounding * max(float(value.abs().max()) for value in wanted.values())
             for name in wanted:
                 close(f"{kind[:-1]} {name}, record {place}", found[name], wanted[name], tolerance, noise)
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def close(what: str, found: Tensor, wanted: Tensor, tolerance: float, noise: float = 0.0) -> None:
