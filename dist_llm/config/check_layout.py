@@ -167,6 +167,13 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
             f"{parallel.pp_schedule} splits backward in two, which torch cannot do with compiled blocks; "
             "set compile to false, or pp_schedule to 1f1b or interleaved_1f1b",
         )
+    if parallel.reshard == "always" and parallel.pp_schedule in SPLIT_BACKWARD:
+        yield Violation(
+            ("parallel.reshard", "parallel.pp_schedule"),
+            f"{parallel.pp_schedule} computes the gradients of weights later than those of activations; always frees the "
+            "weights in between, and gradients would be wrong; set reshard to default or never, or pp_schedule to 1f1b, "
+            "gpipe or interleaved_1f1b",
+        )
     if parallel.recompute == "selective" and parallel.pp_schedule in SPLIT_BACKWARD:
         yield Violation(
             ("parallel.recompute", "parallel.pp_schedule"),

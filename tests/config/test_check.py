@@ -316,6 +316,21 @@ RULES = [
         "parallel.pp_schedule",
         "set compile to false, or pp_schedule to 1f1b or interleaved_1f1b",
     ),
+    *(
+        (
+            {
+                "parallel__pp": 2,
+                "parallel__pp_schedule": schedule,
+                "parallel__reshard": "always",
+                "model__n_layers": 4,
+                "data__micro_batch": 1,
+            },
+            4,
+            "parallel.reshard",
+            f"{schedule} computes the gradients of weights later .*; set reshard to default or never",
+        )
+        for schedule in ("zbv", "interleaved_zero_bubble")
+    ),
     ({"parallel__dp_shard": 2}, 3, "parallel.dp_shard", "dp_shard 2. needs 2 ranks, but 3 were started; set dp_shard"),
     ({"parallel__dp_replicate": 2}, 3, "parallel.dp_shard", "needs 2 ranks, but 3 were started"),
     (
