@@ -191,6 +191,7 @@ def test_a_budget_changes_no_step(parallel: dict[str, Any]) -> None:
     hold(layout, SGD, steps=2, parallel={"activations_gib": gib})
 
 
+@pytest.mark.slow
 def test_a_budget_under_compilation() -> None:
     """Compiled blocks are measured as they are."""
     layout = Layout(2, {"dp_shard": 2}, micro=6)

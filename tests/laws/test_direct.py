@@ -128,6 +128,7 @@ def test_a_bug_planted_in_messages_of_activations_breaks_it(bug: tuple[str, type
         compare(merged(traces), reference(config, 3))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_use_collectives_beside_them() -> None:
     """On the same groups."""
     config = config_of(4, MODELS["tied"], optim=ADAMW, parallel={"dp_shard": 2, "tp": 2}, compile=True)

@@ -1,4 +1,7 @@
-"""Every layout computes the step that one process computes: loss, each gradient, norm, each weight."""
+"""Every layout computes the step that one process computes: loss, each gradient, norm, each weight.
+
+Long lists, by hand; `test_covering.py` has the cases that run every time.
+"""
 
 import pytest
 
@@ -6,12 +9,14 @@ from tests.laws.law import hold
 from tests.laws.layouts import ADAMW, CHOSEN, CLIPPED_SGD, FAMILIES, LAYOUTS, SGD, Layout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_layout_computes_the_step_of_one_process(layout: Layout) -> None:
     """SGD at lr 1, clipped: a wrong scale anywhere shows in the weights, a wrong norm too."""
     hold(layout, CLIPPED_SGD, steps=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", FAMILIES, ids=str)
 def test_every_architecture_and_objective_keeps_the_law(layout: Layout) -> None:
     """Their masks, cross-attention, tables and what stochastic depth skips are the same on every layout."""
@@ -25,12 +30,14 @@ def test_the_matrix_is_as_large_as_promised() -> None:
     assert len(CHOSEN) >= 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("layout", CHOSEN[::3], ids=str)
 def test_recomputation_changes_nothing(layout: Layout, recompute: str) -> None:
     hold(layout, SGD, steps=2, parallel={"recompute": recompute})
 
 
+@pytest.mark.slow
 def test_selective_recomputation_and_context_parallel() -> None:
     hold(Layout(2, {"cp": 2}), SGD, steps=2, parallel={"recompute": "selective"})
 
@@ -38,6 +45,7 @@ def test_selective_recomputation_and_context_parallel() -> None:
 OTHERS = [FAMILIES[7], FAMILIES[10], FAMILIES[23]]  # an encoder, an encoder-decoder, a prefix over context ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("layout", OTHERS, ids=str)
 def test_recomputation_changes_nothing_in_other_architectures(layout: Layout, recompute: str) -> None:
@@ -51,11 +59,13 @@ def test_compilation_changes_nothing_in_other_architectures(layout: Layout, reco
     hold(layout, SGD, steps=2, parallel={"recompute": recompute}, compile=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_compilation_changes_nothing(recompute: str) -> None:
     hold(CHOSEN[7], SGD, steps=2, parallel={"recompute": recompute}, compile=True)
 
 
+@pytest.mark.slow
 def test_smoothing_and_z_loss_survive_the_split_of_the_vocabulary() -> None:
     hold(Layout(2, {"tp": 2}, "tied"), SGD, steps=2, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
 

@@ -22,6 +22,7 @@ MORE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [*CHOSEN, *MORE], ids=str)
 def test_muon_on_every_layout(layout: Layout) -> None:
     hold(layout, MUON, steps=3)
@@ -50,7 +51,9 @@ def test_a_planted_bug_breaks_the_law_of_muon(name: str) -> None:
         hold(Layout(2, {"dp_shard": 2}), MUON, steps=3, bug=name)
 
 
-@pytest.mark.parametrize("layout", [*CHOSEN[::2], *MORE], ids=str)
+@pytest.mark.parametrize(
+    "layout", [*(pytest.param(layout, marks=pytest.mark.slow) for layout in CHOSEN[::2]), *MORE], ids=str
+)
 def test_moments_in_bf16_on_every_layout(layout: Layout) -> None:
     """Their rounding is the element's own, so those few alone differ whose fp32 values lie on two sides of a chance."""
     assert differing(layout) < 0.01

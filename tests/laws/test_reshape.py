@@ -34,17 +34,19 @@ UNEVEN = Layout(3, {"dp_shard": 3})
 
 PAIRS = [
     (SHARDED_4, TENSOR_PIPELINE),
+    (UNEVEN, TENSOR),
+    (SHARDED_TENSOR, UNEVEN),
+    (ZBV, SHARDED_2),
+    (CONTEXT, SHARDED_PIPELINE),
+]
+MORE_PAIRS = [
     (SHARDED_4, ONE),
     (SHARDED_4, SHARDED_8),
     (TENSOR_PIPELINE, SHARDED_4),
     (ONE, HYBRID_TENSOR),
-    (UNEVEN, TENSOR),
-    (SHARDED_TENSOR, UNEVEN),
     (SHARDED_TENSOR, PIPELINE),
     (PIPELINE, SHARDED_TENSOR),
-    (ZBV, SHARDED_2),
     (REPLICATED, ZBV),
-    (CONTEXT, SHARDED_PIPELINE),
     (SHARDED_PIPELINE, CONTEXT),
 ]
 
@@ -109,7 +111,11 @@ def hold(pair: tuple[Layout, Layout], directory: Path, bug: bool = False) -> Non
         close(name, found[name], value, 2e-5, noise)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0]} then {pair[1]}")
+@pytest.mark.parametrize(
+    "pair",
+    [*PAIRS, *(pytest.param(pair, marks=pytest.mark.slow) for pair in MORE_PAIRS)],
+    ids=lambda pair: f"{pair[0]} then {pair[1]}",
+)
 def test_a_run_goes_on_in_another_layout(pair: tuple[Layout, Layout], tmp_path: Path) -> None:
     hold(pair, tmp_path)
 
