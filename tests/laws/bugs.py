@@ -350,6 +350,14 @@ def gradients_of_head_norms_are_not_reduced() -> Iterator[Any]:
 
 
 @bug
+def weights_stay_gathered_after_the_last_backward() -> Iterator[Any]:
+    """FSDP then leaves the gradients where the optimizer does not see them."""
+    real = FSDPModule.set_reshard_after_backward
+    with patch.object(FSDPModule, "set_reshard_after_backward", lambda self, *rest, **named: real(self, False)):
+        yield
+
+
+@bug
 def shares_made_orthogonal_each_by_itself() -> Iterator[Any]:
     def alone(self: Owners, updates: Any) -> Any:
         parts = [mesh.local(update) for update in updates]

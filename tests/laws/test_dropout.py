@@ -1,7 +1,9 @@
 """Dropout: masks agree where tensor ranks hold the same activations, and differ everywhere else."""
 
 import hashlib
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -73,6 +75,17 @@ def test_ranks_with_other_activations_drop_others(parallel: dict[str, int]) -> N
     ranks = 2 if len(parallel) == 1 else 4
     places = run(Layout(ranks, parallel))
     assert distinct(places, "residual") == distinct(places, "attention") == ranks
+
+
+@pytest.mark.parametrize("bug", [False, True])
+def test_microbatches_of_a_step_do_not_share_a_mask(bug: bool) -> None:
+    """Two microbatches of the same rows: equal losses would mean equal masks."""
+    engine = NativeEngine(config_of(1, DROPOUT, optim=SGD, data={"micro_batch": 12}), torch.device("cpu"))
+    batch, seed = batches_of(engine.config, engine, 0)[0], engine._seed
+    with patch.object(engine, "_seed", lambda step, _: seed(step, 0)) if bug else nullcontext():
+        losses = engine.accumulate([batch, batch], torch.tensor(batch.scored), step=3)
+    first, second = losses.chunk(2)
+    assert torch.equal(first, second) == bug
 
 
 def test_stages_do_not_share_a_seed() -> None:
