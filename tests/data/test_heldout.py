@@ -45,6 +45,22 @@ def test_each_target_is_scored_once_and_ranks_run_in_step(n_tokens, micro_batch,
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_each_window_of_another_objective_is_scored_once(micro_batch, ranks, counting):
+    """Also those of a last batch that is not full."""
+    windows = 7
+    corpus = counting(windows * SEQ, "heldout")
+    members = ((Denoiser(name="masked", mask_rate=0.9), Lengths(SEQ, SEQ, SEQ + 1)),)
+    masked = Objective(members, Vocabulary(99, 98), Form(False, True, False, False), SEQ + 1, 0, 0)
+    scored = []
+    for rank in range(ranks):
+        for batch in heldout_batches(Heldout({"": corpus}, masked, micro_batch), corpus, 0, rank, ranks):
+            rows = (batch.targets_BS != IGNORE).any(1)
+            scored += (batch.targets_BS[rows].amax(1) // SEQ).tolist()
+    assert sorted(scored) == list(range(windows))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("limit", [1, 2, 3, 99])
 def test_a_limit_takes_the_first_windows(limit, ranks, counting):
     corpus = counting(4 * SEQ + 1, "heldout")

@@ -1,0 +1,32 @@
+"""The optimizer steps at the rate of the step that it takes, which is the one in the metrics."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_llm.cli import main
+from dist_llm.config.load import load_saved
+from dist_llm.engines.native import NativeEngine
+from dist_llm.optim.schedule import learning_rate
+from tests.e2e import commands
+
+
+def test_each_step_has_its_own_rate(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    update = NativeEngine.update
+
+    def recording(self: NativeEngine, lr: float, *rest: Any) -> Any:
+        rates.append(lr)
+        norm = update(self, lr, *rest)
+        assert {group["lr"] for group in self.optimizer.param_groups} == {lr}
+        return norm
+
+    monkeypatch.setattr(NativeEngine, "update", recording)
+    monkeypatch.chdir(tmp_path)
+    keys = ("run.steps=5", "schedule.warmup_steps=2", "log.peak_tflops=1")
+    assert main(list(map(str, commands.train_arguments(corpus, *keys)))) == 0
+    config = load_saved(commands.newest(tmp_path / "run"))
+    assert rates == [learning_rate(config.optim, config.schedule, step) for step in range(1, 6)]
+    assert rates == commands.column(commands.metrics(tmp_path / "run"), "lr")
+    assert len(set(rates)) == 5
