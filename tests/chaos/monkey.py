@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,16 +43,17 @@ class Fault:
 class Monkey:
     """Does to a job what machines do to it. Raises AssertionError where it does not recover."""
 
-    def __init__(self, seed: int, job: Job, watch: Watch, net: Network, disk: Path) -> None:
+    def __init__(self, seed: int, job: Job, watch: Watch, net: Network, disk: Path, kinds: Sequence[str]) -> None:
+        self.kinds = kinds
         self.draw, self.job, self.watch, self.net, self.disk = random.Random(seed), job, watch, net, disk
         self.born, self.faults = time.monotonic(), list[Fault]()
-        self.deck = self.draw.sample(KINDS, len(KINDS))
+        self.deck = self.draw.sample(kinds, len(kinds))
 
     def rage(self, seconds: float) -> None:
         """For so long, and at least one fault of each kind."""
-        while self.age < seconds or len(self.faults) < len(KINDS):
+        while self.age < seconds or len(self.faults) < len(self.kinds):
             fault = self.strike()
-            if len(self.faults) <= len(KINDS) or self.draw.random() > IMPATIENT:
+            if len(self.faults) <= len(self.kinds) or self.draw.random() > IMPATIENT:
                 fault.recovery_seconds = self.recover(fault)
                 time.sleep(self.draw.uniform(0, PAUSE_SECONDS))
             else:
@@ -65,7 +66,7 @@ class Monkey:
 
     def strike(self) -> Fault:
         """One fault."""
-        self.deck = self.deck or self.draw.sample(KINDS, len(KINDS))
+        self.deck = self.deck or self.draw.sample(self.kinds, len(self.kinds))
         fault = Fault(self.deck.pop(), "", self.age, self.watch.step)
         self.faults.append(fault)
         fault.what = getattr(self, fault.kind)()

@@ -29,6 +29,7 @@ COLLECTIVES = REPOSITORY / "benchmarks" / "collectives.py"
 TINY = ("model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.vocab_size=128")
 
 
+@pytest.mark.slow
 def test_overhead_prints_a_line_per_pair_and_a_table() -> None:
     done = benchmark(OVERHEAD, "--config", str(commands.DEBUG_CONFIG), "--pairs", "2", "--steps", "2")
     pairs = [json.loads(line) for line in done.stdout.splitlines()]
@@ -38,6 +39,7 @@ def test_overhead_prints_a_line_per_pair_and_a_table() -> None:
     assert "the claim, a ratio of at least 0.98: median" in done.stderr
 
 
+@pytest.mark.slow
 def test_prepare_prints_a_line_per_case_and_pair_and_a_table() -> None:
     done = benchmark(PREPARE, "--megabytes", "1", "--pairs", "2", "--tokenizer", "byte", "--workers", "1")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -47,6 +49,7 @@ def test_prepare_prints_a_line_per_case_and_pair_and_a_table() -> None:
     assert "the claim: a ratio of at least 0.8" in done.stderr
 
 
+@pytest.mark.slow
 def test_data_prints_a_line_per_case_and_a_table() -> None:
     done = benchmark(DATA, "--rows", "2", "3", "--seq-len", "64", "--tokens", "10000", "--turns", "3")
     cases = [json.loads(line) for line in done.stdout.splitlines()]
@@ -61,6 +64,7 @@ def test_data_prints_a_line_per_case_and_a_table() -> None:
     assert "the goal: at least 5.0 over nanogpt" in done.stderr
 
 
+@pytest.mark.slow
 def test_checkpoint_prints_a_line_per_save_and_a_table() -> None:
     done = benchmark(CHECKPOINT, "--saves", "2", "--d-model", "64", "--layers", "2", "--tokens", "512")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -69,6 +73,7 @@ def test_checkpoint_prints_a_line_per_save_and_a_table() -> None:
     assert "stall" in done.stderr
 
 
+@pytest.mark.slow
 def test_train_prints_a_line_per_case_and_a_table() -> None:
     sizes = ("--rounds", "1", "--steps", "1", "--batch", "2", "--seq-len", "16", "24")
     done = benchmark(TRAIN, "--models", "llama-cpu", "--precision", "fp32", *sizes, *TINY)
@@ -85,6 +90,7 @@ def test_train_prints_a_line_per_case_and_a_table() -> None:
     assert "bare tok/s" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_profile_has_a_table_for_each_of_the_two() -> None:
     sizes = ("--rounds", "1", "--steps", "1", "--batch", "2", "--seq-len", "16")
     keys = [key for key in TINY if "kv" not in key]
@@ -104,6 +110,7 @@ def test_loss_prints_a_line_per_case_and_a_table() -> None:
     assert "of matmul" in done.stderr
 
 
+@pytest.mark.slow
 def test_attention_prints_a_line_per_kernel_and_marks_the_chosen_one() -> None:
     sizes = ("--seq-len", "16", "--precision", "fp32", "--batch", "2", "--heads", "2", "--kv-heads", "1")
     done = benchmark(ATTENTION, *sizes, "--head-dim", "16", "--rounds", "1")
@@ -133,6 +140,7 @@ def test_optimizer_prints_a_line_per_way_and_a_table() -> None:
     assert "copy's GB/s" in done.stderr
 
 
+@pytest.mark.slow
 def test_layouts_prints_a_line_per_layout_with_its_share_of_the_ideal() -> None:
     cases = ("--layouts", "dp_shard", "muon", "--rounds", "1", "--steps", "1")
     done = benchmark(LAYOUTS, *cases, *TINY, "model.n_kv_heads=2", "data.seq_len=32")
@@ -144,6 +152,7 @@ def test_layouts_prints_a_line_per_layout_with_its_share_of_the_ideal() -> None:
     assert "of ideal" in done.stderr
 
 
+@pytest.mark.slow
 def test_startup_prints_a_line_per_stage_and_what_is_imported() -> None:
     done = benchmark(STARTUP, "--rounds", "1", "--top", "3")
     rows = [json.loads(line) for line in done.stdout.splitlines()]

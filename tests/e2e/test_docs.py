@@ -94,8 +94,18 @@ def ranks_of(words: list[str]) -> int:
     return counts.get("--nnodes", 1) * counts.get("--nproc-per-node", 1)
 
 
+# Their commands take a quarter of a minute and more.
+SLOW_DOCUMENTS = ("docs/checkpoints.md", "docs/corpora.md", "docs/engines.md", "docs/optimizers.md")
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("document", sorted({document for document, _ in blocks(run=True)}))
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(document, marks=pytest.mark.slow if document in SLOW_DOCUMENTS else ())
+        for document in sorted({document for document, _ in blocks(run=True)})
+    ],
+)
 def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
     """One after the other, in one directory."""
     for folder in ("configs", "tools"):

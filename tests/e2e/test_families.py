@@ -9,7 +9,9 @@ import pytest
 from . import commands
 from .conftest import ONE, Layout
 
-FAMILIES = {path.stem: path for path in sorted((commands.REPOSITORY / "configs" / "families").glob("*.yaml"))}
+CONFIGS = {path.stem: path for path in sorted((commands.REPOSITORY / "configs" / "families").glob("*.yaml"))}
+# A prefix is part of ul2, too.
+FAMILIES = [pytest.param(name, marks=pytest.mark.slow if name in ("fim", "prefix") else ()) for name in CONFIGS]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         if family not in made:
             directory = tmp_path_factory.mktemp(family)
             keys = ("run.dir=run", f"data.path={corpus}", "eval.every=25", "eval.windows=16")
-            commands.run("train", "--config", FAMILIES[family], *keys, cwd=directory)
+            commands.run("train", "--config", CONFIGS[family], *keys, cwd=directory)
             made[family] = directory / "run"
         return made[family]
 
@@ -50,7 +52,7 @@ def test_evaluate_scores_by_the_objective(family: str, trained: Callable[[str], 
         assert two == one
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "encoder"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.values != ("encoder",)])
 def test_generate_goes_on_with_a_text(family: str, trained: Callable[[str], Path], tmp_path: Path) -> None:
     asked = ("--prompt", "import ", "--max-tokens", 12, "--temperature", 0)
     first = commands.run("generate", "--checkpoint", trained(family), *asked, cwd=tmp_path).stdout
@@ -64,7 +66,9 @@ def test_an_encoder_does_not_generate(trained: Callable[[str], Path], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("objective", "optimizer"), [("{name: prefix}", "fresh"), ("{name: span, mode: R}", "keep")], ids=["prefix", "span"]
+    ("objective", "optimizer"),
+    [pytest.param("{name: prefix}", "fresh", marks=pytest.mark.slow), ("{name: span, mode: R}", "keep")],
+    ids=["prefix", "span"],
 )
 def test_another_objective_starts_from_trained_weights(
     objective: str, optimizer: str, straight: Callable[[Layout], Path], corpus: Path, tmp_path: Path
@@ -85,7 +89,7 @@ def test_another_objective_starts_from_trained_weights(
 
 
 def test_debug_shows_what_each_stack_reads(corpus: Path, tmp_path: Path) -> None:
-    done = commands.run("train", "--debug", FAMILIES["encoder-decoder"], f"data.path={corpus}", cwd=tmp_path)
+    done = commands.run("train", "--debug", CONFIGS["encoder-decoder"], f"data.path={corpus}", cwd=tmp_path)
     assert "the encoder reads:" in done.stdout
     assert "<sentinel 0>" in done.stdout
     assert "<start>" in done.stdout

@@ -13,6 +13,7 @@ from tests.e2e import commands
 FLOAT8 = ("precision=bf16", "fp8=true", "model.n_heads=2", "model.n_kv_heads=2")  # sides that divide by 16
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_it_and_is_evaluated_without_it(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,7 +39,7 @@ def skipping(corpus: Path, cwd: Path, ranges: list[list[int]], *overrides: objec
     return commands.train(cwd, corpus, f"data.skip={json.dumps(ranges)}", *overrides, ranks=ranks)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_rewinding_is_a_run_that_never_read_those_samples(ranks: int, corpus: Path, tmp_path: Path) -> None:
     layout = SHARDED.overrides if ranks else ()
     output = faulty(("nan", 0, 11), corpus, tmp_path, *REWIND, *layout, ranks=ranks)
@@ -66,6 +66,7 @@ def test_a_fault_of_the_machine_leaves_nothing_out(corpus: Path, tmp_path: Path,
     assert_same_weights(tmp_path / "run", straight(ONE))
 
 
+@pytest.mark.slow
 def test_samples_stay_left_out_after_a_stop(corpus: Path, tmp_path: Path) -> None:
     """Stopped between the checkpoint that it went back to and the samples: by the same command, it still knows."""
     options = (*REWIND, "log.every=20")
@@ -103,7 +104,7 @@ def test_a_spike_is_rewound(corpus: Path, tmp_path: Path) -> None:
 REPLICATED = ("parallel.dp_replicate=2", "parallel.dp_shard=1")
 
 
-@pytest.mark.parametrize("policy", ["stop", "rewind"])
+@pytest.mark.parametrize("policy", [pytest.param("stop", marks=pytest.mark.slow), "rewind"])
 def test_a_flipped_bit_in_one_copy_is_never_saved(policy: str, corpus: Path, tmp_path: Path, straight: Any) -> None:
     options = (*REPLICATED, f"guard.corrupt={policy}", "checkpoint.every=4", "guard.digest_every=7")
     code, output, left = end(start(("flip", 1, 10), corpus, tmp_path, *options), 120)
@@ -122,6 +123,7 @@ def test_a_flipped_bit_in_one_copy_is_never_saved(policy: str, corpus: Path, tmp
     assert_same_weights(tmp_path / "run", want)
 
 
+@pytest.mark.slow
 def test_a_step_that_another_rank_computes_otherwise_ends_the_run(corpus: Path, tmp_path: Path) -> None:
     options = ("guard.replay_every=5", "guard.digest_every=0", *SHARDED.overrides)
     code, output, left = end(start(("garbled", 1, 10), corpus, tmp_path, *options), 120)
@@ -151,7 +153,7 @@ def test_a_slow_rank_is_named(corpus: Path, tmp_path: Path) -> None:
     assert slow > 0.3
 
 
-@pytest.mark.parametrize("device", ["lo", "nowhere0"])
+@pytest.mark.parametrize("device", [pytest.param("lo", marks=pytest.mark.slow), "nowhere0"])
 def test_variables_of_the_network_are_set_before_ranks_meet(device: str, corpus: Path, tmp_path: Path) -> None:
     options = (f"run.network.GLOO_SOCKET_IFNAME={device}", "run.steps=2")
     code, output, _ = end(start(("none", 0, 0), corpus, tmp_path, *options, *SHARDED.overrides), 60)
@@ -159,6 +161,7 @@ def test_variables_of_the_network_are_set_before_ranks_meet(device: str, corpus:
     assert ("nowhere0" in output) == (device != "lo")
 
 
+@pytest.mark.slow
 def test_a_signal_that_comes_while_a_run_goes_back_still_stops_it(corpus: Path, tmp_path: Path) -> None:
     """The signal comes in the step at whose end the bad one is noticed."""
     options = ("guard.not_finite=rewind", "checkpoint.every=4", "log.every=4")

@@ -58,7 +58,7 @@ def word(run: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize(("fault", "code"), [("usr1", 138), ("term", 143)])
+@pytest.mark.parametrize(("fault", "code"), [("usr1", 138), pytest.param("term", 143, marks=pytest.mark.slow)])
 def test_one_process_saves_after_the_step_and_goes_on_with_the_same_bits(
     fault: str, code: int, straight: Callable[[Layout], Path], corpus: Path, tmp_path: Path
 ) -> None:
@@ -119,7 +119,7 @@ def test_a_warning_before_training_listens_is_not_lost_and_one_after_it_fails_no
     assert (tmp_path / "run" / "stopped.json").exists() == bool(code)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(rank: int, corpus: Path, tmp_path: Path) -> None:
     process = start(("usr1", rank, 5), corpus, tmp_path, *SHARDED.overrides)
     _, output, left = end(process, 60)
@@ -146,7 +146,7 @@ def test_sigterm_to_torchrun_is_a_stop_too(corpus: Path, tmp_path: Path) -> None
     assert commands.newest(tmp_path / "run").name == f"step_{step:08d}", output
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_raises_ends_the_job_and_is_named_in_the_last_lines(
     rank: int, corpus: Path, tmp_path: Path
 ) -> None:
@@ -160,7 +160,10 @@ def test_a_rank_that_raises_ends_the_job_and_is_named_in_the_last_lines(
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("sleep", "holds up the run, in step 5: "), ("stop", "rank 1 does not answer: its process is stopped")],
+    [
+        ("sleep", "holds up the run, in step 5: "),
+        pytest.param("stop", "rank 1 does not answer: its process is stopped", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_hangs_is_named_and_the_job_ends(fault: str, said: str, corpus: Path, tmp_path: Path) -> None:
     begin = time.monotonic()
@@ -193,7 +196,7 @@ def test_a_rank_that_never_comes_is_named_and_the_others_end(corpus: Path, tmp_p
     assert "rank 1 does not answer: its process is stopped, or its node gone" in done.stderr
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(ranks: int, corpus: Path, tmp_path: Path) -> None:
     options = ("checkpoint.every=2", "log.every=3", *(SHARDED.overrides if ranks else ()))
     code, output, left = end(start(("nan", 0, 5), corpus, tmp_path, *options, ranks=ranks), 60)

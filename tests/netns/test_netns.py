@@ -28,6 +28,7 @@ JOB = Job(
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(missing()), reason=missing() or "there are")]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_cut_link_and_a_dead_node_cost_steps_and_nothing_else(corpus: Path, tmp_path: Path) -> None:
     with network(3) as net:
@@ -74,6 +75,7 @@ def test_the_check_names_a_slow_link(tmp_path: Path) -> None:
     assert [each.returncode for each in done] == [2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_run_over_a_slow_link_takes_as_long_as_its_bytes_say(corpus: Path, tmp_path: Path) -> None:
     with network(2) as net:

@@ -50,6 +50,7 @@ def assert_the_same(run: Path, want: Path) -> None:
     assert_same_weights(run, want)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_nodes_stopped_by_their_time_limit_end_with_the_same_bits(
     cluster: Cluster, corpus: Path, tmp_path: Path
@@ -67,7 +68,7 @@ def test_two_nodes_stopped_by_their_time_limit_end_with_the_same_bits(
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("launch", ["tasks", "torchrun"])
+@pytest.mark.parametrize("launch", ["tasks", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_signal_is_a_stop_either_way(launch: str, cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
     steps, run = 60, f"by_{launch}"
     job = cluster.submit(
@@ -88,6 +89,7 @@ def test_a_signal_is_a_stop_either_way(launch: str, cluster: Cluster, corpus: Pa
     assert_the_same(cluster.home / run, straight(corpus, tmp_path, steps, ranks=2))
 
 
+@pytest.mark.slow
 def test_nodes_may_have_different_numbers_of_tasks(cluster: Cluster, corpus: Path) -> None:
     options = ("--nodes=2", "--ntasks=3", "--ntasks-per-node=2")
     job = cluster.submit(*options, SCRIPT, *train(corpus, "uneven", 3), "data.global_batch=12")
@@ -109,18 +111,21 @@ def test_a_rank_that_raises_ends_the_job_at_once_and_is_named(cluster: Cluster, 
     assert "rank 1 on n2, in step 3: ValueError: planted" in cluster.log(job)
 
 
+@pytest.mark.slow
 def test_the_debug_script_runs(cluster: Cluster, corpus: Path) -> None:
     job = cluster.submit(DEBUG, commands.DEBUG_CONFIG, f"data.path={corpus}")
     assert cluster.wait(job, 100)["JobState"] == "COMPLETED", cluster.log(job)
     assert "first batch" in cluster.log(job)
 
 
+@pytest.mark.slow
 def test_tasks_without_a_place_to_meet_are_told_so(cluster: Cluster, corpus: Path) -> None:
     words = [sys.executable, "-m", "dist_llm", "train", *map(str, train(corpus, "lost", 1))]
     found = cluster.call("srun", "--ntasks=2", "bash", "-c", f"{' '.join(words)} 2>&1; true")
     assert "MASTER_ADDR and MASTER_PORT do not say where they meet; start with: dist-llm submit" in found
 
 
+@pytest.mark.slow
 def test_submit_trains_each_run_of_a_sweep_in_its_own_directory(cluster: Cluster, corpus: Path) -> None:
     words = [sys.executable, "-m", "dist_llm", "submit", commands.DEBUG_CONFIG, f"data.path={corpus}", "run.dir=swept"]
     words += ["run.steps=2", "eval.windows=8", "--nodes", "2", "--sweep", "optim.lr=1e-3,3e-4", "--time", "5"]
@@ -136,6 +141,7 @@ def test_submit_trains_each_run_of_a_sweep_in_its_own_directory(cluster: Cluster
     assert [commands.metrics(run)[-1]["lr"] for run in runs] != [commands.metrics(runs[0])[-1]["lr"]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_commands_of_the_page_run(cluster: Cluster) -> None:
     text = (commands.REPOSITORY / "docs" / "slurm.md").read_text()
