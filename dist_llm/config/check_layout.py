@@ -170,9 +170,9 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
     if parallel.reshard == "always" and parallel.pp_schedule in SPLIT_BACKWARD:
         yield Violation(
             ("parallel.reshard", "parallel.pp_schedule"),
-            f"{parallel.pp_schedule} computes the gradients of weights later than those of activations; always frees the "
-            "weights in between, and gradients would be wrong; set reshard to default or never, or pp_schedule to 1f1b, "
-            "gpipe or interleaved_1f1b",
+            f"{parallel.pp_schedule} computes the gradients of weights later than those of activations; always frees "
+            "the weights in between, and gradients would be wrong; set reshard to default or never, or pp_schedule to "
+            "1f1b, gpipe or interleaved_1f1b",
         )
     if parallel.recompute == "selective" and parallel.pp_schedule in SPLIT_BACKWARD:
         yield Violation(

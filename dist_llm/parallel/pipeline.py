@@ -129,7 +129,9 @@ class Pipeline:
             hidden = out if isinstance(out, tuple) else (out,)
             if number + 1 < self.count and number + 1 not in self.parts:
                 for x in hidden:
-                    dist.send(x.to(torch.get_default_dtype()).contiguous(), group=self.group, group_dst=self.owner(number + 1))
+                    dist.send(
+                        x.to(torch.get_default_dtype()).contiguous(), group=self.group, group_dst=self.owner(number + 1)
+                    )
         return hidden[0] if self.last else torch.zeros(len(batch.inputs_BS), device=self.device)
 
     def rehearse(self, batch: Batch) -> list[Tensor]:
