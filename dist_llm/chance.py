@@ -1,7 +1,9 @@
 """Random numbers that are a function of what they are for: a name and an element, whatever rank asks."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -15,18 +17,22 @@ def key_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def numbered(local: Tensor, shape: Sequence[int], offset: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+def numbered(
+    local: Tensor, shape: Sequence[int], offset: Sequence[int]
+) -> Iterator[tuple[slice | EllipsisType, Tensor]]:
     """Some rows of `local` at a time, each with the numbers of its elements in the whole tensor of `shape`.
 
-    `local`, of one or two dimensions, is the slice of the whole at `offset`.
+    `local` is the slice of the whole at `offset`. A tensor without dimensions is one element, with number 0.
     """
-    width = local.shape[1] if local.ndim == 2 else 1
-    per_chunk = max(1, CHUNK * (GPU_TIMES if local.is_cuda else 1) // max(1, width))
+    if not local.ndim:
+        yield ..., torch.zeros((), dtype=torch.int64, device=local.device)
+        return
+    per_chunk = max(1, CHUNK * (GPU_TIMES if local.is_cuda else 1) // max(1, math.prod(local.shape[1:])))
     for start in range(0, local.shape[0], per_chunk):
         rows = slice(start, min(start + per_chunk, local.shape[0]))
         numbers = torch.arange(rows.start, rows.stop, device=local.device) + offset[0]
-        if local.ndim == 2:
-            numbers = numbers[:, None] * shape[1] + torch.arange(width, device=local.device) + offset[1]
+        for size, here, first in zip(shape[1:], local.shape[1:], offset[1:], strict=True):
+            numbers = numbers[..., None] * size + torch.arange(here, device=local.device) + first
         yield rows, numbers
 
 

@@ -5,6 +5,7 @@ slice, and gets the very numbers that one process would have there.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,12 @@ from torch import Tensor
 from dist_llm.chance import key_of, mix, numbered
 from dist_llm.config.schema import ModelConfig
 
-EMBEDDINGS = ("embed.", "source_embed.", "relative.", "source_relative.")  # tables that are looked up, by name
+# Parameters that have a rule, by name.
+EMBEDDING = re.compile(r"(source_)?(embed\.(tokens|positions)|relative\.table)\.weight|head\.out\.weight")
+MATRIX = re.compile(
+    r"(blocks\.\d+\.((attention|cross)\.(q|k|v|out)|feedforward\.(up|gate|down))|head\.dense\.linear)\.weight"
+)
+NORM = re.compile(r"(.*[._])?norm(_\w+)?\.weight")
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,21 @@ def rule_for(name: str, shape: Sequence[int], config: ModelConfig) -> Rule:
     he: normal, sqrt(2 / fan_in) (He et al. 2015). depth: xavier, divided by the root of the layer's
     number (Zhang et al. 2019). tfixup: xavier, but what an update of the residual stream is a product of is
     scaled so that it stays bounded without warm-up (Huang et al. 2020, 3.2). Embeddings are normal(init_std),
-    in tfixup normal(d_model^-1/2), scaled alike.
+    in tfixup normal(d_model^-1/2), scaled alike. Biases start at 0, norms at 1.
+
+    Raises ValueError for a parameter without a rule: a new one needs its own.
     """
-    if name.endswith(".bias"):
+    if len(shape) == 1 and name.endswith(".bias"):
         return Rule("normal", 0.0)
-    if len(shape) == 1:
+    if len(shape) == 1 and NORM.fullmatch(name):
         return Rule("normal", 0.0, shift=1.0)
+    if len(shape) != 2 or not (EMBEDDING.fullmatch(name) or MATRIX.fullmatch(name)):
+        raise ValueError(
+            f"parameter {name} of shape {tuple(shape)} has no initial value; add its rule to models/init.py:rule_for"
+        )
     if name in ("embed.tokens.weight", "head.out.weight"):
         return Rule("normal", _embedding_std(config), rows=config.vocab_size)
-    if name.startswith(EMBEDDINGS):
+    if EMBEDDING.fullmatch(name):
         return Rule("normal", _embedding_std(config))
     fan_out, fan_in = shape
     uniform = math.sqrt(6 / (fan_in + fan_out))
@@ -90,7 +102,7 @@ def _embedding_std(config: ModelConfig) -> float:
 
 @torch.no_grad()
 def fill(local: Tensor, name: str, rule: Rule, seed: int, shape: Sequence[int], offset: Sequence[int]) -> None:
-    """Set `local`, the slice at `offset` of the parameter `name` of full shape `shape`."""
+    """Set `local`, the slice at `offset` of the parameter `name` of full shape `shape`, of any number of dimensions."""
     if not rule.scale:
         local.fill_(rule.shift)
         return
@@ -98,7 +110,7 @@ def fill(local: Tensor, name: str, rule: Rule, seed: int, shape: Sequence[int], 
     for rows, elements in numbered(local, shape, offset):
         values = _draw(elements, key, rule)
         if rule.rows is not None:
-            values = values.masked_fill_(elements >= rule.rows * shape[1], 0.0)
+            values = values.masked_fill_(elements >= rule.rows * math.prod(shape[1:]), 0.0)
         local[rows] = values
 
 

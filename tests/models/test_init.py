@@ -91,6 +91,35 @@ def test_a_slice_is_the_full_tensors_slice(rule, data):
     assert torch.equal(part, full[first:last, left:right])
 
 
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (4, 8, 4), (2, 3, 4, 5)], ids=str)
+def test_every_element_has_its_own_value(shape, monkeypatch):
+    """Of any number of dimensions, also where chunks end within it; a slice has the whole tensor's values."""
+    whole = drawn(NORMAL, shape, offset=(0,) * len(shape))
+    assert whole.isfinite().all()
+    assert whole.unique().numel() == whole.numel()
+    monkeypatch.setattr(chance, "CHUNK", 9)
+    assert torch.equal(drawn(NORMAL, shape, offset=(0,) * len(shape)), whole)
+    part = tuple(slice(1, None) for _ in shape)
+    slice_shape, offset = [size - 1 for size in shape], [1] * len(shape)
+    assert torch.equal(drawn(NORMAL, slice_shape, offset=offset, full=shape), whole[part])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("blocks.0.mixer.a_log", (8,)),  # a vector that is neither a norm nor a bias
+        ("blocks.0.mixer.dt_bias", (8,)),
+        ("blocks.0.experts.up.weight", (4, 8, 4)),
+        ("blocks.0.mixer.conv.weight", (8, 4)),
+        ("blocks.0.attention.q.bias", (8, 4)),
+        ("gate.weight", (8, 4)),
+    ],
+)
+def test_a_parameter_without_a_rule_is_an_error(name, shape, settings):
+    with pytest.raises(ValueError, match=f"parameter {name} of shape .* has no initial value"):
+        rule_for(name, shape, settings())
+
+
 def test_chunks_do_not_show(monkeypatch):
     whole = drawn(NORMAL, (50, 7))
     for chunk in (1, 7, 20, 349):
