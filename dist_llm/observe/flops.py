@@ -6,12 +6,11 @@ token 6 per weight of a matrix product (the head counts, the embedding look-up d
 Recomputation is not counted.
 """
 
-import time
-
 import torch
 
 from dist_llm.config.derive import gated
 from dist_llm.config.schema import ModelConfig
+from dist_llm.observe.matmul_rate import matmul_rate
 
 CONVENTION = "6N + 12LHES, causal not halved"
 
@@ -63,29 +62,11 @@ def _head(model: ModelConfig) -> int:
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """(FLOP/s of one device, where the figure is from): published for known GPUs, else measured now."""
+    """(FLOP/s of one device, where the figure is from): published for known GPUs, else measured."""
     if device.type == "cuda" and precision != "fp32":  # fp16 runs at bf16's rate
         name = torch.cuda.get_device_name(device)
         for known, tflops in PUBLISHED_BF16_TFLOPS.items():
             if known in name:
                 return tflops * 1e12, f"published for {known}"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    return _matmul_rate(device, dtype), "measured matmul rate"
-
-
-def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The best of a few square products, large enough to fill the device."""
-    size = 8192 if device.type == "cuda" else 1024
-    left = torch.randn(size, size, device=device).to(dtype)
-    best, enough = 0.0, time.perf_counter() + 1
-    for number in range(5):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        left @ left
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-        if number and time.perf_counter() > enough:  # a CPU without bf16 has a hundredth of its rate in fp32
-            break
-    return best
+    return matmul_rate(device, dtype), "measured matmul rate"
