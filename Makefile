@@ -1,4 +1,4 @@
-# make install | demo | test | check | bench | clean
+# make install | demo | test | test-all | check | bench | clean
 #
 # Everything happens in .venv, which `install` makes; it need not be activated.
 # Another interpreter: make PYTHON=python3.12 install
@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 # The environment's programs come first: some packages look for theirs on PATH, as deepspeed does for ninja.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test test-all check bench clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -39,6 +39,10 @@ demo: install
 
 test: install
 	python -m pytest
+
+# Also what takes hours: before a release.
+test-all: install
+	python -m pytest -m 'not gpu'
 
 check: install
 	ruff format --check .
