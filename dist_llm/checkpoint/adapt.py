@@ -4,6 +4,7 @@ An objective brings ids of its own (masks, sentinels, modes), which come after t
 checkpoint knows are taken from it; those of new ids keep the initial values that any run gives them.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,26 @@ from torch import Tensor
 from dist_llm.checkpoint.boxes import placed
 from dist_llm.checkpoint.state import State
 from dist_llm.checkpoint.store import read, refuse_other_model, shapes
+from dist_llm.errors import CheckpointError
 
 ROWS_OF_IDS = ("embed.tokens.weight", "head.out.weight", "head.bias")
 
 
 @torch.no_grad()
-def start_from(path: Path, held: State, moments: bool, known_ids: int) -> None:
+def start_from(path: Path, held: State, moments: bool, known_ids: int, added: Collection[str] = ()) -> None:
     """Set the initial values that the ranks hold, and the moments if they are wanted, from a checkpoint that knows
-    the first `known_ids` ids.
+    the first `known_ids` ids. Parameters `added` keep their initial values.
 
-    Raises CheckpointError where it lacks a parameter of the model, or has it in another shape.
+    Raises CheckpointError where it lacks another parameter of the model, or has it in another shape.
     """
     saved = shapes(path)
-    state = held.weights()
+    state = {name: tensor for name, tensor in held.weights().items() if name not in added}
     if moments:
+        if added:
+            raise CheckpointError(
+                f"init_optimizer: keep: {path} has no optimizer state of {min(added).removeprefix('model.')}, which "
+                "init_allow adds to the model; set init_optimizer: fresh"
+            )
         held.allocate_moments(saved)
         state |= held.moments()
     tables = {name: tensor for name, tensor in state.items() if name.split(".", 1)[1].startswith(ROWS_OF_IDS)}

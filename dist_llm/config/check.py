@@ -13,6 +13,7 @@ from dist_llm.config.check_engine import check_axes, check_engine
 from dist_llm.config.check_fp8 import check_fp8
 from dist_llm.config.check_guard import check_guard
 from dist_llm.config.check_layout import check_budget, check_layout
+from dist_llm.config.compare import check_init
 from dist_llm.config.derive import AXES, divisors, shape
 from dist_llm.config.lengths import extra_ids, inputs_len, lengths
 from dist_llm.config.load import Violation
@@ -55,6 +56,7 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
         *_check_lengths(config, tokenizer_size),
         *_check_schedule(config),
         *_check_checkpoints(config),
+        *check_init(config),
         *_check_optim(config),
         *check_budget(config.parallel),
         *check_guard(config),
@@ -202,8 +204,4 @@ def _check_checkpoints(config: Config) -> Iterator[Violation]:
             ("checkpoint.keep_best", "checkpoint.every", "eval.every"),
             f"which are best is known of steps that are evaluated too, but eval.every is {scored} and checkpoint.every "
             f"{saved}; set eval.every to a divisor of it",
-        )
-    if config.init_optimizer == "keep" and not config.init_from:
-        yield Violation(
-            ("init_optimizer", "init_from"), "there are no moments to keep without init_from; remove the key"
         )

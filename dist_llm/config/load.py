@@ -1,7 +1,7 @@
 """YAML files and dotted overrides -> one `Config`, or every violation in one error."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from dist_llm.config.nearest import nearest
 from dist_llm.config.schema import Config
-from dist_llm.errors import ConfigError
+from dist_llm.errors import CheckpointError, ConfigError
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,6 +49,10 @@ class Violation:
         return f"{self.keys[0]}: {self.message}"
 
 
+FROM = "from"  # of the model section: a checkpoint that the section is taken from
+ModelReader = Callable[[dict[str, Any], object], tuple[dict[str, Any], list[Violation]]]
+
+
 def refuse(violations: Sequence[Violation]) -> None:
     """Raise one ConfigError that lists them all; do nothing where there are none."""
     if violations:
@@ -57,17 +61,36 @@ def refuse(violations: Sequence[Violation]) -> None:
         raise ConfigError(f"{noun} in the config:\n{lines}\nAll keys: dist-llm train --help-config")
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> tuple[Config | None, list[Violation]]:
+def load_config(
+    path: Path | None, overrides: Sequence[str] = (), read_model: ModelReader | None = None
+) -> tuple[Config | None, list[Violation]]:
     """Read `path` and its bases, apply `key.key=value` overrides, validate.
 
     Returns the config and what is wrong with it. Where keys are wrong the config is the one
     that remains without them, so that `check` can find more; a required number is then 1, and
     the caller leaves out what `check` says of a wrong key. None where no config remains.
+
+    `read_model` gives (the model section of the checkpoint that `model.from` names, violations).
     """
     raw = _read(path, ()) if path else {}
     for override in overrides:
         _apply(raw, override)
     violations: list[Violation] = []
+    if isinstance(model := raw.get("model"), dict) and FROM in model:
+        if read_model is None:
+            violations.append(Violation((f"model.{FROM}",), "can only be used in the config of a run; remove the key"))
+            read_model = _without_from
+        raw["model"], found = read_model(model, raw.get("init_allow", ()))
+        violations += found
+    return _validate(raw, violations)
+
+
+def _without_from(model: dict[str, Any], allowed: object) -> tuple[dict[str, Any], list[Violation]]:
+    return {name: value for name, value in model.items() if name != FROM}, []
+
+
+def _validate(raw: dict[str, Any], violations: list[Violation]) -> tuple[Config | None, list[Violation]]:
+    """The config of what is valid in `raw`, and `violations` with those found here."""
     while True:
         try:
             return Config.model_validate(raw), violations
@@ -99,6 +122,18 @@ def load_saved(directory: Path) -> Config:
     return config
 
 
+def parse_saved(text: str, where: str) -> Config:
+    """The config that `dump` gave. Raises CheckpointError, naming the file `where`, for anything else."""
+    raw = parse_yaml(text, where)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        first = _violation(error.errors()[0])
+        raise CheckpointError(
+            f"{where}: {first}; the file was edited, or written by another version of dist_llm: use that version"
+        ) from None
+
+
 def dump(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
@@ -113,6 +148,13 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
         else:
             yield _row(name, field)
     yield "base", "path", "none", "another config to build on, relative to this file; keys here win"
+    yield (
+        f"model.{FROM}",
+        "str",
+        "none",
+        "checkpoint or run whose model section is used; keys beside it that decide the model's function must agree "
+        "with it, unless init_allow names them",
+    )
 
 
 def _row(name: str, field: Any) -> tuple[str, str, str, str]:

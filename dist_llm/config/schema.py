@@ -370,7 +370,16 @@ class Config(Section):
     deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig, description="DeepSpeed, as or in an engine")
     accelerate: AccelerateConfig = Field(default_factory=AccelerateConfig, description="engine: accelerate")
 
-    init_from: str = key("checkpoint or run whose weights a new run starts from; embeddings may grow; empty: none", "")
+    init_from: str = key(
+        "checkpoint or run whose weights a new run starts from; a model or objective that differs from the "
+        "checkpoint's is refused unless init_allow names the key; empty: none",
+        "",
+    )
+    init_allow: Annotated[tuple[str, ...], Field(strict=False)] = key(
+        "init_from: keys that may differ from the checkpoint's, such as [model.vocab_size, objective]; each "
+        "difference is logged, new parameters keep their initial values, and parameters without use are dropped",
+        (),
+    )
     init_optimizer: Literal["fresh", "keep"] = key(
         "init_from: start with new moments, or with the checkpoint's", "fresh"
     )

@@ -12,11 +12,12 @@ from signal import Signals
 from dist_llm.checkpoint import store as checkpoints
 from dist_llm.checkpoint.adapt import start_from
 from dist_llm.checkpoint.boxes import placed
+from dist_llm.checkpoint.compatible import check_parameters, check_start, config_of, log_start
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.state import Guarded, Progress
 from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.config.compare import PART_KEYS
 from dist_llm.config.lengths import inputs_len, sample_tokens
-from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.loader import Loader
@@ -211,6 +212,7 @@ class Trainer:
         if isinstance(start, Path):
             self._adapt(start)
             return Progress()
+        check_parameters(start, checkpoints.shapes(start), self.config.model, requested=False)
         progress = checkpoints.load(start, self.engine.state)
         if self.engine.loss_scale is not None and progress.loss_scale is not None:
             self.engine.loss_scale = progress.loss_scale
@@ -219,10 +221,16 @@ class Trainer:
 
     def _adapt(self, path: Path) -> None:
         """Begin with another run's weights."""
-        before, _ = load_config(path / "config.yaml")
-        assert before is not None
-        known = min(before.model.vocab_size, self.config.model.vocab_size)
-        start_from(path, self.engine.state, self.config.init_optimizer == "keep", known)
+        config = self.config
+        requested = check_start(path, config)
+        log_start(path, config, requested)
+        parts = any(each.key in PART_KEYS for each in requested)
+        added, dropped = check_parameters(path, checkpoints.shapes(path), config.model, parts)
+        for what, names in (("that keep their initial values", added), ("of the checkpoint are not used", dropped)):
+            if names:
+                log.info("init_allow: parameters %s: %s", what, ", ".join(names))
+        known = min(config_of(path).model.vocab_size, config.model.vocab_size)
+        start_from(path, self.engine.state, config.init_optimizer == "keep", known, added)
         log.info("starting from %s, %d ids of it known", path, known)
 
     def _heldout(self, objective: Objective) -> Heldout | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from dist_llm.checkpoint.compatible import check_resume, check_start, log_harmless
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.state import Guarded
 from dist_llm.checkpoint.store import CheckpointStore, find, of_run, progress_of
@@ -60,11 +61,14 @@ def train(config: Config, world: World) -> int:
     store = CheckpointStore(config.checkpoint.dir or directory / "checkpoints", config.checkpoint)
     seen = store.glance()
     start: Path | None = None
-    if seen is None:
+    if seen is not None:
+        check_resume(seen, config)
+    else:
         _refuse_moved(store, directory)
         if config.init_from:
             start = find(config.init_from, world.rank, world.size)
-            _check_start(start, sources[0].corpus.manifest.tokenizer_sha256, corpus)
+            check_start(start, config)
+            _check_tokenizer(start, sources[0].corpus.manifest.tokenizer_sha256, corpus)
     _history(config, sources, seen)  # what is wrong with it is said before any process group starts
     start_logging(directory / "logs", world)
     try:
@@ -73,6 +77,8 @@ def train(config: Config, world: World) -> int:
         with watchdog, process_group(world, device, alone=alone):
             watchdog.introduce()
             found = store.newest()
+            if found is not None:
+                log_harmless(check_resume(found, config))  # not always the one that was seen first
             if world.main:
                 forget_word(directory)
             engine = build_engine(config, device)
@@ -171,7 +177,7 @@ def _refuse_moved(store: CheckpointStore, run: Path) -> None:
         )
 
 
-def _check_start(path: Path, tokenizer_sha256: str, corpus: Path) -> None:
+def _check_tokenizer(path: Path, tokenizer_sha256: str, corpus: Path) -> None:
     """Raises DataError where a run cannot begin with these weights."""
     if Tokenizer.load(path).sha256 != tokenizer_sha256:
         raise DataError(f"{corpus}: was prepared with another tokenizer than the one in init_from {path}")

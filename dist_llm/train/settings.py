@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dist_llm.config.check import check
 from dist_llm.config.check_data import sources_of
+from dist_llm.config.compare import merge_model
 from dist_llm.config.derive import resolve
-from dist_llm.config.load import Violation, load_config, refuse
+from dist_llm.config.load import FROM, Violation, load_config, refuse
 from dist_llm.config.schema import Config
 from dist_llm.data.mirror import localize
 from dist_llm.data.shard import Manifest
-from dist_llm.errors import DataError
+from dist_llm.errors import DataError, UserError
 from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.text.tokenizer import Tokenizer
 
@@ -21,9 +23,25 @@ def read_vocabulary(config: Config, directory: Path) -> Vocabulary:
     return Tokenizer.load(directory).vocabulary(words)
 
 
+def read_model(own: dict[str, Any], allowed: object) -> tuple[dict[str, Any], list[Violation]]:
+    """(the raw model section, violations) of a config whose `model` has the key `from`."""
+    from dist_llm.checkpoint.compatible import config_of  # imports torch: only where it is needed
+    from dist_llm.checkpoint.store import meant
+
+    place, own = own[FROM], {name: value for name, value in own.items() if name != FROM}
+    nothing = {"d_model": 2, "n_layers": 1, "n_heads": 1, **own}  # so that the other sections can be checked
+    if not isinstance(place, str) or not place:
+        return nothing, [Violation((f"model.{FROM}",), f"must be a checkpoint or a run, found {place!r}")]
+    try:
+        saved = config_of(meant(place)).model.model_dump()
+    except (UserError, OSError) as error:
+        return nothing, [Violation((f"model.{FROM}",), str(error))]
+    return merge_model(own, saved, place, allowed)
+
+
 def read_config(path: Path | None, overrides: Sequence[str], world_size: int) -> Config:
     """Load, check against the corpus and the world, and resolve. All that is wrong is in one ConfigError."""
-    config, violations = load_config(path, overrides)
+    config, violations = load_config(path, overrides, read_model)
     if config is None:
         refuse(violations)
         raise AssertionError("no config and no violation")

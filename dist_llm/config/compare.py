@@ -1,0 +1,198 @@
+"""Which keys decide the function that a model computes, and where two configs differ in them.
+
+`MODEL_ROLES` and `OBJECTIVE_ROLES` classify every key of their sections; a test fails where one is missing.
+
+A resume refuses every difference in the function. A start from other weights (`init_from`) refuses those that
+`init_allow` does not name.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dist_llm.config.derive import round_up
+from dist_llm.config.load import Violation
+from dist_llm.config.schema import Config, Denoiser, ModelConfig
+
+# fixed: decides the function, and no weights of another value can be used.
+# requestable: decides the function; `init_from` accepts another value if `init_allow` names the key.
+# training: does not decide the function of a trained model.
+Role = Literal["fixed", "requestable", "training"]
+
+MODEL_ROLES: dict[str, Role] = {
+    "architecture": "fixed",
+    "d_model": "fixed",
+    "n_layers": "requestable",
+    "n_encoder_layers": "fixed",  # blocks are numbered from the encoder's first: the decoder's would move
+    "n_heads": "fixed",
+    "n_kv_heads": "fixed",
+    "head_dim": "fixed",
+    "d_ff": "fixed",
+    "vocab_size": "requestable",
+    "vocab_multiple": "training",  # rows of padding are never predicted
+    "max_seq_len": "fixed",  # of a table of learned positions; else no part of the function
+    "positions": "requestable",
+    "rope_theta": "requestable",
+    "relative_buckets": "fixed",
+    "relative_distance": "requestable",
+    "norm": "requestable",
+    "norm_eps": "requestable",
+    "norm_order": "requestable",
+    "norm_embedding": "requestable",
+    "activation": "requestable",
+    "bias": "requestable",
+    "qkv_bias": "requestable",
+    "tie_embeddings": "requestable",
+    "head": "requestable",
+    "attention_scale": "requestable",
+    "qk_norm": "requestable",
+    "logit_cap": "requestable",
+    "dropout": "training",
+    "stochastic_depth": "training",
+    "init": "training",
+    "init_std": "training",
+}
+OBJECTIVE_ROLES: dict[str, Role] = {
+    "name": "requestable",
+    "mode": "requestable",  # which mode tokens the model knows
+    "see_prefix": "requestable",
+    "mixture": "requestable",  # compared member by member
+    # Which samples are made, not what is computed from one. A resume compares them as part of the data.
+    "weight": "training",
+    "mask_rate": "training",
+    "whole_words": "training",
+    "noise_density": "training",
+    "mean_span": "training",
+    "fim_rate": "training",
+    "fim_spm_rate": "training",
+}
+REQUESTABLE = (*(f"model.{name}" for name, role in MODEL_ROLES.items() if role == "requestable"), "objective")
+
+# Of the requestable keys, those that add parameters to the model, or drop some.
+PART_KEYS = {
+    f"model.{name}"
+    for name in (
+        "n_layers",
+        "positions",
+        "norm",
+        "norm_order",
+        "norm_embedding",
+        "activation",
+        "bias",
+        "qkv_bias",
+        "tie_embeddings",
+        "head",
+        "qk_norm",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A dotted key that has one value in a checkpoint's config and another now."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} in the checkpoint, {self.now} in this config"
+
+
+def function_of(model: ModelConfig) -> dict[str, Any]:
+    """What a forward pass of a resolved model depends on, in one form: a key without effect here is None."""
+    found = {key: value for key, value in model.model_dump().items() if MODEL_ROLES[key] != "training"}
+    if model.positions != "rope":
+        found["rope_theta"] = None
+    if model.positions != "relative":
+        found["relative_buckets"] = found["relative_distance"] = None
+    if model.positions != "learned":
+        found["max_seq_len"] = None  # how far it was trained, and no limit of the model
+    if model.architecture != "encoder_decoder":
+        found["n_encoder_layers"] = None
+    found["attention_scale"] = model.attention_scale or model.head_dim**-0.5
+    found["qkv_bias"] = model.bias or model.qkv_bias
+    return found
+
+
+def function_differences(before: Config, now: Config) -> list[Difference]:
+    """Where two resolved configs compute different functions: keys of `model`, and the objective."""
+    then, here = function_of(before.model), function_of(now.model)
+    raw = before.model.model_dump(), now.model.model_dump()
+    # A change of one key may give another one an effect (positions: rope_theta), which is then no change by itself.
+    keys = [key for key in then if then[key] != here[key] and raw[0][key] != raw[1][key]]
+    found = [Difference(f"model.{key}", raw[0][key], raw[1][key]) for key in keys]
+    objectives = _objective_of(before), _objective_of(now)
+    return found + ([Difference("objective", *objectives)] if objectives[0] != objectives[1] else [])
+
+
+def other_differences(before: Config, now: Config) -> list[Difference]:
+    """Where the model sections differ without changing the function."""
+    function = {each.key for each in function_differences(before, now)}
+    pairs = zip(before.model.model_dump().items(), now.model.model_dump().values(), strict=True)
+    every = [Difference(f"model.{key}", then, here) for (key, then), here in pairs if then != here]
+    return [each for each in every if each.key not in function]
+
+
+def resume_differences(before: Config, now: Config) -> list[Difference]:
+    """Differences with which a run cannot go on. Its objective and data are compared with data.json instead."""
+    found = [each for each in function_differences(before, now) if each.key != "objective"]
+    rows = [round_up(each.model.vocab_size, each.model.vocab_multiple) for each in (before, now)]
+    if before.model.vocab_size == now.model.vocab_size and rows[0] != rows[1]:
+        found.append(Difference("model.vocab_multiple", before.model.vocab_multiple, now.model.vocab_multiple))
+    masks = before.data.document_mask, now.data.document_mask
+    if masks[0] != masks[1] and now.data.on_change == "refuse":
+        found.append(Difference("data.document_mask", *masks))
+    return found
+
+
+def _objective_of(config: Config) -> str:
+    """Each kind of example that the model learns from, once, as `prefix (mode S, see_prefix true)`."""
+    one_stack = config.model.architecture == "decoder"
+    return ", ".join(sorted({_kind_of(each, one_stack) for each in config.objective.members}))
+
+
+def _kind_of(denoiser: Denoiser, one_stack: bool) -> str:
+    words = [f"mode {denoiser.mode}"] if denoiser.mode else []
+    if one_stack and denoiser.name in ("prefix", "span"):
+        words.append(f"see_prefix {str(denoiser.see_prefix).lower()}")
+    return f"{denoiser.name} ({', '.join(words)})" if words else denoiser.name
+
+
+def merge_model(
+    own: Mapping[str, Any], saved: Mapping[str, Any], place: str, allowed: object
+) -> tuple[dict[str, Any], list[Violation]]:
+    """(a raw model section from that of the checkpoint at `place`, violations) for `model: {from: place, **own}`.
+
+    Keys that decide the function must agree with the checkpoint's, unless init_allow (`allowed`) names them.
+    """
+    names = list(allowed) if isinstance(allowed, list | tuple) else []
+    odd = [
+        (name, value)
+        for name, value in own.items()
+        if MODEL_ROLES.get(name, "training") != "training" and value != saved[name] and f"model.{name}" not in names
+    ]
+    violations = [
+        Violation(
+            (f"model.{name}",),
+            f"{value} stands beside model.from, but {place} has {saved[name]}; remove the key"
+            + (f", or add model.{name} to init_allow" if MODEL_ROLES[name] == "requestable" else ""),
+        )
+        for name, value in odd
+    ]
+    return {**saved, **own, **{name: saved[name] for name, _ in odd}}, violations
+
+
+def check_init(config: Config) -> Iterator[Violation]:
+    """Rules of the keys that start a run from other weights."""
+    if config.init_optimizer == "keep" and not config.init_from:
+        yield Violation(
+            ("init_optimizer", "init_from"), "there are no moments to keep without init_from; remove the key"
+        )
+    if config.init_allow and not config.init_from:
+        yield Violation(("init_allow", "init_from"), "there is nothing to allow without init_from; remove the key")
+    for name in config.init_allow:
+        if name not in REQUESTABLE:
+            yield Violation(
+                ("init_allow",), f"{name} is not a key that init_from can change; choose from {', '.join(REQUESTABLE)}"
+            )

@@ -1,0 +1,107 @@
+"""A run goes on, and starts from other weights, with the model of the checkpoint or with a requested change alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_llm.checkpoint.compatible import check_parameters, check_resume, check_start
+from dist_llm.checkpoint.folder import Folder
+from dist_llm.config.load import dump
+from dist_llm.config.schema import Config
+from dist_llm.errors import CheckpointError
+from dist_llm.models.build import build_model
+from tests.laws.law import config_of
+
+QWEN2, QWEN3 = {"qkv_bias": True}, {"qk_norm": True}
+# (the checkpoint's model, the config's model): each was accepted without an error.
+WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "rope_theta": ({}, {"rope_theta": 5e5}, "rope_theta: 10000.0 in the checkpoint, 500000.0 in this config"),
+    "twice the heads": ({"n_heads": 4, "head_dim": 8}, {"n_heads": 8, "head_dim": 4}, "n_heads: 4 in the checkpoint"),
+    "norm order": ({}, {"norm_order": "post"}, "norm_order: pre in the checkpoint, post in this config"),
+    "no positions": ({}, {"positions": "none"}, "positions: rope in the checkpoint, none in this config"),
+    "one of the layers": ({"n_layers": 3}, {"n_layers": 1}, "n_layers: 3 in the checkpoint, 1 in this config"),
+    "Qwen2 biases": (QWEN2, {}, "qkv_bias: True in the checkpoint, False in this config"),
+    "Qwen3 norms": (QWEN3, {}, "qk_norm: True in the checkpoint, False in this config"),
+    "norm_eps": ({}, {"norm_eps": 1e-6}, "norm_eps: 1e-05 in the checkpoint, 1e-06 in this config"),
+    "vocabulary": ({}, {"vocab_size": 131}, "vocab_size: 130 in the checkpoint, 131 in this config"),
+}
+FIXED = {"model.n_heads", "model.head_dim"}
+
+
+def saved(directory: Path, model: dict[str, Any], **sections: Any) -> Path:
+    (directory / "config.yaml").write_text(dump(config_of(1, model, **sections)), encoding="utf-8")
+    return directory
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_resume_refuses_another_function(case: str, tmp_path: Path) -> None:
+    before, now, message = WRONG[case]
+    path = saved(tmp_path, before)
+    check_resume(Folder(path), config_of(1, before))
+    with pytest.raises(CheckpointError, match=f"(?s)cannot go on.*model.{message}.*Set these keys"):
+        check_resume(Folder(path), config_of(1, now))
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_start_refuses_what_was_not_requested(case: str, tmp_path: Path) -> None:
+    before, now, message = WRONG[case]
+    path = saved(tmp_path, before)
+    assert check_start(path, config_of(1, before)) == []
+    with pytest.raises(CheckpointError, match=f"(?s)another model than the checkpoint.*model.{message}"):
+        check_start(path, config_of(1, now))
+    start = {"init_from": str(path), "init_allow": [f"model.{key}" for key in now or before]}
+    if FIXED & set(start["init_allow"]):
+        return
+    requested = check_start(path, config_of(1, now, **start))
+    assert {each.key for each in requested} == set(start["init_allow"])
+
+
+def test_a_request_allows_nothing_else(tmp_path: Path) -> None:
+    path = saved(tmp_path, {})
+    start = {"init_from": str(path), "init_allow": ["model.rope_theta"]}
+    with pytest.raises(
+        CheckpointError, match=r"(?s)norm_eps.*set init_allow=\[model.rope_theta,model.norm_eps\]"
+    ) as error:
+        check_start(path, config_of(1, {"rope_theta": 5e5, "norm_eps": 1e-6}, **start))
+    assert "rope_theta: 10000.0" not in str(error.value)
+
+
+def test_another_objective_is_requested(tmp_path: Path) -> None:
+    path = saved(tmp_path, {})
+    prefix = {"objective": {"name": "prefix"}, "init_from": str(path)}
+    with pytest.raises(CheckpointError, match="objective: causal in the checkpoint, prefix"):
+        check_start(path, config_of(1, {}, **prefix))
+    assert len(check_start(path, config_of(1, {}, **prefix, init_allow=["objective"]))) == 1
+
+
+def test_what_is_no_part_of_the_function_is_allowed_and_named(tmp_path: Path) -> None:
+    path = saved(tmp_path, {})
+    found = check_resume(Folder(path), config_of(1, {"dropout": 0.1, "init_std": 0.1}))
+    assert [str(each) for each in found] == [
+        "model.dropout: 0.0 in the checkpoint, 0.1 in this config",
+        "model.init_std: 0.02 in the checkpoint, 0.1 in this config",
+    ]
+
+
+def test_a_config_that_is_not_valid_is_an_error_with_its_name(tmp_path: Path) -> None:
+    path = saved(tmp_path, {})
+    (path / "config.yaml").write_text((path / "config.yaml").read_text() + "later_key: 1\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"config.yaml: later_key: unknown key.*use that version"):
+        check_resume(Folder(path), config_of(1, {}))
+
+
+@pytest.mark.parametrize(("before", "now"), [(QWEN2, {}), ({}, QWEN3), ({"n_layers": 5}, {})])
+def test_every_parameter_of_the_checkpoint_is_used(before: dict[str, Any], now: dict[str, Any], tmp_path: Path) -> None:
+    """Also where the checkpoint's config does not say what it has."""
+
+    def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+        return {f"model.{name}": tuple(each.shape) for name, each in build_model(config.model).named_parameters()}
+
+    old, new = config_of(1, before), config_of(1, now)
+    assert check_parameters(tmp_path, shapes(old), old.model, requested=False) == ([], [])
+    with pytest.raises(CheckpointError, match=r"the checkpoint (lacks|has) blocks"):
+        check_parameters(tmp_path, shapes(old), new.model, requested=False)
+    added, dropped = check_parameters(tmp_path, shapes(old), new.model, requested=True)
+    assert bool(added) == (now == QWEN3)
+    assert bool(dropped) == (now != QWEN3)
