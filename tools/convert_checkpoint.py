@@ -40,10 +40,12 @@ from rich.table import Table
 from torch import Tensor
 
 from dist_llm.checkpoint import manifest
+from dist_llm.checkpoint.compatible import config_of
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import PROGRESS, find, meant, progress_of
 from dist_llm.checkpoint.tensors import NativeWeights
+from dist_llm.config.compare import function_differences
 from dist_llm.config.load import dump, load_saved
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert import hub
@@ -92,6 +94,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--check", action="store_true", help="compare logits with `transformers`")
     one = command("from-hf", from_hf, "directory", "out")
     one.add_argument("--check", action="store_true", help="compare logits with `transformers`")
+    one.add_argument(
+        "--ignore-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a field of config.json that is not known, and does not change what the model computes; may be repeated",
+    )
     command("to-torch", to_torch, "checkpoint", "out")
     command("from-torch", from_torch, "file", "out")
     one = command("from-nanogpt", from_nanogpt, "file", "out")
@@ -133,8 +142,11 @@ def to_hf(options: argparse.Namespace) -> None:
 def from_hf(options: argparse.Namespace) -> None:
     """Write a checkpoint of a directory that `from_pretrained` reads."""
     directory = Path(options.directory)
-    family, model = hub.read_config(directory)
-    view = hub.from_huggingface(SafetensorsWeights(directory), model, family)
+    family, model = hub.read_config(directory, options.ignore_field)
+    theirs = SafetensorsWeights(directory)
+    view = hub.from_huggingface(theirs, model, family)
+    if unused := hub.unused_heads(theirs):
+        console.print(f"left out: {', '.join(unused)}: heads for sentence pairs, which masked tokens do not use")
     tokenizer = None
     try:
         tokenizer = import_tokenizer(directory)
@@ -239,6 +251,10 @@ def average(options: argparse.Namespace) -> None:
     for path, other in zip(paths, every, strict=True):
         if {name: shape for name, shape in other.shapes.items() if name.startswith("model.")} != shapes:
             raise CheckpointError(f"{path}: is of another model than {paths[0]}")
+        odd = function_differences(config_of(paths[0]), config_of(path))
+        if odd := [each for each in odd if each.key != "objective"]:
+            values = f"{odd[0].key} {odd[0].now}, {odd[0].before} there"
+            raise CheckpointError(f"{path}: is of another model than {paths[0]}: {values}")
 
     def mean(name: str) -> Tensor:
         return torch.stack([each.read(name).double() for each in every]).mean(0).float()

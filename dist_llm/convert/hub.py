@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,18 @@ from dist_llm.text.tokenizer import Tokenizer
 KEPT = "theirs."  # tensors of theirs that ours has no place for, kept beside it for the way back
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
+NANOGPT_ARGUMENTS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
 PREFIXES = ("transformer.", "model.", "bert.")  # of the body, which some checkpoints leave out
 
-# Of theirs: what is computed, is a copy of another tensor, or belongs to a head that masked and next tokens do not use.
-COMPUTED = re.compile(
-    r".*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq|.*embeddings\.position_ids|.*pooler\..*|cls\.seq_relationship\..*"
-)
+# Of theirs: buffers that the config determines.
+_GPT2, _ROPE = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", r".*rotary_emb\.inv_freq"
+COMPUTED = {
+    **dict.fromkeys(("gpt2", "nanogpt"), re.compile(_GPT2)),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), re.compile(_ROPE)),
+    "bert": re.compile(r"(bert\.)?embeddings\.position_ids"),
+}
+# Of BERT's: heads for sentence pairs, which masked tokens do not use. `unused_heads` names them.
+UNUSED = re.compile(r"(bert\.)?pooler\..*|cls\.seq_relationship\..*")
 COPIES = {
     "lm_head.weight": ("transformer.wte.weight", "model.embed_tokens.weight", "model.shared.weight", "shared.weight"),
     "cls.predictions.decoder.weight": ("bert.embeddings.word_embeddings.weight",),
@@ -97,7 +103,7 @@ def from_huggingface(theirs: Weights, model: ModelConfig, family: str) -> Weight
     ours, table = model_shapes(model), pairs(family, model)
     known = {name for pair in table for name in (pair.theirs, pair.plus_row)}
     place = {_full(name, known): name for name in theirs.shapes}
-    _refuse_leftovers(theirs, place, known)
+    _refuse_leftovers(theirs, place, known, family)
     of = {pair.ours: pair for pair in table}
     kept = {name for pair in table if pair.skip or pair.plus_row for name in (pair.theirs, pair.plus_row) if name}
 
@@ -130,9 +136,11 @@ def _full(name: str, known: set[str]) -> str:
     return next((prefix + name for prefix in PREFIXES if name not in known and prefix + name in known), name)
 
 
-def _refuse_leftovers(theirs: Weights, place: Mapping[str, str], known: set[str]) -> None:
+def _refuse_leftovers(theirs: Weights, place: Mapping[str, str], known: set[str], family: str) -> None:
     for full, name in place.items():
-        if full in known or COMPUTED.fullmatch(name):
+        if full in known or (family in COMPUTED and COMPUTED[family].fullmatch(name)):
+            continue
+        if family == "bert" and UNUSED.fullmatch(name):
             continue
         originals = [place[each] for each in COPIES.get(full, ()) if each in place]
         if originals and torch.equal(theirs.read(name), theirs.read(originals[0])):
@@ -140,6 +148,11 @@ def _refuse_leftovers(theirs: Weights, place: Mapping[str, str], known: set[str]
         if full == "final_logits_bias" and not theirs.read(name).any():
             continue
         raise CheckpointError(f"their tensor {name} {list(theirs.shapes[name])} has no place in our model")
+
+
+def unused_heads(theirs: Weights) -> list[str]:
+    """Their tensors that belong to heads which our models do not have, to be named where they are left out."""
+    return sorted(name for name in theirs.shapes if UNUSED.fullmatch(name))
 
 
 def export(
@@ -199,14 +212,17 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_config(directory: Path) -> tuple[str, ModelConfig]:
-    """(family, our model) of their directory. Raises CheckpointError where there is none or it is not supported."""
+def read_config(directory: Path, ignored: Collection[str] = ()) -> tuple[str, ModelConfig]:
+    """(family, our model) of their directory; fields in `ignored` need not be known.
+
+    Raises CheckpointError where there is none or it is not supported.
+    """
     path = directory / "config.json"
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    return str(theirs.get("model_type")), model_config(theirs)
+    return str(theirs.get("model_type")), model_config(theirs, ignored)
 
 
 def nanogpt(content: Mapping[str, Any]) -> tuple[ModelConfig, Weights]:
@@ -216,6 +232,8 @@ def nanogpt(content: Mapping[str, Any]) -> tuple[ModelConfig, Weights]:
     """
     try:
         arguments, tensors = content["model_args"], content["model"]
+        if unknown := sorted(arguments.keys() - NANOGPT_ARGUMENTS):
+            raise CheckpointError(f"nanoGPT's model_args: {unknown[0]} ({arguments[unknown[0]]!r}) is not known")
         model = ModelConfig(
             d_model=arguments["n_embd"],
             n_layers=arguments["n_layer"],

@@ -4,12 +4,14 @@ A family describes a model if what it would write for it, read again, is that mo
 refused, and never left out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
+from dist_llm.config.compare import function_of
 from dist_llm.config.schema import ModelConfig
+from dist_llm.convert.config_fields import ConfigFields
 from dist_llm.errors import CheckpointError
 
 # Of each of ours, the first is what we write.
@@ -18,24 +20,25 @@ ACTIVATIONS = {
     "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
     "relu": ("relu",),
 }
-# What the forward pass of a trained model does not depend on.
-TRAINING_ALONE = {"dropout", "stochastic_depth", "init", "init_std", "vocab_multiple"}
 
 
-def model_config(theirs: Mapping[str, Any]) -> ModelConfig:
-    """The resolved model that a Hugging Face config describes.
+def model_config(theirs: Mapping[str, Any], ignored: Collection[str] = ()) -> ModelConfig:
+    """The resolved model that a Hugging Face config describes; fields in `ignored` need not be known.
 
-    Raises CheckpointError for a family that we have no table for, or a setting that we do not have.
+    Raises CheckpointError for a family that we have no table for, or a field that we do not know.
     """
     family = str(theirs.get("model_type"))
     if family not in READERS:
         raise CheckpointError(f"config.json: model_type {family} is not supported; choose from {', '.join(READERS)}")
+    fields = ConfigFields(theirs)
     try:
-        return ModelConfig(**READERS[family](theirs), vocab_size=theirs["vocab_size"])
+        model = ModelConfig(**READERS[family](fields), vocab_size=fields["vocab_size"])
     except KeyError as error:
         raise CheckpointError(f"config.json: of model_type {family}, but has no {error}") from None
     except ValidationError as error:
         raise CheckpointError(f"config.json: {error}") from None
+    fields.refuse_unread(ignored)
+    return model
 
 
 def describe(model: ModelConfig, family: str = "") -> dict[str, Any]:
@@ -45,13 +48,13 @@ def describe(model: ModelConfig, family: str = "") -> dict[str, Any]:
     """
     if family and family not in WRITERS:
         raise CheckpointError(f"family {family} is not supported; choose from {', '.join(WRITERS)}")
-    want = _essence(model)
+    want = function_of(model)
     fewest: tuple[str, list[str]] | None = None
     for name in (family,) if family else WRITERS:
         theirs = {"model_type": name, "architectures": [CLASSES[name]], **WRITERS[name](model)}
         theirs |= {"vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings}
         try:
-            read = _essence(model_config(theirs))
+            read = function_of(model_config(theirs))
         except CheckpointError:
             continue
         off = [f"{key} {want[key]} (not {read[key]})" for key in want if read[key] != want[key]]
@@ -66,24 +69,8 @@ def describe(model: ModelConfig, family: str = "") -> dict[str, Any]:
     )
 
 
-def _essence(model: ModelConfig) -> dict[str, Any]:
-    """All that a forward pass depends on, in one form."""
-    found = {key: value for key, value in model.model_dump().items() if key not in TRAINING_ALONE}
-    if model.positions != "rope":
-        found["rope_theta"] = None
-    if model.positions != "relative":
-        found["relative_buckets"] = found["relative_distance"] = None
-    if model.positions in ("rope", "relative"):
-        found["max_seq_len"] = None  # how far it was trained, and no limit of the model
-    if model.architecture != "encoder_decoder":
-        found["n_encoder_layers"] = None
-    found["attention_scale"] = model.attention_scale or model.head_dim**-0.5
-    found["qkv_bias"] = model.bias or model.qkv_bias
-    return found
-
-
-def _read_gpt2(c: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+def _read_gpt2(c: ConfigFields) -> dict[str, Any]:
+    c.require(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return {
         **_sizes(c["n_embd"], c["n_layer"], c["n_head"], c.get("n_inner") or 4 * c["n_embd"]),
         **LAYER_NORMED,
@@ -107,20 +94,20 @@ def _write_gpt2(m: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_llama(c: Mapping[str, Any]) -> dict[str, Any]:
+def _read_llama(c: ConfigFields) -> dict[str, Any]:
     family = c["model_type"]
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise CheckpointError(f"config.json: rope_type {kind} is not supported, only default")
-    _refuse(c, hidden_act="silu", mlp_bias=False, attention_bias=False, use_sliding_window=False)
-    if family == "mistral":
-        _refuse(c, sliding_window=None)
+    c.require(hidden_act="silu", mlp_bias=False, attention_bias=False, use_sliding_window=False)
+    if family in ("qwen2", "qwen3"):
+        c.get("sliding_window")  # of no effect without use_sliding_window
+        c.require(layer_types=["full_attention"] * c["num_hidden_layers"])
+    else:
+        c.require(sliding_window=None)
     heads = c["num_attention_heads"]
     return {
         **_sizes(c["hidden_size"], c["num_hidden_layers"], heads, c["intermediate_size"], c.get("head_dim")),
         "n_kv_heads": c.get("num_key_value_heads") or heads,
         "max_seq_len": c["max_position_embeddings"],
-        "rope_theta": float(rope.get("rope_theta", c.get("rope_theta", 10_000.0))),
+        "rope_theta": c.rope_theta(),
         "norm_eps": c["rms_norm_eps"],
         "tie_embeddings": c.get("tie_word_embeddings", False),
         "qk_norm": family == "qwen3",
@@ -146,8 +133,8 @@ def _write_mistral(m: ModelConfig) -> dict[str, Any]:
     return {**_write_llama(m), "sliding_window": None}
 
 
-def _read_bert(c: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse(c, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+def _read_bert(c: ConfigFields) -> dict[str, Any]:
+    c.require(position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     return {
         **_sizes(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["intermediate_size"]),
         **LAYER_NORMED,
@@ -173,7 +160,7 @@ def _write_bert(m: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_t5(c: Mapping[str, Any]) -> dict[str, Any]:
+def _read_t5(c: ConfigFields) -> dict[str, Any]:
     if c.get("feed_forward_proj") != "gated-gelu":
         raise CheckpointError("config.json: of T5 only v1.1 is supported (feed_forward_proj gated-gelu)")
     if c.get("scale_decoder_outputs", c.get("tie_word_embeddings", True)):
@@ -211,8 +198,8 @@ def _write_t5(m: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_bart(c: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse(c, scale_embedding=False)
+def _read_bart(c: ConfigFields) -> dict[str, Any]:
+    c.require(scale_embedding=False)
     for of_encoder, of_decoder in (
         ("encoder_attention_heads", "decoder_attention_heads"),
         ("encoder_ffn_dim", "decoder_ffn_dim"),
@@ -249,7 +236,7 @@ def _write_bart(m: ModelConfig) -> dict[str, Any]:
 
 
 LAYER_NORMED = {"positions": "learned", "norm": "layernorm", "bias": True}
-READERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+READERS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {
     "gpt2": _read_gpt2,
     "llama": _read_llama,
     "mistral": _read_llama,
@@ -313,10 +300,3 @@ def _activation(name: str) -> str:
 
 def _their_activation(m: ModelConfig) -> str:
     return ACTIVATIONS.get(m.activation, ("gelu",))[0]  # a gated one will not come back as it was, and be refused
-
-
-def _refuse(c: Mapping[str, Any], **only: Any) -> None:
-    """Raise CheckpointError where a key that is there has another value than the only one we know."""
-    for key, value in only.items():
-        if c.get(key, value) != value:
-            raise CheckpointError(f"config.json: {key} {c[key]} is not supported, only {value}")

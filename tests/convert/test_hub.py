@@ -402,6 +402,10 @@ def test_average_diff_and_inspect(tool: Callable[..., int], tmp_path: Path, caps
     assert f"{len(weights.shapes)} of {len(weights.shapes)} tensors differ" in out
     assert "1.000e+00" in out, "each by its own norm"
 
+    other = our_checkpoint(tmp_path / "3", OURS["llama"] | {"rope_theta": 5e5})
+    assert tool("average", tmp_path / "other", first, other) == 2, "the same shapes are not the same model"
+    assert "model.rope_theta 500000.0, 10000.0" in capsys.readouterr().err
+
     assert tool("inspect", first) == 0
     out = capsys.readouterr().out
     total = sum(weights.read(name).numel() for name in weights.shapes)

@@ -1,0 +1,109 @@
+"""The fields of a Hugging Face config.json: each is read, is known to change nothing, or is named in an error."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from dist_llm.errors import CheckpointError
+
+# Without an effect on the forward pass of a trained model: metadata, generation, training, heads that we do not import.
+HARMLESS = {
+    *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures"),
+    *("attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward"),
+    *("custom_pipelines", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping"),
+    *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id"),
+    *("forced_eos_token_id", "gradient_checkpointing", "id2label", "initializer_range", "is_encoder_decoder"),
+    *("label2id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups"),
+    *("num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states"),
+    *("output_past", "output_scores", "prefix", "problem_type", "remove_invalid_values", "repetition_penalty"),
+    *("return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params"),
+    *("temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript"),
+    *("transformers_version", "typical_p", "use_bfloat16", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("cls_token_id", "mask_token_id", "unk_token_id", "vocab_size", "model_type", "cross_attention_hidden_size"),
+    *("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "hidden_dropout_prob"),
+    *("resid_pdrop", "dropout", "dropout_rate", "activation_dropout", "classifier_dropout", "classif_dropout"),
+    *("encoder_layerdrop", "decoder_layerdrop", "initializer_factor", "init_std", "summary_type", "summary_use_proj"),
+    *("summary_activation", "summary_proj_to_labels", "summary_first_dropout", "n_ctx", "reorder_and_upcast_attn"),
+    *("pretraining_tp", "max_window_layers", "classifier_activation", "extra_pos_embeddings"),
+    *("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head"),
+    *("pooler_type", "force_bos_token_to_be_generated", "gradient_checkpointing_kwargs", "unsloth_version"),
+    # Of BERT's segments the first is used, whatever their number. BART's layers are counted by encoder_layers.
+    *("type_vocab_size", "num_hidden_layers"),
+    # Of heads that may share the embedding: the tensors decide, and unequal ones are an error.
+    "tie_word_embeddings",
+}
+# Values of other fields that switch their feature off; any other value is an error.
+OFF: dict[str, Any] = {
+    "pruned_heads": {},
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "add_bias_logits": False,
+    "add_final_layer_norm": False,
+    "normalize_before": False,
+    "normalize_embedding": True,
+    "static_position_embeddings": False,
+    "scale_embedding": False,
+    "dense_act_fn": "gelu_new",
+    "is_gated_act": True,
+}
+ROPE_FIELDS = {"rope_type", "type", "rope_theta"}
+
+
+class ConfigFields(Mapping[str, Any]):
+    """The fields of a config.json, which remembers those that were read."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.fields = fields
+        self.names_read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.names_read.add(name)
+        return self.fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def require(self, **only: Any) -> None:
+        """Raise CheckpointError where a field that is there has another value than the only one we know."""
+        for name, value in only.items():
+            if self.get(name, value) != value:
+                raise CheckpointError(f"config.json: {name} {self[name]} is not supported, only {value}")
+
+    def rope_theta(self) -> float:
+        """The base of plain rotary positions. Raises CheckpointError where they are scaled or stretched."""
+        rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
+        if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+            raise CheckpointError(f"config.json: rope_type {kind} is not supported, only default")
+        for name, value in rope.items():
+            if name not in ROPE_FIELDS and value is not None and value != OFF.get(name):
+                raise CheckpointError(f"config.json: {name} {value} of rope is not supported")
+        outer = self.get("rope_theta")
+        inner = rope.get("rope_theta")
+        if None not in (outer, inner) and outer != inner:
+            raise CheckpointError(
+                f"config.json: rope_theta is {outer}, but {inner} in rope_parameters; make them equal"
+            )
+        return float(next((each for each in (inner, outer) if each is not None), 10_000.0))
+
+    def refuse_unread(self, ignored: Collection[str] = ()) -> None:
+        """Raise CheckpointError for a field that nobody read, and that may change what the model computes."""
+        for name, value in self.fields.items():
+            if name in self.names_read or name in HARMLESS or name in ignored or value is None:
+                continue
+            if name not in OFF:
+                raise CheckpointError(
+                    f"config.json: the field {name} ({value!r}) is not known for model_type "
+                    f"{self.fields.get('model_type')}, and may change what the model computes; if you know that it "
+                    f"does not, convert with --ignore-field {name}"
+                )
+            if value != OFF[name]:
+                raise CheckpointError(f"config.json: {name} {value} is not supported, only {OFF[name]}")

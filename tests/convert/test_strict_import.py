@@ -1,0 +1,130 @@
+"""An import leaves no tensor and no field of the source out without naming it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from dist_llm.config.compare import function_of
+from dist_llm.convert.config_fields import HARMLESS
+from dist_llm.convert.hub import from_huggingface, model_shapes, nanogpt, to_huggingface, unused_heads
+from dist_llm.convert.huggingface import describe, model_config
+from dist_llm.convert.weights import DictWeights
+from dist_llm.errors import CheckpointError
+from tests.convert.families import FAMILIES, VOCAB
+from tests.convert.test_hub import OURS
+from tests.laws.law import config_of
+from tests.laws.layouts import BERT
+
+SIZES = {"n_heads": 4, "n_kv_heads": 4, "head_dim": 8}
+MODELS = {
+    name: SIZES | changes
+    for name, changes in {**OURS, "mistral": OURS["llama"], "bert": {**BERT, "n_layers": 2, "n_kv_heads": 4}}.items()
+}
+# Read, and of no effect on the function: lengths that are no limit of the model, windows that are switched off.
+NO_EFFECT = {"max_position_embeddings", "n_positions", "sliding_window"}
+
+
+def fields(family: str) -> dict[str, Any]:
+    """What we write for a small model of the family."""
+    return {**describe(config_of(1, MODELS[family]).model, family), "use_sliding_window": False, "sliding_window": None}
+
+
+def other(value: Any) -> Any:
+    """Another value of the same type."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, int | float):
+        return value * 2
+    if isinstance(value, dict):
+        return {"rope_type": "linear", "factor": 2.0}
+    return "relu" if value == "gelu_new" else "gelu_new"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_is_understood_or_named(family: str) -> None:
+    """Each field takes another value: then the model is another one, or the field is named in an error."""
+    theirs = fields(family)
+    want = function_of(model_config(theirs))
+    for name in theirs.keys() - {"model_type"} - HARMLESS - NO_EFFECT:
+        assert outcome({**theirs, name: other(theirs[name])}) != want, name
+
+
+def outcome(theirs: dict[str, Any]) -> dict[str, Any] | None:
+    """The function that the fields describe; None where an error names a field."""
+    try:
+        return function_of(model_config(theirs))
+    except CheckpointError as error:
+        return None if "config.json: " in str(error) else {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_unknown_field_is_named(family: str) -> None:
+    theirs = fields(family)
+    with pytest.raises(CheckpointError, match=r"the field residual_scale \(0\.5\) .*--ignore-field residual_scale"):
+        model_config({**theirs, "residual_scale": 0.5})
+    assert model_config({**theirs, "residual_scale": 0.5}, ["residual_scale"]) == model_config(theirs)
+    assert model_config({**theirs, "residual_scale": None}) == model_config(theirs), "not set"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_theta": 5e5}, "rope_theta is 500000.0, but 10000.0 in rope_parameters"),
+        ({"layer_types": ["sliding_attention"] * 4}, "layer_types"),
+        ({"attention_bias": True}, "attention_bias True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_a_feature_that_we_lack_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        model_config({**fields("qwen3"), **changes})
+
+
+def tensors(family: str) -> dict[str, torch.Tensor]:
+    """Their names and shapes, as our export writes them."""
+    model = config_of(1, MODELS[family]).model
+    ours = {f"model.{name}": torch.zeros(shape) for name, shape in model_shapes(model).items()}
+    view = to_huggingface(DictWeights(ours), model, family)
+    return {name: view.read(name) for name in view.shapes}
+
+
+@pytest.mark.parametrize(
+    ("source", "family", "name"),
+    [
+        ("qwen2", "llama", "model.layers.0.self_attn.k_proj.bias"),
+        ("qwen3", "llama", "model.layers.0.self_attn.k_norm.weight"),
+        ("qwen3", "qwen2", "model.layers.0.self_attn.k_norm.weight"),
+    ],
+)
+def test_biases_and_norms_are_not_dropped(source: str, family: str, name: str) -> None:
+    """The tensors of one family under the config of another."""
+    theirs = tensors(source)
+    model = config_of(1, MODELS[source] | {"qkv_bias": family == "qwen2", "qk_norm": False}).model
+    with pytest.raises(CheckpointError, match=f"their tensor {name}.* has no place in our model"):
+        from_huggingface(DictWeights({name: theirs[name]}), model, family)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bert"])
+@pytest.mark.parametrize("extra", ["model.pooler.weight", "cls.seq_relationship.weight", "h.x.attn.bias", "x"])
+def test_a_tensor_that_has_no_place_is_named(family: str, extra: str) -> None:
+    theirs = tensors(family) | {extra: torch.ones(2)}
+    with pytest.raises(CheckpointError, match=f"their tensor {extra} .* has no place"):
+        from_huggingface(DictWeights(theirs), config_of(1, MODELS[family]).model, family)
+
+
+def test_heads_of_bert_that_are_left_out_are_named() -> None:
+    theirs = DictWeights(tensors("bert") | {"bert.pooler.dense.weight": torch.ones(2, 2)})
+    from_huggingface(theirs, config_of(1, MODELS["bert"]).model, "bert")
+    assert unused_heads(theirs) == ["bert.pooler.dense.weight"]
+
+
+def test_an_unknown_argument_of_nanogpt_is_named() -> None:
+    arguments = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "bias": False, "vocab_size": VOCAB}
+    model, _ = nanogpt({"model_args": arguments | {"dropout": 0.0}, "model": {}})
+    assert model.n_layers == 1
+    with pytest.raises(CheckpointError, match="use_rotary"):
+        nanogpt({"model_args": arguments | {"use_rotary": True}, "model": {}})
