@@ -10,7 +10,7 @@
   average         the mean of the weights of several checkpoints
   diff            where two checkpoints differ; exit code 1 if they do
   inspect         names, shapes, types, norms, and values that are not finite
-  verify          every byte of a checkpoint against its manifest
+  verify          every byte of a checkpoint against its manifest, and its weights against its probe
 
 examples:
   python tools/convert_checkpoint.py to-hf runs/demo hf/demo --check
@@ -18,7 +18,9 @@ examples:
   python tools/convert_checkpoint.py inspect runs/demo
 
 A run stands for its newest checkpoint. What is written appears whole or not at all, and is read again and compared
-before it does. One tensor at a time is held in memory, but for to-torch and --check. No GPU, no process group.
+before it does. The loss of the checkpoint's probe batch is computed again, of what was written, and compared: see
+docs/checkpoints.md. One tensor at a time is held in memory, for the probe embedding, head and one block; for to-torch and
+--check all. No GPU, no process group.
 A checkpoint that was converted can be evaluated, sampled from, and trained on with init_from.
 Exit code 1: diff found a difference; 2: the command cannot be run, or what it found is wrong.
 """
@@ -28,6 +30,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,16 +45,18 @@ from torch import Tensor
 from dist_llm.checkpoint import manifest
 from dist_llm.checkpoint.compatible import config_of
 from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.probe import PROBE, Probe, compare_probes, parse_probe
 from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import PROGRESS, find, meant, progress_of
 from dist_llm.checkpoint.tensors import NativeWeights
 from dist_llm.config.compare import function_differences
-from dist_llm.config.load import dump, load_saved
+from dist_llm.config.load import dump, load_saved, parse_saved
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert import hub
 from dist_llm.convert.deepspeed_read import open_deepspeed
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
 from dist_llm.convert.parity import compare
+from dist_llm.convert.stream_probe import stream_probe
 from dist_llm.convert.tokenizer import import_tokenizer
 from dist_llm.convert.weights import DictWeights, MadeWeights, SafetensorsWeights, Weights, load_torch
 from dist_llm.convert.write import DTYPES, made_whole, reopen, write_native
@@ -130,6 +135,13 @@ def to_hf(options: argparse.Namespace) -> None:
             view = hub.export(weights, config, tokenizer, aside, options.family, dtype, shard_bytes, ids)
         with shown(view, "checking") as seen:
             reopen(SafetensorsWeights(aside), seen, dtype)
+        family = hub.read_config(aside)[0]
+        probe = stream_probe(NativeWeights(path), config.model)
+        show_probe(stored_probe(path), probe, path)
+        written = hub.from_huggingface(SafetensorsWeights(aside), config.model, family)
+        exported = replace(stream_probe(written, config.model), weights=options.dtype)
+        show_probe(probe, exported, aside)
+        (aside / PROBE).write_bytes(exported.dump())
         if options.check:
             console.print(compare(path, aside, dtype))
     console.print(f"wrote {options.out}: {len(view.shapes)} tensors, {options.dtype}")
@@ -153,7 +165,7 @@ def from_hf(options: argparse.Namespace) -> None:
     except CheckpointError as error:
         console.print(f"without a tokenizer: {error}")
     files = files_of(model, tokenizer, directory) | {TOKEN_IDS: json.dumps(hub.token_ids(directory)).encode()}
-    write(Path(options.out), view, files, directory if options.check else None)
+    write(Path(options.out), view, files, directory if options.check else None, stored_probe(directory))
 
 
 def to_torch(options: argparse.Namespace) -> None:
@@ -167,7 +179,9 @@ def to_torch(options: argparse.Namespace) -> None:
     content["files"] = {name: text.decode() for name, text in small_files(path).items()}
     with made_whole(Path(options.out)) as aside:
         torch.save(content, aside)
-        reopen(_of_torch(load_torch(aside)), weights, torch.float32)
+        written = _of_torch(load_torch(aside))
+        reopen(written, weights, torch.float32)
+        show_probe(stored_probe(path), stream_probe(written, load_saved(path).model), path)
     console.print(f"wrote {options.out}: {len(weights.shapes)} tensors")
 
 
@@ -177,7 +191,8 @@ def from_torch(options: argparse.Namespace) -> None:
     files = {name: text.encode() for name, text in content.get("files", {}).items()}
     if CONFIG not in files:
         raise CheckpointError(f"{options.file}: has no config; it was not written by to-torch")
-    write(Path(options.out), _of_torch(content), files)
+    probe = parse_probe(files[PROBE], f"{options.file}: {PROBE}") if PROBE in files else None
+    write(Path(options.out), _of_torch(content), files, probe=probe)
 
 
 def _of_torch(content: Mapping[str, Mapping[str, Tensor]]) -> Weights:
@@ -210,6 +225,7 @@ def to_deepspeed(options: argparse.Namespace) -> None:
     with shown(weights, "checking") as seen:
         written = open_deepspeed(made)
         reopen(MadeWeights({name: written.shapes[name] for name in seen.shapes}, written.read), seen, torch.float32)
+    show_probe(stored_probe(path), stream_probe(written, config.model), path)
     console.print(f"wrote {made}: {len(weights.shapes)} tensors")
 
 
@@ -304,10 +320,13 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> None:
-    """Check every byte of a checkpoint against its manifest."""
+    """Check every byte of a checkpoint against its manifest, and its weights against its probe."""
     folder = meant(options.checkpoint)
     manifest.verify(folder)
     console.print(f"{folder}: every byte is as it was saved")
+    path = folder.local or find(options.checkpoint)
+    stored = stored_probe(path)
+    show_probe(stored, stream_probe(NativeWeights(path), load_saved(path).model) if stored else None, path)
 
 
 def open_weights(place: str) -> Weights:
@@ -320,16 +339,38 @@ def open_weights(place: str) -> Weights:
     return NativeWeights(find(place))
 
 
-def write(out: Path, view: Weights, files: Mapping[str, bytes], theirs: Path | None = None) -> None:
-    """A checkpoint at `out`, read again before it is there, and compared with `theirs` if that is given."""
+def write(
+    out: Path, view: Weights, files: Mapping[str, bytes], theirs: Path | None = None, probe: Probe | None = None
+) -> None:
+    """A checkpoint at `out`, read again before it is there, and compared with `theirs` if that is given.
+
+    It gets a probe of its own, which is compared with the `probe` of what it was made of if there is one.
+    """
+    model = parse_saved(files[CONFIG].decode(), CONFIG).model
+    found = stream_probe(view, model)
+    if probe is not None:
+        show_probe(probe, replace(found, weights=probe.weights), out)
     with made_whole(out) as aside:
         with shown(view, "converting") as seen:
-            write_native(aside, seen, files)
+            write_native(aside, seen, {**files, PROBE: found.dump()})
         with shown(view, "checking") as seen:
             reopen(NativeWeights(aside), seen, torch.float32)
         if theirs is not None:
             console.print(compare(aside, theirs))
-    console.print(f"wrote {out}: {len(view.shapes)} tensors; go on with it: init_from={out}")
+    console.print(f"wrote {out}: {len(view.shapes)} tensors, {found}; go on with it: init_from={out}")
+
+
+def stored_probe(path: Path) -> Probe | None:
+    """The probe beside a checkpoint or an export; None where there is none that this version can compare."""
+    return parse_probe((path / PROBE).read_bytes(), str(path / PROBE)) if (path / PROBE).exists() else None
+
+
+def show_probe(before: Probe | None, now: Probe | None, place: Path) -> None:
+    """Print how close two probes are. Raises CheckpointError where they differ by more than rounding."""
+    if before is None or now is None:
+        console.print(f"{place}: has no probe that this version can compare; the weights are taken as they are")
+    else:
+        console.print(compare_probes(before, now, str(place)))
 
 
 def files_of(model: ModelConfig, tokenizer: Tokenizer | None, source: Path) -> dict[str, bytes]:

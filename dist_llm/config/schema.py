@@ -283,6 +283,11 @@ class CheckpointConfig(Section):
     keep: Positive = key("newest checkpoints kept", 2)
     keep_every: Count = key("keep those of each multiple of so many steps, too; 0: none", 0)
     keep_best: Count = key("keep so many with the lowest held-out loss, too", 0)
+    probe: Literal["refuse", "warn"] = key(
+        "weights that give a small fixed batch another loss than when they were saved, by more than rounding: refuse "
+        "to start from them, or warn",
+        "refuse",
+    )
     background: bool = key("train on while a copy in host memory is written; false: wait, without that copy", True)
 
 

@@ -9,19 +9,17 @@ from functools import partial
 from pathlib import Path
 from signal import Signals
 
-from dist_llm.checkpoint import store as checkpoints
-from dist_llm.checkpoint.adapt import start_from
 from dist_llm.checkpoint.boxes import placed
-from dist_llm.checkpoint.compatible import check_parameters, check_start, config_of, log_start
 from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.probe import PROBE
 from dist_llm.checkpoint.state import Guarded, Progress
 from dist_llm.checkpoint.store import CheckpointStore
-from dist_llm.config.compare import PART_KEYS
 from dist_llm.config.lengths import inputs_len, sample_tokens
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.loader import Loader
 from dist_llm.engines.base import Engine
+from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.errors import DataError
 from dist_llm.generate import Sampling, ask, text
 from dist_llm.launch.stop import StopSignals
@@ -40,6 +38,7 @@ from dist_llm.train.evaluate import Heldout, evaluate
 from dist_llm.train.garbage import Garbage
 from dist_llm.train.guard import Guard
 from dist_llm.train.replay import replay
+from dist_llm.train.resume import EarlierSteps, load_run, start_from_weights
 from dist_llm.train.step import train_step
 from dist_llm.train.stragglers import Stragglers
 
@@ -85,6 +84,8 @@ class Trainer:
         if config.eval.sample_prompt and not self.samples:
             log.info("eval.sample_prompt: no samples from an encoder, or while training under pp, tp or cp")
         self.sinks = ExitStack()
+        resumed = isinstance(start, Folder) and guarded is None and world.main
+        self.earlier = EarlierSteps.read(self.directory, self.progress.step, config) if resumed else EarlierSteps({})
         self.recorder = self._recorder()
 
     def run(self, signals: StopSignals) -> int:
@@ -159,7 +160,7 @@ class Trainer:
     def flush(self) -> None:
         """Write the metrics so far. Raises DivergedError or RewindError, on all ranks, where a step was bad."""
         rows = self.recorder.flush()
-        if notes := self.guard.look(rows) + self.stragglers.report(rows):
+        if notes := self.guard.look(rows) + self.stragglers.report(rows) + self.earlier.compare(rows):
             self.recorder.emit(notes)
 
     def evaluate(self) -> None:
@@ -203,35 +204,19 @@ class Trainer:
         self.guard.weigh(self.progress.step, all(bool(part.isfinite().all()) for part in held))
         self.progress.loss_scale = self.engine.loss_scale
         self.progress.source_tokens = self.recorder.source_tokens
-        self.store.save(self.engine.state, self.progress, self.files)
+        files = {**self.files, PROBE: measure_probe(self.engine, self.config).dump()}
+        self.store.save(self.engine.state, self.progress, files)
         self.recorder.restart_clock(self.progress.tokens)
 
     def _resume(self, start: Folder | Path | None) -> Progress:
         if start is None:
             return Progress()
         if isinstance(start, Path):
-            self._adapt(start)
+            start_from_weights(start, self.engine, self.config)
             return Progress()
-        check_parameters(start, checkpoints.shapes(start), self.config.model, requested=False)
-        progress = checkpoints.load(start, self.engine.state)
-        if self.engine.loss_scale is not None and progress.loss_scale is not None:
-            self.engine.loss_scale = progress.loss_scale
+        progress = load_run(start, self.engine, self.config)
         log.info("resumed from %s", start)
         return progress
-
-    def _adapt(self, path: Path) -> None:
-        """Begin with another run's weights."""
-        config = self.config
-        requested = check_start(path, config)
-        log_start(path, config, requested)
-        parts = any(each.key in PART_KEYS for each in requested)
-        added, dropped = check_parameters(path, checkpoints.shapes(path), config.model, parts)
-        for what, names in (("that keep their initial values", added), ("of the checkpoint are not used", dropped)):
-            if names:
-                log.info("init_allow: parameters %s: %s", what, ", ".join(names))
-        known = min(config_of(path).model.vocab_size, config.model.vocab_size)
-        start_from(path, self.engine.state, config.init_optimizer == "keep", known, added)
-        log.info("starting from %s, %d ids of it known", path, known)
 
     def _heldout(self, objective: Objective) -> Heldout | None:
         """Of the sources that have enough text for it."""

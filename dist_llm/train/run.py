@@ -138,13 +138,14 @@ class Parts:
         config, corpus = self.config, self.sources[0].corpus.directory
         history = _history(config, self.sources, start if isinstance(start, Folder) else None, guarded)
         files = {**run_files(config, corpus), HISTORY: histories.dump(history)}
-        if self.world.main:
-            for name, content in files.items():
-                (Path(config.run.dir) / name).write_bytes(content)
         pin = self.engine.device.type == "cuda"
         plan = history[-1].plan(self.sources)
         loader = build_loader(config, plan, self.vocabulary, *self.engine.data_rank, pin=pin)
-        return Trainer(config, self.world, self.engine, loader, self.store, start, files, guarded, self.watchdog)
+        trainer = Trainer(config, self.world, self.engine, loader, self.store, start, files, guarded, self.watchdog)
+        if self.world.main:  # not before the weights are accepted
+            for name, content in files.items():
+                (Path(config.run.dir) / name).write_bytes(content)
+        return trainer
 
     def rewound(self, trainer: Trainer, bad: RewindError) -> Trainer:
         """One that begins at the newest checkpoint, and leaves out the samples that the policy says."""

@@ -1,0 +1,147 @@
+"""The probe of a checkpoint: the loss and a few logits of a small fixed batch, as probe.json.
+
+The batch is a function of the vocabulary's size and the architecture alone. Who reads the weights computes the probe
+again: another result than when they were saved means other weights, another model, or a machine that errs. The loss is
+plain cross-entropy in nats per token, on any layout. Logits are compared where both sides have them.
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_llm.chance import key_of, mix
+from dist_llm.config.derive import round_up
+from dist_llm.config.schema import ModelConfig
+from dist_llm.errors import CheckpointError
+from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.models.visibility import CAUSAL, FULL, Source, Visibility
+from dist_llm.objectives.batch import Batch
+
+PROBE = "probe.json"
+FORMAT = "dist_llm probe 1"
+ROWS, LENGTH, NUM_LOGITS = 4, 64, 8
+# Allowed differences by precision: of the loss, relative; of a logit, relative to the largest one, or to 1 if that is
+# less. Rounding differs by layout, device and kernel. The coarsest precision of both sides decides.
+TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (2e-3, 2e-2), "bf16": (5e-3, 5e-2), "fp8": (2e-2, 2e-1)}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model computes: `precision` of its products, `weights` of what they were read from.
+
+    `logits` of some ids at the last position of the first row; None where the layout has them on no single rank.
+    """
+
+    loss: float
+    logits: tuple[float, ...] | None = None
+    precision: str = "fp32"
+    weights: str = "fp32"
+
+    def dump(self) -> bytes:
+        """For probe.json. A number that is not finite becomes null."""
+        logits = None if self.logits is None else [_number(each) for each in self.logits]
+        content = {"format": FORMAT, "loss": _number(self.loss), "logits": logits}
+        return json.dumps({**content, "precision": self.precision, "weights": self.weights}, indent=1).encode() + b"\n"
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.6g} ({self.precision}, weights in {self.weights})"
+
+
+def parse_probe(content: bytes, where: str) -> Probe | None:
+    """The probe that `dump` wrote; None for one of another version. Raises CheckpointError for anything else."""
+    try:
+        raw = json.loads(content)
+        if raw["format"] != FORMAT:
+            return None
+        logits = None if raw["logits"] is None else tuple(_finite_or_nan(each) for each in raw["logits"])
+        probe = Probe(_finite_or_nan(raw["loss"]), logits, raw["precision"], raw["weights"])
+        if {probe.precision, probe.weights} <= TOLERANCES.keys():
+            return probe
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise CheckpointError(f"{where}: is not a probe that dist_llm wrote; restore the file")
+
+
+def compare_probes(before: Probe, now: Probe, what: str) -> str:
+    """A line that says how close they are. Raises CheckpointError that begins with `what` where they differ."""
+    kinds = {before.precision, now.precision} | (
+        {before.weights, now.weights} if before.weights != now.weights else set()
+    )
+    of_loss, of_logits = (max(column) for column in zip(*(TOLERANCES[kind] for kind in kinds), strict=True))
+    off = _distance(before.loss, now.loss, abs(before.loss))
+    values = f"the probe's loss was {before.loss:.9g} and is {now.loss:.9g}; {of_loss:g} of it is allowed"
+    close = off <= of_loss
+    if before.logits is not None and now.logits is not None:
+        scale = max(1.0, *(abs(each) for each in before.logits))
+        pairs = list(zip(before.logits, now.logits, strict=True))
+        then, here = max(pairs, key=lambda pair: _distance(pair[0], pair[1], scale))
+        values += f"; a logit was {then:.6g} and is {here:.6g}; {of_logits * scale:.2g} is allowed"
+        close &= _distance(then, here, scale) <= of_logits
+    if not close:
+        raise CheckpointError(f"{what}: the weights do not compute what they computed when they were saved: {values}")
+    return values
+
+
+def probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
+    """The batch of a resolved model, its sequences padded to a multiple that the layout divides.
+
+    Padding changes nothing: it is not scored, and no token sees it.
+    """
+    longest = min(LENGTH, model.max_seq_len) if model.positions == "learned" else LENGTH
+    ids_BW = _ids("probe", ROWS, longest + 1, model.vocab_size)
+    padding = round_up(longest, multiple) - longest
+    inputs_BS, targets_BS = _padded(ids_BW[:, :-1], padding, 0), _padded(ids_BW[:, 1:], padding, IGNORE)
+    own = _without_padding(longest, padding)
+    batch = Batch.of(inputs_BS, targets_BS, own if model.architecture == "encoder" else CAUSAL)
+    if padding:  # there may be no more positions
+        batch = replace(batch, positions_BS=_padded(torch.arange(longest).expand(ROWS, longest), padding, 0))
+    if model.architecture == "encoder_decoder":
+        tokens_BT = _padded(_ids("probe source", ROWS, longest, model.vocab_size), padding, 0)
+        batch = replace(batch, source=Source(tokens_BT, own, batch.positions_BS))
+    return batch
+
+
+def num_scored(model: ModelConfig) -> int:
+    """Targets of the batch that are scored."""
+    return probe_batch(model).scored
+
+
+def logits_of(logits_V: Tensor) -> tuple[float, ...]:
+    """The few that a probe keeps, of all logits of a position."""
+    ids = torch.linspace(0, len(logits_V) - 1, min(NUM_LOGITS, len(logits_V))).long()
+    return tuple(logits_V[ids.to(logits_V.device)].float().tolist())
+
+
+def _ids(name: str, rows: int, width: int, vocab_size: int) -> Tensor:
+    numbers = mix(torch.arange(rows * width) ^ key_of(name)) & (2**63 - 1)
+    return (numbers % vocab_size).reshape(rows, width)
+
+
+def _padded(tensor_BS: Tensor, padding: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(tensor_BS, (0, padding), value=value)
+
+
+def _without_padding(length: int, padding: int) -> Visibility:
+    if not padding:
+        return FULL
+    documents_BT = _padded(torch.zeros(ROWS, length, dtype=torch.long), padding, -1)
+    return Visibility(causal=False, documents_BT=documents_BT)
+
+
+def _distance(a: float, b: float, scale: float) -> float:
+    """Relative; 0 where the first value was not finite and nothing can be said."""
+    if not math.isfinite(a):
+        return 0.0
+    return abs(a - b) / max(scale, 1e-9) if math.isfinite(b) else math.inf
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _finite_or_nan(value: Any) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,149 @@
+"""Going on from a checkpoint, or starting from its weights: they must compute what they computed when they were saved.
+
+A resumed run also repeats steps that a kill took back. Their losses are compared with the rows that metrics.jsonl still
+has of them, where the config is that of the start which wrote the rows.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_llm.checkpoint import store as checkpoints
+from dist_llm.checkpoint.adapt import start_from
+from dist_llm.checkpoint.compatible import check_parameters, check_start, config_of, log_start
+from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.probe import PROBE, TOLERANCES, compare_probes, parse_probe
+from dist_llm.checkpoint.state import Progress
+from dist_llm.config.compare import PART_KEYS
+from dist_llm.config.load import parse_saved
+from dist_llm.config.schema import Config
+from dist_llm.engines.base import Engine
+from dist_llm.engines.measure_probe import measure_probe
+from dist_llm.errors import CheckpointError, UserError
+
+log = logging.getLogger("dist_llm")
+
+NUM_STEPS = 10  # that are compared after a kill; later ones amplify rounding
+# Sections and keys that decide the losses of the next steps.
+DECIDING = ("model", "objective", "loss", "optim", "schedule", "precision", "fp8")
+DECIDING_DATA = ("seq_len", "global_batch", "order", "windows", "score_prompts", "document_mask", "skip", "stages")
+
+
+def load_run(folder: Folder, engine: Engine, config: Config) -> Progress:
+    """Read weights and optimizer state. Raises CheckpointError where they are not what was saved."""
+    check_parameters(folder, checkpoints.shapes(folder), config.model, requested=False)
+    progress = checkpoints.load(folder, engine.state)
+    if engine.loss_scale is not None and progress.loss_scale is not None:
+        engine.loss_scale = progress.loss_scale
+    check_probe(folder, engine, config)
+    return progress
+
+
+def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
+    """Begin with another run's weights. Raises CheckpointError where they do not fit, or are not what was saved."""
+    requested = check_start(path, config)
+    log_start(path, config, requested)
+    parts = any(each.key in PART_KEYS for each in requested)
+    added, dropped = check_parameters(path, checkpoints.shapes(path), config.model, parts)
+    for what, names in (("that keep their initial values", added), ("of the checkpoint are not used", dropped)):
+        if names:
+            log.info("init_allow: parameters %s: %s", what, ", ".join(names))
+    known = min(config_of(path).model.vocab_size, config.model.vocab_size)
+    start_from(path, engine.state, config.init_optimizer == "keep", known, added)
+    log.info("starting from %s, %d ids of it known", path, known)
+    if changed := [each.key for each in requested if each.key != "objective"]:
+        log.info("%s: the probe is not compared, because init_allow changes %s", path, ", ".join(changed))
+    else:
+        check_probe(Folder(path), engine, config)
+
+
+def check_probe(folder: Folder, engine: Engine, config: Config) -> None:
+    """Compare the probe of the weights that were read with that of the checkpoint. Every rank calls it.
+
+    Raises CheckpointError where they differ by more than rounding, unless checkpoint.probe says warn.
+    """
+    probe = parse_probe(folder.read(PROBE), f"{folder}/{PROBE}") if PROBE in folder.names() else None
+    if probe is None:
+        log.info("%s: has no probe that this version can compare; the weights are taken as they are", folder)
+        return
+    try:
+        log.info("%s: %s", folder, compare_probes(probe, measure_probe(engine, config), str(folder)))
+    except CheckpointError as error:
+        if config.checkpoint.probe == "refuse":
+            raise CheckpointError(
+                f"{error}. Start again, on another machine if you can: a device may err. If it is refused again, move "
+                "this checkpoint away to go on from the one before; or set checkpoint.probe: warn to accept it"
+            ) from None
+        log.warning("%s", error)
+
+
+class EarlierSteps:
+    """The losses of steps that an earlier start of the run took and then lost: {step: loss}."""
+
+    def __init__(self, losses: Mapping[int, float], tolerance: float = 0.0) -> None:
+        self.losses, self.tolerance = dict(losses), tolerance
+        self.num_compared = 0
+
+    @staticmethod
+    def read(directory: Path, step: int, config: Config) -> "EarlierSteps":
+        """Those after `step` in metrics.jsonl, which is truncated next; none where the config has changed since."""
+        losses: dict[int, float] = {}
+        try:
+            for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+                row = _row(line)
+                if "loss" in row and step < row.get("step", 0) <= step + NUM_STEPS and math.isfinite(row["loss"]):
+                    losses[row["step"]] = row["loss"]
+            if not losses:
+                return EarlierSteps({})
+            before = parse_saved((directory / "config.yaml").read_text(encoding="utf-8"), str(directory))
+        except (OSError, UnicodeDecodeError, UserError) as error:
+            log.info("resumed steps are not compared with those before: %s", error)
+            return EarlierSteps({})
+        if changed := _changes(before, config):
+            log.info("resumed steps are not compared with those before: %s changed", ", ".join(changed))
+            return EarlierSteps({})
+        return EarlierSteps(losses, TOLERANCES["fp8" if config.fp8 else config.precision][0])
+
+    def compare(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Events, to be shown and written, of steps whose losses are not those of the earlier start."""
+        events = []
+        for row in rows:
+            before = self.losses.pop(row.get("step", 0), None)
+            if before is None or "loss" not in row:
+                continue
+            self.num_compared += 1
+            if not abs(row["loss"] - before) <= self.tolerance * max(1.0, abs(before)):
+                event = (
+                    f"step {row['step']} was taken before the run was resumed, with a loss of {before:.9g}; now it is "
+                    f"{row['loss']:.9g}, and a difference of {self.tolerance * max(1.0, abs(before)):.2g} is rounding: "
+                    "the weights, the optimizer state or the data are not those of the first time"
+                )
+                log.warning("%s", event)
+                events.append({"step": row["step"], "event": event})
+        if self.num_compared and not self.losses:
+            if not events:
+                log.info("%d steps that were taken before have the same losses again", self.num_compared)
+            self.num_compared = 0
+        return events
+
+
+def _row(line: str) -> dict[str, Any]:
+    """A row of metrics.jsonl; empty for a line that a kill cut short."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _changes(before: Config, now: Config) -> list[str]:
+    """Keys and sections that decide the losses, and have changed."""
+    found = [name for name in DECIDING if getattr(before, name) != getattr(now, name)]
+    found += [f"data.{name}" for name in DECIDING_DATA if getattr(before.data, name) != getattr(now.data, name)]
+    if before.run.seed != now.run.seed:
+        found.append("run.seed")
+    weights = [[(each.name, each.weight, each.epochs) for each in config.data.sources] for config in (before, now)]
+    return found + (["data.sources"] if weights[0] != weights[1] else [])

@@ -1,0 +1,172 @@
+"""The probe tells weights and functions apart, on every layout, and forgives rounding."""
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dist_llm.checkpoint.probe import Probe, compare_probes, logits_of, parse_probe, probe_batch
+from dist_llm.config.schema import Config
+from dist_llm.convert.stream_probe import stream_probe
+from dist_llm.convert.weights import DictWeights
+from dist_llm.engines.measure_probe import measure_probe
+from dist_llm.engines.native import NativeEngine
+from dist_llm.errors import CheckpointError
+from dist_llm.train.step import train_step
+from tests.laws.law import SEQ_LEN, batches_of, config_of
+from tests.laws.layouts import ADAMW, BART, BERT, MODELS, T5, Layout
+from tests.laws.worlds import world
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def grown(config: Config) -> NativeEngine:
+    """With matrices as large as those of a trained model, so that every part has a say."""
+    engine = NativeEngine(config, CPU)
+    for name, parameter in engine.named_parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(20 if "embed" in name else 8)
+    return engine
+
+
+def probe_of(config: Config) -> Probe:
+    """Before the first step, as a resume does, and after one as before it: that sees no other state of the engine."""
+    engine = grown(config)
+    before = measure_probe(engine, config)
+    if config.data.seq_len == SEQ_LEN:
+        train_step(engine, batches_of(config, engine, 0), 0.0, 0)
+        assert compare_probes(before, measure_probe(engine, config), "a step with a rate of 0")
+    return before
+
+
+def streamed(engine: NativeEngine, dtype: str = "fp32", **changes: Any) -> Probe:
+    weights = DictWeights(engine.state.weights())
+    return stream_probe(weights, engine.config.model.model_copy(update=changes), dtype)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_engine_and_one_block_at_a_time_agree(model: str) -> None:
+    config = config_of(1, MODELS[model], optim=ADAMW, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
+    engine = grown(config)
+    found, want = measure_probe(engine, config), streamed(engine)
+    assert found.loss == pytest.approx(want.loss, rel=1e-6)
+    assert found.logits == pytest.approx(want.logits, rel=1e-5, abs=1e-6)
+    assert compare_probes(want, found, "x").startswith("the probe's loss was")
+    loss = torch.log_softmax(torch.tensor(found.logits), 0)
+    assert torch.isfinite(loss).all()
+    assert engine.parts[0].head.loss.z_loss == 1e-2, "training goes on with the loss of the config"
+
+
+LAYOUTS = [
+    Layout(2, {"dp_shard": 2}, "tied"),
+    Layout(2, {"tp": 2}, "gpt"),
+    Layout(2, {"cp": 2}, "tied"),
+    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", 6),
+    Layout(2, {"tp": 2}, "t5"),
+    Layout(2, {"pp": 2}, "two", 6),
+    Layout(2, {"cp": 2}, "bert"),
+    Layout(3, {"cp": 3}, "bert"),
+    Layout(3, {"cp": 3}, "gpt"),
+    Layout(4, {"pp": 2, "dp_shard": 2}, "tied", 3),
+    Layout(4, {"cp": 2, "tp": 2}, "tied"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_measures_what_one_process_does(layout: Layout) -> None:
+    """Also where the sequences of the probe are padded beyond the last position: three context ranks divide 42."""
+    model, data = MODELS[layout.model], {}
+    if layout.ranks == 3:
+        model, data = model | {"max_seq_len": 40}, {"seq_len": 36}
+    sections = {"optim": ADAMW, "data": data}
+    want = probe_of(config_of(1, model, **sections))
+    config = config_of(
+        layout.ranks, model, **{**sections, "data": data | {"micro_batch": layout.micro}}, parallel=layout.parallel
+    )
+    for found in world(layout.ranks).run(probe_of, config):
+        assert found.loss == pytest.approx(want.loss, rel=2e-5)
+        assert (found.logits is None) == ("dp_shard" not in layout.parallel or "pp" in layout.parallel)
+        compare_probes(want, found, "x")
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ({}, {"rope_theta": 5e5}),
+        ({}, {"n_heads": 4, "n_kv_heads": 2, "head_dim": 8}),
+        ({}, {"norm_order": "post"}),
+        ({}, {"positions": "none"}),
+        ({}, {"norm_eps": 1e-3}),
+        ({}, {"logit_cap": 2.0}),
+        (BERT, {"activation": "relu"}),
+        (T5, {"attention_scale": 0.35}),
+        (BART, {"norm_eps": 1e-3}),
+    ],
+    ids=str,
+)
+def test_another_function_of_the_same_weights_is_refused(model: dict[str, Any], changes: dict[str, Any]) -> None:
+    engine = grown(config_of(1, model, optim=ADAMW))
+    with pytest.raises(CheckpointError, match=r"(?s)x: the weights do not compute.*loss was [\d.]+ and is [\d.]+"):
+        compare_probes(streamed(engine), streamed(engine, **changes), "x")
+
+
+def test_one_changed_parameter_is_refused() -> None:
+    """Every parameter counts: each one, doubled, is another model."""
+    engine = grown(config_of(1, {"n_layers": 2, "tie_embeddings": False}))
+    weights, config = engine.state.weights(), engine.config.model
+    want = streamed(engine)
+    for name, tensor in weights.items():
+        changed = DictWeights(weights | {name: tensor * 2})
+        with pytest.raises(CheckpointError, match="the weights do not compute"):
+            compare_probes(want, stream_probe(changed, config), name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_rounding_is_forgiven_by_precision(precision: str) -> None:
+    engine = grown(config_of(1, {}))
+    want = streamed(engine)
+    rounded = streamed(engine, precision)
+    assert rounded.loss != want.loss
+    compare_probes(want, rounded, "x")
+    if precision == "bf16":
+        with pytest.raises(CheckpointError):
+            compare_probes(want, replace(rounded, weights="fp32"), "the same difference is no rounding of fp32")
+    low = NativeEngine(config_of(1, {}, precision=precision), CPU)
+    for (_, mine), (_, theirs) in zip(low.named_parameters(), engine.named_parameters(), strict=True):
+        mine.data.copy_(theirs)
+    found = measure_probe(low, low.config)
+    assert found.precision == precision
+    compare_probes(want, found, "x")
+
+
+def test_a_probe_is_read_as_it_was_written() -> None:
+    for probe in (Probe(1.5, (1.0, 2.0), "bf16", "fp16"), Probe(2.0)):
+        assert parse_probe(probe.dump(), "x") == probe
+    lost = parse_probe(Probe(math.nan, (math.inf,)).dump(), "x")
+    assert lost is not None and math.isnan(lost.loss)  # noqa: PT018
+    compare_probes(lost, Probe(1.0, (1.0,)), "nothing is known of such weights")
+    with pytest.raises(CheckpointError):
+        compare_probes(Probe(1.0), Probe(math.nan), "x")
+    assert parse_probe(json.dumps({"format": "dist_llm probe 9"}).encode(), "x") is None
+    for broken in (
+        b"",
+        b"[]",
+        b"{}",
+        Probe(1.0).dump().replace(b"fp32", b"fp1"),
+        Probe(1.0).dump().replace(b"1.0", b'"a"'),
+    ):
+        with pytest.raises(CheckpointError, match="x: is not a probe"):
+            parse_probe(broken, "x")
+
+
+def test_the_batch_depends_on_the_vocabulary_alone() -> None:
+    small, large = config_of(1, {}), config_of(1, {"d_model": 64, "n_layers": 1}, run={"seed": 9})
+    assert torch.equal(probe_batch(small.model).inputs_BS, probe_batch(large.model).inputs_BS)
+    ids = probe_batch(small.model).inputs_BS
+    assert (int(ids.min()) >= 0, int(ids.max()) < 130) == (True, True)
+    assert len(ids.unique()) > 60
+    assert logits_of(torch.arange(3.0)) == (0.0, 1.0, 2.0)
