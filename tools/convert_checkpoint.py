@@ -18,9 +18,8 @@ examples:
   python tools/convert_checkpoint.py inspect runs/demo
 
 A run stands for its newest checkpoint. What is written appears whole or not at all, and is read again and compared
-before it does. The loss of the checkpoint's probe batch is computed again, of what was written, and compared: see
-docs/checkpoints.md. One tensor at a time is held in memory, for the probe embedding, head and one block; for to-torch and
---check all. No GPU, no process group.
+before it does. The probe's loss (docs/checkpoints.md) is computed again, and compared. One tensor at a time is held in
+memory; for the probe embedding, head and one block; for to-torch and --check all. No GPU, no process group.
 A checkpoint that was converted can be evaluated, sampled from, and trained on with init_from.
 Exit code 1: diff found a difference; 2: the command cannot be run, or what it found is wrong.
 """
@@ -216,6 +215,7 @@ def to_deepspeed(options: argparse.Namespace) -> None:
     path = find(options.checkpoint)
     config, step = load_saved(path), progress_of(Folder(path)).step
     groups, settings, shared = groups_of(config)
+    show_probe(stored_probe(path), stream_probe(NativeWeights(path), config.model), path)
     with shown(NativeWeights(path), "converting") as weights:
         if options.universal:
             made = write_universal(Path(options.out), weights, step=step)
@@ -225,7 +225,6 @@ def to_deepspeed(options: argparse.Namespace) -> None:
     with shown(weights, "checking") as seen:
         written = open_deepspeed(made)
         reopen(MadeWeights({name: written.shapes[name] for name in seen.shapes}, written.read), seen, torch.float32)
-    show_probe(stored_probe(path), stream_probe(written, config.model), path)
     console.print(f"wrote {made}: {len(weights.shapes)} tensors")
 
 
