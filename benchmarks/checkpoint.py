@@ -3,7 +3,8 @@
 On one process, in turn: steps alone, a save alone, and steps right after a save has begun, until it is on the disk.
 `stall` is what `save` takes before the next step may begin, over a step; `slower` is a step while the thread writes,
 over one alone; `bandwidth` is that of a save alone, copy, hashes and fsync included, over that of `dd conv=fsync` of
-as many bytes into the same directory. The first save of all, which allocates the copies, is left out.
+as many bytes into the same directory. The first save of all, which allocates the copies, is left out. `probe` is what
+the loss and the logits of the probe take, at each save and at a start, over a step, and `probe_seconds` in seconds.
 
 Prints one JSON line per save on stdout, then a table on stderr. The goal: a stall below 1.
 """
@@ -21,10 +22,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dist_llm.checkpoint.probe import PROBE
 from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.derive import resolve
 from dist_llm.config.schema import CheckpointConfig, Config
+from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
@@ -64,7 +67,8 @@ def run(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
         "data": {"path": "unused", "seq_len": 256, "global_batch": sequences},
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engine = NativeEngine(resolve(Config.model_validate(raw), 1, 0), device)
+    config = resolve(Config.model_validate(raw), 1, 0)
+    engine = NativeEngine(config, device)
     tokens = torch.randint(VOCAB, (sequences, 257))
     batch = Batch.of(tokens[:, :-1], tokens[:, 1:], CAUSAL)
 
@@ -80,7 +84,11 @@ def run(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
     for number in range(options.saves + 1):
         alone = statistics.median(step() for _ in range(3))
         begin = time.perf_counter()
-        store.save(engine.state, Progress(2 * number + 1), {})
+        probe = measure_probe(engine, config)
+        probe_seconds = time.perf_counter() - begin
+
+        begin = time.perf_counter()
+        store.save(engine.state, Progress(2 * number + 1), {PROBE: probe.dump()})
         store.finish()
         speed = shard / (time.perf_counter() - begin)
 
@@ -92,6 +100,7 @@ def run(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
         store.finish()
         row = {"step_seconds": alone, "megabytes": shard / 1e6, "stall": stall / alone}
         row |= {"slower": statistics.median(during) / alone if during else 1.0}
+        row |= {"probe": probe_seconds / alone, "probe_seconds": probe_seconds}
         rows.append({**row, "megabytes_per_second": speed / 1e6, "bandwidth": speed / dd(directory / "dd", shard)})
     return rows[1:]
 

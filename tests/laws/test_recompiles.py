@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from dist_llm.config.schema import Config
+from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of
@@ -23,7 +24,8 @@ LAYOUTS: list[Any] = [
 
 
 def compiled(config: Config) -> list[int]:
-    """How many graphs were compiled by the end of each step. A held-out loss is taken in between, as in training."""
+    """How many graphs were compiled by the end of each step. A held-out loss is taken in between, as in training, and
+    probes as for a checkpoint."""
     counters.clear()
     engine, found = NativeEngine(config, torch.device("cpu")), []
     for step in range(6):
@@ -31,6 +33,8 @@ def compiled(config: Config) -> list[int]:
         train_step(engine, batches, 1e-3, step)
         if step == 2:
             engine.score(engine.cut(batches[0]))
+        if step >= 3:
+            measure_probe(engine, config)
         found.append(counters["stats"]["unique_graphs"])
     return found
 
