@@ -92,17 +92,22 @@ def tokens(config: Config) -> int:
 
 
 def trace(config: Config, ranks: int) -> dict[str, Any]:
+    """Two steps of a rank of so many."""
+    with pretend.gpu(ranks) as gpu:
+        return steps(config, gpu)
+
+
+def steps(config: Config, gpu: pretend.Gpu) -> dict[str, Any]:
     """Two steps of one microbatch after another: the optimizer's moments come with the first."""
     data, shards = config.data, config.parallel.dp_replicate * config.parallel.dp_shard
     rows = torch.zeros(data.global_batch // shards, data.seq_len + 1, dtype=torch.long)
     batches = [Batch.of(each[:, :-1], each[:, 1:], CAUSAL) for each in rows.split(data.micro_batch)]
-    with pretend.gpu(ranks) as gpu:
-        engine = NativeEngine(config, pretend.DEVICE)
-        train_step(engine, batches, config.optim.lr)
-        weights = gpu.peak = gpu.now
-        gpu.at = ""
-        train_step(engine, batches, config.optim.lr, step=1)
-        return {"weights": weights, "peak": gpu.peak, "at": gpu.at}
+    engine = NativeEngine(config, pretend.DEVICE)
+    train_step(engine, batches, config.optim.lr)
+    weights = gpu.peak = gpu.now
+    gpu.at = ""
+    train_step(engine, batches, config.optim.lr, step=1)
+    return {"weights": weights, "peak": gpu.peak, "at": gpu.at}
 
 
 @contextmanager

@@ -1,0 +1,158 @@
+"""Checks of `gpu.py` on kernels: attention, the sliced loss and products in float8, beside plain arithmetic."""
+
+from contextlib import nullcontext
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+
+from attention import MASKS, SDPA, Heads, masked
+from dist_llm.losses import linear
+from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
+from dist_llm.losses.linear import Columns, linear_cross_entropy
+from dist_llm.models.attention import attend, look
+from dist_llm.models.visibility import CAUSAL, Visibility
+from dist_llm.parallel import fp8
+from gpu_context import Comparison, Context, SkippedError
+
+ROWS, SEQ_LEN, HEADS, KV_HEADS, HEAD_DIM = 2, 256, 4, 2, 64
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+# What SDPA says where a backend does not take a mask, a dtype or a head dimension. Any other error is one.
+REFUSALS = ("No available kernel", "No viable backend", "Invalid backend")
+REQUIRED = ("chosen", "math", "flex")  # must take every mask
+
+
+def check_attention(context: Context, kernel: str, seq_len: int = SEQ_LEN) -> dict[str, object]:
+    """A kernel's output and gradients beside softmax attention in fp64, for each mask; `chosen`: the model's own."""
+    if kernel == "flex" and context.kind == "cpu":
+        raise SkippedError("FlexAttention has no backward on a CPU")
+    comparison, refused = Comparison(context), list[str]()
+    kv_heads = HEADS if kernel == "efficient" else KV_HEADS  # it knows no groups
+    cases = {name: (make(ROWS, seq_len, context.device), seq_len) for name, make in MASKS.items()}
+    if kernel != "flex":
+        cases["last queries"] = (CAUSAL, seq_len // 4)  # as many queries at the end of all keys: a prompt in parts
+    for dtype, tolerance in TOLERANCES.items():
+        for name, (visible, queries) in cases.items():
+            what = f"{name} {str(dtype).removeprefix('torch.')}"
+            heads = _heads(seq_len, queries, kv_heads, dtype, context.device)
+            try:
+                actual = _attention(kernel, heads, visible)
+            except RuntimeError as error:
+                if kernel in REQUIRED or not any(text in str(error) for text in REFUSALS):
+                    raise
+                refused.append(what)
+                continue
+            for part, one, other in zip(("out", "q", "k", "v"), actual, _plain(heads, visible), strict=True):
+                comparison.close(f"{what} {part}", one, other, tolerance)
+    if len(refused) == len(cases) * len(TOLERANCES):
+        raise SkippedError("takes none of the masks here")
+    return comparison.row(refused=refused)
+
+
+def _heads(seq_len: int, queries: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> Heads:
+    generator = torch.Generator().manual_seed(0)
+
+    def one(length: int, heads: int) -> Tensor:
+        drawn = torch.randn(ROWS, length, heads, HEAD_DIM, generator=generator)
+        return drawn.to(device, dtype).requires_grad_()
+
+    return one(queries, HEADS), one(seq_len, kv_heads), one(seq_len, kv_heads)
+
+
+def _attention(kernel: str, heads: Heads, visible: Visibility) -> tuple[Tensor, ...]:
+    """The output, and the gradients of q, k and v."""
+    q, k = heads[0], heads[1]
+    shape = (len(q), q.shape[1], k.shape[1])
+    with sdpa_kernel(SDPA[kernel]) if kernel in SDPA else nullcontext():
+        mask = look(visible, shape, q.device, dense=False) if kernel == "chosen" else masked(kernel, visible, shape, q.device)
+        out = attend(*heads, mask, dropout=0.0)
+        return (out, *torch.autograd.grad(out, heads, _upstream(out)))
+
+
+def _upstream(out: Tensor) -> Tensor:
+    """A gradient of the output, the same for every kernel."""
+    steps = torch.arange(out.numel(), device=out.device, dtype=torch.float32)
+    return torch.sin(steps).view(out.shape).to(out.dtype)
+
+
+def _plain(heads: Heads, visible: Visibility) -> tuple[Tensor, ...]:
+    """The same by its formula, in fp64."""
+    q, k, v = (each.detach().double().requires_grad_() for each in heads)
+    S, T, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    b, s, t = (torch.arange(size, device=q.device) for size in (len(q), S, T))
+    seen_BST = visible.sees(S, T, b[:, None, None], s[None, :, None], t).expand(len(q), S, T)
+    k_BTHE, v_BTHE = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores_BHST = torch.einsum("bshe,bthe->bhst", q, k_BTHE) * q.shape[-1] ** -0.5
+    weights_BHST = scores_BHST.masked_fill(~seen_BST[:, None], -torch.inf).softmax(-1)
+    out = torch.einsum("bhst,bthe->bshe", weights_BHST, v_BTHE)
+    return (out, *torch.autograd.grad(out, (q, k, v), _upstream(out)))
+
+
+def check_loss(context: Context) -> dict[str, object]:
+    """The loss in slices, and its gradients, beside whole logits in fp64 on the CPU; fp32 and bf16, capped and not."""
+    comparison = Comparison(context)
+    generator, device = torch.Generator().manual_seed(0), context.device
+    x, weight = torch.randn(2, 96, 64, generator=generator), torch.randn(512, 64, generator=generator) / 8
+    targets = torch.randint(500, (2, 96), generator=generator)
+    targets[0, :7] = IGNORE
+    loss, slice_bytes = CrossEntropy(label_smoothing=0.1, z_loss=1e-3), 40 * 512 * 4  # five slices
+    for cap in (0.0, 5.0):
+        expected = _whole_loss(x.double(), weight.double(), targets, loss, cap)
+        for dtype, tolerance in TOLERANCES.items():
+            inputs = x.to(device).requires_grad_(), weight.to(device).requires_grad_()
+            autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+            with patch.dict(linear.SLICE_BYTES, {device.type: slice_bytes}), autocast:
+                columns = Columns(500, 0, 500)
+                losses_B = linear_cross_entropy(*inputs, None, targets.to(device), loss, cap, columns)
+            actual = (losses_B, *torch.autograd.grad(losses_B.sum(), inputs))
+            for part, one, other in zip(("losses", "x", "weight"), actual, expected, strict=True):
+                comparison.close(f"{str(dtype).removeprefix('torch.')} cap {cap:g} {part}", one, other, tolerance)
+    return comparison.row()
+
+
+def _whole_loss(x: Tensor, weight: Tensor, targets: Tensor, loss: CrossEntropy, cap: float) -> tuple[Tensor, ...]:
+    """Losses of the sequences, and the gradients of their sum."""
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    logits = F.linear(x, weight[:500])
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    options = {"ignore_index": IGNORE, "reduction": "none", "label_smoothing": loss.label_smoothing}
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), **options).view(targets.shape)
+    losses = losses + loss.z_loss * logits.logsumexp(-1).square() * (targets != IGNORE)
+    return (losses.sum(-1), *torch.autograd.grad(losses.sum(), (x, weight)))
+
+
+def check_fp8(context: Context, tokens: int) -> dict[str, object]:
+    """Products in float8, forward and both gradients: beside the emulated ones, and beside those in fp32.
+
+    The first to bf16's last place and what Hopper's sums lose (2^-11 of the summands' sizes), the second within 10%.
+    """
+    comparison, generator = Comparison(context), torch.Generator().manual_seed(0)
+    fp8.check_device(context.device)
+    shapes = (((tokens, 256), 1e-2), ((512, 256), 2e-2), ((tokens, 512), 1e-5))
+    drawn = [(size * torch.randn(shape, generator=generator)).bfloat16() for shape, size in shapes]
+    x, w, g = (each.to(context.device) for each in drawn)
+    kernel = _products(x, w, g)
+    with patch.object(fp8, "product", fp8.emulated):
+        emulated = _products(x, w, g)
+    exact = x.float() @ w.float().t(), g.float() @ w.float(), g.float().t() @ x.float()
+    sizes = x.abs() @ w.abs().t(), g.abs() @ w.abs(), g.abs().t() @ x.abs()
+    for part, one, other, plain, size in zip(("y", "x", "w"), kernel, emulated, exact, sizes, strict=True):
+        if context.has_values:
+            allowed = 2.0**-8 * other.float().abs() + 2.0**-11 * size.float()
+            excess = ((one - other).float().abs() / allowed.clamp(min=1e-30)).max().item()
+            comparison.at_most(f"{part}, of what is allowed beside the emulated", excess, 1.0)
+            norm = ((one.float() - plain).norm() / plain.norm()).item()
+            comparison.at_most(f"{part}, beside fp32", norm, 0.1)
+        else:
+            comparison.close(part, one, plain, 0.1)
+    return comparison.row()
+
+
+def _products(x: Tensor, w: Tensor, g: Tensor) -> list[Tensor]:
+    """y = x w^T, and the gradients of x and w."""
+    inputs, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
+    y = fp8.linear(inputs, weight)
+    return [y.detach(), *torch.autograd.grad(y, (inputs, weight), g)]
+

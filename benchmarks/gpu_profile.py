@@ -1,0 +1,108 @@
+"""A profile of one training step for `gpu.py`: where the device's time goes, and its ten largest gaps.
+
+A gap is a time in which the device runs nothing, between the end of what ran before and the start of what runs next.
+On a CPU the operators that call no other stand for kernels.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import memory
+from gpu_context import Context
+from gpu_figures import training_config
+from train import make_ours
+
+MOST = 10
+
+
+@dataclass(frozen=True)
+class Span:
+    """A kernel on the device, or an operator on the host; microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Microseconds without a kernel, with the kernels on both sides and the last operator that the host began by then."""
+
+    start: float
+    micros: float
+    after: str
+    before: str
+    host: str
+
+
+def profile_step(context: Context, model: str, seq_len: int, batch: int, keys: tuple[str, ...]) -> dict[str, Any]:
+    """One step after two to warm up. Leaves the trace, for chrome://tracing or Perfetto, beside the rows."""
+    config = training_config(context, model, seq_len, batch, keys)
+    if context.gpu is not None:
+        return {"traced_peak": memory.steps(config, context.gpu)["peak"]}
+    turn = make_ours(config, context.device)
+    turn(2)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.kind == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        turn(1)
+    kernels, host = spans(profiler.events() or [], context.kind)
+    trace = context.folder / f"gpu-{context.kind}-trace.json.gz"
+    context.folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(trace))
+    return {"trace": trace.name, **summary(kernels, host)}
+
+
+def spans(events: Iterable[Any], kind: str) -> tuple[list[Span], list[Span]]:
+    """(kernels, operators of the host), by their start."""
+    kernels, host = [], []
+    for event in events:
+        span = Span(event.name, event.time_range.start, event.time_range.end)
+        on_device = event.device_type == torch.autograd.DeviceType.CUDA
+        if on_device or (kind == "cpu" and not event.cpu_children):
+            kernels.append(span)
+        if not on_device:
+            host.append(span)
+    return sorted(kernels, key=lambda span: span.start), sorted(host, key=lambda span: span.start)
+
+
+def summary(kernels: Sequence[Span], host: Sequence[Span]) -> dict[str, Any]:
+    """How long the device was busy, in what, and when it was not."""
+    found = gaps(kernels, host)
+    total = max((span.end for span in kernels), default=0) - min((span.start for span in kernels), default=0)
+    idle = sum(gap.micros for gap in found)
+    times: dict[str, tuple[float, int]] = {}
+    for span in kernels:
+        micros, calls = times.get(span.name, (0.0, 0))
+        times[span.name] = micros + span.end - span.start, calls + 1
+    top = sorted(times.items(), key=lambda item: -item[1][0])[:MOST]
+    largest = sorted(found, key=lambda gap: -gap.micros)[:MOST]
+    broken = [] if kernels else ["the profile has no kernel"]
+    return {
+        "step_micros": total,
+        "idle_micros": idle,
+        "idle": idle / total if total else 0.0,
+        "kernels": len(kernels),
+        "largest_kernels": [{"name": name[:80], "micros": micros, "calls": calls} for name, (micros, calls) in top],
+        "gaps": [{**vars(gap), "start": round(gap.start - kernels[0].start, 1)} for gap in largest],
+        "broken": broken,
+    }
+
+
+def gaps(kernels: Sequence[Span], host: Sequence[Span]) -> list[Gap]:
+    """Every gap, in order. Kernels may overlap, on several streams."""
+    found: list[Gap] = []
+    if not kernels:
+        return found
+    last, started, number = kernels[0], "", 0
+    for span in kernels[1:]:
+        if span.start > last.end:
+            while number < len(host) and host[number].start <= span.start:
+                started, number = host[number].name, number + 1
+            found.append(Gap(last.end, round(span.start - last.end, 1), last.name[:80], span.name[:80], started[:80]))
+        if span.end > last.end:
+            last = span
+    return found

@@ -1,0 +1,93 @@
+"""The results of `gpu.py`: a file that is whole after every row, and the table at the end."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpu_context import Context
+from gpu_environment import hardware
+from results import DIRECTORY, Results, table
+
+GIB = 2**30
+TRACED = "gpu-pretended.json"
+
+
+class GpuResults(Results):
+    """`FOLDER/gpu-KIND.json`, written anew with each row: a killed run keeps its rows.
+
+    `commit` is used where the source tree is not under git. Rows of training get the peak that was traced beforehand.
+    """
+
+    def __init__(self, context: Context, command: str, commit: str) -> None:
+        super().__init__("gpu", context.device)
+        self.context, self.command = context, command
+        self.path = context.folder / f"gpu-{context.kind}.json"
+        self.about = {**self.facts(), **hardware(context), "tiny": context.tiny}
+        if self.about["git_commit"] == "unknown" and commit:
+            self.about["git_commit"] = commit
+        self.traced = {} if context.tiny or not context.has_values else traced_peaks()
+        self._write()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Print a row and keep it."""
+        traced = self.traced.get(row["row"])
+        super().add(row if traced is None else {**row, "traced_peak": traced})
+        self._write()
+
+    def _write(self) -> None:
+        content = {"command": self.command, "machine": self.about, "rows": self.rows}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.path.with_suffix(".json.tmp")
+        scratch.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(scratch, self.path)
+
+
+def traced_peaks(path: Path = DIRECTORY / TRACED) -> dict[str, int]:
+    """{row: bytes}, of the run on the pretended GPU that is kept in the repository; empty where there is none."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text())["rows"]
+    return {row["row"]: row["traced_peak"] for row in rows if "traced_peak" in row}
+
+
+def report(results: GpuResults) -> str:
+    """One table, and below it the gaps of the profile and what did not go well."""
+    rows = [(row["row"], row["outcome"], f"{row['seconds']:.1f}", *_figures(row)) for row in results.rows]
+    header = ("row", "outcome", "s", "tok/s", "MFU", "step ms", "peak GiB", "traced GiB", "TFLOP/s", "GB/s")
+    parts = [results.machine(), table(header, rows)]
+    parts += [_gaps(row) for row in results.rows if row.get("gaps")]
+    parts += [f"{row['row']}: {row['outcome']}: {_why(row)}" for row in results.rows if row["outcome"] != "ok"]
+    return "\n\n".join(parts)
+
+
+def _figures(row: Mapping[str, Any]) -> list[str]:
+    """The cells of a row; empty where it has no such figure."""
+    seconds = row.get("step_seconds", row["step_micros"] / 1e6 if "step_micros" in row else row.get("row_seconds"))
+    scaled = (
+        (row.get("tokens_per_second"), 1, "{:,.0f}"),
+        (row.get("mfu"), 1, "{:.3f}"),
+        (seconds, 1e-3, "{:,.2f}"),
+        (row.get("peak"), GIB, "{:.2f}"),
+        (row.get("traced_peak"), GIB, "{:.2f}"),
+        (row.get("tflops", row["bf16_matmul"] / 1e12 if "bf16_matmul" in row else None), 1, "{:,.1f}"),
+        (row.get("bytes_per_second", row.get("copy_bytes_per_second")), 1e9, "{:,.0f}"),
+    )
+    return ["" if value is None else form.format(value / unit) for value, unit, form in scaled]
+
+
+def _gaps(row: Mapping[str, Any]) -> str:
+    """The largest gaps of a profile, and its largest kernels."""
+    cells = [(gap["after"], gap["before"], gap["host"], f"{gap['start'] / 1e3:.2f}", gap["micros"]) for gap in row["gaps"]]
+    kernels = [(each["name"], each["calls"], f"{each['micros'] / 1e3:.2f}") for each in row["largest_kernels"]]
+    what = f"{row['row']}: {row['idle']:.1%} of {row['step_micros'] / 1e3:.1f} ms without a kernel; the largest gaps"
+    gaps = table(("after", "before", "host", "at ms", "us"), cells)
+    return f"{what}\n{gaps}\n\n{table(('kernel', 'calls', 'ms'), kernels)}"
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    """What is broken, or the end of a traceback."""
+    if row.get("broken"):
+        return "; ".join(row["broken"])
+    return str(row.get("error", "")).strip()

@@ -1,0 +1,244 @@
+"""Checks of `gpu.py` on whole steps: what the engine computes on the device, beside what it computes on the CPU."""
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dist_llm.checkpoint import store
+from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.config.schema import Config
+from dist_llm.engines.native import NativeEngine
+from dist_llm.generate import Prompt, Sampling, tokens
+from dist_llm.models.attention import KVCache
+from dist_llm.models.build import build_model
+from dist_llm.models.visibility import CAUSAL, Visibility
+from dist_llm.objectives.batch import Batch
+from dist_llm.parallel.mesh import build_mesh, local
+from dist_llm.parallel.parallelize import initialise
+from dist_llm.parallel.shard import shard
+from dist_llm.train.step import train_step
+from gpu_context import SMALL_VOCABULARY, Comparison, Context, SkippedError, small_config
+
+CPU = torch.device("cpu")
+# Updates are compared, and not weights: an update of SGD is the gradient. A large epsilon keeps AdamW's update of an
+# element near zero from turning on the sign of a rounding error.
+SGD = ("optim.name=sgd", "optim.lr=1", "optim.momentum=0", "optim.clip=0", "optim.weight_decay=0")
+ADAMW = ("optim.lr=0.01", "optim.eps=1e-3", "optim.clip=1")
+MUON = (*ADAMW, "optim.name=muon")
+STEPS = 3
+LEAST = 1e-2  # an update below this share of the largest one is compared as if it were so large
+SYNC_MESSAGE = "called a synchronizing CUDA operation"
+
+
+def batch_of(config: Config, step: int, visible: Visibility = CAUSAL) -> Batch:
+    """Random ids; each row of another number of scored targets."""
+    generator = torch.Generator().manual_seed(step)
+    shape = (config.data.global_batch, config.data.seq_len + 1)
+    ids = torch.randint(config.model.vocab_size, shape, generator=generator)
+    targets = ids[:, 1:].clone()
+    for row in range(len(ids)):
+        targets[row, : row * 5] = -100
+    return Batch.of(ids[:, :-1].contiguous(), targets, visible)
+
+
+def take_steps(
+    engine: NativeEngine, steps: int = STEPS, visible: Visibility = CAUSAL
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """(loss and gradient norm of each step, the update of each parameter over all steps)."""
+    before = {name: local(each).detach().clone() for name, each in engine.named_parameters()}
+    reports = [
+        train_step(engine, [batch_of(engine.config, n, visible)], engine.config.optim.lr, n) for n in range(steps)
+    ]
+    scalars = [value.detach() for report in reports for value in (report.loss, report.grad_norm)]
+    return scalars, {name: local(each).detach() - before[name] for name, each in engine.named_parameters()}
+
+
+def compare_steps(
+    comparison: Comparison,
+    what: str,
+    actual: tuple[list[Tensor], dict[str, Tensor]],
+    expected: tuple[list[Tensor], dict[str, Tensor]],
+    scalar_tolerance: float,
+    update_tolerance: float,
+) -> None:
+    """Losses, norms and updates; an update's error is over its own largest element."""
+    for number, (one, other) in enumerate(zip(actual[0], expected[0], strict=True)):
+        comparison.close(f"{what}: {'grad_norm' if number % 2 else 'loss'}", one, other, scalar_tolerance)
+    if not comparison.context.has_values:
+        return
+    largest = max(update.abs().max().item() for update in expected[1].values())
+    for name, update in expected[1].items():
+        difference = (actual[1][name].cpu().double() - update.cpu().double()).abs().max().item()
+        size = max(update.abs().max().item(), LEAST * largest)
+        comparison.at_most(f"{what}: updates", difference / size, update_tolerance)
+
+
+def check_step(context: Context) -> dict[str, object]:
+    """fp32: three steps of two models by each optimizer, on the device and on the CPU: 1e-4."""
+    comparison = Comparison(context)
+    for model in ("llama-cpu", "gpt2-cpu"):
+        for name, keys in (("sgd", SGD), ("adamw", ADAMW), ("muon", MUON)):
+            config = small_config(*keys, model=model)
+            expected, actual = (take_steps(NativeEngine(config, each)) for each in (CPU, context.device))
+            compare_steps(comparison, f"{model} {name}", actual, expected, 1e-4, 1e-3 if name == "muon" else 1e-4)
+    return comparison.row()
+
+
+def check_step_bf16(context: Context) -> dict[str, object]:
+    """bf16 on the device beside fp32 on the CPU: within 1% of the loss and 5% of the norm, and it is not fp32."""
+    comparison = Comparison(context)
+    expected = take_steps(NativeEngine(small_config(*SGD), CPU), 1)
+    actual = take_steps(NativeEngine(small_config(*SGD, "precision=bf16"), context.device), 1)
+    comparison.close("loss", actual[0][0], expected[0][0], 1e-2)
+    comparison.close("grad_norm", actual[0][1], expected[0][1], 5e-2)
+    if context.has_values:
+        cosine = min(_cosine(actual[1][name], update) for name, update in expected[1].items())
+        comparison.at_most("updates: 1 - cosine", 1 - cosine, 1e-2)
+        comparison.is_true("bf16 computed what fp32 computes", actual[0][0].item() != expected[0][0].item())
+    return comparison.row()
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return nn.functional.cosine_similarity(one.cpu().double().flatten(), other.double().flatten(), dim=0).item()
+
+
+def check_compile(context: Context) -> dict[str, object]:
+    """Compiled blocks beside eager ones, in fp32, and once more with selective recomputation."""
+    comparison = Comparison(context)
+    expected = take_steps(NativeEngine(small_config(*SGD), context.device))
+    for recompute in ("none", "selective"):
+        config = small_config(*SGD, "compile=true", f"parallel.recompute={recompute}")
+        actual = take_steps(NativeEngine(config, context.device))
+        compare_steps(comparison, f"recompute {recompute}", actual, expected, 1e-4, 1e-4)
+    return comparison.row()
+
+
+def check_fp8_step(context: Context, compiled: bool) -> dict[str, object]:
+    """Ten steps on one batch: losses in float8 within 2% of those in bf16, and they fall."""
+    comparison = Comparison(context)
+    losses = {}
+    for fp8 in (True, False):
+        config = small_config("precision=bf16", f"fp8={fp8}", f"compile={compiled}", "optim.lr=0.003")
+        engine = NativeEngine(config, context.device)
+        losses[fp8] = [train_step(engine, [batch_of(config, 0)], 3e-3, step).loss for step in range(10)]
+    comparison.close("loss of the first step", losses[True][0], losses[False][0], 1e-2)
+    comparison.close("losses of ten steps", torch.stack(losses[True]).sum(), torch.stack(losses[False]).sum(), 2e-2)
+    if context.has_values:
+        comparison.is_true("the loss does not fall", losses[True][-1].item() < 0.98 * losses[True][0].item())
+    return comparison.row()
+
+
+def check_generation(context: Context) -> dict[str, object]:
+    """The device's tokens are the CPU's, with the cache of keys and values and without; logits within 1e-4."""
+    comparison = Comparison(context)
+    config = small_config()
+    model = build_model(config.model).eval()
+    initialise(model, config)
+    there = copy.deepcopy(model).to(context.device)
+    ids = torch.arange(3, 20)[None]
+    for name, cache in (("without a cache", None), ("with a cache", KVCache())):
+        with torch.no_grad():
+            logits = there(ids.to(context.device), visible=CAUSAL, cache=cache)
+            last = there(ids[:, :5].to(context.device), visible=CAUSAL, cache=cache) if cache else logits
+            expected = model(torch.cat((ids, ids[:, :5]), 1) if cache else ids, visible=CAUSAL)
+        comparison.close(f"logits {name}", last[:, -1], expected[:, -1], 1e-4)
+    if context.has_values:
+        prompt, greedy = Prompt(list(range(3, 20))), Sampling(max_tokens=16, temperature=0.0)
+        expected_ids = list(tokens(model, prompt, greedy, 64))
+        for use_cache in (True, False):
+            what = f"tokens {'with' if use_cache else 'without'} a cache"
+            comparison.equal(what, list(tokens(there, prompt, greedy, 64, use_cache)), expected_ids)
+    return comparison.row()
+
+
+def check_checkpoint(context: Context) -> dict[str, object]:
+    """Saved on the device, read on the CPU: weights and moments bit by bit, and the next step."""
+    comparison = Comparison(context)
+    config = small_config(*ADAMW)
+    engine, other = NativeEngine(config, context.device), NativeEngine(config, CPU)
+    take_steps(engine, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = CheckpointStore(Path(folder))
+        if not context.has_values:
+            checkpoints.copies.take(engine.state.weights() | engine.state.moments())
+            return comparison.row()
+        checkpoints.save(engine.state, Progress(step=2), {})
+        checkpoints.finish()
+        found = checkpoints.newest()
+        assert found is not None
+        store.load(found, other.state)
+    state = engine.state.weights() | engine.state.moments()
+    for name, tensor in (other.state.weights() | other.state.moments()).items():
+        comparison.equal(name, state[name], tensor)
+    compare_steps(comparison, "the next step", take_steps(engine, 1), take_steps(other, 1), 1e-4, 1e-4)
+    return comparison.row(tensors=len(state))
+
+
+def check_one_rank(context: Context) -> dict[str, object]:
+    """A process group of one rank: its collectives, and a step under FSDP2 beside one without."""
+    comparison = Comparison(context)
+    config = small_config(*SGD)
+    expected = take_steps(NativeEngine(config, context.device), 1)
+    with context.process_group():
+        x = torch.arange(8.0, device=context.device)
+        for what, collective in _collectives(x).items():
+            comparison.equal(what, collective, x)
+        engine = NativeEngine(config, context.device)
+        assert engine.mesh is not None
+        with torch.device("meta"):
+            model = build_model(config.model)
+        shard(model, config, build_mesh(config.parallel, context.device.type))
+        model.to_empty(device=context.device)
+        initialise(model, config)
+        engine.parts = [model]
+        engine.optimizer = engine._optimizer()
+        compare_steps(comparison, "FSDP2", take_steps(engine, 1), expected, 1e-5, 1e-5)
+        del engine, model
+    return comparison.row()
+
+
+def _collectives(x: Tensor) -> dict[str, Tensor]:
+    """Each of them on one rank, where it changes nothing."""
+    import torch.distributed as dist
+
+    summed, gathered, scattered, sent = x.clone(), torch.empty_like(x), torch.empty_like(x), x.clone()
+    dist.all_reduce(summed)
+    dist.all_gather_into_tensor(gathered, x)
+    dist.reduce_scatter_tensor(scattered, x)
+    dist.broadcast(sent, 0)
+    if dist.get_backend() == "fake":  # moves nothing
+        gathered, scattered = x, x
+    return {"all_reduce": summed, "all_gather": gathered, "reduce_scatter": scattered, "broadcast": sent}
+
+
+def check_host_syncs(context: Context, keys: Sequence[str], documents: bool = False) -> dict[str, object]:
+    """How often a step makes the host wait for the device: never. A pretended GPU refuses to be read at all."""
+    if context.kind == "cpu":
+        raise SkippedError("a CPU has no host syncs")
+    comparison = Comparison(context)
+    config = small_config("precision=bf16", *keys)
+    engine = NativeEngine(config, context.device)
+    ids_BT = torch.arange(config.data.seq_len).expand(config.data.global_batch, -1) * 4 // config.data.seq_len
+    visible = Visibility(causal=True, documents_BT=ids_BT) if documents else CAUSAL
+    batch = batch_of(config, 0, visible).pin()
+    for step in range(2):
+        train_step(engine, [batch], 1e-3, step)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            train_step(engine, [batch], 1e-3, 2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    lines = [f"{each.filename}:{each.lineno}" for each in caught if SYNC_MESSAGE in str(each.message)]
+    comparison.at_most("syncs of a step", len(lines), 0)
+    return comparison.row(syncs=len(lines), lines=lines)
+
+
+assert SMALL_VOCABULARY > 20  # the prompt of `check_generation`
