@@ -1,6 +1,6 @@
-# make install | demo | test | test-all | check | bench | clean
+# make install | demo | test | test-all | check | bench | gpu | gpu-wheels | clean
 #
-# Everything happens in .venv, which `install` makes; it need not be activated.
+# Everything but `gpu` happens in .venv, which `install` makes; it need not be activated.
 # Another interpreter: make PYTHON=python3.12 install
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 # The environment's programs come first: some packages look for theirs on PATH, as deepspeed does for ninja.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: install demo test test-all check bench clean
+.PHONY: install demo test test-all check bench gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -53,7 +53,26 @@ check: install
 bench: install
 	for program in overhead train loss attention optimizer data checkpoint communication collectives layouts startup; do python benchmarks/$$program.py || exit 1; done
 
+# At most eight minutes on a GPU: docs/gpu.md. Installs nothing and needs no network.
+# DEVICE=cpu runs the same rows on the CPU, at tiny sizes.
+DEVICE ?= cuda
+RESULTS ?= $(if $(filter cuda,$(DEVICE)),benchmarks/results,runs/gpu)
+GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
+COMMIT ?=
+
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu_start.py --device $(DEVICE) --write $(RESULTS) --commit=$(COMMIT)
+
+# The packages that a machine with torch, transformers and their like may lack, for `gpu` there: about 5 MB.
+WHEELS_PYTHON ?= 3.12
+
+gpu-wheels:
+	$(PYTHON) -m pip download --dest wheels --only-binary=:all: --python-version $(WHEELS_PYTHON) \
+	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+	  --platform manylinux2014_x86_64 -c constraints.txt pydantic blake3 pytest pytest-timeout
+
 # What the targets above made; no run or corpus of yours.
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis data/stdlib runs/demo
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis data/stdlib runs/demo \
+	  wheels runs/gpu
 	find dist_llm tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -117,7 +117,8 @@ def case(
             turns[kernel] = lambda step=step: seconds(step, device)
     found = take_turns(turns, options.rounds)
     best = chosen(heads, look(visible, shape, device, dense=False))
-    flops = 14 * options.head_dim * options.heads * pairs(visible, shape, device)
+    cpu = torch.device("cpu")
+    flops = 14 * options.head_dim * options.heads * pairs(MASKS[mask](options.batch, seq_len, cpu), shape, cpu)
     rows = []
     for kernel, taken in found.items():
         median = statistics.median(taken)

@@ -37,7 +37,8 @@ def training_config(context: Context, model: str, seq_len: int, batch: int, keys
     sizes = [f"data.global_batch={batch}", f"data.seq_len={seq_len}", f"model.max_seq_len={seq_len}"]
     if context.tiny:
         seq_len //= TINY_SEQ_LEN
-        sizes = [f"data.global_batch={batch}", f"data.seq_len={seq_len}", f"model.vocab_size={SMALL_VOCABULARY}", *SMALL]
+        sizes = [f"data.global_batch={batch}", f"data.seq_len={seq_len}", f"model.vocab_size={SMALL_VOCABULARY}"]
+        sizes += [*SMALL, "model.n_layers=1"]
     return config_of(model, ["precision=bf16", *sizes, *keys])
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpu_context import Context
 from gpu_environment import hardware
 from results import DIRECTORY, Results, table
@@ -21,7 +23,7 @@ class GpuResults(Results):
     """
 
     def __init__(self, context: Context, command: str, commit: str) -> None:
-        super().__init__("gpu", context.device)
+        super().__init__("gpu", context.device if context.has_values else torch.device("cpu"))
         self.context, self.command = context, command
         self.path = context.folder / f"gpu-{context.kind}.json"
         self.about = {**self.facts(), **hardware(context), "tiny": context.tiny}

@@ -3,8 +3,8 @@
 Tensors on it have a shape, a type and a device, but no values: of each operator its shape function alone is run. So a
 step shows what it allocates and when (`Gpu.peak`), and fails where it mixes devices or asks for a value that is there.
 What it does not show: numbers, time, what kernels need for themselves, and gaps in the allocator's memory. Blocks are
-not compiled. Attention without a mask is FlashAttention; with one, all scores are computed, which takes more than on a
-GPU. Collectives end at once, in torch's fake group.
+not compiled. Attention without a mask and FlexAttention take what FlashAttention takes; with a mask, all scores are
+computed, which takes more than on a GPU. Collectives end at once, in torch's fake group.
 
 torch's build for CPUs cannot go backward on a GPU, even on one without values. `preload` starts the program again with
 a library that says there is one. Not a program: memory.py and tests/gpu/traced.py use it.
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import CausalBias
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -118,6 +119,8 @@ class Gpu(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}  # of host memory: there is no driver to pin it
         if any(issubclass(each, DTensor) for each in types):
             return NotImplemented  # it comes back with what it holds
         flat = pytree.tree_leaves((args, kwargs))
@@ -130,6 +133,9 @@ class Gpu(TorchDispatchMode):
             if isinstance(each, FakeTensor) and each.device.type == "cuda":
                 self._hold(each.untyped_storage(), func)
         return found
+
+    def reset_peak(self, device: Any = None) -> None:
+        self.peak = self.now
 
     def _known(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
@@ -192,6 +198,12 @@ def _patches(there: Gpu) -> Iterator[tuple[Any, str, Any]]:
     yield torch.cuda, "get_device_properties", lambda device=None: properties
     yield torch.cuda, "get_device_capability", lambda device=None: (9, 0)
     yield torch.cuda, "get_device_name", lambda device=None: properties.name
+    yield torch.cuda, "synchronize", lambda device=None: None
+    yield torch.cuda, "empty_cache", lambda: None
+    yield torch.cuda, "mem_get_info", lambda device=None: (properties.total_memory, properties.total_memory)
+    yield torch.cuda, "max_memory_allocated", lambda device=None: there.peak
+    yield torch.cuda, "reset_peak_memory_stats", there.reset_peak
+    yield torch.cuda, "set_sync_debug_mode", lambda mode: None  # whoever asks for a value has none
     yield torch.cuda, "Stream", _Stream
     yield torch.cuda, "Event", _Event
     yield torch.cuda, "current_stream", _Stream
@@ -200,7 +212,8 @@ def _patches(there: Gpu) -> Iterator[tuple[Any, str, Any]]:
     yield torch, "Event", _Event
     yield torch.version, "cuda", "12.8"
     yield torch.cuda.amp.common, "amp_definitely_not_available", lambda: False
-    yield torch, "compile", lambda model=None, **options: model if model is not None else lambda made: made
+    yield torch, "compile", _compile
+    yield torch, "_fused_sdp_choice", lambda q, k, v, mask, *rest, **options: int(mask is None)  # flash, or else math
     yield Tensor, "record_stream", lambda tensor, stream: None
     yield Tensor, "pin_memory", lambda tensor: tensor
     yield torch.UntypedStorage, "resize_", lambda storage, size: there.resize(storage, size)
@@ -231,6 +244,19 @@ class _Event:
     def synchronize(self) -> None: ...
     def query(self) -> bool:
         return True
+
+
+def _compile(model: Any = None, **options: Any) -> Any:
+    """The function itself, but that of FlexAttention writes no whole scores."""
+    if model is None:
+        return _compile
+    return _flex if model is flex_attention else model
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: Any = None, enable_gqa: bool = False) -> Tensor:
+    if block_mask.kv_num_blocks.device.type != q.device.type:
+        raise RuntimeError(f"the block mask is on {block_mask.kv_num_blocks.device}, and the queries on {q.device}")
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=scale)[0]
 
 
 def _to_empty(module: nn.Module, *, device: Any, recurse: bool = True) -> nn.Module:

@@ -1,0 +1,77 @@
+"""What `make gpu` starts: makes missing packages importable from carried wheels, then runs gpu.py. Imports no package.
+
+A machine with a GPU may lack a network and packages that training needs. `make gpu-wheels` downloads those few for its
+Python, and they travel with this tree in `wheels/`. They are unpacked beside, for each Python in a folder of its own, and
+only if something is missing; nothing of the machine's Python is changed. Exit code 2 where a package is still missing.
+"""
+
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WHEELS = REPOSITORY / "wheels"
+# What every row imports; and what only `pytest -m gpu` does.
+NEEDED = ("torch", "numpy", "yaml", "pydantic", "rich", "tokenizers", "fsspec", "safetensors", "blake3")
+WANTED = ("pytest", "pytest_timeout")
+LEAST_PYTHON = (3, 11)
+
+
+def missing(names: Sequence[str]) -> list[str]:
+    """Those that cannot be imported; found without importing them."""
+    importlib.invalidate_caches()
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def fits(wheel: Path, python: str = f"{sys.version_info[0]}{sys.version_info[1]}") -> bool:
+    """Whether a wheel is for this Python: a pure one, or one of its own ABI or of a stable one that is older."""
+    tags = wheel.stem.split("-")[-3:-1]
+    if any(tag.startswith("py3") for tag in tags[0].split(".")):
+        return True
+    stable = re.fullmatch(r"cp3(\d+)", tags[0])
+    return tags[0] == f"cp{python}" or (tags[1] == "abi3" and stable is not None and int(stable[1]) <= int(python[1:]))
+
+
+def unpack(wheels: Path) -> Path:
+    """A folder with all wheels that fit this Python; a wheel is a zip file of what is to be on the path."""
+    target = wheels / f"unpacked-{sys.implementation.cache_tag}"
+    for wheel in sorted(wheels.glob("*.whl")):
+        done = target / f".{wheel.name}"
+        if fits(wheel) and not done.exists():
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(target)
+            done.touch()
+    return target
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns only where gpu.py cannot be started."""
+    if sys.version_info < LEAST_PYTHON:
+        print(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr)
+        return 2
+    path = [str(REPOSITORY)]
+    if missing((*NEEDED, *WANTED)) and any(WHEELS.glob("*.whl")):
+        path.insert(0, str(unpack(WHEELS)))
+    path += os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.environ.get("PYTHONPATH") else []
+    sys.path[:0] = path
+    if absent := missing(NEEDED):
+        print(
+            f"error: not installed for {sys.executable}: {', '.join(absent)}. With a network, run `make install` here. "
+            "Without one, run `make gpu-wheels` where there is one, for this Python (WHEELS_PYTHON=3.12), and copy "
+            "wheels/ here",
+            file=sys.stderr,
+        )
+        return 2
+    for name in missing(WANTED):
+        print(f"{name} is missing: `pytest -m gpu` will be left out", file=sys.stderr)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    os.execve(sys.executable, [sys.executable, str(REPOSITORY / "benchmarks" / "gpu.py"), *arguments], environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

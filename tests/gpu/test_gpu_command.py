@@ -1,0 +1,309 @@
+"""`make gpu` without a GPU: every row is reached, rows outlive a killed run, and a wrong value is reported."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from tests.e2e import commands
+
+REPOSITORY = Path(__file__).parents[2]
+BENCHMARKS = REPOSITORY / "benchmarks"
+sys.path.append(str(BENCHMARKS))  # its programs import each other by bare names
+
+import gpu  # noqa: E402
+import gpu_figures  # noqa: E402
+import gpu_kernels  # noqa: E402
+import gpu_profile  # noqa: E402
+import gpu_report  # noqa: E402
+import gpu_start  # noqa: E402
+import gpu_steps  # noqa: E402
+from gpu_context import Comparison, Context  # noqa: E402
+from gpu_profile import Span  # noqa: E402
+from gpu_rows import ROWS, Row  # noqa: E402
+
+from dist_llm.checkpoint import store  # noqa: E402
+from dist_llm.engines.native import NativeEngine  # noqa: E402
+from dist_llm.losses import linear  # noqa: E402
+from dist_llm.parallel import fp8  # noqa: E402
+
+CPU = Context("cpu", True, Path("unused"))
+# Packages that the machine with the GPU lacks, and that no row may need.
+ABSENT = "import sys; sys.modules.update(datasets=None, datasketch=None, hypothesis=None, deepspeed=None); "
+without_cuda = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="a GPU is pretended by torch's CPU build alone"
+)
+
+
+def start(*arguments: str, code: str = "", program: Path = BENCHMARKS / "gpu.py") -> subprocess.Popen[str]:
+    words = ["-c", code] if code else [str(program)]
+    return subprocess.Popen(
+        [sys.executable, *words, *arguments],
+        env=commands.environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def rows_in(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["row"]: row for row in json.loads(path.read_text())["rows"]}
+
+
+def base(name: str) -> str:
+    """The name of the row that a result is of: a row of several results names each."""
+    return max((row.name for row in ROWS if name == row.name or name.startswith(f"{row.name}, ")), key=len)
+
+
+@without_cuda
+def test_every_row_is_reached_on_a_pretended_gpu(tmp_path: Path) -> None:
+    """At tiny sizes: each row's tensors are on the GPU and are not read, where they must not be."""
+    code = f"{ABSENT} sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu; sys.exit(gpu.main())"
+    process = start("--device", "pretended", "--tiny", "--write", str(tmp_path), code=code)
+    output, errors = process.communicate(timeout=280)
+    rows = rows_in(tmp_path / "gpu-pretended.json")
+    assert {name: row["error"] for name, row in rows.items() if row["outcome"] == "failed"} == {}
+    assert process.returncode == 0, errors
+    assert [json.loads(line)["row"] for line in output.splitlines()] == list(rows)
+    assert {base(name) for name in rows} == {row.name for row in ROWS}
+    assert [name for name, row in rows.items() if row["outcome"] != "ok"] == ["pytest -m gpu"]
+    assert all(rows[row.name]["traced_peak"] > 0 for row in ROWS if row.kind == "train")
+    assert rows["environment"]["missing"].keys() >= {"datasets", "datasketch"}
+    assert "traced GiB" in errors
+
+
+def test_the_run_goes_on_past_faults_and_reports_them(tmp_path: Path) -> None:
+    """A wrong loss, a row that hangs, one whose process dies, one without memory: and the rows after them are there."""
+    process = start("--device", "cpu", "--write", str(tmp_path), program=Path(__file__).parent / "planted.py")
+    output, errors = process.communicate(timeout=280)
+    assert process.returncode == 1, errors
+    kept = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    rows = {row["row"]: row for row in kept["rows"]}
+    assert list(rows) == [json.loads(line)["row"] for line in output.splitlines()]
+    outcomes = {name: row["outcome"] for name, row in rows.items() if row["outcome"] != "ok"}
+    assert outcomes == {"loss": "failed", "hangs": "failed", "dies": "failed", "memory": "out of memory"}
+    assert any("float32 cap 0 losses: error 0.00" in line for line in rows["loss"]["broken"])
+    assert "planted.py" in rows["hangs"]["error"], "where it hangs"
+    assert "exit code 3" in rows["dies"]["error"]
+    assert "Tried to allocate" in rows["memory"]["error"]
+    assert rows["llama-1b, 4k x 4"]["tokens_per_second"] > 0
+    assert 0 < len(rows["profile, eager"]["gaps"]) <= 10
+    assert (tmp_path / rows["profile, eager"]["trace"]).stat().st_size > 0
+    assert {"cpu", "torch", "git_commit", "device"} <= kept["machine"].keys()
+    assert "the largest gaps" in errors
+    assert "3 failed, 4 ok, 1 out of memory" in errors
+
+
+def test_a_killed_run_keeps_its_rows(tmp_path: Path) -> None:
+    """SIGKILL to the parent: the file is whole, and no child lives on."""
+    path = tmp_path / "gpu-cpu.json"
+    names = [row.name for row in ROWS if row.name in ("environment", "loss", "compile")]
+    process = start("--device", "cpu", "--write", str(tmp_path), "--rows", *names)
+    deadline = time.monotonic() + 200
+    while not path.exists() or len(rows_in(path)) < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = commands._family(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(rows_in(path)) == ["environment", "loss"]
+    while any(Path(f"/proc/{each}/cmdline").exists() and "spawn_main" in command_of(each) for each in family[1:]):
+        assert time.monotonic() < deadline, "a child lives on"
+        time.sleep(0.05)
+
+
+def command_of(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_whole_command_runs_on_the_cpu(tmp_path: Path) -> None:
+    """`DEVICE=cpu make gpu` from start to end, through make."""
+    done = subprocess.run(
+        ["make", "gpu", "DEVICE=cpu", f"RESULTS={tmp_path}", f"GPU_PYTHON={sys.executable}"],
+        cwd=REPOSITORY,
+        env=commands.environment(),
+        capture_output=True,
+        text=True,
+        timeout=1100,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = rows_in(tmp_path / "gpu-cpu.json")
+    assert {base(name) for name in rows} == {row.name for row in ROWS}
+    skipped = {name for name, row in rows.items() if row["outcome"] != "ok"}
+    no_cpu = {name for name in rows if name.startswith(("host syncs", "attention flex", "pytest"))}
+    assert skipped == no_cpu | {"attention efficient", "attention cudnn"}
+
+
+@pytest.mark.slow
+@without_cuda
+@pytest.mark.timeout(1200)
+def test_the_traced_peaks_in_the_repository_are_those_of_this_code(tmp_path: Path) -> None:
+    """One row at its full size; all are in the file."""
+    kept = gpu_report.traced_peaks()
+    names = [row.name for row in ROWS if row.kind == "train"]
+    assert kept.keys() >= set(names)
+    process = start("--device", "pretended", "--write", str(tmp_path), "--rows", names[0])
+    process.communicate(timeout=1100)
+    traced = rows_in(tmp_path / "gpu-pretended.json")[names[0]]["traced_peak"]
+    assert traced == pytest.approx(kept[names[0]], rel=0.01)
+
+
+def test_checks_and_the_first_training_row_come_within_two_minutes() -> None:
+    first = next(number for number, row in enumerate(ROWS) if row.kind == "train")
+    assert ROWS[first].name == "llama-1b, 4k x 4"
+    assert sum(row.expected for row in ROWS[: first + 1]) <= 120
+    before = {row.name for row in ROWS[:first]}
+    assert before >= {"step fp32", "step bf16", "loss", "attention chosen", "generation", "checkpoint", "one rank"}
+
+
+class Clock:
+    """Time that rows take, and nothing else."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left = seconds
+
+    def run(self, row: Row, seconds: float) -> list[dict[str, Any]]:
+        self.left -= row.expected
+        return [{"outcome": "ok", "limit": seconds}]
+
+
+def test_a_row_starts_only_if_there_is_time_for_it() -> None:
+    kept: list[dict[str, Any]] = []
+    results: Any = SimpleNamespace(add=kept.append, context=SimpleNamespace(kind="cuda"))
+    rows = [Row("check", f"{number}", len, expected=10, limit=25) for number in range(4)]
+    clock = Clock(32)
+    gpu.run_rows(rows, results, clock.run, lambda: clock.left)
+    assert [row["outcome"] for row in kept] == ["ok", "ok", "ok", "skipped"]
+    assert [row.get("limit") for row in kept[:3]] == [25, 22, 12]
+    assert "2 s of the budget are left" in kept[3]["error"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "bug", "check", "options"),
+    [
+        (linear, "_turn", lambda right: lambda *args: right(*args) * 1.001, gpu_kernels.check_loss, {}),
+        (
+            gpu_kernels,
+            "attend",
+            lambda right: lambda *args, **keys: right(*args, **keys, scale=0.13),
+            gpu_kernels.check_attention,
+            {"kernel": "chosen", "seq_len": 64},
+        ),
+        (fp8, "product", lambda right: lambda *args: right(*args) * 1.02, gpu_kernels.check_fp8, {"tokens": 21}),
+        (
+            gpu_steps.copy,
+            "deepcopy",
+            lambda right: lambda model: right(model).apply(_shift),
+            gpu_steps.check_generation,
+            {},
+        ),
+        (store, "load", lambda right: lambda folder, state: _shifted(right, folder, state), gpu_steps.check_checkpoint, {}),
+    ],
+    ids=["loss", "attention", "fp8", "generation", "checkpoint"],
+)
+def test_a_wrong_value_breaks_the_check(owner: Any, name: str, bug: Any, check: Any, options: dict[str, Any]) -> None:
+    """And without the bug it is whole."""
+    assert check(CPU, **options)["broken"] == []
+    with patch.object(owner, name, bug(getattr(owner, name))):
+        assert check(CPU, **options)["broken"]
+
+
+def _shift(module: torch.nn.Module) -> None:
+    """Move the weights of the norms."""
+    if isinstance(module, torch.nn.RMSNorm):
+        module.weight.data += 0.01
+
+
+def _shifted(load: Any, folder: Any, state: Any) -> None:
+    load(folder, state)
+    next(iter(state.moments().values())).view(-1)[:1] += 1
+
+
+class Late(NativeEngine):
+    """Every second engine, the one on the device, takes steps a thousandth too long."""
+
+    count = itertools.count()
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.factor = 1.001 if next(self.count) % 2 else 1.0
+
+    def update(self, lr: float, accept: Any = None) -> torch.Tensor:
+        return super().update(lr * self.factor, accept)
+
+
+def test_a_wrong_step_breaks_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_steps.check_step(CPU)["broken"] == []
+    monkeypatch.setattr(gpu_steps, "NativeEngine", Late)
+    broken = gpu_steps.check_step(CPU)["broken"]
+    assert any("llama-cpu sgd: updates: error 0.001" in line for line in broken)
+    assert any("gpt2-cpu adamw: updates" in line for line in broken)
+
+
+def test_a_loss_that_knows_too_much_breaks_a_training_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one of zeros, which would be fast."""
+    turn = {"seconds": 0.1, "peak": 1, "loss": 0.0}
+    monkeypatch.setattr(gpu_figures, "make_ours", lambda config, device: lambda steps: turn)
+    found = gpu_figures.training(CPU, "llama-1b", 4096, 4)
+    assert found["broken"]
+    assert found["tokens_per_second"] == pytest.approx(4 * 64 / 0.1)
+
+
+def test_nan_and_another_shape_break_a_comparison() -> None:
+    comparison = Comparison(CPU)
+    comparison.close("nan", torch.tensor([torch.nan]), torch.ones(1), 1e30)
+    comparison.close("shape", torch.ones(2), torch.ones(1), 1e30)
+    comparison.equal("bits", torch.ones(1), torch.ones(1, dtype=torch.float64))
+    assert [line.partition(":")[0] for line in comparison.broken] == ["nan", "shape", "bits"]
+
+
+def test_gaps_lie_between_the_end_of_all_before_and_the_next_start() -> None:
+    kernels = [Span("a", 0, 10), Span("long", 2, 30), Span("short", 5, 6), Span("b", 34, 40), Span("c", 40, 50)]
+    host = [Span("aten::mm", 1, 3), Span("aten::item", 31, 33), Span("aten::add", 39, 40)]
+    (gap,) = gpu_profile.gaps(kernels, host)
+    assert (gap.start, gap.micros, gap.after, gap.before, gap.host) == (30, 4, "long", "b", "aten::item")
+    found = gpu_profile.summary(kernels, host)
+    assert (found["step_micros"], found["idle_micros"], found["kernels"]) == (50, 4, 5)
+    assert gpu_profile.summary([], [])["broken"] == ["the profile has no kernel"]
+
+
+def test_wheels_that_fit_this_python_are_unpacked_once(tmp_path: Path) -> None:
+    here = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    for tag in ("py3-none-any", f"{here}-{here}-manylinux_2_17_x86_64", "cp399-cp399-manylinux_2_17_x86_64"):
+        with zipfile.ZipFile(tmp_path / f"carried_{tag.partition('-')[0]}-1.0-{tag}.whl", "w") as wheel:
+            wheel.writestr(f"carried_{tag.partition('-')[0]}.py", "")
+    target = gpu_start.unpack(tmp_path)
+    assert {path.name for path in target.glob("*.py")} == {"carried_py3.py", f"carried_{here}.py"}
+    (target / "carried_py3.py").unlink()
+    gpu_start.unpack(tmp_path)
+    assert not (target / "carried_py3.py").exists(), "it was unpacked before"
+    assert gpu_start.fits(Path("x-1-cp38-abi3-manylinux_2_17_x86_64.whl"))
+    assert not gpu_start.fits(Path("x-1-cp38-cp38-manylinux_2_17_x86_64.whl"))
+
+
+def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_start, "NEEDED", ("torch", "no_such_package"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert gpu_start.main([]) == 2
+    error = capsys.readouterr().err
+    assert "no_such_package" in error
+    assert "make gpu-wheels" in error
+    assert "torch," not in error
