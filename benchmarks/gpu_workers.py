@@ -1,7 +1,7 @@
 """Rows of `gpu.py` in child processes: one that hangs is killed, one that dies is replaced, and the run goes on.
 
-A row's outcome is a dict: `outcome` is ok, failed, skipped or out of memory, and `error` says why. A process that has
-failed takes no other row, since an error of CUDA may outlive the row that met it. A spare process, which has imported
+A row's outcome is a dict: `outcome` is ok, failed, skipped or out of memory, and `error` says why. A process in which
+a row raised takes no other row, since an error of CUDA may outlive the row that met it. A spare process, which has imported
 everything, waits for that: on a GPU's machine a start costs no time of the budget.
 """
 
@@ -142,7 +142,7 @@ def _serve(pipe: Connection, context: Context, stacks: Path) -> None:
             except EOFError:
                 return
             found = run_row(rows[name], context)
-            usable = all(each["outcome"] in ("ok", "skipped") for each in found) and _clean(context)
+            usable = all(each["outcome"] == "skipped" or "error" not in each for each in found) and _clean(context)
             pipe.send((found, usable))
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ import gpu_profile  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_start  # noqa: E402
 import gpu_steps  # noqa: E402
+import gpu_workers  # noqa: E402
 from gpu_context import Comparison, Context  # noqa: E402
 from gpu_profile import Span  # noqa: E402
 from gpu_rows import ROWS, Row  # noqa: E402
@@ -84,45 +86,97 @@ def test_every_row_is_reached_on_a_pretended_gpu(tmp_path: Path) -> None:
     assert "traced GiB" in errors
 
 
-def test_the_run_goes_on_past_faults_and_reports_them(tmp_path: Path) -> None:
-    """A wrong loss, a row that hangs, one whose process dies, one without memory: and the rows after them are there."""
-    process = start("--device", "cpu", "--write", str(tmp_path), program=Path(__file__).parent / "planted.py")
-    output, errors = process.communicate(timeout=280)
-    assert process.returncode == 1, errors
-    kept = json.loads((tmp_path / "gpu-cpu.json").read_text())
-    rows = {row["row"]: row for row in kept["rows"]}
-    assert list(rows) == [json.loads(line)["row"] for line in output.splitlines()]
-    outcomes = {name: row["outcome"] for name, row in rows.items() if row["outcome"] != "ok"}
-    assert outcomes == {"loss": "failed", "hangs": "failed", "dies": "failed", "memory": "out of memory"}
-    assert any("float32 cap 0 losses: error 0.00" in line for line in rows["loss"]["broken"])
+def test_rows_outlive_a_hang_a_death_and_a_killed_parent(tmp_path: Path) -> None:
+    """In child processes: one row hangs, one dies, and the next is there; SIGKILL then leaves a whole file, and nobody."""
+    path = tmp_path / "gpu-cpu.json"
+    program = Path(__file__).parent / "planted.py"
+    with start("--device", "cpu", "--write", str(tmp_path), program=program) as process:
+        deadline = time.monotonic() + 250
+        while not path.exists() or len(rows_in(path)) < 4:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        children = commands._family(process.pid)[1:]
+        assert children
+        os.kill(process.pid, signal.SIGKILL)
+    rows = rows_in(path)
+    outcomes = {name: row["outcome"] for name, row in rows.items()}
+    assert outcomes == {"environment": "ok", "hangs": "failed", "dies": "failed", "loss": "ok"}
+    assert "cut off after 3 s" in rows["hangs"]["error"]
     assert "planted.py" in rows["hangs"]["error"], "where it hangs"
     assert "exit code 3" in rows["dies"]["error"]
-    assert "Tried to allocate" in rows["memory"]["error"]
+    while any("spawn_main" in command_of(each) for each in children):
+        assert time.monotonic() < deadline, "a child lives on"
+        time.sleep(0.05)
+
+
+class InThisProcess:
+    """In place of child processes."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def run(self, row: Row, seconds: float) -> list[dict[str, Any]]:
+        return gpu_workers.run_row(row, self.context)
+
+    def close(self) -> None: ...
+
+
+def run_out_of_memory(context: Context) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB.")
+
+
+def stop(context: Context) -> None:
+    raise KeyboardInterrupt
+
+
+MAIN_ROWS = ("environment", "loss", "generation", "llama-1b, 4k x 4", "profile, eager")
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """gpu.py on the CPU, in this process, with the rows above and others."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*rows: Row) -> int:
+        monkeypatch.setattr(gpu, "ROWS", [*rows, *(row for row in ROWS if row.name in MAIN_ROWS)])
+        monkeypatch.setattr(gpu, "RowProcesses", InThisProcess)
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--write", str(tmp_path), "--commit=abc"])
+        return gpu.main()
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_the_rows_run_and_the_table_shows_them(main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(Row("train", "memory", run_out_of_memory)) == 0
+    output, errors = capsys.readouterr()
+    kept = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    rows = {row["row"]: row for row in kept["rows"]}
+    assert list(rows) == [json.loads(line)["row"] for line in output.splitlines()] == ["memory", *MAIN_ROWS]
+    assert rows["memory"]["outcome"] == "out of memory"
     assert rows["llama-1b, 4k x 4"]["tokens_per_second"] > 0
     assert 0 < len(rows["profile, eager"]["gaps"]) <= 10
     assert (tmp_path / rows["profile, eager"]["trace"]).stat().st_size > 0
     assert {"cpu", "torch", "git_commit", "device"} <= kept["machine"].keys()
     assert "the largest gaps" in errors
-    assert "3 failed, 4 ok, 1 out of memory" in errors
+    assert "rows: 5 ok, 1 out of memory" in errors
 
 
-def test_a_killed_run_keeps_its_rows(tmp_path: Path) -> None:
-    """SIGKILL to the parent: the file is whole, and no child lives on."""
-    path = tmp_path / "gpu-cpu.json"
-    names = [row.name for row in ROWS if row.name in ("environment", "loss", "compile")]
-    process = start("--device", "cpu", "--write", str(tmp_path), "--rows", *names)
-    deadline = time.monotonic() + 200
-    while not path.exists() or len(rows_in(path)) < 2:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    family = commands._family(process.pid)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert list(rows_in(path)) == ["environment", "loss"]
-    while any(Path(f"/proc/{each}/cmdline").exists() and "spawn_main" in command_of(each) for each in family[1:]):
-        assert time.monotonic() < deadline, "a child lives on"
-        time.sleep(0.05)
+def test_a_wrong_value_is_reported_and_fails_the_command(
+    main: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = linear._turn
+    monkeypatch.setattr(linear, "_turn", lambda *arguments: right(*arguments) * 1.001)
+    assert main() == 1
+    errors = capsys.readouterr().err
+    assert "float32 cap 0 losses: error 0.001, at most 0.0001 is allowed" in errors
+    assert "rows: 1 failed, 4 ok" in errors
+
+
+def test_an_interrupted_run_prints_what_it_has(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(Row("check", "first", lambda context: {}), Row("check", "stopped", stop)) == 130
+    assert "rows: 1 ok" in capsys.readouterr().err
 
 
 def command_of(process: int) -> str:
