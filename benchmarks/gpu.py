@@ -45,7 +45,9 @@ def main() -> int:
     if options.device == "pretended":
         pretend.preload()
     elif options.device == "cuda" and not torch.cuda.is_available():
-        print("error: torch sees no GPU. `DEVICE=cpu make gpu` runs the rows on the CPU, at tiny sizes", file=sys.stderr)
+        print(
+            "error: torch sees no GPU. `DEVICE=cpu make gpu` runs the rows on the CPU, at tiny sizes", file=sys.stderr
+        )
         return 2
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     signal.signal(signal.SIGTERM, _interrupt)
@@ -85,7 +87,9 @@ def run_rows(rows: Sequence[Row], results: GpuResults, run: RunRow, left: Callab
     for row in rows:
         seconds_left = left()
         if seconds_left < row.expected:
-            reason = f"{max(seconds_left, 0):.0f} s of the budget are left, and it is expected to take {row.expected:.0f}"
+            reason = (
+                f"{max(seconds_left, 0):.0f} s of the budget are left, and it is expected to take {row.expected:.0f}"
+            )
             results.add({"row": row.name, "kind": row.kind, "seconds": 0.0, "outcome": "skipped", "error": reason})
             continue
         start = time.monotonic()

@@ -38,15 +38,14 @@ def check_environment(context: Context) -> dict[str, Any]:
         free, total = torch.cuda.mem_get_info(context.device)
         found |= {"free_bytes": free, "total_bytes": total}
         if free < 0.8 * total:
-            broken.append(f"{(total - free) / 2**30:.0f} GiB of the GPU's memory are in use: another program runs there")
+            broken.append(
+                f"{(total - free) / 2**30:.0f} GiB of the GPU's memory are in use: another program runs there"
+            )
     return {**found, "broken": broken}
 
 
 def hardware(context: Context) -> dict[str, Any]:
-    """Beside what results.py knows of a machine: the GPU, its driver, and the libraries of CUDA.
-
-    On a machine's only GPU this starts no CUDA context: child processes do.
-    """
+    """Beside what results.py knows of a machine: the GPU, its driver, and the libraries of CUDA."""
     facts: dict[str, Any] = {"device": context.kind}
     for name in PACKAGES:
         try:

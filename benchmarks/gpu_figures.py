@@ -67,9 +67,13 @@ def measured_steps(config: Config, context: Context) -> dict[str, Any]:
     turns = [turn(steps) for _ in range(2)]
     seconds = min(each["seconds"] for each in turns) / steps
     tokens_per_second = data.global_batch * data.seq_len / seconds
-    peak, source = peak_flops(device, "bf16") if device.type == "cuda" else (matmul_rate(device, "bf16", 256, 1), "matmul")
+    peak, source = (
+        peak_flops(device, "bf16") if device.type == "cuda" else (matmul_rate(device, "bf16", 256, 1), "matmul")
+    )
     chance = math.log(config.model.vocab_size)
-    broken = [] if abs(first["loss"] - chance) < 1 else [f"loss of the first step {first['loss']:.4f}, not {chance:.2f}"]
+    broken = (
+        [] if abs(first["loss"] - chance) < 1 else [f"loss of the first step {first['loss']:.4f}, not {chance:.2f}"]
+    )
     found = {
         "tokens_per_second": tokens_per_second,
         "step_seconds": seconds,
@@ -121,7 +125,11 @@ def tests(context: Context) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True)
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout)}
-    broken = [] if done.returncode == 0 else [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    broken = (
+        []
+        if done.returncode == 0
+        else [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    )
     if done.returncode and not broken:
         broken = [f"pytest ended with {done.returncode}"]
     return {**counts, "broken": broken, **({"output": (done.stdout + done.stderr)[-6000:]} if broken else {})}

@@ -66,7 +66,11 @@ def _attention(kernel: str, heads: Heads, visible: Visibility) -> tuple[Tensor, 
     q, k = heads[0], heads[1]
     shape = (len(q), q.shape[1], k.shape[1])
     with sdpa_kernel(SDPA[kernel]) if kernel in SDPA else nullcontext():
-        mask = look(visible, shape, q.device, dense=False) if kernel == "chosen" else masked(kernel, visible, shape, q.device)
+        mask = (
+            look(visible, shape, q.device, dense=False)
+            if kernel == "chosen"
+            else masked(kernel, visible, shape, q.device)
+        )
         out = attend(*heads, mask, dropout=0.0)
         return (out, *torch.autograd.grad(out, heads, _upstream(out)))
 
@@ -117,8 +121,13 @@ def _whole_loss(x: Tensor, weight: Tensor, targets: Tensor, loss: CrossEntropy, 
     x, weight = x.requires_grad_(), weight.requires_grad_()
     logits = F.linear(x, weight[:500])
     logits = cap * torch.tanh(logits / cap) if cap else logits
-    options = {"ignore_index": IGNORE, "reduction": "none", "label_smoothing": loss.label_smoothing}
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), **options).view(targets.shape)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1),
+        targets.flatten(),
+        ignore_index=IGNORE,
+        reduction="none",
+        label_smoothing=loss.label_smoothing,
+    ).view(targets.shape)
     losses = losses + loss.z_loss * logits.logsumexp(-1).square() * (targets != IGNORE)
     return (losses.sum(-1), *torch.autograd.grad(losses.sum(), (x, weight)))
 
@@ -155,4 +164,3 @@ def _products(x: Tensor, w: Tensor, g: Tensor) -> list[Tensor]:
     inputs, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
     y = fp8.linear(inputs, weight)
     return [y.detach(), *torch.autograd.grad(y, (inputs, weight), g)]
-

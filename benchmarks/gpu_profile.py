@@ -30,7 +30,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Gap:
-    """Microseconds without a kernel, with the kernels on both sides and the last operator that the host began by then."""
+    """Microseconds without a kernel, the kernels on both sides, and the last operator that the host began by its end."""
 
     start: float
     micros: float
@@ -60,6 +60,8 @@ def spans(events: Iterable[Any], kind: str) -> tuple[list[Span], list[Span]]:
     """(kernels, operators of the host), by their start."""
     kernels, host = [], []
     for event in events:
+        if event.is_user_annotation:  # a range of record_function, which covers the gaps within it
+            continue
         span = Span(event.name, event.time_range.start, event.time_range.end)
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
         if on_device or (kind == "cpu" and not event.cpu_children):

@@ -81,7 +81,9 @@ def _figures(row: Mapping[str, Any]) -> list[str]:
 
 def _gaps(row: Mapping[str, Any]) -> str:
     """The largest gaps of a profile, and its largest kernels."""
-    cells = [(gap["after"], gap["before"], gap["host"], f"{gap['start'] / 1e3:.2f}", gap["micros"]) for gap in row["gaps"]]
+    cells = [
+        (gap["after"], gap["before"], gap["host"], f"{gap['start'] / 1e3:.2f}", gap["micros"]) for gap in row["gaps"]
+    ]
     kernels = [(each["name"], each["calls"], f"{each['micros'] / 1e3:.2f}") for each in row["largest_kernels"]]
     what = f"{row['row']}: {row['idle']:.1%} of {row['step_micros'] / 1e3:.1f} ms without a kernel; the largest gaps"
     gaps = table(("after", "before", "host", "at ms", "us"), cells)

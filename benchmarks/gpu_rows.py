@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpu_context import Context
 from gpu_environment import check_environment
 from gpu_figures import attention_kernels, limits, optimizers, tests, training
 from gpu_kernels import check_attention, check_fp8, check_loss
@@ -122,5 +121,3 @@ def later_rows() -> Iterator[Row]:
 
 ROWS = list(rows())
 assert len({row.name for row in ROWS}) == len(ROWS)
-
-

@@ -253,7 +253,9 @@ def _compile(model: Any = None, **options: Any) -> Any:
     return _flex if model is flex_attention else model
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: Any = None, enable_gqa: bool = False) -> Tensor:
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: Any = None, enable_gqa: bool = False
+) -> Tensor:
     if block_mask.kv_num_blocks.device.type != q.device.type:
         raise RuntimeError(f"the block mask is on {block_mask.kv_num_blocks.device}, and the queries on {q.device}")
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=scale)[0]

@@ -31,14 +31,13 @@ import gpu_report  # noqa: E402
 import gpu_start  # noqa: E402
 import gpu_steps  # noqa: E402
 import gpu_workers  # noqa: E402
-from gpu_context import Comparison, Context  # noqa: E402
-from gpu_profile import Span  # noqa: E402
-from gpu_rows import ROWS, Row  # noqa: E402
-
 from dist_llm.checkpoint import store  # noqa: E402
 from dist_llm.engines.native import NativeEngine  # noqa: E402
 from dist_llm.losses import linear  # noqa: E402
 from dist_llm.parallel import fp8  # noqa: E402
+from gpu_context import Comparison, Context  # noqa: E402
+from gpu_profile import Span  # noqa: E402
+from gpu_rows import ROWS, Row  # noqa: E402
 
 CPU = Context("cpu", True, Path("unused"))
 # Packages that the machine with the GPU lacks, and that no row may need.
@@ -87,7 +86,7 @@ def test_every_row_is_reached_on_a_pretended_gpu(tmp_path: Path) -> None:
 
 
 def test_rows_outlive_a_hang_a_death_and_a_killed_parent(tmp_path: Path) -> None:
-    """In child processes: one row hangs, one dies, and the next is there; SIGKILL then leaves a whole file, and nobody."""
+    """In child processes: one row hangs, one dies, and the next is there. SIGKILL leaves a whole file and no child."""
     path = tmp_path / "gpu-cpu.json"
     program = Path(__file__).parent / "planted.py"
     with start("--device", "cpu", "--write", str(tmp_path), program=program) as process:
@@ -269,7 +268,13 @@ def test_a_row_starts_only_if_there_is_time_for_it() -> None:
             gpu_steps.check_generation,
             {},
         ),
-        (store, "load", lambda right: lambda folder, state: _shifted(right, folder, state), gpu_steps.check_checkpoint, {}),
+        (
+            store,
+            "load",
+            lambda right: lambda folder, state: _shifted(right, folder, state),
+            gpu_steps.check_checkpoint,
+            {},
+        ),
     ],
     ids=["loss", "attention", "fp8", "generation", "checkpoint"],
 )
