@@ -30,7 +30,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Gap:
-    """Microseconds without a kernel, the kernels on both sides, and the last operator that the host began by its end."""
+    """Microseconds without a kernel, the kernels on both sides, and the last operator that the host began then."""
 
     start: float
     micros: float

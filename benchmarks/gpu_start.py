@@ -1,7 +1,7 @@
 """What `make gpu` starts: makes missing packages importable from carried wheels, then runs gpu.py. Imports no package.
 
 A machine with a GPU may lack a network and packages that training needs. `make gpu-wheels` downloads those few for its
-Python, and they travel with this tree in `wheels/`. If something is missing, they are unpacked there, for each Python in
+Python; they travel with this tree in `wheels/`. If something is missing, they are unpacked there, for each Python in
 a folder of its own; nothing of the machine's Python is changed. Exit code 2 where a package is still missing.
 """
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_llm.checkpoint import store
@@ -19,7 +20,7 @@ from dist_llm.models.attention import KVCache
 from dist_llm.models.build import build_model
 from dist_llm.models.visibility import CAUSAL, Visibility
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel.mesh import build_mesh, local
+from dist_llm.parallel.mesh import build_mesh, collectives, local
 from dist_llm.parallel.parallelize import initialise
 from dist_llm.parallel.shard import shard
 from dist_llm.train.step import train_step
@@ -205,17 +206,16 @@ def check_one_rank(context: Context) -> dict[str, object]:
 
 
 def _collectives(x: Tensor) -> dict[str, Tensor]:
-    """Each of them on one rank, where it changes nothing."""
-    import torch.distributed as dist
-
-    summed, gathered, scattered, sent = x.clone(), torch.empty_like(x), torch.empty_like(x), x.clone()
-    dist.all_reduce(summed)
-    dist.all_gather_into_tensor(gathered, x)
-    dist.reduce_scatter_tensor(scattered, x)
+    """Each of them on one rank, where it changes nothing; by the operators that layouts use."""
+    group, sent = dist.group.WORLD, x.clone()
+    assert group is not None
     dist.broadcast(sent, 0)
-    if dist.get_backend() == "fake":  # moves nothing
-        gathered, scattered = x, x
-    return {"all_reduce": summed, "all_gather": gathered, "reduce_scatter": scattered, "broadcast": sent}
+    started = {
+        "all_reduce": collectives.all_reduce(x, "sum", group.group_name),
+        "all_gather": collectives.all_gather_into_tensor(x, 1, group.group_name),
+        "reduce_scatter": collectives.reduce_scatter_tensor(x, "sum", 1, group.group_name),
+    }
+    return {"broadcast": sent, **{name: collectives.wait_tensor(each) for name, each in started.items()}}
 
 
 def check_host_syncs(context: Context, keys: Sequence[str], documents: bool = False) -> dict[str, object]:

@@ -4,10 +4,12 @@ The ```sh blocks of a page that follow a line `<!-- run -->` are run, too.
 """
 
 import ast
+import importlib
 import itertools
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,9 +38,10 @@ def blocks(run: bool) -> list[tuple[str, str]]:
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
-    """Each command as words, continued lines joined, comments dropped."""
+    """Each command as words, continued lines joined, comments and variables in front dropped."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
+        words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))
         if words := list(itertools.takewhile(lambda word: word not in ("&", "|", "||", "&&"), words)):
             yield words
 
@@ -55,7 +58,7 @@ def test_there_are_commands_to_check() -> None:
 
 @pytest.mark.parametrize("words", [words for _, words in COMMANDS if words[0] == "make"], ids=" ".join)
 def test_a_make_target_exists(words: list[str]) -> None:
-    targets = re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     assert words[-1] in targets
 
 
@@ -78,6 +81,18 @@ def test_a_command_parses_and_its_keys_exist(words: list[str]) -> None:
     assert config is not None
     if not options.debug:
         assert check(config, ranks_of(words), config.model.vocab_size) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [words for _, words in COMMANDS if words[:2] == ["python", "benchmarks/gpu.py"] and "--help" not in words],
+    ids=" ".join,
+)
+def test_a_command_of_the_gpu_program_parses(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that is named in a document exists."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", words[1:])
+    importlib.import_module("gpu").arguments()
 
 
 def ours_in(words: list[str]) -> list[str] | None:

@@ -1,0 +1,209 @@
+"""Compiles the kernels that torch.compile writes for a GPU, to machine code of sm_90, without a GPU.
+
+For each case Dynamo and Inductor run as on an H200, forward and backward, on tensors without values, and Triton
+compiles each configuration of each kernel that comes out. Nothing is launched and no value is computed: it shows that
+the toolchain takes our code. It needs torch's CPU build with g++ (pretend.py), and a triton of about the same age. No
+compiler here sees what libraries bring: cuBLAS, cuDNN, FlashAttention and NCCL.
+
+A JSON line per case: `kernels`, their number; `configurations`, how many were compiled; `bytes` of machine code. Exit
+code 1 where a case compiles no kernel, or raises before its last one.
+
+  pip install --target /tmp/triton --no-deps triton
+  PYTHONPATH=/tmp/triton python benchmarks/gpu_compile.py
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._dynamo import device_interface
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import pretend
+from dist_llm.config.schema import Config
+from dist_llm.losses.cross_entropy import CrossEntropy
+from dist_llm.losses.linear import Columns, _turn
+from dist_llm.models.attention import look
+from dist_llm.models.block import Block
+from dist_llm.models.visibility import CAUSAL, Visibility
+from dist_llm.parallel.fp8 import Float8Linear
+from models import config_of
+
+TARGET = ("cuda", 90, 32)  # Hopper, and the threads of a warp
+DEVICE = pretend.DEVICE
+# What Inductor asks of an H200.
+PROPERTIES = SimpleNamespace(
+    name="NVIDIA H200",
+    major=9,
+    minor=0,
+    total_memory=141 << 30,
+    multi_processor_count=132,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    L2_cache_size=50 << 20,
+)
+UNLAUNCHED = "compiled without support for the specified device"  # what the generated code meets after compilation
+
+
+class Driver:
+    """In place of Triton's driver, which needs a GPU."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*TARGET)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def toolchain(compiled: list[tuple[str, int]]) -> Iterator[None]:
+    """Inductor as on an H200; notes (kernel, bytes of machine code) of each configuration."""
+    import triton
+    from torch._inductor.fx_passes import joint_graph
+    from torch._inductor.runtime import triton_helpers, triton_heuristics
+
+    tuner = triton_heuristics.CachingAutotuner
+    compile_one = tuner._precompile_config
+
+    def compile_and_note(self: Any, configuration: Any) -> Any:
+        result = compile_one(self, configuration)
+        compiled.append((self.fn.__name__, len(result.kernel.asm["cubin"])))
+        return result
+
+    triton.runtime.driver.set_active(Driver())
+    patches: list[tuple[Any, str, Any]] = [
+        (tuner, "_precompile_config", compile_and_note),
+        (tuner, "_make_launchers", lambda self: None),
+        (tuner, "_dynamic_scale_rblock", lambda self: None),
+        (triton_heuristics.StaticTritonCompileResult, "can_statically_launch", staticmethod(lambda *options: None)),
+        (triton_helpers, "set_driver_to_gpu", lambda: None),
+        (joint_graph, "lazy_init", lambda *options: None),  # it tries its patterns on the device
+        *device_patches(),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in patches:
+            stack.enter_context(patch.object(owner, name, value, create=True))
+        # Everything in this process, nothing from a cache, and backward at once rather than when it is first run.
+        stack.enter_context(inductor.patch(compile_threads=1, joint_graph_constant_folding=False))
+        stack.enter_context(inductor.patch(force_disable_caches=True))
+        stack.enter_context(functorch.patch(force_non_lazy_backward_lowering=True))
+        yield
+
+
+def device_patches() -> Iterator[tuple[Any, str, Any]]:
+    """What of torch asks the driver, with `PROPERTIES` for an answer."""
+    there: Any = SimpleNamespace(peak=0, reset_peak=None, resize=None)
+    left_out = ("compile", "_fused_sdp_choice", "resize_", "Stream", "Event", "stream", "current_stream")
+    answers = {"is_initialized": lambda: False, "get_device_properties": lambda device=None: PROPERTIES}
+    for owner, name, value in pretend._patches(there):
+        if name not in left_out:
+            yield owner, name, answers.get(name, value)
+    yield torch.cuda, "get_rng_state", lambda device=None: torch.zeros(16, dtype=torch.uint8)
+    yield torch.cuda, "set_rng_state", lambda state, device=None: None
+    yield torch.cuda, "_exchange_device", lambda device: 0
+    yield torch.cuda, "_maybe_exchange_device", lambda device: 0
+    yield torch._C, "_cuda_getCurrentRawStream", lambda device: 0
+    interface = {"get_device_properties": PROPERTIES, "get_compute_capability": TARGET[1], "is_available": True}
+    interface |= {"current_device": 0, "is_triton_capable": True, "raise_if_triton_unavailable": None}
+    interface |= dict.fromkeys(("set_device", "synchronize"), None)
+    interface |= dict.fromkeys(("exchange_device", "maybe_exchange_device", "get_raw_stream"), 0)
+    for name, answer in interface.items():
+        yield device_interface.CudaInterface, name, staticmethod(lambda device=None, answer=answer: answer)
+    for name, answer in (("get_device_properties", PROPERTIES), ("current_device", 0), ("set_device", None)):
+        yield device_interface.CudaInterface.Worker, name, staticmethod(lambda device=None, answer=answer: answer)
+
+
+def compile_loss(compiler: Callable[..., Any]) -> None:
+    """A slice of the logits of llama-1b."""
+    logits_nW = torch.randn(1024, 128256, device=DEVICE)
+    targets_n = torch.zeros(1024, dtype=torch.long, device=DEVICE)
+    compiler(_turn)(logits_nW, targets_n, CrossEntropy(0.0, 0.0), 0.0, Columns(128256, 0, 128256), 1.0)
+
+
+def compile_flex(compiler: Callable[..., Any], **fields: Any) -> None:
+    """FlexAttention, with the heads of Llama 3's 8B."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    shapes = ((2, 32, 1024, 128), (2, 8, 1024, 128), (2, 8, 1024, 128))
+    q, k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+    visible = look(Visibility(causal=True, **fields), (2, 1024, 1024), DEVICE, dense=False)
+    compiler(flex_attention, dynamic=False)(q, k, v, block_mask=visible.mask, scale=None, enable_gqa=True)
+
+
+def compile_block(compiler: Callable[..., Any], model: str, precision: str = "bf16", fp8: bool = False) -> None:
+    """A block of a named model on 4,096 tokens."""
+    config: Config = config_of(model)
+    with torch.device(DEVICE):
+        block = Block(config.model, 0)
+    for module in block.modules() if fp8 else ():
+        if type(module) is nn.Linear:
+            module.__class__ = Float8Linear
+    x_BSD = torch.randn(4, 1024, config.model.d_model, device=DEVICE, requires_grad=True)
+    angles = torch.randn(1024, config.model.head_dim // 2, device=DEVICE)
+    rotation = (angles, angles) if config.model.positions == "rope" else None
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+        compiler(block.forward)(x_BSD, rotation, CAUSAL)
+
+
+CASES: dict[str, Callable[[Callable[..., Any]], None]] = {
+    "the sliced loss": compile_loss,
+    "FlexAttention, prefix": lambda compiler: compile_flex(compiler, prefix_B=torch.full((2,), 256, device=DEVICE)),
+    "FlexAttention, documents": lambda compiler: compile_flex(
+        compiler, documents_BT=(torch.arange(1024, device=DEVICE) // 256).expand(2, -1)
+    ),
+    "a block of llama-1b, bf16": lambda compiler: compile_block(compiler, "llama-1b"),
+    "a block of llama-1b, fp32": lambda compiler: compile_block(compiler, "llama-1b", precision="fp32"),
+    "a block of llama-1b, float8": lambda compiler: compile_block(compiler, "llama-1b", fp8=True),
+    "a block of gpt2-124m, bf16": lambda compiler: compile_block(compiler, "gpt2-124m"),
+}
+
+
+def run(name: str, compiler: Callable[..., Any]) -> dict[str, Any]:
+    """Compile a case; the generated code then fails, since there is nothing to run it on."""
+    compiled: list[tuple[str, int]] = []
+    error = "the generated code ran"
+    torch._dynamo.reset()
+    with toolchain(compiled):
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                CASES[name](compiler)
+        except Exception as raised:
+            error = "" if UNLAUNCHED in str(raised) else f"{type(raised).__name__}: {raised}"[:2000]
+    kernels = {kernel for kernel, _ in compiled}
+    sizes = sum(size for _, size in compiled)
+    return {"case": name, "kernels": len(kernels), "configurations": len(compiled), "bytes": sizes, "error": error}
+
+
+def main() -> int:
+    """Compile each case."""
+    if find_spec("triton") is None:
+        print(
+            "error: triton is missing: pip install --target DIR --no-deps triton, and PYTHONPATH=DIR", file=sys.stderr
+        )
+        return 2
+    pretend.preload()
+    rows = []
+    for name in CASES:
+        rows.append(run(name, torch.compile))
+        print(json.dumps(rows[-1]), flush=True)
+    return int(any(row["error"] or not row["kernels"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
