@@ -50,7 +50,7 @@ def profile_step(context: Context, model: str, seq_len: int, batch: int, keys: t
     with profile(activities=activities) as profiler:
         turn(1)
     kernels, host = spans(profiler.events() or [], context.kind)
-    trace = context.folder / f"gpu-{context.kind}-trace.json.gz"
+    trace = context.folder / f"gpu-{context.kind}-{'compiled' if config.compile else 'eager'}-trace.json.gz"
     context.folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
     return {"trace": trace.name, **summary(kernels, host)}

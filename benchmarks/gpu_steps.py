@@ -86,8 +86,8 @@ def check_step(context: Context) -> dict[str, object]:
     for model in ("llama-cpu", "gpt2-cpu"):
         for name, keys in (("sgd", SGD), ("adamw", ADAMW), ("muon", MUON)):
             config = small_config(*keys, model=model)
-            steps = STEPS if context.has_values else 1
-            expected, actual = (take_steps(NativeEngine(config, each), steps) for each in (CPU, context.device))
+            actual = take_steps(NativeEngine(config, context.device), STEPS if context.has_values else 1)
+            expected = take_steps(NativeEngine(config, CPU)) if context.has_values else actual
             compare_steps(comparison, f"{model} {name}", actual, expected, 1e-4, 1e-3 if name == "muon" else 1e-4)
     return comparison.row()
 
@@ -113,10 +113,11 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 def check_compile(context: Context) -> dict[str, object]:
     """Compiled blocks beside eager ones, in fp32, and once more with selective recomputation."""
     comparison = Comparison(context)
-    expected = take_steps(NativeEngine(small_config(*SGD), context.device))
+    steps = STEPS if context.has_values else 1
+    expected = take_steps(NativeEngine(small_config(*SGD), context.device), steps)
     for recompute in ("none", "selective"):
         config = small_config(*SGD, "compile=true", f"parallel.recompute={recompute}")
-        actual = take_steps(NativeEngine(config, context.device))
+        actual = take_steps(NativeEngine(config, context.device), steps)
         compare_steps(comparison, f"recompute {recompute}", actual, expected, 1e-4, 1e-4)
     return comparison.row()
 
