@@ -121,7 +121,16 @@ def tests(context: Context) -> dict[str, Any]:
     if missing := [name for name in ("pytest", "pytest_timeout") if find_spec(name) is None]:
         raise SkippedError(f"not installed: {', '.join(missing)}")
     torch.cuda.empty_cache()
-    options = ["-m", "gpu", "-p", "no:cacheprovider", "-rfE", "--tb=short", f"--timeout={PYTEST_SECONDS}", "tests/gpu"]
+    options = [
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "-rfE",
+        "--tb=short",
+        f"--timeout={PYTEST_SECONDS}",
+        "tests/gpu/test_gpu.py",
+    ]
     command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True)
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout)}
