@@ -18,13 +18,13 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dist_llm.launch.failures import FIRST_FAILURE
+from dist_llm.launch.process import identity
 from dist_llm.launch.world import World
 
 log = logging.getLogger("dist_llm")
@@ -165,16 +165,6 @@ def kill_silent(world: World, silent: Mapping[int, Any]) -> bool:
                 os.kill(process, signal.SIGKILL)
                 killed = True
     return killed
-
-
-def identity(process: int) -> list[str]:
-    """What no other process has that goes by this number: on another machine, in another container, at another time.
-
-    Raises OSError where there is none.
-    """
-    place = Path(f"/proc/{process}")
-    started = (place / "stat").read_text().rpartition(")")[2].split()[19]
-    return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink(place / "ns" / "pid"), started]
 
 
 def unfinished() -> str:

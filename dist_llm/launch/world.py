@@ -10,6 +10,18 @@ from dataclasses import dataclass
 
 from dist_llm.errors import ConfigError
 
+# What launchers other than torchrun and srun tell each process: how many there are, and which one it is.
+LAUNCHER_SIZES = {
+    "OMPI_COMM_WORLD_SIZE": "mpirun (Open MPI)",
+    "MV2_COMM_WORLD_SIZE": "mpirun (MVAPICH2)",
+    "PMI_SIZE": "mpiexec or another PMI launcher",
+    "JSM_NAMESPACE_SIZE": "jsrun",
+    "FLUX_JOB_SIZE": "flux run",
+    "HOROVOD_SIZE": "horovodrun",
+}
+LAUNCHER_RANKS = ("PMIX_RANK", "PMI_RANK", "PALS_RANKID", "ALPS_APP_PE")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
 
 @dataclass(frozen=True)
 class World:
@@ -32,11 +44,12 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     Raises ConfigError if only some are there, or if they make no sense.
     """
     host = environ.get("SLURMD_NODENAME") or socket.gethostname()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    names = RANK_VARIABLES
     missing = [name for name in names if name not in environ]
     if len(missing) == len(names):
         # In a batch script or a shell, outside any step, the variables of tasks are set too, but none is started.
         if "SLURM_STEP_ID" not in environ or environ.get("SLURM_NTASKS", "1") == "1":
+            _refuse_other_launcher(environ)
             return World(host=host)
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
         if "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
@@ -60,3 +73,27 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
             "start with torchrun"
         )
     return World(rank, size, local_rank, host)
+
+
+def _refuse_other_launcher(environ: Mapping[str, str]) -> None:
+    """Raises ConfigError where MPI, PMI or another launcher started several processes, of which this is one.
+
+    Each would take itself for a whole run, and all would write into one directory.
+    """
+    sizes = {name: environ[name] for name in LAUNCHER_SIZES if name in environ}
+    ranks = {name: environ[name] for name in LAUNCHER_RANKS if name in environ}
+    one_task = "SLURM_STEP_ID" in environ  # srun said that it is the only one
+    found = next(((name, value) for name, value in sizes.items() if value != "1"), None)
+    if found is None and ranks and not sizes and not one_task:
+        found = next(iter(ranks.items()))  # one of an unknown number
+    if found is None:
+        return
+    name, value = found
+    launcher = LAUNCHER_SIZES.get(name, "a launcher that speaks PMI")
+    raise ConfigError(
+        f"environment: {name}={value} says that {launcher} started this process as one of several, but "
+        f"{', '.join(RANK_VARIABLES)} are not set, so that each would train by itself in the same directory. "
+        "Launch the ranks with: torchrun --nproc-per-node N -m dist_llm ...; on Slurm: dist-llm submit. "
+        f"Or let a wrapper set {', '.join(RANK_VARIABLES)}, MASTER_ADDR and MASTER_PORT for each process. "
+        f"To run one process alone, unset {name}"
+    )

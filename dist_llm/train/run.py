@@ -4,7 +4,8 @@ import json
 import logging
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +36,7 @@ from dist_llm.launch.world import World
 from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from dist_llm.train.directories import lock_directories
 from dist_llm.train.guard import RewindError
 from dist_llm.train.loop import SLOW, Trainer
 from dist_llm.train.settings import read_vocabulary
@@ -47,7 +49,8 @@ def train(config: Config, world: World) -> int:
 
     Returns 0, or the signal that made it save and stop before the end.
 
-    Raises ConfigError or DataError before any process group starts where the input is wrong.
+    Raises ConfigError or DataError before any process group starts where the input is wrong, or another run uses the
+    directory.
     """
     set_network(config.run.network)
     device = device_of(world)
@@ -70,8 +73,7 @@ def train(config: Config, world: World) -> int:
             check_start(start, config)
             _check_tokenizer(start, sources[0].corpus.manifest.tokenizer_sha256, corpus)
     _history(config, sources, seen)  # what is wrong with it is said before any process group starts
-    start_logging(directory / "logs", world)
-    try:
+    with lock_directories(config, store.directory, world), _logging(directory, world):
         start_recording(device)
         alone, watchdog = config.engine != "native", Watchdog(world, config.run.hang_seconds)
         with watchdog, process_group(world, device, alone=alone):
@@ -88,6 +90,14 @@ def train(config: Config, world: World) -> int:
             told = parts.run(found or start)
             del parts, engine
         return told
+
+
+@contextmanager
+def _logging(directory: Path, world: World) -> Iterator[None]:
+    """The log files of the ranks, with what ended the block."""
+    start_logging(directory / "logs", world)
+    try:
+        yield
     except UserError as error:
         log.error("rank %d on %s: %s", world.rank, world.host, error)  # no traceback: the user can mend it
         raise

@@ -91,3 +91,32 @@ def test_a_run_is_not_resumed_with_another_model(
     assert (
         "embed.tokens.weight has shape [512, 32] in the config, but the checkpoint has shape [512, 64]" in done.stderr
     )
+
+
+def test_a_second_job_does_not_write_into_a_run_that_goes_on(corpus: Path, tmp_path: Path) -> None:
+    """Nor into its checkpoints from another run.dir; once it is killed, the next start goes on from it."""
+    run = tmp_path / "run"
+
+    def refuse(*overrides: str) -> bool:
+        if not (run / "metrics.jsonl").exists() or len(commands.metrics(run)) < 3:
+            return False
+        config = (run / "config.yaml").read_bytes()
+        second = commands.train_arguments(corpus, "optim.lr=1", "run.steps=2")
+        done = commands.run(*second, *overrides, cwd=tmp_path, succeed=False)
+        assert done.returncode == 2, done.stderr
+        assert re.search(r"run\.dir: run is in use by process \d+ on \S+, started ", done.stderr)
+        elsewhere = commands.run(
+            *second, "run.dir=other", "checkpoint.dir=run/checkpoints", cwd=tmp_path, succeed=False
+        )
+        assert elsewhere.returncode == 2
+        assert re.search(r"checkpoint\.dir: \S*run/checkpoints is in use by process", elsewhere.stderr)
+        assert not (tmp_path / "other" / "metrics.jsonl").exists()
+        assert (run / "config.yaml").read_bytes() == config
+        return True
+
+    long = commands.train_arguments(corpus, "run.steps=100000", "checkpoint.every=2")
+    commands.kill_when(refuse, long, 0, tmp_path)
+    assert (run / "run.lock").exists()
+    done = commands.run(*long, "run.steps=2", cwd=tmp_path)
+    assert "resumed from" in done.stderr
+    assert not (run / "run.lock").exists()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dist_llm.launch.watchdog import EXIT_CODE, FIRST_BEATS, SILENT, Watchdog, identity, kill_silent, verdict
+from dist_llm.launch.process import identity
+from dist_llm.launch.watchdog import EXIT_CODE, FIRST_BEATS, SILENT, Watchdog, kill_silent, verdict
 from dist_llm.launch.world import World
 
 

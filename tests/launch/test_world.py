@@ -87,3 +87,35 @@ def test_one_process_needs_no_group():
     with process_group(World(), torch.device("cpu")):
         assert not torch.distributed.is_initialized()
         barrier()
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"}, "OMPI_COMM_WORLD_SIZE=2"),
+        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "PMI_SIZE=4"),
+        ({"MV2_COMM_WORLD_SIZE": "2"}, "MV2_COMM_WORLD_SIZE=2"),
+        ({"FLUX_JOB_SIZE": "2"}, "FLUX_JOB_SIZE=2"),
+        ({"PMIX_RANK": "0"}, "PMIX_RANK=0"),
+        ({"PALS_RANKID": "3"}, "PALS_RANKID=3"),
+        ({**SLURM, "SLURM_NTASKS": "1", "PMI_SIZE": "2"}, "PMI_SIZE=2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_one_of_several_of_another_launcher_is_not_a_whole_run(environ, said):
+    with pytest.raises(ConfigError, match=rf"{said} says that .* RANK, WORLD_SIZE, LOCAL_RANK are not set.*torchrun"):
+        read_world(environ)
+    assert read_world({**environ, **TORCHRUN}).size == 8, "a wrapper that sets RANK knows better"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"},
+        {"PMI_SIZE": "1", "PMI_RANK": "0"},
+        {**SLURM, "SLURM_NTASKS": "1", "PMIX_RANK": "0"},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_a_launcher_of_one_process_is_one_process(environ):
+    assert read_world(environ).size == 1

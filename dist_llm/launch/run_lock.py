@@ -1,0 +1,252 @@
+"""The lock of a run directory: only one run at a time writes there.
+
+Rank 0 creates `run.lock` with O_EXCL, which shared file systems honour where they ignore flock, and touches it every
+HEARTBEAT_SECONDS. The file says who holds the lock. A lock whose holder is gone is stale and is taken over:
+
+- at once, if the same torchrun or the same Slurm job restarted the run, if the holder ran on this machine and its
+  process is gone, or if `squeue` no longer knows its job;
+- else after STALE_SECONDS in which nobody touched it. Only changes of its time are observed, so clocks may differ.
+
+A holder that was taken for gone and comes back finds another's lock, and ends. Imports no torch.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from dist_llm.errors import ConfigError
+from dist_llm.launch.process import identity, is_running
+
+log = logging.getLogger("dist_llm")
+
+LOCK_FILE = "run.lock"
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0
+EXIT_CODE = 2  # of a run that lost its lock
+UNNAMED_LAUNCHES = ("", "none")  # torchrun's --rdzv-id where the user gave none
+SQUEUE_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock. A field is empty where it is not known."""
+
+    token: str  # differs for every lock that was ever taken
+    host: str = ""
+    process: int = 0
+    machine: str = ""  # boot id and PID namespace
+    start_time: str = ""  # of the process, in ticks since boot
+    since: str = ""
+    launch: str = ""  # torchrun's --rdzv-id, the same after its restarts
+    job: str = ""  # Slurm's
+    cluster: str = ""
+    restarts: int = 0  # times that Slurm queued the job again
+
+    def __str__(self) -> str:
+        if not self.process:
+            return "an unknown process"
+        job = f" (Slurm job {self.job})" if self.job else ""
+        return f"process {self.process} on {self.host}{job}, started {self.since}"
+
+
+def this_process(host: str, environ: Mapping[str, str] = os.environ) -> Holder:
+    """This process, as the holder of a new lock."""
+    boot_id, namespace, start_time = "", "", ""
+    with suppress(OSError):
+        boot_id, namespace, start_time = identity(os.getpid())
+    launch = environ.get("TORCHELASTIC_RUN_ID", "")
+    restarts = environ.get("SLURM_RESTART_COUNT", "0")
+    return Holder(
+        token=uuid4().hex,
+        host=host,
+        process=os.getpid(),
+        machine=f"{boot_id} {namespace}".strip(),
+        start_time=start_time,
+        since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        launch="" if launch in UNNAMED_LAUNCHES else launch,
+        job=environ.get("SLURM_JOB_ID", ""),
+        cluster=environ.get("SLURM_CLUSTER_NAME", ""),
+        restarts=int(restarts) if restarts.isdigit() else 0,
+    )
+
+
+def is_gone(holder: Holder, me: Holder, job_ended: Callable[[str], bool]) -> bool | None:
+    """Whether a lock's holder no longer runs, seen from the process `me`. None: only its heartbeat can tell.
+
+    `job_ended` says of a Slurm job whether it is known to have ended.
+    """
+    if holder.launch and holder.launch == me.launch:
+        return True  # a launcher starts its ranks again only after the last ones
+    same_cluster = bool(holder.job and me.job) and holder.cluster == me.cluster
+    if same_cluster and holder.job == me.job and holder.restarts < me.restarts:
+        return True
+    if holder.machine and holder.machine == me.machine:
+        return not is_running(holder.process, holder.start_time)
+    # A job may outlive the run in it, so that a running job says nothing.
+    if same_cluster and holder.job != me.job and job_ended(holder.job):
+        return True
+    return None
+
+
+def slurm_job_ended(job: str) -> bool:
+    """Whether `squeue` knows that the job does not run; False where it cannot say."""
+    command = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    if done.returncode:
+        return "Invalid job id" in done.stderr
+    # A job that is pending was queued again. One that is completing may still have processes.
+    ended = {"PENDING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY"}
+    return all(state in ended for state in done.stdout.split())
+
+
+class RunLock:
+    """While open, the lock of `directory`, which the config calls `key`, is held for this process.
+
+    Raises ConfigError on opening where another run holds it, or the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        me: Holder,
+        key: str = "run.dir",
+        job_ended: Callable[[str], bool] = slurm_job_ended,
+        end: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self.directory, self.path, self.me, self.key = directory, directory / LOCK_FILE, me, key
+        self.job_ended, self.end = job_ended, end
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
+
+    def __enter__(self) -> "RunLock":
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._acquire(self.path)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.key}: {error.filename or self.directory} cannot be written: {error.strerror}; "
+                f"make it writable, or set another {self.key}"
+            ) from None
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._closed.set()
+        self._thread.join()
+        with suppress(OSError):
+            if (found := read_holder(self.path)) is not None and found[0].token == self.me.token:
+                self.path.unlink()
+
+    def heartbeat(self) -> None:
+        """Touch the lock. Ends this process where another run took it over."""
+        found = read_holder(self.path)
+        if found is None:
+            self._create(self.path)  # somebody removed it
+        elif found[0].token == self.me.token:
+            os.utime(self.path)
+        elif found[0].process:  # else it is just being written
+            message = f"{self.key}: {self.directory} was taken over by {found[0]}; this run ends and writes no more"
+            log.error(message)
+            print(message, file=sys.stderr, flush=True)
+            self.end(EXIT_CODE)
+
+    def _keep(self) -> None:
+        while not self._closed.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):  # a file system that does not answer for a while
+                self.heartbeat()
+
+    def _acquire(self, path: Path) -> None:
+        """Create a lock file, or replace a stale one. Raises ConfigError where its holder is not gone.
+
+        Of several processes that find the same stale lock only one may replace it: who holds a lock that is named after
+        the stale one. That lock becomes the new one by an atomic rename.
+        """
+        while not self._create(path):
+            if (found := read_holder(path)) is None:
+                continue
+            holder, touched = found
+            gone = is_gone(holder, self.me, self.job_ended)
+            if gone is None:
+                gone = self._is_untouched(path, holder, touched)
+            if not gone:
+                raise ConfigError(self._refusal(holder))
+            successor = path.with_name(f"{path.name}.{holder.token[:8]}")
+            self._acquire(successor)
+            again = read_holder(path)
+            if again is not None and again[0].token == holder.token:
+                successor.replace(path)
+                return
+            successor.unlink()
+
+    def _create(self, path: Path) -> bool:
+        """Create a lock file; False where there is one."""
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        try:
+            with os.fdopen(file, "w", encoding="utf-8") as stream:
+                stream.write(json.dumps(asdict(self.me)) + "\n")
+        except OSError as error:
+            path.unlink()  # a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        return True
+
+    def _is_untouched(self, path: Path, holder: Holder, touched: int) -> bool:
+        """Watch the lock. False as soon as its holder touches it; True if it is untouched, released or replaced."""
+        print(
+            f"{self.key}: {self.directory} is locked by {holder}; "
+            f"waiting up to {STALE_SECONDS:.0f} s to see whether it still runs",
+            file=sys.stderr,
+            flush=True,
+        )
+        until = time.monotonic() + STALE_SECONDS
+        while time.monotonic() < until:
+            time.sleep(min(0.25, STALE_SECONDS / 4))
+            found = read_holder(path)
+            if found is None or found[0].token != holder.token:
+                return True
+            if found[1] != touched:
+                return False
+        return True
+
+    def _refusal(self, holder: Holder) -> str:
+        stop = f"scancel --signal=TERM {holder.job}" if holder.job else f"kill -TERM {holder.process}, on {holder.host}"
+        return (
+            f"{self.key}: {self.directory} is in use by {holder}. Two runs would overwrite each other. "
+            f"Set another {self.key}, or wait until that run ends, or let it save and stop: {stop}"
+        )
+
+
+def read_holder(path: Path) -> tuple[Holder, int] | None:
+    """(who holds the lock, when it was last touched in ns); None where there is none.
+
+    Opening the file makes NFS ask the server, where `stat` alone may answer from its cache.
+    """
+    try:
+        with path.open("rb") as stream:
+            return parse_holder(stream.read()), os.fstat(stream.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def parse_holder(content: bytes) -> Holder:
+    """What a lock file says. A file that a kill cut short is known by its hash alone."""
+    with suppress(ValueError, TypeError, AttributeError):
+        known = {field.name for field in fields(Holder)}
+        return Holder(**{name: value for name, value in json.loads(content).items() if name in known})
+    return Holder(token=hashlib.sha256(content).hexdigest())

@@ -1,0 +1,199 @@
+"""One run at a time writes to a directory; a lock whose holder is gone is taken over, a lock in use is not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from dist_llm.errors import ConfigError
+from dist_llm.launch import run_lock
+from dist_llm.launch.process import identity, is_running
+from dist_llm.launch.run_lock import LOCK_FILE, Holder, RunLock, is_gone, parse_holder, this_process
+
+ELSEWHERE = Holder("t", "n7", 12, "another machine", "99", "yesterday")
+
+
+def me(**changes: object) -> Holder:
+    return replace(this_process("here", {}), **changes)  # type: ignore[arg-type]
+
+
+def holder_of(directory: Path) -> Holder:
+    return parse_holder((directory / LOCK_FILE).read_bytes())
+
+
+def leave_lock(directory: Path, holder: Holder) -> Path:
+    directory.mkdir(exist_ok=True)
+    path = directory / LOCK_FILE
+    path.write_text(json.dumps(asdict(holder)))
+    return path
+
+
+def never_ended(job: str) -> bool:
+    return False
+
+
+def test_a_second_run_is_refused_and_told_by_whom(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "run", me(job="77")):
+        with pytest.raises(ConfigError) as caught, RunLock(tmp_path / "run", me()):
+            pass
+        assert holder_of(tmp_path / "run").job == "77", "the first still holds it"
+    message = str(caught.value)
+    assert f"run.dir: {tmp_path}/run is in use by process {os.getpid()} on here (Slurm job 77), started 20" in message
+    assert "Set another run.dir, or wait until that run ends, or let it save and stop: scancel" in message
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
+    with RunLock(tmp_path / "run", me()):
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> None:
+    """Also while the process is a zombie, which its parent has not waited for."""
+    code = (
+        "import time, sys; from pathlib import Path; from dist_llm.launch.run_lock import *\n"
+        "RunLock(Path(sys.argv[1]), this_process('here', {})).__enter__(); print(flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match=f"in use by process {other.pid} on here"), RunLock(tmp_path, me()):
+            pass
+        os.kill(other.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        with RunLock(tmp_path, me()):
+            assert holder_of(tmp_path).process == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_with_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
+    leave_lock(tmp_path, me(start_time="1"))
+    with RunLock(tmp_path, me()):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("holder", "mine", "gone"),
+    [
+        ({"launch": "a"}, {"launch": "a"}, True),
+        ({"launch": "a"}, {"launch": "b"}, None),
+        ({"job": "5", "restarts": 0}, {"job": "5", "restarts": 1}, True),
+        ({"job": "5", "restarts": 1}, {"job": "5", "restarts": 1}, None),
+        ({"job": "ended"}, {"job": "5"}, True),
+        ({"job": "running"}, {"job": "5"}, None),
+        ({"job": "ended"}, {}, None),
+        ({"job": "ended", "cluster": "x"}, {"job": "5", "cluster": "y"}, None),
+        ({"job": "5", "cluster": "x"}, {"job": "5", "cluster": "y", "restarts": 1}, None),
+        ({}, {}, None),
+    ],
+    ids=str,
+)
+def test_who_is_gone_on_another_machine(holder: dict[str, object], mine: dict[str, object], gone: bool | None) -> None:
+    found = is_gone(replace(ELSEWHERE, **holder), me(**mine), lambda job: job == "ended")  # type: ignore[arg-type]
+    assert found is gone
+
+
+def test_an_untouched_lock_of_another_machine_is_stale_and_a_touched_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.4)
+    path = leave_lock(tmp_path, ELSEWHERE)
+    touches = iter(range(100))
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: os.utime(path, ns=(0, next(touches))))
+    with pytest.raises(ConfigError, match=r"in use by process 12 on n7.*kill -TERM 12, on n7"):
+        RunLock(tmp_path, me()).__enter__()
+    monkeypatch.undo()
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.1)
+    with RunLock(tmp_path, me()):
+        assert holder_of(tmp_path).host == "here"
+
+
+def test_a_lock_that_a_kill_cut_short_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.1)
+    (tmp_path / LOCK_FILE).write_text('{"token": "a')
+    with RunLock(tmp_path, me()):
+        assert holder_of(tmp_path).host == "here"
+
+
+def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
+    for number in range(20):
+        directory = tmp_path / str(number)
+        leave_lock(directory, me(start_time="1"))
+        locks = [RunLock(directory, me()) for _ in range(8)]
+        entered, barrier = [], threading.Barrier(len(locks))
+
+        def enter(lock: RunLock, barrier: threading.Barrier = barrier, entered: list[RunLock] = entered) -> None:
+            barrier.wait()
+            with suppress(ConfigError):
+                entered.append(lock.__enter__())
+
+        threads = [threading.Thread(target=enter, args=(lock,)) for lock in locks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(entered) == 1
+        entered[0].__exit__()
+        assert list(directory.iterdir()) == []
+
+
+def test_who_lost_its_lock_ends_and_leaves_the_new_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    codes: list[int] = []
+    lock = RunLock(tmp_path, me(), end=codes.append)
+    with lock:
+        before = (tmp_path / LOCK_FILE).stat().st_mtime_ns
+        os.utime(tmp_path / LOCK_FILE, ns=(0, 0))
+        lock.heartbeat()
+        assert (tmp_path / LOCK_FILE).stat().st_mtime_ns >= before
+        assert codes == []
+        (tmp_path / LOCK_FILE).unlink()
+        lock.heartbeat()
+        assert holder_of(tmp_path) == lock.me, "a lock that somebody removed is created again"
+        leave_lock(tmp_path, ELSEWHERE)
+        lock.heartbeat()
+    assert codes == [run_lock.EXIT_CODE]
+    assert "was taken over by process 12 on n7" in capsys.readouterr().err
+    assert holder_of(tmp_path) == ELSEWHERE
+
+
+def test_what_a_process_is_known_by() -> None:
+    found = this_process("n3", {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "none"})
+    assert (found.host, found.process, found.job, found.restarts, found.launch) == ("n3", os.getpid(), "8", 2, "")
+    assert this_process("n3", {"TORCHELASTIC_RUN_ID": "mine"}).launch == "mine"
+    assert is_running(os.getpid(), identity(os.getpid())[2])
+    assert not is_running(os.getpid(), "1")
+
+
+@pytest.mark.parametrize(
+    ("answer", "ended"),
+    [
+        ("echo RUNNING", False),
+        ("echo COMPLETING", False),
+        ("echo PENDING", True),
+        ("echo CANCELLED", True),
+        ("true", True),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", False),
+        (None, False),
+    ],
+)
+def test_what_squeue_says_of_a_job(
+    answer: str | None, ended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if answer is not None:
+        (tmp_path / "squeue").write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if answer is not None else str(tmp_path))
+    assert run_lock.slurm_job_ended("5") is ended
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.dir: .*file.* cannot be written: .*set another run\.dir"):
+        RunLock(tmp_path / "file" / "run", me()).__enter__()
+    with pytest.raises(ConfigError, match=r"checkpoint\.dir: .*file cannot be written"):
+        RunLock(tmp_path / "file", me(), "checkpoint.dir").__enter__()
