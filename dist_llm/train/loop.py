@@ -104,7 +104,8 @@ class Trainer:
                 self.step()
                 self.store.poll()
                 step = self.progress.step
-                told = signals.agreed()
+                if told := signals.agreed():
+                    log.info("%s: saving, then this run ends; a second signal ends it at once", Signals(told).name)
                 last = step == config.run.steps
                 if step % config.log.every == 0 or last:
                     self.flush()

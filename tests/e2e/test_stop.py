@@ -58,7 +58,10 @@ def word(run: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize(("fault", "code"), [("usr1", 138), pytest.param("term", 143, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [("usr1", 138), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("term", 143), ("int", 130)))],
+)
 def test_one_process_saves_after_the_step_and_goes_on_with_the_same_bits(
     fault: str, code: int, straight: Callable[[Layout], Path], corpus: Path, tmp_path: Path
 ) -> None:
@@ -131,19 +134,41 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(rank: int, corpus: P
     assert commands.newest(tmp_path / "run").name == f"step_{step:08d}", output
 
 
-def test_sigterm_to_torchrun_is_a_stop_too(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT], ids=lambda number: number.name
+)
+def test_a_signal_to_torchrun_is_a_stop_too(number: signal.Signals, corpus: Path, tmp_path: Path) -> None:
     process = start(("none", 9, 9), corpus, tmp_path, "run.steps=100000", *SHARDED.overrides)
-    rows = tmp_path / "run" / "metrics.jsonl"
+    wait_for_steps(process, tmp_path / "run")
+    os.kill(process.pid, number)
+    _, output, left = end(process, 60)
+    assert not left
+    assert word(tmp_path / "run")["signal"] == number.name
+    step = int(str(word(tmp_path / "run")["step"]))
+    assert commands.newest(tmp_path / "run").name == f"step_{step:08d}", output
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_to_torchrun_ends_ranks_that_cannot_save(corpus: Path, tmp_path: Path) -> None:
+    """Rank 1 hangs, so that rank 0 waits in a collective. After one Ctrl-C torchrun would wait for 30 s."""
+    process = start(("sleep", 1, 5), corpus, tmp_path, *SHARDED.overrides)
+    wait_for_steps(process, tmp_path / "run")
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    _, output, left = end(process, 20)
+    assert not left, output
+
+
+def wait_for_steps(process: subprocess.Popen[str], run: Path) -> None:
+    rows = run / "metrics.jsonl"
     until = time.monotonic() + 60
     while not rows.exists() or rows.read_text().count("\n") < 3:
         assert time.monotonic() < until
         assert process.poll() is None
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
-    _, output, left = end(process, 60)
-    assert not left
-    step = int(str(word(tmp_path / "run")["step"]))
-    assert commands.newest(tmp_path / "run").name == f"step_{step:08d}", output
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])

@@ -14,8 +14,9 @@ from dist_llm.launch.stop import MARKER, StopSignals, forget_word, leave_word
 from tests.laws.worlds import world
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_noted_and_known_after_the_next_word(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     with StopSignals() as signals:
         signals.share()
         assert signals.agreed() == 0
@@ -23,7 +24,21 @@ def test_a_signal_is_noted_and_known_after_the_next_word(number: signal.Signals)
         assert signals.agreed() == 0, "not before it is shared"
         signals.share()
         assert signals.agreed() == number
-    assert signal.getsignal(number) == signal.SIG_DFL
+    assert signal.getsignal(number) == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_nohup_or_a_background_job_ignores_stays_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), number)
+            signals.share()
+            assert signals.agreed() == 0
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def told(who: int) -> list[int]:
@@ -41,18 +56,50 @@ def test_all_ranks_agree_on_the_step() -> None:
     assert world(2).run(told, 1) == [[0, 0, signal.SIGUSR1]] * 2
 
 
-def test_a_second_sigterm_ends_the_process() -> None:
-    program = """
-import os, signal
-from dist_llm.launch.stop import StopSignals
-with StopSignals():
-    os.kill(os.getpid(), signal.SIGTERM)
-    print("alive", flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
-    print("still", flush=True)
+# A child for each case, forked once the parent has imported torch. "stuck": the main thread waits in C for a mutex that
+# is never free, as it may in a collective, so that Python runs no handler.
+SECOND = """
+import ctypes, os, signal, sys, threading, time
+from dist_llm.launch import stop
+
+def child(first, second, stuck):
+    with stop.StopSignals():
+        if stuck:
+            libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+            libc.pthread_mutex_lock(mutex)
+            threading.Thread(target=send, args=(first, second), daemon=True).start()
+            libc.pthread_mutex_lock(mutex)
+        os.kill(os.getpid(), first)
+        os.write(1, b"alive ")
+        os.kill(os.getpid(), second)
+        os.write(1, b"still ")
+    os._exit(0)
+
+def send(first, second):
+    for number in (first, second):
+        time.sleep(0.1)
+        os.kill(os.getpid(), number)
+
+for first, second, stuck in eval(sys.argv[1]):
+    if not (process := os.fork()):
+        child(first, second, stuck)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "alive\n")
+
+
+def test_a_second_signal_ends_the_process_at_once_whatever_it_does() -> None:
+    cases = {
+        (signal.SIGTERM, signal.SIGTERM, False): f"alive {-signal.SIGTERM}",
+        (signal.SIGINT, signal.SIGINT, False): f"alive {-signal.SIGINT}",
+        (signal.SIGHUP, signal.SIGTERM, False): f"alive {-signal.SIGTERM}",
+        (signal.SIGUSR1, signal.SIGHUP, False): f"alive {-signal.SIGHUP}",
+        (signal.SIGTERM, signal.SIGUSR1, False): "alive still 0",
+        (signal.SIGINT, signal.SIGINT, True): str(128 + signal.SIGINT),
+        (signal.SIGINT, signal.SIGTERM, True): str(128 + signal.SIGTERM),
+    }
+    given = repr([(int(first), int(second), stuck) for first, second, stuck in cases])
+    done = subprocess.run([sys.executable, "-c", SECOND, given], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == list(cases.values()), done.stderr
 
 
 @pytest.mark.parametrize("named", [False, True])
