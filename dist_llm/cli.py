@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_llm.errors import ConfigError, UserError
+from dist_llm.errors import ConfigError, UserError, user_error_of
 
 OVERVIEW = """\
 Pre-train language models. From raw text to a trained model:
@@ -137,6 +137,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands[options.command](options) or 0
     except UserError as error:
         return _refuse(error)
+    except OSError as error:
+        if (mendable := user_error_of(error)) is None:
+            raise
+        return _refuse(mendable)
+    except UnicodeEncodeError as error:
+        if error.encoding.replace("-", "").lower().startswith("utf"):
+            raise  # not the terminal's encoding
+        return _refuse(
+            UserError(
+                f"standard output is {error.encoding} and cannot show {error.object[error.start : error.end]!a}; "
+                "set PYTHONUTF8=1, or a UTF-8 locale such as LC_ALL=C.UTF-8"
+            )
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

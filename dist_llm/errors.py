@@ -1,8 +1,10 @@
 """What can be wrong with a user's input. Each message names the place, the rule, and the way out.
 
 The command line prints these without a traceback and exits with 2; anything else is our own
-mistake and keeps its traceback.
+mistake and keeps its traceback. `user_error_of` finds user errors among those of the operating system.
 """
+
+import errno
 
 
 class UserError(Exception):
@@ -23,3 +25,34 @@ class CheckpointError(UserError):
 
 class DivergedError(UserError):
     """A bad step, by the policy of the section `guard`."""
+
+
+ROOM = "make room there, or set another directory"
+RIGHTS = "change its permissions, or set another directory"
+OPEN_FILES = "raise the limit of open files (ulimit -n)"
+WAYS_OUT = {
+    errno.ENOSPC: ROOM,
+    errno.EDQUOT: ROOM,
+    errno.EFBIG: ROOM,
+    errno.EACCES: RIGHTS,
+    errno.EPERM: RIGHTS,
+    errno.EROFS: RIGHTS,
+    errno.ENOTDIR: "a file stands where a directory should be: move it away",
+    errno.EISDIR: "a directory stands where a file should be: move it away",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: OPEN_FILES,
+    errno.ENFILE: OPEN_FILES,
+}
+
+
+def user_error_of(error: OSError, place: str = "") -> UserError | None:
+    """What the user can do about an error of the operating system; None where it may be our mistake.
+
+    `place` is named where the error names no file, as that of a write does not.
+    """
+    if error.errno not in WAYS_OUT:
+        return None
+    where = error.filename or place or "a file of this command"
+    if isinstance(where, bytes):
+        where = where.decode(errors="replace")
+    return UserError(f"{where}: {error.strerror}; {WAYS_OUT[error.errno]}, and start the same command again")

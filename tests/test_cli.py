@@ -1,5 +1,6 @@
 """The command line: help at once, exit codes, and errors that come before torch does."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -212,3 +213,41 @@ def test_debug_is_one_rank_whatever_the_config_says(config, monkeypatch):
     assert cli.main(["train", "--debug", str(config), "parallel.dp_replicate=4", "data.prefetch=5"]) == 0
     (resolved,) = seen
     assert (resolved.parallel.dp_replicate, resolved.parallel.dp_shard, resolved.data.prefetch) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "a file of this command: No space left on device; make room",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "data/x"), "data/x: Permission denied; change its perm"),
+        (OSError(errno.EROFS, "Read-only file system", "x"), "x: Read-only file system; change its permissions"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "x/y"), "x/y: Not a directory; a file stands where"),
+        (OSError(errno.EMFILE, "Too many open files", b"x"), "x: Too many open files; raise the limit"),
+        ("\u00e9".encode, r"standard output is ascii and cannot show '\xe9'; set PYTHONUTF8=1"),
+    ],
+    ids=str,
+)
+def test_what_the_system_refuses_and_the_user_can_mend_is_no_crash(error, said, monkeypatch, capsys):
+    def fail(options):
+        if isinstance(error, OSError):
+            raise error
+        error("ascii")
+
+    monkeypatch.setattr(cli, "_train", fail)
+    assert cli.main(["train"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EBADF, "Bad file descriptor"), OSError("odd"), "\ud800".encode])
+def test_what_may_be_our_mistake_stays_a_crash(error, monkeypatch):
+    def fail(options):
+        if isinstance(error, OSError):
+            raise error
+        error("utf-8")
+
+    monkeypatch.setattr(cli, "_train", fail)
+    with pytest.raises((OSError, UnicodeEncodeError)):
+        cli.main(["train"])

@@ -1,12 +1,15 @@
 """One split of a prepared corpus, read as a single stream of tokens that may cross shards."""
 
+import errno
 import hashlib
 import mmap
 import os
+import stat
 import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -119,7 +122,8 @@ class Corpus:
         if len(self._maps) == MOST_MAPS:
             del self._maps[next(iter(self._maps))]
         first = int(self.ends[number]) - shard.tokens
-        self._maps[number] = mapped = _Mapped(path, self.dtype, shard.skip_bytes, shard.tokens, first)
+        with _reading(path):
+            self._maps[number] = mapped = _Mapped(path, self.dtype, shard.skip_bytes, shard.tokens, first)
         return mapped
 
     def offsets(self, number: int) -> npt.NDArray[np.uint64]:
@@ -134,7 +138,8 @@ class Corpus:
         path = offsets_path(self.directory, shard, want, self.cache)
         self._measure(path, want, f"{columns * shard.documents} offsets of uint64")
         # Mapped: of a large shard few are looked at.
-        flat = np.memmap(path, "<u8", "r") if want else np.empty(0, "<u8")
+        with _reading(path):
+            flat = np.memmap(path, "<u8", "r") if want else np.empty(0, "<u8")
         return flat.reshape(-1, columns)
 
     def scored(self, starts: Ints, length: int) -> npt.NDArray[np.bool_]:
@@ -166,10 +171,13 @@ class Corpus:
         return self._measure(path, want, f"{shard.tokens} tokens of {self.manifest.dtype}{header}")
 
     def _measure(self, path: Path, want: int, what: str) -> Path:
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}. Prepare the corpus again.") from None
+        with _reading(path):
+            status = path.stat()
+            found = status.st_size
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if not os.access(path, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if found != want:
             kind = "truncated" if found < want else "too long"
             raise DataError(
@@ -188,7 +196,7 @@ class Corpus:
 
     def _verify(self, number: int) -> None:
         path = self._check_size(number)
-        with path.open("rb") as file:
+        with _reading(path), path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != self.shards[number].sha256:
             raise DataError(
@@ -207,6 +215,20 @@ class Corpus:
             f"{rows[row, column]}, but the tokenizer has {self.manifest.vocab_size} ids. "
             "The shard is damaged or of another tokenizer: prepare the corpus again."
         )
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Within the block an OSError is one of the file, and a DataError to the user."""
+    try:
+        yield
+    except OSError as error:
+        way_out = "Prepare the corpus again"
+        if error.errno in (errno.EACCES, errno.EPERM):
+            way_out = "Give this user the right to read it"
+        elif error.errno in (errno.EMFILE, errno.ENFILE):
+            way_out = "Raise the limit of open files (ulimit -n)"
+        raise DataError(f"{path}: cannot be read: {error.strerror}. {way_out}.") from None
 
 
 class _Mapped:

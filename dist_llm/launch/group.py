@@ -57,19 +57,36 @@ def process_group(
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # c10d tells of each barrier without a device id through a warning; the device is given where it is a GPU.
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    dist.init_process_group(
-        backend,
-        store=torch._C._distributed_c10d.HashStore() if world.size == 1 else None,
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if device.type == "cuda" else None,
-    )
+    with _meeting():
+        dist.init_process_group(
+            backend,
+            store=torch._C._distributed_c10d.HashStore() if world.size == 1 else None,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
     try:
         yield
     finally:
         gc.collect()
         dist.destroy_process_group()
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Raises ConfigError where the ranks cannot meet: the port is in use, the host is unknown, a rank never comes."""
+    try:
+        yield
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        reason = str(error).strip().splitlines()[0]
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"environment: {place}: another program uses this port; set another MASTER_PORT "
+                "(torchrun: --master-port or --rdzv-endpoint), or let torchrun find one with --standalone"
+            ) from error
+        raise ConfigError(f"environment: {place}: the ranks cannot meet there: {reason}") from error
 
 
 def barrier() -> None:

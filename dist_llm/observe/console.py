@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ def start_logging(directory: Path, world: World) -> None:
     """Every rank writes to a file of its own; rank 0 to the screen too (stderr)."""
     directory.mkdir(parents=True, exist_ok=True)
     stamp = logging.Formatter(f"%(asctime)s rank {world.rank} {world.host} %(levelname)s %(message)s")
-    file = logging.FileHandler(directory / f"rank_{world.rank:05d}.log", encoding="utf-8")
+    file = _LogFile(directory / f"rank_{world.rank:05d}.log", encoding="utf-8")
     file.setFormatter(stamp)
     stop_logging()
     log.addHandler(file)
@@ -36,6 +37,20 @@ def stop_logging() -> None:
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Says once why it cannot be written, and gives up; metrics on the same disk end the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exception()
+        if not isinstance(error, OSError) or self.stream is None:
+            super().handleError(record)
+            return
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.stream.fileno())  # with what is still in its buffer
+        os.close(null)
+        print(f"{self.baseFilename}: {error.strerror}; nothing more is logged there", file=sys.stderr, flush=True)
 
 
 class ProgressLine:

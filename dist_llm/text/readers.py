@@ -96,6 +96,8 @@ def _parquet(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
                 if key and key not in file.schema_arrow.names:
                     names = ", ".join(file.schema_arrow.names)
                     raise DataError(f"{path}: no column '{key}'. Give {option} one of: {names}")
+                if (count := file.schema_arrow.names.count(key)) > 1:
+                    raise DataError(f"{path}: {count} columns are called '{key}'. Rename all but one, or leave it out.")
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=keys.all):
                 # Arrow does not check that strings are UTF-8; decoding them here keeps the fault to its row.
                 columns = [

@@ -4,6 +4,7 @@ import json
 import logging
 import platform
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from dist_llm.data.plan import merged
 from dist_llm.data.streams import Source, open_sources
 from dist_llm.engines.base import Engine
 from dist_llm.engines.build import build_engine
-from dist_llm.errors import CheckpointError, DataError, UserError
+from dist_llm.errors import CheckpointError, DataError, UserError, user_error_of
 from dist_llm.launch.environment import check_accelerate, set_network
 from dist_llm.launch.failures import add_last_words
 from dist_llm.launch.group import device_of, keep_freed_memory, process_group
@@ -36,7 +37,7 @@ from dist_llm.launch.world import World
 from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
-from dist_llm.train.directories import lock_directories
+from dist_llm.train.directories import open_directories
 from dist_llm.train.guard import RewindError
 from dist_llm.train.loop import SLOW, Trainer
 from dist_llm.train.settings import read_vocabulary
@@ -73,7 +74,8 @@ def train(config: Config, world: World) -> int:
             check_start(start, config)
             _check_tokenizer(start, sources[0].corpus.manifest.tokenizer_sha256, corpus)
     _history(config, sources, seen)  # what is wrong with it is said before any process group starts
-    with lock_directories(config, store.directory, world), _logging(directory, world):
+    finished = seen is not None and progress_of(seen).step >= config.run.steps
+    with open_directories(config, store.directory, world, saves=not finished), _logging(directory, world):
         start_recording(device)
         alone, watchdog = config.engine != "native", Watchdog(world, config.run.hang_seconds)
         with watchdog, process_group(world, device, alone=alone):
@@ -94,18 +96,36 @@ def train(config: Config, world: World) -> int:
 
 @contextmanager
 def _logging(directory: Path, world: World) -> Iterator[None]:
-    """The log files of the ranks, with what ended the block."""
-    start_logging(directory / "logs", world)
+    """The log files of the ranks, with what ended the block. Raises UserError where a file cannot be written."""
+    before, threading.excepthook = threading.excepthook, _log_thread_failure
     try:
+        start_logging(directory / "logs", world)
         yield
     except UserError as error:
         log.error("rank %d on %s: %s", world.rank, world.host, error)  # no traceback: the user can mend it
         raise
+    except OSError as error:
+        if (mendable := user_error_of(error, f"a file in run.dir {directory}")) is None:
+            log.exception("rank %d on %s failed", world.rank, world.host)
+            raise
+        log.error("rank %d on %s: %s", world.rank, world.host, mendable)
+        raise mendable from error
     except Exception:
         log.exception("rank %d on %s failed", world.rank, world.host)
         raise
     finally:
         stop_logging()
+        threading.excepthook = before
+
+
+def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
+    """One line where the user can mend it: TensorBoard's thread hands its error on to the next call, too."""
+    error = failure.exc_value
+    mendable = user_error_of(error) if isinstance(error, OSError) else None
+    if mendable is None:
+        threading.__excepthook__(failure)
+    else:
+        log.error("thread %s: %s", failure.thread.name if failure.thread else "unknown", mendable)
 
 
 @dataclass(frozen=True)

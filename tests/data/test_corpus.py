@@ -1,6 +1,8 @@
 """Shards read as one stream; a damaged one is named, with the byte where it shows."""
 
+import errno
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -132,6 +134,31 @@ def test_sizes_are_checked_at_start(damaged):
     for look in (read, Corpus(directory).check_sizes):
         with pytest.raises(DataError, match=rf"{shard}: cannot be read: No such file"):
             look()
+
+
+def test_a_shard_that_cannot_be_read_is_found_at_start(damaged, monkeypatch):
+    directory, shard, read = damaged
+    with monkeypatch.context() as rights:
+        rights.setattr(os, "access", lambda path, mode: path != shard)
+        for look in (read, Corpus(directory).check_sizes):
+            with pytest.raises(DataError, match=rf"{shard}: cannot be read: Permission denied. Give this user"):
+                look()
+    with monkeypatch.context() as limit:
+        limit.setattr(mmap, "mmap", raising(OSError(errno.EMFILE, "Too many open files")))
+        with pytest.raises(DataError, match=r"bin: cannot be read: Too many open files. Raise the limit"):
+            read()
+    shard.unlink()
+    shard.mkdir()
+    for look in (read, Corpus(directory).check_sizes, lambda: Corpus(directory, verify="hash")):
+        with pytest.raises(DataError, match=rf"{shard}: cannot be read: Is a directory. Prepare the corpus again"):
+            look()
+
+
+def raising(error):
+    def fail(*given, **named):
+        raise error
+
+    return fail
 
 
 def test_hashes_are_checked_on_demand(damaged):

@@ -1,9 +1,9 @@
 """`python -m tests.e2e.faulty FAULT RANK STEP train ...`: the command, with a fault planted before a step of one rank.
 
-raise: an exception. sleep: it goes on with nothing. stop: SIGSTOP. usr1, term, int, hup: a signal to itself. nan: a weight, once;
-nan_always: each time. nan_gradient: gradients, once reduced. garbage: other targets than those of the text. flip: a bit
-of a weight. garbled: the results of a block, in this step. slow: 0.3 s longer in each step, whatever the STEP. Two
-faults at their steps, one after the other: nan+usr1 0 12+10.
+raise: an exception. sleep: it goes on with nothing. stop: SIGSTOP. usr1, term, int, hup: a signal to itself.
+nan: a weight, once; nan_always: each time. nan_gradient: gradients, once reduced. garbage: other targets than those of
+the text. flip: a bit of a weight. garbled: the results of a block, in this step. slow: 0.3 s longer in each step,
+whatever the STEP. Two faults at their steps, one after the other: nan+usr1 0 12+10.
 """
 
 import os

@@ -73,13 +73,13 @@ def test_a_damaged_shard_is_named_with_its_byte(ranks: int, corpus: Path, tmp_pa
     assert not list((tmp_path / "run").glob("checkpoints/*/COMMITTED"))
 
 
-def test_the_last_lines_of_a_crash_name_rank_host_and_exception(corpus: Path, tmp_path: Path) -> None:
+def test_the_last_lines_of_a_failure_name_rank_host_and_reason(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "logs" / "rank_00001.log").mkdir(parents=True)  # rank 1 alone cannot open its log
     done = commands.run(*commands.train_arguments(corpus), ranks=2, cwd=tmp_path, succeed=False)
     assert done.returncode == 1
     last = done.stderr[done.stderr.index("Root Cause") :]
-    assert re.search(r"host +: \S+\n +rank +: 1 .*\n +exitcode +: 1 ", last), last
-    assert re.search(r"IsADirectoryError: .*rank_00001\.log'\s+=+\s*$", last), last
+    assert re.search(r"host +: \S+\n +rank +: 1 .*\n +exitcode +: 2 ", last), last
+    assert re.search(r"rank_00001\.log: Is a directory; a directory stands where a file should be", last), last
 
 
 def test_a_run_is_not_resumed_with_another_model(

@@ -1,5 +1,6 @@
 """Whatever befalls a run around its saves, the next start goes on, and ends as if nothing had happened."""
 
+import contextlib
 import os
 import random
 import re
@@ -148,12 +149,44 @@ def said_by_both(run: Path) -> str:
     return str(re.findall(pattern, first)[-1])
 
 
-def test_a_disk_that_is_read_only(small_disk: Path, corpus: Path, tmp_path: Path) -> None:
-    assert mount("-o", "remount,ro", small_disk) == 0
-    arguments = commands.train_arguments(corpus, *SHARDED.overrides, f"checkpoint.dir={small_disk}", "run.steps=2")
-    failed = commands.run(*arguments, ranks=2, cwd=tmp_path, succeed=False)
-    assert failed.returncode != 0
-    assert "Read-only file system" in said_by_both(tmp_path / "run")
+def test_a_disk_that_cannot_take_one_checkpoint_is_refused_at_the_start(
+    small_disk: Path, corpus: Path, tmp_path: Path
+) -> None:
+    arguments = commands.train_arguments(corpus, f"checkpoint.dir={small_disk}", "run.steps=2")
+    for options, reason in (("ro", "cannot be written: Read-only file system"), ("rw,size=1m", "has room for ")):
+        assert mount("-o", f"remount,{options}", small_disk) == 0
+        failed = commands.run(*arguments, cwd=tmp_path, succeed=False)
+        assert failed.returncode == 2
+        assert re.search(rf"error: checkpoint\.dir: \S+ {reason}", failed.stderr), failed.stderr
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_full_disk_under_run_dir_alone_ends_the_run_with_a_message(
+    small_disk: Path, corpus: Path, tmp_path: Path
+) -> None:
+    run, log = small_disk / "run", tmp_path / "log.txt"
+    overrides = (f"run.dir={run}", f"checkpoint.dir={tmp_path}/saved", "run.steps=100000", "checkpoint.every=2")
+    log.touch()
+    arguments = commands.train_arguments(corpus, *overrides)
+    (process,) = commands.start("dist_llm", *arguments, ranks=0, cwd=tmp_path, output=log, errors=log)
+    try:
+        until = time.monotonic() + commands.LIMIT_SECONDS
+        while not (run / "metrics.jsonl").exists() or len(commands.metrics(run)) < 3:
+            assert process.is_alive(), log.read_text()
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        process.join(commands.LIMIT_SECONDS)
+        assert process.exitcode == 2, log.read_text()
+    finally:
+        commands._kill(commands._family(process.pid))
+        process.join()
+    said = log.read_text()
+    assert re.search(r"error: (\S*/run/\S+|a file in run\.dir \S+/run): No space left on device; make room", said), said
+    assert "Traceback" not in said
+    assert list((tmp_path / "saved").glob("step_*/COMMITTED"))
 
 
 def test_checkpoints_elsewhere_are_not_begun_over(corpus: Path, tmp_path: Path) -> None:

@@ -119,3 +119,32 @@ def test_one_of_several_of_another_launcher_is_not_a_whole_run(environ, said):
 )
 def test_a_launcher_of_one_process_is_one_process(environ):
     assert read_world(environ).size == 1
+
+
+def test_a_port_that_another_program_uses_is_named(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", port)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        with (
+            pytest.raises(ConfigError, match=rf"MASTER_PORT={port}: another program uses this port; set another"),
+            process_group(World(0, 2), torch.device("cpu"), timeout_seconds=5),
+        ):
+            pass
+
+
+def test_ranks_that_never_come_are_told_of(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with (
+        pytest.raises(ConfigError, match=rf"MASTER_PORT={port}: the ranks cannot meet there: .*1/2 clients joined"),
+        process_group(World(0, 2), torch.device("cpu"), timeout_seconds=0.5),
+    ):
+        pass

@@ -84,3 +84,13 @@ def test_logging_starts_afresh_and_a_file_grows(tmp_path, capsys):
     assert capsys.readouterr().err == "once\nonce\n", "no handler twice"
     assert len((tmp_path / "rank_00000.log").read_text().splitlines()) == 2
     assert log.handlers == []
+
+
+def test_a_log_file_on_a_full_disk_is_given_up_with_one_line(tmp_path, capsys):
+    (tmp_path / "rank_00000.log").symlink_to("/dev/full")
+    start_logging(tmp_path, World())
+    log.info("first")
+    log.info("second")
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/rank_00000.log: No space left on device; nothing more is logged there\nfirst\nsecond\n"
+    )

@@ -115,6 +115,13 @@ def test_a_parquet_file_without_the_column_or_the_format(tmp_path):
         read(tmp_path / "rows.parquet")
 
 
+def test_a_parquet_file_with_two_columns_of_one_name(tmp_path):
+    table = pa.table([["x"], ["y"], ["z"]], names=["text", "text", "body"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet: 2 columns are called 'text'. Rename all but one"):
+        read(tmp_path / "rows.parquet")
+
+
 def test_bad_rows_of_json_lines_are_located_and_skipped(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(

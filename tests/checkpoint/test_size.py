@@ -1,0 +1,19 @@
+"""What a checkpoint takes is known before there is a model, to the byte."""
+
+import pytest
+import torch
+
+from dist_llm.checkpoint.size import checkpoint_bytes
+from dist_llm.engines.native import NativeEngine
+from dist_llm.train.step import train_step
+from tests.laws.law import batches_of, config_of
+from tests.laws.layouts import ADAMW, BF16_MOMENTS, MODELS, MUON, SGD
+
+
+@pytest.mark.parametrize("optim", [ADAMW, BF16_MOMENTS, MUON, SGD, SGD | {"momentum": 0.9}], ids=str)
+def test_the_bytes_of_weights_and_moments(optim: dict[str, object]) -> None:
+    config = config_of(1, MODELS["tied"], optim=optim)
+    engine = NativeEngine(config, torch.device("cpu"))
+    train_step(engine, batches_of(config, engine, 0), 1e-3)
+    tensors = (engine.state.weights() | engine.state.moments()).values()
+    assert checkpoint_bytes(config) == sum(each.numel() * each.element_size() for each in tensors)
