@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from dist_llm.config.lengths import extra_ids, inputs_len
-from dist_llm.config.schema import Config, ModelConfig, ParallelConfig
+from dist_llm.config.schema import Config, ModelConfig, ParallelConfig, ScheduleConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # each rank holds two stages
@@ -35,11 +35,20 @@ def resolve(config: Config, world_size: int, tokenizer_size: int) -> Config:
             ),
             "data": data.model_copy(update={"micro_batch": data.micro_batch or data.global_batch // ranks}),
             "parallel": parallel.model_copy(update={"dp_shard": shard}),
-            "schedule": config.schedule.model_copy(
-                update={"decay_steps": config.schedule.decay_steps or config.run.steps}
-            ),
+            "schedule": plan_schedule(config).schedule,
         }
     )
+
+
+def plan_schedule(config: Config, planned: ScheduleConfig | None = None) -> Config:
+    """Fill in schedule.decay_steps where it is 0: with run.steps, or on a resume, as schedule.on_extend says, with the
+    steps of the schedule that was `planned` before."""
+    schedule = config.schedule
+    if schedule.decay_steps:
+        return config
+    keeps = planned is not None and planned.decay_steps and schedule.on_extend == "keep"
+    steps = planned.decay_steps if planned is not None and keeps else config.run.steps
+    return config.model_copy(update={"schedule": schedule.model_copy(update={"decay_steps": steps})})
 
 
 def encoder_layers(model: ModelConfig) -> int:

@@ -220,6 +220,11 @@ class ScheduleConfig(Section):
         "wsd: the last share of decay_steps in which the rate falls; 0: it drops at once, after decay_steps", 0.2
     )
     min_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = key("floor of the rate as a share of optim.lr", 0.1)
+    on_extend: Literal["keep", "replan"] = key(
+        "a resume with another run.steps, where decay_steps is 0: keep the decay as it was planned (after it the rate "
+        "stays at the floor), or replan it to end at the new run.steps (the rate jumps)",
+        "keep",
+    )
 
 
 class ParallelConfig(Section):

@@ -14,6 +14,7 @@ def learning_rate(optim: OptimConfig, schedule: ScheduleConfig, step: int) -> fl
     """
     peak, floor = optim.lr, optim.lr * schedule.min_ratio
     warmup, end = schedule.warmup_steps, schedule.decay_steps
+    assert end or schedule.name in ("constant", "inverse_sqrt"), "decay_steps is not filled in"
     if step < warmup:
         return peak * step / warmup
     match schedule.name:

@@ -40,6 +40,7 @@ from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from dist_llm.train.directories import open_directories
 from dist_llm.train.guard import RewindError
 from dist_llm.train.loop import SLOW, Trainer
+from dist_llm.train.rate import plan_rate
 from dist_llm.train.settings import read_vocabulary
 
 log = logging.getLogger("dist_llm")
@@ -88,7 +89,7 @@ def train(config: Config, world: World) -> int:
             engine = build_engine(config, device)
             layout = shape({axis: getattr(config.parallel, axis) for axis in AXES})
             log.info("ranks: %d (%s), engine: %s", world.size, layout, config.engine)
-            parts = Parts(config, world, sources, vocabulary, store, engine, watchdog)
+            parts = Parts(plan_rate(config, found), world, sources, vocabulary, store, engine, watchdog)
             told = parts.run(found or start)
             del parts, engine
         return told

@@ -40,7 +40,10 @@ def read_model(own: dict[str, Any], allowed: object) -> tuple[dict[str, Any], li
 
 
 def read_config(path: Path | None, overrides: Sequence[str], world_size: int) -> Config:
-    """Load, check against the corpus and the world, and resolve. All that is wrong is in one ConfigError."""
+    """Load, check against the corpus and the world, and resolve. All that is wrong is in one ConfigError.
+
+    A schedule.decay_steps of 0 stays: what it becomes depends on the checkpoint (`dist_llm/train/rate.py:plan_rate`).
+    """
     config, violations = load_config(path, overrides, read_model)
     if config is None:
         refuse(violations)
@@ -59,4 +62,4 @@ def read_config(path: Path | None, overrides: Sequence[str], world_size: int) ->
     size = manifest.vocab_size if manifest else 0
     violations += [v for v in check(config, world_size, size) if wrong.isdisjoint(v.keys)]
     refuse(violations)
-    return resolve(config, world_size, size)
+    return resolve(config, world_size, size).model_copy(update={"schedule": config.schedule})

@@ -220,3 +220,13 @@ def test_checkpoints_may_lie_at_a_url(corpus: Path, tmp_path: Path) -> None:
     assert "resumed from memory://bucket/run/step_00000002" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert list((tmp_path / ".cache" / "dist_llm" / "checkpoints").glob("*/step_00000004/COMMITTED"))
+
+
+def test_a_longer_run_goes_on_at_the_floor_of_its_rate(corpus: Path, tmp_path: Path) -> None:
+    run = commands.train(tmp_path, corpus, "run.steps=6", "schedule.warmup_steps=1")
+    arguments = commands.train_arguments(corpus, "run.steps=9", "schedule.warmup_steps=1")
+    extended = commands.run(*arguments, cwd=tmp_path)
+    floor = commands.metrics(run)[5]["lr"]
+    assert [row["lr"] for row in commands.metrics(run)[5:]] == pytest.approx([floor] * 4)
+    assert "run.steps is 9 now: step 7 has" in extended.stderr
+    assert "decay_steps: 6" in (run / "config.yaml").read_text()

@@ -1,0 +1,54 @@
+"""The learning-rate schedule of a run that starts or resumes: planned once, kept in the checkpoint's config.
+
+The rate stays a function of the step and the config. A resume whose config gives another rate says so.
+"""
+
+import logging
+
+from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.store import progress_of
+from dist_llm.config.derive import plan_schedule
+from dist_llm.config.load import parse_yaml
+from dist_llm.config.schema import Config, OptimConfig, ScheduleConfig
+from dist_llm.optim.schedule import learning_rate
+
+log = logging.getLogger("dist_llm")
+
+
+def plan_rate(config: Config, checkpoint: Folder | None) -> Config:
+    """The config with its schedule planned, for a run that resumes from `checkpoint` or starts (None).
+
+    Logs the rate of the next step by the checkpoint's config and by this one where they differ, and what became of a
+    schedule that was planned for another run.steps.
+    """
+    if checkpoint is None:
+        return plan_schedule(config)
+    saved = parse_yaml(checkpoint.read("config.yaml").decode(), f"{checkpoint}/config.yaml")
+    schedule = ScheduleConfig.model_validate(_known(ScheduleConfig, saved.get("schedule", {})))
+    optim = OptimConfig.model_validate(_known(OptimConfig, saved.get("optim", {})))
+    planned, next_step = plan_schedule(config, schedule), progress_of(checkpoint).step + 1
+    kept = planned.schedule.decay_steps
+    if not config.schedule.decay_steps and kept != config.run.steps:
+        replanned = learning_rate(config.optim, plan_schedule(config).schedule, next_step)
+        rate = learning_rate(config.optim, planned.schedule, next_step)
+        if rate != replanned:
+            log.info(
+                "learning rate: the decay was planned to end at step %d and does, though run.steps is %d now: step %d "
+                "has %.3g. With schedule.on_extend=replan it would have %.3g",
+                *(kept, config.run.steps, next_step, rate, replanned),
+            )
+    if schedule.decay_steps:
+        before, now = (
+            learning_rate(optim, schedule, next_step),
+            learning_rate(config.optim, planned.schedule, next_step),
+        )
+        if before != now:
+            log.warning(
+                "learning rate of step %d: %.3g by the checkpoint's config, %.3g by this one", next_step, before, now
+            )
+    return planned
+
+
+def _known(section: type[ScheduleConfig | OptimConfig], saved: dict[str, object]) -> dict[str, object]:
+    """Without keys that another version had."""
+    return {name: value for name, value in saved.items() if name in section.model_fields}
