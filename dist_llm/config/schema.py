@@ -359,7 +359,9 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="what is learned from a window")
-    loss: LossConfig = Field(default_factory=LossConfig, description="the training loss")
+    loss: LossConfig = Field(
+        default_factory=LossConfig, description="the training loss; evaluation takes the plain cross-entropy"
+    )
     optim: OptimConfig = Field(default_factory=OptimConfig, description="the optimizer")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="the learning rate over the steps")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="the layout")

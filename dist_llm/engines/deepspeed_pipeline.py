@@ -27,7 +27,6 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
     def __init__(self, config: Config, device: torch.device) -> None:
         self.stages = config.parallel.pp
         self.last = dist.get_rank() // (dist.get_world_size() // self.stages) == self.stages - 1
-        self.cross_entropy = CrossEntropy(config.loss.label_smoothing, config.loss.z_loss)
         self.scored, self.factor = torch.ones((), device=device), 1.0
         self.losses: list[Tensor] = []
         super().__init__(config, device)
@@ -56,7 +55,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         """This rank's stage."""
         config, stage = self.config, dist.get_rank() // self.data_rank[1]
         with torch.device("meta"):
-            part = build_model(config.model)
+            part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
         layers = split_layers(config.model, self.stages, config.parallel.pp_split)[stage]
         part.keep(layers, first=stage == 0, last=self.last)
         lay_out(part, config, None)
@@ -91,7 +90,9 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         return torch.cat(self.losses) if self.last else torch.zeros(len(batch.inputs_BS), device=self.device)
 
     def _loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-        losses_B = self.cross_entropy(logits_BSV, targets_BS) / self.scored
+        assert self.model.head is not None
+        loss, terms = self.model.head.loss_of_mode()
+        losses_B = loss(logits_BSV, targets_BS, terms) / self.scored
         self.losses.append(losses_B.detach().float())
         return losses_B.sum() * self.factor
 

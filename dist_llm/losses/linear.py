@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
+from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy, LossTerms
 
 # N tokens  D width  W columns of logits that are here  B sequences
 
@@ -49,14 +49,16 @@ def linear_cross_entropy(
     loss: CrossEntropy,
     cap: float,
     columns: Columns,
+    terms: LossTerms | None = None,
 ) -> Tensor:
     """`loss` of vectors [..., S, D] times a weight, logits capped at `cap` (0: not), summed per sequence: [...].
 
     The weight has the rows of `columns`; further ones are padding. Losses of all sequences must weigh alike in what is
-    differentiated, as in a sum divided by a number: gradients are NaN where they do not.
+    differentiated, as in a sum divided by a number: gradients are NaN where they do not. What the losses are made of is
+    added to `terms`.
     """
     found: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        x_BSD, weight_WD, bias_W, targets_BS, loss, cap, columns, torch.is_grad_enabled()
+        x_BSD, weight_WD, bias_W, targets_BS, loss, cap, columns, terms, torch.is_grad_enabled()
     )
     return found
 
@@ -72,6 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss: CrossEntropy,
         cap: float,
         columns: Columns,
+        terms: LossTerms | None,
         wanted: bool,
     ) -> Tensor:
         """Losses, and, if `wanted`, the gradients that they have if theirs is 1."""
@@ -79,10 +82,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_WD.dtype
         exact = torch.promote_types(dtype, torch.float32)
         x_ND, targets_N, rows_WD = x_BSD.flatten(0, -2).to(dtype), targets_BS.flatten(), weight_WD[:width].to(dtype)
-        losses_N = torch.empty(len(x_ND), dtype=exact, device=x_BSD.device)
+        losses_KN = torch.empty(1 if loss.is_plain else 3, len(x_ND), dtype=exact, device=x_BSD.device)
         grad_x_ND = torch.empty_like(x_ND) if wanted else x_ND
-        grad_rows_WD = losses_N.new_zeros(rows_WD.shape) if wanted else rows_WD
-        grad_bias_W = losses_N.new_zeros(width)
+        grad_rows_WD = losses_KN.new_zeros(rows_WD.shape) if wanted else rows_WD
+        grad_bias_W = losses_KN.new_zeros(width)
         ctx.boost = FP16_BOOST if dtype == torch.float16 else 1.0
         turn = _compiled() if kind == "cuda" and columns.add is None else _turn
         with torch.autocast(kind, enabled=False):
@@ -93,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 by_block = kind == "cpu" and columns.add is None
                 for block in _slices(len(logits_nW), width, BLOCK_BYTES) if by_block else [slice(None)]:
                     y_nW = logits_nW[block].to(exact)
-                    losses_N[part][block] = turn(y_nW, targets_N[part][block], loss, cap, columns, ctx.boost)
+                    losses_KN[:, part][:, block] = turn(y_nW, targets_N[part][block], loss, cap, columns, ctx.boost)
                     if dtype != exact:
                         logits_nW[block] = y_nW
                 if wanted:
@@ -104,7 +107,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.made, ctx.scaled = (grad_x_ND, grad_rows_WD, grad_bias_W), False
         ctx.shape, ctx.dtype, ctx.rows, ctx.biased = x_BSD.shape, x_BSD.dtype, len(weight_WD), bias_W is not None
         ctx.dtypes = weight_WD.dtype, weight_WD.dtype if bias_W is None else bias_W.dtype
-        return losses_N.view(targets_BS.shape).sum(-1)
+        if terms is not None and not loss.is_plain:
+            terms.add(losses_KN[1:].sum(-1))
+        return losses_KN[0].view(targets_BS.shape).sum(-1)
 
     @staticmethod
     @once_differentiable
@@ -119,12 +124,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ctx.scaled = True
         weight, bias = (_padded(made, ctx.rows).to(dtype) for made, dtype in zip(sums, ctx.dtypes, strict=True))
         grad_x_BSD = (grad_x_ND.view(ctx.shape) * each[..., None, None]).to(ctx.dtype)
-        return grad_x_BSD, weight, bias if ctx.biased else None, None, None, None, None, None
+        return grad_x_BSD, weight, bias if ctx.biased else None, None, None, None, None, None, None
 
 
 def _turn(y_nW: Tensor, targets_n: Tensor, loss: CrossEntropy, cap: float, columns: Columns, boost: float) -> Tensor:
-    """Logits in fp32 -> losses [n]; in place of the logits there is then the gradient of the losses' sum, times boost.
+    """Logits in fp32 -> losses [1, n]; of a regularised loss also its cross-entropy and z-loss, [3, n].
 
+    In place of the logits there is then the gradient of the losses' sum, times boost.
     Targets that are IGNORE have a loss of 0, and no gradient.
     """
     smooth, some = loss.label_smoothing, y_nW.shape[-1] > 0  # a rank may have nothing but padding
@@ -150,7 +156,8 @@ def _turn(y_nW: Tensor, targets_n: Tensor, loss: CrossEntropy, cap: float, colum
     target_n, *all_n, total_n = sums
     log_n = total_n.log()
     log_z_n = log_n + largest_n
-    loss_n = log_n - (1 - smooth) * target_n + loss.z_loss * log_z_n.square()
+    z_loss_n = loss.z_loss * log_z_n.square()
+    loss_n = log_n - (1 - smooth) * target_n + z_loss_n
     y_nW.mul_((scored_n * (1 + 2 * loss.z_loss * log_z_n) * boost / total_n).unsqueeze(-1))
     if smooth:
         loss_n = loss_n - smooth * all_n[0] / columns.size
@@ -159,7 +166,8 @@ def _turn(y_nW: Tensor, targets_n: Tensor, loss: CrossEntropy, cap: float, colum
         y_nW.scatter_add_(-1, column_n1, (here_n.to(y_nW.dtype) * (smooth - 1) * boost).unsqueeze(-1))
     if steep_nW is not None:
         y_nW.mul_(steep_nW)
-    return torch.where(scored_n > 0, loss_n, 0)
+    terms = [loss_n] if loss.is_plain else [loss_n, log_n - target_n, z_loss_n]
+    return torch.where(scored_n > 0, torch.stack(terms), 0)
 
 
 @cache

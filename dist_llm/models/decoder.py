@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_llm.config.derive import round_up
 from dist_llm.config.schema import ModelConfig
-from dist_llm.losses.cross_entropy import CrossEntropy
+from dist_llm.losses.cross_entropy import CrossEntropy, LossTerms
 from dist_llm.losses.linear import Columns, linear_cross_entropy
 from dist_llm.models.attention import KVCache, Rotation, look
 from dist_llm.models.block import Block
@@ -48,11 +48,15 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm, then logits; or, given targets, their loss summed per sequence."""
+    """Final norm, then logits; or, given targets, their loss summed per sequence.
+
+    In evaluation it is the plain cross-entropy, whatever the training loss is; `terms` collects what that is made of.
+    """
 
     def __init__(self, config: ModelConfig, loss: CrossEntropy) -> None:
         super().__init__()
         self.vocab_size, self.cap, self.loss = config.vocab_size, config.logit_cap, loss
+        self.terms = None if loss.is_plain else LossTerms()
         # In post-norm every block has already ended with a norm.
         self.norm = build_norm(config) if config.norm_order == "pre" else nn.Identity()
         rows = round_up(config.vocab_size, config.vocab_multiple)
@@ -66,11 +70,16 @@ class Head(nn.Module):
         assert weight_VD is not None
         if targets_BS is not None:
             columns = Columns(self.vocab_size, 0, self.vocab_size)
+            loss, terms = self.loss_of_mode()
             return linear_cross_entropy(
-                self.hidden(x_BSD), weight_VD, self.bias, targets_BS, self.loss, self.cap, columns
+                self.hidden(x_BSD), weight_VD, self.bias, targets_BS, loss, self.cap, columns, terms
             )
         bias_V = None if self.bias is None else self.bias[: self.vocab_size]
         return capped(F.linear(self.hidden(x_BSD), weight_VD[: self.vocab_size], bias_V), self.cap)
+
+    def loss_of_mode(self) -> tuple[CrossEntropy, LossTerms | None]:
+        """The loss of training or of evaluation, and where its terms are collected."""
+        return (self.loss, self.terms) if self.training else (CrossEntropy(), None)
 
     def hidden(self, x_BSD: Tensor) -> Tensor:
         """What is projected on the vocabulary, [B, S, D]."""
@@ -113,7 +122,7 @@ class Decoder(nn.Module):
             self.relative = RelativeBias(config, both_sides=config.architecture == "encoder")
         # By name and not by place: a part of the model holds some of them under their own names.
         self.blocks = nn.ModuleDict({str(layer): Block(config, layer) for layer in range(config.n_layers)})
-        self.head: nn.Module | None = Head(config, loss or CrossEntropy())
+        self.head: Head | None = Head(config, loss or CrossEntropy())
 
     def keep(self, layers: range, first: bool, last: bool) -> None:
         """Drop all but these blocks and ends. A tied head keeps the table whose weight it uses."""

@@ -4,8 +4,8 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Measured:
     tokens: int  # consumed since the start of the run, this step included
     data_wait_seconds: float
     by_source: Tensor | None = None  # [2, sources]: their shares of the loss, and their scored tokens
+    terms: Mapping[str, Tensor] = field(default_factory=dict)  # of the loss, by the names of the metrics
 
 
 class Recorder:
@@ -63,7 +64,10 @@ class Recorder:
         if not self.held:
             return []
         held, self.held = self.held, []
-        columns = torch.stack([torch.stack((m.loss.float(), m.grad_norm.float())) for m in held]).tolist()
+        names = tuple(held[0].terms)
+        columns = torch.stack(
+            [torch.stack([each.float() for each in (m.loss, m.grad_norm, *m.terms.values())]) for m in held]
+        ).tolist()
         seconds = time.perf_counter() - self.start
         rate = (held[-1].tokens - self.tokens) / seconds
         shared = {
@@ -76,13 +80,14 @@ class Recorder:
             {
                 "step": m.step,
                 "loss": loss,
+                **dict(zip(names, terms, strict=True)),
                 "grad_norm": grad_norm,
                 "lr": m.lr,
                 "tokens": m.tokens,
                 "data_wait_seconds": round(m.data_wait_seconds, 6),
                 **shared,
             }
-            for m, (loss, grad_norm) in zip(held, columns, strict=True)
+            for m, (loss, grad_norm, *terms) in zip(held, columns, strict=True)
         ]
         for row, m in zip(rows, held, strict=True):
             if m.by_source is not None:

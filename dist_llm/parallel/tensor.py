@@ -199,6 +199,7 @@ class VocabParallelHead(Head):
         nn.Module.__init__(self)
         self.norm, self.dense, self.out, self.bias = head.norm, head.dense, head.out, head.bias
         self.vocab_size, self.cap, self.loss = head.vocab_size, head.cap, head.loss
+        self.terms = head.terms
         self.between = between
 
     def forward(self, x_BTD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
@@ -209,7 +210,8 @@ class VocabParallelHead(Head):
         weight_WD, bias_W = _here(whole_VD), None if self.bias is None else _here(self.bias)
         if targets_BS is not None:
             columns = self._columns(weight_WD)
-            return linear_cross_entropy(x_BSD, weight_WD, bias_W, targets_BS, self.loss, self.cap, columns)
+            loss, terms = self.loss_of_mode()
+            return linear_cross_entropy(x_BSD, weight_WD, bias_W, targets_BS, loss, self.cap, columns, terms)
         logits_BSW = capped(F.linear(x_BSD, weight_WD, bias_W), self.cap)
         whole = DTensor.from_local(logits_BSW, self.between.mesh, (Shard(2),), run_check=False).full_tensor()
         return whole[..., : self.vocab_size]

@@ -15,7 +15,7 @@ from dist_llm.checkpoint.probe import PROBE
 from dist_llm.checkpoint.state import Guarded, Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.lengths import inputs_len, sample_tokens
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import Config, LossConfig
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.loader import Loader
 from dist_llm.engines.base import Engine
@@ -39,7 +39,7 @@ from dist_llm.train.garbage import Garbage
 from dist_llm.train.guard import Guard
 from dist_llm.train.replay import replay
 from dist_llm.train.resume import EarlierSteps, load_run, start_from_weights
-from dist_llm.train.step import train_step
+from dist_llm.train.step import terms_of, train_step
 from dist_llm.train.stragglers import Stragglers
 
 log = logging.getLogger("dist_llm")
@@ -140,16 +140,14 @@ class Trainer:
             lines = replay(self.engine, self.loader, progress.samples, progress.step, config.precision)
             self.guard.corrupt(progress.step + 1, lines)
         accept = partial(self.guard.accept, progress.step + 1) if self.guard.skips else None
-        report = train_step(self.engine, batches, lr, progress.step, len(self.loader.plan.sources), accept)
+        sources, regularised = len(self.loader.plan.sources), config.loss != LossConfig()
+        report = train_step(self.engine, batches, lr, progress.step, sources, accept, regularised)
         progress.step += 1
         progress.heldout_loss = None
         progress.samples = self.loader.after(progress.samples)
         progress.tokens += config.data.global_batch * self.sample_tokens
-        self.recorder.add(
-            Measured(
-                progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, wait, report.by_source
-            )
-        )
+        of_step = progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, wait
+        self.recorder.add(Measured(*of_step, report.by_source, terms_of(report, config.loss)))
         if (every := config.guard.digest_every) and progress.step % every == 0:
             self.compare()
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dist_llm.config.schema import LossConfig
 from dist_llm.engines.base import Engine
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.batch import Batch
@@ -20,6 +21,7 @@ class StepReport:
     grad_norm: Tensor  # before clipping
     scored: Tensor
     by_source: Tensor | None = None  # [2, sources]: their shares of the loss, and their scored tokens
+    terms: Tensor | None = None  # [2]: of the loss its cross-entropy and its z-loss, means over scored tokens
 
 
 def train_step(
@@ -29,9 +31,11 @@ def train_step(
     step: int = 0,
     sources: int = 1,
     accept: Callable[[Tensor, Tensor], bool] | None = None,
+    with_terms: bool = False,
 ) -> StepReport:
     """Take one optimizer step; each batch is one microbatch of this data rank. `step` seeds dropout.
 
+    `with_terms`, for a loss with label smoothing or z-loss: report its terms, too.
     `accept`, asked with the loss and the gradient's norm, may say no: then weights and moments stay as they are.
 
     Losses are sums, divided once by the number of tokens the whole world scores, so the
@@ -43,9 +47,22 @@ def train_step(
     by_source = None
     if sources > 1:
         by_source = engine.total(_by_source(batches, losses, sources))
+    terms = _terms(engine, len(batches), losses)
+    if with_terms:
+        terms = engine.total(terms) / scored.clamp(min=1)
     loss = engine.total(losses.sum())
     norm = engine.update(lr, None if accept is None else partial(accept, loss))
-    return StepReport(loss, norm, scored, by_source)
+    return StepReport(loss, norm, scored, by_source, terms if with_terms else None)
+
+
+def _terms(engine: Engine, microbatches: int, losses: Tensor) -> Tensor:
+    """This rank's sums of cross-entropy and z-loss, [2]; zeros where it has no head, or a plain loss."""
+    sums = losses.new_zeros(2)
+    for part in engine.parts:
+        collected = None if part.head is None else part.head.terms
+        if collected is not None and (found := collected.take(microbatches)) is not None:
+            sums = sums + found
+    return sums
 
 
 def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor:
@@ -54,3 +71,16 @@ def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor
     counts = torch.cat([(batch.targets_BS != IGNORE).sum(-1) for batch in batches])
     rows = torch.stack((losses, counts.to(losses)))
     return rows.new_zeros(2, sources).index_add_(1, owners, rows)
+
+
+def terms_of(report: StepReport, config: LossConfig) -> dict[str, Tensor]:
+    """What a regularised loss is the sum of, by the names of the metrics; nothing of a plain one."""
+    if report.terms is None:
+        return {}
+    cross_entropy, z_loss = report.terms
+    terms = {"cross_entropy": cross_entropy}
+    if config.label_smoothing:
+        terms["label_smoothing"] = report.loss - cross_entropy - z_loss
+    if config.z_loss:
+        terms["z_loss"] = z_loss
+    return terms

@@ -32,6 +32,19 @@ def scores(config: Config) -> list[float]:
     return found
 
 
+REGULARISED = {"z_loss": 1e-2, "label_smoothing": 0.1}
+
+
+def terms(config: Config) -> list[float]:
+    """Loss, cross-entropy and z-loss of a step, and the held-out loss before it."""
+    engine = NativeEngine(config, torch.device("cpu"))
+    heldout = [engine.cut(batch) for batch in batches_of(config, engine, 100)]
+    before = sum(engine.total(engine.score(batch).sum()).item() for batch in heldout)
+    report = train_step(engine, batches_of(config, engine, 0), config.optim.lr, with_terms=True)
+    assert report.terms is not None
+    return [before, report.loss.item(), *report.terms.tolist()]
+
+
 def saved_names(config: Config) -> tuple[set[str], set[str]]:
     """What a checkpoint would hold after a step, and after an evaluation on top."""
     engine = NativeEngine(config, torch.device("cpu"))
@@ -72,3 +85,20 @@ def remembered() -> int:
 def test_a_sharded_model_in_bf16_fills_the_cache_that_it_is_given() -> None:
     """Where FSDP casts what a model is given, it once filled a copy."""
     assert world(2).run(remembered) == [3, 3]
+
+
+@pytest.mark.parametrize("layout", [Layout(1, {}, "tied"), *LAYOUTS], ids=str)
+def test_the_held_out_loss_is_plain_and_the_terms_of_the_training_loss_are_known(layout: Layout) -> None:
+    """The training loss has z-loss and label smoothing; what is scored has neither, on any layout."""
+    model, data = MODELS[layout.model] | {"dropout": 0.0}, {"micro_batch": layout.micro}
+    config = config_of(layout.ranks, model, optim=SGD, parallel=layout.parallel, data=data, loss=REGULARISED)
+    plain = config_of(1, model, optim=SGD, loss={})
+    engine = NativeEngine(plain, torch.device("cpu"))
+    heldout = sum(engine.score(batch).sum().item() for batch in batches_of(plain, engine, 100))
+    cross_entropy = train_step(engine, batches_of(plain, engine, 0), SGD["lr"]).loss.item()
+    want = terms(config_of(1, model, optim=SGD, loss=REGULARISED))
+    assert want[0] == pytest.approx(heldout, rel=1e-6)
+    assert want[2] == pytest.approx(cross_entropy, rel=1e-6)
+    assert want[1] > cross_entropy + 0.2, "the terms are large enough to be seen"
+    for rank, found in enumerate(world(layout.ranks).run(terms, config) if layout.ranks > 1 else [terms(config)]):
+        assert found == pytest.approx(want, rel=1e-5), f"rank {rank}"

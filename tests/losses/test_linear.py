@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_llm.losses import linear
-from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
+from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy, LossTerms
 from dist_llm.losses.linear import Columns, linear_cross_entropy
 
 B, S, D, V, ROWS = 3, 7, 5, 11, 16  # five rows of the weight are padding
@@ -144,3 +144,31 @@ def test_a_target_that_is_no_token_is_not_passed_over() -> None:
     x, weight, _, targets = case(False, ignored=0.0)
     targets[1, 2] = V
     assert together(x, weight, None, targets, CrossEntropy(), 0.0).isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("slices", [1 << 30, 1], ids=["whole", "tokens"])
+@pytest.mark.parametrize("loss", LOSSES[1:])
+def test_what_a_regularised_loss_is_made_of(loss: CrossEntropy, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cross-entropy as without regularisation, z-loss by hand; by both ways, and gradients are as without them."""
+    monkeypatch.setattr(linear, "SLICE_BYTES", {"cpu": slices})
+    x, weight, bias, targets = (each.double() if each.is_floating_point() else each for each in case(True))
+    logits = apart_logits(x, weight, bias)
+    plain = CrossEntropy()(logits, targets).sum()
+    z_loss = loss.z_loss * (logits.logsumexp(-1).square() * (targets != IGNORE)).sum()
+    collected, of_logits = LossTerms(), LossTerms()
+    linear_cross_entropy(x, weight, bias, targets, loss, 0.0, Columns(V, 0, V), collected)
+    loss(logits, targets, of_logits)
+    for terms in (collected, of_logits):
+        torch.testing.assert_close(terms.take(1), torch.stack((plain, z_loss)))
+        assert terms.take(1) is None
+
+
+def apart_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight[:V], bias[:V])
+
+
+def test_only_the_terms_of_the_newest_microbatches_count() -> None:
+    terms = LossTerms()
+    for value in (7.0, 1.0, 2.0):
+        terms.add(torch.tensor([value, 10 * value]))
+    assert terms.take(2).tolist() == [3.0, 30.0]  # type: ignore[union-attr]

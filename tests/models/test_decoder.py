@@ -210,6 +210,8 @@ def test_given_targets_the_model_returns_their_loss(tie, build):
     tokens = distinct_tokens(8)
     targets = tokens.flip(1)
     targets[0, 2] = IGNORE
+    torch.testing.assert_close(model(tokens, targets), CrossEntropy()(model(tokens), targets), rtol=1e-6, atol=0)
+    model.train()
     torch.testing.assert_close(model(tokens, targets), loss(model(tokens), targets), rtol=1e-6, atol=0)
 
 
@@ -231,6 +233,7 @@ def test_vocabulary_padding_is_zero_never_predicted_and_never_learned(tie, build
     plain = build(CrossEntropy(0.1, 0.01), tie_embeddings=tie, vocab_multiple=1)
     tokens = distinct_tokens(8)
     assert torch.equal(model(tokens), plain(tokens)), "the padding changes nothing"
+    model.train()
     model(tokens, tokens.flip(1)).backward()
     for weight in (model.embed.tokens.weight, *([] if tie else [model.head.out.weight])):
         assert weight.shape == (64, 32)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,16 @@ def test_a_flush_gives_each_step_its_numbers_and_the_intervals_rates(clock):
         assert row["data_wait_seconds"] == 0.5
         assert row["peak_memory_bytes"] > 2**20
         json.dumps(row, allow_nan=False)
+
+
+def test_the_terms_of_a_loss_are_columns_of_their_own(clock):
+    recorder = Recorder([], 1.0, 1.0, CPU)
+    for step in (1, 2):
+        terms = {"cross_entropy": torch.tensor(step - 0.5), "z_loss": torch.tensor(0.5)}
+        recorder.add(replace(measured(step), terms=terms))
+    clock[0] += 1.0
+    rows = recorder.flush()
+    assert [(row["loss"], row["cross_entropy"], row["z_loss"]) for row in rows] == [(1.0, 0.5, 0.5), (2.0, 1.5, 0.5)]
 
 
 def test_an_interval_ends_with_its_flush_and_restarts_leave_out_what_was_no_step(clock):
