@@ -146,7 +146,7 @@ class RunLock:
 
     def __exit__(self, *raised: object) -> None:
         self._closed.set()
-        self._thread.join()
+        self._thread.join(HEARTBEAT_SECONDS)  # a file system may not answer
         with suppress(OSError):
             if (found := read_holder(self.path)) is not None and found[0].token == self.me.token:
                 self.path.unlink()
