@@ -82,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_WD.dtype
         exact = torch.promote_types(dtype, torch.float32)
         x_ND, targets_N, rows_WD = x_BSD.flatten(0, -2).to(dtype), targets_BS.flatten(), weight_WD[:width].to(dtype)
-        losses_KN = torch.empty(3 if _is_regularised(loss) else 1, len(x_ND), dtype=exact, device=x_BSD.device)
+        losses_KN = torch.empty(1 if loss.is_plain else 3, len(x_ND), dtype=exact, device=x_BSD.device)
         grad_x_ND = torch.empty_like(x_ND) if wanted else x_ND
         grad_rows_WD = losses_KN.new_zeros(rows_WD.shape) if wanted else rows_WD
         grad_bias_W = losses_KN.new_zeros(width)
@@ -107,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.made, ctx.scaled = (grad_x_ND, grad_rows_WD, grad_bias_W), False
         ctx.shape, ctx.dtype, ctx.rows, ctx.biased = x_BSD.shape, x_BSD.dtype, len(weight_WD), bias_W is not None
         ctx.dtypes = weight_WD.dtype, weight_WD.dtype if bias_W is None else bias_W.dtype
-        if terms is not None and _is_regularised(loss):
+        if terms is not None and not loss.is_plain:
             terms.add(losses_KN[1:].sum(-1))
         return losses_KN[0].view(targets_BS.shape).sum(-1)
 
@@ -166,12 +166,8 @@ def _turn(y_nW: Tensor, targets_n: Tensor, loss: CrossEntropy, cap: float, colum
         y_nW.scatter_add_(-1, column_n1, (here_n.to(y_nW.dtype) * (smooth - 1) * boost).unsqueeze(-1))
     if steep_nW is not None:
         y_nW.mul_(steep_nW)
-    terms = [loss_n, log_n - target_n, z_loss_n] if _is_regularised(loss) else [loss_n]
+    terms = [loss_n] if loss.is_plain else [loss_n, log_n - target_n, z_loss_n]
     return torch.where(scored_n > 0, torch.stack(terms), 0)
-
-
-def _is_regularised(loss: CrossEntropy) -> bool:
-    return bool(loss.label_smoothing or loss.z_loss)
 
 
 @cache
