@@ -50,15 +50,19 @@ def linear_cross_entropy(
     cap: float,
     columns: Columns,
     terms: LossTerms | None = None,
+    weights_BS: Tensor | None = None,
 ) -> Tensor:
     """`loss` of vectors [..., S, D] times a weight, logits capped at `cap` (0: not), summed per sequence: [...].
 
-    The weight has the rows of `columns`; further ones are padding. Losses of all sequences must weigh alike in what is
-    differentiated, as in a sum divided by a number: gradients are NaN where they do not. What the losses are made of is
-    added to `terms`.
+    The weight has the rows of `columns`; further ones are padding. Each token's loss is multiplied by its number in
+    `weights_BS`. What the losses are made of is added to `terms`.
+
+    Gradients are made in forward, so losses of all sequences must have one factor in what is differentiated, as in a
+    sum divided by a number; other factors belong into `weights_BS`. Where the factors differ, backward raises
+    RuntimeError on a CPU; on a GPU, which nobody waits for, gradients are NaN.
     """
     found: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        x_BSD, weight_WD, bias_W, targets_BS, loss, cap, columns, terms, torch.is_grad_enabled()
+        x_BSD, weight_WD, bias_W, targets_BS, weights_BS, loss, cap, columns, terms, torch.is_grad_enabled()
     )
     return found
 
@@ -71,6 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_WD: Tensor,
         bias_W: Tensor | None,
         targets_BS: Tensor,
+        weights_BS: Tensor | None,
         loss: CrossEntropy,
         cap: float,
         columns: Columns,
@@ -82,6 +87,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_WD.dtype
         exact = torch.promote_types(dtype, torch.float32)
         x_ND, targets_N, rows_WD = x_BSD.flatten(0, -2).to(dtype), targets_BS.flatten(), weight_WD[:width].to(dtype)
+        weights_N = (targets_N != IGNORE).to(exact)
+        if weights_BS is not None:
+            weights_N = torch.where(weights_N > 0, weights_BS.flatten().to(exact), 0)
         losses_KN = torch.empty(1 if loss.is_plain else 3, len(x_ND), dtype=exact, device=x_BSD.device)
         grad_x_ND = torch.empty_like(x_ND) if wanted else x_ND
         grad_rows_WD = losses_KN.new_zeros(rows_WD.shape) if wanted else rows_WD
@@ -96,7 +104,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 by_block = kind == "cpu" and columns.add is None
                 for block in _slices(len(logits_nW), width, BLOCK_BYTES) if by_block else [slice(None)]:
                     y_nW = logits_nW[block].to(exact)
-                    losses_KN[:, part][:, block] = turn(y_nW, targets_N[part][block], loss, cap, columns, ctx.boost)
+                    tokens = targets_N[part][block], weights_N[part][block]
+                    losses_KN[:, part][:, block] = turn(y_nW, *tokens, loss, cap, columns, ctx.boost)
                     if dtype != exact:
                         logits_nW[block] = y_nW
                 if wanted:
@@ -119,19 +128,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x_ND, *sums = ctx.made
         if not ctx.scaled:  # else asked for again: a pipeline may want the activations' gradients first
             first = each.flatten()[0]
+            alike = ((each == first) | each.isnan()).all()
+            if each.device.type == "cpu" and not alike:
+                raise RuntimeError(
+                    "losses of different sequences are multiplied by different numbers after linear_cross_entropy, "
+                    "which has made the gradients already; pass the numbers as its weights_BS"
+                )
             for made in sums:
-                made *= torch.where((each == first).all(), first, torch.nan)
+                made *= torch.where(alike, first, torch.nan)
             ctx.scaled = True
         weight, bias = (_padded(made, ctx.rows).to(dtype) for made, dtype in zip(sums, ctx.dtypes, strict=True))
         grad_x_BSD = (grad_x_ND.view(ctx.shape) * each[..., None, None]).to(ctx.dtype)
-        return grad_x_BSD, weight, bias if ctx.biased else None, None, None, None, None, None, None
+        return grad_x_BSD, weight, bias if ctx.biased else None, *[None] * 7
 
 
-def _turn(y_nW: Tensor, targets_n: Tensor, loss: CrossEntropy, cap: float, columns: Columns, boost: float) -> Tensor:
-    """Logits in fp32 -> losses [1, n]; of a regularised loss also its cross-entropy and z-loss, [3, n].
+def _turn(
+    y_nW: Tensor,
+    targets_n: Tensor,
+    weights_n: Tensor,
+    loss: CrossEntropy,
+    cap: float,
+    columns: Columns,
+    boost: float,
+) -> Tensor:
+    """Logits in fp32 -> losses [1, n], weighted; of a regularised loss also its cross-entropy and z-loss, [3, n].
 
     In place of the logits there is then the gradient of the losses' sum, times boost.
-    Targets that are IGNORE have a loss of 0, and no gradient.
+    Targets that are IGNORE have a weight of 0: no loss, and no gradient.
     """
     smooth, some = loss.label_smoothing, y_nW.shape[-1] > 0  # a rank may have nothing but padding
     steep_nW = None
@@ -139,7 +162,6 @@ def _turn(y_nW: Tensor, targets_n: Tensor, loss: CrossEntropy, cap: float, colum
         y_nW.div_(cap).tanh_()
         steep_nW = 1 - y_nW.square()
         y_nW.mul_(cap)
-    scored_n = (targets_n != IGNORE).to(y_nW.dtype)
     here_n = (targets_n >= columns.start) & (targets_n < columns.start + columns.width)
     column_n1 = torch.where(here_n, targets_n - columns.start, 0).unsqueeze(-1)
     largest_n = y_nW.amax(-1) if some else y_nW.new_full((len(y_nW),), -torch.inf)
@@ -150,7 +172,7 @@ def _turn(y_nW: Tensor, targets_n: Tensor, loss: CrossEntropy, cap: float, colum
     sums = [target_n, *([y_nW.sum(-1)] if smooth else [])]
     sums.append(y_nW.exp_().sum(-1))
     if columns.add is None:
-        sums[0] = torch.where(here_n | (scored_n == 0), target_n, torch.nan)  # a target that is no token
+        sums[0] = torch.where(here_n | (targets_n == IGNORE), target_n, torch.nan)  # a target that is no token
     else:
         sums = list(columns.add(torch.stack(sums)))
     target_n, *all_n, total_n = sums
@@ -158,16 +180,16 @@ def _turn(y_nW: Tensor, targets_n: Tensor, loss: CrossEntropy, cap: float, colum
     log_z_n = log_n + largest_n
     z_loss_n = loss.z_loss * log_z_n.square()
     loss_n = log_n - (1 - smooth) * target_n + z_loss_n
-    y_nW.mul_((scored_n * (1 + 2 * loss.z_loss * log_z_n) * boost / total_n).unsqueeze(-1))
+    y_nW.mul_((weights_n * (1 + 2 * loss.z_loss * log_z_n) * boost / total_n).unsqueeze(-1))
     if smooth:
         loss_n = loss_n - smooth * all_n[0] / columns.size
-        y_nW.sub_((scored_n * smooth * boost / columns.size).unsqueeze(-1))
+        y_nW.sub_((weights_n * smooth * boost / columns.size).unsqueeze(-1))
     if some:
-        y_nW.scatter_add_(-1, column_n1, (here_n.to(y_nW.dtype) * (smooth - 1) * boost).unsqueeze(-1))
+        y_nW.scatter_add_(-1, column_n1, (here_n.to(y_nW.dtype) * weights_n * (smooth - 1) * boost).unsqueeze(-1))
     if steep_nW is not None:
         y_nW.mul_(steep_nW)
     terms = [loss_n] if loss.is_plain else [loss_n, log_n - target_n, z_loss_n]
-    return torch.where(scored_n > 0, torch.stack(terms), 0)
+    return torch.where(targets_n != IGNORE, torch.stack(terms) * weights_n, 0)
 
 
 @cache

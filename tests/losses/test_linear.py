@@ -101,12 +101,39 @@ def test_nothing_scored() -> None:
     assert all(not gradient.any() for gradient in torch.autograd.grad(losses.sum(), (x, weight)))
 
 
-def test_losses_weighed_differently_have_no_gradient_rather_than_a_wrong_one() -> None:
+def test_losses_multiplied_differently_afterwards_are_refused() -> None:
     x, weight, _, targets = case(False)
     weight.requires_grad_()
     losses = together(x, weight, None, targets, CrossEntropy(), 0.0)
-    (gradient,) = torch.autograd.grad((losses * torch.tensor([1.0, 2.0, 3.0])).sum(), weight)
-    assert gradient[:V].isnan().all()
+    with pytest.raises(RuntimeError, match="pass the numbers as its weights_BS"):
+        torch.autograd.grad((losses * torch.tensor([1.0, 2.0, 3.0])).sum(), weight)
+
+
+@pytest.mark.parametrize("slices", [1 << 30, 1], ids=["whole", "tokens"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("per_token", [False, True], ids=["sequences", "tokens"])
+def test_weights_known_in_forward(
+    per_token: bool, loss: CrossEntropy, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One per sequence or per token, some 0, some negative: value and every gradient are those of the plain formula."""
+    monkeypatch.setattr(linear, "SLICE_BYTES", {"cpu": slices})
+    x, weight, bias, targets = case(True)
+    assert bias is not None
+    weights = torch.tensor([1.0, -0.5, 3.0], dtype=torch.float64)[:, None].expand(B, S).clone()
+    if per_token:
+        weights *= torch.arange(S) % 3
+    leaves = [each.double().requires_grad_() for each in (x, weight, bias)]
+    terms = LossTerms()
+    found = linear_cross_entropy(*leaves, targets, loss, 2.0, Columns(V, 0, V), terms, weights)
+
+    logits = 2.0 * torch.tanh(F.linear(leaves[0], leaves[1][:V], leaves[2][:V]) / 2.0)
+    each_BS = loss(logits.unsqueeze(-2), targets.unsqueeze(-1))
+    wanted = (each_BS * weights).sum(-1)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad(found.sum() / 7, leaves), torch.autograd.grad(wanted.sum() / 7, leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_gradients_asked_for_twice() -> None:
