@@ -15,6 +15,9 @@ from dist_llm.observe.metrics import Row
 
 log = logging.getLogger("dist_llm")
 
+# Beside an MFU above 100%.
+TOO_MUCH = " (the peak rate is underestimated: set log.peak_tflops)"
+
 
 def start_logging(directory: Path, world: World) -> None:
     """Every rank writes to a file of its own; rank 0 to the screen too (stderr)."""
@@ -88,7 +91,7 @@ class ProgressLine:
         return (
             f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  "
             f"lr {row['lr']:.2e}  grad norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  "
-            f"MFU {row['mfu']:.1%}  ETA {_clock(left)}"
+            f"MFU {row['mfu']:.1%}{TOO_MUCH if row['mfu'] > 1 else ''}  ETA {_clock(left)}"
         )
 
     def _heldout(self, row: Row) -> str:

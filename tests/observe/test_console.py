@@ -50,6 +50,12 @@ def test_an_unknown_rate_still_prints(tmp_path, capsys):
     assert capsys.readouterr().err.rstrip().endswith("MFU nan%  ETA ?")
 
 
+def test_more_than_all_of_the_peak_is_explained(tmp_path, capsys):
+    start_logging(tmp_path, World())
+    ProgressLine(steps=100, done=0)([{**ROW, "mfu": 1.23}, {**ROW, "mfu": 1.23}])
+    assert "MFU 123.0% (the peak rate is underestimated: set log.peak_tflops)  ETA" in capsys.readouterr().err
+
+
 def test_a_bar_where_there_is_one(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(console, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=150))
