@@ -150,6 +150,28 @@ class Corpus:
                 row[max(document.start - start, 0) : max(document.completion - start, 0)] = False
         return rows
 
+    def document_numbers(self, starts: Ints, length: int) -> Ints:
+        """Rows [len(starts), length]: the number of each token's document within its window, from 0."""
+        begins = np.zeros((len(starts), length), np.int64)
+        for row, start in zip(begins, starts.tolist(), strict=True):
+            first, last = np.searchsorted(self.ends, (start, start + length - 1), side="right").tolist()
+            for shard in range(first, last + 1):
+                offset = int(self.ends[shard]) - self.shards[shard].tokens - start  # of the shard, within the window
+                offsets = self.offsets(shard)
+                # Keys of the offsets' own type: for others searchsorted copies the whole file.
+                inside = np.searchsorted(offsets, np.array([max(1 - offset, 0), max(length - offset, 0)], np.uint64))
+                row[offsets[slice(*inside.tolist())].astype(np.int64) + offset] = 1
+        return np.cumsum(begins, axis=1)
+
+    def check_document_bounds(self) -> None:
+        """Raises DataError where no file of the corpus says where its documents begin."""
+        if not self.manifest.has_document_bounds:
+            raise DataError(
+                f"{self.directory}: says nowhere where documents begin: the adopted files have no index, and no "
+                "<|endoftext|> is in them. Set data.document_mask to false and data.windows to stream; or tokenize "
+                "the text again with a separator, and adopt or prepare it again"
+            )
+
     def overlapping(self, start: int, length: int) -> Iterator[Document]:
         """The documents that have tokens in [start, start + length)."""
         numbers = np.searchsorted(self.ends, (start, start + length - 1), side="right").tolist()

@@ -9,7 +9,8 @@ A corpus is a directory:
                              with prompts followed by the first token after the document's prompt
     heldout-00000.bin ...
 
-Documents end with `<|endoftext|>` and never straddle two shards.
+Documents end with `<|endoftext|>` and never straddle two shards. The offsets alone decide where a document begins:
+in adopted files a separator may begin a document, or there may be none.
 
 `dist-llm adopt` writes such a directory for token files of other programs, which stay where they are: a shard's
 `file` is then an absolute path or a URL, `skip_bytes` leads past its header, and `offsets` names the file of its
@@ -75,6 +76,15 @@ class Manifest:
     shards: dict[Split, tuple[Shard, ...]]
     bad_rows: Count = 0
     prompts: bool = False  # whether offsets tell where each document's prompt ends
+    document_bounds: bool | None = None  # of adopted files: whether any says where documents begin
+
+    @property
+    def has_document_bounds(self) -> bool:
+        """Whether documents are known. Manifests of older versions do not say: one document a file means no."""
+        if self.document_bounds is not None or not self.source or not self.source[0].startswith("adopted from "):
+            return self.document_bounds is not False
+        files = [shard for split in SPLITS for shard in self.shards[split]]
+        return "megatron" in self.source[0] or any(shard.documents > 1 for shard in files)
 
     def tokens(self, split: Split) -> int:
         return sum(shard.tokens for shard in self.shards[split])

@@ -24,12 +24,13 @@ class Stream:
     window: int
     pieces: Pieces | None = None
     score_prompts: bool = True
+    documents: bool = False  # whether windows of a stream come with the number of each token's document
 
     def read(self, places: Ints) -> Tokens | list[Text]:
         """What the order's places hold: whole windows of ids [n, window], or texts of their own lengths."""
         if self.pieces is not None:
             return self.pieces.read(places, self.score_prompts)
-        return read_windows(self.corpus, places, self.window, self.score_prompts)
+        return read_windows(self.corpus, places, self.window, self.score_prompts, self.documents)
 
     def spans(self, place: int) -> Spans:
         """(first token, tokens) of each piece of text at one of the order's places."""
@@ -46,12 +47,18 @@ class Source:
     members: Mixture  # which member each of the source's samples is of
 
 
-def read_windows(corpus: Corpus, starts: Ints, window: int, score_prompts: bool) -> Tokens | list[Text]:
-    """Windows of one stream of text; where prompts are not scored, with what is."""
+def read_windows(
+    corpus: Corpus, starts: Ints, window: int, score_prompts: bool, documents: bool = False
+) -> Tokens | list[Text]:
+    """Windows of one stream of text; where prompts are not scored, with what is; on demand with document numbers."""
     rows = corpus.read(starts, window)
-    if score_prompts or not corpus.manifest.prompts:
+    hidden = corpus.manifest.prompts and not score_prompts
+    if not hidden and not documents:
         return rows
-    return [Text(row, None, scored) for row, scored in zip(rows, corpus.scored(starts, window), strict=True)]
+    none = [None] * len(rows)
+    scored = corpus.scored(starts, window) if hidden else none
+    numbers = corpus.document_numbers(starts, window) if documents else none
+    return [Text(row, None, *more) for row, *more in zip(rows, scored, numbers, strict=True)]
 
 
 def open_corpora(data: DataConfig, split: Split = "train") -> dict[str, Corpus]:
@@ -84,6 +91,8 @@ def open_sources(config: Config) -> list[Source]:
                 f"{corpus.directory}: has prompts, which {' and '.join(sorted(scored))} cannot leave unscored; set "
                 "data.score_prompts to true, or objective.name to causal"
             )
+        if data.document_mask or data.windows != "stream":
+            corpus.check_document_bounds()
         own = seed_of(seed, name)
         streams = tuple(_stream(data, corpus, own ^ n, size) for n, size in enumerate(all_lengths(config)))
         members = Mixture.of([each.weight for each in config.objective.members], own)
@@ -98,7 +107,9 @@ def seed_of(seed: int, name: str) -> int:
 
 def _stream(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> Stream:
     if data.windows == "stream":
-        return Stream(corpus, build_order(data, corpus, seed, size), size.window, None, data.score_prompts)
+        return Stream(
+            corpus, build_order(data, corpus, seed, size), size.window, None, data.score_prompts, data.document_mask
+        )
     pieces = Pieces(corpus, size, data.windows == "packed")
     if not pieces.count:
         raise DataError(

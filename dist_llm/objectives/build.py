@@ -70,18 +70,19 @@ class Objective:
         self, window: npt.NDArray[Any] | Text, rng: np.random.Generator, denoiser: Denoiser, size: Lengths
     ) -> Row:
         text = window if isinstance(window, Text) else Text(window)
-        window = text.tokens_W
+        if self.form.documents and text.pieces_W is None and text.documents_W is None:
+            raise ValueError("a window without document numbers: its reader must take them from the corpus's offsets")
         match denoiser.name:
             case "causal":
-                return causal(text, self.vocabulary)
+                return causal(text)
             case "prefix":
-                return prefix(window, rng, denoiser, self.vocabulary, two_stacks=self.source > 0)
+                return prefix(text, rng, denoiser, self.vocabulary, two_stacks=self.source > 0)
             case "masked":
                 return masked(text, rng, denoiser, self.vocabulary)
             case "span":
-                return span(window, rng, denoiser, size, self.vocabulary, two_stacks=self.source > 0)
+                return span(text, rng, denoiser, size, self.vocabulary, two_stacks=self.source > 0)
             case "fim":
-                return fim(window, rng, denoiser, self.vocabulary)
+                return fim(text, rng, denoiser, self.vocabulary)
 
 
 def build_objective(config: Config, vocabulary: Vocabulary, prompts: bool = False) -> Objective:

@@ -3,25 +3,23 @@
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dist_llm.config.schema import Denoiser
-from dist_llm.objectives.rows import Row, documents_of
+from dist_llm.objectives.rows import Row, Text
 from dist_llm.objectives.vocabulary import Vocabulary
 
 
-def fim(window: npt.NDArray[Any], rng: np.random.Generator, denoiser: Denoiser, vocabulary: Vocabulary) -> Row:
+def fim(text: Text, rng: np.random.Generator, denoiser: Denoiser, vocabulary: Vocabulary) -> Row:
     """PSM: <prefix> first <suffix> last <middle> middle. SPM: <prefix> <suffix> last <middle> first middle.
 
     Three ids take the place of the window's last three tokens.
     """
-    tokens = window.astype(np.int64)
-    documents = documents_of(tokens, vocabulary.eot)
+    tokens, documents = text.tokens_W.astype(np.int64), text.documents()
     if rng.random() < denoiser.fim_rate:
-        text = len(tokens) - 3
-        left, right = np.sort(rng.integers(0, text + 1, 2)).tolist()
+        length = len(tokens) - 3
+        left, right = np.sort(rng.integers(0, length + 1, 2)).tolist()
         a, b, c = (vocabulary.special(name) for name in ("fim_prefix", "fim_middle", "fim_suffix"))
-        places = np.arange(text)
+        places = np.arange(length)
         first, mid, last = places[:left], places[left:right], places[right:]
         if rng.random() < denoiser.fim_spm_rate:
             parts: list[Any] = [[a], [c], tokens[last], [b], tokens[first], tokens[mid]]

@@ -12,7 +12,7 @@ MASKED, RANDOM = 0.8, 0.1  # of the selected tokens; the rest stay as they are
 
 def masked(text: Text, rng: np.random.Generator, denoiser: Denoiser, vocabulary: Vocabulary) -> Row:
     """A start token, then the text with some tokens hidden -> the hidden ones. Ends of documents never are."""
-    tokens, documents = text.tokens_W.astype(np.int64), text.documents(vocabulary.eot)
+    tokens, documents = text.tokens_W.astype(np.int64), text.documents()
     words_only = tokens != vocabulary.eot
     if denoiser.whole_words:
         assert vocabulary.word_V2 is not None

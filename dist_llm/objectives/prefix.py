@@ -1,21 +1,16 @@
 """Predict what follows a prefix of random length, which is seen whole (Liu et al. 2018; Raffel et al. 2020, 3.2)."""
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from dist_llm.config.schema import Denoiser
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.objectives.rows import Row, documents_of
+from dist_llm.objectives.rows import Row, Text
 from dist_llm.objectives.vocabulary import Vocabulary
 
 
-def prefix(
-    window: npt.NDArray[Any], rng: np.random.Generator, denoiser: Denoiser, vocabulary: Vocabulary, two_stacks: bool
-) -> Row:
+def prefix(text: Text, rng: np.random.Generator, denoiser: Denoiser, vocabulary: Vocabulary, two_stacks: bool) -> Row:
     """Cut the window in two, each place as likely: [mode] first part -> second part."""
-    tokens, documents = window.astype(np.int64), documents_of(window, vocabulary.eot)
+    tokens, documents = text.tokens_W.astype(np.int64), text.documents()
     cut = int(rng.integers(1, len(tokens)))
     mode = [vocabulary.special(denoiser.mode)] if denoiser.mode else []
     first = np.concatenate((mode, tokens[:cut])).astype(np.int64)

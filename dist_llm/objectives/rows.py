@@ -19,15 +19,21 @@ PADDING = -1  # the document of what is no text
 
 @dataclass(frozen=True)
 class Text:
-    """What one sample reads; without `pieces_W` one stream, in which documents follow one another."""
+    """What one sample reads; without `pieces_W` one stream, in which documents follow one another.
+
+    Document numbers come from the corpus's document offsets, never from separators among the tokens: a corpus may have
+    no separators, and a separator may begin a document as well as end one.
+    """
 
     tokens_W: npt.NDArray[Any]
     pieces_W: Ints | None = None  # the number of each token's piece: pieces have nothing to do with each other
     scored_W: npt.NDArray[np.bool_] | None = None  # the tokens to be predicted; None: all
+    documents_W: Ints | None = None  # of a stream: the number of each token's document; None: no mask needs it
 
-    def documents(self, eot: int) -> Ints:
-        """The number of each token's document, or piece, from 0."""
-        return documents_of(self.tokens_W, eot) if self.pieces_W is None else self.pieces_W
+    def documents(self) -> Ints:
+        """The number of each token's document, or piece, from 0; all 0 where no mask needs them."""
+        found = self.documents_W if self.pieces_W is None else self.pieces_W
+        return np.zeros(len(self.tokens_W), np.int64) if found is None else found
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,6 @@ class Form:
 
 def pad(values: Ints, length: int, filler: int) -> Ints:
     return np.concatenate((values, np.full(length - len(values), filler, dtype=np.int64)))
-
-
-def documents_of(window: npt.NDArray[Any], eot: int) -> Ints:
-    """The number of each token's document, from 0; `eot` ends one and belongs to it. Windows [..., W]."""
-    ends = (window == eot).astype(np.int64)
-    return np.cumsum(ends, axis=-1) - ends
 
 
 def positions_of(documents_BS: Ints) -> Ints:

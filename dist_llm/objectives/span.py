@@ -1,19 +1,16 @@
 """Span corruption (Raffel et al. 2020, 3.1.4): find out what was cut out of a text, piece after piece."""
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from dist_llm.config.lengths import Lengths
 from dist_llm.config.schema import Denoiser
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.objectives.rows import Ints, Row, documents_of
+from dist_llm.objectives.rows import Ints, Row, Text
 from dist_llm.objectives.vocabulary import Vocabulary
 
 
 def span(
-    window: npt.NDArray[Any],
+    text: Text,
     rng: np.random.Generator,
     denoiser: Denoiser,
     size: Lengths,
@@ -24,7 +21,7 @@ def span(
 
     Two stacks: the first is read by the encoder, the second written by the decoder. One stack: one after the other.
     """
-    tokens, documents = window.astype(np.int64), documents_of(window, vocabulary.eot)
+    tokens, documents = text.tokens_W.astype(np.int64), text.documents()
     pieces = segments(rng, len(tokens), size.noise, size.spans)
     mode = np.array([vocabulary.special(denoiser.mode)] if denoiser.mode else [], dtype=np.int64)
     kept, kept_documents = _replaced(tokens, documents, pieces, vocabulary, noise=True)

@@ -44,11 +44,12 @@ def adopt(options: AdoptOptions, stream: TextIO | None = None) -> Manifest:
         partial.mkdir(parents=True)
         try:
             with Meter(stream or sys.stderr, _total_bytes(options), "checking") as meter:
-                manifest = _Run(options, tokenizer, partial, meter).fill()
+                run = _Run(options, tokenizer, partial, meter)
+                manifest = run.fill()
                 sync_directory(partial)
                 partial.rename(out)
                 sync_directory(out.parent)
-                _summarise(options, manifest, meter)
+                _summarise(options, manifest, meter, sorted(run.look_begun))
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -65,6 +66,10 @@ def _check(options: AdoptOptions) -> None:
         (not options.tokenizer.startswith("bpe:"), f"--tokenizer {options.tokenizer}: give the one that made the ids"),
         (typed or options.dtype is None, f"--dtype: {options.format} files tell their type; leave the option out"),
         (not typed or options.dtype is not None, "--dtype: must be given, since bin files do not tell their type"),
+        (
+            options.eot_position is None or options.format != "megatron",
+            "--eot-position: the .idx of a megatron file tells where documents begin; leave the option out",
+        ),
         (not options.out.exists(), f"{options.out}: exists. Choose another --out, or remove it first."),
     )
     for holds, rule in rules:
@@ -94,6 +99,10 @@ class _Run:
         for token, rank in tokenizer.ranks.items():
             self.text_bytes[rank] = len(token)
         self._lock, self._read, self._documents = Lock(), 0, 0
+        default = "start" if options.format == "llmc" else "end"
+        self._eot_begins = (options.eot_position or default) == "start"
+        self._bounds = False  # whether any file says where documents begin
+        self.look_begun: list[str] = []  # files whose separators seem to stand on the other side
 
     def fill(self) -> Manifest:
         """Write tokenizer, offsets and, last, the manifest."""
@@ -114,6 +123,7 @@ class _Run:
                 s: tuple(shard for (split, *_), (shard, _) in zip(work, done, strict=True) if split == s)
                 for s in SPLITS
             },
+            document_bounds=self._bounds,
         )
         manifest.save(self.directory)
         return manifest
@@ -135,7 +145,7 @@ class _Run:
             ids, digest = self._scan(place)
         else:
             ids, digest = remote.tried(place, lambda: self._scan(place), lambda: WAY_OUT)
-        starts = ids.starts(eot_begins=self.options.format == "llmc")
+        starts = ids.starts(self._eot_begins)
         offsets = f"{split}-{number:05d}.offsets"
         with (self.directory / offsets).open("wb") as file:
             file.write(starts.astype("<u8").tobytes())
@@ -143,6 +153,9 @@ class _Run:
             os.fsync(file.fileno())
         with self._lock:
             self._documents += len(starts)
+            self._bounds |= ids.has_document_bounds
+            if ids.looks_begun and not self._eot_begins:
+                self.look_begun.append(place)
         shard = Shard(place, ids.tokens, len(starts), ids.text_bytes, digest, ids.header.skip_bytes, offsets)
         return shard, ids.header.dtype
 
@@ -182,7 +195,7 @@ def _whole(place: str) -> bytes:
     return b"".join(_blocks(place))
 
 
-def _summarise(options: AdoptOptions, manifest: Manifest, meter: Meter) -> None:
+def _summarise(options: AdoptOptions, manifest: Manifest, meter: Meter, look_begun: list[str]) -> None:
     tokens, texts, documents = (
         sum(measure(split) for split in SPLITS)
         for measure in (manifest.tokens, manifest.text_bytes, manifest.documents)
@@ -195,3 +208,12 @@ def _summarise(options: AdoptOptions, manifest: Manifest, meter: Meter) -> None:
     )
     if whole := [shard.file for shard in shards if shard.documents == 1]:
         meter.say(f"  {len(whole)} of the files are one document each, as {whole[0]}: is <|endoftext|> in them?")
+    if not manifest.has_document_bounds:
+        meter.say(
+            "  no file says where documents begin: data.document_mask and data.windows document or packed are refused"
+        )
+    if look_begun:
+        meter.say(
+            f"  {len(look_begun)} of the files begin with <|endoftext|> and do not end with it, as {look_begun[0]}: "
+            "if it begins documents there, adopt again with --eot-position start"
+        )

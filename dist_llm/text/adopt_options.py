@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 FORMATS = ("megatron", "npy", "bin", "llmc")
+EOT_POSITIONS = ("start", "end")
 DTYPES = ("uint16", "int16", "uint32", "int32")
 
 EPILOG = """\
@@ -40,6 +41,7 @@ class AdoptOptions:
     out: Path
     heldout: tuple[str, ...] = ()
     dtype: str | None = None
+    eot_position: str | None = None
     split_pattern: str | None = None
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
 
@@ -78,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--split-pattern", help="as for prepare")
     add("--dtype", choices=DTYPES, help="type of the ids, little-endian; for --format bin alone, others tell it")
+    add(
+        "--eot-position",
+        choices=EOT_POSITIONS,
+        help="where <|endoftext|> stands in a document (default: start for llmc, end for npy and bin; an index of "
+        "megatron tells by itself)",
+    )
     add("--out", type=Path, required=True, help="the directory to make; it appears when complete")
     add("--workers", type=int, default=os.cpu_count() or 1, help="files read at once (default: one per CPU)")
 

@@ -6,7 +6,7 @@ bin        ids alone, of a type that the user must tell (nanoGPT, OLMo)
 llmc       256 int32: magic, version, number of ids; then the ids (llm.c and its descendants)
 
 All are a header and one flat array, and so a shard of ours with `skip_bytes`. What they leave unsaid is found
-by `<|endoftext|>`, which ends a document, but in llmc begins one.
+by `<|endoftext|>`, which ends a document, but in llmc begins one, and elsewhere on demand.
 """
 
 import io
@@ -168,6 +168,17 @@ class Ids:
     def check(self) -> None:
         """At the end of the file. Raises DataError where it is not as long as it must be."""
         check_size(self.place, self.header, self.size)
+
+    @property
+    def has_document_bounds(self) -> bool:
+        """Whether the file says anywhere that a document begins or ends."""
+        return self.header.starts is not None or any(map(len, self.eots))
+
+    @property
+    def looks_begun(self) -> bool:
+        """Whether its separators seem to begin documents: one comes first, and none comes last."""
+        found = [place for each in self.eots if len(each) for place in (int(each[0]), int(each[-1]))]
+        return bool(found) and found[0] == 0 and found[-1] < self.tokens - 1
 
     def starts(self, eot_begins: bool) -> Ints:
         """The first token of each document; a file that begins within one begins with the rest of it."""

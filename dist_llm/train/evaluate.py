@@ -50,6 +50,8 @@ class Heldout:
         """Raises DataError where there is too little text to score."""
         wanted = 2 if self.objective.plain else max(size.window for _, size in self.objective.members)
         for corpus in self.corpora.values():
+            if self.objective.form.documents:
+                corpus.check_document_bounds()
             if corpus.n_tokens < wanted:
                 raise DataError(
                     f"{corpus.directory}: the objective needs {wanted} tokens of {corpus.split} text, but there are "
@@ -129,7 +131,8 @@ def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ra
             yield _plain(corpus, size.stride, wanted, there)
         else:
             numbers = np.where(there, wanted, 0)
-            windows = read_windows(corpus, numbers * size.stride, size.window, heldout.score_prompts)
+            starts, documents = numbers * size.stride, objective.form.documents
+            windows = read_windows(corpus, starts, size.window, heldout.score_prompts, documents)
             batch = objective(windows, numbers, [member] * len(numbers))
             targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(there)[:, None], IGNORE)
             yield replace(batch, targets_BS=targets_BS, scored=int((targets_BS != IGNORE).sum()))

@@ -31,6 +31,7 @@ from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build import build_objective
+from dist_llm.objectives.rows import Text
 from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.train.step import train_step
 from tests.laws import bugs
@@ -147,7 +148,16 @@ def made_of(config: Config, step: int, rows: range) -> Batch:
         rng = np.random.default_rng(sample)
         window = rng.integers(0, TEXT_IDS - 1, objective.members[member][1].window)
         windows.append(np.where(rng.random(len(window)) < 0.1, TEXT_IDS - 1, window))
-    return objective(windows, samples, members)
+    if objective.plain:
+        return objective(windows, samples, members)
+    texts = [Text(window, documents_W=ended_documents(window, TEXT_IDS - 1)) for window in windows]
+    return objective(texts, samples, members)
+
+
+def ended_documents(window: np.ndarray, eot: int) -> np.ndarray:
+    """The number of each token's document, from 0, where `eot` ends one."""
+    ends = (window == eot).astype(np.int64)
+    return np.cumsum(ends) - ends
 
 
 class Spy(NativeEngine):

@@ -15,7 +15,7 @@ from dist_llm.objectives.build import Objective, build_objective
 from dist_llm.objectives.fim import fim
 from dist_llm.objectives.masked import masked
 from dist_llm.objectives.prefix import prefix
-from dist_llm.objectives.rows import Text, documents_of, positions_of
+from dist_llm.objectives.rows import Text, positions_of
 from dist_llm.objectives.span import segments, span
 from dist_llm.objectives.vocabulary import Vocabulary
 from tests.laws.law import config_of
@@ -114,7 +114,7 @@ def test_what_was_cut_out_fits_in_again(seq_len, density, mean, two_stacks, mode
     denoiser = Denoiser(name="span", noise_density=density, mean_span=mean, mode=mode)
     size = lengths(denoiser, "encoder_decoder" if two_stacks else "decoder", seq_len)
     tokens = text(size.window, seed)
-    row = span(tokens, rng(seed), denoiser, size, VOCABULARY, two_stacks)
+    row = span(Text(tokens), rng(seed), denoiser, size, VOCABULARY, two_stacks)
     front = 1 if mode else 0
     if two_stacks:
         kept, cut = row.source_T, row.targets_S
@@ -160,7 +160,7 @@ def test_every_cut_is_as_likely():
 def test_the_prefix_is_seen_and_the_rest_is_asked_for(mode):
     tokens, cuts = text(50), []
     for seed in range(2000):
-        row = prefix(tokens, rng(seed), Denoiser(name="prefix", mode=mode), VOCABULARY, two_stacks=False)
+        row = prefix(Text(tokens), rng(seed), Denoiser(name="prefix", mode=mode), VOCABULARY, two_stacks=False)
         front = [VOCABULARY.special("S")] if mode else []
         assert [*row.inputs_S.tolist(), row.targets_S[-1]] == [*front, *tokens.tolist()]
         scored = row.targets_S != IGNORE
@@ -173,7 +173,7 @@ def test_the_prefix_is_seen_and_the_rest_is_asked_for(mode):
 
 def test_a_prefix_for_two_stacks():
     tokens = text(50)
-    row = prefix(tokens, rng(), Denoiser(name="prefix"), VOCABULARY, two_stacks=True)
+    row = prefix(Text(tokens), rng(), Denoiser(name="prefix"), VOCABULARY, two_stacks=True)
     assert np.concatenate((row.source_T, row.targets_S)).tolist() == tokens.tolist()
     assert row.inputs_S.tolist() == [START, *row.targets_S[:-1].tolist()]
 
@@ -186,7 +186,7 @@ def test_the_middle_comes_last(spm):
     tokens = text(40)
     before, middle, after = (VOCABULARY.special(f"fim_{part}") for part in ("prefix", "middle", "suffix"))
     for seed in range(200):
-        row = fim(tokens, rng(seed), Denoiser(name="fim", fim_rate=1.0, fim_spm_rate=spm), VOCABULARY)
+        row = fim(Text(tokens), rng(seed), Denoiser(name="fim", fim_rate=1.0, fim_spm_rate=spm), VOCABULARY)
         whole = [*row.inputs_S.tolist(), int(row.targets_S[-1])]
         assert np.array_equal(row.targets_S[:-1], row.inputs_S[1:])
         a, b, c = whole.index(before), whole.index(middle), whole.index(after)
@@ -202,7 +202,7 @@ def test_the_middle_comes_last(spm):
 def test_some_samples_are_left_as_they_are():
     tokens = text(40)
     changed = [
-        not np.array_equal(fim(tokens, rng(seed), Denoiser(name="fim"), VOCABULARY).inputs_S, tokens[:-1])
+        not np.array_equal(fim(Text(tokens), rng(seed), Denoiser(name="fim"), VOCABULARY).inputs_S, tokens[:-1])
         for seed in range(1000)
     ]
     assert np.mean(changed) == pytest.approx(0.5, abs=0.05)
@@ -211,10 +211,8 @@ def test_some_samples_are_left_as_they_are():
 # --- documents
 
 
-def test_documents_end_with_their_last_token_and_positions_restart():
-    window = np.array([5, EOT, 6, 7, EOT, EOT, 8])
-    documents = documents_of(window, EOT)
-    assert documents.tolist() == [0, 0, 1, 1, 1, 2, 3]
+def test_positions_restart_in_each_document():
+    documents = np.array([0, 0, 1, 1, 1, 2, 3])
     assert positions_of(documents[None])[0].tolist() == [0, 1, 0, 1, 2, 0, 0]
     assert positions_of(np.array([[0, 1, 0, 1, -1]]))[0].tolist() == [0, 0, 1, 1, 0], "they need not be neighbours"
 
@@ -229,7 +227,10 @@ def test_documents_travel_with_their_tokens(architecture):
     objective = build_objective(config, VOCABULARY)
     window = np.concatenate([[*range(100 * d, 100 * d + 7), EOT] for d in range(9)])
     window = window[: objective.members[0][1].window]
-    batch = objective([window], np.arange(1))
+    with pytest.raises(ValueError, match="without document numbers"):
+        objective([window], np.arange(1))
+    numbers = np.arange(len(window)) // 8
+    batch = objective([Text(window, documents_W=numbers)], np.arange(1))
     parts = [(batch.inputs_BS[0], batch.visible.documents_BT[0])]
     if batch.source is not None:
         parts.append((batch.source.tokens_BT[0], batch.source.visible.documents_BT[0]))

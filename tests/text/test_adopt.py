@@ -126,6 +126,16 @@ def test_a_silent_file_is_mentioned(tmp_path):
     told = io.StringIO()
     adopt(options("npy", tmp_path / "x.npy", out=tmp_path / "out"), told)
     assert "1 of the files are one document each" in told.getvalue()
+    assert "no file says where documents begin" in told.getvalue()
+
+
+def test_separators_that_seem_to_begin_documents_are_mentioned(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([EOT, 1, 2, EOT, 3], np.uint16))
+    for position, starts, hint in ((None, [0, 1, 4], True), ("start", [0, 3], False)):
+        told = io.StringIO()
+        adopt(options("npy", tmp_path / "x.npy", out=tmp_path / f"{position}", eot_position=position), told)
+        assert Corpus(tmp_path / f"{position}").offsets(0).tolist() == starts
+        assert ("adopt again with --eot-position start" in told.getvalue()) == hint
 
 
 def test_types_are_not_mixed(tmp_path):
@@ -166,6 +176,7 @@ def test_a_bad_file_is_refused_with_its_byte(kind, content, message, tmp_path):
         ({"tokenizer": "nonsense"}, "--tokenizer nonsense: unknown"),
         ({"dtype": "uint16"}, "--dtype: npy files tell their type"),
         ({"format": "bin"}, "--dtype: must be given"),
+        ({"format": "megatron", "eot_position": "end"}, "--eot-position: the .idx"),
         ({"workers": 0}, "--workers"),
         ({"data": ()}, "--data: give at least one"),
         ({"out": Path("/tmp")}, "/tmp: exists"),

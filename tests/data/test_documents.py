@@ -1,0 +1,198 @@
+"""The document offsets decide who sees whom: with trailing, leading or no separators, in every window kind."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dist_llm.config.derive import resolve
+from dist_llm.config.schema import Config
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.history import fresh_plan
+from dist_llm.data.loader import build_loader
+from dist_llm.data.shard import Manifest, ShardWriter
+from dist_llm.data.streams import open_sources
+from dist_llm.errors import DataError
+from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.models.build import build_model
+from dist_llm.objectives.build import build_objective
+from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.text.adopt import adopt
+from dist_llm.text.adopt_options import AdoptOptions
+from dist_llm.train.evaluate import Heldout, heldout_batches
+from tests.text.test_foreign import index
+
+SEQ, EOT = 16, 256  # of the tokenizer `byte`
+SIZES = (5, 3, 17, 9, 2, 20, 4, 6, 11, 7)
+PLACEMENTS = ("trailing", "leading", "none")
+
+
+def documents_with(separators):
+    """Ids of documents, no two tokens alike but the separators: a token says whose it is."""
+    starts = np.cumsum((0, *SIZES))
+    found = [np.arange(first, first + size) for first, size in zip(starts, SIZES, strict=False)]
+    if separators != "none":
+        at = {"trailing": -1, "leading": 0}[separators]
+        for document in found:
+            document[at] = EOT
+    return found
+
+
+def write_corpus(kind, separators, directory):
+    """The documents as a corpus of this kind, the first six in one file and the rest in another."""
+    documents = documents_with(separators)
+    if kind == "prepared":
+        writer = ShardWriter(directory, "train", "uint16", 56)
+        for document in documents:
+            writer.add(document, len(document))
+        Manifest("uint16", 257, "none", ("x",), {"train": writer.close(), "heldout": ()}).save(directory)
+        return Corpus(directory)
+    files = []
+    for number, part in enumerate((documents[:6], documents[6:])):
+        ids = np.concatenate(part).astype(np.uint16)
+        path = directory / f"{number}.{'npy' if kind == 'npy' else 'bin'}"
+        if kind == "npy":
+            np.save(path, ids)
+        else:
+            header = np.array([20240520, 1, len(ids), *[0] * 253], "<i4").tobytes() if kind == "llmc" else b""
+            path.write_bytes(header + ids.tobytes())
+        if kind == "megatron":
+            path.with_suffix(".idx").write_bytes(index([len(each) for each in part], range(len(part) + 1)))
+        files.append(str(path))
+    position = {"trailing": "end", "leading": "start", "none": None}[separators] if kind != "megatron" else None
+    options = AdoptOptions(
+        kind, tuple(files), "byte", directory / "out", dtype="uint16" if kind == "bin" else None, eot_position=position
+    )
+    adopt(options, io.StringIO())
+    return Corpus(directory / "out")
+
+
+def config_of(corpus, batch=1, **data):
+    raw = {
+        "run": {"dir": "x", "steps": 1},
+        "model": {"d_model": 16, "n_layers": 2, "n_heads": 2},
+        "data": {"path": str(corpus.directory), "seq_len": SEQ, "global_batch": batch, "prefetch": 0, **data},
+    }
+    return resolve(Config.model_validate(raw), 1, 257)
+
+
+def one_epoch(corpus, **data):
+    """All windows, as one batch."""
+    plan = fresh_plan(config_of(corpus, **data))
+    stream = plan.streams[0]
+    config = config_of(corpus, stream.pieces.count if stream.pieces else stream.order.n_windows, **data)
+    (batch,) = build_loader(config, plan, Vocabulary(257, EOT), 0, 1, pin=False).batches(0)
+    return batch
+
+
+def true_owners(batch, separators):
+    """The document of each input of a batch, from the tokens alone; a separator is of the token beside it."""
+    owners = np.repeat(np.arange(len(SIZES)), SIZES)
+    rows = []
+    for tokens in batch.inputs_BS.tolist():
+        row = [None if token == EOT else int(owners[token]) for token in tokens]
+        order = range(len(row)) if separators == "trailing" else reversed(range(len(row)))
+        last = None
+        for column in order:
+            row[column] = last if row[column] is None else row[column]
+            last = row[column]
+        rows.append(row)
+    return rows
+
+
+CASES = [("prepared", each) for each in PLACEMENTS] + [("megatron", each) for each in PLACEMENTS]
+CASES += [(kind, each) for kind in ("bin", "npy", "llmc") for each in PLACEMENTS[:2]]
+
+
+@pytest.mark.parametrize("windows", ["stream", "document", "packed"])
+@pytest.mark.parametrize(("kind", "separators"), CASES)
+def test_every_window_kind_splits_where_the_documents_begin(kind, separators, windows, tmp_path):
+    batch = one_epoch(write_corpus(kind, separators, tmp_path), windows=windows, document_mask=True)
+    boundaries = 0
+    columns = true_owners(batch, separators), batch.visible.documents_BT.tolist(), batch.targets_BS.tolist()
+    for owners, numbers, targets in zip(*columns, strict=True):
+        real = [windows == "stream" or target != IGNORE for target in targets]  # without padding
+        known = [place for place, owner in enumerate(owners) if owner is not None and real[place]]
+        for a in known:
+            for b in known:
+                assert (owners[a] == owners[b]) == (numbers[a] == numbers[b]), (owners, numbers)
+        boundaries += len({owners[place] for place in known}) > 1
+    assert (boundaries > 0) == (windows != "document")
+
+
+def noisy_model(config):
+    """In fp64, with weights large enough that a token that is seen changes the logits."""
+    model = build_model(config.model).double()
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(number))
+    return model
+
+
+@pytest.mark.parametrize("windows", ["stream", "packed"])
+@pytest.mark.parametrize("separators", PLACEMENTS)
+def test_documents_that_share_a_row_are_as_documents_alone(separators, windows, tmp_path):
+    """The law of the document mask: equal logits, and across a boundary a gradient of exactly 0."""
+    corpus = write_corpus("megatron", separators, tmp_path)
+    batch = one_epoch(corpus, windows=windows, document_mask=True)
+    owners = np.repeat(np.arange(len(SIZES)), SIZES)
+    model = noisy_model(config_of(corpus))
+    embedded = []
+    model.embed.register_forward_hook(lambda module, given, out: embedded.append(out) or out.retain_grad())
+    logits_BSV = model(batch.inputs_BS.long(), None, batch.visible, positions_BS=batch.positions_BS)
+    (x_BSD,) = embedded
+    checked = 0
+    for row, numbers_S in enumerate(batch.visible.documents_BT):
+        for number in numbers_S.unique().tolist():
+            inside = numbers_S == number
+            tokens_S = batch.inputs_BS[row][inside]
+            whose = {int(owners[token]) for token in tokens_S.tolist() if token != EOT}
+            assert len(whose) <= 1, "one document"
+            alone_SV = model(tokens_S.long()[None])[0]
+            torch.testing.assert_close(logits_BSV[row][inside], alone_SV, rtol=0, atol=1e-12)
+            x_BSD.grad = None
+            logits_BSV[row][inside].square().sum().backward(retain_graph=True)
+            assert (x_BSD.grad[row][~inside] == 0).all()
+            assert (x_BSD.grad[row][inside] != 0).any()
+            checked += int((~inside).any())
+    assert checked > 5, "rows with several documents"
+
+
+def test_an_evaluation_masks_as_training_does(tmp_path):
+    corpus = write_corpus("megatron", "none", tmp_path)
+    objective = build_objective(config_of(corpus, document_mask=True), Vocabulary(257, EOT))
+    batches = list(heldout_batches(Heldout({"": corpus}, objective, 2), corpus, 0, 0, 1))
+    owners = np.repeat(np.arange(len(SIZES)), SIZES)
+    for batch in batches:
+        for tokens, numbers in zip(batch.inputs_BS.tolist(), batch.visible.documents_BT.tolist(), strict=True):
+            assert numbers == [int(owners[token] - owners[tokens[0]]) for token in tokens]
+    assert len(batches) > 1
+
+
+@pytest.mark.parametrize("kind", ["bin", "npy", "llmc"])
+def test_unknown_documents_are_refused_where_they_would_matter(kind, tmp_path):
+    corpus = write_corpus(kind, "none", tmp_path)
+    assert corpus.manifest.document_bounds is False
+    assert open_sources(config_of(corpus)), "one stream needs no documents"
+    for data in ({"document_mask": True}, {"windows": "document"}, {"windows": "packed"}):
+        with pytest.raises(DataError, match=r"says nowhere where documents begin.*document_mask to false.*tokenize"):
+            open_sources(config_of(corpus, **data))
+    objective = build_objective(config_of(corpus, document_mask=True), Vocabulary(257, EOT))
+    with pytest.raises(DataError, match="says nowhere"):
+        Heldout({"": corpus}, objective, 2).check()
+
+
+def test_a_manifest_of_an_older_version_is_judged_by_its_documents(tmp_path):
+    corpus = write_corpus("bin", "none", tmp_path)
+    path = corpus.directory / "manifest.json"
+    fields = json.loads(path.read_text())
+    del fields["document_bounds"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(DataError, match="says nowhere"):
+        Corpus(corpus.directory).check_document_bounds()
+    path.write_text(json.dumps(fields | {"source": ["adopted from megatron files"]}))
+    Corpus(corpus.directory).check_document_bounds()
+    path.write_text(json.dumps(fields | {"source": ["notes.txt"]}))
+    Corpus(corpus.directory).check_document_bounds()
