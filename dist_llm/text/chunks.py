@@ -68,7 +68,7 @@ class Reader:
 
     def _counts(self) -> dict[str, Any]:
         tally = asdict(self.tally)
-        del tally["max_bad_rate"], tally["share"]
+        del tally["max_bad_rate"], tally["share"], tally["skip_unreadable"]
         return {"tally": tally, "empty_documents": self.empty_documents}
 
     def restore(self, files: int, counts: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import argparse
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from dist_llm.errors import DataError
 
@@ -70,6 +71,9 @@ class PrepareOptions:
     dedup: str | None = None
     dedup_threshold: float = 0.8
     prompt_key: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    skip_unreadable: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog, parser.usage = EPILOG, USAGE
     _add_inputs(parser)
+    _add_files(parser)
     _add_selection(parser)
     _add_parts(parser)
     _add_tuning(parser)
@@ -90,7 +95,8 @@ def options_from(namespace: argparse.Namespace) -> PrepareOptions:
     values = {each.name: getattr(namespace, each.name) for each in fields(PrepareOptions)}
     if missing := [f"--{name}" for name in ("source", "tokenizer", "out") if not values[name]]:
         raise DataError(f"{', '.join(missing)}: must be given. See dist-llm prepare --help for examples.")
-    return PrepareOptions(**{**values, "source": tuple(values["source"]), "filter": tuple(values["filter"])})
+    lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return PrepareOptions(**{**values, **lists})
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +126,24 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         help="the JSON key or column of a prompt that goes before the text: training reads it but does not score it",
     )
     parser.add_argument("--hf-split", default="train", help="the split of an hf: source (default: %(default)s)")
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    for option, what in (("--include", "read only the files"), ("--exclude", "leave out the files")):
+        parser.add_argument(
+            option,
+            action="append",
+            default=[],
+            metavar="GLOB",
+            help=f"of the folders of --source {what} whose name, or path below the folder, matches; quote it; * also "
+            "matches /; may be given several times",
+        )
+    parser.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="skip files and folders that cannot be read (no permission, broken links, other compressions or "
+        "encodings, truncated files) and list them in the report (default: the run fails)",
+    )
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:

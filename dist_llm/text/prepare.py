@@ -17,9 +17,12 @@ from dist_llm.text.journal import Journal
 from dist_llm.text.options import PrepareOptions, add_arguments, options_from
 from dist_llm.text.progress import Meter
 from dist_llm.text.publish import publish, recover, refuse_to_destroy, sole_run
+from dist_llm.text.report import InputTable
+from dist_llm.text.rows import Keys
 from dist_llm.text.run import Run
 from dist_llm.text.share import WHOLE, Share, read_part
 from dist_llm.text.sources import open_sources, size_bytes
+from dist_llm.text.walk import FileRules
 
 __all__ = ["PrepareOptions", "add_arguments", "options_from", "prepare"]
 
@@ -32,7 +35,9 @@ def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
     Raises DataError for whatever the user can mend: options, sources, tokenizer, rows, `OUT`, a full disk.
     """
     _check(options)
-    sources = open_sources(options.source, options.text_key, options.hf_split, options.prompt_key)
+    table, keys = InputTable(), Keys(options.text_key, options.prompt_key)
+    rules = FileRules(options.include, options.exclude, options.skip_unreadable)
+    sources = open_sources(options.source, keys, options.hf_split, rules, table)
     share = _share(options, len(sources))
     out = Path(os.path.realpath(options.out))
     if share.of > 1:
@@ -46,7 +51,7 @@ def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
             partial.mkdir(exist_ok=True)
             try:
                 with Meter(stream or sys.stderr, size_bytes(share.files(sources))) as meter:
-                    run = Run(options, share, sources, partial, meter)
+                    run = Run(options, share, sources, partial, meter, table)
                     manifest = run.fill()
                     publish(partial, out, old)
                     run.summarise(manifest)

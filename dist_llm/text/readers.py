@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dist_llm.errors import DataError
-from dist_llm.text.rows import Document, Keys, Tally, row_document
+from dist_llm.text.rows import Document, Keys, Tally, UnreadableError, row_document
 
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
@@ -49,21 +49,41 @@ def _whole_text(path: Path, tally: Tally) -> Iterator[Document]:
     if not tally.takes_next():
         return
     with _opened(path) as (stream, _):
+        _refuse_other_encoding(stream.peek(4))
         content = stream.read().removeprefix(codecs.BOM_UTF8)
+    text = _decoded(content, 0)
+    tally.good(len(content))
+    yield Document(text, str(path))
+
+
+def _decoded(content: bytes, lines_before: int) -> str:
+    """The text of some bytes of a text file. Raises UnreadableError where they are not UTF-8, or are no text."""
     try:
         text = content.decode("utf-8")
+        bad = content.find(b"\0")  # valid UTF-8, but what UTF-16 and binary files are full of
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        tally.bad(f"{path}:{line}", "not UTF-8")
-        return
-    tally.rows += 1
-    yield Document(text, str(path))
+        bad = error.start
+    if bad < 0:
+        return text
+    line = lines_before + content.count(b"\n", 0, bad) + 1
+    what = "a NUL byte" if content[bad] == 0 else "not UTF-8"
+    raise UnreadableError(
+        f"line {line}: {what}, as in a binary file or in text of another encoding (convert that with: iconv -f "
+        "ENCODING -t UTF-8)"
+    )
+
+
+def _refuse_other_encoding(start: bytes) -> None:
+    """Raises UnreadableError where a file starts with the byte order mark of UTF-16 or UTF-32."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        raise UnreadableError("starts with the byte order mark of UTF-16 or UTF-32; convert it with iconv to UTF-8")
 
 
 def _json_lines(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
     """One object a line; blank lines are no rows."""
     start = tally.bytes_read
     with _opened(path) as (stream, raw):
+        _refuse_other_encoding(stream.peek(4))
         if stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             raise DataError(f"{path}: one JSON array; expected one object a line. Convert it with: jq -c '.[]'")
         for number, line in enumerate(stream, start=1):
@@ -77,11 +97,11 @@ def _json_lines(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
             try:
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError:
-                tally.bad(f"{path}:{number}", "not UTF-8")
+                tally.bad(f"{path}:{number}", "not UTF-8", len(line))
             except (ValueError, RecursionError) as error:
-                tally.bad(f"{path}:{number}", f"not JSON: {error}")
+                tally.bad(f"{path}:{number}", f"not JSON: {error}", len(line))
             else:
-                yield from row_document(row, keys, f"{path}:{number}", tally)
+                yield from row_document(row, keys, f"{path}:{number}", tally, len(line))
 
 
 def _parquet(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
@@ -113,4 +133,4 @@ def _parquet(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
                         yield from row_document(row, keys, f"{path}:{number}", tally)
                 tally.bytes_read = start + size * number // file.metadata.num_rows
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {error}. Fetch it again or leave it out.") from None
+        raise UnreadableError(f"not readable as Parquet: {error}") from None

@@ -1,4 +1,4 @@
-"""What prepare left out and why: counts per rule, in the corpus as `report.json`."""
+"""What prepare read, and what it left out and why: counts per rule, in the corpus as `report.json`."""
 
 import json
 import os
@@ -37,6 +37,41 @@ class Removals(dict[str, Removed]):
 
 
 @dataclass
+class Amount:
+    """A number of files and their bytes, as they lie on the disk."""
+
+    files: int = 0
+    bytes: int = 0
+
+
+class InputTable(dict[str, dict[str, Amount]]):
+    """Files by outcome ("read", or "skipped: " and the reason), and within it by suffix."""
+
+    def add(self, outcome: str, path: Path, bytes: int, files: int = 1) -> None:
+        kind = "folder" if path.is_dir() else "".join(path.suffixes[-2:]).lower() or "no suffix"
+        amount = self.setdefault(outcome, {}).setdefault(kind, Amount())
+        amount.files += files
+        amount.bytes += bytes
+
+    def move(self, path: Path, bytes: int) -> None:
+        """Count a file as unreadable that has been counted as read."""
+        self.add("read", path, -bytes, -1)
+        self.add("skipped: unreadable", path, bytes)
+
+    def lines(self) -> list[str]:
+        """The table, for people."""
+        rows = [
+            (outcome, kind, f"{each.files:,}", f"{each.bytes:,}")
+            for outcome, kinds in sorted(self.items())
+            for kind, each in sorted(kinds.items())
+            if each.files
+        ]
+        table = [("input", "suffix", "files", "bytes"), *rows]
+        a, b, c, d = (max(len(row[column]) for row in table) for column in range(4))
+        return [f"  {w:{a}}  {x:{b}}  {y:>{c}}  {z:>{d}}" for w, x, y, z in table] if rows else []
+
+
+@dataclass
 class Report:
     """Where each row of the input went: bad, empty, removed by a rule, or kept."""
 
@@ -46,11 +81,21 @@ class Report:
     empty_documents: int = 0
     kept: Removed = field(default_factory=Removed)
     removed: Removals = field(default_factory=Removals)
+    bad_bytes: int = 0  # of bad rows
+    inputs: InputTable = field(default_factory=InputTable)
+    unreadable: dict[str, tuple[int, str]] = field(default_factory=dict)  # bytes and reason, by path: found on reading
 
     def add(self, other: "Report") -> None:
         """Count in what another part reports."""
         self.rows += other.rows
         self.bad_rows += other.bad_rows
+        self.bad_bytes += other.bad_bytes
+        if not self.inputs:  # all parts see the same files
+            self.inputs = other.inputs
+        for path, (size, reason) in other.unreadable.items():
+            if path not in self.unreadable and other.inputs is not self.inputs:
+                self.inputs.move(Path(path), size)
+            self.unreadable[path] = (size, reason)
         self.empty_documents += other.empty_documents
         self.kept = Removed(self.kept.documents + other.kept.documents, 0, self.kept.bytes + other.kept.bytes)
         self.removed.merge(other.removed)
@@ -72,13 +117,21 @@ class Report:
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"not of format '{FORMAT}'")
             removed = Removals({rule: Removed(**counts) for rule, counts in fields.pop("removed").items()})
+            inputs = InputTable(
+                {
+                    outcome: {kind: Amount(**amount) for kind, amount in kinds.items()}
+                    for outcome, kinds in fields.pop("inputs", {}).items()
+                }
+            )
+            unreadable = {path: (size, reason) for path, (size, reason) in fields.pop("unreadable", {}).items()}
+            fields |= {"inputs": inputs, "unreadable": unreadable}
             return Report(kept=Removed(**fields.pop("kept")), removed=removed, **fields)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: cannot be read: {error!r}. Prepare the part again.") from None
 
     def lines(self) -> list[str]:
-        """One line per rule, for people."""
-        return [
+        """The table of the input, and one line per rule, for people."""
+        return self.inputs.lines() + [
             f"  {rule} removed {each.documents:,} documents, {each.lines:,} lines, {each.bytes:,} bytes"
             for rule, each in self.removed.items()
         ]

@@ -6,6 +6,7 @@ skipped, counted and located in the `Tally`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dist_llm.errors import DataError
@@ -14,6 +15,10 @@ from dist_llm.text.tokenizer import well_formed
 
 LOCATIONS_KEPT = 5
 ENOUGH_ROWS = 10_000
+
+
+class UnreadableError(Exception):
+    """A whole file cannot be read; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,30 @@ class Tally:
     bad_rows: int = 0
     bytes_read: int = 0  # of files as they lie on the disk, compressed or not
     locations: list[str] = field(default_factory=list)
+    row_bytes: int = 0  # of all rows, where they are read
+    bad_bytes: int = 0  # of bad rows
+    skip_unreadable: bool = False
+    unreadable: dict[str, tuple[int, str]] = field(default_factory=dict)  # bytes and reason, by path
 
     def takes_next(self) -> bool:
         """Count one more row of the input, and say whether it is this part's to read."""
         self.rows_met += 1
         return self.share.has_row(self.rows_met)
 
-    def bad(self, location: str, reason: str) -> None:
+    def good(self, size: int) -> None:
+        """Count a row of `size` bytes that is a document."""
+        self.rows += 1
+        self.row_bytes += size
+
+    def skip_file(self, path: Path, size: int, reason: str) -> None:
+        """Count a file that cannot be read. Raises DataError where the user does not allow to skip it."""
+        self.unreadable[str(path)] = (size, reason)
+        self._check_unreadable()
+
+    def bad(self, location: str, reason: str, size: int) -> None:
         """Count a bad row. Raises DataError once so many of so many rows were bad that it is no accident."""
+        self.row_bytes += size
+        self.bad_bytes += size
         self.rows += 1
         self.bad_rows += 1
         if len(self.locations) < LOCATIONS_KEPT:
@@ -65,28 +86,44 @@ class Tally:
             self.check()
 
     def check(self) -> None:
-        """Raise DataError if the share of bad rows is above the limit."""
-        if self.bad_rows > self.max_bad_rate * self.rows:
+        """Raise DataError if the share of bad rows, or of their bytes, is above the limit."""
+        self._check_unreadable()
+        for bad, all_of_them, unit in (
+            (self.bad_rows, self.rows, "rows are bad"),
+            (self.bad_bytes, self.row_bytes, "bytes are in bad rows"),
+        ):
+            if bad > self.max_bad_rate * all_of_them:
+                raise DataError(
+                    f"{bad:,} of {all_of_them:,} {unit}, more than --max-bad-rate {self.max_bad_rate:g}. "
+                    "Mend them, check --text-key, or raise the rate. The first:\n  " + "\n  ".join(self.locations)
+                )
+
+    def _check_unreadable(self) -> None:
+        if self.unreadable and not self.skip_unreadable:
+            path, (_, reason) = next(iter(self.unreadable.items()))
             raise DataError(
-                f"{self.bad_rows:,} of {self.rows:,} rows are bad, more than --max-bad-rate {self.max_bad_rate:g}. "
-                "Mend them, check --text-key, or raise the rate. The first:\n  " + "\n  ".join(self.locations)
+                f"{path}: cannot be read: {reason}. Mend it or fetch it again, leave it out with --exclude, or skip "
+                "such files with --skip-unreadable."
             )
 
 
-def row_document(row: Any, keys: Keys, origin: str, tally: Tally) -> Iterator[Document]:
-    """The document of a row; none, and a bad row, where it has no text."""
+def row_document(row: Any, keys: Keys, origin: str, tally: Tally, size: int | None = None) -> Iterator[Document]:
+    """The document of a row of `size` bytes (None: those of its texts); none, and a bad row, where it has no text."""
     found: list[str] = []
+    if size is None:
+        values = [row.get(key) for key in keys.all] if isinstance(row, dict) else []
+        size = sum(len(value) for value in values if isinstance(value, str | bytes))
     for key in keys.all:
         text = row.get(key) if isinstance(row, dict) else None
         if isinstance(text, bytes):
             try:
                 text = text.decode("utf-8")
             except UnicodeDecodeError:
-                return tally.bad(origin, "not UTF-8")
+                return tally.bad(origin, "not UTF-8", size)
         if not isinstance(text, str):
             missing = isinstance(row, dict) and key not in row
-            return tally.bad(origin, f"no key '{key}'" if missing else f"no string under '{key}'")
+            return tally.bad(origin, f"no key '{key}'" if missing else f"no string under '{key}'", size)
         found.append(well_formed(text))
-    tally.rows += 1
+    tally.good(size)
     text, prompt = found[0], "".join(found[1:])
     yield Document(prompt + text if text else "", origin, len(prompt))

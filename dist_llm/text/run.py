@@ -16,27 +16,42 @@ from dist_llm.text.filters import Filters
 from dist_llm.text.journal import JOURNAL, Journal
 from dist_llm.text.options import PrepareOptions
 from dist_llm.text.progress import Meter
-from dist_llm.text.report import Removals, Report
-from dist_llm.text.rows import Tally
+from dist_llm.text.report import InputTable, Removals, Report
+from dist_llm.text.rows import LOCATIONS_KEPT, Tally
 from dist_llm.text.share import Share
 from dist_llm.text.sources import Source
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
 
 PROGRESS_FORMAT = "dist_llm prepare progress 1"
-DO_NOT_SHAPE = {"out", "workers", "max_bad_rate", "overwrite"}  # options that leave the corpus as it is
+DO_NOT_SHAPE = {
+    "out",
+    "workers",
+    "max_bad_rate",
+    "overwrite",
+    "skip_unreadable",
+}  # options that leave the corpus as it is
 
 
 class Run:
     """One pass from sources to a filled directory."""
 
     def __init__(
-        self, options: PrepareOptions, share: Share, sources: list[Source], directory: Path, meter: Meter
+        self,
+        options: PrepareOptions,
+        share: Share,
+        sources: list[Source],
+        directory: Path,
+        meter: Meter,
+        table: InputTable,
     ) -> None:
+        self.table = table
         self.options, self.share, self.sources = options, share, sources
         self.directory, self.meter = directory, meter
         self.journal = Journal(directory)
-        self.reader = Reader(share.files(sources), Tally(options.max_bad_rate, share))
+        self.reader = Reader(
+            share.files(sources), Tally(options.max_bad_rate, share, skip_unreadable=options.skip_unreadable)
+        )
         shaping = {name: value for name, value in asdict(options).items() if name not in DO_NOT_SHAPE}
         self.shaping: dict[str, Any] = json.loads(json.dumps(shaping))  # as it comes back from a file
         self._trained_on: dict[int, list[str | int] | None] = {}
@@ -158,7 +173,7 @@ class Run:
     def _training_texts(self) -> Iterator[str]:
         """The first `bpe_train_bytes` of text that is not held out: of the whole source, so that parts agree."""
         left, filters, removed = self.options.bpe_train_bytes, Filters(self.options.filter), Removals()
-        tally = Tally(self.options.max_bad_rate)
+        tally = Tally(self.options.max_bad_rate, skip_unreadable=self.options.skip_unreadable)
         for number, source in enumerate(self.sources):
             self._trained_on[number] = source.state
             for document in source.documents(tally):
@@ -174,8 +189,20 @@ class Run:
     def _report(self, assembly: Assembly) -> Report:
         tally, counts = self.reader.tally, self.share.counts_textless
         bad, empty = (tally.bad_rows, self.reader.empty_documents) if counts else (0, 0)
+        for path, (size, _) in tally.unreadable.items():
+            self.table.move(Path(path), size)
         read = assembly.kept.documents + sum(each.documents for each in assembly.removed.values())
-        return Report(self.shaping, read + bad + empty, bad, empty, assembly.kept, assembly.removed)
+        return Report(
+            self.shaping,
+            read + bad + empty,
+            bad,
+            empty,
+            assembly.kept,
+            assembly.removed,
+            tally.bad_bytes if counts else 0,
+            self.table,
+            tally.unreadable,
+        )
 
     def _nothing_left(self, manifest: Manifest) -> str:
         removed = sum(each.documents for each in self.report.removed.values())
@@ -199,5 +226,11 @@ class Run:
             f"{self.report.empty_documents:,} empty, {self.meter.seconds:.1f} s, "
             f"{(texts - self._bytes_before) / 1e6 / self.meter.seconds:.1f} MB/s"
         )
-        for line in (*self.report.lines(), *(f"  skipped {each}" for each in self.reader.tally.locations)):
+        for line in (*self.report.lines(), *(f"  skipped {each}" for each in self._skipped())):
             self.meter.say(line)
+
+    def _skipped(self) -> list[str]:
+        """The first rows and files that were skipped."""
+        tally = self.reader.tally
+        files = [f"{path}: {reason}" for path, (_, reason) in tally.unreadable.items()]
+        return [*tally.locations, *files[:LOCATIONS_KEPT]]

@@ -3,7 +3,6 @@
 A file that cannot be read at all is a DataError; for a row that cannot, see dist_llm/text/rows.py.
 """
 
-import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,11 @@ from typing import Protocol
 
 from dist_llm.errors import DataError
 from dist_llm.text.readers import read_file
-from dist_llm.text.rows import Document, Keys, Tally, row_document
+from dist_llm.text.report import InputTable
+from dist_llm.text.rows import Document, Keys, Tally, UnreadableError, row_document
+from dist_llm.text.walk import FileRules, Walk
 
+KEYS, RULES = Keys(), FileRules()
 STDLIB = "python-stdlib"
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -32,11 +34,20 @@ class Source(Protocol):
 
 
 def open_sources(
-    specs: Sequence[str], text_key: str = "text", hf_split: str = "train", prompt_key: str | None = None
+    specs: Sequence[str],
+    keys: Keys = KEYS,
+    hf_split: str = "train",
+    rules: FileRules = RULES,
+    table: InputTable | None = None,
 ) -> list[Source]:
-    """The files and datasets that the specs name. Raises DataError for one that is not there, before any is read."""
-    keys = Keys(text_key, prompt_key)
-    return [source for spec in specs for source in _open_source(spec, keys, hf_split)]
+    """The files and datasets that the specs name; `table` counts what is read and what is skipped.
+
+    Raises DataError for one that is not there or cannot be read, before any is read.
+    """
+    walk = Walk(rules, InputTable() if table is None else table)
+    found = [source for spec in specs for source in _open_source(spec, keys, hf_split, walk)]
+    walk.check()
+    return found
 
 
 def size_bytes(sources: Sequence[Source]) -> int | None:
@@ -51,28 +62,19 @@ def documents(sources: Iterable[Source], tally: Tally) -> Iterator[Document]:
         yield from source.documents(tally)
 
 
-def _open_source(spec: str, keys: Keys, hf_split: str) -> Sequence[Source]:
+def _open_source(spec: str, keys: Keys, hf_split: str, walk: Walk) -> Sequence[Source]:
     if spec == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        return [FileSource(path, keys) for path in _walk(root, STDLIB_LEFT_OUT) if path.suffix == ".py"]
+        code = Walk(FileRules(include=("*.py",)), InputTable())
+        return [FileSource(path, keys) for each in code.folder(root, STDLIB_LEFT_OUT) for path in walk.file(each)]
     if spec.startswith("hf:"):
         return [HubSource(spec, keys, hf_split)]
     path = Path(spec)
     if path.is_dir():
-        return [FileSource(each, keys) for each in _walk(path)]
+        return [FileSource(each, keys) for each in walk.folder(path)]
     if path.exists():
-        return [FileSource(path, keys)]
+        return [FileSource(each, keys) for each in walk.file(path)]
     raise DataError(f"--source {spec}: no such file or folder. Other sources are {STDLIB} and hf:NAME[:CONFIG].")
-
-
-def _walk(root: Path, left_out: Iterable[str] = ()) -> list[Path]:
-    """The files below `root`, hidden ones left out, sorted by relative path; linked folders are not entered."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        skipped = {"__pycache__", *left_out}
-        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-        found += [Path(folder, name) for name in files if not name.startswith(".")]
-    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).as_posix())
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ class FileSource:
         before = tally.bytes_read
         try:
             yield from read_file(self.path, self.keys, tally)
-            tally.bytes_read = before + self.size_bytes
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read: {error}. Fetch it again or leave it out.") from None
+        except (OSError, UnreadableError) as error:
+            tally.skip_file(self.path, self.size_bytes, str(error))
+        tally.bytes_read = before + self.size_bytes
 
 
 class HubSource:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from dist_llm.text.encode import Encoder, Recipe, encode_in_order, is_heldout
 from dist_llm.text.options import PrepareOptions, add_arguments, options_from
 from dist_llm.text.prepare import prepare
 from dist_llm.text.publish import sole_run
+from dist_llm.text.report import Amount, Report
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
 
@@ -380,6 +382,29 @@ def test_progress_and_summary(terminal, tmp_path, monkeypatch):
     assert f"skipped {source}:3: not JSON" in said
 
 
+def test_the_summary_and_the_report_have_a_table_of_the_input(tmp_path):
+    folder, out, stream = tmp_path / "in", tmp_path / "out", io.StringIO()
+    folder.mkdir()
+    for name, content in {"a.txt": b"abc", "a.txt.md5": b"12", "b.txt": b"\xff" * 7, "c.zip": b"PK"}.items():
+        (folder / name).write_bytes(content)
+    options = PrepareOptions((str(folder),), "byte", out, workers=1, heldout_fraction=0, skip_unreadable=True)
+    prepare(options, stream)
+    report = Report.load(out)
+    assert report.inputs == {
+        "read": {".txt": Amount(1, 3)},
+        "skipped: checksum": {".txt.md5": Amount(1, 2)},
+        "skipped: unreadable": {".zip": Amount(1, 2), ".txt": Amount(1, 7)},
+    }
+    assert list(report.unreadable) == [str(folder / "b.txt")]
+    lines = [line.split() for line in stream.getvalue().splitlines()]
+    assert ["skipped:", "unreadable", ".txt", "1", "7"] in lines
+    assert ["read", ".txt", "1", "3"] in lines
+    total = Report({})
+    total.add(Report.load(out))
+    total.add(Report.load(out))
+    assert (total.inputs, total.unreadable) == (report.inputs, report.unreadable), "parts see the same files"
+
+
 def test_arguments_become_options():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -391,6 +416,9 @@ def test_arguments_become_options():
     scale = ("1/2", ("c4", "gopher"), "near", 0.7)
     want = PrepareOptions(("a",), "bpe:300", Path("o"), "llama3", "t", "s", 0.5, 3, 7, 8, 0.25, True, *scale)
     assert options_from(parser.parse_args([*given, "--max-bad-rate=0.25"])) == want
+    given += ["--include=*.txt", "--exclude=a*", "--exclude=b*", "--skip-unreadable", "--max-bad-rate=0.25"]
+    want = replace(want, include=("*.txt",), exclude=("a*", "b*"), skip_unreadable=True)
+    assert options_from(parser.parse_args(given)) == want
     assert "python-stdlib" in parser.format_help()
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sysconfig
 
 import pyarrow as pa
@@ -10,17 +11,19 @@ import zstandard
 from pyarrow import parquet
 
 from dist_llm.errors import DataError
-from dist_llm.text.rows import ENOUGH_ROWS, Tally
-from dist_llm.text.sources import documents, open_sources, size_bytes
+from dist_llm.text.report import Amount, InputTable
+from dist_llm.text.rows import ENOUGH_ROWS, Keys, Tally
+from dist_llm.text.sources import RULES, documents, open_sources, size_bytes
+from dist_llm.text.walk import FileRules
 
 TEXTS = ["first", "second\nline\r\n", "", "漢字 🙂", " "]
 LINES = b"".join(json.dumps({"n": n, "text": text}).encode() + b"\n" for n, text in enumerate(TEXTS))
 
 
-def read(*specs, text_key="text", max_bad_rate=1.0):
+def read(*specs, text_key="text", max_bad_rate=1.0, rules=RULES, table=None):
     """The documents of the sources and the tally of the pass."""
-    tally = Tally(max_bad_rate)
-    sources = open_sources([str(spec) for spec in specs], text_key)
+    tally = Tally(max_bad_rate, skip_unreadable=rules.skip_unreadable)
+    sources = open_sources([str(spec) for spec in specs], Keys(text_key), rules=rules, table=table)
     found = list(documents(sources, tally))
     assert tally.bytes_read == (size_bytes(sources) or 0)
     assert tally.rows == len(found) + tally.bad_rows
@@ -68,7 +71,6 @@ def test_text_files_and_folders(tmp_path):
     (tmp_path / "a/rows.jsonl").write_bytes(LINES)
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"packed"))
     (tmp_path / "loop").symlink_to(tmp_path)
-    (tmp_path / "dangling.txt").symlink_to(tmp_path / "gone")
     want = ["print()", *TEXTS, "# z", "plain\r\ntext", "with a mark", "packed"]
     assert texts(tmp_path) == want
     assert texts(tmp_path / "d.txt.gz", tmp_path) == ["packed", *want]
@@ -106,12 +108,9 @@ def test_bad_rows_of_parquet(tmp_path):
     ]
 
 
-def test_a_parquet_file_without_the_column_or_the_format(tmp_path):
+def test_a_parquet_file_without_the_column(tmp_path):
     parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="--text-key one of: body"):
-        read(tmp_path / "rows.parquet")
-    (tmp_path / "rows.parquet").write_bytes(b"not parquet at all")
-    with pytest.raises(DataError, match="as Parquet"):
         read(tmp_path / "rows.parquet")
 
 
@@ -140,12 +139,112 @@ def test_bad_rows_of_json_lines_are_located_and_skipped(tmp_path):
     ]
 
 
-def test_a_text_file_that_is_not_utf8_is_located(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthree \xff\n")
+SKIP = FileRules(skip_unreadable=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.txt", b"one\ntwo\nthree \xff\n", "line 3: not UTF-8"),
+        ("a.txt", "one\ntwo".encode("utf-16"), "UTF-16"),
+        ("a.jsonl", LINES.decode().encode("utf-16"), "UTF-16"),
+        ("a.txt", "ascii\ntext".encode("utf-16-le"), "line 1: a NUL byte"),
+        ("a.txt", b"ok\n\x00\x01", "line 2: a NUL byte"),
+        ("a.txt.lz4", b"x", "compressed as .lz4"),
+        ("a.zip", b"PK", "compressed as .zip"),
+        ("a.parquet", b"not parquet at all", "as Parquet"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:-9], "Truncated"),
+    ],
+)
+def test_an_unreadable_file_is_an_error_unless_it_may_be_skipped(name, content, reason, tmp_path):
+    (tmp_path / name).write_bytes(content)
     (tmp_path / "b.txt").write_bytes(b"fine")
-    found, tally = read(tmp_path)
-    assert [document.text for document in found] == ["fine"]
-    assert tally.locations == [f"{tmp_path}/a.txt:3: not UTF-8"]
+    with pytest.raises(DataError, match=rf"{name}: (.|\n)*{reason}(.|\n)*--exclude(.|\n)*--skip-unreadable"):
+        read(tmp_path)
+    table = InputTable()
+    found, tally = read(tmp_path, rules=SKIP, table=table)
+    assert found[-1].text == "fine"
+    for path, (size, why) in tally.unreadable.items():
+        assert (path, size) == (str(tmp_path / name), len(content))
+        assert reason in why
+    noted = {"skipped: unreadable"} & table.keys()
+    assert bool(tally.unreadable) != bool(noted), "found when it was read, or before"
+    assert read(tmp_path, rules=FileRules(exclude=("a.*",)))[0][0].text == "fine"
+
+
+def test_folders_without_permission_and_broken_links_are_errors(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b.txt").write_text("fine")
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "gone")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("/a"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"2 files or folders(.|\n)*/a: Permission(.|\n)*dangling\.txt: a link to not"):
+        read(tmp_path)
+    assert texts(tmp_path, rules=SKIP) == ["fine"]
+
+
+def test_a_linked_folder_is_read_once(tmp_path):
+    away, root = tmp_path / "away", tmp_path / "root"
+    (away / "deep").mkdir(parents=True)
+    root.mkdir()
+    (away / "deep/x.txt").write_text("x")
+    (root / "a.txt").write_text("a")
+    (away / "up").symlink_to(away)
+    for name, target in (("l1", away), ("l2", away), ("up", tmp_path), ("self", root)):
+        (root / name).symlink_to(target)
+    table = InputTable()
+    assert texts(root, table=table) == ["a", "x"]
+    assert table["skipped: folder read already"]["folder"].files == 4
+
+
+def test_what_is_no_text_is_skipped_and_every_file_is_counted(tmp_path):
+    names = ["a.txt", "a.txt.md5", "SHA256SUMS", "a.txt~", "#b.txt#", "b.txt.bak", ".hidden", "README.md", "LICENSE"]
+    for name in names:
+        (tmp_path / name).write_text("abc")
+    table = InputTable()
+    assert texts(tmp_path, table=table) == ["abc"]
+    assert table["read"] == {".txt": Amount(1, 3)}
+    assert table["skipped: checksum"] == {".txt.md5": Amount(1, 3), "no suffix": Amount(1, 3)}
+    assert sum(each.files for each in table["skipped: editor backup"].values()) == 3
+    assert table["skipped: about the data"] == {".md": Amount(1, 3), "no suffix": Amount(1, 3)}
+    assert sum(each.files for kinds in table.values() for each in kinds.values()) == len(names)
+    assert ["skipped:", "checksum", ".txt.md5", "1", "3"] in [line.split() for line in table.lines()]
+    (tmp_path / "more.md").write_text("abc")
+    assert len(texts(tmp_path)) == 3, "among its like a README is text"
+    (tmp_path / "rows.jsonl").write_bytes(LINES)
+    assert len(texts(tmp_path)) == 2 + len(TEXTS), "beside rows it is none"
+
+
+def test_include_and_exclude(tmp_path):
+    for name in ("a.txt", "b.py", "README.md", "sub/c.txt", "sub/deep/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    table = InputTable()
+    assert texts(tmp_path, rules=FileRules(include=("*.txt", "README.md"), exclude=("sub/deep/*",)), table=table) == [
+        "README.md",
+        "a.txt",
+        "sub/c.txt",
+    ]
+    assert table["skipped: --exclude"] == {".txt": Amount(1, 14)}
+    assert table["skipped: not in --include"] == {".py": Amount(1, 4)}
+    for rules in (FileRules(include=("*.tex",)), FileRules(exclude=("*.tex",))):
+        with pytest.raises(DataError, match=r"--(in|ex)clude \*\.tex: matches no file"):
+            read(tmp_path, rules=rules)
+
+
+def test_bad_bytes_count_in_the_bad_rate():
+    tally = Tally(0.01)
+    for _ in range(999):
+        tally.good(10)
+    tally.bad("f:1", "why", 5000)
+    with pytest.raises(DataError, match=r"5,000 of 14,990 bytes are in bad rows, more than --max-bad-rate 0\.01"):
+        tally.check()
 
 
 def test_a_json_array_is_refused_before_it_fills_the_memory(tmp_path):
@@ -157,11 +256,11 @@ def test_a_json_array_is_refused_before_it_fills_the_memory(tmp_path):
 def test_the_rate_is_checked_early_and_at_the_end():
     tally = Tally(0.001, rows=ENOUGH_ROWS - 11)
     for number in range(10):
-        tally.bad(f"f:{number}", "why")  # 10 of 9,999: too many, but too soon to tell
+        tally.bad(f"f:{number}", "why", 0)  # 10 of 9,999: too many, but too soon to tell
     with pytest.raises(DataError, match=r"10 of 9,999 rows are bad.*--max-bad-rate 0\.001(.|\n)*f:0: why\n  f:1: why"):
         tally.check()
     with pytest.raises(DataError, match="11 of 10,000"):
-        tally.bad("f:10", "why")
+        tally.bad("f:10", "why", 0)
     assert len(tally.locations) == 5
     Tally(0.001, rows=10_000, bad_rows=10).check()
 

@@ -1,0 +1,175 @@
+"""Which files of a folder are read: by name, by --include and --exclude, and by whether they can be read at all.
+
+Every file below the folder is counted in an `InputTable`, read or skipped, with the reason. A file or folder that
+cannot be read is a DataError, unless the user allows to skip it.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from dist_llm.errors import DataError
+from dist_llm.text.report import InputTable
+
+# Files of many rows: what is read beside them is no text of the corpus.
+ROW_SUFFIXES = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow"}
+UNPACKED = {".gz", ".zst", ".bz2", ".xz"}
+PACKED = {".lz4", ".lzma", ".br", ".7z", ".zip", ".rar", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".z", ".lzo", ".sz"}
+CHECKSUMS = ("*.md5", "*.sha1", "*.sha256", "*.sha512", "*.crc32", "*.asc", "*.sig", "md5sums*", "sha*sums*")
+BACKUPS = ("*~", "#*#", "*.bak", "*.orig", "*.rej", "*.swp", "*.swo", "*.tmp", "*.partial")
+ABOUT = ("readme", "readme.*", "license", "license.*", "licence", "licence.*", "citation.*", "changelog.*")
+SKIPPED_FOLDERS = frozenset({"__pycache__"})
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class FileRules:
+    """Which files the user wants. Globs match a file's name, or its path below the folder; `*` matches `/`, too."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    skip_unreadable: bool = False
+
+
+def read_suffix(path: Path) -> str:
+    """The suffix that says how a file is read: that below its compression, in lower case."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in UNPACKED else suffix
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Why a file cannot be read, as far as its name and its entry tell."""
+    if not path.exists():
+        return "a link to nothing" if path.is_symlink() else "gone"
+    if not path.is_file():
+        return "not a regular file"
+    if not os.access(path, os.R_OK):
+        return "no permission"
+    if path.suffix.lower() in PACKED:
+        return f"compressed as {path.suffix}, which is not read (only {', '.join(sorted(UNPACKED))})"
+    return None
+
+
+class Walk:
+    """The files of one run's sources, and the globs that have matched some."""
+
+    def __init__(self, rules: FileRules, table: InputTable) -> None:
+        self.rules, self.table = rules, table
+        self._unreadable: list[str] = []
+        self._used: set[str] = set()
+
+    def file(self, path: Path) -> list[Path]:
+        """A file that the user names: read if it can be, whatever the globs say."""
+        return [path] if self._readable(path) else []
+
+    def folder(self, root: Path, left_out: Iterable[str] = ()) -> list[Path]:
+        """The files below `root`, sorted by relative path."""
+        skipped, found = SKIPPED_FOLDERS | set(left_out), []
+        for path in sorted(self._entries(root, skipped), key=lambda each: each.relative_to(root).as_posix()):
+            relative = path.relative_to(root).as_posix()
+            if self._matches(relative, self.rules.exclude):
+                self._skip("--exclude", path)
+            elif self.rules.include and not self._matches(relative, self.rules.include):
+                self._skip("not in --include", path)
+            else:
+                found.append(path)
+        texts = {read_suffix(path) for path in found if not _named(path, (*ABOUT, *CHECKSUMS, *BACKUPS))}
+        return [path for path in found if self._is_text(path, texts) and self._readable(path)]
+
+    def check(self) -> None:
+        """Raise DataError where something cannot be read, or a glob has matched nothing."""
+        if self._unreadable and not self.rules.skip_unreadable:
+            more = f"\n  and {len(self._unreadable) - SHOWN} more" if len(self._unreadable) > SHOWN else ""
+            raise DataError(
+                f"{len(self._unreadable)} files or folders of --source cannot be read:\n  "
+                + "\n  ".join(self._unreadable[:SHOWN])
+                + f"{more}\nMend them, leave them out with --exclude, or skip them with --skip-unreadable."
+            )
+        for option, globs in (("--include", self.rules.include), ("--exclude", self.rules.exclude)):
+            if unused := [each for each in globs if each not in self._used]:
+                raise DataError(
+                    f"{option} {unused[0]}: matches no file in the folders of --source. Quote it, so that the shell "
+                    "does not expand it; it is compared with names and with paths below the folder."
+                )
+
+    def _entries(self, root: Path, skipped: frozenset[str] | set[str]) -> Iterator[Path]:
+        """All files below `root`. A linked folder is entered, unless it is or will be read in another place."""
+        top, folders, entered = os.path.realpath(root), [root], set()
+        while folders:
+            folder = folders.pop()
+            real = os.path.realpath(folder)
+            if real in entered:
+                self._skip("folder read already", folder)
+                continue
+            entered.add(real)
+            try:
+                entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
+            except OSError as error:
+                self._note_unreadable(folder, error.strerror or str(error))
+                continue
+            for entry in entries:
+                path = Path(folder, entry.name)
+                if entry.name.startswith("."):
+                    self._skip("hidden", path)
+                elif not os.path.isdir(path):
+                    yield path
+                elif entry.name in skipped:
+                    self._skip("never read", path)
+                elif entry.is_symlink() and _nested(os.path.realpath(path), top):
+                    self._skip("folder read already", path)
+                else:
+                    folders.append(path)
+
+    def _matches(self, relative: str, globs: Sequence[str]) -> bool:
+        name = relative.rpartition("/")[2]
+        found = [each for each in globs if fnmatchcase(name, each) or fnmatchcase(relative, each)]
+        self._used.update(found)
+        return bool(found)
+
+    def _is_text(self, path: Path, texts: set[str]) -> bool:
+        """Whether a file's name does not say that it is no text. What --include names is read in any case.
+
+        `texts` are the suffixes of the other files. A README is text among files of its own kind alone.
+        """
+        if self.rules.include:
+            return True
+        beside = bool(texts) and (read_suffix(path) not in texts or bool(texts & ROW_SUFFIXES))
+        kinds = (("checksum", CHECKSUMS, True), ("editor backup", BACKUPS, True), ("about the data", ABOUT, beside))
+        for reason, globs, applies in kinds:
+            if applies and _named(path, globs):
+                self._skip(reason, path)
+                return False
+        return True
+
+    def _readable(self, path: Path) -> bool:
+        if reason := why_unreadable(path):
+            self._note_unreadable(path, reason)
+            return False
+        self.table.add("read", path, _size(path))
+        return True
+
+    def _note_unreadable(self, path: Path, reason: str) -> None:
+        self._unreadable.append(f"{path}: {reason}")
+        self._skip("unreadable", path)
+
+    def _skip(self, reason: str, path: Path) -> None:
+        self.table.add(f"skipped: {reason}", path, _size(path))
+
+
+def _named(path: Path, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(path.name.lower(), each) for each in globs)
+
+
+def _nested(one: str, other: str) -> bool:
+    """Whether one of two folders lies in the other, or is it."""
+    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
+
+
+def _size(path: Path) -> int:
+    """The bytes of a file; 0 for a folder and for what is not there."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
