@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dist_llm.text.rows import Tally
+from dist_llm.text.rows import Document, Tally
 from dist_llm.text.sources import Source
+from dist_llm.text.tokenizer import ENDOFTEXT
 
+COUNTS = ("empty_documents", "documents_of", "end_token_origin", "end_token_documents")
 CHUNK_CHARS = 1 << 20
 DOCUMENT_OVERHEAD_CHARS = 64  # so that a chunk of tiny documents is not a million objects
 # A mark makes all files durable, which costs as much as tokenizing a tenth of this. Input files smaller
@@ -41,13 +43,16 @@ class Reader:
 
     def __init__(self, sources: Sequence[Source], tally: Tally) -> None:
         self.sources, self.tally = sources, tally
-        self.empty_documents = 0
+        self.empty_documents = self.end_token_documents = 0
+        self.end_token_origin = ""  # of the first document that has the end token's text
+        self.documents_of: dict[str, int] = {}  # by --source
 
     def chunks(self) -> Iterator[Chunk]:
         chunk, chars, unmarked, inputs = Chunk(), 0, 0, []
         for source in self.sources:
             state = source.state  # from before: a file that changes while it is read does not pass for read
             for document in source.documents(self.tally):
+                self._note(document, source.spec)
                 if not document.text:
                     self.empty_documents += 1
                     continue
@@ -66,14 +71,37 @@ class Reader:
         if chunk.texts:
             yield chunk
 
+    def _note(self, document: Document, spec: str) -> None:
+        """Keep what tells that documents were not kept apart."""
+        self.documents_of[spec] = self.documents_of.get(spec, 0) + 1
+        if ENDOFTEXT in document.text:
+            self.end_token_origin = self.end_token_origin or document.origin
+            self.end_token_documents += 1
+
+    def warnings(self, whole: bool) -> list[str]:
+        """What hints at several documents in one; `whole`: this run reads every source to its end."""
+        found = []
+        if single := [spec for spec, count in self.documents_of.items() if whole and count == 1]:
+            found.append(
+                f"--source {single[0]} is a single document. If it is a text file that holds many, give --separator "
+                "STRING, or --separator blank-lines"
+            )
+        if self.end_token_documents:
+            found.append(
+                f"{self.end_token_documents:,} documents contain the text {ENDOFTEXT}, as {self.end_token_origin}: it "
+                f"is encoded like any text and ends no document. If it does, give --separator '{ENDOFTEXT}'"
+            )
+        return found
+
     def _counts(self) -> dict[str, Any]:
         tally = asdict(self.tally)
         del tally["max_bad_rate"], tally["share"], tally["skip_unreadable"]
-        return {"tally": tally, "empty_documents": self.empty_documents}
+        return {"tally": tally, **{name: getattr(self, name) for name in COUNTS}}
 
     def restore(self, files: int, counts: dict[str, Any]) -> None:
         """Go on after the first `files` sources, with the counts of a mark."""
         self.sources = self.sources[files:]
-        self.empty_documents = counts["empty_documents"]
+        for name in COUNTS:
+            setattr(self, name, counts[name])
         for name, value in counts["tally"].items():
             setattr(self.tally, name, value)

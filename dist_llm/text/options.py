@@ -74,6 +74,7 @@ class PrepareOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     skip_unreadable: bool = False
+    separator: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,9 +105,10 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--source",
         action="append",
         help="where the text is; may be given several times, read in that order. A folder (walked in sorted order); "
-        "a .jsonl, .ndjson or .json file with one object a line, plain, .gz or .zst; a .parquet file; any other file "
-        "is one document. hf:NAME[:CONFIG] streams a Hugging Face dataset (NAME may be a local folder). "
-        "python-stdlib is the source code of Python's standard library",
+        "a .jsonl, .ndjson or .json file with one object a line; a .csv or .tsv file whose first line names its "
+        "columns; a .parquet file; a folder that datasets.save_to_disk wrote; any other file is one document, or with "
+        "--separator many. Files may be .gz, .zst, .xz or .bz2. hf:NAME[:CONFIG] streams a Hugging Face dataset "
+        "(NAME may be a local folder). python-stdlib is the source code of Python's standard library",
     )
     parser.add_argument(
         "--tokenizer",
@@ -120,12 +122,25 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         help="how text is split before merging: gpt2 or llama3 for bpe:N (default gpt2); gpt2, llama3 or cl100k for "
         "a .tiktoken file (default cl100k)",
     )
-    parser.add_argument("--text-key", default="text", help="the JSON key or column of the text (default: %(default)s)")
+    parser.add_argument(
+        "--text-key",
+        default="text",
+        help="the JSON key or column of the text; a.b for key b of the object under a; a list of strings is joined "
+        "with empty lines (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--separator",
+        metavar="STRING",
+        help="what stands between the documents of a text file, as '<|endoftext|>', on a line of its own or within "
+        "one; blank-lines: one or more empty lines (default: a file is one document)",
+    )
     parser.add_argument(
         "--prompt-key",
         help="the JSON key or column of a prompt that goes before the text: training reads it but does not score it",
     )
-    parser.add_argument("--hf-split", default="train", help="the split of an hf: source (default: %(default)s)")
+    parser.add_argument(
+        "--hf-split", default="train", help="the split of an hf: or save_to_disk source (default: %(default)s)"
+    )
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:

@@ -35,7 +35,7 @@ def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
     Raises DataError for whatever the user can mend: options, sources, tokenizer, rows, `OUT`, a full disk.
     """
     _check(options)
-    table, keys = InputTable(), Keys(options.text_key, options.prompt_key)
+    table, keys = InputTable(), Keys(options.text_key, options.prompt_key, options.separator)
     rules = FileRules(options.include, options.exclude, options.skip_unreadable)
     sources = open_sources(options.source, keys, options.hf_split, rules, table)
     share = _share(options, len(sources))
@@ -74,6 +74,10 @@ def _check(options: PrepareOptions) -> None:
         (
             not (options.prompt_key and options.filter),
             "--filter: changes texts, so that it is lost where their prompts end; leave out --filter or --prompt-key",
+        ),
+        (
+            options.separator is None or (options.separator != "" and "\n" not in options.separator),
+            "--separator: must not be empty or have a line break; for empty lines give blank-lines",
         ),
         (0 <= options.max_bad_rate <= 1, "--max-bad-rate: must be from 0 to 1"),
         (options.workers >= 1, "--workers: must be at least 1"),

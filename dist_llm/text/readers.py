@@ -3,29 +3,38 @@
 import codecs
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dist_llm.errors import DataError
-from dist_llm.text.rows import Document, Keys, Tally, UnreadableError, row_document
+from dist_llm.text.compression import CODECS, Decompressed
+from dist_llm.text.rows import BLANK_LINES, Document, Keys, Tally, UnreadableError, row_document
+from dist_llm.text.tables import DELIMITERS, read_table
+from dist_llm.text.walk import read_suffix
 
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 BUFFER_BYTES = 1 << 20
 PARQUET_ROWS = 256
 
 
 def read_file(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
     """Its documents. Raises OSError where it cannot be read, DataError where it is not what its suffix says."""
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSION:
-        suffix = Path(path.stem).suffix.lower()
+    suffix = read_suffix(path)
     if suffix in JSON_LINES:
         return _json_lines(path, keys, tally)
     if suffix == ".parquet":
         return _parquet(path, keys, tally)
+    if suffix in DELIMITERS:
+        return _table(path, DELIMITERS[suffix], keys, tally)
+    if keys.separator is not None:
+        return _separated_text(path, keys.separator, tally)
     return _whole_text(path, tally)
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file has no rows: it is one document, or those between separators."""
+    return read_suffix(path) not in {*JSON_LINES, ".parquet", *DELIMITERS}
 
 
 @contextmanager
@@ -33,14 +42,11 @@ def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, io.FileIO]]:
     """The content of a file, decompressed, and the raw file below, whose `tell` is the progress."""
     with ExitStack() as stack:
         raw = stack.enter_context(path.open("rb", buffering=0))
-        codec = COMPRESSION.get(path.suffix.lower())
-        if codec is None:
+        codec = path.suffix.lower()
+        if codec not in CODECS:
             yield stack.enter_context(io.BufferedReader(raw, BUFFER_BYTES)), raw
             return
-        # pyarrow, not gzip and zstandard: it reads both, many frames in a file, and notices a truncated one.
-        import pyarrow
-
-        unpacked = stack.enter_context(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), codec))
+        unpacked = stack.enter_context(Decompressed(raw, codec))
         yield stack.enter_context(io.BufferedReader(unpacked, BUFFER_BYTES)), raw
 
 
@@ -54,6 +60,67 @@ def _whole_text(path: Path, tally: Tally) -> Iterator[Document]:
     text = _decoded(content, 0)
     tally.good(len(content))
     yield Document(text, str(path))
+
+
+def _separated_text(path: Path, separator: str, tally: Tally) -> Iterator[Document]:
+    """One document before, between and after separators; pieces of nothing but blanks are none."""
+    start = tally.bytes_read
+    with _opened(path) as (stream, raw):
+        _refuse_other_encoding(stream.peek(4))
+        for number, content in cut(stream, separator):
+            tally.bytes_read = start + raw.tell()
+            if not tally.takes_next():
+                continue
+            try:
+                text = _decoded(content, number - 1)
+            except UnreadableError as error:
+                tally.bad(f"{path}:{number}", str(error), len(content))
+                continue
+            tally.good(len(content))
+            yield Document(text, f"{path}:{number}")
+
+
+def cut(lines: Iterable[bytes], separator: str) -> Iterator[tuple[int, bytes]]:
+    """The documents of some lines, each with the number of its first line.
+
+    A separator on a line of its own takes that line and the line break before it away.
+    """
+    mark, parts, first = separator.encode(), list[bytes](), 1
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        pieces = _split(line, separator, mark)
+        for piece in pieces[:-1]:
+            parts.append(piece)
+            if document := _joined(parts, not piece):
+                yield first, document
+            parts, first = [], number
+        if len(pieces) > 1 and not pieces[-1].strip():
+            first = number + 1
+        else:
+            parts.append(pieces[-1])
+    if document := _joined(parts, True):
+        yield first, document
+
+
+def _split(line: bytes, separator: str, mark: bytes) -> list[bytes]:
+    """The pieces of a line between separators."""
+    if separator == BLANK_LINES:
+        return [line] if line.strip() else [b"", b""]
+    return line.split(mark)
+
+
+def _joined(parts: list[bytes], own_line: bool) -> bytes:
+    document = b"".join(parts)
+    if own_line:
+        document = document.removesuffix(b"\n").removesuffix(b"\r")
+    return document if document.strip() else b""
+
+
+def _table(path: Path, delimiter: str, keys: Keys, tally: Tally) -> Iterator[Document]:
+    with _opened(path) as (stream, raw):
+        _refuse_other_encoding(stream.peek(4))
+        yield from read_table(path, stream, raw, delimiter, keys, tally)
 
 
 def _decoded(content: bytes, lines_before: int) -> str:
@@ -112,25 +179,31 @@ def _parquet(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
     start, size, number = tally.bytes_read, path.stat().st_size, 0
     try:
         with parquet.ParquetFile(path) as file:
-            for option, key in (("--text-key", keys.text), ("--prompt-key", keys.prompt)):
-                if key and key not in file.schema_arrow.names:
-                    names = ", ".join(file.schema_arrow.names)
-                    raise DataError(f"{path}: no column '{key}'. Give {option} one of: {names}")
-                if (count := file.schema_arrow.names.count(key)) > 1:
-                    raise DataError(f"{path}: {count} columns are called '{key}'. Rename all but one, or leave it out.")
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=keys.all):
+            options = zip(("--text-key", "--prompt-key"), keys.all, strict=False)
+            columns = [_column(path, file.schema_arrow.names, *each) for each in options]
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(dict.fromkeys(columns))):
                 # Arrow does not check that strings are UTF-8; decoding them here keeps the fault to its row.
-                columns = [
+                arrays = [
                     column.cast(pyarrow.large_binary())
                     if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
                     else column
-                    for column in map(batch.column, keys.all)
+                    for column in map(batch.column, columns)
                 ]
-                for values in zip(*(column.to_pylist() for column in columns), strict=True):
+                for values in zip(*(column.to_pylist() for column in arrays), strict=True):
                     number += 1
                     if tally.takes_next():
-                        row = dict(zip(keys.all, values, strict=True))
+                        row = dict(zip(columns, values, strict=True))
                         yield from row_document(row, keys, f"{path}:{number}", tally)
                 tally.bytes_read = start + size * number // file.metadata.num_rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UnreadableError(f"not readable as Parquet: {error}") from None
+
+
+def _column(path: Path, names: list[str], option: str, key: str) -> str:
+    """The column that holds a key, which may be nested in it. Raises DataError where there is none, or more than one."""
+    found = next((name for name in (key, key.partition(".")[0]) if name in names), None)
+    if found is None:
+        raise DataError(f"{path}: no column '{key}'. Give {option} one of: {', '.join(names)}")
+    if (count := names.count(found)) > 1:
+        raise DataError(f"{path}: {count} columns are called '{found}'. Rename all but one, or leave it out.")
+    return found

@@ -84,12 +84,14 @@ class Report:
     bad_bytes: int = 0  # of bad rows
     inputs: InputTable = field(default_factory=InputTable)
     unreadable: dict[str, tuple[int, str]] = field(default_factory=dict)  # bytes and reason, by path: found on reading
+    warnings: list[str] = field(default_factory=list)
 
     def add(self, other: "Report") -> None:
         """Count in what another part reports."""
         self.rows += other.rows
         self.bad_rows += other.bad_rows
         self.bad_bytes += other.bad_bytes
+        self.warnings += [each for each in other.warnings if each not in self.warnings]
         if not self.inputs:  # all parts see the same files
             self.inputs = other.inputs
         for path, (size, reason) in other.unreadable.items():

@@ -15,6 +15,8 @@ from dist_llm.text.tokenizer import well_formed
 
 LOCATIONS_KEPT = 5
 ENOUGH_ROWS = 10_000
+PARAGRAPH = "\n\n"
+BLANK_LINES = "blank-lines"  # the separator that is one or more empty lines
 
 
 class UnreadableError(Exception):
@@ -23,10 +25,14 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True)
 class Keys:
-    """Where in a row its text is, and the prompt that goes before it."""
+    """Where in a row its text is, and the prompt that goes before it; and what separates documents in a text file.
+
+    `a.b` is the key b of what is under a, where there is no key of that name itself.
+    """
 
     text: str = "text"
     prompt: str | None = None
+    separator: str | None = None
 
     @property
     def all(self) -> list[str]:
@@ -111,19 +117,32 @@ def row_document(row: Any, keys: Keys, origin: str, tally: Tally, size: int | No
     """The document of a row of `size` bytes (None: those of its texts); none, and a bad row, where it has no text."""
     found: list[str] = []
     if size is None:
-        values = [row.get(key) for key in keys.all] if isinstance(row, dict) else []
+        values = [_value(row, key) for key in keys.all]
         size = sum(len(value) for value in values if isinstance(value, str | bytes))
     for key in keys.all:
-        text = row.get(key) if isinstance(row, dict) else None
+        text = _value(row, key)
         if isinstance(text, bytes):
             try:
                 text = text.decode("utf-8")
             except UnicodeDecodeError:
                 return tally.bad(origin, "not UTF-8", size)
         if not isinstance(text, str):
-            missing = isinstance(row, dict) and key not in row
+            missing = text is None and isinstance(row, dict) and key not in row
             return tally.bad(origin, f"no key '{key}'" if missing else f"no string under '{key}'", size)
         found.append(well_formed(text))
     tally.good(size)
     text, prompt = found[0], "".join(found[1:])
     yield Document(prompt + text if text else "", origin, len(prompt))
+
+
+def _value(row: Any, key: str) -> Any:
+    """What is under a key, which may lead through nested objects; a list of texts as paragraphs of one text."""
+    if not isinstance(row, dict):
+        return None
+    if key not in row:
+        first, _, rest = key.partition(".")
+        return _value(row.get(first), rest) if rest else None
+    value = row[key]
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return PARAGRAPH.join(value)
+    return value

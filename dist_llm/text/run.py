@@ -202,6 +202,7 @@ class Run:
             tally.bad_bytes if counts else 0,
             self.table,
             tally.unreadable,
+            self.reader.warnings(self.share.of == 1),
         )
 
     def _nothing_left(self, manifest: Manifest) -> str:
@@ -226,7 +227,8 @@ class Run:
             f"{self.report.empty_documents:,} empty, {self.meter.seconds:.1f} s, "
             f"{(texts - self._bytes_before) / 1e6 / self.meter.seconds:.1f} MB/s"
         )
-        for line in (*self.report.lines(), *(f"  skipped {each}" for each in self._skipped())):
+        warnings = (f"  warning: {each}" for each in self.report.warnings)
+        for line in (*self.report.lines(), *warnings, *(f"  skipped {each}" for each in self._skipped())):
             self.meter.say(line)
 
     def _skipped(self) -> list[str]:

@@ -11,18 +11,25 @@ from pathlib import Path
 from typing import Protocol
 
 from dist_llm.errors import DataError
-from dist_llm.text.readers import read_file
+from dist_llm.text.readers import is_text, read_file
 from dist_llm.text.report import InputTable
 from dist_llm.text.rows import Document, Keys, Tally, UnreadableError, row_document
 from dist_llm.text.walk import FileRules, Walk
 
 KEYS, RULES = Keys(), FileRules()
+SAVED_DATASET = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # by datasets.save_to_disk
 STDLIB = "python-stdlib"
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 class Source(Protocol):
-    """One input file or dataset. `size_bytes` is None where it cannot be known, `state` where changes cannot."""
+    """One input file or dataset; `spec` as the user named it.
+
+    `size_bytes` is None where it cannot be known, `state` where changes cannot.
+    """
+
+    @property
+    def spec(self) -> str: ...
 
     @property
     def size_bytes(self) -> int | None: ...
@@ -47,6 +54,8 @@ def open_sources(
     walk = Walk(rules, InputTable() if table is None else table)
     found = [source for spec in specs for source in _open_source(spec, keys, hf_split, walk)]
     walk.check()
+    if keys.separator and not any(isinstance(each, FileSource) and is_text(each.path) for each in found):
+        raise DataError("--separator: cuts text files, and the sources have none; leave the option out")
     return found
 
 
@@ -66,14 +75,16 @@ def _open_source(spec: str, keys: Keys, hf_split: str, walk: Walk) -> Sequence[S
     if spec == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         code = Walk(FileRules(include=("*.py",)), InputTable())
-        return [FileSource(path, keys) for each in code.folder(root, STDLIB_LEFT_OUT) for path in walk.file(each)]
+        return [FileSource(path, keys, spec) for each in code.folder(root, STDLIB_LEFT_OUT) for path in walk.file(each)]
     if spec.startswith("hf:"):
         return [HubSource(spec, keys, hf_split)]
     path = Path(spec)
+    if any(all((path / name).is_file() for name in names) for names in SAVED_DATASET):
+        return [HubSource(spec, keys, hf_split)]
     if path.is_dir():
-        return [FileSource(each, keys) for each in walk.folder(path)]
+        return [FileSource(each, keys, spec) for each in walk.folder(path)]
     if path.exists():
-        return [FileSource(each, keys) for each in walk.file(path)]
+        return [FileSource(each, keys, spec) for each in walk.file(path)]
     raise DataError(f"--source {spec}: no such file or folder. Other sources are {STDLIB} and hf:NAME[:CONFIG].")
 
 
@@ -83,6 +94,7 @@ class FileSource:
 
     path: Path
     keys: Keys
+    spec: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -104,7 +116,10 @@ class FileSource:
 
 
 class HubSource:
-    """A Hugging Face dataset, streamed. Opening it already asks the hub, so that a wrong name fails early."""
+    """A Hugging Face dataset, streamed, or the folder of a saved one.
+
+    Opening it already asks the hub, so that a wrong name fails early.
+    """
 
     size_bytes = None
     state = None  # it may have changed, and nothing says so: a run that goes on reads it again
@@ -115,7 +130,11 @@ class HubSource:
         self.spec, self.keys = spec, keys
         name, _, config = spec.removeprefix("hf:").partition(":")
         with self._explained():
-            self._rows = datasets.load_dataset(name, config or None, split=hf_split, streaming=True)
+            if spec.startswith("hf:"):
+                self._rows = datasets.load_dataset(name, config or None, split=hf_split, streaming=True)
+            else:
+                saved = datasets.load_from_disk(spec)
+                self._rows = saved[hf_split] if isinstance(saved, datasets.DatasetDict) else saved
 
     def documents(self, tally: Tally) -> Iterator[Document]:
         rows = enumerate(self._rows, start=1)

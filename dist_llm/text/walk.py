@@ -11,11 +11,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from dist_llm.errors import DataError
+from dist_llm.text.compression import CODECS
 from dist_llm.text.report import InputTable
 
 # Files of many rows: what is read beside them is no text of the corpus.
 ROW_SUFFIXES = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow"}
-UNPACKED = {".gz", ".zst", ".bz2", ".xz"}
 PACKED = {".lz4", ".lzma", ".br", ".7z", ".zip", ".rar", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".z", ".lzo", ".sz"}
 CHECKSUMS = ("*.md5", "*.sha1", "*.sha256", "*.sha512", "*.crc32", "*.asc", "*.sig", "md5sums*", "sha*sums*")
 BACKUPS = ("*~", "#*#", "*.bak", "*.orig", "*.rej", "*.swp", "*.swo", "*.tmp", "*.partial")
@@ -36,7 +36,7 @@ class FileRules:
 def read_suffix(path: Path) -> str:
     """The suffix that says how a file is read: that below its compression, in lower case."""
     suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in UNPACKED else suffix
+    return Path(path.stem).suffix.lower() if suffix in CODECS else suffix
 
 
 def why_unreadable(path: Path) -> str | None:
@@ -48,7 +48,7 @@ def why_unreadable(path: Path) -> str | None:
     if not os.access(path, os.R_OK):
         return "no permission"
     if path.suffix.lower() in PACKED:
-        return f"compressed as {path.suffix}, which is not read (only {', '.join(sorted(UNPACKED))})"
+        return f"compressed as {path.suffix}, which is not read (only {', '.join(sorted(CODECS))})"
     return None
 
 

@@ -167,6 +167,8 @@ def test_bad_rows_are_counted_and_past_the_rate_fail(tmp_path):
         (["x"], {"tokenizer": "gpt5"}, "unknown"),
         (["x"], {"source": ()}, "--source"),
         (["x"], {"dedup_threshold": 1.0}, "--dedup-threshold"),
+        (["x"], {"separator": ""}, "--separator: must not be empty"),
+        (["x"], {"separator": "x"}, "--separator: cuts text files"),
         (["x"], {"part": "3/2"}, "--part 3/2"),
         (["x"], {"filter": ("gopher",)}, r"\(0 empty, 0 held out, 1 removed by rules\)"),
     ],
@@ -405,6 +407,23 @@ def test_the_summary_and_the_report_have_a_table_of_the_input(tmp_path):
     assert (total.inputs, total.unreadable) == (report.inputs, report.unreadable), "parts see the same files"
 
 
+@pytest.mark.parametrize("separator", [None, "<|endoftext|>"])
+def test_documents_that_were_not_kept_apart_are_a_warning(separator, tmp_path):
+    path, stream = tmp_path / "a.txt", io.StringIO()
+    path.write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\n")
+    options = PrepareOptions((str(path),), "byte", tmp_path / "out", workers=1, heldout_fraction=0, separator=separator)
+    prepare(options, stream)
+    warnings = Report.load(tmp_path / "out").warnings
+    assert all(f"warning: {each}" in stream.getvalue() for each in warnings)
+    if separator:
+        assert (read_documents(tmp_path / "out", "train"), warnings) == (["one", "two"], [])
+        return
+    assert (
+        f"--source {path} is a single document. If it is a text file that holds many, give --separator" in warnings[0]
+    )
+    assert f"1 documents contain the text <|endoftext|>, as {path}: it is encoded like any text" in warnings[1]
+
+
 def test_arguments_become_options():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -419,6 +438,7 @@ def test_arguments_become_options():
     given += ["--include=*.txt", "--exclude=a*", "--exclude=b*", "--skip-unreadable", "--max-bad-rate=0.25"]
     want = replace(want, include=("*.txt",), exclude=("a*", "b*"), skip_unreadable=True)
     assert options_from(parser.parse_args(given)) == want
+    assert options_from(parser.parse_args([*given, "--separator=x"])) == replace(want, separator="x")
     assert "python-stdlib" in parser.format_help()
 
 

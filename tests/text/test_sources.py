@@ -1,7 +1,9 @@
 """Each kind of source yields its documents in order, and locates what it skips."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import sysconfig
 
@@ -20,10 +22,10 @@ TEXTS = ["first", "second\nline\r\n", "", "漢字 🙂", " "]
 LINES = b"".join(json.dumps({"n": n, "text": text}).encode() + b"\n" for n, text in enumerate(TEXTS))
 
 
-def read(*specs, text_key="text", max_bad_rate=1.0, rules=RULES, table=None):
+def read(*specs, text_key="text", max_bad_rate=1.0, rules=RULES, table=None, separator=None):
     """The documents of the sources and the tally of the pass."""
     tally = Tally(max_bad_rate, skip_unreadable=rules.skip_unreadable)
-    sources = open_sources([str(spec) for spec in specs], Keys(text_key), rules=rules, table=table)
+    sources = open_sources([str(spec) for spec in specs], Keys(text_key, separator=separator), rules=rules, table=table)
     found = list(documents(sources, tally))
     assert tally.bytes_read == (size_bytes(sources) or 0)
     assert tally.rows == len(found) + tally.bad_rows
@@ -38,8 +40,11 @@ def zstd(content):
     return zstandard.ZstdCompressor().compress(content)
 
 
+PACKERS = [(bytes, ""), (gzip.compress, ".gz"), (zstd, ".zst"), (bz2.compress, ".bz2"), (lzma.compress, ".xz")]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".JSONL"])
-@pytest.mark.parametrize(("pack", "ending"), [(bytes, ""), (gzip.compress, ".gz"), (zstd, ".zst")])
+@pytest.mark.parametrize(("pack", "ending"), PACKERS)
 def test_json_lines(suffix, pack, ending, tmp_path):
     path = tmp_path / f"rows{suffix}{ending}"
     half = LINES.index(b"\n") + 1
@@ -49,7 +54,7 @@ def test_json_lines(suffix, pack, ending, tmp_path):
     assert [document.origin for document in found] == [f"{path}:{number}" for number in (1, 4, 5, 6, 7)]
 
 
-@pytest.mark.parametrize(("pack", "ending"), [(gzip.compress, ".gz"), (zstd, ".zst")])
+@pytest.mark.parametrize(("pack", "ending"), PACKERS[1:])
 def test_a_truncated_file_is_an_error_not_an_end(pack, ending, tmp_path):
     path = tmp_path / f"rows.jsonl{ending}"
     path.write_bytes(pack(LINES * 1000)[:-9])
@@ -291,3 +296,101 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
     with pytest.raises(DataError, match="hf:FOLDER") as caught:
         open_sources(["hf:some/name:config"])
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("separator", "content", "want"),
+    [
+        ("<|endoftext|>", "one\nmore\n<|endoftext|>\ntwo\n\n<|endoftext|>\n", ["one\nmore", "two\n"]),
+        ("<|endoftext|>", "one<|endoftext|>two<|endoftext|>\nthree\n", ["one", "two", "three"]),
+        ("<|endoftext|>", "<|endoftext|>one\n<|endoftext|> \n<|endoftext|>two", ["one", "two"]),
+        ("---", "one\r\n---\r\ntwo\r\n", ["one", "two"]),
+        ("blank-lines", "one\nmore\n\n \n\ntwo\n\n", ["one\nmore", "two"]),
+        ("blank-lines", "\ufeff\r\none\r\n\r\ntwo", ["one", "two"]),
+        ("---", "", []),
+        ("---", "no mark\n", ["no mark"]),
+    ],
+)
+def test_a_separator_cuts_a_text_file(separator, content, want, tmp_path):
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    found, _ = read(tmp_path / "a.txt", separator=separator)
+    assert [document.text for document in found] == want
+    for document in found:
+        line = int(document.origin.rpartition(":")[2])
+        assert document.text.splitlines()[0] in content.removeprefix("\ufeff").splitlines()[line - 1]
+
+
+def test_a_separated_document_that_is_no_text_is_a_bad_row(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\n---\nt\xffo\n---\nthree\n")
+    found, tally = read(tmp_path / "a.txt", separator="---")
+    assert [document.text for document in found] == ["one", "three"]
+    assert (tally.rows, tally.bad_rows, tally.bad_bytes) == (3, 1, 3)
+    assert tally.locations[0].startswith(f"{tmp_path}/a.txt:3: line 3: not UTF-8")
+    (tmp_path / "rows.jsonl").write_bytes(LINES)
+    with pytest.raises(DataError, match="--separator: cuts text files, and the sources have none"):
+        read(tmp_path / "rows.jsonl", separator="---")
+
+
+@pytest.mark.parametrize(("suffix", "mark"), [(".csv", ","), (".tsv", "\t")])
+def test_columns_of_tables(suffix, mark, tmp_path):
+    path = tmp_path / f"rows{suffix}"
+    rows = [["n", "body"], ["1", "first"], ["2", f'"second{mark} ""quoted""\nline"'], ["3", "漢字"], ["4"], ["5", ""]]
+    content = "\ufeff" + "".join(mark.join(row) + "\r\n" for row in rows)
+    path.write_bytes(content.encode() + mark.join(["6", "b\udcffd"]).encode("utf-8", "surrogateescape") + b"\n")
+    found, tally = read(path, text_key="body")
+    assert [document.text for document in found] == ["first", f'second{mark} "quoted"\nline', "漢字", ""]
+    assert [location.removeprefix(f"{path}:") for location in tally.locations] == [
+        "6: no string under 'body'",
+        "8: not UTF-8",
+    ]
+    with pytest.raises(DataError, match=r"no column 'text'.*--text-key one of: n, body.*--exclude"):
+        read(path)
+    path.write_bytes(b'body\n"never closed\n1\n2\n')
+    with pytest.raises(DataError, match=rf"{suffix}: cannot be read: line \d: not readable as {suffix}"):
+        read(path, text_key="body")
+
+
+def test_nested_keys_and_lists_of_paragraphs(tmp_path):
+    rows = [
+        {"data": {"content": "a"}},
+        {"data.content": "b", "data": {"content": "no"}},
+        {"data": {"content": ["p1", "p2"]}},
+        {"data": {}},
+        {"data": "x"},
+        {"data": {"content": ["p", 1]}},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, tally = read(tmp_path / "rows.jsonl", text_key="data.content")
+    assert [document.text for document in found] == ["a", "b", "p1\n\np2"]
+    assert [location.rpartition(": ")[2] for location in tally.locations] == [
+        "no key 'data.content'",
+        "no key 'data.content'",
+        "no string under 'data.content'",
+    ]
+    table = pa.table({"data": [{"content": "a"}, {"content": None}], "paragraphs": [["p1", "p2"], []]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert texts(tmp_path / "rows.parquet", text_key="data.content") == ["a"]
+    assert texts(tmp_path / "rows.parquet", text_key="paragraphs") == ["p1\n\np2"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_saved_dataset(nested, tmp_path):
+    import datasets
+
+    saved = datasets.Dataset.from_dict({"text": TEXTS})
+    (datasets.DatasetDict({"train": saved}) if nested else saved).save_to_disk(tmp_path / "saved")
+    assert texts(tmp_path / "saved") == TEXTS
+
+
+def test_long_zstd_windows_and_padding_after_gzip(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=29, compression_level=1, enable_ldm=False)
+    compressor = zstandard.ZstdCompressor(
+        compression_params=parameters
+    ).compressobj()  # of unknown size: no less window
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(LINES) + compressor.flush())
+    assert texts(tmp_path / "a.jsonl.zst") == TEXTS
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES) + bytes(100_000))
+    assert texts(tmp_path / "b.jsonl.gz") == TEXTS
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES) + bytes(100_000) + b"rubbish")
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz: cannot be read: damaged \.gz file"):
+        read(tmp_path / "b.jsonl.gz")

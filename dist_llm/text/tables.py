@@ -1,0 +1,45 @@
+"""Rows of CSV and TSV files, with their columns by name."""
+
+import csv
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from dist_llm.errors import DataError
+from dist_llm.text.rows import Document, Keys, Tally, UnreadableError, row_document
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def read_table(
+    path: Path, stream: IO[bytes], raw: io.FileIO, delimiter: str, keys: Keys, tally: Tally
+) -> Iterator[Document]:
+    """One row, one document; the first row has the names of the columns. Quoted fields may hold line breaks."""
+    start = tally.bytes_read
+    csv.field_size_limit(sys.maxsize)
+    # Bytes that are not UTF-8 become surrogates here, so that the fault stays in its row.
+    lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    try:
+        for key in keys.all:
+            if key not in (rows.fieldnames or ()):
+                raise DataError(
+                    f"{path}: no column '{key}' in the first line. Give --text-key one of: "
+                    f"{', '.join(rows.fieldnames or ())}; or leave the file out with --exclude"
+                )
+        for row in rows:
+            tally.bytes_read = start + raw.tell()
+            if tally.takes_next():
+                yield from row_document(_as_bytes(row, keys), keys, f"{path}:{rows.line_num}", tally)
+    except csv.Error as error:
+        raise UnreadableError(f"line {rows.line_num}: not readable as {path.suffix}: {error}") from None
+    finally:
+        lines.detach()  # else it closes the stream, which is its owner's to close
+
+
+def _as_bytes(row: dict[str | Any, Any], keys: Keys) -> dict[str, Any]:
+    """The row's texts as the bytes of the file, which need not be UTF-8."""
+    texts = {key: row[key] for key in keys.all}
+    return {key: text and text.encode("utf-8", "surrogateescape") for key, text in texts.items()}
