@@ -200,7 +200,7 @@ def _parquet(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
 
 
 def _column(path: Path, names: list[str], option: str, key: str) -> str:
-    """The column that holds a key, which may be nested in it. Raises DataError where there is none, or more than one."""
+    """The column that holds a key, which may be nested in it. Raises DataError where there is not exactly one."""
     found = next((name for name in (key, key.partition(".")[0]) if name in names), None)
     if found is None:
         raise DataError(f"{path}: no column '{key}'. Give {option} one of: {', '.join(names)}")
