@@ -221,12 +221,13 @@ def problems_of(corpus: Corpus) -> Iterator[str]:
         # In a shard that others cut, a document may begin before it or end after it.
         inner = found[found < shard.tokens - 1] + 1
         wanted = starts[starts > 0]
-        # In adopted files a separator may also begin a document, and an index needs none.
-        begun = shard.offsets and np.array_equal(found[found > 0], wanted)
-        if not begun and not _has_index(corpus) and not np.array_equal(inner, wanted):
+        if shard.offsets:  # adopted: a separator may also begin a document, and with an index there need be none
+            begun = found[found > 0]
+            inner = min(wanted if _has_index(corpus) else inner, begun, key=lambda each: len(np.setxor1d(each, wanted)))
+        if not np.array_equal(inner, wanted):
             odd = np.setxor1d(inner, wanted)[0]
             yield f"{shard.file}: a document {'should begin' if odd in inner else 'begins'} at token {odd}, and " + (
-                "the offsets have none there" if odd in inner else "no <|endoftext|> is before it"
+                "the offsets have none there" if odd in inner else "no <|endoftext|> is beside it"
             )
 
 

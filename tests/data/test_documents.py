@@ -1,7 +1,9 @@
 """The document offsets decide who sees whom: with trailing, leading or no separators, in every window kind."""
 
+import importlib.util
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from tests.text.test_foreign import index
 
 SEQ, EOT = 16, 256  # of the tokenizer `byte`
 SIZES = (5, 3, 17, 9, 2, 20, 4, 6, 11, 7)
+REPOSITORY = Path(__file__).parents[2]
 PLACEMENTS = ("trailing", "leading", "none")
 
 
@@ -196,3 +199,19 @@ def test_a_manifest_of_an_older_version_is_judged_by_its_documents(tmp_path):
     Corpus(corpus.directory).check_document_bounds()
     path.write_text(json.dumps(fields | {"source": ["notes.txt"]}))
     Corpus(corpus.directory).check_document_bounds()
+
+
+@pytest.mark.parametrize(("kind", "separators"), [case for case in CASES if case[0] != "prepared"])
+def test_verify_accepts_separators_on_either_side_and_none(kind, separators, tmp_path):
+    spec = importlib.util.spec_from_file_location("inspect_data", REPOSITORY / "tools/inspect_data.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    corpus = write_corpus(kind, separators, tmp_path)
+    assert list(tool.problems_of(corpus)) == []
+    if kind != "megatron":
+        path = corpus.directory / "train-00000.offsets"
+        offsets = np.fromfile(path, "<u8")
+        offsets[2] += 1
+        offsets.tofile(path)
+        (problem,) = tool.problems_of(Corpus(corpus.directory))
+        assert f"a document should begin at token {offsets[2] - 1}" in problem
