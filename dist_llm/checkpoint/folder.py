@@ -17,16 +17,19 @@ import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from dist_llm.checkpoint.metadata import load_metadata
 from dist_llm.data.remote import hasher, named, sync_directory
 from dist_llm.errors import CheckpointError
 
 READ_BYTES = 1 << 22  # at once: of a remote file by one request
 WRITE_BYTES = 1 << 20  # at once: few enough to be in the cache still when they are hashed
 AHEAD_BYTES = 1 << 23  # after which the disk is told to begin
+METADATA = ".metadata"  # torch's, of all tensors
 CANCELLED = "another thread could not write"
 WRITERS = 2  # threads, each with a file of its own: one writes and hashes while the other waits for the disk
 
@@ -121,6 +124,14 @@ class FolderReader(filesystem.FileSystemReader):
         super().__init__(folder.path)
         self.path = folder.path
         self.fs = _Files(folder.fs)  # type: ignore[assignment]  # declared as one for disks alone
+        self.folder = folder
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """As torch's, which would run what the file names. Raises CheckpointError."""
+        metadata = load_metadata(self.folder.read(METADATA), f"{self.folder}/{METADATA}")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 class FolderWriter(filesystem.FileSystemWriter):

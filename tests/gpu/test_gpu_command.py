@@ -31,7 +31,8 @@ from gpu_rows import ROWS, Row  # noqa: E402
 
 CPU = Context("cpu", True, Path("unused"))
 # Packages that the machine with the GPU lacks, and that no row may need.
-ABSENT = "import sys; sys.modules.update(datasets=None, datasketch=None, hypothesis=None, deepspeed=None); "
+ABSENT_PACKAGES = ("datasets", "datasketch", "hypothesis", "deepspeed", "zstandard")
+ABSENT = f"import sys; sys.modules.update(dict.fromkeys({ABSENT_PACKAGES})); "
 without_cuda = pytest.mark.skipif(
     torch.version.cuda is not None, reason="a GPU is pretended by torch's CPU build alone"
 )

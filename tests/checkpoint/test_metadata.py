@@ -1,0 +1,90 @@
+"""The metadata of a checkpoint is read without running code, and only named errors come of anything else."""
+
+import os
+import pickle
+import random
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.metadata import Metadata
+
+from dist_llm.checkpoint.folder import METADATA, Folder, FolderReader, FolderWriter
+from dist_llm.checkpoint.metadata import load_metadata
+from dist_llm.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of three tensors."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    state = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(7)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that there is no process group
+        state_dict_saver.save(state, storage_writer=FolderWriter(Folder(path)), no_dist=True)
+    return path
+
+
+def test_it_is_what_torch_reads(folder: Path) -> None:
+    content = (folder / METADATA).read_bytes()
+    ours, theirs = load_metadata(content, "here"), pickle.loads(content)
+    assert ours.state_dict_metadata == theirs.state_dict_metadata
+    assert ours.storage_data == theirs.storage_data
+    assert set(ours.state_dict_metadata) == {"a", "b", "c"}
+
+
+class Command:
+    """What a pickle of it runs when it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.file}",)
+
+
+def test_loading_runs_nothing(folder: Path, tmp_path: Path) -> None:
+    malicious = tmp_path / "malicious"
+    malicious.mkdir()
+    (malicious / METADATA).write_bytes(pickle.dumps(Command(tmp_path / "ran")))
+    with pytest.raises(CheckpointError, match=r"malicious/\.metadata: would run \w+\.system when it is loaded"):
+        FolderReader(Folder(malicious)).read_metadata()
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((malicious / METADATA).read_bytes())
+    assert (tmp_path / "ran").exists(), "the file does what it is refused for"
+
+
+@pytest.mark.parametrize("name", ["../other/__0_0.distcp", "/etc/passwd", "..", "a/b", ""])
+def test_a_tensor_outside_the_folder_is_refused(name: str, folder: Path) -> None:
+    metadata: Metadata = pickle.loads((folder / METADATA).read_bytes())
+    for each in metadata.storage_data.values():
+        each.relative_path = name
+    with pytest.raises(CheckpointError, match="names a file outside the checkpoint"):
+        load_metadata(pickle.dumps(metadata), "here")
+
+
+def test_damaged_metadata_raise_nothing_else(folder: Path) -> None:
+    """Flipped bits and cut ends; what still loads is metadata."""
+    content = (folder / METADATA).read_bytes()
+    draw = random.Random(0)
+    refused = 0
+    for number in range(600):
+        damaged = bytearray(content)
+        if number % 3:
+            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        else:
+            del damaged[draw.randrange(len(damaged)) :]
+        with suppress(CheckpointError):
+            refused += 1
+            assert isinstance(load_metadata(bytes(damaged), "here"), Metadata)
+            refused -= 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({"a": 1}), pickle.dumps(None)])
+def test_other_content_is_refused(content: bytes) -> None:
+    with pytest.raises(CheckpointError, match=r"^here: "):
+        load_metadata(content, "here")
