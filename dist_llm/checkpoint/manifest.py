@@ -71,11 +71,17 @@ def read_manifest(folder: Folder) -> dict[str, Written]:
         raise _unreadable(folder, error) from None
     if marker != _sha256(manifest).encode():
         raise DamagedError(f"{folder}: damaged: {MARKER} and {MANIFEST} do not belong together")
-    files = json.loads(manifest)["files"]
-    # Of format 1 all were SHA-256's.
-    return {
-        name: Written(each["bytes"], each.get("hash") or f"sha256:{each['sha256']}") for name, each in files.items()
-    }
+    try:
+        # Of format 1 all were SHA-256's.
+        files = {
+            name: Written(int(each["bytes"]), str(each.get("hash") or f"sha256:{each['sha256']}"))
+            for name, each in json.loads(manifest)["files"].items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise DamagedError(f"{folder}: damaged: {MANIFEST} is not a checkpoint's") from None
+    if outside := [name for name in files if "/" in name or name in ("", ".", "..")]:
+        raise DamagedError(f"{folder}: damaged: {MANIFEST} names a file outside the checkpoint: {outside[0]!r}")
+    return files
 
 
 def _unreadable(folder: Folder, error: OSError) -> CheckpointError:

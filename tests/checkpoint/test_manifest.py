@@ -204,3 +204,24 @@ def test_an_older_one_that_is_damaged_does_not_stop_the_run(pair: Path) -> None:
     kept = CheckpointStore(pair, CheckpointConfig(keep=1, keep_best=1))
     saved(kept, engine_of(), Progress(3, heldout_loss=1.0), FILES)
     assert [folder.name for folder in kept.committed()] == ["step_00000003"]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        (b"[]", "is not a checkpoint's"),
+        (b'{"files": {"a": 3}}', "is not a checkpoint's"),
+        (b'{"files": {"a": {"bytes": "many", "hash": "x"}}}', "is not a checkpoint's"),
+        (b'{"files": [', "is not a checkpoint's"),
+        (b"[" * 100_000, "is not a checkpoint's"),
+        (b"\xff\xfe", "is not a checkpoint's"),
+        (b'{"files": {"../secret": {"bytes": 1, "hash": "x"}}}', "names a file outside the checkpoint: '../secret'"),
+        (b'{"files": {"/etc/passwd": {"bytes": 1, "hash": "x"}}}', "names a file outside the checkpoint"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_refused(manifest: bytes, message: str, tmp_path: Path) -> None:
+    """Also where its marker was made for it."""
+    (tmp_path / MANIFEST).write_bytes(manifest)
+    (tmp_path / MARKER).write_text(hashlib.sha256(manifest).hexdigest())
+    with pytest.raises(CheckpointError, match=message):
+        read_manifest(Folder(tmp_path))
