@@ -42,13 +42,18 @@ def main() -> int:
 def table() -> str:
     """The counts as rows of Markdown."""
     sys.path.insert(0, str(REPOSITORY))
+    from tests.laws import covering
     from tests.laws.bugs import BUGS
     from tests.laws.layouts import CHOSEN, FAMILIES, LAYOUTS
+    from tests.laws.space import FACTORS
 
     layouts = {str(layout): layout for layout in LAYOUTS}.values()
     ranks = Counter(layout.ranks for layout in layouts)
     default, slow = collected()
     counts = {
+        f"cases of the covering array: every compatible pair of values of {len(FACTORS)} factors": len(
+            covering.load()[0]
+        ),
         "layouts held against one process": len(layouts),
         **{f"... on {number} ranks": ranks[number] for number in sorted(ranks)},
         "... with three or more axes": sum(layout.axes >= 3 for layout in layouts),
