@@ -1,10 +1,15 @@
-"""What the torch that is installed cannot do is skipped there, and says why."""
+"""What the torch that is installed cannot do is skipped there, and says why. Signals are as in a terminal."""
 
+import signal
 from importlib.metadata import version
 
 import pytest
 
 from dist_llm.config.derive import SPLIT_BACKWARD, splits_backward
+
+# Started in the background or by nohup, tests would hand on to the runs they start that these are ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
