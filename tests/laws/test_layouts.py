@@ -70,7 +70,9 @@ def test_smoothing_and_z_loss_survive_the_split_of_the_vocabulary() -> None:
     hold(Layout(2, {"tp": 2}, "tied"), SGD, steps=2, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[24], LAYOUTS[36]], ids=str)
+@pytest.mark.parametrize(
+    "layout", [LAYOUTS[2], *(pytest.param(LAYOUTS[n], marks=pytest.mark.slow) for n in (24, 36))], ids=str
+)
 def test_twenty_steps_of_adamw(layout: Layout) -> None:
     hold(layout, ADAMW, steps=20)
 
