@@ -127,18 +127,6 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
             f"{stages} stages ({parallel.pp_schedule}) need as many blocks, but the model has {blocks}; "
             f"pp can be at most {blocks * parallel.pp // stages or 1}",
         )
-    if config.model.architecture == "encoder_decoder" and parallel.pp_schedule in SPLIT_BACKWARD:
-        yield Violation(
-            ("parallel.pp_schedule", "model.architecture"),
-            f"{parallel.pp_schedule} splits backward in two, which torch cannot do where the encoder's output is "
-            "handed on and used, too; set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
-        )
-    if parallel.pp_schedule in SPLIT_BACKWARD and not splits_backward(found := version("torch")):
-        yield Violation(
-            ("parallel.pp_schedule",),
-            f"{parallel.pp_schedule} splits backward in two, which torch {found} cannot do with FSDP and the loss; "
-            "upgrade torch to 2.13 or newer, or set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
-        )
     if config.model.positions == "relative":
         yield Violation(
             ("parallel.pp", "model.positions"),
@@ -161,20 +149,39 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
             ("parallel.reduce_each_microbatch", "parallel.pp"),
             "a pipeline's schedule reduces once, after its last microbatch; set it to false, or pp to 1",
         )
-    if config.compile and parallel.pp_schedule in SPLIT_BACKWARD:
+    if parallel.pp_schedule in SPLIT_BACKWARD:
+        yield from _check_split_backward(config)
+
+
+def _check_split_backward(config: Config) -> Iterator[Violation]:
+    """What does not go with a schedule that computes the gradients of activations first, and of weights later."""
+    parallel = config.parallel
+    if config.model.architecture == "encoder_decoder":
+        yield Violation(
+            ("parallel.pp_schedule", "model.architecture"),
+            f"{parallel.pp_schedule} splits backward in two, which torch cannot do where the encoder's output is "
+            "handed on and used, too; set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
+        )
+    if not splits_backward(found := version("torch")):
+        yield Violation(
+            ("parallel.pp_schedule",),
+            f"{parallel.pp_schedule} splits backward in two, which torch {found} cannot do with FSDP and the loss; "
+            "upgrade torch to 2.13 or newer, or set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
+        )
+    if config.compile:
         yield Violation(
             ("parallel.pp_schedule", "compile"),
             f"{parallel.pp_schedule} splits backward in two, which torch cannot do with compiled blocks; "
             "set compile to false, or pp_schedule to 1f1b or interleaved_1f1b",
         )
-    if parallel.reshard == "always" and parallel.pp_schedule in SPLIT_BACKWARD:
+    if parallel.reshard == "always":
         yield Violation(
             ("parallel.reshard", "parallel.pp_schedule"),
             f"{parallel.pp_schedule} computes the gradients of weights later than those of activations; always frees "
             "the weights in between, and gradients would be wrong; set reshard to default or never, or pp_schedule to "
             "1f1b, gpipe or interleaved_1f1b",
         )
-    if parallel.recompute == "selective" and parallel.pp_schedule in SPLIT_BACKWARD:
+    if parallel.recompute == "selective":
         yield Violation(
             ("parallel.recompute", "parallel.pp_schedule"),
             f"{parallel.pp_schedule} goes backward through a block twice, but what selective keeps is there once; "
