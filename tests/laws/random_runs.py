@@ -16,18 +16,14 @@ from collections.abc import Callable
 
 import torch
 
-from dist_llm.config.schema import Config
-from tests.laws.law import config_of, hold_config
-from tests.laws.layouts import MODELS
 from tests.laws.space import (
     FACTORS,
-    ROUNDED_MOMENTS,
     WIDE_FACTORS,
     Case,
     complete,
     describe,
+    hold_case,
     ranks_of,
-    sections,
     violations,
     without_inert,
 )
@@ -37,15 +33,10 @@ LINE_SECONDS = 60
 COMPILED_SHARE = 0.02  # compiling takes as long as many eager runs
 
 
-def config(case: Case) -> Config:
-    return config_of(ranks_of(case), MODELS[case["model"]], **sections(case))
-
-
 def failure(case: Case) -> str | None:
     """What is wrong with the case's two steps; None where they are those of one process."""
-    later = ROUNDED_MOMENTS if case["optimizer"] == "bf16_moments" else None
     try:
-        hold_config(config(case), ranks_of(case), steps=2, later=later)
+        hold_case(case)
     except (AssertionError, WorldError) as error:
         renew(ranks_of(case))
         return str(error).strip().splitlines()[-1]

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dist_llm.config.check import check
+from dist_llm.config.derive import AXES
 from dist_llm.config.schema import Config
-from tests.laws.law import ROWS, raw_config
+from tests.laws.law import ROWS, config_of, hold_config, raw_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, CLIPPED_SGD, DOCUMENTS, MODELS, MUON, PREFIX, UL2
 
 Case = dict[str, Any]
 
 MAX_RANKS = 8
-AXES = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "clipped_sgd": CLIPPED_SGD,
     "momentum": CLIPPED_SGD | {"momentum": 0.5},
@@ -90,6 +90,13 @@ def sections(case: Case) -> dict[str, Any]:
         "parallel": {key: case[key] for key in PARALLEL_KEYS},
         "compile": case["compile"],
     }
+
+
+def hold_case(case: Case) -> None:
+    """Raise AssertionError unless the case's two steps are those of one process."""
+    later = ROUNDED_MOMENTS if case["optimizer"] == "bf16_moments" else None
+    config = config_of(ranks_of(case), MODELS[case["model"]], **sections(case))
+    hold_config(config, ranks_of(case), steps=2, later=later)
 
 
 def violations(case: Case) -> Iterator[str]:

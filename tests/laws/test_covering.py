@@ -6,18 +6,14 @@ import pytest
 
 from tests.laws import covering
 from tests.laws.covering import Target
-from tests.laws.law import config_of, hold_config
-from tests.laws.layouts import MODELS
-from tests.laws.space import FACTORS, ROUNDED_MOMENTS, Case, describe, random_case, ranks_of, sections, violations
+from tests.laws.space import FACTORS, Case, describe, hold_case, random_case, violations
 
 CASES, INCOMPATIBLE = covering.load()
 
 
 @pytest.mark.parametrize("case", CASES, ids=describe)
 def test_a_case_computes_the_step_of_one_process(case: Case) -> None:
-    config = config_of(ranks_of(case), MODELS[case["model"]], **sections(case))
-    later = ROUNDED_MOMENTS if case["optimizer"] == "bf16_moments" else None
-    hold_config(config, ranks_of(case), steps=2, later=later)
+    hold_case(case)
 
 
 def test_every_case_is_a_run() -> None:
