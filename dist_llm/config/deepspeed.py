@@ -90,6 +90,12 @@ def check_deepspeed(config: Config, ranks: int) -> Iterator[Violation]:
         )
     if config.compile and zero.stage == 3:
         yield Violation(("compile", "deepspeed.stage"), "compiled blocks are not supported at stage 3; set it to false")
+    if config.parallel.recompute == "selective" and zero.stage == 3:
+        yield Violation(
+            ("parallel.recompute", "deepspeed.stage"),
+            "at stage 3 DeepSpeed gathers weights inside a block, and torch's selective recompute does not find them "
+            "again in backward; set recompute to full or none, or stage to 2",
+        )
     if zero.offload_optimizer != "none" and zero.stage == 0:
         yield Violation(("deepspeed.offload_optimizer", "deepspeed.stage"), "needs a stage of at least 1")
     if zero.offload_params != "none" and zero.stage < 3:

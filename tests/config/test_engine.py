@@ -56,6 +56,19 @@ REFUSED = [
     ({"engine": "accelerate", "parallel": {"pp": 2}}, "parallel.pp: 2 under engine: accelerate"),
     ({"engine": "deepspeed", "parallel": {"reshard": "never"}}, "parallel.reshard: is of engine: native; remove it"),
     ({"engine": "deepspeed", "deepspeed": {"stage": 3}, "compile": True}, "compile: compiled blocks are not supported"),
+    (
+        {"engine": "deepspeed", "deepspeed": {"stage": 3}, "parallel": {"recompute": "selective"}},
+        "parallel.recompute: at stage 3 DeepSpeed gathers weights inside a block",
+    ),
+    (
+        {
+            "engine": "accelerate",
+            "accelerate": {"plugin": "deepspeed"},
+            "deepspeed": {"stage": 3},
+            "parallel": {"recompute": "selective"},
+        },
+        "parallel.recompute: at stage 3 DeepSpeed gathers weights inside a block",
+    ),
     ({"engine": "deepspeed", "deepspeed": {"stage": 0, "offload_optimizer": "cpu"}}, "needs a stage of at least 1"),
     ({"engine": "deepspeed", "deepspeed": {"offload_params": "cpu"}}, "deepspeed.offload_params: needs stage 3"),
     (

@@ -22,9 +22,30 @@ from dist_llm.engines.build import build_engine
 from dist_llm.engines.deepspeed import DeepSpeedEngine
 from dist_llm.train.guard import Guard
 from dist_llm.train.step import train_step
-from tests.laws.law import Placed, Trace, batches_of, joined, parts_of, saved
+from tests.laws.law import Placed, Trace, batches_of, compare, joined, parts_of, reference, saved
+from tests.laws.worlds import world
 
 CPU = torch.device("cpu")
+
+
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    return {"engine": "deepspeed", "deepspeed": {"stage": stage, **more}}
+
+
+def prepared(plugin: str, **more: Any) -> dict[str, Any]:
+    return {"engine": "accelerate", "accelerate": {"plugin": plugin}, **more}
+
+
+ENGINES = {
+    **{f"zero{stage}": zero(stage) for stage in range(4)},
+    "ddp": prepared("ddp"),
+    "accelerate-zero2": prepared("deepspeed", deepspeed={"stage": 2}),
+    "accelerate-zero3": prepared("deepspeed", deepspeed={"stage": 3}),
+}
+OFFLOADED = {
+    "zero2-offload": zero(2, offload_optimizer="cpu"),
+    "zero3-offload": zero(3, offload_optimizer="cpu", offload_params="cpu"),
+}
 
 
 @dataclass
@@ -72,6 +93,20 @@ def take(
         if save is not None:
             saved(store.CheckpointStore(save), engine, Progress(steps[-1] + 1), {})
         return found
+
+
+def want(config: Config, steps: int) -> Trace:
+    """One process, natively, with the rates of `take`."""
+    plain = config.model_copy(update={"engine": "native"})
+    return reference(plain, steps, decay=0.7)
+
+
+def hold(ranks: int, config: Config, steps: int, bug: str | None = None, first: float = 1e-5) -> None:
+    every = world(ranks).run(take, config, range(steps), bug)
+    one = want(config, steps)
+    compare(as_trace(every, one), one, first=first)
+    for step, rates in enumerate(every[0].rates):
+        assert rates == [config.optim.lr * 0.7**step] * len(rates), "the rate of each step, in each group"
 
 
 def rate(config: Config, step: int) -> float:

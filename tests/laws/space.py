@@ -12,6 +12,8 @@ from typing import Any
 from dist_llm.config.check import check
 from dist_llm.config.derive import AXES
 from dist_llm.config.schema import Config
+from tests.laws.engines import ENGINES, OFFLOADED
+from tests.laws.engines import hold as hold_engine
 from tests.laws.law import ROWS, config_of, hold_config, raw_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, CLIPPED_SGD, DOCUMENTS, MODELS, MUON, PREFIX, UL2
 
@@ -48,14 +50,21 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "reshard": ("default", "always", "never"),
     "reduce_each_microbatch": (False, True),
     "cpu_offload": (False, True),
-    "recompute": ("none", "full", "selective"),
+    "recompute": ("none", "full", "selective", "budget"),
     "compile": (False, True),
 }
-# For random runs: also wider axes.
-WIDE_FACTORS = FACTORS | {"dp_shard": (1, 2, 3, 4), "cp": (1, 2, 4), "tp": (1, 2, 4), "pp": (1, 2, 4)}
-PARALLEL_KEYS = tuple(
-    key for key in FACTORS if key not in ("model", "objective", "loss", "optimizer", "microbatches", "compile")
-)
+# For random runs: also wider axes, and the third-party engines.
+WIDE_FACTORS = FACTORS | {
+    "dp_shard": (1, 2, 3, 4),
+    "cp": (1, 2, 4),
+    "tp": (1, 2, 4),
+    "pp": (1, 2, 4),
+    "engine": ("native", *ENGINES, *OFFLOADED),
+}
+NOT_PARALLEL = ("model", "objective", "loss", "optimizer", "microbatches", "recompute", "compile", "engine")
+PARALLEL_KEYS = tuple(key for key in FACTORS if key not in NOT_PARALLEL)
+# Bytes that the blocks of all ranks together may keep for backward: some blocks are recomputed, others are not.
+ACTIVATION_BUDGET = 10 << 20
 # Options that have an effect only where one of these axes is in use.
 NEEDS: dict[str, tuple[str, ...]] = {
     "sequence_parallel": ("tp",),
@@ -87,15 +96,26 @@ def sections(case: Case) -> dict[str, Any]:
         **extra,
         "optim": OPTIMIZERS[case["optimizer"]],
         "data": {**extra.get("data", {}), "micro_batch": micro_batch(case)},
-        "parallel": {key: case[key] for key in PARALLEL_KEYS},
+        "parallel": {key: case[key] for key in PARALLEL_KEYS} | recompute(case),
         "compile": case["compile"],
+        **(ENGINES | OFFLOADED).get(case.get("engine", "native"), {}),
     }
+
+
+def recompute(case: Case) -> dict[str, Any]:
+    """The keys of activation checkpointing; a budget is the share of one rank."""
+    if case["recompute"] == "budget":
+        return {"activations_gib": ACTIVATION_BUDGET / ranks_of(case) / (1 << 30)}
+    return {"recompute": case["recompute"]}
 
 
 def hold_case(case: Case) -> None:
     """Raise AssertionError unless the case's two steps are those of one process."""
     later = ROUNDED_MOMENTS if case["optimizer"] == "bf16_moments" else None
     config = config_of(ranks_of(case), MODELS[case["model"]], **sections(case))
+    if config.engine != "native":
+        hold_engine(ranks_of(case), config, steps=2)
+        return
     hold_config(config, ranks_of(case), steps=2, later=later)
 
 
@@ -154,4 +174,4 @@ def random_case(
 
 def describe(case: Case) -> str:
     """The values that are not defaults: `dp_shard=2 tp=2 optimizer=muon`."""
-    return " ".join(f"{key}={case[key]}" for key, values in FACTORS.items() if case[key] != values[0])
+    return " ".join(f"{key}={value}" for key, value in case.items() if value != WIDE_FACTORS[key][0])

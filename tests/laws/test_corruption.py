@@ -18,10 +18,9 @@ from dist_llm.parallel.digest import differing, digest
 from dist_llm.parallel.mesh import local
 from dist_llm.train.replay import replay
 from dist_llm.train.step import train_step
-from tests.laws.engines import opened
+from tests.laws.engines import ENGINES, opened
 from tests.laws.law import batches_of, config_of
 from tests.laws.layouts import ADAMW, MODELS, Layout
-from tests.laws.test_engines import ENGINES
 from tests.laws.worlds import world
 
 CPU = torch.device("cpu")

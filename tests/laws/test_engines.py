@@ -8,8 +8,8 @@ import pytest
 
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
-from tests.laws.engines import BUGS, as_trace, json_file, take
-from tests.laws.law import Trace, compare, config_of, reference
+from tests.laws.engines import BUGS, ENGINES, OFFLOADED, as_trace, hold, json_file, prepared, take, want, zero
+from tests.laws.law import Trace, compare, config_of
 from tests.laws.layouts import ADAMW, CLIPPED_SGD, MODELS, SGD
 from tests.laws.worlds import WorldError, renew, world
 
@@ -17,44 +17,12 @@ pytestmark = pytest.mark.usefixtures("worlds_of_its_own")
 CLIPPED: dict[str, Any] = {**CLIPPED_SGD, "momentum": 0.5}
 
 
-def zero(stage: int, **more: Any) -> dict[str, Any]:
-    return {"engine": "deepspeed", "deepspeed": {"stage": stage, **more}}
-
-
-def prepared(plugin: str, **more: Any) -> dict[str, Any]:
-    return {"engine": "accelerate", "accelerate": {"plugin": plugin}, **more}
-
-
-ENGINES = {
-    **{f"zero{stage}": zero(stage) for stage in range(4)},
-    "ddp": prepared("ddp"),
-    "accelerate-zero2": prepared("deepspeed", deepspeed={"stage": 2}),
-    "accelerate-zero3": prepared("deepspeed", deepspeed={"stage": 3}),
-}
-OFFLOADED = {
-    "zero2-offload": zero(2, offload_optimizer="cpu"),
-    "zero3-offload": zero(3, offload_optimizer="cpu", offload_params="cpu"),
-}
 # Stage 3 gathers only what is above a threshold, under which the whole model of a test would lie.
 NO_THRESHOLD = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 500}}
 
 
 def config(ranks: int, engine: dict[str, Any], model: str, optim: dict[str, Any], micro: int, **more: Any) -> Config:
     return config_of(ranks, MODELS[model], optim=optim, data={"micro_batch": micro}, **engine, **more)
-
-
-def want(config: Config, steps: int) -> Trace:
-    """One process, natively, with the rates of `take`."""
-    plain = config.model_copy(update={"engine": "native"})
-    return reference(plain, steps, decay=0.7)
-
-
-def hold(ranks: int, config: Config, steps: int, bug: str | None = None, first: float = 1e-5) -> None:
-    every = world(ranks).run(take, config, range(steps), bug)
-    one = want(config, steps)
-    compare(as_trace(every, one), one, first=first)
-    for step, rates in enumerate(every[0].rates):
-        assert rates == [config.optim.lr * 0.7**step] * len(rates), "the rate of each step, in each group"
 
 
 @pytest.mark.parametrize("optim", [CLIPPED, ADAMW], ids=["sgd", "adamw"])

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from tests.laws.engines import hold, zero
 from tests.laws.layouts import ADAMW, SGD
-from tests.laws.test_engines import CLIPPED, config, hold, zero
+from tests.laws.test_engines import CLIPPED, config
 
 pytestmark = pytest.mark.usefixtures("worlds_of_its_own")
 PIPELINE = {**zero(1), "parallel": {"pp": 2}}

@@ -9,10 +9,9 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
-from tests.laws.engines import CPU, opened
+from tests.laws.engines import CPU, ENGINES, opened
 from tests.laws.law import batches_of, config_of
 from tests.laws.layouts import ADAMW
-from tests.laws.test_engines import ENGINES
 from tests.laws.test_engines_pipeline import PIPELINE
 from tests.laws.worlds import world
 

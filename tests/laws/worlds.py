@@ -21,6 +21,8 @@ from typing import Any
 from tests.warm import context
 
 COLLECTIVE_TIMEOUT_SECONDS = 90
+ANSWER_TIMEOUT_SECONDS = 240
+timeout_factor = 1  # multiplies both; higher for runs that other work may delay
 
 
 class WorldError(RuntimeError):
@@ -35,13 +37,16 @@ class GlooWorld:
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context().Pipe()
-            process = context().Process(target=_serve, args=(rank, size, self.store.name, theirs), daemon=True)
+            process = context().Process(
+                target=_serve, args=(rank, size, self.store.name, theirs, timeout_factor), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        timeout = ANSWER_TIMEOUT_SECONDS * timeout_factor
         for pipe in self.pipes:
             pipe.send((function, args))
         results, errors = [], []
@@ -109,7 +114,7 @@ def stop_all() -> None:
         each.stop()
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, store: str, pipe: Connection, timeout_factor: int) -> None:
     faulthandler.enable()  # a crash in torch shows every thread's stack
     import torch
     import torch.distributed as dist
@@ -121,7 +126,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
         store=dist.FileStore(store, size),
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS),
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS * timeout_factor),
     )
     _share_groups()
     _gather_and_reduce_as_on_gpus()
