@@ -23,7 +23,7 @@ from dist_llm.checkpoint import manifest
 from dist_llm.checkpoint.boxes import Boxes, Offset, piece_of
 from dist_llm.checkpoint.folder import Folder, FolderWriter, Written
 from dist_llm.errors import CheckpointError, UserError
-from dist_llm.launch.watchdog import CHECKPOINT_GROUP
+from dist_llm.launch.flight_recorder import CHECKPOINT_GROUP
 from dist_llm.parallel.mesh import local
 
 Result = TypeVar("Result")

@@ -1,4 +1,4 @@
-"""What other libraries want in the environment before they are imported."""
+"""Environment variables that NCCL, DeepSpeed and accelerate read when they are imported."""
 
 import logging
 import os
@@ -14,10 +14,15 @@ from dist_llm.config.schema import Config
 
 
 def set_network(variables: Mapping[str, str | int]) -> None:
-    """Those of `run.network`. Raises ConfigError where the environment says otherwise. Before ranks meet."""
+    """Set the variables of `run.network`. Call it before the process group is created.
+
+    Raises ConfigError if the environment has another value for one.
+    """
     refuse(
         [
-            Violation((f"run.network.{name}",), f"is {value}, but the environment has {os.environ[name]}; change one")
+            Violation(
+                (f"run.network.{name}",), f"is {value}, but the environment has {os.environ[name]}; change one of them"
+            )
             for name, value in variables.items()
             if os.environ.get(name, str(value)) != str(value)
         ]
@@ -26,9 +31,9 @@ def set_network(variables: Mapping[str, str | int]) -> None:
 
 
 def prepare_deepspeed(device: torch.device) -> Any:
-    """The module, which takes up the process group that there is; quieter than it is by itself.
+    """Import DeepSpeed, which uses the existing process group, and reduce its logging.
 
-    On CPUs it goes without the kernels that it would compile first.
+    On CPUs its shared-memory kernel is disabled: it would be compiled first.
     """
     os.environ.setdefault("LOCAL_RANK", "0")
     if device.type == "cpu":
@@ -44,14 +49,18 @@ def prepare_deepspeed(device: torch.device) -> Any:
 
 
 def prepare_accelerate() -> Any:
-    """The module, which takes up the process group that there is, but looks into the environment for its place."""
+    """Import accelerate, which uses the existing process group but reads the rank from the environment."""
     ranks = dist.get_world_size()
     if ranks > 1:
-        place = {"RANK": dist.get_rank(), "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
-        for name, value in place.items():
+        variables = {"RANK": dist.get_rank(), "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
+        for name, value in variables.items():
             os.environ.setdefault(name, str(value))
-    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # with this it refuses any config but its launcher's
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it would choose another number
+    os.environ.pop(
+        "ACCELERATE_CONFIG_DS_FIELDS", None
+    )  # if it is set, accelerate refuses every config but its launcher's
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(torch.get_num_threads())
+    )  # else accelerate sets another number of threads
     import accelerate
 
     return accelerate
@@ -60,13 +69,13 @@ def prepare_accelerate() -> Any:
 def check_accelerate(
     config: Config, device: torch.device, environ: Mapping[str, str] = os.environ
 ) -> Iterator[Violation]:
-    """Where `accelerate launch`, or this machine, contradicts the config of a run under engine: accelerate."""
+    """Broken rules where `accelerate launch` or this machine contradicts a config with engine: accelerate."""
     plugin, zero = config.accelerate.plugin, config.deepspeed
     key = "accelerate.plugin"
     if plugin == "fsdp2" and device.type == "cpu":
-        yield Violation((key,), "fsdp2 needs GPUs: on CPUs accelerate would do something else in silence; set ddp")
+        yield Violation((key,), "fsdp2 needs GPUs: on CPUs accelerate silently does something else; set ddp")
     precision = {"fp32": "no"}.get(config.precision, config.precision)
-    fitting: dict[str, tuple[str, list[str]]] = {
+    expected: dict[str, tuple[str, list[str]]] = {
         "ACCELERATE_MIXED_PRECISION": ("precision", [precision]),
         "ACCELERATE_USE_DEEPSPEED": (key, [str(plugin == "deepspeed").lower()]),
         "ACCELERATE_USE_FSDP": (key, [str(plugin == "fsdp2").lower()]),
@@ -77,9 +86,9 @@ def check_accelerate(
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("deepspeed.offload_optimizer", [zero.offload_optimizer]),
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("deepspeed.offload_params", [zero.offload_params]),
     }
-    for name, (ours, values) in fitting.items():
-        if (found := environ.get(name)) is not None and found not in values:
+    for name, (ours, values) in expected.items():
+        if (value := environ.get(name)) is not None and value not in values:
             yield Violation(
                 (ours, "engine"),
-                f"asks for {name}={values[0]}, but accelerate was launched with {found}; change one of them",
+                f"needs {name}={values[0]}, but accelerate was launched with {value}; change one of them",
             )

@@ -1,31 +1,28 @@
-"""Last words: where a rank failed, and which was the first to."""
+"""Say which rank failed and where, and which rank was the first to fail."""
 
 import torch.distributed as dist
 
 from dist_llm.launch.world import World
 
-FIRST_FAILURE = "dist_llm/first_failure"
+FIRST_FAILURE = "dist_llm/first_failure"  # key in the store of the process group
 
 
-def add_last_words(error: BaseException, world: World, doing: str) -> None:
-    """Let the last line of the traceback say which rank failed, in what, and whether another failed before.
+def annotate_failure(error: BaseException, world: World, activity: str) -> None:
+    """Add a note to the traceback: this rank, its activity, and the rank that failed first.
 
-    One rank that fails makes the others fail in their collectives: they know the first from the process group's store.
+    When one rank fails, the others fail in their collectives. The store of the process group records the first.
     """
-    mine = f"rank {world.rank} on {world.host}, in {doing}: {type(error).__name__}: {error}".splitlines()[0]
-    first = _first(mine)
-    error.add_note(f"{mine}\nthe first to fail: {first}" if first != mine else mine)
+    summary = f"rank {world.rank} on {world.host}, in {activity}: {type(error).__name__}: {error}".splitlines()[0]
+    first = _record_failure(summary)
+    error.add_note(f"{summary}\nthe first to fail: {first}" if first != summary else summary)
 
 
-def _first(mine: str) -> str:
-    if world_of_one():
-        return mine
+def _record_failure(summary: str) -> str:
+    """Record this rank's failure unless one is recorded already; returns the recorded one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return summary
     try:
         store = dist.distributed_c10d._get_default_store()
-        return store.compare_set(FIRST_FAILURE, "", mine).decode()
-    except Exception:  # the store's host is gone
-        return mine
-
-
-def world_of_one() -> bool:
-    return not dist.is_initialized() or dist.get_world_size() == 1
+        return store.compare_set(FIRST_FAILURE, "", summary).decode()
+    except Exception:  # the node that runs the store is gone
+        return summary

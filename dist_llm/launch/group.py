@@ -1,4 +1,4 @@
-"""This rank's device, and the process group for the time of a run."""
+"""This rank's device, and the process group of a run."""
 
 import ctypes
 import gc
@@ -16,25 +16,25 @@ from dist_llm.launch.world import World
 
 
 def device_of(world: World) -> torch.device:
-    """This rank's GPU where there are GPUs, else the CPU."""
+    """This rank's GPU, or the CPU on a machine without GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"rank {world.rank} on {world.host} wants GPU {world.local_rank}, but there are only "
+            f"rank {world.rank} on {world.host} needs GPU {world.local_rank}, but the node has only "
             f"{torch.cuda.device_count()}; start at most that many processes per node"
         )
     return torch.device("cuda", world.local_rank)
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU: what a tensor leaves goes to the next one, and not back to the system.
+    """On a CPU, reuse freed memory instead of returning it to the system.
 
-    glibc would map each large tensor anew, and the system fills it with zeros page by page: a tenth of a step's time
-    and more. All threads share one heap, since backward, a thread of its own, can use what forward frees.
+    By default glibc maps each large tensor anew, and the kernel zeroes it page by page: a tenth of a step's time and
+    more. All threads share one heap, so that backward, which runs in its own thread, reuses memory of forward.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if device.type == "cpu" and mallopt is not None:  # glibc's; constants as in its malloc.h
+    if device.type == "cpu" and mallopt is not None:  # glibc only; the constants are those of malloc.h
         trim_threshold, mmap_max, arena_max = -1, -4, -8
         for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
             mallopt(option, value)
@@ -44,10 +44,10 @@ def keep_freed_memory(device: torch.device) -> None:
 def process_group(
     world: World, device: torch.device, timeout_seconds: float = 600, alone: bool = False
 ) -> Iterator[None]:
-    """The default process group for the time of the block; for a world of one only if `alone`.
+    """Create the default process group for the block. A single process gets one only if `alone`.
 
-    Whoever built models inside must have dropped them by the end: a 4-rank FSDP job that still
-    holds one at interpreter exit dies one time in five ("terminate called without an active exception").
+    Drop all models that were built inside before the block ends. A 4-rank FSDP job that still has one at interpreter
+    exit dies one time in five ("terminate called without an active exception").
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -55,9 +55,9 @@ def process_group(
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # c10d tells of each barrier without a device id through a warning; the device is given where it is a GPU.
+    # c10d warns of each barrier without a device id; on GPUs we pass the device.
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    with _meeting():
+    with _rendezvous_errors():
         dist.init_process_group(
             backend,
             store=torch._C._distributed_c10d.HashStore() if world.size == 1 else None,
@@ -74,29 +74,29 @@ def process_group(
 
 
 @contextmanager
-def _meeting() -> Iterator[None]:
-    """Raises ConfigError where the ranks cannot meet: the port is in use, the host is unknown, a rank never comes."""
+def _rendezvous_errors() -> Iterator[None]:
+    """Turn rendezvous failures into ConfigError: the port is in use, the host is unknown, a rank is missing."""
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         reason = str(error).strip().splitlines()[0]
         if "EADDRINUSE" in str(error):
             raise ConfigError(
-                f"environment: {place}: another program uses this port; set another MASTER_PORT "
+                f"environment: {address}: another program uses this port; set another MASTER_PORT "
                 "(torchrun: --master-port or --rdzv-endpoint), or let torchrun find one with --standalone"
             ) from error
-        raise ConfigError(f"environment: {place}: the ranks cannot meet there: {reason}") from error
+        raise ConfigError(f"environment: {address}: rendezvous failed: {reason}") from error
 
 
 def barrier() -> None:
-    """Wait for all ranks; nothing in a world of one."""
+    """Wait for all ranks; returns at once without a process group."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def make_synchronous() -> None:
-    """For debugging: each kernel is waited for, and gives the same bits each time. Call before CUDA starts."""
+    """For debugging: wait for each kernel, and use deterministic ones. Call it before CUDA is initialised."""
     os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)

@@ -1,7 +1,7 @@
-"""The `check` command: what is wrong with which node, said in a minute and before a long run.
+"""Preflight (`dist-llm check`): find bad or slow nodes before a long run.
 
-Each rank measures and hands its `Facts` to all; `judge` sees what is wrong from them alone. Ranks meet over gloo
-and try NCCL last, so that a node without a working GPU can still be heard.
+Each rank measures and all-gathers its `NodeReport`; `diagnose_nodes` derives the problems from the reports alone. The
+process group uses gloo, and NCCL comes last, so that a node without a working GPU can still report.
 """
 
 import hashlib
@@ -30,26 +30,26 @@ from rich.console import Console
 from dist_llm import __version__
 from dist_llm.errors import ConfigError
 from dist_llm.launch.group import device_of, process_group
-from dist_llm.launch.verdict import Facts, by_node, judge, listed, table
+from dist_llm.launch.node_report import NodeReport, diagnose_nodes, format_problems, format_table, group_by_node
 from dist_llm.launch.world import World
 
 MATMUL_SECONDS = 0.5
 ROUND_TRIPS = 5
 WARMUP, SMALL_REPETITIONS, LARGE_REPETITIONS = 3, 20, 5
 SMALL_BYTES, LARGE_BYTES = 4, {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
-PAUSE_SECONDS = 3.0  # of a rank before its end, so that the others are heard: torchrun ends them with it
-WIDTH = 120  # of the table in a log
+EXIT_DELAY_SECONDS = 3.0  # torchrun ends all ranks with the first; the others need time to print
+LOG_WIDTH = 120  # columns of the table when the output is no terminal
 PACKAGE = Path(__file__).parents[1]
 
 
-class Watch:
-    """What this rank is at, and its end after `seconds`: nothing else stops a collective that waits for ever."""
+class PreflightTimeout:
+    """Ends this process after `seconds`, with the phase that it hangs in. A collective has no other timeout."""
 
     def __init__(self, world: World, seconds: float) -> None:
         self.world, self.seconds = world, seconds
-        self.at = "the meeting of all ranks"
-        self.found: list[str] = []  # on rank 0, before it comes to what may hang
-        self.file: Path | None = None  # to be removed
+        self.phase = "the rendezvous of all ranks"
+        self.problems: list[str] = []  # on rank 0: what the first measurements showed
+        self.file: Path | None = None  # the test file in --directory, to be removed
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -61,9 +61,9 @@ class Watch:
         finally:
             timer.cancel()
 
-    def report(self, what: str) -> str:
-        """The problems so far, and this rank's."""
-        return listed([*self.found, f"{self.world.host}: rank {self.world.rank} {what}"])
+    def format_report(self, problem: str) -> str:
+        """The problems so far and this rank's, in one message."""
+        return format_problems([*self.problems, f"{self.world.host}: rank {self.world.rank} {problem}"])
 
     def remove_file(self) -> None:
         with suppress(OSError):
@@ -71,45 +71,49 @@ class Watch:
                 self.file.unlink(missing_ok=True)
 
     def _end(self) -> None:
-        print(f"error: {self.report(f'is still at {self.at} after {self.seconds:g} s')}", file=sys.stderr, flush=True)
+        print(
+            f"error: {self.format_report(f'is still in {self.phase} after {self.seconds:g} s')}",
+            file=sys.stderr,
+            flush=True,
+        )
         self.remove_file()
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(EXIT_DELAY_SECONDS)
         os._exit(2)
 
 
 def check(directory: Path, seconds: float, world: World) -> None:
-    """Measure for at most so many seconds; rank 0 prints a table by node.
+    """Measure all ranks within `seconds`; rank 0 prints a table with a row per node.
 
-    Raises ConfigError on rank 0 with a line for each problem; the other ranks then end in silence with exit code 2.
+    Raises ConfigError on rank 0 with one line per problem; the other ranks then exit with code 2 and print nothing.
     """
-    watch = Watch(world, seconds)
-    with watch.running():
+    timeout = PreflightTimeout(world, seconds)
+    with timeout.running():
         try:
-            # The group's own limit comes later than the watch, which knows what hangs.
+            # The process group's timeout comes later than ours, which can name the phase.
             with process_group(world, torch.device("cpu"), seconds + 60, alone=True):
-                facts = measure(world, directory, watch)
+                reports = measure(world, directory, timeout)
         except RuntimeError as error:
-            raise ConfigError(watch.report(f"failed at {watch.at}: {_one_line(error)}")) from error
-    problems = judge(facts)
+            raise ConfigError(timeout.format_report(f"failed in {timeout.phase}: {_one_line(error)}")) from error
+    problems = diagnose_nodes(reports)
     if world.main:
         console = Console()
-        console.width = console.width if console.is_terminal else WIDTH
-        console.print(table(facts))
+        console.width = console.width if console.is_terminal else LOG_WIDTH
+        console.print(format_table(reports))
         if problems:
-            raise ConfigError(listed(problems))
-        console.print(f"no problem found; ranks: {world.size}, nodes: {len(by_node(facts))}", highlight=False)
+            raise ConfigError(format_problems(problems))
+        console.print(f"no problem found; ranks: {world.size}, nodes: {len(group_by_node(reports))}", highlight=False)
     elif problems:
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(EXIT_DELAY_SECONDS)
         raise SystemExit(2)
 
 
-def measure(world: World, directory: Path, watch: Watch) -> list[Facts]:
-    """The facts of all ranks, in their order. Raises RuntimeError where a collective fails."""
-    watch.at = "the clock"
+def measure(world: World, directory: Path, timeout: PreflightTimeout) -> list[NodeReport]:
+    """The reports of all ranks, ordered by rank. Raises RuntimeError if a collective fails."""
+    timeout.phase = "the clock"
     clock = clock_seconds()
-    watch.at = "--directory"
-    sees, failures = sees_file(directory, watch)
-    watch.at = "versions and matrix products"
+    timeout.phase = "--directory"
+    sees_shared_file, failures = check_shared_file(directory, timeout)
+    timeout.phase = "versions and matrix products"
     device, rate = torch.device("cpu"), math.nan
     try:
         device = device_of(world)
@@ -118,29 +122,30 @@ def measure(world: World, directory: Path, watch: Watch) -> list[Facts]:
         rate = matmul_tflops(device)
     except (ConfigError, RuntimeError) as error:
         failures.append(_one_line(error))
-    facts = Facts(
+    report = NodeReport(
         world.rank,
         world.host,
         versions(device),
         clock_seconds=clock,
         free_gib=_free_gib(directory),
-        sees_file=sees,
+        sees_shared_file=sees_shared_file,
         matmul_tflops=rate,
         failures=tuple(failures),
     )
-    watch.at = "the exchange of what the ranks found"
-    everyone = _gather(facts)
-    watch.found = judge(everyone) if world.main else []
-    if any(math.isnan(each.matmul_tflops) or each.versions["GPU"] == "none" for each in everyone):
+    timeout.phase = "the exchange of reports"
+    reports = _all_gather(report)
+    timeout.problems = diagnose_nodes(reports) if world.main else []
+    if any(math.isnan(each.matmul_tflops) or each.versions["GPU"] == "none" for each in reports):
         device = torch.device("cpu")
-    watch.at = "the all-reduce of all ranks"
+    timeout.phase = "the all-reduce of all ranks"
     latency, rate = all_reduce(device, dist.new_group(backend=_backend(device)))
-    following = next_node_rate(world, [each.host for each in everyone], device, watch)
-    return _gather(replace(facts, all_reduce_us=latency, all_reduce_gb_per_second=rate, next_gb_per_second=following))
+    neighbour = neighbour_bandwidth(world, [each.host for each in reports], device, timeout)
+    report = replace(report, all_reduce_us=latency, all_reduce_gb_per_second=rate, neighbour_gb_per_second=neighbour)
+    return _all_gather(report)
 
 
 def clock_seconds() -> float:
-    """This rank's time.time() minus rank 0's, by the shortest of a few round trips. All ranks call it."""
+    """This rank's time.time() minus rank 0's, from the shortest of a few round trips. Call it on all ranks."""
     stamp = torch.zeros(1, dtype=torch.float64)
     if dist.get_rank() == 0:
         for other in range(1, dist.get_world_size()):
@@ -158,33 +163,35 @@ def clock_seconds() -> float:
     return min(trips)[1]
 
 
-def sees_file(directory: Path, watch: Watch, wait_seconds: float = 10) -> tuple[bool | None, list[str]]:
-    """Whether a file that rank 0 writes shows up here in time; None, and on rank 0 why, if it cannot be written.
+def check_shared_file(
+    directory: Path, timeout: PreflightTimeout, wait_seconds: float = 10
+) -> tuple[bool | None, list[str]]:
+    """(whether this rank sees a file that rank 0 writes to `directory` in time, problems).
 
-    All ranks call it. The file is gone afterwards.
+    (None, [why]) on rank 0 and (None, []) elsewhere if rank 0 cannot write. Call it on all ranks. The file is removed.
     """
-    said = [secrets.token_hex(16), ""]
+    message = [secrets.token_hex(16), ""]
     try:
         if dist.get_rank() == 0:
-            watch.file = directory / f".dist-llm-check-{said[0]}"
+            timeout.file = directory / f".dist-llm-check-{message[0]}"
             try:
-                watch.file.write_text(said[0], encoding="utf-8")
+                timeout.file.write_text(message[0], encoding="utf-8")
             except OSError as error:
-                said[1] = f"--directory {directory} cannot be written to: {error.strerror}"
-        dist.broadcast_object_list(said)
-        token, failure = said
+                message[1] = f"--directory {directory} cannot be written to: {error.strerror}"
+        dist.broadcast_object_list(message)
+        token, failure = message
         if failure:
-            return None, [failure] if watch.file else []
+            return None, [failure] if timeout.file else []
         end = time.monotonic() + wait_seconds
-        while not (seen := _holds(directory / f".dist-llm-check-{token}", token)) and time.monotonic() < end:
+        while not (seen := _has_content(directory / f".dist-llm-check-{token}", token)) and time.monotonic() < end:
             time.sleep(0.2)
         dist.barrier()
         return seen, []
     finally:
-        watch.remove_file()
+        timeout.remove_file()
 
 
-def _holds(file: Path, content: str) -> bool:
+def _has_content(file: Path, content: str) -> bool:
     try:
         return file.read_text(encoding="utf-8") == content
     except OSError:
@@ -199,9 +206,9 @@ def _free_gib(directory: Path) -> float:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What has to be equal on all nodes; `none` or `unknown` where something is not there."""
+    """Versions that must be equal on all nodes; `none` or `unknown` for what is missing."""
     source = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(PACKAGE.rglob("*.py")))).hexdigest()[:12]
-    found = {
+    installed = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or "none",
@@ -213,28 +220,28 @@ def versions(device: torch.device) -> dict[str, str]:
     }
     for package in ("deepspeed", "accelerate"):
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "none"
-    return found
+            installed[package] = "none"
+    return installed
 
 
 def matmul_tflops(device: torch.device) -> float:
-    """TFLOP/s of square products, bf16 on a GPU and fp32 on a CPU: the best within half a second."""
+    """TFLOP/s of square matrix products, the best of half a second: bf16 on a GPU, fp32 on a CPU."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     factor = torch.randn(size, size, device=device).to(dtype)
     best, end = 0.0, time.perf_counter() + MATMUL_SECONDS
     while (start := time.perf_counter()) < end:
         factor @ factor
-        _wait_for(device)
+        _synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best / 1e12
 
 
 def all_reduce(device: torch.device, group: Any) -> tuple[float, float]:
-    """(microseconds of the sum of a number, GB/s of a large one) in the group, whose ranks all call it: medians.
+    """(latency in microseconds of 4 bytes, bandwidth in GB/s of a large tensor) of an all-reduce: medians.
 
-    The rate is bytes / seconds * 2 (p - 1) / p, what a link of a ring of p ranks carries; NaN for one rank.
+    The bandwidth is bytes / seconds * 2 (p - 1) / p, the traffic of one link in a ring of p ranks; NaN for one rank.
     """
     ranks, size = dist.get_world_size(group), LARGE_BYTES[device.type]
     latency = _all_reduce_seconds(SMALL_BYTES, SMALL_REPETITIONS, device, group)
@@ -248,15 +255,15 @@ def _all_reduce_seconds(size: int, repetitions: int, device: torch.device, group
     for _ in range(WARMUP + repetitions):
         start = time.perf_counter()
         dist.all_reduce(values, group=group)
-        _wait_for(device)
+        _synchronize(device)
         seconds.append(time.perf_counter() - start)
     return median(seconds[WARMUP:])
 
 
-def next_node_rate(world: World, hosts: Sequence[str], device: torch.device, watch: Watch) -> float:
-    """GB/s of an all-reduce of this node's ranks and the next node's; NaN on the last node. `hosts` is by rank.
+def neighbour_bandwidth(world: World, hosts: Sequence[str], device: torch.device, timeout: PreflightTimeout) -> float:
+    """GB/s of an all-reduce over this node's ranks and the next node's; NaN on the last node. `hosts`: by rank.
 
-    Pairs without a common node are measured at the same time, so that a hundred nodes take as long as three.
+    Pairs of nodes that share no node run at the same time, so that a hundred nodes take as long as three.
     """
     pairs, rate = list(pairwise(dict.fromkeys(hosts))), math.nan
     pairs = pairs[::2] + pairs[1::2]
@@ -264,7 +271,7 @@ def next_node_rate(world: World, hosts: Sequence[str], device: torch.device, wat
     groups = [dist.new_group(ranks, backend=_backend(device)) for ranks in members]
     for pair, group in zip(pairs, groups, strict=True):
         if world.host in pair:
-            watch.at = f"the all-reduce of {pair[0]} and {pair[1]}"
+            timeout.phase = f"the all-reduce of {pair[0]} and {pair[1]}"
             measured = all_reduce(device, group)[1]
             rate = measured if world.host == pair[0] else rate
     return rate
@@ -274,15 +281,15 @@ def _backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _gather(facts: Facts) -> list[Facts]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, facts)
-    return found
+def _all_gather(report: NodeReport) -> list[NodeReport]:
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, report)
+    return reports
 
 
 def _one_line(error: Exception) -> str:
@@ -290,7 +297,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _first_line(*command: str) -> str:
-    """What a program prints first; nothing where it is missing or fails."""
+    """The first line of a program's output; empty if the program is missing or fails."""
     try:
         ran = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Which process is meant by a number: the machine, the PID namespace and the start time tell. Imports no torch."""
+"""Identify a process beyond its PID: by machine, PID namespace and start time. Imports no torch."""
 
 import os
 from pathlib import Path
@@ -6,33 +6,33 @@ from pathlib import Path
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def identity(process: int) -> list[str]:
-    """[boot id, PID namespace, start time]: what no other process has that goes by this number.
+def process_identity(pid: int) -> list[str]:
+    """[boot id, PID namespace, start time], which no other process with this PID shares.
 
-    Raises OSError where there is no such process, or where it may not be looked at.
+    Raises OSError if there is no such process, or if it belongs to another user under hidepid.
     """
-    return [BOOT_ID.read_text().strip(), os.readlink(f"/proc/{process}/ns/pid"), _stat(process)[1]]
+    return [BOOT_ID.read_text().strip(), os.readlink(f"/proc/{pid}/ns/pid"), _stat(pid)[1]]
 
 
-def is_running(process: int, start_time: str) -> bool:
-    """Whether the process with this number and start time runs on this machine. A zombie does not run."""
+def is_running(pid: int, start_time: str) -> bool:
+    """Whether the process with this PID and start time runs on this machine. A zombie does not run."""
     try:
-        state, found = _stat(process)
+        state, started = _stat(pid)
     except OSError:
-        return _is_hidden(process)
-    return found == start_time and state not in "ZX"
+        return _is_hidden(pid)
+    return started == start_time and state not in "ZX"
 
 
-def _stat(process: int) -> tuple[str, str]:
+def _stat(pid: int) -> tuple[str, str]:
     """(state, start time in clock ticks since boot)."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return fields[0], fields[19]
 
 
-def _is_hidden(process: int) -> bool:
-    """Whether there is such a process of another user: /proc may be mounted with hidepid."""
+def _is_hidden(pid: int) -> bool:
+    """Whether another user has such a process, which /proc hides under hidepid."""
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except PermissionError:
         return True
     except OSError:

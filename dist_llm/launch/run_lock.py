@@ -26,7 +26,7 @@ from typing import Any
 from uuid import uuid4
 
 from dist_llm.errors import ConfigError
-from dist_llm.launch.process import identity, is_running
+from dist_llm.launch.process import is_running, process_identity
 
 log = logging.getLogger("dist_llm")
 
@@ -40,7 +40,7 @@ SQUEUE_SECONDS = 20
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock. A field is empty where it is not known."""
+    """The process that holds a lock. Unknown fields are empty."""
 
     token: str  # differs for every lock that was ever taken
     host: str = ""
@@ -60,11 +60,19 @@ class Holder:
         return f"process {self.process} on {self.host}{job}, started {self.since}"
 
 
+@dataclass(frozen=True)
+class LockState:
+    """A lock file as read."""
+
+    holder: Holder
+    modified_ns: int
+
+
 def this_process(host: str, environ: Mapping[str, str] = os.environ) -> Holder:
     """This process, as the holder of a new lock."""
     boot_id, namespace, start_time = "", "", ""
     with suppress(OSError):
-        boot_id, namespace, start_time = identity(os.getpid())
+        boot_id, namespace, start_time = process_identity(os.getpid())
     launch = environ.get("TORCHELASTIC_RUN_ID", "")
     restarts = environ.get("SLURM_RESTART_COUNT", "0")
     return Holder(
@@ -84,7 +92,7 @@ def this_process(host: str, environ: Mapping[str, str] = os.environ) -> Holder:
 def is_gone(holder: Holder, me: Holder, job_ended: Callable[[str], bool]) -> bool | None:
     """Whether a lock's holder no longer runs, seen from the process `me`. None: only its heartbeat can tell.
 
-    `job_ended` says of a Slurm job whether it is known to have ended.
+    `job_ended`: whether a Slurm job is known to have ended.
     """
     if holder.launch and holder.launch == me.launch:
         return True  # a launcher starts its ranks again only after the last ones
@@ -100,7 +108,7 @@ def is_gone(holder: Holder, me: Holder, job_ended: Callable[[str], bool]) -> boo
 
 
 def slurm_job_ended(job: str) -> bool:
-    """Whether `squeue` knows that the job does not run; False where it cannot say."""
+    """Whether `squeue` reports that the job does not run; False if it cannot tell."""
     command = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS)
@@ -125,12 +133,12 @@ class RunLock:
         me: Holder,
         key: str = "run.dir",
         job_ended: Callable[[str], bool] = slurm_job_ended,
-        end: Callable[[int], Any] = os._exit,
+        exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
         self.directory, self.path, self.me, self.key = directory, directory / LOCK_FILE, me, key
-        self.job_ended, self.end = job_ended, end
+        self.job_ended, self.exit_process = job_ended, exit_process
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
+        self._thread = threading.Thread(target=self._heartbeat_loop, name="run lock", daemon=True)
 
     def __enter__(self) -> "RunLock":
         try:
@@ -148,23 +156,23 @@ class RunLock:
         self._closed.set()
         self._thread.join(HEARTBEAT_SECONDS)  # a file system may not answer
         with suppress(OSError):
-            if (found := read_holder(self.path)) is not None and found[0].token == self.me.token:
+            if (lock := read_lock(self.path)) is not None and lock.holder.token == self.me.token:
                 self.path.unlink()
 
     def heartbeat(self) -> None:
         """Touch the lock. Ends this process where another run took it over."""
-        found = read_holder(self.path)
-        if found is None:
+        lock = read_lock(self.path)
+        if lock is None:
             self._create(self.path)  # somebody removed it
-        elif found[0].token == self.me.token:
+        elif lock.holder.token == self.me.token:
             os.utime(self.path)
-        elif found[0].process:  # else it is just being written
-            message = f"{self.key}: {self.directory} was taken over by {found[0]}; this run ends and writes no more"
+        elif lock.holder.process:  # else the file is being written
+            message = f"{self.key}: {self.directory} was taken over by {lock.holder}; this run ends and writes no more"
             log.error(message)
             print(message, file=sys.stderr, flush=True)
-            self.end(EXIT_CODE)
+            self.exit_process(EXIT_CODE)
 
-    def _keep(self) -> None:
+    def _heartbeat_loop(self) -> None:
         while not self._closed.wait(HEARTBEAT_SECONDS):
             with suppress(OSError):  # a file system that does not answer for a while
                 self.heartbeat()
@@ -176,18 +184,18 @@ class RunLock:
         the stale one. That lock becomes the new one by an atomic rename.
         """
         while not self._create(path):
-            if (found := read_holder(path)) is None:
+            if (lock := read_lock(path)) is None:
                 continue
-            holder, touched = found
+            holder = lock.holder
             gone = is_gone(holder, self.me, self.job_ended)
             if gone is None:
-                gone = self._is_untouched(path, holder, touched)
+                gone = self._is_untouched(path, lock)
             if not gone:
                 raise ConfigError(self._refusal(holder))
             successor = path.with_name(f"{path.name}.{holder.token[:8]}")
             self._acquire(successor)
-            again = read_holder(path)
-            if again is not None and again[0].token == holder.token:
+            current = read_lock(path)
+            if current is not None and current.holder.token == holder.token:
                 successor.replace(path)
                 return
             successor.unlink()
@@ -206,10 +214,10 @@ class RunLock:
             raise OSError(error.errno, error.strerror, str(path)) from None
         return True
 
-    def _is_untouched(self, path: Path, holder: Holder, touched: int) -> bool:
+    def _is_untouched(self, path: Path, lock: LockState) -> bool:
         """Watch the lock. False as soon as its holder touches it; True if it is untouched, released or replaced."""
         print(
-            f"{self.key}: {self.directory} is locked by {holder}; "
+            f"{self.key}: {self.directory} is locked by {lock.holder}; "
             f"waiting up to {STALE_SECONDS:.0f} s to see whether it still runs",
             file=sys.stderr,
             flush=True,
@@ -217,10 +225,10 @@ class RunLock:
         until = time.monotonic() + STALE_SECONDS
         while time.monotonic() < until:
             time.sleep(min(0.25, STALE_SECONDS / 4))
-            found = read_holder(path)
-            if found is None or found[0].token != holder.token:
+            current = read_lock(path)
+            if current is None or current.holder.token != lock.holder.token:
                 return True
-            if found[1] != touched:
+            if current.modified_ns != lock.modified_ns:
                 return False
         return True
 
@@ -232,20 +240,20 @@ class RunLock:
         )
 
 
-def read_holder(path: Path) -> tuple[Holder, int] | None:
-    """(who holds the lock, when it was last touched in ns); None where there is none.
+def read_lock(path: Path) -> LockState | None:
+    """The lock file; None if there is none.
 
-    Opening the file makes NFS ask the server, where `stat` alone may answer from its cache.
+    Opening the file makes NFS ask the server; `stat` alone may answer from the client's cache.
     """
     try:
         with path.open("rb") as stream:
-            return parse_holder(stream.read()), os.fstat(stream.fileno()).st_mtime_ns
+            return LockState(parse_holder(stream.read()), os.fstat(stream.fileno()).st_mtime_ns)
     except FileNotFoundError:
         return None
 
 
 def parse_holder(content: bytes) -> Holder:
-    """What a lock file says. A file that a kill cut short is known by its hash alone."""
+    """The holder that a lock file names. A file cut short by a kill is identified by its hash."""
     with suppress(ValueError, TypeError, AttributeError):
         known = {field.name for field in fields(Holder)}
         return Holder(**{name: value for name, value in json.loads(content).items() if name in known})

@@ -1,6 +1,6 @@
-"""Being told to stop, by a signal to any rank: all ranks agree on it, between two steps, save and end.
+"""Stop on a signal to any rank: all ranks agree between two steps, save a checkpoint and exit.
 
-A second signal ends the process at once, also while its main thread waits in a collective.
+A second signal ends the process at once, even while its main thread is blocked in a collective.
 """
 
 import json
@@ -15,93 +15,97 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # preemption, Ctrl-C, a terminal that closes: twice, at once
-STOPPING = (*ENDING, signal.SIGUSR1)  # Slurm's warning before the time limit
-IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # started by nohup or as a background job, a run goes on
-MARKER = "DIST_LLM_STOPPED"  # names the file that tells a batch script of a stop
-GRACE_SECONDS = 1.0  # that the main thread has to end by a second signal itself
+TERMINATING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # preemption, Ctrl-C, a closed terminal
+STOPPING = (*TERMINATING, signal.SIGUSR1)  # SIGUSR1: Slurm's warning before the time limit
+IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # nohup and background jobs ignore these; so do we
+MARKER = "DIST_LLM_STOPPED"  # environment variable with the path of the marker file that a batch script reads
+GRACE_SECONDS = 1.0  # for the main thread to end by a second signal, before the signal thread ends the process
 
 
 class StopSignals:
-    """While open, the first of STOPPING is only noted, as is one that waited, blocked. A second one, if it is one of
-    ENDING, ends the process.
+    """While open, the first of STOPPING is recorded, also one that was pending because it was blocked.
 
-    `share` and `agreed` are called on every rank around each step: the word goes round while the step is computed.
+    A second signal that is in TERMINATING ends the process. Each rank calls `start_sync` before and `agreed_signal`
+    after each step, so that the all-reduce overlaps with the step.
     """
 
     def __init__(self) -> None:
-        self.noted = 0  # by this rank
-        self.told = 0  # by some rank, as all agreed
-        self._before: dict[int, Any] = {}
+        self.local_signal = 0  # received by this rank; 0: none
+        self._agreed_signal = 0
+        self._previous_handlers: dict[int, Any] = {}
         self._blocked: set[int] = set()
-        self._number = torch.zeros((), dtype=torch.int64)
+        self._signal_tensor = torch.zeros((), dtype=torch.int64)
         self._work: dist.Work | None = None
         self._pipe = (-1, -1)
-        self._wakeup_before = -1
+        self._previous_wakeup_fd = -1
 
     def __enter__(self) -> "StopSignals":
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
-        threading.Thread(target=_end_on_second, args=self._pipe[:1], name="stop signals", daemon=True).start()
-        self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        heard = [each for each in STOPPING if each not in IGNORABLE or signal.getsignal(each) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._note) for number in heard}
+        threading.Thread(target=_end_on_second_signal, args=self._pipe[:1], name="stop signals", daemon=True).start()
+        self._previous_wakeup_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        handled = [each for each in STOPPING if each not in IGNORABLE or signal.getsignal(each) != signal.SIG_IGN]
+        self._previous_handlers = {number: signal.signal(number, self._handle) for number in handled}
         self._blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._pipe[1])  # which ends the thread
+        signal.set_wakeup_fd(self._previous_wakeup_fd)
+        os.close(self._pipe[1])  # the signal thread reads end-of-file and ends
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.noted and number in ENDING:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.local_signal and number in TERMINATING:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.noted = self.noted or number
+        self.local_signal = self.local_signal or number
 
-    def share(self) -> None:
-        """Tell the others what was noted so far."""
-        self.agreed()  # of a step that was broken off
-        self._number.fill_(self.noted)
+    def start_sync(self) -> None:
+        """Start the all-reduce of the signals that the ranks have received so far."""
+        self.agreed_signal()  # completes the all-reduce of a step that raised
+        self._signal_tensor.fill_(self.local_signal)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._work = dist.all_reduce(self._number, dist.ReduceOp.MAX, async_op=True)
+            self._work = dist.all_reduce(self._signal_tensor, dist.ReduceOp.MAX, async_op=True)
 
-    def agreed(self) -> int:
-        """The signal that some rank had noted when it last shared; 0: none. The same on every rank."""
+    def agreed_signal(self) -> int:
+        """A signal that some rank had received at the last `start_sync`, the same on every rank; 0: none."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        self.told = self.told or int(self._number)
-        return self.told
+        self._agreed_signal = self._agreed_signal or int(self._signal_tensor)
+        return self._agreed_signal
 
 
-def _end_on_second(pipe: int) -> None:
-    """Read the number of each signal as it comes, and end the process on a second one.
+def _end_on_second_signal(read_fd: int) -> None:
+    """Read signal numbers from the wakeup pipe, and end the process on a second one.
 
-    Python runs handlers in the main thread, and not before it leaves the collective that it waits in.
+    Python runs a handler in the main thread only, and not while that thread is blocked in a collective.
     """
     first = True
-    with os.fdopen(pipe, "rb", buffering=0) as numbers:
+    with os.fdopen(read_fd, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
             if number[0] not in STOPPING:
                 continue
-            if not first and number[0] in ENDING:
+            if not first and number[0] in TERMINATING:
                 time.sleep(GRACE_SECONDS)
                 os._exit(128 + number[0])
             first = False
 
 
-def leave_word(number: int, step: int, directory: Path) -> None:
-    """For whoever started the run: that it was stopped, by which signal, after which step."""
-    path = Path(os.environ.get(MARKER) or directory / "stopped.json")
+def write_stop_marker(number: int, step: int, directory: Path) -> None:
+    """Tell a batch script that the run was stopped, by which signal and after which step."""
+    path = _marker_path(directory)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps({"signal": signal.Signals(number).name, "step": step}) + "\n")
     temporary.replace(path)
 
 
-def forget_word(directory: Path) -> None:
-    """A run that goes on is not stopped any more."""
-    Path(os.environ.get(MARKER) or directory / "stopped.json").unlink(missing_ok=True)
+def clear_stop_marker(directory: Path) -> None:
+    """Remove the marker of an earlier stop: the run continues."""
+    _marker_path(directory).unlink(missing_ok=True)
+
+
+def _marker_path(directory: Path) -> Path:
+    return Path(os.environ.get(MARKER) or directory / "stopped.json")

@@ -1,4 +1,4 @@
-"""`dist-llm submit`: a batch script for Slurm, shown, and handed to sbatch once the config is known to be right."""
+"""`dist-llm submit`: check the config, then write a Slurm batch script and pass it to sbatch."""
 
 import shlex
 import shutil
@@ -11,19 +11,20 @@ from pathlib import Path
 from dist_llm.errors import ConfigError
 
 SCRIPT = Path(__file__).parent / "slurm" / "train.sbatch"
-OPTION, COMMANDS = "#SBATCH ", "set -uo pipefail\n"  # its options, and where its commands begin
+OPTION = "#SBATCH "
+FIRST_COMMAND = "set -uo pipefail\n"
 ARGUMENTS = '"$@"'
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of Slurm. `sweep`: (key, values), of which each combination is a run of an array."""
+    """A Slurm job. `sweep`: (key, values); each combination is one run of a job array."""
 
     config: Path
     overrides: tuple[str, ...] = ()
     nodes: int = 1
     tasks_per_node: int = 1
-    options: tuple[str, ...] = ()  # of sbatch, as they are
+    options: tuple[str, ...] = ()  # passed to sbatch unchanged
     sweep: tuple[tuple[str, tuple[str, ...]], ...] = field(default=())
 
     @property
@@ -32,34 +33,36 @@ class Job:
 
     @property
     def runs(self) -> list[tuple[str, ...]]:
-        """The overrides of each run; those of a sweep go to directories of their own."""
+        """The overrides of each run."""
         if not self.sweep:
             return [self.overrides]
-        found = []
+        runs = []
         for values in product(*(values for _, values in self.sweep)):
             chosen = [f"{key}={value}" for (key, _), value in zip(self.sweep, values, strict=True)]
-            found.append((*self.overrides, *chosen))
-        return found
+            runs.append((*self.overrides, *chosen))
+        return runs
 
 
 def render(job: Job, directories: Sequence[str]) -> str:
-    """The script of a job whose runs have these directories."""
+    """The batch script of a job whose runs write to `directories`."""
     options = [f"--nodes={job.nodes}", f"--ntasks-per-node={job.tasks_per_node}", *job.options]
-    runs = [(str(job.config), *run, f"run.dir={place}") for run, place in zip(job.runs, directories, strict=True)]
+    runs = [
+        (str(job.config), *run, f"run.dir={directory}") for run, directory in zip(job.runs, directories, strict=True)
+    ]
     if len(runs) > 1:
         options += [f"--array=0-{len(runs) - 1}", "--output=slurm-%A_%a.log"]
     lines = SCRIPT.read_text().replace(ARGUMENTS, '"${arguments[@]}"').splitlines(keepends=True)
-    # sbatch reads options up to the first command; of one that is given twice, the later counts.
+    # sbatch reads options up to the first command; the last value of an option wins.
     header = max(number for number, line in enumerate(lines) if line.startswith(OPTION)) + 1
-    first = lines.index(COMMANDS)
-    words = [f"run_{number}=({' '.join(map(shlex.quote, run))})\n" for number, run in enumerate(runs)]
+    first = lines.index(FIRST_COMMAND)
+    arrays = [f"run_{number}=({' '.join(map(shlex.quote, run))})\n" for number, run in enumerate(runs)]
     chosen = 'declare -n arguments="run_${SLURM_ARRAY_TASK_ID:-0}"\n'
-    asked = [f"{OPTION}{option}\n" for option in options]
-    return "".join([*lines[:header], *asked, *lines[header:first], *words, chosen, *lines[first:]])
+    extra = [f"{OPTION}{option}\n" for option in options]
+    return "".join([*lines[:header], *extra, *lines[header:first], *arrays, chosen, *lines[first:]])
 
 
 def directories(job: Job, base: str) -> list[str]:
-    """Where each run goes: `base`, or for those of a sweep a directory in it that is named after its values."""
+    """The directory of each run: `base`, or in a sweep a subdirectory named after the run's values."""
     if not job.sweep:
         return [base]
     chosen = [run[len(job.overrides) :] for run in job.runs]
@@ -67,28 +70,30 @@ def directories(job: Job, base: str) -> list[str]:
 
 
 def _short(override: str) -> str:
-    """`optim.lr=1e-3` -> `lr=1e-3`, fit for a file's name."""
+    """`optim.lr=1e-3` -> `lr=1e-3`, as part of a file name."""
     key, _, value = override.partition("=")
     return f"{key.rpartition('.')[2]}={value.replace('/', '-')}"
 
 
 def parse_sweep(words: Sequence[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """`optim.lr=1e-3,3e-4` and so on. Raises ConfigError where one is no key with values."""
-    found = []
+    """Parse `optim.lr=1e-3,3e-4`. Raises ConfigError for a word that is not a key with values."""
+    sweep = []
     for word in words:
         key, _, values = word.partition("=")
-        every = tuple(filter(None, values.split(",")))
-        if not key or not every:
+        choices = tuple(filter(None, values.split(",")))
+        if not key or not choices:
             raise ConfigError(f"--sweep {word}: give a key and its values, as in --sweep optim.lr=1e-3,3e-4")
-        found.append((key, every))
-    return tuple(found)
+        sweep.append((key, choices))
+    return tuple(sweep)
 
 
 def submit(text: str) -> str:
-    """Hand it to sbatch. Returns the job's number; raises ConfigError with what sbatch says where it refuses."""
+    """Pass the script to sbatch. Returns the job id; raises ConfigError with the message of sbatch if it refuses."""
     if shutil.which("sbatch") is None:
-        raise ConfigError("sbatch is not on PATH: submit from a machine of the cluster, or see the script by --dry-run")
-    done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True)
-    if done.returncode:
-        raise ConfigError(f"sbatch: {done.stderr.strip()}")
-    return done.stdout.strip().split(";")[0]
+        raise ConfigError(
+            "sbatch is not on PATH: submit from a machine of the cluster, or print the script with --dry-run"
+        )
+    completed = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True)
+    if completed.returncode:
+        raise ConfigError(f"sbatch: {completed.stderr.strip()}")
+    return completed.stdout.strip().split(";")[0]

@@ -1,8 +1,8 @@
-"""A run that stands still is ended, and told why: which rank holds up the others, and where it is.
+"""End a run that makes no progress, and report which rank holds up the others.
 
-Every rank has a thread that looks at the time of its last beat. Where ranks work in step, all stand still when one
-does. Each then leaves word in the store of the process group: where it is, and whether it waits in a collective. A
-rank that leaves no word is stopped or gone; one that waits for no other holds up those that do.
+A thread on each rank checks the time of the last heartbeat. Ranks run in lockstep, so that all of them stall together.
+Each stalled rank then publishes a report in the store of the process group: what it does, where, and whether it waits
+in a collective. A rank without a report is stopped or gone. A rank that waits in no collective is the culprit.
 """
 
 import json
@@ -20,239 +20,202 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from dist_llm.launch.failures import FIRST_FAILURE
-from dist_llm.launch.process import identity
+from dist_llm.launch.flight_recorder import pending_collective
+from dist_llm.launch.process import process_identity
 from dist_llm.launch.world import World
 
 log = logging.getLogger("dist_llm")
 
-EXIT_CODE = 70  # of a rank that ended itself
-START_TIMES = 30  # before its first beat a rank may stand still so many times as long
-FIRST_BEATS, FIRST_TIMES = 3, 10  # the first steps, which compile, may take so many times as long
-USUAL_TIMES = 10  # and later ones so many times as the newest took, by their median
-NEWEST = 32
-CHECKPOINT_GROUP = "checkpoint"  # what the thread that writes one calls its group
-ANSWER_SECONDS = 5.0  # that ranks have to leave word, once the first has
-PROCESS, STILL = "dist_llm/process", "dist_llm/still"  # in the store of the process group
-Answers = tuple[dict[int, dict[str, Any]], dict[int, Any]]
-LAST_SECONDS = 4.0  # between the verdict and the end
-SILENT = (
-    "the store of the process group, which is on the node of rank 0, does not answer: the process of rank 0 is "
-    "stopped, or its node gone"
+EXIT_CODE = 70  # of a rank that the watchdog ended
+START_FACTOR = 30  # the timeout before the first heartbeat, in units of run.hang_seconds
+FIRST_HEARTBEATS, FIRST_FACTOR = 3, 10  # the first steps compile: their timeout is longer
+TYPICAL_FACTOR = 10  # a later step may also take this many times the median of recent steps
+NUM_RECENT = 32
+REPORT_SECONDS = 5.0  # how long a rank waits for the reports of the others
+PROCESS_KEY, REPORT_KEY = "dist_llm/process", "dist_llm/stalled"  # in the store of the process group
+GRACE_SECONDS = 4.0  # between the diagnosis and the end of the process
+STORE_UNREACHABLE = (
+    "the store of the process group, which runs on the node of rank 0, does not answer: the process of rank 0 is "
+    "stopped, or its node is gone"
 )
+Report = dict[str, Any]
+Reports = tuple[dict[int, Report], dict[int, Any]]  # (reports by rank, process identities of ranks without a report)
 
 
 class Watchdog:
-    """While open, ends this process where it stands still for `limit_seconds`, or as much longer as is said below.
+    """While open, ends this process if no heartbeat comes within the timeout.
 
-    0: never.
+    `limit_seconds`: run.hang_seconds; 0: never. `timeout_now` gives the timeout that holds at the moment.
     """
 
-    def __init__(self, world: World, limit_seconds: float, end: Callable[[int], Any] = os._exit) -> None:
-        self.world, self.limit, self.end = world, limit_seconds, end
-        self.beats, self.times, self.last, self.what = 0, START_TIMES, time.monotonic(), "the start"
-        self.took: deque[float] = deque(maxlen=NEWEST)
-        self._main = threading.get_ident()
-        self._over = threading.Event()
+    def __init__(self, world: World, limit_seconds: float, exit_process: Callable[[int], Any] = os._exit) -> None:
+        self.world, self.limit, self.exit_process = world, limit_seconds, exit_process
+        self.num_heartbeats, self.factor, self.last_time, self.activity = 0, START_FACTOR, time.monotonic(), "the start"
+        self.recent_seconds: deque[float] = deque(maxlen=NUM_RECENT)
+        self._main_thread = threading.get_ident()
+        self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watchdog":
         if self.limit:
-            self.last = time.monotonic()
+            self.last_time = time.monotonic()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._over.set()
+        self._closed.set()
 
-    def introduce(self) -> None:
-        """Tell the others which process this is, in the store of the process group."""
+    def register(self) -> None:
+        """Publish this process's host, pid and identity, so that another rank on the node can kill it if it stalls."""
         if self.world.size > 1 and dist.is_initialized():
             store = dist.distributed_c10d._get_default_store()
-            store.set(f"{PROCESS}/{self.world.rank}", json.dumps((self.world.host, os.getpid(), identity(os.getpid()))))
-            # A launcher may keep its store over restarts, with the words of ranks that are no more.
-            for key in (f"{STILL}/{self.world.rank}", *([FIRST_FAILURE] if self.world.main else [])):
+            process = (self.world.host, os.getpid(), process_identity(os.getpid()))
+            store.set(f"{PROCESS_KEY}/{self.world.rank}", json.dumps(process))
+            # A launcher may keep its store over restarts, with the reports of earlier processes.
+            for key in (f"{REPORT_KEY}/{self.world.rank}", *([FIRST_FAILURE] if self.world.main else [])):
                 store.delete_key(key)
 
-    def beat(self, what: str, times: int = 1) -> None:
-        """This rank goes on, with `what`, which may stand still `times` as long as a step."""
+    def heartbeat(self, activity: str, factor: int = 1) -> None:
+        """This rank makes progress, and begins an `activity` that may take `factor` times as long as a step."""
         now = time.monotonic()
-        if self.beats >= FIRST_BEATS and self.times == 1:
-            self.took.append(now - self.last)
-        self.beats, self.last, self.what, self.times = self.beats + 1, now, what, times
+        if self.num_heartbeats >= FIRST_HEARTBEATS and self.factor == 1:
+            self.recent_seconds.append(now - self.last_time)
+        self.num_heartbeats += 1
+        self.last_time, self.activity, self.factor = now, activity, factor
 
     @property
-    def patience(self) -> float:
-        """Seconds that it may stand still now."""
-        first = FIRST_TIMES if self.beats <= FIRST_BEATS else 1
-        usual = statistics.median(took) if (took := tuple(self.took)) else 0.0  # a copy: another thread adds to it
-        return max(self.limit * max(first, self.times), USUAL_TIMES * usual)
+    def timeout_now(self) -> float:
+        """Seconds from the last heartbeat until the process is ended."""
+        first = FIRST_FACTOR if self.num_heartbeats <= FIRST_HEARTBEATS else 1
+        recent = tuple(self.recent_seconds)  # a copy: the main thread appends
+        typical = statistics.median(recent) if recent else 0.0
+        return max(self.limit * max(first, self.factor), TYPICAL_FACTOR * typical)
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self.limit / 4)):
-            beats, patience = self.beats, self.patience  # before the time: a beat in between makes it shorter
-            if (stood := time.monotonic() - self.last) > patience and self._tell(stood, beats):
+        while not self._closed.wait(min(1.0, self.limit / 4)):
+            # Read before the time: a heartbeat in between shortens the measured stall, never lengthens it.
+            num_heartbeats, timeout = self.num_heartbeats, self.timeout_now
+            stalled_seconds = time.monotonic() - self.last_time
+            if stalled_seconds > timeout and self._abort(stalled_seconds, num_heartbeats):
                 return
 
-    def _tell(self, stood: float, beats: int) -> bool:
-        """End this process, and tell why. False where it went on meanwhile."""
-        world, waiting = self.world, unfinished()
-        stack = traceback.format_stack(sys._current_frames().get(self._main))
+    def _abort(self, stalled_seconds: float, num_heartbeats: int) -> bool:
+        """Report the stalled rank and end this process. False if the run has resumed meanwhile."""
+        world, collective = self.world, pending_collective()
+        stack = traceback.format_stack(sys._current_frames().get(self._main_thread))
+        state = f"waiting in {collective}" if collective else "in no collective"
         log.error(
-            "rank %d on %s stands still since %.0f s, in %s, %s\n%s",
-            *(world.rank, world.host, stood, self.what, f"waiting in {waiting}" if waiting else "in no collective"),
-            "".join(stack),
+            "rank %d on %s has made no progress for %.0f s, in %s, %s\n%s",
+            *(world.rank, world.host, stalled_seconds, self.activity, state, "".join(stack)),
         )
-        place = " ".join(stack[-1].split()) if stack else "an unknown place"
-        every, silent = _exchange(world, {"host": world.host, "what": self.what, "waiting": waiting, "place": place})
-        if self._went_on(beats):  # perhaps with those that look silent: they had no reason to leave word
+        location = " ".join(stack[-1].split()) if stack else "an unknown location"
+        report = {"host": world.host, "activity": self.activity, "collective": collective, "location": location}
+        reports, silent = _exchange_reports(world, report)
+        if self._has_resumed(num_heartbeats):  # the ranks without a report have perhaps resumed, too
             return False
-        speaks = min(every) if every else world.rank
-        for line in verdict(every, world.size) if every else [SILENT]:
+        reporter = min(reports) if reports else world.rank
+        for line in diagnose(reports, world.size) if reports else [STORE_UNREACHABLE]:
             log.error(line)
-            if world.rank == speaks and not world.main:  # who has the screen is the one that is silent
+            if world.rank == reporter and not world.main:  # rank 0, which owns the console, has not reported
                 print(line, file=sys.stderr, flush=True)
-        killed = kill_silent(self.world, silent)
-        # The others read and speak, too, before the launcher hears of the first that ends; rank 0 may be their store.
-        time.sleep(LAST_SECONDS if world.main else LAST_SECONDS / 2)
-        if not killed and self._went_on(beats):
+        killed = kill_silent_ranks(world, silent)
+        # The others also need to read and print before the launcher sees the first exit; rank 0 may hold the store.
+        time.sleep(GRACE_SECONDS if world.main else GRACE_SECONDS / 2)
+        if not killed and self._has_resumed(num_heartbeats):
             return False
-        log.error("ended after run.hang_seconds: %g; raise it where a step may take so long", self.limit)
+        log.error("ended after run.hang_seconds=%g without progress; raise it if a step may take that long", self.limit)
         for handler in log.handlers:
             handler.flush()
-        self.end(EXIT_CODE)
+        self.exit_process(EXIT_CODE)
         return True
 
-    def _went_on(self, beats: int) -> bool:
-        """Whether there was a beat since, or the end. Then the word that was left must not be heard the next time."""
-        if self.beats == beats and not self._over.is_set():
+    def _has_resumed(self, num_heartbeats: int) -> bool:
+        """Whether a heartbeat came since, or the run has ended. If so, this rank's report is withdrawn."""
+        if self.num_heartbeats == num_heartbeats and not self._closed.is_set():
             return False
-        log.warning("rank %d on %s goes on after all, with %s", self.world.rank, self.world.host, self.what)
+        log.warning("rank %d on %s has resumed, with %s", self.world.rank, self.world.host, self.activity)
         if self.world.size > 1 and dist.is_initialized():
-            thread = threading.Thread(target=_say, args=(self.world, None), name="takes back", daemon=True)
+            thread = threading.Thread(target=_publish, args=(self.world, None), name="withdraw report", daemon=True)
             thread.start()
-            thread.join(ANSWER_SECONDS)  # a store that is gone ends the run otherwise
+            thread.join(REPORT_SECONDS)  # if the store is gone, the run ends for that reason
         return True
 
 
-def verdict(every: dict[int, dict[str, Any]], ranks: int) -> list[str]:
-    """Who holds up the others, from what those that answered said, by rank."""
-    gone = [rank for rank in range(ranks) if rank not in every]
-    lines = [f"rank {rank} does not answer: its process is stopped, or its node gone" for rank in gone]
-    for rank, said in every.items():
-        if not said["waiting"]:
-            lines.append(f"rank {rank} on {said['host']} holds up the run, in {said['what']}: {said['place']}")
+def diagnose(reports: Mapping[int, Report], num_ranks: int) -> list[str]:
+    """One line for each rank that holds up the others, from the reports by rank."""
+    silent = [rank for rank in range(num_ranks) if rank not in reports]
+    lines = [f"rank {rank} does not answer: its process is stopped, or its node is gone" for rank in silent]
+    for rank, report in reports.items():
+        if not report["collective"]:
+            where = f"in {report['activity']}: {report['location']}"
+            lines.append(f"rank {rank} on {report['host']} holds up the run, {where}")
     if not lines:
-        places = ", ".join(f"{rank} in {said['waiting']}" for rank, said in sorted(every.items()))
-        lines = [f"all ranks wait for each other: {places}; a network that fails, or collectives that do not match"]
+        waiting = ", ".join(f"{rank} in {report['collective']}" for rank, report in sorted(reports.items()))
+        lines = [f"all ranks wait for each other: {waiting}; the network fails, or the collectives do not match"]
     return lines
 
 
-def kill_silent(world: World, silent: Mapping[int, Any]) -> bool:
-    """End the processes on this node of ranks that do not answer: a launcher would wait for them to end by themselves.
+def kill_silent_ranks(world: World, silent: Mapping[int, Any]) -> bool:
+    """Kill those ranks without a report whose processes run on this node. Returns whether there was one.
 
-    Torchrun asks for 30 s before it kills; one that is stopped cannot hear it. Returns whether there was one.
+    Torchrun sends SIGTERM and waits 30 s before it kills; a stopped process does not receive SIGTERM.
     """
     killed = False
-    for rank, (host, process, who) in silent.items():
-        with suppress(OSError):  # it has ended
-            if host == world.host and identity(process) == who:
-                log.error("rank %d, process %d on this node, is killed", rank, process)
-                os.kill(process, signal.SIGKILL)
+    for rank, (host, pid, identity) in silent.items():
+        with suppress(OSError):  # the process has ended
+            if host == world.host and process_identity(pid) == identity:
+                log.error("killing rank %d, process %d on this node", rank, pid)
+                os.kill(pid, signal.SIGKILL)
                 killed = True
     return killed
 
 
-def unfinished() -> str:
-    """The newest collective that this process is in, but for those of a checkpoint's thread; empty: none.
+def _exchange_reports(world: World, report: Report) -> Reports:
+    """Publish this rank's report and wait for those of the others. Both results are empty if the store is gone.
 
-    From torch's flight recorder (`start_recording`).
-    """
-    entries = _recorded()
-    if not entries:
-        return ""
-    newest = max(entries, key=lambda entry: entry["time_created_ns"])
-    return f"{newest['profiling_name']} {newest['input_sizes']} of {newest['process_group'][1]}"
-
-
-def waits() -> bool:
-    """Whether this process, or its device, is in a collective now. What NCCL has yet to start waits for nobody."""
-    return any(not entry["profiling_name"].startswith("nccl") or entry["state"] == "started" for entry in _recorded())
-
-
-def _recorded() -> list[dict[str, Any]]:
-    """Collectives that are not over, but for those of a checkpoint's thread."""
-    if not dist.is_initialized():
-        return []
-    entries = []
-    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo's, and NCCL's where there is one
-        with suppress(Exception):  # of a build without it
-            entries += json.loads(getattr(torch._C._distributed_c10d, name)())["entries"]
-    return [
-        entry
-        for entry in entries
-        # NCCL's are retired some time after they are completed; gloo's have no such state.
-        if not entry.get("retired", True)
-        and entry["state"] != "completed"
-        and CHECKPOINT_GROUP not in entry["process_group"]
-    ]
-
-
-def start_recording(device: torch.device) -> None:
-    """Have torch note its newest collectives; reading them takes some 15 us each. Before the process group is made.
-
-    A GPU's host runs a step ahead of it, so that the one that runs is far from the newest.
-    """
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1024" if device.type == "cuda" else "64")
-    os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")  # else none is known to have started
-
-
-def _exchange(world: World, mine: dict[str, Any]) -> tuple[dict[int, dict[str, Any]], dict[int, Any]]:
-    """(what the ranks that stand still say: those that answer in time; of those that do not, which process they are).
-
-    Nothing of either where there is none to ask. Rank 0 may hold the store in which they leave word. Where it is
-    stopped, a question to it never returns, and has no limit of its own: a thread asks, which is left behind.
+    A stopped rank 0 may hold the store: a request then never returns and has no timeout. A daemon thread therefore
+    sends the requests, and is left behind.
     """
     if world.size == 1 or not dist.is_initialized():
-        return {world.rank: mine}, {}
-    answers: queue.SimpleQueue[Answers] = queue.SimpleQueue()
-    threading.Thread(target=_ask, args=(world, mine, answers), name="asks", daemon=True).start()
-    found: Answers = ({}, {})
+        return {world.rank: report}, {}
+    updates: queue.SimpleQueue[Reports] = queue.SimpleQueue()
+    threading.Thread(target=_collect_reports, args=(world, report, updates), name="reports", daemon=True).start()
+    newest: Reports = ({}, {})
     with suppress(queue.Empty):
-        until = time.monotonic() + ANSWER_SECONDS + 1.0
-        while len(found[0]) + len(found[1]) < world.size:
-            found = answers.get(timeout=max(0.0, until - time.monotonic()))
-    return found
+        deadline = time.monotonic() + REPORT_SECONDS + 1.0
+        while len(newest[0]) + len(newest[1]) < world.size:
+            newest = updates.get(timeout=max(0.0, deadline - time.monotonic()))
+    return newest
 
 
-def _ask(world: World, mine: dict[str, Any], answers: "queue.SimpleQueue[Answers]") -> None:
-    """Leave word in the store, and hand on what others left there, each time that the store answers."""
-    found, every = {world.rank: mine}, set(range(world.size))
+def _collect_reports(world: World, report: Report, updates: "queue.SimpleQueue[Reports]") -> None:
+    """Publish the report, then put all reports so far into `updates` each time that the store answers."""
+    reports, ranks = {world.rank: report}, set(range(world.size))
     try:
-        store = _say(world, mine)
-        until = time.monotonic() + ANSWER_SECONDS
-        while time.monotonic() < until and len(found) < world.size:
-            found |= _words(store, STILL, every - found.keys())
-            answers.put((dict(found), {}))
+        store = _publish(world, report)
+        deadline = time.monotonic() + REPORT_SECONDS
+        while time.monotonic() < deadline and len(reports) < world.size:
+            reports |= _read_values(store, REPORT_KEY, ranks - reports.keys())
+            updates.put((dict(reports), {}))
             time.sleep(0.2)
-        answers.put((dict(found), _words(store, PROCESS, every - found.keys())))
-    except Exception as error:  # the store's host is gone
-        log.error("rank %d cannot ask the others: %s", world.rank, error)
+        updates.put((dict(reports), _read_values(store, PROCESS_KEY, ranks - reports.keys())))
+    except Exception as error:  # the node that runs the store is gone
+        log.error("rank %d cannot read the reports of the other ranks: %s", world.rank, error)
 
 
-def _say(world: World, word: dict[str, Any] | None) -> Any:
-    """Leave this rank's word in the store, or None in its place: one that is deleted may be waited for."""
+def _publish(world: World, report: Report | None) -> Any:
+    """Set this rank's report in the store, and return the store. None withdraws it: readers block on a deleted key."""
     store = dist.distributed_c10d._get_default_store()
-    store.set(f"{STILL}/{world.rank}", json.dumps(word))
+    store.set(f"{REPORT_KEY}/{world.rank}", json.dumps(report))
     return store
 
 
-def _words(store: Any, about: str, ranks: Iterable[int]) -> dict[int, Any]:
-    """What these ranks left there, of those that did."""
-    keys = {rank: f"{about}/{rank}" for rank in ranks}
-    left = {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
-    return {rank: word for rank, word in left.items() if word is not None}
+def _read_values(store: Any, prefix: str, ranks: Iterable[int]) -> dict[int, Any]:
+    """The values at `prefix/rank`, for the ranks that have one."""
+    keys = {rank: f"{prefix}/{rank}" for rank in ranks}
+    values = {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
+    return {rank: value for rank, value in values.items() if value is not None}

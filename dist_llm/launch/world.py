@@ -1,4 +1,4 @@
-"""Who am I among how many: torchrun's or Slurm's variables -> `World`; none -> one process. Imports no torch.
+"""Rank and world size from the variables of torchrun or Slurm; one process without them. Imports no torch.
 
 This package is the only place that reads or sets the environment.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dist_llm.errors import ConfigError
 
-# What launchers other than torchrun and srun tell each process: how many there are, and which one it is.
+# Variables with which launchers other than torchrun and srun give each process the world size and its rank.
 LAUNCHER_SIZES = {
     "OMPI_COMM_WORLD_SIZE": "mpirun (Open MPI)",
     "MV2_COMM_WORLD_SIZE": "mpirun (MVAPICH2)",
@@ -25,7 +25,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place. `local_rank` picks its GPU."""
+    """Rank, world size, rank within the node (which selects the GPU) and host name."""
 
     rank: int = 0
     size: int = 1
@@ -34,61 +34,61 @@ class World:
 
     @property
     def main(self) -> bool:
-        """The rank that prints and writes."""
+        """Whether this is the rank that prints and writes files."""
         return self.rank == 0
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
-    """From RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; else from what Slurm tells a task of `srun`.
+    """Read RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them, else the variables that `srun` sets for a task.
 
-    Raises ConfigError if only some are there, or if they make no sense.
+    Raises ConfigError if some are missing or inconsistent.
     """
     host = environ.get("SLURMD_NODENAME") or socket.gethostname()
     names = RANK_VARIABLES
     missing = [name for name in names if name not in environ]
     if len(missing) == len(names):
-        # In a batch script or a shell, outside any step, the variables of tasks are set too, but none is started.
+        # A batch script and a shell also have the variables of tasks, but are no task themselves.
         if "SLURM_STEP_ID" not in environ or environ.get("SLURM_NTASKS", "1") == "1":
             _refuse_other_launcher(environ)
             return World(host=host)
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
         if "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
             raise ConfigError(
-                f"environment: {environ['SLURM_NTASKS']} tasks of Slurm, but MASTER_ADDR and MASTER_PORT do not say "
-                "where they meet; start with: dist-llm submit, or sbatch slurm/train.sbatch"
+                f"environment: {environ['SLURM_NTASKS']} Slurm tasks, but MASTER_ADDR and MASTER_PORT are not "
+                "set; start with: dist-llm submit, or sbatch slurm/train.sbatch"
             )
     elif missing:
         raise ConfigError(
-            f"environment: {', '.join(missing)} is not set though others of {', '.join(names)} are; "
+            f"environment: {', '.join(missing)} is not set, but others of {', '.join(names)} are; "
             "start with torchrun, or unset them all to run one process"
         )
-    given = ", ".join(f"{name}={environ.get(name)}" for name in names)
+    assignments = ", ".join(f"{name}={environ.get(name)}" for name in names)
     try:
         rank, size, local_rank = (int(environ.get(name, "")) for name in names)
     except ValueError:
-        raise ConfigError(f"environment: {given} must be whole numbers; start with torchrun") from None
+        raise ConfigError(f"environment: {assignments} must be whole numbers; start with torchrun") from None
     if not (0 <= rank < size and 0 <= local_rank < size):
         raise ConfigError(
-            f"environment: {given}: {names[0]} and {names[2]} must be at least 0 and below {names[1]}; "
+            f"environment: {assignments}: {names[0]} and {names[2]} must be at least 0 and below {names[1]}; "
             "start with torchrun"
         )
     return World(rank, size, local_rank, host)
 
 
 def _refuse_other_launcher(environ: Mapping[str, str]) -> None:
-    """Raises ConfigError where MPI, PMI or another launcher started several processes, of which this is one.
+    """Raises ConfigError if MPI, PMI or another launcher started this process as one of several.
 
-    Each would take itself for a whole run, and all would write into one directory.
+    Each process would train alone, and all would write to the same directory.
     """
     sizes = {name: environ[name] for name in LAUNCHER_SIZES if name in environ}
     ranks = {name: environ[name] for name in LAUNCHER_RANKS if name in environ}
     one_task = "SLURM_STEP_ID" in environ  # srun said that it is the only one
-    found = next(((name, value) for name, value in sizes.items() if value != "1"), None)
-    if found is None and ranks and not sizes and not one_task:
-        found = next(iter(ranks.items()))  # one of an unknown number
-    if found is None:
+    variable = next(((name, value) for name, value in sizes.items() if value != "1"), None)
+    if variable is None and ranks and not sizes and not one_task:
+        variable = next(iter(ranks.items()))  # the world size is unknown
+    if variable is None:
         return
-    name, value = found
+    name, value = variable
     launcher = LAUNCHER_SIZES.get(name, "a launcher that speaks PMI")
     raise ConfigError(
         f"environment: {name}={value} says that {launcher} started this process as one of several, but "

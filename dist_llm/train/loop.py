@@ -93,37 +93,43 @@ class Trainer:
 
         Returns 0, or the signal that made it save and stop before. Raises RewindError where it is to go back.
         """
-        config, told = self.config, signals.told
+        config, stop_signal = self.config, signals.agreed_signal()
         self.recorder.restart_clock(self.progress.tokens)
         with self.sinks, self.stragglers, Garbage() as garbage:  # closed at the end, whatever it is
             if self.progress.step == 0 and self.guard.rewinds:
                 self.save()  # something to go back to
-            while self.progress.step < config.run.steps and not told:
-                self.watchdog.beat(f"step {self.progress.step + 1}")
-                signals.share()
+            while self.progress.step < config.run.steps and not stop_signal:
+                self.watchdog.heartbeat(f"step {self.progress.step + 1}")
+                signals.start_sync()
                 self.step()
                 self.store.poll()
                 step = self.progress.step
-                if told := signals.agreed():
-                    log.info("%s: saving, then this run ends; a second signal ends it at once", Signals(told).name)
+                if stop_signal := signals.agreed_signal():
+                    log.info(
+                        "%s: saving, then this run ends; a second signal ends it at once", Signals(stop_signal).name
+                    )
                 last = step == config.run.steps
                 if step % config.log.every == 0 or last:
                     self.flush()
                     garbage.collect()
-                evaluates = last or (config.eval.every and step % config.eval.every == 0 and not told)
-                saves = last or told or (config.checkpoint.every and step % config.checkpoint.every == 0)
+                evaluates = last or (config.eval.every and step % config.eval.every == 0 and not stop_signal)
+                saves = last or stop_signal or (config.checkpoint.every and step % config.checkpoint.every == 0)
                 if evaluates:
                     self.evaluate()
                 if saves:
-                    self.watchdog.beat(f"the checkpoint of step {step}", SLOW)
+                    self.watchdog.heartbeat(f"the checkpoint of step {step}", SLOW)
                     self.save()
                 if evaluates or saves:
                     garbage.collect(everything=True)
-            self.watchdog.beat("writing the last checkpoint", SLOW)
+            self.watchdog.heartbeat("writing the last checkpoint", SLOW)
             self.store.finish()
-        if told:
-            log.info("stopped by %s after step %d, saved; start again to go on", Signals(told).name, self.progress.step)
-            return told
+        if stop_signal:
+            log.info(
+                "stopped by %s after step %d, saved; start again to go on",
+                Signals(stop_signal).name,
+                self.progress.step,
+            )
+            return stop_signal
         log.info("done: %d steps, checkpoint in %s", self.progress.step, self.store.directory)
         log.info("watch the curves: tensorboard --logdir %s", self.directory / "tensorboard")
         return 0
@@ -167,7 +173,7 @@ class Trainer:
         if self.heldout is None:
             return
         self.flush()
-        result = evaluate(self.engine, self.heldout, lambda: self.watchdog.beat("an evaluation", SLOW))
+        result = evaluate(self.engine, self.heldout, lambda: self.watchdog.heartbeat("an evaluation", SLOW))
         self.progress.heldout_loss = result.loss
         row: Row = {
             "step": self.progress.step,

@@ -29,10 +29,11 @@ from dist_llm.engines.base import Engine
 from dist_llm.engines.build import build_engine
 from dist_llm.errors import CheckpointError, DataError, UserError, user_error_of
 from dist_llm.launch.environment import check_accelerate, set_network
-from dist_llm.launch.failures import add_last_words
+from dist_llm.launch.failures import annotate_failure
+from dist_llm.launch.flight_recorder import start_recording
 from dist_llm.launch.group import device_of, keep_freed_memory, process_group
-from dist_llm.launch.stop import StopSignals, forget_word, leave_word
-from dist_llm.launch.watchdog import Watchdog, start_recording
+from dist_llm.launch.stop import StopSignals, clear_stop_marker, write_stop_marker
+from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
 from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.observe.console import start_logging, stop_logging
@@ -80,19 +81,19 @@ def train(config: Config, world: World) -> int:
         start_recording(device)
         alone, watchdog = config.engine != "native", Watchdog(world, config.run.hang_seconds)
         with watchdog, process_group(world, device, alone=alone):
-            watchdog.introduce()
+            watchdog.register()
             found = store.newest()
             if found is not None:
                 log_harmless(check_resume(found, config))  # not always the one that was seen first
             if world.main:
-                forget_word(directory)
+                clear_stop_marker(directory)
             engine = build_engine(config, device)
             layout = shape({axis: getattr(config.parallel, axis) for axis in AXES})
             log.info("ranks: %d (%s), engine: %s", world.size, layout, config.engine)
             parts = Parts(plan_rate(config, found), world, sources, vocabulary, store, engine, watchdog)
-            told = parts.run(found or start)
+            stop_signal = parts.run(found or start)
             del parts, engine
-        return told
+        return stop_signal
 
 
 @contextmanager
@@ -145,22 +146,22 @@ class Parts:
         """Train from there, going back as often as the guard says. Returns as `train` does."""
         world, watchdog, trainer = self.world, self.watchdog, self.trainer(start)
         try:
-            with StopSignals() as signals:  # what is noted while the run goes back still holds
+            with StopSignals() as signals:  # a signal during a rewind still counts
                 while True:
                     try:
-                        told = trainer.run(signals)
+                        stop_signal = trainer.run(signals)
                         break
                     except RewindError as bad:
                         trainer = self.rewound(trainer, bad)
-            if told and world.main:
-                leave_word(told, trainer.progress.step, Path(self.config.run.dir))
-            return told
+            if stop_signal and world.main:
+                write_stop_marker(stop_signal, trainer.progress.step, Path(self.config.run.dir))
+            return stop_signal
         except Exception as error:
-            add_last_words(error, world, watchdog.what)
+            annotate_failure(error, world, watchdog.activity)
             log.error("%s", error.__notes__[-1])  # now: what is being written may take longer than others wait
             raise
         finally:
-            watchdog.beat("the end", SLOW)
+            watchdog.heartbeat("the end", SLOW)
             trainer.loader.close()
             self.store.wait()
 
@@ -180,7 +181,7 @@ class Parts:
 
     def rewound(self, trainer: Trainer, bad: RewindError) -> Trainer:
         """One that begins at the newest checkpoint, and leaves out the samples that the policy says."""
-        self.watchdog.beat("going back", SLOW)
+        self.watchdog.heartbeat("going back", SLOW)
         trainer.loader.close()
         self.store.finish()
         found = self.store.newest()

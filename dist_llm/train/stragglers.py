@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from operator import add
 
 from dist_llm.engines.base import Engine
-from dist_llm.launch.watchdog import waits
+from dist_llm.launch.flight_recorder import in_collective
 from dist_llm.launch.world import World
 from dist_llm.observe.metrics import Row
 
@@ -69,7 +69,7 @@ class Stragglers:
     def _look(self) -> None:
         draws = random.Random()  # so that no rhythm of the steps is met always at the same place
         while not self._over.wait(draws.uniform(0.5, 1.5) * EVERY_SECONDS):
-            waiting = waits()  # takes longer than an addition, in which the counts are not taken away
+            waiting = in_collective()  # takes longer than an addition, in which the counts are not taken away
             self.waits += waiting
             self.looks += 1
 

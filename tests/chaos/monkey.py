@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from dist_llm.launch.watchdog import START_TIMES
+from dist_llm.launch.watchdog import START_FACTOR
 from tests.chaos.job import HANG_SECONDS, NODES, Job, kill
 from tests.chaos.rank import order
 from tests.chaos.watch import TICK_SECONDS, Watch
@@ -20,7 +20,7 @@ from tests.netns.network import Network
 # From the end of a fault to a step that was not taken before. The longest is a rank that is stopped after a step that a
 # cut link made long: the others wait for 10 times that, ask and speak for 10 s, and torchrun waits for 30 s. Any may
 # meet a start: a run that went on after a cut link may end of it all the same, some seconds later.
-BOUND_SECONDS = 120.0 + START_TIMES * HANG_SECONDS
+BOUND_SECONDS = 120.0 + START_FACTOR * HANG_SECONDS
 IMPATIENT = 0.3  # of the faults after the first deck are followed by another before that
 PAUSE_SECONDS = 3.0  # at most, until the next fault
 START_SECONDS = 12.0  # the same where it is to meet a run that starts

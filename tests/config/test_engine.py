@@ -202,10 +202,10 @@ def test_bf16_reduces_in_fp32_as_the_native_engine_does() -> None:
 
 
 LAUNCHED = [
-    ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "precision: asks for ACCELERATE_MIXED_PRECISION=no, but accelerate was"),
-    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate.plugin: asks for ACCELERATE_USE_DEEPSPEED=false"),
-    ({"ACCELERATE_USE_FSDP": "true"}, "accelerate.plugin: asks for ACCELERATE_USE_FSDP=false"),
-    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "data.micro_batch: asks for ACCELERATE_GRADIENT_ACCUMULATION"),
+    ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "precision: needs ACCELERATE_MIXED_PRECISION=no, but accelerate was"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate.plugin: needs ACCELERATE_USE_DEEPSPEED=false"),
+    ({"ACCELERATE_USE_FSDP": "true"}, "accelerate.plugin: needs ACCELERATE_USE_FSDP=false"),
+    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "data.micro_batch: needs ACCELERATE_GRADIENT_ACCUMULATION"),
 ]
 
 

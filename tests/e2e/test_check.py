@@ -39,7 +39,5 @@ def test_a_rank_that_never_comes_does_not_hold_up_the_others(tmp_path: Path) -> 
         timeout=commands.LIMIT_SECONDS,
     )
     assert done.returncode == 2
-    expected = (
-        f"error: 1 problem found by the check:\n  {HOST}: rank 0 is still at the meeting of all ranks after 2 s\n"
-    )
+    expected = f"error: 1 problem found:\n  {HOST}: rank 0 is still in the rendezvous of all ranks after 2 s\n"
     assert done.stderr == expected

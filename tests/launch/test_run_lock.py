@@ -14,7 +14,7 @@ import pytest
 
 from dist_llm.errors import ConfigError
 from dist_llm.launch import run_lock
-from dist_llm.launch.process import identity, is_running
+from dist_llm.launch.process import is_running, process_identity
 from dist_llm.launch.run_lock import LOCK_FILE, Holder, RunLock, is_gone, parse_holder, this_process
 
 ELSEWHERE = Holder("t", "n7", 12, "another machine", "99", "yesterday")
@@ -143,7 +143,7 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
 
 def test_who_lost_its_lock_ends_and_leaves_the_new_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     codes: list[int] = []
-    lock = RunLock(tmp_path, me(), end=codes.append)
+    lock = RunLock(tmp_path, me(), exit_process=codes.append)
     with lock:
         before = (tmp_path / LOCK_FILE).stat().st_mtime_ns
         os.utime(tmp_path / LOCK_FILE, ns=(0, 0))
@@ -164,7 +164,7 @@ def test_what_a_process_is_known_by() -> None:
     found = this_process("n3", {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "none"})
     assert (found.host, found.process, found.job, found.restarts, found.launch) == ("n3", os.getpid(), "8", 2, "")
     assert this_process("n3", {"TORCHELASTIC_RUN_ID": "mine"}).launch == "mine"
-    assert is_running(os.getpid(), identity(os.getpid())[2])
+    assert is_running(os.getpid(), process_identity(os.getpid())[2])
     assert not is_running(os.getpid(), "1")
 
 

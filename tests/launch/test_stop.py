@@ -1,4 +1,4 @@
-"""A signal is noted and passed on; a second one ends the process; the word that is left, and taken back."""
+"""A signal is recorded and shared; a second one ends the process; the stop marker is written and cleared."""
 
 import json
 import os
@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dist_llm.launch.stop import MARKER, StopSignals, forget_word, leave_word
+from dist_llm.launch.stop import MARKER, StopSignals, clear_stop_marker, write_stop_marker
 from tests.laws.worlds import world
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_is_noted_and_known_after_the_next_word(number: signal.Signals) -> None:
+def test_a_signal_is_recorded_and_known_after_the_next_sync(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopSignals() as signals:
-        signals.share()
-        assert signals.agreed() == 0
+        signals.start_sync()
+        assert signals.agreed_signal() == 0
         os.kill(os.getpid(), number)
-        assert signals.agreed() == 0, "not before it is shared"
-        signals.share()
-        assert signals.agreed() == number
+        assert signals.agreed_signal() == 0, "not before the next sync"
+        signals.start_sync()
+        assert signals.agreed_signal() == number
     assert signal.getsignal(number) == before
     assert signal.set_wakeup_fd(-1) == -1
 
@@ -34,26 +34,26 @@ def test_what_nohup_or_a_background_job_ignores_stays_ignored(number: signal.Sig
     try:
         with StopSignals() as signals:
             os.kill(os.getpid(), number)
-            signals.share()
-            assert signals.agreed() == 0
+            signals.start_sync()
+            assert signals.agreed_signal() == 0
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, before)
 
 
-def told(who: int) -> list[int]:
-    found = []
+def agreed_signals(rank: int) -> list[int]:
+    seen = []
     with StopSignals() as signals:
         for step in range(3):
-            signals.share()
-            if step == 1 and dist.get_rank() == who:
+            signals.start_sync()
+            if step == 1 and dist.get_rank() == rank:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            found.append(signals.agreed())
-    return found
+            seen.append(signals.agreed_signal())
+    return seen
 
 
 def test_all_ranks_agree_on_the_step() -> None:
-    assert world(2).run(told, 1) == [[0, 0, signal.SIGUSR1]] * 2
+    assert world(2).run(agreed_signals, 1) == [[0, 0, signal.SIGUSR1]] * 2
 
 
 # A child for each case, forked once the parent has imported torch. "stuck": the main thread waits in C for a mutex that
@@ -103,12 +103,14 @@ def test_a_second_signal_ends_the_process_at_once_whatever_it_does() -> None:
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_the_word_is_where_the_batch_script_looks(named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stop_marker_is_where_the_batch_script_looks(
+    named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / ("elsewhere" if named else "stopped.json")
     if named:
         monkeypatch.setenv(MARKER, str(path))
-    leave_word(signal.SIGUSR1, 7, tmp_path)
+    write_stop_marker(signal.SIGUSR1, 7, tmp_path)
     assert json.loads(path.read_text()) == {"signal": "SIGUSR1", "step": 7}
-    forget_word(tmp_path)
-    forget_word(tmp_path)
+    clear_stop_marker(tmp_path)
+    clear_stop_marker(tmp_path)
     assert not path.exists()

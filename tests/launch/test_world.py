@@ -36,7 +36,7 @@ def test_a_task_of_slurm_is_a_rank():
 
 
 def test_tasks_without_a_place_to_meet_are_refused():
-    with pytest.raises(ConfigError, match="8 tasks of Slurm, but MASTER_ADDR and MASTER_PORT do not say where"):
+    with pytest.raises(ConfigError, match="8 Slurm tasks, but MASTER_ADDR and MASTER_PORT are not set"):
         read_world({**SLURM, "MASTER_ADDR": "n1"})
 
 
@@ -79,7 +79,7 @@ def test_each_local_rank_has_its_gpu_or_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device_of(World(3, 4, 1)) == torch.device("cuda", 1)
-    with pytest.raises(ConfigError, match="rank 6 on node7 wants GPU 2, but there are only 2"):
+    with pytest.raises(ConfigError, match="rank 6 on node7 needs GPU 2, but the node has only 2"):
         device_of(World(6, 8, 2, "node7"))
 
 
@@ -144,7 +144,7 @@ def test_ranks_that_never_come_are_told_of(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", port)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with (
-        pytest.raises(ConfigError, match=rf"MASTER_PORT={port}: the ranks cannot meet there: .*1/2 clients joined"),
+        pytest.raises(ConfigError, match=rf"MASTER_PORT={port}: rendezvous failed: .*1/2 clients joined"),
         process_group(World(0, 2), torch.device("cpu"), timeout_seconds=0.5),
     ):
         pass

@@ -42,7 +42,7 @@ def test_a_cut_link_and_a_dead_node_cost_steps_and_nothing_else(corpus: Path, tm
                 net.link(3, up=False)
                 # Between two steps it may meet a checkpoint, which the watchdog gives so many times as long.
                 wait(lambda: said(tmp_path, "ranks: 2 (dp_shard 2)") >= 1, tmp_path, 90 + SLOW * HANG_SECONDS)
-                assert said(tmp_path, "does not answer: its process is stopped, or its node gone") >= 1
+                assert said(tmp_path, "does not answer: its process is stopped, or its node is gone") >= 1
                 kill(three)
                 after = rows(tmp_path)
                 wait(lambda: rows(tmp_path) >= after + 3, tmp_path)

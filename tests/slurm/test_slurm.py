@@ -122,7 +122,7 @@ def test_the_debug_script_runs(cluster: Cluster, corpus: Path) -> None:
 def test_tasks_without_a_place_to_meet_are_told_so(cluster: Cluster, corpus: Path) -> None:
     words = [sys.executable, "-m", "dist_llm", "train", *map(str, train(corpus, "lost", 1))]
     found = cluster.call("srun", "--ntasks=2", "bash", "-c", f"{' '.join(words)} 2>&1; true")
-    assert "MASTER_ADDR and MASTER_PORT do not say where they meet; start with: dist-llm submit" in found
+    assert "MASTER_ADDR and MASTER_PORT are not set; start with: dist-llm submit" in found
 
 
 @pytest.mark.slow
