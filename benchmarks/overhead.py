@@ -39,8 +39,8 @@ from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.observe.metrics import Row
 from dist_llm.parallel.parallelize import initialise
 from dist_llm.text.prepare import PrepareOptions, prepare
-from dist_llm.train.loop import Trainer
 from dist_llm.train.settings import read_config, read_vocabulary
+from dist_llm.train.trainer import Trainer
 
 WARM_UP_PAIRS = 2
 CLAIM = 0.98  # the least ratio that we promise

@@ -23,7 +23,7 @@ FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 PACED = """\
 import sys, time
 from dist_llm.cli import main
-from dist_llm.train.loop import Trainer
+from dist_llm.train.trainer import Trainer
 
 step = Trainer.step
 

@@ -15,12 +15,12 @@ from dist_llm.optim.scale import LossScale
 
 
 @dataclass
-class Guarded:
-    """The newest losses of steps that were not bad; how many bad ones were dealt with; samples [from, to) left out."""
+class GuardState:
+    """What the guard remembers: recent losses of good steps, how much of guard.budget is used, samples left out."""
 
     losses: list[float] = field(default_factory=list)
-    spent: int = 0
-    left_out: list[tuple[int, int]] = field(default_factory=list)
+    num_used: int = 0
+    left_out: list[tuple[int, int]] = field(default_factory=list)  # ranges [first, end)
 
 
 @dataclass
@@ -37,14 +37,15 @@ class Progress:
     source_tokens: dict[str, int] = field(default_factory=dict)
     loss_scale: LossScale | None = None
     heldout_loss: float | None = None
-    guard: Guarded = field(default_factory=Guarded)
+    guard: GuardState = field(default_factory=GuardState)
 
     @staticmethod
     def of(fields: dict[str, Any]) -> "Progress":
         """From what `as_dict` gave."""
         scale, guard = fields.pop("loss_scale", None), fields.pop("guard", {})  # older checkpoints have none
+        guard["num_used"] = guard.pop("spent", guard.get("num_used", 0))  # its name up to version 0.1
         guard["left_out"] = [tuple(each) for each in guard.get("left_out", ())]
-        return Progress(**fields, loss_scale=LossScale(**scale) if scale else None, guard=Guarded(**guard))
+        return Progress(**fields, loss_scale=LossScale(**scale) if scale else None, guard=GuardState(**guard))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

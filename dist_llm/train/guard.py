@@ -1,4 +1,4 @@
-"""What becomes of a bad step: one whose loss or gradient is not finite, or whose loss is a spike. The config says."""
+"""Handle anomalies: a loss, gradient or weight that is not finite, a loss spike, ranks that disagree. See `guard.*`."""
 
 import logging
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_llm.checkpoint.state import Guarded
+from dist_llm.checkpoint.state import GuardState
 from dist_llm.config.schema import GuardConfig
 from dist_llm.engines.base import Engine
 from dist_llm.errors import DivergedError
@@ -18,124 +18,130 @@ from dist_llm.observe.metrics import Row
 
 log = logging.getLogger("dist_llm")
 
-DEVIATION = 1.4826  # of a normal distribution: its standard deviation over its median absolute deviation
-KEYS = ("not_finite", "spike")
-LEAST = 1e-3  # share of the median below which a deviation is no sign of anything
+MAD_TO_SIGMA = 1.4826  # standard deviation / median absolute deviation of a normal distribution
+STEP_KEYS = ("not_finite", "spike")
+MIN_RELATIVE_SIGMA = 1e-3  # of the median; a smaller spread would make every deviation a spike
 
 
 @dataclass(frozen=True)
-class Bad:
-    """What is wrong with a step, the key of the section `guard` that says what to do, and what a user may do."""
+class Anomaly:
+    """What is wrong with a step, the key of section `guard` that decides what happens, and advice to the user."""
 
     key: str
-    what: str
+    problem: str
     advice: str = (
-        "lower optim.lr, or leave out the step's samples by data.skip (tools/inspect_data.py show --run {run} --step "
-        "{step} shows them), or let the run do so: guard.{key}: rewind; to go on anyway, guard.{key}: warn"
+        "lower optim.lr, or leave out the step's samples with data.skip (tools/inspect_data.py show --run {run} --step "
+        "{step} shows them), or let the run do so: guard.{key}: rewind; to continue anyway, guard.{key}: warn"
     )
 
 
 class RewindError(Exception):
-    """A step was bad, and the run is to go on from a checkpoint before it."""
+    """A step had an anomaly, and the run has to continue from a checkpoint before it."""
 
-    def __init__(self, step: int, bad: Bad) -> None:
-        super().__init__(f"step {step}: {bad.what}")
-        self.step, self.by_samples = step, bad.key != "corrupt"
+    def __init__(self, step: int, anomaly: Anomaly) -> None:
+        super().__init__(f"step {step}: {anomaly.problem}")
+        self.step, self.skips_samples = step, anomaly.key != "corrupt"
 
 
 class Guard:
-    """Judges each step once, in order; ranks tell each other, so that all come to the same verdict.
+    """Checks the metrics of each step once, in order. Ranks all-gather their results and act alike."""
 
-    `norms`: whether a gradient norm that is not finite is bad (under fp16 it is how the loss scale is found).
-    """
-
-    def __init__(self, config: GuardConfig, state: Guarded, engine: Engine, run: Path) -> None:
-        self.config, self.state, self.gather, self.run = config, state, engine.gather, run
-        self.norms = engine.loss_scale is None
+    def __init__(self, config: GuardConfig, state: GuardState, engine: Engine, run: Path) -> None:
+        self.config, self.state, self.all_gather, self.run = config, state, engine.gather, run
+        # Under fp16 gradients overflow until the loss scale fits: then only the loss is checked.
+        self.checks_norm = engine.loss_scale is None
         self.skips = "skip" in (config.not_finite, config.spike)
         self.rewinds = "rewind" in (config.not_finite, config.spike, config.corrupt)
-        self.judged: dict[int, Bad | None] = {}  # steps that were judged before they were taken
-        self.warned = 0  # the newest step that was warned of
+        self.checked: dict[int, Anomaly | None] = {}  # steps that `should_apply` has checked
+        self.last_warned_step = 0
 
-    def accept(self, step: int, loss: Tensor, norm: Tensor) -> bool:
-        """Whether to take the step. Waits for the device and for all ranks: asked only if `skips`."""
-        bad = self._agreed(self._judge(*torch.stack((loss.float(), norm.float())).tolist()))
-        self.judged[step] = bad
-        return bad is None or self._policy(bad) != "skip"
+    def should_apply(self, step: int, loss: Tensor, norm: Tensor) -> bool:
+        """Whether to apply the update of this step. Synchronises with the device and all ranks: used if `skips`."""
+        anomaly = self._agree(self._find_anomaly(*torch.stack((loss.float(), norm.float())).tolist()))
+        self.checked[step] = anomaly
+        return anomaly is None or self._policy(anomaly) != "skip"
 
-    def look(self, rows: Sequence[Row]) -> list[Row]:
-        """Judge the steps of these rows, and return what to note of them.
+    def check_metrics(self, rows: Sequence[Row]) -> list[Row]:
+        """Check the steps of these rows. Returns rows with events.
 
-        Raises, on all ranks, DivergedError where the run is to end, RewindError where it is to go back.
+        Raises on all ranks: DivergedError if the run has to end, RewindError if it has to rewind.
         """
-        # DeepSpeed has not asked before.
-        found = {r["step"]: self._judge(r["loss"], r["grad_norm"]) for r in rows if r["step"] not in self.judged}
-        if found and any(self.gather(int(any(found.values())))):
-            self.judged |= {step: self._agreed(bad) for step, bad in found.items()}
-        judged, self.judged = self.judged, {}
-        return [note for step, bad in sorted(judged.items()) if bad for note in self._act(step, bad, self._policy(bad))]
+        # DeepSpeed's partitioned optimizers do not call `should_apply`.
+        unchecked = [row for row in rows if row["step"] not in self.checked]
+        anomalies = {row["step"]: self._find_anomaly(row["loss"], row["grad_norm"]) for row in unchecked}
+        if anomalies and any(self.all_gather(int(any(anomalies.values())))):
+            self.checked |= {step: self._agree(anomaly) for step, anomaly in anomalies.items()}
+        checked, self.checked = self.checked, {}
+        return [
+            event
+            for step, anomaly in sorted(checked.items())
+            if anomaly
+            for event in self._handle(step, anomaly, self._policy(anomaly))
+        ]
 
-    def corrupt(self, step: int, lines: Sequence[str]) -> None:
-        """After ranks compared what they hold, or computed. Raises as `look` does if there is a line."""
+    def report_divergence(self, step: int, lines: Sequence[str]) -> None:
+        """Handle differences between ranks, one line each; none if empty. Raises as `check_metrics`."""
         if lines:
-            advice = "take out the machine that errs (sbatch --exclude NODE), or set guard.corrupt: rewind"
-            bad = Bad("corrupt", f"ranks do not agree: {'; '.join(lines)}", advice)
-            self._act(step, bad, self.config.corrupt)
+            advice = "take out the faulty machine (sbatch --exclude NODE), or set guard.corrupt: rewind"
+            anomaly = Anomaly("corrupt", f"ranks do not agree: {'; '.join(lines)}", advice)
+            self._handle(step, anomaly, self.config.corrupt)
 
-    def weigh(self, step: int, finite: bool) -> None:
-        """Before a checkpoint, with whether all of this rank's weights are finite. Raises as `look` does."""
-        wrong = [rank for rank, each in enumerate(self.gather(int(finite))) if not each]
+    def check_weights_finite(self, step: int, finite: bool) -> None:
+        """Before a checkpoint: `finite` says whether all weights of this rank are finite. Raises as `check_metrics`."""
+        wrong = [rank for rank, is_finite in enumerate(self.all_gather(int(finite))) if not is_finite]
         if wrong and self.config.not_finite != "warn":
-            bad = Bad("not_finite", f"weights of rank {wrong[0]} are not finite after it")
-            self._act(step, bad, "rewind" if self.config.not_finite == "rewind" else "stop")
+            anomaly = Anomaly("not_finite", f"weights of rank {wrong[0]} are not finite after it")
+            self._handle(step, anomaly, "rewind" if self.config.not_finite == "rewind" else "stop")
 
-    def _act(self, step: int, bad: Bad, policy: str) -> list[Row]:
+    def _handle(self, step: int, anomaly: Anomaly, policy: str) -> list[Row]:
         if policy == "stop":
-            advice = bad.advice.format(run=self.run, step=step, key=bad.key)
+            advice = anomaly.advice.format(run=self.run, step=step, key=anomaly.key)
             raise DivergedError(
-                f"step {step}: {bad.what}; nothing was saved since. To go on from the last checkpoint, {advice}"
+                f"step {step}: {anomaly.problem}; nothing was saved since. To continue from the last checkpoint, "
+                f"{advice}"
             )
         if policy == "warn":
-            repeated, self.warned = self.warned == step - 1, step
-            return [] if repeated else [{"step": step, "event": f"step {step}: {bad.what}"}]
-        if self.state.spent >= self.config.budget:
+            repeated, self.last_warned_step = self.last_warned_step == step - 1, step
+            return [] if repeated else [{"step": step, "event": f"step {step}: {anomaly.problem}"}]
+        if self.state.num_used >= self.config.budget:
             raise DivergedError(
-                f"step {step}: {bad.what}, and guard.budget of {self.config.budget} bad steps is spent; nothing was "
-                "saved since. Lower optim.lr or look at the data (tools/inspect_data.py), or raise guard.budget"
+                f"step {step}: {anomaly.problem}, and guard.budget of {self.config.budget} bad steps is used up; "
+                "nothing was saved since. Lower optim.lr, look at the data (tools/inspect_data.py), or raise "
+                "guard.budget"
             )
-        self.state.spent += 1
+        self.state.num_used += 1
         if policy == "rewind":
-            raise RewindError(step, bad)
-        return [{"step": step, "event": f"step {step}: {bad.what}; its update was left out"}]
+            raise RewindError(step, anomaly)
+        return [{"step": step, "event": f"step {step}: {anomaly.problem}; its update was left out"}]
 
-    def _agreed(self, mine: Bad | None) -> Bad | None:
-        """A step is bad if one rank finds it so."""
-        every = self.gather(1 + KEYS.index(mine.key) if mine else 0)
-        worst = min((found for found in every if found), default=0)
-        if not worst or (mine and mine.key == KEYS[worst - 1]):
-            return mine
-        return Bad(KEYS[worst - 1], f"{KEYS[worst - 1]} on rank {every.index(worst)}, and not here")
+    def _agree(self, local: Anomaly | None) -> Anomaly | None:
+        """The anomaly that all ranks act on: a step has one if any rank found one."""
+        codes = self.all_gather(1 + STEP_KEYS.index(local.key) if local else 0)
+        code = min((each for each in codes if each), default=0)
+        if not code or (local and local.key == STEP_KEYS[code - 1]):
+            return local
+        return Anomaly(STEP_KEYS[code - 1], f"{STEP_KEYS[code - 1]} on rank {codes.index(code)}, and not here")
 
-    def _policy(self, bad: Bad) -> str:
-        policy: str = getattr(self.config, bad.key)
+    def _policy(self, anomaly: Anomaly) -> str:
+        policy: str = getattr(self.config, anomaly.key)
         return policy
 
-    def _judge(self, loss: float, norm: float) -> Bad | None:
-        """What is wrong with the newest step, if something is; else later losses are compared with its loss, too."""
+    def _find_anomaly(self, loss: float, norm: float) -> Anomaly | None:
+        """The anomaly of the newest step, if it has one. Other losses enter the window of later comparisons."""
         if not math.isfinite(loss):
-            return Bad("not_finite", f"the loss is {loss}")
-        if self.norms and not math.isfinite(norm):
-            return Bad("not_finite", f"the gradient's norm is {norm}")
-        losses, bad = self.state.losses, None
-        if len(losses) == self.config.window and (z := deviations(loss, losses)) > self.config.spike_z:
-            bad = Bad("spike", f"a loss of {loss:.4f} is {z:.1f} deviations above the median of those before it")
-        if bad is None or self.config.spike == "warn":
+            return Anomaly("not_finite", f"the loss is {loss}")
+        if self.checks_norm and not math.isfinite(norm):
+            return Anomaly("not_finite", f"the gradient's norm is {norm}")
+        losses, anomaly = self.state.losses, None
+        if len(losses) == self.config.window and (z := robust_z_score(loss, losses)) > self.config.spike_z:
+            anomaly = Anomaly("spike", f"a loss of {loss:.4f} is {z:.1f} deviations above the median of those before")
+        if anomaly is None or self.config.spike == "warn":
             self.state.losses = [*losses, loss][-self.config.window :]
-        return bad
+        return anomaly
 
 
-def deviations(loss: float, losses: Sequence[float]) -> float:
-    """How many robust standard deviations `loss` lies above the median of `losses`."""
+def robust_z_score(loss: float, losses: Sequence[float]) -> float:
+    """How many standard deviations, estimated by the median absolute deviation, `loss` lies above the median."""
     median = statistics.median(losses)
-    spread = statistics.median(abs(each - median) for each in losses)
-    return (loss - median) / max(DEVIATION * spread, LEAST * abs(median), 1e-12)
+    mad = statistics.median(abs(each - median) for each in losses)
+    return (loss - median) / max(MAD_TO_SIGMA * mad, MIN_RELATIVE_SIGMA * abs(median), 1e-12)

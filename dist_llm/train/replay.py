@@ -1,7 +1,7 @@
-"""The same step on other ranks: each computes what its neighbour is to compute, and both must come to the same.
+"""Compute the same step on two ranks: each data rank repeats its neighbour's batch, and the results must agree.
 
-Nothing is stepped. Gradients, which are sums over all ranks, tell that one went wrong; losses, which one, if it was in
-the forward pass.
+No update is applied. Gradients are sums over all ranks, so that they show an error but not its rank. The loss shows the
+rank, if the error is in the forward pass.
 """
 
 import struct
@@ -13,67 +13,72 @@ from dist_llm.engines.base import Engine
 from dist_llm.objectives.batch import Batch
 from dist_llm.parallel.mesh import local
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}  # relative; sums are taken in another order
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}  # relative; the two sums have another order
 
 
-def replay(engine: Engine, loader: Loader, first: int, step: int, precision: str) -> list[str]:
-    """What does not agree in the step that starts at sample `first`, the same lines on all ranks; none: all does.
+def replay(engine: Engine, loader: Loader, first_sample: int, step: int, precision: str) -> list[str]:
+    """Compute the step that starts at `first_sample` twice. Returns the differences, the same lines on all ranks.
 
-    Each rank takes the gradient of its own samples, then of those of the next data rank. Needs gradients that ranks
-    share with nobody (the native engine's) and a model without dropout. Costs two steps, and a copy of the gradients.
+    Each rank computes the gradients of its own samples, then those of the next data rank. This needs gradients that no
+    other engine owns (engine: native) and a model without dropout. It costs two steps and a copy of the gradients.
     """
-    place, places = engine.data_rank
-    own, own_losses = _gradients(engine, loader.batches_of(place, first), step)
-    other, other_losses = _gradients(engine, loader.batches_of((place + 1) % places, first), step)
-    odd = [name for name, gradient in own.items() if not _close(other[name], gradient, TOLERANCE[precision])]
-    wrong = engine.gather(len(odd))
-    at = engine.gather(place)
-    by_own, by_other = _by_place(engine, at, places, own_losses), _by_place(engine, at, places, other_losses)
-    if not any(wrong):
+    dp_rank, dp_size = engine.data_rank
+    own, own_loss = _compute_gradients(engine, loader.batches_of(dp_rank, first_sample), step)
+    next_rank = (dp_rank + 1) % dp_size
+    repeated, repeated_loss = _compute_gradients(engine, loader.batches_of(next_rank, first_sample), step)
+    different = [name for name, grad in own.items() if not _is_close(repeated[name], grad, TOLERANCE[precision])]
+    counts = engine.gather(len(different))
+    dp_ranks = engine.gather(dp_rank)
+    losses = _sum_by_data_rank(engine, dp_ranks, dp_size, own_loss)
+    repeated_losses = _sum_by_data_rank(engine, dp_ranks, dp_size, repeated_loss)
+    if not any(counts):
         return []
-    lines = [f"a step computed twice has other gradients, of {max(wrong)} parameters on rank {wrong.index(max(wrong))}"]
-    for here, loss in enumerate(by_own):
-        there = (here - 1) % places
-        if by_other[there] != loss:
-            by, also = (_ranks(at, place) for place in (here, there))
-            lines.append(f"the loss of a batch is {loss:.9g} by rank {by}, {by_other[there]:.9g} by {also}")
+    worst = max(counts)
+    lines = [f"a step computed twice has other gradients, of {worst} parameters on rank {counts.index(worst)}"]
+    for owner, loss in enumerate(losses):
+        repeater = (owner - 1) % dp_size
+        if repeated_losses[repeater] != loss:
+            by, also_by = _format_ranks(dp_ranks, owner), _format_ranks(dp_ranks, repeater)
+            lines.append(
+                f"the loss of a batch is {loss:.9g} by rank {by}, {repeated_losses[repeater]:.9g} by {also_by}"
+            )
     return lines
 
 
-def _gradients(engine: Engine, batches: list[Batch], step: int) -> tuple[dict[str, Tensor], float]:
-    """(this rank's share of the gradients, its share of the loss); the engine's are cleared."""
+def _compute_gradients(engine: Engine, batches: list[Batch], step: int) -> tuple[dict[str, Tensor], float]:
+    """(this rank's shard of the gradients, its share of the loss); the engine's gradients are cleared."""
     batches = [engine.cut(batch) for batch in batches]
     scored = engine.total(sum(batch.scored for batch in batches))
     losses = engine.accumulate(batches, scored, step)
-    found = {}
+    gradients = {}
     for name, parameter in engine.named_parameters():
         if parameter.grad is not None:
-            found[name] = local(parameter.grad).clone()
+            gradients[name] = local(parameter.grad).clone()
             parameter.grad = None
-    return found, float(losses.double().sum())
+    return gradients, float(losses.double().sum())
 
 
-def _by_place(engine: Engine, at: list[int], places: int, value: float) -> list[float]:
-    """The values of all ranks, added up by their place among the data ranks."""
-    (bits,) = struct.unpack("<q", struct.pack("<d", value))
-    found = [0.0] * places
-    for place, each in zip(at, engine.gather(bits), strict=True):
-        found[place] += struct.unpack("<d", struct.pack("<q", each))[0]
-    return found
+def _sum_by_data_rank(engine: Engine, dp_ranks: list[int], dp_size: int, value: float) -> list[float]:
+    """The sum of the values of all ranks with the same data rank, for each data rank."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", value))  # ranks all-gather integers
+    sums = [0.0] * dp_size
+    for dp_rank, gathered in zip(dp_ranks, engine.gather(bits), strict=True):
+        sums[dp_rank] += struct.unpack("<d", struct.pack("<q", gathered))[0]
+    return sums
 
 
-def _ranks(at: list[int], place: int) -> str:
-    return " and ".join(str(rank) for rank, each in enumerate(at) if each == place)
+def _format_ranks(dp_ranks: list[int], dp_rank: int) -> str:
+    return " and ".join(str(rank) for rank, each in enumerate(dp_ranks) if each == dp_rank)
 
 
-def _close(found: Tensor, wanted: Tensor, allowed: float) -> bool:
-    """To a share of the largest element; what is nearly nothing everywhere is rounding.
+def _is_close(value: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Relative to the largest element; a gradient that is about zero everywhere is rounding.
 
-    What is not finite, for the guard or the loss scale to deal with, has to be so both times.
+    A gradient that is not finite has to be so both times. The guard or the loss scale handles it.
     """
-    if not wanted.numel():
+    if not expected.numel():
         return True
-    if not (wanted.isfinite().all() and found.isfinite().all()):
-        return bool(wanted.isfinite().all()) == bool(found.isfinite().all())
-    off, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
-    return off <= 10 * allowed * largest + 1e-9
+    if not (expected.isfinite().all() and value.isfinite().all()):
+        return bool(expected.isfinite().all()) == bool(value.isfinite().all())
+    error, largest = float((value - expected).abs().max()), float(expected.abs().max())
+    return error <= 10 * tolerance * largest + 1e-9

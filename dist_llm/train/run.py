@@ -1,4 +1,4 @@
-"""A run, from a resolved config to trained weights: build everything, loop, clean up."""
+"""A run, from a resolved config to trained weights: build everything, train, clean up."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ import torch
 
 from dist_llm.checkpoint.compatible import check_resume, check_start, log_harmless
 from dist_llm.checkpoint.folder import Folder
-from dist_llm.checkpoint.state import Guarded
+from dist_llm.checkpoint.state import GuardState
 from dist_llm.checkpoint.store import CheckpointStore, find, of_run, progress_of
 from dist_llm.config.derive import AXES, shape
 from dist_llm.config.load import dump, refuse
@@ -40,19 +40,19 @@ from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from dist_llm.train.directories import open_directories
 from dist_llm.train.guard import RewindError
-from dist_llm.train.loop import SLOW, Trainer
 from dist_llm.train.rate import plan_rate
 from dist_llm.train.settings import read_vocabulary
+from dist_llm.train.trainer import SLOW_FACTOR, Trainer
 
 log = logging.getLogger("dist_llm")
 
 
 def train(config: Config, world: World) -> int:
-    """Train as the resolved config says, from the newest checkpoint of run.dir if there is one.
+    """Train with the resolved config, from the newest checkpoint of run.dir if there is one.
 
-    Returns 0, or the signal that made it save and stop before the end.
+    Returns 0, or the signal after which the run was saved and stopped before its end.
 
-    Raises ConfigError or DataError before any process group starts where the input is wrong, or another run uses the
+    Raises ConfigError or DataError before any process group starts if the input is wrong, or if another run uses the
     directory.
     """
     set_network(config.run.network)
@@ -65,53 +65,53 @@ def train(config: Config, world: World) -> int:
     vocabulary = read_vocabulary(config, corpus)
     directory = Path(config.run.dir)
     store = CheckpointStore(config.checkpoint.dir or directory / "checkpoints", config.checkpoint)
-    seen = store.glance()
+    newest = store.glance()
     start: Path | None = None
-    if seen is not None:
-        check_resume(seen, config)
+    if newest is not None:
+        check_resume(newest, config)
     else:
         _refuse_moved(store, directory)
         if config.init_from:
             start = find(config.init_from, world.rank, world.size)
             check_start(start, config)
             _check_tokenizer(start, sources[0].corpus.manifest.tokenizer_sha256, corpus)
-    _history(config, sources, seen)  # what is wrong with it is said before any process group starts
-    finished = seen is not None and progress_of(seen).step >= config.run.steps
+    _build_history(config, sources, newest)  # raises its errors before any process group starts
+    finished = newest is not None and progress_of(newest).step >= config.run.steps
     with open_directories(config, store.directory, world, saves=not finished), _logging(directory, world):
         start_recording(device)
         alone, watchdog = config.engine != "native", Watchdog(world, config.run.hang_seconds)
         with watchdog, process_group(world, device, alone=alone):
             watchdog.register()
-            found = store.newest()
-            if found is not None:
-                log_harmless(check_resume(found, config))  # not always the one that was seen first
+            verified = store.newest()
+            if verified is not None:
+                log_harmless(check_resume(verified, config))  # `newest` may be damaged
             if world.main:
                 clear_stop_marker(directory)
             engine = build_engine(config, device)
             layout = shape({axis: getattr(config.parallel, axis) for axis in AXES})
             log.info("ranks: %d (%s), engine: %s", world.size, layout, config.engine)
-            parts = Parts(plan_rate(config, found), world, sources, vocabulary, store, engine, watchdog)
-            stop_signal = parts.run(found or start)
-            del parts, engine
+            context = RunContext(plan_rate(config, verified), world, sources, vocabulary, store, engine, watchdog)
+            stop_signal = context.run(verified or start)
+            del context, engine
         return stop_signal
 
 
 @contextmanager
 def _logging(directory: Path, world: World) -> Iterator[None]:
-    """The log files of the ranks, with what ended the block. Raises UserError where a file cannot be written."""
+    """Write the log files of the ranks, and log the exception that ends the block. A full disk raises UserError."""
     before, threading.excepthook = threading.excepthook, _log_thread_failure
     try:
         start_logging(directory / "logs", world)
         yield
     except UserError as error:
-        log.error("rank %d on %s: %s", world.rank, world.host, error)  # no traceback: the user can mend it
+        log.error("rank %d on %s: %s", world.rank, world.host, error)  # no traceback: the message says how to fix it
         raise
     except OSError as error:
-        if (mendable := user_error_of(error, f"a file in run.dir {directory}")) is None:
+        if (user_error := user_error_of(error, f"a file in run.dir {directory}")) is None:
             log.exception("rank %d on %s failed", world.rank, world.host)
             raise
-        log.error("rank %d on %s: %s", world.rank, world.host, mendable)
-        raise mendable from error
+        log.error("rank %d on %s: %s", world.rank, world.host, user_error)
+        raise user_error from error
     except Exception:
         log.exception("rank %d on %s failed", world.rank, world.host)
         raise
@@ -121,18 +121,18 @@ def _logging(directory: Path, world: World) -> Iterator[None]:
 
 
 def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
-    """One line where the user can mend it: TensorBoard's thread hands its error on to the next call, too."""
+    """Log one line for a user error. TensorBoard's writer thread also raises it in the next call."""
     error = failure.exc_value
-    mendable = user_error_of(error) if isinstance(error, OSError) else None
-    if mendable is None:
+    user_error = user_error_of(error) if isinstance(error, OSError) else None
+    if user_error is None:
         threading.__excepthook__(failure)
     else:
-        log.error("thread %s: %s", failure.thread.name if failure.thread else "unknown", mendable)
+        log.error("thread %s: %s", failure.thread.name if failure.thread else "unknown", user_error)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a trainer is made of, again and again where a run goes back."""
+class RunContext:
+    """Everything a trainer is built from, also after each rewind."""
 
     config: Config
     world: World
@@ -143,96 +143,96 @@ class Parts:
     watchdog: Watchdog
 
     def run(self, start: Folder | Path | None) -> int:
-        """Train from there, going back as often as the guard says. Returns as `train` does."""
-        world, watchdog, trainer = self.world, self.watchdog, self.trainer(start)
+        """Train from `start`, and rewind when the guard asks for it. Returns what `train` returns."""
+        world, watchdog, trainer = self.world, self.watchdog, self.build_trainer(start)
         try:
             with StopSignals() as signals:  # a signal during a rewind still counts
                 while True:
                     try:
                         stop_signal = trainer.run(signals)
                         break
-                    except RewindError as bad:
-                        trainer = self.rewound(trainer, bad)
+                    except RewindError as error:
+                        trainer = self.rewind(trainer, error)
             if stop_signal and world.main:
                 write_stop_marker(stop_signal, trainer.progress.step, Path(self.config.run.dir))
             return stop_signal
         except Exception as error:
             annotate_failure(error, world, watchdog.activity)
-            log.error("%s", error.__notes__[-1])  # now: what is being written may take longer than others wait
+            log.error("%s", error.__notes__[-1])  # now: the others do not wait for the checkpoint that is being written
             raise
         finally:
-            watchdog.heartbeat("the end", SLOW)
+            watchdog.heartbeat("the end", SLOW_FACTOR)
             trainer.loader.close()
             self.store.wait()
 
-    def trainer(self, start: Folder | Path | None, guarded: Guarded | None = None) -> Trainer:
-        """One that begins there. `guarded`: what is known of bad steps, more than the checkpoint knows."""
+    def build_trainer(self, start: Folder | Path | None, guard_state: GuardState | None = None) -> Trainer:
+        """A trainer that starts from `start`. `guard_state`: anomalies that the checkpoint does not know of."""
         config, corpus = self.config, self.sources[0].corpus.directory
-        history = _history(config, self.sources, start if isinstance(start, Folder) else None, guarded)
+        history = _build_history(config, self.sources, start if isinstance(start, Folder) else None, guard_state)
         files = {**run_files(config, corpus), HISTORY: histories.dump(history)}
         pin = self.engine.device.type == "cuda"
         plan = history[-1].plan(self.sources)
         loader = build_loader(config, plan, self.vocabulary, *self.engine.data_rank, pin=pin)
-        trainer = Trainer(config, self.world, self.engine, loader, self.store, start, files, guarded, self.watchdog)
-        if self.world.main:  # not before the weights are accepted
+        trainer = Trainer(config, self.world, self.engine, loader, self.store, start, files, guard_state, self.watchdog)
+        if self.world.main:  # only after the weights were accepted
             for name, content in files.items():
                 (Path(config.run.dir) / name).write_bytes(content)
         return trainer
 
-    def rewound(self, trainer: Trainer, bad: RewindError) -> Trainer:
-        """One that begins at the newest checkpoint, and leaves out the samples that the policy says."""
-        self.watchdog.heartbeat("going back", SLOW)
+    def rewind(self, trainer: Trainer, error: RewindError) -> Trainer:
+        """A trainer that starts from the newest checkpoint, and leaves out samples as guard.skip_steps says."""
+        self.watchdog.heartbeat("the rewind", SLOW_FACTOR)
         trainer.loader.close()
         self.store.finish()
-        found = self.store.newest()
-        assert found is not None, "a run that may go back saves before its first step"
-        at, loader, guarded = progress_of(found), trainer.loader, trainer.progress.guard
-        back = bad.step - at.step
-        skipped = self.config.guard.skip_steps if bad.by_samples else 0
-        first = loader.after_steps(at.samples, max(0, back - skipped))
-        end = loader.after_steps(first, min(back, skipped))
+        checkpoint = self.store.newest()
+        assert checkpoint is not None, "a run that can rewind saves before its first step"
+        progress, loader, guard_state = progress_of(checkpoint), trainer.loader, trainer.progress.guard
+        num_steps = error.step - progress.step
+        num_skipped = self.config.guard.skip_steps if error.skips_samples else 0
+        first = loader.after_steps(progress.samples, max(0, num_steps - num_skipped))
+        end = loader.after_steps(first, min(num_steps, num_skipped))
         left_out = [(first, end)] if end > first else []
-        trainer = self.trainer(found, replace(guarded, left_out=guarded.left_out + left_out))
-        event = f"{bad}; went back from there to step {at.step}" + (
+        trainer = self.build_trainer(checkpoint, replace(guard_state, left_out=guard_state.left_out + left_out))
+        event = f"{error}; went back from there to step {progress.step}" + (
             f", samples {first} to {end - 1} are left out" if left_out else ", to read the same samples again"
         )
-        trainer.recorder.emit([{"step": at.step, "event": event}])
+        trainer.recorder.emit([{"step": progress.step, "event": event}])
         return trainer
 
 
 def _refuse_moved(store: CheckpointStore, run: Path) -> None:
-    """Raises CheckpointError where the run has checkpoints, but elsewhere: it would begin anew over what it left."""
-    before = of_run(run)
-    if before.directory != store.directory and before.committed():
+    """Raises CheckpointError if checkpoint.dir has changed and the run has checkpoints only in the old directory."""
+    previous = of_run(run)
+    if previous.directory != store.directory and previous.committed():
         raise CheckpointError(
-            f"checkpoint.dir: the run in {run} has its checkpoints in {before.directory}, and none in "
+            f"checkpoint.dir: the run in {run} has its checkpoints in {previous.directory}, and none in "
             f"{store.directory}; move the step_* directories there, or set another run.dir"
         )
 
 
 def _check_tokenizer(path: Path, tokenizer_sha256: str, corpus: Path) -> None:
-    """Raises DataError where a run cannot begin with these weights."""
+    """Raises DataError if the weights were trained with another tokenizer than the corpus."""
     if Tokenizer.load(path).sha256 != tokenizer_sha256:
         raise DataError(f"{corpus}: was prepared with another tokenizer than the one in init_from {path}")
 
 
-def _history(
-    config: Config, sources: Sequence[Source], checkpoint: Folder | None, guarded: Guarded | None = None
+def _build_history(
+    config: Config, sources: Sequence[Source], checkpoint: Folder | None, guard_state: GuardState | None = None
 ) -> History:
-    """What the run has read, and will. Raises DataError where it cannot go on with the data of the config."""
-    wanted = histories.asked(config, sources)
+    """The data segments of the run so far and of the rest. Raises DataError if it cannot resume with this data."""
+    segment = histories.asked(config, sources)
     if checkpoint is None:
-        return (wanted,)
-    before = histories.parse(checkpoint.read(HISTORY), f"{checkpoint}/{HISTORY}")
+        return (segment,)
+    previous = histories.parse(checkpoint.read(HISTORY), f"{checkpoint}/{HISTORY}")
     progress = progress_of(checkpoint)
-    left_out = (guarded or progress.guard).left_out
-    wanted = wanted.model_copy(update={"skip": merged((*wanted.skip, *left_out))})
-    at = progress.step, progress.samples, progress.tokens
-    return histories.resume(before, wanted, *at, config.data.on_change == "new_segment")
+    left_out = (guard_state or progress.guard).left_out
+    segment = segment.model_copy(update={"skip": merged((*segment.skip, *left_out))})
+    position = progress.step, progress.samples, progress.tokens
+    return histories.resume(previous, segment, *position, config.data.on_change == "new_segment")
 
 
 def run_files(config: Config, corpus: Path) -> dict[str, bytes]:
-    """The small files kept in the run directory and in each checkpoint."""
+    """The small files that go into the run directory and into each checkpoint."""
     return {
         "config.yaml": dump(config).encode(),
         "environment.json": json.dumps(environment(), indent=2).encode() + b"\n",
@@ -241,25 +241,25 @@ def run_files(config: Config, corpus: Path) -> dict[str, bytes]:
 
 
 def environment() -> dict[str, str]:
-    """What produced this run: commit, interpreter, packages."""
+    """The software that produced this run: commit, Python, packages."""
     packages = ("dist-llm", "torch", "numpy", "pydantic", "tiktoken", "tokenizers")
-    facts = {"git_commit": _git_commit(), "python": platform.python_version(), "machine": platform.platform()}
+    versions = {"git_commit": _git_commit(), "python": platform.python_version(), "machine": platform.platform()}
     for package in packages:
         try:
-            facts[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            facts[package] = "not installed"
+            versions[package] = "not installed"
     if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
+        versions["gpu"] = torch.cuda.get_device_name()
+    return versions
 
 
 def _git_commit() -> str:
-    """The commit of this source tree, with `+` where it was changed; `unknown` outside git."""
-    here = Path(__file__).parent
+    """The commit of this source tree, with `+` if it has changes; `unknown` outside git."""
+    source_dir = Path(__file__).parent
     try:
         commit = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], cwd=here, capture_output=True, text=True
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], cwd=source_dir, capture_output=True, text=True
         )
     except OSError:
         return "unknown"

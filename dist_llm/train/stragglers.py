@@ -1,7 +1,7 @@
-"""Which rank is slow? Ranks that work in step take equally long; but while one works, the others wait for it.
+"""Find slow ranks. All ranks finish a step together, so that step times are equal; but fast ranks wait for slow ones.
 
-Each rank has a thread that looks, a few times a second, whether it waits in a collective. What it did not wait it
-worked: the rank that works longest in a step holds up the rest.
+A thread on each rank samples, a few times a second, whether the rank is inside a collective. The rest of the time the
+rank is busy. The rank that is busy for the longest part of a step is the straggler.
 """
 
 import random
@@ -15,66 +15,69 @@ from dist_llm.launch.flight_recorder import in_collective
 from dist_llm.launch.world import World
 from dist_llm.observe.metrics import Row
 
-EVERY_SECONDS = 0.4  # between two looks, on average: a look takes about a millisecond
-LAG = 0.15  # of a step's time that a slow rank works longer than the median of the others: 5 sigma of 300 looks
+SAMPLE_SECONDS = 0.4  # between two samples, on average; a sample takes about a millisecond
+MIN_LAG = 0.15  # share of a step that a straggler is busy beyond the median of the others: 5 sigma of 300 samples
 
 
-class Stragglers:
-    """While open, looks. Nothing on one rank, or where `seconds` is 0."""
+class StragglerMonitor:
+    """While open, samples this rank. Does nothing on one rank or with `seconds` 0 (log.stragglers_seconds)."""
 
     def __init__(self, world: World, engine: Engine, seconds: float) -> None:
-        self.gather, self.ranks, self.seconds = engine.gather, world.size, seconds if world.size > 1 else 0.0
-        self.looks = self.waits = 0  # of this rank, since they were last gathered
-        self._forget()
-        self._over = threading.Event()
+        self.all_gather, self.num_ranks = engine.gather, world.size
+        self.seconds = seconds if world.size > 1 else 0.0
+        self.num_samples = self.num_waiting = 0  # of this rank, since the last all-gather
+        self._reset()
+        self._closed = threading.Event()
 
-    def __enter__(self) -> "Stragglers":
+    def __enter__(self) -> "StragglerMonitor":
         if self.seconds:
-            threading.Thread(target=self._look, name="stragglers", daemon=True).start()
+            threading.Thread(target=self._sample, name="stragglers", daemon=True).start()
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._over.set()
+        self._closed.set()
 
     def report(self, rows: Sequence[Row]) -> list[Row]:
-        """After the steps of these rows, on all ranks: the time that each rank worked in a step, if it is time.
+        """Call on all ranks after the steps of `rows`. Every `seconds`: a row with the busy seconds of each rank.
 
-        With an event where one is slow.
+        The row has an event if a rank is slow.
         """
         if not self.seconds or not rows:
             return []
-        mine, (self.looks, self.waits) = (self.looks, self.waits), (0, 0)
-        for sums, value in zip((self.looked, self.waited), mine, strict=True):
-            sums[:] = map(add, sums, self.gather(value))
-        self.took += sum(row["step_seconds"] for row in rows)
-        self.steps += len(rows)
-        if self.took < self.seconds or not all(self.looked):
+        counts, (self.num_samples, self.num_waiting) = (self.num_samples, self.num_waiting), (0, 0)
+        for totals, count in zip((self.samples_by_rank, self.waiting_by_rank), counts, strict=True):
+            totals[:] = map(add, totals, self.all_gather(count))
+        self.elapsed += sum(row["step_seconds"] for row in rows)
+        self.num_steps += len(rows)
+        if self.elapsed < self.seconds or not all(self.samples_by_rank):
             return []
-        step, seconds = rows[-1]["step"], self.took / self.steps
-        busy = [1 - waited / looked for waited, looked in zip(self.waited, self.looked, strict=True)]
-        self._forget()
-        row: Row = {"step": step, "busy_seconds": [round(share * seconds, 6) for share in busy]}
-        rank, others = slowest(busy)
-        if busy[rank] - others > LAG:
+        step, step_seconds = rows[-1]["step"], self.elapsed / self.num_steps
+        counted = zip(self.waiting_by_rank, self.samples_by_rank, strict=True)
+        busy = [1 - waiting / samples for waiting, samples in counted]
+        self._reset()
+        row: Row = {"step": step, "busy_seconds": [round(share * step_seconds, 6) for share in busy]}
+        rank, others = find_slowest(busy)
+        if busy[rank] - others > MIN_LAG:
             row["event"] = (
-                f"step {step}: rank {rank} is slow: it works {busy[rank] * seconds:.3f} s of a step's {seconds:.3f} s, "
-                f"the median of the others {others * seconds:.3f} s; logs/rank_{rank:05d}.log names its node"
+                f"step {step}: rank {rank} is slow: it is busy for {busy[rank] * step_seconds:.3f} s of a step of "
+                f"{step_seconds:.3f} s, the median of the others is {others * step_seconds:.3f} s; "
+                f"logs/rank_{rank:05d}.log names its node"
             )
         return [row]
 
-    def _forget(self) -> None:
-        self.looked, self.waited = [0] * self.ranks, [0] * self.ranks  # of all ranks, since the last report
-        self.took, self.steps = 0.0, 0
+    def _reset(self) -> None:
+        self.samples_by_rank, self.waiting_by_rank = [0] * self.num_ranks, [0] * self.num_ranks
+        self.elapsed, self.num_steps = 0.0, 0
 
-    def _look(self) -> None:
-        draws = random.Random()  # so that no rhythm of the steps is met always at the same place
-        while not self._over.wait(draws.uniform(0.5, 1.5) * EVERY_SECONDS):
-            waiting = in_collective()  # takes longer than an addition, in which the counts are not taken away
-            self.waits += waiting
-            self.looks += 1
+    def _sample(self) -> None:
+        rng = random.Random()  # random intervals, so that samples do not fall on the same part of each step
+        while not self._closed.wait(rng.uniform(0.5, 1.5) * SAMPLE_SECONDS):
+            waiting = in_collective()  # slow: read it first, so that the two counters change together
+            self.num_waiting += waiting
+            self.num_samples += 1
 
 
-def slowest(busy: Sequence[float]) -> tuple[int, float]:
-    """(the rank that works most, the median of what the others do)."""
+def find_slowest(busy: Sequence[float]) -> tuple[int, float]:
+    """(the rank with the largest busy share, the median of the other shares)."""
     rank = max(range(len(busy)), key=busy.__getitem__)
     return rank, statistics.median(share for other, share in enumerate(busy) if other != rank)

@@ -14,7 +14,7 @@ import torch
 
 from dist_llm.cli import main
 from dist_llm.parallel.mesh import local
-from dist_llm.train.loop import Trainer
+from dist_llm.train.trainer import Trainer
 
 SECONDS = 0.15
 

@@ -10,7 +10,7 @@ def run() -> None:
     # As the command itself does, but before what is patched is imported.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     from dist_llm.cli import run as command
-    from dist_llm.train.loop import Trainer
+    from dist_llm.train.trainer import Trainer
 
     step, seconds = Trainer.step, float(sys.argv.pop(1))
 

@@ -106,7 +106,7 @@ REPLICATED = ("parallel.dp_replicate=2", "parallel.dp_shard=1")
 
 @pytest.mark.parametrize("policy", [pytest.param("stop", marks=pytest.mark.slow), "rewind"])
 def test_a_flipped_bit_in_one_copy_is_never_saved(policy: str, corpus: Path, tmp_path: Path, straight: Any) -> None:
-    options = (*REPLICATED, f"guard.corrupt={policy}", "checkpoint.every=4", "guard.digest_every=7")
+    options = (*REPLICATED, f"guard.report_divergence={policy}", "checkpoint.every=4", "guard.digest_every=7")
     code, output, left = end(start(("flip", 1, 10), corpus, tmp_path, *options), 120)
     assert not left
     what = "step 12: ranks do not agree: embed.tokens.weight: differs on rank 0, 1 of ranks 0, 1"
@@ -114,7 +114,7 @@ def test_a_flipped_bit_in_one_copy_is_never_saved(policy: str, corpus: Path, tmp
     if policy == "stop":
         assert code == 1
         assert commands.newest(tmp_path / "run").name == "step_00000008"
-        assert "take out the machine that errs" in output
+        assert "take out the faulty machine" in output
         return
     assert code == 0, output
     assert events(tmp_path / "run")[0][0] == 8
@@ -139,7 +139,7 @@ def test_the_budget_ends_what_would_never_end(corpus: Path, tmp_path: Path) -> N
     options = ("guard.not_finite=rewind", "guard.budget=3", "checkpoint.every=2")
     code, output, _ = end(start(("nan_always", 0, 5), corpus, tmp_path, *options, ranks=0), 120)
     assert code == 2, output
-    assert "step 5: the loss is nan, and guard.budget of 3 bad steps is spent" in output
+    assert "step 5: the loss is nan, and guard.budget of 3 bad steps is used up" in output
     assert commands.newest(tmp_path / "run").name == "step_00000004"
     assert len(events(tmp_path / "run")) == 3
 

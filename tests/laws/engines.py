@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.state import Guarded, Progress
+from dist_llm.checkpoint.state import GuardState, Progress
 from dist_llm.config.schema import Config, GuardConfig
 from dist_llm.engines.accelerate import AccelerateEngine
 from dist_llm.engines.base import Engine
@@ -78,9 +78,9 @@ def take(
         found = Steps()
         if load is not None:
             store.load(load, engine.state)
-        guard = Guard(GuardConfig(not_finite="skip"), Guarded(), engine, Path("unused"))
+        guard = Guard(GuardConfig(not_finite="skip"), GuardState(), engine, Path("unused"))
         for step in steps:
-            accept = partial(guard.accept, step) if skip else None
+            accept = partial(guard.should_apply, step) if skip else None
             report = train_step(engine, batches_of(config, engine, step), rate(config, step), step, accept=accept)
             found.losses.append(report.loss.item())
             found.scored.append(int(report.scored))

@@ -15,7 +15,7 @@ from dist_llm.data.streams import Source, Stream
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import DataError
 from dist_llm.objectives.batch import Batch
-from dist_llm.train.audit import Audit
+from dist_llm.train.sample_audit import SampleAudit
 
 from .law import config_of
 from .worlds import world
@@ -28,7 +28,7 @@ def strayed(config: Config, off: Callable[[int], int] | None) -> str:
     plan = Plan([Source("", None, (Stream(None, Shuffle(0, 9, 4), 5),), one)], [Stage(0, one, (0,))], ((20, 30),))  # type: ignore[arg-type]
     rank, ranks = engine.data_rank
     loader = Loader(plan, None, config.data, rank, ranks, pin=False)  # type: ignore[arg-type]
-    audit, first = Audit(engine, loader, 3), 0
+    audit, first = SampleAudit(engine, loader, 3), 0
     with patch.object(loader, "offset", off(loader.offset)) if off else patch.object(loader, "pin", False):
         for _ in range(6):
             samples = torch.from_numpy(np.ascontiguousarray(loader.samples(first)))
@@ -60,4 +60,4 @@ def test_it_is_silent_where_all_is_well_and_bites_where_not(parallel: dict[str, 
     for bug in (same_for_all, shifted):
         for message in world(ranks).run(strayed, config, bug):
             assert message.startswith("samples 0 to ")
-            assert f"ranks {', '.join(map(str, second))} did not read the samples that are theirs" in message
+            assert f"ranks {', '.join(map(str, second))} did not read their planned samples" in message

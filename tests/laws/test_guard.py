@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_llm.checkpoint.state import Guarded
+from dist_llm.checkpoint.state import GuardState
 from dist_llm.config.schema import Config, GuardConfig, ParallelConfig
 from dist_llm.engines.native import NativeEngine
 from dist_llm.parallel.mesh import local
@@ -35,13 +35,13 @@ BAD = 1
 def steps(config: Config, numbers: Sequence[int], bug: bool = False) -> Taken:
     """These steps; in BAD gradients of the last rank are not numbers."""
     engine, found = Spy(config, torch.device("cpu")), Taken()
-    guard = Guard(GuardConfig(not_finite="skip"), Guarded(), engine, Path("unused"))
+    guard = Guard(GuardConfig(not_finite="skip"), GuardState(), engine, Path("unused"))
     with moments_decay() if bug else nullcontext():
         for step in numbers:
             batches = batches_of(config, engine, step)
             with poisoned() if step == BAD else nullcontext():
-                report = train_step(engine, batches, 1e-3, step, accept=partial(guard.accept, step))
-            assert bool(guard.judged[step]) == (step == BAD), "on all ranks, though one replica alone may have seen it"
+                report = train_step(engine, batches, 1e-3, step, accept=partial(guard.should_apply, step))
+            assert bool(guard.checked[step]) == (step == BAD), "on all ranks, though one replica alone may have seen it"
             if step != BAD:
                 found.losses.append(report.loss.item())
                 found.scored.append(int(report.scored))

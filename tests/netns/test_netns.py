@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_llm.train.loop import SLOW
+from dist_llm.train.trainer import SLOW_FACTOR
 from tests.e2e import commands
 from tests.e2e.test_elastic import Job, kill, node, rows, said, wait
 from tests.netns.network import Network, missing, network
@@ -41,7 +41,7 @@ def test_a_cut_link_and_a_dead_node_cost_steps_and_nothing_else(corpus: Path, tm
                 wait(lambda: said(tmp_path, "ranks: 3 (dp_shard 3)") >= 1 and rows(tmp_path) >= 6, tmp_path)
                 net.link(3, up=False)
                 # Between two steps it may meet a checkpoint, which the watchdog gives so many times as long.
-                wait(lambda: said(tmp_path, "ranks: 2 (dp_shard 2)") >= 1, tmp_path, 90 + SLOW * HANG_SECONDS)
+                wait(lambda: said(tmp_path, "ranks: 2 (dp_shard 2)") >= 1, tmp_path, 90 + SLOW_FACTOR * HANG_SECONDS)
                 assert said(tmp_path, "does not answer: its process is stopped, or its node is gone") >= 1
                 kill(three)
                 after = rows(tmp_path)

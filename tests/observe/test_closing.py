@@ -8,7 +8,7 @@ from dist_llm.observe.console import ProgressLine
 from dist_llm.observe.metrics import MetricsFile
 from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.text.vocabulary import build_tokenizer
-from dist_llm.train import loop
+from dist_llm.train import trainer
 from dist_llm.train.run import train
 from dist_llm.train.settings import read_config
 
@@ -35,7 +35,7 @@ def config(tmp_path):
 @pytest.fixture
 def closed(monkeypatch):
     """The types of the sinks closed so far. Checkpoints are left out: they are not at issue here."""
-    monkeypatch.setattr(loop.Trainer, "save", lambda self: None)
+    monkeypatch.setattr(trainer.Trainer, "save", lambda self: None)
     seen = []
     for kind in SINKS:
         real = kind.close
@@ -49,7 +49,7 @@ def test_a_run_closes_its_sinks(config, closed):
 
 
 def test_a_run_that_fails_does_too(config, closed, monkeypatch):
-    monkeypatch.setattr(loop, "train_step", lambda *rest: 1 / 0)
+    monkeypatch.setattr(trainer, "train_step", lambda *rest: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(config, World())
     assert sorted(closed, key=SINKS.index) == [*SINKS]

@@ -14,8 +14,8 @@ from dist_llm.config.schema import Config
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.launch.world import World
 from dist_llm.text.vocabulary import build_tokenizer
-from dist_llm.train import loop
-from dist_llm.train.garbage import Garbage
+from dist_llm.train import trainer
+from dist_llm.train.gc_control import GCControl
 from dist_llm.train.run import train
 from dist_llm.train.settings import read_config
 
@@ -69,8 +69,8 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
-    found = Watched(loop.train_step)
-    monkeypatch.setattr(loop, "train_step", found)
+    found = Watched(trainer.train_step)
+    monkeypatch.setattr(trainer, "train_step", found)
     gc.callbacks.append(found.note)
     yield found
     gc.callbacks.remove(found.note)
@@ -87,8 +87,8 @@ def test_nothing_is_collected_within_a_step_and_cycles_do_not_pile_up(config: Co
 def test_the_collector_alone_runs_within_steps(
     config: Config, watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the test above would see if the loop left it to itself."""
-    monkeypatch.setattr(loop, "Garbage", lambda: nullcontext(SimpleNamespace(collect=lambda everything=False: None)))
+    """What the test above would see if the trainer left it to itself."""
+    monkeypatch.setattr(trainer, "GCControl", lambda: nullcontext(SimpleNamespace(collect=lambda full=False: None)))
     train(config, World())
     assert watched.collections >= STEPS  # one for each 700 objects
 
@@ -97,7 +97,7 @@ def test_the_collector_alone_runs_within_steps(
 def test_the_collector_is_as_before_whatever_the_end(
     config: Config, enabled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "train_step", lambda *rest: 1 / 0)
+    monkeypatch.setattr(trainer, "train_step", lambda *rest: 1 / 0)
     frozen = gc.get_freeze_count()
     if not enabled:
         gc.disable()
@@ -111,14 +111,14 @@ def test_the_collector_is_as_before_whatever_the_end(
 
 
 def test_what_outlived_a_collection_is_found_by_a_full_one() -> None:
-    with Garbage() as garbage:
+    with GCControl() as gc_control:
         nodes: WeakSet[Node] = WeakSet()
         held = Node()
         nodes.add(held)
         for _ in range(2):
-            garbage.collect()
+            gc_control.collect()
         del held
-        garbage.collect()
+        gc_control.collect()
         assert len(nodes) == 1
-        garbage.collect(everything=True)
+        gc_control.collect(full=True)
         assert not nodes

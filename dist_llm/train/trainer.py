@@ -1,4 +1,4 @@
-"""The loop: batches in, steps out, with evaluation, checkpoints and metrics on their beats."""
+"""The training loop: steps, with evaluation, checkpoints and metrics at their intervals."""
 
 import logging
 import time
@@ -12,7 +12,7 @@ from signal import Signals
 from dist_llm.checkpoint.boxes import placed
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.probe import PROBE
-from dist_llm.checkpoint.state import Guarded, Progress
+from dist_llm.checkpoint.state import GuardState, Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.lengths import inputs_len, sample_tokens
 from dist_llm.config.schema import Config, LossConfig
@@ -33,25 +33,25 @@ from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.parallel.digest import differing
 from dist_llm.text.tokenizer import Tokenizer
-from dist_llm.train.audit import Audit
 from dist_llm.train.evaluate import Heldout, evaluate
-from dist_llm.train.garbage import Garbage
+from dist_llm.train.gc_control import GCControl
 from dist_llm.train.guard import Guard
 from dist_llm.train.replay import replay
 from dist_llm.train.resume import EarlierSteps, load_run, start_from_weights
+from dist_llm.train.sample_audit import SampleAudit
 from dist_llm.train.step import terms_of, train_step
-from dist_llm.train.stragglers import Stragglers
+from dist_llm.train.stragglers import StragglerMonitor
 
 log = logging.getLogger("dist_llm")
 
-SLOW = 30  # times longer than a step may what has no steps of its own stand still
+SLOW_FACTOR = 30  # watchdog timeout of an evaluation or a checkpoint, in units of that of a step
 
 
 class Trainer:
-    """One rank's side of a run: from its checkpoint, or another's at a path. `files` go into each that it saves.
+    """Trains on this rank, from `start`: a checkpoint to resume (Folder), initial weights (Path), or None.
 
-    `guarded`: what is known of bad steps by a run that goes back to that checkpoint.
-    `watchdog` is opened and closed by whoever hands it in: a rank may hang before the first step, and after the last.
+    `files` are stored in each checkpoint. `guard_state`: after a rewind, anomalies that the checkpoint does not know.
+    The caller opens and closes `watchdog`: a rank can also hang before the first step and after the last.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Trainer:
         store: CheckpointStore,
         start: Folder | Path | None,
         files: Mapping[str, bytes],
-        guarded: Guarded | None = None,
+        guard_state: GuardState | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
         self.config, self.world, self.engine, self.loader = config, world, engine, loader
@@ -71,33 +71,34 @@ class Trainer:
         self.store, self.files = store, files
         self.directory = Path(config.run.dir)
         self.progress = self._resume(start)
-        if guarded is not None:
-            self.progress.guard = replace(guarded, losses=self.progress.guard.losses)
-        self.stragglers = Stragglers(world, engine, config.log.stragglers_seconds)
+        if guard_state is not None:
+            self.progress.guard = replace(guard_state, losses=self.progress.guard.losses)
+        self.stragglers = StragglerMonitor(world, engine, config.log.stragglers_seconds)
         self.guard = Guard(config.guard, self.progress.guard, engine, self.directory)
         self.sample_tokens = sample_tokens(config)
-        self.heldout = self._heldout(loader.objective)
-        self.audit = Audit(engine, loader, config.data.audit_every)
+        self.heldout = self._open_heldout(loader.objective)
+        self.audit = SampleAudit(engine, loader, config.data.audit_every)
         parallel = config.parallel
-        self.samples = parallel.pp == parallel.tp == parallel.cp == 1
-        self.samples &= config.model.architecture != "encoder"
-        if config.eval.sample_prompt and not self.samples:
-            log.info("eval.sample_prompt: no samples from an encoder, or while training under pp, tp or cp")
+        self.can_sample = parallel.pp == parallel.tp == parallel.cp == 1 and config.model.architecture != "encoder"
+        if config.eval.sample_prompt and not self.can_sample:
+            log.info("eval.sample_prompt has no effect: an encoder, and a model under pp, tp or cp, cannot sample")
         self.sinks = ExitStack()
-        resumed = isinstance(start, Folder) and guarded is None and world.main
-        self.earlier = EarlierSteps.read(self.directory, self.progress.step, config) if resumed else EarlierSteps({})
-        self.recorder = self._recorder()
+        resumed = isinstance(start, Folder) and guard_state is None and world.main
+        self.earlier_steps = (
+            EarlierSteps.read(self.directory, self.progress.step, config) if resumed else EarlierSteps({})
+        )
+        self.recorder = self._build_recorder()
 
     def run(self, signals: StopSignals) -> int:
-        """Train to run.steps; evaluate and save on their beats and at the end.
+        """Train to run.steps; evaluate and save at their intervals and at the end.
 
-        Returns 0, or the signal that made it save and stop before. Raises RewindError where it is to go back.
+        Returns 0, or the signal after which the run was saved and stopped. Raises RewindError if the run has to rewind.
         """
         config, stop_signal = self.config, signals.agreed_signal()
         self.recorder.restart_clock(self.progress.tokens)
-        with self.sinks, self.stragglers, Garbage() as garbage:  # closed at the end, whatever it is
+        with self.sinks, self.stragglers, GCControl() as gc_control:
             if self.progress.step == 0 and self.guard.rewinds:
-                self.save()  # something to go back to
+                self.save()  # a checkpoint to rewind to
             while self.progress.step < config.run.steps and not stop_signal:
                 self.watchdog.heartbeat(f"step {self.progress.step + 1}")
                 signals.start_sync()
@@ -106,26 +107,27 @@ class Trainer:
                 step = self.progress.step
                 if stop_signal := signals.agreed_signal():
                     log.info(
-                        "%s: saving, then this run ends; a second signal ends it at once", Signals(stop_signal).name
+                        "%s: saving a checkpoint, then stopping; a second signal stops at once",
+                        Signals(stop_signal).name,
                     )
                 last = step == config.run.steps
                 if step % config.log.every == 0 or last:
-                    self.flush()
-                    garbage.collect()
+                    self.flush_metrics()
+                    gc_control.collect()
                 evaluates = last or (config.eval.every and step % config.eval.every == 0 and not stop_signal)
                 saves = last or stop_signal or (config.checkpoint.every and step % config.checkpoint.every == 0)
                 if evaluates:
                     self.evaluate()
                 if saves:
-                    self.watchdog.heartbeat(f"the checkpoint of step {step}", SLOW)
+                    self.watchdog.heartbeat(f"the checkpoint of step {step}", SLOW_FACTOR)
                     self.save()
                 if evaluates or saves:
-                    garbage.collect(everything=True)
-            self.watchdog.heartbeat("writing the last checkpoint", SLOW)
+                    gc_control.collect(full=True)
+            self.watchdog.heartbeat("writing the last checkpoint", SLOW_FACTOR)
             self.store.finish()
         if stop_signal:
             log.info(
-                "stopped by %s after step %d, saved; start again to go on",
+                "stopped by %s after step %d, saved; start again to continue",
                 Signals(stop_signal).name,
                 self.progress.step,
             )
@@ -137,43 +139,43 @@ class Trainer:
     def step(self) -> None:
         """One optimizer step on the next global batch."""
         config, progress = self.config, self.progress
-        begin = time.perf_counter()
+        start = time.perf_counter()
         batches = self.loader.batches(progress.samples)
-        wait = time.perf_counter() - begin
+        data_seconds = time.perf_counter() - start
         lr = learning_rate(config.optim, config.schedule, progress.step + 1)
         self.audit.add(progress.samples, batches)
         if (every := config.guard.replay_every) and (progress.step + 1) % every == 0:
-            lines = replay(self.engine, self.loader, progress.samples, progress.step, config.precision)
-            self.guard.corrupt(progress.step + 1, lines)
-        accept = partial(self.guard.accept, progress.step + 1) if self.guard.skips else None
+            differences = replay(self.engine, self.loader, progress.samples, progress.step, config.precision)
+            self.guard.report_divergence(progress.step + 1, differences)
+        should_apply = partial(self.guard.should_apply, progress.step + 1) if self.guard.skips else None
         sources, regularised = len(self.loader.plan.sources), config.loss != LossConfig()
-        report = train_step(self.engine, batches, lr, progress.step, sources, accept, regularised)
+        report = train_step(self.engine, batches, lr, progress.step, sources, should_apply, regularised)
         progress.step += 1
         progress.heldout_loss = None
         progress.samples = self.loader.after(progress.samples)
         progress.tokens += config.data.global_batch * self.sample_tokens
-        of_step = progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, wait
-        self.recorder.add(Measured(*of_step, report.by_source, terms_of(report, config.loss)))
+        values = progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, data_seconds
+        self.recorder.add(Measured(*values, report.by_source, terms_of(report, config.loss)))
         if (every := config.guard.digest_every) and progress.step % every == 0:
-            self.compare()
+            self.compare_replicas()
 
-    def compare(self) -> None:
-        """Raises DivergedError or RewindError, on all ranks, where copies of weights differ."""
+    def compare_replicas(self) -> None:
+        """Raises DivergedError or RewindError on all ranks if replicas of the weights differ."""
         if copies := self.engine.copies:
-            self.guard.corrupt(self.progress.step, differing(copies, self.world.host))
+            self.guard.report_divergence(self.progress.step, differing(copies, self.world.host))
 
-    def flush(self) -> None:
-        """Write the metrics so far. Raises DivergedError or RewindError, on all ranks, where a step was bad."""
+    def flush_metrics(self) -> None:
+        """Write the metrics so far. Raises DivergedError or RewindError on all ranks if a step has an anomaly."""
         rows = self.recorder.flush()
-        if notes := self.guard.look(rows) + self.stragglers.report(rows) + self.earlier.compare(rows):
-            self.recorder.emit(notes)
+        if events := self.guard.check_metrics(rows) + self.stragglers.report(rows) + self.earlier_steps.compare(rows):
+            self.recorder.emit(events)
 
     def evaluate(self) -> None:
-        """Held-out loss and a sample, into every sink."""
+        """Log the held-out loss and a generated sample."""
         if self.heldout is None:
             return
-        self.flush()
-        result = evaluate(self.engine, self.heldout, lambda: self.watchdog.heartbeat("an evaluation", SLOW))
+        self.flush_metrics()
+        result = evaluate(self.engine, self.heldout, lambda: self.watchdog.heartbeat("an evaluation", SLOW_FACTOR))
         self.progress.heldout_loss = result.loss
         row: Row = {
             "step": self.progress.step,
@@ -183,30 +185,30 @@ class Trainer:
         if result.bits_per_byte is not None:
             row["heldout_bits_per_byte"] = result.bits_per_byte
         row |= {f"heldout_loss_{name}": loss for name, loss in result.parts.items()}
-        if self.config.eval.sample_prompt and self.samples:
+        if self.config.eval.sample_prompt and self.can_sample:
             row["sample"] = self.sample()
         self.recorder.emit([row])
         self.recorder.restart_clock(self.progress.tokens)
 
     def sample(self) -> str:
-        """Text from the model as it is. Every rank runs it: the model may be sharded."""
+        """Generate text from the current weights. Call it on all ranks: the model may be sharded."""
         config = self.config
         tokenizer = Tokenizer.load(self.loader.plan.sources[0].corpus.directory)
         sampling = Sampling(config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.run.seed)
         (model,) = self.engine.parts
         model.eval()
-        asked = ask(config, tokenizer, config.eval.sample_prompt)
-        pieces = text(model, tokenizer, asked, sampling, config.model.max_seq_len, stop=False)
+        request = ask(config, tokenizer, config.eval.sample_prompt)
+        pieces = text(model, tokenizer, request, sampling, config.model.max_seq_len, stop=False)
         return config.eval.sample_prompt + "".join(pieces)
 
     def save(self) -> None:
-        """Begin a checkpoint of this step. Metrics up to it are on disk before it is."""
-        self.flush()
+        """Start to write a checkpoint of this step. The metrics up to this step are written first."""
+        self.flush_metrics()
         self.audit.check()
         if self.config.guard.digest_every:
-            self.compare()
-        held = (part for each in self.engine.state.weights().values() for _, part in placed(each))
-        self.guard.weigh(self.progress.step, all(bool(part.isfinite().all()) for part in held))
+            self.compare_replicas()
+        chunks = (chunk for weight in self.engine.state.weights().values() for _, chunk in placed(weight))
+        self.guard.check_weights_finite(self.progress.step, all(bool(chunk.isfinite().all()) for chunk in chunks))
         self.progress.loss_scale = self.engine.loss_scale
         self.progress.source_tokens = self.recorder.source_tokens
         files = {**self.files, PROBE: measure_probe(self.engine, self.config).dump()}
@@ -223,21 +225,21 @@ class Trainer:
         log.info("resumed from %s", start)
         return progress
 
-    def _heldout(self, objective: Objective) -> Heldout | None:
-        """Of the sources that have enough text for it."""
+    def _open_heldout(self, objective: Objective) -> Heldout | None:
+        """The held-out text of the sources that have enough of it."""
         data, corpora = self.config.data, {}
         for source in self.loader.plan.sources:
             corpus = Corpus(source.corpus.directory, "heldout", data.verify, data.cache)
             try:
                 Heldout({source.name: corpus}, objective, data.micro_batch).check()
             except DataError as error:
-                log.info("evaluation is left out: %s", error)
+                log.info("no evaluation: %s", error)
             else:
                 corpora[source.name] = corpus
         limit = self.config.eval.windows
         return Heldout(corpora, objective, data.micro_batch, limit, data.score_prompts) if corpora else None
 
-    def _recorder(self) -> Recorder:
+    def _build_recorder(self) -> Recorder:
         config, step = self.config, self.progress.step
         device = self.engine.device
         peak, source = peak_flops(device, config.precision)
