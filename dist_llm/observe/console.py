@@ -1,4 +1,4 @@
-"""What a person sees: a live bar on a terminal, plain lines elsewhere; the log file of each rank."""
+"""Console output (a progress bar on a terminal, else plain lines) and the log file of each rank."""
 
 import logging
 import math
@@ -15,12 +15,12 @@ from dist_llm.observe.metrics import Row
 
 log = logging.getLogger("dist_llm")
 
-# Beside an MFU above 100%.
-TOO_MUCH = " (the peak rate is underestimated: set log.peak_tflops)"
+# Printed beside an MFU above 100%.
+PEAK_TOO_LOW = " (the peak rate is underestimated: set log.peak_tflops)"
 
 
 def start_logging(directory: Path, world: World) -> None:
-    """Every rank writes to a file of its own; rank 0 to the screen too (stderr)."""
+    """Log to one file per rank in `directory`, and on rank 0 also to stderr."""
     directory.mkdir(parents=True, exist_ok=True)
     stamp = logging.Formatter(f"%(asctime)s rank {world.rank} {world.host} %(levelname)s %(message)s")
     file = _LogFile(directory / f"rank_{world.rank:05d}.log", encoding="utf-8")
@@ -36,14 +36,14 @@ def start_logging(directory: Path, world: World) -> None:
 
 
 def stop_logging() -> None:
-    """Close what `start_logging` opened."""
+    """Close the handlers that `start_logging` opened."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
 
 
 class _LogFile(logging.FileHandler):
-    """Says once why it cannot be written, and gives up; metrics on the same disk end the run."""
+    """Reports a write error once and then drops its records; the metrics file on the same disk ends the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exception()
@@ -51,50 +51,50 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
             return
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self.stream.fileno())  # with what is still in its buffer
+        os.dup2(null, self.stream.fileno())  # discards the rest of the buffer
         os.close(null)
-        print(f"{self.baseFilename}: {error.strerror}; nothing more is logged there", file=sys.stderr, flush=True)
+        print(f"{self.baseFilename}: {error.strerror}; logging to this file has stopped", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
-    """One line per interval; on a terminal a bar below it that a newer state overwrites."""
+    """Prints one line per logging interval, and on a terminal a progress bar below it."""
 
-    def __init__(self, steps: int, done: int) -> None:
-        self.steps = steps
+    def __init__(self, num_steps: int, first_step: int) -> None:
+        self.num_steps = num_steps
         self.seconds = 0.0
         console = Console(stderr=True)
         self.bar: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps, left"))
             self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
-            self.task = self.bar.add_task("train", total=steps, completed=done)
+            self.task = self.bar.add_task("train", total=num_steps, completed=first_step)
             self.bar.start()
 
     def __call__(self, rows: Sequence[Row]) -> None:
         row = rows[-1]
-        texts = [each["event"] for each in rows if "event" in each]
+        lines = [each["event"] for each in rows if "event" in each]
         if "heldout_loss" in row or "loss" in row:
-            texts.append(self._heldout(row) if "heldout_loss" in row else self._train(row))
-        for text in texts:
+            lines.append(self._format_heldout(row) if "heldout_loss" in row else self._format_train(row))
+        for line in lines:
             if self.bar is None:
-                log.info(text)
+                log.info(line)
             else:
                 self.bar.update(self.task, completed=row["step"])
-                self.bar.console.print(text, highlight=False)
+                self.bar.console.print(line, highlight=False)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
 
-    def _train(self, row: Row) -> str:
-        left = (self.steps - row["step"]) * row["step_seconds"]
+    def _format_train(self, row: Row) -> str:
+        seconds_left = (self.num_steps - row["step"]) * row["step_seconds"]
         return (
-            f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  loss {row['loss']:.4f}  "
+            f"step {row['step']:>{len(str(self.num_steps))}}/{self.num_steps}  loss {row['loss']:.4f}  "
             f"lr {row['lr']:.2e}  grad norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  "
-            f"MFU {row['mfu']:.1%}{TOO_MUCH if row['mfu'] > 1 else ''}  ETA {_clock(left)}"
+            f"MFU {row['mfu']:.1%}{PEAK_TOO_LOW if row['mfu'] > 1 else ''}  ETA {_format_clock(seconds_left)}"
         )
 
-    def _heldout(self, row: Row) -> str:
+    def _format_heldout(self, row: Row) -> str:
         bits = row.get("heldout_bits_per_byte")
         return (
             f"step {row['step']}  held-out loss {row['heldout_loss']:.4f}  perplexity {row['heldout_perplexity']:.2f}"
@@ -102,7 +102,7 @@ class ProgressLine:
         )
 
 
-def _clock(seconds: float) -> str:
+def _format_clock(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "?"
     minutes, seconds = divmod(round(seconds), 60)

@@ -1,9 +1,8 @@
-"""Model FLOPs, and the rate that a device could reach: the two sides of MFU.
+"""Model FLOPs and peak device FLOP/s, from which MFU is computed.
 
-Convention, printed beside the number: PaLM's (Chowdhery et al. 2022, appendix B). Per trained
-token 6 per weight of a matrix product (the head counts, the embedding look-up does not) plus
-12 * layers * heads * head_dim * seq_len for attention, the causal half not taken off.
-Recomputation is not counted.
+The convention, which the log states, is that of PaLM (Chowdhery et al. 2022, appendix B). A trained token costs 6 FLOPs
+per weight of a matrix product (the head counts, the embedding lookup does not), plus 12 * layers * heads * head_dim *
+seq_len for attention, without halving it for a causal mask. Recomputation is not counted.
 """
 
 import torch
@@ -14,7 +13,7 @@ from dist_llm.observe.matmul_rate import matmul_rate
 
 CONVENTION = "6N + 12LHES, causal not halved"
 
-# Dense bf16 TFLOP/s from the makers' data sheets (their sparse figures halved), by name; first match wins.
+# Dense bf16 TFLOP/s from data sheets (sparse figures halved), by a part of the device name; the first match is used.
 PUBLISHED_BF16_TFLOPS = {
     "B200": 2250.0,
     "GH200": 989.0,
@@ -29,44 +28,45 @@ PUBLISHED_BF16_TFLOPS = {
 
 
 def matmul_weights(model: ModelConfig) -> int:
-    """Weights that take part in a matrix product for each token of a decoder or an encoder."""
-    return model.n_layers * _block(model) + _head(model)
+    """Weights of the matrix products that each token of a decoder-only or encoder-only model passes through."""
+    return model.n_layers * _block_weights(model) + _head_weights(model)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
-    """FLOPs to train on one token of a decoder or an encoder: forward and backward."""
+    """FLOPs of forward and backward for one token of a decoder-only or encoder-only model."""
     return 6 * matmul_weights(model) + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
 
 
-def flops_per_sample(model: ModelConfig, inputs: int, source: int) -> int:
-    """FLOPs to train on one sample: `inputs` tokens through the stack with the head, `source` through an encoder.
+def flops_per_sample(model: ModelConfig, num_inputs: int, num_encoder_inputs: int) -> int:
+    """FLOPs of forward and backward for one sample: `num_inputs` tokens of the stack with the head, and encoder tokens.
 
-    Of cross-attention, queries and outputs count for the former, keys and values for the latter.
+    In cross-attention, queries and outputs cost per input of the decoder, keys and values per input of the encoder.
     """
     width = model.d_model * model.head_dim
-    queries, keys = 2 * width * model.n_heads, 2 * width * model.n_kv_heads
-    crossing = model.n_layers if source else 0
-    weights = inputs * (matmul_weights(model) + crossing * queries)
-    weights += source * (model.n_encoder_layers * _block(model) + crossing * keys)
-    pairs = model.n_layers * inputs**2 + model.n_encoder_layers * source**2 + crossing * inputs * source
-    return 6 * weights + 12 * model.n_heads * model.head_dim * pairs
+    query_weights, key_weights = 2 * width * model.n_heads, 2 * width * model.n_kv_heads
+    n_cross_layers = model.n_layers if num_encoder_inputs else 0
+    products = num_inputs * (matmul_weights(model) + n_cross_layers * query_weights)
+    products += num_encoder_inputs * (model.n_encoder_layers * _block_weights(model) + n_cross_layers * key_weights)
+    scores = model.n_layers * num_inputs**2 + model.n_encoder_layers * num_encoder_inputs**2
+    scores += n_cross_layers * num_inputs * num_encoder_inputs
+    return 6 * products + 12 * model.n_heads * model.head_dim * scores
 
 
-def _block(model: ModelConfig) -> int:
+def _block_weights(model: ModelConfig) -> int:
     attention = model.d_model * model.head_dim * 2 * (model.n_heads + model.n_kv_heads)
     return attention + model.d_model * model.d_ff * (3 if gated(model) else 2)
 
 
-def _head(model: ModelConfig) -> int:
+def _head_weights(model: ModelConfig) -> int:
     return model.d_model * (model.vocab_size + (model.d_model if model.head == "mlm" else 0))
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """(FLOP/s of one device, where the figure is from): published for known GPUs, else measured."""
-    if device.type == "cuda" and precision != "fp32":  # fp16 runs at bf16's rate
+    """(peak FLOP/s of one device, source of the figure): published for known GPUs, else the measured matmul rate."""
+    if device.type == "cuda" and precision != "fp32":  # fp16 has the rate of bf16
         name = torch.cuda.get_device_name(device)
-        for known, tflops in PUBLISHED_BF16_TFLOPS.items():
-            if known in name:
-                return tflops * 1e12, f"published for {known}"
+        for part, tflops in PUBLISHED_BF16_TFLOPS.items():
+            if part in name:
+                return tflops * 1e12, f"published for {part}"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     return matmul_rate(device, dtype), "measured matmul rate"

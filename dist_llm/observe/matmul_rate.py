@@ -1,7 +1,7 @@
-"""The rate that a device reaches in matrix products: measured at several sizes, the best of several starts kept.
+"""Measure the matmul rate of a device, and cache the best of several runs.
 
-A busy machine gives too low a rate, and never too high a one. So the best rate of the first `ENOUGH` starts is kept in
-a file per user, by machine, device, dtype and number of threads, and later starts do not measure again.
+Other load on the machine lowers a measurement and never raises it. A file per user keeps the best rate of the first
+NUM_MEASUREMENTS runs, by machine, device, dtype and number of threads. Later runs do not measure.
 """
 
 import json
@@ -19,44 +19,44 @@ from dist_llm.config.schema import CACHE
 log = logging.getLogger("dist_llm")
 
 FILE = Path(CACHE) / "matmul_rates.json"
-ENOUGH = 5
+NUM_MEASUREMENTS = 5
 SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # of square matrices
 SECONDS = 0.6  # for all sizes together
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, file: Path | None = None) -> float:
-    """FLOP/s: the best that was measured on this machine, now or before."""
+    """The best FLOP/s that this or an earlier run measured on this machine."""
     file = (file or FILE).expanduser()
     key = " | ".join((platform.node(), _device_name(device), str(dtype), f"{torch.get_num_threads()} threads"))
-    kept = _read(file)
-    entry = kept.get(key, {"rate": 0.0, "starts": 0})
-    if entry["starts"] >= ENOUGH:
+    cache = _read(file)
+    entry = cache.get(key, {"rate": 0.0, "starts": 0})
+    if entry["starts"] >= NUM_MEASUREMENTS:
         return float(entry["rate"])
     rate = max(measure_matmul_rate(device, dtype), float(entry["rate"]))
-    _write(file, {**kept, key: {"rate": rate, "starts": entry["starts"] + 1}})
+    _write(file, {**cache, key: {"rate": rate, "starts": entry["starts"] + 1}})
     return rate
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s: the best of repeated square products, the small ones first, until the time is over."""
+    """The best FLOP/s of repeated square matrix products within SECONDS, small sizes first."""
     best, sizes = 0.0, SIZES[device.type]
     for number, size in enumerate(sizes, 1):
-        left = torch.randn(size, size, device=device).to(dtype)
+        matrix = torch.randn(size, size, device=device).to(dtype)
         end = time.perf_counter() + SECONDS / len(sizes)
-        seconds = [_product_seconds(left, device) for _ in range(2)]  # the first also starts the libraries
+        seconds = [_matmul_seconds(matrix, device) for _ in range(2)]  # the first call also initialises libraries
         while time.perf_counter() < end:
-            seconds.append(_product_seconds(left, device))
+            seconds.append(_matmul_seconds(matrix, device))
         best = max(best, 2 * size**3 / min(seconds))
         if number < len(sizes) and 8 * min(seconds) > SECONDS:
-            break  # a CPU without bf16 has a hundredth of its rate in fp32
+            break  # the next size would take too long, as bf16 on a CPU without it
     return best
 
 
-def _product_seconds(left: torch.Tensor, device: torch.device) -> float:
+def _matmul_seconds(matrix: torch.Tensor, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    left @ left
+    matrix @ matrix
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
@@ -74,18 +74,18 @@ def _device_name(device: torch.device) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        kept = json.loads(file.read_text())
-        return {key: each for key, each in kept.items() if isinstance(each["rate"], float) and each["starts"] > 0}
+        cache = json.loads(file.read_text())
+        return {key: each for key, each in cache.items() if isinstance(each["rate"], float) and each["starts"] > 0}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}  # none yet, or not one of ours: measured anew
+        return {}  # no cache yet, or a damaged one: measure again
 
 
-def _write(file: Path, kept: dict[str, Any]) -> None:
-    """Ranks and runs may write at once: the last one wins, and each file is whole."""
+def _write(file: Path, cache: dict[str, Any]) -> None:
+    """Replace the cache atomically. Of several writers the last one wins."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(kept, indent=1) + "\n")
+        temporary.write_text(json.dumps(cache, indent=1) + "\n")
         temporary.replace(file)
     except OSError as error:
-        log.debug("the matmul rate is not kept: %s", error)
+        log.debug("cannot cache the matmul rate: %s", error)

@@ -1,4 +1,4 @@
-"""The run's numbers: gathered each step without a device sync, written in one go per interval."""
+"""Metrics: recorded each step without a device synchronisation, written once per logging interval."""
 
 import json
 import math
@@ -17,25 +17,25 @@ Sink = Callable[[Sequence[Row]], None]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One step's numbers as they come; the tensors are still on the device."""
+class StepMetrics:
+    """The metrics of one step; tensors are still on the device."""
 
     step: int
     loss: Tensor
     grad_norm: Tensor
-    scored: Tensor
+    num_valid_tokens: Tensor
     lr: float
-    tokens: int  # consumed since the start of the run, this step included
+    tokens: int  # trained on since the start of the run, including this step
     data_wait_seconds: float
-    by_source: Tensor | None = None  # [2, sources]: their shares of the loss, and their scored tokens
-    terms: Mapping[str, Tensor] = field(default_factory=dict)  # of the loss, by the names of the metrics
+    by_source: Tensor | None = None  # [2, num_sources]: shares of the loss, and valid tokens
+    terms: Mapping[str, Tensor] = field(default_factory=dict)  # of a regularised loss, by metric name
 
 
 class Recorder:
-    """Holds steps until `flush` turns them into rows for every sink (rank 0), or drops them (the others).
+    """Collects steps until `flush` converts them to rows for the sinks. Only rank 0 has sinks.
 
-    Times are those of the interval divided by its steps: on a GPU the host runs ahead, so the
-    time of a single step means nothing until the device is asked, which is done once per flush.
+    A step time is the interval divided by its number of steps. On a GPU the host runs ahead of the device, so that the
+    time of a single step is only known after a synchronisation, which happens once per flush.
     """
 
     def __init__(
@@ -47,32 +47,32 @@ class Recorder:
         source_tokens: dict[str, int] | None = None,
     ) -> None:
         self.sinks, self.device = sinks, device
-        self.source_tokens = dict(source_tokens or {})  # scored so far, by source, in the sources' order
+        self.source_tokens = dict(source_tokens or {})  # valid tokens so far by source, in the order of the sources
         self.mfu_per_rate = flops_per_token / peak_flops if peak_flops else math.nan
-        self.held: list[Measured] = []
-        self.tokens, self.start = 0, time.perf_counter()
+        self.pending: list[StepMetrics] = []
+        self.start_tokens, self.start_time = 0, time.perf_counter()
 
     def restart_clock(self, tokens: int) -> None:
-        """Begin an interval now: what came before (set-up, evaluation, a save) is not step time."""
-        self.tokens, self.start = tokens, time.perf_counter()
+        """Start a new interval, so that setup, evaluation or a checkpoint does not count as step time."""
+        self.start_tokens, self.start_time = tokens, time.perf_counter()
 
-    def add(self, measured: Measured) -> None:
-        self.held.append(measured)
+    def add(self, metrics: StepMetrics) -> None:
+        self.pending.append(metrics)
 
     def flush(self) -> list[Row]:
-        """Write the held steps. The only place that waits for the device."""
-        if not self.held:
+        """Write the pending steps. This is the only place that synchronises with the device."""
+        if not self.pending:
             return []
-        held, self.held = self.held, []
-        names = tuple(held[0].terms)
+        pending, self.pending = self.pending, []
+        names = tuple(pending[0].terms)
         columns = torch.stack(
-            [torch.stack([each.float() for each in (m.loss, m.grad_norm, *m.terms.values())]) for m in held]
+            [torch.stack([each.float() for each in (m.loss, m.grad_norm, *m.terms.values())]) for m in pending]
         ).tolist()
-        seconds = time.perf_counter() - self.start
-        rate = (held[-1].tokens - self.tokens) / seconds
-        shared = {
+        seconds = time.perf_counter() - self.start_time
+        rate = (pending[-1].tokens - self.start_tokens) / seconds
+        of_interval = {
             "tokens_per_second": round(rate, 1),
-            "step_seconds": round(seconds / len(held), 6),
+            "step_seconds": round(seconds / len(pending), 6),
             "mfu": round(rate * self.mfu_per_rate, 5),
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
@@ -85,25 +85,25 @@ class Recorder:
                 "lr": m.lr,
                 "tokens": m.tokens,
                 "data_wait_seconds": round(m.data_wait_seconds, 6),
-                **shared,
+                **of_interval,
             }
-            for m, (loss, grad_norm, *terms) in zip(held, columns, strict=True)
+            for m, (loss, grad_norm, *terms) in zip(pending, columns, strict=True)
         ]
-        for row, m in zip(rows, held, strict=True):
+        for row, m in zip(rows, pending, strict=True):
             if m.by_source is not None:
-                row |= self._by_source(m.by_source.tolist(), float(m.scored))
+                row |= self._source_columns(m.by_source.tolist(), float(m.num_valid_tokens))
         self.emit(rows)
-        self.restart_clock(held[-1].tokens)
+        self.restart_clock(pending[-1].tokens)
         return rows
 
-    def _by_source(self, by_source: list[list[float]], scored: float) -> Row:
-        """Of each source: the mean loss of this step, where it has tokens in it, and its scored tokens so far."""
+    def _source_columns(self, by_source: list[list[float]], num_valid_tokens: float) -> Row:
+        """For each source: its valid tokens so far, and its mean loss in this step if the step has tokens of it."""
         row: Row = {}
         for name, share, tokens in zip(self.source_tokens, *by_source, strict=True):
             self.source_tokens[name] += round(tokens)
             row[f"tokens_{name}"] = self.source_tokens[name]
             if tokens:
-                row[f"loss_{name}"] = share * scored / tokens
+                row[f"loss_{name}"] = share * num_valid_tokens / tokens
         return row
 
     def emit(self, rows: Sequence[Row]) -> None:
@@ -112,19 +112,19 @@ class Recorder:
 
 
 class MetricsFile:
-    """metrics.jsonl: each step once. What lies beyond the step resumed from is dropped first."""
+    """metrics.jsonl, one line per row. Rows after `resumed_step` are removed first, so that each step occurs once."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        kept = []
+        lines = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     if json.loads(line)["step"] <= resumed_step:
-                        kept.append(line)
+                        lines.append(line)
                 except (ValueError, KeyError):
-                    continue  # a line cut short by a kill
+                    continue  # a kill cut this line short
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         temporary.rename(path)
         self.file = path.open("a", encoding="utf-8")
 
@@ -137,7 +137,7 @@ class MetricsFile:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Of this process: allocated on its GPU, or resident on the CPU."""
+    """Peak memory of this process: allocated on its GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""The same rows as curves."""
+"""Write metric rows as TensorBoard events."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +7,11 @@ import numpy as np
 
 from dist_llm.observe.metrics import Row
 
-NOT_CURVES = {"step", "sample", "event", "busy_seconds"}
+NO_SCALARS = {"step", "sample", "event", "busy_seconds"}
 
 
 class TensorBoard:
-    """Event files under `directory`. Events beyond `resumed_step` (0: all), of a run that was killed, are hidden."""
+    """Event files in `directory`. TensorBoard hides events after `resumed_step`, which a killed run left there."""
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter  # slow to import: only rank 0 pays
@@ -22,10 +22,10 @@ class TensorBoard:
         for row in rows:
             group = "heldout" if "heldout_loss" in row else "train"
             for name, value in row.items():
-                if name not in NOT_CURVES:
+                if name not in NO_SCALARS:
                     self.writer.add_scalar(f"{group}/{name}", value, row["step"])
             if "sample" in row:
-                # Indented, so that Markdown shows it as it is.
+                # Indented, so that Markdown shows the text unchanged.
                 text = "\n".join("    " + line for line in row["sample"].splitlines())
                 self.writer.add_text("heldout/sample", text, row["step"])
             if "busy_seconds" in row:

@@ -28,7 +28,7 @@ from dist_llm.launch.world import World
 from dist_llm.objectives.build import Objective
 from dist_llm.observe.console import ProgressLine
 from dist_llm.observe.flops import CONVENTION, flops_per_sample, peak_flops
-from dist_llm.observe.metrics import Measured, MetricsFile, Recorder, Row
+from dist_llm.observe.metrics import MetricsFile, Recorder, Row, StepMetrics
 from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.parallel.digest import differing
@@ -155,7 +155,7 @@ class Trainer:
         progress.samples = self.loader.after(progress.samples)
         progress.tokens += config.data.global_batch * self.sample_tokens
         values = progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, data_seconds
-        self.recorder.add(Measured(*values, report.by_source, terms_of(report, config.loss)))
+        self.recorder.add(StepMetrics(*values, report.by_source, terms_of(report, config.loss)))
         if (every := config.guard.digest_every) and progress.step % every == 0:
             self.compare_replicas()
 

@@ -32,7 +32,7 @@ def end_logging(monkeypatch):
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     start_logging(tmp_path, World())
-    bar = ProgressLine(steps=100, done=0)
+    bar = ProgressLine(num_steps=100, first_step=0)
     bar([{**ROW, "step": 29}, ROW])
     bar([HELDOUT])
     bar.close()
@@ -46,20 +46,20 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
 
 def test_an_unknown_rate_still_prints(tmp_path, capsys):
     start_logging(tmp_path, World())
-    ProgressLine(steps=100, done=0)([{**ROW, "mfu": math.nan, "step_seconds": math.inf}])
+    ProgressLine(num_steps=100, first_step=0)([{**ROW, "mfu": math.nan, "step_seconds": math.inf}])
     assert capsys.readouterr().err.rstrip().endswith("MFU nan%  ETA ?")
 
 
 def test_more_than_all_of_the_peak_is_explained(tmp_path, capsys):
     start_logging(tmp_path, World())
-    ProgressLine(steps=100, done=0)([{**ROW, "mfu": 1.23}, {**ROW, "mfu": 1.23}])
+    ProgressLine(num_steps=100, first_step=0)([{**ROW, "mfu": 1.23}, {**ROW, "mfu": 1.23}])
     assert "MFU 123.0% (the peak rate is underestimated: set log.peak_tflops)  ETA" in capsys.readouterr().err
 
 
 def test_a_bar_where_there_is_one(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(console, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=150))
-    bar = ProgressLine(steps=100, done=10)
+    bar = ProgressLine(num_steps=100, first_step=10)
     try:
         assert bar.bar.tasks[0].completed == 10
         bar([ROW])
@@ -98,5 +98,5 @@ def test_a_log_file_on_a_full_disk_is_given_up_with_one_line(tmp_path, capsys):
     log.info("first")
     log.info("second")
     assert capsys.readouterr().err == (
-        f"{tmp_path}/rank_00000.log: No space left on device; nothing more is logged there\nfirst\nsecond\n"
+        f"{tmp_path}/rank_00000.log: No space left on device; logging to this file has stopped\nfirst\nsecond\n"
     )

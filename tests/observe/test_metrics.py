@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from dist_llm.observe import metrics
-from dist_llm.observe.metrics import Measured, MetricsFile, Recorder
+from dist_llm.observe.metrics import MetricsFile, Recorder, StepMetrics
 from dist_llm.observe.tensorboard import TensorBoard
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def files_in_order(monkeypatch):
 
 def measured(step, tokens=None):
     value = torch.tensor(float(step), dtype=torch.float64)
-    return Measured(
+    return StepMetrics(
         step, value, 10 * value, torch.tensor(7), lr=step / 100, tokens=tokens or 50 * step, data_wait_seconds=0.5
     )
 
