@@ -1,7 +1,6 @@
-"""Rules that join keys, the corpus and the world size.
+"""Rules that involve several keys, the corpus or the world size.
 
-`check` finds every violation before a process group exists; `derive.py:resolve` then fills in each key that was left
-to be derived.
+`check` reports all violations before any process group starts. `derive.py:resolve` then derives the remaining keys.
 """
 
 import math
@@ -19,7 +18,7 @@ from dist_llm.config.lengths import extra_ids, inputs_len, lengths
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config, ModelConfig, ObjectiveConfig
 
-FITTING = {
+ALLOWED_OBJECTIVES = {
     "decoder": ("causal", "prefix", "span", "fim"),
     "encoder": ("masked",),
     "encoder_decoder": ("prefix", "span"),
@@ -28,12 +27,12 @@ FITTING = {
 
 @dataclass(frozen=True)
 class RefusedLayout(Violation):
-    """A broken rule of the layout that also tells, in a line of its own, which layouts would fit."""
+    """A broken rule of the layout, with a line that lists layouts that would be valid."""
 
-    fitting: str
+    suggestion: str
 
     def __str__(self) -> str:
-        return f"{super().__str__()}\n  {self.fitting}"
+        return f"{super().__str__()}\n  {self.suggestion}"
 
 
 def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violation]:
@@ -41,7 +40,7 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
     objective = list(_check_objective(config))
     data = list(check_data(config))
     if objective:
-        # How long sequences are and how many ids there are follows from the objective: not to be asked of a wrong one.
+        # Sequence lengths and special tokens follow from the objective: check the other rules with a valid one.
         config = config.model_copy(
             update={
                 "objective": ObjectiveConfig(),
@@ -64,18 +63,18 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
         *check_fp8(config),
     ]
     layout = list(check_layout(config, world_size, tokenizer_size))
-    if layout and (fitting := nearest_layouts(config, world_size, tokenizer_size)):
+    if layout and (valid := nearest_layouts(config, world_size, tokenizer_size)):
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-        line = f"parallel: layouts of {ranks} that fit: {'; '.join(map(shape, fitting))}"
+        line = f"parallel: valid layouts of {ranks}: {'; '.join(map(shape, valid))}"
         layout[-1] = RefusedLayout(layout[-1].keys, layout[-1].message, line)
     return rules + layout
 
 
-def nearest_layouts(config: Config, world_size: int, tokenizer_size: int, most: int = 3) -> list[dict[str, int]]:
-    """The layouts of `world_size` ranks that break no rule, nearest to the config's first, at most `most`.
+def nearest_layouts(config: Config, world_size: int, tokenizer_size: int, limit: int = 3) -> list[dict[str, int]]:
+    """At most `limit` valid layouts of `world_size` ranks, those nearest to the config's layout first.
 
-    Nearest: with the fewest axes of another size; then with the smallest factors between old and new
-    sizes; then with the most data parallelism. A dp_shard of -1 is free to be anything.
+    Nearest: the fewest axes of another size, then the smallest factors between old and new sizes, then the most data
+    parallelism. A dp_shard of -1 may take any size.
     """
     wanted = {axis: size for axis in AXES if (size := getattr(config.parallel, axis)) > 0}
 
@@ -83,24 +82,26 @@ def nearest_layouts(config: Config, world_size: int, tokenizer_size: int, most: 
         factors = [abs(math.log2(sizes[axis] / size)) for axis, size in wanted.items()]
         return sum(factor > 0 for factor in factors), sum(factors), sizes["pp"] * sizes["cp"] * sizes["tp"]
 
-    found: list[dict[str, int]] = []
-    for sizes in sorted((dict(zip(AXES, each, strict=True)) for each in _factors(world_size, len(AXES))), key=distance):
+    layouts: list[dict[str, int]] = []
+    for sizes in sorted(
+        (dict(zip(AXES, each, strict=True)) for each in _factorizations(world_size, len(AXES))), key=distance
+    ):
         layout = config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
         if not any(check_layout(layout, world_size, tokenizer_size)) and not any(check_axes(layout)):
-            found.append(sizes)
-            if len(found) == most:
+            layouts.append(sizes)
+            if len(layouts) == limit:
                 break
-    return found
+    return layouts
 
 
-def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write `number` as a product of `count` numbers, their order minded."""
+def _factorizations(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """All ordered factorizations of `number` into `count` factors."""
     if count == 1:
         yield (number,)
         return
     for first in range(1, number + 1):
         if number % first == 0:
-            yield from ((first, *rest) for rest in _factors(number // first, count - 1))
+            yield from ((first, *rest) for rest in _factorizations(number // first, count - 1))
 
 
 def _check_model(model: ModelConfig) -> Iterator[Violation]:
@@ -113,8 +114,8 @@ def _check_model(model: ModelConfig) -> Iterator[Violation]:
     elif model.positions == "rope" and (model.head_dim or model.d_model // model.n_heads) % 2:
         yield Violation(
             ("model.n_heads", "model.d_model", "model.head_dim", "model.positions"),
-            f"rope turns pairs, but a head has {model.head_dim or model.d_model // model.n_heads} dimensions; "
-            "make d_model / n_heads even",
+            "rope rotates pairs of dimensions, but a head has "
+            f"{model.head_dim or model.d_model // model.n_heads} dimensions; make d_model / n_heads even",
         )
     if model.n_kv_heads and model.n_heads % model.n_kv_heads:
         yield Violation(
@@ -125,13 +126,13 @@ def _check_model(model: ModelConfig) -> Iterator[Violation]:
 
 
 def _check_relative(model: ModelConfig) -> Iterator[Violation]:
-    sides = 1 if model.architecture == "decoder" else 2
-    near = model.relative_buckets // (2 * sides)
-    if model.positions == "relative" and (near < 1 or model.relative_distance <= near):
+    num_directions = 1 if model.architecture == "decoder" else 2
+    num_exact = model.relative_buckets // (2 * num_directions)
+    if model.positions == "relative" and (num_exact < 1 or model.relative_distance <= num_exact):
         yield Violation(
             ("model.relative_buckets", "model.relative_distance", "model.positions"),
-            f"{model.relative_buckets} buckets tell the first {near} distances apart, of {model.relative_distance}; "
-            f"set at least {2 * sides} buckets, and a relative_distance above their number / {2 * sides}",
+            f"{model.relative_buckets} buckets give {num_exact} exact distances, of {model.relative_distance}; set "
+            f"at least {2 * num_directions} buckets, and a relative_distance above their number / {2 * num_directions}",
         )
 
 
@@ -140,16 +141,16 @@ def _check_objective(config: Config) -> Iterator[Violation]:
     if config.model.n_encoder_layers and architecture != "encoder_decoder":
         yield Violation(
             ("model.n_encoder_layers", "model.architecture"),
-            f"only an encoder_decoder has them; remove the key from this {architecture}",
+            f"only used with an encoder_decoder, but this is a {architecture}; remove the key",
         )
     for number, each in enumerate(config.objective.members):
         where = f"objective.mixture.{number}" if config.objective.mixture else "objective"
-        if each.name not in FITTING[architecture]:
-            others = [name for name, fitting in FITTING.items() if each.name in fitting]
+        if each.name not in ALLOWED_OBJECTIVES[architecture]:
+            others = [name for name, objectives in ALLOWED_OBJECTIVES.items() if each.name in objectives]
             yield Violation(
                 (f"{where}.name", "model.architecture"),
-                f"{each.name} does not fit model.architecture {architecture}, which learns by "
-                f"{' or '.join(FITTING[architecture])}; {each.name} takes {' or '.join(others)}",
+                f"{each.name} is no objective of model.architecture {architecture}, which takes "
+                f"{' or '.join(ALLOWED_OBJECTIVES[architecture])}; {each.name} needs {' or '.join(others)}",
             )
             continue
         if each.mode and each.name not in ("prefix", "span"):
@@ -161,7 +162,7 @@ def _check_objective(config: Config) -> Iterator[Violation]:
 
 
 def _check_lengths(config: Config, tokenizer_size: int) -> Iterator[Violation]:
-    vocab, longest, extra = config.model.vocab_size, config.model.max_seq_len, extra_ids(config)
+    vocab, max_seq_len, extra = config.model.vocab_size, config.model.max_seq_len, extra_ids(config)
     if vocab and vocab < tokenizer_size + extra:
         more = f" and {extra} of the objective" if extra else ""
         yield Violation(
@@ -170,30 +171,31 @@ def _check_lengths(config: Config, tokenizer_size: int) -> Iterator[Violation]:
             f"set at least {tokenizer_size + extra}, or 0 to derive it",
         )
     needed = max(config.data.seq_len, inputs_len(config))
-    if longest and longest < needed:
+    if max_seq_len and max_seq_len < needed:
         yield Violation(
             ("data.seq_len", "model.max_seq_len"),
-            f"{needed} is longer than model.max_seq_len {longest}; lower it, or set max_seq_len to 0",
+            f"{needed} is longer than model.max_seq_len {max_seq_len}; lower it, or set max_seq_len to 0",
         )
 
 
 def _check_schedule(config: Config) -> Iterator[Violation]:
     warmup, end = config.schedule.warmup_steps, config.schedule.decay_steps
-    # A short trial of a long run (run.steps=20) may well end inside the warm-up: only decay_steps is held to it.
+    # A short trial of a long run (run.steps=20) may end within the warmup: only decay_steps is checked.
     if end and warmup > end and config.schedule.name in ("cosine", "linear", "wsd"):
         yield Violation(
             ("schedule.warmup_steps", "schedule.decay_steps"),
-            f"the warm-up ends at step {warmup}, after the decay does at {end}; set at most {end}",
+            f"the warmup ends at step {warmup}, after the decay at step {end}; set at most {end}",
         )
 
 
 def _check_optim(config: Config) -> Iterator[Violation]:
     optim = config.optim
     if optim.moments == "bf16" and optim.name == "sgd":
-        yield Violation(("optim.moments", "optim.name"), "bf16: sgd has no such moments; set fp32")
+        yield Violation(("optim.moments", "optim.name"), "sgd has no AdamW moments, but bf16 is set; set fp32")
     if optim.name == "muon" and config.parallel.cpu_offload:
         yield Violation(
-            ("optim.name", "parallel.cpu_offload"), "muon: matrices are not sent from host memory; set adamw, or false"
+            ("optim.name", "parallel.cpu_offload"),
+            "muon does not support parallel.cpu_offload; set optim.name=adamw, or cpu_offload=false",
         )
 
 
@@ -202,6 +204,6 @@ def _check_checkpoints(config: Config) -> Iterator[Violation]:
     if config.checkpoint.keep_best and (not saved or not scored or saved % scored):
         yield Violation(
             ("checkpoint.keep_best", "checkpoint.every", "eval.every"),
-            f"which are best is known of steps that are evaluated too, but eval.every is {scored} and checkpoint.every "
-            f"{saved}; set eval.every to a divisor of it",
+            f"each checkpoint needs an evaluation of its step, but eval.every is {scored} and checkpoint.every is "
+            f"{saved}; set eval.every to a divisor of checkpoint.every",
         )

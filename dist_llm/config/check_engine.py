@@ -1,4 +1,4 @@
-"""What cannot be under an engine of others."""
+"""Rules of the third-party engines."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -7,31 +7,39 @@ from dist_llm.config.deepspeed import check_deepspeed
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import AccelerateConfig, Config, DeepSpeedConfig
 
-FSDP_KEYS = {"reshard": "default", "reduce_each_microbatch": False, "cpu_offload": False, "activations_gib": 0.0}
+NATIVE_DEFAULTS = {"reshard": "default", "reduce_each_microbatch": False, "cpu_offload": False, "activations_gib": 0.0}
 
 
 def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
     """Broken rules of `engine` and of its section."""
     engine = config.engine
     if not config.uses_deepspeed and config.deepspeed != DeepSpeedConfig():
-        yield Violation(("deepspeed", "engine"), "is of engine: deepspeed alone; remove it, or set engine so")
+        yield Violation(
+            ("deepspeed", "engine"),
+            f"only used with engine=deepspeed (now {engine}); remove the section, or set engine=deepspeed",
+        )
     if engine != "accelerate" and config.accelerate != AccelerateConfig():
-        yield Violation(("accelerate", "engine"), "is of engine: accelerate alone; remove it, or set engine so")
+        yield Violation(
+            ("accelerate", "engine"),
+            f"only used with engine=accelerate (now {engine}); remove the section, or set engine=accelerate",
+        )
     if engine == "native":
         return
     for needed in {engine, "deepspeed" if config.uses_deepspeed else engine}:
         if find_spec(needed) is None:
             yield Violation(("engine",), f"{needed} is not installed; pip install 'dist-llm[{needed}]'")
     yield from check_axes(config)
-    for key, plain in FSDP_KEYS.items():
-        if getattr(config.parallel, key) != plain:
+    for key, default in NATIVE_DEFAULTS.items():
+        if getattr(config.parallel, key) != default:
             yield Violation(
                 (f"parallel.{key}", "engine"),
-                f"is of engine: native; remove it (see {engine}.* for what there is)",
+                f"only used with engine=native (now {engine}); remove it; settings of this engine: {engine}.*",
             )
     for key, own in (("name", "muon"), ("moments", "bf16")):
         if getattr(config.optim, key) == own:
-            yield Violation((f"optim.{key}", "engine"), f"{own} is of engine: native; set another, or engine so")
+            yield Violation(
+                (f"optim.{key}", "engine"), f"{own} needs engine=native (now {engine}); set another, or engine=native"
+            )
     if config.precision == "fp16":
         yield Violation(
             ("precision", "engine"), f"fp16 is not supported under engine: {engine}; set bf16, or engine to native"
@@ -42,20 +50,24 @@ def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
 
 
 def check_axes(config: Config) -> Iterator[Violation]:
-    """The layouts that an engine of others has."""
+    """Axes that the engine does not support."""
     engine = config.engine
-    known = {"native": (), "deepspeed": ("dp_replicate", "cp", "tp"), "accelerate": ("dp_replicate", "cp", "tp", "pp")}
-    for axis in known[engine]:
+    unsupported = {
+        "native": (),
+        "deepspeed": ("dp_replicate", "cp", "tp"),
+        "accelerate": ("dp_replicate", "cp", "tp", "pp"),
+    }
+    for axis in unsupported[engine]:
         if (size := getattr(config.parallel, axis)) > 1:
             others = "data or pipeline" if engine == "deepspeed" else "data"
             yield Violation(
                 (f"parallel.{axis}", "engine"),
-                f"{size} under engine: {engine}, whose ranks are {others} parallel; set it to 1, or engine to native",
+                f"engine={engine} supports {others} parallelism only; set it to 1, or engine=native (now {size})",
             )
 
 
 def _check_pipeline(config: Config) -> Iterator[Violation]:
-    """DeepSpeed's pipeline hands on one tensor from stage to stage, and works with ZeRO 1 alone."""
+    """DeepSpeed's pipeline passes one tensor between stages, and works with ZeRO stage 1 only."""
     parallel, model, data = config.parallel, config.model, config.data
     if parallel.pp == 1:
         return

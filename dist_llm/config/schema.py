@@ -1,8 +1,8 @@
-"""Every key of a run's YAML: one frozen model per section, one line of description per key.
+"""All keys of a run's YAML: one frozen model per section, one description per key.
 
-Types are strict (`steps: "20"` is an error). Rules within one key live here; rules that join
-several keys, the corpus or the world size live in `check`. A 0 that stands for "derive it" is
-filled in by `check.resolve`, so code past the command line only sees real sizes.
+Types are strict (`steps: "20"` is an error). Rules of a single key are here; rules that involve several keys, the
+corpus or the world size are in `check`. `derive.resolve` replaces each 0 that means "derive", so that the engines see
+resolved sizes only.
 """
 
 from collections.abc import Sequence
@@ -24,376 +24,402 @@ CACHE = "~/.cache/dist_llm"
 
 
 def key(description: str, default: Any = ...) -> Any:
-    """A key of a section; without `default` the user must set it."""
+    """A key of a section. Without `default` it is required."""
     return Field(default, description=description)
 
 
 class Section(BaseModel):
-    """Frozen, strict, and closed to unknown keys, inf and nan."""
+    """Base of all sections: frozen and strict; refuses unknown keys, inf and nan."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunConfig(Section):
-    dir: str = key("directory of the run: config, metrics, logs, checkpoints; resumed when it holds a checkpoint")
-    steps: Positive = key("optimizer steps to take in all, those before a resume included")
-    seed: Seed = key("seed of initial values, sample order and dropout", 0)
+    dir: str = key("run directory, with config, metrics, logs and checkpoints; a run resumes if it has a checkpoint")
+    steps: Positive = key("total number of optimizer steps, including those before a resume")
+    seed: Seed = key("seed of initial weights, sample order and dropout", 0)
     hang_seconds: NonNegative = key(
-        "a run that stands still so long is ended, the rank that holds it up named; 10 times that in the first steps, "
-        "and 10 times a usual step in later ones; 0: never",
+        "watchdog timeout in seconds: if no step completes in this time, abort and report the stalled rank; 10 "
+        "times as long in the first steps, and at least 10 times a typical step later; 0: never",
         60.0,
     )
 
     network: dict[Variable, str | int] = key(
-        "variables of NCCL, gloo and what is below them (NCCL_*, TORCH_NCCL_*, GLOO_*, UCX_*, FI_*), set on all ranks "
-        "before they meet; one that the environment has with another value is refused",
+        "variables of NCCL, gloo and the libraries below them (NCCL_*, TORCH_NCCL_*, GLOO_*, UCX_*, FI_*), set on "
+        "all ranks before rendezvous; a variable that the environment sets to another value is an error",
         {},
     )
 
 
 class ModelConfig(Section):
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = key(
-        "one stack that predicts what follows, one that sees all (BERT), or one that reads and one that writes (T5)",
+        "decoder-only, encoder-only (BERT) or encoder-decoder (T5)",
         "decoder",
     )
     d_model: Positive = key("width of the residual stream")
-    n_layers: Positive = key("number of blocks; of an encoder-decoder: in its decoder")
+    n_layers: Positive = key("number of blocks; encoder_decoder: blocks of the decoder")
     n_encoder_layers: Count = key("encoder_decoder: blocks of the encoder; 0: n_layers", 0)
-    n_heads: Positive = key("query heads per attention")
-    n_kv_heads: Count = key("key-value heads (grouped-query attention); 0: n_heads", 0)
-    head_dim: Count = key("size of one head; 0: d_model / n_heads", 0)
+    n_heads: Positive = key("number of query heads")
+    n_kv_heads: Count = key("number of key-value heads (grouped-query attention); 0: n_heads", 0)
+    head_dim: Count = key("size of a head; 0: d_model / n_heads", 0)
     d_ff: Count = key(
-        "hidden size of the feed-forward; 0: 4 d_model, or 8/3 d_model rounded up to a multiple of 64 for swiglu",
+        "hidden size of the feed-forward layer; 0: 4 d_model, or for gated activations 8/3 d_model rounded up to "
+        "a multiple of 64",
         0,
     )
-    vocab_size: Count = key("token ids the model knows; 0: as many as the corpus's tokenizer", 0)
-    vocab_multiple: Positive = key("embedding rows are padded to a multiple of this; padding is never predicted", 64)
-    max_seq_len: Count = key("longest sequence (rows of learned positions); 0: data.seq_len", 0)
+    vocab_size: Count = key("vocabulary size; 0: that of the corpus's tokenizer plus the objective's special tokens", 0)
+    vocab_multiple: Positive = key("pad the embedding to a multiple of this many rows; padding is never predicted", 64)
+    max_seq_len: Count = key("maximum sequence length (rows of learned positions); 0: data.seq_len", 0)
     positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = key(
-        "how tokens know their place; relative: a learned bias per head and distance, shared by the layers (T5)",
+        "positional encoding; relative: a learned bias per head and distance, shared by all layers (T5)",
         "rope",
     )
-    rope_theta: PositiveFloat = key("base of the rotary wavelengths", 10_000.0)
-    relative_buckets: Positive = key("relative: distances told apart, the far ones in logarithmic steps", 32)
-    relative_distance: Positive = key("relative: distance from which all are one bucket", 128)
-    norm: Literal["rmsnorm", "layernorm"] = key("normalisation layer", "rmsnorm")
-    norm_eps: PositiveFloat = key("added to the variance inside the norms", 1e-5)
-    norm_order: Literal["pre", "post"] = key("norm before each sublayer (pre) or after its residual sum (post)", "pre")
-    norm_embedding: bool = key("a norm on the embeddings, before the first block (BERT, BART)", False)
+    rope_theta: PositiveFloat = key("rope: base of the rotary frequencies", 10_000.0)
+    relative_buckets: Positive = key("relative: number of distance buckets, logarithmic for large distances", 32)
+    relative_distance: Positive = key("relative: distance from which all positions share the last bucket", 128)
+    norm: Literal["rmsnorm", "layernorm"] = key("normalization layer", "rmsnorm")
+    norm_eps: PositiveFloat = key("epsilon of the normalization layers", 1e-5)
+    norm_order: Literal["pre", "post"] = key(
+        "pre: normalize the input of each sublayer; post: normalize after the residual sum", "pre"
+    )
+    norm_embedding: bool = key("normalize the embeddings before the first block (BERT, BART)", False)
     activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = key(
-        "feed-forward non-linearity; swiglu and geglu multiply it with a second projection", "swiglu"
+        "feed-forward activation; swiglu and geglu gate a second projection", "swiglu"
     )
     bias: bool = key("biases in linear layers and layer norms", False)
-    qkv_bias: bool = key("biases of queries, keys and values, whatever `bias` says (Qwen2)", False)
-    tie_embeddings: bool = key("the head shares the token embedding's weight", False)
+    qkv_bias: bool = key("biases of queries, keys and values, independent of `bias` (Qwen2)", False)
+    tie_embeddings: bool = key("share the token embedding's weight with the head", False)
     head: Literal["linear", "mlm"] = key(
-        "mlm: a dense layer and a norm before the logits, a bias after (BERT)", "linear"
+        "mlm: a dense layer and a norm before the logits, and a bias after them (BERT)", "linear"
     )
-    attention_scale: NonNegative = key("factor of queries times keys; 0: 1 / sqrt(head_dim); T5: 1", 0.0)
-    qk_norm: bool = key("RMSNorm on each head's queries and keys, which bounds attention's logits", False)
-    logit_cap: NonNegative = key("logits become cap * tanh(logits / cap); 0: they stay as they are", 0.0)
-    dropout: Fraction = key("dropout on attention weights, residuals and embeddings", 0.0)
+    attention_scale: NonNegative = key("factor of the attention scores; 0: 1 / sqrt(head_dim); T5 uses 1", 0.0)
+    qk_norm: bool = key("RMSNorm of each head's queries and keys, which bounds the attention scores", False)
+    logit_cap: NonNegative = key("softcap: logits become cap * tanh(logits / cap); 0: none", 0.0)
+    dropout: Fraction = key("dropout of attention weights, residual branches and embeddings", 0.0)
     stochastic_depth: Fraction = key(
-        "chance that a sample skips the last block, falling linearly towards the first", 0.0
+        "probability that a sample skips the last block; decreases linearly to 0 at the first", 0.0
     )
     init: Literal["gpt2", "xavier", "he", "depth", "tfixup"] = key(
-        "initial values: gpt2 scales residual outputs by the number of layers, depth each layer by its place; tfixup: "
-        "for training without warm-up",
+        "initialization: gpt2 scales residual output layers by the number of layers, depth each layer by its "
+        "index; tfixup trains without warmup",
         "gpt2",
     )
-    init_std: PositiveFloat = key("standard deviation of embeddings, and of all matrices under gpt2", 0.02)
+    init_std: PositiveFloat = key("standard deviation of embeddings, and under gpt2 of all matrices", 0.02)
 
 
 class SourceConfig(Section):
-    """One corpus of several."""
+    """One of several corpora."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = key("what metrics and weights call it")
-    path: str = key("as data.path")
-    weight: NonNegative = key("share of the samples; 0: by epochs", 0.0)
-    epochs: PositiveFloat = key("where no source has a weight: passes over it, compared with the others'", 1.0)
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = key("name in metrics and weights")
+    path: str = key("see data.path")
+    weight: NonNegative = key("share of the samples; 0: use epochs", 0.0)
+    epochs: PositiveFloat = key(
+        "if no source has a weight: passes over this source, relative to those of the others", 1.0
+    )
 
 
 class StageConfig(Section):
-    """Other weights from some point on."""
+    """Source weights from a number of tokens on."""
 
-    from_tokens: Positive = key("tokens after which these weights hold")
-    weights: dict[str, NonNegative] = key("weight of each source, by name; 0: none of it")
+    from_tokens: Positive = key("number of tokens after which these weights apply")
+    weights: dict[str, NonNegative] = key("weight of each source, by name; 0: no samples of it")
 
 
 class DataConfig(Section):
-    path: str = key("directory that `dist-llm prepare` or `dist-llm adopt` made, or its URL; empty: see sources", "")
+    path: str = key(
+        "corpus directory made by `dist-llm prepare` or `dist-llm adopt`, or its URL; empty: use sources", ""
+    )
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = key(
-        "corpora in place of the one in path, each with a name, a path, and a weight or a number of epochs", ()
+        "several corpora instead of path, each with a name, a path, and a weight or a number of epochs", ()
     )
     stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = key(
-        "weights that change on the way, each with from_tokens and the weights from then on, by name", ()
+        "source weights that change during the run: from_tokens and weights by source name", ()
     )
-    cache: str = key("where remote shards are kept once fetched, one copy per content; nothing is ever removed", CACHE)
+    cache: str = key("directory for downloaded shards, one copy per content; nothing is ever removed", CACHE)
     seq_len: Positive = key("tokens per training sequence")
     global_batch: Positive = key("sequences per optimizer step, over all ranks")
-    micro_batch: Count = key("sequences per forward pass of one rank; 0: all the rank has", 0)
+    micro_batch: Count = key("sequences per forward pass of one rank; 0: all sequences of the rank at once", 0)
     order: Literal["shuffle", "random"] = key(
-        "each window once per epoch, or uniform offsets with replacement", "shuffle"
+        "shuffle: each window once per epoch; random: uniform offsets with replacement", "shuffle"
     )
     windows: Literal["stream", "document", "packed"] = key(
-        "cut text as one stream; one document each, padded; or whole documents packed (and masked from each other)",
+        "stream: cut the token stream; document: one padded document each; packed: pack whole documents, masked "
+        "from each other",
         "stream",
     )
-    score_prompts: bool = key("score prompts too, of a corpus that was prepared with --prompt-field", False)
-    document_mask: bool = key("tokens see their own document alone, in which positions count from 0", False)
-    verify: Literal["size", "hash"] = key(
-        "check shards at start by size, or read them all and check their hashes", "size"
+    score_prompts: bool = key(
+        "compute the loss on prompts too, of a corpus that was prepared with --prompt-field", False
     )
-    prefetch: Count = key("steps whose batches are made ahead in a thread; 0: none", 2)
+    document_mask: bool = key("restrict attention to the own document, whose positions start at 0", False)
+    verify: Literal["size", "hash"] = key(
+        "check the shards at the start by size, or read them completely and check their hashes", "size"
+    )
+    prefetch: Count = key("number of steps whose batches a thread prepares in advance; 0: none", 2)
     skip: Annotated[tuple[Annotated[tuple[Count, Count], Field(strict=False)], ...], Field(strict=False)] = key(
         "ranges [from, to) of sample numbers to leave out, such as those of a loss spike", ()
     )
     on_change: Literal["refuse", "new_segment"] = key(
-        "a resume with another corpus, seed, window or objective: refuse it, or go on with the new data from here",
+        "resume with another corpus, seed, window or objective: refuse, or continue with the new data from here",
         "refuse",
     )
     audit_every: Count = key(
-        "steps after which ranks compare what they read; a sample read twice or left out ends the run; 0: never", 100
+        "steps between checks that the ranks read the planned samples; a sample read twice or not at all ends the "
+        "run; 0: never",
+        100,
     )
 
 
 class Denoiser(Section):
-    """One way to make a training example of a window of text."""
+    """One objective: how a window of text becomes a training example."""
 
     name: Literal["causal", "prefix", "masked", "span", "fim"] = key(
-        "what is predicted: what follows, what follows a prefix, masked tokens, cut-out spans, a cut-out middle",
+        "next tokens, tokens after a prefix, masked tokens, removed spans, or a removed middle (fill in the middle)",
         "causal",
     )
     weight: PositiveFloat = key("share of the samples in a mixture", 1.0)
-    mode: Literal["", "R", "S", "X"] = key("prefix and span: mode token put in front (UL2); empty: none", "")
-    see_prefix: bool = key("prefix and span, in a decoder: the inputs see each other; false: causal throughout", True)
-    mask_rate: Rate = key("masked: share of the tokens selected; of those 80% masked, 10% random, 10% kept", 0.15)
-    whole_words: bool = key("masked: select words and not tokens", False)
-    noise_density: Rate = key("span: share of the tokens cut out", 0.15)
-    mean_span: Annotated[float, Field(ge=1.0)] = key("span: mean length of a span in tokens", 3.0)
-    fim_rate: Annotated[float, Field(ge=0.0, le=1.0)] = key("fim: share of the samples with a cut-out middle", 0.5)
-    fim_spm_rate: Annotated[float, Field(ge=0.0, le=1.0)] = key("fim: of those, share that has the suffix first", 0.5)
+    mode: Literal["", "R", "S", "X"] = key("prefix and span: mode token that is put first (UL2); empty: none", "")
+    see_prefix: bool = key(
+        "prefix and span in a decoder: bidirectional attention within the prefix; false: causal", True
+    )
+    mask_rate: Rate = key(
+        "masked: share of the tokens selected; 80% of them are masked, 10% random, 10% unchanged", 0.15
+    )
+    whole_words: bool = key("masked: select whole words instead of tokens", False)
+    noise_density: Rate = key("span: share of the tokens that is removed", 0.15)
+    mean_span: Annotated[float, Field(ge=1.0)] = key("span: mean length of a removed span in tokens", 3.0)
+    fim_rate: Annotated[float, Field(ge=0.0, le=1.0)] = key("fim: share of the samples with a removed middle", 0.5)
+    fim_spm_rate: Annotated[float, Field(ge=0.0, le=1.0)] = key(
+        "fim: share of those samples in the order suffix, prefix, middle", 0.5
+    )
 
 
 class ObjectiveConfig(Denoiser):
     mixture: Annotated[tuple[Denoiser, ...], Field(strict=False)] = key(  # a list, in YAML
-        "objectives in place of the one above, each with the keys above and a weight", ()
+        "several objectives instead of the one above, each with the same keys and a weight", ()
     )
 
     @property
     def members(self) -> Sequence[Denoiser]:
-        """The mixture, or the one objective that there is."""
+        """The objectives of the mixture, or the single objective."""
         return self.mixture or (self,)
 
 
 class LossConfig(Section):
-    label_smoothing: Fraction = key("share of the target's probability spread over the vocabulary", 0.0)
-    z_loss: NonNegative = key("weight of the squared log-partition, which keeps logits from drifting", 0.0)
+    label_smoothing: Fraction = key("share of the target's probability that is spread over the vocabulary", 0.0)
+    z_loss: NonNegative = key("weight of the squared log-partition function, which keeps logits from drifting", 0.0)
 
 
 class OptimConfig(Section):
     name: Literal["adamw", "muon", "sgd"] = key(
-        "optimizer; muon: of the blocks' matrices, with AdamW for the rest", "adamw"
+        "optimizer; muon: Muon for the matrices of the blocks, AdamW for the rest", "adamw"
     )
     lr: PositiveFloat = key("peak learning rate", 3e-4)
-    beta1: Fraction = key("AdamW's decay of the first moment", 0.9)
-    beta2: Fraction = key("AdamW's decay of the second moment", 0.95)
-    eps: PositiveFloat = key("AdamW's epsilon", 1e-8)
-    moments: Literal["fp32", "bf16"] = key(
-        "dtype in which AdamW's moments are kept; bf16 is rounded by chance, so right on average", "fp32"
-    )
-    muon_momentum: Fraction = key("Muon's momentum (Nesterov's)", 0.95)
-    momentum: Fraction = key("SGD's momentum", 0.0)
-    weight_decay: NonNegative = key("decoupled weight decay (in SGD: coupled)", 0.1)
-    decay_embeddings: bool = key("decay embeddings too; norms and biases never are", False)
-    clip: NonNegative = key("largest global gradient norm; 0: no clipping", 1.0)
-    implementation: Literal["fused", "foreach"] = key("how torch runs AdamW's update", "fused")
+    beta1: Fraction = key("adamw: decay of the first moment", 0.9)
+    beta2: Fraction = key("adamw: decay of the second moment", 0.95)
+    eps: PositiveFloat = key("adamw: epsilon", 1e-8)
+    moments: Literal["fp32", "bf16"] = key("adamw: dtype of the stored moments; bf16 uses stochastic rounding", "fp32")
+    muon_momentum: Fraction = key("muon: Nesterov momentum", 0.95)
+    momentum: Fraction = key("sgd: momentum", 0.0)
+    weight_decay: NonNegative = key("decoupled weight decay (sgd: coupled)", 0.1)
+    decay_embeddings: bool = key("apply weight decay to embeddings too; norms and biases never decay", False)
+    clip: NonNegative = key("maximum global gradient norm; 0: no clipping", 1.0)
+    implementation: Literal["fused", "foreach"] = key("implementation of torch's AdamW update", "fused")
 
 
 class ScheduleConfig(Section):
     name: Literal["cosine", "linear", "inverse_sqrt", "wsd", "constant"] = key(
-        "shape after warm-up; wsd: warm-up, stable, linear decay", "cosine"
+        "learning-rate schedule after warmup; wsd: warmup, stable, linear decay", "cosine"
     )
-    warmup_steps: Count = key("steps of linear warm-up from 0 to optim.lr", 0)
-    decay_steps: Count = key("cosine, linear and wsd: step at which the floor is reached; 0: run.steps", 0)
+    warmup_steps: Count = key("steps of linear warmup from 0 to optim.lr", 0)
+    decay_steps: Count = key("cosine, linear and wsd: step at which the decay reaches min_ratio; 0: run.steps", 0)
     decay_fraction: Fraction = key(
-        "wsd: the last share of decay_steps in which the rate falls; 0: it drops at once, after decay_steps", 0.2
+        "wsd: last share of decay_steps, in which the rate decays; 0: it drops at once after decay_steps", 0.2
     )
-    min_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = key("floor of the rate as a share of optim.lr", 0.1)
+    min_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = key("final learning rate as a share of optim.lr", 0.1)
     on_extend: Literal["keep", "replan"] = key(
-        "a resume with another run.steps, where decay_steps is 0: keep the decay as it was planned (after it the rate "
-        "stays at the floor), or replan it to end at the new run.steps (the rate jumps)",
+        "resume with another run.steps and decay_steps 0: keep the planned decay (after it the rate stays at its "
+        "minimum), or replan it to end at the new run.steps (the rate jumps)",
         "keep",
     )
 
 
 class ParallelConfig(Section):
-    dp_replicate: Positive = key("data-parallel replicas, each a full copy of the (sharded) model", 1)
+    dp_replicate: Positive = key("data-parallel replicas, each with a full copy of the (sharded) model", 1)
     dp_shard: Annotated[int, Field(ge=-1)] = key(
-        "ranks over which FSDP2 shards each replica; -1: all that the other axes leave", -1
+        "FSDP2 sharding degree within a replica; -1: all ranks that the other axes leave", -1
     )
-    cp: Positive = key("context-parallel ranks: each holds a part of every sequence", 1)
-    tp: Positive = key("tensor-parallel ranks: each holds some heads, hidden units and vocabulary rows", 1)
-    pp: Positive = key("pipeline stages (ranks, each with some of the layers)", 1)
+    cp: Positive = key("context-parallel degree: each rank has a part of every sequence", 1)
+    tp: Positive = key("tensor-parallel degree: each rank has some heads, hidden units and vocabulary rows", 1)
+    pp: Positive = key("pipeline-parallel degree: each rank has some of the layers", 1)
     reshard: Literal["default", "always", "never"] = key(
-        "free gathered weights after forward; default: in all blocks but the last, never under pp", "default"
+        "free gathered weights after forward; default: in all blocks but the last, and never under pp", "default"
     )
     reduce_each_microbatch: bool = key(
-        "reduce gradients after every microbatch: more traffic, but no whole gradient is held", False
+        "reduce-scatter gradients after every microbatch: more traffic, but no full gradients in memory", False
     )
-    cpu_offload: bool = key("keep sharded weights, gradients and moments in host memory", False)
-    sequence_parallel: bool = key("under tp, split the sequence between the blocks' matrices too", True)
+    cpu_offload: bool = key("keep sharded weights, gradients and optimizer state in host memory", False)
+    sequence_parallel: bool = key(
+        "under tp, shard the sequence outside the matrix products (sequence parallelism)", True
+    )
     async_tp: bool = key(
-        "under tp with compile, on GPUs that read each other's memory: overlap collectives with products", False
+        "under tp with compile, on GPUs with peer-to-peer access: overlap collectives with matrix products", False
     )
     pp_schedule: Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = key(
-        "order of the microbatches' forwards and backwards over the stages", "1f1b"
+        "pipeline schedule", "1f1b"
     )
     pp_split: Literal["cost", "count"] = key(
-        "give stages equal work (embedding and head weighed in), or equally many blocks", "cost"
+        "split the layers into stages of equal cost (with embedding and head), or of equal count", "cost"
     )
     recompute: Literal["none", "full", "selective"] = key(
-        "drop activations and compute them again in backward; selective keeps matrix products and attention", "none"
+        "activation checkpointing: drop activations and recompute them in backward; selective keeps matrix "
+        "products and attention",
+        "none",
     )
     recompute_budget: Annotated[float, Field(ge=0.0, le=1.0)] = key(
-        "with compile: share of activations each block may keep, the cheapest to recompute dropped first", 1.0
+        "with compile: share of the activations that a block may keep; those cheapest to recompute are dropped first",
+        1.0,
     )
     activations_gib: Annotated[float, Field(ge=0.0)] = key(
-        "GiB that a rank's blocks may keep for backward, of all microbatches in flight: recompute is chosen for each "
-        "block, as little as possible; 0: no budget",
+        "activation memory in GiB for the blocks of a rank, over all microbatches in flight; each block "
+        "recomputes as little as fits; 0: no budget",
         0.0,
     )
 
 
 class DeepSpeedConfig(Section):
-    stage: Literal[0, 1, 2, 3] = key(
-        "what ZeRO shards: nothing, moments, gradients too, weights too (stage 3 is FSDP's way)", 2
-    )
-    offload_optimizer: Literal["none", "cpu"] = key("where moments are kept, and stepped", "none")
-    offload_params: Literal["none", "cpu"] = key("stage 3: where weights wait for their turn", "none")
-    config: str = key(
-        "a DeepSpeed JSON file whose further settings hold; where it contradicts this config, it is refused", ""
-    )
+    stage: Literal[0, 1, 2, 3] = key("ZeRO stage: shard nothing, optimizer state, also gradients, also weights", 2)
+    offload_optimizer: Literal["none", "cpu"] = key("device of the optimizer state and its step", "none")
+    offload_params: Literal["none", "cpu"] = key("stage 3: device of weights that are not in use", "none")
+    config: str = key("DeepSpeed JSON file with further settings; an error if it contradicts this config", "")
 
 
 class AccelerateConfig(Section):
     plugin: Literal["ddp", "fsdp2", "deepspeed"] = key(
-        "what accelerate prepares the model with; deepspeed: as the section deepspeed says", "ddp"
+        "how accelerate prepares the model; deepspeed: with the settings of section deepspeed", "ddp"
     )
 
 
 class CheckpointConfig(Section):
     every: Count = key("steps between checkpoints; 0: only at the end", 500)
-    dir: str = key("where they go, a path or a URL that fsspec opens (s3://...); empty: run.dir/checkpoints", "")
-    keep: Positive = key("newest checkpoints kept", 2)
-    keep_every: Count = key("keep those of each multiple of so many steps, too; 0: none", 0)
-    keep_best: Count = key("keep so many with the lowest held-out loss, too", 0)
+    dir: str = key("checkpoint directory, a path or a URL for fsspec (s3://...); empty: run.dir/checkpoints", "")
+    keep: Positive = key("number of newest checkpoints to keep", 2)
+    keep_every: Count = key("also keep every checkpoint whose step is a multiple of N; 0: none", 0)
+    keep_best: Count = key("also keep this many checkpoints with the lowest held-out loss", 0)
     probe: Literal["refuse", "warn"] = key(
-        "weights that give a small fixed batch another loss than when they were saved, by more than rounding: refuse "
-        "to start from them, or warn",
+        "when loaded weights give a small fixed batch another loss than at the save, by more than rounding: "
+        "refuse to start, or warn",
         "refuse",
     )
-    background: bool = key("train on while a copy in host memory is written; false: wait, without that copy", True)
+    background: bool = key(
+        "write checkpoints in the background from a copy in host memory; false: training waits, without that copy", True
+    )
 
 
 class GuardConfig(Section):
-    """Bad steps: what they are, and what becomes of them."""
+    """Detection and handling of bad steps."""
 
     not_finite: Policy = key(
-        "a step with a loss or gradient that is not finite: stop the run; skip the update; rewind to the newest "
-        "checkpoint and leave out the step's samples; or warn and go on. Noticed when metrics are written (log.every) "
-        "and before each checkpoint; skip waits for the device in each step",
+        "a loss or gradient that is not finite: stop the run; skip the update; rewind to the newest checkpoint "
+        "and leave out the step's samples; or warn and continue. Checked when metrics are written (log.every) and "
+        "before each checkpoint; skip synchronizes with the device in each step",
         "stop",
     )
-    spike: Policy = key("a step with a loss far above those before it: the same choices", "warn")
+    spike: Policy = key("a loss far above the recent ones: the same choices", "warn")
     spike_z: PositiveFloat = key(
-        "a spike lies so many standard deviations above the median of the newest losses (1.4826 times their median "
+        "a spike is this many standard deviations above the median of recent losses (1.4826 times their median "
         "absolute deviation)",
         10.0,
     )
-    window: Annotated[int, Field(ge=4)] = key("the newest losses that are compared with; none is judged before", 128)
+    window: Annotated[int, Field(ge=4)] = key("number of recent losses to compare with; no step is checked before", 128)
     skip_steps: Count = key(
-        "rewind: steps whose samples are left out, the bad one last; 0: none, for machines that err and not data", 1
+        "rewind: number of steps whose samples are left out, the bad step last; 0: none, if hardware and not data "
+        "is at fault",
+        1,
     )
-    budget: Count = key("bad steps that are skipped or rewound in a run; one more ends it", 10)
+    budget: Count = key("number of bad steps that may be skipped or rewound in a run; one more ends it", 10)
     corrupt: Literal["stop", "rewind"] = key(
-        "ranks that should hold or compute the same, and do not: stop the run, or rewind to the newest checkpoint and "
-        "leave no samples out",
+        "ranks that should have or compute the same values, but do not: stop the run, or rewind to the newest "
+        "checkpoint and repeat the same samples",
         "stop",
     )
     digest_every: Count = key(
-        "steps after which ranks compare digests of the weights that several hold, as they do before each checkpoint; "
-        "0: never",
+        "steps between comparisons of digests of replicated weights, which also precede each checkpoint; 0: never",
         100,
     )
     replay_every: Count = key(
-        "engine: native, no dropout: steps after which each data rank computes its neighbour's batch, too, and both "
-        "must agree; it costs two steps; 0: never",
+        "engine: native, no dropout: steps between checks in which each data rank also computes its neighbour's "
+        "batch, and both must agree; costs two steps; 0: never",
         0,
     )
 
 
 class EvalConfig(Section):
     every: Count = key("steps between evaluations on held-out text; 0: only at the end", 0)
-    windows: Count = key("held-out windows used while training; 0: all", 0)
-    sample_prompt: str = key("prompt of the sample shown in TensorBoard at each evaluation; empty: none", "")
-    sample_tokens: Positive = key("tokens in that sample", 64)
+    windows: Count = key("number of held-out windows per evaluation; 0: all", 0)
+    sample_prompt: str = key("prompt of the generated sample in TensorBoard at each evaluation; empty: none", "")
+    sample_tokens: Positive = key("number of tokens of that sample", 64)
 
 
 class LogConfig(Section):
-    every: Positive = key("steps between lines of progress; metrics of each step are written then, in one sync", 10)
+    every: Positive = key(
+        "steps between progress lines; the metrics of all steps are written then, with one device synchronization", 10
+    )
     stragglers_seconds: NonNegative = key(
-        "seconds of training after which it is told how long each rank works in a step, and which is slow; 0: never",
+        "seconds of training between straggler reports: how long each rank is busy in a step, and which rank is "
+        "slow; 0: never",
         120.0,
     )
     tensorboard: bool = key("write TensorBoard events to run.dir/tensorboard", True)
     peak_tflops: NonNegative = key(
-        "dense TFLOP/s of one device, for MFU; 0: published for known GPUs, else measured by a matmul", 0.0
+        "dense TFLOP/s of one device, for MFU; 0: the published figure of known GPUs, else a measured matmul rate", 0.0
     )
 
 
 class Config(Section):
-    """A whole run."""
+    """The config of a run."""
 
     run: RunConfig
     model: ModelConfig
     data: DataConfig
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="what is learned from a window")
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="training objective")
     loss: LossConfig = Field(
-        default_factory=LossConfig, description="the training loss; evaluation takes the plain cross-entropy"
+        default_factory=LossConfig, description="training loss; evaluation uses the plain cross-entropy"
     )
-    optim: OptimConfig = Field(default_factory=OptimConfig, description="the optimizer")
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="the learning rate over the steps")
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="the layout")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning-rate schedule")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="parallel layout")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
-    guard: GuardConfig = Field(default_factory=GuardConfig, description="what becomes of bad steps")
-    eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation while training")
-    log: LogConfig = Field(default_factory=LogConfig, description="what is shown")
+    guard: GuardConfig = Field(default_factory=GuardConfig, description="handling of bad steps")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation during training")
+    log: LogConfig = Field(default_factory=LogConfig, description="logging")
     precision: Literal["fp32", "bf16", "fp16"] = key(
-        "compute type (fp16 with a dynamic loss scale); weights, reduction and moments stay fp32", "fp32"
+        "compute dtype (fp16 with a dynamic loss scale); weights, gradient reduction and optimizer state stay fp32",
+        "fp32",
     )
     fp8: bool = key(
-        "precision: bf16, engine: native: the blocks' matrix products in float8, each tensor with a scale of its own; "
-        "needs GPUs of compute capability 8.9 or later, and is emulated on a CPU",
+        "precision: bf16, engine: native: matrix products of the blocks in float8 with a scale per tensor; needs "
+        "GPUs of compute capability 8.9 or later, emulated on a CPU",
         False,
     )
     compile: bool = key("torch.compile each block", False)
-    engine: Literal["native", "deepspeed", "accelerate"] = key("who runs the step", "native")
-    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig, description="DeepSpeed, as or in an engine")
-    accelerate: AccelerateConfig = Field(default_factory=AccelerateConfig, description="engine: accelerate")
+    engine: Literal["native", "deepspeed", "accelerate"] = key("training engine", "native")
+    deepspeed: DeepSpeedConfig = Field(
+        default_factory=DeepSpeedConfig, description="engine deepspeed, and accelerate with its deepspeed plugin"
+    )
+    accelerate: AccelerateConfig = Field(default_factory=AccelerateConfig, description="engine accelerate")
 
     init_from: str = key(
-        "checkpoint or run whose weights a new run starts from; a model or objective that differs from the "
-        "checkpoint's is refused unless init_allow names the key; empty: none",
+        "checkpoint or run with the initial weights of a new run; a model or objective that differs from the "
+        "checkpoint's is an error unless init_allow has its key; empty: none",
         "",
     )
     init_allow: Annotated[tuple[str, ...], Field(strict=False)] = key(
         "init_from: keys that may differ from the checkpoint's, such as [model.vocab_size, objective]; each "
-        "difference is logged, new parameters keep their initial values, and parameters without use are dropped",
+        "difference is logged, new parameters keep their initial values, and unused parameters are dropped",
         (),
     )
     init_optimizer: Literal["fresh", "keep"] = key(
-        "init_from: start with new moments, or with the checkpoint's", "fresh"
+        "init_from: start with new optimizer state, or with the checkpoint's", "fresh"
     )
 
     @property

@@ -51,10 +51,13 @@ REFUSED = [
     ),
     (
         {"engine": "deepspeed", "parallel": {"tp": 2}},
-        "parallel.tp: 2 under engine: deepspeed, whose ranks are data",
+        "parallel.tp: engine=deepspeed supports data or pipeline parallelism only",
     ),
-    ({"engine": "accelerate", "parallel": {"pp": 2}}, "parallel.pp: 2 under engine: accelerate"),
-    ({"engine": "deepspeed", "parallel": {"reshard": "never"}}, "parallel.reshard: is of engine: native; remove it"),
+    ({"engine": "accelerate", "parallel": {"pp": 2}}, "parallel.pp: engine=accelerate supports data parallelism only"),
+    (
+        {"engine": "deepspeed", "parallel": {"reshard": "never"}},
+        "parallel.reshard: only used with engine=native (now deepspeed); remove it",
+    ),
     ({"engine": "deepspeed", "deepspeed": {"stage": 3}, "compile": True}, "compile: compiled blocks are not supported"),
     (
         {"engine": "deepspeed", "deepspeed": {"stage": 3}, "parallel": {"recompute": "selective"}},
@@ -88,11 +91,20 @@ REFUSED = [
         },
         "data.document_mask: DeepSpeed's pipeline takes false alone",
     ),
-    ({"engine": "deepspeed", "optim": {"name": "muon"}}, "optim.name: muon is of engine: native; set another, or"),
-    ({"engine": "accelerate", "optim": {"moments": "bf16"}}, "optim.moments: bf16 is of engine: native"),
-    ({"deepspeed": {"stage": 3}}, "deepspeed: is of engine: deepspeed alone"),
-    ({"engine": "accelerate", "deepspeed": {"stage": 3}}, "deepspeed: is of engine: deepspeed alone"),
-    ({"accelerate": {"plugin": "fsdp2"}}, "accelerate: is of engine: accelerate alone"),
+    (
+        {"engine": "deepspeed", "optim": {"name": "muon"}},
+        "optim.name: muon needs engine=native (now deepspeed); set another, or",
+    ),
+    (
+        {"engine": "accelerate", "optim": {"moments": "bf16"}},
+        "optim.moments: bf16 needs engine=native (now accelerate)",
+    ),
+    ({"deepspeed": {"stage": 3}}, "deepspeed: only used with engine=deepspeed (now native)"),
+    (
+        {"engine": "accelerate", "deepspeed": {"stage": 3}},
+        "deepspeed: only used with engine=deepspeed (now accelerate)",
+    ),
+    ({"accelerate": {"plugin": "fsdp2"}}, "accelerate: only used with engine=accelerate (now native)"),
     ({"engine": "deepspeed", "deepspeed": {"config": "nowhere.json"}}, "nowhere.json cannot be read as JSON: "),
 ]
 

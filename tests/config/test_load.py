@@ -343,7 +343,7 @@ def test_wsd_without_a_decay_drops_as_its_description_says():
     schedule = ScheduleConfig(name="wsd", decay_steps=10, decay_fraction=0.0)
     assert [learning_rate(OptimConfig(lr=1.0), schedule, step) for step in (9, 10, 11)] == pytest.approx([1, 1, 0.1])
     description = Config.model_fields["schedule"].annotation.model_fields["decay_fraction"].description
-    assert "0: it drops at once, after decay_steps" in description
+    assert "0: it drops at once after decay_steps" in description
 
 
 @pytest.mark.parametrize("text", ["3e-4", "1E5", ".5e3", "-2e3", "+1e0", "3.e2"])

@@ -1,4 +1,4 @@
-"""A refused layout comes with the nearest layouts that fit, and these do fit."""
+"""The error of a refused layout lists the nearest valid layouts, and they are valid."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def make(model=(), data=(), **parallel):
 def shown(config, world):
     """The line of layouts in what the user reads, or none."""
     lines = "\n".join(map(str, check(config, world, VOCAB))).splitlines()
-    found = [line for line in lines if "that fit" in line]
+    found = [line for line in lines if "valid layouts" in line]
     assert len(found) <= 1
     return found[0].strip() if found else None
 
@@ -39,14 +39,14 @@ def shown(config, world):
     ("config", "world", "line"),
     [
         # n_kv_heads 4 over tp 8: half of it fits, and dp_shard, left at -1, takes the rest
-        (make(tp=8), 8, "8 ranks that fit: dp_shard 2 x tp 4; dp_shard 4 x tp 2; dp_shard 8"),
+        (make(tp=8), 8, "8 ranks: dp_shard 2 x tp 4; dp_shard 4 x tp 2; dp_shard 8"),
         # one axis doubled fills the world: the data axes come first
-        (make(dp_shard=4), 8, "8 ranks that fit: dp_shard 8; dp_replicate 2 x dp_shard 4; dp_shard 4 x tp 2"),
-        (make(pp=3), 4, "4 ranks that fit: pp 4; pp 2 x dp_shard 2; dp_shard 4"),
+        (make(dp_shard=4), 8, "8 ranks: dp_shard 8; dp_replicate 2 x dp_shard 4; dp_shard 4 x tp 2"),
+        (make(pp=3), 4, "4 ranks: pp 4; pp 2 x dp_shard 2; dp_shard 4"),
         (make(cp=5), 5, None),  # batch, heads and length do not divide by 5, and there are but 4 blocks
-        (make(tp=2), 1, "1 rank that fit: dp_shard 1"),
-        (make(dp_shard=0), 2, "2 ranks that fit: dp_shard 2; "),
-        (make(data={"global_batch": 2}), 8, "8 ranks that fit: dp_shard 2 x tp 4; "),
+        (make(tp=2), 1, "1 rank: dp_shard 1"),
+        (make(dp_shard=0), 2, "2 ranks: dp_shard 2; "),
+        (make(data={"global_batch": 2}), 8, "8 ranks: dp_shard 2 x tp 4; "),
     ],
     ids=lambda value: "" if isinstance(value, Config) else str(value),
 )
@@ -56,7 +56,7 @@ def test_the_line_names_the_nearest(config, world, line):
         assert got is None
     else:
         assert got is not None
-        assert got.startswith("parallel: layouts of " + line)
+        assert got.startswith("parallel: valid layouts of " + line)
 
 
 def test_no_line_where_the_layout_is_not_what_is_wrong():
@@ -101,11 +101,11 @@ def test_what_is_named_fits_and_nothing_nearer_does(parts, parallel, world):
 def test_the_other_settings_of_the_layout_stay():
     """7 tokens do not divide over tensor ranks; they need not where the sequence is not split."""
     odd = {"data": {"seq_len": 7}}
-    assert shown(make(tp=8, **odd), 4) == "parallel: layouts of 4 ranks that fit: dp_shard 4; " + (
+    assert shown(make(tp=8, **odd), 4) == "parallel: valid layouts of 4 ranks: dp_shard 4; " + (
         "dp_replicate 2 x dp_shard 2; pp 2 x dp_shard 2"
     )
     line = shown(make(tp=8, sequence_parallel=False, **odd), 4)
-    assert line == "parallel: layouts of 4 ranks that fit: tp 4; dp_shard 2 x tp 2; dp_shard 4"
+    assert line == "parallel: valid layouts of 4 ranks: tp 4; dp_shard 2 x tp 2; dp_shard 4"
 
 
 def test_a_user_reads_it_below_the_problems(tmp_path):
@@ -121,5 +121,5 @@ def test_a_user_reads_it_below_the_problems(tmp_path):
     assert lines[0] == "4 problems in the config:", "the line of layouts is no problem of its own"
     assert len(lines) == 1 + 4 + 1 + 1
     assert lines[-2] == (
-        "  parallel: layouts of 8 ranks that fit: dp_shard 8; dp_replicate 2 x dp_shard 4; dp_shard 4 x cp 2"
+        "  parallel: valid layouts of 8 ranks: dp_shard 8; dp_replicate 2 x dp_shard 4; dp_shard 4 x cp 2"
     )
