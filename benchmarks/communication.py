@@ -42,7 +42,7 @@ from dist_llm.models import attention
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel import direct
+from dist_llm.parallel import p2p_collectives
 from dist_llm.train.step import train_step
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "communication.md"
@@ -172,7 +172,7 @@ def in_a_world(ranks: int) -> list[dict[str, Any]]:
 def _rank(rank: int, ranks: int, scratch: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{scratch}/store", ranks), rank=rank, world_size=ranks)
-    with patch.object(direct, "by_messages", lambda device: False):
+    with patch.object(p2p_collectives, "uses_p2p", lambda device: False):
         rows = [count(each) for each in CASES if each.ranks == ranks]
     (Path(scratch) / f"{rank}.json").write_text(json.dumps(rows))
     gc.collect()  # models must be gone before the group is
@@ -467,7 +467,7 @@ A `TorchDispatchMode` sees each operator of torch's communication namespaces on 
 unnoticed. The group's ranks say which axes of the mesh it runs along. Bytes follow from shapes: another backend
 moves the same where the same calls are made. gloo itself carries a reduce-scatter out as an all-reduce, and moves
 more than is asked of it; so on CPUs gathers and reductions are messages of as many bytes
-(`dist_llm/parallel/direct.py`, `tests/laws/test_direct.py`).
+(`dist_llm/parallel/p2p_collectives.py`, `tests/laws/test_p2p_collectives.py`).
 """
 
 

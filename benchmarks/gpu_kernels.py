@@ -139,12 +139,12 @@ def check_fp8(context: Context, tokens: int) -> dict[str, object]:
     The first to bf16's last place and what Hopper's sums lose (2^-11 of the summands' sizes), the second within 10%.
     """
     comparison, generator = Comparison(context), torch.Generator().manual_seed(0)
-    fp8.check_device(context.device)
+    fp8.check_float8_support(context.device)
     shapes = (((tokens, 256), 1e-2), ((512, 256), 2e-2), ((tokens, 512), 1e-5))
     drawn = [(size * torch.randn(shape, generator=generator)).bfloat16() for shape, size in shapes]
     x, w, g = (each.to(context.device) for each in drawn)
     kernel = _products(x, w, g)
-    with patch.object(fp8, "product", fp8.emulated):
+    with patch.object(fp8, "scaled_matmul", fp8.emulate_scaled_matmul):
         emulated = _products(x, w, g)
     exact = x.float() @ w.float().t(), g.float() @ w.float(), g.float().t() @ x.float()
     sizes = x.abs() @ w.abs().t(), g.abs() @ w.abs(), g.abs().t() @ x.abs()
@@ -163,5 +163,5 @@ def check_fp8(context: Context, tokens: int) -> dict[str, object]:
 def _products(x: Tensor, w: Tensor, g: Tensor) -> list[Tensor]:
     """y = x w^T, and the gradients of x and w."""
     inputs, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
-    y = fp8.linear(inputs, weight)
+    y = fp8.float8_linear(inputs, weight)
     return [y.detach(), *torch.autograd.grad(y, (inputs, weight), g)]

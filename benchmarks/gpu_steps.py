@@ -20,9 +20,9 @@ from dist_llm.models.attention import KVCache
 from dist_llm.models.build import build_model
 from dist_llm.models.visibility import CAUSAL, Visibility
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel.mesh import build_mesh, collectives, local
-from dist_llm.parallel.parallelize import initialise
-from dist_llm.parallel.shard import shard
+from dist_llm.parallel.fsdp import apply_fsdp
+from dist_llm.parallel.mesh import build_mesh, functional_collectives, to_local
+from dist_llm.parallel.parallelize import init_parameters
 from dist_llm.train.step import train_step
 from gpu_context import SMALL_VOCABULARY, Comparison, Context, SkippedError, small_config
 
@@ -52,12 +52,12 @@ def take_steps(
     engine: NativeEngine, steps: int = STEPS, visible: Visibility = CAUSAL
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """(loss and gradient norm of each step, the update of each parameter over all steps)."""
-    before = {name: local(each).detach().clone() for name, each in engine.named_parameters()}
+    before = {name: to_local(each).detach().clone() for name, each in engine.named_parameters()}
     reports = [
         train_step(engine, [batch_of(engine.config, n, visible)], engine.config.optim.lr, n) for n in range(steps)
     ]
     scalars = [value.detach() for report in reports for value in (report.loss, report.grad_norm)]
-    return scalars, {name: local(each).detach() - before[name] for name, each in engine.named_parameters()}
+    return scalars, {name: to_local(each).detach() - before[name] for name, each in engine.named_parameters()}
 
 
 def compare_steps(
@@ -142,7 +142,7 @@ def check_generation(context: Context) -> dict[str, object]:
     comparison = Comparison(context)
     config = small_config()
     model = build_model(config.model).eval()
-    initialise(model, config)
+    init_parameters(model, config)
     there = copy.deepcopy(model).to(context.device)
     ids = torch.arange(3, 20)[None]
     for name, cache in (("without a cache", None), ("with a cache", KVCache())):
@@ -196,9 +196,9 @@ def check_one_rank(context: Context) -> dict[str, object]:
         assert engine.mesh is not None
         with torch.device("meta"):
             model = build_model(config.model)
-        shard(model, config, build_mesh(config.parallel, context.device.type))
+        apply_fsdp(model, config, build_mesh(config.parallel, context.device.type))
         model.to_empty(device=context.device)
-        initialise(model, config)
+        init_parameters(model, config)
         engine.parts = [model]
         engine.optimizer = engine._optimizer()
         compare_steps(comparison, "FSDP2", take_steps(engine, 1), expected, 1e-5, 1e-5)
@@ -212,11 +212,11 @@ def _collectives(x: Tensor) -> dict[str, Tensor]:
     assert group is not None
     dist.broadcast(sent, 0)
     started = {
-        "all_reduce": collectives.all_reduce(x, "sum", group.group_name),
-        "all_gather": collectives.all_gather_into_tensor(x, 1, group.group_name),
-        "reduce_scatter": collectives.reduce_scatter_tensor(x, "sum", 1, group.group_name),
+        "all_reduce": functional_collectives.all_reduce(x, "sum", group.group_name),
+        "all_gather": functional_collectives.all_gather_into_tensor(x, 1, group.group_name),
+        "reduce_scatter": functional_collectives.reduce_scatter_tensor(x, "sum", 1, group.group_name),
     }
-    return {"broadcast": sent, **{name: collectives.wait_tensor(each) for name, each in started.items()}}
+    return {"broadcast": sent, **{name: functional_collectives.wait_tensor(each) for name, each in started.items()}}
 
 
 def check_host_syncs(context: Context, keys: Sequence[str], documents: bool = False) -> dict[str, object]:

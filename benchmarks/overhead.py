@@ -37,7 +37,7 @@ from dist_llm.launch.world import World
 from dist_llm.models.decoder import Decoder
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.observe.metrics import Row
-from dist_llm.parallel.parallelize import initialise
+from dist_llm.parallel.parallelize import init_parameters
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.train.loop import Trainer
 from dist_llm.train.settings import read_config, read_vocabulary
@@ -116,7 +116,7 @@ class BareLoop:
         with torch.device("meta"):
             model = Decoder(config.model)
         model.to_empty(device=device)
-        initialise(model, config)
+        init_parameters(model, config)
         self.loop = Loop(model, config.optim, config.precision, device)
         self.random = np.random.default_rng(config.run.seed)
         self.loss = float("nan")

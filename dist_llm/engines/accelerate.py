@@ -25,9 +25,9 @@ from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
 from dist_llm.optim.build import build_optimizer
-from dist_llm.parallel.mesh import local
-from dist_llm.parallel.parallelize import build_parts
-from dist_llm.parallel.shard import DTYPES
+from dist_llm.parallel.fsdp import COMPUTE_DTYPES
+from dist_llm.parallel.mesh import to_local
+from dist_llm.parallel.parallelize import build_model_parts
 
 BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 
@@ -51,14 +51,14 @@ class AccelerateEngine(Replicas):
             gradient_accumulation_steps=1,
             **options,
         )
-        (self.model,) = build_parts(config, None, device)
+        (self.model,) = build_model_parts(config, None, device)
         optimizer = build_optimizer(config.optim, self.model.named_parameters())
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         _insist(self.accelerator, config.accelerate.plugin, dist.get_world_size(), self.prepared)
 
     def _policy(self) -> MixedPrecisionPolicy:
         """As the native engine's: gradients are reduced in fp32."""
-        kind = DTYPES[self.config.precision] if self.config.precision != "fp32" else None
+        kind = COMPUTE_DTYPES[self.config.precision] if self.config.precision != "fp32" else None
         return MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32 if kind else None)
 
     @property
@@ -79,7 +79,7 @@ class AccelerateEngine(Replicas):
 
     def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        mine = [local(gradient) for gradient in gradients]
+        mine = [to_local(gradient) for gradient in gradients]
         norm = clip.norm(mine).to(self.device)
         if any(isinstance(gradient, DTensor) for gradient in gradients):
             norm = self.total(norm.square()).sqrt()

@@ -10,7 +10,7 @@ from dist_llm.checkpoint.state import State
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim.scale import LossScale
-from dist_llm.parallel.digest import Copies
+from dist_llm.parallel.replica_check import ReplicaGroups
 
 
 class Engine(Protocol):
@@ -38,7 +38,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def copies(self) -> Copies:
+    def copies(self) -> ReplicaGroups:
         """What other ranks should hold bit for bit, too."""
         ...
 

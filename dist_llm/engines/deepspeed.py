@@ -21,7 +21,7 @@ from dist_llm.models.init import fill, rule_for
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
 from dist_llm.optim.build import build_optimizer
-from dist_llm.parallel.parallelize import initialise, lay_out
+from dist_llm.parallel.parallelize import init_parameters, parallelize_model
 
 
 class DeepSpeedEngine(Replicas):
@@ -53,13 +53,13 @@ class DeepSpeedEngine(Replicas):
         if self.stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=settings):
                 model = build_model(config.model, loss)
-            lay_out(model, config, None)
+            parallelize_model(model, config, None)
             return model
         with torch.device("meta"):
             model = build_model(config.model, loss)
-        lay_out(model, config, None)
+        parallelize_model(model, config, None)
         model.to_empty(device=self.device)
-        initialise(model, config)
+        init_parameters(model, config)
         return model
 
     @property

@@ -17,8 +17,8 @@ from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.build import build_model
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel.parallelize import initialise, lay_out
-from dist_llm.parallel.pipeline import split_layers
+from dist_llm.parallel.parallelize import init_parameters, parallelize_model
+from dist_llm.parallel.pipeline_parallel import split_layers
 
 
 class DeepSpeedPipelineEngine(DeepSpeedEngine):
@@ -58,9 +58,9 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
             part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
         layers = split_layers(config.model, self.stages, config.parallel.pp_split)[stage]
         part.keep(layers, first=stage == 0, last=self.last)
-        lay_out(part, config, None)
+        parallelize_model(part, config, None)
         part.to_empty(device=self.device)
-        initialise(part, config)
+        init_parameters(part, config)
         return part
 
     def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:

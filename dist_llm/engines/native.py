@@ -23,15 +23,23 @@ from dist_llm.optim import clip
 from dist_llm.optim.build import Shares, build_optimizer, matrices
 from dist_llm.optim.muon import Orthogonalize, orthogonalized
 from dist_llm.optim.scale import LossScale
-from dist_llm.parallel.budget import fit
-from dist_llm.parallel.context import local_part
-from dist_llm.parallel.digest import Copies
-from dist_llm.parallel.mesh import DATA_AXES, SHARD_AXES, build_mesh, gather, local, place, sum_over
-from dist_llm.parallel.owners import Owners
-from dist_llm.parallel.parallelize import build_parts
-from dist_llm.parallel.pipeline import Pipeline
-from dist_llm.parallel.shard import DTYPES
-from dist_llm.parallel.tensor import settle_gradients
+from dist_llm.parallel.activation_budget import fit_activation_budget
+from dist_llm.parallel.context_parallel import shard_sequences
+from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
+from dist_llm.parallel.fsdp import COMPUTE_DTYPES
+from dist_llm.parallel.mesh import (
+    DATA_AXES,
+    SHARD_AXES,
+    all_gather_ints,
+    all_reduce_over,
+    build_mesh,
+    local_with_offset,
+    to_local,
+)
+from dist_llm.parallel.parallelize import build_model_parts
+from dist_llm.parallel.pipeline_parallel import Pipeline
+from dist_llm.parallel.replica_check import ReplicaGroups
+from dist_llm.parallel.tensor_parallel import all_reduce_replicated_grads
 
 
 class NativeEngine:
@@ -40,7 +48,7 @@ class NativeEngine:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.mesh = build_mesh(config.parallel, device.type) if dist.is_initialized() else None
-        self.parts = build_parts(config, self.mesh, device)
+        self.parts = build_model_parts(config, self.mesh, device)
         self.pipeline: Pipeline | None = None
         if self.mesh is not None and config.parallel.pp > 1:
             self.pipeline = Pipeline(config, self.mesh, self.parts, device)
@@ -56,8 +64,8 @@ class NativeEngine:
         dtype = torch.get_default_dtype() if self.config.precision == "fp32" else torch.bfloat16
         orthogonalize: Orthogonalize = partial(orthogonalized, dtype=dtype)
         if config.name == "muon" and self.mesh is not None:
-            orthogonalize = Owners(self.mesh, list(matrices(self.named_parameters()).values()), dtype)
-        shares = Shares(local, place, orthogonalize, LocalAdamW, LocalSGD)
+            orthogonalize = DistributedOrthogonalize(self.mesh, list(matrices(self.named_parameters()).values()), dtype)
+        shares = Shares(to_local, local_with_offset, orthogonalize, LocalAdamW, LocalSGD)
         return build_optimizer(config, self.named_parameters(), shares)
 
     @property
@@ -83,30 +91,30 @@ class NativeEngine:
         return Held(self, self.optimizer)
 
     @property
-    def copies(self) -> Copies:
+    def copies(self) -> ReplicaGroups:
         if self.mesh is None:
             return []
         every = dict(self.named_parameters())
         found: list[tuple[dist.ProcessGroup, dict[str, Tensor]]] = []
         if self.mesh["dp_replicate"].size() > 1:
-            found.append((self.mesh.get_group("dp_replicate"), {name: local(each) for name, each in every.items()}))
+            found.append((self.mesh.get_group("dp_replicate"), {name: to_local(each) for name, each in every.items()}))
         # Without sequence_parallel tensor ranks add nothing up: their copies are equal only if their kernels are.
         if self.mesh["tp"].size() > 1 and self.config.parallel.sequence_parallel:
-            whole = {name: local(each) for name, each in every.items() if not _split_by_tp(each)}
+            whole = {name: to_local(each) for name, each in every.items() if not _split_by_tp(each)}
             found.append((self.mesh.get_group("tp"), whole))
         return [(group, tensors) for group, tensors in found if tensors]
 
     def total(self, value: Tensor | int) -> Tensor:
-        counts = self.pipeline is None or self.pipeline.last  # one stage speaks for its pipeline
+        counts = self.pipeline is None or self.pipeline.has_last_stage  # one stage speaks for its pipeline
         # Filled on the device: a copy from the host would wait for it.
         summed = value * counts if isinstance(value, Tensor) else torch.full((), value * counts, device=self.device)
-        return summed if self.mesh is None else sum_over(summed, self.mesh, ("pp", *DATA_AXES))
+        return summed if self.mesh is None else all_reduce_over(summed, self.mesh, ("pp", *DATA_AXES))
 
     def gather(self, value: int) -> list[int]:
-        return [value] if self.mesh is None else gather(value, self.device)
+        return [value] if self.mesh is None else all_gather_ints(value, self.device)
 
     def cut(self, batch: Batch) -> Batch:
-        return local_part(batch, self._place("cp"), self.config.parallel.cp).to(self.device)
+        return shard_sequences(batch, self._place("cp"), self.config.parallel.cp).to(self.device)
 
     def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
         for part in self.parts:
@@ -123,9 +131,9 @@ class NativeEngine:
                 losses = self.pipeline.accumulate(batches, scored)
         if self.mesh is not None and self.mesh["tp"].size() > 1:
             for part in self.parts:
-                settle_gradients(part, self.mesh["tp"], self.device)
+                all_reduce_replicated_grads(part, self.mesh["tp"], self.device)
         if self.pipeline is not None:
-            self.pipeline.reduce_tied()
+            self.pipeline.reduce_tied_grads()
         return losses / scale
 
     def _fit(self, batch: Batch, step: int) -> None:
@@ -135,14 +143,14 @@ class NativeEngine:
 
         def forward() -> list[Tensor]:
             if pipeline is not None:
-                return pipeline.rehearse(batch)
+                return pipeline.dry_run_forward(batch)
             self._forward(batch)
             return []
 
         split = parallel.pp > 1 and parallel.pp_schedule in SPLIT_BACKWARD
-        held = sum if pipeline is None else pipeline.most_held
+        held = sum if pipeline is None else pipeline.peak_in_flight
         with self._precision():
-            fit(self.parts, forward, held, self.mesh, parallel.activations_gib, selective=not split)
+            fit_activation_budget(self.parts, forward, held, self.mesh, parallel.activations_gib, selective=not split)
         self.fitted = True
 
     def _accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
@@ -177,7 +185,7 @@ class NativeEngine:
             self.optimizer.zero_grad()
             return norm
         if self.config.optim.clip or self.loss_scale:
-            gradients = [local(p.grad) for p in parameters if p.grad is not None]
+            gradients = [to_local(p.grad) for p in parameters if p.grad is not None]
             clip.scale(gradients, norm, self.config.optim.clip or math.inf, scale)
         step_at(self.optimizer, lr)
         return norm
@@ -204,15 +212,15 @@ class NativeEngine:
             for name, parameter in part.named_parameters():
                 copy = name == "embed.tokens.weight" and not part.first
                 if parameter.grad is not None and not copy and (self._place("tp") == 0 or _split_by_tp(parameter)):
-                    gradients.append(local(parameter.grad))
+                    gradients.append(to_local(parameter.grad))
         norm = clip.norm(gradients).to(self.device)
         if self.mesh is None:
             return norm
-        whole = sum_over(norm.square(), self.mesh, ("pp", *SHARD_AXES, "tp"))
+        whole = all_reduce_over(norm.square(), self.mesh, ("pp", *SHARD_AXES, "tp"))
         replicas = self.mesh["dp_replicate"].size()
         if self.mesh.size() > replicas:
             # Each adds up by itself, on some networks in an order of its own: the mean is the same for all.
-            whole = sum_over(whole, self.mesh, ("dp_replicate",)) / replicas
+            whole = all_reduce_over(whole, self.mesh, ("dp_replicate",)) / replicas
         return whole.sqrt()
 
     def _seed(self, step: int, microbatch: int) -> None:
@@ -226,7 +234,7 @@ class NativeEngine:
     def _precision(self) -> AbstractContextManager[None]:
         if self.config.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.config.precision])
+        return torch.autocast(self.device.type, COMPUTE_DTYPES[self.config.precision])
 
 
 class LocalAdamW(optim.AdamW):
@@ -239,7 +247,7 @@ class LocalAdamW(optim.AdamW):
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
         found = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
         for each in lists:
-            each[:] = map(local, each)
+            each[:] = map(to_local, each)
         return found
 
 
@@ -255,10 +263,10 @@ class LocalSGD(optim.SGD):
                 for each in moved:
                     # One of zeros becomes the gradient, as torch's first one does.
                     self.state[each].setdefault("momentum_buffer", torch.zeros_like(each))
-                buffers = [local(self.state[each]["momentum_buffer"]) for each in moved]
+                buffers = [to_local(self.state[each]["momentum_buffer"]) for each in moved]
             options = {key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening", "nesterov")}
-            gradients = [local(each.grad) for each in moved]
-            sgd(list(map(local, moved)), gradients, buffers, maximize=False, foreach=True, **options)
+            gradients = [to_local(each.grad) for each in moved]
+            sgd(list(map(to_local, moved)), gradients, buffers, maximize=False, foreach=True, **options)
 
 
 def step_at(optimizer: optim.Optimizer, lr: float) -> None:

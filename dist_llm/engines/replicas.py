@@ -12,8 +12,8 @@ from dist_llm.engines.native import mix
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim.scale import LossScale
-from dist_llm.parallel.digest import Copies
-from dist_llm.parallel.mesh import gather
+from dist_llm.parallel.mesh import all_gather_ints
+from dist_llm.parallel.replica_check import ReplicaGroups
 
 
 class Replicas:
@@ -33,7 +33,7 @@ class Replicas:
         return self.model.named_parameters()
 
     @property
-    def copies(self) -> Copies:
+    def copies(self) -> ReplicaGroups:
         """All weights, where ranks hold them whole."""
         parameters = dict(self.named_parameters())
         if any(isinstance(each, DTensor) or hasattr(each, "ds_id") for each in parameters.values()):
@@ -60,7 +60,7 @@ class Replicas:
         return summed
 
     def gather(self, value: int) -> list[int]:
-        return gather(value, self.device)
+        return all_gather_ints(value, self.device)
 
     def cut(self, batch: Batch) -> Batch:
         return batch.to(self.device)

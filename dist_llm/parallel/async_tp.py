@@ -13,19 +13,19 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import Graph
 
-RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+RESHAPE_OPS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 log = logging.getLogger("dist_llm")
 
 
-def overlap(mesh: DeviceMesh) -> None:
+def enable_async_tp(mesh: DeviceMesh) -> None:
     """Before blocks are compiled. `mesh` is that of the tensor ranks."""
     if mesh.device_type == "cuda":
-        fuse(mesh)
+        enable_fused_collectives(mesh)
     else:
         log.info("parallel.async_tp: left out, its kernels are for GPUs; the steps are the same")
 
 
-def fuse(mesh: DeviceMesh) -> None:
+def enable_fused_collectives(mesh: DeviceMesh) -> None:
     """Let the compiler do so from now on."""
     from torch._inductor import config as inductor  # a second, unless this torch has it already (2.13 has)
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -33,7 +33,7 @@ def fuse(mesh: DeviceMesh) -> None:
 
     class Pass(CustomGraphPass):
         def __call__(self, graph: Graph) -> None:
-            reshape_once(graph)
+            merge_reshapes(graph)
 
         def uuid(self) -> Any:
             return get_hash_for_files((__file__,))
@@ -45,12 +45,12 @@ def fuse(mesh: DeviceMesh) -> None:
         enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
-def reshape_once(graph: Graph) -> None:
+def merge_reshapes(graph: Graph) -> None:
     """A reshape of a reshape becomes one, or none: the compiler looks for products of the very thing that was gathered,
     which is all tokens in a row, and layers see them by sequences."""
     for node in graph.nodes:
-        while node.target in RESHAPES and (inner := node.args[0]).target in RESHAPES:
+        while node.target in RESHAPE_OPS and (inner := node.args[0]).target in RESHAPE_OPS:
             node.replace_input_with(inner, inner.args[0])
-        if node.target in RESHAPES and node.meta["val"].shape == node.args[0].meta["val"].shape:
+        if node.target in RESHAPE_OPS and node.meta["val"].shape == node.args[0].meta["val"].shape:
             node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()

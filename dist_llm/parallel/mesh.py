@@ -14,13 +14,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dist_llm.config.derive import AXES
 from dist_llm.config.schema import ParallelConfig
-from dist_llm.parallel import direct
+from dist_llm.parallel import p2p_collectives
 
 # Ranks that hold different tokens; ranks over which FSDP cuts a parameter into shards.
 DATA_AXES = ("dp_replicate", "dp_shard", "cp")
 SHARD_AXES = ("dp_shard", "cp")
 
-collectives = torch.ops._c10d_functional
+functional_collectives = torch.ops._c10d_functional
 
 
 def build_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
@@ -28,7 +28,7 @@ def build_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, tuple(getattr(parallel, axis) for axis in AXES), mesh_dim_names=AXES)
 
 
-def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """(replicas, shards): what FSDP works on.
 
     Context ranks hold equal weights and different tokens, as data ranks do: weights are sharded over both at once.
@@ -42,7 +42,7 @@ def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
         return mesh["dp_replicate", "dp_shard_cp"]
 
 
-def sum_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
+def all_reduce_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
     """`value` added up, in place, over the ranks that differ from this one in `axes` alone."""
     for axis in axes:
         if mesh[axis].size() > 1:
@@ -50,69 +50,81 @@ def sum_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
     return value
 
 
-def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The ranks' parts [n, ...], one after another: [n p, ...]."""
     part = part.contiguous()
-    if _sends(part):
-        whole = part.new_empty(group.size() * len(part), *part.shape[1:])
-        mine = whole.chunk(group.size())[group.rank()].copy_(part)
-        direct.Gather()(whole, mine, group).wait()
-        return whole
-    return collectives.wait_tensor(collectives.all_gather_into_tensor(part, group.size(), group.group_name))
+    if _uses_p2p(part):
+        output = part.new_empty(group.size() * len(part), *part.shape[1:])
+        local = output.chunk(group.size())[group.rank()].copy_(part)
+        p2p_collectives.P2PAllGather()(output, local, group).wait()
+        return output
+    return functional_collectives.wait_tensor(
+        functional_collectives.all_gather_into_tensor(part, group.size(), group.group_name)
+    )
 
 
-def reduced(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's part [n / p, ...] of the sum of what the ranks have, [n, ...]."""
     parts = parts.contiguous()
-    if _sends(parts):
-        mine = parts.new_empty(len(parts) // group.size(), *parts.shape[1:])
-        direct.ReduceScatter()(mine, parts, group, dist.ReduceOp.SUM)
-        return mine
-    return collectives.wait_tensor(collectives.reduce_scatter_tensor(parts, "sum", group.size(), group.group_name))
+    if _uses_p2p(parts):
+        local = parts.new_empty(len(parts) // group.size(), *parts.shape[1:])
+        p2p_collectives.P2PReduceScatter()(local, parts, group, dist.ReduceOp.SUM)
+        return local
+    return functional_collectives.wait_tensor(
+        functional_collectives.reduce_scatter_tensor(parts, "sum", group.size(), group.group_name)
+    )
 
 
-def total(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_reduce(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of what the ranks have, on all of them."""
-    if _sends(value) and len(value) % group.size() == 0:
-        return gathered(reduced(value, group), group)
-    return collectives.wait_tensor(collectives.all_reduce(value.contiguous(), "sum", group.group_name))
+    if _uses_p2p(value) and len(value) % group.size() == 0:
+        return all_gather(reduce_scatter(value, group), group)
+    return functional_collectives.wait_tensor(
+        functional_collectives.all_reduce(value.contiguous(), "sum", group.group_name)
+    )
 
 
-def exchanged(x: Tensor, forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+def differentiable_collective(
+    x: Tensor, forward_fn: Callable[[Tensor], Tensor], backward_fn: Callable[[Tensor], Tensor]
+) -> Tensor:
     """forth(x), what ranks say to each other; its gradient goes `back`."""
-    return _Exchange.apply(x, forth, back)  # type: ignore[no-untyped-call]
+    return _DifferentiableCollective.apply(x, forward_fn, backward_fn)  # type: ignore[no-untyped-call]
 
 
-class _Exchange(torch.autograd.Function):
+class _DifferentiableCollective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.back = back
-        return forth(x)
+    def forward(
+        ctx: Any, x: Tensor, forward_fn: Callable[[Tensor], Tensor], backward_fn: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.backward_fn = backward_fn
+        return forward_fn(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.back(grad), None, None
+        return ctx.backward_fn(grad), None, None
 
 
-def _sends(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and direct.by_messages(tensor.device.type)  # a compiler knows no messages
+def _uses_p2p(tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and p2p_collectives.uses_p2p(
+        tensor.device.type
+    )  # a compiler knows no messages
 
 
-def gather(value: int, device: torch.device) -> list[int]:
+def all_gather_ints(value: int, device: torch.device) -> list[int]:
     """The value of every rank of the default group."""
-    mine = torch.tensor([value], device=device)
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, mine)
-    return [int(each) for each in torch.cat(every).tolist()]
+    local = torch.tensor([value], device=device)
+    by_rank = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(by_rank, local)
+    return [int(each) for each in torch.cat(by_rank).tolist()]
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """This rank's share of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def place(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def local_with_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """This rank's share of a tensor, and where in the whole it begins."""
     if not isinstance(tensor, DTensor):
         return tensor, (0,) * tensor.ndim

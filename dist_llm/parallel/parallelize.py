@@ -8,61 +8,61 @@ from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.build import build_model
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.init import fill, rule_for
-from dist_llm.parallel.async_tp import overlap
-from dist_llm.parallel.context import context_parallel
-from dist_llm.parallel.fp8 import check_device, float8_blocks
-from dist_llm.parallel.mesh import DATA_AXES, place
-from dist_llm.parallel.pipeline import split_layers, stage_count, stages_of
-from dist_llm.parallel.recompute import compile_blocks, recompute_blocks
-from dist_llm.parallel.shard import shard
-from dist_llm.parallel.split import tensor_parallel
+from dist_llm.parallel.activation_checkpoint import checkpoint_blocks, compile_blocks
+from dist_llm.parallel.async_tp import enable_async_tp
+from dist_llm.parallel.context_parallel import apply_context_parallel
+from dist_llm.parallel.fp8 import check_float8_support, use_float8_linears
+from dist_llm.parallel.fsdp import apply_fsdp
+from dist_llm.parallel.mesh import DATA_AXES, local_with_offset
+from dist_llm.parallel.pipeline_parallel import count_stages, rank_stages, split_layers
+from dist_llm.parallel.tp_plan import apply_tensor_parallel
 
 
-def build_parts(config: Config, mesh: DeviceMesh | None, device: torch.device) -> list[Decoder]:
+def build_model_parts(config: Config, mesh: DeviceMesh | None, device: torch.device) -> list[Decoder]:
     """This rank's parts of the model: one, or one per pipeline stage that it holds."""
     if config.fp8:
-        check_device(device)
-    parts = _cut(config, mesh)
+        check_float8_support(device)
+    parts = _build_stages(config, mesh)
     for part in parts:
-        lay_out(part, config, mesh)
+        parallelize_model(part, config, mesh)
         part.to_empty(device="cpu" if config.parallel.cpu_offload else device)
-        initialise(part, config)
+        init_parameters(part, config)
     return parts
 
 
-def lay_out(model: Decoder, config: Config, mesh: DeviceMesh | None) -> None:
+def parallelize_model(model: Decoder, config: Config, mesh: DeviceMesh | None) -> None:
     """The order matters: kernels and splits change what a block is, recomputation wraps what was
     compiled, FSDP hooks into all of it. Values are set after, on the share that a rank has."""
     parallel = config.parallel
     if config.fp8:
-        float8_blocks(model)
+        use_float8_linears(model)
     if mesh is not None and parallel.cp > 1:
-        context_parallel(model, mesh["cp"])
+        apply_context_parallel(model, mesh["cp"])
     if mesh is not None and parallel.tp > 1:
-        tensor_parallel(model, mesh["tp"], parallel.sequence_parallel)
+        apply_tensor_parallel(model, mesh["tp"], parallel.sequence_parallel)
         if parallel.async_tp:
-            overlap(mesh["tp"])
+            enable_async_tp(mesh["tp"])
     if config.compile:
         compile_blocks(model, parallel)
     if parallel.recompute != "none" or parallel.activations_gib:
-        recompute_blocks(model, parallel.recompute, config.compile)
+        checkpoint_blocks(model, parallel.recompute, config.compile)
     if mesh is not None and any(mesh[axis].size() > 1 for axis in DATA_AXES):
-        shard(model, config, mesh)
+        apply_fsdp(model, config, mesh)
 
 
-def initialise(model: Decoder, config: Config) -> None:
+def init_parameters(model: Decoder, config: Config) -> None:
     """Each parameter, or this rank's slice of it, from (seed, name, element)."""
     for name, parameter in model.named_parameters():
-        share, offset = place(parameter.detach())
+        share, offset = local_with_offset(parameter.detach())
         rule = rule_for(name, parameter.shape, config.model)
         fill(share, name, rule, config.run.seed, parameter.shape, offset)
 
 
-def _cut(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:
+def _build_stages(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:
     """The parts on the meta device, whole in themselves and without values."""
     parallel = config.parallel
-    count = stage_count(parallel.pp_schedule, parallel.pp) if parallel.pp > 1 else 1
-    numbers = stages_of(parallel.pp_schedule, mesh.get_local_rank("pp"), parallel.pp) if mesh and count > 1 else [0]
+    count = count_stages(parallel.pp_schedule, parallel.pp) if parallel.pp > 1 else 1
+    numbers = rank_stages(parallel.pp_schedule, mesh.get_local_rank("pp"), parallel.pp) if mesh and count > 1 else [0]
     layers = split_layers(config.model, count, parallel.pp_split)
     parts = []
     for number in numbers:

@@ -31,7 +31,7 @@ from dist_llm.observe.flops import CONVENTION, flops_per_sample, peak_flops
 from dist_llm.observe.metrics import Measured, MetricsFile, Recorder, Row
 from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
-from dist_llm.parallel.digest import differing
+from dist_llm.parallel.replica_check import find_mismatches
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.train.audit import Audit
 from dist_llm.train.evaluate import Heldout, evaluate
@@ -154,7 +154,7 @@ class Trainer:
     def compare(self) -> None:
         """Raises DivergedError or RewindError, on all ranks, where copies of weights differ."""
         if copies := self.engine.copies:
-            self.guard.corrupt(self.progress.step, differing(copies, self.world.host))
+            self.guard.corrupt(self.progress.step, find_mismatches(copies, self.world.host))
 
     def flush(self) -> None:
         """Write the metrics so far. Raises DivergedError or RewindError, on all ranks, where a step was bad."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_llm.data.loader import Loader
 from dist_llm.engines.base import Engine
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel.mesh import local
+from dist_llm.parallel.mesh import to_local
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}  # relative; sums are taken in another order
 
@@ -48,7 +48,7 @@ def _gradients(engine: Engine, batches: list[Batch], step: int) -> tuple[dict[st
     found = {}
     for name, parameter in engine.named_parameters():
         if parameter.grad is not None:
-            found[name] = local(parameter.grad).clone()
+            found[name] = to_local(parameter.grad).clone()
             parameter.grad = None
     return found, float(losses.double().sum())
 

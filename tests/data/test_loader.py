@@ -19,7 +19,7 @@ from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.build import Objective
 from dist_llm.objectives.rows import Form
 from dist_llm.objectives.vocabulary import Vocabulary
-from dist_llm.parallel.context import local_part
+from dist_llm.parallel.context_parallel import shard_sequences
 
 SEQ = 4
 BATCH = 24  # divides by every world size below
@@ -96,7 +96,7 @@ def test_a_batch_is_inputs_and_the_tokens_that_follow(corpus):
 def test_the_id_whose_bits_are_those_of_ignore_is_scored_when_a_sequence_is_cut():
     ids = np.full((2, SEQ + 1), IGNORE, np.int16).view("<u2")  # 65436
     batch = CAUSAL_ONLY(ids, np.arange(2))
-    parts = [local_part(batch, rank, 2) for rank in range(2)]
+    parts = [shard_sequences(batch, rank, 2) for rank in range(2)]
     assert sum(part.scored for part in parts) == batch.scored == 2 * SEQ
 
 

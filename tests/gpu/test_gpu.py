@@ -86,13 +86,13 @@ def test_products_in_float8_are_the_emulated_ones(tokens: int, monkeypatch: pyte
 
     def products() -> list[torch.Tensor]:
         inputs, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
-        y = fp8.linear(inputs, weight)
+        y = fp8.float8_linear(inputs, weight)
         return [y.detach(), *torch.autograd.grad(y, (inputs, weight), g)]
 
     monkeypatch.setattr(torch, "_scaled_mm", counted)
     found = products()
-    assert calls == [fp8.INPUT, fp8.GRADIENT, fp8.GRADIENT]
-    monkeypatch.setattr(fp8, "product", fp8.emulated)
+    assert calls == [fp8.INPUT_DTYPE, fp8.GRAD_DTYPE, fp8.GRAD_DTYPE]
+    monkeypatch.setattr(fp8, "scaled_matmul", fp8.emulate_scaled_matmul)
     wanted = products()
     assert len(calls) == 3
     sizes = [x.abs() @ w.abs().t(), g.abs() @ w.abs(), g.abs().t() @ x.abs()]
@@ -120,10 +120,10 @@ def test_a_gpu_trains_in_float8_as_a_cpu_emulates_it(compiled: bool) -> None:
 @has_float8
 def test_scales_make_the_host_wait_for_nothing() -> None:
     x, w = torch.randn(64, 64, device=GPU, requires_grad=True), torch.randn(64, 64, device=GPU, requires_grad=True)
-    fp8.linear(x, w).sum().backward()
+    fp8.float8_linear(x, w).sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fp8.linear(x, w).sum().backward()
+        fp8.float8_linear(x, w).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -20,8 +20,8 @@ from dist_llm.models.visibility import Visibility
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
 from dist_llm.optim.muon import orthogonalized
-from dist_llm.parallel import context, mesh, parallelize, pipeline, shard, tensor
-from dist_llm.parallel.owners import Owners
+from dist_llm.parallel import context_parallel, fsdp, mesh, parallelize, pipeline_parallel, tensor_parallel
+from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
 from dist_llm.train import step
 
 BUGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
@@ -70,43 +70,43 @@ def shards_gradients_are_not_reduced() -> Iterator[Any]:
 @bug
 def context_gradients_are_not_reduced() -> Iterator[Any]:
     """Weights are sharded over dp_shard alone; context ranks keep gradients of their own tokens."""
-    real = shard.fully_shard
+    real = fsdp.fully_shard
 
     def over_data_alone(module: Any, mesh: Any, **keywords: Any) -> None:
         real(module, mesh=mesh._get_root_mesh()["dp_replicate", "dp_shard"], **keywords)
 
-    with patch.object(shard, "fully_shard", over_data_alone):
+    with patch.object(fsdp, "fully_shard", over_data_alone):
         yield
 
 
 @bug
 def joined_gradients_are_not_added_over_tensor_ranks() -> Iterator[Any]:
     """Each tensor rank goes on with the part that its own heads, units or columns give."""
-    with patch.object(tensor.Between, "join", _join_own_part):
+    with patch.object(tensor_parallel.TensorParallelRegion, "all_gather_sequence", _join_own_part):
         yield
 
 
 @bug
 def head_gradients_are_not_reduced_over_tensor_ranks() -> Iterator[Any]:
     """Those of its input: each rank's columns give a part."""
-    real = tensor.VocabParallelHead.forward
+    real = tensor_parallel.VocabParallelHead.forward
 
     def forward(self: Any, *inputs: Any) -> Any:
-        with patch.object(tensor.Between, "join", _join_own_part):
+        with patch.object(tensor_parallel.TensorParallelRegion, "all_gather_sequence", _join_own_part):
             return real(self, *inputs)
 
-    with patch.object(tensor.VocabParallelHead, "forward", forward):
+    with patch.object(tensor_parallel.VocabParallelHead, "forward", forward):
         yield
 
 
-def _join_own_part(between: tensor.Between, x_BTD: torch.Tensor) -> torch.Tensor:
-    return mesh.exchanged(x_BTD, between.joined, between.mine)
+def _join_own_part(region: tensor_parallel.TensorParallelRegion, x_BTD: torch.Tensor) -> torch.Tensor:
+    return mesh.differentiable_collective(x_BTD, region.all_gather_no_grad, region.local_tokens)
 
 
 @bug
 def shares_of_tokens_skip_what_whole_rows_skip() -> Iterator[Any]:
     """Stochastic depth: a row of a rank's share is not of one sequence."""
-    with patch.object(tensor.Between, "share_survivors", lambda self, block, inputs: inputs):
+    with patch.object(tensor_parallel.TensorParallelRegion, "shard_depth_scale", lambda self, block, inputs: inputs):
         yield
 
 
@@ -117,19 +117,19 @@ def tensor_ranks_take_the_positions_of_the_first() -> Iterator[Any]:
     def first(self: Any, numbers_BS: torch.Tensor) -> torch.Tensor:
         return numbers_BS.flatten(0, 1).chunk(self.ranks)[0].unflatten(0, (len(numbers_BS), -1))
 
-    with patch.object(tensor.Between, "mine", first):
+    with patch.object(tensor_parallel.TensorParallelRegion, "local_tokens", first):
         yield
 
 
 @bug
 def tied_embedding_is_not_reduced_over_stages() -> Iterator[Any]:
-    with patch.object(pipeline.TiedEmbedding, "reduce", _skip):
+    with patch.object(pipeline_parallel.TiedEmbeddingGroup, "reduce_grads", _skip):
         yield
 
 
 @bug
 def norm_gradients_of_sequence_slices_are_not_reduced() -> Iterator[Any]:
-    with patch("dist_llm.engines.native.settle_gradients", _skip):
+    with patch("dist_llm.engines.native.all_reduce_replicated_grads", _skip):
         yield
 
 
@@ -193,12 +193,12 @@ def all_ranks_read_the_same_samples() -> Iterator[Any]:
 
 @bug
 def clipping_by_the_local_norm() -> Iterator[Any]:
-    real = mesh.sum_over
+    real = mesh.all_reduce_over
 
     def norm_stays_local(value: torch.Tensor, mesh: Any, axes: Any) -> torch.Tensor:
         return value if "tp" in axes else real(value, mesh, axes)  # only the norm is summed over tp
 
-    with patch("dist_llm.engines.native.sum_over", norm_stays_local):
+    with patch("dist_llm.engines.native.all_reduce_over", norm_stays_local):
         yield
 
 
@@ -236,8 +236,8 @@ def context_ranks_count_positions_from_zero() -> Iterator[Any]:
         cut = real_part(batch, rank, ranks)
         return replace(cut, positions_BS=torch.arange(cut.inputs_BS.shape[1]).expand_as(cut.inputs_BS))
 
-    real_part = context.local_part
-    with patch("dist_llm.engines.native.local_part", from_zero):
+    real_part = context_parallel.shard_sequences
+    with patch("dist_llm.engines.native.shard_sequences", from_zero):
         yield
 
 
@@ -252,19 +252,19 @@ def causal_mask_aligned_to_the_start() -> Iterator[Any]:
         )
         return out.transpose(1, 2)
 
-    with patch.object(context, "attend", top_left), patch.object(attention, "attend", top_left):
+    with patch.object(context_parallel, "attend", top_left), patch.object(attention, "attend", top_left):
         yield
 
 
 @bug
 def tied_head_untied_by_the_tensor_split() -> Iterator[Any]:
     """The head projects with a copy of the embedding: its gradient never reaches the weight."""
-    forward = tensor.VocabParallelHead.forward
+    forward = tensor_parallel.VocabParallelHead.forward
 
     def with_a_copy(self: Any, x: Any, tied: Any, targets: Any) -> Any:
         return forward(self, x, None if tied is None else tied.detach(), targets)
 
-    with patch.object(tensor.VocabParallelHead, "forward", with_a_copy):
+    with patch.object(tensor_parallel.VocabParallelHead, "forward", with_a_copy):
         yield
 
 
@@ -278,24 +278,24 @@ def vocabulary_maximum_is_not_shared() -> Iterator[Any]:
             if op != dist.ReduceOp.MAX:
                 dist.all_reduce(value, op, group)
 
-    with patch.object(tensor, "dist", Local()):
+    with patch.object(tensor_parallel, "dist", Local()):
         yield
 
 
 @bug
 def vocabulary_padding_is_scored() -> Iterator[Any]:
-    real = tensor.VocabParallelHead._columns
+    real = tensor_parallel.VocabParallelHead._vocab_shard
 
     def all_rows(self: Any, weight_WD: Any) -> Any:
         return replace(real(self, weight_WD), width=len(weight_WD))
 
-    with patch.object(tensor.VocabParallelHead, "_columns", all_rows):
+    with patch.object(tensor_parallel.VocabParallelHead, "_vocab_shard", all_rows):
         yield
 
 
 @bug
 def every_rank_initialised_with_the_same_shard() -> Iterator[Any]:
-    with patch.object(parallelize, "place", lambda tensor: (mesh.local(tensor), (0,) * tensor.ndim)):
+    with patch.object(parallelize, "local_with_offset", lambda tensor: (mesh.to_local(tensor), (0,) * tensor.ndim)):
         yield
 
 
@@ -304,7 +304,9 @@ def pipeline_rescales_gradients() -> Iterator[Any]:
     def scaling(kind: Any) -> Any:
         return lambda *args, **kwargs: kind(*args, **{**kwargs, "scale_grads": True})
 
-    with patch.dict(pipeline.SCHEDULES, {name: scaling(kind) for name, kind in pipeline.SCHEDULES.items()}):
+    with patch.dict(
+        pipeline_parallel.SCHEDULES, {name: scaling(kind) for name, kind in pipeline_parallel.SCHEDULES.items()}
+    ):
         yield
 
 
@@ -338,14 +340,14 @@ def tensor_ranks_skip_layers_of_their_own_choice() -> Iterator[Any]:
 @bug
 def encoders_table_is_not_reduced_over_stages() -> Iterator[Any]:
     """The stage where the decoder begins looks up the same table as the first."""
-    with patch.object(pipeline.TiedEmbedding, "reduce", _skip):
+    with patch.object(pipeline_parallel.TiedEmbeddingGroup, "reduce_grads", _skip):
         yield
 
 
 @bug
 def gradients_of_head_norms_are_not_reduced() -> Iterator[Any]:
     """Each tensor rank normalises the queries and keys of its own heads, with weights that all share."""
-    with patch("dist_llm.engines.native.settle_gradients", _skip):
+    with patch("dist_llm.engines.native.all_reduce_replicated_grads", _skip):
         yield
 
 
@@ -359,26 +361,26 @@ def weights_stay_gathered_after_the_last_backward() -> Iterator[Any]:
 
 @bug
 def shares_made_orthogonal_each_by_itself() -> Iterator[Any]:
-    def alone(self: Owners, updates: Any) -> Any:
-        parts = [mesh.local(update) for update in updates]
+    def alone(self: DistributedOrthogonalize, updates: Any) -> Any:
+        parts = [mesh.to_local(update) for update in updates]
         for part, made in zip(parts, orthogonalized(parts), strict=True):
             part.copy_(made)
         return updates
 
-    with patch.object(Owners, "__call__", alone):
+    with patch.object(DistributedOrthogonalize, "__call__", alone):
         yield
 
 
 @bug
 def shares_handed_back_to_the_wrong_rank() -> Iterator[Any]:
     """Shares of a matrix that are alike in shape, so that nothing but the values is wrong."""
-    real = Owners.__init__
+    real = DistributedOrthogonalize.__init__
 
-    def swapped(self: Owners, *args: Any) -> None:
+    def swapped(self: DistributedOrthogonalize, *args: Any) -> None:
         real(self, *args)
-        self.returned = self.returned[::-1]
+        self.send_out = self.send_out[::-1]
 
-    with patch.object(Owners, "__init__", swapped):
+    with patch.object(DistributedOrthogonalize, "__init__", swapped):
         yield
 
 
@@ -406,5 +408,5 @@ def _before_sgd_steps(action: Callable[[LocalSGD], None]) -> AbstractContextMana
 
 @bug
 def moments_rounded_by_the_place_in_the_share() -> Iterator[Any]:
-    with patch("dist_llm.engines.native.place", lambda tensor: (mesh.local(tensor), (0,) * tensor.ndim)):
+    with patch("dist_llm.engines.native.local_with_offset", lambda tensor: (mesh.to_local(tensor), (0,) * tensor.ndim)):
         yield

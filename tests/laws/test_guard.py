@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_llm.checkpoint.state import Guarded
 from dist_llm.config.schema import Config, GuardConfig, ParallelConfig
 from dist_llm.engines.native import NativeEngine
-from dist_llm.parallel.mesh import local
+from dist_llm.parallel.mesh import to_local
 from dist_llm.train.guard import Guard
 from dist_llm.train.step import train_step
 from tests.laws.law import ROWS, Spy, Taken, batches_of, compare, config_of, merged
@@ -58,7 +58,7 @@ def poisoned() -> Iterator[None]:
         losses = real(self, *args)
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             for _, parameter in self.named_parameters():
-                local(parameter.grad).fill_(torch.nan)
+                to_local(parameter.grad).fill_(torch.nan)
         return losses
 
     with patch.object(NativeEngine, "accumulate", accumulate):
@@ -74,7 +74,7 @@ def moments_decay() -> Iterator[None]:
         norm: Tensor = self._norm()
         if not accept(norm):
             for parameter in self.parts[0].parameters():
-                local(parameter.grad).zero_()
+                to_local(parameter.grad).zero_()
         real(self, lr)
         return norm
 

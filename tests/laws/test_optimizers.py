@@ -8,8 +8,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from dist_llm.config.schema import ParallelConfig
 from dist_llm.engines.native import LocalSGD
 from dist_llm.optim.muon import orthogonal
+from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
 from dist_llm.parallel.mesh import build_mesh
-from dist_llm.parallel.owners import Owners
 from tests.laws.law import config_of, hold, merged, reference, trace
 from tests.laws.layouts import BF16_MOMENTS, CHOSEN, MODELS, MUON, Layout
 from tests.laws.worlds import world
@@ -34,7 +34,7 @@ def owned(dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     whole = [1e-9 * torch.randn(shape, generator=generator) for shape in ((6, 8), (9, 4), (6, 8))]
     shards = [distribute_tensor(each, mesh["dp_shard"], (Shard(0),), src_data_rank=None) for each in whole]
-    got = Owners(mesh, shards, dtype)(shards)
+    got = DistributedOrthogonalize(mesh, shards, dtype)(shards)
     want = (orthogonal(each[None].to(dtype))[0] for each in whole)
     return all(torch.equal(a.full_tensor(), b.float()) for a, b in zip(got, want, strict=True))
 

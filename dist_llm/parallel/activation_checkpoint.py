@@ -23,11 +23,11 @@ from torch.utils.checkpoint import (
 from dist_llm.config.schema import ParallelConfig
 from dist_llm.models.decoder import Decoder
 
-Choice = Literal["none", "selective", "full"]
+RecomputeMode = Literal["none", "selective", "full"]
 
 # Dear to compute, so kept: matrix products, every kernel of attention, and sums over tensor ranks (those that are
 # collectives; on a CPU they are messages, which are sent again).
-KEPT_OPS = {
+SAVED_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_mm.default,
@@ -48,14 +48,14 @@ def compile_blocks(model: Decoder, parallel: ParallelConfig) -> None:
         block.forward = torch.compile(block.forward)
 
 
-def recompute_blocks(model: Decoder, choice: Choice, compiled: bool) -> None:
-    """All blocks alike, after `compile_blocks`; a budget may choose for each anew (`budget.py:fit`)."""
+def checkpoint_blocks(model: Decoder, mode: RecomputeMode, compiled: bool) -> None:
+    """All blocks alike, after `compile_blocks`; a budget may choose for each anew (`fit_activation_budget`)."""
     for block in model.blocks.values():
-        selective = MethodType(_selective, block)
-        block.forward = Recomputed(block.forward, torch.compile(selective) if compiled else None, choice)
+        selective = MethodType(_selective_forward, block)
+        block.forward = CheckpointedForward(block.forward, torch.compile(selective) if compiled else None, mode)
 
 
-class Recomputed:
+class CheckpointedForward:
     """A block's forward: keeps all (none), its input alone (full), or also what `KEPT_OPS` gave (selective).
 
     `selective`: a compiled forward that does so by itself. A compiler has to see the products that are kept; called
@@ -64,68 +64,70 @@ class Recomputed:
     With a `ledger`, what it keeps is written down there, each storage with its bytes, and is not kept.
     """
 
-    def __init__(self, forward: Callable[..., Tensor], selective: Callable[..., Tensor] | None, choice: Choice) -> None:
-        self.forward, self.selective, self.choice = forward, selective, choice
-        self.ledger: dict[StorageWeakRef, int] | None = None
+    def __init__(
+        self, forward: Callable[..., Tensor], selective: Callable[..., Tensor] | None, mode: RecomputeMode
+    ) -> None:
+        self.forward, self.selective, self.mode = forward, selective, mode
+        self.saved_bytes_log: dict[StorageWeakRef, int] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         outputs: list[dict[Any, list[Any]]] = []  # of a selective forward: what is kept beside its input
 
         def contexts() -> Any:
-            both = _contexts()
+            both = _selective_contexts()
             outputs.append(both[0].storage)
             return both
 
-        with nullcontext() if self.ledger is None else _hooked(self._note):
-            if self.choice == "none":
+        with nullcontext() if self.saved_bytes_log is None else _log_saved_tensors(self._log_saved):
+            if self.mode == "none":
                 return self.forward(*args, **kwargs)
-            if self.choice == "selective" and self.selective is not None:
+            if self.mode == "selective" and self.selective is not None:
                 return self.selective(*args, **kwargs)
-            context_fn = contexts if self.choice == "selective" else noop_context_fn
+            context_fn = contexts if self.mode == "selective" else noop_context_fn
             found: Tensor = checkpoint(self.forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
-        if self.ledger is not None:
+        if self.saved_bytes_log is not None:
             for kept in outputs:
-                self._note([getattr(each, "val", None) for each in pytree.tree_leaves(dict(kept))])
+                self._log_saved([getattr(each, "val", None) for each in pytree.tree_leaves(dict(kept))])
                 kept.clear()
         return found
 
-    def _note(self, kept: Any) -> None:
-        assert self.ledger is not None
-        for storage in storages(kept):
-            self.ledger[StorageWeakRef(storage)] = storage.nbytes()
+    def _log_saved(self, kept: Any) -> None:
+        assert self.saved_bytes_log is not None
+        for storage in iter_storages(kept):
+            self.saved_bytes_log[StorageWeakRef(storage)] = storage.nbytes()
 
 
-def storages(value: Any) -> Iterator[torch.UntypedStorage]:
+def iter_storages(value: Any) -> Iterator[torch.UntypedStorage]:
     """Of all tensors in there; of a DTensor, and of what a collective has not brought yet, the one inside."""
     for each in pytree.tree_leaves(value):
         if isinstance(each, Tensor) and is_traceable_wrapper_subclass(each):
-            yield from storages([getattr(each, name) for name in each.__tensor_flatten__()[0]])
+            yield from iter_storages([getattr(each, name) for name in each.__tensor_flatten__()[0]])
         elif isinstance(each, Tensor):
             yield each.untyped_storage()
 
 
 @contextmanager
-def _hooked(note: Callable[[Tensor], None]) -> Iterator[None]:
-    with warnings.catch_warnings(), saved_tensors_hooks(note, _lost):
+def _log_saved_tensors(note: Callable[[Tensor], None]) -> Iterator[None]:
+    with warnings.catch_warnings(), saved_tensors_hooks(note, _refuse_unpack):
         # torch 2.14 warns that what selective keeps passes by the hooks, as ever.
         warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
         yield
 
 
-def _lost(_: Any) -> Tensor:
+def _refuse_unpack(_: Any) -> Tensor:
     raise AssertionError("what was only written down cannot go backward")
 
 
-def _selective(block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+def _selective_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """A function of the block alone, so that all layers have one graph."""
     forward = type(block).forward  # the instance's is what calls this one
-    found: Tensor = checkpoint(forward, block, *args, use_reentrant=False, context_fn=_contexts, **kwargs)
+    found: Tensor = checkpoint(forward, block, *args, use_reentrant=False, context_fn=_selective_contexts, **kwargs)
     return found
 
 
-def _contexts() -> Any:
-    return create_selective_checkpoint_contexts(_policy)
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_save_policy)
 
 
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+def _save_policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE

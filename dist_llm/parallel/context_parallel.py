@@ -15,17 +15,17 @@ from dist_llm.models.attention import AttentionKernel, attend
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.visibility import Visibility
 from dist_llm.objectives.batch import Batch, count_scored
-from dist_llm.parallel.mesh import exchanged, gathered, reduced
+from dist_llm.parallel.mesh import all_gather, differentiable_collective, reduce_scatter
 
 
-def context_parallel(model: Decoder, mesh: DeviceMesh) -> None:
+def apply_context_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Put the gathering kernel into every attention of `model`; `mesh` is the cp axis."""
     for block in model.blocks.values():
         attention = block.attention
-        attention.kernel = GatheredAttention(attention.kernel, mesh)  # type: ignore[union-attr, arg-type]
+        attention.kernel = AllGatherAttention(attention.kernel, mesh)  # type: ignore[union-attr, arg-type]
 
 
-def local_part(batch: Batch, rank: int, ranks: int) -> Batch:
+def shard_sequences(batch: Batch, rank: int, ranks: int) -> Batch:
     """This rank's two pieces of each sequence, with the positions they have in the whole."""
     if ranks == 1:
         return batch
@@ -49,7 +49,7 @@ def local_part(batch: Batch, rank: int, ranks: int) -> Batch:
     )
 
 
-class GatheredAttention(nn.Module):
+class AllGatherAttention(nn.Module):
     """Attention of this rank's queries to the keys and values of the whole sequence."""
 
     def __init__(self, kernel: AttentionKernel, mesh: DeviceMesh) -> None:
@@ -73,8 +73,8 @@ class GatheredAttention(nn.Module):
     def _gather(self, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all ranks in one collective, back in the order of the sequence."""
         both = torch.stack((k_BSKE, v_BSKE))  # [2, B, S/cp, K, E]
-        forth, back = partial(gathered, group=self.group), partial(reduced, group=self.group)
-        ranks = exchanged(both, forth, back).chunk(self.ranks)
+        forward_fn, backward_fn = partial(all_gather, group=self.group), partial(reduce_scatter, group=self.group)
+        ranks = differentiable_collective(both, forward_fn, backward_fn).chunk(self.ranks)
         halves = [rank.chunk(2, dim=2) for rank in ranks]
         pieces = [early for early, _ in halves] + [late for _, late in reversed(halves)]
         k_BTKE, v_BTKE = torch.cat(pieces, dim=2).unbind(0)

@@ -17,25 +17,25 @@ from torch.distributed.fsdp import FSDPModule
 from dist_llm.models.decoder import Decoder
 
 
-def by_messages(device: str) -> bool:
+def uses_p2p(device: str) -> bool:
     """Whether those that compute there send messages."""
     return device == "cpu"
 
 
-def send_directly(model: Decoder, device: str) -> None:
+def use_p2p_collectives(model: Decoder, device: str) -> None:
     """Have FSDP do so, if `model` is there; and gather each block's weights while the one before it computes."""
-    if not by_messages(device):
+    if not uses_p2p(device):
         return
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(Gather())  # type: ignore[arg-type]  # torch's base classes are not public
-            module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]
+            module.set_custom_all_gather(P2PAllGather())  # type: ignore[arg-type]  # torch's base classes are not public
+            module.set_custom_reduce_scatter(P2PReduceScatter())  # type: ignore[arg-type]
     modules: list[Any] = [model, *model.blocks.values()]
     for one, following in pairwise(modules):
         one.set_modules_to_forward_prefetch([following])
 
 
-class Gather:
+class P2PAllGather:
     """The ranks' inputs, one after another, on all of them; FSDP waits for what this returns.
 
     The input is this rank's part of the output, as FSDP has it.
@@ -46,16 +46,16 @@ class Gather:
     ) -> dist.Work:
         parts = output_tensor.chunk(group.size())
         assert parts[group.rank()].data_ptr() == input_tensor.data_ptr()
-        works = [dist.isend(input_tensor, group=group, group_dst=rank) for rank in _others(group)]
-        works += [dist.irecv(parts[rank], group=group, group_src=rank) for rank in _others(group)]
-        return _All(works)
+        works = [dist.isend(input_tensor, group=group, group_dst=rank) for rank in _peers(group)]
+        works += [dist.irecv(parts[rank], group=group, group_src=rank) for rank in _peers(group)]
+        return _WorkList(works)
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for an input or an output."""
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class ReduceScatter:
+class P2PReduceScatter:
     """This rank's part of the sum of all inputs, added up in an order that is always the same."""
 
     def __call__(
@@ -69,17 +69,17 @@ class ReduceScatter:
         assert op == dist.ReduceOp.SUM
         assert group.size() > 1
         parts = input_tensor.chunk(group.size())
-        sent = _All([dist.isend(parts[rank], group=group, group_dst=rank) for rank in _others(group)])
-        received, total = torch.empty_like(output_tensor), parts[group.rank()]
-        for rank in reversed(_others(group)):  # from whom sends here first, so that all links are busy
-            dist.recv(received, group=group, group_src=rank)
-            total = torch.add(total, received, out=output_tensor)
-        sent.wait()
+        sends = _WorkList([dist.isend(parts[rank], group=group, group_dst=rank) for rank in _peers(group)])
+        recv_buffer, total = torch.empty_like(output_tensor), parts[group.rank()]
+        for rank in reversed(_peers(group)):  # from whom sends here first, so that all links are busy
+            dist.recv(recv_buffer, group=group, group_src=rank)
+            total = torch.add(total, recv_buffer, out=output_tensor)
+        sends.wait()
 
-    allocate = Gather.allocate
+    allocate = P2PAllGather.allocate
 
 
-class _All(dist.Work):
+class _WorkList(dist.Work):
     """Done when all of them are. Each is waited for once: a second wait for a message would not end."""
 
     def __init__(self, works: Sequence[dist.Work | None]) -> None:
@@ -92,6 +92,6 @@ class _All(dist.Work):
         return True
 
 
-def _others(group: dist.ProcessGroup) -> list[int]:
+def _peers(group: dist.ProcessGroup) -> list[int]:
     """The next rank first."""
     return [(group.rank() + step) % group.size() for step in range(1, group.size())]

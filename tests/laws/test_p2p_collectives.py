@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.communication import Case, busiest, case, count
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
-from dist_llm.parallel import direct, mesh
+from dist_llm.parallel import mesh, p2p_collectives
 from dist_llm.train.step import train_step
 from tests.laws.law import Taken, batches_of, compare, config_of, merged, reference, trace, whole
 from tests.laws.layouts import ADAMW, MODELS, Layout
@@ -31,7 +31,7 @@ LAYOUTS = [
 ]
 
 
-class Unadded(direct.ReduceScatter):
+class Unadded(p2p_collectives.P2PReduceScatter):
     """A planted bug: the others' parts are received, and forgotten."""
 
     def __call__(
@@ -41,7 +41,7 @@ class Unadded(direct.ReduceScatter):
         output_tensor.copy_(input_tensor.chunk(group.size())[group.rank()])
 
 
-class Swapped(direct.Gather):
+class Swapped(p2p_collectives.P2PAllGather):
     """A planted bug: the first two ranks' parts change places."""
 
     def __call__(
@@ -58,12 +58,12 @@ class Swapped(direct.Gather):
 
 def by_messages() -> AbstractContextManager[Any]:
     """As on CPUs; the worlds here use collectives."""
-    return patch.object(direct, "by_messages", lambda device: device == "cpu")
+    return patch.object(p2p_collectives, "uses_p2p", lambda device: device == "cpu")
 
 
 def directly(config: Config, bug: tuple[str, type] | None) -> Taken:
-    name, other = bug or ("Gather", direct.Gather)
-    with by_messages(), patch.object(direct, name, other):
+    name, other = bug or ("P2PAllGather", p2p_collectives.P2PAllGather)
+    with by_messages(), patch.object(p2p_collectives, name, other):
         return trace(config, 3)
 
 
@@ -98,7 +98,7 @@ def test_messages_take_the_step_of_one_process(layout: Layout) -> None:
     hold(layout)
 
 
-@pytest.mark.parametrize("bug", [("ReduceScatter", Unadded), ("Gather", Swapped)], ids=["unadded", "swapped"])
+@pytest.mark.parametrize("bug", [("P2PReduceScatter", Unadded), ("P2PAllGather", Swapped)], ids=["unadded", "swapped"])
 def test_a_planted_bug_breaks_it(bug: tuple[str, type]) -> None:
     with pytest.raises(AssertionError, match="off by"):
         hold(LAYOUTS[1], bug)
@@ -111,16 +111,16 @@ class Broken:
         setattr(self, name, other)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(direct, name)
+        return getattr(p2p_collectives, name)
 
 
 def with_broken_activations(config: Config, bug: tuple[str, type]) -> Taken:
-    with by_messages(), patch.object(mesh, "direct", Broken(*bug)):
+    with by_messages(), patch.object(mesh, "p2p_collectives", Broken(*bug)):
         return trace(config, 3)
 
 
 @pytest.mark.parametrize("parallel", [{"cp": 2}, {"tp": 2}], ids=str)
-@pytest.mark.parametrize("bug", [("ReduceScatter", Unadded), ("Gather", Swapped)], ids=["unadded", "swapped"])
+@pytest.mark.parametrize("bug", [("P2PReduceScatter", Unadded), ("P2PAllGather", Swapped)], ids=["unadded", "swapped"])
 def test_a_bug_planted_in_messages_of_activations_breaks_it(bug: tuple[str, type], parallel: dict[str, Any]) -> None:
     config = config_of(2, {}, optim=ADAMW, parallel=parallel)
     traces = world(2).run(with_broken_activations, config, bug)
@@ -169,5 +169,5 @@ def _numbers(rank: int) -> Tensor:
 def summed() -> Tensor:
     output = torch.empty(1000)
     assert dist.group.WORLD is not None
-    direct.ReduceScatter()(output, _numbers(dist.get_rank()), dist.group.WORLD, dist.ReduceOp.SUM)
+    p2p_collectives.P2PReduceScatter()(output, _numbers(dist.get_rank()), dist.group.WORLD, dist.ReduceOp.SUM)
     return output
