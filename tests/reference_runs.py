@@ -124,7 +124,9 @@ RUNS: dict[str, Run] = {
         ("engine=deepspeed", "deepspeed.stage=1", "parallel.pp=2", "precision=bf16", "model.dropout=0.1"), ranks=2
     ),
     "accelerate_ddp": Run(("engine=accelerate", "parallel.recompute=full"), ranks=2),
-    "accelerate_fsdp2": Run(("engine=accelerate", "accelerate.plugin=fsdp2", "precision=bf16"), ranks=2),
+    "accelerate_zero2": Run(
+        ("engine=accelerate", "accelerate.plugin=deepspeed", "deepspeed.stage=2", "precision=bf16"), ranks=2
+    ),
 }
 
 

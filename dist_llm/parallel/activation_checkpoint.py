@@ -1,4 +1,5 @@
-"""Activation checkpointing and compilation of the blocks, without a wrapper: parameter names stay as they are."""
+"""Activation checkpointing and compilation of the blocks, without wrapper modules, so that parameter names stay the
+same."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,8 +26,8 @@ from dist_llm.models.decoder import Decoder
 
 RecomputeMode = Literal["none", "selective", "full"]
 
-# Dear to compute, so kept: matrix products, every kernel of attention, and sums over tensor ranks (those that are
-# collectives; on a CPU they are messages, which are sent again).
+# Outputs that selective recomputation saves because they are expensive: matrix products, attention kernels, and
+# reductions over tensor ranks. On CPUs these reductions are point-to-point messages, not collectives, and are repeated.
 SAVED_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -41,7 +42,7 @@ SAVED_OPS = {
 
 
 def compile_blocks(model: Decoder, parallel: ParallelConfig) -> None:
-    """Each block by itself: one graph for all layers, and FSDP's hooks stay outside it."""
+    """Compile each block separately. All layers then share one graph, and FSDP's hooks stay outside it."""
     if parallel.recompute_budget < 1:
         functorch.activation_memory_budget = parallel.recompute_budget
     for block in model.blocks.values():
@@ -49,19 +50,22 @@ def compile_blocks(model: Decoder, parallel: ParallelConfig) -> None:
 
 
 def checkpoint_blocks(model: Decoder, mode: RecomputeMode, compiled: bool) -> None:
-    """All blocks alike, after `compile_blocks`; a budget may choose for each anew (`fit_activation_budget`)."""
+    """Set `mode` for all blocks. Call this after `compile_blocks`. `fit_activation_budget` may later change single
+    blocks."""
     for block in model.blocks.values():
         selective = MethodType(_selective_forward, block)
         block.forward = CheckpointedForward(block.forward, torch.compile(selective) if compiled else None, mode)
 
 
 class CheckpointedForward:
-    """A block's forward: keeps all (none), its input alone (full), or also what `KEPT_OPS` gave (selective).
+    """The forward of a block, with a recompute mode.
 
-    `selective`: a compiled forward that does so by itself. A compiler has to see the products that are kept; called
-    from outside, what it made of them has other names.
+    none: save all activations. full: save the input of the block. selective: save the input and the outputs of
+    `SAVED_OPS`. `selective` is a compiled forward that applies the selective mode inside its graph: the compiler
+    renames the saved operations, so the mode cannot be applied from outside.
 
-    With a `ledger`, what it keeps is written down there, each storage with its bytes, and is not kept.
+    While `saved_bytes_log` is a dict, each storage that would be saved is logged there with its bytes, and is not
+    saved.
     """
 
     def __init__(
@@ -71,12 +75,12 @@ class CheckpointedForward:
         self.saved_bytes_log: dict[StorageWeakRef, int] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        outputs: list[dict[Any, list[Any]]] = []  # of a selective forward: what is kept beside its input
+        outputs: list[dict[Any, list[Any]]] = []  # what a selective forward saves in addition to its input
 
         def contexts() -> Any:
-            both = _selective_contexts()
-            outputs.append(both[0].storage)
-            return both
+            forward_and_recompute = _selective_contexts()
+            outputs.append(forward_and_recompute[0].storage)
+            return forward_and_recompute
 
         with nullcontext() if self.saved_bytes_log is None else _log_saved_tensors(self._log_saved):
             if self.mode == "none":
@@ -84,45 +88,46 @@ class CheckpointedForward:
             if self.mode == "selective" and self.selective is not None:
                 return self.selective(*args, **kwargs)
             context_fn = contexts if self.mode == "selective" else noop_context_fn
-            found: Tensor = checkpoint(self.forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+            output: Tensor = checkpoint(self.forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
         if self.saved_bytes_log is not None:
-            for kept in outputs:
-                self._log_saved([getattr(each, "val", None) for each in pytree.tree_leaves(dict(kept))])
-                kept.clear()
-        return found
+            for saved in outputs:
+                self._log_saved([getattr(leaf, "val", None) for leaf in pytree.tree_leaves(dict(saved))])
+                saved.clear()
+        return output
 
-    def _log_saved(self, kept: Any) -> None:
+    def _log_saved(self, saved: Any) -> None:
         assert self.saved_bytes_log is not None
-        for storage in iter_storages(kept):
+        for storage in iter_storages(saved):
             self.saved_bytes_log[StorageWeakRef(storage)] = storage.nbytes()
 
 
 def iter_storages(value: Any) -> Iterator[torch.UntypedStorage]:
-    """Of all tensors in there; of a DTensor, and of what a collective has not brought yet, the one inside."""
-    for each in pytree.tree_leaves(value):
-        if isinstance(each, Tensor) and is_traceable_wrapper_subclass(each):
-            yield from iter_storages([getattr(each, name) for name in each.__tensor_flatten__()[0]])
-        elif isinstance(each, Tensor):
-            yield each.untyped_storage()
+    """Yield the storages of all tensors in a pytree. Of tensor subclasses, such as DTensors and pending collective
+    results, the inner tensors count."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor) and is_traceable_wrapper_subclass(leaf):
+            yield from iter_storages([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+        elif isinstance(leaf, Tensor):
+            yield leaf.untyped_storage()
 
 
 @contextmanager
-def _log_saved_tensors(note: Callable[[Tensor], None]) -> Iterator[None]:
-    with warnings.catch_warnings(), saved_tensors_hooks(note, _refuse_unpack):
-        # torch 2.14 warns that what selective keeps passes by the hooks, as ever.
+def _log_saved_tensors(log_saved: Callable[[Tensor], None]) -> Iterator[None]:
+    with warnings.catch_warnings(), saved_tensors_hooks(log_saved, _refuse_unpack):
+        # torch 2.14 warns that tensors saved by selective checkpointing bypass these hooks. They always have.
         warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
         yield
 
 
 def _refuse_unpack(_: Any) -> Tensor:
-    raise AssertionError("what was only written down cannot go backward")
+    raise AssertionError("backward needs a tensor that was only logged, not saved")
 
 
 def _selective_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """A function of the block alone, so that all layers have one graph."""
-    forward = type(block).forward  # the instance's is what calls this one
-    found: Tensor = checkpoint(forward, block, *args, use_reentrant=False, context_fn=_selective_contexts, **kwargs)
-    return found
+    """A function of the block alone, so that all layers share one compiled graph."""
+    forward = type(block).forward  # the instance's own forward calls this function
+    output: Tensor = checkpoint(forward, block, *args, use_reentrant=False, context_fn=_selective_contexts, **kwargs)
+    return output
 
 
 def _selective_contexts() -> Any:

@@ -1,7 +1,8 @@
-"""On CPUs gathers and reductions are messages from each rank to each other.
+"""All-gather and reduce-scatter on CPUs, made of point-to-point messages between all pairs of ranks.
 
-gloo makes an all-reduce of a reduce-scatter, which moves twice as much, and its all-gather copies more than it must.
-Here a rank sends what it would in a ring, n (p - 1) / p of n bytes over p ranks, each part to where it is wanted.
+gloo implements reduce-scatter as an all-reduce, which moves twice as many bytes, and its all-gather makes extra copies.
+Here each rank sends as many bytes as in a ring, n (p - 1) / p for n bytes over p ranks, and sends each part directly to
+the rank that needs it.
 """
 
 from collections.abc import Sequence
@@ -18,12 +19,13 @@ from dist_llm.models.decoder import Decoder
 
 
 def uses_p2p(device: str) -> bool:
-    """Whether those that compute there send messages."""
+    """Return whether collectives on this device type are made of point-to-point messages."""
     return device == "cpu"
 
 
 def use_p2p_collectives(model: Decoder, device: str) -> None:
-    """Have FSDP do so, if `model` is there; and gather each block's weights while the one before it computes."""
+    """Make FSDP use point-to-point collectives on CPUs, and prefetch each block's weights while the previous block
+    computes."""
     if not uses_p2p(device):
         return
     for module in model.modules():
@@ -31,32 +33,32 @@ def use_p2p_collectives(model: Decoder, device: str) -> None:
             module.set_custom_all_gather(P2PAllGather())  # type: ignore[arg-type]  # torch's base classes are not public
             module.set_custom_reduce_scatter(P2PReduceScatter())  # type: ignore[arg-type]
     modules: list[Any] = [model, *model.blocks.values()]
-    for one, following in pairwise(modules):
-        one.set_modules_to_forward_prefetch([following])
+    for module, next_module in pairwise(modules):
+        module.set_modules_to_forward_prefetch([next_module])
 
 
 class P2PAllGather:
-    """The ranks' inputs, one after another, on all of them; FSDP waits for what this returns.
+    """Concatenate the ranks' inputs on all ranks. FSDP waits for the returned work.
 
-    The input is this rank's part of the output, as FSDP has it.
+    The input must be this rank's part of the output, as FSDP passes it.
     """
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work:
-        parts = output_tensor.chunk(group.size())
-        assert parts[group.rank()].data_ptr() == input_tensor.data_ptr()
+        chunks = output_tensor.chunk(group.size())
+        assert chunks[group.rank()].data_ptr() == input_tensor.data_ptr()
         works = [dist.isend(input_tensor, group=group, group_dst=rank) for rank in _peers(group)]
-        works += [dist.irecv(parts[rank], group=group, group_src=rank) for rank in _peers(group)]
+        works += [dist.irecv(chunks[rank], group=group, group_src=rank) for rank in _peers(group)]
         return _WorkList(works)
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for an input or an output."""
+        """Allocate an input or an output."""
         return torch.empty(*size, dtype=dtype, device=device)
 
 
 class P2PReduceScatter:
-    """This rank's part of the sum of all inputs, added up in an order that is always the same."""
+    """Sum the ranks' inputs and return this rank's part. The order of the additions is fixed."""
 
     def __call__(
         self,
@@ -68,10 +70,10 @@ class P2PReduceScatter:
     ) -> None:
         assert op == dist.ReduceOp.SUM
         assert group.size() > 1
-        parts = input_tensor.chunk(group.size())
-        sends = _WorkList([dist.isend(parts[rank], group=group, group_dst=rank) for rank in _peers(group)])
-        recv_buffer, total = torch.empty_like(output_tensor), parts[group.rank()]
-        for rank in reversed(_peers(group)):  # from whom sends here first, so that all links are busy
+        chunks = input_tensor.chunk(group.size())
+        sends = _WorkList([dist.isend(chunks[rank], group=group, group_dst=rank) for rank in _peers(group)])
+        recv_buffer, total = torch.empty_like(output_tensor), chunks[group.rank()]
+        for rank in reversed(_peers(group)):  # the rank that sends here first comes first, so that all links are busy
             dist.recv(recv_buffer, group=group, group_src=rank)
             total = torch.add(total, recv_buffer, out=output_tensor)
         sends.wait()
@@ -80,7 +82,8 @@ class P2PReduceScatter:
 
 
 class _WorkList(dist.Work):
-    """Done when all of them are. Each is waited for once: a second wait for a message would not end."""
+    """Complete when all works are complete. Each work is waited for once, because a second wait for a message never
+    returns."""
 
     def __init__(self, works: Sequence[dist.Work | None]) -> None:
         super().__init__()
@@ -93,5 +96,5 @@ class _WorkList(dist.Work):
 
 
 def _peers(group: dist.ProcessGroup) -> list[int]:
-    """The next rank first."""
+    """Return the other ranks of the group, the next rank first."""
     return [(group.rank() + step) % group.size() for step in range(1, group.size())]

@@ -1,4 +1,4 @@
-"""From a config to a model that is laid out and has its values: the order, written once."""
+"""Build the model from a config: pipeline stages, parallelism, initial values. The order of the steps is fixed here."""
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,20 +19,24 @@ from dist_llm.parallel.tp_plan import apply_tensor_parallel
 
 
 def build_model_parts(config: Config, mesh: DeviceMesh | None, device: torch.device) -> list[Decoder]:
-    """This rank's parts of the model: one, or one per pipeline stage that it holds."""
+    """Build this rank's parts of the model: one, or one per pipeline stage that it holds."""
     if config.fp8:
         check_float8_support(device)
-    parts = _build_stages(config, mesh)
-    for part in parts:
-        parallelize_model(part, config, mesh)
-        part.to_empty(device="cpu" if config.parallel.cpu_offload else device)
-        init_parameters(part, config)
-    return parts
+    model_parts = _build_stages(config, mesh)
+    for model_part in model_parts:
+        parallelize_model(model_part, config, mesh)
+        model_part.to_empty(device="cpu" if config.parallel.cpu_offload else device)
+        init_parameters(model_part, config)
+    return model_parts
 
 
 def parallelize_model(model: Decoder, config: Config, mesh: DeviceMesh | None) -> None:
-    """The order matters: kernels and splits change what a block is, recomputation wraps what was
-    compiled, FSDP hooks into all of it. Values are set after, on the share that a rank has."""
+    """Apply all forms of parallelism to `model`, whose parameters are on the meta device.
+
+    The order matters. Attention kernels and tensor-parallel layers change what a block computes. Activation
+    checkpointing wraps the compiled forward. FSDP adds hooks around all of it. Parameters are initialized afterwards,
+    on each rank's shard.
+    """
     parallel = config.parallel
     if config.fp8:
         use_float8_linears(model)
@@ -51,23 +55,23 @@ def parallelize_model(model: Decoder, config: Config, mesh: DeviceMesh | None) -
 
 
 def init_parameters(model: Decoder, config: Config) -> None:
-    """Each parameter, or this rank's slice of it, from (seed, name, element)."""
+    """Set each parameter, or this rank's shard of it, as a function of (seed, name, element index)."""
     for name, parameter in model.named_parameters():
-        share, offset = local_with_offset(parameter.detach())
+        shard, offset = local_with_offset(parameter.detach())
         rule = rule_for(name, parameter.shape, config.model)
-        fill(share, name, rule, config.run.seed, parameter.shape, offset)
+        fill(shard, name, rule, config.run.seed, parameter.shape, offset)
 
 
 def _build_stages(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:
-    """The parts on the meta device, whole in themselves and without values."""
+    """Build this rank's pipeline stages on the meta device, unsharded and without values."""
     parallel = config.parallel
     count = count_stages(parallel.pp_schedule, parallel.pp) if parallel.pp > 1 else 1
     numbers = rank_stages(parallel.pp_schedule, mesh.get_local_rank("pp"), parallel.pp) if mesh and count > 1 else [0]
     layers = split_layers(config.model, count, parallel.pp_split)
-    parts = []
+    model_parts = []
     for number in numbers:
         with torch.device("meta"):
-            part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
-        part.keep(layers[number], first=number == 0, last=number == count - 1)
-        parts.append(part)
-    return parts
+            model_part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
+        model_part.keep(layers[number], first=number == 0, last=number == count - 1)
+        model_parts.append(model_part)
+    return model_parts

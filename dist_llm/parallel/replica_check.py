@@ -1,4 +1,4 @@
-"""Do ranks that should hold the same weights hold the same bits? A number per parameter, compared."""
+"""Check that ranks which should hold the same weights hold the same bits, by comparing one digest per parameter."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,13 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ReplicaGroups = Sequence[tuple[Any, Mapping[str, Tensor]]]  # (the group of those that hold the same, {name: tensor})
-CHUNK_ELEMENTS = 1 << 24  # elements whose sum is taken at a time: it needs 8 bytes for each
-MAX_LINES = 4  # lines that a message has
+# (process group of the replicas; None: all ranks, {name: tensor})
+ReplicaGroups = Sequence[tuple[Any, Mapping[str, Tensor]]]
+CHUNK_ELEMENTS = 1 << 24  # elements summed at a time: the sum needs 8 bytes per element
+MAX_LINES = 4  # upper bound of the lines of a message
 
 
 def find_mismatches(replica_groups: ReplicaGroups, host: str) -> list[str]:
-    """Lines that name parameters and ranks; none where all is well. On all ranks, which get the same ones."""
+    """Return lines that name the parameters and ranks that differ; an empty list if all replicas agree.
+
+    All ranks return the same lines. `host` is the name of this rank's node.
+    """
     lines = [line for group, tensors in replica_groups for line in _mismatches(group, tensors)]
     any_mismatch = torch.tensor(int(bool(lines)))
     if not dist.is_initialized():
@@ -23,22 +27,26 @@ def find_mismatches(replica_groups: ReplicaGroups, host: str) -> list[str]:
     dist.all_reduce(any_mismatch := any_mismatch.to(device), dist.ReduceOp.MAX)
     if not any_mismatch:
         return []
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, (lines, host))
-    hosts = "; ".join(f"rank {rank} is on {name}" for rank, (found, name) in enumerate(every) if found)
-    found = sorted({line for lines, _ in every for line in lines})
-    return [*found[:MAX_LINES], *([f"and {len(found) - MAX_LINES} more"] if len(found) > MAX_LINES else []), hosts]
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, (lines, host))
+    hosts = "; ".join(f"rank {rank} is on {name}" for rank, (rank_lines, name) in enumerate(by_rank) if rank_lines)
+    all_lines = sorted({line for rank_lines, _ in by_rank for line in rank_lines})
+    more = [f"and {len(all_lines) - MAX_LINES} more"] if len(all_lines) > MAX_LINES else []
+    return [*all_lines[:MAX_LINES], *more, hosts]
 
 
 def _mismatches(group: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Of each parameter whose copies differ: which ranks hold another one than most."""
-    mine = torch.stack([compute_digest(tensor) for tensor in tensors.values()])
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, mine, group=group)
+    """Yield a line for each parameter whose replicas differ. It names the ranks whose digest is not the majority's.
+
+    If no two ranks agree, the line names all of them.
+    """
+    digests = torch.stack([compute_digest(tensor) for tensor in tensors.values()])
+    gathered = [torch.empty_like(digests) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, digests, group=group)
     ranks = dist.get_process_group_ranks(group)
-    by_rank = torch.stack(every).tolist()
-    for number, name in enumerate(tensors):
-        values = [row[number] for row in by_rank]
+    by_rank = torch.stack(gathered).tolist()
+    for index, name in enumerate(tensors):
+        values = [row[index] for row in by_rank]
         majority, times = Counter(values).most_common(1)[0]
         if times == len(values):
             continue
@@ -47,7 +55,7 @@ def _mismatches(group: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def compute_digest(tensor: Tensor) -> Tensor:
-    """The sum of the elements' bits as integers, an int64 on the tensor's device: another one if any bit is flipped."""
+    """Return the sum of the elements' bits as integers, an int64 on the tensor's device. Any flipped bit changes it."""
     bits = tensor.detach().reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-    pieces = [piece.sum(dtype=torch.int64) for piece in torch.split(bits, CHUNK_ELEMENTS)]
-    return torch.stack(pieces).sum()
+    chunk_sums = [chunk.sum(dtype=torch.int64) for chunk in torch.split(bits, CHUNK_ELEMENTS)]
+    return torch.stack(chunk_sums).sum()

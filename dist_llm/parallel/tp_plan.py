@@ -1,4 +1,5 @@
-"""Tensor parallelism, which layer is split how: heads, hidden units and vocabulary rows over `tp`."""
+"""The tensor-parallel plan: which dimension of each layer is sharded over `tp` (heads, hidden units or vocabulary
+rows)."""
 
 import torch.nn.functional as F
 from torch import nn
@@ -11,7 +12,7 @@ from dist_llm.models.decoder import Decoder, Head
 from dist_llm.parallel import fp8, tensor_parallel
 from dist_llm.parallel.tensor_parallel import TensorParallelRegion
 
-# By what a layer was, where nothing but its parameters changes.
+# The replacements of layers that need no communication, by the class that they replace.
 UNSPLIT_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: tensor_parallel.ColumnParallelLinear,
     nn.Embedding: tensor_parallel.ColumnParallelEmbedding,
@@ -21,7 +22,7 @@ UNSPLIT_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
-    """Split `model` over the one-dimensional `mesh`."""
+    """Shard `model` over the one-dimensional `mesh`."""
     region = TensorParallelRegion(mesh, sequence_parallel)
     for path, module in list(model.named_modules()):
         _parallelize_module(module, path, region)
@@ -31,11 +32,11 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: b
         assert isinstance(model.head, Head)
         _distribute_param(model.head, "bias", Shard(0), region)
         model.head = tensor_parallel.VocabParallelHead(model.head, region)
-    assert all(isinstance(each, DTensor) for each in model.parameters()), "the global norm counts on it"
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), "the gradient norm relies on it"
 
 
 def _parallelize_module(module: nn.Module, path: str, region: TensorParallelRegion) -> None:
-    """One module, by where it is in the model."""
+    """Replace the class of one module and shard its parameters, by its path in the model."""
     name = path.split(".")[-1]
     if name in ("q", "k", "v", "gate", "up") or path == "head.out":
         _convert_layer(tensor_parallel.ColumnParallelLinear, module, region, weight=Shard(0), bias=Shard(0))
@@ -44,14 +45,12 @@ def _parallelize_module(module: nn.Module, path: str, region: TensorParallelRegi
         module.partial_grad_params = ("bias",) if region.sequence_parallel else ()  # type: ignore[assignment]
     elif name == "tokens":
         _convert_layer(tensor_parallel.VocabParallelEmbedding, module, region, weight=Shard(0))
-    elif name == "table":  # of relative positions: a column per head
+    elif name == "table":  # relative position biases: one column per head
         _convert_layer(tensor_parallel.ColumnParallelEmbedding, module, region, weight=Shard(1))
     elif type(module) in UNSPLIT_LAYERS:
         _convert_layer(UNSPLIT_LAYERS[type(module)], module, region, weight=Replicate(), bias=Replicate())
-        if region.sequence_parallel or name in (
-            "norm_q",
-            "norm_k",
-        ):  # a rank has but some of the tokens, or of the heads
+        sharded_heads = name in ("norm_q", "norm_k")
+        if region.sequence_parallel or sharded_heads:  # this rank has only some of the tokens, or of the heads
             module.partial_grad_params = ("weight", "bias")  # type: ignore[assignment]
     if name in ("attention", "cross", "feedforward"):
         module.register_forward_pre_hook(region.gather_inputs)
@@ -64,7 +63,7 @@ def _parallelize_module(module: nn.Module, path: str, region: TensorParallelRegi
 def _convert_layer(
     kind: type[nn.Module], module: nn.Module, region: TensorParallelRegion, **placements: Placement
 ) -> None:
-    """`module` is a `kind` from now on, with its parameters laid out."""
+    """Change the class of `module` to `kind` and distribute its parameters."""
     for name, placement in placements.items():
         _distribute_param(module, name, placement, region)
     if isinstance(module, nn.Linear):
@@ -73,6 +72,6 @@ def _convert_layer(
 
 
 def _distribute_param(module: nn.Module, name: str, placement: Placement, region: TensorParallelRegion) -> None:
-    if (whole := getattr(module, name, None)) is not None:
-        part = distribute_tensor(whole, region.mesh, (placement,), src_data_rank=None)
-        setattr(module, name, nn.Parameter(part))
+    if (parameter := getattr(module, name, None)) is not None:
+        sharded = distribute_tensor(parameter, region.mesh, (placement,), src_data_rank=None)
+        setattr(module, name, nn.Parameter(sharded))
