@@ -39,8 +39,8 @@ from dist_llm.config.derive import AXES, resolve
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention
+from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.parallel import p2p_collectives
 from dist_llm.train.step import train_step
@@ -345,7 +345,7 @@ def minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
     model, parallel = config.model, config.parallel
     rows = config.data.global_batch // engine.data_rank[1]
     blocks = sum(len(part.blocks) for part in engine.parts)
-    first, last = any(part.first for part in engine.parts), any(part.last for part in engine.parts)
+    first, last = any(part.is_first_stage for part in engine.parts), any(part.is_last_stage for part in engine.parts)
     tokens = rows * config.data.seq_len // parallel.cp
     width = FP32 if config.precision == "fp32" else 2
     activations = width * tokens * model.d_model

@@ -12,8 +12,8 @@ from attention import MASKS, SDPA, Heads, masked
 from dist_llm.losses import linear
 from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
 from dist_llm.losses.linear import Columns, linear_cross_entropy
-from dist_llm.models.attention import attend, look
-from dist_llm.models.visibility import CAUSAL, Visibility
+from dist_llm.models.attention import materialize_mask, scaled_dot_product
+from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.parallel import fp8
 from gpu_context import Comparison, Context, SkippedError
 
@@ -34,17 +34,17 @@ def check_attention(context: Context, kernel: str, seq_len: int = SEQ_LEN) -> di
     if kernel != "flex":
         cases["last queries"] = (CAUSAL, seq_len // 4)  # as many queries at the end of all keys: a prompt in parts
     for dtype, tolerance in TOLERANCES.items():
-        for name, (visible, queries) in cases.items():
+        for name, (attention_mask, queries) in cases.items():
             what = f"{name} {str(dtype).removeprefix('torch.')}"
             heads = _heads(seq_len, queries, kv_heads, dtype, context.device)
             try:
-                actual = _attention(kernel, heads, visible)
+                actual = _attention(kernel, heads, attention_mask)
             except RuntimeError as error:
                 if kernel in REQUIRED or not any(text in str(error) for text in REFUSALS):
                     raise
                 refused.append(what)
                 continue
-            expected = _plain(heads, visible) if context.has_values else actual
+            expected = _plain(heads, attention_mask) if context.has_values else actual
             for part, one, other in zip(("out", "q", "k", "v"), actual, expected, strict=True):
                 comparison.close(f"{what} {part}", one, other, tolerance)
     if len(refused) == len(cases) * len(TOLERANCES):
@@ -62,17 +62,17 @@ def _heads(seq_len: int, queries: int, kv_heads: int, dtype: torch.dtype, device
     return one(queries, HEADS), one(seq_len, kv_heads), one(seq_len, kv_heads)
 
 
-def _attention(kernel: str, heads: Heads, visible: Visibility) -> tuple[Tensor, ...]:
+def _attention(kernel: str, heads: Heads, attention_mask: AttentionMask) -> tuple[Tensor, ...]:
     """The output, and the gradients of q, k and v."""
     q, k = heads[0], heads[1]
     shape = (len(q), q.shape[1], k.shape[1])
     with sdpa_kernel(SDPA[kernel]) if kernel in SDPA else nullcontext():
         mask = (
-            look(visible, shape, q.device, dense=False)
+            materialize_mask(attention_mask, shape, q.device, dense=False)
             if kernel == "chosen"
-            else masked(kernel, visible, shape, q.device)
+            else masked(kernel, attention_mask, shape, q.device)
         )
-        out = attend(*heads, mask, dropout=0.0)
+        out = scaled_dot_product(*heads, mask, dropout=0.0)
         return (out, *torch.autograd.grad(out, heads, _upstream(out)))
 
 
@@ -82,12 +82,12 @@ def _upstream(out: Tensor) -> Tensor:
     return torch.sin(steps).view(out.shape).to(out.dtype)
 
 
-def _plain(heads: Heads, visible: Visibility) -> tuple[Tensor, ...]:
+def _plain(heads: Heads, attention_mask: AttentionMask) -> tuple[Tensor, ...]:
     """The same by its formula, in fp64."""
     q, k, v = (each.detach().double().requires_grad_() for each in heads)
     S, T, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     b, s, t = (torch.arange(size, device=q.device) for size in (len(q), S, T))
-    seen_BST = visible.sees(S, T, b[:, None, None], s[None, :, None], t).expand(len(q), S, T)
+    seen_BST = attention_mask.allows(S, T, b[:, None, None], s[None, :, None], t).expand(len(q), S, T)
     k_BTHE, v_BTHE = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores_BHST = torch.einsum("bshe,bthe->bhst", q, k_BTHE) * q.shape[-1] ** -0.5
     weights_BHST = scores_BHST.masked_fill(~seen_BST[:, None], -torch.inf).softmax(-1)

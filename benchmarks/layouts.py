@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.group import keep_freed_memory
-from dist_llm.models.visibility import CAUSAL
+from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.train.step import train_step
 from measure import DTYPES, take_turns

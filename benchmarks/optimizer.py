@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_llm.models.build import build_model
+from dist_llm.models.build_model import build_model
 from dist_llm.optim import clip
 from dist_llm.optim.build import build_optimizer
 from measure import any_device, copy_rate, seconds, take_turns

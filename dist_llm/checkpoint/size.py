@@ -3,7 +3,7 @@
 import torch
 
 from dist_llm.config.schema import Config
-from dist_llm.models.build import build_model
+from dist_llm.models.build_model import build_model
 from dist_llm.optim.build import matrices
 
 STEP_BYTES = 4  # AdamW's count of updates

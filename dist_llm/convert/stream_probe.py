@@ -10,7 +10,7 @@ from dist_llm.checkpoint.probe import Probe, logits_of, num_scored, probe_batch
 from dist_llm.config.schema import ModelConfig
 from dist_llm.convert.weights import Weights
 from dist_llm.convert.write import DTYPES
-from dist_llm.models.build import build_model
+from dist_llm.models.build_model import build_model
 
 
 @torch.no_grad()

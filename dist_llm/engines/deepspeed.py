@@ -15,9 +15,9 @@ from dist_llm.engines.replicas import Replicas
 from dist_llm.errors import CheckpointError
 from dist_llm.launch.environment import prepare_deepspeed
 from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.models.build import build_model
+from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.init import fill, rule_for
+from dist_llm.models.init import init_param_, init_rule
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
 from dist_llm.optim.build import build_optimizer
@@ -178,7 +178,7 @@ def _fill(state: State, config: Config) -> None:
     """Initial values, each rank those of its part."""
     for name, held in state.weights().items():
         name = name.removeprefix("model.")
-        rule = rule_for(name, held.shape, config.model)
+        rule = init_rule(name, held.shape, config.model)
         for offset, piece in held.pieces.items():
-            fill(piece, name, rule, config.run.seed, held.shape, offset)
+            init_param_(piece, name, rule, config.run.seed, held.shape, offset)
     state.settle()

@@ -14,7 +14,7 @@ from torch import Tensor, nn, optim
 from dist_llm.config.schema import Config
 from dist_llm.engines.deepspeed import DeepSpeedEngine
 from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.models.build import build_model
+from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.parallel.parallelize import init_parameters, parallelize_model
@@ -57,7 +57,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         with torch.device("meta"):
             part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
         layers = split_layers(config.model, self.stages, config.parallel.pp_split)[stage]
-        part.keep(layers, first=stage == 0, last=self.last)
+        part.trim_to_stage(layers, first=stage == 0, last=self.last)
         parallelize_model(part, config, None)
         part.to_empty(device=self.device)
         init_parameters(part, config)
@@ -91,7 +91,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
 
     def _loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
         assert self.model.head is not None
-        loss, terms = self.model.head.loss_of_mode()
+        loss, terms = self.model.head.loss_for_mode()
         losses_B = loss(logits_BSV, targets_BS, terms) / self.scored
         self.losses.append(losses_B.detach().float())
         return losses_B.sum() * self.factor

@@ -39,8 +39,8 @@ def _logits(engine: Engine, batch: Batch) -> tuple[float, ...]:
     (model,) = engine.parts
     batch = batch.to(engine.device)
     arguments = {**batch.arguments(), "targets_BS": None}
-    if batch.source is not None:
-        arguments["source"] = replace(batch.source, tokens_BT=batch.source.tokens_BT[:1])
+    if batch.encoder_input is not None:
+        arguments["encoder_input"] = replace(batch.encoder_input, tokens_BT=batch.encoder_input.tokens_BT[:1])
     logits_BSV = model.eval()(batch.inputs_BS[:1], **arguments)
     return logits_of(logits_BSV[0, -1])
 

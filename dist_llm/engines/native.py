@@ -210,7 +210,7 @@ class NativeEngine:
         gradients = []
         for part in self.parts:
             for name, parameter in part.named_parameters():
-                copy = name == "embed.tokens.weight" and not part.first
+                copy = name == "embed.tokens.weight" and not part.is_first_stage
                 if parameter.grad is not None and not copy and (self._place("tp") == 0 or _split_by_tp(parameter)):
                     gradients.append(to_local(parameter.grad))
         norm = clip.norm(gradients).to(self.device)

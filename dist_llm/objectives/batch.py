@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.visibility import Source, Visibility
+from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 
 
 @dataclass(frozen=True)
@@ -21,28 +21,28 @@ class Batch:
 
     inputs_BS: Tensor
     targets_BS: Tensor
-    visible: Visibility
+    mask: AttentionMask
     scored: int
     positions_BS: Tensor | None = None  # None: 0, 1, 2, ...
-    source: Source | None = None  # what the encoder of an encoder-decoder reads
-    draws_B: Tensor | None = None  # a hash of (seed, sample number): stochastic depth draws from it
+    encoder_input: EncoderInput | None = None  # what the encoder of an encoder-decoder reads
+    sample_hash_B: Tensor | None = None  # a hash of (seed, sample number): stochastic depth draws from it
     samples_B: Tensor | None = None  # the sample number of each row, for those who audit the order; stays on the host
     sources_B: Tensor | None = None  # the corpus that each row is of, where there are several
 
     @staticmethod
-    def of(inputs_BS: Tensor, targets_BS: Tensor, visible: Visibility) -> "Batch":
+    def of(inputs_BS: Tensor, targets_BS: Tensor, mask: AttentionMask) -> "Batch":
         """A batch that counts its own targets (on the host: no device sync later)."""
-        return Batch(inputs_BS, targets_BS, visible, count_scored(targets_BS))
+        return Batch(inputs_BS, targets_BS, mask, count_scored(targets_BS))
 
     def arguments(self) -> dict[str, Any]:
         """What a model's forward takes beside the ids, by name."""
         found = {
             "targets_BS": self.targets_BS,
-            "visible": self.visible,
+            "mask": self.mask,
             "positions_BS": self.positions_BS,
-            "draws_B": self.draws_B,
+            "sample_hash_B": self.sample_hash_B,
         }
-        return found if self.source is None else found | {"source": self.source}
+        return found if self.encoder_input is None else found | {"encoder_input": self.encoder_input}
 
     @staticmethod
     def joined(batches: Sequence["Batch"]) -> "Batch":

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dist_llm.chance import mix
 from dist_llm.config.lengths import Lengths, all_lengths, inputs_len
 from dist_llm.config.schema import Config, Denoiser
-from dist_llm.models.visibility import CAUSAL
+from dist_llm.counter_rng import splitmix64
+from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.causal import causal
 from dist_llm.objectives.fim import fim
@@ -39,19 +39,19 @@ class Objective:
     def __call__(self, windows: Windows, samples_B: npt.NDArray[np.int64], members_B: Sequence[int] = ()) -> Batch:
         """Windows of ids, the number of each sample, and whose window it is in a mixture -> a batch."""
         numbers_B = torch.from_numpy(samples_B)
-        draws_B = mix(numbers_B ^ self._mixed_seed) if self.form.draws else None
+        sample_hash_B = splitmix64(numbers_B ^ self._mixed_seed) if self.form.draws else None
         if self.plain:
             ids_BW = np.asarray(windows)
             inputs_BS, targets_BS = torch.from_numpy(ids_BW[:, :-1]), torch.from_numpy(ids_BW[:, 1:])
             scored = ids_BW.size - len(ids_BW)
-            return Batch(inputs_BS, targets_BS, CAUSAL, scored, draws_B=draws_B, samples_B=numbers_B)
+            return Batch(inputs_BS, targets_BS, CAUSAL, scored, sample_hash_B=sample_hash_B, samples_B=numbers_B)
         owners = members_B or [0] * len(windows)
         rows = [self.row(*each) for each in zip(windows, samples_B.tolist(), owners, strict=True)]
-        return replace(stack(rows, self.form, draws_B), samples_B=numbers_B)
+        return replace(stack(rows, self.form, sample_hash_B), samples_B=numbers_B)
 
     @cached_property
     def _mixed_seed(self) -> torch.Tensor:
-        return mix(torch.tensor(self.seed))  # once: it would be a third of the price of a small batch
+        return splitmix64(torch.tensor(self.seed))  # once: it would be a third of the price of a small batch
 
     @cached_property
     def plain(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.visibility import Source, Visibility
+from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 from dist_llm.objectives.batch import Batch
 
 Ints = npt.NDArray[np.int64]
@@ -89,32 +89,32 @@ def positions_of(documents_BS: Ints) -> Ints:
     return positions
 
 
-def stack(rows: Sequence[Row], form: Form, draws_B: Tensor | None) -> Batch:
+def stack(rows: Sequence[Row], form: Form, sample_hash_B: Tensor | None) -> Batch:
     """Rows of equal lengths as one batch."""
     inputs = np.stack([row.inputs_S for row in rows])
     targets = np.stack([row.targets_S for row in rows])
-    visible, positions = Visibility(form.causal), None
+    mask, positions = AttentionMask(form.causal), None
     if form.prefix:
-        visible = replace(visible, prefix_B=torch.tensor([row.prefix for row in rows]))
+        mask = replace(mask, prefix_B=torch.tensor([row.prefix for row in rows]))
     if form.documents:
         documents = np.stack([row.documents_S for row in rows])
-        visible = replace(visible, documents_BT=torch.from_numpy(documents))
+        mask = replace(mask, documents_BT=torch.from_numpy(documents))
         positions = torch.from_numpy(positions_of(documents))
     scored = int((targets != IGNORE).sum())
     ids = torch.from_numpy(inputs), torch.from_numpy(targets)
-    return Batch(*ids, visible, scored, positions, _source(rows, form), draws_B)
+    return Batch(*ids, mask, scored, positions, _source(rows, form), sample_hash_B)
 
 
-def _source(rows: Sequence[Row], form: Form) -> Source | None:
+def _source(rows: Sequence[Row], form: Form) -> EncoderInput | None:
     tokens = [row.source_T for row in rows if row.source_T is not None]
     documents = [row.source_documents_T for row in rows if row.source_documents_T is not None]
     if not tokens:
         return None
-    visible, positions, documents_BT = Visibility(causal=False), None, np.stack(documents)
+    mask, positions, documents_BT = AttentionMask(causal=False), None, np.stack(documents)
     if form.documents:
         positions = torch.from_numpy(positions_of(documents_BT))
     elif form.source_padding:
         documents_BT = np.minimum(documents_BT, 0)  # one document, and padding
     if form.documents or form.source_padding:
-        visible = replace(visible, documents_BT=torch.from_numpy(documents_BT))
-    return Source(torch.from_numpy(np.stack(tokens)), visible, positions)
+        mask = replace(mask, documents_BT=torch.from_numpy(documents_BT))
+    return EncoderInput(torch.from_numpy(np.stack(tokens)), mask, positions)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, optim
 
-from dist_llm.chance import key_of, mix, numbered
+from dist_llm.counter_rng import hash64, iter_element_ids, splitmix64
 
 # This rank's share of a tensor, in the same memory; and the same with where in the whole it begins.
 Local = Callable[[Tensor], Tensor]
@@ -54,11 +54,11 @@ class BF16AdamW(optim.Optimizer):
             self.place(each)[0] for each in (gradient.float(), state["exp_avg"], state["exp_avg_sq"])
         )
         (beta1, beta2), lr = group["betas"], group["lr"]
-        key = (step.long() << 40) ^ key_of(self.names[parameter])
-        for rows, elements in numbered(weights, parameter.shape, offset):
+        key = (step.long() << 40) ^ hash64(self.names[parameter])
+        for rows, elements in iter_element_ids(weights, parameter.shape, offset):
             m = first[rows].float().lerp_(gradient[rows], 1 - beta1)
             v = second[rows].float().mul_(beta2).addcmul_(gradient[rows], gradient[rows], value=1 - beta2)
-            bits = mix(elements ^ key)
+            bits = splitmix64(elements ^ key)
             first[rows], second[rows] = rounded(m, bits), rounded(v, bits >> 16)
             root = v.div_(1 - beta2**step).sqrt_().add_(group["eps"])
             weights[rows].mul_(1 - lr * group["weight_decay"]).addcdiv_(m.div_(1 - beta1**step), root, value=-lr)

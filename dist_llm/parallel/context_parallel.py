@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dist_llm.models.attention import AttentionKernel, attend
+from dist_llm.models.attention import AttentionKernel, scaled_dot_product
+from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.visibility import Visibility
 from dist_llm.objectives.batch import Batch, count_scored
 from dist_llm.parallel.mesh import all_gather, differentiable_collective, reduce_scatter
 
@@ -45,7 +45,7 @@ def shard_sequences(batch: Batch, rank: int, ranks: int) -> Batch:
         inputs_BS=select_chunks(batch.inputs_BS),
         targets_BS=targets_BS,
         positions_BS=select_chunks(positions_BS),
-        visible=batch.visible.at(select_chunks(indices_BS), S),
+        mask=batch.mask.with_query_positions(select_chunks(indices_BS), S),
         scored=count_scored(targets_BS),
     )
 
@@ -58,18 +58,18 @@ class AllGatherAttention(nn.Module):
         self.dropout, self.scale = kernel.dropout, kernel.scale
         self.group, self.rank, self.ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
 
-    def forward(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, visible: Visibility) -> Tensor:
+    def forward(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: AttentionMask) -> Tensor:
         """Queries [B, S/cp, H, E], keys and values [B, S/cp, K, E] -> this rank's rows of the full attention, [B, S/cp,
         H, E]."""
         dropout = self.dropout if self.training else 0.0
         k_BTKE, v_BTKE = self._gather(k_BSKE, v_BSKE)
-        if visible.mask is not None or not visible.causal:
-            return attend(q_BSHE, k_BTKE, v_BTKE, visible, dropout, self.scale)
+        if mask.materialized is not None or not mask.causal:
+            return scaled_dot_product(q_BSHE, k_BTKE, v_BTKE, mask, dropout, self.scale)
         size = q_BSHE.shape[1] // 2
         outputs = []
         for q_chunk, index in zip(q_BSHE.chunk(2, dim=1), (self.rank, 2 * self.ranks - 1 - self.rank), strict=True):
             end = (index + 1) * size  # the chunk's queries are aligned with the last keys up to here
-            outputs.append(attend(q_chunk, k_BTKE[:, :end], v_BTKE[:, :end], visible, dropout, self.scale))
+            outputs.append(scaled_dot_product(q_chunk, k_BTKE[:, :end], v_BTKE[:, :end], mask, dropout, self.scale))
         return torch.cat(outputs, dim=1)
 
     def _gather(self, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:

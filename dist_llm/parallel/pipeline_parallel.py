@@ -199,7 +199,7 @@ class Pipeline:
         """
         parallel, model = self.config.parallel, self.config.model
         slices = parallel.tp if parallel.sequence_parallel else 1
-        tokens = [batch.source.tokens_BT] if batch.source is not None else []
+        tokens = [batch.encoder_input.tokens_BT] if batch.encoder_input is not None else []
         if self.layers[number].start > model.n_encoder_layers or not tokens:
             tokens.append(batch.inputs_BS)
         return [(len(ids), ids.shape[1] // slices, model.d_model) for ids in tokens]
@@ -212,7 +212,7 @@ def _model_arguments(batch: Batch) -> dict[str, Any]:
     if batch.positions_BS is None:
         positions_BS = torch.arange(batch.inputs_BS.shape[1], device=batch.inputs_BS.device)
         arguments["positions_BS"] = positions_BS.expand_as(batch.inputs_BS)
-    return arguments if batch.source is None else arguments | {"tokens_BS": batch.inputs_BS}
+    return arguments if batch.encoder_input is None else arguments | {"tokens_BS": batch.inputs_BS}
 
 
 class TiedEmbeddingGroup:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dist_llm.losses.linear import Columns, linear_cross_entropy
 from dist_llm.models.attention import CrossAttention
-from dist_llm.models.decoder import Decoder, Head, capped
+from dist_llm.models.decoder import Decoder, Head, softcap
 from dist_llm.parallel.mesh import all_gather, all_reduce, differentiable_collective, reduce_scatter, to_local
 
 # On one rank: T tokens between the matrices, S or S / tp F inputs or outputs of a layer W rows of the vocabulary
@@ -67,10 +67,10 @@ class TensorParallelRegion:
 
     def shard_depth_scale(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Forward pre-hook under sequence parallelism: pass the stochastic-depth scale of this rank's tokens."""
-        x_BTD, rotation, visible, cache, survive_BS1, *rest = inputs
-        if survive_BS1 is not None:
-            survive_BS1 = self.local_tokens(survive_BS1.expand(-1, x_BTD.shape[1] * self.ranks, 1))
-        return x_BTD, rotation, visible, cache, survive_BS1, *rest
+        x_BTD, rotation, mask, cache, depth_scale_BS1, *rest = inputs
+        if depth_scale_BS1 is not None:
+            depth_scale_BS1 = self.local_tokens(depth_scale_BS1.expand(-1, x_BTD.shape[1] * self.ranks, 1))
+        return x_BTD, rotation, mask, cache, depth_scale_BS1, *rest
 
     def all_gather_no_grad(self, x_BTD: Tensor) -> Tensor:
         """`all_gather_sequence` without autograd."""
@@ -214,21 +214,21 @@ class VocabParallelHead(Head):
     def __init__(self, head: Head, region: TensorParallelRegion) -> None:
         nn.Module.__init__(self)
         self.norm, self.dense, self.out, self.bias = head.norm, head.dense, head.out, head.bias
-        self.vocab_size, self.cap, self.loss = head.vocab_size, head.cap, head.loss
+        self.vocab_size, self.softcap, self.loss = head.vocab_size, head.softcap, head.loss
         self.terms = head.terms
         self.region = region
 
     def forward(self, x_BTD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
         """As `Head.forward`. Every rank returns the same losses, [B], or all logits, [B, S, V]."""
-        x_BSD = self.region.all_gather_sequence(self.hidden(x_BTD))
+        x_BSD = self.region.all_gather_sequence(self.pre_logits(x_BTD))
         weight_VD = tied_VD if self.out is None else self.out.weight
         assert weight_VD is not None
         weight_WD, bias_W = _local_param(weight_VD), None if self.bias is None else _local_param(self.bias)
         if targets_BS is not None:
             columns = self._vocab_shard(weight_WD)
-            loss, terms = self.loss_of_mode()
-            return linear_cross_entropy(x_BSD, weight_WD, bias_W, targets_BS, loss, self.cap, columns, terms)
-        logits_BSW = capped(F.linear(x_BSD, weight_WD, bias_W), self.cap)
+            loss, terms = self.loss_for_mode()
+            return linear_cross_entropy(x_BSD, weight_WD, bias_W, targets_BS, loss, self.softcap, columns, terms)
+        logits_BSW = softcap(F.linear(x_BSD, weight_WD, bias_W), self.softcap)
         logits_BSV = DTensor.from_local(logits_BSW, self.region.mesh, (Shard(2),), run_check=False).full_tensor()
         return logits_BSV[..., : self.vocab_size]
 

@@ -70,9 +70,9 @@ def show(console: Console, batch: Batch, tokenizer: Tokenizer, vocabulary: Vocab
     def named(token: int) -> str:
         return escape(f"{token} {vocabulary.describe(token) or repr(tokenizer.decode([token]))}")
 
-    if batch.source is not None:
+    if batch.encoder_input is not None:
         console.print(
-            "the encoder reads:", escape(" ".join(map(named, batch.source.tokens_BT[0, :SHOWN_TOKENS].tolist())))
+            "the encoder reads:", escape(" ".join(map(named, batch.encoder_input.tokens_BT[0, :SHOWN_TOKENS].tolist())))
         )
     table = Table(title=f"first batch: {tuple(batch.inputs_BS.shape)}, row 0, {batch.scored} scored targets in all")
     for column in ("position", "input", "sees", "target", "scored"):
@@ -92,7 +92,7 @@ def seen(batch: Batch) -> Tensor:
     """Who sees whom in the first row, [S, S]."""
     S = batch.inputs_BS.shape[1]
     places = torch.arange(S)
-    return batch.visible.sees(S, S, torch.tensor(0), places[:, None], places)
+    return batch.mask.allows(S, S, torch.tensor(0), places[:, None], places)
 
 
 def ranges(seen_T: Tensor) -> str:

@@ -13,7 +13,7 @@ from dist_llm.data.streams import read_windows
 from dist_llm.engines.base import Engine
 from dist_llm.errors import DataError
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.visibility import CAUSAL
+from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build import Objective
 

@@ -15,7 +15,7 @@ from dist_llm.data.plan import Plan, Stage
 from dist_llm.data.streams import Source, Stream, build_order
 from dist_llm.errors import DataError
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.visibility import CAUSAL
+from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.build import Objective
 from dist_llm.objectives.rows import Form
 from dist_llm.objectives.vocabulary import Vocabulary
@@ -90,7 +90,7 @@ def test_a_batch_is_inputs_and_the_tokens_that_follow(corpus):
     assert batch.inputs_BS.shape == (BATCH, SEQ)
     assert torch.equal(batch.targets_BS, batch.inputs_BS + 1), "the corpus counts"
     assert torch.equal(batch.inputs_BS[:, 1:], batch.targets_BS[:, :-1])
-    assert (batch.visible, batch.scored) == (CAUSAL, BATCH * SEQ)
+    assert (batch.mask, batch.scored) == (CAUSAL, BATCH * SEQ)
 
 
 def test_the_id_whose_bits_are_those_of_ignore_is_scored_when_a_sequence_is_cut():

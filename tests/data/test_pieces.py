@@ -18,7 +18,7 @@ from dist_llm.data.pieces import Pieces, best_fit
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.data.streams import hides_prompts
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.build import build_model
+from dist_llm.models.build_model import build_model
 from dist_llm.objectives.build import build_objective
 from dist_llm.objectives.vocabulary import Vocabulary
 from dist_llm.train.evaluate import Heldout, heldout_batches
@@ -165,7 +165,7 @@ def test_masked_text_of_any_length_hides_no_padding(tmp_path):
         (batch,) = loader.batches(first)
         padding = batch.inputs_BS == EOT
         assert (batch.targets_BS[padding] == IGNORE).all()
-        documents_S = batch.visible.documents_BT[0]
+        documents_S = batch.mask.documents_BT[0]
         real = int((~padding[0]).sum())
         if padding[0, -1] and padding[0, -2]:
             assert documents_S[-1] not in documents_S[:real].tolist(), "text does not see what pads it"

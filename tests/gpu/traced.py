@@ -96,7 +96,7 @@ def waits(self: NativeEngine) -> Any:
 REAL, NORM = attention.rotate, NativeEngine._norm
 BUGS = {
     "none": nullcontext,
-    "host": lambda: patch.object(attention, "rotate", lambda x, cos, sin: REAL(x, cos.cpu(), sin)),
+    "host": lambda: patch.object(attention, "apply_rotary", lambda x, cos, sin: REAL(x, cos.cpu(), sin)),
     "waits": lambda: patch.object(NativeEngine, "_norm", waits),
 }
 

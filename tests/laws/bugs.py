@@ -16,7 +16,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from dist_llm.engines.native import LocalSGD, NativeEngine
 from dist_llm.models import attention, decoder
-from dist_llm.models.visibility import Visibility
+from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import clip
 from dist_llm.optim.muon import orthogonalized
@@ -211,12 +211,12 @@ def replicated_parameters_counted_once_per_tensor_rank() -> Iterator[Any]:
 @bug
 def tied_embedding_counted_by_both_stages() -> Iterator[Any]:
     def norm_of_all(self: NativeEngine) -> torch.Tensor:
-        ends = [part.first for part in self.parts]
+        ends = [part.is_first_stage for part in self.parts]
         for part in self.parts:
-            part.first = True
+            part.is_first_stage = True
         norm = real(self)
         for part, first in zip(self.parts, ends, strict=True):
-            part.first = first
+            part.is_first_stage = first
         return norm
 
     real = NativeEngine._norm
@@ -245,14 +245,17 @@ def context_ranks_count_positions_from_zero() -> Iterator[Any]:
 def causal_mask_aligned_to_the_start() -> Iterator[Any]:
     """SDPA's is_causal with fewer queries than keys is aligned top-left."""
 
-    def top_left(q: Any, k: Any, v: Any, visible: Any, dropout: float, scale: Any) -> torch.Tensor:
+    def top_left(q: Any, k: Any, v: Any, mask: Any, dropout: float, scale: Any) -> torch.Tensor:
         heads = {"enable_gqa": q.shape[2] != k.shape[2]}
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, **heads
         )
         return out.transpose(1, 2)
 
-    with patch.object(context_parallel, "attend", top_left), patch.object(attention, "attend", top_left):
+    with (
+        patch.object(context_parallel, "scaled_dot_product", top_left),
+        patch.object(attention, "scaled_dot_product", top_left),
+    ):
         yield
 
 
@@ -313,7 +316,9 @@ def pipeline_rescales_gradients() -> Iterator[Any]:
 @bug
 def context_ranks_take_their_queries_for_the_last() -> Iterator[Any]:
     """Masks of documents and prefixes then speak of other tokens than those that the rank has."""
-    with patch.object(Visibility, "at", lambda self, places_BS, keys: replace(self, keys=keys)):
+    with patch.object(
+        AttentionMask, "with_query_positions", lambda self, _, num_keys: replace(self, num_keys=num_keys)
+    ):
         yield
 
 
@@ -323,8 +328,8 @@ def every_microbatch_sees_what_the_first_may() -> Iterator[Any]:
     real = Batch.joined
 
     def with_the_first(batches: Any) -> Any:
-        visible = batches[0].visible
-        return replace(real([replace(batch, visible=visible) for batch in batches]))
+        mask = batches[0].mask
+        return replace(real([replace(batch, mask=mask) for batch in batches]))
 
     with patch.object(Batch, "joined", with_the_first):
         yield
@@ -333,7 +338,9 @@ def every_microbatch_sees_what_the_first_may() -> Iterator[Any]:
 @bug
 def tensor_ranks_skip_layers_of_their_own_choice() -> Iterator[Any]:
     real = decoder.survivors
-    with patch.object(decoder, "survivors", lambda draws_B, *rest: real(draws_B + dist.get_rank(), *rest)):
+    with patch.object(
+        decoder, "stochastic_depth_scale", lambda sample_hash_B, *rest: real(sample_hash_B + dist.get_rank(), *rest)
+    ):
         yield
 
 

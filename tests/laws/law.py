@@ -28,7 +28,7 @@ from dist_llm.config.schema import Config, ParallelConfig
 from dist_llm.engines.base import Engine
 from dist_llm.engines.native import NativeEngine
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.visibility import CAUSAL
+from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build import build_objective
 from dist_llm.objectives.rows import Text

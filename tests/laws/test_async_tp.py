@@ -44,7 +44,7 @@ def traced(config: Config, backwards: bool) -> tuple[Taken, dict[str, int]]:
     for name, function in (FUSED | ({"fused_all_gather_matmul": _reversed} if backwards else {})).items():
         library.impl(name, function, "CPU")
     with (
-        patch.object(parallelize, "overlap", enable_fused_collectives),
+        patch.object(parallelize, "enable_async_tp", enable_fused_collectives),
         patch.object(inductor, "post_grad_custom_post_pass", seen),
         patch.object(inductor, "_micro_pipeline_tp", False),
         patch.object(inductor, "post_grad_custom_pre_pass", None),

@@ -231,9 +231,9 @@ def test_documents_travel_with_their_tokens(architecture):
         objective([window], np.arange(1))
     numbers = np.arange(len(window)) // 8
     batch = objective([Text(window, documents_W=numbers)], np.arange(1))
-    parts = [(batch.inputs_BS[0], batch.visible.documents_BT[0])]
-    if batch.source is not None:
-        parts.append((batch.source.tokens_BT[0], batch.source.visible.documents_BT[0]))
+    parts = [(batch.inputs_BS[0], batch.mask.documents_BT[0])]
+    if batch.encoder_input is not None:
+        parts.append((batch.encoder_input.tokens_BT[0], batch.encoder_input.mask.documents_BT[0]))
     for tokens, documents in parts:
         real = (tokens < EOT) if name == "span" else (batch.targets_BS[0] == IGNORE) & (tokens < EOT)
         assert torch.equal(tokens[real] // 100, documents[real])
@@ -266,7 +266,7 @@ def test_a_sample_is_a_function_of_its_number_and_not_of_its_batch():
         alone = made(windows[place : place + 1], np.array([place]), [members[place]])
         assert torch.equal(alone.inputs_BS[0], together.inputs_BS[place])
         assert torch.equal(alone.targets_BS[0], together.targets_BS[place])
-        assert torch.equal(alone.visible.prefix_B[0], together.visible.prefix_B[place])
+        assert torch.equal(alone.mask.prefix_B[0], together.mask.prefix_B[place])
     other_number = made(windows[:1], np.array([9]), [0])
     other_seed = objective(seed=4, objective=MIXED)(windows[:1], np.array([0]), [0])
     for other in (other_number, other_seed):
@@ -285,7 +285,7 @@ def test_plain_text_needs_no_rows():
     windows = np.stack([text(33, seed) for seed in range(4)])
     batch = made(windows, np.arange(4))
     assert made.plain
-    assert batch.visible.plain
+    assert batch.mask.plain
     assert np.array_equal(batch.inputs_BS, windows[:, :-1])
     assert np.array_equal(batch.targets_BS, windows[:, 1:])
     assert batch.scored == 4 * 32
@@ -303,8 +303,8 @@ def test_shorter_rows_are_padded_and_not_scored():
     assert isinstance(made, Objective)
     assert isinstance(made.members[0][1], Lengths)
     batch = made([text(made.members[0][1].window, seed) for seed in range(5)], np.arange(5))
-    assert batch.source is not None
-    assert batch.source.tokens_BT.shape == (5, 32)
-    padding = batch.source.visible.documents_BT == -1
+    assert batch.encoder_input is not None
+    assert batch.encoder_input.tokens_BT.shape == (5, 32)
+    padding = batch.encoder_input.mask.documents_BT == -1
     assert (~padding).sum(1).tolist() == [32 - int((row != IGNORE).sum()) for row in batch.targets_BS]
     assert batch.scored == int((batch.targets_BS != IGNORE).sum())

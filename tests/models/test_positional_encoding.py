@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from dist_llm.models.positions import rotary_angles, rotate, sinusoids
+from dist_llm.models.positional_encoding import apply_rotary, rotary_angles, sinusoidal_encoding
 
 E = 8
 
 
 def turned(x_SHE, positions, theta=10_000.0):
     angles = rotary_angles(torch.tensor(positions), E, theta)
-    return rotate(x_SHE[None], angles.cos(), angles.sin())[0]
+    return apply_rotary(x_SHE[None], angles.cos(), angles.sin())[0]
 
 
 def vectors(length, seed=0):
@@ -61,7 +61,7 @@ def test_the_turn_is_computed_in_fp32_and_given_back_in_the_type_it_came_in():
 @pytest.mark.parametrize("d_model", [2, 6, 7, 64])
 def test_sinusoids_are_the_papers(d_model):
     positions = torch.tensor([0, 1, 5, 511])
-    got = sinusoids(positions, d_model)
+    got = sinusoidal_encoding(positions, d_model)
     assert got.shape == (4, d_model)
     for row, position in zip(got, positions.tolist(), strict=True):
         for column in range(d_model):

@@ -20,7 +20,7 @@ def rotary_angles(positions_S: Tensor, head_dim: int, theta: float) -> Tensor:
     return positions_S.float()[..., None] * theta**-exponents_F
 
 
-def rotate(x_BSHE: Tensor, cos_BSF: Tensor, sin_BSF: Tensor) -> Tensor:
+def apply_rotary(x_BSHE: Tensor, cos_BSF: Tensor, sin_BSF: Tensor) -> Tensor:
     """Turn each pair (i, i + E/2) by its angle, in fp32. Hugging Face's pairing, not Meta's (2i, 2i + 1)."""
     left, right = x_BSHE.to(torch.promote_types(x_BSHE.dtype, torch.float32)).chunk(2, dim=-1)
     cos, sin = cos_BSF.unsqueeze(-2), sin_BSF.unsqueeze(-2)  # the same for all heads
@@ -28,7 +28,7 @@ def rotate(x_BSHE: Tensor, cos_BSF: Tensor, sin_BSF: Tensor) -> Tensor:
     return turned.to(x_BSHE.dtype)
 
 
-class Sinusoids(nn.Module):
+class SinusoidalEncoding(nn.Module):
     """The fixed table of Vaswani et al. 2017, computed where it is needed."""
 
     def __init__(self, d_model: int) -> None:
@@ -37,10 +37,10 @@ class Sinusoids(nn.Module):
 
     def forward(self, positions_S: Tensor) -> Tensor:
         """[..., S] -> [..., S, D]."""
-        return sinusoids(positions_S, self.d_model)
+        return sinusoidal_encoding(positions_S, self.d_model)
 
 
-def sinusoids(positions_S: Tensor, d_model: int) -> Tensor:
+def sinusoidal_encoding(positions_S: Tensor, d_model: int) -> Tensor:
     """Positions [..., S] -> [..., S, D]: sines in the even columns, cosines in the odd (Vaswani et al. 2017, 3.5)."""
     exponents = torch.arange(0, d_model, 2, device=positions_S.device, dtype=torch.float32) / d_model
     angles = positions_S.float()[..., None] * 10_000.0**-exponents
@@ -50,9 +50,13 @@ def sinusoids(positions_S: Tensor, d_model: int) -> Tensor:
 class RelativeBias(nn.Module):
     """What a head adds to the score of a query and a key that far apart (Raffel et al. 2020, 2.1)."""
 
-    def __init__(self, config: ModelConfig, both_sides: bool) -> None:
+    def __init__(self, config: ModelConfig, bidirectional: bool) -> None:
         super().__init__()
-        self.buckets, self.distance, self.both_sides = config.relative_buckets, config.relative_distance, both_sides
+        self.buckets, self.distance, self.bidirectional = (
+            config.relative_buckets,
+            config.relative_distance,
+            bidirectional,
+        )
         self.table = nn.Embedding(config.relative_buckets, config.n_heads)
 
     def forward(self, queries_S: Tensor, keys_T: Tensor) -> Tensor:
@@ -64,9 +68,9 @@ class RelativeBias(nn.Module):
 
         With `both_sides` half the rows are for keys ahead; else those count as distance 0.
         """
-        buckets = self.buckets // 2 if self.both_sides else self.buckets
-        side_ST = (ahead_ST > 0) * buckets if self.both_sides else 0
-        away_ST = ahead_ST.abs() if self.both_sides else (-ahead_ST).clamp(min=0)
+        buckets = self.buckets // 2 if self.bidirectional else self.buckets
+        side_ST = (ahead_ST > 0) * buckets if self.bidirectional else 0
+        away_ST = ahead_ST.abs() if self.bidirectional else (-ahead_ST).clamp(min=0)
         near = buckets // 2
         steps_ST = torch.log(away_ST.clamp(min=1) / near) / math.log(self.distance / near) * (buckets - near)
         far_ST = (near + steps_ST.long()).clamp(max=buckets - 1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_llm.models.visibility import Source, Visibility
+from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 
 S, T = 8, 6
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2], [0] * 8, [0, 1, 1, 1, 1, 1, 1, 2], [0, 0, 1, 1, 0, 0, 1, 1]])
@@ -14,18 +14,18 @@ SAME = DOCUMENTS[:, :, None] == DOCUMENTS[:, None, :]
 WITHIN = places < PREFIX[:, None, None]
 ALL = torch.ones(4, S, S, dtype=torch.bool)
 KINDS = {
-    "causal": (Visibility(True), AFTER & ALL),
-    "full": (Visibility(False), ALL),
-    "prefix": (Visibility(True, prefix_B=PREFIX), AFTER | WITHIN),
-    "causal, documents": (Visibility(True, documents_BT=DOCUMENTS), AFTER & SAME),
-    "full, documents": (Visibility(False, documents_BT=DOCUMENTS), SAME),
-    "prefix, documents": (Visibility(True, prefix_B=PREFIX, documents_BT=DOCUMENTS), (AFTER | WITHIN) & SAME),
+    "causal": (AttentionMask(True), AFTER & ALL),
+    "full": (AttentionMask(False), ALL),
+    "prefix": (AttentionMask(True, prefix_B=PREFIX), AFTER | WITHIN),
+    "causal, documents": (AttentionMask(True, documents_BT=DOCUMENTS), AFTER & SAME),
+    "full, documents": (AttentionMask(False, documents_BT=DOCUMENTS), SAME),
+    "prefix, documents": (AttentionMask(True, prefix_B=PREFIX, documents_BT=DOCUMENTS), (AFTER | WITHIN) & SAME),
 }
 
 
-def rows(visible, count):
-    cut = {name: value[:count] for name, value in vars(visible).items() if isinstance(value, torch.Tensor)}
-    return Visibility(visible.causal, **cut)
+def rows(mask, count):
+    cut = {name: value[:count] for name, value in vars(mask).items() if isinstance(value, torch.Tensor)}
+    return AttentionMask(mask.causal, **cut)
 
 
 def reached(model, output, embedding, inputs):
@@ -49,10 +49,10 @@ def ids(count, length, first=0):
 @pytest.mark.parametrize("positions", ["rope", "relative"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prediction_depends_on_what_it_sees(kind, positions, rows_B, build):
-    visible, want = KINDS[kind]
+    mask, want = KINDS[kind]
     model = build(vocab_size=40, positions=positions, n_layers=1)
     inputs = ids(rows_B, S)
-    output = model(inputs, visible=rows(visible, rows_B))
+    output = model(inputs, mask=rows(mask, rows_B))
     assert torch.equal(reached(model, output, model.embed.tokens, inputs), want[:rows_B])
 
 
@@ -63,9 +63,9 @@ def test_a_decoder_sees_the_whole_source_of_its_document(documents, rows_B, buil
     source_documents = (torch.arange(T) >= 2).long().expand(rows_B, T)
     target_documents = (places >= 5).long().expand(rows_B, S)
     inputs, source = ids(rows_B, S), ids(rows_B, T, first=40)
-    visible = Visibility(True, documents_BT=target_documents if documents else None)
-    read = Source(source, Visibility(False, documents_BT=source_documents if documents else None))
-    output = model(inputs, visible=visible, source=read)
+    mask = AttentionMask(True, documents_BT=target_documents if documents else None)
+    read = EncoderInput(source, AttentionMask(False, documents_BT=source_documents if documents else None))
+    output = model(inputs, mask=mask, encoder_input=read)
     same = target_documents[:, :, None] == target_documents[:, None, :] if documents else ALL[:rows_B]
     assert torch.equal(reached(model, output, model.embed.tokens, inputs), AFTER & same)
     across = target_documents[:, :, None] == source_documents[:, None, :]
@@ -77,10 +77,10 @@ def test_padding_of_a_source_is_seen_by_no_text(build):
     model = build(vocab_size=80, architecture="encoder_decoder", n_layers=1, n_encoder_layers=1)
     inputs, source = ids(1, S), ids(1, T, first=40)
     documents = torch.tensor([[0, 0, 0, 0, -1, -1]])
-    output = model(inputs, source=source_of(source, documents))
+    output = model(inputs, encoder_input=source_of(source, documents))
     found = reached(model, output, model.embed.tokens, source)
     assert torch.equal(found, (documents == 0)[:, None].expand(1, S, T))
 
 
 def source_of(tokens, documents):
-    return Source(tokens, Visibility(False, documents_BT=documents))
+    return EncoderInput(tokens, AttentionMask(False, documents_BT=documents))

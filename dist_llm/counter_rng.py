@@ -8,16 +8,16 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # elements at a time, so that temporaries stay in cache
-GPU_TIMES = 16  # as many on a GPU, where starting a kernel costs more than a cache saves
+CHUNK_ELEMENTS = 1 << 20  # elements at a time, so that temporaries stay in cache
+GPU_CHUNK_FACTOR = 16  # as many on a GPU, where starting a kernel costs more than a cache saves
 
 
-def key_of(text: str) -> int:
+def hash64(text: str) -> int:
     """64 bits of `text`, signed."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def numbered(
+def iter_element_ids(
     local: Tensor, shape: Sequence[int], offset: Sequence[int]
 ) -> Iterator[tuple[slice | EllipsisType, Tensor]]:
     """Some rows of `local` at a time, each with the numbers of its elements in the whole tensor of `shape`.
@@ -27,7 +27,9 @@ def numbered(
     if not local.ndim:
         yield ..., torch.zeros((), dtype=torch.int64, device=local.device)
         return
-    per_chunk = max(1, CHUNK * (GPU_TIMES if local.is_cuda else 1) // max(1, math.prod(local.shape[1:])))
+    per_chunk = max(
+        1, CHUNK_ELEMENTS * (GPU_CHUNK_FACTOR if local.is_cuda else 1) // max(1, math.prod(local.shape[1:]))
+    )
     for start in range(0, local.shape[0], per_chunk):
         rows = slice(start, min(start + per_chunk, local.shape[0]))
         numbers = torch.arange(rows.start, rows.stop, device=local.device) + offset[0]
@@ -36,7 +38,7 @@ def numbered(
         yield rows, numbers
 
 
-def mix(words: Tensor) -> Tensor:
+def splitmix64(words: Tensor) -> Tensor:
     """The finaliser of splitmix64, on int64 whose products wrap; shifts made logical by the masks."""
     words = words + _signed(0x9E3779B97F4A7C15)
     words = (words ^ ((words >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
