@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import pretend
 from dist_llm.config.schema import Config
 from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.losses.linear import Columns, _turn
+from dist_llm.losses.fused_linear_cross_entropy import VocabShard, _losses_and_logit_grads_
 from dist_llm.models.attention import materialize_mask
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.block import Block
@@ -133,7 +133,9 @@ def compile_loss(compiler: Callable[..., Any]) -> None:
     """A slice of the logits of llama-1b."""
     logits_nW = torch.randn(1024, 128256, device=DEVICE)
     targets_n = torch.zeros(1024, dtype=torch.long, device=DEVICE)
-    compiler(_turn)(logits_nW, targets_n, CrossEntropy(0.0, 0.0), 0.0, Columns(128256, 0, 128256), 1.0)
+    compiler(_losses_and_logit_grads_)(
+        logits_nW, targets_n, CrossEntropy(0.0, 0.0), 0.0, VocabShard(128256, 0, 128256), 1.0
+    )
 
 
 def compile_flex(compiler: Callable[..., Any], **fields: Any) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from attention import MASKS, SDPA, Heads, masked
-from dist_llm.losses import linear
+from dist_llm.losses import fused_linear_cross_entropy
 from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
-from dist_llm.losses.linear import Columns, linear_cross_entropy
+from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
 from dist_llm.models.attention import materialize_mask, scaled_dot_product
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.parallel import fp8
@@ -108,9 +108,9 @@ def check_loss(context: Context) -> dict[str, object]:
         for dtype, tolerance in TOLERANCES.items():
             inputs = x.to(device).requires_grad_(), weight.to(device).requires_grad_()
             autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
-            with patch.dict(linear.SLICE_BYTES, {device.type: slice_bytes}), autocast:
-                columns = Columns(500, 0, 500)
-                losses_B = linear_cross_entropy(*inputs, None, targets.to(device), loss, cap, columns)
+            with patch.dict(fused_linear_cross_entropy.SLICE_BYTES, {device.type: slice_bytes}), autocast:
+                vocab_shard = VocabShard(500, 0, 500)
+                losses_B = linear_cross_entropy(*inputs, None, targets.to(device), loss, cap, vocab_shard)
             actual = (losses_B, *torch.autograd.grad(losses_B.sum(), inputs))
             for part, one, other in zip(("losses", "x", "weight"), actual, expected, strict=True):
                 comparison.close(f"{str(dtype).removeprefix('torch.')} cap {cap:g} {part}", one, other, tolerance)

@@ -1,4 +1,4 @@
-"""Random numbers that are a function of what they are for: a name and an element, whatever rank asks."""
+"""Counter-based random numbers: a pure function of (parameter name, element index), equal on every rank and layout."""
 
 import hashlib
 import math
@@ -8,21 +8,22 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 20  # elements at a time, so that temporaries stay in cache
-GPU_CHUNK_FACTOR = 16  # as many on a GPU, where starting a kernel costs more than a cache saves
+CHUNK_ELEMENTS = 1 << 20  # elements processed at a time, so that temporaries stay in cache
+GPU_CHUNK_FACTOR = 16  # larger on a GPU, where a kernel launch costs more than a cache saves
 
 
 def hash64(text: str) -> int:
-    """64 bits of `text`, signed."""
+    """Return a signed 64-bit hash of `text`."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def iter_element_ids(
     local: Tensor, shape: Sequence[int], offset: Sequence[int]
 ) -> Iterator[tuple[slice | EllipsisType, Tensor]]:
-    """Some rows of `local` at a time, each with the numbers of its elements in the whole tensor of `shape`.
+    """Yield (rows, element ids) in chunks of rows of `local`. An id is an element's flat index in the full tensor of
+    `shape`.
 
-    `local` is the slice of the whole at `offset`. A tensor without dimensions is one element, with number 0.
+    `local` is the shard of the full tensor at `offset`. A tensor without dimensions is one element with id 0.
     """
     if not local.ndim:
         yield ..., torch.zeros((), dtype=torch.int64, device=local.device)
@@ -32,14 +33,14 @@ def iter_element_ids(
     )
     for start in range(0, local.shape[0], per_chunk):
         rows = slice(start, min(start + per_chunk, local.shape[0]))
-        numbers = torch.arange(rows.start, rows.stop, device=local.device) + offset[0]
-        for size, here, first in zip(shape[1:], local.shape[1:], offset[1:], strict=True):
-            numbers = numbers[..., None] * size + torch.arange(here, device=local.device) + first
-        yield rows, numbers
+        ids = torch.arange(rows.start, rows.stop, device=local.device) + offset[0]
+        for size, local_size, start_id in zip(shape[1:], local.shape[1:], offset[1:], strict=True):
+            ids = ids[..., None] * size + torch.arange(local_size, device=local.device) + start_id
+        yield rows, ids
 
 
 def splitmix64(words: Tensor) -> Tensor:
-    """The finaliser of splitmix64, on int64 whose products wrap; shifts made logical by the masks."""
+    """The finalizer of splitmix64 on int64. Products wrap; the masks make the shifts logical."""
     words = words + _signed(0x9E3779B97F4A7C15)
     words = (words ^ ((words >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
     words = (words ^ ((words >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)

@@ -23,8 +23,8 @@ from dist_llm.errors import ConfigError
 from dist_llm.launch.environment import prepare_accelerate
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
-from dist_llm.optim import clip
-from dist_llm.optim.build import build_optimizer
+from dist_llm.optim import gradient_clipping
+from dist_llm.optim.build_optimizer import build_optimizer
 from dist_llm.parallel.fsdp import COMPUTE_DTYPES
 from dist_llm.parallel.mesh import to_local
 from dist_llm.parallel.parallelize import build_model_parts
@@ -80,14 +80,14 @@ class AccelerateEngine(Replicas):
     def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         mine = [to_local(gradient) for gradient in gradients]
-        norm = clip.norm(mine).to(self.device)
+        norm = gradient_clipping.global_norm(mine).to(self.device)
         if any(isinstance(gradient, DTensor) for gradient in gradients):
             norm = self.total(norm.square()).sqrt()
         if accept is not None and not accept(norm):
             self.optimizer.zero_grad()
             return norm
         if self.config.optim.clip:
-            clip.scale(mine, norm, self.config.optim.clip)
+            gradient_clipping.clip_grads_(mine, norm, self.config.optim.clip)
         step_at(self.optimizer, lr)
         return norm
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dist_llm.checkpoint.state import State
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
-from dist_llm.optim.scale import LossScale
+from dist_llm.optim.loss_scale import LossScale
 from dist_llm.parallel.replica_check import ReplicaGroups
 
 

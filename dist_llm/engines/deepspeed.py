@@ -19,8 +19,8 @@ from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.init import init_param_, init_rule
 from dist_llm.objectives.batch import Batch
-from dist_llm.optim import clip
-from dist_llm.optim.build import build_optimizer
+from dist_llm.optim import gradient_clipping
+from dist_llm.optim.build_optimizer import build_optimizer
 from dist_llm.parallel.parallelize import init_parameters, parallelize_model
 
 
@@ -99,7 +99,9 @@ class DeepSpeedEngine(Replicas):
 
     def _whole_norm(self) -> Tensor:
         """At stage 0 gradients are whole after the last backward, and DeepSpeed tells no norm though it clips."""
-        return clip.norm([p.grad for p in self.model.parameters() if p.grad is not None]).to(self.device)
+        return gradient_clipping.global_norm([p.grad for p in self.model.parameters() if p.grad is not None]).to(
+            self.device
+        )
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,16 +12,15 @@ from torch import Tensor, nn, optim
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.optim.sgd import sgd
 
 from dist_llm.checkpoint.state import Held, State
 from dist_llm.config.derive import SPLIT_BACKWARD
 from dist_llm.config.schema import Config
 from dist_llm.objectives.batch import Batch
-from dist_llm.optim import clip
-from dist_llm.optim.build import Shares, build_optimizer, matrices
-from dist_llm.optim.muon import Orthogonalize, orthogonalized
-from dist_llm.optim.scale import LossScale
+from dist_llm.optim import gradient_clipping
+from dist_llm.optim.build_optimizer import build_optimizer, select_muon_params
+from dist_llm.optim.loss_scale import LossScale
+from dist_llm.optim.muon import Orthogonalize, orthogonalize
 from dist_llm.parallel.activation_budget import fit_activation_budget
 from dist_llm.parallel.context_parallel import shard_sequences
 from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
@@ -62,11 +60,11 @@ class NativeEngine:
     def _optimizer(self) -> optim.Optimizer:
         config = self.config.optim
         dtype = torch.get_default_dtype() if self.config.precision == "fp32" else torch.bfloat16
-        orthogonalize: Orthogonalize = partial(orthogonalized, dtype=dtype)
+        orthogonalize_fn: Orthogonalize = partial(orthogonalize, dtype=dtype)
         if config.name == "muon" and self.mesh is not None:
-            orthogonalize = DistributedOrthogonalize(self.mesh, list(matrices(self.named_parameters()).values()), dtype)
-        shares = Shares(to_local, local_with_offset, orthogonalize, LocalAdamW, LocalSGD)
-        return build_optimizer(config, self.named_parameters(), shares)
+            matrices = list(select_muon_params(self.named_parameters()).values())
+            orthogonalize_fn = DistributedOrthogonalize(self.mesh, matrices, dtype)
+        return build_optimizer(config, self.named_parameters(), to_local, local_with_offset, orthogonalize_fn)
 
     @property
     def data_rank(self) -> tuple[int, int]:
@@ -186,7 +184,7 @@ class NativeEngine:
             return norm
         if self.config.optim.clip or self.loss_scale:
             gradients = [to_local(p.grad) for p in parameters if p.grad is not None]
-            clip.scale(gradients, norm, self.config.optim.clip or math.inf, scale)
+            gradient_clipping.clip_grads_(gradients, norm, self.config.optim.clip or math.inf, scale)
         step_at(self.optimizer, lr)
         return norm
 
@@ -213,7 +211,7 @@ class NativeEngine:
                 copy = name == "embed.tokens.weight" and not part.is_first_stage
                 if parameter.grad is not None and not copy and (self._place("tp") == 0 or _split_by_tp(parameter)):
                     gradients.append(to_local(parameter.grad))
-        norm = clip.norm(gradients).to(self.device)
+        norm = gradient_clipping.global_norm(gradients).to(self.device)
         if self.mesh is None:
             return norm
         whole = all_reduce_over(norm.square(), self.mesh, ("pp", *SHARD_AXES, "tp"))
@@ -235,38 +233,6 @@ class NativeEngine:
         if self.config.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, COMPUTE_DTYPES[self.config.precision])
-
-
-class LocalAdamW(optim.AdamW):
-    """torch's, on what a rank has of each DTensor, as an update is of each element by itself.
-
-    Asked for whole ones, torch plans what it does with lists of them: tens of seconds in the first step of eight ranks
-    on three axes that share two cores, and a step that takes twice as long.
-    """
-
-    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
-        found = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
-        for each in lists:
-            each[:] = map(to_local, each)
-        return found
-
-
-class LocalSGD(optim.SGD):
-    """As LocalAdamW."""
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            moved = [each for each in group["params"] if each.grad is not None]
-            buffers: list[Tensor | None] = [None] * len(moved)
-            if group["momentum"]:
-                for each in moved:
-                    # One of zeros becomes the gradient, as torch's first one does.
-                    self.state[each].setdefault("momentum_buffer", torch.zeros_like(each))
-                buffers = [to_local(self.state[each]["momentum_buffer"]) for each in moved]
-            options = {key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening", "nesterov")}
-            gradients = [to_local(each.grad) for each in moved]
-            sgd(list(map(to_local, moved)), gradients, buffers, maximize=False, foreach=True, **options)
 
 
 def step_at(optimizer: optim.Optimizer, lr: float) -> None:

@@ -11,7 +11,7 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.native import mix
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
-from dist_llm.optim.scale import LossScale
+from dist_llm.optim.loss_scale import LossScale
 from dist_llm.parallel.mesh import all_gather_ints
 from dist_llm.parallel.replica_check import ReplicaGroups
 

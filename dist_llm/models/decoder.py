@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dist_llm.config.derive import round_up
 from dist_llm.config.schema import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy, LossTerms
-from dist_llm.losses.linear import Columns, linear_cross_entropy
+from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
 from dist_llm.models.attention import KVCache, RotaryCosSin, materialize_mask
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.block import Block
@@ -69,10 +69,10 @@ class Head(nn.Module):
         weight_VD = tied_VD if self.out is None else self.out.weight
         assert weight_VD is not None
         if targets_BS is not None:
-            columns = Columns(self.vocab_size, 0, self.vocab_size)
+            vocab_shard = VocabShard(self.vocab_size, 0, self.vocab_size)
             loss, terms = self.loss_for_mode()
             return linear_cross_entropy(
-                self.pre_logits(x_BSD), weight_VD, self.bias, targets_BS, loss, self.softcap, columns, terms
+                self.pre_logits(x_BSD), weight_VD, self.bias, targets_BS, loss, self.softcap, vocab_shard, terms
             )
         bias_V = None if self.bias is None else self.bias[: self.vocab_size]
         return softcap(F.linear(self.pre_logits(x_BSD), weight_VD[: self.vocab_size], bias_V), self.softcap)

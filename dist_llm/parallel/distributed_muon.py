@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dist_llm.optim.muon import orthogonalized
+from dist_llm.optim.muon import orthogonalize
 from dist_llm.parallel.mesh import local_with_offset, stage_group, to_local
 
 ShardBox = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape of a rank's shard in a matrix
@@ -46,7 +46,7 @@ class DistributedOrthogonalize:
         full = {index: shards[index].new_empty(self.shapes[index], dtype=self.dtype) for index in self.owned}
         for (index, box), shard in self._all_to_all([[shards[i] for i in peer] for peer in self.send_in], self.recv_in):
             _box_view(full[index], box).copy_(shard)
-        results = dict(zip(self.owned, orthogonalized(list(full.values())), strict=True))
+        results = dict(zip(self.owned, orthogonalize(list(full.values())), strict=True))
         outputs = [[_box_view(results[index], box) for index, box in peer] for peer in self.send_out]
         for (index, _), shard in self._all_to_all(outputs, self.recv_out):
             shards[index].copy_(shard)

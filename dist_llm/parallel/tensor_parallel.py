@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from dist_llm.losses.linear import Columns, linear_cross_entropy
+from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
 from dist_llm.models.attention import CrossAttention
 from dist_llm.models.decoder import Decoder, Head, softcap
 from dist_llm.parallel.mesh import all_gather, all_reduce, differentiable_collective, reduce_scatter, to_local
@@ -225,18 +225,18 @@ class VocabParallelHead(Head):
         assert weight_VD is not None
         weight_WD, bias_W = _local_param(weight_VD), None if self.bias is None else _local_param(self.bias)
         if targets_BS is not None:
-            columns = self._vocab_shard(weight_WD)
+            vocab_shard = self._vocab_shard(weight_WD)
             loss, terms = self.loss_for_mode()
-            return linear_cross_entropy(x_BSD, weight_WD, bias_W, targets_BS, loss, self.softcap, columns, terms)
+            return linear_cross_entropy(x_BSD, weight_WD, bias_W, targets_BS, loss, self.softcap, vocab_shard, terms)
         logits_BSW = softcap(F.linear(x_BSD, weight_WD, bias_W), self.softcap)
         logits_BSV = DTensor.from_local(logits_BSW, self.region.mesh, (Shard(2),), run_check=False).full_tensor()
         return logits_BSV[..., : self.vocab_size]
 
-    def _vocab_shard(self, weight_WD: Tensor) -> Columns:
+    def _vocab_shard(self, weight_WD: Tensor) -> VocabShard:
         """Describe this rank's part of the vocabulary, without the padding rows at the end."""
         start, group = self.region.rank * len(weight_WD), self.region.group
         width = min(len(weight_WD), max(0, self.vocab_size - start))
-        return Columns(
+        return VocabShard(
             self.vocab_size, start, width, partial(_all_reduce_sum_, group), partial(_all_reduce_max_, group)
         )
 

@@ -60,7 +60,7 @@ def _terms(engine: Engine, microbatches: int, losses: Tensor) -> Tensor:
     sums = losses.new_zeros(2)
     for part in engine.parts:
         collected = None if part.head is None else part.head.terms
-        if collected is not None and (found := collected.take(microbatches)) is not None:
+        if collected is not None and (found := collected.pop_latest(microbatches)) is not None:
             sums = sums + found
     return sums
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn, optim
 from dist_llm.config.schema import ModelConfig, OptimConfig
 from dist_llm.models.attention_mask import EncoderInput
 from dist_llm.models.build_model import build_model
-from dist_llm.optim.build import build_optimizer
+from dist_llm.optim.build_optimizer import build_optimizer
 
 # Odd sizes everywhere, so that there is padding in each kind of partition.
 SIZES: dict[str, Any] = {

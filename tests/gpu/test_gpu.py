@@ -8,7 +8,7 @@ import torch
 
 from dist_llm.engines.native import NativeEngine
 from dist_llm.observe.flops import peak_flops
-from dist_llm.optim import clip
+from dist_llm.optim import gradient_clipping
 from dist_llm.parallel import fp8
 from dist_llm.train.step import train_step
 from tests.laws.law import Spy, batches_of, config_of
@@ -130,7 +130,9 @@ def test_scales_make_the_host_wait_for_nothing() -> None:
 
 def test_the_norm_is_exact_on_a_gpu() -> None:
     gradient = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
-    assert clip.norm([gradient.cuda()]).item() == pytest.approx(gradient.double().norm().item(), rel=1e-6)
+    assert gradient_clipping.global_norm([gradient.cuda()]).item() == pytest.approx(
+        gradient.double().norm().item(), rel=1e-6
+    )
 
 
 def test_the_peak_is_known_or_measured() -> None:

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
-from dist_llm.engines.native import LocalSGD, NativeEngine
+from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention, decoder
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.objectives.batch import Batch
-from dist_llm.optim import clip
-from dist_llm.optim.muon import orthogonalized
+from dist_llm.optim import gradient_clipping
+from dist_llm.optim.muon import orthogonalize
+from dist_llm.optim.sgd import LocalSGD
 from dist_llm.parallel import context_parallel, fsdp, mesh, parallelize, pipeline_parallel, tensor_parallel
 from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
 from dist_llm.train import step
@@ -226,7 +227,7 @@ def tied_embedding_counted_by_both_stages() -> Iterator[Any]:
 
 @bug
 def clipping_never_happens() -> Iterator[Any]:
-    with patch.object(clip, "scale", _skip):
+    with patch.object(gradient_clipping, "clip_grads_", _skip):
         yield
 
 
@@ -337,7 +338,7 @@ def every_microbatch_sees_what_the_first_may() -> Iterator[Any]:
 
 @bug
 def tensor_ranks_skip_layers_of_their_own_choice() -> Iterator[Any]:
-    real = decoder.survivors
+    real = decoder.stochastic_depth_scale
     with patch.object(
         decoder, "stochastic_depth_scale", lambda sample_hash_B, *rest: real(sample_hash_B + dist.get_rank(), *rest)
     ):
@@ -370,7 +371,7 @@ def weights_stay_gathered_after_the_last_backward() -> Iterator[Any]:
 def shares_made_orthogonal_each_by_itself() -> Iterator[Any]:
     def alone(self: DistributedOrthogonalize, updates: Any) -> Any:
         parts = [mesh.to_local(update) for update in updates]
-        for part, made in zip(parts, orthogonalized(parts), strict=True):
+        for part, made in zip(parts, orthogonalize(parts), strict=True):
             part.copy_(made)
         return updates
 

@@ -31,15 +31,15 @@ def test_a_skipped_layer_adds_nothing_and_evaluation_skips_none(build):
     )  # fmt: skip
     hidden = model.embed(tokens, torch.arange(6))
     out = model(tokens, sample_hash_B=draws)
-    assert torch.equal(out[0], model._project(hidden, None)[0])
-    assert not torch.allclose(out[1], model._project(hidden, None)[1])
+    assert torch.equal(out[0], model._apply_head(hidden, None)[0])
+    assert not torch.allclose(out[1], model._apply_head(hidden, None)[1])
     assert torch.equal(model.eval()(tokens, sample_hash_B=draws), model(tokens))
 
 
 def test_later_layers_are_skipped_more_often(build):
     model = build(stochastic_depth=0.4, n_layers=4).train()
     draws = torch.randint(2**62, (20_000,), generator=torch.Generator().manual_seed(0))
-    rates = [(model._survivors(draws, layer) == 0).float().mean() for layer in range(4)]
+    rates = [(model._depth_scale(draws, layer) == 0).float().mean() for layer in range(4)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.02)
 
 
@@ -114,10 +114,10 @@ def test_relative_buckets_are_t5s():
     from dist_llm.models.positional_encoding import RelativeBias
 
     config = ModelConfig(d_model=8, n_layers=1, n_heads=2, relative_buckets=8, relative_distance=16)
-    back = RelativeBias(config, both_sides=False).bucket(-torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 40]))
+    back = RelativeBias(config, bidirectional=False).bucket(-torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 40]))
     # Exact up to 3; then 4 + log(d / 4) / log(4) * 4, rounded down, at most 7.
     assert back.tolist() == [0, 1, 2, 3, 4, 4, 5, 6, 6, 7, 7]
-    assert RelativeBias(config, both_sides=False).bucket(torch.tensor([1, 9])).tolist() == [0, 0]
-    both = RelativeBias(config, both_sides=True).bucket(torch.tensor([-1, 0, 1, -2, 2, 30, -30]))
+    assert RelativeBias(config, bidirectional=False).bucket(torch.tensor([1, 9])).tolist() == [0, 0]
+    both = RelativeBias(config, bidirectional=True).bucket(torch.tensor([-1, 0, 1, -2, 2, 30, -30]))
     # Half of the buckets for keys ahead: 4 each, exact up to 1.
     assert both.tolist() == [1, 0, 5, 2, 6, 7, 3]

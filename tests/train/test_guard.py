@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dist_llm.checkpoint.state import Guarded, Progress
 from dist_llm.config.schema import GuardConfig
 from dist_llm.errors import DivergedError
-from dist_llm.optim.scale import LossScale
+from dist_llm.optim.loss_scale import LossScale
 from dist_llm.train.guard import Guard, RewindError, deviations
 
 STEADY = [2.0 + 0.01 * (number % 5) for number in range(20)]

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_llm.losses import linear
+from dist_llm.losses import fused_linear_cross_entropy
 from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy, LossTerms
-from dist_llm.losses.linear import Columns, linear_cross_entropy
+from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
 
 B, S, D, V, ROWS = 3, 7, 5, 11, 16  # five rows of the weight are padding
 
@@ -30,7 +30,7 @@ def apart(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, loss:
 
 
 def together(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, loss: CrossEntropy, cap: float) -> Tensor:
-    return linear_cross_entropy(x, weight, bias, targets, loss, cap, Columns(V, 0, V))
+    return linear_cross_entropy(x, weight, bias, targets, loss, cap, VocabShard(V, 0, V))
 
 
 def outcome(way: Any, loss: CrossEntropy, cap: float, bias: bool, dtype: torch.dtype, autocast: Any) -> list[Tensor]:
@@ -51,8 +51,8 @@ LOSSES = [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.0, 1e-2), CrossEntro
 def test_value_and_gradients(
     slices: int, blocks: int, loss: CrossEntropy, cap: float, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "SLICE_BYTES", {"cpu": slices})
-    monkeypatch.setattr(linear, "BLOCK_BYTES", blocks)
+    monkeypatch.setattr(fused_linear_cross_entropy, "SLICE_BYTES", {"cpu": slices})
+    monkeypatch.setattr(fused_linear_cross_entropy, "BLOCK_BYTES", blocks)
     for found, wanted in zip(
         outcome(together, loss, cap, bias, torch.float64, None),
         outcome(apart, loss, cap, bias, torch.float64, None),
@@ -85,7 +85,7 @@ def test_small_probabilities_survive_fp16() -> None:
     def gradient(autocast: bool) -> Tensor:
         leaf = weight.clone().requires_grad_()
         with torch.autocast("cpu", torch.float16, enabled=autocast):
-            losses = linear_cross_entropy(x, leaf, None, targets, CrossEntropy(), 0.0, Columns(50_000, 0, 50_000))
+            losses = linear_cross_entropy(x, leaf, None, targets, CrossEntropy(), 0.0, VocabShard(50_000, 0, 50_000))
         (found,) = torch.autograd.grad(losses.sum() * 1024, leaf)
         return found[1:]  # all but the target
 
@@ -105,7 +105,7 @@ def test_losses_multiplied_differently_afterwards_are_refused() -> None:
     x, weight, _, targets = case(False)
     weight.requires_grad_()
     losses = together(x, weight, None, targets, CrossEntropy(), 0.0)
-    with pytest.raises(RuntimeError, match="pass the numbers as its weights_BS"):
+    with pytest.raises(RuntimeError, match="pass the numbers as its loss_weights_BS"):
         torch.autograd.grad((losses * torch.tensor([1.0, 2.0, 3.0])).sum(), weight)
 
 
@@ -116,7 +116,7 @@ def test_weights_known_in_forward(
     per_token: bool, loss: CrossEntropy, slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One per sequence or per token, some 0, some negative: value and every gradient are those of the plain formula."""
-    monkeypatch.setattr(linear, "SLICE_BYTES", {"cpu": slices})
+    monkeypatch.setattr(fused_linear_cross_entropy, "SLICE_BYTES", {"cpu": slices})
     x, weight, bias, targets = case(True)
     assert bias is not None
     weights = torch.tensor([1.0, -0.5, 3.0], dtype=torch.float64)[:, None].expand(B, S).clone()
@@ -124,7 +124,7 @@ def test_weights_known_in_forward(
         weights *= torch.arange(S) % 3
     leaves = [each.double().requires_grad_() for each in (x, weight, bias)]
     terms = LossTerms()
-    found = linear_cross_entropy(*leaves, targets, loss, 2.0, Columns(V, 0, V), terms, weights)
+    found = linear_cross_entropy(*leaves, targets, loss, 2.0, VocabShard(V, 0, V), terms, weights)
 
     logits = 2.0 * torch.tanh(F.linear(leaves[0], leaves[1][:V], leaves[2][:V]) / 2.0)
     each_BS = loss(logits.unsqueeze(-2), targets.unsqueeze(-1))
@@ -150,7 +150,7 @@ def test_gradients_asked_for_twice() -> None:
 
 def test_without_gradients_none_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(linear, "_add_product", lambda *given: made.append(given))
+    monkeypatch.setattr(fused_linear_cross_entropy, "_add_matmul_", lambda *given: made.append(given))
     x, weight, bias, targets = case(True)
     weight.requires_grad_()
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_without_gradients_none_are_made(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_slices_cover_all_and_hold_no_more_than_they_may() -> None:
     for length, width, most in ((10, 3, 24), (7, 100, 1), (1, 1, 4), (513, 32000, 64 << 20), (5, 0, 8)):
-        found = list(linear._slices(length, width, most))
+        found = list(fused_linear_cross_entropy.iter_slices(length, width, most))
         assert [row for part in found for row in range(length)[part]] == list(range(length))
         rows = max(part.stop - part.start for part in found)
         assert rows == 1 or rows * width * 4 <= most + width * 4
@@ -177,17 +177,17 @@ def test_a_target_that_is_no_token_is_not_passed_over() -> None:
 @pytest.mark.parametrize("loss", LOSSES[1:])
 def test_what_a_regularised_loss_is_made_of(loss: CrossEntropy, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cross-entropy as without regularisation, z-loss by hand; by both ways, and gradients are as without them."""
-    monkeypatch.setattr(linear, "SLICE_BYTES", {"cpu": slices})
+    monkeypatch.setattr(fused_linear_cross_entropy, "SLICE_BYTES", {"cpu": slices})
     x, weight, bias, targets = (each.double() if each.is_floating_point() else each for each in case(True))
     logits = apart_logits(x, weight, bias)
     plain = CrossEntropy()(logits, targets).sum()
     z_loss = loss.z_loss * (logits.logsumexp(-1).square() * (targets != IGNORE)).sum()
     collected, of_logits = LossTerms(), LossTerms()
-    linear_cross_entropy(x, weight, bias, targets, loss, 0.0, Columns(V, 0, V), collected)
+    linear_cross_entropy(x, weight, bias, targets, loss, 0.0, VocabShard(V, 0, V), collected)
     loss(logits, targets, of_logits)
     for terms in (collected, of_logits):
-        torch.testing.assert_close(terms.take(1), torch.stack((plain, z_loss)))
-        assert terms.take(1) is None
+        torch.testing.assert_close(terms.pop_latest(1), torch.stack((plain, z_loss)))
+        assert terms.pop_latest(1) is None
 
 
 def apart_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -198,4 +198,4 @@ def test_only_the_terms_of_the_newest_microbatches_count() -> None:
     terms = LossTerms()
     for value in (7.0, 1.0, 2.0):
         terms.add(torch.tensor([value, 10 * value]))
-    assert terms.take(2).tolist() == [3.0, 30.0]  # type: ignore[union-attr]
+    assert terms.pop_latest(2).tolist() == [3.0, 30.0]  # type: ignore[union-attr]
