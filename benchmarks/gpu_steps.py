@@ -229,7 +229,7 @@ def check_host_syncs(context: Context, keys: Sequence[str], documents: bool = Fa
     engine = NativeEngine(config, context.device)
     ids_BT = torch.arange(config.data.seq_len).expand(config.data.global_batch, -1) * 4 // config.data.seq_len
     attention_mask = AttentionMask(causal=True, documents_BT=ids_BT) if documents else CAUSAL
-    batch = batch_of(config, 0, attention_mask).pin()
+    batch = batch_of(config, 0, attention_mask).pin_memory()
     for step in range(2):
         train_step(engine, [batch], 1e-3, step)
     with warnings.catch_warnings(record=True) as caught:

@@ -77,7 +77,7 @@ def refuse(config: Config) -> None:
         "parallel.pp": config.parallel.pp > 1,
         "parallel.activations_gib": config.parallel.activations_gib > 0,
         "data.document_mask": config.data.document_mask,
-        "objective": [each.name for each in config.objective.members] != ["causal"],
+        "objective": [each.name for each in config.objective.components] != ["causal"],
     }
     if keys := [key for key, wanted in found.items() if wanted]:
         raise SystemExit(

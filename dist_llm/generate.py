@@ -18,7 +18,7 @@ from dist_llm.models.attention import KVCache
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask, EncoderInput
 from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.tokenizer import Tokenizer
 
 
@@ -87,7 +87,7 @@ def ask(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
     asked for what was cut out at the end.
     """
     vocabulary, ids = tokenizer.vocabulary(), tokenizer.encode(prompt).tolist() or [tokenizer.eot]
-    members = config.objective.members
+    members = config.objective.components
     member = next((each for each in members if each.name != "span"), members[0])
     mode = [vocabulary.special(member.mode)] if member.mode else []
     start = vocabulary.special("start")

@@ -107,7 +107,7 @@ def probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
 
 def num_scored(model: ModelConfig) -> int:
     """Targets of the batch that are scored."""
-    return probe_batch(model).scored
+    return probe_batch(model).num_valid_tokens
 
 
 def logits_of(logits_V: Tensor) -> tuple[float, ...]:

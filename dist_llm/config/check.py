@@ -142,7 +142,7 @@ def _check_objective(config: Config) -> Iterator[Violation]:
             ("model.n_encoder_layers", "model.architecture"),
             f"only an encoder_decoder has them; remove the key from this {architecture}",
         )
-    for number, each in enumerate(config.objective.members):
+    for number, each in enumerate(config.objective.components):
         where = f"objective.mixture.{number}" if config.objective.mixture else "objective"
         if each.name not in FITTING[architecture]:
             others = [name for name, fitting in FITTING.items() if each.name in fitting]

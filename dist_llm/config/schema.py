@@ -157,7 +157,7 @@ class DataConfig(Section):
     )
 
 
-class Denoiser(Section):
+class ObjectiveSpec(Section):
     """One way to make a training example of a window of text."""
 
     name: Literal["causal", "prefix", "masked", "span", "fim"] = key(
@@ -175,13 +175,13 @@ class Denoiser(Section):
     fim_spm_rate: Annotated[float, Field(ge=0.0, le=1.0)] = key("fim: of those, share that has the suffix first", 0.5)
 
 
-class ObjectiveConfig(Denoiser):
-    mixture: Annotated[tuple[Denoiser, ...], Field(strict=False)] = key(  # a list, in YAML
+class ObjectiveConfig(ObjectiveSpec):
+    mixture: Annotated[tuple[ObjectiveSpec, ...], Field(strict=False)] = key(  # a list, in YAML
         "objectives in place of the one above, each with the keys above and a weight", ()
     )
 
     @property
-    def members(self) -> Sequence[Denoiser]:
+    def components(self) -> Sequence[ObjectiveSpec]:
         """The mixture, or the one objective that there is."""
         return self.mixture or (self,)
 

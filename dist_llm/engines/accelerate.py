@@ -72,7 +72,7 @@ class AccelerateEngine(Replicas):
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.prepared):
                 self.seed(step, number)
-                losses_B = self.prepared(batch.inputs_BS, **batch.arguments()) / scored
+                losses_B = self.prepared(batch.inputs_BS, **batch.forward_arguments()) / scored
                 self.accelerator.backward(losses_B.sum() * self.data_rank[1])
             losses.append(losses_B.detach())
         return torch.cat(losses)
@@ -94,7 +94,7 @@ class AccelerateEngine(Replicas):
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
         self.prepared.eval()
-        losses_B: Tensor = self.prepared(batch.inputs_BS, **batch.arguments())
+        losses_B: Tensor = self.prepared(batch.inputs_BS, **batch.forward_arguments())
         return losses_B
 
 

@@ -74,7 +74,7 @@ class DeepSpeedEngine(Replicas):
         for number, batch in enumerate(batches):
             self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
             self.seed(step, number)
-            losses_B = self.deepspeed(batch.inputs_BS, **batch.arguments()) / scored
+            losses_B = self.deepspeed(batch.inputs_BS, **batch.forward_arguments()) / scored
             self.deepspeed.backward(losses_B.sum() * self.data_rank[1], scale_wrt_gas=False)
             losses.append(losses_B.detach().float())
         return torch.cat(losses)
@@ -106,7 +106,7 @@ class DeepSpeedEngine(Replicas):
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
         self.deepspeed.eval()
-        losses_B: Tensor = self.deepspeed(batch.inputs_BS, **batch.arguments())
+        losses_B: Tensor = self.deepspeed(batch.inputs_BS, **batch.forward_arguments())
         return losses_B
 
 

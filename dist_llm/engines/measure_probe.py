@@ -38,7 +38,7 @@ def measure_probe(engine: Engine, config: Config) -> Probe:
 def _logits(engine: Engine, batch: Batch) -> tuple[float, ...]:
     (model,) = engine.parts
     batch = batch.to(engine.device)
-    arguments = {**batch.arguments(), "targets_BS": None}
+    arguments = {**batch.forward_arguments(), "targets_BS": None}
     if batch.encoder_input is not None:
         arguments["encoder_input"] = replace(batch.encoder_input, tokens_BT=batch.encoder_input.tokens_BT[:1])
     logits_BSV = model.eval()(batch.inputs_BS[:1], **arguments)

@@ -197,7 +197,7 @@ class NativeEngine:
 
     def _forward(self, batch: Batch) -> Tensor:
         (model,) = self.parts
-        return model(batch.inputs_BS, **batch.arguments())
+        return model(batch.inputs_BS, **batch.forward_arguments())
 
     def _norm(self) -> Tensor:
         """Over every parameter of the whole model, each element once.

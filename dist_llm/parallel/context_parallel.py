@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dist_llm.models.attention import AttentionKernel, scaled_dot_product
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.decoder import Decoder
-from dist_llm.objectives.batch import Batch, count_scored
+from dist_llm.objectives.batch import Batch, count_valid_tokens
 from dist_llm.parallel.mesh import all_gather, differentiable_collective, reduce_scatter
 
 
@@ -46,7 +46,7 @@ def shard_sequences(batch: Batch, rank: int, ranks: int) -> Batch:
         targets_BS=targets_BS,
         positions_BS=select_chunks(positions_BS),
         mask=batch.mask.with_query_positions(select_chunks(indices_BS), S),
-        scored=count_scored(targets_BS),
+        num_valid_tokens=count_valid_tokens(targets_BS),
     )
 
 

@@ -101,7 +101,7 @@ class Pipeline:
         Return each sequence's loss divided by `num_valid_tokens`, [B]; zeros on ranks without the last stage.
         """
         self.num_valid_tokens, self.losses = num_valid_tokens, []
-        full_batch = Batch.joined(batches)
+        full_batch = Batch.concatenate(batches)
         sums: list[Tensor] = []
         self.schedule.step(
             *((full_batch.inputs_BS,) if self.has_first_stage else ()),
@@ -208,7 +208,7 @@ class Pipeline:
 def _model_arguments(batch: Batch) -> dict[str, Any]:
     """Return the keyword arguments of every stage. They include positions: under sequence parallelism a later stage
     receives only a slice of the tokens and cannot derive them."""
-    arguments = batch.arguments()
+    arguments = batch.forward_arguments()
     if batch.positions_BS is None:
         positions_BS = torch.arange(batch.inputs_BS.shape[1], device=batch.inputs_BS.device)
         arguments["positions_BS"] = positions_BS.expand_as(batch.inputs_BS)

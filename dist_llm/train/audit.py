@@ -25,8 +25,8 @@ class Audit:
             return
         self.firsts.append(first)
         for batch in batches:
-            assert batch.samples_B is not None
-            self.found += digest(batch.samples_B.numpy())
+            assert batch.sample_ids_B is not None
+            self.found += digest(batch.sample_ids_B.numpy())
         if len(self.firsts) == self.every:
             self.check()
 

@@ -21,7 +21,7 @@ from dist_llm.launch.group import device_of, make_synchronous
 from dist_llm.launch.world import World
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.batch import Batch
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.train.settings import read_vocabulary
 from dist_llm.train.step import train_step
@@ -74,7 +74,9 @@ def show(console: Console, batch: Batch, tokenizer: Tokenizer, vocabulary: Vocab
         console.print(
             "the encoder reads:", escape(" ".join(map(named, batch.encoder_input.tokens_BT[0, :SHOWN_TOKENS].tolist())))
         )
-    table = Table(title=f"first batch: {tuple(batch.inputs_BS.shape)}, row 0, {batch.scored} scored targets in all")
+    table = Table(
+        title=f"first batch: {tuple(batch.inputs_BS.shape)}, row 0, {batch.num_valid_tokens} scored targets in all"
+    )
     for column in ("position", "input", "sees", "target", "scored"):
         table.add_column(column)
     inputs, targets = batch.inputs_BS[0].tolist(), batch.targets_BS[0].tolist()

@@ -25,7 +25,7 @@ from dist_llm.generate import Sampling, ask, text
 from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
-from dist_llm.objectives.build import Objective
+from dist_llm.objectives.build_objective import Objective
 from dist_llm.observe.console import ProgressLine
 from dist_llm.observe.flops import CONVENTION, flops_per_sample, peak_flops
 from dist_llm.observe.metrics import Measured, MetricsFile, Recorder, Row
@@ -238,7 +238,7 @@ class Trainer:
         if config.log.peak_tflops:
             peak, source = config.log.peak_tflops * 1e12, "log.peak_tflops"
         per_token = (
-            flops_per_sample(config.model, inputs_len(config), self.loader.objective.source) / self.sample_tokens
+            flops_per_sample(config.model, inputs_len(config), self.loader.objective.encoder_len) / self.sample_tokens
         )
         log.info("MFU: %s; %.3f TFLOP/s per device, %s", CONVENTION, peak / 1e12, source)
         sinks: list[MetricsFile | TensorBoard | ProgressLine] = []

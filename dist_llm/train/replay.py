@@ -43,7 +43,7 @@ def replay(engine: Engine, loader: Loader, first: int, step: int, precision: str
 def _gradients(engine: Engine, batches: list[Batch], step: int) -> tuple[dict[str, Tensor], float]:
     """(this rank's share of the gradients, its share of the loss); the engine's are cleared."""
     batches = [engine.cut(batch) for batch in batches]
-    scored = engine.total(sum(batch.scored for batch in batches))
+    scored = engine.total(sum(batch.num_valid_tokens for batch in batches))
     losses = engine.accumulate(batches, scored, step)
     found = {}
     for name, parameter in engine.named_parameters():

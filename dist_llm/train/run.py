@@ -34,7 +34,7 @@ from dist_llm.launch.group import device_of, keep_freed_memory, process_group
 from dist_llm.launch.stop import StopSignals, forget_word, leave_word
 from dist_llm.launch.watchdog import Watchdog, start_recording
 from dist_llm.launch.world import World
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from dist_llm.train.directories import open_directories

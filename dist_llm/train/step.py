@@ -42,7 +42,7 @@ def train_step(
     gradient does not depend on how those tokens were cut into ranks and microbatches.
     """
     batches = [engine.cut(batch) for batch in batches]
-    scored = engine.total(sum(batch.scored for batch in batches))
+    scored = engine.total(sum(batch.num_valid_tokens for batch in batches))
     losses = engine.accumulate(batches, scored, step)
     by_source = None
     if sources > 1:
@@ -67,7 +67,7 @@ def _terms(engine: Engine, microbatches: int, losses: Tensor) -> Tensor:
 
 def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor:
     """This rank's part of [2, sources]: of the loss, and of the scored tokens."""
-    owners = torch.cat([batch.sources_B for batch in batches if batch.sources_B is not None])
+    owners = torch.cat([batch.source_ids_B for batch in batches if batch.source_ids_B is not None])
     counts = torch.cat([(batch.targets_BS != IGNORE).sum(-1) for batch in batches])
     rows = torch.stack((losses, counts.to(losses)))
     return rows.new_zeros(2, sources).index_add_(1, owners, rows)

@@ -19,8 +19,8 @@ from dist_llm.data.streams import open_sources
 from dist_llm.errors import DataError
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.build_model import build_model
-from dist_llm.objectives.build import build_objective
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.build_objective import build_objective
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.train.evaluate import Heldout, heldout_batches

@@ -57,7 +57,7 @@ def test_half_precision_trains(precision: str, compiled: bool) -> None:
 def test_a_step_makes_the_host_wait_for_nothing() -> None:
     config = config_of(1, {}, optim=ADAMW, precision="bf16")
     engine = NativeEngine(config, GPU)
-    batches = [batch.pin() for batch in batches_of(config, engine, 0)]
+    batches = [batch.pin_memory() for batch in batches_of(config, engine, 0)]
     train_step(engine, batches, 1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:

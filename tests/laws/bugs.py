@@ -153,7 +153,7 @@ def mean_of_rank_means() -> Iterator[Any]:
 @bug
 def mean_of_microbatch_means() -> Iterator[Any]:
     def each_by_its_own(self: NativeEngine, batches: Any, scored: torch.Tensor, step: int) -> torch.Tensor:
-        losses = [real(self, [batch], self.total(batch.scored) * len(batches), step) for batch in batches]
+        losses = [real(self, [batch], self.total(batch.num_valid_tokens) * len(batches), step) for batch in batches]
         return torch.stack(losses).sum()
 
     real = NativeEngine._accumulate
@@ -171,7 +171,7 @@ def loss_divided_twice() -> Iterator[Any]:
 @bug
 def loss_averaged_over_padding() -> Iterator[Any]:
     def count_all(engine: Any, batches: Any, *rest: Any) -> Any:
-        return real(engine, [replace(batch, scored=batch.targets_BS.numel()) for batch in batches], *rest)
+        return real(engine, [replace(batch, num_valid_tokens=batch.targets_BS.numel()) for batch in batches], *rest)
 
     real = step.train_step
     with patch("tests.laws.law.train_step", count_all):
@@ -326,13 +326,13 @@ def context_ranks_take_their_queries_for_the_last() -> Iterator[Any]:
 @bug
 def every_microbatch_sees_what_the_first_may() -> Iterator[Any]:
     """A pipeline is handed all microbatches at once, with the visibility of the first."""
-    real = Batch.joined
+    real = Batch.concatenate
 
     def with_the_first(batches: Any) -> Any:
         mask = batches[0].mask
         return replace(real([replace(batch, mask=mask) for batch in batches]))
 
-    with patch.object(Batch, "joined", with_the_first):
+    with patch.object(Batch, "concatenate", with_the_first):
         yield
 
 

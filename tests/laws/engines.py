@@ -146,7 +146,7 @@ def losses_are_averaged_over_ranks(real: Callable[..., Tensor]) -> Callable[...,
 def only_the_last_microbatch_counts(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
         with torch.no_grad():
-            before = [self.model(batch.inputs_BS, **batch.arguments()) / scored for batch in batches[:-1]]
+            before = [self.model(batch.inputs_BS, **batch.forward_arguments()) / scored for batch in batches[:-1]]
         return torch.cat([*before, real(self, batches[-1:], scored, step)])
 
     return accumulate

@@ -30,9 +30,9 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
-from dist_llm.objectives.build import build_objective
-from dist_llm.objectives.rows import Text
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.build_objective import build_objective
+from dist_llm.objectives.examples import TokenWindow
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.train.step import train_step
 from tests.laws import bugs
 from tests.laws.layouts import MODELS, OBJECTIVES, Layout
@@ -134,7 +134,7 @@ def batches_of(config: Config, engine: Engine, step: int) -> list[Batch]:
 def plain(config: Config) -> bool:
     """Whether next tokens are all there is to learn: then rows are more uneven than any text."""
     model = config.model
-    causal = model.architecture == "decoder" and all(each.name == "causal" for each in config.objective.members)
+    causal = model.architecture == "decoder" and all(each.name == "causal" for each in config.objective.components)
     return causal and not config.data.document_mask and not model.stochastic_depth
 
 
@@ -142,15 +142,15 @@ def made_of(config: Config, step: int, rows: range) -> Batch:
     """These samples of the step, made by the config's objective of random text with short documents."""
     objective = build_objective(config, Vocabulary(TEXT_IDS, TEXT_IDS - 1))
     samples = np.arange(step * ROWS + rows.start, step * ROWS + rows.stop)
-    members = (samples % len(objective.members)).tolist()
+    members = (samples % len(objective.components)).tolist()
     windows = []
     for sample, member in zip(samples.tolist(), members, strict=True):
         rng = np.random.default_rng(sample)
-        window = rng.integers(0, TEXT_IDS - 1, objective.members[member][1].window)
+        window = rng.integers(0, TEXT_IDS - 1, objective.components[member][1].window)
         windows.append(np.where(rng.random(len(window)) < 0.1, TEXT_IDS - 1, window))
-    if objective.plain:
+    if objective.is_plain_causal:
         return objective(windows, samples, members)
-    texts = [Text(window, documents_W=ended_documents(window, TEXT_IDS - 1)) for window in windows]
+    texts = [TokenWindow(window, document_ids_W=ended_documents(window, TEXT_IDS - 1)) for window in windows]
     return objective(texts, samples, members)
 
 

@@ -34,7 +34,7 @@ def strayed(config: Config, off: Callable[[int], int] | None) -> str:
             samples = torch.from_numpy(np.ascontiguousarray(loader.samples(first)))
             empty = torch.zeros(len(samples), 1)
             try:
-                audit.add(first, [Batch(empty, empty, None, 0, samples_B=samples)])  # type: ignore[arg-type]
+                audit.add(first, [Batch(empty, empty, None, 0, sample_ids_B=samples)])  # type: ignore[arg-type]
             except DataError as error:
                 return str(error)
             first = loader.after(first)

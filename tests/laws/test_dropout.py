@@ -83,7 +83,7 @@ def test_microbatches_of_a_step_do_not_share_a_mask(bug: bool) -> None:
     engine = NativeEngine(config_of(1, DROPOUT, optim=SGD, data={"micro_batch": 12}), torch.device("cpu"))
     batch, seed = batches_of(engine.config, engine, 0)[0], engine._seed
     with patch.object(engine, "_seed", lambda step, _: seed(step, 0)) if bug else nullcontext():
-        losses = engine.accumulate([batch, batch], torch.tensor(batch.scored), step=3)
+        losses = engine.accumulate([batch, batch], torch.tensor(batch.num_valid_tokens), step=3)
     first, second = losses.chunk(2)
     assert torch.equal(first, second) == bug
 

@@ -1,4 +1,4 @@
-"""Token ids as an objective sees them: the tokenizer's own, and after them those that it adds."""
+"""The token ids of an objective: the tokenizer's, and the special tokens and sentinels after them."""
 
 from dataclasses import dataclass, field
 
@@ -10,22 +10,23 @@ from dist_llm.config.lengths import SPECIALS
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`size` ids of a tokenizer, of which `eot` ends a document; then those in SPECIALS; then sentinels."""
+    """`size` ids of a tokenizer, of which `eot` ends a document; then the SPECIALS; then sentinels."""
 
     size: int
     eot: int
-    word_V2: npt.NDArray[np.bool_] | None = field(default=None, compare=False)  # id begins, ends inside a word
+    # id begins inside a word; id ends inside a word
+    word_V2: npt.NDArray[np.bool_] | None = field(default=None, compare=False)
 
     def special(self, name: str) -> int:
         """The id of one of SPECIALS."""
         return self.size + SPECIALS.index(name)
 
     def sentinel(self, number: int) -> int:
-        """The id that stands for cut-out span `number`, from 0."""
+        """The id of the sentinel of span `number`, from 0."""
         return self.size + len(SPECIALS) + number
 
     def describe(self, token: int) -> str | None:
-        """The name of an added id, as `<mask>`; None for the tokenizer's."""
+        """The name of an added id, such as `<mask>`; None for an id of the tokenizer."""
         extra = token - self.size
         if extra < 0:
             return None
