@@ -237,7 +237,7 @@ def test_documents_travel_with_their_tokens(architecture):
     objective = build_objective(config, VOCABULARY)
     window = np.concatenate([[*range(100 * d, 100 * d + 7), EOT] for d in range(9)])
     window = window[: objective.components[0][1].window]
-    with pytest.raises(ValueError, match="without document numbers"):
+    with pytest.raises(ValueError, match="without document ids"):
         objective([window], np.arange(1))
     numbers = np.arange(len(window)) // 8
     batch = objective([TokenWindow(window, document_ids_W=numbers)], np.arange(1))
