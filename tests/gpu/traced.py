@@ -93,7 +93,7 @@ def waits(self: NativeEngine) -> Any:
     return torch.full_like(norm, norm.item())
 
 
-REAL, NORM = attention.rotate, NativeEngine._norm
+REAL, NORM = attention.apply_rotary, NativeEngine._norm
 BUGS = {
     "none": nullcontext,
     "host": lambda: patch.object(attention, "apply_rotary", lambda x, cos, sin: REAL(x, cos.cpu(), sin)),
