@@ -225,7 +225,7 @@ def config_of(chosen: Case) -> Config:
 
 def batches_of(config: Config, engine: NativeEngine) -> list[Batch]:
     """This data rank's microbatches, of random tokens."""
-    rank, ranks = engine.data_rank
+    rank, ranks = engine.dp_rank_and_size
     generator = torch.Generator().manual_seed(rank)
     tokens = torch.randint(config.model.vocab_size, (ROWS // ranks, SEQ_LEN + 1), generator=generator)
     return [Batch.of(rows[:, :-1], rows[:, 1:], CAUSAL) for rows in tokens.split(config.data.micro_batch)]
@@ -343,9 +343,12 @@ def minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
     it knows of `reshard` default alone, which frees nothing until the step's end.
     """
     model, parallel = config.model, config.parallel
-    rows = config.data.global_batch // engine.data_rank[1]
-    blocks = sum(len(part.blocks) for part in engine.parts)
-    first, last = any(part.is_first_stage for part in engine.parts), any(part.is_last_stage for part in engine.parts)
+    rows = config.data.global_batch // engine.dp_rank_and_size[1]
+    blocks = sum(len(part.blocks) for part in engine.model_parts)
+    first, last = (
+        any(part.is_first_stage for part in engine.model_parts),
+        any(part.is_last_stage for part in engine.model_parts),
+    )
     tokens = rows * config.data.seq_len // parallel.cp
     width = FP32 if config.precision == "fp32" else 2
     activations = width * tokens * model.d_model

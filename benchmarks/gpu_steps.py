@@ -200,8 +200,8 @@ def check_one_rank(context: Context) -> dict[str, object]:
         apply_fsdp(model, config, build_mesh(config.parallel, context.device.type))
         model.to_empty(device=context.device)
         init_parameters(model, config)
-        engine.parts = [model]
-        engine.optimizer = engine._optimizer()
+        engine.model_parts = [model]
+        engine.optimizer = engine._build_optimizer()
         compare_steps(comparison, "FSDP2", take_steps(engine, 1), expected, 1e-5, 1e-5)
         del engine, model
     return comparison.row()

@@ -95,7 +95,7 @@ def run(config: Config, pairs: int, scratch: Path) -> "Turns":
     plan = fresh_plan(config)
     engine = NativeEngine(config, device)
     vocabulary = read_vocabulary(config, plan.sources[0].corpus.directory)
-    loader = build_loader(config, plan, vocabulary, *engine.data_rank, pin=device.type == "cuda")
+    loader = build_loader(config, plan, vocabulary, *engine.dp_rank_and_size, pin=device.type == "cuda")
     start_logging(scratch / "run" / "logs", world)
     trainer = Trainer(config, world, engine, loader, CheckpointStore(scratch / "checkpoints"), None, {})
     turns = Turns(BareLoop(config, device), config)

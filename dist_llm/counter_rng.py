@@ -17,6 +17,12 @@ def hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
+def hash_seed(*numbers: int) -> int:
+    """Return a 63-bit seed that depends on all of `numbers` and on their order."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def iter_element_ids(
     local: Tensor, shape: Sequence[int], offset: Sequence[int]
 ) -> Iterator[tuple[slice | EllipsisType, Tensor]]:

@@ -34,12 +34,12 @@ class Audit:
         """Compare with all ranks what was read since the last time."""
         if not self.firsts:
             return
-        _, ranks = self.engine.data_rank
+        _, ranks = self.engine.dp_rank_and_size
         loader = self.loader
         planned = [loader.plan.numbers(first, loader.global_batch).reshape(ranks, -1) for first in self.firsts]
         wanted = [_wrapped(sum(digest(step[rank]) for step in planned)) for rank in range(ranks)]
-        places = self.engine.gather(self.engine.data_rank[0])
-        found = self.engine.gather(_wrapped(self.found))
+        places = self.engine.all_gather_ints(self.engine.dp_rank_and_size[0])
+        found = self.engine.all_gather_ints(_wrapped(self.found))
         strayed = [rank for rank, (place, each) in enumerate(zip(places, found, strict=True)) if each != wanted[place]]
         if strayed:
             raise DataError(

@@ -55,10 +55,10 @@ def debug(config: Config) -> None:
     show(console, loader.batches(0)[0], Tokenizer.load(directory), vocabulary)
 
     engine = NativeEngine(config, device)
-    with finite(engine.parts[0]):
+    with finite(engine.model_parts[0]):
         for step in range(STEPS):
             report = train_step(engine, loader.batches(step * rows), config.optim.lr, step)
-            _check_parameters(engine.parts[0])
+            _check_parameters(engine.model_parts[0])
             console.print(f"step {step + 1}: loss {report.loss:.4f}  grad norm {report.grad_norm:.4f}")
         overfit(console, config, device, loader.batches(0))
     console.print("debug run passed")
@@ -132,7 +132,7 @@ def overfit(console: Console, config: Config, device: torch.device, batches: lis
     """A fresh model must learn one batch by heart: if it cannot, no run of it will learn."""
     engine = NativeEngine(config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})}), device)
     first = last = float("nan")
-    with finite(engine.parts[0]):
+    with finite(engine.model_parts[0]):
         for step in range(OVERFIT_STEPS):
             last = float(train_step(engine, batches, config.optim.lr).loss)
             first = last if step == 0 else first

@@ -101,12 +101,14 @@ def _score(
     """(sum of losses, scored tokens) of one member on one corpus, over all ranks."""
     losses: list[Tensor] = []
     count = 0
-    for whole in heldout_batches(heldout, corpus, member, *engine.data_rank):
+    for whole in heldout_batches(heldout, corpus, member, *engine.dp_rank_and_size):
         alive()
-        batch = engine.cut(whole)
+        batch = engine.to_local_batch(whole)
         losses.append(engine.score(batch).sum())
         count += batch.num_valid_tokens
-    return float(engine.total(torch.stack(losses).double().sum())), int(engine.total(count))
+    return float(engine.all_reduce_over_data(torch.stack(losses).double().sum())), int(
+        engine.all_reduce_over_data(count)
+    )
 
 
 def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ranks: int) -> Iterator[Batch]:

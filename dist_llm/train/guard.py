@@ -50,14 +50,14 @@ class Guard:
     """
 
     def __init__(self, config: GuardConfig, state: Guarded, engine: Engine, run: Path) -> None:
-        self.config, self.state, self.gather, self.run = config, state, engine.gather, run
+        self.config, self.state, self.gather, self.run = config, state, engine.all_gather_ints, run
         self.norms = engine.loss_scale is None
         self.skips = "skip" in (config.not_finite, config.spike)
         self.rewinds = "rewind" in (config.not_finite, config.spike, config.corrupt)
         self.judged: dict[int, Bad | None] = {}  # steps that were judged before they were taken
         self.warned = 0  # the newest step that was warned of
 
-    def accept(self, step: int, loss: Tensor, norm: Tensor) -> bool:
+    def should_apply(self, step: int, loss: Tensor, norm: Tensor) -> bool:
         """Whether to take the step. Waits for the device and for all ranks: asked only if `skips`."""
         bad = self._agreed(self._judge(*torch.stack((loss.float(), norm.float())).tolist()))
         self.judged[step] = bad

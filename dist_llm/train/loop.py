@@ -139,7 +139,7 @@ class Trainer:
         if (every := config.guard.replay_every) and (progress.step + 1) % every == 0:
             lines = replay(self.engine, self.loader, progress.samples, progress.step, config.precision)
             self.guard.corrupt(progress.step + 1, lines)
-        accept = partial(self.guard.accept, progress.step + 1) if self.guard.skips else None
+        accept = partial(self.guard.should_apply, progress.step + 1) if self.guard.skips else None
         sources, regularised = len(self.loader.plan.sources), config.loss != LossConfig()
         report = train_step(self.engine, batches, lr, progress.step, sources, accept, regularised)
         progress.step += 1
@@ -153,7 +153,7 @@ class Trainer:
 
     def compare(self) -> None:
         """Raises DivergedError or RewindError, on all ranks, where copies of weights differ."""
-        if copies := self.engine.copies:
+        if copies := self.engine.replicated_params:
             self.guard.corrupt(self.progress.step, find_mismatches(copies, self.world.host))
 
     def flush(self) -> None:
@@ -187,7 +187,7 @@ class Trainer:
         config = self.config
         tokenizer = Tokenizer.load(self.loader.plan.sources[0].corpus.directory)
         sampling = Sampling(config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.run.seed)
-        (model,) = self.engine.parts
+        (model,) = self.engine.model_parts
         model.eval()
         asked = ask(config, tokenizer, config.eval.sample_prompt)
         pieces = text(model, tokenizer, asked, sampling, config.model.max_seq_len, stop=False)

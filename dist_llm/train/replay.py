@@ -22,12 +22,12 @@ def replay(engine: Engine, loader: Loader, first: int, step: int, precision: str
     Each rank takes the gradient of its own samples, then of those of the next data rank. Needs gradients that ranks
     share with nobody (the native engine's) and a model without dropout. Costs two steps, and a copy of the gradients.
     """
-    place, places = engine.data_rank
+    place, places = engine.dp_rank_and_size
     own, own_losses = _gradients(engine, loader.batches_of(place, first), step)
     other, other_losses = _gradients(engine, loader.batches_of((place + 1) % places, first), step)
     odd = [name for name, gradient in own.items() if not _close(other[name], gradient, TOLERANCE[precision])]
-    wrong = engine.gather(len(odd))
-    at = engine.gather(place)
+    wrong = engine.all_gather_ints(len(odd))
+    at = engine.all_gather_ints(place)
     by_own, by_other = _by_place(engine, at, places, own_losses), _by_place(engine, at, places, other_losses)
     if not any(wrong):
         return []
@@ -42,8 +42,8 @@ def replay(engine: Engine, loader: Loader, first: int, step: int, precision: str
 
 def _gradients(engine: Engine, batches: list[Batch], step: int) -> tuple[dict[str, Tensor], float]:
     """(this rank's share of the gradients, its share of the loss); the engine's are cleared."""
-    batches = [engine.cut(batch) for batch in batches]
-    scored = engine.total(sum(batch.num_valid_tokens for batch in batches))
+    batches = [engine.to_local_batch(batch) for batch in batches]
+    scored = engine.all_reduce_over_data(sum(batch.num_valid_tokens for batch in batches))
     losses = engine.accumulate(batches, scored, step)
     found = {}
     for name, parameter in engine.named_parameters():
@@ -57,7 +57,7 @@ def _by_place(engine: Engine, at: list[int], places: int, value: float) -> list[
     """The values of all ranks, added up by their place among the data ranks."""
     (bits,) = struct.unpack("<q", struct.pack("<d", value))
     found = [0.0] * places
-    for place, each in zip(at, engine.gather(bits), strict=True):
+    for place, each in zip(at, engine.all_gather_ints(bits), strict=True):
         found[place] += struct.unpack("<d", struct.pack("<q", each))[0]
     return found
 

@@ -26,7 +26,7 @@ from dist_llm.data.loader import build_loader
 from dist_llm.data.plan import merged
 from dist_llm.data.streams import Source, open_sources
 from dist_llm.engines.base import Engine
-from dist_llm.engines.build import build_engine
+from dist_llm.engines.build_engine import build_engine
 from dist_llm.errors import CheckpointError, DataError, UserError, user_error_of
 from dist_llm.launch.environment import check_accelerate, set_network
 from dist_llm.launch.failures import add_last_words
@@ -171,7 +171,7 @@ class Parts:
         files = {**run_files(config, corpus), HISTORY: histories.dump(history)}
         pin = self.engine.device.type == "cuda"
         plan = history[-1].plan(self.sources)
-        loader = build_loader(config, plan, self.vocabulary, *self.engine.data_rank, pin=pin)
+        loader = build_loader(config, plan, self.vocabulary, *self.engine.dp_rank_and_size, pin=pin)
         trainer = Trainer(config, self.world, self.engine, loader, self.store, start, files, guarded, self.watchdog)
         if self.world.main:  # not before the weights are accepted
             for name, content in files.items():

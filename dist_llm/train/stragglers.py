@@ -23,7 +23,7 @@ class Stragglers:
     """While open, looks. Nothing on one rank, or where `seconds` is 0."""
 
     def __init__(self, world: World, engine: Engine, seconds: float) -> None:
-        self.gather, self.ranks, self.seconds = engine.gather, world.size, seconds if world.size > 1 else 0.0
+        self.gather, self.ranks, self.seconds = engine.all_gather_ints, world.size, seconds if world.size > 1 else 0.0
         self.looks = self.waits = 0  # of this rank, since they were last gathered
         self._forget()
         self._over = threading.Event()

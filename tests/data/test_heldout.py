@@ -80,10 +80,10 @@ class Alone:
 
     data_rank = (0, 1)
 
-    def total(self, value):
+    def all_reduce_over_data(self, value):
         return torch.as_tensor(value)
 
-    def cut(self, batch):
+    def to_local_batch(self, batch):
         return batch
 
     def score(self, batch):

@@ -88,8 +88,8 @@ class Late(NativeEngine):
         super().__init__(*arguments)
         self.factor = 1.001 if next(self.count) % 2 else 1.0
 
-    def update(self, lr: float, accept: Any = None) -> torch.Tensor:
-        return super().update(lr * self.factor, accept)
+    def update(self, lr: float, should_apply: Any = None) -> torch.Tensor:
+        return super().update(lr * self.factor, should_apply)
 
 
 @pytest.fixture

@@ -143,17 +143,20 @@ def gradients_are_averaged_over_ranks() -> Iterator[Any]:
 @bug
 def mean_of_rank_means() -> Iterator[Any]:
     def own_count(self: NativeEngine, value: Any) -> torch.Tensor:
-        return torch.as_tensor(value) * self.data_rank[1] if isinstance(value, int) else real(self, value)
+        return torch.as_tensor(value) * self.dp_rank_and_size[1] if isinstance(value, int) else real(self, value)
 
-    real = NativeEngine.total
-    with patch.object(NativeEngine, "total", own_count):
+    real = NativeEngine.all_reduce_over_data
+    with patch.object(NativeEngine, "all_reduce_over_data", own_count):
         yield
 
 
 @bug
 def mean_of_microbatch_means() -> Iterator[Any]:
     def each_by_its_own(self: NativeEngine, batches: Any, scored: torch.Tensor, step: int) -> torch.Tensor:
-        losses = [real(self, [batch], self.total(batch.num_valid_tokens) * len(batches), step) for batch in batches]
+        losses = [
+            real(self, [batch], self.all_reduce_over_data(batch.num_valid_tokens) * len(batches), step)
+            for batch in batches
+        ]
         return torch.stack(losses).sum()
 
     real = NativeEngine._accumulate
@@ -187,8 +190,8 @@ def last_microbatch_only() -> Iterator[Any]:
 
 @bug
 def all_ranks_read_the_same_samples() -> Iterator[Any]:
-    real = NativeEngine.data_rank
-    with patch.object(NativeEngine, "data_rank", property(lambda self: (0, real.fget(self)[1]))):  # type: ignore[attr-defined]
+    real = NativeEngine.dp_rank_and_size
+    with patch.object(NativeEngine, "dp_rank_and_size", property(lambda self: (0, real.fget(self)[1]))):  # type: ignore[attr-defined]
         yield
 
 
@@ -199,29 +202,29 @@ def clipping_by_the_local_norm() -> Iterator[Any]:
     def norm_stays_local(value: torch.Tensor, mesh: Any, axes: Any) -> torch.Tensor:
         return value if "tp" in axes else real(value, mesh, axes)  # only the norm is summed over tp
 
-    with patch("dist_llm.engines.native.all_reduce_over", norm_stays_local):
+    with patch("dist_llm.engines.gradient_norm.all_reduce_over", norm_stays_local):
         yield
 
 
 @bug
 def replicated_parameters_counted_once_per_tensor_rank() -> Iterator[Any]:
-    with patch("dist_llm.engines.native._split_by_tp", lambda parameter: True):
+    with patch("dist_llm.engines.gradient_norm.is_tp_sharded", lambda parameter: True):
         yield
 
 
 @bug
 def tied_embedding_counted_by_both_stages() -> Iterator[Any]:
     def norm_of_all(self: NativeEngine) -> torch.Tensor:
-        ends = [part.is_first_stage for part in self.parts]
-        for part in self.parts:
+        ends = [part.is_first_stage for part in self.model_parts]
+        for part in self.model_parts:
             part.is_first_stage = True
         norm = real(self)
-        for part, first in zip(self.parts, ends, strict=True):
+        for part, first in zip(self.model_parts, ends, strict=True):
             part.is_first_stage = first
         return norm
 
-    real = NativeEngine._norm
-    with patch.object(NativeEngine, "_norm", norm_of_all):
+    real = NativeEngine._grad_norm
+    with patch.object(NativeEngine, "_grad_norm", norm_of_all):
         yield
 
 

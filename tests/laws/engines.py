@@ -16,10 +16,10 @@ from torch import Tensor
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.state import Guarded, Progress
 from dist_llm.config.schema import Config, GuardConfig
-from dist_llm.engines.accelerate import AccelerateEngine
+from dist_llm.engines.accelerate_engine import AccelerateEngine
 from dist_llm.engines.base import Engine
-from dist_llm.engines.build import build_engine
-from dist_llm.engines.deepspeed import DeepSpeedEngine
+from dist_llm.engines.build_engine import build_engine
+from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
 from dist_llm.train.guard import Guard
 from dist_llm.train.step import train_step
 from tests.laws.law import Placed, Trace, batches_of, joined, parts_of, saved
@@ -59,8 +59,8 @@ def take(
             store.load(load, engine.state)
         guard = Guard(GuardConfig(not_finite="skip"), Guarded(), engine, Path("unused"))
         for step in steps:
-            accept = partial(guard.accept, step) if skip else None
-            report = train_step(engine, batches_of(config, engine, step), rate(config, step), step, accept=accept)
+            accept = partial(guard.should_apply, step) if skip else None
+            report = train_step(engine, batches_of(config, engine, step), rate(config, step), step, should_apply=accept)
             found.losses.append(report.loss.item())
             found.scored.append(int(report.scored))
             found.norms.append(report.grad_norm.item())
@@ -68,7 +68,7 @@ def take(
             if step in (steps[0], steps[-1]):
                 found.held.append(parts_of((engine.state.weights() | engine.state.moments()).items()))
         (batch, *_) = batches_of(config, engine, 1000)
-        found.heldout = engine.total(engine.score(engine.cut(batch)).sum()).item()
+        found.heldout = engine.all_reduce_over_data(engine.score(engine.to_local_batch(batch)).sum()).item()
         if save is not None:
             saved(store.CheckpointStore(save), engine, Progress(steps[-1] + 1), {})
         return found

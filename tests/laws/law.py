@@ -120,7 +120,7 @@ def random_rows(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:
 
 def batches_of(config: Config, engine: Engine, step: int) -> list[Batch]:
     """This data rank's microbatches of the step, as the loader would cut them."""
-    rank, ranks = engine.data_rank
+    rank, ranks = engine.dp_rank_and_size
     share, micro = ROWS // ranks, config.data.micro_batch
     if not plain(config):
         return [made_of(config, step, range(i, i + micro)) for i in range(rank * share, (rank + 1) * share, micro)]
@@ -165,14 +165,14 @@ class Spy(NativeEngine):
 
     kept: Placed
 
-    def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
+    def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
         self.kept = parts_of((name, p.grad) for name, p in parameters_of(self) if p.grad is not None)
-        return super().update(lr, accept)
+        return super().update(lr, should_apply)
 
 
 def parameters_of(engine: NativeEngine) -> Iterator[tuple[str, nn.Parameter]]:
     """As the modules have them. `engine.named_parameters` would reshard them, which the step itself has to do."""
-    for part in engine.parts:
+    for part in engine.model_parts:
         yield from part.named_parameters()
 
 

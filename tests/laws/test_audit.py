@@ -26,7 +26,7 @@ def strayed(config: Config, off: Callable[[int], int] | None) -> str:
     engine = NativeEngine(config, torch.device("cpu"))
     one = Mixture(0, (1,))
     plan = Plan([Source("", None, (Stream(None, Shuffle(0, 9, 4), 5),), one)], [Stage(0, one, (0,))], ((20, 30),))  # type: ignore[arg-type]
-    rank, ranks = engine.data_rank
+    rank, ranks = engine.dp_rank_and_size
     loader = Loader(plan, None, config.data, rank, ranks, pin=False)  # type: ignore[arg-type]
     audit, first = Audit(engine, loader, 3), 0
     with patch.object(loader, "offset", off(loader.offset)) if off else patch.object(loader, "pin", False):

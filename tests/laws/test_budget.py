@@ -116,13 +116,15 @@ def stepped(config: Config) -> Found:
         return modes, size
 
     with patch.object(activation_budget, "choose_modes", noting):
-        engine._fit(engine.cut(batches_of(config, engine, 0)[0]), 0)  # outside of what is watched
+        engine._fit_activation_budget(
+            engine.to_local_batch(batches_of(config, engine, 0)[0]), 0
+        )  # outside of what is watched
     train_step(engine, batches_of(config, engine, 0), 1e-3, 0)  # in the first, pipelines also learn their shapes
     live = Live()
-    with live.watching(engine.parts):
+    with live.watching(engine.model_parts):
         train_step(engine, batches_of(config, engine, 1), 1e-3, 1)
     (found,) = seen
-    assert [block.forward.mode for part in engine.parts for block in part.blocks.values()] == found.modes
+    assert [block.forward.mode for part in engine.model_parts for block in part.blocks.values()] == found.modes
     found.most = live.most()
     return found
 
@@ -224,7 +226,7 @@ def measured(precision: str, compiled: bool) -> dict[RecomputeMode, int]:
         return choose_modes(kept, *others)
 
     with patch.object(activation_budget, "choose_modes", noting):
-        engine._fit(engine.cut(batches_of(config, engine, 0)[0]), 0)
+        engine._fit_activation_budget(engine.to_local_batch(batches_of(config, engine, 0)[0]), 0)
     return seen[0].blocks[0]
 
 

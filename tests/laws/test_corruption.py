@@ -44,7 +44,7 @@ def held(config: Config, rank: int) -> list[str]:
             name = next(name for name, _ in engine.named_parameters() if "norm" in name)
             (weight,) = (each for other, each in engine.named_parameters() if other == name)
             to_local(weight.detach()).view(-1).view(torch.int32)[:1] ^= 1
-        return find_mismatches(engine.copies, "here")
+        return find_mismatches(engine.replicated_params, "here")
 
 
 def config(layout: Layout, **more: Any) -> Config:
@@ -94,7 +94,7 @@ class Samples:
         self.config, self.places = config, places
 
     def batches_of(self, place: int, first: int) -> list[Batch]:
-        return batches_of(self.config, SimpleNamespace(data_rank=(place, self.places)), first)  # type: ignore[arg-type]
+        return batches_of(self.config, SimpleNamespace(dp_rank_and_size=(place, self.places)), first)  # type: ignore[arg-type]
 
 
 def replayed(config: Config, rank: int, where: str) -> tuple[list[str], float]:
@@ -112,7 +112,7 @@ def replayed(config: Config, rank: int, where: str) -> tuple[list[str], float]:
     engine = NativeEngine(config, CPU)
     errs = torch.distributed.get_rank() == rank
     with patch.object(Block, "forward", wrong) if errs else nullcontext():
-        found = replay(engine, Samples(config, engine.data_rank[1]), 0, 0, "fp32")  # type: ignore[arg-type]
+        found = replay(engine, Samples(config, engine.dp_rank_and_size[1]), 0, 0, "fp32")  # type: ignore[arg-type]
     return found, train_step(engine, batches_of(config, engine, 0), 1e-3, 0).loss.item()
 
 

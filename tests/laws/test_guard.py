@@ -40,7 +40,7 @@ def steps(config: Config, numbers: Sequence[int], bug: bool = False) -> Taken:
         for step in numbers:
             batches = batches_of(config, engine, step)
             with poisoned() if step == BAD else nullcontext():
-                report = train_step(engine, batches, 1e-3, step, accept=partial(guard.accept, step))
+                report = train_step(engine, batches, 1e-3, step, should_apply=partial(guard.should_apply, step))
             assert bool(guard.judged[step]) == (step == BAD), "on all ranks, though one replica alone may have seen it"
             if step != BAD:
                 found.losses.append(report.loss.item())
@@ -70,10 +70,10 @@ def moments_decay() -> Iterator[None]:
     """The bug: a step with gradients of zero in place of none."""
     real = NativeEngine.update
 
-    def update(self: Any, lr: float, accept: Any = None) -> Tensor:
+    def update(self: Any, lr: float, should_apply: Any = None) -> Tensor:
         norm: Tensor = self._norm()
-        if not accept(norm):
-            for parameter in self.parts[0].parameters():
+        if not should_apply(norm):
+            for parameter in self.model_parts[0].parameters():
                 to_local(parameter.grad).zero_()
         real(self, lr)
         return norm

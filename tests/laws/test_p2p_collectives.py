@@ -74,7 +74,7 @@ def scored(config: Config, messages: bool) -> tuple[list[float], dict[str, Tenso
     for step in range(3):
         batches = batches_of(config, engine, step)
         losses.append(train_step(engine, batches, config.optim.lr, step).loss.item())
-        losses.append(engine.score(engine.cut(batches[0])).sum().item())
+        losses.append(engine.score(engine.to_local_batch(batches[0])).sum().item())
     return losses, {name: whole(parameter) for name, parameter in engine.named_parameters()}
 
 

@@ -21,7 +21,7 @@ STEADY = [2.0 + 0.01 * (number % 5) for number in range(20)]
 
 
 def guard(losses: list[float] = STEADY, norms: bool = True, spent: int = 0, **config: Any) -> Guard:
-    engine = SimpleNamespace(gather=lambda value: [value], loss_scale=None if norms else LossScale())
+    engine = SimpleNamespace(all_gather_ints=lambda value: [value], loss_scale=None if norms else LossScale())
     return Guard(GuardConfig(window=20, **config), Guarded(list(losses), spent), engine, Path("runs/a"))  # type: ignore[arg-type]
 
 
@@ -90,10 +90,10 @@ def test_the_budget_ends_the_run(policy: str) -> None:
 def test_a_step_is_judged_before_it_is_taken_and_once() -> None:
     found = guard(not_finite="skip")
     one = torch.tensor(1.0)
-    assert found.accept(21, torch.tensor(2.0625), one)
-    assert not found.accept(22, torch.tensor(2.0), torch.tensor(math.inf))
-    assert not found.accept(23, torch.tensor(math.nan), one)
-    assert found.accept(24, torch.tensor(9.0), one), "a spike is another matter"
+    assert found.should_apply(21, torch.tensor(2.0625), one)
+    assert not found.should_apply(22, torch.tensor(2.0), torch.tensor(math.inf))
+    assert not found.should_apply(23, torch.tensor(math.nan), one)
+    assert found.should_apply(24, torch.tensor(9.0), one), "a spike is another matter"
     notes = found.look([row(21, 2.0625), row(22, 2.0, math.inf), row(23, math.nan), row(24, 9.0)])
     assert [note["step"] for note in notes] == [22, 23, 24]
     assert found.state.spent == 2

@@ -17,7 +17,7 @@ def report(every: list[tuple[int, int]], seconds: float = 4.0) -> list[dict[str,
     """Rank 0's, of ranks that were seen so often, of that in a collective."""
     looks, waits = ([each[place] for each in every] for place in (0, 1))
     gathered = iter([looks, waits, looks, waits])
-    found = Stragglers(World(0, len(every)), SimpleNamespace(gather=lambda value: next(gathered)), seconds)  # type: ignore[arg-type]
+    found = Stragglers(World(0, len(every)), SimpleNamespace(all_gather_ints=lambda value: next(gathered)), seconds)  # type: ignore[arg-type]
     found.looks, found.waits = every[0]
     first = found.report(rows(2))
     return first or found.report(rows(4))
@@ -45,7 +45,7 @@ def test_looks_add_up_until_it_is_time() -> None:
 
 
 def test_one_rank_has_nobody_to_wait_for() -> None:
-    alone = Stragglers(World(), SimpleNamespace(gather=lambda value: [value]), 1.0)  # type: ignore[arg-type]
+    alone = Stragglers(World(), SimpleNamespace(all_gather_ints=lambda value: [value]), 1.0)  # type: ignore[arg-type]
     assert alone.report(rows(2)) == []
 
 

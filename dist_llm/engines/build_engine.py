@@ -3,9 +3,9 @@
 import torch
 
 from dist_llm.config.schema import Config
-from dist_llm.engines.accelerate import AccelerateDeepSpeedEngine, AccelerateEngine
+from dist_llm.engines.accelerate_engine import AccelerateDeepSpeedEngine, AccelerateEngine
 from dist_llm.engines.base import Engine
-from dist_llm.engines.deepspeed import DeepSpeedEngine
+from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
 from dist_llm.engines.deepspeed_pipeline import DeepSpeedPipelineEngine
 from dist_llm.engines.native import NativeEngine
 

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from dist_llm.checkpoint.state import Held, State
 from dist_llm.config.schema import Config
-from dist_llm.engines.deepspeed import DeepSpeedEngine
-from dist_llm.engines.native import step_at
-from dist_llm.engines.replicas import Replicas
+from dist_llm.engines.data_parallel import DataParallelEngine
+from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
+from dist_llm.engines.optimizer_step import step_and_zero_grad
 from dist_llm.errors import ConfigError
 from dist_llm.launch.environment import prepare_accelerate
 from dist_llm.models.decoder import Decoder
@@ -29,10 +29,10 @@ from dist_llm.parallel.fsdp import COMPUTE_DTYPES
 from dist_llm.parallel.mesh import to_local
 from dist_llm.parallel.parallelize import build_model_parts
 
-BACKEND = {"cpu": "gloo", "cuda": "nccl"}
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
-class AccelerateEngine(Replicas):
+class AccelerateEngine(DataParallelEngine):
     """See `Engine`: accelerate's DDP or FSDP2. `config` is resolved; a process group exists."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -54,7 +54,7 @@ class AccelerateEngine(Replicas):
         (self.model,) = build_model_parts(config, None, device)
         optimizer = build_optimizer(config.optim, self.model.named_parameters())
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        _insist(self.accelerator, config.accelerate.plugin, dist.get_world_size(), self.prepared)
+        _check_accelerate(self.accelerator, config.accelerate.plugin, dist.get_world_size(), self.prepared)
 
     def _policy(self) -> MixedPrecisionPolicy:
         """As the native engine's: gradients are reduced in fp32."""
@@ -65,30 +65,30 @@ class AccelerateEngine(Replicas):
     def state(self) -> State:
         return Held(self.model, self.optimizer.optimizer)
 
-    def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
         self.prepared.train()
-        scored, losses = scored.clamp(min=1), []
+        num_valid_tokens, losses = num_valid_tokens.clamp(min=1), []
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.prepared):
-                self.seed(step, number)
-                losses_B = self.prepared(batch.inputs_BS, **batch.forward_arguments()) / scored
-                self.accelerator.backward(losses_B.sum() * self.data_rank[1])
+                self.seed_dropout(step, number)
+                losses_B = self.prepared(batch.inputs_BS, **batch.forward_arguments()) / num_valid_tokens
+                self.accelerator.backward(losses_B.sum() * self.dp_rank_and_size[1])
             losses.append(losses_B.detach())
         return torch.cat(losses)
 
-    def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
+    def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         mine = [to_local(gradient) for gradient in gradients]
         norm = gradient_clipping.global_norm(mine).to(self.device)
         if any(isinstance(gradient, DTensor) for gradient in gradients):
-            norm = self.total(norm.square()).sqrt()
-        if accept is not None and not accept(norm):
+            norm = self.all_reduce_over_data(norm.square()).sqrt()
+        if should_apply is not None and not should_apply(norm):
             self.optimizer.zero_grad()
             return norm
         if self.config.optim.clip:
             gradient_clipping.clip_grads_(mine, norm, self.config.optim.clip)
-        step_at(self.optimizer, lr)
+        step_and_zero_grad(self.optimizer, lr)
         return norm
 
     @torch.no_grad()
@@ -105,14 +105,14 @@ class AccelerateDeepSpeedEngine(DeepSpeedEngine):
         accelerate = prepare_accelerate()
         accelerator = accelerate.Accelerator(
             deepspeed_plugin=accelerate.DeepSpeedPlugin(hf_ds_config=settings),
-            kwargs_handlers=[accelerate.InitProcessGroupKwargs(backend=BACKEND[self.device.type])],
+            kwargs_handlers=[accelerate.InitProcessGroupKwargs(backend=BACKENDS[self.device.type])],
         )
         engine, _ = accelerator.prepare(model, optimizer)
-        _insist(accelerator, "deepspeed", dist.get_world_size(), engine)
+        _check_accelerate(accelerator, "deepspeed", dist.get_world_size(), engine)
         return engine
 
 
-def _insist(accelerator: Any, plugin: str, ranks: int, prepared: nn.Module) -> None:
+def _check_accelerate(accelerator: Any, plugin: str, ranks: int, prepared: nn.Module) -> None:
     """Raises ConfigError unless accelerate does what it was asked for: on CPUs it falls back without a word."""
     found = str(accelerator.distributed_type.value)
     wanted = {"ddp": ("MULTI_CPU", "MULTI_GPU"), "fsdp2": ("FSDP",), "deepspeed": ("DEEPSPEED",)}[plugin]

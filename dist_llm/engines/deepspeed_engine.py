@@ -11,7 +11,7 @@ from dist_llm.checkpoint.state import Held, State, refuse_other_optimizer, saved
 from dist_llm.config.deepspeed import deepspeed_json
 from dist_llm.config.schema import Config
 from dist_llm.convert.deepspeed_layout import Layout, contiguous, split
-from dist_llm.engines.replicas import Replicas
+from dist_llm.engines.data_parallel import DataParallelEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.launch.environment import prepare_deepspeed
 from dist_llm.losses.cross_entropy import CrossEntropy
@@ -24,7 +24,7 @@ from dist_llm.optim.build_optimizer import build_optimizer
 from dist_llm.parallel.parallelize import init_parameters, parallelize_model
 
 
-class DeepSpeedEngine(Replicas):
+class DeepSpeedEngine(DataParallelEngine):
     """See `Engine`. `config` is resolved; a process group exists, of one rank where there is one.
 
     Its ranks add nothing of their own to what the native engine computes: DeepSpeed averages gradients, so losses are
@@ -35,19 +35,19 @@ class DeepSpeedEngine(Replicas):
         super().__init__(config, device)
         deepspeed = prepare_deepspeed(device)
         self.stage = config.deepspeed.stage
-        settings = deepspeed_json(config, self.data_rank[1])
-        self.model = self.build(deepspeed, settings)
+        settings = deepspeed_json(config, self.dp_rank_and_size[1])
+        self.model = self.build_model_part(deepspeed, settings)
         optimizer = build_optimizer(config.optim, self.model.named_parameters())
         self.deepspeed = self.initialize(deepspeed, self.model, optimizer, settings)
         self.optimizer = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
         if self.stage:
-            _fill(self.state, config)  # once more, or at last: in fp32, each rank its part
+            _init_partitions(self.state, config)  # once more, or at last: in fp32, each rank its part
 
     def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
         """DeepSpeed's engine."""
         return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
-    def build(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
+    def build_model_part(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
         """Whole, with its initial values; at stage 3 no rank ever holds it whole."""
         config, loss = self.config, CrossEntropy(self.config.loss.label_smoothing, self.config.loss.z_loss)
         if self.stage == 3:
@@ -66,22 +66,24 @@ class DeepSpeedEngine(Replicas):
     def state(self) -> State:
         if self.stage == 0:
             return Held(self.model, self.optimizer)
-        return Partitions(self.deepspeed.optimizer, dict(self.model.named_parameters()), self.stage, *self.data_rank)
+        return ZeroPartitions(
+            self.deepspeed.optimizer, dict(self.model.named_parameters()), self.stage, *self.dp_rank_and_size
+        )
 
-    def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
         self.deepspeed.train()
-        scored, losses = scored.clamp(min=1), []
+        num_valid_tokens, losses = num_valid_tokens.clamp(min=1), []
         for number, batch in enumerate(batches):
             self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            self.seed(step, number)
-            losses_B = self.deepspeed(batch.inputs_BS, **batch.forward_arguments()) / scored
-            self.deepspeed.backward(losses_B.sum() * self.data_rank[1], scale_wrt_gas=False)
+            self.seed_dropout(step, number)
+            losses_B = self.deepspeed(batch.inputs_BS, **batch.forward_arguments()) / num_valid_tokens
+            self.deepspeed.backward(losses_B.sum() * self.dp_rank_and_size[1], scale_wrt_gas=False)
             losses.append(losses_B.detach().float())
         return torch.cat(losses)
 
-    def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
-        norm = self._whole_norm() if self.stage == 0 else None
-        if norm is not None and accept is not None and not accept(norm):
+    def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
+        norm = self._unreduced_grad_norm() if self.stage == 0 else None
+        if norm is not None and should_apply is not None and not should_apply(norm):
             self.deepspeed.zero_grad()
             return norm
         for group in self.deepspeed.optimizer.param_groups:
@@ -97,7 +99,7 @@ class DeepSpeedEngine(Replicas):
         if self.stage == 3 and self.deepspeed.optimizer.overflow:
             self.deepspeed.optimizer._post_step(set())  # which it then leaves out, too: small weights stay gathered
 
-    def _whole_norm(self) -> Tensor:
+    def _unreduced_grad_norm(self) -> Tensor:
         """At stage 0 gradients are whole after the last backward, and DeepSpeed tells no norm though it clips."""
         return gradient_clipping.global_norm([p.grad for p in self.model.parameters() if p.grad is not None]).to(
             self.device
@@ -110,7 +112,7 @@ class DeepSpeedEngine(Replicas):
         return losses_B
 
 
-class Partitions:
+class ZeroPartitions:
     """`State` of ZeRO 1 to 3: fp32 weights and their moments lie in one flat tensor per group, cut over the ranks."""
 
     def __init__(self, zero: Any, parameters: Mapping[str, nn.Parameter], stage: int, rank: int, ranks: int) -> None:
@@ -176,7 +178,7 @@ class Partitions:
             yield name, Boxes.of_flat(shape, held[places[self.rank]], start)
 
 
-def _fill(state: State, config: Config) -> None:
+def _init_partitions(state: State, config: Config) -> None:
     """Initial values, each rank those of its part."""
     for name, held in state.weights().items():
         name = name.removeprefix("model.")
