@@ -1,8 +1,9 @@
 """Which kernel of attention is fast, forward and backward, for each way in which tokens see each other.
 
 Kernels are those of F.scaled_dot_product_attention, held to one backend each (math, flash, efficient, cudnn), and a
-compiled FlexAttention; all are reached through dist_llm.models.attention.attend, with the mask that `look` makes for
-them. What a device or a mask does not allow is left out. `chosen` is the one that the model would take there.
+compiled FlexAttention; all are reached through dist_llm.models.attention.scaled_dot_product, with the mask that
+`materialize_mask` makes for them. What a device or a mask does not allow is left out. `chosen` is the kernel that the
+model would use there.
 
   causal         each token sees those before it
   prefix         and all see the first quarter
@@ -31,8 +32,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 
-from dist_llm.models.attention import attend, look
-from dist_llm.models.visibility import CAUSAL, FULL, Visibility
+from dist_llm.models.attention import materialize_mask, scaled_dot_product
+from dist_llm.models.attention_mask import CAUSAL, FULL, AttentionMask
 from measure import DTYPES, any_device, precisions, seconds, take_turns
 from results import Results, parser, table
 
@@ -87,15 +88,15 @@ def arguments() -> argparse.Namespace:
     return top.parse_args()
 
 
-def documents(batch: int, seq_len: int, device: torch.device) -> Visibility:
+def documents(batch: int, seq_len: int, device: torch.device) -> AttentionMask:
     """Four of equal length."""
     ids = torch.arange(seq_len, device=device) * 4 // seq_len
-    return Visibility(causal=True, documents_BT=ids.expand(batch, -1))
+    return AttentionMask(causal=True, documents_BT=ids.expand(batch, -1))
 
 
-MASKS: dict[str, Callable[[int, int, torch.device], Visibility]] = {
+MASKS: dict[str, Callable[[int, int, torch.device], AttentionMask]] = {
     "causal": lambda batch, seq_len, device: CAUSAL,
-    "prefix": lambda batch, seq_len, device: Visibility(
+    "prefix": lambda batch, seq_len, device: AttentionMask(
         causal=True, prefix_B=torch.full((batch,), seq_len // 4, device=device)
     ),
     "documents": documents,
@@ -107,16 +108,16 @@ def case(
     mask: str, seq_len: int, precision: str, options: argparse.Namespace, device: torch.device
 ) -> list[dict[str, Any]]:
     """One row per kernel that can do it."""
-    visible = MASKS[mask](options.batch, seq_len, device)
+    attention_mask = MASKS[mask](options.batch, seq_len, device)
     shape = (options.batch, seq_len, seq_len)
     heads = draw(seq_len, precision, options, device)
     turns = {}
     for kernel in KERNELS:
-        step = kernel_step(kernel, heads, masked(kernel, visible, shape, device))
+        step = kernel_step(kernel, heads, masked(kernel, attention_mask, shape, device))
         if works(step):
             turns[kernel] = lambda step=step: seconds(step, device)
     found = take_turns(turns, options.rounds)
-    best = chosen(heads, look(visible, shape, device, dense=False))
+    best = chosen(heads, materialize_mask(attention_mask, shape, device, dense=False))
     cpu = torch.device("cpu")
     flops = 14 * options.head_dim * options.heads * pairs(MASKS[mask](options.batch, seq_len, cpu), shape, cpu)
     rows = []
@@ -137,24 +138,26 @@ def draw(seq_len: int, precision: str, options: argparse.Namespace, device: torc
     return one(options.heads), one(options.kv_heads), one(options.kv_heads)
 
 
-def masked(kernel: str, visible: Visibility, shape: tuple[int, int, int], device: torch.device) -> Visibility:
+def masked(
+    kernel: str, attention_mask: AttentionMask, shape: tuple[int, int, int], device: torch.device
+) -> AttentionMask:
     """With the mask that the kernel takes."""
     if kernel != "flex":
-        return look(visible, shape, device, dense=True)
+        return materialize_mask(attention_mask, shape, device, dense=True)
     B, S, T = shape
 
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return visible.sees(S, T, b, q, k)
+    def allows(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return attention_mask.allows(S, T, b, q, k)
 
-    return replace(visible, mask=create_block_mask(sees, B, None, S, T, device=device))
+    return replace(attention_mask, materialized=create_block_mask(allows, B, None, S, T, device=device))
 
 
-def kernel_step(kernel: str, heads: Heads, visible: Visibility) -> Callable[[], None]:
+def kernel_step(kernel: str, heads: Heads, attention_mask: AttentionMask) -> Callable[[], None]:
     """Forward and backward."""
 
     def step() -> None:
         with sdpa_kernel(SDPA[kernel]) if kernel in SDPA else nullcontext():
-            out_BSHE = attend(*heads, visible, dropout=0.0)
+            out_BSHE = scaled_dot_product(*heads, attention_mask, dropout=0.0)
         torch.autograd.grad(out_BSHE, heads, torch.ones_like(out_BSHE))
 
     return step
@@ -172,21 +175,21 @@ def works(step: Callable[[], None]) -> bool:
     return True
 
 
-def chosen(heads: Heads, visible: Visibility) -> str:
-    """The kernel behind `attend` where nobody holds it to one."""
+def chosen(heads: Heads, attention_mask: AttentionMask) -> str:
+    """The kernel that `scaled_dot_product` chooses by itself."""
     q, k, v = (each.transpose(1, 2) for each in heads)
-    if visible.mask is not None and not isinstance(visible.mask, Tensor):
+    if attention_mask.materialized is not None and not isinstance(attention_mask.materialized, Tensor):
         return "flex"
-    causal, grouped = visible.causal and visible.mask is None, q.shape[1] != k.shape[1]
-    number = torch._fused_sdp_choice(q, k, v, visible.mask, 0.0, causal, enable_gqa=grouped)
+    causal, grouped = attention_mask.causal and attention_mask.materialized is None, q.shape[1] != k.shape[1]
+    number = torch._fused_sdp_choice(q, k, v, attention_mask.materialized, 0.0, causal, enable_gqa=grouped)
     return next(name for name, backend in SDPA.items() if backend.value == number)
 
 
-def pairs(visible: Visibility, shape: tuple[int, int, int], device: torch.device) -> int:
+def pairs(attention_mask: AttentionMask, shape: tuple[int, int, int], device: torch.device) -> int:
     """How many (query, key) see each other, over all rows."""
     B, S, T = shape
     q, k = torch.arange(S, device=device)[:, None], torch.arange(T, device=device)
-    return sum(int(visible.sees(S, T, torch.tensor(b, device=device), q, k).sum()) for b in range(B))
+    return sum(int(attention_mask.allows(S, T, torch.tensor(b, device=device), q, k).sum()) for b in range(B))
 
 
 def report(results: Results) -> str:

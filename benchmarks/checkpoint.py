@@ -29,7 +29,7 @@ from dist_llm.config.derive import resolve
 from dist_llm.config.schema import CheckpointConfig, Config
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
-from dist_llm.models.visibility import CAUSAL
+from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.train.step import train_step
 

@@ -1,7 +1,7 @@
 """Seconds of the collectives that layouts are made of, by size, between ranks of this machine: GPUs, or gloo processes.
 
   all_reduce, all_gather, reduce_scatter    of the process group
-  gather by messages, reduce by messages    what ranks do on CPUs (dist_llm/parallel/direct.py)
+  gather by messages, reduce by messages    what ranks do on CPUs (dist_llm/parallel/p2p_collectives.py)
 
 `bytes` are those of the whole: what all ranks have after an all-gather. `rate` is GB/s that a rank sends if it sends
 as in a ring, bytes (p - 1) / p over p ranks and twice that for an all-reduce, so that kinds can be compared; `cpu` the
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_llm.parallel.direct import Gather, ReduceScatter
+from dist_llm.parallel.p2p_collectives import P2PAllGather, P2PReduceScatter
 from measure import Strain, any_device, seconds, take_turns
 from results import Results, parser, table
 
@@ -103,8 +103,8 @@ def works(whole: Tensor, part: Tensor) -> dict[str, Work]:
     if whole.is_cuda or group is None:
         return found
     by_messages = {
-        "gather by messages": lambda: Gather()(whole, whole.chunk(group.size())[group.rank()], group).wait(),
-        "reduce by messages": lambda: ReduceScatter()(part, whole, group, dist.ReduceOp.SUM),
+        "gather by messages": lambda: P2PAllGather()(whole, whole.chunk(group.size())[group.rank()], group).wait(),
+        "reduce by messages": lambda: P2PReduceScatter()(part, whole, group, dist.ReduceOp.SUM),
     }
     return found | by_messages
 

@@ -39,10 +39,10 @@ from dist_llm.config.derive import AXES, resolve
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention
+from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.visibility import CAUSAL
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel import direct
+from dist_llm.parallel import p2p_collectives
 from dist_llm.train.step import train_step
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "communication.md"
@@ -172,7 +172,7 @@ def in_a_world(ranks: int) -> list[dict[str, Any]]:
 def _rank(rank: int, ranks: int, scratch: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{scratch}/store", ranks), rank=rank, world_size=ranks)
-    with patch.object(direct, "by_messages", lambda device: False):
+    with patch.object(p2p_collectives, "uses_p2p", lambda device: False):
         rows = [count(each) for each in CASES if each.ranks == ranks]
     (Path(scratch) / f"{rank}.json").write_text(json.dumps(rows))
     gc.collect()  # models must be gone before the group is
@@ -225,7 +225,7 @@ def config_of(chosen: Case) -> Config:
 
 def batches_of(config: Config, engine: NativeEngine) -> list[Batch]:
     """This data rank's microbatches, of random tokens."""
-    rank, ranks = engine.data_rank
+    rank, ranks = engine.dp_rank_and_size
     generator = torch.Generator().manual_seed(rank)
     tokens = torch.randint(config.model.vocab_size, (ROWS // ranks, SEQ_LEN + 1), generator=generator)
     return [Batch.of(rows[:, :-1], rows[:, 1:], CAUSAL) for rows in tokens.split(config.data.micro_batch)]
@@ -343,9 +343,12 @@ def minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
     it knows of `reshard` default alone, which frees nothing until the step's end.
     """
     model, parallel = config.model, config.parallel
-    rows = config.data.global_batch // engine.data_rank[1]
-    blocks = sum(len(part.blocks) for part in engine.parts)
-    first, last = any(part.first for part in engine.parts), any(part.last for part in engine.parts)
+    rows = config.data.global_batch // engine.dp_rank_and_size[1]
+    blocks = sum(len(part.blocks) for part in engine.model_parts)
+    first, last = (
+        any(part.is_first_stage for part in engine.model_parts),
+        any(part.is_last_stage for part in engine.model_parts),
+    )
     tokens = rows * config.data.seq_len // parallel.cp
     width = FP32 if config.precision == "fp32" else 2
     activations = width * tokens * model.d_model
@@ -467,7 +470,7 @@ A `TorchDispatchMode` sees each operator of torch's communication namespaces on 
 unnoticed. The group's ranks say which axes of the mesh it runs along. Bytes follow from shapes: another backend
 moves the same where the same calls are made. gloo itself carries a reduce-scatter out as an all-reduce, and moves
 more than is asked of it; so on CPUs gathers and reductions are messages of as many bytes
-(`dist_llm/parallel/direct.py`, `tests/laws/test_direct.py`).
+(`dist_llm/parallel/p2p_collectives.py`, `tests/laws/test_p2p_collectives.py`).
 """
 
 

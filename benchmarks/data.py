@@ -29,7 +29,7 @@ from dist_llm.data.corpus import Corpus
 from dist_llm.data.history import fresh_plan
 from dist_llm.data.loader import Loader, build_loader
 from dist_llm.data.shard import Manifest, Shard
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 
 VOCABULARY = 50257
 WARM_UP = 5

@@ -27,8 +27,8 @@ import torch.distributed as dist
 from dist_llm.config.check import check
 from dist_llm.config.derive import resolve
 from dist_llm.config.schema import Config
-from dist_llm.engines.build import build_engine
-from dist_llm.models.visibility import CAUSAL
+from dist_llm.engines.build_engine import build_engine
+from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.train.step import train_step
 from measure import PeakMemory

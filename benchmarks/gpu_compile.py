@@ -31,10 +31,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import pretend
 from dist_llm.config.schema import Config
 from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.losses.linear import Columns, _turn
-from dist_llm.models.attention import look
+from dist_llm.losses.fused_linear_cross_entropy import VocabShard, _losses_and_logit_grads_
+from dist_llm.models.attention import materialize_mask
+from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.block import Block
-from dist_llm.models.visibility import CAUSAL, Visibility
 from dist_llm.parallel.fp8 import Float8Linear
 from models import config_of
 
@@ -133,7 +133,9 @@ def compile_loss(compiler: Callable[..., Any]) -> None:
     """A slice of the logits of llama-1b."""
     logits_nW = torch.randn(1024, 128256, device=DEVICE)
     targets_n = torch.zeros(1024, dtype=torch.long, device=DEVICE)
-    compiler(_turn)(logits_nW, targets_n, CrossEntropy(0.0, 0.0), 0.0, Columns(128256, 0, 128256), 1.0)
+    compiler(_losses_and_logit_grads_)(
+        logits_nW, targets_n, CrossEntropy(0.0, 0.0), 0.0, VocabShard(128256, 0, 128256), 1.0
+    )
 
 
 def compile_flex(compiler: Callable[..., Any], **fields: Any) -> None:
@@ -142,8 +144,10 @@ def compile_flex(compiler: Callable[..., Any], **fields: Any) -> None:
 
     shapes = ((2, 32, 1024, 128), (2, 8, 1024, 128), (2, 8, 1024, 128))
     q, k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
-    visible = look(Visibility(causal=True, **fields), (2, 1024, 1024), DEVICE, dense=False)
-    compiler(flex_attention, dynamic=False)(q, k, v, block_mask=visible.mask, scale=None, enable_gqa=True)
+    attention_mask = materialize_mask(AttentionMask(causal=True, **fields), (2, 1024, 1024), DEVICE, dense=False)
+    compiler(flex_attention, dynamic=False)(
+        q, k, v, block_mask=attention_mask.materialized, scale=None, enable_gqa=True
+    )
 
 
 def compile_block(compiler: Callable[..., Any], model: str, precision: str = "bf16", fp8: bool = False) -> None:

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from attention import MASKS, SDPA, Heads, masked
-from dist_llm.losses import linear
+from dist_llm.losses import fused_linear_cross_entropy
 from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
-from dist_llm.losses.linear import Columns, linear_cross_entropy
-from dist_llm.models.attention import attend, look
-from dist_llm.models.visibility import CAUSAL, Visibility
+from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
+from dist_llm.models.attention import materialize_mask, scaled_dot_product
+from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.parallel import fp8
 from gpu_context import Comparison, Context, SkippedError
 
@@ -34,17 +34,17 @@ def check_attention(context: Context, kernel: str, seq_len: int = SEQ_LEN) -> di
     if kernel != "flex":
         cases["last queries"] = (CAUSAL, seq_len // 4)  # as many queries at the end of all keys: a prompt in parts
     for dtype, tolerance in TOLERANCES.items():
-        for name, (visible, queries) in cases.items():
+        for name, (attention_mask, queries) in cases.items():
             what = f"{name} {str(dtype).removeprefix('torch.')}"
             heads = _heads(seq_len, queries, kv_heads, dtype, context.device)
             try:
-                actual = _attention(kernel, heads, visible)
+                actual = _attention(kernel, heads, attention_mask)
             except RuntimeError as error:
                 if kernel in REQUIRED or not any(text in str(error) for text in REFUSALS):
                     raise
                 refused.append(what)
                 continue
-            expected = _plain(heads, visible) if context.has_values else actual
+            expected = _plain(heads, attention_mask) if context.has_values else actual
             for part, one, other in zip(("out", "q", "k", "v"), actual, expected, strict=True):
                 comparison.close(f"{what} {part}", one, other, tolerance)
     if len(refused) == len(cases) * len(TOLERANCES):
@@ -62,17 +62,17 @@ def _heads(seq_len: int, queries: int, kv_heads: int, dtype: torch.dtype, device
     return one(queries, HEADS), one(seq_len, kv_heads), one(seq_len, kv_heads)
 
 
-def _attention(kernel: str, heads: Heads, visible: Visibility) -> tuple[Tensor, ...]:
+def _attention(kernel: str, heads: Heads, attention_mask: AttentionMask) -> tuple[Tensor, ...]:
     """The output, and the gradients of q, k and v."""
     q, k = heads[0], heads[1]
     shape = (len(q), q.shape[1], k.shape[1])
     with sdpa_kernel(SDPA[kernel]) if kernel in SDPA else nullcontext():
         mask = (
-            look(visible, shape, q.device, dense=False)
+            materialize_mask(attention_mask, shape, q.device, dense=False)
             if kernel == "chosen"
-            else masked(kernel, visible, shape, q.device)
+            else masked(kernel, attention_mask, shape, q.device)
         )
-        out = attend(*heads, mask, dropout=0.0)
+        out = scaled_dot_product(*heads, mask, dropout=0.0)
         return (out, *torch.autograd.grad(out, heads, _upstream(out)))
 
 
@@ -82,12 +82,12 @@ def _upstream(out: Tensor) -> Tensor:
     return torch.sin(steps).view(out.shape).to(out.dtype)
 
 
-def _plain(heads: Heads, visible: Visibility) -> tuple[Tensor, ...]:
+def _plain(heads: Heads, attention_mask: AttentionMask) -> tuple[Tensor, ...]:
     """The same by its formula, in fp64."""
     q, k, v = (each.detach().double().requires_grad_() for each in heads)
     S, T, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     b, s, t = (torch.arange(size, device=q.device) for size in (len(q), S, T))
-    seen_BST = visible.sees(S, T, b[:, None, None], s[None, :, None], t).expand(len(q), S, T)
+    seen_BST = attention_mask.allows(S, T, b[:, None, None], s[None, :, None], t).expand(len(q), S, T)
     k_BTHE, v_BTHE = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores_BHST = torch.einsum("bshe,bthe->bhst", q, k_BTHE) * q.shape[-1] ** -0.5
     weights_BHST = scores_BHST.masked_fill(~seen_BST[:, None], -torch.inf).softmax(-1)
@@ -108,9 +108,9 @@ def check_loss(context: Context) -> dict[str, object]:
         for dtype, tolerance in TOLERANCES.items():
             inputs = x.to(device).requires_grad_(), weight.to(device).requires_grad_()
             autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
-            with patch.dict(linear.SLICE_BYTES, {device.type: slice_bytes}), autocast:
-                columns = Columns(500, 0, 500)
-                losses_B = linear_cross_entropy(*inputs, None, targets.to(device), loss, cap, columns)
+            with patch.dict(fused_linear_cross_entropy.SLICE_BYTES, {device.type: slice_bytes}), autocast:
+                vocab_shard = VocabShard(500, 0, 500)
+                losses_B = linear_cross_entropy(*inputs, None, targets.to(device), loss, cap, vocab_shard)
             actual = (losses_B, *torch.autograd.grad(losses_B.sum(), inputs))
             for part, one, other in zip(("losses", "x", "weight"), actual, expected, strict=True):
                 comparison.close(f"{str(dtype).removeprefix('torch.')} cap {cap:g} {part}", one, other, tolerance)
@@ -139,12 +139,12 @@ def check_fp8(context: Context, tokens: int) -> dict[str, object]:
     The first to bf16's last place and what Hopper's sums lose (2^-11 of the summands' sizes), the second within 10%.
     """
     comparison, generator = Comparison(context), torch.Generator().manual_seed(0)
-    fp8.check_device(context.device)
+    fp8.check_float8_support(context.device)
     shapes = (((tokens, 256), 1e-2), ((512, 256), 2e-2), ((tokens, 512), 1e-5))
     drawn = [(size * torch.randn(shape, generator=generator)).bfloat16() for shape, size in shapes]
     x, w, g = (each.to(context.device) for each in drawn)
     kernel = _products(x, w, g)
-    with patch.object(fp8, "product", fp8.emulated):
+    with patch.object(fp8, "scaled_matmul", fp8.emulate_scaled_matmul):
         emulated = _products(x, w, g)
     exact = x.float() @ w.float().t(), g.float() @ w.float(), g.float().t() @ x.float()
     sizes = x.abs() @ w.abs().t(), g.abs() @ w.abs(), g.abs().t() @ x.abs()
@@ -163,5 +163,5 @@ def check_fp8(context: Context, tokens: int) -> dict[str, object]:
 def _products(x: Tensor, w: Tensor, g: Tensor) -> list[Tensor]:
     """y = x w^T, and the gradients of x and w."""
     inputs, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
-    y = fp8.linear(inputs, weight)
+    y = fp8.float8_linear(inputs, weight)
     return [y.detach(), *torch.autograd.grad(y, (inputs, weight), g)]

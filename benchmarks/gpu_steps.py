@@ -17,12 +17,12 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.generate import Prompt, Sampling, tokens
 from dist_llm.models.attention import KVCache
-from dist_llm.models.build import build_model
-from dist_llm.models.visibility import CAUSAL, Visibility
+from dist_llm.models.attention_mask import CAUSAL, AttentionMask
+from dist_llm.models.build_model import build_model
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel.mesh import build_mesh, collectives, local
-from dist_llm.parallel.parallelize import initialise
-from dist_llm.parallel.shard import shard
+from dist_llm.parallel.fsdp import apply_fsdp
+from dist_llm.parallel.mesh import build_mesh, functional_collectives, to_local
+from dist_llm.parallel.parallelize import init_parameters
 from dist_llm.train.step import train_step
 from gpu_context import SMALL_VOCABULARY, Comparison, Context, SkippedError, small_config
 
@@ -37,7 +37,7 @@ LEAST = 1e-2  # an update below this share of the largest one is compared as if 
 SYNC_MESSAGE = "called a synchronizing CUDA operation"
 
 
-def batch_of(config: Config, step: int, visible: Visibility = CAUSAL) -> Batch:
+def batch_of(config: Config, step: int, attention_mask: AttentionMask = CAUSAL) -> Batch:
     """Random ids; each row of another number of scored targets."""
     generator = torch.Generator().manual_seed(step)
     shape = (config.data.global_batch, config.data.seq_len + 1)
@@ -45,19 +45,20 @@ def batch_of(config: Config, step: int, visible: Visibility = CAUSAL) -> Batch:
     targets = ids[:, 1:].clone()
     for row in range(len(ids)):
         targets[row, : row * 5] = -100
-    return Batch.of(ids[:, :-1].contiguous(), targets, visible)
+    return Batch.of(ids[:, :-1].contiguous(), targets, attention_mask)
 
 
 def take_steps(
-    engine: NativeEngine, steps: int = STEPS, visible: Visibility = CAUSAL
+    engine: NativeEngine, steps: int = STEPS, attention_mask: AttentionMask = CAUSAL
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """(loss and gradient norm of each step, the update of each parameter over all steps)."""
-    before = {name: local(each).detach().clone() for name, each in engine.named_parameters()}
+    before = {name: to_local(each).detach().clone() for name, each in engine.named_parameters()}
     reports = [
-        train_step(engine, [batch_of(engine.config, n, visible)], engine.config.optim.lr, n) for n in range(steps)
+        train_step(engine, [batch_of(engine.config, n, attention_mask)], engine.config.optim.lr, n)
+        for n in range(steps)
     ]
     scalars = [value.detach() for report in reports for value in (report.loss, report.grad_norm)]
-    return scalars, {name: local(each).detach() - before[name] for name, each in engine.named_parameters()}
+    return scalars, {name: to_local(each).detach() - before[name] for name, each in engine.named_parameters()}
 
 
 def compare_steps(
@@ -142,14 +143,14 @@ def check_generation(context: Context) -> dict[str, object]:
     comparison = Comparison(context)
     config = small_config()
     model = build_model(config.model).eval()
-    initialise(model, config)
+    init_parameters(model, config)
     there = copy.deepcopy(model).to(context.device)
     ids = torch.arange(3, 20)[None]
     for name, cache in (("without a cache", None), ("with a cache", KVCache())):
         with torch.no_grad():
-            logits = there(ids.to(context.device), visible=CAUSAL, cache=cache)
-            last = there(ids[:, :5].to(context.device), visible=CAUSAL, cache=cache) if cache else logits
-            expected = model(torch.cat((ids, ids[:, :5]), 1) if cache else ids, visible=CAUSAL)
+            logits = there(ids.to(context.device), attention_mask=CAUSAL, cache=cache)
+            last = there(ids[:, :5].to(context.device), attention_mask=CAUSAL, cache=cache) if cache else logits
+            expected = model(torch.cat((ids, ids[:, :5]), 1) if cache else ids, attention_mask=CAUSAL)
         comparison.close(f"logits {name}", last[:, -1], expected[:, -1], 1e-4)
     if context.has_values:
         prompt, greedy = Prompt(list(range(3, 20))), Sampling(max_tokens=16, temperature=0.0)
@@ -196,11 +197,11 @@ def check_one_rank(context: Context) -> dict[str, object]:
         assert engine.mesh is not None
         with torch.device("meta"):
             model = build_model(config.model)
-        shard(model, config, build_mesh(config.parallel, context.device.type))
+        apply_fsdp(model, config, build_mesh(config.parallel, context.device.type))
         model.to_empty(device=context.device)
-        initialise(model, config)
-        engine.parts = [model]
-        engine.optimizer = engine._optimizer()
+        init_parameters(model, config)
+        engine.model_parts = [model]
+        engine.optimizer = engine._build_optimizer()
         compare_steps(comparison, "FSDP2", take_steps(engine, 1), expected, 1e-5, 1e-5)
         del engine, model
     return comparison.row()
@@ -212,11 +213,11 @@ def _collectives(x: Tensor) -> dict[str, Tensor]:
     assert group is not None
     dist.broadcast(sent, 0)
     started = {
-        "all_reduce": collectives.all_reduce(x, "sum", group.group_name),
-        "all_gather": collectives.all_gather_into_tensor(x, 1, group.group_name),
-        "reduce_scatter": collectives.reduce_scatter_tensor(x, "sum", 1, group.group_name),
+        "all_reduce": functional_collectives.all_reduce(x, "sum", group.group_name),
+        "all_gather": functional_collectives.all_gather_into_tensor(x, 1, group.group_name),
+        "reduce_scatter": functional_collectives.reduce_scatter_tensor(x, "sum", 1, group.group_name),
     }
-    return {"broadcast": sent, **{name: collectives.wait_tensor(each) for name, each in started.items()}}
+    return {"broadcast": sent, **{name: functional_collectives.wait_tensor(each) for name, each in started.items()}}
 
 
 def check_host_syncs(context: Context, keys: Sequence[str], documents: bool = False) -> dict[str, object]:
@@ -227,8 +228,8 @@ def check_host_syncs(context: Context, keys: Sequence[str], documents: bool = Fa
     config = small_config("precision=bf16", *keys)
     engine = NativeEngine(config, context.device)
     ids_BT = torch.arange(config.data.seq_len).expand(config.data.global_batch, -1) * 4 // config.data.seq_len
-    visible = Visibility(causal=True, documents_BT=ids_BT) if documents else CAUSAL
-    batch = batch_of(config, 0, visible).pin()
+    attention_mask = AttentionMask(causal=True, documents_BT=ids_BT) if documents else CAUSAL
+    batch = batch_of(config, 0, attention_mask).pin_memory()
     for step in range(2):
         train_step(engine, [batch], 1e-3, step)
     with warnings.catch_warnings(record=True) as caught:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.group import keep_freed_memory
-from dist_llm.models.visibility import CAUSAL
+from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.train.step import train_step
 from measure import DTYPES, take_turns
@@ -100,7 +100,7 @@ def _rank(rank: int, model: str, layout: str, overrides: list[str], steps: int, 
         config = config_of(model, [*overrides, *LAYOUTS[layout]], RANKS)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     engine = NativeEngine(config, device)
-    _, ranks = engine.data_rank
+    _, ranks = engine.dp_rank_and_size
     data = config.data
     rows = torch.randint(config.model.vocab_size, (data.global_batch // ranks, data.seq_len + 1))
     batches = [Batch.of(each[:, :-1], each[:, 1:], CAUSAL) for each in rows.split(data.micro_batch)]

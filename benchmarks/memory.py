@@ -29,7 +29,7 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models import decoder
-from dist_llm.models.visibility import CAUSAL
+from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.train.step import train_step
 from measure import DTYPES
@@ -77,7 +77,7 @@ def refuse(config: Config) -> None:
         "parallel.pp": config.parallel.pp > 1,
         "parallel.activations_gib": config.parallel.activations_gib > 0,
         "data.document_mask": config.data.document_mask,
-        "objective": [each.name for each in config.objective.members] != ["causal"],
+        "objective": [each.name for each in config.objective.components] != ["causal"],
     }
     if keys := [key for key, wanted in found.items() if wanted]:
         raise SystemExit(

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_llm.models.build import build_model
-from dist_llm.optim import clip
-from dist_llm.optim.build import build_optimizer
+from dist_llm.models.build_model import build_model
+from dist_llm.optim import gradient_clipping
+from dist_llm.optim.build_optimizer import build_optimizer
 from measure import any_device, copy_rate, seconds, take_turns
 from models import MODELS, config_of
 from results import Results, parse, parser, table
@@ -79,8 +79,8 @@ def case(name: str, options: argparse.Namespace, device: torch.device) -> list[d
         for group in optimizer.param_groups if way == "for-loop" else []:
             group["foreach"] = False
         work[way] = partial(step, optimizer, dict(zip(parameters, gradients, strict=True)))
-    work["norm"] = lambda: clip.norm(gradients)
-    work["scale"] = lambda: clip.scale(gradients, torch.ones((), device=device), 1.0)
+    work["norm"] = lambda: gradient_clipping.global_norm(gradients)
+    work["scale"] = lambda: gradient_clipping.clip_grads_(gradients, torch.ones((), device=device), 1.0)
     work["clip_grad_norm_"] = lambda: nn.utils.clip_grad_norm_(parameters, 1.0)
     turns: dict[str, Callable[[], float]] = {way: partial(seconds, each, device) for way, each in work.items()}
     count = sum(parameter.numel() for parameter in parameters)

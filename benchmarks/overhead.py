@@ -37,7 +37,7 @@ from dist_llm.launch.world import World
 from dist_llm.models.decoder import Decoder
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.observe.metrics import Row
-from dist_llm.parallel.parallelize import initialise
+from dist_llm.parallel.parallelize import init_parameters
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.train.settings import read_config, read_vocabulary
 from dist_llm.train.trainer import Trainer
@@ -95,7 +95,7 @@ def run(config: Config, pairs: int, scratch: Path) -> "Turns":
     plan = fresh_plan(config)
     engine = NativeEngine(config, device)
     vocabulary = read_vocabulary(config, plan.sources[0].corpus.directory)
-    loader = build_loader(config, plan, vocabulary, *engine.data_rank, pin=device.type == "cuda")
+    loader = build_loader(config, plan, vocabulary, *engine.dp_rank_and_size, pin=device.type == "cuda")
     start_logging(scratch / "run" / "logs", world)
     trainer = Trainer(config, world, engine, loader, CheckpointStore(scratch / "checkpoints"), None, {})
     turns = Turns(BareLoop(config, device), config)
@@ -116,7 +116,7 @@ class BareLoop:
         with torch.device("meta"):
             model = Decoder(config.model)
         model.to_empty(device=device)
-        initialise(model, config)
+        init_parameters(model, config)
         self.loop = Loop(model, config.optim, config.precision, device)
         self.random = np.random.default_rng(config.run.seed)
         self.loss = float("nan")

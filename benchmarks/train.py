@@ -45,8 +45,8 @@ from bare import Loop, Model
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.group import keep_freed_memory
-from dist_llm.models.init import fill, rule_for
-from dist_llm.models.visibility import CAUSAL
+from dist_llm.models.attention_mask import CAUSAL
+from dist_llm.models.init import init_param_, init_rule
 from dist_llm.objectives.batch import Batch
 from dist_llm.observe.flops import CONVENTION, flops_per_token, matmul_weights, peak_flops
 from dist_llm.train.step import train_step
@@ -182,8 +182,8 @@ def make_bare(config: Config, device: torch.device) -> Turn:
         model = Model(config.model, recompute=config.parallel.recompute != "none")
     with torch.no_grad():
         for name, tensor in model.ours():
-            rule = rule_for(name, tensor.shape, config.model)
-            fill(tensor, name, rule, config.run.seed, tensor.shape, (0,) * tensor.ndim)
+            rule = init_rule(name, tensor.shape, config.model)
+            init_param_(tensor, name, rule, config.run.seed, tensor.shape, (0,) * tensor.ndim)
     if config.compile:
         model.compile()
     loop = Loop(model, config.optim, config.precision, device)

@@ -15,10 +15,10 @@ from dist_llm.config.schema import Config
 from dist_llm.convert.spread import spread
 from dist_llm.errors import ConfigError
 from dist_llm.models.attention import KVCache
-from dist_llm.models.build import build_model
+from dist_llm.models.attention_mask import CAUSAL, AttentionMask, EncoderInput
+from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.visibility import CAUSAL, Source, Visibility
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.tokenizer import Tokenizer
 
 
@@ -87,7 +87,7 @@ def ask(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
     asked for what was cut out at the end.
     """
     vocabulary, ids = tokenizer.vocabulary(), tokenizer.encode(prompt).tolist() or [tokenizer.eot]
-    members = config.objective.members
+    members = config.objective.components
     member = next((each for each in members if each.name != "span"), members[0])
     mode = [vocabulary.special(member.mode)] if member.mode else []
     start = vocabulary.special("start")
@@ -113,14 +113,14 @@ def tokens(
     cache = KVCache() if use_cache else None
     source = None
     if prompt.source is not None:
-        source = {"source": Source(torch.tensor([prompt.source], device=device))}
+        source = {"encoder_input": EncoderInput(torch.tensor([prompt.source], device=device))}
     seen = list(prompt.ids)
     prefix_B = torch.tensor([len(prompt.ids)], device=device) if prompt.whole else None
     for _ in range(min(sampling.max_tokens, longest - len(prompt.ids))):
         fresh = seen[cache.length :] if cache is not None else seen
         # Once they are in the cache, all of the prompt is seen by whatever follows.
-        visible = CAUSAL if len(fresh) == 1 else Visibility(causal=True, prefix_B=prefix_B)
-        logits_BSV = model(torch.tensor([fresh], device=device), visible=visible, cache=cache, **(source or {}))
+        mask = CAUSAL if len(fresh) == 1 else AttentionMask(causal=True, prefix_B=prefix_B)
+        logits_BSV = model(torch.tensor([fresh], device=device), mask=mask, cache=cache, **(source or {}))
         source = source if cache is None else None  # the encoder's output is in the cache, too
         token = draw(logits_BSV[0, -1].float().cpu(), sampling, generator)
         seen.append(token)

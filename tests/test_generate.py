@@ -10,9 +10,9 @@ from torch import nn
 from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import ConfigError
 from dist_llm.generate import Prompt, Sampling, ask, draw, text, tokens
-from dist_llm.models.build import build_model
-from dist_llm.models.init import fill, rule_for
-from dist_llm.models.visibility import FULL
+from dist_llm.models.attention_mask import FULL
+from dist_llm.models.build_model import build_model
+from dist_llm.models.init import init_param_, init_rule
 from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, Tokenizer
 from tests.laws.law import config_of
 
@@ -27,8 +27,8 @@ def build(**changes):
     config = ModelConfig(**shape, max_seq_len=LONGEST, init_std=0.5, **changes)
     model = build_model(config).eval()
     for name, parameter in model.named_parameters():
-        rule = rule_for(name, parameter.shape, config)
-        fill(parameter.detach(), name, rule, 0, parameter.shape, (0,) * parameter.ndim)
+        rule = init_rule(name, parameter.shape, config)
+        init_param_(parameter.detach(), name, rule, 0, parameter.shape, (0,) * parameter.ndim)
     return model
 
 
@@ -54,7 +54,7 @@ def test_a_prefix_sees_itself_whole():
     model = build(positions="learned")
     seen = [3, 1, 4, 1, 5]
     (token,) = tokens(model, Prompt(seen, whole=True), Sampling(1, temperature=0), LONGEST)
-    logits = model(torch.tensor([seen]), visible=FULL)
+    logits = model(torch.tensor([seen]), mask=FULL)
     assert token == int(logits[0, -1].argmax())
     assert not torch.allclose(logits, model(torch.tensor([seen])))
 
@@ -214,7 +214,7 @@ class Script(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.ids, self.heard, self.calls = [*ids], [], 0
 
-    def forward(self, tokens_BS, visible, cache):
+    def forward(self, tokens_BS, mask, cache):
         self.heard.append(tokens_BS[0].tolist())
         token = self.ids[self.calls] if self.calls < len(self.ids) else ord("x")
         self.calls += 1

@@ -17,7 +17,7 @@ PACKAGE = Path(dist_llm.__file__).parent
 
 # An arrow may only point left; those on one level do not know each other.
 LEVELS = (
-    {"errors", "chance"},
+    {"errors", "counter_rng"},
     {"config"},
     {"losses", "optim"},
     {"models"},

@@ -60,8 +60,8 @@ from dist_llm.convert.tokenizer import import_tokenizer
 from dist_llm.convert.weights import DictWeights, MadeWeights, SafetensorsWeights, Weights, load_torch
 from dist_llm.convert.write import DTYPES, made_whole, reopen, write_native
 from dist_llm.errors import CheckpointError, UserError
-from dist_llm.models.build import build_model
-from dist_llm.optim.build import build_optimizer
+from dist_llm.models.build_model import build_model
+from dist_llm.optim.build_optimizer import build_optimizer
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 console = Console(highlight=False, markup=False, soft_wrap=True)

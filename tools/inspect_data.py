@@ -88,9 +88,9 @@ def show(options: argparse.Namespace) -> int:
     tokenizer = Tokenizer.load(plan.sources[0].corpus.directory)
     streams, places = plan.find(samples)
     for sample, number, place in zip(samples.tolist(), streams.tolist(), places.tolist(), strict=True):
-        source, member = divmod(number, len(then.objective.members))
+        source, member = divmod(number, len(then.objective.components))
         stream, name = plan.streams[number], plan.sources[source].name
-        objective = then.objective.members[member].name
+        objective = then.objective.components[member].name
         console.print(f"sample {sample}: {name or stream.corpus.directory}, {objective}", style="bold")
         for span in stream.spans(place):
             for line in described(stream, span, tokenizer, None if options.whole else SHOWN_CHARS):

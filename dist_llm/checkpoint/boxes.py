@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from dist_llm.parallel.mesh import place
+from dist_llm.parallel.mesh import local_with_offset
 
 Offset = tuple[int, ...]
 
@@ -57,7 +57,7 @@ def placed(held: Any) -> Iterator[tuple[Offset, Tensor]]:
     if isinstance(held, Boxes):
         yield from held.pieces.items()
     else:
-        part, offset = place(held)
+        part, offset = local_with_offset(held)
         yield offset, part
 
 

@@ -20,7 +20,7 @@ from dist_llm.config.compare import (
 from dist_llm.config.load import parse_saved
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.errors import CheckpointError
-from dist_llm.models.build import build_model
+from dist_llm.models.build_model import build_model
 
 log = logging.getLogger("dist_llm")
 

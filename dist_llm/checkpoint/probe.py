@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_llm.chance import key_of, mix
 from dist_llm.config.derive import round_up
 from dist_llm.config.schema import ModelConfig
+from dist_llm.counter_rng import hash64, splitmix64
 from dist_llm.errors import CheckpointError
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.visibility import CAUSAL, FULL, Source, Visibility
+from dist_llm.models.attention_mask import CAUSAL, FULL, AttentionMask, EncoderInput
 from dist_llm.objectives.batch import Batch
 
 PROBE = "probe.json"
@@ -101,13 +101,13 @@ def probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
         batch = replace(batch, positions_BS=_padded(torch.arange(longest).expand(ROWS, longest), padding, 0))
     if model.architecture == "encoder_decoder":
         tokens_BT = _padded(_ids("probe source", ROWS, longest, model.vocab_size), padding, 0)
-        batch = replace(batch, source=Source(tokens_BT, own, batch.positions_BS))
+        batch = replace(batch, encoder_input=EncoderInput(tokens_BT, own, batch.positions_BS))
     return batch
 
 
 def num_scored(model: ModelConfig) -> int:
     """Targets of the batch that are scored."""
-    return probe_batch(model).scored
+    return probe_batch(model).num_valid_tokens
 
 
 def logits_of(logits_V: Tensor) -> tuple[float, ...]:
@@ -117,7 +117,7 @@ def logits_of(logits_V: Tensor) -> tuple[float, ...]:
 
 
 def _ids(name: str, rows: int, width: int, vocab_size: int) -> Tensor:
-    numbers = mix(torch.arange(rows * width) ^ key_of(name)) & (2**63 - 1)
+    numbers = splitmix64(torch.arange(rows * width) ^ hash64(name)) & (2**63 - 1)
     return (numbers % vocab_size).reshape(rows, width)
 
 
@@ -125,11 +125,11 @@ def _padded(tensor_BS: Tensor, padding: int, value: int) -> Tensor:
     return torch.nn.functional.pad(tensor_BS, (0, padding), value=value)
 
 
-def _without_padding(length: int, padding: int) -> Visibility:
+def _without_padding(length: int, padding: int) -> AttentionMask:
     if not padding:
         return FULL
     documents_BT = _padded(torch.zeros(ROWS, length, dtype=torch.long), padding, -1)
-    return Visibility(causal=False, documents_BT=documents_BT)
+    return AttentionMask(causal=False, documents_BT=documents_BT)
 
 
 def _distance(a: float, b: float, scale: float) -> float:

@@ -3,8 +3,8 @@
 import torch
 
 from dist_llm.config.schema import Config
-from dist_llm.models.build import build_model
-from dist_llm.optim.build import matrices
+from dist_llm.models.build_model import build_model
+from dist_llm.optim.build_optimizer import select_muon_params
 
 STEP_BYTES = 4  # AdamW's count of updates
 
@@ -18,7 +18,7 @@ def checkpoint_bytes(config: Config) -> int:
     optim = config.optim
     if optim.name == "sgd":
         return weights + (weights if optim.momentum else 0)
-    by_muon = matrices(parameters) if optim.name == "muon" else {}
+    by_muon = select_muon_params(parameters) if optim.name == "muon" else {}
     momentum = sum(each.numel() * each.element_size() for each in by_muon.values())
     stepped = [each for name, each in parameters if name not in by_muon]
     moment_bytes = 2 if optim.moments == "bf16" else 4

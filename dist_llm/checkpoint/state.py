@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from dist_llm.errors import CheckpointError
-from dist_llm.optim.scale import LossScale
+from dist_llm.optim.loss_scale import LossScale
 
 
 @dataclass

@@ -35,7 +35,7 @@ from dist_llm.config.load import load_config
 from dist_llm.config.schema import CACHE, CheckpointConfig
 from dist_llm.data.remote import fetch
 from dist_llm.errors import CheckpointError
-from dist_llm.parallel.mesh import local
+from dist_llm.parallel.mesh import to_local
 
 log = logging.getLogger("dist_llm")
 
@@ -97,7 +97,7 @@ class CheckpointStore:
         folder = self.directory / f"step_{progress.step:08d}"
         files = {PROGRESS: json.dumps(progress.as_dict()).encode(), **files}
         background = self.config.background
-        values = self.copies.take(state) if background else {name: local(each) for name, each in state.items()}
+        values = self.copies.take(state) if background else {name: to_local(each) for name, each in state.items()}
         self.writing = Writing(self._ranks(), folder, state, values, files, lambda: self._prune(folder))
         if background:
             self.writing.start()

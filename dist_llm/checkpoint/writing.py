@@ -24,7 +24,7 @@ from dist_llm.checkpoint.boxes import Boxes, Offset, piece_of
 from dist_llm.checkpoint.folder import Folder, FolderWriter, Written
 from dist_llm.errors import CheckpointError, UserError
 from dist_llm.launch.flight_recorder import CHECKPOINT_GROUP
-from dist_llm.parallel.mesh import local
+from dist_llm.parallel.mesh import to_local
 
 Result = TypeVar("Result")
 LONGEST_WRITE = timedelta(hours=2)  # that one rank waits for another
@@ -75,7 +75,7 @@ class Copies:
 
     def _copy(self, name: str, held: Any) -> Any:
         if not isinstance(held, Boxes):
-            return self._filled((name, ()), local(held))
+            return self._filled((name, ()), to_local(held))
         return Boxes(held.shape, {at: self._filled((name, at), piece) for at, piece in held.pieces.items()})
 
     def _filled(self, key: tuple[str, Offset], tensor: Tensor) -> Tensor:

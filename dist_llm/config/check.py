@@ -143,7 +143,7 @@ def _check_objective(config: Config) -> Iterator[Violation]:
             ("model.n_encoder_layers", "model.architecture"),
             f"only used with an encoder_decoder, but this is a {architecture}; remove the key",
         )
-    for number, each in enumerate(config.objective.members):
+    for number, each in enumerate(config.objective.components):
         where = f"objective.mixture.{number}" if config.objective.mixture else "objective"
         if each.name not in ALLOWED_OBJECTIVES[architecture]:
             others = [name for name, objectives in ALLOWED_OBJECTIVES.items() if each.name in objectives]

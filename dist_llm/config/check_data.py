@@ -28,7 +28,7 @@ def check_data(config: Config) -> Iterator[Violation]:
             yield Violation((f"data.skip.{number}",), f"[{first}, {end}) is empty; write [from, to] with from < to")
     if any(after[0] < before[1] for before, after in pairwise(data.skip)):
         yield Violation(("data.skip",), "ranges must ascend and not overlap")
-    wrong = {each.name for each in config.objective.members} - set(WINDOWED)
+    wrong = {each.name for each in config.objective.components} - set(WINDOWED)
     if data.windows != "stream" and wrong:
         yield Violation(
             ("data.windows", "objective.name"),

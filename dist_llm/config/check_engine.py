@@ -82,7 +82,7 @@ def _check_pipeline(config: Config) -> Iterator[Violation]:
         ("model.architecture", model.architecture == "decoder", "decoder"),
         ("model.tie_embeddings", not model.tie_embeddings, "false"),
         ("model.stochastic_depth", not model.stochastic_depth, "0"),
-        ("objective.name", all(each.name == "causal" for each in config.objective.members), "causal"),
+        ("objective.name", all(each.name == "causal" for each in config.objective.components), "causal"),
         ("data.windows", data.windows == "stream", "stream"),
         ("data.document_mask", not data.document_mask, "false"),
         ("compile", not config.compile, "false"),

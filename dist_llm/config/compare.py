@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from dist_llm.config.derive import round_up
 from dist_llm.config.load import Violation
-from dist_llm.config.schema import Config, Denoiser, ModelConfig
+from dist_llm.config.schema import Config, ModelConfig, ObjectiveSpec
 
 # fixed: decides the function, and no weights of another value can be used.
 # requestable: decides the function; `init_from` accepts another value if `init_allow` names the key.
@@ -149,14 +149,14 @@ def resume_differences(before: Config, now: Config) -> list[Difference]:
 def _objective_of(config: Config) -> str:
     """Each kind of example that the model learns from, once, as `prefix (mode S, see_prefix true)`."""
     one_stack = config.model.architecture == "decoder"
-    return ", ".join(sorted({_kind_of(each, one_stack) for each in config.objective.members}))
+    return ", ".join(sorted({_kind_of(each, one_stack) for each in config.objective.components}))
 
 
-def _kind_of(denoiser: Denoiser, one_stack: bool) -> str:
-    words = [f"mode {denoiser.mode}"] if denoiser.mode else []
-    if one_stack and denoiser.name in ("prefix", "span"):
-        words.append(f"see_prefix {str(denoiser.see_prefix).lower()}")
-    return f"{denoiser.name} ({', '.join(words)})" if words else denoiser.name
+def _kind_of(spec: ObjectiveSpec, one_stack: bool) -> str:
+    words = [f"mode {spec.mode}"] if spec.mode else []
+    if one_stack and spec.name in ("prefix", "span"):
+        words.append(f"see_prefix {str(spec.see_prefix).lower()}")
+    return f"{spec.name} ({', '.join(words)})" if words else spec.name
 
 
 def merge_model(

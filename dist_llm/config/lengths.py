@@ -7,7 +7,7 @@ fills its `data.seq_len` exactly.
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dist_llm.config.schema import Config, Denoiser
+from dist_llm.config.schema import Config, ObjectiveSpec
 
 # Token ids that come after the tokenizer's own, in this order; sentinels follow.
 SPECIALS = ("start", "mask", "R", "S", "X", "fim_prefix", "fim_middle", "fim_suffix")
@@ -26,18 +26,18 @@ class Lengths:
 
 
 @lru_cache(maxsize=256)
-def lengths(denoiser: Denoiser, architecture: str, seq_len: int) -> Lengths:
+def lengths(spec: ObjectiveSpec, architecture: str, seq_len: int) -> Lengths:
     """Raises ValueError where `seq_len` is too short for the objective."""
-    mode = 1 if denoiser.mode else 0
+    mode = 1 if spec.mode else 0
     span = (3 if architecture == "encoder_decoder" else 5) + mode
-    least = {"prefix": 2 + mode, "fim": 7, "masked": 2, "span": span}.get(denoiser.name, 1)
+    least = {"prefix": 2 + mode, "fim": 7, "masked": 2, "span": span}.get(spec.name, 1)
     if seq_len < least:
-        raise ValueError(f"{denoiser.name} needs at least {least} tokens")
-    if denoiser.name == "span":
-        return _span(denoiser, architecture, seq_len, mode)
-    if denoiser.name == "masked":  # the start token in front
+        raise ValueError(f"{spec.name} needs at least {least} tokens")
+    if spec.name == "span":
+        return _span(spec, architecture, seq_len, mode)
+    if spec.name == "masked":  # the start token in front
         return Lengths(seq_len - 1, seq_len - 1, seq_len)
-    if denoiser.name == "prefix" and architecture == "encoder_decoder":
+    if spec.name == "prefix" and architecture == "encoder_decoder":
         return Lengths(seq_len - mode, seq_len - mode, seq_len, seq_len)
     return Lengths(seq_len + 1 - mode, seq_len - mode, seq_len)
 
@@ -47,15 +47,15 @@ def noise_tokens(window: int, density: float) -> int:
     return min(max(round(window * density), 1), window - 1)
 
 
-def _span(denoiser: Denoiser, architecture: str, seq_len: int, mode: int) -> Lengths:
+def _span(spec: ObjectiveSpec, architecture: str, seq_len: int, mode: int) -> Lengths:
     def wanted(window: int) -> tuple[int, float]:
-        noise = noise_tokens(window, denoiser.noise_density)
-        return noise, min(max(noise / denoiser.mean_span, 1.0), noise, window - noise)
+        noise = noise_tokens(window, spec.noise_density)
+        return noise, min(max(noise / spec.mean_span, 1.0), noise, window - noise)
 
     if architecture == "encoder_decoder":
         # The source, [mode] text with sentinels and an end, hardly grows with each token of the window.
-        density = denoiser.noise_density
-        kept = 1 - density + min(density / denoiser.mean_span, 1 - density)
+        density = spec.noise_density
+        kept = 1 - density + min(density / spec.mean_span, 1 - density)
         window = max(2, int((seq_len - mode - 6) / kept))
         while True:
             noise, target = wanted(window)
@@ -80,7 +80,7 @@ def _span(denoiser: Denoiser, architecture: str, seq_len: int, mode: int) -> Len
 
 def all_lengths(config: Config) -> list[Lengths]:
     """Those of each member of the objective, the inputs as long in all of them."""
-    found = [lengths(each, config.model.architecture, config.data.seq_len) for each in config.objective.members]
+    found = [lengths(each, config.model.architecture, config.data.seq_len) for each in config.objective.components]
     longest = inputs_len(config)
     return [Lengths(each.window, each.stride, longest, each.source, each.noise, each.spans) for each in found]
 
@@ -89,7 +89,7 @@ def inputs_len(config: Config) -> int:
     """Tokens that the decoder of an encoder-decoder takes, padded to a multiple that layouts divide; else seq_len."""
     if config.model.architecture != "encoder_decoder":
         return config.data.seq_len
-    members = config.objective.members
+    members = config.objective.components
     longest = max(lengths(each, "encoder_decoder", config.data.seq_len).inputs for each in members)
     multiple = 8 * config.parallel.tp
     return -(-longest // multiple) * multiple
@@ -103,7 +103,7 @@ def sample_tokens(config: Config) -> int:
 
 def extra_ids(config: Config) -> int:
     """Token ids that the objective needs beyond the tokenizer's."""
-    plain = all(each.name in ("causal", "prefix") and not each.mode for each in config.objective.members)
+    plain = all(each.name in ("causal", "prefix") and not each.mode for each in config.objective.components)
     if plain and config.model.architecture == "decoder":
         return 0
     return len(SPECIALS) + max(each.spans for each in all_lengths(config))

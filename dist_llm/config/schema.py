@@ -169,7 +169,7 @@ class DataConfig(Section):
     )
 
 
-class Denoiser(Section):
+class ObjectiveSpec(Section):
     """One objective: how a window of text becomes a training example."""
 
     name: Literal["causal", "prefix", "masked", "span", "fim"] = key(
@@ -193,13 +193,13 @@ class Denoiser(Section):
     )
 
 
-class ObjectiveConfig(Denoiser):
-    mixture: Annotated[tuple[Denoiser, ...], Field(strict=False)] = key(  # a list, in YAML
+class ObjectiveConfig(ObjectiveSpec):
+    mixture: Annotated[tuple[ObjectiveSpec, ...], Field(strict=False)] = key(  # a list, in YAML
         "several objectives instead of the one above, each with the same keys and a weight", ()
     )
 
     @property
-    def members(self) -> Sequence[Denoiser]:
+    def components(self) -> Sequence[ObjectiveSpec]:
         """The objectives of the mixture, or the single objective."""
         return self.mixture or (self,)
 

@@ -18,7 +18,7 @@ from dist_llm.convert.tokenizer import export_tokenizer
 from dist_llm.convert.weights import DictWeights, MadeWeights, Weights
 from dist_llm.convert.write import SHARD_BYTES, write_safetensors
 from dist_llm.errors import CheckpointError
-from dist_llm.models.build import build_model
+from dist_llm.models.build_model import build_model
 from dist_llm.text.tokenizer import Tokenizer
 
 KEPT = "theirs."  # tensors of theirs that ours has no place for, kept beside it for the way back

@@ -11,8 +11,8 @@ from dist_llm.checkpoint import store
 from dist_llm.checkpoint.state import Held
 from dist_llm.config.load import load_saved
 from dist_llm.errors import CheckpointError
-from dist_llm.models.build import build_model
-from dist_llm.models.visibility import Source, Visibility
+from dist_llm.models.attention_mask import AttentionMask, EncoderInput
+from dist_llm.models.build_model import build_model
 
 ROWS, LENGTH = 2, 32
 MOST_OFF, MOST_KL = 1e-4, 1e-9  # in fp32, relative to the largest logit if that is above 1; in fp64
@@ -55,8 +55,10 @@ def _rms_norm(weight: Tensor, eps: float, x: Tensor) -> Tensor:
 
 def _logits(mine: nn.Module, other: nn.Module, ids: Tensor, architecture: str) -> tuple[Tensor, Tensor]:
     if architecture == "encoder_decoder":
-        return mine(ids, source=Source(ids.flip(1))), other(input_ids=ids.flip(1), decoder_input_ids=ids).logits
-    return mine(ids, visible=Visibility(architecture == "decoder")), other(input_ids=ids).logits
+        return mine(ids, encoder_input=EncoderInput(ids.flip(1))), other(
+            input_ids=ids.flip(1), decoder_input_ids=ids
+        ).logits
+    return mine(ids, mask=AttentionMask(architecture == "decoder")), other(input_ids=ids).logits
 
 
 def _difference(mine: nn.Module, other: nn.Module, ids: Tensor, architecture: str) -> float:

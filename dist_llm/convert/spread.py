@@ -15,7 +15,7 @@ from dist_llm.config.schema import ModelConfig
 from dist_llm.convert.weights import MadeWeights
 from dist_llm.convert.write import write_safetensors
 from dist_llm.errors import ConfigError
-from dist_llm.models.build import build_model
+from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
 
 GPU_SHARE = 0.7

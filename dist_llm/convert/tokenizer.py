@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Reference
 from dist_llm.config.schema import ModelConfig
 from dist_llm.convert.pattern import BYTE_LEVEL, pattern_of, pre_tokenizer
 from dist_llm.errors import CheckpointError, DataError
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer
 from dist_llm.text.vocabulary import BYTE_OF, TRICKY_TEXTS, to_bytes
 

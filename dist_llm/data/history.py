@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dist_llm.config.lengths import sample_tokens
-from dist_llm.config.schema import Config, Denoiser, ObjectiveConfig, SourceConfig
+from dist_llm.config.schema import Config, ObjectiveConfig, ObjectiveSpec, SourceConfig
 from dist_llm.data.order import Mixture
 from dist_llm.data.plan import Plan, Stage, lay_out
 from dist_llm.data.streams import Source, open_sources, quotas_of, weights_of
@@ -104,7 +104,7 @@ def asked(config: Config, sources: Sequence[Source]) -> Segment:
         order=data.order,
         windows=data.windows,
         seq_len=data.seq_len,
-        objective=tuple(each.model_dump(exclude={"mixture"}) for each in config.objective.members),
+        objective=tuple(each.model_dump(exclude={"mixture"}) for each in config.objective.components),
         tokenizer=sources[0].corpus.manifest.tokenizer_sha256,
         sources=tuple(
             SourceRecord(
@@ -138,7 +138,7 @@ def reopen(config: Config, segment: Segment) -> tuple[Config, Plan]:
         "seq_len": mix.seq_len,
         "global_batch": segment.global_batch,
     }
-    members = tuple(Denoiser(**each) for each in mix.objective)
+    members = tuple(ObjectiveSpec(**each) for each in mix.objective)
     then = config.model_copy(
         update={
             "run": config.run.model_copy(update={"seed": mix.seed}),

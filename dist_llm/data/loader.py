@@ -12,8 +12,8 @@ from dist_llm.data.order import Ints
 from dist_llm.data.plan import Plan
 from dist_llm.data.streams import hides_prompts
 from dist_llm.objectives.batch import Batch
-from dist_llm.objectives.build import Objective, Windows, build_objective
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.build_objective import Objective, Windows, build_objective
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 
 FOUND_AT_ONCE = 4096  # samples; the order's price is mostly one per call
 
@@ -80,16 +80,16 @@ class Loader:
     def _make(self, first: int) -> list[Batch]:
         samples, streams, places = self._find(first)
         windows = self._read(streams, places)
-        members = len(self.objective.members)
+        members = len(self.objective.components)
         owners = (streams % members).tolist() if members > 1 else ()
         batches = []
         for start in range(0, len(samples), self.micro_batch):
             rows = slice(start, start + self.micro_batch)
             batch = self.objective(windows[rows], samples[rows], owners[rows])
             if len(self.plan.sources) > 1:
-                batch = replace(batch, sources_B=torch.from_numpy(streams[rows] // members))
+                batch = replace(batch, source_ids_B=torch.from_numpy(streams[rows] // members))
             batches.append(batch)
-        return [batch.pin() for batch in batches] if self.pin else batches
+        return [batch.pin_memory() for batch in batches] if self.pin else batches
 
     def _read(self, streams: Ints, places: Ints) -> Windows:
         """The windows at these places."""

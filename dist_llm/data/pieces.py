@@ -14,7 +14,7 @@ import numpy as np
 from dist_llm.config.lengths import Lengths
 from dist_llm.data.corpus import Corpus, Document
 from dist_llm.data.order import Ints
-from dist_llm.objectives.rows import Text
+from dist_llm.objectives.examples import TokenWindow
 
 GROUP = 1024  # documents packed together: with fewer more places stay empty, with more a read takes longer
 KEPT_GROUPS = 64
@@ -51,17 +51,17 @@ class Pieces:
         inside = [any(document.start <= start < document.end for start, _ in window) for window in windows]
         return np.flatnonzero(inside) + begin
 
-    def read(self, windows: Ints, score_prompts: bool) -> list[Text]:
+    def read(self, windows: Ints, score_prompts: bool) -> list[TokenWindow]:
         """The texts of these windows. Raises DataError where the corpus does."""
         return [self._text(self.spans(window), score_prompts) for window in windows.tolist()]
 
-    def _text(self, spans: Spans, score_prompts: bool) -> Text:
+    def _text(self, spans: Spans, score_prompts: bool) -> TokenWindow:
         tokens = [self.corpus.read(np.array([start]), length)[0] for start, length in spans]
         pieces = np.repeat(np.arange(len(spans)), [length for _, length in spans])
         scored = None
         if self.corpus.manifest.prompts and not score_prompts:
             scored = np.concatenate([self.corpus.scored(np.array([start]), length)[0] for start, length in spans])
-        return Text(np.concatenate(tokens), pieces, scored)
+        return TokenWindow(np.concatenate(tokens), pieces, scored)
 
     def _windows(self, shard: int, first: int) -> list[Spans]:
         """The windows of a group of documents. Where a shard begins inside a document, its rest is one, too."""

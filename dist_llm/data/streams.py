@@ -12,7 +12,7 @@ from dist_llm.data.order import Ints, Mixture, Order, Random, Shuffle
 from dist_llm.data.pieces import Pieces, Spans
 from dist_llm.data.shard import Split
 from dist_llm.errors import DataError
-from dist_llm.objectives.rows import Text
+from dist_llm.objectives.examples import TokenWindow
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Stream:
     score_prompts: bool = True
     documents: bool = False  # whether windows of a stream come with the number of each token's document
 
-    def read(self, places: Ints) -> Tokens | list[Text]:
+    def read(self, places: Ints) -> Tokens | list[TokenWindow]:
         """What the order's places hold: whole windows of ids [n, window], or texts of their own lengths."""
         if self.pieces is not None:
             return self.pieces.read(places, self.score_prompts)
@@ -49,7 +49,7 @@ class Source:
 
 def read_windows(
     corpus: Corpus, starts: Ints, window: int, score_prompts: bool, documents: bool = False
-) -> Tokens | list[Text]:
+) -> Tokens | list[TokenWindow]:
     """Windows of one stream of text; where prompts are not scored, with what is; on demand with document numbers."""
     rows = corpus.read(starts, window)
     hidden = corpus.manifest.prompts and not score_prompts
@@ -58,7 +58,7 @@ def read_windows(
     none = [None] * len(rows)
     scored = corpus.scored(starts, window) if hidden else none
     numbers = corpus.document_numbers(starts, window) if documents else none
-    return [Text(row, None, *more) for row, *more in zip(rows, scored, numbers, strict=True)]
+    return [TokenWindow(row, None, *more) for row, *more in zip(rows, scored, numbers, strict=True)]
 
 
 def open_corpora(data: DataConfig, split: Split = "train") -> dict[str, Corpus]:
@@ -83,7 +83,7 @@ def open_sources(config: Config) -> list[Source]:
     """The sources of a resolved config. Raises DataError where one is not whole or too short for a window."""
     data, seed = config.data, config.run.seed
     corpora = open_corpora(data)
-    scored = {each.name for each in config.objective.members} - {"causal"}
+    scored = {each.name for each in config.objective.components} - {"causal"}
     found = []
     for name, corpus in corpora.items():
         if scored and hides_prompts(data, [corpus]):
@@ -95,7 +95,7 @@ def open_sources(config: Config) -> list[Source]:
             corpus.check_document_bounds()
         own = seed_of(seed, name)
         streams = tuple(_stream(data, corpus, own ^ n, size) for n, size in enumerate(all_lengths(config)))
-        members = Mixture.of([each.weight for each in config.objective.members], own)
+        members = Mixture.of([each.weight for each in config.objective.components], own)
         found.append(Source(name, corpus, streams, members))
     return found
 

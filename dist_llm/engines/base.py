@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from dist_llm.checkpoint.state import State
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
-from dist_llm.optim.scale import LossScale
-from dist_llm.parallel.digest import Copies
+from dist_llm.optim.loss_scale import LossScale
+from dist_llm.parallel.replica_check import ReplicaGroups
 
 
 class Engine(Protocol):
@@ -23,7 +23,7 @@ class Engine(Protocol):
     loss_scale: LossScale | None  # of fp16, where the engine keeps one
 
     @property
-    def parts(self) -> Sequence[Decoder]:
+    def model_parts(self) -> Sequence[Decoder]:
         """This rank's parts of the model: one, or its stages of a pipeline."""
         ...
 
@@ -33,12 +33,12 @@ class Engine(Protocol):
         ...
 
     @property
-    def data_rank(self) -> tuple[int, int]:
+    def dp_rank_and_size(self) -> tuple[int, int]:
         """(this rank's place among those that read different samples, how many they are)."""
         ...
 
     @property
-    def copies(self) -> Copies:
+    def replicated_params(self) -> ReplicaGroups:
         """What other ranks should hold bit for bit, too."""
         ...
 
@@ -46,26 +46,26 @@ class Engine(Protocol):
         """All of this rank's parameters under their names in the whole model."""
         ...
 
-    def total(self, value: Tensor | int) -> Tensor:
+    def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
         """The sum of `value` over the ranks that score different tokens; on every rank."""
         ...
 
-    def gather(self, value: int) -> list[int]:
+    def all_gather_ints(self, value: int) -> list[int]:
         """The value of every rank, in their order. Waits for them all."""
         ...
 
-    def cut(self, batch: Batch) -> Batch:
+    def to_local_batch(self, batch: Batch) -> Batch:
         """The tokens of `batch` that this rank works on, on its device: all, or its part of each sequence."""
         ...
 
-    def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
         """Make the gradient of the sum of losses / scored; return this rank's share of that by sequence, detached.
 
         Gradients are clear before. `step` seeds dropout.
         """
         ...
 
-    def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
+    def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
         """Clip, step, clear the gradients. Returns the global norm before clipping.
 
         Where `accept`, asked with the norm, says no, gradients are cleared and nothing else. DeepSpeed's partitioned

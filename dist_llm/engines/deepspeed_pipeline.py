@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn, optim
 
 from dist_llm.config.schema import Config
-from dist_llm.engines.deepspeed import DeepSpeedEngine
+from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
 from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.models.build import build_model
+from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel.parallelize import initialise, lay_out
-from dist_llm.parallel.pipeline import split_layers
+from dist_llm.parallel.parallelize import init_parameters, parallelize_model
+from dist_llm.parallel.pipeline_parallel import split_layers
 
 
 class DeepSpeedPipelineEngine(DeepSpeedEngine):
@@ -26,8 +26,8 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.stages = config.parallel.pp
-        self.last = dist.get_rank() // (dist.get_world_size() // self.stages) == self.stages - 1
-        self.scored, self.factor = torch.ones((), device=device), 1.0
+        self.is_last_stage = dist.get_rank() // (dist.get_world_size() // self.stages) == self.stages - 1
+        self.num_valid_tokens, self.loss_factor = torch.ones((), device=device), 1.0
         self.losses: list[Tensor] = []
         super().__init__(config, device)
         schedule = type(self.deepspeed)._INSTRUCTION_MAP
@@ -35,67 +35,73 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         self.deepspeed._INSTRUCTION_MAP = {**schedule, step: lambda *_, **__: None}  # the rate is not known yet
 
     @property
-    def data_rank(self) -> tuple[int, int]:
+    def dp_rank_and_size(self) -> tuple[int, int]:
         ranks = dist.get_world_size() // self.stages
         return dist.get_rank() % ranks, ranks
 
     @property
-    def replicas(self) -> dist.ProcessGroup:
+    def replica_group(self) -> dist.ProcessGroup:
         group: dist.ProcessGroup = self.deepspeed.grid.get_data_parallel_group()
         return group
 
     @property
-    def place(self) -> tuple[int, ...]:
-        return dist.get_rank() // self.data_rank[1], 0, self.data_rank[0], 0
+    def coordinates(self) -> tuple[int, ...]:
+        return dist.get_rank() // self.dp_rank_and_size[1], 0, self.dp_rank_and_size[0], 0
 
-    def total(self, value: Tensor | int) -> Tensor:
-        return super().total(value * self.last)  # one stage speaks for its pipeline
+    def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
+        return super().all_reduce_over_data(value * self.is_last_stage)  # one stage speaks for its pipeline
 
-    def build(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
+    def build_model_part(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
         """This rank's stage."""
-        config, stage = self.config, dist.get_rank() // self.data_rank[1]
+        config, stage = self.config, dist.get_rank() // self.dp_rank_and_size[1]
         with torch.device("meta"):
             part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
         layers = split_layers(config.model, self.stages, config.parallel.pp_split)[stage]
-        part.keep(layers, first=stage == 0, last=self.last)
-        lay_out(part, config, None)
+        part.trim_to_stage(layers, first=stage == 0, last=self.is_last_stage)
+        parallelize_model(part, config, None)
         part.to_empty(device=self.device)
-        initialise(part, config)
+        init_parameters(part, config)
         return part
 
     def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
-        stage = dist.get_rank() // self.data_rank[1]
+        stage = dist.get_rank() // self.dp_rank_and_size[1]
         # It builds those of its own stage alone: what stands for the others is never run.
         layers = [model if number == stage else nn.Identity() for number in range(self.stages)]
         module = deepspeed.PipelineModule(layers, self.stages, loss_fn=self._loss, partition_method="uniform")
         return super().initialize(deepspeed, module, optimizer, settings)
 
-    def accumulate(self, batches: Sequence[Batch], scored: Tensor, step: int) -> Tensor:
-        self.seed(step, 0)
+    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
+        self.seed_dropout(step, 0)
         # It averages over microbatches and over data ranks.
-        self.scored, self.factor, self.losses = scored.clamp(min=1), float(len(batches) * self.data_rank[1]), []
+        self.num_valid_tokens, self.loss_factor, self.losses = (
+            num_valid_tokens.clamp(min=1),
+            float(len(batches) * self.dp_rank_and_size[1]),
+            [],
+        )
         self.deepspeed.reset_activation_shape()
-        self.deepspeed.train_batch(_pairs(batches))
+        self.deepspeed.train_batch(_iter_inputs_and_targets(batches))
         rows = sum(len(batch.inputs_BS) for batch in batches)
-        return torch.cat(self.losses) if self.last else torch.zeros(rows, device=self.device)
+        return torch.cat(self.losses) if self.is_last_stage else torch.zeros(rows, device=self.device)
 
     def step(self) -> None:
         self.deepspeed._exec_optimizer_step()
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
-        self.scored, self.factor, self.losses = torch.ones((), device=self.device), 1.0, []
+        self.num_valid_tokens, self.loss_factor, self.losses = torch.ones((), device=self.device), 1.0, []
         self.deepspeed.reset_activation_shape()
-        self.deepspeed.eval_batch(_pairs([batch]), reduce_output=None, bcast_loss=False, num_micro_batches=1)
-        return torch.cat(self.losses) if self.last else torch.zeros(len(batch.inputs_BS), device=self.device)
+        self.deepspeed.eval_batch(
+            _iter_inputs_and_targets([batch]), reduce_output=None, bcast_loss=False, num_micro_batches=1
+        )
+        return torch.cat(self.losses) if self.is_last_stage else torch.zeros(len(batch.inputs_BS), device=self.device)
 
     def _loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
         assert self.model.head is not None
-        loss, terms = self.model.head.loss_of_mode()
-        losses_B = loss(logits_BSV, targets_BS, terms) / self.scored
+        loss, terms = self.model.head.loss_for_mode()
+        losses_B = loss(logits_BSV, targets_BS, terms) / self.num_valid_tokens
         self.losses.append(losses_B.detach().float())
-        return losses_B.sum() * self.factor
+        return losses_B.sum() * self.loss_factor
 
 
-def _pairs(batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+def _iter_inputs_and_targets(batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
     return ((batch.inputs_BS, batch.targets_BS) for batch in batches)

@@ -26,21 +26,21 @@ def measure_probe(engine: Engine, config: Config) -> Probe:
     batch = probe_batch(model, math.lcm(pieces, parallel.tp * parallel.cp))
     # The batch has another shape than training's: compiled blocks would be compiled again for it.
     with _plain_cross_entropy(engine), torch.compiler.set_stance("force_eager"):
-        losses_B = engine.score(engine.cut(batch))
-        total = float(engine.total(losses_B.double().sum()))
+        losses_B = engine.score(engine.to_local_batch(batch))
+        total = float(engine.all_reduce_over_data(losses_B.double().sum()))
         logits = None
         if config.engine == "native" and parallel.pp == parallel.tp == parallel.cp == 1:
-            logits = _logits(engine, batch)
+            logits = _probe_logits(engine, batch)
     precision = "fp8" if config.fp8 else config.precision
-    return Probe(total / (num_scored(model) * engine.data_rank[1]), logits, precision)
+    return Probe(total / (num_scored(model) * engine.dp_rank_and_size[1]), logits, precision)
 
 
-def _logits(engine: Engine, batch: Batch) -> tuple[float, ...]:
-    (model,) = engine.parts
+def _probe_logits(engine: Engine, batch: Batch) -> tuple[float, ...]:
+    (model,) = engine.model_parts
     batch = batch.to(engine.device)
-    arguments = {**batch.arguments(), "targets_BS": None}
-    if batch.source is not None:
-        arguments["source"] = replace(batch.source, tokens_BT=batch.source.tokens_BT[:1])
+    arguments = {**batch.forward_arguments(), "targets_BS": None}
+    if batch.encoder_input is not None:
+        arguments["encoder_input"] = replace(batch.encoder_input, tokens_BT=batch.encoder_input.tokens_BT[:1])
     logits_BSV = model.eval()(batch.inputs_BS[:1], **arguments)
     return logits_of(logits_BSV[0, -1])
 
@@ -48,7 +48,7 @@ def _logits(engine: Engine, batch: Batch) -> tuple[float, ...]:
 @contextmanager
 def _plain_cross_entropy(engine: Engine) -> Iterator[None]:
     """Within the block losses have no label smoothing and no z-loss, which a config may change on a resume."""
-    owners: list[tuple[Any, str]] = [(module, "loss") for part in engine.parts for module in part.modules()]
+    owners: list[tuple[Any, str]] = [(module, "loss") for part in engine.model_parts for module in part.modules()]
     owners.append((engine, "cross_entropy"))  # DeepSpeed's pipeline computes it outside the model
     before = [(each, name, getattr(each, name, None)) for each, name in owners]
     before = [each for each in before if isinstance(each[2], CrossEntropy)]

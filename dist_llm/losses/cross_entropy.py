@@ -1,4 +1,4 @@
-"""Cross-entropy as a SUM per sequence: the one division, by the world's count of scored targets, is the step's."""
+"""Cross-entropy as a SUM per sequence. The training step divides once, by the world's number of valid tokens."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -7,24 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # a target that is not scored (torch's own default)
-MOST_MICROBATCHES = 1 << 16
+IGNORE = -100  # a target without a loss (torch's default value)
+MAX_MICROBATCHES = 1 << 16
 
 
 class LossTerms:
-    """What a training loss is made of: sums over scored targets, [2] per microbatch: cross-entropy and z-loss.
+    """The terms of a training loss: sums over valid targets, [2] per microbatch, of the cross-entropy and the z-loss.
 
-    What label smoothing adds is the rest. Layers with a regularised loss add to it, without a gradient.
+    The remainder of the loss is label smoothing. Layers with a regularized loss add their terms here, without
+    gradients.
     """
 
     def __init__(self) -> None:
-        self._sums: deque[Tensor] = deque(maxlen=MOST_MICROBATCHES)
+        self._sums: deque[Tensor] = deque(maxlen=MAX_MICROBATCHES)
 
     def add(self, sums_2: Tensor) -> None:
         self._sums.append(sums_2.detach())
 
-    def take(self, microbatches: int) -> Tensor | None:
-        """The sums of the newest microbatches, [2]; older ones are dropped: a layout may try out a forward first."""
+    def pop_latest(self, microbatches: int) -> Tensor | None:
+        """Return the sums over the latest microbatches, [2], and clear all. Older ones come from a trial forward."""
         newest = list(self._sums)[-microbatches:]
         self._sums.clear()
         return torch.stack(newest).sum(0) if newest else None
@@ -32,10 +33,10 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """-log softmax(logits)[target], summed per sequence; in fp32 whatever the logits' type.
+    """-log softmax(logits)[target], summed per sequence, in fp32 for all logit types.
 
-    `label_smoothing` spreads that share of the target evenly over the vocabulary (Szegedy et al.
-    2016); `z_loss` adds z_loss * log(Z)^2 per scored target (Chowdhery et al. 2022, section 5).
+    `label_smoothing` spreads that fraction of the target evenly over the vocabulary (Szegedy et al. 2016). `z_loss`
+    adds z_loss * log(Z)^2 per valid target (Chowdhery et al. 2022, section 5).
     """
 
     label_smoothing: float = 0.0
@@ -43,13 +44,13 @@ class CrossEntropy:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is the cross-entropy alone, as evaluation takes it."""
+        """Whether this is the plain cross-entropy that evaluation uses."""
         return not self.label_smoothing and not self.z_loss
 
     def __call__(self, logits_BSV: Tensor, targets_BS: Tensor, terms: LossTerms | None = None) -> Tensor:
         """Logits [..., S, V] and targets [..., S] -> sums over the targets that are not IGNORE, [...].
 
-        What the sums are made of is added to `terms`.
+        The terms of the sums are added to `terms`.
         """
         logits_NV = logits_BSV.flatten(0, -2)
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))

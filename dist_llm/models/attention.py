@@ -12,12 +12,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dist_llm.config.schema import ModelConfig
-from dist_llm.models.positions import rotate
-from dist_llm.models.visibility import Visibility
+from dist_llm.models.attention_mask import AttentionMask
+from dist_llm.models.positional_encoding import apply_rotary
 
 # B batch  S queries  T keys  D d_model  H query heads  K key-value heads  E head dim
 
-Rotation = tuple[Tensor, Tensor]  # cos and sin, each [S, E/2] or [B, S, E/2]
+RotaryCosSin = tuple[Tensor, Tensor]  # cos and sin, each [S, E/2] or [B, S, E/2]
 
 
 class KVCache:
@@ -59,16 +59,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation | None, visible: Visibility, cache: KVCache | None = None
+        self, x_BSD: Tensor, rotation: RotaryCosSin | None, mask: AttentionMask, cache: KVCache | None = None
     ) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
         q_BSHE = self._queries(x_BSD)
         k_BSKE, v_BSKE = self._keys_and_values(x_BSD)
         if rotation is not None:
-            q_BSHE, k_BSKE = rotate(q_BSHE, *rotation), rotate(k_BSKE, *rotation)
+            q_BSHE, k_BSKE = apply_rotary(q_BSHE, *rotation), apply_rotary(k_BSKE, *rotation)
         if cache is not None:
             k_BSKE, v_BSKE = cache.append(self.layer, k_BSKE, v_BSKE)
-        return self.out(self.kernel(q_BSHE, k_BSKE, v_BSKE, visible).flatten(-2))
+        return self.out(self.kernel(q_BSHE, k_BSKE, v_BSKE, mask).flatten(-2))
 
     def _queries(self, x_BSD: Tensor) -> Tensor:
         # -1, not n_heads: a tensor-parallel rank holds only its own heads.
@@ -85,7 +85,7 @@ class CrossAttention(Attention):
     """Attention of a decoder's tokens to an encoder's output; places do not matter to it."""
 
     def forward(  # type: ignore[override]
-        self, x_BSD: Tensor, memory_BTD: Tensor, visible: Visibility, cache: KVCache | None = None
+        self, x_BSD: Tensor, memory_BTD: Tensor, mask: AttentionMask, cache: KVCache | None = None
     ) -> Tensor:
         """[B, S, D] and the encoder's output [B, T, D] -> [B, S, D]."""
         if cache is not None and self.layer in cache.memory:
@@ -94,7 +94,7 @@ class CrossAttention(Attention):
             k_BTKE, v_BTKE = self._keys_and_values(memory_BTD)
         if cache is not None:
             cache.memory[self.layer] = (k_BTKE, v_BTKE)
-        return self.out(self.kernel(self._queries(x_BSD), k_BTKE, v_BTKE, visible).flatten(-2))
+        return self.out(self.kernel(self._queries(x_BSD), k_BTKE, v_BTKE, mask).flatten(-2))
 
 
 class AttentionKernel(nn.Module):
@@ -104,39 +104,39 @@ class AttentionKernel(nn.Module):
         super().__init__()
         self.dropout, self.scale = dropout, scale
 
-    def forward(self, q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, visible: Visibility) -> Tensor:
+    def forward(self, q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: AttentionMask) -> Tensor:
         """[B, S, H, E] and keys and values of T tokens -> [B, S, H, E]."""
-        return attend(q_BSHE, k_BTKE, v_BTKE, visible, self.dropout if self.training else 0.0, self.scale)
+        return scaled_dot_product(q_BSHE, k_BTKE, v_BTKE, mask, self.dropout if self.training else 0.0, self.scale)
 
 
-def look(
-    visible: Visibility,
+def materialize_mask(
+    mask: AttentionMask,
     shape: tuple[int, int, int],
     device: torch.device,
     dense: bool,
     bias_HST: Tensor | None = None,
-) -> Visibility:
+) -> AttentionMask:
     """`visible` with the mask that a kernel wants, made once for all layers; `shape` is B rows, S queries, T keys.
 
     None where `causal` says it all: the kernels' fast path. On a GPU a block mask for FlexAttention, which skips
     what is masked. `dense`, or with a bias, or on a CPU: boolean [B, 1, S, T], or the bias with what is not seen
     at -inf.
     """
-    if visible.plain and bias_HST is None:
-        return visible
+    if mask.is_trivial and bias_HST is None:
+        return mask
     B, S, T = shape
     if device.type == "cuda" and bias_HST is None and not dense:
-        block_mask = create_block_mask(lambda b, h, q, k: visible.sees(S, T, b, q, k), B, None, S, T, device=device)
-        return replace(visible, mask=block_mask)
+        block_mask = create_block_mask(lambda b, h, q, k: mask.allows(S, T, b, q, k), B, None, S, T, device=device)
+        return replace(mask, materialized=block_mask)
     b, q, k = (torch.arange(size, device=device) for size in (B, S, T))
-    seen_BST = visible.sees(S, T, b[:, None, None], q[None, :, None], k).expand(B, S, T)
+    seen_BST = mask.allows(S, T, b[:, None, None], q[None, :, None], k).expand(B, S, T)
     if bias_HST is None:
-        return replace(visible, mask=seen_BST[:, None])
-    return replace(visible, mask=bias_HST.masked_fill(~seen_BST[:, None], -torch.inf))
+        return replace(mask, materialized=seen_BST[:, None])
+    return replace(mask, materialized=bias_HST.masked_fill(~seen_BST[:, None], -torch.inf))
 
 
-def attend(
-    q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, visible: Visibility, dropout: float, scale: float | None = None
+def scaled_dot_product(
+    q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: AttentionMask, dropout: float, scale: float | None = None
 ) -> Tensor:
     """Softmax attention, [B, S, H, E]; where S < T the queries are the last S of the T tokens.
 
@@ -145,21 +145,23 @@ def attend(
     S, T = q_BSHE.shape[1], k_BTKE.shape[1]
     q, k, v = q_BSHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
     grouped = q_BSHE.shape[2] != k_BTKE.shape[2]
-    mask = visible.mask
-    if isinstance(mask, BlockMask):
-        return _flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
-    if isinstance(mask, Tensor) and mask.is_floating_point():
-        mask = mask.to(q.dtype)
+    materialized = mask.materialized
+    if isinstance(materialized, BlockMask):
+        return _compiled_flex_attention()(q, k, v, block_mask=materialized, scale=scale, enable_gqa=grouped).transpose(
+            1, 2
+        )
+    if isinstance(materialized, Tensor) and materialized.is_floating_point():
+        materialized = materialized.to(q.dtype)
     # One query sees all keys: no mask. A square is the kernels' fast path. Else the mask is aligned to the end.
-    causal = visible.causal and mask is None
+    causal = mask.causal and materialized is None
     if causal and 1 < S < T:
         with _disable_current_modes():  # the mask is a tensor subclass, which selective recomputation's mode refuses
-            mask = causal_lower_right(S, T)
+            materialized = causal_lower_right(S, T)
     out_BHSE = F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=mask,
+        attn_mask=materialized,
         dropout_p=dropout,
         is_causal=causal and S == T and S > 1,
         enable_gqa=grouped,
@@ -169,6 +171,6 @@ def attend(
 
 
 @cache
-def _flex() -> Any:
+def _compiled_flex_attention() -> Any:
     """FlexAttention writes its kernel when compiled; without that it computes every score."""
     return torch.compile(flex_attention, dynamic=False)

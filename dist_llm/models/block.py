@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from dist_llm.config.schema import ModelConfig
-from dist_llm.models.attention import Attention, CrossAttention, KVCache, Rotation
+from dist_llm.models.attention import Attention, CrossAttention, KVCache, RotaryCosSin
+from dist_llm.models.attention_mask import AttentionMask
+from dist_llm.models.build_norm import build_norm
 from dist_llm.models.feedforward import FeedForward
-from dist_llm.models.norm import build_norm
-from dist_llm.models.visibility import Visibility
 
 
 class Block(nn.Module):
@@ -32,28 +32,28 @@ class Block(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
-        rotation: Rotation | None,
-        visible: Visibility,
+        rotation: RotaryCosSin | None,
+        mask: AttentionMask,
         cache: KVCache | None = None,
-        survive_BS1: Tensor | None = None,
+        depth_scale_BS1: Tensor | None = None,
         memory_BTD: Tensor | None = None,
-        visible_memory: Visibility | None = None,
+        memory_mask: AttentionMask | None = None,
     ) -> Tensor:
         """[B, S, D] -> [B, S, D]. Sublayers are multiplied with `survive_BS1`, [B, 1 or S, 1]: stochastic depth."""
 
         def step(x_BSD: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-            out_BSD = self.dropout(sublayer(rounded(norm(x_BSD) if self.pre else x_BSD)))
-            x_BSD = x_BSD + (out_BSD if survive_BS1 is None else out_BSD * survive_BS1.to(out_BSD.dtype))
+            out_BSD = self.dropout(sublayer(cast_to_autocast_dtype(norm(x_BSD) if self.pre else x_BSD)))
+            x_BSD = x_BSD + (out_BSD if depth_scale_BS1 is None else out_BSD * depth_scale_BS1.to(out_BSD.dtype))
             return x_BSD if self.pre else norm(x_BSD)
 
-        x_BSD = step(x_BSD, self.norm_attention, lambda x: self.attention(x, rotation, visible, cache))
+        x_BSD = step(x_BSD, self.norm_attention, lambda x: self.attention(x, rotation, mask, cache))
         if (cross := self.cross) is not None:
             assert self.norm_cross is not None
-            x_BSD = step(x_BSD, self.norm_cross, lambda x: cross(x, memory_BTD, visible_memory, cache))
+            x_BSD = step(x_BSD, self.norm_cross, lambda x: cross(x, memory_BTD, memory_mask, cache))
         return step(x_BSD, self.norm_feedforward, self.feedforward)
 
 
-def rounded(x: Tensor) -> Tensor:
+def cast_to_autocast_dtype(x: Tensor) -> Tensor:
     """In the type that products have under autocast: once, and not for each of those that take it."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.models.attention import KVCache, look
+from dist_llm.models.attention import KVCache, materialize_mask
+from dist_llm.models.attention_mask import CAUSAL, FULL, AttentionMask, EncoderInput
 from dist_llm.models.block import Block
+from dist_llm.models.build_norm import build_norm
 from dist_llm.models.decoder import Decoder, Embedding
-from dist_llm.models.norm import build_norm
-from dist_llm.models.positions import RelativeBias
-from dist_llm.models.visibility import CAUSAL, FULL, Source, Visibility
+from dist_llm.models.positional_encoding import RelativeBias
 
 
 class EncoderDecoder(Decoder):
@@ -24,23 +24,23 @@ class EncoderDecoder(Decoder):
         assert self.embed is not None
         encoder = config.n_encoder_layers
         self.source_embed: Embedding | None = Embedding(config, self.embed.tokens)
-        self.source_relative = RelativeBias(config, both_sides=True) if self.relative is not None else None
+        self.source_relative = RelativeBias(config, bidirectional=True) if self.relative is not None else None
         self.blocks = nn.ModuleDict(
             {str(layer): Block(config, layer, cross=layer >= encoder) for layer in range(encoder + config.n_layers)}
         )
         self.source_norm: nn.Module | None = build_norm(config) if config.norm_order == "pre" else None
 
-    def keep(self, layers: range, first: bool, last: bool) -> None:
+    def trim_to_stage(self, layers: range, first: bool, last: bool) -> None:
         """As `Decoder.keep`; the first end is the encoder's, and holds the table of token vectors for it."""
-        super().keep(layers, first, last)
+        super().trim_to_stage(layers, first, last)
         if self.config.n_encoder_layers - 1 not in layers:
             self.source_norm = None
         if not first:
             self.source_embed = None
 
-    def _keep_embedding(self, embeds: bool, projects: bool) -> None:
+    def _trim_embedding(self, embeds: bool, projects: bool) -> None:
         embed, encoder = self.embed, str(self.config.n_encoder_layers)
-        super()._keep_embedding(embeds=encoder in self.blocks, projects=projects)
+        super()._trim_embedding(embeds=encoder in self.blocks, projects=projects)
         if embeds:  # the encoder's tokens
             self.embed = embed
 
@@ -49,11 +49,11 @@ class EncoderDecoder(Decoder):
         inputs: Tensor,
         x_BSD: Tensor | None = None,
         targets_BS: Tensor | None = None,
-        visible: Visibility = CAUSAL,
+        mask: AttentionMask = CAUSAL,
         cache: KVCache | None = None,
         positions_BS: Tensor | None = None,
-        draws_B: Tensor | None = None,
-        source: Source | None = None,
+        sample_hash_B: Tensor | None = None,
+        encoder_input: EncoderInput | None = None,
         tokens_BS: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The decoder's ids [B, S] and what the encoder reads -> logits [B, S, V], or the losses' sums [B].
@@ -62,46 +62,53 @@ class EncoderDecoder(Decoder):
         begun, and `tokens_BS` the decoder's ids. Without the last, these activations are the result. With a cache
         the encoder runs once: `source` may be None after that.
         """
-        tokens_BS = inputs if self.first else tokens_BS
+        tokens_BS = inputs if self.is_first_stage else tokens_BS
         assert tokens_BS is not None
-        memory_BTD = None if source is None else self._encode(inputs, source, draws_B)
-        decoding = [(layer, block) for layer, block in self._layers() if layer >= self.config.n_encoder_layers]
+        memory_BTD = None if encoder_input is None else self._encode(inputs, encoder_input, sample_hash_B)
+        decoding = [(layer, block) for layer, block in self._iter_blocks() if layer >= self.config.n_encoder_layers]
         if not decoding:
             assert memory_BTD is not None
             return memory_BTD
         (B, S), past = tokens_BS.shape, cache.length if cache else 0
         if positions_BS is None:
             positions_BS = torch.arange(past, past + S, device=tokens_BS.device)
-        visible_memory = FULL if source is None else self._look_across(visible, source, B, S)
-        visible = self._look(visible, self.relative, (B, S), past, tokens_BS.device)
+        memory_mask = FULL if encoder_input is None else self._materialize_memory_mask(mask, encoder_input, B, S)
+        mask = self._materialize_mask(mask, self.relative, (B, S), past, tokens_BS.device)
         if x_BSD is None:
             assert self.embed is not None
             x_BSD = self.embed(tokens_BS, positions_BS)
-        rotation = self._rotation(positions_BS)
+        rotation = self._rotary_cos_sin(positions_BS)
         for layer, block in decoding:
-            survive_BS1 = self._survivors(draws_B, layer)
-            x_BSD = block(x_BSD, rotation, visible, cache, survive_BS1, memory_BTD, visible_memory)
+            depth_scale_BS1 = self._depth_scale(sample_hash_B, layer)
+            x_BSD = block(x_BSD, rotation, mask, cache, depth_scale_BS1, memory_BTD, memory_mask)
         if self.head is None:
             assert memory_BTD is not None
             assert x_BSD is not None
             return memory_BTD, x_BSD
-        return self._project(x_BSD, targets_BS)
+        return self._apply_head(x_BSD, targets_BS)
 
-    def _encode(self, inputs: Tensor, source: Source, draws_B: Tensor | None) -> Tensor:
+    def _encode(self, inputs: Tensor, encoder_input: EncoderInput, sample_hash_B: Tensor | None) -> Tensor:
         """As much of the encoder as there is here, [B, T, D]."""
-        B, T = source.tokens_BT.shape
-        positions_BT = source.positions_BT
+        B, T = encoder_input.tokens_BT.shape
+        positions_BT = encoder_input.positions_BT
         if positions_BT is None:
             positions_BT = torch.arange(T, device=inputs.device)
-        encoding = [(layer, block) for layer, block in self._layers() if layer < self.config.n_encoder_layers]
-        x_BTD = inputs if self.source_embed is None else self.source_embed(source.tokens_BT, positions_BT)
+        encoding = [(layer, block) for layer, block in self._iter_blocks() if layer < self.config.n_encoder_layers]
+        x_BTD = inputs if self.source_embed is None else self.source_embed(encoder_input.tokens_BT, positions_BT)
         if encoding:
-            visible = self._look(source.visible, self.source_relative, (B, T), 0, inputs.device)
-            rotation = self._rotation(positions_BT)
+            mask = self._materialize_mask(encoder_input.mask, self.source_relative, (B, T), 0, inputs.device)
+            rotation = self._rotary_cos_sin(positions_BT)
             for layer, block in encoding:
-                x_BTD = block(x_BTD, rotation, visible, None, self._survivors(draws_B, layer))
+                x_BTD = block(x_BTD, rotation, mask, None, self._depth_scale(sample_hash_B, layer))
         return x_BTD if self.source_norm is None else self.source_norm(x_BTD)
 
-    def _look_across(self, visible: Visibility, source: Source, B: int, S: int) -> Visibility:
-        T = source.tokens_BT.shape[1]
-        return look(visible.cross(source.visible, S), (B, S, T), source.tokens_BT.device, self._dense)
+    def _materialize_memory_mask(
+        self, mask: AttentionMask, encoder_input: EncoderInput, B: int, S: int
+    ) -> AttentionMask:
+        T = encoder_input.tokens_BT.shape[1]
+        return materialize_mask(
+            mask.cross_attention_mask(encoder_input.mask, S),
+            (B, S, T),
+            encoder_input.tokens_BT.device,
+            self._needs_dense_mask,
+        )

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_llm.chance import key_of, mix, numbered
 from dist_llm.config.schema import ModelConfig
+from dist_llm.counter_rng import hash64, iter_element_ids, splitmix64
 
 # Parameters that have a rule, by name.
 EMBEDDING = re.compile(r"(source_)?(embed\.(tokens|positions)|relative\.table)\.weight|head\.out\.weight")
@@ -24,7 +24,7 @@ NORM = re.compile(r"(.*[._])?norm(_\w+)?\.weight")
 
 
 @dataclass(frozen=True)
-class Rule:
+class InitRule:
     """A distribution: constant `shift` where `scale` is 0. Rows from `rows` on are vocabulary padding: zero."""
 
     kind: str  # normal (standard deviation `scale`) or uniform (on +-scale)
@@ -33,7 +33,7 @@ class Rule:
     rows: int | None = None
 
 
-def rule_for(name: str, shape: Sequence[int], config: ModelConfig) -> Rule:
+def init_rule(name: str, shape: Sequence[int], config: ModelConfig) -> InitRule:
     """How the parameter called `name`, of full shape `shape`, starts.
 
     gpt2: normal(init_std); outputs to the residual stream divided by the root of their number (Radford
@@ -46,36 +46,36 @@ def rule_for(name: str, shape: Sequence[int], config: ModelConfig) -> Rule:
     Raises ValueError for a parameter without a rule: a new one needs its own.
     """
     if len(shape) == 1 and name.endswith(".bias"):
-        return Rule("normal", 0.0)
+        return InitRule("normal", 0.0)
     if len(shape) == 1 and NORM.fullmatch(name):
-        return Rule("normal", 0.0, shift=1.0)
+        return InitRule("normal", 0.0, shift=1.0)
     if len(shape) != 2 or not (EMBEDDING.fullmatch(name) or MATRIX.fullmatch(name)):
         raise ValueError(
             f"parameter {name} of shape {tuple(shape)} has no initial value; add its rule to models/init.py:rule_for"
         )
     if name in ("embed.tokens.weight", "head.out.weight"):
-        return Rule("normal", _embedding_std(config), rows=config.vocab_size)
+        return InitRule("normal", _embedding_std(config), rows=config.vocab_size)
     if EMBEDDING.fullmatch(name):
-        return Rule("normal", _embedding_std(config))
+        return InitRule("normal", _embedding_std(config))
     fan_out, fan_in = shape
     uniform = math.sqrt(6 / (fan_in + fan_out))
     if config.init == "he":
-        return Rule("normal", math.sqrt(2 / fan_in))
+        return InitRule("normal", math.sqrt(2 / fan_in))
     if config.init == "xavier" or not name.startswith("blocks."):
-        return Rule("normal", config.init_std) if config.init == "gpt2" else Rule("uniform", uniform)
-    place = _Place.of(int(name.split(".")[1]), config)
+        return InitRule("normal", config.init_std) if config.init == "gpt2" else InitRule("uniform", uniform)
+    place = _StackPosition.of(int(name.split(".")[1]), config)
     if config.init == "depth":
-        return Rule("uniform", uniform / math.sqrt(place.number))
+        return InitRule("uniform", uniform / math.sqrt(place.number))
     if config.init == "tfixup":
         inner = name.endswith((".q.weight", ".k.weight"))  # attention's weights are normalised anyway
-        return Rule("uniform", uniform * (1.0 if inner else _tfixup(place.layers, place.crossed)))
+        return InitRule("uniform", uniform * (1.0 if inner else _tfixup(place.layers, place.crossed)))
     residual = name.endswith((".out.weight", "feedforward.down.weight"))
     steps = (3 if place.crossed else 2) * place.layers
-    return Rule("normal", config.init_std / (math.sqrt(steps) if residual else 1.0))
+    return InitRule("normal", config.init_std / (math.sqrt(steps) if residual else 1.0))
 
 
 @dataclass(frozen=True)
-class _Place:
+class _StackPosition:
     """Block `number` (from 1) of a stack of `layers`; `crossed`: each also attends to an encoder."""
 
     number: int
@@ -83,11 +83,11 @@ class _Place:
     crossed: bool
 
     @staticmethod
-    def of(layer: int, config: ModelConfig) -> "_Place":
+    def of(layer: int, config: ModelConfig) -> "_StackPosition":
         encoder = config.n_encoder_layers
         if layer < encoder:
-            return _Place(layer + 1, encoder, crossed=False)
-        return _Place(layer - encoder + 1, config.n_layers, crossed=encoder > 0)
+            return _StackPosition(layer + 1, encoder, crossed=False)
+        return _StackPosition(layer - encoder + 1, config.n_layers, crossed=encoder > 0)
 
 
 def _tfixup(layers: int, crossed: bool) -> float:
@@ -101,22 +101,24 @@ def _embedding_std(config: ModelConfig) -> float:
 
 
 @torch.no_grad()
-def fill(local: Tensor, name: str, rule: Rule, seed: int, shape: Sequence[int], offset: Sequence[int]) -> None:
+def init_param_(
+    local: Tensor, name: str, rule: InitRule, seed: int, shape: Sequence[int], offset: Sequence[int]
+) -> None:
     """Set `local`, the slice at `offset` of the parameter `name` of full shape `shape`, of any number of dimensions."""
     if not rule.scale:
         local.fill_(rule.shift)
         return
-    key = key_of(f"{seed}:{name}")
-    for rows, elements in numbered(local, shape, offset):
-        values = _draw(elements, key, rule)
+    key = hash64(f"{seed}:{name}")
+    for rows, elements in iter_element_ids(local, shape, offset):
+        values = _sample(elements, key, rule)
         if rule.rows is not None:
             values = values.masked_fill_(elements >= rule.rows * math.prod(shape[1:]), 0.0)
         local[rows] = values
 
 
-def _draw(element: Tensor, key: int, rule: Rule) -> Tensor:
+def _sample(element: Tensor, key: int, rule: InitRule) -> Tensor:
     """One number per element, from 64 hashed bits: two uniforms of 24 bits, and Box-Muller."""
-    bits = mix(element ^ key)
+    bits = splitmix64(element ^ key)
     first = ((bits >> 40) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
     if rule.kind == "uniform":
         return first.mul_(2 * rule.scale).sub_(rule.scale)

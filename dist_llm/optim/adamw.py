@@ -1,4 +1,4 @@
-"""AdamW with moments in bf16: 4 bytes less per parameter, with none of what plain rounding would lose."""
+"""AdamW: torch's on the local shards of DTensors, and one with bf16 moments, which saves 4 bytes per parameter."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -6,22 +6,40 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, optim
 
-from dist_llm.chance import key_of, mix, numbered
+from dist_llm.counter_rng import hash64, iter_element_ids, splitmix64
 
-# This rank's share of a tensor, in the same memory; and the same with where in the whole it begins.
-Local = Callable[[Tensor], Tensor]
-Place = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
+# A tensor -> this rank's shard of it, in the same memory; and the same with the shard's offset in the full tensor.
+ToLocal = Callable[[Tensor], Tensor]
+LocalWithOffset = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
+
+
+class LocalAdamW(optim.AdamW):
+    """torch's AdamW on the local shards of DTensors. The update is elementwise, so shards are independent.
+
+    Given DTensors, torch plans every operation on a list of them: the first step of eight ranks on three mesh
+    dimensions and two cores then takes tens of seconds, and every later step takes twice as long.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *arguments: Any, to_local: ToLocal, **options: Any) -> None:
+        super().__init__(groups, *arguments, **options)
+        self.to_local = to_local
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
+        has_complex = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        for tensors in lists:
+            tensors[:] = map(self.to_local, tensors)
+        return has_complex
 
 
 class BF16AdamW(optim.Optimizer):
-    """Loshchilov and Hutter 2019, algorithm 2, in fp32; its moments are rounded to bf16 to be kept.
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2), computed in fp32, with moments stored in bf16.
 
-    A moment between two bf16 numbers becomes the upper or the lower one by chance, so that it is right on average: to
-    the nearest, a second moment would stand still as soon as steps change it by less than 1/512. Chance is a function
-    of the parameter's name, the element and the step: layouts and resumed runs round alike.
+    Moments are rounded stochastically, so they are right on average. With rounding to nearest, a second moment would
+    stop changing as soon as a step changes it by less than 1/512. The random bits are a function of the parameter's
+    name, the element and the step, so all layouts and resumed runs round alike.
     """
 
-    dtypes: ClassVar = {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16}
+    moment_dtypes: ClassVar = {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16}
 
     def __init__(
         self,
@@ -30,10 +48,10 @@ class BF16AdamW(optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         names: Mapping[Tensor, str],
-        place: Place,
+        local_with_offset: LocalWithOffset,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.names, self.place = names, place
+        self.names, self.local_with_offset = names, local_with_offset
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -46,25 +64,25 @@ class BF16AdamW(optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            for moment, dtype in self.dtypes.items():
+            for moment, dtype in self.moment_dtypes.items():
                 state[moment] = torch.zeros_like(parameter, dtype=dtype)
         step = state["step"].add_(1)
-        weights, offset = self.place(parameter)
-        gradient, first, second = (
-            self.place(each)[0] for each in (gradient.float(), state["exp_avg"], state["exp_avg_sq"])
+        weights, offset = self.local_with_offset(parameter)
+        gradient, exp_avg, exp_avg_sq = (
+            self.local_with_offset(tensor)[0] for tensor in (gradient.float(), state["exp_avg"], state["exp_avg_sq"])
         )
         (beta1, beta2), lr = group["betas"], group["lr"]
-        key = (step.long() << 40) ^ key_of(self.names[parameter])
-        for rows, elements in numbered(weights, parameter.shape, offset):
-            m = first[rows].float().lerp_(gradient[rows], 1 - beta1)
-            v = second[rows].float().mul_(beta2).addcmul_(gradient[rows], gradient[rows], value=1 - beta2)
-            bits = mix(elements ^ key)
-            first[rows], second[rows] = rounded(m, bits), rounded(v, bits >> 16)
-            root = v.div_(1 - beta2**step).sqrt_().add_(group["eps"])
-            weights[rows].mul_(1 - lr * group["weight_decay"]).addcdiv_(m.div_(1 - beta1**step), root, value=-lr)
+        key = (step.long() << 40) ^ hash64(self.names[parameter])
+        for rows, elements in iter_element_ids(weights, parameter.shape, offset):
+            m = exp_avg[rows].float().lerp_(gradient[rows], 1 - beta1)
+            v = exp_avg_sq[rows].float().mul_(beta2).addcmul_(gradient[rows], gradient[rows], value=1 - beta2)
+            bits = splitmix64(elements ^ key)
+            exp_avg[rows], exp_avg_sq[rows] = stochastic_round_bf16(m, bits), stochastic_round_bf16(v, bits >> 16)
+            denominator = v.div_(1 - beta2**step).sqrt_().add_(group["eps"])
+            weights[rows].mul_(1 - lr * group["weight_decay"]).addcdiv_(m.div_(1 - beta1**step), denominator, value=-lr)
 
 
-def rounded(values: Tensor, bits: Tensor) -> Tensor:
-    """fp32 to bf16, up with the chance that the lower 16 of the random `bits` give it."""
-    moved = ((values.view(torch.int32) + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32)
-    return torch.where(values.isfinite(), moved, values).bfloat16()  # a GPU's NaN has all bits set: none may be added
+def stochastic_round_bf16(values: Tensor, bits: Tensor) -> Tensor:
+    """Round fp32 to bf16. The lower 16 of the random `bits` decide between the two neighbours, without bias."""
+    rounded = ((values.view(torch.int32) + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).bfloat16()  # a GPU's NaN has all bits set and would overflow

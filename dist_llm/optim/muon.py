@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): a matrix moves by its momentum made orthogonal, so by as much in every direction."""
+"""Muon (Jordan et al. 2024): a matrix is updated by its orthogonalized momentum, equally in every direction."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -7,25 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
-from dist_llm.optim.adamw import Local
+from dist_llm.optim.adamw import ToLocal
 
-# Of Jordan et al.: a quintic that, five times over, takes singular values in (0, 1] to 0.7 ... 1.2, small ones fast.
+# The quintic of Jordan et al. After five iterations it maps singular values in (0, 1] to about 0.7 ... 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-ROUNDS = 5
-BATCH = 1 << 26  # elements at a time at most, of which some copies are made
+NUM_ITERATIONS = 5
+MAX_BATCH_ELEMENTS = 1 << 26  # upper bound of the elements orthogonalized at a time; several copies are made
 
-# Updates of matrices, or what a rank has of them, to the same made orthogonal.
+# Orthogonalizes a list of momentum matrices, or of this rank's shards of them.
 Orthogonalize = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 class Muon:
-    """Steps an AdamW's groups that have a momentum; a hook before AdamW's own step, which finds no gradients there.
+    """Updates the parameter groups of an AdamW that have a momentum. It is a pre-step hook and removes their gradients.
 
-    Momentum is Nesterov's. An update is scaled by 0.2 sqrt(max(rows, columns)), to the size that AdamW's have (Liu et
-    al. 2025, 2.2), so that rate and decay are those of all parameters. One without a gradient has a gradient of zero.
+    The momentum is Nesterov's. An update is scaled by 0.2 sqrt(max(rows, columns)), to the size of AdamW's updates (Liu
+    et al. 2025, 2.2), so that both use the same learning rate and weight decay. A missing gradient counts as zero.
     """
 
-    def __init__(self, orthogonalize: Orthogonalize, local: Local) -> None:
+    def __init__(self, orthogonalize: Orthogonalize, local: ToLocal) -> None:
         self.orthogonalize, self.local = orthogonalize, local
 
     @torch.no_grad()
@@ -49,30 +49,30 @@ class Muon:
             weights.add_(local(update), alpha=-0.2 * group["lr"] * max(parameter.shape) ** 0.5)
 
 
-def orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Each [R, C] as `orthogonal` makes it in that dtype, or in its own; those of one shape in batches."""
-    found: dict[int, Tensor] = {}
-    alike = defaultdict(list)
-    for number, matrix in enumerate(matrices):
-        alike[matrix.shape].append(number)
-    for shape, numbers in alike.items():
-        count = max(1, BATCH // shape.numel())
-        for some in (numbers[first : first + count] for first in range(0, len(numbers), count)):
-            batch = torch.stack([matrices[number].to(dtype) for number in some])
-            found.update(zip(some, orthogonal(batch), strict=True))
-    return [found[number] for number in range(len(matrices))]
+def orthogonalize(matrices: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Orthogonalize each matrix [R, C] in `dtype`, or in its own dtype. Matrices of equal shape are batched."""
+    results: dict[int, Tensor] = {}
+    by_shape = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        by_shape[matrix.shape].append(index)
+    for shape, indices in by_shape.items():
+        count = max(1, MAX_BATCH_ELEMENTS // shape.numel())
+        for chunk in (indices[start : start + count] for start in range(0, len(indices), count)):
+            batch = torch.stack([matrices[index].to(dtype) for index in chunk])
+            results.update(zip(chunk, newton_schulz(batch), strict=True))
+    return [results[index] for index in range(len(matrices))]
 
 
-def orthogonal(x_NRC: Tensor) -> Tensor:
-    """[N, R, C] -> U V^T of each U S V^T, nearly, by Newton-Schulz steps in the dtype of the input."""
+def newton_schulz(x_NRC: Tensor) -> Tensor:
+    """[N, R, C] -> approximately U V^T of each U S V^T, by Newton-Schulz iterations in the dtype of the input."""
     if x_NRC.shape[1] > x_NRC.shape[2]:
-        return orthogonal(x_NRC.mT).mT
-    exact = torch.promote_types(x_NRC.dtype, torch.float32)
-    norm_N11 = torch.linalg.matrix_norm(x_NRC.to(exact), keepdim=True)
+        return newton_schulz(x_NRC.mT).mT
+    norm_dtype = torch.promote_types(x_NRC.dtype, torch.float32)
+    norm_N11 = torch.linalg.matrix_norm(x_NRC.to(norm_dtype), keepdim=True)
     x_NRC = x_NRC / (norm_N11 + 1e-20).to(x_NRC.dtype)
     a, b, c = COEFFICIENTS
-    for _ in range(ROUNDS):
+    for _ in range(NUM_ITERATIONS):
         square_NRR = x_NRC @ x_NRC.mT
-        both_NRR = torch.baddbmm(square_NRR, square_NRR, square_NRR, beta=b, alpha=c)
-        x_NRC = torch.baddbmm(x_NRC, both_NRR, x_NRC, beta=a)
+        poly_NRR = torch.baddbmm(square_NRR, square_NRR, square_NRR, beta=b, alpha=c)
+        x_NRC = torch.baddbmm(x_NRC, poly_NRR, x_NRC, beta=a)
     return x_NRC

@@ -1,4 +1,4 @@
-"""The learning rate, a pure function of the step."""
+"""The learning-rate schedule, a pure function of the step."""
 
 import math
 
@@ -6,15 +6,15 @@ from dist_llm.config.schema import OptimConfig, ScheduleConfig
 
 
 def learning_rate(optim: OptimConfig, schedule: ScheduleConfig, step: int) -> float:
-    """The rate of update number `step`, counted from 1; T_w is warmup_steps, T_c decay_steps.
+    """Return the learning rate of update `step`, counted from 1. T_w is warmup_steps, T_c is decay_steps.
 
-    step < T_w: step * lr / T_w. After that, by name: cosine and linear fall to the floor at T_c
-    and stay there; inverse_sqrt is lr * sqrt(T_w / step) (Vaswani et al. 2017, 5.3); wsd holds lr
-    and falls linearly over the last decay_fraction of T_c (Hu et al. 2024); constant holds lr.
+    step < T_w: step * lr / T_w. After that, by name: cosine and linear decay to the floor at T_c and stay there;
+    inverse_sqrt is lr * sqrt(T_w / step) (Vaswani et al. 2017, 5.3); wsd holds lr and decays linearly over the last
+    decay_fraction of T_c (Hu et al. 2024); constant holds lr.
     """
     peak, floor = optim.lr, optim.lr * schedule.min_ratio
     warmup, end = schedule.warmup_steps, schedule.decay_steps
-    assert end or schedule.name in ("constant", "inverse_sqrt"), "decay_steps is not filled in"
+    assert end or schedule.name in ("constant", "inverse_sqrt"), "decay_steps is not resolved"
     if step < warmup:
         return peak * step / warmup
     match schedule.name:

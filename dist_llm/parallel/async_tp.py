@@ -1,8 +1,8 @@
-"""Asynchronous tensor parallelism: a product begins on the part of its input that has come, and sends what is done.
+"""Asynchronous tensor parallelism: overlap each matrix product with the collective beside it.
 
-With `sequence_parallel` an all-gather stands before each product of a block and a reduce-scatter after it. Cut into
-pieces, they run while the product does (Wang et al. 2023). torch's compiler finds these pairs in a compiled block, and
-puts kernels in their place that read the other ranks' memory.
+With `sequence_parallel` an all-gather precedes each product of a block and a reduce-scatter follows it. Split into
+chunks, the collective runs while the product runs (Wang et al. 2023). torch's compiler finds these pairs in a compiled
+block and replaces each with a kernel that reads the other ranks' memory directly.
 """
 
 import logging
@@ -13,44 +13,45 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import Graph
 
-RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+RESHAPE_OPS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 log = logging.getLogger("dist_llm")
 
 
-def overlap(mesh: DeviceMesh) -> None:
-    """Before blocks are compiled. `mesh` is that of the tensor ranks."""
+def enable_async_tp(mesh: DeviceMesh) -> None:
+    """Call this before blocks are compiled. `mesh` is the tensor-parallel dimension."""
     if mesh.device_type == "cuda":
-        fuse(mesh)
+        enable_fused_collectives(mesh)
     else:
-        log.info("parallel.async_tp: left out, its kernels are for GPUs; the steps are the same")
+        log.info("parallel.async_tp: not used on this device, its kernels need GPUs; the steps are the same")
 
 
-def fuse(mesh: DeviceMesh) -> None:
-    """Let the compiler do so from now on."""
-    from torch._inductor import config as inductor  # a second, unless this torch has it already (2.13 has)
+def enable_fused_collectives(mesh: DeviceMesh) -> None:
+    """Make the compiler fuse collectives with matrix products in all later compilations."""
+    # importing it takes a second, unless this torch has already imported it (2.13 has)
+    from torch._inductor import config as inductor
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
-    class Pass(CustomGraphPass):
+    class MergeReshapesPass(CustomGraphPass):
         def __call__(self, graph: Graph) -> None:
-            reshape_once(graph)
+            merge_reshapes(graph)
 
         def uuid(self) -> Any:
             return get_hash_for_files((__file__,))
 
     inductor._micro_pipeline_tp = True
-    inductor.post_grad_custom_pre_pass = Pass()
-    with warnings.catch_warnings():  # needed still, though torch calls it deprecated
+    inductor.post_grad_custom_pre_pass = MergeReshapesPass()
+    with warnings.catch_warnings():  # still required, though torch marks it deprecated
         warnings.simplefilter("ignore", FutureWarning)
         enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
-def reshape_once(graph: Graph) -> None:
-    """A reshape of a reshape becomes one, or none: the compiler looks for products of the very thing that was gathered,
-    which is all tokens in a row, and layers see them by sequences."""
+def merge_reshapes(graph: Graph) -> None:
+    """Replace a reshape of a reshape by one reshape, or by none. The compiler only matches a product whose input is the
+    gathered tensor itself. That tensor holds all tokens in one dimension, while the layers view it by sequence."""
     for node in graph.nodes:
-        while node.target in RESHAPES and (inner := node.args[0]).target in RESHAPES:
+        while node.target in RESHAPE_OPS and (inner := node.args[0]).target in RESHAPE_OPS:
             node.replace_input_with(inner, inner.args[0])
-        if node.target in RESHAPES and node.meta["val"].shape == node.args[0].meta["val"].shape:
+        if node.target in RESHAPE_OPS and node.meta["val"].shape == node.args[0].meta["val"].shape:
             node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()

@@ -1,10 +1,10 @@
-"""The blocks' matrix products in float8: inputs and weights in e4m3, gradients in e5m2 (Micikevicius et al. 2022).
+"""Matrix products of the blocks in float8: inputs and weights in e4m3, gradients in e5m2 (Micikevicius et al. 2022).
 
-A tensor is rounded as a whole, at each use: multiplied by the largest power of two that keeps its largest element in
-float8's range, which is found on the device. What an element is rounded to then does not hang on its neighbours, unless
-it is 2^14 times smaller than the largest (in e5m2: 2^29 times). So how rows and columns are split over microbatches and
-ranks makes no difference but there. A GPU multiplies float8; elsewhere it is emulated by products of the same rounded
-numbers in bf16, which holds them exactly.
+Each tensor is quantized as a whole, at each use. Its scale is the largest power of two that keeps the largest element
+in float8's range; it is computed on the device. With such a scale the rounding of an element does not depend on its
+neighbours, unless the element is 2^14 times smaller than the largest (2^29 times in e5m2). So the split of rows and
+columns over microbatches and ranks changes nothing outside that range. A GPU multiplies in float8. Other devices
+emulate this by products of the same rounded numbers in bf16, which represents them exactly.
 """
 
 from typing import Any
@@ -19,89 +19,93 @@ from dist_llm.models.decoder import Decoder
 
 # M tokens  K inputs  N outputs of a layer
 
-INPUT, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
-LEAST = 2.0**-100  # a largest element below it counts as this, so that the scale is finite
-EXPONENT = 0x7F800000  # the bits of fp32 that make it a power of two
+INPUT_DTYPE, GRAD_DTYPE = torch.float8_e4m3fn, torch.float8_e5m2
+MIN_AMAX = 2.0**-100  # lower bound of the largest element, so that the scale is finite
+EXPONENT_MASK = 0x7F800000  # the exponent bits of fp32
 
 
-def float8_blocks(model: Decoder) -> None:
-    """Every linear layer of the blocks multiplies in float8; names and weights stay."""
+def use_float8_linears(model: Decoder) -> None:
+    """Make every linear layer of the blocks multiply in float8. Names and weights stay the same."""
     for block in model.blocks.values():
         for module in block.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Float8Linear
 
 
-def check_device(device: torch.device) -> None:
-    """Raises ConfigError unless this GPU multiplies the two kinds of float8 above."""
+def check_float8_support(device: torch.device) -> None:
+    """Raise ConfigError if `device` is a GPU without float8 matrix products."""
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
     if torch.version.cuda is None or capability < (8, 9):
-        what = ".".join(map(str, capability)) if torch.version.cuda else "of another maker"
+        capability_text = ".".join(map(str, capability)) if torch.version.cuda else "unknown, not an NVIDIA GPU"
         raise ConfigError(
-            f"fp8: {torch.cuda.get_device_name(device)} (compute capability {what}) has no products in float8; they "
-            "take NVIDIA's GPUs of 8.9 or later (Ada, Hopper, Blackwell). Set fp8 to false"
+            f"fp8: {torch.cuda.get_device_name(device)} (compute capability {capability_text}) has no float8 matrix "
+            "products; they need an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell). "
+            "Set fp8 to false"
         )
 
 
 class Float8Linear(nn.Linear):
-    """Inputs of any float type, outputs in bf16."""
+    """A linear layer that multiplies in float8. Inputs have any float type, outputs are bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        return linear(x, self.weight, self.bias)
+        return float8_linear(x, self.weight, self.bias)
 
 
-def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """[..., K] -> [..., N] in bf16, by products in float8."""
+def float8_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """[..., K] -> [..., N] in bf16, multiplied in float8."""
     x_MK = x.to(torch.bfloat16).flatten(0, -2)
-    tokens = len(x_MK)
-    if tokens % MULTIPLE:  # K and N were checked with the config
-        x_MK = F.pad(x_MK, (0, 0, 0, -tokens % MULTIPLE))
-    y_MN: Tensor = _Linear.apply(x_MK, weight_NK)  # type: ignore[no-untyped-call]
-    y = y_MN[:tokens].unflatten(0, x.shape[:-1])
+    num_tokens = len(x_MK)
+    if num_tokens % MULTIPLE:  # the config check ensures that K and N are multiples
+        x_MK = F.pad(x_MK, (0, 0, 0, -num_tokens % MULTIPLE))
+    y_MN: Tensor = _Float8MatMul.apply(x_MK, weight_NK)  # type: ignore[no-untyped-call]
+    y = y_MN[:num_tokens].unflatten(0, x.shape[:-1])
     return y if bias_N is None else y + bias_N.to(y.dtype)
 
 
-class _Linear(torch.autograd.Function):
-    """y = x w^T. Keeps the input in float8, and of the weight nothing that FSDP could not free."""
+class _Float8MatMul(torch.autograd.Function):
+    """y = x w^T. Saves the input in float8, and of the weight only a reference, so that FSDP can free it."""
 
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
-        x_MK, x_unit = quantise(x_MK, INPUT)
-        ctx.save_for_backward(x_MK, x_unit, weight_NK)
-        return product(x_MK, x_unit, *quantise(weight_NK.to(torch.bfloat16), INPUT))
+        x_MK, x_inv_scale = quantize(x_MK, INPUT_DTYPE)
+        ctx.save_for_backward(x_MK, x_inv_scale, weight_NK)
+        return scaled_matmul(x_MK, x_inv_scale, *quantize(weight_NK.to(torch.bfloat16), INPUT_DTYPE))
 
     @staticmethod
     def backward(ctx: Any, y_grad_MN: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_MK, x_unit, weight_NK = ctx.saved_tensors
-        y_grad_MN, unit = quantise(y_grad_MN, GRADIENT)
+        x_MK, x_inv_scale, weight_NK = ctx.saved_tensors
+        y_grad_MN, inv_scale = quantize(y_grad_MN, GRAD_DTYPE)
         x_grad_MK = weight_grad_NK = None
         if ctx.needs_input_grad[0]:
-            w_NK, w_unit = quantise(weight_NK.to(torch.bfloat16), INPUT)
-            x_grad_MK = product(y_grad_MN, unit, w_NK.t().contiguous(), w_unit)
+            w_NK, w_inv_scale = quantize(weight_NK.to(torch.bfloat16), INPUT_DTYPE)
+            x_grad_MK = scaled_matmul(y_grad_MN, inv_scale, w_NK.t().contiguous(), w_inv_scale)
         if ctx.needs_input_grad[1]:
-            weight_grad_NK = product(y_grad_MN.t().contiguous(), unit, x_MK.t().contiguous(), x_unit)
+            weight_grad_NK = scaled_matmul(y_grad_MN.t().contiguous(), inv_scale, x_MK.t().contiguous(), x_inv_scale)
             weight_grad_NK = weight_grad_NK.to(weight_NK.dtype)
         return x_grad_MK, weight_grad_NK
 
 
-def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`x` in float8, and the unit [] that it is in: a power of two, or NaN where anything in `x` is not finite."""
-    largest = x.abs().amax().float().clamp(min=LEAST)
-    exact = torch.finfo(dtype).max / largest
-    scale = (exact.view(torch.int32) & EXPONENT).view(torch.float32)  # rounded down to a power of two
-    return (x.float() * scale).to(dtype), scale.reciprocal() + 0 * largest
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return `x` in float8, and the inverse of its scale, []. The inverse is a power of two, or NaN if `x` has a
+    non-finite element."""
+    amax = x.abs().amax().float().clamp(min=MIN_AMAX)
+    exact_scale = torch.finfo(dtype).max / amax
+    scale = (exact_scale.view(torch.int32) & EXPONENT_MASK).view(torch.float32)  # rounded down to a power of two
+    return (x.float() * scale).to(dtype), scale.reciprocal() + 0 * amax
 
 
-def product(a_IK: Tensor, a_unit: Tensor, b_JK: Tensor, b_unit: Tensor) -> Tensor:
-    """a b^T, [I, J] in bf16, summed in fp32; both are contiguous float8, as the kernel wants them on Ada and Hopper."""
+def scaled_matmul(a_IK: Tensor, a_inv_scale: Tensor, b_JK: Tensor, b_inv_scale: Tensor) -> Tensor:
+    """a b^T, [I, J] in bf16, accumulated in fp32. Both operands are contiguous float8, as the kernels on Ada and Hopper
+    require."""
     if not a_IK.is_cuda:
-        return emulated(a_IK, a_unit, b_JK, b_unit)
-    return torch._scaled_mm(a_IK, b_JK.t(), a_unit, b_unit, out_dtype=torch.bfloat16, use_fast_accum=False)
+        return emulate_scaled_matmul(a_IK, a_inv_scale, b_JK, b_inv_scale)
+    return torch._scaled_mm(a_IK, b_JK.t(), a_inv_scale, b_inv_scale, out_dtype=torch.bfloat16, use_fast_accum=False)
 
 
-def emulated(a_IK: Tensor, a_unit: Tensor, b_JK: Tensor, b_unit: Tensor) -> Tensor:
-    """`product` without its kernel: units are powers of two, so multiplying with them last rounds nothing."""
-    return (a_IK.to(torch.bfloat16) @ b_JK.to(torch.bfloat16).t()) * (a_unit * b_unit)
+def emulate_scaled_matmul(a_IK: Tensor, a_inv_scale: Tensor, b_JK: Tensor, b_inv_scale: Tensor) -> Tensor:
+    """`scaled_matmul` without a float8 kernel. The scales are powers of two, so multiplying by them last rounds
+    nothing."""
+    return (a_IK.to(torch.bfloat16) @ b_JK.to(torch.bfloat16).t()) * (a_inv_scale * b_inv_scale)

@@ -1,4 +1,4 @@
-"""The ranks as a grid, and what they say to each other. Every axis is always there, of size 1 where it is not used."""
+"""The device mesh of all ranks, and the collectives on it. Every mesh dimension exists; an unused one has size 1."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -14,106 +14,119 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dist_llm.config.derive import AXES
 from dist_llm.config.schema import ParallelConfig
-from dist_llm.parallel import direct
+from dist_llm.parallel import p2p_collectives
 
-# Ranks that hold different tokens; ranks over which FSDP cuts a parameter into shards.
+# DATA_AXES: ranks that hold different tokens. SHARD_AXES: ranks over which FSDP shards a parameter.
 DATA_AXES = ("dp_replicate", "dp_shard", "cp")
 SHARD_AXES = ("dp_shard", "cp")
 
-collectives = torch.ops._c10d_functional
+functional_collectives = torch.ops._c10d_functional
 
 
 def build_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
-    """`pp, dp_replicate, dp_shard, cp, tp`, tensor innermost: its ranks are neighbours on one node."""
+    """Build the mesh `pp, dp_replicate, dp_shard, cp, tp`. tp is innermost, so its ranks are neighbours on one node."""
     return init_device_mesh(device_type, tuple(getattr(parallel, axis) for axis in AXES), mesh_dim_names=AXES)
 
 
-def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """(replicas, shards): what FSDP works on.
+def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the two-dimensional mesh (replicas, shards) for FSDP.
 
-    Context ranks hold equal weights and different tokens, as data ranks do: weights are sharded over both at once.
+    Context-parallel ranks hold equal weights and different tokens, like data-parallel ranks, so weights are sharded
+    over both.
     """
     if mesh["cp"].size() == 1:
         return mesh["dp_replicate", "dp_shard"]
     mesh[SHARD_AXES]._flatten("dp_shard_cp")
     with warnings.catch_warnings():
-        # The slice of a flattened axis is to be had in no other way that leaves both on one root mesh.
+        # torch offers no other way to slice a flattened dimension that keeps both dimensions on one root mesh.
         warnings.filterwarnings("ignore", "Slicing a flattened dim from root mesh")
         return mesh["dp_replicate", "dp_shard_cp"]
 
 
-def sum_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
-    """`value` added up, in place, over the ranks that differ from this one in `axes` alone."""
+def all_reduce_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
+    """Sum `value` in place over the ranks whose coordinates differ from this rank's only in `axes`."""
     for axis in axes:
         if mesh[axis].size() > 1:
             dist.all_reduce(value, group=mesh.get_group(axis))
     return value
 
 
-def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The ranks' parts [n, ...], one after another: [n p, ...]."""
-    part = part.contiguous()
-    if _sends(part):
-        whole = part.new_empty(group.size() * len(part), *part.shape[1:])
-        mine = whole.chunk(group.size())[group.rank()].copy_(part)
-        direct.Gather()(whole, mine, group).wait()
-        return whole
-    return collectives.wait_tensor(collectives.all_gather_into_tensor(part, group.size(), group.group_name))
+def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Concatenate the ranks' tensors [n, ...] to [n p, ...] on all ranks."""
+    tensor = tensor.contiguous()
+    if _uses_p2p(tensor):
+        output = tensor.new_empty(group.size() * len(tensor), *tensor.shape[1:])
+        local = output.chunk(group.size())[group.rank()].copy_(tensor)  # P2PAllGather gathers in place
+        p2p_collectives.P2PAllGather()(output, local, group).wait()
+        return output
+    return functional_collectives.wait_tensor(
+        functional_collectives.all_gather_into_tensor(tensor, group.size(), group.group_name)
+    )
 
 
-def reduced(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's part [n / p, ...] of the sum of what the ranks have, [n, ...]."""
-    parts = parts.contiguous()
-    if _sends(parts):
-        mine = parts.new_empty(len(parts) // group.size(), *parts.shape[1:])
-        direct.ReduceScatter()(mine, parts, group, dist.ReduceOp.SUM)
-        return mine
-    return collectives.wait_tensor(collectives.reduce_scatter_tensor(parts, "sum", group.size(), group.group_name))
+def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum the ranks' tensors [n, ...] and return this rank's part of the sum, [n / p, ...]."""
+    tensor = tensor.contiguous()
+    if _uses_p2p(tensor):
+        local = tensor.new_empty(len(tensor) // group.size(), *tensor.shape[1:])
+        p2p_collectives.P2PReduceScatter()(local, tensor, group, dist.ReduceOp.SUM)
+        return local
+    return functional_collectives.wait_tensor(
+        functional_collectives.reduce_scatter_tensor(tensor, "sum", group.size(), group.group_name)
+    )
 
 
-def total(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of what the ranks have, on all of them."""
-    if _sends(value) and len(value) % group.size() == 0:
-        return gathered(reduced(value, group), group)
-    return collectives.wait_tensor(collectives.all_reduce(value.contiguous(), "sum", group.group_name))
+def all_reduce(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the sum of the ranks' tensors on all ranks, without changing the input."""
+    if _uses_p2p(value) and len(value) % group.size() == 0:
+        return all_gather(reduce_scatter(value, group), group)
+    return functional_collectives.wait_tensor(
+        functional_collectives.all_reduce(value.contiguous(), "sum", group.group_name)
+    )
 
 
-def exchanged(x: Tensor, forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
-    """forth(x), what ranks say to each other; its gradient goes `back`."""
-    return _Exchange.apply(x, forth, back)  # type: ignore[no-untyped-call]
+def differentiable_collective(
+    x: Tensor, forward_fn: Callable[[Tensor], Tensor], backward_fn: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return `forward_fn(x)`, a collective. Its gradient is `backward_fn` of the output's gradient."""
+    return _DifferentiableCollective.apply(x, forward_fn, backward_fn)  # type: ignore[no-untyped-call]
 
 
-class _Exchange(torch.autograd.Function):
+class _DifferentiableCollective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.back = back
-        return forth(x)
+    def forward(
+        ctx: Any, x: Tensor, forward_fn: Callable[[Tensor], Tensor], backward_fn: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.backward_fn = backward_fn
+        return forward_fn(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.back(grad), None, None
+        return ctx.backward_fn(grad), None, None
 
 
-def _sends(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and direct.by_messages(tensor.device.type)  # a compiler knows no messages
+def _uses_p2p(tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and p2p_collectives.uses_p2p(
+        tensor.device.type
+    )  # the compiler cannot trace point-to-point messages
 
 
-def gather(value: int, device: torch.device) -> list[int]:
-    """The value of every rank of the default group."""
-    mine = torch.tensor([value], device=device)
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, mine)
-    return [int(each) for each in torch.cat(every).tolist()]
+def all_gather_ints(value: int, device: torch.device) -> list[int]:
+    """Return the value of every rank of the default group."""
+    local = torch.tensor([value], device=device)
+    by_rank = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(by_rank, local)
+    return [int(number) for number in torch.cat(by_rank).tolist()]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's share of a tensor."""
+def to_local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor; return any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def place(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """This rank's share of a tensor, and where in the whole it begins."""
+def local_with_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return this rank's shard of a tensor and the shard's offset in the full tensor."""
     if not isinstance(tensor, DTensor):
         return tensor, (0,) * tensor.ndim
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -121,7 +134,7 @@ def place(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def stage_group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The ranks that hold the same layers."""
+    """Return the process group of the ranks that hold the same layers."""
     if mesh["pp"].size() == 1:
         return dist.group.WORLD  # type: ignore[return-value]
     return mesh[AXES[1:]]._flatten("stage").get_group()

@@ -1,73 +1,77 @@
-"""From a config to a model that is laid out and has its values: the order, written once."""
+"""Build the model from a config: pipeline stages, parallelism, initial values. The order of the steps is fixed here."""
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_llm.config.schema import Config
 from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.models.build import build_model
+from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.init import fill, rule_for
-from dist_llm.parallel.async_tp import overlap
-from dist_llm.parallel.context import context_parallel
-from dist_llm.parallel.fp8 import check_device, float8_blocks
-from dist_llm.parallel.mesh import DATA_AXES, place
-from dist_llm.parallel.pipeline import split_layers, stage_count, stages_of
-from dist_llm.parallel.recompute import compile_blocks, recompute_blocks
-from dist_llm.parallel.shard import shard
-from dist_llm.parallel.split import tensor_parallel
+from dist_llm.models.init import init_param_, init_rule
+from dist_llm.parallel.activation_checkpoint import checkpoint_blocks, compile_blocks
+from dist_llm.parallel.async_tp import enable_async_tp
+from dist_llm.parallel.context_parallel import apply_context_parallel
+from dist_llm.parallel.fp8 import check_float8_support, use_float8_linears
+from dist_llm.parallel.fsdp import apply_fsdp
+from dist_llm.parallel.mesh import DATA_AXES, local_with_offset
+from dist_llm.parallel.pipeline_parallel import count_stages, rank_stages, split_layers
+from dist_llm.parallel.tp_plan import apply_tensor_parallel
 
 
-def build_parts(config: Config, mesh: DeviceMesh | None, device: torch.device) -> list[Decoder]:
-    """This rank's parts of the model: one, or one per pipeline stage that it holds."""
+def build_model_parts(config: Config, mesh: DeviceMesh | None, device: torch.device) -> list[Decoder]:
+    """Build this rank's parts of the model: one, or one per pipeline stage that it holds."""
     if config.fp8:
-        check_device(device)
-    parts = _cut(config, mesh)
-    for part in parts:
-        lay_out(part, config, mesh)
-        part.to_empty(device="cpu" if config.parallel.cpu_offload else device)
-        initialise(part, config)
-    return parts
+        check_float8_support(device)
+    model_parts = _build_stages(config, mesh)
+    for model_part in model_parts:
+        parallelize_model(model_part, config, mesh)
+        model_part.to_empty(device="cpu" if config.parallel.cpu_offload else device)
+        init_parameters(model_part, config)
+    return model_parts
 
 
-def lay_out(model: Decoder, config: Config, mesh: DeviceMesh | None) -> None:
-    """The order matters: kernels and splits change what a block is, recomputation wraps what was
-    compiled, FSDP hooks into all of it. Values are set after, on the share that a rank has."""
+def parallelize_model(model: Decoder, config: Config, mesh: DeviceMesh | None) -> None:
+    """Apply all forms of parallelism to `model`, whose parameters are on the meta device.
+
+    The order matters. Attention kernels and tensor-parallel layers change what a block computes. Activation
+    checkpointing wraps the compiled forward. FSDP adds hooks around all of it. Parameters are initialized afterwards,
+    on each rank's shard.
+    """
     parallel = config.parallel
     if config.fp8:
-        float8_blocks(model)
+        use_float8_linears(model)
     if mesh is not None and parallel.cp > 1:
-        context_parallel(model, mesh["cp"])
+        apply_context_parallel(model, mesh["cp"])
     if mesh is not None and parallel.tp > 1:
-        tensor_parallel(model, mesh["tp"], parallel.sequence_parallel)
+        apply_tensor_parallel(model, mesh["tp"], parallel.sequence_parallel)
         if parallel.async_tp:
-            overlap(mesh["tp"])
+            enable_async_tp(mesh["tp"])
     if config.compile:
         compile_blocks(model, parallel)
     if parallel.recompute != "none" or parallel.activations_gib:
-        recompute_blocks(model, parallel.recompute, config.compile)
+        checkpoint_blocks(model, parallel.recompute, config.compile)
     if mesh is not None and any(mesh[axis].size() > 1 for axis in DATA_AXES):
-        shard(model, config, mesh)
+        apply_fsdp(model, config, mesh)
 
 
-def initialise(model: Decoder, config: Config) -> None:
-    """Each parameter, or this rank's slice of it, from (seed, name, element)."""
+def init_parameters(model: Decoder, config: Config) -> None:
+    """Set each parameter, or this rank's shard of it, as a function of (seed, name, element index)."""
     for name, parameter in model.named_parameters():
-        share, offset = place(parameter.detach())
-        rule = rule_for(name, parameter.shape, config.model)
-        fill(share, name, rule, config.run.seed, parameter.shape, offset)
+        shard, offset = local_with_offset(parameter.detach())
+        rule = init_rule(name, parameter.shape, config.model)
+        init_param_(shard, name, rule, config.run.seed, parameter.shape, offset)
 
 
-def _cut(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:
-    """The parts on the meta device, whole in themselves and without values."""
+def _build_stages(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:
+    """Build this rank's pipeline stages on the meta device, unsharded and without values."""
     parallel = config.parallel
-    count = stage_count(parallel.pp_schedule, parallel.pp) if parallel.pp > 1 else 1
-    numbers = stages_of(parallel.pp_schedule, mesh.get_local_rank("pp"), parallel.pp) if mesh and count > 1 else [0]
+    count = count_stages(parallel.pp_schedule, parallel.pp) if parallel.pp > 1 else 1
+    numbers = rank_stages(parallel.pp_schedule, mesh.get_local_rank("pp"), parallel.pp) if mesh and count > 1 else [0]
     layers = split_layers(config.model, count, parallel.pp_split)
-    parts = []
+    model_parts = []
     for number in numbers:
         with torch.device("meta"):
-            part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
-        part.keep(layers[number], first=number == 0, last=number == count - 1)
-        parts.append(part)
-    return parts
+            model_part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
+        model_part.trim_to_stage(layers[number], first=number == 0, last=number == count - 1)
+        model_parts.append(model_part)
+    return model_parts

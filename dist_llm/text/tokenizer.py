@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_llm.errors import DataError
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import tiktoken

@@ -21,7 +21,7 @@ from dist_llm.launch.group import device_of, make_synchronous
 from dist_llm.launch.world import World
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.batch import Batch
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.train.settings import read_vocabulary
 from dist_llm.train.step import train_step
@@ -55,10 +55,10 @@ def debug(config: Config) -> None:
     show(console, loader.batches(0)[0], Tokenizer.load(directory), vocabulary)
 
     engine = NativeEngine(config, device)
-    with finite(engine.parts[0]):
+    with finite(engine.model_parts[0]):
         for step in range(STEPS):
             report = train_step(engine, loader.batches(step * rows), config.optim.lr, step)
-            _check_parameters(engine.parts[0])
+            _check_parameters(engine.model_parts[0])
             console.print(f"step {step + 1}: loss {report.loss:.4f}  grad norm {report.grad_norm:.4f}")
         overfit(console, config, device, loader.batches(0))
     console.print("debug run passed")
@@ -70,11 +70,13 @@ def show(console: Console, batch: Batch, tokenizer: Tokenizer, vocabulary: Vocab
     def named(token: int) -> str:
         return escape(f"{token} {vocabulary.describe(token) or repr(tokenizer.decode([token]))}")
 
-    if batch.source is not None:
+    if batch.encoder_input is not None:
         console.print(
-            "the encoder reads:", escape(" ".join(map(named, batch.source.tokens_BT[0, :SHOWN_TOKENS].tolist())))
+            "the encoder reads:", escape(" ".join(map(named, batch.encoder_input.tokens_BT[0, :SHOWN_TOKENS].tolist())))
         )
-    table = Table(title=f"first batch: {tuple(batch.inputs_BS.shape)}, row 0, {batch.scored} scored targets in all")
+    table = Table(
+        title=f"first batch: {tuple(batch.inputs_BS.shape)}, row 0, {batch.num_valid_tokens} scored targets in all"
+    )
     for column in ("position", "input", "sees", "target", "scored"):
         table.add_column(column)
     inputs, targets = batch.inputs_BS[0].tolist(), batch.targets_BS[0].tolist()
@@ -92,7 +94,7 @@ def seen(batch: Batch) -> Tensor:
     """Who sees whom in the first row, [S, S]."""
     S = batch.inputs_BS.shape[1]
     places = torch.arange(S)
-    return batch.visible.sees(S, S, torch.tensor(0), places[:, None], places)
+    return batch.mask.allows(S, S, torch.tensor(0), places[:, None], places)
 
 
 def ranges(seen_T: Tensor) -> str:
@@ -130,7 +132,7 @@ def overfit(console: Console, config: Config, device: torch.device, batches: lis
     """A fresh model must learn one batch by heart: if it cannot, no run of it will learn."""
     engine = NativeEngine(config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})}), device)
     first = last = float("nan")
-    with finite(engine.parts[0]):
+    with finite(engine.model_parts[0]):
         for step in range(OVERFIT_STEPS):
             last = float(train_step(engine, batches, config.optim.lr).loss)
             first = last if step == 0 else first

@@ -13,9 +13,9 @@ from dist_llm.data.streams import read_windows
 from dist_llm.engines.base import Engine
 from dist_llm.errors import DataError
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.visibility import CAUSAL
+from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
-from dist_llm.objectives.build import Objective
+from dist_llm.objectives.build_objective import Objective
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Heldout:
 
     def check(self) -> None:
         """Raises DataError where there is too little text to score."""
-        wanted = 2 if self.objective.plain else max(size.window for _, size in self.objective.members)
+        wanted = 2 if self.objective.is_plain_causal else max(size.window for _, size in self.objective.components)
         for corpus in self.corpora.values():
-            if self.objective.form.documents:
+            if self.objective.layout.document_mask:
                 corpus.check_document_bounds()
             if corpus.n_tokens < wanted:
                 raise DataError(
@@ -67,7 +67,7 @@ def evaluate(engine: Engine, heldout: Heldout, alive: Callable[[], None] = lambd
     Bits per byte are those of the text alone: separators are predicted, so their loss counts,
     but they add no bytes.
     """
-    members = [f"{number}_{denoiser.name}" for number, (denoiser, _) in enumerate(heldout.objective.members)]
+    members = [f"{number}_{spec.name}" for number, (spec, _) in enumerate(heldout.objective.components)]
     sums = {
         (source, name): _score(engine, heldout, corpus, member, alive)
         for source, corpus in heldout.corpora.items()
@@ -85,7 +85,7 @@ def evaluate(engine: Engine, heldout: Heldout, alive: Callable[[], None] = lambd
         / heldout.corpora[source].n_tokens
         for (source, _), (_, count) in sums.items()
     )
-    whole = all(denoiser.name == "causal" for denoiser, _ in heldout.objective.members)
+    whole = all(spec.name == "causal" for spec, _ in heldout.objective.components)
     whole &= heldout.score_prompts or not any(corpus.manifest.prompts for corpus in heldout.corpora.values())
     bits = loss / math.log(2) / text_bytes if whole and text_bytes else None
     return Evaluation(loss / max(tokens, 1), int(tokens), bits, parts)
@@ -101,12 +101,14 @@ def _score(
     """(sum of losses, scored tokens) of one member on one corpus, over all ranks."""
     losses: list[Tensor] = []
     count = 0
-    for whole in heldout_batches(heldout, corpus, member, *engine.data_rank):
+    for whole in heldout_batches(heldout, corpus, member, *engine.dp_rank_and_size):
         alive()
-        batch = engine.cut(whole)
+        batch = engine.to_local_batch(whole)
         losses.append(engine.score(batch).sum())
-        count += batch.scored
-    return float(engine.total(torch.stack(losses).double().sum())), int(engine.total(count))
+        count += batch.num_valid_tokens
+    return float(engine.all_reduce_over_data(torch.stack(losses).double().sum())), int(
+        engine.all_reduce_over_data(count)
+    )
 
 
 def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ranks: int) -> Iterator[Batch]:
@@ -117,8 +119,8 @@ def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ra
     windows left yields rows that score nothing.
     """
     objective = heldout.objective
-    size = objective.members[member][1]
-    if objective.plain:
+    size = objective.components[member][1]
+    if objective.is_plain_causal:
         n_windows = max(1, -(-(corpus.n_tokens - 1) // size.stride))
     else:
         n_windows = corpus.n_windows(size.window, size.stride)
@@ -127,15 +129,15 @@ def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ra
     for first in range(rank * share, (rank + 1) * share, heldout.micro_batch):
         wanted = np.arange(first, min(first + heldout.micro_batch, (rank + 1) * share))
         there = wanted < n_windows
-        if objective.plain:
+        if objective.is_plain_causal:
             yield _plain(corpus, size.stride, wanted, there)
         else:
             numbers = np.where(there, wanted, 0)
-            starts, documents = numbers * size.stride, objective.form.documents
+            starts, documents = numbers * size.stride, objective.layout.document_mask
             windows = read_windows(corpus, starts, size.window, heldout.score_prompts, documents)
             batch = objective(windows, numbers, [member] * len(numbers))
             targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(there)[:, None], IGNORE)
-            yield replace(batch, targets_BS=targets_BS, scored=int((targets_BS != IGNORE).sum()))
+            yield replace(batch, targets_BS=targets_BS, num_valid_tokens=int((targets_BS != IGNORE).sum()))
 
 
 def _plain(corpus: Corpus, stride: int, wanted: np.ndarray, there: np.ndarray) -> Batch:

@@ -47,7 +47,7 @@ class Guard:
     """Checks the metrics of each step once, in order. Ranks all-gather their results and act alike."""
 
     def __init__(self, config: GuardConfig, state: GuardState, engine: Engine, run: Path) -> None:
-        self.config, self.state, self.all_gather, self.run = config, state, engine.gather, run
+        self.config, self.state, self.all_gather, self.run = config, state, engine.all_gather_ints, run
         # Under fp16 gradients overflow until the loss scale fits: then only the loss is checked.
         self.checks_norm = engine.loss_scale is None
         self.skips = "skip" in (config.not_finite, config.spike)

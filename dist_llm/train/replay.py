@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_llm.data.loader import Loader
 from dist_llm.engines.base import Engine
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel.mesh import local
+from dist_llm.parallel.mesh import to_local
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}  # relative; the two sums have another order
 
@@ -22,13 +22,13 @@ def replay(engine: Engine, loader: Loader, first_sample: int, step: int, precisi
     Each rank computes the gradients of its own samples, then those of the next data rank. This needs gradients that no
     other engine owns (engine: native) and a model without dropout. It costs two steps and a copy of the gradients.
     """
-    dp_rank, dp_size = engine.data_rank
+    dp_rank, dp_size = engine.dp_rank_and_size
     own, own_loss = _compute_gradients(engine, loader.batches_of(dp_rank, first_sample), step)
     next_rank = (dp_rank + 1) % dp_size
     repeated, repeated_loss = _compute_gradients(engine, loader.batches_of(next_rank, first_sample), step)
     different = [name for name, grad in own.items() if not _is_close(repeated[name], grad, TOLERANCE[precision])]
-    counts = engine.gather(len(different))
-    dp_ranks = engine.gather(dp_rank)
+    counts = engine.all_gather_ints(len(different))
+    dp_ranks = engine.all_gather_ints(dp_rank)
     losses = _sum_by_data_rank(engine, dp_ranks, dp_size, own_loss)
     repeated_losses = _sum_by_data_rank(engine, dp_ranks, dp_size, repeated_loss)
     if not any(counts):
@@ -47,13 +47,13 @@ def replay(engine: Engine, loader: Loader, first_sample: int, step: int, precisi
 
 def _compute_gradients(engine: Engine, batches: list[Batch], step: int) -> tuple[dict[str, Tensor], float]:
     """(this rank's shard of the gradients, its share of the loss); the engine's gradients are cleared."""
-    batches = [engine.cut(batch) for batch in batches]
-    scored = engine.total(sum(batch.scored for batch in batches))
+    batches = [engine.to_local_batch(batch) for batch in batches]
+    scored = engine.all_reduce_over_data(sum(batch.num_valid_tokens for batch in batches))
     losses = engine.accumulate(batches, scored, step)
     gradients = {}
     for name, parameter in engine.named_parameters():
         if parameter.grad is not None:
-            gradients[name] = local(parameter.grad).clone()
+            gradients[name] = to_local(parameter.grad).clone()
             parameter.grad = None
     return gradients, float(losses.double().sum())
 
@@ -62,7 +62,7 @@ def _sum_by_data_rank(engine: Engine, dp_ranks: list[int], dp_size: int, value: 
     """The sum of the values of all ranks with the same data rank, for each data rank."""
     (bits,) = struct.unpack("<q", struct.pack("<d", value))  # ranks all-gather integers
     sums = [0.0] * dp_size
-    for dp_rank, gathered in zip(dp_ranks, engine.gather(bits), strict=True):
+    for dp_rank, gathered in zip(dp_ranks, engine.all_gather_ints(bits), strict=True):
         sums[dp_rank] += struct.unpack("<d", struct.pack("<q", gathered))[0]
     return sums
 

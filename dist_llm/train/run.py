@@ -26,7 +26,7 @@ from dist_llm.data.loader import build_loader
 from dist_llm.data.plan import merged
 from dist_llm.data.streams import Source, open_sources
 from dist_llm.engines.base import Engine
-from dist_llm.engines.build import build_engine
+from dist_llm.engines.build_engine import build_engine
 from dist_llm.errors import CheckpointError, DataError, UserError, user_error_of
 from dist_llm.launch.environment import check_accelerate, set_network
 from dist_llm.launch.failures import annotate_failure
@@ -35,7 +35,7 @@ from dist_llm.launch.group import device_of, keep_freed_memory, process_group
 from dist_llm.launch.stop import StopSignals, clear_stop_marker, write_stop_marker
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from dist_llm.train.directories import open_directories
@@ -172,7 +172,7 @@ class RunContext:
         files = {**run_files(config, corpus), HISTORY: histories.dump(history)}
         pin = self.engine.device.type == "cuda"
         plan = history[-1].plan(self.sources)
-        loader = build_loader(config, plan, self.vocabulary, *self.engine.data_rank, pin=pin)
+        loader = build_loader(config, plan, self.vocabulary, *self.engine.dp_rank_and_size, pin=pin)
         trainer = Trainer(config, self.world, self.engine, loader, self.store, start, files, guard_state, self.watchdog)
         if self.world.main:  # only after the weights were accepted
             for name, content in files.items():

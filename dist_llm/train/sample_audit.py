@@ -28,8 +28,8 @@ class SampleAudit:
             return
         self.first_samples.append(first_sample)
         for batch in batches:
-            assert batch.samples_B is not None
-            self.digest_sum += digest_samples(batch.samples_B.numpy())
+            assert batch.sample_ids_B is not None
+            self.digest_sum += digest_samples(batch.sample_ids_B.numpy())
         if len(self.first_samples) == self.every:
             self.check()
 
@@ -37,12 +37,12 @@ class SampleAudit:
         """Compare the samples of all ranks since the last check. Raises DataError on all ranks if one differs."""
         if not self.first_samples:
             return
-        dp_rank, dp_size = self.engine.data_rank
+        dp_rank, dp_size = self.engine.dp_rank_and_size
         loader = self.loader
         planned = [loader.plan.numbers(first, loader.global_batch).reshape(dp_size, -1) for first in self.first_samples]
         expected = [_to_int64(sum(digest_samples(step[rank]) for step in planned)) for rank in range(dp_size)]
-        dp_ranks = self.engine.gather(dp_rank)
-        digests = self.engine.gather(_to_int64(self.digest_sum))
+        dp_ranks = self.engine.all_gather_ints(dp_rank)
+        digests = self.engine.all_gather_ints(_to_int64(self.digest_sum))
         wrong = [
             rank for rank, (dp, digest) in enumerate(zip(dp_ranks, digests, strict=True)) if digest != expected[dp]
         ]

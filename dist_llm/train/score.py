@@ -10,7 +10,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import DataError
 from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.world import World
-from dist_llm.objectives.build import build_objective
+from dist_llm.objectives.build_objective import build_objective
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.train.evaluate import Evaluation, Heldout, evaluate
 from dist_llm.train.settings import read_vocabulary

@@ -13,13 +13,13 @@ from dist_llm.config.schema import Config
 from dist_llm.data.mirror import localize
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import DataError, UserError
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.tokenizer import Tokenizer
 
 
 def read_vocabulary(config: Config, directory: Path) -> Vocabulary:
     """What the config's objective has to know of the ids of the tokenizer in `directory`."""
-    words = any(each.whole_words for each in config.objective.members)
+    words = any(each.whole_words for each in config.objective.components)
     return Tokenizer.load(directory).vocabulary(words)
 
 

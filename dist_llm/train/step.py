@@ -30,7 +30,7 @@ def train_step(
     lr: float,
     step: int = 0,
     sources: int = 1,
-    accept: Callable[[Tensor, Tensor], bool] | None = None,
+    should_apply: Callable[[Tensor, Tensor], bool] | None = None,
     with_terms: bool = False,
 ) -> StepReport:
     """Take one optimizer step; each batch is one microbatch of this data rank. `step` seeds dropout.
@@ -41,33 +41,33 @@ def train_step(
     Losses are sums, divided once by the number of tokens the whole world scores, so the
     gradient does not depend on how those tokens were cut into ranks and microbatches.
     """
-    batches = [engine.cut(batch) for batch in batches]
-    scored = engine.total(sum(batch.scored for batch in batches))
+    batches = [engine.to_local_batch(batch) for batch in batches]
+    scored = engine.all_reduce_over_data(sum(batch.num_valid_tokens for batch in batches))
     losses = engine.accumulate(batches, scored, step)
     by_source = None
     if sources > 1:
-        by_source = engine.total(_by_source(batches, losses, sources))
+        by_source = engine.all_reduce_over_data(_by_source(batches, losses, sources))
     terms = _terms(engine, len(batches), losses)
     if with_terms:
-        terms = engine.total(terms) / scored.clamp(min=1)
-    loss = engine.total(losses.sum())
-    norm = engine.update(lr, None if accept is None else partial(accept, loss))
+        terms = engine.all_reduce_over_data(terms) / scored.clamp(min=1)
+    loss = engine.all_reduce_over_data(losses.sum())
+    norm = engine.update(lr, None if should_apply is None else partial(should_apply, loss))
     return StepReport(loss, norm, scored, by_source, terms if with_terms else None)
 
 
 def _terms(engine: Engine, microbatches: int, losses: Tensor) -> Tensor:
     """This rank's sums of cross-entropy and z-loss, [2]; zeros where it has no head, or a plain loss."""
     sums = losses.new_zeros(2)
-    for part in engine.parts:
+    for part in engine.model_parts:
         collected = None if part.head is None else part.head.terms
-        if collected is not None and (found := collected.take(microbatches)) is not None:
+        if collected is not None and (found := collected.pop_latest(microbatches)) is not None:
             sums = sums + found
     return sums
 
 
 def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor:
     """This rank's part of [2, sources]: of the loss, and of the scored tokens."""
-    owners = torch.cat([batch.sources_B for batch in batches if batch.sources_B is not None])
+    owners = torch.cat([batch.source_ids_B for batch in batches if batch.source_ids_B is not None])
     counts = torch.cat([(batch.targets_BS != IGNORE).sum(-1) for batch in batches])
     rows = torch.stack((losses, counts.to(losses)))
     return rows.new_zeros(2, sources).index_add_(1, owners, rows)

@@ -23,7 +23,7 @@ class StragglerMonitor:
     """While open, samples this rank. Does nothing on one rank or with `seconds` 0 (log.stragglers_seconds)."""
 
     def __init__(self, world: World, engine: Engine, seconds: float) -> None:
-        self.all_gather, self.num_ranks = engine.gather, world.size
+        self.all_gather, self.num_ranks = engine.all_gather_ints, world.size
         self.seconds = seconds if world.size > 1 else 0.0
         self.num_samples = self.num_waiting = 0  # of this rank, since the last all-gather
         self._reset()

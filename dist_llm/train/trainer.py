@@ -25,13 +25,13 @@ from dist_llm.generate import Sampling, ask, text
 from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
-from dist_llm.objectives.build import Objective
+from dist_llm.objectives.build_objective import Objective
 from dist_llm.observe.console import ProgressLine
 from dist_llm.observe.flops import CONVENTION, flops_per_sample, peak_flops
 from dist_llm.observe.metrics import MetricsFile, Recorder, Row, StepMetrics
 from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
-from dist_llm.parallel.digest import differing
+from dist_llm.parallel.replica_check import find_mismatches
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.train.evaluate import Heldout, evaluate
 from dist_llm.train.gc_control import GCControl
@@ -161,8 +161,8 @@ class Trainer:
 
     def compare_replicas(self) -> None:
         """Raises DivergedError or RewindError on all ranks if replicas of the weights differ."""
-        if copies := self.engine.copies:
-            self.guard.report_divergence(self.progress.step, differing(copies, self.world.host))
+        if copies := self.engine.replicated_params:
+            self.guard.report_divergence(self.progress.step, find_mismatches(copies, self.world.host))
 
     def flush_metrics(self) -> None:
         """Write the metrics so far. Raises DivergedError or RewindError on all ranks if a step has an anomaly."""
@@ -195,7 +195,7 @@ class Trainer:
         config = self.config
         tokenizer = Tokenizer.load(self.loader.plan.sources[0].corpus.directory)
         sampling = Sampling(config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.run.seed)
-        (model,) = self.engine.parts
+        (model,) = self.engine.model_parts
         model.eval()
         request = ask(config, tokenizer, config.eval.sample_prompt)
         pieces = text(model, tokenizer, request, sampling, config.model.max_seq_len, stop=False)
@@ -246,7 +246,7 @@ class Trainer:
         if config.log.peak_tflops:
             peak, source = config.log.peak_tflops * 1e12, "log.peak_tflops"
         per_token = (
-            flops_per_sample(config.model, inputs_len(config), self.loader.objective.source) / self.sample_tokens
+            flops_per_sample(config.model, inputs_len(config), self.loader.objective.encoder_len) / self.sample_tokens
         )
         log.info("MFU: %s; %.3f TFLOP/s per device, %s", CONVENTION, peak / 1e12, source)
         sinks: list[MetricsFile | TensorBoard | ProgressLine] = []

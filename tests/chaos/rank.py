@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 
 from dist_llm.cli import main
-from dist_llm.parallel.mesh import local
+from dist_llm.parallel.mesh import to_local
 from dist_llm.train.trainer import Trainer
 
 SECONDS = 0.15
@@ -33,7 +33,7 @@ def run() -> int:
             time.sleep(SECONDS)
         if ordered.exists():
             ordered.unlink()
-            weight = local(next(self.engine.named_parameters())[1].detach())
+            weight = to_local(next(self.engine.named_parameters())[1].detach())
             weight.view(-1)[0] = torch.nan
         step(self)
 

@@ -10,7 +10,7 @@ from dist_llm.checkpoint.folder import Folder
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
 from dist_llm.errors import CheckpointError
-from dist_llm.models.build import build_model
+from dist_llm.models.build_model import build_model
 from tests.laws.law import config_of
 
 QWEN2, QWEN3 = {"qkv_bias": True}, {"qk_norm": True}

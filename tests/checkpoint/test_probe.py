@@ -58,7 +58,7 @@ def test_engine_and_one_block_at_a_time_agree(model: str) -> None:
     assert compare_probes(want, found, "x").startswith("the probe's loss was")
     loss = torch.log_softmax(torch.tensor(found.logits), 0)
     assert torch.isfinite(loss).all()
-    assert engine.parts[0].head.loss.z_loss == 1e-2, "training goes on with the loss of the config"
+    assert engine.model_parts[0].head.loss.z_loss == 1e-2, "training goes on with the loss of the config"
 
 
 LAYOUTS = [

@@ -14,7 +14,7 @@ from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig, Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
-from dist_llm.optim.scale import LossScale
+from dist_llm.optim.loss_scale import LossScale
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of, saved, whole
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, MODELS, MUON, SGD, Layout

@@ -25,7 +25,7 @@ from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
-from dist_llm.parallel.mesh import local
+from dist_llm.parallel.mesh import to_local
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of, whole
 from tests.laws.layouts import ADAMW
@@ -96,7 +96,7 @@ def test_the_file_holds_the_values_of_its_step(tmp_path: Path, held: threading.E
 
 
 def test_without_copies_it_would_not(tmp_path: Path, held: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing.Copies, "take", lambda _, state: {name: local(each) for name, each in state.items()})
+    monkeypatch.setattr(writing.Copies, "take", lambda _, state: {name: to_local(each) for name, each in state.items()})
     want, path = saved_while_training(tmp_path, held)
     assert not equal(loaded(path), want)
 

@@ -16,8 +16,8 @@ from dist_llm.config.compare import (
     resume_differences,
 )
 from dist_llm.config.schema import Config, ModelConfig, ObjectiveConfig
-from dist_llm.models.build import build_model
-from dist_llm.models.visibility import CAUSAL, Source
+from dist_llm.models.attention_mask import CAUSAL, EncoderInput
+from dist_llm.models.build_model import build_model
 from tests.laws.law import config_of
 from tests.laws.layouts import T5
 
@@ -105,8 +105,8 @@ def changed_outputs(config: Config) -> torch.Tensor:
         if "norm" in name and name.endswith("weight"):
             parameter.add_(1.0)
     ids = torch.arange(24).reshape(2, 12) * 7 % 129
-    extra = {"source": Source(ids.flip(1))} if config.model.architecture == "encoder_decoder" else {}
-    return model(ids, visible=CAUSAL, **extra)
+    extra = {"encoder_input": EncoderInput(ids.flip(1))} if config.model.architecture == "encoder_decoder" else {}
+    return model(ids, mask=CAUSAL, **extra)
 
 
 def test_a_key_without_effect_is_no_difference() -> None:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn, optim
 
 from dist_llm.config.schema import ModelConfig, OptimConfig
-from dist_llm.models.build import build_model
-from dist_llm.models.visibility import Source
-from dist_llm.optim.build import build_optimizer
+from dist_llm.models.attention_mask import EncoderInput
+from dist_llm.models.build_model import build_model
+from dist_llm.optim.build_optimizer import build_optimizer
 
 # Odd sizes everywhere, so that there is padding in each kind of partition.
 SIZES: dict[str, Any] = {
@@ -72,7 +72,7 @@ def new(name: str) -> tuple[nn.Module, optim.Optimizer, list[list[str]]]:
 def loss_of(model: Any, name: str, step: int, rank: int, world: int) -> Tensor:
     """The mean over this rank's rows of the batch of a step."""
     ids = torch.randint(0, 13, (ROWS, S + 1), generator=torch.Generator().manual_seed(step))[rank::world]
-    more = {"source": Source(ids.flip(1))} if name == "shared" else {}
+    more = {"encoder_input": EncoderInput(ids.flip(1))} if name == "shared" else {}
     return model(ids[:, :-1], targets_BS=ids[:, 1:], **more).sum() / ids[:, 1:].numel()
 
 

@@ -7,7 +7,7 @@ import torch
 from dist_llm.convert.hub import from_huggingface
 from dist_llm.convert.huggingface import model_config
 from dist_llm.convert.weights import DictWeights
-from dist_llm.models.build import build_model
+from dist_llm.models.build_model import build_model
 
 VOCAB, S, T = 61, 12, 16
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}

@@ -27,8 +27,8 @@ from dist_llm.convert.weights import DictWeights, MadeWeights, SafetensorsWeight
 from dist_llm.convert.write import made_whole, reopen, write_native, write_safetensors
 from dist_llm.errors import CheckpointError
 from dist_llm.generate import Sampling, ask, load_model, tokens
-from dist_llm.models.build import build_model
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.models.build_model import build_model
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, Tokenizer
 from tests.convert.families import FAMILIES, their_model
 from tests.laws.layouts import BART, BERT

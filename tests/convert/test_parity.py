@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dist_llm.convert.keys import Pair, pairs, take
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.visibility import Source, Visibility
+from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 from tests.convert.families import FAMILIES, ONE_STACK, TWO_STACKS, VOCAB, S, T, build
 
 pytest.importorskip("transformers")
@@ -30,16 +30,16 @@ def test_one_stack_whole_and_padded(family: str) -> None:
     theirs, ours, config = build(family)
     ids, mask = tokens(4, S), lengths_mask(4, S)
     causal = config.architecture == "decoder"
-    whole = ours(ids, visible=Visibility(causal))
+    whole = ours(ids, mask=AttentionMask(causal))
     torch.testing.assert_close(whole, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
-    padded = ours(ids, visible=Visibility(causal, documents_BT=mask - 1))
+    padded = ours(ids, mask=AttentionMask(causal, documents_BT=mask - 1))
     want = theirs(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(padded[mask == 1], want[mask == 1], rtol=1e-4, atol=1e-4)
 
     labels = torch.where(mask == 1, ids, IGNORE)
     targets = labels if not causal else torch.cat((labels[:, 1:], labels.new_full((4, 1), IGNORE)), dim=1)
-    loss = ours(ids, targets, Visibility(causal, documents_BT=mask - 1)).sum() / (targets != IGNORE).sum()
+    loss = ours(ids, targets, AttentionMask(causal, documents_BT=mask - 1)).sum() / (targets != IGNORE).sum()
     want_loss = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(loss, want_loss, rtol=1e-4, atol=1e-4)
 
@@ -53,8 +53,8 @@ def test_one_stack_packed_is_each_document_alone(family: str) -> None:
     ids = tokens(2, S)
     documents = torch.bucketize(torch.arange(S), torch.tensor(cuts[1:-1]), right=True).expand(2, S)
     positions = torch.cat([torch.arange(end - start) for start, end in pairwise(cuts)]).expand(2, S)
-    visible = Visibility(config.architecture == "decoder", documents_BT=documents)
-    packed = ours(ids, visible=visible, positions_BS=positions)
+    mask = AttentionMask(config.architecture == "decoder", documents_BT=documents)
+    packed = ours(ids, mask=mask, positions_BS=positions)
     for start, end in pairwise(cuts):
         alone = theirs(input_ids=ids[:, start:end]).logits
         torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-4, atol=1e-4)
@@ -65,16 +65,18 @@ def test_one_stack_packed_is_each_document_alone(family: str) -> None:
 def test_two_stacks_whole_padded_and_packed(family: str) -> None:
     theirs, ours, _ = build(family)
     source, inputs, mask = tokens(4, T), tokens(4, S, 1), lengths_mask(4, T)
-    got = ours(inputs, source=Source(source))
+    got = ours(inputs, encoder_input=EncoderInput(source))
     want = theirs(input_ids=source, decoder_input_ids=inputs).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
-    got = ours(inputs, source=Source(source, Visibility(False, documents_BT=mask - 1)))
+    got = ours(inputs, encoder_input=EncoderInput(source, AttentionMask(False, documents_BT=mask - 1)))
     want = theirs(input_ids=source, attention_mask=mask, decoder_input_ids=inputs).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
     targets = tokens(4, S, 2)
-    loss = ours(inputs, targets_BS=targets, source=Source(source, Visibility(False, documents_BT=mask - 1)))
+    loss = ours(
+        inputs, targets_BS=targets, encoder_input=EncoderInput(source, AttentionMask(False, documents_BT=mask - 1))
+    )
     want_loss = theirs(input_ids=source, attention_mask=mask, decoder_input_ids=inputs, labels=targets).loss
     torch.testing.assert_close(loss.sum() / targets.numel(), want_loss, rtol=1e-4, atol=1e-4)
 
@@ -85,9 +87,9 @@ def test_two_stacks_whole_padded_and_packed(family: str) -> None:
     positions_S = (torch.arange(S) - cut_S * documents_S[0]).expand(4, S)
     packed = ours(
         inputs,
-        visible=Visibility(True, documents_BT=documents_S),
+        mask=AttentionMask(True, documents_BT=documents_S),
         positions_BS=positions_S,
-        source=Source(source, Visibility(False, documents_BT=documents_T), positions_T),
+        encoder_input=EncoderInput(source, AttentionMask(False, documents_BT=documents_T), positions_T),
     )
     first = theirs(input_ids=source[:, :cut_T], decoder_input_ids=inputs[:, :cut_S]).logits
     second = theirs(input_ids=source[:, cut_T:], decoder_input_ids=inputs[:, cut_S:]).logits

@@ -32,7 +32,7 @@ def size(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize("model", ["llama", "tied", "t5", "bart"])
 def test_it_says_what_the_whole_model_says(model: str, kept: int, tmp_path: Path) -> None:
     engine, path = native(model, tmp_path)
-    (whole,) = engine.parts
+    (whole,) = engine.model_parts
     blocks = list(whole.blocks.values())
     memory = size(whole) - sum(map(size, blocks)) + sum(map(size, blocks[:kept])) + 100
     found = spread(path, engine.config.model, CPU, tmp_path / "disk", memory)

@@ -223,14 +223,14 @@ def test_a_huge_corpus_opens_at_once_and_takes_no_memory(tmp_path):
         from pathlib import Path
         from dist_llm.data.history import fresh_plan
         from dist_llm.data.loader import build_loader
-        from dist_llm.objectives.vocabulary import Vocabulary
+        from dist_llm.objectives.objective_vocabulary import Vocabulary
         from tests.laws.law import config_of
         begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for name in ("shuffle", "random"):
             keys = dict(path=sys.argv[1], seq_len=1024, global_batch=8, micro_batch=8, order=name)
             config = config_of(1, {}, data=keys)
             loader = build_loader(config, fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
-            assert loader.batches(10**12)[0].scored == 8 * 1024
+            assert loader.batches(10**12)[0].num_valid_tokens == 8 * 1024
             loader.close()
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         print(time.perf_counter() - begin, grown)

@@ -18,9 +18,9 @@ from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.data.streams import open_sources
 from dist_llm.errors import DataError
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.build import build_model
-from dist_llm.objectives.build import build_objective
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.models.build_model import build_model
+from dist_llm.objectives.build_objective import build_objective
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.train.evaluate import Heldout, heldout_batches
@@ -114,7 +114,7 @@ CASES += [(kind, each) for kind in ("bin", "npy", "llmc") for each in PLACEMENTS
 def test_every_window_kind_splits_where_the_documents_begin(kind, separators, windows, tmp_path):
     batch = one_epoch(write_corpus(kind, separators, tmp_path), windows=windows, document_mask=True)
     boundaries = 0
-    columns = true_owners(batch, separators), batch.visible.documents_BT.tolist(), batch.targets_BS.tolist()
+    columns = true_owners(batch, separators), batch.mask.documents_BT.tolist(), batch.targets_BS.tolist()
     for owners, numbers, targets in zip(*columns, strict=True):
         real = [windows == "stream" or target != IGNORE for target in targets]  # without padding
         known = [place for place, owner in enumerate(owners) if owner is not None and real[place]]
@@ -144,10 +144,10 @@ def test_documents_that_share_a_row_are_as_documents_alone(separators, windows, 
     model = noisy_model(config_of(corpus))
     embedded = []
     model.embed.register_forward_hook(lambda module, given, out: embedded.append(out) or out.retain_grad())
-    logits_BSV = model(batch.inputs_BS.long(), None, batch.visible, positions_BS=batch.positions_BS)
+    logits_BSV = model(batch.inputs_BS.long(), None, batch.mask, positions_BS=batch.positions_BS)
     (x_BSD,) = embedded
     checked = 0
-    for row, numbers_S in enumerate(batch.visible.documents_BT):
+    for row, numbers_S in enumerate(batch.mask.documents_BT):
         for number in numbers_S.unique().tolist():
             inside = numbers_S == number
             tokens_S = batch.inputs_BS[row][inside]
@@ -169,7 +169,7 @@ def test_an_evaluation_masks_as_training_does(tmp_path):
     batches = list(heldout_batches(Heldout({"": corpus}, objective, 2), corpus, 0, 0, 1))
     owners = np.repeat(np.arange(len(SIZES)), SIZES)
     for batch in batches:
-        for tokens, numbers in zip(batch.inputs_BS.tolist(), batch.visible.documents_BT.tolist(), strict=True):
+        for tokens, numbers in zip(batch.inputs_BS.tolist(), batch.mask.documents_BT.tolist(), strict=True):
             assert numbers == [int(owners[token] - owners[tokens[0]]) for token in tokens]
     assert len(batches) > 1
 

@@ -6,16 +6,21 @@ import pytest
 import torch
 
 from dist_llm.config.lengths import Lengths
-from dist_llm.config.schema import Denoiser
+from dist_llm.config.schema import ObjectiveSpec
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.objectives.build import Objective
-from dist_llm.objectives.rows import Form
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.build_objective import Objective
+from dist_llm.objectives.examples import BatchLayout
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.train.evaluate import Heldout, evaluate, heldout_batches
 
 SEQ = 8
 PLAIN = Objective(
-    ((Denoiser(), Lengths(SEQ + 1, SEQ, SEQ)),), Vocabulary(99, 98), Form(True, False, False, False), SEQ, 0, 0
+    ((ObjectiveSpec(), Lengths(SEQ + 1, SEQ, SEQ)),),
+    Vocabulary(99, 98),
+    BatchLayout(True, False, False, False),
+    SEQ,
+    0,
+    0,
 )
 # No window, one short, one whole, a short tail of 1 and of SEQ - 1, more ranks than windows.
 TOKENS = (2, 5, SEQ + 1, 3 * SEQ + 1, 3 * SEQ + 2, 4 * SEQ, 7 * SEQ + 3)
@@ -38,7 +43,7 @@ def test_each_target_is_scored_once_and_ranks_run_in_step(n_tokens, micro_batch,
         assert len(batch.inputs_BS) <= micro_batch
         assert batch.inputs_BS.min() >= 0
         counts = batch.targets_BS != IGNORE
-        assert batch.scored == counts.sum()
+        assert batch.num_valid_tokens == counts.sum()
         assert torch.equal(batch.inputs_BS[counts] + 1, batch.targets_BS[counts]), "the corpus counts"
         scored += batch.targets_BS[counts].tolist()
     assert sorted(scored) == list(range(1, n_tokens))
@@ -50,8 +55,8 @@ def test_each_window_of_another_objective_is_scored_once(micro_batch, ranks, cou
     """Also those of a last batch that is not full."""
     windows = 7
     corpus = counting(windows * SEQ, "heldout")
-    members = ((Denoiser(name="masked", mask_rate=0.9), Lengths(SEQ, SEQ, SEQ + 1)),)
-    masked = Objective(members, Vocabulary(99, 98), Form(False, True, False, False), SEQ + 1, 0, 0)
+    members = ((ObjectiveSpec(name="masked", mask_rate=0.9), Lengths(SEQ, SEQ, SEQ + 1)),)
+    masked = Objective(members, Vocabulary(99, 98), BatchLayout(False, True, False, False), SEQ + 1, 0, 0)
     scored = []
     for rank in range(ranks):
         for batch in heldout_batches(Heldout({"": corpus}, masked, micro_batch), corpus, 0, rank, ranks):
@@ -75,10 +80,10 @@ class Alone:
 
     data_rank = (0, 1)
 
-    def total(self, value):
+    def all_reduce_over_data(self, value):
         return torch.as_tensor(value)
 
-    def cut(self, batch):
+    def to_local_batch(self, batch):
         return batch
 
     def score(self, batch):

@@ -23,7 +23,7 @@ CODE = """if True:
     from pathlib import Path
     from dist_llm.data.history import fresh_plan
     from dist_llm.data.loader import build_loader
-    from dist_llm.objectives.vocabulary import Vocabulary
+    from dist_llm.objectives.objective_vocabulary import Vocabulary
     from dist_llm.config.derive import resolve
     from dist_llm.config.schema import Config
 
@@ -39,7 +39,7 @@ CODE = """if True:
         begin = time.process_time()
         plan = fresh_plan(config)
         loader = build_loader(config, plan, Vocabulary(300, 256), 0, 64, pin=False)
-        assert loader.batches(0)[0].scored == 8 * 2048
+        assert loader.batches(0)[0].num_valid_tokens == 8 * 2048
         found[f"{order_name}_start_seconds"] = time.process_time() - begin
         begin = time.process_time()
         _, starts = plan.find(loader.samples(10**6 * 512))

@@ -8,25 +8,27 @@ import pytest
 import torch
 
 from dist_llm.config.lengths import Lengths
-from dist_llm.config.schema import DataConfig, Denoiser
+from dist_llm.config.schema import DataConfig, ObjectiveSpec
 from dist_llm.data.loader import Loader
 from dist_llm.data.order import Mixture, Random, Shuffle
 from dist_llm.data.plan import Plan, Stage
 from dist_llm.data.streams import Source, Stream, build_order
 from dist_llm.errors import DataError
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.visibility import CAUSAL
-from dist_llm.objectives.build import Objective
-from dist_llm.objectives.rows import Form
-from dist_llm.objectives.vocabulary import Vocabulary
-from dist_llm.parallel.context import local_part
+from dist_llm.models.attention_mask import CAUSAL
+from dist_llm.objectives.build_objective import Objective
+from dist_llm.objectives.examples import BatchLayout
+from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.parallel.context_parallel import shard_sequences
 
 SEQ = 4
 BATCH = 24  # divides by every world size below
 STEPS = 3
 WORLDS = (1, 2, 3, 4, 8)
 SIZE = Lengths(SEQ + 1, SEQ, SEQ)
-CAUSAL_ONLY = Objective(((Denoiser(), SIZE),), Vocabulary(1000, 999), Form(True, False, False, False), SEQ, 0, 3)
+CAUSAL_ONLY = Objective(
+    ((ObjectiveSpec(), SIZE),), Vocabulary(1000, 999), BatchLayout(True, False, False, False), SEQ, 0, 3
+)
 
 
 @pytest.fixture
@@ -90,14 +92,14 @@ def test_a_batch_is_inputs_and_the_tokens_that_follow(corpus):
     assert batch.inputs_BS.shape == (BATCH, SEQ)
     assert torch.equal(batch.targets_BS, batch.inputs_BS + 1), "the corpus counts"
     assert torch.equal(batch.inputs_BS[:, 1:], batch.targets_BS[:, :-1])
-    assert (batch.visible, batch.scored) == (CAUSAL, BATCH * SEQ)
+    assert (batch.mask, batch.num_valid_tokens) == (CAUSAL, BATCH * SEQ)
 
 
 def test_the_id_whose_bits_are_those_of_ignore_is_scored_when_a_sequence_is_cut():
     ids = np.full((2, SEQ + 1), IGNORE, np.int16).view("<u2")  # 65436
     batch = CAUSAL_ONLY(ids, np.arange(2))
-    parts = [local_part(batch, rank, 2) for rank in range(2)]
-    assert sum(part.scored for part in parts) == batch.scored == 2 * SEQ
+    parts = [shard_sequences(batch, rank, 2) for rank in range(2)]
+    assert sum(part.num_valid_tokens for part in parts) == batch.num_valid_tokens == 2 * SEQ
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 5])

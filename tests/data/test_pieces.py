@@ -18,9 +18,9 @@ from dist_llm.data.pieces import Pieces, best_fit
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.data.streams import hides_prompts
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.build import build_model
-from dist_llm.objectives.build import build_objective
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.models.build_model import build_model
+from dist_llm.objectives.build_objective import build_objective
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.train.evaluate import Heldout, heldout_batches
 
 SEQ, EOT = 8, 99
@@ -67,7 +67,7 @@ def test_each_token_but_a_documents_first_is_a_target_once(windows, tmp_path):
     assert batch.inputs_BS.shape[1] == SEQ
     wanted = [token for d in documents(corpus) for token in d[1:]]
     assert sorted(batch.targets_BS[batch.targets_BS != IGNORE].tolist()) == sorted(wanted)
-    assert batch.scored == len(wanted) == sum(SIZES) - len(SIZES)
+    assert batch.num_valid_tokens == len(wanted) == sum(SIZES) - len(SIZES)
 
 
 def documents(corpus):
@@ -88,7 +88,7 @@ def test_packing_leaves_fewer_windows_and_the_same_losses(tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
-    losses = [model(b.inputs_BS, **b.arguments()).sum() for b in (alone, packed)]
+    losses = [model(b.inputs_BS, **b.forward_arguments()).sum() for b in (alone, packed)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
     packed_blind = model(packed.inputs_BS, targets_BS=packed.targets_BS).sum()
     assert not torch.isclose(packed_blind, losses[0], rtol=1e-4), "without the mask it differs: the law bites"
@@ -135,7 +135,7 @@ def test_prompts_are_read_and_not_scored(windows, tmp_path):
         scored = corpus.scored(np.array([0]), corpus.n_tokens)[0]
         assert scored.tolist() == [n >= p for size, p in zip(SIZES, PROMPTS, strict=True) for n in range(size)]
         last = (corpus.n_tokens - 1) // SEQ * SEQ + 1  # the tail makes no window
-        assert batch.scored == scored[1:last].sum()
+        assert batch.num_valid_tokens == scored[1:last].sum()
     else:
         assert sorted(batch.targets_BS[kept].tolist()) == sorted(completions)
 
@@ -148,7 +148,7 @@ def test_an_evaluation_scores_prompts_if_training_does(score_prompts, tmp_path):
     prompts = hides_prompts(config.data, [corpus])
     objective = build_objective(config, Vocabulary(100, EOT), prompts)
     heldout = Heldout({"": corpus}, objective, 4, score_prompts=score_prompts)
-    scored = sum(batch.scored for batch in heldout_batches(heldout, corpus, 0, 0, 1))
+    scored = sum(batch.num_valid_tokens for batch in heldout_batches(heldout, corpus, 0, 0, 1))
     read = (corpus.n_tokens - 1) // SEQ * SEQ
     hidden = (~corpus.scored(np.array([0]), corpus.n_tokens)[0])[1 : read + 1].sum()
     assert hidden > 0
@@ -165,7 +165,7 @@ def test_masked_text_of_any_length_hides_no_padding(tmp_path):
         (batch,) = loader.batches(first)
         padding = batch.inputs_BS == EOT
         assert (batch.targets_BS[padding] == IGNORE).all()
-        documents_S = batch.visible.documents_BT[0]
+        documents_S = batch.mask.documents_BT[0]
         real = int((~padding[0]).sum())
         if padding[0, -1] and padding[0, -2]:
             assert documents_S[-1] not in documents_S[:real].tolist(), "text does not see what pads it"

@@ -26,7 +26,7 @@ from dist_llm.data.mirror import localize
 from dist_llm.data.remote import as_path, fetch, is_remote
 from dist_llm.data.shard import Manifest, Shard, ShardWriter
 from dist_llm.errors import DataError
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from tests.laws.law import config_of
 
 TOKENIZER = b'{"some": "tokenizer"}'

@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_llm.cli import main
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models.block import Block
-from dist_llm.parallel.mesh import local
+from dist_llm.parallel.mesh import to_local
 from dist_llm.train.trainer import Trainer
 
 SIGNALS = {"stop": signal.SIGSTOP, "usr1": signal.SIGUSR1, "term": signal.SIGTERM}
@@ -44,7 +44,7 @@ def run() -> int:
             if now in ("nan", "nan_always"):
                 next(self.engine.named_parameters())[1].data.fill_(torch.nan)
             elif now == "flip":
-                local(next(self.engine.named_parameters())[1].data).view(-1).view(torch.int32)[:1] ^= 1 << 20
+                to_local(next(self.engine.named_parameters())[1].data).view(-1).view(torch.int32)[:1] ^= 1 << 20
             elif now == "garbled":
                 with patch.object(Block, "forward", lambda *given: 1.01 * forward(*given).roll(1, -1)):
                     return step(self)
@@ -66,7 +66,7 @@ accumulate: Callable[..., Tensor] = NativeEngine.accumulate
 def nan_gradient(self: NativeEngine, *given: object) -> Tensor:
     losses = accumulate(self, *given)
     for _, parameter in self.named_parameters():
-        local(parameter.grad).fill_(torch.nan)
+        to_local(parameter.grad).fill_(torch.nan)
     return losses
 
 

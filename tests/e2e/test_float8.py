@@ -22,7 +22,7 @@ def test_a_run_goes_on_without_it_and_is_evaluated_without_it(
     rows = commands.metrics(run)
     assert load_saved(commands.newest(run)).fp8
     with monkeypatch.context() as patched:
-        patched.setattr(parallelize, "float8_blocks", lambda model: pytest.fail("a model in float8"))
+        patched.setattr(parallelize, "use_float8_linears", lambda model: pytest.fail("a model in float8"))
         result = score(str(run), None, "heldout", 0, World())
     (heldout,) = [row["heldout_loss"] for row in commands.all_rows(run) if "heldout_loss" in row]
     assert result.loss == pytest.approx(heldout, rel=5e-3)  # what float8 rounds, after six steps

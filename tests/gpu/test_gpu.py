@@ -8,7 +8,7 @@ import torch
 
 from dist_llm.engines.native import NativeEngine
 from dist_llm.observe.flops import peak_flops
-from dist_llm.optim import clip
+from dist_llm.optim import gradient_clipping
 from dist_llm.parallel import fp8
 from dist_llm.train.step import train_step
 from tests.laws.law import Spy, batches_of, config_of
@@ -57,7 +57,7 @@ def test_half_precision_trains(precision: str, compiled: bool) -> None:
 def test_a_step_makes_the_host_wait_for_nothing() -> None:
     config = config_of(1, {}, optim=ADAMW, precision="bf16")
     engine = NativeEngine(config, GPU)
-    batches = [batch.pin() for batch in batches_of(config, engine, 0)]
+    batches = [batch.pin_memory() for batch in batches_of(config, engine, 0)]
     train_step(engine, batches, 1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -86,13 +86,13 @@ def test_products_in_float8_are_the_emulated_ones(tokens: int, monkeypatch: pyte
 
     def products() -> list[torch.Tensor]:
         inputs, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
-        y = fp8.linear(inputs, weight)
+        y = fp8.float8_linear(inputs, weight)
         return [y.detach(), *torch.autograd.grad(y, (inputs, weight), g)]
 
     monkeypatch.setattr(torch, "_scaled_mm", counted)
     found = products()
-    assert calls == [fp8.INPUT, fp8.GRADIENT, fp8.GRADIENT]
-    monkeypatch.setattr(fp8, "product", fp8.emulated)
+    assert calls == [fp8.INPUT_DTYPE, fp8.GRAD_DTYPE, fp8.GRAD_DTYPE]
+    monkeypatch.setattr(fp8, "scaled_matmul", fp8.emulate_scaled_matmul)
     wanted = products()
     assert len(calls) == 3
     sizes = [x.abs() @ w.abs().t(), g.abs() @ w.abs(), g.abs().t() @ x.abs()]
@@ -120,17 +120,19 @@ def test_a_gpu_trains_in_float8_as_a_cpu_emulates_it(compiled: bool) -> None:
 @has_float8
 def test_scales_make_the_host_wait_for_nothing() -> None:
     x, w = torch.randn(64, 64, device=GPU, requires_grad=True), torch.randn(64, 64, device=GPU, requires_grad=True)
-    fp8.linear(x, w).sum().backward()
+    fp8.float8_linear(x, w).sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fp8.linear(x, w).sum().backward()
+        fp8.float8_linear(x, w).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_norm_is_exact_on_a_gpu() -> None:
     gradient = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
-    assert clip.norm([gradient.cuda()]).item() == pytest.approx(gradient.double().norm().item(), rel=1e-6)
+    assert gradient_clipping.global_norm([gradient.cuda()]).item() == pytest.approx(
+        gradient.double().norm().item(), rel=1e-6
+    )
 
 
 def test_the_peak_is_known_or_measured() -> None:

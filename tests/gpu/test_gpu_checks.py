@@ -11,7 +11,7 @@ import torch
 
 from dist_llm.checkpoint import store
 from dist_llm.engines.native import NativeEngine
-from dist_llm.losses import linear
+from dist_llm.losses import fused_linear_cross_entropy
 from dist_llm.parallel import fp8
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # its programs import each other by bare names
@@ -29,7 +29,13 @@ CPU = Context("cpu", True, Path("unused"))
 @pytest.mark.parametrize(
     ("owner", "name", "bug", "check", "options"),
     [
-        (linear, "_turn", lambda right: lambda *args: right(*args) * 1.001, gpu_kernels.check_loss, {}),
+        (
+            fused_linear_cross_entropy,
+            "_losses_and_logit_grads_",
+            lambda right: lambda *args: right(*args) * 1.001,
+            gpu_kernels.check_loss,
+            {},
+        ),
         (
             gpu_kernels,
             "attend",
@@ -82,8 +88,8 @@ class Late(NativeEngine):
         super().__init__(*arguments)
         self.factor = 1.001 if next(self.count) % 2 else 1.0
 
-    def update(self, lr: float, accept: Any = None) -> torch.Tensor:
-        return super().update(lr * self.factor, accept)
+    def update(self, lr: float, should_apply: Any = None) -> torch.Tensor:
+        return super().update(lr * self.factor, should_apply)
 
 
 @pytest.fixture

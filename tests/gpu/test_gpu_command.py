@@ -25,7 +25,7 @@ import gpu  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_start  # noqa: E402
 import gpu_workers  # noqa: E402
-from dist_llm.losses import linear  # noqa: E402
+from dist_llm.losses import fused_linear_cross_entropy  # noqa: E402
 from gpu_context import Context  # noqa: E402
 from gpu_rows import ROWS, Row  # noqa: E402
 
@@ -156,8 +156,10 @@ def test_the_rows_run_and_the_table_shows_them(main: Any, tmp_path: Path, capsys
 def test_a_wrong_value_is_reported_and_fails_the_command(
     main: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = linear._turn
-    monkeypatch.setattr(linear, "_turn", lambda *arguments: right(*arguments) * 1.001)
+    right = fused_linear_cross_entropy._losses_and_logit_grads_
+    monkeypatch.setattr(
+        fused_linear_cross_entropy, "_losses_and_logit_grads_", lambda *arguments: right(*arguments) * 1.001
+    )
     assert main() == 1
     errors = capsys.readouterr().err
     assert "float32 cap 0 losses: error 0.001, at most 0.0001 is allowed" in errors

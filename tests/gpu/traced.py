@@ -77,12 +77,12 @@ def step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
     sections = {"optim": ADAMW, **sections}
     config = config_of(ranks, {"n_layers": 2} | sections.pop("model", {}), **sections)
     data_ranks = config.parallel.dp_replicate * config.parallel.dp_shard
-    batches = batches_of(config, SimpleNamespace(data_rank=(0, data_ranks)), 0)  # type: ignore[arg-type]
+    batches = batches_of(config, SimpleNamespace(dp_rank_and_size=(0, data_ranks)), 0)  # type: ignore[arg-type]
     with pretend.gpu(ranks):
         engine = NativeEngine(config, pretend.DEVICE)
         with Products() as products:
             report = train_step(engine, batches, 1e-3)
-        engine.score(engine.cut(batches[0]))
+        engine.score(engine.to_local_batch(batches[0]))
         devices = {each.device.type for each in (report.loss, report.grad_norm, report.scored)}
         return {"devices": sorted(devices), "products": sorted(products.types)}
 
@@ -93,11 +93,11 @@ def waits(self: NativeEngine) -> Any:
     return torch.full_like(norm, norm.item())
 
 
-REAL, NORM = attention.rotate, NativeEngine._norm
+REAL, NORM = attention.apply_rotary, NativeEngine._grad_norm
 BUGS = {
     "none": nullcontext,
-    "host": lambda: patch.object(attention, "rotate", lambda x, cos, sin: REAL(x, cos.cpu(), sin)),
-    "waits": lambda: patch.object(NativeEngine, "_norm", waits),
+    "host": lambda: patch.object(attention, "apply_rotary", lambda x, cos, sin: REAL(x, cos.cpu(), sin)),
+    "waits": lambda: patch.object(NativeEngine, "_grad_norm", waits),
 }
 
 

@@ -14,14 +14,15 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
-from dist_llm.engines.native import LocalSGD, NativeEngine
+from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention, decoder
-from dist_llm.models.visibility import Visibility
+from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.objectives.batch import Batch
-from dist_llm.optim import clip
-from dist_llm.optim.muon import orthogonalized
-from dist_llm.parallel import context, mesh, parallelize, pipeline, shard, tensor
-from dist_llm.parallel.owners import Owners
+from dist_llm.optim import gradient_clipping
+from dist_llm.optim.muon import orthogonalize
+from dist_llm.optim.sgd import LocalSGD
+from dist_llm.parallel import context_parallel, fsdp, mesh, parallelize, pipeline_parallel, tensor_parallel
+from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
 from dist_llm.train import step
 
 BUGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
@@ -70,43 +71,43 @@ def shards_gradients_are_not_reduced() -> Iterator[Any]:
 @bug
 def context_gradients_are_not_reduced() -> Iterator[Any]:
     """Weights are sharded over dp_shard alone; context ranks keep gradients of their own tokens."""
-    real = shard.fully_shard
+    real = fsdp.fully_shard
 
     def over_data_alone(module: Any, mesh: Any, **keywords: Any) -> None:
         real(module, mesh=mesh._get_root_mesh()["dp_replicate", "dp_shard"], **keywords)
 
-    with patch.object(shard, "fully_shard", over_data_alone):
+    with patch.object(fsdp, "fully_shard", over_data_alone):
         yield
 
 
 @bug
 def joined_gradients_are_not_added_over_tensor_ranks() -> Iterator[Any]:
     """Each tensor rank goes on with the part that its own heads, units or columns give."""
-    with patch.object(tensor.Between, "join", _join_own_part):
+    with patch.object(tensor_parallel.TensorParallelRegion, "all_gather_sequence", _join_own_part):
         yield
 
 
 @bug
 def head_gradients_are_not_reduced_over_tensor_ranks() -> Iterator[Any]:
     """Those of its input: each rank's columns give a part."""
-    real = tensor.VocabParallelHead.forward
+    real = tensor_parallel.VocabParallelHead.forward
 
     def forward(self: Any, *inputs: Any) -> Any:
-        with patch.object(tensor.Between, "join", _join_own_part):
+        with patch.object(tensor_parallel.TensorParallelRegion, "all_gather_sequence", _join_own_part):
             return real(self, *inputs)
 
-    with patch.object(tensor.VocabParallelHead, "forward", forward):
+    with patch.object(tensor_parallel.VocabParallelHead, "forward", forward):
         yield
 
 
-def _join_own_part(between: tensor.Between, x_BTD: torch.Tensor) -> torch.Tensor:
-    return mesh.exchanged(x_BTD, between.joined, between.mine)
+def _join_own_part(region: tensor_parallel.TensorParallelRegion, x_BTD: torch.Tensor) -> torch.Tensor:
+    return mesh.differentiable_collective(x_BTD, region.all_gather_no_grad, region.local_tokens)
 
 
 @bug
 def shares_of_tokens_skip_what_whole_rows_skip() -> Iterator[Any]:
     """Stochastic depth: a row of a rank's share is not of one sequence."""
-    with patch.object(tensor.Between, "share_survivors", lambda self, block, inputs: inputs):
+    with patch.object(tensor_parallel.TensorParallelRegion, "shard_depth_scale", lambda self, block, inputs: inputs):
         yield
 
 
@@ -117,19 +118,19 @@ def tensor_ranks_take_the_positions_of_the_first() -> Iterator[Any]:
     def first(self: Any, numbers_BS: torch.Tensor) -> torch.Tensor:
         return numbers_BS.flatten(0, 1).chunk(self.ranks)[0].unflatten(0, (len(numbers_BS), -1))
 
-    with patch.object(tensor.Between, "mine", first):
+    with patch.object(tensor_parallel.TensorParallelRegion, "local_tokens", first):
         yield
 
 
 @bug
 def tied_embedding_is_not_reduced_over_stages() -> Iterator[Any]:
-    with patch.object(pipeline.TiedEmbedding, "reduce", _skip):
+    with patch.object(pipeline_parallel.TiedEmbeddingGroup, "reduce_grads", _skip):
         yield
 
 
 @bug
 def norm_gradients_of_sequence_slices_are_not_reduced() -> Iterator[Any]:
-    with patch("dist_llm.engines.native.settle_gradients", _skip):
+    with patch("dist_llm.engines.native.all_reduce_replicated_grads", _skip):
         yield
 
 
@@ -142,17 +143,20 @@ def gradients_are_averaged_over_ranks() -> Iterator[Any]:
 @bug
 def mean_of_rank_means() -> Iterator[Any]:
     def own_count(self: NativeEngine, value: Any) -> torch.Tensor:
-        return torch.as_tensor(value) * self.data_rank[1] if isinstance(value, int) else real(self, value)
+        return torch.as_tensor(value) * self.dp_rank_and_size[1] if isinstance(value, int) else real(self, value)
 
-    real = NativeEngine.total
-    with patch.object(NativeEngine, "total", own_count):
+    real = NativeEngine.all_reduce_over_data
+    with patch.object(NativeEngine, "all_reduce_over_data", own_count):
         yield
 
 
 @bug
 def mean_of_microbatch_means() -> Iterator[Any]:
     def each_by_its_own(self: NativeEngine, batches: Any, scored: torch.Tensor, step: int) -> torch.Tensor:
-        losses = [real(self, [batch], self.total(batch.scored) * len(batches), step) for batch in batches]
+        losses = [
+            real(self, [batch], self.all_reduce_over_data(batch.num_valid_tokens) * len(batches), step)
+            for batch in batches
+        ]
         return torch.stack(losses).sum()
 
     real = NativeEngine._accumulate
@@ -170,7 +174,7 @@ def loss_divided_twice() -> Iterator[Any]:
 @bug
 def loss_averaged_over_padding() -> Iterator[Any]:
     def count_all(engine: Any, batches: Any, *rest: Any) -> Any:
-        return real(engine, [replace(batch, scored=batch.targets_BS.numel()) for batch in batches], *rest)
+        return real(engine, [replace(batch, num_valid_tokens=batch.targets_BS.numel()) for batch in batches], *rest)
 
     real = step.train_step
     with patch("tests.laws.law.train_step", count_all):
@@ -186,47 +190,47 @@ def last_microbatch_only() -> Iterator[Any]:
 
 @bug
 def all_ranks_read_the_same_samples() -> Iterator[Any]:
-    real = NativeEngine.data_rank
-    with patch.object(NativeEngine, "data_rank", property(lambda self: (0, real.fget(self)[1]))):  # type: ignore[attr-defined]
+    real = NativeEngine.dp_rank_and_size
+    with patch.object(NativeEngine, "dp_rank_and_size", property(lambda self: (0, real.fget(self)[1]))):  # type: ignore[attr-defined]
         yield
 
 
 @bug
 def clipping_by_the_local_norm() -> Iterator[Any]:
-    real = mesh.sum_over
+    real = mesh.all_reduce_over
 
     def norm_stays_local(value: torch.Tensor, mesh: Any, axes: Any) -> torch.Tensor:
         return value if "tp" in axes else real(value, mesh, axes)  # only the norm is summed over tp
 
-    with patch("dist_llm.engines.native.sum_over", norm_stays_local):
+    with patch("dist_llm.engines.gradient_norm.all_reduce_over", norm_stays_local):
         yield
 
 
 @bug
 def replicated_parameters_counted_once_per_tensor_rank() -> Iterator[Any]:
-    with patch("dist_llm.engines.native._split_by_tp", lambda parameter: True):
+    with patch("dist_llm.engines.gradient_norm.is_tp_sharded", lambda parameter: True):
         yield
 
 
 @bug
 def tied_embedding_counted_by_both_stages() -> Iterator[Any]:
     def norm_of_all(self: NativeEngine) -> torch.Tensor:
-        ends = [part.first for part in self.parts]
-        for part in self.parts:
-            part.first = True
+        ends = [part.is_first_stage for part in self.model_parts]
+        for part in self.model_parts:
+            part.is_first_stage = True
         norm = real(self)
-        for part, first in zip(self.parts, ends, strict=True):
-            part.first = first
+        for part, first in zip(self.model_parts, ends, strict=True):
+            part.is_first_stage = first
         return norm
 
-    real = NativeEngine._norm
-    with patch.object(NativeEngine, "_norm", norm_of_all):
+    real = NativeEngine._grad_norm
+    with patch.object(NativeEngine, "_grad_norm", norm_of_all):
         yield
 
 
 @bug
 def clipping_never_happens() -> Iterator[Any]:
-    with patch.object(clip, "scale", _skip):
+    with patch.object(gradient_clipping, "clip_grads_", _skip):
         yield
 
 
@@ -236,8 +240,8 @@ def context_ranks_count_positions_from_zero() -> Iterator[Any]:
         cut = real_part(batch, rank, ranks)
         return replace(cut, positions_BS=torch.arange(cut.inputs_BS.shape[1]).expand_as(cut.inputs_BS))
 
-    real_part = context.local_part
-    with patch("dist_llm.engines.native.local_part", from_zero):
+    real_part = context_parallel.shard_sequences
+    with patch("dist_llm.engines.native.shard_sequences", from_zero):
         yield
 
 
@@ -245,26 +249,29 @@ def context_ranks_count_positions_from_zero() -> Iterator[Any]:
 def causal_mask_aligned_to_the_start() -> Iterator[Any]:
     """SDPA's is_causal with fewer queries than keys is aligned top-left."""
 
-    def top_left(q: Any, k: Any, v: Any, visible: Any, dropout: float, scale: Any) -> torch.Tensor:
+    def top_left(q: Any, k: Any, v: Any, mask: Any, dropout: float, scale: Any) -> torch.Tensor:
         heads = {"enable_gqa": q.shape[2] != k.shape[2]}
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, **heads
         )
         return out.transpose(1, 2)
 
-    with patch.object(context, "attend", top_left), patch.object(attention, "attend", top_left):
+    with (
+        patch.object(context_parallel, "scaled_dot_product", top_left),
+        patch.object(attention, "scaled_dot_product", top_left),
+    ):
         yield
 
 
 @bug
 def tied_head_untied_by_the_tensor_split() -> Iterator[Any]:
     """The head projects with a copy of the embedding: its gradient never reaches the weight."""
-    forward = tensor.VocabParallelHead.forward
+    forward = tensor_parallel.VocabParallelHead.forward
 
     def with_a_copy(self: Any, x: Any, tied: Any, targets: Any) -> Any:
         return forward(self, x, None if tied is None else tied.detach(), targets)
 
-    with patch.object(tensor.VocabParallelHead, "forward", with_a_copy):
+    with patch.object(tensor_parallel.VocabParallelHead, "forward", with_a_copy):
         yield
 
 
@@ -278,24 +285,24 @@ def vocabulary_maximum_is_not_shared() -> Iterator[Any]:
             if op != dist.ReduceOp.MAX:
                 dist.all_reduce(value, op, group)
 
-    with patch.object(tensor, "dist", Local()):
+    with patch.object(tensor_parallel, "dist", Local()):
         yield
 
 
 @bug
 def vocabulary_padding_is_scored() -> Iterator[Any]:
-    real = tensor.VocabParallelHead._columns
+    real = tensor_parallel.VocabParallelHead._vocab_shard
 
     def all_rows(self: Any, weight_WD: Any) -> Any:
         return replace(real(self, weight_WD), width=len(weight_WD))
 
-    with patch.object(tensor.VocabParallelHead, "_columns", all_rows):
+    with patch.object(tensor_parallel.VocabParallelHead, "_vocab_shard", all_rows):
         yield
 
 
 @bug
 def every_rank_initialised_with_the_same_shard() -> Iterator[Any]:
-    with patch.object(parallelize, "place", lambda tensor: (mesh.local(tensor), (0,) * tensor.ndim)):
+    with patch.object(parallelize, "local_with_offset", lambda tensor: (mesh.to_local(tensor), (0,) * tensor.ndim)):
         yield
 
 
@@ -304,48 +311,54 @@ def pipeline_rescales_gradients() -> Iterator[Any]:
     def scaling(kind: Any) -> Any:
         return lambda *args, **kwargs: kind(*args, **{**kwargs, "scale_grads": True})
 
-    with patch.dict(pipeline.SCHEDULES, {name: scaling(kind) for name, kind in pipeline.SCHEDULES.items()}):
+    with patch.dict(
+        pipeline_parallel.SCHEDULES, {name: scaling(kind) for name, kind in pipeline_parallel.SCHEDULES.items()}
+    ):
         yield
 
 
 @bug
 def context_ranks_take_their_queries_for_the_last() -> Iterator[Any]:
     """Masks of documents and prefixes then speak of other tokens than those that the rank has."""
-    with patch.object(Visibility, "at", lambda self, places_BS, keys: replace(self, keys=keys)):
+    with patch.object(
+        AttentionMask, "with_query_positions", lambda self, _, num_keys: replace(self, num_keys=num_keys)
+    ):
         yield
 
 
 @bug
 def every_microbatch_sees_what_the_first_may() -> Iterator[Any]:
     """A pipeline is handed all microbatches at once, with the visibility of the first."""
-    real = Batch.joined
+    real = Batch.concatenate
 
     def with_the_first(batches: Any) -> Any:
-        visible = batches[0].visible
-        return replace(real([replace(batch, visible=visible) for batch in batches]))
+        mask = batches[0].mask
+        return replace(real([replace(batch, mask=mask) for batch in batches]))
 
-    with patch.object(Batch, "joined", with_the_first):
+    with patch.object(Batch, "concatenate", with_the_first):
         yield
 
 
 @bug
 def tensor_ranks_skip_layers_of_their_own_choice() -> Iterator[Any]:
-    real = decoder.survivors
-    with patch.object(decoder, "survivors", lambda draws_B, *rest: real(draws_B + dist.get_rank(), *rest)):
+    real = decoder.stochastic_depth_scale
+    with patch.object(
+        decoder, "stochastic_depth_scale", lambda sample_hash_B, *rest: real(sample_hash_B + dist.get_rank(), *rest)
+    ):
         yield
 
 
 @bug
 def encoders_table_is_not_reduced_over_stages() -> Iterator[Any]:
     """The stage where the decoder begins looks up the same table as the first."""
-    with patch.object(pipeline.TiedEmbedding, "reduce", _skip):
+    with patch.object(pipeline_parallel.TiedEmbeddingGroup, "reduce_grads", _skip):
         yield
 
 
 @bug
 def gradients_of_head_norms_are_not_reduced() -> Iterator[Any]:
     """Each tensor rank normalises the queries and keys of its own heads, with weights that all share."""
-    with patch("dist_llm.engines.native.settle_gradients", _skip):
+    with patch("dist_llm.engines.native.all_reduce_replicated_grads", _skip):
         yield
 
 
@@ -359,26 +372,26 @@ def weights_stay_gathered_after_the_last_backward() -> Iterator[Any]:
 
 @bug
 def shares_made_orthogonal_each_by_itself() -> Iterator[Any]:
-    def alone(self: Owners, updates: Any) -> Any:
-        parts = [mesh.local(update) for update in updates]
-        for part, made in zip(parts, orthogonalized(parts), strict=True):
+    def alone(self: DistributedOrthogonalize, updates: Any) -> Any:
+        parts = [mesh.to_local(update) for update in updates]
+        for part, made in zip(parts, orthogonalize(parts), strict=True):
             part.copy_(made)
         return updates
 
-    with patch.object(Owners, "__call__", alone):
+    with patch.object(DistributedOrthogonalize, "__call__", alone):
         yield
 
 
 @bug
 def shares_handed_back_to_the_wrong_rank() -> Iterator[Any]:
     """Shares of a matrix that are alike in shape, so that nothing but the values is wrong."""
-    real = Owners.__init__
+    real = DistributedOrthogonalize.__init__
 
-    def swapped(self: Owners, *args: Any) -> None:
+    def swapped(self: DistributedOrthogonalize, *args: Any) -> None:
         real(self, *args)
-        self.returned = self.returned[::-1]
+        self.send_out = self.send_out[::-1]
 
-    with patch.object(Owners, "__init__", swapped):
+    with patch.object(DistributedOrthogonalize, "__init__", swapped):
         yield
 
 
@@ -406,5 +419,5 @@ def _before_sgd_steps(action: Callable[[LocalSGD], None]) -> AbstractContextMana
 
 @bug
 def moments_rounded_by_the_place_in_the_share() -> Iterator[Any]:
-    with patch("dist_llm.engines.native.place", lambda tensor: (mesh.local(tensor), (0,) * tensor.ndim)):
+    with patch("dist_llm.engines.native.local_with_offset", lambda tensor: (mesh.to_local(tensor), (0,) * tensor.ndim)):
         yield

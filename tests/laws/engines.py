@@ -16,10 +16,10 @@ from torch import Tensor
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.state import GuardState, Progress
 from dist_llm.config.schema import Config, GuardConfig
-from dist_llm.engines.accelerate import AccelerateEngine
+from dist_llm.engines.accelerate_engine import AccelerateEngine
 from dist_llm.engines.base import Engine
-from dist_llm.engines.build import build_engine
-from dist_llm.engines.deepspeed import DeepSpeedEngine
+from dist_llm.engines.build_engine import build_engine
+from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
 from dist_llm.train.guard import Guard
 from dist_llm.train.step import train_step
 from tests.laws.law import Placed, Trace, batches_of, compare, joined, parts_of, reference, saved
@@ -80,8 +80,10 @@ def take(
             store.load(load, engine.state)
         guard = Guard(GuardConfig(not_finite="skip"), GuardState(), engine, Path("unused"))
         for step in steps:
-            accept = partial(guard.should_apply, step) if skip else None
-            report = train_step(engine, batches_of(config, engine, step), rate(config, step), step, accept=accept)
+            should_apply = partial(guard.should_apply, step) if skip else None
+            report = train_step(
+                engine, batches_of(config, engine, step), rate(config, step), step, should_apply=should_apply
+            )
             found.losses.append(report.loss.item())
             found.scored.append(int(report.scored))
             found.norms.append(report.grad_norm.item())
@@ -89,7 +91,7 @@ def take(
             if step in (steps[0], steps[-1]):
                 found.held.append(parts_of((engine.state.weights() | engine.state.moments()).items()))
         (batch, *_) = batches_of(config, engine, 1000)
-        found.heldout = engine.total(engine.score(engine.cut(batch)).sum()).item()
+        found.heldout = engine.all_reduce_over_data(engine.score(engine.to_local_batch(batch)).sum()).item()
         if save is not None:
             saved(store.CheckpointStore(save), engine, Progress(steps[-1] + 1), {})
         return found
@@ -181,7 +183,7 @@ def losses_are_averaged_over_ranks(real: Callable[..., Tensor]) -> Callable[...,
 def only_the_last_microbatch_counts(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
         with torch.no_grad():
-            before = [self.model(batch.inputs_BS, **batch.arguments()) / scored for batch in batches[:-1]]
+            before = [self.model(batch.inputs_BS, **batch.forward_arguments()) / scored for batch in batches[:-1]]
         return torch.cat([*before, real(self, batches[-1:], scored, step)])
 
     return accumulate
@@ -218,8 +220,8 @@ def the_rate_is_set_after_the_step() -> Iterator[None]:
 
 
 def late(update: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def with_the_last(self: Any, lr: float, accept: Any) -> Tensor:
-        norm = update(self, getattr(self, "before", self.config.optim.lr), accept)
+    def with_the_last(self: Any, lr: float, should_apply: Any) -> Tensor:
+        norm = update(self, getattr(self, "before", self.config.optim.lr), should_apply)
         self.before = lr
         return norm
 

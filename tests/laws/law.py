@@ -28,11 +28,11 @@ from dist_llm.config.schema import Config, ParallelConfig
 from dist_llm.engines.base import Engine
 from dist_llm.engines.native import NativeEngine
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.models.visibility import CAUSAL
+from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
-from dist_llm.objectives.build import build_objective
-from dist_llm.objectives.rows import Text
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.build_objective import build_objective
+from dist_llm.objectives.examples import TokenWindow
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.train.step import train_step
 from tests.laws import bugs
 from tests.laws.layouts import MODELS, OBJECTIVES, Layout
@@ -120,7 +120,7 @@ def random_rows(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:
 
 def batches_of(config: Config, engine: Engine, step: int) -> list[Batch]:
     """This data rank's microbatches of the step, as the loader would cut them."""
-    rank, ranks = engine.data_rank
+    rank, ranks = engine.dp_rank_and_size
     share, micro = ROWS // ranks, config.data.micro_batch
     if not plain(config):
         return [made_of(config, step, range(i, i + micro)) for i in range(rank * share, (rank + 1) * share, micro)]
@@ -134,7 +134,7 @@ def batches_of(config: Config, engine: Engine, step: int) -> list[Batch]:
 def plain(config: Config) -> bool:
     """Whether next tokens are all there is to learn: then rows are more uneven than any text."""
     model = config.model
-    causal = model.architecture == "decoder" and all(each.name == "causal" for each in config.objective.members)
+    causal = model.architecture == "decoder" and all(each.name == "causal" for each in config.objective.components)
     return causal and not config.data.document_mask and not model.stochastic_depth
 
 
@@ -142,15 +142,15 @@ def made_of(config: Config, step: int, rows: range) -> Batch:
     """These samples of the step, made by the config's objective of random text with short documents."""
     objective = build_objective(config, Vocabulary(TEXT_IDS, TEXT_IDS - 1))
     samples = np.arange(step * ROWS + rows.start, step * ROWS + rows.stop)
-    members = (samples % len(objective.members)).tolist()
+    members = (samples % len(objective.components)).tolist()
     windows = []
     for sample, member in zip(samples.tolist(), members, strict=True):
         rng = np.random.default_rng(sample)
-        window = rng.integers(0, TEXT_IDS - 1, objective.members[member][1].window)
+        window = rng.integers(0, TEXT_IDS - 1, objective.components[member][1].window)
         windows.append(np.where(rng.random(len(window)) < 0.1, TEXT_IDS - 1, window))
-    if objective.plain:
+    if objective.is_plain_causal:
         return objective(windows, samples, members)
-    texts = [Text(window, documents_W=ended_documents(window, TEXT_IDS - 1)) for window in windows]
+    texts = [TokenWindow(window, document_ids_W=ended_documents(window, TEXT_IDS - 1)) for window in windows]
     return objective(texts, samples, members)
 
 
@@ -165,14 +165,14 @@ class Spy(NativeEngine):
 
     kept: Placed
 
-    def update(self, lr: float, accept: Callable[[Tensor], bool] | None = None) -> Tensor:
+    def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
         self.kept = parts_of((name, p.grad) for name, p in parameters_of(self) if p.grad is not None)
-        return super().update(lr, accept)
+        return super().update(lr, should_apply)
 
 
 def parameters_of(engine: NativeEngine) -> Iterator[tuple[str, nn.Parameter]]:
     """As the modules have them. `engine.named_parameters` would reshard them, which the step itself has to do."""
-    for part in engine.parts:
+    for part in engine.model_parts:
         yield from part.named_parameters()
 
 

@@ -14,7 +14,7 @@ from torch.distributed import _symmetric_memory as symmetric
 
 from dist_llm.config.schema import Config
 from dist_llm.parallel import parallelize
-from dist_llm.parallel.async_tp import fuse
+from dist_llm.parallel.async_tp import enable_fused_collectives
 from tests.laws.law import Taken, compare, config_of, merged, reference, trace
 from tests.laws.layouts import SGD
 from tests.laws.worlds import renew, world
@@ -44,7 +44,7 @@ def traced(config: Config, backwards: bool) -> tuple[Taken, dict[str, int]]:
     for name, function in (FUSED | ({"fused_all_gather_matmul": _reversed} if backwards else {})).items():
         library.impl(name, function, "CPU")
     with (
-        patch.object(parallelize, "overlap", fuse),
+        patch.object(parallelize, "enable_async_tp", enable_fused_collectives),
         patch.object(inductor, "post_grad_custom_post_pass", seen),
         patch.object(inductor, "_micro_pipeline_tp", False),
         patch.object(inductor, "post_grad_custom_pre_pass", None),

@@ -26,7 +26,7 @@ def strayed(config: Config, off: Callable[[int], int] | None) -> str:
     engine = NativeEngine(config, torch.device("cpu"))
     one = Mixture(0, (1,))
     plan = Plan([Source("", None, (Stream(None, Shuffle(0, 9, 4), 5),), one)], [Stage(0, one, (0,))], ((20, 30),))  # type: ignore[arg-type]
-    rank, ranks = engine.data_rank
+    rank, ranks = engine.dp_rank_and_size
     loader = Loader(plan, None, config.data, rank, ranks, pin=False)  # type: ignore[arg-type]
     audit, first = SampleAudit(engine, loader, 3), 0
     with patch.object(loader, "offset", off(loader.offset)) if off else patch.object(loader, "pin", False):
@@ -34,7 +34,7 @@ def strayed(config: Config, off: Callable[[int], int] | None) -> str:
             samples = torch.from_numpy(np.ascontiguousarray(loader.samples(first)))
             empty = torch.zeros(len(samples), 1)
             try:
-                audit.add(first, [Batch(empty, empty, None, 0, samples_B=samples)])  # type: ignore[arg-type]
+                audit.add(first, [Batch(empty, empty, None, 0, sample_ids_B=samples)])  # type: ignore[arg-type]
             except DataError as error:
                 return str(error)
             first = loader.after(first)

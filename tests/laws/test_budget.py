@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError
-from dist_llm.parallel import budget, recompute
-from dist_llm.parallel.budget import GIB, Kept, choose
-from dist_llm.parallel.mesh import local
-from dist_llm.parallel.recompute import Choice, storages
+from dist_llm.parallel import activation_budget, activation_checkpoint
+from dist_llm.parallel.activation_budget import GIB, ActivationSizes, choose_modes
+from dist_llm.parallel.activation_checkpoint import RecomputeMode, iter_storages
+from dist_llm.parallel.mesh import to_local
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of, hold
 from tests.laws.layouts import MODELS, SGD, Layout
@@ -58,7 +58,7 @@ class Live:
             self.refs = {ref: size for ref, size in self.refs.items() if not ref.expired()}
             self.seen.append(dict(self.refs))
 
-        make = recompute.create_selective_checkpoint_contexts
+        make = activation_checkpoint.create_selective_checkpoint_contexts
 
         def contexts(policy: Any) -> Any:
             both = make(policy)
@@ -67,7 +67,7 @@ class Live:
 
         with ExitStack() as stack:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.pack, lambda kept: kept))
-            stack.enter_context(patch.object(recompute, "create_selective_checkpoint_contexts", contexts))
+            stack.enter_context(patch.object(activation_checkpoint, "create_selective_checkpoint_contexts", contexts))
             for block in (block for part in parts for block in part.blocks.values()):  # type: ignore[union-attr, operator]
                 stack.callback(block.register_forward_pre_hook(enter).remove)
                 stack.callback(block.register_forward_hook(leave).remove)
@@ -81,8 +81,8 @@ class Live:
     def note(self, kept: Any) -> None:
         """All but weights: parameters, and bf16 copies of them, which are told by their shape."""
         assert self.block is not None
-        weights = {each.data_ptr() for p in self.block.parameters() for each in storages(p)}
-        shapes = {tuple(sorted(local(p).shape)) for p in self.block.parameters() if p.ndim == 2}
+        weights = {each.data_ptr() for p in self.block.parameters() for each in iter_storages(p)}
+        shapes = {tuple(sorted(to_local(p).shape)) for p in self.block.parameters() if p.ndim == 2}
         if (
             isinstance(kept, Tensor)
             and kept.dtype == torch.bfloat16
@@ -90,14 +90,14 @@ class Live:
             and tuple(sorted(kept.shape)) in shapes
         ):
             return
-        for storage in storages(kept):
+        for storage in iter_storages(kept):
             if storage.data_ptr() not in weights:
                 self.refs[StorageWeakRef(storage)] = storage.nbytes()
 
 
 @dataclass
 class Found:
-    choices: list[Choice]
+    modes: list[RecomputeMode]
     foretold: int
     most: int
     least: int
@@ -109,20 +109,22 @@ def stepped(config: Config) -> Found:
     engine = NativeEngine(config, torch.device("cpu"))
     seen: list[Found] = []
 
-    def noting(kept: Kept, held: Callable[[Sequence[int]], int], most: int, selective: bool) -> Any:
-        choices, size = choose(kept, held, most, selective)
-        _, least = choose(kept, held, -1, selective)
-        seen.append(Found(choices, size, 0, least, held(kept.of_parts(["none"] * len(kept.blocks)))))
-        return choices, size
+    def noting(kept: ActivationSizes, held: Callable[[Sequence[int]], int], most: int, selective: bool) -> Any:
+        modes, size = choose_modes(kept, held, most, selective)
+        _, least = choose_modes(kept, held, -1, selective)
+        seen.append(Found(modes, size, 0, least, held(kept.bytes_by_model_part(["none"] * len(kept.blocks)))))
+        return modes, size
 
-    with patch.object(budget, "choose", noting):
-        engine._fit(engine.cut(batches_of(config, engine, 0)[0]), 0)  # outside of what is watched
+    with patch.object(activation_budget, "choose_modes", noting):
+        engine._fit_activation_budget(
+            engine.to_local_batch(batches_of(config, engine, 0)[0]), 0
+        )  # outside of what is watched
     train_step(engine, batches_of(config, engine, 0), 1e-3, 0)  # in the first, pipelines also learn their shapes
     live = Live()
-    with live.watching(engine.parts):
+    with live.watching(engine.model_parts):
         train_step(engine, batches_of(config, engine, 1), 1e-3, 1)
     (found,) = seen
-    assert [block.forward.choice for part in engine.parts for block in part.blocks.values()] == found.choices
+    assert [block.forward.mode for part in engine.model_parts for block in part.blocks.values()] == found.modes
     found.most = live.most()
     return found
 
@@ -174,7 +176,7 @@ def test_what_is_kept_fits_the_budget_and_is_what_was_foretold(layout: Layout, s
         for rank, found in enumerate(free if share == 1 else on_all(layout, most / GIB, **sections)):
             assert found.most <= found.foretold <= most, f"rank {rank}, {share}: {found}"
             assert found.foretold - found.most <= 0.02 * every, f"rank {rank}, {share}: {found}"
-            again = sum(WORK[choice] for choice in found.choices)
+            again = sum(WORK[mode] for mode in found.modes)
             assert again >= before[rank], "a smaller budget computes more again"
             before[rank] = again
     assert max(before) > 0
@@ -187,7 +189,7 @@ def test_a_budget_changes_no_step(parallel: dict[str, Any]) -> None:
     free = on_all(layout, 1.0)
     every, least = max(each.every for each in free), max(each.least for each in free)
     gib = (least + 0.4 * (every - least)) / GIB
-    assert len({choice for found in on_all(layout, gib) for choice in found.choices}) > 1
+    assert len({mode for found in on_all(layout, gib) for mode in found.modes}) > 1
     hold(layout, SGD, steps=2, parallel={"activations_gib": gib})
 
 
@@ -198,7 +200,7 @@ def test_a_budget_under_compilation() -> None:
     renew(2)
     free, _ = on_all(layout, 1.0, compile=True)
     for found in on_all(layout, (free.least + 0.9 * (free.every - free.least)) / GIB, compile=True):
-        assert set(found.choices) == {"none", "selective"}
+        assert set(found.modes) == {"none", "selective"}
         assert found.most <= found.foretold <= found.most * 1.02
 
 
@@ -212,19 +214,19 @@ def test_what_compiled_blocks_keep(precision: str) -> None:
     assert compiled["full"] == eager["full"]
 
 
-def measured(precision: str, compiled: bool) -> dict[Choice, int]:
+def measured(precision: str, compiled: bool) -> dict[RecomputeMode, int]:
     """Of the first block of one process, by choice."""
     sections = {"data": {"micro_batch": 6}, "parallel": {"activations_gib": 1.0}}
     config = config_of(1, {}, **sections, precision=precision, compile=compiled)
     engine = NativeEngine(config, torch.device("cpu"))
-    seen: list[Kept] = []
+    seen: list[ActivationSizes] = []
 
-    def noting(kept: Kept, *others: Any) -> Any:
+    def noting(kept: ActivationSizes, *others: Any) -> Any:
         seen.append(kept)
-        return choose(kept, *others)
+        return choose_modes(kept, *others)
 
-    with patch.object(budget, "choose", noting):
-        engine._fit(engine.cut(batches_of(config, engine, 0)[0]), 0)
+    with patch.object(activation_budget, "choose_modes", noting):
+        engine._fit_activation_budget(engine.to_local_batch(batches_of(config, engine, 0)[0]), 0)
     return seen[0].blocks[0]
 
 
@@ -250,18 +252,20 @@ def refusal(config: Config) -> str:
 
 def test_more_budget_never_computes_more_again() -> None:
     """Few blocks are full, then few selective: of any budget the first order that fits, and none before it does."""
-    size: dict[Choice, int] = {"none": 100, "selective": 60, "full": 7}
-    kept = Kept([dict(size) for _ in range(9)], [0] * 9, [11])
+    size: dict[RecomputeMode, int] = {"none": 100, "selective": 60, "full": 7}
+    kept = ActivationSizes([dict(size) for _ in range(9)], [0] * 9, [11])
     before: tuple[int, int] = (10, 10)
     mixed = 0
     for most in range(9 * 7 + 11, 9 * 100 + 30):
-        choices, bytes_kept = choose(kept, sum, most)
-        assert bytes_kept == 11 + sum(size[choice] for choice in choices) <= most
-        counts = choices.count("full"), choices.count("selective")
+        modes, bytes_kept = choose_modes(kept, sum, most)
+        assert bytes_kept == 11 + sum(size[mode] for mode in modes) <= most
+        counts = modes.count("full"), modes.count("selective")
         assert counts <= before
-        mixed += len(set(choices)) == 3
+        mixed += len(set(modes)) == 3
         before = counts
     assert before == (0, 0)
     assert mixed
-    assert choose(kept, sum, 9 * 7 + 10)[1] == 9 * 7 + 11, "what does not fit: the least that would"
-    assert "selective" not in {each for most in range(74, 911) for each in choose(kept, sum, most, selective=False)[0]}
+    assert choose_modes(kept, sum, 9 * 7 + 10)[1] == 9 * 7 + 11, "what does not fit: the least that would"
+    assert "selective" not in {
+        each for most in range(74, 911) for each in choose_modes(kept, sum, most, selective=False)[0]
+    }

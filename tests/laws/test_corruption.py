@@ -14,8 +14,8 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models.block import Block
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel.digest import differing, digest
-from dist_llm.parallel.mesh import local
+from dist_llm.parallel.mesh import to_local
+from dist_llm.parallel.replica_check import compute_digest, find_mismatches
 from dist_llm.train.replay import replay
 from dist_llm.train.step import train_step
 from tests.laws.engines import ENGINES, opened
@@ -42,8 +42,8 @@ def held(config: Config, rank: int) -> list[str]:
         if torch.distributed.get_rank() == rank:
             name = next(name for name, _ in engine.named_parameters() if "norm" in name)
             (weight,) = (each for other, each in engine.named_parameters() if other == name)
-            local(weight.detach()).view(-1).view(torch.int32)[:1] ^= 1
-        return differing(engine.copies, "here")
+            to_local(weight.detach()).view(-1).view(torch.int32)[:1] ^= 1
+        return find_mismatches(engine.replicated_params, "here")
 
 
 def config(layout: Layout, **more: Any) -> Config:
@@ -79,11 +79,11 @@ def test_a_digest_knows_each_bit() -> None:
     values = torch.randn(5, 7)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         bits = values.to(dtype).view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
-        before = int(digest(bits.view(dtype)))
+        before = int(compute_digest(bits.view(dtype)))
         for bit in range(8 * dtype.itemsize):
             flipped = bits.clone()
             flipped[11] ^= torch.tensor(1, dtype=bits.dtype) << bit
-            assert int(digest(flipped.view(dtype))) != before
+            assert int(compute_digest(flipped.view(dtype))) != before
 
 
 class Samples:
@@ -93,7 +93,7 @@ class Samples:
         self.config, self.places = config, places
 
     def batches_of(self, place: int, first: int) -> list[Batch]:
-        return batches_of(self.config, SimpleNamespace(data_rank=(place, self.places)), first)  # type: ignore[arg-type]
+        return batches_of(self.config, SimpleNamespace(dp_rank_and_size=(place, self.places)), first)  # type: ignore[arg-type]
 
 
 def replayed(config: Config, rank: int, where: str) -> tuple[list[str], float]:
@@ -111,7 +111,7 @@ def replayed(config: Config, rank: int, where: str) -> tuple[list[str], float]:
     engine = NativeEngine(config, CPU)
     errs = torch.distributed.get_rank() == rank
     with patch.object(Block, "forward", wrong) if errs else nullcontext():
-        found = replay(engine, Samples(config, engine.data_rank[1]), 0, 0, "fp32")  # type: ignore[arg-type]
+        found = replay(engine, Samples(config, engine.dp_rank_and_size[1]), 0, 0, "fp32")  # type: ignore[arg-type]
     return found, train_step(engine, batches_of(config, engine, 0), 1e-3, 0).loss.item()
 
 

@@ -31,7 +31,7 @@ def masks(config: Any) -> tuple[tuple[int, ...], dict[str, str]]:
     def in_attention(module: nn.Module, inputs: Any) -> None:
         found.setdefault("attention", digest(torch.get_rng_state()))
 
-    for part in engine.parts:
+    for part in engine.model_parts:
         block = next(iter(part.blocks.values()))
         block.dropout.register_forward_hook(after_dropout)
         block.attention.kernel.register_forward_pre_hook(in_attention)
@@ -81,9 +81,9 @@ def test_ranks_with_other_activations_drop_others(parallel: dict[str, int]) -> N
 def test_microbatches_of_a_step_do_not_share_a_mask(bug: bool) -> None:
     """Two microbatches of the same rows: equal losses would mean equal masks."""
     engine = NativeEngine(config_of(1, DROPOUT, optim=SGD, data={"micro_batch": 12}), torch.device("cpu"))
-    batch, seed = batches_of(engine.config, engine, 0)[0], engine._seed
-    with patch.object(engine, "_seed", lambda step, _: seed(step, 0)) if bug else nullcontext():
-        losses = engine.accumulate([batch, batch], torch.tensor(batch.scored), step=3)
+    batch, seed = batches_of(engine.config, engine, 0)[0], engine._seed_dropout
+    with patch.object(engine, "_seed_dropout", lambda step, _: seed(step, 0)) if bug else nullcontext():
+        losses = engine.accumulate([batch, batch], torch.tensor(batch.num_valid_tokens), step=3)
     first, second = losses.chunk(2)
     assert torch.equal(first, second) == bug
 

@@ -119,10 +119,10 @@ def test_a_scale_that_is_no_power_of_two_would_show(monkeypatch: pytest.MonkeyPa
     """Right for each tensor by itself, and 0.1 apart."""
 
     def exactly(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-        scale = torch.finfo(kind).max / x.abs().amax().float().clamp(min=fp8.LEAST)
+        scale = torch.finfo(kind).max / x.abs().amax().float().clamp(min=fp8.MIN_AMAX)
         return (x.float() * scale).to(kind), scale.reciprocal()
 
-    monkeypatch.setattr(fp8, "quantise", exactly)
+    monkeypatch.setattr(fp8, "quantize", exactly)
     one, twelve = step(ONE), step(Layout(1, {}, micro=12))
     with pytest.raises(AssertionError):
         cut_alike(twelve, one)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_llm.checkpoint.state import GuardState
 from dist_llm.config.schema import Config, GuardConfig, ParallelConfig
 from dist_llm.engines.native import NativeEngine
-from dist_llm.parallel.mesh import local
+from dist_llm.parallel.mesh import to_local
 from dist_llm.train.guard import Guard
 from dist_llm.train.step import train_step
 from tests.laws.law import ROWS, Spy, Taken, batches_of, compare, config_of, merged
@@ -40,7 +40,7 @@ def steps(config: Config, numbers: Sequence[int], bug: bool = False) -> Taken:
         for step in numbers:
             batches = batches_of(config, engine, step)
             with poisoned() if step == BAD else nullcontext():
-                report = train_step(engine, batches, 1e-3, step, accept=partial(guard.should_apply, step))
+                report = train_step(engine, batches, 1e-3, step, should_apply=partial(guard.should_apply, step))
             assert bool(guard.checked[step]) == (step == BAD), "on all ranks, though one replica alone may have seen it"
             if step != BAD:
                 found.losses.append(report.loss.item())
@@ -58,7 +58,7 @@ def poisoned() -> Iterator[None]:
         losses = real(self, *args)
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             for _, parameter in self.named_parameters():
-                local(parameter.grad).fill_(torch.nan)
+                to_local(parameter.grad).fill_(torch.nan)
         return losses
 
     with patch.object(NativeEngine, "accumulate", accumulate):
@@ -70,11 +70,11 @@ def moments_decay() -> Iterator[None]:
     """The bug: a step with gradients of zero in place of none."""
     real = NativeEngine.update
 
-    def update(self: Any, lr: float, accept: Any = None) -> Tensor:
+    def update(self: Any, lr: float, should_apply: Any = None) -> Tensor:
         norm: Tensor = self._norm()
-        if not accept(norm):
+        if not should_apply(norm):
             for parameter in self.parts[0].parameters():
-                local(parameter.grad).zero_()
+                to_local(parameter.grad).zero_()
         real(self, lr)
         return norm
 

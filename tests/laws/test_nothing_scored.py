@@ -30,11 +30,11 @@ def steps(config: Any) -> tuple[list[float], list[int], dict[str, torch.Tensor],
     losses, scored, kept = [], [], []
     for step in range(3):
         batches = batches_of(config, engine, step)
-        last = engine.data_rank[0] == engine.data_rank[1] - 1 and engine.data_rank[1] > 1
+        last = engine.dp_rank_and_size[0] == engine.dp_rank_and_size[1] - 1 and engine.dp_rank_and_size[1] > 1
         empty = [0] if step == 0 and not last else list(range(len(batches))) if step < 2 else []
         for place in empty:
             nothing = torch.full_like(batches[place].targets_BS, IGNORE)
-            batches[place] = replace(batches[place], targets_BS=nothing, scored=0)
+            batches[place] = replace(batches[place], targets_BS=nothing, num_valid_tokens=0)
         report = train_step(engine, batches, 1.0, step)
         losses.append(report.loss.item())
         scored.append(int(report.scored))

@@ -1,15 +1,17 @@
 """Muon, moments in bf16, momentum: every layout takes the steps of one process."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn, optim
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dist_llm.config.schema import ParallelConfig
-from dist_llm.engines.native import LocalSGD
-from dist_llm.optim.muon import orthogonal
-from dist_llm.parallel.mesh import build_mesh
-from dist_llm.parallel.owners import Owners
+from dist_llm.optim.muon import newton_schulz
+from dist_llm.optim.sgd import LocalSGD
+from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
+from dist_llm.parallel.mesh import build_mesh, to_local
 from tests.laws.law import config_of, hold, merged, reference, trace
 from tests.laws.layouts import BF16_MOMENTS, CHOSEN, MODELS, MUON, Layout
 from tests.laws.worlds import world
@@ -34,8 +36,8 @@ def owned(dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     whole = [1e-9 * torch.randn(shape, generator=generator) for shape in ((6, 8), (9, 4), (6, 8))]
     shards = [distribute_tensor(each, mesh["dp_shard"], (Shard(0),), src_data_rank=None) for each in whole]
-    got = Owners(mesh, shards, dtype)(shards)
-    want = (orthogonal(each[None].to(dtype))[0] for each in whole)
+    got = DistributedOrthogonalize(mesh, shards, dtype)(shards)
+    want = (newton_schulz(each[None].to(dtype))[0] for each in whole)
     return all(torch.equal(a.full_tensor(), b.float()) for a, b in zip(got, want, strict=True))
 
 
@@ -79,9 +81,9 @@ def test_sgd_is_torchs_on_what_a_rank_has(momentum: float) -> None:
     generator = torch.Generator().manual_seed(0)
     begin = [torch.randn(3, 4, generator=generator) for _ in range(3)]
     found = []
-    for kind in (LocalSGD, optim.SGD):
+    for kind in (partial(LocalSGD, to_local=to_local), partial(optim.SGD, foreach=True)):
         parameters = [nn.Parameter(each.clone()) for each in begin]
-        optimizer = kind([{"params": parameters}], lr=0.1, momentum=momentum, weight_decay=0.1, foreach=True)
+        optimizer = kind([{"params": parameters, "weight_decay": 0.1}], lr=0.1, momentum=momentum)
         for step in range(3):
             for number, parameter in enumerate(parameters[:2]):
                 parameter.grad = torch.full_like(parameter, step + number + 0.3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_llm.engines.native import NativeEngine
-from dist_llm.optim.scale import GROWTH_STEPS, LossScale
+from dist_llm.optim.loss_scale import GROWTH_STEPS, LossScale
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of, merged, reference, trace
 from tests.laws.layouts import MODELS, SGD, Layout

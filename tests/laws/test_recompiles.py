@@ -32,7 +32,7 @@ def compiled(config: Config) -> list[int]:
         batches = batches_of(config, engine, step)
         train_step(engine, batches, 1e-3, step)
         if step == 2:
-            engine.score(engine.cut(batches[0]))
+            engine.score(engine.to_local_batch(batches[0]))
         if step >= 3:
             measure_probe(engine, config)
         found.append(counters["stats"]["unique_graphs"])

@@ -26,8 +26,8 @@ def scores(config: Config) -> list[float]:
     """The summed loss of a batch before, between and after two training steps that it is not part of."""
     engine, found = NativeEngine(config, torch.device("cpu")), []
     for step in range(3):
-        heldout = [engine.cut(batch) for batch in batches_of(config, engine, 100)]
-        found.append(sum(engine.total(engine.score(batch).sum()).item() for batch in heldout))
+        heldout = [engine.to_local_batch(batch) for batch in batches_of(config, engine, 100)]
+        found.append(sum(engine.all_reduce_over_data(engine.score(batch).sum()).item() for batch in heldout))
         train_step(engine, batches_of(config, engine, step), config.optim.lr, step)
     return found
 
@@ -38,8 +38,8 @@ REGULARISED = {"z_loss": 1e-2, "label_smoothing": 0.1}
 def terms(config: Config) -> list[float]:
     """Loss, cross-entropy and z-loss of a step, and the held-out loss before it."""
     engine = NativeEngine(config, torch.device("cpu"))
-    heldout = [engine.cut(batch) for batch in batches_of(config, engine, 100)]
-    before = sum(engine.total(engine.score(batch).sum()).item() for batch in heldout)
+    heldout = [engine.to_local_batch(batch) for batch in batches_of(config, engine, 100)]
+    before = sum(engine.all_reduce_over_data(engine.score(batch).sum()).item() for batch in heldout)
     report = train_step(engine, batches_of(config, engine, 0), config.optim.lr, with_terms=True)
     assert report.terms is not None
     return [before, report.loss.item(), *report.terms.tolist()]
@@ -50,7 +50,7 @@ def saved_names(config: Config) -> tuple[set[str], set[str]]:
     engine = NativeEngine(config, torch.device("cpu"))
     train_step(engine, batches_of(config, engine, 0), config.optim.lr)
     before = set(engine.state.moments())
-    engine.score(engine.cut(batches_of(config, engine, 1)[0]))
+    engine.score(engine.to_local_batch(batches_of(config, engine, 1)[0]))
     return before, set(engine.state.moments())
 
 
@@ -78,7 +78,7 @@ def remembered() -> int:
     engine = NativeEngine(config_of(2, {}, precision="bf16", parallel={"dp_shard": 2}), torch.device("cpu"))
     cache = KVCache()
     with torch.no_grad():
-        engine.parts[0](torch.tensor([[1, 2, 3]]), cache=cache)
+        engine.model_parts[0](torch.tensor([[1, 2, 3]]), cache=cache)
     return cache.length
 
 

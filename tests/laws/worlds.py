@@ -177,6 +177,6 @@ def _share_groups() -> None:
 
 def _gather_and_reduce_as_on_gpus() -> None:
     """By collectives, so that laws hold what runs there; test_direct.py holds the messages that CPUs send instead."""
-    from dist_llm.parallel import direct
+    from dist_llm.parallel import p2p_collectives
 
-    direct.by_messages = lambda device: False
+    p2p_collectives.uses_p2p = lambda device: False

@@ -4,8 +4,8 @@ import pytest
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.models.build import build_model
-from dist_llm.models.init import fill, rule_for
+from dist_llm.models.build_model import build_model
+from dist_llm.models.init import init_param_, init_rule
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def build(settings):
         config = settings(**{"init_std": 0.3, **changes})
         model = build_model(config, loss or CrossEntropy()).eval()
         for name, parameter in model.named_parameters():
-            rule = rule_for(name, parameter.shape, config)
-            fill(parameter.detach(), name, rule, seed, parameter.shape, (0,) * parameter.ndim)
+            rule = init_rule(name, parameter.shape, config)
+            init_param_(parameter.detach(), name, rule, seed, parameter.shape, (0,) * parameter.ndim)
         return model
 
     return build

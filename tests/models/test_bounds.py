@@ -5,21 +5,21 @@ import math
 import pytest
 import torch
 
-from dist_llm.models.build import build_model
-from dist_llm.models.decoder import capped
-from dist_llm.models.depth import survivors
-from dist_llm.models.init import rule_for
+from dist_llm.models.build_model import build_model
+from dist_llm.models.decoder import softcap
+from dist_llm.models.init import init_rule
+from dist_llm.models.stochastic_depth import stochastic_depth_scale
 
 
 def test_samples_survive_at_their_rate_and_keep_their_mean():
     draws = torch.randint(-(2**62), 2**62, (20_000,), generator=torch.Generator().manual_seed(0))
     for rate in (0.1, 0.5):
-        kept = survivors(draws, 3, rate)
+        kept = stochastic_depth_scale(draws, 3, rate)
         assert (kept == 0).float().mean() == pytest.approx(rate, abs=0.02)
         assert kept.mean() == pytest.approx(1.0, abs=0.03)
-    here, there = survivors(draws, 3, 0.5), survivors(draws, 4, 0.5)
+    here, there = stochastic_depth_scale(draws, 3, 0.5), stochastic_depth_scale(draws, 4, 0.5)
     assert ((here == 0) & (there == 0)).float().mean() == pytest.approx(0.25, abs=0.02), "layers are independent"
-    assert torch.equal(survivors(draws[::2], 3, 0.5), here[::2]), "the sample alone decides"
+    assert torch.equal(stochastic_depth_scale(draws[::2], 3, 0.5), here[::2]), "the sample alone decides"
 
 
 def test_a_skipped_layer_adds_nothing_and_evaluation_skips_none(build):
@@ -27,19 +27,19 @@ def test_a_skipped_layer_adds_nothing_and_evaluation_skips_none(build):
     tokens = torch.arange(12).view(2, 6)
     draws = next(
         torch.tensor([number, number + 1]) for number in range(100)
-        if survivors(torch.tensor([number, number + 1]), 0, 0.9).tolist() == [0.0, pytest.approx(10.0)]
+        if stochastic_depth_scale(torch.tensor([number, number + 1]), 0, 0.9).tolist() == [0.0, pytest.approx(10.0)]
     )  # fmt: skip
     hidden = model.embed(tokens, torch.arange(6))
-    out = model(tokens, draws_B=draws)
-    assert torch.equal(out[0], model._project(hidden, None)[0])
-    assert not torch.allclose(out[1], model._project(hidden, None)[1])
-    assert torch.equal(model.eval()(tokens, draws_B=draws), model(tokens))
+    out = model(tokens, sample_hash_B=draws)
+    assert torch.equal(out[0], model._apply_head(hidden, None)[0])
+    assert not torch.allclose(out[1], model._apply_head(hidden, None)[1])
+    assert torch.equal(model.eval()(tokens, sample_hash_B=draws), model(tokens))
 
 
 def test_later_layers_are_skipped_more_often(build):
     model = build(stochastic_depth=0.4, n_layers=4).train()
     draws = torch.randint(2**62, (20_000,), generator=torch.Generator().manual_seed(0))
-    rates = [(model._survivors(draws, layer) == 0).float().mean() for layer in range(4)]
+    rates = [(model._depth_scale(draws, layer) == 0).float().mean() for layer in range(4)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.02)
 
 
@@ -58,9 +58,9 @@ def test_normalised_queries_do_not_grow_with_their_weights(build):
 
 def test_capped_logits_stay_below_the_cap_and_are_the_same_near_zero(build):
     logits = torch.tensor([-1000.0, -1.0, 0.0, 0.01, 1.0, 1000.0])
-    assert capped(logits, 5.0).abs().max() <= 5.0
-    torch.testing.assert_close(capped(logits, 5.0)[2:4], logits[2:4], rtol=1e-4, atol=0)
-    assert capped(logits, 0.0) is logits
+    assert softcap(logits, 5.0).abs().max() <= 5.0
+    torch.testing.assert_close(softcap(logits, 5.0)[2:4], logits[2:4], rtol=1e-4, atol=0)
+    assert softcap(logits, 0.0) is logits
     assert build(logit_cap=0.5)(torch.arange(6)[None]).abs().max() <= 0.5
 
 
@@ -72,19 +72,19 @@ def test_tfixup_scales_what_the_papers_scales(layers, encoder, settings):
     xavier = math.sqrt(6 / (32 + 32))
     outer = (9 * layers) ** -0.25 if encoder else 0.67 * layers**-0.25
     name = f"blocks.{encoder}.attention"
-    assert rule_for(f"{name}.q.weight", (32, 32), config).scale == pytest.approx(xavier)
+    assert init_rule(f"{name}.q.weight", (32, 32), config).scale == pytest.approx(xavier)
     for matrix in ("v", "out"):
-        assert rule_for(f"{name}.{matrix}.weight", (32, 32), config).scale == pytest.approx(xavier * outer)
-    assert rule_for("embed.tokens.weight", (20, 32), config).scale == pytest.approx(32**-0.5 * outer)
+        assert init_rule(f"{name}.{matrix}.weight", (32, 32), config).scale == pytest.approx(xavier * outer)
+    assert init_rule("embed.tokens.weight", (20, 32), config).scale == pytest.approx(32**-0.5 * outer)
     if encoder:
-        inner = rule_for("blocks.0.feedforward.up.weight", (32, 32), config).scale
+        inner = init_rule("blocks.0.feedforward.up.weight", (32, 32), config).scale
         assert inner == pytest.approx(xavier * 0.67 * encoder**-0.25)
 
 
 def test_depth_scaled_layers_shrink_with_their_number(settings):
     """Zhang et al. 2019, eq. 6."""
     config = settings(init="depth", n_layers=4)
-    scales = [rule_for(f"blocks.{layer}.attention.q.weight", (32, 32), config).scale for layer in range(4)]
+    scales = [init_rule(f"blocks.{layer}.attention.q.weight", (32, 32), config).scale for layer in range(4)]
     assert scales == pytest.approx([math.sqrt(6 / 64) / math.sqrt(number) for number in (1, 2, 3, 4)])
 
 
@@ -102,7 +102,7 @@ def test_every_parameter_has_a_rule(architecture, init, settings):
         **encoder,
     )
     for name, parameter in build_model(config).named_parameters():
-        rule = rule_for(name, parameter.shape, config)
+        rule = init_rule(name, parameter.shape, config)
         ones = parameter.ndim == 1 and name.endswith("weight")
         zeros = name.endswith("bias")
         assert (rule.shift, rule.scale > 0) == (float(ones), not (ones or zeros)), name
@@ -111,13 +111,13 @@ def test_every_parameter_has_a_rule(architecture, init, settings):
 def test_relative_buckets_are_t5s():
     """Distances of Raffel et al. 2020, 2.1, worked by hand: 8 buckets, far from 16 on; a decoder looks back alone."""
     from dist_llm.config.schema import ModelConfig
-    from dist_llm.models.positions import RelativeBias
+    from dist_llm.models.positional_encoding import RelativeBias
 
     config = ModelConfig(d_model=8, n_layers=1, n_heads=2, relative_buckets=8, relative_distance=16)
-    back = RelativeBias(config, both_sides=False).bucket(-torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 40]))
+    back = RelativeBias(config, bidirectional=False).bucket(-torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 40]))
     # Exact up to 3; then 4 + log(d / 4) / log(4) * 4, rounded down, at most 7.
     assert back.tolist() == [0, 1, 2, 3, 4, 4, 5, 6, 6, 7, 7]
-    assert RelativeBias(config, both_sides=False).bucket(torch.tensor([1, 9])).tolist() == [0, 0]
-    both = RelativeBias(config, both_sides=True).bucket(torch.tensor([-1, 0, 1, -2, 2, 30, -30]))
+    assert RelativeBias(config, bidirectional=False).bucket(torch.tensor([1, 9])).tolist() == [0, 0]
+    both = RelativeBias(config, bidirectional=True).bucket(torch.tensor([-1, 0, 1, -2, 2, 30, -30]))
     # Half of the buckets for keys ahead: 4 each, exact up to 1.
     assert both.tolist() == [1, 0, 5, 2, 6, 7, 3]

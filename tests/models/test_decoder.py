@@ -7,9 +7,9 @@ import torch
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
-from dist_llm.models.attention import KVCache, attend
+from dist_llm.models.attention import KVCache, scaled_dot_product
+from dist_llm.models.attention_mask import CAUSAL, FULL
 from dist_llm.models.decoder import Decoder, Embedding
-from dist_llm.models.visibility import CAUSAL, FULL
 
 GPT2 = {
     "positions": "learned",
@@ -99,19 +99,19 @@ def test_grouped_queries_are_heads_with_repeated_keys_and_values(build):
 
 
 @pytest.mark.parametrize(("S", "T"), [(1, 1), (1, 6), (3, 3), (3, 6), (5, 6), (2, 9)])
-@pytest.mark.parametrize("visible", [CAUSAL, FULL], ids=["causal", "full"])
+@pytest.mark.parametrize("mask", [CAUSAL, FULL], ids=["causal", "full"])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_attention_is_softmax_under_an_explicit_mask(S, T, visible, kv_heads):
+def test_attention_is_softmax_under_an_explicit_mask(S, T, mask, kv_heads):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, S, 4, 8, generator=generator)
     k, v = (torch.randn(2, T, kv_heads, 8, generator=generator) for _ in range(2))
-    got = attend(q, k, v, visible, 0.0)
+    got = scaled_dot_product(q, k, v, mask, 0.0)
     want = torch.empty_like(q)
     for row in range(2):
         for head in range(4):
             shared = head * kv_heads // 4
             for place in range(S):
-                seen = T - S + place + 1 if visible.causal else T
+                seen = T - S + place + 1 if mask.causal else T
                 scores = k[row, :seen, shared] @ q[row, place, head] / math.sqrt(8)
                 want[row, place, head] = scores.softmax(0) @ v[row, :seen, shared]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
@@ -258,7 +258,7 @@ def test_dropout_on_attention_scales_the_surviving_weights():
     torch.manual_seed(0)
     T = 64
     q = k = torch.zeros(1, T, 1, T)
-    weights = attend(q, k, torch.eye(T)[None, :, None], FULL, 0.25)
+    weights = scaled_dot_product(q, k, torch.eye(T)[None, :, None], FULL, 0.25)
     assert 0.70 < (weights != 0).float().mean() < 0.80
     torch.testing.assert_close(weights[weights != 0], torch.full_like(weights[weights != 0], 1 / T / 0.75))
 
@@ -303,8 +303,8 @@ def test_logits_and_gradients_are_finite_in_bf16(kind, build):
 @pytest.mark.parametrize("kind", [GPT2, LLAMA, {"norm_order": "post"}], ids=["gpt2", "llama", "post"])
 def test_two_parts_in_a_row_are_the_whole(kind, cut, build):
     whole, front, back = (build(n_layers=3, **kind) for _ in range(3))
-    front.keep(range(cut), first=True, last=False)
-    back.keep(range(cut, 3), first=False, last=True)
+    front.trim_to_stage(range(cut), first=True, last=False)
+    back.trim_to_stage(range(cut, 3), first=False, last=True)
     tokens = distinct_tokens(8)
     targets = tokens.flip(1)
     assert torch.equal(back(front(tokens)), whole(tokens))

@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from dist_llm import chance
+from dist_llm import counter_rng
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.init import Rule, fill, rule_for
+from dist_llm.models.init import InitRule, init_param_, init_rule
 
-NORMAL, UNIFORM = Rule("normal", 0.5), Rule("uniform", 0.5)
+NORMAL, UNIFORM = InitRule("normal", 0.5), InitRule("uniform", 0.5)
 
 
 def drawn(rule, shape, name="w", seed=0, offset=(0, 0), full=None):
     out = torch.full(shape, math.nan)
-    fill(out, name, rule, seed, full or shape, offset)
+    init_param_(out, name, rule, seed, full or shape, offset)
     return out
 
 
@@ -51,13 +51,13 @@ WIDTH = {"gpt2": 0.02, "xavier": math.sqrt(6 / (256 + 64)) / math.sqrt(3), "he":
 @pytest.mark.parametrize("kind", WIDTH)
 def test_each_kind_has_its_standard_deviation(kind, settings):
     config = settings(init=kind, n_layers=8)
-    rule = rule_for("blocks.0.attention.q.weight", (256, 64), config)
+    rule = init_rule("blocks.0.attention.q.weight", (256, 64), config)
     values = drawn(rule, (256, 64))
     # The standard error of a standard deviation is below sd / sqrt(2n) = 0.0055 sd: five of them.
     assert float(values.std()) == pytest.approx(WIDTH[kind], rel=0.028)
     assert abs(float(values.mean())) < 5 * WIDTH[kind] / 128
-    out = rule_for("blocks.0.attention.out.weight", (256, 64), config)
-    down = rule_for("blocks.3.feedforward.down.weight", (256, 64), config)
+    out = init_rule("blocks.0.attention.out.weight", (256, 64), config)
+    down = init_rule("blocks.3.feedforward.down.weight", (256, 64), config)
     smaller = 4 if kind == "gpt2" else 1  # sqrt(2 * 8 layers)
     assert out.scale == down.scale == pytest.approx(rule.scale / smaller)
 
@@ -67,7 +67,7 @@ def test_every_parameter_has_its_rule(settings):
     for kind in WIDTH:
         config = settings(init=kind, bias=True, norm="layernorm", positions="learned")
         for name, parameter in Decoder(config).named_parameters():
-            rule = rule_for(name, parameter.shape, config)
+            rule = init_rule(name, parameter.shape, config)
             if name.endswith(".bias"):
                 assert (rule.scale, rule.shift) == (0, 0)
             elif "norm" in name:
@@ -79,7 +79,9 @@ def test_every_parameter_has_its_rule(settings):
                 assert rule.rows is None
 
 
-@pytest.mark.parametrize("rule", [NORMAL, UNIFORM, Rule("normal", 0.5, rows=7)], ids=["normal", "uniform", "padded"])
+@pytest.mark.parametrize(
+    "rule", [NORMAL, UNIFORM, InitRule("normal", 0.5, rows=7)], ids=["normal", "uniform", "padded"]
+)
 @hypothesis_settings(deadline=None)  # other work on the machine is no failure
 @given(data=st.data())
 def test_a_slice_is_the_full_tensors_slice(rule, data):
@@ -97,7 +99,7 @@ def test_every_element_has_its_own_value(shape, monkeypatch):
     whole = drawn(NORMAL, shape, offset=(0,) * len(shape))
     assert whole.isfinite().all()
     assert whole.unique().numel() == whole.numel()
-    monkeypatch.setattr(chance, "CHUNK", 9)
+    monkeypatch.setattr(counter_rng, "CHUNK_ELEMENTS", 9)
     assert torch.equal(drawn(NORMAL, shape, offset=(0,) * len(shape)), whole)
     part = tuple(slice(1, None) for _ in shape)
     slice_shape, offset = [size - 1 for size in shape], [1] * len(shape)
@@ -117,19 +119,19 @@ def test_every_element_has_its_own_value(shape, monkeypatch):
 )
 def test_a_parameter_without_a_rule_is_an_error(name, shape, settings):
     with pytest.raises(ValueError, match=f"parameter {name} of shape .* has no initial value"):
-        rule_for(name, shape, settings())
+        init_rule(name, shape, settings())
 
 
 def test_chunks_do_not_show(monkeypatch):
     whole = drawn(NORMAL, (50, 7))
     for chunk in (1, 7, 20, 349):
-        monkeypatch.setattr(chance, "CHUNK", chunk)
+        monkeypatch.setattr(counter_rng, "CHUNK_ELEMENTS", chunk)
         assert torch.equal(drawn(NORMAL, (50, 7)), whole)
 
 
 def test_constants_fill_slices_of_vectors():
     local = torch.full((5,), math.nan)
-    fill(local, "norm.weight", Rule("normal", 0.0, shift=1.0), 0, (20,), (10,))
+    init_param_(local, "norm.weight", InitRule("normal", 0.0, shift=1.0), 0, (20,), (10,))
     assert torch.equal(local, torch.ones(5))
 
 

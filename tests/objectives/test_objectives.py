@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_llm.config.lengths import SPECIALS, Lengths, lengths
-from dist_llm.config.schema import Denoiser
+from dist_llm.config.schema import ObjectiveSpec
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.objectives.build import Objective, build_objective
-from dist_llm.objectives.fim import fim
-from dist_llm.objectives.masked import masked
-from dist_llm.objectives.prefix import prefix
-from dist_llm.objectives.rows import Text, positions_of
-from dist_llm.objectives.span import segments, span
-from dist_llm.objectives.vocabulary import Vocabulary
+from dist_llm.objectives.build_objective import Objective, build_objective
+from dist_llm.objectives.examples import TokenWindow, document_positions
+from dist_llm.objectives.fill_in_the_middle import fim_example
+from dist_llm.objectives.masked_lm import masked_example
+from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.prefix_lm import prefix_example
+from dist_llm.objectives.span_corruption import sample_segment_ids, span_example
 from tests.laws.law import config_of
 
 V = 1000
@@ -54,7 +54,7 @@ def restored(kept, cut):
 
 def test_masked_statistics_over_a_million_tokens():
     tokens = text(1_000_000)
-    row = masked(Text(tokens), rng(), Denoiser(name="masked"), VOCABULARY)
+    row = masked_example(TokenWindow(tokens), rng(), ObjectiveSpec(name="masked"), VOCABULARY)
     inputs, targets = row.inputs_S[1:], row.targets_S[1:]
     selected = targets != IGNORE
     can_be = (tokens != EOT).sum()
@@ -79,7 +79,9 @@ def test_whole_words_are_selected_together():
     word[: V // 2] = True  # ids below V/2 begin and end inside a word, so they go on with one
     vocabulary = Vocabulary(V, EOT, word)
     tokens = text(200_000, seed=1)
-    row = masked(Text(tokens), rng(), Denoiser(name="masked", whole_words=True, mask_rate=0.2), vocabulary)
+    row = masked_example(
+        TokenWindow(tokens), rng(), ObjectiveSpec(name="masked", whole_words=True, mask_rate=0.2), vocabulary
+    )
     selected = row.targets_S[1:] != IGNORE
     goes_on = (tokens[1:] < V // 2) & (tokens[:-1] < V // 2)
     assert np.array_equal(selected[1:][goes_on], selected[:-1][goes_on])
@@ -111,13 +113,13 @@ def test_the_tokenizer_says_what_is_inside_a_word():
     st.integers(0, 1000),
 )
 def test_what_was_cut_out_fits_in_again(seq_len, density, mean, two_stacks, mode, seed):
-    denoiser = Denoiser(name="span", noise_density=density, mean_span=mean, mode=mode)
-    size = lengths(denoiser, "encoder_decoder" if two_stacks else "decoder", seq_len)
+    spec = ObjectiveSpec(name="span", noise_density=density, mean_span=mean, mode=mode)
+    size = lengths(spec, "encoder_decoder" if two_stacks else "decoder", seq_len)
     tokens = text(size.window, seed)
-    row = span(Text(tokens), rng(seed), denoiser, size, VOCABULARY, two_stacks)
+    row = span_example(TokenWindow(tokens), rng(seed), spec, size, VOCABULARY, two_stacks)
     front = 1 if mode else 0
     if two_stacks:
-        kept, cut = row.source_T, row.targets_S
+        kept, cut = row.encoder_T, row.targets_S
         assert len(kept) == seq_len
         assert row.inputs_S.tolist() == [START, *cut[:-1].tolist()]
     else:
@@ -139,7 +141,7 @@ def test_what_was_cut_out_fits_in_again(seq_len, density, mean, two_stacks, mode
 def test_segments_hold_all_tokens_and_none_is_empty(length, density):
     noise = min(max(round(length * density), 1), length - 1)
     for spans in {1, min(noise, length - noise)}:
-        found = segments(rng(), length, noise, spans)
+        found = sample_segment_ids(rng(), length, noise, spans)
         assert sorted(set(found.tolist())) == list(range(2 * spans))
         assert (found % 2).sum() == noise
         assert (np.diff(found) >= 0).all()
@@ -148,7 +150,7 @@ def test_segments_hold_all_tokens_and_none_is_empty(length, density):
 def test_every_cut_is_as_likely():
     """Noise 3 in 2 spans of 6 tokens: 2 x 2 ways, each a quarter."""
     generator = rng()
-    seen = Counter(tuple(segments(generator, 6, 3, 2).tolist()) for _ in range(4000))
+    seen = Counter(tuple(sample_segment_ids(generator, 6, 3, 2).tolist()) for _ in range(4000))
     assert len(seen) == 4
     assert all(900 < count < 1100 for count in seen.values())
 
@@ -160,7 +162,9 @@ def test_every_cut_is_as_likely():
 def test_the_prefix_is_seen_and_the_rest_is_asked_for(mode):
     tokens, cuts = text(50), []
     for seed in range(2000):
-        row = prefix(Text(tokens), rng(seed), Denoiser(name="prefix", mode=mode), VOCABULARY, two_stacks=False)
+        row = prefix_example(
+            TokenWindow(tokens), rng(seed), ObjectiveSpec(name="prefix", mode=mode), VOCABULARY, two_stacks=False
+        )
         front = [VOCABULARY.special("S")] if mode else []
         assert [*row.inputs_S.tolist(), row.targets_S[-1]] == [*front, *tokens.tolist()]
         scored = row.targets_S != IGNORE
@@ -173,8 +177,8 @@ def test_the_prefix_is_seen_and_the_rest_is_asked_for(mode):
 
 def test_a_prefix_for_two_stacks():
     tokens = text(50)
-    row = prefix(Text(tokens), rng(), Denoiser(name="prefix"), VOCABULARY, two_stacks=True)
-    assert np.concatenate((row.source_T, row.targets_S)).tolist() == tokens.tolist()
+    row = prefix_example(TokenWindow(tokens), rng(), ObjectiveSpec(name="prefix"), VOCABULARY, two_stacks=True)
+    assert np.concatenate((row.encoder_T, row.targets_S)).tolist() == tokens.tolist()
     assert row.inputs_S.tolist() == [START, *row.targets_S[:-1].tolist()]
 
 
@@ -186,7 +190,9 @@ def test_the_middle_comes_last(spm):
     tokens = text(40)
     before, middle, after = (VOCABULARY.special(f"fim_{part}") for part in ("prefix", "middle", "suffix"))
     for seed in range(200):
-        row = fim(Text(tokens), rng(seed), Denoiser(name="fim", fim_rate=1.0, fim_spm_rate=spm), VOCABULARY)
+        row = fim_example(
+            TokenWindow(tokens), rng(seed), ObjectiveSpec(name="fim", fim_rate=1.0, fim_spm_rate=spm), VOCABULARY
+        )
         whole = [*row.inputs_S.tolist(), int(row.targets_S[-1])]
         assert np.array_equal(row.targets_S[:-1], row.inputs_S[1:])
         a, b, c = whole.index(before), whole.index(middle), whole.index(after)
@@ -202,7 +208,9 @@ def test_the_middle_comes_last(spm):
 def test_some_samples_are_left_as_they_are():
     tokens = text(40)
     changed = [
-        not np.array_equal(fim(Text(tokens), rng(seed), Denoiser(name="fim"), VOCABULARY).inputs_S, tokens[:-1])
+        not np.array_equal(
+            fim_example(TokenWindow(tokens), rng(seed), ObjectiveSpec(name="fim"), VOCABULARY).inputs_S, tokens[:-1]
+        )
         for seed in range(1000)
     ]
     assert np.mean(changed) == pytest.approx(0.5, abs=0.05)
@@ -213,8 +221,10 @@ def test_some_samples_are_left_as_they_are():
 
 def test_positions_restart_in_each_document():
     documents = np.array([0, 0, 1, 1, 1, 2, 3])
-    assert positions_of(documents[None])[0].tolist() == [0, 1, 0, 1, 2, 0, 0]
-    assert positions_of(np.array([[0, 1, 0, 1, -1]]))[0].tolist() == [0, 0, 1, 1, 0], "they need not be neighbours"
+    assert document_positions(documents[None])[0].tolist() == [0, 1, 0, 1, 2, 0, 0]
+    assert document_positions(np.array([[0, 1, 0, 1, -1]]))[0].tolist() == [0, 0, 1, 1, 0], (
+        "they need not be neighbours"
+    )
 
 
 @pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder_decoder"])
@@ -226,14 +236,14 @@ def test_documents_travel_with_their_tokens(architecture):
     )
     objective = build_objective(config, VOCABULARY)
     window = np.concatenate([[*range(100 * d, 100 * d + 7), EOT] for d in range(9)])
-    window = window[: objective.members[0][1].window]
-    with pytest.raises(ValueError, match="without document numbers"):
+    window = window[: objective.components[0][1].window]
+    with pytest.raises(ValueError, match="without document ids"):
         objective([window], np.arange(1))
     numbers = np.arange(len(window)) // 8
-    batch = objective([Text(window, documents_W=numbers)], np.arange(1))
-    parts = [(batch.inputs_BS[0], batch.visible.documents_BT[0])]
-    if batch.source is not None:
-        parts.append((batch.source.tokens_BT[0], batch.source.visible.documents_BT[0]))
+    batch = objective([TokenWindow(window, document_ids_W=numbers)], np.arange(1))
+    parts = [(batch.inputs_BS[0], batch.mask.documents_BT[0])]
+    if batch.encoder_input is not None:
+        parts.append((batch.encoder_input.tokens_BT[0], batch.encoder_input.mask.documents_BT[0]))
     for tokens, documents in parts:
         real = (tokens < EOT) if name == "span" else (batch.targets_BS[0] == IGNORE) & (tokens < EOT)
         assert torch.equal(tokens[real] // 100, documents[real])
@@ -258,7 +268,7 @@ MIXED = {
 
 def test_a_sample_is_a_function_of_its_number_and_not_of_its_batch():
     made = objective(objective=MIXED)
-    sizes = [size.window for _, size in made.members]
+    sizes = [size.window for _, size in made.components]
     members = [0, 1, 2, 0]
     windows = [text(sizes[member], seed) for seed, member in enumerate(members)]
     together = made(windows, np.arange(4), members)
@@ -266,7 +276,7 @@ def test_a_sample_is_a_function_of_its_number_and_not_of_its_batch():
         alone = made(windows[place : place + 1], np.array([place]), [members[place]])
         assert torch.equal(alone.inputs_BS[0], together.inputs_BS[place])
         assert torch.equal(alone.targets_BS[0], together.targets_BS[place])
-        assert torch.equal(alone.visible.prefix_B[0], together.visible.prefix_B[place])
+        assert torch.equal(alone.mask.prefix_B[0], together.mask.prefix_B[place])
     other_number = made(windows[:1], np.array([9]), [0])
     other_seed = objective(seed=4, objective=MIXED)(windows[:1], np.array([0]), [0])
     for other in (other_number, other_seed):
@@ -275,7 +285,7 @@ def test_a_sample_is_a_function_of_its_number_and_not_of_its_batch():
 
 def test_members_that_see_no_prefix_have_none():
     made = objective(objective=MIXED)
-    rows = [made.row(text(size.window), 0, member) for member, (_, size) in enumerate(made.members)]
+    rows = [made.build_example(text(size.window), 0, member) for member, (_, size) in enumerate(made.components)]
     assert rows[0].prefix > 0
     assert (rows[1].prefix, rows[2].prefix) == (0, 0)
 
@@ -284,11 +294,11 @@ def test_plain_text_needs_no_rows():
     made = objective()
     windows = np.stack([text(33, seed) for seed in range(4)])
     batch = made(windows, np.arange(4))
-    assert made.plain
-    assert batch.visible.plain
+    assert made.is_plain_causal
+    assert batch.mask.is_trivial
     assert np.array_equal(batch.inputs_BS, windows[:, :-1])
     assert np.array_equal(batch.targets_BS, windows[:, 1:])
-    assert batch.scored == 4 * 32
+    assert batch.num_valid_tokens == 4 * 32
 
 
 def test_ids_that_an_objective_adds_have_names():
@@ -301,10 +311,10 @@ def test_shorter_rows_are_padded_and_not_scored():
     config = config_of(1, {"architecture": "encoder_decoder", "vocab_size": 0}, objective={"name": "prefix"})
     made = build_objective(config, VOCABULARY)
     assert isinstance(made, Objective)
-    assert isinstance(made.members[0][1], Lengths)
-    batch = made([text(made.members[0][1].window, seed) for seed in range(5)], np.arange(5))
-    assert batch.source is not None
-    assert batch.source.tokens_BT.shape == (5, 32)
-    padding = batch.source.visible.documents_BT == -1
+    assert isinstance(made.components[0][1], Lengths)
+    batch = made([text(made.components[0][1].window, seed) for seed in range(5)], np.arange(5))
+    assert batch.encoder_input is not None
+    assert batch.encoder_input.tokens_BT.shape == (5, 32)
+    padding = batch.encoder_input.mask.documents_BT == -1
     assert (~padding).sum(1).tolist() == [32 - int((row != IGNORE).sum()) for row in batch.targets_BS]
-    assert batch.scored == int((batch.targets_BS != IGNORE).sum())
+    assert batch.num_valid_tokens == int((batch.targets_BS != IGNORE).sum())

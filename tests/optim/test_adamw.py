@@ -7,7 +7,7 @@ from torch import nn
 
 from dist_llm.config.schema import ModelConfig, OptimConfig
 from dist_llm.models.decoder import Decoder
-from dist_llm.optim.build import build_optimizer, split_decayed
+from dist_llm.optim.build_optimizer import build_optimizer, split_weight_decay
 
 STEPS = 1000
 IMPLEMENTATIONS = ("fused", "foreach")
@@ -92,7 +92,7 @@ def test_who_is_decayed(tie, decay_embeddings):
         )
     )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = split_decayed(OptimConfig(decay_embeddings=decay_embeddings), model.named_parameters())
+    groups = split_weight_decay(OptimConfig(decay_embeddings=decay_embeddings), model.named_parameters())
     decayed, free = ({names[id(parameter)] for parameter in group} for group in groups)
 
     block = {f"attention.{part}.weight" for part in ("q", "k", "v", "out")}

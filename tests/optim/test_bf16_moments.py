@@ -3,20 +3,20 @@
 import torch
 from torch import Tensor, nn
 
-from dist_llm import chance
+from dist_llm import counter_rng
 from dist_llm.config.schema import OptimConfig
-from dist_llm.optim.adamw import BF16AdamW, rounded
-from dist_llm.optim.build import Shares, build_optimizer
+from dist_llm.optim.adamw import BF16AdamW, stochastic_round_bf16
+from dist_llm.optim.build_optimizer import build_optimizer
 
 
 def bits(count: int) -> Tensor:
-    return chance.mix(torch.arange(count))
+    return counter_rng.splitmix64(torch.arange(count))
 
 
 def test_rounding_gives_one_of_the_two_neighbours_and_the_value_on_average() -> None:
     for value in (1.0 + 1 / 1000, -3.3e-7, 1e20, 0.3):
         values = torch.full((1 << 16,), value)
-        found = rounded(values, bits(1 << 16)).double()
+        found = stochastic_round_bf16(values, bits(1 << 16)).double()
         step = float(torch.tensor(value).abs().log2().floor().exp2()) * 2**-7  # between bf16 numbers
         neighbours = found.unique()
         assert len(neighbours) == 2
@@ -28,10 +28,12 @@ def test_rounding_gives_one_of_the_two_neighbours_and_the_value_on_average() -> 
 def test_what_bf16_holds_is_kept_and_so_is_what_is_not_finite() -> None:
     exact = torch.tensor([0.0, 1.0, -2.5, 2.0**-126, float("inf"), -float("inf")])
     for seed in range(100):
-        assert torch.equal(rounded(exact, chance.mix(torch.arange(6) + 6 * seed)).float(), exact)
+        assert torch.equal(
+            stochastic_round_bf16(exact, counter_rng.splitmix64(torch.arange(6) + 6 * seed)).float(), exact
+        )
     for pattern in (0x7FC00000, 0x7FFFFFFF, -1):  # a CPU's NaN, a GPU's, and one with a sign
         nan = torch.tensor([pattern], dtype=torch.int32).view(torch.float32)
-        assert rounded(nan, torch.tensor([0xFFFF])).isnan()
+        assert stochastic_round_bf16(nan, torch.tensor([0xFFFF])).isnan()
 
 
 def test_a_second_moment_grows_where_the_nearest_would_stand_still() -> None:
@@ -81,10 +83,10 @@ def test_a_hundred_steps_stay_near_those_of_fp32() -> None:
 def test_a_slice_steps_as_it_does_in_the_whole(monkeypatch) -> None:
     """The chance of an element is that of its place in the whole, whatever rows are done at a time."""
     whole, _ = taken("bf16", (12, 5), 20)
-    monkeypatch.setattr(chance, "CHUNK", 20)
+    monkeypatch.setattr(counter_rng, "CHUNK_ELEMENTS", 20)
     held = nn.Parameter(torch.full((4, 5), 0.5))
     config = OptimConfig(moments="bf16", lr=1e-2, beta2=0.95, weight_decay=0.1)
-    optimizer = build_optimizer(config, [("w", held)], Shares(place=lambda tensor: (tensor, (6, 0))))
+    optimizer = build_optimizer(config, [("w", held)], local_with_offset=lambda tensor: (tensor, (6, 0)))
     for step in range(20):
         noise = torch.randn(12, 5, generator=torch.Generator().manual_seed(step))
         held.grad = held.detach() - 0.1 + noise[6:10]

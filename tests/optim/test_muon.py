@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from dist_llm.config.schema import OptimConfig
-from dist_llm.optim.build import build_optimizer, matrices
-from dist_llm.optim.muon import orthogonal, orthogonalized
+from dist_llm.optim.build_optimizer import build_optimizer, select_muon_params
+from dist_llm.optim.muon import newton_schulz, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 48), (48, 16), (1, 8)])
@@ -16,7 +16,7 @@ def test_newton_schulz_brings_every_singular_value_near_one(shape: tuple[int, in
     u, _, vt = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
     values = torch.logspace(0, -2, min(shape), dtype=torch.float64)
     matrix = (u * values) @ vt
-    (got,) = orthogonal(1e3 * matrix[None].float()).double()
+    (got,) = newton_schulz(1e3 * matrix[None].float()).double()
     in_its_axes = u.T @ got @ vt.T
     diagonal = in_its_axes.diagonal()
     assert ((diagonal > 0.67) & (diagonal < 1.21)).all(), diagonal
@@ -25,14 +25,14 @@ def test_newton_schulz_brings_every_singular_value_near_one(shape: tuple[int, in
 
 def test_matrices_of_one_shape_are_a_batch_and_stay_in_order() -> None:
     every = [torch.randn(4, 8), torch.randn(8, 4), torch.randn(4, 8)]
-    for got, matrix in zip(orthogonalized(every), every, strict=True):
-        torch.testing.assert_close(got, orthogonal(matrix[None])[0])
+    for got, matrix in zip(orthogonalize(every), every, strict=True):
+        torch.testing.assert_close(got, newton_schulz(matrix[None])[0])
 
 
 def test_zero_stays_zero_and_a_tiny_gradient_counts_as_a_large_one() -> None:
-    assert not orthogonal(torch.zeros(1, 4, 4)).any()
+    assert not newton_schulz(torch.zeros(1, 4, 4)).any()
     matrix = torch.randn(1, 4, 4)
-    torch.testing.assert_close(orthogonal(1e-12 * matrix), orthogonal(matrix), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(newton_schulz(1e-12 * matrix), newton_schulz(matrix), rtol=1e-4, atol=1e-5)
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -65,7 +65,7 @@ def test_matrices_of_blocks_are_muons_and_all_else_adamws() -> None:
     others = [name for name in muon if not torch.equal(muon[name], adamw[name])]
     assert (
         others
-        == list(matrices(parameters().items()))
+        == list(select_muon_params(parameters().items()))
         == [
             "blocks.0.attention.q.weight",
             "blocks.0.feedforward.up.weight",
@@ -83,7 +83,7 @@ def test_three_steps_are_those_of_the_definition() -> None:
         drawn = {n: torch.randn(p.shape, generator=generator) for n, p in parameters().items()}
         gradient = drawn[name].double()
         momentum = beta * momentum + (1 - beta) * gradient
-        update = orthogonal((beta * momentum + (1 - beta) * gradient)[None])[0]
+        update = newton_schulz((beta * momentum + (1 - beta) * gradient)[None])[0]
         weight = weight * (1 - rate * decay) - rate * 0.2 * 12**0.5 * update
     torch.testing.assert_close(got.double(), weight, rtol=1e-5, atol=1e-6)
 

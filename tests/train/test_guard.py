@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from dist_llm.checkpoint.state import GuardState, Progress
 from dist_llm.config.schema import GuardConfig
 from dist_llm.errors import DivergedError
-from dist_llm.optim.scale import LossScale
+from dist_llm.optim.loss_scale import LossScale
 from dist_llm.train.guard import Guard, RewindError, robust_z_score
 
 STEADY = [2.0 + 0.01 * (number % 5) for number in range(20)]
 
 
 def guard(losses: list[float] = STEADY, checks_norm: bool = True, spent: int = 0, **config: Any) -> Guard:
-    engine = SimpleNamespace(gather=lambda value: [value], loss_scale=None if checks_norm else LossScale())
+    engine = SimpleNamespace(all_gather_ints=lambda value: [value], loss_scale=None if checks_norm else LossScale())
     return Guard(GuardConfig(window=20, **config), GuardState(list(losses), spent), engine, Path("runs/a"))  # type: ignore[arg-type]
 
 

@@ -17,7 +17,9 @@ def report(counts: list[tuple[int, int]], seconds: float = 4.0) -> list[dict[str
     """Rank 0's rows. `counts`: by rank, how often it was sampled, and how often it was in a collective."""
     num_samples, num_waiting = ([each[place] for each in counts] for place in (0, 1))
     gathered = iter([num_samples, num_waiting, num_samples, num_waiting])
-    monitor = StragglerMonitor(World(0, len(counts)), SimpleNamespace(gather=lambda value: next(gathered)), seconds)  # type: ignore[arg-type]
+    monitor = StragglerMonitor(
+        World(0, len(counts)), SimpleNamespace(all_gather_ints=lambda value: next(gathered)), seconds
+    )  # type: ignore[arg-type]
     monitor.num_samples, monitor.num_waiting = counts[0]
     first = monitor.report(rows(2))
     return first or monitor.report(rows(4))
@@ -45,7 +47,7 @@ def test_samples_add_up_until_the_interval_has_passed() -> None:
 
 
 def test_one_rank_has_nobody_to_wait_for() -> None:
-    alone = StragglerMonitor(World(), SimpleNamespace(gather=lambda value: [value]), 1.0)  # type: ignore[arg-type]
+    alone = StragglerMonitor(World(), SimpleNamespace(all_gather_ints=lambda value: [value]), 1.0)  # type: ignore[arg-type]
     assert alone.report(rows(2)) == []
 
 

@@ -1,0 +1,125 @@
+"""The step by what accelerate prepares: DDP, FSDP2 or DeepSpeed, for those who start with `accelerate launch`.
+
+Accelerate makes the distributed model. Losses, clipping and the learning rate are ours: it would divide the loss by
+the microbatches, and step a scheduler once for each process.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn, optim
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from dist_llm.checkpoint.state import Held, State
+from dist_llm.config.schema import Config
+from dist_llm.engines.data_parallel import DataParallelEngine
+from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
+from dist_llm.engines.optimizer_step import step_and_zero_grad
+from dist_llm.errors import ConfigError
+from dist_llm.launch.environment import prepare_accelerate
+from dist_llm.models.decoder import Decoder
+from dist_llm.objectives.batch import Batch
+from dist_llm.optim import gradient_clipping
+from dist_llm.optim.build_optimizer import build_optimizer
+from dist_llm.parallel.fsdp import COMPUTE_DTYPES
+from dist_llm.parallel.mesh import to_local
+from dist_llm.parallel.parallelize import build_model_parts
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+class AccelerateEngine(DataParallelEngine):
+    """See `Engine`: accelerate's DDP or FSDP2. `config` is resolved; a process group exists."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config, device)
+        accelerate = prepare_accelerate()
+        options: dict[str, Any] = {"cpu": device.type == "cpu"}
+        if config.accelerate.plugin == "fsdp2":
+            options["fsdp_plugin"] = accelerate.FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                mixed_precision_policy=self._policy(),
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["Block"],
+            )
+        self.accelerator = accelerate.Accelerator(
+            mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+            gradient_accumulation_steps=1,
+            **options,
+        )
+        (self.model,) = build_model_parts(config, None, device)
+        optimizer = build_optimizer(config.optim, self.model.named_parameters())
+        self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        _check_accelerate(self.accelerator, config.accelerate.plugin, dist.get_world_size(), self.prepared)
+
+    def _policy(self) -> MixedPrecisionPolicy:
+        """As the native engine's: gradients are reduced in fp32."""
+        kind = COMPUTE_DTYPES[self.config.precision] if self.config.precision != "fp32" else None
+        return MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32 if kind else None)
+
+    @property
+    def state(self) -> State:
+        return Held(self.model, self.optimizer.optimizer)
+
+    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
+        self.prepared.train()
+        num_valid_tokens, losses = num_valid_tokens.clamp(min=1), []
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.prepared):
+                self.seed_dropout(step, number)
+                losses_B = self.prepared(batch.inputs_BS, **batch.forward_arguments()) / num_valid_tokens
+                self.accelerator.backward(losses_B.sum() * self.dp_rank_and_size[1])
+            losses.append(losses_B.detach())
+        return torch.cat(losses)
+
+    def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        mine = [to_local(gradient) for gradient in gradients]
+        norm = gradient_clipping.global_norm(mine).to(self.device)
+        if any(isinstance(gradient, DTensor) for gradient in gradients):
+            norm = self.all_reduce_over_data(norm.square()).sqrt()
+        if should_apply is not None and not should_apply(norm):
+            self.optimizer.zero_grad()
+            return norm
+        if self.config.optim.clip:
+            gradient_clipping.clip_grads_(mine, norm, self.config.optim.clip)
+        step_and_zero_grad(self.optimizer, lr)
+        return norm
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        self.prepared.eval()
+        losses_B: Tensor = self.prepared(batch.inputs_BS, **batch.forward_arguments())
+        return losses_B
+
+
+class AccelerateDeepSpeedEngine(DeepSpeedEngine):
+    """DeepSpeed's engine as accelerate prepares it; the step is then taken as without accelerate."""
+
+    def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
+        accelerate = prepare_accelerate()
+        accelerator = accelerate.Accelerator(
+            deepspeed_plugin=accelerate.DeepSpeedPlugin(hf_ds_config=settings),
+            kwargs_handlers=[accelerate.InitProcessGroupKwargs(backend=BACKENDS[self.device.type])],
+        )
+        engine, _ = accelerator.prepare(model, optimizer)
+        _check_accelerate(accelerator, "deepspeed", dist.get_world_size(), engine)
+        return engine
+
+
+def _check_accelerate(accelerator: Any, plugin: str, ranks: int, prepared: nn.Module) -> None:
+    """Raises ConfigError unless accelerate does what it was asked for: on CPUs it falls back without a word."""
+    found = str(accelerator.distributed_type.value)
+    wanted = {"ddp": ("MULTI_CPU", "MULTI_GPU"), "fsdp2": ("FSDP",), "deepspeed": ("DEEPSPEED",)}[plugin]
+    alone = ranks == 1 and plugin == "ddp"
+    if accelerator.num_processes != ranks or (found not in wanted and not alone):
+        raise ConfigError(
+            f"accelerate.plugin: {plugin} on {ranks} ranks was asked for, but accelerate is {found} on "
+            f"{accelerator.num_processes}, with the model as {type(prepared).__name__}; see the settings that "
+            "`accelerate env` prints, and start as many processes as there are ranks"
+        )

@@ -1,0 +1,72 @@
+"""What engines share whose ranks all have whole sequences, and each other ones: plain data parallelism."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dist_llm.config.schema import Config
+from dist_llm.counter_rng import hash_seed
+from dist_llm.models.decoder import Decoder
+from dist_llm.objectives.batch import Batch
+from dist_llm.optim.loss_scale import LossScale
+from dist_llm.parallel.mesh import all_gather_ints
+from dist_llm.parallel.replica_check import ReplicaGroups
+
+
+class DataParallelEngine:
+    """A part of an `Engine`. A process group exists."""
+
+    loss_scale: LossScale | None = None
+    model: Decoder
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+
+    @property
+    def model_parts(self) -> list[Decoder]:
+        return [self.model]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
+
+    @property
+    def replicated_params(self) -> ReplicaGroups:
+        """All weights, where ranks hold them whole."""
+        parameters = dict(self.named_parameters())
+        if any(isinstance(each, DTensor) or hasattr(each, "ds_id") for each in parameters.values()):
+            return []  # FSDP's, or ZeRO's stage 3
+        return [(self.replica_group, parameters)]
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same; None: all."""
+        return None
+
+    @property
+    def dp_rank_and_size(self) -> tuple[int, int]:
+        return dist.get_rank(), dist.get_world_size()
+
+    @property
+    def coordinates(self) -> tuple[int, ...]:
+        """On the native engine's axes: pp, dp_replicate, dp_shard, cp."""
+        return 0, 0, dist.get_rank(), 0
+
+    def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
+        summed = value.clone() if isinstance(value, Tensor) else torch.full((), value, device=self.device)
+        dist.all_reduce(summed)
+        return summed
+
+    def all_gather_ints(self, value: int) -> list[int]:
+        return all_gather_ints(value, self.device)
+
+    def to_local_batch(self, batch: Batch) -> Batch:
+        return batch.to(self.device)
+
+    def seed_dropout(self, step: int, microbatch: int) -> None:
+        """Dropout as the native engine has it with as many dp_shard ranks."""
+        if self.config.model.dropout:
+            tensor = (0,) if self.config.parallel.sequence_parallel else ()
+            torch.manual_seed(hash_seed(self.config.run.seed, step, microbatch, *self.coordinates, *tensor))

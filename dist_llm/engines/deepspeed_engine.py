@@ -1,0 +1,188 @@
+"""The step by DeepSpeed: ZeRO 0 to 3 with our model, loss, optimizer, schedule and checkpoints."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+
+from dist_llm.checkpoint.boxes import Boxes
+from dist_llm.checkpoint.state import Held, State, refuse_other_optimizer, saved_moments
+from dist_llm.config.deepspeed import deepspeed_json
+from dist_llm.config.schema import Config
+from dist_llm.convert.deepspeed_layout import Layout, contiguous, split
+from dist_llm.engines.data_parallel import DataParallelEngine
+from dist_llm.errors import CheckpointError
+from dist_llm.launch.environment import prepare_deepspeed
+from dist_llm.losses.cross_entropy import CrossEntropy
+from dist_llm.models.build_model import build_model
+from dist_llm.models.decoder import Decoder
+from dist_llm.models.init import init_param_, init_rule
+from dist_llm.objectives.batch import Batch
+from dist_llm.optim import gradient_clipping
+from dist_llm.optim.build_optimizer import build_optimizer
+from dist_llm.parallel.parallelize import init_parameters, parallelize_model
+
+
+class DeepSpeedEngine(DataParallelEngine):
+    """See `Engine`. `config` is resolved; a process group exists, of one rank where there is one.
+
+    Its ranks add nothing of their own to what the native engine computes: DeepSpeed averages gradients, so losses are
+    multiplied by the number of ranks; the learning rate is set before each step, and no scheduler is known to it.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config, device)
+        deepspeed = prepare_deepspeed(device)
+        self.stage = config.deepspeed.stage
+        settings = deepspeed_json(config, self.dp_rank_and_size[1])
+        self.model = self.build_model_part(deepspeed, settings)
+        optimizer = build_optimizer(config.optim, self.model.named_parameters())
+        self.deepspeed = self.initialize(deepspeed, self.model, optimizer, settings)
+        self.optimizer = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
+        if self.stage:
+            _init_partitions(self.state, config)  # once more, or at last: in fp32, each rank its part
+
+    def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
+        """DeepSpeed's engine."""
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+    def build_model_part(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
+        """Whole, with its initial values; at stage 3 no rank ever holds it whole."""
+        config, loss = self.config, CrossEntropy(self.config.loss.label_smoothing, self.config.loss.z_loss)
+        if self.stage == 3:
+            with deepspeed.zero.Init(config_dict_or_path=settings):
+                model = build_model(config.model, loss)
+            parallelize_model(model, config, None)
+            return model
+        with torch.device("meta"):
+            model = build_model(config.model, loss)
+        parallelize_model(model, config, None)
+        model.to_empty(device=self.device)
+        init_parameters(model, config)
+        return model
+
+    @property
+    def state(self) -> State:
+        if self.stage == 0:
+            return Held(self.model, self.optimizer)
+        return ZeroPartitions(
+            self.deepspeed.optimizer, dict(self.model.named_parameters()), self.stage, *self.dp_rank_and_size
+        )
+
+    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
+        self.deepspeed.train()
+        num_valid_tokens, losses = num_valid_tokens.clamp(min=1), []
+        for number, batch in enumerate(batches):
+            self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            self.seed_dropout(step, number)
+            losses_B = self.deepspeed(batch.inputs_BS, **batch.forward_arguments()) / num_valid_tokens
+            self.deepspeed.backward(losses_B.sum() * self.dp_rank_and_size[1], scale_wrt_gas=False)
+            losses.append(losses_B.detach().float())
+        return torch.cat(losses)
+
+    def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
+        norm = self._unreduced_grad_norm() if self.stage == 0 else None
+        if norm is not None and should_apply is not None and not should_apply(norm):
+            self.deepspeed.zero_grad()
+            return norm
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.step()
+        if norm is None:
+            norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.device).float()
+        return norm
+
+    def step(self) -> None:
+        """Clip, step and clear. DeepSpeed leaves out a step whose gradient is not finite, at stage 1 and above."""
+        self.deepspeed.step()
+        if self.stage == 3 and self.deepspeed.optimizer.overflow:
+            self.deepspeed.optimizer._post_step(set())  # which it then leaves out, too: small weights stay gathered
+
+    def _unreduced_grad_norm(self) -> Tensor:
+        """At stage 0 gradients are whole after the last backward, and DeepSpeed tells no norm though it clips."""
+        return gradient_clipping.global_norm([p.grad for p in self.model.parameters() if p.grad is not None]).to(
+            self.device
+        )
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        self.deepspeed.eval()
+        losses_B: Tensor = self.deepspeed(batch.inputs_BS, **batch.forward_arguments())
+        return losses_B
+
+
+class ZeroPartitions:
+    """`State` of ZeRO 1 to 3: fp32 weights and their moments lie in one flat tensor per group, cut over the ranks."""
+
+    def __init__(self, zero: Any, parameters: Mapping[str, nn.Parameter], stage: int, rank: int, ranks: int) -> None:
+        self.zero, self.stage, self.rank = zero, stage, rank
+        names = {parameter: name for name, parameter in parameters.items()}
+        groups = zero.fp16_groups if stage == 3 else zero.bit16_groups
+        self.flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+        self.shapes = [{names[p]: tuple(getattr(p, "ds_shape", p.shape)) for p in group} for group in groups]
+        lay = split if stage == 3 else contiguous
+        self.layouts: list[Layout] = [lay(shapes, ranks) for shapes in self.shapes]
+        for flat, layout in zip(self.flats, self.layouts, strict=True):
+            assert flat.numel() == layout.sizes[rank], "DeepSpeed lays its partitions out in another way than we know"
+
+    @property
+    def optimizer(self) -> optim.Optimizer:
+        found: optim.Optimizer = self.zero.optimizer
+        return found
+
+    def weights(self) -> dict[str, Any]:
+        return {f"model.{name}": held for flat in self.flats for name, held in self._of(flat, flat.detach())}
+
+    def moments(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for flat, shapes in zip(self.flats, self.shapes, strict=True):
+            for key, value in self.optimizer.state.get(flat, {}).items():
+                held = self._of(flat, value) if value.ndim else ((name, value) for name in shapes)
+                found |= {f"optim.{name}.{key}": each for name, each in held}
+        return found
+
+    def allocate_moments(self, saved: Mapping[str, tuple[int, ...]]) -> None:
+        for flat, shapes in zip(self.flats, self.shapes, strict=True):
+            kinds = {name: saved_moments(saved, name) for name in shapes}
+            first = next(iter(kinds.values()))
+            if odd := [name for name, kind in kinds.items() if kind.keys() != first.keys()]:
+                raise CheckpointError(
+                    f"{odd[0]} has not the moments that {next(iter(kinds))} has, but DeepSpeed steps both together; "
+                    "start with init_from and init_optimizer: fresh"
+                )
+            refuse_other_optimizer(next(iter(kinds)), first, self.optimizer.param_groups[0])
+            self.optimizer.state[flat] = {
+                key: torch.zeros_like(flat, requires_grad=False) if shape else torch.zeros((), device=flat.device)
+                for key, shape in first.items()
+            }
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """The model's weights, which DeepSpeed keeps beside the fp32 ones, in the model's type."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        self.zero._partition_all_parameters()
+        for number in range(len(self.flats)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(number)
+        self.zero._post_step(set())
+
+    def _of(self, flat: Tensor, held: Tensor) -> Iterator[tuple[str, Boxes]]:
+        """(name, this rank's stretch of `held`, which lies as `flat` does) of the parameters of a group."""
+        number = next(number for number, each in enumerate(self.flats) if each is flat)
+        layout = self.layouts[number]
+        for name, shape in self.shapes[number].items():
+            places = layout.places[name]
+            start = sum(place.stop - place.start for place in places[: self.rank])
+            yield name, Boxes.of_flat(shape, held[places[self.rank]], start)
+
+
+def _init_partitions(state: State, config: Config) -> None:
+    """Initial values, each rank those of its part."""
+    for name, held in state.weights().items():
+        name = name.removeprefix("model.")
+        rule = init_rule(name, held.shape, config.model)
+        for offset, piece in held.pieces.items():
+            init_param_(piece, name, rule, config.run.seed, held.shape, offset)
+    state.settle()

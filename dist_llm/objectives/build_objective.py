@@ -1,0 +1,115 @@
+"""Build the objective of a config: a function from token windows and sample ids to batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dist_llm.config.lengths import Lengths, all_lengths, inputs_len
+from dist_llm.config.schema import Config, ObjectiveSpec
+from dist_llm.counter_rng import splitmix64
+from dist_llm.models.attention_mask import CAUSAL
+from dist_llm.objectives.batch import Batch
+from dist_llm.objectives.causal_lm import causal_example
+from dist_llm.objectives.examples import BatchLayout, Example, TokenWindow, collate
+from dist_llm.objectives.fill_in_the_middle import fim_example
+from dist_llm.objectives.masked_lm import masked_example
+from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.prefix_lm import prefix_example
+from dist_llm.objectives.span_corruption import span_example
+
+Windows = Sequence[npt.NDArray[Any] | TokenWindow] | npt.NDArray[Any]  # one window per sample
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The training objective. An example is a pure function of (window, seed, sample id), on every rank and after a
+    resume."""
+
+    components: tuple[tuple[ObjectiveSpec, Lengths], ...]
+    vocabulary: Vocabulary
+    layout: BatchLayout
+    inputs_len: int  # tokens of every example
+    encoder_len: int  # tokens of every encoder input; 0: there is no encoder
+    seed: int
+
+    def __call__(
+        self, windows: Windows, sample_ids_B: npt.NDArray[np.int64], component_ids_B: Sequence[int] = ()
+    ) -> Batch:
+        """Build the batch of windows. `component_ids_B` names each window's objective in a mixture; empty: the
+        first."""
+        ids_B = torch.from_numpy(sample_ids_B)
+        sample_hash_B = splitmix64(ids_B ^ self._seed_hash) if self.layout.sample_hashes else None
+        if self.is_plain_causal:
+            ids_BW = np.asarray(windows)
+            inputs_BS, targets_BS = torch.from_numpy(ids_BW[:, :-1]), torch.from_numpy(ids_BW[:, 1:])
+            num_valid_tokens = ids_BW.size - len(ids_BW)
+            return Batch(
+                inputs_BS, targets_BS, CAUSAL, num_valid_tokens, sample_hash_B=sample_hash_B, sample_ids_B=ids_B
+            )
+        component_ids = component_ids_B or [0] * len(windows)
+        samples = zip(windows, sample_ids_B.tolist(), component_ids, strict=True)
+        examples = [self.build_example(*sample) for sample in samples]
+        return replace(collate(examples, self.layout, sample_hash_B), sample_ids_B=ids_B)
+
+    @cached_property
+    def _seed_hash(self) -> torch.Tensor:
+        return splitmix64(torch.tensor(self.seed))  # computed once: it would take a third of the time of a small batch
+
+    @cached_property
+    def is_plain_causal(self) -> bool:
+        """Whether a batch consists of windows and their next tokens only."""
+        causal = all(spec.name == "causal" for spec, _ in self.components)
+        return causal and not (self.layout.document_mask or self.layout.prefix or self.layout.token_windows)
+
+    def build_example(self, window: npt.NDArray[Any] | TokenWindow, sample_id: int, component: int) -> Example:
+        """Build one example, padded to the length of all examples."""
+        spec, size = self.components[component]
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, sample_id]))
+        example = self._apply_objective(window, rng, spec, size)
+        return example.pad(self.inputs_len, self.encoder_len, self.vocabulary.eot)
+
+    def _apply_objective(
+        self, window: npt.NDArray[Any] | TokenWindow, rng: np.random.Generator, spec: ObjectiveSpec, size: Lengths
+    ) -> Example:
+        window = window if isinstance(window, TokenWindow) else TokenWindow(window)
+        if self.layout.document_mask and window.segment_ids_W is None and window.document_ids_W is None:
+            raise ValueError("a window without document ids: its reader must take them from the corpus's offsets")
+        two_stacks = self.encoder_len > 0
+        match spec.name:
+            case "causal":
+                return causal_example(window)
+            case "prefix":
+                return prefix_example(window, rng, spec, self.vocabulary, two_stacks)
+            case "masked":
+                return masked_example(window, rng, spec, self.vocabulary)
+            case "span":
+                return span_example(window, rng, spec, size, self.vocabulary, two_stacks)
+            case "fim":
+                return fim_example(window, rng, spec, self.vocabulary)
+
+
+def build_objective(config: Config, vocabulary: Vocabulary, mask_prompts: bool = False) -> Objective:
+    """Build the objective of a resolved config. With `mask_prompts` the corpus has prompts, whose tokens have no
+    loss."""
+    specs, sizes = config.objective.components, all_lengths(config)
+    two_stacks = config.model.architecture == "encoder_decoder"
+    bidirectional = any(spec.name in ("prefix", "span") and spec.see_prefix for spec in specs)
+    layout = BatchLayout(
+        causal=config.model.architecture != "encoder",
+        prefix=bidirectional and not two_stacks,
+        # Padding follows the text, so only bidirectional attention needs a mask against it.
+        document_mask=config.data.document_mask
+        or config.data.windows == "packed"
+        or (config.data.windows == "document" and config.model.architecture == "encoder"),
+        encoder_padding=two_stacks and any(spec.name == "prefix" for spec in specs),
+        sample_hashes=config.model.stochastic_depth > 0,
+        token_windows=mask_prompts or config.data.windows != "stream",
+    )
+    encoder_len = config.data.seq_len if two_stacks else 0
+    components = tuple(zip(specs, sizes, strict=True))
+    return Objective(components, vocabulary, layout, inputs_len(config), encoder_len, config.run.seed)

@@ -1,0 +1,69 @@
+"""Span corruption (Raffel et al. 2020, 3.1.4): predict the spans that were removed from a text."""
+
+import numpy as np
+
+from dist_llm.config.lengths import Lengths
+from dist_llm.config.schema import ObjectiveSpec
+from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.objectives.examples import Example, Ints, TokenWindow
+from dist_llm.objectives.objective_vocabulary import Vocabulary
+
+
+def span_example(
+    window: TokenWindow,
+    rng: np.random.Generator,
+    spec: ObjectiveSpec,
+    size: Lengths,
+    vocabulary: Vocabulary,
+    two_stacks: bool,
+) -> Example:
+    """[mode] text with a sentinel for each span, end -> each sentinel and its span, end.
+
+    With two stacks the encoder gets the first and the decoder predicts the second. With one stack they are
+    concatenated.
+    """
+    tokens, documents = window.tokens_W.astype(np.int64), window.document_ids()
+    segment_ids = sample_segment_ids(rng, len(tokens), size.noise, size.spans)
+    mode = np.array([vocabulary.special(spec.mode)] if spec.mode else [], dtype=np.int64)
+    kept, kept_documents = _replace_segments(tokens, documents, segment_ids, vocabulary, noise=True)
+    cut, cut_documents = _replace_segments(tokens, documents, segment_ids, vocabulary, noise=False)
+    kept = np.concatenate((mode, kept))
+    kept_documents = np.concatenate((documents[:1].repeat(len(mode)), kept_documents))
+    if two_stacks:
+        inputs = np.concatenate(([vocabulary.special("start")], cut[:-1]))
+        input_documents = np.concatenate((cut_documents[:1], cut_documents[:-1]))
+        return Example(inputs, cut, input_documents, 0, kept, kept_documents)
+    targets = np.concatenate((np.full(len(kept) - 1, IGNORE), cut))
+    input_documents = np.concatenate((kept_documents, cut_documents[:-1]))
+    prefix_len = len(kept) if spec.see_prefix else 0
+    return Example(np.concatenate((kept, cut[:-1])), targets, input_documents, prefix_len)
+
+
+def sample_segment_ids(rng: np.random.Generator, length: int, noise: int, spans: int) -> Ints:
+    """Return the segment of each token, [length], from 0: text, span, text, span, ...; `spans` of each, none empty.
+
+    The spans hold `noise` tokens in all. Every division is equally likely.
+    """
+    text_lengths, span_lengths = _sample_lengths(rng, length - noise, spans), _sample_lengths(rng, noise, spans)
+    return np.repeat(np.arange(2 * spans), np.stack((text_lengths, span_lengths), axis=1).ravel())
+
+
+def _sample_lengths(rng: np.random.Generator, length: int, segment_ids: int) -> Ints:
+    """Sample the lengths of `pieces` segments, none empty."""
+    ends = np.sort(rng.choice(length - 1, segment_ids - 1, replace=False)) + 1
+    return np.diff(np.concatenate(([0], ends, [length])))
+
+
+def _replace_segments(
+    tokens: Ints, documents: Ints, segment_ids: Ints, vocabulary: Vocabulary, noise: bool
+) -> tuple[Ints, Ints]:
+    """Replace each span (or, without `noise`, each text) by one sentinel; append an end. Return tokens and documents.
+
+    Sentinel k replaces span k with `noise`, and precedes span k without.
+    """
+    is_replaced = (segment_ids % 2 == 1) == noise
+    first = np.concatenate(([True], segment_ids[1:] != segment_ids[:-1]))
+    out = np.where(is_replaced, vocabulary.sentinel(0) + segment_ids // 2, tokens)
+    is_kept = ~is_replaced | first
+    ended = np.concatenate((out[is_kept], [vocabulary.eot]))
+    return ended, np.concatenate((documents[is_kept], documents[-1:]))

@@ -1,0 +1,86 @@
+"""Build the optimizer from the config: weight-decay groups, and which update each parameter gets."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn, optim
+
+from dist_llm.config.schema import OptimConfig
+from dist_llm.optim.adamw import BF16AdamW, LocalAdamW, LocalWithOffset, ToLocal
+from dist_llm.optim.muon import Muon, Orthogonalize, orthogonalize
+from dist_llm.optim.sgd import LocalSGD
+
+
+def identity(tensor: Tensor) -> Tensor:
+    """`ToLocal` of plain tensors."""
+    return tensor
+
+
+def zero_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """`LocalWithOffset` of plain tensors."""
+    return tensor, (0,) * tensor.ndim
+
+
+def build_optimizer(
+    config: OptimConfig,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    to_local: ToLocal | None = None,
+    local_with_offset: LocalWithOffset = zero_offset,
+    orthogonalize_fn: Orthogonalize = orthogonalize,
+) -> optim.Optimizer:
+    """Build AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD, or Muon for matrices with AdamW for the rest.
+
+    `to_local` and `local_with_offset` give this rank's shard of a DTensor. With `to_local=None` all parameters are
+    plain tensors and torch's own optimizers are used. `orthogonalize_fn` gets the updates of all of Muon's matrices.
+    """
+    parameters = list(parameters)
+    muon_params = select_muon_params(parameters) if config.name == "muon" else {}
+    others = ((name, parameter) for name, parameter in parameters if name not in muon_params)
+    decay, no_decay = split_weight_decay(config, others)
+    muon_options = {"weight_decay": config.weight_decay, "momentum": config.muon_momentum}
+    groups: list[dict[str, Any]] = [
+        {"params": decay, "weight_decay": config.weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+        {"params": list(muon_params.values()), **muon_options},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "sgd":
+        if to_local is None:
+            return optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=True)
+        return LocalSGD(groups, config.lr, config.momentum, to_local)
+    betas = config.beta1, config.beta2
+    adamw: optim.Optimizer
+    if config.moments == "bf16":
+        names: dict[Tensor, str] = {parameter: name for name, parameter in parameters}
+        adamw = BF16AdamW(groups, config.lr, betas, config.eps, names, local_with_offset)
+    elif to_local is None:
+        adamw = optim.AdamW(groups, config.lr, betas, config.eps, **{config.implementation: True})
+    else:
+        options = {config.implementation: True}
+        adamw = LocalAdamW(groups, config.lr, betas, config.eps, to_local=to_local, **options)
+    if muon_params:
+        adamw.register_step_pre_hook(Muon(orthogonalize_fn, to_local or identity))
+    return adamw
+
+
+def split_weight_decay(
+    config: OptimConfig, parameters: Iterable[tuple[str, nn.Parameter]]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return (parameters with weight decay, parameters without).
+
+    Norms and biases are never decayed; these are the vectors. Embeddings are decayed if the config says so. Their names
+    start with `embed` or `relative`, after `source_` in an encoder. A tied head counts as an embedding.
+    """
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in parameters:
+        is_table = name.removeprefix("source_").startswith(("embed.", "relative."))
+        is_exempt = is_table and not config.decay_embeddings
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed leaves an empty tensor when it partitions
+        (no_decay if len(shape) < 2 or is_exempt else decay).append(parameter)
+    return decay, no_decay
+
+
+def select_muon_params(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+    """Return the matrices of the blocks, which Muon updates. Embeddings and the head are left to AdamW."""
+    return {name: each for name, each in parameters if name.startswith("blocks.") and each.ndim == 2}

@@ -1,0 +1,138 @@
+"""Activation checkpointing and compilation of the blocks, without wrapper modules, so that parameter names stay the
+same."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._functorch import config as functorch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+from dist_llm.config.schema import ParallelConfig
+from dist_llm.models.decoder import Decoder
+
+RecomputeMode = Literal["none", "selective", "full"]
+
+# Outputs that selective recomputation saves because they are expensive: matrix products, attention kernels, and
+# reductions over tensor ranks. On CPUs these reductions are point-to-point messages, not collectives, and are repeated.
+SAVED_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_reduce.default,
+}
+
+
+def compile_blocks(model: Decoder, parallel: ParallelConfig) -> None:
+    """Compile each block separately. All layers then share one graph, and FSDP's hooks stay outside it."""
+    if parallel.recompute_budget < 1:
+        functorch.activation_memory_budget = parallel.recompute_budget
+    for block in model.blocks.values():
+        block.forward = torch.compile(block.forward)
+
+
+def checkpoint_blocks(model: Decoder, mode: RecomputeMode, compiled: bool) -> None:
+    """Set `mode` for all blocks. Call this after `compile_blocks`. `fit_activation_budget` may later change single
+    blocks."""
+    for block in model.blocks.values():
+        selective = MethodType(_selective_forward, block)
+        block.forward = CheckpointedForward(block.forward, torch.compile(selective) if compiled else None, mode)
+
+
+class CheckpointedForward:
+    """The forward of a block, with a recompute mode.
+
+    none: save all activations. full: save the input of the block. selective: save the input and the outputs of
+    `SAVED_OPS`. `selective` is a compiled forward that applies the selective mode inside its graph: the compiler
+    renames the saved operations, so the mode cannot be applied from outside.
+
+    While `saved_bytes_log` is a dict, each storage that would be saved is logged there with its bytes, and is not
+    saved.
+    """
+
+    def __init__(
+        self, forward: Callable[..., Tensor], selective: Callable[..., Tensor] | None, mode: RecomputeMode
+    ) -> None:
+        self.forward, self.selective, self.mode = forward, selective, mode
+        self.saved_bytes_log: dict[StorageWeakRef, int] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        outputs: list[dict[Any, list[Any]]] = []  # what a selective forward saves in addition to its input
+
+        def contexts() -> Any:
+            forward_and_recompute = _selective_contexts()
+            outputs.append(forward_and_recompute[0].storage)
+            return forward_and_recompute
+
+        with nullcontext() if self.saved_bytes_log is None else _log_saved_tensors(self._log_saved):
+            if self.mode == "none":
+                return self.forward(*args, **kwargs)
+            if self.mode == "selective" and self.selective is not None:
+                return self.selective(*args, **kwargs)
+            context_fn = contexts if self.mode == "selective" else noop_context_fn
+            output: Tensor = checkpoint(self.forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
+        if self.saved_bytes_log is not None:
+            for saved in outputs:
+                self._log_saved([getattr(leaf, "val", None) for leaf in pytree.tree_leaves(dict(saved))])
+                saved.clear()
+        return output
+
+    def _log_saved(self, saved: Any) -> None:
+        assert self.saved_bytes_log is not None
+        for storage in iter_storages(saved):
+            self.saved_bytes_log[StorageWeakRef(storage)] = storage.nbytes()
+
+
+def iter_storages(value: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield the storages of all tensors in a pytree. Of tensor subclasses, such as DTensors and pending collective
+    results, the inner tensors count."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor) and is_traceable_wrapper_subclass(leaf):
+            yield from iter_storages([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+        elif isinstance(leaf, Tensor):
+            yield leaf.untyped_storage()
+
+
+@contextmanager
+def _log_saved_tensors(log_saved: Callable[[Tensor], None]) -> Iterator[None]:
+    with warnings.catch_warnings(), saved_tensors_hooks(log_saved, _refuse_unpack):
+        # torch 2.14 warns that tensors saved by selective checkpointing bypass these hooks. They always have.
+        warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
+        yield
+
+
+def _refuse_unpack(_: Any) -> Tensor:
+    raise AssertionError("backward needs a tensor that was only logged, not saved")
+
+
+def _selective_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """A function of the block alone, so that all layers share one compiled graph."""
+    forward = type(block).forward  # the instance's own forward calls this function
+    output: Tensor = checkpoint(forward, block, *args, use_reentrant=False, context_fn=_selective_contexts, **kwargs)
+    return output
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_save_policy)
+
+
+def _save_policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE

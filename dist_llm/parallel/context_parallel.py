@@ -1,0 +1,83 @@
+"""Context parallelism: each rank holds a part of every sequence and all-gathers the other ranks' keys and values.
+
+A sequence is split into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r. Under a causal mask an early chunk
+attends to few keys and a late chunk to many, so every rank does the same work.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from dist_llm.models.attention import AttentionKernel, scaled_dot_product
+from dist_llm.models.attention_mask import AttentionMask
+from dist_llm.models.decoder import Decoder
+from dist_llm.objectives.batch import Batch, count_valid_tokens
+from dist_llm.parallel.mesh import all_gather, differentiable_collective, reduce_scatter
+
+
+def apply_context_parallel(model: Decoder, mesh: DeviceMesh) -> None:
+    """Replace the kernel of every attention in `model` by one that all-gathers keys and values. `mesh` is the cp
+    dimension."""
+    for block in model.blocks.values():
+        attention = block.attention
+        attention.kernel = AllGatherAttention(attention.kernel, mesh)  # type: ignore[union-attr, arg-type]
+
+
+def shard_sequences(batch: Batch, rank: int, ranks: int) -> Batch:
+    """Return this rank's two chunks of each sequence, [B, S / cp], with their positions in the full sequence."""
+    if ranks == 1:
+        return batch
+    batch = batch.to(batch.inputs_BS.device)  # converts ids to int64: unsigned ids cannot be compared with IGNORE
+    B, S = batch.inputs_BS.shape
+    indices_BS = torch.arange(S).expand(B, S)
+    positions_BS = batch.positions_BS if batch.positions_BS is not None else indices_BS
+
+    def select_chunks(tensor_BS: Tensor) -> Tensor:
+        chunks = tensor_BS.chunk(2 * ranks, dim=1)
+        return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]), dim=1)
+
+    targets_BS = select_chunks(batch.targets_BS)
+    return replace(
+        batch,
+        inputs_BS=select_chunks(batch.inputs_BS),
+        targets_BS=targets_BS,
+        positions_BS=select_chunks(positions_BS),
+        mask=batch.mask.with_query_positions(select_chunks(indices_BS), S),
+        num_valid_tokens=count_valid_tokens(targets_BS),
+    )
+
+
+class AllGatherAttention(nn.Module):
+    """Attention of this rank's queries to the keys and values of the full sequence."""
+
+    def __init__(self, kernel: AttentionKernel, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.dropout, self.scale = kernel.dropout, kernel.scale
+        self.group, self.rank, self.ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+
+    def forward(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: AttentionMask) -> Tensor:
+        """Queries [B, S/cp, H, E], keys and values [B, S/cp, K, E] -> this rank's rows of the full attention, [B, S/cp,
+        H, E]."""
+        dropout = self.dropout if self.training else 0.0
+        k_BTKE, v_BTKE = self._gather(k_BSKE, v_BSKE)
+        if mask.materialized is not None or not mask.causal:
+            return scaled_dot_product(q_BSHE, k_BTKE, v_BTKE, mask, dropout, self.scale)
+        size = q_BSHE.shape[1] // 2
+        outputs = []
+        for q_chunk, index in zip(q_BSHE.chunk(2, dim=1), (self.rank, 2 * self.ranks - 1 - self.rank), strict=True):
+            end = (index + 1) * size  # the chunk's queries are aligned with the last keys up to here
+            outputs.append(scaled_dot_product(q_chunk, k_BTKE[:, :end], v_BTKE[:, :end], mask, dropout, self.scale))
+        return torch.cat(outputs, dim=1)
+
+    def _gather(self, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:
+        """All-gather keys and values in one collective and restore the order of the sequence: [B, T, K, E] each."""
+        local = torch.stack((k_BSKE, v_BSKE))  # [2, B, S/cp, K, E]
+        forward_fn, backward_fn = partial(all_gather, group=self.group), partial(reduce_scatter, group=self.group)
+        by_rank = differentiable_collective(local, forward_fn, backward_fn).chunk(self.ranks)
+        halves = [part.chunk(2, dim=2) for part in by_rank]
+        chunks = [early for early, _ in halves] + [late for _, late in reversed(halves)]
+        k_BTKE, v_BTKE = torch.cat(chunks, dim=2).unbind(0)
+        return k_BTKE, v_BTKE

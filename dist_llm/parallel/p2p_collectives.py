@@ -1,0 +1,100 @@
+"""All-gather and reduce-scatter on CPUs, made of point-to-point messages between all pairs of ranks.
+
+gloo implements reduce-scatter as an all-reduce, which moves twice as many bytes, and its all-gather makes extra copies.
+Here each rank sends as many bytes as in a ring, n (p - 1) / p for n bytes over p ranks, and sends each part directly to
+the rank that needs it.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from dist_llm.models.decoder import Decoder
+
+
+def uses_p2p(device: str) -> bool:
+    """Return whether collectives on this device type are made of point-to-point messages."""
+    return device == "cpu"
+
+
+def use_p2p_collectives(model: Decoder, device: str) -> None:
+    """Make FSDP use point-to-point collectives on CPUs, and prefetch each block's weights while the previous block
+    computes."""
+    if not uses_p2p(device):
+        return
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(P2PAllGather())  # type: ignore[arg-type]  # torch's base classes are not public
+            module.set_custom_reduce_scatter(P2PReduceScatter())  # type: ignore[arg-type]
+    modules: list[Any] = [model, *model.blocks.values()]
+    for module, next_module in pairwise(modules):
+        module.set_modules_to_forward_prefetch([next_module])
+
+
+class P2PAllGather:
+    """Concatenate the ranks' inputs on all ranks. FSDP waits for the returned work.
+
+    The input must be this rank's part of the output, as FSDP passes it.
+    """
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work:
+        chunks = output_tensor.chunk(group.size())
+        assert chunks[group.rank()].data_ptr() == input_tensor.data_ptr()
+        works = [dist.isend(input_tensor, group=group, group_dst=rank) for rank in _peers(group)]
+        works += [dist.irecv(chunks[rank], group=group, group_src=rank) for rank in _peers(group)]
+        return _WorkList(works)
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate an input or an output."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class P2PReduceScatter:
+    """Sum the ranks' inputs and return this rank's part. The order of the additions is fixed."""
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> None:
+        assert op == dist.ReduceOp.SUM
+        assert group.size() > 1
+        chunks = input_tensor.chunk(group.size())
+        sends = _WorkList([dist.isend(chunks[rank], group=group, group_dst=rank) for rank in _peers(group)])
+        recv_buffer, total = torch.empty_like(output_tensor), chunks[group.rank()]
+        for rank in reversed(_peers(group)):  # the rank that sends here first comes first, so that all links are busy
+            dist.recv(recv_buffer, group=group, group_src=rank)
+            total = torch.add(total, recv_buffer, out=output_tensor)
+        sends.wait()
+
+    allocate = P2PAllGather.allocate
+
+
+class _WorkList(dist.Work):
+    """Complete when all works are complete. Each work is waited for once, because a second wait for a message never
+    returns."""
+
+    def __init__(self, works: Sequence[dist.Work | None]) -> None:
+        super().__init__()
+        self.works = [work for work in works if work is not None]
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        while self.works:
+            self.works.pop(0).wait(timeout)
+        return True
+
+
+def _peers(group: dist.ProcessGroup) -> list[int]:
+    """Return the other ranks of the group, the next rank first."""
+    return [(group.rank() + step) % group.size() for step in range(1, group.size())]
