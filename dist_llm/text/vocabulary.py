@@ -175,7 +175,7 @@ def _from_tiktoken_file(path: Path, pattern: str) -> BPETokenizer:
             raise DataError(f"{path}:{number}: expected a base64 token and its rank, got {line[:60]!r}") from None
     if not ranks:
         raise DataError(f"{path}: no ranks in it.")
-    return BPETokenizer(path.name, SPLIT_PATTERNS[pattern], ranks, {ENDOFTEXT: max(ranks.values()) + 1})
+    return BPETokenizer(".tiktoken", SPLIT_PATTERNS[pattern], ranks, {ENDOFTEXT: max(ranks.values()) + 1})
 
 
 def _from_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> BPETokenizer:
@@ -201,7 +201,7 @@ def _from_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> BPETokeni
         raise DataError(f"{vocab}: no {ENDOFTEXT}, which ends each document. Add it with an id of its own.")
     ranks = {to_bytes(token): rank for token, rank in sorted(mergeable.items(), key=lambda item: item[1])}
     special = {token: rank for token, rank in ids.items() if token not in mergeable}
-    return BPETokenizer(vocab.parent.name or "vocab.json", SPLIT_PATTERNS[pattern], ranks, special)
+    return BPETokenizer("vocab.json,merges.txt", SPLIT_PATTERNS[pattern], ranks, special)
 
 
 def _read(path: Path) -> bytes:
