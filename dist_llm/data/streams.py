@@ -11,7 +11,7 @@ from dist_llm.data.corpus import Corpus, Tokens
 from dist_llm.data.order import Ints, Mixture, Order, Random, Shuffle
 from dist_llm.data.pieces import Pieces, Spans
 from dist_llm.data.shard import Split
-from dist_llm.data.tokenizer_file import same_tokenizer
+from dist_llm.data.tokenizer_file import TOKENIZER, same_tokenizer
 from dist_llm.errors import DataError
 from dist_llm.objectives.rows import Text
 
@@ -73,7 +73,8 @@ def open_corpora(data: DataConfig, split: Split = "train") -> dict[str, Corpus]:
         corpus.check_sizes()
         first = next(iter(found.values()))
         known = corpus.manifest.tokenizer_sha256 == first.manifest.tokenizer_sha256
-        if not known and not same_tokenizer(corpus.directory, first.directory):
+        compared = (corpus.directory / TOKENIZER).exists()
+        if not known and not (compared and same_tokenizer(corpus.directory, first.directory)):
             raise DataError(
                 f"{corpus.directory}: was prepared with another tokenizer than {first.directory}; prepare all sources "
                 "with the same one"

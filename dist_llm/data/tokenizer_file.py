@@ -19,11 +19,13 @@ DECIDES_IDS = ("tokenizer.json", "vocab.json", "merges.txt")  # of the original 
 def same_tokenizer(first: Path, second: Path, second_sha256: str = "") -> bool:
     """Whether the tokenizers in two directories give the same ids; `second_sha256` is the hash of the second's file.
 
-    Raises DataError where one cannot be read.
+    Where the second has no file, they do not. Raises DataError where the first has none, or one cannot be read.
     """
     content = _read(first)
     if hashlib.sha256(content).hexdigest() == second_sha256:
         return True
+    if not (second / TOKENIZER).exists():
+        return False
     other = _read(second)
     return content == other or identity(content) == identity(other)
 
@@ -56,6 +58,11 @@ def bpe_identity(fields: Mapping[str, Any]) -> str:
 def _read(directory: Path) -> bytes:
     try:
         return (directory / TOKENIZER).read_bytes()
+    except FileNotFoundError:
+        raise DataError(
+            f"{directory / TOKENIZER}: missing, so that it is not known which ids the model was trained on. If it was "
+            f"converted without a tokenizer, copy the {TOKENIZER} of a corpus with its ids there."
+        ) from None
     except OSError as error:
         raise DataError(f"{directory / TOKENIZER}: cannot be read: {error.strerror}.") from None
 

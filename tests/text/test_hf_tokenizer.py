@@ -76,6 +76,12 @@ def test_a_stream_says_what_the_whole_says(kind, folders):
     assert tokenizer.decode([*ids, 10_000]).endswith("\ufffd"), "of padding a model may still sample"
 
 
+def test_a_lone_surrogate_is_a_replacement_character(folders):
+    tokenizer = build(folders["sentencepiece_bpe"])
+    assert tokenizer.encode("a\ud800b").tolist() == tokenizer.encode("a\ufffdb").tolist()
+    assert tokenizer.encode_prompt("\ud83d\ude00") == tokenizer.encode_prompt("😀")
+
+
 def test_tiktoken_is_used_where_it_is_proven_equal_and_only_there(folders, tmp_path, monkeypatch):
     write_folder(tmp_path / "plain", "byte_level", added=[])
     plain = build(tmp_path / "plain").speed_up()
@@ -87,6 +93,9 @@ def test_tiktoken_is_used_where_it_is_proven_equal_and_only_there(folders, tmp_p
     assert len(plain.encode("e\u0301")) == len(plain.encode("é")), "Unicode's form NFC, as theirs"
     for kind in KINDS:
         assert build(folders[kind]).speed_up()._bpe is None, "added tokens, or another kind"
+    reference = write_folder(tmp_path / "added", "byte_level", added=["<think>"])
+    added = build(tmp_path / "added").speed_up()
+    assert reference.token_to_id("<think>") in added.encode("a<think>b")
 
 
 def test_a_tokenizer_that_tiktoken_runs_otherwise_is_not_given_to_it(tmp_path, monkeypatch):

@@ -81,6 +81,11 @@ def test_too_little_text_names_the_largest_size():
     assert build(f"bpe:{largest}", texts=prose).vocab_size == largest
 
 
+def test_the_file_is_that_of_version_0_1_0():
+    """So that its corpora, checkpoints and histories still name the same tokenizer."""
+    assert build("byte").sha256 == "3f7d43fa61bfc7dba89d964f2e85218f365ff74b6664dd5fdd6259ab5bb36fef"
+
+
 def test_save_and_load(bpe, tmp_path):
     bpe.save(tmp_path)
     before = (tmp_path / TOKENIZER_FILE).read_bytes()
