@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -138,9 +139,9 @@ class HFTokenizer(Tokenizer):
             raise ValueError(f"a file outside its folder: {wrong[0]!r}")
         return HFTokenizer(
             files,
-            int(fields["vocab_size"]),
-            int(fields["end_token"]),
-            tuple(map(int, fields["first_tokens"])),
+            index(fields["vocab_size"]),  # no text, and no fraction
+            index(fields["end_token"]),
+            tuple(map(index, fields["first_tokens"])),
             dict(fields["token_ids"]),
             str(fields[BPE_IDENTITY]),
         )

@@ -7,7 +7,9 @@ import pickle
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Reference
 
+from dist_llm.convert.tokenizer import export_chars
 from dist_llm.data.corpus import Corpus
 from dist_llm.errors import DataError
 from dist_llm.generate import ask
@@ -125,6 +127,14 @@ def test_prepare_puts_documents_one_after_the_other(workers, tmp_path):
             PrepareOptions(options.source, options.tokenizer, tmp_path / "x", heldout_fraction=0.0, workers=workers),
             io.StringIO(),
         )
+
+
+def test_an_export_gives_the_same_ids(tmp_path):
+    tokenizer = CharTokenizer(META["stoi"])
+    export_chars(tokenizer, tmp_path)
+    theirs = Reference.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode(TEXT).ids == tokenizer.encode(TEXT).tolist()
+    assert theirs.decode(theirs.encode(TEXT).ids) == TEXT
 
 
 def test_a_prompt_is_characters_and_nothing_stops_the_model():

@@ -212,6 +212,7 @@ CONTAINER = {
         ({"kind": "other"}, "not known to this version"),
         ({"kind": None}, "not known to this version"),
         ({"vocab_size": "x"}, "cannot be read"),
+        ({"end_token": 1.5}, "cannot be read"),
         ({"vocab_size": 4}, "which 4 ends"),
         ({"end_token": -1}, "which -1 ends"),
         ({"first_tokens": [7]}, "which 4 ends"),
