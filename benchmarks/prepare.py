@@ -32,10 +32,10 @@ from pathlib import Path
 
 import tiktoken
 
+from dist_llm.text.bpe_tokenizer import BPETokenizer
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.rows import Tally
 from dist_llm.text.sources import documents, open_sources
-from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
 
 CLAIM = 0.8  # the least ratio that we promise
@@ -76,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
 def run(case: str, options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, object]]:
     """Measure one case, pair by pair, printing each."""
     tokenizer = build_tokenizer(options.tokenizer, None, lambda: cut(options.text, TRAIN_CHARS, FILE_CHARS))
+    if not isinstance(tokenizer, BPETokenizer):
+        raise SystemExit(f"--tokenizer {options.tokenizer}: tiktoken alone cannot run it; give one of byte-level BPE")
     (scratch / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(scratch / "tokenizer")
     size = options.document_bytes if case == "jsonl" else FILE_CHARS
@@ -138,7 +140,7 @@ def ours(source: Path, scratch: Path, workers: int) -> Callable[[], None]:
     return once
 
 
-def bare(tokenizer: Tokenizer, texts: list[str], threads: int) -> Callable[[], None]:
+def bare(tokenizer: BPETokenizer, texts: list[str], threads: int) -> Callable[[], None]:
     """tiktoken alone; its lists of ints take some 12 bytes per byte of text, so it gets the texts in batches."""
     encoding = tiktoken.Encoding(
         "bare",

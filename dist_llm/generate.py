@@ -1,6 +1,5 @@
 """Sampling, token by token, with a cache of keys and values."""
 
-import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from dist_llm.models.attention import KVCache
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask, EncoderInput
 from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
-from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.tokenizer import Tokenizer
 
 
@@ -86,13 +84,14 @@ def ask(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
     Of a mixture's members one that goes on with its text is taken where there is one. A model of span corruption is
     asked for what was cut out at the end.
     """
-    vocabulary, ids = tokenizer.vocabulary(), tokenizer.encode(prompt).tolist() or [tokenizer.eot]
+    vocabulary = tokenizer.vocabulary()
+    ids = tokenizer.encode_prompt(prompt) or [vocabulary.eot]
     members = config.objective.components
     member = next((each for each in members if each.name != "span"), members[0])
     mode = [vocabulary.special(member.mode)] if member.mode else []
     start = vocabulary.special("start")
     two_stacks = config.model.architecture == "encoder_decoder"
-    ends = frozenset((vocabulary.eot, vocabulary.sentinel(1)))
+    ends = frozenset((vocabulary.sentinel(1),) if tokenizer.eot is None else (tokenizer.eot, vocabulary.sentinel(1)))
     if member.name == "span":
         asked, gap = [*mode, *ids, vocabulary.sentinel(0), vocabulary.eot], [vocabulary.sentinel(0)]
         if two_stacks:
@@ -153,22 +152,17 @@ def text(
     vocabulary = tokenizer.vocabulary()
     if (length := max(len(asked.ids), len(asked.source or ()))) >= longest:
         raise ConfigError(f"the prompt has {length} tokens, but the model takes at most {longest}; shorten it")
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    stream = tokenizer.text_stream(asked.ids)
     ended = False
     for token in tokens(model, asked, sampling, longest):
         ended = ended or token in asked.stops
         if ended and stop:
             break
-        if not ended and (piece := decoder.decode(_bytes_of(token, tokenizer, vocabulary))):
+        name = vocabulary.describe(token)  # of an id that an objective added
+        if not ended and (piece := stream.end() + name if name else stream.add(token)):
             yield piece
-    if tail := decoder.decode(b"", final=True):
+    if tail := stream.end():
         yield tail
-
-
-def _bytes_of(token: int, tokenizer: Tokenizer, vocabulary: Vocabulary) -> bytes:
-    """Of an id that an objective added: its name."""
-    name = vocabulary.describe(token)
-    return name.encode() if name else tokenizer.decode_bytes([token])
 
 
 def stream(checkpoint: str, prompts: list[str], sampling: Sampling, offload: Offload | None = None) -> None:

@@ -13,7 +13,8 @@ from dist_llm.generate import Prompt, Sampling, ask, draw, text, tokens
 from dist_llm.models.attention_mask import FULL
 from dist_llm.models.build_model import build_model
 from dist_llm.models.init import init_param_, init_rule
-from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, Tokenizer
+from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
+from dist_llm.text.tokenizer import ENDOFTEXT
 from tests.laws.law import config_of
 
 LONGEST = 24
@@ -203,7 +204,7 @@ def test_temperature_zero_draws_nothing():
 
 
 def byte_tokenizer():
-    return Tokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([byte]): byte for byte in range(256)}, {ENDOFTEXT: EOT})
+    return BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([byte]): byte for byte in range(256)}, {ENDOFTEXT: EOT})
 
 
 class Script(nn.Module):

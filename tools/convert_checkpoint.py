@@ -49,6 +49,7 @@ from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import PROGRESS, find, meant, progress_of
 from dist_llm.checkpoint.tensors import NativeWeights
 from dist_llm.config.compare import function_differences
+from dist_llm.config.lengths import extra_ids
 from dist_llm.config.load import dump, load_saved, parse_saved
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert import hub
@@ -62,7 +63,9 @@ from dist_llm.convert.write import DTYPES, made_whole, reopen, write_native
 from dist_llm.errors import CheckpointError, UserError
 from dist_llm.models.build_model import build_model
 from dist_llm.optim.build_optimizer import build_optimizer
+from dist_llm.text.hf_folder import GENERATION_FILE
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from dist_llm.text.vocabulary import build_tokenizer
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 CONFIG = "config.yaml"
@@ -108,7 +111,11 @@ def parser() -> argparse.ArgumentParser:
     command("to-torch", to_torch, "checkpoint", "out")
     command("from-torch", from_torch, "file", "out")
     one = command("from-nanogpt", from_nanogpt, "file", "out")
-    one.add_argument("--tokenizer", metavar="CORPUS", help="prepared corpus or checkpoint whose tokenizer it was")
+    one.add_argument(
+        "--tokenizer",
+        metavar="CORPUS",
+        help="whose tokenizer it was: a prepared corpus, meta.pkl, or any other that prepare takes",
+    )
     one = command("to-deepspeed", to_deepspeed, "checkpoint", "out")
     one.add_argument("--stage", type=int, choices=(1, 2, 3), help="a ZeRO directory of this stage ...")
     one.add_argument("--world", type=int, default=1, metavar="N", help="... for so many ranks; default: 1")
@@ -128,10 +135,11 @@ def to_hf(options: argparse.Namespace) -> None:
     path, dtype = find(options.checkpoint), DTYPES[options.dtype]
     config, tokenizer = load_saved(path), Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
     ids = json.loads((path / TOKEN_IDS).read_text(encoding="utf-8")) if (path / TOKEN_IDS).exists() else None
+    generation = (path / GENERATION_FILE).read_bytes() if (path / GENERATION_FILE).exists() else None
     with made_whole(Path(options.out)) as aside:
         shard_bytes = int(options.shard_gb * 1e9)
         with shown(NativeWeights(path), "converting") as weights:
-            view = hub.export(weights, config, tokenizer, aside, options.family, dtype, shard_bytes, ids)
+            view = hub.export(weights, config, tokenizer, aside, options.family, dtype, shard_bytes, ids, generation)
         with shown(view, "checking") as seen:
             reopen(SafetensorsWeights(aside), seen, dtype)
         family = hub.read_config(aside)[0]
@@ -144,7 +152,11 @@ def to_hf(options: argparse.Namespace) -> None:
         if options.check:
             console.print(compare(path, aside, dtype))
     console.print(f"wrote {options.out}: {len(view.shapes)} tensors, {options.dtype}")
-    if tokenizer is not None and hub.read_config(Path(options.out))[0] == "qwen2":
+    if tokenizer is not None and (names := sorted(tokenizer.original_files())):
+        console.print(f"tokenizer: the original files, unchanged: {', '.join(names)}")
+        if extra := extra_ids(config):
+            console.print(f"the {extra} ids that the objective adds, from {tokenizer.vocab_size}, have no names there")
+    elif tokenizer is not None and hub.read_config(Path(options.out))[0] == "qwen2":
         console.print(
             "load its tokenizer with PreTrainedTokenizerFast; AutoTokenizer takes Qwen2's own: docs/checkpoints.md"
         )
@@ -164,6 +176,8 @@ def from_hf(options: argparse.Namespace) -> None:
     except CheckpointError as error:
         console.print(f"without a tokenizer: {error}")
     files = files_of(model, tokenizer, directory) | {TOKEN_IDS: json.dumps(hub.token_ids(directory)).encode()}
+    if (directory / GENERATION_FILE).exists():
+        files[GENERATION_FILE] = (directory / GENERATION_FILE).read_bytes()
     write(Path(options.out), view, files, directory if options.check else None, stored_probe(directory))
 
 
@@ -203,7 +217,7 @@ def _of_torch(content: Mapping[str, Mapping[str, Tensor]]) -> Weights:
 def from_nanogpt(options: argparse.Namespace) -> None:
     """Write a checkpoint of nanoGPT's ckpt.pt."""
     model, theirs = hub.nanogpt(load_torch(Path(options.file)))
-    tokenizer = Tokenizer.load(Path(options.tokenizer)) if options.tokenizer else None
+    tokenizer = build_tokenizer(options.tokenizer, None, lambda: ()) if options.tokenizer else None
     view = hub.from_huggingface(theirs, model, "nanogpt")
     write(Path(options.out), view, files_of(model, tokenizer, Path(options.file)))
 

@@ -221,6 +221,8 @@ def problems_of(corpus: Corpus) -> Iterator[str]:
         # In a shard that others cut, a document may begin before it or end after it.
         inner = found[found < shard.tokens - 1] + 1
         wanted = starts[starts > 0]
+        if eot is None:  # no id ends a document: the offsets alone know
+            continue
         if shard.offsets:  # adopted: a separator may also begin a document, and with an index there need be none
             begun = found[found > 0]
             inner = min(wanted if _has_index(corpus) else inner, begun, key=lambda each: len(np.setxor1d(each, wanted)))

@@ -14,15 +14,18 @@ from dist_llm.config.lengths import extra_ids
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert.huggingface import describe, model_config
 from dist_llm.convert.keys import Pair, groups, pairs, put, take
-from dist_llm.convert.tokenizer import export_tokenizer
+from dist_llm.convert.tokenizer import export_chars, export_files, export_tokenizer
 from dist_llm.convert.weights import DictWeights, MadeWeights, Weights
 from dist_llm.convert.write import SHARD_BYTES, write_safetensors
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
+from dist_llm.text.bpe_tokenizer import BPETokenizer
+from dist_llm.text.char_tokenizer import CharTokenizer
+from dist_llm.text.hf_folder import GENERATION_FILE, TOKEN_IDS
+from dist_llm.text.hf_tokenizer import HFTokenizer
 from dist_llm.text.tokenizer import Tokenizer
 
 KEPT = "theirs."  # tensors of theirs that ours has no place for, kept beside it for the way back
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
 NANOGPT_ARGUMENTS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
 PREFIXES = ("transformer.", "model.", "bert.")  # of the body, which some checkpoints leave out
@@ -164,10 +167,12 @@ def export(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
     ids: Mapping[str, Any] | None = None,
+    generation: bytes | None = None,
 ) -> Weights:
     """Write all that `from_pretrained` needs into `directory`; return the view of what was written.
 
-    `ids` are those of TOKEN_IDS, where the model came from there; else they are the tokenizer's.
+    `ids` are those of TOKEN_IDS, and `generation` is generation_config.json, where the model came from there; else they
+    are the tokenizer's. A tokenizer that came with files gives them back unchanged.
 
     Raises CheckpointError where the model has no twin there.
     """
@@ -177,18 +182,25 @@ def export(
     theirs["dtype"] = str(dtype).removeprefix("torch.")
     ids = _token_ids(config, tokenizer) if ids is None else ids
     theirs |= ids
-    generation = {"_from_model_config": True, **ids}
     _write_json(directory / "config.json", theirs)
     if config.model.architecture != "encoder":
-        _write_json(directory / "generation_config.json", generation)
-    if tokenizer is not None:
+        _write_json(directory / GENERATION_FILE, {"_from_model_config": True, **ids})
+    if isinstance(tokenizer, BPETokenizer):
         export_tokenizer(tokenizer, directory, config.model, extra_ids(config))
+    elif isinstance(tokenizer, CharTokenizer):
+        export_chars(tokenizer, directory)
+    elif tokenizer is not None:
+        export_files(tokenizer, directory)
+    if generation is not None:
+        (directory / GENERATION_FILE).write_bytes(generation)
     write_safetensors(directory, view, dtype, shard_bytes)
     return view
 
 
 def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int | None]:
     """None where there is no tokenizer to ask: a family's defaults would be ids of another one."""
+    if isinstance(tokenizer, HFTokenizer) and tokenizer.token_ids:
+        return tokenizer.token_ids
     ids: dict[str, int | None] = dict.fromkeys(
         ("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot if tokenizer is not None else None
     )
@@ -199,13 +211,9 @@ def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int | N
 
 
 def token_ids(directory: Path) -> dict[str, Any]:
-    """Theirs, those for generation first, as `export` takes them."""
-    found: dict[str, Any] = {}
-    for name in ("config.json", "generation_config.json"):
-        if (path := directory / name).exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found |= {key: content[key] for key in TOKEN_IDS if key in content}
-    return found
+    """Those of their config.json, as `export` takes them."""
+    content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return {key: content[key] for key in TOKEN_IDS if key in content}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

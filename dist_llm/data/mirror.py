@@ -17,8 +17,9 @@ from uuid import uuid4
 
 from dist_llm.data.remote import as_path, blocks, fetch, is_remote, sync_directory, tried, writing
 from dist_llm.data.shard import MANIFEST, SPLITS, Manifest, Shard
+from dist_llm.data.tokenizer_file import TOKENIZER
 
-TOKENIZER, ORIGIN = "tokenizer.json", "url"
+ORIGIN = "url"
 
 
 def localize(place: str, cache: str) -> Path:

@@ -11,6 +11,7 @@ from dist_llm.data.corpus import Corpus, Tokens
 from dist_llm.data.order import Ints, Mixture, Order, Random, Shuffle
 from dist_llm.data.pieces import Pieces, Spans
 from dist_llm.data.shard import Split
+from dist_llm.data.tokenizer_file import TOKENIZER, same_tokenizer
 from dist_llm.errors import DataError
 from dist_llm.objectives.examples import TokenWindow
 
@@ -71,7 +72,9 @@ def open_corpora(data: DataConfig, split: Split = "train") -> dict[str, Corpus]:
         found[source.name] = corpus = Corpus.of(data.model_copy(update={"path": source.path}), split)
         corpus.check_sizes()
         first = next(iter(found.values()))
-        if corpus.manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
+        known = corpus.manifest.tokenizer_sha256 == first.manifest.tokenizer_sha256
+        compared = (corpus.directory / TOKENIZER).exists()
+        if not known and not (compared and same_tokenizer(corpus.directory, first.directory)):
             raise DataError(
                 f"{corpus.directory}: was prepared with another tokenizer than {first.directory}; prepare all sources "
                 "with the same one"

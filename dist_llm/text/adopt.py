@@ -28,6 +28,7 @@ from dist_llm.text.progress import Meter
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
 
+NO_END = -1  # no id: the tokenizer has none that ends a document
 WAY_OUT = "Check the URL, the network and your credentials."
 
 
@@ -96,8 +97,8 @@ class _Run:
     def __init__(self, options: AdoptOptions, tokenizer: Tokenizer, directory: Path, meter: Meter) -> None:
         self.options, self.tokenizer, self.directory, self.meter = options, tokenizer, directory, meter
         self.text_bytes = np.zeros(tokenizer.vocab_size, np.uint16)
-        for token, rank in tokenizer.ranks.items():
-            self.text_bytes[rank] = len(token)
+        for token, text in tokenizer.token_bytes().items():
+            self.text_bytes[token] = len(text)
         self._lock, self._read, self._documents = Lock(), 0, 0
         default = "start" if options.format == "llmc" else "end"
         self._eot_begins = (options.eot_position or default) == "start"
@@ -166,7 +167,8 @@ class _Run:
         header = read_header(self.options.format, place, head, self.options.dtype, _whole)
         if not is_remote(place):
             check_size(place, header, _size(place))  # now, and not after an hour
-        ids = Ids(place, header, self.tokenizer.eot, self.text_bytes)
+        eot = NO_END if self.tokenizer.eot is None else self.tokenizer.eot
+        ids = Ids(place, header, eot, self.text_bytes)
         for block in chain([head], stream):
             digest.update(block)
             ids.add(block)

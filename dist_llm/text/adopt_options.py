@@ -23,6 +23,9 @@ examples:
   # nanoGPT
   dist-llm adopt --format bin --dtype uint16 --data train.bin --heldout val.bin --tokenizer gpt2 --out data/owt
 
+  # nanoGPT with an id for each character
+  dist-llm adopt --format bin --dtype uint16 --data train.bin --tokenizer meta.pkl --out data/chars
+
   # llm.c's FineWeb, a hundred files
   dist-llm adopt --format llmc --data fineweb_train_*.bin --heldout fineweb_val_*.bin --tokenizer gpt2 --out data/fw
 

@@ -49,15 +49,15 @@ class Recipe:
 
     def encoder(self) -> "Encoder":
         """Raises DataError where there is no tokenizer."""
-        return Encoder(Tokenizer.load(self.tokenizer_directory), self)
+        return Encoder(Tokenizer.load(self.tokenizer_directory).speed_up(), self)
 
 
 @dataclass(frozen=True)
 class EncodedChunk:
     """The documents that passed the filters, as few arrays: cheap to send between processes.
 
-    `ids` holds one document after the other, each with `<|endoftext|>` last; `ends`, `prompts` (tokens), `text_bytes`,
-    `heldout` and `keys` (uint8 [documents, bytes of a key]) have a row for each.
+    `ids` holds one document after the other, each with the tokenizer's `first_ids` first and its `eot` last; `ends`,
+    `prompts` (tokens), `text_bytes`, `heldout` and `keys` (uint8 [documents, bytes of a key]) have a row for each.
     """
 
     ids: Ids
@@ -75,7 +75,8 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, recipe: Recipe) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
         self.dtype = np.dtype(smallest_dtype(tokenizer.vocab_size))
-        self._end = np.array([tokenizer.eot], dtype=np.uint32)
+        self._first = np.array(tokenizer.first_ids, dtype=np.uint32)
+        self._end = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.uint32)
         self._filters = Filters(recipe.filters)
         self._key_of = key_of(recipe.dedup) if recipe.dedup else None
 
@@ -93,16 +94,18 @@ class Encoder:
                 texts.append(kept.encode())
                 # Encoded apart, so that no token is of both.
                 encoded = [self.tokenizer.encode(part) for part in (kept[:prompt], kept[prompt:]) if part]
-                ids += [np.concatenate(encoded) if prompt else encoded[0], self._end]
-                prompts.append(len(encoded[0]) if prompt else 0)
+                ids.append(np.concatenate([self._first, *encoded, self._end]))
+                prompts.append(len(self._first) + len(encoded[0]) if prompt else 0)
                 if self._key_of:
                     keys.append(self._key_of(kept))
+            except DataError as error:
+                raise DataError(f"{origin}: {error}") from None
             except Exception as error:
                 raise RuntimeError(f"{origin}: cannot be tokenized") from error
         key_bytes = KEY_BYTES[self.recipe.dedup] if self.recipe.dedup else 0
         return EncodedChunk(
             np.concatenate(ids or [self._end[:0]]).astype(self.dtype),
-            np.cumsum([len(each) + 1 for each in ids[::2]], dtype=np.int64),
+            np.cumsum([len(each) for each in ids], dtype=np.int64),
             np.array([len(text) for text in texts], dtype=np.int64),
             np.array([is_heldout(text, self.recipe.heldout_fraction) for text in texts], dtype=np.bool_),
             np.concatenate(keys).reshape(-1, key_bytes) if keys else np.zeros((len(texts), key_bytes), np.uint8),
@@ -177,7 +180,9 @@ class _Worker:
     def collect(self) -> EncodedChunk:
         """The result of the oldest chunk not yet collected."""
         with self._explained():
-            result: EncodedChunk | str = self._pipe.recv()
+            result: EncodedChunk | DataError | str = self._pipe.recv()
+        if isinstance(result, DataError):
+            raise result
         if isinstance(result, str):
             raise RuntimeError(f"in a tokenizing process:\n{result}")
         return result
@@ -209,8 +214,8 @@ def _work(pipe: "Connection[Any, Any]", recipe: Recipe) -> None:
             pipe.send(encoder(inbox.get()))
     except OSError:
         os._exit(1)  # the pipe's other end is gone
-    except Exception:
-        pipe.send(traceback.format_exc())
+    except Exception as error:
+        pipe.send(error if isinstance(error, DataError) else traceback.format_exc())
         while True:  # until the parent has read that and ends this process
             inbox.get()
 

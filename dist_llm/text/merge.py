@@ -8,6 +8,7 @@ from typing import TextIO
 
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.shard import SPLITS, Manifest, Shard, Split
+from dist_llm.data.tokenizer_file import same_tokenizer
 from dist_llm.errors import DataError
 from dist_llm.text.publish import sole_run
 from dist_llm.text.report import Report
@@ -91,7 +92,9 @@ def _merge_reports(out: Path, parts: list[Share]) -> Report:
 
 def _check_alike(out: Path, parts: list[Share], manifests: list[Manifest]) -> None:
     for part, manifest in zip(parts, manifests, strict=True):
-        if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
+        if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256 and not same_tokenizer(
+            out / part.name, out / parts[0].name
+        ):
             raise DataError(
                 f"--merge {out}: the tokenizer of {part.name} is not that of {parts[0].name}. Did the machines read "
                 f"the same files? Make it again with --tokenizer {out / parts[0].name}."

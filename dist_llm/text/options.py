@@ -114,7 +114,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         help="bpe:N trains N ids on the source (256 bytes, merges, <|endoftext|>); byte uses the 256 bytes; a tiktoken "
         "encoding by name (gpt2, cl100k_base, ...; needs the network once); a .tiktoken file; vocab.json,merges.txt "
-        "or a folder that holds the two; a prepared corpus, to use its tokenizer again",
+        "or a folder that holds the two; a folder of Hugging Face's, whose tokenizer.json is run as it is and whose "
+        "files are kept for exports; nanoGPT's meta.pkl; a prepared corpus or a checkpoint, to use its tokenizer again",
     )
     parser.add_argument("--out", type=Path, help="the directory to make; it appears when complete")
     parser.add_argument(

@@ -1,20 +1,21 @@
-"""Text to token ids and back: byte-level BPE run by tiktoken, kept in one file of its own.
+"""Text to token ids and back: what every kind of tokenizer offers, and the file that holds one.
 
-A tokenizer is four things: a name, a pattern that splits text into pieces, a rank (= id) for each
-mergeable byte string, and ids for special strings. `tokenizer.json` holds exactly these, in a form
-whose bytes are a function of the content, so a hash of the file identifies the tokenizer.
+A corpus and a checkpoint hold one file, `tokenizer.json`. Its bytes are a function of the content, so that a hash of
+the file stands for the tokenizer. Kinds:
+
+byte-level BPE   dist_llm/text/bpe_tokenizer.py: trained here, or from vocabularies of tiktoken's form
+hugging face     dist_llm/text/hf_tokenizer.py: any tokenizer of the `tokenizers` library, with its original files
+characters       dist_llm/text/char_tokenizer.py: an id for each character, as nanoGPT's meta.pkl
 """
 
-import base64
-import binascii
-import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,29 +23,147 @@ import numpy.typing as npt
 from dist_llm.errors import DataError
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    import tiktoken
-
 TOKENIZER_FILE = "tokenizer.json"
-FORMAT = "dist_llm tokenizer 1"
+BPE_FORMAT = "dist_llm tokenizer 1"
+FORMAT = "dist_llm tokenizer 2"  # of all other kinds, which the key "kind" tells apart
 ENDOFTEXT = "<|endoftext|>"
 
-# As published with each model. cl100k's possessive quantifiers change speed, not meaning.
-SPLIT_PATTERNS = {
-    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
-}
-
-# tiktoken's regex engine gives up on about a million blanks in a row; text it refuses is cut this small.
-PIECE_CHARS = 100_000
+Ids = Sequence[int] | npt.NDArray[np.integer]
 
 
-def _in_word(byte: int) -> bool:
-    """Whether a byte is part of a word: a letter, a digit, or of a character beyond ASCII."""
-    return byte >= 0x80 or chr(byte).isalnum()
+class TextStream(Protocol):
+    """Ids to text, one id at a time: the bytes of a character wait until it is whole."""
+
+    def add(self, token: int) -> str:
+        """The text that is whole now."""
+        ...
+
+    def end(self) -> str:
+        """What is left, bytes that are no UTF-8 as U+FFFD. Further ids may follow."""
+        ...
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Methods raise DataError where the tokenizer itself is malformed."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """The largest id plus one, special tokens included (there may be unused ids below it)."""
+
+    @property
+    @abstractmethod
+    def eot(self) -> int | None:
+        """The id that ends each document; None: no id does, and only document offsets tell documents apart."""
+
+    @property
+    def first_ids(self) -> tuple[int, ...]:
+        """Ids in front of each document and each prompt, such as BOS."""
+        return ()
+
+    @abstractmethod
+    def encode(self, text: str) -> npt.NDArray[np.uint32]:
+        """The ids of any text, without `first_ids`. The string of a special token is ordinary text here.
+
+        A lone surrogate becomes U+FFFD. Raises DataError for a character that the tokenizer has no id for.
+        """
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids that a model is given to go on from: `first_ids`, then the text."""
+        return [*self.first_ids, *self.encode(text).tolist()]
+
+    @abstractmethod
+    def decode(self, ids: Ids) -> str:
+        """The text of `ids`; bytes that are not UTF-8, and unknown ids, become U+FFFD."""
+
+    @abstractmethod
+    def text_stream(self, before: Ids) -> TextStream:
+        """A stream that decodes the ids which follow `before`."""
+
+    @abstractmethod
+    def token_bytes(self) -> Mapping[int, bytes]:
+        """{id: the bytes of text that it stands for}, without special tokens."""
+
+    @abstractmethod
+    def file_bytes(self) -> bytes:
+        """The content of `tokenizer.json`."""
+
+    def original_files(self) -> dict[str, bytes]:
+        """{name: content} of the files that the tokenizer came with, for exports; empty where it is our own."""
+        return {}
+
+    def speed_up(self) -> "Tokenizer":
+        """Prepare for much text. The ids stay the same. Returns the tokenizer itself."""
+        return self
+
+    def vocabulary(self, words: bool = False) -> Vocabulary:
+        """What an objective knows of these ids; with `words` also which begin and end inside a word."""
+        word_V2 = None
+        if words:
+            word_V2 = np.zeros((self.vocab_size, 2), dtype=np.bool_)
+            for token, text in self.token_bytes().items():
+                if text:
+                    word_V2[token] = _in_word(text[0]), _in_word(text[-1])
+        return Vocabulary(self.vocab_size, self._filler if self.eot is None else self.eot, word_V2)
+
+    @property
+    def _filler(self) -> int:
+        """The id that fills up rows where no id ends a document."""
+        return 0
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the file that `save` writes."""
+        return sha256(self.file_bytes()).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Write `tokenizer.json` into `directory`, durably."""
+        with (directory / TOKENIZER_FILE).open("wb") as file:
+            file.write(self.file_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+    @staticmethod
+    def load(directory: Path) -> "Tokenizer":
+        """Read what `save` wrote, of any version. Raises DataError where it is missing or malformed."""
+        path = directory / TOKENIZER_FILE
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"{path}: missing. A prepared corpus has one; make it with: dist-llm prepare") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}. Prepare the corpus again.") from None
+        return parse_tokenizer(content, str(path))
+
+
+def parse_tokenizer(content: bytes, place: str) -> Tokenizer:
+    """The tokenizer in the bytes of a `tokenizer.json` of ours. Raises DataError, naming `place`."""
+    from dist_llm.text.bpe_tokenizer import BPETokenizer
+    from dist_llm.text.char_tokenizer import CharTokenizer
+    from dist_llm.text.hf_tokenizer import HFTokenizer
+
+    readers = {
+        (BPE_FORMAT, None): BPETokenizer.from_fields,
+        (FORMAT, "huggingface"): HFTokenizer.from_fields,
+        (FORMAT, "characters"): CharTokenizer.from_fields,
+    }
+    try:
+        fields = json.loads(content)
+        if not is_ours(fields):
+            way_out = "Prepare the corpus again with this version."
+            raise DataError(f"{place}: not of format '{BPE_FORMAT}' or '{FORMAT}'. {way_out}")
+        if (reader := readers.get((fields["format"], fields.get("kind")))) is None:
+            raise DataError(f"{place}: kind {fields.get('kind')!r} of tokenizer is not known to this version.")
+        return reader(fields)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{place}: cannot be read: {error!r}. Prepare the corpus again.") from None
+
+
+def is_ours(fields: Any) -> bool:
+    """Whether the JSON of a `tokenizer.json` is of our format, and not of the `tokenizers` library's."""
+    return isinstance(fields, dict) and fields.get("format") in (BPE_FORMAT, FORMAT)
 
 
 def well_formed(text: str) -> str:
@@ -56,122 +175,6 @@ def well_formed(text: str) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class Tokenizer:
-    """Byte-level BPE. `ranks` maps each mergeable byte string to its id, which is also its merge priority.
-
-    Raises DataError where the parts cannot make a tokenizer.
-    """
-
-    name: str
-    pattern: str
-    ranks: dict[bytes, int]
-    special_tokens: dict[str, int]
-
-    def __post_init__(self) -> None:
-        ids = [*self.ranks.values(), *self.special_tokens.values()]
-        if missing := [byte for byte in range(256) if bytes([byte]) not in self.ranks]:
-            raise DataError(f"tokenizer {self.name}: no id for byte {missing[0]:#04x}; all 256 bytes need one.")
-        if len(set(ids)) != len(ids) or min(ids) < 0:
-            raise DataError(f"tokenizer {self.name}: ids must be distinct and not negative.")
-        if ENDOFTEXT not in self.special_tokens:
-            raise DataError(f"tokenizer {self.name}: no special token {ENDOFTEXT}, which ends each document.")
-
-    @property
-    def vocab_size(self) -> int:
-        """The largest id plus one, specials included (there may be unused ids below it)."""
-        return max(max(self.ranks.values()), max(self.special_tokens.values())) + 1
-
-    @property
-    def eot(self) -> int:
-        """The id of `<|endoftext|>`."""
-        return self.special_tokens[ENDOFTEXT]
-
-    def encode(self, text: str) -> npt.NDArray[np.uint32]:
-        """The ids of any text. A special token's string is ordinary text here; lone surrogates become U+FFFD."""
-        try:
-            return self._encode(text)
-        except UnicodeEncodeError:
-            return self.encode(well_formed(text))
-        except ValueError:  # the regex engine ran out of stack
-            pieces = [text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]
-            return np.concatenate([self._encode(piece) for piece in pieces])
-
-    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def decode_bytes(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
-        """The bytes of `ids`. An id without a token, which a model may still sample, becomes U+FFFD."""
-        known: list[int] = np.asarray(ids, dtype=np.int64).tolist()
-        try:
-            return self._encoding.decode_bytes(known)
-        except (KeyError, OverflowError):
-            return b"".join(self._bytes_of.get(each, b"\xef\xbf\xbd") for each in known)
-
-    def vocabulary(self, words: bool = False) -> Vocabulary:
-        """What an objective knows of these ids; with `words` also which begin and end inside a word."""
-        word_V2 = None
-        if words:
-            word_V2 = np.zeros((self.vocab_size, 2), dtype=np.bool_)
-            for token, rank in self.ranks.items():
-                word_V2[rank] = _in_word(token[0]), _in_word(token[-1])
-        return Vocabulary(self.vocab_size, self.eot, word_V2)
-
-    @cached_property
-    def sha256(self) -> str:
-        """The hash of the file that `save` writes."""
-        return hashlib.sha256(self.file_bytes()).hexdigest()
-
-    def save(self, directory: Path) -> None:
-        """Write `tokenizer.json` into `directory`, durably."""
-        with (directory / TOKENIZER_FILE).open("wb") as file:
-            file.write(self.file_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-
-    @staticmethod
-    def load(directory: Path) -> "Tokenizer":
-        """Read what `save` wrote. Raises DataError where it is missing or malformed."""
-        path = directory / TOKENIZER_FILE
-        try:
-            content = json.loads(path.read_bytes())
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise DataError(f"{path}: not of format '{FORMAT}'. Prepare the corpus again with this version.")
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in content["ranks"].items()}
-            specials = {str(token): int(rank) for token, rank in content["special_tokens"].items()}
-            return Tokenizer(content["name"], content["pattern"], ranks, specials)
-        except FileNotFoundError:
-            raise DataError(f"{path}: missing. A prepared corpus has one; make it with: dist-llm prepare") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
-            raise DataError(f"{path}: cannot be read: {error!r}. Prepare the corpus again.") from None
-
-    def _encode(self, text: str) -> npt.NDArray[np.uint32]:
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
-
-    @cached_property
-    def _encoding(self) -> "tiktoken.Encoding":
-        import tiktoken
-
-        return tiktoken.Encoding(
-            self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
-        )
-
-    @cached_property
-    def _bytes_of(self) -> dict[int, bytes]:
-        special = {rank: token.encode() for token, rank in self.special_tokens.items()}
-        return {rank: token for token, rank in self.ranks.items()} | special
-
-    def file_bytes(self) -> bytes:
-        """What `save` writes."""
-        content = {
-            "format": FORMAT,
-            "name": self.name,
-            "pattern": self.pattern,
-            "special_tokens": dict(sorted(self.special_tokens.items(), key=lambda item: item[1])),
-            "ranks": {
-                base64.b64encode(token).decode(): rank
-                for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])
-            },
-        }
-        return (json.dumps(content, indent=1) + "\n").encode()
+def _in_word(byte: int) -> bool:
+    """Whether a byte is part of a word: a letter, a digit, or of a character beyond ASCII."""
+    return byte >= 0x80 or chr(byte).isalnum()

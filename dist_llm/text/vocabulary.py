@@ -4,13 +4,15 @@ byte                        the 256 bytes
 bpe:N                       N ids trained on the source
 gpt2, cl100k_base, ...      a tiktoken encoding
 FILE.tiktoken               base64 token and rank a line
-vocab.json,merges.txt       GPT-2's two files, or a folder that holds them
-CORPUS                      the tokenizer of a prepared corpus
+vocab.json,merges.txt       GPT-2's two files, or a folder that holds these alone
+FOLDER                      a folder of Hugging Face's: its tokenizer.json, run as it is, and the files beside it
+meta.pkl                    nanoGPT's table of characters, or a folder that holds it
+CORPUS                      the tokenizer of a prepared corpus, or of a checkpoint
 """
 
 import base64
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,12 @@ from typing import Any
 import numpy as np
 
 from dist_llm.errors import DataError
-from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, TOKENIZER_FILE, Tokenizer
+from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
+from dist_llm.text.byte_alphabet import BYTE_OF, to_bytes
+from dist_llm.text.char_tokenizer import META_FILE, read_meta
+from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
+from dist_llm.text.hf_folder import is_hf_folder, read_hf_folder
+from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer, is_ours
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 
@@ -26,17 +33,6 @@ BYTES = {bytes([byte]): byte for byte in range(256)}
 TRAINABLE_PATTERNS = ("gpt2", "llama3")
 MIN_BPE = len(BYTES) + 1
 SAMPLE_DOCUMENTS, SAMPLE_CHARS = 256, 8192
-TRICKY_TEXTS = (
-    "I'm sure they'll say it's DON'T we'Ve'd",
-    "emoji 👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 ﬁ Ⅷ ² ½",
-    "漢字かな交じり文。한국어 문장",
-    "مرحبا بالعالم ١٢٣ हिन्दी ไทย",
-    "a" + " " * 300 + "b\t\t\tc   \n\n   d" + " " * 50,
-    "1 12 123 1234 1234567890 3.14159 0x1F",
-    "line\r\nline\r\n\r\n  indented\r\n\u00a0\u2003\u3000wide",
-    ENDOFTEXT + "!?#$%^&*()_+{}[]|\\\x00\x7f",
-)
-
 Texts = Callable[[], Iterable[str]]
 
 
@@ -53,7 +49,8 @@ def build_tokenizer(spec: str, split_pattern: str | None, training_texts: Texts)
         return _train(_vocabulary_size(spec), _pattern(spec, split_pattern, "gpt2", TRAINABLE_PATTERNS), training_texts)
     if name.endswith(".tiktoken"):
         return _from_tiktoken_file(Path(spec), _pattern(spec, split_pattern, "cl100k", tuple(SPLIT_PATTERNS)))
-    if "," in spec or (folder / "merges.txt").is_file():
+    own_file = _has_our_file(folder)
+    if "," in spec or ((folder / "merges.txt").is_file() and not own_file and not is_hf_folder(folder)):
         paths = spec.split(",") if "," in spec else [str(folder / "vocab.json"), str(folder / "merges.txt")]
         if len(paths) != 2:
             raise DataError(f"--tokenizer {spec}: expected two files, as in vocab.json,merges.txt")
@@ -62,15 +59,30 @@ def build_tokenizer(spec: str, split_pattern: str | None, training_texts: Texts)
     if split_pattern is not None:
         raise DataError(f"--split-pattern {split_pattern}: tokenizer {spec} has its own pattern; leave the option out.")
     if spec == "byte":
-        return Tokenizer("byte", SPLIT_PATTERNS["gpt2"], BYTES, {ENDOFTEXT: len(BYTES)})
+        return BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], BYTES, {ENDOFTEXT: len(BYTES)})
     if spec in tiktoken.list_encoding_names():
         return _from_tiktoken_name(spec)
-    if (folder / TOKENIZER_FILE).is_file():
+    if own_file:
         return Tokenizer.load(folder)
+    if is_hf_folder(folder):
+        return read_hf_folder(folder)
+    if name == META_FILE or (folder / META_FILE).is_file():
+        return read_meta(folder if name == META_FILE else folder / META_FILE)
     raise DataError(
-        f"--tokenizer {spec}: unknown. Give byte, bpe:N, a .tiktoken file, vocab.json,merges.txt, the folder of a "
-        f"prepared corpus, or one of tiktoken's: {', '.join(tiktoken.list_encoding_names())}"
+        f"--tokenizer {spec}: unknown. Give byte, bpe:N, a .tiktoken file, vocab.json,merges.txt, a folder of "
+        "Hugging Face's, nanoGPT's meta.pkl, the folder of a prepared corpus or checkpoint, or one of "
+        f"tiktoken's: {', '.join(tiktoken.list_encoding_names())}"
     )
+
+
+def _has_our_file(folder: Path) -> bool:
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        return False
+    try:
+        return is_ours(json.loads(_read(path)))
+    except (ValueError, RecursionError):
+        raise DataError(f"{path}: cannot be read as JSON. Check the path given to --tokenizer.") from None
 
 
 def _pattern(spec: str, chosen: str | None, default: str, offered: tuple[str, ...]) -> str:
@@ -91,7 +103,7 @@ def _vocabulary_size(spec: str) -> int:
     return size
 
 
-def _train(size: int, pattern: str, training_texts: Texts) -> Tokenizer:
+def _train(size: int, pattern: str, training_texts: Texts) -> BPETokenizer:
     """Byte-level BPE of `size` ids: bytes, merges in the order learnt, `<|endoftext|>` last."""
     trainer = _train_reference(size - 1, pattern, training_texts)
     vocabulary = trainer.get_vocab()
@@ -101,7 +113,7 @@ def _train(size: int, pattern: str, training_texts: Texts) -> Tokenizer:
             f"The largest N it allows is {len(vocabulary) + 1}: use bpe:{len(vocabulary) + 1} or add text."
         )
     ranks = {to_bytes(token): rank for token, rank in sorted(vocabulary.items(), key=lambda item: item[1])}
-    tokenizer = Tokenizer(f"bpe:{size}", SPLIT_PATTERNS[pattern], ranks, {ENDOFTEXT: size - 1})
+    tokenizer = BPETokenizer(f"bpe:{size}", SPLIT_PATTERNS[pattern], ranks, {ENDOFTEXT: size - 1})
     _prove_equal(tokenizer, trainer, training_texts)
     return tokenizer
 
@@ -128,10 +140,10 @@ def _train_reference(size: int, pattern: str, training_texts: Texts) -> Any:
     return reference
 
 
-def _prove_equal(tokenizer: Tokenizer, reference: Any, training_texts: Texts) -> None:
+def _prove_equal(tokenizer: BPETokenizer, reference: Any, training_texts: Texts) -> None:
     """Raise DataError unless both libraries give the same ids: two regex engines stand behind one pattern."""
     sample = (text[:SAMPLE_CHARS] for text in islice(training_texts(), SAMPLE_DOCUMENTS))
-    for text in (*TRICKY_TEXTS, *sample):
+    for text in (*DIFFICULT_TEXTS, *sample):
         if not np.array_equal(tokenizer.encode(text), reference.encode(text).ids):
             raise DataError(
                 f"--tokenizer {tokenizer.name}: tiktoken and tokenizers disagree on {text[:60]!r}. "
@@ -139,7 +151,7 @@ def _prove_equal(tokenizer: Tokenizer, reference: Any, training_texts: Texts) ->
             )
 
 
-def _from_tiktoken_name(name: str) -> Tokenizer:
+def _from_tiktoken_name(name: str) -> BPETokenizer:
     import tiktoken
 
     try:
@@ -150,10 +162,10 @@ def _from_tiktoken_name(name: str) -> Tokenizer:
             "set TIKTOKEN_CACHE_DIR to a directory filled on a connected machine, give a local .tiktoken file "
             "or vocab.json,merges.txt, or train your own with bpe:N."
         ) from None
-    return Tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
+    return BPETokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
 
 
-def _from_tiktoken_file(path: Path, pattern: str) -> Tokenizer:
+def _from_tiktoken_file(path: Path, pattern: str) -> BPETokenizer:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(_read(path).splitlines(), start=1):
         try:
@@ -163,10 +175,10 @@ def _from_tiktoken_file(path: Path, pattern: str) -> Tokenizer:
             raise DataError(f"{path}:{number}: expected a base64 token and its rank, got {line[:60]!r}") from None
     if not ranks:
         raise DataError(f"{path}: no ranks in it.")
-    return Tokenizer(path.name, SPLIT_PATTERNS[pattern], ranks, {ENDOFTEXT: max(ranks.values()) + 1})
+    return BPETokenizer(".tiktoken", SPLIT_PATTERNS[pattern], ranks, {ENDOFTEXT: max(ranks.values()) + 1})
 
 
-def _from_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> Tokenizer:
+def _from_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> BPETokenizer:
     """GPT-2's two files. tiktoken merges by id, so ids must rise in the order of the merges."""
     try:
         ids: dict[str, int] = json.loads(_read(vocab))
@@ -189,7 +201,7 @@ def _from_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> Tokenizer
         raise DataError(f"{vocab}: no {ENDOFTEXT}, which ends each document. Add it with an id of its own.")
     ranks = {to_bytes(token): rank for token, rank in sorted(mergeable.items(), key=lambda item: item[1])}
     special = {token: rank for token, rank in ids.items() if token not in mergeable}
-    return Tokenizer(vocab.parent.name or "vocab.json", SPLIT_PATTERNS[pattern], ranks, special)
+    return BPETokenizer("vocab.json,merges.txt", SPLIT_PATTERNS[pattern], ranks, special)
 
 
 def _read(path: Path) -> bytes:
@@ -197,21 +209,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path given to --tokenizer.") from None
-
-
-def _byte_alphabet() -> Iterator[tuple[str, int]]:
-    """GPT-2's printable stand-in for each byte: itself where printable, else the next sign from U+0100."""
-    spare = 256
-    for byte in range(256):
-        if chr(byte).isprintable() and chr(byte) != " ":
-            yield chr(byte), byte
-        else:
-            yield chr(spare), byte
-            spare += 1
-
-
-BYTE_OF = dict(_byte_alphabet())
-
-
-def to_bytes(token: str) -> bytes:
-    return bytes(BYTE_OF[sign] for sign in token)

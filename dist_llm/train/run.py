@@ -25,6 +25,7 @@ from dist_llm.data.history import HISTORY, History
 from dist_llm.data.loader import build_loader
 from dist_llm.data.plan import merged
 from dist_llm.data.streams import Source, open_sources
+from dist_llm.data.tokenizer_file import same_tokenizer
 from dist_llm.engines.base import Engine
 from dist_llm.engines.build_engine import build_engine
 from dist_llm.errors import CheckpointError, DataError, UserError, user_error_of
@@ -37,7 +38,7 @@ from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.observe.console import start_logging, stop_logging
-from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from dist_llm.text.tokenizer import TOKENIZER_FILE
 from dist_llm.train.directories import open_directories
 from dist_llm.train.guard import RewindError
 from dist_llm.train.rate import plan_rate
@@ -45,6 +46,8 @@ from dist_llm.train.settings import read_vocabulary
 from dist_llm.train.trainer import SLOW_FACTOR, Trainer
 
 log = logging.getLogger("dist_llm")
+
+EXPORT_FILES = {TOKENIZER_FILE, "token_ids.json", "generation_config.json"}  # of a checkpoint, for its export
 
 
 def train(config: Config, world: World) -> int:
@@ -169,7 +172,7 @@ class RunContext:
         """A trainer that starts from `start`. `guard_state`: anomalies that the checkpoint does not know of."""
         config, corpus = self.config, self.sources[0].corpus.directory
         history = _build_history(config, self.sources, start if isinstance(start, Folder) else None, guard_state)
-        files = {**run_files(config, corpus), HISTORY: histories.dump(history)}
+        files = {**run_files(config, corpus, start), HISTORY: histories.dump(history)}
         pin = self.engine.device.type == "cuda"
         plan = history[-1].plan(self.sources)
         loader = build_loader(config, plan, self.vocabulary, *self.engine.dp_rank_and_size, pin=pin)
@@ -212,7 +215,7 @@ def _refuse_moved(store: CheckpointStore, run: Path) -> None:
 
 def _check_tokenizer(path: Path, tokenizer_sha256: str, corpus: Path) -> None:
     """Raises DataError if the weights were trained with another tokenizer than the corpus."""
-    if Tokenizer.load(path).sha256 != tokenizer_sha256:
+    if not same_tokenizer(path, corpus, tokenizer_sha256):
         raise DataError(f"{corpus}: was prepared with another tokenizer than the one in init_from {path}")
 
 
@@ -231,13 +234,21 @@ def _build_history(
     return histories.resume(previous, segment, *position, config.data.on_change == "new_segment")
 
 
-def run_files(config: Config, corpus: Path) -> dict[str, bytes]:
-    """The small files that go into the run directory and into each checkpoint."""
-    return {
+def run_files(config: Config, corpus: Path, start: Folder | Path | None = None) -> dict[str, bytes]:
+    """The small files that go into the run directory and into each checkpoint.
+
+    Those of EXPORT_FILES come from the checkpoint that the run starts from, if there is one: its tokenizer gives the
+    same ids as the corpus's, and may come with a chat template or other settings.
+    """
+    files = {
         "config.yaml": dump(config).encode(),
         "environment.json": json.dumps(environment(), indent=2).encode() + b"\n",
         TOKENIZER_FILE: (corpus / TOKENIZER_FILE).read_bytes(),
     }
+    if start is not None:
+        folder = Folder(start)
+        files |= {name: folder.read(name) for name in sorted({*folder.names()} & EXPORT_FILES)}
+    return files
 
 
 def environment() -> dict[str, str]:

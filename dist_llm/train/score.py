@@ -6,12 +6,12 @@ from dist_llm.config.load import load_saved
 from dist_llm.config.schema import ParallelConfig
 from dist_llm.data.shard import Split
 from dist_llm.data.streams import hides_prompts, open_corpora
+from dist_llm.data.tokenizer_file import same_tokenizer
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import DataError
 from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.world import World
 from dist_llm.objectives.build_objective import build_objective
-from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.train.evaluate import Evaluation, Heldout, evaluate
 from dist_llm.train.settings import read_vocabulary
 
@@ -23,7 +23,7 @@ def score(checkpoint: str, data: str | None, split: Split, micro_batch: int, wor
     chosen = config.data.model_copy(update={"path": data, "sources": ()}) if data else config.data
     corpora = open_corpora(chosen, split)
     for corpus in corpora.values():
-        if corpus.manifest.tokenizer_sha256 != Tokenizer.load(path).sha256:
+        if not same_tokenizer(path, corpus.directory, corpus.manifest.tokenizer_sha256):
             raise DataError(f"{corpus.directory}: was prepared with another tokenizer than the one in {path}")
     prompts = hides_prompts(config.data, corpora.values())
     objective = build_objective(config, read_vocabulary(config, path), prompts)

@@ -29,7 +29,8 @@ from dist_llm.errors import CheckpointError
 from dist_llm.generate import Sampling, ask, load_model, tokens
 from dist_llm.models.build_model import build_model
 from dist_llm.objectives.objective_vocabulary import Vocabulary
-from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, Tokenizer
+from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
+from dist_llm.text.tokenizer import ENDOFTEXT
 from tests.convert.families import FAMILIES, their_model
 from tests.laws.layouts import BART, BERT
 
@@ -117,7 +118,7 @@ def scale_of(name: str, ndim: int) -> float:
 
 def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     """Random weights, a tokenizer of bytes, and a vocabulary that is padded from 257 + the objective's to 320 rows."""
-    tokenizer = Tokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([i]): i for i in range(256)}, {ENDOFTEXT: 256})
+    tokenizer = BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([i]): i for i in range(256)}, {ENDOFTEXT: 256})
     two = changes.get("architecture") == "encoder_decoder"
     vocab_size = Vocabulary(257, 256).sentinel(8) if two else 257
     sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}

@@ -16,11 +16,16 @@ from tokenizers import Regex, pre_tokenizers
 import dist_llm.convert.tokenizer as convert
 from dist_llm.config.schema import ModelConfig
 from dist_llm.convert.huggingface import READERS
-from dist_llm.convert.pattern import BYTE_LEVEL, for_onig, pre_tokenizer
 from dist_llm.convert.tokenizer import export_tokenizer, import_tokenizer
+from dist_llm.data.tokenizer_file import identity
 from dist_llm.errors import CheckpointError
-from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, TOKENIZER_FILE, Tokenizer
-from dist_llm.text.vocabulary import BYTES, TRICKY_TEXTS, build_tokenizer
+from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
+from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
+from dist_llm.text.hf_bpe import convert_bpe, prove_equal
+from dist_llm.text.hf_tokenizer import HFTokenizer, bpe_or_none
+from dist_llm.text.split_pattern import BYTE_LEVEL, for_onig, pre_tokenizer
+from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE
+from dist_llm.text.vocabulary import BYTES, build_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,7 +33,7 @@ GPT2 = os.environ.get("GPT2_VOCABULARY")  # a folder with the published gpt2_voc
 SOURCE = Path(ast.__file__).read_text(encoding="utf-8")
 PROSE = [f"The {n}th ship sailed to port {n * 7}; it's late, they'll wait — 漢字 {n}.\r\n" for n in range(400)]
 STRANGE = ("", " ", "\n\n  \n", "ab  \n\n  cd  \n", "x \n", "12345678 ١٢٣٤٥", "don'T 'ſ 'K ß ŉ", "\ufeff\u0085\u2028")
-TEXTS = (*TRICKY_TEXTS, *STRANGE, SOURCE)
+TEXTS = (*DIFFICULT_TEXTS, *STRANGE, SOURCE)
 O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,7 +51,7 @@ def shuffled():
     tokens = sorted({b" " + cut for cut in cuts} | cuts)
     rng.shuffle(tokens)
     ranks = BYTES | {token: 300 + 2 * number for number, token in enumerate(tokens)}
-    return Tokenizer("mine", SPLIT_PATTERNS["cl100k"], ranks, {ENDOFTEXT: 299, "<|other|>": 301})
+    return BPETokenizer("mine", SPLIT_PATTERNS["cl100k"], ranks, {ENDOFTEXT: 299, "<|other|>": 301})
 
 
 def build(name):
@@ -58,7 +63,7 @@ def build(name):
         return build_tokenizer(f"{GPT2}/gpt2_vocab.json,{GPT2}/gpt2_merges.txt", None, learn)
     spec, _, pattern = name.partition(" ")
     trained = build_tokenizer(spec, pattern.replace("cl100k", "llama3") or None, learn)
-    return Tokenizer(name, SPLIT_PATTERNS[pattern or "gpt2"], trained.ranks, trained.special_tokens)
+    return BPETokenizer(name, SPLIT_PATTERNS[pattern or "gpt2"], trained.ranks, trained.special_tokens)
 
 
 NAMES = ["byte", "bpe:600 gpt2", "bpe:600 llama3", "bpe:600 cl100k", "shuffled", "published gpt2"]
@@ -120,7 +125,7 @@ def test_a_model_beside_it_does_not_change_the_class(bpe, family, tmp_path):
         theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path, split_special_tokens=True)
     else:
         theirs = load(tmp_path, split_special_tokens=True)
-    for text in TRICKY_TEXTS:
+    for text in DIFFICULT_TEXTS:
         same(bpe, theirs, text)
 
 
@@ -160,7 +165,7 @@ def test_padding_of_the_vocabulary_is_no_token(bpe, tmp_path):
 
 
 def test_a_name_that_is_taken_gets_another(bpe, tmp_path):
-    taken = Tokenizer("x", bpe.pattern, bpe.ranks, {ENDOFTEXT: 599, "<mask>": 600})
+    taken = BPETokenizer("x", bpe.pattern, bpe.ranks, {ENDOFTEXT: 599, "<mask>": 600})
     export_tokenizer(taken, tmp_path, extra=10)
     assert load(tmp_path).mask_token_id == taken.vocabulary().special("mask") == 602
 
@@ -203,10 +208,10 @@ def test_a_fault_in_what_was_written_is_noticed(bpe, fault, monkeypatch, tmp_pat
 @pytest.mark.parametrize("fault", ["swapped merges", "another pattern"])
 def test_running_both_libraries_finds_faults_too(bpe, fault):
     content = json.loads(json.dumps(convert._content(bpe, bpe.special_tokens, None)))
-    convert._prove_equal(bpe, content)
+    prove_equal(bpe, content)
     FAULTS[fault](content)
     with pytest.raises(CheckpointError, match="differ on"):
-        convert._prove_equal(bpe, content)
+        prove_equal(bpe, content)
 
 
 def test_what_cannot_be_expressed_is_not_exported(bpe, tmp_path):
@@ -220,14 +225,14 @@ def test_what_cannot_be_expressed_is_not_exported(bpe, tmp_path):
         r"(\S\s){2}+",
     ):
         with pytest.raises(CheckpointError, match="not known to mean the same"):
-            export_tokenizer(Tokenizer("x", pattern, bpe.ranks, bpe.special_tokens), tmp_path)
+            export_tokenizer(BPETokenizer("x", pattern, bpe.ranks, bpe.special_tokens), tmp_path)
     token = max((token for token in bpe.ranks if token.isalpha()), key=len).decode()
     both, piece, decoded = "special token and an ordinary one", "differ on 'zebra'", "'éé' has no equal"
     for special, message in ((token, both), ("é", both), ("zebra", piece), ("éé", decoded)):
         with pytest.raises(CheckpointError, match=message):
-            export_tokenizer(Tokenizer("x", bpe.pattern, bpe.ranks, {ENDOFTEXT: 599, special: 600}), tmp_path)
+            export_tokenizer(BPETokenizer("x", bpe.pattern, bpe.ranks, {ENDOFTEXT: 599, special: 600}), tmp_path)
     with pytest.raises(CheckpointError):
-        export_tokenizer(Tokenizer("x", r"\p{L}+", bpe.ranks, bpe.special_tokens), tmp_path)
+        export_tokenizer(BPETokenizer("x", r"\p{L}+", bpe.ranks, bpe.special_tokens), tmp_path)
 
 
 ASSIGNED = [chr(each) for each in (*range(0xD800), *range(0xE000, 0x32400), *range(0xE0000, 0xE0200))]
@@ -280,13 +285,14 @@ def test_gpt2s_form(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
     two_files = import_tokenizer(tmp_path)
-    assert (two_files.ranks, two_files.special_tokens) == (bpe.ranks, bpe.special_tokens)
-    assert two_files == build_tokenizer(str(tmp_path), None, learn)
+    equal = bpe_or_none(two_files.content, two_files.eot)
+    assert (equal.ranks, equal.special_tokens) == (bpe.ranks, bpe.special_tokens)
+    assert identity(two_files.file_bytes()) == identity(build_tokenizer(str(tmp_path), None, learn).file_bytes())
     whole = theirs(
         bpe, pre_tokenizer={**BYTE_LEVEL, "use_regex": True}, model={"merges": lines, "ignore_merges": False}
     )
     write(tmp_path, whole)
-    assert import_tokenizer(tmp_path) == two_files
+    assert identity(import_tokenizer(tmp_path).file_bytes()) == identity(bpe.file_bytes())
 
 
 @pytest.mark.parametrize("eos", ["</s>", "<|end_of_text|>", "<|stop|>", {"content": "<|stop|>"}])
@@ -303,7 +309,10 @@ def test_llama3s_form(bpe, eos, tmp_path):
     front |= {"pair": front["single"], "special_tokens": {name: {"id": name, "ids": [599], "tokens": [name]}}}
     write(tmp_path, theirs(bpe, post_processor=front, **named(bpe, name, merges=merges)), eos_token=eos)
     found = import_tokenizer(tmp_path)
-    assert (found.ranks, found.special_tokens, found.pattern) == (bpe.ranks, {ENDOFTEXT: 599}, bpe.pattern)
+    equal = bpe_or_none(found.content, found.eot)
+    assert (equal.ranks, equal.special_tokens, equal.pattern) == (bpe.ranks, {ENDOFTEXT: 599}, bpe.pattern)
+    assert found.first_ids == (599,)
+    assert not found.equal_bpe, "of a corpus with other ids in front"
 
 
 def test_qwens_form(bpe, tmp_path):
@@ -313,9 +322,11 @@ def test_qwens_form(bpe, tmp_path):
     content["added_tokens"] += [{"id": 601, "content": "<think>", **FLAGS, "special": False}]
     write(tmp_path, content, eos_token="<|im_end|>")
     found = import_tokenizer(tmp_path)
-    assert found.special_tokens == {ENDOFTEXT: 599, "<|im_end|>": 600, "<think>": 601}
-    export_tokenizer(found, tmp_path)
-    assert import_tokenizer(tmp_path) == found
+    assert isinstance(found, HFTokenizer)
+    assert (found.eot, found.first_ids, found.vocab_size) == (599, (), 602)
+    assert bpe_or_none(found.content, found.eot) is None, "an ordinary added token is looked for in text"
+    assert found.encode("a<think>b<|im_end|>").tolist()[:3] == [*bpe.encode("a"), 601, *bpe.encode("b")]
+    assert 600 not in found.encode("a<think>b<|im_end|>")
 
 
 def ids_by_frequency(bpe):
@@ -345,8 +356,24 @@ def unreached(bpe):
     [
         (lambda bpe: None, "no tokenizer.json, nor vocab.json"),
         (lambda bpe: [], "cannot be read"),
-        (lambda bpe: {"model": {}}, "cannot be read|prepared by"),
+        (lambda bpe: {"model": {}}, "cannot be read"),
         (lambda bpe: theirs(bpe, model={"merges": [["a", "漢"]]}), "cannot be read"),
+        (lambda bpe: theirs(bpe, **named(bpe, "<|stop|>")), "no token that ends a document"),
+    ],
+)
+def test_what_cannot_be_read_is_not_imported(bpe, change, message, tmp_path):
+    content = change(bpe)
+    if content is not None:
+        write(tmp_path, content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        import_tokenizer(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path))
+    assert str(caught.value).endswith("The weights can still be converted, without a tokenizer.")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (lambda bpe: theirs(bpe, model={"type": "Unigram"}), "is Unigram, not byte-level BPE"),
         (lambda bpe: theirs(bpe, model={"type": "WordPiece"}), "is WordPiece, not"),
         (lambda bpe: theirs(bpe, model={"byte_fallback": True}), "BPE with byte_fallback"),
@@ -360,17 +387,14 @@ def unreached(bpe):
         (lambda bpe: theirs(bpe, model={"merges": theirs(bpe)["model"]["merges"][:-1]}), "do not rise"),
         (unreached, "do not rise in the order of its merges"),
         (ids_by_frequency, "do not rise in the order of its merges"),
-        (lambda bpe: theirs(bpe, **named(bpe, "<|stop|>")), "no token that ends a document"),
     ],
 )
-def test_what_has_no_equal_here_is_not_imported(bpe, change, message, tmp_path):
+def test_what_tiktoken_cannot_run_is_run_by_tokenizers(bpe, change, message, tmp_path):
+    """`convert_bpe` refuses it, so that no corpus is ever made with other ids than the original's."""
     content = change(bpe)
-    if content is not None:
-        write(tmp_path, content)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        import_tokenizer(tmp_path)
-    assert str(caught.value).startswith(str(tmp_path))
-    assert str(caught.value).endswith("The weights can still be converted, without a tokenizer.")
+    with pytest.raises(CheckpointError, match=message):
+        convert_bpe(content, ENDOFTEXT, {}, "x")
+    assert bpe_or_none(content, 599) is None
 
 
 def onig(regex):

@@ -21,6 +21,7 @@ from dist_llm.data.shard import MANIFEST, SPLITS, Manifest
 from dist_llm.errors import DataError
 from dist_llm.text import progress
 from dist_llm.text import run as run_module
+from dist_llm.text.bpe_tokenizer import BPETokenizer
 from dist_llm.text.chunks import Chunk
 from dist_llm.text.encode import Encoder, Recipe, encode_in_order, is_heldout
 from dist_llm.text.options import PrepareOptions, add_arguments, options_from
@@ -359,7 +360,7 @@ def test_few_chunks_are_in_flight(tmp_path):
 
 def test_a_failure_in_a_worker_surfaces(tmp_path, monkeypatch):
     tokenizer = build_tokenizer("byte", None, list)
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: 1 / 0)
+    monkeypatch.setattr(BPETokenizer, "encode", lambda self, text: 1 / 0)
     with pytest.raises(RuntimeError, match="f:0: cannot be tokenized"):
         Encoder(tokenizer, Recipe(tmp_path))(next(some_chunks(1)))
     with pytest.raises(RuntimeError, match=r"in a tokenizing process:(.|\n)*tokenizer\.json: missing"):

@@ -10,11 +10,13 @@ import tiktoken
 from tokenizers import ByteLevelBPETokenizer
 
 from dist_llm.errors import DataError
-from dist_llm.text.tokenizer import ENDOFTEXT, PIECE_CHARS, SPLIT_PATTERNS, TOKENIZER_FILE, Tokenizer
-from dist_llm.text.vocabulary import BYTES, TRICKY_TEXTS, _prove_equal, _train_reference, build_tokenizer
+from dist_llm.text.bpe_tokenizer import PIECE_CHARS, SPLIT_PATTERNS, BPETokenizer
+from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
+from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer
+from dist_llm.text.vocabulary import BYTES, _prove_equal, _train_reference, build_tokenizer
 
 PROSE = [f"The {n}th ship sailed to port {n * 7}; it's late, they'll wait — 漢字 {n}.\r\n" for n in range(400)]
-STRANGE = (*TRICKY_TEXTS, "", "\x00", "a\ufeffb", "ſ K İ", "\u0130\u0131", "🏴󠁧󠁢󠁥󠁮󠁧󠁿" * 3)
+STRANGE = (*DIFFICULT_TEXTS, "", "\x00", "a\ufeffb", "ſ K İ", "\u0130\u0131", "🏴󠁧󠁢󠁥󠁮󠁧󠁿" * 3)
 
 
 def prose():
@@ -63,7 +65,7 @@ def test_bpe_gives_the_ids_of_its_trainer(pattern):
 def test_a_conversion_that_changes_ids_is_refused(bpe):
     tokens = list(bpe.ranks)
     swapped = dict(zip([*tokens[:256], *reversed(tokens[256:])], range(399), strict=True))
-    wrong = Tokenizer("bpe:400", bpe.pattern, swapped, bpe.special_tokens)
+    wrong = BPETokenizer("bpe:400", bpe.pattern, swapped, bpe.special_tokens)
     with pytest.raises(DataError, match="disagree"):
         _prove_equal(wrong, _train_reference(399, "gpt2", prose), prose)
 
@@ -77,6 +79,11 @@ def test_too_little_text_names_the_largest_size():
         build("bpe:60000", texts=prose)
     largest = int(str(caught.value).split("use bpe:")[1].split()[0])
     assert build(f"bpe:{largest}", texts=prose).vocab_size == largest
+
+
+def test_the_file_is_that_of_version_0_1_0():
+    """So that its corpora, checkpoints and histories still name the same tokenizer."""
+    assert build("byte").sha256 == "3f7d43fa61bfc7dba89d964f2e85218f365ff74b6664dd5fdd6259ab5bb36fef"
 
 
 def test_save_and_load(bpe, tmp_path):
@@ -111,9 +118,9 @@ def test_a_bad_file_is_a_data_error(content, message, tmp_path):
 
 def test_parts_that_do_not_fit_are_data_errors():
     with pytest.raises(DataError, match="distinct"):
-        Tokenizer("x", "", BYTES, {ENDOFTEXT: 7})
+        BPETokenizer("x", "", BYTES, {ENDOFTEXT: 7})
     with pytest.raises(DataError, match="no special token"):
-        Tokenizer("x", "", BYTES, {})
+        BPETokenizer("x", "", BYTES, {})
 
 
 def test_lone_surrogates_and_ids_without_a_token(bpe):
@@ -224,7 +231,9 @@ def test_a_wrong_spec_says_what_is_right(spec, pattern, message):
 
 def test_patterns_of_one_name_cut_alike():
     """cl100k is llama3's pattern with possessive quantifiers: another speed, the same pieces."""
-    cutters = [Tokenizer("x", SPLIT_PATTERNS[name], _pair_ranks(), {ENDOFTEXT: 9999}) for name in ("cl100k", "llama3")]
+    cutters = [
+        BPETokenizer("x", SPLIT_PATTERNS[name], _pair_ranks(), {ENDOFTEXT: 9999}) for name in ("cl100k", "llama3")
+    ]
     for text in (*STRANGE, *PROSE):
         first, second = (tokenizer.encode(text) for tokenizer in cutters)
         np.testing.assert_array_equal(first, second)

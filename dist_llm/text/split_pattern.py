@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_llm.errors import CheckpointError
-from dist_llm.text.tokenizer import SPLIT_PATTERNS
+from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}

@@ -1,0 +1,141 @@
+"""Byte-level BPE run by tiktoken.
+
+A tokenizer of this kind is four things: a name, a pattern that splits text into pieces, a rank (= id) for each
+mergeable byte string, and ids for special strings. The name is for messages; it decides no id.
+"""
+
+import base64
+import codecs
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_llm.errors import DataError
+from dist_llm.text.tokenizer import BPE_FORMAT, ENDOFTEXT, Tokenizer, well_formed
+
+if TYPE_CHECKING:
+    import tiktoken
+
+# As published with each model. cl100k's possessive quantifiers change speed, not meaning.
+SPLIT_PATTERNS = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+}
+
+# tiktoken's regex engine gives up on about a million blanks in a row; text it refuses is cut this small.
+PIECE_CHARS = 100_000
+
+
+@dataclass(frozen=True)
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE. `ranks` maps each mergeable byte string to its id, which is also its merge priority.
+
+    Raises DataError where these cannot make a tokenizer.
+    """
+
+    name: str
+    pattern: str
+    ranks: dict[bytes, int]
+    special_tokens: dict[str, int]
+
+    def __post_init__(self) -> None:
+        ids = [*self.ranks.values(), *self.special_tokens.values()]
+        if missing := [byte for byte in range(256) if bytes([byte]) not in self.ranks]:
+            raise DataError(f"tokenizer {self.name}: no id for byte {missing[0]:#04x}; all 256 bytes need one.")
+        if len(set(ids)) != len(ids) or min(ids) < 0:
+            raise DataError(f"tokenizer {self.name}: ids must be distinct and not negative.")
+        if ENDOFTEXT not in self.special_tokens:
+            raise DataError(f"tokenizer {self.name}: no special token {ENDOFTEXT}, which ends each document.")
+
+    @property
+    def vocab_size(self) -> int:
+        return max(max(self.ranks.values()), max(self.special_tokens.values())) + 1
+
+    @property
+    def eot(self) -> int:
+        """The id of `<|endoftext|>`."""
+        return self.special_tokens[ENDOFTEXT]
+
+    def encode(self, text: str) -> npt.NDArray[np.uint32]:
+        try:
+            return self._encode(text)
+        except UnicodeEncodeError:
+            return self.encode(well_formed(text))
+        except ValueError:  # the regex engine ran out of stack
+            pieces = [text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]
+            return np.concatenate([self._encode(piece) for piece in pieces])
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
+        """The bytes of `ids`. An id without a token, which a model may still sample, becomes U+FFFD."""
+        known: list[int] = np.asarray(ids, dtype=np.int64).tolist()
+        try:
+            return self._encoding.decode_bytes(known)
+        except (KeyError, OverflowError):
+            return b"".join(self._bytes_of.get(each, b"\xef\xbf\xbd") for each in known)
+
+    def text_stream(self, before: Sequence[int] | npt.NDArray[np.integer]) -> "ByteStream":
+        return ByteStream(self)
+
+    def token_bytes(self) -> Mapping[int, bytes]:
+        return {rank: token for token, rank in self.ranks.items()}
+
+    def file_bytes(self) -> bytes:
+        content = {
+            "format": BPE_FORMAT,
+            "name": self.name,
+            "pattern": self.pattern,
+            "special_tokens": dict(sorted(self.special_tokens.items(), key=lambda item: item[1])),
+            "ranks": {
+                base64.b64encode(token).decode(): rank
+                for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])
+            },
+        }
+        return (json.dumps(content, indent=1) + "\n").encode()
+
+    @staticmethod
+    def from_fields(fields: Mapping[str, Any]) -> "BPETokenizer":
+        """The tokenizer whose `file_bytes` hold these JSON fields. Raises what a malformed field raises."""
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in fields["ranks"].items()}
+        specials = {str(token): int(rank) for token, rank in fields["special_tokens"].items()}
+        return BPETokenizer(str(fields["name"]), str(fields["pattern"]), ranks, specials)
+
+    def _encode(self, text: str) -> npt.NDArray[np.uint32]:
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    @cached_property
+    def _encoding(self) -> "tiktoken.Encoding":
+        import tiktoken
+
+        return tiktoken.Encoding(
+            self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
+        )
+
+    @cached_property
+    def _bytes_of(self) -> dict[int, bytes]:
+        special = {rank: token.encode() for token, rank in self.special_tokens.items()}
+        return {rank: token for token, rank in self.ranks.items()} | special
+
+
+class ByteStream:
+    """A `TextStream` of a tokenizer whose ids stand for bytes."""
+
+    def __init__(self, tokenizer: BPETokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+
+    def end(self) -> str:
+        return self._decoder.decode(b"", final=True)

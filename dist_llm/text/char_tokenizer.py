@@ -1,0 +1,178 @@
+"""One id for each character, and nanoGPT's `meta.pkl`, read without running what a pickle may name.
+
+Such a corpus is one stream of characters: no id ends a document, and document offsets alone tell where one begins.
+"""
+
+import io
+import json
+import pickle
+import pickletools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from reprlib import repr as short_repr  # of any depth
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_llm.errors import DataError
+from dist_llm.text.tokenizer import FORMAT, Tokenizer, well_formed
+
+META_FILE = "meta.pkl"
+MAX_META_BYTES = 64 << 20  # a character takes about 20 bytes, and Unicode has 300,000
+# What makes dictionaries, lists, tuples, strings, whole numbers, None and truth values; nothing that names or calls.
+PLAIN_OPCODES = {
+    *("PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET"),
+    *("EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
+    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE", "NEWTRUE", "NEWFALSE"),
+    *("INT", "BININT", "BININT1", "BININT2", "LONG1", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+}
+MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
+
+
+@dataclass(frozen=True)
+class CharTokenizer(Tokenizer):
+    """`ids` maps each character to its id. Raises DataError where they cannot make a tokenizer."""
+
+    ids: dict[str, int]
+    name: str = "characters"
+
+    def __post_init__(self) -> None:
+        numbers = list(self.ids.values())
+        if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0 or max(numbers) >= 1 << 32:
+            raise DataError("tokenizer of characters: ids must be distinct, from 0 to 2^32 - 1, and at least one.")
+        if wrong := [sign for sign in self.ids if len(sign) != 1 or 0xD800 <= ord(sign) < 0xE000]:
+            raise DataError(f"tokenizer of characters: {wrong[0]!r} is not one character.")
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self.ids.values()) + 1
+
+    @property
+    def eot(self) -> None:
+        return None
+
+    @property
+    def _filler(self) -> int:
+        return self.ids.get("\n", min(self.ids.values()))
+
+    def encode(self, text: str) -> npt.NDArray[np.uint32]:
+        signs = np.frombuffer(well_formed(text).encode("utf-32-le"), "<u4")
+        known, numbers = self._table
+        places = np.minimum(np.searchsorted(known, signs), len(known) - 1)
+        if len(missing := np.flatnonzero(known[places] != signs)):
+            sign = chr(signs[missing[0]])
+            raise DataError(
+                f"character {sign!r} (U+{ord(sign):04X}), number {missing[0]} of the text, has no id in the tokenizer "
+                "of characters. Remove such characters from the text, or use another tokenizer."
+            )
+        return numbers[places]
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
+        return "".join(self._sign_of.get(each, "\ufffd") for each in np.asarray(ids, dtype=np.int64).tolist())
+
+    def text_stream(self, before: Sequence[int] | npt.NDArray[np.integer]) -> "CharStream":
+        return CharStream(self)
+
+    def token_bytes(self) -> Mapping[int, bytes]:
+        return {number: sign.encode() for sign, number in self.ids.items()}
+
+    def file_bytes(self) -> bytes:
+        content = {"format": FORMAT, "kind": "characters", "ids": dict(sorted(self.ids.items(), key=lambda i: i[1]))}
+        return (json.dumps(content, indent=1) + "\n").encode()
+
+    @staticmethod
+    def from_fields(fields: Mapping[str, Any]) -> "CharTokenizer":
+        """The tokenizer whose `file_bytes` hold these JSON fields. Raises what a malformed field raises."""
+        return CharTokenizer({str(sign): _whole_number(number) for sign, number in fields["ids"].items()})
+
+    @cached_property
+    def _table(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+        """(all code points in ascending order, the id of each)."""
+        signs = np.array([ord(sign) for sign in self.ids], np.uint32)
+        order = np.argsort(signs)
+        return signs[order], np.array(list(self.ids.values()), np.uint32)[order]
+
+    @cached_property
+    def _sign_of(self) -> dict[int, str]:
+        return {number: sign for sign, number in self.ids.items()}
+
+
+class CharStream:
+    """A `TextStream` of whole characters."""
+
+    def __init__(self, tokenizer: CharTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def add(self, token: int) -> str:
+        return self._tokenizer.decode([token])
+
+    def end(self) -> str:
+        return ""
+
+
+def read_meta(path: Path) -> CharTokenizer:
+    """The tokenizer in nanoGPT's `meta.pkl`: {"vocab_size": n, "stoi": {character: id}, "itos": {id: character}}.
+
+    Raises DataError where the file is none, or holds anything but plain containers, strings and whole numbers.
+    """
+    try:
+        if path.stat().st_size > MAX_META_BYTES:
+            raise DataError(f"{path}: larger than {MAX_META_BYTES} bytes, so no table of characters.")
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path given to --tokenizer.") from None
+    meta = _load_plain(content, path)
+    stoi, itos = (meta.get(name) if isinstance(meta, dict) else None for name in ("stoi", "itos"))
+    if not isinstance(stoi, dict) or not stoi:
+        raise DataError(f"{path}: not a meta.pkl of nanoGPT's: it has no dictionary stoi, from characters to ids.")
+    try:
+        ids = {_string(sign): _whole_number(number) for sign, number in stoi.items()}
+    except TypeError as error:
+        raise DataError(f"{path}: stoi: {error}") from None
+    if itos is not None and itos != {number: sign for sign, number in ids.items()}:
+        raise DataError(f"{path}: stoi and itos contradict each other. Make the file again.")
+    if meta.get("vocab_size", max(ids.values()) + 1) != max(ids.values()) + 1:
+        raise DataError(
+            f"{path}: vocab_size is {short_repr(meta['vocab_size'])}, but the largest id is {max(ids.values())}."
+        )
+    try:
+        return CharTokenizer(ids)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _load_plain(content: bytes, path: Path) -> Any:
+    """The object in a pickle of plain containers, strings and whole numbers. Raises DataError for any other."""
+    try:
+        for opcode, argument, place in pickletools.genops(content):
+            if opcode.name not in PLAIN_OPCODES:
+                raise DataError(
+                    f"{path}: byte {place}: holds more than strings and numbers ({opcode.name}); not loaded."
+                )
+            if opcode.name in MEMO_OPCODES and int(argument or 0) > len(content):  # it would allocate as much
+                raise DataError(f"{path}: byte {place}: damaged: place {argument} of its memo.")
+        return _Unpickler(io.BytesIO(content)).load()
+    except DataError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise DataError(f"{path}: damaged, or not a pickle: {type(error).__name__}: {error}") from None
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise DataError(f"names {module}.{name}, which would be run; not loaded.")
+
+
+def _string(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{short_repr(value)} is not a string.")
+    return value
+
+
+def _whole_number(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{short_repr(value)} is not a whole number.")
+    return value

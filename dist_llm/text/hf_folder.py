@@ -1,0 +1,153 @@
+"""A folder of Hugging Face's, as `from_pretrained` reads it, to a tokenizer."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_llm.errors import CheckpointError, DataError
+from dist_llm.text.hf_bpe import OURS, convert_bpe, prove_equal
+from dist_llm.text.hf_tokenizer import (
+    MERGES_FILE,
+    VOCAB_FILE,
+    HFTokenizer,
+    equal_bpe_identity,
+    open_reference,
+    tokenizer_content,
+)
+from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer
+
+SETTINGS_FILE, SPECIALS_FILE, GENERATION_FILE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+ORIGINAL_FILES = (
+    *(TOKENIZER_FILE, SETTINGS_FILE, SPECIALS_FILE, "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *(GENERATION_FILE, VOCAB_FILE, MERGES_FILE, "vocab.txt", "tokenizer.model", "spiece.model"),
+)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+DOCUMENT_ENDS = (ENDOFTEXT, "<|end_of_text|>")  # looked for before the eos, which in chat models ends a turn
+MAX_BYTES = 1 << 30
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether there are files of a tokenizer of Hugging Face's in it, and none of ours."""
+    return any((folder / name).is_file() for name in (TOKENIZER_FILE, SETTINGS_FILE, "tokenizer.model", "vocab.txt"))
+
+
+def read_hf_folder(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder: byte-level BPE of ours where it is an export of one, else theirs as it is.
+
+    Raises DataError where files are missing or malformed, or no token ends a document.
+    """
+    files = {name: _read(folder / name) for name in ORIGINAL_FILES if (folder / name).is_file()}
+    if TOKENIZER_FILE not in files and not {VOCAB_FILE, MERGES_FILE} <= files.keys():
+        raise DataError(
+            f"{folder}: no {TOKENIZER_FILE}, nor vocab.json and merges.txt. Where there is another form "
+            "(tokenizer.model, vocab.txt), make it with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+        )
+    try:
+        content, settings = tokenizer_content(files), _settings(files)
+        model_config = _json(_read(folder / "config.json")) if (folder / "config.json").is_file() else {}
+        ours = settings.get(OURS)
+        if isinstance(ours, dict) and (found := _our_export(content, settings, ours, files)) is not None:
+            return found
+        return _original(files, content, settings, model_config)
+    except (DataError, CheckpointError) as error:
+        raise DataError(f"{folder}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{folder}: its tokenizer cannot be read: {error!r}.") from None
+
+
+def _original(
+    files: dict[str, bytes], content: dict[str, Any], settings: Mapping[str, Any], model_config: Mapping[str, Any]
+) -> HFTokenizer:
+    reference = open_reference(files)
+    vocab = reference.get_vocab(with_added_tokens=True)
+    end = _end_of(settings, vocab)
+    first_ids = _first_ids(reference)
+    return HFTokenizer(
+        files,
+        max(vocab.values()) + 1,
+        vocab[end],
+        first_ids,
+        _token_ids(settings, vocab, model_config),
+        equal_bpe_identity(content, vocab[end], first_ids),
+    )
+
+
+def _our_export(
+    content: dict[str, Any], settings: Mapping[str, Any], kept: Mapping[str, Any], files: Mapping[str, bytes]
+) -> Tokenizer | None:
+    """The tokenizer that was exported; None where others changed what our form has no place for."""
+    ordinary = [token for token in content.get("added_tokens") or [] if not token.get("special")]
+    templates = "chat_template" in settings or any(name.startswith("chat_template") for name in files)
+    if ordinary or templates or content.get("normalizer") is not None or _first_ids(open_reference(files)):
+        return None
+    try:
+        found = convert_bpe(content, ENDOFTEXT, kept, "huggingface")
+        prove_equal(found, content)
+    except (CheckpointError, DataError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return found
+
+
+def _first_ids(reference: Any) -> tuple[int, ...]:
+    """The ids that the tokenizer puts in front of a text."""
+    text = "a"
+    alone = reference.encode(text, add_special_tokens=False).ids
+    ids = reference.encode(text).ids
+    for place in range(len(ids) - len(alone) + 1):
+        if ids[place : place + len(alone)] == alone:
+            return tuple(ids[:place])
+    raise DataError(
+        f"the ids of {text!r} with special tokens are {ids}, without them {alone}: no text with ids around it."
+    )
+
+
+def _end_of(settings: Mapping[str, Any], vocab: Mapping[str, int]) -> str:
+    """The token that ends a document. Raises DataError where there is none."""
+    ends = [*DOCUMENT_ENDS, settings.get("eos_token"), "</s>", settings.get("sep_token")]
+    ends = [end for end in ends if end]
+    if not (found := [end for end in ends if end in vocab]):
+        raise DataError(f"no token that ends a document: none of {ends} is in the vocabulary. Set eos_token.")
+    return str(found[0])
+
+
+def _token_ids(
+    settings: Mapping[str, Any], vocab: Mapping[str, int], model_config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """As in the config.json beside the tokenizer; without one, as the tokenizer's settings name them."""
+    if model_config:
+        return {name: model_config[name] for name in TOKEN_IDS if name in model_config}
+    roles = {name: str(settings.get(name.removesuffix("_id"))) for name in TOKEN_IDS}
+    return {name: vocab[token] for name, token in roles.items() if token in vocab}
+
+
+def _settings(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """tokenizer_config.json over special_tokens_map.json, each token as its string."""
+    merged: dict[str, Any] = {}
+    for name in (SPECIALS_FILE, SETTINGS_FILE):
+        merged |= {key: value for key, value in _json(files.get(name, b"{}")).items() if value is not None}
+    return {
+        key: value["content"] if key.endswith("_token") and isinstance(value, dict) else value
+        for key, value in merged.items()
+    }
+
+
+def _json(content: bytes) -> dict[str, Any]:
+    found = json.loads(content)
+    if not isinstance(found, dict):
+        raise ValueError("not an object of JSON")
+    return found
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path}: larger than {MAX_BYTES} bytes, so no file of a tokenizer.")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path given to --tokenizer.") from None

@@ -1,0 +1,290 @@
+"""A tokenizer of the `tokenizers` library, run unchanged, with the files that it came with.
+
+Our file keeps the original files byte for byte, and three facts that are derived from them once: which id ends a
+document, which ids go in front of one, and with which byte-level BPE of ours the ids are equal.
+"""
+
+import base64
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from operator import index
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_llm.data.tokenizer_file import BPE_IDENTITY, bpe_identity
+from dist_llm.errors import CheckpointError, DataError
+from dist_llm.text.bpe_tokenizer import BPETokenizer
+from dist_llm.text.byte_alphabet import BYTE_OF, to_bytes
+from dist_llm.text.hf_bpe import convert_bpe, prove_equal
+from dist_llm.text.tokenizer import FORMAT, TOKENIZER_FILE, Tokenizer, well_formed
+
+VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
+STREAM_CONTEXT = 8  # ids before a stream that may decide how its first ids are decoded
+MAX_WAITING = 8  # ids that may make one character together
+REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True)
+class HFTokenizer(Tokenizer):
+    """`files` are the original ones by name. `token_ids` holds bos_token_id and the like of the model they came with.
+
+    `equal_bpe` is the identity of the byte-level BPE that gives the same ids for every text; empty: there is none.
+    """
+
+    files: dict[str, bytes]
+    num_ids: int
+    end_token: int
+    first_tokens: tuple[int, ...] = ()
+    token_ids: dict[str, Any] = field(default_factory=dict)
+    equal_bpe: str = ""
+    fast: bool = field(default=False, compare=False)  # whether tiktoken encodes, where it is proven equal
+    name: str = "huggingface"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.num_ids <= 1 << 32 or not all(
+            0 <= token < self.num_ids for token in (self.end_token, *self.first_tokens)
+        ):
+            raise DataError(
+                f"tokenizer of Hugging Face: {self.num_ids} ids, of which {self.end_token} ends a document."
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.num_ids
+
+    @property
+    def eot(self) -> int:
+        return self.end_token
+
+    @property
+    def first_ids(self) -> tuple[int, ...]:
+        return self.first_tokens
+
+    def encode(self, text: str) -> npt.NDArray[np.uint32]:
+        text = well_formed(text)
+        if self._bpe is not None and (not self._composes or unicodedata.is_normalized("NFC", text)):
+            return self._bpe.encode(text)
+        return np.array(self.as_text.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Here the string of a special token is that token, as in the prompts that chat templates make."""
+        reference = self._reference()
+        return [*self.first_ids, *reference.encode(well_formed(text), add_special_tokens=False).ids]
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
+        parts: list[str] = []
+        run: list[int] = []
+        for token in np.asarray(ids, dtype=np.int64).tolist():
+            if 0 <= token < self.vocab_size and self.as_text.id_to_token(token) is not None:
+                run.append(token)
+            else:
+                parts += [self._decode(run), REPLACEMENT]
+                run = []
+        return "".join([*parts, self._decode(run)])
+
+    def text_stream(self, before: Sequence[int] | npt.NDArray[np.integer]) -> "WindowStream":
+        return WindowStream(self, [token for token in list(before)[-STREAM_CONTEXT:] if token < self.vocab_size])
+
+    def token_bytes(self) -> Mapping[int, bytes]:
+        content = self.content
+        special = {token["id"] for token in content.get("added_tokens") or [] if token.get("special")}
+        to_text = _piece_reader(content)
+        vocab = self.as_text.get_vocab(with_added_tokens=True)
+        added = {token["id"] for token in content.get("added_tokens") or []}
+        return {
+            number: token.encode() if number in added else to_text(token)
+            for token, number in vocab.items()
+            if number not in special
+        }
+
+    def original_files(self) -> dict[str, bytes]:
+        return dict(self.files)
+
+    def speed_up(self) -> "HFTokenizer":
+        """One that encodes by tiktoken if that is proven, when it is first used, to give the same ids."""
+        return replace(self, fast=True)
+
+    def file_bytes(self) -> bytes:
+        texts: dict[str, str] = {}
+        others: dict[str, str] = {}
+        for name, content in sorted(self.files.items()):
+            try:
+                texts[name] = content.decode("utf-8")
+            except UnicodeDecodeError:
+                others[name] = base64.b64encode(content).decode()
+        fields = {
+            "format": FORMAT,
+            "kind": "huggingface",
+            "vocab_size": self.num_ids,
+            "end_token": self.end_token,
+            "first_tokens": list(self.first_tokens),
+            "token_ids": self.token_ids,
+            BPE_IDENTITY: self.equal_bpe,
+            "files": texts,
+            "binary_files": others,
+        }
+        return (json.dumps(fields, ensure_ascii=False, indent=1) + "\n").encode()
+
+    @staticmethod
+    def from_fields(fields: Mapping[str, Any]) -> "HFTokenizer":
+        """The tokenizer whose `file_bytes` hold these JSON fields. Raises what a malformed field raises."""
+        files = {name: text.encode() for name, text in fields["files"].items()}
+        files |= {name: base64.b64decode(text, validate=True) for name, text in fields["binary_files"].items()}
+        if wrong := [name for name in files if "/" in name or name in ("", ".", "..")]:
+            raise ValueError(f"a file outside its folder: {wrong[0]!r}")
+        return HFTokenizer(
+            files,
+            index(fields["vocab_size"]),  # no text, and no fraction
+            index(fields["end_token"]),
+            tuple(map(index, fields["first_tokens"])),
+            dict(fields["token_ids"]),
+            str(fields[BPE_IDENTITY]),
+        )
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """What `tokenizer.json` says. Raises DataError."""
+        return tokenizer_content(self.files)
+
+    @cached_property
+    def as_text(self) -> Any:
+        """The library's tokenizer, which takes the string of a special token for text."""
+        reference = self._reference()
+        reference.encode_special_tokens = True
+        return reference
+
+    @cached_property
+    def _bpe(self) -> BPETokenizer | None:
+        return bpe_or_none(self.content, self.end_token) if self.fast else None
+
+    @cached_property
+    def _composes(self) -> bool:
+        return self.content.get("normalizer") is not None
+
+    def _reference(self) -> Any:
+        return open_reference(self.files)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.as_text.decode(ids, skip_special_tokens=False) if ids else ""
+        return text
+
+
+class WindowStream:
+    """A `TextStream` that decodes a window of ids again, and says by how much the text grew.
+
+    How an id is decoded may depend on its neighbours: a blank at the start is left out, several bytes make a character.
+    """
+
+    def __init__(self, tokenizer: HFTokenizer, before: list[int]) -> None:
+        self._tokenizer, self._ids = tokenizer, before
+        self._begin, self._end = 0, len(before)  # the ids whose text has been said, as far as it is still needed
+
+    def add(self, token: int) -> str:
+        self._ids.append(token)
+        said, whole = (self._tokenizer.decode(self._ids[self._begin : end]) for end in (self._end, len(self._ids)))
+        waiting = len(self._ids) - self._end
+        if len(whole) <= len(said) or (whole.endswith(REPLACEMENT) and waiting < MAX_WAITING):
+            return ""
+        return self._say(said, whole)
+
+    def end(self) -> str:
+        said, whole = (self._tokenizer.decode(self._ids[self._begin : end]) for end in (self._end, len(self._ids)))
+        return self._say(said, whole)
+
+    def _say(self, said: str, whole: str) -> str:
+        self._begin, self._end = self._end, len(self._ids)
+        return whole[len(said) :]
+
+
+def tokenizer_content(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The JSON of `tokenizer.json`, or what stands for GPT-2's two files. Raises DataError."""
+    try:
+        if TOKENIZER_FILE in files:
+            content = json.loads(files[TOKENIZER_FILE])
+        else:
+            content = _content_of_two(json.loads(files[VOCAB_FILE]), files[MERGES_FILE].decode())
+        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+            raise ValueError("no model in it")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DataError(f"{TOKENIZER_FILE} cannot be read: {error!r}.") from None
+    return content
+
+
+def _content_of_two(vocab: dict[str, int], merges: str) -> dict[str, Any]:
+    lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": vocab, "merges": lines}
+    return {"version": "1.0", "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
+
+
+def open_reference(files: Mapping[str, bytes]) -> Any:
+    """The library's tokenizer; a limit of length that its file may set is lifted. Raises DataError."""
+    from tokenizers import Tokenizer as Reference
+
+    try:
+        if TOKENIZER_FILE in files:
+            reference = Reference.from_str(files[TOKENIZER_FILE].decode())
+        else:
+            reference = Reference.from_str(json.dumps(tokenizer_content(files)))
+        reference.no_truncation()  # of documents only their first part would be left, without a word
+        reference.no_padding()
+    except (KeyboardInterrupt, SystemExit, DataError):
+        raise
+    except BaseException as error:  # of no class of its own, and a panic of Rust's is no Exception
+        raise DataError(f"{TOKENIZER_FILE} cannot be read by the tokenizers library: {error}.") from None
+    return reference
+
+
+def can_be_bpe(content: Mapping[str, Any]) -> bool:
+    """Whether all around the merging is what `to_bpe` knows: no added token is looked for in text, and NFC at most."""
+    ordinary = [token for token in content.get("added_tokens") or [] if not token.get("special")]
+    normalizer = content.get("normalizer")
+    return not ordinary and (normalizer is None or normalizer == {"type": "NFC"})
+
+
+def to_bpe(content: Mapping[str, Any], eot: int) -> BPETokenizer:
+    """The byte-level BPE that gives the same ids, proven on difficult texts. Raises CheckpointError or DataError."""
+    names = {number: token for token, number in content["model"]["vocab"].items()}
+    names |= {token["id"]: token["content"] for token in content.get("added_tokens") or []}
+    bpe = convert_bpe(content, names[eot], {}, "huggingface")
+    prove_equal(bpe, content)
+    return bpe
+
+
+def bpe_or_none(content: Mapping[str, Any], eot: int) -> BPETokenizer | None:
+    """As `to_bpe`; None where there is none."""
+    if not can_be_bpe(content):
+        return None
+    try:
+        return to_bpe(content, eot)
+    except (CheckpointError, DataError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def equal_bpe_identity(content: Mapping[str, Any], eot: int, first_ids: Sequence[int]) -> str:
+    """The identity of the byte-level BPE of ours that gives the same corpus; empty where there is none."""
+    bpe = None if content.get("normalizer") is not None or first_ids else bpe_or_none(content, eot)
+    return bpe_identity(json.loads(bpe.file_bytes())) if bpe is not None else ""
+
+
+def _piece_reader(content: Mapping[str, Any]) -> Any:
+    """A function from a token of the vocabulary to the bytes of text that it stands for, a blank in front included."""
+    steps = json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
+    model = content["model"]
+    if '"ByteLevel"' in steps:
+        return lambda token: to_bytes(token) if BYTE_OF.keys() >= set(token) else token.encode()
+    if model.get("type") == "WordPiece":
+        prefix = model.get("continuing_subword_prefix", "##")
+        return lambda token: token.removeprefix(prefix).encode() if token.startswith(prefix) else f" {token}".encode()
+    return _read_sentencepiece if model.get("byte_fallback") else lambda token: token.replace("▁", " ").encode()
+
+
+def _read_sentencepiece(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes.fromhex(token[3:5])
+    return token.replace("▁", " ").encode()

@@ -1,0 +1,146 @@
+"""nanoGPT's meta.pkl: read as what it is, never run, and a tokenizer like the others."""
+
+import io
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Reference
+
+from dist_llm.convert.tokenizer import export_chars
+from dist_llm.data.corpus import Corpus
+from dist_llm.errors import DataError
+from dist_llm.generate import ask
+from dist_llm.text.adopt import adopt
+from dist_llm.text.adopt_options import AdoptOptions
+from dist_llm.text.char_tokenizer import CharTokenizer, read_meta
+from dist_llm.text.prepare import PrepareOptions, prepare
+from dist_llm.text.tokenizer import Tokenizer, parse_tokenizer
+from dist_llm.text.vocabulary import build_tokenizer
+from tests.laws.law import config_of
+
+TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler, é漢\n"
+CHARS = sorted(set(TEXT))
+META = {"vocab_size": len(CHARS), "itos": dict(enumerate(CHARS)), "stoi": {c: i for i, c in enumerate(CHARS)}}
+
+
+def write_meta(path, meta=META, protocol=4):
+    path.write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta, protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_protocol_of_pickle_is_read(protocol, tmp_path):
+    tokenizer = read_meta(write_meta(tmp_path / "meta.pkl", protocol=protocol))
+    assert tokenizer.encode(TEXT).tolist() == [META["stoi"][c] for c in TEXT]
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert tokenizer.decode([0, 10_000]) == CHARS[0] + "\ufffd"
+    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.first_ids) == (len(CHARS), None, ())
+    assert parse_tokenizer(tokenizer.file_bytes(), "place") == tokenizer
+
+
+class Runs:
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+HOSTILE = {
+    "a command": pickle.dumps(META | {"x": Runs(os.system, ("touch run",))}),
+    "an old command": b"cos\nsystem\n(S'touch run'\ntR.",
+    "a class": pickle.dumps(META | {"x": io.BytesIO}),
+    "an instance": pickle.dumps(META | {"x": ValueError("x")}),
+    "an array": pickle.dumps(META | {"x": np.arange(3)}),
+    "bytes": pickle.dumps(META | {"x": b"x"}),
+    "a name from the stack": b"\x80\x04\x8c\x02os\x8c\x06system\x93.",
+    "another's object": b"\x80\x04\x8c\x01xQ.",
+    "a place of the memo that takes 32 GB": b"\x80\x04}r\xff\xff\xff\xff.",
+    "a text of 4 GB": b"\x80\x04X\xff\xff\xff\xffx.",
+    "truncated": pickle.dumps(META)[:-9],
+    "empty": b"",
+    "no pickle": b"hello",
+    "no dictionary": pickle.dumps([1, 2]),
+    "no stoi": pickle.dumps({"vocab_size": 3}),
+    "stoi of lists": pickle.dumps({"stoi": [1, 2]}),
+    "an id twice": pickle.dumps({"stoi": {"a": 0, "b": 0}}),
+    "a negative id": pickle.dumps({"stoi": {"a": -1}}),
+    "an id of 20 digits": pickle.dumps({"stoi": {"a": 10**20}}),
+    "a true id": pickle.dumps({"stoi": {"a": True}}),
+    "two characters": pickle.dumps({"stoi": {"ab": 0}}),
+    "a surrogate": b"\x80\x04}\x8c\x04stoi}X\x03\x00\x00\x00\xed\xa0\x80K\x00ss.",
+    "a number for a character": pickle.dumps({"stoi": {1: 0}}),
+    "tables that differ": pickle.dumps(META | {"itos": {0: "x"}}),
+    "another size": pickle.dumps(META | {"vocab_size": 3}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_is_run_and_the_error_names_the_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_meta(tmp_path / "meta.pkl", HOSTILE[name])
+    with pytest.raises(DataError) as caught:
+        build_tokenizer(str(path), None, lambda: ())
+    assert str(caught.value).startswith(str(path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_deep_nest_is_no_crash(tmp_path):
+    deep = b"\x80\x04}\x8c\x04stoi}" + b"\x8c\x01a" + b"(" * 100_000 + b"l" * 100_000 + b"ss."
+    with pytest.raises(DataError, match="not a whole number"):
+        read_meta(write_meta(tmp_path / "meta.pkl", deep))
+
+
+def test_nanogpts_corpus_is_adopted_with_its_own_ids(tmp_path):
+    write_meta(tmp_path / "meta.pkl")
+    ids = np.array([META["stoi"][c] for c in TEXT], np.uint16)
+    ids.tofile(tmp_path / "train.bin")
+    data = (str(tmp_path / "train.bin"),)
+    adopt(AdoptOptions("bin", data, str(tmp_path / "meta.pkl"), tmp_path / "out", dtype="uint16"), io.StringIO())
+    corpus, tokenizer = Corpus(tmp_path / "out"), Tokenizer.load(tmp_path / "out")
+    assert tokenizer == build_tokenizer(str(tmp_path), None, lambda: ()), "a folder that holds it"
+    assert corpus.manifest.vocab_size == len(CHARS), "no id more than nanoGPT's model has"
+    assert tokenizer.decode(corpus.read(np.array([0]), len(ids))[0]) == TEXT
+    assert corpus.manifest.text_bytes("train") == len(TEXT.encode())
+    assert not corpus.manifest.has_document_bounds, "no line is a document"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_prepare_puts_documents_one_after_the_other(workers, tmp_path):
+    write_meta(tmp_path / "meta.pkl")
+    texts = [TEXT, "question", "b"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    out = tmp_path / "out"
+    options = PrepareOptions(
+        (str(tmp_path / "rows.jsonl"),), str(tmp_path / "meta.pkl"), out, heldout_fraction=0.0, workers=1
+    )
+    prepare(options, io.StringIO())
+    corpus = Corpus(out)
+    assert Tokenizer.load(out).decode(np.fromfile(out / "train-00000.bin", "<u2")) == "".join(texts)
+    assert corpus.offsets(0).tolist() == [0, len(TEXT), len(TEXT) + 8]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "be Ж"}) + "\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: character 'Ж' \(U\+0416\), number 3"):
+        prepare(
+            PrepareOptions(options.source, options.tokenizer, tmp_path / "x", heldout_fraction=0.0, workers=workers),
+            io.StringIO(),
+        )
+
+
+def test_an_export_gives_the_same_ids(tmp_path):
+    tokenizer = CharTokenizer(META["stoi"])
+    export_chars(tokenizer, tmp_path)
+    theirs = Reference.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode(TEXT).ids == tokenizer.encode(TEXT).tolist()
+    assert theirs.decode(theirs.encode(TEXT).ids) == TEXT
+
+
+def test_a_prompt_is_characters_and_nothing_stops_the_model():
+    tokenizer = CharTokenizer(META["stoi"])
+    config = config_of(1, {}, objective={"name": "causal"})
+    asked = ask(config, tokenizer, "be")
+    assert asked.ids == tokenizer.encode("be").tolist()
+    assert ask(config, tokenizer, "").ids == [META["stoi"]["\n"]], "as nanoGPT's sample.py begins"
+    assert not asked.stops & set(META["stoi"].values())
