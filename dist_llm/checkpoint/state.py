@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn, optim
 
+from dist_llm.config.schema import Count
 from dist_llm.errors import CheckpointError
 from dist_llm.optim.scale import LossScale
 
@@ -31,20 +33,18 @@ class Progress:
     very step, if it was evaluated.
     """
 
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
+    step: Count = 0
+    samples: Count = 0
+    tokens: Count = 0
     source_tokens: dict[str, int] = field(default_factory=dict)
     loss_scale: LossScale | None = None
     heldout_loss: float | None = None
     guard: Guarded = field(default_factory=Guarded)
 
     @staticmethod
-    def of(fields: dict[str, Any]) -> "Progress":
-        """From what `as_dict` gave."""
-        scale, guard = fields.pop("loss_scale", None), fields.pop("guard", {})  # older checkpoints have none
-        guard["left_out"] = [tuple(each) for each in guard.get("left_out", ())]
-        return Progress(**fields, loss_scale=LossScale(**scale) if scale else None, guard=Guarded(**guard))
+    def parse(content: bytes) -> "Progress":
+        """What `as_dict` gave, as JSON. Older checkpoints have fewer fields. Raises ValueError for anything else."""
+        return TypeAdapter(Progress).validate_json(content, strict=True)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

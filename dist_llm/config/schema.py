@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+MAX_WIDTH, MAX_LAYERS, MAX_IDS = 1 << 24, 10_000, 1 << 31  # a model beyond these is a damaged config
+Positive = Annotated[int, Field(ge=1, le=1 << 48)]
+Count = Annotated[int, Field(ge=0, le=1 << 48)]
+Width = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
+PositiveWidth = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what an int64 holds
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -56,25 +59,35 @@ class ModelConfig(Section):
         "one stack that predicts what follows, one that sees all (BERT), or one that reads and one that writes (T5)",
         "decoder",
     )
-    d_model: Positive = key("width of the residual stream")
-    n_layers: Positive = key("number of blocks; of an encoder-decoder: in its decoder")
-    n_encoder_layers: Count = key("encoder_decoder: blocks of the encoder; 0: n_layers", 0)
-    n_heads: Positive = key("query heads per attention")
-    n_kv_heads: Count = key("key-value heads (grouped-query attention); 0: n_heads", 0)
-    head_dim: Count = key("size of one head; 0: d_model / n_heads", 0)
-    d_ff: Count = key(
+    d_model: PositiveWidth = key("width of the residual stream")
+    n_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = key(
+        "number of blocks; of an encoder-decoder: in its decoder"
+    )
+    n_encoder_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)] = key(
+        "encoder_decoder: blocks of the encoder; 0: n_layers", 0
+    )
+    n_heads: PositiveWidth = key("query heads per attention")
+    n_kv_heads: Width = key("key-value heads (grouped-query attention); 0: n_heads", 0)
+    head_dim: Width = key("size of one head; 0: d_model / n_heads", 0)
+    d_ff: Width = key(
         "hidden size of the feed-forward; 0: 4 d_model, or 8/3 d_model rounded up to a multiple of 64 for swiglu",
         0,
     )
-    vocab_size: Count = key("token ids the model knows; 0: as many as the corpus's tokenizer", 0)
-    vocab_multiple: Positive = key("embedding rows are padded to a multiple of this; padding is never predicted", 64)
-    max_seq_len: Count = key("longest sequence (rows of learned positions); 0: data.seq_len", 0)
+    vocab_size: Annotated[int, Field(ge=0, le=MAX_IDS)] = key(
+        "token ids the model knows; 0: as many as the corpus's tokenizer", 0
+    )
+    vocab_multiple: PositiveWidth = key(
+        "embedding rows are padded to a multiple of this; padding is never predicted", 64
+    )
+    max_seq_len: Annotated[int, Field(ge=0, le=MAX_IDS)] = key(
+        "longest sequence (rows of learned positions); 0: data.seq_len", 0
+    )
     positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = key(
         "how tokens know their place; relative: a learned bias per head and distance, shared by the layers (T5)",
         "rope",
     )
     rope_theta: PositiveFloat = key("base of the rotary wavelengths", 10_000.0)
-    relative_buckets: Positive = key("relative: distances told apart, the far ones in logarithmic steps", 32)
+    relative_buckets: PositiveWidth = key("relative: distances told apart, the far ones in logarithmic steps", 32)
     relative_distance: Positive = key("relative: distance from which all are one bucket", 128)
     norm: Literal["rmsnorm", "layernorm"] = key("normalisation layer", "rmsnorm")
     norm_eps: PositiveFloat = key("added to the variance inside the norms", 1e-5)

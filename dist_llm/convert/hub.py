@@ -15,7 +15,7 @@ from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert.huggingface import describe, model_config
 from dist_llm.convert.keys import Pair, groups, pairs, put, take
 from dist_llm.convert.tokenizer import export_tokenizer
-from dist_llm.convert.weights import DictWeights, MadeWeights, Weights
+from dist_llm.convert.weights import MadeWeights, Weights
 from dist_llm.convert.write import SHARD_BYTES, write_safetensors
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build import build_model
@@ -24,7 +24,6 @@ from dist_llm.text.tokenizer import Tokenizer
 KEPT = "theirs."  # tensors of theirs that ours has no place for, kept beside it for the way back
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
-NANOGPT_ARGUMENTS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
 PREFIXES = ("transformer.", "model.", "bert.")  # of the body, which some checkpoints leave out
 
 # Of theirs: buffers that the config determines.
@@ -120,7 +119,7 @@ def from_huggingface(theirs: Weights, model: ModelConfig, family: str) -> Weight
         name = name.removeprefix("model.")
         pair, shape = of[name], ours[name]
         tensor = take(pair, {each: read(each) for each in (pair.theirs, pair.plus_row) if each})
-        if name.startswith(ROWS_OF_IDS) and len(tensor) == model.vocab_size:
+        if name.startswith(ROWS_OF_IDS) and tuple(tensor.shape) == (model.vocab_size, *shape[1:]):
             tensor = torch.cat((tensor, tensor.new_zeros(shape[0] - len(tensor), *shape[1:])))
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{pair.theirs} gives {name} the shape {list(tensor.shape)} instead of {list(shape)}")
@@ -203,7 +202,7 @@ def token_ids(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         if (path := directory / name).exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = _read_json(path)
             found |= {key: content[key] for key in TOKEN_IDS if key in content}
     return found
 
@@ -217,38 +216,16 @@ def read_config(directory: Path, ignored: Collection[str] = ()) -> tuple[str, Mo
 
     Raises CheckpointError where there is none or it is not supported.
     """
-    path = directory / "config.json"
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    theirs = _read_json(directory / "config.json")
     return str(theirs.get("model_type")), model_config(theirs, ignored)
 
 
-def nanogpt(content: Mapping[str, Any]) -> tuple[ModelConfig, Weights]:
-    """(our model, their tensors) of what nanoGPT's ckpt.pt holds.
-
-    Raises CheckpointError where it is not one.
-    """
+def _read_json(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError for anything but an object."""
     try:
-        arguments, tensors = content["model_args"], content["model"]
-        if unknown := sorted(arguments.keys() - NANOGPT_ARGUMENTS):
-            raise CheckpointError(f"nanoGPT's model_args: {unknown[0]} ({arguments[unknown[0]]!r}) is not known")
-        model = ModelConfig(
-            d_model=arguments["n_embd"],
-            n_layers=arguments["n_layer"],
-            n_heads=arguments["n_head"],
-            n_kv_heads=arguments["n_head"],
-            head_dim=arguments["n_embd"] // arguments["n_head"],
-            d_ff=4 * arguments["n_embd"],
-            vocab_size=arguments["vocab_size"],
-            max_seq_len=arguments["block_size"],
-            positions="learned",
-            norm="layernorm",
-            activation="gelu",
-            bias=arguments["bias"],
-            tie_embeddings=True,
-        )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"not a checkpoint of nanoGPT: {error!r}") from None
-    return model, DictWeights({name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()})
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, where an object belongs; copy it again")
+    return content

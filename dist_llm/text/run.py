@@ -96,7 +96,7 @@ class Run:
         try:
             if records:
                 assembly.restore([record["note"] for record in records])
-        except DataError as error:
+        except (DataError, LookupError, TypeError, ValueError, AttributeError) as error:  # the latter: it is damaged
             self.meter.say(f"starting over: {error}")
             assembly.__exit__()
             assembly, records = self._assembly(tokenizer), []
@@ -117,6 +117,8 @@ class Run:
         usable: list[dict[str, Any]] = []
         left = iter(self.reader.sources)
         for record in past[1:]:
+            if not isinstance(record.get("inputs"), list) or not isinstance(record.get("counts"), dict):
+                return usable  # a damaged line
             for state in record["inputs"]:
                 source = next(left, None)
                 if source is None or state is None or source.state != state:

@@ -6,7 +6,6 @@ whose bytes are a function of the content, so a hash of the file identifies the 
 """
 
 import base64
-import binascii
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT = "dist_llm tokenizer 1"
 ENDOFTEXT = "<|endoftext|>"
+MAX_IDS = 1 << 24  # tables have a row for each
 
 # As published with each model. cl100k's possessive quantifiers change speed, not meaning.
 SPLIT_PATTERNS = {
@@ -72,8 +72,8 @@ class Tokenizer:
         ids = [*self.ranks.values(), *self.special_tokens.values()]
         if missing := [byte for byte in range(256) if bytes([byte]) not in self.ranks]:
             raise DataError(f"tokenizer {self.name}: no id for byte {missing[0]:#04x}; all 256 bytes need one.")
-        if len(set(ids)) != len(ids) or min(ids) < 0:
-            raise DataError(f"tokenizer {self.name}: ids must be distinct and not negative.")
+        if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= MAX_IDS:
+            raise DataError(f"tokenizer {self.name}: ids must be distinct, not negative, and below {MAX_IDS}.")
         if ENDOFTEXT not in self.special_tokens:
             raise DataError(f"tokenizer {self.name}: no special token {ENDOFTEXT}, which ends each document.")
 
@@ -143,7 +143,7 @@ class Tokenizer:
             return Tokenizer(content["name"], content["pattern"], ranks, specials)
         except FileNotFoundError:
             raise DataError(f"{path}: missing. A prepared corpus has one; make it with: dist-llm prepare") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DataError(f"{path}: cannot be read: {error!r}. Prepare the corpus again.") from None
 
     def _encode(self, text: str) -> npt.NDArray[np.uint32]:

@@ -7,8 +7,9 @@ import torch
 
 from dist_llm.config.compare import function_of
 from dist_llm.convert.config_fields import HARMLESS
-from dist_llm.convert.hub import from_huggingface, model_shapes, nanogpt, to_huggingface, unused_heads
+from dist_llm.convert.hub import from_huggingface, model_shapes, to_huggingface, unused_heads
 from dist_llm.convert.huggingface import describe, model_config
+from dist_llm.convert.nanogpt import from_nanogpt
 from dist_llm.convert.weights import DictWeights
 from dist_llm.errors import CheckpointError
 from tests.convert.families import FAMILIES, VOCAB
@@ -124,7 +125,7 @@ def test_heads_of_bert_that_are_left_out_are_named() -> None:
 
 def test_an_unknown_argument_of_nanogpt_is_named() -> None:
     arguments = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "bias": False, "vocab_size": VOCAB}
-    model, _ = nanogpt({"model_args": arguments | {"dropout": 0.0}, "model": {}})
+    model, _ = from_nanogpt({"model_args": arguments | {"dropout": 0.0}, "model": {}})
     assert model.n_layers == 1
     with pytest.raises(CheckpointError, match="use_rotary"):
-        nanogpt({"model_args": arguments | {"use_rotary": True}, "model": {}})
+        from_nanogpt({"model_args": arguments | {"use_rotary": True}, "model": {}})
