@@ -108,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     one = command("to-hf", to_hf, "checkpoint", "out")
     one.add_argument("--family", default="", help="default: the first that can express the model")
     one.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: fp32, as trained")
+    one.add_argument("--no-tokenizer", action="store_true", help="weights and config.json alone")
     one.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="largest file; default: 5")
     one.add_argument("--check", action="store_true", help="compare logits with `transformers`")
     one = command("from-hf", from_hf, "directory", "out")
@@ -141,7 +142,11 @@ def parser() -> argparse.ArgumentParser:
 def to_hf(options: argparse.Namespace) -> None:
     """Write a directory for Hugging Face's `from_pretrained`."""
     path, dtype = find(options.checkpoint), DTYPES[options.dtype]
-    config, tokenizer = load_saved(path), Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
+    config, tokenizer = load_saved(path), None
+    if options.no_tokenizer or not (path / TOKENIZER_FILE).exists():
+        console.print(f"without a tokenizer: {'--no-tokenizer' if options.no_tokenizer else f'{path} has none'}")
+    else:
+        tokenizer = Tokenizer.load(path)
     ids = json.loads((path / TOKEN_IDS).read_text(encoding="utf-8")) if (path / TOKEN_IDS).exists() else None
     with made_whole(Path(options.out)) as aside:
         shard_bytes = int(options.shard_gb * 1e9)

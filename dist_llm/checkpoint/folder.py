@@ -7,7 +7,7 @@ import errno
 import io
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -133,21 +132,6 @@ class FolderReader(filesystem.FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
-
-
-@contextmanager
-def reading(folder: "Folder | Path | str") -> Iterator[None]:
-    """Within the block what torch raises where a rank cannot read is a CheckpointError, which names the first rank."""
-    try:
-        yield
-    except CheckpointException as error:  # no Exception
-        rank, (cause, _) = min(error.failures.items())
-        if isinstance(cause, CheckpointError):
-            raise cause from None
-        raise CheckpointError(
-            f"{folder}: its tensors cannot be read on rank {rank}: {type(cause).__name__}: {cause}; check it with "
-            "tools/convert_checkpoint.py verify, and use another checkpoint if it is damaged"
-        ) from cause
 
 
 class FolderWriter(filesystem.FileSystemWriter):

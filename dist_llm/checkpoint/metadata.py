@@ -6,10 +6,13 @@ Each tensor must lie in files of the same directory, and be no larger than its b
 
 import io
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dist_llm.errors import CheckpointError
@@ -71,6 +74,21 @@ def _check_sizes(metadata: Metadata, where: str) -> None:
                 raise CheckpointError(f"{where}: {name} needs {size} bytes, but has {stored_bytes} in the checkpoint")
         if min(entry.size, default=0) < 0 or prod(entry.size) > covered:
             raise CheckpointError(f"{where}: {name} has shape {list(entry.size)}, but {covered} elements in its chunks")
+
+
+@contextmanager
+def reading(folder: object) -> Iterator[None]:
+    """Within the block what torch raises where a rank cannot read is a CheckpointError, which names the first rank."""
+    try:
+        yield
+    except CheckpointException as error:  # no Exception
+        rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, CheckpointError):
+            raise cause from None
+        raise CheckpointError(
+            f"{folder}: its tensors cannot be read on rank {rank}: {type(cause).__name__}: {cause}; check it with "
+            "tools/convert_checkpoint.py verify, and use another checkpoint if it is damaged"
+        ) from cause
 
 
 # Python's own and not C's, which allocates what a damaged number asks for.

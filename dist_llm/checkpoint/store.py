@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from dist_llm.checkpoint.boxes import Boxes, piece_of
-from dist_llm.checkpoint.folder import Folder, FolderReader, reading
+from dist_llm.checkpoint.folder import Folder, FolderReader
 from dist_llm.checkpoint.manifest import MANIFEST, MARKER, DamagedError, read_manifest, verify
+from dist_llm.checkpoint.metadata import reading
 from dist_llm.checkpoint.state import Progress, State
 from dist_llm.checkpoint.writing import Copies, Team, Writing, assume_one_process
 from dist_llm.config.load import load_config

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from dist_llm.checkpoint.folder import Folder, FolderReader, reading
+from dist_llm.checkpoint.folder import Folder, FolderReader
+from dist_llm.checkpoint.metadata import reading
 from dist_llm.checkpoint.writing import assume_one_process
 from dist_llm.errors import CheckpointError
 

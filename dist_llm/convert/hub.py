@@ -181,7 +181,10 @@ def export(
     if config.model.architecture != "encoder":
         _write_json(directory / "generation_config.json", generation)
     if tokenizer is not None:
-        export_tokenizer(tokenizer, directory, config.model, extra_ids(config))
+        try:
+            export_tokenizer(tokenizer, directory, config.model, extra_ids(config))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} Weights can be exported alone, with --no-tokenizer.") from None
     write_safetensors(directory, view, dtype, shard_bytes)
     return view
 

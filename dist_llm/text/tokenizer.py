@@ -139,6 +139,8 @@ class Tokenizer:
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise DataError(f"{path}: not of format '{FORMAT}'. Prepare the corpus again with this version.")
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in content["ranks"].items()}
+            if not isinstance(content["name"], str) or not isinstance(content["pattern"], str):
+                raise ValueError("name and pattern must be texts")
             specials = {str(token): int(rank) for token, rank in content["special_tokens"].items()}
             return Tokenizer(content["name"], content["pattern"], ranks, specials)
         except FileNotFoundError:

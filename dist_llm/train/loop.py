@@ -18,6 +18,7 @@ from dist_llm.config.lengths import inputs_len, sample_tokens
 from dist_llm.config.schema import Config, LossConfig
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.loader import Loader
+from dist_llm.data.repetition import find_repetitions
 from dist_llm.engines.base import Engine
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.errors import DataError
@@ -76,6 +77,10 @@ class Trainer:
         self.stragglers = Stragglers(world, engine, config.log.stragglers_seconds)
         self.guard = Guard(config.guard, self.progress.guard, engine, self.directory)
         self.sample_tokens = sample_tokens(config)
+        samples = (config.run.steps - self.progress.step) * config.data.global_batch
+        self.repetitions = find_repetitions(
+            loader.plan, self.progress.samples, loader.plan.after(self.progress.samples, samples)
+        )
         self.heldout = self._heldout(loader.objective)
         self.audit = Audit(engine, loader, config.data.audit_every)
         parallel = config.parallel
@@ -94,6 +99,7 @@ class Trainer:
         Returns 0, or the signal that made it save and stop before. Raises RewindError where it is to go back.
         """
         config, told = self.config, signals.told
+        first = self.progress.step
         self.recorder.restart_clock(self.progress.tokens)
         with self.sinks, self.stragglers, Garbage() as garbage:  # closed at the end, whatever it is
             if self.progress.step == 0 and self.guard.rewinds:
@@ -124,6 +130,12 @@ class Trainer:
         if told:
             log.info("stopped by %s after step %d, saved; start again to go on", Signals(told).name, self.progress.step)
             return told
+        if first >= config.run.steps:
+            log.info(
+                "nothing to do: the run has taken %d steps, and run.steps is %d; raise it to go on",
+                first,
+                config.run.steps,
+            )
         log.info("done: %d steps, checkpoint in %s", self.progress.step, self.store.directory)
         log.info("watch the curves: tensorboard --logdir %s", self.directory / "tensorboard")
         return 0
@@ -146,6 +158,8 @@ class Trainer:
         progress.heldout_loss = None
         progress.samples = self.loader.after(progress.samples)
         progress.tokens += config.data.global_batch * self.sample_tokens
+        while self.repetitions and self.repetitions[0].sample <= progress.samples:
+            log.info("%s", self.repetitions.pop(0))
         of_step = progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, wait
         self.recorder.add(Measured(*of_step, report.by_source, terms_of(report, config.loss)))
         if (every := config.guard.digest_every) and progress.step % every == 0:
