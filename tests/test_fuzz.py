@@ -47,6 +47,7 @@ from dist_llm.convert import hub
 from dist_llm.convert.deepspeed_read import open_deepspeed
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
 from dist_llm.convert.nanogpt import from_nanogpt, to_nanogpt
+from dist_llm.convert.tokenizer import export_tokenizer, import_tokenizer
 from dist_llm.convert.weights import DictWeights, Weights, load_torch, open_huggingface
 from dist_llm.convert.write import write_native
 from dist_llm.data import history
@@ -57,6 +58,7 @@ from dist_llm.errors import UserError
 from dist_llm.observe.metrics import MetricsFile
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
+from dist_llm.text.report import InputTable, Report
 from dist_llm.text.rows import Keys, Tally
 from dist_llm.text.sources import documents, open_sources
 from dist_llm.text.tokenizer import ENDOFTEXT, SPLIT_PATTERNS, Tokenizer
@@ -340,6 +342,12 @@ def tokenizer_of(name: str) -> Callable[[Path], object]:
     return lambda directory: build_tokenizer(str(directory / name), None, lambda: ()).encode("some text")
 
 
+def write_report(directory: Path) -> None:
+    table = InputTable()
+    table.add("read", directory / "x.jsonl", 100)
+    Report({"source": ["x"]}, 10, 1, inputs=table, unreadable={"y": (3, "gone")}).save(directory)
+
+
 READERS: dict[str, Reader] = {
     "corpus": Reader(write_corpus, read_corpus),
     "corpus with prompts": Reader(lambda directory: write_corpus(directory, prompts=True), read_corpus),
@@ -372,6 +380,8 @@ READERS: dict[str, Reader] = {
     "metrics": Reader(write_metrics, read_metrics),
     "tokenizer.json": Reader(BYTES.save, lambda directory: Tokenizer.load(directory).encode("some text")),
     "tiktoken": Reader(write_tiktoken, tokenizer_of("x.tiktoken")),
+    "tokenizer of hf": Reader(lambda directory: export_tokenizer(BYTES, directory), import_tokenizer),
+    "prepare's report": Reader(write_report, Report.load),
 }
 
 CLAIMS = [-1, 0, 1, -(2**31), 2**31 - 1, 2**32 - 1, 10**15, 2**63 - 1, -(2**63)]

@@ -243,9 +243,10 @@ def to_nanogpt(options: argparse.Namespace) -> None:
     with made_whole(Path(options.out)) as aside:
         with shown(weights, "converting") as seen:
             torch.save(nanogpt_content(seen, config, progress_of(Folder(path)).step), aside)
+        probe = stream_probe(weights, config.model)
+        show_probe(stored_probe(path), probe, path)
         model, theirs = read_nanogpt(load_torch(aside), str(aside))
-        written = stream_probe(hub.from_huggingface(theirs, model, "nanogpt"), model)
-        show_probe(stream_probe(weights, config.model), written, aside)
+        show_probe(probe, stream_probe(hub.from_huggingface(theirs, model, "nanogpt"), model), aside)
     console.print(f"wrote {options.out}: {len(theirs.shapes)} tensors; its optimizer starts anew")
 
 
