@@ -19,7 +19,7 @@ import resource
 import shutil
 import signal
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +99,12 @@ def config_for(**model: Any) -> Config:
     )
 
 
-def weights_for(config: Config, moments: bool = False) -> DictWeights:
+def weights_for(config: Config, moments: Collection[str] = ()) -> DictWeights:
+    """Random ones, with AdamW's state of the parameters in `moments`."""
     tensors = {}
     for name, shape in hub.model_shapes(config.model).items():
         tensors[f"model.{name}"] = torch.randn(shape)
-        if moments:
+        if name in moments:
             tensors |= {f"optim.{name}.{key}": torch.rand(shape) for key in ("exp_avg", "exp_avg_sq")}
             tensors[f"optim.{name}.step"] = torch.tensor(3.0)
     return DictWeights(tensors)
@@ -185,7 +186,7 @@ def write_checkpoint(directory: Path) -> None:
         b'"weights": "fp32"}',
         "tokenizer.json": BYTES.file_bytes(),
     }
-    write_native(directory, weights_for(config, moments=True), files)
+    write_native(directory, weights_for(config, {"head.norm.weight"}), files)
 
 
 def read_checkpoint(directory: Path) -> None:
@@ -263,8 +264,8 @@ def read_nanogpt(directory: Path) -> None:
 def write_ds(universal: bool, stage: int = 2) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         config = config_for()
-        weights = weights_for(config, moments=True)
         names = list(hub.model_shapes(config.model))
+        weights = weights_for(config, names)
         if universal:
             write_universal(directory, weights, step=3)
         else:
