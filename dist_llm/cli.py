@@ -93,6 +93,13 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", metavar="DIR", help="another prepared corpus of the same tokenizer")
     evaluate.add_argument("--split", choices=("heldout", "train"), default="heldout", help="default: heldout")
     evaluate.add_argument("--micro-batch", type=int, default=0, metavar="N", help="default: the run's")
+    evaluate.add_argument(
+        "--seq-len",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens per window; default: the run's data.seq_len, or at most 2048 where the model was not trained here",
+    )
 
     generate = commands.add_parser("generate", help="text from a trained model")
     generate.add_argument("--checkpoint", required=True, metavar="DIR", help="a run or one checkpoint; may be a URL")
@@ -267,9 +274,12 @@ def _help_config() -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from dist_llm.launch.world import read_world
-    from dist_llm.train.score import score
+    from dist_llm.train.score import Windows, score
 
-    score(options.checkpoint, options.data, options.split, options.micro_batch, read_world())
+    if min(options.micro_batch, options.seq_len) < 0:
+        raise ConfigError("--micro-batch and --seq-len: must be at least 1, or 0 for the default")
+    windows = Windows(options.seq_len, options.micro_batch)
+    score(options.checkpoint, options.data, options.split, windows, read_world())
 
 
 def _generate(options: argparse.Namespace) -> None:

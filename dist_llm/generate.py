@@ -12,12 +12,12 @@ from dist_llm.checkpoint.state import Held
 from dist_llm.config.load import load_saved
 from dist_llm.config.schema import Config
 from dist_llm.convert.spread import spread
-from dist_llm.errors import ConfigError
+from dist_llm.errors import ConfigError, DataError
 from dist_llm.models.attention import KVCache
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask, EncoderInput
 from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
-from dist_llm.text.tokenizer import Tokenizer
+from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ def load_model(
     """The model of a checkpoint (or of a run's newest) on one device, or spread, ready to sample."""
     path = store.find(checkpoint)
     config = load_saved(path)
+    if not (path / TOKENIZER_FILE).exists():
+        raise DataError(
+            f"{path}: has no tokenizer, so no text can be generated; copy {TOKENIZER_FILE} of its corpus there"
+        )
     if config.model.architecture == "encoder":
         raise ConfigError(f"{path}: an encoder fills in masks and does not go on with a text; it cannot generate")
     if offload is not None:

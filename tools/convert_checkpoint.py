@@ -1,10 +1,12 @@
 """Convert checkpoints, and look into them.
 
   to-hf           a run or checkpoint -> a directory for Hugging Face's `from_pretrained`, tokenizer included
-  from-hf         such a directory -> a checkpoint (Llama, GPT-2, Mistral, Qwen2, Qwen3, BERT, T5 v1.1, BART)
+  from-hf         such a directory, or one with pytorch_model.bin -> a checkpoint (Llama, GPT-2, Mistral, Qwen2, Qwen3,
+                  BERT, T5 v1.1, BART)
   to-torch        a run or checkpoint -> one file of `torch.save`
   from-torch      such a file -> a checkpoint
   from-nanogpt    nanoGPT's ckpt.pt -> a checkpoint
+  to-nanogpt      a run or checkpoint -> nanoGPT's ckpt.pt
   to-deepspeed    a run or checkpoint -> a ZeRO 1, 2 or 3 directory, or a universal checkpoint
   from-deepspeed  such a directory -> a checkpoint
   average         the mean of the weights of several checkpoints
@@ -55,10 +57,22 @@ from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert import hub
 from dist_llm.convert.deepspeed_read import open_deepspeed
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
+from dist_llm.convert.nanogpt import from_nanogpt as read_nanogpt
+from dist_llm.convert.nanogpt import to_nanogpt as nanogpt_content
 from dist_llm.convert.parity import compare
 from dist_llm.convert.stream_probe import stream_probe
 from dist_llm.convert.tokenizer import import_tokenizer
-from dist_llm.convert.weights import DictWeights, MadeWeights, SafetensorsWeights, Weights, load_torch
+from dist_llm.convert.weights import (
+    TORCH_FILE,
+    TORCH_INDEX,
+    DictWeights,
+    MadeWeights,
+    SafetensorsWeights,
+    Weights,
+    load_torch,
+    only_tensors,
+    open_huggingface,
+)
 from dist_llm.convert.write import DTYPES, made_whole, reopen, write_native
 from dist_llm.errors import CheckpointError, UserError
 from dist_llm.models.build_model import build_model
@@ -97,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     one = command("to-hf", to_hf, "checkpoint", "out")
     one.add_argument("--family", default="", help="default: the first that can express the model")
     one.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: fp32, as trained")
+    one.add_argument("--no-tokenizer", action="store_true", help="weights and config.json alone")
     one.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="largest file; default: 5")
     one.add_argument("--check", action="store_true", help="compare logits with `transformers`")
     one = command("from-hf", from_hf, "directory", "out")
@@ -116,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="CORPUS",
         help="whose tokenizer it was: a prepared corpus, meta.pkl, or any other that prepare takes",
     )
+    command("to-nanogpt", to_nanogpt, "checkpoint", "out")
     one = command("to-deepspeed", to_deepspeed, "checkpoint", "out")
     one.add_argument("--stage", type=int, choices=(1, 2, 3), help="a ZeRO directory of this stage ...")
     one.add_argument("--world", type=int, default=1, metavar="N", help="... for so many ranks; default: 1")
@@ -133,7 +149,11 @@ def parser() -> argparse.ArgumentParser:
 def to_hf(options: argparse.Namespace) -> None:
     """Write a directory for Hugging Face's `from_pretrained`."""
     path, dtype = find(options.checkpoint), DTYPES[options.dtype]
-    config, tokenizer = load_saved(path), Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
+    config, tokenizer = load_saved(path), None
+    if options.no_tokenizer or not (path / TOKENIZER_FILE).exists():
+        console.print(f"without a tokenizer: {'--no-tokenizer' if options.no_tokenizer else f'{path} has none'}")
+    else:
+        tokenizer = Tokenizer.load(path)
     ids = json.loads((path / TOKEN_IDS).read_text(encoding="utf-8")) if (path / TOKEN_IDS).exists() else None
     generation = (path / GENERATION_FILE).read_bytes() if (path / GENERATION_FILE).exists() else None
     with made_whole(Path(options.out)) as aside:
@@ -166,7 +186,7 @@ def from_hf(options: argparse.Namespace) -> None:
     """Write a checkpoint of a directory that `from_pretrained` reads."""
     directory = Path(options.directory)
     family, model = hub.read_config(directory, options.ignore_field)
-    theirs = SafetensorsWeights(directory)
+    theirs = open_huggingface(directory)
     view = hub.from_huggingface(theirs, model, family)
     if unused := hub.unused_heads(theirs):
         console.print(f"left out: {', '.join(unused)}: heads for sentence pairs, which masked tokens do not use")
@@ -201,7 +221,12 @@ def to_torch(options: argparse.Namespace) -> None:
 def from_torch(options: argparse.Namespace) -> None:
     """Write a checkpoint of a file that to-torch wrote."""
     content = load_torch(Path(options.file))
-    files = {name: text.encode() for name, text in content.get("files", {}).items()}
+    texts = content.get("files")
+    if not isinstance(texts, dict) or not all(isinstance(each, str) for pair in texts.items() for each in pair):
+        raise CheckpointError(f"{options.file}: has no files; it was not written by to-torch")
+    if outside := [name for name in texts if "/" in name or name in ("", ".", "..")]:
+        raise CheckpointError(f"{options.file}: names a file outside the checkpoint: {outside[0]!r}")
+    files = {name: text.encode() for name, text in texts.items()}
     if CONFIG not in files:
         raise CheckpointError(f"{options.file}: has no config; it was not written by to-torch")
     probe = parse_probe(files[PROBE], f"{options.file}: {PROBE}") if PROBE in files else None
@@ -209,17 +234,34 @@ def from_torch(options: argparse.Namespace) -> None:
 
 
 def _of_torch(content: Mapping[str, Mapping[str, Tensor]]) -> Weights:
-    return DictWeights(
-        {f"{kind}.{name}": tensor for kind in content if kind != "files" for name, tensor in content[kind].items()}
-    )
+    kinds = {
+        kind: only_tensors(tensors, f"a file of torch.save: {kind}")
+        for kind, tensors in content.items()
+        if kind != "files"
+    }
+    return DictWeights({f"{kind}.{name}": tensor for kind, each in kinds.items() for name, tensor in each.items()})
 
 
 def from_nanogpt(options: argparse.Namespace) -> None:
     """Write a checkpoint of nanoGPT's ckpt.pt."""
-    model, theirs = hub.nanogpt(load_torch(Path(options.file)))
+    model, theirs = read_nanogpt(load_torch(Path(options.file)), options.file)
     tokenizer = build_tokenizer(options.tokenizer, None, lambda: ()) if options.tokenizer else None
     view = hub.from_huggingface(theirs, model, "nanogpt")
     write(Path(options.out), view, files_of(model, tokenizer, Path(options.file)))
+
+
+def to_nanogpt(options: argparse.Namespace) -> None:
+    """Write nanoGPT's ckpt.pt."""
+    path = find(options.checkpoint)
+    config, weights = load_saved(path), NativeWeights(path)
+    with made_whole(Path(options.out)) as aside:
+        with shown(weights, "converting") as seen:
+            torch.save(nanogpt_content(seen, config, progress_of(Folder(path)).step), aside)
+        probe = stream_probe(weights, config.model)
+        show_probe(stored_probe(path), probe, path)
+        model, theirs = read_nanogpt(load_torch(aside), str(aside))
+        show_probe(probe, stream_probe(hub.from_huggingface(theirs, model, "nanogpt"), model), aside)
+    console.print(f"wrote {options.out}: {len(theirs.shapes)} tensors; its optimizer starts anew")
 
 
 def to_deepspeed(options: argparse.Namespace) -> None:
@@ -347,8 +389,8 @@ def open_weights(place: str) -> Weights:
     path = Path(place)
     if path.is_file():
         return _of_torch(load_torch(path))
-    if any(path.glob("*.safetensors")):
-        return SafetensorsWeights(path)
+    if any(path.glob("*.safetensors")) or (path / TORCH_FILE).exists() or (path / TORCH_INDEX).exists():
+        return open_huggingface(path)
     return NativeWeights(find(place))
 
 

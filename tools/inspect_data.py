@@ -4,6 +4,7 @@
   find     in which steps of a run the documents with some text were, and will be, seen
   verify   hashes, ids and document boundaries of a corpus, or of all corpora of a run
   stats    lengths of documents, frequencies of tokens, bytes per token: a table and a picture
+  to-bin   a corpus as nanoGPT's train.bin and val.bin
 
 examples:
   python tools/inspect_data.py show --run runs/demo --step 7
@@ -11,6 +12,7 @@ examples:
   python tools/inspect_data.py find "def quicksort" --run runs/demo
   python tools/inspect_data.py verify data/stdlib
   python tools/inspect_data.py stats data/stdlib --picture stats.png
+  python tools/inspect_data.py to-bin data/stdlib nanogpt/data/stdlib
 
 No process group, no GPU. Exit code 1: verify found something wrong, or find nothing; 2: the command cannot be run.
 """
@@ -36,6 +38,7 @@ from dist_llm.data.plan import Plan
 from dist_llm.data.shard import SPLITS
 from dist_llm.data.streams import Stream
 from dist_llm.errors import DataError, UserError
+from dist_llm.text.export import export_bin
 from dist_llm.text.tokenizer import Tokenizer
 
 SHOWN_CHARS = 300  # of a document; --whole shows all
@@ -63,9 +66,13 @@ def main() -> int:
         one.add_argument("corpus", type=Path, nargs="*", help="directories that `dist-llm prepare` or `adopt` made")
         one.add_argument("--run", type=Path, help="in their place: the corpora of a run")
     one.add_argument("--picture", type=Path, help="a PNG of the distributions")
+    one = commands.add_parser("to-bin", help="train.bin and val.bin of nanoGPT")
+    one.add_argument("corpus", help="directory that `dist-llm prepare` or `adopt` made, or its URL")
+    one.add_argument("out", type=Path, help="the directory to make")
     options = top.parse_args()
+    run = {"show": show, "find": find, "verify": verify, "stats": stats, "to-bin": to_bin}
     try:
-        return {"show": show, "find": find, "verify": verify, "stats": stats}[options.command](options)
+        return run[options.command](options)
     except UserError as error:
         print(f"inspect_data: {error}", file=sys.stderr)
         return 2
@@ -231,6 +238,13 @@ def problems_of(corpus: Corpus) -> Iterator[str]:
             yield f"{shard.file}: a document {'should begin' if odd in inner else 'begins'} at token {odd}, and " + (
                 "the offsets have none there" if odd in inner else "no <|endoftext|> is beside it"
             )
+
+
+def to_bin(options: argparse.Namespace) -> int:
+    """Write a corpus as nanoGPT's files."""
+    for file, tokens in export_bin(localize(options.corpus, CACHE), options.out).items():
+        console.print(f"wrote {options.out / file}: {tokens:,} tokens of uint16")
+    return 0
 
 
 def stats(options: argparse.Namespace) -> int:

@@ -28,7 +28,11 @@ log = logging.getLogger("dist_llm")
 def config_of(folder: Folder | Path) -> Config:
     """The resolved config in a checkpoint. Raises CheckpointError where it is not valid."""
     name = "config.yaml"
-    return parse_saved(Folder(folder).read(name).decode(), f"{folder}/{name}")
+    try:
+        text = Folder(folder).read(name).decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{folder}/{name}: is damaged: {error}; use another checkpoint") from None
+    return parse_saved(text, f"{folder}/{name}")
 
 
 def check_resume(folder: Folder, config: Config) -> list[Difference]:

@@ -5,11 +5,13 @@ Nothing hidden needs restoring: learning rate, data order and dropout are functi
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import AliasChoices, Field, TypeAdapter
 from torch import Tensor, nn, optim
 
+from dist_llm.config.schema import Count
 from dist_llm.errors import CheckpointError
 from dist_llm.optim.loss_scale import LossScale
 
@@ -19,7 +21,8 @@ class GuardState:
     """What the guard remembers: recent losses of good steps, how much of guard.budget is used, samples left out."""
 
     losses: list[float] = field(default_factory=list)
-    num_used: int = 0
+    # Named `spent` up to version 0.1.
+    num_used: Annotated[int, Field(validation_alias=AliasChoices("num_used", "spent"))] = 0
     left_out: list[tuple[int, int]] = field(default_factory=list)  # ranges [first, end)
 
 
@@ -31,21 +34,18 @@ class Progress:
     very step, if it was evaluated.
     """
 
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
+    step: Count = 0
+    samples: Count = 0
+    tokens: Count = 0
     source_tokens: dict[str, int] = field(default_factory=dict)
     loss_scale: LossScale | None = None
     heldout_loss: float | None = None
     guard: GuardState = field(default_factory=GuardState)
 
     @staticmethod
-    def of(fields: dict[str, Any]) -> "Progress":
-        """From what `as_dict` gave."""
-        scale, guard = fields.pop("loss_scale", None), fields.pop("guard", {})  # older checkpoints have none
-        guard["num_used"] = guard.pop("spent", guard.get("num_used", 0))  # its name up to version 0.1
-        guard["left_out"] = [tuple(each) for each in guard.get("left_out", ())]
-        return Progress(**fields, loss_scale=LossScale(**scale) if scale else None, guard=GuardState(**guard))
+    def parse(content: bytes) -> "Progress":
+        """From the JSON of `as_dict`. Older checkpoints have fewer fields. Raises ValueError for anything else."""
+        return TypeAdapter(Progress).validate_json(content, strict=True)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from dist_llm.checkpoint.boxes import Boxes, piece_of
 from dist_llm.checkpoint.folder import Folder, FolderReader
 from dist_llm.checkpoint.manifest import MANIFEST, MARKER, DamagedError, read_manifest, verify
+from dist_llm.checkpoint.metadata import reading
 from dist_llm.checkpoint.state import Progress, State
 from dist_llm.checkpoint.writing import Copies, Team, Writing, assume_one_process
 from dist_llm.config.load import load_config
@@ -253,7 +254,8 @@ def read(folder: Folder | Path, state: dict[str, Any]) -> None:
     alone = not dist.is_initialized()
     if alone:
         assume_one_process()
-    state_dict_loader.load(state, storage_reader=FolderReader(Folder(folder)), planner=_Planner(), no_dist=alone)
+    with reading(folder):
+        state_dict_loader.load(state, storage_reader=FolderReader(Folder(folder)), planner=_Planner(), no_dist=alone)
 
 
 class _Planner(DefaultLoadPlanner):
@@ -287,7 +289,7 @@ def refuse_other_model(folder: Folder | Path, wanted: Mapping[str, Any], saved: 
 
 def _heldout_loss(folder: Folder) -> float:
     """nan where it is not known, or the file is damaged."""
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(CheckpointError):
         loss = progress_of(folder).heldout_loss
         return math.nan if loss is None else loss
     return math.nan
@@ -303,5 +305,10 @@ def _damage(folder: Folder, part: int, parts: int) -> str:
 
 
 def progress_of(folder: Folder) -> Progress:
-    """How far the run was."""
-    return Progress.of(json.loads(folder.read(PROGRESS)))
+    """How far the run was. Raises CheckpointError where the file is damaged."""
+    try:
+        return Progress.parse(folder.read(PROGRESS))
+    except OSError as error:
+        raise CheckpointError(f"{folder}/{PROGRESS}: cannot be read: {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/{PROGRESS}: is damaged: {error}; use another checkpoint") from None

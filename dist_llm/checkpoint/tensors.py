@@ -10,7 +10,9 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dist_llm.checkpoint.folder import Folder, FolderReader
+from dist_llm.checkpoint.metadata import reading
 from dist_llm.checkpoint.writing import assume_one_process
+from dist_llm.errors import CheckpointError
 
 
 class NativeWeights:
@@ -24,12 +26,27 @@ class NativeWeights:
             if isinstance(entry, TensorStorageMetadata)
         }
         self.shapes = {name: tuple(entry.size) for name, entry in self.found.items()}
+        self._refuse_missing_bytes()
 
     def read(self, name: str) -> Tensor:
         state = {name: torch.empty(self.shapes[name], dtype=self.found[name].properties.dtype)}
         assume_one_process()
-        state_dict_loader.load(state, storage_reader=self.reader, no_dist=True)
+        with reading(self.reader.folder):
+            state_dict_loader.load(state, storage_reader=self.reader, no_dist=True)
         return state[name]
+
+    def _refuse_missing_bytes(self) -> None:
+        """Raise CheckpointError where a file is shorter than its metadata say: memory is allocated by these."""
+        folder, ends = self.reader.folder, dict[str, int]()
+        for stored in self.reader.read_metadata().storage_data.values():
+            ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
+        for file, end in ends.items():
+            try:
+                size = folder.size(file)
+            except OSError as error:
+                raise CheckpointError(f"{folder}/{file}: cannot be read: {error}") from None
+            if size < end:
+                raise CheckpointError(f"{folder}/{file}: damaged: has {size} bytes, but its tensors end at byte {end}")
 
 
 class _Reader(FolderReader):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -49,6 +50,7 @@ class Violation:
         return f"{self.keys[0]}: {self.message}"
 
 
+MAX_VALUES = 100_000  # of a YAML file
 FROM = "from"  # of the model section: a checkpoint that the section is taken from
 ModelReader = Callable[[dict[str, Any], object], tuple[dict[str, Any], list[Violation]]]
 
@@ -106,7 +108,7 @@ def _validate(raw: dict[str, Any], violations: list[Violation]) -> tuple[Config 
 def parse_yaml(text: str, where: str) -> Any:
     """`yaml.safe_load` with 1.2 numbers, plain keys, each once, and the place in the error."""
     try:
-        _check_keys(yaml.compose(text, Loader=_Loader), where)
+        _check_keys(yaml.compose(text, Loader=_Loader), where, count())
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, LookupError) as error:  # PyYAML lets 2020-13-45 and !!bool x fall through
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
@@ -222,7 +224,16 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     node[leaf] = parse_yaml(value, f"override '{override}'")
 
 
-def _check_keys(node: Any, where: str) -> None:
+def _check_keys(node: Any, where: str, visited: Iterator[int]) -> None:
+    """Raises ConfigError for a key that is no word or comes twice, and for more values than a config has.
+
+    A few aliases of aliases stand for more values than fit into memory, so every use of an alias counts.
+    """
+    if next(visited) > MAX_VALUES:
+        raise ConfigError(f"{where}: more than {MAX_VALUES:,} values; aliases (*) of aliases multiply, write them out")
+    if isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_keys(value, where, visited)
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for name, value in node.value:
@@ -232,7 +243,7 @@ def _check_keys(node: Any, where: str) -> None:
             if name.value in seen:
                 raise ConfigError(f"{where}:{line}: key '{name.value}' is given twice; keep one")
             seen.add(name.value)
-            _check_keys(value, where)
+            _check_keys(value, where, visited)
 
 
 def _violation(detail: ErrorDetails) -> Violation:

@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+MAX_WIDTH, MAX_LAYERS, MAX_IDS = 1 << 24, 10_000, 1 << 31  # a model beyond these is a damaged config
+Positive = Annotated[int, Field(ge=1, le=1 << 48)]
+Count = Annotated[int, Field(ge=0, le=1 << 48)]
+Width = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
+PositiveWidth = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what an int64 holds
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -56,26 +59,36 @@ class ModelConfig(Section):
         "decoder-only, encoder-only (BERT) or encoder-decoder (T5)",
         "decoder",
     )
-    d_model: Positive = key("width of the residual stream")
-    n_layers: Positive = key("number of blocks; encoder_decoder: blocks of the decoder")
-    n_encoder_layers: Count = key("encoder_decoder: blocks of the encoder; 0: n_layers", 0)
-    n_heads: Positive = key("number of query heads")
-    n_kv_heads: Count = key("number of key-value heads (grouped-query attention); 0: n_heads", 0)
-    head_dim: Count = key("size of a head; 0: d_model / n_heads", 0)
-    d_ff: Count = key(
+    d_model: PositiveWidth = key("width of the residual stream")
+    n_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = key(
+        "number of blocks; encoder_decoder: blocks of the decoder"
+    )
+    n_encoder_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)] = key(
+        "encoder_decoder: blocks of the encoder; 0: n_layers", 0
+    )
+    n_heads: PositiveWidth = key("number of query heads")
+    n_kv_heads: Width = key("number of key-value heads (grouped-query attention); 0: n_heads", 0)
+    head_dim: Width = key("size of a head; 0: d_model / n_heads", 0)
+    d_ff: Width = key(
         "hidden size of the feed-forward layer; 0: 4 d_model, or for gated activations 8/3 d_model rounded up to "
         "a multiple of 64",
         0,
     )
-    vocab_size: Count = key("vocabulary size; 0: that of the corpus's tokenizer plus the objective's special tokens", 0)
-    vocab_multiple: Positive = key("pad the embedding to a multiple of this many rows; padding is never predicted", 64)
-    max_seq_len: Count = key("maximum sequence length (rows of learned positions); 0: data.seq_len", 0)
+    vocab_size: Annotated[int, Field(ge=0, le=MAX_IDS)] = key(
+        "vocabulary size; 0: that of the corpus's tokenizer plus the objective's special tokens", 0
+    )
+    vocab_multiple: PositiveWidth = key(
+        "pad the embedding to a multiple of this many rows; padding is never predicted", 64
+    )
+    max_seq_len: Annotated[int, Field(ge=0, le=MAX_IDS)] = key(
+        "maximum sequence length (rows of learned positions); 0: data.seq_len", 0
+    )
     positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = key(
         "positional encoding; relative: a learned bias per head and distance, shared by all layers (T5)",
         "rope",
     )
     rope_theta: PositiveFloat = key("rope: base of the rotary frequencies", 10_000.0)
-    relative_buckets: Positive = key("relative: number of distance buckets, logarithmic for large distances", 32)
+    relative_buckets: PositiveWidth = key("relative: number of distance buckets, logarithmic for large distances", 32)
     relative_distance: Positive = key("relative: distance from which all positions share the last bucket", 128)
     norm: Literal["rmsnorm", "layernorm"] = key("normalization layer", "rmsnorm")
     norm_eps: PositiveFloat = key("epsilon of the normalization layers", 1e-5)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dist_llm.convert.weights import refuse_claims
 from dist_llm.errors import CheckpointError
 
 
@@ -30,7 +31,11 @@ def load_mapped(path: Path) -> Any:
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         with torch.serialization.safe_globals([(_StandIn, name) for name in unknown]):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        refuse_claims(content, path)
+        return content
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: is missing; copy it from where the run wrote it") from error
     except pickle.UnpicklingError as error:
@@ -38,7 +43,7 @@ def load_mapped(path: Path) -> Any:
             f"{path}: is damaged, or holds what cannot be read without running code; copy it again, or save it without "
             "what was added to it"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # of many kinds, by where the file is damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path}: cannot be read ({reason}); copy it again, or use an older checkpoint"

@@ -6,6 +6,7 @@ imported or run: classes of DeepSpeed's own, and any others, are replaced by a s
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -20,6 +21,7 @@ from dist_llm.convert.deepspeed_layout import Layout, contiguous, split
 from dist_llm.errors import CheckpointError
 
 RANK_FILE = re.compile(r"(?:(?:bf16_|fp16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(model|optim)_states\.pt")
+MAX_RANKS, MAX_NAME_BYTES = 1 << 20, 255
 Entry = tuple[tuple[int, ...], Callable[[], Tensor]]  # shape, and how to read it
 
 
@@ -32,7 +34,7 @@ class DeepSpeedWeights:
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, a copy; numbers of any precision as fp32, master weights where there are some."""
-        tensor = self.readers[name]().detach().reshape(self.shapes[name])
+        tensor = self.readers[name]()
         return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
@@ -45,21 +47,43 @@ def open_deepspeed(directory: Path, groups: Sequence[Sequence[str]] = ()) -> Dee
     Raises CheckpointError for a missing, damaged or left-out file, and for tensor, pipeline and expert parallelism.
     """
     folder = _tagged(directory)
-    entries = dict(_universal(folder) if (folder / "zero").is_dir() else _zero(folder, groups))
-    return DeepSpeedWeights(
-        {name: shape for name, (shape, _) in entries.items()}, {name: read for name, (_, read) in entries.items()}
-    )
+    with _unlike_deepspeed(folder):
+        entries = dict(_universal(folder) if (folder / "zero").is_dir() else _zero(folder, groups))
+        return DeepSpeedWeights(
+            {name: shape for name, (shape, _) in entries.items()},
+            {name: partial(_read, folder, name, shape, read) for name, (shape, read) in entries.items()},
+        )
+
+
+@contextmanager
+def _unlike_deepspeed(folder: Path) -> Iterator[None]:
+    """Within the block, what is missing or of another type in the files is a CheckpointError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+        raise CheckpointError(
+            f"{folder}: is not as DeepSpeed writes it: {type(error).__name__}: {error}; copy its files again, or save "
+            "with a version of DeepSpeed that is supported"
+        ) from error
+
+
+def _read(folder: Path, name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Tensor:
+    with _unlike_deepspeed(folder):
+        tensor = read().detach()
+        if tensor.numel() != prod(shape):
+            raise CheckpointError(f"{folder}: {name} has {tensor.numel()} elements, not the {prod(shape)} of {shape}")
+        return tensor.reshape(shape)
 
 
 def _tagged(directory: Path) -> Path:
     for latest in ("latest", "latest_universal"):
         if (directory / latest).is_file():
-            folder = directory / (directory / latest).read_text(encoding="utf-8").strip()
-            if not folder.is_dir():
-                raise CheckpointError(
-                    f"{directory / latest}: names {folder.name}, which is not there; give one that is"
-                )
-            return folder
+            tag = (directory / latest).read_bytes().decode(errors="replace").strip()
+            if "/" in tag or "\0" in tag or tag in ("", ".", "..") or len(tag.encode()) > MAX_NAME_BYTES:
+                raise CheckpointError(f"{directory / latest}: names no directory beside it: {tag[:80]!r}")
+            if not (directory / tag).is_dir():
+                raise CheckpointError(f"{directory / latest}: names {tag[:80]}, which is not there; give one that is")
+            return directory / tag
     if (directory / "zero").is_dir() or any(directory.glob("*_states.pt")):
         return directory
     raise CheckpointError(
@@ -240,6 +264,8 @@ def _rank_files(folder: Path, kind: str) -> dict[int, Path]:
 
 
 def _refuse_missing(folder: Path, kind: str, files: Mapping[int, Path], world: int) -> None:
+    if type(world) is not int or not 0 < world <= MAX_RANKS:
+        raise CheckpointError(f"{folder}: says that {world!r} ranks saved it; the file is damaged: copy it again")
     missing = sorted(set(range(world)) - files.keys())
     if missing:
         raise CheckpointError(

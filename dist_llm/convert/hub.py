@@ -15,7 +15,7 @@ from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert.huggingface import describe, model_config
 from dist_llm.convert.keys import Pair, groups, pairs, put, take
 from dist_llm.convert.tokenizer import export_chars, export_files, export_tokenizer
-from dist_llm.convert.weights import DictWeights, MadeWeights, Weights
+from dist_llm.convert.weights import MadeWeights, Weights
 from dist_llm.convert.write import SHARD_BYTES, write_safetensors
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
@@ -27,7 +27,6 @@ from dist_llm.text.tokenizer import Tokenizer
 
 KEPT = "theirs."  # tensors of theirs that ours has no place for, kept beside it for the way back
 SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
-NANOGPT_ARGUMENTS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
 PREFIXES = ("transformer.", "model.", "bert.")  # of the body, which some checkpoints leave out
 
 # Of theirs: buffers that the config determines.
@@ -123,7 +122,7 @@ def from_huggingface(theirs: Weights, model: ModelConfig, family: str) -> Weight
         name = name.removeprefix("model.")
         pair, shape = of[name], ours[name]
         tensor = take(pair, {each: read(each) for each in (pair.theirs, pair.plus_row) if each})
-        if name.startswith(ROWS_OF_IDS) and len(tensor) == model.vocab_size:
+        if name.startswith(ROWS_OF_IDS) and tuple(tensor.shape) == (model.vocab_size, *shape[1:]):
             tensor = torch.cat((tensor, tensor.new_zeros(shape[0] - len(tensor), *shape[1:])))
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{pair.theirs} gives {name} the shape {list(tensor.shape)} instead of {list(shape)}")
@@ -185,12 +184,10 @@ def export(
     _write_json(directory / "config.json", theirs)
     if config.model.architecture != "encoder":
         _write_json(directory / GENERATION_FILE, {"_from_model_config": True, **ids})
-    if isinstance(tokenizer, BPETokenizer):
-        export_tokenizer(tokenizer, directory, config.model, extra_ids(config))
-    elif isinstance(tokenizer, CharTokenizer):
-        export_chars(tokenizer, directory)
-    elif tokenizer is not None:
-        export_files(tokenizer, directory)
+    try:
+        _export_tokenizer(tokenizer, directory, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Weights can be exported alone, with --no-tokenizer.") from None
     if generation is not None:
         (directory / GENERATION_FILE).write_bytes(generation)
     write_safetensors(directory, view, dtype, shard_bytes)
@@ -210,9 +207,18 @@ def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int | N
     return ids
 
 
+def _export_tokenizer(tokenizer: Tokenizer | None, directory: Path, config: Config) -> None:
+    if isinstance(tokenizer, BPETokenizer):
+        export_tokenizer(tokenizer, directory, config.model, extra_ids(config))
+    elif isinstance(tokenizer, CharTokenizer):
+        export_chars(tokenizer, directory)
+    elif tokenizer is not None:
+        export_files(tokenizer, directory)
+
+
 def token_ids(directory: Path) -> dict[str, Any]:
     """Those of their config.json, as `export` takes them."""
-    content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    content = _read_json(directory / "config.json")
     return {key: content[key] for key in TOKEN_IDS if key in content}
 
 
@@ -225,38 +231,16 @@ def read_config(directory: Path, ignored: Collection[str] = ()) -> tuple[str, Mo
 
     Raises CheckpointError where there is none or it is not supported.
     """
-    path = directory / "config.json"
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    theirs = _read_json(directory / "config.json")
     return str(theirs.get("model_type")), model_config(theirs, ignored)
 
 
-def nanogpt(content: Mapping[str, Any]) -> tuple[ModelConfig, Weights]:
-    """(our model, their tensors) of what nanoGPT's ckpt.pt holds.
-
-    Raises CheckpointError where it is not one.
-    """
+def _read_json(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError for anything but an object."""
     try:
-        arguments, tensors = content["model_args"], content["model"]
-        if unknown := sorted(arguments.keys() - NANOGPT_ARGUMENTS):
-            raise CheckpointError(f"nanoGPT's model_args: {unknown[0]} ({arguments[unknown[0]]!r}) is not known")
-        model = ModelConfig(
-            d_model=arguments["n_embd"],
-            n_layers=arguments["n_layer"],
-            n_heads=arguments["n_head"],
-            n_kv_heads=arguments["n_head"],
-            head_dim=arguments["n_embd"] // arguments["n_head"],
-            d_ff=4 * arguments["n_embd"],
-            vocab_size=arguments["vocab_size"],
-            max_seq_len=arguments["block_size"],
-            positions="learned",
-            norm="layernorm",
-            activation="gelu",
-            bias=arguments["bias"],
-            tie_embeddings=True,
-        )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"not a checkpoint of nanoGPT: {error!r}") from None
-    return model, DictWeights({name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()})
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, where an object belongs; copy it again")
+    return content

@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from dist_llm.config.compare import function_of
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.schema import MAX_LAYERS, ModelConfig
 from dist_llm.convert.config_fields import ConfigFields
 from dist_llm.errors import CheckpointError
 
+LAYER_COUNTS = {"n_layer", "num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"}
 # Of each of ours, the first is what we write.
 ACTIVATIONS = {
     "gelu": ("gelu",),
@@ -30,6 +31,9 @@ def model_config(theirs: Mapping[str, Any], ignored: Collection[str] = ()) -> Mo
     family = str(theirs.get("model_type"))
     if family not in READERS:
         raise CheckpointError(f"config.json: model_type {family} is not supported; choose from {', '.join(READERS)}")
+    for name in LAYER_COUNTS & theirs.keys():
+        if type(theirs[name]) is not int or theirs[name] > MAX_LAYERS:
+            raise CheckpointError(f"config.json: {name} {theirs[name]!r} is no number of layers up to {MAX_LAYERS}")
     fields = ConfigFields(theirs)
     try:
         model = ModelConfig(**READERS[family](fields), vocab_size=fields["vocab_size"])
@@ -37,6 +41,8 @@ def model_config(theirs: Mapping[str, Any], ignored: Collection[str] = ()) -> Mo
         raise CheckpointError(f"config.json: of model_type {family}, but has no {error}") from None
     except ValidationError as error:
         raise CheckpointError(f"config.json: {error}") from None
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"config.json: has a value of another type than model_type {family}: {error}") from None
     fields.refuse_unread(ignored)
     return model
 

@@ -4,7 +4,8 @@ Names are those of our checkpoints, `model.NAME` and `optim.NAME.KEY`, or those 
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from dist_llm.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ZIP_START = b"PK\x03\x04"  # files of torch.save before version 1.6 are no archives, and cannot be mapped
 
 
 class Weights(Protocol):
@@ -34,33 +37,66 @@ class SafetensorsWeights:
     """A directory in Hugging Face's form: one safetensors file, or several and an index."""
 
     def __init__(self, directory: Path) -> None:
-        files = sorted(directory.glob("*.safetensors"))
-        if (index := directory / INDEX).exists():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if missing := sorted(name for name in names if not (directory / name).exists()):
-                raise CheckpointError(f"{directory}: {missing[0]}, which its index names, is missing")
-            files = [directory / name for name in sorted(names)]
+        files = _indexed(directory, INDEX) or sorted(directory.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{directory}: has no .safetensors file")
-        self.places: dict[str, Path] = {}
+        self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
-            with _opened(path) as file:
+            with _reading(path), safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # no mapping
-                    self.places[name] = path
+                    self.files[name] = path
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        with _opened(self.places[name]) as file:
+        path = self.files[name]
+        with _reading(path), safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
 
-def _opened(path: Path) -> Any:
+def open_huggingface(directory: Path) -> Weights:
+    """The tensors in a directory of Hugging Face's: of its .safetensors files, or else of pytorch_model.bin."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: is not a directory; give the one that holds config.json and the weights")
+    if (directory / INDEX).exists() or any(directory.glob("*.safetensors")):
+        return SafetensorsWeights(directory)
+    files = _indexed(directory, TORCH_INDEX) or [directory / TORCH_FILE]
+    if not files[0].exists():
+        raise CheckpointError(f"{directory}: has neither .safetensors files nor {TORCH_FILE}; copy the weights there")
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        tensors |= only_tensors(load_torch(path), str(path))
+    return DictWeights(tensors)
+
+
+def _indexed(directory: Path, name: str) -> list[Path]:
+    """The files that an index names, all of them there; none where there is no index.
+
+    Raises CheckpointError where it is damaged, or names a file outside the directory.
+    """
+    path = directory / name
+    if not path.exists():
+        return []
     try:
-        return safe_open(path, framework="pt")
-    except Exception as error:  # of a type that is its library's own
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        files = set(json.loads(path.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not an index of weights: {error!r}; copy it again") from None
+    for file in files:
+        if not isinstance(file, str) or "/" in file or "\0" in file or file in ("", ".", ".."):
+            raise CheckpointError(f"{path}: names a file outside its directory: {file!r}; get the weights elsewhere")
+        if not (directory / file).is_file():
+            raise CheckpointError(f"{directory}: {file}, which its index names, is missing; copy it there")
+    return [directory / file for file in sorted(files)]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Within the block any error is one of the file: its library has types of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; copy it again") from None
 
 
 class DictWeights:
@@ -84,12 +120,50 @@ class MadeWeights:
         return self.make(name)
 
 
-def load_torch(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote, its tensors mapped and not read; nothing in it is run."""
+def load_torch(path: Path) -> dict[Any, Any]:
+    """What `torch.save` wrote, its tensors mapped and not read; nothing in it is run.
+
+    Raises CheckpointError for anything but a dictionary, and for a tensor that claims more than the file holds.
+    """
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with path.open("rb") as file:
+            mapped = file.read(len(ZIP_START)) == ZIP_START
+        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # of many kinds, by what the file is
-        raise CheckpointError(f"{path}: cannot be read as a file of torch.save: {error}") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read as a file of torch.save: {reason}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__} and not a dictionary")
+    refuse_claims(content, path)
+    return content
+
+
+def refuse_claims(content: object, path: Path) -> None:
+    """Raise CheckpointError where a tensor, anywhere in `content`, is not plain or larger than its file.
+
+    A few bytes can stand for any number of elements (a stride of 0, a sparse layout), which a copy would allocate.
+    """
+    size = path.stat().st_size
+    todo = [content]
+    seen: set[int] = set()  # a pickle may hold a list that holds itself
+    while todo:
+        each = todo.pop()
+        if isinstance(each, Tensor):
+            if each.layout != torch.strided or each.device.type != "cpu" or each.numel() * each.element_size() > size:
+                raise CheckpointError(
+                    f"{path}: a tensor {list(each.shape)} ({each.layout}, {each.device}) is larger than the file or no "
+                    "plain tensor; save it again with torch.save of its contiguous copy"
+                )
+        elif isinstance(each, dict | list | tuple) and id(each) not in seen:
+            seen.add(id(each))
+            todo.extend(each.values() if isinstance(each, dict) else each)
+
+
+def only_tensors(content: object, where: str) -> dict[str, Tensor]:
+    """`content`, if it is a dictionary of tensors by their names; else CheckpointError, beginning with `where`."""
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where}: holds a {type(content).__name__} and not a dictionary of tensors")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{where}: holds {name!r}, a {type(tensor).__name__}, where only tensors belong")
     return content

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -142,6 +142,13 @@ class Corpus:
             flat = np.memmap(path, "<u8", "r") if want else np.empty(0, "<u8")
         return flat.reshape(-1, columns)
 
+    def document_starts(self, number: int, first: int, last: int) -> Ints:
+        """Where documents [first, last) of shard `number` begin. Raises DataError unless they ascend within it."""
+        found = self.offsets(number)[first:last].astype(np.int64)
+        if len(found) and (found[0] < 0 or found[-1] >= self.shards[number].tokens or (np.diff(found) <= 0).any()):
+            self._refuse_offsets(number)
+        return found
+
     def scored(self, starts: Ints, length: int) -> npt.NDArray[np.bool_]:
         """Rows [len(starts), length]: which tokens of these windows are of no prompt."""
         rows = np.ones((len(starts), length), bool)
@@ -160,7 +167,10 @@ class Corpus:
                 offsets = self.offsets(shard)
                 # Keys of the offsets' own type: for others searchsorted copies the whole file.
                 inside = np.searchsorted(offsets, np.array([max(1 - offset, 0), max(length - offset, 0)], np.uint64))
-                row[offsets[slice(*inside.tolist())].astype(np.int64) + offset] = 1
+                found = self.document_starts(shard, *inside.tolist()) + offset
+                if len(found) and not 0 < found[0] <= found[-1] < length:
+                    self._refuse_offsets(shard)
+                row[found] = 1
         return np.cumsum(begins, axis=1)
 
     def check_document_bounds(self) -> None:
@@ -182,8 +192,10 @@ class Corpus:
             for number in range(max(int(first) - 1, 0), int(end)):
                 last = number + 1 == len(documents)
                 stop = self.shards[shard].tokens if last else int(documents[number + 1, 0])
-                found = int(documents[number, 0])
-                yield Document(shard, number, begin + found, begin + stop, begin + int(documents[number, -1]))
+                found, completion = int(documents[number, 0]), int(documents[number, -1])
+                if not (found <= completion <= stop and found < stop <= self.shards[shard].tokens):
+                    self._refuse_offsets(shard)
+                yield Document(shard, number, begin + found, begin + stop, begin + completion)
 
     def _check_size(self, number: int) -> Path:
         shard = self.shards[number]
@@ -226,6 +238,13 @@ class Corpus:
                 f"{self.shards[number].sha256}. Copy it again or prepare the corpus again."
             )
 
+    def _refuse_offsets(self, number: int) -> NoReturn:
+        shard = self.shards[number]
+        raise DataError(
+            f"{self.directory / shard.offsets_file}: document offsets do not ascend within the {shard.tokens} tokens "
+            f"of {shard.file}. The file is damaged: copy it again or prepare the corpus again."
+        )
+
     def _refuse_id(self, rows: Tokens, starts: Ints) -> None:
         row, column = np.argwhere(rows >= self.manifest.vocab_size)[0].tolist()
         position = int(starts[row]) + column
@@ -260,10 +279,13 @@ class _Mapped:
         self.first, self.n_tokens, self.skip_bytes, self.itemsize = first, tokens, skip_bytes, dtype.itemsize
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
+        if not skip_bytes + tokens:  # nothing cannot be mapped
+            self.tokens: Tokens = np.empty(0, dtype)
+            return
         content = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
         # Windows are read at random: to read on beyond one, megabytes on some machines, would be in vain.
         content.madvise(mmap.MADV_RANDOM)
-        self.tokens: Tokens = np.frombuffer(content, dtype, tokens, skip_bytes)
+        self.tokens = np.frombuffer(content, dtype, tokens, skip_bytes)
 
     def announce(self, start: int, length: int) -> None:
         """Have the kernel read the window that starts at token `start`, and do not wait for it."""

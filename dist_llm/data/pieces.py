@@ -66,12 +66,10 @@ class Pieces:
     def _windows(self, shard: int, first: int) -> list[Spans]:
         """The windows of a group of documents. Where a shard begins inside a document, its rest is one, too."""
         corpus, stride = self.corpus, self.size.stride
-        offsets = corpus.offsets(shard)
-        last = min(first + GROUP, len(offsets))
-        starts = offsets[first:last].astype(np.int64)
+        found = corpus.document_starts(shard, first, first + GROUP + 1)
+        starts, end = found[:GROUP], int(found[GROUP]) if len(found) > GROUP else corpus.shards[shard].tokens
         if first == 0 and (not len(starts) or starts[0] > 0):
             starts = np.concatenate(([0], starts))
-        end = int(offsets[last]) if last < len(offsets) else corpus.shards[shard].tokens
         tokens = np.diff(np.append(starts, end))
         shared = self.size.window - stride
         counts = np.maximum(-(-(tokens - shared) // stride), 0)

@@ -83,6 +83,10 @@ class Plan:
             found[found >= begin] += max(0, end - begin)
         return found
 
+    def taken(self, samples: int) -> tuple[int, ...]:
+        """How many samples of each source lie before sample `samples`, those in `skip` included."""
+        return [stage for stage in self.stages if stage.first <= samples or stage is self.stages[0]][-1].taken(samples)
+
     def find(self, samples: Ints) -> tuple[Ints, Ints]:
         """(number of the stream, place in it) of each sample."""
         members = len(self.sources[0].streams)

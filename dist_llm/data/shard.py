@@ -32,10 +32,12 @@ from dist_llm.errors import DataError
 
 Split = Literal["train", "heldout"]
 DType = Literal["uint16", "uint32"]
-Count = Annotated[int, Field(ge=0)]
+MAX_COUNT = 1 << 48  # of tokens or bytes of a file; sums of many still fit into 64 bits
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 MANIFEST = "manifest.json"
 FORMAT = "dist_llm token shards 1"
+ADOPTED = "adopted from "  # how the source of an adopted corpus begins
 CLOSED = ConfigDict(strict=True, extra="forbid")  # how a manifest is read: no other fields, no other types
 
 
@@ -81,7 +83,7 @@ class Manifest:
     @property
     def has_document_bounds(self) -> bool:
         """Whether documents are known. Manifests of older versions do not say: one document a file means no."""
-        if self.document_bounds is not None or not self.source or not self.source[0].startswith("adopted from "):
+        if self.document_bounds is not None or not self.source or not self.source[0].startswith(ADOPTED):
             return self.document_bounds is not False
         files = [shard for split in SPLITS for shard in self.shards[split]]
         return "megatron" in self.source[0] or any(shard.documents > 1 for shard in files)
@@ -130,7 +132,7 @@ class Manifest:
         """What `save` wrote, from its bytes. Raises DataError, naming `place`, where they are no manifest."""
         try:
             fields = json.loads(content.decode("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: cannot be read as JSON: {error}. Prepare the corpus again.") from None
         if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
             raise DataError(f"{place}: not of format '{FORMAT}'. Prepare the corpus again with this version.")
@@ -142,7 +144,22 @@ class Manifest:
             raise DataError(f"{place}: {wrong}: {first['msg']}. Prepare the corpus again.") from None
         if missing := [split for split in SPLITS if split not in manifest.shards]:
             raise DataError(f"{place}: shards: {missing[0]} is missing. Prepare the corpus again.")
+        for shard in (shard for split in SPLITS for shard in manifest.shards[split]):
+            for file in (shard.file, shard.offsets_file):
+                if not manifest.may_name(file):
+                    raise DataError(
+                        f"{place}: names a file outside the corpus: {file!r}. Prepare the corpus again; only what "
+                        "`dist-llm adopt` wrote points elsewhere."
+                    )
         return manifest
+
+    def may_name(self, file: str) -> bool:
+        """Whether a shard may lie there: in the corpus, at a URL, or of adopted files at an absolute path."""
+        if "\0" in file:
+            return False
+        if file.startswith(("/", "file://")):
+            return self.source[:1] != () and self.source[0].startswith(ADOPTED)
+        return "://" in file or (file != "" and ".." not in file.split("/"))
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,13 @@ class Stream:
             return self.pieces.read(places, self.score_prompts)
         return read_windows(self.corpus, places, self.window, self.score_prompts, self.documents)
 
+    @property
+    def epoch_windows(self) -> float:
+        """Windows that hold as many tokens as there are: with a random order they overlap and leave some out."""
+        if self.pieces is not None:
+            return self.pieces.count
+        return self.order.n_windows if isinstance(self.order, Shuffle) else self.corpus.n_tokens / self.window
+
     def spans(self, place: int) -> Spans:
         """(first token, tokens) of each piece of text at one of the order's places."""
         return self.pieces.spans(place) if self.pieces is not None else [(place, self.window)]
@@ -46,6 +53,12 @@ class Source:
     corpus: Corpus
     streams: tuple[Stream, ...]
     members: Mixture  # which member each of the source's samples is of
+
+    @property
+    def epoch_samples(self) -> float:
+        """Samples that read the corpus once, all members of the objective together."""
+        shares = zip(self.members.quotas, self.streams, strict=True)
+        return sum(self.members.quotas) / sum(quota / stream.epoch_windows for quota, stream in shares)
 
 
 def read_windows(

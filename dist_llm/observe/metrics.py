@@ -4,7 +4,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,20 +111,30 @@ class Recorder:
             sink(rows)
 
 
+def read_rows(path: Path) -> Iterator[tuple[bytes, Row]]:
+    """(line, row) of each whole row that has a step; none where there is no file.
+
+    A line that a kill or a failing disk left is none.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                yield line.rstrip(b"\r\n"), row
+
+
 class MetricsFile:
     """metrics.jsonl, one line per row. Rows after `resumed_step` are removed first, so that each step occurs once."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        lines = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= resumed_step:
-                        lines.append(line)
-                except (ValueError, KeyError):
-                    continue  # a kill cut this line short
+        lines = [line for line, row in read_rows(path) if row["step"] <= resumed_step]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        temporary.write_bytes(b"".join(line + b"\n" for line in lines))
         temporary.rename(path)
         self.file = path.open("a", encoding="utf-8")
 

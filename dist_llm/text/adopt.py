@@ -20,7 +20,7 @@ import numpy as np
 
 from dist_llm.data import remote
 from dist_llm.data.remote import as_path, is_remote, sync_directory
-from dist_llm.data.shard import SPLITS, DType, Manifest, Shard, Split
+from dist_llm.data.shard import ADOPTED, SPLITS, DType, Manifest, Shard, Split
 from dist_llm.errors import DataError
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.foreign import Ids, check_size, data_file, read_header
@@ -119,7 +119,7 @@ class _Run:
             dtype=self._one_type([(shard.file, dtype) for shard, dtype in done]),
             vocab_size=self.tokenizer.vocab_size,
             tokenizer_sha256=self.tokenizer.sha256,
-            source=(f"adopted from {self.options.format} files",),
+            source=(f"{ADOPTED}{self.options.format} files",),
             shards={
                 s: tuple(shard for (split, *_), (shard, _) in zip(work, done, strict=True) if split == s)
                 for s in SPLITS

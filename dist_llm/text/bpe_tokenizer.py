@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_llm.errors import DataError
-from dist_llm.text.tokenizer import BPE_FORMAT, ENDOFTEXT, Tokenizer, well_formed
+from dist_llm.text.tokenizer import BPE_FORMAT, ENDOFTEXT, MAX_IDS, Tokenizer, well_formed
 
 if TYPE_CHECKING:
     import tiktoken
@@ -50,8 +50,8 @@ class BPETokenizer(Tokenizer):
         ids = [*self.ranks.values(), *self.special_tokens.values()]
         if missing := [byte for byte in range(256) if bytes([byte]) not in self.ranks]:
             raise DataError(f"tokenizer {self.name}: no id for byte {missing[0]:#04x}; all 256 bytes need one.")
-        if len(set(ids)) != len(ids) or min(ids) < 0:
-            raise DataError(f"tokenizer {self.name}: ids must be distinct and not negative.")
+        if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= MAX_IDS:
+            raise DataError(f"tokenizer {self.name}: ids must be distinct, not negative, and below {MAX_IDS}.")
         if ENDOFTEXT not in self.special_tokens:
             raise DataError(f"tokenizer {self.name}: no special token {ENDOFTEXT}, which ends each document.")
 

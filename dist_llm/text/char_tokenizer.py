@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_llm.errors import DataError
-from dist_llm.text.tokenizer import FORMAT, Tokenizer, well_formed
+from dist_llm.text.tokenizer import FORMAT, MAX_IDS, Tokenizer, well_formed
 
 META_FILE = "meta.pkl"
 MAX_META_BYTES = 64 << 20  # a character takes about 20 bytes, and Unicode has 300,000
@@ -41,8 +41,8 @@ class CharTokenizer(Tokenizer):
 
     def __post_init__(self) -> None:
         numbers = list(self.ids.values())
-        if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0 or max(numbers) >= 1 << 32:
-            raise DataError("tokenizer of characters: ids must be distinct, from 0 to 2^32 - 1, and at least one.")
+        if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0 or max(numbers) >= MAX_IDS:
+            raise DataError(f"tokenizer of characters: ids must be distinct, from 0 to {MAX_IDS - 1}; at least one.")
         if wrong := [sign for sign in self.ids if len(sign) != 1 or 0xD800 <= ord(sign) < 0xE000]:
             raise DataError(f"tokenizer of characters: {wrong[0]!r} is not one character.")
 

@@ -95,6 +95,12 @@ def _megatron(place: str, content: bytes) -> Header:
     pointers = np.frombuffer(content, "<i8", n_sequences, offset + 4 * n_sequences)
     bounds = np.frombuffer(content, "<i8", n_bounds, offset + 12 * n_sequences)
     ends = np.concatenate([[0], np.cumsum(lengths)])
+    if len(negative := np.flatnonzero(lengths < 0)):
+        at = offset + 4 * int(negative[0])
+        raise DataError(
+            f"{place}: byte {at}: sequence {negative[0]} has {lengths[negative[0]]} tokens. Copy it again or make it "
+            "again."
+        )
     if len(astray := np.flatnonzero(pointers != ends[:-1] * np.dtype(dtype).itemsize)):
         at = offset + 4 * n_sequences + 8 * int(astray[0])
         raise DataError(f"{place}: byte {at}: sequence {astray[0]} does not follow the one before it. Make it again.")
@@ -113,8 +119,8 @@ def _npy(place: str, head: bytes) -> Header:
             (2, 0): np.lib.format.read_array_header_2_0,
         }
         shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{place}: byte 0: not an array that numpy.save wrote: {error}") from None
+    except Exception as error:  # of many kinds: the header is parsed as Python's text
+        raise DataError(f"{place}: byte 0: not an array that numpy.save wrote: {error!r}") from None
     if len(shape) != 1:
         raise DataError(f"{place}: byte 8: an array of shape {shape}; ids must be flat: save array.reshape(-1).")
     name = dtype.name if dtype == dtype.newbyteorder("<") else f"{dtype.name}, big-endian"

@@ -32,7 +32,7 @@ class Journal:
             for line in file:
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     return
                 if not isinstance(record, dict):
                     return

@@ -19,6 +19,9 @@ examples:
   # a folder of compressed JSON lines whose text is under "content"
   dist-llm prepare --source crawl/ --text-key content --tokenizer bpe:32000 --split-pattern llama3 --out data/crawl
 
+  # all files that the shell finds
+  dist-llm prepare --source shards/*.jsonl --tokenizer data/stdlib --out data/shards
+
   # several sources, read in this order; GPT-2's tokenizer from its two files
   dist-llm prepare --source books.parquet --source notes.txt --tokenizer vocab.json,merges.txt --out data/mixed
 
@@ -44,7 +47,7 @@ Filters look at a document first, then the search for duplicates, then the token
 """
 
 USAGE = """\
-dist-llm prepare --source SOURCE --tokenizer TOKENIZER --out OUT [options]
+dist-llm prepare --source SOURCE [SOURCE ...] --tokenizer TOKENIZER --out OUT [options]
        dist-llm prepare --merge OUT"""
 FILTERS = ("gopher", "c4")
 DEDUP = ("exact", "near")
@@ -103,12 +106,13 @@ def options_from(namespace: argparse.Namespace) -> PrepareOptions:
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
-        action="append",
-        help="where the text is; may be given several times, read in that order. A folder (walked in sorted order); "
-        "a .jsonl, .ndjson or .json file with one object a line; a .csv or .tsv file whose first line names its "
-        "columns; a .parquet file; a folder that datasets.save_to_disk wrote; any other file is one document, or with "
-        "--separator many. Files may be .gz, .zst, .xz or .bz2. hf:NAME[:CONFIG] streams a Hugging Face dataset "
-        "(NAME may be a local folder). python-stdlib is the source code of Python's standard library",
+        action="extend",
+        nargs="+",
+        help="where the text is; one or more, read in that order; may be given several times. A folder (walked in "
+        "sorted order); a .jsonl, .ndjson or .json file with one object a line; a .csv or .tsv file whose first line "
+        "names its columns; a .parquet file; a folder that datasets.save_to_disk wrote; any other file is one document "
+        "or, with --separator, many. Files may be .gz, .zst, .xz or .bz2. hf:NAME[:CONFIG] streams a Hugging Face "
+        "dataset (NAME may be a local folder). python-stdlib is the source code of Python's standard library",
     )
     parser.add_argument(
         "--tokenizer",

@@ -8,6 +8,7 @@ from there. `OUT.lock` keeps a second run away and is released by the kernel whe
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -17,15 +18,19 @@ from dist_llm.text.journal import Journal
 from dist_llm.text.options import PrepareOptions, add_arguments, options_from
 from dist_llm.text.progress import Meter
 from dist_llm.text.publish import publish, recover, refuse_to_destroy, sole_run
-from dist_llm.text.report import InputTable
+from dist_llm.text.report import InputTable, Report
 from dist_llm.text.rows import Keys
-from dist_llm.text.run import Run
+from dist_llm.text.run import Run, shaping
 from dist_llm.text.share import WHOLE, Share, read_part
-from dist_llm.text.sources import open_sources, size_bytes
+from dist_llm.text.sources import Source, open_sources, size_bytes
 from dist_llm.text.walk import FileRules
 
 __all__ = ["PrepareOptions", "add_arguments", "options_from", "prepare"]
 
+NOTHING_TO_DO = (
+    "nothing to do: {} was prepared with the same options from as many files and bytes; to prepare it anew, give "
+    "--overwrite"
+)
 KEPT = "The input files that were done are kept in {}: mend this and run the same command again to go on."
 
 
@@ -47,6 +52,9 @@ def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
     try:
         with sole_run(out):
             recover(out, old)
+            if not options.overwrite and (done := _done_before(options, out, sources, table)) is not None:
+                print(NOTHING_TO_DO.format(out), file=stream or sys.stderr)
+                return done
             refuse_to_destroy(out, options.overwrite)
             partial.mkdir(exist_ok=True)
             try:
@@ -65,6 +73,17 @@ def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
         kept = KEPT.format(partial) if Journal(partial).useful else "Nothing of this run was kept."
         raise DataError(f"{where}: cannot be written: {why}. {kept}") from None
     return manifest
+
+
+def _done_before(options: PrepareOptions, out: Path, sources: Sequence[Source], table: InputTable) -> Manifest | None:
+    """The corpus at `out`, if the same options made it of as many files and bytes; None also where none can tell."""
+    if size_bytes(sources) is None:
+        return None
+    try:
+        report, manifest = Report.load(out), Manifest.load(out)
+    except DataError:
+        return None
+    return manifest if report.options == shaping(options) and report.inputs == table else None
 
 
 def _check(options: PrepareOptions) -> None:

@@ -128,7 +128,7 @@ class Report:
             unreadable = {path: (size, reason) for path, (size, reason) in fields.pop("unreadable", {}).items()}
             fields |= {"inputs": inputs, "unreadable": unreadable}
             return Report(kept=Removed(**fields.pop("kept")), removed=removed, **fields)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: cannot be read: {error!r}. Prepare the part again.") from None
 
     def lines(self) -> list[str]:

@@ -33,6 +33,13 @@ DO_NOT_SHAPE = {
 }  # options that leave the corpus as it is
 
 
+def shaping(options: PrepareOptions) -> dict[str, Any]:
+    """The options that decide what is in the corpus, as they come back from a file."""
+    found = {name: value for name, value in asdict(options).items() if name not in DO_NOT_SHAPE}
+    read: dict[str, Any] = json.loads(json.dumps(found))
+    return read
+
+
 class Run:
     """One pass from sources to a filled directory."""
 
@@ -52,8 +59,7 @@ class Run:
         self.reader = Reader(
             share.files(sources), Tally(options.max_bad_rate, share, skip_unreadable=options.skip_unreadable)
         )
-        shaping = {name: value for name, value in asdict(options).items() if name not in DO_NOT_SHAPE}
-        self.shaping: dict[str, Any] = json.loads(json.dumps(shaping))  # as it comes back from a file
+        self.shaping = shaping(options)
         self._trained_on: dict[int, list[str | int] | None] = {}
         self._bytes_before = 0
 
@@ -96,7 +102,7 @@ class Run:
         try:
             if records:
                 assembly.restore([record["note"] for record in records])
-        except DataError as error:
+        except (DataError, LookupError, TypeError, ValueError, AttributeError) as error:  # the latter: it is damaged
             self.meter.say(f"starting over: {error}")
             assembly.__exit__()
             assembly, records = self._assembly(tokenizer), []
@@ -117,6 +123,8 @@ class Run:
         usable: list[dict[str, Any]] = []
         left = iter(self.reader.sources)
         for record in past[1:]:
+            if not isinstance(record.get("inputs"), list) or not isinstance(record.get("counts"), dict):
+                return usable  # a damaged line
             for state in record["inputs"]:
                 source = next(left, None)
                 if source is None or state is None or source.state != state:

@@ -27,6 +27,7 @@ TOKENIZER_FILE = "tokenizer.json"
 BPE_FORMAT = "dist_llm tokenizer 1"
 FORMAT = "dist_llm tokenizer 2"  # of all other kinds, which the key "kind" tells apart
 ENDOFTEXT = "<|endoftext|>"
+MAX_IDS = 1 << 24  # tables have a row for each
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
 

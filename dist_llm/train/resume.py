@@ -4,7 +4,6 @@ A resumed run also repeats steps that a kill took back. Their losses are compare
 has of them, where the config is that of the start which wrote the rows.
 """
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.base import Engine
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.errors import CheckpointError, UserError
+from dist_llm.observe.metrics import read_rows
 
 log = logging.getLogger("dist_llm")
 
@@ -92,10 +92,10 @@ class EarlierSteps:
         """Those after `step` in metrics.jsonl, which is truncated next; none where the config has changed since."""
         losses: dict[int, float] = {}
         try:
-            for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-                row = _row(line)
-                if "loss" in row and step < row.get("step", 0) <= step + NUM_STEPS and math.isfinite(row["loss"]):
-                    losses[row["step"]] = row["loss"]
+            for _, row in read_rows(directory / "metrics.jsonl"):
+                loss = row.get("loss")
+                if isinstance(loss, float) and math.isfinite(loss) and step < row["step"] <= step + NUM_STEPS:
+                    losses[row["step"]] = loss
             if not losses:
                 return EarlierSteps({})
             before = parse_saved((directory / "config.yaml").read_text(encoding="utf-8"), str(directory))
@@ -128,15 +128,6 @@ class EarlierSteps:
                 log.info("%d steps that were taken before have the same losses again", self.num_compared)
             self.num_compared = 0
         return events
-
-
-def _row(line: str) -> dict[str, Any]:
-    """A row of metrics.jsonl; empty for a line that a kill cut short."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
 
 
 def _changes(before: Config, now: Config) -> list[str]:

@@ -1,34 +1,53 @@
 """The `evaluate` command: a checkpoint's loss on a corpus, by however many ranks there are."""
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
 from dist_llm.checkpoint import store
+from dist_llm.checkpoint.folder import Folder
 from dist_llm.config.derive import resolve
+from dist_llm.config.lengths import all_lengths
 from dist_llm.config.load import load_saved
-from dist_llm.config.schema import ParallelConfig
+from dist_llm.config.schema import Config, ParallelConfig
+from dist_llm.data.corpus import Corpus
 from dist_llm.data.shard import Split
 from dist_llm.data.streams import hides_prompts, open_corpora
 from dist_llm.data.tokenizer_file import same_tokenizer
 from dist_llm.engines.native import NativeEngine
-from dist_llm.errors import DataError
+from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.world import World
 from dist_llm.objectives.build_objective import build_objective
+from dist_llm.text.tokenizer import TOKENIZER_FILE
 from dist_llm.train.evaluate import Evaluation, Heldout, evaluate
 from dist_llm.train.settings import read_vocabulary
 
+IMPORTED_SEQ_LEN = 2048  # of models that were not trained here: nobody chose a length for them
 
-def score(checkpoint: str, data: str | None, split: Split, micro_batch: int, world: World) -> Evaluation:
-    """Evaluate and, on rank 0, print. The model is sharded over all ranks, whatever it was trained on."""
+
+@dataclass(frozen=True)
+class Windows:
+    """How many tokens a window has, and how many windows go through the model at once; 0: the default."""
+
+    seq_len: int = 0
+    micro_batch: int = 0
+
+
+def score(checkpoint: str, data: str | None, split: Split, windows: Windows, world: World) -> Evaluation:
+    """Evaluate and, on rank 0, print. The model is sharded over all ranks, whatever it was trained on.
+
+    Raises ConfigError or DataError that names the option to change.
+    """
     path = store.find(checkpoint, world.rank, world.size)
-    config = load_saved(path)
-    chosen = config.data.model_copy(update={"path": data, "sources": ()}) if data else config.data
-    corpora = open_corpora(chosen, split)
-    for corpus in corpora.values():
-        if not same_tokenizer(path, corpus.directory, corpus.manifest.tokenizer_sha256):
-            raise DataError(f"{corpus.directory}: was prepared with another tokenizer than the one in {path}")
+    config, why = _with_seq_len(load_saved(path), windows.seq_len, store.progress_of(Folder(path)).tokens > 0)
+    corpora = _open(config, data, split)
+    _check_tokenizer(path, config, corpora.values(), world)
     prompts = hides_prompts(config.data, corpora.values())
-    objective = build_objective(config, read_vocabulary(config, path), prompts)
+    vocabulary = read_vocabulary(config, path if (path / TOKENIZER_FILE).exists() else _first_directory(corpora))
+    objective = build_objective(config, vocabulary, prompts)
     score_prompts = config.data.score_prompts
-    heldout = Heldout(corpora, objective, micro_batch or config.data.micro_batch, score_prompts=score_prompts)
+    heldout = Heldout(corpora, objective, windows.micro_batch or config.data.micro_batch, score_prompts=score_prompts)
     heldout.check()
     # In bf16 what was trained in float8, on any device, and as `generate` and other tools compute it.
     config = resolve(config.model_copy(update={"parallel": ParallelConfig(), "fp8": False}), world.size, 0)
@@ -41,7 +60,8 @@ def score(checkpoint: str, data: str | None, split: Split, micro_batch: int, wor
     if world.main:
         print(
             f"{path} at step {progress.step}, {split} text of "
-            f"{', '.join(str(corpus.directory) for corpus in corpora.values())}: {result.tokens:,} tokens\n"
+            f"{', '.join(str(corpus.directory) for corpus in corpora.values())} in windows of {config.data.seq_len} "
+            f"({why}): {result.tokens:,} tokens\n"
             f"loss {result.loss:.4f} nats per token\nperplexity {result.perplexity:.3f}"
         )
         for name, loss in result.parts.items():
@@ -49,3 +69,67 @@ def score(checkpoint: str, data: str | None, split: Split, micro_batch: int, wor
         if result.bits_per_byte is not None:
             print(f"bits per byte {result.bits_per_byte:.4f}")
     return result
+
+
+def _first_directory(corpora: Mapping[str, Corpus]) -> Path:
+    """Of corpora with one tokenizer, the directory of the first."""
+    return next(iter(corpora.values())).directory
+
+
+def _with_seq_len(config: Config, seq_len: int, trained: bool) -> tuple[Config, str]:
+    """(the config for windows of so many tokens, who chose them). Raises ConfigError where they do not fit."""
+    longest, why = config.model.max_seq_len, "--seq-len"
+    if seq_len > longest:
+        raise ConfigError(f"--seq-len {seq_len}: the model takes at most {longest} tokens; lower it")
+    if not seq_len:
+        seq_len, why = config.data.seq_len, "as in the run"
+        if not trained and seq_len > IMPORTED_SEQ_LEN:
+            seq_len, why = IMPORTED_SEQ_LEN, f"the default; the model takes up to {longest}, see --seq-len"
+    changed = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": seq_len})})
+    try:
+        all_lengths(changed)
+    except ValueError as error:
+        raise ConfigError(f"--seq-len {seq_len}: {error}; raise it") from None
+    return changed, why
+
+
+def _open(config: Config, data: str | None, split: Split) -> dict[str, Corpus]:
+    """The corpora of the run, or that of --data."""
+    chosen = config.data.model_copy(update={"path": data, "sources": ()}) if data else config.data
+    whose = f"--data {data}" if data else "the corpus of the run (choose another with --data)"
+    if not (chosen.path or chosen.sources):
+        raise ConfigError("--data: the model was not trained here, so it has no corpus of its own; name one")
+    try:
+        corpora = open_corpora(chosen, split)
+    except DataError as error:
+        raise DataError(f"{whose}: {error}") from None
+    for corpus in corpora.values():
+        if not corpus.n_tokens:
+            raise DataError(
+                f"{whose}: {corpus.directory} has no {split} text; choose another corpus with --data, or "
+                f"--split {'train' if split == 'heldout' else 'heldout'}"
+            )
+        if (config.data.document_mask or config.data.windows == "packed") and not corpus.manifest.has_document_bounds:
+            raise DataError(
+                f"{whose}: {corpus.directory} says nowhere where documents begin, and the model was trained not to "
+                "look beyond them; choose a corpus with document bounds"
+            )
+    return corpora
+
+
+def _check_tokenizer(path: Path, config: Config, corpora: Iterable[Corpus], world: World) -> None:
+    """Raises DataError where a corpus has other ids than the model."""
+    has_tokenizer = (path / TOKENIZER_FILE).exists()
+    for corpus in corpora:
+        if not has_tokenizer and corpus.manifest.vocab_size > config.model.vocab_size:
+            raise DataError(
+                f"--data: {corpus.directory} has {corpus.manifest.vocab_size} ids, the model in {path} "
+                f"{config.model.vocab_size}; choose a corpus of its tokenizer"
+            )
+        if has_tokenizer and not same_tokenizer(path, corpus.directory, corpus.manifest.tokenizer_sha256):
+            raise DataError(
+                f"--data: {corpus.directory} was prepared with another tokenizer than the one in {path}; prepare it "
+                f"with --tokenizer {path}"
+            )
+    if not has_tokenizer and world.main:
+        print(f"{path} has no tokenizer: it is taken to be that of the corpus")

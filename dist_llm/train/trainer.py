@@ -18,6 +18,7 @@ from dist_llm.config.lengths import inputs_len, sample_tokens
 from dist_llm.config.schema import Config, LossConfig
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.loader import Loader
+from dist_llm.data.repetition import find_repetitions
 from dist_llm.engines.base import Engine
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.errors import DataError
@@ -76,6 +77,9 @@ class Trainer:
         self.stragglers = StragglerMonitor(world, engine, config.log.stragglers_seconds)
         self.guard = Guard(config.guard, self.progress.guard, engine, self.directory)
         self.sample_tokens = sample_tokens(config)
+        num_samples = (config.run.steps - self.progress.step) * config.data.global_batch
+        end = loader.plan.after(self.progress.samples, num_samples)
+        self.repetitions = find_repetitions(loader.plan, self.progress.samples, end)
         self.heldout = self._open_heldout(loader.objective)
         self.audit = SampleAudit(engine, loader, config.data.audit_every)
         parallel = config.parallel
@@ -95,6 +99,7 @@ class Trainer:
         Returns 0, or the signal after which the run was saved and stopped. Raises RewindError if the run has to rewind.
         """
         config, stop_signal = self.config, signals.agreed_signal()
+        first_step = self.progress.step
         self.recorder.restart_clock(self.progress.tokens)
         with self.sinks, self.stragglers, GCControl() as gc_control:
             if self.progress.step == 0 and self.guard.rewinds:
@@ -126,12 +131,14 @@ class Trainer:
             self.watchdog.heartbeat("writing the last checkpoint", SLOW_FACTOR)
             self.store.finish()
         if stop_signal:
-            log.info(
-                "stopped by %s after step %d, saved; start again to continue",
-                Signals(stop_signal).name,
-                self.progress.step,
-            )
+            name = Signals(stop_signal).name
+            log.info("stopped by %s after step %d, saved; start again to continue", name, self.progress.step)
             return stop_signal
+        if first_step >= config.run.steps:
+            log.info(
+                "nothing to do: the run has taken %d steps, and run.steps is %d; raise it to continue",
+                *(first_step, config.run.steps),
+            )
         log.info("done: %d steps, checkpoint in %s", self.progress.step, self.store.directory)
         log.info("watch the curves: tensorboard --logdir %s", self.directory / "tensorboard")
         return 0
@@ -154,6 +161,8 @@ class Trainer:
         progress.heldout_loss = None
         progress.samples = self.loader.after(progress.samples)
         progress.tokens += config.data.global_batch * self.sample_tokens
+        while self.repetitions and self.repetitions[0].sample <= progress.samples:
+            log.info("%s", self.repetitions.pop(0))
         values = progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, data_seconds
         self.recorder.add(StepMetrics(*values, report.by_source, terms_of(report, config.loss)))
         if (every := config.guard.digest_every) and progress.step % every == 0:

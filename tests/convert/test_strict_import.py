@@ -1,5 +1,6 @@
 """An import leaves no tensor and no field of the source out without naming it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,14 +8,17 @@ import torch
 
 from dist_llm.config.compare import function_of
 from dist_llm.convert.config_fields import HARMLESS
-from dist_llm.convert.hub import from_huggingface, model_shapes, nanogpt, to_huggingface, unused_heads
+from dist_llm.convert.hub import from_huggingface, model_shapes, to_huggingface, unused_heads
 from dist_llm.convert.huggingface import describe, model_config
-from dist_llm.convert.weights import DictWeights
+from dist_llm.convert.nanogpt import from_nanogpt
+from dist_llm.convert.weights import DictWeights, open_huggingface
 from dist_llm.errors import CheckpointError
 from tests.convert.families import FAMILIES, VOCAB
 from tests.convert.test_hub import OURS
 from tests.laws.law import config_of
 from tests.laws.layouts import BERT
+from tests.test_fuzz import READERS
+from tests.tools import load_tool
 
 SIZES = {"n_heads": 4, "n_kv_heads": 4, "head_dim": 8}
 MODELS = {
@@ -124,7 +128,28 @@ def test_heads_of_bert_that_are_left_out_are_named() -> None:
 
 def test_an_unknown_argument_of_nanogpt_is_named() -> None:
     arguments = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "bias": False, "vocab_size": VOCAB}
-    model, _ = nanogpt({"model_args": arguments | {"dropout": 0.0}, "model": {}})
+    model, _ = from_nanogpt({"model_args": arguments | {"dropout": 0.0}, "model": {}})
     assert model.n_layers == 1
     with pytest.raises(CheckpointError, match="use_rotary"):
-        nanogpt({"model_args": arguments | {"use_rotary": True}, "model": {}})
+        from_nanogpt({"model_args": arguments | {"use_rotary": True}, "model": {}})
+
+
+@pytest.mark.parametrize("kind", ["pytorch_model.bin", "pytorch_model.bin of many", "pytorch_model.bin of old"])
+def test_weights_of_torch_files_are_those_of_safetensors(kind: str, tmp_path: Path) -> None:
+    """One file, several with an index, and the form of torch before 1.6."""
+    found = {}
+    for name in ("gpt2", kind):
+        (tmp_path / name).mkdir()
+        torch.manual_seed(0)
+        READERS[name].write(tmp_path / name)
+        assert bool(list((tmp_path / name).glob("*.safetensors"))) == (name == "gpt2")
+        weights = open_huggingface(tmp_path / name)
+        found[name] = {each: weights.read(each) for each in weights.shapes}
+        assert load_tool("convert_checkpoint")("from-hf", tmp_path / name, tmp_path / f"{name} of ours") == 0
+    assert found["gpt2"].keys() == found[kind].keys()
+    for each, tensor in found["gpt2"].items():
+        assert torch.equal(found[kind][each], tensor), each
+    assert load_tool("convert_checkpoint")("diff", tmp_path / "gpt2 of ours", tmp_path / f"{kind} of ours") == 0
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"has neither \.safetensors files nor pytorch_model\.bin"):
+        open_huggingface(tmp_path / "empty")

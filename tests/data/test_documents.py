@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +198,12 @@ def test_a_manifest_of_an_older_version_is_judged_by_its_documents(tmp_path):
         Corpus(corpus.directory).check_document_bounds()
     path.write_text(json.dumps(fields | {"source": ["adopted from megatron files"]}))
     Corpus(corpus.directory).check_document_bounds()
-    path.write_text(json.dumps(fields | {"source": ["notes.txt"]}))
+    inside = []
+    for shard in fields["shards"]["train"]:
+        shutil.copy(shard["file"], corpus.directory)
+        inside.append(shard | {"file": Path(shard["file"]).name})
+    shards = {"train": inside, "heldout": []}
+    path.write_text(json.dumps(fields | {"source": ["notes.txt"], "shards": shards}))
     Corpus(corpus.directory).check_document_bounds()
 
 

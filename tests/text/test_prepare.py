@@ -425,6 +425,35 @@ def test_documents_that_were_not_kept_apart_are_a_warning(separator, tmp_path):
     assert f"1 documents contain the text <|endoftext|>, as {path}: it is encoded like any text" in warnings[1]
 
 
+def test_sources_that_the_shell_expands_are_read_in_their_order(tmp_path):
+    for number in range(3):
+        write_rows(tmp_path / f"{number}.jsonl", [f"text {number}"] * 9)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    files = sorted(map(str, tmp_path.glob("*.jsonl")))
+    more = ["--source", files[0], "--tokenizer", "byte", "--out", str(tmp_path / "out")]
+    options = options_from(parser.parse_args(["--source", *files, *more]))
+    assert options.source == (*files, files[0])
+
+
+def test_a_corpus_that_is_done_is_not_made_again(tmp_path):
+    file, out = write_rows(tmp_path / "x.jsonl", random_texts(30)), tmp_path / "out"
+    options = PrepareOptions((file,), "byte", out, workers=1)
+    first = prepare(options, io.StringIO())
+    written = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    told = io.StringIO()
+    assert prepare(replace(options, workers=2), told) == first
+    assert f"nothing to do: {out} was prepared with the same options" in told.getvalue()
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == written
+    for changed in ({"heldout_fraction": 0.5}, {"text_key": "other"}):
+        with pytest.raises(DataError, match=r"out: exists\. Choose another --out, or give --overwrite"):
+            prepare(replace(options, **changed), io.StringIO())
+    write_rows(tmp_path / "x.jsonl", random_texts(31))
+    with pytest.raises(DataError, match="out: exists"):
+        prepare(options, io.StringIO())
+    assert prepare(replace(options, overwrite=True), io.StringIO()) != first
+
+
 def test_arguments_become_options():
     parser = argparse.ArgumentParser()
     add_arguments(parser)

@@ -1,5 +1,6 @@
 """Which steps are bad, and what becomes of them."""
 
+import json
 import math
 import statistics
 from pathlib import Path
@@ -120,9 +121,11 @@ def test_deviations_are_those_of_a_normal_distribution() -> None:
 
 def test_progress_keeps_it() -> None:
     before = Progress(3, 30, 300, guard=GuardState([1.0, 2.0], 4, [(3, 9)]))
-    assert Progress.of(before.as_dict()) == before
+    assert Progress.parse(json.dumps(before.as_dict()).encode()) == before
     older = {key: value for key, value in before.as_dict().items() if key != "guard"}
-    assert Progress.of(older).guard == GuardState()
+    assert Progress.parse(json.dumps(older).encode()).guard == GuardState()
+    guard_of_0_1 = {"losses": [1.0, 2.0], "spent": 4, "left_out": [[3, 9]]}
+    assert Progress.parse(json.dumps({**older, "guard": guard_of_0_1}).encode()) == before
 
 
 def test_weights_that_are_not_finite_are_not_saved() -> None:

@@ -1,0 +1,115 @@
+"""nanoGPT's ckpt.pt <-> a checkpoint of ours.
+
+The file is a dictionary: `model` has the tensors of GPT-2, not transposed, `model_args` the sizes. torch.compile puts
+`_orig_mod.` before each name. The head is the token embedding, under a second name.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from dist_llm.config.compare import function_of
+from dist_llm.config.schema import Config, ModelConfig, OptimConfig
+from dist_llm.convert.hub import to_huggingface
+from dist_llm.convert.keys import pairs
+from dist_llm.convert.weights import DictWeights, Weights, only_tensors
+from dist_llm.errors import CheckpointError
+
+SIZES = {
+    "n_layer": "n_layers",
+    "n_head": "n_heads",
+    "n_embd": "d_model",
+    "block_size": "max_seq_len",
+    "vocab_size": "vocab_size",
+}
+ARGUMENTS = {*SIZES, "bias", "dropout"}
+COMPILED = "_orig_mod."
+EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
+BLOCKS = "transformer.h."
+IN_MODEL = ("transformer.wte.", "transformer.wpe.", BLOCKS, "transformer.ln_f.")  # in the order of its modules
+IN_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+UNKNOWN_LOSS = 1e9  # nanoGPT's own value before its first evaluation
+
+
+def from_nanogpt(content: Mapping[Any, Any], where: str = "ckpt.pt") -> tuple[ModelConfig, Weights]:
+    """(our model, their tensors by the names of family `nanogpt`) of what ckpt.pt holds.
+
+    Raises CheckpointError, beginning with `where`, where it is not one.
+    """
+    arguments = content.get("model_args")
+    if not isinstance(arguments, dict) or "model" not in content:
+        raise CheckpointError(f"{where}: not a checkpoint of nanoGPT: has no model and model_args")
+    if unknown := sorted(map(str, arguments.keys() - ARGUMENTS)):
+        raise CheckpointError(f"{where}: nanoGPT's model_args: {unknown[0]} ({arguments[unknown[0]]!r}) is not known")
+    if missing := sorted(ARGUMENTS - {"dropout"} - arguments.keys()):
+        raise CheckpointError(f"{where}: nanoGPT's model_args: {missing[0]} is missing")
+    sizes = {ours: arguments[theirs] for theirs, ours in SIZES.items()}
+    if not all(type(size) is int and size > 0 for size in sizes.values()):
+        raise CheckpointError(f"{where}: nanoGPT's model_args: sizes must be whole numbers above 0, found {arguments}")
+    try:
+        model = ModelConfig(
+            **sizes,
+            n_kv_heads=sizes["n_heads"],
+            head_dim=sizes["d_model"] // sizes["n_heads"],
+            d_ff=4 * sizes["d_model"],
+            positions="learned",
+            norm="layernorm",
+            activation="gelu",
+            bias=arguments["bias"],
+            tie_embeddings=True,
+        )
+    except ValidationError as error:
+        raise CheckpointError(f"{where}: nanoGPT's model_args: {error.errors()[0]['msg']}, found {arguments}") from None
+    tensors = only_tensors(content["model"], f"{where}: model")
+    return model, DictWeights({name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()})
+
+
+def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any]:
+    """What `torch.save` makes a ckpt.pt of, which nanoGPT's sample.py and train.py load. Its optimizer starts anew.
+
+    All tensors are in memory, in fp32. Raises CheckpointError where nanoGPT has no such model.
+    """
+    model = config.model
+    arguments: dict[str, Any] = {theirs: getattr(model, ours) for theirs, ours in SIZES.items()}
+    arguments |= {"bias": model.bias, "dropout": model.dropout}
+    want, read = function_of(model), function_of(from_nanogpt({"model_args": arguments, "model": {}})[0])
+    if off := [f"{key} {want[key]} (not {read[key]})" for key in want if read[key] != want[key]]:
+        raise CheckpointError(f"nanoGPT has no such model: this one has {', '.join(off)}")
+    view = to_huggingface(weights, model, "nanogpt")
+    # In the order of nanoGPT's modules, in which its optimizer numbers the parameters.
+    names = [name for _, name in sorted((_place(pair.theirs), pair.theirs) for pair in pairs("nanogpt", model))]
+    tensors = {name: view.read(name).float().contiguous() for name in dict.fromkeys(names)}
+    optimizer = _fresh_adamw(list(tensors.values()), config.optim)
+    tensors[HEAD] = tensors[EMBEDDING]
+    return {
+        "model": tensors,
+        "optimizer": optimizer,
+        "model_args": arguments,
+        "iter_num": step,
+        "best_val_loss": UNKNOWN_LOSS,
+        "config": {},
+    }
+
+
+def _place(name: str) -> tuple[int, int, int]:
+    """Where nanoGPT's model has a parameter: (part of the model, layer, place in the layer)."""
+    stems = [stem for stem in IN_MODEL if name.startswith(stem)]
+    if stems[0] != BLOCKS:
+        return IN_MODEL.index(stems[0]), 0, name.endswith(".bias")
+    layer, _, rest = name.removeprefix(BLOCKS).partition(".")
+    module, _, kind = rest.rpartition(".")
+    return IN_MODEL.index(BLOCKS), int(layer), 2 * IN_BLOCK.index(module) + (kind == "bias")
+
+
+def _fresh_adamw(tensors: Sequence[Tensor], optim: OptimConfig) -> dict[str, Any]:
+    """The state of an optimizer before its first step, in nanoGPT's two groups: matrices decay, vectors do not."""
+    with torch.device("meta"):
+        parameters = [nn.Parameter(torch.empty(tensor.shape)) for tensor in tensors]
+    groups = [
+        {"params": [each for each in parameters if each.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [each for each in parameters if each.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2)).state_dict()

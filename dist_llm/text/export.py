@@ -1,0 +1,51 @@
+"""A corpus as token files for other programs: nanoGPT's train.bin and val.bin."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.remote import sync_directory
+from dist_llm.data.shard import Split
+from dist_llm.errors import DataError
+
+FILES: dict[Split, str] = {"train": "train.bin", "heldout": "val.bin"}
+MAX_VOCAB = 1 << 16  # ids of uint16
+BLOCK_TOKENS = 1 << 20
+
+
+def export_bin(directory: Path, out: Path) -> dict[str, int]:
+    """Write `out`/train.bin and val.bin, ids of uint16 without a header, as nanoGPT reads them. {file: its tokens}.
+
+    `out` appears when both are complete. Raises DataError where it exists, or the ids do not fit.
+    """
+    corpora = {split: Corpus(directory, split) for split in FILES}
+    if (size := corpora["train"].manifest.vocab_size) > MAX_VOCAB:
+        raise DataError(f"{directory}: has {size} ids, but nanoGPT's .bin files hold at most {MAX_VOCAB}")
+    if out.exists():
+        raise DataError(f"{out}: exists. Choose another directory, or remove it first.")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for split, corpus in corpora.items():
+            corpus.check_sizes()
+            _write(corpus, partial / FILES[split])
+        partial.rename(out)
+        sync_directory(out.parent)
+    except OSError as error:
+        raise DataError(f"{error.filename or out}: cannot be written: {error.strerror or error}.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {FILES[split]: corpus.n_tokens for split, corpus in corpora.items()}
+
+
+def _write(corpus: Corpus, path: Path) -> None:
+    with path.open("wb") as file:
+        for start in range(0, corpus.n_tokens, BLOCK_TOKENS):
+            ids = corpus.read(np.array([start]), min(BLOCK_TOKENS, corpus.n_tokens - start))[0]
+            file.write(ids.astype("<u2").tobytes())
+        file.flush()
+        os.fsync(file.fileno())

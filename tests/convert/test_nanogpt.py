@@ -1,0 +1,218 @@
+"""nanoGPT's train.bin, val.bin and ckpt.pt, in both directions: the same ids, logits and losses.
+
+The model below is nanoGPT's architecture in its own words: what it says of logits and losses is the reference.
+"""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_llm.checkpoint import store
+from dist_llm.checkpoint.state import Held
+from dist_llm.config.load import load_saved
+from dist_llm.convert.nanogpt import to_nanogpt
+from dist_llm.convert.weights import load_torch
+from dist_llm.data.corpus import Corpus
+from dist_llm.errors import CheckpointError, DataError
+from dist_llm.launch.world import World
+from dist_llm.models.build_model import build_model
+from dist_llm.text.adopt import adopt
+from dist_llm.text.adopt_options import AdoptOptions
+from dist_llm.text.export import export_bin
+from dist_llm.train.score import Windows, score
+from tests.tools import load_tool
+
+SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 257}
+
+
+class LayerNorm(nn.Module):
+    """With a bias or without."""
+
+    def __init__(self, width: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: Any) -> None:
+        super().__init__()
+        self.heads = args["n_head"]
+        self.c_attn = nn.Linear(args["n_embd"], 3 * args["n_embd"], bias=args["bias"])
+        self.c_proj = nn.Linear(args["n_embd"], args["n_embd"], bias=args["bias"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, width = x.shape
+        q, k, v = (
+            each.view(rows, length, self.heads, -1).transpose(1, 2) for each in self.c_attn(x).split(width, dim=2)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(rows, length, width))
+
+
+class Block(nn.Module):
+    def __init__(self, args: Any) -> None:
+        super().__init__()
+        width, bias = args["n_embd"], args["bias"]
+        self.ln_1, self.attn, self.ln_2 = LayerNorm(width, bias), Attention(args), LayerNorm(width, bias)
+        linear = {"c_fc": nn.Linear(width, 4 * width, bias=bias), "c_proj": nn.Linear(4 * width, width, bias=bias)}
+        self.mlp = nn.ModuleDict(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, **args: Any) -> None:
+        super().__init__()
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(args["vocab_size"], args["n_embd"]),
+                "wpe": nn.Embedding(args["block_size"], args["n_embd"]),
+                "h": nn.ModuleList([Block(args) for _ in range(args["n_layer"])]),
+                "ln_f": LayerNorm(args["n_embd"], args["bias"]),
+            }
+        )
+        self.lm_head = nn.Linear(args["n_embd"], args["vocab_size"], bias=False)
+        self.lm_head.weight = self.transformer["wte"].weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.transformer["wte"](ids) + self.transformer["wpe"](torch.arange(ids.shape[1]))
+        for block in self.transformer["h"]:  # type: ignore[union-attr]
+            x = block(x)
+        return self.lm_head(self.transformer["ln_f"](x))
+
+    def optimizer(self) -> torch.optim.AdamW:
+        """As its configure_optimizers: matrices are decayed, vectors are not."""
+        parameters = list(self.parameters())
+        groups = [
+            {"params": [each for each in parameters if each.dim() >= 2], "weight_decay": 0.1},
+            {"params": [each for each in parameters if each.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+
+
+def reference(bias: bool) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(**SIZES, bias=bias, dropout=0.0).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def save_theirs(model: GPT, bias: bool, file: Path) -> None:
+    """As nanoGPT's train.py under torch.compile, with the mask that it keeps where there is no flash attention."""
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"_orig_mod.transformer.h.{n}.attn.bias": torch.ones(16, 16).tril()[None, None] for n in range(2)}
+    content = {
+        "model": tensors,
+        "optimizer": model.optimizer().state_dict(),
+        "model_args": {**SIZES, "bias": bias, "dropout": 0.0},
+        "iter_num": 7,
+        "best_val_loss": torch.tensor(2.5),
+        "config": {"out_dir": "out", "learning_rate": 6e-4},
+    }
+    torch.save(content, file)
+
+
+def write_bins(directory: Path) -> dict[str, np.ndarray]:
+    """As nanoGPT's prepare.py: uint16, the end of text after each document."""
+    rng = np.random.default_rng(0)
+    written = {}
+    for name, documents in (("train.bin", 20), ("val.bin", 5)):
+        parts = [np.append(rng.integers(0, 256, rng.integers(10, 60)), 256) for _ in range(documents)]
+        written[name] = np.concatenate(parts).astype(np.uint16)
+        written[name].tofile(directory / name)
+    return written
+
+
+def adopt_bins(directory: Path) -> Path:
+    out = directory / "corpus"
+    data, heldout = (str(directory / "train.bin"),), (str(directory / "val.bin"),)
+    adopt(AdoptOptions("bin", data, "byte", out, heldout, dtype="uint16"), io.StringIO())
+    return out
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt_in_and_out(bias: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tool = load_tool("convert_checkpoint")
+    theirs, written = reference(bias), write_bins(tmp_path)
+    corpus = adopt_bins(tmp_path)
+    save_theirs(theirs, bias, tmp_path / "ckpt.pt")
+    assert tool("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "ours", "--tokenizer", corpus) == 0
+
+    config = load_saved(tmp_path / "ours")
+    ours = build_model(config.model).eval()
+    store.load(tmp_path / "ours", Held(ours), moments=False)
+    ids = torch.randint(257, (3, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids), rtol=1e-5, atol=1e-5)
+
+    # The held-out loss of val.bin, window by window as nanoGPT would cut it.
+    result = score(str(tmp_path / "ours"), str(corpus), "heldout", Windows(), World())
+    tokens = torch.from_numpy(written["val.bin"].astype(np.int64))
+    losses = [
+        F.cross_entropy(theirs(tokens[None, start : start + 16][:, : len(tokens) - 1 - start])[0],
+                        tokens[start + 1 : start + 17], reduction="sum")
+        for start in range(0, len(tokens) - 1, 16)
+    ]  # fmt: skip
+    assert result.tokens == len(tokens) - 1
+    assert result.loss == pytest.approx(float(torch.stack(losses).sum().detach()) / result.tokens, rel=1e-5)
+    assert "in windows of 16 (as in the run): " in capsys.readouterr().out
+
+    assert tool("to-nanogpt", tmp_path / "ours", tmp_path / "back.pt") == 0
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    before = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert back.keys() == before.keys()
+    assert back["model_args"] == before["model_args"]
+    again = GPT(**back["model_args"])
+    again.load_state_dict(back["model"])  # strict
+    assert list(back["model"]) == list(again.state_dict()), "in the order of nanoGPT's own"
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(back["model"][name], tensor), name
+    optimizer = again.optimizer()
+    optimizer.load_state_dict(back["optimizer"])
+    F.cross_entropy(again(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+    optimizer.step()
+
+    assert export_bin(corpus, tmp_path / "bins") == {name: len(ids) for name, ids in written.items()}
+    for name in written:
+        assert (tmp_path / "bins" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_what_nanogpt_has_not_is_refused(tmp_path: Path) -> None:
+    tool = load_tool("convert_checkpoint")
+    save_theirs(reference(True), True, tmp_path / "ckpt.pt")
+    assert tool("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "ours") == 0
+    config, weights = load_saved(tmp_path / "ours"), None
+    for change in ({"activation": "gelu_tanh"}, {"tie_embeddings": False}, {"d_ff": 64}, {"positions": "rope"}):
+        other = config.model_copy(update={"model": config.model.model_copy(update=change)})
+        with pytest.raises(CheckpointError, match=f"nanoGPT has no such model: this one has .*{next(iter(change))}"):
+            to_nanogpt(weights, other)  # type: ignore[arg-type]
+    content = load_torch(tmp_path / "ckpt.pt")
+    content["model_args"]["n_head"] = 5
+    torch.save(content, tmp_path / "odd.pt")
+    assert tool("from-nanogpt", tmp_path / "odd.pt", tmp_path / "odd") == 2
+
+
+def test_a_corpus_of_many_ids_makes_no_bin(tmp_path: Path) -> None:
+    write_bins(tmp_path)
+    corpus = adopt_bins(tmp_path)
+    path = corpus / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100_000}))
+    with pytest.raises(DataError, match=r"has 100000 ids, but nanoGPT's \.bin files hold at most 65536"):
+        export_bin(corpus, tmp_path / "bins")
+    assert not (tmp_path / "bins").exists()
+    assert Corpus(corpus).n_tokens

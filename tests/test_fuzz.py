@@ -1,0 +1,699 @@
+"""Every reader, given damaged or hostile files: it reads them, or it raises an error with a name.
+
+Never a raw traceback, a hang, or an allocation that a file only claims to need: address space is limited while a reader
+runs.
+"""
+
+import base64
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+import zstandard
+from pyarrow import parquet
+
+from dist_llm.checkpoint.compatible import config_of
+from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.manifest import read_manifest, verify
+from dist_llm.checkpoint.probe import parse_probe
+from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.store import progress_of
+from dist_llm.checkpoint.tensors import NativeWeights
+from dist_llm.config.check import check
+from dist_llm.config.lengths import Lengths
+from dist_llm.config.load import dump, load_config
+from dist_llm.config.schema import Config
+from dist_llm.convert import hub
+from dist_llm.convert.deepspeed_read import open_deepspeed
+from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
+from dist_llm.convert.nanogpt import from_nanogpt, to_nanogpt
+from dist_llm.convert.tokenizer import export_tokenizer, import_tokenizer
+from dist_llm.convert.weights import DictWeights, Weights, load_torch, open_huggingface
+from dist_llm.convert.write import write_native
+from dist_llm.data import history
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.pieces import Pieces
+from dist_llm.data.shard import SPLITS, Manifest, ShardWriter
+from dist_llm.errors import UserError
+from dist_llm.observe.metrics import MetricsFile
+from dist_llm.text.adopt import adopt
+from dist_llm.text.adopt_options import AdoptOptions
+from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
+from dist_llm.text.report import InputTable, Report
+from dist_llm.text.rows import Keys, Tally
+from dist_llm.text.sources import documents, open_sources
+from dist_llm.text.tokenizer import ENDOFTEXT, Tokenizer
+from dist_llm.text.vocabulary import build_tokenizer
+from dist_llm.train.resume import EarlierSteps
+from tests.text.test_foreign import index
+
+MARGIN_BYTES = 1 << 29  # that a reader may take of address space, for files of some kilobytes
+SECONDS = 60  # after which a reader hangs
+BY_DEFAULT, BY_SLOW = 8, 400  # mutations of each reader
+
+MODEL = {"d_model": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "head_dim": 4, "d_ff": 16, "vocab_size": 64,
+         "vocab_multiple": 1, "max_seq_len": 16}  # fmt: skip
+GPT2 = {"positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu_tanh", "tie_embeddings": True}
+ROWS = [{"text": f"row {n} é\n", "n": n} for n in range(20)]
+BYTES = BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([i]): i for i in range(256)}, {ENDOFTEXT: 256})
+
+
+class HangError(BaseException):
+    """No `Exception`, which readers may catch."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Writes valid files into a folder, and reads all that is in them."""
+
+    write: Callable[[Path], None]
+    read: Callable[[Path], object]
+
+
+def config_for(**model: Any) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"dir": "unused", "steps": 1},
+            "model": {**MODEL, **model},
+            "data": {"seq_len": 16, "global_batch": 1, "micro_batch": 1},
+        }
+    )
+
+
+def weights_for(config: Config, moments: Collection[str] = ()) -> DictWeights:
+    """Random ones, with AdamW's state of the parameters in `moments`."""
+    tensors = {}
+    for name, shape in hub.model_shapes(config.model).items():
+        tensors[f"model.{name}"] = torch.randn(shape)
+        if name in moments:
+            tensors |= {f"optim.{name}.{key}": torch.rand(shape) for key in ("exp_avg", "exp_avg_sq")}
+            tensors[f"optim.{name}.step"] = torch.tensor(3.0)
+    return DictWeights(tensors)
+
+
+def read_all(weights: Weights) -> None:
+    for name, shape in weights.shapes.items():
+        assert tuple(weights.read(name).shape) == shape, name
+
+
+# Corpora
+
+
+def write_corpus(directory: Path, prompts: bool = False) -> None:
+    shards = {}
+    for split in SPLITS:
+        with ShardWriter(directory, split, "uint16", 60, prompts) as writer:
+            for length in (20, 5, 30, 17, 40):
+                ids = np.append(np.arange(length - 1) % 256, 256)
+                writer.extend(ids, np.array([length]), np.array([length]), np.array([3]))
+            shards[split] = writer.close()
+    BYTES.save(directory)
+    Manifest("uint16", 257, BYTES.sha256, ("text",), shards, prompts=prompts).save(directory)
+
+
+def read_corpus(directory: Path) -> None:
+    for split in SPLITS:
+        corpus = Corpus(directory, split)
+        corpus.check_sizes()
+        starts = np.arange(0, corpus.n_windows(16, 8) * 8, 8)
+        corpus.read(starts, 16)
+        corpus.document_numbers(starts, 16)
+        corpus.scored(starts, 16)
+        list(corpus.overlapping(0, corpus.n_tokens))
+        for packed in (False, True):
+            pieces = Pieces(corpus, Lengths(17, 16, 16), packed)
+            pieces.read(np.arange(pieces.count), False)
+
+
+def write_megatron(directory: Path) -> None:
+    lengths = [20, 5, 0, 30, 17]
+    np.arange(sum(lengths)).astype("<u2").tofile(directory / "x.bin")
+    (directory / "x.idx").write_bytes(index(lengths, [0, 1, 3, 4, 5]))
+
+
+def write_llmc(directory: Path) -> None:
+    header = np.array([20240520, 1, 70, *[0] * 253], "<i4")
+    (directory / "x.bin").write_bytes(header.tobytes() + np.arange(70).astype("<u2").tobytes())
+
+
+def adopted(kind: str, name: str = "x.bin", **more: Any) -> Callable[[Path], None]:
+    def read(directory: Path) -> None:
+        out = directory / "out"
+        files = str(directory / name)
+        adopt(AdoptOptions(kind, (files,), "byte", out, heldout=(files,), **more), io.StringIO())
+        read_corpus(out)
+
+    return read
+
+
+# Checkpoints
+
+
+def write_checkpoint(directory: Path) -> None:
+    config = config_for()
+    segment = history.Segment(
+        step=0, first=0, global_batch=1, skip=((3, 4),),
+        mix=history.Mix(
+            first=0, tokens=0, sample_tokens=16, seed=1, order="shuffle", windows="stream", seq_len=16, objective=({},),
+            tokenizer="none", sources=(history.SourceRecord(name="", path="/x", content="y"),),
+            stages=(history.StageRecord(from_tokens=0, quotas=(1,)),),
+        ),
+    )  # fmt: skip
+    files = {
+        "config.yaml": dump(config).encode(),
+        "progress.json": json.dumps(Progress(3, 4, 5, {"a": 1}).as_dict()).encode(),
+        "data.json": history.dump((segment,)),
+        "probe.json": b'{"format": "dist_llm probe 1", "loss": 1.5, "logits": [1.0, null], "precision": "fp32", '
+        b'"weights": "fp32"}',
+        "tokenizer.json": BYTES.file_bytes(),
+    }
+    write_native(directory, weights_for(config, {"head.norm.weight"}), files)
+
+
+def read_checkpoint(directory: Path) -> None:
+    """Also what a manifest would tell, as if it had been written anew: who can change one file can change two."""
+    folder = Folder(directory)
+    problems: list[UserError] = []
+    for read in (
+        lambda: read_manifest(folder),
+        lambda: verify(folder),
+        lambda: read_all(NativeWeights(directory)),
+        lambda: hub.model_shapes(config_of(directory).model),
+        lambda: progress_of(folder),
+        lambda: history.parse(folder.read("data.json"), "data.json"),
+        lambda: parse_probe(folder.read("probe.json"), "probe.json"),
+        lambda: Tokenizer.load(directory).vocabulary(words=True),
+    ):
+        try:
+            read()
+        except UserError as error:
+            problems.append(error)
+    if problems:
+        raise problems[-1]  # the first are those of hashes
+
+
+def write_hf(family: str, model: dict[str, Any]) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        config = config_for(**model)
+        hub.export(weights_for(config), config, None, directory / "hf", family, shard_bytes=3000)
+        for file in (directory / "hf").iterdir():
+            file.rename(directory / file.name)
+        (directory / "hf").rmdir()
+
+    return write
+
+
+def write_hf_bin(directory: Path, sharded: bool = True) -> None:
+    write_hf("gpt2", GPT2)(directory)
+    weights = open_huggingface(directory)
+    names = sorted(weights.shapes)
+    parts = {"a.bin": names[::2], "b.bin": names[1::2]} if sharded else {"pytorch_model.bin": names}
+    for file, chosen in parts.items():
+        torch.save({name: weights.read(name) for name in chosen}, directory / file)
+    if sharded:
+        places = {name: file for file, chosen in parts.items() for name in chosen}
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    for file in directory.glob("model*.safetensors*"):
+        file.unlink()
+
+
+def write_legacy_bin(directory: Path) -> None:
+    """As torch wrote files before version 1.6."""
+    write_hf_bin(directory, sharded=False)
+    file = directory / "pytorch_model.bin"
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+
+
+def read_hf(directory: Path) -> None:
+    family, model = hub.read_config(directory)
+    hub.token_ids(directory)
+    theirs = open_huggingface(directory)
+    read_all(theirs)
+    read_all(hub.from_huggingface(theirs, model, family))
+
+
+def write_nanogpt(directory: Path) -> None:
+    config = config_for(**GPT2 | {"activation": "gelu", "d_ff": 4 * MODEL["d_model"]})
+    torch.save(to_nanogpt(weights_for(config), config), directory / "ckpt.pt")
+
+
+def read_nanogpt(directory: Path) -> None:
+    model, theirs = from_nanogpt(load_torch(directory / "ckpt.pt"))
+    read_all(hub.from_huggingface(theirs, model, "nanogpt"))
+
+
+def write_ds(universal: bool, stage: int = 2) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        config = config_for()
+        names = list(hub.model_shapes(config.model))
+        weights = weights_for(config, names)
+        if universal:
+            write_universal(directory, weights, step=3)
+        else:
+            settings = [{"lr": 0.1}]
+            write_deepspeed(directory, weights, stage, 2, groups=[names], settings=settings, step=3, shared={})
+
+    return write
+
+
+# Text
+
+
+def write_parquet(directory: Path) -> None:
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), directory / "x.parquet")
+
+
+def write_table(name: str, delimiter: str) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        with (directory / name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "n"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(ROWS)
+
+    return write
+
+
+def lines() -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
+
+
+def write_bytes(name: str, content: Callable[[], bytes]) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).write_bytes(content()) and None
+
+
+def read_text(directory: Path, **keys: Any) -> None:
+    found = open_sources([str(directory)], Keys(**keys))
+    tally = Tally(max_bad_rate=1.0)
+    for document in documents(found, tally):
+        document.text.encode()
+    tally.check()
+
+
+def read_metrics(directory: Path) -> None:
+    EarlierSteps.read(directory, 3, config_for()).compare([{"step": 4, "loss": 1.0}])
+    MetricsFile(directory / "metrics.jsonl", 3).close()
+
+
+def metrics() -> bytes:
+    rows = [{"step": step, "loss": 5.0 / step, "lr": 1e-3} for step in range(1, 9)]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in [*rows[:4], {"step": 4, "event": "x"}, *rows[4:]])
+
+
+def write_metrics(directory: Path) -> None:
+    (directory / "metrics.jsonl").write_bytes(metrics())
+    (directory / "config.yaml").write_text(dump(config_for()))
+
+
+def read_yaml(directory: Path) -> None:
+    config, _ = load_config(directory / "config.yaml")
+    if config is not None:
+        list(check(config, 1, 257))
+
+
+def write_yaml(directory: Path) -> None:
+    (directory / "base.yaml").write_text(dump(config_for()))
+    (directory / "config.yaml").write_text("base: base.yaml\ndata: &d {path: x, seq_len: 64}\noptim: {lr: 3e-4}\n")
+
+
+def write_tiktoken(directory: Path) -> None:
+    rows = (base64.b64encode(bytes([byte])) + f" {byte}\n".encode() for byte in range(256))
+    (directory / "x.tiktoken").write_bytes(b"".join(rows))
+
+
+def tokenizer_of(name: str) -> Callable[[Path], object]:
+    return lambda directory: build_tokenizer(str(directory / name), None, lambda: ()).encode("some text")
+
+
+def write_report(directory: Path) -> None:
+    table = InputTable()
+    table.add("read", directory / "x.jsonl", 100)
+    Report({"source": ["x"]}, 10, 1, inputs=table, unreadable={"y": (3, "gone")}).save(directory)
+
+
+READERS: dict[str, Reader] = {
+    "corpus": Reader(write_corpus, read_corpus),
+    "corpus with prompts": Reader(lambda directory: write_corpus(directory, prompts=True), read_corpus),
+    "megatron": Reader(write_megatron, adopted("megatron")),
+    "nanogpt bin": Reader(
+        lambda directory: np.arange(70).astype("<u2").tofile(directory / "x.bin"), adopted("bin", dtype="uint16")
+    ),
+    "npy": Reader(lambda directory: np.save(directory / "x.npy", np.arange(70).astype("u2")), adopted("npy", "x.npy")),
+    "llmc": Reader(write_llmc, adopted("llmc")),
+    "checkpoint": Reader(write_checkpoint, read_checkpoint),
+    "safetensors": Reader(write_hf("llama", {}), read_hf),
+    "gpt2": Reader(write_hf("gpt2", GPT2), read_hf),
+    "pytorch_model.bin": Reader(lambda directory: write_hf_bin(directory, sharded=False), read_hf),
+    "pytorch_model.bin of many": Reader(write_hf_bin, read_hf),
+    "pytorch_model.bin of old": Reader(write_legacy_bin, read_hf),
+    "ckpt.pt": Reader(write_nanogpt, read_nanogpt),
+    "zero 1": Reader(write_ds(False, 1), lambda directory: read_all(open_deepspeed(directory))),
+    "zero 3": Reader(write_ds(False, 3), lambda directory: read_all(open_deepspeed(directory))),
+    "universal": Reader(write_ds(True), lambda directory: read_all(open_deepspeed(directory))),
+    "yaml": Reader(write_yaml, read_yaml),
+    "json lines": Reader(write_bytes("x.jsonl", lines), read_text),
+    "parquet": Reader(write_parquet, read_text),
+    "csv": Reader(write_table("x.csv", ","), read_text),
+    "tsv": Reader(write_table("x.tsv", "\t"), read_text),
+    "text": Reader(write_bytes("x.txt", lines), lambda directory: read_text(directory, separator="row")),
+    "gz": Reader(write_bytes("x.jsonl.gz", lambda: gzip.compress(lines())), read_text),
+    "zst": Reader(write_bytes("x.jsonl.zst", lambda: zstandard.compress(lines())), read_text),
+    "xz": Reader(write_bytes("x.jsonl.xz", lambda: lzma.compress(lines())), read_text),
+    "bz2": Reader(write_bytes("x.jsonl.bz2", lambda: bz2.compress(lines())), read_text),
+    "metrics": Reader(write_metrics, read_metrics),
+    "tokenizer.json": Reader(BYTES.save, lambda directory: Tokenizer.load(directory).encode("some text")),
+    "tiktoken": Reader(write_tiktoken, tokenizer_of("x.tiktoken")),
+    "tokenizer of hf": Reader(lambda directory: export_tokenizer(BYTES, directory), import_tokenizer),
+    "prepare's report": Reader(write_report, Report.load),
+}
+
+CLAIMS = [-1, 0, 1, -(2**31), 2**31 - 1, 2**32 - 1, 10**15, 2**63 - 1, -(2**63)]
+VALUES = [None, True, -1, 0, 10**15, 2**64, -(10**400), 1e308, float("nan"), float("inf"), "", "x", "../x",
+          "/etc/passwd", "a\0b", "\ud800", [], {}, [[]], {"a": 1}, 2.5]  # fmt: skip
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """Damage, or a lie about sizes; of JSON also values of other types."""
+    kinds = [_truncate, _extend, _flip, _flip, _swap, _claim, _claim, _replace_number, _replace_number, _splice]
+    if content[:1] in (b"{", b"["):
+        kinds += [_replace_value] * 8
+    return rng.choice(kinds)(content, rng)
+
+
+def _truncate(content: bytes, rng: random.Random) -> bytes:
+    return content[: rng.choice([0, 1, len(content) - 1, rng.randrange(len(content) + 1)])]
+
+
+def _extend(content: bytes, rng: random.Random) -> bytes:
+    return content + rng.choice([b"\0", bytes(8), rng.randbytes(100), content, b"[" * 100_000, b"{" * 100_000])
+
+
+def _flip(content: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(content)
+    for _ in range(rng.choice([1, 1, 3, 10]) if changed else 0):
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def _swap(content: bytes, rng: random.Random) -> bytes:
+    first, second = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    return content[second:] + content[first:second] + content[:first]
+
+
+def _splice(content: bytes, rng: random.Random) -> bytes:
+    """A part is left out, or comes twice."""
+    first, second = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    return rng.choice([content[:first] + content[second:], content[:second] + content[first:]])
+
+
+def _claim(content: bytes, rng: random.Random) -> bytes:
+    """Another number in the place of a binary one, mostly in the header."""
+    claim = rng.choice(CLAIMS)
+    width = rng.choice([4, 8])
+    packed = struct.pack("<q", claim)[:width] if width == 8 or claim >= 0 else struct.pack("<i", max(claim, -(2**31)))
+    at = rng.randrange(min(len(content), rng.choice([64, 64, len(content)])) + 1)
+    return content[:at] + packed + content[at + width :]
+
+
+def _replace_number(content: bytes, rng: random.Random) -> bytes:
+    """Another number, or no number, in the place of one in a text."""
+    found = list(re.finditer(rb"-?\d+(\.\d+)?", content))
+    if not found:
+        return _claim(content, rng)
+    chosen = rng.choice(found)
+    value = rng.choice(
+        [b"-1", b"0", b"1000000000000000", b"9" * 30, b"9" * 5000, b"1e999", b"null", b'"x"', b"[]", b""]
+    )
+    return content[: chosen.start()] + value + content[chosen.end() :]
+
+
+def _replace_value(content: bytes, rng: random.Random) -> bytes:
+    """A value of another type, or a name too many or too few, anywhere in a JSON file."""
+    try:
+        raw = json.loads(content)
+    except ValueError:
+        return _flip(content, rng)
+    places: list[tuple[Any, Any]] = []
+    todo = [raw]
+    while todo:
+        node = todo.pop()
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        # Of long lists and tables few: the rest is of their kind.
+        for key in keys if len(keys) < 20 else rng.sample(list(keys), 20):
+            places.append((node, key))
+            if isinstance(node[key], dict | list):
+                todo.append(node[key])
+    if not places:
+        return json.dumps(rng.choice(VALUES)).encode()
+    node, key = rng.choice(places)
+    kind = rng.random()
+    if isinstance(node, dict) and kind < 0.2:
+        del node[key]
+    elif isinstance(node, dict) and kind < 0.3:
+        node[rng.choice(["x", "", "../x", "__class__"])] = node.pop(key)
+    else:
+        node[key] = rng.choice(VALUES)
+    return json.dumps(raw).encode()
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Within the block more memory than the margin cannot be had, and what does not end is ended."""
+
+    def hang(*_: object) -> None:
+        raise HangError
+
+    status = Path("/proc/self/statm").read_text().split()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    handler = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (int(status[0]) * resource.getpagesize() + MARGIN_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a reader, which read it without an error; made once."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            torch.manual_seed(0)
+            folder = tmp_path_factory.mktemp("valid") / "folder"
+            folder.mkdir()
+            READERS[name].write(folder)
+            copy = folder.with_name("copy")
+            shutil.copytree(folder, copy)
+            READERS[name].read(copy)
+            made[name] = folder
+        return made[name]
+
+    return make
+
+
+def fuzz(name: str, numbers: range, folder: Path, directory: Path) -> None:
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    for number in numbers:
+        rng = random.Random(f"{name} {number}")
+        target = directory / str(number)
+        shutil.copytree(folder, target)
+        path = target / (files[number % len(files)] if number < len(files) else rng.choice(files))
+        content = path.read_bytes()
+        path.write_bytes(mutate(content, rng))
+        try:
+            with limits():
+                READERS[name].read(target)
+        except UserError:
+            pass
+        except BaseException as error:
+            error.add_note(f"{name}, mutation {number}: {path}")
+            raise
+        shutil.rmtree(target)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files_are_read_or_refused_by_name(name: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
+    fuzz(name, range(BY_DEFAULT), valid(name), tmp_path)
+
+
+class Command:
+    """What a pickle of it runs when it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("checkpoint", ".metadata"),
+        ("checkpoint", "__0_0.distcp"),
+        ("pytorch_model.bin", "pytorch_model.bin"),
+        ("pytorch_model.bin of many", "a.bin"),
+        ("pytorch_model.bin of old", "pytorch_model.bin"),
+        ("ckpt.pt", "ckpt.pt"),
+        ("zero 1", "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+        ("zero 3", "zero_pp_rank_0_mp_rank_00_model_states.pt"),
+        ("universal", "fp32.pt"),
+    ],
+)
+def test_reading_runs_nothing(name: str, file: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, ran = tmp_path / "folder", tmp_path / "ran"
+    shutil.copytree(valid(name), folder)
+    path = next(folder.rglob(file))
+    if file == ".metadata":
+        path.write_bytes(pickle.dumps(Command(ran)))
+    elif file.endswith(".distcp"):
+        content = io.BytesIO()
+        torch.save({"param": Command(ran)}, content)
+        path.write_bytes(content.getvalue() + path.read_bytes()[len(content.getvalue()) :])
+    else:
+        torch.save({"param": torch.ones(2), "x": Command(ran)}, path)
+    with pytest.raises(UserError):
+        READERS[name].read(folder)
+    assert not ran.exists()
+
+
+def change(file: str, old: bytes, new: bytes) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        content = (directory / file).read_bytes()
+        assert old in content, content[:1000]
+        (directory / file).write_bytes(content.replace(old, new, 1))
+
+    return edit
+
+
+def claim(file: str, at: int, layout: str, value: int) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        content = bytearray((directory / file).read_bytes())
+        struct.pack_into(layout, content, at, value)
+        (directory / file).write_bytes(content)
+
+    return edit
+
+
+def saved(file: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
+    """Changes what a file of torch.save holds."""
+
+    def edit(directory: Path) -> None:
+        content = torch.load(directory / file, weights_only=True)
+        change(content)
+        torch.save(content, directory / file)
+
+    return edit
+
+
+def larger(directory: Path) -> None:
+    """A tensor of 10**15 elements in `.metadata`."""
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    entry = next(each for name, each in metadata.state_dict_metadata.items() if name.endswith("tokens.weight"))
+    entry.size = torch.Size((10**12, 1000))
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def longer(directory: Path) -> None:
+    """The same, and all that the file says of itself agrees."""
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    name = next(name for name in metadata.state_dict_metadata if name.endswith("tokens.weight"))
+    entry = metadata.state_dict_metadata[name]
+    entry.size = entry.chunks[0].sizes = torch.Size((10**12, 1000))
+    for place, stored in metadata.storage_data.items():
+        if place.fqn == name:
+            stored.length = 10**16
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+OUTSIDE = b'"file": "../train-00000.bin"'
+ABSOLUTE = b'"file": "/etc/passwd"'
+HUGE = 10**15
+HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "tokens": ("corpus", change("manifest.json", b'"tokens": 55', b'"tokens": 1000000000000000'), "less than or equal"),
+    "documents": ("corpus", change("manifest.json", b'"documents": 3', b'"documents": 99999999999'), "truncated at"),
+    "offset": ("corpus", claim("train-00000.offsets", 16, "<Q", 2**63 + 5), "document offsets do not ascend within"),
+    "far offset": ("corpus", claim("train-00000.offsets", 16, "<Q", HUGE), "document offsets do not ascend within"),
+    "prompt": ("corpus with prompts", claim("train-00000.offsets", 8, "<Q", HUGE), "document offsets do not ascend"),
+    "shard outside": ("corpus", change("manifest.json", b'"file": "train-00000.bin"', OUTSIDE), "outside the corpus"),
+    "shard of root": ("corpus", change("manifest.json", b'"file": "train-00000.bin"', ABSOLUTE), "outside the corpus"),
+    "sequences": ("megatron", claim("x.idx", 18, "<Q", HUGE), "truncated: .* but 1000000000000000 sequences"),
+    "negative sequence": ("megatron", claim("x.idx", 38, "<i", -3), "byte 38: sequence 1 has -3 tokens"),
+    "safetensors header": ("safetensors", claim("model-00001-of-00003.safetensors", 0, "<Q", HUGE), "cannot be read"),
+    "safetensors index": (
+        "safetensors",
+        change("model.safetensors.index.json", b"model-00001-of", b"../model-00001-of"),
+        "names a file outside its directory",
+    ),
+    "torch index": (
+        "pytorch_model.bin of many",
+        change("pytorch_model.bin.index.json", b'"a.bin"', b'"/etc/passwd"'),
+        "names a file outside its directory",
+    ),
+    "layers": ("gpt2", change("config.json", b'"n_layer": 1', b'"n_layer": 1000000000000000'), "no number of layers"),
+    "width": ("gpt2", change("config.json", b'"n_embd": 8', b'"n_embd": 1000000000000000'), "less than or equal"),
+    "expanded tensor": (
+        "ckpt.pt",
+        saved("ckpt.pt", lambda all: all["model"].update({"transformer.wpe.weight": torch.ones(1, 1).expand(HUGE, 8)})),
+        "larger than the file",
+    ),
+    "sparse tensor": (
+        "ckpt.pt",
+        saved("ckpt.pt", lambda all: all["model"].update(x=torch.ones(1).to_sparse())),
+        "no plain tensor",
+    ),
+    "larger tensor": ("checkpoint", larger, "has shape .* but 512 elements in its chunks"),
+    "longer tensor": ("checkpoint", longer, "but its tensors end at byte"),
+    "tag outside": ("zero 1", change("latest", b"global_step3", b"../x"), "names no directory beside it"),
+    "ranks": (
+        "zero 1",
+        saved("global_step3/mp_rank_00_model_states.pt", lambda all: all.update(dp_world_size=HUGE)),
+        "ranks saved it",
+    ),
+    "aliases": ("yaml", lambda directory: (directory / "config.yaml").write_text(ALIASES), "more than 100,000 values"),
+    "nested": ("yaml", lambda directory: (directory / "config.yaml").write_text("[" * 9999), "nested too deeply"),
+    "nested manifest": ("corpus", lambda directory: (directory / "manifest.json").write_text("[" * 99999), "as JSON"),
+    "id": ("tokenizer.json", change("tokenizer.json", b": 255", b": 1000000000000000"), "below 16777216"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_claim_is_refused_before_it_is_believed(case: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
+    name, edit, message = HOSTILE[case]
+    folder = tmp_path / "folder"
+    shutil.copytree(valid(name), folder)
+    edit(folder)
+    with limits(), pytest.raises(UserError, match=message):
+        READERS[name].read(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", READERS)
+def test_many_damaged_files(name: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
+    fuzz(name, range(BY_DEFAULT, BY_SLOW), valid(name), tmp_path)

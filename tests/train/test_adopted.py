@@ -1,0 +1,105 @@
+"""Megatron's .bin and .idx, with and without end tokens, from adoption to the held-out loss, beside our own corpus."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.shard import Manifest, ShardWriter, Split
+from dist_llm.launch.world import World
+from dist_llm.text.adopt import adopt
+from dist_llm.text.adopt_options import AdoptOptions
+from dist_llm.text.vocabulary import build_tokenizer
+from dist_llm.train.run import train
+from dist_llm.train.score import Windows, score
+from dist_llm.train.settings import read_config
+from tests.text.test_foreign import index
+from tests.tools import load_tool
+
+EOT = 256
+SPLITS: dict[Split, int] = {"train": 60, "heldout": 12}  # documents
+
+
+def documents_of(split: Split, end_tokens: bool) -> list[np.ndarray]:
+    rng = np.random.default_rng(len(split))
+    found = [rng.integers(97, 123, rng.integers(5, 40)) for _ in range(SPLITS[split])]
+    return [np.append(each, EOT) for each in found] if end_tokens else found
+
+
+def write_theirs(directory: Path, end_tokens: bool) -> Path:
+    """As Megatron's preprocess_data.py writes them, with --append-eod or without; adopted."""
+    for split in SPLITS:
+        documents = documents_of(split, end_tokens)
+        np.concatenate(documents).astype("<u2").tofile(directory / f"{split}.bin")
+        bounds = range(len(documents) + 1)
+        (directory / f"{split}.idx").write_bytes(index([len(each) for each in documents], bounds))
+    files = (str(directory / "train.bin"),), "byte", directory / "adopted", (str(directory / "heldout"),)
+    adopt(AdoptOptions("megatron", *files), io.StringIO())
+    return directory / "adopted"
+
+
+def write_ours(directory: Path, end_tokens: bool) -> Path:
+    """The same tokens and documents through our own writer."""
+    out = directory / "ours"
+    out.mkdir()
+    shards = {}
+    for split in SPLITS:
+        with ShardWriter(out, split, "uint16", 500) as writer:
+            for ids in documents_of(split, end_tokens):
+                writer.add(ids, len(ids) - end_tokens)
+            shards[split] = writer.close()
+    tokenizer = build_tokenizer("byte", None, lambda: ())
+    tokenizer.save(out)
+    Manifest("uint16", 257, tokenizer.sha256, ("x",), shards).save(out)
+    return out
+
+
+def losses(run: Path, name: str) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
+@pytest.mark.parametrize("end_tokens", [True, False])
+def test_megatron_files_train_as_our_own(end_tokens: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpora = {"theirs": write_theirs(tmp_path, end_tokens), "ours": write_ours(tmp_path, end_tokens)}
+    for split in SPLITS:
+        documents = documents_of(split, end_tokens)
+        corpus = Corpus(corpora["theirs"], split)
+        row = corpus.document_numbers(np.array([0]), corpus.n_tokens)[0]
+        wanted = np.repeat(np.arange(len(documents)), [len(each) for each in documents])
+        assert np.array_equal(row, wanted), "each row is split where documents begin"
+        assert corpus.read(np.array([0]), corpus.n_tokens)[0].tolist() == np.concatenate(documents).tolist()
+    inspect = load_tool("inspect_data")
+    assert inspect("verify", *corpora.values()) == int(not end_tokens), "without end tokens ours has an end to miss"
+    assert inspect("verify", corpora["theirs"]) == 0
+
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "run: {steps: 6}\nmodel: {d_model: 16, n_layers: 1, n_heads: 2}\noptim: {lr: 0.01}\n"
+        "data: {seq_len: 32, global_batch: 8, prefetch: 0, document_mask: true}\n"
+        "log: {every: 1, tensorboard: false, peak_tflops: 1.0}\ncheckpoint: {keep: 1}\n"
+    )
+    for name, corpus in corpora.items():
+        keys = [f"run.dir={tmp_path / 'runs' / name}", f"data.path={corpus}"]
+        assert train(read_config(config, keys, 1), World()) == 0
+    for name in ("loss", "heldout_loss"):
+        theirs, ours = (losses(tmp_path / "runs" / each, name) for each in corpora)
+        assert theirs == ours, name
+        assert len(theirs) == (6 if name == "loss" else 1)
+
+    # The loss of either model on the other's corpus, too; and the mask is in it.
+    run = str(tmp_path / "runs" / "theirs")
+    masked = [score(run, str(corpus), "heldout", Windows(), World()).loss for corpus in corpora.values()]
+    assert masked[0] == masked[1] == pytest.approx(losses(tmp_path / "runs" / "theirs", "heldout_loss")[0], rel=1e-6)
+
+    windows = (Corpus(corpora["theirs"]).n_tokens - 1) // 32
+    repeated = f"data: {corpora['theirs']} has been read once in full, up to sample {windows};"
+    assert (tmp_path / "runs" / "theirs" / "logs" / "rank_00000.log").read_text().count(repeated) == 1
+    keys = [f"run.dir={tmp_path / 'runs' / 'theirs'}", f"data.path={corpora['theirs']}"]
+    assert train(read_config(config, keys, 1), World()) == 0
+    log = (tmp_path / "runs" / "theirs" / "logs" / "rank_00000.log").read_text()
+    assert "nothing to do: the run has taken 6 steps, and run.steps is 6; raise it to go on" in log
+    assert log.count(repeated) == 1, "not again"
