@@ -28,7 +28,7 @@ from dist_llm.train import step
 BUGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
 
 
-def planted(name: str) -> AbstractContextManager[Any]:
+def plant_bug(name: str) -> AbstractContextManager[Any]:
     return BUGS[name]()
 
 
@@ -81,7 +81,7 @@ def context_gradients_are_not_reduced() -> Iterator[Any]:
 
 
 @bug
-def joined_gradients_are_not_added_over_tensor_ranks() -> Iterator[Any]:
+def gathered_input_gradients_are_not_reduce_scattered() -> Iterator[Any]:
     """Each tensor rank goes on with the part that its own heads, units or columns give."""
     with patch.object(tensor_parallel.TensorParallelRegion, "all_gather_sequence", _join_own_part):
         yield
@@ -105,7 +105,7 @@ def _join_own_part(region: tensor_parallel.TensorParallelRegion, x_BTD: torch.Te
 
 
 @bug
-def shares_of_tokens_skip_what_whole_rows_skip() -> Iterator[Any]:
+def token_shares_use_the_depth_scale_of_full_rows() -> Iterator[Any]:
     """Stochastic depth: a row of a rank's share is not of one sequence."""
     with patch.object(tensor_parallel.TensorParallelRegion, "shard_depth_scale", lambda self, block, inputs: inputs):
         yield
@@ -318,7 +318,7 @@ def pipeline_rescales_gradients() -> Iterator[Any]:
 
 
 @bug
-def context_ranks_take_their_queries_for_the_last() -> Iterator[Any]:
+def context_ranks_treat_their_queries_as_the_last() -> Iterator[Any]:
     """Masks of documents and prefixes then speak of other tokens than those that the rank has."""
     with patch.object(
         AttentionMask, "with_query_positions", lambda self, _, num_keys: replace(self, num_keys=num_keys)
@@ -327,7 +327,7 @@ def context_ranks_take_their_queries_for_the_last() -> Iterator[Any]:
 
 
 @bug
-def every_microbatch_sees_what_the_first_may() -> Iterator[Any]:
+def every_microbatch_uses_the_mask_of_the_first() -> Iterator[Any]:
     """A pipeline is handed all microbatches at once, with the visibility of the first."""
     real = Batch.concatenate
 
@@ -340,7 +340,7 @@ def every_microbatch_sees_what_the_first_may() -> Iterator[Any]:
 
 
 @bug
-def tensor_ranks_skip_layers_of_their_own_choice() -> Iterator[Any]:
+def stochastic_depth_differs_between_tensor_ranks() -> Iterator[Any]:
     real = decoder.stochastic_depth_scale
     with patch.object(
         decoder, "stochastic_depth_scale", lambda sample_hash_B, *rest: real(sample_hash_B + dist.get_rank(), *rest)
@@ -371,7 +371,7 @@ def weights_stay_gathered_after_the_last_backward() -> Iterator[Any]:
 
 
 @bug
-def shares_made_orthogonal_each_by_itself() -> Iterator[Any]:
+def shards_orthogonalized_separately() -> Iterator[Any]:
     def alone(self: DistributedOrthogonalize, updates: Any) -> Any:
         parts = [mesh.to_local(update) for update in updates]
         for part, made in zip(parts, orthogonalize(parts), strict=True):
@@ -383,7 +383,7 @@ def shares_made_orthogonal_each_by_itself() -> Iterator[Any]:
 
 
 @bug
-def shares_handed_back_to_the_wrong_rank() -> Iterator[Any]:
+def shards_returned_to_the_wrong_rank() -> Iterator[Any]:
     """Shares of a matrix that are alike in shape, so that nothing but the values is wrong."""
     real = DistributedOrthogonalize.__init__
 
@@ -418,6 +418,6 @@ def _before_sgd_steps(action: Callable[[LocalSGD], None]) -> AbstractContextMana
 
 
 @bug
-def moments_rounded_by_the_place_in_the_share() -> Iterator[Any]:
+def moments_rounded_by_the_local_index() -> Iterator[Any]:
     with patch("dist_llm.engines.native.local_with_offset", lambda tensor: (mesh.to_local(tensor), (0,) * tensor.ndim)):
         yield
