@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 class AttentionMask:
     """Which keys each query attends to.
 
-    A query attends to a key if both are in the same document and the mask is not `causal`, or the key is not after the
-    query, or the key is in the prefix. By default the S queries are the last S of the T keys. `materialized` is the
-    representation for a kernel, which `materialize_mask` computes once for all layers.
+    A query attends to a key if both are in the same document and one of these holds: the mask is not `causal`; the key
+    is not after the query; the key is in the prefix. By default the S queries are the last S of the T keys.
+    `materialized` is the representation for a kernel, which `materialize_mask` computes once for all layers.
     """
 
     causal: bool

@@ -114,8 +114,8 @@ def _local_param(parameter: Tensor) -> Tensor:
 
 
 class _LocalParam(torch.autograd.Function):
-    """`to_local` in a tenth of the time: torch's version redistributes the gradient, which takes 0.3 ms per parameter
-    on a CPU."""
+    """`to_local` in a tenth of the time: torch's version treats the gradient like any tensor, 0.3 ms per parameter on a
+    CPU."""
 
     @staticmethod
     def forward(ctx: Any, parameter: DTensor) -> Tensor:
