@@ -26,8 +26,9 @@ def hash_seed(*numbers: int) -> int:
 def iter_element_ids(
     local: Tensor, shape: Sequence[int], offset: Sequence[int]
 ) -> Iterator[tuple[slice | EllipsisType, Tensor]]:
-    """Yield (rows, element ids) in chunks of rows of `local`. An id is an element's flat index in the full tensor of
-    `shape`.
+    """Yield (rows, element ids) in chunks of rows of `local`.
+
+    An id is an element's flat index in the full tensor of `shape`.
 
     `local` is the shard of the full tensor at `offset`. A tensor without dimensions is one element with id 0.
     """

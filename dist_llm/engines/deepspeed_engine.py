@@ -94,8 +94,10 @@ class DeepSpeedEngine(DataParallelEngine):
         return norm
 
     def step(self) -> None:
-        """Clip, step and clear the gradients. At stage 1 and above DeepSpeed skips a step with a non-finite
-        gradient."""
+        """Clip, step and clear the gradients.
+
+        At stage 1 and above DeepSpeed skips a step with a non-finite gradient.
+        """
         self.deepspeed.step()
         if self.stage == 3 and self.deepspeed.optimizer.overflow:
             # a skipped step omits this too, and small weights would stay gathered
@@ -172,8 +174,10 @@ class ZeroPartitions:
         self.zero._post_step(set())
 
     def _boxes_of(self, flat: Tensor, values: Tensor) -> Iterator[tuple[str, Boxes]]:
-        """Yield (name, this rank's part of `values`) for each parameter of a group. `values` has the layout of
-        `flat`."""
+        """Yield (name, this rank's part of `values`) for each parameter of a group.
+
+        `values` has the layout of `flat`.
+        """
         index = next(index for index, other in enumerate(self.flats) if other is flat)
         layout = self.layouts[index]
         for name, shape in self.shapes[index].items():

@@ -21,11 +21,10 @@ class AttentionMask:
     causal: bool
     prefix_B: Tensor | None = None  # number of leading keys of a row that all its queries attend to
     documents_BT: Tensor | None = None  # document of each key; padding is a document of its own, -1
-    # documents of the queries, if they differ from the keys' (cross-attention)
+    # Documents of the queries, if they differ from the keys' (cross-attention).
     query_documents_BS: Tensor | None = None
-    query_positions_BS: Tensor | None = (
-        None  # positions of the queries among the keys, if not at the end (context parallelism)
-    )
+    # Positions of the queries among the keys, if not at the end (context parallelism).
+    query_positions_BS: Tensor | None = None
     num_keys: int = 0  # number of keys, if not that of the queries (context parallelism)
     materialized: Any = None
 

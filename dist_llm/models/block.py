@@ -39,8 +39,10 @@ class Block(nn.Module):
         memory_BTD: Tensor | None = None,
         memory_mask: AttentionMask | None = None,
     ) -> Tensor:
-        """[B, S, D] -> [B, S, D]. Sublayer outputs are multiplied by `depth_scale_BS1`, [B, 1 or S, 1]: stochastic
-        depth."""
+        """[B, S, D] -> [B, S, D].
+
+        Sublayer outputs are multiplied by `depth_scale_BS1`, [B, 1 or S, 1]: stochastic depth.
+        """
 
         def step(x_BSD: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
             out_BSD = self.dropout(sublayer(cast_to_autocast_dtype(norm(x_BSD) if self.pre else x_BSD)))

@@ -31,8 +31,10 @@ class EncoderDecoder(Decoder):
         self.source_norm: nn.Module | None = build_norm(config) if config.norm_order == "pre" else None
 
     def trim_to_stage(self, layers: range, first: bool, last: bool) -> None:
-        """As `Decoder.trim_to_stage`. The first stage embeds the encoder's tokens and keeps the token embedding for
-        it."""
+        """As `Decoder.trim_to_stage`.
+
+        The first stage embeds the encoder's tokens and keeps the token embedding for it.
+        """
         super().trim_to_stage(layers, first, last)
         if self.config.n_encoder_layers - 1 not in layers:
             self.source_norm = None
