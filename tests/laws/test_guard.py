@@ -71,7 +71,7 @@ def moments_decay() -> Iterator[None]:
     real = NativeEngine.update
 
     def update(self: Any, lr: float, should_apply: Any = None) -> Tensor:
-        norm: Tensor = self._norm()
+        norm: Tensor = self._grad_norm()
         if not should_apply(norm):
             for parameter in self.model_parts[0].parameters():
                 to_local(parameter.grad).zero_()
