@@ -52,6 +52,7 @@ check: install
 	ruff format --check .
 	ruff check .
 	mypy
+	python tools/lint_names.py
 
 # Over a quarter of an hour on two cores. What they keep with --write is in benchmarks/results.
 bench: install

@@ -148,9 +148,9 @@ def check_generation(context: Context) -> dict[str, object]:
     ids = torch.arange(3, 20)[None]
     for name, cache in (("without a cache", None), ("with a cache", KVCache())):
         with torch.no_grad():
-            logits = there(ids.to(context.device), attention_mask=CAUSAL, cache=cache)
-            last = there(ids[:, :5].to(context.device), attention_mask=CAUSAL, cache=cache) if cache else logits
-            expected = model(torch.cat((ids, ids[:, :5]), 1) if cache else ids, attention_mask=CAUSAL)
+            logits = there(ids.to(context.device), mask=CAUSAL, cache=cache)
+            last = there(ids[:, :5].to(context.device), mask=CAUSAL, cache=cache) if cache else logits
+            expected = model(torch.cat((ids, ids[:, :5]), 1) if cache else ids, mask=CAUSAL)
         comparison.close(f"logits {name}", last[:, -1], expected[:, -1], 1e-4)
     if context.has_values:
         prompt, greedy = Prompt(list(range(3, 20))), Sampling(max_tokens=16, temperature=0.0)

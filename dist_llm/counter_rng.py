@@ -26,8 +26,9 @@ def hash_seed(*numbers: int) -> int:
 def iter_element_ids(
     local: Tensor, shape: Sequence[int], offset: Sequence[int]
 ) -> Iterator[tuple[slice | EllipsisType, Tensor]]:
-    """Yield (rows, element ids) in chunks of rows of `local`. An id is an element's flat index in the full tensor of
-    `shape`.
+    """Yield (rows, element ids) in chunks of rows of `local`.
+
+    An id is an element's flat index in the full tensor of `shape`.
 
     `local` is the shard of the full tensor at `offset`. A tensor without dimensions is one element with id 0.
     """
@@ -45,12 +46,12 @@ def iter_element_ids(
         yield rows, ids
 
 
-def splitmix64(words: Tensor) -> Tensor:
+def splitmix64(x: Tensor) -> Tensor:
     """The finalizer of splitmix64 on int64. Products wrap; the masks make the shifts logical."""
-    words = words + _signed(0x9E3779B97F4A7C15)
-    words = (words ^ ((words >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    words = (words ^ ((words >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return words ^ ((words >> 31) & ((1 << 33) - 1))
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def _signed(word: int) -> int:

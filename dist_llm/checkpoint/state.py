@@ -111,7 +111,7 @@ class Held:
             moments = saved_moments(saved, name)
             refuse_other_optimizer(name, moments, groups[parameter])
             for key, shape in moments.items():
-                dtype = getattr(self.optimizer, "dtypes", {}).get(key)
+                dtype = getattr(self.optimizer, "moment_dtypes", {}).get(key)
                 empty = torch.zeros_like(parameter, dtype=dtype) if shape else torch.zeros((), device=parameter.device)
                 self.optimizer.state[parameter][key] = empty
 

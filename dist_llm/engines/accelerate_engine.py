@@ -1,7 +1,7 @@
-"""The step by what accelerate prepares: DDP, FSDP2 or DeepSpeed, for those who start with `accelerate launch`.
+"""The accelerate engine: DDP, FSDP2 or DeepSpeed as accelerate prepares them, for use with `accelerate launch`.
 
-Accelerate makes the distributed model. Losses, clipping and the learning rate are ours: it would divide the loss by
-the microbatches, and step a scheduler once for each process.
+accelerate builds the distributed model. Loss scaling, clipping and the learning rate are ours: accelerate would divide
+the loss by the number of microbatches and step a scheduler once per process.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 class AccelerateEngine(DataParallelEngine):
-    """See `Engine`: accelerate's DDP or FSDP2. `config` is resolved; a process group exists."""
+    """See `Engine`: accelerate's DDP or FSDP2. `config` is resolved. A process group exists."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config, device)
@@ -57,9 +57,9 @@ class AccelerateEngine(DataParallelEngine):
         _check_accelerate(self.accelerator, config.accelerate.plugin, dist.get_world_size(), self.prepared)
 
     def _policy(self) -> MixedPrecisionPolicy:
-        """As the native engine's: gradients are reduced in fp32."""
-        kind = COMPUTE_DTYPES[self.config.precision] if self.config.precision != "fp32" else None
-        return MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32 if kind else None)
+        """The mixed-precision policy of the native engine: gradients are reduced in fp32."""
+        dtype = COMPUTE_DTYPES[self.config.precision] if self.config.precision != "fp32" else None
+        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
 
     @property
     def state(self) -> State:
@@ -79,15 +79,15 @@ class AccelerateEngine(DataParallelEngine):
 
     def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        mine = [to_local(gradient) for gradient in gradients]
-        norm = gradient_clipping.global_norm(mine).to(self.device)
+        local_grads = [to_local(gradient) for gradient in gradients]
+        norm = gradient_clipping.global_norm(local_grads).to(self.device)
         if any(isinstance(gradient, DTensor) for gradient in gradients):
             norm = self.all_reduce_over_data(norm.square()).sqrt()
         if should_apply is not None and not should_apply(norm):
             self.optimizer.zero_grad()
             return norm
         if self.config.optim.clip:
-            gradient_clipping.clip_grads_(mine, norm, self.config.optim.clip)
+            gradient_clipping.clip_grads_(local_grads, norm, self.config.optim.clip)
         step_and_zero_grad(self.optimizer, lr)
         return norm
 
@@ -99,7 +99,7 @@ class AccelerateEngine(DataParallelEngine):
 
 
 class AccelerateDeepSpeedEngine(DeepSpeedEngine):
-    """DeepSpeed's engine as accelerate prepares it; the step is then taken as without accelerate."""
+    """DeepSpeed's engine as accelerate prepares it. The step is the same as without accelerate."""
 
     def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
         accelerate = prepare_accelerate()
@@ -113,13 +113,13 @@ class AccelerateDeepSpeedEngine(DeepSpeedEngine):
 
 
 def _check_accelerate(accelerator: Any, plugin: str, ranks: int, prepared: nn.Module) -> None:
-    """Raises ConfigError unless accelerate does what it was asked for: on CPUs it falls back without a word."""
-    found = str(accelerator.distributed_type.value)
-    wanted = {"ddp": ("MULTI_CPU", "MULTI_GPU"), "fsdp2": ("FSDP",), "deepspeed": ("DEEPSPEED",)}[plugin]
-    alone = ranks == 1 and plugin == "ddp"
-    if accelerator.num_processes != ranks or (found not in wanted and not alone):
+    """Raise ConfigError unless accelerate runs the requested plugin. On CPUs it silently falls back to another."""
+    actual = str(accelerator.distributed_type.value)
+    expected = {"ddp": ("MULTI_CPU", "MULTI_GPU"), "fsdp2": ("FSDP",), "deepspeed": ("DEEPSPEED",)}[plugin]
+    single_process = ranks == 1 and plugin == "ddp"
+    if accelerator.num_processes != ranks or (actual not in expected and not single_process):
         raise ConfigError(
-            f"accelerate.plugin: {plugin} on {ranks} ranks was asked for, but accelerate is {found} on "
+            f"accelerate.plugin: {plugin} on {ranks} ranks was asked for, but accelerate is {actual} on "
             f"{accelerator.num_processes}, with the model as {type(prepared).__name__}; see the settings that "
             "`accelerate env` prints, and start as many processes as there are ranks"
         )

@@ -1,4 +1,4 @@
-"""What the training loop asks of whoever runs the step: a few verbs, above `backward`."""
+"""The engine interface: the operations that the training loop needs from whatever runs the step."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -14,65 +14,67 @@ from dist_llm.parallel.replica_check import ReplicaGroups
 
 
 class Engine(Protocol):
-    """One rank's share of a model, its optimizer, and the ranks it works with.
+    """One rank's part of a model, its optimizer, and its communication with other ranks.
 
-    The cut lies above `backward`: pipeline schedules own it, and take all microbatches at once.
+    The interface lies above `backward`, because a pipeline schedule runs the backwards itself and takes all
+    microbatches at once.
     """
 
     device: torch.device
-    loss_scale: LossScale | None  # of fp16, where the engine keeps one
+    loss_scale: LossScale | None  # None unless the engine scales fp16 losses itself
 
     @property
     def model_parts(self) -> Sequence[Decoder]:
-        """This rank's parts of the model: one, or its stages of a pipeline."""
+        """This rank's parts of the model: one, or its pipeline stages."""
         ...
 
     @property
     def state(self) -> State:
-        """Weights and moments, for checkpoints."""
+        """Weights and optimizer state, for checkpoints."""
         ...
 
     @property
     def dp_rank_and_size(self) -> tuple[int, int]:
-        """(this rank's place among those that read different samples, how many they are)."""
+        """(this rank's index among the ranks that read different samples, their number)."""
         ...
 
     @property
     def replicated_params(self) -> ReplicaGroups:
-        """What other ranks should hold bit for bit, too."""
+        """Parameters that other ranks hold bit for bit, too, by process group."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All of this rank's parameters under their names in the whole model."""
+        """This rank's parameters, with their names in the full model."""
         ...
 
     def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
-        """The sum of `value` over the ranks that score different tokens; on every rank."""
+        """Sum `value` over the ranks whose losses are of different tokens; return the sum on every rank."""
         ...
 
     def all_gather_ints(self, value: int) -> list[int]:
-        """The value of every rank, in their order. Waits for them all."""
+        """Return the value of every rank, by rank."""
         ...
 
     def to_local_batch(self, batch: Batch) -> Batch:
-        """The tokens of `batch` that this rank works on, on its device: all, or its part of each sequence."""
+        """Return this rank's part of `batch` on its device: all tokens, or its chunks of each sequence."""
         ...
 
     def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
-        """Make the gradient of the sum of losses / scored; return this rank's share of that by sequence, detached.
+        """Accumulate the gradient of sum(losses) / num_valid_tokens over the microbatches.
 
-        Gradients are clear before. `step` seeds dropout.
+        Return this rank's losses / num_valid_tokens per sequence, [B], detached. Gradients must be clear before the
+        call. `step` seeds dropout.
         """
         ...
 
     def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """Clip, step, clear the gradients. Returns the global norm before clipping.
+        """Clip, step and clear the gradients. Return the global gradient norm before clipping, [].
 
-        Where `accept`, asked with the norm, says no, gradients are cleared and nothing else. DeepSpeed's partitioned
-        optimizers are not asked: they leave out steps whose norm is not finite, and no other.
+        If `should_apply(norm)` is false, the gradients are cleared and nothing else happens. DeepSpeed's partitioned
+        optimizers ignore it: they skip steps with a non-finite norm and no others.
         """
         ...
 
     def score(self, batch: Batch) -> Tensor:
-        """This rank's share of the losses' sum of each sequence, [B], without gradients or dropout."""
+        """Return this rank's sum of losses of each sequence, [B], without gradients and dropout."""
         ...

@@ -1,4 +1,4 @@
-"""Which engine runs the step."""
+"""Build the engine of a config."""
 
 import torch
 
@@ -11,7 +11,7 @@ from dist_llm.engines.native import NativeEngine
 
 
 def build_engine(config: Config, device: torch.device) -> Engine:
-    """The engine of a resolved config; a process group exists unless it is the native one on one rank."""
+    """Build the engine of a resolved config. A process group must exist, except for the native engine on one rank."""
     if config.engine == "native":
         return NativeEngine(config, device)
     if config.engine == "deepspeed":

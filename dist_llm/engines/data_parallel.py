@@ -1,4 +1,4 @@
-"""What engines share whose ranks all have whole sequences, and each other ones: plain data parallelism."""
+"""The common base of engines whose ranks all hold full sequences and read different samples: plain data parallelism."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ from dist_llm.parallel.replica_check import ReplicaGroups
 
 
 class DataParallelEngine:
-    """A part of an `Engine`. A process group exists."""
+    """A partial `Engine`. A process group exists."""
 
     loss_scale: LossScale | None = None
     model: Decoder
@@ -34,15 +34,15 @@ class DataParallelEngine:
 
     @property
     def replicated_params(self) -> ReplicaGroups:
-        """All weights, where ranks hold them whole."""
+        """All parameters, if every rank holds them unsharded."""
         parameters = dict(self.named_parameters())
-        if any(isinstance(each, DTensor) or hasattr(each, "ds_id") for each in parameters.values()):
-            return []  # FSDP's, or ZeRO's stage 3
+        if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters.values()):
+            return []  # sharded by FSDP or by ZeRO stage 3
         return [(self.replica_group, parameters)]
 
     @property
     def replica_group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold the same; None: all."""
+        """The ranks that hold the same parameters; None: all ranks."""
         return None
 
     @property
@@ -51,13 +51,13 @@ class DataParallelEngine:
 
     @property
     def coordinates(self) -> tuple[int, ...]:
-        """On the native engine's axes: pp, dp_replicate, dp_shard, cp."""
+        """The rank's coordinates in the native engine's mesh: pp, dp_replicate, dp_shard, cp."""
         return 0, 0, dist.get_rank(), 0
 
     def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
-        summed = value.clone() if isinstance(value, Tensor) else torch.full((), value, device=self.device)
-        dist.all_reduce(summed)
-        return summed
+        total = value.clone() if isinstance(value, Tensor) else torch.full((), value, device=self.device)
+        dist.all_reduce(total)
+        return total
 
     def all_gather_ints(self, value: int) -> list[int]:
         return all_gather_ints(value, self.device)
@@ -66,7 +66,7 @@ class DataParallelEngine:
         return batch.to(self.device)
 
     def seed_dropout(self, step: int, microbatch: int) -> None:
-        """Dropout as the native engine has it with as many dp_shard ranks."""
+        """Seed dropout as the native engine does on a mesh with as many dp_shard ranks."""
         if self.config.model.dropout:
             tensor = (0,) if self.config.parallel.sequence_parallel else ()
             torch.manual_seed(hash_seed(self.config.run.seed, step, microbatch, *self.coordinates, *tensor))

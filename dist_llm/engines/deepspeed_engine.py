@@ -1,4 +1,4 @@
-"""The step by DeepSpeed: ZeRO 0 to 3 with our model, loss, optimizer, schedule and checkpoints."""
+"""The DeepSpeed engine: ZeRO 0 to 3 with our model, loss, optimizer, schedule and checkpoints."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,10 +25,10 @@ from dist_llm.parallel.parallelize import init_parameters, parallelize_model
 
 
 class DeepSpeedEngine(DataParallelEngine):
-    """See `Engine`. `config` is resolved; a process group exists, of one rank where there is one.
+    """See `Engine`. `config` is resolved. A process group exists, even with one rank.
 
-    Its ranks add nothing of their own to what the native engine computes: DeepSpeed averages gradients, so losses are
-    multiplied by the number of ranks; the learning rate is set before each step, and no scheduler is known to it.
+    DeepSpeed averages gradients over ranks, so losses are multiplied by the number of ranks. The learning rate is set
+    before each step; DeepSpeed has no scheduler.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -41,14 +41,14 @@ class DeepSpeedEngine(DataParallelEngine):
         self.deepspeed = self.initialize(deepspeed, self.model, optimizer, settings)
         self.optimizer = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
         if self.stage:
-            _init_partitions(self.state, config)  # once more, or at last: in fp32, each rank its part
+            _init_partitions(self.state, config)  # initializes the fp32 partitions, each rank its own
 
     def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
-        """DeepSpeed's engine."""
+        """Create DeepSpeed's engine."""
         return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
     def build_model_part(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
-        """Whole, with its initial values; at stage 3 no rank ever holds it whole."""
+        """Build the full model with its initial values. At stage 3 no rank ever holds all of it."""
         config, loss = self.config, CrossEntropy(self.config.loss.label_smoothing, self.config.loss.z_loss)
         if self.stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=settings):
@@ -94,13 +94,18 @@ class DeepSpeedEngine(DataParallelEngine):
         return norm
 
     def step(self) -> None:
-        """Clip, step and clear. DeepSpeed leaves out a step whose gradient is not finite, at stage 1 and above."""
+        """Clip, step and clear the gradients.
+
+        At stage 1 and above DeepSpeed skips a step with a non-finite gradient.
+        """
         self.deepspeed.step()
         if self.stage == 3 and self.deepspeed.optimizer.overflow:
-            self.deepspeed.optimizer._post_step(set())  # which it then leaves out, too: small weights stay gathered
+            # a skipped step omits this too, and small weights would stay gathered
+            self.deepspeed.optimizer._post_step(set())
 
     def _unreduced_grad_norm(self) -> Tensor:
-        """At stage 0 gradients are whole after the last backward, and DeepSpeed tells no norm though it clips."""
+        """The gradient norm at stage 0. Gradients are unsharded after the last backward, and DeepSpeed reports no norm
+        there."""
         return gradient_clipping.global_norm([p.grad for p in self.model.parameters() if p.grad is not None]).to(
             self.device
         )
@@ -113,7 +118,7 @@ class DeepSpeedEngine(DataParallelEngine):
 
 
 class ZeroPartitions:
-    """`State` of ZeRO 1 to 3: fp32 weights and their moments lie in one flat tensor per group, cut over the ranks."""
+    """`State` of ZeRO 1 to 3: fp32 weights and moments are one flat tensor per group, partitioned over the ranks."""
 
     def __init__(self, zero: Any, parameters: Mapping[str, nn.Parameter], stage: int, rank: int, ranks: int) -> None:
         self.zero, self.stage, self.rank = zero, stage, rank
@@ -124,32 +129,32 @@ class ZeroPartitions:
         lay = split if stage == 3 else contiguous
         self.layouts: list[Layout] = [lay(shapes, ranks) for shapes in self.shapes]
         for flat, layout in zip(self.flats, self.layouts, strict=True):
-            assert flat.numel() == layout.sizes[rank], "DeepSpeed lays its partitions out in another way than we know"
+            assert flat.numel() == layout.sizes[rank], "DeepSpeed uses an unknown partition layout"
 
     @property
     def optimizer(self) -> optim.Optimizer:
-        found: optim.Optimizer = self.zero.optimizer
-        return found
+        optimizer: optim.Optimizer = self.zero.optimizer
+        return optimizer
 
     def weights(self) -> dict[str, Any]:
-        return {f"model.{name}": held for flat in self.flats for name, held in self._of(flat, flat.detach())}
+        return {f"model.{name}": boxes for flat in self.flats for name, boxes in self._boxes_of(flat, flat.detach())}
 
     def moments(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        moments: dict[str, Any] = {}
         for flat, shapes in zip(self.flats, self.shapes, strict=True):
             for key, value in self.optimizer.state.get(flat, {}).items():
-                held = self._of(flat, value) if value.ndim else ((name, value) for name in shapes)
-                found |= {f"optim.{name}.{key}": each for name, each in held}
-        return found
+                named = self._boxes_of(flat, value) if value.ndim else ((name, value) for name in shapes)
+                moments |= {f"optim.{name}.{key}": moment for name, moment in named}
+        return moments
 
     def allocate_moments(self, saved: Mapping[str, tuple[int, ...]]) -> None:
         for flat, shapes in zip(self.flats, self.shapes, strict=True):
             kinds = {name: saved_moments(saved, name) for name in shapes}
             first = next(iter(kinds.values()))
-            if odd := [name for name, kind in kinds.items() if kind.keys() != first.keys()]:
+            if mismatching := [name for name, kind in kinds.items() if kind.keys() != first.keys()]:
                 raise CheckpointError(
-                    f"{odd[0]} has not the moments that {next(iter(kinds))} has, but DeepSpeed steps both together; "
-                    "start with init_from and init_optimizer: fresh"
+                    f"{mismatching[0]} has not the moments that {next(iter(kinds))} has, but DeepSpeed steps both "
+                    "together; start with init_from and init_optimizer: fresh"
                 )
             refuse_other_optimizer(next(iter(kinds)), first, self.optimizer.param_groups[0])
             self.optimizer.state[flat] = {
@@ -159,7 +164,7 @@ class ZeroPartitions:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """The model's weights, which DeepSpeed keeps beside the fp32 ones, in the model's type."""
+        """Update the model's weights, which DeepSpeed stores beside the fp32 weights in the model's dtype."""
         if self.stage < 3:
             self.zero.update_lp_params()
             return
@@ -168,21 +173,24 @@ class ZeroPartitions:
             self.zero._reassign_or_swap_out_partitioned_parameters(number)
         self.zero._post_step(set())
 
-    def _of(self, flat: Tensor, held: Tensor) -> Iterator[tuple[str, Boxes]]:
-        """(name, this rank's stretch of `held`, which lies as `flat` does) of the parameters of a group."""
-        number = next(number for number, each in enumerate(self.flats) if each is flat)
-        layout = self.layouts[number]
-        for name, shape in self.shapes[number].items():
-            places = layout.places[name]
-            start = sum(place.stop - place.start for place in places[: self.rank])
-            yield name, Boxes.of_flat(shape, held[places[self.rank]], start)
+    def _boxes_of(self, flat: Tensor, values: Tensor) -> Iterator[tuple[str, Boxes]]:
+        """Yield (name, this rank's part of `values`) for each parameter of a group.
+
+        `values` has the layout of `flat`.
+        """
+        index = next(index for index, other in enumerate(self.flats) if other is flat)
+        layout = self.layouts[index]
+        for name, shape in self.shapes[index].items():
+            slices = layout.places[name]
+            start = sum(part.stop - part.start for part in slices[: self.rank])
+            yield name, Boxes.of_flat(shape, values[slices[self.rank]], start)
 
 
 def _init_partitions(state: State, config: Config) -> None:
-    """Initial values, each rank those of its part."""
-    for name, held in state.weights().items():
+    """Initialize the partitions, each rank its own."""
+    for name, boxes in state.weights().items():
         name = name.removeprefix("model.")
-        rule = init_rule(name, held.shape, config.model)
-        for offset, piece in held.pieces.items():
-            init_param_(piece, name, rule, config.run.seed, held.shape, offset)
+        rule = init_rule(name, boxes.shape, config.model)
+        for offset, box in boxes.pieces.items():
+            init_param_(box, name, rule, config.run.seed, boxes.shape, offset)
     state.settle()

@@ -1,7 +1,8 @@
-"""DeepSpeed's pipeline: its schedule and communication, ZeRO 1 on each stage, with the stages of the native engine.
+"""DeepSpeed's pipeline engine: its schedule and communication, and ZeRO 1 on each stage, with the native engine's
+stages.
 
-Of its step we take two halves: all microbatches forward and backward with gradients reduced, and, once the learning
-rate is set, the update.
+Its step is used in two halves: first forward and backward of all microbatches, with reduced gradients; then, once the
+learning rate is set, the update.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from dist_llm.parallel.pipeline_parallel import split_layers
 
 
 class DeepSpeedPipelineEngine(DeepSpeedEngine):
-    """See `Engine`. Ranks count through stages as the native mesh does: data ranks are innermost."""
+    """See `Engine`. Ranks are ordered as in the native mesh: data ranks are innermost."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.stages = config.parallel.pp
@@ -32,7 +33,8 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         super().__init__(config, device)
         schedule = type(self.deepspeed)._INSTRUCTION_MAP
         step = next(kind for kind in schedule if kind.__name__ == "OptimizerStep")
-        self.deepspeed._INSTRUCTION_MAP = {**schedule, step: lambda *_, **__: None}  # the rate is not known yet
+        # the update runs later, when the learning rate is known
+        self.deepspeed._INSTRUCTION_MAP = {**schedule, step: lambda *_, **__: None}
 
     @property
     def dp_rank_and_size(self) -> tuple[int, int]:
@@ -49,10 +51,10 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         return dist.get_rank() // self.dp_rank_and_size[1], 0, self.dp_rank_and_size[0], 0
 
     def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
-        return super().all_reduce_over_data(value * self.is_last_stage)  # one stage speaks for its pipeline
+        return super().all_reduce_over_data(value * self.is_last_stage)  # only the last stage has losses
 
     def build_model_part(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
-        """This rank's stage."""
+        """Build this rank's pipeline stage."""
         config, stage = self.config, dist.get_rank() // self.dp_rank_and_size[1]
         with torch.device("meta"):
             part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
@@ -65,14 +67,14 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
 
     def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
         stage = dist.get_rank() // self.dp_rank_and_size[1]
-        # It builds those of its own stage alone: what stands for the others is never run.
+        # DeepSpeed only builds this rank's stage. The placeholders of other stages are never run.
         layers = [model if number == stage else nn.Identity() for number in range(self.stages)]
         module = deepspeed.PipelineModule(layers, self.stages, loss_fn=self._loss, partition_method="uniform")
         return super().initialize(deepspeed, module, optimizer, settings)
 
     def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
         self.seed_dropout(step, 0)
-        # It averages over microbatches and over data ranks.
+        # DeepSpeed averages over microbatches and data ranks; `loss_factor` undoes this.
         self.num_valid_tokens, self.loss_factor, self.losses = (
             num_valid_tokens.clamp(min=1),
             float(len(batches) * self.dp_rank_and_size[1]),

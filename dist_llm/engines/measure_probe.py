@@ -1,4 +1,4 @@
-"""The probe of the weights that an engine holds, on any layout, by one forward pass without gathering the model."""
+"""Measure the probe of an engine's weights by one forward pass, on any layout, without gathering the model."""
 
 import math
 from collections.abc import Iterator
@@ -17,14 +17,15 @@ from dist_llm.objectives.batch import Batch
 
 @torch.no_grad()
 def measure_probe(engine: Engine, config: Config) -> Probe:
-    """Every rank calls it. Each data rank scores the same batch, so that the sum over ranks counts it several times.
+    """Measure the probe; every rank must call this.
 
-    Logits are those of the native engine where each rank can run the whole model; other layouts give the loss alone.
+    Each data rank scores the same batch, so the sum over ranks is divided by their number. Logits are measured with the
+    native engine if each rank can run the full model; other layouts measure the loss only.
     """
     parallel, model = config.parallel, config.model
-    pieces = 2 * parallel.cp if parallel.cp > 1 else 1
-    batch = probe_batch(model, math.lcm(pieces, parallel.tp * parallel.cp))
-    # The batch has another shape than training's: compiled blocks would be compiled again for it.
+    chunks = 2 * parallel.cp if parallel.cp > 1 else 1
+    batch = probe_batch(model, math.lcm(chunks, parallel.tp * parallel.cp))
+    # The batch has a different shape from training batches, so compiled blocks would be recompiled for it.
     with _plain_cross_entropy(engine), torch.compiler.set_stance("force_eager"):
         losses_B = engine.score(engine.to_local_batch(batch))
         total = float(engine.all_reduce_over_data(losses_B.double().sum()))
@@ -47,15 +48,15 @@ def _probe_logits(engine: Engine, batch: Batch) -> tuple[float, ...]:
 
 @contextmanager
 def _plain_cross_entropy(engine: Engine) -> Iterator[None]:
-    """Within the block losses have no label smoothing and no z-loss, which a config may change on a resume."""
-    owners: list[tuple[Any, str]] = [(module, "loss") for part in engine.model_parts for module in part.modules()]
-    owners.append((engine, "cross_entropy"))  # DeepSpeed's pipeline computes it outside the model
-    before = [(each, name, getattr(each, name, None)) for each, name in owners]
-    before = [each for each in before if isinstance(each[2], CrossEntropy)]
-    for owner, name, _ in before:
+    """Disable label smoothing and z-loss within the context. A config may change them on a resume."""
+    attributes: list[tuple[Any, str]] = [(module, "loss") for part in engine.model_parts for module in part.modules()]
+    attributes.append((engine, "cross_entropy"))  # DeepSpeed's pipeline computes the loss outside the model
+    originals = [(owner, name, getattr(owner, name, None)) for owner, name in attributes]
+    originals = [original for original in originals if isinstance(original[2], CrossEntropy)]
+    for owner, name, _ in originals:
         setattr(owner, name, CrossEntropy())
     try:
         yield
     finally:
-        for owner, name, value in before:
+        for owner, name, value in originals:
             setattr(owner, name, value)

@@ -40,7 +40,7 @@ from dist_llm.parallel.tensor_parallel import all_reduce_replicated_grads
 
 
 class NativeEngine:
-    """See `Engine`. `config` is resolved; a process group exists if there is more than one rank."""
+    """See `Engine`. `config` is resolved. A process group exists if there is more than one rank."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device

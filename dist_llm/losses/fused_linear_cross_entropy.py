@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy, LossTerms
 
-# N tokens n tokens of a slice D width W local columns of the logits B sequences
+# N tokens;  n tokens of a slice;  D width;  W local columns of the logits;  B sequences
 
 SLICE_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # upper bound of a slice's logits in fp32
 BLOCK_BYTES = 2 << 20  # on a CPU: logits processed at a time, so that they stay in cache
@@ -52,8 +52,9 @@ def linear_cross_entropy(
     terms: LossTerms | None = None,
     loss_weights_BS: Tensor | None = None,
 ) -> Tensor:
-    """`loss` of the logits x w^T, summed per sequence: vectors [..., S, D] -> [...]. `softcap` caps the logits; 0: no
-    cap.
+    """`loss` of the logits x w^T, summed per sequence: vectors [..., S, D] -> [...].
+
+    `softcap` caps the logits; 0: no cap.
 
     The weight has the rows of `vocab_shard`; further rows are padding. Each token's loss is multiplied by its value in
     `loss_weights_BS`. The terms of the losses are added to `terms`.

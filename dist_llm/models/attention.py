@@ -1,4 +1,4 @@
-"""Grouped-query attention, and the one place that picks its kernel."""
+"""Grouped-query attention, and the choice of the attention kernel."""
 
 from dataclasses import replace
 from functools import cache
@@ -21,9 +21,9 @@ RotaryCosSin = tuple[Tensor, Tensor]  # cos and sin, each [S, E/2] or [B, S, E/2
 
 
 class KVCache:
-    """Keys and values, per layer, for generation: of all tokens seen so far, and of an encoder's output.
+    """Keys and values per layer for generation: of all tokens so far, and of the encoder's output.
 
-    No dataclass: of one FSDP hands on a copy where it casts what a model is given.
+    Not a dataclass: FSDP's mixed-precision input casting copies dataclasses, so updates to the cache would be lost.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class KVCache:
         return next(iter(self.layers.values()))[0].shape[1] if self.layers else 0
 
     def append(self, layer: int, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new tokens' keys and values; return those of all tokens, [B, T, K, E]."""
+        """Append the new tokens' keys and values, [B, S, K, E]. Return those of all tokens, [B, T, K, E]."""
         if layer in self.layers:
             k_old, v_old = self.layers[layer]
             k_BSKE, v_BSKE = torch.cat((k_old, k_BSKE), dim=1), torch.cat((v_old, v_BSKE), dim=1)
@@ -44,7 +44,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention (Ainslie et al. 2023). `visible` says who may look at whom."""
+    """Grouped-query self-attention (Ainslie et al. 2023). `mask` says which keys each query attends to."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         return self.out(self.kernel(q_BSHE, k_BSKE, v_BSKE, mask).flatten(-2))
 
     def _queries(self, x_BSD: Tensor) -> Tensor:
-        # -1, not n_heads: a tensor-parallel rank holds only its own heads.
+        # -1 instead of n_heads: a tensor-parallel rank holds only its own heads.
         q_BSHE = self.q(x_BSD).unflatten(-1, (-1, self.head_dim))
         return q_BSHE if self.norm_q is None else self.norm_q(q_BSHE)
 
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(Attention):
-    """Attention of a decoder's tokens to an encoder's output; places do not matter to it."""
+    """Attention of the decoder's tokens to the encoder's output, without positional encoding."""
 
     def forward(  # type: ignore[override]
         self, x_BSD: Tensor, memory_BTD: Tensor, mask: AttentionMask, cache: KVCache | None = None
@@ -98,14 +98,14 @@ class CrossAttention(Attention):
 
 
 class AttentionKernel(nn.Module):
-    """Softmax attention as a module of its own, so that a layout can put another in its place."""
+    """Softmax attention as a module of its own, so that parallelism can replace it."""
 
     def __init__(self, dropout: float, scale: float) -> None:
         super().__init__()
         self.dropout, self.scale = dropout, scale
 
     def forward(self, q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: AttentionMask) -> Tensor:
-        """[B, S, H, E] and keys and values of T tokens -> [B, S, H, E]."""
+        """Queries [B, S, H, E], keys and values [B, T, K, E] -> [B, S, H, E]."""
         return scaled_dot_product(q_BSHE, k_BTKE, v_BTKE, mask, self.dropout if self.training else 0.0, self.scale)
 
 
@@ -116,11 +116,11 @@ def materialize_mask(
     dense: bool,
     bias_HST: Tensor | None = None,
 ) -> AttentionMask:
-    """`visible` with the mask that a kernel wants, made once for all layers; `shape` is B rows, S queries, T keys.
+    """Return `mask` with the representation that the kernel needs, computed once for all layers.
 
-    None where `causal` says it all: the kernels' fast path. On a GPU a block mask for FlexAttention, which skips
-    what is masked. `dense`, or with a bias, or on a CPU: boolean [B, 1, S, T], or the bias with what is not seen
-    at -inf.
+    `shape` is (B rows, S queries, T keys). The result is None if `mask.causal` suffices, which is the kernels' fast
+    path. On a GPU it is a FlexAttention block mask, which skips masked blocks. With `dense`, with a bias, or on a CPU
+    it is boolean, [B, 1, S, T], or the bias with -inf at masked positions, [B, H, S, T].
     """
     if mask.is_trivial and bias_HST is None:
         return mask
@@ -129,33 +129,33 @@ def materialize_mask(
         block_mask = create_block_mask(lambda b, h, q, k: mask.allows(S, T, b, q, k), B, None, S, T, device=device)
         return replace(mask, materialized=block_mask)
     b, q, k = (torch.arange(size, device=device) for size in (B, S, T))
-    seen_BST = mask.allows(S, T, b[:, None, None], q[None, :, None], k).expand(B, S, T)
+    allowed_BST = mask.allows(S, T, b[:, None, None], q[None, :, None], k).expand(B, S, T)
     if bias_HST is None:
-        return replace(mask, materialized=seen_BST[:, None])
-    return replace(mask, materialized=bias_HST.masked_fill(~seen_BST[:, None], -torch.inf))
+        return replace(mask, materialized=allowed_BST[:, None])
+    return replace(mask, materialized=bias_HST.masked_fill(~allowed_BST[:, None], -torch.inf))
 
 
 def scaled_dot_product(
     q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: AttentionMask, dropout: float, scale: float | None = None
 ) -> Tensor:
-    """Softmax attention, [B, S, H, E]; where S < T the queries are the last S of the T tokens.
+    """Softmax attention, [B, S, H, E]. If S < T, the queries are the last S of the T tokens.
 
-    `visible` has been looked at by `look`. `scale`: of query times key; None: 1 / sqrt(E).
+    `mask` comes from `materialize_mask`. `scale` multiplies the products of queries and keys; None: 1 / sqrt(E).
     """
     S, T = q_BSHE.shape[1], k_BTKE.shape[1]
     q, k, v = q_BSHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
-    grouped = q_BSHE.shape[2] != k_BTKE.shape[2]
+    enable_gqa = q_BSHE.shape[2] != k_BTKE.shape[2]
     materialized = mask.materialized
     if isinstance(materialized, BlockMask):
-        return _compiled_flex_attention()(q, k, v, block_mask=materialized, scale=scale, enable_gqa=grouped).transpose(
-            1, 2
-        )
+        flex = _compiled_flex_attention()
+        return flex(q, k, v, block_mask=materialized, scale=scale, enable_gqa=enable_gqa).transpose(1, 2)
     if isinstance(materialized, Tensor) and materialized.is_floating_point():
         materialized = materialized.to(q.dtype)
-    # One query sees all keys: no mask. A square is the kernels' fast path. Else the mask is aligned to the end.
+    # A single query attends to all keys and needs no mask. A square mask is the kernels' fast path. Any other causal
+    # mask is aligned to the end.
     causal = mask.causal and materialized is None
     if causal and 1 < S < T:
-        with _disable_current_modes():  # the mask is a tensor subclass, which selective recomputation's mode refuses
+        with _disable_current_modes():  # selective checkpointing's dispatch mode rejects this tensor subclass
             materialized = causal_lower_right(S, T)
     out_BHSE = F.scaled_dot_product_attention(
         q,
@@ -164,7 +164,7 @@ def scaled_dot_product(
         attn_mask=materialized,
         dropout_p=dropout,
         is_causal=causal and S == T and S > 1,
-        enable_gqa=grouped,
+        enable_gqa=enable_gqa,
         scale=scale,
     )
     return out_BHSE.transpose(1, 2)
@@ -172,5 +172,5 @@ def scaled_dot_product(
 
 @cache
 def _compiled_flex_attention() -> Any:
-    """FlexAttention writes its kernel when compiled; without that it computes every score."""
+    """FlexAttention generates its kernel only when compiled. Otherwise it computes every score."""
     return torch.compile(flex_attention, dynamic=False)

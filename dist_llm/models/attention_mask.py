@@ -1,4 +1,4 @@
-"""Who may look at whom, and what an encoder reads: data that travels with the batch."""
+"""Attention masks and encoder inputs: data that travels with the batch."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,49 +11,54 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Attention's mask. A query sees a key if (not `causal`, or the key is not after it, or lies in the prefix)
-    and both are of one document. Queries are the last S of the T keys' places where nothing else is said.
+    """Which keys each query attends to.
 
-    `mask` is what `attention.look` made of it for a kernel, once for all layers.
+    A query attends to a key if both are in the same document and one of these holds: the mask is not `causal`; the key
+    is not after the query; the key is in the prefix. By default the S queries are the last S of the T keys.
+    `materialized` is the representation for a kernel, which `materialize_mask` computes once for all layers.
     """
 
     causal: bool
-    prefix_B: Tensor | None = None  # the first so many keys of a row are seen by all of it
-    documents_BT: Tensor | None = None  # the document of each key; padding is a document of its own, -1
-    query_documents_BS: Tensor | None = None  # the documents of queries that are not among the keys (cross-attention)
-    query_positions_BS: Tensor | None = (
-        None  # where the queries stand among the keys, if not at the end (context ranks)
-    )
-    num_keys: int = 0  # how many there are, if not as many as queries (context ranks)
+    prefix_B: Tensor | None = None  # number of leading keys of a row that all its queries attend to
+    documents_BT: Tensor | None = None  # document of each key; padding is a document of its own, -1
+    # Documents of the queries, if they differ from the keys' (cross-attention).
+    query_documents_BS: Tensor | None = None
+    # Positions of the queries among the keys, if not at the end (context parallelism).
+    query_positions_BS: Tensor | None = None
+    num_keys: int = 0  # number of keys, if not that of the queries (context parallelism)
     materialized: Any = None
 
     @property
     def is_trivial(self) -> bool:
-        """Whether `causal` says it all."""
+        """Whether `causal` alone describes the mask."""
         return self.prefix_B is None and self.documents_BT is None
 
     def allows(self, S: int, T: int, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Whether query q of S sees key k of T in row b; indices are broadcast against each other."""
-        place = q + (T - S) if self.query_positions_BS is None else self.query_positions_BS[b, q]
-        seen = place >= k if self.causal else (q >= 0) & (k >= 0)
+        """Whether query q of S attends to key k of T in row b. Indices are broadcast against each other."""
+        position = q + (T - S) if self.query_positions_BS is None else self.query_positions_BS[b, q]
+        allowed = position >= k if self.causal else (q >= 0) & (k >= 0)
         if self.causal and self.prefix_B is not None:
-            seen = seen | (k < self.prefix_B[b])
+            allowed = allowed | (k < self.prefix_B[b])
         if self.documents_BT is not None:
-            own = self.documents_BT[b, place] if self.query_documents_BS is None else self.query_documents_BS[b, q]
-            seen = seen & (own == self.documents_BT[b, k])
-        return seen
+            if self.query_documents_BS is None:
+                query_document = self.documents_BT[b, position]
+            else:
+                query_document = self.query_documents_BS[b, q]
+            allowed = allowed & (query_document == self.documents_BT[b, k])
+        return allowed
 
-    def cross_attention_mask(self, encoder_input: "AttentionMask", S: int) -> "AttentionMask":
-        """What S queries of this see of the sequence that `source` is about: all of their own document (else: 0)."""
-        if encoder_input.documents_BT is None:
+    def cross_attention_mask(self, encoder_mask: "AttentionMask", S: int) -> "AttentionMask":
+        """The mask of S decoder queries over the encoder's tokens: all of the same document, or of document 0 without
+        documents."""
+        if encoder_mask.documents_BT is None:
             return FULL
-        own = self.documents_BT
-        if own is None:
-            own = encoder_input.documents_BT.new_zeros(len(encoder_input.documents_BT), S)
-        return AttentionMask(causal=False, documents_BT=encoder_input.documents_BT, query_documents_BS=own)
+        query_documents_BS = self.documents_BT
+        if query_documents_BS is None:
+            query_documents_BS = encoder_mask.documents_BT.new_zeros(len(encoder_mask.documents_BT), S)
+        return AttentionMask(False, documents_BT=encoder_mask.documents_BT, query_documents_BS=query_documents_BS)
 
     def with_query_positions(self, query_positions_BS: Tensor, num_keys: int) -> "AttentionMask":
-        """The same for queries that stand at `places_BS` among `keys` keys."""
+        """The same mask for queries at the given positions among `num_keys` keys."""
         return replace(self, query_positions_BS=query_positions_BS, num_keys=num_keys)
 
 
@@ -63,14 +68,14 @@ FULL = AttentionMask(causal=False)
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """What the encoder reads: T ids a row, who sees whom among them, and positions (None: 0, 1, 2, ...)."""
+    """The encoder's input: T ids per row, their mask, and their positions (None: 0, 1, 2, ...)."""
 
     tokens_BT: Tensor
     mask: AttentionMask = FULL
     positions_BT: Tensor | None = None
 
 
-# Pipelines cut whatever tensors a batch holds by rows: they must be able to find them.
+# Pipeline schedules split all tensors of a batch by rows, so they must find these in the pytree.
 _MASK_TENSORS = ("prefix_B", "documents_BT", "query_documents_BS", "query_positions_BS", "materialized")
 pytree.register_pytree_node(
     AttentionMask,

@@ -1,4 +1,4 @@
-"""One layer: attention and feed-forward, each a residual step."""
+"""One transformer layer: attention and feed-forward, each with a residual connection."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from dist_llm.models.feedforward import FeedForward
 class Block(nn.Module):
     """Pre-norm: x + f(norm(x)). Post-norm: norm(x + f(x)) (Xiong et al. 2020 compare them).
 
-    With `cross` it also attends to an encoder's output.
+    With `cross` the block also has cross-attention to the encoder's output.
     """
 
     def __init__(self, config: ModelConfig, layer: int, cross: bool = False) -> None:
@@ -39,7 +39,10 @@ class Block(nn.Module):
         memory_BTD: Tensor | None = None,
         memory_mask: AttentionMask | None = None,
     ) -> Tensor:
-        """[B, S, D] -> [B, S, D]. Sublayers are multiplied with `survive_BS1`, [B, 1 or S, 1]: stochastic depth."""
+        """[B, S, D] -> [B, S, D].
+
+        Sublayer outputs are multiplied by `depth_scale_BS1`, [B, 1 or S, 1]: stochastic depth.
+        """
 
         def step(x_BSD: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
             out_BSD = self.dropout(sublayer(cast_to_autocast_dtype(norm(x_BSD) if self.pre else x_BSD)))
@@ -54,6 +57,6 @@ class Block(nn.Module):
 
 
 def cast_to_autocast_dtype(x: Tensor) -> Tensor:
-    """In the type that products have under autocast: once, and not for each of those that take it."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    """Cast to the autocast dtype once, instead of once per consumer (q, k, v)."""
+    device_type = x.device.type
+    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x

@@ -1,4 +1,4 @@
-"""The model that a config asks for."""
+"""Build the model of a config."""
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
@@ -7,5 +7,5 @@ from dist_llm.models.encoder_decoder import EncoderDecoder
 
 
 def build_model(config: ModelConfig, loss: CrossEntropy | None = None) -> Decoder:
-    """By `model.architecture`; an encoder is a decoder whose batches let all tokens see each other."""
+    """Build the model of `model.architecture`. An encoder is a decoder whose batches have a bidirectional mask."""
     return EncoderDecoder(config, loss) if config.architecture == "encoder_decoder" else Decoder(config, loss)

@@ -1,4 +1,4 @@
-"""The normalisation layers, by name."""
+"""The normalization layers."""
 
 from torch import nn
 

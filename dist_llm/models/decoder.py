@@ -1,8 +1,8 @@
-"""One stack: embedding, blocks, head. GPT-2, Llama and BERT are settings of it.
+"""Single-stack transformers: embedding, blocks, head. GPT-2, Llama and BERT are settings of it.
 
-Whether it is a decoder or an encoder is said by the visibility that comes with each batch. The model knows
-nothing of ranks: layouts are laid over it by `parallel`, from outside. It survives being cut: a part of it
-runs what it has and hands on what comes out.
+The batch's attention mask makes it a decoder or an encoder. The model does not depend on ranks: `parallel` shards and
+wraps it from outside. A pipeline stage is a model with some of its parts removed; it runs what it has and returns the
+activations.
 """
 
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ from dist_llm.models.stochastic_depth import stochastic_depth_scale
 
 
 class Embedding(nn.Module):
-    """Token ids -> vectors, with learned or sinusoidal positions added where the model has them."""
+    """Token ids -> vectors, plus learned or sinusoidal positions if the model has them."""
 
     def __init__(self, config: ModelConfig, tokens: nn.Embedding | None = None) -> None:
         super().__init__()
-        # Shared with another embedding where one is given.
+        # An encoder-decoder shares one token embedding.
         self.tokens = tokens or nn.Embedding(round_up(config.vocab_size, config.vocab_multiple), config.d_model)
         self.positions: nn.Module | None = None
         if config.positions == "learned":
@@ -48,16 +48,17 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm, then logits; or, given targets, their loss summed per sequence.
+    """Final norm and logits; or, given targets, their loss summed per sequence.
 
-    In evaluation it is the plain cross-entropy, whatever the training loss is; `terms` collects what that is made of.
+    Evaluation uses the plain cross-entropy, whatever the training loss is. `terms` collects the terms of a training
+    loss.
     """
 
     def __init__(self, config: ModelConfig, loss: CrossEntropy) -> None:
         super().__init__()
         self.vocab_size, self.softcap, self.loss = config.vocab_size, config.logit_cap, loss
         self.terms = None if loss.is_plain else LossTerms()
-        # In post-norm every block has already ended with a norm.
+        # With post-norm every block already ends with a norm.
         self.norm = build_norm(config) if config.norm_order == "pre" else nn.Identity()
         rows = round_up(config.vocab_size, config.vocab_multiple)
         self.dense = MaskedDense(config) if config.head == "mlm" else None
@@ -65,7 +66,7 @@ class Head(nn.Module):
         self.out = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
 
     def forward(self, x_BSD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
-        """[B, S, D] -> logits [B, S, V], or the losses' sums [B]. Padding rows of the head are left out."""
+        """[B, S, D] -> logits [B, S, V], or the losses' sums [B]. The padding rows of the head are left out."""
         weight_VD = tied_VD if self.out is None else self.out.weight
         assert weight_VD is not None
         if targets_BS is not None:
@@ -78,17 +79,17 @@ class Head(nn.Module):
         return softcap(F.linear(self.pre_logits(x_BSD), weight_VD[: self.vocab_size], bias_V), self.softcap)
 
     def loss_for_mode(self) -> tuple[CrossEntropy, LossTerms | None]:
-        """The loss of training or of evaluation, and where its terms are collected."""
+        """Return the loss of training or evaluation, and the collector of its terms."""
         return (self.loss, self.terms) if self.training else (CrossEntropy(), None)
 
     def pre_logits(self, x_BSD: Tensor) -> Tensor:
-        """What is projected on the vocabulary, [B, S, D]."""
+        """Return the vectors that are multiplied by the vocabulary matrix, [B, S, D]."""
         x_BSD = self.norm(x_BSD)
         return x_BSD if self.dense is None else self.dense(x_BSD)
 
 
 class MaskedDense(nn.Module):
-    """BERT's layer before its logits (Devlin et al. 2019, and its source)."""
+    """BERT's layer before its logits (Devlin et al. 2019 and its code)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -102,14 +103,14 @@ class MaskedDense(nn.Module):
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
-    """cap * tanh(logits / cap): none is larger than `cap` (Gemma Team 2024, section 2)."""
+    """cap * tanh(logits / cap): logits are bounded by `cap` (Gemma Team 2024, section 2)."""
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
 class Decoder(nn.Module):
-    """A transformer of one stack, built from the `model` section of a resolved config.
+    """A single-stack transformer, built from the `model` section of a resolved config.
 
-    `first` and `last` say which ends it has: a whole model has both, see `keep`.
+    `is_first_stage` and `is_last_stage` are both true in a full model; see `trim_to_stage`.
     """
 
     def __init__(self, config: ModelConfig, loss: CrossEntropy | None = None) -> None:
@@ -120,19 +121,23 @@ class Decoder(nn.Module):
         self.relative: RelativeBias | None = None
         if config.positions == "relative":
             self.relative = RelativeBias(config, bidirectional=config.architecture == "encoder")
-        # By name and not by place: a part of the model holds some of them under their own names.
+        # Keyed by layer number, because a pipeline stage keeps the names of the full model.
         self.blocks = nn.ModuleDict({str(layer): Block(config, layer) for layer in range(config.n_layers)})
         self.head: Head | None = Head(config, loss or CrossEntropy())
 
     def trim_to_stage(self, layers: range, first: bool, last: bool) -> None:
-        """Drop all but these blocks and ends. A tied head keeps the table whose weight it uses."""
+        """Remove all but these blocks; remove the embedding and the head unless this is the `first` or `last` stage.
+
+        The last stage keeps the token embedding if the head is tied to it.
+        """
         self.is_first_stage, self.is_last_stage = first, last
         for name in [name for name in self.blocks if int(name) not in layers]:
             del self.blocks[name]
         self._trim_embedding(embeds=first, projects=last)
 
     def _trim_embedding(self, embeds: bool, projects: bool) -> None:
-        """What a part needs that looks up this stack's tokens, or has the head, or neither."""
+        """Remove the embedding, unless this stage embeds tokens or projects on tied embeddings; remove an unused
+        head."""
         if not embeds and self.embed is not None:
             self.embed.positions = self.embed.norm = None
             self.embed = self.embed if projects and self.config.tie_embeddings else None
@@ -150,9 +155,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Token ids [B, S] -> logits [B, S, V]; or, given targets, their losses' sums per sequence, [B].
 
-        With a cache the tokens follow those that it holds. Positions default to 0, 1, 2, ... (or go
-        on from the cache). Without the first end `inputs` are activations [B, S, D]; without the
-        last the result is. `draws_B`, a hash of each sample, is what stochastic depth draws from.
+        With a cache the tokens follow those in the cache. Positions default to 0, 1, 2, ..., or continue from the
+        cache. After the first stage `inputs` are activations [B, S, D]; before the last stage the result is.
+        `sample_hash_B` provides the random bits of stochastic depth.
         """
         past = cache.length if cache else 0
         if positions_BS is None:
@@ -181,7 +186,7 @@ class Decoder(nn.Module):
     def _materialize_mask(
         self, mask: AttentionMask, relative: RelativeBias | None, rows: tuple[int, int], past: int, device: torch.device
     ) -> AttentionMask:
-        """The masks of all layers, once."""
+        """Compute the mask of all layers once."""
         B, S = rows
         T = mask.num_keys or past + S
         bias_HST = None
@@ -194,7 +199,7 @@ class Decoder(nn.Module):
 
     @property
     def _needs_dense_mask(self) -> bool:
-        """Whether FlexAttention cannot be had: it knows no dropout and no head below 16 dimensions."""
+        """Whether FlexAttention cannot be used: it supports neither dropout nor heads below 16 dimensions."""
         return (self.training and self.config.dropout > 0) or self.config.head_dim < 16
 
     def _depth_scale(self, sample_hash_B: Tensor | None, layer: int) -> Tensor | None:

@@ -1,6 +1,6 @@
-"""Two stacks: an encoder that reads, and a decoder that attends to it and writes. T5 and BART are settings of it.
+"""Encoder-decoder models such as T5 and BART: the decoder attends to the encoder's output.
 
-Blocks are numbered through, the encoder's first, so that layouts cut and wrap one list.
+Blocks form one numbered list, the encoder's first, so that pipeline stages and wrappers treat it like a single stack.
 """
 
 import torch
@@ -17,7 +17,7 @@ from dist_llm.models.positional_encoding import RelativeBias
 
 
 class EncoderDecoder(Decoder):
-    """Shares the table of token vectors between both stacks, and with a tied head."""
+    """Both stacks share the token embedding, and so does a tied head."""
 
     def __init__(self, config: ModelConfig, loss: CrossEntropy | None = None) -> None:
         super().__init__(config, loss)
@@ -31,7 +31,10 @@ class EncoderDecoder(Decoder):
         self.source_norm: nn.Module | None = build_norm(config) if config.norm_order == "pre" else None
 
     def trim_to_stage(self, layers: range, first: bool, last: bool) -> None:
-        """As `Decoder.keep`; the first end is the encoder's, and holds the table of token vectors for it."""
+        """As `Decoder.trim_to_stage`.
+
+        The first stage embeds the encoder's tokens and keeps the token embedding for it.
+        """
         super().trim_to_stage(layers, first, last)
         if self.config.n_encoder_layers - 1 not in layers:
             self.source_norm = None
@@ -41,7 +44,7 @@ class EncoderDecoder(Decoder):
     def _trim_embedding(self, embeds: bool, projects: bool) -> None:
         embed, encoder = self.embed, str(self.config.n_encoder_layers)
         super()._trim_embedding(embeds=encoder in self.blocks, projects=projects)
-        if embeds:  # the encoder's tokens
+        if embeds:  # the first stage embeds the encoder's tokens
             self.embed = embed
 
     def forward(  # type: ignore[override]
@@ -56,17 +59,19 @@ class EncoderDecoder(Decoder):
         encoder_input: EncoderInput | None = None,
         tokens_BS: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The decoder's ids [B, S] and what the encoder reads -> logits [B, S, V], or the losses' sums [B].
+        """The decoder's ids [B, S] and the encoder's input -> logits [B, S, V], or the losses' sums [B].
 
-        Without the first end `inputs` are the encoder's activations [B, T, D], `x_BSD` the decoder's where it has
-        begun, and `tokens_BS` the decoder's ids. Without the last, these activations are the result. With a cache
-        the encoder runs once: `source` may be None after that.
+        After the first stage `inputs` are the encoder's activations [B, T, D], `x_BSD` the decoder's if it has begun,
+        and `tokens_BS` the decoder's ids. Before the last stage, these activations are the result. With a cache the
+        encoder runs once; after that `encoder_input` may be None.
         """
         tokens_BS = inputs if self.is_first_stage else tokens_BS
         assert tokens_BS is not None
         memory_BTD = None if encoder_input is None else self._encode(inputs, encoder_input, sample_hash_B)
-        decoding = [(layer, block) for layer, block in self._iter_blocks() if layer >= self.config.n_encoder_layers]
-        if not decoding:
+        decoder_blocks = [
+            (layer, block) for layer, block in self._iter_blocks() if layer >= self.config.n_encoder_layers
+        ]
+        if not decoder_blocks:
             assert memory_BTD is not None
             return memory_BTD
         (B, S), past = tokens_BS.shape, cache.length if cache else 0
@@ -78,7 +83,7 @@ class EncoderDecoder(Decoder):
             assert self.embed is not None
             x_BSD = self.embed(tokens_BS, positions_BS)
         rotation = self._rotary_cos_sin(positions_BS)
-        for layer, block in decoding:
+        for layer, block in decoder_blocks:
             depth_scale_BS1 = self._depth_scale(sample_hash_B, layer)
             x_BSD = block(x_BSD, rotation, mask, cache, depth_scale_BS1, memory_BTD, memory_mask)
         if self.head is None:
@@ -88,17 +93,19 @@ class EncoderDecoder(Decoder):
         return self._apply_head(x_BSD, targets_BS)
 
     def _encode(self, inputs: Tensor, encoder_input: EncoderInput, sample_hash_B: Tensor | None) -> Tensor:
-        """As much of the encoder as there is here, [B, T, D]."""
+        """Run the encoder blocks that this stage holds, [B, T, D]."""
         B, T = encoder_input.tokens_BT.shape
         positions_BT = encoder_input.positions_BT
         if positions_BT is None:
             positions_BT = torch.arange(T, device=inputs.device)
-        encoding = [(layer, block) for layer, block in self._iter_blocks() if layer < self.config.n_encoder_layers]
+        encoder_blocks = [
+            (layer, block) for layer, block in self._iter_blocks() if layer < self.config.n_encoder_layers
+        ]
         x_BTD = inputs if self.source_embed is None else self.source_embed(encoder_input.tokens_BT, positions_BT)
-        if encoding:
+        if encoder_blocks:
             mask = self._materialize_mask(encoder_input.mask, self.source_relative, (B, T), 0, inputs.device)
             rotation = self._rotary_cos_sin(positions_BT)
-            for layer, block in encoding:
+            for layer, block in encoder_blocks:
                 x_BTD = block(x_BTD, rotation, mask, None, self._depth_scale(sample_hash_B, layer))
         return x_BTD if self.source_norm is None else self.source_norm(x_BTD)
 

@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """down(f(up(x))), or down(f(gate(x)) * up(x)) for the gated ones (Shazeer 2020)."""
+    """down(f(up(x))), or down(f(gate(x)) * up(x)) for gated activations (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""How tokens know their place: rotary angles, sinusoids, a learned table, or a learned bias per distance.
+"""Positional encodings: rotary, sinusoidal, learned, or a learned bias per distance.
 
-Everything but the learned tables is computed from the positions at each step; there are no
-buffers, so a model made on the meta device needs nothing but its parameters.
+All but the learned tables are computed from the positions in each step. There are no buffers, so a model built on the
+meta device needs nothing but its parameters.
 """
 
 import math
@@ -21,15 +21,15 @@ def rotary_angles(positions_S: Tensor, head_dim: int, theta: float) -> Tensor:
 
 
 def apply_rotary(x_BSHE: Tensor, cos_BSF: Tensor, sin_BSF: Tensor) -> Tensor:
-    """Turn each pair (i, i + E/2) by its angle, in fp32. Hugging Face's pairing, not Meta's (2i, 2i + 1)."""
+    """Rotate each pair (i, i + E/2) by its angle, in fp32. The pairs are Hugging Face's, not Meta's (2i, 2i + 1)."""
     left, right = x_BSHE.to(torch.promote_types(x_BSHE.dtype, torch.float32)).chunk(2, dim=-1)
     cos, sin = cos_BSF.unsqueeze(-2), sin_BSF.unsqueeze(-2)  # the same for all heads
-    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-    return turned.to(x_BSHE.dtype)
+    rotated = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    return rotated.to(x_BSHE.dtype)
 
 
 class SinusoidalEncoding(nn.Module):
-    """The fixed table of Vaswani et al. 2017, computed where it is needed."""
+    """The fixed encoding of Vaswani et al. 2017, computed on use."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def sinusoidal_encoding(positions_S: Tensor, d_model: int) -> Tensor:
 
 
 class RelativeBias(nn.Module):
-    """What a head adds to the score of a query and a key that far apart (Raffel et al. 2020, 2.1)."""
+    """A learned bias per head on the attention scores, by the distance of query and key (Raffel et al. 2020, 2.1)."""
 
     def __init__(self, config: ModelConfig, bidirectional: bool) -> None:
         super().__init__()
@@ -60,18 +60,19 @@ class RelativeBias(nn.Module):
         self.table = nn.Embedding(config.relative_buckets, config.n_heads)
 
     def forward(self, queries_S: Tensor, keys_T: Tensor) -> Tensor:
-        """Places of queries and keys -> [H, S, T]."""
+        """Positions of queries [S] and keys [T] -> biases [H, S, T]."""
         return self.table(self.bucket(keys_T[None, :] - queries_S[:, None])).permute(2, 0, 1)
 
     def bucket(self, ahead_ST: Tensor) -> Tensor:
-        """How far the key is ahead -> a row of the table: near ones each their own, far ones in logarithmic steps.
+        """Distance from query to key, positive if the key is ahead -> row of the table.
 
-        With `both_sides` half the rows are for keys ahead; else those count as distance 0.
+        Near distances have a row each; far ones share rows of logarithmic width. If `bidirectional`, half of the rows
+        are for keys ahead; otherwise keys ahead count as distance 0.
         """
         buckets = self.buckets // 2 if self.bidirectional else self.buckets
-        side_ST = (ahead_ST > 0) * buckets if self.bidirectional else 0
-        away_ST = ahead_ST.abs() if self.bidirectional else (-ahead_ST).clamp(min=0)
+        first_ST = (ahead_ST > 0) * buckets if self.bidirectional else 0
+        distance_ST = ahead_ST.abs() if self.bidirectional else (-ahead_ST).clamp(min=0)
         near = buckets // 2
-        steps_ST = torch.log(away_ST.clamp(min=1) / near) / math.log(self.distance / near) * (buckets - near)
+        steps_ST = torch.log(distance_ST.clamp(min=1) / near) / math.log(self.distance / near) * (buckets - near)
         far_ST = (near + steps_ST.long()).clamp(max=buckets - 1)
-        return side_ST + torch.where(away_ST < near, away_ST, far_ST)
+        return first_ST + torch.where(distance_ST < near, distance_ST, far_ST)

@@ -27,8 +27,10 @@ Windows = Sequence[npt.NDArray[Any] | TokenWindow] | npt.NDArray[Any]  # one win
 
 @dataclass(frozen=True)
 class Objective:
-    """The training objective. An example is a pure function of (window, seed, sample id), on every rank and after a
-    resume."""
+    """The training objective.
+
+    An example is a pure function of (window, seed, sample id), on every rank and after a resume.
+    """
 
     components: tuple[tuple[ObjectiveSpec, Lengths], ...]
     vocabulary: Vocabulary
@@ -40,8 +42,10 @@ class Objective:
     def __call__(
         self, windows: Windows, sample_ids_B: npt.NDArray[np.int64], component_ids_B: Sequence[int] = ()
     ) -> Batch:
-        """Build the batch of windows. `component_ids_B` names each window's objective in a mixture; empty: the
-        first."""
+        """Build the batch of windows.
+
+        `component_ids_B` names each window's objective in a mixture; empty: the first.
+        """
         ids_B = torch.from_numpy(sample_ids_B)
         sample_hash_B = splitmix64(ids_B ^ self._seed_hash) if self.layout.sample_hashes else None
         if self.is_plain_causal:
@@ -94,8 +98,10 @@ class Objective:
 
 
 def build_objective(config: Config, vocabulary: Vocabulary, mask_prompts: bool = False) -> Objective:
-    """Build the objective of a resolved config. With `mask_prompts` the corpus has prompts, whose tokens have no
-    loss."""
+    """Build the objective of a resolved config.
+
+    With `mask_prompts` the corpus has prompts, whose tokens have no loss.
+    """
     specs, sizes = config.objective.components, all_lengths(config)
     two_stacks = config.model.architecture == "encoder_decoder"
     bidirectional = any(spec.name in ("prefix", "span") and spec.see_prefix for spec in specs)

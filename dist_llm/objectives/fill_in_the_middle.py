@@ -22,10 +22,10 @@ def fim_example(window: TokenWindow, rng: np.random.Generator, spec: ObjectiveSp
         indices = np.arange(length)
         first, mid, last = indices[:left], indices[left:right], indices[right:]
         if rng.random() < spec.fim_spm_rate:
-            parts: list[Any] = [[a], [c], tokens[last], [b], tokens[first], tokens[mid]]
+            segments: list[Any] = [[a], [c], tokens[last], [b], tokens[first], tokens[mid]]
             order = np.concatenate(([0, 0], last, [0], first, mid)).astype(np.int64)
         else:
-            parts = [[a], tokens[first], [c], tokens[last], [b], tokens[mid]]
+            segments = [[a], tokens[first], [c], tokens[last], [b], tokens[mid]]
             order = np.concatenate(([0], first, [0], last, [0], mid)).astype(np.int64)
-        tokens, documents = np.concatenate(parts).astype(np.int64), documents[order]
+        tokens, documents = np.concatenate(segments).astype(np.int64), documents[order]
     return Example(tokens[:-1], tokens[1:], documents[:-1])

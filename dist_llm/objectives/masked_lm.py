@@ -20,8 +20,8 @@ def masked_example(
         assert vocabulary.word_V2 is not None
         begins, ends = vocabulary.word_V2[tokens].T
         continues_word = np.concatenate(([False], begins[1:] & ends[:-1]))
-        words = np.cumsum(~continues_word)
-        selected = (rng.random(words[-1] + 1) < spec.mask_rate)[words] & selectable
+        word_ids = np.cumsum(~continues_word)
+        selected = (rng.random(word_ids[-1] + 1) < spec.mask_rate)[word_ids] & selectable
     else:
         selected = (rng.random(len(tokens)) < spec.mask_rate) & selectable
     how = rng.random(len(tokens))

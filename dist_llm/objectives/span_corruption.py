@@ -25,18 +25,18 @@ def span_example(
     tokens, documents = window.tokens_W.astype(np.int64), window.document_ids()
     segment_ids = sample_segment_ids(rng, len(tokens), size.noise, size.spans)
     mode = np.array([vocabulary.special(spec.mode)] if spec.mode else [], dtype=np.int64)
-    kept, kept_documents = _replace_segments(tokens, documents, segment_ids, vocabulary, noise=True)
-    cut, cut_documents = _replace_segments(tokens, documents, segment_ids, vocabulary, noise=False)
-    kept = np.concatenate((mode, kept))
-    kept_documents = np.concatenate((documents[:1].repeat(len(mode)), kept_documents))
+    corrupted, corrupted_documents = _replace_segments(tokens, documents, segment_ids, vocabulary, noise=True)
+    removed, removed_documents = _replace_segments(tokens, documents, segment_ids, vocabulary, noise=False)
+    corrupted = np.concatenate((mode, corrupted))
+    corrupted_documents = np.concatenate((documents[:1].repeat(len(mode)), corrupted_documents))
     if two_stacks:
-        inputs = np.concatenate(([vocabulary.special("start")], cut[:-1]))
-        input_documents = np.concatenate((cut_documents[:1], cut_documents[:-1]))
-        return Example(inputs, cut, input_documents, 0, kept, kept_documents)
-    targets = np.concatenate((np.full(len(kept) - 1, IGNORE), cut))
-    input_documents = np.concatenate((kept_documents, cut_documents[:-1]))
-    prefix_len = len(kept) if spec.see_prefix else 0
-    return Example(np.concatenate((kept, cut[:-1])), targets, input_documents, prefix_len)
+        inputs = np.concatenate(([vocabulary.special("start")], removed[:-1]))
+        input_documents = np.concatenate((removed_documents[:1], removed_documents[:-1]))
+        return Example(inputs, removed, input_documents, 0, corrupted, corrupted_documents)
+    targets = np.concatenate((np.full(len(corrupted) - 1, IGNORE), removed))
+    input_documents = np.concatenate((corrupted_documents, removed_documents[:-1]))
+    prefix_len = len(corrupted) if spec.see_prefix else 0
+    return Example(np.concatenate((corrupted, removed[:-1])), targets, input_documents, prefix_len)
 
 
 def sample_segment_ids(rng: np.random.Generator, length: int, noise: int, spans: int) -> Ints:

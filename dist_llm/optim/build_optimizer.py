@@ -35,8 +35,8 @@ def build_optimizer(
     """
     parameters = list(parameters)
     muon_params = select_muon_params(parameters) if config.name == "muon" else {}
-    others = ((name, parameter) for name, parameter in parameters if name not in muon_params)
-    decay, no_decay = split_weight_decay(config, others)
+    adamw_params = ((name, parameter) for name, parameter in parameters if name not in muon_params)
+    decay, no_decay = split_weight_decay(config, adamw_params)
     muon_options = {"weight_decay": config.weight_decay, "momentum": config.muon_momentum}
     groups: list[dict[str, Any]] = [
         {"params": decay, "weight_decay": config.weight_decay},
@@ -83,4 +83,4 @@ def split_weight_decay(
 
 def select_muon_params(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
     """Return the matrices of the blocks, which Muon updates. Embeddings and the head are left to AdamW."""
-    return {name: each for name, each in parameters if name.startswith("blocks.") and each.ndim == 2}
+    return {name: parameter for name, parameter in parameters if name.startswith("blocks.") and parameter.ndim == 2}

@@ -1,5 +1,7 @@
-"""The dynamic loss scale of fp16 (Micikevicius et al. 2018, 3.2). Without it small gradients would underflow to
-zero."""
+"""The dynamic loss scale of fp16 (Micikevicius et al. 2018, 3.2).
+
+Without it small gradients would underflow to zero.
+"""
 
 from dataclasses import dataclass
 

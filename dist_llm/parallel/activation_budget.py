@@ -113,8 +113,10 @@ def measure_activations(model_parts: Sequence[Decoder], forward: Callable[[], Se
 def choose_modes(
     sizes: ActivationSizes, peak_in_flight: Callable[[Sequence[int]], int], budget: int, selective: bool = True
 ) -> tuple[list[RecomputeMode], int]:
-    """Return the first of `_candidates` whose peak fits `budget` (in bytes), with its peak. If none fits, return the
-    smallest."""
+    """Return the first of `_candidates` whose peak fits `budget` (in bytes), with its peak.
+
+    If none fits, return the smallest.
+    """
     min_peak, min_modes = -1, list[RecomputeMode]()
     for modes in _candidates(len(sizes.blocks), selective):
         peak = peak_in_flight(sizes.bytes_by_model_part(modes))

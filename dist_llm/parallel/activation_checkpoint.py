@@ -50,8 +50,10 @@ def compile_blocks(model: Decoder, parallel: ParallelConfig) -> None:
 
 
 def checkpoint_blocks(model: Decoder, mode: RecomputeMode, compiled: bool) -> None:
-    """Set `mode` for all blocks. Call this after `compile_blocks`. `fit_activation_budget` may later change single
-    blocks."""
+    """Set `mode` for all blocks.
+
+    Call this after `compile_blocks`. `fit_activation_budget` may later change single blocks.
+    """
     for block in model.blocks.values():
         selective = MethodType(_selective_forward, block)
         block.forward = CheckpointedForward(block.forward, torch.compile(selective) if compiled else None, mode)
@@ -102,8 +104,10 @@ class CheckpointedForward:
 
 
 def iter_storages(value: Any) -> Iterator[torch.UntypedStorage]:
-    """Yield the storages of all tensors in a pytree. Of tensor subclasses, such as DTensors and pending collective
-    results, the inner tensors count."""
+    """Yield the storages of all tensors in a pytree.
+
+    Of tensor subclasses, such as DTensors and pending collective results, the inner tensors count.
+    """
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor) and is_traceable_wrapper_subclass(leaf):
             yield from iter_storages([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])

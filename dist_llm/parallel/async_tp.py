@@ -47,8 +47,11 @@ def enable_fused_collectives(mesh: DeviceMesh) -> None:
 
 
 def merge_reshapes(graph: Graph) -> None:
-    """Replace a reshape of a reshape by one reshape, or by none. The compiler only matches a product whose input is the
-    gathered tensor itself. That tensor holds all tokens in one dimension, while the layers view it by sequence."""
+    """Replace a reshape of a reshape by one reshape, or by none.
+
+    The compiler only matches a product whose input is the gathered tensor itself. That tensor holds all tokens in one
+    dimension, while the layers view it by sequence.
+    """
     for node in graph.nodes:
         while node.target in RESHAPE_OPS and (inner := node.args[0]).target in RESHAPE_OPS:
             node.replace_input_with(inner, inner.args[0])

@@ -19,8 +19,10 @@ from dist_llm.parallel.mesh import all_gather, differentiable_collective, reduce
 
 
 def apply_context_parallel(model: Decoder, mesh: DeviceMesh) -> None:
-    """Replace the kernel of every attention in `model` by one that all-gathers keys and values. `mesh` is the cp
-    dimension."""
+    """Replace the kernel of every attention in `model` by one that all-gathers keys and values.
+
+    `mesh` is the cp dimension.
+    """
     for block in model.blocks.values():
         attention = block.attention
         attention.kernel = AllGatherAttention(attention.kernel, mesh)  # type: ignore[union-attr, arg-type]

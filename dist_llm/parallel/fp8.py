@@ -89,8 +89,10 @@ class _Float8MatMul(torch.autograd.Function):
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return `x` in float8, and the inverse of its scale, []. The inverse is a power of two, or NaN if `x` has a
-    non-finite element."""
+    """Return `x` in float8, and the inverse of its scale, [].
+
+    The inverse is a power of two, or NaN if `x` has a non-finite element.
+    """
     amax = x.abs().amax().float().clamp(min=MIN_AMAX)
     exact_scale = torch.finfo(dtype).max / amax
     scale = (exact_scale.view(torch.int32) & EXPONENT_MASK).view(torch.float32)  # rounded down to a power of two
@@ -106,6 +108,8 @@ def scaled_matmul(a_IK: Tensor, a_inv_scale: Tensor, b_JK: Tensor, b_inv_scale: 
 
 
 def emulate_scaled_matmul(a_IK: Tensor, a_inv_scale: Tensor, b_JK: Tensor, b_inv_scale: Tensor) -> Tensor:
-    """`scaled_matmul` without a float8 kernel. The scales are powers of two, so multiplying by them last rounds
-    nothing."""
+    """`scaled_matmul` without a float8 kernel.
+
+    The scales are powers of two, so multiplying by them last rounds nothing.
+    """
     return (a_IK.to(torch.bfloat16) @ b_JK.to(torch.bfloat16).t()) * (a_inv_scale * b_inv_scale)

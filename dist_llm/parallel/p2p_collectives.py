@@ -82,8 +82,10 @@ class P2PReduceScatter:
 
 
 class _WorkList(dist.Work):
-    """Complete when all works are complete. Each work is waited for once, because a second wait for a message never
-    returns."""
+    """Complete when all works are complete.
+
+    Each work is waited for once, because a second wait for a message never returns.
+    """
 
     def __init__(self, works: Sequence[dist.Work | None]) -> None:
         super().__init__()

@@ -33,8 +33,10 @@ def count_stages(schedule: str, ranks: int) -> int:
 
 
 def rank_stages(schedule: str, rank: int, ranks: int) -> list[int]:
-    """Return the stages of a rank. In `zbv` they run down the ranks and up again, so rank 0 holds the first and the
-    last."""
+    """Return the stages of a rank.
+
+    In `zbv` they run down the ranks and up again, so rank 0 holds the first and the last.
+    """
     if schedule == "zbv":
         return [rank, 2 * ranks - 1 - rank]
     return list(range(rank, count_stages(schedule, ranks), ranks))
@@ -115,8 +117,10 @@ class Pipeline:
         return torch.cat(rows) if self.has_last_stage else torch.zeros(len(full_batch.inputs_BS), device=self.device)
 
     def _loss(self, losses_B: Tensor, targets_BS: Tensor) -> Tensor:
-        """Record the losses, which the last stage already outputs. Every schedule runs the forwards of the microbatches
-        in order."""
+        """Record the losses, which the last stage already outputs.
+
+        Every schedule runs the forwards of the microbatches in order.
+        """
         losses_B = losses_B / self.num_valid_tokens
         self.losses.append(losses_B.detach())
         return losses_B.sum()
@@ -127,8 +131,9 @@ class Pipeline:
             self.tied_embedding.reduce_grads()
 
     def score(self, batch: Batch) -> Tensor:
-        """Run forward only, stage after stage. Return each sequence's sum of losses, [B]; zeros on ranks without the
-        last stage.
+        """Run forward only, stage after stage.
+
+        Return each sequence's sum of losses, [B]; zeros on ranks without the last stage.
 
         This does not use the schedule: without backwards, torch's `zbv` deadlocks. Ranks still overlap, because each
         goes on to the next batch after it has sent this one.
@@ -151,8 +156,10 @@ class Pipeline:
         return hidden[0] if self.has_last_stage else torch.zeros(len(batch.inputs_BS), device=self.device)
 
     def dry_run_forward(self, batch: Batch) -> list[Tensor]:
-        """Run each of this rank's stages on one microbatch, independently. Return the inputs made up in place of other
-        stages' outputs."""
+        """Run each of this rank's stages on one microbatch, independently.
+
+        Return the inputs made up in place of other stages' outputs.
+        """
         inputs: list[Tensor] = []
         for number, model_part in self.model_parts.items():
             hidden: tuple[Tensor, ...] = (batch.inputs_BS,)
@@ -184,15 +191,18 @@ class Pipeline:
         return next(rank for rank in range(self.ranks) if number in rank_stages(self.name, rank, self.ranks))
 
     def _has_token_table(self, number: int) -> bool:
-        """Return whether a stage embeds tokens or projects on tied embeddings. All such stages hold the token
-        embedding."""
+        """Return whether a stage embeds tokens or projects on tied embeddings.
+
+        All such stages hold the token embedding.
+        """
         model = self.config.model
         last = number == self.count - 1 and model.tie_embeddings
         return number == 0 or last or (model.n_encoder_layers > 0 and model.n_encoder_layers in self.layers[number])
 
     def _input_shapes(self, batch: Batch, number: int) -> list[tuple[int, int, int]]:
-        """Return the shapes [B, S, D] of the activations that stage `number` receives. Sequence parallelism passes on
-        slices of S.
+        """Return the shapes [B, S, D] of the activations that stage `number` receives.
+
+        Sequence parallelism passes on slices of S.
 
         First the encoder's output, if the model has an encoder; then the decoder's activations, if the decoder has
         begun.
@@ -206,8 +216,11 @@ class Pipeline:
 
 
 def _model_arguments(batch: Batch) -> dict[str, Any]:
-    """Return the keyword arguments of every stage. They include positions: under sequence parallelism a later stage
-    receives only a slice of the tokens and cannot derive them."""
+    """Return the keyword arguments of every stage.
+
+    They include positions: under sequence parallelism a later stage receives only a slice of the tokens and cannot
+    derive them.
+    """
     arguments = batch.forward_arguments()
     if batch.positions_BS is None:
         positions_BS = torch.arange(batch.inputs_BS.shape[1], device=batch.inputs_BS.device)

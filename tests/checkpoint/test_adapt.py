@@ -12,7 +12,7 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, whole
+from tests.laws.law import batches_of, config_of, full_tensor
 from tests.laws.law import saved as saved_now
 from tests.laws.layouts import ADAMW, Layout
 from tests.laws.worlds import world
@@ -38,13 +38,13 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         train_step(engine, batches, 1e-3, step)
     path = saved_now(CheckpointStore(tmp_path), engine, Progress(step=2), {})
     state = engine.state.weights() | engine.state.moments()
-    return path, {name: whole(tensor) for name, tensor in state.items()}
+    return path, {name: full_tensor(tensor) for name, tensor in state.items()}
 
 
 def adapted(resolved: Config, path: Path, keep: bool, known: int) -> dict[str, torch.Tensor]:
     engine = NativeEngine(resolved, CPU)
     start_from(path, engine.state, keep, known)
-    return {name: whole(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()}
+    return {name: full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()}
 
 
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2}), Layout(2, {"tp": 2})], ids=str)
@@ -53,7 +53,7 @@ def test_known_rows_are_kept_and_new_ones_begin(layout: Layout, keep: bool, save
     path, old = saved
     resolved = config(NEW, layout.ranks, **layout.parallel)
     fresh = NativeEngine(config(NEW), CPU)
-    beginning = {name: whole(tensor) for name, tensor in fresh.state.weights().items()}
+    beginning = {name: full_tensor(tensor) for name, tensor in fresh.state.weights().items()}
     if layout.ranks == 1:
         found = adapted(resolved, path, keep, OLD)
     else:

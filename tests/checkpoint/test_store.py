@@ -16,7 +16,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.optim.loss_scale import LossScale
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, saved, whole
+from tests.laws.law import batches_of, config_of, full_tensor, saved
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, MODELS, MUON, SGD, Layout
 from tests.laws.worlds import world
 
@@ -33,7 +33,7 @@ def stepped(config: Config, steps: int = 2) -> NativeEngine:
 
 def values(engine: NativeEngine) -> dict[str, torch.Tensor]:
     state = engine.state.weights() | engine.state.moments()
-    return {name: whole(tensor) for name, tensor in state.items()}
+    return {name: full_tensor(tensor) for name, tensor in state.items()}
 
 
 def save_in_world(config: Config, directory: Path) -> dict[str, torch.Tensor]:
@@ -210,10 +210,10 @@ def test_going_back_to_before_the_first_step_leaves_no_moments(tmp_path: Path) -
     """What is read is what was saved: nothing, of a run that has taken no step."""
     config = config_of(1, {}, optim=ADAMW)
     engine = NativeEngine(config, torch.device("cpu"))
-    initial = {name: whole(parameter) for name, parameter in engine.named_parameters()}
+    initial = {name: full_tensor(parameter) for name, parameter in engine.named_parameters()}
     folder = saved(CheckpointStore(tmp_path), engine, Progress(), {})
     losses = [train_step(engine, batches_of(config, engine, step), 1e-2, step).loss for step in range(3)]
     store.load(folder, engine.state)
     assert engine.state.moments() == {}
-    assert all(torch.equal(whole(parameter), initial[name]) for name, parameter in engine.named_parameters())
+    assert all(torch.equal(full_tensor(parameter), initial[name]) for name, parameter in engine.named_parameters())
     assert [train_step(engine, batches_of(config, engine, step), 1e-2, step).loss for step in range(3)] == losses

@@ -27,7 +27,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.parallel.mesh import to_local
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, whole
+from tests.laws.law import batches_of, config_of, full_tensor
 from tests.laws.layouts import ADAMW
 from tests.laws.worlds import world
 
@@ -47,7 +47,7 @@ def engine_at(steps: int) -> NativeEngine:
 
 
 def values(engine: NativeEngine) -> dict[str, torch.Tensor]:
-    return {name: whole(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()}
+    return {name: full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()}
 
 
 def loaded(folder: Folder | Path) -> dict[str, torch.Tensor]:

@@ -38,12 +38,12 @@ CPU = Context("cpu", True, Path("unused"))
         ),
         (
             gpu_kernels,
-            "attend",
+            "scaled_dot_product",
             lambda right: lambda *args, **keys: right(*args, **keys, scale=0.13),
             gpu_kernels.check_attention,
             {"kernel": "chosen", "seq_len": 64},
         ),
-        (fp8, "product", lambda right: lambda *args: right(*args) * 1.02, gpu_kernels.check_fp8, {"tokens": 21}),
+        (fp8, "scaled_matmul", lambda right: lambda *args: right(*args) * 1.02, gpu_kernels.check_fp8, {"tokens": 21}),
         (
             gpu_steps.copy,
             "deepcopy",

@@ -1,4 +1,4 @@
-"""Bugs to plant: each is one that some trainer has had, and each must make the law fail.
+"""Planted bugs: each is one that some trainer has had, and each must make the law fail.
 
 A bug is a context manager that breaks our code in this process while it is open.
 """
@@ -28,7 +28,7 @@ from dist_llm.train import step
 BUGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
 
 
-def planted(name: str) -> AbstractContextManager[Any]:
+def plant_bug(name: str) -> AbstractContextManager[Any]:
     return BUGS[name]()
 
 
@@ -70,7 +70,7 @@ def shards_gradients_are_not_reduced() -> Iterator[Any]:
 
 @bug
 def context_gradients_are_not_reduced() -> Iterator[Any]:
-    """Weights are sharded over dp_shard alone; context ranks keep gradients of their own tokens."""
+    """Weights are sharded over dp_shard only, so context ranks keep the gradients of their own tokens."""
     real = fsdp.fully_shard
 
     def over_data_alone(module: Any, mesh: Any, **keywords: Any) -> None:
@@ -81,15 +81,15 @@ def context_gradients_are_not_reduced() -> Iterator[Any]:
 
 
 @bug
-def joined_gradients_are_not_added_over_tensor_ranks() -> Iterator[Any]:
-    """Each tensor rank goes on with the part that its own heads, units or columns give."""
+def gathered_input_gradients_are_not_reduce_scattered() -> Iterator[Any]:
+    """Each tensor rank continues with the partial gradient of its own heads, hidden units or vocabulary rows."""
     with patch.object(tensor_parallel.TensorParallelRegion, "all_gather_sequence", _join_own_part):
         yield
 
 
 @bug
 def head_gradients_are_not_reduced_over_tensor_ranks() -> Iterator[Any]:
-    """Those of its input: each rank's columns give a part."""
+    """The gradient of the head's input: each rank's vocabulary rows give a partial sum."""
     real = tensor_parallel.VocabParallelHead.forward
 
     def forward(self: Any, *inputs: Any) -> Any:
@@ -105,15 +105,15 @@ def _join_own_part(region: tensor_parallel.TensorParallelRegion, x_BTD: torch.Te
 
 
 @bug
-def shares_of_tokens_skip_what_whole_rows_skip() -> Iterator[Any]:
-    """Stochastic depth: a row of a rank's share is not of one sequence."""
+def token_shares_use_the_depth_scale_of_full_rows() -> Iterator[Any]:
+    """Stochastic depth: a row of a rank's share is not part of one sequence."""
     with patch.object(tensor_parallel.TensorParallelRegion, "shard_depth_scale", lambda self, block, inputs: inputs):
         yield
 
 
 @bug
 def tensor_ranks_take_the_positions_of_the_first() -> Iterator[Any]:
-    """With learned positions; its share of the tokens is another, and begins within a sequence."""
+    """With learned positions. A rank's share of the tokens may begin within a sequence."""
 
     def first(self: Any, numbers_BS: torch.Tensor) -> torch.Tensor:
         return numbers_BS.flatten(0, 1).chunk(self.ranks)[0].unflatten(0, (len(numbers_BS), -1))
@@ -318,8 +318,8 @@ def pipeline_rescales_gradients() -> Iterator[Any]:
 
 
 @bug
-def context_ranks_take_their_queries_for_the_last() -> Iterator[Any]:
-    """Masks of documents and prefixes then speak of other tokens than those that the rank has."""
+def context_ranks_treat_their_queries_as_the_last() -> Iterator[Any]:
+    """Document and prefix masks then describe other tokens than this rank's."""
     with patch.object(
         AttentionMask, "with_query_positions", lambda self, _, num_keys: replace(self, num_keys=num_keys)
     ):
@@ -327,8 +327,8 @@ def context_ranks_take_their_queries_for_the_last() -> Iterator[Any]:
 
 
 @bug
-def every_microbatch_sees_what_the_first_may() -> Iterator[Any]:
-    """A pipeline is handed all microbatches at once, with the visibility of the first."""
+def every_microbatch_uses_the_mask_of_the_first() -> Iterator[Any]:
+    """A pipeline gets all microbatches at once, with the mask of the first."""
     real = Batch.concatenate
 
     def with_the_first(batches: Any) -> Any:
@@ -340,7 +340,7 @@ def every_microbatch_sees_what_the_first_may() -> Iterator[Any]:
 
 
 @bug
-def tensor_ranks_skip_layers_of_their_own_choice() -> Iterator[Any]:
+def stochastic_depth_differs_between_tensor_ranks() -> Iterator[Any]:
     real = decoder.stochastic_depth_scale
     with patch.object(
         decoder, "stochastic_depth_scale", lambda sample_hash_B, *rest: real(sample_hash_B + dist.get_rank(), *rest)
@@ -350,28 +350,28 @@ def tensor_ranks_skip_layers_of_their_own_choice() -> Iterator[Any]:
 
 @bug
 def encoders_table_is_not_reduced_over_stages() -> Iterator[Any]:
-    """The stage where the decoder begins looks up the same table as the first."""
+    """The stage where the decoder begins embeds tokens with the same matrix as the first stage."""
     with patch.object(pipeline_parallel.TiedEmbeddingGroup, "reduce_grads", _skip):
         yield
 
 
 @bug
 def gradients_of_head_norms_are_not_reduced() -> Iterator[Any]:
-    """Each tensor rank normalises the queries and keys of its own heads, with weights that all share."""
+    """Each tensor rank normalizes the queries and keys of its own heads with weights that all ranks hold."""
     with patch("dist_llm.engines.native.all_reduce_replicated_grads", _skip):
         yield
 
 
 @bug
 def weights_stay_gathered_after_the_last_backward() -> Iterator[Any]:
-    """FSDP then leaves the gradients where the optimizer does not see them."""
+    """FSDP then leaves the gradients on the unsharded parameters, where the optimizer does not see them."""
     real = FSDPModule.set_reshard_after_backward
     with patch.object(FSDPModule, "set_reshard_after_backward", lambda self, *rest, **named: real(self, False)):
         yield
 
 
 @bug
-def shares_made_orthogonal_each_by_itself() -> Iterator[Any]:
+def shards_orthogonalized_separately() -> Iterator[Any]:
     def alone(self: DistributedOrthogonalize, updates: Any) -> Any:
         parts = [mesh.to_local(update) for update in updates]
         for part, made in zip(parts, orthogonalize(parts), strict=True):
@@ -383,8 +383,8 @@ def shares_made_orthogonal_each_by_itself() -> Iterator[Any]:
 
 
 @bug
-def shares_handed_back_to_the_wrong_rank() -> Iterator[Any]:
-    """Shares of a matrix that are alike in shape, so that nothing but the values is wrong."""
+def shards_returned_to_the_wrong_rank() -> Iterator[Any]:
+    """All shards have the same shape, so only the values are wrong."""
     real = DistributedOrthogonalize.__init__
 
     def swapped(self: DistributedOrthogonalize, *args: Any) -> None:
@@ -418,6 +418,6 @@ def _before_sgd_steps(action: Callable[[LocalSGD], None]) -> AbstractContextMana
 
 
 @bug
-def moments_rounded_by_the_place_in_the_share() -> Iterator[Any]:
+def moments_rounded_by_the_local_index() -> Iterator[Any]:
     with patch("dist_llm.engines.native.local_with_offset", lambda tensor: (mesh.to_local(tensor), (0,) * tensor.ndim)):
         yield

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.laws.worlds import renew, stop_all
+from tests.laws.worlds import restart_world, stop_all
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -18,4 +18,4 @@ def worlds_of_its_own() -> Iterator[None]:
     """For engines of others, which leave things in a process: ZeRO 3 its `linear`, a pipeline its idea of the ranks."""
     yield
     for size in (1, 2, 3, 4):
-        renew(size)
+        restart_world(size)

@@ -36,7 +36,7 @@ from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.train.step import train_step
 from tests.laws import bugs
 from tests.laws.layouts import MODELS, OBJECTIVES, Layout
-from tests.laws.worlds import renew, world
+from tests.laws.worlds import restart_world, world
 
 # d_ff and heads divide by 4; GQA; the vocabulary divides by nothing, so two of its 132 rows are padding.
 MODEL: dict[str, Any] = {
@@ -57,7 +57,7 @@ Placed = dict[str, list[tuple[tuple[int, ...], Tensor]]]
 
 
 @dataclass
-class Taken:
+class RankTrace:
     """What one rank saw of its steps. Per step: loss, scored, norm, its parts of gradients and of parameters."""
 
     losses: list[float] = field(default_factory=list)
@@ -180,18 +180,18 @@ def parts_of(tensors: Iterable[tuple[str, Any]]) -> Placed:
     return {name: [(offset, part.detach().clone()) for offset, part in placed(held)] for name, held in tensors}
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor, copied."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def trace(config: Config, steps: int, bug: str | None = None, decay: float = 1.0) -> Taken:
+def trace(config: Config, steps: int, bug: str | None = None, decay: float = 1.0) -> RankTrace:
     """Take `steps` steps, on one process or on this rank of a world, with a bug planted if one is named."""
     with ExitStack() as planted:
         planted.enter_context(default_dtype(exact_dtype(config)))
         if bug:
-            planted.enter_context(bugs.planted(bug))
+            planted.enter_context(bugs.plant_bug(bug))
         return _trace(config, steps, decay)
 
 
@@ -211,8 +211,8 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _trace(config: Config, steps: int, decay: float = 1.0) -> Taken:
-    engine, found = Spy(config, torch.device("cpu")), Taken()
+def _trace(config: Config, steps: int, decay: float = 1.0) -> RankTrace:
+    engine, found = Spy(config, torch.device("cpu")), RankTrace()
     for step in range(steps):
         report = train_step(engine, batches_of(config, engine, step), config.optim.lr * decay**step, step)
         found.losses.append(report.loss.item())
@@ -235,10 +235,10 @@ def reference(config: Config, steps: int, decay: float = 1.0) -> Trace:
 
 @lru_cache(maxsize=64)
 def _reference(config: str, steps: int, decay: float) -> Trace:
-    return merged([trace(Config.model_validate_json(config), steps, decay=decay)])
+    return merge_ranks([trace(Config.model_validate_json(config), steps, decay=decay)])
 
 
-def merged(every: Sequence[Taken]) -> Trace:
+def merge_ranks(every: Sequence[RankTrace]) -> Trace:
     """All ranks' steps as one. What several ranks report must be the same, bit for bit."""
     first = every[0]
     for rank, other in enumerate(every[1:], 1):
@@ -268,7 +268,9 @@ def joined(every: Sequence[Placed], shapes: dict[str, tuple[int, ...]]) -> dict[
     return found
 
 
-def hold(layout: Layout, optim: dict[str, Any], steps: int, bug: str | None = None, **sections: Any) -> None:
+def assert_matches_one_process(
+    layout: Layout, optim: dict[str, Any], steps: int, bug: str | None = None, **sections: Any
+) -> None:
     """Raise AssertionError unless the layout computes the steps that one process computes."""
     config = config_of(
         layout.ranks,
@@ -285,10 +287,10 @@ def hold(layout: Layout, optim: dict[str, Any], steps: int, bug: str | None = No
 
 
 def hold_config(config: Config, ranks: int, steps: int, bug: str | None = None, later: float | None = None) -> None:
-    """As `hold`, of a resolved config; `later` as of `compare`."""
+    """As `assert_matches_one_process`, of a resolved config; `later` as of `compare`."""
     if config.compile:
-        renew(ranks)
-    compare(merged(world(ranks).run(trace, config, steps, bug)), reference(config, steps), later=later)
+        restart_world(ranks)
+    compare(merge_ranks(world(ranks).run(trace, config, steps, bug)), reference(config, steps), later=later)
 
 
 def compare(got: Trace, want: Trace, first: float | None = None, later: float | None = None) -> None:

@@ -30,7 +30,7 @@ from tests.laws.space import (
     violations,
     without_inert,
 )
-from tests.laws.worlds import WorldError, renew, stop_all
+from tests.laws.worlds import WorldError, restart_world, stop_all
 
 LINE_SECONDS = 60
 COMPILED_SHARE = 0.02  # compiling takes as long as many eager runs
@@ -58,10 +58,10 @@ def failure(case: Case) -> str | None:
     try:
         hold_case(case)
     except (AssertionError, WorldError) as error:
-        renew(ranks_of(case))
+        restart_world(ranks_of(case))
         return str(error).strip().splitlines()[-1]
     if case["engine"] != "native":
-        renew(ranks_of(case))  # DeepSpeed leaves settings in a process
+        restart_world(ranks_of(case))  # DeepSpeed leaves settings in a process
     return None
 
 

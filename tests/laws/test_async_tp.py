@@ -15,9 +15,9 @@ from torch.distributed import _symmetric_memory as symmetric
 from dist_llm.config.schema import Config
 from dist_llm.parallel import parallelize
 from dist_llm.parallel.async_tp import enable_fused_collectives
-from tests.laws.law import Taken, compare, config_of, merged, reference, trace
+from tests.laws.law import RankTrace, compare, config_of, merge_ranks, reference, trace
 from tests.laws.layouts import SGD
-from tests.laws.worlds import renew, world
+from tests.laws.worlds import restart_world, world
 
 FUSED = {
     "fused_all_gather_matmul": symmetric._fused_all_gather_matmul_fallback,
@@ -38,7 +38,7 @@ class Seen(CustomGraphPass):
         return None  # graphs that it was not shown are not taken from a cache
 
 
-def traced(config: Config, backwards: bool) -> tuple[Taken, dict[str, int]]:
+def traced(config: Config, backwards: bool) -> tuple[RankTrace, dict[str, int]]:
     """Two steps, and how often the compiler fused what. `backwards`: parts are handed to the wrong ranks."""
     seen, library = Seen(), torch.library.Library("symm_mem", "IMPL")
     for name, function in (FUSED | ({"fused_all_gather_matmul": _reversed} if backwards else {})).items():
@@ -64,18 +64,18 @@ def _reversed(shard: torch.Tensor, others: list[torch.Tensor], dim: int, group: 
 def test_fused_products_compute_the_same_step(recompute: str) -> None:
     parallel = {"tp": 2, "async_tp": True, "recompute": recompute}
     config = config_of(2, {}, optim=SGD, compile=True, parallel=parallel)
-    renew(2)
+    restart_world(2)
     traces, counts = zip(*world(2).run(traced, config, False), strict=True)
     # Forward, before q, k and v, and gate and up; and after attention, and down. Backward, before the latter two.
     assert counts[0] == counts[1]
     assert counts[0]["fused_all_gather_matmul"] >= 4
     assert counts[0]["fused_matmul_reduce_scatter"] >= 2
-    compare(merged(traces), reference(config, 2))
+    compare(merge_ranks(traces), reference(config, 2))
 
 
 def test_a_part_in_the_wrong_place_breaks_the_law() -> None:
     config = config_of(2, {}, optim=SGD, compile=True, parallel={"tp": 2, "async_tp": True})
-    renew(2)
+    restart_world(2)
     traces = [found for found, _ in world(2).run(traced, config, True)]
     with pytest.raises(AssertionError, match="off by"):
-        compare(merged(traces), reference(config, 2))
+        compare(merge_ranks(traces), reference(config, 2))

@@ -22,9 +22,9 @@ from dist_llm.parallel.activation_budget import GIB, ActivationSizes, choose_mod
 from dist_llm.parallel.activation_checkpoint import RecomputeMode, iter_storages
 from dist_llm.parallel.mesh import to_local
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, hold
+from tests.laws.law import assert_matches_one_process, batches_of, config_of
 from tests.laws.layouts import MODELS, SGD, Layout
-from tests.laws.worlds import renew, world
+from tests.laws.worlds import restart_world, world
 
 # torch 2.14 warns that what selective keeps passes by the hooks that measure it here, as ever.
 pytestmark = pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
@@ -190,14 +190,14 @@ def test_a_budget_changes_no_step(parallel: dict[str, Any]) -> None:
     every, least = max(each.every for each in free), max(each.least for each in free)
     gib = (least + 0.4 * (every - least)) / GIB
     assert len({mode for found in on_all(layout, gib) for mode in found.modes}) > 1
-    hold(layout, SGD, steps=2, parallel={"activations_gib": gib})
+    assert_matches_one_process(layout, SGD, steps=2, parallel={"activations_gib": gib})
 
 
 @pytest.mark.slow
 def test_a_budget_under_compilation() -> None:
     """Compiled blocks are measured as they are."""
     layout = Layout(2, {"dp_shard": 2}, micro=6)
-    renew(2)
+    restart_world(2)
     free, _ = on_all(layout, 1.0, compile=True)
     for found in on_all(layout, (free.least + 0.9 * (free.every - free.least)) / GIB, compile=True):
         assert set(found.modes) == {"none", "selective"}

@@ -12,9 +12,9 @@ from torch import nn
 from dist_llm.config.derive import AXES
 from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, merged, trace
+from tests.laws.law import batches_of, config_of, merge_ranks, trace
 from tests.laws.layouts import MODELS, SGD, Layout
-from tests.laws.worlds import renew, world
+from tests.laws.worlds import restart_world, world
 
 DROPOUT = {"dropout": 0.5}
 
@@ -113,7 +113,7 @@ def test_without_sequence_parallel_tensor_ranks_agree_on_residuals_and_not_on_he
     ids=str,
 )
 def test_replicated_and_tied_parameters_stay_bitwise_equal_for_ten_steps_of_dropout(layout: Layout) -> None:
-    """`merged` compares what several ranks hold, bit for bit."""
+    """`merge_ranks` compares what several ranks hold, bit for bit."""
     adamw = {"name": "adamw", "lr": 1e-3, "clip": 1.0}
     config = config_of(
         layout.ranks,
@@ -122,7 +122,7 @@ def test_replicated_and_tied_parameters_stay_bitwise_equal_for_ten_steps_of_drop
         parallel=layout.parallel,
         data={"micro_batch": layout.micro},
     )
-    found = merged(world(layout.ranks).run(trace, config, 10))
+    found = merge_ranks(world(layout.ranks).run(trace, config, 10))
     assert all(torch.isfinite(value).all() for value in found.parameters[-1].values())
 
 
@@ -137,8 +137,8 @@ def test_recomputation_repeats_the_masks(recompute: str, compiled: bool) -> None
         for choice in ("none", recompute):
             config = config_of(2, DROPOUT, optim=SGD, parallel={**parallel, "recompute": choice}, compile=compiled)
             if compiled:
-                renew(2)
-            found.append(merged(world(2).run(trace, config, 2)))
+                restart_world(2)
+            found.append(merge_ranks(world(2).run(trace, config, 2)))
         assert found[0].losses == found[1].losses
         for name, gradient in found[0].gradients[0].items():
             assert torch.equal(gradient, found[1].gradients[0][name]), name

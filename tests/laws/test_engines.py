@@ -11,7 +11,7 @@ from dist_llm.config.schema import Config
 from tests.laws.engines import BUGS, ENGINES, OFFLOADED, as_trace, hold, json_file, prepared, take, want, zero
 from tests.laws.law import Trace, compare, config_of
 from tests.laws.layouts import ADAMW, CLIPPED_SGD, MODELS, SGD
-from tests.laws.worlds import WorldError, renew, world
+from tests.laws.worlds import WorldError, restart_world, world
 
 pytestmark = pytest.mark.usefixtures("worlds_of_its_own")
 CLIPPED: dict[str, Any] = {**CLIPPED_SGD, "momentum": 0.5}
@@ -164,5 +164,5 @@ def test_twenty_steps(ranks: int, engine: str, optim: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["zero2", "ddp"])
 def test_compiled(engine: str) -> None:
-    renew(2)
+    restart_world(2)
     hold(2, config(2, ENGINES[engine], "llama", CLIPPED, micro=12, compile=True), steps=3)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dist_llm.parallel import fp8
-from tests.laws.law import ROWS, Trace, config_of, merged, reference, trace
+from tests.laws.law import ROWS, Trace, config_of, merge_ranks, reference, trace
 from tests.laws.layouts import MODELS, SGD, Layout
-from tests.laws.worlds import renew, world
+from tests.laws.worlds import restart_world, world
 
 SIZES = {"n_kv_heads": 8, "d_ff": 64}  # what two tensor ranks hold divides by 16
 LAYOUTS = [
@@ -50,8 +50,8 @@ def config(layout: Layout, precision: str = "bf16", fp8: bool = True) -> Any:
 def step(layout: Layout, on: bool = True) -> Trace:
     """One step of the layout."""
     if layout.ranks == 1:
-        return merged([trace(config(layout, fp8=on), 1)])
-    return merged(world(layout.ranks).run(trace, config(layout, fp8=on), 1))
+        return merge_ranks([trace(config(layout, fp8=on), 1)])
+    return merge_ranks(world(layout.ranks).run(trace, config(layout, fp8=on), 1))
 
 
 def least_cosine(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
@@ -80,9 +80,9 @@ def test_float8_is_fp32_within_its_rounding(layout: Layout) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [LAYOUTS[0], *LAYOUTS[2:4], LAYOUTS[5], LAYOUTS[7]], ids=str)
 def test_compiled_too(layout: Layout) -> None:
-    renew(layout.ranks)
+    restart_world(layout.ranks)
     compiled = config(layout).model_copy(update={"compile": True})
-    near(merged(world(layout.ranks).run(trace, compiled, 1)), layout)
+    near(merge_ranks(world(layout.ranks).run(trace, compiled, 1)), layout)
 
 
 def farthest(found: Trace, wanted: Trace) -> float:

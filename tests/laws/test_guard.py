@@ -17,7 +17,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.parallel.mesh import to_local
 from dist_llm.train.guard import Guard
 from dist_llm.train.step import train_step
-from tests.laws.law import ROWS, Spy, Taken, batches_of, compare, config_of, merged
+from tests.laws.law import ROWS, RankTrace, Spy, batches_of, compare, config_of, merge_ranks
 from tests.laws.layouts import ADAMW, MODELS, Layout
 from tests.laws.worlds import world
 
@@ -32,9 +32,9 @@ LAYOUTS = [
 BAD = 1
 
 
-def steps(config: Config, numbers: Sequence[int], bug: bool = False) -> Taken:
+def steps(config: Config, numbers: Sequence[int], bug: bool = False) -> RankTrace:
     """These steps; in BAD gradients of the last rank are not numbers."""
-    engine, found = Spy(config, torch.device("cpu")), Taken()
+    engine, found = Spy(config, torch.device("cpu")), RankTrace()
     guard = Guard(GuardConfig(not_finite="skip"), GuardState(), engine, Path("unused"))
     with moments_decay() if bug else nullcontext():
         for step in numbers:
@@ -71,9 +71,9 @@ def moments_decay() -> Iterator[None]:
     real = NativeEngine.update
 
     def update(self: Any, lr: float, should_apply: Any = None) -> Tensor:
-        norm: Tensor = self._norm()
+        norm: Tensor = self._grad_norm()
         if not should_apply(norm):
-            for parameter in self.parts[0].parameters():
+            for parameter in self.model_parts[0].parameters():
                 to_local(parameter.grad).zero_()
         real(self, lr)
         return norm
@@ -92,8 +92,8 @@ def hold(layout: Layout, bug: bool = False) -> None:
     )
     data = config.data.model_copy(update={"micro_batch": ROWS})
     alone = config.model_copy(update={"data": data, "parallel": ParallelConfig(dp_shard=1)})
-    got = merged(world(layout.ranks).run(steps, config, (0, BAD, 2, 3), bug))
-    compare(got, merged([steps(alone, (0, 2, 3))]))
+    got = merge_ranks(world(layout.ranks).run(steps, config, (0, BAD, 2, 3), bug))
+    compare(got, merge_ranks([steps(alone, (0, 2, 3))]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

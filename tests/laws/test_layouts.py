@@ -5,7 +5,7 @@ Long lists, by hand; `test_covering.py` has the cases that run every time.
 
 import pytest
 
-from tests.laws.law import hold
+from tests.laws.law import assert_matches_one_process
 from tests.laws.layouts import ADAMW, CHOSEN, CLIPPED_SGD, FAMILIES, LAYOUTS, SGD, Layout
 
 
@@ -13,14 +13,14 @@ from tests.laws.layouts import ADAMW, CHOSEN, CLIPPED_SGD, FAMILIES, LAYOUTS, SG
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_layout_computes_the_step_of_one_process(layout: Layout) -> None:
     """SGD at lr 1, clipped: a wrong scale anywhere shows in the weights, a wrong norm too."""
-    hold(layout, CLIPPED_SGD, steps=2)
+    assert_matches_one_process(layout, CLIPPED_SGD, steps=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", FAMILIES, ids=str)
 def test_every_architecture_and_objective_keeps_the_law(layout: Layout) -> None:
     """Their masks, cross-attention, tables and what stochastic depth skips are the same on every layout."""
-    hold(layout, CLIPPED_SGD, steps=2)
+    assert_matches_one_process(layout, CLIPPED_SGD, steps=2)
 
 
 def test_the_matrix_is_as_large_as_promised() -> None:
@@ -34,12 +34,12 @@ def test_the_matrix_is_as_large_as_promised() -> None:
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("layout", CHOSEN[::3], ids=str)
 def test_recomputation_changes_nothing(layout: Layout, recompute: str) -> None:
-    hold(layout, SGD, steps=2, parallel={"recompute": recompute})
+    assert_matches_one_process(layout, SGD, steps=2, parallel={"recompute": recompute})
 
 
 @pytest.mark.slow
 def test_selective_recomputation_and_context_parallel() -> None:
-    hold(Layout(2, {"cp": 2}), SGD, steps=2, parallel={"recompute": "selective"})
+    assert_matches_one_process(Layout(2, {"cp": 2}), SGD, steps=2, parallel={"recompute": "selective"})
 
 
 OTHERS = [FAMILIES[7], FAMILIES[10], FAMILIES[23]]  # an encoder, an encoder-decoder, a prefix over context ranks
@@ -49,32 +49,34 @@ OTHERS = [FAMILIES[7], FAMILIES[10], FAMILIES[23]]  # an encoder, an encoder-dec
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("layout", OTHERS, ids=str)
 def test_recomputation_changes_nothing_in_other_architectures(layout: Layout, recompute: str) -> None:
-    hold(layout, SGD, steps=2, parallel={"recompute": recompute})
+    assert_matches_one_process(layout, SGD, steps=2, parallel={"recompute": recompute})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("layout", OTHERS, ids=str)
 def test_compilation_changes_nothing_in_other_architectures(layout: Layout, recompute: str) -> None:
-    hold(layout, SGD, steps=2, parallel={"recompute": recompute}, compile=True)
+    assert_matches_one_process(layout, SGD, steps=2, parallel={"recompute": recompute}, compile=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_compilation_changes_nothing(recompute: str) -> None:
-    hold(CHOSEN[7], SGD, steps=2, parallel={"recompute": recompute}, compile=True)
+    assert_matches_one_process(CHOSEN[7], SGD, steps=2, parallel={"recompute": recompute}, compile=True)
 
 
 @pytest.mark.slow
 def test_smoothing_and_z_loss_survive_the_split_of_the_vocabulary() -> None:
-    hold(Layout(2, {"tp": 2}, "tied"), SGD, steps=2, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
+    assert_matches_one_process(
+        Layout(2, {"tp": 2}, "tied"), SGD, steps=2, loss={"label_smoothing": 0.1, "z_loss": 1e-2}
+    )
 
 
 @pytest.mark.parametrize(
     "layout", [LAYOUTS[2], *(pytest.param(LAYOUTS[n], marks=pytest.mark.slow) for n in (24, 36))], ids=str
 )
 def test_twenty_steps_of_adamw(layout: Layout) -> None:
-    hold(layout, ADAMW, steps=20)
+    assert_matches_one_process(layout, ADAMW, steps=20)
 
 
 @pytest.mark.slow
@@ -88,7 +90,7 @@ def test_the_full_matrix(layout: Layout, accumulation: int, optim: dict[str, obj
     if "pp" in layout.parallel and accumulation == 3:
         pytest.skip("a pipeline's microbatches are its own")
     steps = 20 if optim["name"] == "adamw" else 3
-    hold(Layout(layout.ranks, layout.parallel, layout.model, micro), optim, steps)
+    assert_matches_one_process(Layout(layout.ranks, layout.parallel, layout.model, micro), optim, steps)
 
 
 @pytest.mark.slow
@@ -96,4 +98,4 @@ def test_the_full_matrix(layout: Layout, accumulation: int, optim: dict[str, obj
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("layout", CHOSEN, ids=str)
 def test_the_chosen_dozen_compiled_and_recomputed(layout: Layout, recompute: str, compiled: bool) -> None:
-    hold(layout, CLIPPED_SGD, steps=3, parallel={"recompute": recompute}, compile=compiled)
+    assert_matches_one_process(layout, CLIPPED_SGD, steps=3, parallel={"recompute": recompute}, compile=compiled)

@@ -10,7 +10,7 @@ import torch
 from dist_llm.engines.native import NativeEngine
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, whole
+from tests.laws.law import batches_of, config_of, full_tensor
 from tests.laws.layouts import MODELS, SGD, Layout
 from tests.laws.worlds import world
 
@@ -39,7 +39,7 @@ def steps(config: Any) -> tuple[list[float], list[int], dict[str, torch.Tensor],
         losses.append(report.loss.item())
         scored.append(int(report.scored))
         assert math.isfinite(report.grad_norm.item())
-        kept.append({name: whole(parameter) for name, parameter in engine.named_parameters()})
+        kept.append({name: full_tensor(parameter) for name, parameter in engine.named_parameters()})
     return losses, scored, kept[0], kept[1]
 
 

@@ -12,7 +12,7 @@ from dist_llm.optim.muon import newton_schulz
 from dist_llm.optim.sgd import LocalSGD
 from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
 from dist_llm.parallel.mesh import build_mesh, to_local
-from tests.laws.law import config_of, hold, merged, reference, trace
+from tests.laws.law import assert_matches_one_process, config_of, merge_ranks, reference, trace
 from tests.laws.layouts import BF16_MOMENTS, CHOSEN, MODELS, MUON, Layout
 from tests.laws.worlds import world
 
@@ -27,7 +27,7 @@ MORE = [
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [*CHOSEN, *MORE], ids=str)
 def test_muon_on_every_layout(layout: Layout) -> None:
-    hold(layout, MUON, steps=3)
+    assert_matches_one_process(layout, MUON, steps=3)
 
 
 def owned(dtype: torch.dtype) -> bool:
@@ -47,10 +47,10 @@ def test_owners_work_in_the_compute_type(dtype: torch.dtype) -> None:
     assert world(2).run(owned, dtype) == [True, True]
 
 
-@pytest.mark.parametrize("name", ["shares_made_orthogonal_each_by_itself", "shares_handed_back_to_the_wrong_rank"])
+@pytest.mark.parametrize("name", ["shards_orthogonalized_separately", "shards_returned_to_the_wrong_rank"])
 def test_a_planted_bug_breaks_the_law_of_muon(name: str) -> None:
     with pytest.raises(AssertionError, match="off by"):
-        hold(Layout(2, {"dp_shard": 2}), MUON, steps=3, bug=name)
+        assert_matches_one_process(Layout(2, {"dp_shard": 2}), MUON, steps=3, bug=name)
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ SGD_WITH_MOMENTUM = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 
 
 @pytest.mark.parametrize("layout", CHOSEN[::3], ids=str)
 def test_momentum_on_layouts(layout: Layout) -> None:
-    hold(layout, SGD_WITH_MOMENTUM, steps=4)
+    assert_matches_one_process(layout, SGD_WITH_MOMENTUM, steps=4)
 
 
 @pytest.mark.parametrize("name", ["momentum_begins_anew_with_each_step", "momentum_is_the_first_ranks_alone"])
 def test_a_planted_bug_breaks_the_law_of_momentum(name: str) -> None:
     with pytest.raises(AssertionError, match="off by"):
-        hold(Layout(2, {"dp_shard": 2}), SGD_WITH_MOMENTUM, steps=4, bug=name)
+        assert_matches_one_process(Layout(2, {"dp_shard": 2}), SGD_WITH_MOMENTUM, steps=4, bug=name)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -95,14 +95,14 @@ def test_sgd_is_torchs_on_what_a_rank_has(momentum: float) -> None:
 
 
 def test_moments_rounded_by_the_place_in_the_share_break_the_law() -> None:
-    assert differing(Layout(2, {"dp_shard": 2}), "moments_rounded_by_the_place_in_the_share") > 0.1
+    assert differing(Layout(2, {"dp_shard": 2}), "moments_rounded_by_the_local_index") > 0.1
 
 
 def differing(layout: Layout, bug: str | None = None) -> float:
     """The share of weights that are more than 1e-5 off after five steps; none may be off by more than rounding can."""
     micro, parallel = {"micro_batch": layout.micro}, layout.parallel
     config = config_of(layout.ranks, MODELS[layout.model], optim=BF16_MOMENTS, parallel=parallel, data=micro)
-    got, want = merged(world(layout.ranks).run(trace, config, 5, bug)), reference(config, 5)
+    got, want = merge_ranks(world(layout.ranks).run(trace, config, 5, bug)), reference(config, 5)
     count = off = 0
     for name, wanted in want.parameters[-1].items():
         # A key's bias without rope has no gradient but rounding, and stays near its zero.

@@ -14,9 +14,9 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.parallel import mesh, p2p_collectives
 from dist_llm.train.step import train_step
-from tests.laws.law import Taken, batches_of, compare, config_of, merged, reference, trace, whole
+from tests.laws.law import RankTrace, batches_of, compare, config_of, full_tensor, merge_ranks, reference, trace
 from tests.laws.layouts import ADAMW, MODELS, Layout
-from tests.laws.worlds import renew, world
+from tests.laws.worlds import restart_world, world
 
 LAYOUTS = [
     Layout(2, {"dp_shard": 2}),
@@ -61,7 +61,7 @@ def by_messages() -> AbstractContextManager[Any]:
     return patch.object(p2p_collectives, "uses_p2p", lambda device: device == "cpu")
 
 
-def directly(config: Config, bug: tuple[str, type] | None) -> Taken:
+def directly(config: Config, bug: tuple[str, type] | None) -> RankTrace:
     name, other = bug or ("P2PAllGather", p2p_collectives.P2PAllGather)
     with by_messages(), patch.object(p2p_collectives, name, other):
         return trace(config, 3)
@@ -75,7 +75,7 @@ def scored(config: Config, messages: bool) -> tuple[list[float], dict[str, Tenso
         batches = batches_of(config, engine, step)
         losses.append(train_step(engine, batches, config.optim.lr, step).loss.item())
         losses.append(engine.score(engine.to_local_batch(batches[0])).sum().item())
-    return losses, {name: whole(parameter) for name, parameter in engine.named_parameters()}
+    return losses, {name: full_tensor(parameter) for name, parameter in engine.named_parameters()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -90,7 +90,7 @@ def test_two_ranks_get_the_bits_that_collectives_give(precision: str) -> None:
 def hold(layout: Layout, bug: tuple[str, type] | None = None) -> None:
     data = {"micro_batch": layout.micro}
     config = config_of(layout.ranks, MODELS[layout.model], optim=ADAMW, parallel=layout.parallel, data=data)
-    compare(merged(world(layout.ranks).run(directly, config, bug)), reference(config, 3))
+    compare(merge_ranks(world(layout.ranks).run(directly, config, bug)), reference(config, 3))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -114,7 +114,7 @@ class Broken:
         return getattr(p2p_collectives, name)
 
 
-def with_broken_activations(config: Config, bug: tuple[str, type]) -> Taken:
+def with_broken_activations(config: Config, bug: tuple[str, type]) -> RankTrace:
     with by_messages(), patch.object(mesh, "p2p_collectives", Broken(*bug)):
         return trace(config, 3)
 
@@ -125,15 +125,15 @@ def test_a_bug_planted_in_messages_of_activations_breaks_it(bug: tuple[str, type
     config = config_of(2, {}, optim=ADAMW, parallel=parallel)
     traces = world(2).run(with_broken_activations, config, bug)
     with pytest.raises(AssertionError, match="off by"):
-        compare(merged(traces), reference(config, 3))
+        compare(merge_ranks(traces), reference(config, 3))
 
 
 @pytest.mark.slow
 def test_compiled_blocks_use_collectives_beside_them() -> None:
     """On the same groups."""
     config = config_of(4, MODELS["tied"], optim=ADAMW, parallel={"dp_shard": 2, "tp": 2}, compile=True)
-    renew(4)
-    compare(merged(world(4).run(directly, config, None)), reference(config, 3))
+    restart_world(4)
+    compare(merge_ranks(world(4).run(directly, config, None)), reference(config, 3))
 
 
 def counted(chosen: Case) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.laws.bugs import BUGS
-from tests.laws.law import hold
+from tests.laws.law import assert_matches_one_process
 from tests.laws.layouts import CLIPPED_SGD, PREFIX, SGD, UL2, Layout
 from tests.laws.worlds import WorldError
 
@@ -11,9 +11,9 @@ WHERE = {
     "replicas_gradients_are_not_reduced": Layout(2, {"dp_replicate": 2}),
     "shards_gradients_are_not_reduced": Layout(2, {"dp_shard": 2}),
     "context_gradients_are_not_reduced": Layout(4, {"dp_shard": 2, "cp": 2}),
-    "joined_gradients_are_not_added_over_tensor_ranks": Layout(2, {"tp": 2}),
+    "gathered_input_gradients_are_not_reduce_scattered": Layout(2, {"tp": 2}),
     "head_gradients_are_not_reduced_over_tensor_ranks": Layout(2, {"tp": 2}),
-    "shares_of_tokens_skip_what_whole_rows_skip": Layout(2, {"tp": 2}, "bounded", 3),
+    "token_shares_use_the_depth_scale_of_full_rows": Layout(2, {"tp": 2}, "bounded", 3),
     "tensor_ranks_take_the_positions_of_the_first": Layout(2, {"tp": 2}, "gpt", 3),
     "tied_embedding_is_not_reduced_over_stages": Layout(2, {"pp": 2}, "tied", 6),
     "norm_gradients_of_sequence_slices_are_not_reduced": Layout(2, {"tp": 2}),
@@ -35,21 +35,21 @@ WHERE = {
     "vocabulary_padding_is_scored": Layout(2, {"tp": 2}),
     "every_rank_initialised_with_the_same_shard": Layout(2, {"dp_shard": 2}),
     "pipeline_rescales_gradients": Layout(2, {"pp": 2}, micro=6),
-    "context_ranks_take_their_queries_for_the_last": Layout(2, {"cp": 2}, extra=PREFIX),
-    "every_microbatch_sees_what_the_first_may": Layout(2, {"pp": 2}, micro=6, extra=UL2),
-    "tensor_ranks_skip_layers_of_their_own_choice": Layout(2, {"tp": 2}, "bounded"),
+    "context_ranks_treat_their_queries_as_the_last": Layout(2, {"cp": 2}, extra=PREFIX),
+    "every_microbatch_uses_the_mask_of_the_first": Layout(2, {"pp": 2}, micro=6, extra=UL2),
+    "stochastic_depth_differs_between_tensor_ranks": Layout(2, {"tp": 2}, "bounded"),
     "encoders_table_is_not_reduced_over_stages": Layout(2, {"pp": 2}, "two", 6),
     "weights_stay_gathered_after_the_last_backward": Layout(2, {"dp_shard": 2}),
     "gradients_of_head_norms_are_not_reduced": Layout(2, {"tp": 2, "sequence_parallel": False}, "bounded"),
 }
 OPTIMIZERS = {  # planted in test_optimizers.py
-    "shares_made_orthogonal_each_by_itself",
-    "shares_handed_back_to_the_wrong_rank",
+    "shards_orthogonalized_separately",
+    "shards_returned_to_the_wrong_rank",
     "momentum_begins_anew_with_each_step",
     "momentum_is_the_first_ranks_alone",
-    "moments_rounded_by_the_place_in_the_share",
+    "moments_rounded_by_the_local_index",
 }
-COMPILED = {"joined_gradients_are_not_added_over_tensor_ranks": Layout(4, {"dp_shard": 2, "tp": 2}, "tied")}
+COMPILED = {"gathered_input_gradients_are_not_reduce_scattered": Layout(4, {"dp_shard": 2, "tp": 2}, "tied")}
 
 
 def test_every_bug_is_planted_somewhere() -> None:
@@ -61,17 +61,17 @@ def test_every_bug_is_planted_somewhere() -> None:
 def test_a_planted_bug_breaks_the_law(name: str) -> None:
     said = r"differ|off by|scored tokens|gradients:|parameters:|Tensor list must have at least one tensor"
     with pytest.raises((AssertionError, WorldError), match=said):
-        hold(WHERE[name], CLIPPED_SGD, steps=2, bug=name)
+        assert_matches_one_process(WHERE[name], CLIPPED_SGD, steps=2, bug=name)
 
 
 @pytest.mark.parametrize("layout", {str(layout): layout for layout in WHERE.values()}.values(), ids=str)
 def test_the_same_layouts_keep_it_without_a_bug(layout: Layout) -> None:
-    hold(layout, CLIPPED_SGD, steps=2)
+    assert_matches_one_process(layout, CLIPPED_SGD, steps=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_bug_of_compiled_blocks_breaks_the_law(name: str) -> None:
-    hold(COMPILED[name], SGD, steps=1, compile=True)
+    assert_matches_one_process(COMPILED[name], SGD, steps=1, compile=True)
     with pytest.raises(AssertionError, match=r"differ|off by"):
-        hold(COMPILED[name], SGD, steps=1, bug=name, compile=True)
+        assert_matches_one_process(COMPILED[name], SGD, steps=1, bug=name, compile=True)

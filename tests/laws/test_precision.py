@@ -9,7 +9,7 @@ import torch
 from dist_llm.engines.native import NativeEngine
 from dist_llm.optim.loss_scale import GROWTH_STEPS, LossScale
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, merged, reference, trace
+from tests.laws.law import batches_of, config_of, merge_ranks, reference, trace
 from tests.laws.layouts import MODELS, SGD, Layout
 from tests.laws.worlds import world
 
@@ -41,7 +41,7 @@ def config(layout: Layout, precision: str) -> Any:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_half_precision_is_fp32_within_its_rounding(layout: Layout, precision: str) -> None:
     """One step: loss within 2e-3, norm within 2e-2; each gradient points as fp32's does, at over 0.99 of cosine."""
-    got = merged(world(layout.ranks).run(trace, config(layout, precision), 1))
+    got = merge_ranks(world(layout.ranks).run(trace, config(layout, precision), 1))
     want = reference(config(layout, "fp32"), 1)
     assert got.losses[0] == pytest.approx(want.losses[0], rel=2e-3)
     assert got.norms[0] == pytest.approx(want.norms[0], rel=2e-2)

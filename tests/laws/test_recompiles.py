@@ -12,7 +12,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of
 from tests.laws.layouts import ADAMW
-from tests.laws.worlds import renew, world
+from tests.laws.worlds import restart_world, world
 
 LAYOUTS: list[Any] = [
     (1, {}),
@@ -42,7 +42,7 @@ def compiled(config: Config) -> list[int]:
 @pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS)
 def test_nothing_is_compiled_after_step_3(ranks: int, parallel: dict[str, Any]) -> None:
     config = config_of(ranks, {}, optim=ADAMW, data={"micro_batch": 4}, parallel=parallel, compile=True)
-    renew(ranks)
+    restart_world(ranks)
     for found in world(ranks).run(compiled, config):
         assert found[0] > 0, "blocks are compiled"
         assert found[3:] == [found[2]] * 3

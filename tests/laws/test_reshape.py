@@ -16,7 +16,7 @@ from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, close, config_of, whole
+from tests.laws.law import batches_of, close, config_of, full_tensor
 from tests.laws.layouts import ADAMW, MODELS, Layout
 from tests.laws.worlds import world
 
@@ -77,7 +77,7 @@ def half(
         kept.save(engine.state, Progress(first + 2), {})
         kept.finish()
     found = engine.state.weights() | engine.state.moments()
-    return losses, {name: whole(tensor) for name, tensor in found.items()}
+    return losses, {name: full_tensor(tensor) for name, tensor in found.items()}
 
 
 def on(layout: Layout, directory: Path, first: int, bug: bool = False) -> tuple[list[float], dict[str, Tensor]]:
@@ -95,7 +95,7 @@ def undisturbed() -> tuple[list[float], dict[str, Tensor]]:
     engine = NativeEngine(resolved(ONE), torch.device("cpu"))
     losses = [train_step(engine, batches_of(engine.config, engine, step), 1e-2, step).loss.item() for step in range(4)]
     found = engine.state.weights() | engine.state.moments()
-    return losses, {name: whole(tensor) for name, tensor in found.items()}
+    return losses, {name: full_tensor(tensor) for name, tensor in found.items()}
 
 
 def hold(pair: tuple[Layout, Layout], directory: Path, bug: bool = False) -> None:

@@ -98,7 +98,7 @@ def world(size: int) -> GlooWorld:
     return _worlds[size]
 
 
-def renew(size: int) -> None:
+def restart_world(size: int) -> None:
     """Let the next call start another world of that size.
 
     For compiled models: what torch traced of an earlier one's mesh may be found again where it cannot be used

@@ -1,0 +1,50 @@
+"""The lint of names: revised packages pass, and a planted retired word is reported."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.lint_names import CHECKED, ROOT, check_path
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_revised_package_has_no_retired_word(name: str) -> None:
+    assert (ROOT / name).exists()
+    assert list(check_path(ROOT / name)) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "line", "identifier"),
+    [
+        ("def glance():\n    pass\n", 1, "glance"),
+        ("class Between:\n    pass\n", 1, "Between"),
+        ("def load(told):\n    pass\n", 1, "told"),
+        ("x = 1\nheld = x\n", 2, "held"),
+        ("for each in ():\n    pass\n", 1, "each"),
+        ("sizes = [place for place in ()]\n", 1, "place"),
+        ("class A:\n    def __init__(self):\n        self._taken = 1\n", 3, "_taken"),
+        ("whole_BSD = 1\n", 1, "whole_BSD"),
+        ("import math as words\n", 1, "words"),
+        ("try:\n    pass\nexcept ValueError as found:\n    pass\n", 3, "found"),
+        ("if (mine := 1):\n    pass\n", 1, "mine"),
+        ("class A:\n    parts: int\n", 2, "parts"),
+    ],
+)
+def test_a_planted_retired_word_is_reported(source: str, line: int, identifier: str, tmp_path: Path) -> None:
+    file = tmp_path / "planted.py"
+    file.write_text(source)
+    reports = list(check_path(tmp_path))
+    assert reports
+    assert all(report.startswith(f"{file.resolve().as_posix()}:{line}: {identifier}: ") for report in reports)
+
+
+def test_a_retired_file_name_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "chance.py").write_text("")
+    (report,) = check_path(tmp_path)
+    assert "chance.py:0: chance: a retired word" in report
+
+
+def test_uses_and_parts_of_names_are_not_reported(tmp_path: Path) -> None:
+    """Names of libraries and of packages that are not revised may be used; a word within a name has a context."""
+    (tmp_path / "fine.py").write_text("import state\nmodel_parts = state.held + len(state.parts)\nstate.load(told=1)\n")
+    assert list(check_path(tmp_path)) == []
