@@ -20,7 +20,7 @@ def test_a_revised_package_has_no_retired_word(name: str) -> None:
         ("class Between:\n    pass\n", 1, "Between"),
         ("def load(told):\n    pass\n", 1, "told"),
         ("x = 1\nheld = x\n", 2, "held"),
-        ("for each in ():\n    pass\n", 1, "each"),
+        ("for every in ():\n    pass\n", 1, "every"),
         ("sizes = [place for place in ()]\n", 1, "place"),
         ("class A:\n    def __init__(self):\n        self._taken = 1\n", 3, "_taken"),
         ("whole_BSD = 1\n", 1, "whole_BSD"),

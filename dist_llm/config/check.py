@@ -76,10 +76,10 @@ def nearest_layouts(config: Config, world_size: int, tokenizer_size: int, limit:
     Nearest: the fewest axes of another size, then the smallest factors between old and new sizes, then the most data
     parallelism. A dp_shard of -1 may take any size.
     """
-    wanted = {axis: size for axis in AXES if (size := getattr(config.parallel, axis)) > 0}
+    requested = {axis: size for axis in AXES if (size := getattr(config.parallel, axis)) > 0}
 
     def distance(sizes: dict[str, int]) -> tuple[int, float, int]:
-        factors = [abs(math.log2(sizes[axis] / size)) for axis, size in wanted.items()]
+        factors = [abs(math.log2(sizes[axis] / size)) for axis, size in requested.items()]
         return sum(factor > 0 for factor in factors), sum(factors), sizes["pp"] * sizes["cp"] * sizes["tp"]
 
     layouts: list[dict[str, int]] = []
@@ -146,11 +146,11 @@ def _check_objective(config: Config) -> Iterator[Violation]:
     for number, each in enumerate(config.objective.components):
         where = f"objective.mixture.{number}" if config.objective.mixture else "objective"
         if each.name not in ALLOWED_OBJECTIVES[architecture]:
-            others = [name for name, objectives in ALLOWED_OBJECTIVES.items() if each.name in objectives]
+            architectures = [name for name, objectives in ALLOWED_OBJECTIVES.items() if each.name in objectives]
             yield Violation(
                 (f"{where}.name", "model.architecture"),
                 f"{each.name} is no objective of model.architecture {architecture}, which takes "
-                f"{' or '.join(ALLOWED_OBJECTIVES[architecture])}; {each.name} needs {' or '.join(others)}",
+                f"{' or '.join(ALLOWED_OBJECTIVES[architecture])}; {each.name} needs {' or '.join(architectures)}",
             )
             continue
         if each.mode and each.name not in ("prefix", "span"):

@@ -19,8 +19,8 @@ def check_data(config: Config) -> Iterator[Violation]:
     """All broken rules."""
     data = config.data
     if bool(data.path) == bool(data.sources):
-        found = "neither is set" if not data.path else "both are set"
-        yield Violation(("data.path", "data.sources"), f"name one corpus in path, or several in sources; {found}")
+        problem = "neither is set" if not data.path else "both are set"
+        yield Violation(("data.path", "data.sources"), f"name one corpus in path, or several in sources; {problem}")
     yield from _check_sources(data)
     yield from _check_stages(data)
     for number, (first, end) in enumerate(data.skip):
@@ -76,7 +76,7 @@ def _check_shares(where: str, weights: Mapping[str, float]) -> Iterator[Violatio
 
 def starved(weights: Mapping[str, float]) -> Iterator[str]:
     """A line for each source whose weight is above 0, but less than a sample of every BLOCK."""
-    whole = sum(weights.values())
+    total = sum(weights.values())
     for name, weight in weights.items():
-        if 0 < weight * BLOCK < whole:
-            yield f"{name} has {weight / whole:.1e} of the samples; the least share is 1/{BLOCK}"
+        if 0 < weight * BLOCK < total:
+            yield f"{name} has {weight / total:.1e} of the samples; the least share is 1/{BLOCK}"

@@ -59,10 +59,10 @@ def check_axes(config: Config) -> Iterator[Violation]:
     }
     for axis in unsupported[engine]:
         if (size := getattr(config.parallel, axis)) > 1:
-            others = "data or pipeline" if engine == "deepspeed" else "data"
+            supported = "data or pipeline" if engine == "deepspeed" else "data"
             yield Violation(
                 (f"parallel.{axis}", "engine"),
-                f"engine={engine} supports {others} parallelism only; set it to 1, or engine=native (now {size})",
+                f"engine={engine} supports {supported} parallelism only; set it to 1, or engine=native (now {size})",
             )
 
 

@@ -100,17 +100,21 @@ def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
 
 
 def _check_context(config: Config) -> Iterator[Violation]:
-    pieces, length = 2 * config.parallel.cp, config.data.seq_len
+    num_chunks, length = 2 * config.parallel.cp, config.data.seq_len
     if config.parallel.cp > 1 and config.model.architecture == "encoder_decoder":
         yield Violation(
             ("parallel.cp", "model.architecture"),
             "an encoder_decoder's sequences are not split over context ranks; set cp to 1",
         )
-    if config.parallel.cp > 1 and length % pieces:
-        nearest = f"{length // pieces * pieces} or {round_up(length, pieces)}" if length > pieces else str(pieces)
+    if config.parallel.cp > 1 and length % num_chunks:
+        nearest = (
+            f"{length // num_chunks * num_chunks} or {round_up(length, num_chunks)}"
+            if length > num_chunks
+            else str(num_chunks)
+        )
         yield Violation(
             ("data.seq_len", "parallel.cp"),
-            f"{length} tokens do not divide into the {pieces} pieces of cp {config.parallel.cp} "
+            f"{length} tokens do not divide into the {num_chunks} pieces of cp {config.parallel.cp} "
             f"(two a rank); the nearest that do: {nearest}",
         )
 
@@ -135,10 +139,10 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
         )
     microbatches = data.global_batch // ranks // (data.micro_batch or max(1, data.global_batch // ranks))
     # Interleaved schedules go round the ranks in whole turns.
-    whole = parallel.pp_schedule.startswith("interleaved")
+    interleaved = parallel.pp_schedule.startswith("interleaved")
     least = 1 if parallel.pp_schedule == "gpipe" else stages if parallel.pp_schedule == "zbv" else parallel.pp
-    if microbatches < least or (whole and microbatches % parallel.pp):
-        rule = f"a multiple of pp {parallel.pp}" if whole else f"at least {least}"
+    if microbatches < least or (interleaved and microbatches % parallel.pp):
+        rule = f"a multiple of pp {parallel.pp}" if interleaved else f"at least {least}"
         yield Violation(
             ("data.micro_batch", "data.global_batch", "parallel.pp", "parallel.pp_schedule"),
             f"{microbatches} microbatches for {parallel.pp_schedule} over pp {parallel.pp}, which takes {rule}; "
@@ -162,11 +166,11 @@ def _check_split_backward(config: Config) -> Iterator[Violation]:
             f"{parallel.pp_schedule} splits backward in two, which torch cannot do where the encoder's output is "
             "handed on and used, too; set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
         )
-    if not splits_backward(found := version("torch")):
+    if not splits_backward(torch_version := version("torch")):
         yield Violation(
             ("parallel.pp_schedule",),
-            f"{parallel.pp_schedule} splits backward in two, which torch {found} cannot do with FSDP and the loss; "
-            "upgrade torch to 2.13 or newer, or set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
+            f"{parallel.pp_schedule} splits backward in two, which torch {torch_version} cannot do with FSDP and the "
+            "loss; upgrade torch to 2.13 or newer, or set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
         )
     if config.compile:
         yield Violation(

@@ -101,49 +101,49 @@ class Difference:
 
 def function_of(model: ModelConfig) -> dict[str, Any]:
     """What a forward pass of a resolved model depends on, in one form: a key without effect here is None."""
-    found = {key: value for key, value in model.model_dump().items() if MODEL_ROLES[key] != "training"}
+    fields = {key: value for key, value in model.model_dump().items() if MODEL_ROLES[key] != "training"}
     if model.positions != "rope":
-        found["rope_theta"] = None
+        fields["rope_theta"] = None
     if model.positions != "relative":
-        found["relative_buckets"] = found["relative_distance"] = None
+        fields["relative_buckets"] = fields["relative_distance"] = None
     if model.positions != "learned":
-        found["max_seq_len"] = None  # how far it was trained, and no limit of the model
+        fields["max_seq_len"] = None  # how far it was trained, and no limit of the model
     if model.architecture != "encoder_decoder":
-        found["n_encoder_layers"] = None
-    found["attention_scale"] = model.attention_scale or model.head_dim**-0.5
-    found["qkv_bias"] = model.bias or model.qkv_bias
-    return found
+        fields["n_encoder_layers"] = None
+    fields["attention_scale"] = model.attention_scale or model.head_dim**-0.5
+    fields["qkv_bias"] = model.bias or model.qkv_bias
+    return fields
 
 
 def function_differences(before: Config, now: Config) -> list[Difference]:
     """Where two resolved configs compute different functions: keys of `model`, and the objective."""
-    then, here = function_of(before.model), function_of(now.model)
+    old, new = function_of(before.model), function_of(now.model)
     raw = before.model.model_dump(), now.model.model_dump()
     # A change of one key may give another one an effect (positions: rope_theta), which is then no change by itself.
-    keys = [key for key in then if then[key] != here[key] and raw[0][key] != raw[1][key]]
-    found = [Difference(f"model.{key}", raw[0][key], raw[1][key]) for key in keys]
+    keys = [key for key in old if old[key] != new[key] and raw[0][key] != raw[1][key]]
+    differences = [Difference(f"model.{key}", raw[0][key], raw[1][key]) for key in keys]
     objectives = _objective_of(before), _objective_of(now)
-    return found + ([Difference("objective", *objectives)] if objectives[0] != objectives[1] else [])
+    return differences + ([Difference("objective", *objectives)] if objectives[0] != objectives[1] else [])
 
 
 def other_differences(before: Config, now: Config) -> list[Difference]:
     """Where the model sections differ without changing the function."""
     function = {each.key for each in function_differences(before, now)}
     pairs = zip(before.model.model_dump().items(), now.model.model_dump().values(), strict=True)
-    every = [Difference(f"model.{key}", then, here) for (key, then), here in pairs if then != here]
-    return [each for each in every if each.key not in function]
+    differences = [Difference(f"model.{key}", old, new) for (key, old), new in pairs if old != new]
+    return [each for each in differences if each.key not in function]
 
 
 def resume_differences(before: Config, now: Config) -> list[Difference]:
     """Differences with which a run cannot go on. Its objective and data are compared with data.json instead."""
-    found = [each for each in function_differences(before, now) if each.key != "objective"]
+    differences = [each for each in function_differences(before, now) if each.key != "objective"]
     rows = [round_up(each.model.vocab_size, each.model.vocab_multiple) for each in (before, now)]
     if before.model.vocab_size == now.model.vocab_size and rows[0] != rows[1]:
-        found.append(Difference("model.vocab_multiple", before.model.vocab_multiple, now.model.vocab_multiple))
+        differences.append(Difference("model.vocab_multiple", before.model.vocab_multiple, now.model.vocab_multiple))
     masks = before.data.document_mask, now.data.document_mask
     if masks[0] != masks[1] and now.data.on_change == "refuse":
-        found.append(Difference("data.document_mask", *masks))
-    return found
+        differences.append(Difference("data.document_mask", *masks))
+    return differences
 
 
 def _objective_of(config: Config) -> str:
@@ -153,21 +153,21 @@ def _objective_of(config: Config) -> str:
 
 
 def _kind_of(spec: ObjectiveSpec, one_stack: bool) -> str:
-    words = [f"mode {spec.mode}"] if spec.mode else []
+    options = [f"mode {spec.mode}"] if spec.mode else []
     if one_stack and spec.name in ("prefix", "span"):
-        words.append(f"see_prefix {str(spec.see_prefix).lower()}")
-    return f"{spec.name} ({', '.join(words)})" if words else spec.name
+        options.append(f"see_prefix {str(spec.see_prefix).lower()}")
+    return f"{spec.name} ({', '.join(options)})" if options else spec.name
 
 
 def merge_model(
-    own: Mapping[str, Any], saved: Mapping[str, Any], place: str, allowed: object
+    own: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: str, allowed: object
 ) -> tuple[dict[str, Any], list[Violation]]:
     """(a raw model section from that of the checkpoint at `place`, violations) for `model: {from: place, **own}`.
 
     Keys that decide the function must agree with the checkpoint's, unless init_allow (`allowed`) names them.
     """
     names = list(allowed) if isinstance(allowed, list | tuple) else []
-    odd = [
+    conflicts = [
         (name, value)
         for name, value in own.items()
         if MODEL_ROLES.get(name, "training") != "training" and value != saved[name] and f"model.{name}" not in names
@@ -175,12 +175,12 @@ def merge_model(
     violations = [
         Violation(
             (f"model.{name}",),
-            f"{value} stands beside model.from, but {place} has {saved[name]}; remove the key"
+            f"{value} stands beside model.from, but {checkpoint} has {saved[name]}; remove the key"
             + (f", or add model.{name} to init_allow" if MODEL_ROLES[name] == "requestable" else ""),
         )
-        for name, value in odd
+        for name, value in conflicts
     ]
-    return {**saved, **own, **{name: saved[name] for name, _ in odd}}, violations
+    return {**saved, **own, **{name: saved[name] for name, _ in conflicts}}, violations
 
 
 def check_init(config: Config) -> Iterator[Violation]:

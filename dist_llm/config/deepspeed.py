@@ -61,7 +61,7 @@ TIMERS = ("wall_clock_breakdown", "flops_profiler.enabled")  # which its pipelin
 
 
 @dataclass(frozen=True)
-class Ours:
+class ConfigValue:
     """A value, and the key of our config that it comes from."""
 
     value: Any
@@ -70,14 +70,16 @@ class Ours:
 
 def deepspeed_json(config: Config, ranks: int) -> dict[str, Any]:
     """What `deepspeed.initialize` is given for a resolved and checked config on so many data-parallel ranks."""
-    theirs = {key: value for key, value in _flat(_read(config)) if not key.startswith("optimizer.")}
-    ours = {key: each.value for key, each in _ours(config, ranks).items() if not key.startswith("optimizer.")}
+    user_values = {key: value for key, value in _flat(_read(config)) if not key.startswith("optimizer.")}
+    config_values = {
+        key: each.value for key, each in _config_values(config, ranks).items() if not key.startswith("optimizer.")
+    }
     fixed: dict[str, Any] = {}
     if config.precision == "bf16":
         fixed["communication_data_type"] = "fp32"
         if config.deepspeed.stage > 1:
             fixed["data_types.grad_accum_dtype"] = "fp32"
-    return _nested({**DEFAULTS, **fixed, **theirs, **ours})
+    return _nested({**DEFAULTS, **fixed, **user_values, **config_values})
 
 
 def check_deepspeed(config: Config, ranks: int) -> Iterator[Violation]:
@@ -106,13 +108,13 @@ def check_deepspeed(config: Config, ranks: int) -> Iterator[Violation]:
 def _contradictions(config: Config, ranks: int) -> Iterator[Violation]:
     """Between the user's JSON and the config."""
     try:
-        theirs = dict(_flat(_read(config)))
+        user_values = dict(_flat(_read(config)))
     except (OSError, ValueError) as error:
         yield Violation(("deepspeed.config",), f"{config.deepspeed.config} cannot be read as JSON: {error}")
         return
-    ours, name = _ours(config, ranks), config.deepspeed.config
-    for key, value in theirs.items():
-        known = ours.get(key)
+    config_values, name = _config_values(config, ranks), config.deepspeed.config
+    for key, value in user_values.items():
+        known = config_values.get(key)
         if key.startswith("optimizer.") and known is None:
             yield Violation(("deepspeed.config",), f"{name}: remove {key}: optim.* says it all")
         elif key == "scheduler" or key.startswith("scheduler."):
@@ -132,41 +134,41 @@ def _contradictions(config: Config, ranks: int) -> Iterator[Violation]:
             yield Violation(("deepspeed.config", "parallel.pp"), f"{name}: remove {key}: pipelines cannot stand it")
 
 
-def _ours(config: Config, ranks: int) -> dict[str, Ours]:
+def _config_values(config: Config, ranks: int) -> dict[str, ConfigValue]:
     """All that our config decides, by dotted key of DeepSpeed's."""
     data, optim, zero = config.data, config.optim, config.deepspeed
     micro = data.micro_batch or max(1, data.global_batch // ranks)
-    found = {
-        "train_batch_size": Ours(data.global_batch, "data.global_batch"),
-        "train_micro_batch_size_per_gpu": Ours(micro, "data.micro_batch"),
-        "gradient_accumulation_steps": Ours(max(1, data.global_batch // (ranks * micro)), "data.micro_batch"),
-        "gradient_clipping": Ours(optim.clip, "optim.clip"),
-        "zero_optimization.stage": Ours(zero.stage, "deepspeed.stage"),
-        "bf16.enabled": Ours(config.precision == "bf16", "precision"),
-        "fp16.enabled": Ours(False, "precision"),
-        "tensor_parallel.autotp_size": Ours(1, "parallel.tp"),
-        "optimizer.type": Ours("SGD" if optim.name == "sgd" else "AdamW", "optim.name"),
-        "optimizer.params.lr": Ours(optim.lr, "optim.lr"),
-        "optimizer.params.weight_decay": Ours(optim.weight_decay, "optim.weight_decay"),
-        "optimizer.params.eps": Ours(optim.eps, "optim.eps"),
-        "optimizer.params.betas": Ours([optim.beta1, optim.beta2], "optim.beta1"),
-        "optimizer.params.momentum": Ours(optim.momentum, "optim.momentum"),
-        "optimizer.params.torch_adam": Ours(True, "optim.name"),
+    values = {
+        "train_batch_size": ConfigValue(data.global_batch, "data.global_batch"),
+        "train_micro_batch_size_per_gpu": ConfigValue(micro, "data.micro_batch"),
+        "gradient_accumulation_steps": ConfigValue(max(1, data.global_batch // (ranks * micro)), "data.micro_batch"),
+        "gradient_clipping": ConfigValue(optim.clip, "optim.clip"),
+        "zero_optimization.stage": ConfigValue(zero.stage, "deepspeed.stage"),
+        "bf16.enabled": ConfigValue(config.precision == "bf16", "precision"),
+        "fp16.enabled": ConfigValue(False, "precision"),
+        "tensor_parallel.autotp_size": ConfigValue(1, "parallel.tp"),
+        "optimizer.type": ConfigValue("SGD" if optim.name == "sgd" else "AdamW", "optim.name"),
+        "optimizer.params.lr": ConfigValue(optim.lr, "optim.lr"),
+        "optimizer.params.weight_decay": ConfigValue(optim.weight_decay, "optim.weight_decay"),
+        "optimizer.params.eps": ConfigValue(optim.eps, "optim.eps"),
+        "optimizer.params.betas": ConfigValue([optim.beta1, optim.beta2], "optim.beta1"),
+        "optimizer.params.momentum": ConfigValue(optim.momentum, "optim.momentum"),
+        "optimizer.params.torch_adam": ConfigValue(True, "optim.name"),
     }
     for name, where in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_params)):
         key = "deepspeed.offload_params" if name == "offload_param" else f"deepspeed.{name}"
-        found[f"zero_optimization.{name}.device"] = Ours(where, key)
-    return found
+        values[f"zero_optimization.{name}.device"] = ConfigValue(where, key)
+    return values
 
 
 def _read(config: Config) -> dict[str, Any]:
     """The user's JSON. Raises OSError or ValueError where it is none."""
     if not config.deepspeed.config:
         return {}
-    found = json.loads(Path(config.deepspeed.config).read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
+    content = json.loads(Path(config.deepspeed.config).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
         raise ValueError("it is no object")
-    return found
+    return content
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -178,20 +180,20 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
     for key, value in flat.items():
         *sections, last = key.split(".")
-        place = found
+        section_node = nested
         for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return found
+            section_node = section_node.setdefault(section, {})
+        section_node[last] = value
+    return nested
 
 
-def _equal(theirs: Any, ours: Any) -> bool:
+def _equal(user_value: Any, config_value: Any) -> bool:
     """A number is a number however it is written, but true is no 1."""
-    if isinstance(theirs, bool) or isinstance(ours, bool):
-        return theirs is ours
-    if isinstance(theirs, int | float) and isinstance(ours, int | float):
-        return float(theirs) == float(ours)
-    return bool(theirs == ours)
+    if isinstance(user_value, bool) or isinstance(config_value, bool):
+        return user_value is config_value
+    if isinstance(user_value, int | float) and isinstance(config_value, int | float):
+        return float(user_value) == float(config_value)
+    return bool(user_value == config_value)

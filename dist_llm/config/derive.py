@@ -75,14 +75,14 @@ def round_up(number: int, multiple: int) -> int:
 
 def dp_shard(parallel: ParallelConfig, world_size: int) -> int:
     """The sharding degree, where -1 takes all that the other axes leave (at least 1)."""
-    others = parallel.dp_replicate * parallel.cp * parallel.tp * parallel.pp
-    return parallel.dp_shard if parallel.dp_shard > 0 else max(1, world_size // others)
+    other_axes = parallel.dp_replicate * parallel.cp * parallel.tp * parallel.pp
+    return parallel.dp_shard if parallel.dp_shard > 0 else max(1, world_size // other_axes)
 
 
 def divisors(number: int) -> str:
     """For messages: `1, 2, 3, 6`, the middle left out where there are many."""
-    found = [n for n in range(1, number + 1) if number % n == 0]
-    shown: Sequence[int | str] = found if len(found) <= 12 else [*found[:8], "...", *found[-3:]]
+    numbers = [n for n in range(1, number + 1) if number % n == 0]
+    shown: Sequence[int | str] = numbers if len(numbers) <= 12 else [*numbers[:8], "...", *numbers[-3:]]
     return ", ".join(map(str, shown))
 
 

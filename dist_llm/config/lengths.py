@@ -48,17 +48,17 @@ def noise_tokens(window: int, density: float) -> int:
 
 
 def _span(spec: ObjectiveSpec, architecture: str, seq_len: int, mode: int) -> Lengths:
-    def wanted(window: int) -> tuple[int, float]:
+    def noise_and_spans(window: int) -> tuple[int, float]:
         noise = noise_tokens(window, spec.noise_density)
         return noise, min(max(noise / spec.mean_span, 1.0), noise, window - noise)
 
     if architecture == "encoder_decoder":
         # The source, [mode] text with sentinels and an end, hardly grows with each token of the window.
         density = spec.noise_density
-        kept = 1 - density + min(density / spec.mean_span, 1 - density)
-        window = max(2, int((seq_len - mode - 6) / kept))
+        output_per_token = 1 - density + min(density / spec.mean_span, 1 - density)
+        window = max(2, int((seq_len - mode - 6) / output_per_token))
         while True:
-            noise, target = wanted(window)
+            noise, target = noise_and_spans(window)
             excess = mode + window - noise + round(target) + 1 - seq_len
             if excess >= 0:  # where one token more added two, to text and sentinels, a sentinel too many
                 spans = round(target) - excess
@@ -71,7 +71,7 @@ def _span(spec: ObjectiveSpec, architecture: str, seq_len: int, mode: int) -> Le
         window = seq_len + 1 - mode - 2 - 2 * spans
         if window < 2:
             break
-        noise, target = wanted(window)
+        noise, target = noise_and_spans(window)
         if spans <= min(noise, window - noise) and (best is None or abs(spans - target) < best[0]):
             best = abs(spans - target), Lengths(window, window, seq_len, 0, noise, spans)
     assert best is not None
@@ -80,9 +80,9 @@ def _span(spec: ObjectiveSpec, architecture: str, seq_len: int, mode: int) -> Le
 
 def all_lengths(config: Config) -> list[Lengths]:
     """Those of each member of the objective, the inputs as long in all of them."""
-    found = [lengths(each, config.model.architecture, config.data.seq_len) for each in config.objective.components]
+    unpadded = [lengths(each, config.model.architecture, config.data.seq_len) for each in config.objective.components]
     longest = inputs_len(config)
-    return [Lengths(each.window, each.stride, longest, each.source, each.noise, each.spans) for each in found]
+    return [Lengths(each.window, each.stride, longest, each.source, each.noise, each.spans) for each in unpadded]
 
 
 def inputs_len(config: Config) -> int:

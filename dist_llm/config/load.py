@@ -82,8 +82,8 @@ def load_config(
         if read_model is None:
             violations.append(Violation((f"model.{FROM}",), "can only be used in the config of a run; remove the key"))
             read_model = _without_from
-        raw["model"], found = read_model(model, raw.get("init_allow", ()))
-        violations += found
+        raw["model"], model_violations = read_model(model, raw.get("init_allow", ()))
+        violations += model_violations
     return _validate(raw, violations)
 
 

@@ -69,11 +69,11 @@ def nearest(name: str, known: Sequence[str]) -> str:
     section, _, leaf = name.rpartition(".")
     neighbours = [key for key in known if key.rpartition(".")[0] == section]
     # First the same name in another place, then an alias, a neighbour's name misspelt, any name misspelt.
-    meant = [key for key in known if _leaf(key) == leaf]
-    meant = meant or [meaning for alias, meaning in ALIASES.items() if alias == leaf]
-    meant = meant or _misspelt(leaf, neighbours) or _misspelt(leaf, known)
-    if meant:
-        return f"; did you mean {' or '.join(meant)}?"
+    suggestions = [key for key in known if _leaf(key) == leaf]
+    suggestions = suggestions or [meaning for alias, meaning in ALIASES.items() if alias == leaf]
+    suggestions = suggestions or _misspelt(leaf, neighbours) or _misspelt(leaf, known)
+    if suggestions:
+        return f"; did you mean {' or '.join(suggestions)}?"
     return f"; valid here: {', '.join(map(_leaf, neighbours))}" if neighbours else ""
 
 

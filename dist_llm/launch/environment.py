@@ -86,9 +86,9 @@ def check_accelerate(
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("deepspeed.offload_optimizer", [zero.offload_optimizer]),
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("deepspeed.offload_params", [zero.offload_params]),
     }
-    for name, (ours, values) in expected.items():
+    for name, (key_of_config, values) in expected.items():
         if (value := environ.get(name)) is not None and value not in values:
             yield Violation(
-                (ours, "engine"),
+                (key_of_config, "engine"),
                 f"needs {name}={values[0]}, but accelerate was launched with {value}; change one of them",
             )

@@ -187,10 +187,10 @@ class RunLock:
             if (lock := read_lock(path)) is None:
                 continue
             holder = lock.holder
-            gone = is_gone(holder, self.me, self.job_ended)
-            if gone is None:
-                gone = self._is_untouched(path, lock)
-            if not gone:
+            is_stale = is_gone(holder, self.me, self.job_ended)
+            if is_stale is None:
+                is_stale = self._is_untouched(path, lock)
+            if not is_stale:
                 raise ConfigError(self._refusal(holder))
             successor = path.with_name(f"{path.name}.{holder.token[:8]}")
             self._acquire(successor)

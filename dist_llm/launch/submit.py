@@ -75,10 +75,10 @@ def _short(override: str) -> str:
     return f"{key.rpartition('.')[2]}={value.replace('/', '-')}"
 
 
-def parse_sweep(words: Sequence[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def parse_sweep(options: Sequence[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Parse `optim.lr=1e-3,3e-4`. Raises ConfigError for a word that is not a key with values."""
     sweep = []
-    for word in words:
+    for word in options:
         key, _, values = word.partition("=")
         choices = tuple(filter(None, values.split(",")))
         if not key or not choices:

@@ -81,27 +81,27 @@ def show(console: Console, batch: Batch, tokenizer: Tokenizer, vocabulary: Vocab
         table.add_column(column)
     inputs, targets = batch.inputs_BS[0].tolist(), batch.targets_BS[0].tolist()
     seen_ST = seen(batch)
-    for place, (token, target) in enumerate(zip(inputs, targets, strict=True)):
-        if place == SHOWN_TOKENS:
+    for position, (token, target) in enumerate(zip(inputs, targets, strict=True)):
+        if position == SHOWN_TOKENS:
             table.add_row("...", "", "", "", "")
             break
         aim = "" if target == IGNORE else named(target)
-        table.add_row(str(place), named(token), ranges(seen_ST[place]), aim, "no" if target == IGNORE else "yes")
+        table.add_row(str(position), named(token), ranges(seen_ST[position]), aim, "no" if target == IGNORE else "yes")
     console.print(table)
 
 
 def seen(batch: Batch) -> Tensor:
     """Who sees whom in the first row, [S, S]."""
     S = batch.inputs_BS.shape[1]
-    places = torch.arange(S)
-    return batch.mask.allows(S, S, torch.tensor(0), places[:, None], places)
+    positions = torch.arange(S)
+    return batch.mask.allows(S, S, torch.tensor(0), positions[:, None], positions)
 
 
 def ranges(seen_T: Tensor) -> str:
     """`0..4, 7..9`: the places that are true."""
-    places = torch.nonzero(seen_T).flatten().tolist()
-    starts = [place for place in places if place - 1 not in places]
-    ends = [place for place in places if place + 1 not in places]
+    positions = torch.nonzero(seen_T).flatten().tolist()
+    starts = [position for position in positions if position - 1 not in positions]
+    ends = [position for position in positions if position + 1 not in positions]
     return ", ".join(f"{start}..{end}" for start, end in zip(starts, ends, strict=True))
 
 

@@ -22,14 +22,14 @@ from dist_llm.objectives.build_objective import Objective
 class Evaluation:
     """Over `tokens` scored targets; `loss` in nats per token.
 
-    `bits_per_byte` where every token of the text is predicted from those before it, else None; `parts` has the
+    `bits_per_byte` where every token of the text is predicted from those before it, else None; `breakdown` has the
     losses of each source and each member of a mixture, by name, where there are several.
     """
 
     loss: float
     tokens: int
     bits_per_byte: float | None = None
-    parts: dict[str, float] = field(default_factory=dict)
+    breakdown: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -48,13 +48,13 @@ class Heldout:
 
     def check(self) -> None:
         """Raises DataError where there is too little text to score."""
-        wanted = 2 if self.objective.is_plain_causal else max(size.window for _, size in self.objective.components)
+        needed = 2 if self.objective.is_plain_causal else max(size.window for _, size in self.objective.components)
         for corpus in self.corpora.values():
             if self.objective.layout.document_mask:
                 corpus.check_document_bounds()
-            if corpus.n_tokens < wanted:
+            if corpus.n_tokens < needed:
                 raise DataError(
-                    f"{corpus.directory}: the objective needs {wanted} tokens of {corpus.split} text, but there are "
+                    f"{corpus.directory}: the objective needs {needed} tokens of {corpus.split} text, but there are "
                     f"{corpus.n_tokens}; prepare more, or with a larger --heldout-fraction"
                 )
 
@@ -74,21 +74,23 @@ def evaluate(engine: Engine, heldout: Heldout, alive: Callable[[], None] = lambd
         for member, name in enumerate(members)
     }
     loss, tokens = (sum(column) for column in zip(*sums.values(), strict=True))
-    parts: dict[str, float] = {}
+    breakdown: dict[str, float] = {}
     for source in heldout.corpora if len(heldout.corpora) > 1 else ():
-        parts[source] = _mean([each for (of, _), each in sums.items() if of == source])
+        breakdown[source] = _mean([each for (of, _), each in sums.items() if of == source])
     for name in members if len(members) > 1 else ():
-        parts[name] = _mean([each for (_, of), each in sums.items() if of == name])
+        breakdown[name] = _mean([each for (_, of), each in sums.items() if of == name])
     text_bytes = sum(
         count
         * heldout.corpora[source].manifest.text_bytes(heldout.corpora[source].split)
         / heldout.corpora[source].n_tokens
         for (source, _), (_, count) in sums.items()
     )
-    whole = all(spec.name == "causal" for spec, _ in heldout.objective.components)
-    whole &= heldout.score_prompts or not any(corpus.manifest.prompts for corpus in heldout.corpora.values())
-    bits = loss / math.log(2) / text_bytes if whole and text_bytes else None
-    return Evaluation(loss / max(tokens, 1), int(tokens), bits, parts)
+    predicts_all_text = all(spec.name == "causal" for spec, _ in heldout.objective.components)
+    predicts_all_text &= heldout.score_prompts or not any(
+        corpus.manifest.prompts for corpus in heldout.corpora.values()
+    )
+    bits = loss / math.log(2) / text_bytes if predicts_all_text and text_bytes else None
+    return Evaluation(loss / max(tokens, 1), int(tokens), bits, breakdown)
 
 
 def _mean(sums: list[tuple[float, int]]) -> float:
@@ -101,9 +103,9 @@ def _score(
     """(sum of losses, scored tokens) of one member on one corpus, over all ranks."""
     losses: list[Tensor] = []
     count = 0
-    for whole in heldout_batches(heldout, corpus, member, *engine.dp_rank_and_size):
+    for batch_of_data_rank in heldout_batches(heldout, corpus, member, *engine.dp_rank_and_size):
         alive()
-        batch = engine.to_local_batch(whole)
+        batch = engine.to_local_batch(batch_of_data_rank)
         losses.append(engine.score(batch).sum())
         count += batch.num_valid_tokens
     return float(engine.all_reduce_over_data(torch.stack(losses).double().sum())), int(
@@ -127,24 +129,24 @@ def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ra
     n_windows = min(heldout.limit, n_windows) if heldout.limit else n_windows
     share = -(-n_windows // ranks)
     for first in range(rank * share, (rank + 1) * share, heldout.micro_batch):
-        wanted = np.arange(first, min(first + heldout.micro_batch, (rank + 1) * share))
-        there = wanted < n_windows
+        window_ids = np.arange(first, min(first + heldout.micro_batch, (rank + 1) * share))
+        is_window = window_ids < n_windows
         if objective.is_plain_causal:
-            yield _plain(corpus, size.stride, wanted, there)
+            yield _plain(corpus, size.stride, window_ids, is_window)
         else:
-            numbers = np.where(there, wanted, 0)
+            numbers = np.where(is_window, window_ids, 0)
             starts, documents = numbers * size.stride, objective.layout.document_mask
             windows = read_windows(corpus, starts, size.window, heldout.score_prompts, documents)
             batch = objective(windows, numbers, [member] * len(numbers))
-            targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(there)[:, None], IGNORE)
+            targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(is_window)[:, None], IGNORE)
             yield replace(batch, targets_BS=targets_BS, num_valid_tokens=int((targets_BS != IGNORE).sum()))
 
 
-def _plain(corpus: Corpus, stride: int, wanted: np.ndarray, there: np.ndarray) -> Batch:
-    windows = np.full((len(wanted), stride + 1), IGNORE, dtype=np.int64)
-    for place in np.flatnonzero(there).tolist():
-        start = int(wanted[place]) * stride
+def _plain(corpus: Corpus, stride: int, window_ids: np.ndarray, is_window: np.ndarray) -> Batch:
+    windows = np.full((len(window_ids), stride + 1), IGNORE, dtype=np.int64)
+    for row in np.flatnonzero(is_window).tolist():
+        start = int(window_ids[row]) * stride
         length = min(stride + 1, corpus.n_tokens - start)
-        windows[place, :length] = corpus.read(np.array([start]), length)[0]
+        windows[row, :length] = corpus.read(np.array([start]), length)[0]
     tokens = torch.from_numpy(windows)
     return Batch.of(tokens[:, :-1].clamp(min=0), tokens[:, 1:], CAUSAL)

@@ -27,15 +27,15 @@ def plan_rate(config: Config, checkpoint: Folder | None) -> Config:
     schedule = ScheduleConfig.model_validate(_known(ScheduleConfig, saved.get("schedule", {})))
     optim = OptimConfig.model_validate(_known(OptimConfig, saved.get("optim", {})))
     planned, next_step = plan_schedule(config, schedule), progress_of(checkpoint).step + 1
-    kept = planned.schedule.decay_steps
-    if not config.schedule.decay_steps and kept != config.run.steps:
+    decay_steps = planned.schedule.decay_steps
+    if not config.schedule.decay_steps and decay_steps != config.run.steps:
         replanned = learning_rate(config.optim, plan_schedule(config).schedule, next_step)
         rate = learning_rate(config.optim, planned.schedule, next_step)
         if rate != replanned:
             log.info(
                 "learning rate: the decay was planned to end at step %d and does, though run.steps is %d now: step %d "
                 "has %.3g. With schedule.on_extend=replan it would have %.3g",
-                *(kept, config.run.steps, next_step, rate, replanned),
+                *(decay_steps, config.run.steps, next_step, rate, replanned),
             )
     if schedule.decay_steps:
         before, now = (

@@ -46,8 +46,8 @@ def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
     """Begin with another run's weights. Raises CheckpointError where they do not fit, or are not what was saved."""
     requested = check_start(path, config)
     log_start(path, config, requested)
-    parts = any(each.key in PART_KEYS for each in requested)
-    added, dropped = check_parameters(path, checkpoints.shapes(path), config.model, parts)
+    changes_parts = any(each.key in PART_KEYS for each in requested)
+    added, dropped = check_parameters(path, checkpoints.shapes(path), config.model, changes_parts)
     for what, names in (("that keep their initial values", added), ("of the checkpoint are not used", dropped)):
         if names:
             log.info("init_allow: parameters %s: %s", what, ", ".join(names))
@@ -132,9 +132,9 @@ class EarlierSteps:
 
 def _changes(before: Config, now: Config) -> list[str]:
     """Keys and sections that decide the losses, and have changed."""
-    found = [name for name in DECIDING if getattr(before, name) != getattr(now, name)]
-    found += [f"data.{name}" for name in DECIDING_DATA if getattr(before.data, name) != getattr(now.data, name)]
+    changes = [name for name in DECIDING if getattr(before, name) != getattr(now, name)]
+    changes += [f"data.{name}" for name in DECIDING_DATA if getattr(before.data, name) != getattr(now.data, name)]
     if before.run.seed != now.run.seed:
-        found.append("run.seed")
+        changes.append("run.seed")
     weights = [[(each.name, each.weight, each.epochs) for each in config.data.sources] for config in (before, now)]
-    return found + (["data.sources"] if weights[0] != weights[1] else [])
+    return changes + (["data.sources"] if weights[0] != weights[1] else [])

@@ -14,23 +14,23 @@ from dist_llm.objectives.batch import Batch
 class SampleAudit:
     """Sums a 64-bit digest of the sample numbers in this rank's batches, and compares it with the sample plan.
 
-    `every`: steps between checks (data.audit_every); 0: never.
+    `interval`: steps between checks (data.audit_every); 0: never.
     """
 
-    def __init__(self, engine: Engine, loader: Loader, every: int) -> None:
-        self.engine, self.loader, self.every = engine, loader, every
+    def __init__(self, engine: Engine, loader: Loader, interval: int) -> None:
+        self.engine, self.loader, self.interval = engine, loader, interval
         self.first_samples: list[int] = []  # of each step since the last check
         self.digest_sum = 0
 
     def add(self, first_sample: int, batches: Sequence[Batch]) -> None:
         """Add the batches of the step that starts at `first_sample`. Raises DataError on all ranks if a check fails."""
-        if not self.every:
+        if not self.interval:
             return
         self.first_samples.append(first_sample)
         for batch in batches:
             assert batch.sample_ids_B is not None
             self.digest_sum += digest_samples(batch.sample_ids_B.numpy())
-        if len(self.first_samples) == self.every:
+        if len(self.first_samples) == self.interval:
             self.check()
 
     def check(self) -> None:

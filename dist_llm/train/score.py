@@ -64,7 +64,7 @@ def score(checkpoint: str, data: str | None, split: Split, windows: Windows, wor
             f"({why}): {result.tokens:,} tokens\n"
             f"loss {result.loss:.4f} nats per token\nperplexity {result.perplexity:.3f}"
         )
-        for name, loss in result.parts.items():
+        for name, loss in result.breakdown.items():
             print(f"loss of {name} {loss:.4f}")
         if result.bits_per_byte is not None:
             print(f"bits per byte {result.bits_per_byte:.4f}")

@@ -19,8 +19,8 @@ from dist_llm.text.tokenizer import Tokenizer
 
 def read_vocabulary(config: Config, directory: Path) -> Vocabulary:
     """What the config's objective has to know of the ids of the tokenizer in `directory`."""
-    words = any(each.whole_words for each in config.objective.components)
-    return Tokenizer.load(directory).vocabulary(words)
+    with_words = any(each.whole_words for each in config.objective.components)
+    return Tokenizer.load(directory).vocabulary(with_words)
 
 
 def read_model(own: dict[str, Any], allowed: object) -> tuple[dict[str, Any], list[Violation]]:
@@ -28,15 +28,15 @@ def read_model(own: dict[str, Any], allowed: object) -> tuple[dict[str, Any], li
     from dist_llm.checkpoint.compatible import config_of  # imports torch: only where it is needed
     from dist_llm.checkpoint.store import meant
 
-    place, own = own[FROM], {name: value for name, value in own.items() if name != FROM}
+    checkpoint, own = own[FROM], {name: value for name, value in own.items() if name != FROM}
     nothing = {"d_model": 2, "n_layers": 1, "n_heads": 1, **own}  # so that the other sections can be checked
-    if not isinstance(place, str) or not place:
-        return nothing, [Violation((f"model.{FROM}",), f"must be a checkpoint or a run, found {place!r}")]
+    if not isinstance(checkpoint, str) or not checkpoint:
+        return nothing, [Violation((f"model.{FROM}",), f"must be a checkpoint or a run, found {checkpoint!r}")]
     try:
-        saved = config_of(meant(place)).model.model_dump()
+        saved = config_of(meant(checkpoint)).model.model_dump()
     except (UserError, OSError) as error:
         return nothing, [Violation((f"model.{FROM}",), str(error))]
-    return merge_model(own, saved, place, allowed)
+    return merge_model(own, saved, checkpoint, allowed)
 
 
 def read_config(path: Path | None, overrides: Sequence[str], world_size: int) -> Config:

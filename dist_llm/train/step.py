@@ -60,8 +60,8 @@ def _terms(engine: Engine, microbatches: int, losses: Tensor) -> Tensor:
     sums = losses.new_zeros(2)
     for part in engine.model_parts:
         collected = None if part.head is None else part.head.terms
-        if collected is not None and (found := collected.pop_latest(microbatches)) is not None:
-            sums = sums + found
+        if collected is not None and (sums_of_part := collected.pop_latest(microbatches)) is not None:
+            sums = sums + sums_of_part
     return sums
 
 

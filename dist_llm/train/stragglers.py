@@ -56,11 +56,11 @@ class StragglerMonitor:
         busy = [1 - waiting / samples for waiting, samples in counted]
         self._reset()
         row: Row = {"step": step, "busy_seconds": [round(share * step_seconds, 6) for share in busy]}
-        rank, others = find_slowest(busy)
-        if busy[rank] - others > MIN_LAG:
+        rank, median_of_others = find_slowest(busy)
+        if busy[rank] - median_of_others > MIN_LAG:
             row["event"] = (
                 f"step {step}: rank {rank} is slow: it is busy for {busy[rank] * step_seconds:.3f} s of a step of "
-                f"{step_seconds:.3f} s, the median of the others is {others * step_seconds:.3f} s; "
+                f"{step_seconds:.3f} s, the median of the others is {median_of_others * step_seconds:.3f} s; "
                 f"logs/rank_{rank:05d}.log names its node"
             )
         return [row]

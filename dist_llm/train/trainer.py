@@ -151,7 +151,7 @@ class Trainer:
         data_seconds = time.perf_counter() - start
         lr = learning_rate(config.optim, config.schedule, progress.step + 1)
         self.audit.add(progress.samples, batches)
-        if (every := config.guard.replay_every) and (progress.step + 1) % every == 0:
+        if (interval := config.guard.replay_every) and (progress.step + 1) % interval == 0:
             differences = replay(self.engine, self.loader, progress.samples, progress.step, config.precision)
             self.guard.report_divergence(progress.step + 1, differences)
         should_apply = partial(self.guard.should_apply, progress.step + 1) if self.guard.skips else None
@@ -165,13 +165,13 @@ class Trainer:
             log.info("%s", self.repetitions.pop(0))
         values = progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, data_seconds
         self.recorder.add(StepMetrics(*values, report.by_source, terms_of(report, config.loss)))
-        if (every := config.guard.digest_every) and progress.step % every == 0:
+        if (interval := config.guard.digest_every) and progress.step % interval == 0:
             self.compare_replicas()
 
     def compare_replicas(self) -> None:
         """Raises DivergedError or RewindError on all ranks if replicas of the weights differ."""
-        if copies := self.engine.replicated_params:
-            self.guard.report_divergence(self.progress.step, find_mismatches(copies, self.world.host))
+        if replicated_params := self.engine.replicated_params:
+            self.guard.report_divergence(self.progress.step, find_mismatches(replicated_params, self.world.host))
 
     def flush_metrics(self) -> None:
         """Write the metrics so far. Raises DivergedError or RewindError on all ranks if a step has an anomaly."""
@@ -193,7 +193,7 @@ class Trainer:
         }
         if result.bits_per_byte is not None:
             row["heldout_bits_per_byte"] = result.bits_per_byte
-        row |= {f"heldout_loss_{name}": loss for name, loss in result.parts.items()}
+        row |= {f"heldout_loss_{name}": loss for name, loss in result.breakdown.items()}
         if self.config.eval.sample_prompt and self.can_sample:
             row["sample"] = self.sample()
         self.recorder.emit([row])
@@ -207,8 +207,8 @@ class Trainer:
         (model,) = self.engine.model_parts
         model.eval()
         request = ask(config, tokenizer, config.eval.sample_prompt)
-        pieces = text(model, tokenizer, request, sampling, config.model.max_seq_len, stop=False)
-        return config.eval.sample_prompt + "".join(pieces)
+        chunks = text(model, tokenizer, request, sampling, config.model.max_seq_len, stop=False)
+        return config.eval.sample_prompt + "".join(chunks)
 
     def save(self) -> None:
         """Start to write a checkpoint of this step. The metrics up to this step are written first."""
