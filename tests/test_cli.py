@@ -228,7 +228,7 @@ def test_debug_is_one_rank_whatever_the_config_says(config, monkeypatch):
         (OSError(errno.EMFILE, "Too many open files", b"x"), "x: Too many open files; raise the limit"),
         ("\u00e9".encode, r"standard output is ascii and cannot show '\xe9'; set PYTHONUTF8=1"),
     ],
-    ids=str,
+    ids=["full disk", "permission", "read-only", "not a directory", "open files", "ascii"],
 )
 def test_what_the_system_refuses_and_the_user_can_mend_is_no_crash(error, said, monkeypatch, capsys):
     def fail(options):

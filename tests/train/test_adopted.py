@@ -101,5 +101,5 @@ def test_megatron_files_train_as_our_own(end_tokens: bool, tmp_path: Path, capsy
     keys = [f"run.dir={tmp_path / 'runs' / 'theirs'}", f"data.path={corpora['theirs']}"]
     assert train(read_config(config, keys, 1), World()) == 0
     log = (tmp_path / "runs" / "theirs" / "logs" / "rank_00000.log").read_text()
-    assert "nothing to do: the run has taken 6 steps, and run.steps is 6; raise it to go on" in log
+    assert "nothing to do: the run has taken 6 steps, and run.steps is 6; raise it to continue" in log
     assert log.count(repeated) == 1, "not again"
