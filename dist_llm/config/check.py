@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_llm.config.check_data import check_data
+from dist_llm.config.check_effect import check_effect
 from dist_llm.config.check_engine import check_axes, check_engine
 from dist_llm.config.check_fp8 import check_fp8
 from dist_llm.config.check_guard import check_guard
@@ -61,6 +62,7 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
         *check_guard(config),
         *check_engine(config, world_size),
         *check_fp8(config),
+        *check_effect(config),
     ]
     layout = list(check_layout(config, world_size, tokenizer_size))
     if layout and (valid := nearest_layouts(config, world_size, tokenizer_size)):

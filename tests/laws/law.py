@@ -97,6 +97,8 @@ def raw_config(model: dict[str, Any], **sections: Any) -> dict[str, Any]:
     }
     for name, value in sections.items():
         raw[name] = {**raw.get(name, {}), **value} if isinstance(value, dict) else value
+    if "mixture" in raw["objective"]:
+        raw["objective"] = {"mixture": raw["objective"]["mixture"]}
     return raw
 
 

@@ -71,7 +71,7 @@ def test_errors_name_the_option(imported: Path, tmp_path: Path, capsys: pytest.C
     assert result.tokens == 111
     out = capsys.readouterr().out
     assert f"{imported} has no tokenizer: it is taken to be that of the corpus" in out
-    (imported / "tokenizer.json").write_bytes(BYTES.file_bytes().replace(b': 256', b': 300'))
+    (imported / "tokenizer.json").write_bytes(BYTES.file_bytes().replace(b": 256", b": 300"))
     try:
         assert "--data: " in refused(str(tmp_path / "corpus"))
     finally:

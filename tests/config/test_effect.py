@@ -1,0 +1,179 @@
+"""Every key has an effect: a run reads it, or a config in which nothing reads it is refused."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_llm.config import schema
+from dist_llm.config.check import check
+from dist_llm.config.check_effect import OBJECTIVES_OF_KEY, RULES
+from dist_llm.config.lengths import lengths
+from dist_llm.config.schema import Config, Section
+from dist_llm.data.shard import Manifest, ShardWriter
+from dist_llm.launch.world import World
+from dist_llm.text.vocabulary import build_tokenizer
+from dist_llm.train import settings
+from dist_llm.train.run import train
+from dist_llm.train.settings import read_config
+from tests.config.test_check import make
+
+# (overrides of a config in which the key has no effect, the key, what the message says)
+WITHOUT_EFFECT = [
+    ({"model__positions": "learned", "model__rope_theta": 5e5}, "model.rope_theta", "model.positions=rope"),
+    ({"model__relative_buckets": 16}, "model.relative_buckets", "model.positions=relative"),
+    ({"model__relative_distance": 64}, "model.relative_distance", "model.positions=relative"),
+    ({"optim__name": "sgd", "optim__beta1": 0.8}, "optim.beta1", "optim.name=adamw or muon"),
+    ({"optim__name": "sgd", "optim__beta2": 0.8}, "optim.beta2", "optim.name=adamw or muon"),
+    ({"optim__name": "sgd", "optim__eps": 1e-6}, "optim.eps", "optim.name=adamw or muon"),
+    ({"optim__moments": "bf16", "optim__implementation": "foreach"}, "optim.implementation", "optim.moments=fp32"),
+    ({"optim__muon_momentum": 0.9}, "optim.muon_momentum", "optim.name=muon"),
+    ({"optim__momentum": 0.9}, "optim.momentum", "optim.name=sgd"),
+    ({"optim__weight_decay": 0.0, "optim__decay_embeddings": True}, "optim.decay_embeddings", "optim.weight_decay"),
+    ({"schedule__decay_fraction": 0.5}, "schedule.decay_fraction", "schedule.name=wsd"),
+    ({"schedule__name": "constant", "schedule__min_ratio": 0.5}, "schedule.min_ratio", "than constant"),
+    ({"parallel__pp_schedule": "gpipe"}, "parallel.pp_schedule", "parallel.pp above 1"),
+    ({"parallel__pp_split": "count"}, "parallel.pp_split", "parallel.pp above 1"),
+    ({"parallel__sequence_parallel": False}, "parallel.sequence_parallel", "parallel.tp above 1"),
+    ({"parallel__async_tp": True}, "parallel.async_tp", "parallel.tp above 1"),
+    ({"parallel__recompute_budget": 0.5}, "parallel.recompute_budget", "compile=true"),
+    ({"guard__corrupt": "rewind", "guard__skip_steps": 3}, "guard.skip_steps", "guard.spike=rewind"),
+    ({"guard__budget": 3}, "guard.budget", "skips or rewinds"),
+    ({"eval__sample_tokens": 8}, "eval.sample_tokens", "eval.sample_prompt"),
+    ({"objective__see_prefix": False}, "objective.see_prefix", "only under prefix or span"),
+    ({"objective__mask_rate": 0.3}, "objective.mask_rate", "no effect under causal, only under masked"),
+    ({"objective__whole_words": True}, "objective.whole_words", "only under masked"),
+    ({"objective__noise_density": 0.3}, "objective.noise_density", "only under span"),
+    ({"objective__mean_span": 5.0}, "objective.mean_span", "only under span"),
+    ({"objective__fim_rate": 0.9}, "objective.fim_rate", "no effect under causal, only under fim"),
+    ({"objective__fim_spm_rate": 0.9}, "objective.fim_spm_rate", "only under fim"),
+    ({"objective__weight": 2.0}, "objective.weight", "without objective.mixture"),
+    (
+        {"objective": {"fim_rate": 0.9, "mixture": [{"name": "causal"}, {"name": "fim"}]}},
+        "objective.fim_rate",
+        "beside objective.mixture",
+    ),
+    (
+        {"objective": {"mixture": [{"name": "causal", "fim_rate": 0.9}, {"name": "fim"}]}},
+        "objective.mixture.0.fim_rate",
+        "no effect under causal",
+    ),
+    (
+        {"data__path": "", "data__sources": [{"name": "a", "path": "a", "weight": 1.0, "epochs": 2.0}]},
+        "data.sources.0.epochs",
+        "beside a weight",
+    ),
+]
+
+
+@pytest.mark.parametrize(("keys", "key", "message"), WITHOUT_EFFECT, ids=[key for _, key, _ in WITHOUT_EFFECT])
+def test_a_key_without_effect_is_refused(keys: dict[str, Any], key: str, message: str) -> None:
+    violations = [each for each in check(make(**keys), 1, 300) if each.keys[0] == key]
+    assert len(violations) == 1
+    assert message in violations[0].message
+
+
+def test_every_rule_has_a_case() -> None:
+    cases = {key for _, key, _ in WITHOUT_EFFECT}
+    assert cases >= {key for key, _, _ in RULES} | {f"objective.{name}" for name in OBJECTIVES_OF_KEY}
+
+
+# Read with several ranks, another engine, a GPU or after an error: the tests of those show their effects.
+READ_ELSEWHERE = {
+    *(f"ParallelConfig.{name}" for name in ("reshard", "reduce_each_microbatch", "cpu_offload", "async_tp")),
+    *(f"ParallelConfig.{name}" for name in ("sequence_parallel", "pp_schedule", "pp_split", "recompute_budget")),
+    *(f"DeepSpeedConfig.{name}" for name in ("stage", "offload_optimizer", "offload_params", "config")),
+    *(f"GuardConfig.{name}" for name in ("spike_z", "skip_steps", "budget")),
+    "AccelerateConfig.plugin",
+    "CheckpointConfig.probe",  # where a probe differs
+}
+# Runs of two steps that together read every key.
+RUNS: list[dict[str, Any]] = [
+    {
+        "eval": {"every": 1, "sample_prompt": "to", "sample_tokens": 2},
+        "guard": {"spike": "skip", "replay_every": 1},
+        "data": {"seq_len": 8},
+    },
+    {"run": {"dir": "run0", "steps": 3}, "data": {"on_change": "new_segment"}},
+    {"init_from": "run0", "init_allow": ["objective"], "init_optimizer": "keep", "objective": {"name": "prefix"}},
+    {
+        "model": {"architecture": "encoder", "positions": "learned", "head": "mlm"},
+        "objective": {"name": "masked"},
+        "optim": {"name": "muon"},
+        "schedule": {"name": "wsd"},
+        "checkpoint": {"keep_best": 1, "every": 1},
+        "eval": {"every": 1},
+    },
+    {
+        "model": {"architecture": "encoder_decoder", "positions": "relative"},
+        "objective": {"mixture": [{"name": "span", "mode": "R"}, {"name": "prefix", "mode": "S"}]},
+        "optim": {"name": "sgd"},
+        "guard": {"not_finite": "rewind"},
+    },
+    {"objective": {"name": "span", "mode": "R"}},
+    {
+        "objective": {"name": "fim"},
+        "data": {
+            "path": "",
+            "sources": [{"name": "a", "path": "."}, {"name": "b", "path": "."}],
+            "stages": [{"from_tokens": 16, "weights": {"a": 1.0, "b": 3.0}}],
+        },
+    },
+]
+
+
+def keys_of(section: type[Section]) -> Iterator[str]:
+    """Yield `Section.field` for every key of the schema."""
+    for name, field in section.model_fields.items():
+        names = re.findall(r"dist_llm\.config\.schema\.(\w+)", str(field.annotation))
+        kinds = [getattr(schema, each) for each in names]
+        if not kinds:
+            yield f"{section.__name__}.{name}"
+        for kind in kinds:
+            yield from keys_of(kind)
+
+
+def test_a_run_reads_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path)
+    reads: set[str] = set()
+    read_attribute = Section.__getattribute__
+
+    def record(self: Section, name: str) -> Any:
+        if not name.startswith("_") and name in type(self).model_fields:
+            reads.update(f"{kind.__name__}.{name}" for kind in type(self).__mro__)
+        return read_attribute(self, name)
+
+    for number, sections in enumerate(RUNS):
+        raw: dict[str, Any] = {
+            "run": {"dir": f"run{number}", "steps": 2},
+            "model": {"d_model": 8, "n_layers": 1, "n_heads": 2},
+            "data": {"path": ".", "seq_len": 16, "global_batch": 2},
+            "log": {"peak_tflops": 1.0},
+        }
+        for name, value in sections.items():
+            raw[name] = {**raw.get(name, {}), **value} if isinstance(value, dict) else value
+        Path("config.yaml").write_text(json.dumps(raw))
+        read_config(Path("config.yaml"), [], 1)  # breaks no rule
+        lengths.cache_clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(settings, "check", lambda *rest: [])  # a rule that reads a key is no effect
+            patched.setattr(Section, "__getattribute__", record)
+            train(read_config(Path("config.yaml"), [], 1), World())
+    unread = {key for key in keys_of(Config) if key not in reads}
+    assert not unread - READ_ELSEWHERE, f"keys that no run reads: {sorted(unread - READ_ELSEWHERE)}"
+
+
+def write_corpus(directory: Path) -> None:
+    tokenizer = build_tokenizer("byte", None, list)
+    tokenizer.save(directory)
+    text = "to be or not to be, that is the question: " * 20
+    shards = {}
+    for split in ("train", "heldout"):
+        with ShardWriter(directory, split, "uint16", 1000) as writer:
+            writer.add(tokenizer.encode(text), text_bytes=len(text))
+            shards[split] = writer.close()
+    Manifest("uint16", tokenizer.vocab_size, tokenizer.sha256, ("here",), shards).save(directory)
