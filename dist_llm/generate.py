@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.state import Held
+from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.config.load import load_saved
 from dist_llm.config.schema import Config
 from dist_llm.convert.spread import spread
@@ -54,7 +54,7 @@ def load_model(
     checkpoint: Path | str, device: torch.device, offload: Offload | None = None
 ) -> tuple[Decoder, Tokenizer, Config]:
     """The model of a checkpoint (or of a run's newest) on one device, or spread, ready to sample."""
-    path = store.find(checkpoint)
+    path = store.open_checkpoint(checkpoint)
     config = load_saved(path)
     if not (path / TOKENIZER_FILE).exists():
         raise DataError(
@@ -68,7 +68,7 @@ def load_model(
     with torch.device("meta"):
         model = build_model(config.model)
     model.to_empty(device=device)
-    store.load(path, Held(model), moments=False)
+    store.load(path, TorchState(model), moments=False)
     return model.eval(), Tokenizer.load(path), config
 
 

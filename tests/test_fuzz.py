@@ -32,13 +32,13 @@ import torch
 import zstandard
 from pyarrow import parquet
 
-from dist_llm.checkpoint.compatible import config_of
+from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.compatibility import read_config
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.manifest import read_manifest, verify
+from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import parse_probe
-from dist_llm.checkpoint.state import Progress
-from dist_llm.checkpoint.store import progress_of
-from dist_llm.checkpoint.tensors import NativeWeights
+from dist_llm.checkpoint.store import read_progress
 from dist_llm.config.check import check
 from dist_llm.config.lengths import Lengths
 from dist_llm.config.load import dump, load_config
@@ -198,8 +198,8 @@ def read_checkpoint(directory: Path) -> None:
         lambda: read_manifest(folder),
         lambda: verify(folder),
         lambda: read_all(NativeWeights(directory)),
-        lambda: hub.model_shapes(config_of(directory).model),
-        lambda: progress_of(folder),
+        lambda: hub.model_shapes(read_config(directory).model),
+        lambda: read_progress(folder),
         lambda: history.parse(folder.read("data.json"), "data.json"),
         lambda: parse_probe(folder.read("probe.json"), "probe.json"),
         lambda: Tokenizer.load(directory).vocabulary(words=True),

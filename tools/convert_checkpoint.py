@@ -44,12 +44,12 @@ from rich.table import Table
 from torch import Tensor
 
 from dist_llm.checkpoint import manifest
-from dist_llm.checkpoint.compatible import config_of
+from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.compatibility import read_config
 from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE, Probe, compare_probes, parse_probe
-from dist_llm.checkpoint.state import Progress
-from dist_llm.checkpoint.store import PROGRESS, find, meant, progress_of
-from dist_llm.checkpoint.tensors import NativeWeights
+from dist_llm.checkpoint.store import PROGRESS, open_checkpoint, read_progress, resolve_checkpoint
 from dist_llm.config.compare import function_differences
 from dist_llm.config.lengths import extra_ids
 from dist_llm.config.load import dump, load_saved, parse_saved
@@ -148,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
 
 def to_hf(options: argparse.Namespace) -> None:
     """Write a directory for Hugging Face's `from_pretrained`."""
-    path, dtype = find(options.checkpoint), DTYPES[options.dtype]
+    path, dtype = open_checkpoint(options.checkpoint), DTYPES[options.dtype]
     config, tokenizer = load_saved(path), None
     if options.no_tokenizer or not (path / TOKENIZER_FILE).exists():
         console.print(f"without a tokenizer: {'--no-tokenizer' if options.no_tokenizer else f'{path} has none'}")
@@ -203,7 +203,7 @@ def from_hf(options: argparse.Namespace) -> None:
 
 def to_torch(options: argparse.Namespace) -> None:
     """Write one file of `torch.save`: {"model": ..., "optim": ..., "files": ...}."""
-    path = find(options.checkpoint)
+    path = open_checkpoint(options.checkpoint)
     weights = NativeWeights(path)
     content: dict[str, dict[str, Tensor | str]] = {"model": {}, "optim": {}}
     for name in track(weights.shapes, "reading"):
@@ -252,11 +252,11 @@ def from_nanogpt(options: argparse.Namespace) -> None:
 
 def to_nanogpt(options: argparse.Namespace) -> None:
     """Write nanoGPT's ckpt.pt."""
-    path = find(options.checkpoint)
+    path = open_checkpoint(options.checkpoint)
     config, weights = load_saved(path), NativeWeights(path)
     with made_whole(Path(options.out)) as aside:
         with shown(weights, "converting") as seen:
-            torch.save(nanogpt_content(seen, config, progress_of(Folder(path)).step), aside)
+            torch.save(nanogpt_content(seen, config, read_progress(Folder(path)).step), aside)
         probe = stream_probe(weights, config.model)
         show_probe(stored_probe(path), probe, path)
         model, theirs = read_nanogpt(load_torch(aside), str(aside))
@@ -268,8 +268,8 @@ def to_deepspeed(options: argparse.Namespace) -> None:
     """Write a ZeRO 1, 2 or 3 directory, or a universal checkpoint."""
     if bool(options.stage) == options.universal:
         raise CheckpointError("give either --stage 1, 2 or 3 (and --world), or --universal")
-    path = find(options.checkpoint)
-    config, step = load_saved(path), progress_of(Folder(path)).step
+    path = open_checkpoint(options.checkpoint)
+    config, step = load_saved(path), read_progress(Folder(path)).step
     groups, settings, shared = groups_of(config)
     show_probe(stored_probe(path), stream_probe(NativeWeights(path), config.model), path)
     with shown(NativeWeights(path), "converting") as weights:
@@ -286,7 +286,7 @@ def to_deepspeed(options: argparse.Namespace) -> None:
 
 def from_deepspeed(options: argparse.Namespace) -> None:
     """Write a checkpoint of a DeepSpeed directory, moments included."""
-    like = find(options.like)
+    like = open_checkpoint(options.like)
     config = load_saved(like)
     groups, _, shared = groups_of(config)
     found = open_deepspeed(Path(options.directory), groups)
@@ -316,13 +316,13 @@ def groups_of(config: Config) -> tuple[list[list[str]], list[dict[str, Any]], di
 
 def average(options: argparse.Namespace) -> None:
     """Write the mean of the weights of several checkpoints, without moments."""
-    paths = [find(each) for each in options.checkpoints]
+    paths = [open_checkpoint(each) for each in options.checkpoints]
     every = [NativeWeights(path) for path in paths]
     shapes = {name: shape for name, shape in every[0].shapes.items() if name.startswith("model.")}
     for path, other in zip(paths, every, strict=True):
         if {name: shape for name, shape in other.shapes.items() if name.startswith("model.")} != shapes:
             raise CheckpointError(f"{path}: is of another model than {paths[0]}")
-        odd = function_differences(config_of(paths[0]), config_of(path))
+        odd = function_differences(read_config(paths[0]), read_config(path))
         if odd := [each for each in odd if each.key != "objective"]:
             values = f"{odd[0].key} {odd[0].now}, {odd[0].before} there"
             raise CheckpointError(f"{path}: is of another model than {paths[0]}: {values}")
@@ -376,10 +376,10 @@ def inspect(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> None:
     """Check every byte of a checkpoint against its manifest, and its weights against its probe."""
-    folder = meant(options.checkpoint)
+    folder = resolve_checkpoint(options.checkpoint)
     manifest.verify(folder)
     console.print(f"{folder}: every byte is as it was saved")
-    path = folder.local or find(options.checkpoint)
+    path = folder.local or open_checkpoint(options.checkpoint)
     stored = stored_probe(path)
     show_probe(stored, stream_probe(NativeWeights(path), load_saved(path).model) if stored else None, path)
 
@@ -391,7 +391,7 @@ def open_weights(place: str) -> Weights:
         return _of_torch(load_torch(path))
     if any(path.glob("*.safetensors")) or (path / TORCH_FILE).exists() or (path / TORCH_INDEX).exists():
         return open_huggingface(path)
-    return NativeWeights(find(place))
+    return NativeWeights(open_checkpoint(place))
 
 
 def write(

@@ -28,41 +28,41 @@ from dist_llm.errors import CheckpointError
 
 READ_BYTES = 1 << 22  # at once: of a remote file by one request
 WRITE_BYTES = 1 << 20  # at once: few enough to be in the cache still when they are hashed
-AHEAD_BYTES = 1 << 23  # after which the disk is told to begin
+WRITEBACK_BYTES = 1 << 23  # after which the disk is told to begin
 METADATA = ".metadata"  # torch's, of all tensors
 CANCELLED = "another thread could not write"
-WRITERS = 2  # threads, each with a file of its own: one writes and hashes while the other waits for the disk
+NUM_WRITE_THREADS = 2  # threads, each with a file of its own: one writes and hashes while the other waits for the disk
 
 
 class Folder:
     """The directory at `place`, a path or a URL. Its small files are read and written whole."""
 
     def __init__(self, place: "Folder | Path | str") -> None:
-        self.place = str(place).rstrip("/")
-        self.fs, self.path = fsspec.core.url_to_fs(self.place)
+        self.location = str(place).rstrip("/")
+        self.fs, self.path = fsspec.core.url_to_fs(self.location)
 
     def __str__(self) -> str:
-        return self.place
+        return self.location
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Folder) and other.place == self.place
+        return isinstance(other, Folder) and other.location == self.location
 
     def __hash__(self) -> int:
-        return hash(self.place)
+        return hash(self.location)
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.place}/{name}")
+        return Folder(f"{self.location}/{name}")
 
     @property
     def name(self) -> str:
-        return self.place.rpartition("/")[2]
+        return self.location.rpartition("/")[2]
 
     @property
     def local(self) -> Path | None:
         """Its path, if it is on a disk."""
         return Path(self.path) if isinstance(self.fs, LocalFileSystem) else None
 
-    def names(self) -> list[str]:
+    def list_names(self) -> list[str]:
         """What it holds, sorted; nothing if it is not there."""
         self.fs.invalidate_cache()
         try:
@@ -77,7 +77,7 @@ class Folder:
         content: bytes = self.fs.cat_file(f"{self.path}/{name}")
         return content
 
-    def hash(self, name: str, like: str) -> str:
+    def compute_hash(self, name: str, like: str) -> str:
         """Of a whole file, read in blocks, of the kind that `like` is."""
         digest = hasher(like)
         with self.fs.open(f"{self.path}/{name}", "rb", block_size=READ_BYTES) as file:
@@ -92,7 +92,7 @@ class Folder:
             file.flush()
             _sync(file)
 
-    def make(self) -> None:
+    def create(self) -> None:
         self.fs.makedirs(self.path, exist_ok=True)
 
     def sync(self) -> None:
@@ -110,7 +110,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Written:
+class FileRecord:
     """A file's size, and its hash as `named` has it."""
 
     bytes: int
@@ -123,7 +123,7 @@ class FolderReader(filesystem.FileSystemReader):
     def __init__(self, folder: Folder) -> None:
         super().__init__(folder.path)
         self.path = folder.path
-        self.fs = _Files(folder.fs)  # type: ignore[assignment]  # declared as one for disks alone
+        self.fs = _HashingFileSystem(folder.fs)  # type: ignore[assignment]  # declared as one for disks alone
         self.folder = folder
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -139,10 +139,10 @@ class FolderWriter(filesystem.FileSystemWriter):
 
     def __init__(self, folder: Folder, few_files: bool = True) -> None:
         # Nothing is copied ahead: that would be on the stream of another device than this rank's, in a thread.
-        durable, threads = folder.local is not None, WRITERS if few_files else 1
+        durable, threads = folder.local is not None, NUM_WRITE_THREADS if few_files else 1
         super().__init__(folder.path, few_files, durable, thread_count=threads, per_thread_copy_ahead=0)
         self.path = folder.path
-        self.files = _Files(folder.fs)
+        self.files = _HashingFileSystem(folder.fs)
         self.fs = self.files  # type: ignore[assignment]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -151,7 +151,7 @@ class FolderWriter(filesystem.FileSystemWriter):
         try:
             done = super().write_data(plan, planner)
             if len(done.value()) < len(plan.items):
-                raise self.problem or CheckpointError("a thread that writes tensors failed; its error is above")
+                raise self.error or CheckpointError("a thread that writes tensors failed; its error is above")
         except BaseException:
             self.files.stop()
             raise
@@ -160,22 +160,22 @@ class FolderWriter(filesystem.FileSystemWriter):
         return done
 
     @property
-    def problem(self) -> OSError | None:
+    def error(self) -> OSError | None:
         """What the system said where a write failed."""
-        return self.files.problem
+        return self.files.error
 
     @property
-    def written(self) -> dict[str, Written]:
-        return {path.rpartition("/")[2]: written for path, written in self.files.written.items()}
+    def file_records(self) -> dict[str, FileRecord]:
+        return {path.rpartition("/")[2]: written for path, written in self.files.file_records.items()}
 
 
-class _Files(filesystem.FileSystemBase):
+class _HashingFileSystem(filesystem.FileSystemBase):
     def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
         self.fs = fs
         self.on_disk = isinstance(fs, LocalFileSystem) and hasattr(os, "posix_fadvise")
-        self.written: dict[str, Written] = {}
-        self.problem: OSError | None = None
-        self.streams: set[_Hashed] = set()  # that are open
+        self.file_records: dict[str, FileRecord] = {}
+        self.error: OSError | None = None
+        self.streams: set[_HashingStream] = set()  # that are open
         self.stopped = False
 
     def stop(self) -> None:
@@ -195,14 +195,14 @@ class _Files(filesystem.FileSystemBase):
             # torch.save's own checksum takes longer than the write, and every byte is hashed here. The option is this
             # thread's own; in older torch it is the process's, and `write_data` puts it back.
             torch.serialization.set_crc32_options(False)
-            stream = _Hashed(file, self)
+            stream = _HashingStream(file, self)
             self.streams.add(stream)
             try:
                 yield stream
             finally:
-                self.problem = self.problem or stream.problem
+                self.error = self.error or stream.error
                 self.streams.discard(stream)
-            self.written[str(path)] = Written(stream.length, named(stream.digest))
+            self.file_records[str(path)] = FileRecord(stream.length, named(stream.digest))
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         return f"{path}/{suffix}"
@@ -212,7 +212,7 @@ class _Files(filesystem.FileSystemBase):
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         self.fs.mv(path, new_path)
-        self.written[str(new_path)] = self.written.pop(str(path))
+        self.file_records[str(new_path)] = self.file_records.pop(str(path))
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
         self.fs.makedirs(path, exist_ok=True)
@@ -232,13 +232,13 @@ class _Files(filesystem.FileSystemBase):
         return names
 
 
-class _Hashed(io.RawIOBase):
+class _HashingStream(io.RawIOBase):
     """Hands on what is written, and hashes it."""
 
-    def __init__(self, file: IO[bytes], files: _Files) -> None:
+    def __init__(self, file: IO[bytes], files: _HashingFileSystem) -> None:
         self.file, self.files, self.length, self.digest = file, files, 0, hasher()
-        self.announced = 0  # bytes that the system was told to write
-        self.problem: OSError | None = None
+        self.writeback_bytes = 0  # bytes that the system was told to write
+        self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
         view = memoryview(content).cast("B")
@@ -252,15 +252,15 @@ class _Hashed(io.RawIOBase):
         try:
             self.file.write(block)
         except OSError as error:
-            self.problem = error
+            self.error = error
             raise
         self.digest.update(block)
         self.length += len(block)
-        if self.files.on_disk and self.length - self.announced >= AHEAD_BYTES:
+        if self.files.on_disk and self.length - self.writeback_bytes >= WRITEBACK_BYTES:
             file = self.fileno()
             with suppress(OSError):  # the advice: have the disk begin now, not when the file is synced
-                os.posix_fadvise(file, self.announced, self.length - self.announced, os.POSIX_FADV_DONTNEED)
-            self.announced = self.length
+                os.posix_fadvise(file, self.writeback_bytes, self.length - self.writeback_bytes, os.POSIX_FADV_DONTNEED)
+            self.writeback_bytes = self.length
 
     def tell(self) -> int:
         return self.length
@@ -269,7 +269,7 @@ class _Hashed(io.RawIOBase):
         try:
             self.file.flush()
         except OSError as error:
-            self.problem = error
+            self.error = error
             raise
 
     def fileno(self) -> int:

@@ -11,21 +11,21 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
-from dist_llm.checkpoint.folder import Folder, Written
+from dist_llm.checkpoint.folder import FileRecord, Folder
 from dist_llm.data.remote import hasher, named
 from dist_llm.errors import CheckpointError
 
 MARKER, MANIFEST = "COMMITTED", "manifest.json"
 FORMAT = "dist_llm checkpoint 2"
 TENSORS = ".distcp"
-THREADS = 4  # that hash at once, in each process
+NUM_HASH_THREADS = 4  # that hash at once, in each process
 
 
 class DamagedError(CheckpointError):
     """What is there is not what was saved. (That it cannot be read just now is another thing.)"""
 
 
-def commit(folder: Folder, files: Mapping[str, Written]) -> None:
+def commit(folder: Folder, files: Mapping[str, FileRecord]) -> None:
     """Make `folder`, all of whose files are there and durable, a checkpoint."""
     content = {"format": FORMAT, "files": {name: asdict(files[name]) for name in sorted(files)}}
     manifest = json.dumps(content, indent=1).encode() + b"\n"
@@ -35,12 +35,12 @@ def commit(folder: Folder, files: Mapping[str, Written]) -> None:
     folder.sync()
 
 
-def write(folder: Folder, name: str, content: bytes) -> Written:
+def write_file(folder: Folder, name: str, content: bytes) -> FileRecord:
     """A small file, and what the manifest says of it."""
     folder.write(name, content)
     digest = hasher()
     digest.update(content)
-    return Written(len(content), named(digest))
+    return FileRecord(len(content), named(digest))
 
 
 def verify(folder: Folder, part: int = 0, parts: int = 1, tensors: bool = True) -> None:
@@ -54,27 +54,27 @@ def verify(folder: Folder, part: int = 0, parts: int = 1, tensors: bool = True) 
             if (size := folder.size(name)) != written.bytes:
                 raise DamagedError(f"{folder}: damaged: {name} has {size} bytes of {written.bytes}")
         mine = [name for name in files if tensors or not name.endswith(TENSORS)][part::parts]
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(NUM_HASH_THREADS) as pool:
             want = [files[name].hash for name in mine]
-            for name, was, found in zip(mine, want, pool.map(folder.hash, mine, want), strict=True):
+            for name, was, found in zip(mine, want, pool.map(folder.compute_hash, mine, want), strict=True):
                 if found != was:
                     raise DamagedError(f"{folder}: damaged: {name} is not what was saved (its hash differs)")
     except OSError as error:
-        raise _unreadable(folder, error) from None
+        raise _read_error(folder, error) from None
 
 
-def read_manifest(folder: Folder) -> dict[str, Written]:
+def read_manifest(folder: Folder) -> dict[str, FileRecord]:
     """{name: size and hash}. Raises DamagedError where there is none, or not the one that the marker knows."""
     try:
         manifest, marker = folder.read(MANIFEST), folder.read(MARKER)
     except OSError as error:
-        raise _unreadable(folder, error) from None
+        raise _read_error(folder, error) from None
     if marker != _sha256(manifest).encode():
         raise DamagedError(f"{folder}: damaged: {MARKER} and {MANIFEST} do not belong together")
     try:
         # Of format 1 all were SHA-256's.
         files = {
-            name: Written(int(each["bytes"]), str(each.get("hash") or f"sha256:{each['sha256']}"))
+            name: FileRecord(int(each["bytes"]), str(each.get("hash") or f"sha256:{each['sha256']}"))
             for name, each in json.loads(manifest)["files"].items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -84,7 +84,7 @@ def read_manifest(folder: Folder) -> dict[str, Written]:
     return files
 
 
-def _unreadable(folder: Folder, error: OSError) -> CheckpointError:
+def _read_error(folder: Folder, error: OSError) -> CheckpointError:
     if isinstance(error, FileNotFoundError) or error.errno == errno.EIO:
         return DamagedError(f"{folder}: damaged: {error}")
     return CheckpointError(f"{folder}: cannot be read: {error}")

@@ -77,7 +77,7 @@ def _check_sizes(metadata: Metadata, where: str) -> None:
 
 
 @contextmanager
-def reading(folder: object) -> Iterator[None]:
+def convert_read_errors(folder: object) -> Iterator[None]:
     """Within the block what torch raises where a rank cannot read is a CheckpointError, which names the first rank."""
     try:
         yield

@@ -43,8 +43,8 @@ class Probe:
 
     def dump(self) -> bytes:
         """For probe.json. A number that is not finite becomes null."""
-        logits = None if self.logits is None else [_number(each) for each in self.logits]
-        content = {"format": FORMAT, "loss": _number(self.loss), "logits": logits}
+        logits = None if self.logits is None else [_finite_or_none(each) for each in self.logits]
+        content = {"format": FORMAT, "loss": _finite_or_none(self.loss), "logits": logits}
         return json.dumps({**content, "precision": self.precision, "weights": self.weights}, indent=1).encode() + b"\n"
 
     def __str__(self) -> str:
@@ -72,15 +72,15 @@ def compare_probes(before: Probe, now: Probe, what: str) -> str:
         {before.weights, now.weights} if before.weights != now.weights else set()
     )
     of_loss, of_logits = (max(column) for column in zip(*(TOLERANCES[kind] for kind in kinds), strict=True))
-    off = _distance(before.loss, now.loss, abs(before.loss))
+    off = _relative_difference(before.loss, now.loss, abs(before.loss))
     values = f"the probe's loss was {before.loss:.9g} and is {now.loss:.9g}; {of_loss:g} of it is allowed"
     close = off <= of_loss
     if before.logits is not None and now.logits is not None:
         scale = max(1.0, *(abs(each) for each in before.logits))
         pairs = list(zip(before.logits, now.logits, strict=True))
-        then, here = max(pairs, key=lambda pair: _distance(pair[0], pair[1], scale))
+        then, here = max(pairs, key=lambda pair: _relative_difference(pair[0], pair[1], scale))
         values += f"; a logit was {then:.6g} and is {here:.6g}; {of_logits * scale:.2g} is allowed"
-        close &= _distance(then, here, scale) <= of_logits
+        close &= _relative_difference(then, here, scale) <= of_logits
     if not close:
         raise CheckpointError(f"{what}: the weights do not compute what they computed when they were saved: {values}")
     return values
@@ -92,54 +92,54 @@ def probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
     Padding changes nothing: it is not scored, and no token sees it.
     """
     longest = min(LENGTH, model.max_seq_len) if model.positions == "learned" else LENGTH
-    ids_BW = _ids("probe", ROWS, longest + 1, model.vocab_size)
+    ids_BW = _generate_ids("probe", ROWS, longest + 1, model.vocab_size)
     padding = round_up(longest, multiple) - longest
-    inputs_BS, targets_BS = _padded(ids_BW[:, :-1], padding, 0), _padded(ids_BW[:, 1:], padding, IGNORE)
-    own = _without_padding(longest, padding)
+    inputs_BS, targets_BS = _pad(ids_BW[:, :-1], padding, 0), _pad(ids_BW[:, 1:], padding, IGNORE)
+    own = _padding_mask(longest, padding)
     batch = Batch.of(inputs_BS, targets_BS, own if model.architecture == "encoder" else CAUSAL)
     if padding:  # there may be no more positions
-        batch = replace(batch, positions_BS=_padded(torch.arange(longest).expand(ROWS, longest), padding, 0))
+        batch = replace(batch, positions_BS=_pad(torch.arange(longest).expand(ROWS, longest), padding, 0))
     if model.architecture == "encoder_decoder":
-        tokens_BT = _padded(_ids("probe source", ROWS, longest, model.vocab_size), padding, 0)
+        tokens_BT = _pad(_generate_ids("probe source", ROWS, longest, model.vocab_size), padding, 0)
         batch = replace(batch, encoder_input=EncoderInput(tokens_BT, own, batch.positions_BS))
     return batch
 
 
-def num_scored(model: ModelConfig) -> int:
+def count_probe_tokens(model: ModelConfig) -> int:
     """Targets of the batch that are scored."""
     return probe_batch(model).num_valid_tokens
 
 
-def logits_of(logits_V: Tensor) -> tuple[float, ...]:
+def select_logits(logits_V: Tensor) -> tuple[float, ...]:
     """The few that a probe keeps, of all logits of a position."""
     ids = torch.linspace(0, len(logits_V) - 1, min(NUM_LOGITS, len(logits_V))).long()
     return tuple(logits_V[ids.to(logits_V.device)].float().tolist())
 
 
-def _ids(name: str, rows: int, width: int, vocab_size: int) -> Tensor:
+def _generate_ids(name: str, rows: int, width: int, vocab_size: int) -> Tensor:
     numbers = splitmix64(torch.arange(rows * width) ^ hash64(name)) & (2**63 - 1)
     return (numbers % vocab_size).reshape(rows, width)
 
 
-def _padded(tensor_BS: Tensor, padding: int, value: int) -> Tensor:
+def _pad(tensor_BS: Tensor, padding: int, value: int) -> Tensor:
     return torch.nn.functional.pad(tensor_BS, (0, padding), value=value)
 
 
-def _without_padding(length: int, padding: int) -> AttentionMask:
+def _padding_mask(length: int, padding: int) -> AttentionMask:
     if not padding:
         return FULL
-    documents_BT = _padded(torch.zeros(ROWS, length, dtype=torch.long), padding, -1)
+    documents_BT = _pad(torch.zeros(ROWS, length, dtype=torch.long), padding, -1)
     return AttentionMask(causal=False, documents_BT=documents_BT)
 
 
-def _distance(a: float, b: float, scale: float) -> float:
+def _relative_difference(a: float, b: float, scale: float) -> float:
     """Relative; 0 where the first value was not finite and nothing can be said."""
     if not math.isfinite(a):
         return 0.0
     return abs(a - b) / max(scale, 1e-9) if math.isfinite(b) else math.inf
 
 
-def _number(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 

@@ -26,12 +26,17 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from dist_llm.checkpoint.boxes import Boxes, piece_of
+from dist_llm.checkpoint.checkpoint_state import CheckpointState, Progress
+from dist_llm.checkpoint.checkpoint_write import (
+    CheckpointGroup,
+    CheckpointWrite,
+    StagingBuffers,
+    ignore_no_group_warning,
+)
+from dist_llm.checkpoint.flat_shard import FlatShard, chunk_at
 from dist_llm.checkpoint.folder import Folder, FolderReader
 from dist_llm.checkpoint.manifest import MANIFEST, MARKER, DamagedError, read_manifest, verify
-from dist_llm.checkpoint.metadata import reading
-from dist_llm.checkpoint.state import Progress, State
-from dist_llm.checkpoint.writing import Copies, Team, Writing, assume_one_process
+from dist_llm.checkpoint.metadata import convert_read_errors
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import CACHE, CheckpointConfig
 from dist_llm.data.remote import fetch
@@ -49,35 +54,35 @@ class CheckpointStore:
 
     def __init__(self, directory: Folder | Path | str, config: CheckpointConfig | None = None) -> None:
         self.directory, self.config = Folder(directory), config or CheckpointConfig()
-        self.copies = Copies()
-        self.team: Team | None = None
-        self.writing: Writing | None = None
+        self.staging = StagingBuffers()
+        self.group: CheckpointGroup | None = None
+        self.current_write: CheckpointWrite | None = None
 
-    def committed(self) -> list[Folder]:
+    def list_committed(self) -> list[Folder]:
         """Those with a marker, oldest first; whether they are damaged is not looked at."""
-        return [folder for folder in self._named() if MARKER in folder.names()]
+        return [folder for folder in self._list_named() if MARKER in folder.list_names()]
 
-    def _named(self) -> list[Folder]:
+    def _list_named(self) -> list[Folder]:
         """Those that have the name of a checkpoint. What is called otherwise is not ours."""
-        return [self.directory / name for name in self.directory.names() if NAME.fullmatch(name)]
+        return [self.directory / name for name in self.directory.list_names() if NAME.fullmatch(name)]
 
-    def glance(self) -> Folder | None:
+    def peek_latest(self) -> Folder | None:
         """The newest whose small files are whole; without asking the other ranks."""
-        for folder in reversed(self.committed()):
+        for folder in reversed(self.list_committed()):
             with suppress(DamagedError):
                 verify(folder, tensors=False)
                 return folder
         return None
 
-    def newest(self) -> Folder | None:
+    def latest_verified(self) -> Folder | None:
         """The newest that is whole, every byte of it checked, each rank its part; None if there is none at all.
 
         Raises CheckpointError, on all ranks, where there are some and all are damaged, or one cannot be read.
         """
-        team = self._ranks()
-        every = team.each(lambda: self.committed() if team.main else [])[0]
+        group = self._get_group()
+        every = group.run_on_all(lambda: self.list_committed() if group.is_main else [])[0]
         for folder in reversed(every):
-            problems = team.each(lambda folder=folder: _damage(folder, team.rank, team.size))  # type: ignore[misc]
+            problems = group.run_on_all(lambda folder=folder: _find_damage(folder, group.rank, group.size))  # type: ignore[misc]
             if not (problem := next(filter(None, problems), "")):
                 return folder
             log.warning("%s; it is passed over, and the one before it taken if there is one", problem)
@@ -88,7 +93,7 @@ class CheckpointStore:
             )
         return None
 
-    def save(self, held: State, progress: Progress, files: Mapping[str, bytes]) -> None:
+    def save(self, held: CheckpointState, progress: Progress, files: Mapping[str, bytes]) -> None:
         """Begin to write what the ranks hold, and `files`, as they are now; `poll` and `finish` say how that went.
 
         Raises CheckpointError where the save before it failed.
@@ -98,19 +103,21 @@ class CheckpointStore:
         folder = self.directory / f"step_{progress.step:08d}"
         files = {PROGRESS: json.dumps(progress.as_dict()).encode(), **files}
         background = self.config.background
-        values = self.copies.take(state) if background else {name: to_local(each) for name, each in state.items()}
-        self.writing = Writing(self._ranks(), folder, state, values, files, lambda: self._prune(folder))
+        values = self.staging.copy(state) if background else {name: to_local(each) for name, each in state.items()}
+        self.current_write = CheckpointWrite(
+            self._get_group(), folder, state, values, files, lambda: self._prune(folder)
+        )
         if background:
-            self.writing.start()
+            self.current_write.start()
         else:
-            self.writing.run()
+            self.current_write.run()
             self.finish()
 
     def poll(self) -> None:
         """While a checkpoint is being written: see whether all ranks are done, and if so, `finish`."""
-        if self.writing is None:
+        if self.current_write is None:
             return
-        done = torch.tensor(int(not self.writing.is_alive()))
+        done = torch.tensor(int(not self.current_write.is_alive()))
         if dist.is_initialized():
             dist.all_reduce(done, dist.ReduceOp.MIN)
         if done:
@@ -121,9 +128,9 @@ class CheckpointStore:
 
         Raises CheckpointError, the same on all ranks, where it could not be written.
         """
-        if self.writing is None:
+        if self.current_write is None:
             return
-        writing, self.writing = self.writing, None
+        writing, self.current_write = self.current_write, None
         begin = time.perf_counter()
         try:
             writing.finish()
@@ -138,12 +145,12 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Let what is being written be written, on the way out after whatever went wrong."""
-        if self.writing is not None:
-            self.writing.join()
+        if self.current_write is not None:
+            self.current_write.join()
 
-    def _ranks(self) -> Team:
-        self.team = self.team or Team()
-        return self.team
+    def _get_group(self) -> CheckpointGroup:
+        self.group = self.group or CheckpointGroup()
+        return self.group
 
     def _prune(self, newest: Folder) -> None:
         """Remove what need not be kept, and what killed saves left, now that `newest` is committed.
@@ -151,16 +158,16 @@ class CheckpointStore:
         Those of later steps were passed over as damaged when the run went on: they count for nothing, and stay.
         """
         try:
-            committed = [folder.name for folder in self.committed()]
+            committed = [folder.name for folder in self.list_committed()]
             ours = [name for name in committed if name <= newest.name]
             kept = set(committed) - set(ours) | set(ours[-self.config.keep :])
             if every := self.config.keep_every:
                 kept |= {name for name in ours if int(name.removeprefix("step_")) % every == 0}
             if self.config.keep_best:
-                losses = {name: _heldout_loss(self.directory / name) for name in ours}
+                losses = {name: _read_heldout_loss(self.directory / name) for name in ours}
                 known = [name for name in ours if math.isfinite(losses[name])]
                 kept |= set(sorted(known, key=lambda name: losses[name])[: self.config.keep_best])
-            for folder in self._named():
+            for folder in self._list_named():
                 if folder.name not in kept:
                     folder.remove(MARKER)  # first: what is half removed must not look complete
                     folder.remove()
@@ -168,31 +175,33 @@ class CheckpointStore:
             log.warning("%s: what need not be kept cannot be removed: %s", self.directory, error)
 
 
-def find(place: Path | str, part: int = 0, parts: int = 1) -> Path:
+def open_checkpoint(place: Path | str, part: int = 0, parts: int = 1) -> Path:
     """The checkpoint that `place` means, on this machine's disk: a copy in the cache, if it is far away.
 
     Of the hashes of its files every `parts`-th is checked, from `part` on. Raises CheckpointError where there is none
     or it is damaged, DataError where it cannot be fetched.
     """
-    folder = meant(place)
-    path = folder.local or _fetch(folder)
+    folder = resolve_checkpoint(place)
+    path = folder.local or _download(folder)
     try:
         verify(Folder(path), part, parts)
     except DamagedError as error:
-        others = [other for other in CheckpointStore(folder.place.rpartition("/")[0]).committed() if other != folder]
+        others = [
+            other for other in CheckpointStore(folder.location.rpartition("/")[0]).list_committed() if other != folder
+        ]
         raise DamagedError(f"{error}{f'; another: {others[-1]}' if others else ''}") from None
     return path
 
 
-def meant(place: Path | str) -> Folder:
+def resolve_checkpoint(place: Path | str) -> Folder:
     """A checkpoint itself; or the newest of a directory of checkpoints, or of a run. A path or a URL.
 
     Raises CheckpointError where there is none.
     """
     folder = Folder(place)
-    if MARKER in folder.names():
+    if MARKER in folder.list_names():
         return folder
-    every = CheckpointStore(folder).committed() or of_run(folder).committed()
+    every = CheckpointStore(folder).list_committed() or checkpoints_of_run(folder).list_committed()
     if not every:
         raise CheckpointError(
             f"{place}: holds no complete checkpoint; give a run directory (the run.dir of `dist-llm train`) "
@@ -201,7 +210,7 @@ def meant(place: Path | str) -> Folder:
     return every[-1]
 
 
-def of_run(run: Folder | Path | str) -> CheckpointStore:
+def checkpoints_of_run(run: Folder | Path | str) -> CheckpointStore:
     """The checkpoints of the run in a directory, wherever its config says they are."""
     run = Folder(run)
     if run.local is not None and (run.local / "config.yaml").exists():
@@ -211,9 +220,9 @@ def of_run(run: Folder | Path | str) -> CheckpointStore:
     return CheckpointStore(run / "checkpoints")
 
 
-def _fetch(folder: Folder) -> Path:
+def _download(folder: Folder) -> Path:
     """A copy in the cache, where each file is checked as it comes."""
-    key = hashlib.sha256(folder.place.encode() + folder.read(MARKER)).hexdigest()
+    key = hashlib.sha256(folder.location.encode() + folder.read(MARKER)).hexdigest()
     target = Path(CACHE).expanduser() / "checkpoints" / key / folder.name
     for name, written in read_manifest(folder).items():
         fetch(f"{folder}/{name}", target / name, written.bytes, written.hash)
@@ -222,25 +231,25 @@ def _fetch(folder: Folder) -> Path:
     return target
 
 
-def load(folder: Folder | Path, held: State, moments: bool = True) -> Progress:
+def load(folder: Folder | Path, held: CheckpointState, moments: bool = True) -> Progress:
     """Read the weights, and the moments if they are wanted, into whatever layout the ranks have.
 
     Raises CheckpointError where the checkpoint lacks a parameter of the model or has it in another
     shape. (That it holds more is no error: a pipeline stage asks for its own part.)
     """
     folder = Folder(folder)
-    saved = shapes(folder)
+    saved = read_shapes(folder)
     state = held.weights()
-    refuse_other_model(folder, state, saved)
+    check_shapes(folder, state, saved)
     if moments:
         held.allocate_moments(saved)
         state |= held.moments()
-    read(folder, state)
-    held.settle()
-    return progress_of(folder)
+    read_tensors(folder, state)
+    held.after_load()
+    return read_progress(folder)
 
 
-def shapes(folder: Folder | Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(folder: Folder | Path) -> dict[str, tuple[int, ...]]:
     """{name: full shape} of every tensor in a checkpoint."""
     return {
         name: tuple(entry.size)
@@ -249,12 +258,12 @@ def shapes(folder: Folder | Path) -> dict[str, tuple[int, ...]]:
     }
 
 
-def read(folder: Folder | Path, state: dict[str, Any]) -> None:
+def read_tensors(folder: Folder | Path, state: dict[str, Any]) -> None:
     """Fill the tensors of `state` in place; each rank gets what it holds of them."""
     alone = not dist.is_initialized()
     if alone:
-        assume_one_process()
-    with reading(folder):
+        ignore_no_group_warning()
+    with convert_read_errors(folder):
         state_dict_loader.load(state, storage_reader=FolderReader(Folder(folder)), planner=_Planner(), no_dist=alone)
 
 
@@ -271,11 +280,11 @@ class _Planner(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         held = self.state_dict[index.fqn]
-        found: Tensor = piece_of(held, index) if isinstance(held, Boxes) else super().lookup_tensor(index)
+        found: Tensor = chunk_at(held, index) if isinstance(held, FlatShard) else super().lookup_tensor(index)
         return found
 
 
-def refuse_other_model(folder: Folder | Path, wanted: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(folder: Folder | Path, wanted: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError unless `saved` has every tensor of `wanted`, in its shape."""
     for name, tensor in wanted.items():
         shape = tuple(tensor.shape)
@@ -287,15 +296,15 @@ def refuse_other_model(folder: Folder | Path, wanted: Mapping[str, Any], saved: 
             )
 
 
-def _heldout_loss(folder: Folder) -> float:
+def _read_heldout_loss(folder: Folder) -> float:
     """nan where it is not known, or the file is damaged."""
     with suppress(CheckpointError):
-        loss = progress_of(folder).heldout_loss
+        loss = read_progress(folder).heldout_loss
         return math.nan if loss is None else loss
     return math.nan
 
 
-def _damage(folder: Folder, part: int, parts: int) -> str:
+def _find_damage(folder: Folder, part: int, parts: int) -> str:
     """What `verify` finds; empty if nothing."""
     try:
         verify(folder, part, parts)
@@ -304,7 +313,7 @@ def _damage(folder: Folder, part: int, parts: int) -> str:
     return ""
 
 
-def progress_of(folder: Folder) -> Progress:
+def read_progress(folder: Folder) -> Progress:
     """How far the run was. Raises CheckpointError where the file is damaged."""
     try:
         return Progress.parse(folder.read(PROGRESS))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_llm.checkpoint.adapt import ROWS_OF_IDS
+from dist_llm.checkpoint.init_from import VOCAB_TENSORS
 from dist_llm.config.lengths import extra_ids
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert.huggingface import describe, model_config
@@ -72,11 +72,11 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
 
     def ours_of(name: str) -> Tensor:
         tensor = weights.read(f"model.{name}")
-        return tensor[: model.vocab_size] if name.startswith(ROWS_OF_IDS) else tensor
+        return tensor[: model.vocab_size] if name.startswith(VOCAB_TENSORS) else tensor
 
     def on_meta(name: str) -> Tensor:
         shape = ours[name]
-        return torch.empty((model.vocab_size, *shape[1:]) if name.startswith(ROWS_OF_IDS) else shape, device="meta")
+        return torch.empty((model.vocab_size, *shape[1:]) if name.startswith(VOCAB_TENSORS) else shape, device="meta")
 
     def make(name: str) -> Tensor:
         before = {each: weights.read(KEPT + each) for each in {name, SEGMENTS} & kept}
@@ -122,7 +122,7 @@ def from_huggingface(theirs: Weights, model: ModelConfig, family: str) -> Weight
         name = name.removeprefix("model.")
         pair, shape = of[name], ours[name]
         tensor = take(pair, {each: read(each) for each in (pair.theirs, pair.plus_row) if each})
-        if name.startswith(ROWS_OF_IDS) and tuple(tensor.shape) == (model.vocab_size, *shape[1:]):
+        if name.startswith(VOCAB_TENSORS) and tuple(tensor.shape) == (model.vocab_size, *shape[1:]):
             tensor = torch.cat((tensor, tensor.new_zeros(shape[0] - len(tensor), *shape[1:])))
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{pair.theirs} gives {name} the shape {list(tensor.shape)} instead of {list(shape)}")

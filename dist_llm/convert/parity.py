@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.state import Held
+from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.config.load import load_saved
 from dist_llm.errors import CheckpointError
 from dist_llm.models.attention_mask import AttentionMask, EncoderInput
@@ -30,7 +30,7 @@ def compare(ours: Path, theirs: Path, dtype: torch.dtype = torch.float32) -> str
         raise CheckpointError("--check needs `transformers`: pip install transformers") from None
     config = load_saved(ours)
     mine = build_model(config.model).eval()
-    store.load(ours, Held(mine), moments=False)
+    store.load(ours, TorchState(mine), moments=False)
     mine.to(dtype).float()
     kind = {"encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
     loader = getattr(transformers, kind.get(config.model.architecture, "AutoModelForCausalLM"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dist_llm.checkpoint.tensors import NativeWeights
+from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.config.schema import ModelConfig
 from dist_llm.convert.weights import MadeWeights
 from dist_llm.convert.write import write_safetensors

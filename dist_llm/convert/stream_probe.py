@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_llm.checkpoint.probe import Probe, logits_of, num_scored, probe_batch
+from dist_llm.checkpoint.probe import Probe, count_probe_tokens, probe_batch, select_logits
 from dist_llm.config.schema import ModelConfig
 from dist_llm.convert.weights import Weights
 from dist_llm.convert.write import DTYPES
@@ -39,6 +39,6 @@ def stream_probe(weights: Weights, model: ModelConfig, dtype: str = "fp32") -> P
     assert net.head is not None
     net.head.register_forward_pre_hook(lambda _module, inputs: heads.append(inputs))
     batch = probe_batch(model)
-    loss = float(net(batch.inputs_BS, **batch.forward_arguments()).double().sum()) / num_scored(model)
+    loss = float(net(batch.inputs_BS, **batch.forward_arguments()).double().sum()) / count_probe_tokens(model)
     x_BSD, tied_VD, _ = heads[0]
-    return Probe(loss, logits_of(net.head(x_BSD[:1, -1:], tied_VD, None)[0, -1]), "fp32", dtype)
+    return Probe(loss, select_logits(net.head(x_BSD[:1, -1:], tied_VD, None)[0, -1]), "fp32", dtype)

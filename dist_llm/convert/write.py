@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_llm.checkpoint.checkpoint_write import CheckpointGroup, CheckpointWrite
 from dist_llm.checkpoint.folder import Folder
-from dist_llm.checkpoint.writing import Team, Writing
 from dist_llm.convert.weights import INDEX, Weights
 from dist_llm.data.remote import sync_directory
 from dist_llm.errors import CheckpointError
@@ -56,7 +56,7 @@ def _remove(path: Path) -> None:
 def write_native(directory: Path, weights: Weights, files: Mapping[str, bytes]) -> None:
     """A checkpoint of ours, all in fp32, with small files beside the tensors."""
     state = {name: torch.empty(shape, device="meta") for name, shape in weights.shapes.items()}
-    writing = Writing(Team(), Folder(directory), state, _Floats(weights), files, few_files=False)
+    writing = CheckpointWrite(CheckpointGroup(), Folder(directory), state, _Floats(weights), files, few_files=False)
     writing.start()
     writing.finish()
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dist_llm.checkpoint import store
+from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.manifest import MANIFEST, MARKER, read_manifest, verify
-from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
@@ -66,7 +66,7 @@ def test_a_flipped_bit_anywhere_is_noticed(two: Path, tmp_path: Path, draws: int
     for number in range(draws):
         pair = Path(shutil.copytree(two, tmp_path / str(number)))
         flip(pair / "step_00000002", random.Random(number))
-        assert CheckpointStore(pair).newest() == Folder(pair / "step_00000001"), number
+        assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001"), number
 
 
 def test_a_flipped_bit_in_each_file_is_noticed(two: Path, tmp_path: Path) -> None:
@@ -78,9 +78,9 @@ def test_a_flipped_bit_in_each_file_is_noticed(two: Path, tmp_path: Path) -> Non
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-        assert CheckpointStore(pair).newest() == Folder(pair / "step_00000001"), name
+        assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001"), name
         with pytest.raises(CheckpointError, match="damaged"):
-            store.find(pair / "step_00000002")
+            store.open_checkpoint(pair / "step_00000002")
 
 
 def test_a_checkpoint_of_format_1_is_whole_or_damaged_as_well(pair: Path) -> None:
@@ -99,9 +99,9 @@ def test_a_checkpoint_of_format_1_is_whole_or_damaged_as_well(pair: Path) -> Non
     )
     (newest / MANIFEST).write_text(manifest)
     (newest / MARKER).write_text(hashlib.sha256(manifest.encode()).hexdigest())
-    assert CheckpointStore(pair).newest() == Folder(newest)
+    assert CheckpointStore(pair).latest_verified() == Folder(newest)
     flip(newest, random.Random(0))
-    assert CheckpointStore(pair).newest() == Folder(pair / "step_00000001")
+    assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001")
 
 
 def cut(path: Path) -> None:
@@ -121,7 +121,7 @@ def test_what_is_missing_or_cut_is_named(pair: Path, harm: Callable[[Path], None
     harm(pair / "step_00000002")
     with pytest.raises(CheckpointError, match=message):
         verify(Folder(pair / "step_00000002"))
-    assert CheckpointStore(pair).newest() == Folder(pair / "step_00000001")
+    assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001")
 
 
 def test_what_cannot_be_read_just_now_is_not_called_damaged(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_what_cannot_be_read_just_now_is_not_called_damaged(pair: Path, monkeypa
 
     monkeypatch.setattr(Folder, "hash", refuse)
     with pytest.raises(CheckpointError, match=r"step_00000002: cannot be read: .*Permission denied"):
-        CheckpointStore(pair).newest()
+        CheckpointStore(pair).latest_verified()
 
 
 def test_what_has_another_name_is_left_alone(pair: Path) -> None:
@@ -147,12 +147,12 @@ def test_when_all_are_damaged_nothing_begins_anew_in_silence(pair: Path) -> None
     for name in ("step_00000001", "step_00000002"):
         cut(pair / name / "progress.json")
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
-        CheckpointStore(pair).newest()
-    assert CheckpointStore(pair / "empty").newest() is None
+        CheckpointStore(pair).latest_verified()
+    assert CheckpointStore(pair / "empty").latest_verified() is None
 
 
 def newest_in_world(directory: Path) -> str:
-    newest = CheckpointStore(directory).newest()
+    newest = CheckpointStore(directory).latest_verified()
     assert newest is not None
     return newest.name
 
@@ -175,7 +175,7 @@ def test_what_is_kept(tmp_path: Path) -> None:
     kept = CheckpointStore(tmp_path, CheckpointConfig(keep=2, keep_every=3, keep_best=2))
     for step, loss in losses.items():
         saved(kept, engine, Progress(step, heldout_loss=loss), FILES)
-    names = [int(folder.name.removeprefix("step_")) for folder in kept.committed()]
+    names = [int(folder.name.removeprefix("step_")) for folder in kept.list_committed()]
     assert names == [2, 3, 4, 6, 7], "the best two, the multiples of three, the newest two"
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in names]
 
@@ -186,9 +186,9 @@ def test_a_damaged_later_one_does_not_take_the_place_of_a_new_one(pair: Path, tm
     cut(pair / "step_00000009" / "progress.json")
     kept = CheckpointStore(pair, CheckpointConfig(keep=1))
     saved(kept, engine_of(), Progress(3), FILES)
-    assert kept.newest() == Folder(pair / "step_00000003")
+    assert kept.latest_verified() == Folder(pair / "step_00000003")
     with pytest.raises(CheckpointError, match=r"step_00000009: damaged: .*; another: .*step_00000003"):
-        store.find(run_of(pair, tmp_path))
+        store.open_checkpoint(run_of(pair, tmp_path))
 
 
 def run_of(checkpoints: Path, directory: Path) -> Path:
@@ -203,7 +203,7 @@ def test_an_older_one_that_is_damaged_does_not_stop_the_run(pair: Path) -> None:
     (pair / "step_00000001" / "progress.json").write_bytes(b"{")
     kept = CheckpointStore(pair, CheckpointConfig(keep=1, keep_best=1))
     saved(kept, engine_of(), Progress(3, heldout_loss=1.0), FILES)
-    assert [folder.name for folder in kept.committed()] == ["step_00000003"]
+    assert [folder.name for folder in kept.list_committed()] == ["step_00000003"]
 
 
 @pytest.mark.parametrize(

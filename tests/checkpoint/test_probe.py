@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_llm.checkpoint.probe import Probe, compare_probes, logits_of, parse_probe, probe_batch
+from dist_llm.checkpoint.probe import Probe, compare_probes, parse_probe, probe_batch, select_logits
 from dist_llm.config.schema import Config
 from dist_llm.convert.stream_probe import stream_probe
 from dist_llm.convert.weights import DictWeights
@@ -169,4 +169,4 @@ def test_the_batch_depends_on_the_vocabulary_alone() -> None:
     ids = probe_batch(small.model).inputs_BS
     assert (int(ids.min()) >= 0, int(ids.max()) < 130) == (True, True)
     assert len(ids.unique()) > 60
-    assert logits_of(torch.arange(3.0)) == (0.0, 1.0, 2.0)
+    assert select_logits(torch.arange(3.0)) == (0.0, 1.0, 2.0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dist_llm.checkpoint import store
+from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.manifest import MARKER
-from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig, Config
 from dist_llm.engines.native import NativeEngine
@@ -134,7 +134,7 @@ def test_only_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         saved(kept, engine, Progress(step), FILES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
-    assert [path.name for path in kept.committed()] == ["step_00000002", "step_00000003"]
+    assert [path.name for path in kept.list_committed()] == ["step_00000002", "step_00000003"]
 
 
 def test_a_directory_without_the_marker_is_no_checkpoint(tmp_path: Path) -> None:
@@ -145,12 +145,12 @@ def test_a_directory_without_the_marker_is_no_checkpoint(tmp_path: Path) -> None
     first = saved(kept, engine, Progress(1), FILES)
     second = saved(kept, engine, Progress(2), FILES)
     (second / MARKER).unlink()
-    assert store.find(tmp_path) == first
+    assert store.open_checkpoint(tmp_path) == first
     saved(kept, engine, Progress(2), FILES)  # saving that step again works
-    assert store.find(tmp_path) == second
+    assert store.open_checkpoint(tmp_path) == second
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
-        store.find(tmp_path)
+        store.open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_any_layout_is_saved_under_the_same_names_and_loads_into_one_process(lay
     for part in world(layout.ranks).run(save_in_world, _config(layout), tmp_path):
         held |= part
     one = NativeEngine(config_of(1, MODELS["tied"], optim=ADAMW), CPU)
-    assert store.load(CheckpointStore(tmp_path).committed()[-1], one.state).step == 2
+    assert store.load(CheckpointStore(tmp_path).list_committed()[-1], one.state).step == 2
     found = values(one)
     assert found.keys() == held.keys()
     for name, value in found.items():

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_llm.checkpoint import store
+from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.manifest import verify
-from dist_llm.checkpoint.state import Held
-from dist_llm.checkpoint.tensors import NativeWeights
+from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.config.load import dump, load_config
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert import hub
@@ -368,7 +368,7 @@ def rebuilt(path: Path) -> tuple[Any, Config]:
     assert not violations
     assert config is not None
     model = build_model(config.model).eval()
-    store.load(path, Held(model), moments=False)
+    store.load(path, TorchState(model), moments=False)
     return model, config
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.state import Held
+from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.config.load import load_saved
 from dist_llm.convert.nanogpt import to_nanogpt
 from dist_llm.convert.weights import load_torch
@@ -155,7 +155,7 @@ def test_nanogpt_in_and_out(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
 
     config = load_saved(tmp_path / "ours")
     ours = build_model(config.model).eval()
-    store.load(tmp_path / "ours", Held(ours), moments=False)
+    store.load(tmp_path / "ours", TorchState(ours), moments=False)
     ids = torch.randint(257, (3, 16))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids), rtol=1e-5, atol=1e-5)

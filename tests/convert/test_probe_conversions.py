@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE, Probe, parse_probe
-from dist_llm.checkpoint.tensors import NativeWeights
 from dist_llm.config.load import load_saved
 from dist_llm.convert.stream_probe import stream_probe
 from dist_llm.convert.weights import DictWeights

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.convert import spread as spreading
 from dist_llm.convert.spread import spread

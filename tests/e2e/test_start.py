@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE
-from dist_llm.checkpoint.tensors import NativeWeights
 from dist_llm.config.load import load_saved
 from dist_llm.convert.weights import DictWeights
 from dist_llm.convert.write import write_native

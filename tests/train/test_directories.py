@@ -33,7 +33,7 @@ def test_a_directory_of_checkpoints_that_cannot_be_written(rank: int, tmp_path: 
 def test_a_url_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Folder("memory://bucket/checkpoints")
     check_writable(folder, "checkpoint.dir")
-    assert folder.names() == []
+    assert folder.list_names() == []
 
     def refuse(*given: object) -> None:
         raise PermissionError("AccessDenied")

@@ -9,7 +9,7 @@ from dist_llm.optim.build_optimizer import select_muon_params
 STEP_BYTES = 4  # AdamW's count of updates
 
 
-def checkpoint_bytes(config: Config) -> int:
+def count_checkpoint_bytes(config: Config) -> int:
     """Bytes of weights and moments. `config` is resolved. The small files beside them are not counted."""
     with torch.device("meta"):
         model = build_model(config.model)

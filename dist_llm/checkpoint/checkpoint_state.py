@@ -51,13 +51,13 @@ class Progress:
         return asdict(self)
 
 
-class Named(Protocol):
+class HasNamedParameters(Protocol):
     """A model, or an engine that holds parts of one."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-class State(Protocol):
+class CheckpointState(Protocol):
     """What a rank holds of a run's tensors, by the names of a checkpoint; each a tensor, a DTensor or `Boxes`."""
 
     def weights(self) -> dict[str, Any]:
@@ -75,20 +75,20 @@ class State(Protocol):
         """
         ...
 
-    def settle(self) -> None:
+    def after_load(self) -> None:
         """After reading: bring up to date what is made of the tensors read."""
         ...
 
 
 @dataclass(frozen=True)
-class Held:
+class TorchState:
     """`State` of plain torch: a model's parameters, and the moments if there is an optimizer."""
 
-    model: Named
+    model: HasNamedParameters
     optimizer: optim.Optimizer | None = None
 
     def weights(self) -> dict[str, Any]:
-        return {f"model.{name}": parameter.detach() for name, parameter in self._first().items()}
+        return {f"model.{name}": parameter.detach() for name, parameter in self._unique_parameters().items()}
 
     def moments(self) -> dict[str, Any]:
         if self.optimizer is None:
@@ -97,7 +97,7 @@ class Held:
         assert known >= {parameter for _, parameter in self.model.named_parameters()}, "moments would be left out"
         return {
             f"optim.{name}.{key}": value
-            for name, parameter in self._first().items()
+            for name, parameter in self._unique_parameters().items()
             for key, value in self.optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)
         }
@@ -108,17 +108,17 @@ class Held:
         self.optimizer.state.clear()
         groups = {each: group for group in self.optimizer.param_groups for each in group["params"]}
         for name, parameter in self.model.named_parameters():
-            moments = saved_moments(saved, name)
-            refuse_other_optimizer(name, moments, groups[parameter])
+            moments = moment_shapes(saved, name)
+            check_moment_names(name, moments, groups[parameter])
             for key, shape in moments.items():
                 dtype = getattr(self.optimizer, "moment_dtypes", {}).get(key)
                 empty = torch.zeros_like(parameter, dtype=dtype) if shape else torch.zeros((), device=parameter.device)
                 self.optimizer.state[parameter][key] = empty
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def after_load(self) -> None:
         """A rank that holds a tied weight twice (both ends of a pipeline) has read it once."""
-        first = self._first()
+        first = self._unique_parameters()
         for name, parameter in self.model.named_parameters():
             if parameter is not first[name]:
                 parameter.copy_(first[name])
@@ -126,14 +126,14 @@ class Held:
                 for key, value in state.get(parameter, {}).items():
                     value.copy_(state[first[name]][key])
 
-    def _first(self) -> dict[str, nn.Parameter]:
+    def _unique_parameters(self) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}
         for name, parameter in self.model.named_parameters():
             found.setdefault(name, parameter)
         return found
 
 
-def refuse_other_optimizer(name: str, moments: Collection[str], group: Mapping[str, Any]) -> None:
+def check_moment_names(name: str, moments: Collection[str], group: Mapping[str, Any]) -> None:
     """Raises CheckpointError where a parameter has moments that an optimizer does not keep of this group of its own."""
     wanted = {"step", "exp_avg", "exp_avg_sq"}
     if "momentum" in group:  # SGD's, and Muon's
@@ -146,7 +146,7 @@ def refuse_other_optimizer(name: str, moments: Collection[str], group: Mapping[s
         )
 
 
-def saved_moments(saved: Mapping[str, tuple[int, ...]], name: str) -> dict[str, tuple[int, ...]]:
+def moment_shapes(saved: Mapping[str, tuple[int, ...]], name: str) -> dict[str, tuple[int, ...]]:
     """{key: shape} of the moments that a checkpoint has of a parameter."""
     prefix = f"optim.{name}."
     return {key.removeprefix(prefix): shape for key, shape in saved.items() if key.startswith(prefix)}

@@ -25,7 +25,7 @@ from dist_llm.models.build_model import build_model
 log = logging.getLogger("dist_llm")
 
 
-def config_of(folder: Folder | Path) -> Config:
+def read_config(folder: Folder | Path) -> Config:
     """The resolved config in a checkpoint. Raises CheckpointError where it is not valid."""
     name = "config.yaml"
     try:
@@ -37,21 +37,22 @@ def config_of(folder: Folder | Path) -> Config:
 
 def check_resume(folder: Folder, config: Config) -> list[Difference]:
     """The differences that do not change the function, to be logged. Raises CheckpointError where others exist."""
-    before = config_of(folder)
+    before = read_config(folder)
     if odd := resume_differences(before, config):
         requestable = [each.key for each in odd if each.key in REQUESTABLE]
         raise CheckpointError(
             f"{folder}: the run cannot go on, because its config describes another model than this checkpoint:"
-            f"{_lines(odd)}\nSet these keys to the checkpoint's values; or start a new run with another run.dir"
+            f"{_format_differences(odd)}\nSet these keys to the checkpoint's values; or start a new run with another "
+            "run.dir"
             + (f", init_from={folder} and init_allow=[{','.join(requestable)}]" if len(requestable) == len(odd) else "")
             + ("; or set data.on_change: new_segment" if any(each.key.startswith("data.") for each in odd) else "")
         )
     return other_differences(before, config)
 
 
-def check_start(path: Path, config: Config) -> list[Difference]:
+def check_init_from(path: Path, config: Config) -> list[Difference]:
     """The differences in the function that `init_allow` requests. Raises CheckpointError where others exist."""
-    found = function_differences(config_of(path), config)
+    found = function_differences(read_config(path), config)
     odd = [each for each in found if each.key not in config.init_allow]
     if odd:
         fixed = [each.key for each in odd if each.key not in REQUESTABLE]
@@ -59,23 +60,23 @@ def check_start(path: Path, config: Config) -> list[Difference]:
         hints = [f"set {', '.join(fixed)} to the checkpoint's values, which init_from cannot change"] if fixed else []
         hints += [f"for a difference that is intended, set init_allow=[{','.join(allow)}]"] if allow else []
         raise CheckpointError(
-            f"init_from {path}: this config describes another model than the checkpoint:{_lines(odd)}\n"
+            f"init_from {path}: this config describes another model than the checkpoint:{_format_differences(odd)}\n"
             f"To use the checkpoint's model, write `model: {{from: {path}}}`; {'; '.join(hints)}"
         )
     return found
 
 
-def log_start(path: Path, config: Config, requested: Sequence[Difference]) -> None:
+def log_init_differences(path: Path, config: Config, requested: Sequence[Difference]) -> None:
     """One line for each difference that a start from other weights accepts, and for each request without effect."""
     for each in requested:
         log.info("init_allow: %s", each)
     for key in config.init_allow:
         if key not in {each.key for each in requested}:
             log.info("init_allow: %s is the same in the checkpoint", key)
-    log_harmless(other_differences(config_of(path), config))
+    log_harmless_differences(other_differences(read_config(path), config))
 
 
-def log_harmless(differences: Iterable[Difference]) -> None:
+def log_harmless_differences(differences: Iterable[Difference]) -> None:
     """One line for each difference that does not change the function of a trained model."""
     for each in differences:
         log.info("%s; the model's function stays the same", each)
@@ -93,18 +94,18 @@ def check_parameters(
     there = {name for name in saved if name.startswith("model.")}
     added, dropped = sorted(wanted - there), sorted(there - wanted)
     if (added or dropped) and not requested:
-        lack = f"the checkpoint lacks {_some(added)}" if added else ""
-        left = f"the checkpoint has {_some(dropped)}, which this config's model lacks" if dropped else ""
+        lack = f"the checkpoint lacks {_format_names(added)}" if added else ""
+        left = f"the checkpoint has {_format_names(dropped)}, which this config's model lacks" if dropped else ""
         raise CheckpointError(
             f"{folder}: {'; '.join(filter(None, (lack, left)))}; use the `model` section the checkpoint was made with"
         )
     return added, dropped
 
 
-def _some(names: Sequence[str]) -> str:
+def _format_names(names: Sequence[str]) -> str:
     shown = ", ".join(name.removeprefix("model.") for name in names[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
-def _lines(differences: Iterable[Difference]) -> str:
+def _format_differences(differences: Iterable[Difference]) -> str:
     return "".join(f"\n  {each}" for each in differences)

@@ -18,9 +18,9 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import filesystem
 
-from dist_llm.checkpoint import store, writing
-from dist_llm.checkpoint.folder import AHEAD_BYTES, Folder, FolderWriter, _Files
-from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint import checkpoint_write, store
+from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.folder import WRITEBACK_BYTES, Folder, FolderWriter, _HashingFileSystem
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
@@ -83,7 +83,7 @@ def saved_while_training(directory: Path, held: threading.Event) -> tuple[dict[s
     for number in (2, 3):
         step(engine, number)
         kept.poll()
-        assert kept.writing is not None, "it cannot have been written yet"
+        assert kept.current_write is not None, "it cannot have been written yet"
     held.set()
     kept.finish()
     assert not equal(values(engine), want)
@@ -96,7 +96,9 @@ def test_the_file_holds_the_values_of_its_step(tmp_path: Path, held: threading.E
 
 
 def test_without_copies_it_would_not(tmp_path: Path, held: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing.Copies, "take", lambda _, state: {name: to_local(each) for name, each in state.items()})
+    monkeypatch.setattr(
+        checkpoint_write.StagingBuffers, "copy", lambda _, state: {name: to_local(each) for name, each in state.items()}
+    )
     want, path = saved_while_training(tmp_path, held)
     assert not equal(loaded(path), want)
 
@@ -115,8 +117,8 @@ def test_two_saves_in_a_row_differ(tmp_path: Path) -> None:
 def test_in_the_foreground_it_is_there_at_once(tmp_path: Path) -> None:
     engine, kept = engine_at(1), CheckpointStore(tmp_path, CheckpointConfig(background=False))
     kept.save(engine.state, Progress(1), {})
-    assert kept.newest() is not None
-    assert not kept.copies.buffers
+    assert kept.latest_verified() is not None
+    assert not kept.staging.buffers
     assert equal(loaded(tmp_path / "step_00000001"), values(engine))
 
 
@@ -127,12 +129,12 @@ def test_it_can_lie_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for number in (1, 2, 3):
         kept.save(engine.state, Progress(number), {"config.yaml": b"run: {}\n"})
         kept.finish()
-    assert [folder.name for folder in kept.committed()] == ["step_00000002", "step_00000003"]
-    newest = kept.newest()
+    assert [folder.name for folder in kept.list_committed()] == ["step_00000002", "step_00000003"]
+    newest = kept.latest_verified()
     assert newest is not None
     assert equal(loaded(newest), values(engine))
 
-    found = store.find(str(newest))
+    found = store.open_checkpoint(str(newest))
     assert found.is_relative_to(tmp_path / "cache")
     assert equal(loaded(found), values(engine))
 
@@ -141,7 +143,7 @@ def test_it_can_lie_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     content = bytearray(memory.cat_file(name))
     content[len(content) // 2] ^= 1
     memory.pipe_file(name, bytes(content))
-    assert kept.newest() == kept.committed()[-2]
+    assert kept.latest_verified() == kept.list_committed()[-2]
 
 
 def limited_save(directory: Path, limited_rank: int) -> str:
@@ -163,10 +165,10 @@ def limited_save(directory: Path, limited_rank: int) -> str:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     assert time.monotonic() - begin < 60
-    assert [folder.name for folder in kept.committed()] == ["step_00000001"]
+    assert [folder.name for folder in kept.list_committed()] == ["step_00000001"]
     kept.save(engine.state, Progress(2), {})
     kept.finish()
-    assert [folder.name for folder in kept.committed()] == ["step_00000001", "step_00000002"]
+    assert [folder.name for folder in kept.list_committed()] == ["step_00000001", "step_00000002"]
     return message
 
 
@@ -197,7 +199,7 @@ def test_a_writers_thread_that_fails_is_not_a_checkpoint(tmp_path: Path, monkeyp
     with pytest.raises(CheckpointError, match="a thread that writes tensors failed; its error is above"):
         kept.finish()
     assert tried.is_set()
-    assert not kept.committed()
+    assert not kept.list_committed()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -238,7 +240,7 @@ import json, resource, sys
 from pathlib import Path
 import torch
 from torch import nn
-from dist_llm.checkpoint.state import Held, Progress
+from dist_llm.checkpoint.checkpoint_state import Held, Progress
 from dist_llm.checkpoint.store import CheckpointStore
 
 model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))
@@ -277,9 +279,9 @@ def test_the_disk_is_told_of_a_large_file_as_it_grows_and_may_decline(
         raise OSError(errno.EINVAL, "planted")
 
     monkeypatch.setattr(os, "posix_fadvise", decline)
-    content = os.urandom(5 * AHEAD_BYTES // 2)
-    files = _Files(LocalFileSystem())
+    content = os.urandom(5 * WRITEBACK_BYTES // 2)
+    files = _HashingFileSystem(LocalFileSystem())
     with files.create_stream(tmp_path / "file", "wb") as stream:
         stream.write(content)
     assert (tmp_path / "file").read_bytes() == content
-    assert told == [(0, AHEAD_BYTES, AHEAD_BYTES), (AHEAD_BYTES, AHEAD_BYTES, 2 * AHEAD_BYTES)]
+    assert told == [(0, WRITEBACK_BYTES, WRITEBACK_BYTES), (WRITEBACK_BYTES, WRITEBACK_BYTES, 2 * WRITEBACK_BYTES)]

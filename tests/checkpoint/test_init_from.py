@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_llm.checkpoint.adapt import start_from
-from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.init_from import init_from_checkpoint
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
@@ -43,7 +43,7 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 def adapted(resolved: Config, path: Path, keep: bool, known: int) -> dict[str, torch.Tensor]:
     engine = NativeEngine(resolved, CPU)
-    start_from(path, engine.state, keep, known)
+    init_from_checkpoint(path, engine.state, keep, known)
     return {name: full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()}
 
 
@@ -78,4 +78,4 @@ def test_another_model_is_refused(saved: tuple) -> None:
     path, _ = saved
     engine = NativeEngine(config_of(1, {"vocab_size": NEW, "d_ff": 64}), CPU)
     with pytest.raises(CheckpointError, match=r"feedforward.gate.weight has shape .* use the `model` section"):
-        start_from(path, engine.state, False, OLD)
+        init_from_checkpoint(path, engine.state, False, OLD)

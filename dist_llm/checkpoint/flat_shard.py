@@ -18,27 +18,27 @@ from dist_llm.parallel.mesh import local_with_offset
 Offset = tuple[int, ...]
 
 
-class Boxes:
+class FlatShard:
     """This rank's rectangular pieces of a tensor of `shape`: views, by their offsets in it. None is fine too."""
 
     def __init__(self, shape: tuple[int, ...], pieces: Mapping[Offset, Tensor]) -> None:
-        self.shape, self.pieces = shape, dict(pieces)
+        self.shape, self.chunks = shape, dict(pieces)
         self.ndim = len(shape)
 
     @staticmethod
-    def of_flat(shape: tuple[int, ...], flat: Tensor, start: int) -> "Boxes":
+    def from_flat(shape: tuple[int, ...], flat: Tensor, start: int) -> "FlatShard":
         """`flat` holds the elements from number `start` on, in row-major order."""
         pieces = {}
-        for offset, size, begin in boxes(shape, start, start + flat.numel()):
+        for offset, size, begin in flat_range_to_boxes(shape, start, start + flat.numel()):
             pieces[offset] = flat[begin - start : begin - start + prod(size)].view(size)
-        return Boxes(shape, pieces)
+        return FlatShard(shape, pieces)
 
     def size(self) -> torch.Size:
         return torch.Size(self.shape)
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         chunks = self.__create_chunk_list__()
-        properties = [TensorProperties.create_from_tensor(piece) for piece in self.pieces.values()]
+        properties = [TensorProperties.create_from_tensor(piece) for piece in self.chunks.values()]
         return [
             WriteItem(
                 index=MetadataIndex(fqn, chunk.offsets),
@@ -49,24 +49,24 @@ class Boxes:
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(offset), piece.size()) for offset, piece in self.pieces.items()]
+        return [ChunkStorageMetadata(torch.Size(offset), piece.size()) for offset, piece in self.chunks.items()]
 
 
-def placed(held: Any) -> Iterator[tuple[Offset, Tensor]]:
+def local_chunks(held: Any) -> Iterator[tuple[Offset, Tensor]]:
     """(offset, this rank's part) of a tensor, a DTensor or boxes."""
-    if isinstance(held, Boxes):
-        yield from held.pieces.items()
+    if isinstance(held, FlatShard):
+        yield from held.chunks.items()
     else:
         part, offset = local_with_offset(held)
         yield offset, part
 
 
-def piece_of(held: Any, index: MetadataIndex) -> Any:
+def chunk_at(held: Any, index: MetadataIndex) -> Any:
     """What DCP means by `index`, of a tensor or of boxes."""
-    return held.pieces[tuple(index.offset or ())] if isinstance(held, Boxes) else held
+    return held.chunks[tuple(index.offset or ())] if isinstance(held, FlatShard) else held
 
 
-def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Offset, tuple[int, ...], int]]:
+def flat_range_to_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Offset, tuple[int, ...], int]]:
     """(offset, size, first element's number) of the boxes that elements [start, stop) of a tensor are, in order.
 
     At most two per dimension and one more: the end of a row, whole rows, the beginning of a row.
@@ -80,18 +80,20 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Offse
     first, inside = divmod(start, row)
     if inside:
         end = min(stop, (first + 1) * row)
-        yield from _within(shape, first, start, end)
+        yield from _row_range_to_boxes(shape, first, start, end)
         start, first = end, first + 1
     whole = (stop - start) // row
     if whole > 0:
         yield (first, *[0] * (len(shape) - 1)), (whole, *shape[1:]), start
         start, first = start + whole * row, first + whole
     if start < stop:
-        yield from _within(shape, first, start, stop)
+        yield from _row_range_to_boxes(shape, first, start, stop)
 
 
-def _within(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[tuple[Offset, tuple[int, ...], int]]:
+def _row_range_to_boxes(
+    shape: tuple[int, ...], row: int, start: int, stop: int
+) -> Iterator[tuple[Offset, tuple[int, ...], int]]:
     """The same of elements that lie in one row."""
     before = row * prod(shape[1:])
-    for offset, size, begin in boxes(shape[1:], start - before, stop - before):
+    for offset, size, begin in flat_range_to_boxes(shape[1:], start - before, stop - before):
         yield (row, *offset), (1, *size), before + begin

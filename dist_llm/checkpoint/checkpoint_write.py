@@ -20,36 +20,36 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dist_llm.checkpoint import manifest
-from dist_llm.checkpoint.boxes import Boxes, Offset, piece_of
-from dist_llm.checkpoint.folder import Folder, FolderWriter, Written
+from dist_llm.checkpoint.flat_shard import FlatShard, Offset, chunk_at
+from dist_llm.checkpoint.folder import FileRecord, Folder, FolderWriter
 from dist_llm.errors import CheckpointError, UserError
 from dist_llm.launch.flight_recorder import CHECKPOINT_GROUP
 from dist_llm.parallel.mesh import to_local
 
 Result = TypeVar("Result")
-LONGEST_WRITE = timedelta(hours=2)  # that one rank waits for another
+WRITE_TIMEOUT = timedelta(hours=2)  # that one rank waits for another
 
 
-class Team:
+class CheckpointGroup:
     """The ranks that write together, in a group of their own, since the step uses the others meanwhile."""
 
     def __init__(self) -> None:
         self.group: dist.ProcessGroup | None = None
         if dist.is_initialized():
-            self.group = dist.new_group(backend="gloo", timeout=LONGEST_WRITE, group_desc=CHECKPOINT_GROUP)
+            self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT, group_desc=CHECKPOINT_GROUP)
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.group is not None else (0, 1)
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def each(self, action: Callable[[], Result]) -> list[Result]:
+    def run_on_all(self, action: Callable[[], Result]) -> list[Result]:
         """What `action` returned on each rank. Where it raised on any, the first of these as the same error on all."""
         result, problem = None, None
         try:
             result = action()
         except (Exception, CheckpointException) as error:  # the latter is no Exception
-            problem = isinstance(error, CheckpointException), _describe(error)
+            problem = isinstance(error, CheckpointException), _describe_error(error)
         if self.group is None:
             every = [(result, problem)]
         else:
@@ -60,32 +60,32 @@ class Team:
         return [result for result, _ in every]  # type: ignore[misc]
 
 
-class Copies:
+class StagingBuffers:
     """Host copies of a state's tensors (of this rank's parts), in buffers that the next copy uses again."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, Offset], Tensor] = {}
 
-    def take(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The values of now. Returns when they are there."""
-        values = {name: self._copy(name, held) for name, held in state.items()}
+        values = {name: self._copy_entry(name, held) for name, held in state.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return values
 
-    def _copy(self, name: str, held: Any) -> Any:
-        if not isinstance(held, Boxes):
-            return self._filled((name, ()), to_local(held))
-        return Boxes(held.shape, {at: self._filled((name, at), piece) for at, piece in held.pieces.items()})
+    def _copy_entry(self, name: str, held: Any) -> Any:
+        if not isinstance(held, FlatShard):
+            return self._copy_to_buffer((name, ()), to_local(held))
+        return FlatShard(held.shape, {at: self._copy_to_buffer((name, at), piece) for at, piece in held.chunks.items()})
 
-    def _filled(self, key: tuple[str, Offset], tensor: Tensor) -> Tensor:
+    def _copy_to_buffer(self, key: tuple[str, Offset], tensor: Tensor) -> Tensor:
         buffer = self.buffers.get(key)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = self.buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return buffer.copy_(tensor, non_blocking=True)
 
 
-class Writing(threading.Thread):
+class CheckpointWrite(threading.Thread):
     """One checkpoint on its way to `folder`. `values` are what to write for `state`, which says what lies where.
 
     `afterwards` is called on rank 0 once it is committed. A rank writes `few_files`, or else one for each tensor, and
@@ -94,17 +94,17 @@ class Writing(threading.Thread):
 
     def __init__(
         self,
-        team: Team,
+        team: CheckpointGroup,
         folder: Folder,
         state: Mapping[str, Any],
         values: Mapping[str, Any],
         files: Mapping[str, bytes],
-        afterwards: Callable[[], None] = lambda: None,
+        on_commit: Callable[[], None] = lambda: None,
         few_files: bool = True,
     ) -> None:
         super().__init__(name=f"writes {folder.name}", daemon=True)
         self.team, self.folder, self.state, self.values, self.files = team, folder, state, values, files
-        self.afterwards, self.few_files = afterwards, few_files
+        self.on_commit, self.few_files = on_commit, few_files
         self.error: CheckpointError | None = None
         self.committed = False
 
@@ -127,25 +127,27 @@ class Writing(threading.Thread):
         team, folder = self.team, self.folder
         writer = FolderWriter(folder, self.few_files)
         try:
-            team.each(lambda: self._begin() if team.main else None)
-            team.each(lambda: self._tensors(writer))
-            files = {name: each for written in team.each(lambda: writer.written) for name, each in written.items()}
-            team.each(lambda: self._commit(files) if team.main else None)
+            team.run_on_all(lambda: self._create_folder() if team.is_main else None)
+            team.run_on_all(lambda: self._write_tensors(writer))
+            files = {
+                name: each for written in team.run_on_all(lambda: writer.file_records) for name, each in written.items()
+            }
+            team.run_on_all(lambda: self._commit(files) if team.is_main else None)
         except Exception:
-            if team.main and not self.committed:
+            if team.is_main and not self.committed:
                 with suppress(OSError):
                     folder.remove()
             raise
-        if team.main:
-            self.afterwards()
+        if team.is_main:
+            self.on_commit()
 
-    def _begin(self) -> None:
+    def _create_folder(self) -> None:
         self.folder.remove()
-        self.folder.make()
+        self.folder.create()
 
-    def _tensors(self, writer: FolderWriter) -> None:
+    def _write_tensors(self, writer: FolderWriter) -> None:
         if self.team.group is None:
-            assume_one_process()
+            ignore_no_group_warning()
         try:
             state_dict_saver.save(
                 dict(self.state),
@@ -155,17 +157,17 @@ class Writing(threading.Thread):
                 no_dist=self.team.group is None,
             )
         except (Exception, CheckpointException):
-            if writer.problem is not None:  # torch says only that something failed
-                raise writer.problem from None
+            if writer.error is not None:  # torch says only that something failed
+                raise writer.error from None
             raise
 
-    def _commit(self, files: Mapping[str, Written]) -> None:
-        small = {name: manifest.write(self.folder, name, content) for name, content in self.files.items()}
+    def _commit(self, files: Mapping[str, FileRecord]) -> None:
+        small = {name: manifest.write_file(self.folder, name, content) for name, content in self.files.items()}
         manifest.commit(self.folder, {**files, **small})
         self.committed = True
 
 
-def assume_one_process() -> None:
+def ignore_no_group_warning() -> None:
     """torch warns where it is used without a process group that it takes this for a world of one. It is."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
@@ -178,10 +180,10 @@ class _Planner(DefaultSavePlanner):
         self.values = values
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return piece_of(self.values[index.fqn], index)
+        return chunk_at(self.values[index.fqn], index)
 
 
-def _describe(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """In one line: the rank, and the first cause out of what torch wraps around it."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     if isinstance(error, CheckpointException):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.boxes import Boxes, boxes, placed
-from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.flat_shard import FlatShard, flat_range_to_boxes, local_chunks
 from dist_llm.checkpoint.store import CheckpointStore
 from tests.laws.worlds import world
 
@@ -26,19 +26,19 @@ def test_boxes_are_the_stretch_and_nothing_else(shape: list[int], data: st.DataO
     stop = data.draw(st.integers(start, prod(shape)))
     flat = torch.arange(start, stop)
     whole = torch.full(shape, -1)
-    for offset, piece in placed(Boxes.of_flat(tuple(shape), flat, start)):
+    for offset, piece in local_chunks(FlatShard.from_flat(tuple(shape), flat, start)):
         place = tuple(slice(at, at + size) for at, size in zip(offset, piece.shape, strict=True))
         assert (whole[place] == -1).all(), "an element twice"
         whole[place] = piece
     want = np.full(prod(shape), -1)
     want[start:stop] = np.arange(start, stop)
     assert whole.flatten().tolist() == want.tolist()
-    assert len(list(boxes(tuple(shape), start, stop))) <= max(1, 2 * len(shape) - 1)
+    assert len(list(flat_range_to_boxes(tuple(shape), start, stop))) <= max(1, 2 * len(shape) - 1)
 
 
 def test_pieces_are_views_of_the_partition() -> None:
     flat = torch.zeros(9)
-    for _, piece in placed(Boxes.of_flat((4, 4), flat, 3)):
+    for _, piece in local_chunks(FlatShard.from_flat((4, 4), flat, 3)):
         piece.fill_(1)
     assert flat.tolist() == [1.0] * 9
 
@@ -56,16 +56,16 @@ class Split:
         for name, value in values.items():
             begin, end = max(start, first), max(min(start + value.numel(), first + size), start, first)
             part = self.flat[begin - first : end - first]
-            self.held[name] = Boxes.of_flat(tuple(value.shape), part, begin - start)
+            self.held[name] = FlatShard.from_flat(tuple(value.shape), part, begin - start)
             start += value.numel()
 
-    def weights(self) -> dict[str, Boxes]:
+    def weights(self) -> dict[str, FlatShard]:
         return self.held
 
     def moments(self) -> dict[str, Tensor]:
         return {}
 
-    def settle(self) -> None:
+    def after_load(self) -> None:
         pass
 
 
@@ -92,10 +92,10 @@ def load_split(directory: Path) -> bool:
 @pytest.mark.parametrize("background", [True, False])
 def test_what_three_ranks_write_two_and_one_read(background: bool, tmp_path: Path) -> None:
     world(3).run(save, tmp_path, background)
-    newest = CheckpointStore(tmp_path).committed()[-1]
+    newest = CheckpointStore(tmp_path).list_committed()[-1]
     assert newest.local is not None
     assert all(world(2).run(load_split, newest.local))
     whole = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    store.read(newest, dict(whole))
+    store.read_tensors(newest, dict(whole))
     for name, value in expected().items():
         assert torch.equal(whole[name], value), name
