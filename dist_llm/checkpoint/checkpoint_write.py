@@ -1,7 +1,7 @@
-"""Writing a checkpoint: tensors as they are now, by a thread, while training goes on.
+"""Write a checkpoint in a thread while training continues; it contains the tensors as they are now.
 
-All ranks copy their parts into buffers, which takes less than a step, and hand them to the thread. There all ranks
-write, tell each other what they wrote or what went wrong, and rank 0 commits: all succeed, or all raise the same.
+All ranks copy their shards into staging buffers, which takes less than a step, and start the thread. There all ranks
+write, exchange file records and errors, and rank 0 commits. Either all ranks succeed, or all raise the same error.
 """
 
 import threading
@@ -27,11 +27,11 @@ from dist_llm.launch.flight_recorder import CHECKPOINT_GROUP
 from dist_llm.parallel.mesh import to_local
 
 Result = TypeVar("Result")
-WRITE_TIMEOUT = timedelta(hours=2)  # that one rank waits for another
+WRITE_TIMEOUT = timedelta(hours=2)  # timeout of a rank that waits for another
 
 
 class CheckpointGroup:
-    """The ranks that write together, in a group of their own, since the step uses the others meanwhile."""
+    """The process group of checkpoint writes. It is separate, since training uses the other groups at the same time."""
 
     def __init__(self) -> None:
         self.group: dist.ProcessGroup | None = None
@@ -44,39 +44,44 @@ class CheckpointGroup:
         return self.rank == 0
 
     def run_on_all(self, action: Callable[[], Result]) -> list[Result]:
-        """What `action` returned on each rank. Where it raised on any, the first of these as the same error on all."""
-        result, problem = None, None
+        """Run `action` on each rank and return the results by rank. If any rank raises, all ranks raise the same
+        error."""
+        result, failure = None, None
         try:
             result = action()
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
-            problem = isinstance(error, CheckpointException), _describe_error(error)
+        except (Exception, CheckpointException) as error:  # CheckpointException is not a subclass of Exception
+            failure = isinstance(error, CheckpointException), _describe_error(error)
         if self.group is None:
-            every = [(result, problem)]
+            by_rank = [(result, failure)]
         else:
-            every = [(None, None)] * self.size
-            dist.all_gather_object(every, (result, problem), group=self.group)
-        if problems := [problem for _, problem in every if problem is not None]:
-            raise CheckpointError(min(problems)[1])  # from who met it, rather than from who heard of it
-        return [result for result, _ in every]  # type: ignore[misc]
+            by_rank = [(None, None)] * self.size
+            dist.all_gather_object(by_rank, (result, failure), group=self.group)
+        if failures := [failure for _, failure in by_rank if failure is not None]:
+            # prefer the rank where the error originated over ranks that only saw the failure
+            raise CheckpointError(min(failures)[1])
+        return [result for result, _ in by_rank]  # type: ignore[misc]
 
 
 class StagingBuffers:
-    """Host copies of a state's tensors (of this rank's parts), in buffers that the next copy uses again."""
+    """Host buffers for copies of this rank's tensors; later copies reuse them."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, Offset], Tensor] = {}
 
     def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of now. Returns when they are there."""
-        values = {name: self._copy_entry(name, held) for name, held in state.items()}
+        """Copy the current values. On return, the copies are complete."""
+        values = {name: self._copy_entry(name, tensor) for name, tensor in state.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return values
 
-    def _copy_entry(self, name: str, held: Any) -> Any:
-        if not isinstance(held, FlatShard):
-            return self._copy_to_buffer((name, ()), to_local(held))
-        return FlatShard(held.shape, {at: self._copy_to_buffer((name, at), piece) for at, piece in held.chunks.items()})
+    def _copy_entry(self, name: str, tensor: Any) -> Any:
+        if not isinstance(tensor, FlatShard):
+            return self._copy_to_buffer((name, ()), to_local(tensor))
+        return FlatShard(
+            tensor.shape,
+            {offset: self._copy_to_buffer((name, offset), chunk) for offset, chunk in tensor.chunks.items()},
+        )
 
     def _copy_to_buffer(self, key: tuple[str, Offset], tensor: Tensor) -> Tensor:
         buffer = self.buffers.get(key)
@@ -86,15 +91,15 @@ class StagingBuffers:
 
 
 class CheckpointWrite(threading.Thread):
-    """One checkpoint on its way to `folder`. `values` are what to write for `state`, which says what lies where.
+    """The write of one checkpoint to `folder`. `state` determines the layout, `values` are the tensors to write.
 
-    `afterwards` is called on rank 0 once it is committed. A rank writes `few_files`, or else one for each tensor, and
-    then no more than one at a time is held here.
+    Rank 0 calls `on_commit` after the commit. If `few_files`, a rank writes few files; else one file per tensor, and it
+    holds no more than one tensor in memory.
     """
 
     def __init__(
         self,
-        team: CheckpointGroup,
+        group: CheckpointGroup,
         folder: Folder,
         state: Mapping[str, Any],
         values: Mapping[str, Any],
@@ -102,8 +107,8 @@ class CheckpointWrite(threading.Thread):
         on_commit: Callable[[], None] = lambda: None,
         few_files: bool = True,
     ) -> None:
-        super().__init__(name=f"writes {folder.name}", daemon=True)
-        self.team, self.folder, self.state, self.values, self.files = team, folder, state, values, files
+        super().__init__(name=f"write {folder.name}", daemon=True)
+        self.group, self.folder, self.state, self.values, self.files = group, folder, state, values, files
         self.on_commit, self.few_files = on_commit, few_files
         self.error: CheckpointError | None = None
         self.committed = False
@@ -113,32 +118,34 @@ class CheckpointWrite(threading.Thread):
             self._write()
         except CheckpointError as error:
             self.error = CheckpointError(f"{self.folder}: cannot be written: {error}")
-        except Exception as error:  # a rank that is gone, most likely: it has said why
+        except Exception as error:  # most likely another rank died, which has reported its own error
             self.error = CheckpointError(f"{self.folder}: cannot be written: {type(error).__name__}: {error}")
 
     def finish(self) -> None:
-        """Wait for it. Raises CheckpointError, the same on all ranks, where it failed."""
-        if self.ident is not None:  # else it ran in the caller's thread
+        """Wait for the write. Raises the same CheckpointError on all ranks if it failed."""
+        if self.ident is not None:  # else `run` was called directly
             self.join()
         if self.error is not None:
             raise self.error
 
     def _write(self) -> None:
-        team, folder = self.team, self.folder
+        group, folder = self.group, self.folder
         writer = FolderWriter(folder, self.few_files)
         try:
-            team.run_on_all(lambda: self._create_folder() if team.is_main else None)
-            team.run_on_all(lambda: self._write_tensors(writer))
+            group.run_on_all(lambda: self._create_folder() if group.is_main else None)
+            group.run_on_all(lambda: self._write_tensors(writer))
             files = {
-                name: each for written in team.run_on_all(lambda: writer.file_records) for name, each in written.items()
+                name: record
+                for records in group.run_on_all(lambda: writer.file_records)
+                for name, record in records.items()
             }
-            team.run_on_all(lambda: self._commit(files) if team.is_main else None)
+            group.run_on_all(lambda: self._commit(files) if group.is_main else None)
         except Exception:
-            if team.is_main and not self.committed:
+            if group.is_main and not self.committed:
                 with suppress(OSError):
                     folder.remove()
             raise
-        if team.is_main:
+        if group.is_main:
             self.on_commit()
 
     def _create_folder(self) -> None:
@@ -146,34 +153,35 @@ class CheckpointWrite(threading.Thread):
         self.folder.create()
 
     def _write_tensors(self, writer: FolderWriter) -> None:
-        if self.team.group is None:
+        if self.group.group is None:
             ignore_no_group_warning()
         try:
             state_dict_saver.save(
                 dict(self.state),
                 storage_writer=writer,
                 planner=_Planner(self.values),
-                process_group=self.team.group,
-                no_dist=self.team.group is None,
+                process_group=self.group.group,
+                no_dist=self.group.group is None,
             )
         except (Exception, CheckpointException):
-            if writer.error is not None:  # torch says only that something failed
+            if writer.error is not None:  # torch's own error has no cause
                 raise writer.error from None
             raise
 
     def _commit(self, files: Mapping[str, FileRecord]) -> None:
-        small = {name: manifest.write_file(self.folder, name, content) for name, content in self.files.items()}
-        manifest.commit(self.folder, {**files, **small})
+        small_files = {name: manifest.write_file(self.folder, name, content) for name, content in self.files.items()}
+        manifest.commit(self.folder, {**files, **small_files})
         self.committed = True
 
 
 def ignore_no_group_warning() -> None:
-    """torch warns where it is used without a process group that it takes this for a world of one. It is."""
+    """Silence torch's warning that it assumes a single process if there is no process group. The assumption is right
+    here."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans as the state lies; writes the values that were copied of it."""
+    """Plans on the live state; writes the copied values."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__()
@@ -184,7 +192,7 @@ class _Planner(DefaultSavePlanner):
 
 
 def _describe_error(error: BaseException) -> str:
-    """In one line: the rank, and the first cause out of what torch wraps around it."""
+    """Return one line: the rank, and the root cause of torch's wrapped errors."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     if isinstance(error, CheckpointException):
         rank, (error, _) = min(error.failures.items(), key=lambda item: item[0])

@@ -1,6 +1,7 @@
-"""Whether a run may go on from a checkpoint, or start from its weights: the same function, or the change is requested.
+"""Check that a run can resume from a checkpoint, or start from its weights: same function, or the change is requested.
 
-Configs are compared without a process group and before anything is written. Parameters are compared when they are read.
+Configs are compared before any process group starts and before anything is written. Parameters are compared when they
+are read.
 """
 
 import logging
@@ -26,7 +27,7 @@ log = logging.getLogger("dist_llm")
 
 
 def read_config(folder: Folder | Path) -> Config:
-    """The resolved config in a checkpoint. Raises CheckpointError where it is not valid."""
+    """Return the resolved config of a checkpoint. Raises CheckpointError if it is not valid."""
     name = "config.yaml"
     try:
         text = Folder(folder).read(name).decode()
@@ -36,68 +37,74 @@ def read_config(folder: Folder | Path) -> Config:
 
 
 def check_resume(folder: Folder, config: Config) -> list[Difference]:
-    """The differences that do not change the function, to be logged. Raises CheckpointError where others exist."""
+    """Return the differences that do not change the function, to be logged. Raises CheckpointError for other
+    differences."""
     before = read_config(folder)
-    if odd := resume_differences(before, config):
-        requestable = [each.key for each in odd if each.key in REQUESTABLE]
+    if differences := resume_differences(before, config):
+        requestable = [difference.key for difference in differences if difference.key in REQUESTABLE]
+        can_request = len(requestable) == len(differences)
+        changes_data = any(difference.key.startswith("data.") for difference in differences)
         raise CheckpointError(
             f"{folder}: the run cannot go on, because its config describes another model than this checkpoint:"
-            f"{_format_differences(odd)}\nSet these keys to the checkpoint's values; or start a new run with another "
-            "run.dir"
-            + (f", init_from={folder} and init_allow=[{','.join(requestable)}]" if len(requestable) == len(odd) else "")
-            + ("; or set data.on_change: new_segment" if any(each.key.startswith("data.") for each in odd) else "")
+            f"{_format_differences(differences)}\nSet these keys to the checkpoint's values; or start a new run "
+            "with another run.dir"
+            + (f", init_from={folder} and init_allow=[{','.join(requestable)}]" if can_request else "")
+            + ("; or set data.on_change: new_segment" if changes_data else "")
         )
     return other_differences(before, config)
 
 
 def check_init_from(path: Path, config: Config) -> list[Difference]:
-    """The differences in the function that `init_allow` requests. Raises CheckpointError where others exist."""
-    found = function_differences(read_config(path), config)
-    odd = [each for each in found if each.key not in config.init_allow]
-    if odd:
-        fixed = [each.key for each in odd if each.key not in REQUESTABLE]
-        allow = [*config.init_allow, *(each.key for each in odd if each.key in REQUESTABLE)]
+    """Return the function differences that `init_allow` requests. Raises CheckpointError for other function
+    differences."""
+    differences = function_differences(read_config(path), config)
+    refused = [difference for difference in differences if difference.key not in config.init_allow]
+    if refused:
+        fixed = [difference.key for difference in refused if difference.key not in REQUESTABLE]
+        allow = [*config.init_allow, *(difference.key for difference in refused if difference.key in REQUESTABLE)]
         hints = [f"set {', '.join(fixed)} to the checkpoint's values, which init_from cannot change"] if fixed else []
         hints += [f"for a difference that is intended, set init_allow=[{','.join(allow)}]"] if allow else []
         raise CheckpointError(
-            f"init_from {path}: this config describes another model than the checkpoint:{_format_differences(odd)}\n"
-            f"To use the checkpoint's model, write `model: {{from: {path}}}`; {'; '.join(hints)}"
+            f"init_from {path}: this config describes another model than the checkpoint:"
+            f"{_format_differences(refused)}\nTo use the checkpoint's model, write "
+            f"`model: {{from: {path}}}`; {'; '.join(hints)}"
         )
-    return found
+    return differences
 
 
 def log_init_differences(path: Path, config: Config, requested: Sequence[Difference]) -> None:
-    """One line for each difference that a start from other weights accepts, and for each request without effect."""
-    for each in requested:
-        log.info("init_allow: %s", each)
+    """Log each difference that an init_from accepts, and each entry of `init_allow` that has no effect."""
+    for difference in requested:
+        log.info("init_allow: %s", difference)
     for key in config.init_allow:
-        if key not in {each.key for each in requested}:
+        if key not in {difference.key for difference in requested}:
             log.info("init_allow: %s is the same in the checkpoint", key)
     log_harmless_differences(other_differences(read_config(path), config))
 
 
 def log_harmless_differences(differences: Iterable[Difference]) -> None:
-    """One line for each difference that does not change the function of a trained model."""
-    for each in differences:
-        log.info("%s; the model's function stays the same", each)
+    """Log each difference that does not change the function of a trained model."""
+    for difference in differences:
+        log.info("%s; the model's function stays the same", difference)
 
 
 def check_parameters(
     folder: Folder | Path, saved: Mapping[str, Sequence[int]], model: ModelConfig, requested: bool
 ) -> tuple[list[str], list[str]]:
-    """(parameters of the whole model that the checkpoint lacks, those of the checkpoint that the model lacks).
+    """Return (parameters that only the full model has, parameters that only the checkpoint has).
 
-    Raises CheckpointError where there are some and no change was `requested`.
+    Raises CheckpointError if there are any and `requested` is false.
     """
     with torch.device("meta"):
-        wanted = {f"model.{name}" for name, _ in build_model(model).named_parameters()}
-    there = {name for name in saved if name.startswith("model.")}
-    added, dropped = sorted(wanted - there), sorted(there - wanted)
+        in_model = {f"model.{name}" for name, _ in build_model(model).named_parameters()}
+    in_checkpoint = {name for name in saved if name.startswith("model.")}
+    added, dropped = sorted(in_model - in_checkpoint), sorted(in_checkpoint - in_model)
     if (added or dropped) and not requested:
-        lack = f"the checkpoint lacks {_format_names(added)}" if added else ""
-        left = f"the checkpoint has {_format_names(dropped)}, which this config's model lacks" if dropped else ""
+        missing = f"the checkpoint lacks {_format_names(added)}" if added else ""
+        extra = f"the checkpoint has {_format_names(dropped)}, which this config's model lacks" if dropped else ""
         raise CheckpointError(
-            f"{folder}: {'; '.join(filter(None, (lack, left)))}; use the `model` section the checkpoint was made with"
+            f"{folder}: {'; '.join(filter(None, (missing, extra)))}; use the `model` section "
+            "the checkpoint was made with"
         )
     return added, dropped
 
@@ -108,4 +115,4 @@ def _format_names(names: Sequence[str]) -> str:
 
 
 def _format_differences(differences: Iterable[Difference]) -> str:
-    return "".join(f"\n  {each}" for each in differences)
+    return "".join(f"\n  {difference}" for difference in differences)

@@ -1,4 +1,5 @@
-"""Tensors of which a rank holds a stretch of elements, as flat partitions do: as DCP can write and read them."""
+"""Let DCP (torch.distributed.checkpoint) write and read tensors of which a rank holds a contiguous range of
+elements."""
 
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -19,73 +20,76 @@ Offset = tuple[int, ...]
 
 
 class FlatShard:
-    """This rank's rectangular pieces of a tensor of `shape`: views, by their offsets in it. None is fine too."""
+    """The rectangular chunks of a tensor of `shape` that this rank holds: views, by their offset in the tensor.
 
-    def __init__(self, shape: tuple[int, ...], pieces: Mapping[Offset, Tensor]) -> None:
-        self.shape, self.chunks = shape, dict(pieces)
+    There may be no chunk.
+    """
+
+    def __init__(self, shape: tuple[int, ...], chunks: Mapping[Offset, Tensor]) -> None:
+        self.shape, self.chunks = shape, dict(chunks)
         self.ndim = len(shape)
 
     @staticmethod
     def from_flat(shape: tuple[int, ...], flat: Tensor, start: int) -> "FlatShard":
-        """`flat` holds the elements from number `start` on, in row-major order."""
-        pieces = {}
+        """Build the shard whose elements are `flat`: in row-major order, from element `start` of the tensor."""
+        chunks = {}
         for offset, size, begin in flat_range_to_boxes(shape, start, start + flat.numel()):
-            pieces[offset] = flat[begin - start : begin - start + prod(size)].view(size)
-        return FlatShard(shape, pieces)
+            chunks[offset] = flat[begin - start : begin - start + prod(size)].view(size)
+        return FlatShard(shape, chunks)
 
     def size(self) -> torch.Size:
         return torch.Size(self.shape)
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
-        chunks = self.__create_chunk_list__()
-        properties = [TensorProperties.create_from_tensor(piece) for piece in self.chunks.values()]
+        locations = self.__create_chunk_list__()
+        properties = [TensorProperties.create_from_tensor(chunk) for chunk in self.chunks.values()]
         return [
             WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
+                index=MetadataIndex(fqn, location.offsets),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=each, size=self.size()),
+                tensor_data=TensorWriteData(chunk=location, properties=chunk_properties, size=self.size()),
             )
-            for chunk, each in zip(chunks, properties, strict=True)
+            for location, chunk_properties in zip(locations, properties, strict=True)
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(offset), piece.size()) for offset, piece in self.chunks.items()]
+        return [ChunkStorageMetadata(torch.Size(offset), chunk.size()) for offset, chunk in self.chunks.items()]
 
 
-def local_chunks(held: Any) -> Iterator[tuple[Offset, Tensor]]:
-    """(offset, this rank's part) of a tensor, a DTensor or boxes."""
-    if isinstance(held, FlatShard):
-        yield from held.chunks.items()
+def local_chunks(tensor: Any) -> Iterator[tuple[Offset, Tensor]]:
+    """Yield (offset, this rank's chunk) of a tensor, a DTensor or a FlatShard."""
+    if isinstance(tensor, FlatShard):
+        yield from tensor.chunks.items()
     else:
-        part, offset = local_with_offset(held)
-        yield offset, part
+        chunk, offset = local_with_offset(tensor)
+        yield offset, chunk
 
 
-def chunk_at(held: Any, index: MetadataIndex) -> Any:
-    """What DCP means by `index`, of a tensor or of boxes."""
-    return held.chunks[tuple(index.offset or ())] if isinstance(held, FlatShard) else held
+def chunk_at(tensor: Any, index: MetadataIndex) -> Any:
+    """Return the chunk of a FlatShard that DCP addresses by `index`; a tensor is returned as it is."""
+    return tensor.chunks[tuple(index.offset or ())] if isinstance(tensor, FlatShard) else tensor
 
 
 def flat_range_to_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Offset, tuple[int, ...], int]]:
-    """(offset, size, first element's number) of the boxes that elements [start, stop) of a tensor are, in order.
+    """Yield (offset, size, number of the first element) of the boxes that cover elements [start, stop), in order.
 
-    At most two per dimension and one more: the end of a row, whole rows, the beginning of a row.
+    There are at most two boxes per dimension plus one: the end of a row, full rows, the beginning of a row.
     """
     if start >= stop:
         return
     if len(shape) <= 1:
         yield ((start,), (stop - start,), start) if shape else ((), (), 0)
         return
-    row = prod(shape[1:])
-    first, inside = divmod(start, row)
-    if inside:
-        end = min(stop, (first + 1) * row)
+    row_size = prod(shape[1:])
+    first, column = divmod(start, row_size)
+    if column:
+        end = min(stop, (first + 1) * row_size)
         yield from _row_range_to_boxes(shape, first, start, end)
         start, first = end, first + 1
-    whole = (stop - start) // row
-    if whole > 0:
-        yield (first, *[0] * (len(shape) - 1)), (whole, *shape[1:]), start
-        start, first = start + whole * row, first + whole
+    num_full_rows = (stop - start) // row_size
+    if num_full_rows > 0:
+        yield (first, *[0] * (len(shape) - 1)), (num_full_rows, *shape[1:]), start
+        start, first = start + num_full_rows * row_size, first + num_full_rows
     if start < stop:
         yield from _row_range_to_boxes(shape, first, start, stop)
 
@@ -93,7 +97,7 @@ def flat_range_to_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterat
 def _row_range_to_boxes(
     shape: tuple[int, ...], row: int, start: int, stop: int
 ) -> Iterator[tuple[Offset, tuple[int, ...], int]]:
-    """The same of elements that lie in one row."""
-    before = row * prod(shape[1:])
-    for offset, size, begin in flat_range_to_boxes(shape[1:], start - before, stop - before):
-        yield (row, *offset), (1, *size), before + begin
+    """Like `flat_range_to_boxes`, for elements of one row."""
+    row_start = row * prod(shape[1:])
+    for offset, size, begin in flat_range_to_boxes(shape[1:], start - row_start, stop - row_start):
+        yield (row, *offset), (1, *size), row_start + begin

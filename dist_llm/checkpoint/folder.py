@@ -1,6 +1,6 @@
-"""A directory that holds a checkpoint, on a disk or at a URL that fsspec opens, and torch's reader and writer of it.
+"""A checkpoint directory, on a disk or at a URL that fsspec opens, and torch's reader and writer for it.
 
-What is written here is hashed on its way, so that a manifest of it costs no second reading.
+Files are hashed while they are written, so the manifest needs no second read.
 """
 
 import errno
@@ -26,19 +26,19 @@ from dist_llm.checkpoint.metadata import load_metadata
 from dist_llm.data.remote import hasher, named, sync_directory
 from dist_llm.errors import CheckpointError
 
-READ_BYTES = 1 << 22  # at once: of a remote file by one request
-WRITE_BYTES = 1 << 20  # at once: few enough to be in the cache still when they are hashed
-WRITEBACK_BYTES = 1 << 23  # after which the disk is told to begin
-METADATA = ".metadata"  # torch's, of all tensors
+READ_BYTES = 1 << 22  # bytes per read request of a remote file
+WRITE_BYTES = 1 << 20  # bytes per write: they are still in the CPU cache when they are hashed
+WRITEBACK_BYTES = 1 << 23  # after so many bytes the system is advised to start writing to the disk
+METADATA = ".metadata"  # torch's metadata file
 CANCELLED = "another thread could not write"
-NUM_WRITE_THREADS = 2  # threads, each with a file of its own: one writes and hashes while the other waits for the disk
+NUM_WRITE_THREADS = 2  # each has its own file: one writes and hashes while the other waits for the disk
 
 
 class Folder:
-    """The directory at `place`, a path or a URL. Its small files are read and written whole."""
+    """A directory, given by a path or a URL."""
 
-    def __init__(self, place: "Folder | Path | str") -> None:
-        self.location = str(place).rstrip("/")
+    def __init__(self, location: "Folder | Path | str") -> None:
+        self.location = str(location).rstrip("/")
         self.fs, self.path = fsspec.core.url_to_fs(self.location)
 
     def __str__(self) -> str:
@@ -59,11 +59,11 @@ class Folder:
 
     @property
     def local(self) -> Path | None:
-        """Its path, if it is on a disk."""
+        """The path, if the directory is on a local disk; else None."""
         return Path(self.path) if isinstance(self.fs, LocalFileSystem) else None
 
     def list_names(self) -> list[str]:
-        """What it holds, sorted; nothing if it is not there."""
+        """Return the names of all entries, sorted; an empty list if the directory does not exist."""
         self.fs.invalidate_cache()
         try:
             return sorted(str(path).rstrip("/").rpartition("/")[2] for path in self.fs.ls(self.path, detail=False))
@@ -78,7 +78,7 @@ class Folder:
         return content
 
     def compute_hash(self, name: str, like: str) -> str:
-        """Of a whole file, read in blocks, of the kind that `like` is."""
+        """Read a file in blocks and return its hash. `like` is a hash whose algorithm is used."""
         digest = hasher(like)
         with self.fs.open(f"{self.path}/{name}", "rb", block_size=READ_BYTES) as file:
             while block := file.read(READ_BYTES):
@@ -86,7 +86,7 @@ class Folder:
         return named(digest)
 
     def write(self, name: str, content: bytes) -> None:
-        """Durably, where that is ours to say."""
+        """Write a file. On a local disk it is durable on return."""
         with self.fs.open(f"{self.path}/{name}", "wb") as file:
             file.write(content)
             file.flush()
@@ -96,12 +96,12 @@ class Folder:
         self.fs.makedirs(self.path, exist_ok=True)
 
     def sync(self) -> None:
-        """Make the names in it durable."""
+        """Make the names in the directory durable, if it is on a local disk."""
         if self.local is not None:
             sync_directory(self.local)
 
     def remove(self, name: str = "") -> None:
-        """One file, or the folder with all that is in it; nothing if it is not there."""
+        """Remove one file, or the folder and its content. Does nothing if it does not exist."""
         with suppress(FileNotFoundError):
             if name:
                 self.fs.rm_file(f"{self.path}/{name}")
@@ -111,14 +111,14 @@ class Folder:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file's size, and its hash as `named` has it."""
+    """A file's size, and its hash in the format of `named`."""
 
     bytes: int
     hash: str
 
 
 class FolderReader(filesystem.FileSystemReader):
-    """torch's reader, of a folder anywhere."""
+    """torch's reader, for any `Folder`."""
 
     def __init__(self, folder: Folder) -> None:
         super().__init__(folder.path)
@@ -127,7 +127,7 @@ class FolderReader(filesystem.FileSystemReader):
         self.folder = folder
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """As torch's, which would run what the file names. Raises CheckpointError."""
+        """Read the metadata without unpickling arbitrary classes. Raises CheckpointError."""
         metadata = load_metadata(self.folder.read(METADATA), f"{self.folder}/{METADATA}")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -135,10 +135,10 @@ class FolderReader(filesystem.FileSystemReader):
 
 
 class FolderWriter(filesystem.FileSystemWriter):
-    """torch's writer, into a folder anywhere; `written` is what this rank wrote, by name."""
+    """torch's writer, into any `Folder`; `file_records` has the files that this rank wrote, by name."""
 
     def __init__(self, folder: Folder, few_files: bool = True) -> None:
-        # Nothing is copied ahead: that would be on the stream of another device than this rank's, in a thread.
+        # No copy-ahead: it would run in a thread, on the stream of another device than this rank's.
         durable, threads = folder.local is not None, NUM_WRITE_THREADS if few_files else 1
         super().__init__(folder.path, few_files, durable, thread_count=threads, per_thread_copy_ahead=0)
         self.path = folder.path
@@ -146,7 +146,7 @@ class FolderWriter(filesystem.FileSystemWriter):
         self.fs = self.files  # type: ignore[assignment]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Raises what went wrong in any thread, which torch would leave there; then none writes any more."""
+        """Write the tensors. Raises the error of any thread, which torch would lose; the other threads then stop."""
         before = torch.serialization.get_crc32_options()
         try:
             done = super().write_data(plan, planner)
@@ -161,7 +161,7 @@ class FolderWriter(filesystem.FileSystemWriter):
 
     @property
     def error(self) -> OSError | None:
-        """What the system said where a write failed."""
+        """The operating system's error, if a write failed."""
         return self.files.error
 
     @property
@@ -179,7 +179,7 @@ class _HashingFileSystem(filesystem.FileSystemBase):
         self.stopped = False
 
     def stop(self) -> None:
-        """Let every thread fail at its next write, and wait for that."""
+        """Make each thread fail at its next write, and wait until all streams are closed."""
         self.stopped = True
         while self.streams:
             time.sleep(0.01)
@@ -192,8 +192,8 @@ class _HashingFileSystem(filesystem.FileSystemBase):
             if mode != "wb":
                 yield file
                 return
-            # torch.save's own checksum takes longer than the write, and every byte is hashed here. The option is this
-            # thread's own; in older torch it is the process's, and `write_data` puts it back.
+            # torch.save's CRC32 takes longer than the write, and all bytes are hashed here. The option is thread-local;
+            # in older versions of torch it is global, and `write_data` restores it.
             torch.serialization.set_crc32_options(False)
             stream = _HashingStream(file, self)
             self.streams.add(stream)
@@ -233,11 +233,11 @@ class _HashingFileSystem(filesystem.FileSystemBase):
 
 
 class _HashingStream(io.RawIOBase):
-    """Hands on what is written, and hashes it."""
+    """Forward writes to a file, and hash them."""
 
     def __init__(self, file: IO[bytes], files: _HashingFileSystem) -> None:
         self.file, self.files, self.length, self.digest = file, files, 0, hasher()
-        self.writeback_bytes = 0  # bytes that the system was told to write
+        self.writeback_bytes = 0  # bytes that the system was advised to write
         self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
@@ -258,7 +258,7 @@ class _HashingStream(io.RawIOBase):
         self.length += len(block)
         if self.files.on_disk and self.length - self.writeback_bytes >= WRITEBACK_BYTES:
             file = self.fileno()
-            with suppress(OSError):  # the advice: have the disk begin now, not when the file is synced
+            with suppress(OSError):  # start writing to the disk now, not at fsync
                 os.posix_fadvise(file, self.writeback_bytes, self.length - self.writeback_bytes, os.POSIX_FADV_DONTNEED)
             self.writeback_bytes = self.length
 
@@ -273,11 +273,11 @@ class _HashingStream(io.RawIOBase):
             raise
 
     def fileno(self) -> int:
-        self.flush()  # torch asks in order to fsync, and not always flushes before
-        return self.file.fileno()  # a remote file has none and says so, which torch knows
+        self.flush()  # torch calls this before fsync, and does not always flush first
+        return self.file.fileno()  # remote files raise, which torch handles
 
     def close(self) -> None:
-        pass  # torch closes a stream after each tensor; the file goes on
+        pass  # torch closes a stream after each tensor; the file stays open
 
 
 def _sync(file: Any) -> None:

@@ -1,7 +1,7 @@
-"""Starting a run from another run's weights, whose vocabulary may be another.
+"""Initialize a run's weights from a checkpoint of another run, whose vocabulary may differ.
 
-An objective brings ids of its own (masks, sentinels, modes), which come after the tokenizer's. Rows of ids that the
-checkpoint knows are taken from it; those of new ids keep the initial values that any run gives them.
+An objective adds ids (masks, sentinels, modes) after the tokenizer's ids. Rows of ids that the checkpoint knows are
+copied from the checkpoint. Rows of new ids keep their initial values.
 """
 
 from collections.abc import Collection
@@ -21,39 +21,41 @@ VOCAB_TENSORS = ("embed.tokens.weight", "head.out.weight", "head.bias")
 
 @torch.no_grad()
 def init_from_checkpoint(
-    path: Path, held: CheckpointState, moments: bool, known_ids: int, added: Collection[str] = ()
+    path: Path, state: CheckpointState, moments: bool, known_ids: int, added: Collection[str] = ()
 ) -> None:
-    """Set the initial values that the ranks hold, and the moments if they are wanted, from a checkpoint that knows
-    the first `known_ids` ids. Parameters `added` keep their initial values.
+    """Read this rank's weights, and the moments if `moments`, from a checkpoint that knows the first `known_ids` ids.
 
-    Raises CheckpointError where it lacks another parameter of the model, or has it in another shape.
+    Parameters in `added` keep their initial values. Raises CheckpointError if the checkpoint lacks another parameter of
+    the model, or has it in another shape.
     """
     saved = read_shapes(path)
-    state = {name: tensor for name, tensor in held.weights().items() if name not in added}
+    tensors = {name: tensor for name, tensor in state.weights().items() if name not in added}
     if moments:
         if added:
             raise CheckpointError(
                 f"init_optimizer: keep: {path} has no optimizer state of {min(added).removeprefix('model.')}, which "
                 "init_allow adds to the model; set init_optimizer: fresh"
             )
-        held.allocate_moments(saved)
-        state |= held.moments()
-    tables = {name: tensor for name, tensor in state.items() if name.split(".", 1)[1].startswith(VOCAB_TENSORS)}
-    tables = {name: tensor for name, tensor in tables.items() if tensor.ndim and name in saved}
-    rest = {name: tensor for name, tensor in state.items() if name not in tables}
+        state.allocate_moments(saved)
+        tensors |= state.moments()
+    vocab_tensors = {
+        name: tensor for name, tensor in tensors.items() if name.split(".", 1)[1].startswith(VOCAB_TENSORS)
+    }
+    vocab_tensors = {name: tensor for name, tensor in vocab_tensors.items() if tensor.ndim and name in saved}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in vocab_tensors}
     check_shapes(path, rest, saved)
-    # Whole, on every rank: rows need not lie where they will be.
-    whole = {name: torch.empty(saved[name]) for name in tables}
-    read_tensors(path, rest | whole)
-    for name, table in tables.items():
-        _copy_rows(table, whole[name][:known_ids])
-    held.after_load()
+    # Read the full table on each rank: the rows may lie on other ranks than in the model.
+    full_tables = {name: torch.empty(saved[name]) for name in vocab_tensors}
+    read_tensors(path, rest | full_tables)
+    for name, table in vocab_tensors.items():
+        _copy_rows(table, full_tables[name][:known_ids])
+    state.after_load()
 
 
 def _copy_rows(table: Any, known: Tensor) -> None:
-    """What this rank has of `known`."""
-    for (first, *columns), mine in local_chunks(table):
-        rows = known[first : first + len(mine)]
+    """Copy this rank's rows of `known` into `table`."""
+    for (first, *columns), chunk in local_chunks(table):
+        rows = known[first : first + len(chunk)]
         for dimension, start in enumerate(columns, 1):
-            rows = rows.narrow(dimension, start, mine.shape[dimension])
-        mine[: len(rows)] = rows.to(mine.device)
+            rows = rows.narrow(dimension, start, chunk.shape[dimension])
+        chunk[: len(rows)] = rows.to(chunk.device)

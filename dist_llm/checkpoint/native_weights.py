@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, one at a time and without ranks."""
+"""Read the tensors of a checkpoint one at a time, in a single process."""
 
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from dist_llm.errors import CheckpointError
 
 
 class NativeWeights:
-    """A checkpoint that was saved in whatever layout. `shapes` of all its tensors, which `read` reads."""
+    """A checkpoint that was saved in any layout. `shapes` has all its tensors; `read` reads one of them."""
 
     def __init__(self, path: Path) -> None:
         self.reader = _CachingReader(Folder(path))
@@ -36,7 +36,8 @@ class NativeWeights:
         return state[name]
 
     def _check_file_sizes(self) -> None:
-        """Raise CheckpointError where a file is shorter than its metadata say: memory is allocated by these."""
+        """Raise CheckpointError if a file is shorter than the metadata say, since the metadata determine what is
+        allocated."""
         folder, ends = self.reader.folder, dict[str, int]()
         for stored in self.reader.read_metadata().storage_data.values():
             ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
@@ -50,7 +51,7 @@ class NativeWeights:
 
 
 class _CachingReader(FolderReader):
-    """Reads its metadata once, and not for each tensor."""
+    """Reads the metadata once, instead of once per tensor."""
 
     @cached_property
     def _metadata(self) -> Metadata:
