@@ -11,7 +11,7 @@ from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.config.load import load_saved
 from dist_llm.config.schema import Config
-from dist_llm.convert.spread import spread
+from dist_llm.convert.offload import load_offloaded
 from dist_llm.errors import ConfigError, DataError
 from dist_llm.models.attention import KVCache
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask, EncoderInput
@@ -63,7 +63,7 @@ def load_model(
     if config.model.architecture == "encoder":
         raise ConfigError(f"{path}: an encoder fills in masks and does not go on with a text; it cannot generate")
     if offload is not None:
-        model = spread(path, config.model, device, offload.folder, offload.memory_bytes)
+        model = load_offloaded(path, config.model, device, offload.folder, offload.memory_bytes)
         return model, Tokenizer.load(path), config
     with torch.device("meta"):
         model = build_model(config.model)

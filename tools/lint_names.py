@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Packages whose names have been revised. Add a package once it passes.
 CHECKED = (
     "dist_llm/checkpoint",
+    "dist_llm/convert",
     "dist_llm/counter_rng.py",
     "dist_llm/engines",
     "dist_llm/losses",

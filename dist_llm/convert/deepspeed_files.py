@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from dist_llm.convert.weights import refuse_claims
+from dist_llm.convert.weights import check_tensor_sizes
 from dist_llm.errors import CheckpointError
 
 
-class _StandIn:
+class _InertStub:
     """In place of whatever class or function a file names; takes what it is given and keeps none of it."""
 
     def __init__(self, *_: object) -> None: ...
@@ -30,9 +30,9 @@ def load_mapped(path: Path) -> Any:
     """What torch.save wrote, tensors mapped; raises CheckpointError where the file is missing or damaged."""
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        with torch.serialization.safe_globals([(_StandIn, name) for name in unknown]):
+        with torch.serialization.safe_globals([(_InertStub, name) for name in unknown]):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        refuse_claims(content, path)
+        check_tensor_sizes(content, path)
         return content
     except CheckpointError:
         raise
@@ -64,7 +64,7 @@ class LossScaler:
         self.cur_scale, self.dynamic = 1.0, False
 
 
-THEIR_NAMES: dict[Any, bytes] = {
+DEEPSPEED_NAMES: dict[Any, bytes] = {
     FragmentAddress: b"deepspeed.utils.tensor_fragment\nfragment_address\n",
     LossScaler: b"deepspeed.runtime.fp16.loss_scaler\nLossScaler\n",
 }
@@ -73,32 +73,32 @@ THEIR_NAMES: dict[Any, bytes] = {
 PURE_PYTHON: Any = pickle._Pickler  # the one in C asks the module of a class whether it has it
 
 
-class _Pickling:
+class _PickleModule:
     """What torch.save wants of a pickle module: ours writes our two classes as DeepSpeed's."""
 
     class Pickler(PURE_PYTHON):  # type: ignore[misc]
         def save_global(self, obj: Any, name: str | None = None) -> None:
-            if obj not in THEIR_NAMES:
+            if obj not in DEEPSPEED_NAMES:
                 super().save_global(obj, name)
                 return
-            self.write(pickle.GLOBAL + THEIR_NAMES[obj])
+            self.write(pickle.GLOBAL + DEEPSPEED_NAMES[obj])
             self.memoize(obj)
 
 
-def lay_out(content: dict[str, Any], path: Path) -> None:
+def write_placeholders(content: dict[str, Any], path: Path) -> None:
     """A file whose tensors are zero: holes, as yet, on the disk."""
     with torch.serialization.skip_data():
-        torch.save(content, path, pickle_module=_Pickling)
+        torch.save(content, path, pickle_module=_PickleModule)
 
 
-def writable(path: Path) -> Any:
+def open_writable(path: Path) -> Any:
     """What torch.save wrote; what is copied into its tensors is in the file."""
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         return load_mapped(path)
 
 
 @contextmanager
-def published(directory: Path, tag: str, latest: str) -> Iterator[Path]:
+def write_tagged_directory(directory: Path, tag: str, latest: str) -> Iterator[Path]:
     """A directory to write into: called `tag` at the end, when the file `latest` names it, and gone after an error."""
     final, aside = directory / tag, directory / f"{tag}.tmp"
     if final.exists():

@@ -18,58 +18,60 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Layout:
+class PartitionLayout:
     """Of one group: `places[name][rank]` is a slice, empty where the rank holds none of the parameter.
 
     Joined in the order of ranks, a parameter's slices are its elements in row-major order.
     """
 
-    places: dict[str, list[slice]]
+    slices: dict[str, list[slice]]
     sizes: list[int]  # elements of each rank's partition
-    leans: list[int]  # the same without the padding at its end
+    unpadded_sizes: list[int]  # the same without the padding at its end
 
-    def pieces(self, name: str, flats: Sequence[Tensor]) -> list[Tensor]:
+    def views(self, name: str, flats: Sequence[Tensor]) -> list[Tensor]:
         """The views of a parameter in the ranks' flat tensors."""
-        return [flat[place] for flat, place in zip(flats, self.places[name], strict=True)]
+        return [flat[elements] for flat, elements in zip(flats, self.slices[name], strict=True)]
 
 
-def contiguous(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> Layout:
+def contiguous_layout(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> PartitionLayout:
     """Stages 1 and 2. `gaps` are elements left free after each parameter (DeepSpeed's `parameter_alignment`)."""
     numels = [prod(shape) for shape in shapes.values()]
     gaps = gaps or [0] * len(numels)
     starts = [0, *accumulate(numel + gap for numel, gap in zip(numels, gaps, strict=True))]
     # Rounded so that each partition begins at a multiple of 4 bytes, in halves too.
     size = round_up(starts[-1], 2 * world) // world
-    places = {
-        name: [_overlap(start - rank * size, start + numel - rank * size, size) for rank in range(world)]
+    slices = {
+        name: [_clip_range(start - rank * size, start + numel - rank * size, size) for rank in range(world)]
         for name, start, numel in zip(shapes, starts, numels, strict=False)
     }
-    return Layout(places, [size] * world, [min(max(starts[-1] - rank * size, 0), size) for rank in range(world)])
+    return PartitionLayout(
+        slices, [size] * world, [min(max(starts[-1] - rank * size, 0), size) for rank in range(world)]
+    )
 
 
-def split(shapes: Shapes, world: int) -> Layout:
+def per_param_layout(shapes: Shapes, world: int) -> PartitionLayout:
     """Stage 3: rank r holds the r-th of `world` parts of each parameter, the last parts padded to the others' size."""
-    places, start = {}, 0
+    slices, start = {}, 0
     for name, shape in shapes.items():
-        part = ceil(prod(shape) / world)
-        held = [min(max(prod(shape) - rank * part, 0), part) for rank in range(world)]
-        places[name] = [slice(start, start + numel) for numel in held]
-        start += part
-    return Layout(places, [start] * world, [start] * world)
+        shard_size = ceil(prod(shape) / world)
+        numels = [min(max(prod(shape) - rank * shard_size, 0), shard_size) for rank in range(world)]
+        slices[name] = [slice(start, start + numel) for numel in numels]
+        start += shard_size
+    return PartitionLayout(slices, [start] * world, [start] * world)
 
 
-def sub_groups(shapes: Shapes, world: int, most: int) -> Iterator[Shapes]:
+def split_sub_groups(shapes: Shapes, world: int, max_elements: int) -> Iterator[Shapes]:
     """Stage 3 cuts a group once a rank's part of it has `most` elements (`sub_group_size`)."""
-    found: dict[str, tuple[int, ...]] = {}
+    sub_group: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        found[name] = shape
-        if sum(ceil(prod(each) / world) for each in found.values()) >= most:
-            yield found
-            found = {}
-    if found:
-        yield found
+        sub_group[name] = shape
+        if sum(ceil(prod(member) / world) for member in sub_group.values()) >= max_elements:
+            yield sub_group
+            sub_group = {}
+    if sub_group:
+        yield sub_group
 
 
-def _overlap(start: int, end: int, size: int) -> slice:
+def _clip_range(start: int, end: int, size: int) -> slice:
     """[start, end) cut to [0, size)."""
     return slice(min(max(start, 0), size), min(max(end, 0), size))

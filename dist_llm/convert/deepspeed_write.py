@@ -12,8 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_llm.convert.deepspeed_files import FragmentAddress, LossScaler, lay_out, published, writable
-from dist_llm.convert.deepspeed_layout import Layout, Shapes, contiguous, split, sub_groups
+from dist_llm.convert.deepspeed_files import (
+    FragmentAddress,
+    LossScaler,
+    open_writable,
+    write_placeholders,
+    write_tagged_directory,
+)
+from dist_llm.convert.deepspeed_layout import (
+    PartitionLayout,
+    Shapes,
+    contiguous_layout,
+    per_param_layout,
+    split_sub_groups,
+)
 from dist_llm.convert.weights import Weights
 from dist_llm.errors import CheckpointError
 
@@ -48,31 +60,35 @@ def write_deepspeed(
     if stage not in (1, 2, 3):
         raise CheckpointError(f"stage {stage}: only ZeRO 1, 2 and 3 can be written; write a universal checkpoint")
     shared = shared or {}
-    _refuse_wrong_groups(weights, groups, settings, shared)
+    _check_groups(weights, groups, settings, shared)
     shapes: list[Shapes] = [{name: weights.shapes[f"model.{name}"] for name in group} for group in groups]
-    owners = list(range(len(groups)))  # of each flat tensor: the optimizer's group
+    group_of_flat = list(range(len(groups)))  # the optimizer's group of each flat tensor
     if stage == 3:
-        cut = [(owner, part) for owner in owners for part in sub_groups(shapes[owner], world, sub_group_size)]
-        owners, shapes = [owner for owner, _ in cut], [part for _, part in cut]
-    layouts = [split(each, world) if stage == 3 else contiguous(each, world) for each in shapes]
-    moments = _moments(weights, [name for group in groups for name in group])
-    steps = [_steps(weights, each) for each in shapes]
+        sub_groups = [
+            (group, part) for group in group_of_flat for part in split_sub_groups(shapes[group], world, sub_group_size)
+        ]
+        group_of_flat, shapes = [group for group, _ in sub_groups], [part for _, part in sub_groups]
+    layouts = [per_param_layout(group, world) if stage == 3 else contiguous_layout(group, world) for group in shapes]
+    moments = _moment_keys(weights, [name for group in groups for name in group])
+    steps = [_common_step(weights, group) for group in shapes]
     flat_groups = [
-        {**rest, "params": [number for number, owner in enumerate(owners) if owner == group]}
+        {**rest, "params": [number for number, owner in enumerate(group_of_flat) if owner == group]}
         for group, rest in enumerate(settings)
     ]
     tag = tag or f"global_step{step}"
-    with published(directory, tag, "latest") as aside:
+    with write_tagged_directory(directory, tag, "latest") as aside:
         prefixes = [f"zero_pp_rank_{rank}_" for rank in range(world)]
         for prefix in prefixes if stage == 3 else [""]:
-            lay_out(_model_states(shapes, world, stage, step, shared), aside / f"{prefix}mp_rank_00_model_states.pt")
+            write_placeholders(
+                _build_model_states(shapes, world, stage, step, shared), aside / f"{prefix}mp_rank_00_model_states.pt"
+            )
         for rank, prefix in enumerate(prefixes):
-            content = _optim_states(layouts, flat_groups, moments, steps, stage, rank)
-            lay_out(content, aside / f"{prefix}mp_rank_00_optim_states.pt")
-        optims = [writable(aside / f"{prefix}mp_rank_00_optim_states.pt") for prefix in prefixes]
-        _fill(weights, layouts, [each["optimizer_state_dict"] for each in optims], moments, steps)
+            content = _build_optim_states(layouts, flat_groups, moments, steps, stage, rank)
+            write_placeholders(content, aside / f"{prefix}mp_rank_00_optim_states.pt")
+        optims = [open_writable(aside / f"{prefix}mp_rank_00_optim_states.pt") for prefix in prefixes]
+        _fill_tensors(weights, layouts, [content["optimizer_state_dict"] for content in optims], moments, steps)
         if stage < 3:
-            for name, tensor in writable(aside / "mp_rank_00_model_states.pt")["module"].items():
+            for name, tensor in open_writable(aside / "mp_rank_00_model_states.pt")["module"].items():
                 tensor.copy_(weights.read(f"model.{shared.get(name, name)}"))
     return directory / tag
 
@@ -87,9 +103,9 @@ def write_universal(directory: Path, weights: Weights, *, step: int, tag: str = 
     Raises CheckpointError for moments of only some parameters, and where `tag` is there already.
     """
     shapes = {name[6:]: shape for name, shape in weights.shapes.items() if name.startswith("model.")}
-    moments, steps = _moments(weights, list(shapes)), _steps(weights, shapes)
+    moments, steps = _moment_keys(weights, list(shapes)), _common_step(weights, shapes)
     tag = tag or f"global_step{step}"
-    with published(directory, tag, "latest_universal") as aside:
+    with write_tagged_directory(directory, tag, "latest_universal") as aside:
         for name in shapes:
             folder = aside / "zero" / name
             folder.mkdir(parents=True)
@@ -103,13 +119,13 @@ def write_universal(directory: Path, weights: Weights, *, step: int, tag: str = 
         optimizer = {"state": state, "param_groups": no_settings}
         common = {"optimizer_state_dict": optimizer, "param_groups": no_settings, "ds_version": VERSION}
         torch.save(common, aside / "zero" / "optimizer_state.pt")
-        model = _model_states([shapes], 1, 3, step, {})
+        model = _build_model_states([shapes], 1, 3, step, {})
         for prefix in ("", "zero_pp_rank_0_"):  # where stages 1 and 2 look, and 3
             torch.save(model, aside / f"{prefix}mp_rank_00_model_states.pt")
     return directory / tag
 
 
-def _refuse_wrong_groups(
+def _check_groups(
     weights: Weights,
     groups: Sequence[Sequence[str]],
     settings: Sequence[Mapping[str, Any]],
@@ -130,20 +146,20 @@ def _refuse_wrong_groups(
         )
 
 
-def _moments(weights: Weights, names: Sequence[str]) -> list[str]:
+def _moment_keys(weights: Weights, names: Sequence[str]) -> list[str]:
     """What each parameter has in its own shape: exp_avg, exp_avg_sq; empty if there are no moments."""
     keys: dict[str, set[str]] = {name: set() for name in names}
     for full in weights.shapes:
         name, _, key = full.removeprefix("optim.").rpartition(".")
         if full.startswith("optim.") and name in keys:
             keys[name].add(key)
-    every = set().union(*keys.values())
-    if lacking := [name for name in names if keys[name] != every]:
+    all_keys = set().union(*keys.values())
+    if lacking := [name for name in names if keys[name] != all_keys]:
         raise CheckpointError(f"{lacking[0]} lacks moments that others have; take all moments out, or none")
-    return sorted(every - {"step"})
+    return sorted(all_keys - {"step"})
 
 
-def _steps(weights: Weights, names: Iterator[str] | Mapping[str, Any]) -> float | None:
+def _common_step(weights: Weights, names: Iterator[str] | Mapping[str, Any]) -> float | None:
     """How many steps these parameters have taken; None where it is not said."""
     steps = {float(weights.read(full)) for name in names if (full := f"optim.{name}.step") in weights.shapes}
     if len(steps) > 1:
@@ -153,7 +169,7 @@ def _steps(weights: Weights, names: Iterator[str] | Mapping[str, Any]) -> float 
     return steps.pop() if steps else None
 
 
-def _model_states(
+def _build_model_states(
     shapes: Sequence[Shapes], world: int, stage: int, step: int, shared: Mapping[str, str]
 ) -> dict[str, Any]:
     """`module` is empty at stage 3, where an engine takes the weights from the optimizer's files."""
@@ -162,7 +178,7 @@ def _model_states(
         "module": OrderedDict({**module, **{second: module[first] for second, first in shared.items()}}),
         "buffer_names": [],
         "optimizer": None,
-        "param_shapes": [OrderedDict((name, torch.Size(each)) for name, each in group.items()) for group in shapes],
+        "param_shapes": [OrderedDict((name, torch.Size(shape)) for name, shape in group.items()) for group in shapes],
         "frozen_param_shapes": None,
         "shared_params": dict(shared),
         "frozen_param_fragments": None,
@@ -179,8 +195,8 @@ def _model_states(
     }
 
 
-def _optim_states(
-    layouts: Sequence[Layout],
+def _build_optim_states(
+    layouts: Sequence[PartitionLayout],
     param_groups: Sequence[Mapping[str, Any]],
     moments: Sequence[str],
     steps: Sequence[float | None],
@@ -197,7 +213,7 @@ def _optim_states(
         for number, layout in enumerate(layouts)
     }
     optimizer = {"state": {k: v for k, v in state.items() if v}, "param_groups": list(param_groups)}
-    flats = [torch.empty(layout.leans[rank]) for layout in layouts]
+    flats = [torch.empty(layout.unpadded_sizes[rank]) for layout in layouts]
     if stage == 3:
         content = {
             "zero_stage": stage,
@@ -213,11 +229,11 @@ def _optim_states(
             "zero_stage": stage,
             "base_optimizer_state": optimizer,
             "single_partition_of_fp32_groups": flats,
-            "group_paddings": [layout.sizes[rank] - layout.leans[rank] for layout in layouts],
-            "param_alignment_paddings": [[0] * len(layout.places) for layout in layouts],
+            "group_paddings": [layout.sizes[rank] - layout.unpadded_sizes[rank] for layout in layouts],
+            "param_alignment_paddings": [[0] * len(layout.slices) for layout in layouts],
             "partition_count": [world] * len(layouts),
             "ds_version": VERSION,
-            "param_slice_mappings": [_fragments(layout, rank) for layout in layouts],
+            "param_slice_mappings": [_fragment_addresses(layout, rank) for layout in layouts],
         }
     return {
         "optimizer_state_dict": content,
@@ -226,38 +242,38 @@ def _optim_states(
     }
 
 
-def _fragments(layout: Layout, rank: int) -> "OrderedDict[str, FragmentAddress]":
+def _fragment_addresses(layout: PartitionLayout, rank: int) -> "OrderedDict[str, FragmentAddress]":
     """Where a rank has which parameter: what DeepSpeed's converter to universal checkpoints reads."""
-    places = ((name, places[rank]) for name, places in layout.places.items())
+    slices = ((name, by_rank[rank]) for name, by_rank in layout.slices.items())
     return OrderedDict(
-        (name, FragmentAddress(place.stop - place.start, place.start))
-        for name, place in places
-        if place.stop > place.start
+        (name, FragmentAddress(elements.stop - elements.start, elements.start))
+        for name, elements in slices
+        if elements.stop > elements.start
     )
 
 
-def _fill(
+def _fill_tensors(
     weights: Weights,
-    layouts: Sequence[Layout],
+    layouts: Sequence[PartitionLayout],
     ranks: Sequence[Any],
     moments: Sequence[str],
     steps: Sequence[float | None],
 ) -> None:
     """Copy each tensor into the ranks' mapped files."""
-    third = "fp32_flat_groups" in ranks[0]
+    stage_3 = "fp32_flat_groups" in ranks[0]
     for number, layout in enumerate(layouts):
-        flats = [rank["fp32_flat_groups" if third else "single_partition_of_fp32_groups"][number] for rank in ranks]
-        optimizers = [rank["optimizer_state_dict" if third else "base_optimizer_state"]["state"] for rank in ranks]
-        for name in layout.places:
-            _scatter(weights.read(f"model.{name}"), layout.pieces(name, flats))
+        flats = [rank["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"][number] for rank in ranks]
+        optimizers = [rank["optimizer_state_dict" if stage_3 else "base_optimizer_state"]["state"] for rank in ranks]
+        for name in layout.slices:
+            _scatter_to_views(weights.read(f"model.{name}"), layout.views(name, flats))
             for key in moments:
                 states = [optimizer[number][key] for optimizer in optimizers]
-                _scatter(weights.read(f"optim.{name}.{key}"), layout.pieces(name, states))
+                _scatter_to_views(weights.read(f"optim.{name}.{key}"), layout.views(name, states))
         for optimizer in optimizers if steps[number] is not None else ():
             optimizer[number]["step"].fill_(steps[number])
 
 
-def _scatter(tensor: Tensor, pieces: Sequence[Tensor]) -> None:
-    parts = torch.split_with_sizes(tensor.reshape(-1), [piece.numel() for piece in pieces])
-    for piece, part in zip(pieces, parts, strict=True):
-        piece.copy_(part)
+def _scatter_to_views(tensor: Tensor, views: Sequence[Tensor]) -> None:
+    chunks = torch.split_with_sizes(tensor.reshape(-1), [view.numel() for view in views])
+    for view, chunk in zip(views, chunks, strict=True):
+        view.copy_(chunk)

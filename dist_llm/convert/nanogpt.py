@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dist_llm.config.compare import function_of
 from dist_llm.config.schema import Config, ModelConfig, OptimConfig
-from dist_llm.convert.hub import to_huggingface
-from dist_llm.convert.keys import pairs
-from dist_llm.convert.weights import DictWeights, Weights, only_tensors
+from dist_llm.convert.hf_convert import to_huggingface
+from dist_llm.convert.hf_tensors import tensor_mappings
+from dist_llm.convert.weights import DictWeights, Weights, check_only_tensors
 from dist_llm.errors import CheckpointError
 
 SIZES = {
@@ -46,7 +46,7 @@ def from_nanogpt(content: Mapping[Any, Any], where: str = "ckpt.pt") -> tuple[Mo
         raise CheckpointError(f"{where}: nanoGPT's model_args: {unknown[0]} ({arguments[unknown[0]]!r}) is not known")
     if missing := sorted(ARGUMENTS - {"dropout"} - arguments.keys()):
         raise CheckpointError(f"{where}: nanoGPT's model_args: {missing[0]} is missing")
-    sizes = {ours: arguments[theirs] for theirs, ours in SIZES.items()}
+    sizes = {key: arguments[argument] for argument, key in SIZES.items()}
     if not all(type(size) is int and size > 0 for size in sizes.values()):
         raise CheckpointError(f"{where}: nanoGPT's model_args: sizes must be whole numbers above 0, found {arguments}")
     try:
@@ -63,7 +63,7 @@ def from_nanogpt(content: Mapping[Any, Any], where: str = "ckpt.pt") -> tuple[Mo
         )
     except ValidationError as error:
         raise CheckpointError(f"{where}: nanoGPT's model_args: {error.errors()[0]['msg']}, found {arguments}") from None
-    tensors = only_tensors(content["model"], f"{where}: model")
+    tensors = check_only_tensors(content["model"], f"{where}: model")
     return model, DictWeights({name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()})
 
 
@@ -73,14 +73,16 @@ def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any
     All tensors are in memory, in fp32. Raises CheckpointError where nanoGPT has no such model.
     """
     model = config.model
-    arguments: dict[str, Any] = {theirs: getattr(model, ours) for theirs, ours in SIZES.items()}
+    arguments: dict[str, Any] = {argument: getattr(model, key) for argument, key in SIZES.items()}
     arguments |= {"bias": model.bias, "dropout": model.dropout}
-    want, read = function_of(model), function_of(from_nanogpt({"model_args": arguments, "model": {}})[0])
-    if off := [f"{key} {want[key]} (not {read[key]})" for key in want if read[key] != want[key]]:
-        raise CheckpointError(f"nanoGPT has no such model: this one has {', '.join(off)}")
+    expected, actual = function_of(model), function_of(from_nanogpt({"model_args": arguments, "model": {}})[0])
+    if mismatches := [f"{key} {expected[key]} (not {actual[key]})" for key in expected if actual[key] != expected[key]]:
+        raise CheckpointError(f"nanoGPT has no such model: this one has {', '.join(mismatches)}")
     view = to_huggingface(weights, model, "nanogpt")
     # In the order of nanoGPT's modules, in which its optimizer numbers the parameters.
-    names = [name for _, name in sorted((_place(pair.theirs), pair.theirs) for pair in pairs("nanogpt", model))]
+    names = [
+        name for _, name in sorted((_module_order(pair.hf), pair.hf) for pair in tensor_mappings("nanogpt", model))
+    ]
     tensors = {name: view.read(name).float().contiguous() for name in dict.fromkeys(names)}
     optimizer = _fresh_adamw(list(tensors.values()), config.optim)
     tensors[HEAD] = tensors[EMBEDDING]
@@ -94,7 +96,7 @@ def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any
     }
 
 
-def _place(name: str) -> tuple[int, int, int]:
+def _module_order(name: str) -> tuple[int, int, int]:
     """Where nanoGPT's model has a parameter: (part of the model, layer, place in the layer)."""
     stems = [stem for stem in IN_MODEL if name.startswith(stem)]
     if stems[0] != BLOCKS:
@@ -109,7 +111,7 @@ def _fresh_adamw(tensors: Sequence[Tensor], optim: OptimConfig) -> dict[str, Any
     with torch.device("meta"):
         parameters = [nn.Parameter(torch.empty(tensor.shape)) for tensor in tensors]
     groups = [
-        {"params": [each for each in parameters if each.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [each for each in parameters if each.ndim < 2], "weight_decay": 0.0},
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2)).state_dict()

@@ -37,20 +37,20 @@ class SafetensorsWeights:
     """A directory in Hugging Face's form: one safetensors file, or several and an index."""
 
     def __init__(self, directory: Path) -> None:
-        files = _indexed(directory, INDEX) or sorted(directory.glob("*.safetensors"))
+        files = _list_indexed_files(directory, INDEX) or sorted(directory.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{directory}: has no .safetensors file")
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
-            with _reading(path), safe_open(path, framework="pt") as file:
+            with _convert_read_errors(path), safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # no mapping
                     self.files[name] = path
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
         path = self.files[name]
-        with _reading(path), safe_open(path, framework="pt") as file:
+        with _convert_read_errors(path), safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
@@ -61,16 +61,16 @@ def open_huggingface(directory: Path) -> Weights:
         raise CheckpointError(f"{directory}: is not a directory; give the one that holds config.json and the weights")
     if (directory / INDEX).exists() or any(directory.glob("*.safetensors")):
         return SafetensorsWeights(directory)
-    files = _indexed(directory, TORCH_INDEX) or [directory / TORCH_FILE]
+    files = _list_indexed_files(directory, TORCH_INDEX) or [directory / TORCH_FILE]
     if not files[0].exists():
         raise CheckpointError(f"{directory}: has neither .safetensors files nor {TORCH_FILE}; copy the weights there")
     tensors: dict[str, Tensor] = {}
     for path in files:
-        tensors |= only_tensors(load_torch(path), str(path))
+        tensors |= check_only_tensors(load_torch(path), str(path))
     return DictWeights(tensors)
 
 
-def _indexed(directory: Path, name: str) -> list[Path]:
+def _list_indexed_files(directory: Path, name: str) -> list[Path]:
     """The files that an index names, all of them there; none where there is no index.
 
     Raises CheckpointError where it is damaged, or names a file outside the directory.
@@ -91,7 +91,7 @@ def _indexed(directory: Path, name: str) -> list[Path]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _convert_read_errors(path: Path) -> Iterator[None]:
     """Within the block any error is one of the file: its library has types of its own."""
     try:
         yield
@@ -110,7 +110,7 @@ class DictWeights:
         return self.tensors[name]
 
 
-class MadeWeights:
+class LazyWeights:
     """Tensors that are made when they are read."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Tensor]) -> None:
@@ -134,11 +134,11 @@ def load_torch(path: Path) -> dict[Any, Any]:
         raise CheckpointError(f"{path}: cannot be read as a file of torch.save: {reason}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__} and not a dictionary")
-    refuse_claims(content, path)
+    check_tensor_sizes(content, path)
     return content
 
 
-def refuse_claims(content: object, path: Path) -> None:
+def check_tensor_sizes(content: object, path: Path) -> None:
     """Raise CheckpointError where a tensor, anywhere in `content`, is not plain or larger than its file.
 
     A few bytes can stand for any number of elements (a stride of 0, a sparse layout), which a copy would allocate.
@@ -147,19 +147,19 @@ def refuse_claims(content: object, path: Path) -> None:
     todo = [content]
     seen: set[int] = set()  # a pickle may hold a list that holds itself
     while todo:
-        each = todo.pop()
-        if isinstance(each, Tensor):
-            if each.layout != torch.strided or each.device.type != "cpu" or each.numel() * each.element_size() > size:
+        item = todo.pop()
+        if isinstance(item, Tensor):
+            if item.layout != torch.strided or item.device.type != "cpu" or item.numel() * item.element_size() > size:
                 raise CheckpointError(
-                    f"{path}: a tensor {list(each.shape)} ({each.layout}, {each.device}) is larger than the file or no "
+                    f"{path}: a tensor {list(item.shape)} ({item.layout}, {item.device}) is larger than the file or no "
                     "plain tensor; save it again with torch.save of its contiguous copy"
                 )
-        elif isinstance(each, dict | list | tuple) and id(each) not in seen:
-            seen.add(id(each))
-            todo.extend(each.values() if isinstance(each, dict) else each)
+        elif isinstance(item, dict | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            todo.extend(item.values() if isinstance(item, dict) else item)
 
 
-def only_tensors(content: object, where: str) -> dict[str, Tensor]:
+def check_only_tensors(content: object, where: str) -> dict[str, Tensor]:
     """`content`, if it is a dictionary of tensors by their names; else CheckpointError, beginning with `where`."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{where}: holds a {type(content).__name__} and not a dictionary of tensors")

@@ -10,7 +10,7 @@ from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState, ch
 from dist_llm.checkpoint.flat_shard import FlatShard
 from dist_llm.config.deepspeed import deepspeed_json
 from dist_llm.config.schema import Config
-from dist_llm.convert.deepspeed_layout import Layout, contiguous, split
+from dist_llm.convert.deepspeed_layout import PartitionLayout, contiguous_layout, per_param_layout
 from dist_llm.engines.data_parallel import DataParallelEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.launch.environment import prepare_deepspeed
@@ -126,8 +126,8 @@ class ZeroPartitions:
         groups = zero.fp16_groups if stage == 3 else zero.bit16_groups
         self.flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
         self.shapes = [{names[p]: tuple(getattr(p, "ds_shape", p.shape)) for p in group} for group in groups]
-        lay = split if stage == 3 else contiguous
-        self.layouts: list[Layout] = [lay(shapes, ranks) for shapes in self.shapes]
+        lay = per_param_layout if stage == 3 else contiguous_layout
+        self.layouts: list[PartitionLayout] = [lay(shapes, ranks) for shapes in self.shapes]
         for flat, layout in zip(self.flats, self.layouts, strict=True):
             assert flat.numel() == layout.sizes[rank], "DeepSpeed uses an unknown partition layout"
 
@@ -181,7 +181,7 @@ class ZeroPartitions:
         index = next(index for index, other in enumerate(self.flats) if other is flat)
         layout = self.layouts[index]
         for name, shape in self.shapes[index].items():
-            slices = layout.places[name]
+            slices = layout.slices[name]
             start = sum(part.stop - part.start for part in slices[: self.rank])
             yield name, FlatShard.from_flat(shape, values[slices[self.rank]], start)
 

@@ -240,7 +240,7 @@ import json, resource, sys
 from pathlib import Path
 import torch
 from torch import nn
-from dist_llm.checkpoint.checkpoint_state import Held, Progress
+from dist_llm.checkpoint.checkpoint_state import Progress, TorchState
 from dist_llm.checkpoint.store import CheckpointStore
 
 model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))
@@ -251,12 +251,12 @@ optimizer.step()
 optimizer.zero_grad()
 warm = nn.Linear(8, 8)
 kept = CheckpointStore(Path(sys.argv[1]) / "warm")
-kept.save(Held(warm, torch.optim.AdamW(warm.parameters())), Progress(1), {})
+kept.save(TorchState(warm, torch.optim.AdamW(warm.parameters())), Progress(1), {})
 kept.finish()
 before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 kept = CheckpointStore(Path(sys.argv[1]) / "large")
-kept.save(Held(model, optimizer), Progress(1), {})
+kept.save(TorchState(model, optimizer), Progress(1), {})
 kept.finish()
 peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 print(json.dumps([peak - before, 3 * sum(p.numel() * 4 for p in model.parameters())]))

@@ -130,7 +130,7 @@ def test_what_cannot_be_read_just_now_is_not_called_damaged(pair: Path, monkeypa
     def refuse(folder: Folder, name: str, like: str) -> str:
         raise PermissionError(13, "Permission denied", f"{folder}/{name}")
 
-    monkeypatch.setattr(Folder, "hash", refuse)
+    monkeypatch.setattr(Folder, "compute_hash", refuse)
     with pytest.raises(CheckpointError, match=r"step_00000002: cannot be read: .*Permission denied"):
         CheckpointStore(pair).latest_verified()
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from dist_llm.convert.hub import from_huggingface
-from dist_llm.convert.huggingface import model_config
+from dist_llm.convert.hf_config import parse_hf_config
+from dist_llm.convert.hf_convert import from_huggingface
 from dist_llm.convert.weights import DictWeights
 from dist_llm.models.build_model import build_model
 
@@ -73,7 +73,7 @@ def their_model(family: str) -> Any:
 def build(family: str) -> tuple[Any, Any, Any]:
     """(their model with random weights, our model with the same, our config)."""
     theirs = their_model(family)
-    config = model_config(theirs.config.to_dict())
+    config = parse_hf_config(theirs.config.to_dict())
     ours = build_model(config).eval()
     view = from_huggingface(DictWeights(theirs.state_dict()), config, family)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_llm.convert import deepspeed_read
 from dist_llm.convert.deepspeed_files import load_mapped
-from dist_llm.convert.deepspeed_layout import Layout, Shapes, contiguous, split
+from dist_llm.convert.deepspeed_layout import PartitionLayout, Shapes, contiguous_layout, per_param_layout
 from dist_llm.convert.deepspeed_read import open_deepspeed
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
 from dist_llm.errors import CheckpointError
@@ -158,43 +158,43 @@ def test_these_runs_have_padding() -> None:
     model, _, groups = new("odd")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for group in groups:
-        flat = contiguous({name: shapes[name] for name in group}, 2)
-        assert flat.leans[-1] < flat.sizes[-1]
+        flat = contiguous_layout({name: shapes[name] for name in group}, 2)
+        assert flat.unpadded_sizes[-1] < flat.sizes[-1]
     assert any(parameter.numel() % 2 for parameter in model.parameters())
 
 
-def without_padding(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> Layout:
+def without_padding(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> PartitionLayout:
     """Stages 1 and 2: partitions of as many elements as there are."""
-    whole = contiguous(shapes, 1, gaps)
-    size = -(-whole.leans[0] // world)
+    whole = contiguous_layout(shapes, 1, gaps)
+    size = -(-whole.unpadded_sizes[0] // world)
     places = {
         name: [
             slice(max(place.start - rank * size, 0), max(min(place.stop - rank * size, size), 0))
             for rank in range(world)
         ]
-        for name, (place,) in whole.places.items()
+        for name, (place,) in whole.slices.items()
     }
-    return Layout(places, [size] * world, contiguous(shapes, world, gaps).leans)
+    return PartitionLayout(places, [size] * world, contiguous_layout(shapes, world, gaps).unpadded_sizes)
 
 
 def reversed_order(layout: Any) -> Any:
     return lambda shapes, *rest: layout(dict(reversed(shapes.items())), *rest)
 
 
-def whole_parts(shapes: Shapes, world: int) -> Layout:
-    """Stage 3: the padding of the last parts taken for elements."""
-    right = split(shapes, world)
-    return replace(right, places={name: [places[0]] * world for name, places in right.places.items()})
+def padded_shards(shapes: Shapes, world: int) -> PartitionLayout:
+    """Stage 3: the padding of the last shards is read as elements."""
+    right = per_param_layout(shapes, world)
+    return replace(right, slices={name: [slices[0]] * world for name, slices in right.slices.items()})
 
 
 @pytest.mark.parametrize(
     ("key", "function", "broken"),
     [
-        ("1", "contiguous", without_padding),
-        ("1", "contiguous", reversed_order(contiguous)),
-        ("2 aligned", "contiguous", lambda shapes, world, gaps: contiguous(shapes, world)),
-        ("3", "split", whole_parts),
-        ("3", "split", reversed_order(split)),
+        ("1", "contiguous_layout", without_padding),
+        ("1", "contiguous_layout", reversed_order(contiguous_layout)),
+        ("2 aligned", "contiguous_layout", lambda shapes, world, gaps: contiguous_layout(shapes, world)),
+        ("3", "per_param_layout", padded_shards),
+        ("3", "per_param_layout", reversed_order(per_param_layout)),
     ],
     ids=["no padding", "order", "no gaps", "parts with padding", "order of parts"],
 )
@@ -450,7 +450,7 @@ def test_a_tensor_costs_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
         held, "read", lambda name: torch.arange(3.0) if name == "model.small" else torch.zeros(1).expand(2**28)
     )
     monkeypatch.setattr(
-        "dist_llm.convert.deepspeed_write._scatter",
+        "dist_llm.convert.deepspeed_write._scatter_to_views",
         lambda tensor, pieces: pieces[-1].fill_(7) if len(tensor) == 3 else None,
     )
     before = resident_bytes()
@@ -509,11 +509,11 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_partitions_by_hand() -> None:
     shapes = {"a": (3,), "b": (2, 2)}
-    flat = contiguous(shapes, 2)  # 7 elements, 8 with padding, 4 a rank
+    flat = contiguous_layout(shapes, 2)  # 7 elements, 8 with padding, 4 a rank
     assert flat.sizes == [4, 4]
-    assert flat.leans == [4, 3]
-    assert flat.places == {"a": [slice(0, 3), slice(0, 0)], "b": [slice(3, 4), slice(0, 3)]}
-    assert contiguous(shapes, 2, [1, 0]).places["b"] == [slice(4, 4), slice(0, 4)]
-    third = split(shapes, 2)  # 2 and 2 a rank, of which rank 1 has 1 and 2
+    assert flat.unpadded_sizes == [4, 3]
+    assert flat.slices == {"a": [slice(0, 3), slice(0, 0)], "b": [slice(3, 4), slice(0, 3)]}
+    assert contiguous_layout(shapes, 2, [1, 0]).slices["b"] == [slice(4, 4), slice(0, 4)]
+    third = per_param_layout(shapes, 2)  # 2 and 2 a rank, of which rank 1 has 1 and 2
     assert third.sizes == [4, 4]
-    assert third.places == {"a": [slice(0, 2), slice(0, 1)], "b": [slice(2, 4), slice(2, 4)]}
+    assert third.slices == {"a": [slice(0, 2), slice(0, 1)], "b": [slice(2, 4), slice(2, 4)]}

@@ -15,8 +15,8 @@ from dist_llm.checkpoint.probe import PROBE, Probe, parse_probe
 from dist_llm.config.load import load_saved
 from dist_llm.convert.stream_probe import stream_probe
 from dist_llm.convert.weights import DictWeights
-from dist_llm.convert.write import write_native
-from tests.convert.test_hub import OURS, our_checkpoint, tool
+from dist_llm.convert.write_weights import write_native
+from tests.convert.test_hf_convert import OURS, our_checkpoint, tool
 
 __all__ = ["tool"]  # the fixture
 REFUSED = "the weights do not compute what they computed when they were saved: the probe's loss was "

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from dist_llm.config.compare import function_of
-from dist_llm.convert.config_fields import HARMLESS
-from dist_llm.convert.hub import from_huggingface, model_shapes, to_huggingface, unused_heads
-from dist_llm.convert.huggingface import describe, model_config
+from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
+from dist_llm.convert.hf_config_fields import HARMLESS
+from dist_llm.convert.hf_convert import find_unused_heads, from_huggingface, model_shapes, to_huggingface
 from dist_llm.convert.nanogpt import from_nanogpt
 from dist_llm.convert.weights import DictWeights, open_huggingface
 from dist_llm.errors import CheckpointError
 from tests.convert.families import FAMILIES, VOCAB
-from tests.convert.test_hub import OURS
+from tests.convert.test_hf_convert import OURS
 from tests.laws.law import config_of
 from tests.laws.layouts import BERT
 from tests.test_fuzz import READERS
@@ -31,7 +31,11 @@ NO_EFFECT = {"max_position_embeddings", "n_positions", "sliding_window"}
 
 def fields(family: str) -> dict[str, Any]:
     """What we write for a small model of the family."""
-    return {**describe(config_of(1, MODELS[family]).model, family), "use_sliding_window": False, "sliding_window": None}
+    return {
+        **build_hf_config(config_of(1, MODELS[family]).model, family),
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
 
 
 def other(value: Any) -> Any:
@@ -49,7 +53,7 @@ def other(value: Any) -> Any:
 def test_every_field_is_understood_or_named(family: str) -> None:
     """Each field takes another value: then the model is another one, or the field is named in an error."""
     theirs = fields(family)
-    want = function_of(model_config(theirs))
+    want = function_of(parse_hf_config(theirs))
     for name in theirs.keys() - {"model_type"} - HARMLESS - NO_EFFECT:
         assert outcome({**theirs, name: other(theirs[name])}) != want, name
 
@@ -57,7 +61,7 @@ def test_every_field_is_understood_or_named(family: str) -> None:
 def outcome(theirs: dict[str, Any]) -> dict[str, Any] | None:
     """The function that the fields describe; None where an error names a field."""
     try:
-        return function_of(model_config(theirs))
+        return function_of(parse_hf_config(theirs))
     except CheckpointError:
         return None
 
@@ -66,9 +70,9 @@ def outcome(theirs: dict[str, Any]) -> dict[str, Any] | None:
 def test_an_unknown_field_is_named(family: str) -> None:
     theirs = fields(family)
     with pytest.raises(CheckpointError, match=r"the field residual_scale \(0\.5\) .*--ignore-field residual_scale"):
-        model_config({**theirs, "residual_scale": 0.5})
-    assert model_config({**theirs, "residual_scale": 0.5}, ["residual_scale"]) == model_config(theirs)
-    assert model_config({**theirs, "residual_scale": None}) == model_config(theirs), "not set"
+        parse_hf_config({**theirs, "residual_scale": 0.5})
+    assert parse_hf_config({**theirs, "residual_scale": 0.5}, ["residual_scale"]) == parse_hf_config(theirs)
+    assert parse_hf_config({**theirs, "residual_scale": None}) == parse_hf_config(theirs), "not set"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_an_unknown_field_is_named(family: str) -> None:
 )
 def test_a_feature_that_we_lack_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        model_config({**fields("qwen3"), **changes})
+        parse_hf_config({**fields("qwen3"), **changes})
 
 
 def tensors(family: str) -> dict[str, torch.Tensor]:
@@ -123,7 +127,7 @@ def test_a_tensor_that_has_no_place_is_named(family: str, extra: str) -> None:
 def test_heads_of_bert_that_are_left_out_are_named() -> None:
     theirs = DictWeights(tensors("bert") | {"bert.pooler.dense.weight": torch.ones(2, 2)})
     from_huggingface(theirs, config_of(1, MODELS["bert"]).model, "bert")
-    assert unused_heads(theirs) == ["bert.pooler.dense.weight"]
+    assert find_unused_heads(theirs) == ["bert.pooler.dense.weight"]
 
 
 def test_an_unknown_argument_of_nanogpt_is_named() -> None:

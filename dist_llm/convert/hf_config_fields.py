@@ -32,7 +32,7 @@ HARMLESS = {
     "tie_word_embeddings",
 }
 # Values of other fields that switch their feature off; any other value is an error.
-OFF: dict[str, Any] = {
+OFF_VALUES: dict[str, Any] = {
     "pruned_heads": {},
     "is_decoder": False,
     "add_cross_attention": False,
@@ -84,7 +84,7 @@ class ConfigFields(Mapping[str, Any]):
         if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
             raise CheckpointError(f"config.json: rope_type {kind} is not supported, only default")
         for name, value in rope.items():
-            if name not in ROPE_FIELDS and value is not None and value != OFF.get(name):
+            if name not in ROPE_FIELDS and value is not None and value != OFF_VALUES.get(name):
                 raise CheckpointError(f"config.json: {name} {value} of rope is not supported")
         outer = self.get("rope_theta")
         inner = rope.get("rope_theta")
@@ -92,18 +92,18 @@ class ConfigFields(Mapping[str, Any]):
             raise CheckpointError(
                 f"config.json: rope_theta is {outer}, but {inner} in rope_parameters; make them equal"
             )
-        return float(next((each for each in (inner, outer) if each is not None), 10_000.0))
+        return float(next((theta for theta in (inner, outer) if theta is not None), 10_000.0))
 
-    def refuse_unread(self, ignored: Collection[str] = ()) -> None:
+    def check_all_read(self, ignored: Collection[str] = ()) -> None:
         """Raise CheckpointError for a field that nobody read, and that may change what the model computes."""
         for name, value in self.fields.items():
             if name in self.names_read or name in HARMLESS or name in ignored or value is None:
                 continue
-            if name not in OFF:
+            if name not in OFF_VALUES:
                 raise CheckpointError(
                     f"config.json: the field {name} ({value!r}) is not known for model_type "
                     f"{self.fields.get('model_type')}, and may change what the model computes; if you know that it "
                     f"does not, convert with --ignore-field {name}"
                 )
-            if value != OFF[name]:
-                raise CheckpointError(f"config.json: {name} {value} is not supported, only {OFF[name]}")
+            if value != OFF_VALUES[name]:
+                raise CheckpointError(f"config.json: {name} {value} is not supported, only {OFF_VALUES[name]}")

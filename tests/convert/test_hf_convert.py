@@ -21,10 +21,10 @@ from dist_llm.checkpoint.manifest import verify
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.config.load import dump, load_config
 from dist_llm.config.schema import Config, ModelConfig
-from dist_llm.convert import hub
-from dist_llm.convert.huggingface import WRITERS, describe
-from dist_llm.convert.weights import DictWeights, MadeWeights, SafetensorsWeights
-from dist_llm.convert.write import made_whole, reopen, write_native, write_safetensors
+from dist_llm.convert import hf_convert
+from dist_llm.convert.hf_config import WRITERS, build_hf_config
+from dist_llm.convert.weights import DictWeights, LazyWeights, SafetensorsWeights
+from dist_llm.convert.write_weights import verify_written, write_atomically, write_native, write_safetensors
 from dist_llm.errors import CheckpointError
 from dist_llm.generate import Sampling, ask, load_model, tokens
 from dist_llm.models.build_model import build_model
@@ -163,7 +163,7 @@ def test_ids_that_came_with_a_model_go_back_with_it(tool: Callable[..., int], tm
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours") == 0
     assert tool("to-hf", tmp_path / "ours", tmp_path / "again") == 0
     found = json.loads((tmp_path / "again" / "generation_config.json").read_text())
-    assert [found[key] for key in hub.TOKEN_IDS] == [1, 2, 0, 1]
+    assert [found[key] for key in hf_convert.TOKEN_IDS] == [1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("family", OURS)
@@ -196,15 +196,15 @@ def test_they_generate_from_our_export_what_we_generate(family: str, tool: Calla
 def test_a_missing_permutation_is_noticed(tool: Callable[..., int], tmp_path: Path, monkeypatch: Any) -> None:
     """Queries in Meta's pairing of rotary dimensions: the bits come back, the logits do not."""
     saved_by_them("llama", tmp_path / "theirs")
-    real = hub.take
+    real = hf_convert.take
 
     def permuted(pair: Any, theirs: Any) -> Tensor:
         tensor = real(pair, theirs)
-        if pair.ours.endswith("attention.q.weight"):
+        if pair.native.endswith("attention.q.weight"):
             return tensor.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32)
         return tensor
 
-    monkeypatch.setattr(hub, "take", permuted)
+    monkeypatch.setattr(hf_convert, "to_native", permuted)
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours", "--check") == 2
     assert not (tmp_path / "ours").exists(), "nothing that is wrong is left"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
@@ -244,7 +244,7 @@ def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Pa
 )
 def test_a_model_without_a_twin_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=f"no twin.*{message}"):
-        describe(model_of(changes))
+        build_hf_config(model_of(changes))
 
 
 def model_of(changes: dict[str, Any]) -> ModelConfig:
@@ -254,9 +254,9 @@ def model_of(changes: dict[str, Any]) -> ModelConfig:
 
 @pytest.mark.parametrize("family", WRITERS)
 def test_every_family_is_found_from_its_own_config(family: str) -> None:
-    config = hub.model_config(their_model(family).config.to_dict())
-    assert describe(config)["model_type"] == ("llama" if family == "mistral" else family)
-    assert describe(config, family)["model_type"] == family
+    config = hf_convert.model_config(their_model(family).config.to_dict())
+    assert build_hf_config(config)["model_type"] == ("llama" if family == "mistral" else family)
+    assert build_hf_config(config, family)["model_type"] == family
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_what_their_config_may_say_and_we_cannot_do_is_refused(
     theirs = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(theirs))
     with pytest.raises(CheckpointError, match=message):
-        hub.read_config(tmp_path)
+        hf_convert.read_config(tmp_path)
 
 
 def test_tensors_that_have_no_place_or_are_missing_are_refused(tool: Callable[..., int], tmp_path: Path) -> None:
@@ -306,20 +306,20 @@ def test_what_is_there_is_never_overwritten(tool: Callable[..., int], tmp_path: 
 
 def test_reading_again_notices_what_was_written_wrong(tmp_path: Path) -> None:
     weights = DictWeights({"a": torch.randn(3, 2), "b": torch.randn(4)})
-    with made_whole(tmp_path / "out") as aside:
+    with write_atomically(tmp_path / "out") as aside:
         aside.mkdir()
         write_safetensors(aside, weights)
-    reopen(SafetensorsWeights(tmp_path / "out"), weights, torch.float32)
+    verify_written(SafetensorsWeights(tmp_path / "out"), weights, torch.float32)
     file = tmp_path / "out" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="b: what was written is not what was read"):
-        reopen(SafetensorsWeights(tmp_path / "out"), weights, torch.float32)
+        verify_written(SafetensorsWeights(tmp_path / "out"), weights, torch.float32)
     for values, message in ((torch.full((3, 2), torch.nan), "not finite"), (torch.zeros(3, 2), "all zero")):
         wrong = DictWeights({"a": values, "b": torch.randn(4)})
         with pytest.raises(CheckpointError, match=message):
-            reopen(wrong, wrong, torch.float32)
+            verify_written(wrong, wrong, torch.float32)
 
 
 NANOGPT = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 61, "dropout": 0.0}
@@ -454,10 +454,10 @@ def test_two_gigabytes_are_converted_in_little_memory(tmp_path: Path) -> None:
     config = Config.model_validate(
         {"run": {"dir": "unused", "steps": 1}, "model": model.model_dump(), "data": {"seq_len": 32, "global_batch": 1}}
     )
-    shapes = hub.model_shapes(model)
+    shapes = hf_convert.model_shapes(model)
     size = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
     assert size > 2e9
-    weights = MadeWeights(
+    weights = LazyWeights(
         {f"model.{name}": shape for name, shape in shapes.items()}, lambda name: torch.randn(shapes[name[6:]])
     )
     files = {"config.yaml": dump(config).encode(), "progress.json": b'{"step": 0}'}

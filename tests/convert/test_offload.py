@@ -8,8 +8,8 @@ import torch
 
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
-from dist_llm.convert import spread as spreading
-from dist_llm.convert.spread import spread
+from dist_llm.convert import offload
+from dist_llm.convert.offload import load_offloaded
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError
 from dist_llm.generate import Prompt, Sampling, tokens
@@ -35,7 +35,7 @@ def test_it_says_what_the_whole_model_says(model: str, kept: int, tmp_path: Path
     (whole,) = engine.model_parts
     blocks = list(whole.blocks.values())
     memory = size(whole) - sum(map(size, blocks)) + sum(map(size, blocks[:kept])) + 100
-    found = spread(path, engine.config.model, CPU, tmp_path / "disk", memory)
+    found = load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", memory)
     away = sum(all(p.is_meta for p in block.parameters()) for block in found.blocks.values())
     assert away == len(blocks) - kept
     assert [path.name[:7] for path in (tmp_path / "disk").iterdir()] == ["blocks_"]
@@ -48,7 +48,7 @@ def test_it_says_what_the_whole_model_says(model: str, kept: int, tmp_path: Path
 def test_memory_for_less_than_the_ends_is_refused(tmp_path: Path) -> None:
     engine, path = native("llama", tmp_path)
     with pytest.raises(ConfigError, match="--memory: embedding and head take"):
-        spread(path, engine.config.model, CPU, tmp_path / "disk", 100)
+        load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", 100)
     assert not (tmp_path / "disk").exists(), "before anything is written"
 
 
@@ -57,14 +57,14 @@ def test_what_else_lies_in_the_folder_stays(tmp_path: Path) -> None:
     theirs = tmp_path / "disk" / "weights" / "precious"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("mine")
-    spread(path, engine.config.model, CPU, tmp_path / "disk", 10**9)
+    load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", 10**9)
     assert theirs.read_text() == "mine"
     with pytest.raises(ConfigError, match=r"--offload: .*precious cannot be made: File exists"):
-        spread(path, engine.config.model, CPU, theirs, 10**9)
+        load_offloaded(path, engine.config.model, CPU, theirs, 10**9)
 
 
 def test_without_accelerate_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"path": tmp_path, "config": config_of(1, {}).model}
-    monkeypatch.setattr(spreading, "find_spec", lambda name: None)
+    monkeypatch.setattr(offload, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="accelerate is not installed"):
-        spread(**options, device=CPU, folder=tmp_path, memory_bytes=1)
+        load_offloaded(**options, device=CPU, folder=tmp_path, memory_bytes=1)

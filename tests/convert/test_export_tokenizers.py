@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
-import dist_llm.convert.tokenizer as convert
+import dist_llm.convert.export_tokenizers as convert
 from dist_llm.config.schema import ModelConfig
-from dist_llm.convert.huggingface import READERS
-from dist_llm.convert.tokenizer import export_tokenizer, import_tokenizer
+from dist_llm.convert.export_tokenizers import export_tokenizer, import_tokenizer
+from dist_llm.convert.hf_config import READERS
 from dist_llm.data.tokenizer_file import identity
 from dist_llm.errors import CheckpointError
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
@@ -193,21 +193,21 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_what_was_written_is_noticed(bpe, fault, monkeypatch, tmp_path):
-    right = convert._content
+    right = convert._build_content
 
     def wrong(*arguments):
         content = json.loads(json.dumps(right(*arguments)))
         FAULTS[fault](content)
         return content
 
-    monkeypatch.setattr(convert, "_content", wrong)
+    monkeypatch.setattr(convert, "_build_content", wrong)
     with pytest.raises(CheckpointError):
         export_tokenizer(bpe, tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["swapped merges", "another pattern"])
 def test_running_both_libraries_finds_faults_too(bpe, fault):
-    content = json.loads(json.dumps(convert._content(bpe, bpe.special_tokens, None)))
+    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, None)))
     prove_equal(bpe, content)
     FAULTS[fault](content)
     with pytest.raises(CheckpointError, match="differ on"):
@@ -258,7 +258,7 @@ def test_patterns_are_rewritten_only_where_engines_differ():
 
 def theirs(bpe, **changes):
     """`tokenizer.json` as it is published elsewhere: `bpe` with one thing or another."""
-    content = json.loads(json.dumps(convert._content(bpe, bpe.special_tokens, None)))
+    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, None)))
     content["model"].update(changes.pop("model", {}))
     return content | changes
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_llm.convert.keys import Pair, pairs, take
+from dist_llm.convert.hf_tensors import TensorMapping, tensor_mappings, to_native
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 from tests.convert.families import FAMILIES, ONE_STACK, TWO_STACKS, VOCAB, S, T, build
@@ -99,17 +99,17 @@ def test_two_stacks_whole_padded_and_packed(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_names_each_tensor_of_both_sides_once(family: str) -> None:
     theirs, ours, config = build(family)
-    table = pairs(family, config)
+    table = tensor_mappings(family, config)
     names = dict(ours.named_parameters())
-    assert sorted(pair.ours for pair in table) == sorted(names)
-    used = {pair.theirs for pair in table} | {pair.plus_row for pair in table if pair.plus_row}
+    assert sorted(pair.native for pair in table) == sorted(names)
+    used = {pair.hf for pair in table} | {pair.plus_row for pair in table if pair.plus_row}
     every = dict(theirs.named_parameters(remove_duplicate=False))
     assert used <= every.keys()
     taken = {every[name].data_ptr() for name in used}
     assert all(tensor.data_ptr() in taken for tensor in every.values()), "the others are the same tensors, tied"
     for pair in table:
-        shape = names[pair.ours].shape
-        found = take(pair, theirs.state_dict()).shape
+        shape = names[pair.native].shape
+        found = to_native(pair, theirs.state_dict()).shape
         assert found == (shape if found[0] != VOCAB else (VOCAB, *shape[1:])), "but for padding of the vocabulary"
 
 
@@ -126,5 +126,5 @@ def test_a_wrong_pairing_of_rotary_dimensions_is_noticed() -> None:
 
 def test_a_fused_tensor_is_cut_where_it_says() -> None:
     fused = torch.arange(24.0).view(2, 12)  # Conv1D: inputs in rows
-    part = take(Pair("v", "x", transposed=True, part=2, parts=3), {"x": fused})
+    part = to_native(TensorMapping("v", "x", transposed=True, chunk=2, num_chunks=3), {"x": fused})
     assert torch.equal(part, fused[:, 8:].t())

@@ -12,8 +12,8 @@ from torch import nn
 
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.config.schema import ModelConfig
-from dist_llm.convert.weights import MadeWeights
-from dist_llm.convert.write import write_safetensors
+from dist_llm.convert.weights import LazyWeights
+from dist_llm.convert.write_weights import write_safetensors
 from dist_llm.errors import ConfigError
 from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
@@ -21,7 +21,7 @@ from dist_llm.models.decoder import Decoder
 GPU_SHARE = 0.7
 
 
-def spread(path: Path, config: ModelConfig, device: torch.device, folder: Path, memory_bytes: int) -> Decoder:
+def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder: Path, memory_bytes: int) -> Decoder:
     """The model of a checkpoint, of which at most `memory_bytes` lie in host memory, and the rest that no GPU holds in
     a directory of its own in `folder`, which takes up to twice the weights' bytes until the process ends.
 
@@ -38,20 +38,20 @@ def spread(path: Path, config: ModelConfig, device: torch.device, folder: Path, 
     ends = [name for name, _ in model.named_children() if name != "blocks"]
     main: int | str = "cpu" if device.type == "cpu" else device.index or 0
     # Of a GPU's memory a part is left to the blocks that pass through, and to what is computed.
-    room = {place: round(GPU_SHARE * size) for place, size in get_max_memory().items() if place != "cpu"}
-    room["cpu"] = memory_bytes
-    room[main] -= _bytes(*(getattr(model, name) for name in ends))
-    if room[main] < 0:
-        raise ConfigError(f"--memory: embedding and head take {-room[main] / 2**20:.1f} MiB more than there is")
-    places: dict[str, int | str] = dict.fromkeys(ends, main)
+    free_bytes = {name: round(GPU_SHARE * size) for name, size in get_max_memory().items() if name != "cpu"}
+    free_bytes["cpu"] = memory_bytes
+    free_bytes[main] -= _count_bytes(*(getattr(model, name) for name in ends))
+    if free_bytes[main] < 0:
+        raise ConfigError(f"--memory: embedding and head take {-free_bytes[main] / 2**20:.1f} MiB more than there is")
+    device_map: dict[str, int | str] = dict.fromkeys(ends, main)
     for name, block in model.blocks.items():
-        place = next((place for place, size in room.items() if size >= _bytes(block)), "disk")
-        places[f"blocks.{name}"] = place
-        if place != "disk":
-            room[place] -= _bytes(block)
+        target = next((target for target, size in free_bytes.items() if size >= _count_bytes(block)), "disk")
+        device_map[f"blocks.{name}"] = target
+        if target != "disk":
+            free_bytes[target] -= _count_bytes(block)
     saved = NativeWeights(path)
     names = [name for name in saved.shapes if name.startswith("model.")]
-    view = MadeWeights(
+    view = LazyWeights(
         {name.removeprefix("model."): saved.shapes[name] for name in names}, lambda name: saved.read(f"model.{name}")
     )
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that some are offloaded is what was wanted
@@ -59,15 +59,17 @@ def spread(path: Path, config: ModelConfig, device: torch.device, folder: Path, 
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--offload: {folder} cannot be made: {error.strerror}") from None
-    waiting = Path(tempfile.mkdtemp(prefix="blocks_", dir=folder))
+    offloaded = Path(tempfile.mkdtemp(prefix="blocks_", dir=folder))
     with tempfile.TemporaryDirectory(prefix="weights_", dir=folder) as weights:
         write_safetensors(Path(weights), view)
-        spread: Decoder = load_checkpoint_and_dispatch(model, weights, device_map=places, offload_folder=waiting)
-    atexit.register(shutil.rmtree, waiting, ignore_errors=True)
-    return spread.eval()
+        offloaded_model: Decoder = load_checkpoint_and_dispatch(
+            model, weights, device_map=device_map, offload_folder=offloaded
+        )
+    atexit.register(shutil.rmtree, offloaded, ignore_errors=True)
+    return offloaded_model.eval()
 
 
-def _bytes(*modules: nn.Module) -> int:
+def _count_bytes(*modules: nn.Module) -> int:
     """What they take, shared parameters once."""
-    found = {parameter for module in modules for parameter in module.parameters()}
-    return sum(parameter.numel() * parameter.element_size() for parameter in found)
+    parameters = {parameter for module in modules for parameter in module.parameters()}
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)

@@ -12,11 +12,11 @@ from torch import Tensor
 from dist_llm.checkpoint.init_from import VOCAB_TENSORS
 from dist_llm.config.lengths import extra_ids
 from dist_llm.config.schema import Config, ModelConfig
-from dist_llm.convert.huggingface import describe, model_config
-from dist_llm.convert.keys import Pair, groups, pairs, put, take
-from dist_llm.convert.tokenizer import export_chars, export_files, export_tokenizer
-from dist_llm.convert.weights import MadeWeights, Weights
-from dist_llm.convert.write import SHARD_BYTES, write_safetensors
+from dist_llm.convert.export_tokenizers import export_chars, export_files, export_tokenizer
+from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
+from dist_llm.convert.hf_tensors import TensorMapping, group_by_hf_name, tensor_mappings, to_hf, to_native
+from dist_llm.convert.weights import LazyWeights, Weights
+from dist_llm.convert.write_weights import SHARD_BYTES, write_safetensors
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
 from dist_llm.text.bpe_tokenizer import BPETokenizer
@@ -25,20 +25,20 @@ from dist_llm.text.hf_folder import GENERATION_FILE, TOKEN_IDS
 from dist_llm.text.hf_tokenizer import HFTokenizer
 from dist_llm.text.tokenizer import Tokenizer
 
-KEPT = "theirs."  # tensors of theirs that ours has no place for, kept beside it for the way back
+HF_ONLY_PREFIX = "theirs."  # tensors of theirs that ours has no place for, kept beside it for the way back
 SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
 PREFIXES = ("transformer.", "model.", "bert.")  # of the body, which some checkpoints leave out
 
 # Of theirs: buffers that the config determines.
 _GPT2, _ROPE = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", r".*rotary_emb\.inv_freq"
-COMPUTED = {
+BUFFERS = {
     **dict.fromkeys(("gpt2", "nanogpt"), re.compile(_GPT2)),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), re.compile(_ROPE)),
     "bert": re.compile(r"(bert\.)?embeddings\.position_ids"),
 }
 # Of BERT's: heads for sentence pairs, which masked tokens do not use. `unused_heads` names them.
-UNUSED = re.compile(r"(bert\.)?pooler\..*|cls\.seq_relationship\..*")
-COPIES = {
+UNUSED_HEADS = re.compile(r"(bert\.)?pooler\..*|cls\.seq_relationship\..*")
+TIED_NAMES = {
     "lm_head.weight": ("transformer.wte.weight", "model.embed_tokens.weight", "model.shared.weight", "shared.weight"),
     "cls.predictions.decoder.weight": ("bert.embeddings.word_embeddings.weight",),
     "cls.predictions.decoder.bias": ("cls.predictions.bias",),
@@ -61,103 +61,104 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
 
     Raises CheckpointError where the checkpoint lacks a parameter.
     """
-    ours = model_shapes(model)
-    if missing := sorted(name for name in ours if weights.shapes.get(f"model.{name}") != ours[name]):
+    native_shapes = model_shapes(model)
+    if missing := sorted(name for name in native_shapes if weights.shapes.get(f"model.{name}") != native_shapes[name]):
         raise CheckpointError(f"the checkpoint lacks {missing[0]}, or has it in another shape")
-    table = pairs(family, model)
-    if left := sorted(ours.keys() - {pair.ours for pair in table}):
+    table = tensor_mappings(family, model)
+    if left := sorted(native_shapes.keys() - {pair.native for pair in table}):
         raise AssertionError(f"not in the table of {family}: {left}")
-    parts = dict(groups(table))
-    kept = {name.removeprefix(KEPT) for name in weights.shapes if name.startswith(KEPT)}
+    by_hf_name = dict(group_by_hf_name(table))
+    hf_only = {name.removeprefix(HF_ONLY_PREFIX) for name in weights.shapes if name.startswith(HF_ONLY_PREFIX)}
 
-    def ours_of(name: str) -> Tensor:
+    def read_native(name: str) -> Tensor:
         tensor = weights.read(f"model.{name}")
         return tensor[: model.vocab_size] if name.startswith(VOCAB_TENSORS) else tensor
 
     def on_meta(name: str) -> Tensor:
-        shape = ours[name]
+        shape = native_shapes[name]
         return torch.empty((model.vocab_size, *shape[1:]) if name.startswith(VOCAB_TENSORS) else shape, device="meta")
 
     def make(name: str) -> Tensor:
-        before = {each: weights.read(KEPT + each) for each in {name, SEGMENTS} & kept}
+        saved = {key: weights.read(HF_ONLY_PREFIX + key) for key in {name, SEGMENTS} & hf_only}
         if name != SEGMENTS:
-            return put(parts[name], ours_of, before)
+            return to_hf(by_hf_name[name], read_native, saved)
         # As they came, if positions are as they came: they are in them.
         (pair,) = [pair for pair in table if pair.plus_row]
-        came = before and torch.equal(put(parts[pair.theirs], ours_of, {}), _folded(weights, pair))
-        return before[name] if came else torch.zeros(2, model.d_model)
+        unchanged = saved and torch.equal(to_hf(by_hf_name[pair.hf], read_native, {}), _read_folded(weights, pair))
+        return saved[name] if unchanged else torch.zeros(2, model.d_model)
 
-    shapes = {name: tuple(put(group, on_meta, {}).shape) for name, group in parts.items()}
+    shapes = {name: tuple(to_hf(group, on_meta, {}).shape) for name, group in by_hf_name.items()}
     if any(pair.plus_row for pair in table):
-        shapes[SEGMENTS] = weights.shapes.get(KEPT + SEGMENTS, (2, model.d_model))
-    return MadeWeights(shapes, make)
+        shapes[SEGMENTS] = weights.shapes.get(HF_ONLY_PREFIX + SEGMENTS, (2, model.d_model))
+    return LazyWeights(shapes, make)
 
 
-def _folded(weights: Weights, pair: Pair) -> Tensor:
-    return weights.read(KEPT + pair.theirs) + weights.read(KEPT + pair.plus_row)[0]
+def _read_folded(weights: Weights, pair: TensorMapping) -> Tensor:
+    return weights.read(HF_ONLY_PREFIX + pair.hf) + weights.read(HF_ONLY_PREFIX + pair.plus_row)[0]
 
 
-def from_huggingface(theirs: Weights, model: ModelConfig, family: str) -> Weights:
+def from_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights:
     """A view of their tensors under our names, with vocabulary padding (zero), and what of theirs has to be kept.
 
     Raises CheckpointError where a tensor is missing, has another shape, or is one that we have no place for.
     """
-    ours, table = model_shapes(model), pairs(family, model)
-    known = {name for pair in table for name in (pair.theirs, pair.plus_row)}
-    place = {_full(name, known): name for name in theirs.shapes}
-    _refuse_leftovers(theirs, place, known, family)
-    of = {pair.ours: pair for pair in table}
-    kept = {name for pair in table if pair.skip or pair.plus_row for name in (pair.theirs, pair.plus_row) if name}
+    native_shapes, table = model_shapes(model), tensor_mappings(family, model)
+    known = {name for pair in table for name in (pair.hf, pair.plus_row)}
+    stored_names = {_add_body_prefix(name, known): name for name in weights.shapes}
+    _check_unmapped(weights, stored_names, known, family)
+    by_native_name = {pair.native: pair for pair in table}
+    hf_only = {name for pair in table if pair.skip or pair.plus_row for name in (pair.hf, pair.plus_row) if name}
 
     def read(name: str) -> Tensor:
-        if family == "t5" and name == "lm_head.weight" and name not in place:
+        if family == "t5" and name == "lm_head.weight" and name not in stored_names:
             name = "shared.weight"  # equal when it was saved, which v1.1 does not say
-        if name not in place:
+        if name not in stored_names:
             raise CheckpointError(f"their checkpoint lacks {name}")
-        return theirs.read(place[name]).float()
+        return weights.read(stored_names[name]).float()
 
     def make(name: str) -> Tensor:
-        if name.startswith(KEPT):
-            return read(name.removeprefix(KEPT))
+        if name.startswith(HF_ONLY_PREFIX):
+            return read(name.removeprefix(HF_ONLY_PREFIX))
         name = name.removeprefix("model.")
-        pair, shape = of[name], ours[name]
-        tensor = take(pair, {each: read(each) for each in (pair.theirs, pair.plus_row) if each})
+        pair, shape = by_native_name[name], native_shapes[name]
+        tensor = to_native(pair, {key: read(key) for key in (pair.hf, pair.plus_row) if key})
         if name.startswith(VOCAB_TENSORS) and tuple(tensor.shape) == (model.vocab_size, *shape[1:]):
             tensor = torch.cat((tensor, tensor.new_zeros(shape[0] - len(tensor), *shape[1:])))
         if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{pair.theirs} gives {name} the shape {list(tensor.shape)} instead of {list(shape)}")
+            raise CheckpointError(f"{pair.hf} gives {name} the shape {list(tensor.shape)} instead of {list(shape)}")
         return tensor
 
-    shapes = {f"model.{name}": shape for name, shape in ours.items()}
-    shapes |= {KEPT + name: theirs.shapes[place[name]] for name in sorted(kept) if name in place}
-    return MadeWeights(shapes, make)
+    shapes = {f"model.{name}": shape for name, shape in native_shapes.items()}
+    hf_only &= stored_names.keys()
+    shapes |= {HF_ONLY_PREFIX + name: weights.shapes[stored_names[name]] for name in sorted(hf_only)}
+    return LazyWeights(shapes, make)
 
 
-def _full(name: str, known: set[str]) -> str:
+def _add_body_prefix(name: str, known: set[str]) -> str:
     """`name` with the prefix of the body, if it came without."""
     return next((prefix + name for prefix in PREFIXES if name not in known and prefix + name in known), name)
 
 
-def _refuse_leftovers(theirs: Weights, place: Mapping[str, str], known: set[str], family: str) -> None:
-    for full, name in place.items():
-        if full in known or (family in COMPUTED and COMPUTED[family].fullmatch(name)):
+def _check_unmapped(weights: Weights, stored_names: Mapping[str, str], known: set[str], family: str) -> None:
+    for full, name in stored_names.items():
+        if full in known or (family in BUFFERS and BUFFERS[family].fullmatch(name)):
             continue
-        if family == "bert" and UNUSED.fullmatch(name):
+        if family == "bert" and UNUSED_HEADS.fullmatch(name):
             continue
-        originals = [place[each] for each in COPIES.get(full, ()) if each in place]
-        if originals and torch.equal(theirs.read(name), theirs.read(originals[0])):
+        originals = [stored_names[tied] for tied in TIED_NAMES.get(full, ()) if tied in stored_names]
+        if originals and torch.equal(weights.read(name), weights.read(originals[0])):
             continue
-        if full == "final_logits_bias" and not theirs.read(name).any():
+        if full == "final_logits_bias" and not weights.read(name).any():
             continue
-        raise CheckpointError(f"their tensor {name} {list(theirs.shapes[name])} has no place in our model")
+        raise CheckpointError(f"their tensor {name} {list(weights.shapes[name])} has no place in our model")
 
 
-def unused_heads(theirs: Weights) -> list[str]:
+def find_unused_heads(weights: Weights) -> list[str]:
     """Their tensors that belong to heads which our models do not have, to be named where they are left out."""
-    return sorted(name for name in theirs.shapes if UNUSED.fullmatch(name))
+    return sorted(name for name in weights.shapes if UNUSED_HEADS.fullmatch(name))
 
 
-def export(
+def export_hf(
     weights: Weights,
     config: Config,
     tokenizer: Tokenizer | None,
@@ -175,13 +176,13 @@ def export(
 
     Raises CheckpointError where the model has no twin there.
     """
-    theirs = describe(config.model, family)
-    view = to_huggingface(weights, config.model, theirs["model_type"])
+    hf_config = build_hf_config(config.model, family)
+    view = to_huggingface(weights, config.model, hf_config["model_type"])
     directory.mkdir()
-    theirs["dtype"] = str(dtype).removeprefix("torch.")
+    hf_config["dtype"] = str(dtype).removeprefix("torch.")
     ids = _token_ids(config, tokenizer) if ids is None else ids
-    theirs |= ids
-    _write_json(directory / "config.json", theirs)
+    hf_config |= ids
+    _write_json(directory / "config.json", hf_config)
     if config.model.architecture != "encoder":
         _write_json(directory / GENERATION_FILE, {"_from_model_config": True, **ids})
     try:
@@ -216,7 +217,7 @@ def _export_tokenizer(tokenizer: Tokenizer | None, directory: Path, config: Conf
         export_files(tokenizer, directory)
 
 
-def token_ids(directory: Path) -> dict[str, Any]:
+def read_token_ids(directory: Path) -> dict[str, Any]:
     """Those of their config.json, as `export` takes them."""
     content = _read_json(directory / "config.json")
     return {key: content[key] for key in TOKEN_IDS if key in content}
@@ -231,8 +232,8 @@ def read_config(directory: Path, ignored: Collection[str] = ()) -> tuple[str, Mo
 
     Raises CheckpointError where there is none or it is not supported.
     """
-    theirs = _read_json(directory / "config.json")
-    return str(theirs.get("model_type")), model_config(theirs, ignored)
+    content = _read_json(directory / "config.json")
+    return str(content.get("model_type")), parse_hf_config(content, ignored)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
