@@ -1,8 +1,8 @@
-"""Where ZeRO keeps a parameter: which elements of which rank's flat partition.
+"""ZeRO's partition layout: which elements of which rank's flat partition belong to a parameter.
 
-A rank holds one flat tensor per group of parameters. Stages 1 and 2 lay a group's parameters one after another and
-cut the whole into equal parts; stage 3 cuts each parameter and lays a rank's parts one after another. Moments lie as
-the weights do.
+A rank has one flat tensor per group of parameters. Stages 1 and 2 concatenate a group's parameters and split the result
+into equal shards. Stage 3 splits each parameter and concatenates a rank's shards. Moments have the layout of the
+weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,26 +19,26 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class PartitionLayout:
-    """Of one group: `places[name][rank]` is a slice, empty where the rank holds none of the parameter.
+    """The layout of one group: `slices[name][rank]` is a slice, empty if the rank has no element of the parameter.
 
-    Joined in the order of ranks, a parameter's slices are its elements in row-major order.
+    Concatenated in rank order, a parameter's slices are its elements in row-major order.
     """
 
     slices: dict[str, list[slice]]
     sizes: list[int]  # elements of each rank's partition
-    unpadded_sizes: list[int]  # the same without the padding at its end
+    unpadded_sizes: list[int]  # elements without the padding at the end
 
     def views(self, name: str, flats: Sequence[Tensor]) -> list[Tensor]:
-        """The views of a parameter in the ranks' flat tensors."""
+        """Return the views of a parameter in the ranks' flat tensors."""
         return [flat[elements] for flat, elements in zip(flats, self.slices[name], strict=True)]
 
 
 def contiguous_layout(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> PartitionLayout:
-    """Stages 1 and 2. `gaps` are elements left free after each parameter (DeepSpeed's `parameter_alignment`)."""
+    """Return the layout of stages 1 and 2. `gaps` are unused elements after each parameter (`parameter_alignment`)."""
     numels = [prod(shape) for shape in shapes.values()]
     gaps = gaps or [0] * len(numels)
     starts = [0, *accumulate(numel + gap for numel, gap in zip(numels, gaps, strict=True))]
-    # Rounded so that each partition begins at a multiple of 4 bytes, in halves too.
+    # Rounded so that each partition begins at a multiple of 4 bytes, also in 16-bit types.
     size = round_up(starts[-1], 2 * world) // world
     slices = {
         name: [_clip_range(start - rank * size, start + numel - rank * size, size) for rank in range(world)]
@@ -50,7 +50,7 @@ def contiguous_layout(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> P
 
 
 def per_param_layout(shapes: Shapes, world: int) -> PartitionLayout:
-    """Stage 3: rank r holds the r-th of `world` parts of each parameter, the last parts padded to the others' size."""
+    """Return the layout of stage 3: rank r has shard r of `world` of each parameter; the last shards are padded."""
     slices, start = {}, 0
     for name, shape in shapes.items():
         shard_size = ceil(prod(shape) / world)
@@ -61,7 +61,8 @@ def per_param_layout(shapes: Shapes, world: int) -> PartitionLayout:
 
 
 def split_sub_groups(shapes: Shapes, world: int, max_elements: int) -> Iterator[Shapes]:
-    """Stage 3 cuts a group once a rank's part of it has `most` elements (`sub_group_size`)."""
+    """Yield the sub-groups of stage 3. One ends when a rank's shard of it has `max_elements` elements
+    (`sub_group_size`)."""
     sub_group: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         sub_group[name] = shape
@@ -73,5 +74,5 @@ def split_sub_groups(shapes: Shapes, world: int, max_elements: int) -> Iterator[
 
 
 def _clip_range(start: int, end: int, size: int) -> slice:
-    """[start, end) cut to [0, size)."""
+    """Clip [start, end) to [0, size)."""
     return slice(min(max(start, 0), size), min(max(end, 0), size))

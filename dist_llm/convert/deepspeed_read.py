@@ -1,7 +1,7 @@
-"""Reads DeepSpeed's checkpoints, without DeepSpeed and without ranks: ZeRO 0 to 3 and universal ones.
+"""Read DeepSpeed checkpoints without DeepSpeed, in a single process: ZeRO 0 to 3 and universal checkpoints.
 
-Files are mapped, not loaded: a tensor's elements are first touched when it is read. Nothing that a file names is
-imported or run: classes of DeepSpeed's own, and any others, are replaced by a stand-in that does nothing.
+Files are memory-mapped: a tensor's elements are read on first access. Nothing that a file refers to is imported or run.
+DeepSpeed's classes, and all others, are replaced by a stub that does nothing.
 """
 
 import re
@@ -22,27 +22,28 @@ from dist_llm.errors import CheckpointError
 
 RANK_FILE = re.compile(r"(?:(?:bf16_|fp16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(model|optim)_states\.pt")
 MAX_RANKS, MAX_NAME_BYTES = 1 << 20, 255
-Entry = tuple[tuple[int, ...], Callable[[], Tensor]]  # shape, and how to read it
+Entry = tuple[tuple[int, ...], Callable[[], Tensor]]  # shape, function that reads the tensor
 
 
 @dataclass(frozen=True)
 class DeepSpeedWeights:
-    """`shapes` of all tensors by the names of our checkpoints: model.NAME, optim.NAME.exp_avg, optim.NAME.step, ..."""
+    """`shapes` has all tensors by the names of our checkpoints: model.NAME, optim.NAME.exp_avg, optim.NAME.step, ..."""
 
     shapes: dict[str, tuple[int, ...]]
     readers: Mapping[str, Callable[[], Tensor]]
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, a copy; numbers of any precision as fp32, master weights where there are some."""
+        """Return a copy of one full tensor. Floating-point values become fp32; master weights are used if there are
+        some."""
         tensor = self.readers[name]()
         return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
 def open_deepspeed(directory: Path, groups: Sequence[Sequence[str]] = ()) -> DeepSpeedWeights:
-    """A checkpoint directory, or its parent with the file `latest` (`latest_universal`).
+    """Open a checkpoint directory, or its parent that has the file `latest` (`latest_universal`).
 
-    ZeRO 0 keeps moments by number, so its moments are there only if `groups` has the parameters' names in the
-    optimizer's order. Frozen parameters, buffers and second names of shared parameters are weights too.
+    ZeRO 0 stores moments by number, so moments are read only if `groups` has the parameter names in the optimizer's
+    order. Frozen parameters, buffers and second names of shared parameters are read as weights too.
 
     Raises CheckpointError for a missing, damaged or left-out file, and for tensor, pipeline and expert parallelism.
     """
@@ -57,7 +58,7 @@ def open_deepspeed(directory: Path, groups: Sequence[Sequence[str]] = ()) -> Dee
 
 @contextmanager
 def _convert_format_errors(folder: Path) -> Iterator[None]:
-    """Within the block, what is missing or of another type in the files is a CheckpointError."""
+    """Within the block, missing entries and entries of another type in the files become a CheckpointError."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
@@ -120,7 +121,7 @@ def _read_zero(folder: Path, groups: Sequence[Sequence[str]]) -> Iterator[tuple[
 def _read_optimizer_weights(
     files: Mapping[int, Path], groups: Sequence[Mapping[str, Sequence[int]]], ranks: Sequence[Any]
 ) -> Iterator[tuple[str, Entry]]:
-    """What the optimizer steps: fp32 weights and moments. `ranks` are the contents of the ranks' `files`."""
+    """Yield fp32 weights and moments from the optimizer's states. `ranks` are the contents of the ranks' `files`."""
     stage_3 = "fp32_flat_groups" in ranks[0]
     flats_key, base_key = (
         ("fp32_flat_groups", "optimizer_state_dict")
@@ -129,7 +130,7 @@ def _read_optimizer_weights(
     )
     if len(ranks[0][flats_key]) != len(groups):
         raise CheckpointError(
-            f"{files[0]}: has not the {len(groups)} groups of its model states; copy both of one step"
+            f"{files[0]}: does not have the {len(groups)} groups of its model states; copy both of one step"
         )
     counts = ranks[0]["partition_count"]
     for number, group in enumerate(groups):
@@ -156,7 +157,10 @@ def _read_optimizer_weights(
 
 
 def _group_state(optimizer: Any, number: int) -> dict[str, Any]:
-    """The optimizer's state of a group, moments flat. (A list under `elastic_checkpoint`; some keep step apart.)"""
+    """Return the optimizer state of a group; moments are flat.
+
+    It is a list under `elastic_checkpoint`. Some optimizers store the step in their param_groups.
+    """
     if isinstance(optimizer, list):
         return optimizer[number]
     steps = {
@@ -167,9 +171,10 @@ def _group_state(optimizer: Any, number: int) -> dict[str, Any]:
 
 
 def _read_other_weights(model: Any, masters: Mapping[str, Entry], fragments: Sequence[Any]) -> dict[str, Entry]:
-    """Weights that the optimizer does not step: frozen ones, buffers, and second names of shared ones.
+    """Return weights that the optimizer does not update: frozen parameters, buffers, second names of shared parameters.
 
-    `fragments` are the ranks' parts of frozen parameters, in stage 3; else all of these are in `module`, whole.
+    In stage 3, `fragments` are the ranks' shards of frozen parameters. In other stages, `module` has all of these in
+    full.
     """
     entries: dict[str, Entry] = {}
     for name, shape in (model.get("frozen_param_shapes") or {}).items() if fragments else ():
@@ -187,7 +192,7 @@ def _read_other_weights(model: Any, masters: Mapping[str, Entry], fragments: Seq
 
 
 def _read_unpartitioned(path: Path, model: Any, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, Entry]]:
-    """ZeRO 0: weights as in the model, moments by their number in the optimizer."""
+    """Yield the tensors of ZeRO 0: weights as in the model, moments by their number in the optimizer."""
     optimizer = model.get("optimizer") or {"state": {}}
     if "state" not in optimizer:
         raise CheckpointError(
@@ -199,19 +204,24 @@ def _read_unpartitioned(path: Path, model: Any, groups: Sequence[Sequence[str]])
             yield f"model.{name}", (tuple(tensor.shape), tensor.clone)
     names = [name for group in groups for name in group]
     if names and optimizer["state"] and len(names) != sum(len(group["params"]) for group in optimizer["param_groups"]):
-        raise CheckpointError(f"{path}: its optimizer has not the {len(names)} parameters of `groups`; give its groups")
+        raise CheckpointError(
+            f"{path}: its optimizer does not have the {len(names)} parameters of `groups`; give its groups"
+        )
     for number, name in enumerate(names):
         for key, value in optimizer["state"].get(number, {}).items():
             tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
             if tensor.ndim and tensor.shape != model["module"][name].shape:
                 raise CheckpointError(
-                    f"{path}: {key} number {number} has not the shape of {name}; give `groups` in order"
+                    f"{path}: {key} number {number} does not have the shape of {name}; give `groups` in order"
                 )
             yield f"optim.{name}.{key}", (tuple(tensor.shape), tensor.clone)
 
 
 def _read_universal(folder: Path) -> Iterator[tuple[str, Entry]]:
-    """zero/NAME/KEY.pt; from stage 3 the tensors are flat, and the step is in zero/optimizer_state.pt alone."""
+    """Yield the tensors of zero/NAME/KEY.pt.
+
+    From stage 3 the tensors are flat, and only zero/optimizer_state.pt has the step.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     seconds: dict[str, str] = {}
     for path in sorted(folder.glob("*_model_states.pt"))[:1]:
@@ -256,7 +266,7 @@ def _concatenate(chunks: Sequence[Tensor]) -> Tensor:
 
 
 def _find_rank_files(folder: Path, kind: str) -> dict[int, Path]:
-    """{data rank: path} of the files of a kind (model or optim)."""
+    """Return {data-parallel rank: path} of the files of a kind ("model" or "optim")."""
     files = {}
     for path in folder.glob(f"*_{kind}_states.pt"):
         match = RANK_FILE.fullmatch(path.name)

@@ -1,7 +1,8 @@
-"""Writes checkpoints that DeepSpeed loads, without DeepSpeed and without ranks: ZeRO 1 to 3 and universal ones.
+"""Write checkpoints that DeepSpeed loads, without DeepSpeed, in a single process: ZeRO 1 to 3 and universal
+checkpoints.
 
-Files are first laid out with their tensors empty, then filled through a map, one parameter at a time: memory is that
-of one tensor. All is written aside and renamed; `latest` comes last.
+Files are first written with empty tensors, then filled through a memory map, one parameter at a time. So memory holds
+one tensor at a time. Everything is written to a temporary directory and renamed; `latest` is written last.
 """
 
 from collections import OrderedDict
@@ -29,7 +30,7 @@ from dist_llm.convert.deepspeed_layout import (
 from dist_llm.convert.weights import Weights
 from dist_llm.errors import CheckpointError
 
-VERSION = "0.19.8"  # of DeepSpeed, whose layout this is
+VERSION = "0.19.8"  # the DeepSpeed version that defines this layout
 SUB_GROUP_SIZE = 1_000_000_000  # DeepSpeed's default
 
 
@@ -46,16 +47,16 @@ def write_deepspeed(
     sub_group_size: int = SUB_GROUP_SIZE,
     tag: str = "",
 ) -> Path:
-    """A directory `tag` (global_step<step>) that an engine of this ZeRO stage on `world` ranks loads.
+    """Write a directory `tag` (global_step<step>) that an engine of this ZeRO stage loads on `world` ranks.
 
-    `groups` and `settings` are the optimizer's: the names of each group's parameters in order, and the rest of its
-    entry in torch's `param_groups` (lr, betas, ...), which a loading engine takes over. `shared` is {second name:
-    first name} of parameters that the model holds twice. Moments are written if `weights` has them; without them
-    the engine starts with new ones. At stage 3 an fp16 engine goes on with a loss scale of 1: use a universal
-    checkpoint there. Stage 3 must be loaded with the same `sub_group_size`.
+    `groups` and `settings` describe the optimizer: the names of each group's parameters in order, and the other entries
+    of torch's `param_groups` (lr, betas, ...), which the loading engine adopts. `shared` is {second name: first name}
+    of parameters that the model has twice. Moments are written if `weights` has them; without moments the engine starts
+    with new ones. At stage 3 an fp16 engine continues with a loss scale of 1: use a universal checkpoint there. Stage 3
+    must be loaded with the same `sub_group_size`.
 
-    Raises CheckpointError for another stage, for parameters that are in no group or two, for moments of only some of
-    them or that took different numbers of steps, and where `tag` is there already.
+    Raises CheckpointError for another stage, for parameters that are in no group or in two, for moments of only some
+    parameters, for different step counts, and if `tag` exists.
     """
     if stage not in (1, 2, 3):
         raise CheckpointError(f"stage {stage}: only ZeRO 1, 2 and 3 can be written; write a universal checkpoint")
@@ -94,13 +95,14 @@ def write_deepspeed(
 
 
 def write_universal(directory: Path, weights: Weights, *, step: int, tag: str = "") -> Path:
-    """A directory `tag` (global_step<step>) for {"checkpoint": {"load_universal": true}}, any stage and world size.
+    """Write a directory `tag` (global_step<step>) for {"checkpoint": {"load_universal": true}}, any stage and world
+    size.
 
-    The optimizer's settings are not in it, so those of the engine in hand hold. Without moments in `weights` it
-    loads at stages 1 and 2 alone: DeepSpeed's stage 3 wants them. There, loading it gives all groups of torch's
-    optimizers one tensor `step`, which each group then counts up: clone it in each state, or use write_deepspeed.
+    It contains no optimizer settings, so those of the loading engine apply. Without moments in `weights` it loads at
+    stages 1 and 2 only: DeepSpeed's stage 3 requires them. At stage 3, loading it gives all groups of torch's
+    optimizers the same tensor `step`, which each group then increments: clone it in each state, or use write_deepspeed.
 
-    Raises CheckpointError for moments of only some parameters, and where `tag` is there already.
+    Raises CheckpointError for moments of only some parameters, and if `tag` exists.
     """
     shapes = {name[6:]: shape for name, shape in weights.shapes.items() if name.startswith("model.")}
     moments, steps = _moment_keys(weights, list(shapes)), _common_step(weights, shapes)
@@ -113,14 +115,15 @@ def write_universal(directory: Path, weights: Weights, *, step: int, tag: str = 
                 torch.save({"param": weights.read(full).float().contiguous(), "cat_dim": 0}, folder / f"{key}.pt")
             if steps is not None:
                 torch.save(torch.tensor(steps), folder / "step.pt")
-        # An engine copies its groups' settings from here, one by one: nothing to copy, for no fewer groups than it has.
+        # An engine copies its groups' settings from here, one by one. There is nothing to copy, but the list must not
+        # be shorter than the engine's.
         no_settings = [{"params": [number]} for number in range(len(shapes))]
         state = {} if steps is None else {0: {"step": torch.tensor(steps)}}
         optimizer = {"state": state, "param_groups": no_settings}
         common = {"optimizer_state_dict": optimizer, "param_groups": no_settings, "ds_version": VERSION}
         torch.save(common, aside / "zero" / "optimizer_state.pt")
         model = _build_model_states([shapes], 1, 3, step, {})
-        for prefix in ("", "zero_pp_rank_0_"):  # where stages 1 and 2 look, and 3
+        for prefix in ("", "zero_pp_rank_0_"):  # the names that stages 1 and 2, and stage 3, read
             torch.save(model, aside / f"{prefix}mp_rank_00_model_states.pt")
     return directory / tag
 
@@ -147,7 +150,7 @@ def _check_groups(
 
 
 def _moment_keys(weights: Weights, names: Sequence[str]) -> list[str]:
-    """What each parameter has in its own shape: exp_avg, exp_avg_sq; empty if there are no moments."""
+    """Return the keys of the moments that each parameter has: exp_avg, exp_avg_sq; an empty list without moments."""
     keys: dict[str, set[str]] = {name: set() for name in names}
     for full in weights.shapes:
         name, _, key = full.removeprefix("optim.").rpartition(".")
@@ -160,7 +163,7 @@ def _moment_keys(weights: Weights, names: Sequence[str]) -> list[str]:
 
 
 def _common_step(weights: Weights, names: Iterator[str] | Mapping[str, Any]) -> float | None:
-    """How many steps these parameters have taken; None where it is not said."""
+    """Return the number of updates of these parameters; None if it is not stored."""
     steps = {float(weights.read(full)) for name in names if (full := f"optim.{name}.step") in weights.shapes}
     if len(steps) > 1:
         raise CheckpointError(
@@ -172,7 +175,8 @@ def _common_step(weights: Weights, names: Iterator[str] | Mapping[str, Any]) -> 
 def _build_model_states(
     shapes: Sequence[Shapes], world: int, stage: int, step: int, shared: Mapping[str, str]
 ) -> dict[str, Any]:
-    """`module` is empty at stage 3, where an engine takes the weights from the optimizer's files."""
+    """Build the content of a model file. `module` is empty at stage 3: the engine reads weights from the optimizer
+    files."""
     module = {name: torch.empty(shape if stage < 3 else 0) for group in shapes for name, shape in group.items()}
     return {
         "module": OrderedDict({**module, **{second: module[first] for second, first in shared.items()}}),
@@ -203,7 +207,7 @@ def _build_optim_states(
     stage: int,
     rank: int,
 ) -> dict[str, Any]:
-    """What a rank's file holds; tensors have their sizes and no content yet."""
+    """Build the content of a rank's optimizer file. Tensors have their sizes; their values are written later."""
     world = len(layouts[0].sizes)
     state = {
         number: {
@@ -243,7 +247,7 @@ def _build_optim_states(
 
 
 def _fragment_addresses(layout: PartitionLayout, rank: int) -> "OrderedDict[str, FragmentAddress]":
-    """Where a rank has which parameter: what DeepSpeed's converter to universal checkpoints reads."""
+    """Return the range of each parameter on a rank, which DeepSpeed's converter to universal checkpoints reads."""
     slices = ((name, by_rank[rank]) for name, by_rank in layout.slices.items())
     return OrderedDict(
         (name, FragmentAddress(elements.stop - elements.start, elements.start))
@@ -259,7 +263,7 @@ def _fill_tensors(
     moments: Sequence[str],
     steps: Sequence[float | None],
 ) -> None:
-    """Copy each tensor into the ranks' mapped files."""
+    """Copy each tensor into the ranks' memory-mapped files."""
     stage_3 = "fp32_flat_groups" in ranks[0]
     for number, layout in enumerate(layouts):
         flats = [rank["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"][number] for rank in ranks]

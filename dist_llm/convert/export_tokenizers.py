@@ -1,6 +1,6 @@
-"""A tokenizer as Hugging Face's files: the original ones where it came with them, else made of our byte-level BPE.
+"""Write a tokenizer as Hugging Face's files: the original files of an imported one, else a conversion of ours.
 
-What is made of ours ends by being read again and by running the two libraries on the same texts.
+A conversion is verified: the files are read again, and both libraries encode the same texts.
 """
 
 import json
@@ -67,9 +67,9 @@ def export_tokenizer(
 
 
 def import_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer in a Hugging Face folder, of ours where it is an export of one (`read_hf_folder`).
+    """Read the tokenizer of a Hugging Face folder; an export of ours is read as ours (`read_hf_folder`).
 
-    Raises CheckpointError where files are missing or malformed, or no token ends a document.
+    Raises CheckpointError if files are missing or malformed, or no token ends a document.
     """
     try:
         return read_hf_folder(directory)
@@ -78,7 +78,7 @@ def import_tokenizer(directory: Path) -> Tokenizer:
 
 
 def export_files(tokenizer: Tokenizer, directory: Path) -> list[str]:
-    """Write the files that the tokenizer came with, byte for byte; return their names."""
+    """Write the files that the tokenizer was imported with, byte for byte; return their names."""
     files = tokenizer.original_files()
     for name, content in files.items():
         (directory / name).write_bytes(content)
@@ -86,7 +86,7 @@ def export_files(tokenizer: Tokenizer, directory: Path) -> list[str]:
 
 
 def export_chars(tokenizer: CharTokenizer, directory: Path) -> None:
-    """Write `tokenizer.json` of one id for each character. There, characters without an id are left out of a text."""
+    """Write `tokenizer.json` with one id per character. Hugging Face's tokenizer drops characters without an id."""
     model = {"type": "BPE", "vocab": dict(tokenizer.ids), "merges": []}
     content = {"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"}, "model": model}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -101,7 +101,8 @@ def export_chars(tokenizer: CharTokenizer, directory: Path) -> None:
 
 
 def _build_content(tokenizer: BPETokenizer, special: Mapping[str, int], mask: str | None) -> dict[str, Any]:
-    """What `tokenizer.json` says. Special tokens are in the vocabulary too, since theirs knows no gaps beyond it."""
+    """Build `tokenizer.json`. Special tokens are in the vocabulary too: Hugging Face allows no gaps in ids beyond
+    it."""
     vocab, merges = (
         {to_signs(token): rank for token, rank in tokenizer.ranks.items()},
         list(merge_pairs(tokenizer.ranks)),
@@ -120,13 +121,13 @@ def _build_content(tokenizer: BPETokenizer, special: Mapping[str, int], mask: st
 
 
 def _verify_written(tokenizer: BPETokenizer, special: Mapping[str, int], directory: Path) -> None:
-    """Raise CheckpointError unless what was written reads as `tokenizer`, every byte and special token too."""
+    """Raise CheckpointError unless the written files are read as `tokenizer`, including each byte and special token."""
     content = json.loads((directory / TOKENIZER_FILE).read_bytes())
     settings = json.loads((directory / SETTINGS_FILE).read_bytes())[OURS]
     try:
         reopened = convert_bpe(content, ENDOFTEXT, settings, tokenizer.name)
         prove_equal(reopened, content)
-    except Exception as error:  # of no class of its own, where it comes from `tokenizers`
+    except Exception as error:  # `tokenizers` raises plain exceptions
         raise CheckpointError(f"{directory}: {error}") from None
     if reopened.sha256 != tokenizer.sha256:
         raise CheckpointError(f"{directory}: what was written is not tokenizer {tokenizer.name}.")

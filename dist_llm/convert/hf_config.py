@@ -1,7 +1,7 @@
-"""Hugging Face's config.json <-> our `model` section, for the families in `keys`.
+"""Convert between Hugging Face's config.json and our `model` section, for the families in `hf_tensors`.
 
-A family describes a model if what it would write for it, read again, is that model. So what cannot be said there is
-refused, and never left out.
+A family can express a model if the config that it writes is parsed back to the same model. So a property that a family
+cannot express is an error, and is never dropped.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -15,7 +15,7 @@ from dist_llm.convert.hf_config_fields import ConfigFields
 from dist_llm.errors import CheckpointError
 
 LAYER_COUNTS = {"n_layer", "num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"}
-# Of each of ours, the first is what we write.
+# Of each native name's counterparts, the first is written.
 ACTIVATIONS = {
     "gelu": ("gelu",),
     "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
@@ -24,9 +24,9 @@ ACTIVATIONS = {
 
 
 def parse_hf_config(content: Mapping[str, Any], ignored: Collection[str] = ()) -> ModelConfig:
-    """The resolved model that a Hugging Face config describes; fields in `ignored` need not be known.
+    """Return the resolved model that a Hugging Face config describes; fields in `ignored` need not be known.
 
-    Raises CheckpointError for a family that we have no table for, or a field that we do not know.
+    Raises CheckpointError for an unsupported family or an unknown field.
     """
     family = str(content.get("model_type"))
     if family not in READERS:
@@ -48,9 +48,9 @@ def parse_hf_config(content: Mapping[str, Any], ignored: Collection[str] = ()) -
 
 
 def build_hf_config(model: ModelConfig, family: str = "") -> dict[str, Any]:
-    """config.json of a resolved model, as `family` or the first that fits.
+    """Build config.json of a resolved model, for `family` or the first family that fits.
 
-    Raises CheckpointError that says what no family, or not the one asked for, can express.
+    Raises CheckpointError that names what the family, or the closest one, cannot express.
     """
     if family and family not in WRITERS:
         raise CheckpointError(f"family {family} is not supported; choose from {', '.join(WRITERS)}")
@@ -70,7 +70,7 @@ def build_hf_config(model: ModelConfig, family: str = "") -> dict[str, Any]:
             fewest = name, mismatches
     closest, mismatches = fewest or (family, [f"tie_embeddings {model.tie_embeddings}"])
     raise CheckpointError(
-        f"this model has no twin in Hugging Face's transformers: {closest} comes closest, but the model has "
+        f"Hugging Face's transformers has no equivalent of this model: {closest} comes closest, but the model has "
         f"{', '.join(mismatches)}"
     )
 
@@ -104,7 +104,7 @@ def _read_llama(c: ConfigFields) -> dict[str, Any]:
     family = c["model_type"]
     c.require(hidden_act="silu", mlp_bias=False, attention_bias=False, use_sliding_window=False)
     if family in ("qwen2", "qwen3"):
-        c.get("sliding_window")  # of no effect without use_sliding_window
+        c.get("sliding_window")  # no effect without use_sliding_window
         c.require(layer_types=["full_attention"] * c["num_hidden_layers"])
     else:
         c.require(sliding_window=None)
@@ -307,4 +307,4 @@ def _native_activation(name: str) -> str:
 
 
 def _hf_activation(m: ModelConfig) -> str:
-    return ACTIVATIONS.get(m.activation, ("gelu",))[0]  # a gated one will not come back as it was, and be refused
+    return ACTIVATIONS.get(m.activation, ("gelu",))[0]  # a gated activation fails the comparison in `build_hf_config`

@@ -1,4 +1,4 @@
-"""A checkpoint of ours <-> a directory that Hugging Face's `transformers` loads, one tensor at a time."""
+"""Convert between our checkpoints and directories that Hugging Face's `transformers` loads, one tensor at a time."""
 
 import json
 import re
@@ -25,18 +25,19 @@ from dist_llm.text.hf_folder import GENERATION_FILE, TOKEN_IDS
 from dist_llm.text.hf_tokenizer import HFTokenizer
 from dist_llm.text.tokenizer import Tokenizer
 
-HF_ONLY_PREFIX = "theirs."  # tensors of theirs that ours has no place for, kept beside it for the way back
+# prefix of tensors that only Hugging Face's model has; a checkpoint saves them for the way back
+HF_ONLY_PREFIX = "theirs."
 SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
-PREFIXES = ("transformer.", "model.", "bert.")  # of the body, which some checkpoints leave out
+PREFIXES = ("transformer.", "model.", "bert.")  # prefixes of the body, which some checkpoints omit
 
-# Of theirs: buffers that the config determines.
+# Hugging Face's buffers that the config determines.
 _GPT2, _ROPE = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", r".*rotary_emb\.inv_freq"
 BUFFERS = {
     **dict.fromkeys(("gpt2", "nanogpt"), re.compile(_GPT2)),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), re.compile(_ROPE)),
     "bert": re.compile(r"(bert\.)?embeddings\.position_ids"),
 }
-# Of BERT's: heads for sentence pairs, which masked tokens do not use. `unused_heads` names them.
+# BERT's heads for sentence pairs, which masked language modelling does not use. `find_unused_heads` lists them.
 UNUSED_HEADS = re.compile(r"(bert\.)?pooler\..*|cls\.seq_relationship\..*")
 TIED_NAMES = {
     "lm_head.weight": ("transformer.wte.weight", "model.embed_tokens.weight", "model.shared.weight", "shared.weight"),
@@ -51,15 +52,15 @@ TIED_NAMES = {
 
 
 def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """{parameter of ours: shape}, vocabulary padding included."""
+    """Return {native parameter name: shape}; the vocabulary is padded."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in build_model(model).named_parameters()}
 
 
 def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights:
-    """A view of our checkpoint under their names, without vocabulary padding.
+    """Return a view of our checkpoint under Hugging Face's names, without vocabulary padding.
 
-    Raises CheckpointError where the checkpoint lacks a parameter.
+    Raises CheckpointError if the checkpoint lacks a parameter.
     """
     native_shapes = model_shapes(model)
     if missing := sorted(name for name in native_shapes if weights.shapes.get(f"model.{name}") != native_shapes[name]):
@@ -82,7 +83,7 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
         saved = {key: weights.read(HF_ONLY_PREFIX + key) for key in {name, SEGMENTS} & hf_only}
         if name != SEGMENTS:
             return to_hf(by_hf_name[name], read_native, saved)
-        # As they came, if positions are as they came: they are in them.
+        # Unchanged, if the position embeddings are unchanged: the first segment is added to them.
         (pair,) = [pair for pair in table if pair.plus_row]
         unchanged = saved and torch.equal(to_hf(by_hf_name[pair.hf], read_native, {}), _read_folded(weights, pair))
         return saved[name] if unchanged else torch.zeros(2, model.d_model)
@@ -98,9 +99,10 @@ def _read_folded(weights: Weights, pair: TensorMapping) -> Tensor:
 
 
 def from_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights:
-    """A view of their tensors under our names, with vocabulary padding (zero), and what of theirs has to be kept.
+    """Return a view of Hugging Face's tensors under our names: with vocabulary padding (zero), and with tensors to
+    save.
 
-    Raises CheckpointError where a tensor is missing, has another shape, or is one that we have no place for.
+    Raises CheckpointError if a tensor is missing, has another shape, or has no counterpart in our model.
     """
     native_shapes, table = model_shapes(model), tensor_mappings(family, model)
     known = {name for pair in table for name in (pair.hf, pair.plus_row)}
@@ -111,9 +113,9 @@ def from_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weigh
 
     def read(name: str) -> Tensor:
         if family == "t5" and name == "lm_head.weight" and name not in stored_names:
-            name = "shared.weight"  # equal when it was saved, which v1.1 does not say
+            name = "shared.weight"  # equal when it was saved, which v1.1 does not record
         if name not in stored_names:
-            raise CheckpointError(f"their checkpoint lacks {name}")
+            raise CheckpointError(f"the Hugging Face checkpoint lacks {name}")
         return weights.read(stored_names[name]).float()
 
     def make(name: str) -> Tensor:
@@ -135,7 +137,7 @@ def from_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weigh
 
 
 def _add_body_prefix(name: str, known: set[str]) -> str:
-    """`name` with the prefix of the body, if it came without."""
+    """Return `name` with the prefix of the body, if `name` lacks it."""
     return next((prefix + name for prefix in PREFIXES if name not in known and prefix + name in known), name)
 
 
@@ -150,11 +152,11 @@ def _check_unmapped(weights: Weights, stored_names: Mapping[str, str], known: se
             continue
         if full == "final_logits_bias" and not weights.read(name).any():
             continue
-        raise CheckpointError(f"their tensor {name} {list(weights.shapes[name])} has no place in our model")
+        raise CheckpointError(f"the tensor {name} {list(weights.shapes[name])} has no counterpart in our model")
 
 
 def find_unused_heads(weights: Weights) -> list[str]:
-    """Their tensors that belong to heads which our models do not have, to be named where they are left out."""
+    """Return the tensors of heads that our models do not have, so that the caller can report what is left out."""
     return sorted(name for name in weights.shapes if UNUSED_HEADS.fullmatch(name))
 
 
@@ -169,12 +171,12 @@ def export_hf(
     ids: Mapping[str, Any] | None = None,
     generation: bytes | None = None,
 ) -> Weights:
-    """Write all that `from_pretrained` needs into `directory`; return the view of what was written.
+    """Write everything that `from_pretrained` needs into `directory`; return the view of what was written.
 
-    `ids` are those of TOKEN_IDS, and `generation` is generation_config.json, where the model came from there; else they
-    are the tokenizer's. A tokenizer that came with files gives them back unchanged.
+    `ids` has the TOKEN_IDS, and `generation` is generation_config.json, if the model was imported from Hugging Face;
+    else they come from the tokenizer. A tokenizer that was imported with files is written back unchanged.
 
-    Raises CheckpointError where the model has no twin there.
+    Raises CheckpointError if no Hugging Face model is equivalent.
     """
     hf_config = build_hf_config(config.model, family)
     view = to_huggingface(weights, config.model, hf_config["model_type"])
@@ -196,7 +198,8 @@ def export_hf(
 
 
 def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """None where there is no tokenizer to ask: a family's defaults would be ids of another one."""
+    """Return the special ids; None for each if there is no tokenizer: a family's defaults belong to another
+    tokenizer."""
     if isinstance(tokenizer, HFTokenizer) and tokenizer.token_ids:
         return tokenizer.token_ids
     ids: dict[str, int | None] = dict.fromkeys(
@@ -218,7 +221,7 @@ def _export_tokenizer(tokenizer: Tokenizer | None, directory: Path, config: Conf
 
 
 def read_token_ids(directory: Path) -> dict[str, Any]:
-    """Those of their config.json, as `export` takes them."""
+    """Read the special ids from a Hugging Face config.json, for `export_hf`."""
     content = _read_json(directory / "config.json")
     return {key: content[key] for key in TOKEN_IDS if key in content}
 
@@ -228,16 +231,16 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_config(directory: Path, ignored: Collection[str] = ()) -> tuple[str, ModelConfig]:
-    """(family, our model) of their directory; fields in `ignored` need not be known.
+    """Return (family, our model config) of a Hugging Face directory; fields in `ignored` need not be known.
 
-    Raises CheckpointError where there is none or it is not supported.
+    Raises CheckpointError if there is no config or it is not supported.
     """
     content = _read_json(directory / "config.json")
     return str(content.get("model_type")), parse_hf_config(content, ignored)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError for anything but an object."""
+    """Read a JSON object. Raises CheckpointError for any other content."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint of ours and a directory of Hugging Face's are the same model: equal logits on a fixed batch."""
+"""Check that one of our checkpoints and a Hugging Face directory are the same model: equal logits on a fixed batch."""
 
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,10 @@ MAX_LOGIT_DIFFERENCE, MAX_KL = 1e-4, 1e-9  # in fp32, relative to the largest lo
 
 @torch.no_grad()
 def compare_logits(checkpoint: Path, hf_folder: Path, dtype: torch.dtype = torch.float32) -> str:
-    """A line that says how far apart they are, ours rounded to `dtype`. Both are in memory, in fp64 in the end.
+    """Return a line with the differences; our weights are rounded to `dtype`. Both models are in memory, in fp64 at the
+    end.
 
-    Raises CheckpointError where that is more than rounding, or `transformers` is not installed.
+    Raises CheckpointError if the differences exceed rounding, or `transformers` is not installed.
     """
     try:
         import transformers
@@ -40,7 +41,7 @@ def compare_logits(checkpoint: Path, hf_folder: Path, dtype: torch.dtype = torch
     difference = _logit_difference(native_model, hf_model, ids, config.model.architecture)
     native_model, hf_model = native_model.double(), hf_model.double()
     for module in hf_model.modules():
-        if hasattr(module, "variance_epsilon"):  # their RMSNorm goes by way of fp32, whatever it is given
+        if hasattr(module, "variance_epsilon"):  # Hugging Face's RMSNorm computes in fp32 for any input type
             module.forward = partial(_rms_norm, module.weight, module.variance_epsilon)
     kl = _kl_divergence(native_model, hf_model, ids, config.model.architecture)
     line = f"logits differ by {difference:.1e} at most in fp32, distributions by a KL of {kl:.1e} in fp64"

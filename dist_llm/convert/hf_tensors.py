@@ -1,7 +1,7 @@
-"""Which tensor of native is which of Hugging Face's, for each family that has a twin there.
+"""Tables that map our tensors to Hugging Face's, for each supported family.
 
-A `Pair` is one tensor of native and where it lies in one of hf. The tables read both ways: what is taken out
-of hf_name tensor on import is put back on export.
+A `TensorMapping` says which part of which Hugging Face tensor corresponds to one of our tensors. The tables work in
+both directions: an import takes our tensor out of Hugging Face's, an export puts it back.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,19 +16,20 @@ from dist_llm.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """`native` is part `part` of `parts` equal ones of `hf`, along the outputs, from row `skip` on."""
+    """`native` is chunk `chunk` of `num_chunks` equal chunks of `hf`, along the output dimension, from row `skip`
+    on."""
 
     native: str
     hf: str
-    transposed: bool = False  # hf has inputs in rows (GPT-2's Conv1D)
+    transposed: bool = False  # `hf` has inputs in rows (GPT-2's Conv1D)
     chunk: int = 0
     num_chunks: int = 1
-    skip: int = 0  # rows of hf that mean nothing to us (BART's first two positions)
-    plus_row: str = ""  # a tensor of hf whose first row is added to each of native (BERT's segments)
+    skip: int = 0  # rows of `hf` without a counterpart (BART's first two positions)
+    plus_row: str = ""  # a Hugging Face tensor whose first row is added to each row of `native` (BERT's segments)
 
 
 def to_native(pair: TensorMapping, hf_tensors: Mapping[str, Tensor]) -> Tensor:
-    """Our tensor out of hf."""
+    """Extract our tensor from Hugging Face's."""
     tensor = hf_tensors[pair.hf]
     if pair.transposed:
         tensor = tensor.t() if tensor.ndim == 2 else tensor
@@ -38,9 +39,9 @@ def to_native(pair: TensorMapping, hf_tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def to_hf(group: Sequence[TensorMapping], read_native: Callable[[str], Tensor], saved: Mapping[str, Tensor]) -> Tensor:
-    """Their tensor, of all the pairs that are parts of it: what `take` undoes.
+    """Build Hugging Face's tensor from all mappings to it: the inverse of `to_native`.
 
-    `saved` are tensors of hf that an import saved, since native has no index for all of them.
+    `saved` are Hugging Face's tensors that an import saved, since ours cannot represent all of their values.
     """
     tensor = torch.cat([read_native(pair.native) for pair in group]) if len(group) > 1 else read_native(group[0].native)
     (pair, *_) = group
@@ -49,18 +50,18 @@ def to_hf(group: Sequence[TensorMapping], read_native: Callable[[str], Tensor], 
         rows = before[: pair.skip] if before is not None else tensor.new_zeros(pair.skip, *tensor.shape[1:])
         tensor = torch.cat((rows, tensor))
     if pair.plus_row and before is not None and torch.equal(tensor, before + saved[pair.plus_row][0]):
-        tensor = before  # as it came
+        tensor = before  # unchanged since the import
     return tensor.t() if pair.transposed and tensor.ndim == 2 else tensor
 
 
 def group_by_hf_name(table: Sequence[TensorMapping]) -> Iterator[tuple[str, list[TensorMapping]]]:
-    """(tensor of hf, its pairs in order)."""
+    """Yield (Hugging Face tensor name, its mappings in order)."""
     ordered = sorted(table, key=lambda pair: (pair.hf, pair.chunk))
     return ((hf, list(group)) for hf, group in groupby(ordered, key=lambda pair: pair.hf))
 
 
 def tensor_mappings(family: str, model: ModelConfig) -> list[TensorMapping]:
-    """The table of a family for a resolved model."""
+    """Return the table of a family for a resolved model."""
     return list(FAMILIES[family](model))
 
 

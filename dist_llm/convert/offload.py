@@ -1,4 +1,4 @@
-"""A model larger than memory, by accelerate: blocks wait on GPUs, in host memory and on a disk for their turn."""
+"""Load a model that is larger than memory, by accelerate: blocks wait on GPUs, in host memory or on disk until used."""
 
 import atexit
 import logging
@@ -22,10 +22,11 @@ GPU_SHARE = 0.7
 
 
 def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder: Path, memory_bytes: int) -> Decoder:
-    """The model of a checkpoint, of which at most `memory_bytes` lie in host memory, and the rest that no GPU holds in
-    a directory of its own in `folder`, which takes up to twice the weights' bytes until the process ends.
+    """Load the model of a checkpoint. At most `memory_bytes` are in host memory.
 
-    Raises ConfigError where accelerate is not installed, or the memory is too small for the ends of the model.
+    Blocks that fit neither there nor on a GPU are written to a new directory in `folder`. It takes up to twice the
+    bytes of the weights until the process ends. Raises ConfigError if accelerate is not installed, or the memory is too
+    small for embedding and head.
     """
     if find_spec("accelerate") is None:
         raise ConfigError("--offload: accelerate is not installed; pip install 'dist-llm[accelerate]'")
@@ -34,10 +35,11 @@ def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder
 
     with init_empty_weights():
         model = build_model(config)
-    # What is used beside its own call, a tied table by the head, must be there throughout: only blocks wait elsewhere.
+    # The head uses the tied embedding outside the embedding's own call, so both must stay loaded. Only blocks are
+    # offloaded.
     ends = [name for name, _ in model.named_children() if name != "blocks"]
     main: int | str = "cpu" if device.type == "cpu" else device.index or 0
-    # Of a GPU's memory a part is left to the blocks that pass through, and to what is computed.
+    # Part of a GPU's memory is reserved for the block that runs, and for activations.
     free_bytes = {name: round(GPU_SHARE * size) for name, size in get_max_memory().items() if name != "cpu"}
     free_bytes["cpu"] = memory_bytes
     free_bytes[main] -= _count_bytes(*(getattr(model, name) for name in ends))
@@ -54,7 +56,8 @@ def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder
     view = LazyWeights(
         {name.removeprefix("model."): saved.shapes[name] for name in names}, lambda name: saved.read(f"model.{name}")
     )
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that some are offloaded is what was wanted
+    # it warns that modules are offloaded, which is intended
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -70,6 +73,6 @@ def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder
 
 
 def _count_bytes(*modules: nn.Module) -> int:
-    """What they take, shared parameters once."""
+    """Return the bytes of all parameters; shared parameters count once."""
     parameters = {parameter for module in modules for parameter in module.parameters()}
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)

@@ -1,4 +1,4 @@
-"""The probe of weights that can be read one tensor at a time: no more than a block of the model is in memory."""
+"""Compute the probe of weights that are read one tensor at a time: at most one block of the model is in memory."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +15,7 @@ from dist_llm.models.build_model import build_model
 
 @torch.no_grad()
 def stream_probe(weights: Weights, model: ModelConfig, dtype: str = "fp32") -> Probe:
-    """In fp32, of weights under our names, rounded to `dtype`. Embedding and head stay in memory, blocks pass by."""
+    """Compute the probe in fp32 from weights under our names, rounded to `dtype`. Embedding and head stay in memory."""
     with torch.device("meta"):
         net = build_model(model).eval()
 

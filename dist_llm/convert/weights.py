@@ -1,4 +1,4 @@
-"""Tensors by name, read one at a time, from whatever file holds them.
+"""Tensors by name that are read one at a time, from any kind of file.
 
 Names are those of our checkpoints, `model.NAME` and `optim.NAME.KEY`, or those of the program that wrote the file.
 """
@@ -17,24 +17,24 @@ from dist_llm.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-ZIP_START = b"PK\x03\x04"  # files of torch.save before version 1.6 are no archives, and cannot be mapped
+ZIP_START = b"PK\x03\x04"  # files of torch.save before version 1.6 are not zip archives, and cannot be memory-mapped
 
 
 class Weights(Protocol):
-    """What can be converted."""
+    """Weights that can be converted."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of every tensor there is."""
+        """The shapes of all tensors."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
+        """Read one tensor to the CPU."""
         ...
 
 
 class SafetensorsWeights:
-    """A directory in Hugging Face's form: one safetensors file, or several and an index."""
+    """A directory in Hugging Face's format: one safetensors file, or several and an index."""
 
     def __init__(self, directory: Path) -> None:
         files = _list_indexed_files(directory, INDEX) or sorted(directory.glob("*.safetensors"))
@@ -44,7 +44,7 @@ class SafetensorsWeights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
             with _convert_read_errors(path), safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # no mapping
+                for name in file.keys():  # noqa: SIM118 # safe_open is not a mapping
                     self.files[name] = path
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
@@ -56,7 +56,7 @@ class SafetensorsWeights:
 
 
 def open_huggingface(directory: Path) -> Weights:
-    """The tensors in a directory of Hugging Face's: of its .safetensors files, or else of pytorch_model.bin."""
+    """Open the tensors in a Hugging Face directory: the .safetensors files, or else pytorch_model.bin."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is not a directory; give the one that holds config.json and the weights")
     if (directory / INDEX).exists() or any(directory.glob("*.safetensors")):
@@ -71,9 +71,9 @@ def open_huggingface(directory: Path) -> Weights:
 
 
 def _list_indexed_files(directory: Path, name: str) -> list[Path]:
-    """The files that an index names, all of them there; none where there is no index.
+    """Return the files that an index lists; an empty list if there is no index.
 
-    Raises CheckpointError where it is damaged, or names a file outside the directory.
+    Raises CheckpointError if the index is damaged, a file is missing, or a file is outside the directory.
     """
     path = directory / name
     if not path.exists():
@@ -92,7 +92,7 @@ def _list_indexed_files(directory: Path, name: str) -> list[Path]:
 
 @contextmanager
 def _convert_read_errors(path: Path) -> Iterator[None]:
-    """Within the block any error is one of the file: its library has types of its own."""
+    """Within the block, any error becomes a CheckpointError of the file: safetensors raises its own types."""
     try:
         yield
     except Exception as error:
@@ -100,7 +100,7 @@ def _convert_read_errors(path: Path) -> Iterator[None]:
 
 
 class DictWeights:
-    """Tensors of a dictionary, such as a file of `torch.save` holds, mapped into memory."""
+    """Tensors of a dictionary, such as the memory-mapped content of a `torch.save` file."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
@@ -111,7 +111,7 @@ class DictWeights:
 
 
 class LazyWeights:
-    """Tensors that are made when they are read."""
+    """Tensors that are computed when they are read."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Tensor]) -> None:
         self.shapes, self.make = shapes, make
@@ -121,15 +121,15 @@ class LazyWeights:
 
 
 def load_torch(path: Path) -> dict[Any, Any]:
-    """What `torch.save` wrote, its tensors mapped and not read; nothing in it is run.
+    """Load a `torch.save` file with memory-mapped tensors; nothing in it is run.
 
-    Raises CheckpointError for anything but a dictionary, and for a tensor that claims more than the file holds.
+    Raises CheckpointError if it is not a dictionary, or a tensor claims more bytes than the file has.
     """
     try:
         with path.open("rb") as file:
             mapped = file.read(len(ZIP_START)) == ZIP_START
         content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except Exception as error:  # of many kinds, by what the file is
+    except Exception as error:  # the type depends on the file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: cannot be read as a file of torch.save: {reason}") from None
     if not isinstance(content, dict):
@@ -139,13 +139,13 @@ def load_torch(path: Path) -> dict[Any, Any]:
 
 
 def check_tensor_sizes(content: object, path: Path) -> None:
-    """Raise CheckpointError where a tensor, anywhere in `content`, is not plain or larger than its file.
+    """Raise CheckpointError if a tensor, anywhere in `content`, is not plain or is larger than its file.
 
-    A few bytes can stand for any number of elements (a stride of 0, a sparse layout), which a copy would allocate.
+    A few bytes can describe any number of elements (a stride of 0, a sparse layout), which a copy would allocate.
     """
     size = path.stat().st_size
     todo = [content]
-    seen: set[int] = set()  # a pickle may hold a list that holds itself
+    seen: set[int] = set()  # a pickle may contain a list that contains itself
     while todo:
         item = todo.pop()
         if isinstance(item, Tensor):
@@ -160,7 +160,8 @@ def check_tensor_sizes(content: object, path: Path) -> None:
 
 
 def check_only_tensors(content: object, where: str) -> dict[str, Tensor]:
-    """`content`, if it is a dictionary of tensors by their names; else CheckpointError, beginning with `where`."""
+    """Return `content` if it is a dictionary of named tensors. Raises CheckpointError, prefixed with `where`,
+    otherwise."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{where}: holds a {type(content).__name__} and not a dictionary of tensors")
     for name, tensor in content.items():

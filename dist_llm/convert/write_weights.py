@@ -1,4 +1,4 @@
-"""Writing tensors one at a time, so that no more than one is in memory; whole at their place or not there at all."""
+"""Write tensors one at a time, so that at most one is in memory. The output appears complete or not at all."""
 
 import hashlib
 import json
@@ -21,15 +21,16 @@ from dist_llm.errors import CheckpointError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-MAY_BE_ZERO = re.compile(r"optim\..*|.*token_type_embeddings\.weight")  # moments, and what only BERT's twin has
-SHARD_BYTES = 5_000_000_000  # of one safetensors file, unless one tensor is larger
+# moments, and a tensor that only Hugging Face's BERT has
+MAY_BE_ZERO = re.compile(r"optim\..*|.*token_type_embeddings\.weight")
+SHARD_BYTES = 5_000_000_000  # maximum size of a safetensors file, unless one tensor is larger
 
 
 @contextmanager
 def write_atomically(target: Path) -> Iterator[Path]:
-    """A place temporary to write a new file or directory to; it takes the name `target` when the block ends well.
+    """Yield a temporary path for a new file or directory, which is renamed to `target` if the block succeeds.
 
-    Raises CheckpointError where `target` is there already.
+    Raises CheckpointError if `target` exists.
     """
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise CheckpointError(f"{target}: is there already; name another output, or remove it")
@@ -38,7 +39,7 @@ def write_atomically(target: Path) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
-        temporary.replace(target)  # an empty directory gives way
+        temporary.replace(target)  # replaces an empty directory
         sync_directory(target.parent)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error}") from None
@@ -54,7 +55,7 @@ def _remove(path: Path) -> None:
 
 
 def write_native(directory: Path, weights: Weights, files: Mapping[str, bytes]) -> None:
-    """A checkpoint of ours, all in fp32, with small files beside the tensors."""
+    """Write a checkpoint in our format, all in fp32, with small files beside the tensors."""
     state = {name: torch.empty(shape, device="meta") for name, shape in weights.shapes.items()}
     write = CheckpointWrite(CheckpointGroup(), Folder(directory), state, _Float32View(weights), files, few_files=False)
     write.start()
@@ -62,7 +63,7 @@ def write_native(directory: Path, weights: Weights, files: Mapping[str, bytes]) 
 
 
 class _Float32View(Mapping[str, Tensor]):
-    """What is read of `weights`, as fp32."""
+    """The tensors of `weights`, converted to fp32 when they are read."""
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
@@ -80,9 +81,10 @@ class _Float32View(Mapping[str, Tensor]):
 def write_safetensors(
     directory: Path, weights: Weights, dtype: torch.dtype = torch.float32, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Hugging Face's form: model.safetensors, or several and an index. (The library's own writer holds a file twice.)
+    """Write Hugging Face's format: model.safetensors, or several files and an index.
 
-    Raises CheckpointError where what is read back is not what was written.
+    The library's own writer holds a full file in memory. Raises CheckpointError if the output differs when it is read
+    back.
     """
     shards: list[list[str]] = [[]]
     size = 0
@@ -105,7 +107,8 @@ def write_safetensors(
 
 
 def _write_shard(path: Path, weights: Weights, names: list[str], dtype: torch.dtype) -> None:
-    """The format: the header's length in 8 bytes, the header in JSON, then the tensors in its order."""
+    """Write one file: the header's length in 8 bytes, the header in JSON, then the tensors in the order of the
+    header."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -129,12 +132,12 @@ def _count_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 def verify_written(written: Weights, source: Weights, dtype: torch.dtype) -> None:
     """Raise CheckpointError unless `written` has the names, shapes and values of `source`, all finite.
 
-    A weight matrix that is all zero is an error too, where it is none that may be.
+    A weight matrix of zeros is an error too, unless MAY_BE_ZERO matches its name.
     """
     if written.shapes != source.shapes:
         raise CheckpointError(f"what was written has other tensors: {sorted(set(written.shapes) ^ set(source.shapes))}")
     for name, shape in source.shapes.items():
-        expected = _compute_digest(source.read(name).to(dtype))  # and not the tensor: one at a time
+        expected = _compute_digest(source.read(name).to(dtype))  # keep the digest, not the tensor: one tensor at a time
         actual = written.read(name).to(dtype)
         # aminmax allocates no temporary tensor.
         smallest, largest = actual.aminmax() if actual.numel() else (torch.ones(1), torch.ones(1))

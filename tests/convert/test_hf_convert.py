@@ -243,7 +243,7 @@ def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Pa
     ids=str,
 )
 def test_a_model_without_a_twin_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=f"no twin.*{message}"):
+    with pytest.raises(CheckpointError, match=f"no equivalent.*{message}"):
         build_hf_config(model_of(changes))
 
 

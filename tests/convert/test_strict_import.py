@@ -112,7 +112,7 @@ def test_biases_and_norms_are_not_dropped(source: str, family: str, name: str) -
     """The tensors of one family under the config of another."""
     theirs = tensors(source)
     model = config_of(1, MODELS[source] | {"qkv_bias": family == "qwen2", "qk_norm": False}).model
-    with pytest.raises(CheckpointError, match=f"their tensor {name}.* has no place in our model"):
+    with pytest.raises(CheckpointError, match=f"the tensor {name}.* has no counterpart in our model"):
         from_huggingface(DictWeights({name: theirs[name]}), model, family)
 
 
@@ -120,7 +120,7 @@ def test_biases_and_norms_are_not_dropped(source: str, family: str, name: str) -
 @pytest.mark.parametrize("extra", ["model.pooler.weight", "cls.seq_relationship.weight", "h.x.attn.bias", "x"])
 def test_a_tensor_that_has_no_place_is_named(family: str, extra: str) -> None:
     theirs = tensors(family) | {extra: torch.ones(2)}
-    with pytest.raises(CheckpointError, match=f"their tensor {extra} .* has no place"):
+    with pytest.raises(CheckpointError, match=f"the tensor {extra} .* has no counterpart"):
         from_huggingface(DictWeights(theirs), config_of(1, MODELS[family]).model, family)
 
 
