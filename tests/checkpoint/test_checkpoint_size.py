@@ -16,4 +16,4 @@ def test_the_bytes_of_weights_and_moments(optim: dict[str, object]) -> None:
     engine = NativeEngine(config, torch.device("cpu"))
     train_step(engine, batches_of(config, engine, 0), 1e-3)
     tensors = (engine.state.weights() | engine.state.moments()).values()
-    assert count_checkpoint_bytes(config) == sum(each.numel() * each.element_size() for each in tensors)
+    assert count_checkpoint_bytes(config) == sum(tensor.numel() * tensor.element_size() for tensor in tensors)

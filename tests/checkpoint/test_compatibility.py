@@ -54,7 +54,7 @@ def test_a_start_refuses_what_was_not_requested(case: str, tmp_path: Path) -> No
     if FIXED & set(start["init_allow"]):
         return
     requested = check_init_from(path, config_of(1, now, **start))
-    assert {each.key for each in requested} == set(start["init_allow"])
+    assert {difference.key for difference in requested} == set(start["init_allow"])
 
 
 def test_a_request_allows_nothing_else(tmp_path: Path) -> None:
@@ -77,8 +77,8 @@ def test_another_objective_is_requested(tmp_path: Path) -> None:
 
 def test_what_is_no_part_of_the_function_is_allowed_and_named(tmp_path: Path) -> None:
     path = saved(tmp_path, {})
-    found = check_resume(Folder(path), config_of(1, {"dropout": 0.1, "init_std": 0.1}))
-    assert [str(each) for each in found] == [
+    differences = check_resume(Folder(path), config_of(1, {"dropout": 0.1, "init_std": 0.1}))
+    assert [str(difference) for difference in differences] == [
         "model.dropout: 0.0 in the checkpoint, 0.1 in this config",
         "model.init_std: 0.02 in the checkpoint, 0.1 in this config",
     ]
@@ -96,7 +96,9 @@ def test_every_parameter_of_the_checkpoint_is_used(before: dict[str, Any], now: 
     """Also where the checkpoint's config does not say what it has."""
 
     def shapes(config: Config) -> dict[str, tuple[int, ...]]:
-        return {f"model.{name}": tuple(each.shape) for name, each in build_model(config.model).named_parameters()}
+        return {
+            f"model.{name}": tuple(parameter.shape) for name, parameter in build_model(config.model).named_parameters()
+        }
 
     old, new = config_of(1, before), config_of(1, now)
     assert check_parameters(tmp_path, shapes(old), old.model, requested=False) == ([], [])

@@ -41,7 +41,7 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return path, {name: full_tensor(tensor) for name, tensor in state.items()}
 
 
-def adapted(resolved: Config, path: Path, keep: bool, known: int) -> dict[str, torch.Tensor]:
+def initialized(resolved: Config, path: Path, keep: bool, known: int) -> dict[str, torch.Tensor]:
     engine = NativeEngine(resolved, CPU)
     init_from_checkpoint(path, engine.state, keep, known)
     return {name: full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()}
@@ -53,25 +53,25 @@ def test_known_rows_are_kept_and_new_ones_begin(layout: Layout, keep: bool, save
     path, old = saved
     resolved = config(NEW, layout.ranks, **layout.parallel)
     fresh = NativeEngine(config(NEW), CPU)
-    beginning = {name: full_tensor(tensor) for name, tensor in fresh.state.weights().items()}
+    initial = {name: full_tensor(tensor) for name, tensor in fresh.state.weights().items()}
     if layout.ranks == 1:
-        found = adapted(resolved, path, keep, OLD)
+        actual = initialized(resolved, path, keep, OLD)
     else:
-        found = world(layout.ranks).run(adapted, resolved, path, keep, OLD)[0]
-    assert any(name.startswith("optim.") for name in found) == keep
-    for name, tensor in found.items():
+        actual = world(layout.ranks).run(initialized, resolved, path, keep, OLD)[0]
+    assert any(name.startswith("optim.") for name in actual) == keep
+    for name, tensor in actual.items():
         if not name.split(".", 1)[1].startswith(TABLES) or not tensor.ndim:
             assert torch.equal(tensor, old[name]), name
             continue
         assert torch.equal(tensor[:OLD], old[name][:OLD]), name
-        start = beginning[name][OLD:] if name.startswith("model.") else torch.zeros_like(tensor[OLD:])
+        start = initial[name][OLD:] if name.startswith("model.") else torch.zeros_like(tensor[OLD:])
         assert torch.equal(tensor[OLD:], start), name
 
 
 def test_fewer_ids_take_the_first_ones(saved: tuple) -> None:
     path, old = saved
-    found = adapted(config(50), path, keep=False, known=50)
-    assert torch.equal(found["model.embed.tokens.weight"][:50], old["model.embed.tokens.weight"][:50])
+    actual = initialized(config(50), path, keep=False, known=50)
+    assert torch.equal(actual["model.embed.tokens.weight"][:50], old["model.embed.tokens.weight"][:50])
 
 
 def test_another_model_is_refused(saved: tuple) -> None:

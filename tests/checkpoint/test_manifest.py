@@ -37,9 +37,9 @@ def engine_of(ranks: int = 1) -> NativeEngine:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with checkpoints of steps 1 and 2; only to be copied."""
     directory, engine = tmp_path_factory.mktemp("two"), engine_of()
-    kept = CheckpointStore(directory)
+    checkpoints = CheckpointStore(directory)
     for step in (1, 2):
-        saved(kept, engine, Progress(step), FILES)
+        saved(checkpoints, engine, Progress(step), FILES)
     return directory
 
 
@@ -51,14 +51,14 @@ def pair(two: Path, tmp_path: Path) -> Path:
 def flip(newest: Path, draw: random.Random) -> None:
     """One bit of one byte, of all that the checkpoint has."""
     files = sorted(newest.iterdir())
-    place = draw.randrange(sum(file.stat().st_size for file in files))
+    byte = draw.randrange(sum(file.stat().st_size for file in files))
     for file in files:
-        if place < file.stat().st_size:
+        if byte < file.stat().st_size:
             content = bytearray(file.read_bytes())
-            content[place] ^= 1 << draw.randrange(8)
+            content[byte] ^= 1 << draw.randrange(8)
             file.write_bytes(content)
             return
-        place -= file.stat().st_size
+        byte -= file.stat().st_size
 
 
 @pytest.mark.parametrize("draws", [pytest.param(10), pytest.param(50, marks=pytest.mark.slow)])
@@ -138,8 +138,8 @@ def test_what_cannot_be_read_just_now_is_not_called_damaged(pair: Path, monkeypa
 def test_what_has_another_name_is_left_alone(pair: Path) -> None:
     shutil.copytree(pair / "step_00000002", pair / "step_00000002_backup")
     (pair / "step_notes").mkdir()
-    kept = CheckpointStore(pair, CheckpointConfig(keep=1, keep_every=5))
-    saved(kept, engine_of(), Progress(3), FILES)
+    checkpoints = CheckpointStore(pair, CheckpointConfig(keep=1, keep_every=5))
+    saved(checkpoints, engine_of(), Progress(3), FILES)
     assert sorted(path.name for path in pair.iterdir()) == ["step_00000002_backup", "step_00000003", "step_notes"]
 
 
@@ -172,10 +172,10 @@ def test_ranks_share_the_reading_and_agree(pair: Path) -> None:
 def test_what_is_kept(tmp_path: Path) -> None:
     engine = engine_of()
     losses = {1: math.nan, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: 4.0, 7: 5.0}
-    kept = CheckpointStore(tmp_path, CheckpointConfig(keep=2, keep_every=3, keep_best=2))
+    checkpoints = CheckpointStore(tmp_path, CheckpointConfig(keep=2, keep_every=3, keep_best=2))
     for step, loss in losses.items():
-        saved(kept, engine, Progress(step, heldout_loss=loss), FILES)
-    names = [int(folder.name.removeprefix("step_")) for folder in kept.list_committed()]
+        saved(checkpoints, engine, Progress(step, heldout_loss=loss), FILES)
+    names = [int(folder.name.removeprefix("step_")) for folder in checkpoints.list_committed()]
     assert names == [2, 3, 4, 6, 7], "the best two, the multiples of three, the newest two"
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in names]
 
@@ -184,9 +184,9 @@ def test_a_damaged_later_one_does_not_take_the_place_of_a_new_one(pair: Path, tm
     """The run goes on from step 1 and saves step 1 + x before it comes to step 9 again."""
     shutil.copytree(pair / "step_00000002", pair / "step_00000009")
     cut(pair / "step_00000009" / "progress.json")
-    kept = CheckpointStore(pair, CheckpointConfig(keep=1))
-    saved(kept, engine_of(), Progress(3), FILES)
-    assert kept.latest_verified() == Folder(pair / "step_00000003")
+    checkpoints = CheckpointStore(pair, CheckpointConfig(keep=1))
+    saved(checkpoints, engine_of(), Progress(3), FILES)
+    assert checkpoints.latest_verified() == Folder(pair / "step_00000003")
     with pytest.raises(CheckpointError, match=r"step_00000009: damaged: .*; another: .*step_00000003"):
         store.open_checkpoint(run_of(pair, tmp_path))
 
@@ -201,9 +201,9 @@ def run_of(checkpoints: Path, directory: Path) -> Path:
 
 def test_an_older_one_that_is_damaged_does_not_stop_the_run(pair: Path) -> None:
     (pair / "step_00000001" / "progress.json").write_bytes(b"{")
-    kept = CheckpointStore(pair, CheckpointConfig(keep=1, keep_best=1))
-    saved(kept, engine_of(), Progress(3, heldout_loss=1.0), FILES)
-    assert [folder.name for folder in kept.list_committed()] == ["step_00000003"]
+    checkpoints = CheckpointStore(pair, CheckpointConfig(keep=1, keep_best=1))
+    saved(checkpoints, engine_of(), Progress(3, heldout_loss=1.0), FILES)
+    assert [folder.name for folder in checkpoints.list_committed()] == ["step_00000003"]
 
 
 @pytest.mark.parametrize(

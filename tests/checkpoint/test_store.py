@@ -92,9 +92,9 @@ def stop_and_go_on(config: Config, directory: Path) -> tuple[dict[str, torch.Ten
     path = saved(CheckpointStore(directory), engine, Progress(step=2), FILES)
     again = NativeEngine(config, CPU)
     store.load(path, again.state)
-    for each in (engine, again):
+    for trained in (engine, again):
         for step in (2, 3):
-            train_step(each, batches_of(config, each, step), 1e-3, step)
+            train_step(trained, batches_of(config, trained, step), 1e-3, step)
     return values(engine), values(again)
 
 
@@ -129,24 +129,24 @@ def test_another_optimizers_moments_are_refused(
 
 
 def test_only_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
-    engine, kept = stepped(config_of(1, {}, optim=ADAMW), 1), CheckpointStore(tmp_path)
+    engine, checkpoints = stepped(config_of(1, {}, optim=ADAMW), 1), CheckpointStore(tmp_path)
     (tmp_path / "step_00000009").mkdir()
     for step in (1, 2, 3):
-        saved(kept, engine, Progress(step), FILES)
+        saved(checkpoints, engine, Progress(step), FILES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
-    assert [path.name for path in kept.list_committed()] == ["step_00000002", "step_00000003"]
+    assert [path.name for path in checkpoints.list_committed()] == ["step_00000002", "step_00000003"]
 
 
 def test_a_directory_without_the_marker_is_no_checkpoint(tmp_path: Path) -> None:
-    engine, kept = (
+    engine, checkpoints = (
         stepped(config_of(1, {}, optim=ADAMW), 1),
         CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(keep=3)),
     )
-    first = saved(kept, engine, Progress(1), FILES)
-    second = saved(kept, engine, Progress(2), FILES)
+    first = saved(checkpoints, engine, Progress(1), FILES)
+    second = saved(checkpoints, engine, Progress(2), FILES)
     (second / MARKER).unlink()
     assert store.open_checkpoint(tmp_path) == first
-    saved(kept, engine, Progress(2), FILES)  # saving that step again works
+    saved(checkpoints, engine, Progress(2), FILES)  # saving that step again works
     assert store.open_checkpoint(tmp_path) == second
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
@@ -185,15 +185,15 @@ def _config(layout: Layout) -> Config:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_any_layout_is_saved_under_the_same_names_and_loads_into_one_process(layout: Layout, tmp_path: Path) -> None:
-    held: dict[str, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
     for part in world(layout.ranks).run(save_in_world, _config(layout), tmp_path):
-        held |= part
+        state |= part
     one = NativeEngine(config_of(1, MODELS["tied"], optim=ADAMW), CPU)
     assert store.load(CheckpointStore(tmp_path).list_committed()[-1], one.state).step == 2
-    found = values(one)
-    assert found.keys() == held.keys()
-    for name, value in found.items():
-        assert torch.equal(value, held[name]), name
+    actual = values(one)
+    assert actual.keys() == state.keys()
+    for name, value in actual.items():
+        assert torch.equal(value, state[name]), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
