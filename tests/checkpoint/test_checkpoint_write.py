@@ -90,12 +90,12 @@ def saved_while_training(directory: Path, write_gate: threading.Event) -> tuple[
     return want, directory / "step_00000002"
 
 
-def test_the_file_holds_the_values_of_its_step(tmp_path: Path, write_gate: threading.Event) -> None:
+def test_background_save_contains_the_values_of_its_step(tmp_path: Path, write_gate: threading.Event) -> None:
     want, path = saved_while_training(tmp_path, write_gate)
     assert equal(loaded(path), want)
 
 
-def test_without_copies_it_would_not(
+def test_background_save_without_staging_has_later_values(
     tmp_path: Path, write_gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -118,7 +118,7 @@ def test_two_saves_in_a_row_differ(tmp_path: Path) -> None:
         assert equal(loaded(tmp_path / f"step_{number:08d}"), want[number])
 
 
-def test_in_the_foreground_it_is_there_at_once(tmp_path: Path) -> None:
+def test_foreground_save_is_committed_on_return(tmp_path: Path) -> None:
     engine, checkpoints = engine_at(1), CheckpointStore(tmp_path, CheckpointConfig(background=False))
     checkpoints.save(engine.state, Progress(1), {})
     assert checkpoints.latest_verified() is not None
@@ -126,7 +126,7 @@ def test_in_the_foreground_it_is_there_at_once(tmp_path: Path) -> None:
     assert equal(loaded(tmp_path / "step_00000001"), values(engine))
 
 
-def test_it_can_lie_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "CACHE", str(tmp_path / "cache"))
     url = f"memory://{tmp_path.name}/checkpoints"
     engine, checkpoints = engine_at(1), CheckpointStore(url, CheckpointConfig(keep=2))
@@ -177,7 +177,7 @@ def limited_save(directory: Path, limited_rank: int) -> str:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_cannot_write_is_named_on_all(rank: int, tmp_path: Path) -> None:
+def test_all_ranks_report_the_rank_that_cannot_write(rank: int, tmp_path: Path) -> None:
     """A quota that one rank meets. The older checkpoint stays, and the step is saved once there is room."""
     first, second = world(2).run(limited_save, tmp_path, rank)
     assert first == second
@@ -207,7 +207,7 @@ def test_a_writers_thread_that_fails_is_not_a_checkpoint(tmp_path: Path, monkeyp
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_where_one_thread_fails_the_other_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_thread_stops_the_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor makes again what the failed save has removed."""
     real, checkpoints, wrote = filesystem._write_item, CheckpointStore(tmp_path), list[float]()
 
@@ -231,7 +231,7 @@ def test_where_one_thread_fails_the_other_writes_no_more(tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
+def test_impossible_directory_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     engine, checkpoints = engine_at(1), CheckpointStore(tmp_path / "file" / "checkpoints")
     checkpoints.save(engine.state, Progress(1), {})
@@ -273,9 +273,7 @@ def test_a_save_takes_no_more_than_one_and_a_half_times_the_shard(tmp_path: Path
     assert 0.5 * shard < extra < 1.5 * shard, "copies are taken, and nothing beside them"
 
 
-def test_the_disk_is_told_of_a_large_file_as_it_grows_and_may_decline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_writeback_of_a_large_file_is_advised_and_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     advised = []
 
     def decline(file: int, offset: int, length: int, advice: int) -> None:

@@ -75,7 +75,7 @@ def test_another_objective_is_requested(tmp_path: Path) -> None:
     assert len(check_init_from(path, config_of(1, {}, **prefix, init_allow=["objective"]))) == 1
 
 
-def test_what_is_no_part_of_the_function_is_allowed_and_named(tmp_path: Path) -> None:
+def test_harmless_differences_are_allowed_and_reported(tmp_path: Path) -> None:
     path = saved(tmp_path, {})
     differences = check_resume(Folder(path), config_of(1, {"dropout": 0.1, "init_std": 0.1}))
     assert [str(difference) for difference in differences] == [

@@ -21,7 +21,7 @@ SHAPES = {"model.a": (7, 5), "model.b": (3, 2, 4), "model.c": (11,), "model.d": 
 
 
 @given(st.lists(st.integers(1, 5), max_size=4), st.data())
-def test_boxes_are_the_stretch_and_nothing_else(shape: list[int], data: st.DataObject) -> None:
+def test_boxes_cover_the_range_exactly(shape: list[int], data: st.DataObject) -> None:
     start = data.draw(st.integers(0, prod(shape)))
     stop = data.draw(st.integers(start, prod(shape)))
     flat = torch.arange(start, stop)
@@ -36,7 +36,7 @@ def test_boxes_are_the_stretch_and_nothing_else(shape: list[int], data: st.DataO
     assert len(list(flat_range_to_boxes(tuple(shape), start, stop))) <= max(1, 2 * len(shape) - 1)
 
 
-def test_pieces_are_views_of_the_partition() -> None:
+def test_chunks_are_views_of_the_partition() -> None:
     flat = torch.zeros(9)
     for _, chunk in local_chunks(FlatShard.from_flat((4, 4), flat, 3)):
         chunk.fill_(1)
@@ -90,7 +90,7 @@ def load_split(directory: Path) -> bool:
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_what_three_ranks_write_two_and_one_read(background: bool, tmp_path: Path) -> None:
+def test_three_ranks_write_and_two_or_one_read(background: bool, tmp_path: Path) -> None:
     world(3).run(save, tmp_path, background)
     newest = CheckpointStore(tmp_path).list_committed()[-1]
     assert newest.local is not None

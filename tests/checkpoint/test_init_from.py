@@ -49,7 +49,7 @@ def initialized(resolved: Config, path: Path, keep: bool, known: int) -> dict[st
 
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2}), Layout(2, {"tp": 2})], ids=str)
 @pytest.mark.parametrize("keep", [False, True], ids=["fresh", "keep"])
-def test_known_rows_are_kept_and_new_ones_begin(layout: Layout, keep: bool, saved: tuple) -> None:
+def test_known_rows_are_copied_and_new_rows_initialized(layout: Layout, keep: bool, saved: tuple) -> None:
     path, old = saved
     resolved = config(NEW, layout.ranks, **layout.parallel)
     fresh = NativeEngine(config(NEW), CPU)

@@ -62,14 +62,14 @@ def flip(newest: Path, draw: random.Random) -> None:
 
 
 @pytest.mark.parametrize("draws", [pytest.param(10), pytest.param(50, marks=pytest.mark.slow)])
-def test_a_flipped_bit_anywhere_is_noticed(two: Path, tmp_path: Path, draws: int) -> None:
+def test_flipped_bit_anywhere_is_detected(two: Path, tmp_path: Path, draws: int) -> None:
     for number in range(draws):
         pair = Path(shutil.copytree(two, tmp_path / str(number)))
         flip(pair / "step_00000002", random.Random(number))
         assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001"), number
 
 
-def test_a_flipped_bit_in_each_file_is_noticed(two: Path, tmp_path: Path) -> None:
+def test_flipped_bit_in_each_file_is_detected(two: Path, tmp_path: Path) -> None:
     names = sorted(file.name for file in (two / "step_00000002").iterdir())
     assert {MANIFEST, MARKER, ".metadata", "__0_0.distcp", "progress.json", *FILES} <= set(names)
     for name in names:
@@ -117,14 +117,14 @@ def cut(path: Path) -> None:
         (lambda newest: cut(newest / MARKER), "do not belong together"),
     ],
 )
-def test_what_is_missing_or_cut_is_named(pair: Path, harm: Callable[[Path], None], message: str) -> None:
+def test_missing_or_truncated_file_is_reported(pair: Path, harm: Callable[[Path], None], message: str) -> None:
     harm(pair / "step_00000002")
     with pytest.raises(CheckpointError, match=message):
         verify(Folder(pair / "step_00000002"))
     assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001")
 
 
-def test_what_cannot_be_read_just_now_is_not_called_damaged(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file_is_not_reported_as_damaged(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A start that took the one before would write over the better one later."""
 
     def refuse(folder: Folder, name: str, like: str) -> str:
@@ -135,7 +135,7 @@ def test_what_cannot_be_read_just_now_is_not_called_damaged(pair: Path, monkeypa
         CheckpointStore(pair).latest_verified()
 
 
-def test_what_has_another_name_is_left_alone(pair: Path) -> None:
+def test_directories_of_other_names_are_not_removed(pair: Path) -> None:
     shutil.copytree(pair / "step_00000002", pair / "step_00000002_backup")
     (pair / "step_notes").mkdir()
     checkpoints = CheckpointStore(pair, CheckpointConfig(keep=1, keep_every=5))
@@ -143,7 +143,7 @@ def test_what_has_another_name_is_left_alone(pair: Path) -> None:
     assert sorted(path.name for path in pair.iterdir()) == ["step_00000002_backup", "step_00000003", "step_notes"]
 
 
-def test_when_all_are_damaged_nothing_begins_anew_in_silence(pair: Path) -> None:
+def test_all_damaged_checkpoints_raise_an_error(pair: Path) -> None:
     for name in ("step_00000001", "step_00000002"):
         cut(pair / name / "progress.json")
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
@@ -157,7 +157,7 @@ def newest_in_world(directory: Path) -> str:
     return newest.name
 
 
-def test_ranks_share_the_reading_and_agree(pair: Path) -> None:
+def test_ranks_split_verification_and_agree(pair: Path) -> None:
     """A file that only one of the ranks hashes is damaged for all."""
     names = list(read_manifest(Folder(pair / "step_00000002")))
     assert world(2).run(newest_in_world, pair) == ["step_00000002"] * 2
@@ -169,7 +169,7 @@ def test_ranks_share_the_reading_and_agree(pair: Path) -> None:
         file.write_bytes(content)
 
 
-def test_what_is_kept(tmp_path: Path) -> None:
+def test_pruning_keeps_newest_multiples_and_best(tmp_path: Path) -> None:
     engine = engine_of()
     losses = {1: math.nan, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: 4.0, 7: 5.0}
     checkpoints = CheckpointStore(tmp_path, CheckpointConfig(keep=2, keep_every=3, keep_best=2))

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_is_what_torch_reads(folder: Path) -> None:
+def test_metadata_equal_those_of_torch(folder: Path) -> None:
     content = (folder / METADATA).read_bytes()
     actual, expected = load_metadata(content, "here"), pickle.loads(content)
     assert actual.state_dict_metadata == expected.state_dict_metadata

@@ -48,7 +48,7 @@ def load_in_world(config: Config, path: Path) -> dict[str, torch.Tensor]:
     return values(engine)
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_load_restores_what_save_wrote(tmp_path: Path) -> None:
     config = config_of(1, {}, optim=ADAMW)
     engine = stepped(config)
     progress = Progress(step=2, samples=48, tokens=1536, loss_scale=LossScale(8.0, 3))
@@ -72,7 +72,7 @@ def test_settings_of_the_optimizer_come_from_the_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optim", [MUON, BF16_MOMENTS], ids=["muon", "bf16 moments"])
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2})], ids=str)
-def test_a_run_goes_on_as_if_it_had_not_stopped(optim: dict[str, Any], layout: Layout, tmp_path: Path) -> None:
+def test_resume_equals_an_uninterrupted_run(optim: dict[str, Any], layout: Layout, tmp_path: Path) -> None:
     """To the bit: what chance decides is a function of the step."""
     config = config_of(layout.ranks, {}, optim=optim, parallel=layout.parallel)
     if layout.ranks == 1:
@@ -128,7 +128,7 @@ def test_another_optimizers_moments_are_refused(
         load_in_world(config_of(1, {}, optim=now), path)
 
 
-def test_only_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_and_removes_leftovers(tmp_path: Path) -> None:
     engine, checkpoints = stepped(config_of(1, {}, optim=ADAMW), 1), CheckpointStore(tmp_path)
     (tmp_path / "step_00000009").mkdir()
     for step in (1, 2, 3):

@@ -122,7 +122,7 @@ def tag_of(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("key", RUNS)
-def test_what_we_read_is_what_deepspeed_holds(key: str, saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reader_matches_deepspeed_state(key: str, saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, expected = saved(key)
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # an import of it would fail
     model = RUNS[key].model
@@ -134,7 +134,7 @@ def test_what_we_read_is_what_deepspeed_holds(key: str, saved: Any, monkeypatch:
 
 
 @pytest.mark.slow
-def test_we_read_parameters_dealt_out_round_robin(ranks: Ranks, tmp_path: Path) -> None:
+def test_reader_handles_round_robin_gradients(ranks: Ranks, tmp_path: Path) -> None:
     """DeepSpeed cannot look moments up there, so those of a plain run are what they should be."""
     _, state = ranks.run(Run(2, save=tmp_path, zero={"round_robin_gradients": True}))
     actual = open_deepspeed(tmp_path)
@@ -246,7 +246,7 @@ def test_a_universal_checkpoint(key: str, saved: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "moments"), [("odd", True), ("odd", False), pytest.param("even", True, marks=pytest.mark.slow)]
 )
-def test_deepspeed_goes_on_from_what_we_write(
+def test_deepspeed_resumes_from_written_checkpoint(
     stage: int, model: str, moments: bool, ranks: Ranks, tmp_path: Path
 ) -> None:
     before, after = list(plain(model, 4))[-2:]
@@ -265,7 +265,7 @@ def test_deepspeed_goes_on_from_what_we_write(
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 4])
-def test_deepspeed_goes_on_at_other_world_sizes(stage: int, size: int, ranks: Ranks, tmp_path: Path) -> None:
+def test_deepspeed_resumes_at_other_world_sizes(stage: int, size: int, ranks: Ranks, tmp_path: Path) -> None:
     before, after = list(plain("odd", 4))[-2:]
     groups, settings = groups_of("odd")
     write_deepspeed(tmp_path, InMemoryWeights(before), stage, size, groups=groups, settings=settings, step=3)
@@ -408,7 +408,7 @@ def test_tensor_parallel_ranks_are_refused(copy: Any) -> None:
         open_deepspeed(tag)
 
 
-def test_a_directory_that_is_none(copy: Any, tmp_path: Path) -> None:
+def test_directory_without_a_checkpoint_is_refused(copy: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no DeepSpeed checkpoint; give the directory"):
         open_deepspeed(tmp_path)
     directory = copy("1")
@@ -433,7 +433,7 @@ class Evil:
 
 
 @pytest.mark.parametrize(("function", "refused"), [(make_directory, False), (os.mkdir, True)])
-def test_nothing_that_a_file_names_is_run(function: Any, refused: bool, tmp_path: Path) -> None:
+def test_no_code_in_a_file_is_run(function: Any, refused: bool, tmp_path: Path) -> None:
     content = {"module": {"w": torch.ones(2)}, "param_shapes": None}
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({**content, "client": Evil(function, tmp_path / "evil")}, path)
@@ -470,7 +470,7 @@ def test_a_tensor_costs_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert resident_bytes() - before < 2**27
 
 
-def test_nothing_half_written_is_left(tmp_path: Path) -> None:
+def test_failed_write_leaves_no_files(tmp_path: Path) -> None:
     tensors = train_plain("odd", 1)
     groups, settings = groups_of("odd")
 
@@ -489,7 +489,7 @@ def test_nothing_half_written_is_left(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_unsupported_writes_are_refused(tmp_path: Path) -> None:
     tensors = train_plain("odd", 1)
     groups, settings = groups_of("odd")
     first = groups[0][0]

@@ -70,7 +70,7 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_theirs_to_ours_to_theirs_is_the_same_bits(
+def test_import_then_export_gives_the_same_bits(
     family: str, tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`--check` compares logits in fp32, and distributions in fp64, on both ways."""
@@ -147,7 +147,7 @@ def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     return directory
 
 
-def test_our_encoder_there_and_back(tool: Callable[..., int], tmp_path: Path) -> None:
+def test_encoder_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
     native = our_checkpoint(tmp_path / "ours", {**BERT, "n_kv_heads": 4})
     assert tool("to-hf", native, tmp_path / "theirs", "--check") == 0
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "again", "--check") == 0
@@ -157,7 +157,7 @@ def test_our_encoder_there_and_back(tool: Callable[..., int], tmp_path: Path) ->
         assert torch.equal(first.read(name)[rows], again.read(name)[rows]), name
 
 
-def test_ids_that_came_with_a_model_go_back_with_it(tool: Callable[..., int], tmp_path: Path) -> None:
+def test_token_ids_survive_a_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
     hf = save_hf_model("t5", tmp_path / "theirs")
     assert hf.config.decoder_start_token_id == 1
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours") == 0
@@ -167,7 +167,9 @@ def test_ids_that_came_with_a_model_go_back_with_it(tool: Callable[..., int], tm
 
 
 @pytest.mark.parametrize("family", OURS)
-def test_they_generate_from_our_export_what_we_generate(family: str, tool: Callable[..., int], tmp_path: Path) -> None:
+def test_transformers_generates_the_same_tokens_from_an_export(
+    family: str, tool: Callable[..., int], tmp_path: Path
+) -> None:
     native = our_checkpoint(tmp_path / "ours", OURS[family])
     assert tool("to-hf", native, tmp_path / "theirs", "--check") == 0
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == family
@@ -193,7 +195,7 @@ def test_they_generate_from_our_export_what_we_generate(family: str, tool: Calla
     assert len(said) >= 3, "a model that has something to say"
 
 
-def test_a_missing_permutation_is_noticed(tool: Callable[..., int], tmp_path: Path, monkeypatch: Any) -> None:
+def test_missing_rotary_permutation_is_detected(tool: Callable[..., int], tmp_path: Path, monkeypatch: Any) -> None:
     """Queries in Meta's pairing of rotary dimensions: the bits come back, the logits do not."""
     save_hf_model("llama", tmp_path / "theirs")
     real = hf_convert.take
@@ -242,7 +244,7 @@ def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Pa
     ],
     ids=str,
 )
-def test_a_model_without_a_twin_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_model_without_a_hugging_face_equivalent_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=f"no equivalent.*{message}"):
         build_hf_config(model_of(changes))
 
@@ -271,7 +273,7 @@ def test_every_family_is_found_from_its_own_config(family: str) -> None:
         ("gpt2", {"model_type": "mamba"}, "model_type mamba is not supported"),
     ],
 )
-def test_what_their_config_may_say_and_we_cannot_do_is_refused(
+def test_unsupported_config_fields_are_refused(
     family: str, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     save_hf_model(family, tmp_path)
@@ -281,7 +283,7 @@ def test_what_their_config_may_say_and_we_cannot_do_is_refused(
         hf_convert.read_config(tmp_path)
 
 
-def test_tensors_that_have_no_place_or_are_missing_are_refused(tool: Callable[..., int], tmp_path: Path) -> None:
+def test_unmapped_or_missing_tensors_are_refused(tool: Callable[..., int], tmp_path: Path) -> None:
     save_hf_model("llama", tmp_path / "theirs")
     file = tmp_path / "theirs" / "model.safetensors"
     full = load_file(file)
@@ -296,7 +298,7 @@ def test_tensors_that_have_no_place_or_are_missing_are_refused(tool: Callable[..
         assert not (tmp_path / "ours").exists()
 
 
-def test_what_is_there_is_never_overwritten(tool: Callable[..., int], tmp_path: Path) -> None:
+def test_existing_output_is_never_overwritten(tool: Callable[..., int], tmp_path: Path) -> None:
     native = our_checkpoint(tmp_path / "ours", OURS["llama"])
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "precious").write_text("mine")
@@ -304,7 +306,7 @@ def test_what_is_there_is_never_overwritten(tool: Callable[..., int], tmp_path: 
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["precious"]
 
 
-def test_reading_again_notices_what_was_written_wrong(tmp_path: Path) -> None:
+def test_verification_detects_wrong_output(tmp_path: Path) -> None:
     weights = DictWeights({"a": torch.randn(3, 2), "b": torch.randn(4)})
     with write_atomically(tmp_path / "out") as aside:
         aside.mkdir()
@@ -372,7 +374,7 @@ def rebuilt(path: Path) -> tuple[Any, Config]:
     return model, config
 
 
-def test_one_file_of_torch_and_back(tool: Callable[..., int], tmp_path: Path) -> None:
+def test_torch_file_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
     native = our_checkpoint(tmp_path / "ours", OURS["t5"])
     assert tool("to-torch", native, tmp_path / "one.pt") == 0
     content = torch.load(tmp_path / "one.pt", weights_only=True)
@@ -424,7 +426,7 @@ def test_average_diff_and_inspect(tool: Callable[..., int], tmp_path: Path, caps
 @pytest.mark.parametrize(
     "how", [("--stage", 1), ("--stage", 2, "--world", 3), ("--stage", 3), ("--universal",)], ids=str
 )
-def test_deepspeed_and_back(how: tuple[Any, ...], tool: Callable[..., int], tmp_path: Path) -> None:
+def test_deepspeed_round_trip(how: tuple[Any, ...], tool: Callable[..., int], tmp_path: Path) -> None:
     """That DeepSpeed itself loads what is written: test_deepspeed.py."""
     native = our_checkpoint(tmp_path / "ours", OURS["t5"])
     assert tool("to-deepspeed", native, tmp_path / "ds", *how) == 0
@@ -449,7 +451,7 @@ print(json.dumps([code, peak]))
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_gigabytes_are_converted_in_little_memory(tmp_path: Path) -> None:
+def test_conversion_of_two_gigabytes_needs_little_memory(tmp_path: Path) -> None:
     """Both ways, in processes of their own: peak memory under 1.2 GB."""
     model = model_of({"d_model": 2048, "n_layers": 8, "n_heads": 16, "n_kv_heads": 16, "head_dim": 128, "d_ff": 5632,
                       "vocab_size": 32000})  # fmt: skip

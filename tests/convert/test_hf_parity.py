@@ -26,7 +26,7 @@ def lengths_mask(rows: int, length: int) -> Tensor:
 
 @pytest.mark.parametrize("family", ONE_STACK)
 @torch.no_grad()
-def test_one_stack_whole_and_padded(family: str) -> None:
+def test_single_stack_logits_match_with_and_without_padding(family: str) -> None:
     hf, native, config = build(family)
     ids, mask = tokens(4, S), lengths_mask(4, S)
     causal = config.architecture == "decoder"
@@ -46,7 +46,7 @@ def test_one_stack_whole_and_padded(family: str) -> None:
 
 @pytest.mark.parametrize("family", ONE_STACK)
 @torch.no_grad()
-def test_one_stack_packed_is_each_document_alone(family: str) -> None:
+def test_single_stack_packed_documents_match_separate_ones(family: str) -> None:
     """Three documents in one row: ours sees each alone, theirs is given each alone."""
     hf, native, config = build(family)
     cuts = [0, 3, 4, S]
@@ -62,7 +62,7 @@ def test_one_stack_packed_is_each_document_alone(family: str) -> None:
 
 @pytest.mark.parametrize("family", TWO_STACKS)
 @torch.no_grad()
-def test_two_stacks_whole_padded_and_packed(family: str) -> None:
+def test_encoder_decoder_logits_match(family: str) -> None:
     hf, native, _ = build(family)
     source, inputs, mask = tokens(4, T), tokens(4, S, 1), lengths_mask(4, T)
     got = native(inputs, encoder_input=EncoderInput(source))
@@ -97,7 +97,7 @@ def test_two_stacks_whole_padded_and_packed(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_names_each_tensor_of_both_sides_once(family: str) -> None:
+def test_each_tensor_is_mapped_exactly_once(family: str) -> None:
     hf, native, config = build(family)
     table = tensor_mappings(family, config)
     names = dict(native.named_parameters())
@@ -115,7 +115,7 @@ def test_the_table_names_each_tensor_of_both_sides_once(family: str) -> None:
         assert actual == (shape if actual[0] != VOCAB else (VOCAB, *shape[1:])), "but for padding of the vocabulary"
 
 
-def test_a_wrong_pairing_of_rotary_dimensions_is_noticed() -> None:
+def test_wrong_rotary_pairing_is_detected() -> None:
     """Meta's pairing for Hugging Face's weights: the permutation that some importers forget."""
     hf, native, _ = build("llama")
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_a_wrong_pairing_of_rotary_dimensions_is_noticed() -> None:
     assert (native(ids) - hf(input_ids=ids).logits).abs().max() > 1e-2
 
 
-def test_a_fused_tensor_is_cut_where_it_says() -> None:
+def test_fused_tensor_is_split_into_chunks() -> None:
     fused = torch.arange(24.0).view(2, 12)  # Conv1D: inputs in rows
     part = to_native(TensorMapping("v", "x", transposed=True, chunk=2, num_chunks=3), {"x": fused})
     assert torch.equal(part, fused[:, 8:].t())

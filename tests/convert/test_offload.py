@@ -30,7 +30,7 @@ def size(module: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("num_loaded", [0, 2], ids=["all blocks on disk", "two in memory"])
 @pytest.mark.parametrize("model", ["llama", "tied", "t5", "bart"])
-def test_it_says_what_the_whole_model_says(model: str, num_loaded: int, tmp_path: Path) -> None:
+def test_offloaded_model_generates_the_same_tokens(model: str, num_loaded: int, tmp_path: Path) -> None:
     engine, path = native(model, tmp_path)
     (full,) = engine.model_parts
     blocks = list(full.blocks.values())
@@ -45,14 +45,14 @@ def test_it_says_what_the_whole_model_says(model: str, num_loaded: int, tmp_path
     assert list(tokens(actual, prompt, sampling, 32)) == want
 
 
-def test_memory_for_less_than_the_ends_is_refused(tmp_path: Path) -> None:
+def test_memory_below_embedding_and_head_is_refused(tmp_path: Path) -> None:
     engine, path = native("llama", tmp_path)
     with pytest.raises(ConfigError, match="--memory: embedding and head take"):
         load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", 100)
     assert not (tmp_path / "disk").exists(), "before anything is written"
 
 
-def test_what_else_lies_in_the_folder_stays(tmp_path: Path) -> None:
+def test_other_files_in_the_offload_folder_are_kept(tmp_path: Path) -> None:
     engine, path = native("llama", tmp_path)
     existing = tmp_path / "disk" / "weights" / "precious"
     existing.parent.mkdir(parents=True)
@@ -63,7 +63,7 @@ def test_what_else_lies_in_the_folder_stays(tmp_path: Path) -> None:
         load_offloaded(path, engine.config.model, CPU, existing, 10**9)
 
 
-def test_without_accelerate_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_accelerate_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"path": tmp_path, "config": config_of(1, {}).model}
     monkeypatch.setattr(offload, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="accelerate is not installed"):
