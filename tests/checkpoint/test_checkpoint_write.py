@@ -182,7 +182,7 @@ def test_all_ranks_report_the_rank_that_cannot_write(rank: int, tmp_path: Path) 
     first, second = world(2).run(limited_save, tmp_path, rank)
     assert first == second
     assert f"step_00000002: cannot be written: rank {rank}: [Errno 27] File too large" in first
-    assert "Make room" in first
+    assert "Free some space" in first
     assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002"]
 
 
