@@ -22,8 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.probe import PROBE
-from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.derive import resolve
 from dist_llm.config.schema import CheckpointConfig, Config
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
         begin = time.perf_counter()
         store.save(engine.state, Progress(2 * number + 2), {})
         stall, during = time.perf_counter() - begin, []
-        while store.writing is not None and store.writing.is_alive():
+        while store.current_write is not None and store.current_write.is_alive():
             during.append(step())
         store.finish()
         row = {"step_seconds": alone, "megabytes": shard / 1e6, "stall": stall / alone}

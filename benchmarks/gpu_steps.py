@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
@@ -170,11 +170,11 @@ def check_checkpoint(context: Context) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = CheckpointStore(Path(folder))
         if not context.has_values:
-            checkpoints.copies.take(engine.state.weights() | engine.state.moments())
+            checkpoints.staging.copy(engine.state.weights() | engine.state.moments())
             return comparison.row()
         checkpoints.save(engine.state, Progress(step=2), {})
         checkpoints.finish()
-        found = checkpoints.newest()
+        found = checkpoints.latest_verified()
         assert found is not None
         store.load(found, other.state)
     state = engine.state.weights() | engine.state.moments()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.state import Held
+from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.config.load import load_saved
 from dist_llm.config.schema import Config
-from dist_llm.convert.spread import spread
+from dist_llm.convert.offload import load_offloaded
 from dist_llm.errors import ConfigError, DataError
 from dist_llm.models.attention import KVCache
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask, EncoderInput
@@ -54,7 +54,7 @@ def load_model(
     checkpoint: Path | str, device: torch.device, offload: Offload | None = None
 ) -> tuple[Decoder, Tokenizer, Config]:
     """The model of a checkpoint (or of a run's newest) on one device, or spread, ready to sample."""
-    path = store.find(checkpoint)
+    path = store.open_checkpoint(checkpoint)
     config = load_saved(path)
     if not (path / TOKENIZER_FILE).exists():
         raise DataError(
@@ -63,12 +63,12 @@ def load_model(
     if config.model.architecture == "encoder":
         raise ConfigError(f"{path}: an encoder fills in masks and does not go on with a text; it cannot generate")
     if offload is not None:
-        model = spread(path, config.model, device, offload.folder, offload.memory_bytes)
+        model = load_offloaded(path, config.model, device, offload.folder, offload.memory_bytes)
         return model, Tokenizer.load(path), config
     with torch.device("meta"):
         model = build_model(config.model)
     model.to_empty(device=device)
-    store.load(path, Held(model), moments=False)
+    store.load(path, TorchState(model), moments=False)
     return model.eval(), Tokenizer.load(path), config
 
 

@@ -32,24 +32,24 @@ import torch
 import zstandard
 from pyarrow import parquet
 
-from dist_llm.checkpoint.compatible import config_of
+from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.compatibility import read_config
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.manifest import read_manifest, verify
+from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import parse_probe
-from dist_llm.checkpoint.state import Progress
-from dist_llm.checkpoint.store import progress_of
-from dist_llm.checkpoint.tensors import NativeWeights
+from dist_llm.checkpoint.store import read_progress
 from dist_llm.config.check import check
 from dist_llm.config.lengths import Lengths
 from dist_llm.config.load import dump, load_config
 from dist_llm.config.schema import Config
-from dist_llm.convert import hub
+from dist_llm.convert import hf_convert
 from dist_llm.convert.deepspeed_read import open_deepspeed
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
+from dist_llm.convert.export_tokenizers import export_tokenizer, import_tokenizer
 from dist_llm.convert.nanogpt import from_nanogpt, to_nanogpt
-from dist_llm.convert.tokenizer import export_tokenizer, import_tokenizer
 from dist_llm.convert.weights import DictWeights, Weights, load_torch, open_huggingface
-from dist_llm.convert.write import write_native
+from dist_llm.convert.write_weights import write_native
 from dist_llm.data import history
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.pieces import Pieces
@@ -103,7 +103,7 @@ def config_for(**model: Any) -> Config:
 def weights_for(config: Config, moments: Collection[str] = ()) -> DictWeights:
     """Random ones, with AdamW's state of the parameters in `moments`."""
     tensors = {}
-    for name, shape in hub.model_shapes(config.model).items():
+    for name, shape in hf_convert.model_shapes(config.model).items():
         tensors[f"model.{name}"] = torch.randn(shape)
         if name in moments:
             tensors |= {f"optim.{name}.{key}": torch.rand(shape) for key in ("exp_avg", "exp_avg_sq")}
@@ -198,8 +198,8 @@ def read_checkpoint(directory: Path) -> None:
         lambda: read_manifest(folder),
         lambda: verify(folder),
         lambda: read_all(NativeWeights(directory)),
-        lambda: hub.model_shapes(config_of(directory).model),
-        lambda: progress_of(folder),
+        lambda: hf_convert.model_shapes(read_config(directory).model),
+        lambda: read_progress(folder),
         lambda: history.parse(folder.read("data.json"), "data.json"),
         lambda: parse_probe(folder.read("probe.json"), "probe.json"),
         lambda: Tokenizer.load(directory).vocabulary(words=True),
@@ -215,7 +215,7 @@ def read_checkpoint(directory: Path) -> None:
 def write_hf(family: str, model: dict[str, Any]) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         config = config_for(**model)
-        hub.export(weights_for(config), config, None, directory / "hf", family, shard_bytes=3000)
+        hf_convert.export_hf(weights_for(config), config, None, directory / "hf", family, shard_bytes=3000)
         for file in (directory / "hf").iterdir():
             file.rename(directory / file.name)
         (directory / "hf").rmdir()
@@ -245,11 +245,11 @@ def write_legacy_bin(directory: Path) -> None:
 
 
 def read_hf(directory: Path) -> None:
-    family, model = hub.read_config(directory)
-    hub.token_ids(directory)
+    family, model = hf_convert.read_config(directory)
+    hf_convert.read_token_ids(directory)
     theirs = open_huggingface(directory)
     read_all(theirs)
-    read_all(hub.from_huggingface(theirs, model, family))
+    read_all(hf_convert.from_huggingface(theirs, model, family))
 
 
 def write_nanogpt(directory: Path) -> None:
@@ -259,13 +259,13 @@ def write_nanogpt(directory: Path) -> None:
 
 def read_nanogpt(directory: Path) -> None:
     model, theirs = from_nanogpt(load_torch(directory / "ckpt.pt"))
-    read_all(hub.from_huggingface(theirs, model, "nanogpt"))
+    read_all(hf_convert.from_huggingface(theirs, model, "nanogpt"))
 
 
 def write_ds(universal: bool, stage: int = 2) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         config = config_for()
-        names = list(hub.model_shapes(config.model))
+        names = list(hf_convert.model_shapes(config.model))
         weights = weights_for(config, names)
         if universal:
             write_universal(directory, weights, step=3)

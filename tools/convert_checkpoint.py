@@ -44,36 +44,36 @@ from rich.table import Table
 from torch import Tensor
 
 from dist_llm.checkpoint import manifest
-from dist_llm.checkpoint.compatible import config_of
+from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.compatibility import read_config
 from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE, Probe, compare_probes, parse_probe
-from dist_llm.checkpoint.state import Progress
-from dist_llm.checkpoint.store import PROGRESS, find, meant, progress_of
-from dist_llm.checkpoint.tensors import NativeWeights
+from dist_llm.checkpoint.store import PROGRESS, open_checkpoint, read_progress, resolve_checkpoint
 from dist_llm.config.compare import function_differences
 from dist_llm.config.lengths import extra_ids
 from dist_llm.config.load import dump, load_saved, parse_saved
 from dist_llm.config.schema import Config, ModelConfig
-from dist_llm.convert import hub
+from dist_llm.convert import hf_convert
 from dist_llm.convert.deepspeed_read import open_deepspeed
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
+from dist_llm.convert.export_tokenizers import import_tokenizer
+from dist_llm.convert.hf_parity import compare_logits
 from dist_llm.convert.nanogpt import from_nanogpt as read_nanogpt
 from dist_llm.convert.nanogpt import to_nanogpt as nanogpt_content
-from dist_llm.convert.parity import compare
 from dist_llm.convert.stream_probe import stream_probe
-from dist_llm.convert.tokenizer import import_tokenizer
 from dist_llm.convert.weights import (
     TORCH_FILE,
     TORCH_INDEX,
     DictWeights,
-    MadeWeights,
+    LazyWeights,
     SafetensorsWeights,
     Weights,
+    check_only_tensors,
     load_torch,
-    only_tensors,
     open_huggingface,
 )
-from dist_llm.convert.write import DTYPES, made_whole, reopen, write_native
+from dist_llm.convert.write_weights import DTYPES, verify_written, write_atomically, write_native
 from dist_llm.errors import CheckpointError, UserError
 from dist_llm.models.build_model import build_model
 from dist_llm.optim.build_optimizer import build_optimizer
@@ -148,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
 
 def to_hf(options: argparse.Namespace) -> None:
     """Write a directory for Hugging Face's `from_pretrained`."""
-    path, dtype = find(options.checkpoint), DTYPES[options.dtype]
+    path, dtype = open_checkpoint(options.checkpoint), DTYPES[options.dtype]
     config, tokenizer = load_saved(path), None
     if options.no_tokenizer or not (path / TOKENIZER_FILE).exists():
         console.print(f"without a tokenizer: {'--no-tokenizer' if options.no_tokenizer else f'{path} has none'}")
@@ -156,27 +156,29 @@ def to_hf(options: argparse.Namespace) -> None:
         tokenizer = Tokenizer.load(path)
     ids = json.loads((path / TOKEN_IDS).read_text(encoding="utf-8")) if (path / TOKEN_IDS).exists() else None
     generation = (path / GENERATION_FILE).read_bytes() if (path / GENERATION_FILE).exists() else None
-    with made_whole(Path(options.out)) as aside:
+    with write_atomically(Path(options.out)) as aside:
         shard_bytes = int(options.shard_gb * 1e9)
         with shown(NativeWeights(path), "converting") as weights:
-            view = hub.export(weights, config, tokenizer, aside, options.family, dtype, shard_bytes, ids, generation)
+            view = hf_convert.export_hf(
+                weights, config, tokenizer, aside, options.family, dtype, shard_bytes, ids, generation
+            )
         with shown(view, "checking") as seen:
-            reopen(SafetensorsWeights(aside), seen, dtype)
-        family = hub.read_config(aside)[0]
+            verify_written(SafetensorsWeights(aside), seen, dtype)
+        family = hf_convert.read_config(aside)[0]
         probe = stream_probe(NativeWeights(path), config.model)
         show_probe(stored_probe(path), probe, path)
-        written = hub.from_huggingface(SafetensorsWeights(aside), config.model, family)
+        written = hf_convert.from_huggingface(SafetensorsWeights(aside), config.model, family)
         exported = replace(stream_probe(written, config.model), weights=options.dtype)
         show_probe(probe, exported, aside)
         (aside / PROBE).write_bytes(exported.dump())
         if options.check:
-            console.print(compare(path, aside, dtype))
+            console.print(compare_logits(path, aside, dtype))
     console.print(f"wrote {options.out}: {len(view.shapes)} tensors, {options.dtype}")
     if tokenizer is not None and (names := sorted(tokenizer.original_files())):
         console.print(f"tokenizer: the original files, unchanged: {', '.join(names)}")
         if extra := extra_ids(config):
             console.print(f"the {extra} ids that the objective adds, from {tokenizer.vocab_size}, have no names there")
-    elif tokenizer is not None and hub.read_config(Path(options.out))[0] == "qwen2":
+    elif tokenizer is not None and hf_convert.read_config(Path(options.out))[0] == "qwen2":
         console.print(
             "load its tokenizer with PreTrainedTokenizerFast; AutoTokenizer takes Qwen2's own: docs/checkpoints.md"
         )
@@ -185,17 +187,19 @@ def to_hf(options: argparse.Namespace) -> None:
 def from_hf(options: argparse.Namespace) -> None:
     """Write a checkpoint of a directory that `from_pretrained` reads."""
     directory = Path(options.directory)
-    family, model = hub.read_config(directory, options.ignore_field)
+    family, model = hf_convert.read_config(directory, options.ignore_field)
     theirs = open_huggingface(directory)
-    view = hub.from_huggingface(theirs, model, family)
-    if unused := hub.unused_heads(theirs):
+    view = hf_convert.from_huggingface(theirs, model, family)
+    if unused := hf_convert.find_unused_heads(theirs):
         console.print(f"left out: {', '.join(unused)}: heads for sentence pairs, which masked tokens do not use")
     tokenizer = None
     try:
         tokenizer = import_tokenizer(directory)
     except CheckpointError as error:
         console.print(f"without a tokenizer: {error}")
-    files = files_of(model, tokenizer, directory) | {TOKEN_IDS: json.dumps(hub.token_ids(directory)).encode()}
+    files = files_of(model, tokenizer, directory) | {
+        TOKEN_IDS: json.dumps(hf_convert.read_token_ids(directory)).encode()
+    }
     if (directory / GENERATION_FILE).exists():
         files[GENERATION_FILE] = (directory / GENERATION_FILE).read_bytes()
     write(Path(options.out), view, files, directory if options.check else None, stored_probe(directory))
@@ -203,17 +207,17 @@ def from_hf(options: argparse.Namespace) -> None:
 
 def to_torch(options: argparse.Namespace) -> None:
     """Write one file of `torch.save`: {"model": ..., "optim": ..., "files": ...}."""
-    path = find(options.checkpoint)
+    path = open_checkpoint(options.checkpoint)
     weights = NativeWeights(path)
     content: dict[str, dict[str, Tensor | str]] = {"model": {}, "optim": {}}
     for name in track(weights.shapes, "reading"):
         kind, _, rest = name.partition(".")
         content.setdefault(kind, {})[rest] = weights.read(name)
     content["files"] = {name: text.decode() for name, text in small_files(path).items()}
-    with made_whole(Path(options.out)) as aside:
+    with write_atomically(Path(options.out)) as aside:
         torch.save(content, aside)
         written = _of_torch(load_torch(aside))
-        reopen(written, weights, torch.float32)
+        verify_written(written, weights, torch.float32)
         show_probe(stored_probe(path), stream_probe(written, load_saved(path).model), path)
     console.print(f"wrote {options.out}: {len(weights.shapes)} tensors")
 
@@ -235,7 +239,7 @@ def from_torch(options: argparse.Namespace) -> None:
 
 def _of_torch(content: Mapping[str, Mapping[str, Tensor]]) -> Weights:
     kinds = {
-        kind: only_tensors(tensors, f"a file of torch.save: {kind}")
+        kind: check_only_tensors(tensors, f"a file of torch.save: {kind}")
         for kind, tensors in content.items()
         if kind != "files"
     }
@@ -246,21 +250,21 @@ def from_nanogpt(options: argparse.Namespace) -> None:
     """Write a checkpoint of nanoGPT's ckpt.pt."""
     model, theirs = read_nanogpt(load_torch(Path(options.file)), options.file)
     tokenizer = build_tokenizer(options.tokenizer, None, lambda: ()) if options.tokenizer else None
-    view = hub.from_huggingface(theirs, model, "nanogpt")
+    view = hf_convert.from_huggingface(theirs, model, "nanogpt")
     write(Path(options.out), view, files_of(model, tokenizer, Path(options.file)))
 
 
 def to_nanogpt(options: argparse.Namespace) -> None:
     """Write nanoGPT's ckpt.pt."""
-    path = find(options.checkpoint)
+    path = open_checkpoint(options.checkpoint)
     config, weights = load_saved(path), NativeWeights(path)
-    with made_whole(Path(options.out)) as aside:
+    with write_atomically(Path(options.out)) as aside:
         with shown(weights, "converting") as seen:
-            torch.save(nanogpt_content(seen, config, progress_of(Folder(path)).step), aside)
+            torch.save(nanogpt_content(seen, config, read_progress(Folder(path)).step), aside)
         probe = stream_probe(weights, config.model)
         show_probe(stored_probe(path), probe, path)
         model, theirs = read_nanogpt(load_torch(aside), str(aside))
-        show_probe(probe, stream_probe(hub.from_huggingface(theirs, model, "nanogpt"), model), aside)
+        show_probe(probe, stream_probe(hf_convert.from_huggingface(theirs, model, "nanogpt"), model), aside)
     console.print(f"wrote {options.out}: {len(theirs.shapes)} tensors; its optimizer starts anew")
 
 
@@ -268,8 +272,8 @@ def to_deepspeed(options: argparse.Namespace) -> None:
     """Write a ZeRO 1, 2 or 3 directory, or a universal checkpoint."""
     if bool(options.stage) == options.universal:
         raise CheckpointError("give either --stage 1, 2 or 3 (and --world), or --universal")
-    path = find(options.checkpoint)
-    config, step = load_saved(path), progress_of(Folder(path)).step
+    path = open_checkpoint(options.checkpoint)
+    config, step = load_saved(path), read_progress(Folder(path)).step
     groups, settings, shared = groups_of(config)
     show_probe(stored_probe(path), stream_probe(NativeWeights(path), config.model), path)
     with shown(NativeWeights(path), "converting") as weights:
@@ -280,17 +284,19 @@ def to_deepspeed(options: argparse.Namespace) -> None:
             made = write_deepspeed(Path(options.out), weights, options.stage, options.world, **how)
     with shown(weights, "checking") as seen:
         written = open_deepspeed(made)
-        reopen(MadeWeights({name: written.shapes[name] for name in seen.shapes}, written.read), seen, torch.float32)
+        verify_written(
+            LazyWeights({name: written.shapes[name] for name in seen.shapes}, written.read), seen, torch.float32
+        )
     console.print(f"wrote {made}: {len(weights.shapes)} tensors")
 
 
 def from_deepspeed(options: argparse.Namespace) -> None:
     """Write a checkpoint of a DeepSpeed directory, moments included."""
-    like = find(options.like)
+    like = open_checkpoint(options.like)
     config = load_saved(like)
     groups, _, shared = groups_of(config)
     found = open_deepspeed(Path(options.directory), groups)
-    wanted = {f"model.{name}": shape for name, shape in hub.model_shapes(config.model).items()}
+    wanted = {f"model.{name}": shape for name, shape in hf_convert.model_shapes(config.model).items()}
     for name, shape in wanted.items():
         if found.shapes.get(name) != shape:
             there = f"has shape {list(found.shapes[name])}" if name in found.shapes else "is missing"
@@ -299,7 +305,7 @@ def from_deepspeed(options: argparse.Namespace) -> None:
     if unknown := sorted(other - {f"model.{name}" for name in shared}):
         raise CheckpointError(f"{options.directory}: {unknown[0]} is no parameter of the model of --like {like}")
     shapes = {name: shape for name, shape in found.shapes.items() if name not in other}
-    write(Path(options.out), MadeWeights(shapes, found.read), small_files(like) | fresh_progress())
+    write(Path(options.out), LazyWeights(shapes, found.read), small_files(like) | fresh_progress())
 
 
 def groups_of(config: Config) -> tuple[list[list[str]], list[dict[str, Any]], dict[str, str]]:
@@ -316,13 +322,13 @@ def groups_of(config: Config) -> tuple[list[list[str]], list[dict[str, Any]], di
 
 def average(options: argparse.Namespace) -> None:
     """Write the mean of the weights of several checkpoints, without moments."""
-    paths = [find(each) for each in options.checkpoints]
+    paths = [open_checkpoint(each) for each in options.checkpoints]
     every = [NativeWeights(path) for path in paths]
     shapes = {name: shape for name, shape in every[0].shapes.items() if name.startswith("model.")}
     for path, other in zip(paths, every, strict=True):
         if {name: shape for name, shape in other.shapes.items() if name.startswith("model.")} != shapes:
             raise CheckpointError(f"{path}: is of another model than {paths[0]}")
-        odd = function_differences(config_of(paths[0]), config_of(path))
+        odd = function_differences(read_config(paths[0]), read_config(path))
         if odd := [each for each in odd if each.key != "objective"]:
             values = f"{odd[0].key} {odd[0].now}, {odd[0].before} there"
             raise CheckpointError(f"{path}: is of another model than {paths[0]}: {values}")
@@ -330,7 +336,7 @@ def average(options: argparse.Namespace) -> None:
     def mean(name: str) -> Tensor:
         return torch.stack([each.read(name).double() for each in every]).mean(0).float()
 
-    write(Path(options.out), MadeWeights(shapes, mean), small_files(paths[-1]))
+    write(Path(options.out), LazyWeights(shapes, mean), small_files(paths[-1]))
 
 
 def diff(options: argparse.Namespace) -> int:
@@ -376,10 +382,10 @@ def inspect(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> None:
     """Check every byte of a checkpoint against its manifest, and its weights against its probe."""
-    folder = meant(options.checkpoint)
+    folder = resolve_checkpoint(options.checkpoint)
     manifest.verify(folder)
     console.print(f"{folder}: every byte is as it was saved")
-    path = folder.local or find(options.checkpoint)
+    path = folder.local or open_checkpoint(options.checkpoint)
     stored = stored_probe(path)
     show_probe(stored, stream_probe(NativeWeights(path), load_saved(path).model) if stored else None, path)
 
@@ -391,7 +397,7 @@ def open_weights(place: str) -> Weights:
         return _of_torch(load_torch(path))
     if any(path.glob("*.safetensors")) or (path / TORCH_FILE).exists() or (path / TORCH_INDEX).exists():
         return open_huggingface(path)
-    return NativeWeights(find(place))
+    return NativeWeights(open_checkpoint(place))
 
 
 def write(
@@ -405,13 +411,13 @@ def write(
     found = stream_probe(view, model)
     if probe is not None:
         show_probe(probe, replace(found, weights=probe.weights), out)
-    with made_whole(out) as aside:
+    with write_atomically(out) as aside:
         with shown(view, "converting") as seen:
             write_native(aside, seen, {**files, PROBE: found.dump()})
         with shown(view, "checking") as seen:
-            reopen(NativeWeights(aside), seen, torch.float32)
+            verify_written(NativeWeights(aside), seen, torch.float32)
         if theirs is not None:
-            console.print(compare(aside, theirs))
+            console.print(compare_logits(aside, theirs))
     console.print(f"wrote {out}: {len(view.shapes)} tensors, {found}; go on with it: init_from={out}")
 
 
@@ -470,7 +476,7 @@ def shown(weights: Weights, what: str) -> Iterator[Weights]:
             bar.advance(task)
             return weights.read(name)
 
-        yield MadeWeights(weights.shapes, read)
+        yield LazyWeights(weights.shapes, read)
 
 
 def _shape(weights: Weights, name: str) -> str:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dist_llm.checkpoint.store import of_run
+from dist_llm.checkpoint.store import checkpoints_of_run
 from dist_llm.config.load import load_saved
 from dist_llm.config.schema import CACHE, Config
 from dist_llm.data.corpus import Corpus, Document
@@ -318,7 +318,7 @@ def open_run(directory: Path) -> tuple[Config, History]:
 
 def trained(directory: Path, history: History) -> int:
     """The step of the newest checkpoint."""
-    committed = of_run(directory).committed()
+    committed = checkpoints_of_run(directory).list_committed()
     return int(committed[-1].name.removeprefix("step_")) if committed else history[-1].step
 
 

@@ -1,6 +1,6 @@
-"""A directory that holds a checkpoint, on a disk or at a URL that fsspec opens, and torch's reader and writer of it.
+"""A checkpoint directory, on a disk or at a URL that fsspec opens, and torch's reader and writer for it.
 
-What is written here is hashed on its way, so that a manifest of it costs no second reading.
+Files are hashed while they are written, so the manifest needs no second read.
 """
 
 import errno
@@ -26,44 +26,44 @@ from dist_llm.checkpoint.metadata import load_metadata
 from dist_llm.data.remote import hasher, named, sync_directory
 from dist_llm.errors import CheckpointError
 
-READ_BYTES = 1 << 22  # at once: of a remote file by one request
-WRITE_BYTES = 1 << 20  # at once: few enough to be in the cache still when they are hashed
-AHEAD_BYTES = 1 << 23  # after which the disk is told to begin
-METADATA = ".metadata"  # torch's, of all tensors
+READ_BYTES = 1 << 22  # bytes per read request of a remote file
+WRITE_BYTES = 1 << 20  # bytes per write: they are still in the CPU cache when they are hashed
+WRITEBACK_BYTES = 1 << 23  # after so many bytes the system is advised to start writing to the disk
+METADATA = ".metadata"  # torch's metadata file
 CANCELLED = "another thread could not write"
-WRITERS = 2  # threads, each with a file of its own: one writes and hashes while the other waits for the disk
+NUM_WRITE_THREADS = 2  # each has its own file: one writes and hashes while the other waits for the disk
 
 
 class Folder:
-    """The directory at `place`, a path or a URL. Its small files are read and written whole."""
+    """A directory, given by a path or a URL."""
 
-    def __init__(self, place: "Folder | Path | str") -> None:
-        self.place = str(place).rstrip("/")
-        self.fs, self.path = fsspec.core.url_to_fs(self.place)
+    def __init__(self, location: "Folder | Path | str") -> None:
+        self.location = str(location).rstrip("/")
+        self.fs, self.path = fsspec.core.url_to_fs(self.location)
 
     def __str__(self) -> str:
-        return self.place
+        return self.location
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Folder) and other.place == self.place
+        return isinstance(other, Folder) and other.location == self.location
 
     def __hash__(self) -> int:
-        return hash(self.place)
+        return hash(self.location)
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.place}/{name}")
+        return Folder(f"{self.location}/{name}")
 
     @property
     def name(self) -> str:
-        return self.place.rpartition("/")[2]
+        return self.location.rpartition("/")[2]
 
     @property
     def local(self) -> Path | None:
-        """Its path, if it is on a disk."""
+        """The path, if the directory is on a local disk; else None."""
         return Path(self.path) if isinstance(self.fs, LocalFileSystem) else None
 
-    def names(self) -> list[str]:
-        """What it holds, sorted; nothing if it is not there."""
+    def list_names(self) -> list[str]:
+        """Return the names of all entries, sorted; an empty list if the directory does not exist."""
         self.fs.invalidate_cache()
         try:
             return sorted(str(path).rstrip("/").rpartition("/")[2] for path in self.fs.ls(self.path, detail=False))
@@ -77,8 +77,8 @@ class Folder:
         content: bytes = self.fs.cat_file(f"{self.path}/{name}")
         return content
 
-    def hash(self, name: str, like: str) -> str:
-        """Of a whole file, read in blocks, of the kind that `like` is."""
+    def compute_hash(self, name: str, like: str) -> str:
+        """Read a file in blocks and return its hash. `like` is a hash whose algorithm is used."""
         digest = hasher(like)
         with self.fs.open(f"{self.path}/{name}", "rb", block_size=READ_BYTES) as file:
             while block := file.read(READ_BYTES):
@@ -86,22 +86,22 @@ class Folder:
         return named(digest)
 
     def write(self, name: str, content: bytes) -> None:
-        """Durably, where that is ours to say."""
+        """Write a file. On a local disk it is durable on return."""
         with self.fs.open(f"{self.path}/{name}", "wb") as file:
             file.write(content)
             file.flush()
             _sync(file)
 
-    def make(self) -> None:
+    def create(self) -> None:
         self.fs.makedirs(self.path, exist_ok=True)
 
     def sync(self) -> None:
-        """Make the names in it durable."""
+        """Make the names in the directory durable, if it is on a local disk."""
         if self.local is not None:
             sync_directory(self.local)
 
     def remove(self, name: str = "") -> None:
-        """One file, or the folder with all that is in it; nothing if it is not there."""
+        """Remove one file, or the folder and its content. Does nothing if it does not exist."""
         with suppress(FileNotFoundError):
             if name:
                 self.fs.rm_file(f"{self.path}/{name}")
@@ -110,24 +110,24 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Written:
-    """A file's size, and its hash as `named` has it."""
+class FileRecord:
+    """A file's size, and its hash in the format of `named`."""
 
     bytes: int
     hash: str
 
 
 class FolderReader(filesystem.FileSystemReader):
-    """torch's reader, of a folder anywhere."""
+    """torch's reader, for any `Folder`."""
 
     def __init__(self, folder: Folder) -> None:
         super().__init__(folder.path)
         self.path = folder.path
-        self.fs = _Files(folder.fs)  # type: ignore[assignment]  # declared as one for disks alone
+        self.fs = _HashingFileSystem(folder.fs)  # type: ignore[assignment]  # declared as one for disks alone
         self.folder = folder
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """As torch's, which would run what the file names. Raises CheckpointError."""
+        """Read the metadata without unpickling arbitrary classes. Raises CheckpointError."""
         metadata = load_metadata(self.folder.read(METADATA), f"{self.folder}/{METADATA}")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -135,23 +135,23 @@ class FolderReader(filesystem.FileSystemReader):
 
 
 class FolderWriter(filesystem.FileSystemWriter):
-    """torch's writer, into a folder anywhere; `written` is what this rank wrote, by name."""
+    """torch's writer, into any `Folder`; `file_records` has the files that this rank wrote, by name."""
 
     def __init__(self, folder: Folder, few_files: bool = True) -> None:
-        # Nothing is copied ahead: that would be on the stream of another device than this rank's, in a thread.
-        durable, threads = folder.local is not None, WRITERS if few_files else 1
+        # No copy-ahead: it would run in a thread, on the stream of another device than this rank's.
+        durable, threads = folder.local is not None, NUM_WRITE_THREADS if few_files else 1
         super().__init__(folder.path, few_files, durable, thread_count=threads, per_thread_copy_ahead=0)
         self.path = folder.path
-        self.files = _Files(folder.fs)
+        self.files = _HashingFileSystem(folder.fs)
         self.fs = self.files  # type: ignore[assignment]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Raises what went wrong in any thread, which torch would leave there; then none writes any more."""
+        """Write the tensors. Raises the error of any thread, which torch would lose; the other threads then stop."""
         before = torch.serialization.get_crc32_options()
         try:
             done = super().write_data(plan, planner)
             if len(done.value()) < len(plan.items):
-                raise self.problem or CheckpointError("a thread that writes tensors failed; its error is above")
+                raise self.error or CheckpointError("a thread that writes tensors failed; its error is above")
         except BaseException:
             self.files.stop()
             raise
@@ -160,26 +160,26 @@ class FolderWriter(filesystem.FileSystemWriter):
         return done
 
     @property
-    def problem(self) -> OSError | None:
-        """What the system said where a write failed."""
-        return self.files.problem
+    def error(self) -> OSError | None:
+        """The operating system's error, if a write failed."""
+        return self.files.error
 
     @property
-    def written(self) -> dict[str, Written]:
-        return {path.rpartition("/")[2]: written for path, written in self.files.written.items()}
+    def file_records(self) -> dict[str, FileRecord]:
+        return {path.rpartition("/")[2]: written for path, written in self.files.file_records.items()}
 
 
-class _Files(filesystem.FileSystemBase):
+class _HashingFileSystem(filesystem.FileSystemBase):
     def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
         self.fs = fs
         self.on_disk = isinstance(fs, LocalFileSystem) and hasattr(os, "posix_fadvise")
-        self.written: dict[str, Written] = {}
-        self.problem: OSError | None = None
-        self.streams: set[_Hashed] = set()  # that are open
+        self.file_records: dict[str, FileRecord] = {}
+        self.error: OSError | None = None
+        self.streams: set[_HashingStream] = set()  # that are open
         self.stopped = False
 
     def stop(self) -> None:
-        """Let every thread fail at its next write, and wait for that."""
+        """Make each thread fail at its next write, and wait until all streams are closed."""
         self.stopped = True
         while self.streams:
             time.sleep(0.01)
@@ -192,17 +192,17 @@ class _Files(filesystem.FileSystemBase):
             if mode != "wb":
                 yield file
                 return
-            # torch.save's own checksum takes longer than the write, and every byte is hashed here. The option is this
-            # thread's own; in older torch it is the process's, and `write_data` puts it back.
+            # torch.save's CRC32 takes longer than the write, and all bytes are hashed here. The option is thread-local;
+            # in older versions of torch it is global, and `write_data` restores it.
             torch.serialization.set_crc32_options(False)
-            stream = _Hashed(file, self)
+            stream = _HashingStream(file, self)
             self.streams.add(stream)
             try:
                 yield stream
             finally:
-                self.problem = self.problem or stream.problem
+                self.error = self.error or stream.error
                 self.streams.discard(stream)
-            self.written[str(path)] = Written(stream.length, named(stream.digest))
+            self.file_records[str(path)] = FileRecord(stream.length, named(stream.digest))
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         return f"{path}/{suffix}"
@@ -212,7 +212,7 @@ class _Files(filesystem.FileSystemBase):
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         self.fs.mv(path, new_path)
-        self.written[str(new_path)] = self.written.pop(str(path))
+        self.file_records[str(new_path)] = self.file_records.pop(str(path))
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
         self.fs.makedirs(path, exist_ok=True)
@@ -232,13 +232,13 @@ class _Files(filesystem.FileSystemBase):
         return names
 
 
-class _Hashed(io.RawIOBase):
-    """Hands on what is written, and hashes it."""
+class _HashingStream(io.RawIOBase):
+    """Forward writes to a file, and hash them."""
 
-    def __init__(self, file: IO[bytes], files: _Files) -> None:
+    def __init__(self, file: IO[bytes], files: _HashingFileSystem) -> None:
         self.file, self.files, self.length, self.digest = file, files, 0, hasher()
-        self.announced = 0  # bytes that the system was told to write
-        self.problem: OSError | None = None
+        self.writeback_bytes = 0  # bytes that the system was advised to write
+        self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
         view = memoryview(content).cast("B")
@@ -252,15 +252,15 @@ class _Hashed(io.RawIOBase):
         try:
             self.file.write(block)
         except OSError as error:
-            self.problem = error
+            self.error = error
             raise
         self.digest.update(block)
         self.length += len(block)
-        if self.files.on_disk and self.length - self.announced >= AHEAD_BYTES:
+        if self.files.on_disk and self.length - self.writeback_bytes >= WRITEBACK_BYTES:
             file = self.fileno()
-            with suppress(OSError):  # the advice: have the disk begin now, not when the file is synced
-                os.posix_fadvise(file, self.announced, self.length - self.announced, os.POSIX_FADV_DONTNEED)
-            self.announced = self.length
+            with suppress(OSError):  # start writing to the disk now, not at fsync
+                os.posix_fadvise(file, self.writeback_bytes, self.length - self.writeback_bytes, os.POSIX_FADV_DONTNEED)
+            self.writeback_bytes = self.length
 
     def tell(self) -> int:
         return self.length
@@ -269,15 +269,15 @@ class _Hashed(io.RawIOBase):
         try:
             self.file.flush()
         except OSError as error:
-            self.problem = error
+            self.error = error
             raise
 
     def fileno(self) -> int:
-        self.flush()  # torch asks in order to fsync, and not always flushes before
-        return self.file.fileno()  # a remote file has none and says so, which torch knows
+        self.flush()  # torch calls this before fsync, and does not always flush first
+        return self.file.fileno()  # remote files raise, which torch handles
 
     def close(self) -> None:
-        pass  # torch closes a stream after each tensor; the file goes on
+        pass  # torch closes a stream after each tensor; the file stays open
 
 
 def _sync(file: Any) -> None:

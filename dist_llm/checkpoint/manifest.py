@@ -1,7 +1,7 @@
-"""What makes a checkpoint one: every file's size and hash in `manifest.json`, whose own hash is in the marker.
+"""The manifest: `manifest.json` has the size and hash of each file, and the commit marker has the manifest's hash.
 
-The marker is written last. A folder without it is not a checkpoint; one whose files are not those of the manifest is
-a damaged one.
+The marker is written last. A folder without a marker is not a checkpoint. A checkpoint is damaged if its files do not
+match the manifest.
 """
 
 import errno
@@ -11,71 +11,72 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
-from dist_llm.checkpoint.folder import Folder, Written
+from dist_llm.checkpoint.folder import FileRecord, Folder
 from dist_llm.data.remote import hasher, named
 from dist_llm.errors import CheckpointError
 
 MARKER, MANIFEST = "COMMITTED", "manifest.json"
 FORMAT = "dist_llm checkpoint 2"
 TENSORS = ".distcp"
-THREADS = 4  # that hash at once, in each process
+NUM_HASH_THREADS = 4  # that hash files, per process
 
 
 class DamagedError(CheckpointError):
-    """What is there is not what was saved. (That it cannot be read just now is another thing.)"""
+    """The files are not those that were saved. (If a file cannot be read at the moment, that is a CheckpointError.)"""
 
 
-def commit(folder: Folder, files: Mapping[str, Written]) -> None:
-    """Make `folder`, all of whose files are there and durable, a checkpoint."""
+def commit(folder: Folder, files: Mapping[str, FileRecord]) -> None:
+    """Make `folder` a checkpoint. All its files must be written and durable."""
     content = {"format": FORMAT, "files": {name: asdict(files[name]) for name in sorted(files)}}
     manifest = json.dumps(content, indent=1).encode() + b"\n"
     folder.write(MANIFEST, manifest)
-    folder.sync()  # the names first: the marker must not outlive them
+    folder.sync()  # the marker must not be durable before the names are
     folder.write(MARKER, _sha256(manifest).encode())
     folder.sync()
 
 
-def write(folder: Folder, name: str, content: bytes) -> Written:
-    """A small file, and what the manifest says of it."""
+def write_file(folder: Folder, name: str, content: bytes) -> FileRecord:
+    """Write a small file; return its entry for the manifest."""
     folder.write(name, content)
     digest = hasher()
     digest.update(content)
-    return Written(len(content), named(digest))
+    return FileRecord(len(content), named(digest))
 
 
-def verify(folder: Folder, part: int = 0, parts: int = 1, tensors: bool = True) -> None:
-    """Check sizes of all files, and hashes of every `parts`-th from `part` on; without `tensors`, of small ones alone.
+def verify(folder: Folder, rank: int = 0, world_size: int = 1, tensors: bool = True) -> None:
+    """Check the sizes of all files, and the hashes of this rank's share of them: every `world_size`-th file.
 
-    Raises DamagedError that names the first file which is not what was saved, CheckpointError where one cannot be read.
+    Without `tensors`, only small files are hashed. Raises DamagedError that names the first mismatching file, and
+    CheckpointError if a file cannot be read.
     """
     files = read_manifest(folder)
     try:
-        for name, written in files.items():
-            if (size := folder.size(name)) != written.bytes:
-                raise DamagedError(f"{folder}: damaged: {name} has {size} bytes of {written.bytes}")
-        mine = [name for name in files if tensors or not name.endswith(TENSORS)][part::parts]
-        with ThreadPoolExecutor(THREADS) as pool:
-            want = [files[name].hash for name in mine]
-            for name, was, found in zip(mine, want, pool.map(folder.hash, mine, want), strict=True):
-                if found != was:
+        for name, record in files.items():
+            if (size := folder.size(name)) != record.bytes:
+                raise DamagedError(f"{folder}: damaged: {name} has {size} bytes of {record.bytes}")
+        names = [name for name in files if tensors or not name.endswith(TENSORS)][rank::world_size]
+        with ThreadPoolExecutor(NUM_HASH_THREADS) as pool:
+            hashes = [files[name].hash for name in names]
+            for name, saved, current in zip(names, hashes, pool.map(folder.compute_hash, names, hashes), strict=True):
+                if current != saved:
                     raise DamagedError(f"{folder}: damaged: {name} is not what was saved (its hash differs)")
     except OSError as error:
-        raise _unreadable(folder, error) from None
+        raise _read_error(folder, error) from None
 
 
-def read_manifest(folder: Folder) -> dict[str, Written]:
-    """{name: size and hash}. Raises DamagedError where there is none, or not the one that the marker knows."""
+def read_manifest(folder: Folder) -> dict[str, FileRecord]:
+    """Return {file name: size and hash}. Raises DamagedError if it is missing or does not match the marker."""
     try:
         manifest, marker = folder.read(MANIFEST), folder.read(MARKER)
     except OSError as error:
-        raise _unreadable(folder, error) from None
+        raise _read_error(folder, error) from None
     if marker != _sha256(manifest).encode():
         raise DamagedError(f"{folder}: damaged: {MARKER} and {MANIFEST} do not belong together")
     try:
-        # Of format 1 all were SHA-256's.
+        # Format 1 had SHA-256 hashes only.
         files = {
-            name: Written(int(each["bytes"]), str(each.get("hash") or f"sha256:{each['sha256']}"))
-            for name, each in json.loads(manifest)["files"].items()
+            name: FileRecord(int(entry["bytes"]), str(entry.get("hash") or f"sha256:{entry['sha256']}"))
+            for name, entry in json.loads(manifest)["files"].items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise DamagedError(f"{folder}: damaged: {MANIFEST} is not a checkpoint's") from None
@@ -84,7 +85,7 @@ def read_manifest(folder: Folder) -> dict[str, Written]:
     return files
 
 
-def _unreadable(folder: Folder, error: OSError) -> CheckpointError:
+def _read_error(folder: Folder, error: OSError) -> CheckpointError:
     if isinstance(error, FileNotFoundError) or error.errno == errno.EIO:
         return DamagedError(f"{folder}: damaged: {error}")
     return CheckpointError(f"{folder}: cannot be read: {error}")

@@ -1,7 +1,7 @@
-"""torch's `.metadata` of a distributed checkpoint, read without running what a pickle may name.
+"""Read torch's `.metadata` of a distributed checkpoint without running code that a pickle may name.
 
-It is a pickle, which may call anything when it is loaded. Here it may make the classes that torch writes, and dtypes.
-Each tensor must lie in files of the same directory, and be no larger than its bytes there.
+The unpickler accepts only the classes that torch writes, and dtypes. Each tensor must lie in files of the same
+directory, and must not be larger than its bytes there.
 """
 
 import io
@@ -35,7 +35,7 @@ _CLASSES = {
 
 
 def load_metadata(content: bytes, where: str) -> Metadata:
-    """Raises CheckpointError, beginning with `where`, for anything but the metadata of a checkpoint."""
+    """Parse the metadata of a checkpoint. Raises CheckpointError, prefixed with `where`, for any other content."""
     try:
         metadata = _Unpickler(io.BytesIO(content)).load()
     except CheckpointError as error:
@@ -46,22 +46,22 @@ def load_metadata(content: bytes, where: str) -> Metadata:
         raise CheckpointError(f"{where}: is not the metadata of a checkpoint")
     try:
         _check_sizes(metadata, where)
-    except (TypeError, AttributeError, ValueError, RuntimeError) as error:  # a number or a list of another type
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:  # a field has another type
         raise CheckpointError(f"{where}: is damaged: {type(error).__name__}: {error}") from None
-    for each in metadata.storage_data.values():
-        name = getattr(each, "relative_path", None)
+    for stored in metadata.storage_data.values():
+        name = getattr(stored, "relative_path", None)
         if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
             raise CheckpointError(f"{where}: names a file outside the checkpoint: {name!r}")
     return metadata
 
 
 def _check_sizes(metadata: Metadata, where: str) -> None:
-    """Raises CheckpointError where a tensor is larger than its chunks, or a chunk than its bytes in the file."""
-    bytes_of: dict[tuple[str, tuple[int, ...]], int] = {}
+    """Raise CheckpointError if a tensor is larger than its chunks, or a chunk is larger than its bytes in the file."""
+    chunk_bytes: dict[tuple[str, tuple[int, ...]], int] = {}
     for index, stored in metadata.storage_data.items():
         if stored.offset < 0 or stored.length < 0:
             raise CheckpointError(f"{where}: {index.fqn} lies at byte {stored.offset}, {stored.length} bytes long")
-        bytes_of[index.fqn, tuple(index.offset or ())] = stored.length
+        chunk_bytes[index.fqn, tuple(index.offset or ())] = stored.length
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
@@ -69,7 +69,7 @@ def _check_sizes(metadata: Metadata, where: str) -> None:
         for chunk in entry.chunks:
             covered += (elements := prod(chunk.sizes))
             size = elements * entry.properties.dtype.itemsize
-            stored_bytes = bytes_of.get((name, tuple(chunk.offsets)), bytes_of.get((name, ()), 0))
+            stored_bytes = chunk_bytes.get((name, tuple(chunk.offsets)), chunk_bytes.get((name, ()), 0))
             if min(chunk.sizes, default=0) < 0 or size > stored_bytes:
                 raise CheckpointError(f"{where}: {name} needs {size} bytes, but has {stored_bytes} in the checkpoint")
         if min(entry.size, default=0) < 0 or prod(entry.size) > covered:
@@ -77,11 +77,11 @@ def _check_sizes(metadata: Metadata, where: str) -> None:
 
 
 @contextmanager
-def reading(folder: object) -> Iterator[None]:
-    """Within the block what torch raises where a rank cannot read is a CheckpointError, which names the first rank."""
+def convert_read_errors(folder: object) -> Iterator[None]:
+    """Within the block, convert torch's read errors to a CheckpointError that names the first failing rank."""
     try:
         yield
-    except CheckpointException as error:  # no Exception
+    except CheckpointException as error:  # not a subclass of Exception
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, CheckpointError):
             raise cause from None
@@ -91,7 +91,7 @@ def reading(folder: object) -> Iterator[None]:
         ) from cause
 
 
-# Python's own and not C's, which allocates what a damaged number asks for.
+# The Python unpickler: the C one allocates as many bytes as a damaged length field says.
 class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)

@@ -1,8 +1,8 @@
-"""The probe of a checkpoint: the loss and a few logits of a small fixed batch, as probe.json.
+"""The probe of a checkpoint: the loss and a few logits of a small fixed batch, saved as probe.json.
 
-The batch is a function of the vocabulary's size and the architecture alone. Who reads the weights computes the probe
-again: another result than when they were saved means other weights, another model, or a machine that errs. The loss is
-plain cross-entropy in nats per token, on any layout. Logits are compared where both sides have them.
+The batch depends on the vocabulary size and the architecture only. A reader of the weights computes the probe again: a
+different result means other weights, another model, or faulty hardware. The loss is plain cross-entropy in nats per
+token, on any layout. Logits are compared if both sides have them.
 """
 
 import json
@@ -24,16 +24,16 @@ from dist_llm.objectives.batch import Batch
 PROBE = "probe.json"
 FORMAT = "dist_llm probe 1"
 ROWS, LENGTH, NUM_LOGITS = 4, 64, 8
-# Allowed differences by precision: of the loss, relative; of a logit, relative to the largest one, or to 1 if that is
-# less. Rounding differs by layout, device and kernel. The coarsest precision of both sides decides.
+# Tolerances by precision: of the loss, relative; of a logit, relative to the largest logit, or to 1 if that is less.
+# Rounding depends on layout, device and kernel. The coarsest precision of both sides applies.
 TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (2e-3, 2e-2), "bf16": (5e-3, 5e-2), "fp8": (2e-2, 2e-1)}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a model computes: `precision` of its products, `weights` of what they were read from.
+    """The outputs of a model: `precision` is that of the matrix products, `weights` that of the stored weights.
 
-    `logits` of some ids at the last position of the first row; None where the layout has them on no single rank.
+    `logits` are those of a few ids at the last position of the first row; None if no single rank has them.
     """
 
     loss: float
@@ -42,9 +42,9 @@ class Probe:
     weights: str = "fp32"
 
     def dump(self) -> bytes:
-        """For probe.json. A number that is not finite becomes null."""
-        logits = None if self.logits is None else [_number(each) for each in self.logits]
-        content = {"format": FORMAT, "loss": _number(self.loss), "logits": logits}
+        """Return the content of probe.json. A number that is not finite becomes null."""
+        logits = None if self.logits is None else [_finite_or_none(logit) for logit in self.logits]
+        content = {"format": FORMAT, "loss": _finite_or_none(self.loss), "logits": logits}
         return json.dumps({**content, "precision": self.precision, "weights": self.weights}, indent=1).encode() + b"\n"
 
     def __str__(self) -> str:
@@ -52,12 +52,12 @@ class Probe:
 
 
 def parse_probe(content: bytes, where: str) -> Probe | None:
-    """The probe that `dump` wrote; None for one of another version. Raises CheckpointError for anything else."""
+    """Parse the output of `dump`; None if it has another format version. Raises CheckpointError for other content."""
     try:
         raw = json.loads(content)
         if raw["format"] != FORMAT:
             return None
-        logits = None if raw["logits"] is None else tuple(_finite_or_nan(each) for each in raw["logits"])
+        logits = None if raw["logits"] is None else tuple(_finite_or_nan(logit) for logit in raw["logits"])
         probe = Probe(_finite_or_nan(raw["loss"]), logits, raw["precision"], raw["weights"])
         if {probe.precision, probe.weights} <= TOLERANCES.keys():
             return probe
@@ -67,79 +67,82 @@ def parse_probe(content: bytes, where: str) -> Probe | None:
 
 
 def compare_probes(before: Probe, now: Probe, what: str) -> str:
-    """A line that says how close they are. Raises CheckpointError that begins with `what` where they differ."""
-    kinds = {before.precision, now.precision} | (
+    """Return a line with both probes. Raises CheckpointError, prefixed with `what`, if they differ by more than
+    rounding."""
+    precisions = {before.precision, now.precision} | (
         {before.weights, now.weights} if before.weights != now.weights else set()
     )
-    of_loss, of_logits = (max(column) for column in zip(*(TOLERANCES[kind] for kind in kinds), strict=True))
-    off = _distance(before.loss, now.loss, abs(before.loss))
-    values = f"the probe's loss was {before.loss:.9g} and is {now.loss:.9g}; {of_loss:g} of it is allowed"
-    close = off <= of_loss
+    loss_tolerance, logit_tolerance = (
+        max(column) for column in zip(*(TOLERANCES[precision] for precision in precisions), strict=True)
+    )
+    difference = _relative_difference(before.loss, now.loss, abs(before.loss))
+    values = f"the probe's loss was {before.loss:.9g} and is {now.loss:.9g}; {loss_tolerance:g} of it is allowed"
+    close = difference <= loss_tolerance
     if before.logits is not None and now.logits is not None:
-        scale = max(1.0, *(abs(each) for each in before.logits))
+        scale = max(1.0, *(abs(logit) for logit in before.logits))
         pairs = list(zip(before.logits, now.logits, strict=True))
-        then, here = max(pairs, key=lambda pair: _distance(pair[0], pair[1], scale))
-        values += f"; a logit was {then:.6g} and is {here:.6g}; {of_logits * scale:.2g} is allowed"
-        close &= _distance(then, here, scale) <= of_logits
+        logit_before, logit_now = max(pairs, key=lambda pair: _relative_difference(pair[0], pair[1], scale))
+        values += f"; a logit was {logit_before:.6g} and is {logit_now:.6g}; {logit_tolerance * scale:.2g} is allowed"
+        close &= _relative_difference(logit_before, logit_now, scale) <= logit_tolerance
     if not close:
         raise CheckpointError(f"{what}: the weights do not compute what they computed when they were saved: {values}")
     return values
 
 
 def probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
-    """The batch of a resolved model, its sequences padded to a multiple that the layout divides.
+    """Return the batch of a resolved model. Sequences are padded to `multiple`, so that the layout can split them.
 
-    Padding changes nothing: it is not scored, and no token sees it.
+    Padding changes no result: it is not scored, and no token attends to it.
     """
-    longest = min(LENGTH, model.max_seq_len) if model.positions == "learned" else LENGTH
-    ids_BW = _ids("probe", ROWS, longest + 1, model.vocab_size)
-    padding = round_up(longest, multiple) - longest
-    inputs_BS, targets_BS = _padded(ids_BW[:, :-1], padding, 0), _padded(ids_BW[:, 1:], padding, IGNORE)
-    own = _without_padding(longest, padding)
-    batch = Batch.of(inputs_BS, targets_BS, own if model.architecture == "encoder" else CAUSAL)
-    if padding:  # there may be no more positions
-        batch = replace(batch, positions_BS=_padded(torch.arange(longest).expand(ROWS, longest), padding, 0))
+    length = min(LENGTH, model.max_seq_len) if model.positions == "learned" else LENGTH
+    ids_BW = _generate_ids("probe", ROWS, length + 1, model.vocab_size)
+    padding = round_up(length, multiple) - length
+    inputs_BS, targets_BS = _pad(ids_BW[:, :-1], padding, 0), _pad(ids_BW[:, 1:], padding, IGNORE)
+    padding_mask = _padding_mask(length, padding)
+    batch = Batch.of(inputs_BS, targets_BS, padding_mask if model.architecture == "encoder" else CAUSAL)
+    if padding:  # learned positions may end at `length`
+        batch = replace(batch, positions_BS=_pad(torch.arange(length).expand(ROWS, length), padding, 0))
     if model.architecture == "encoder_decoder":
-        tokens_BT = _padded(_ids("probe source", ROWS, longest, model.vocab_size), padding, 0)
-        batch = replace(batch, encoder_input=EncoderInput(tokens_BT, own, batch.positions_BS))
+        tokens_BT = _pad(_generate_ids("probe source", ROWS, length, model.vocab_size), padding, 0)
+        batch = replace(batch, encoder_input=EncoderInput(tokens_BT, padding_mask, batch.positions_BS))
     return batch
 
 
-def num_scored(model: ModelConfig) -> int:
-    """Targets of the batch that are scored."""
+def count_probe_tokens(model: ModelConfig) -> int:
+    """Return how many targets of the batch are scored."""
     return probe_batch(model).num_valid_tokens
 
 
-def logits_of(logits_V: Tensor) -> tuple[float, ...]:
-    """The few that a probe keeps, of all logits of a position."""
+def select_logits(logits_V: Tensor) -> tuple[float, ...]:
+    """Return the logits that a probe contains, from all logits of a position."""
     ids = torch.linspace(0, len(logits_V) - 1, min(NUM_LOGITS, len(logits_V))).long()
     return tuple(logits_V[ids.to(logits_V.device)].float().tolist())
 
 
-def _ids(name: str, rows: int, width: int, vocab_size: int) -> Tensor:
+def _generate_ids(name: str, rows: int, width: int, vocab_size: int) -> Tensor:
     numbers = splitmix64(torch.arange(rows * width) ^ hash64(name)) & (2**63 - 1)
     return (numbers % vocab_size).reshape(rows, width)
 
 
-def _padded(tensor_BS: Tensor, padding: int, value: int) -> Tensor:
+def _pad(tensor_BS: Tensor, padding: int, value: int) -> Tensor:
     return torch.nn.functional.pad(tensor_BS, (0, padding), value=value)
 
 
-def _without_padding(length: int, padding: int) -> AttentionMask:
+def _padding_mask(length: int, padding: int) -> AttentionMask:
     if not padding:
         return FULL
-    documents_BT = _padded(torch.zeros(ROWS, length, dtype=torch.long), padding, -1)
+    documents_BT = _pad(torch.zeros(ROWS, length, dtype=torch.long), padding, -1)
     return AttentionMask(causal=False, documents_BT=documents_BT)
 
 
-def _distance(a: float, b: float, scale: float) -> float:
-    """Relative; 0 where the first value was not finite and nothing can be said."""
+def _relative_difference(a: float, b: float, scale: float) -> float:
+    """Return |a - b| / scale; 0 if the first value is not finite, which allows no comparison."""
     if not math.isfinite(a):
         return 0.0
     return abs(a - b) / max(scale, 1e-9) if math.isfinite(b) else math.inf
 
 
-def _number(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, which are whole, which are kept; and reading them into any layout.
+"""The checkpoints of a run: list, verify, write and prune them, and load them into any layout.
 
 checkpoints/step_00000500/
     __0_0.distcp .metadata     torch.distributed.checkpoint's own files
@@ -26,12 +26,17 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from dist_llm.checkpoint.boxes import Boxes, piece_of
+from dist_llm.checkpoint.checkpoint_state import CheckpointState, Progress
+from dist_llm.checkpoint.checkpoint_write import (
+    CheckpointGroup,
+    CheckpointWrite,
+    StagingBuffers,
+    ignore_no_group_warning,
+)
+from dist_llm.checkpoint.flat_shard import FlatShard, chunk_at
 from dist_llm.checkpoint.folder import Folder, FolderReader
 from dist_llm.checkpoint.manifest import MANIFEST, MARKER, DamagedError, read_manifest, verify
-from dist_llm.checkpoint.metadata import reading
-from dist_llm.checkpoint.state import Progress, State
-from dist_llm.checkpoint.writing import Copies, Team, Writing, assume_one_process
+from dist_llm.checkpoint.metadata import convert_read_errors
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import CACHE, CheckpointConfig
 from dist_llm.data.remote import fetch
@@ -45,164 +50,174 @@ NAME = re.compile(r"step_\d{8,}")
 
 
 class CheckpointStore:
-    """The checkpoints in one directory, a path or a URL. Every rank calls `newest`, `save`, `poll` and `finish`."""
+    """The checkpoints in one directory, a path or a URL.
+
+    All ranks call `latest_verified`, `save`, `poll` and `finish`.
+    """
 
     def __init__(self, directory: Folder | Path | str, config: CheckpointConfig | None = None) -> None:
         self.directory, self.config = Folder(directory), config or CheckpointConfig()
-        self.copies = Copies()
-        self.team: Team | None = None
-        self.writing: Writing | None = None
+        self.staging = StagingBuffers()
+        self.group: CheckpointGroup | None = None
+        self.current_write: CheckpointWrite | None = None
 
-    def committed(self) -> list[Folder]:
-        """Those with a marker, oldest first; whether they are damaged is not looked at."""
-        return [folder for folder in self._named() if MARKER in folder.names()]
+    def list_committed(self) -> list[Folder]:
+        """Return the checkpoints that have a marker, oldest first. They may be damaged."""
+        return [folder for folder in self._list_named() if MARKER in folder.list_names()]
 
-    def _named(self) -> list[Folder]:
-        """Those that have the name of a checkpoint. What is called otherwise is not ours."""
-        return [self.directory / name for name in self.directory.names() if NAME.fullmatch(name)]
+    def _list_named(self) -> list[Folder]:
+        """Return the directories that have the name of a checkpoint. Other directories are never touched."""
+        return [self.directory / name for name in self.directory.list_names() if NAME.fullmatch(name)]
 
-    def glance(self) -> Folder | None:
-        """The newest whose small files are whole; without asking the other ranks."""
-        for folder in reversed(self.committed()):
+    def peek_latest(self) -> Folder | None:
+        """Return the latest checkpoint whose small files are undamaged. Does not communicate with other ranks."""
+        for folder in reversed(self.list_committed()):
             with suppress(DamagedError):
                 verify(folder, tensors=False)
                 return folder
         return None
 
-    def newest(self) -> Folder | None:
-        """The newest that is whole, every byte of it checked, each rank its part; None if there is none at all.
+    def latest_verified(self) -> Folder | None:
+        """Return the latest undamaged checkpoint; None if there is no checkpoint. All bytes are checked, split over the
+        ranks.
 
-        Raises CheckpointError, on all ranks, where there are some and all are damaged, or one cannot be read.
+        Raises CheckpointError, on all ranks, if all checkpoints are damaged or one cannot be read.
         """
-        team = self._ranks()
-        every = team.each(lambda: self.committed() if team.main else [])[0]
-        for folder in reversed(every):
-            problems = team.each(lambda folder=folder: _damage(folder, team.rank, team.size))  # type: ignore[misc]
+        group = self._get_group()
+        committed = group.run_on_all(lambda: self.list_committed() if group.is_main else [])[0]
+        for folder in reversed(committed):
+            problems = group.run_on_all(lambda folder=folder: _find_damage(folder, group.rank, group.size))  # type: ignore[misc]
             if not (problem := next(filter(None, problems), "")):
                 return folder
-            log.warning("%s; it is passed over, and the one before it taken if there is one", problem)
-        if every:
+            log.warning("%s; skipping it; an older checkpoint is used if there is one", problem)
+        if committed:
             raise CheckpointError(
-                f"{self.directory}: all {len(every)} checkpoints are damaged; to begin anew, move them away or set "
-                "another run.dir"
+                f"{self.directory}: all {len(committed)} checkpoints are damaged; to start a new run, move them "
+                "away or set another run.dir"
             )
         return None
 
-    def save(self, held: State, progress: Progress, files: Mapping[str, bytes]) -> None:
-        """Begin to write what the ranks hold, and `files`, as they are now; `poll` and `finish` say how that went.
+    def save(self, state: CheckpointState, progress: Progress, files: Mapping[str, bytes]) -> None:
+        """Begin to write the current tensors of all ranks, and `files`. `poll` and `finish` report the result.
 
-        Raises CheckpointError where the save before it failed.
+        Raises CheckpointError if the previous save failed.
         """
         self.finish()
-        state = held.weights() | held.moments()
+        tensors = state.weights() | state.moments()
         folder = self.directory / f"step_{progress.step:08d}"
         files = {PROGRESS: json.dumps(progress.as_dict()).encode(), **files}
         background = self.config.background
-        values = self.copies.take(state) if background else {name: to_local(each) for name, each in state.items()}
-        self.writing = Writing(self._ranks(), folder, state, values, files, lambda: self._prune(folder))
+        values = (
+            self.staging.copy(tensors) if background else {name: to_local(tensor) for name, tensor in tensors.items()}
+        )
+        self.current_write = CheckpointWrite(
+            self._get_group(), folder, tensors, values, files, lambda: self._prune(folder)
+        )
         if background:
-            self.writing.start()
+            self.current_write.start()
         else:
-            self.writing.run()
+            self.current_write.run()
             self.finish()
 
     def poll(self) -> None:
-        """While a checkpoint is being written: see whether all ranks are done, and if so, `finish`."""
-        if self.writing is None:
+        """If a checkpoint is being written and all ranks are done with it, `finish` it."""
+        if self.current_write is None:
             return
-        done = torch.tensor(int(not self.writing.is_alive()))
+        done = torch.tensor(int(not self.current_write.is_alive()))
         if dist.is_initialized():
             dist.all_reduce(done, dist.ReduceOp.MIN)
         if done:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for what is being written, say so, and remove what need not be kept.
+        """Wait for the current write, log it, and prune old checkpoints.
 
-        Raises CheckpointError, the same on all ranks, where it could not be written.
+        Raises the same CheckpointError on all ranks if the write failed.
         """
-        if self.writing is None:
+        if self.current_write is None:
             return
-        writing, self.writing = self.writing, None
+        write, self.current_write = self.current_write, None
         begin = time.perf_counter()
         try:
-            writing.finish()
+            write.finish()
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error}. The checkpoints before it are as they were. Make room or mend the directory, and start "
-                "again: the run goes on from the newest"
+                f"{error}. Earlier checkpoints are unchanged. Free some space or fix the directory, and "
+                "restart: the run resumes from the latest checkpoint"
             ) from None
-        log.info("saved %s", writing.folder)
+        log.info("saved %s", write.folder)
         if (waited := time.perf_counter() - begin) > 1:
-            log.info("waited %.1f s for it", waited)
+            log.info("waited %.1f s for the write", waited)
 
     def wait(self) -> None:
-        """Let what is being written be written, on the way out after whatever went wrong."""
-        if self.writing is not None:
-            self.writing.join()
+        """Wait for the current write without raising, before the process exits with an error."""
+        if self.current_write is not None:
+            self.current_write.join()
 
-    def _ranks(self) -> Team:
-        self.team = self.team or Team()
-        return self.team
+    def _get_group(self) -> CheckpointGroup:
+        self.group = self.group or CheckpointGroup()
+        return self.group
 
     def _prune(self, newest: Folder) -> None:
-        """Remove what need not be kept, and what killed saves left, now that `newest` is committed.
+        """Remove checkpoints that need not be kept, and leftovers of interrupted saves, after `newest` is committed.
 
-        Those of later steps were passed over as damaged when the run went on: they count for nothing, and stay.
+        Checkpoints of later steps were skipped as damaged when the run resumed: they are not counted, and stay.
         """
         try:
-            committed = [folder.name for folder in self.committed()]
-            ours = [name for name in committed if name <= newest.name]
-            kept = set(committed) - set(ours) | set(ours[-self.config.keep :])
-            if every := self.config.keep_every:
-                kept |= {name for name in ours if int(name.removeprefix("step_")) % every == 0}
+            committed = [folder.name for folder in self.list_committed()]
+            candidates = [name for name in committed if name <= newest.name]
+            keep = set(committed) - set(candidates) | set(candidates[-self.config.keep :])
+            if interval := self.config.keep_every:
+                keep |= {name for name in candidates if int(name.removeprefix("step_")) % interval == 0}
             if self.config.keep_best:
-                losses = {name: _heldout_loss(self.directory / name) for name in ours}
-                known = [name for name in ours if math.isfinite(losses[name])]
-                kept |= set(sorted(known, key=lambda name: losses[name])[: self.config.keep_best])
-            for folder in self._named():
-                if folder.name not in kept:
-                    folder.remove(MARKER)  # first: what is half removed must not look complete
+                losses = {name: _read_heldout_loss(self.directory / name) for name in candidates}
+                known = [name for name in candidates if math.isfinite(losses[name])]
+                keep |= set(sorted(known, key=lambda name: losses[name])[: self.config.keep_best])
+            for folder in self._list_named():
+                if folder.name not in keep:
+                    folder.remove(MARKER)  # first: a partly removed checkpoint must not look complete
                     folder.remove()
-        except Exception as error:  # of whatever kind a file system has; no reason to stop
-            log.warning("%s: what need not be kept cannot be removed: %s", self.directory, error)
+        except Exception as error:  # Each file system raises its own types; training can continue
+            log.warning("%s: old checkpoints cannot be removed: %s", self.directory, error)
 
 
-def find(place: Path | str, part: int = 0, parts: int = 1) -> Path:
-    """The checkpoint that `place` means, on this machine's disk: a copy in the cache, if it is far away.
+def open_checkpoint(location: Path | str, rank: int = 0, world_size: int = 1) -> Path:
+    """Return the local path of a checkpoint; a remote checkpoint is copied to the cache.
 
-    Of the hashes of its files every `parts`-th is checked, from `part` on. Raises CheckpointError where there is none
-    or it is damaged, DataError where it cannot be fetched.
+    `location` is resolved by `resolve_checkpoint`. Hashes of every `world_size`-th file are checked, from number `rank`
+    on. Raises CheckpointError if there is none or it is damaged, DataError if it cannot be fetched.
     """
-    folder = meant(place)
-    path = folder.local or _fetch(folder)
+    folder = resolve_checkpoint(location)
+    path = folder.local or _download(folder)
     try:
-        verify(Folder(path), part, parts)
+        verify(Folder(path), rank, world_size)
     except DamagedError as error:
-        others = [other for other in CheckpointStore(folder.place.rpartition("/")[0]).committed() if other != folder]
-        raise DamagedError(f"{error}{f'; another: {others[-1]}' if others else ''}") from None
+        alternatives = [
+            other for other in CheckpointStore(folder.location.rpartition("/")[0]).list_committed() if other != folder
+        ]
+        raise DamagedError(f"{error}{f'; another: {alternatives[-1]}' if alternatives else ''}") from None
     return path
 
 
-def meant(place: Path | str) -> Folder:
-    """A checkpoint itself; or the newest of a directory of checkpoints, or of a run. A path or a URL.
+def resolve_checkpoint(location: Path | str) -> Folder:
+    """Return a checkpoint itself, or the latest one of a directory of checkpoints or of a run. A path or a URL.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError if there is none.
     """
-    folder = Folder(place)
-    if MARKER in folder.names():
+    folder = Folder(location)
+    if MARKER in folder.list_names():
         return folder
-    every = CheckpointStore(folder).committed() or of_run(folder).committed()
-    if not every:
+    committed = CheckpointStore(folder).list_committed() or checkpoints_of_run(folder).list_committed()
+    if not committed:
         raise CheckpointError(
-            f"{place}: holds no complete checkpoint; give a run directory (the run.dir of `dist-llm train`) "
+            f"{location}: holds no complete checkpoint; give a run directory (the run.dir of `dist-llm train`) "
             f"or one of its checkpoints/step_* directories that has a {MARKER} file"
         )
-    return every[-1]
+    return committed[-1]
 
 
-def of_run(run: Folder | Path | str) -> CheckpointStore:
-    """The checkpoints of the run in a directory, wherever its config says they are."""
+def checkpoints_of_run(run: Folder | Path | str) -> CheckpointStore:
+    """Return the checkpoints of the run in a directory, also if its config puts them elsewhere."""
     run = Folder(run)
     if run.local is not None and (run.local / "config.yaml").exists():
         config, _ = load_config(run.local / "config.yaml")
@@ -211,37 +226,37 @@ def of_run(run: Folder | Path | str) -> CheckpointStore:
     return CheckpointStore(run / "checkpoints")
 
 
-def _fetch(folder: Folder) -> Path:
-    """A copy in the cache, where each file is checked as it comes."""
-    key = hashlib.sha256(folder.place.encode() + folder.read(MARKER)).hexdigest()
+def _download(folder: Folder) -> Path:
+    """Copy a checkpoint to the cache; each file is verified. Return the local path."""
+    key = hashlib.sha256(folder.location.encode() + folder.read(MARKER)).hexdigest()
     target = Path(CACHE).expanduser() / "checkpoints" / key / folder.name
-    for name, written in read_manifest(folder).items():
-        fetch(f"{folder}/{name}", target / name, written.bytes, written.hash)
+    for name, record in read_manifest(folder).items():
+        fetch(f"{folder}/{name}", target / name, record.bytes, record.hash)
     for name in (MANIFEST, MARKER):
         fetch(f"{folder}/{name}", target / name, None, None)
     return target
 
 
-def load(folder: Folder | Path, held: State, moments: bool = True) -> Progress:
-    """Read the weights, and the moments if they are wanted, into whatever layout the ranks have.
+def load(folder: Folder | Path, state: CheckpointState, moments: bool = True) -> Progress:
+    """Read the weights, and the moments if `moments`, into the layout of the ranks.
 
-    Raises CheckpointError where the checkpoint lacks a parameter of the model or has it in another
-    shape. (That it holds more is no error: a pipeline stage asks for its own part.)
+    Raises CheckpointError if the checkpoint lacks a parameter of the model or has it in another shape. Extra parameters
+    are no error: a pipeline stage reads only its own.
     """
     folder = Folder(folder)
-    saved = shapes(folder)
-    state = held.weights()
-    refuse_other_model(folder, state, saved)
+    saved = read_shapes(folder)
+    tensors = state.weights()
+    check_shapes(folder, tensors, saved)
     if moments:
-        held.allocate_moments(saved)
-        state |= held.moments()
-    read(folder, state)
-    held.settle()
-    return progress_of(folder)
+        state.allocate_moments(saved)
+        tensors |= state.moments()
+    read_tensors(folder, tensors)
+    state.after_load()
+    return read_progress(folder)
 
 
-def shapes(folder: Folder | Path) -> dict[str, tuple[int, ...]]:
-    """{name: full shape} of every tensor in a checkpoint."""
+def read_shapes(folder: Folder | Path) -> dict[str, tuple[int, ...]]:
+    """Return {name: full shape} of all tensors in a checkpoint."""
     return {
         name: tuple(entry.size)
         for name, entry in FolderReader(Folder(folder)).read_metadata().state_dict_metadata.items()
@@ -249,17 +264,19 @@ def shapes(folder: Folder | Path) -> dict[str, tuple[int, ...]]:
     }
 
 
-def read(folder: Folder | Path, state: dict[str, Any]) -> None:
-    """Fill the tensors of `state` in place; each rank gets what it holds of them."""
-    alone = not dist.is_initialized()
-    if alone:
-        assume_one_process()
-    with reading(folder):
-        state_dict_loader.load(state, storage_reader=FolderReader(Folder(folder)), planner=_Planner(), no_dist=alone)
+def read_tensors(folder: Folder | Path, state: dict[str, Any]) -> None:
+    """Fill the tensors of `state` in place; each rank reads its own shards."""
+    single_process = not dist.is_initialized()
+    if single_process:
+        ignore_no_group_warning()
+    with convert_read_errors(folder):
+        state_dict_loader.load(
+            state, storage_reader=FolderReader(Folder(folder)), planner=_Planner(), no_dist=single_process
+        )
 
 
 class _Planner(DefaultLoadPlanner):
-    """Knows boxes, of which torch's makes None where it looks for tensors on the meta device."""
+    """A load planner that knows FlatShard. torch's planner would replace it by None."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -270,42 +287,42 @@ class _Planner(DefaultLoadPlanner):
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        held = self.state_dict[index.fqn]
-        found: Tensor = piece_of(held, index) if isinstance(held, Boxes) else super().lookup_tensor(index)
-        return found
+        tensor = self.state_dict[index.fqn]
+        chunk: Tensor = chunk_at(tensor, index) if isinstance(tensor, FlatShard) else super().lookup_tensor(index)
+        return chunk
 
 
-def refuse_other_model(folder: Folder | Path, wanted: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless `saved` has every tensor of `wanted`, in its shape."""
-    for name, tensor in wanted.items():
+def check_shapes(folder: Folder | Path, expected: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless `saved` has all tensors of `expected`, in their shapes."""
+    for name, tensor in expected.items():
         shape = tuple(tensor.shape)
         if saved.get(name) != shape:
-            found = f"shape {list(saved[name])}" if name in saved else "no such parameter"
+            actual = f"shape {list(saved[name])}" if name in saved else "no such parameter"
             raise CheckpointError(
-                f"{folder}: {name} has shape {list(shape)} in the config, but the checkpoint has {found}; "
+                f"{folder}: {name} has shape {list(shape)} in the config, but the checkpoint has {actual}; "
                 "use the `model` section the run was started with, or another run.dir"
             )
 
 
-def _heldout_loss(folder: Folder) -> float:
-    """nan where it is not known, or the file is damaged."""
+def _read_heldout_loss(folder: Folder) -> float:
+    """Return the held-out loss; nan if it is not known, or the file is damaged."""
     with suppress(CheckpointError):
-        loss = progress_of(folder).heldout_loss
+        loss = read_progress(folder).heldout_loss
         return math.nan if loss is None else loss
     return math.nan
 
 
-def _damage(folder: Folder, part: int, parts: int) -> str:
-    """What `verify` finds; empty if nothing."""
+def _find_damage(folder: Folder, rank: int, world_size: int) -> str:
+    """Return the message of `verify`; an empty string if there is no damage."""
     try:
-        verify(folder, part, parts)
+        verify(folder, rank, world_size)
     except DamagedError as error:
         return str(error)
     return ""
 
 
-def progress_of(folder: Folder) -> Progress:
-    """How far the run was. Raises CheckpointError where the file is damaged."""
+def read_progress(folder: Folder) -> Progress:
+    """Return the progress of the run. Raises CheckpointError if the file is damaged."""
     try:
         return Progress.parse(folder.read(PROGRESS))
     except OSError as error:

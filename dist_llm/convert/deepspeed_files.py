@@ -1,6 +1,6 @@
-"""Files of torch.save that name DeepSpeed's classes: read and written without them, tensors mapped.
+"""Read and write torch.save files that refer to DeepSpeed's classes, without DeepSpeed. Tensors are memory-mapped.
 
-Nothing that a file names is imported or run.
+Nothing that a file refers to is imported or run.
 """
 
 import mmap
@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from dist_llm.convert.weights import refuse_claims
+from dist_llm.convert.weights import check_tensor_sizes
 from dist_llm.errors import CheckpointError
 
 
-class _StandIn:
-    """In place of whatever class or function a file names; takes what it is given and keeps none of it."""
+class _InertStub:
+    """Replaces any class or function that a file refers to. Accepts all arguments and ignores them."""
 
     def __init__(self, *_: object) -> None: ...
     def __setstate__(self, _: object) -> None: ...
@@ -27,12 +27,12 @@ class _StandIn:
 
 
 def load_mapped(path: Path) -> Any:
-    """What torch.save wrote, tensors mapped; raises CheckpointError where the file is missing or damaged."""
+    """Load a torch.save file with memory-mapped tensors. Raises CheckpointError if the file is missing or damaged."""
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        with torch.serialization.safe_globals([(_StandIn, name) for name in unknown]):
+        with torch.serialization.safe_globals([(_InertStub, name) for name in unknown]):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        refuse_claims(content, path)
+        check_tensor_sizes(content, path)
         return content
     except CheckpointError:
         raise
@@ -43,7 +43,7 @@ def load_mapped(path: Path) -> Any:
             f"{path}: is damaged, or holds what cannot be read without running code; copy it again, or save it without "
             "what was added to it"
         ) from error
-    except Exception as error:  # of many kinds, by where the file is damaged
+    except Exception as error:  # the type depends on where the file is damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path}: cannot be read ({reason}); copy it again, or use an older checkpoint"
@@ -51,55 +51,56 @@ def load_mapped(path: Path) -> Any:
 
 
 class FragmentAddress:
-    """Where a piece of a parameter lies in a flat partition, in elements."""
+    """The range of a parameter in a flat partition, in elements."""
 
     def __init__(self, numel: int, start: int) -> None:
         self.numel, self.start = numel, start
 
 
 class LossScaler:
-    """A fixed scale of 1."""
+    """A constant loss scale of 1."""
 
     def __init__(self) -> None:
         self.cur_scale, self.dynamic = 1.0, False
 
 
-THEIR_NAMES: dict[Any, bytes] = {
+DEEPSPEED_NAMES: dict[Any, bytes] = {
     FragmentAddress: b"deepspeed.utils.tensor_fragment\nfragment_address\n",
     LossScaler: b"deepspeed.runtime.fp16.loss_scaler\nLossScaler\n",
 }
 
 
-PURE_PYTHON: Any = pickle._Pickler  # the one in C asks the module of a class whether it has it
+PURE_PYTHON: Any = pickle._Pickler  # the C pickler checks that the module has the class
 
 
-class _Pickling:
-    """What torch.save wants of a pickle module: ours writes our two classes as DeepSpeed's."""
+class _PickleModule:
+    """A pickle module for torch.save that writes our two classes under the names of DeepSpeed's."""
 
     class Pickler(PURE_PYTHON):  # type: ignore[misc]
         def save_global(self, obj: Any, name: str | None = None) -> None:
-            if obj not in THEIR_NAMES:
+            if obj not in DEEPSPEED_NAMES:
                 super().save_global(obj, name)
                 return
-            self.write(pickle.GLOBAL + THEIR_NAMES[obj])
+            self.write(pickle.GLOBAL + DEEPSPEED_NAMES[obj])
             self.memoize(obj)
 
 
-def lay_out(content: dict[str, Any], path: Path) -> None:
-    """A file whose tensors are zero: holes, as yet, on the disk."""
+def write_placeholders(content: dict[str, Any], path: Path) -> None:
+    """Write a file whose tensors are zero. They are holes in the file until they are filled."""
     with torch.serialization.skip_data():
-        torch.save(content, path, pickle_module=_Pickling)
+        torch.save(content, path, pickle_module=_PickleModule)
 
 
-def writable(path: Path) -> Any:
-    """What torch.save wrote; what is copied into its tensors is in the file."""
+def open_writable(path: Path) -> Any:
+    """Load a torch.save file so that a copy into one of its tensors writes to the file."""
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         return load_mapped(path)
 
 
 @contextmanager
-def published(directory: Path, tag: str, latest: str) -> Iterator[Path]:
-    """A directory to write into: called `tag` at the end, when the file `latest` names it, and gone after an error."""
+def write_tagged_directory(directory: Path, tag: str, latest: str) -> Iterator[Path]:
+    """Yield a temporary directory, which becomes `tag` at the end; then the file `latest` names it. Removed after an
+    error."""
     final, aside = directory / tag, directory / f"{tag}.tmp"
     if final.exists():
         raise CheckpointError(f"{final}: is there already; give another tag or directory")

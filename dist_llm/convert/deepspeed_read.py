@@ -1,7 +1,7 @@
-"""Reads DeepSpeed's checkpoints, without DeepSpeed and without ranks: ZeRO 0 to 3 and universal ones.
+"""Read DeepSpeed checkpoints without DeepSpeed, in a single process: ZeRO 0 to 3 and universal checkpoints.
 
-Files are mapped, not loaded: a tensor's elements are first touched when it is read. Nothing that a file names is
-imported or run: classes of DeepSpeed's own, and any others, are replaced by a stand-in that does nothing.
+Files are memory-mapped: a tensor's elements are read on first access. Nothing that a file refers to is imported or run.
+DeepSpeed's classes, and all others, are replaced by a stub that does nothing.
 """
 
 import re
@@ -17,38 +17,39 @@ import torch
 from torch import Tensor
 
 from dist_llm.convert.deepspeed_files import load_mapped
-from dist_llm.convert.deepspeed_layout import Layout, contiguous, split
+from dist_llm.convert.deepspeed_layout import PartitionLayout, contiguous_layout, per_param_layout
 from dist_llm.errors import CheckpointError
 
 RANK_FILE = re.compile(r"(?:(?:bf16_|fp16_)?zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(model|optim)_states\.pt")
 MAX_RANKS, MAX_NAME_BYTES = 1 << 20, 255
-Entry = tuple[tuple[int, ...], Callable[[], Tensor]]  # shape, and how to read it
+Entry = tuple[tuple[int, ...], Callable[[], Tensor]]  # shape, function that reads the tensor
 
 
 @dataclass(frozen=True)
 class DeepSpeedWeights:
-    """`shapes` of all tensors by the names of our checkpoints: model.NAME, optim.NAME.exp_avg, optim.NAME.step, ..."""
+    """`shapes` has all tensors by the names of our checkpoints: model.NAME, optim.NAME.exp_avg, optim.NAME.step, ..."""
 
     shapes: dict[str, tuple[int, ...]]
     readers: Mapping[str, Callable[[], Tensor]]
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, a copy; numbers of any precision as fp32, master weights where there are some."""
+        """Return a copy of one full tensor. Floating-point values become fp32; master weights are used if there are
+        some."""
         tensor = self.readers[name]()
         return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
 def open_deepspeed(directory: Path, groups: Sequence[Sequence[str]] = ()) -> DeepSpeedWeights:
-    """A checkpoint directory, or its parent with the file `latest` (`latest_universal`).
+    """Open a checkpoint directory, or its parent that has the file `latest` (`latest_universal`).
 
-    ZeRO 0 keeps moments by number, so its moments are there only if `groups` has the parameters' names in the
-    optimizer's order. Frozen parameters, buffers and second names of shared parameters are weights too.
+    ZeRO 0 stores moments by number, so moments are read only if `groups` has the parameter names in the optimizer's
+    order. Frozen parameters, buffers and second names of shared parameters are read as weights too.
 
     Raises CheckpointError for a missing, damaged or left-out file, and for tensor, pipeline and expert parallelism.
     """
-    folder = _tagged(directory)
-    with _unlike_deepspeed(folder):
-        entries = dict(_universal(folder) if (folder / "zero").is_dir() else _zero(folder, groups))
+    folder = _resolve_tag(directory)
+    with _convert_format_errors(folder):
+        entries = dict(_read_universal(folder) if (folder / "zero").is_dir() else _read_zero(folder, groups))
         return DeepSpeedWeights(
             {name: shape for name, (shape, _) in entries.items()},
             {name: partial(_read, folder, name, shape, read) for name, (shape, read) in entries.items()},
@@ -56,8 +57,8 @@ def open_deepspeed(directory: Path, groups: Sequence[Sequence[str]] = ()) -> Dee
 
 
 @contextmanager
-def _unlike_deepspeed(folder: Path) -> Iterator[None]:
-    """Within the block, what is missing or of another type in the files is a CheckpointError."""
+def _convert_format_errors(folder: Path) -> Iterator[None]:
+    """Within the block, missing entries and entries of another type in the files become a CheckpointError."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
@@ -68,14 +69,14 @@ def _unlike_deepspeed(folder: Path) -> Iterator[None]:
 
 
 def _read(folder: Path, name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Tensor:
-    with _unlike_deepspeed(folder):
+    with _convert_format_errors(folder):
         tensor = read().detach()
         if tensor.numel() != prod(shape):
             raise CheckpointError(f"{folder}: {name} has {tensor.numel()} elements, not the {prod(shape)} of {shape}")
         return tensor.reshape(shape)
 
 
-def _tagged(directory: Path) -> Path:
+def _resolve_tag(directory: Path) -> Path:
     for latest in ("latest", "latest_universal"):
         if (directory / latest).is_file():
             tag = (directory / latest).read_bytes().decode(errors="replace").strip()
@@ -91,43 +92,45 @@ def _tagged(directory: Path) -> Path:
     )
 
 
-def _zero(folder: Path, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, Entry]]:
-    models, optims = _rank_files(folder, "model"), _rank_files(folder, "optim")
+def _read_zero(folder: Path, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, Entry]]:
+    models, optims = _find_rank_files(folder, "model"), _find_rank_files(folder, "optim")
     if 0 not in models:
         raise CheckpointError(f"{folder}: has no model states of rank 0; copy them from where the run wrote them")
     model = load_mapped(models[0])
     if not isinstance(model, dict) or not isinstance(model.get("module"), dict):
         raise CheckpointError(f"{models[0]}: holds no `module`; checkpoints of pipelines are not supported")
     if model.get("param_shapes") is None:
-        yield from _unpartitioned(models[0], model, groups)
+        yield from _read_unpartitioned(models[0], model, groups)
         return
     world = model["dp_world_size"]
-    _refuse_missing(folder, "optim", optims, world)
+    _check_all_ranks(folder, "optim", optims, world)
     ranks = [load_mapped(optims[rank])["optimizer_state_dict"] for rank in range(world)]
-    whole = "fp32_flat_groups" not in ranks[0]
-    if not whole:
-        _refuse_missing(folder, "model", models, world)
-    masters = dict(_masters(optims, model["param_shapes"], ranks))
+    is_replicated = "fp32_flat_groups" not in ranks[0]
+    if not is_replicated:
+        _check_all_ranks(folder, "model", models, world)
+    masters = dict(_read_optimizer_weights(optims, model["param_shapes"], ranks))
     yield from masters.items()
     fragments = (
-        [] if whole else [load_mapped(models[rank]).get("frozen_param_fragments") or {} for rank in range(world)]
+        []
+        if is_replicated
+        else [load_mapped(models[rank]).get("frozen_param_fragments") or {} for rank in range(world)]
     )
-    yield from _others(model, masters, fragments).items()
+    yield from _read_other_weights(model, masters, fragments).items()
 
 
-def _masters(
+def _read_optimizer_weights(
     files: Mapping[int, Path], groups: Sequence[Mapping[str, Sequence[int]]], ranks: Sequence[Any]
 ) -> Iterator[tuple[str, Entry]]:
-    """What the optimizer steps: fp32 weights and moments. `ranks` are the contents of the ranks' `files`."""
-    third = "fp32_flat_groups" in ranks[0]
+    """Yield fp32 weights and moments from the optimizer's states. `ranks` are the contents of the ranks' `files`."""
+    stage_3 = "fp32_flat_groups" in ranks[0]
     flats_key, base_key = (
         ("fp32_flat_groups", "optimizer_state_dict")
-        if third
+        if stage_3
         else ("single_partition_of_fp32_groups", "base_optimizer_state")
     )
     if len(ranks[0][flats_key]) != len(groups):
         raise CheckpointError(
-            f"{files[0]}: has not the {len(groups)} groups of its model states; copy both of one step"
+            f"{files[0]}: does not have the {len(groups)} groups of its model states; copy both of one step"
         )
     counts = ranks[0]["partition_count"]
     for number, group in enumerate(groups):
@@ -136,55 +139,60 @@ def _masters(
             raise CheckpointError(
                 f"{files[0]}: group {number} lies on other ranks than the rest (experts?): not supported"
             )
-        gaps = () if third else ranks[0].get("param_alignment_paddings", {number: ()})[number]
-        layout = split(shapes, len(ranks)) if third else contiguous(shapes, len(ranks), gaps)
-        states = [_state(rank[base_key], number) for rank in ranks]
+        gaps = () if stage_3 else ranks[0].get("param_alignment_paddings", {number: ()})[number]
+        layout = per_param_layout(shapes, len(ranks)) if stage_3 else contiguous_layout(shapes, len(ranks), gaps)
+        states = [_group_state(rank[base_key], number) for rank in ranks]
         keys = {key for key, value in states[0].items() if isinstance(value, Tensor) and value.ndim}
         flats = {key: [state[key] for state in states] for key in sorted(keys)}
         weights = [rank[flats_key][number] for rank in ranks]
         for what, tensors in {"weights": weights, **flats}.items():
-            _refuse_wrong_size(files, f"{what} of group {number}", tensors, layout)
+            _check_flat_sizes(files, f"{what} of group {number}", tensors, layout)
         scalars = {key: states[0][key] for key in states[0].keys() - keys}
         for name, shape in shapes.items():
-            yield f"model.{name}", (shape, partial(_join, layout.pieces(name, weights)))
+            yield f"model.{name}", (shape, partial(_concatenate, layout.views(name, weights)))
             for key, tensors in flats.items():
-                yield f"optim.{name}.{key}", (shape, partial(_join, layout.pieces(name, tensors)))
+                yield f"optim.{name}.{key}", (shape, partial(_concatenate, layout.views(name, tensors)))
             for key, value in scalars.items():
                 yield f"optim.{name}.{key}", ((), partial(torch.tensor, float(value)))
 
 
-def _state(optimizer: Any, number: int) -> dict[str, Any]:
-    """The optimizer's state of a group, moments flat. (A list under `elastic_checkpoint`; some keep step apart.)"""
+def _group_state(optimizer: Any, number: int) -> dict[str, Any]:
+    """Return the optimizer state of a group; moments are flat.
+
+    It is a list under `elastic_checkpoint`. Some optimizers store the step in their param_groups.
+    """
     if isinstance(optimizer, list):
         return optimizer[number]
     steps = {
-        place: group["step"] for group in optimizer["param_groups"] if "step" in group for place in group["params"]
+        number: group["step"] for group in optimizer["param_groups"] if "step" in group for number in group["params"]
     }
     state = optimizer["state"].get(number, {})
     return {"step": steps[number], **state} if state and number in steps else state
 
 
-def _others(model: Any, masters: Mapping[str, Entry], fragments: Sequence[Any]) -> dict[str, Entry]:
-    """Weights that the optimizer does not step: frozen ones, buffers, and second names of shared ones.
+def _read_other_weights(model: Any, masters: Mapping[str, Entry], fragments: Sequence[Any]) -> dict[str, Entry]:
+    """Return weights that the optimizer does not update: frozen parameters, buffers, second names of shared parameters.
 
-    `fragments` are the ranks' parts of frozen parameters, in stage 3; else all of these are in `module`, whole.
+    In stage 3, `fragments` are the ranks' shards of frozen parameters. In other stages, `module` has all of these in
+    full.
     """
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     for name, shape in (model.get("frozen_param_shapes") or {}).items() if fragments else ():
-        layout = split({name: tuple(shape)}, len(fragments))
-        found[f"model.{name}"] = tuple(shape), partial(_join, layout.pieces(name, [each[name] for each in fragments]))
+        layout = per_param_layout({name: tuple(shape)}, len(fragments))
+        views = layout.views(name, [fragment[name] for fragment in fragments])
+        entries[f"model.{name}"] = tuple(shape), partial(_concatenate, views)
     for second, first in (model.get("shared_params") or {}).items():
         if f"model.{first}" in masters:
-            found[f"model.{second}"] = masters[f"model.{first}"]
-    whole = model["buffer_names"] if fragments else model["module"]
-    for name, tensor in ((name, model["module"].get(name)) for name in whole):
-        if isinstance(tensor, Tensor) and f"model.{name}" not in masters.keys() | found.keys():
-            found[f"model.{name}"] = tuple(tensor.shape), tensor.clone
-    return found
+            entries[f"model.{second}"] = masters[f"model.{first}"]
+    names = model["buffer_names"] if fragments else model["module"]
+    for name, tensor in ((name, model["module"].get(name)) for name in names):
+        if isinstance(tensor, Tensor) and f"model.{name}" not in masters.keys() | entries.keys():
+            entries[f"model.{name}"] = tuple(tensor.shape), tensor.clone
+    return entries
 
 
-def _unpartitioned(path: Path, model: Any, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, Entry]]:
-    """ZeRO 0: weights as in the model, moments by their number in the optimizer."""
+def _read_unpartitioned(path: Path, model: Any, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, Entry]]:
+    """Yield the tensors of ZeRO 0: weights as in the model, moments by their number in the optimizer."""
     optimizer = model.get("optimizer") or {"state": {}}
     if "state" not in optimizer:
         raise CheckpointError(
@@ -196,19 +204,24 @@ def _unpartitioned(path: Path, model: Any, groups: Sequence[Sequence[str]]) -> I
             yield f"model.{name}", (tuple(tensor.shape), tensor.clone)
     names = [name for group in groups for name in group]
     if names and optimizer["state"] and len(names) != sum(len(group["params"]) for group in optimizer["param_groups"]):
-        raise CheckpointError(f"{path}: its optimizer has not the {len(names)} parameters of `groups`; give its groups")
+        raise CheckpointError(
+            f"{path}: its optimizer does not have the {len(names)} parameters of `groups`; give its groups"
+        )
     for number, name in enumerate(names):
         for key, value in optimizer["state"].get(number, {}).items():
             tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
             if tensor.ndim and tensor.shape != model["module"][name].shape:
                 raise CheckpointError(
-                    f"{path}: {key} number {number} has not the shape of {name}; give `groups` in order"
+                    f"{path}: {key} number {number} does not have the shape of {name}; give `groups` in order"
                 )
             yield f"optim.{name}.{key}", (tuple(tensor.shape), tensor.clone)
 
 
-def _universal(folder: Path) -> Iterator[tuple[str, Entry]]:
-    """zero/NAME/KEY.pt; from stage 3 the tensors are flat, and the step is in zero/optimizer_state.pt alone."""
+def _read_universal(folder: Path) -> Iterator[tuple[str, Entry]]:
+    """Yield the tensors of zero/NAME/KEY.pt.
+
+    From stage 3 the tensors are flat, and only zero/optimizer_state.pt has the step.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     seconds: dict[str, str] = {}
     for path in sorted(folder.glob("*_model_states.pt"))[:1]:
@@ -223,35 +236,38 @@ def _universal(folder: Path) -> Iterator[tuple[str, Entry]]:
     names = sorted(path.name for path in (folder / "zero").iterdir() if path.is_dir())
     for name in names:
         files = {path.stem: path for path in sorted((folder / "zero" / name).glob("*.pt"))}
-        tensor = _param(files.get("fp32", folder / "zero" / name / "fp32.pt"))
+        tensor = _load_param(files.get("fp32", folder / "zero" / name / "fp32.pt"))
         shape = shapes.get(name, tuple(tensor.shape))
         for key, path in files.items():
-            tensor = _param(path)
+            tensor = _load_param(path)
             if tensor.numel() != (1 if key == "step" else prod(shape)):
                 raise CheckpointError(f"{path}: has {tensor.numel()} elements, not the {prod(shape)} of {list(shape)}")
             full = f"model.{name}" if key == "fp32" else f"optim.{name}.{key}"
-            yield full, (() if key == "step" else shape, partial(_param, path, copy=True))
+            yield full, (() if key == "step" else shape, partial(_load_param, path, copy=True))
         if "exp_avg" in files and "step" not in files and step is not None:
             yield f"optim.{name}.step", ((), partial(torch.tensor, float(step)))
     for second, first in seconds.items():
         if first in names and second not in names:
-            yield f"model.{second}", (shapes[first], partial(_param, folder / "zero" / first / "fp32.pt", copy=True))
+            yield (
+                f"model.{second}",
+                (shapes[first], partial(_load_param, folder / "zero" / first / "fp32.pt", copy=True)),
+            )
 
 
-def _param(path: Path, copy: bool = False) -> Tensor:
-    held = load_mapped(path)
-    held = held["param"] if isinstance(held, dict) else held
-    tensor = held if isinstance(held, Tensor) else torch.tensor(float(held))
+def _load_param(path: Path, copy: bool = False) -> Tensor:
+    content = load_mapped(path)
+    content = content["param"] if isinstance(content, dict) else content
+    tensor = content if isinstance(content, Tensor) else torch.tensor(float(content))
     return tensor.clone() if copy else tensor
 
 
-def _join(pieces: Sequence[Tensor]) -> Tensor:
-    return torch.cat([piece.reshape(-1) for piece in pieces])
+def _concatenate(chunks: Sequence[Tensor]) -> Tensor:
+    return torch.cat([chunk.reshape(-1) for chunk in chunks])
 
 
-def _rank_files(folder: Path, kind: str) -> dict[int, Path]:
-    """{data rank: path} of the files of a kind (model or optim)."""
-    found = {}
+def _find_rank_files(folder: Path, kind: str) -> dict[int, Path]:
+    """Return {data-parallel rank: path} of the files of a kind ("model" or "optim")."""
+    files = {}
     for path in folder.glob(f"*_{kind}_states.pt"):
         match = RANK_FILE.fullmatch(path.name)
         if match is None or int(match[2]):
@@ -259,11 +275,11 @@ def _rank_files(folder: Path, kind: str) -> dict[int, Path]:
                 f"{path}: of a run with tensor, pipeline or expert parallelism, which is not supported; "
                 "use a checkpoint of data-parallel ranks alone"
             )
-        found[int(match[1] or 0)] = path
-    return found
+        files[int(match[1] or 0)] = path
+    return files
 
 
-def _refuse_missing(folder: Path, kind: str, files: Mapping[int, Path], world: int) -> None:
+def _check_all_ranks(folder: Path, kind: str, files: Mapping[int, Path], world: int) -> None:
     if type(world) is not int or not 0 < world <= MAX_RANKS:
         raise CheckpointError(f"{folder}: says that {world!r} ranks saved it; the file is damaged: copy it again")
     missing = sorted(set(range(world)) - files.keys())
@@ -279,10 +295,10 @@ def _refuse_missing(folder: Path, kind: str, files: Mapping[int, Path], world: i
         )
 
 
-def _refuse_wrong_size(files: Mapping[int, Path], what: str, flats: Sequence[Tensor], layout: Layout) -> None:
+def _check_flat_sizes(files: Mapping[int, Path], what: str, flats: Sequence[Tensor], layout: PartitionLayout) -> None:
     for rank, flat in enumerate(flats):
-        if flat.numel() not in (layout.leans[rank], layout.sizes[rank]):
+        if flat.numel() not in (layout.unpadded_sizes[rank], layout.sizes[rank]):
             raise CheckpointError(
                 f"{files[rank]}: {what} have {flat.numel()} elements, not {layout.sizes[rank]} "
-                f"({layout.leans[rank]} without padding); the file is damaged or of another run: copy it again"
+                f"({layout.unpadded_sizes[rank]} without padding); the file is damaged or of another run: copy it again"
             )

@@ -1,7 +1,7 @@
-"""nanoGPT's ckpt.pt <-> a checkpoint of ours.
+"""Convert between nanoGPT's ckpt.pt and our checkpoints.
 
-The file is a dictionary: `model` has the tensors of GPT-2, not transposed, `model_args` the sizes. torch.compile puts
-`_orig_mod.` before each name. The head is the token embedding, under a second name.
+The file is a dictionary: `model` has the tensors of GPT-2, not transposed; `model_args` has the sizes. torch.compile
+adds the prefix `_orig_mod.` to each name. The head is the token embedding, under a second name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dist_llm.config.compare import function_of
 from dist_llm.config.schema import Config, ModelConfig, OptimConfig
-from dist_llm.convert.hub import to_huggingface
-from dist_llm.convert.keys import pairs
-from dist_llm.convert.weights import DictWeights, Weights, only_tensors
+from dist_llm.convert.hf_convert import to_huggingface
+from dist_llm.convert.hf_tensors import tensor_mappings
+from dist_llm.convert.weights import DictWeights, Weights, check_only_tensors
 from dist_llm.errors import CheckpointError
 
 SIZES = {
@@ -29,15 +29,15 @@ ARGUMENTS = {*SIZES, "bias", "dropout"}
 COMPILED = "_orig_mod."
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 BLOCKS = "transformer.h."
-IN_MODEL = ("transformer.wte.", "transformer.wpe.", BLOCKS, "transformer.ln_f.")  # in the order of its modules
+IN_MODEL = ("transformer.wte.", "transformer.wpe.", BLOCKS, "transformer.ln_f.")  # in module order
 IN_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-UNKNOWN_LOSS = 1e9  # nanoGPT's own value before its first evaluation
+UNKNOWN_LOSS = 1e9  # nanoGPT's initial value
 
 
 def from_nanogpt(content: Mapping[Any, Any], where: str = "ckpt.pt") -> tuple[ModelConfig, Weights]:
-    """(our model, their tensors by the names of family `nanogpt`) of what ckpt.pt holds.
+    """Return (our model config, tensors by the names of family `nanogpt`) from the content of ckpt.pt.
 
-    Raises CheckpointError, beginning with `where`, where it is not one.
+    Raises CheckpointError, prefixed with `where`, if it is not such a file.
     """
     arguments = content.get("model_args")
     if not isinstance(arguments, dict) or "model" not in content:
@@ -46,7 +46,7 @@ def from_nanogpt(content: Mapping[Any, Any], where: str = "ckpt.pt") -> tuple[Mo
         raise CheckpointError(f"{where}: nanoGPT's model_args: {unknown[0]} ({arguments[unknown[0]]!r}) is not known")
     if missing := sorted(ARGUMENTS - {"dropout"} - arguments.keys()):
         raise CheckpointError(f"{where}: nanoGPT's model_args: {missing[0]} is missing")
-    sizes = {ours: arguments[theirs] for theirs, ours in SIZES.items()}
+    sizes = {key: arguments[argument] for argument, key in SIZES.items()}
     if not all(type(size) is int and size > 0 for size in sizes.values()):
         raise CheckpointError(f"{where}: nanoGPT's model_args: sizes must be whole numbers above 0, found {arguments}")
     try:
@@ -63,24 +63,26 @@ def from_nanogpt(content: Mapping[Any, Any], where: str = "ckpt.pt") -> tuple[Mo
         )
     except ValidationError as error:
         raise CheckpointError(f"{where}: nanoGPT's model_args: {error.errors()[0]['msg']}, found {arguments}") from None
-    tensors = only_tensors(content["model"], f"{where}: model")
+    tensors = check_only_tensors(content["model"], f"{where}: model")
     return model, DictWeights({name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()})
 
 
 def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any]:
-    """What `torch.save` makes a ckpt.pt of, which nanoGPT's sample.py and train.py load. Its optimizer starts anew.
+    """Return the content of a ckpt.pt for nanoGPT's sample.py and train.py. Its optimizer state is new.
 
-    All tensors are in memory, in fp32. Raises CheckpointError where nanoGPT has no such model.
+    All tensors are in memory, in fp32. Raises CheckpointError if nanoGPT cannot express the model.
     """
     model = config.model
-    arguments: dict[str, Any] = {theirs: getattr(model, ours) for theirs, ours in SIZES.items()}
+    arguments: dict[str, Any] = {argument: getattr(model, key) for argument, key in SIZES.items()}
     arguments |= {"bias": model.bias, "dropout": model.dropout}
-    want, read = function_of(model), function_of(from_nanogpt({"model_args": arguments, "model": {}})[0])
-    if off := [f"{key} {want[key]} (not {read[key]})" for key in want if read[key] != want[key]]:
-        raise CheckpointError(f"nanoGPT has no such model: this one has {', '.join(off)}")
+    expected, actual = function_of(model), function_of(from_nanogpt({"model_args": arguments, "model": {}})[0])
+    if mismatches := [f"{key} {expected[key]} (not {actual[key]})" for key in expected if actual[key] != expected[key]]:
+        raise CheckpointError(f"nanoGPT has no such model: this one has {', '.join(mismatches)}")
     view = to_huggingface(weights, model, "nanogpt")
-    # In the order of nanoGPT's modules, in which its optimizer numbers the parameters.
-    names = [name for _, name in sorted((_place(pair.theirs), pair.theirs) for pair in pairs("nanogpt", model))]
+    # nanoGPT's optimizer numbers the parameters in module order.
+    names = [
+        name for _, name in sorted((_module_order(pair.hf), pair.hf) for pair in tensor_mappings("nanogpt", model))
+    ]
     tensors = {name: view.read(name).float().contiguous() for name in dict.fromkeys(names)}
     optimizer = _fresh_adamw(list(tensors.values()), config.optim)
     tensors[HEAD] = tensors[EMBEDDING]
@@ -94,8 +96,8 @@ def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any
     }
 
 
-def _place(name: str) -> tuple[int, int, int]:
-    """Where nanoGPT's model has a parameter: (part of the model, layer, place in the layer)."""
+def _module_order(name: str) -> tuple[int, int, int]:
+    """Return the sort key of a parameter in nanoGPT's model: (index of the module, layer, index in the layer)."""
     stems = [stem for stem in IN_MODEL if name.startswith(stem)]
     if stems[0] != BLOCKS:
         return IN_MODEL.index(stems[0]), 0, name.endswith(".bias")
@@ -105,11 +107,11 @@ def _place(name: str) -> tuple[int, int, int]:
 
 
 def _fresh_adamw(tensors: Sequence[Tensor], optim: OptimConfig) -> dict[str, Any]:
-    """The state of an optimizer before its first step, in nanoGPT's two groups: matrices decay, vectors do not."""
+    """Return the state of a new optimizer with nanoGPT's two groups: matrices have weight decay, vectors do not."""
     with torch.device("meta"):
         parameters = [nn.Parameter(torch.empty(tensor.shape)) for tensor in tensors]
     groups = [
-        {"params": [each for each in parameters if each.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [each for each in parameters if each.ndim < 2], "weight_decay": 0.0},
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2)).state_dict()

@@ -1,4 +1,4 @@
-"""The probe of weights that can be read one tensor at a time: no more than a block of the model is in memory."""
+"""Compute the probe of weights that are read one tensor at a time: at most one block of the model is in memory."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_llm.checkpoint.probe import Probe, logits_of, num_scored, probe_batch
+from dist_llm.checkpoint.probe import Probe, count_probe_tokens, probe_batch, select_logits
 from dist_llm.config.schema import ModelConfig
 from dist_llm.convert.weights import Weights
-from dist_llm.convert.write import DTYPES
+from dist_llm.convert.write_weights import DTYPES
 from dist_llm.models.build_model import build_model
 
 
 @torch.no_grad()
 def stream_probe(weights: Weights, model: ModelConfig, dtype: str = "fp32") -> Probe:
-    """In fp32, of weights under our names, rounded to `dtype`. Embedding and head stay in memory, blocks pass by."""
+    """Compute the probe in fp32 from weights under our names, rounded to `dtype`. Embedding and head stay in memory."""
     with torch.device("meta"):
         net = build_model(model).eval()
 
@@ -39,6 +39,6 @@ def stream_probe(weights: Weights, model: ModelConfig, dtype: str = "fp32") -> P
     assert net.head is not None
     net.head.register_forward_pre_hook(lambda _module, inputs: heads.append(inputs))
     batch = probe_batch(model)
-    loss = float(net(batch.inputs_BS, **batch.forward_arguments()).double().sum()) / num_scored(model)
+    loss = float(net(batch.inputs_BS, **batch.forward_arguments()).double().sum()) / count_probe_tokens(model)
     x_BSD, tied_VD, _ = heads[0]
-    return Probe(loss, logits_of(net.head(x_BSD[:1, -1:], tied_VD, None)[0, -1]), "fp32", dtype)
+    return Probe(loss, select_logits(net.head(x_BSD[:1, -1:], tied_VD, None)[0, -1]), "fp32", dtype)

@@ -1,4 +1,4 @@
-"""Tensors by name, read one at a time, from whatever file holds them.
+"""Tensors by name that are read one at a time, from any kind of file.
 
 Names are those of our checkpoints, `model.NAME` and `optim.NAME.KEY`, or those of the program that wrote the file.
 """
@@ -17,63 +17,63 @@ from dist_llm.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-ZIP_START = b"PK\x03\x04"  # files of torch.save before version 1.6 are no archives, and cannot be mapped
+ZIP_START = b"PK\x03\x04"  # files of torch.save before version 1.6 are not zip archives, and cannot be memory-mapped
 
 
 class Weights(Protocol):
-    """What can be converted."""
+    """Weights that can be converted."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of every tensor there is."""
+        """The shapes of all tensors."""
         ...
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
+        """Read one tensor to the CPU."""
         ...
 
 
 class SafetensorsWeights:
-    """A directory in Hugging Face's form: one safetensors file, or several and an index."""
+    """A directory in Hugging Face's format: one safetensors file, or several and an index."""
 
     def __init__(self, directory: Path) -> None:
-        files = _indexed(directory, INDEX) or sorted(directory.glob("*.safetensors"))
+        files = _list_indexed_files(directory, INDEX) or sorted(directory.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{directory}: has no .safetensors file")
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
-            with _reading(path), safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # no mapping
+            with _convert_read_errors(path), safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 # safe_open is not a mapping
                     self.files[name] = path
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
         path = self.files[name]
-        with _reading(path), safe_open(path, framework="pt") as file:
+        with _convert_read_errors(path), safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
 
 def open_huggingface(directory: Path) -> Weights:
-    """The tensors in a directory of Hugging Face's: of its .safetensors files, or else of pytorch_model.bin."""
+    """Open the tensors in a Hugging Face directory: the .safetensors files, or else pytorch_model.bin."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is not a directory; give the one that holds config.json and the weights")
     if (directory / INDEX).exists() or any(directory.glob("*.safetensors")):
         return SafetensorsWeights(directory)
-    files = _indexed(directory, TORCH_INDEX) or [directory / TORCH_FILE]
+    files = _list_indexed_files(directory, TORCH_INDEX) or [directory / TORCH_FILE]
     if not files[0].exists():
         raise CheckpointError(f"{directory}: has neither .safetensors files nor {TORCH_FILE}; copy the weights there")
     tensors: dict[str, Tensor] = {}
     for path in files:
-        tensors |= only_tensors(load_torch(path), str(path))
+        tensors |= check_only_tensors(load_torch(path), str(path))
     return DictWeights(tensors)
 
 
-def _indexed(directory: Path, name: str) -> list[Path]:
-    """The files that an index names, all of them there; none where there is no index.
+def _list_indexed_files(directory: Path, name: str) -> list[Path]:
+    """Return the files that an index lists; an empty list if there is no index.
 
-    Raises CheckpointError where it is damaged, or names a file outside the directory.
+    Raises CheckpointError if the index is damaged, a file is missing, or a file is outside the directory.
     """
     path = directory / name
     if not path.exists():
@@ -91,8 +91,8 @@ def _indexed(directory: Path, name: str) -> list[Path]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Within the block any error is one of the file: its library has types of its own."""
+def _convert_read_errors(path: Path) -> Iterator[None]:
+    """Within the block, any error becomes a CheckpointError of the file: safetensors raises its own types."""
     try:
         yield
     except Exception as error:
@@ -100,7 +100,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 class DictWeights:
-    """Tensors of a dictionary, such as a file of `torch.save` holds, mapped into memory."""
+    """Tensors of a dictionary, such as the memory-mapped content of a `torch.save` file."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
@@ -110,8 +110,8 @@ class DictWeights:
         return self.tensors[name]
 
 
-class MadeWeights:
-    """Tensors that are made when they are read."""
+class LazyWeights:
+    """Tensors that are computed when they are read."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Tensor]) -> None:
         self.shapes, self.make = shapes, make
@@ -121,46 +121,47 @@ class MadeWeights:
 
 
 def load_torch(path: Path) -> dict[Any, Any]:
-    """What `torch.save` wrote, its tensors mapped and not read; nothing in it is run.
+    """Load a `torch.save` file with memory-mapped tensors; nothing in it is run.
 
-    Raises CheckpointError for anything but a dictionary, and for a tensor that claims more than the file holds.
+    Raises CheckpointError if it is not a dictionary, or a tensor claims more bytes than the file has.
     """
     try:
         with path.open("rb") as file:
             mapped = file.read(len(ZIP_START)) == ZIP_START
         content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except Exception as error:  # of many kinds, by what the file is
+    except Exception as error:  # the type depends on the file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: cannot be read as a file of torch.save: {reason}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__} and not a dictionary")
-    refuse_claims(content, path)
+    check_tensor_sizes(content, path)
     return content
 
 
-def refuse_claims(content: object, path: Path) -> None:
-    """Raise CheckpointError where a tensor, anywhere in `content`, is not plain or larger than its file.
+def check_tensor_sizes(content: object, path: Path) -> None:
+    """Raise CheckpointError if a tensor, anywhere in `content`, is not plain or is larger than its file.
 
-    A few bytes can stand for any number of elements (a stride of 0, a sparse layout), which a copy would allocate.
+    A few bytes can describe any number of elements (a stride of 0, a sparse layout), which a copy would allocate.
     """
     size = path.stat().st_size
     todo = [content]
-    seen: set[int] = set()  # a pickle may hold a list that holds itself
+    seen: set[int] = set()  # a pickle may contain a list that contains itself
     while todo:
-        each = todo.pop()
-        if isinstance(each, Tensor):
-            if each.layout != torch.strided or each.device.type != "cpu" or each.numel() * each.element_size() > size:
+        item = todo.pop()
+        if isinstance(item, Tensor):
+            if item.layout != torch.strided or item.device.type != "cpu" or item.numel() * item.element_size() > size:
                 raise CheckpointError(
-                    f"{path}: a tensor {list(each.shape)} ({each.layout}, {each.device}) is larger than the file or no "
+                    f"{path}: a tensor {list(item.shape)} ({item.layout}, {item.device}) is larger than the file or no "
                     "plain tensor; save it again with torch.save of its contiguous copy"
                 )
-        elif isinstance(each, dict | list | tuple) and id(each) not in seen:
-            seen.add(id(each))
-            todo.extend(each.values() if isinstance(each, dict) else each)
+        elif isinstance(item, dict | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            todo.extend(item.values() if isinstance(item, dict) else item)
 
 
-def only_tensors(content: object, where: str) -> dict[str, Tensor]:
-    """`content`, if it is a dictionary of tensors by their names; else CheckpointError, beginning with `where`."""
+def check_only_tensors(content: object, where: str) -> dict[str, Tensor]:
+    """Return `content` if it is a dictionary of named tensors. Raises CheckpointError, prefixed with `where`,
+    otherwise."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{where}: holds a {type(content).__name__} and not a dictionary of tensors")
     for name, tensor in content.items():

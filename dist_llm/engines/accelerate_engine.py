@@ -14,7 +14,7 @@ from torch import Tensor, nn, optim
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from dist_llm.checkpoint.state import Held, State
+from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState
 from dist_llm.config.schema import Config
 from dist_llm.engines.data_parallel import DataParallelEngine
 from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
@@ -62,8 +62,8 @@ class AccelerateEngine(DataParallelEngine):
         return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
 
     @property
-    def state(self) -> State:
-        return Held(self.model, self.optimizer.optimizer)
+    def state(self) -> CheckpointState:
+        return TorchState(self.model, self.optimizer.optimizer)
 
     def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
         self.prepared.train()

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dist_llm.checkpoint.state import State
+from dist_llm.checkpoint.checkpoint_state import CheckpointState
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim.loss_scale import LossScale
@@ -29,7 +29,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def state(self) -> State:
+    def state(self) -> CheckpointState:
         """Weights and optimizer state, for checkpoints."""
         ...
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-from dist_llm.checkpoint.boxes import Boxes
-from dist_llm.checkpoint.state import Held, State, refuse_other_optimizer, saved_moments
+from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState, check_moment_names, moment_shapes
+from dist_llm.checkpoint.flat_shard import FlatShard
 from dist_llm.config.deepspeed import deepspeed_json
 from dist_llm.config.schema import Config
-from dist_llm.convert.deepspeed_layout import Layout, contiguous, split
+from dist_llm.convert.deepspeed_layout import PartitionLayout, contiguous_layout, per_param_layout
 from dist_llm.engines.data_parallel import DataParallelEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.launch.environment import prepare_deepspeed
@@ -63,9 +63,9 @@ class DeepSpeedEngine(DataParallelEngine):
         return model
 
     @property
-    def state(self) -> State:
+    def state(self) -> CheckpointState:
         if self.stage == 0:
-            return Held(self.model, self.optimizer)
+            return TorchState(self.model, self.optimizer)
         return ZeroPartitions(
             self.deepspeed.optimizer, dict(self.model.named_parameters()), self.stage, *self.dp_rank_and_size
         )
@@ -126,8 +126,8 @@ class ZeroPartitions:
         groups = zero.fp16_groups if stage == 3 else zero.bit16_groups
         self.flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
         self.shapes = [{names[p]: tuple(getattr(p, "ds_shape", p.shape)) for p in group} for group in groups]
-        lay = split if stage == 3 else contiguous
-        self.layouts: list[Layout] = [lay(shapes, ranks) for shapes in self.shapes]
+        lay = per_param_layout if stage == 3 else contiguous_layout
+        self.layouts: list[PartitionLayout] = [lay(shapes, ranks) for shapes in self.shapes]
         for flat, layout in zip(self.flats, self.layouts, strict=True):
             assert flat.numel() == layout.sizes[rank], "DeepSpeed uses an unknown partition layout"
 
@@ -149,21 +149,21 @@ class ZeroPartitions:
 
     def allocate_moments(self, saved: Mapping[str, tuple[int, ...]]) -> None:
         for flat, shapes in zip(self.flats, self.shapes, strict=True):
-            kinds = {name: saved_moments(saved, name) for name in shapes}
+            kinds = {name: moment_shapes(saved, name) for name in shapes}
             first = next(iter(kinds.values()))
             if mismatching := [name for name, kind in kinds.items() if kind.keys() != first.keys()]:
                 raise CheckpointError(
                     f"{mismatching[0]} has not the moments that {next(iter(kinds))} has, but DeepSpeed steps both "
                     "together; start with init_from and init_optimizer: fresh"
                 )
-            refuse_other_optimizer(next(iter(kinds)), first, self.optimizer.param_groups[0])
+            check_moment_names(next(iter(kinds)), first, self.optimizer.param_groups[0])
             self.optimizer.state[flat] = {
                 key: torch.zeros_like(flat, requires_grad=False) if shape else torch.zeros((), device=flat.device)
                 for key, shape in first.items()
             }
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def after_load(self) -> None:
         """Update the model's weights, which DeepSpeed stores beside the fp32 weights in the model's dtype."""
         if self.stage < 3:
             self.zero.update_lp_params()
@@ -173,7 +173,7 @@ class ZeroPartitions:
             self.zero._reassign_or_swap_out_partitioned_parameters(number)
         self.zero._post_step(set())
 
-    def _boxes_of(self, flat: Tensor, values: Tensor) -> Iterator[tuple[str, Boxes]]:
+    def _boxes_of(self, flat: Tensor, values: Tensor) -> Iterator[tuple[str, FlatShard]]:
         """Yield (name, this rank's part of `values`) for each parameter of a group.
 
         `values` has the layout of `flat`.
@@ -181,16 +181,16 @@ class ZeroPartitions:
         index = next(index for index, other in enumerate(self.flats) if other is flat)
         layout = self.layouts[index]
         for name, shape in self.shapes[index].items():
-            slices = layout.places[name]
+            slices = layout.slices[name]
             start = sum(part.stop - part.start for part in slices[: self.rank])
-            yield name, Boxes.of_flat(shape, values[slices[self.rank]], start)
+            yield name, FlatShard.from_flat(shape, values[slices[self.rank]], start)
 
 
-def _init_partitions(state: State, config: Config) -> None:
+def _init_partitions(state: CheckpointState, config: Config) -> None:
     """Initialize the partitions, each rank its own."""
     for name, boxes in state.weights().items():
         name = name.removeprefix("model.")
         rule = init_rule(name, boxes.shape, config.model)
-        for offset, box in boxes.pieces.items():
+        for offset, box in boxes.chunks.items():
             init_param_(box, name, rule, config.run.seed, boxes.shape, offset)
-    state.settle()
+    state.after_load()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dist_llm.checkpoint.probe import Probe, logits_of, num_scored, probe_batch
+from dist_llm.checkpoint.probe import Probe, count_probe_tokens, probe_batch, select_logits
 from dist_llm.config.schema import Config
 from dist_llm.engines.base import Engine
 from dist_llm.losses.cross_entropy import CrossEntropy
@@ -33,7 +33,7 @@ def measure_probe(engine: Engine, config: Config) -> Probe:
         if config.engine == "native" and parallel.pp == parallel.tp == parallel.cp == 1:
             logits = _probe_logits(engine, batch)
     precision = "fp8" if config.fp8 else config.precision
-    return Probe(total / (num_scored(model) * engine.dp_rank_and_size[1]), logits, precision)
+    return Probe(total / (count_probe_tokens(model) * engine.dp_rank_and_size[1]), logits, precision)
 
 
 def _probe_logits(engine: Engine, batch: Batch) -> tuple[float, ...]:
@@ -43,7 +43,7 @@ def _probe_logits(engine: Engine, batch: Batch) -> tuple[float, ...]:
     if batch.encoder_input is not None:
         arguments["encoder_input"] = replace(batch.encoder_input, tokens_BT=batch.encoder_input.tokens_BT[:1])
     logits_BSV = model.eval()(batch.inputs_BS[:1], **arguments)
-    return logits_of(logits_BSV[0, -1])
+    return select_logits(logits_BSV[0, -1])
 
 
 @contextmanager

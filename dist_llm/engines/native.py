@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn, optim
 from torch.distributed.fsdp import FSDPModule
 
-from dist_llm.checkpoint.state import Held, State
+from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState
 from dist_llm.config.derive import SPLIT_BACKWARD
 from dist_llm.config.schema import Config
 from dist_llm.counter_rng import hash_seed
@@ -84,8 +84,8 @@ class NativeEngine:
             yield from model_part.named_parameters()
 
     @property
-    def state(self) -> State:
-        return Held(self, self.optimizer)
+    def state(self) -> CheckpointState:
+        return TorchState(self, self.optimizer)
 
     @property
     def replicated_params(self) -> ReplicaGroups:

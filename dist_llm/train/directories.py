@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from dist_llm.checkpoint.checkpoint_size import count_checkpoint_bytes
 from dist_llm.checkpoint.folder import Folder
-from dist_llm.checkpoint.size import checkpoint_bytes
 from dist_llm.config.schema import Config
 from dist_llm.errors import ConfigError
 from dist_llm.launch.run_lock import RunLock, this_process
@@ -33,7 +33,7 @@ def open_directories(config: Config, checkpoints: Folder, world: World, saves: b
             if checkpoints.local is not None and checkpoints.local.resolve() != run.resolve():
                 locks.enter_context(RunLock(checkpoints.local, this_process(world.host), key))
             if checkpoints.local is not None and saves:
-                check_room(checkpoints.local, checkpoint_bytes(config), key)
+                check_room(checkpoints.local, count_checkpoint_bytes(config), key)
         if saves and (world.local_rank == 0 if checkpoints.local is not None else world.main):
             check_writable(checkpoints, key)
         yield
@@ -43,7 +43,7 @@ def check_writable(folder: Folder, key: str) -> None:
     """Raises ConfigError unless a file can be written there from this node."""
     probe = f"probe-{uuid4().hex}"
     try:
-        folder.make()
+        folder.create()
         folder.write(probe, b"can this be written?")
         folder.remove(probe)
     except Exception as error:  # each file system has errors of its own

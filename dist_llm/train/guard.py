@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_llm.checkpoint.state import GuardState
+from dist_llm.checkpoint.checkpoint_state import GuardState
 from dist_llm.config.schema import GuardConfig
 from dist_llm.engines.base import Engine
 from dist_llm.errors import DivergedError

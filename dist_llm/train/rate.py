@@ -6,7 +6,7 @@ The rate stays a function of the step and the config. A resume whose config give
 import logging
 
 from dist_llm.checkpoint.folder import Folder
-from dist_llm.checkpoint.store import progress_of
+from dist_llm.checkpoint.store import read_progress
 from dist_llm.config.derive import plan_schedule
 from dist_llm.config.load import parse_yaml
 from dist_llm.config.schema import Config, OptimConfig, ScheduleConfig
@@ -26,7 +26,7 @@ def plan_rate(config: Config, checkpoint: Folder | None) -> Config:
     saved = parse_yaml(checkpoint.read("config.yaml").decode(), f"{checkpoint}/config.yaml")
     schedule = ScheduleConfig.model_validate(_known(ScheduleConfig, saved.get("schedule", {})))
     optim = OptimConfig.model_validate(_known(OptimConfig, saved.get("optim", {})))
-    planned, next_step = plan_schedule(config, schedule), progress_of(checkpoint).step + 1
+    planned, next_step = plan_schedule(config, schedule), read_progress(checkpoint).step + 1
     decay_steps = planned.schedule.decay_steps
     if not config.schedule.decay_steps and decay_steps != config.run.steps:
         replanned = learning_rate(config.optim, plan_schedule(config).schedule, next_step)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.checkpoint import store as checkpoints
-from dist_llm.checkpoint.adapt import start_from
-from dist_llm.checkpoint.compatible import check_parameters, check_start, config_of, log_start
+from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.compatibility import check_init_from, check_parameters, log_init_differences, read_config
 from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.init_from import init_from_checkpoint
 from dist_llm.checkpoint.probe import PROBE, TOLERANCES, compare_probes, parse_probe
-from dist_llm.checkpoint.state import Progress
 from dist_llm.config.compare import PART_KEYS
 from dist_llm.config.load import parse_saved
 from dist_llm.config.schema import Config
@@ -34,7 +34,7 @@ DECIDING_DATA = ("seq_len", "global_batch", "order", "windows", "score_prompts",
 
 def load_run(folder: Folder, engine: Engine, config: Config) -> Progress:
     """Read weights and optimizer state. Raises CheckpointError where they are not what was saved."""
-    check_parameters(folder, checkpoints.shapes(folder), config.model, requested=False)
+    check_parameters(folder, checkpoints.read_shapes(folder), config.model, requested=False)
     progress = checkpoints.load(folder, engine.state)
     if engine.loss_scale is not None and progress.loss_scale is not None:
         engine.loss_scale = progress.loss_scale
@@ -44,15 +44,15 @@ def load_run(folder: Folder, engine: Engine, config: Config) -> Progress:
 
 def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
     """Begin with another run's weights. Raises CheckpointError where they do not fit, or are not what was saved."""
-    requested = check_start(path, config)
-    log_start(path, config, requested)
+    requested = check_init_from(path, config)
+    log_init_differences(path, config, requested)
     changes_parts = any(each.key in PART_KEYS for each in requested)
-    added, dropped = check_parameters(path, checkpoints.shapes(path), config.model, changes_parts)
+    added, dropped = check_parameters(path, checkpoints.read_shapes(path), config.model, changes_parts)
     for what, names in (("that keep their initial values", added), ("of the checkpoint are not used", dropped)):
         if names:
             log.info("init_allow: parameters %s: %s", what, ", ".join(names))
-    known = min(config_of(path).model.vocab_size, config.model.vocab_size)
-    start_from(path, engine.state, config.init_optimizer == "keep", known, added)
+    known = min(read_config(path).model.vocab_size, config.model.vocab_size)
+    init_from_checkpoint(path, engine.state, config.init_optimizer == "keep", known, added)
     log.info("starting from %s, %d ids of it known", path, known)
     if changed := [each.key for each in requested if each.key != "objective"]:
         log.info("%s: the probe is not compared, because init_allow changes %s", path, ", ".join(changed))
@@ -65,7 +65,7 @@ def check_probe(folder: Folder, engine: Engine, config: Config) -> None:
 
     Raises CheckpointError where they differ by more than rounding, unless checkpoint.probe says warn.
     """
-    probe = parse_probe(folder.read(PROBE), f"{folder}/{PROBE}") if PROBE in folder.names() else None
+    probe = parse_probe(folder.read(PROBE), f"{folder}/{PROBE}") if PROBE in folder.list_names() else None
     if probe is None:
         log.info("%s: has no probe that this version can compare; the weights are taken as they are", folder)
         return

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from dist_llm.checkpoint.compatible import check_resume, check_start, log_harmless
+from dist_llm.checkpoint.checkpoint_state import GuardState
+from dist_llm.checkpoint.compatibility import check_init_from, check_resume, log_harmless_differences
 from dist_llm.checkpoint.folder import Folder
-from dist_llm.checkpoint.state import GuardState
-from dist_llm.checkpoint.store import CheckpointStore, find, of_run, progress_of
+from dist_llm.checkpoint.store import CheckpointStore, checkpoints_of_run, open_checkpoint, read_progress
 from dist_llm.config.derive import AXES, shape
 from dist_llm.config.load import dump, refuse
 from dist_llm.config.schema import Config
@@ -68,26 +68,26 @@ def train(config: Config, world: World) -> int:
     vocabulary = read_vocabulary(config, corpus)
     directory = Path(config.run.dir)
     store = CheckpointStore(config.checkpoint.dir or directory / "checkpoints", config.checkpoint)
-    newest = store.glance()
+    newest = store.peek_latest()
     start: Path | None = None
     if newest is not None:
         check_resume(newest, config)
     else:
         _refuse_moved(store, directory)
         if config.init_from:
-            start = find(config.init_from, world.rank, world.size)
-            check_start(start, config)
+            start = open_checkpoint(config.init_from, world.rank, world.size)
+            check_init_from(start, config)
             _check_tokenizer(start, sources[0].corpus.manifest.tokenizer_sha256, corpus)
     _build_history(config, sources, newest)  # raises its errors before any process group starts
-    finished = newest is not None and progress_of(newest).step >= config.run.steps
+    finished = newest is not None and read_progress(newest).step >= config.run.steps
     with open_directories(config, store.directory, world, saves=not finished), _logging(directory, world):
         start_recording(device)
         alone, watchdog = config.engine != "native", Watchdog(world, config.run.hang_seconds)
         with watchdog, process_group(world, device, alone=alone):
             watchdog.register()
-            verified = store.newest()
+            verified = store.latest_verified()
             if verified is not None:
-                log_harmless(check_resume(verified, config))  # `newest` may be damaged
+                log_harmless_differences(check_resume(verified, config))  # `newest` may be damaged
             if world.main:
                 clear_stop_marker(directory)
             engine = build_engine(config, device)
@@ -187,9 +187,9 @@ class RunContext:
         self.watchdog.heartbeat("the rewind", SLOW_FACTOR)
         trainer.loader.close()
         self.store.finish()
-        checkpoint = self.store.newest()
+        checkpoint = self.store.latest_verified()
         assert checkpoint is not None, "a run that can rewind saves before its first step"
-        progress, loader, guard_state = progress_of(checkpoint), trainer.loader, trainer.progress.guard
+        progress, loader, guard_state = read_progress(checkpoint), trainer.loader, trainer.progress.guard
         num_steps = error.step - progress.step
         num_skipped = self.config.guard.skip_steps if error.skips_samples else 0
         first = loader.after_steps(progress.samples, max(0, num_steps - num_skipped))
@@ -205,8 +205,8 @@ class RunContext:
 
 def _refuse_moved(store: CheckpointStore, run: Path) -> None:
     """Raises CheckpointError if checkpoint.dir has changed and the run has checkpoints only in the old directory."""
-    previous = of_run(run)
-    if previous.directory != store.directory and previous.committed():
+    previous = checkpoints_of_run(run)
+    if previous.directory != store.directory and previous.list_committed():
         raise CheckpointError(
             f"checkpoint.dir: the run in {run} has its checkpoints in {previous.directory}, and none in "
             f"{store.directory}; move the step_* directories there, or set another run.dir"
@@ -227,7 +227,7 @@ def _build_history(
     if checkpoint is None:
         return (segment,)
     previous = histories.parse(checkpoint.read(HISTORY), f"{checkpoint}/{HISTORY}")
-    progress = progress_of(checkpoint)
+    progress = read_progress(checkpoint)
     left_out = (guard_state or progress.guard).left_out
     segment = segment.model_copy(update={"skip": merged((*segment.skip, *left_out))})
     position = progress.step, progress.samples, progress.tokens
@@ -247,7 +247,7 @@ def run_files(config: Config, corpus: Path, start: Folder | Path | None = None) 
     }
     if start is not None:
         folder = Folder(start)
-        files |= {name: folder.read(name) for name in sorted({*folder.names()} & EXPORT_FILES)}
+        files |= {name: folder.read(name) for name in sorted({*folder.list_names()} & EXPORT_FILES)}
     return files
 
 

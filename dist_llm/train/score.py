@@ -39,8 +39,8 @@ def score(checkpoint: str, data: str | None, split: Split, windows: Windows, wor
 
     Raises ConfigError or DataError that names the option to change.
     """
-    path = store.find(checkpoint, world.rank, world.size)
-    config, why = _with_seq_len(load_saved(path), windows.seq_len, store.progress_of(Folder(path)).tokens > 0)
+    path = store.open_checkpoint(checkpoint, world.rank, world.size)
+    config, why = _with_seq_len(load_saved(path), windows.seq_len, store.read_progress(Folder(path)).tokens > 0)
     corpora = _open(config, data, split)
     _check_tokenizer(path, config, corpora.values(), world)
     prompts = hides_prompts(config.data, corpora.values())

@@ -25,15 +25,15 @@ def read_vocabulary(config: Config, directory: Path) -> Vocabulary:
 
 def read_model(own: dict[str, Any], allowed: object) -> tuple[dict[str, Any], list[Violation]]:
     """(the raw model section, violations) of a config whose `model` has the key `from`."""
-    from dist_llm.checkpoint.compatible import config_of  # imports torch: only where it is needed
-    from dist_llm.checkpoint.store import meant
+    from dist_llm.checkpoint.compatibility import read_config  # imports torch: only where it is needed
+    from dist_llm.checkpoint.store import resolve_checkpoint
 
     checkpoint, own = own[FROM], {name: value for name, value in own.items() if name != FROM}
     nothing = {"d_model": 2, "n_layers": 1, "n_heads": 1, **own}  # so that the other sections can be checked
     if not isinstance(checkpoint, str) or not checkpoint:
         return nothing, [Violation((f"model.{FROM}",), f"must be a checkpoint or a run, found {checkpoint!r}")]
     try:
-        saved = config_of(meant(checkpoint)).model.model_dump()
+        saved = read_config(resolve_checkpoint(checkpoint)).model.model_dump()
     except (UserError, OSError) as error:
         return nothing, [Violation((f"model.{FROM}",), str(error))]
     return merge_model(own, saved, checkpoint, allowed)

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from signal import Signals
 
-from dist_llm.checkpoint.boxes import placed
+from dist_llm.checkpoint.checkpoint_state import GuardState, Progress
+from dist_llm.checkpoint.flat_shard import local_chunks
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.probe import PROBE
-from dist_llm.checkpoint.state import GuardState, Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.lengths import inputs_len, sample_tokens
 from dist_llm.config.schema import Config, LossConfig
@@ -216,7 +216,7 @@ class Trainer:
         self.audit.check()
         if self.config.guard.digest_every:
             self.compare_replicas()
-        chunks = (chunk for weight in self.engine.state.weights().values() for _, chunk in placed(weight))
+        chunks = (chunk for weight in self.engine.state.weights().values() for _, chunk in local_chunks(weight))
         self.guard.check_weights_finite(self.progress.step, all(bool(chunk.isfinite().all()) for chunk in chunks))
         self.progress.loss_scale = self.engine.loss_scale
         self.progress.source_tokens = self.recorder.source_tokens

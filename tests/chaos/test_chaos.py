@@ -29,7 +29,12 @@ MORE = 5  # steps after the last start
 CALM = 60  # steps of the undisturbed run that take as long as those of the other
 
 # What a rank says where a fault met it; the others show by themselves.
-WORDS = {"stop": "has made no progress for", "full": FULL, "flip": "it is passed over", "nan": "went back from"}
+WORDS = {
+    "stop": "has made no progress for",
+    "full": FULL,
+    "flip": "skipping it; an older checkpoint",
+    "nan": "went back from",
+}
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(missing()), reason=missing() or "there are")]
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dist_llm.checkpoint import store
+from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.manifest import MANIFEST, MARKER, read_manifest, verify
-from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
@@ -37,9 +37,9 @@ def engine_of(ranks: int = 1) -> NativeEngine:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with checkpoints of steps 1 and 2; only to be copied."""
     directory, engine = tmp_path_factory.mktemp("two"), engine_of()
-    kept = CheckpointStore(directory)
+    checkpoints = CheckpointStore(directory)
     for step in (1, 2):
-        saved(kept, engine, Progress(step), FILES)
+        saved(checkpoints, engine, Progress(step), FILES)
     return directory
 
 
@@ -51,25 +51,25 @@ def pair(two: Path, tmp_path: Path) -> Path:
 def flip(newest: Path, draw: random.Random) -> None:
     """One bit of one byte, of all that the checkpoint has."""
     files = sorted(newest.iterdir())
-    place = draw.randrange(sum(file.stat().st_size for file in files))
+    byte = draw.randrange(sum(file.stat().st_size for file in files))
     for file in files:
-        if place < file.stat().st_size:
+        if byte < file.stat().st_size:
             content = bytearray(file.read_bytes())
-            content[place] ^= 1 << draw.randrange(8)
+            content[byte] ^= 1 << draw.randrange(8)
             file.write_bytes(content)
             return
-        place -= file.stat().st_size
+        byte -= file.stat().st_size
 
 
 @pytest.mark.parametrize("draws", [pytest.param(10), pytest.param(50, marks=pytest.mark.slow)])
-def test_a_flipped_bit_anywhere_is_noticed(two: Path, tmp_path: Path, draws: int) -> None:
+def test_flipped_bit_anywhere_is_detected(two: Path, tmp_path: Path, draws: int) -> None:
     for number in range(draws):
         pair = Path(shutil.copytree(two, tmp_path / str(number)))
         flip(pair / "step_00000002", random.Random(number))
-        assert CheckpointStore(pair).newest() == Folder(pair / "step_00000001"), number
+        assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001"), number
 
 
-def test_a_flipped_bit_in_each_file_is_noticed(two: Path, tmp_path: Path) -> None:
+def test_flipped_bit_in_each_file_is_detected(two: Path, tmp_path: Path) -> None:
     names = sorted(file.name for file in (two / "step_00000002").iterdir())
     assert {MANIFEST, MARKER, ".metadata", "__0_0.distcp", "progress.json", *FILES} <= set(names)
     for name in names:
@@ -78,9 +78,9 @@ def test_a_flipped_bit_in_each_file_is_noticed(two: Path, tmp_path: Path) -> Non
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-        assert CheckpointStore(pair).newest() == Folder(pair / "step_00000001"), name
+        assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001"), name
         with pytest.raises(CheckpointError, match="damaged"):
-            store.find(pair / "step_00000002")
+            store.open_checkpoint(pair / "step_00000002")
 
 
 def test_a_checkpoint_of_format_1_is_whole_or_damaged_as_well(pair: Path) -> None:
@@ -99,9 +99,9 @@ def test_a_checkpoint_of_format_1_is_whole_or_damaged_as_well(pair: Path) -> Non
     )
     (newest / MANIFEST).write_text(manifest)
     (newest / MARKER).write_text(hashlib.sha256(manifest.encode()).hexdigest())
-    assert CheckpointStore(pair).newest() == Folder(newest)
+    assert CheckpointStore(pair).latest_verified() == Folder(newest)
     flip(newest, random.Random(0))
-    assert CheckpointStore(pair).newest() == Folder(pair / "step_00000001")
+    assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001")
 
 
 def cut(path: Path) -> None:
@@ -117,47 +117,47 @@ def cut(path: Path) -> None:
         (lambda newest: cut(newest / MARKER), "do not belong together"),
     ],
 )
-def test_what_is_missing_or_cut_is_named(pair: Path, harm: Callable[[Path], None], message: str) -> None:
+def test_missing_or_truncated_file_is_reported(pair: Path, harm: Callable[[Path], None], message: str) -> None:
     harm(pair / "step_00000002")
     with pytest.raises(CheckpointError, match=message):
         verify(Folder(pair / "step_00000002"))
-    assert CheckpointStore(pair).newest() == Folder(pair / "step_00000001")
+    assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001")
 
 
-def test_what_cannot_be_read_just_now_is_not_called_damaged(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file_is_not_reported_as_damaged(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A start that took the one before would write over the better one later."""
 
     def refuse(folder: Folder, name: str, like: str) -> str:
         raise PermissionError(13, "Permission denied", f"{folder}/{name}")
 
-    monkeypatch.setattr(Folder, "hash", refuse)
+    monkeypatch.setattr(Folder, "compute_hash", refuse)
     with pytest.raises(CheckpointError, match=r"step_00000002: cannot be read: .*Permission denied"):
-        CheckpointStore(pair).newest()
+        CheckpointStore(pair).latest_verified()
 
 
-def test_what_has_another_name_is_left_alone(pair: Path) -> None:
+def test_directories_of_other_names_are_not_removed(pair: Path) -> None:
     shutil.copytree(pair / "step_00000002", pair / "step_00000002_backup")
     (pair / "step_notes").mkdir()
-    kept = CheckpointStore(pair, CheckpointConfig(keep=1, keep_every=5))
-    saved(kept, engine_of(), Progress(3), FILES)
+    checkpoints = CheckpointStore(pair, CheckpointConfig(keep=1, keep_every=5))
+    saved(checkpoints, engine_of(), Progress(3), FILES)
     assert sorted(path.name for path in pair.iterdir()) == ["step_00000002_backup", "step_00000003", "step_notes"]
 
 
-def test_when_all_are_damaged_nothing_begins_anew_in_silence(pair: Path) -> None:
+def test_all_damaged_checkpoints_raise_an_error(pair: Path) -> None:
     for name in ("step_00000001", "step_00000002"):
         cut(pair / name / "progress.json")
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
-        CheckpointStore(pair).newest()
-    assert CheckpointStore(pair / "empty").newest() is None
+        CheckpointStore(pair).latest_verified()
+    assert CheckpointStore(pair / "empty").latest_verified() is None
 
 
 def newest_in_world(directory: Path) -> str:
-    newest = CheckpointStore(directory).newest()
+    newest = CheckpointStore(directory).latest_verified()
     assert newest is not None
     return newest.name
 
 
-def test_ranks_share_the_reading_and_agree(pair: Path) -> None:
+def test_ranks_split_verification_and_agree(pair: Path) -> None:
     """A file that only one of the ranks hashes is damaged for all."""
     names = list(read_manifest(Folder(pair / "step_00000002")))
     assert world(2).run(newest_in_world, pair) == ["step_00000002"] * 2
@@ -169,13 +169,13 @@ def test_ranks_share_the_reading_and_agree(pair: Path) -> None:
         file.write_bytes(content)
 
 
-def test_what_is_kept(tmp_path: Path) -> None:
+def test_pruning_keeps_newest_multiples_and_best(tmp_path: Path) -> None:
     engine = engine_of()
     losses = {1: math.nan, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: 4.0, 7: 5.0}
-    kept = CheckpointStore(tmp_path, CheckpointConfig(keep=2, keep_every=3, keep_best=2))
+    checkpoints = CheckpointStore(tmp_path, CheckpointConfig(keep=2, keep_every=3, keep_best=2))
     for step, loss in losses.items():
-        saved(kept, engine, Progress(step, heldout_loss=loss), FILES)
-    names = [int(folder.name.removeprefix("step_")) for folder in kept.committed()]
+        saved(checkpoints, engine, Progress(step, heldout_loss=loss), FILES)
+    names = [int(folder.name.removeprefix("step_")) for folder in checkpoints.list_committed()]
     assert names == [2, 3, 4, 6, 7], "the best two, the multiples of three, the newest two"
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in names]
 
@@ -184,11 +184,11 @@ def test_a_damaged_later_one_does_not_take_the_place_of_a_new_one(pair: Path, tm
     """The run goes on from step 1 and saves step 1 + x before it comes to step 9 again."""
     shutil.copytree(pair / "step_00000002", pair / "step_00000009")
     cut(pair / "step_00000009" / "progress.json")
-    kept = CheckpointStore(pair, CheckpointConfig(keep=1))
-    saved(kept, engine_of(), Progress(3), FILES)
-    assert kept.newest() == Folder(pair / "step_00000003")
+    checkpoints = CheckpointStore(pair, CheckpointConfig(keep=1))
+    saved(checkpoints, engine_of(), Progress(3), FILES)
+    assert checkpoints.latest_verified() == Folder(pair / "step_00000003")
     with pytest.raises(CheckpointError, match=r"step_00000009: damaged: .*; another: .*step_00000003"):
-        store.find(run_of(pair, tmp_path))
+        store.open_checkpoint(run_of(pair, tmp_path))
 
 
 def run_of(checkpoints: Path, directory: Path) -> Path:
@@ -201,9 +201,9 @@ def run_of(checkpoints: Path, directory: Path) -> Path:
 
 def test_an_older_one_that_is_damaged_does_not_stop_the_run(pair: Path) -> None:
     (pair / "step_00000001" / "progress.json").write_bytes(b"{")
-    kept = CheckpointStore(pair, CheckpointConfig(keep=1, keep_best=1))
-    saved(kept, engine_of(), Progress(3, heldout_loss=1.0), FILES)
-    assert [folder.name for folder in kept.committed()] == ["step_00000003"]
+    checkpoints = CheckpointStore(pair, CheckpointConfig(keep=1, keep_best=1))
+    saved(checkpoints, engine_of(), Progress(3, heldout_loss=1.0), FILES)
+    assert [folder.name for folder in checkpoints.list_committed()] == ["step_00000003"]
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_is_what_torch_reads(folder: Path) -> None:
+def test_metadata_equal_those_of_torch(folder: Path) -> None:
     content = (folder / METADATA).read_bytes()
-    ours, theirs = load_metadata(content, "here"), pickle.loads(content)
-    assert ours.state_dict_metadata == theirs.state_dict_metadata
-    assert ours.storage_data == theirs.storage_data
-    assert set(ours.state_dict_metadata) == {"a", "b", "c"}
+    actual, expected = load_metadata(content, "here"), pickle.loads(content)
+    assert actual.state_dict_metadata == expected.state_dict_metadata
+    assert actual.storage_data == expected.storage_data
+    assert set(actual.state_dict_metadata) == {"a", "b", "c"}
 
 
 class Command:
@@ -60,8 +60,8 @@ def test_loading_runs_nothing(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../other/__0_0.distcp", "/etc/passwd", "..", "a/b", ""])
 def test_a_tensor_outside_the_folder_is_refused(name: str, folder: Path) -> None:
     metadata: Metadata = pickle.loads((folder / METADATA).read_bytes())
-    for each in metadata.storage_data.values():
-        each.relative_path = name
+    for stored in metadata.storage_data.values():
+        stored.relative_path = name
     with pytest.raises(CheckpointError, match="names a file outside the checkpoint"):
         load_metadata(pickle.dumps(metadata), "here")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_llm.checkpoint.probe import Probe, compare_probes, logits_of, parse_probe, probe_batch
+from dist_llm.checkpoint.probe import Probe, compare_probes, parse_probe, probe_batch, select_logits
 from dist_llm.config.schema import Config
 from dist_llm.convert.stream_probe import stream_probe
 from dist_llm.convert.weights import DictWeights
@@ -52,11 +52,11 @@ def streamed(engine: NativeEngine, dtype: str = "fp32", **changes: Any) -> Probe
 def test_engine_and_one_block_at_a_time_agree(model: str) -> None:
     config = config_of(1, MODELS[model], optim=ADAMW, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
     engine = grown(config)
-    found, want = measure_probe(engine, config), streamed(engine)
-    assert found.loss == pytest.approx(want.loss, rel=1e-6)
-    assert found.logits == pytest.approx(want.logits, rel=1e-5, abs=1e-6)
-    assert compare_probes(want, found, "x").startswith("the probe's loss was")
-    loss = torch.log_softmax(torch.tensor(found.logits), 0)
+    actual, want = measure_probe(engine, config), streamed(engine)
+    assert actual.loss == pytest.approx(want.loss, rel=1e-6)
+    assert actual.logits == pytest.approx(want.logits, rel=1e-5, abs=1e-6)
+    assert compare_probes(want, actual, "x").startswith("the probe's loss was")
+    loss = torch.log_softmax(torch.tensor(actual.logits), 0)
     assert torch.isfinite(loss).all()
     assert engine.model_parts[0].head.loss.z_loss == 1e-2, "training goes on with the loss of the config"
 
@@ -87,10 +87,10 @@ def test_every_layout_measures_what_one_process_does(layout: Layout) -> None:
     config = config_of(
         layout.ranks, model, **{**sections, "data": data | {"micro_batch": layout.micro}}, parallel=layout.parallel
     )
-    for found in world(layout.ranks).run(probe_of, config):
-        assert found.loss == pytest.approx(want.loss, rel=2e-5)
-        assert (found.logits is None) == ("dp_shard" not in layout.parallel or "pp" in layout.parallel)
-        compare_probes(want, found, "x")
+    for actual in world(layout.ranks).run(probe_of, config):
+        assert actual.loss == pytest.approx(want.loss, rel=2e-5)
+        assert (actual.logits is None) == ("dp_shard" not in layout.parallel or "pp" in layout.parallel)
+        compare_probes(want, actual, "x")
 
 
 @pytest.mark.parametrize(
@@ -136,11 +136,11 @@ def test_rounding_is_forgiven_by_precision(precision: str) -> None:
         with pytest.raises(CheckpointError):
             compare_probes(want, replace(rounded, weights="fp32"), "the same difference is no rounding of fp32")
     low = NativeEngine(config_of(1, {}, precision=precision), CPU)
-    for (_, mine), (_, theirs) in zip(low.named_parameters(), engine.named_parameters(), strict=True):
-        mine.data.copy_(theirs)
-    found = measure_probe(low, low.config)
-    assert found.precision == precision
-    compare_probes(want, found, "x")
+    for (_, low_precision), (_, full_precision) in zip(low.named_parameters(), engine.named_parameters(), strict=True):
+        low_precision.data.copy_(full_precision)
+    actual = measure_probe(low, low.config)
+    assert actual.precision == precision
+    compare_probes(want, actual, "x")
 
 
 def test_a_probe_is_read_as_it_was_written() -> None:
@@ -169,4 +169,4 @@ def test_the_batch_depends_on_the_vocabulary_alone() -> None:
     ids = probe_batch(small.model).inputs_BS
     assert (int(ids.min()) >= 0, int(ids.max()) < 130) == (True, True)
     assert len(ids.unique()) > 60
-    assert logits_of(torch.arange(3.0)) == (0.0, 1.0, 2.0)
+    assert select_logits(torch.arange(3.0)) == (0.0, 1.0, 2.0)

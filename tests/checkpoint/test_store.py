@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dist_llm.checkpoint import store
+from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.manifest import MARKER
-from dist_llm.checkpoint.state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig, Config
 from dist_llm.engines.native import NativeEngine
@@ -48,7 +48,7 @@ def load_in_world(config: Config, path: Path) -> dict[str, torch.Tensor]:
     return values(engine)
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_load_restores_what_save_wrote(tmp_path: Path) -> None:
     config = config_of(1, {}, optim=ADAMW)
     engine = stepped(config)
     progress = Progress(step=2, samples=48, tokens=1536, loss_scale=LossScale(8.0, 3))
@@ -72,7 +72,7 @@ def test_settings_of_the_optimizer_come_from_the_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optim", [MUON, BF16_MOMENTS], ids=["muon", "bf16 moments"])
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2})], ids=str)
-def test_a_run_goes_on_as_if_it_had_not_stopped(optim: dict[str, Any], layout: Layout, tmp_path: Path) -> None:
+def test_resume_equals_an_uninterrupted_run(optim: dict[str, Any], layout: Layout, tmp_path: Path) -> None:
     """To the bit: what chance decides is a function of the step."""
     config = config_of(layout.ranks, {}, optim=optim, parallel=layout.parallel)
     if layout.ranks == 1:
@@ -92,9 +92,9 @@ def stop_and_go_on(config: Config, directory: Path) -> tuple[dict[str, torch.Ten
     path = saved(CheckpointStore(directory), engine, Progress(step=2), FILES)
     again = NativeEngine(config, CPU)
     store.load(path, again.state)
-    for each in (engine, again):
+    for trained in (engine, again):
         for step in (2, 3):
-            train_step(each, batches_of(config, each, step), 1e-3, step)
+            train_step(trained, batches_of(config, trained, step), 1e-3, step)
     return values(engine), values(again)
 
 
@@ -128,29 +128,29 @@ def test_another_optimizers_moments_are_refused(
         load_in_world(config_of(1, {}, optim=now), path)
 
 
-def test_only_the_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
-    engine, kept = stepped(config_of(1, {}, optim=ADAMW), 1), CheckpointStore(tmp_path)
+def test_pruning_keeps_the_newest_and_removes_leftovers(tmp_path: Path) -> None:
+    engine, checkpoints = stepped(config_of(1, {}, optim=ADAMW), 1), CheckpointStore(tmp_path)
     (tmp_path / "step_00000009").mkdir()
     for step in (1, 2, 3):
-        saved(kept, engine, Progress(step), FILES)
+        saved(checkpoints, engine, Progress(step), FILES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
-    assert [path.name for path in kept.committed()] == ["step_00000002", "step_00000003"]
+    assert [path.name for path in checkpoints.list_committed()] == ["step_00000002", "step_00000003"]
 
 
 def test_a_directory_without_the_marker_is_no_checkpoint(tmp_path: Path) -> None:
-    engine, kept = (
+    engine, checkpoints = (
         stepped(config_of(1, {}, optim=ADAMW), 1),
         CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(keep=3)),
     )
-    first = saved(kept, engine, Progress(1), FILES)
-    second = saved(kept, engine, Progress(2), FILES)
+    first = saved(checkpoints, engine, Progress(1), FILES)
+    second = saved(checkpoints, engine, Progress(2), FILES)
     (second / MARKER).unlink()
-    assert store.find(tmp_path) == first
-    saved(kept, engine, Progress(2), FILES)  # saving that step again works
-    assert store.find(tmp_path) == second
+    assert store.open_checkpoint(tmp_path) == first
+    saved(checkpoints, engine, Progress(2), FILES)  # saving that step again works
+    assert store.open_checkpoint(tmp_path) == second
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
-        store.find(tmp_path)
+        store.open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -185,15 +185,15 @@ def _config(layout: Layout) -> Config:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_any_layout_is_saved_under_the_same_names_and_loads_into_one_process(layout: Layout, tmp_path: Path) -> None:
-    held: dict[str, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
     for part in world(layout.ranks).run(save_in_world, _config(layout), tmp_path):
-        held |= part
+        state |= part
     one = NativeEngine(config_of(1, MODELS["tied"], optim=ADAMW), CPU)
-    assert store.load(CheckpointStore(tmp_path).committed()[-1], one.state).step == 2
-    found = values(one)
-    assert found.keys() == held.keys()
-    for name, value in found.items():
-        assert torch.equal(value, held[name]), name
+    assert store.load(CheckpointStore(tmp_path).list_committed()[-1], one.state).step == 2
+    actual = values(one)
+    assert actual.keys() == state.keys()
+    for name, value in actual.items():
+        assert torch.equal(value, state[name]), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

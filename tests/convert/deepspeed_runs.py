@@ -61,11 +61,13 @@ def new(name: str) -> tuple[nn.Module, optim.Optimizer, list[list[str]]]:
     model = build_model(ModelConfig(**{**SIZES, **MODELS[name]}))
     for number, parameter in enumerate(model.parameters()):
         nn.init.uniform_(parameter, -0.5, 0.5, generator=torch.Generator().manual_seed(number))
-    trained = [(each, parameter) for each, parameter in model.named_parameters() if each != FROZEN.get(name)]
+    trained = [
+        (param_name, parameter) for param_name, parameter in model.named_parameters() if param_name != FROZEN.get(name)
+    ]
     optimizer = build_optimizer(OPTIM, trained)
-    for each, parameter in model.named_parameters():
-        parameter.requires_grad_(each != FROZEN.get(name))
-    names = {parameter: each for each, parameter in trained}
+    for param_name, parameter in model.named_parameters():
+        parameter.requires_grad_(param_name != FROZEN.get(name))
+    names = {parameter: param_name for param_name, parameter in trained}
     return model, optimizer, [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
@@ -85,10 +87,12 @@ def plain(name: str, steps: int) -> Iterator[Named]:
         optimizer.step()
         optimizer.zero_grad()
         parameters = dict(model.named_parameters())
-        found = {f"model.{each}": parameter.detach().clone() for each, parameter in parameters.items()}
-        for each, parameter in parameters.items():
-            found |= {f"optim.{each}.{key}": value.clone() for key, value in optimizer.state.get(parameter, {}).items()}
-        yield found
+        tensors = {f"model.{param_name}": parameter.detach().clone() for param_name, parameter in parameters.items()}
+        for param_name, parameter in parameters.items():
+            tensors |= {
+                f"optim.{param_name}.{key}": value.clone() for key, value in optimizer.state.get(parameter, {}).items()
+            }
+        yield tensors
 
 
 def deepspeed_run(run: Run) -> tuple[Named, Named]:
@@ -110,7 +114,7 @@ def deepspeed_run(run: Run) -> tuple[Named, Named]:
     if run.load is not None:
         path, _ = engine.load_checkpoint(str(run.load), load_optimizer_states=run.moments)
         assert path is not None, f"DeepSpeed finds no checkpoint in {run.load}"
-        loaded = held(engine, model, run)
+        loaded = gather_state(engine, model, run)
         for state in stepper(engine).state.values():
             # A universal checkpoint's stage 3 has one tensor for all groups, which each would count up.
             state.update({key: value.clone() for key, value in state.items() if key == "step"})
@@ -120,12 +124,12 @@ def deepspeed_run(run: Run) -> tuple[Named, Named]:
         engine.step()
     if run.save is not None:
         engine.save_checkpoint(str(run.save))
-    end = held(engine, model, run)
+    end = gather_state(engine, model, run)
     engine.destroy()
     return loaded, end
 
 
-def held(engine: Any, model: nn.Module, run: Run) -> Named:
+def gather_state(engine: Any, model: nn.Module, run: Run) -> Named:
     """DeepSpeed's own view, by the names of our checkpoints: fp32 weights, moments, steps.
 
     Weights alone with `round_robin_gradients`, where DeepSpeed looks up its optimizer's tensors at wrong places.
@@ -133,7 +137,7 @@ def held(engine: Any, model: nn.Module, run: Run) -> Named:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    found: Named = {}
+    tensors: Named = {}
     steps = {float(state["step"]) for state in stepper(engine).state.values() if "step" in state}
     assert len(steps) <= 1
     if run.stage in (1, 2):  # done by DeepSpeed after the first group's first step, too early for the second's moments
@@ -141,20 +145,20 @@ def held(engine: Any, model: nn.Module, run: Run) -> Named:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in model.named_parameters():
         if run.zero.get("round_robin_gradients"):
-            found[f"model.{name}"] = parameter.detach().clone()
+            tensors[f"model.{name}"] = parameter.detach().clone()
         elif run.stage == 0:
-            found[f"model.{name}"] = parameter.detach().clone()
+            tensors[f"model.{name}"] = parameter.detach().clone()
             state = engine.optimizer.state.get(parameter, {})
-            found |= {f"optim.{name}.{key}": value.clone() for key, value in state.items()}
+            tensors |= {f"optim.{name}.{key}": value.clone() for key, value in state.items()}
         elif not parameter.requires_grad:
             with deepspeed.zero.GatheredParameters([parameter]):
-                found[f"model.{name}"] = parameter.detach().float().clone()
+                tensors[f"model.{name}"] = parameter.detach().float().clone()
         else:
-            found[f"model.{name}"] = safe_get_full_fp32_param(parameter).clone()
+            tensors[f"model.{name}"] = safe_get_full_fp32_param(parameter).clone()
             for key in ("exp_avg", "exp_avg_sq") if steps else ():
-                found[f"optim.{name}.{key}"] = safe_get_full_optimizer_state(parameter, key).clone()
-            found |= {f"optim.{name}.step": torch.tensor(step) for step in steps}
-    return found
+                tensors[f"optim.{name}.{key}"] = safe_get_full_optimizer_state(parameter, key).clone()
+            tensors |= {f"optim.{name}.step": torch.tensor(step) for step in steps}
+    return tensors
 
 
 def stepper(engine: Any) -> optim.Optimizer:

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from dist_llm.convert.hub import from_huggingface
-from dist_llm.convert.huggingface import model_config
+from dist_llm.convert.hf_config import parse_hf_config
+from dist_llm.convert.hf_convert import from_huggingface
 from dist_llm.convert.weights import DictWeights
 from dist_llm.models.build_model import build_model
 
@@ -61,22 +61,22 @@ def their_model(family: str) -> Any:
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     config = getattr(transformers, config_name)(vocab_size=VOCAB, attn_implementation="eager", **sizes, **special)
     torch.manual_seed(0)
-    theirs = getattr(transformers, model_name)(config).eval()
+    hf_model = getattr(transformers, model_name)(config).eval()
     if family == "t5":  # v1.1's head is its own, whatever transformers starts it as
-        theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.detach().clone())
+        hf_model.lm_head.weight = torch.nn.Parameter(hf_model.lm_head.weight.detach().clone())
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in hf_model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    return theirs
+    return hf_model
 
 
 def build(family: str) -> tuple[Any, Any, Any]:
     """(their model with random weights, our model with the same, our config)."""
-    theirs = their_model(family)
-    config = model_config(theirs.config.to_dict())
-    ours = build_model(config).eval()
-    view = from_huggingface(DictWeights(theirs.state_dict()), config, family)
+    hf_model = their_model(family)
+    config = parse_hf_config(hf_model.config.to_dict())
+    native_model = build_model(config).eval()
+    view = from_huggingface(DictWeights(hf_model.state_dict()), config, family)
     with torch.no_grad():
-        for name, parameter in ours.named_parameters():
+        for name, parameter in native_model.named_parameters():
             parameter.copy_(view.read(f"model.{name}"))
-    return theirs, ours, config
+    return hf_model, native_model, config

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_llm.convert import deepspeed_read
 from dist_llm.convert.deepspeed_files import load_mapped
-from dist_llm.convert.deepspeed_layout import Layout, Shapes, contiguous, split
+from dist_llm.convert.deepspeed_layout import PartitionLayout, Shapes, contiguous_layout, per_param_layout
 from dist_llm.convert.deepspeed_read import open_deepspeed
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
 from dist_llm.errors import CheckpointError
@@ -46,7 +46,7 @@ RUNS = {
 }
 
 
-class Held:
+class InMemoryWeights:
     """Tensors in memory, as something to be written."""
 
     def __init__(self, tensors: Named) -> None:
@@ -64,8 +64,8 @@ class Ranks:
         self.worlds: dict[int, GlooWorld] = {}
 
     def run(self, run: Run, size: int = 2) -> tuple[Named, Named]:
-        for other, each in self.worlds.items():
-            each.pause(other != size)
+        for other, workers in self.worlds.items():
+            workers.pause(other != size)
         if size not in self.worlds or not self.worlds[size].alive:
             self.worlds[size] = GlooWorld(size)
         return self.worlds[size].run(deepspeed_run, run)[0]
@@ -75,20 +75,20 @@ class Ranks:
 def ranks() -> Iterator[Ranks]:
     ranks = Ranks()
     yield ranks
-    for each in ranks.worlds.values():
-        each.stop()
+    for workers in ranks.worlds.values():
+        workers.stop()
 
 
 @pytest.fixture(scope="module")
 def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """saved(key, world) -> (the directory of a run of RUNS, what DeepSpeed held when it saved); made once."""
-    made: dict[tuple[str, int], tuple[Path, Named]] = {}
+    runs_by_key: dict[tuple[str, int], tuple[Path, Named]] = {}
 
     def save(key: str, size: int = 2) -> tuple[Path, Named]:
-        if (key, size) not in made:
+        if (key, size) not in runs_by_key:
             path = tmp_path_factory.mktemp("saved")
-            made[key, size] = path, ranks.run(replace(RUNS[key], save=path), size)[1]
-        return made[key, size]
+            runs_by_key[key, size] = path, ranks.run(replace(RUNS[key], save=path), size)[1]
+        return runs_by_key[key, size]
 
     return save
 
@@ -99,12 +99,12 @@ def copy(saved: Any, tmp_path: Path) -> Any:
     return lambda key: Path(shutil.copytree(saved(key)[0], tmp_path / "copy"))
 
 
-def equal(found: Any, wanted: Named) -> None:
+def equal(actual: Any, expected: Named) -> None:
     """The same names, shapes and bits."""
-    assert sorted(found.shapes) == sorted(wanted)
-    for name, tensor in wanted.items():
-        assert found.shapes[name] == tuple(tensor.shape), name
-        assert torch.equal(found.read(name), tensor.float()), name
+    assert sorted(actual.shapes) == sorted(expected)
+    for name, tensor in expected.items():
+        assert actual.shapes[name] == tuple(tensor.shape), name
+        assert torch.equal(actual.read(name), tensor.float()), name
 
 
 def groups_of(model: str) -> tuple[list[list[str]], list[dict[str, Any]]]:
@@ -113,7 +113,7 @@ def groups_of(model: str) -> tuple[list[list[str]], list[dict[str, Any]]]:
     return groups, [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
 
-def held_by_plain(model: str, steps: int) -> Named:
+def train_plain(model: str, steps: int) -> Named:
     return list(plain(model, steps))[-1]
 
 
@@ -122,35 +122,35 @@ def tag_of(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("key", RUNS)
-def test_what_we_read_is_what_deepspeed_holds(key: str, saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory, wanted = saved(key)
+def test_reader_matches_deepspeed_state(key: str, saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, expected = saved(key)
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # an import of it would fail
     model = RUNS[key].model
-    found = open_deepspeed(directory, groups_of(model)[0] if RUNS[key].stage == 0 else ())
+    actual = open_deepspeed(directory, groups_of(model)[0] if RUNS[key].stage == 0 else ())
     if model == "shared":
-        wanted = {**wanted, "model.source_embed.tokens.weight": wanted["model.embed.tokens.weight"]}
-    equal(found, wanted)
-    equal(open_deepspeed(tag_of(directory), groups_of(model)[0]), wanted)
+        expected = {**expected, "model.source_embed.tokens.weight": expected["model.embed.tokens.weight"]}
+    equal(actual, expected)
+    equal(open_deepspeed(tag_of(directory), groups_of(model)[0]), expected)
 
 
 @pytest.mark.slow
-def test_we_read_parameters_dealt_out_round_robin(ranks: Ranks, tmp_path: Path) -> None:
+def test_reader_handles_round_robin_gradients(ranks: Ranks, tmp_path: Path) -> None:
     """DeepSpeed cannot look moments up there, so those of a plain run are what they should be."""
-    _, held = ranks.run(Run(2, save=tmp_path, zero={"round_robin_gradients": True}))
-    found = open_deepspeed(tmp_path)
-    for name, tensor in held_by_plain("odd", 3).items():
-        torch.testing.assert_close(found.read(name), tensor, rtol=1e-4, atol=1e-6)
-        assert name not in held or torch.equal(found.read(name), held[name])
+    _, state = ranks.run(Run(2, save=tmp_path, zero={"round_robin_gradients": True}))
+    actual = open_deepspeed(tmp_path)
+    for name, tensor in train_plain("odd", 3).items():
+        torch.testing.assert_close(actual.read(name), tensor, rtol=1e-4, atol=1e-6)
+        assert name not in state or torch.equal(actual.read(name), state[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("key", ["1", "2", "3", "3 shared", "2 aligned"])
 def test_we_read_other_world_sizes(key: str, size: int, saved: Any) -> None:
-    directory, wanted = saved(key, size)
+    directory, expected = saved(key, size)
     if "shared" in key:
-        wanted = {**wanted, "model.source_embed.tokens.weight": wanted["model.embed.tokens.weight"]}
-    equal(open_deepspeed(directory), wanted)
+        expected = {**expected, "model.source_embed.tokens.weight": expected["model.embed.tokens.weight"]}
+    equal(open_deepspeed(directory), expected)
 
 
 def test_these_runs_have_padding() -> None:
@@ -158,59 +158,59 @@ def test_these_runs_have_padding() -> None:
     model, _, groups = new("odd")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for group in groups:
-        flat = contiguous({name: shapes[name] for name in group}, 2)
-        assert flat.leans[-1] < flat.sizes[-1]
+        flat = contiguous_layout({name: shapes[name] for name in group}, 2)
+        assert flat.unpadded_sizes[-1] < flat.sizes[-1]
     assert any(parameter.numel() % 2 for parameter in model.parameters())
 
 
-def without_padding(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> Layout:
+def without_padding(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> PartitionLayout:
     """Stages 1 and 2: partitions of as many elements as there are."""
-    whole = contiguous(shapes, 1, gaps)
-    size = -(-whole.leans[0] // world)
-    places = {
+    full = contiguous_layout(shapes, 1, gaps)
+    size = -(-full.unpadded_sizes[0] // world)
+    slices = {
         name: [
-            slice(max(place.start - rank * size, 0), max(min(place.stop - rank * size, size), 0))
+            slice(max(elements.start - rank * size, 0), max(min(elements.stop - rank * size, size), 0))
             for rank in range(world)
         ]
-        for name, (place,) in whole.places.items()
+        for name, (elements,) in full.slices.items()
     }
-    return Layout(places, [size] * world, contiguous(shapes, world, gaps).leans)
+    return PartitionLayout(slices, [size] * world, contiguous_layout(shapes, world, gaps).unpadded_sizes)
 
 
 def reversed_order(layout: Any) -> Any:
     return lambda shapes, *rest: layout(dict(reversed(shapes.items())), *rest)
 
 
-def whole_parts(shapes: Shapes, world: int) -> Layout:
-    """Stage 3: the padding of the last parts taken for elements."""
-    right = split(shapes, world)
-    return replace(right, places={name: [places[0]] * world for name, places in right.places.items()})
+def padded_shards(shapes: Shapes, world: int) -> PartitionLayout:
+    """Stage 3: the padding of the last shards is read as elements."""
+    right = per_param_layout(shapes, world)
+    return replace(right, slices={name: [slices[0]] * world for name, slices in right.slices.items()})
 
 
 @pytest.mark.parametrize(
     ("key", "function", "broken"),
     [
-        ("1", "contiguous", without_padding),
-        ("1", "contiguous", reversed_order(contiguous)),
-        ("2 aligned", "contiguous", lambda shapes, world, gaps: contiguous(shapes, world)),
-        ("3", "split", whole_parts),
-        ("3", "split", reversed_order(split)),
+        ("1", "contiguous_layout", without_padding),
+        ("1", "contiguous_layout", reversed_order(contiguous_layout)),
+        ("2 aligned", "contiguous_layout", lambda shapes, world, gaps: contiguous_layout(shapes, world)),
+        ("3", "per_param_layout", padded_shards),
+        ("3", "per_param_layout", reversed_order(per_param_layout)),
     ],
     ids=["no padding", "order", "no gaps", "parts with padding", "order of parts"],
 )
 def test_a_planted_bug_is_noticed(
     key: str, function: str, broken: Any, saved: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory, wanted = saved(key)
-    equal(open_deepspeed(directory), wanted)
+    directory, expected = saved(key)
+    equal(open_deepspeed(directory), expected)
     monkeypatch.setattr(deepspeed_read, function, broken)
     with pytest.raises((AssertionError, RuntimeError, CheckpointError)):
-        equal(open_deepspeed(directory), wanted)
+        equal(open_deepspeed(directory), expected)
 
 
 def test_stage_0_without_groups_gives_weights_alone(saved: Any) -> None:
-    directory, wanted = saved("0")
-    equal(open_deepspeed(directory), {name: tensor for name, tensor in wanted.items() if name.startswith("model.")})
+    directory, expected = saved("0")
+    equal(open_deepspeed(directory), {name: tensor for name, tensor in expected.items() if name.startswith("model.")})
     groups, _ = groups_of("odd")
     with pytest.raises(CheckpointError, match="give its groups"):
         open_deepspeed(directory, groups[:1])
@@ -233,29 +233,29 @@ def converted(tag: Path, output: Path) -> Path:
     "key", ["2 shared", *(pytest.param(key, marks=pytest.mark.slow) for key in ("1", "3", "3 shared"))]
 )
 def test_a_universal_checkpoint(key: str, saved: Any, tmp_path: Path) -> None:
-    directory, wanted = saved(key)
-    found = open_deepspeed(converted(tag_of(directory), tmp_path))
+    directory, expected = saved(key)
+    actual = open_deepspeed(converted(tag_of(directory), tmp_path))
     if "shared" in key:
-        wanted = {**wanted, "model.source_embed.tokens.weight": wanted["model.embed.tokens.weight"]}
+        expected = {**expected, "model.source_embed.tokens.weight": expected["model.embed.tokens.weight"]}
     if key == "3 shared":  # the converter leaves frozen parameters out
-        del wanted[f"model.{FROZEN['shared']}"]
-    equal(found, wanted)
+        del expected[f"model.{FROZEN['shared']}"]
+    equal(actual, expected)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(
     ("model", "moments"), [("odd", True), ("odd", False), pytest.param("even", True, marks=pytest.mark.slow)]
 )
-def test_deepspeed_goes_on_from_what_we_write(
+def test_deepspeed_resumes_from_written_checkpoint(
     stage: int, model: str, moments: bool, ranks: Ranks, tmp_path: Path
 ) -> None:
     before, after = list(plain(model, 4))[-2:]
     if not moments:
         before = {name: tensor for name, tensor in before.items() if name.startswith("model.")}
     groups, settings = groups_of(model)
-    write_deepspeed(tmp_path, Held(before), stage, 2, groups=groups, settings=settings, step=3)
+    write_deepspeed(tmp_path, InMemoryWeights(before), stage, 2, groups=groups, settings=settings, step=3)
     loaded, end = ranks.run(Run(stage, model, steps=range(3, 4), load=tmp_path))
-    equal(Held(loaded), before)
+    equal(InMemoryWeights(loaded), before)
     if moments:
         assert end.keys() == after.keys()
         for name, tensor in after.items():
@@ -265,31 +265,33 @@ def test_deepspeed_goes_on_from_what_we_write(
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 4])
-def test_deepspeed_goes_on_at_other_world_sizes(stage: int, size: int, ranks: Ranks, tmp_path: Path) -> None:
+def test_deepspeed_resumes_at_other_world_sizes(stage: int, size: int, ranks: Ranks, tmp_path: Path) -> None:
     before, after = list(plain("odd", 4))[-2:]
     groups, settings = groups_of("odd")
-    write_deepspeed(tmp_path, Held(before), stage, size, groups=groups, settings=settings, step=3)
+    write_deepspeed(tmp_path, InMemoryWeights(before), stage, size, groups=groups, settings=settings, step=3)
     loaded, end = ranks.run(Run(stage, steps=range(3, 4), load=tmp_path), size)
-    equal(Held(loaded), before)
+    equal(InMemoryWeights(loaded), before)
     for name, tensor in after.items():
         torch.testing.assert_close(end[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_deepspeed_loads_the_weights_alone(stage: int, ranks: Ranks, tmp_path: Path) -> None:
-    before = held_by_plain("odd", 3)
+    before = train_plain("odd", 3)
     groups, settings = groups_of("odd")
-    write_deepspeed(tmp_path, Held(before), stage, 2, groups=groups, settings=settings, step=3)
+    write_deepspeed(tmp_path, InMemoryWeights(before), stage, 2, groups=groups, settings=settings, step=3)
     loaded, _ = ranks.run(Run(stage, steps=range(0), load=tmp_path, moments=False))
-    equal(Held(loaded), {name: tensor for name, tensor in before.items() if name.startswith("model.")})
+    equal(InMemoryWeights(loaded), {name: tensor for name, tensor in before.items() if name.startswith("model.")})
 
 
 def test_deepspeed_loads_sub_groups(ranks: Ranks, tmp_path: Path) -> None:
-    before = held_by_plain("odd", 3)
+    before = train_plain("odd", 3)
     groups, settings = groups_of("odd")
-    write_deepspeed(tmp_path, Held(before), 3, 2, groups=groups, settings=settings, step=3, sub_group_size=100)
+    write_deepspeed(
+        tmp_path, InMemoryWeights(before), 3, 2, groups=groups, settings=settings, step=3, sub_group_size=100
+    )
     loaded, _ = ranks.run(Run(3, steps=range(0), load=tmp_path, zero={"sub_group_size": 100}))
-    equal(Held(loaded), before)
+    equal(InMemoryWeights(loaded), before)
 
 
 @pytest.mark.parametrize(("stage", "moments"), [(1, True), (2, True), (3, True), (1, False)])  # stage 3 wants moments
@@ -299,37 +301,45 @@ def test_deepspeed_goes_on_from_our_universal_checkpoint(
     before, after = list(plain("odd", 4))[-2:]
     if not moments:
         before = {name: tensor for name, tensor in before.items() if name.startswith("model.")}
-    write_universal(tmp_path, Held(before), step=3)
+    write_universal(tmp_path, InMemoryWeights(before), step=3)
     universal = {"checkpoint": {"load_universal": True}}
     loaded, end = ranks.run(Run(stage, steps=range(3, 4), load=tmp_path, config=universal))
-    equal(Held(loaded), before)
+    equal(InMemoryWeights(loaded), before)
     for name, tensor in after.items() if moments else ():
         torch.testing.assert_close(end[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_deepspeeds_converter_reads_what_we_write(tmp_path: Path) -> None:
-    before = held_by_plain("odd", 3)
+    before = train_plain("odd", 3)
     groups, settings = groups_of("odd")
-    tag = write_deepspeed(tmp_path / "zero", Held(before), 1, 4, groups=groups, settings=settings, step=3)
+    tag = write_deepspeed(tmp_path / "zero", InMemoryWeights(before), 1, 4, groups=groups, settings=settings, step=3)
     equal(open_deepspeed(converted(tag, tmp_path / "universal")), before)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_we_read_what_we_write(stage: int, size: int, tmp_path: Path) -> None:
-    before = held_by_plain("odd", 2)
+    before = train_plain("odd", 2)
     groups, settings = groups_of("odd")
     write_deepspeed(
-        tmp_path, Held(before), stage, size, groups=groups, settings=settings, step=2, sub_group_size=50, tag="mine"
+        tmp_path,
+        InMemoryWeights(before),
+        stage,
+        size,
+        groups=groups,
+        settings=settings,
+        step=2,
+        sub_group_size=50,
+        tag="mine",
     )
     equal(open_deepspeed(tmp_path), before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "mine"]
 
 
 def test_we_read_the_universal_checkpoint_we_write(tmp_path: Path) -> None:
-    before = held_by_plain("odd", 2)
-    write_universal(tmp_path, Held(before), step=2)
+    before = train_plain("odd", 2)
+    write_universal(tmp_path, InMemoryWeights(before), step=2)
     equal(open_deepspeed(tmp_path), before)
 
 
@@ -337,14 +347,14 @@ def test_a_shared_parameter_is_written_under_both_names(ranks: Ranks, saved: Any
     """And what is read can be written: the second name comes with it, frozen parameters have to be taken out."""
     directory, _ = saved("2 shared")
     read = open_deepspeed(directory)
-    held = {name: read.read(name) for name in read.shapes}
+    state = {name: read.read(name) for name in read.shapes}
     groups, settings = groups_of("shared")
     shared = {"source_embed.tokens.weight": "embed.tokens.weight"}
     with pytest.raises(CheckpointError, match=f"{FROZEN['shared']} is in no group"):
-        write_deepspeed(tmp_path, Held(held), 2, 2, groups=groups, settings=settings, step=3, shared=shared)
-    del held[f"model.{FROZEN['shared']}"]
-    write_deepspeed(tmp_path, Held(held), 2, 2, groups=groups, settings=settings, step=3, shared=shared)
-    equal(open_deepspeed(tmp_path), held)
+        write_deepspeed(tmp_path, InMemoryWeights(state), 2, 2, groups=groups, settings=settings, step=3, shared=shared)
+    del state[f"model.{FROZEN['shared']}"]
+    write_deepspeed(tmp_path, InMemoryWeights(state), 2, 2, groups=groups, settings=settings, step=3, shared=shared)
+    equal(open_deepspeed(tmp_path), state)
 
 
 def test_a_missing_rank(copy: Any) -> None:
@@ -382,11 +392,11 @@ def test_a_partition_of_a_wrong_size(key: str, flats: str, change: int, copy: An
     path = tag_of(copy(key)) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = load_mapped(path)["optimizer_state_dict"]
     unneeded = ("param_slice_mappings", "loss_scaler", "zero_stage")  # of DeepSpeed's own classes
-    kept = {name: value for name, value in content.items() if name not in unneeded}
-    flat = kept[flats][1]
-    kept[flats][1] = torch.zeros(flat.numel() + change)
+    trimmed = {name: value for name, value in content.items() if name not in unneeded}
+    flat = trimmed[flats][1]
+    trimmed[flats][1] = torch.zeros(flat.numel() + change)
     path.unlink()  # it is mapped
-    torch.save({"optimizer_state_dict": kept}, path)
+    torch.save({"optimizer_state_dict": trimmed}, path)
     with pytest.raises(CheckpointError, match=rf"rank_1.*weights of group 1 have {flat.numel() + change} elements"):
         open_deepspeed(path.parent)
 
@@ -398,7 +408,7 @@ def test_tensor_parallel_ranks_are_refused(copy: Any) -> None:
         open_deepspeed(tag)
 
 
-def test_a_directory_that_is_none(copy: Any, tmp_path: Path) -> None:
+def test_directory_without_a_checkpoint_is_refused(copy: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no DeepSpeed checkpoint; give the directory"):
         open_deepspeed(tmp_path)
     directory = copy("1")
@@ -423,7 +433,7 @@ class Evil:
 
 
 @pytest.mark.parametrize(("function", "refused"), [(make_directory, False), (os.mkdir, True)])
-def test_nothing_that_a_file_names_is_run(function: Any, refused: bool, tmp_path: Path) -> None:
+def test_no_code_in_a_file_is_run(function: Any, refused: bool, tmp_path: Path) -> None:
     content = {"module": {"w": torch.ones(2)}, "param_shapes": None}
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({**content, "client": Evil(function, tmp_path / "evil")}, path)
@@ -444,27 +454,27 @@ def resident_bytes() -> int:
 def test_a_tensor_costs_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways: 1 GiB of weights, of which hardly any are there."""
     shapes = {"model.big": (2**28,), "model.small": (3,)}
-    held = Held({"model.small": torch.arange(3.0)})
-    held.shapes = shapes
+    state = InMemoryWeights({"model.small": torch.arange(3.0)})
+    state.shapes = shapes
     monkeypatch.setattr(
-        held, "read", lambda name: torch.arange(3.0) if name == "model.small" else torch.zeros(1).expand(2**28)
+        state, "read", lambda name: torch.arange(3.0) if name == "model.small" else torch.zeros(1).expand(2**28)
     )
     monkeypatch.setattr(
-        "dist_llm.convert.deepspeed_write._scatter",
-        lambda tensor, pieces: pieces[-1].fill_(7) if len(tensor) == 3 else None,
+        "dist_llm.convert.deepspeed_write._scatter_to_views",
+        lambda tensor, views: views[-1].fill_(7) if len(tensor) == 3 else None,
     )
     before = resident_bytes()
-    write_deepspeed(tmp_path, held, 3, 2, groups=[["big", "small"]], settings=[{}], step=0)
+    write_deepspeed(tmp_path, state, 3, 2, groups=[["big", "small"]], settings=[{}], step=0)
     weights = open_deepspeed(tmp_path)
     assert weights.read("model.small").tolist() == [0.0, 0.0, 7.0]
     assert resident_bytes() - before < 2**27
 
 
-def test_nothing_half_written_is_left(tmp_path: Path) -> None:
-    tensors = held_by_plain("odd", 1)
+def test_failed_write_leaves_no_files(tmp_path: Path) -> None:
+    tensors = train_plain("odd", 1)
     groups, settings = groups_of("odd")
 
-    class Breaking(Held):
+    class Breaking(InMemoryWeights):
         def read(self, name: str) -> Tensor:
             if name == "model.head.out.weight":
                 raise OSError("no space left on device")
@@ -479,13 +489,13 @@ def test_nothing_half_written_is_left(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    tensors = held_by_plain("odd", 1)
+def test_unsupported_writes_are_refused(tmp_path: Path) -> None:
+    tensors = train_plain("odd", 1)
     groups, settings = groups_of("odd")
     first = groups[0][0]
 
     def write(tensors: Named = tensors, stage: int = 2, groups: Any = groups, settings: Any = settings) -> None:
-        write_deepspeed(tmp_path, Held(tensors), stage, 2, groups=groups, settings=settings, step=1)
+        write_deepspeed(tmp_path, InMemoryWeights(tensors), stage, 2, groups=groups, settings=settings, step=1)
 
     with pytest.raises(CheckpointError, match=r"stage 0: .* universal"):
         write(stage=0)
@@ -509,11 +519,11 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_partitions_by_hand() -> None:
     shapes = {"a": (3,), "b": (2, 2)}
-    flat = contiguous(shapes, 2)  # 7 elements, 8 with padding, 4 a rank
+    flat = contiguous_layout(shapes, 2)  # 7 elements, 8 with padding, 4 a rank
     assert flat.sizes == [4, 4]
-    assert flat.leans == [4, 3]
-    assert flat.places == {"a": [slice(0, 3), slice(0, 0)], "b": [slice(3, 4), slice(0, 3)]}
-    assert contiguous(shapes, 2, [1, 0]).places["b"] == [slice(4, 4), slice(0, 4)]
-    third = split(shapes, 2)  # 2 and 2 a rank, of which rank 1 has 1 and 2
+    assert flat.unpadded_sizes == [4, 3]
+    assert flat.slices == {"a": [slice(0, 3), slice(0, 0)], "b": [slice(3, 4), slice(0, 3)]}
+    assert contiguous_layout(shapes, 2, [1, 0]).slices["b"] == [slice(4, 4), slice(0, 4)]
+    third = per_param_layout(shapes, 2)  # 2 and 2 a rank, of which rank 1 has 1 and 2
     assert third.sizes == [4, 4]
-    assert third.places == {"a": [slice(0, 2), slice(0, 1)], "b": [slice(2, 4), slice(2, 4)]}
+    assert third.slices == {"a": [slice(0, 2), slice(0, 1)], "b": [slice(2, 4), slice(2, 4)]}

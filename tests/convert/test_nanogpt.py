@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.state import Held
+from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.config.load import load_saved
 from dist_llm.convert.nanogpt import to_nanogpt
 from dist_llm.convert.weights import load_torch
@@ -54,7 +54,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows, length, width = x.shape
         q, k, v = (
-            each.view(rows, length, self.heads, -1).transpose(1, 2) for each in self.c_attn(x).split(width, dim=2)
+            tensor.view(rows, length, self.heads, -1).transpose(1, 2) for tensor in self.c_attn(x).split(width, dim=2)
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(rows, length, width))
@@ -97,8 +97,8 @@ class GPT(nn.Module):
         """As its configure_optimizers: matrices are decayed, vectors are not."""
         parameters = list(self.parameters())
         groups = [
-            {"params": [each for each in parameters if each.dim() >= 2], "weight_decay": 0.1},
-            {"params": [each for each in parameters if each.dim() < 2], "weight_decay": 0.0},
+            {"params": [tensor for tensor in parameters if tensor.dim() >= 2], "weight_decay": 0.1},
+            {"params": [tensor for tensor in parameters if tensor.dim() < 2], "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
 
@@ -132,8 +132,8 @@ def write_bins(directory: Path) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     written = {}
     for name, documents in (("train.bin", 20), ("val.bin", 5)):
-        parts = [np.append(rng.integers(0, 256, rng.integers(10, 60)), 256) for _ in range(documents)]
-        written[name] = np.concatenate(parts).astype(np.uint16)
+        documents_ids = [np.append(rng.integers(0, 256, rng.integers(10, 60)), 256) for _ in range(documents)]
+        written[name] = np.concatenate(documents_ids).astype(np.uint16)
         written[name].tofile(directory / name)
     return written
 
@@ -148,23 +148,23 @@ def adopt_bins(directory: Path) -> Path:
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt_in_and_out(bias: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tool = load_tool("convert_checkpoint")
-    theirs, written = reference(bias), write_bins(tmp_path)
+    nanogpt_model, written = reference(bias), write_bins(tmp_path)
     corpus = adopt_bins(tmp_path)
-    save_theirs(theirs, bias, tmp_path / "ckpt.pt")
+    save_theirs(nanogpt_model, bias, tmp_path / "ckpt.pt")
     assert tool("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "ours", "--tokenizer", corpus) == 0
 
     config = load_saved(tmp_path / "ours")
-    ours = build_model(config.model).eval()
-    store.load(tmp_path / "ours", Held(ours), moments=False)
+    native = build_model(config.model).eval()
+    store.load(tmp_path / "ours", TorchState(native), moments=False)
     ids = torch.randint(257, (3, 16))
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(native(ids), nanogpt_model(ids), rtol=1e-5, atol=1e-5)
 
     # The held-out loss of val.bin, window by window as nanoGPT would cut it.
     result = score(str(tmp_path / "ours"), str(corpus), "heldout", Windows(), World())
     tokens = torch.from_numpy(written["val.bin"].astype(np.int64))
     losses = [
-        F.cross_entropy(theirs(tokens[None, start : start + 16][:, : len(tokens) - 1 - start])[0],
+        F.cross_entropy(nanogpt_model(tokens[None, start : start + 16][:, : len(tokens) - 1 - start])[0],
                         tokens[start + 1 : start + 17], reduction="sum")
         for start in range(0, len(tokens) - 1, 16)
     ]  # fmt: skip
@@ -180,7 +180,7 @@ def test_nanogpt_in_and_out(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
     again = GPT(**back["model_args"])
     again.load_state_dict(back["model"])  # strict
     assert list(back["model"]) == list(again.state_dict()), "in the order of nanoGPT's own"
-    for name, tensor in theirs.state_dict().items():
+    for name, tensor in nanogpt_model.state_dict().items():
         assert torch.equal(back["model"][name], tensor), name
     optimizer = again.optimizer()
     optimizer.load_state_dict(back["optimizer"])

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE, Probe, parse_probe
-from dist_llm.checkpoint.tensors import NativeWeights
 from dist_llm.config.load import load_saved
 from dist_llm.convert.stream_probe import stream_probe
 from dist_llm.convert.weights import DictWeights
-from dist_llm.convert.write import write_native
-from tests.convert.test_hub import OURS, our_checkpoint, tool
+from dist_llm.convert.write_weights import write_native
+from tests.convert.test_hf_convert import OURS, our_checkpoint, tool
 
 __all__ = ["tool"]  # the fixture
 REFUSED = "the weights do not compute what they computed when they were saved: the probe's loss was "
@@ -30,15 +30,15 @@ def probe_in(directory: Path) -> Probe:
 
 def with_probe(directory: Path, **changes: Any) -> Path:
     """A checkpoint as a run saves it."""
-    made = our_checkpoint(directory, OURS["llama"] | changes)
-    weights = NativeWeights(made)
-    files = {each.name: each.read_bytes() for each in made.iterdir() if each.suffix in (".json", ".yaml")}
+    checkpoint = our_checkpoint(directory, OURS["llama"] | changes)
+    weights = NativeWeights(checkpoint)
+    files = {entry.name: entry.read_bytes() for entry in checkpoint.iterdir() if entry.suffix in (".json", ".yaml")}
     tensors = DictWeights({name: weights.read(name) for name in weights.shapes})
-    files |= {PROBE: stream_probe(tensors, load_saved(made).model).dump()}
+    files |= {PROBE: stream_probe(tensors, load_saved(checkpoint).model).dump()}
     del files["manifest.json"]
-    shutil.rmtree(made)
-    write_native(made, tensors, files)
-    return made
+    shutil.rmtree(checkpoint)
+    write_native(checkpoint, tensors, files)
+    return checkpoint
 
 
 def scaled(directory: Path, name: str) -> None:
@@ -52,12 +52,12 @@ def scaled(directory: Path, name: str) -> None:
 def test_an_export_has_a_probe_that_an_import_compares(
     dtype: str, tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ours = with_probe(tmp_path / "ours")
-    assert tool("to-hf", ours, tmp_path / "hf", "--dtype", dtype) == 0
+    native = with_probe(tmp_path / "ours")
+    assert tool("to-hf", native, tmp_path / "hf", "--dtype", dtype) == 0
     out = capsys.readouterr().out
     assert out.count("the probe's loss was") == 2, "of the checkpoint, and of what was written"
     assert probe_in(tmp_path / "hf").weights == dtype
-    assert probe_in(tmp_path / "hf").loss == pytest.approx(probe_in(ours).loss, rel=5e-3 if dtype == "bf16" else 1e-6)
+    assert probe_in(tmp_path / "hf").loss == pytest.approx(probe_in(native).loss, rel=5e-3 if dtype == "bf16" else 1e-6)
     assert tool("from-hf", tmp_path / "hf", tmp_path / "again") == 0
     assert "the probe's loss was" in capsys.readouterr().out
     assert probe_in(tmp_path / "again").loss == probe_in(tmp_path / "hf").loss
@@ -85,15 +85,15 @@ def test_a_changed_config_of_an_export_is_refused(
 def test_weights_that_are_not_those_of_the_probe_are_refused(
     command: str, tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ours, other = with_probe(tmp_path / "ours"), with_probe(tmp_path / "other", logit_cap=2.0)
-    files = {each.name: each.read_bytes() for each in ours.iterdir() if each.suffix in (".json", ".yaml")}
+    native, other = with_probe(tmp_path / "ours"), with_probe(tmp_path / "other", logit_cap=2.0)
+    files = {entry.name: entry.read_bytes() for entry in native.iterdir() if entry.suffix in (".json", ".yaml")}
     del files["manifest.json"]
-    weights = NativeWeights(ours)
+    weights = NativeWeights(native)
     shutil.rmtree(other)
     changed = {name: weights.read(name) * (1.5 if "blocks.1.feedforward" in name else 1) for name in weights.shapes}
     write_native(other, DictWeights(changed), files)
     out = {"verify": [], "to-deepspeed": [tmp_path / "out", "--universal"]}.get(command, [tmp_path / "out"])
-    assert tool(command, ours, *out) == 0
+    assert tool(command, native, *out) == 0
     if (tmp_path / "out").exists():
         (tmp_path / "out").rename(tmp_path / "first")
     capsys.readouterr()
@@ -124,8 +124,8 @@ def test_new_weights_get_a_probe_of_their_own(
     assert "has no probe that this version can compare" in capsys.readouterr().out
     weights = NativeWeights(first)
     shutil.rmtree(old)
-    files = {each.name: each.read_bytes() for each in first.iterdir() if each.suffix in (".json", ".yaml")}
-    files = {name: each for name, each in files.items() if name not in ("manifest.json", PROBE)}
+    files = {entry.name: entry.read_bytes() for entry in first.iterdir() if entry.suffix in (".json", ".yaml")}
+    files = {name: entry for name, entry in files.items() if name not in ("manifest.json", PROBE)}
     write_native(old, DictWeights({name: weights.read(name) * 2 for name in weights.shapes}), files)
     assert tool("average", tmp_path / "mean", old, first) == 0
     assert tool("verify", tmp_path / "mean") == 0

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from dist_llm.config.compare import function_of
-from dist_llm.convert.config_fields import HARMLESS
-from dist_llm.convert.hub import from_huggingface, model_shapes, to_huggingface, unused_heads
-from dist_llm.convert.huggingface import describe, model_config
+from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
+from dist_llm.convert.hf_config_fields import HARMLESS
+from dist_llm.convert.hf_convert import find_unused_heads, from_huggingface, model_shapes, to_huggingface
 from dist_llm.convert.nanogpt import from_nanogpt
 from dist_llm.convert.weights import DictWeights, open_huggingface
 from dist_llm.errors import CheckpointError
 from tests.convert.families import FAMILIES, VOCAB
-from tests.convert.test_hub import OURS
+from tests.convert.test_hf_convert import OURS
 from tests.laws.law import config_of
 from tests.laws.layouts import BERT
 from tests.test_fuzz import READERS
@@ -31,7 +31,11 @@ NO_EFFECT = {"max_position_embeddings", "n_positions", "sliding_window"}
 
 def fields(family: str) -> dict[str, Any]:
     """What we write for a small model of the family."""
-    return {**describe(config_of(1, MODELS[family]).model, family), "use_sliding_window": False, "sliding_window": None}
+    return {
+        **build_hf_config(config_of(1, MODELS[family]).model, family),
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
 
 
 def other(value: Any) -> Any:
@@ -48,27 +52,27 @@ def other(value: Any) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_is_understood_or_named(family: str) -> None:
     """Each field takes another value: then the model is another one, or the field is named in an error."""
-    theirs = fields(family)
-    want = function_of(model_config(theirs))
-    for name in theirs.keys() - {"model_type"} - HARMLESS - NO_EFFECT:
-        assert outcome({**theirs, name: other(theirs[name])}) != want, name
+    hf = fields(family)
+    want = function_of(parse_hf_config(hf))
+    for name in hf.keys() - {"model_type"} - HARMLESS - NO_EFFECT:
+        assert outcome({**hf, name: other(hf[name])}) != want, name
 
 
-def outcome(theirs: dict[str, Any]) -> dict[str, Any] | None:
+def outcome(hf: dict[str, Any]) -> dict[str, Any] | None:
     """The function that the fields describe; None where an error names a field."""
     try:
-        return function_of(model_config(theirs))
+        return function_of(parse_hf_config(hf))
     except CheckpointError:
         return None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_unknown_field_is_named(family: str) -> None:
-    theirs = fields(family)
+    hf = fields(family)
     with pytest.raises(CheckpointError, match=r"the field residual_scale \(0\.5\) .*--ignore-field residual_scale"):
-        model_config({**theirs, "residual_scale": 0.5})
-    assert model_config({**theirs, "residual_scale": 0.5}, ["residual_scale"]) == model_config(theirs)
-    assert model_config({**theirs, "residual_scale": None}) == model_config(theirs), "not set"
+        parse_hf_config({**hf, "residual_scale": 0.5})
+    assert parse_hf_config({**hf, "residual_scale": 0.5}, ["residual_scale"]) == parse_hf_config(hf)
+    assert parse_hf_config({**hf, "residual_scale": None}) == parse_hf_config(hf), "not set"
 
 
 @pytest.mark.parametrize(
@@ -85,14 +89,14 @@ def test_an_unknown_field_is_named(family: str) -> None:
 )
 def test_a_feature_that_we_lack_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        model_config({**fields("qwen3"), **changes})
+        parse_hf_config({**fields("qwen3"), **changes})
 
 
 def tensors(family: str) -> dict[str, torch.Tensor]:
     """Their names and shapes, as our export writes them."""
     model = config_of(1, MODELS[family]).model
-    ours = {f"model.{name}": torch.zeros(shape) for name, shape in model_shapes(model).items()}
-    view = to_huggingface(DictWeights(ours), model, family)
+    native = {f"model.{name}": torch.zeros(shape) for name, shape in model_shapes(model).items()}
+    view = to_huggingface(DictWeights(native), model, family)
     return {name: view.read(name) for name in view.shapes}
 
 
@@ -106,24 +110,24 @@ def tensors(family: str) -> dict[str, torch.Tensor]:
 )
 def test_biases_and_norms_are_not_dropped(source: str, family: str, name: str) -> None:
     """The tensors of one family under the config of another."""
-    theirs = tensors(source)
+    hf = tensors(source)
     model = config_of(1, MODELS[source] | {"qkv_bias": family == "qwen2", "qk_norm": False}).model
-    with pytest.raises(CheckpointError, match=f"their tensor {name}.* has no place in our model"):
-        from_huggingface(DictWeights({name: theirs[name]}), model, family)
+    with pytest.raises(CheckpointError, match=f"the tensor {name}.* has no counterpart in our model"):
+        from_huggingface(DictWeights({name: hf[name]}), model, family)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bert"])
 @pytest.mark.parametrize("extra", ["model.pooler.weight", "cls.seq_relationship.weight", "h.x.attn.bias", "x"])
 def test_a_tensor_that_has_no_place_is_named(family: str, extra: str) -> None:
-    theirs = tensors(family) | {extra: torch.ones(2)}
-    with pytest.raises(CheckpointError, match=f"their tensor {extra} .* has no place"):
-        from_huggingface(DictWeights(theirs), config_of(1, MODELS[family]).model, family)
+    hf = tensors(family) | {extra: torch.ones(2)}
+    with pytest.raises(CheckpointError, match=f"the tensor {extra} .* has no counterpart"):
+        from_huggingface(DictWeights(hf), config_of(1, MODELS[family]).model, family)
 
 
 def test_heads_of_bert_that_are_left_out_are_named() -> None:
-    theirs = DictWeights(tensors("bert") | {"bert.pooler.dense.weight": torch.ones(2, 2)})
-    from_huggingface(theirs, config_of(1, MODELS["bert"]).model, "bert")
-    assert unused_heads(theirs) == ["bert.pooler.dense.weight"]
+    hf = DictWeights(tensors("bert") | {"bert.pooler.dense.weight": torch.ones(2, 2)})
+    from_huggingface(hf, config_of(1, MODELS["bert"]).model, "bert")
+    assert find_unused_heads(hf) == ["bert.pooler.dense.weight"]
 
 
 def test_an_unknown_argument_of_nanogpt_is_named() -> None:
@@ -137,18 +141,18 @@ def test_an_unknown_argument_of_nanogpt_is_named() -> None:
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "pytorch_model.bin of many", "pytorch_model.bin of old"])
 def test_weights_of_torch_files_are_those_of_safetensors(kind: str, tmp_path: Path) -> None:
     """One file, several with an index, and the form of torch before 1.6."""
-    found = {}
+    actual = {}
     for name in ("gpt2", kind):
         (tmp_path / name).mkdir()
         torch.manual_seed(0)
         READERS[name].write(tmp_path / name)
         assert bool(list((tmp_path / name).glob("*.safetensors"))) == (name == "gpt2")
         weights = open_huggingface(tmp_path / name)
-        found[name] = {each: weights.read(each) for each in weights.shapes}
+        actual[name] = {key: weights.read(key) for key in weights.shapes}
         assert load_tool("convert_checkpoint")("from-hf", tmp_path / name, tmp_path / f"{name} of ours") == 0
-    assert found["gpt2"].keys() == found[kind].keys()
-    for each, tensor in found["gpt2"].items():
-        assert torch.equal(found[kind][each], tensor), each
+    assert actual["gpt2"].keys() == actual[kind].keys()
+    for key, tensor in actual["gpt2"].items():
+        assert torch.equal(actual[kind][key], tensor), key
     assert load_tool("convert_checkpoint")("diff", tmp_path / "gpt2 of ours", tmp_path / f"{kind} of ours") == 0
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"has neither \.safetensors files nor pytorch_model\.bin"):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE
-from dist_llm.checkpoint.tensors import NativeWeights
 from dist_llm.config.load import load_saved
 from dist_llm.convert.weights import DictWeights
-from dist_llm.convert.write import write_native
+from dist_llm.convert.write_weights import write_native
 
 from . import commands
 from .conftest import ONE, Layout

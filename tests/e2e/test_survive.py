@@ -113,7 +113,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() or mount("-t", "tmpfs", "-o", "size=6m", "tmpfs", disk):
-        pytest.skip("a file system cannot be mounted here; a quota is met in tests/checkpoint/test_writing.py")
+        pytest.skip("a file system cannot be mounted here; a quota is met in tests/checkpoint/test_checkpoint_write.py")
     yield disk
     subprocess.run(["umount", disk], check=True)
 

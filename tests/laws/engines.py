@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.state import GuardState, Progress
+from dist_llm.checkpoint.checkpoint_state import GuardState, Progress
 from dist_llm.config.schema import Config, GuardConfig
 from dist_llm.engines.accelerate_engine import AccelerateEngine
 from dist_llm.engines.base import Engine

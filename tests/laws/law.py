@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dist_llm.checkpoint.boxes import placed
-from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.flat_shard import local_chunks
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.check import check as broken_rules
 from dist_llm.config.derive import resolve
@@ -179,7 +179,7 @@ def parameters_of(engine: NativeEngine) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def parts_of(tensors: Iterable[tuple[str, Any]]) -> Placed:
-    return {name: [(offset, part.detach().clone()) for offset, part in placed(held)] for name, held in tensors}
+    return {name: [(offset, part.detach().clone()) for offset, part in local_chunks(held)] for name, held in tensors}
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

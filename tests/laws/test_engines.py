@@ -103,13 +103,13 @@ def test_a_run_moves_from_engine_to_engine(tmp_path: Path) -> None:
         every = world(ranks).run(take, config(ranks, engine, "tied", ADAMW, 24 // ranks), steps, None, newest, tmp_path)
         assert every[0].losses == pytest.approx(one.losses[steps.start : steps.stop], rel=2e-5), f"{engine} {ranks}"
         assert every[0].norms == pytest.approx(one.norms[steps.start : steps.stop], rel=1e-4), f"{engine} {ranks}"
-        newest = CheckpointStore(tmp_path).committed()[-1].local
+        newest = CheckpointStore(tmp_path).list_committed()[-1].local
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "ddp"])
 def test_another_optimizers_moments_are_refused(engine: str, tmp_path: Path) -> None:
     world(1).run(take, config(1, {}, "tied", CLIPPED, 24), range(2), None, None, tmp_path)
-    (saved,) = CheckpointStore(tmp_path).committed()
+    (saved,) = CheckpointStore(tmp_path).list_committed()
     message = "optim.name: the checkpoint's optimizer keeps momentum_buffer of .*, this one exp_avg, exp_avg_sq, step"
     with pytest.raises(WorldError, match=message):
         world(2).run(take, config(2, ENGINES[engine], "tied", ADAMW, 12), range(2, 4), None, saved.local, tmp_path)

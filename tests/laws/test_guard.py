@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_llm.checkpoint.state import GuardState
+from dist_llm.checkpoint.checkpoint_state import GuardState
 from dist_llm.config.schema import Config, GuardConfig, ParallelConfig
 from dist_llm.engines.native import NativeEngine
 from dist_llm.parallel.mesh import to_local

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
@@ -64,7 +64,7 @@ def half(
     engine = NativeEngine(config, torch.device("cpu"))
     kept = CheckpointStore(directory) if directory else None
     if kept and first:
-        newest = kept.newest()
+        newest = kept.latest_verified()
         assert newest is not None
         store.load(newest, engine.state)
         if bug:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_llm import counter_rng
-from dist_llm.checkpoint.state import Held
+from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.config.schema import OptimConfig
 from dist_llm.optim.adamw import BF16AdamW, stochastic_round_bf16
 from dist_llm.optim.build_optimizer import build_optimizer
@@ -99,7 +99,7 @@ def test_a_resume_allocates_the_moments_in_bf16() -> None:
     """A checkpoint loads into the dtypes that `allocate_moments` chooses; fp32 moments would not be rounded again."""
     model = nn.Module()
     model.w = nn.Parameter(torch.full((3, 4), 0.5))
-    state = Held(model, build_optimizer(OptimConfig(moments="bf16"), model.named_parameters()))
+    state = TorchState(model, build_optimizer(OptimConfig(moments="bf16"), model.named_parameters()))
     state.allocate_moments({"optim.w.step": (), "optim.w.exp_avg": (3, 4), "optim.w.exp_avg_sq": (3, 4)})
     dtypes = {name: moment.dtype for name, moment in state.moments().items()}
     bf16 = torch.bfloat16

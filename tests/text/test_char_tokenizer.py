@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as Reference
 
-from dist_llm.convert.tokenizer import export_chars
+from dist_llm.convert.export_tokenizers import export_chars
 from dist_llm.data.corpus import Corpus
 from dist_llm.errors import DataError
 from dist_llm.generate import ask

@@ -33,7 +33,7 @@ def test_a_directory_of_checkpoints_that_cannot_be_written(rank: int, tmp_path: 
 def test_a_url_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Folder("memory://bucket/checkpoints")
     check_writable(folder, "checkpoint.dir")
-    assert folder.names() == []
+    assert folder.list_names() == []
 
     def refuse(*given: object) -> None:
         raise PermissionError("AccessDenied")
@@ -54,7 +54,7 @@ def test_too_little_room_for_one_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_a_run_that_saves_nothing_more_needs_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(5000, 5000, 0))
-    monkeypatch.setattr(directories, "checkpoint_bytes", lambda config: 1)
+    monkeypatch.setattr(directories, "count_checkpoint_bytes", lambda config: 1)
     config = config_of(1, {}, run={"dir": str(tmp_path / "run")})
     folder = Folder(tmp_path / "run" / "checkpoints")
     with open_directories(config, folder, World(), saves=False):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_llm.checkpoint.state import GuardState, Progress
+from dist_llm.checkpoint.checkpoint_state import GuardState, Progress
 from dist_llm.config.schema import GuardConfig
 from dist_llm.errors import DivergedError
 from dist_llm.optim.loss_scale import LossScale

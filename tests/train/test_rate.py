@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.folder import Folder
-from dist_llm.checkpoint.state import Progress
 from dist_llm.config.derive import resolve
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config

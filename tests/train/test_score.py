@@ -7,8 +7,8 @@ import pytest
 
 from dist_llm import cli
 from dist_llm.config.schema import Config
-from dist_llm.convert import hub
-from dist_llm.convert.weights import MadeWeights
+from dist_llm.convert import hf_convert
+from dist_llm.convert.weights import LazyWeights
 from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.world import World
 from dist_llm.train.score import Windows, _with_seq_len, score
@@ -51,7 +51,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("imported")
     config = config_for(vocab_size=257)
     weights = weights_for(config)
-    hub.export(MadeWeights(weights.shapes, weights.read), config, None, directory / "hf", "llama")
+    hf_convert.export_hf(LazyWeights(weights.shapes, weights.read), config, None, directory / "hf", "llama")
     assert load_tool("convert_checkpoint")("from-hf", directory / "hf", directory / "ours") == 0
     return directory / "ours"
 

@@ -1,6 +1,6 @@
-"""What a checkpoint holds: weights and moments by parameter name, and the run's counters.
+"""The content of a checkpoint: weights and moments by parameter name, and the run's counters.
 
-Nothing hidden needs restoring: learning rate, data order and dropout are functions of the step.
+No other state has to be restored: learning rate, data order and dropout are functions of the step.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -18,7 +18,7 @@ from dist_llm.optim.loss_scale import LossScale
 
 @dataclass
 class GuardState:
-    """What the guard remembers: recent losses of good steps, how much of guard.budget is used, samples left out."""
+    """State of the guard: recent losses of good steps, how much of guard.budget is used, and the samples left out."""
 
     losses: list[float] = field(default_factory=list)
     # Named `spent` up to version 0.1.
@@ -28,10 +28,11 @@ class GuardState:
 
 @dataclass
 class Progress:
-    """How far the run is; `samples` is the next sample number, `loss_scale` what fp16 goes on with.
+    """Progress of a run. `samples` is the number of the next sample; `loss_scale` is the state of fp16's dynamic loss
+    scale.
 
-    `source_tokens` are those scored so far of each source, where there are several. `heldout_loss` is that of this
-    very step, if it was evaluated.
+    `source_tokens` counts the scored tokens of each data source, if there are several. `heldout_loss` is the loss of
+    this step, if it was evaluated.
     """
 
     step: Count = 0
@@ -44,51 +45,53 @@ class Progress:
 
     @staticmethod
     def parse(content: bytes) -> "Progress":
-        """From the JSON of `as_dict`. Older checkpoints have fewer fields. Raises ValueError for anything else."""
+        """Parse the JSON of `as_dict`. Fields that older checkpoints lack get defaults. Raises ValueError for other
+        content."""
         return TypeAdapter(Progress).validate_json(content, strict=True)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-class Named(Protocol):
-    """A model, or an engine that holds parts of one."""
+class HasNamedParameters(Protocol):
+    """A model, or an engine that has parts of a model."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
-class State(Protocol):
-    """What a rank holds of a run's tensors, by the names of a checkpoint; each a tensor, a DTensor or `Boxes`."""
+class CheckpointState(Protocol):
+    """Access to a rank's tensors by the names of a checkpoint. Each is a tensor, a DTensor or a `FlatShard`."""
 
     def weights(self) -> dict[str, Any]:
-        """{"model.NAME": parameter}, to be written, and read in place."""
+        """Return {"model.NAME": parameter}, to be written, or to be read in place."""
         ...
 
     def moments(self) -> dict[str, Any]:
-        """{"optim.NAME.KEY": tensor} of every parameter that has been stepped."""
+        """Return {"optim.NAME.KEY": tensor} of all parameters that have optimizer state."""
         ...
 
     def allocate_moments(self, saved: Mapping[str, tuple[int, ...]]) -> None:
-        """Give each parameter the state that `saved` (name -> shape) lists, zero, for `moments` to be read into.
+        """Allocate the optimizer state that `saved` (name -> shape) lists, as zeros, so that `moments` can be read into
+        it.
 
-        The optimizer's settings are not in a checkpoint: those of the config in hand hold.
+        The optimizer's settings are not in a checkpoint: those of the current config apply.
         """
         ...
 
-    def settle(self) -> None:
-        """After reading: bring up to date what is made of the tensors read."""
+    def after_load(self) -> None:
+        """Update everything that is derived from the tensors that were read."""
         ...
 
 
 @dataclass(frozen=True)
-class Held:
-    """`State` of plain torch: a model's parameters, and the moments if there is an optimizer."""
+class TorchState:
+    """`CheckpointState` of plain torch: a model's parameters, and the moments if there is an optimizer."""
 
-    model: Named
+    model: HasNamedParameters
     optimizer: optim.Optimizer | None = None
 
     def weights(self) -> dict[str, Any]:
-        return {f"model.{name}": parameter.detach() for name, parameter in self._first().items()}
+        return {f"model.{name}": parameter.detach() for name, parameter in self._unique_parameters().items()}
 
     def moments(self) -> dict[str, Any]:
         if self.optimizer is None:
@@ -97,7 +100,7 @@ class Held:
         assert known >= {parameter for _, parameter in self.model.named_parameters()}, "moments would be left out"
         return {
             f"optim.{name}.{key}": value
-            for name, parameter in self._first().items()
+            for name, parameter in self._unique_parameters().items()
             for key, value in self.optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)
         }
@@ -106,19 +109,19 @@ class Held:
         if self.optimizer is None:
             return
         self.optimizer.state.clear()
-        groups = {each: group for group in self.optimizer.param_groups for each in group["params"]}
+        groups = {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self.model.named_parameters():
-            moments = saved_moments(saved, name)
-            refuse_other_optimizer(name, moments, groups[parameter])
+            moments = moment_shapes(saved, name)
+            check_moment_names(name, moments, groups[parameter])
             for key, shape in moments.items():
                 dtype = getattr(self.optimizer, "moment_dtypes", {}).get(key)
                 empty = torch.zeros_like(parameter, dtype=dtype) if shape else torch.zeros((), device=parameter.device)
                 self.optimizer.state[parameter][key] = empty
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """A rank that holds a tied weight twice (both ends of a pipeline) has read it once."""
-        first = self._first()
+    def after_load(self) -> None:
+        """Copy tied weights that this rank has twice (both ends of a pipeline), since they are read once."""
+        first = self._unique_parameters()
         for name, parameter in self.model.named_parameters():
             if parameter is not first[name]:
                 parameter.copy_(first[name])
@@ -126,27 +129,27 @@ class Held:
                 for key, value in state.get(parameter, {}).items():
                     value.copy_(state[first[name]][key])
 
-    def _first(self) -> dict[str, nn.Parameter]:
-        found: dict[str, nn.Parameter] = {}
+    def _unique_parameters(self) -> dict[str, nn.Parameter]:
+        parameters: dict[str, nn.Parameter] = {}
         for name, parameter in self.model.named_parameters():
-            found.setdefault(name, parameter)
-        return found
+            parameters.setdefault(name, parameter)
+        return parameters
 
 
-def refuse_other_optimizer(name: str, moments: Collection[str], group: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where a parameter has moments that an optimizer does not keep of this group of its own."""
-    wanted = {"step", "exp_avg", "exp_avg_sq"}
-    if "momentum" in group:  # SGD's, and Muon's
-        wanted = {"momentum_buffer"} if group["momentum"] else set()
-    if moments and set(moments) != wanted:
+def check_moment_names(name: str, moments: Collection[str], group: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the saved moments of a parameter are not those that this group's optimizer has."""
+    expected = {"step", "exp_avg", "exp_avg_sq"}
+    if "momentum" in group:  # SGD and Muon
+        expected = {"momentum_buffer"} if group["momentum"] else set()
+    if moments and set(moments) != expected:
         raise CheckpointError(
             f"optim.name: the checkpoint's optimizer keeps {', '.join(sorted(moments))} of {name}, this one "
-            f"{', '.join(sorted(wanted)) or 'nothing'}; set it as it was, or begin a new run with init_from and "
+            f"{', '.join(sorted(expected)) or 'nothing'}; set it as it was, or begin a new run with init_from and "
             "init_optimizer: fresh"
         )
 
 
-def saved_moments(saved: Mapping[str, tuple[int, ...]], name: str) -> dict[str, tuple[int, ...]]:
-    """{key: shape} of the moments that a checkpoint has of a parameter."""
+def moment_shapes(saved: Mapping[str, tuple[int, ...]], name: str) -> dict[str, tuple[int, ...]]:
+    """Return {key: shape} of the moments that a checkpoint has of a parameter."""
     prefix = f"optim.{name}."
     return {key.removeprefix(prefix): shape for key, shape in saved.items() if key.startswith(prefix)}

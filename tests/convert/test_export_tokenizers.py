@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
-import dist_llm.convert.tokenizer as convert
+import dist_llm.convert.export_tokenizers as convert
 from dist_llm.config.schema import ModelConfig
-from dist_llm.convert.huggingface import READERS
-from dist_llm.convert.tokenizer import export_tokenizer, import_tokenizer
+from dist_llm.convert.export_tokenizers import export_tokenizer, import_tokenizer
+from dist_llm.convert.hf_config import READERS
 from dist_llm.data.tokenizer_file import identity
 from dist_llm.errors import CheckpointError
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
@@ -72,9 +72,9 @@ NAMES = ["byte", "bpe:600 gpt2", "bpe:600 llama3", "bpe:600 cl100k", "shuffled",
 @pytest.fixture(scope="module", params=NAMES)
 def exported(request, tmp_path_factory):
     """A tokenizer of ours, and theirs made of it, which takes special tokens' strings for text as ours does."""
-    ours, directory = build(request.param), tmp_path_factory.mktemp("exported")
-    export_tokenizer(ours, directory)
-    return SimpleNamespace(ours=ours, theirs=load(directory, split_special_tokens=True), directory=directory)
+    native, directory = build(request.param), tmp_path_factory.mktemp("exported")
+    export_tokenizer(native, directory)
+    return SimpleNamespace(native=native, hf=load(directory, split_special_tokens=True), directory=directory)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +86,10 @@ def load(directory, **how):
     return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, **how)
 
 
-def same(ours, theirs, text):
-    ids = ours.encode(text).tolist()
-    assert theirs(text)["input_ids"] == ids
-    assert theirs.decode(ids) == ours.decode(ids) == text
+def same(native, hf, text):
+    ids = native.encode(text).tolist()
+    assert hf(text)["input_ids"] == ids
+    assert hf.decode(ids) == native.decode(ids) == text
 
 
 def test_texts_give_the_same_ids_and_come_back(exported):
@@ -122,11 +122,11 @@ def test_a_model_beside_it_does_not_change_the_class(bpe, family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     if family == "qwen2":
         assert type(load(tmp_path)).__name__ == "Qwen2Tokenizer"
-        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path, split_special_tokens=True)
+        hf = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path, split_special_tokens=True)
     else:
-        theirs = load(tmp_path, split_special_tokens=True)
+        hf = load(tmp_path, split_special_tokens=True)
     for text in DIFFICULT_TEXTS:
-        same(bpe, theirs, text)
+        same(bpe, hf, text)
 
 
 def test_a_special_tokens_string_is_the_token_by_default(bpe, tmp_path):
@@ -141,18 +141,18 @@ def test_a_special_tokens_string_is_the_token_by_default(bpe, tmp_path):
 def test_ids_of_objectives_have_names(bpe, architecture, bos, tmp_path):
     size = {"d_model": 8, "n_layers": 1, "n_heads": 1, "max_seq_len": 77}
     export_tokenizer(bpe, tmp_path, ModelConfig(architecture=architecture, vocab_size=620, **size))
-    theirs = load(tmp_path)
-    assert (len(theirs), theirs.model_max_length) == (620, 77)
-    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token, theirs.unk_token) == (bos, ENDOFTEXT, ENDOFTEXT, None)
+    hf = load(tmp_path)
+    assert (len(hf), hf.model_max_length) == (620, 77)
+    assert (hf.bos_token, hf.eos_token, hf.pad_token, hf.unk_token) == (bos, ENDOFTEXT, ENDOFTEXT, None)
     vocabulary = bpe.vocabulary()
-    assert theirs.mask_token_id == vocabulary.special("mask")
-    ids = theirs("a <mask><sentinel 0> b<sentinel 11>")["input_ids"]
+    assert hf.mask_token_id == vocabulary.special("mask")
+    ids = hf("a <mask><sentinel 0> b<sentinel 11>")["input_ids"]
     a, b = bpe.encode("a"), bpe.encode(" b")
     assert ids == [*a, vocabulary.special("mask"), vocabulary.sentinel(0), *b, vocabulary.sentinel(11)]
-    assert theirs.decode(ids) == "a<mask><sentinel 0> b<sentinel 11>"
-    assert theirs.decode(ids, skip_special_tokens=True) == "a b"
+    assert hf.decode(ids) == "a<mask><sentinel 0> b<sentinel 11>"
+    assert hf.decode(ids, skip_special_tokens=True) == "a b"
     for number in range(600, 620):
-        assert theirs.convert_ids_to_tokens(number) == vocabulary.describe(number)
+        assert hf.convert_ids_to_tokens(number) == vocabulary.describe(number)
     assert import_tokenizer(tmp_path).sha256 == bpe.sha256
 
 
@@ -165,9 +165,9 @@ def test_padding_of_the_vocabulary_is_no_token(bpe, tmp_path):
 
 
 def test_a_name_that_is_taken_gets_another(bpe, tmp_path):
-    taken = BPETokenizer("x", bpe.pattern, bpe.ranks, {ENDOFTEXT: 599, "<mask>": 600})
-    export_tokenizer(taken, tmp_path, extra=10)
-    assert load(tmp_path).mask_token_id == taken.vocabulary().special("mask") == 602
+    with_mask = BPETokenizer("x", bpe.pattern, bpe.ranks, {ENDOFTEXT: 599, "<mask>": 600})
+    export_tokenizer(with_mask, tmp_path, extra=10)
+    assert load(tmp_path).mask_token_id == with_mask.vocabulary().special("mask") == 602
 
 
 def swap(items, a, b):
@@ -193,21 +193,21 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_what_was_written_is_noticed(bpe, fault, monkeypatch, tmp_path):
-    right = convert._content
+    right = convert._build_content
 
     def wrong(*arguments):
         content = json.loads(json.dumps(right(*arguments)))
         FAULTS[fault](content)
         return content
 
-    monkeypatch.setattr(convert, "_content", wrong)
+    monkeypatch.setattr(convert, "_build_content", wrong)
     with pytest.raises(CheckpointError):
         export_tokenizer(bpe, tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["swapped merges", "another pattern"])
 def test_running_both_libraries_finds_faults_too(bpe, fault):
-    content = json.loads(json.dumps(convert._content(bpe, bpe.special_tokens, None)))
+    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, None)))
     prove_equal(bpe, content)
     FAULTS[fault](content)
     with pytest.raises(CheckpointError, match="differ on"):
@@ -235,16 +235,16 @@ def test_what_cannot_be_expressed_is_not_exported(bpe, tmp_path):
         export_tokenizer(BPETokenizer("x", r"\p{L}+", bpe.ranks, bpe.special_tokens), tmp_path)
 
 
-ASSIGNED = [chr(each) for each in (*range(0xD800), *range(0xE000, 0x32400), *range(0xE0000, 0xE0200))]
+ASSIGNED = [chr(code_point) for code_point in (*range(0xD800), *range(0xE000, 0x32400), *range(0xE0000, 0xE0200))]
 
 
 @pytest.mark.parametrize("part", [r"\p{L}", r"\p{N}", r"\s", r"(?i:[sdmt]|ll|ve|re)"])
 def test_both_engines_mean_the_same_signs(part):
     text = "".join(ASSIGNED)
     encoding = tiktoken.Encoding("x", pat_str=part, mergeable_ranks=BYTES, special_tokens={})
-    ours = bytes(encoding.encode(text, disallowed_special=())).decode()
+    native = bytes(encoding.encode(text, disallowed_special=())).decode()
     cut = pre_tokenizers.Split(Regex(for_onig(part)), "removed").pre_tokenize_str(text)
-    assert set(ours) == set(text) - {sign for piece, _ in cut for sign in piece}
+    assert set(native) == set(text) - {sign for piece, _ in cut for sign in piece}
 
 
 def test_patterns_are_rewritten_only_where_engines_differ():
@@ -256,9 +256,9 @@ def test_patterns_are_rewritten_only_where_engines_differ():
         assert for_onig(for_onig(same_there)) == same_there
 
 
-def theirs(bpe, **changes):
+def hf(bpe, **changes):
     """`tokenizer.json` as it is published elsewhere: `bpe` with one thing or another."""
-    content = json.loads(json.dumps(convert._content(bpe, bpe.special_tokens, None)))
+    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, None)))
     content["model"].update(changes.pop("model", {}))
     return content | changes
 
@@ -270,7 +270,7 @@ def write(directory, content, **settings):
 
 def named(bpe, name, **more):
     """Its end of document under another name."""
-    vocab = {token: rank for token, rank in theirs(bpe)["model"]["vocab"].items() if token != ENDOFTEXT}
+    vocab = {token: rank for token, rank in hf(bpe)["model"]["vocab"].items() if token != ENDOFTEXT}
     return {"model": {"vocab": vocab, **more}, "added_tokens": [{"id": 599, "content": name, **FLAGS}]}
 
 
@@ -280,7 +280,7 @@ FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) 
 def test_gpt2s_form(tmp_path):
     """Its own pattern within ByteLevel, merges as lines, and the two files say the same."""
     bpe = build("bpe:600 gpt2")
-    model = theirs(bpe)["model"]
+    model = hf(bpe)["model"]
     lines = [" ".join(pair) for pair in model["merges"]]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
@@ -288,10 +288,10 @@ def test_gpt2s_form(tmp_path):
     equal = bpe_or_none(two_files.content, two_files.eot)
     assert (equal.ranks, equal.special_tokens) == (bpe.ranks, bpe.special_tokens)
     assert identity(two_files.file_bytes()) == identity(build_tokenizer(str(tmp_path), None, learn).file_bytes())
-    whole = theirs(
+    hf_content = hf(
         bpe, pre_tokenizer={**BYTE_LEVEL, "use_regex": True}, model={"merges": lines, "ignore_merges": False}
     )
-    write(tmp_path, whole)
+    write(tmp_path, hf_content)
     assert identity(import_tokenizer(tmp_path).file_bytes()) == identity(bpe.file_bytes())
 
 
@@ -299,56 +299,56 @@ def test_gpt2s_form(tmp_path):
 def test_llama3s_form(bpe, eos, tmp_path):
     """All ways to make a token in the list of merges, ids in front of a text, an end of another name."""
     name = eos if isinstance(eos, str) else eos["content"]
-    ranks = {token: rank for token, rank in theirs(bpe)["model"]["vocab"].items() if rank < 599}
+    ranks = {token: rank for token, rank in hf(bpe)["model"]["vocab"].items() if rank < 599}
     cuts = [(token[:cut], token[cut:]) for token in ranks for cut in range(1, len(token))]
     merges = [[left, right] for left, right in cuts if left in ranks and right in ranks]
     merges.sort(key=lambda pair: ranks["".join(pair)])
-    assert len(merges) > len(theirs(bpe)["model"]["merges"])
+    assert len(merges) > len(hf(bpe)["model"]["merges"])
     front = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name, "type_id": 0}}]}
     front["single"].append({"Sequence": {"id": "A", "type_id": 0}})
     front |= {"pair": front["single"], "special_tokens": {name: {"id": name, "ids": [599], "tokens": [name]}}}
-    write(tmp_path, theirs(bpe, post_processor=front, **named(bpe, name, merges=merges)), eos_token=eos)
-    found = import_tokenizer(tmp_path)
-    equal = bpe_or_none(found.content, found.eot)
+    write(tmp_path, hf(bpe, post_processor=front, **named(bpe, name, merges=merges)), eos_token=eos)
+    imported = import_tokenizer(tmp_path)
+    equal = bpe_or_none(imported.content, imported.eot)
     assert (equal.ranks, equal.special_tokens, equal.pattern) == (bpe.ranks, {ENDOFTEXT: 599}, bpe.pattern)
-    assert found.first_ids == (599,)
-    assert not found.equal_bpe, "of a corpus with other ids in front"
+    assert imported.first_ids == (599,)
+    assert not imported.equal_bpe, "of a corpus with other ids in front"
 
 
 def test_qwens_form(bpe, tmp_path):
     """NFC, no whole pieces, an end of a turn beside the end of a document, an added token that is not special."""
-    content = theirs(bpe, normalizer={"type": "NFC"}, model={"ignore_merges": False})
+    content = hf(bpe, normalizer={"type": "NFC"}, model={"ignore_merges": False})
     content["added_tokens"] += [{"id": 600, "content": "<|im_end|>", **FLAGS}]
     content["added_tokens"] += [{"id": 601, "content": "<think>", **FLAGS, "special": False}]
     write(tmp_path, content, eos_token="<|im_end|>")
-    found = import_tokenizer(tmp_path)
-    assert isinstance(found, HFTokenizer)
-    assert (found.eot, found.first_ids, found.vocab_size) == (599, (), 602)
-    assert bpe_or_none(found.content, found.eot) is None, "an ordinary added token is looked for in text"
-    assert found.encode("a<think>b<|im_end|>").tolist()[:3] == [*bpe.encode("a"), 601, *bpe.encode("b")]
-    assert 600 not in found.encode("a<think>b<|im_end|>")
+    imported = import_tokenizer(tmp_path)
+    assert isinstance(imported, HFTokenizer)
+    assert (imported.eot, imported.first_ids, imported.vocab_size) == (599, (), 602)
+    assert bpe_or_none(imported.content, imported.eot) is None, "an ordinary added token is looked for in text"
+    assert imported.encode("a<think>b<|im_end|>").tolist()[:3] == [*bpe.encode("a"), 601, *bpe.encode("b")]
+    assert 600 not in imported.encode("a<think>b<|im_end|>")
 
 
 def ids_by_frequency(bpe):
-    vocab = theirs(bpe)["model"]["vocab"]
+    vocab = hf(bpe)["model"]["vocab"]
     swap(vocab, "th", "Ġs")
-    return theirs(bpe, model={"vocab": vocab})
+    return hf(bpe, model={"vocab": vocab})
 
 
 def pair_twice(bpe):
     """The pair that makes a token comes late, another one that makes the same comes early."""
-    ranks, merges = theirs(bpe)["model"]["vocab"], theirs(bpe)["model"]["merges"]
+    ranks, merges = hf(bpe)["model"]["vocab"], hf(bpe)["model"]["merges"]
     token = next("".join(pair) for pair in merges if len("".join(pair)) == 3 and "".join(pair)[1:] in ranks)
-    place = next(place for place, pair in enumerate(merges) if "".join(pair) == token)
-    return theirs(bpe, model={"merges": [*merges[:place], [token[:1], token[1:]], *merges[place + 1 :], merges[place]]})
+    index = next(index for index, pair in enumerate(merges) if "".join(pair) == token)
+    return hf(bpe, model={"merges": [*merges[:index], [token[:1], token[1:]], *merges[index + 1 :], merges[index]]})
 
 
 def unreached(bpe):
     """A token that merging never makes, in a tokenizer that takes no whole pieces."""
-    model = theirs(bpe)["model"]
+    model = hf(bpe)["model"]
     vocab = model["vocab"] | {"qzq": 601, "zq": 602}
     more = {"vocab": vocab, "merges": [*model["merges"], ["qz", "q"]], "ignore_merges": False}
-    return theirs(bpe, model={**more, "vocab": vocab | {"qz": 603}})
+    return hf(bpe, model={**more, "vocab": vocab | {"qz": 603}})
 
 
 @pytest.mark.parametrize(
@@ -357,8 +357,8 @@ def unreached(bpe):
         (lambda bpe: None, "no tokenizer.json, nor vocab.json"),
         (lambda bpe: [], "cannot be read"),
         (lambda bpe: {"model": {}}, "cannot be read"),
-        (lambda bpe: theirs(bpe, model={"merges": [["a", "漢"]]}), "cannot be read"),
-        (lambda bpe: theirs(bpe, **named(bpe, "<|stop|>")), "no token that ends a document"),
+        (lambda bpe: hf(bpe, model={"merges": [["a", "漢"]]}), "cannot be read"),
+        (lambda bpe: hf(bpe, **named(bpe, "<|stop|>")), "no token that ends a document"),
     ],
 )
 def test_what_cannot_be_read_is_not_imported(bpe, change, message, tmp_path):
@@ -374,17 +374,17 @@ def test_what_cannot_be_read_is_not_imported(bpe, change, message, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda bpe: theirs(bpe, model={"type": "Unigram"}), "is Unigram, not byte-level BPE"),
-        (lambda bpe: theirs(bpe, model={"type": "WordPiece"}), "is WordPiece, not"),
-        (lambda bpe: theirs(bpe, model={"byte_fallback": True}), "BPE with byte_fallback"),
-        (lambda bpe: theirs(bpe, model={"end_of_word_suffix": "</w>"}), "BPE with end_of_word_suffix"),
-        (lambda bpe: theirs(bpe, pre_tokenizer=None), "not by one split pattern"),
-        (lambda bpe: theirs(bpe, pre_tokenizer={**BYTE_LEVEL, "add_prefix_space": True}), "a space in front"),
-        (lambda bpe: theirs(bpe, normalizer={"type": "NFKC"}), "NFKC"),
-        (lambda bpe: theirs(bpe, pre_tokenizer=onig(r"\p{N}{1,3}+|.")), "not known to mean the same"),
-        (lambda bpe: theirs(bpe, pre_tokenizer=onig(r"\p{N}{1,3}+|\s|\S")), "tiktoken reads it differently"),
+        (lambda bpe: hf(bpe, model={"type": "Unigram"}), "is Unigram, not byte-level BPE"),
+        (lambda bpe: hf(bpe, model={"type": "WordPiece"}), "is WordPiece, not"),
+        (lambda bpe: hf(bpe, model={"byte_fallback": True}), "BPE with byte_fallback"),
+        (lambda bpe: hf(bpe, model={"end_of_word_suffix": "</w>"}), "BPE with end_of_word_suffix"),
+        (lambda bpe: hf(bpe, pre_tokenizer=None), "not by one split pattern"),
+        (lambda bpe: hf(bpe, pre_tokenizer={**BYTE_LEVEL, "add_prefix_space": True}), "a space in front"),
+        (lambda bpe: hf(bpe, normalizer={"type": "NFKC"}), "NFKC"),
+        (lambda bpe: hf(bpe, pre_tokenizer=onig(r"\p{N}{1,3}+|.")), "not known to mean the same"),
+        (lambda bpe: hf(bpe, pre_tokenizer=onig(r"\p{N}{1,3}+|\s|\S")), "tiktoken reads it differently"),
         (pair_twice, "do not rise in the order of its merges"),
-        (lambda bpe: theirs(bpe, model={"merges": theirs(bpe)["model"]["merges"][:-1]}), "do not rise"),
+        (lambda bpe: hf(bpe, model={"merges": hf(bpe)["model"]["merges"][:-1]}), "do not rise"),
         (unreached, "do not rise in the order of its merges"),
         (ids_by_frequency, "do not rise in the order of its merges"),
     ],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_llm.checkpoint.size import checkpoint_bytes
+from dist_llm.checkpoint.checkpoint_size import count_checkpoint_bytes
 from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of
@@ -16,4 +16,4 @@ def test_the_bytes_of_weights_and_moments(optim: dict[str, object]) -> None:
     engine = NativeEngine(config, torch.device("cpu"))
     train_step(engine, batches_of(config, engine, 0), 1e-3)
     tensors = (engine.state.weights() | engine.state.moments()).values()
-    assert checkpoint_bytes(config) == sum(each.numel() * each.element_size() for each in tensors)
+    assert count_checkpoint_bytes(config) == sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dist_llm.checkpoint.compatible import check_parameters, check_resume, check_start
+from dist_llm.checkpoint.compatibility import check_init_from, check_parameters, check_resume
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
@@ -47,14 +47,14 @@ def test_a_resume_refuses_another_function(case: str, tmp_path: Path) -> None:
 def test_a_start_refuses_what_was_not_requested(case: str, tmp_path: Path) -> None:
     before, now, message = WRONG[case]
     path = saved(tmp_path, before)
-    assert check_start(path, config_of(1, before)) == []
+    assert check_init_from(path, config_of(1, before)) == []
     with pytest.raises(CheckpointError, match=f"(?s)another model than the checkpoint.*model.{message}"):
-        check_start(path, config_of(1, now))
+        check_init_from(path, config_of(1, now))
     start = {"init_from": str(path), "init_allow": [f"model.{key}" for key in now or before]}
     if FIXED & set(start["init_allow"]):
         return
-    requested = check_start(path, config_of(1, now, **start))
-    assert {each.key for each in requested} == set(start["init_allow"])
+    requested = check_init_from(path, config_of(1, now, **start))
+    assert {difference.key for difference in requested} == set(start["init_allow"])
 
 
 def test_a_request_allows_nothing_else(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_request_allows_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"(?s)norm_eps.*set init_allow=\[model.rope_theta,model.norm_eps\]"
     ) as error:
-        check_start(path, config_of(1, {"rope_theta": 5e5, "norm_eps": 1e-6}, **start))
+        check_init_from(path, config_of(1, {"rope_theta": 5e5, "norm_eps": 1e-6}, **start))
     assert "rope_theta: 10000.0" not in str(error.value)
 
 
@@ -71,14 +71,14 @@ def test_another_objective_is_requested(tmp_path: Path) -> None:
     path = saved(tmp_path, {})
     prefix = {"objective": {"name": "prefix"}, "init_from": str(path)}
     with pytest.raises(CheckpointError, match="objective: causal in the checkpoint, prefix"):
-        check_start(path, config_of(1, {}, **prefix))
-    assert len(check_start(path, config_of(1, {}, **prefix, init_allow=["objective"]))) == 1
+        check_init_from(path, config_of(1, {}, **prefix))
+    assert len(check_init_from(path, config_of(1, {}, **prefix, init_allow=["objective"]))) == 1
 
 
-def test_what_is_no_part_of_the_function_is_allowed_and_named(tmp_path: Path) -> None:
+def test_harmless_differences_are_allowed_and_reported(tmp_path: Path) -> None:
     path = saved(tmp_path, {})
-    found = check_resume(Folder(path), config_of(1, {"dropout": 0.1, "init_std": 0.1}))
-    assert [str(each) for each in found] == [
+    differences = check_resume(Folder(path), config_of(1, {"dropout": 0.1, "init_std": 0.1}))
+    assert [str(difference) for difference in differences] == [
         "model.dropout: 0.0 in the checkpoint, 0.1 in this config",
         "model.init_std: 0.02 in the checkpoint, 0.1 in this config",
     ]
@@ -96,7 +96,9 @@ def test_every_parameter_of_the_checkpoint_is_used(before: dict[str, Any], now: 
     """Also where the checkpoint's config does not say what it has."""
 
     def shapes(config: Config) -> dict[str, tuple[int, ...]]:
-        return {f"model.{name}": tuple(each.shape) for name, each in build_model(config.model).named_parameters()}
+        return {
+            f"model.{name}": tuple(parameter.shape) for name, parameter in build_model(config.model).named_parameters()
+        }
 
     old, new = config_of(1, before), config_of(1, now)
     assert check_parameters(tmp_path, shapes(old), old.model, requested=False) == ([], [])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_llm.checkpoint.adapt import start_from
-from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.init_from import init_from_checkpoint
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
@@ -41,41 +41,41 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     return path, {name: full_tensor(tensor) for name, tensor in state.items()}
 
 
-def adapted(resolved: Config, path: Path, keep: bool, known: int) -> dict[str, torch.Tensor]:
+def initialized(resolved: Config, path: Path, keep: bool, known: int) -> dict[str, torch.Tensor]:
     engine = NativeEngine(resolved, CPU)
-    start_from(path, engine.state, keep, known)
+    init_from_checkpoint(path, engine.state, keep, known)
     return {name: full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()}
 
 
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2}), Layout(2, {"tp": 2})], ids=str)
 @pytest.mark.parametrize("keep", [False, True], ids=["fresh", "keep"])
-def test_known_rows_are_kept_and_new_ones_begin(layout: Layout, keep: bool, saved: tuple) -> None:
+def test_known_rows_are_copied_and_new_rows_initialized(layout: Layout, keep: bool, saved: tuple) -> None:
     path, old = saved
     resolved = config(NEW, layout.ranks, **layout.parallel)
     fresh = NativeEngine(config(NEW), CPU)
-    beginning = {name: full_tensor(tensor) for name, tensor in fresh.state.weights().items()}
+    initial = {name: full_tensor(tensor) for name, tensor in fresh.state.weights().items()}
     if layout.ranks == 1:
-        found = adapted(resolved, path, keep, OLD)
+        actual = initialized(resolved, path, keep, OLD)
     else:
-        found = world(layout.ranks).run(adapted, resolved, path, keep, OLD)[0]
-    assert any(name.startswith("optim.") for name in found) == keep
-    for name, tensor in found.items():
+        actual = world(layout.ranks).run(initialized, resolved, path, keep, OLD)[0]
+    assert any(name.startswith("optim.") for name in actual) == keep
+    for name, tensor in actual.items():
         if not name.split(".", 1)[1].startswith(TABLES) or not tensor.ndim:
             assert torch.equal(tensor, old[name]), name
             continue
         assert torch.equal(tensor[:OLD], old[name][:OLD]), name
-        start = beginning[name][OLD:] if name.startswith("model.") else torch.zeros_like(tensor[OLD:])
+        start = initial[name][OLD:] if name.startswith("model.") else torch.zeros_like(tensor[OLD:])
         assert torch.equal(tensor[OLD:], start), name
 
 
 def test_fewer_ids_take_the_first_ones(saved: tuple) -> None:
     path, old = saved
-    found = adapted(config(50), path, keep=False, known=50)
-    assert torch.equal(found["model.embed.tokens.weight"][:50], old["model.embed.tokens.weight"][:50])
+    actual = initialized(config(50), path, keep=False, known=50)
+    assert torch.equal(actual["model.embed.tokens.weight"][:50], old["model.embed.tokens.weight"][:50])
 
 
 def test_another_model_is_refused(saved: tuple) -> None:
     path, _ = saved
     engine = NativeEngine(config_of(1, {"vocab_size": NEW, "d_ff": 64}), CPU)
     with pytest.raises(CheckpointError, match=r"feedforward.gate.weight has shape .* use the `model` section"):
-        start_from(path, engine.state, False, OLD)
+        init_from_checkpoint(path, engine.state, False, OLD)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.boxes import Boxes, boxes, placed
-from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.flat_shard import FlatShard, flat_range_to_boxes, local_chunks
 from dist_llm.checkpoint.store import CheckpointStore
 from tests.laws.worlds import world
 
@@ -21,25 +21,25 @@ SHAPES = {"model.a": (7, 5), "model.b": (3, 2, 4), "model.c": (11,), "model.d": 
 
 
 @given(st.lists(st.integers(1, 5), max_size=4), st.data())
-def test_boxes_are_the_stretch_and_nothing_else(shape: list[int], data: st.DataObject) -> None:
+def test_boxes_cover_the_range_exactly(shape: list[int], data: st.DataObject) -> None:
     start = data.draw(st.integers(0, prod(shape)))
     stop = data.draw(st.integers(start, prod(shape)))
     flat = torch.arange(start, stop)
-    whole = torch.full(shape, -1)
-    for offset, piece in placed(Boxes.of_flat(tuple(shape), flat, start)):
-        place = tuple(slice(at, at + size) for at, size in zip(offset, piece.shape, strict=True))
-        assert (whole[place] == -1).all(), "an element twice"
-        whole[place] = piece
+    full = torch.full(shape, -1)
+    for offset, chunk in local_chunks(FlatShard.from_flat(tuple(shape), flat, start)):
+        box = tuple(slice(at, at + size) for at, size in zip(offset, chunk.shape, strict=True))
+        assert (full[box] == -1).all(), "an element twice"
+        full[box] = chunk
     want = np.full(prod(shape), -1)
     want[start:stop] = np.arange(start, stop)
-    assert whole.flatten().tolist() == want.tolist()
-    assert len(list(boxes(tuple(shape), start, stop))) <= max(1, 2 * len(shape) - 1)
+    assert full.flatten().tolist() == want.tolist()
+    assert len(list(flat_range_to_boxes(tuple(shape), start, stop))) <= max(1, 2 * len(shape) - 1)
 
 
-def test_pieces_are_views_of_the_partition() -> None:
+def test_chunks_are_views_of_the_partition() -> None:
     flat = torch.zeros(9)
-    for _, piece in placed(Boxes.of_flat((4, 4), flat, 3)):
-        piece.fill_(1)
+    for _, chunk in local_chunks(FlatShard.from_flat((4, 4), flat, 3)):
+        chunk.fill_(1)
     assert flat.tolist() == [1.0] * 9
 
 
@@ -52,20 +52,20 @@ class Split:
         size = -(-len(row) // ranks)
         first = rank * size
         self.flat = row[first : first + size].clone() if fill else torch.full((min(size, len(row) - first),), -1.0)
-        self.held, start = {}, 0
+        self.shards, start = {}, 0
         for name, value in values.items():
             begin, end = max(start, first), max(min(start + value.numel(), first + size), start, first)
             part = self.flat[begin - first : end - first]
-            self.held[name] = Boxes.of_flat(tuple(value.shape), part, begin - start)
+            self.shards[name] = FlatShard.from_flat(tuple(value.shape), part, begin - start)
             start += value.numel()
 
-    def weights(self) -> dict[str, Boxes]:
-        return self.held
+    def weights(self) -> dict[str, FlatShard]:
+        return self.shards
 
     def moments(self) -> dict[str, Tensor]:
         return {}
 
-    def settle(self) -> None:
+    def after_load(self) -> None:
         pass
 
 
@@ -77,25 +77,25 @@ def expected() -> dict[str, Tensor]:
 
 
 def save(directory: Path, background: bool) -> None:
-    kept = CheckpointStore(directory)
-    kept.config = kept.config.model_copy(update={"background": background})
-    kept.save(Split(fill=True), Progress(1), {})
-    kept.finish()
+    checkpoints = CheckpointStore(directory)
+    checkpoints.config = checkpoints.config.model_copy(update={"background": background})
+    checkpoints.save(Split(fill=True), Progress(1), {})
+    checkpoints.finish()
 
 
 def load_split(directory: Path) -> bool:
-    held = Split(fill=False)
-    store.load(directory, held, moments=False)
-    return torch.equal(held.flat, Split(fill=True).flat)
+    shards = Split(fill=False)
+    store.load(directory, shards, moments=False)
+    return torch.equal(shards.flat, Split(fill=True).flat)
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_what_three_ranks_write_two_and_one_read(background: bool, tmp_path: Path) -> None:
+def test_three_ranks_write_and_two_or_one_read(background: bool, tmp_path: Path) -> None:
     world(3).run(save, tmp_path, background)
-    newest = CheckpointStore(tmp_path).committed()[-1]
+    newest = CheckpointStore(tmp_path).list_committed()[-1]
     assert newest.local is not None
     assert all(world(2).run(load_split, newest.local))
-    whole = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    store.read(newest, dict(whole))
+    full = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    store.read_tensors(newest, dict(full))
     for name, value in expected().items():
-        assert torch.equal(whole[name], value), name
+        assert torch.equal(full[name], value), name

@@ -1,4 +1,4 @@
-"""Writing tensors one at a time, so that no more than one is in memory; whole at their place or not there at all."""
+"""Write tensors one at a time, so that at most one is in memory. The output appears complete or not at all."""
 
 import hashlib
 import json
@@ -13,37 +13,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_llm.checkpoint.checkpoint_write import CheckpointGroup, CheckpointWrite
 from dist_llm.checkpoint.folder import Folder
-from dist_llm.checkpoint.writing import Team, Writing
 from dist_llm.convert.weights import INDEX, Weights
 from dist_llm.data.remote import sync_directory
 from dist_llm.errors import CheckpointError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-MAY_BE_ZERO = re.compile(r"optim\..*|.*token_type_embeddings\.weight")  # moments, and what only BERT's twin has
-SHARD_BYTES = 5_000_000_000  # of one safetensors file, unless one tensor is larger
+# moments, and a tensor that only Hugging Face's BERT has
+MAY_BE_ZERO = re.compile(r"optim\..*|.*token_type_embeddings\.weight")
+SHARD_BYTES = 5_000_000_000  # maximum size of a safetensors file, unless one tensor is larger
 
 
 @contextmanager
-def made_whole(target: Path) -> Iterator[Path]:
-    """A place aside to write a new file or directory to; it takes the name `target` when the block ends well.
+def write_atomically(target: Path) -> Iterator[Path]:
+    """Yield a temporary path for a new file or directory, which is renamed to `target` if the block succeeds.
 
-    Raises CheckpointError where `target` is there already.
+    Raises CheckpointError if `target` exists.
     """
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise CheckpointError(f"{target}: is there already; name another output, or remove it")
-    aside = target.with_name(f"{target.name}.partial")
+    temporary = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove(aside)
+    _remove(temporary)
     try:
-        yield aside
-        aside.replace(target)  # an empty directory gives way
+        yield temporary
+        temporary.replace(target)  # replaces an empty directory
         sync_directory(target.parent)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error}") from None
     finally:
-        _remove(aside)
+        _remove(temporary)
 
 
 def _remove(path: Path) -> None:
@@ -54,15 +55,15 @@ def _remove(path: Path) -> None:
 
 
 def write_native(directory: Path, weights: Weights, files: Mapping[str, bytes]) -> None:
-    """A checkpoint of ours, all in fp32, with small files beside the tensors."""
+    """Write a checkpoint in our format, all in fp32, with small files beside the tensors."""
     state = {name: torch.empty(shape, device="meta") for name, shape in weights.shapes.items()}
-    writing = Writing(Team(), Folder(directory), state, _Floats(weights), files, few_files=False)
-    writing.start()
-    writing.finish()
+    write = CheckpointWrite(CheckpointGroup(), Folder(directory), state, _Float32View(weights), files, few_files=False)
+    write.start()
+    write.finish()
 
 
-class _Floats(Mapping[str, Tensor]):
-    """What is read of `weights`, as fp32."""
+class _Float32View(Mapping[str, Tensor]):
+    """The tensors of `weights`, converted to fp32 when they are read."""
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
@@ -80,14 +81,15 @@ class _Floats(Mapping[str, Tensor]):
 def write_safetensors(
     directory: Path, weights: Weights, dtype: torch.dtype = torch.float32, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Hugging Face's form: model.safetensors, or several and an index. (The library's own writer holds a file twice.)
+    """Write Hugging Face's format: model.safetensors, or several files and an index.
 
-    Raises CheckpointError where what is read back is not what was written.
+    The library's own writer holds a full file in memory. Raises CheckpointError if the output differs when it is read
+    back.
     """
     shards: list[list[str]] = [[]]
     size = 0
     for name, shape in weights.shapes.items():
-        length = _bytes(shape, dtype)
+        length = _count_bytes(shape, dtype)
         if shards[-1] and size + length > shard_bytes:
             shards.append([])
             size = 0
@@ -98,56 +100,58 @@ def write_safetensors(
     for file, names in zip(files, shards, strict=True):
         _write_shard(directory / file, weights, names, dtype)
     if len(files) > 1:
-        total = sum(_bytes(shape, dtype) for shape in weights.shapes.values())
-        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        total = sum(_count_bytes(shape, dtype) for shape in weights.shapes.values())
+        file_of = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_shard(path: Path, weights: Weights, names: list[str], dtype: torch.dtype) -> None:
-    """The format: the header's length in 8 bytes, the header in JSON, then the tensors in its order."""
+    """Write one file: the header's length in 8 bytes, the header in JSON, then the tensors in the order of the
+    header."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
         shape = weights.shapes[name]
-        begin, end = end, end + _bytes(shape, dtype)
+        begin, end = end, end + _count_bytes(shape, dtype)
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            file.write(_bytes_of(weights.read(name).to(dtype)))
+            file.write(_tensor_bytes(weights.read(name).to(dtype)))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def _count_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def reopen(written: Weights, source: Weights, dtype: torch.dtype) -> None:
+def verify_written(written: Weights, source: Weights, dtype: torch.dtype) -> None:
     """Raise CheckpointError unless `written` has the names, shapes and values of `source`, all finite.
 
-    A weight matrix that is all zero is an error too, where it is none that may be.
+    A weight matrix of zeros is an error too, unless MAY_BE_ZERO matches its name.
     """
     if written.shapes != source.shapes:
         raise CheckpointError(f"what was written has other tensors: {sorted(set(written.shapes) ^ set(source.shapes))}")
     for name, shape in source.shapes.items():
-        want = _digest(source.read(name).to(dtype))  # and not the tensor: one at a time
-        found = written.read(name).to(dtype)
-        least, most = found.aminmax() if found.numel() else (torch.ones(1), torch.ones(1))  # takes no more memory
-        if not (torch.isfinite(least) and torch.isfinite(most)):
+        expected = _compute_digest(source.read(name).to(dtype))  # keep the digest, not the tensor: one tensor at a time
+        actual = written.read(name).to(dtype)
+        # aminmax allocates no temporary tensor.
+        smallest, largest = actual.aminmax() if actual.numel() else (torch.ones(1), torch.ones(1))
+        if not (torch.isfinite(smallest) and torch.isfinite(largest)):
             raise CheckpointError(f"{name}: has values that are not finite")
-        if _digest(found) != want:
+        if _compute_digest(actual) != expected:
             raise CheckpointError(f"{name}: what was written is not what was read")
-        if len(shape) > 1 and not MAY_BE_ZERO.fullmatch(name) and least == most == 0:
+        if len(shape) > 1 and not MAY_BE_ZERO.fullmatch(name) and smallest == largest == 0:
             raise CheckpointError(f"{name}: is all zero")
 
 
-def _digest(tensor: Tensor) -> bytes:
-    return hashlib.sha256(_bytes_of(tensor)).digest()
+def _compute_digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(_tensor_bytes(tensor)).digest()
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def _tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

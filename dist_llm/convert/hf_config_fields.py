@@ -1,11 +1,11 @@
-"""The fields of a Hugging Face config.json: each is read, is known to change nothing, or is named in an error."""
+"""Fields of a Hugging Face config.json: each one is read, is known to have no effect, or is reported as an error."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from dist_llm.errors import CheckpointError
 
-# Without an effect on the forward pass of a trained model: metadata, generation, training, heads that we do not import.
+# No effect on the forward pass of a trained model: metadata, generation, training, heads that are not imported.
 HARMLESS = {
     *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures"),
     *("attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward"),
@@ -26,13 +26,13 @@ HARMLESS = {
     *("pretraining_tp", "max_window_layers", "classifier_activation", "extra_pos_embeddings"),
     *("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head"),
     *("pooler_type", "force_bos_token_to_be_generated", "gradient_checkpointing_kwargs", "unsloth_version"),
-    # Of BERT's segments the first is used, whatever their number. BART's layers are counted by encoder_layers.
+    # Only BERT's first segment is used, whatever their number. BART's layers are counted by encoder_layers.
     *("type_vocab_size", "num_hidden_layers"),
-    # Of heads that may share the embedding: the tensors decide, and unequal ones are an error.
+    # Heads that may share the embedding: the tensors decide, and unequal tensors are an error.
     "tie_word_embeddings",
 }
-# Values of other fields that switch their feature off; any other value is an error.
-OFF: dict[str, Any] = {
+# Values of other fields that disable their feature; any other value is an error.
+OFF_VALUES: dict[str, Any] = {
     "pruned_heads": {},
     "is_decoder": False,
     "add_cross_attention": False,
@@ -56,7 +56,7 @@ ROPE_FIELDS = {"rope_type", "type", "rope_theta"}
 
 
 class ConfigFields(Mapping[str, Any]):
-    """The fields of a config.json, which remembers those that were read."""
+    """The fields of a config.json. Records which fields were read."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self.fields = fields
@@ -73,18 +73,18 @@ class ConfigFields(Mapping[str, Any]):
         return len(self.fields)
 
     def require(self, **only: Any) -> None:
-        """Raise CheckpointError where a field that is there has another value than the only one we know."""
+        """Raise CheckpointError if a field is present and does not have the only supported value."""
         for name, value in only.items():
             if self.get(name, value) != value:
                 raise CheckpointError(f"config.json: {name} {self[name]} is not supported, only {value}")
 
     def rope_theta(self) -> float:
-        """The base of plain rotary positions. Raises CheckpointError where they are scaled or stretched."""
+        """Return the base of plain rotary positions. Raises CheckpointError if positions are scaled."""
         rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
         if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
             raise CheckpointError(f"config.json: rope_type {kind} is not supported, only default")
         for name, value in rope.items():
-            if name not in ROPE_FIELDS and value is not None and value != OFF.get(name):
+            if name not in ROPE_FIELDS and value is not None and value != OFF_VALUES.get(name):
                 raise CheckpointError(f"config.json: {name} {value} of rope is not supported")
         outer = self.get("rope_theta")
         inner = rope.get("rope_theta")
@@ -92,18 +92,18 @@ class ConfigFields(Mapping[str, Any]):
             raise CheckpointError(
                 f"config.json: rope_theta is {outer}, but {inner} in rope_parameters; make them equal"
             )
-        return float(next((each for each in (inner, outer) if each is not None), 10_000.0))
+        return float(next((theta for theta in (inner, outer) if theta is not None), 10_000.0))
 
-    def refuse_unread(self, ignored: Collection[str] = ()) -> None:
-        """Raise CheckpointError for a field that nobody read, and that may change what the model computes."""
+    def check_all_read(self, ignored: Collection[str] = ()) -> None:
+        """Raise CheckpointError for a field that was not read and may change what the model computes."""
         for name, value in self.fields.items():
             if name in self.names_read or name in HARMLESS or name in ignored or value is None:
                 continue
-            if name not in OFF:
+            if name not in OFF_VALUES:
                 raise CheckpointError(
                     f"config.json: the field {name} ({value!r}) is not known for model_type "
                     f"{self.fields.get('model_type')}, and may change what the model computes; if you know that it "
                     f"does not, convert with --ignore-field {name}"
                 )
-            if value != OFF[name]:
-                raise CheckpointError(f"config.json: {name} {value} is not supported, only {OFF[name]}")
+            if value != OFF_VALUES[name]:
+                raise CheckpointError(f"config.json: {name} {value} is not supported, only {OFF_VALUES[name]}")

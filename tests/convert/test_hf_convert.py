@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_llm.checkpoint import store
+from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.manifest import verify
-from dist_llm.checkpoint.state import Held
-from dist_llm.checkpoint.tensors import NativeWeights
+from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.config.load import dump, load_config
 from dist_llm.config.schema import Config, ModelConfig
-from dist_llm.convert import hub
-from dist_llm.convert.huggingface import WRITERS, describe
-from dist_llm.convert.weights import DictWeights, MadeWeights, SafetensorsWeights
-from dist_llm.convert.write import made_whole, reopen, write_native, write_safetensors
+from dist_llm.convert import hf_convert
+from dist_llm.convert.hf_config import WRITERS, build_hf_config
+from dist_llm.convert.weights import DictWeights, LazyWeights, SafetensorsWeights
+from dist_llm.convert.write_weights import verify_written, write_atomically, write_native, write_safetensors
 from dist_llm.errors import CheckpointError
 from dist_llm.generate import Sampling, ask, load_model, tokens
 from dist_llm.models.build_model import build_model
@@ -58,10 +58,10 @@ def tool() -> Callable[..., int]:
     return run
 
 
-def saved_by_them(family: str, directory: Path) -> Any:
-    theirs = their_model(family)
-    theirs.save_pretrained(directory)
-    return theirs
+def save_hf_model(family: str, directory: Path) -> Any:
+    hf = their_model(family)
+    hf.save_pretrained(directory)
+    return hf
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:
@@ -70,11 +70,11 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_theirs_to_ours_to_theirs_is_the_same_bits(
+def test_import_then_export_gives_the_same_bits(
     family: str, tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`--check` compares logits in fp32, and distributions in fp64, on both ways."""
-    saved_by_them(family, tmp_path / "theirs")
+    save_hf_model(family, tmp_path / "theirs")
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours", "--check") == 0
     assert tool("to-hf", tmp_path / "ours", tmp_path / "again", "--family", family, "--check") == 0
     assert capsys.readouterr().out.count("logits differ by") == 2
@@ -147,80 +147,82 @@ def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     return directory
 
 
-def test_our_encoder_there_and_back(tool: Callable[..., int], tmp_path: Path) -> None:
-    ours = our_checkpoint(tmp_path / "ours", {**BERT, "n_kv_heads": 4})
-    assert tool("to-hf", ours, tmp_path / "theirs", "--check") == 0
+def test_encoder_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
+    native = our_checkpoint(tmp_path / "ours", {**BERT, "n_kv_heads": 4})
+    assert tool("to-hf", native, tmp_path / "theirs", "--check") == 0
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "again", "--check") == 0
-    first, again = NativeWeights(ours), NativeWeights(tmp_path / "again")
+    first, again = NativeWeights(native), NativeWeights(tmp_path / "again")
     for name in first.shapes:
         rows = slice(257) if name in ("model.embed.tokens.weight", "model.head.bias") else slice(None)
         assert torch.equal(first.read(name)[rows], again.read(name)[rows]), name
 
 
-def test_ids_that_came_with_a_model_go_back_with_it(tool: Callable[..., int], tmp_path: Path) -> None:
-    theirs = saved_by_them("t5", tmp_path / "theirs")
-    assert theirs.config.decoder_start_token_id == 1
+def test_token_ids_survive_a_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
+    hf = save_hf_model("t5", tmp_path / "theirs")
+    assert hf.config.decoder_start_token_id == 1
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours") == 0
     assert tool("to-hf", tmp_path / "ours", tmp_path / "again") == 0
-    found = json.loads((tmp_path / "again" / "generation_config.json").read_text())
-    assert [found[key] for key in hub.TOKEN_IDS] == [1, 2, 0, 1]
+    actual = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert [actual[key] for key in hf_convert.TOKEN_IDS] == [1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("family", OURS)
-def test_they_generate_from_our_export_what_we_generate(family: str, tool: Callable[..., int], tmp_path: Path) -> None:
-    ours = our_checkpoint(tmp_path / "ours", OURS[family])
-    assert tool("to-hf", ours, tmp_path / "theirs", "--check") == 0
+def test_transformers_generates_the_same_tokens_from_an_export(
+    family: str, tool: Callable[..., int], tmp_path: Path
+) -> None:
+    native = our_checkpoint(tmp_path / "ours", OURS[family])
+    assert tool("to-hf", native, tmp_path / "theirs", "--check") == 0
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == family
     two = family in ("t5", "bart")
     loader = transformers.AutoModelForSeq2SeqLM if two else transformers.AutoModelForCausalLM
-    theirs = loader.from_pretrained(tmp_path / "theirs")
+    hf = loader.from_pretrained(tmp_path / "theirs")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
 
-    model, our_tokenizer, config = load_model(ours, torch.device("cpu"))
+    model, our_tokenizer, config = load_model(native, torch.device("cpu"))
     said: set[int] = set()
     for prompt in ("def f(x):", "import", "#", "class A: pass"):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         assert ids[0].tolist() == our_tokenizer.encode(prompt).tolist()
-        asked = ask(config, our_tokenizer, prompt)
+        inputs = ask(config, our_tokenizer, prompt)
         if two:
-            ids = torch.tensor([asked.source])
-        start = {"decoder_input_ids": torch.tensor([asked.ids])} if two else {}
-        found = theirs.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=[], **start)[0]
-        mine = list(tokens(model, asked, Sampling(20, temperature=0), 64))
-        assert found[-20:].tolist() == mine
-        assert tokenizer.decode(found[-20:], skip_special_tokens=False) == our_tokenizer.decode(mine) or two
-        said.update(mine)
+            ids = torch.tensor([inputs.source])
+        start = {"decoder_input_ids": torch.tensor([inputs.ids])} if two else {}
+        actual = hf.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=[], **start)[0]
+        native_ids = list(tokens(model, inputs, Sampling(20, temperature=0), 64))
+        assert actual[-20:].tolist() == native_ids
+        assert tokenizer.decode(actual[-20:], skip_special_tokens=False) == our_tokenizer.decode(native_ids) or two
+        said.update(native_ids)
     assert len(said) >= 3, "a model that has something to say"
 
 
-def test_a_missing_permutation_is_noticed(tool: Callable[..., int], tmp_path: Path, monkeypatch: Any) -> None:
+def test_missing_rotary_permutation_is_detected(tool: Callable[..., int], tmp_path: Path, monkeypatch: Any) -> None:
     """Queries in Meta's pairing of rotary dimensions: the bits come back, the logits do not."""
-    saved_by_them("llama", tmp_path / "theirs")
-    real = hub.take
+    save_hf_model("llama", tmp_path / "theirs")
+    real = hf_convert.take
 
-    def permuted(pair: Any, theirs: Any) -> Tensor:
-        tensor = real(pair, theirs)
-        if pair.ours.endswith("attention.q.weight"):
+    def permuted(pair: Any, hf: Any) -> Tensor:
+        tensor = real(pair, hf)
+        if pair.native.endswith("attention.q.weight"):
             return tensor.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32)
         return tensor
 
-    monkeypatch.setattr(hub, "take", permuted)
+    monkeypatch.setattr(hf_convert, "to_native", permuted)
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours", "--check") == 2
     assert not (tmp_path / "ours").exists(), "nothing that is wrong is left"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
 def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Path) -> None:
-    ours = our_checkpoint(tmp_path / "ours", OURS["llama"])
+    native = our_checkpoint(tmp_path / "ours", OURS["llama"])
     arguments = ("--dtype", "bf16", "--shard-gb", "1e-5", "--check")
-    assert tool("to-hf", ours, tmp_path / "theirs", *arguments) == 0
+    assert tool("to-hf", native, tmp_path / "theirs", *arguments) == 0
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 3
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
-    assert theirs.dtype == torch.bfloat16
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert hf.dtype == torch.bfloat16
     with torch.no_grad():
-        theirs.lm_head.weight[3].zero_()
+        hf.lm_head.weight[3].zero_()
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "again") == 0
-    first, again = NativeWeights(ours), NativeWeights(tmp_path / "again")
+    first, again = NativeWeights(native), NativeWeights(tmp_path / "again")
     for name, shape in again.shapes.items():
         assert first.shapes[name] == shape, "vocabulary padding is back"
         rows = slice(257) if name in ("model.embed.tokens.weight", "model.head.out.weight") else slice(None)
@@ -242,9 +244,9 @@ def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Pa
     ],
     ids=str,
 )
-def test_a_model_without_a_twin_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=f"no twin.*{message}"):
-        describe(model_of(changes))
+def test_model_without_a_hugging_face_equivalent_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"no equivalent.*{message}"):
+        build_hf_config(model_of(changes))
 
 
 def model_of(changes: dict[str, Any]) -> ModelConfig:
@@ -254,9 +256,9 @@ def model_of(changes: dict[str, Any]) -> ModelConfig:
 
 @pytest.mark.parametrize("family", WRITERS)
 def test_every_family_is_found_from_its_own_config(family: str) -> None:
-    config = hub.model_config(their_model(family).config.to_dict())
-    assert describe(config)["model_type"] == ("llama" if family == "mistral" else family)
-    assert describe(config, family)["model_type"] == family
+    config = hf_convert.model_config(their_model(family).config.to_dict())
+    assert build_hf_config(config)["model_type"] == ("llama" if family == "mistral" else family)
+    assert build_hf_config(config, family)["model_type"] == family
 
 
 @pytest.mark.parametrize(
@@ -271,24 +273,24 @@ def test_every_family_is_found_from_its_own_config(family: str) -> None:
         ("gpt2", {"model_type": "mamba"}, "model_type mamba is not supported"),
     ],
 )
-def test_what_their_config_may_say_and_we_cannot_do_is_refused(
+def test_unsupported_config_fields_are_refused(
     family: str, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    saved_by_them(family, tmp_path)
-    theirs = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    save_hf_model(family, tmp_path)
+    hf = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(hf))
     with pytest.raises(CheckpointError, match=message):
-        hub.read_config(tmp_path)
+        hf_convert.read_config(tmp_path)
 
 
-def test_tensors_that_have_no_place_or_are_missing_are_refused(tool: Callable[..., int], tmp_path: Path) -> None:
-    saved_by_them("llama", tmp_path / "theirs")
+def test_unmapped_or_missing_tensors_are_refused(tool: Callable[..., int], tmp_path: Path) -> None:
+    save_hf_model("llama", tmp_path / "theirs")
     file = tmp_path / "theirs" / "model.safetensors"
-    whole = load_file(file)
+    full = load_file(file)
     for name, tensors in {
-        "extra": {**whole, "model.layers.0.mlp.extra.weight": torch.ones(2, 2)},
-        "missing": {name: each for name, each in whole.items() if "layers.1.mlp.up" not in name},
-        "cut": {**whole, "model.norm.weight": whole["model.norm.weight"][:-1].clone()},
+        "extra": {**full, "model.layers.0.mlp.extra.weight": torch.ones(2, 2)},
+        "missing": {name: tensor for name, tensor in full.items() if "layers.1.mlp.up" not in name},
+        "cut": {**full, "model.norm.weight": full["model.norm.weight"][:-1].clone()},
     }.items():
         changed = shutil.copytree(tmp_path / "theirs", tmp_path / name)
         save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
@@ -296,30 +298,30 @@ def test_tensors_that_have_no_place_or_are_missing_are_refused(tool: Callable[..
         assert not (tmp_path / "ours").exists()
 
 
-def test_what_is_there_is_never_overwritten(tool: Callable[..., int], tmp_path: Path) -> None:
-    ours = our_checkpoint(tmp_path / "ours", OURS["llama"])
+def test_existing_output_is_never_overwritten(tool: Callable[..., int], tmp_path: Path) -> None:
+    native = our_checkpoint(tmp_path / "ours", OURS["llama"])
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "precious").write_text("mine")
-    assert tool("to-hf", ours, tmp_path / "theirs") == 2
+    assert tool("to-hf", native, tmp_path / "theirs") == 2
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["precious"]
 
 
-def test_reading_again_notices_what_was_written_wrong(tmp_path: Path) -> None:
+def test_verification_detects_wrong_output(tmp_path: Path) -> None:
     weights = DictWeights({"a": torch.randn(3, 2), "b": torch.randn(4)})
-    with made_whole(tmp_path / "out") as aside:
+    with write_atomically(tmp_path / "out") as aside:
         aside.mkdir()
         write_safetensors(aside, weights)
-    reopen(SafetensorsWeights(tmp_path / "out"), weights, torch.float32)
+    verify_written(SafetensorsWeights(tmp_path / "out"), weights, torch.float32)
     file = tmp_path / "out" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="b: what was written is not what was read"):
-        reopen(SafetensorsWeights(tmp_path / "out"), weights, torch.float32)
+        verify_written(SafetensorsWeights(tmp_path / "out"), weights, torch.float32)
     for values, message in ((torch.full((3, 2), torch.nan), "not finite"), (torch.zeros(3, 2), "all zero")):
         wrong = DictWeights({"a": values, "b": torch.randn(4)})
         with pytest.raises(CheckpointError, match=message):
-            reopen(wrong, wrong, torch.float32)
+            verify_written(wrong, wrong, torch.float32)
 
 
 NANOGPT = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 61, "dropout": 0.0}
@@ -336,16 +338,16 @@ def test_nanogpt(bias: bool, tool: Callable[..., int], tmp_path: Path) -> None:
         "vocab_size": 61,
         "activation_function": "gelu",
     }
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
     transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+        for name, parameter in hf.named_parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
             if not bias and name.endswith("bias"):
                 parameter.zero_()
     tensors = {
         f"_orig_mod.{name}": tensor.t() if name.endswith(transposed) else tensor
-        for name, tensor in theirs.state_dict().items()
+        for name, tensor in hf.state_dict().items()
         if bias or not name.endswith(".bias")
     }
     mask = torch.ones(16, 16).tril().view(1, 1, 16, 16)
@@ -359,7 +361,7 @@ def test_nanogpt(bias: bool, tool: Callable[..., int], tmp_path: Path) -> None:
     assert config.model.bias == bias
     ids = torch.randint(61, (2, 16))
     with torch.no_grad():
-        torch.testing.assert_close(model(ids), theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(ids), hf(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def rebuilt(path: Path) -> tuple[Any, Config]:
@@ -368,21 +370,21 @@ def rebuilt(path: Path) -> tuple[Any, Config]:
     assert not violations
     assert config is not None
     model = build_model(config.model).eval()
-    store.load(path, Held(model), moments=False)
+    store.load(path, TorchState(model), moments=False)
     return model, config
 
 
-def test_one_file_of_torch_and_back(tool: Callable[..., int], tmp_path: Path) -> None:
-    ours = our_checkpoint(tmp_path / "ours", OURS["t5"])
-    assert tool("to-torch", ours, tmp_path / "one.pt") == 0
+def test_torch_file_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
+    native = our_checkpoint(tmp_path / "ours", OURS["t5"])
+    assert tool("to-torch", native, tmp_path / "one.pt") == 0
     content = torch.load(tmp_path / "one.pt", weights_only=True)
-    model, _ = rebuilt(ours)
+    model, _ = rebuilt(native)
     model.load_state_dict(content["model"], strict=False)
     assert tool("from-torch", tmp_path / "one.pt", tmp_path / "again") == 0
-    assert tool("diff", ours, tmp_path / "again") == 0
-    assert tool("diff", ours, tmp_path / "one.pt") == 0
+    assert tool("diff", native, tmp_path / "again") == 0
+    assert tool("diff", native, tmp_path / "one.pt") == 0
     for name in ("config.yaml", "tokenizer.json", "progress.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (ours / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (native / name).read_bytes()
     (tmp_path / "bad.pt").write_bytes((tmp_path / "one.pt").read_bytes()[:1000])
     assert tool("from-torch", tmp_path / "bad.pt", tmp_path / "third") == 2
 
@@ -393,7 +395,9 @@ def test_average_diff_and_inspect(tool: Callable[..., int], tmp_path: Path, caps
     doubled = {name: weights.read(name) * 2 for name in weights.shapes}
     shutil.rmtree(second)
     files = {file.name: file.read_bytes() for file in first.iterdir() if file.suffix in (".json", ".yaml")}
-    write_native(second, DictWeights(doubled), {name: each for name, each in files.items() if name != "manifest.json"})
+    write_native(
+        second, DictWeights(doubled), {name: tensor for name, tensor in files.items() if name != "manifest.json"}
+    )
     assert tool("average", tmp_path / "mean", first, second) == 0
     mean = NativeWeights(tmp_path / "mean")
     for name in weights.shapes:
@@ -422,12 +426,12 @@ def test_average_diff_and_inspect(tool: Callable[..., int], tmp_path: Path, caps
 @pytest.mark.parametrize(
     "how", [("--stage", 1), ("--stage", 2, "--world", 3), ("--stage", 3), ("--universal",)], ids=str
 )
-def test_deepspeed_and_back(how: tuple[Any, ...], tool: Callable[..., int], tmp_path: Path) -> None:
+def test_deepspeed_round_trip(how: tuple[Any, ...], tool: Callable[..., int], tmp_path: Path) -> None:
     """That DeepSpeed itself loads what is written: test_deepspeed.py."""
-    ours = our_checkpoint(tmp_path / "ours", OURS["t5"])
-    assert tool("to-deepspeed", ours, tmp_path / "ds", *how) == 0
-    assert tool("from-deepspeed", tmp_path / "ds", tmp_path / "again", "--like", ours) == 0
-    assert tool("diff", ours, tmp_path / "again") == 0
+    native = our_checkpoint(tmp_path / "ours", OURS["t5"])
+    assert tool("to-deepspeed", native, tmp_path / "ds", *how) == 0
+    assert tool("from-deepspeed", tmp_path / "ds", tmp_path / "again", "--like", native) == 0
+    assert tool("diff", native, tmp_path / "again") == 0
     other = our_checkpoint(tmp_path / "other", OURS["bart"])
     assert tool("from-deepspeed", tmp_path / "ds", tmp_path / "third", "--like", other) == 2
 
@@ -447,17 +451,17 @@ print(json.dumps([code, peak]))
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_gigabytes_are_converted_in_little_memory(tmp_path: Path) -> None:
+def test_conversion_of_two_gigabytes_needs_little_memory(tmp_path: Path) -> None:
     """Both ways, in processes of their own: peak memory under 1.2 GB."""
     model = model_of({"d_model": 2048, "n_layers": 8, "n_heads": 16, "n_kv_heads": 16, "head_dim": 128, "d_ff": 5632,
                       "vocab_size": 32000})  # fmt: skip
     config = Config.model_validate(
         {"run": {"dir": "unused", "steps": 1}, "model": model.model_dump(), "data": {"seq_len": 32, "global_batch": 1}}
     )
-    shapes = hub.model_shapes(model)
+    shapes = hf_convert.model_shapes(model)
     size = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
     assert size > 2e9
-    weights = MadeWeights(
+    weights = LazyWeights(
         {f"model.{name}": shape for name, shape in shapes.items()}, lambda name: torch.randn(shapes[name[6:]])
     )
     files = {"config.yaml": dump(config).encode(), "progress.json": b'{"step": 0}'}

@@ -1,6 +1,6 @@
-"""A tokenizer as Hugging Face's files: the original ones where it came with them, else made of our byte-level BPE.
+"""Write a tokenizer as Hugging Face's files: the original files of an imported one, else a conversion of ours.
 
-What is made of ours ends by being read again and by running the two libraries on the same texts.
+A conversion is verified: the files are read again, and both libraries encode the same texts.
 """
 
 import json
@@ -20,7 +20,7 @@ from dist_llm.text.hf_folder import SETTINGS_FILE, read_hf_folder
 from dist_llm.text.split_pattern import BYTE_LEVEL, pre_tokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer
 
-NO_TOKENIZER = "The weights can still be converted, without a tokenizer."
+HINT = "The weights can still be converted, without a tokenizer."
 
 
 def export_tokenizer(
@@ -60,25 +60,25 @@ def export_tokenizer(
     settings |= {role: name_of[known.special(name)] for role, name in roles.items() if known.special(name) in name_of}
     if model is not None and model.max_seq_len:
         settings["model_max_length"] = model.max_seq_len
-    content = _content(tokenizer, special, settings.get("mask_token"))
+    content = _build_content(tokenizer, special, settings.get("mask_token"))
     for file, value in ((TOKENIZER_FILE, content), (SETTINGS_FILE, settings)):
         (directory / file).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    _prove_reopened(tokenizer, special, directory)
+    _verify_written(tokenizer, special, directory)
 
 
 def import_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer in a Hugging Face folder, of ours where it is an export of one (`read_hf_folder`).
+    """Read the tokenizer of a Hugging Face folder; an export of ours is read as ours (`read_hf_folder`).
 
-    Raises CheckpointError where files are missing or malformed, or no token ends a document.
+    Raises CheckpointError if files are missing or malformed, or no token ends a document.
     """
     try:
         return read_hf_folder(directory)
     except DataError as error:
-        raise CheckpointError(f"{error} {NO_TOKENIZER}") from None
+        raise CheckpointError(f"{error} {HINT}") from None
 
 
 def export_files(tokenizer: Tokenizer, directory: Path) -> list[str]:
-    """Write the files that the tokenizer came with, byte for byte; return their names."""
+    """Write the files that the tokenizer was imported with, byte for byte; return their names."""
     files = tokenizer.original_files()
     for name, content in files.items():
         (directory / name).write_bytes(content)
@@ -86,7 +86,7 @@ def export_files(tokenizer: Tokenizer, directory: Path) -> list[str]:
 
 
 def export_chars(tokenizer: CharTokenizer, directory: Path) -> None:
-    """Write `tokenizer.json` of one id for each character. There, characters without an id are left out of a text."""
+    """Write `tokenizer.json` with one id per character. Hugging Face's tokenizer drops characters without an id."""
     model = {"type": "BPE", "vocab": dict(tokenizer.ids), "merges": []}
     content = {"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"}, "model": model}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -100,8 +100,9 @@ def export_chars(tokenizer: CharTokenizer, directory: Path) -> None:
         raise CheckpointError(f"{directory}: what was written is not the tokenizer of characters.")
 
 
-def _content(tokenizer: BPETokenizer, special: Mapping[str, int], mask: str | None) -> dict[str, Any]:
-    """What `tokenizer.json` says. Special tokens are in the vocabulary too, since theirs knows no gaps beyond it."""
+def _build_content(tokenizer: BPETokenizer, special: Mapping[str, int], mask: str | None) -> dict[str, Any]:
+    """Build `tokenizer.json`. Special tokens are in the vocabulary too: Hugging Face allows no gaps in ids beyond
+    it."""
     vocab, merges = (
         {to_signs(token): rank for token, rank in tokenizer.ranks.items()},
         list(merge_pairs(tokenizer.ranks)),
@@ -119,21 +120,21 @@ def _content(tokenizer: BPETokenizer, special: Mapping[str, int], mask: str | No
     }
 
 
-def _prove_reopened(tokenizer: BPETokenizer, special: Mapping[str, int], directory: Path) -> None:
-    """Raise CheckpointError unless what was written reads as `tokenizer`, every byte and special token too."""
+def _verify_written(tokenizer: BPETokenizer, special: Mapping[str, int], directory: Path) -> None:
+    """Raise CheckpointError unless the written files are read as `tokenizer`, including each byte and special token."""
     content = json.loads((directory / TOKENIZER_FILE).read_bytes())
-    kept = json.loads((directory / SETTINGS_FILE).read_bytes())[OURS]
+    settings = json.loads((directory / SETTINGS_FILE).read_bytes())[OURS]
     try:
-        found = convert_bpe(content, ENDOFTEXT, kept, tokenizer.name)
-        prove_equal(found, content)
-    except Exception as error:  # of no class of its own, where it comes from `tokenizers`
+        reopened = convert_bpe(content, ENDOFTEXT, settings, tokenizer.name)
+        prove_equal(reopened, content)
+    except Exception as error:  # `tokenizers` raises plain exceptions
         raise CheckpointError(f"{directory}: {error}") from None
-    if found.sha256 != tokenizer.sha256:
+    if reopened.sha256 != tokenizer.sha256:
         raise CheckpointError(f"{directory}: what was written is not tokenizer {tokenizer.name}.")
     reference = Reference.from_file(str(directory / TOKENIZER_FILE))
-    every_byte = [tokenizer.ranks[bytes([byte])] for byte in range(256)]
+    byte_ids = [tokenizer.ranks[bytes([byte])] for byte in range(256)]
     for ids, text in (
-        (every_byte, tokenizer.decode(every_byte)),
+        (byte_ids, tokenizer.decode(byte_ids)),
         *(([token], name) for name, token in special.items()),
     ):
         if reference.decode(ids, skip_special_tokens=False) != text:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_llm.convert.keys import Pair, pairs, take
+from dist_llm.convert.hf_tensors import TensorMapping, tensor_mappings, to_native
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 from tests.convert.families import FAMILIES, ONE_STACK, TWO_STACKS, VOCAB, S, T, build
@@ -26,58 +26,58 @@ def lengths_mask(rows: int, length: int) -> Tensor:
 
 @pytest.mark.parametrize("family", ONE_STACK)
 @torch.no_grad()
-def test_one_stack_whole_and_padded(family: str) -> None:
-    theirs, ours, config = build(family)
+def test_single_stack_logits_match_with_and_without_padding(family: str) -> None:
+    hf, native, config = build(family)
     ids, mask = tokens(4, S), lengths_mask(4, S)
     causal = config.architecture == "decoder"
-    whole = ours(ids, mask=AttentionMask(causal))
-    torch.testing.assert_close(whole, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    full = native(ids, mask=AttentionMask(causal))
+    torch.testing.assert_close(full, hf(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
-    padded = ours(ids, mask=AttentionMask(causal, documents_BT=mask - 1))
-    want = theirs(input_ids=ids, attention_mask=mask).logits
+    padded = native(ids, mask=AttentionMask(causal, documents_BT=mask - 1))
+    want = hf(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(padded[mask == 1], want[mask == 1], rtol=1e-4, atol=1e-4)
 
     labels = torch.where(mask == 1, ids, IGNORE)
     targets = labels if not causal else torch.cat((labels[:, 1:], labels.new_full((4, 1), IGNORE)), dim=1)
-    loss = ours(ids, targets, AttentionMask(causal, documents_BT=mask - 1)).sum() / (targets != IGNORE).sum()
-    want_loss = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
+    loss = native(ids, targets, AttentionMask(causal, documents_BT=mask - 1)).sum() / (targets != IGNORE).sum()
+    want_loss = hf(input_ids=ids, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(loss, want_loss, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ONE_STACK)
 @torch.no_grad()
-def test_one_stack_packed_is_each_document_alone(family: str) -> None:
+def test_single_stack_packed_documents_match_separate_ones(family: str) -> None:
     """Three documents in one row: ours sees each alone, theirs is given each alone."""
-    theirs, ours, config = build(family)
+    hf, native, config = build(family)
     cuts = [0, 3, 4, S]
     ids = tokens(2, S)
     documents = torch.bucketize(torch.arange(S), torch.tensor(cuts[1:-1]), right=True).expand(2, S)
     positions = torch.cat([torch.arange(end - start) for start, end in pairwise(cuts)]).expand(2, S)
     mask = AttentionMask(config.architecture == "decoder", documents_BT=documents)
-    packed = ours(ids, mask=mask, positions_BS=positions)
+    packed = native(ids, mask=mask, positions_BS=positions)
     for start, end in pairwise(cuts):
-        alone = theirs(input_ids=ids[:, start:end]).logits
+        alone = hf(input_ids=ids[:, start:end]).logits
         torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", TWO_STACKS)
 @torch.no_grad()
-def test_two_stacks_whole_padded_and_packed(family: str) -> None:
-    theirs, ours, _ = build(family)
+def test_encoder_decoder_logits_match(family: str) -> None:
+    hf, native, _ = build(family)
     source, inputs, mask = tokens(4, T), tokens(4, S, 1), lengths_mask(4, T)
-    got = ours(inputs, encoder_input=EncoderInput(source))
-    want = theirs(input_ids=source, decoder_input_ids=inputs).logits
+    got = native(inputs, encoder_input=EncoderInput(source))
+    want = hf(input_ids=source, decoder_input_ids=inputs).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
-    got = ours(inputs, encoder_input=EncoderInput(source, AttentionMask(False, documents_BT=mask - 1)))
-    want = theirs(input_ids=source, attention_mask=mask, decoder_input_ids=inputs).logits
+    got = native(inputs, encoder_input=EncoderInput(source, AttentionMask(False, documents_BT=mask - 1)))
+    want = hf(input_ids=source, attention_mask=mask, decoder_input_ids=inputs).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
     targets = tokens(4, S, 2)
-    loss = ours(
+    loss = native(
         inputs, targets_BS=targets, encoder_input=EncoderInput(source, AttentionMask(False, documents_BT=mask - 1))
     )
-    want_loss = theirs(input_ids=source, attention_mask=mask, decoder_input_ids=inputs, labels=targets).loss
+    want_loss = hf(input_ids=source, attention_mask=mask, decoder_input_ids=inputs, labels=targets).loss
     torch.testing.assert_close(loss.sum() / targets.numel(), want_loss, rtol=1e-4, atol=1e-4)
 
     cut_T, cut_S = 5, 7  # two documents, in both stacks
@@ -85,46 +85,48 @@ def test_two_stacks_whole_padded_and_packed(family: str) -> None:
     documents_S = (torch.arange(S) >= cut_S).long().expand(4, S)
     positions_T = (torch.arange(T) - cut_T * documents_T[0]).expand(4, T)
     positions_S = (torch.arange(S) - cut_S * documents_S[0]).expand(4, S)
-    packed = ours(
+    packed = native(
         inputs,
         mask=AttentionMask(True, documents_BT=documents_S),
         positions_BS=positions_S,
         encoder_input=EncoderInput(source, AttentionMask(False, documents_BT=documents_T), positions_T),
     )
-    first = theirs(input_ids=source[:, :cut_T], decoder_input_ids=inputs[:, :cut_S]).logits
-    second = theirs(input_ids=source[:, cut_T:], decoder_input_ids=inputs[:, cut_S:]).logits
+    first = hf(input_ids=source[:, :cut_T], decoder_input_ids=inputs[:, :cut_S]).logits
+    second = hf(input_ids=source[:, cut_T:], decoder_input_ids=inputs[:, cut_S:]).logits
     torch.testing.assert_close(packed, torch.cat((first, second), dim=1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_names_each_tensor_of_both_sides_once(family: str) -> None:
-    theirs, ours, config = build(family)
-    table = pairs(family, config)
-    names = dict(ours.named_parameters())
-    assert sorted(pair.ours for pair in table) == sorted(names)
-    used = {pair.theirs for pair in table} | {pair.plus_row for pair in table if pair.plus_row}
-    every = dict(theirs.named_parameters(remove_duplicate=False))
-    assert used <= every.keys()
-    taken = {every[name].data_ptr() for name in used}
-    assert all(tensor.data_ptr() in taken for tensor in every.values()), "the others are the same tensors, tied"
+def test_each_tensor_is_mapped_exactly_once(family: str) -> None:
+    hf, native, config = build(family)
+    table = tensor_mappings(family, config)
+    names = dict(native.named_parameters())
+    assert sorted(pair.native for pair in table) == sorted(names)
+    used = {pair.hf for pair in table} | {pair.plus_row for pair in table if pair.plus_row}
+    parameters = dict(hf.named_parameters(remove_duplicate=False))
+    assert used <= parameters.keys()
+    used_pointers = {parameters[name].data_ptr() for name in used}
+    assert all(tensor.data_ptr() in used_pointers for tensor in parameters.values()), (
+        "the others are the same tensors, tied"
+    )
     for pair in table:
-        shape = names[pair.ours].shape
-        found = take(pair, theirs.state_dict()).shape
-        assert found == (shape if found[0] != VOCAB else (VOCAB, *shape[1:])), "but for padding of the vocabulary"
+        shape = names[pair.native].shape
+        actual = to_native(pair, hf.state_dict()).shape
+        assert actual == (shape if actual[0] != VOCAB else (VOCAB, *shape[1:])), "but for padding of the vocabulary"
 
 
-def test_a_wrong_pairing_of_rotary_dimensions_is_noticed() -> None:
+def test_wrong_rotary_pairing_is_detected() -> None:
     """Meta's pairing for Hugging Face's weights: the permutation that some importers forget."""
-    theirs, ours, _ = build("llama")
+    hf, native, _ = build("llama")
     with torch.no_grad():
-        for block in ours.blocks.values():
+        for block in native.blocks.values():
             q = block.attention.q.weight
             q.copy_(q.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32))
     ids = tokens(2, S)
-    assert (ours(ids) - theirs(input_ids=ids).logits).abs().max() > 1e-2
+    assert (native(ids) - hf(input_ids=ids).logits).abs().max() > 1e-2
 
 
-def test_a_fused_tensor_is_cut_where_it_says() -> None:
+def test_fused_tensor_is_split_into_chunks() -> None:
     fused = torch.arange(24.0).view(2, 12)  # Conv1D: inputs in rows
-    part = take(Pair("v", "x", transposed=True, part=2, parts=3), {"x": fused})
+    part = to_native(TensorMapping("v", "x", transposed=True, chunk=2, num_chunks=3), {"x": fused})
     assert torch.equal(part, fused[:, 8:].t())

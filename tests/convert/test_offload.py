@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from dist_llm.checkpoint.state import Progress
+from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
-from dist_llm.convert import spread as spreading
-from dist_llm.convert.spread import spread
+from dist_llm.convert import offload
+from dist_llm.convert.offload import load_offloaded
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError
 from dist_llm.generate import Prompt, Sampling, tokens
@@ -28,43 +28,43 @@ def size(module: torch.nn.Module) -> int:
     return sum(parameter.numel() * 4 for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("kept", [0, 2], ids=["all blocks on disk", "two in memory"])
+@pytest.mark.parametrize("num_loaded", [0, 2], ids=["all blocks on disk", "two in memory"])
 @pytest.mark.parametrize("model", ["llama", "tied", "t5", "bart"])
-def test_it_says_what_the_whole_model_says(model: str, kept: int, tmp_path: Path) -> None:
+def test_offloaded_model_generates_the_same_tokens(model: str, num_loaded: int, tmp_path: Path) -> None:
     engine, path = native(model, tmp_path)
-    (whole,) = engine.model_parts
-    blocks = list(whole.blocks.values())
-    memory = size(whole) - sum(map(size, blocks)) + sum(map(size, blocks[:kept])) + 100
-    found = spread(path, engine.config.model, CPU, tmp_path / "disk", memory)
-    away = sum(all(p.is_meta for p in block.parameters()) for block in found.blocks.values())
-    assert away == len(blocks) - kept
+    (full,) = engine.model_parts
+    blocks = list(full.blocks.values())
+    memory = size(full) - sum(map(size, blocks)) + sum(map(size, blocks[:num_loaded])) + 100
+    actual = load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", memory)
+    away = sum(all(p.is_meta for p in block.parameters()) for block in actual.blocks.values())
+    assert away == len(blocks) - num_loaded
     assert [path.name[:7] for path in (tmp_path / "disk").iterdir()] == ["blocks_"]
     source = [3, 4, 5] if engine.config.model.architecture == "encoder_decoder" else None
     prompt, sampling = Prompt([1, 2, 3], source=source), Sampling(8, seed=2)
-    want = list(tokens(whole.eval(), prompt, sampling, 32))
-    assert list(tokens(found, prompt, sampling, 32)) == want
+    want = list(tokens(full.eval(), prompt, sampling, 32))
+    assert list(tokens(actual, prompt, sampling, 32)) == want
 
 
-def test_memory_for_less_than_the_ends_is_refused(tmp_path: Path) -> None:
+def test_memory_below_embedding_and_head_is_refused(tmp_path: Path) -> None:
     engine, path = native("llama", tmp_path)
     with pytest.raises(ConfigError, match="--memory: embedding and head take"):
-        spread(path, engine.config.model, CPU, tmp_path / "disk", 100)
+        load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", 100)
     assert not (tmp_path / "disk").exists(), "before anything is written"
 
 
-def test_what_else_lies_in_the_folder_stays(tmp_path: Path) -> None:
+def test_other_files_in_the_offload_folder_are_kept(tmp_path: Path) -> None:
     engine, path = native("llama", tmp_path)
-    theirs = tmp_path / "disk" / "weights" / "precious"
-    theirs.parent.mkdir(parents=True)
-    theirs.write_text("mine")
-    spread(path, engine.config.model, CPU, tmp_path / "disk", 10**9)
-    assert theirs.read_text() == "mine"
+    existing = tmp_path / "disk" / "weights" / "precious"
+    existing.parent.mkdir(parents=True)
+    existing.write_text("mine")
+    load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", 10**9)
+    assert existing.read_text() == "mine"
     with pytest.raises(ConfigError, match=r"--offload: .*precious cannot be made: File exists"):
-        spread(path, engine.config.model, CPU, theirs, 10**9)
+        load_offloaded(path, engine.config.model, CPU, existing, 10**9)
 
 
-def test_without_accelerate_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_accelerate_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"path": tmp_path, "config": config_of(1, {}).model}
-    monkeypatch.setattr(spreading, "find_spec", lambda name: None)
+    monkeypatch.setattr(offload, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="accelerate is not installed"):
-        spread(**options, device=CPU, folder=tmp_path, memory_bytes=1)
+        load_offloaded(**options, device=CPU, folder=tmp_path, memory_bytes=1)

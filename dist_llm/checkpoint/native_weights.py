@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, one at a time and without ranks."""
+"""Read the tensors of a checkpoint one at a time, in a single process."""
 
 from functools import cached_property
 from pathlib import Path
@@ -9,34 +9,35 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from dist_llm.checkpoint.checkpoint_write import ignore_no_group_warning
 from dist_llm.checkpoint.folder import Folder, FolderReader
-from dist_llm.checkpoint.metadata import reading
-from dist_llm.checkpoint.writing import assume_one_process
+from dist_llm.checkpoint.metadata import convert_read_errors
 from dist_llm.errors import CheckpointError
 
 
 class NativeWeights:
-    """A checkpoint that was saved in whatever layout. `shapes` of all its tensors, which `read` reads."""
+    """A checkpoint that was saved in any layout. `shapes` has all its tensors; `read` reads one of them."""
 
     def __init__(self, path: Path) -> None:
-        self.reader = _Reader(Folder(path))
-        self.found = {
+        self.reader = _CachingReader(Folder(path))
+        self.entries = {
             name: entry
             for name, entry in self.reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self.shapes = {name: tuple(entry.size) for name, entry in self.found.items()}
-        self._refuse_missing_bytes()
+        self.shapes = {name: tuple(entry.size) for name, entry in self.entries.items()}
+        self._check_file_sizes()
 
     def read(self, name: str) -> Tensor:
-        state = {name: torch.empty(self.shapes[name], dtype=self.found[name].properties.dtype)}
-        assume_one_process()
-        with reading(self.reader.folder):
+        state = {name: torch.empty(self.shapes[name], dtype=self.entries[name].properties.dtype)}
+        ignore_no_group_warning()
+        with convert_read_errors(self.reader.folder):
             state_dict_loader.load(state, storage_reader=self.reader, no_dist=True)
         return state[name]
 
-    def _refuse_missing_bytes(self) -> None:
-        """Raise CheckpointError where a file is shorter than its metadata say: memory is allocated by these."""
+    def _check_file_sizes(self) -> None:
+        """Raise CheckpointError if a file is shorter than the metadata say, since the metadata determine what is
+        allocated."""
         folder, ends = self.reader.folder, dict[str, int]()
         for stored in self.reader.read_metadata().storage_data.values():
             ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
@@ -49,8 +50,8 @@ class NativeWeights:
                 raise CheckpointError(f"{folder}/{file}: damaged: has {size} bytes, but its tensors end at byte {end}")
 
 
-class _Reader(FolderReader):
-    """Reads its metadata once, and not for each tensor."""
+class _CachingReader(FolderReader):
+    """Reads the metadata once, instead of once per tensor."""
 
     @cached_property
     def _metadata(self) -> Metadata:

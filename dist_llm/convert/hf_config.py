@@ -1,7 +1,7 @@
-"""Hugging Face's config.json <-> our `model` section, for the families in `keys`.
+"""Convert between Hugging Face's config.json and our `model` section, for the families in `hf_tensors`.
 
-A family describes a model if what it would write for it, read again, is that model. So what cannot be said there is
-refused, and never left out.
+A family can express a model if the config that it writes is parsed back to the same model. So a property that a family
+cannot express is an error, and is never dropped.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from dist_llm.config.compare import function_of
 from dist_llm.config.schema import MAX_LAYERS, ModelConfig
-from dist_llm.convert.config_fields import ConfigFields
+from dist_llm.convert.hf_config_fields import ConfigFields
 from dist_llm.errors import CheckpointError
 
 LAYER_COUNTS = {"n_layer", "num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"}
-# Of each of ours, the first is what we write.
+# Of each native name's counterparts, the first is written.
 ACTIVATIONS = {
     "gelu": ("gelu",),
     "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
@@ -23,18 +23,18 @@ ACTIVATIONS = {
 }
 
 
-def model_config(theirs: Mapping[str, Any], ignored: Collection[str] = ()) -> ModelConfig:
-    """The resolved model that a Hugging Face config describes; fields in `ignored` need not be known.
+def parse_hf_config(content: Mapping[str, Any], ignored: Collection[str] = ()) -> ModelConfig:
+    """Return the resolved model that a Hugging Face config describes; fields in `ignored` need not be known.
 
-    Raises CheckpointError for a family that we have no table for, or a field that we do not know.
+    Raises CheckpointError for an unsupported family or an unknown field.
     """
-    family = str(theirs.get("model_type"))
+    family = str(content.get("model_type"))
     if family not in READERS:
         raise CheckpointError(f"config.json: model_type {family} is not supported; choose from {', '.join(READERS)}")
-    for name in LAYER_COUNTS & theirs.keys():
-        if type(theirs[name]) is not int or theirs[name] > MAX_LAYERS:
-            raise CheckpointError(f"config.json: {name} {theirs[name]!r} is no number of layers up to {MAX_LAYERS}")
-    fields = ConfigFields(theirs)
+    for name in LAYER_COUNTS & content.keys():
+        if type(content[name]) is not int or content[name] > MAX_LAYERS:
+            raise CheckpointError(f"config.json: {name} {content[name]!r} is no number of layers up to {MAX_LAYERS}")
+    fields = ConfigFields(content)
     try:
         model = ModelConfig(**READERS[family](fields), vocab_size=fields["vocab_size"])
     except KeyError as error:
@@ -43,46 +43,46 @@ def model_config(theirs: Mapping[str, Any], ignored: Collection[str] = ()) -> Mo
         raise CheckpointError(f"config.json: {error}") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"config.json: has a value of another type than model_type {family}: {error}") from None
-    fields.refuse_unread(ignored)
+    fields.check_all_read(ignored)
     return model
 
 
-def describe(model: ModelConfig, family: str = "") -> dict[str, Any]:
-    """config.json of a resolved model, as `family` or the first that fits.
+def build_hf_config(model: ModelConfig, family: str = "") -> dict[str, Any]:
+    """Build config.json of a resolved model, for `family` or the first family that fits.
 
-    Raises CheckpointError that says what no family, or not the one asked for, can express.
+    Raises CheckpointError that names what the family, or the closest one, cannot express.
     """
     if family and family not in WRITERS:
         raise CheckpointError(f"family {family} is not supported; choose from {', '.join(WRITERS)}")
-    want = function_of(model)
+    expected = function_of(model)
     fewest: tuple[str, list[str]] | None = None
     for name in (family,) if family else WRITERS:
-        theirs = {"model_type": name, "architectures": [CLASSES[name]], **WRITERS[name](model)}
-        theirs |= {"vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings}
+        content = {"model_type": name, "architectures": [CLASSES[name]], **WRITERS[name](model)}
+        content |= {"vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings}
         try:
-            read = function_of(model_config(theirs))
+            actual = function_of(parse_hf_config(content))
         except CheckpointError:
             continue
-        off = [f"{key} {want[key]} (not {read[key]})" for key in want if read[key] != want[key]]
-        if not off:
-            return theirs
-        if fewest is None or len(off) < len(fewest[1]):
-            fewest = name, off
-    closest, off = fewest or (family, [f"tie_embeddings {model.tie_embeddings}"])
+        mismatches = [f"{key} {expected[key]} (not {actual[key]})" for key in expected if actual[key] != expected[key]]
+        if not mismatches:
+            return content
+        if fewest is None or len(mismatches) < len(fewest[1]):
+            fewest = name, mismatches
+    closest, mismatches = fewest or (family, [f"tie_embeddings {model.tie_embeddings}"])
     raise CheckpointError(
-        f"this model has no twin in Hugging Face's transformers: {closest} comes closest, but the model has "
-        f"{', '.join(off)}"
+        f"Hugging Face's transformers has no equivalent of this model: {closest} comes closest, but the model has "
+        f"{', '.join(mismatches)}"
     )
 
 
 def _read_gpt2(c: ConfigFields) -> dict[str, Any]:
     c.require(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return {
-        **_sizes(c["n_embd"], c["n_layer"], c["n_head"], c.get("n_inner") or 4 * c["n_embd"]),
-        **LAYER_NORMED,
+        **_native_sizes(c["n_embd"], c["n_layer"], c["n_head"], c.get("n_inner") or 4 * c["n_embd"]),
+        **LAYERNORM_FIELDS,
         "max_seq_len": c["n_positions"],
         "norm_eps": c.get("layer_norm_epsilon", 1e-5),
-        "activation": _activation(c.get("activation_function", "gelu_new")),
+        "activation": _native_activation(c.get("activation_function", "gelu_new")),
         "tie_embeddings": c.get("tie_word_embeddings", True),
     }
 
@@ -95,7 +95,7 @@ def _write_gpt2(m: ModelConfig) -> dict[str, Any]:
         "n_inner": m.d_ff,
         "n_positions": m.max_seq_len,
         "layer_norm_epsilon": m.norm_eps,
-        "activation_function": _their_activation(m),
+        "activation_function": _hf_activation(m),
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), m.dropout),
     }
 
@@ -104,13 +104,13 @@ def _read_llama(c: ConfigFields) -> dict[str, Any]:
     family = c["model_type"]
     c.require(hidden_act="silu", mlp_bias=False, attention_bias=False, use_sliding_window=False)
     if family in ("qwen2", "qwen3"):
-        c.get("sliding_window")  # of no effect without use_sliding_window
+        c.get("sliding_window")  # no effect without use_sliding_window
         c.require(layer_types=["full_attention"] * c["num_hidden_layers"])
     else:
         c.require(sliding_window=None)
     heads = c["num_attention_heads"]
     return {
-        **_sizes(c["hidden_size"], c["num_hidden_layers"], heads, c["intermediate_size"], c.get("head_dim")),
+        **_native_sizes(c["hidden_size"], c["num_hidden_layers"], heads, c["intermediate_size"], c.get("head_dim")),
         "n_kv_heads": c.get("num_key_value_heads") or heads,
         "max_seq_len": c["max_position_embeddings"],
         "rope_theta": c.rope_theta(),
@@ -123,7 +123,7 @@ def _read_llama(c: ConfigFields) -> dict[str, Any]:
 
 def _write_llama(m: ModelConfig) -> dict[str, Any]:
     return {
-        **_their_sizes(m),
+        **_hf_sizes(m),
         "num_key_value_heads": m.n_kv_heads,
         "head_dim": m.head_dim,
         "max_position_embeddings": m.max_seq_len,
@@ -142,26 +142,26 @@ def _write_mistral(m: ModelConfig) -> dict[str, Any]:
 def _read_bert(c: ConfigFields) -> dict[str, Any]:
     c.require(position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     return {
-        **_sizes(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["intermediate_size"]),
-        **LAYER_NORMED,
+        **_native_sizes(c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"], c["intermediate_size"]),
+        **LAYERNORM_FIELDS,
         "architecture": "encoder",
         "norm_order": "post",
         "norm_embedding": True,
         "head": "mlm",
         "max_seq_len": c["max_position_embeddings"],
         "norm_eps": c.get("layer_norm_eps", 1e-12),
-        "activation": _activation(c["hidden_act"]),
+        "activation": _native_activation(c["hidden_act"]),
         "tie_embeddings": True,
     }
 
 
 def _write_bert(m: ModelConfig) -> dict[str, Any]:
     return {
-        **_their_sizes(m),
+        **_hf_sizes(m),
         "max_position_embeddings": m.max_seq_len,
         "type_vocab_size": 2,
         "layer_norm_eps": m.norm_eps,
-        "hidden_act": _their_activation(m),
+        "hidden_act": _hf_activation(m),
         **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), m.dropout),
     }
 
@@ -172,7 +172,9 @@ def _read_t5(c: ConfigFields) -> dict[str, Any]:
     if c.get("scale_decoder_outputs", c.get("tie_word_embeddings", True)):
         raise CheckpointError("config.json: of T5 only v1.1 is supported (tie_word_embeddings false)")
     return {
-        **_sizes(c["d_model"], c.get("num_decoder_layers") or c["num_layers"], c["num_heads"], c["d_ff"], c["d_kv"]),
+        **_native_sizes(
+            c["d_model"], c.get("num_decoder_layers") or c["num_layers"], c["num_heads"], c["d_ff"], c["d_kv"]
+        ),
         "architecture": "encoder_decoder",
         "n_encoder_layers": c["num_layers"],
         "max_seq_len": c.get("n_positions", 512),
@@ -213,14 +215,14 @@ def _read_bart(c: ConfigFields) -> dict[str, Any]:
         if c[of_encoder] != c[of_decoder]:
             raise CheckpointError(f"config.json: {of_encoder} and {of_decoder} must be equal here")
     return {
-        **_sizes(c["d_model"], c["decoder_layers"], c["decoder_attention_heads"], c["decoder_ffn_dim"]),
-        **LAYER_NORMED,
+        **_native_sizes(c["d_model"], c["decoder_layers"], c["decoder_attention_heads"], c["decoder_ffn_dim"]),
+        **LAYERNORM_FIELDS,
         "architecture": "encoder_decoder",
         "n_encoder_layers": c["encoder_layers"],
         "norm_order": "post",
         "norm_embedding": True,
         "max_seq_len": c["max_position_embeddings"],
-        "activation": _activation(c["activation_function"]),
+        "activation": _native_activation(c["activation_function"]),
         "tie_embeddings": True,
     }
 
@@ -235,13 +237,13 @@ def _write_bart(m: ModelConfig) -> dict[str, Any]:
         "encoder_ffn_dim": m.d_ff,
         "decoder_ffn_dim": m.d_ff,
         "max_position_embeddings": m.max_seq_len,
-        "activation_function": _their_activation(m),
+        "activation_function": _hf_activation(m),
         "scale_embedding": False,
         **dict.fromkeys(("dropout", "attention_dropout"), m.dropout),
     }
 
 
-LAYER_NORMED = {"positions": "learned", "norm": "layernorm", "bias": True}
+LAYERNORM_FIELDS = {"positions": "learned", "norm": "layernorm", "bias": True}
 READERS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {
     "gpt2": _read_gpt2,
     "llama": _read_llama,
@@ -274,7 +276,7 @@ CLASSES = {
 }
 
 
-def _sizes(d_model: int, n_layers: int, n_heads: int, d_ff: int, head_dim: int | None = None) -> dict[str, Any]:
+def _native_sizes(d_model: int, n_layers: int, n_heads: int, d_ff: int, head_dim: int | None = None) -> dict[str, Any]:
     if not head_dim and d_model % n_heads:
         raise CheckpointError(f"config.json: {n_heads} heads do not divide a width of {d_model}")
     return {
@@ -287,7 +289,7 @@ def _sizes(d_model: int, n_layers: int, n_heads: int, d_ff: int, head_dim: int |
     }
 
 
-def _their_sizes(m: ModelConfig) -> dict[str, Any]:
+def _hf_sizes(m: ModelConfig) -> dict[str, Any]:
     return {
         "hidden_size": m.d_model,
         "num_hidden_layers": m.n_layers,
@@ -296,13 +298,13 @@ def _their_sizes(m: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _activation(name: str) -> str:
-    for ours, theirs in ACTIVATIONS.items():
-        if name in theirs:
-            return ours
-    known = ", ".join(name for theirs in ACTIVATIONS.values() for name in theirs)
+def _native_activation(name: str) -> str:
+    for native_name, hf_names in ACTIVATIONS.items():
+        if name in hf_names:
+            return native_name
+    known = ", ".join(name for hf_names in ACTIVATIONS.values() for name in hf_names)
     raise CheckpointError(f"config.json: activation {name} is not supported; choose from {known}")
 
 
-def _their_activation(m: ModelConfig) -> str:
-    return ACTIVATIONS.get(m.activation, ("gelu",))[0]  # a gated one will not come back as it was, and be refused
+def _hf_activation(m: ModelConfig) -> str:
+    return ACTIVATIONS.get(m.activation, ("gelu",))[0]  # a gated activation fails the comparison in `build_hf_config`

@@ -1,0 +1,202 @@
+"""Write a checkpoint in a thread while training continues; it contains the tensors as they are now.
+
+All ranks copy their shards into staging buffers, which takes less than a step, and start the thread. There all ranks
+write, exchange file records and errors, and rank 0 commits. Either all ranks succeed, or all raise the same error.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from dist_llm.checkpoint import manifest
+from dist_llm.checkpoint.flat_shard import FlatShard, Offset, chunk_at
+from dist_llm.checkpoint.folder import FileRecord, Folder, FolderWriter
+from dist_llm.errors import CheckpointError, UserError
+from dist_llm.launch.flight_recorder import CHECKPOINT_GROUP
+from dist_llm.parallel.mesh import to_local
+
+Result = TypeVar("Result")
+WRITE_TIMEOUT = timedelta(hours=2)  # timeout of a rank that waits for another
+
+
+class CheckpointGroup:
+    """The process group of checkpoint writes. It is separate, since training uses the other groups at the same time."""
+
+    def __init__(self) -> None:
+        self.group: dist.ProcessGroup | None = None
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT, group_desc=CHECKPOINT_GROUP)
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.group is not None else (0, 1)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def run_on_all(self, action: Callable[[], Result]) -> list[Result]:
+        """Run `action` on each rank and return the results by rank. If any rank raises, all ranks raise the same
+        error."""
+        result, failure = None, None
+        try:
+            result = action()
+        except (Exception, CheckpointException) as error:  # CheckpointException is not a subclass of Exception
+            failure = isinstance(error, CheckpointException), _describe_error(error)
+        if self.group is None:
+            by_rank = [(result, failure)]
+        else:
+            by_rank = [(None, None)] * self.size
+            dist.all_gather_object(by_rank, (result, failure), group=self.group)
+        if failures := [failure for _, failure in by_rank if failure is not None]:
+            # prefer the rank where the error originated over ranks that only saw the failure
+            raise CheckpointError(min(failures)[1])
+        return [result for result, _ in by_rank]  # type: ignore[misc]
+
+
+class StagingBuffers:
+    """Host buffers for copies of this rank's tensors; later copies reuse them."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, Offset], Tensor] = {}
+
+    def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Copy the current values. On return, the copies are complete."""
+        values = {name: self._copy_entry(name, tensor) for name, tensor in state.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return values
+
+    def _copy_entry(self, name: str, tensor: Any) -> Any:
+        if not isinstance(tensor, FlatShard):
+            return self._copy_to_buffer((name, ()), to_local(tensor))
+        return FlatShard(
+            tensor.shape,
+            {offset: self._copy_to_buffer((name, offset), chunk) for offset, chunk in tensor.chunks.items()},
+        )
+
+    def _copy_to_buffer(self, key: tuple[str, Offset], tensor: Tensor) -> Tensor:
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self.buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return buffer.copy_(tensor, non_blocking=True)
+
+
+class CheckpointWrite(threading.Thread):
+    """The write of one checkpoint to `folder`. `state` determines the layout, `values` are the tensors to write.
+
+    Rank 0 calls `on_commit` after the commit. If `few_files`, a rank writes few files; else one file per tensor, and it
+    holds no more than one tensor in memory.
+    """
+
+    def __init__(
+        self,
+        group: CheckpointGroup,
+        folder: Folder,
+        state: Mapping[str, Any],
+        values: Mapping[str, Any],
+        files: Mapping[str, bytes],
+        on_commit: Callable[[], None] = lambda: None,
+        few_files: bool = True,
+    ) -> None:
+        super().__init__(name=f"write {folder.name}", daemon=True)
+        self.group, self.folder, self.state, self.values, self.files = group, folder, state, values, files
+        self.on_commit, self.few_files = on_commit, few_files
+        self.error: CheckpointError | None = None
+        self.committed = False
+
+    def run(self) -> None:
+        try:
+            self._write()
+        except CheckpointError as error:
+            self.error = CheckpointError(f"{self.folder}: cannot be written: {error}")
+        except Exception as error:  # most likely another rank died, which has reported its own error
+            self.error = CheckpointError(f"{self.folder}: cannot be written: {type(error).__name__}: {error}")
+
+    def finish(self) -> None:
+        """Wait for the write. Raises the same CheckpointError on all ranks if it failed."""
+        if self.ident is not None:  # else `run` was called directly
+            self.join()
+        if self.error is not None:
+            raise self.error
+
+    def _write(self) -> None:
+        group, folder = self.group, self.folder
+        writer = FolderWriter(folder, self.few_files)
+        try:
+            group.run_on_all(lambda: self._create_folder() if group.is_main else None)
+            group.run_on_all(lambda: self._write_tensors(writer))
+            files = {
+                name: record
+                for records in group.run_on_all(lambda: writer.file_records)
+                for name, record in records.items()
+            }
+            group.run_on_all(lambda: self._commit(files) if group.is_main else None)
+        except Exception:
+            if group.is_main and not self.committed:
+                with suppress(OSError):
+                    folder.remove()
+            raise
+        if group.is_main:
+            self.on_commit()
+
+    def _create_folder(self) -> None:
+        self.folder.remove()
+        self.folder.create()
+
+    def _write_tensors(self, writer: FolderWriter) -> None:
+        if self.group.group is None:
+            ignore_no_group_warning()
+        try:
+            state_dict_saver.save(
+                dict(self.state),
+                storage_writer=writer,
+                planner=_Planner(self.values),
+                process_group=self.group.group,
+                no_dist=self.group.group is None,
+            )
+        except (Exception, CheckpointException):
+            if writer.error is not None:  # torch's own error has no cause
+                raise writer.error from None
+            raise
+
+    def _commit(self, files: Mapping[str, FileRecord]) -> None:
+        small_files = {name: manifest.write_file(self.folder, name, content) for name, content in self.files.items()}
+        manifest.commit(self.folder, {**files, **small_files})
+        self.committed = True
+
+
+def ignore_no_group_warning() -> None:
+    """Silence torch's warning that it assumes a single process if there is no process group. The assumption is right
+    here."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans on the live state; writes the copied values."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.values = values
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return chunk_at(self.values[index.fqn], index)
+
+
+def _describe_error(error: BaseException) -> str:
+    """Return one line: the rank, and the root cause of torch's wrapped errors."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if isinstance(error, CheckpointException):
+        rank, (error, _) = min(error.failures.items(), key=lambda item: item[0])
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error) if isinstance(error, OSError | UserError) else f"{type(error).__name__}: {error}"
+    return f"rank {rank}: {text}" if dist.is_initialized() else text

@@ -1,0 +1,250 @@
+"""Convert between our checkpoints and directories that Hugging Face's `transformers` loads, one tensor at a time."""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_llm.checkpoint.init_from import VOCAB_TENSORS
+from dist_llm.config.lengths import extra_ids
+from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.convert.export_tokenizers import export_chars, export_files, export_tokenizer
+from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
+from dist_llm.convert.hf_tensors import TensorMapping, group_by_hf_name, tensor_mappings, to_hf, to_native
+from dist_llm.convert.weights import LazyWeights, Weights
+from dist_llm.convert.write_weights import SHARD_BYTES, write_safetensors
+from dist_llm.errors import CheckpointError
+from dist_llm.models.build_model import build_model
+from dist_llm.text.bpe_tokenizer import BPETokenizer
+from dist_llm.text.char_tokenizer import CharTokenizer
+from dist_llm.text.hf_folder import GENERATION_FILE, TOKEN_IDS
+from dist_llm.text.hf_tokenizer import HFTokenizer
+from dist_llm.text.tokenizer import Tokenizer
+
+# prefix of tensors that only Hugging Face's model has; a checkpoint saves them for the way back
+HF_ONLY_PREFIX = "theirs."
+SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
+PREFIXES = ("transformer.", "model.", "bert.")  # prefixes of the body, which some checkpoints omit
+
+# Hugging Face's buffers that the config determines.
+_GPT2, _ROPE = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", r".*rotary_emb\.inv_freq"
+BUFFERS = {
+    **dict.fromkeys(("gpt2", "nanogpt"), re.compile(_GPT2)),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), re.compile(_ROPE)),
+    "bert": re.compile(r"(bert\.)?embeddings\.position_ids"),
+}
+# BERT's heads for sentence pairs, which masked language modelling does not use. `find_unused_heads` lists them.
+UNUSED_HEADS = re.compile(r"(bert\.)?pooler\..*|cls\.seq_relationship\..*")
+TIED_NAMES = {
+    "lm_head.weight": ("transformer.wte.weight", "model.embed_tokens.weight", "model.shared.weight", "shared.weight"),
+    "cls.predictions.decoder.weight": ("bert.embeddings.word_embeddings.weight",),
+    "cls.predictions.decoder.bias": ("cls.predictions.bias",),
+    **{
+        f"{stem}{stack}.embed_tokens.weight": ("model.shared.weight", "shared.weight")
+        for stem in ("", "model.")
+        for stack in ("encoder", "decoder")
+    },
+}
+
+
+def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return {native parameter name: shape}; the vocabulary is padded."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in build_model(model).named_parameters()}
+
+
+def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights:
+    """Return a view of our checkpoint under Hugging Face's names, without vocabulary padding.
+
+    Raises CheckpointError if the checkpoint lacks a parameter.
+    """
+    native_shapes = model_shapes(model)
+    if missing := sorted(name for name in native_shapes if weights.shapes.get(f"model.{name}") != native_shapes[name]):
+        raise CheckpointError(f"the checkpoint lacks {missing[0]}, or has it in another shape")
+    table = tensor_mappings(family, model)
+    if left := sorted(native_shapes.keys() - {pair.native for pair in table}):
+        raise AssertionError(f"not in the table of {family}: {left}")
+    by_hf_name = dict(group_by_hf_name(table))
+    hf_only = {name.removeprefix(HF_ONLY_PREFIX) for name in weights.shapes if name.startswith(HF_ONLY_PREFIX)}
+
+    def read_native(name: str) -> Tensor:
+        tensor = weights.read(f"model.{name}")
+        return tensor[: model.vocab_size] if name.startswith(VOCAB_TENSORS) else tensor
+
+    def on_meta(name: str) -> Tensor:
+        shape = native_shapes[name]
+        return torch.empty((model.vocab_size, *shape[1:]) if name.startswith(VOCAB_TENSORS) else shape, device="meta")
+
+    def make(name: str) -> Tensor:
+        saved = {key: weights.read(HF_ONLY_PREFIX + key) for key in {name, SEGMENTS} & hf_only}
+        if name != SEGMENTS:
+            return to_hf(by_hf_name[name], read_native, saved)
+        # Unchanged, if the position embeddings are unchanged: the first segment is added to them.
+        (pair,) = [pair for pair in table if pair.plus_row]
+        unchanged = saved and torch.equal(to_hf(by_hf_name[pair.hf], read_native, {}), _read_folded(weights, pair))
+        return saved[name] if unchanged else torch.zeros(2, model.d_model)
+
+    shapes = {name: tuple(to_hf(group, on_meta, {}).shape) for name, group in by_hf_name.items()}
+    if any(pair.plus_row for pair in table):
+        shapes[SEGMENTS] = weights.shapes.get(HF_ONLY_PREFIX + SEGMENTS, (2, model.d_model))
+    return LazyWeights(shapes, make)
+
+
+def _read_folded(weights: Weights, pair: TensorMapping) -> Tensor:
+    return weights.read(HF_ONLY_PREFIX + pair.hf) + weights.read(HF_ONLY_PREFIX + pair.plus_row)[0]
+
+
+def from_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights:
+    """Return a view of Hugging Face's tensors under our names: with vocabulary padding (zero), and with tensors to
+    save.
+
+    Raises CheckpointError if a tensor is missing, has another shape, or has no counterpart in our model.
+    """
+    native_shapes, table = model_shapes(model), tensor_mappings(family, model)
+    known = {name for pair in table for name in (pair.hf, pair.plus_row)}
+    stored_names = {_add_body_prefix(name, known): name for name in weights.shapes}
+    _check_unmapped(weights, stored_names, known, family)
+    by_native_name = {pair.native: pair for pair in table}
+    hf_only = {name for pair in table if pair.skip or pair.plus_row for name in (pair.hf, pair.plus_row) if name}
+
+    def read(name: str) -> Tensor:
+        if family == "t5" and name == "lm_head.weight" and name not in stored_names:
+            name = "shared.weight"  # equal when it was saved, which v1.1 does not record
+        if name not in stored_names:
+            raise CheckpointError(f"the Hugging Face checkpoint lacks {name}")
+        return weights.read(stored_names[name]).float()
+
+    def make(name: str) -> Tensor:
+        if name.startswith(HF_ONLY_PREFIX):
+            return read(name.removeprefix(HF_ONLY_PREFIX))
+        name = name.removeprefix("model.")
+        pair, shape = by_native_name[name], native_shapes[name]
+        tensor = to_native(pair, {key: read(key) for key in (pair.hf, pair.plus_row) if key})
+        if name.startswith(VOCAB_TENSORS) and tuple(tensor.shape) == (model.vocab_size, *shape[1:]):
+            tensor = torch.cat((tensor, tensor.new_zeros(shape[0] - len(tensor), *shape[1:])))
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{pair.hf} gives {name} the shape {list(tensor.shape)} instead of {list(shape)}")
+        return tensor
+
+    shapes = {f"model.{name}": shape for name, shape in native_shapes.items()}
+    hf_only &= stored_names.keys()
+    shapes |= {HF_ONLY_PREFIX + name: weights.shapes[stored_names[name]] for name in sorted(hf_only)}
+    return LazyWeights(shapes, make)
+
+
+def _add_body_prefix(name: str, known: set[str]) -> str:
+    """Return `name` with the prefix of the body, if `name` lacks it."""
+    return next((prefix + name for prefix in PREFIXES if name not in known and prefix + name in known), name)
+
+
+def _check_unmapped(weights: Weights, stored_names: Mapping[str, str], known: set[str], family: str) -> None:
+    for full, name in stored_names.items():
+        if full in known or (family in BUFFERS and BUFFERS[family].fullmatch(name)):
+            continue
+        if family == "bert" and UNUSED_HEADS.fullmatch(name):
+            continue
+        originals = [stored_names[tied] for tied in TIED_NAMES.get(full, ()) if tied in stored_names]
+        if originals and torch.equal(weights.read(name), weights.read(originals[0])):
+            continue
+        if full == "final_logits_bias" and not weights.read(name).any():
+            continue
+        raise CheckpointError(f"the tensor {name} {list(weights.shapes[name])} has no counterpart in our model")
+
+
+def find_unused_heads(weights: Weights) -> list[str]:
+    """Return the tensors of heads that our models do not have, so that the caller can report what is left out."""
+    return sorted(name for name in weights.shapes if UNUSED_HEADS.fullmatch(name))
+
+
+def export_hf(
+    weights: Weights,
+    config: Config,
+    tokenizer: Tokenizer | None,
+    directory: Path,
+    family: str = "",
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+    ids: Mapping[str, Any] | None = None,
+    generation: bytes | None = None,
+) -> Weights:
+    """Write everything that `from_pretrained` needs into `directory`; return the view of what was written.
+
+    `ids` has the TOKEN_IDS, and `generation` is generation_config.json, if the model was imported from Hugging Face;
+    else they come from the tokenizer. A tokenizer that was imported with files is written back unchanged.
+
+    Raises CheckpointError if no Hugging Face model is equivalent.
+    """
+    hf_config = build_hf_config(config.model, family)
+    view = to_huggingface(weights, config.model, hf_config["model_type"])
+    directory.mkdir()
+    hf_config["dtype"] = str(dtype).removeprefix("torch.")
+    ids = _token_ids(config, tokenizer) if ids is None else ids
+    hf_config |= ids
+    _write_json(directory / "config.json", hf_config)
+    if config.model.architecture != "encoder":
+        _write_json(directory / GENERATION_FILE, {"_from_model_config": True, **ids})
+    try:
+        _export_tokenizer(tokenizer, directory, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Weights can be exported alone, with --no-tokenizer.") from None
+    if generation is not None:
+        (directory / GENERATION_FILE).write_bytes(generation)
+    write_safetensors(directory, view, dtype, shard_bytes)
+    return view
+
+
+def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """Return the special ids; None for each if there is no tokenizer: a family's defaults belong to another
+    tokenizer."""
+    if isinstance(tokenizer, HFTokenizer) and tokenizer.token_ids:
+        return tokenizer.token_ids
+    ids: dict[str, int | None] = dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot if tokenizer is not None else None
+    )
+    if config.model.architecture == "encoder_decoder":
+        start = tokenizer.vocabulary().special("start") if tokenizer is not None else None
+        ids["decoder_start_token_id"] = start
+    return ids
+
+
+def _export_tokenizer(tokenizer: Tokenizer | None, directory: Path, config: Config) -> None:
+    if isinstance(tokenizer, BPETokenizer):
+        export_tokenizer(tokenizer, directory, config.model, extra_ids(config))
+    elif isinstance(tokenizer, CharTokenizer):
+        export_chars(tokenizer, directory)
+    elif tokenizer is not None:
+        export_files(tokenizer, directory)
+
+
+def read_token_ids(directory: Path) -> dict[str, Any]:
+    """Read the special ids from a Hugging Face config.json, for `export_hf`."""
+    content = _read_json(directory / "config.json")
+    return {key: content[key] for key in TOKEN_IDS if key in content}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(directory: Path, ignored: Collection[str] = ()) -> tuple[str, ModelConfig]:
+    """Return (family, our model config) of a Hugging Face directory; fields in `ignored` need not be known.
+
+    Raises CheckpointError if there is no config or it is not supported.
+    """
+    content = _read_json(directory / "config.json")
+    return str(content.get("model_type")), parse_hf_config(content, ignored)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError for any other content."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, where an object belongs; copy it again")
+    return content

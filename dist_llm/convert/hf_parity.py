@@ -1,0 +1,72 @@
+"""Check that one of our checkpoints and a Hugging Face directory are the same model: equal logits on a fixed batch."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_llm.checkpoint import store
+from dist_llm.checkpoint.checkpoint_state import TorchState
+from dist_llm.config.load import load_saved
+from dist_llm.errors import CheckpointError
+from dist_llm.models.attention_mask import AttentionMask, EncoderInput
+from dist_llm.models.build_model import build_model
+
+ROWS, LENGTH = 2, 32
+MAX_LOGIT_DIFFERENCE, MAX_KL = 1e-4, 1e-9  # in fp32, relative to the largest logit if that is above 1; in fp64
+
+
+@torch.no_grad()
+def compare_logits(checkpoint: Path, hf_folder: Path, dtype: torch.dtype = torch.float32) -> str:
+    """Return a line with the differences; our weights are rounded to `dtype`. Both models are in memory, in fp64 at the
+    end.
+
+    Raises CheckpointError if the differences exceed rounding, or `transformers` is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError("--check needs `transformers`: pip install transformers") from None
+    config = load_saved(checkpoint)
+    native_model = build_model(config.model).eval()
+    store.load(checkpoint, TorchState(native_model), moments=False)
+    native_model.to(dtype).float()
+    kind = {"encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
+    loader = getattr(transformers, kind.get(config.model.architecture, "AutoModelForCausalLM"))
+    hf_model = loader.from_pretrained(hf_folder, dtype=torch.float32, attn_implementation="eager").eval()
+    length = min(LENGTH, config.model.max_seq_len)
+    ids = torch.randint(config.model.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))
+    difference = _logit_difference(native_model, hf_model, ids, config.model.architecture)
+    native_model, hf_model = native_model.double(), hf_model.double()
+    for module in hf_model.modules():
+        if hasattr(module, "variance_epsilon"):  # Hugging Face's RMSNorm computes in fp32 for any input type
+            module.forward = partial(_rms_norm, module.weight, module.variance_epsilon)
+    kl = _kl_divergence(native_model, hf_model, ids, config.model.architecture)
+    line = f"logits differ by {difference:.1e} at most in fp32, distributions by a KL of {kl:.1e} in fp64"
+    if difference > MAX_LOGIT_DIFFERENCE or kl > MAX_KL:
+        raise CheckpointError(f"{checkpoint} and {hf_folder} are not the same model: {line}")
+    return line
+
+
+def _rms_norm(weight: Tensor, eps: float, x: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _logits(native_model: nn.Module, hf_model: nn.Module, ids: Tensor, architecture: str) -> tuple[Tensor, Tensor]:
+    if architecture == "encoder_decoder":
+        return native_model(ids, encoder_input=EncoderInput(ids.flip(1))), hf_model(
+            input_ids=ids.flip(1), decoder_input_ids=ids
+        ).logits
+    return native_model(ids, mask=AttentionMask(architecture == "decoder")), hf_model(input_ids=ids).logits
+
+
+def _logit_difference(native_model: nn.Module, hf_model: nn.Module, ids: Tensor, architecture: str) -> float:
+    actual, expected = _logits(native_model, hf_model, ids, architecture)
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+def _kl_divergence(native_model: nn.Module, hf_model: nn.Module, ids: Tensor, architecture: str) -> float:
+    actual, expected = (logits.log_softmax(-1) for logits in _logits(native_model, hf_model, ids, architecture))
+    return float((expected.exp() * (expected - actual)).sum(-1).max())

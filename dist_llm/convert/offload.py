@@ -1,0 +1,78 @@
+"""Load a model that is larger than memory, by accelerate: blocks wait on GPUs, in host memory or on disk until used."""
+
+import atexit
+import logging
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dist_llm.checkpoint.native_weights import NativeWeights
+from dist_llm.config.schema import ModelConfig
+from dist_llm.convert.weights import LazyWeights
+from dist_llm.convert.write_weights import write_safetensors
+from dist_llm.errors import ConfigError
+from dist_llm.models.build_model import build_model
+from dist_llm.models.decoder import Decoder
+
+GPU_SHARE = 0.7
+
+
+def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder: Path, memory_bytes: int) -> Decoder:
+    """Load the model of a checkpoint. At most `memory_bytes` are in host memory.
+
+    Blocks that fit neither there nor on a GPU are written to a new directory in `folder`. It takes up to twice the
+    bytes of the weights until the process ends. Raises ConfigError if accelerate is not installed, or the memory is too
+    small for embedding and head.
+    """
+    if find_spec("accelerate") is None:
+        raise ConfigError("--offload: accelerate is not installed; pip install 'dist-llm[accelerate]'")
+    from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+    from accelerate.utils import get_max_memory
+
+    with init_empty_weights():
+        model = build_model(config)
+    # The head uses the tied embedding outside the embedding's own call, so both must stay loaded. Only blocks are
+    # offloaded.
+    ends = [name for name, _ in model.named_children() if name != "blocks"]
+    main: int | str = "cpu" if device.type == "cpu" else device.index or 0
+    # Part of a GPU's memory is reserved for the block that runs, and for activations.
+    free_bytes = {name: round(GPU_SHARE * size) for name, size in get_max_memory().items() if name != "cpu"}
+    free_bytes["cpu"] = memory_bytes
+    free_bytes[main] -= _count_bytes(*(getattr(model, name) for name in ends))
+    if free_bytes[main] < 0:
+        raise ConfigError(f"--memory: embedding and head take {-free_bytes[main] / 2**20:.1f} MiB more than there is")
+    device_map: dict[str, int | str] = dict.fromkeys(ends, main)
+    for name, block in model.blocks.items():
+        target = next((target for target, size in free_bytes.items() if size >= _count_bytes(block)), "disk")
+        device_map[f"blocks.{name}"] = target
+        if target != "disk":
+            free_bytes[target] -= _count_bytes(block)
+    saved = NativeWeights(path)
+    names = [name for name in saved.shapes if name.startswith("model.")]
+    view = LazyWeights(
+        {name.removeprefix("model."): saved.shapes[name] for name in names}, lambda name: saved.read(f"model.{name}")
+    )
+    # it warns that modules are offloaded, which is intended
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--offload: {folder} cannot be made: {error.strerror}") from None
+    offloaded = Path(tempfile.mkdtemp(prefix="blocks_", dir=folder))
+    with tempfile.TemporaryDirectory(prefix="weights_", dir=folder) as weights:
+        write_safetensors(Path(weights), view)
+        offloaded_model: Decoder = load_checkpoint_and_dispatch(
+            model, weights, device_map=device_map, offload_folder=offloaded
+        )
+    atexit.register(shutil.rmtree, offloaded, ignore_errors=True)
+    return offloaded_model.eval()
+
+
+def _count_bytes(*modules: nn.Module) -> int:
+    """Return the bytes of all parameters; shared parameters count once."""
+    parameters = {parameter for module in modules for parameter in module.parameters()}
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
