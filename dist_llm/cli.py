@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_llm.errors import ConfigError, UserError, user_error_of
+from dist_llm.errors import ConfigError, UserError, to_user_error
 
 OVERVIEW = """\
 Pre-train language models. From raw text to a trained model:
@@ -48,7 +48,7 @@ Renders a batch script, shows it, and hands it to sbatch. The config is checked 
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The command line, with help that teaches."""
     from dist_llm.text import adopt_options, options
 
@@ -130,7 +130,7 @@ def run() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. 0: done. 1: a failure of ours. 2: input that the user can mend. 128 + N: stopped by signal N."""
-    options = parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     commands: dict[str, Callable[[argparse.Namespace], int | None]] = {
         "prepare": _prepare,
         "adopt": _adopt,
@@ -143,15 +143,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return commands[options.command](options) or 0
     except UserError as error:
-        return _refuse(error)
+        return _report_error(error)
     except OSError as error:
-        if (mendable := user_error_of(error)) is None:
+        if (mendable := to_user_error(error)) is None:
             raise
-        return _refuse(mendable)
+        return _report_error(mendable)
     except UnicodeEncodeError as error:
         if error.encoding.replace("-", "").lower().startswith("utf"):
             raise  # not the terminal's encoding
-        return _refuse(
+        return _report_error(
             UserError(
                 f"standard output is {error.encoding} and cannot show {error.object[error.start : error.end]!a}; "
                 "set PYTHONUTF8=1, or a UTF-8 locale such as LC_ALL=C.UTF-8"
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _refuse(error: UserError) -> int:
+def _report_error(error: UserError) -> int:
     from dist_llm.launch.world import World, read_world
 
     try:
@@ -210,7 +210,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     if options.help_config:
-        _help_config()
+        _print_config_help()
         return 0
     files = [Path(item) for item in options.rest if "=" not in item]
     files += [options.config] if options.config else []
@@ -236,38 +236,42 @@ def _train(options: argparse.Namespace) -> int:
     from dist_llm.train.run import train
 
     # `record` hands the exception to torchrun, whose last lines name rank, host and cause.
-    told = record(train)(config, world) or 0
-    return 128 + told if told else 0
+    stop_signal = record(train)(config, world) or 0
+    return 128 + stop_signal if stop_signal else 0
 
 
 def _submit(options: argparse.Namespace) -> None:
     from dist_llm.launch.submit import Job, directories, parse_sweep, render, submit
     from dist_llm.train.settings import read_config
 
-    asked = [
+    sbatch_options = [
         f"--{name}={value}" for name in ("time", "gpus-per-node") if (value := vars(options)[name.replace("-", "_")])
     ]
     sizes = options.nodes, options.tasks_per_node
     if min(sizes) < 1:
         raise ConfigError(f"--nodes {sizes[0]}, --tasks-per-node {sizes[1]}: both must be at least 1")
-    job = Job(options.config, tuple(options.rest), *sizes, (*asked, *options.sbatch), parse_sweep(options.sweep))
+    job = Job(
+        options.config, tuple(options.rest), *sizes, (*sbatch_options, *options.sbatch), parse_sweep(options.sweep)
+    )
     configs = [read_config(job.config, run, job.ranks) for run in job.runs]
-    places = directories(job, configs[0].run.dir)
-    script = render(job, places)
+    run_dirs = directories(job, configs[0].run.dir)
+    script = render(job, run_dirs)
     print(script)
     if options.dry_run:
         return
     number = submit(script)
     print(
-        f"job {number}; its output: slurm-{number}{'_*' if job.sweep else ''}.log; its runs:", *places, file=sys.stderr
+        f"job {number}; its output: slurm-{number}{'_*' if job.sweep else ''}.log; its runs:",
+        *run_dirs,
+        file=sys.stderr,
     )
     print(f"squeue --job {number}; scancel {number}; tensorboard --logdir {configs[0].run.dir}", file=sys.stderr)
 
 
-def _help_config() -> None:
+def _print_config_help() -> None:
     from dist_llm.config.load import describe
 
-    with _reader_may_leave():
+    with _ignore_broken_pipe():
         for name, kind, default, description in describe():
             print(f"{name}\n    {kind}; default: {default}\n    {description}")
 
@@ -283,7 +287,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from dist_llm.generate import Offload, Sampling, stream
+    from dist_llm.generate import Offload, Sampling, print_continuations
 
     if (options.offload is None) != (options.memory is None):
         raise ConfigError("--offload and --memory go together: what does not fit into the one's GiB goes to the other")
@@ -291,12 +295,12 @@ def _generate(options: argparse.Namespace) -> None:
         raise ConfigError(f"--memory {options.memory}: must be above 0")
     offload = Offload(Path(options.offload), int(options.memory * 2**30)) if options.offload else None
     sampling = Sampling(options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed)
-    with _reader_may_leave():
-        stream(options.checkpoint, options.prompt or [""], sampling, offload)
+    with _ignore_broken_pipe():
+        print_continuations(options.checkpoint, options.prompt or [""], sampling, offload)
 
 
 @contextmanager
-def _reader_may_leave() -> Iterator[None]:
+def _ignore_broken_pipe() -> Iterator[None]:
     """Around what only prints: when the reader of a pipe has seen enough (`| head`), end quietly."""
     try:
         yield

@@ -27,32 +27,32 @@ class DivergedError(UserError):
     """A bad step, by the policy of the section `guard`."""
 
 
-ROOM = "make room there, or set another directory"
-RIGHTS = "change its permissions, or set another directory"
-OPEN_FILES = "raise the limit of open files (ulimit -n)"
-WAYS_OUT = {
-    errno.ENOSPC: ROOM,
-    errno.EDQUOT: ROOM,
-    errno.EFBIG: ROOM,
-    errno.EACCES: RIGHTS,
-    errno.EPERM: RIGHTS,
-    errno.EROFS: RIGHTS,
+HINT_SPACE = "make room there, or set another directory"
+HINT_PERMISSIONS = "change its permissions, or set another directory"
+HINT_OPEN_FILES = "raise the limit of open files (ulimit -n)"
+HINTS = {
+    errno.ENOSPC: HINT_SPACE,
+    errno.EDQUOT: HINT_SPACE,
+    errno.EFBIG: HINT_SPACE,
+    errno.EACCES: HINT_PERMISSIONS,
+    errno.EPERM: HINT_PERMISSIONS,
+    errno.EROFS: HINT_PERMISSIONS,
     errno.ENOTDIR: "a file stands where a directory should be: move it away",
     errno.EISDIR: "a directory stands where a file should be: move it away",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EMFILE: OPEN_FILES,
-    errno.ENFILE: OPEN_FILES,
+    errno.EMFILE: HINT_OPEN_FILES,
+    errno.ENFILE: HINT_OPEN_FILES,
 }
 
 
-def user_error_of(error: OSError, place: str = "") -> UserError | None:
+def to_user_error(error: OSError, location: str = "") -> UserError | None:
     """What the user can do about an error of the operating system; None where it may be our mistake.
 
     `place` is named where the error names no file, as that of a write does not.
     """
-    if error.errno not in WAYS_OUT:
+    if error.errno not in HINTS:
         return None
-    where = error.filename or place or "a file of this command"
+    where = error.filename or location or "a file of this command"
     if isinstance(where, bytes):
         where = where.decode(errors="replace")
-    return UserError(f"{where}: {error.strerror}; {WAYS_OUT[error.errno]}, and start the same command again")
+    return UserError(f"{where}: {error.strerror}; {HINTS[error.errno]}, and start the same command again")

@@ -82,7 +82,7 @@ class Prompt:
     stops: frozenset[int] = frozenset()
 
 
-def ask(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
+def encode_prompt(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
     """Put the question as the model was trained to be asked it. An empty prompt is the end of another text.
 
     Of a mixture's members one that goes on with its text is taken where there is one. A model of span corruption is
@@ -90,25 +90,25 @@ def ask(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
     """
     vocabulary = tokenizer.vocabulary()
     ids = tokenizer.encode_prompt(prompt) or [vocabulary.eot]
-    members = config.objective.components
-    member = next((each for each in members if each.name != "span"), members[0])
-    mode = [vocabulary.special(member.mode)] if member.mode else []
+    components = config.objective.components
+    component = next((candidate for candidate in components if candidate.name != "span"), components[0])
+    mode = [vocabulary.special(component.mode)] if component.mode else []
     start = vocabulary.special("start")
     two_stacks = config.model.architecture == "encoder_decoder"
     ends = frozenset((vocabulary.sentinel(1),) if tokenizer.eot is None else (tokenizer.eot, vocabulary.sentinel(1)))
-    if member.name == "span":
-        asked, gap = [*mode, *ids, vocabulary.sentinel(0), vocabulary.eot], [vocabulary.sentinel(0)]
+    if component.name == "span":
+        infilling_ids, gap_ids = [*mode, *ids, vocabulary.sentinel(0), vocabulary.eot], [vocabulary.sentinel(0)]
         if two_stacks:
-            return Prompt([start, *gap], False, asked, ends)
-        return Prompt([*asked, *gap], member.see_prefix, None, ends)
+            return Prompt([start, *gap_ids], False, infilling_ids, ends)
+        return Prompt([*infilling_ids, *gap_ids], component.see_prefix, None, ends)
     if two_stacks:
         return Prompt([start], False, [*mode, *ids], ends)
-    return Prompt([*mode, *ids], member.name == "prefix" and member.see_prefix, None, ends)
+    return Prompt([*mode, *ids], component.name == "prefix" and component.see_prefix, None, ends)
 
 
 @torch.no_grad()
-def tokens(
-    model: torch.nn.Module, prompt: Prompt, sampling: Sampling, longest: int, use_cache: bool = True
+def generate_tokens(
+    model: torch.nn.Module, prompt: Prompt, sampling: Sampling, max_seq_len: int, use_cache: bool = True
 ) -> Iterator[int]:
     """Yield new token ids after `prompt`, at most `max_tokens`, and no more than make `longest` in all."""
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
@@ -117,20 +117,20 @@ def tokens(
     source = None
     if prompt.source is not None:
         source = {"encoder_input": EncoderInput(torch.tensor([prompt.source], device=device))}
-    seen = list(prompt.ids)
+    ids = list(prompt.ids)
     prefix_B = torch.tensor([len(prompt.ids)], device=device) if prompt.whole else None
-    for _ in range(min(sampling.max_tokens, longest - len(prompt.ids))):
-        fresh = seen[cache.length :] if cache is not None else seen
+    for _ in range(min(sampling.max_tokens, max_seq_len - len(prompt.ids))):
+        input_ids = ids[cache.length :] if cache is not None else ids
         # Once they are in the cache, all of the prompt is seen by whatever follows.
-        mask = CAUSAL if len(fresh) == 1 else AttentionMask(causal=True, prefix_B=prefix_B)
-        logits_BSV = model(torch.tensor([fresh], device=device), mask=mask, cache=cache, **(source or {}))
+        mask = CAUSAL if len(input_ids) == 1 else AttentionMask(causal=True, prefix_B=prefix_B)
+        logits_BSV = model(torch.tensor([input_ids], device=device), mask=mask, cache=cache, **(source or {}))
         source = source if cache is None else None  # the encoder's output is in the cache, too
-        token = draw(logits_BSV[0, -1].float().cpu(), sampling, generator)
-        seen.append(token)
+        token = sample_token(logits_BSV[0, -1].float().cpu(), sampling, generator)
+        ids.append(token)
         yield token
 
 
-def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token id. The nucleus (Holtzman et al. 2020) is the fewest tokens that hold `top_p`."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
@@ -145,8 +145,13 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     return int(ids_V[torch.multinomial(probabilities_V, 1, generator=generator)])
 
 
-def text(
-    model: torch.nn.Module, tokenizer: Tokenizer, asked: Prompt, sampling: Sampling, longest: int, stop: bool = True
+def generate_text(
+    model: torch.nn.Module,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    sampling: Sampling,
+    max_seq_len: int,
+    stop: bool = True,
 ) -> Iterator[str]:
     """Yield pieces of text as they are sampled, the bytes of a character held until it is whole.
 
@@ -154,12 +159,12 @@ def text(
     must when it is sharded and all ranks have to run it equally often.
     """
     vocabulary = tokenizer.vocabulary()
-    if (length := max(len(asked.ids), len(asked.source or ()))) >= longest:
-        raise ConfigError(f"the prompt has {length} tokens, but the model takes at most {longest}; shorten it")
-    stream = tokenizer.text_stream(asked.ids)
+    if (length := max(len(prompt.ids), len(prompt.source or ()))) >= max_seq_len:
+        raise ConfigError(f"the prompt has {length} tokens, but the model takes at most {max_seq_len}; shorten it")
+    stream = tokenizer.text_stream(prompt.ids)
     ended = False
-    for token in tokens(model, asked, sampling, longest):
-        ended = ended or token in asked.stops
+    for token in generate_tokens(model, prompt, sampling, max_seq_len):
+        ended = ended or token in prompt.stops
         if ended and stop:
             break
         name = vocabulary.describe(token)  # of an id that an objective added
@@ -169,13 +174,16 @@ def text(
         yield tail
 
 
-def stream(checkpoint: str, prompts: list[str], sampling: Sampling, offload: Offload | None = None) -> None:
+def print_continuations(
+    checkpoint: str, prompts: list[str], sampling: Sampling, offload: Offload | None = None
+) -> None:
     """Print each prompt and what follows it, as it comes."""
     sampling.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, config = load_model(checkpoint, device, offload)
     for number, prompt in enumerate(prompts):
         print("\n---\n" * bool(number) + prompt, end="", flush=True)
-        for piece in text(model, tokenizer, ask(config, tokenizer, prompt), sampling, config.model.max_seq_len):
+        encoded = encode_prompt(config, tokenizer, prompt)
+        for piece in generate_text(model, tokenizer, encoded, sampling, config.model.max_seq_len):
             print(piece, end="", flush=True)
         print()

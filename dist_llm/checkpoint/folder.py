@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from dist_llm.checkpoint.metadata import load_metadata
-from dist_llm.data.remote import hasher, named, sync_directory
+from dist_llm.data.remote import create_hash, format_digest, sync_directory
 from dist_llm.errors import CheckpointError
 
 READ_BYTES = 1 << 22  # at once: of a remote file by one request
@@ -79,11 +79,11 @@ class Folder:
 
     def hash(self, name: str, like: str) -> str:
         """Of a whole file, read in blocks, of the kind that `like` is."""
-        digest = hasher(like)
+        digest = create_hash(like)
         with self.fs.open(f"{self.path}/{name}", "rb", block_size=READ_BYTES) as file:
             while block := file.read(READ_BYTES):
                 digest.update(block)
-        return named(digest)
+        return format_digest(digest)
 
     def write(self, name: str, content: bytes) -> None:
         """Durably, where that is ours to say."""
@@ -202,7 +202,7 @@ class _Files(filesystem.FileSystemBase):
             finally:
                 self.problem = self.problem or stream.problem
                 self.streams.discard(stream)
-            self.written[str(path)] = Written(stream.length, named(stream.digest))
+            self.written[str(path)] = Written(stream.length, format_digest(stream.digest))
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         return f"{path}/{suffix}"
@@ -236,7 +236,7 @@ class _Hashed(io.RawIOBase):
     """Hands on what is written, and hashes it."""
 
     def __init__(self, file: IO[bytes], files: _Files) -> None:
-        self.file, self.files, self.length, self.digest = file, files, 0, hasher()
+        self.file, self.files, self.length, self.digest = file, files, 0, create_hash()
         self.announced = 0  # bytes that the system was told to write
         self.problem: OSError | None = None
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from dist_llm.checkpoint.folder import Folder, Written
-from dist_llm.data.remote import hasher, named
+from dist_llm.data.remote import create_hash, format_digest
 from dist_llm.errors import CheckpointError
 
 MARKER, MANIFEST = "COMMITTED", "manifest.json"
@@ -38,9 +38,9 @@ def commit(folder: Folder, files: Mapping[str, Written]) -> None:
 def write(folder: Folder, name: str, content: bytes) -> Written:
     """A small file, and what the manifest says of it."""
     folder.write(name, content)
-    digest = hasher()
+    digest = create_hash()
     digest.update(content)
-    return Written(len(content), named(digest))
+    return Written(len(content), format_digest(digest))
 
 
 def verify(folder: Folder, part: int = 0, parts: int = 1, tensors: bool = True) -> None:

@@ -31,12 +31,12 @@ class GrowingFile:
     @classmethod
     def reopen(cls, path: Path, state: FileState) -> "GrowingFile":
         """Go on at `state`, dropping what follows. Raises DataError where the file is no longer as it was."""
-        found = cls.__new__(cls)
-        found.path, found._hash, found._size = path, check_prefix(path, state), state.size_bytes
-        found._file = path.open("r+b")
-        found._file.truncate(state.size_bytes)
-        found._file.seek(state.size_bytes)
-        return found
+        file = cls.__new__(cls)
+        file.path, file._hash, file._size = path, check_prefix(path, state), state.size_bytes
+        file._file = path.open("r+b")
+        file._file.truncate(state.size_bytes)
+        file._file.seek(state.size_bytes)
+        return file
 
     @property
     def closed(self) -> bool:

@@ -32,47 +32,47 @@ log = logging.getLogger("dist_llm")
 Result = TypeVar("Result")
 
 BLOCK_BYTES = 1 << 22
-TRIES, PAUSE_SECONDS, TIMEOUT_SECONDS = 4, 1.0, 60.0  # the pause doubles from try to try
+MAX_TRIES, PAUSE_SECONDS, TIMEOUT_SECONDS = 4, 1.0, 60.0  # the pause doubles from try to try
 ABANDONED_SECONDS = 3600.0  # a partial file that nobody wrote to for so long has lost its writer
-MAY_PASS = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
+RETRYABLE_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
 
 
 class RemoteError(Exception):
     """What went wrong at the far end; `hopeless` where another try would end alike."""
 
-    def __init__(self, message: str, hopeless: bool = False) -> None:
+    def __init__(self, message: str, permanent: bool = False) -> None:
         super().__init__(message)
-        self.hopeless = hopeless
+        self.permanent = permanent
 
 
-def is_remote(place: str) -> bool:
+def is_remote(location: str) -> bool:
     """Whether `place` is a URL of something else than a local file."""
-    return re.match("[A-Za-z][A-Za-z0-9+.-]+://", place) is not None and not place.startswith("file://")
+    return re.match("[A-Za-z][A-Za-z0-9+.-]+://", location) is not None and not location.startswith("file://")
 
 
-def as_path(place: str) -> Path:
+def as_path(location: str) -> Path:
     """A local path, given as such or as a file:// URL."""
-    return Path(unquote(urlsplit(place).path)) if place.startswith("file://") else Path(place)
+    return Path(unquote(urlsplit(location).path)) if location.startswith("file://") else Path(location)
 
 
-def blocks(url: str) -> Iterator[bytes]:
+def iter_blocks(url: str) -> Iterator[bytes]:
     """The bytes of `url`, some at a time. Raises RemoteError where they cannot be had or end too early."""
     try:
-        with _opened(url) as file:
+        with _open_url(url) as file:
             while block := file.read(BLOCK_BYTES):
                 yield block
             if isinstance(file, HTTPResponse) and file.length:  # what is still to come
                 raise OSError(f"the connection ended {file.length} bytes early")
     except HTTPError as error:
         error.close()
-        hopeless = error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in MAY_PASS
-        raise RemoteError(f"HTTP status {error.code} {error.reason}", hopeless) from None
+        permanent = error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in RETRYABLE_STATUSES
+        raise RemoteError(f"HTTP status {error.code} {error.reason}", permanent) from None
     except Exception as error:  # each file system has errors of its own
-        hopeless = isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
-        raise RemoteError(f"{type(error).__name__}: {error}", hopeless) from None
+        permanent = isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
+        raise RemoteError(f"{type(error).__name__}: {error}", permanent) from None
 
 
-def _opened(url: str) -> IO[bytes]:
+def _open_url(url: str) -> IO[bytes]:
     # fsspec's http needs aiohttp and a thread of its own; the standard library does with neither.
     if url.startswith(("http://", "https://")):
         return urlopen(url, timeout=TIMEOUT_SECONDS)
@@ -81,52 +81,52 @@ def _opened(url: str) -> IO[bytes]:
     return fsspec.open(url, "rb").open()
 
 
-def tried(url: str, action: Callable[[], Result], way_out: Callable[[], str]) -> Result:
+def with_retries(url: str, action: Callable[[], Result], hint: Callable[[], str]) -> Result:
     """The result of `action`, which reads `url`; tried again where that may help, a few times.
 
     Raises DataError that names the URL and the way out.
     """
-    for attempt in range(TRIES):
+    for attempt in range(MAX_TRIES):
         try:
             return action()
         except RemoteError as error:
-            if error.hopeless or attempt == TRIES - 1:
-                tries = "" if error.hopeless else f" in {TRIES} tries"
-                raise DataError(f"{url}: cannot be fetched{tries}: {error}. {way_out()}") from None
+            if error.permanent or attempt == MAX_TRIES - 1:
+                tries = "" if error.permanent else f" in {MAX_TRIES} tries"
+                raise DataError(f"{url}: cannot be fetched{tries}: {error}. {hint()}") from None
             log.warning("%s: %s; trying again", url, error)
         time.sleep(PAUSE_SECONDS * 2**attempt)
     raise AssertionError("the last try returns or raises")
 
 
-def hasher(like: str = "blake3:") -> Any:
+def create_hash(like: str = "blake3:") -> Any:
     """A hash to feed, of the kind that a `named` one is. BLAKE3 takes a fifth of SHA-256's time."""
     return blake3() if like.startswith("blake3:") else hashlib.new(like.partition(":")[0])
 
 
-def named(digest: Any) -> str:
+def format_digest(digest: Any) -> str:
     """What it was fed, as manifests have it: `blake3:` or `sha256:`, and hexadecimal digits."""
     return f"{digest.name}:{digest.hexdigest()}"
 
 
-def fetch(url: str, target: Path, size: int | None, wanted: str | None) -> Path:
+def fetch(url: str, target: Path, size: int | None, expected_hash: str | None) -> Path:
     """`target`, made from `url` if it is not there yet, of `size` bytes and the hash `wanted` where these are given.
 
     Raises DataError where the far end does not give that, or the near end has no room for it.
     """
     if target.exists():
         return target
-    way_out = f"Check the URL, the network and your credentials, or bring the file here by other means: {target}"
-    with writing(target):
+    hint = f"Check the URL, the network and your credentials, or bring the file here by other means: {target}"
+    with convert_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target):
+        with _lock_exclusively(target):
             if not target.exists():
                 log.info("fetching %s (%s bytes)", url, f"{size:,}" if size else "unknown")
-                tried(url, lambda: _download(url, target, size, wanted), lambda: way_out)
+                with_retries(url, lambda: _download(url, target, size, expected_hash), lambda: hint)
     return target
 
 
 @contextmanager
-def writing(target: Path) -> Iterator[None]:
+def convert_write_errors(target: Path) -> Iterator[None]:
     """Within the block, an OSError is one of the cache's, and a DataError to the user."""
     try:
         yield
@@ -137,12 +137,12 @@ def writing(target: Path) -> Iterator[None]:
         ) from None
 
 
-def _download(url: str, target: Path, size: int | None, wanted: str | None) -> None:
+def _download(url: str, target: Path, size: int | None, expected_hash: str | None) -> None:
     partial = target.with_name(f"{target.name}.{uuid4().hex}.partial")
-    digest, length = hasher(wanted or "blake3:"), 0
+    digest, length = create_hash(expected_hash or "blake3:"), 0
     try:
         with partial.open("xb") as file:
-            for block in blocks(url):
+            for block in iter_blocks(url):
                 file.write(block)
                 digest.update(block)
                 length += len(block)
@@ -150,8 +150,8 @@ def _download(url: str, target: Path, size: int | None, wanted: str | None) -> N
             os.fsync(file.fileno())
         if size not in (None, length):
             raise RemoteError(f"{length} bytes came, but the manifest promises {size}")
-        if wanted not in (None, named(digest)):
-            raise RemoteError(f"what came has {named(digest)}, but the manifest promises {wanted}")
+        if expected_hash not in (None, format_digest(digest)):
+            raise RemoteError(f"what came has {format_digest(digest)}, but the manifest promises {expected_hash}")
         partial.rename(target)
         sync_directory(target.parent)
     finally:
@@ -159,31 +159,31 @@ def _download(url: str, target: Path, size: int | None, wanted: str | None) -> N
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
+def _lock_exclusively(target: Path) -> Iterator[None]:
     """Hold the lock of `target`, and clear what killed downloads of it left."""
     lock = target.with_name(target.name + ".lock")
     while True:
         with lock.open("w") as file:
             with suppress(OSError):  # no locks on this file system: each for itself, and none in danger
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not _still(lock, file):  # whoever held it before us removed it between our open and our lock
+            if not _is_same_file(lock, file):  # whoever held it before us removed it between our open and our lock
                 continue
             try:
-                _clear(target.parent.glob(target.name + ".*.partial"))
+                _remove_abandoned(target.parent.glob(target.name + ".*.partial"))
                 yield
             finally:
                 lock.unlink(missing_ok=True)
             return
 
 
-def _still(path: Path, file: IO[str]) -> bool:
+def _is_same_file(path: Path, file: IO[str]) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _clear(partials: Iterator[Path]) -> None:
+def _remove_abandoned(partials: Iterator[Path]) -> None:
     for partial in partials:
         with suppress(FileNotFoundError):
             if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:

@@ -38,7 +38,7 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 MANIFEST = "manifest.json"
 FORMAT = "dist_llm token shards 1"
 ADOPTED = "adopted from "  # how the source of an adopted corpus begins
-CLOSED = ConfigDict(strict=True, extra="forbid")  # how a manifest is read: no other fields, no other types
+STRICT_CONFIG = ConfigDict(strict=True, extra="forbid")  # how a manifest is read: no other fields, no other types
 
 
 def smallest_dtype(vocab_size: int) -> DType:
@@ -50,7 +50,7 @@ def smallest_dtype(vocab_size: int) -> DType:
 class Shard:
     """One file of token ids; `file` and `offsets` are URLs, or paths relative to the corpus directory."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT_CONFIG
 
     file: str
     tokens: Count
@@ -69,7 +69,7 @@ class Shard:
 class Manifest:
     """All that `train` needs to know of a corpus without reading its tokens."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT_CONFIG
 
     dtype: DType
     vocab_size: Count
@@ -128,32 +128,32 @@ class Manifest:
             raise DataError(f"{path}: cannot be read: {error.strerror}. Prepare the corpus again.") from None
 
     @staticmethod
-    def parse(content: bytes, place: str) -> "Manifest":
+    def parse(content: bytes, origin: str) -> "Manifest":
         """What `save` wrote, from its bytes. Raises DataError, naming `place`, where they are no manifest."""
         try:
             fields = json.loads(content.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: cannot be read as JSON: {error}. Prepare the corpus again.") from None
+            raise DataError(f"{origin}: cannot be read as JSON: {error}. Prepare the corpus again.") from None
         if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-            raise DataError(f"{place}: not of format '{FORMAT}'. Prepare the corpus again with this version.")
+            raise DataError(f"{origin}: not of format '{FORMAT}'. Prepare the corpus again with this version.")
         try:
             manifest = TypeAdapter(Manifest).validate_json(json.dumps(fields))  # as JSON: there a list is a tuple
         except ValidationError as error:
             first = error.errors()[0]
             wrong = ".".join(map(str, first["loc"]))
-            raise DataError(f"{place}: {wrong}: {first['msg']}. Prepare the corpus again.") from None
+            raise DataError(f"{origin}: {wrong}: {first['msg']}. Prepare the corpus again.") from None
         if missing := [split for split in SPLITS if split not in manifest.shards]:
-            raise DataError(f"{place}: shards: {missing[0]} is missing. Prepare the corpus again.")
+            raise DataError(f"{origin}: shards: {missing[0]} is missing. Prepare the corpus again.")
         for shard in (shard for split in SPLITS for shard in manifest.shards[split]):
             for file in (shard.file, shard.offsets_file):
-                if not manifest.may_name(file):
+                if not manifest.allows_path(file):
                     raise DataError(
-                        f"{place}: names a file outside the corpus: {file!r}. Prepare the corpus again; only what "
+                        f"{origin}: names a file outside the corpus: {file!r}. Prepare the corpus again; only what "
                         "`dist-llm adopt` wrote points elsewhere."
                     )
         return manifest
 
-    def may_name(self, file: str) -> bool:
+    def allows_path(self, file: str) -> bool:
         """Whether a shard may lie there: in the corpus, at a URL, or of adopted files at an absolute path."""
         if "\0" in file:
             return False
@@ -183,7 +183,7 @@ class ShardWriter:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.shards: list[Shard] = []
         self._open: list[GrowingFile] = []  # ids and offsets of the shard being written
-        self._unsaid: list[ShardState] = []  # shards finished since the last sync
+        self._unreported: list[ShardState] = []  # shards finished since the last sync
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -229,9 +229,9 @@ class ShardWriter:
         """Make durable what was added. Returns the shards that changed since the last sync, in order."""
         for file in self._open:
             file.sync()
-        said = [*self._unsaid, *([self._state()] if self._open else [])]
-        self._unsaid = []
-        return said
+        changed = [*self._unreported, *([self._state()] if self._open else [])]
+        self._unreported = []
+        return changed
 
     def restore(self, states: list[ShardState]) -> None:
         """Go on after `states`, the newest of each shard. Raises DataError where a file is not as it was."""
@@ -250,7 +250,7 @@ class ShardWriter:
     def files(self) -> list[Path]:
         """The files of all shards so far, that being written included."""
         ids = [self.directory / shard.file for shard in self.shards]
-        finished = [each for path in ids for each in (path, path.with_suffix(".offsets"))]
+        finished = [path for path in ids for file in (path, path.with_suffix(".offsets"))]
         return finished + [file.path for file in self._open]
 
     def close(self) -> tuple[Shard, ...]:
@@ -261,8 +261,8 @@ class ShardWriter:
     def _start_shard(self) -> None:
         self._file = f"{self.split}-{len(self.shards):05d}.bin"
         path = self.directory / self._file
-        for each in (path, path.with_suffix(".offsets")):
-            self._open.append(GrowingFile(each))
+        for file in (path, path.with_suffix(".offsets")):
+            self._open.append(GrowingFile(file))
         self._tokens = self._documents = self._text_bytes = 0
 
     def _finish_shard(self) -> None:
@@ -272,7 +272,7 @@ class ShardWriter:
             file.close()
         state = self._state()
         self.shards.append(state.shard)
-        self._unsaid.append(state)
+        self._unreported.append(state)
         self._open = []
 
     def _state(self) -> ShardState:

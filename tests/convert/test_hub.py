@@ -26,7 +26,7 @@ from dist_llm.convert.huggingface import WRITERS, describe
 from dist_llm.convert.weights import DictWeights, MadeWeights, SafetensorsWeights
 from dist_llm.convert.write import made_whole, reopen, write_native, write_safetensors
 from dist_llm.errors import CheckpointError
-from dist_llm.generate import Sampling, ask, load_model, tokens
+from dist_llm.generate import Sampling, encode_prompt, generate_tokens, load_model
 from dist_llm.models.build_model import build_model
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
@@ -181,12 +181,12 @@ def test_they_generate_from_our_export_what_we_generate(family: str, tool: Calla
     for prompt in ("def f(x):", "import", "#", "class A: pass"):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         assert ids[0].tolist() == our_tokenizer.encode(prompt).tolist()
-        asked = ask(config, our_tokenizer, prompt)
+        asked = encode_prompt(config, our_tokenizer, prompt)
         if two:
             ids = torch.tensor([asked.source])
         start = {"decoder_input_ids": torch.tensor([asked.ids])} if two else {}
         found = theirs.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=[], **start)[0]
-        mine = list(tokens(model, asked, Sampling(20, temperature=0), 64))
+        mine = list(generate_tokens(model, asked, Sampling(20, temperature=0), 64))
         assert found[-20:].tolist() == mine
         assert tokenizer.decode(found[-20:], skip_special_tokens=False) == our_tokenizer.decode(mine) or two
         said.update(mine)

@@ -12,7 +12,7 @@ from dist_llm.convert import spread as spreading
 from dist_llm.convert.spread import spread
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError
-from dist_llm.generate import Prompt, Sampling, tokens
+from dist_llm.generate import Prompt, Sampling, generate_tokens
 from tests.laws.law import config_of, saved
 from tests.laws.layouts import MODELS
 
@@ -41,8 +41,8 @@ def test_it_says_what_the_whole_model_says(model: str, kept: int, tmp_path: Path
     assert [path.name[:7] for path in (tmp_path / "disk").iterdir()] == ["blocks_"]
     source = [3, 4, 5] if engine.config.model.architecture == "encoder_decoder" else None
     prompt, sampling = Prompt([1, 2, 3], source=source), Sampling(8, seed=2)
-    want = list(tokens(whole.eval(), prompt, sampling, 32))
-    assert list(tokens(found, prompt, sampling, 32)) == want
+    want = list(generate_tokens(whole.eval(), prompt, sampling, 32))
+    assert list(generate_tokens(found, prompt, sampling, 32)) == want
 
 
 def test_memory_for_less_than_the_ends_is_refused(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_any_window_is_read_from_any_shards(sizes, vocab_size, make_corpus):
 )
 def test_each_window_has_its_next_token(tokens, windows, counting):
     corpus = counting(tokens)
-    assert corpus.n_windows(S + 1, S) == max(windows, 0)
+    assert corpus.count_windows(S + 1, S) == max(windows, 0)
     if windows > 0:
         rows = corpus.read(np.arange(windows) * S, S + 1)
         assert np.array_equal(rows[:, 1:].ravel(), np.arange(1, windows * S + 1)), "each token is a target once"
@@ -120,18 +120,18 @@ def test_an_id_beyond_the_vocabulary_is_found_with_its_byte(damaged):
 
 def test_sizes_are_checked_at_start(damaged):
     directory, shard, read = damaged
-    Corpus(directory).check_sizes()
+    Corpus(directory).check_shard_sizes()
     with shard.open("ab") as file:
         file.write(b"\0\0")
-    for look in (read, Corpus(directory).check_sizes):
+    for look in (read, Corpus(directory).check_shard_sizes):
         with pytest.raises(DataError, match=rf"{shard}: too long at byte 60: 62 bytes, but the manifest promises 60"):
             look()
     os.truncate(shard, 59)
-    for look in (read, Corpus(directory).check_sizes):
+    for look in (read, Corpus(directory).check_shard_sizes):
         with pytest.raises(DataError, match=rf"{shard}: truncated at byte 59: 59 bytes, .*\(30 tokens of uint16\)"):
             look()
     shard.unlink()
-    for look in (read, Corpus(directory).check_sizes):
+    for look in (read, Corpus(directory).check_shard_sizes):
         with pytest.raises(DataError, match=rf"{shard}: cannot be read: No such file"):
             look()
 
@@ -140,7 +140,7 @@ def test_a_shard_that_cannot_be_read_is_found_at_start(damaged, monkeypatch):
     directory, shard, read = damaged
     with monkeypatch.context() as rights:
         rights.setattr(os, "access", lambda path, mode: path != shard)
-        for look in (read, Corpus(directory).check_sizes):
+        for look in (read, Corpus(directory).check_shard_sizes):
             with pytest.raises(DataError, match=rf"{shard}: cannot be read: Permission denied. Give this user"):
                 look()
     with monkeypatch.context() as limit:
@@ -149,7 +149,7 @@ def test_a_shard_that_cannot_be_read_is_found_at_start(damaged, monkeypatch):
             read()
     shard.unlink()
     shard.mkdir()
-    for look in (read, Corpus(directory).check_sizes, lambda: Corpus(directory, verify="hash")):
+    for look in (read, Corpus(directory).check_shard_sizes, lambda: Corpus(directory, verify="hash")):
         with pytest.raises(DataError, match=rf"{shard}: cannot be read: Is a directory. Prepare the corpus again"):
             look()
 
@@ -168,7 +168,7 @@ def test_hashes_are_checked_on_demand(damaged):
     ids[3] ^= 1
     ids.tofile(shard)
     read()
-    Corpus(directory, verify="size").check_sizes()
+    Corpus(directory, verify="size").check_shard_sizes()
     with pytest.raises(DataError, match=rf"{shard}: .*sha256 .*the manifest promises"):
         Corpus(directory, verify="hash")
 
@@ -221,7 +221,7 @@ def test_a_huge_corpus_opens_at_once_and_takes_no_memory(tmp_path):
     code = """if True:
         import resource, sys, time
         from pathlib import Path
-        from dist_llm.data.history import fresh_plan
+        from dist_llm.data.data_history import build_fresh_plan
         from dist_llm.data.loader import build_loader
         from dist_llm.objectives.objective_vocabulary import Vocabulary
         from tests.laws.law import config_of
@@ -229,8 +229,8 @@ def test_a_huge_corpus_opens_at_once_and_takes_no_memory(tmp_path):
         for name in ("shuffle", "random"):
             keys = dict(path=sys.argv[1], seq_len=1024, global_batch=8, micro_batch=8, order=name)
             config = config_of(1, {}, data=keys)
-            loader = build_loader(config, fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
-            assert loader.batches(10**12)[0].num_valid_tokens == 8 * 1024
+            loader = build_loader(config, build_fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
+            assert loader.load_batches(10**12)[0].num_valid_tokens == 8 * 1024
             loader.close()
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         print(time.perf_counter() - begin, grown)

@@ -13,7 +13,7 @@ import torch
 from dist_llm.config.derive import resolve
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.history import fresh_plan
+from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.data.streams import open_sources
@@ -84,10 +84,10 @@ def config_of(corpus, batch=1, **data):
 
 def one_epoch(corpus, **data):
     """All windows, as one batch."""
-    plan = fresh_plan(config_of(corpus, **data))
+    plan = build_fresh_plan(config_of(corpus, **data))
     stream = plan.streams[0]
-    config = config_of(corpus, stream.pieces.count if stream.pieces else stream.order.n_windows, **data)
-    (batch,) = build_loader(config, plan, Vocabulary(257, EOT), 0, 1, pin=False).batches(0)
+    config = config_of(corpus, stream.packed_windows.count if stream.packed_windows else stream.order.n_windows, **data)
+    (batch,) = build_loader(config, plan, Vocabulary(257, EOT), 0, 1, pin=False).load_batches(0)
     return batch
 
 

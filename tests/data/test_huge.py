@@ -21,7 +21,7 @@ SHARDS, SHARD_TOKENS = 1000, 10**9
 CODE = """if True:
     import json, sys, time
     from pathlib import Path
-    from dist_llm.data.history import fresh_plan
+    from dist_llm.data.data_history import build_fresh_plan
     from dist_llm.data.loader import build_loader
     from dist_llm.objectives.objective_vocabulary import Vocabulary
     from dist_llm.config.derive import resolve
@@ -37,16 +37,16 @@ CODE = """if True:
         raw = dict(run=dict(dir="", steps=1), model=dict(d_model=8, n_layers=1, n_heads=1))
         config = resolve(Config.model_validate(raw | dict(data=dict(path=sys.argv[1], **keys))), 64, 300)
         begin = time.process_time()
-        plan = fresh_plan(config)
+        plan = build_fresh_plan(config)
         loader = build_loader(config, plan, Vocabulary(300, 256), 0, 64, pin=False)
-        assert loader.batches(0)[0].num_valid_tokens == 8 * 2048
+        assert loader.load_batches(0)[0].num_valid_tokens == 8 * 2048
         found[f"{order_name}_start_seconds"] = time.process_time() - begin
         begin = time.process_time()
-        _, starts = plan.find(loader.samples(10**6 * 512))
+        _, starts = plan.locate_samples(loader.local_samples(10**6 * 512))
         found[f"{order_name}_find_seconds"] = time.process_time() - begin
         assert len(set(starts.tolist())) == 8 and starts.max() > 10**11
         for step in range(50):  # 400 windows in about as many shards: more than stay open
-            loader.batches((10**6 + step) * 512)
+            loader.load_batches((10**6 + step) * 512)
     found["peak_mb"] = memory("VmHWM")
     print(json.dumps(found))
 """
@@ -88,7 +88,7 @@ def test_more_shards_than_a_process_may_open(trillion):
         assert not corpus.read(starts[::-1], 8).any()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert len(corpus._maps) == corpus_module.MOST_MAPS
+    assert len(corpus._mapped_shards) == corpus_module.MAX_MAPPED_SHARDS
 
 
 def test_a_window_over_a_seam_far_out(trillion):
@@ -99,7 +99,7 @@ def test_a_window_over_a_seam_far_out(trillion):
     with (trillion / "train-00999.bin").open("r+b") as file:
         file.write(np.array([9, 10], "<u2").tobytes())
     assert corpus.read(np.array([999 * SHARD_TOKENS - 3]), 6).tolist() == [[0, 7, 8, 9, 10, 0]]
-    assert corpus.n_windows(2049, 2048) == (10**12 - 1) // 2048
+    assert corpus.count_windows(2049, 2048) == (10**12 - 1) // 2048
 
 
 def test_a_manifest_of_many_shards_is_read_at_once(tmp_path):

@@ -11,8 +11,8 @@ from dist_llm.config.lengths import Lengths
 from dist_llm.config.schema import DataConfig, ObjectiveSpec
 from dist_llm.data.loader import Loader
 from dist_llm.data.order import Mixture, Random, Shuffle
-from dist_llm.data.plan import Plan, Stage
-from dist_llm.data.streams import Source, Stream, build_order
+from dist_llm.data.plan import MixtureStage, SamplePlan
+from dist_llm.data.streams import DataSource, WindowStream, build_order
 from dist_llm.errors import DataError
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.attention_mask import CAUSAL
@@ -48,12 +48,14 @@ def loader(corpus, rank=0, ranks=1, **changes):
 def plan_of(corpus, order):
     """One source, one objective."""
     one = Mixture(3, (1,))
-    return Plan([Source("", corpus, (Stream(corpus, order, SEQ + 1),), one)], [Stage(0, one, (0,))])
+    return SamplePlan(
+        [DataSource("", corpus, (WindowStream(corpus, order, SEQ + 1),), one)], [MixtureStage(0, one, (0,))]
+    )
 
 
 def step(loader, number):
     """First tokens of each of the step's sequences."""
-    return torch.cat([batch.inputs_BS[:, 0] for batch in loader.batches(number * BATCH)]).tolist()
+    return torch.cat([batch.inputs_BS[:, 0] for batch in loader.load_batches(number * BATCH)]).tolist()
 
 
 @pytest.mark.parametrize("order", ["shuffle", "random"])
@@ -79,13 +81,13 @@ def test_an_epoch_is_disjoint_and_complete_over_the_ranks(ranks, corpus):
 @pytest.mark.parametrize("micro", [1, 2, 3, 12])
 def test_microbatches_cut_the_share_and_keep_its_order(micro, corpus):
     cut, whole = loader(corpus, 1, 2, micro_batch=micro), loader(corpus, 1, 2, micro_batch=12)
-    batches = cut.batches(0)
+    batches = cut.load_batches(0)
     assert [len(batch.inputs_BS) for batch in batches] == [micro] * (12 // micro)
     assert step(cut, 1) == step(whole, 1)
 
 
 def test_a_batch_is_inputs_and_the_tokens_that_follow(corpus):
-    (narrow,) = loader(corpus, micro_batch=BATCH).batches(0)
+    (narrow,) = loader(corpus, micro_batch=BATCH).load_batches(0)
     assert narrow.inputs_BS.numpy().dtype == corpus.dtype, "the corpus's type is all that is copied to a device"
     batch = narrow.to(torch.device("cpu"))
     assert batch.inputs_BS.dtype == batch.targets_BS.dtype == torch.int64
@@ -115,18 +117,18 @@ def test_reading_ahead_changes_nothing(prefetch, corpus):
 @pytest.mark.parametrize("order", ["shuffle", "random"])
 def test_any_sample_may_be_the_first(order, corpus, monkeypatch):
     """Starts are found for many steps at once: a step off their beat, before them or past them is found anew."""
-    monkeypatch.setattr("dist_llm.data.loader.FOUND_AT_ONCE", 2 * BATCH)
+    monkeypatch.setattr("dist_llm.data.loader.LOOKUP_SAMPLES", 2 * BATCH)
     one = loader(corpus, order=order, micro_batch=BATCH)
     for first in (0, BATCH, 2 * BATCH, 3, BATCH + 3, BATCH, 10**9, 0):
-        want = corpus.read(one.streams[0].order.starts(np.arange(first, first + BATCH)), SEQ)
-        assert np.array_equal(one.batches(first)[0].inputs_BS, want)
+        want = corpus.read(one.streams[0].order.locate(np.arange(first, first + BATCH)), SEQ)
+        assert np.array_equal(one.load_batches(first)[0].inputs_BS, want)
 
 
 def test_each_step_is_made_once_though_made_ahead(corpus, monkeypatch):
     made = []
     ahead = loader(corpus, rank=1, ranks=2, prefetch=2)
-    make = ahead._make
-    monkeypatch.setattr(ahead, "_make", lambda first: made.append(first) or make(first))
+    make = ahead._build_batches
+    monkeypatch.setattr(ahead, "_build_batches", lambda first: made.append(first) or make(first))
     for number in range(5):
         step(ahead, number)
     ahead.close()
@@ -163,12 +165,12 @@ def test_an_error_ahead_comes_with_its_own_step(make_corpus):
     data = settings(prefetch=2)
     corpus = Corpus(directory)
     order = build_order(data, corpus, 3, SIZE)
-    ids[order.starts(np.array([2 * BATCH]))] = 999  # an input of step 2 only, or a target of its neighbour
+    ids[order.locate(np.array([2 * BATCH]))] = 999  # an input of step 2 only, or a target of its neighbour
     ids.tofile(path)
     ahead = Loader(plan_of(corpus, order), CAUSAL_ONLY, data, 0, 1, pin=False)
     try:
         with pytest.raises(DataError, match="is 999"):
-            list(map(ahead.batches, range(0, 3 * BATCH, BATCH)))
+            list(map(ahead.load_batches, range(0, 3 * BATCH, BATCH)))
     finally:
         ahead.close()
 
@@ -182,7 +184,7 @@ def test_the_order_that_is_asked_for(corpus):
 def test_random_offsets_reach_both_ends(counting):
     corpus = counting(SEQ + 3)
     order = build_order(settings(order="random"), corpus, 0, SIZE)
-    rows = corpus.read(order.starts(np.arange(200)), SEQ + 1)
+    rows = corpus.read(order.locate(np.arange(200)), SEQ + 1)
     assert (rows.min(), rows.max()) == (0, SEQ + 2)
 
 
@@ -199,14 +201,14 @@ def test_a_corpus_too_short_for_a_window_is_refused(tokens, order, counting):
 def test_the_shortest_corpus_has_one_window(counting):
     corpus = counting(SEQ + 1)
     for order in ("shuffle", "random"):
-        assert build_order(settings(order=order), corpus, 0, SIZE).starts(np.arange(4)).tolist() == [0] * 4
+        assert build_order(settings(order=order), corpus, 0, SIZE).locate(np.arange(4)).tolist() == [0] * 4
 
 
 def test_what_another_rank_reads_is_known_without_moving_on(corpus):
     mine, other = (loader(corpus, rank, 3, prefetch=1) for rank in (0, 2))
-    before = mine.batches(0)
-    theirs = torch.cat([batch.inputs_BS for batch in mine.batches_of(2, BATCH)])
-    assert torch.equal(theirs, torch.cat([batch.inputs_BS for batch in other.batches(BATCH)]))
-    assert torch.equal(before[0].inputs_BS, mine.batches(0)[0].inputs_BS)
-    assert mine.after_steps(5, 2) == 5 + 2 * BATCH
+    before = mine.load_batches(0)
+    theirs = torch.cat([batch.inputs_BS for batch in mine.load_batches_of_rank(2, BATCH)])
+    assert torch.equal(theirs, torch.cat([batch.inputs_BS for batch in other.load_batches(BATCH)]))
+    assert torch.equal(before[0].inputs_BS, mine.load_batches(0)[0].inputs_BS)
+    assert mine.advance_steps(5, 2) == 5 + 2 * BATCH
     mine.close(), other.close()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_llm.config.schema import RunConfig
-from dist_llm.data.order import Random, Shuffle, mix, permute
+from dist_llm.data.order import Random, Shuffle, permute, splitmix64
 
 KEYS = np.array([0, 1, 2**63, 2**64 - 1], dtype=np.uint64)
 
@@ -60,7 +60,7 @@ def test_mix_is_splitmix64():
     """The first outputs for state 0, from the reference implementation by Vigna."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     states = np.arange(3, dtype=np.uint64) * golden
-    assert [hex(word) for word in mix(states).tolist()] == [
+    assert [hex(word) for word in splitmix64(states).tolist()] == [
         "0xe220a8397b1dcdaf",
         "0x6e789e6aa1b965f4",
         "0x6c45d188009454f",
@@ -70,7 +70,7 @@ def test_mix_is_splitmix64():
 @pytest.mark.parametrize("n_windows", [1, 2, 3, 64, 65, 1000])
 def test_shuffle_visits_every_window_once_per_epoch(n_windows):
     order = Shuffle(seed=5, n_windows=n_windows, window=7)
-    epochs = order.starts(np.arange(4 * n_windows)).reshape(4, n_windows)
+    epochs = order.locate(np.arange(4 * n_windows)).reshape(4, n_windows)
     for epoch in epochs:
         assert np.array_equal(np.sort(epoch), np.arange(n_windows) * 7)
     if n_windows >= 64:
@@ -86,27 +86,27 @@ ORDERS = {"shuffle": lambda seed: Shuffle(seed, 100, 3), "random": lambda seed: 
 def test_a_sample_depends_on_nothing_but_seed_and_number(kind, seed, first, length, data):
     """Any range, in any cut or order: so a longer run keeps the prefix of the shorter one."""
     numbers = np.arange(first, first + length)
-    whole = ORDERS[kind](seed).starts(numbers)
+    whole = ORDERS[kind](seed).locate(numbers)
     cut = data.draw(st.integers(0, length))
-    parts = [ORDERS[kind](seed).starts(part) for part in (numbers[:cut], numbers[cut:])]
+    parts = [ORDERS[kind](seed).locate(part) for part in (numbers[:cut], numbers[cut:])]
     assert np.array_equal(whole, np.concatenate(parts))
-    assert np.array_equal(whole[::-1], ORDERS[kind](seed).starts(numbers[::-1]))
+    assert np.array_equal(whole[::-1], ORDERS[kind](seed).locate(numbers[::-1]))
 
 
 @pytest.mark.parametrize("kind", ORDERS)
 def test_seeds_differ(kind):
     largest = RunConfig.model_fields["seed"].metadata[-1].le
     seeds = [*range(20), largest - 1, largest]
-    draws = [tuple(ORDERS[kind](seed).starts(np.arange(50))) for seed in seeds]
+    draws = [tuple(ORDERS[kind](seed).locate(np.arange(50))) for seed in seeds]
     assert len(set(draws)) == len(seeds)
 
 
 def test_random_is_in_range_and_roughly_uniform():
-    drawn = Random(seed=1, n_starts=50).starts(np.arange(50_000))
+    drawn = Random(seed=1, n_starts=50).locate(np.arange(50_000))
     assert (drawn.min(), drawn.max()) == (0, 49)
     counts = np.bincount(drawn, minlength=50)
     chi_squared = ((counts - 1000) ** 2 / 1000).sum()
     assert chi_squared < 99, "49 degrees of freedom: 0.003 % chance of more than 99"
     repeats = (np.diff(drawn) == 0).sum()
     assert 850 < repeats < 1150, "successive draws are independent"
-    assert Random(seed=1, n_starts=1).starts(np.arange(5)).tolist() == [0] * 5
+    assert Random(seed=1, n_starts=1).locate(np.arange(5)).tolist() == [0] * 5

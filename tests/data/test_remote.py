@@ -20,9 +20,9 @@ import pytest
 from dist_llm.config.schema import DataConfig
 from dist_llm.data import remote
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.history import fresh_plan
+from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
-from dist_llm.data.mirror import localize
+from dist_llm.data.mirror import localize_corpus
 from dist_llm.data.remote import as_path, fetch, is_remote
 from dist_llm.data.shard import Manifest, Shard, ShardWriter
 from dist_llm.errors import DataError
@@ -118,7 +118,7 @@ def remember(directory):
 
 
 def opened(url, cache, split="train"):
-    return Corpus.of(DataConfig(path=url, cache=str(cache), seq_len=4, global_batch=4), split)
+    return Corpus.from_config(DataConfig(path=url, cache=str(cache), seq_len=4, global_batch=4), split)
 
 
 def digest(content):
@@ -143,14 +143,14 @@ def test_a_corpus_is_the_same_from_anywhere(scheme, far, corpus, tmp_path):
         scheme, lambda: directory.as_uri() if scheme == "file" else str(directory)
     )()
     found = opened(url, cache)
-    found.check_sizes()
+    found.check_shard_sizes()
     assert found.manifest.fingerprint() == Manifest.load(directory).fingerprint()
     assert (found.directory / "tokenizer.json").read_bytes() == TOKENIZER
     if scheme in ("http", "memory"):
         assert [name.rsplit("/")[-1] for name in names(cache)] == ["manifest.json", "tokenizer.json", "url"]
     assert np.array_equal(found.read(np.array([0, 15]), 20), [stream[:20], stream[15:35]])
     assert np.array_equal(found.read(np.array([0]), len(stream))[0], stream)
-    assert [found.offsets(number).tolist() for number in range(3)] == [[0]] * 3
+    assert [found.document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
     if scheme in ("file", "path"):
         assert not cache.exists(), "what is here is not copied"
 
@@ -175,10 +175,10 @@ def test_hashes_are_checked_on_demand_there_too(far, corpus, tmp_path):
     data = DataConfig(
         path=serve(far, corpus[0]), cache=str(tmp_path / "cache"), seq_len=4, global_batch=4, verify="hash"
     )
-    found = Corpus.of(data)
+    found = Corpus.from_config(data)
     (tmp_path / "cache" / "shards" / found.shards[1].sha256).write_bytes(bytes(42))
     with pytest.raises(DataError, match=rf"{tmp_path}/cache/shards/.*: bytes 0 to 42 have sha256"):
-        Corpus.of(data)
+        Corpus.from_config(data)
 
 
 def test_a_local_manifest_may_point_far_away(far, corpus, tmp_path):
@@ -196,9 +196,9 @@ def test_a_local_manifest_may_point_far_away(far, corpus, tmp_path):
         (directory / gone).unlink()
     Manifest("uint16", 300, "", (), {"train": tuple(shards), "heldout": ()}).save(directory)
     found = Corpus(directory, cache=str(tmp_path / "cache"))
-    found.check_sizes()
+    found.check_shard_sizes()
     assert np.array_equal(found.read(np.array([0]), len(stream))[0], stream)
-    assert [found.offsets(number).tolist() for number in range(3)] == [[0]] * 3
+    assert [found.document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
 
 
 def test_a_batch_is_the_same_from_far_away(far, corpus, tmp_path):
@@ -207,8 +207,8 @@ def test_a_batch_is_the_same_from_far_away(far, corpus, tmp_path):
     for place in (str(directory), serve(far, directory)):
         keys = {"path": place, "cache": str(tmp_path / "cache"), "seq_len": 4, "global_batch": 8, "micro_batch": 8}
         config = config_of(1, {}, data=keys)
-        loader = build_loader(config, fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
-        batches.append(loader.batches(0)[0].inputs_BS)
+        loader = build_loader(config, build_fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
+        batches.append(loader.load_batches(0)[0].inputs_BS)
         loader.close()
     assert batches[0].equal(batches[1])
     assert sorted(path for path in far.asked if path.endswith("bin")) == [f"/c/train-0000{n}.bin" for n in range(3)]
@@ -351,7 +351,7 @@ READER = """if True:
     url, cache, processes, result = sys.argv[1:]
     for number in range(int(processes)):
         if os.fork() == 0:  # many processes for the price of one start
-            corpus = Corpus.of(DataConfig(path=url, cache=cache, seq_len=4, global_batch=4))
+            corpus = Corpus.from_config(DataConfig(path=url, cache=cache, seq_len=4, global_batch=4))
             corpus.check_sizes()
             (row,) = corpus.read(np.array([0]), corpus.n_tokens)
             row.tofile(f"{result}{number}")
@@ -401,5 +401,5 @@ def test_a_killed_download_leaves_nothing_that_is_taken_for_whole(far, corpus, t
 
 
 def test_localize_leaves_a_local_path_alone(tmp_path):
-    assert localize(str(tmp_path), "nowhere") == tmp_path
-    assert localize(tmp_path.as_uri(), "nowhere") == tmp_path
+    assert localize_corpus(str(tmp_path), "nowhere") == tmp_path
+    assert localize_corpus(tmp_path.as_uri(), "nowhere") == tmp_path

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_llm.data.repetition import TIMES, Repetition, find_repetitions
+from dist_llm.data.repetition import REPORTED_EPOCHS, Repetition, find_repetitions
 from tests.data.test_plan import plans
 
 END = 200
@@ -14,11 +14,11 @@ END = 200
 
 def counted(plan) -> list[Repetition]:
     """By reading one sample after the other."""
-    owners, _ = plan.split(np.arange(END))
+    owners, _ = plan.assign(np.arange(END))
     found = []
     for number, source in enumerate(plan.sources):
         taken = np.cumsum(owners == number)  # with each sample
-        for times in TIMES:
+        for times in REPORTED_EPOCHS:
             done = np.flatnonzero(taken >= times * source.epoch_samples)
             if len(done):
                 found.append(Repetition(int(done[0]) + 1, source.name, times))

@@ -16,13 +16,13 @@ from dist_llm.data.corpus import Corpus, Document
 from dist_llm.data.order import Ints
 from dist_llm.objectives.examples import TokenWindow
 
-GROUP = 1024  # documents packed together: with fewer more places stay empty, with more a read takes longer
-KEPT_GROUPS = 64
+GROUP_DOCUMENTS = 1024  # documents packed together: with fewer more places stay empty, with more a read takes longer
+CACHED_GROUPS = 64
 
 Spans = list[tuple[int, int]]  # (first token, tokens) of each piece of a window
 
 
-class Pieces:
+class PackedWindows:
     """The windows of `size` that a corpus makes, in its own order. Start-up reads where every document begins."""
 
     def __init__(self, corpus: Corpus, size: Lengths, packed: bool) -> None:
@@ -30,76 +30,83 @@ class Pieces:
         self.groups = [
             (shard, first)
             for shard in range(len(corpus.shards))
-            for first in range(0, max(corpus.shards[shard].documents, 1), GROUP)
+            for first in range(0, max(corpus.shards[shard].documents, 1), GROUP_DOCUMENTS)
         ]
-        self.ends: Ints = np.cumsum([len(self._windows(*group)) for group in self.groups], dtype=np.int64)
+        self.ends: Ints = np.cumsum([len(self._build_windows(*group)) for group in self.groups], dtype=np.int64)
         self.count = int(self.ends[-1]) if self.groups else 0
-        self._kept = lru_cache(KEPT_GROUPS)(self._windows)
+        self._cached_windows = lru_cache(CACHED_GROUPS)(self._build_windows)
 
     def spans(self, window: int) -> Spans:
         """The pieces of a window."""
         group = int(np.searchsorted(self.ends, window, side="right"))
-        windows = self._kept(*self.groups[group])
+        windows = self._cached_windows(*self.groups[group])
         return windows[window - int(self.ends[group]) + len(windows)]
 
-    def of_document(self, document: Document) -> Ints:
+    def windows_of_document(self, document: Document) -> Ints:
         """The windows that have tokens of a document."""
-        first = document.number // GROUP * GROUP
+        first = document.index // GROUP_DOCUMENTS * GROUP_DOCUMENTS
         group = self.groups.index((document.shard, first))
-        windows = self._windows(document.shard, first)
+        windows = self._build_windows(document.shard, first)
         begin = int(self.ends[group]) - len(windows)
         inside = [any(document.start <= start < document.end for start, _ in window) for window in windows]
         return np.flatnonzero(inside) + begin
 
     def read(self, windows: Ints, score_prompts: bool) -> list[TokenWindow]:
         """The texts of these windows. Raises DataError where the corpus does."""
-        return [self._text(self.spans(window), score_prompts) for window in windows.tolist()]
+        return [self._read_window(self.spans(window), score_prompts) for window in windows.tolist()]
 
-    def _text(self, spans: Spans, score_prompts: bool) -> TokenWindow:
+    def _read_window(self, spans: Spans, score_prompts: bool) -> TokenWindow:
         tokens = [self.corpus.read(np.array([start]), length)[0] for start, length in spans]
-        pieces = np.repeat(np.arange(len(spans)), [length for _, length in spans])
-        scored = None
+        segment_ids = np.repeat(np.arange(len(spans)), [length for _, length in spans])
+        loss_mask = None
         if self.corpus.manifest.prompts and not score_prompts:
-            scored = np.concatenate([self.corpus.scored(np.array([start]), length)[0] for start, length in spans])
-        return TokenWindow(np.concatenate(tokens), pieces, scored)
+            loss_mask = np.concatenate(
+                [self.corpus.compute_loss_mask(np.array([start]), length)[0] for start, length in spans]
+            )
+        return TokenWindow(np.concatenate(tokens), segment_ids, loss_mask)
 
-    def _windows(self, shard: int, first: int) -> list[Spans]:
+    def _build_windows(self, shard: int, first: int) -> list[Spans]:
         """The windows of a group of documents. Where a shard begins inside a document, its rest is one, too."""
         corpus, stride = self.corpus, self.size.stride
-        found = corpus.document_starts(shard, first, first + GROUP + 1)
-        starts, end = found[:GROUP], int(found[GROUP]) if len(found) > GROUP else corpus.shards[shard].tokens
+        starts_of_group = corpus.read_document_starts(shard, first, first + GROUP_DOCUMENTS + 1)
+        starts, end = (
+            starts_of_group[:GROUP_DOCUMENTS],
+            int(starts_of_group[GROUP_DOCUMENTS])
+            if len(starts_of_group) > GROUP_DOCUMENTS
+            else corpus.shards[shard].tokens,
+        )
         if first == 0 and (not len(starts) or starts[0] > 0):
             starts = np.concatenate(([0], starts))
         tokens = np.diff(np.append(starts, end))
         shared = self.size.window - stride
         counts = np.maximum(-(-(tokens - shared) // stride), 0)
-        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # within the document
-        cut = number * stride
-        lengths = np.minimum(np.repeat(tokens, counts) - cut, self.size.window)
+        index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # within the document
+        offset = index * stride
+        lengths = np.minimum(np.repeat(tokens, counts) - offset, self.size.window)
         begin = int(corpus.ends[shard]) - corpus.shards[shard].tokens
-        pieces = list(zip((begin + np.repeat(starts, counts) + cut).tolist(), lengths.tolist(), strict=True))
+        spans = list(zip((begin + np.repeat(starts, counts) + offset).tolist(), lengths.tolist(), strict=True))
         if not self.packed:
-            return [[piece] for piece in pieces]
-        return [[pieces[n] for n in window] for window in best_fit(lengths - shared, stride)]
+            return [[span] for span in spans]
+        return [[spans[n] for n in window] for window in pack_best_fit(lengths - shared, stride)]
 
 
-def best_fit(sizes: Ints, capacity: int) -> list[list[int]]:
+def pack_best_fit(sizes: Ints, capacity: int) -> list[list[int]]:
     """Bins of `capacity` that hold all sizes, by their numbers: the largest first, each where it leaves least room.
 
     Best-fit decreasing, as Ding et al. 2024 pack documents.
     """
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (what is left, bin), ascending
-    for number in np.argsort(-sizes, kind="stable").tolist():
-        size = int(sizes[number])
-        place = bisect_left(room, (size, -1))
-        if place == len(room):
-            bins.append([number])
-            left, chosen = capacity - size, len(bins) - 1
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[index])
+        position = bisect_left(room, (size, -1))
+        if position == len(room):
+            bins.append([index])
+            left, bin_index = capacity - size, len(bins) - 1
         else:
-            left, chosen = room.pop(place)
-            bins[chosen].append(number)
+            left, bin_index = room.pop(position)
+            bins[bin_index].append(index)
             left -= size
         if left:
-            insort(room, (left, chosen))
+            insort(room, (left, bin_index))
     return bins

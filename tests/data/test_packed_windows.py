@@ -12,11 +12,11 @@ from dist_llm.config.derive import resolve
 from dist_llm.config.lengths import Lengths
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.history import fresh_plan
+from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
-from dist_llm.data.pieces import Pieces, best_fit
+from dist_llm.data.packed_windows import PackedWindows, pack_best_fit
 from dist_llm.data.shard import Manifest, ShardWriter
-from dist_llm.data.streams import hides_prompts
+from dist_llm.data.streams import masks_prompts
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.build_model import build_model
 from dist_llm.objectives.build_objective import build_objective
@@ -52,11 +52,11 @@ def config_of(corpus, steps_of=1, **data):
 
 def epoch(corpus, **data):
     """All windows of one epoch, as one batch."""
-    plan = fresh_plan(config_of(corpus, **data))
+    plan = build_fresh_plan(config_of(corpus, **data))
     stream = plan.streams[0]
-    count = stream.pieces.count if stream.pieces else stream.order.n_windows
+    count = stream.packed_windows.count if stream.packed_windows else stream.order.n_windows
     config = config_of(corpus, count, **data)
-    (batch,) = build_loader(config, plan, Vocabulary(100, EOT), 0, 1, pin=False).batches(0)
+    (batch,) = build_loader(config, plan, Vocabulary(100, EOT), 0, 1, pin=False).load_batches(0)
     return batch
 
 
@@ -74,7 +74,7 @@ def documents(corpus):
     found = []
     for shard in range(len(corpus.shards)):
         begin = int(corpus.ends[shard]) - corpus.shards[shard].tokens
-        edges = [*(corpus.offsets(shard).astype(int) + begin), int(corpus.ends[shard])]
+        edges = [*(corpus.document_offsets(shard).astype(int) + begin), int(corpus.ends[shard])]
         found += [corpus.read(np.array([a]), b - a)[0].tolist() for a, b in pairwise(edges)]
     return found
 
@@ -96,7 +96,7 @@ def test_packing_leaves_fewer_windows_and_the_same_losses(tmp_path):
 
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=60))
 def test_best_fit_holds_everything_and_wastes_little(sizes):
-    bins = best_fit(np.array(sizes), 20)
+    bins = pack_best_fit(np.array(sizes), 20)
     assert sorted(n for each in bins for n in each) == list(range(len(sizes)))
     assert all(sum(sizes[n] for n in each) <= 20 for each in bins)
     assert len(bins) <= 11 / 9 * -(-sum(sizes) // 20) + 6 / 9 or len(bins) <= 1.5 * sum(size > 10 for size in sizes) + 1
@@ -105,18 +105,18 @@ def test_best_fit_holds_everything_and_wastes_little(sizes):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_spans_lie_within_documents_and_are_found_again(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr("dist_llm.data.pieces.GROUP", 3)
+    monkeypatch.setattr("dist_llm.data.packed_windows.GROUP_DOCUMENTS", 3)
     corpus = write(tmp_path)
-    pieces = Pieces(corpus, Lengths(SEQ + 1, SEQ, SEQ), packed)
+    pieces = PackedWindows(corpus, Lengths(SEQ + 1, SEQ, SEQ), packed)
     for window in range(pieces.count):
         for start, length in pieces.spans(window):
-            (document,) = corpus.overlapping(start, length)
+            (document,) = corpus.iter_documents(start, length)
             assert document.start <= start < start + length <= document.end
-            assert window in pieces.of_document(document)
+            assert window in pieces.windows_of_document(document)
 
 
 def test_a_document_with_nothing_to_predict_makes_no_window(tmp_path):
-    assert Pieces(write(tmp_path, (1, 1)), Lengths(SEQ + 1, SEQ, SEQ), packed=False).count == 0
+    assert PackedWindows(write(tmp_path, (1, 1)), Lengths(SEQ + 1, SEQ, SEQ), packed=False).count == 0
 
 
 PROMPTS = (1, 0, 5, 3, 12, 4, 1, 9, 0, 7, 0, 2)
@@ -132,7 +132,7 @@ def test_prompts_are_read_and_not_scored(windows, tmp_path):
     assert np.array_equal(batch.targets_BS[kept], everything.targets_BS[kept])
     completions = [t for d, p in zip(documents(corpus), PROMPTS, strict=True) for t in d[max(p, 1) :]]
     if windows == "stream":  # a stream also predicts the first token of a document without a prompt
-        scored = corpus.scored(np.array([0]), corpus.n_tokens)[0]
+        scored = corpus.compute_loss_mask(np.array([0]), corpus.n_tokens)[0]
         assert scored.tolist() == [n >= p for size, p in zip(SIZES, PROMPTS, strict=True) for n in range(size)]
         last = (corpus.n_tokens - 1) // SEQ * SEQ + 1  # the tail makes no window
         assert batch.num_valid_tokens == scored[1:last].sum()
@@ -145,12 +145,12 @@ def test_an_evaluation_scores_prompts_if_training_does(score_prompts, tmp_path):
     """Also where training reads whole documents, so that its objective takes texts of any length."""
     corpus = write(tmp_path, prompts=PROMPTS)
     config = config_of(corpus, windows="document", score_prompts=score_prompts)
-    prompts = hides_prompts(config.data, [corpus])
+    prompts = masks_prompts(config.data, [corpus])
     objective = build_objective(config, Vocabulary(100, EOT), prompts)
     heldout = Heldout({"": corpus}, objective, 4, score_prompts=score_prompts)
     scored = sum(batch.num_valid_tokens for batch in heldout_batches(heldout, corpus, 0, 0, 1))
     read = (corpus.n_tokens - 1) // SEQ * SEQ
-    hidden = (~corpus.scored(np.array([0]), corpus.n_tokens)[0])[1 : read + 1].sum()
+    hidden = (~corpus.compute_loss_mask(np.array([0]), corpus.n_tokens)[0])[1 : read + 1].sum()
     assert hidden > 0
     assert scored == (read if score_prompts else read - hidden)
 
@@ -160,9 +160,9 @@ def test_masked_text_of_any_length_hides_no_padding(tmp_path):
     raw = config_of(corpus, windows="packed").model_dump()
     raw["model"] |= {"architecture": "encoder", "vocab_size": 0}
     config = resolve(Config.model_validate(raw | {"objective": {"name": "masked", "mask_rate": 0.5}}), 1, 100)
-    loader = build_loader(config, fresh_plan(config), Vocabulary(100, EOT), 0, 1, pin=False)
+    loader = build_loader(config, build_fresh_plan(config), Vocabulary(100, EOT), 0, 1, pin=False)
     for first in range(20):
-        (batch,) = loader.batches(first)
+        (batch,) = loader.load_batches(first)
         padding = batch.inputs_BS == EOT
         assert (batch.targets_BS[padding] == IGNORE).all()
         documents_S = batch.mask.documents_BT[0]

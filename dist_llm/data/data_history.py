@@ -8,17 +8,17 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dist_llm.config.lengths import sample_tokens
 from dist_llm.config.schema import Config, ObjectiveConfig, ObjectiveSpec, SourceConfig
 from dist_llm.data.order import Mixture
-from dist_llm.data.plan import Plan, Stage, lay_out
-from dist_llm.data.streams import Source, open_sources, quotas_of, weights_of
+from dist_llm.data.plan import MixtureStage, SamplePlan, build_stages
+from dist_llm.data.streams import DataSource, compute_quotas, compute_weights, open_sources
 from dist_llm.errors import DataError
 
-HISTORY = "data.json"
-SETTINGS = {  # by field of Mix
+HISTORY_FILE = "data.json"
+CONFIG_KEYS = {  # by field of Mix
     "seed": "run.seed",
     "order": "data.order",
     "windows": "data.windows",
@@ -38,7 +38,7 @@ class SourceRecord(Record):
     name: str
     path: str
     content: str  # hash of its tokens
-    taken: int = 0
+    num_consumed: int = Field(default=0, alias="taken")  # the key in data.json
 
 
 class StageRecord(Record):
@@ -48,7 +48,7 @@ class StageRecord(Record):
     quotas: tuple[int, ...]
 
 
-class Mix(Record):
+class DataSpec(Record):
     """How sample numbers from `first` on become windows; `tokens` were trained on before it."""
 
     first: int
@@ -63,13 +63,13 @@ class Mix(Record):
     sources: tuple[SourceRecord, ...]
     stages: tuple[StageRecord, ...]
 
-    def lay_out(self) -> list[Stage]:
+    def to_stages(self) -> list[MixtureStage]:
         """The stages as sample numbers."""
         firsts = [
             self.first + max(0, -(-(stage.from_tokens - self.tokens) // self.sample_tokens)) for stage in self.stages
         ]
         mixtures = [Mixture(self.seed ^ first, each.quotas) for first, each in zip(firsts, self.stages, strict=True)]
-        return lay_out(firsts, mixtures, [source.taken for source in self.sources])
+        return build_stages(firsts, mixtures, [source.num_consumed for source in self.sources])
 
 
 class Segment(Record):
@@ -79,24 +79,24 @@ class Segment(Record):
     first: int
     global_batch: int
     skip: tuple[tuple[int, int], ...]
-    mix: Mix
+    mix: DataSpec
 
-    def plan(self, sources: Sequence[Source]) -> Plan:
+    def build_plan(self, sources: Sequence[DataSource]) -> SamplePlan:
         """What its sample numbers mean, with these sources open."""
-        return Plan(sources, self.mix.lay_out(), self.skip)
+        return SamplePlan(sources, self.mix.to_stages(), self.skip)
 
 
-History = tuple[Segment, ...]
+DataHistory = tuple[Segment, ...]
 
 
-def asked(config: Config, sources: Sequence[Source]) -> Segment:
+def segment_from_config(config: Config, sources: Sequence[DataSource]) -> Segment:
     """The segment of a run that starts afresh. Raises DataError where a source is too small for its epochs."""
     data = config.data
-    stages = [StageRecord(from_tokens=0, quotas=quotas_of(weights_of(data, sources)))]
+    stages = [StageRecord(from_tokens=0, quotas=compute_quotas(compute_weights(data, sources)))]
     for stage in data.stages:
         weights = [stage.weights[source.name] for source in sources]
-        stages.append(StageRecord(from_tokens=stage.from_tokens, quotas=quotas_of(weights)))
-    mix = Mix(
+        stages.append(StageRecord(from_tokens=stage.from_tokens, quotas=compute_quotas(weights)))
+    mix = DataSpec(
         first=0,
         tokens=0,
         sample_tokens=sample_tokens(config),
@@ -119,13 +119,13 @@ def asked(config: Config, sources: Sequence[Source]) -> Segment:
     return Segment(step=0, first=0, global_batch=data.global_batch, skip=data.skip, mix=mix)
 
 
-def fresh_plan(config: Config) -> Plan:
+def build_fresh_plan(config: Config) -> SamplePlan:
     """The plan of a run that starts afresh. Raises DataError as `open_sources` and `asked` do."""
     sources = open_sources(config)
-    return asked(config, sources).plan(sources)
+    return segment_from_config(config, sources).build_plan(sources)
 
 
-def reopen(config: Config, segment: Segment) -> tuple[Config, Plan]:
+def open_segment(config: Config, segment: Segment) -> tuple[Config, SamplePlan]:
     """The config as it was in a segment that may be over, and its plan. Raises DataError as `open_sources` does."""
     mix = segment.mix
     paths: dict[str, Any] = {"path": mix.sources[0].path, "sources": ()}
@@ -146,74 +146,77 @@ def reopen(config: Config, segment: Segment) -> tuple[Config, Plan]:
             "objective": ObjectiveConfig(mixture=members),
         }
     )
-    return then, segment.plan(open_sources(then))
+    return then, segment.build_plan(open_sources(then))
 
 
-def resume(history: History, wanted: Segment, step: int, samples: int, tokens: int, new_segment: bool) -> History:
+def extend_history(
+    history: DataHistory, config_segment: Segment, step: int, samples: int, tokens: int, new_segment: bool
+) -> DataHistory:
     """The history of a run that goes on from `step`, at sample `samples`, with the data of `wanted`.
 
     Other weights, batch sizes and skipped ranges are taken as they come. Raises DataError where anything else
     changed, unless a `new_segment` is wanted.
     """
     last = history[-1]
-    changes = list(_changes(last.mix, wanted.mix))
+    changes = list(_iter_changes(last.mix, config_segment.mix))
     if changes and not new_segment:
         listed = "".join(f"\n  {name}: {before} -> {after}" for name, before, after in changes)
         raise DataError(
             f"what the run reads is not what it read until step {step}:{listed}\n"
             "Restore it; or set data.on_change: new_segment, to go on with the new data from here"
         )
-    if changes or wanted.mix.stages != last.mix.stages:
-        mix = wanted.mix.model_copy(
-            update={"first": samples, "tokens": tokens, "sources": _carried(last, wanted, samples)}
+    if changes or config_segment.mix.stages != last.mix.stages:
+        mix = config_segment.mix.model_copy(
+            update={"first": samples, "tokens": tokens, "sources": _carry_num_consumed(last, config_segment, samples)}
         )
     else:
-        paths = {source.name: source.path for source in wanted.mix.sources}
-        moved = tuple(each.model_copy(update={"path": paths[each.name]}) for each in last.mix.sources)
-        mix = last.mix.model_copy(update={"sources": moved})
-    segment = wanted.model_copy(update={"step": step, "first": samples, "mix": mix})
-    same = segment.model_copy(update={"step": last.step, "first": last.first})
-    if mix.first == last.mix.first and (same.global_batch, same.skip) == (last.global_batch, last.skip):
-        return (*history[:-1], same)
+        paths = {source.name: source.path for source in config_segment.mix.sources}
+        relocated = tuple(each.model_copy(update={"path": paths[each.name]}) for each in last.mix.sources)
+        mix = last.mix.model_copy(update={"sources": relocated})
+    segment = config_segment.model_copy(update={"step": step, "first": samples, "mix": mix})
+    unchanged = segment.model_copy(update={"step": last.step, "first": last.first})
+    if mix.first == last.mix.first and (unchanged.global_batch, unchanged.skip) == (last.global_batch, last.skip):
+        return (*history[:-1], unchanged)
     return (*(each for each in history if each.step < step), segment)
 
 
-def dump(history: History) -> bytes:
-    return json.dumps([segment.model_dump() for segment in history], indent=2).encode() + b"\n"
+def dump_history(history: DataHistory) -> bytes:
+    return json.dumps([segment.model_dump(by_alias=True) for segment in history], indent=2).encode() + b"\n"
 
 
-def parse(content: bytes, place: str) -> History:
+def parse_history(content: bytes, origin: str) -> DataHistory:
     """What `dump` gave. Raises DataError, naming `place`, for anything else."""
     try:
-        return TypeAdapter(History).validate_json(content)
+        return TypeAdapter(DataHistory).validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise DataError(f"{place}: {'.'.join(map(str, first['loc']))}: {first['msg']}; restore the file") from None
+        raise DataError(f"{origin}: {'.'.join(map(str, first['loc']))}: {first['msg']}; restore the file") from None
 
 
-def _changes(before: Mix, after: Mix) -> Iterator[tuple[str, Any, Any]]:
+def _iter_changes(before: DataSpec, after: DataSpec) -> Iterator[tuple[str, Any, Any]]:
     """(name, then, now) of what must not change by itself."""
-    for field, key in SETTINGS.items():
+    for field, key in CONFIG_KEYS.items():
         if getattr(before, field) != getattr(after, field):
             yield key, getattr(before, field), getattr(after, field)
     old, new = ({source.name: source for source in mix.sources} for mix in (before, after))
     for name in sorted(old.keys() | new.keys()):
         then, now = old.get(name), new.get(name)
         if then is None or now is None or then.content != now.content:
-            yield f"source {name}" if name else "corpus", _shown(then), _shown(now)
+            yield f"source {name}" if name else "corpus", _describe_source(then), _describe_source(now)
 
 
-def _shown(source: SourceRecord | None) -> str:
+def _describe_source(source: SourceRecord | None) -> str:
     return f"{source.path} (content {source.content[:12]})" if source else "none"
 
 
-def _carried(last: Segment, wanted: Segment, samples: int) -> tuple[SourceRecord, ...]:
+def _carry_num_consumed(last: Segment, config_segment: Segment, samples: int) -> tuple[SourceRecord, ...]:
     """The new mix's sources: one that is as before goes on where it was, another begins."""
-    stage = [stage for stage in last.mix.lay_out() if stage.first <= samples][-1]
-    taken = {}
-    if all(getattr(last.mix, field) == getattr(wanted.mix, field) for field in SETTINGS):
-        counts = stage.taken(samples)
-        taken = {(old.name, old.content): count for old, count in zip(last.mix.sources, counts, strict=True)}
+    stage = [stage for stage in last.mix.to_stages() if stage.first <= samples][-1]
+    num_consumed = {}
+    if all(getattr(last.mix, field) == getattr(config_segment.mix, field) for field in CONFIG_KEYS):
+        counts = stage.count_consumed(samples)
+        num_consumed = {(old.name, old.content): count for old, count in zip(last.mix.sources, counts, strict=True)}
     return tuple(
-        each.model_copy(update={"taken": taken.get((each.name, each.content), 0)}) for each in wanted.mix.sources
+        each.model_copy(update={"num_consumed": num_consumed.get((each.name, each.content), 0)})
+        for each in config_segment.mix.sources
     )
