@@ -1,4 +1,4 @@
-"""One split of a prepared corpus, read as a single stream of tokens that may cross shards."""
+"""Read one split of a prepared corpus as a single stream of tokens. A read may cross shard boundaries."""
 
 import errno
 import hashlib
@@ -25,16 +25,17 @@ from dist_llm.data.remote import is_remote
 from dist_llm.data.shard import Manifest, Split
 from dist_llm.errors import DataError
 
-MAX_MAPPED_SHARDS = 256  # a map keeps its file open twice, and a process may often open only 1024
+MAX_MAPPED_SHARDS = 256  # each mapping holds two file descriptors, and the limit per process is often 1024
 MEMORY_BYTES_PER_SECOND = 500e6
 STAT_THREADS, FETCH_THREADS = 32, 8
 
-Tokens = npt.NDArray[Any]  # of the corpus's own unsigned type
+Tokens = npt.NDArray[Any]  # in the corpus's dtype, uint16 or uint32
 
 
 @dataclass(frozen=True)
 class Document:
-    """Number `number` of shard `shard`: tokens [start, end) of the corpus; its prompt ends before `completion`."""
+    """Document `index` of shard `shard`: tokens [start, end) of the corpus. Its prompt ends before token
+    `completion`."""
 
     shard: int
     index: int
@@ -44,9 +45,9 @@ class Document:
 
 
 class Corpus:
-    """Memory-mapped shards. Nothing is read at start but the manifest; shards open on first use.
+    """The memory-mapped shards of one split.
 
-    Shards that are far away are fetched then, into `cache`.
+    Opening it reads only the manifest. A shard is mapped on first use; a remote shard is fetched into `cache` first.
     """
 
     def __init__(self, directory: Path, split: Split = "train", verify: str = "size", cache: str = CACHE) -> None:
@@ -59,26 +60,24 @@ class Corpus:
         self._remote_shards = {index for index, shard in enumerate(self.shards) if is_remote(shard.file)}
         self._mapped_shards: dict[int, _MappedShard] = {}
         self._cached_documents = lru_cache(MAX_MAPPED_SHARDS)(self._map_documents)
-        self._reads_from_disk = (
-            True  # until a batch shows that its shards are in memory: then nothing need be announced
-        )
+        self._reads_from_disk = True  # False once a batch is read at memory speed: then nothing is prefetched
         if verify == "hash":
             for index in range(len(self.shards)):
                 self._verify_hash(index)
 
     @staticmethod
     def from_config(data: DataConfig, split: Split = "train") -> "Corpus":
-        """The corpus that the config names, here or far away. Raises DataError where there is none."""
+        """Open the corpus of `data.path`, local or remote. Raises DataError if there is none."""
         return Corpus(localize_corpus(data.path, data.cache), split, data.verify, data.cache)
 
     def count_windows(self, window: int, stride: int) -> int:
-        """How many windows of `window` tokens fit, each `stride` after the one before."""
+        """Return how many windows of `window` tokens fit if consecutive windows start `stride` tokens apart."""
         return max(0, (self.n_tokens - window) // stride + 1)
 
     def read(self, starts: Ints, length: int) -> Tokens:
-        """Rows [len(starts), length] of ids, in the corpus's own type.
+        """Return token ids [len(starts), length] in the corpus's dtype.
 
-        Raises DataError, with file and offset, for an id that the tokenizer does not know.
+        Raises DataError, with file and byte offset, if an id is outside the tokenizer's vocabulary.
         """
         rows = np.empty((len(starts), length), self.dtype)
         indices = self.ends.searchsorted(starts, "right")
@@ -91,7 +90,8 @@ class Corpus:
         return rows
 
     def _copy_windows(self, rows: Tokens, starts: list[int], indices: list[int]) -> None:
-        """Fill row i from token starts[i] on, which lies in shard numbers[i]; at most MOST_MAPS rows."""
+        """Copy the window that begins at token starts[i], in shard indices[i], to row i. At most MAX_MAPPED_SHARDS
+        rows."""
         length, shards = rows.shape[1], [self._map_shard(index) for index in indices]
         if self._reads_from_disk:
             for start, shard in zip(starts, shards, strict=True):
@@ -103,16 +103,16 @@ class Corpus:
                 row[:] = shard.tokens[start : start + length]
                 continue
             row[:filled] = shard.tokens[start:]
-            while filled < length:  # the window goes on in the next shard
+            while filled < length:  # the window continues in the next shard
                 index += 1
                 rest = self._map_shard(index).tokens[: length - filled]
                 row[filled : filled + len(rest)] = rest
                 filled += len(rest)
-        # What was copied slower than any memory's pace came from a disk, and so will what follows.
+        # A copy slower than any memory's bandwidth came from disk, and the next batch probably does too.
         self._reads_from_disk = rows.nbytes < (time.perf_counter() - begin) * MEMORY_BYTES_PER_SECOND
 
     def _fetch_shards(self, shard_indices: set[int]) -> None:
-        """Fetch these shards, several at a time: the windows of a shuffled batch lie in as many."""
+        """Fetch these remote shards in parallel: the windows of a shuffled batch lie in as many shards."""
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
             for _ in pool.map(self._locate_shard, shard_indices):
                 pass
@@ -129,30 +129,32 @@ class Corpus:
         return mapped
 
     def document_offsets(self, index: int) -> npt.NDArray[np.uint64]:
-        """Where in shard `number` its documents begin. Raises DataError where the file is not as promised."""
+        """Return the first token of each document of shard `index`. Raises DataError if the offsets file is damaged."""
         return self._cached_documents(index)[:, 0]
 
     def _map_documents(self, index: int) -> npt.NDArray[np.uint64]:
-        """[documents, 1]: their first tokens in shard `number`; [documents, 2]: and the first after their prompts."""
+        """Return [documents, 1 or 2]: each document's first token within the shard and, with prompts, its first
+        completion token."""
         shard = self.shards[index]
         columns = 2 if self.manifest.prompts else 1
         expected = 8 * columns * shard.documents
         path = locate_offsets(self.directory, shard, expected, self.cache)
         self._check_file_size(path, expected, f"{columns * shard.documents} offsets of uint64")
-        # Mapped: of a large shard few are looked at.
+        # Mapped, because few documents of a large shard are read.
         with _convert_read_errors(path):
             flat = np.memmap(path, "<u8", "r") if expected else np.empty(0, "<u8")
         return flat.reshape(-1, columns)
 
     def read_document_starts(self, index: int, first: int, last: int) -> Ints:
-        """Where documents [first, last) of shard `number` begin. Raises DataError unless they ascend within it."""
+        """Return the first tokens of documents [first, last) of shard `index`. Raises DataError unless they ascend
+        within it."""
         starts = self.document_offsets(index)[first:last].astype(np.int64)
         if len(starts) and (starts[0] < 0 or starts[-1] >= self.shards[index].tokens or (np.diff(starts) <= 0).any()):
             self._raise_bad_offsets(index)
         return starts
 
     def compute_loss_mask(self, starts: Ints, length: int) -> npt.NDArray[np.bool_]:
-        """Rows [len(starts), length]: which tokens of these windows are of no prompt."""
+        """Return [len(starts), length]: True for the tokens of these windows that are not in a prompt."""
         rows = np.ones((len(starts), length), bool)
         for row, start in zip(rows, starts.tolist(), strict=True):
             for document in self.iter_documents(start, length):
@@ -160,14 +162,15 @@ class Corpus:
         return rows
 
     def compute_document_ids(self, starts: Ints, length: int) -> Ints:
-        """Rows [len(starts), length]: the number of each token's document within its window, from 0."""
+        """Return [len(starts), length]: the id of each token's document, counted from 0 within its window."""
         is_first = np.zeros((len(starts), length), np.int64)
         for row, start in zip(is_first, starts.tolist(), strict=True):
             first, last = np.searchsorted(self.ends, (start, start + length - 1), side="right").tolist()
             for shard in range(first, last + 1):
-                offset = int(self.ends[shard]) - self.shards[shard].tokens - start  # of the shard, within the window
+                # position of the shard within the window
+                offset = int(self.ends[shard]) - self.shards[shard].tokens - start
                 offsets = self.document_offsets(shard)
-                # Keys of the offsets' own type: for others searchsorted copies the whole file.
+                # Search keys have the dtype of the offsets: otherwise searchsorted copies the whole file.
                 inside = np.searchsorted(offsets, np.array([max(1 - offset, 0), max(length - offset, 0)], np.uint64))
                 starts_in_window = self.read_document_starts(shard, *inside.tolist()) + offset
                 if len(starts_in_window) and not 0 < starts_in_window[0] <= starts_in_window[-1] < length:
@@ -176,16 +179,16 @@ class Corpus:
         return np.cumsum(is_first, axis=1)
 
     def check_document_bounds(self) -> None:
-        """Raises DataError where no file of the corpus says where its documents begin."""
+        """Raise DataError if no file of the corpus records where documents begin."""
         if not self.manifest.has_document_bounds:
             raise DataError(
-                f"{self.directory}: says nowhere where documents begin: the adopted files have no index, and no "
-                "<|endoftext|> is in them. Set data.document_mask to false and data.windows to stream; or tokenize "
-                "the text again with a separator, and adopt or prepare it again"
+                f"{self.directory}: document boundaries are unknown: the adopted files have no index and contain no "
+                "<|endoftext|>. Set data.document_mask to false and data.windows to stream; or tokenize the text "
+                "again with a separator, and adopt or prepare it again"
             )
 
     def iter_documents(self, start: int, length: int) -> Iterator[Document]:
-        """The documents that have tokens in [start, start + length)."""
+        """Yield the documents that have tokens in [start, start + length)."""
         indices = np.searchsorted(self.ends, (start, start + length - 1), side="right").tolist()
         for shard in range(indices[0], indices[1] + 1):
             begin = int(self.ends[shard]) - self.shards[shard].tokens
@@ -200,6 +203,8 @@ class Corpus:
                 yield Document(shard, index, begin + start_in_shard, begin + stop, begin + completion)
 
     def _locate_shard(self, index: int) -> Path:
+        """Return the path of shard `index`, fetched if it is remote. Raises DataError if its size is not the
+        manifest's."""
         shard = self.shards[index]
         expected = shard.skip_bytes + shard.tokens * self.dtype.itemsize
         path = locate_shard(self.directory, shard, expected, self.cache)
@@ -223,9 +228,9 @@ class Corpus:
         return path
 
     def check_shard_sizes(self) -> None:
-        """Stat every shard that is here: a truncated one is found now and not in the middle of a run."""
+        """Check the sizes of all local shards, so that a truncated one is found at start and not during the run."""
         local_shards = [index for index in range(len(self.shards)) if index not in self._remote_shards]
-        # Many at once, since on a network's file system each answer takes a millisecond or more.
+        # In parallel, because a stat call on a network file system takes a millisecond or more.
         with ThreadPoolExecutor(STAT_THREADS) as pool:
             for _ in pool.map(self._locate_shard, local_shards):
                 pass
@@ -262,34 +267,34 @@ class Corpus:
 
 @contextmanager
 def _convert_read_errors(path: Path) -> Iterator[None]:
-    """Within the block an OSError is one of the file, and a DataError to the user."""
+    """Convert an OSError of the block into a DataError that names `path` and says how to fix it."""
     try:
         yield
     except OSError as error:
         hint = "Prepare the corpus again"
         if error.errno in (errno.EACCES, errno.EPERM):
-            hint = "Give this user the right to read it"
+            hint = "Give this user read permission"
         elif error.errno in (errno.EMFILE, errno.ENFILE):
             hint = "Raise the limit of open files (ulimit -n)"
         raise DataError(f"{path}: cannot be read: {error.strerror}. {hint}.") from None
 
 
 class _MappedShard:
-    """One shard in memory, whose first token is number `first` of the corpus."""
+    """A memory-mapped shard. `first` is the position of its first token in the corpus."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any], skip_bytes: int, tokens: int, first: int) -> None:
         self.first, self.n_tokens, self.skip_bytes, self.itemsize = first, tokens, skip_bytes, dtype.itemsize
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        if not skip_bytes + tokens:  # nothing cannot be mapped
+        if not skip_bytes + tokens:  # an empty file cannot be mapped
             self.tokens: Tokens = np.empty(0, dtype)
             return
         content = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
-        # Windows are read at random: to read on beyond one, megabytes on some machines, would be in vain.
+        # Windows are read at random, so the kernel's read-ahead (megabytes on some machines) would be wasted.
         content.madvise(mmap.MADV_RANDOM)
         self.tokens = np.frombuffer(content, dtype, tokens, skip_bytes)
 
     def prefetch(self, start: int, length: int) -> None:
-        """Have the kernel read the window that starts at token `start`, and do not wait for it."""
+        """Ask the kernel to read the window that starts at token `start`, without waiting for it."""
         offset = self.skip_bytes + (start - self.first) * self.itemsize
         os.posix_fadvise(self._file, offset, length * self.itemsize, os.POSIX_FADV_WILLNEED)

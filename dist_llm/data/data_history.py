@@ -1,7 +1,7 @@
-"""What a run was, and is, trained on: segments of sample numbers, kept in every checkpoint as data.json.
+"""The data history of a run: segments of sample numbers, saved in every checkpoint as data.json.
 
-A sample number means the same for the whole run: what was read is never renumbered. Data that changes at a
-resume opens a new segment; before it, all stays as it was.
+A sample number means the same window during the whole run; consumed samples are never renumbered. If the data changes
+at a resume, a new segment begins there. The segments before it stay unchanged.
 """
 
 import json
@@ -18,7 +18,7 @@ from dist_llm.data.streams import DataSource, compute_quotas, compute_weights, o
 from dist_llm.errors import DataError
 
 HISTORY_FILE = "data.json"
-CONFIG_KEYS = {  # by field of Mix
+CONFIG_KEYS = {  # field of DataSpec -> config key; a change needs data.on_change: new_segment
     "seed": "run.seed",
     "order": "data.order",
     "windows": "data.windows",
@@ -33,7 +33,7 @@ class Record(BaseModel):
 
 
 class SourceRecord(Record):
-    """A corpus; `taken` samples of it were read before the mix began."""
+    """A corpus. `num_consumed` samples of it were consumed before this data spec began."""
 
     name: str
     path: str
@@ -42,14 +42,14 @@ class SourceRecord(Record):
 
 
 class StageRecord(Record):
-    """Quotas of the sources, in their order, from some token of the run on."""
+    """Quotas of the sources, in their order, from token `from_tokens` of the run on."""
 
     from_tokens: int
     quotas: tuple[int, ...]
 
 
 class DataSpec(Record):
-    """How sample numbers from `first` on become windows; `tokens` were trained on before it."""
+    """How sample numbers from `first` on map to windows. `tokens` were trained on before it."""
 
     first: int
     tokens: int
@@ -64,16 +64,17 @@ class DataSpec(Record):
     stages: tuple[StageRecord, ...]
 
     def to_stages(self) -> list[MixtureStage]:
-        """The stages as sample numbers."""
+        """Return the stages with their first sample numbers."""
         firsts = [
             self.first + max(0, -(-(stage.from_tokens - self.tokens) // self.sample_tokens)) for stage in self.stages
         ]
-        mixtures = [Mixture(self.seed ^ first, each.quotas) for first, each in zip(firsts, self.stages, strict=True)]
+        mixtures = [Mixture(self.seed ^ first, stage.quotas) for first, stage in zip(firsts, self.stages, strict=True)]
         return build_stages(firsts, mixtures, [source.num_consumed for source in self.sources])
 
 
 class Segment(Record):
-    """From `step` on, steps take `global_batch` samples each, the first at sample `first`, those in `skip` left out."""
+    """From `step` on, each step consumes `global_batch` samples. The first is sample `first`; numbers in `skip` are
+    left out."""
 
     step: int
     first: int
@@ -82,7 +83,7 @@ class Segment(Record):
     mix: DataSpec
 
     def build_plan(self, sources: Sequence[DataSource]) -> SamplePlan:
-        """What its sample numbers mean, with these sources open."""
+        """Return the sample plan of this segment for these open sources."""
         return SamplePlan(sources, self.mix.to_stages(), self.skip)
 
 
@@ -90,7 +91,7 @@ DataHistory = tuple[Segment, ...]
 
 
 def segment_from_config(config: Config, sources: Sequence[DataSource]) -> Segment:
-    """The segment of a run that starts afresh. Raises DataError where a source is too small for its epochs."""
+    """Return the first segment of a new run. Raises DataError if a source is too small for its epochs."""
     data = config.data
     stages = [StageRecord(from_tokens=0, quotas=compute_quotas(compute_weights(data, sources)))]
     for stage in data.stages:
@@ -104,7 +105,7 @@ def segment_from_config(config: Config, sources: Sequence[DataSource]) -> Segmen
         order=data.order,
         windows=data.windows,
         seq_len=data.seq_len,
-        objective=tuple(each.model_dump(exclude={"mixture"}) for each in config.objective.components),
+        objective=tuple(component.model_dump(exclude={"mixture"}) for component in config.objective.components),
         tokenizer=sources[0].corpus.manifest.tokenizer_sha256,
         sources=tuple(
             SourceRecord(
@@ -120,17 +121,18 @@ def segment_from_config(config: Config, sources: Sequence[DataSource]) -> Segmen
 
 
 def build_fresh_plan(config: Config) -> SamplePlan:
-    """The plan of a run that starts afresh. Raises DataError as `open_sources` and `asked` do."""
+    """Return the sample plan of a new run. Raises DataError as `open_sources` and `segment_from_config` do."""
     sources = open_sources(config)
     return segment_from_config(config, sources).build_plan(sources)
 
 
 def open_segment(config: Config, segment: Segment) -> tuple[Config, SamplePlan]:
-    """The config as it was in a segment that may be over, and its plan. Raises DataError as `open_sources` does."""
+    """Return the config as it was in a past or present segment, and its plan. Raises DataError as `open_sources`
+    does."""
     mix = segment.mix
     paths: dict[str, Any] = {"path": mix.sources[0].path, "sources": ()}
     if mix.sources[0].name:
-        sources = tuple(SourceConfig(name=each.name, path=each.path) for each in mix.sources)
+        sources = tuple(SourceConfig(name=source.name, path=source.path) for source in mix.sources)
         paths = {"path": "", "sources": sources}
     settings = {
         "order": mix.order,
@@ -138,12 +140,12 @@ def open_segment(config: Config, segment: Segment) -> tuple[Config, SamplePlan]:
         "seq_len": mix.seq_len,
         "global_batch": segment.global_batch,
     }
-    members = tuple(ObjectiveSpec(**each) for each in mix.objective)
+    components = tuple(ObjectiveSpec(**fields) for fields in mix.objective)
     then = config.model_copy(
         update={
             "run": config.run.model_copy(update={"seed": mix.seed}),
             "data": config.data.model_copy(update={**paths, **settings}),
-            "objective": ObjectiveConfig(mixture=members),
+            "objective": ObjectiveConfig(mixture=components),
         }
     )
     return then, segment.build_plan(open_sources(then))
@@ -152,18 +154,18 @@ def open_segment(config: Config, segment: Segment) -> tuple[Config, SamplePlan]:
 def extend_history(
     history: DataHistory, config_segment: Segment, step: int, samples: int, tokens: int, new_segment: bool
 ) -> DataHistory:
-    """The history of a run that goes on from `step`, at sample `samples`, with the data of `wanted`.
+    """Return the history of a run that resumes at `step` and sample `samples` with the data of `config_segment`.
 
-    Other weights, batch sizes and skipped ranges are taken as they come. Raises DataError where anything else
-    changed, unless a `new_segment` is wanted.
+    Weights, batch size and skipped ranges may change. Raises DataError if anything else changed, unless `new_segment`
+    is set.
     """
     last = history[-1]
     changes = list(_iter_changes(last.mix, config_segment.mix))
     if changes and not new_segment:
         listed = "".join(f"\n  {name}: {before} -> {after}" for name, before, after in changes)
         raise DataError(
-            f"what the run reads is not what it read until step {step}:{listed}\n"
-            "Restore it; or set data.on_change: new_segment, to go on with the new data from here"
+            f"the run's data differs from the data it read until step {step}:{listed}\n"
+            "Restore it; or set data.on_change: new_segment, to continue with the new data from here"
         )
     if changes or config_segment.mix.stages != last.mix.stages:
         mix = config_segment.mix.model_copy(
@@ -171,13 +173,13 @@ def extend_history(
         )
     else:
         paths = {source.name: source.path for source in config_segment.mix.sources}
-        relocated = tuple(each.model_copy(update={"path": paths[each.name]}) for each in last.mix.sources)
+        relocated = tuple(source.model_copy(update={"path": paths[source.name]}) for source in last.mix.sources)
         mix = last.mix.model_copy(update={"sources": relocated})
     segment = config_segment.model_copy(update={"step": step, "first": samples, "mix": mix})
     unchanged = segment.model_copy(update={"step": last.step, "first": last.first})
     if mix.first == last.mix.first and (unchanged.global_batch, unchanged.skip) == (last.global_batch, last.skip):
         return (*history[:-1], unchanged)
-    return (*(each for each in history if each.step < step), segment)
+    return (*(earlier for earlier in history if earlier.step < step), segment)
 
 
 def dump_history(history: DataHistory) -> bytes:
@@ -185,7 +187,7 @@ def dump_history(history: DataHistory) -> bytes:
 
 
 def parse_history(content: bytes, origin: str) -> DataHistory:
-    """What `dump` gave. Raises DataError, naming `place`, for anything else."""
+    """Read the output of `dump_history`. Raises DataError, naming `origin`, if it is invalid."""
     try:
         return TypeAdapter(DataHistory).validate_json(content)
     except ValidationError as error:
@@ -194,7 +196,7 @@ def parse_history(content: bytes, origin: str) -> DataHistory:
 
 
 def _iter_changes(before: DataSpec, after: DataSpec) -> Iterator[tuple[str, Any, Any]]:
-    """(name, then, now) of what must not change by itself."""
+    """Yield (name, before, after) of each difference that a resume must not make silently."""
     for field, key in CONFIG_KEYS.items():
         if getattr(before, field) != getattr(after, field):
             yield key, getattr(before, field), getattr(after, field)
@@ -210,13 +212,13 @@ def _describe_source(source: SourceRecord | None) -> str:
 
 
 def _carry_num_consumed(last: Segment, config_segment: Segment, samples: int) -> tuple[SourceRecord, ...]:
-    """The new mix's sources: one that is as before goes on where it was, another begins."""
+    """Return the new sources. An unchanged source continues after its consumed samples; a new source begins at 0."""
     stage = [stage for stage in last.mix.to_stages() if stage.first <= samples][-1]
     num_consumed = {}
     if all(getattr(last.mix, field) == getattr(config_segment.mix, field) for field in CONFIG_KEYS):
         counts = stage.count_consumed(samples)
         num_consumed = {(old.name, old.content): count for old, count in zip(last.mix.sources, counts, strict=True)}
     return tuple(
-        each.model_copy(update={"num_consumed": num_consumed.get((each.name, each.content), 0)})
-        for each in config_segment.mix.sources
+        source.model_copy(update={"num_consumed": num_consumed.get((source.name, source.content), 0)})
+        for source in config_segment.mix.sources
     )

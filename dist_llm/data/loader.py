@@ -1,4 +1,4 @@
-"""Sample numbers -> the microbatches of one rank, made ahead in a thread."""
+"""Build the microbatches of one data-parallel rank from sample numbers, ahead of time in a thread."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
@@ -15,21 +15,21 @@ from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build_objective import Objective, Windows, build_objective
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 
-LOOKUP_SAMPLES = 4096  # samples; the order's price is mostly one per call
+LOOKUP_SAMPLES = 4096  # samples located per call; a call has a high fixed cost
 
 
 def build_loader(
     config: Config, plan: SamplePlan, vocabulary: Vocabulary, dp_rank: int, dp_size: int, pin: bool
 ) -> "Loader":
-    """The loader of a resolved config's training samples."""
+    """Build the loader of a resolved config's training samples."""
     has_prompts = masks_prompts(config.data, [source.corpus for source in plan.sources])
     return Loader(plan, build_objective(config, vocabulary, has_prompts), config.data, dp_rank, dp_size, pin)
 
 
 class Loader:
-    """The batches of data rank `rank` of `ranks`; the global order is the same for any `ranks`.
+    """Loads the batches of data-parallel rank `dp_rank` of `dp_size`. The global order is the same for any `dp_size`.
 
-    A step that starts at sample n consumes the next global_batch numbers; each rank takes its slice.
+    A step that starts at sample n consumes the next `global_batch` numbers; each rank takes its slice.
     """
 
     def __init__(
@@ -43,24 +43,24 @@ class Loader:
         self.prefetch = data.prefetch
         self._pool = ThreadPoolExecutor(1, "loader") if data.prefetch else None
         self._futures: dict[int, Future[list[Batch]]] = {}
-        self._locations: dict[int, tuple[Ints, Ints, Ints]] = {}  # of each step, by its first sample
+        self._locations: dict[int, tuple[Ints, Ints, Ints]] = {}  # by the first sample of the step
 
     def local_samples(self, first: int) -> Ints:
-        """The sample numbers of this rank in the step that starts at sample `first`."""
+        """Return the sample numbers of this rank in the step that starts at sample `first`."""
         return self.plan.sample_numbers(first, self.global_batch)[self.offset : self.offset + self.local_batch]
 
     def advance(self, first: int) -> int:
-        """Where the step after the one that starts at sample `first` does."""
+        """Return the first sample of the step after the one that starts at sample `first`."""
         return self.plan.advance(first, self.global_batch)
 
     def advance_steps(self, first: int, steps: int) -> int:
-        """Where the step `steps` after the one that starts at sample `first` does."""
+        """Return the first sample of the step `steps` after the one that starts at sample `first`."""
         for _ in range(steps):
             first = self.advance(first)
         return first
 
     def load_batches(self, first: int) -> list[Batch]:
-        """The microbatches of the step that starts at sample `first`; starts on the next ones."""
+        """Return the microbatches of the step that starts at sample `first`, and start to build the next steps."""
         if self._pool is None:
             return self._build_batches(first)
         ahead = first
@@ -71,10 +71,10 @@ class Loader:
         return self._futures.pop(first).result()
 
     def load_batches_of_rank(self, dp_rank: int, first: int) -> list[Batch]:
-        """The microbatches that data rank `rank` has in that step."""
+        """Return the microbatches of data-parallel rank `dp_rank` in the step that starts at sample `first`."""
         loader = copy(self)
         loader.offset, loader._locations = dp_rank * self.local_batch, {}
-        # In the thread that reads ahead: corpora are not to be read by two at once.
+        # In the loader's thread: a corpus is not thread-safe.
         if self._pool is None:
             return loader._build_batches(first)
         return self._pool.submit(loader._build_batches, first).result()
@@ -98,7 +98,7 @@ class Loader:
         return [batch.pin_memory() for batch in batches] if self.pin else batches
 
     def _read_windows(self, streams: Ints, offsets: Ints) -> Windows:
-        """The windows at these places."""
+        """Read the windows at these offsets of these streams."""
         if len(self.streams) == 1:
             return self.streams[0].read(offsets)
         windows = np.empty(len(offsets), dtype=object)
@@ -109,8 +109,9 @@ class Loader:
         return windows.tolist()
 
     def _locate_samples(self, first: int) -> tuple[Ints, Ints, Ints]:
-        """(sample numbers, streams, places) of this rank in a step; found for some steps at a time."""
-        first = self.plan.advance(first, 0)  # itself, if it is not passed over
+        """Return (sample numbers, streams, offsets) of this rank in a step. They are computed for several steps at a
+        time."""
+        first = self.plan.advance(first, 0)  # `first` itself, unless it is skipped
         if first not in self._locations:
             steps = max(1, LOOKUP_SAMPLES // self.local_batch)
             numbers = self.plan.sample_numbers(first, steps * self.global_batch).reshape(steps, -1)

@@ -1,10 +1,10 @@
-"""A corpus at a URL -> a corpus directory on this machine, whose shards stay far away until they are read.
+"""Mirror a remote corpus: create a local corpus directory whose shards stay remote until they are read.
 
     CACHE/shards/SHA256      a file of token ids, named by its content
-    CACHE/offsets/KEY        the offsets of its documents, by where they came from and the shard's content
-    CACHE/corpora/KEY/       manifest.json (with the URL of each file), tokenizer.json, and `url`: where from
+    CACHE/offsets/KEY        document offsets; the key is a hash of their URL and the shard's hash
+    CACHE/corpora/KEY/       manifest.json (with the URL of each file), tokenizer.json, and `url`: the corpus's URL
 
-The key of a corpus is a hash of its URL and its manifest: one that changes over there is another one here.
+The key of a corpus is a hash of its URL and manifest: if the remote corpus changes, it gets a new mirror.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ ORIGIN_FILE = "url"
 
 
 def localize_corpus(location: str, cache: str) -> Path:
-    """The directory of the corpus at `place`: a local one as it is; of a remote one, a mirror without its shards.
+    """Return the directory of the corpus at `location`. For a URL it is a mirror without the shards.
 
-    Raises DataError where the URL gives no corpus.
+    Raises DataError if the URL has no corpus.
     """
     if not is_remote(location):
         return as_path(location)
@@ -54,14 +54,16 @@ def localize_corpus(location: str, cache: str) -> Path:
 
 
 def locate_shard(directory: Path, shard: Shard, size: int, cache: str) -> Path:
-    """The shard's file of `size` bytes, fetched if it is far away. Raises DataError where that fails."""
+    """Return the path of the shard's file of `size` bytes, fetched if it is remote. Raises DataError if the fetch
+    fails."""
     if not is_remote(shard.file):
         return directory / as_path(shard.file)
     return fetch(shard.file, _cache_path(cache, "shards", shard.sha256), size, f"sha256:{shard.sha256}")
 
 
 def locate_offsets(directory: Path, shard: Shard, size: int, cache: str) -> Path:
-    """The file of `size` bytes with the shard's offsets, fetched if it is far away. Raises DataError if that fails."""
+    """Return the path of the shard's offsets file of `size` bytes, fetched if it is remote. Raises DataError if that
+    fails."""
     location = shard.offsets_file
     if not is_remote(location):
         return directory / as_path(location)
@@ -74,7 +76,7 @@ def _cache_path(cache: str, kind: str, key: str) -> Path:
 
 
 def _with_absolute_paths(shard: Shard, url: str) -> Shard:
-    """The same shard, seen from anywhere: names within the corpus become URLs."""
+    """Return the shard with its relative file names replaced by URLs."""
     file, offsets = (
         location if is_remote(location) or location.startswith(("/", "file://")) else f"{url}/{location}"
         for location in (shard.file, shard.offsets_file)
@@ -84,7 +86,8 @@ def _with_absolute_paths(shard: Shard, url: str) -> Shard:
 
 @contextmanager
 def _create_atomically(directory: Path) -> Iterator[Path]:
-    """A new directory to fill, which takes the name `directory` when it is full; the first to finish wins."""
+    """Yield a new directory to fill, and rename it to `directory` at the end. If two processes do so, the first one
+    wins."""
     partial = directory.with_name(f"{directory.name}.{uuid4().hex}.partial")
     partial.mkdir(parents=True)
     try:
@@ -101,10 +104,10 @@ def _create_atomically(directory: Path) -> Iterator[Path]:
 
 
 def _build_hint(url: str, corpora: Path) -> str:
-    """What to do where the manifest is out of reach; the newest mirror of it is as good, if there is one."""
+    """Return what to do if the manifest is unreachable: use the newest local mirror, if there is one."""
     origins = (origin for origin in corpora.glob(f"*/{ORIGIN_FILE}") if origin.parent.suffix != ".partial")
     mirrors = [origin for origin in origins if origin.read_text(encoding="utf-8").strip() == url]
     if mirrors:
         newest = max(mirrors, key=lambda origin: origin.stat().st_mtime).parent
-        return f"Check the network, or set data.path to what was fetched before: {newest}"
+        return f"Check the network, or set data.path to the local mirror: {newest}"
     return "Check the URL, the network and your credentials, or copy the corpus to a disk and set data.path to it."

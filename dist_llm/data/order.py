@@ -1,7 +1,7 @@
-"""Which tokens sample n is made of: a pure function of (seed, n), so no index file and no history.
+"""Map sample numbers to windows: a pure function of (seed, n), without an index file or state.
 
-Both orders map sample numbers to the offset of the window's first token, vectorised, in O(1)
-memory, whatever the world size.
+Both orders return the offset of each window's first token. They are vectorised, use O(1) memory, and do not depend on
+the world size.
 """
 
 from collections.abc import Sequence
@@ -17,26 +17,27 @@ UInts = npt.NDArray[np.uint64]
 
 CACHED_BLOCKS = 16
 ROUNDS = 6
-ROUND_CONSTANTS = np.arange(ROUNDS, dtype=np.uint64)[:, None] << np.uint64(56)  # sets the rounds apart
+# one constant per round, so that rounds have different keys
+ROUND_CONSTANTS = np.arange(ROUNDS, dtype=np.uint64)[:, None] << np.uint64(56)
 
-# Of splitmix64. Made once: for a few samples numpy's cost is the number of its calls, not of its words.
+# Constants of splitmix64, built once: for a few samples numpy's cost is the number of its calls, not of its elements.
 GAMMA, MULTIPLY_1, MULTIPLY_2 = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 SHIFT_1, SHIFT_2, SHIFT_3 = map(np.uint64, (30, 27, 31))
 
 
 class Order(Protocol):
-    """Sample numbers -> offsets of first tokens."""
+    """Maps sample numbers to offsets of first tokens."""
 
     def locate(self, samples: Ints) -> Ints: ...
 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """Cut the stream into windows; visit each once per epoch, in an order of the epoch's own."""
+    """Cut the stream into windows and visit each once per epoch, in a different order in each epoch."""
 
     seed: int
     n_windows: int
-    window: int  # tokens from one start to the next
+    window: int  # stride in tokens
 
     def locate(self, samples: Ints) -> Ints:
         epochs, index = np.divmod(samples, self.n_windows)
@@ -46,7 +47,7 @@ class Shuffle:
 
 @dataclass(frozen=True)
 class Random:
-    """Uniform offsets with replacement, as nanoGPT draws them."""
+    """Draw uniform offsets with replacement, as nanoGPT does."""
 
     seed: int
     n_starts: int
@@ -59,10 +60,11 @@ class Random:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which member of a mixture each sample is of: fixed quotas in every block of samples, scattered within it.
+    """Assigns samples to the components of a mixture: fixed quotas in every block of samples, shuffled within the
+    block.
 
-    So a member's share is exact over each block. Its samples are numbered in the order in which they come, so that
-    wherever a mixture ends, another can go on.
+    A component's fraction is exact over each block. Its samples are numbered in the order in which they come, so that
+    another mixture can continue where this one ends.
     """
 
     seed: int
@@ -70,18 +72,18 @@ class Mixture:
 
     @staticmethod
     def from_weights(weights: Sequence[float], seed: int, block: int = 1000) -> "Mixture":
-        """Quotas of `block` samples in all, nearest to the weights (largest remainders); a weight above 0 gets one."""
+        """Return quotas that sum to `block` (largest remainders). Each weight above 0 gets at least one sample."""
         exact = np.asarray(weights, dtype=np.float64) / sum(weights) * block
         quotas = np.maximum(np.floor(exact), exact > 0).astype(np.int64)
         order = np.argsort(-(exact - np.floor(exact)), kind="stable")
         for index in range(block - int(quotas.sum())):
             quotas[order[index % len(order)]] += 1
-        while quotas.sum() > block:  # the least shares were rounded up to 1: the largest pays
+        while quotas.sum() > block:  # quotas rounded up to 1 are taken from the largest
             quotas[quotas.argmax()] -= 1
         return Mixture(seed, tuple(quotas.tolist()))
 
     def assign(self, samples: Ints) -> tuple[Ints, Ints]:
-        """(member of each sample, how many of that member's samples come before it)."""
+        """Return (component of each sample, its index among the samples of that component)."""
         blocks, index = np.divmod(samples, sum(self.quotas))
         component_ids, numbers = np.empty_like(samples), np.empty_like(samples)
         for block in np.unique(blocks).tolist():
@@ -92,7 +94,7 @@ class Mixture:
         return component_ids, numbers
 
     def count_samples(self, samples: int) -> Ints:
-        """How many of the first `samples` are each member's."""
+        """Return how many of the first `samples` samples each component has."""
         block = sum(self.quotas)
         blocks = samples // block
         component_ids, _ = self.assign(np.arange(blocks * block, samples))
@@ -101,7 +103,7 @@ class Mixture:
 
 @lru_cache(CACHED_BLOCKS)
 def _shuffle_block(seed: int, quotas: tuple[int, ...], block: int) -> tuple[Ints, Ints]:
-    """Of each sample of a block, in order: its member, and how many of that member's come before it in the block."""
+    """Return, for each sample of a block, its component and its index among that component's samples in the block."""
     ends = np.cumsum(quotas)
     key = splitmix64(_to_uint64([block]) ^ splitmix64(_to_uint64([seed])))
     positions = permute(_to_uint64(np.arange(ends[-1])), int(ends[-1]), key).astype(np.int64)
@@ -113,10 +115,10 @@ def _shuffle_block(seed: int, quotas: tuple[int, ...], block: int) -> tuple[Ints
 
 
 def permute(index: UInts, size: int, keys: UInts) -> UInts:
-    """A keyed bijection of [0, size): a Feistel network, walked until it lands inside.
+    """Apply a keyed bijection of [0, size): a Feistel network with cycle walking (Black and Rogaway 2002).
 
-    The network permutes the next even power of two above `size`, below 4 * size, so a walk
-    takes under 4 steps on average (cycle walking, Black and Rogaway 2002).
+    The network permutes the next even power of two above `size`, which is below 4 * size, so a walk takes fewer than 4
+    steps on average.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -134,7 +136,7 @@ def permute(index: UInts, size: int, keys: UInts) -> UInts:
 
 
 def splitmix64(values: UInts) -> UInts:
-    """The finaliser of splitmix64 (Steele et al. 2014): every bit in moves every bit out."""
+    """The finaliser of splitmix64 (Steele et al. 2014): each input bit affects all output bits."""
     values = values + GAMMA
     values ^= values >> SHIFT_1
     values *= MULTIPLY_1

@@ -1,8 +1,8 @@
-"""Windows that keep documents apart: one document each, or several packed whole.
+"""Windows that do not cross documents: one document each, or several whole documents packed into one.
 
-A document that is too long is cut into windows of its own; consecutive ones share a token where the objective
-predicts the next, so that each token but a document's first is a target once. Documents are taken in groups that
-follow one another in the corpus. Only how many windows each group has is kept; which they are is worked out again
+A document longer than a window is cut into several windows. If the objective predicts the next token, consecutive ones
+overlap by one token, so that each token except a document's first is a target once. Documents are packed in groups that
+are consecutive in the corpus. Only the number of windows per group is stored; the windows of a group are recomputed
 when one is read.
 """
 
@@ -16,14 +16,14 @@ from dist_llm.data.corpus import Corpus, Document
 from dist_llm.data.order import Ints
 from dist_llm.objectives.examples import TokenWindow
 
-GROUP_DOCUMENTS = 1024  # documents packed together: with fewer more places stay empty, with more a read takes longer
+GROUP_DOCUMENTS = 1024  # documents packed together; fewer leave more padding, more make a read slower
 CACHED_GROUPS = 64
 
-Spans = list[tuple[int, int]]  # (first token, tokens) of each piece of a window
+Spans = list[tuple[int, int]]  # (first token, number of tokens) of each segment of a window
 
 
 class PackedWindows:
-    """The windows of `size` that a corpus makes, in its own order. Start-up reads where every document begins."""
+    """The windows that a corpus makes, in corpus order. Start-up reads the offsets of all documents."""
 
     def __init__(self, corpus: Corpus, size: Lengths, packed: bool) -> None:
         self.corpus, self.size, self.packed = corpus, size, packed
@@ -37,13 +37,13 @@ class PackedWindows:
         self._cached_windows = lru_cache(CACHED_GROUPS)(self._build_windows)
 
     def spans(self, window: int) -> Spans:
-        """The pieces of a window."""
+        """Return the spans of a window."""
         group = int(np.searchsorted(self.ends, window, side="right"))
         windows = self._cached_windows(*self.groups[group])
         return windows[window - int(self.ends[group]) + len(windows)]
 
     def windows_of_document(self, document: Document) -> Ints:
-        """The windows that have tokens of a document."""
+        """Return the windows that have tokens of a document."""
         first = document.index // GROUP_DOCUMENTS * GROUP_DOCUMENTS
         group = self.groups.index((document.shard, first))
         windows = self._build_windows(document.shard, first)
@@ -52,7 +52,7 @@ class PackedWindows:
         return np.flatnonzero(inside) + begin
 
     def read(self, windows: Ints, score_prompts: bool) -> list[TokenWindow]:
-        """The texts of these windows. Raises DataError where the corpus does."""
+        """Read these windows. Raises DataError as the corpus does."""
         return [self._read_window(self.spans(window), score_prompts) for window in windows.tolist()]
 
     def _read_window(self, spans: Spans, score_prompts: bool) -> TokenWindow:
@@ -66,7 +66,8 @@ class PackedWindows:
         return TokenWindow(np.concatenate(tokens), segment_ids, loss_mask)
 
     def _build_windows(self, shard: int, first: int) -> list[Spans]:
-        """The windows of a group of documents. Where a shard begins inside a document, its rest is one, too."""
+        """Build the windows of a group of documents. If a shard begins inside a document, the rest counts as a
+        document."""
         corpus, stride = self.corpus, self.size.stride
         starts_of_group = corpus.read_document_starts(shard, first, first + GROUP_DOCUMENTS + 1)
         starts, end = (
@@ -91,10 +92,8 @@ class PackedWindows:
 
 
 def pack_best_fit(sizes: Ints, capacity: int) -> list[list[int]]:
-    """Bins of `capacity` that hold all sizes, by their numbers: the largest first, each where it leaves least room.
-
-    Best-fit decreasing, as Ding et al. 2024 pack documents.
-    """
+    """Pack all sizes into bins of `capacity` and return their indices per bin (best-fit decreasing, Ding et al.
+    2024)."""
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (what is left, bin), ascending
     for index in np.argsort(-sizes, kind="stable").tolist():

@@ -1,4 +1,4 @@
-"""Sample numbers -> windows of text: which source, which of its windows. All arithmetic, in constant memory."""
+"""Map sample numbers to windows of the sources. Pure arithmetic in constant memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,28 +13,29 @@ Ranges = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class MixtureStage:
-    """From sample `first` on, sources mix as `mixture` says; `before` samples of each came earlier."""
+    """From sample `first` on, sources mix as `mixture` says. `num_consumed` samples of each source were consumed
+    before."""
 
     first: int
     mixture: Mixture
     num_consumed: tuple[int, ...]
 
     def assign(self, samples: Ints) -> tuple[Ints, Ints]:
-        """(source of each sample, its number among that source's samples)."""
+        """Return (source of each sample, its index among the samples of that source)."""
         if len(self.num_consumed) == 1:
             return np.zeros_like(samples), samples - self.first + self.num_consumed[0]
         sources, numbers = self.mixture.assign(samples - self.first)
         return sources, numbers + np.asarray(self.num_consumed)[sources]
 
     def count_consumed(self, samples: int) -> tuple[int, ...]:
-        """How many samples of each source lie before sample `samples`."""
+        """Return how many samples of each source come before sample `samples`."""
         if len(self.num_consumed) == 1:
             return (samples - self.first + self.num_consumed[0],)
         return tuple((np.asarray(self.num_consumed) + self.mixture.count_samples(samples - self.first)).tolist())
 
 
 def merge_ranges(ranges: Ranges) -> tuple[tuple[int, int], ...]:
-    """The same numbers in ranges that ascend and do not overlap."""
+    """Return the same numbers as ascending ranges that do not overlap."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
         if merged and start < merged[-1][1]:
@@ -45,7 +46,7 @@ def merge_ranges(ranges: Ranges) -> tuple[tuple[int, int], ...]:
 
 
 def build_stages(firsts: Sequence[int], mixtures: Sequence[Mixture], num_consumed: Sequence[int]) -> list[MixtureStage]:
-    """Stages one after the other; of those that begin at the same sample, the last."""
+    """Return consecutive stages. If several begin at the same sample, only the last one remains."""
     stages: list[MixtureStage] = []
     for first, mixture in zip(firsts, mixtures, strict=True):
         consumed = stages[-1].count_consumed(first) if stages else tuple(num_consumed)
@@ -57,7 +58,7 @@ def build_stages(firsts: Sequence[int], mixtures: Sequence[Mixture], num_consume
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """What each sample number means, until the data changes. Numbers in `skip` are passed over."""
+    """What each sample number means, until the data changes. Numbers in `skip` are not used."""
 
     sources: Sequence[DataSource]
     stages: Sequence[MixtureStage]
@@ -65,31 +66,31 @@ class SamplePlan:
 
     @property
     def streams(self) -> list[WindowStream]:
-        """Of every source, one for each member of the objective."""
+        """The window streams: for each source, one per component of the objective."""
         return [stream for source in self.sources for stream in source.streams]
 
     def sample_numbers(self, first: int, count: int) -> Ints:
-        """The next `count` sample numbers from `first` on."""
+        """Return the next `count` sample numbers from `first` on, without those in `skip`."""
         return self._apply_skips(first, np.arange(first, first + count, dtype=np.int64))
 
     def advance(self, first: int, count: int) -> int:
-        """The number that follows them."""
+        """Return the sample number after the next `count` from `first` on."""
         return int(self._apply_skips(first, np.array([first + count]))[0]) if self.skip else first + count
 
     def _apply_skips(self, first: int, numbers: Ints) -> Ints:
-        """Numbers counted from `first` on as if none were skipped -> what they are."""
+        """Shift numbers, counted from `first` on without gaps, past the skipped ranges. Modifies `numbers`."""
         for start, end in self.skip:
             begin = max(first, start)
             numbers[numbers >= begin] += max(0, end - begin)
         return numbers
 
     def count_consumed(self, samples: int) -> tuple[int, ...]:
-        """How many samples of each source lie before sample `samples`, those in `skip` included."""
+        """Return how many samples of each source come before sample `samples`, including those in `skip`."""
         begun = [stage for stage in self.stages if stage.first <= samples or stage is self.stages[0]]
         return begun[-1].count_consumed(samples)
 
     def locate_samples(self, samples: Ints) -> tuple[Ints, Ints]:
-        """(number of the stream, place in it) of each sample."""
+        """Return (index of the stream, offset in it) of each sample."""
         num_components = len(self.sources[0].streams)
         source_ids, numbers = self.assign(samples)
         if len(self.sources) * num_components == 1:
@@ -107,7 +108,7 @@ class SamplePlan:
         return streams, offsets
 
     def assign(self, samples: Ints) -> tuple[Ints, Ints]:
-        """(source of each sample, its number there)."""
+        """Return (source of each sample, its index among the samples of that source)."""
         if len(self.stages) == 1:
             return self.stages[0].assign(samples)
         sources, numbers = np.empty_like(samples), np.empty_like(samples)

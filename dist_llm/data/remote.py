@@ -1,9 +1,9 @@
-"""Files that are far away: a URL becomes a file of the local cache, whole or not at all.
+"""Fetch a URL into a file of the local cache, completely or not at all.
 
-What is fetched goes to a name of its own, is measured, hashed and made durable, and only then renamed. So what
-has a final name is whole, however many processes and machines share the cache and however they end. The lock
-spares the processes of a machine from fetching the same file twice; nothing rests on it, the kernel releases
-it when its holder dies, and a file system that has no locks is as safe.
+A download is written to a temporary file, checked for size and hash, synced and then renamed. So a file with its final
+name is complete, however many processes and machines share the cache and wherever they are killed. The lock only
+prevents the processes of one machine from fetching the same file twice. Correctness does not depend on it: the kernel
+releases it when its holder dies, and a file system without locks is as safe.
 """
 
 import fcntl
@@ -32,13 +32,13 @@ log = logging.getLogger("dist_llm")
 Result = TypeVar("Result")
 
 BLOCK_BYTES = 1 << 22
-MAX_TRIES, PAUSE_SECONDS, TIMEOUT_SECONDS = 4, 1.0, 60.0  # the pause doubles from try to try
-ABANDONED_SECONDS = 3600.0  # a partial file that nobody wrote to for so long has lost its writer
+MAX_TRIES, PAUSE_SECONDS, TIMEOUT_SECONDS = 4, 1.0, 60.0  # the pause doubles after each try
+ABANDONED_SECONDS = 3600.0  # a partial file that was not written to for so long has no writer
 RETRYABLE_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
 
 
 class RemoteError(Exception):
-    """What went wrong at the far end; `hopeless` where another try would end alike."""
+    """A read of a remote file failed. `permanent`: a retry would fail too."""
 
     def __init__(self, message: str, permanent: bool = False) -> None:
         super().__init__(message)
@@ -46,34 +46,34 @@ class RemoteError(Exception):
 
 
 def is_remote(location: str) -> bool:
-    """Whether `place` is a URL of something else than a local file."""
+    """Return whether `location` is a URL that is not a file:// URL."""
     return re.match("[A-Za-z][A-Za-z0-9+.-]+://", location) is not None and not location.startswith("file://")
 
 
 def as_path(location: str) -> Path:
-    """A local path, given as such or as a file:// URL."""
+    """Return a local path, given as a path or as a file:// URL."""
     return Path(unquote(urlsplit(location).path)) if location.startswith("file://") else Path(location)
 
 
 def iter_blocks(url: str) -> Iterator[bytes]:
-    """The bytes of `url`, some at a time. Raises RemoteError where they cannot be had or end too early."""
+    """Yield the bytes of `url` in blocks. Raises RemoteError if they cannot be read or the connection ends early."""
     try:
         with _open_url(url) as file:
             while block := file.read(BLOCK_BYTES):
                 yield block
-            if isinstance(file, HTTPResponse) and file.length:  # what is still to come
+            if isinstance(file, HTTPResponse) and file.length:  # bytes that are missing
                 raise OSError(f"the connection ended {file.length} bytes early")
     except HTTPError as error:
         error.close()
         permanent = error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in RETRYABLE_STATUSES
         raise RemoteError(f"HTTP status {error.code} {error.reason}", permanent) from None
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # each fsspec backend raises its own exceptions
         permanent = isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
         raise RemoteError(f"{type(error).__name__}: {error}", permanent) from None
 
 
 def _open_url(url: str) -> IO[bytes]:
-    # fsspec's http needs aiohttp and a thread of its own; the standard library does with neither.
+    # fsspec's http backend needs aiohttp and starts a thread; the standard library needs neither.
     if url.startswith(("http://", "https://")):
         return urlopen(url, timeout=TIMEOUT_SECONDS)
     import fsspec
@@ -82,9 +82,9 @@ def _open_url(url: str) -> IO[bytes]:
 
 
 def with_retries(url: str, action: Callable[[], Result], hint: Callable[[], str]) -> Result:
-    """The result of `action`, which reads `url`; tried again where that may help, a few times.
+    """Return the result of `action`, which reads `url`. Retries a few times after an error that is not permanent.
 
-    Raises DataError that names the URL and the way out.
+    Raises DataError with the URL and the hint.
     """
     for attempt in range(MAX_TRIES):
         try:
@@ -99,23 +99,24 @@ def with_retries(url: str, action: Callable[[], Result], hint: Callable[[], str]
 
 
 def create_hash(like: str = "blake3:") -> Any:
-    """A hash to feed, of the kind that a `named` one is. BLAKE3 takes a fifth of SHA-256's time."""
+    """Return a new hash object of the algorithm that the digest `like` names. BLAKE3 takes a fifth of SHA-256's
+    time."""
     return blake3() if like.startswith("blake3:") else hashlib.new(like.partition(":")[0])
 
 
 def format_digest(digest: Any) -> str:
-    """What it was fed, as manifests have it: `blake3:` or `sha256:`, and hexadecimal digits."""
+    """Return the digest as manifests store it: `blake3:` or `sha256:`, then hexadecimal digits."""
     return f"{digest.name}:{digest.hexdigest()}"
 
 
 def fetch(url: str, target: Path, size: int | None, expected_hash: str | None) -> Path:
-    """`target`, made from `url` if it is not there yet, of `size` bytes and the hash `wanted` where these are given.
+    """Return `target`. If it does not exist, fetch it from `url`, and check its size and hash if they are given.
 
-    Raises DataError where the far end does not give that, or the near end has no room for it.
+    Raises DataError if the download fails or differs, or if it cannot be written.
     """
     if target.exists():
         return target
-    hint = f"Check the URL, the network and your credentials, or bring the file here by other means: {target}"
+    hint = f"Check the URL, the network and your credentials, or copy the file by other means to {target}"
     with convert_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock_exclusively(target):
@@ -127,13 +128,13 @@ def fetch(url: str, target: Path, size: int | None, expected_hash: str | None) -
 
 @contextmanager
 def convert_write_errors(target: Path) -> Iterator[None]:
-    """Within the block, an OSError is one of the cache's, and a DataError to the user."""
+    """Convert an OSError of the block into a DataError about the cache."""
     try:
         yield
     except OSError as error:
         raise DataError(
             f"{error.filename or target}: cannot be written: {error.strerror or error}. "
-            "Make room, or set data.cache to a directory that has it."
+            "Free disk space, or set data.cache to a directory with enough space."
         ) from None
 
 
@@ -149,9 +150,9 @@ def _download(url: str, target: Path, size: int | None, expected_hash: str | Non
             file.flush()
             os.fsync(file.fileno())
         if size not in (None, length):
-            raise RemoteError(f"{length} bytes came, but the manifest promises {size}")
+            raise RemoteError(f"received {length} bytes, but the manifest promises {size}")
         if expected_hash not in (None, format_digest(digest)):
-            raise RemoteError(f"what came has {format_digest(digest)}, but the manifest promises {expected_hash}")
+            raise RemoteError(f"received data with {format_digest(digest)}, but the manifest promises {expected_hash}")
         partial.rename(target)
         sync_directory(target.parent)
     finally:
@@ -160,13 +161,13 @@ def _download(url: str, target: Path, size: int | None, expected_hash: str | Non
 
 @contextmanager
 def _lock_exclusively(target: Path) -> Iterator[None]:
-    """Hold the lock of `target`, and clear what killed downloads of it left."""
+    """Hold the lock of `target`, and remove what killed downloads of it left behind."""
     lock = target.with_name(target.name + ".lock")
     while True:
         with lock.open("w") as file:
-            with suppress(OSError):  # no locks on this file system: each for itself, and none in danger
+            with suppress(OSError):  # this file system has no locks: processes may fetch twice, which is safe
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_same_file(lock, file):  # whoever held it before us removed it between our open and our lock
+            if not _is_same_file(lock, file):  # the previous holder removed it between our open and our lock
                 continue
             try:
                 _remove_abandoned(target.parent.glob(target.name + ".*.partial"))
@@ -191,7 +192,7 @@ def _remove_abandoned(partials: Iterator[Path]) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in it durable."""
+    """Make the directory's entries durable."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,6 @@
-"""When a run has read a source 1, 4 and 10 times in full, from its plan.
+"""Compute from the plan when a run has read a source 1, 4 and 10 times.
 
-A function of sample numbers alone, so a resumed run names only those that are still to come.
+It is a function of sample numbers, so a resumed run reports only repetitions still to come.
 """
 
 from bisect import bisect_left
@@ -10,15 +10,15 @@ from dist_llm.data.plan import SamplePlan
 
 REPORTED_EPOCHS = (1, 4, 10)
 ADVICE = {
-    1: "from here on its text repeats",
-    4: "more repetition gives less than new text would (Muennighoff et al. 2023)",
-    10: "more repetition gives little; add text, or lower its weight",
+    1: "its text repeats from here on",
+    4: "further repetition helps less than new text (Muennighoff et al. 2023)",
+    10: "further repetition helps little; add text, or lower its weight",
 }
 
 
 @dataclass(frozen=True, order=True)
 class Repetition:
-    """Before sample number `sample` the source has been read `times` in full."""
+    """Before sample `sample`, the source has been read `times` times completely."""
 
     sample: int
     source: str
@@ -30,7 +30,7 @@ class Repetition:
 
 
 def find_repetitions(plan: SamplePlan, first: int, end: int) -> list[Repetition]:
-    """Those after sample `first` and up to `end`, in their order."""
+    """Return the repetitions after sample `first` and up to `end`, sorted."""
     repetitions = []
     for number, source in enumerate(plan.sources):
         name = source.name or str(source.corpus.directory)

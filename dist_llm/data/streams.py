@@ -1,4 +1,4 @@
-"""The corpora of a run, and the windows that each objective reads of each."""
+"""The data sources of a run, and the windows that each objective reads from each source."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,45 +18,45 @@ from dist_llm.objectives.examples import TokenWindow
 
 @dataclass(frozen=True)
 class WindowStream:
-    """The windows that one objective reads of one corpus, in its order."""
+    """The windows that one objective reads from one corpus, in its order."""
 
     corpus: Corpus
-    order: Order  # sample number -> first token of its window, or with `pieces` the window's number
+    order: Order  # sample number -> first token of its window or, with `packed_windows`, index of the window
     window: int
     packed_windows: PackedWindows | None = None
     score_prompts: bool = True
-    document_mask: bool = False  # whether windows of a stream come with the number of each token's document
+    document_mask: bool = False  # whether windows of kind "stream" include document ids
 
     def read(self, offsets: Ints) -> Tokens | list[TokenWindow]:
-        """What the order's places hold: whole windows of ids [n, window], or texts of their own lengths."""
+        """Return the windows at these offsets: ids [n, window], or windows of varying lengths."""
         if self.packed_windows is not None:
             return self.packed_windows.read(offsets, self.score_prompts)
         return read_windows(self.corpus, offsets, self.window, self.score_prompts, self.document_mask)
 
     @property
     def epoch_windows(self) -> float:
-        """Windows that hold as many tokens as there are: with a random order they overlap and leave some out."""
+        """Windows per epoch. With a random order: windows that have as many tokens as the corpus."""
         if self.packed_windows is not None:
             return self.packed_windows.count
         return self.order.n_windows if isinstance(self.order, Shuffle) else self.corpus.n_tokens / self.window
 
     def spans(self, offset: int) -> Spans:
-        """(first token, tokens) of each piece of text at one of the order's places."""
+        """Return (first token, number of tokens) of each segment of the window at an offset."""
         return self.packed_windows.spans(offset) if self.packed_windows is not None else [(offset, self.window)]
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A corpus under its name, with a stream for each member of the objective."""
+    """A named corpus, with one window stream per component of the objective."""
 
     name: str
     corpus: Corpus
     streams: tuple[WindowStream, ...]
-    component_mixture: Mixture  # which member each of the source's samples is of
+    component_mixture: Mixture  # assigns the source's samples to components
 
     @property
     def epoch_samples(self) -> float:
-        """Samples that read the corpus once, all members of the objective together."""
+        """Samples that read the corpus once, summed over the components of the objective."""
         quotas = zip(self.component_mixture.quotas, self.streams, strict=True)
         return sum(self.component_mixture.quotas) / sum(quota / stream.epoch_windows for quota, stream in quotas)
 
@@ -64,7 +64,7 @@ class DataSource:
 def read_windows(
     corpus: Corpus, starts: Ints, window: int, score_prompts: bool, document_mask: bool = False
 ) -> Tokens | list[TokenWindow]:
-    """Windows of one stream of text; where prompts are not scored, with what is; on demand with document numbers."""
+    """Read windows of consecutive text, with loss masks if prompts have no loss, and with document ids on demand."""
     rows = corpus.read(starts, window)
     has_unscored = corpus.manifest.prompts and not score_prompts
     if not has_unscored and not document_mask:
@@ -76,9 +76,9 @@ def read_windows(
 
 
 def open_corpora(data: DataConfig, split: Split = "train") -> dict[str, Corpus]:
-    """The corpora by name, in the order of their names, their sizes checked.
+    """Open the corpora, sorted by name, and check the sizes of their shards.
 
-    Raises DataError where one is not whole, or made with another tokenizer than the rest.
+    Raises DataError if one is incomplete or has another tokenizer than the rest.
     """
     corpora: dict[str, Corpus] = {}
     for source in sorted(sources_of(data), key=lambda named: named.name):
@@ -90,13 +90,13 @@ def open_corpora(data: DataConfig, split: Split = "train") -> dict[str, Corpus]:
         if not known and not (compared and same_tokenizer(corpus.directory, first.directory)):
             raise DataError(
                 f"{corpus.directory}: was prepared with another tokenizer than {first.directory}; prepare all sources "
-                "with the same one"
+                "with the same tokenizer"
             )
     return corpora
 
 
 def open_sources(config: Config) -> list[DataSource]:
-    """The sources of a resolved config. Raises DataError where one is not whole or too short for a window."""
+    """Open the sources of a resolved config. Raises DataError if one is incomplete or too short for a window."""
     data, seed = config.data, config.run.seed
     corpora = open_corpora(data)
     noncausal = {component.name for component in config.objective.components} - {"causal"}
@@ -121,7 +121,7 @@ def open_sources(config: Config) -> list[DataSource]:
 
 
 def derive_seed(seed: int, name: str) -> int:
-    """A source's own seed: its order does not depend on which others there are."""
+    """Return the seed of a source. It does not depend on the other sources."""
     return seed ^ (int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") >> 1 if name else 0)
 
 
@@ -142,7 +142,7 @@ def _build_stream(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) ->
 
 
 def build_order(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> Order:
-    """The order that the config asks for, of windows of `size`. Raises DataError where no window fits."""
+    """Build the order that `data.order` names, for windows of `size`. Raises DataError if no window fits."""
     n_windows = corpus.count_windows(size.window, size.stride)
     if n_windows < 1:
         hint = f"lower seq_len (to make it {corpus.n_tokens} or fewer) or " if corpus.n_tokens > 1 else ""
@@ -156,7 +156,7 @@ def build_order(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> O
 
 
 def compute_weights(data: DataConfig, sources: Sequence[DataSource]) -> list[float]:
-    """Share of the samples of each source: as said, or as many as its epochs take. Raises DataError for a tiny one."""
+    """Return the weight of each source: as configured, or epochs times tokens. Raises DataError for a tiny weight."""
     configured = {source.name: source for source in sources_of(data)}
     weights = {
         source.name: configured[source.name].weight or configured[source.name].epochs * source.corpus.n_tokens
@@ -168,10 +168,10 @@ def compute_weights(data: DataConfig, sources: Sequence[DataSource]) -> list[flo
 
 
 def masks_prompts(data: DataConfig, corpora: Iterable[Corpus]) -> bool:
-    """Whether some tokens are read and not scored."""
+    """Whether some tokens have no loss because they are in prompts."""
     return not data.score_prompts and any(corpus.manifest.prompts for corpus in corpora)
 
 
 def compute_quotas(weights: Sequence[float]) -> tuple[int, ...]:
-    """Samples of each source in every BLOCK."""
+    """Return the samples of each source per BLOCK."""
     return Mixture.from_weights(weights, 0, BLOCK).quotas if len(weights) > 1 else (BLOCK,)

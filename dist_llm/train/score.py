@@ -111,8 +111,8 @@ def _open(config: Config, data: str | None, split: Split) -> dict[str, Corpus]:
             )
         if (config.data.document_mask or config.data.windows == "packed") and not corpus.manifest.has_document_bounds:
             raise DataError(
-                f"{whose}: {corpus.directory} says nowhere where documents begin, and the model was trained not to "
-                "look beyond them; choose a corpus with document bounds"
+                f"{whose}: {corpus.directory}: document boundaries are unknown, but the model was trained with a "
+                "document mask; choose a corpus with document boundaries"
             )
     return corpora
 

@@ -141,7 +141,7 @@ def test_a_shard_that_cannot_be_read_is_found_at_start(damaged, monkeypatch):
     with monkeypatch.context() as rights:
         rights.setattr(os, "access", lambda path, mode: path != shard)
         for look in (read, Corpus(directory).check_shard_sizes):
-            with pytest.raises(DataError, match=rf"{shard}: cannot be read: Permission denied. Give this user"):
+            with pytest.raises(DataError, match=rf"{shard}: cannot be read: Permission denied. Give this user read"):
                 look()
     with monkeypatch.context() as limit:
         limit.setattr(mmap, "mmap", raising(OSError(errno.EMFILE, "Too many open files")))

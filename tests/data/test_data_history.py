@@ -139,7 +139,7 @@ def test_other_data_is_refused_or_a_new_segment(name, config):
     history = (segment(config()),)
     wanted = segment(config(**change))
     with pytest.raises(
-        DataError, match=rf"not what it read until step 5:(.*\n)*  {message}(.*\n)+Restore it; or set data"
+        DataError, match=rf"differs from the data it read until step 5:(.*\n)*  {message}(.*\n)+Restore it; or set data"
     ):
         extend_history(history, wanted, 5, 30, 120, new_segment=False)
     found = extend_history(history, wanted, 5, 30, 120, new_segment=True)

@@ -181,10 +181,10 @@ def test_unknown_documents_are_refused_where_they_would_matter(kind, tmp_path):
     assert corpus.manifest.document_bounds is False
     assert open_sources(config_of(corpus)), "one stream needs no documents"
     for data in ({"document_mask": True}, {"windows": "document"}, {"windows": "packed"}):
-        with pytest.raises(DataError, match=r"says nowhere where documents begin.*document_mask to false.*tokenize"):
+        with pytest.raises(DataError, match=r"document boundaries are unknown.*document_mask to false.*tokenize"):
             open_sources(config_of(corpus, **data))
     objective = build_objective(config_of(corpus, document_mask=True), Vocabulary(257, EOT))
-    with pytest.raises(DataError, match="says nowhere"):
+    with pytest.raises(DataError, match="document boundaries are unknown"):
         Heldout({"": corpus}, objective, 2).check()
 
 
@@ -194,7 +194,7 @@ def test_a_manifest_of_an_older_version_is_judged_by_its_documents(tmp_path):
     fields = json.loads(path.read_text())
     del fields["document_bounds"]
     path.write_text(json.dumps(fields))
-    with pytest.raises(DataError, match="says nowhere"):
+    with pytest.raises(DataError, match="document boundaries are unknown"):
         Corpus(corpus.directory).check_document_bounds()
     path.write_text(json.dumps(fields | {"source": ["adopted from megatron files"]}))
     Corpus(corpus.directory).check_document_bounds()

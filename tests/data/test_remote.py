@@ -229,14 +229,14 @@ def test_a_passing_trouble_is_tried_again(trick, far, tmp_path, waits):
     [
         ("busy", "cannot be fetched in 4 tries: HTTP status 503"),
         ("cut", "in 4 tries: OSError: the connection ended 500 bytes early"),
-        ("damage", "in 4 tries: what came has sha256:.*, but the manifest promises"),
+        ("damage", "in 4 tries: received data with sha256:.*, but the manifest promises"),
     ],
 )
 def test_a_lasting_trouble_ends_with_the_way_out(trick, message, far, tmp_path, waits):
     far.files["/x"] = content = os.urandom(1000)
     far.script = [trick] * 99
     target = tmp_path / "x"
-    with pytest.raises(DataError, match=rf"{far.url}/x: .*{message}.* bring the file here by other means: {target}"):
+    with pytest.raises(DataError, match=rf"{far.url}/x: .*{message}.* copy the file by other means to {target}"):
         fetch(f"{far.url}/x", target, 1000, digest(content))
     assert len(far.asked) == 4
     assert names(tmp_path) == []
@@ -245,7 +245,7 @@ def test_a_lasting_trouble_ends_with_the_way_out(trick, message, far, tmp_path, 
 @pytest.mark.parametrize("size", [999, 1001])
 def test_another_size_is_refused(size, far, tmp_path, waits):
     far.files["/x"] = bytes(1000)
-    with pytest.raises(DataError, match=f"1000 bytes came, but the manifest promises {size}"):
+    with pytest.raises(DataError, match=f"received 1000 bytes, but the manifest promises {size}"):
         fetch(f"{far.url}/x", tmp_path / "x", size, None)
     assert names(tmp_path) == []
 
