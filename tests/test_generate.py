@@ -54,7 +54,7 @@ def test_the_cache_changes_no_token_of_other_settings(changes, whole):
 def test_a_prefix_sees_itself_whole():
     model = build(positions="learned")
     seen = [3, 1, 4, 1, 5]
-    (token,) = generate_tokens(model, Prompt(seen, whole=True), Sampling(1, temperature=0), LONGEST)
+    (token,) = generate_tokens(model, Prompt(seen, bidirectional=True), Sampling(1, temperature=0), LONGEST)
     logits = model(torch.tensor([seen]), mask=FULL)
     assert token == int(logits[0, -1].argmax())
     assert not torch.allclose(logits, model(torch.tensor([seen])))
@@ -63,13 +63,13 @@ def test_a_prefix_sees_itself_whole():
 @pytest.mark.parametrize("positions", ["learned", "relative", "rope"])
 def test_two_stacks_read_once_and_write_on(positions):
     model = build(architecture="encoder_decoder", n_encoder_layers=2, positions=positions)
-    prompt = Prompt([7], source=[3, 1, 4, 1, 5])
+    prompt = Prompt([7], encoder_ids=[3, 1, 4, 1, 5])
     encoded = []
     model.source_norm.register_forward_hook(lambda *rest: encoded.append(1))
     cached = list(generate_tokens(model, prompt, GREEDY, LONGEST))
     assert len(encoded) == 1, "the encoder runs once"
     assert cached == list(generate_tokens(model, prompt, GREEDY, LONGEST, use_cache=False))
-    assert cached != list(generate_tokens(model, Prompt([7], source=[9, 9, 2]), GREEDY, LONGEST))
+    assert cached != list(generate_tokens(model, Prompt([7], encoder_ids=[9, 9, 2]), GREEDY, LONGEST))
 
 
 def asked(prompt="ab", architecture="decoder", **objective):
@@ -81,8 +81,8 @@ def test_a_model_is_asked_as_it_was_trained():
     a, b, start, sentinel = ord("a"), ord("b"), 257, 257 + 8
     assert asked(name="causal") == Prompt([a, b], False, None, frozenset((EOT, sentinel + 1)))
     assert asked(name="prefix", mode="S").ids == [257 + 3, a, b]
-    assert asked(name="prefix", mode="S").whole
-    assert not asked(name="prefix", see_prefix=False).whole
+    assert asked(name="prefix", mode="S").bidirectional
+    assert not asked(name="prefix", see_prefix=False).bidirectional
     assert asked(name="span").ids == [a, b, sentinel, EOT, sentinel]
     two = asked(architecture="encoder_decoder", name="span")
     assert (two.ids, two.source) == ([start, sentinel], [a, b, sentinel, EOT])

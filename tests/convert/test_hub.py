@@ -183,7 +183,7 @@ def test_they_generate_from_our_export_what_we_generate(family: str, tool: Calla
         assert ids[0].tolist() == our_tokenizer.encode(prompt).tolist()
         asked = encode_prompt(config, our_tokenizer, prompt)
         if two:
-            ids = torch.tensor([asked.source])
+            ids = torch.tensor([asked.encoder_ids])
         start = {"decoder_input_ids": torch.tensor([asked.ids])} if two else {}
         found = theirs.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=[], **start)[0]
         mine = list(generate_tokens(model, asked, Sampling(20, temperature=0), 64))

@@ -40,7 +40,7 @@ def test_it_says_what_the_whole_model_says(model: str, kept: int, tmp_path: Path
     assert away == len(blocks) - kept
     assert [path.name[:7] for path in (tmp_path / "disk").iterdir()] == ["blocks_"]
     source = [3, 4, 5] if engine.config.model.architecture == "encoder_decoder" else None
-    prompt, sampling = Prompt([1, 2, 3], source=source), Sampling(8, seed=2)
+    prompt, sampling = Prompt([1, 2, 3], encoder_ids=source), Sampling(8, seed=2)
     want = list(generate_tokens(whole.eval(), prompt, sampling, 32))
     assert list(generate_tokens(found, prompt, sampling, 32)) == want
 

@@ -143,4 +143,4 @@ def test_a_prompt_is_characters_and_nothing_stops_the_model():
     asked = encode_prompt(config, tokenizer, "be")
     assert asked.ids == tokenizer.encode("be").tolist()
     assert encode_prompt(config, tokenizer, "").ids == [META["stoi"]["\n"]], "as nanoGPT's sample.py begins"
-    assert not asked.stops & set(META["stoi"].values())
+    assert not asked.stop_ids & set(META["stoi"].values())
