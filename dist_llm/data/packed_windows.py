@@ -69,13 +69,12 @@ class PackedWindows:
         """Build the windows of a group of documents. If a shard begins inside a document, the rest counts as a
         document."""
         corpus, stride = self.corpus, self.size.stride
-        starts_of_group = corpus.read_document_starts(shard, first, first + GROUP_DOCUMENTS + 1)
         starts, end = (
-            starts_of_group[:GROUP_DOCUMENTS],
-            int(starts_of_group[GROUP_DOCUMENTS])
-            if len(starts_of_group) > GROUP_DOCUMENTS
-            else corpus.shards[shard].tokens,
+            corpus.read_document_starts(shard, first, first + GROUP_DOCUMENTS + 1),
+            corpus.shards[shard].tokens,
         )
+        if len(starts) > GROUP_DOCUMENTS:  # the start of the next group
+            starts, end = starts[:GROUP_DOCUMENTS], int(starts[GROUP_DOCUMENTS])
         if first == 0 and (not len(starts) or starts[0] > 0):
             starts = np.concatenate(([0], starts))
         tokens = np.diff(np.append(starts, end))
@@ -95,7 +94,7 @@ def pack_best_fit(sizes: Ints, capacity: int) -> list[list[int]]:
     """Pack all sizes into bins of `capacity` and return their indices per bin (best-fit decreasing, Ding et al.
     2024)."""
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (what is left, bin), ascending
+    room: list[tuple[int, int]] = []  # (free capacity, bin), ascending
     for index in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[index])
         position = bisect_left(room, (size, -1))

@@ -25,11 +25,8 @@ def strayed(config: Config, off: Callable[[int], int] | None) -> str:
     """Six steps' batches, each as long as the config says, checked every three; what the audit raised."""
     engine = NativeEngine(config, torch.device("cpu"))
     one = Mixture(0, (1,))
-    plan = SamplePlan(
-        [DataSource("", None, (WindowStream(None, Shuffle(0, 9, 4), 5),), one)],
-        [MixtureStage(0, one, (0,))],
-        ((20, 30),),
-    )  # type: ignore[arg-type]
+    source = DataSource("", None, (WindowStream(None, Shuffle(0, 9, 4), 5),), one)  # type: ignore[arg-type]
+    plan = SamplePlan([source], [MixtureStage(0, one, (0,))], ((20, 30),))
     rank, ranks = engine.dp_rank_and_size
     loader = Loader(plan, None, config.data, rank, ranks, pin=False)  # type: ignore[arg-type]
     audit, first = SampleAudit(engine, loader, 3), 0
