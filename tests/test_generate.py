@@ -85,9 +85,9 @@ def test_a_model_is_asked_as_it_was_trained():
     assert not asked(name="prefix", see_prefix=False).bidirectional
     assert asked(name="span").ids == [a, b, sentinel, EOT, sentinel]
     two = asked(architecture="encoder_decoder", name="span")
-    assert (two.ids, two.source) == ([start, sentinel], [a, b, sentinel, EOT])
+    assert (two.ids, two.encoder_ids) == ([start, sentinel], [a, b, sentinel, EOT])
     two = asked(architecture="encoder_decoder", name="prefix", mode="S")
-    assert (two.ids, two.source) == ([start], [257 + 3, a, b])
+    assert (two.ids, two.encoder_ids) == ([start], [257 + 3, a, b])
     mixed = asked(mixture=[{"name": "span", "mode": "R"}, {"name": "prefix", "mode": "S"}])
     assert mixed.ids == [257 + 3, a, b], "of a mixture the one that goes on with its text"
 
