@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import prompt_lengths
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_llm.config.derive import resolve
@@ -95,7 +95,7 @@ def test_packing_gives_fewer_windows_and_equal_losses(tmp_path):
     assert not torch.isclose(packed_blind, losses[0], rtol=1e-4), "without the mask it differs: the law bites"
 
 
-@prompt_lengths(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=60))
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=60))
 def test_pack_best_fit_packs_all_sizes_tightly(sizes):
     bins = pack_best_fit(np.array(sizes), 20)
     assert sorted(n for one_bin in bins for n in one_bin) == list(range(len(sizes)))
