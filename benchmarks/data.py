@@ -26,7 +26,7 @@ import torch
 from dist_llm.config.derive import resolve
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.history import fresh_plan
+from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import Loader, build_loader
 from dist_llm.data.shard import Manifest, Shard
 from dist_llm.objectives.objective_vocabulary import Vocabulary
@@ -87,7 +87,7 @@ def case(corpus: Corpus, options: argparse.Namespace, rows: int, order: str) -> 
         },
     }
     config = resolve(Config.model_validate(raw), 1, VOCABULARY)
-    loader = build_loader(config, fresh_plan(config), Vocabulary(VOCABULARY, 0), 0, 1, pin=False)
+    loader = build_loader(config, build_fresh_plan(config), Vocabulary(VOCABULARY, 0), 0, 1, pin=False)
     makers = {
         "ours": ours(loader, rows),
         "nanogpt": nanogpt(path, rows, options.seq_len),
@@ -116,7 +116,7 @@ def case(corpus: Corpus, options: argparse.Namespace, rows: int, order: str) -> 
 def ours(loader: Loader, rows: int) -> Make:
     """One step after another, as in training but without the thread that works ahead."""
     steps = iter(range(0, 1 << 62, rows))
-    return lambda: loader.batches(next(steps))
+    return lambda: loader.load_batches(next(steps))
 
 
 def nanogpt(path: Path, rows: int, length: int) -> Make:

@@ -15,7 +15,7 @@ from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
-from dist_llm.generate import Prompt, Sampling, tokens
+from dist_llm.generate import Prompt, Sampling, generate_tokens
 from dist_llm.models.attention import KVCache
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.build_model import build_model
@@ -154,10 +154,10 @@ def check_generation(context: Context) -> dict[str, object]:
         comparison.close(f"logits {name}", last[:, -1], expected[:, -1], 1e-4)
     if context.has_values:
         prompt, greedy = Prompt(list(range(3, 20))), Sampling(max_tokens=16, temperature=0.0)
-        expected_ids = list(tokens(model, prompt, greedy, 64))
+        expected_ids = list(generate_tokens(model, prompt, greedy, 64))
         for use_cache in (True, False):
             what = f"tokens {'with' if use_cache else 'without'} a cache"
-            comparison.equal(what, list(tokens(there, prompt, greedy, 64, use_cache)), expected_ids)
+            comparison.equal(what, list(generate_tokens(there, prompt, greedy, 64, use_cache)), expected_ids)
     return comparison.row()
 
 

@@ -28,7 +28,7 @@ from bare import Loop
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
-from dist_llm.data.history import fresh_plan
+from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.group import device_of
@@ -92,7 +92,7 @@ def run(config: Config, pairs: int, scratch: Path) -> "Turns":
     """Train as `dist-llm train` does, the bare loop taking its turns in between."""
     world = World()
     device = device_of(world)
-    plan = fresh_plan(config)
+    plan = build_fresh_plan(config)
     engine = NativeEngine(config, device)
     vocabulary = read_vocabulary(config, plan.sources[0].corpus.directory)
     loader = build_loader(config, plan, vocabulary, *engine.dp_rank_and_size, pin=device.type == "cuda")

@@ -1,58 +1,58 @@
-"""What can be wrong with a user's input. Each message names the place, the rule, and the way out.
+"""Errors that a user can fix. Each message names the file or key, the rule and what to do.
 
-The command line prints these without a traceback and exits with 2; anything else is our own
-mistake and keeps its traceback. `user_error_of` finds user errors among those of the operating system.
+The command line prints them without a traceback and exits with 2. Any other exception is a bug and keeps its traceback.
+`to_user_error` converts those errors of the operating system that a user can fix.
 """
 
 import errno
 
 
 class UserError(Exception):
-    """Something the user can mend."""
+    """An error that the user can fix."""
 
 
 class ConfigError(UserError):
-    """A config file, an override or a layout that cannot work."""
+    """A config file, an override or a parallel layout is invalid."""
 
 
 class DataError(UserError):
-    """A source, tokenizer or token shard that is missing, malformed or does not match."""
+    """A source, tokenizer or token shard is missing, malformed or does not match."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, incomplete or belongs to another model."""
+    """A checkpoint is missing, incomplete or of another model."""
 
 
 class DivergedError(UserError):
-    """A bad step, by the policy of the section `guard`."""
+    """A bad step ends the run, by the policy of section `guard`."""
 
 
-ROOM = "make room there, or set another directory"
-RIGHTS = "change its permissions, or set another directory"
-OPEN_FILES = "raise the limit of open files (ulimit -n)"
-WAYS_OUT = {
-    errno.ENOSPC: ROOM,
-    errno.EDQUOT: ROOM,
-    errno.EFBIG: ROOM,
-    errno.EACCES: RIGHTS,
-    errno.EPERM: RIGHTS,
-    errno.EROFS: RIGHTS,
-    errno.ENOTDIR: "a file stands where a directory should be: move it away",
-    errno.EISDIR: "a directory stands where a file should be: move it away",
+HINT_SPACE = "free disk space, or set another directory"
+HINT_PERMISSIONS = "change its permissions, or set another directory"
+HINT_OPEN_FILES = "raise the limit of open files (ulimit -n)"
+HINTS = {
+    errno.ENOSPC: HINT_SPACE,
+    errno.EDQUOT: HINT_SPACE,
+    errno.EFBIG: HINT_SPACE,
+    errno.EACCES: HINT_PERMISSIONS,
+    errno.EPERM: HINT_PERMISSIONS,
+    errno.EROFS: HINT_PERMISSIONS,
+    errno.ENOTDIR: "there is a file where a directory should be: move it",
+    errno.EISDIR: "there is a directory where a file should be: move it",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EMFILE: OPEN_FILES,
-    errno.ENFILE: OPEN_FILES,
+    errno.EMFILE: HINT_OPEN_FILES,
+    errno.ENFILE: HINT_OPEN_FILES,
 }
 
 
-def user_error_of(error: OSError, place: str = "") -> UserError | None:
-    """What the user can do about an error of the operating system; None where it may be our mistake.
+def to_user_error(error: OSError, location: str = "") -> UserError | None:
+    """Convert an error of the operating system; return None if it may be a bug.
 
-    `place` is named where the error names no file, as that of a write does not.
+    `location` is named if the error names no file, as a write error does not.
     """
-    if error.errno not in WAYS_OUT:
+    if error.errno not in HINTS:
         return None
-    where = error.filename or place or "a file of this command"
+    where = error.filename or location or "a file of this command"
     if isinstance(where, bytes):
         where = where.decode(errors="replace")
-    return UserError(f"{where}: {error.strerror}; {WAYS_OUT[error.errno]}, and start the same command again")
+    return UserError(f"{where}: {error.strerror}; {HINTS[error.errno]}, and run the same command again")

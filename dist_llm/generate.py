@@ -1,4 +1,4 @@
-"""Sampling, token by token, with a cache of keys and values."""
+"""Generate text token by token, with a KV cache."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep all tokens."""
+    """Sampling parameters. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep all tokens."""
 
     max_tokens: int = 128
     temperature: float = 1.0
@@ -31,7 +31,7 @@ class Sampling:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises ConfigError for a value outside its range."""
+        """Raise ConfigError for a value outside its range."""
         rules = (
             (self.max_tokens >= 1, f"--max-tokens {self.max_tokens}: must be at least 1"),
             (self.temperature >= 0, f"--temperature {self.temperature}: must be at least 0 (0 is greedy)"),
@@ -44,7 +44,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Offload:
-    """Where blocks wait that do not fit: at most `memory_bytes` in host memory, the rest in `folder`."""
+    """Where to keep blocks that do not fit on the device: up to `memory_bytes` in host memory, the rest in `folder`."""
 
     folder: Path
     memory_bytes: int
@@ -53,15 +53,18 @@ class Offload:
 def load_model(
     checkpoint: Path | str, device: torch.device, offload: Offload | None = None
 ) -> tuple[Decoder, Tokenizer, Config]:
-    """The model of a checkpoint (or of a run's newest) on one device, or spread, ready to sample."""
+    """Load the model of a checkpoint, or of a run's latest, for sampling: on one device or, with `offload`,
+    dispatched."""
     path = store.open_checkpoint(checkpoint)
     config = load_saved(path)
     if not (path / TOKENIZER_FILE).exists():
         raise DataError(
-            f"{path}: has no tokenizer, so no text can be generated; copy {TOKENIZER_FILE} of its corpus there"
+            f"{path}: has no tokenizer, so it cannot generate text; copy {TOKENIZER_FILE} of its corpus there"
         )
     if config.model.architecture == "encoder":
-        raise ConfigError(f"{path}: an encoder fills in masks and does not go on with a text; it cannot generate")
+        raise ConfigError(
+            f"{path}: cannot generate text with an encoder-only model: it predicts masked tokens and not the next token"
+        )
     if offload is not None:
         model = load_offloaded(path, config.model, device, offload.folder, offload.memory_bytes)
         return model, Tokenizer.load(path), config
@@ -74,64 +77,67 @@ def load_model(
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is given: ids to go on from, whether they see each other, and what an encoder reads."""
+    """A tokenized prompt: the decoder's ids, the encoder's ids, and the tokens that end the generation."""
 
     ids: list[int]
-    whole: bool = False
-    source: list[int] | None = None
-    stops: frozenset[int] = frozenset()
+    bidirectional: bool = False
+    encoder_ids: list[int] | None = None
+    stop_ids: frozenset[int] = frozenset()
 
 
-def ask(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
-    """Put the question as the model was trained to be asked it. An empty prompt is the end of another text.
+def encode_prompt(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
+    """Tokenize the prompt in the format of the training objective. An empty prompt becomes the end-of-document token.
 
-    Of a mixture's members one that goes on with its text is taken where there is one. A model of span corruption is
-    asked for what was cut out at the end.
+    Of a mixture, use a component that predicts the next token if there is one. A span-corruption model gets the prompt
+    with one corrupted span at its end, and generates that span.
     """
     vocabulary = tokenizer.vocabulary()
     ids = tokenizer.encode_prompt(prompt) or [vocabulary.eot]
-    members = config.objective.components
-    member = next((each for each in members if each.name != "span"), members[0])
-    mode = [vocabulary.special(member.mode)] if member.mode else []
+    components = config.objective.components
+    component = next((candidate for candidate in components if candidate.name != "span"), components[0])
+    mode = [vocabulary.special(component.mode)] if component.mode else []
     start = vocabulary.special("start")
-    two_stacks = config.model.architecture == "encoder_decoder"
-    ends = frozenset((vocabulary.sentinel(1),) if tokenizer.eot is None else (tokenizer.eot, vocabulary.sentinel(1)))
-    if member.name == "span":
-        asked, gap = [*mode, *ids, vocabulary.sentinel(0), vocabulary.eot], [vocabulary.sentinel(0)]
-        if two_stacks:
-            return Prompt([start, *gap], False, asked, ends)
-        return Prompt([*asked, *gap], member.see_prefix, None, ends)
-    if two_stacks:
-        return Prompt([start], False, [*mode, *ids], ends)
-    return Prompt([*mode, *ids], member.name == "prefix" and member.see_prefix, None, ends)
+    has_encoder = config.model.architecture == "encoder_decoder"
+    stop_ids = frozenset(
+        (vocabulary.sentinel(1),) if tokenizer.eot is None else (tokenizer.eot, vocabulary.sentinel(1))
+    )
+    if component.name == "span":
+        infilling_ids, gap_ids = [*mode, *ids, vocabulary.sentinel(0), vocabulary.eot], [vocabulary.sentinel(0)]
+        if has_encoder:
+            return Prompt([start, *gap_ids], False, infilling_ids, stop_ids)
+        return Prompt([*infilling_ids, *gap_ids], component.see_prefix, None, stop_ids)
+    if has_encoder:
+        return Prompt([start], False, [*mode, *ids], stop_ids)
+    return Prompt([*mode, *ids], component.name == "prefix" and component.see_prefix, None, stop_ids)
 
 
 @torch.no_grad()
-def tokens(
-    model: torch.nn.Module, prompt: Prompt, sampling: Sampling, longest: int, use_cache: bool = True
+def generate_tokens(
+    model: torch.nn.Module, prompt: Prompt, sampling: Sampling, max_seq_len: int, use_cache: bool = True
 ) -> Iterator[int]:
-    """Yield new token ids after `prompt`, at most `max_tokens`, and no more than make `longest` in all."""
+    """Yield at most `max_tokens` token ids after `prompt`, limited by a total length of `max_seq_len`."""
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = KVCache() if use_cache else None
-    source = None
-    if prompt.source is not None:
-        source = {"encoder_input": EncoderInput(torch.tensor([prompt.source], device=device))}
-    seen = list(prompt.ids)
-    prefix_B = torch.tensor([len(prompt.ids)], device=device) if prompt.whole else None
-    for _ in range(min(sampling.max_tokens, longest - len(prompt.ids))):
-        fresh = seen[cache.length :] if cache is not None else seen
-        # Once they are in the cache, all of the prompt is seen by whatever follows.
-        mask = CAUSAL if len(fresh) == 1 else AttentionMask(causal=True, prefix_B=prefix_B)
-        logits_BSV = model(torch.tensor([fresh], device=device), mask=mask, cache=cache, **(source or {}))
-        source = source if cache is None else None  # the encoder's output is in the cache, too
-        token = draw(logits_BSV[0, -1].float().cpu(), sampling, generator)
-        seen.append(token)
+    encoder_input = None
+    if prompt.encoder_ids is not None:
+        encoder_input = {"encoder_input": EncoderInput(torch.tensor([prompt.encoder_ids], device=device))}
+    ids = list(prompt.ids)
+    prefix_B = torch.tensor([len(prompt.ids)], device=device) if prompt.bidirectional else None
+    for _ in range(min(sampling.max_tokens, max_seq_len - len(prompt.ids))):
+        input_ids = ids[cache.length :] if cache is not None else ids
+        # Later tokens attend to all of the cached prompt, so the prefix mask is only needed for the first forward.
+        mask = CAUSAL if len(input_ids) == 1 else AttentionMask(causal=True, prefix_B=prefix_B)
+        logits_BSV = model(torch.tensor([input_ids], device=device), mask=mask, cache=cache, **(encoder_input or {}))
+        encoder_input = encoder_input if cache is None else None  # the cache also holds the encoder's output
+        token = sample_token(logits_BSV[0, -1].float().cpu(), sampling, generator)
+        ids.append(token)
         yield token
 
 
-def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id. The nucleus (Holtzman et al. 2020) is the fewest tokens that hold `top_p`."""
+def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Sample one token id. The nucleus (Holtzman et al. 2020) is the smallest set of tokens with probability
+    `top_p`."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     logits_V = logits_V / sampling.temperature
@@ -139,43 +145,51 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         weakest = logits_V.topk(sampling.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < weakest, -torch.inf)
     probabilities_V, ids_V = logits_V.softmax(-1).sort(descending=True)
-    if sampling.top_p < 1:  # 1 keeps all, though the sum of many small ones may round to 1 too early
+    if sampling.top_p < 1:  # 1 keeps all tokens, though the cumulative sum may round to 1 too early
         before_V = probabilities_V.cumsum(-1) - probabilities_V
         probabilities_V = probabilities_V.masked_fill(before_V >= sampling.top_p, 0.0)
     return int(ids_V[torch.multinomial(probabilities_V, 1, generator=generator)])
 
 
-def text(
-    model: torch.nn.Module, tokenizer: Tokenizer, asked: Prompt, sampling: Sampling, longest: int, stop: bool = True
+def generate_text(
+    model: torch.nn.Module,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    sampling: Sampling,
+    max_seq_len: int,
+    stop: bool = True,
 ) -> Iterator[str]:
-    """Yield pieces of text as they are sampled, the bytes of a character held until it is whole.
+    """Yield text as it is sampled. The bytes of a character are held back until it is complete.
 
-    Ends before what `asked` stops at. With `stop` false the model goes on to its last token first, as it
-    must when it is sharded and all ranks have to run it equally often.
+    Ends before a stop token of `prompt`. With `stop` false the model still runs to the last token, because the ranks of
+    a sharded model must run it equally often.
     """
     vocabulary = tokenizer.vocabulary()
-    if (length := max(len(asked.ids), len(asked.source or ()))) >= longest:
-        raise ConfigError(f"the prompt has {length} tokens, but the model takes at most {longest}; shorten it")
-    stream = tokenizer.text_stream(asked.ids)
+    if (length := max(len(prompt.ids), len(prompt.encoder_ids or ()))) >= max_seq_len:
+        raise ConfigError(f"the prompt has {length} tokens, but the model takes at most {max_seq_len}; shorten it")
+    stream = tokenizer.text_stream(prompt.ids)
     ended = False
-    for token in tokens(model, asked, sampling, longest):
-        ended = ended or token in asked.stops
+    for token in generate_tokens(model, prompt, sampling, max_seq_len):
+        ended = ended or token in prompt.stop_ids
         if ended and stop:
             break
-        name = vocabulary.describe(token)  # of an id that an objective added
-        if not ended and (piece := stream.end() + name if name else stream.add(token)):
-            yield piece
+        name = vocabulary.describe(token)  # for an id that an objective added
+        if not ended and (chunk := stream.end() + name if name else stream.add(token)):
+            yield chunk
     if tail := stream.end():
         yield tail
 
 
-def stream(checkpoint: str, prompts: list[str], sampling: Sampling, offload: Offload | None = None) -> None:
-    """Print each prompt and what follows it, as it comes."""
+def print_continuations(
+    checkpoint: str, prompts: list[str], sampling: Sampling, offload: Offload | None = None
+) -> None:
+    """Print each prompt and its continuation, as it is generated."""
     sampling.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, config = load_model(checkpoint, device, offload)
     for number, prompt in enumerate(prompts):
         print("\n---\n" * bool(number) + prompt, end="", flush=True)
-        for piece in text(model, tokenizer, ask(config, tokenizer, prompt), sampling, config.model.max_seq_len):
-            print(piece, end="", flush=True)
+        encoded = encode_prompt(config, tokenizer, prompt)
+        for chunk in generate_text(model, tokenizer, encoded, sampling, config.model.max_seq_len):
+            print(chunk, end="", flush=True)
         print()

@@ -90,9 +90,9 @@ def test_a_config_error_exits_with_2_and_imports_no_torch(config):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train"], "give one config file, found 0; for example: dist-llm train --config"),
-        (["train", "a.yaml", "b.yaml"], "give one config file, found 2"),
-        (["train", "--config", "a.yaml", "b.yaml"], "give one config file, found 2"),
+        (["train"], "give exactly one config file, not 0; for example: dist-llm train --config"),
+        (["train", "a.yaml", "b.yaml"], "give exactly one config file, not 2"),
+        (["train", "--config", "a.yaml", "b.yaml"], "give exactly one config file, not 2"),
         (["train", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file"),
         (["train", "--debug", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file"),
         (["evaluate", "--checkpoint", "nowhere"], "nowhere: holds no complete checkpoint"),
@@ -220,13 +220,13 @@ def test_debug_is_one_rank_whatever_the_config_says(config, monkeypatch):
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "a file of this command: No space left on device; make room",
+            "a file of this command: No space left on device; free disk",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "data/x"), "data/x: Permission denied; change its perm"),
         (OSError(errno.EROFS, "Read-only file system", "x"), "x: Read-only file system; change its permissions"),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "x/y"), "x/y: Not a directory; a file stands where"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "x/y"), "x/y: Not a directory; there is a file where"),
         (OSError(errno.EMFILE, "Too many open files", b"x"), "x: Too many open files; raise the limit"),
-        ("\u00e9".encode, r"standard output is ascii and cannot show '\xe9'; set PYTHONUTF8=1"),
+        ("\u00e9".encode, r"standard output uses ascii and cannot show '\xe9'; set PYTHONUTF8=1"),
     ],
     ids=["full disk", "permission", "read-only", "not a directory", "open files", "ascii"],
 )

@@ -50,9 +50,9 @@ from dist_llm.convert.export_tokenizers import export_tokenizer, import_tokenize
 from dist_llm.convert.nanogpt import from_nanogpt, to_nanogpt
 from dist_llm.convert.weights import DictWeights, Weights, load_torch, open_huggingface
 from dist_llm.convert.write_weights import write_native
-from dist_llm.data import history
+from dist_llm.data import data_history
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.pieces import Pieces
+from dist_llm.data.packed_windows import PackedWindows
 from dist_llm.data.shard import SPLITS, Manifest, ShardWriter
 from dist_llm.errors import UserError
 from dist_llm.observe.metrics import MetricsFile
@@ -134,14 +134,14 @@ def write_corpus(directory: Path, prompts: bool = False) -> None:
 def read_corpus(directory: Path) -> None:
     for split in SPLITS:
         corpus = Corpus(directory, split)
-        corpus.check_sizes()
-        starts = np.arange(0, corpus.n_windows(16, 8) * 8, 8)
+        corpus.check_shard_sizes()
+        starts = np.arange(0, corpus.count_windows(16, 8) * 8, 8)
         corpus.read(starts, 16)
-        corpus.document_numbers(starts, 16)
-        corpus.scored(starts, 16)
-        list(corpus.overlapping(0, corpus.n_tokens))
+        corpus.compute_document_ids(starts, 16)
+        corpus.compute_loss_mask(starts, 16)
+        list(corpus.iter_documents(0, corpus.n_tokens))
         for packed in (False, True):
-            pieces = Pieces(corpus, Lengths(17, 16, 16), packed)
+            pieces = PackedWindows(corpus, Lengths(17, 16, 16), packed)
             pieces.read(np.arange(pieces.count), False)
 
 
@@ -171,18 +171,18 @@ def adopted(kind: str, name: str = "x.bin", **more: Any) -> Callable[[Path], Non
 
 def write_checkpoint(directory: Path) -> None:
     config = config_for()
-    segment = history.Segment(
+    segment = data_history.Segment(
         step=0, first=0, global_batch=1, skip=((3, 4),),
-        mix=history.Mix(
+        mix=data_history.DataSpec(
             first=0, tokens=0, sample_tokens=16, seed=1, order="shuffle", windows="stream", seq_len=16, objective=({},),
-            tokenizer="none", sources=(history.SourceRecord(name="", path="/x", content="y"),),
-            stages=(history.StageRecord(from_tokens=0, quotas=(1,)),),
+            tokenizer="none", sources=(data_history.SourceRecord(name="", path="/x", content="y"),),
+            stages=(data_history.StageRecord(from_tokens=0, quotas=(1,)),),
         ),
     )  # fmt: skip
     files = {
         "config.yaml": dump(config).encode(),
         "progress.json": json.dumps(Progress(3, 4, 5, {"a": 1}).as_dict()).encode(),
-        "data.json": history.dump((segment,)),
+        "data.json": data_history.dump_history((segment,)),
         "probe.json": b'{"format": "dist_llm probe 1", "loss": 1.5, "logits": [1.0, null], "precision": "fp32", '
         b'"weights": "fp32"}',
         "tokenizer.json": BYTES.file_bytes(),
@@ -200,7 +200,7 @@ def read_checkpoint(directory: Path) -> None:
         lambda: read_all(NativeWeights(directory)),
         lambda: hf_convert.model_shapes(read_config(directory).model),
         lambda: read_progress(folder),
-        lambda: history.parse(folder.read("data.json"), "data.json"),
+        lambda: data_history.parse_history(folder.read("data.json"), "data.json"),
         lambda: parse_probe(folder.read("probe.json"), "probe.json"),
         lambda: Tokenizer.load(directory).vocabulary(words=True),
     ):

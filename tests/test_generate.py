@@ -9,7 +9,7 @@ from torch import nn
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import ConfigError
-from dist_llm.generate import Prompt, Sampling, ask, draw, text, tokens
+from dist_llm.generate import Prompt, Sampling, encode_prompt, generate_text, generate_tokens, sample_token
 from dist_llm.models.attention_mask import FULL
 from dist_llm.models.build_model import build_model
 from dist_llm.models.init import init_param_, init_rule
@@ -38,8 +38,8 @@ def build(**changes):
 def test_the_cache_changes_no_token(positions, sampling):
     model = build(positions=positions)
     prompt = [3, 1, 4, 1, 5]
-    cached = list(tokens(model, Prompt(prompt), sampling, LONGEST))
-    assert cached == list(tokens(model, Prompt(prompt), sampling, LONGEST, use_cache=False))
+    cached = list(generate_tokens(model, Prompt(prompt), sampling, LONGEST))
+    assert cached == list(generate_tokens(model, Prompt(prompt), sampling, LONGEST, use_cache=False))
     assert len(set(cached)) > 1, "a model that has something to say"
 
 
@@ -47,14 +47,14 @@ def test_the_cache_changes_no_token(positions, sampling):
 @pytest.mark.parametrize("changes", [{"positions": "relative"}, {"qk_norm": True, "logit_cap": 3.0}], ids=str)
 def test_the_cache_changes_no_token_of_other_settings(changes, whole):
     model, prompt = build(**changes), Prompt([3, 1, 4, 1, 5], whole)
-    cached = list(tokens(model, prompt, GREEDY, LONGEST))
-    assert cached == list(tokens(model, prompt, GREEDY, LONGEST, use_cache=False))
+    cached = list(generate_tokens(model, prompt, GREEDY, LONGEST))
+    assert cached == list(generate_tokens(model, prompt, GREEDY, LONGEST, use_cache=False))
 
 
 def test_a_prefix_sees_itself_whole():
     model = build(positions="learned")
     seen = [3, 1, 4, 1, 5]
-    (token,) = tokens(model, Prompt(seen, whole=True), Sampling(1, temperature=0), LONGEST)
+    (token,) = generate_tokens(model, Prompt(seen, bidirectional=True), Sampling(1, temperature=0), LONGEST)
     logits = model(torch.tensor([seen]), mask=FULL)
     assert token == int(logits[0, -1].argmax())
     assert not torch.allclose(logits, model(torch.tensor([seen])))
@@ -63,31 +63,31 @@ def test_a_prefix_sees_itself_whole():
 @pytest.mark.parametrize("positions", ["learned", "relative", "rope"])
 def test_two_stacks_read_once_and_write_on(positions):
     model = build(architecture="encoder_decoder", n_encoder_layers=2, positions=positions)
-    prompt = Prompt([7], source=[3, 1, 4, 1, 5])
+    prompt = Prompt([7], encoder_ids=[3, 1, 4, 1, 5])
     encoded = []
     model.source_norm.register_forward_hook(lambda *rest: encoded.append(1))
-    cached = list(tokens(model, prompt, GREEDY, LONGEST))
+    cached = list(generate_tokens(model, prompt, GREEDY, LONGEST))
     assert len(encoded) == 1, "the encoder runs once"
-    assert cached == list(tokens(model, prompt, GREEDY, LONGEST, use_cache=False))
-    assert cached != list(tokens(model, Prompt([7], source=[9, 9, 2]), GREEDY, LONGEST))
+    assert cached == list(generate_tokens(model, prompt, GREEDY, LONGEST, use_cache=False))
+    assert cached != list(generate_tokens(model, Prompt([7], encoder_ids=[9, 9, 2]), GREEDY, LONGEST))
 
 
 def asked(prompt="ab", architecture="decoder", **objective):
     changes = {"architecture": architecture, "vocab_size": 0}
-    return ask(config_of(1, changes, objective=objective), byte_tokenizer(), prompt)
+    return encode_prompt(config_of(1, changes, objective=objective), byte_tokenizer(), prompt)
 
 
 def test_a_model_is_asked_as_it_was_trained():
     a, b, start, sentinel = ord("a"), ord("b"), 257, 257 + 8
     assert asked(name="causal") == Prompt([a, b], False, None, frozenset((EOT, sentinel + 1)))
     assert asked(name="prefix", mode="S").ids == [257 + 3, a, b]
-    assert asked(name="prefix", mode="S").whole
-    assert not asked(name="prefix", see_prefix=False).whole
+    assert asked(name="prefix", mode="S").bidirectional
+    assert not asked(name="prefix", see_prefix=False).bidirectional
     assert asked(name="span").ids == [a, b, sentinel, EOT, sentinel]
     two = asked(architecture="encoder_decoder", name="span")
-    assert (two.ids, two.source) == ([start, sentinel], [a, b, sentinel, EOT])
+    assert (two.ids, two.encoder_ids) == ([start, sentinel], [a, b, sentinel, EOT])
     two = asked(architecture="encoder_decoder", name="prefix", mode="S")
-    assert (two.ids, two.source) == ([start], [257 + 3, a, b])
+    assert (two.ids, two.encoder_ids) == ([start], [257 + 3, a, b])
     mixed = asked(mixture=[{"name": "span", "mode": "R"}, {"name": "prefix", "mode": "S"}])
     assert mixed.ids == [257 + 3, a, b], "of a mixture the one that goes on with its text"
 
@@ -99,20 +99,20 @@ def test_an_id_that_the_objective_added_shows_its_name():
 def test_with_the_cache_each_token_is_read_once():
     model, lengths = build(), []
     model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
-    list(tokens(model, Prompt([1, 2, 3]), GREEDY, LONGEST))
+    list(generate_tokens(model, Prompt([1, 2, 3]), GREEDY, LONGEST))
     assert lengths == [3] + [1] * 11
 
 
 def test_greedy_takes_the_likeliest_each_time():
     model, seen = build(), [3, 1, 4]
-    for token in tokens(model, Prompt(seen), GREEDY, LONGEST):
+    for token in generate_tokens(model, Prompt(seen), GREEDY, LONGEST):
         assert token == int(model(torch.tensor([seen]))[0, -1].argmax())
         seen = [*seen, token]
 
 
 def test_seeds_repeat_and_differ():
     model = build()
-    runs = [list(tokens(model, Prompt([1]), Sampling(10, seed=seed), LONGEST)) for seed in (0, 1, 2, 0)]
+    runs = [list(generate_tokens(model, Prompt([1]), Sampling(10, seed=seed), LONGEST)) for seed in (0, 1, 2, 0)]
     assert runs[0] == runs[3]
     assert len({tuple(run) for run in runs}) == 3
 
@@ -120,16 +120,16 @@ def test_seeds_repeat_and_differ():
 def test_what_else_was_drawn_does_not_matter():
     model = build()
     torch.manual_seed(1)
-    first = list(tokens(model, Prompt([1]), Sampling(10), LONGEST))
+    first = list(generate_tokens(model, Prompt([1]), Sampling(10), LONGEST))
     torch.manual_seed(2)
-    assert list(tokens(model, Prompt([1]), Sampling(10), LONGEST)) == first
+    assert list(generate_tokens(model, Prompt([1]), Sampling(10), LONGEST)) == first
 
 
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "longest", "want"), [(3, 5, 24, 5), (3, 50, 24, 21), (23, 5, 24, 1), (3, 1, 24, 1)]
 )
 def test_it_ends_at_max_tokens_or_at_the_models_length(prompt, max_tokens, longest, want):
-    assert len(list(tokens(build(), Prompt([1] * prompt), Sampling(max_tokens), longest))) == want
+    assert len(list(generate_tokens(build(), Prompt([1] * prompt), Sampling(max_tokens), longest))) == want
 
 
 PROBABILITIES = torch.tensor([0.15, 0.5, 0.05, 0.3])  # ids by likelihood: 1, 3, 0, 2
@@ -138,7 +138,7 @@ PROBABILITIES = torch.tensor([0.15, 0.5, 0.05, 0.3])  # ids by likelihood: 1, 3,
 def drawn(sampling, n=2000, logits=None):
     generator = torch.Generator().manual_seed(0)
     logits = PROBABILITIES.log() if logits is None else logits
-    return Counter(draw(logits, sampling, generator) for _ in range(n))
+    return Counter(sample_token(logits, sampling, generator) for _ in range(n))
 
 
 def near(counts, want, n=2000):
@@ -182,7 +182,7 @@ def test_top_p_1_keeps_the_tokens_beyond_which_the_sum_rounds_to_1(monkeypatch):
     monkeypatch.setattr(torch, "multinomial", multinomial)
     logits = torch.full((1000,), -18.0)  # 1.5e-8 each: below half the distance to 1 of its neighbour
     logits[0] = 0.0
-    draw(logits, Sampling(top_p=1.0), torch.Generator())
+    sample_token(logits, Sampling(top_p=1.0), torch.Generator())
     assert kept == [1000]
 
 
@@ -224,8 +224,8 @@ class Script(nn.Module):
 
 def say(ids, max_tokens=100, prompt="a", longest=200, stop=True):
     model = Script(ids)
-    asked = ask(CAUSAL, byte_tokenizer(), prompt)
-    pieces = list(text(model, byte_tokenizer(), asked, Sampling(max_tokens, temperature=0), longest, stop))
+    asked = encode_prompt(CAUSAL, byte_tokenizer(), prompt)
+    pieces = list(generate_text(model, byte_tokenizer(), asked, Sampling(max_tokens, temperature=0), longest, stop))
     return model, pieces
 
 
@@ -268,7 +268,9 @@ def test_a_prompt_as_long_as_the_model_is_refused():
 
 def test_pieces_come_as_they_are_sampled():
     model = Script(b"abc")
-    pieces = text(model, byte_tokenizer(), ask(CAUSAL, byte_tokenizer(), "p"), Sampling(50, temperature=0), 100)
+    pieces = generate_text(
+        model, byte_tokenizer(), encode_prompt(CAUSAL, byte_tokenizer(), "p"), Sampling(50, temperature=0), 100
+    )
     assert list(itertools.islice(pieces, 2)) == ["a", "b"]
     assert model.calls == 2
 

@@ -31,12 +31,12 @@ from dist_llm.checkpoint.store import checkpoints_of_run
 from dist_llm.config.load import load_saved
 from dist_llm.config.schema import CACHE, Config
 from dist_llm.data.corpus import Corpus, Document
-from dist_llm.data.history import HISTORY, History, Segment, parse, reopen
-from dist_llm.data.mirror import localize
+from dist_llm.data.data_history import HISTORY_FILE, DataHistory, Segment, open_segment, parse_history
+from dist_llm.data.mirror import localize_corpus
 from dist_llm.data.order import Ints
-from dist_llm.data.plan import Plan
+from dist_llm.data.plan import SamplePlan
 from dist_llm.data.shard import SPLITS
-from dist_llm.data.streams import Stream
+from dist_llm.data.streams import WindowStream
 from dist_llm.errors import DataError, UserError
 from dist_llm.text.export import export_bin
 from dist_llm.text.tokenizer import Tokenizer
@@ -84,16 +84,16 @@ def show(options: argparse.Namespace) -> int:
     if options.step < 1:
         raise DataError(f"--step {options.step}: the first is 1")
     segment = [each for each in history if each.step < options.step][-1]
-    then, plan = reopen(config, segment)
-    first = plan.after(segment.first, (options.step - 1 - segment.step) * segment.global_batch)
-    samples = plan.numbers(first, segment.global_batch)
+    then, plan = open_segment(config, segment)
+    first = plan.advance(segment.first, (options.step - 1 - segment.step) * segment.global_batch)
+    samples = plan.sample_numbers(first, segment.global_batch)
     if options.rank is not None:
         ranks = options.ranks or config.parallel.dp_replicate * config.parallel.dp_shard
         if not 0 <= options.rank < ranks or len(samples) % ranks:
             raise DataError(f"--rank {options.rank}: {len(samples)} samples divide over {ranks} data ranks, from 0")
         samples = samples.reshape(ranks, -1)[options.rank]
     tokenizer = Tokenizer.load(plan.sources[0].corpus.directory)
-    streams, places = plan.find(samples)
+    streams, places = plan.locate_samples(samples)
     for sample, number, place in zip(samples.tolist(), streams.tolist(), places.tolist(), strict=True):
         source, member = divmod(number, len(then.objective.components))
         stream, name = plan.streams[number], plan.sources[source].name
@@ -105,17 +105,17 @@ def show(options: argparse.Namespace) -> int:
     return 0
 
 
-def described(stream: Stream, span: tuple[int, int], tokenizer: Tokenizer, most: int | None) -> Iterator[str]:
+def described(stream: WindowStream, span: tuple[int, int], tokenizer: Tokenizer, most: int | None) -> Iterator[str]:
     """The parts of documents in a span: where each is, and its text."""
     start, length = span
     corpus = stream.corpus
     ids = corpus.read(np.array([start]), length)[0]
-    for document in corpus.overlapping(start, length):
+    for document in corpus.iter_documents(start, length):
         begin, end = max(document.start, start), min(document.end, start + length)
         text = tokenizer.decode(ids[begin - start : end - start])
         shown = text if most is None or len(text) <= most else f"{text[:most]}..."
         yield (
-            f"{corpus.shards[document.shard].file}, document {document.number}, tokens {begin - document.start} to "
+            f"{corpus.shards[document.shard].file}, document {document.index}, tokens {begin - document.start} to "
             f"{end - document.start} of {document.end - document.start} (corpus {begin} to {end}): {shown!r}"
         )
 
@@ -126,13 +126,13 @@ def find(options: argparse.Namespace) -> int:
     done = trained(options.run, history)
     seen = 0
     for segment, end in zip(history, [*(each.step for each in history[1:]), config.run.steps], strict=True):
-        _, plan = reopen(config, segment)
+        _, plan = open_segment(config, segment)
         for source in plan.sources:
             for document in containing(source.corpus, options.text):
                 seen += 1
                 file = source.corpus.shards[document.shard].file
                 console.print(
-                    f"{source.name or source.corpus.directory}, {file}, document {document.number}, corpus tokens "
+                    f"{source.name or source.corpus.directory}, {file}, document {document.index}, corpus tokens "
                     f"{document.start} to {document.end}:",
                     style="bold",
                 )
@@ -155,13 +155,15 @@ def containing(corpus: Corpus, text: str) -> Iterator[Document]:
     tokenizer = Tokenizer.load(corpus.directory)
     for shard in track(range(len(corpus.shards)), f"searching {corpus.directory}", console=Console(stderr=True)):
         begin = int(corpus.ends[shard]) - corpus.shards[shard].tokens
-        bounds = np.append(corpus.offsets(shard).astype(np.int64), corpus.shards[shard].tokens) + begin
+        bounds = np.append(corpus.document_offsets(shard).astype(np.int64), corpus.shards[shard].tokens) + begin
         for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             if text in tokenizer.decode(corpus.read(np.array([start]), end - start)[0]):
-                yield next(corpus.overlapping(start, 1))
+                yield next(corpus.iter_documents(start, 1))
 
 
-def steps_of(plan: Plan, segment: Segment, end: int, corpus: Corpus, document: Document) -> Iterator[tuple[int, int]]:
+def steps_of(
+    plan: SamplePlan, segment: Segment, end: int, corpus: Corpus, document: Document
+) -> Iterator[tuple[int, int]]:
     """(step, sample) of each window of a segment, up to step `end`, that has tokens of the document.
 
     Every sample is looked up, some thousands at a time, so that this cannot differ from what training reads.
@@ -169,9 +171,9 @@ def steps_of(plan: Plan, segment: Segment, end: int, corpus: Corpus, document: D
     first, size = segment.first, segment.global_batch
     steps = max(1, AT_ONCE // size)
     for step in range(segment.step, end, steps):
-        samples = plan.numbers(first, min(steps, end - step) * size)
-        first = plan.after(first, len(samples))
-        streams, places = plan.find(samples)
+        samples = plan.sample_numbers(first, min(steps, end - step) * size)
+        first = plan.advance(first, len(samples))
+        streams, places = plan.locate_samples(samples)
         touches = np.zeros(len(samples), bool)
         for number in np.unique(streams).tolist():
             stream = plan.streams[number]
@@ -182,11 +184,11 @@ def steps_of(plan: Plan, segment: Segment, end: int, corpus: Corpus, document: D
             yield step + row // size + 1, int(samples[row])
 
 
-def overlaps(stream: Stream, places: Ints, document: Document) -> np.ndarray:
+def overlaps(stream: WindowStream, places: Ints, document: Document) -> np.ndarray:
     """Which of the windows have tokens of the document."""
-    if stream.pieces is None:
+    if stream.packed_windows is None:
         return (places < document.end) & (places + stream.window > document.start)
-    return np.isin(places, stream.pieces.of_document(document))
+    return np.isin(places, stream.packed_windows.windows_of_document(document))
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -216,7 +218,7 @@ def problems_of(corpus: Corpus) -> Iterator[str]:
     eot = Tokenizer.load(corpus.directory).eot
     for number in track(range(len(corpus.shards)), f"checking {corpus.split}", console=Console(stderr=True)):
         shard = corpus.shards[number]
-        begin, starts = int(corpus.ends[number]) - shard.tokens, corpus.offsets(number).astype(np.int64)
+        begin, starts = int(corpus.ends[number]) - shard.tokens, corpus.document_offsets(number).astype(np.int64)
         if len(starts) and (starts[0] < 0 or starts[-1] >= shard.tokens or (np.diff(starts) <= 0).any()):
             yield f"{shard.offsets_file}: document offsets do not ascend within the shard's {shard.tokens} tokens"
             continue
@@ -242,7 +244,7 @@ def problems_of(corpus: Corpus) -> Iterator[str]:
 
 def to_bin(options: argparse.Namespace) -> int:
     """Write a corpus as nanoGPT's files."""
-    for file, tokens in export_bin(localize(options.corpus, CACHE), options.out).items():
+    for file, tokens in export_bin(localize_corpus(options.corpus, CACHE), options.out).items():
         console.print(f"wrote {options.out / file}: {tokens:,} tokens of uint16")
     return 0
 
@@ -253,7 +255,9 @@ def stats(options: argparse.Namespace) -> int:
     for directory in corpora_of(options):
         corpus = Corpus(directory)
         tokenizer = Tokenizer.load(directory)
-        lengths = [np.diff(np.append(corpus.offsets(n), corpus.shards[n].tokens)) for n in range(len(corpus.shards))]
+        lengths = [
+            np.diff(np.append(corpus.document_offsets(n), corpus.shards[n].tokens)) for n in range(len(corpus.shards))
+        ]
         documents = np.concatenate(lengths).astype(np.int64)
         counts = np.zeros(corpus.manifest.vocab_size, np.int64)
         for start in track(range(0, corpus.n_tokens, AT_ONCE), f"counting {directory}", console=Console(stderr=True)):
@@ -308,15 +312,15 @@ def draw(found: Sequence[tuple[str, Ints, Ints]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def open_run(directory: Path) -> tuple[Config, History]:
+def open_run(directory: Path) -> tuple[Config, DataHistory]:
     """The config and history of a run. Raises DataError where there is none."""
-    if not (directory / HISTORY).exists():
-        raise DataError(f"--run {directory}: has no {HISTORY}; give the run.dir of a `dist-llm train`")
+    if not (directory / HISTORY_FILE).exists():
+        raise DataError(f"--run {directory}: has no {HISTORY_FILE}; give the run.dir of a `dist-llm train`")
     config = load_saved(directory)
-    return config, parse((directory / HISTORY).read_bytes(), str(directory / HISTORY))
+    return config, parse_history((directory / HISTORY_FILE).read_bytes(), str(directory / HISTORY_FILE))
 
 
-def trained(directory: Path, history: History) -> int:
+def trained(directory: Path, history: DataHistory) -> int:
     """The step of the newest checkpoint."""
     committed = checkpoints_of_run(directory).list_committed()
     return int(committed[-1].name.removeprefix("step_")) if committed else history[-1].step
@@ -327,7 +331,7 @@ def corpora_of(options: argparse.Namespace) -> list[Path]:
     if options.run is None:
         if not options.corpus:
             raise DataError(f"{options.command}: name a corpus, or a run with --run")
-        return [Path(localize(str(each), CACHE)) for each in options.corpus]
+        return [Path(localize_corpus(str(each), CACHE)) for each in options.corpus]
     _, history = open_run(options.run)
     return [Path(source.path) for source in history[-1].mix.sources]
 

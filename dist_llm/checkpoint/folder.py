@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from dist_llm.checkpoint.metadata import load_metadata
-from dist_llm.data.remote import hasher, named, sync_directory
+from dist_llm.data.remote import create_hash, format_digest, sync_directory
 from dist_llm.errors import CheckpointError
 
 READ_BYTES = 1 << 22  # bytes per read request of a remote file
@@ -79,11 +79,11 @@ class Folder:
 
     def compute_hash(self, name: str, like: str) -> str:
         """Read a file in blocks and return its hash. `like` is a hash whose algorithm is used."""
-        digest = hasher(like)
+        digest = create_hash(like)
         with self.fs.open(f"{self.path}/{name}", "rb", block_size=READ_BYTES) as file:
             while block := file.read(READ_BYTES):
                 digest.update(block)
-        return named(digest)
+        return format_digest(digest)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file. On a local disk it is durable on return."""
@@ -111,7 +111,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file's size, and its hash in the format of `named`."""
+    """A file's size, and its hash in the format of `format_digest`."""
 
     bytes: int
     hash: str
@@ -202,7 +202,7 @@ class _HashingFileSystem(filesystem.FileSystemBase):
             finally:
                 self.error = self.error or stream.error
                 self.streams.discard(stream)
-            self.file_records[str(path)] = FileRecord(stream.length, named(stream.digest))
+            self.file_records[str(path)] = FileRecord(stream.length, format_digest(stream.digest))
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         return f"{path}/{suffix}"
@@ -236,7 +236,7 @@ class _HashingStream(io.RawIOBase):
     """Forward writes to a file, and hash them."""
 
     def __init__(self, file: IO[bytes], files: _HashingFileSystem) -> None:
-        self.file, self.files, self.length, self.digest = file, files, 0, hasher()
+        self.file, self.files, self.length, self.digest = file, files, 0, create_hash()
         self.writeback_bytes = 0  # bytes that the system was advised to write
         self.error: OSError | None = None
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from dist_llm.checkpoint.folder import FileRecord, Folder
-from dist_llm.data.remote import hasher, named
+from dist_llm.data.remote import create_hash, format_digest
 from dist_llm.errors import CheckpointError
 
 MARKER, MANIFEST = "COMMITTED", "manifest.json"
@@ -38,9 +38,9 @@ def commit(folder: Folder, files: Mapping[str, FileRecord]) -> None:
 def write_file(folder: Folder, name: str, content: bytes) -> FileRecord:
     """Write a small file; return its entry for the manifest."""
     folder.write(name, content)
-    digest = hasher()
+    digest = create_hash()
     digest.update(content)
-    return FileRecord(len(content), named(digest))
+    return FileRecord(len(content), format_digest(digest))
 
 
 def verify(folder: Folder, rank: int = 0, world_size: int = 1, tensors: bool = True) -> None:

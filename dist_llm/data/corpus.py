@@ -1,4 +1,4 @@
-"""One split of a prepared corpus, read as a single stream of tokens that may cross shards."""
+"""Read one split of a prepared corpus as a single stream of tokens. A read may cross shard boundaries."""
 
 import errno
 import hashlib
@@ -19,34 +19,35 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_llm.config.schema import CACHE, DataConfig
-from dist_llm.data.mirror import localize, offsets_path, shard_path
+from dist_llm.data.mirror import localize_corpus, locate_offsets, locate_shard
 from dist_llm.data.order import Ints
 from dist_llm.data.remote import is_remote
 from dist_llm.data.shard import Manifest, Split
 from dist_llm.errors import DataError
 
-MOST_MAPS = 256  # a map keeps its file open twice, and a process may often open only 1024
+MAX_MAPPED_SHARDS = 256  # each mapping holds two file descriptors, and the limit per process is often 1024
 MEMORY_BYTES_PER_SECOND = 500e6
-STATS_AT_ONCE, FETCHES_AT_ONCE = 32, 8
+STAT_THREADS, FETCH_THREADS = 32, 8
 
-Tokens = npt.NDArray[Any]  # of the corpus's own unsigned type
+Tokens = npt.NDArray[Any]  # in the corpus's dtype, uint16 or uint32
 
 
 @dataclass(frozen=True)
 class Document:
-    """Number `number` of shard `shard`: tokens [start, end) of the corpus; its prompt ends before `completion`."""
+    """Document `index` of shard `shard`: tokens [start, end) of the corpus. Its prompt ends before token
+    `completion`."""
 
     shard: int
-    number: int
+    index: int
     start: int
     end: int
     completion: int
 
 
 class Corpus:
-    """Memory-mapped shards. Nothing is read at start but the manifest; shards open on first use.
+    """The memory-mapped shards of one split.
 
-    Shards that are far away are fetched then, into `cache`.
+    Opening it reads only the manifest. A shard is mapped on first use; a remote shard is fetched into `cache` first.
     """
 
     def __init__(self, directory: Path, split: Split = "train", verify: str = "size", cache: str = CACHE) -> None:
@@ -56,238 +57,244 @@ class Corpus:
         self.shards = self.manifest.shards[split]
         self.ends: Ints = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)
         self.n_tokens = self.manifest.tokens(split)
-        self._far = {number for number, shard in enumerate(self.shards) if is_remote(shard.file)}
-        self._maps: dict[int, _Mapped] = {}
-        self._documents = lru_cache(MOST_MAPS)(self._map_documents)
-        self._from_disk = True  # until a batch shows that its shards are in memory: then nothing need be announced
+        self._remote_shards = {index for index, shard in enumerate(self.shards) if is_remote(shard.file)}
+        self._mapped_shards: dict[int, _MappedShard] = {}
+        self._cached_documents = lru_cache(MAX_MAPPED_SHARDS)(self._map_documents)
+        self._reads_from_disk = True  # False once a batch is read at memory speed: then nothing is prefetched
         if verify == "hash":
-            for number in range(len(self.shards)):
-                self._verify(number)
+            for index in range(len(self.shards)):
+                self._verify_hash(index)
 
     @staticmethod
-    def of(data: DataConfig, split: Split = "train") -> "Corpus":
-        """The corpus that the config names, here or far away. Raises DataError where there is none."""
-        return Corpus(localize(data.path, data.cache), split, data.verify, data.cache)
+    def from_config(data: DataConfig, split: Split = "train") -> "Corpus":
+        """Open the corpus of `data.path`, local or remote. Raises DataError if there is none."""
+        return Corpus(localize_corpus(data.path, data.cache), split, data.verify, data.cache)
 
-    def n_windows(self, window: int, stride: int) -> int:
-        """How many windows of `window` tokens fit, each `stride` after the one before."""
+    def count_windows(self, window: int, stride: int) -> int:
+        """Return how many windows of `window` tokens fit if consecutive windows start `stride` tokens apart."""
         return max(0, (self.n_tokens - window) // stride + 1)
 
     def read(self, starts: Ints, length: int) -> Tokens:
-        """Rows [len(starts), length] of ids, in the corpus's own type.
+        """Return token ids [len(starts), length] in the corpus's dtype.
 
-        Raises DataError, with file and offset, for an id that the tokenizer does not know.
+        Raises DataError, with file and byte offset, if an id is outside the tokenizer's vocabulary.
         """
         rows = np.empty((len(starts), length), self.dtype)
-        numbers = self.ends.searchsorted(starts, "right")
-        if self._far:
-            self._bring(self._far.intersection(numbers.tolist()) - self._maps.keys())
-        for group in (slice(at, at + MOST_MAPS) for at in range(0, len(rows), MOST_MAPS)):
-            self._copy(rows[group], starts[group].tolist(), numbers[group].tolist())
+        indices = self.ends.searchsorted(starts, "right")
+        if self._remote_shards:
+            self._fetch_shards(self._remote_shards.intersection(indices.tolist()) - self._mapped_shards.keys())
+        for group in (slice(at, at + MAX_MAPPED_SHARDS) for at in range(0, len(rows), MAX_MAPPED_SHARDS)):
+            self._copy_windows(rows[group], starts[group].tolist(), indices[group].tolist())
         if rows.size and rows.max() >= self.manifest.vocab_size:
-            self._refuse_id(rows, starts)
+            self._raise_bad_token_id(rows, starts)
         return rows
 
-    def _copy(self, rows: Tokens, starts: list[int], numbers: list[int]) -> None:
-        """Fill row i from token starts[i] on, which lies in shard numbers[i]; at most MOST_MAPS rows."""
-        length, shards = rows.shape[1], [self._open(number) for number in numbers]
-        if self._from_disk:
+    def _copy_windows(self, rows: Tokens, starts: list[int], indices: list[int]) -> None:
+        """Copy the window that begins at token starts[i], in shard indices[i], to row i. At most MAX_MAPPED_SHARDS
+        rows."""
+        length, shards = rows.shape[1], [self._map_shard(index) for index in indices]
+        if self._reads_from_disk:
             for start, shard in zip(starts, shards, strict=True):
-                shard.announce(start, length)
+                shard.prefetch(start, length)
         begin = time.perf_counter()
-        for row, start, shard, number in zip(rows, starts, shards, numbers, strict=True):
+        for row, start, shard, index in zip(rows, starts, shards, indices, strict=True):
             start -= shard.first
-            if (fits := shard.n_tokens - start) >= length:
+            if (filled := shard.n_tokens - start) >= length:
                 row[:] = shard.tokens[start : start + length]
                 continue
-            row[:fits] = shard.tokens[start:]
-            while fits < length:  # the window goes on in the next shard
-                number += 1
-                piece = self._open(number).tokens[: length - fits]
-                row[fits : fits + len(piece)] = piece
-                fits += len(piece)
-        # What was copied slower than any memory's pace came from a disk, and so will what follows.
-        self._from_disk = rows.nbytes < (time.perf_counter() - begin) * MEMORY_BYTES_PER_SECOND
+            row[:filled] = shard.tokens[start:]
+            while filled < length:  # the window continues in the next shard
+                index += 1
+                rest = self._map_shard(index).tokens[: length - filled]
+                row[filled : filled + len(rest)] = rest
+                filled += len(rest)
+        # A copy slower than any memory's bandwidth came from disk, and the next batch probably does too.
+        self._reads_from_disk = rows.nbytes < (time.perf_counter() - begin) * MEMORY_BYTES_PER_SECOND
 
-    def _bring(self, far: set[int]) -> None:
-        """Fetch these shards, several at a time: the windows of a shuffled batch lie in as many."""
-        with ThreadPoolExecutor(FETCHES_AT_ONCE) as pool:
-            for _ in pool.map(self._check_size, far):
+    def _fetch_shards(self, shard_indices: set[int]) -> None:
+        """Fetch these remote shards in parallel: the windows of a shuffled batch lie in as many shards."""
+        with ThreadPoolExecutor(FETCH_THREADS) as pool:
+            for _ in pool.map(self._locate_shard, shard_indices):
                 pass
 
-    def _open(self, number: int) -> "_Mapped":
-        if (found := self._maps.get(number)) is not None:
-            return found
-        path, shard = self._check_size(number), self.shards[number]
-        if len(self._maps) == MOST_MAPS:
-            del self._maps[next(iter(self._maps))]
-        first = int(self.ends[number]) - shard.tokens
-        with _reading(path):
-            self._maps[number] = mapped = _Mapped(path, self.dtype, shard.skip_bytes, shard.tokens, first)
+    def _map_shard(self, index: int) -> "_MappedShard":
+        if (mapped := self._mapped_shards.get(index)) is not None:
+            return mapped
+        path, shard = self._locate_shard(index), self.shards[index]
+        if len(self._mapped_shards) == MAX_MAPPED_SHARDS:
+            del self._mapped_shards[next(iter(self._mapped_shards))]
+        first = int(self.ends[index]) - shard.tokens
+        with _convert_read_errors(path):
+            self._mapped_shards[index] = mapped = _MappedShard(path, self.dtype, shard.skip_bytes, shard.tokens, first)
         return mapped
 
-    def offsets(self, number: int) -> npt.NDArray[np.uint64]:
-        """Where in shard `number` its documents begin. Raises DataError where the file is not as promised."""
-        return self._documents(number)[:, 0]
+    def document_offsets(self, index: int) -> npt.NDArray[np.uint64]:
+        """Return the first token of each document of shard `index`. Raises DataError if the offsets file is damaged."""
+        return self._cached_documents(index)[:, 0]
 
-    def _map_documents(self, number: int) -> npt.NDArray[np.uint64]:
-        """[documents, 1]: their first tokens in shard `number`; [documents, 2]: and the first after their prompts."""
-        shard = self.shards[number]
+    def _map_documents(self, index: int) -> npt.NDArray[np.uint64]:
+        """Return [documents, 1 or 2]: each document's first token within the shard and, with prompts, its first
+        completion token."""
+        shard = self.shards[index]
         columns = 2 if self.manifest.prompts else 1
-        want = 8 * columns * shard.documents
-        path = offsets_path(self.directory, shard, want, self.cache)
-        self._measure(path, want, f"{columns * shard.documents} offsets of uint64")
-        # Mapped: of a large shard few are looked at.
-        with _reading(path):
-            flat = np.memmap(path, "<u8", "r") if want else np.empty(0, "<u8")
+        expected = 8 * columns * shard.documents
+        path = locate_offsets(self.directory, shard, expected, self.cache)
+        self._check_file_size(path, expected, f"{columns * shard.documents} offsets of uint64")
+        # Mapped, because few documents of a large shard are read.
+        with _convert_read_errors(path):
+            flat = np.memmap(path, "<u8", "r") if expected else np.empty(0, "<u8")
         return flat.reshape(-1, columns)
 
-    def document_starts(self, number: int, first: int, last: int) -> Ints:
-        """Where documents [first, last) of shard `number` begin. Raises DataError unless they ascend within it."""
-        found = self.offsets(number)[first:last].astype(np.int64)
-        if len(found) and (found[0] < 0 or found[-1] >= self.shards[number].tokens or (np.diff(found) <= 0).any()):
-            self._refuse_offsets(number)
-        return found
+    def read_document_starts(self, index: int, first: int, last: int) -> Ints:
+        """Return the first tokens of documents [first, last) of shard `index`. Raises DataError unless they ascend
+        within it."""
+        starts = self.document_offsets(index)[first:last].astype(np.int64)
+        if len(starts) and (starts[0] < 0 or starts[-1] >= self.shards[index].tokens or (np.diff(starts) <= 0).any()):
+            self._raise_bad_offsets(index)
+        return starts
 
-    def scored(self, starts: Ints, length: int) -> npt.NDArray[np.bool_]:
-        """Rows [len(starts), length]: which tokens of these windows are of no prompt."""
+    def compute_loss_mask(self, starts: Ints, length: int) -> npt.NDArray[np.bool_]:
+        """Return [len(starts), length]: True for the tokens of these windows that are not in a prompt."""
         rows = np.ones((len(starts), length), bool)
         for row, start in zip(rows, starts.tolist(), strict=True):
-            for document in self.overlapping(start, length):
+            for document in self.iter_documents(start, length):
                 row[max(document.start - start, 0) : max(document.completion - start, 0)] = False
         return rows
 
-    def document_numbers(self, starts: Ints, length: int) -> Ints:
-        """Rows [len(starts), length]: the number of each token's document within its window, from 0."""
-        begins = np.zeros((len(starts), length), np.int64)
-        for row, start in zip(begins, starts.tolist(), strict=True):
+    def compute_document_ids(self, starts: Ints, length: int) -> Ints:
+        """Return [len(starts), length]: the id of each token's document, counted from 0 within its window."""
+        is_first = np.zeros((len(starts), length), np.int64)
+        for row, start in zip(is_first, starts.tolist(), strict=True):
             first, last = np.searchsorted(self.ends, (start, start + length - 1), side="right").tolist()
             for shard in range(first, last + 1):
-                offset = int(self.ends[shard]) - self.shards[shard].tokens - start  # of the shard, within the window
-                offsets = self.offsets(shard)
-                # Keys of the offsets' own type: for others searchsorted copies the whole file.
+                # position of the shard within the window
+                offset = int(self.ends[shard]) - self.shards[shard].tokens - start
+                offsets = self.document_offsets(shard)
+                # Search keys have the dtype of the offsets: otherwise searchsorted copies the whole file.
                 inside = np.searchsorted(offsets, np.array([max(1 - offset, 0), max(length - offset, 0)], np.uint64))
-                found = self.document_starts(shard, *inside.tolist()) + offset
-                if len(found) and not 0 < found[0] <= found[-1] < length:
-                    self._refuse_offsets(shard)
-                row[found] = 1
-        return np.cumsum(begins, axis=1)
+                starts_in_window = self.read_document_starts(shard, *inside.tolist()) + offset
+                if len(starts_in_window) and not 0 < starts_in_window[0] <= starts_in_window[-1] < length:
+                    self._raise_bad_offsets(shard)
+                row[starts_in_window] = 1
+        return np.cumsum(is_first, axis=1)
 
     def check_document_bounds(self) -> None:
-        """Raises DataError where no file of the corpus says where its documents begin."""
+        """Raise DataError if no file of the corpus records where documents begin."""
         if not self.manifest.has_document_bounds:
             raise DataError(
-                f"{self.directory}: says nowhere where documents begin: the adopted files have no index, and no "
-                "<|endoftext|> is in them. Set data.document_mask to false and data.windows to stream; or tokenize "
-                "the text again with a separator, and adopt or prepare it again"
+                f"{self.directory}: document boundaries are unknown: the adopted files have no index and contain no "
+                "<|endoftext|>. Set data.document_mask to false and data.windows to stream; or tokenize the text "
+                "again with a separator, and adopt or prepare it again"
             )
 
-    def overlapping(self, start: int, length: int) -> Iterator[Document]:
-        """The documents that have tokens in [start, start + length)."""
-        numbers = np.searchsorted(self.ends, (start, start + length - 1), side="right").tolist()
-        for shard in range(numbers[0], numbers[1] + 1):
+    def iter_documents(self, start: int, length: int) -> Iterator[Document]:
+        """Yield the documents that have tokens in [start, start + length)."""
+        indices = np.searchsorted(self.ends, (start, start + length - 1), side="right").tolist()
+        for shard in range(indices[0], indices[1] + 1):
             begin = int(self.ends[shard]) - self.shards[shard].tokens
-            documents = self._documents(shard)
+            documents = self._cached_documents(shard)
             first, end = np.searchsorted(documents[:, 0], (max(start - begin, 0), start + length - 1 - begin), "right")
-            for number in range(max(int(first) - 1, 0), int(end)):
-                last = number + 1 == len(documents)
-                stop = self.shards[shard].tokens if last else int(documents[number + 1, 0])
-                found, completion = int(documents[number, 0]), int(documents[number, -1])
-                if not (found <= completion <= stop and found < stop <= self.shards[shard].tokens):
-                    self._refuse_offsets(shard)
-                yield Document(shard, number, begin + found, begin + stop, begin + completion)
+            for index in range(max(int(first) - 1, 0), int(end)):
+                last = index + 1 == len(documents)
+                stop = self.shards[shard].tokens if last else int(documents[index + 1, 0])
+                start_in_shard, completion = int(documents[index, 0]), int(documents[index, -1])
+                if not (start_in_shard <= completion <= stop and start_in_shard < stop <= self.shards[shard].tokens):
+                    self._raise_bad_offsets(shard)
+                yield Document(shard, index, begin + start_in_shard, begin + stop, begin + completion)
 
-    def _check_size(self, number: int) -> Path:
-        shard = self.shards[number]
-        want = shard.skip_bytes + shard.tokens * self.dtype.itemsize
-        path = shard_path(self.directory, shard, want, self.cache)
+    def _locate_shard(self, index: int) -> Path:
+        """Return the path of shard `index`, fetched if it is remote. Raises DataError if its size is not the
+        manifest's."""
+        shard = self.shards[index]
+        expected = shard.skip_bytes + shard.tokens * self.dtype.itemsize
+        path = locate_shard(self.directory, shard, expected, self.cache)
         header = f" after a header of {shard.skip_bytes} bytes" if shard.skip_bytes else ""
-        return self._measure(path, want, f"{shard.tokens} tokens of {self.manifest.dtype}{header}")
+        return self._check_file_size(path, expected, f"{shard.tokens} tokens of {self.manifest.dtype}{header}")
 
-    def _measure(self, path: Path, want: int, what: str) -> Path:
-        with _reading(path):
+    def _check_file_size(self, path: Path, expected: int, what: str) -> Path:
+        with _convert_read_errors(path):
             status = path.stat()
-            found = status.st_size
+            size = status.st_size
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not os.access(path, os.R_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        if found != want:
-            kind = "truncated" if found < want else "too long"
+        if size != expected:
+            kind = "truncated" if size < expected else "too long"
             raise DataError(
-                f"{path}: {kind} at byte {min(found, want)}: {found} bytes, but the manifest promises {want} "
+                f"{path}: {kind} at byte {min(size, expected)}: {size} bytes, but the manifest promises {expected} "
                 f"({what}). Copy it again or prepare the corpus again."
             )
         return path
 
-    def check_sizes(self) -> None:
-        """Stat every shard that is here: a truncated one is found now and not in the middle of a run."""
-        near = [number for number in range(len(self.shards)) if number not in self._far]
-        # Many at once, since on a network's file system each answer takes a millisecond or more.
-        with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
-            for _ in pool.map(self._check_size, near):
+    def check_shard_sizes(self) -> None:
+        """Check the sizes of all local shards, so that a truncated one is found at start and not during the run."""
+        local_shards = [index for index in range(len(self.shards)) if index not in self._remote_shards]
+        # In parallel, because a stat call on a network file system takes a millisecond or more.
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            for _ in pool.map(self._locate_shard, local_shards):
                 pass
 
-    def _verify(self, number: int) -> None:
-        path = self._check_size(number)
-        with _reading(path), path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.shards[number].sha256:
+    def _verify_hash(self, index: int) -> None:
+        path = self._locate_shard(index)
+        with _convert_read_errors(path), path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != self.shards[index].sha256:
             raise DataError(
-                f"{path}: bytes 0 to {path.stat().st_size} have sha256 {found}, but the manifest promises "
-                f"{self.shards[number].sha256}. Copy it again or prepare the corpus again."
+                f"{path}: bytes 0 to {path.stat().st_size} have sha256 {digest}, but the manifest promises "
+                f"{self.shards[index].sha256}. Copy it again or prepare the corpus again."
             )
 
-    def _refuse_offsets(self, number: int) -> NoReturn:
-        shard = self.shards[number]
+    def _raise_bad_offsets(self, index: int) -> NoReturn:
+        shard = self.shards[index]
         raise DataError(
             f"{self.directory / shard.offsets_file}: document offsets do not ascend within the {shard.tokens} tokens "
             f"of {shard.file}. The file is damaged: copy it again or prepare the corpus again."
         )
 
-    def _refuse_id(self, rows: Tokens, starts: Ints) -> None:
+    def _raise_bad_token_id(self, rows: Tokens, starts: Ints) -> None:
         row, column = np.argwhere(rows >= self.manifest.vocab_size)[0].tolist()
         position = int(starts[row]) + column
-        number = int(np.searchsorted(self.ends, position, side="right"))
-        shard = self.shards[number]
-        inside = position - (int(self.ends[number]) - shard.tokens)
+        index = int(np.searchsorted(self.ends, position, side="right"))
+        shard = self.shards[index]
+        inside = position - (int(self.ends[index]) - shard.tokens)
         raise DataError(
-            f"{self._check_size(number)}: token {inside} (byte {shard.skip_bytes + inside * self.dtype.itemsize}) is "
+            f"{self._locate_shard(index)}: token {inside} (byte {shard.skip_bytes + inside * self.dtype.itemsize}) is "
             f"{rows[row, column]}, but the tokenizer has {self.manifest.vocab_size} ids. "
             "The shard is damaged or of another tokenizer: prepare the corpus again."
         )
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Within the block an OSError is one of the file, and a DataError to the user."""
+def _convert_read_errors(path: Path) -> Iterator[None]:
+    """Convert an OSError of the block into a DataError that names `path` and says how to fix it."""
     try:
         yield
     except OSError as error:
-        way_out = "Prepare the corpus again"
+        hint = "Prepare the corpus again"
         if error.errno in (errno.EACCES, errno.EPERM):
-            way_out = "Give this user the right to read it"
+            hint = "Give this user read permission"
         elif error.errno in (errno.EMFILE, errno.ENFILE):
-            way_out = "Raise the limit of open files (ulimit -n)"
-        raise DataError(f"{path}: cannot be read: {error.strerror}. {way_out}.") from None
+            hint = "Raise the limit of open files (ulimit -n)"
+        raise DataError(f"{path}: cannot be read: {error.strerror}. {hint}.") from None
 
 
-class _Mapped:
-    """One shard in memory, whose first token is number `first` of the corpus."""
+class _MappedShard:
+    """A memory-mapped shard. `first` is the position of its first token in the corpus."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any], skip_bytes: int, tokens: int, first: int) -> None:
         self.first, self.n_tokens, self.skip_bytes, self.itemsize = first, tokens, skip_bytes, dtype.itemsize
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        if not skip_bytes + tokens:  # nothing cannot be mapped
+        if not skip_bytes + tokens:  # an empty file cannot be mapped
             self.tokens: Tokens = np.empty(0, dtype)
             return
         content = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
-        # Windows are read at random: to read on beyond one, megabytes on some machines, would be in vain.
+        # Windows are read at random, so the kernel's read-ahead (megabytes on some machines) would be wasted.
         content.madvise(mmap.MADV_RANDOM)
         self.tokens = np.frombuffer(content, dtype, tokens, skip_bytes)
 
-    def announce(self, start: int, length: int) -> None:
-        """Have the kernel read the window that starts at token `start`, and do not wait for it."""
+    def prefetch(self, start: int, length: int) -> None:
+        """Ask the kernel to read the window that starts at token `start`, without waiting for it."""
         offset = self.skip_bytes + (start - self.first) * self.itemsize
         os.posix_fadvise(self._file, offset, length * self.itemsize, os.POSIX_FADV_WILLNEED)

@@ -1,4 +1,4 @@
-"""A file that only grows and is hashed as it grows, so that an interrupted writer can take it up again."""
+"""Append to a file and hash it at the same time, so that an interrupted writer can resume."""
 
 import hashlib
 import os
@@ -14,14 +14,14 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class FileState:
-    """How far a file had come: its first `size_bytes` have this hash."""
+    """A state to resume from: the first `size_bytes` of the file have this hash."""
 
     size_bytes: int
     sha256: str
 
 
 class GrowingFile:
-    """Appends bytes; `sync` makes them durable and says how far the file has come."""
+    """Appends bytes. `sync` makes them durable and returns the state to resume from."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,13 +30,13 @@ class GrowingFile:
 
     @classmethod
     def reopen(cls, path: Path, state: FileState) -> "GrowingFile":
-        """Go on at `state`, dropping what follows. Raises DataError where the file is no longer as it was."""
-        found = cls.__new__(cls)
-        found.path, found._hash, found._size = path, check_prefix(path, state), state.size_bytes
-        found._file = path.open("r+b")
-        found._file.truncate(state.size_bytes)
-        found._file.seek(state.size_bytes)
-        return found
+        """Resume from `state` and drop the bytes after it. Raises DataError if the file has changed."""
+        file = cls.__new__(cls)
+        file.path, file._hash, file._size = path, check_prefix(path, state), state.size_bytes
+        file._file = path.open("r+b")
+        file._file.truncate(state.size_bytes)
+        file._file.seek(state.size_bytes)
+        return file
 
     @property
     def closed(self) -> bool:
@@ -57,19 +57,20 @@ class GrowingFile:
         return self.state
 
     def close(self) -> FileState:
-        """Sync and close."""
+        """Sync and close the file."""
         state = self.sync()
         self._file.close()
         return state
 
     def abandon(self) -> None:
-        """Let go of the file after an error; what is in it does not matter."""
-        with suppress(OSError):  # a full disk: the error that brought us here says so
+        """Close the file after an error, without making its content durable."""
+        with suppress(OSError):  # for example a full disk, which the original error already reports
             self._file.close()
 
 
 def check_prefix(path: Path, state: FileState) -> "hashlib._Hash":
-    """The hash of the first bytes of a file. Raises DataError unless they are those of `state`."""
+    """Return the hash of the first `state.size_bytes` bytes. Raises DataError if it differs from the hash in
+    `state`."""
     digest, left = hashlib.sha256(), state.size_bytes
     try:
         with path.open("rb") as file:
@@ -79,5 +80,5 @@ def check_prefix(path: Path, state: FileState) -> "hashlib._Hash":
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
     if left or digest.hexdigest() != state.sha256:
-        raise DataError(f"{path}: its first {state.size_bytes} bytes are not those that were written.")
+        raise DataError(f"{path}: its first {state.size_bytes} bytes are not what was written.")
     return digest

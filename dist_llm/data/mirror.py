@@ -1,10 +1,10 @@
-"""A corpus at a URL -> a corpus directory on this machine, whose shards stay far away until they are read.
+"""Mirror a remote corpus: create a local corpus directory whose shards stay remote until they are read.
 
     CACHE/shards/SHA256      a file of token ids, named by its content
-    CACHE/offsets/KEY        the offsets of its documents, by where they came from and the shard's content
-    CACHE/corpora/KEY/       manifest.json (with the URL of each file), tokenizer.json, and `url`: where from
+    CACHE/offsets/KEY        document offsets; the key is a hash of their URL and the shard's hash
+    CACHE/corpora/KEY/       manifest.json (with the URL of each file), tokenizer.json, and `url`: the corpus's URL
 
-The key of a corpus is a hash of its URL and its manifest: one that changes over there is another one here.
+The key of a corpus is a hash of its URL and manifest: if the remote corpus changes, it gets a new mirror.
 """
 
 import hashlib
@@ -15,66 +15,79 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
-from dist_llm.data.remote import as_path, blocks, fetch, is_remote, sync_directory, tried, writing
+from dist_llm.data.remote import (
+    as_path,
+    convert_write_errors,
+    fetch,
+    is_remote,
+    iter_blocks,
+    sync_directory,
+    with_retries,
+)
 from dist_llm.data.shard import MANIFEST, SPLITS, Manifest, Shard
 from dist_llm.data.tokenizer_file import TOKENIZER
 
-ORIGIN = "url"
+ORIGIN_FILE = "url"
 
 
-def localize(place: str, cache: str) -> Path:
-    """The directory of the corpus at `place`: a local one as it is; of a remote one, a mirror without its shards.
+def localize_corpus(location: str, cache: str) -> Path:
+    """Return the directory of the corpus at `location`. For a URL it is a mirror without the shards.
 
-    Raises DataError where the URL gives no corpus.
+    Raises DataError if the URL has no corpus.
     """
-    if not is_remote(place):
-        return as_path(place)
-    url, corpora = place.rstrip("/"), as_path(cache).expanduser() / "corpora"
+    if not is_remote(location):
+        return as_path(location)
+    url, corpora = location.rstrip("/"), as_path(cache).expanduser() / "corpora"
     address = f"{url}/{MANIFEST}"
-    content = tried(address, lambda: b"".join(blocks(address)), lambda: _way_out(url, corpora))
+    content = with_retries(address, lambda: b"".join(iter_blocks(address)), lambda: _build_hint(url, corpora))
     mirror = corpora / hashlib.sha256(f"{url}\n".encode() + content).hexdigest()
     if not mirror.exists():
         manifest = Manifest.parse(content, address)
-        with writing(mirror), _made_whole(mirror) as directory:
+        with convert_write_errors(mirror), _create_atomically(mirror) as directory:
             fetch(f"{url}/{TOKENIZER}", directory / TOKENIZER, None, f"sha256:{manifest.tokenizer_sha256}")
-            (directory / ORIGIN).write_text(url + "\n", encoding="utf-8")
-            shards = {split: tuple(_moved(shard, url) for shard in manifest.shards[split]) for split in SPLITS}
+            (directory / ORIGIN_FILE).write_text(url + "\n", encoding="utf-8")
+            shards = {
+                split: tuple(_with_absolute_paths(shard, url) for shard in manifest.shards[split]) for split in SPLITS
+            }
             replace(manifest, shards=shards).save(directory)
     return mirror
 
 
-def shard_path(directory: Path, shard: Shard, size: int, cache: str) -> Path:
-    """The shard's file of `size` bytes, fetched if it is far away. Raises DataError where that fails."""
+def locate_shard(directory: Path, shard: Shard, size: int, cache: str) -> Path:
+    """Return the path of the shard's file of `size` bytes, fetched if it is remote. Raises DataError if the fetch
+    fails."""
     if not is_remote(shard.file):
         return directory / as_path(shard.file)
-    return fetch(shard.file, _cached(cache, "shards", shard.sha256), size, f"sha256:{shard.sha256}")
+    return fetch(shard.file, _cache_path(cache, "shards", shard.sha256), size, f"sha256:{shard.sha256}")
 
 
-def offsets_path(directory: Path, shard: Shard, size: int, cache: str) -> Path:
-    """The file of `size` bytes with the shard's offsets, fetched if it is far away. Raises DataError if that fails."""
-    place = shard.offsets_file
-    if not is_remote(place):
-        return directory / as_path(place)
-    key = hashlib.sha256(f"{place}\n{shard.sha256}".encode()).hexdigest()
-    return fetch(place, _cached(cache, "offsets", key), size, None)
+def locate_offsets(directory: Path, shard: Shard, size: int, cache: str) -> Path:
+    """Return the path of the shard's offsets file of `size` bytes, fetched if it is remote. Raises DataError if that
+    fails."""
+    location = shard.offsets_file
+    if not is_remote(location):
+        return directory / as_path(location)
+    key = hashlib.sha256(f"{location}\n{shard.sha256}".encode()).hexdigest()
+    return fetch(location, _cache_path(cache, "offsets", key), size, None)
 
 
-def _cached(cache: str, kind: str, key: str) -> Path:
+def _cache_path(cache: str, kind: str, key: str) -> Path:
     return as_path(cache).expanduser() / kind / key
 
 
-def _moved(shard: Shard, url: str) -> Shard:
-    """The same shard, seen from anywhere: names within the corpus become URLs."""
+def _with_absolute_paths(shard: Shard, url: str) -> Shard:
+    """Return the shard with its relative file names replaced by URLs."""
     file, offsets = (
-        place if is_remote(place) or place.startswith(("/", "file://")) else f"{url}/{place}"
-        for place in (shard.file, shard.offsets_file)
+        location if is_remote(location) or location.startswith(("/", "file://")) else f"{url}/{location}"
+        for location in (shard.file, shard.offsets_file)
     )
     return replace(shard, file=file, offsets=offsets)
 
 
 @contextmanager
-def _made_whole(directory: Path) -> Iterator[Path]:
-    """A new directory to fill, which takes the name `directory` when it is full; the first to finish wins."""
+def _create_atomically(directory: Path) -> Iterator[Path]:
+    """Yield a new directory to fill, and rename it to `directory` at the end. If two processes do so, the first one
+    wins."""
     partial = directory.with_name(f"{directory.name}.{uuid4().hex}.partial")
     partial.mkdir(parents=True)
     try:
@@ -90,11 +103,11 @@ def _made_whole(directory: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _way_out(url: str, corpora: Path) -> str:
-    """What to do where the manifest is out of reach; the newest mirror of it is as good, if there is one."""
-    whole = (origin for origin in corpora.glob(f"*/{ORIGIN}") if origin.parent.suffix != ".partial")
-    mirrors = [origin for origin in whole if origin.read_text(encoding="utf-8").strip() == url]
+def _build_hint(url: str, corpora: Path) -> str:
+    """Return what to do if the manifest is unreachable: use the newest local mirror, if there is one."""
+    origins = (origin for origin in corpora.glob(f"*/{ORIGIN_FILE}") if origin.parent.suffix != ".partial")
+    mirrors = [origin for origin in origins if origin.read_text(encoding="utf-8").strip() == url]
     if mirrors:
         newest = max(mirrors, key=lambda origin: origin.stat().st_mtime).parent
-        return f"Check the network, or set data.path to what was fetched before: {newest}"
+        return f"Check the network, or set data.path to the local mirror: {newest}"
     return "Check the URL, the network and your credentials, or copy the corpus to a disk and set data.path to it."

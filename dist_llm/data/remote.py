@@ -1,9 +1,9 @@
-"""Files that are far away: a URL becomes a file of the local cache, whole or not at all.
+"""Fetch a URL into a file of the local cache, completely or not at all.
 
-What is fetched goes to a name of its own, is measured, hashed and made durable, and only then renamed. So what
-has a final name is whole, however many processes and machines share the cache and however they end. The lock
-spares the processes of a machine from fetching the same file twice; nothing rests on it, the kernel releases
-it when its holder dies, and a file system that has no locks is as safe.
+A download is written to a temporary file, checked for size and hash, synced and then renamed. So a file with its final
+name is complete, however many processes and machines share the cache and wherever they are killed. The lock only
+prevents the processes of one machine from fetching the same file twice. Correctness does not depend on it: the kernel
+releases it when its holder dies, and a file system without locks is as safe.
 """
 
 import fcntl
@@ -32,48 +32,48 @@ log = logging.getLogger("dist_llm")
 Result = TypeVar("Result")
 
 BLOCK_BYTES = 1 << 22
-TRIES, PAUSE_SECONDS, TIMEOUT_SECONDS = 4, 1.0, 60.0  # the pause doubles from try to try
-ABANDONED_SECONDS = 3600.0  # a partial file that nobody wrote to for so long has lost its writer
-MAY_PASS = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
+MAX_TRIES, PAUSE_SECONDS, TIMEOUT_SECONDS = 4, 1.0, 60.0  # the pause doubles after each try
+ABANDONED_SECONDS = 3600.0  # a partial file that was not written to for so long has no writer
+RETRYABLE_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
 
 
 class RemoteError(Exception):
-    """What went wrong at the far end; `hopeless` where another try would end alike."""
+    """A read of a remote file failed. `permanent`: a retry would fail too."""
 
-    def __init__(self, message: str, hopeless: bool = False) -> None:
+    def __init__(self, message: str, permanent: bool = False) -> None:
         super().__init__(message)
-        self.hopeless = hopeless
+        self.permanent = permanent
 
 
-def is_remote(place: str) -> bool:
-    """Whether `place` is a URL of something else than a local file."""
-    return re.match("[A-Za-z][A-Za-z0-9+.-]+://", place) is not None and not place.startswith("file://")
+def is_remote(location: str) -> bool:
+    """Return whether `location` is a URL that is not a file:// URL."""
+    return re.match("[A-Za-z][A-Za-z0-9+.-]+://", location) is not None and not location.startswith("file://")
 
 
-def as_path(place: str) -> Path:
-    """A local path, given as such or as a file:// URL."""
-    return Path(unquote(urlsplit(place).path)) if place.startswith("file://") else Path(place)
+def as_path(location: str) -> Path:
+    """Return a local path, given as a path or as a file:// URL."""
+    return Path(unquote(urlsplit(location).path)) if location.startswith("file://") else Path(location)
 
 
-def blocks(url: str) -> Iterator[bytes]:
-    """The bytes of `url`, some at a time. Raises RemoteError where they cannot be had or end too early."""
+def iter_blocks(url: str) -> Iterator[bytes]:
+    """Yield the bytes of `url` in blocks. Raises RemoteError if they cannot be read or the connection ends early."""
     try:
-        with _opened(url) as file:
+        with _open_url(url) as file:
             while block := file.read(BLOCK_BYTES):
                 yield block
-            if isinstance(file, HTTPResponse) and file.length:  # what is still to come
+            if isinstance(file, HTTPResponse) and file.length:  # bytes that are missing
                 raise OSError(f"the connection ended {file.length} bytes early")
     except HTTPError as error:
         error.close()
-        hopeless = error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in MAY_PASS
-        raise RemoteError(f"HTTP status {error.code} {error.reason}", hopeless) from None
-    except Exception as error:  # each file system has errors of its own
-        hopeless = isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
-        raise RemoteError(f"{type(error).__name__}: {error}", hopeless) from None
+        permanent = error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in RETRYABLE_STATUSES
+        raise RemoteError(f"HTTP status {error.code} {error.reason}", permanent) from None
+    except Exception as error:  # each fsspec backend raises its own exceptions
+        permanent = isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
+        raise RemoteError(f"{type(error).__name__}: {error}", permanent) from None
 
 
-def _opened(url: str) -> IO[bytes]:
-    # fsspec's http needs aiohttp and a thread of its own; the standard library does with neither.
+def _open_url(url: str) -> IO[bytes]:
+    # fsspec's http backend needs aiohttp and starts a thread; the standard library needs neither.
     if url.startswith(("http://", "https://")):
         return urlopen(url, timeout=TIMEOUT_SECONDS)
     import fsspec
@@ -81,77 +81,78 @@ def _opened(url: str) -> IO[bytes]:
     return fsspec.open(url, "rb").open()
 
 
-def tried(url: str, action: Callable[[], Result], way_out: Callable[[], str]) -> Result:
-    """The result of `action`, which reads `url`; tried again where that may help, a few times.
+def with_retries(url: str, action: Callable[[], Result], hint: Callable[[], str]) -> Result:
+    """Return the result of `action`, which reads `url`. Retries a few times after an error that is not permanent.
 
-    Raises DataError that names the URL and the way out.
+    Raises DataError with the URL and the hint.
     """
-    for attempt in range(TRIES):
+    for attempt in range(MAX_TRIES):
         try:
             return action()
         except RemoteError as error:
-            if error.hopeless or attempt == TRIES - 1:
-                tries = "" if error.hopeless else f" in {TRIES} tries"
-                raise DataError(f"{url}: cannot be fetched{tries}: {error}. {way_out()}") from None
+            if error.permanent or attempt == MAX_TRIES - 1:
+                tries = "" if error.permanent else f" in {MAX_TRIES} tries"
+                raise DataError(f"{url}: cannot be fetched{tries}: {error}. {hint()}") from None
             log.warning("%s: %s; trying again", url, error)
         time.sleep(PAUSE_SECONDS * 2**attempt)
     raise AssertionError("the last try returns or raises")
 
 
-def hasher(like: str = "blake3:") -> Any:
-    """A hash to feed, of the kind that a `named` one is. BLAKE3 takes a fifth of SHA-256's time."""
+def create_hash(like: str = "blake3:") -> Any:
+    """Return a new hash object of the algorithm that the digest `like` names. BLAKE3 takes a fifth of SHA-256's
+    time."""
     return blake3() if like.startswith("blake3:") else hashlib.new(like.partition(":")[0])
 
 
-def named(digest: Any) -> str:
-    """What it was fed, as manifests have it: `blake3:` or `sha256:`, and hexadecimal digits."""
+def format_digest(digest: Any) -> str:
+    """Return the digest as manifests store it: `blake3:` or `sha256:`, then hexadecimal digits."""
     return f"{digest.name}:{digest.hexdigest()}"
 
 
-def fetch(url: str, target: Path, size: int | None, wanted: str | None) -> Path:
-    """`target`, made from `url` if it is not there yet, of `size` bytes and the hash `wanted` where these are given.
+def fetch(url: str, target: Path, size: int | None, expected_hash: str | None) -> Path:
+    """Return `target`. If it does not exist, fetch it from `url`, and check its size and hash if they are given.
 
-    Raises DataError where the far end does not give that, or the near end has no room for it.
+    Raises DataError if the download fails or differs, or if it cannot be written.
     """
     if target.exists():
         return target
-    way_out = f"Check the URL, the network and your credentials, or bring the file here by other means: {target}"
-    with writing(target):
+    hint = f"Check the URL, the network and your credentials, or copy the file by other means to {target}"
+    with convert_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target):
+        with _lock_exclusively(target):
             if not target.exists():
                 log.info("fetching %s (%s bytes)", url, f"{size:,}" if size else "unknown")
-                tried(url, lambda: _download(url, target, size, wanted), lambda: way_out)
+                with_retries(url, lambda: _download(url, target, size, expected_hash), lambda: hint)
     return target
 
 
 @contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """Within the block, an OSError is one of the cache's, and a DataError to the user."""
+def convert_write_errors(target: Path) -> Iterator[None]:
+    """Convert an OSError of the block into a DataError about the cache."""
     try:
         yield
     except OSError as error:
         raise DataError(
             f"{error.filename or target}: cannot be written: {error.strerror or error}. "
-            "Make room, or set data.cache to a directory that has it."
+            "Free disk space, or set data.cache to a directory with enough space."
         ) from None
 
 
-def _download(url: str, target: Path, size: int | None, wanted: str | None) -> None:
+def _download(url: str, target: Path, size: int | None, expected_hash: str | None) -> None:
     partial = target.with_name(f"{target.name}.{uuid4().hex}.partial")
-    digest, length = hasher(wanted or "blake3:"), 0
+    digest, length = create_hash(expected_hash or "blake3:"), 0
     try:
         with partial.open("xb") as file:
-            for block in blocks(url):
+            for block in iter_blocks(url):
                 file.write(block)
                 digest.update(block)
                 length += len(block)
             file.flush()
             os.fsync(file.fileno())
         if size not in (None, length):
-            raise RemoteError(f"{length} bytes came, but the manifest promises {size}")
-        if wanted not in (None, named(digest)):
-            raise RemoteError(f"what came has {named(digest)}, but the manifest promises {wanted}")
+            raise RemoteError(f"received {length} bytes, but the manifest promises {size}")
+        if expected_hash not in (None, format_digest(digest)):
+            raise RemoteError(f"received data with {format_digest(digest)}, but the manifest promises {expected_hash}")
         partial.rename(target)
         sync_directory(target.parent)
     finally:
@@ -159,31 +160,31 @@ def _download(url: str, target: Path, size: int | None, wanted: str | None) -> N
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Hold the lock of `target`, and clear what killed downloads of it left."""
+def _lock_exclusively(target: Path) -> Iterator[None]:
+    """Hold the lock of `target`, and remove what killed downloads of it left behind."""
     lock = target.with_name(target.name + ".lock")
     while True:
         with lock.open("w") as file:
-            with suppress(OSError):  # no locks on this file system: each for itself, and none in danger
+            with suppress(OSError):  # this file system has no locks: processes may fetch twice, which is safe
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not _still(lock, file):  # whoever held it before us removed it between our open and our lock
+            if not _is_same_file(lock, file):  # the previous holder removed it between our open and our lock
                 continue
             try:
-                _clear(target.parent.glob(target.name + ".*.partial"))
+                _remove_abandoned(target.parent.glob(target.name + ".*.partial"))
                 yield
             finally:
                 lock.unlink(missing_ok=True)
             return
 
 
-def _still(path: Path, file: IO[str]) -> bool:
+def _is_same_file(path: Path, file: IO[str]) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _clear(partials: Iterator[Path]) -> None:
+def _remove_abandoned(partials: Iterator[Path]) -> None:
     for partial in partials:
         with suppress(FileNotFoundError):
             if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
@@ -191,7 +192,7 @@ def _clear(partials: Iterator[Path]) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in it durable."""
+    """Make the directory's entries durable."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,24 +1,24 @@
-"""When a run has read a source 1, 4 and 10 times in full, from its plan.
+"""Compute from the plan when a run has read a source 1, 4 and 10 times.
 
-A function of sample numbers alone, so a resumed run names only those that are still to come.
+It is a function of sample numbers, so a resumed run reports only repetitions still to come.
 """
 
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from dist_llm.data.plan import Plan
+from dist_llm.data.plan import SamplePlan
 
-TIMES = (1, 4, 10)
-NOTES = {
-    1: "from here on its text repeats",
-    4: "more repetition gives less than new text would (Muennighoff et al. 2023)",
-    10: "more repetition gives little; add text, or lower its weight",
+REPORTED_EPOCHS = (1, 4, 10)
+ADVICE = {
+    1: "its text repeats from here on",
+    4: "further repetition helps less than new text (Muennighoff et al. 2023)",
+    10: "further repetition helps little; add text, or lower its weight",
 }
 
 
 @dataclass(frozen=True, order=True)
 class Repetition:
-    """Before sample number `sample` the source has been read `times` in full."""
+    """Before sample `sample`, the source has been read `times` times completely."""
 
     sample: int
     source: str
@@ -26,19 +26,19 @@ class Repetition:
 
     def __str__(self) -> str:
         count = "once" if self.times == 1 else f"{self.times} times"
-        return f"data: {self.source} has been read {count} in full, up to sample {self.sample}; {NOTES[self.times]}"
+        return f"data: {self.source} has been read {count} in full, up to sample {self.sample}; {ADVICE[self.times]}"
 
 
-def find_repetitions(plan: Plan, first: int, end: int) -> list[Repetition]:
-    """Those after sample `first` and up to `end`, in their order."""
-    found = []
+def find_repetitions(plan: SamplePlan, first: int, end: int) -> list[Repetition]:
+    """Return the repetitions after sample `first` and up to `end`, sorted."""
+    repetitions = []
     for number, source in enumerate(plan.sources):
         name = source.name or str(source.corpus.directory)
-        for times in TIMES:
-            wanted = times * source.epoch_samples
-            if plan.taken(first)[number] >= wanted or plan.taken(end)[number] < wanted:
+        for times in REPORTED_EPOCHS:
+            threshold = times * source.epoch_samples
+            if plan.count_consumed(first)[number] >= threshold or plan.count_consumed(end)[number] < threshold:
                 continue
-            between = range(first, end)
-            place = bisect_left(between, wanted, key=lambda sample, n=number: plan.taken(sample)[n])  # type: ignore[misc]
-            found.append(Repetition(first + place, name, times))
-    return sorted(found)
+            samples = range(first, end)
+            index = bisect_left(samples, threshold, key=lambda sample, n=number: plan.count_consumed(sample)[n])  # type: ignore[misc]
+            repetitions.append(Repetition(first + index, name, times))
+    return sorted(repetitions)

@@ -1,20 +1,20 @@
-"""The format of prepared text: token shards and the manifest that vouches for them.
+"""The format of prepared text: token shards and a manifest with their sizes and hashes.
 
 A corpus is a directory:
 
-    manifest.json            written last; without it the directory is not a corpus
+    manifest.json            written last; a directory without it is not a corpus
     tokenizer.json           see dist_llm/text/tokenizer.py
     train-00000.bin          token ids, little-endian uint16 or uint32, no header
-    train-00000.offsets      little-endian uint64: the first token of each document, within its shard; of a corpus
-                             with prompts followed by the first token after the document's prompt
+    train-00000.offsets      little-endian uint64: the first token of each document, within its shard; in a corpus
+                             with prompts each is followed by the first token after the document's prompt
     heldout-00000.bin ...
 
-Documents end with `<|endoftext|>` and never straddle two shards. The offsets alone decide where a document begins:
-in adopted files a separator may begin a document, or there may be none.
+Documents end with `<|endoftext|>` and never cross shards. Only the offsets decide where a document begins: in adopted
+files a separator may begin a document, or there may be no separators.
 
-`dist-llm adopt` writes such a directory for token files of other programs, which stay where they are: a shard's
-`file` is then an absolute path or a URL, `skip_bytes` leads past its header, and `offsets` names the file of its
-documents, which in a file cut by others may straddle two shards.
+`dist-llm adopt` writes such a directory for token files of other programs, which stay in place. A shard's `file` is
+then an absolute path or a URL, `skip_bytes` is the size of its header, and `offsets` names its offsets file. In adopted
+files a document may cross two shards.
 """
 
 import hashlib
@@ -32,33 +32,33 @@ from dist_llm.errors import DataError
 
 Split = Literal["train", "heldout"]
 DType = Literal["uint16", "uint32"]
-MAX_COUNT = 1 << 48  # of tokens or bytes of a file; sums of many still fit into 64 bits
+MAX_COUNT = 1 << 48  # tokens or bytes of a file; sums of many still fit in 64 bits
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 MANIFEST = "manifest.json"
 FORMAT = "dist_llm token shards 1"
-ADOPTED = "adopted from "  # how the source of an adopted corpus begins
-CLOSED = ConfigDict(strict=True, extra="forbid")  # how a manifest is read: no other fields, no other types
+ADOPTED = "adopted from "  # prefix of the source of an adopted corpus
+STRICT_CONFIG = ConfigDict(strict=True, extra="forbid")  # for reading a manifest: no unknown fields, no type conversion
 
 
 def smallest_dtype(vocab_size: int) -> DType:
-    """The narrowest id type that holds every id below `vocab_size`."""
+    """Return the narrowest dtype that holds all ids below `vocab_size`."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of token ids; `file` and `offsets` are URLs, or paths relative to the corpus directory."""
+    """One file of token ids. `file` and `offsets` are URLs, or paths relative to the corpus directory."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT_CONFIG
 
     file: str
     tokens: Count
     documents: Count
     text_bytes: Count
-    sha256: str  # of the whole file, what is skipped included
-    skip_bytes: Count = 0  # before the first id
-    offsets: str = ""  # empty: as `file`, with the suffix .offsets
+    sha256: str  # of the whole file, including skipped bytes
+    skip_bytes: Count = 0  # header bytes before the first id
+    offsets: str = ""  # empty: `file` with the suffix .offsets
 
     @property
     def offsets_file(self) -> str:
@@ -67,9 +67,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that `train` needs to know of a corpus without reading its tokens."""
+    """What `train` needs to know about a corpus without reading its tokens."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = CLOSED
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT_CONFIG
 
     dtype: DType
     vocab_size: Count
@@ -77,12 +77,13 @@ class Manifest:
     source: tuple[str, ...]
     shards: dict[Split, tuple[Shard, ...]]
     bad_rows: Count = 0
-    prompts: bool = False  # whether offsets tell where each document's prompt ends
-    document_bounds: bool | None = None  # of adopted files: whether any says where documents begin
+    prompts: bool = False  # whether the offsets include the end of each document's prompt
+    document_bounds: bool | None = None  # adopted files: whether document boundaries are known
 
     @property
     def has_document_bounds(self) -> bool:
-        """Whether documents are known. Manifests of older versions do not say: one document a file means no."""
+        """Whether document boundaries are known. In manifests of older versions, one document per file means
+        unknown."""
         if self.document_bounds is not None or not self.source or not self.source[0].startswith(ADOPTED):
             return self.document_bounds is not False
         files = [shard for split in SPLITS for shard in self.shards[split]]
@@ -95,16 +96,16 @@ class Manifest:
         return sum(shard.documents for shard in self.shards[split])
 
     def text_bytes(self, split: Split) -> int:
-        """Bytes of UTF-8 text, the separators not counted."""
+        """Return the bytes of UTF-8 text, without separators."""
         return sum(shard.text_bytes for shard in self.shards[split])
 
     def fingerprint(self) -> str:
-        """A hash of the content: equal for equal tokens, whatever the directory is called."""
+        """Return a hash of the content. It is equal for equal tokens, whatever the directory's name."""
         content = {split: [shard.sha256 for shard in self.shards[split]] for split in SPLITS}
         return hashlib.sha256(json.dumps([self.tokenizer_sha256, content]).encode()).hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write the manifest durably: it is the mark that the directory is complete."""
+        """Write the manifest durably. It marks the directory as complete."""
         temporary = directory / (MANIFEST + ".tmp")
         with temporary.open("w", encoding="utf-8") as file:
             json.dump({"format": FORMAT, **asdict(self)}, file, indent=2)
@@ -115,7 +116,7 @@ class Manifest:
 
     @staticmethod
     def load(directory: Path) -> "Manifest":
-        """Read it back. Raises DataError where `directory` is no complete corpus."""
+        """Read the manifest. Raises DataError if `directory` is not a complete corpus."""
         path = directory / MANIFEST
         try:
             return Manifest.parse(path.read_bytes(), str(path))
@@ -128,33 +129,34 @@ class Manifest:
             raise DataError(f"{path}: cannot be read: {error.strerror}. Prepare the corpus again.") from None
 
     @staticmethod
-    def parse(content: bytes, place: str) -> "Manifest":
-        """What `save` wrote, from its bytes. Raises DataError, naming `place`, where they are no manifest."""
+    def parse(content: bytes, origin: str) -> "Manifest":
+        """Read the bytes of a manifest. Raises DataError, naming `origin`, if they are invalid."""
         try:
             fields = json.loads(content.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: cannot be read as JSON: {error}. Prepare the corpus again.") from None
+            raise DataError(f"{origin}: cannot be read as JSON: {error}. Prepare the corpus again.") from None
         if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-            raise DataError(f"{place}: not of format '{FORMAT}'. Prepare the corpus again with this version.")
+            raise DataError(f"{origin}: not of format '{FORMAT}'. Prepare the corpus again with this version.")
         try:
-            manifest = TypeAdapter(Manifest).validate_json(json.dumps(fields))  # as JSON: there a list is a tuple
+            # as JSON, where a list is valid for a tuple
+            manifest = TypeAdapter(Manifest).validate_json(json.dumps(fields))
         except ValidationError as error:
             first = error.errors()[0]
             wrong = ".".join(map(str, first["loc"]))
-            raise DataError(f"{place}: {wrong}: {first['msg']}. Prepare the corpus again.") from None
+            raise DataError(f"{origin}: {wrong}: {first['msg']}. Prepare the corpus again.") from None
         if missing := [split for split in SPLITS if split not in manifest.shards]:
-            raise DataError(f"{place}: shards: {missing[0]} is missing. Prepare the corpus again.")
+            raise DataError(f"{origin}: shards: {missing[0]} is missing. Prepare the corpus again.")
         for shard in (shard for split in SPLITS for shard in manifest.shards[split]):
             for file in (shard.file, shard.offsets_file):
-                if not manifest.may_name(file):
+                if not manifest.allows_path(file):
                     raise DataError(
-                        f"{place}: names a file outside the corpus: {file!r}. Prepare the corpus again; only what "
-                        "`dist-llm adopt` wrote points elsewhere."
+                        f"{origin}: names a file outside the corpus: {file!r}. Prepare the corpus again; only what "
+                        "`dist-llm adopt` writes may name files elsewhere."
                     )
         return manifest
 
-    def may_name(self, file: str) -> bool:
-        """Whether a shard may lie there: in the corpus, at a URL, or of adopted files at an absolute path."""
+    def allows_path(self, file: str) -> bool:
+        """Whether a shard may have this file: in the corpus, at a URL or, if adopted, at an absolute path."""
         if "\0" in file:
             return False
         if file.startswith(("/", "file://")):
@@ -164,7 +166,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class ShardState:
-    """A shard so far, and what its two files must hold for it to be taken up again."""
+    """An unfinished or finished shard and the states of its two files, to resume from."""
 
     shard: Shard
     ids: FileState
@@ -172,18 +174,18 @@ class ShardState:
 
 
 class ShardWriter:
-    """Writes the documents of one split in order, a new shard whenever one is full.
+    """Writes the documents of one split in order. It starts a new shard when one is full.
 
-    Peak memory is what one call adds: ids go to the file as they come, the hash is kept as they pass.
-    `close` makes the shards whole and durable; the end of a `with` only lets go of what an error left open.
+    Peak memory is the size of one call's documents: ids are written and hashed as they come. `close` makes the shards
+    complete and durable. Leaving a `with` block only closes the files that an error left open.
     """
 
     def __init__(self, directory: Path, split: Split, dtype: DType, max_tokens: int, prompts: bool = False) -> None:
         self.directory, self.split, self.max_tokens, self.prompts = directory, split, max_tokens, prompts
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.shards: list[Shard] = []
-        self._open: list[GrowingFile] = []  # ids and offsets of the shard being written
-        self._unsaid: list[ShardState] = []  # shards finished since the last sync
+        self._open: list[GrowingFile] = []  # ids and offsets of the current shard
+        self._unreported: list[ShardState] = []  # finished since the last sync
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -199,7 +201,7 @@ class ShardWriter:
     def extend(
         self, ids: np.ndarray, ends: np.ndarray, text_bytes: np.ndarray, prompts: np.ndarray | None = None
     ) -> None:
-        """Append documents that follow one another in `ids`: number k ends before `ends[k]`, after a prompt of
+        """Append consecutive documents of `ids`. Document k ends before `ends[k]` and begins with a prompt of
         `prompts[k]` tokens."""
         ids = ids.astype(self.dtype, copy=False)
         starts = np.concatenate([[0], ends[:-1]])
@@ -212,7 +214,7 @@ class ShardWriter:
             if last <= first and self._tokens:
                 self._finish_shard()
                 continue
-            last = max(last, first + 1)  # a document longer than a shard gets one of its own
+            last = max(last, first + 1)  # a document longer than a shard gets its own shard
             end = int(ends[last - 1])
             self._open[0].write(ids[begin:end].tobytes())
             offsets = starts[first:last] - begin + self._tokens
@@ -226,15 +228,16 @@ class ShardWriter:
             first = last
 
     def sync(self) -> list[ShardState]:
-        """Make durable what was added. Returns the shards that changed since the last sync, in order."""
+        """Make all appended documents durable. Returns the states of the shards changed since the last sync, in
+        order."""
         for file in self._open:
             file.sync()
-        said = [*self._unsaid, *([self._state()] if self._open else [])]
-        self._unsaid = []
-        return said
+        changed = [*self._unreported, *([self._state()] if self._open else [])]
+        self._unreported = []
+        return changed
 
     def restore(self, states: list[ShardState]) -> None:
-        """Go on after `states`, the newest of each shard. Raises DataError where a file is not as it was."""
+        """Continue after `states`, the latest of each shard. Raises DataError if a file has changed."""
         for state in states[:-1]:
             check_prefix(self.directory / state.shard.file, state.ids)
             check_prefix((self.directory / state.shard.file).with_suffix(".offsets"), state.offsets)
@@ -248,21 +251,21 @@ class ShardWriter:
             self._text_bytes = state.shard.text_bytes
 
     def files(self) -> list[Path]:
-        """The files of all shards so far, that being written included."""
+        """Return the files of all shards, including the current one."""
         ids = [self.directory / shard.file for shard in self.shards]
-        finished = [each for path in ids for each in (path, path.with_suffix(".offsets"))]
+        finished = [path for path in ids for file in (path, path.with_suffix(".offsets"))]
         return finished + [file.path for file in self._open]
 
     def close(self) -> tuple[Shard, ...]:
-        """Finish the last shard and return them all."""
+        """Finish the last shard and return all shards."""
         self._finish_shard()
         return tuple(self.shards)
 
     def _start_shard(self) -> None:
         self._file = f"{self.split}-{len(self.shards):05d}.bin"
         path = self.directory / self._file
-        for each in (path, path.with_suffix(".offsets")):
-            self._open.append(GrowingFile(each))
+        for file in (path, path.with_suffix(".offsets")):
+            self._open.append(GrowingFile(file))
         self._tokens = self._documents = self._text_bytes = 0
 
     def _finish_shard(self) -> None:
@@ -272,7 +275,7 @@ class ShardWriter:
             file.close()
         state = self._state()
         self.shards.append(state.shard)
-        self._unsaid.append(state)
+        self._unreported.append(state)
         self._open = []
 
     def _state(self) -> ShardState:

@@ -1,6 +1,7 @@
-"""Whether two tokenizer files give the same ids: their names, and texts beside them, do not matter.
+"""Compare two tokenizer files: whether they give the same ids. Names and additional texts do not matter.
 
-`dist_llm/text` writes `tokenizer.json`; a corpus and a checkpoint hold one. Data knows of it only what decides ids.
+`dist_llm/text` writes `tokenizer.json`; a corpus and a checkpoint contain one. This package only knows the fields that
+determine ids.
 """
 
 import hashlib
@@ -13,13 +14,15 @@ from dist_llm.errors import DataError
 
 TOKENIZER = "tokenizer.json"
 BPE_IDENTITY = "equal_bpe"
-DECIDES_IDS = ("tokenizer.json", "vocab.json", "merges.txt")  # of the original files: the first, else the others
+# original files that determine ids: the first one or, without it, the others
+DECIDES_IDS = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 def same_tokenizer(first: Path, second: Path, second_sha256: str = "") -> bool:
-    """Whether the tokenizers in two directories give the same ids; `second_sha256` is the hash of the second's file.
+    """Return whether the tokenizers in two directories give the same ids. `second_sha256` is the hash of the second
+    file.
 
-    Where the second has no file, they do not. Raises DataError where the first has none, or one cannot be read.
+    Returns False if the second has no file. Raises DataError if the first has none or one cannot be read.
     """
     content = _read(first)
     if hashlib.sha256(content).hexdigest() == second_sha256:
@@ -31,7 +34,7 @@ def same_tokenizer(first: Path, second: Path, second_sha256: str = "") -> bool:
 
 
 def identity(content: bytes) -> str:
-    """A hash of what decides ids in the bytes of a `tokenizer.json` of ours."""
+    """Return a hash of what determines ids in the bytes of our `tokenizer.json`."""
     try:
         fields = json.loads(content)
         if "ranks" in fields:
@@ -48,7 +51,10 @@ def identity(content: bytes) -> str:
 
 
 def bpe_identity(fields: Mapping[str, Any]) -> str:
-    """Of byte-level BPE. Of special tokens the end of a document and the largest id count: text never becomes one."""
+    """Return the identity of a byte-level BPE tokenizer.
+
+    Of its special tokens only the end of document and the largest id count, because text never becomes one.
+    """
     special = fields["special_tokens"]
     ranks = sorted(fields["ranks"].items(), key=lambda item: item[1])
     largest = max(*special.values(), ranks[-1][1])
@@ -60,7 +66,7 @@ def _read(directory: Path) -> bytes:
         return (directory / TOKENIZER).read_bytes()
     except FileNotFoundError:
         raise DataError(
-            f"{directory / TOKENIZER}: missing, so that it is not known which ids the model was trained on. If it was "
+            f"{directory / TOKENIZER}: missing, so the ids that the model was trained on are unknown. If it was "
             f"converted without a tokenizer, copy the {TOKENIZER} of a corpus with its ids there."
         ) from None
     except OSError as error:

@@ -145,7 +145,7 @@ class _Run:
             place = os.path.abspath(as_path(place))
             ids, digest = self._scan(place)
         else:
-            ids, digest = remote.tried(place, lambda: self._scan(place), lambda: WAY_OUT)
+            ids, digest = remote.with_retries(place, lambda: self._scan(place), lambda: WAY_OUT)
         starts = ids.starts(self._eot_begins)
         offsets = f"{split}-{number:05d}.offsets"
         with (self.directory / offsets).open("wb") as file:
@@ -181,7 +181,7 @@ class _Run:
 
 def _blocks(place: str) -> Iterator[bytes]:
     if is_remote(place):
-        yield from remote.blocks(place)
+        yield from remote.iter_blocks(place)
         return
     try:
         with as_path(place).open("rb") as file:

@@ -31,7 +31,7 @@ def export_bin(directory: Path, out: Path) -> dict[str, int]:
     try:
         partial.mkdir(parents=True)
         for split, corpus in corpora.items():
-            corpus.check_sizes()
+            corpus.check_shard_sizes()
             _write(corpus, partial / FILES[split])
         partial.rename(out)
         sync_directory(out.parent)

@@ -100,7 +100,7 @@ def _check_alike(out: Path, parts: list[Share], manifests: list[Manifest]) -> No
                 f"the same files? Make it again with --tokenizer {out / parts[0].name}."
             )
         for split in SPLITS:
-            Corpus(out / part.name, split).check_sizes()
+            Corpus(out / part.name, split).check_shard_sizes()
 
 
 def _shards(parts: list[Share], manifests: list[Manifest], split: Split) -> tuple[Shard, ...]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dist_llm.config.schema import Config
-from dist_llm.data.history import fresh_plan
+from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.group import device_of, make_synchronous
@@ -48,19 +48,19 @@ def debug(config: Config) -> None:
         }
     )
     device = device_of(World())
-    plan = fresh_plan(config)
+    plan = build_fresh_plan(config)
     directory = plan.sources[0].corpus.directory
     vocabulary = read_vocabulary(config, directory)
     loader = build_loader(config, plan, vocabulary, 0, 1, pin=False)
-    show(console, loader.batches(0)[0], Tokenizer.load(directory), vocabulary)
+    show(console, loader.load_batches(0)[0], Tokenizer.load(directory), vocabulary)
 
     engine = NativeEngine(config, device)
     with finite(engine.model_parts[0]):
         for step in range(STEPS):
-            report = train_step(engine, loader.batches(step * rows), config.optim.lr, step)
+            report = train_step(engine, loader.load_batches(step * rows), config.optim.lr, step)
             _check_parameters(engine.model_parts[0])
             console.print(f"step {step + 1}: loss {report.loss:.4f}  grad norm {report.grad_norm:.4f}")
-        overfit(console, config, device, loader.batches(0))
+        overfit(console, config, device, loader.load_batches(0))
     console.print("debug run passed")
 
 

@@ -125,7 +125,7 @@ def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ra
     if objective.is_plain_causal:
         n_windows = max(1, -(-(corpus.n_tokens - 1) // size.stride))
     else:
-        n_windows = corpus.n_windows(size.window, size.stride)
+        n_windows = corpus.count_windows(size.window, size.stride)
     n_windows = min(heldout.limit, n_windows) if heldout.limit else n_windows
     share = -(-n_windows // ranks)
     for first in range(rank * share, (rank + 1) * share, heldout.micro_batch):

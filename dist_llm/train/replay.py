@@ -23,9 +23,9 @@ def replay(engine: Engine, loader: Loader, first_sample: int, step: int, precisi
     other engine owns (engine: native) and a model without dropout. It costs two steps and a copy of the gradients.
     """
     dp_rank, dp_size = engine.dp_rank_and_size
-    own, own_loss = _compute_gradients(engine, loader.batches_of(dp_rank, first_sample), step)
+    own, own_loss = _compute_gradients(engine, loader.load_batches_of_rank(dp_rank, first_sample), step)
     next_rank = (dp_rank + 1) % dp_size
-    repeated, repeated_loss = _compute_gradients(engine, loader.batches_of(next_rank, first_sample), step)
+    repeated, repeated_loss = _compute_gradients(engine, loader.load_batches_of_rank(next_rank, first_sample), step)
     different = [name for name, grad in own.items() if not _is_close(repeated[name], grad, TOLERANCE[precision])]
     counts = engine.all_gather_ints(len(different))
     dp_ranks = engine.all_gather_ints(dp_rank)

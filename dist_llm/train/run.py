@@ -20,15 +20,21 @@ from dist_llm.checkpoint.store import CheckpointStore, checkpoints_of_run, open_
 from dist_llm.config.derive import AXES, shape
 from dist_llm.config.load import dump, refuse
 from dist_llm.config.schema import Config
-from dist_llm.data import history as histories
-from dist_llm.data.history import HISTORY, History
+from dist_llm.data.data_history import (
+    HISTORY_FILE,
+    DataHistory,
+    dump_history,
+    extend_history,
+    parse_history,
+    segment_from_config,
+)
 from dist_llm.data.loader import build_loader
-from dist_llm.data.plan import merged
-from dist_llm.data.streams import Source, open_sources
+from dist_llm.data.plan import merge_ranges
+from dist_llm.data.streams import DataSource, open_sources
 from dist_llm.data.tokenizer_file import same_tokenizer
 from dist_llm.engines.base import Engine
 from dist_llm.engines.build_engine import build_engine
-from dist_llm.errors import CheckpointError, DataError, UserError, user_error_of
+from dist_llm.errors import CheckpointError, DataError, UserError, to_user_error
 from dist_llm.launch.environment import check_accelerate, set_network
 from dist_llm.launch.failures import annotate_failure
 from dist_llm.launch.flight_recorder import start_recording
@@ -110,7 +116,7 @@ def _logging(directory: Path, world: World) -> Iterator[None]:
         log.error("rank %d on %s: %s", world.rank, world.host, error)  # no traceback: the message says how to fix it
         raise
     except OSError as error:
-        if (user_error := user_error_of(error, f"a file in run.dir {directory}")) is None:
+        if (user_error := to_user_error(error, f"a file in run.dir {directory}")) is None:
             log.exception("rank %d on %s failed", world.rank, world.host)
             raise
         log.error("rank %d on %s: %s", world.rank, world.host, user_error)
@@ -126,7 +132,7 @@ def _logging(directory: Path, world: World) -> Iterator[None]:
 def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
     """Log one line for a user error. TensorBoard's writer thread also raises it in the next call."""
     error = failure.exc_value
-    user_error = user_error_of(error) if isinstance(error, OSError) else None
+    user_error = to_user_error(error) if isinstance(error, OSError) else None
     if user_error is None:
         threading.__excepthook__(failure)
     else:
@@ -139,7 +145,7 @@ class RunContext:
 
     config: Config
     world: World
-    sources: Sequence[Source]
+    sources: Sequence[DataSource]
     vocabulary: Vocabulary
     store: CheckpointStore
     engine: Engine
@@ -172,9 +178,9 @@ class RunContext:
         """A trainer that starts from `start`. `guard_state`: anomalies that the checkpoint does not know of."""
         config, corpus = self.config, self.sources[0].corpus.directory
         history = _build_history(config, self.sources, start if isinstance(start, Folder) else None, guard_state)
-        files = {**run_files(config, corpus, start), HISTORY: histories.dump(history)}
+        files = {**run_files(config, corpus, start), HISTORY_FILE: dump_history(history)}
         pin = self.engine.device.type == "cuda"
-        plan = history[-1].plan(self.sources)
+        plan = history[-1].build_plan(self.sources)
         loader = build_loader(config, plan, self.vocabulary, *self.engine.dp_rank_and_size, pin=pin)
         trainer = Trainer(config, self.world, self.engine, loader, self.store, start, files, guard_state, self.watchdog)
         if self.world.main:  # only after the weights were accepted
@@ -192,8 +198,8 @@ class RunContext:
         progress, loader, guard_state = read_progress(checkpoint), trainer.loader, trainer.progress.guard
         num_steps = error.step - progress.step
         num_skipped = self.config.guard.skip_steps if error.skips_samples else 0
-        first = loader.after_steps(progress.samples, max(0, num_steps - num_skipped))
-        end = loader.after_steps(first, min(num_steps, num_skipped))
+        first = loader.advance_steps(progress.samples, max(0, num_steps - num_skipped))
+        end = loader.advance_steps(first, min(num_steps, num_skipped))
         left_out = [(first, end)] if end > first else []
         trainer = self.build_trainer(checkpoint, replace(guard_state, left_out=guard_state.left_out + left_out))
         event = f"{error}; went back from there to step {progress.step}" + (
@@ -220,18 +226,18 @@ def _check_tokenizer(path: Path, tokenizer_sha256: str, corpus: Path) -> None:
 
 
 def _build_history(
-    config: Config, sources: Sequence[Source], checkpoint: Folder | None, guard_state: GuardState | None = None
-) -> History:
+    config: Config, sources: Sequence[DataSource], checkpoint: Folder | None, guard_state: GuardState | None = None
+) -> DataHistory:
     """The data segments of the run so far and of the rest. Raises DataError if it cannot resume with this data."""
-    segment = histories.asked(config, sources)
+    segment = segment_from_config(config, sources)
     if checkpoint is None:
         return (segment,)
-    previous = histories.parse(checkpoint.read(HISTORY), f"{checkpoint}/{HISTORY}")
+    previous = parse_history(checkpoint.read(HISTORY_FILE), f"{checkpoint}/{HISTORY_FILE}")
     progress = read_progress(checkpoint)
     left_out = (guard_state or progress.guard).left_out
-    segment = segment.model_copy(update={"skip": merged((*segment.skip, *left_out))})
+    segment = segment.model_copy(update={"skip": merge_ranges((*segment.skip, *left_out))})
     position = progress.step, progress.samples, progress.tokens
-    return histories.resume(previous, segment, *position, config.data.on_change == "new_segment")
+    return extend_history(previous, segment, *position, config.data.on_change == "new_segment")
 
 
 def run_files(config: Config, corpus: Path, start: Folder | Path | None = None) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dist_llm.data.loader import Loader
-from dist_llm.data.order import Ints, mix
+from dist_llm.data.order import Ints, splitmix64
 from dist_llm.engines.base import Engine
 from dist_llm.errors import DataError
 from dist_llm.objectives.batch import Batch
@@ -39,7 +39,9 @@ class SampleAudit:
             return
         dp_rank, dp_size = self.engine.dp_rank_and_size
         loader = self.loader
-        planned = [loader.plan.numbers(first, loader.global_batch).reshape(dp_size, -1) for first in self.first_samples]
+        planned = [
+            loader.plan.sample_numbers(first, loader.global_batch).reshape(dp_size, -1) for first in self.first_samples
+        ]
         expected = [_to_int64(sum(digest_samples(step[rank]) for step in planned)) for rank in range(dp_size)]
         dp_ranks = self.engine.all_gather_ints(dp_rank)
         digests = self.engine.all_gather_ints(_to_int64(self.digest_sum))
@@ -57,7 +59,7 @@ class SampleAudit:
 
 def digest_samples(samples: Ints) -> int:
     """A number that depends on the set of samples, not on their order; two different sets hardly share it."""
-    return int(mix(samples.astype(np.uint64)).sum(dtype=np.uint64))
+    return int(splitmix64(samples.astype(np.uint64)).sum(dtype=np.uint64))
 
 
 def _to_int64(value: int) -> int:

@@ -12,7 +12,7 @@ from dist_llm.config.load import load_saved
 from dist_llm.config.schema import Config, ParallelConfig
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.shard import Split
-from dist_llm.data.streams import hides_prompts, open_corpora
+from dist_llm.data.streams import masks_prompts, open_corpora
 from dist_llm.data.tokenizer_file import same_tokenizer
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError, DataError
@@ -43,7 +43,7 @@ def score(checkpoint: str, data: str | None, split: Split, windows: Windows, wor
     config, why = _with_seq_len(load_saved(path), windows.seq_len, store.read_progress(Folder(path)).tokens > 0)
     corpora = _open(config, data, split)
     _check_tokenizer(path, config, corpora.values(), world)
-    prompts = hides_prompts(config.data, corpora.values())
+    prompts = masks_prompts(config.data, corpora.values())
     vocabulary = read_vocabulary(config, path if (path / TOKENIZER_FILE).exists() else _first_directory(corpora))
     objective = build_objective(config, vocabulary, prompts)
     score_prompts = config.data.score_prompts
@@ -111,8 +111,8 @@ def _open(config: Config, data: str | None, split: Split) -> dict[str, Corpus]:
             )
         if (config.data.document_mask or config.data.windows == "packed") and not corpus.manifest.has_document_bounds:
             raise DataError(
-                f"{whose}: {corpus.directory} says nowhere where documents begin, and the model was trained not to "
-                "look beyond them; choose a corpus with document bounds"
+                f"{whose}: {corpus.directory}: document boundaries are unknown, but the model was trained with a "
+                "document mask; choose a corpus with document boundaries"
             )
     return corpora
 

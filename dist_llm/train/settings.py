@@ -10,7 +10,7 @@ from dist_llm.config.compare import merge_model
 from dist_llm.config.derive import resolve
 from dist_llm.config.load import FROM, Violation, load_config, refuse
 from dist_llm.config.schema import Config
-from dist_llm.data.mirror import localize
+from dist_llm.data.mirror import localize_corpus
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import DataError, UserError
 from dist_llm.objectives.objective_vocabulary import Vocabulary
@@ -53,7 +53,7 @@ def read_config(path: Path | None, overrides: Sequence[str], world_size: int) ->
         if not source.path:
             continue  # `check` asks for it
         try:
-            manifest = Manifest.load(localize(source.path, config.data.cache))
+            manifest = Manifest.load(localize_corpus(source.path, config.data.cache))
         except DataError as error:
             key = f"data.sources.{number}.path" if source.name else "data.path"
             violations.append(Violation((key,), str(error)))

@@ -22,7 +22,7 @@ from dist_llm.data.repetition import find_repetitions
 from dist_llm.engines.base import Engine
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.errors import DataError
-from dist_llm.generate import Sampling, ask, text
+from dist_llm.generate import Sampling, encode_prompt, generate_text
 from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
@@ -78,7 +78,7 @@ class Trainer:
         self.guard = Guard(config.guard, self.progress.guard, engine, self.directory)
         self.sample_tokens = sample_tokens(config)
         num_samples = (config.run.steps - self.progress.step) * config.data.global_batch
-        end = loader.plan.after(self.progress.samples, num_samples)
+        end = loader.plan.advance(self.progress.samples, num_samples)
         self.repetitions = find_repetitions(loader.plan, self.progress.samples, end)
         self.heldout = self._open_heldout(loader.objective)
         self.audit = SampleAudit(engine, loader, config.data.audit_every)
@@ -147,7 +147,7 @@ class Trainer:
         """One optimizer step on the next global batch."""
         config, progress = self.config, self.progress
         start = time.perf_counter()
-        batches = self.loader.batches(progress.samples)
+        batches = self.loader.load_batches(progress.samples)
         data_seconds = time.perf_counter() - start
         lr = learning_rate(config.optim, config.schedule, progress.step + 1)
         self.audit.add(progress.samples, batches)
@@ -159,7 +159,7 @@ class Trainer:
         report = train_step(self.engine, batches, lr, progress.step, sources, should_apply, regularised)
         progress.step += 1
         progress.heldout_loss = None
-        progress.samples = self.loader.after(progress.samples)
+        progress.samples = self.loader.advance(progress.samples)
         progress.tokens += config.data.global_batch * self.sample_tokens
         while self.repetitions and self.repetitions[0].sample <= progress.samples:
             log.info("%s", self.repetitions.pop(0))
@@ -206,8 +206,8 @@ class Trainer:
         sampling = Sampling(config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.run.seed)
         (model,) = self.engine.model_parts
         model.eval()
-        request = ask(config, tokenizer, config.eval.sample_prompt)
-        chunks = text(model, tokenizer, request, sampling, config.model.max_seq_len, stop=False)
+        request = encode_prompt(config, tokenizer, config.eval.sample_prompt)
+        chunks = generate_text(model, tokenizer, request, sampling, config.model.max_seq_len, stop=False)
         return config.eval.sample_prompt + "".join(chunks)
 
     def save(self) -> None:

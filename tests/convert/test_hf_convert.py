@@ -26,7 +26,7 @@ from dist_llm.convert.hf_config import WRITERS, build_hf_config
 from dist_llm.convert.weights import DictWeights, LazyWeights, SafetensorsWeights
 from dist_llm.convert.write_weights import verify_written, write_atomically, write_native, write_safetensors
 from dist_llm.errors import CheckpointError
-from dist_llm.generate import Sampling, ask, load_model, tokens
+from dist_llm.generate import Sampling, encode_prompt, generate_tokens, load_model
 from dist_llm.models.build_model import build_model
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
@@ -112,8 +112,8 @@ OURS: dict[str, dict[str, Any]] = {
 
 
 def scale_of(name: str, ndim: int) -> float:
-    """Small enough for tokens that a model says more than the last of them again."""
-    return 0.1 if ndim == 1 or "tokens" in name else 0.5
+    """Small enough for generate_tokens that a model says more than the last of them again."""
+    return 0.1 if ndim == 1 or "generate_tokens" in name else 0.5
 
 
 def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
@@ -137,7 +137,7 @@ def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
         + ("norm" in name and name.endswith("weight"))
         for name, p in model.named_parameters()
     }
-    progress = json.dumps({"step": 0, "samples": 0, "tokens": 0}).encode()
+    progress = json.dumps({"step": 0, "samples": 0, "generate_tokens": 0}).encode()
     files = {
         "config.yaml": dump(config).encode(),
         "tokenizer.json": tokenizer.file_bytes(),
@@ -153,7 +153,7 @@ def test_encoder_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "again", "--check") == 0
     first, again = NativeWeights(native), NativeWeights(tmp_path / "again")
     for name in first.shapes:
-        rows = slice(257) if name in ("model.embed.tokens.weight", "model.head.bias") else slice(None)
+        rows = slice(257) if name in ("model.embed.generate_tokens.weight", "model.head.bias") else slice(None)
         assert torch.equal(first.read(name)[rows], again.read(name)[rows]), name
 
 
@@ -183,12 +183,12 @@ def test_transformers_generates_the_same_tokens_from_an_export(
     for prompt in ("def f(x):", "import", "#", "class A: pass"):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         assert ids[0].tolist() == our_tokenizer.encode(prompt).tolist()
-        inputs = ask(config, our_tokenizer, prompt)
+        inputs = encode_prompt(config, our_tokenizer, prompt)
         if two:
-            ids = torch.tensor([inputs.source])
+            ids = torch.tensor([inputs.encoder_ids])
         start = {"decoder_input_ids": torch.tensor([inputs.ids])} if two else {}
         actual = hf.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=[], **start)[0]
-        native_ids = list(tokens(model, inputs, Sampling(20, temperature=0), 64))
+        native_ids = list(generate_tokens(model, inputs, Sampling(20, temperature=0), 64))
         assert actual[-20:].tolist() == native_ids
         assert tokenizer.decode(actual[-20:], skip_special_tokens=False) == our_tokenizer.decode(native_ids) or two
         said.update(native_ids)
@@ -225,7 +225,7 @@ def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Pa
     first, again = NativeWeights(native), NativeWeights(tmp_path / "again")
     for name, shape in again.shapes.items():
         assert first.shapes[name] == shape, "vocabulary padding is back"
-        rows = slice(257) if name in ("model.embed.tokens.weight", "model.head.out.weight") else slice(None)
+        rows = slice(257) if name in ("model.embed.generate_tokens.weight", "model.head.out.weight") else slice(None)
         assert torch.equal(first.read(name).bfloat16().float()[rows], again.read(name)[rows]), name
 
 

@@ -12,7 +12,7 @@ from dist_llm.convert import offload
 from dist_llm.convert.offload import load_offloaded
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError
-from dist_llm.generate import Prompt, Sampling, tokens
+from dist_llm.generate import Prompt, Sampling, generate_tokens
 from tests.laws.law import config_of, saved
 from tests.laws.layouts import MODELS
 
@@ -40,9 +40,9 @@ def test_offloaded_model_generates_the_same_tokens(model: str, num_loaded: int, 
     assert away == len(blocks) - num_loaded
     assert [path.name[:7] for path in (tmp_path / "disk").iterdir()] == ["blocks_"]
     source = [3, 4, 5] if engine.config.model.architecture == "encoder_decoder" else None
-    prompt, sampling = Prompt([1, 2, 3], source=source), Sampling(8, seed=2)
-    want = list(tokens(full.eval(), prompt, sampling, 32))
-    assert list(tokens(actual, prompt, sampling, 32)) == want
+    prompt, sampling = Prompt([1, 2, 3], encoder_ids=source), Sampling(8, seed=2)
+    want = list(generate_tokens(full.eval(), prompt, sampling, 32))
+    assert list(generate_tokens(actual, prompt, sampling, 32)) == want
 
 
 def test_memory_below_embedding_and_head_is_refused(tmp_path: Path) -> None:

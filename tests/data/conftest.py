@@ -1,4 +1,4 @@
-"""Tiny corpora, written straight through the shard format."""
+"""Tiny corpora, written directly with the shard writer."""
 
 import numpy as np
 import pytest
@@ -9,17 +9,17 @@ from dist_llm.data.shard import Manifest, ShardWriter, smallest_dtype
 
 @pytest.fixture
 def make_corpus(tmp_path):
-    """Shards of the given sizes -> (directory, the stream that they make, token by token)."""
-    made = []
+    """Return a function: write documents of these sizes, one per shard -> (directory, all tokens as one stream)."""
+    directories = []
 
     def make(sizes, vocab_size=300, seed=0):
-        directory = tmp_path / f"corpus{len(made)}"
+        directory = tmp_path / f"corpus{len(directories)}"
         directory.mkdir()
-        made.append(directory)
+        directories.append(directory)
         rng = np.random.default_rng(seed)
         documents = [rng.integers(0, vocab_size, size) for size in sizes]
         dtype = smallest_dtype(vocab_size)
-        writer = ShardWriter(directory, "train", dtype, max_tokens=1)  # so each document fills a shard
+        writer = ShardWriter(directory, "train", dtype, max_tokens=1)  # one document per shard
         for document in documents:
             writer.add(document, text_bytes=3 * len(document))
         Manifest(dtype, vocab_size, "none", ("random",), {"train": writer.close(), "heldout": ()}).save(directory)
@@ -30,7 +30,7 @@ def make_corpus(tmp_path):
 
 @pytest.fixture
 def counting(tmp_path):
-    """A corpus whose token at position i is i: what was read shows from where. [n_tokens] -> Corpus."""
+    """Return a function that makes a corpus of `n_tokens` tokens whose token at position i is i."""
 
     def make(n_tokens, split="train"):
         writer = ShardWriter(tmp_path, split, "uint32", max_tokens=7)

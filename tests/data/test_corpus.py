@@ -1,4 +1,4 @@
-"""Shards read as one stream; a damaged one is named, with the byte where it shows."""
+"""Read shards as one stream; name the damaged shard and byte."""
 
 import errno
 import json
@@ -21,33 +21,33 @@ SHARDS = ([3 * S], [2 * S, S], [2 * S - 1, 2 * S + 1], [S, 1, 1, 2 * S], [4 * S 
 
 @pytest.mark.parametrize("sizes", SHARDS, ids=str)
 @pytest.mark.parametrize("vocab_size", [300, 1 << 16, (1 << 16) + 1])
-def test_any_window_is_read_from_any_shards(sizes, vocab_size, make_corpus):
+def test_read_returns_any_window_across_shards(sizes, vocab_size, make_corpus):
     directory, stream = make_corpus(sizes, vocab_size=vocab_size)
     corpus = Corpus(directory)
     assert corpus.n_tokens == len(stream)
     for length in (1, S, S + 1, len(stream)):
         starts = np.arange(len(stream) - length + 1)
-        want = np.lib.stride_tricks.sliding_window_view(stream, length)
-        assert np.array_equal(corpus.read(starts, length), want)
-        assert np.array_equal(Corpus(directory).read(starts[::-1], length), want[::-1])
+        expected = np.lib.stride_tricks.sliding_window_view(stream, length)
+        assert np.array_equal(corpus.read(starts, length), expected)
+        assert np.array_equal(Corpus(directory).read(starts[::-1], length), expected[::-1])
 
 
 @pytest.mark.parametrize(
     ("tokens", "windows"), [(0, -1), (1, 0), (S, 0), (S + 1, 1), (2 * S, 1), (2 * S + 1, 2), (3 * S, 2)]
 )
-def test_each_window_has_its_next_token(tokens, windows, counting):
+def test_count_windows_leaves_room_for_the_next_token(tokens, windows, counting):
     corpus = counting(tokens)
-    assert corpus.n_windows(S + 1, S) == max(windows, 0)
+    assert corpus.count_windows(S + 1, S) == max(windows, 0)
     if windows > 0:
         rows = corpus.read(np.arange(windows) * S, S + 1)
         assert np.array_equal(rows[:, 1:].ravel(), np.arange(1, windows * S + 1)), "each token is a target once"
 
 
-def test_the_smallest_type_that_holds_all_ids():
+def test_smallest_dtype_holds_all_ids():
     assert [smallest_dtype(n) for n in (1, 2**16, 2**16 + 1)] == ["uint16", "uint16", "uint32"]
 
 
-def test_the_writer_starts_a_shard_rather_than_cut_a_document(tmp_path):
+def test_writer_does_not_split_a_document_across_shards(tmp_path):
     writer = ShardWriter(tmp_path, "train", "uint16", max_tokens=10)
     documents = [np.full(n, n) for n in (4, 6, 1, 12, 3)]
     for document in documents:
@@ -74,7 +74,7 @@ def write_and_close(directory, files, error=None):
         writer.close()
 
 
-def test_an_error_leaves_no_file_open(tmp_path):
+def test_writer_closes_its_files_after_an_error(tmp_path):
     files = []
     with pytest.raises(ZeroDivisionError):
         write_and_close(tmp_path, files, ZeroDivisionError())
@@ -82,7 +82,7 @@ def test_an_error_leaves_no_file_open(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_leaves_no_file_open(tmp_path):
+def test_writer_closes_its_files_if_the_disk_is_full(tmp_path):
     (tmp_path / "train-00000.offsets").symlink_to("/dev/full")
     files = []
     with pytest.raises(OSError, match="No space left"):
@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_no_file_open(tmp_path):
     assert [file.closed for file in files] == [True, True]
 
 
-def test_a_manifest_reads_back(tmp_path):
+def test_manifest_round_trip(tmp_path):
     shard = Shard("train-00000.bin", 10, 2, 33, "ab")
     manifest = Manifest("uint32", 70_000, "cd", ("x", "y"), {"train": (shard, shard), "heldout": ()}, bad_rows=3)
     manifest.save(tmp_path)
@@ -101,12 +101,12 @@ def test_a_manifest_reads_back(tmp_path):
 
 @pytest.fixture
 def damaged(make_corpus):
-    """A corpus of three shards, to be damaged; its second shard and a reader of everything."""
+    """A corpus of three shards to damage: its directory, its second shard and a function that reads all tokens."""
     directory, stream = make_corpus([20, 30, 20])
     return directory, directory / "train-00001.bin", lambda: Corpus(directory).read(np.array([0]), len(stream))
 
 
-def test_an_id_beyond_the_vocabulary_is_found_with_its_byte(damaged):
+def test_read_rejects_an_id_outside_the_vocabulary_with_its_byte(damaged):
     directory, shard, read = damaged
     ids = np.fromfile(shard, "<u2")
     ids[7] = 300
@@ -118,62 +118,62 @@ def test_an_id_beyond_the_vocabulary_is_found_with_its_byte(damaged):
     Corpus(directory).read(np.array([28]), 42)
 
 
-def test_sizes_are_checked_at_start(damaged):
+def test_check_shard_sizes_rejects_a_wrong_size(damaged):
     directory, shard, read = damaged
-    Corpus(directory).check_sizes()
+    Corpus(directory).check_shard_sizes()
     with shard.open("ab") as file:
         file.write(b"\0\0")
-    for look in (read, Corpus(directory).check_sizes):
+    for check in (read, Corpus(directory).check_shard_sizes):
         with pytest.raises(DataError, match=rf"{shard}: too long at byte 60: 62 bytes, but the manifest promises 60"):
-            look()
+            check()
     os.truncate(shard, 59)
-    for look in (read, Corpus(directory).check_sizes):
+    for check in (read, Corpus(directory).check_shard_sizes):
         with pytest.raises(DataError, match=rf"{shard}: truncated at byte 59: 59 bytes, .*\(30 tokens of uint16\)"):
-            look()
+            check()
     shard.unlink()
-    for look in (read, Corpus(directory).check_sizes):
+    for check in (read, Corpus(directory).check_shard_sizes):
         with pytest.raises(DataError, match=rf"{shard}: cannot be read: No such file"):
-            look()
+            check()
 
 
-def test_a_shard_that_cannot_be_read_is_found_at_start(damaged, monkeypatch):
+def test_check_shard_sizes_rejects_an_unreadable_shard(damaged, monkeypatch):
     directory, shard, read = damaged
     with monkeypatch.context() as rights:
         rights.setattr(os, "access", lambda path, mode: path != shard)
-        for look in (read, Corpus(directory).check_sizes):
-            with pytest.raises(DataError, match=rf"{shard}: cannot be read: Permission denied. Give this user"):
-                look()
+        for check in (read, Corpus(directory).check_shard_sizes):
+            with pytest.raises(DataError, match=rf"{shard}: cannot be read: Permission denied. Give this user read"):
+                check()
     with monkeypatch.context() as limit:
-        limit.setattr(mmap, "mmap", raising(OSError(errno.EMFILE, "Too many open files")))
+        limit.setattr(mmap, "mmap", make_raiser(OSError(errno.EMFILE, "Too many open files")))
         with pytest.raises(DataError, match=r"bin: cannot be read: Too many open files. Raise the limit"):
             read()
     shard.unlink()
     shard.mkdir()
-    for look in (read, Corpus(directory).check_sizes, lambda: Corpus(directory, verify="hash")):
+    for check in (read, Corpus(directory).check_shard_sizes, lambda: Corpus(directory, verify="hash")):
         with pytest.raises(DataError, match=rf"{shard}: cannot be read: Is a directory. Prepare the corpus again"):
-            look()
+            check()
 
 
-def raising(error):
-    def fail(*given, **named):
+def make_raiser(error):
+    def fail(*args, **kwargs):
         raise error
 
     return fail
 
 
-def test_hashes_are_checked_on_demand(damaged):
+def test_verify_hash_rejects_a_changed_shard(damaged):
     directory, shard, read = damaged
     Corpus(directory, verify="hash")
     ids = np.fromfile(shard, "<u2")
     ids[3] ^= 1
     ids.tofile(shard)
     read()
-    Corpus(directory, verify="size").check_sizes()
+    Corpus(directory, verify="size").check_shard_sizes()
     with pytest.raises(DataError, match=rf"{shard}: .*sha256 .*the manifest promises"):
         Corpus(directory, verify="hash")
 
 
-def test_what_is_no_corpus_is_refused_with_the_command_that_makes_one(tmp_path):
+def test_a_directory_without_manifest_is_rejected_with_the_prepare_command(tmp_path):
     with pytest.raises(DataError, match=rf"{tmp_path}: not a prepared corpus .*dist-llm prepare .*--out {tmp_path}"):
         Corpus(tmp_path)
     (tmp_path / MANIFEST).write_text("{")
@@ -203,7 +203,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("damage", MALFORMED)
-def test_a_malformed_manifest_is_refused(damage, make_corpus):
+def test_a_malformed_manifest_is_rejected(damage, make_corpus):
     directory, _ = make_corpus([20])
     path = directory / MANIFEST
     path.write_text(json.dumps(MALFORMED[damage](json.loads(path.read_text()))))
@@ -211,7 +211,7 @@ def test_a_malformed_manifest_is_refused(damage, make_corpus):
         Manifest.load(directory)
 
 
-def test_a_huge_corpus_opens_at_once_and_takes_no_memory(tmp_path):
+def test_time_and_memory_do_not_depend_on_the_corpus_size(tmp_path):
     """A sparse 10-GB shard: time and memory of start-up and of a batch do not depend on its size."""
     size = 10 * 2**30
     with (tmp_path / "train-00000.bin").open("wb") as file:
@@ -221,7 +221,7 @@ def test_a_huge_corpus_opens_at_once_and_takes_no_memory(tmp_path):
     code = """if True:
         import resource, sys, time
         from pathlib import Path
-        from dist_llm.data.history import fresh_plan
+        from dist_llm.data.data_history import build_fresh_plan
         from dist_llm.data.loader import build_loader
         from dist_llm.objectives.objective_vocabulary import Vocabulary
         from tests.laws.law import config_of
@@ -229,14 +229,14 @@ def test_a_huge_corpus_opens_at_once_and_takes_no_memory(tmp_path):
         for name in ("shuffle", "random"):
             keys = dict(path=sys.argv[1], seq_len=1024, global_batch=8, micro_batch=8, order=name)
             config = config_of(1, {}, data=keys)
-            loader = build_loader(config, fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
-            assert loader.batches(10**12)[0].num_valid_tokens == 8 * 1024
+            loader = build_loader(config, build_fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
+            assert loader.load_batches(10**12)[0].num_valid_tokens == 8 * 1024
             loader.close()
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         print(time.perf_counter() - begin, grown)
     """
-    ran = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, ran.stderr
-    seconds, grown_kb = map(float, ran.stdout.split())
+    completed = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+    assert completed.returncode == 0, completed.stderr
+    seconds, grown_kb = map(float, completed.stdout.split())
     assert seconds < 2
     assert grown_kb < 50_000

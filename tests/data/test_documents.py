@@ -1,4 +1,4 @@
-"""The document offsets decide who sees whom: with trailing, leading or no separators, in every window kind."""
+"""Document masks follow the document offsets: with trailing, leading or no separators, in all window kinds."""
 
 import importlib.util
 import io
@@ -13,7 +13,7 @@ import torch
 from dist_llm.config.derive import resolve
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.history import fresh_plan
+from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.data.streams import open_sources
@@ -33,20 +33,20 @@ REPOSITORY = Path(__file__).parents[2]
 PLACEMENTS = ("trailing", "leading", "none")
 
 
-def documents_with(separators):
-    """Ids of documents, no two tokens alike but the separators: a token says whose it is."""
+def make_documents(separators):
+    """Return the ids of documents. All tokens differ except separators, so a token identifies its document."""
     starts = np.cumsum((0, *SIZES))
-    found = [np.arange(first, first + size) for first, size in zip(starts, SIZES, strict=False)]
+    documents = [np.arange(first, first + size) for first, size in zip(starts, SIZES, strict=False)]
     if separators != "none":
-        at = {"trailing": -1, "leading": 0}[separators]
-        for document in found:
-            document[at] = EOT
-    return found
+        position = {"trailing": -1, "leading": 0}[separators]
+        for document in documents:
+            document[position] = EOT
+    return documents
 
 
 def write_corpus(kind, separators, directory):
-    """The documents as a corpus of this kind, the first six in one file and the rest in another."""
-    documents = documents_with(separators)
+    """Write the documents as a corpus of this kind: the first six in one file and the rest in another."""
+    documents = make_documents(separators)
     if kind == "prepared":
         writer = ShardWriter(directory, "train", "uint16", 56)
         for document in documents:
@@ -54,8 +54,8 @@ def write_corpus(kind, separators, directory):
         Manifest("uint16", 257, "none", ("x",), {"train": writer.close(), "heldout": ()}).save(directory)
         return Corpus(directory)
     files = []
-    for number, part in enumerate((documents[:6], documents[6:])):
-        ids = np.concatenate(part).astype(np.uint16)
+    for number, file_documents in enumerate((documents[:6], documents[6:])):
+        ids = np.concatenate(file_documents).astype(np.uint16)
         path = directory / f"{number}.{'npy' if kind == 'npy' else 'bin'}"
         if kind == "npy":
             np.save(path, ids)
@@ -63,7 +63,9 @@ def write_corpus(kind, separators, directory):
             header = np.array([20240520, 1, len(ids), *[0] * 253], "<i4").tobytes() if kind == "llmc" else b""
             path.write_bytes(header + ids.tobytes())
         if kind == "megatron":
-            path.with_suffix(".idx").write_bytes(index([len(each) for each in part], range(len(part) + 1)))
+            path.with_suffix(".idx").write_bytes(
+                index([len(document) for document in file_documents], range(len(file_documents) + 1))
+            )
         files.append(str(path))
     position = {"trailing": "end", "leading": "start", "none": None}[separators] if kind != "megatron" else None
     options = AdoptOptions(
@@ -73,7 +75,7 @@ def write_corpus(kind, separators, directory):
     return Corpus(directory / "out")
 
 
-def config_of(corpus, batch=1, **data):
+def make_config(corpus, batch=1, **data):
     raw = {
         "run": {"dir": "x", "steps": 1},
         "model": {"d_model": 16, "n_layers": 2, "n_heads": 2},
@@ -82,21 +84,24 @@ def config_of(corpus, batch=1, **data):
     return resolve(Config.model_validate(raw), 1, 257)
 
 
-def one_epoch(corpus, **data):
-    """All windows, as one batch."""
-    plan = fresh_plan(config_of(corpus, **data))
+def load_epoch(corpus, **data):
+    """Return all windows of an epoch as one batch."""
+    plan = build_fresh_plan(make_config(corpus, **data))
     stream = plan.streams[0]
-    config = config_of(corpus, stream.pieces.count if stream.pieces else stream.order.n_windows, **data)
-    (batch,) = build_loader(config, plan, Vocabulary(257, EOT), 0, 1, pin=False).batches(0)
+    config = make_config(
+        corpus, stream.packed_windows.count if stream.packed_windows else stream.order.n_windows, **data
+    )
+    (batch,) = build_loader(config, plan, Vocabulary(257, EOT), 0, 1, pin=False).load_batches(0)
     return batch
 
 
-def true_owners(batch, separators):
-    """The document of each input of a batch, from the tokens alone; a separator is of the token beside it."""
-    owners = np.repeat(np.arange(len(SIZES)), SIZES)
+def find_true_documents(batch, separators):
+    """Return the document of each input token, computed from tokens alone; a separator belongs to the token beside
+    it."""
+    true_documents = np.repeat(np.arange(len(SIZES)), SIZES)
     rows = []
     for tokens in batch.inputs_BS.tolist():
-        row = [None if token == EOT else int(owners[token]) for token in tokens]
+        row = [None if token == EOT else int(true_documents[token]) for token in tokens]
         order = range(len(row)) if separators == "trailing" else reversed(range(len(row)))
         last = None
         for column in order:
@@ -106,28 +111,28 @@ def true_owners(batch, separators):
     return rows
 
 
-CASES = [("prepared", each) for each in PLACEMENTS] + [("megatron", each) for each in PLACEMENTS]
-CASES += [(kind, each) for kind in ("bin", "npy", "llmc") for each in PLACEMENTS[:2]]
+CASES = [("prepared", placement) for placement in PLACEMENTS] + [("megatron", placement) for placement in PLACEMENTS]
+CASES += [(kind, placement) for kind in ("bin", "npy", "llmc") for placement in PLACEMENTS[:2]]
 
 
 @pytest.mark.parametrize("windows", ["stream", "document", "packed"])
 @pytest.mark.parametrize(("kind", "separators"), CASES)
-def test_every_window_kind_splits_where_the_documents_begin(kind, separators, windows, tmp_path):
-    batch = one_epoch(write_corpus(kind, separators, tmp_path), windows=windows, document_mask=True)
+def test_document_mask_follows_the_offsets_in_all_window_kinds(kind, separators, windows, tmp_path):
+    batch = load_epoch(write_corpus(kind, separators, tmp_path), windows=windows, document_mask=True)
     boundaries = 0
-    columns = true_owners(batch, separators), batch.mask.documents_BT.tolist(), batch.targets_BS.tolist()
-    for owners, numbers, targets in zip(*columns, strict=True):
+    columns = find_true_documents(batch, separators), batch.mask.documents_BT.tolist(), batch.targets_BS.tolist()
+    for true_documents, numbers, targets in zip(*columns, strict=True):
         real = [windows == "stream" or target != IGNORE for target in targets]  # without padding
-        known = [place for place, owner in enumerate(owners) if owner is not None and real[place]]
+        known = [column for column, owner in enumerate(true_documents) if owner is not None and real[column]]
         for a in known:
             for b in known:
-                assert (owners[a] == owners[b]) == (numbers[a] == numbers[b]), (owners, numbers)
-        boundaries += len({owners[place] for place in known}) > 1
+                assert (true_documents[a] == true_documents[b]) == (numbers[a] == numbers[b]), (true_documents, numbers)
+        boundaries += len({true_documents[column] for column in known}) > 1
     assert (boundaries > 0) == (windows != "document")
 
 
-def noisy_model(config):
-    """In fp64, with weights large enough that a token that is seen changes the logits."""
+def build_noisy_model(config):
+    """Build an fp64 model with weights so large that each attended token changes the logits."""
     model = build_model(config.model).double()
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
@@ -137,14 +142,15 @@ def noisy_model(config):
 
 @pytest.mark.parametrize("windows", ["stream", "packed"])
 @pytest.mark.parametrize("separators", PLACEMENTS)
-def test_documents_that_share_a_row_are_as_documents_alone(separators, windows, tmp_path):
-    """The law of the document mask: equal logits, and across a boundary a gradient of exactly 0."""
+def test_documents_of_a_row_do_not_affect_each_other(separators, windows, tmp_path):
+    """The law of the document mask: logits equal those of the document alone, and gradients across documents are
+    exactly 0."""
     corpus = write_corpus("megatron", separators, tmp_path)
-    batch = one_epoch(corpus, windows=windows, document_mask=True)
-    owners = np.repeat(np.arange(len(SIZES)), SIZES)
-    model = noisy_model(config_of(corpus))
+    batch = load_epoch(corpus, windows=windows, document_mask=True)
+    true_documents = np.repeat(np.arange(len(SIZES)), SIZES)
+    model = build_noisy_model(make_config(corpus))
     embedded = []
-    model.embed.register_forward_hook(lambda module, given, out: embedded.append(out) or out.retain_grad())
+    model.embed.register_forward_hook(lambda module, inputs, out: embedded.append(out) or out.retain_grad())
     logits_BSV = model(batch.inputs_BS.long(), None, batch.mask, positions_BS=batch.positions_BS)
     (x_BSD,) = embedded
     checked = 0
@@ -152,7 +158,7 @@ def test_documents_that_share_a_row_are_as_documents_alone(separators, windows, 
         for number in numbers_S.unique().tolist():
             inside = numbers_S == number
             tokens_S = batch.inputs_BS[row][inside]
-            whose = {int(owners[token]) for token in tokens_S.tolist() if token != EOT}
+            whose = {int(true_documents[token]) for token in tokens_S.tolist() if token != EOT}
             assert len(whose) <= 1, "one document"
             alone_SV = model(tokens_S.long()[None])[0]
             torch.testing.assert_close(logits_BSV[row][inside], alone_SV, rtol=0, atol=1e-12)
@@ -164,37 +170,37 @@ def test_documents_that_share_a_row_are_as_documents_alone(separators, windows, 
     assert checked > 5, "rows with several documents"
 
 
-def test_an_evaluation_masks_as_training_does(tmp_path):
+def test_evaluation_uses_the_document_mask(tmp_path):
     corpus = write_corpus("megatron", "none", tmp_path)
-    objective = build_objective(config_of(corpus, document_mask=True), Vocabulary(257, EOT))
+    objective = build_objective(make_config(corpus, document_mask=True), Vocabulary(257, EOT))
     batches = list(heldout_batches(Heldout({"": corpus}, objective, 2), corpus, 0, 0, 1))
-    owners = np.repeat(np.arange(len(SIZES)), SIZES)
+    true_documents = np.repeat(np.arange(len(SIZES)), SIZES)
     for batch in batches:
         for tokens, numbers in zip(batch.inputs_BS.tolist(), batch.mask.documents_BT.tolist(), strict=True):
-            assert numbers == [int(owners[token] - owners[tokens[0]]) for token in tokens]
+            assert numbers == [int(true_documents[token] - true_documents[tokens[0]]) for token in tokens]
     assert len(batches) > 1
 
 
 @pytest.mark.parametrize("kind", ["bin", "npy", "llmc"])
-def test_unknown_documents_are_refused_where_they_would_matter(kind, tmp_path):
+def test_unknown_document_boundaries_are_rejected_if_needed(kind, tmp_path):
     corpus = write_corpus(kind, "none", tmp_path)
     assert corpus.manifest.document_bounds is False
-    assert open_sources(config_of(corpus)), "one stream needs no documents"
+    assert open_sources(make_config(corpus)), "one stream needs no documents"
     for data in ({"document_mask": True}, {"windows": "document"}, {"windows": "packed"}):
-        with pytest.raises(DataError, match=r"says nowhere where documents begin.*document_mask to false.*tokenize"):
-            open_sources(config_of(corpus, **data))
-    objective = build_objective(config_of(corpus, document_mask=True), Vocabulary(257, EOT))
-    with pytest.raises(DataError, match="says nowhere"):
+        with pytest.raises(DataError, match=r"document boundaries are unknown.*document_mask to false.*tokenize"):
+            open_sources(make_config(corpus, **data))
+    objective = build_objective(make_config(corpus, document_mask=True), Vocabulary(257, EOT))
+    with pytest.raises(DataError, match="document boundaries are unknown"):
         Heldout({"": corpus}, objective, 2).check()
 
 
-def test_a_manifest_of_an_older_version_is_judged_by_its_documents(tmp_path):
+def test_older_manifests_have_bounds_if_a_file_has_several_documents(tmp_path):
     corpus = write_corpus("bin", "none", tmp_path)
     path = corpus.directory / "manifest.json"
     fields = json.loads(path.read_text())
     del fields["document_bounds"]
     path.write_text(json.dumps(fields))
-    with pytest.raises(DataError, match="says nowhere"):
+    with pytest.raises(DataError, match="document boundaries are unknown"):
         Corpus(corpus.directory).check_document_bounds()
     path.write_text(json.dumps(fields | {"source": ["adopted from megatron files"]}))
     Corpus(corpus.directory).check_document_bounds()
@@ -208,7 +214,7 @@ def test_a_manifest_of_an_older_version_is_judged_by_its_documents(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "separators"), [case for case in CASES if case[0] != "prepared"])
-def test_verify_accepts_separators_on_either_side_and_none(kind, separators, tmp_path):
+def test_verify_accepts_leading_trailing_and_no_separators(kind, separators, tmp_path):
     spec = importlib.util.spec_from_file_location("inspect_data", REPOSITORY / "tools/inspect_data.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)

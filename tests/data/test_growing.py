@@ -1,4 +1,4 @@
-"""A shard writer that is cut off goes on to the same bytes, and refuses files that are no longer as they were."""
+"""An interrupted shard writer resumes to the same bytes, and rejects files that have changed."""
 
 import random
 
@@ -11,16 +11,16 @@ from dist_llm.errors import DataError
 
 
 def write_randomly(directory, documents, cuts, seed=0):
-    """All documents in batches of random size; a new writer, which restores the last sync, at each cut."""
+    """Write all documents in batches of random size; at each cut, a new writer restores the last sync."""
     rng = random.Random(seed)
     writer, states, done = ShardWriter(directory, "train", "uint16", max_tokens=20), {}, 0
     while done < len(documents):
         batch = documents[done : done + rng.randint(1, 9)]
-        writer.extend(np.concatenate(batch), np.cumsum([len(each) for each in batch]), np.full(len(batch), 3))
+        writer.extend(np.concatenate(batch), np.cumsum([len(document) for document in batch]), np.full(len(batch), 3))
         if rng.random() < cuts:
             states |= {state.shard.file: state for state in writer.sync()}
             if rng.random() < 0.5:
-                writer.add(np.full(7, 9), 1)  # written, but never noted
+                writer.add(np.full(7, 9), 1)  # written, but not synced
             writer.__exit__()
             writer = ShardWriter(directory, "train", "uint16", max_tokens=20)
             writer.restore(list(states.values()))
@@ -29,7 +29,7 @@ def write_randomly(directory, documents, cuts, seed=0):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_batches_and_cuts_change_nothing(seed, tmp_path):
+def test_resumed_writer_writes_the_same_bytes(seed, tmp_path):
     rng = np.random.default_rng(seed)
     documents = [rng.integers(0, 1000, size).astype(np.uint16) for size in rng.integers(1, 30, 200)]
     one_by_one, cut = tmp_path / "one", tmp_path / "cut"
@@ -38,15 +38,15 @@ def test_batches_and_cuts_change_nothing(seed, tmp_path):
     writer = ShardWriter(one_by_one, "train", "uint16", max_tokens=20)
     for document in documents:
         writer.add(document, 3)
-    want = writer.close()
-    assert write_randomly(cut, documents, 0.3, seed) == want
-    for shard in want:
+    expected = writer.close()
+    assert write_randomly(cut, documents, 0.3, seed) == expected
+    for shard in expected:
         for name in (shard.file, shard.file.replace(".bin", ".offsets")):
             assert (cut / name).read_bytes() == (one_by_one / name).read_bytes()
-    assert all(shard.tokens <= 20 or shard.documents == 1 for shard in want)
+    assert all(shard.tokens <= 20 or shard.documents == 1 for shard in expected)
 
 
-def test_a_file_goes_on_after_its_state_and_what_followed_is_dropped(tmp_path):
+def test_reopen_drops_the_bytes_after_the_state(tmp_path):
     file = GrowingFile(tmp_path / "f")
     file.write(b"kept")
     state = file.sync()
@@ -60,7 +60,7 @@ def test_a_file_goes_on_after_its_state_and_what_followed_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"kepT and more", b"kep", None])
-def test_a_file_that_changed_is_refused(content, tmp_path):
+def test_reopen_rejects_a_changed_file(content, tmp_path):
     file = GrowingFile(tmp_path / "f")
     file.write(b"kept")
     state = file.close()

@@ -1,4 +1,4 @@
-"""Evaluation scores each held-out target once, on any number of ranks that run equally often."""
+"""Evaluation scores each held-out target once, with equally many batches on each rank."""
 
 import math
 
@@ -22,22 +22,24 @@ PLAIN = Objective(
     0,
     0,
 )
-# No window, one short, one whole, a short tail of 1 and of SEQ - 1, more ranks than windows.
+# No window, one short, one full, a tail of 1 and of SEQ - 1, more ranks than windows.
 TOKENS = (2, 5, SEQ + 1, 3 * SEQ + 1, 3 * SEQ + 2, 4 * SEQ, 7 * SEQ + 3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("n_tokens", TOKENS)
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_each_target_is_scored_once_and_ranks_run_in_step(n_tokens, micro_batch, ranks, counting):
+def test_each_target_is_scored_once_with_equal_batches_per_rank(n_tokens, micro_batch, ranks, counting):
     corpus = counting(n_tokens, "heldout")
-    shares = [
+    batches_by_rank = [
         list(heldout_batches(Heldout({"": corpus}, PLAIN, micro_batch), corpus, 0, rank, ranks))
         for rank in range(ranks)
     ]
-    assert len({tuple(len(batch.inputs_BS) for batch in share) for share in shares}) == 1, "same batches, same rows"
+    assert len({tuple(len(batch.inputs_BS) for batch in batches) for batches in batches_by_rank}) == 1, (
+        "same batches, same rows"
+    )
     scored = []
-    for batch in (batch for share in shares for batch in share):
+    for batch in (batch for batches in batches_by_rank for batch in batches):
         assert batch.inputs_BS.shape == batch.targets_BS.shape
         assert batch.inputs_BS.shape[1] == SEQ
         assert len(batch.inputs_BS) <= micro_batch
@@ -51,12 +53,12 @@ def test_each_target_is_scored_once_and_ranks_run_in_step(n_tokens, micro_batch,
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_each_window_of_another_objective_is_scored_once(micro_batch, ranks, counting):
-    """Also those of a last batch that is not full."""
+def test_each_window_of_a_masked_objective_is_scored_once(micro_batch, ranks, counting):
+    """Including the windows of a partial last batch."""
     windows = 7
     corpus = counting(windows * SEQ, "heldout")
-    members = ((ObjectiveSpec(name="masked", mask_rate=0.9), Lengths(SEQ, SEQ, SEQ + 1)),)
-    masked = Objective(members, Vocabulary(99, 98), BatchLayout(False, True, False, False), SEQ + 1, 0, 0)
+    components = ((ObjectiveSpec(name="masked", mask_rate=0.9), Lengths(SEQ, SEQ, SEQ + 1)),)
+    masked = Objective(components, Vocabulary(99, 98), BatchLayout(False, True, False, False), SEQ + 1, 0, 0)
     scored = []
     for rank in range(ranks):
         for batch in heldout_batches(Heldout({"": corpus}, masked, micro_batch), corpus, 0, rank, ranks):
@@ -67,7 +69,7 @@ def test_each_window_of_another_objective_is_scored_once(micro_batch, ranks, cou
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("limit", [1, 2, 3, 99])
-def test_a_limit_takes_the_first_windows(limit, ranks, counting):
+def test_limit_scores_the_first_windows(limit, ranks, counting):
     corpus = counting(4 * SEQ + 1, "heldout")
     heldout = Heldout({"": corpus}, PLAIN, 2, limit)
     batches = [b for rank in range(ranks) for b in heldout_batches(heldout, corpus, 0, rank, ranks)]
@@ -75,10 +77,10 @@ def test_a_limit_takes_the_first_windows(limit, ranks, counting):
     assert scored == list(range(1, min(limit, 4) * SEQ + 1))
 
 
-class Alone:
-    """An engine that charges each scored target its own id, in nats."""
+class CountingEngine:
+    """An engine whose loss of a target is its id."""
 
-    data_rank = (0, 1)
+    dp_rank_and_size = (0, 1)
 
     def all_reduce_over_data(self, value):
         return torch.as_tensor(value)
@@ -91,9 +93,9 @@ class Alone:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_the_numbers_are_per_token_and_per_byte_of_text(micro_batch, counting):
+def test_results_are_per_token_and_per_byte(micro_batch, counting):
     corpus = counting(11, "heldout")  # three documents of 5 "bytes" each: 15 bytes of text
-    result = evaluate(Alone(), Heldout({"": corpus}, PLAIN, micro_batch))
+    result = evaluate(CountingEngine(), Heldout({"": corpus}, PLAIN, micro_batch))
     assert (result.tokens, result.loss) == (10, sum(range(1, 11)) / 10)
     assert result.bits_per_byte == pytest.approx(5.5 / math.log(2) / (15 / 11))
     assert result.perplexity == pytest.approx(math.exp(5.5))

@@ -1,4 +1,4 @@
-"""Sample n is a pure function of (seed, n): a bijection per epoch, or uniform draws."""
+"""The window of sample n is a pure function of (seed, n): a bijection per epoch, or uniform draws."""
 
 import numpy as np
 import pytest
@@ -6,61 +6,61 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_llm.config.schema import RunConfig
-from dist_llm.data.order import Random, Shuffle, mix, permute
+from dist_llm.data.order import Random, Shuffle, permute, splitmix64
 
 KEYS = np.array([0, 1, 2**63, 2**64 - 1], dtype=np.uint64)
 
 
-def everything(size):
+def all_below(size):
     return np.arange(size, dtype=np.uint64)
 
 
 @pytest.mark.parametrize("key", KEYS.tolist())
 def test_permute_is_a_bijection_of_every_small_size(key):
     for size in range(1, 301):
-        out = permute(everything(size), size, np.uint64(key))
-        assert np.array_equal(np.sort(out), everything(size)), size
+        out = permute(all_below(size), size, np.uint64(key))
+        assert np.array_equal(np.sort(out), all_below(size)), size
 
 
 @pytest.mark.parametrize("size", [2**16 - 1, 2**16, 2**16 + 1, 99_991])
 def test_permute_is_a_bijection_of_large_sizes(size):
-    assert len(np.unique(permute(everything(size), size, np.uint64(7)))) == size
+    assert len(np.unique(permute(all_below(size), size, np.uint64(7)))) == size
 
 
 def test_permute_stays_inside_sizes_too_large_to_list():
     for size in (2**33 + 1, 2**40, 10**13):
-        some = np.linspace(0, size - 1, 500).astype(np.uint64)
-        out = permute(some, size, np.uint64(3))
+        sampled = np.linspace(0, size - 1, 500).astype(np.uint64)
+        out = permute(sampled, size, np.uint64(3))
         assert out.max() < size
-        assert len(np.unique(out)) == len(np.unique(some))
+        assert len(np.unique(out)) == len(np.unique(sampled))
         assert out.max() > size // 2, "not only the low numbers"
 
 
-def test_a_key_per_element_is_the_same_as_one_call_per_key():
+def test_permute_accepts_one_key_per_element():
     size = 101
-    index = np.tile(everything(size), len(KEYS))
+    index = np.tile(all_below(size), len(KEYS))
     together = permute(index, size, np.repeat(KEYS, size))
-    apart = np.concatenate([permute(everything(size), size, key) for key in KEYS])
+    apart = np.concatenate([permute(all_below(size), size, key) for key in KEYS])
     assert np.array_equal(together, apart)
-    assert np.array_equal(index, np.tile(everything(size), len(KEYS))), "the argument is left as it was"
+    assert np.array_equal(index, np.tile(all_below(size), len(KEYS))), "the argument is left as it was"
 
 
-def test_keys_make_different_permutations_that_hardly_keep_neighbours():
+def test_keys_give_unrelated_permutations():
     size = 1000
-    perms = [permute(everything(size), size, key) for key in KEYS]
+    perms = [permute(all_below(size), size, key) for key in KEYS]
     for i, one in enumerate(perms):
         # A random permutation has 1 fixed point and 2 neighbours in place on average.
-        assert (one == everything(size)).sum() < 10
+        assert (one == all_below(size)).sum() < 10
         assert (np.abs(np.diff(one.astype(np.int64))) == 1).sum() < 15
         for other in perms[:i]:
             assert (one == other).sum() < 10
 
 
-def test_mix_is_splitmix64():
+def test_splitmix64_matches_the_reference():
     """The first outputs for state 0, from the reference implementation by Vigna."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     states = np.arange(3, dtype=np.uint64) * golden
-    assert [hex(word) for word in mix(states).tolist()] == [
+    assert [hex(word) for word in splitmix64(states).tolist()] == [
         "0xe220a8397b1dcdaf",
         "0x6e789e6aa1b965f4",
         "0x6c45d188009454f",
@@ -70,7 +70,7 @@ def test_mix_is_splitmix64():
 @pytest.mark.parametrize("n_windows", [1, 2, 3, 64, 65, 1000])
 def test_shuffle_visits_every_window_once_per_epoch(n_windows):
     order = Shuffle(seed=5, n_windows=n_windows, window=7)
-    epochs = order.starts(np.arange(4 * n_windows)).reshape(4, n_windows)
+    epochs = order.locate(np.arange(4 * n_windows)).reshape(4, n_windows)
     for epoch in epochs:
         assert np.array_equal(np.sort(epoch), np.arange(n_windows) * 7)
     if n_windows >= 64:
@@ -81,32 +81,32 @@ ORDERS = {"shuffle": lambda seed: Shuffle(seed, 100, 3), "random": lambda seed: 
 
 
 @pytest.mark.parametrize("kind", ORDERS)
-@settings(deadline=None)  # other work on the machine is no failure
+@settings(deadline=None)  # the machine may be busy
 @given(seed=st.integers(0, 2**40), first=st.integers(0, 2**40), length=st.integers(1, 30), data=st.data())
-def test_a_sample_depends_on_nothing_but_seed_and_number(kind, seed, first, length, data):
-    """Any range, in any cut or order: so a longer run keeps the prefix of the shorter one."""
+def test_locate_depends_only_on_seed_and_sample_number(kind, seed, first, length, data):
+    """For any range and any split, so that a longer run has the shorter run's prefix."""
     numbers = np.arange(first, first + length)
-    whole = ORDERS[kind](seed).starts(numbers)
+    starts = ORDERS[kind](seed).locate(numbers)
     cut = data.draw(st.integers(0, length))
-    parts = [ORDERS[kind](seed).starts(part) for part in (numbers[:cut], numbers[cut:])]
-    assert np.array_equal(whole, np.concatenate(parts))
-    assert np.array_equal(whole[::-1], ORDERS[kind](seed).starts(numbers[::-1]))
+    split_starts = [ORDERS[kind](seed).locate(half) for half in (numbers[:cut], numbers[cut:])]
+    assert np.array_equal(starts, np.concatenate(split_starts))
+    assert np.array_equal(starts[::-1], ORDERS[kind](seed).locate(numbers[::-1]))
 
 
 @pytest.mark.parametrize("kind", ORDERS)
 def test_seeds_differ(kind):
     largest = RunConfig.model_fields["seed"].metadata[-1].le
     seeds = [*range(20), largest - 1, largest]
-    draws = [tuple(ORDERS[kind](seed).starts(np.arange(50))) for seed in seeds]
+    draws = [tuple(ORDERS[kind](seed).locate(np.arange(50))) for seed in seeds]
     assert len(set(draws)) == len(seeds)
 
 
 def test_random_is_in_range_and_roughly_uniform():
-    drawn = Random(seed=1, n_starts=50).starts(np.arange(50_000))
+    drawn = Random(seed=1, n_starts=50).locate(np.arange(50_000))
     assert (drawn.min(), drawn.max()) == (0, 49)
     counts = np.bincount(drawn, minlength=50)
     chi_squared = ((counts - 1000) ** 2 / 1000).sum()
     assert chi_squared < 99, "49 degrees of freedom: 0.003 % chance of more than 99"
     repeats = (np.diff(drawn) == 0).sum()
     assert 850 < repeats < 1150, "successive draws are independent"
-    assert Random(seed=1, n_starts=1).starts(np.arange(5)).tolist() == [0] * 5
+    assert Random(seed=1, n_starts=1).locate(np.arange(5)).tolist() == [0] * 5

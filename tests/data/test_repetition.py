@@ -1,4 +1,4 @@
-"""When a source has been read in full is found from the plan: as by counting samples, and the same after a resume."""
+"""Repetitions computed from the plan match counted samples, also after a resume."""
 
 from dataclasses import replace
 
@@ -6,35 +6,35 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_llm.data.repetition import TIMES, Repetition, find_repetitions
+from dist_llm.data.repetition import REPORTED_EPOCHS, Repetition, find_repetitions
 from tests.data.test_plan import plans
 
 END = 200
 
 
-def counted(plan) -> list[Repetition]:
-    """By reading one sample after the other."""
-    owners, _ = plan.split(np.arange(END))
-    found = []
+def count_one_by_one(plan) -> list[Repetition]:
+    """Find the repetitions by counting samples."""
+    source_ids, _ = plan.assign(np.arange(END))
+    repetitions = []
     for number, source in enumerate(plan.sources):
-        taken = np.cumsum(owners == number)  # with each sample
-        for times in TIMES:
-            done = np.flatnonzero(taken >= times * source.epoch_samples)
+        num_consumed = np.cumsum(source_ids == number)  # after each sample
+        for times in REPORTED_EPOCHS:
+            done = np.flatnonzero(num_consumed >= times * source.epoch_samples)
             if len(done):
-                found.append(Repetition(int(done[0]) + 1, source.name, times))
-    return sorted(found)
+                repetitions.append(Repetition(int(done[0]) + 1, source.name, times))
+    return sorted(repetitions)
 
 
 @settings(max_examples=30)
 @given(plans(), st.integers(0, END))
-def test_repetitions_are_those_of_counting_samples(plan, middle) -> None:
+def test_repetitions_match_counted_samples(plan, middle) -> None:
     plan = replace(plan, skip=())
-    found = find_repetitions(plan, 0, END)
-    assert found == counted(plan)
+    repetitions = find_repetitions(plan, 0, END)
+    assert repetitions == count_one_by_one(plan)
     before, after = find_repetitions(plan, 0, middle), find_repetitions(plan, middle, END)
-    assert sorted([*before, *after]) == found, "a run that stops and goes on names each once"
+    assert sorted([*before, *after]) == repetitions, "a run that stops and goes on names each once"
 
 
-def test_an_epoch_is_every_window_once() -> None:
+def test_message_of_a_repetition() -> None:
     assert str(Repetition(42, "web", 1)).startswith("data: web has been read once in full, up to sample 42; ")
     assert "has been read 10 times in full" in str(Repetition(420, "web", 10))

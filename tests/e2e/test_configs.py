@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_llm.cli import parser
+from dist_llm.cli import build_parser
 from dist_llm.config.check import check
 from dist_llm.config.derive import AXES, resolve
 from dist_llm.config.load import load_config
@@ -38,7 +38,9 @@ def test_a_config_fits_the_world_it_is_meant_for(name: str) -> None:
 def test_a_config_says_which_command_makes_its_corpus(name: str) -> None:
     config, _ = load_config(CONFIGS[name])
     assert config is not None
-    made = {str(options_from(parser().parse_args(arguments)).out) for arguments in prepare_commands(CONFIGS[name])}
+    made = {
+        str(options_from(build_parser().parse_args(arguments)).out) for arguments in prepare_commands(CONFIGS[name])
+    }
     assert config.data.path in made
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_llm.cli import parser
+from dist_llm.cli import build_parser
 from dist_llm.config.check import check
 from dist_llm.config.load import load_config
 
@@ -71,7 +71,7 @@ def test_a_command_parses_and_its_keys_exist(words: list[str]) -> None:
         return  # a path that has the name in it
     if "--help" in arguments:
         return
-    options = parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     if options.command != "train" or options.help_config:
         return
     overrides = [item for item in options.rest if "=" in item]

@@ -38,7 +38,7 @@ def test_under_torchrun_one_rank_speaks_for_all(corpus: Path, tmp_path: Path) ->
         (("evaluate", "--checkpoint", "nowhere"), "nowhere: holds no complete checkpoint"),
         (("generate", "--checkpoint", "nowhere", "--top-p", 0), "--top-p 0.0: must be above 0 and at most 1"),
         (("train", "--config", "nowhere.yaml"), "nowhere.yaml: cannot be read: No such file or directory"),
-        (("train", "run.steps=3"), "give one config file, found 0"),
+        (("train", "run.steps=3"), "give exactly one config file, not 0"),
         (("prepare", "--source", "nowhere", "--tokenizer", "byte", "--out", "x"), "--source nowhere: no such file"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -79,7 +79,7 @@ def test_the_last_lines_of_a_failure_name_rank_host_and_reason(corpus: Path, tmp
     assert done.returncode == 1
     last = done.stderr[done.stderr.index("Root Cause") :]
     assert re.search(r"host +: \S+\n +rank +: 1 .*\n +exitcode +: 2 ", last), last
-    assert re.search(r"rank_00001\.log: Is a directory; a directory stands where a file should be", last), last
+    assert re.search(r"rank_00001\.log: Is a directory; there is a directory where a file should be", last), last
 
 
 def test_a_run_is_not_resumed_with_another_model(

@@ -10,8 +10,8 @@ import torch
 from dist_llm.config.schema import Config
 from dist_llm.data.loader import Loader
 from dist_llm.data.order import Mixture, Shuffle
-from dist_llm.data.plan import Plan, Stage
-from dist_llm.data.streams import Source, Stream
+from dist_llm.data.plan import MixtureStage, SamplePlan
+from dist_llm.data.streams import DataSource, WindowStream
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import DataError
 from dist_llm.objectives.batch import Batch
@@ -25,19 +25,20 @@ def strayed(config: Config, off: Callable[[int], int] | None) -> str:
     """Six steps' batches, each as long as the config says, checked every three; what the audit raised."""
     engine = NativeEngine(config, torch.device("cpu"))
     one = Mixture(0, (1,))
-    plan = Plan([Source("", None, (Stream(None, Shuffle(0, 9, 4), 5),), one)], [Stage(0, one, (0,))], ((20, 30),))  # type: ignore[arg-type]
+    source = DataSource("", None, (WindowStream(None, Shuffle(0, 9, 4), 5),), one)  # type: ignore[arg-type]
+    plan = SamplePlan([source], [MixtureStage(0, one, (0,))], ((20, 30),))
     rank, ranks = engine.dp_rank_and_size
     loader = Loader(plan, None, config.data, rank, ranks, pin=False)  # type: ignore[arg-type]
     audit, first = SampleAudit(engine, loader, 3), 0
     with patch.object(loader, "offset", off(loader.offset)) if off else patch.object(loader, "pin", False):
         for _ in range(6):
-            samples = torch.from_numpy(np.ascontiguousarray(loader.samples(first)))
+            samples = torch.from_numpy(np.ascontiguousarray(loader.local_samples(first)))
             empty = torch.zeros(len(samples), 1)
             try:
                 audit.add(first, [Batch(empty, empty, None, 0, sample_ids_B=samples)])  # type: ignore[arg-type]
             except DataError as error:
                 return str(error)
-            first = loader.after(first)
+            first = loader.advance(first)
     return ""
 
 

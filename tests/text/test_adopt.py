@@ -69,14 +69,14 @@ def test_an_adopted_corpus_reads_as_the_prepared_one(kind, dtype, prepared, tmp_
     told = io.StringIO()
     manifest = adopt(options(kind, path, out=out, dtype=dtype if kind == "bin" else None), told)
     corpus = Corpus(out)
-    corpus.check_sizes()
+    corpus.check_shard_sizes()
     assert (corpus.manifest, corpus.dtype.itemsize) == (manifest, np.dtype(dtype).itemsize)
     assert np.array_equal(corpus.read(np.array([0]), len(ids))[0], ids)
     assert np.array_equal(corpus.read(np.array([7, 350]), 40), [ids[7:47], ids[350:390]])
     want = prepared.manifest
     for measure in (Manifest.tokens, Manifest.documents, Manifest.text_bytes):
         assert measure(manifest, "train") == measure(want, "train"), measure.__name__
-    assert np.array_equal(corpus.offsets(0), prepared.offsets(0))
+    assert np.array_equal(corpus.document_offsets(0), prepared.document_offsets(0))
     assert (manifest.tokenizer_sha256, manifest.vocab_size) == (want.tokenizer_sha256, want.vocab_size)
     (shard,) = manifest.shards["train"]
     assert shard.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -99,7 +99,7 @@ def test_a_changed_or_damaged_file_is_noticed_later(prepared, tmp_path):
         Corpus(tmp_path / "out", verify="hash")
     os.truncate(path, 1030)
     with pytest.raises(DataError, match=rf"{path}: truncated at byte 1030: .* tokens of uint16 after a header of 1024"):
-        Corpus(tmp_path / "out").check_sizes()
+        Corpus(tmp_path / "out").check_shard_sizes()
 
 
 def test_many_files_keep_their_order_and_their_split(prepared, tmp_path):
@@ -110,7 +110,7 @@ def test_many_files_keep_their_order_and_their_split(prepared, tmp_path):
     train, heldout = Corpus(tmp_path / "out"), Corpus(tmp_path / "out", "heldout")
     assert train.read(np.array([0]), train.n_tokens)[0].tolist() == [n for n in range(6) for _ in range(5 + n)]
     assert heldout.read(np.array([0]), heldout.n_tokens)[0].tolist() == [n for n in range(6, 9) for _ in range(5 + n)]
-    assert [heldout.offsets(number).tolist() for number in range(3)] == [[0]] * 3
+    assert [heldout.document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
 
 
 def test_relative_paths_and_urls_of_files_point_at_the_same_place(prepared, tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_separators_that_seem_to_begin_documents_are_mentioned(tmp_path):
     for position, starts, hint in ((None, [0, 1, 4], True), ("start", [0, 3], False)):
         told = io.StringIO()
         adopt(options("npy", tmp_path / "x.npy", out=tmp_path / f"{position}", eot_position=position), told)
-        assert Corpus(tmp_path / f"{position}").offsets(0).tolist() == starts
+        assert Corpus(tmp_path / f"{position}").document_offsets(0).tolist() == starts
         assert ("adopt again with --eot-position start" in told.getvalue()) == hint
 
 

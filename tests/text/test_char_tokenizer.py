@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Reference
 from dist_llm.convert.export_tokenizers import export_chars
 from dist_llm.data.corpus import Corpus
 from dist_llm.errors import DataError
-from dist_llm.generate import ask
+from dist_llm.generate import encode_prompt
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.char_tokenizer import CharTokenizer, read_meta
@@ -120,7 +120,7 @@ def test_prepare_puts_documents_one_after_the_other(workers, tmp_path):
     prepare(options, io.StringIO())
     corpus = Corpus(out)
     assert Tokenizer.load(out).decode(np.fromfile(out / "train-00000.bin", "<u2")) == "".join(texts)
-    assert corpus.offsets(0).tolist() == [0, len(TEXT), len(TEXT) + 8]
+    assert corpus.document_offsets(0).tolist() == [0, len(TEXT), len(TEXT) + 8]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "be Ж"}) + "\n")
     with pytest.raises(DataError, match=r"rows\.jsonl:1: character 'Ж' \(U\+0416\), number 3"):
         prepare(
@@ -140,7 +140,7 @@ def test_an_export_gives_the_same_ids(tmp_path):
 def test_a_prompt_is_characters_and_nothing_stops_the_model():
     tokenizer = CharTokenizer(META["stoi"])
     config = config_of(1, {}, objective={"name": "causal"})
-    asked = ask(config, tokenizer, "be")
+    asked = encode_prompt(config, tokenizer, "be")
     assert asked.ids == tokenizer.encode("be").tolist()
-    assert ask(config, tokenizer, "").ids == [META["stoi"]["\n"]], "as nanoGPT's sample.py begins"
-    assert not asked.stops & set(META["stoi"].values())
+    assert encode_prompt(config, tokenizer, "").ids == [META["stoi"]["\n"]], "as nanoGPT's sample.py begins"
+    assert not asked.stop_ids & set(META["stoi"].values())

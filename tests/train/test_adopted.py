@@ -68,7 +68,7 @@ def test_megatron_files_train_as_our_own(end_tokens: bool, tmp_path: Path, capsy
     for split in SPLITS:
         documents = documents_of(split, end_tokens)
         corpus = Corpus(corpora["theirs"], split)
-        row = corpus.document_numbers(np.array([0]), corpus.n_tokens)[0]
+        row = corpus.compute_document_ids(np.array([0]), corpus.n_tokens)[0]
         wanted = np.repeat(np.arange(len(documents)), [len(each) for each in documents])
         assert np.array_equal(row, wanted), "each row is split where documents begin"
         assert corpus.read(np.array([0]), corpus.n_tokens)[0].tolist() == np.concatenate(documents).tolist()
