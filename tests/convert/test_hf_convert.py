@@ -112,8 +112,8 @@ OURS: dict[str, dict[str, Any]] = {
 
 
 def scale_of(name: str, ndim: int) -> float:
-    """Small enough for generate_tokens that a model says more than the last of them again."""
-    return 0.1 if ndim == 1 or "generate_tokens" in name else 0.5
+    """Small enough for tokens that a model says more than the last of them again."""
+    return 0.1 if ndim == 1 or "tokens" in name else 0.5
 
 
 def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
@@ -137,7 +137,7 @@ def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
         + ("norm" in name and name.endswith("weight"))
         for name, p in model.named_parameters()
     }
-    progress = json.dumps({"step": 0, "samples": 0, "generate_tokens": 0}).encode()
+    progress = json.dumps({"step": 0, "samples": 0, "tokens": 0}).encode()
     files = {
         "config.yaml": dump(config).encode(),
         "tokenizer.json": tokenizer.file_bytes(),
@@ -153,7 +153,7 @@ def test_encoder_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "again", "--check") == 0
     first, again = NativeWeights(native), NativeWeights(tmp_path / "again")
     for name in first.shapes:
-        rows = slice(257) if name in ("model.embed.generate_tokens.weight", "model.head.bias") else slice(None)
+        rows = slice(257) if name in ("model.embed.tokens.weight", "model.head.bias") else slice(None)
         assert torch.equal(first.read(name)[rows], again.read(name)[rows]), name
 
 
@@ -225,7 +225,7 @@ def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Pa
     first, again = NativeWeights(native), NativeWeights(tmp_path / "again")
     for name, shape in again.shapes.items():
         assert first.shapes[name] == shape, "vocabulary padding is back"
-        rows = slice(257) if name in ("model.embed.generate_tokens.weight", "model.head.out.weight") else slice(None)
+        rows = slice(257) if name in ("model.embed.tokens.weight", "model.head.out.weight") else slice(None)
         assert torch.equal(first.read(name).bfloat16().float()[rows], again.read(name)[rows]), name
 
 
