@@ -107,7 +107,7 @@ class CheckpointWrite(threading.Thread):
         on_commit: Callable[[], None] = lambda: None,
         few_files: bool = True,
     ) -> None:
-        super().__init__(name=f"write {folder.name}", daemon=True)
+        super().__init__(name=f"writes {folder.name}", daemon=True)
         self.group, self.folder, self.state, self.values, self.files = group, folder, state, values, files
         self.on_commit, self.few_files = on_commit, few_files
         self.error: CheckpointError | None = None

@@ -198,7 +198,7 @@ def test_transformers_generates_the_same_tokens_from_an_export(
 def test_missing_rotary_permutation_is_detected(tool: Callable[..., int], tmp_path: Path, monkeypatch: Any) -> None:
     """Queries in Meta's pairing of rotary dimensions: the bits come back, the logits do not."""
     save_hf_model("llama", tmp_path / "theirs")
-    real = hf_convert.take
+    real = hf_convert.to_native
 
     def permuted(pair: Any, hf: Any) -> Tensor:
         tensor = real(pair, hf)
@@ -256,7 +256,7 @@ def model_of(changes: dict[str, Any]) -> ModelConfig:
 
 @pytest.mark.parametrize("family", WRITERS)
 def test_every_family_is_found_from_its_own_config(family: str) -> None:
-    config = hf_convert.model_config(their_model(family).config.to_dict())
+    config = hf_convert.parse_hf_config(their_model(family).config.to_dict())
     assert build_hf_config(config)["model_type"] == ("llama" if family == "mistral" else family)
     assert build_hf_config(config, family)["model_type"] == family
 
