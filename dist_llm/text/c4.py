@@ -7,7 +7,7 @@ The citation markers that the paper removes count as bytes of no line.
 
 import re
 
-from dist_llm.text.report import Removals
+from dist_llm.text.report import RemovalCounts
 
 TERMINAL = (".", "!", "?", '"', "”")
 MIN_WORDS_PER_LINE = 5
@@ -20,7 +20,7 @@ _CITATION = re.compile(r"\[(?:\d+|edit|citation needed)\]")
 _SENTENCE_END = re.compile(r"[.!?]+[\"”’')\]]*(?=\s|$)")
 
 
-def clean(text: str, removed: Removals) -> str | None:
+def clean(text: str, removed: RemovalCounts) -> str | None:
     """The page with the lines that pass, or None; what goes is counted in `removed`, under "c4.<rule>"."""
     if broken := _broken_page_rule(text):
         removed.add(f"c4.{broken}", documents=1, bytes=len(text.encode()))
@@ -39,14 +39,14 @@ def _broken_page_rule(text: str) -> str | None:
     return "curly_bracket" if "{" in text else None
 
 
-def _without_citations(text: str, removed: Removals) -> str:
+def _without_citations(text: str, removed: RemovalCounts) -> str:
     shorter = _CITATION.sub("", text)
     if len(shorter) < len(text):
         removed.add("c4.citation_marker", bytes=len(text) - len(shorter))  # the markers are ASCII
     return shorter
 
 
-def _drop(line: str, removed: Removals) -> bool:
+def _drop(line: str, removed: RemovalCounts) -> bool:
     rule = broken_line_rule(line)
     if rule is not None:
         removed.add(f"c4.{rule}", lines=1, bytes=len(line.encode()))

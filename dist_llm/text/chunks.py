@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dist_llm.text.input_files import InputFile
 from dist_llm.text.rows import Document, Tally
-from dist_llm.text.sources import Source
 from dist_llm.text.tokenizer import ENDOFTEXT
 
 COUNTS = ("empty_documents", "documents_of", "end_token_origin", "end_token_documents")
@@ -16,11 +16,11 @@ CHUNK_CHARS = 1 << 20
 DOCUMENT_OVERHEAD_CHARS = 64  # so that a chunk of tiny documents is not a million objects
 # A mark makes all files durable, which costs as much as tokenizing a tenth of this. Input files smaller
 # than this share a mark with their neighbours.
-MARK_CHARS = 8 << 20
+RESUME_POINT_CHARS = 8 << 20
 
 
 @dataclass(frozen=True)
-class Mark:
+class ResumePoint:
     """Input files finished since the last mark, as `Source.state` describes them, and the counts up to here."""
 
     inputs: list[list[str | int] | None]
@@ -34,25 +34,25 @@ class Chunk:
 
     texts: list[str] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
-    mark: Mark | None = None
+    resume_point: ResumePoint | None = None
     prompts: list[int] = field(default_factory=list)  # characters
 
 
-class Reader:
+class ChunkReader:
     """Reads sources one after the other."""
 
-    def __init__(self, sources: Sequence[Source], tally: Tally) -> None:
+    def __init__(self, sources: Sequence[InputFile], tally: Tally) -> None:
         self.sources, self.tally = sources, tally
         self.empty_documents = self.end_token_documents = 0
         self.end_token_origin = ""  # of the first document that has the end token's text
         self.documents_of: dict[str, int] = {}  # by --source
 
-    def chunks(self) -> Iterator[Chunk]:
+    def iter_chunks(self) -> Iterator[Chunk]:
         chunk, chars, unmarked, inputs = Chunk(), 0, 0, []
         for source in self.sources:
             state = source.state  # from before: a file that changes while it is read does not pass for read
             for document in source.documents(self.tally):
-                self._note(document, source.spec)
+                self._count_document(document, source.spec)
                 if not document.text:
                     self.empty_documents += 1
                     continue
@@ -65,20 +65,20 @@ class Reader:
                     yield chunk
                     chunk, chars = Chunk(), 0
             inputs.append(state)
-            if unmarked >= MARK_CHARS:
-                yield Chunk(chunk.texts, chunk.origins, Mark(inputs, self._counts()), chunk.prompts)
+            if unmarked >= RESUME_POINT_CHARS:
+                yield Chunk(chunk.texts, chunk.origins, ResumePoint(inputs, self._copy_counts()), chunk.prompts)
                 chunk, chars, unmarked, inputs = Chunk(), 0, 0, []
         if chunk.texts:
             yield chunk
 
-    def _note(self, document: Document, spec: str) -> None:
+    def _count_document(self, document: Document, spec: str) -> None:
         """Keep what tells that documents were not kept apart."""
         self.documents_of[spec] = self.documents_of.get(spec, 0) + 1
         if ENDOFTEXT in document.text:
             self.end_token_origin = self.end_token_origin or document.origin
             self.end_token_documents += 1
 
-    def warnings(self, whole: bool) -> list[str]:
+    def list_warnings(self, whole: bool) -> list[str]:
         """What hints at several documents in one; `whole`: this run reads every source to its end."""
         found = []
         if single := [spec for spec, count in self.documents_of.items() if whole and count == 1]:
@@ -93,7 +93,7 @@ class Reader:
             )
         return found
 
-    def _counts(self) -> dict[str, Any]:
+    def _copy_counts(self) -> dict[str, Any]:
         tally = asdict(self.tally)
         del tally["max_bad_rate"], tally["share"], tally["skip_unreadable"]
         return {"tally": tally, **{name: getattr(self, name) for name in COUNTS}}

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dist_llm.text.report import Removals
+from dist_llm.text.report import RemovalCounts
 
 WORDS = (50, 100_000)
 MEAN_WORD_CHARS = (3, 10)
@@ -34,7 +34,7 @@ Ints = npt.NDArray[np.int64]
 _PUNCTUATION = ".,;:!?\"'()[]“”‘’"
 
 
-def clean(text: str, removed: Removals) -> str | None:
+def clean(text: str, removed: RemovalCounts) -> str | None:
     """The text as it is, or None; what goes is counted in `removed`, under the first rule it breaks."""
     rule = broken_rule(text)
     if rule is None:

@@ -10,16 +10,16 @@ from dist_llm.data.corpus import Corpus
 from dist_llm.data.shard import SPLITS, Manifest, Shard, Split
 from dist_llm.data.tokenizer_file import same_tokenizer
 from dist_llm.errors import DataError
-from dist_llm.text.publish import sole_run
+from dist_llm.text.corpus_part import CorpusPart
+from dist_llm.text.publish import lock_output
 from dist_llm.text.report import Report
-from dist_llm.text.share import Share
 from dist_llm.text.tokenizer import Tokenizer
 
 # How the tokenizer was come by does not matter: that it is the same one is checked.
 MAY_DIFFER = {"part", "tokenizer", "split_pattern", "bpe_train_bytes"}
 
 
-def merge(out: Path, stream: TextIO | None = None) -> Manifest:
+def merge_parts(out: Path, stream: TextIO | None = None) -> Manifest:
     """Write OUT/manifest.json over the shards of OUT/part-1-of-n to part-n-of-n, in this order.
 
     Raises DataError where a part is missing, incomplete, damaged, or made with other options or another tokenizer.
@@ -27,17 +27,17 @@ def merge(out: Path, stream: TextIO | None = None) -> Manifest:
     out = Path(os.path.realpath(out))
     parts = _find_parts(out)
     try:
-        with sole_run(out):
+        with lock_output(out):
             manifests = [Manifest.load(out / part.name) for part in parts]
             report = _merge_reports(out, parts)
-            _check_alike(out, parts, manifests)
+            _check_same_tokenizer(out, parts, manifests)
             first = manifests[0]
             merged = Manifest(
                 dtype=first.dtype,
                 vocab_size=first.vocab_size,
                 tokenizer_sha256=first.tokenizer_sha256,
                 source=first.source,
-                shards={split: _shards(parts, manifests, split) for split in SPLITS},
+                shards={split: _merge_shards(parts, manifests, split) for split in SPLITS},
                 bad_rows=report.bad_rows,
                 prompts=first.prompts,
             )
@@ -54,7 +54,7 @@ def merge(out: Path, stream: TextIO | None = None) -> Manifest:
     return merged
 
 
-def _find_parts(out: Path) -> list[Share]:
+def _find_parts(out: Path) -> list[CorpusPart]:
     """All n parts, in order. Raises DataError, naming it, where one is missing."""
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
     found = {match[0]: int(match[1]) for name in names if (match := re.fullmatch(r"part-\d+-of-(\d+)", name))}
@@ -65,7 +65,7 @@ def _find_parts(out: Path) -> list[Share]:
             f"--merge {out}: parts of different divisions: {', '.join(sorted(found))}. Remove those of one of them."
         )
     n = next(iter(found.values()))
-    for part in (parts := [Share(number, n) for number in range(1, n + 1)]):
+    for part in (parts := [CorpusPart(number, n) for number in range(1, n + 1)]):
         if part.name not in found:
             raise DataError(
                 f"--merge {out}: {part.name} is missing. Make it with the command of the other parts "
@@ -74,7 +74,7 @@ def _find_parts(out: Path) -> list[Share]:
     return parts
 
 
-def _merge_reports(out: Path, parts: list[Share]) -> Report:
+def _merge_reports(out: Path, parts: list[CorpusPart]) -> Report:
     """The sum. Raises DataError where parts were made with different options: they may hold a document twice."""
     reports = [Report.load(out / part.name) for part in parts]
     first = reports[0].options
@@ -90,7 +90,7 @@ def _merge_reports(out: Path, parts: list[Share]) -> Report:
     return total
 
 
-def _check_alike(out: Path, parts: list[Share], manifests: list[Manifest]) -> None:
+def _check_same_tokenizer(out: Path, parts: list[CorpusPart], manifests: list[Manifest]) -> None:
     for part, manifest in zip(parts, manifests, strict=True):
         if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256 and not same_tokenizer(
             out / part.name, out / parts[0].name
@@ -103,7 +103,7 @@ def _check_alike(out: Path, parts: list[Share], manifests: list[Manifest]) -> No
             Corpus(out / part.name, split).check_sizes()
 
 
-def _shards(parts: list[Share], manifests: list[Manifest], split: Split) -> tuple[Shard, ...]:
+def _merge_shards(parts: list[CorpusPart], manifests: list[Manifest], split: Split) -> tuple[Shard, ...]:
     return tuple(
         Shard(f"{part.name}/{shard.file}", shard.tokens, shard.documents, shard.text_bytes, shard.sha256)
         for part, manifest in zip(parts, manifests, strict=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dist_llm.errors import DataError
 from dist_llm.text.compression import CODECS, Decompressed
-from dist_llm.text.rows import BLANK_LINES, Document, Keys, Tally, UnreadableError, row_document
+from dist_llm.text.rows import BLANK_LINES, Document, RowKeys, Tally, UnreadableError, read_row
 from dist_llm.text.tables import DELIMITERS, read_table
 from dist_llm.text.walk import read_suffix
 
@@ -18,7 +18,7 @@ BUFFER_BYTES = 1 << 20
 PARQUET_ROWS = 256
 
 
-def read_file(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
+def read_file(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
     """Its documents. Raises OSError where it cannot be read, DataError where it is not what its suffix says."""
     suffix = read_suffix(path)
     if suffix in JSON_LINES:
@@ -52,13 +52,13 @@ def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, io.FileIO]]:
 
 def _whole_text(path: Path, tally: Tally) -> Iterator[Document]:
     """One file, one document."""
-    if not tally.takes_next():
+    if not tally.claim_next_row():
         return
     with _opened(path) as (stream, _):
         _refuse_other_encoding(stream.peek(4))
         content = stream.read().removeprefix(codecs.BOM_UTF8)
     text = _decoded(content, 0)
-    tally.good(len(content))
+    tally.count_good(len(content))
     yield Document(text, str(path))
 
 
@@ -69,14 +69,14 @@ def _separated_text(path: Path, separator: str, tally: Tally) -> Iterator[Docume
         _refuse_other_encoding(stream.peek(4))
         for number, content in cut(stream, separator):
             tally.bytes_read = start + raw.tell()
-            if not tally.takes_next():
+            if not tally.claim_next_row():
                 continue
             try:
                 text = _decoded(content, number - 1)
             except UnreadableError as error:
-                tally.bad(f"{path}:{number}", str(error), len(content))
+                tally.count_bad(f"{path}:{number}", str(error), len(content))
                 continue
-            tally.good(len(content))
+            tally.count_good(len(content))
             yield Document(text, f"{path}:{number}")
 
 
@@ -117,7 +117,7 @@ def _joined(parts: list[bytes], own_line: bool) -> bytes:
     return document if document.strip() else b""
 
 
-def _table(path: Path, delimiter: str, keys: Keys, tally: Tally) -> Iterator[Document]:
+def _table(path: Path, delimiter: str, keys: RowKeys, tally: Tally) -> Iterator[Document]:
     with _opened(path) as (stream, raw):
         _refuse_other_encoding(stream.peek(4))
         yield from read_table(path, stream, raw, delimiter, keys, tally)
@@ -146,7 +146,7 @@ def _refuse_other_encoding(start: bytes) -> None:
         raise UnreadableError("starts with the byte order mark of UTF-16 or UTF-32; convert it with iconv to UTF-8")
 
 
-def _json_lines(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
+def _json_lines(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
     """One object a line; blank lines are no rows."""
     start = tally.bytes_read
     with _opened(path) as (stream, raw):
@@ -159,19 +159,19 @@ def _json_lines(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
             if line.isspace():
                 continue
             tally.bytes_read = start + raw.tell()
-            if not tally.takes_next():
+            if not tally.claim_next_row():
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError:
-                tally.bad(f"{path}:{number}", "not UTF-8", len(line))
+                tally.count_bad(f"{path}:{number}", "not UTF-8", len(line))
             except (ValueError, RecursionError) as error:
-                tally.bad(f"{path}:{number}", f"not JSON: {error}", len(line))
+                tally.count_bad(f"{path}:{number}", f"not JSON: {error}", len(line))
             else:
-                yield from row_document(row, keys, f"{path}:{number}", tally, len(line))
+                yield from read_row(row, keys, f"{path}:{number}", tally, len(line))
 
 
-def _parquet(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
+def _parquet(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
     """One row of the text column, one document."""
     import pyarrow
     from pyarrow import parquet
@@ -191,9 +191,9 @@ def _parquet(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
                 ]
                 for values in zip(*(column.to_pylist() for column in arrays), strict=True):
                     number += 1
-                    if tally.takes_next():
+                    if tally.claim_next_row():
                         row = dict(zip(columns, values, strict=True))
-                        yield from row_document(row, keys, f"{path}:{number}", tally)
+                        yield from read_row(row, keys, f"{path}:{number}", tally)
                 tally.bytes_read = start + size * number // file.metadata.num_rows
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UnreadableError(f"not readable as Parquet: {error}") from None

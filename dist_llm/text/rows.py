@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.errors import DataError
-from dist_llm.text.share import WHOLE, Share
+from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart
 from dist_llm.text.tokenizer import well_formed
 
-LOCATIONS_KEPT = 5
-ENOUGH_ROWS = 10_000
-PARAGRAPH = "\n\n"
+MAX_LOCATIONS = 5
+MIN_ROWS = 10_000
+PARAGRAPH_BREAK = "\n\n"
 BLANK_LINES = "blank-lines"  # the separator that is one or more empty lines
 
 
@@ -24,7 +24,7 @@ class UnreadableError(Exception):
 
 
 @dataclass(frozen=True)
-class Keys:
+class RowKeys:
     """Where in a row its text is, and the prompt that goes before it; and what separates documents in a text file.
 
     `a.b` is the key b of what is under a, where there is no key of that name itself.
@@ -54,7 +54,7 @@ class Tally:
     """What one pass over the sources has met so far."""
 
     max_bad_rate: float
-    share: Share = WHOLE
+    share: CorpusPart = SINGLE_PART
     rows_met: int = 0  # those of other parts included
     rows: int = 0
     bad_rows: int = 0
@@ -65,12 +65,12 @@ class Tally:
     skip_unreadable: bool = False
     unreadable: dict[str, tuple[int, str]] = field(default_factory=dict)  # bytes and reason, by path
 
-    def takes_next(self) -> bool:
+    def claim_next_row(self) -> bool:
         """Count one more row of the input, and say whether it is this part's to read."""
         self.rows_met += 1
-        return self.share.has_row(self.rows_met)
+        return self.share.owns_row(self.rows_met)
 
-    def good(self, size: int) -> None:
+    def count_good(self, size: int) -> None:
         """Count a row of `size` bytes that is a document."""
         self.rows += 1
         self.row_bytes += size
@@ -80,15 +80,15 @@ class Tally:
         self.unreadable[str(path)] = (size, reason)
         self._check_unreadable()
 
-    def bad(self, location: str, reason: str, size: int) -> None:
+    def count_bad(self, location: str, reason: str, size: int) -> None:
         """Count a bad row. Raises DataError once so many of so many rows were bad that it is no accident."""
         self.row_bytes += size
         self.bad_bytes += size
         self.rows += 1
         self.bad_rows += 1
-        if len(self.locations) < LOCATIONS_KEPT:
+        if len(self.locations) < MAX_LOCATIONS:
             self.locations.append(f"{location}: {reason}")
-        if self.rows >= ENOUGH_ROWS:
+        if self.rows >= MIN_ROWS:
             self.check()
 
     def check(self) -> None:
@@ -113,36 +113,36 @@ class Tally:
             )
 
 
-def row_document(row: Any, keys: Keys, origin: str, tally: Tally, size: int | None = None) -> Iterator[Document]:
+def read_row(row: Any, keys: RowKeys, origin: str, tally: Tally, size: int | None = None) -> Iterator[Document]:
     """The document of a row of `size` bytes (None: those of its texts); none, and a bad row, where it has no text."""
     found: list[str] = []
     if size is None:
-        values = [_value(row, key) for key in keys.all]
+        values = [_get_value(row, key) for key in keys.all]
         size = sum(len(value) for value in values if isinstance(value, str | bytes))
     for key in keys.all:
-        text = _value(row, key)
+        text = _get_value(row, key)
         if isinstance(text, bytes):
             try:
                 text = text.decode("utf-8")
             except UnicodeDecodeError:
-                return tally.bad(origin, "not UTF-8", size)
+                return tally.count_bad(origin, "not UTF-8", size)
         if not isinstance(text, str):
             missing = text is None and isinstance(row, dict) and key not in row
-            return tally.bad(origin, f"no key '{key}'" if missing else f"no string under '{key}'", size)
+            return tally.count_bad(origin, f"no key '{key}'" if missing else f"no string under '{key}'", size)
         found.append(well_formed(text))
-    tally.good(size)
+    tally.count_good(size)
     text, prompt = found[0], "".join(found[1:])
     yield Document(prompt + text if text else "", origin, len(prompt))
 
 
-def _value(row: Any, key: str) -> Any:
+def _get_value(row: Any, key: str) -> Any:
     """What is under a key, which may lead through nested objects; a list of texts as paragraphs of one text."""
     if not isinstance(row, dict):
         return None
     if key not in row:
         first, _, rest = key.partition(".")
-        return _value(row.get(first), rest) if rest else None
+        return _get_value(row.get(first), rest) if rest else None
     value = row[key]
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
-        return PARAGRAPH.join(value)
+        return PARAGRAPH_BREAK.join(value)
     return value

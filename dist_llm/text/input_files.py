@@ -13,16 +13,16 @@ from typing import Protocol
 from dist_llm.errors import DataError
 from dist_llm.text.readers import is_text, read_file
 from dist_llm.text.report import InputTable
-from dist_llm.text.rows import Document, Keys, Tally, UnreadableError, row_document
+from dist_llm.text.rows import Document, RowKeys, Tally, UnreadableError, read_row
 from dist_llm.text.walk import FileRules, Walk
 
-KEYS, RULES = Keys(), FileRules()
-SAVED_DATASET = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # by datasets.save_to_disk
+DEFAULT_KEYS, DEFAULT_RULES = RowKeys(), FileRules()
+SAVED_DATASET_FILES = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # by datasets.save_to_disk
 STDLIB = "python-stdlib"
-STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-class Source(Protocol):
+class InputFile(Protocol):
     """One input file or dataset; `spec` as the user named it.
 
     `size_bytes` is None where it cannot be known, `state` where changes cannot.
@@ -40,60 +40,60 @@ class Source(Protocol):
     def documents(self, tally: Tally) -> Iterator[Document]: ...
 
 
-def open_sources(
+def open_inputs(
     specs: Sequence[str],
-    keys: Keys = KEYS,
+    keys: RowKeys = DEFAULT_KEYS,
     hf_split: str = "train",
-    rules: FileRules = RULES,
+    rules: FileRules = DEFAULT_RULES,
     table: InputTable | None = None,
-) -> list[Source]:
+) -> list[InputFile]:
     """The files and datasets that the specs name; `table` counts what is read and what is skipped.
 
     Raises DataError for one that is not there or cannot be read, before any is read.
     """
     walk = Walk(rules, InputTable() if table is None else table)
-    found = [source for spec in specs for source in _open_source(spec, keys, hf_split, walk)]
+    found = [source for spec in specs for source in _open_input(spec, keys, hf_split, walk)]
     walk.check()
-    if keys.separator and not any(isinstance(each, FileSource) and is_text(each.path) for each in found):
+    if keys.separator and not any(isinstance(each, LocalFile) and is_text(each.path) for each in found):
         raise DataError("--separator: cuts text files, and the sources have none; leave the option out")
     return found
 
 
-def size_bytes(sources: Sequence[Source]) -> int | None:
+def sum_size_bytes(sources: Sequence[InputFile]) -> int | None:
     """The size of all the sources, or None if that of one is unknown."""
     sizes = [source.size_bytes for source in sources]
     return None if None in sizes else sum(size for size in sizes if size is not None)
 
 
-def documents(sources: Iterable[Source], tally: Tally) -> Iterator[Document]:
+def iter_documents(sources: Iterable[InputFile], tally: Tally) -> Iterator[Document]:
     """All documents of the sources, in order."""
     for source in sources:
         yield from source.documents(tally)
 
 
-def _open_source(spec: str, keys: Keys, hf_split: str, walk: Walk) -> Sequence[Source]:
+def _open_input(spec: str, keys: RowKeys, hf_split: str, walk: Walk) -> Sequence[InputFile]:
     if spec == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         code = Walk(FileRules(include=("*.py",)), InputTable())
-        return [FileSource(path, keys, spec) for each in code.folder(root, STDLIB_LEFT_OUT) for path in walk.file(each)]
+        return [LocalFile(path, keys, spec) for each in code.folder(root, STDLIB_EXCLUDED) for path in walk.file(each)]
     if spec.startswith("hf:"):
-        return [HubSource(spec, keys, hf_split)]
+        return [HFDataset(spec, keys, hf_split)]
     path = Path(spec)
-    if any(all((path / name).is_file() for name in names) for names in SAVED_DATASET):
-        return [HubSource(spec, keys, hf_split)]
+    if any(all((path / name).is_file() for name in names) for names in SAVED_DATASET_FILES):
+        return [HFDataset(spec, keys, hf_split)]
     if path.is_dir():
-        return [FileSource(each, keys, spec) for each in walk.folder(path)]
+        return [LocalFile(each, keys, spec) for each in walk.folder(path)]
     if path.exists():
-        return [FileSource(each, keys, spec) for each in walk.file(path)]
+        return [LocalFile(each, keys, spec) for each in walk.file(path)]
     raise DataError(f"--source {spec}: no such file or folder. Other sources are {STDLIB} and hf:NAME[:CONFIG].")
 
 
 @dataclass(frozen=True)
-class FileSource:
+class LocalFile:
     """One file, read as its suffix says."""
 
     path: Path
-    keys: Keys
+    keys: RowKeys
     spec: str = ""
 
     @property
@@ -115,7 +115,7 @@ class FileSource:
         tally.bytes_read = before + self.size_bytes
 
 
-class HubSource:
+class HFDataset:
     """A Hugging Face dataset, streamed, or the folder of a saved one.
 
     Opening it already asks the hub, so that a wrong name fails early.
@@ -124,12 +124,12 @@ class HubSource:
     size_bytes = None
     state = None  # it may have changed, and nothing says so: a run that goes on reads it again
 
-    def __init__(self, spec: str, keys: Keys, hf_split: str) -> None:
+    def __init__(self, spec: str, keys: RowKeys, hf_split: str) -> None:
         import datasets
 
         self.spec, self.keys = spec, keys
         name, _, config = spec.removeprefix("hf:").partition(":")
-        with self._explained():
+        with self._explain_errors():
             if spec.startswith("hf:"):
                 self._rows = datasets.load_dataset(name, config or None, split=hf_split, streaming=True)
             else:
@@ -139,15 +139,15 @@ class HubSource:
     def documents(self, tally: Tally) -> Iterator[Document]:
         rows = enumerate(self._rows, start=1)
         while True:
-            with self._explained():
+            with self._explain_errors():
                 number, row = next(rows, (0, None))
             if row is None:
                 return
-            if tally.takes_next():
-                yield from row_document(row, self.keys, f"{self.spec}:{number}", tally)
+            if tally.claim_next_row():
+                yield from read_row(row, self.keys, f"{self.spec}:{number}", tally)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # the hub, the network and the data each raise their own kinds

@@ -9,22 +9,22 @@ from typing import Any
 
 from dist_llm.data.shard import SPLITS, Manifest, smallest_dtype
 from dist_llm.errors import DataError
-from dist_llm.text.assembly import KEYS, Assembly
-from dist_llm.text.chunks import Reader
-from dist_llm.text.encode import Recipe, encode_in_order, is_heldout
+from dist_llm.text.chunks import ChunkReader
+from dist_llm.text.corpus_part import CorpusPart
+from dist_llm.text.corpus_writer import KEYS_FILE, CorpusWriter
+from dist_llm.text.encode import EncoderSpec, encode_in_order, is_heldout
 from dist_llm.text.filters import Filters
-from dist_llm.text.journal import JOURNAL, Journal
+from dist_llm.text.input_files import InputFile
+from dist_llm.text.journal import JOURNAL_FILE, Journal
 from dist_llm.text.options import PrepareOptions
-from dist_llm.text.progress import Meter
-from dist_llm.text.report import InputTable, Removals, Report
-from dist_llm.text.rows import LOCATIONS_KEPT, Tally
-from dist_llm.text.share import Share
-from dist_llm.text.sources import Source
+from dist_llm.text.progress import ProgressMeter
+from dist_llm.text.report import InputTable, RemovalCounts, Report
+from dist_llm.text.rows import MAX_LOCATIONS, Tally
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
 
 PROGRESS_FORMAT = "dist_llm prepare progress 1"
-DO_NOT_SHAPE = {
+NON_CORPUS_OPTIONS = {
     "out",
     "workers",
     "max_bad_rate",
@@ -33,51 +33,51 @@ DO_NOT_SHAPE = {
 }  # options that leave the corpus as it is
 
 
-def shaping(options: PrepareOptions) -> dict[str, Any]:
+def select_corpus_options(options: PrepareOptions) -> dict[str, Any]:
     """The options that decide what is in the corpus, as they come back from a file."""
-    found = {name: value for name, value in asdict(options).items() if name not in DO_NOT_SHAPE}
+    found = {name: value for name, value in asdict(options).items() if name not in NON_CORPUS_OPTIONS}
     read: dict[str, Any] = json.loads(json.dumps(found))
     return read
 
 
-class Run:
+class PrepareRun:
     """One pass from sources to a filled directory."""
 
     def __init__(
         self,
         options: PrepareOptions,
-        share: Share,
-        sources: list[Source],
+        share: CorpusPart,
+        sources: list[InputFile],
         directory: Path,
-        meter: Meter,
+        meter: ProgressMeter,
         table: InputTable,
     ) -> None:
         self.table = table
         self.options, self.share, self.sources = options, share, sources
         self.directory, self.meter = directory, meter
         self.journal = Journal(directory)
-        self.reader = Reader(
-            share.files(sources), Tally(options.max_bad_rate, share, skip_unreadable=options.skip_unreadable)
+        self.reader = ChunkReader(
+            share.select_files(sources), Tally(options.max_bad_rate, share, skip_unreadable=options.skip_unreadable)
         )
-        self.shaping = shaping(options)
+        self.corpus_options = select_corpus_options(options)
         self._trained_on: dict[int, list[str | int] | None] = {}
-        self._bytes_before = 0
+        self._resumed_bytes = 0
 
-    def fill(self) -> Manifest:
+    def write_corpus(self) -> Manifest:
         """Write tokenizer, shards, report and, last, the manifest."""
-        past = self.journal.read()
-        tokenizer = self._trained_before(past) or self._new_tokenizer()
+        journal_lines = self.journal.read()
+        tokenizer = self._load_trained_tokenizer(journal_lines) or self._build_tokenizer()
         header = {
             "format": PROGRESS_FORMAT,
-            "options": self.shaping,
+            "options": self.corpus_options,
             "tokenizer": tokenizer.sha256,
             "trained_on": list(self._trained_on.values()),
         }
-        with self._take_up(header, past, tokenizer) as assembly:
-            self._write(assembly)
-            shards = assembly.close()
+        with self._resume(header, journal_lines, tokenizer) as writer:
+            self._write_chunks(writer)
+            shards = writer.close()
         self.reader.tally.check()
-        self.report = self._report(assembly)
+        self.report = self._build_report(writer)
         manifest = Manifest(
             dtype=smallest_dtype(tokenizer.vocab_size),
             vocab_size=tokenizer.vocab_size,
@@ -88,57 +88,61 @@ class Run:
             prompts=self.options.prompt_key is not None,
         )
         if not manifest.tokens("train") and self.share.of == 1:
-            raise DataError(self._nothing_left(manifest))
+            raise DataError(self._format_no_text_error(manifest))
         self.report.save(self.directory)
-        for name in (JOURNAL, KEYS):
+        for name in (JOURNAL_FILE, KEYS_FILE):
             (self.directory / name).unlink(missing_ok=True)
         manifest.save(self.directory)
         return manifest
 
-    def _take_up(self, header: dict[str, Any], past: list[dict[str, Any]], tokenizer: Tokenizer) -> Assembly:
+    def _resume(
+        self, header: dict[str, Any], journal_lines: list[dict[str, Any]], tokenizer: Tokenizer
+    ) -> CorpusWriter:
         """The corpus as far as an earlier run got and its files still hold; else an empty one."""
-        records = self._usable(past, header)
-        assembly = self._assembly(tokenizer)
+        records = self._select_valid_records(journal_lines, header)
+        writer = self._build_writer(tokenizer)
         try:
             if records:
-                assembly.restore([record["note"] for record in records])
+                writer.restore([record["note"] for record in records])
         except (DataError, LookupError, TypeError, ValueError, AttributeError) as error:  # the latter: it is damaged
-            self.meter.say(f"starting over: {error}")
-            assembly.__exit__()
-            assembly, records = self._assembly(tokenizer), []
+            self.meter.print_line(f"starting over: {error}")
+            writer.__exit__()
+            writer, records = self._build_writer(tokenizer), []
         if records:
             done = sum(len(record["inputs"]) for record in records)
-            self.meter.say(f"going on after {done:,} of {len(self.reader.sources):,} input files, done before")
+            self.meter.print_line(f"going on after {done:,} of {len(self.reader.sources):,} input files, done before")
             self.reader.restore(done, records[-1]["counts"])
-            self._bytes_before = assembly.kept.bytes
-        assembly.clear_others({TOKENIZER_FILE, JOURNAL})
+            self._resumed_bytes = writer.written_counts.bytes
+        writer.remove_other_files({TOKENIZER_FILE, JOURNAL_FILE})
         tokenizer.save(self.directory)
-        self.journal.begin([header, *records])
-        return assembly
+        self.journal.rewrite([header, *records])
+        return writer
 
-    def _usable(self, past: list[dict[str, Any]], header: dict[str, Any]) -> list[dict[str, Any]]:
+    def _select_valid_records(
+        self, journal_lines: list[dict[str, Any]], header: dict[str, Any]
+    ) -> list[dict[str, Any]]:
         """Records of input files that have not changed, up to the first that has."""
-        if past[:1] != [header]:
+        if journal_lines[:1] != [header]:
             return []
         usable: list[dict[str, Any]] = []
         left = iter(self.reader.sources)
-        for record in past[1:]:
+        for record in journal_lines[1:]:
             if not isinstance(record.get("inputs"), list) or not isinstance(record.get("counts"), dict):
                 return usable  # a damaged line
             for state in record["inputs"]:
-                source = next(left, None)
-                if source is None or state is None or source.state != state:
+                file = next(left, None)
+                if file is None or state is None or file.state != state:
                     return usable
             usable.append(record)
         return usable
 
-    def _assembly(self, tokenizer: Tokenizer) -> Assembly:
+    def _build_writer(self, tokenizer: Tokenizer) -> CorpusWriter:
         options = self.options
         removed = Filters(options.filter).no_removals()
         if options.dedup:
             removed.add(f"dedup.{options.dedup}")
         dtype = smallest_dtype(tokenizer.vocab_size)
-        return Assembly(
+        return CorpusWriter(
             self.directory,
             dtype,
             options.shard_tokens,
@@ -148,72 +152,78 @@ class Run:
             prompts=options.prompt_key is not None,
         )
 
-    def _write(self, assembly: Assembly) -> None:
+    def _write_chunks(self, writer: CorpusWriter) -> None:
         options = self.options
-        recipe = Recipe(self.directory, options.heldout_fraction, options.filter, options.dedup, self.share)
-        with closing(encode_in_order(self.reader.chunks(), recipe, options.workers)) as chunks:
-            for chunk, mark in chunks:
-                assembly.add(chunk)
-                new_bytes = assembly.kept.bytes - self._bytes_before
-                self.meter.update(self.reader.tally.bytes_read, new_bytes, assembly.kept.documents)
-                if mark:
-                    self.journal.append({"inputs": mark.inputs, "counts": mark.counts, "note": assembly.note()})
+        spec = EncoderSpec(self.directory, options.heldout_fraction, options.filter, options.dedup, self.share)
+        with closing(encode_in_order(self.reader.iter_chunks(), spec, options.workers)) as chunks:
+            for chunk, resume_point in chunks:
+                writer.add(chunk)
+                new_bytes = writer.written_counts.bytes - self._resumed_bytes
+                self.meter.update(self.reader.tally.bytes_read, new_bytes, writer.written_counts.documents)
+                if resume_point:
+                    self.journal.append(
+                        {"inputs": resume_point.inputs, "counts": resume_point.counts, "note": writer.sync()}
+                    )
 
-    def _new_tokenizer(self) -> Tokenizer:
+    def _build_tokenizer(self) -> Tokenizer:
         if self.options.tokenizer.startswith("bpe:"):
-            self.meter.say(f"training {self.options.tokenizer} ...")
-        return build_tokenizer(self.options.tokenizer, self.options.split_pattern, self._training_texts)
+            self.meter.print_line(f"training {self.options.tokenizer} ...")
+        return build_tokenizer(self.options.tokenizer, self.options.split_pattern, self._iter_training_texts)
 
-    def _trained_before(self, past: list[dict[str, Any]]) -> Tokenizer | None:
+    def _load_trained_tokenizer(self, journal_lines: list[dict[str, Any]]) -> Tokenizer | None:
         """The bpe:N of an earlier run, if its options and the files it was trained on are the same."""
-        if not self.options.tokenizer.startswith("bpe:") or not past or past[0].get("options") != self.shaping:
+        if (
+            not self.options.tokenizer.startswith("bpe:")
+            or not journal_lines
+            or journal_lines[0].get("options") != self.corpus_options
+        ):
             return None
-        trained_on = past[0]["trained_on"]
-        if None in trained_on or trained_on != [source.state for source in self.sources[: len(trained_on)]]:
+        trained_on = journal_lines[0]["trained_on"]
+        if None in trained_on or trained_on != [file.state for file in self.sources[: len(trained_on)]]:
             return None
         try:
             tokenizer = Tokenizer.load(self.directory)
         except DataError:
             return None
         self._trained_on = dict(enumerate(trained_on))
-        return tokenizer if tokenizer.sha256 == past[0]["tokenizer"] else None
+        return tokenizer if tokenizer.sha256 == journal_lines[0]["tokenizer"] else None
 
-    def _training_texts(self) -> Iterator[str]:
+    def _iter_training_texts(self) -> Iterator[str]:
         """The first `bpe_train_bytes` of text that is not held out: of the whole source, so that parts agree."""
-        left, filters, removed = self.options.bpe_train_bytes, Filters(self.options.filter), Removals()
+        left, filters, removed = self.options.bpe_train_bytes, Filters(self.options.filter), RemovalCounts()
         tally = Tally(self.options.max_bad_rate, skip_unreadable=self.options.skip_unreadable)
-        for number, source in enumerate(self.sources):
-            self._trained_on[number] = source.state
-            for document in source.documents(tally):
-                kept = filters(document.text, removed) if document.text else None
-                text = (kept or "").encode()
-                if kept is None or is_heldout(text, self.options.heldout_fraction):
+        for number, file in enumerate(self.sources):
+            self._trained_on[number] = file.state
+            for document in file.documents(tally):
+                filtered = filters(document.text, removed) if document.text else None
+                text = (filtered or "").encode()
+                if filtered is None or is_heldout(text, self.options.heldout_fraction):
                     continue
-                yield kept if len(text) <= left else text[:left].decode(errors="ignore")
+                yield filtered if len(text) <= left else text[:left].decode(errors="ignore")
                 left -= len(text)
                 if left <= 0:
                     return
 
-    def _report(self, assembly: Assembly) -> Report:
-        tally, counts = self.reader.tally, self.share.counts_textless
+    def _build_report(self, writer: CorpusWriter) -> Report:
+        tally, counts = self.reader.tally, self.share.counts_textless_rows
         bad, empty = (tally.bad_rows, self.reader.empty_documents) if counts else (0, 0)
         for path, (size, _) in tally.unreadable.items():
-            self.table.move(Path(path), size)
-        read = assembly.kept.documents + sum(each.documents for each in assembly.removed.values())
+            self.table.mark_unreadable(Path(path), size)
+        read = writer.written_counts.documents + sum(each.documents for each in writer.removal_counts.values())
         return Report(
-            self.shaping,
+            self.corpus_options,
             read + bad + empty,
             bad,
             empty,
-            assembly.kept,
-            assembly.removed,
+            writer.written_counts,
+            writer.removal_counts,
             tally.bad_bytes if counts else 0,
             self.table,
             tally.unreadable,
-            self.reader.warnings(self.share.of == 1),
+            self.reader.list_warnings(self.share.of == 1),
         )
 
-    def _nothing_left(self, manifest: Manifest) -> str:
+    def _format_no_text_error(self, manifest: Manifest) -> str:
         removed = sum(each.documents for each in self.report.removed.values())
         return (
             f"--source {' '.join(self.options.source)}: no text to train on, in {self.report.rows:,} rows "
@@ -221,26 +231,26 @@ class Run:
             f"{f', {removed:,} removed by rules' if removed else ''}). Give more text."
         )
 
-    def summarise(self, manifest: Manifest) -> None:
+    def print_summary(self, manifest: Manifest) -> None:
         """Say what came of it."""
         tokens, texts, count = (
             sum(measure(split) for split in SPLITS)
             for measure in (manifest.tokens, manifest.text_bytes, manifest.documents)
         )
         out = self.options.out / self.share.name if self.share.of > 1 else self.options.out
-        self.meter.say(
+        self.meter.print_line(
             f"prepared {out}: {count:,} documents, {tokens:,} tokens of {manifest.vocab_size:,} ids, "
             f"{texts / max(tokens, 1):.2f} bytes per token, {sum(map(len, manifest.shards.values()))} shards, "
             f"{manifest.documents('heldout') / max(count, 1):.2%} held out, {manifest.bad_rows:,} bad rows, "
             f"{self.report.empty_documents:,} empty, {self.meter.seconds:.1f} s, "
-            f"{(texts - self._bytes_before) / 1e6 / self.meter.seconds:.1f} MB/s"
+            f"{(texts - self._resumed_bytes) / 1e6 / self.meter.seconds:.1f} MB/s"
         )
         warnings = (f"  warning: {each}" for each in self.report.warnings)
-        for line in (*self.report.lines(), *warnings, *(f"  skipped {each}" for each in self._skipped())):
-            self.meter.say(line)
+        for line in (*self.report.lines(), *warnings, *(f"  skipped {each}" for each in self._list_skipped())):
+            self.meter.print_line(line)
 
-    def _skipped(self) -> list[str]:
+    def _list_skipped(self) -> list[str]:
         """The first rows and files that were skipped."""
         tally = self.reader.tally
         files = [f"{path}: {reason}" for path, (_, reason) in tally.unreadable.items()]
-        return [*tally.locations, *files[:LOCATIONS_KEPT]]
+        return [*tally.locations, *files[:MAX_LOCATIONS]]
