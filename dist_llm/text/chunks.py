@@ -1,6 +1,6 @@
-"""Documents in chunks, few and large, with a mark wherever whole input files end.
+"""Group documents into large chunks, with a resume point at the end of input files.
 
-What was read up to a mark, and written, need not be read again by a run that goes on.
+A resumed run does not read the input files before the last resume point again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,14 @@ from dist_llm.text.tokenizer import ENDOFTEXT
 COUNTS = ("empty_documents", "documents_of", "end_token_origin", "end_token_documents")
 CHUNK_CHARS = 1 << 20
 DOCUMENT_OVERHEAD_CHARS = 64  # so that a chunk of tiny documents is not a million objects
-# A mark makes all files durable, which costs as much as tokenizing a tenth of this. Input files smaller
-# than this share a mark with their neighbours.
+# A resume point syncs all files to the disk, which takes as long as tokenizing a tenth of this text. Smaller input
+# files share a resume point with their neighbours.
 RESUME_POINT_CHARS = 8 << 20
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Input files finished since the last mark, as `Source.state` describes them, and the counts up to here."""
+    """The fingerprints of the input files that were finished since the last resume point, and the counts so far."""
 
     inputs: list[list[str | int] | None]
     counts: dict[str, Any]
@@ -29,8 +29,8 @@ class ResumePoint:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Texts, none of them empty, the `file:line` of each and the length of its prompt; `mark` if an input file ends
-    with them."""
+    """Non-empty texts, the `file:line` of each and the length of its prompt. A resume point if an input file ends with
+    the last text."""
 
     texts: list[str] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
@@ -39,20 +39,20 @@ class Chunk:
 
 
 class ChunkReader:
-    """Reads sources one after the other."""
+    """Reads input files one after the other."""
 
-    def __init__(self, sources: Sequence[InputFile], tally: Tally) -> None:
-        self.sources, self.tally = sources, tally
+    def __init__(self, files: Sequence[InputFile], tally: Tally) -> None:
+        self.files, self.tally = files, tally
         self.empty_documents = self.end_token_documents = 0
-        self.end_token_origin = ""  # of the first document that has the end token's text
+        self.end_token_origin = ""  # of the first document that contains the text of the end token
         self.documents_of: dict[str, int] = {}  # by --source
 
     def iter_chunks(self) -> Iterator[Chunk]:
         chunk, chars, unmarked, inputs = Chunk(), 0, 0, []
-        for source in self.sources:
-            state = source.state  # from before: a file that changes while it is read does not pass for read
-            for document in source.documents(self.tally):
-                self._count_document(document, source.spec)
+        for file in self.files:
+            fingerprint = file.fingerprint  # from before the read: a file may change while it is read
+            for document in file.iter_documents(self.tally):
+                self._count_document(document, file.spec)
                 if not document.text:
                     self.empty_documents += 1
                     continue
@@ -64,7 +64,7 @@ class ChunkReader:
                 if chars >= CHUNK_CHARS:
                     yield chunk
                     chunk, chars = Chunk(), 0
-            inputs.append(state)
+            inputs.append(fingerprint)
             if unmarked >= RESUME_POINT_CHARS:
                 yield Chunk(chunk.texts, chunk.origins, ResumePoint(inputs, self._copy_counts()), chunk.prompts)
                 chunk, chars, unmarked, inputs = Chunk(), 0, 0, []
@@ -72,35 +72,35 @@ class ChunkReader:
             yield chunk
 
     def _count_document(self, document: Document, spec: str) -> None:
-        """Keep what tells that documents were not kept apart."""
+        """Count signs of several documents in one: documents per --source, and end tokens in texts."""
         self.documents_of[spec] = self.documents_of.get(spec, 0) + 1
         if ENDOFTEXT in document.text:
             self.end_token_origin = self.end_token_origin or document.origin
             self.end_token_documents += 1
 
-    def list_warnings(self, whole: bool) -> list[str]:
-        """What hints at several documents in one; `whole`: this run reads every source to its end."""
-        found = []
-        if single := [spec for spec, count in self.documents_of.items() if whole and count == 1]:
-            found.append(
+    def list_warnings(self, reads_all_files: bool) -> list[str]:
+        """Return warnings about several documents in one. `reads_all_files`: this run is not one of several parts."""
+        warnings = []
+        if single := [spec for spec, count in self.documents_of.items() if reads_all_files and count == 1]:
+            warnings.append(
                 f"--source {single[0]} is a single document. If it is a text file that holds many, give --separator "
                 "STRING, or --separator blank-lines"
             )
         if self.end_token_documents:
-            found.append(
+            warnings.append(
                 f"{self.end_token_documents:,} documents contain the text {ENDOFTEXT}, as {self.end_token_origin}: it "
                 f"is encoded like any text and ends no document. If it does, give --separator '{ENDOFTEXT}'"
             )
-        return found
+        return warnings
 
     def _copy_counts(self) -> dict[str, Any]:
         tally = asdict(self.tally)
-        del tally["max_bad_rate"], tally["share"], tally["skip_unreadable"]
+        del tally["max_bad_rate"], tally["part"], tally["skip_unreadable"]
         return {"tally": tally, **{name: getattr(self, name) for name in COUNTS}}
 
-    def restore(self, files: int, counts: dict[str, Any]) -> None:
-        """Go on after the first `files` sources, with the counts of a mark."""
-        self.sources = self.sources[files:]
+    def restore(self, num_files: int, counts: dict[str, Any]) -> None:
+        """Continue after the first `num_files` files, with the counts of a resume point."""
+        self.files = self.files[num_files:]
         for name in COUNTS:
             setattr(self, name, counts[name])
         for name, value in counts["tally"].items():

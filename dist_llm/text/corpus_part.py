@@ -13,24 +13,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CorpusPart:
-    """Part `part` (from 1) of `of`. Documents are assigned by input file, by row number or by a hash of the text."""
+    """Part `number` (from 1) of `of`. Documents are assigned by input file, by row number or by a hash of the text."""
 
-    part: int = 1
+    number: int = 1
     of: int = 1
     by: Literal["file", "row", "text"] = "file"
 
     @property
     def name(self) -> str:
         """The directory of the part inside the merged corpus."""
-        return f"part-{self.part}-of-{self.of}"
+        return f"part-{self.number}-of-{self.of}"
 
     def select_files(self, files: Sequence[T]) -> list[T]:
         """Return the input files that this part reads."""
-        return list(files[self.part - 1 :: self.of] if self.by == "file" else files)
+        return list(files[self.number - 1 :: self.of] if self.by == "file" else files)
 
     def owns_row(self, number: int) -> bool:
         """Whether this part processes a row. `number` counts from 1 over all input files."""
-        return self.by != "row" or (number - 1) % self.of == self.part - 1
+        return self.by != "row" or (number - 1) % self.of == self.number - 1
 
     def owns_text(self, text: bytes) -> bool:
         """Whether this part processes a text. Equal texts are in the same part, which can then deduplicate them."""
@@ -38,12 +38,12 @@ class CorpusPart:
             return True
         digest = hashlib.blake2b(text, digest_size=8).digest()
         # Use the remainder: the high bits of the same hash select the held-out documents.
-        return int.from_bytes(digest, "big") % self.of == self.part - 1
+        return int.from_bytes(digest, "big") % self.of == self.number - 1
 
     @property
     def counts_textless_rows(self) -> bool:
         """Whether this part counts rows without text. By text, all parts read these rows and part 1 counts them."""
-        return self.by != "text" or self.part == 1
+        return self.by != "text" or self.number == 1
 
 
 SINGLE_PART = CorpusPart()

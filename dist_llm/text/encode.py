@@ -1,7 +1,7 @@
-"""Tokenize documents on many processes, in order, with a bounded number in flight.
+"""Tokenize documents on many processes, in order, with a bounded number of chunks in flight.
 
-The chunks come back in the order they went out, so the result does not depend on the number of
-workers. Workers die with the process that started them, however it dies.
+Results come back in the order of the chunks, so they do not depend on the number of workers. Workers exit when their
+parent process dies, even by SIGKILL.
 """
 
 import hashlib
@@ -32,32 +32,32 @@ from dist_llm.text.filters import Filters
 from dist_llm.text.report import RemovalCounts
 from dist_llm.text.tokenizer import Tokenizer
 
-CHUNKS_PER_WORKER = 3  # one at work, one waiting, one coming back
+CHUNKS_PER_WORKER = 3  # one in the encoder, one in the inbox, one result in the pipe
 
 Ids = npt.NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What is done to each document, wherever that is."""
+    """How to process each document. Sent to the worker processes."""
 
     tokenizer_directory: Path
     heldout_fraction: float = 0.0
     filters: tuple[str, ...] = ()
     dedup: str | None = None
-    share: CorpusPart = SINGLE_PART
+    part: CorpusPart = SINGLE_PART
 
     def build_encoder(self) -> "DocumentEncoder":
-        """Raises DataError where there is no tokenizer."""
+        """Load the tokenizer and build the encoder. Raises DataError if there is no tokenizer."""
         return DocumentEncoder(Tokenizer.load(self.tokenizer_directory).speed_up(), self)
 
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """The documents that passed the filters, as few arrays: cheap to send between processes.
+    """The documents that passed the filters, in a few arrays, which are cheap to send between processes.
 
-    `ids` holds one document after the other, each with the tokenizer's `first_ids` first and its `eot` last; `ends`,
-    `prompts` (tokens), `text_bytes`, `heldout` and `keys` (uint8 [documents, bytes of a key]) have a row for each.
+    `ids` concatenates the documents. Each begins with the tokenizer's `first_ids` and ends with its `eot`. `ends`,
+    `prompts` (tokens), `text_bytes`, `heldout` and `keys` (uint8 [documents, bytes of a key]) have a row per document.
     """
 
     ids: Ids
@@ -70,7 +70,7 @@ class EncodedChunk:
 
 
 class DocumentEncoder:
-    """Turns documents into ids, and says which are held out and what makes their copies known."""
+    """Filters and tokenizes documents, selects the held-out ones, and computes the keys for deduplication."""
 
     def __init__(self, tokenizer: Tokenizer, spec: EncoderSpec) -> None:
         self.tokenizer, self.spec = tokenizer, spec
@@ -92,8 +92,10 @@ class DocumentEncoder:
                 if filtered is None:
                     continue
                 texts.append(filtered.encode())
-                # Encoded apart, so that no token is of both.
-                encoded = [self.tokenizer.encode(part) for part in (filtered[:prompt], filtered[prompt:]) if part]
+                # Encode prompt and text separately, so that no token spans both.
+                encoded = [
+                    self.tokenizer.encode(segment) for segment in (filtered[:prompt], filtered[prompt:]) if segment
+                ]
                 ids.append(np.concatenate([self._prefix_ids, *encoded, self._eot_ids]))
                 prompts.append(len(self._prefix_ids) + len(encoded[0]) if prompt else 0)
                 if self._compute_key:
@@ -114,18 +116,18 @@ class DocumentEncoder:
         )
 
     def _filter_text(self, text: str, removed: RemovalCounts) -> str | None:
-        """What is to be tokenized of a text: nothing of what is another part's, or does not pass."""
+        """Return the text to tokenize; None if the filters remove it or another part owns it."""
         own = RemovalCounts()
         filtered = self._filters(text, own)
-        # By what is left: two texts may differ in what a filter cuts out alone.
-        if not self.spec.share.owns_text((text if filtered is None else filtered).encode()):
+        # Use the filtered text: two texts may differ only in what a filter removes.
+        if not self.spec.part.owns_text((text if filtered is None else filtered).encode()):
             return None
         removed.merge(own)
         return filtered
 
 
 def is_heldout(text: bytes, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split: a function of its text alone, so copies stay together."""
+    """Whether a document belongs to the held-out split. Depends on its text alone, so copies are in one split."""
     hash64 = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
     return hash64 < fraction * 2**64
 
@@ -133,9 +135,9 @@ def is_heldout(text: bytes, fraction: float) -> bool:
 def encode_in_order(
     chunks: Iterable[Chunk], spec: EncoderSpec, workers: int
 ) -> Generator[tuple[EncodedChunk, ResumePoint | None], None, None]:
-    """Encode on `workers` processes, with one in this process; each chunk's mark comes back with it.
+    """Encode on `workers` processes; one worker means this process. Yield each chunk with its resume point.
 
-    Raises DataError where a process dies.
+    Raises DataError if a worker dies.
     """
     if workers == 1:
         encoder = spec.build_encoder()
@@ -143,7 +145,7 @@ def encode_in_order(
         return
     with ExitStack() as stack:
         pool = [stack.enter_context(closing(_Worker(spec))) for _ in range(workers)]
-        # Chunks are dealt out in turn and collected in turn: that alone keeps them in order.
+        # Chunks are submitted and collected round-robin, which keeps their order.
         pending: deque[tuple[_Worker, ResumePoint | None]] = deque()
         for worker, chunk in zip(cycle(pool), chunks, strict=False):
             if len(pending) == CHUNKS_PER_WORKER * workers:
@@ -159,10 +161,10 @@ def _collect(worker: "_Worker", resume_point: ResumePoint | None) -> tuple[Encod
 
 
 class _Worker:
-    """A process with a pipe of its own.
+    """A worker process with its own pipe.
 
-    Not a ProcessPoolExecutor: its workers share a pipe, so one that is killed while it writes leaves
-    the parent reading for ever. Here the pipe ends with the process, whichever end dies.
+    Not a ProcessPoolExecutor: its workers share a pipe. If one is killed while it writes, the parent blocks in its read
+    forever. With a pipe per worker, the read fails when the worker dies.
     """
 
     def __init__(self, spec: EncoderSpec) -> None:
@@ -173,12 +175,12 @@ class _Worker:
         far_end.close()
 
     def submit(self, chunk: Chunk) -> None:
-        """Give it a chunk; returns at once, since a thread over there takes what comes."""
+        """Send a chunk. Does not block for long: a thread in the worker empties the pipe."""
         with self._report_dead_worker():
             self._pipe.send(chunk)
 
     def collect(self) -> EncodedChunk:
-        """The result of the oldest chunk not yet collected."""
+        """Wait for the result of the oldest chunk that is not collected yet."""
         with self._report_dead_worker():
             result: EncodedChunk | DataError | str = self._pipe.recv()
         if isinstance(result, DataError):
@@ -188,7 +190,7 @@ class _Worker:
         return result
 
     def close(self) -> None:
-        self._process.kill()  # it owns nothing that needs an orderly end
+        self._process.kill()  # it has no state to clean up
         self._process.join()
         self._pipe.close()
 
@@ -196,16 +198,16 @@ class _Worker:
     def _report_dead_worker(self) -> Iterator[None]:
         try:
             yield
-        except (EOFError, OSError):  # the pipe ended, maybe within a message
+        except (EOFError, OSError):  # the pipe closed, maybe within a message
             raise DataError(
                 "A tokenizing process died, most likely killed for want of memory. Try fewer --workers."
             ) from None
 
 
 def _run_worker(pipe: "Connection[Any, Any]", spec: EncoderSpec) -> None:
-    # Ctrl-C reaches the whole group; the parent alone decides, and says one thing.
+    # Ctrl-C signals the whole process group. Only the parent handles it and prints a message.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A thread empties the pipe, or parent and worker could both wait for the other to read.
+    # A thread empties the pipe. Otherwise parent and worker can deadlock, each in a write.
     inbox: SimpleQueue[Chunk] = SimpleQueue()
     threading.Thread(target=_fill_inbox, args=(pipe, inbox), daemon=True).start()
     try:
@@ -213,10 +215,10 @@ def _run_worker(pipe: "Connection[Any, Any]", spec: EncoderSpec) -> None:
         while True:
             pipe.send(encoder(inbox.get()))
     except OSError:
-        os._exit(1)  # the pipe's other end is gone
+        os._exit(1)  # the parent closed the pipe
     except Exception as error:
         pipe.send(error if isinstance(error, DataError) else traceback.format_exc())
-        while True:  # until the parent has read that and ends this process
+        while True:  # until the parent has read the error and kills this process
             inbox.get()
 
 
@@ -225,4 +227,4 @@ def _fill_inbox(pipe: "Connection[Any, Any]", inbox: "SimpleQueue[Chunk]") -> No
         while True:
             inbox.put(pipe.recv())
     except (EOFError, OSError):
-        os._exit(1)  # the parent is gone, even if killed
+        os._exit(1)  # the parent died

@@ -1,6 +1,6 @@
-"""Where text comes from: each source yields documents lazily, in a fixed order, in bounded memory.
+"""Open the inputs of `--source`. Each input yields its documents lazily, in a fixed order and in bounded memory.
 
-A file that cannot be read at all is a DataError; for a row that cannot, see dist_llm/text/rows.py.
+An unreadable file raises DataError. For a malformed row see dist_llm/text/rows.py.
 """
 
 import sysconfig
@@ -23,9 +23,9 @@ STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test
 
 
 class InputFile(Protocol):
-    """One input file or dataset; `spec` as the user named it.
+    """An input file or dataset. `spec` is the value of `--source` that names it.
 
-    `size_bytes` is None where it cannot be known, `state` where changes cannot.
+    `size_bytes` is None if the size is unknown. `fingerprint` changes with the content; None: changes are undetectable.
     """
 
     @property
@@ -35,9 +35,9 @@ class InputFile(Protocol):
     def size_bytes(self) -> int | None: ...
 
     @property
-    def state(self) -> list[str | int] | None: ...
+    def fingerprint(self) -> list[str | int] | None: ...
 
-    def documents(self, tally: Tally) -> Iterator[Document]: ...
+    def iter_documents(self, tally: Tally) -> Iterator[Document]: ...
 
 
 def open_inputs(
@@ -47,28 +47,28 @@ def open_inputs(
     rules: FileRules = DEFAULT_RULES,
     table: InputTable | None = None,
 ) -> list[InputFile]:
-    """The files and datasets that the specs name; `table` counts what is read and what is skipped.
+    """Open the files and datasets that `specs` name. `table` counts the files that are read and skipped.
 
-    Raises DataError for one that is not there or cannot be read, before any is read.
+    Raises DataError for a missing or unreadable input, before any input is read.
     """
     walk = Walk(rules, InputTable() if table is None else table)
-    found = [source for spec in specs for source in _open_input(spec, keys, hf_split, walk)]
+    files = [file for spec in specs for file in _open_input(spec, keys, hf_split, walk)]
     walk.check()
-    if keys.separator and not any(isinstance(each, LocalFile) and is_text(each.path) for each in found):
+    if keys.separator and not any(isinstance(file, LocalFile) and is_text(file.path) for file in files):
         raise DataError("--separator: cuts text files, and the sources have none; leave the option out")
-    return found
+    return files
 
 
-def sum_size_bytes(sources: Sequence[InputFile]) -> int | None:
-    """The size of all the sources, or None if that of one is unknown."""
-    sizes = [source.size_bytes for source in sources]
+def sum_size_bytes(files: Sequence[InputFile]) -> int | None:
+    """Return the total size of all inputs, or None if one size is unknown."""
+    sizes = [file.size_bytes for file in files]
     return None if None in sizes else sum(size for size in sizes if size is not None)
 
 
-def iter_documents(sources: Iterable[InputFile], tally: Tally) -> Iterator[Document]:
-    """All documents of the sources, in order."""
-    for source in sources:
-        yield from source.documents(tally)
+def iter_documents(files: Iterable[InputFile], tally: Tally) -> Iterator[Document]:
+    """Yield the documents of all inputs, in order."""
+    for file in files:
+        yield from file.iter_documents(tally)
 
 
 def _open_input(spec: str, keys: RowKeys, hf_split: str, walk: Walk) -> Sequence[InputFile]:
@@ -90,7 +90,7 @@ def _open_input(spec: str, keys: RowKeys, hf_split: str, walk: Walk) -> Sequence
 
 @dataclass(frozen=True)
 class LocalFile:
-    """One file, read as its suffix says."""
+    """A file on a local disk. Its suffix selects the reader."""
 
     path: Path
     keys: RowKeys
@@ -101,12 +101,12 @@ class LocalFile:
         return self.path.stat().st_size
 
     @property
-    def state(self) -> list[str | int]:
-        """Path, size and time of the last change: as long as these are the same, so is the text."""
-        found = self.path.stat()
-        return [str(self.path), found.st_size, found.st_mtime_ns]
+    def fingerprint(self) -> list[str | int]:
+        """Path, size and modification time. If these are equal, the text is taken to be equal."""
+        stat = self.path.stat()
+        return [str(self.path), stat.st_size, stat.st_mtime_ns]
 
-    def documents(self, tally: Tally) -> Iterator[Document]:
+    def iter_documents(self, tally: Tally) -> Iterator[Document]:
         before = tally.bytes_read
         try:
             yield from read_file(self.path, self.keys, tally)
@@ -116,13 +116,13 @@ class LocalFile:
 
 
 class HFDataset:
-    """A Hugging Face dataset, streamed, or the folder of a saved one.
+    """A streamed dataset of the Hugging Face hub, or a folder that `datasets.save_to_disk` wrote.
 
-    Opening it already asks the hub, so that a wrong name fails early.
+    The constructor contacts the hub, so that a wrong name fails early.
     """
 
     size_bytes = None
-    state = None  # it may have changed, and nothing says so: a run that goes on reads it again
+    fingerprint = None  # changes are undetectable, so a resumed run reads the dataset again
 
     def __init__(self, spec: str, keys: RowKeys, hf_split: str) -> None:
         import datasets
@@ -136,7 +136,7 @@ class HFDataset:
                 saved = datasets.load_from_disk(spec)
                 self._rows = saved[hf_split] if isinstance(saved, datasets.DatasetDict) else saved
 
-    def documents(self, tally: Tally) -> Iterator[Document]:
+    def iter_documents(self, tally: Tally) -> Iterator[Document]:
         rows = enumerate(self._rows, start=1)
         while True:
             with self._explain_errors():
@@ -150,7 +150,7 @@ class HFDataset:
     def _explain_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # the hub, the network and the data each raise their own kinds
+        except Exception as error:  # the hub, the network and the data raise exceptions of many types
             reason = (str(error).strip().splitlines() or [""])[0][:200]
             raise DataError(
                 f"--source {self.spec}: cannot be streamed: {type(error).__name__}: {reason}. Check the name, the "

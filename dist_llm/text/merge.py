@@ -69,7 +69,7 @@ def _find_parts(out: Path) -> list[CorpusPart]:
         if part.name not in found:
             raise DataError(
                 f"--merge {out}: {part.name} is missing. Make it with the command of the other parts "
-                f"and --part {part.part}/{n}."
+                f"and --part {part.number}/{n}."
             )
     return parts
 

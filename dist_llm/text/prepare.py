@@ -1,8 +1,8 @@
-"""Raw text to a corpus of token shards, all or nothing.
+"""Tokenize raw text to a corpus of token shards.
 
-The corpus is written to `OUT.partial` and renamed to `OUT` when complete and durable. A run that was
-killed leaves only the former, with a journal of the input files that are done; the next run goes on
-from there. `OUT.lock` keeps a second run away and is released by the kernel when its holder dies.
+The corpus is written to `OUT.partial`. It is renamed to `OUT` when it is complete and synced to the disk. A killed run
+leaves `OUT.partial` with a journal of the finished input files, and the next run resumes from this journal. `OUT.lock`
+excludes a second run; the kernel releases it when the process dies.
 """
 
 import os
@@ -35,15 +35,15 @@ RESUME_HINT = "The input files that were done are kept in {}: mend this and run 
 
 
 def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
-    """Make the corpus that `options` describe; progress and a summary go to `stream` (default: stderr).
+    """Build the corpus that `options` describe. Print progress and a summary to `stream` (default: stderr).
 
-    Raises DataError for whatever the user can mend: options, sources, tokenizer, rows, `OUT`, a full disk.
+    Raises DataError for each error that the user can fix: options, files, tokenizer, rows, `OUT`, a full disk.
     """
     _check_options(options)
     table, keys = InputTable(), RowKeys(options.text_key, options.prompt_key, options.separator)
     rules = FileRules(options.include, options.exclude, options.skip_unreadable)
-    sources = open_inputs(options.source, keys, options.hf_split, rules, table)
-    part = _select_part(options, len(sources))
+    files = open_inputs(options.source, keys, options.hf_split, rules, table)
+    part = _select_part(options, len(files))
     out = Path(os.path.realpath(options.out))
     if part.of > 1:
         _check_not_merged(out)
@@ -52,14 +52,14 @@ def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
     try:
         with lock_output(out):
             recover_output(out, old)
-            if not options.overwrite and (done := _find_finished_corpus(options, out, sources, table)) is not None:
+            if not options.overwrite and (done := _find_finished_corpus(options, out, files, table)) is not None:
                 print(NOTHING_TO_DO.format(out), file=stream or sys.stderr)
                 return done
             check_output(out, options.overwrite)
             partial.mkdir(exist_ok=True)
             try:
-                with ProgressMeter(stream or sys.stderr, sum_size_bytes(part.select_files(sources))) as meter:
-                    run = PrepareRun(options, part, sources, partial, meter, table)
+                with ProgressMeter(stream or sys.stderr, sum_size_bytes(part.select_files(files))) as meter:
+                    run = PrepareRun(options, part, files, partial, meter, table)
                     manifest = run.write_corpus()
                     publish_corpus(partial, out, old)
                     run.print_summary(manifest)
@@ -72,16 +72,19 @@ def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         where, why = error.filename or partial, error.strerror or error
-        kept = RESUME_HINT.format(partial) if Journal(partial).has_records else "Nothing of this run was kept."
-        raise DataError(f"{where}: cannot be written: {why}. {kept}") from None
+        hint = RESUME_HINT.format(partial) if Journal(partial).has_records else "Nothing of this run was kept."
+        raise DataError(f"{where}: cannot be written: {why}. {hint}") from None
     return manifest
 
 
 def _find_finished_corpus(
-    options: PrepareOptions, out: Path, sources: Sequence[InputFile], table: InputTable
+    options: PrepareOptions, out: Path, files: Sequence[InputFile], table: InputTable
 ) -> Manifest | None:
-    """The corpus at `out`, if the same options made it of as many files and bytes; None also where none can tell."""
-    if sum_size_bytes(sources) is None:
+    """Return the manifest of `out` if the same options made it from as many files and bytes.
+
+    Return None for another corpus, and for inputs of unknown size.
+    """
+    if sum_size_bytes(files) is None:
         return None
     try:
         report, manifest = Report.load(out), Manifest.load(out)
@@ -118,13 +121,13 @@ def _check_options(options: PrepareOptions) -> None:
             raise DataError(rule)
 
 
-def _select_part(options: PrepareOptions, files: int) -> CorpusPart:
+def _select_part(options: PrepareOptions, num_files: int) -> CorpusPart:
     if options.part is None:
         return SINGLE_PART
-    part, of = parse_part(options.part)
+    number, of = parse_part(options.part)
     if options.dedup:
-        return CorpusPart(part, of, "text")
-    return CorpusPart(part, of, "file" if files >= of else "row")
+        return CorpusPart(number, of, "text")
+    return CorpusPart(number, of, "file" if num_files >= of else "row")
 
 
 def _check_not_merged(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""One run of prepare: sources to a filled directory, going on from where an earlier one was cut off."""
+"""One run of prepare: write a corpus directory from the input files, or resume an interrupted run."""
 
 import json
 from collections.abc import Iterator
@@ -30,41 +30,41 @@ NON_CORPUS_OPTIONS = {
     "max_bad_rate",
     "overwrite",
     "skip_unreadable",
-}  # options that leave the corpus as it is
+}  # options that do not change the corpus
 
 
 def select_corpus_options(options: PrepareOptions) -> dict[str, Any]:
-    """The options that decide what is in the corpus, as they come back from a file."""
-    found = {name: value for name, value in asdict(options).items() if name not in NON_CORPUS_OPTIONS}
-    read: dict[str, Any] = json.loads(json.dumps(found))
-    return read
+    """Return the options that decide the content of the corpus, as JSON stores them (a tuple becomes a list)."""
+    selected = {name: value for name, value in asdict(options).items() if name not in NON_CORPUS_OPTIONS}
+    loaded: dict[str, Any] = json.loads(json.dumps(selected))
+    return loaded
 
 
 class PrepareRun:
-    """One pass from sources to a filled directory."""
+    """One pass over the input files, which fills a directory."""
 
     def __init__(
         self,
         options: PrepareOptions,
-        share: CorpusPart,
-        sources: list[InputFile],
+        part: CorpusPart,
+        files: list[InputFile],
         directory: Path,
         meter: ProgressMeter,
         table: InputTable,
     ) -> None:
         self.table = table
-        self.options, self.share, self.sources = options, share, sources
+        self.options, self.part, self.files = options, part, files
         self.directory, self.meter = directory, meter
         self.journal = Journal(directory)
         self.reader = ChunkReader(
-            share.select_files(sources), Tally(options.max_bad_rate, share, skip_unreadable=options.skip_unreadable)
+            part.select_files(files), Tally(options.max_bad_rate, part, skip_unreadable=options.skip_unreadable)
         )
         self.corpus_options = select_corpus_options(options)
         self._trained_on: dict[int, list[str | int] | None] = {}
         self._resumed_bytes = 0
 
     def write_corpus(self) -> Manifest:
-        """Write tokenizer, shards, report and, last, the manifest."""
+        """Write the tokenizer, the shards and the report, then the manifest."""
         journal_lines = self.journal.read()
         tokenizer = self._load_trained_tokenizer(journal_lines) or self._build_tokenizer()
         header = {
@@ -87,7 +87,7 @@ class PrepareRun:
             bad_rows=self.report.bad_rows,
             prompts=self.options.prompt_key is not None,
         )
-        if not manifest.tokens("train") and self.share.of == 1:
+        if not manifest.tokens("train") and self.part.of == 1:
             raise DataError(self._format_no_text_error(manifest))
         self.report.save(self.directory)
         for name in (JOURNAL_FILE, KEYS_FILE):
@@ -98,19 +98,25 @@ class PrepareRun:
     def _resume(
         self, header: dict[str, Any], journal_lines: list[dict[str, Any]], tokenizer: Tokenizer
     ) -> CorpusWriter:
-        """The corpus as far as an earlier run got and its files still hold; else an empty one."""
+        """Open the corpus of an earlier run at its last valid resume point, or an empty corpus."""
         records = self._select_valid_records(journal_lines, header)
         writer = self._build_writer(tokenizer)
         try:
             if records:
                 writer.restore([record["note"] for record in records])
-        except (DataError, LookupError, TypeError, ValueError, AttributeError) as error:  # the latter: it is damaged
+        except (
+            DataError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:  # from LookupError on: a damaged record
             self.meter.print_line(f"starting over: {error}")
             writer.__exit__()
             writer, records = self._build_writer(tokenizer), []
         if records:
             done = sum(len(record["inputs"]) for record in records)
-            self.meter.print_line(f"going on after {done:,} of {len(self.reader.sources):,} input files, done before")
+            self.meter.print_line(f"going on after {done:,} of {len(self.reader.files):,} input files, done before")
             self.reader.restore(done, records[-1]["counts"])
             self._resumed_bytes = writer.written_counts.bytes
         writer.remove_other_files({TOKENIZER_FILE, JOURNAL_FILE})
@@ -121,17 +127,17 @@ class PrepareRun:
     def _select_valid_records(
         self, journal_lines: list[dict[str, Any]], header: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """Records of input files that have not changed, up to the first that has."""
+        """Return the records before the first changed input file."""
         if journal_lines[:1] != [header]:
             return []
         usable: list[dict[str, Any]] = []
-        left = iter(self.reader.sources)
+        remaining = iter(self.reader.files)
         for record in journal_lines[1:]:
             if not isinstance(record.get("inputs"), list) or not isinstance(record.get("counts"), dict):
                 return usable  # a damaged line
-            for state in record["inputs"]:
-                file = next(left, None)
-                if file is None or state is None or file.state != state:
+            for fingerprint in record["inputs"]:
+                file = next(remaining, None)
+                if file is None or fingerprint is None or file.fingerprint != fingerprint:
                     return usable
             usable.append(record)
         return usable
@@ -154,7 +160,7 @@ class PrepareRun:
 
     def _write_chunks(self, writer: CorpusWriter) -> None:
         options = self.options
-        spec = EncoderSpec(self.directory, options.heldout_fraction, options.filter, options.dedup, self.share)
+        spec = EncoderSpec(self.directory, options.heldout_fraction, options.filter, options.dedup, self.part)
         with closing(encode_in_order(self.reader.iter_chunks(), spec, options.workers)) as chunks:
             for chunk, resume_point in chunks:
                 writer.add(chunk)
@@ -171,7 +177,7 @@ class PrepareRun:
         return build_tokenizer(self.options.tokenizer, self.options.split_pattern, self._iter_training_texts)
 
     def _load_trained_tokenizer(self, journal_lines: list[dict[str, Any]]) -> Tokenizer | None:
-        """The bpe:N of an earlier run, if its options and the files it was trained on are the same."""
+        """Load the bpe:N tokenizer of an earlier run if the options and its training files have not changed."""
         if (
             not self.options.tokenizer.startswith("bpe:")
             or not journal_lines
@@ -179,7 +185,7 @@ class PrepareRun:
         ):
             return None
         trained_on = journal_lines[0]["trained_on"]
-        if None in trained_on or trained_on != [file.state for file in self.sources[: len(trained_on)]]:
+        if None in trained_on or trained_on != [file.fingerprint for file in self.files[: len(trained_on)]]:
             return None
         try:
             tokenizer = Tokenizer.load(self.directory)
@@ -189,12 +195,12 @@ class PrepareRun:
         return tokenizer if tokenizer.sha256 == journal_lines[0]["tokenizer"] else None
 
     def _iter_training_texts(self) -> Iterator[str]:
-        """The first `bpe_train_bytes` of text that is not held out: of the whole source, so that parts agree."""
+        """Yield the first `bpe_train_bytes` of text that is not held out. All parts read the same text."""
         left, filters, removed = self.options.bpe_train_bytes, Filters(self.options.filter), RemovalCounts()
         tally = Tally(self.options.max_bad_rate, skip_unreadable=self.options.skip_unreadable)
-        for number, file in enumerate(self.sources):
-            self._trained_on[number] = file.state
-            for document in file.documents(tally):
+        for number, file in enumerate(self.files):
+            self._trained_on[number] = file.fingerprint
+            for document in file.iter_documents(tally):
                 filtered = filters(document.text, removed) if document.text else None
                 text = (filtered or "").encode()
                 if filtered is None or is_heldout(text, self.options.heldout_fraction):
@@ -205,7 +211,7 @@ class PrepareRun:
                     return
 
     def _build_report(self, writer: CorpusWriter) -> Report:
-        tally, counts = self.reader.tally, self.share.counts_textless_rows
+        tally, counts = self.reader.tally, self.part.counts_textless_rows
         bad, empty = (tally.bad_rows, self.reader.empty_documents) if counts else (0, 0)
         for path, (size, _) in tally.unreadable.items():
             self.table.mark_unreadable(Path(path), size)
@@ -220,7 +226,7 @@ class PrepareRun:
             tally.bad_bytes if counts else 0,
             self.table,
             tally.unreadable,
-            self.reader.list_warnings(self.share.of == 1),
+            self.reader.list_warnings(self.part.of == 1),
         )
 
     def _format_no_text_error(self, manifest: Manifest) -> str:
@@ -232,12 +238,12 @@ class PrepareRun:
         )
 
     def print_summary(self, manifest: Manifest) -> None:
-        """Say what came of it."""
+        """Print the counts, the report, the warnings and the first skipped rows and files."""
         tokens, texts, count = (
             sum(measure(split) for split in SPLITS)
             for measure in (manifest.tokens, manifest.text_bytes, manifest.documents)
         )
-        out = self.options.out / self.share.name if self.share.of > 1 else self.options.out
+        out = self.options.out / self.part.name if self.part.of > 1 else self.options.out
         self.meter.print_line(
             f"prepared {out}: {count:,} documents, {tokens:,} tokens of {manifest.vocab_size:,} ids, "
             f"{texts / max(tokens, 1):.2f} bytes per token, {sum(map(len, manifest.shards.values()))} shards, "
@@ -250,7 +256,7 @@ class PrepareRun:
             self.meter.print_line(line)
 
     def _list_skipped(self) -> list[str]:
-        """The first rows and files that were skipped."""
+        """Return the first rows and files that were skipped."""
         tally = self.reader.tally
         files = [f"{path}: {reason}" for path, (_, reason) in tally.unreadable.items()]
         return [*tally.locations, *files[:MAX_LOCATIONS]]

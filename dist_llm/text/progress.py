@@ -17,7 +17,7 @@ PLAIN_SECONDS = 10.0
 
 
 class ProgressMeter:
-    """Shows bytes read of `total_bytes` (None: unknown), the rate in MB/s and the documents; `doing` what."""
+    """Shows bytes read of `total_bytes` (None: unknown), the rate in MB/s and the number of documents."""
 
     def __init__(self, stream: TextIO, total_bytes: int | None, activity: str = "tokenizing") -> None:
         self.total_bytes, self.activity = total_bytes, activity

@@ -1,4 +1,4 @@
-"""Every document is one part's, whatever shares go by."""
+"""Each document belongs to exactly one part, for each way to assign documents."""
 
 from collections import Counter
 
@@ -13,19 +13,19 @@ from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart, parse_part
 def test_each_document_belongs_to_one_part(of, by):
     files = [[f"{file} {row}" for row in range(5)] for file in range(8)]
     found = Counter()
-    for part in range(1, of + 1):
-        share, number = CorpusPart(part, of, by), 0
-        for file in share.select_files(files):
+    for index in range(1, of + 1):
+        part, number = CorpusPart(index, of, by), 0
+        for file in part.select_files(files):
             for text in file:
                 number += 1
-                found[text] += share.owns_row(number) and share.owns_text(text.encode())
+                found[text] += part.owns_row(number) and part.owns_text(text.encode())
     assert found == Counter(text for file in files for text in file)
 
 
 def test_parts_are_of_like_size():
     for by in ("row", "text"):
-        shares = [CorpusPart(part, 4, by) for part in range(1, 5)]
-        sizes = [sum(share.owns_row(n) and share.owns_text(b"%d" % n) for n in range(1, 4001)) for share in shares]
+        parts = [CorpusPart(index, 4, by) for index in range(1, 5)]
+        sizes = [sum(part.owns_row(n) and part.owns_text(b"%d" % n) for n in range(1, 4001)) for part in parts]
         assert min(sizes) > 900, by  # 1000, with a standard deviation of 27 where texts are hashed
 
 
