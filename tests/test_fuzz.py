@@ -65,7 +65,7 @@ from dist_llm.text.rows import RowKeys, Tally
 from dist_llm.text.tokenizer import ENDOFTEXT, Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
 from dist_llm.train.resume import EarlierSteps
-from tests.text.test_foreign import index
+from tests.text.test_token_files import index
 
 MARGIN_BYTES = 1 << 29  # that a reader may take of address space, for files of some kilobytes
 SECONDS = 60  # after which a reader hangs

@@ -23,8 +23,8 @@ from dist_llm.data.remote import as_path, is_remote, sync_directory
 from dist_llm.data.shard import ADOPTED, SPLITS, DType, Manifest, Shard, Split
 from dist_llm.errors import DataError
 from dist_llm.text.adopt_options import AdoptOptions
-from dist_llm.text.foreign import Ids, check_size, data_file, read_header
 from dist_llm.text.progress import ProgressMeter
+from dist_llm.text.token_files import TokenFileScan, check_size, locate_data_file, read_header
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
 
@@ -80,7 +80,7 @@ def _check_options(options: AdoptOptions) -> None:
 
 def _sum_sizes(options: AdoptOptions) -> int | None:
     """Return the size of all files in bytes, or None if a file is remote."""
-    locations = [data_file(options.format, location) for location in (*options.data, *options.heldout)]
+    locations = [locate_data_file(options.format, location) for location in (*options.data, *options.heldout)]
     return None if any(map(is_remote, locations)) else sum(map(_get_size, locations))
 
 
@@ -140,13 +140,13 @@ class _AdoptRun:
         return dtype
 
     def _adopt_file(self, split: Split, number: int, argument: str) -> tuple[Shard, DType]:
-        location = data_file(self.options.format, argument)
+        location = locate_data_file(self.options.format, argument)
         if not is_remote(location):
             location = os.path.abspath(as_path(location))
             ids, digest = self._scan_file(location)
         else:
             ids, digest = remote.tried(location, lambda: self._scan_file(location), lambda: HINT)
-        starts = ids.starts(self._eot_at_start)
+        starts = ids.compute_starts(self._eot_at_start)
         offsets = f"{split}-{number:05d}.offsets"
         with (self.directory / offsets).open("wb") as file:
             file.write(starts.astype("<u8").tobytes())
@@ -155,12 +155,12 @@ class _AdoptRun:
         with self._lock:
             self._num_documents += len(starts)
             self._has_document_bounds |= ids.has_document_bounds
-            if ids.looks_begun and not self._eot_at_start:
+            if ids.has_leading_eot and not self._eot_at_start:
                 self.files_with_leading_eot.append(location)
         shard = Shard(location, ids.tokens, len(starts), ids.text_bytes, digest, ids.header.skip_bytes, offsets)
         return shard, ids.header.dtype
 
-    def _scan_file(self, location: str) -> tuple[Ids, str]:
+    def _scan_file(self, location: str) -> tuple[TokenFileScan, str]:
         """Read a file; check and count its ids. Return them and the SHA-256. Raises RemoteError if a URL fails."""
         stream, digest = _iter_blocks(location), sha256()
         head = next(stream, b"")
@@ -168,7 +168,7 @@ class _AdoptRun:
         if not is_remote(location):
             check_size(location, header, _get_size(location))  # before the long pass over the content
         eot = NO_EOT if self.tokenizer.eot is None else self.tokenizer.eot
-        ids = Ids(location, header, eot, self.text_bytes)
+        ids = TokenFileScan(location, header, eot, self.text_bytes)
         for block in chain([head], stream):
             digest.update(block)
             ids.add(block)

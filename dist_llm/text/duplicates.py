@@ -95,8 +95,8 @@ def _hash_shingles(text: str) -> npt.NDArray[np.uint32]:
     hashes = {word: _hash_word(word) for word in set(words)}
     column = np.array([hashes[word] for word in words], dtype=np.uint64)
     runs = np.zeros(len(words) - SHINGLE_WORDS + 1, dtype=np.uint64)
-    for place in range(SHINGLE_WORDS):  # a polynomial modulo 2^64, whose upper half is well mixed
-        runs = runs * np.uint64(0x9E3779B97F4A7C15) + column[place : place + len(runs)]
+    for offset in range(SHINGLE_WORDS):  # a polynomial modulo 2^64, whose upper half is well mixed
+        runs = runs * np.uint64(0x9E3779B97F4A7C15) + column[offset : offset + len(runs)]
     return np.unique((runs >> np.uint64(32)).astype(np.uint32))
 
 

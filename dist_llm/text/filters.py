@@ -22,6 +22,6 @@ class Filters:
                 left = FILTERS[name][0](left, removed)
         return left
 
-    def no_removals(self) -> RemovalCounts:
+    def zero_counts(self) -> RemovalCounts:
         """A zero for each rule, so that a report shows also what removed nothing."""
         return RemovalCounts({f"{name}.{rule}": TextCount() for name in self.names for rule in FILTERS[name][1]})

@@ -14,7 +14,7 @@ from dist_llm.errors import DataError
 from dist_llm.text.readers import is_text, read_file
 from dist_llm.text.report import InputTable
 from dist_llm.text.rows import Document, RowKeys, Tally, UnreadableError, read_row
-from dist_llm.text.walk import FileRules, Walk
+from dist_llm.text.walk import FileRules, FolderWalk
 
 DEFAULT_KEYS, DEFAULT_RULES = RowKeys(), FileRules()
 SAVED_DATASET_FILES = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # by datasets.save_to_disk
@@ -51,7 +51,7 @@ def open_inputs(
 
     Raises DataError for a missing or unreadable input, before any input is read.
     """
-    walk = Walk(rules, InputTable() if table is None else table)
+    walk = FolderWalk(rules, InputTable() if table is None else table)
     files = [file for spec in specs for file in _open_input(spec, keys, hf_split, walk)]
     walk.check()
     if keys.separator and not any(isinstance(file, LocalFile) and is_text(file.path) for file in files):
@@ -71,20 +71,24 @@ def iter_documents(files: Iterable[InputFile], tally: Tally) -> Iterator[Documen
         yield from file.iter_documents(tally)
 
 
-def _open_input(spec: str, keys: RowKeys, hf_split: str, walk: Walk) -> Sequence[InputFile]:
+def _open_input(spec: str, keys: RowKeys, hf_split: str, walk: FolderWalk) -> Sequence[InputFile]:
     if spec == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        code = Walk(FileRules(include=("*.py",)), InputTable())
-        return [LocalFile(path, keys, spec) for each in code.folder(root, STDLIB_EXCLUDED) for path in walk.file(each)]
+        code = FolderWalk(FileRules(include=("*.py",)), InputTable())
+        return [
+            LocalFile(path, keys, spec)
+            for each in code.walk_folder(root, STDLIB_EXCLUDED)
+            for path in walk.check_file(each)
+        ]
     if spec.startswith("hf:"):
         return [HFDataset(spec, keys, hf_split)]
     path = Path(spec)
     if any(all((path / name).is_file() for name in names) for names in SAVED_DATASET_FILES):
         return [HFDataset(spec, keys, hf_split)]
     if path.is_dir():
-        return [LocalFile(each, keys, spec) for each in walk.folder(path)]
+        return [LocalFile(each, keys, spec) for each in walk.walk_folder(path)]
     if path.exists():
-        return [LocalFile(each, keys, spec) for each in walk.file(path)]
+        return [LocalFile(each, keys, spec) for each in walk.check_file(path)]
     raise DataError(f"--source {spec}: no such file or folder. Other sources are {STDLIB} and hf:NAME[:CONFIG].")
 
 

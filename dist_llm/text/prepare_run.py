@@ -144,7 +144,7 @@ class PrepareRun:
 
     def _build_writer(self, tokenizer: Tokenizer) -> CorpusWriter:
         options = self.options
-        removed = Filters(options.filter).no_removals()
+        removed = Filters(options.filter).zero_counts()
         if options.dedup:
             removed.add(f"dedup.{options.dedup}")
         dtype = smallest_dtype(tokenizer.vocab_size)

@@ -11,7 +11,7 @@ from typing import Any
 
 from dist_llm.errors import DataError
 from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart
-from dist_llm.text.tokenizer import well_formed
+from dist_llm.text.tokenizer import to_well_formed
 
 MAX_LOCATIONS = 5
 MIN_ROWS = 10_000
@@ -129,7 +129,7 @@ def read_row(row: Any, keys: RowKeys, origin: str, tally: Tally, size: int | Non
         if not isinstance(text, str):
             missing = text is None and isinstance(row, dict) and key not in row
             return tally.count_bad(origin, f"no key '{key}'" if missing else f"no string under '{key}'", size)
-        texts.append(well_formed(text))
+        texts.append(to_well_formed(text))
     tally.count_good(size)
     text, prompt = texts[0], "".join(texts[1:])
     yield Document(prompt + text if text else "", origin, len(prompt))

@@ -32,14 +32,14 @@ def read_table(
         for row in rows:
             tally.bytes_read = start + raw.tell()
             if tally.claim_next_row():
-                yield from read_row(_as_bytes(row, keys), keys, f"{path}:{rows.line_num}", tally)
+                yield from read_row(_encode_columns(row, keys), keys, f"{path}:{rows.line_num}", tally)
     except csv.Error as error:
         raise UnreadableError(f"line {rows.line_num}: not readable as {path.suffix}: {error}") from None
     finally:
         lines.detach()  # else it closes the stream, which is its owner's to close
 
 
-def _as_bytes(row: dict[str | Any, Any], keys: RowKeys) -> dict[str, Any]:
+def _encode_columns(row: dict[str | Any, Any], keys: RowKeys) -> dict[str, Any]:
     """The row's texts as the bytes of the file, which need not be UTF-8."""
     texts = {key: row[key] for key in keys.all}
     return {key: text and text.encode("utf-8", "surrogateescape") for key, text in texts.items()}

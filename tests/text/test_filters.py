@@ -71,9 +71,9 @@ def test_gopher_by_rule(rule):
 
 def all_rules(text):
     words, lines = text.split(), [line.strip() for line in text.split("\n") if line.strip()]
-    yield from gopher._quality(text, words, lines)
-    yield from gopher._repetition(text, lines)
-    yield from gopher._repeated_ngrams(words)
+    yield from gopher._check_quality(text, words, lines)
+    yield from gopher._check_repetition(text, lines)
+    yield from gopher._check_ngrams(words)
 
 
 def test_gopher_names_its_rules_in_the_order_it_looks():
@@ -109,7 +109,7 @@ def test_repeated_ngrams_against_counting(seed, monkeypatch):
         for name in ("MAX_TOP_NGRAM_CHARS", "MAX_DUPLICATE_NGRAM_CHARS"):
             limits = {n: shares[n] + shift for n in getattr(gopher, name)}
             monkeypatch.setattr(gopher, name, limits)
-        assert {found for _, found in gopher._repeated_ngrams(words)} == {broken}
+        assert {found for _, found in gopher._check_ngrams(words)} == {broken}
 
 
 C4_LINES = {
