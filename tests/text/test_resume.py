@@ -175,14 +175,14 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path):
     source, out, partial = str(tmp_path / "in"), tmp_path / "out", tmp_path / "out.partial"
     done = 0
     for _ in range(3):
-        with start(source, out, mark_chars=100_000) as process:
+        with start(source, out, resume_point_chars=100_000) as process:
             wait_for(lambda done=done: len(Journal(partial).read()) > done + 1)
             os.kill(process.pid, signal.SIGKILL)
         done = len(Journal(partial).read()) - 1
         assert not out.exists()
         assert not (partial / MANIFEST).exists()
     assert 3 <= done < 8
-    _, stderr = start(source, out, mark_chars=100_000).communicate()
+    _, stderr = start(source, out, resume_point_chars=100_000).communicate()
     assert f"going on after {done} of 8 input files" in stderr
     run(source, tmp_path / "whole")
     assert all_files(out) == all_files(tmp_path / "whole")
