@@ -33,9 +33,9 @@ from pathlib import Path
 import tiktoken
 
 from dist_llm.text.bpe_tokenizer import BPETokenizer
+from dist_llm.text.input_files import iter_documents, open_inputs
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.rows import Tally
-from dist_llm.text.sources import documents, open_sources
 from dist_llm.text.vocabulary import build_tokenizer
 
 CLAIM = 0.8  # the least ratio that we promise
@@ -105,7 +105,7 @@ def run(case: str, options: argparse.Namespace, scratch: Path) -> Iterator[dict[
 
 def cut(spec: str, total: int, size: int) -> Iterator[str]:
     """`total` characters of the source in documents of `size`, over again as often as needed; all of it in memory."""
-    text = "".join(document.text for document in documents(open_sources([spec]), Tally(1.0)))
+    text = "".join(document.text for document in iter_documents(open_inputs([spec]), Tally(1.0)))
     text *= -(-total // max(len(text), 1))
     for start in range(0, total, size):
         yield text[start : min(start + size, total)]

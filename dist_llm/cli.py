@@ -179,14 +179,14 @@ def _report_error(error: UserError) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from dist_llm.text.options import options_from
+    from dist_llm.text.options import build_options
 
     if options.merge:
-        from dist_llm.text.merge import merge
+        from dist_llm.text.merge import merge_parts
 
-        merge(options.merge)
+        merge_parts(options.merge)
         return
-    chosen = options_from(options)
+    chosen = build_options(options)
     from dist_llm.text.prepare import prepare
 
     prepare(chosen)
@@ -194,9 +194,9 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _adopt(options: argparse.Namespace) -> None:
     from dist_llm.text.adopt import adopt
-    from dist_llm.text.adopt_options import options_from
+    from dist_llm.text.adopt_options import build_options
 
-    adopt(options_from(options))
+    adopt(build_options(options))
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -59,13 +59,13 @@ from dist_llm.observe.metrics import MetricsFile
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
+from dist_llm.text.input_files import iter_documents, open_inputs
 from dist_llm.text.report import InputTable, Report
-from dist_llm.text.rows import Keys, Tally
-from dist_llm.text.sources import documents, open_sources
+from dist_llm.text.rows import RowKeys, Tally
 from dist_llm.text.tokenizer import ENDOFTEXT, Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
 from dist_llm.train.resume import EarlierSteps
-from tests.text.test_foreign import index
+from tests.text.test_token_files import index
 
 MARGIN_BYTES = 1 << 29  # that a reader may take of address space, for files of some kilobytes
 SECONDS = 60  # after which a reader hangs
@@ -302,9 +302,9 @@ def write_bytes(name: str, content: Callable[[], bytes]) -> Callable[[Path], Non
 
 
 def read_text(directory: Path, **keys: Any) -> None:
-    found = open_sources([str(directory)], Keys(**keys))
+    found = open_inputs([str(directory)], RowKeys(**keys))
     tally = Tally(max_bad_rate=1.0)
-    for document in documents(found, tally):
+    for document in iter_documents(found, tally):
         document.text.encode()
     tally.check()
 

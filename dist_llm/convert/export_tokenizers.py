@@ -15,9 +15,9 @@ from dist_llm.errors import CheckpointError, DataError
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.bpe_tokenizer import BPETokenizer
 from dist_llm.text.char_tokenizer import CharTokenizer
-from dist_llm.text.hf_bpe import OURS, convert_bpe, merge_pairs, prove_equal, to_signs
+from dist_llm.text.hf_bpe import EXPORT_KEY, convert_bpe, iter_merges, prove_equal, to_printable
 from dist_llm.text.hf_folder import SETTINGS_FILE, read_hf_folder
-from dist_llm.text.split_pattern import BYTE_LEVEL, pre_tokenizer
+from dist_llm.text.split_pattern import BYTE_LEVEL, build_pre_tokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer
 
 HINT = "The weights can still be converted, without a tokenizer."
@@ -46,13 +46,13 @@ def export_tokenizer(
     known, special = Vocabulary(size, tokenizer.eot), dict(tokenizer.special_tokens)
     for token in range(size, size + extra):
         name = f"{known.describe(token)}"
-        special[name if name not in special else f"<{OURS} {name[1:]}"] = token
+        special[name if name not in special else f"<{EXPORT_KEY} {name[1:]}"] = token
     name_of = {token: name for name, token in special.items()}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), ENDOFTEXT),
-        OURS: {"name": tokenizer.name, "pattern": tokenizer.pattern, "vocab_size": size},
+        EXPORT_KEY: {"name": tokenizer.name, "pattern": tokenizer.pattern, "vocab_size": size},
     }
     roles = {"mask_token": "mask"}
     if model is not None and model.architecture != "decoder":
@@ -104,8 +104,8 @@ def _build_content(tokenizer: BPETokenizer, special: Mapping[str, int], mask: st
     """Build `tokenizer.json`. Special tokens are in the vocabulary too: Hugging Face allows no gaps in ids beyond
     it."""
     vocab, merges = (
-        {to_signs(token): rank for token, rank in tokenizer.ranks.items()},
-        list(merge_pairs(tokenizer.ranks)),
+        {to_printable(token): rank for token, rank in tokenizer.ranks.items()},
+        list(iter_merges(tokenizer.ranks)),
     )
     if both := vocab.keys() & special.keys():
         raise CheckpointError(f"tokenizer {tokenizer.name}: {min(both)!r} is a special token and an ordinary one.")
@@ -114,7 +114,7 @@ def _build_content(tokenizer: BPETokenizer, special: Mapping[str, int], mask: st
     return {
         "version": "1.0",
         "added_tokens": [{"id": token, "content": name, "lstrip": name == mask, **flags} for name, token in by_id],
-        "pre_tokenizer": pre_tokenizer(tokenizer.pattern),
+        "pre_tokenizer": build_pre_tokenizer(tokenizer.pattern),
         "decoder": BYTE_LEVEL,
         "model": {"type": "BPE", "ignore_merges": True, "vocab": {**vocab, **special}, "merges": merges},
     }
@@ -123,7 +123,7 @@ def _build_content(tokenizer: BPETokenizer, special: Mapping[str, int], mask: st
 def _verify_written(tokenizer: BPETokenizer, special: Mapping[str, int], directory: Path) -> None:
     """Raise CheckpointError unless the written files are read as `tokenizer`, including each byte and special token."""
     content = json.loads((directory / TOKENIZER_FILE).read_bytes())
-    settings = json.loads((directory / SETTINGS_FILE).read_bytes())[OURS]
+    settings = json.loads((directory / SETTINGS_FILE).read_bytes())[EXPORT_KEY]
     try:
         reopened = convert_bpe(content, ENDOFTEXT, settings, tokenizer.name)
         prove_equal(reopened, content)

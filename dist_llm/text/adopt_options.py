@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=os.cpu_count() or 1, help="files read at once (default: one per CPU)")
 
 
-def options_from(namespace: argparse.Namespace) -> AdoptOptions:
+def build_options(namespace: argparse.Namespace) -> AdoptOptions:
     """The options in a namespace parsed with `add_arguments`; other attributes are ignored."""
     values = {each.name: getattr(namespace, each.name) for each in fields(AdoptOptions)}
     return AdoptOptions(**{**values, "data": tuple(values["data"]), "heldout": tuple(values["heldout"])})

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_llm.errors import DataError
-from dist_llm.text.tokenizer import BPE_FORMAT, ENDOFTEXT, MAX_IDS, Tokenizer, well_formed
+from dist_llm.text.tokenizer import BPE_FORMAT, ENDOFTEXT, MAX_IDS, Tokenizer, to_well_formed
 
 if TYPE_CHECKING:
     import tiktoken
@@ -31,7 +31,7 @@ SPLIT_PATTERNS = {
 }
 
 # tiktoken's regex engine gives up on about a million blanks in a row; text it refuses is cut this small.
-PIECE_CHARS = 100_000
+SEGMENT_CHARS = 100_000
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class BPETokenizer(Tokenizer):
         try:
             return self._encode(text)
         except UnicodeEncodeError:
-            return self.encode(well_formed(text))
+            return self.encode(to_well_formed(text))
         except ValueError:  # the regex engine ran out of stack
-            pieces = [text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]
-            return np.concatenate([self._encode(piece) for piece in pieces])
+            segments = [text[start : start + SEGMENT_CHARS] for start in range(0, len(text), SEGMENT_CHARS)]
+            return np.concatenate([self._encode(segment) for segment in segments])
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -82,10 +82,10 @@ class BPETokenizer(Tokenizer):
         try:
             return self._encoding.decode_bytes(known)
         except (KeyError, OverflowError):
-            return b"".join(self._bytes_of.get(each, b"\xef\xbf\xbd") for each in known)
+            return b"".join(self._id_to_bytes.get(each, b"\xef\xbf\xbd") for each in known)
 
-    def text_stream(self, before: Sequence[int] | npt.NDArray[np.integer]) -> "ByteStream":
-        return ByteStream(self)
+    def text_stream(self, before: Sequence[int] | npt.NDArray[np.integer]) -> "ByteTextStream":
+        return ByteTextStream(self)
 
     def token_bytes(self) -> Mapping[int, bytes]:
         return {rank: token for token, rank in self.ranks.items()}
@@ -122,12 +122,12 @@ class BPETokenizer(Tokenizer):
         )
 
     @cached_property
-    def _bytes_of(self) -> dict[int, bytes]:
+    def _id_to_bytes(self) -> dict[int, bytes]:
         special = {rank: token.encode() for token, rank in self.special_tokens.items()}
         return {rank: token for token, rank in self.ranks.items()} | special
 
 
-class ByteStream:
+class ByteTextStream:
     """A `TextStream` of a tokenizer whose ids stand for bytes."""
 
     def __init__(self, tokenizer: BPETokenizer) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 
-def _signs_and_bytes() -> Iterator[tuple[str, int]]:
+def _iter_alphabet() -> Iterator[tuple[str, int]]:
     """Each byte's sign: the character itself where it is printable, else the next one from U+0100."""
     spare = 256
     for byte in range(256):
@@ -14,10 +14,10 @@ def _signs_and_bytes() -> Iterator[tuple[str, int]]:
             spare += 1
 
 
-BYTE_OF = dict(_signs_and_bytes())
-SIGN_OF = {byte: sign for sign, byte in BYTE_OF.items()}
+CHAR_TO_BYTE = dict(_iter_alphabet())
+BYTE_TO_CHAR = {byte: char for char, byte in CHAR_TO_BYTE.items()}
 
 
 def to_bytes(token: str) -> bytes:
     """The bytes of a token. Raises KeyError for a sign that is not of the alphabet."""
-    return bytes(BYTE_OF[sign] for sign in token)
+    return bytes(CHAR_TO_BYTE[char] for char in token)

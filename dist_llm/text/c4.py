@@ -7,7 +7,7 @@ The citation markers that the paper removes count as bytes of no line.
 
 import re
 
-from dist_llm.text.report import Removals
+from dist_llm.text.report import RemovalCounts
 
 TERMINAL = (".", "!", "?", '"', "”")
 MIN_WORDS_PER_LINE = 5
@@ -20,40 +20,40 @@ _CITATION = re.compile(r"\[(?:\d+|edit|citation needed)\]")
 _SENTENCE_END = re.compile(r"[.!?]+[\"”’')\]]*(?=\s|$)")
 
 
-def clean(text: str, removed: Removals) -> str | None:
+def clean(text: str, removed: RemovalCounts) -> str | None:
     """The page with the lines that pass, or None; what goes is counted in `removed`, under "c4.<rule>"."""
-    if broken := _broken_page_rule(text):
+    if broken := _find_broken_page_rule(text):
         removed.add(f"c4.{broken}", documents=1, bytes=len(text.encode()))
         return None
-    kept = [line for line in _without_citations(text, removed).split("\n") if not _drop(line, removed)]
-    page = "\n".join(kept)
+    lines = [line for line in _remove_citations(text, removed).split("\n") if not _drops_line(line, removed)]
+    page = "\n".join(lines)
     if len(_SENTENCE_END.findall(page)) < MIN_SENTENCES:
         removed.add("c4.sentences", documents=1, bytes=len(page.encode()))
         return None
     return page
 
 
-def _broken_page_rule(text: str) -> str | None:
+def _find_broken_page_rule(text: str) -> str | None:
     if "lorem ipsum" in text.lower():
         return "lorem_ipsum"
     return "curly_bracket" if "{" in text else None
 
 
-def _without_citations(text: str, removed: Removals) -> str:
+def _remove_citations(text: str, removed: RemovalCounts) -> str:
     shorter = _CITATION.sub("", text)
     if len(shorter) < len(text):
         removed.add("c4.citation_marker", bytes=len(text) - len(shorter))  # the markers are ASCII
     return shorter
 
 
-def _drop(line: str, removed: Removals) -> bool:
-    rule = broken_line_rule(line)
+def _drops_line(line: str, removed: RemovalCounts) -> bool:
+    rule = find_broken_line_rule(line)
     if rule is not None:
         removed.add(f"c4.{rule}", lines=1, bytes=len(line.encode()))
     return rule is not None
 
 
-def broken_line_rule(line: str) -> str | None:
+def find_broken_line_rule(line: str) -> str | None:
     """The first of LINE_RULES that a line breaks."""
     lower = line.lower()
     if not line.rstrip().endswith(TERMINAL):

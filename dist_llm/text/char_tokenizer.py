@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_llm.errors import DataError
-from dist_llm.text.tokenizer import FORMAT, MAX_IDS, Tokenizer, well_formed
+from dist_llm.text.tokenizer import FORMAT, MAX_IDS, Tokenizer, to_well_formed
 
 META_FILE = "meta.pkl"
 MAX_META_BYTES = 64 << 20  # a character takes about 20 bytes, and Unicode has 300,000
@@ -43,7 +43,7 @@ class CharTokenizer(Tokenizer):
         numbers = list(self.ids.values())
         if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0 or max(numbers) >= MAX_IDS:
             raise DataError(f"tokenizer of characters: ids must be distinct, from 0 to {MAX_IDS - 1}; at least one.")
-        if wrong := [sign for sign in self.ids if len(sign) != 1 or 0xD800 <= ord(sign) < 0xE000]:
+        if wrong := [char for char in self.ids if len(char) != 1 or 0xD800 <= ord(char) < 0xE000]:
             raise DataError(f"tokenizer of characters: {wrong[0]!r} is not one character.")
 
     @property
@@ -55,29 +55,29 @@ class CharTokenizer(Tokenizer):
         return None
 
     @property
-    def _filler(self) -> int:
+    def _padding_id(self) -> int:
         return self.ids.get("\n", min(self.ids.values()))
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
-        signs = np.frombuffer(well_formed(text).encode("utf-32-le"), "<u4")
-        known, numbers = self._table
-        places = np.minimum(np.searchsorted(known, signs), len(known) - 1)
-        if len(missing := np.flatnonzero(known[places] != signs)):
-            sign = chr(signs[missing[0]])
+        code_points = np.frombuffer(to_well_formed(text).encode("utf-32-le"), "<u4")
+        known, numbers = self._lookup_table
+        indices = np.minimum(np.searchsorted(known, code_points), len(known) - 1)
+        if len(missing := np.flatnonzero(known[indices] != code_points)):
+            char = chr(code_points[missing[0]])
             raise DataError(
-                f"character {sign!r} (U+{ord(sign):04X}), number {missing[0]} of the text, has no id in the tokenizer "
+                f"character {char!r} (U+{ord(char):04X}), number {missing[0]} of the text, has no id in the tokenizer "
                 "of characters. Remove such characters from the text, or use another tokenizer."
             )
-        return numbers[places]
+        return numbers[indices]
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        return "".join(self._sign_of.get(each, "\ufffd") for each in np.asarray(ids, dtype=np.int64).tolist())
+        return "".join(self._id_to_char.get(each, "\ufffd") for each in np.asarray(ids, dtype=np.int64).tolist())
 
-    def text_stream(self, before: Sequence[int] | npt.NDArray[np.integer]) -> "CharStream":
-        return CharStream(self)
+    def text_stream(self, before: Sequence[int] | npt.NDArray[np.integer]) -> "CharTextStream":
+        return CharTextStream(self)
 
     def token_bytes(self) -> Mapping[int, bytes]:
-        return {number: sign.encode() for sign, number in self.ids.items()}
+        return {number: char.encode() for char, number in self.ids.items()}
 
     def file_bytes(self) -> bytes:
         content = {"format": FORMAT, "kind": "characters", "ids": dict(sorted(self.ids.items(), key=lambda i: i[1]))}
@@ -86,21 +86,21 @@ class CharTokenizer(Tokenizer):
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> "CharTokenizer":
         """The tokenizer whose `file_bytes` hold these JSON fields. Raises what a malformed field raises."""
-        return CharTokenizer({str(sign): _whole_number(number) for sign, number in fields["ids"].items()})
+        return CharTokenizer({str(char): _check_int(number) for char, number in fields["ids"].items()})
 
     @cached_property
-    def _table(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+    def _lookup_table(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
         """(all code points in ascending order, the id of each)."""
-        signs = np.array([ord(sign) for sign in self.ids], np.uint32)
-        order = np.argsort(signs)
-        return signs[order], np.array(list(self.ids.values()), np.uint32)[order]
+        code_points = np.array([ord(char) for char in self.ids], np.uint32)
+        order = np.argsort(code_points)
+        return code_points[order], np.array(list(self.ids.values()), np.uint32)[order]
 
     @cached_property
-    def _sign_of(self) -> dict[int, str]:
-        return {number: sign for sign, number in self.ids.items()}
+    def _id_to_char(self) -> dict[int, str]:
+        return {number: char for char, number in self.ids.items()}
 
 
-class CharStream:
+class CharTextStream:
     """A `TextStream` of whole characters."""
 
     def __init__(self, tokenizer: CharTokenizer) -> None:
@@ -124,15 +124,15 @@ def read_meta(path: Path) -> CharTokenizer:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path given to --tokenizer.") from None
-    meta = _load_plain(content, path)
+    meta = _unpickle_plain(content, path)
     stoi, itos = (meta.get(name) if isinstance(meta, dict) else None for name in ("stoi", "itos"))
     if not isinstance(stoi, dict) or not stoi:
         raise DataError(f"{path}: not a meta.pkl of nanoGPT's: it has no dictionary stoi, from characters to ids.")
     try:
-        ids = {_string(sign): _whole_number(number) for sign, number in stoi.items()}
+        ids = {_check_string(char): _check_int(number) for char, number in stoi.items()}
     except TypeError as error:
         raise DataError(f"{path}: stoi: {error}") from None
-    if itos is not None and itos != {number: sign for sign, number in ids.items()}:
+    if itos is not None and itos != {number: char for char, number in ids.items()}:
         raise DataError(f"{path}: stoi and itos contradict each other. Make the file again.")
     if meta.get("vocab_size", max(ids.values()) + 1) != max(ids.values()) + 1:
         raise DataError(
@@ -144,16 +144,16 @@ def read_meta(path: Path) -> CharTokenizer:
         raise DataError(f"{path}: {error}") from None
 
 
-def _load_plain(content: bytes, path: Path) -> Any:
+def _unpickle_plain(content: bytes, path: Path) -> Any:
     """The object in a pickle of plain containers, strings and whole numbers. Raises DataError for any other."""
     try:
-        for opcode, argument, place in pickletools.genops(content):
+        for opcode, argument, offset in pickletools.genops(content):
             if opcode.name not in PLAIN_OPCODES:
                 raise DataError(
-                    f"{path}: byte {place}: holds more than strings and numbers ({opcode.name}); not loaded."
+                    f"{path}: byte {offset}: holds more than strings and numbers ({opcode.name}); not loaded."
                 )
             if opcode.name in MEMO_OPCODES and int(argument or 0) > len(content):  # it would allocate as much
-                raise DataError(f"{path}: byte {place}: damaged: place {argument} of its memo.")
+                raise DataError(f"{path}: byte {offset}: damaged: place {argument} of its memo.")
         return _Unpickler(io.BytesIO(content)).load()
     except DataError:
         raise
@@ -166,13 +166,13 @@ class _Unpickler(pickle.Unpickler):
         raise DataError(f"names {module}.{name}, which would be run; not loaded.")
 
 
-def _string(value: object) -> str:
+def _check_string(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{short_repr(value)} is not a string.")
     return value
 
 
-def _whole_number(value: object) -> int:
+def _check_int(value: object) -> int:
     if type(value) is not int:
         raise TypeError(f"{short_repr(value)} is not a whole number.")
     return value

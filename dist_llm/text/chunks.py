@@ -1,27 +1,27 @@
-"""Documents in chunks, few and large, with a mark wherever whole input files end.
+"""Group documents into large chunks, with a resume point at the end of input files.
 
-What was read up to a mark, and written, need not be read again by a run that goes on.
+A resumed run does not read the input files before the last resume point again.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dist_llm.text.input_files import InputFile
 from dist_llm.text.rows import Document, Tally
-from dist_llm.text.sources import Source
 from dist_llm.text.tokenizer import ENDOFTEXT
 
 COUNTS = ("empty_documents", "documents_of", "end_token_origin", "end_token_documents")
 CHUNK_CHARS = 1 << 20
 DOCUMENT_OVERHEAD_CHARS = 64  # so that a chunk of tiny documents is not a million objects
-# A mark makes all files durable, which costs as much as tokenizing a tenth of this. Input files smaller
-# than this share a mark with their neighbours.
-MARK_CHARS = 8 << 20
+# A resume point syncs all files to the disk, which takes as long as tokenizing a tenth of this text. Smaller input
+# files share a resume point with their neighbours.
+RESUME_POINT_CHARS = 8 << 20
 
 
 @dataclass(frozen=True)
-class Mark:
-    """Input files finished since the last mark, as `Source.state` describes them, and the counts up to here."""
+class ResumePoint:
+    """The fingerprints of the input files that were finished since the last resume point, and the counts so far."""
 
     inputs: list[list[str | int] | None]
     counts: dict[str, Any]
@@ -29,30 +29,30 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Texts, none of them empty, the `file:line` of each and the length of its prompt; `mark` if an input file ends
-    with them."""
+    """Non-empty texts, the `file:line` of each and the length of its prompt. A resume point if an input file ends with
+    the last text."""
 
     texts: list[str] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
-    mark: Mark | None = None
+    resume_point: ResumePoint | None = None
     prompts: list[int] = field(default_factory=list)  # characters
 
 
-class Reader:
-    """Reads sources one after the other."""
+class ChunkReader:
+    """Reads input files one after the other."""
 
-    def __init__(self, sources: Sequence[Source], tally: Tally) -> None:
-        self.sources, self.tally = sources, tally
+    def __init__(self, files: Sequence[InputFile], tally: Tally) -> None:
+        self.files, self.tally = files, tally
         self.empty_documents = self.end_token_documents = 0
-        self.end_token_origin = ""  # of the first document that has the end token's text
+        self.end_token_origin = ""  # of the first document that contains the text of the end token
         self.documents_of: dict[str, int] = {}  # by --source
 
-    def chunks(self) -> Iterator[Chunk]:
+    def iter_chunks(self) -> Iterator[Chunk]:
         chunk, chars, unmarked, inputs = Chunk(), 0, 0, []
-        for source in self.sources:
-            state = source.state  # from before: a file that changes while it is read does not pass for read
-            for document in source.documents(self.tally):
-                self._note(document, source.spec)
+        for file in self.files:
+            fingerprint = file.fingerprint  # from before the read: a file may change while it is read
+            for document in file.iter_documents(self.tally):
+                self._count_document(document, file.spec)
                 if not document.text:
                     self.empty_documents += 1
                     continue
@@ -64,43 +64,43 @@ class Reader:
                 if chars >= CHUNK_CHARS:
                     yield chunk
                     chunk, chars = Chunk(), 0
-            inputs.append(state)
-            if unmarked >= MARK_CHARS:
-                yield Chunk(chunk.texts, chunk.origins, Mark(inputs, self._counts()), chunk.prompts)
+            inputs.append(fingerprint)
+            if unmarked >= RESUME_POINT_CHARS:
+                yield Chunk(chunk.texts, chunk.origins, ResumePoint(inputs, self._copy_counts()), chunk.prompts)
                 chunk, chars, unmarked, inputs = Chunk(), 0, 0, []
         if chunk.texts:
             yield chunk
 
-    def _note(self, document: Document, spec: str) -> None:
-        """Keep what tells that documents were not kept apart."""
+    def _count_document(self, document: Document, spec: str) -> None:
+        """Count signs of several documents in one: documents per --source, and end tokens in texts."""
         self.documents_of[spec] = self.documents_of.get(spec, 0) + 1
         if ENDOFTEXT in document.text:
             self.end_token_origin = self.end_token_origin or document.origin
             self.end_token_documents += 1
 
-    def warnings(self, whole: bool) -> list[str]:
-        """What hints at several documents in one; `whole`: this run reads every source to its end."""
-        found = []
-        if single := [spec for spec, count in self.documents_of.items() if whole and count == 1]:
-            found.append(
+    def list_warnings(self, reads_all_files: bool) -> list[str]:
+        """Return warnings about several documents in one. `reads_all_files`: this run is not one of several parts."""
+        warnings = []
+        if single := [spec for spec, count in self.documents_of.items() if reads_all_files and count == 1]:
+            warnings.append(
                 f"--source {single[0]} is a single document. If it is a text file that holds many, give --separator "
                 "STRING, or --separator blank-lines"
             )
         if self.end_token_documents:
-            found.append(
+            warnings.append(
                 f"{self.end_token_documents:,} documents contain the text {ENDOFTEXT}, as {self.end_token_origin}: it "
                 f"is encoded like any text and ends no document. If it does, give --separator '{ENDOFTEXT}'"
             )
-        return found
+        return warnings
 
-    def _counts(self) -> dict[str, Any]:
+    def _copy_counts(self) -> dict[str, Any]:
         tally = asdict(self.tally)
-        del tally["max_bad_rate"], tally["share"], tally["skip_unreadable"]
+        del tally["max_bad_rate"], tally["part"], tally["skip_unreadable"]
         return {"tally": tally, **{name: getattr(self, name) for name in COUNTS}}
 
-    def restore(self, files: int, counts: dict[str, Any]) -> None:
-        """Go on after the first `files` sources, with the counts of a mark."""
-        self.sources = self.sources[files:]
+    def restore(self, num_files: int, counts: dict[str, Any]) -> None:
+        """Continue after the first `num_files` files, with the counts of a resume point."""
+        self.files = self.files[num_files:]
         for name in COUNTS:
             setattr(self, name, counts[name])
         for name, value in counts["tally"].items():

@@ -15,7 +15,7 @@ ZSTD_WINDOW_BYTES = 1 << 31  # the longest window, of `zstd --ultra --long=31`
 PADDING = b"\0"  # what tar and tapes append
 
 
-def _zstd() -> Any:
+def _open_zstd() -> Any:
     import zstandard
 
     return zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).decompressobj()
@@ -23,13 +23,13 @@ def _zstd() -> Any:
 
 CODECS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(GZIP_WINDOW),
-    ".zst": _zstd,
+    ".zst": _open_zstd,
     ".bz2": bz2.BZ2Decompressor,
     ".xz": lzma.LZMADecompressor,
 }
 
 
-class Decompressed(io.RawIOBase):
+class DecompressedFile(io.RawIOBase):
     """The content of a file that is compressed as its suffix says. Raises UnreadableError where it is damaged."""
 
     def __init__(self, raw: io.FileIO, suffix: str) -> None:
@@ -43,20 +43,20 @@ class Decompressed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        while self._used == len(self._content) and self._more():
+        while self._used == len(self._content) and self._decompress_block():
             pass
         size = min(len(buffer), len(self._content) - self._used)
         buffer[:size] = self._content[self._used : self._used + size]
         self._used += size
         return size
 
-    def _more(self) -> bool:
+    def _decompress_block(self) -> bool:
         """Decompress one more block. False at the end of the file."""
         packed = self._packed or self._raw.read(BLOCK_BYTES) or b""
         self._packed = b""
         if self._frame is None:
             if self._frames:
-                packed = packed.lstrip(PADDING) or self._after_padding()
+                packed = packed.lstrip(PADDING) or self._skip_padding()
             if not packed:
                 return False
             self._frame = self._new()
@@ -71,7 +71,7 @@ class Decompressed(io.RawIOBase):
             self._frames += 1
         return True
 
-    def _after_padding(self) -> bytes:
+    def _skip_padding(self) -> bytes:
         while block := self._raw.read(BLOCK_BYTES):
             if rest := block.lstrip(PADDING):
                 return rest

@@ -21,7 +21,7 @@ import numpy.typing as npt
 EXACT_BYTES = 16
 PERMUTATIONS = 128  # the estimate's standard deviation is at most 0.5 / sqrt(128) = 0.044
 SHINGLE_WORDS = 5
-SHINGLES_AT_ONCE = 4096  # so that a book does not cost a gigabyte
+SHINGLES_PER_BATCH = 4096  # so that a book does not cost a gigabyte
 # False positives cost a comparison, false negatives a duplicate: bands are chosen to have few of the latter.
 ERROR_WEIGHTS = (0.25, 0.75)
 SCHEME = "affine32"
@@ -31,7 +31,7 @@ Key = npt.NDArray[np.uint8]
 _WORD = re.compile(r"\w+")
 
 
-class Index(Protocol):
+class DuplicateIndex(Protocol):
     """Knows the keys of the documents that stayed."""
 
     def is_new(self, key: Key) -> bool:
@@ -43,16 +43,16 @@ class Index(Protocol):
         ...
 
 
-def key_of(kind: str) -> Callable[[str], Key]:
+def select_key_function(kind: str) -> Callable[[str], Key]:
     """The function that makes keys, bytes [KEY_BYTES[kind]]; it depends on the text alone."""
-    return _exact_key if kind == "exact" else near_key
+    return _compute_exact_key if kind == "exact" else compute_near_key
 
 
-def make_index(kind: str, threshold: float) -> Index:
+def build_index(kind: str, threshold: float) -> DuplicateIndex:
     return ExactIndex() if kind == "exact" else NearIndex(threshold)
 
 
-def _exact_key(text: str) -> Key:
+def _compute_exact_key(text: str) -> Key:
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=EXACT_BYTES).digest(), dtype=np.uint8)
 
 
@@ -71,36 +71,36 @@ class ExactIndex:
         self._seen.add(key.tobytes())
 
 
-def near_key(text: str) -> Key:
+def compute_near_key(text: str) -> Key:
     """The MinHash signature of a text's shingles, as bytes."""
-    sketch = _blank_sketch().copy()
-    shingles = _shingles(text)
-    for start in range(0, len(shingles), SHINGLES_AT_ONCE):
-        sketch.update_batch(shingles[start : start + SHINGLES_AT_ONCE].tolist())
+    sketch = _build_sketch().copy()
+    shingles = _hash_shingles(text)
+    for start in range(0, len(shingles), SHINGLES_PER_BATCH):
+        sketch.update_batch(shingles[start : start + SHINGLES_PER_BATCH].tolist())
     signature: npt.NDArray[np.uint32] = sketch.hashvalues.astype("<u4")
     return signature.view(np.uint8)
 
 
 @cache
-def _blank_sketch() -> Any:
+def _build_sketch() -> Any:
     from datasketch import MinHash
 
     return MinHash(PERMUTATIONS, seed=1, hashfunc=int, scheme=SCHEME)
 
 
-def _shingles(text: str) -> npt.NDArray[np.uint32]:
+def _hash_shingles(text: str) -> npt.NDArray[np.uint32]:
     """The distinct runs of SHINGLE_WORDS words, hashed; case and punctuation do not matter."""
     words = _WORD.findall(text.lower()) or [text]
     words += [""] * (SHINGLE_WORDS - len(words))
-    hashes = {word: _word_hash(word) for word in set(words)}
+    hashes = {word: _hash_word(word) for word in set(words)}
     column = np.array([hashes[word] for word in words], dtype=np.uint64)
     runs = np.zeros(len(words) - SHINGLE_WORDS + 1, dtype=np.uint64)
-    for place in range(SHINGLE_WORDS):  # a polynomial modulo 2^64, whose upper half is well mixed
-        runs = runs * np.uint64(0x9E3779B97F4A7C15) + column[place : place + len(runs)]
+    for offset in range(SHINGLE_WORDS):  # a polynomial modulo 2^64, whose upper half is well mixed
+        runs = runs * np.uint64(0x9E3779B97F4A7C15) + column[offset : offset + len(runs)]
     return np.unique((runs >> np.uint64(32)).astype(np.uint32))
 
 
-def _word_hash(word: str) -> int:
+def _hash_word(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
 
 

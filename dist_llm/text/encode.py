@@ -1,7 +1,7 @@
-"""Tokenize documents on many processes, in order, with a bounded number in flight.
+"""Tokenize documents on many processes, in order, with a bounded number of chunks in flight.
 
-The chunks come back in the order they went out, so the result does not depend on the number of
-workers. Workers die with the process that started them, however it dies.
+Results come back in the order of the chunks, so they do not depend on the number of workers. Workers exit when their
+parent process dies, even by SIGKILL.
 """
 
 import hashlib
@@ -25,39 +25,39 @@ import numpy.typing as npt
 
 from dist_llm.data.shard import smallest_dtype
 from dist_llm.errors import DataError
-from dist_llm.text.chunks import Chunk, Mark
-from dist_llm.text.duplicates import KEY_BYTES, key_of
+from dist_llm.text.chunks import Chunk, ResumePoint
+from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart
+from dist_llm.text.duplicates import KEY_BYTES, select_key_function
 from dist_llm.text.filters import Filters
-from dist_llm.text.report import Removals
-from dist_llm.text.share import WHOLE, Share
+from dist_llm.text.report import RemovalCounts
 from dist_llm.text.tokenizer import Tokenizer
 
-CHUNKS_PER_WORKER = 3  # one at work, one waiting, one coming back
+CHUNKS_PER_WORKER = 3  # one in the encoder, one in the inbox, one result in the pipe
 
 Ids = npt.NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What is done to each document, wherever that is."""
+class EncoderSpec:
+    """How to process each document. Sent to the worker processes."""
 
     tokenizer_directory: Path
     heldout_fraction: float = 0.0
     filters: tuple[str, ...] = ()
     dedup: str | None = None
-    share: Share = WHOLE
+    part: CorpusPart = SINGLE_PART
 
-    def encoder(self) -> "Encoder":
-        """Raises DataError where there is no tokenizer."""
-        return Encoder(Tokenizer.load(self.tokenizer_directory).speed_up(), self)
+    def build_encoder(self) -> "DocumentEncoder":
+        """Load the tokenizer and build the encoder. Raises DataError if there is no tokenizer."""
+        return DocumentEncoder(Tokenizer.load(self.tokenizer_directory).speed_up(), self)
 
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """The documents that passed the filters, as few arrays: cheap to send between processes.
+    """The documents that passed the filters, in a few arrays, which are cheap to send between processes.
 
-    `ids` holds one document after the other, each with the tokenizer's `first_ids` first and its `eot` last; `ends`,
-    `prompts` (tokens), `text_bytes`, `heldout` and `keys` (uint8 [documents, bytes of a key]) have a row for each.
+    `ids` concatenates the documents. Each begins with the tokenizer's `first_ids` and ends with its `eot`. `ends`,
+    `prompts` (tokens), `text_bytes`, `heldout` and `keys` (uint8 [documents, bytes of a key]) have a row per document.
     """
 
     ids: Ids
@@ -65,121 +65,123 @@ class EncodedChunk:
     text_bytes: npt.NDArray[np.int64]
     heldout: npt.NDArray[np.bool_]
     keys: npt.NDArray[np.uint8]
-    removed: Removals
+    removed: RemovalCounts
     prompts: npt.NDArray[np.int64]
 
 
-class Encoder:
-    """Turns documents into ids, and says which are held out and what makes their copies known."""
+class DocumentEncoder:
+    """Filters and tokenizes documents, selects the held-out ones, and computes the keys for deduplication."""
 
-    def __init__(self, tokenizer: Tokenizer, recipe: Recipe) -> None:
-        self.tokenizer, self.recipe = tokenizer, recipe
+    def __init__(self, tokenizer: Tokenizer, spec: EncoderSpec) -> None:
+        self.tokenizer, self.spec = tokenizer, spec
         self.dtype = np.dtype(smallest_dtype(tokenizer.vocab_size))
-        self._first = np.array(tokenizer.first_ids, dtype=np.uint32)
-        self._end = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.uint32)
-        self._filters = Filters(recipe.filters)
-        self._key_of = key_of(recipe.dedup) if recipe.dedup else None
+        self._prefix_ids = np.array(tokenizer.first_ids, dtype=np.uint32)
+        self._eot_ids = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.uint32)
+        self._filters = Filters(spec.filters)
+        self._compute_key = select_key_function(spec.dedup) if spec.dedup else None
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
-        removed = Removals()
+        removed = RemovalCounts()
         ids: list[npt.NDArray[np.uint32]] = []
         texts: list[bytes] = []
         keys: list[npt.NDArray[np.uint8]] = []
         prompts: list[int] = []
         for origin, text, prompt in zip(chunk.origins, chunk.texts, chunk.prompts or repeat(0), strict=False):
             try:
-                kept = self._keep(text, removed)
-                if kept is None:
+                filtered = self._filter_text(text, removed)
+                if filtered is None:
                     continue
-                texts.append(kept.encode())
-                # Encoded apart, so that no token is of both.
-                encoded = [self.tokenizer.encode(part) for part in (kept[:prompt], kept[prompt:]) if part]
-                ids.append(np.concatenate([self._first, *encoded, self._end]))
-                prompts.append(len(self._first) + len(encoded[0]) if prompt else 0)
-                if self._key_of:
-                    keys.append(self._key_of(kept))
+                texts.append(filtered.encode())
+                # Encode prompt and text separately, so that no token spans both.
+                encoded = [
+                    self.tokenizer.encode(segment) for segment in (filtered[:prompt], filtered[prompt:]) if segment
+                ]
+                ids.append(np.concatenate([self._prefix_ids, *encoded, self._eot_ids]))
+                prompts.append(len(self._prefix_ids) + len(encoded[0]) if prompt else 0)
+                if self._compute_key:
+                    keys.append(self._compute_key(filtered))
             except DataError as error:
                 raise DataError(f"{origin}: {error}") from None
             except Exception as error:
                 raise RuntimeError(f"{origin}: cannot be tokenized") from error
-        key_bytes = KEY_BYTES[self.recipe.dedup] if self.recipe.dedup else 0
+        key_bytes = KEY_BYTES[self.spec.dedup] if self.spec.dedup else 0
         return EncodedChunk(
-            np.concatenate(ids or [self._end[:0]]).astype(self.dtype),
+            np.concatenate(ids or [self._eot_ids[:0]]).astype(self.dtype),
             np.cumsum([len(each) for each in ids], dtype=np.int64),
             np.array([len(text) for text in texts], dtype=np.int64),
-            np.array([is_heldout(text, self.recipe.heldout_fraction) for text in texts], dtype=np.bool_),
+            np.array([is_heldout(text, self.spec.heldout_fraction) for text in texts], dtype=np.bool_),
             np.concatenate(keys).reshape(-1, key_bytes) if keys else np.zeros((len(texts), key_bytes), np.uint8),
             removed,
             np.array(prompts, dtype=np.int64),
         )
 
-    def _keep(self, text: str, removed: Removals) -> str | None:
-        """What is to be tokenized of a text: nothing of what is another part's, or does not pass."""
-        own = Removals()
-        kept = self._filters(text, own)
-        # By what is left: two texts may differ in what a filter cuts out alone.
-        if not self.recipe.share.has_text((text if kept is None else kept).encode()):
+    def _filter_text(self, text: str, removed: RemovalCounts) -> str | None:
+        """Return the text to tokenize; None if the filters remove it or another part owns it."""
+        own = RemovalCounts()
+        filtered = self._filters(text, own)
+        # Use the filtered text: two texts may differ only in what a filter removes.
+        if not self.spec.part.owns_text((text if filtered is None else filtered).encode()):
             return None
         removed.merge(own)
-        return kept
+        return filtered
 
 
 def is_heldout(text: bytes, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split: a function of its text alone, so copies stay together."""
-    draw = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
-    return draw < fraction * 2**64
+    """Whether a document belongs to the held-out split. Depends on its text alone, so copies are in one split."""
+    hash64 = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+    return hash64 < fraction * 2**64
 
 
 def encode_in_order(
-    chunks: Iterable[Chunk], recipe: Recipe, workers: int
-) -> Generator[tuple[EncodedChunk, Mark | None], None, None]:
-    """Encode on `workers` processes, with one in this process; each chunk's mark comes back with it.
+    chunks: Iterable[Chunk], spec: EncoderSpec, workers: int
+) -> Generator[tuple[EncodedChunk, ResumePoint | None], None, None]:
+    """Encode on `workers` processes; one worker means this process. Yield each chunk with its resume point.
 
-    Raises DataError where a process dies.
+    Raises DataError if a worker dies.
     """
     if workers == 1:
-        encoder = recipe.encoder()
-        yield from ((encoder(chunk), chunk.mark) for chunk in chunks)
+        encoder = spec.build_encoder()
+        yield from ((encoder(chunk), chunk.resume_point) for chunk in chunks)
         return
     with ExitStack() as stack:
-        team = [stack.enter_context(closing(_Worker(recipe))) for _ in range(workers)]
-        # Chunks are dealt out in turn and collected in turn: that alone keeps them in order.
-        pending: deque[tuple[_Worker, Mark | None]] = deque()
-        for worker, chunk in zip(cycle(team), chunks, strict=False):
+        pool = [stack.enter_context(closing(_Worker(spec))) for _ in range(workers)]
+        # Chunks are submitted and collected round-robin, which keeps their order.
+        pending: deque[tuple[_Worker, ResumePoint | None]] = deque()
+        for worker, chunk in zip(cycle(pool), chunks, strict=False):
             if len(pending) == CHUNKS_PER_WORKER * workers:
                 yield _collect(*pending.popleft())
-            worker.hand(chunk)
-            pending.append((worker, chunk.mark))
+            worker.submit(chunk)
+            pending.append((worker, chunk.resume_point))
         while pending:
             yield _collect(*pending.popleft())
 
 
-def _collect(worker: "_Worker", mark: Mark | None) -> tuple[EncodedChunk, Mark | None]:
-    return worker.collect(), mark
+def _collect(worker: "_Worker", resume_point: ResumePoint | None) -> tuple[EncodedChunk, ResumePoint | None]:
+    return worker.collect(), resume_point
 
 
 class _Worker:
-    """A process with a pipe of its own.
+    """A worker process with its own pipe.
 
-    Not a ProcessPoolExecutor: its workers share a pipe, so one that is killed while it writes leaves
-    the parent reading for ever. Here the pipe ends with the process, whichever end dies.
+    Not a ProcessPoolExecutor: its workers share a pipe. If one is killed while it writes, the parent blocks in its read
+    forever. With a pipe per worker, the read fails when the worker dies.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, spec: EncoderSpec) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, far_end = context.Pipe()
-        self._process = context.Process(target=_work, args=(far_end, recipe), daemon=True)
+        self._process = context.Process(target=_run_worker, args=(far_end, spec), daemon=True)
         self._process.start()
         far_end.close()
 
-    def hand(self, chunk: Chunk) -> None:
-        """Give it a chunk; returns at once, since a thread over there takes what comes."""
-        with self._explained():
+    def submit(self, chunk: Chunk) -> None:
+        """Send a chunk. Does not block for long: a thread in the worker empties the pipe."""
+        with self._report_dead_worker():
             self._pipe.send(chunk)
 
     def collect(self) -> EncodedChunk:
-        """The result of the oldest chunk not yet collected."""
-        with self._explained():
+        """Wait for the result of the oldest chunk that is not collected yet."""
+        with self._report_dead_worker():
             result: EncodedChunk | DataError | str = self._pipe.recv()
         if isinstance(result, DataError):
             raise result
@@ -188,41 +190,41 @@ class _Worker:
         return result
 
     def close(self) -> None:
-        self._process.kill()  # it owns nothing that needs an orderly end
+        self._process.kill()  # it has no state to clean up
         self._process.join()
         self._pipe.close()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _report_dead_worker(self) -> Iterator[None]:
         try:
             yield
-        except (EOFError, OSError):  # the pipe ended, maybe within a message
+        except (EOFError, OSError):  # the pipe closed, maybe within a message
             raise DataError(
                 "A tokenizing process died, most likely killed for want of memory. Try fewer --workers."
             ) from None
 
 
-def _work(pipe: "Connection[Any, Any]", recipe: Recipe) -> None:
-    # Ctrl-C reaches the whole group; the parent alone decides, and says one thing.
+def _run_worker(pipe: "Connection[Any, Any]", spec: EncoderSpec) -> None:
+    # Ctrl-C signals the whole process group. Only the parent handles it and prints a message.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A thread empties the pipe, or parent and worker could both wait for the other to read.
+    # A thread empties the pipe. Otherwise parent and worker can deadlock, each in a write.
     inbox: SimpleQueue[Chunk] = SimpleQueue()
-    threading.Thread(target=_receive, args=(pipe, inbox), daemon=True).start()
+    threading.Thread(target=_fill_inbox, args=(pipe, inbox), daemon=True).start()
     try:
-        encoder = recipe.encoder()
+        encoder = spec.build_encoder()
         while True:
             pipe.send(encoder(inbox.get()))
     except OSError:
-        os._exit(1)  # the pipe's other end is gone
+        os._exit(1)  # the parent closed the pipe
     except Exception as error:
         pipe.send(error if isinstance(error, DataError) else traceback.format_exc())
-        while True:  # until the parent has read that and ends this process
+        while True:  # until the parent has read the error and kills this process
             inbox.get()
 
 
-def _receive(pipe: "Connection[Any, Any]", inbox: "SimpleQueue[Chunk]") -> None:
+def _fill_inbox(pipe: "Connection[Any, Any]", inbox: "SimpleQueue[Chunk]") -> None:
     try:
         while True:
             inbox.put(pipe.recv())
     except (EOFError, OSError):
-        os._exit(1)  # the parent is gone, even if killed
+        os._exit(1)  # the parent died

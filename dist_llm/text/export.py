@@ -32,7 +32,7 @@ def export_bin(directory: Path, out: Path) -> dict[str, int]:
         partial.mkdir(parents=True)
         for split, corpus in corpora.items():
             corpus.check_shard_sizes()
-            _write(corpus, partial / FILES[split])
+            _write_bin(corpus, partial / FILES[split])
         partial.rename(out)
         sync_directory(out.parent)
     except OSError as error:
@@ -42,7 +42,7 @@ def export_bin(directory: Path, out: Path) -> dict[str, int]:
     return {FILES[split]: corpus.n_tokens for split, corpus in corpora.items()}
 
 
-def _write(corpus: Corpus, path: Path) -> None:
+def _write_bin(corpus: Corpus, path: Path) -> None:
     with path.open("wb") as file:
         for start in range(0, corpus.n_tokens, BLOCK_TOKENS):
             ids = corpus.read(np.array([start]), min(BLOCK_TOKENS, corpus.n_tokens - start))[0]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dist_llm.text import c4, gopher
-from dist_llm.text.report import Removals, Removed
+from dist_llm.text.report import RemovalCounts, TextCount
 
 FILTERS = {"gopher": (gopher.clean, gopher.RULES), "c4": (c4.clean, c4.RULES)}
 
@@ -14,7 +14,7 @@ class Filters:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
 
-    def __call__(self, text: str, removed: Removals) -> str | None:
+    def __call__(self, text: str, removed: RemovalCounts) -> str | None:
         """What is left of a document that is not empty, or None; what goes is counted in `removed`."""
         left: str | None = text
         for name in self.names:
@@ -22,6 +22,6 @@ class Filters:
                 left = FILTERS[name][0](left, removed)
         return left
 
-    def no_removals(self) -> Removals:
+    def zero_counts(self) -> RemovalCounts:
         """A zero for each rule, so that a report shows also what removed nothing."""
-        return Removals({f"{name}.{rule}": Removed() for name in self.names for rule in FILTERS[name][1]})
+        return RemovalCounts({f"{name}.{rule}": TextCount() for name in self.names for rule in FILTERS[name][1]})

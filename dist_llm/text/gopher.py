@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dist_llm.text.report import Removals
+from dist_llm.text.report import RemovalCounts
 
 WORDS = (50, 100_000)
 MEAN_WORD_CHARS = (3, 10)
@@ -34,27 +34,27 @@ Ints = npt.NDArray[np.int64]
 _PUNCTUATION = ".,;:!?\"'()[]“”‘’"
 
 
-def clean(text: str, removed: Removals) -> str | None:
+def clean(text: str, removed: RemovalCounts) -> str | None:
     """The text as it is, or None; what goes is counted in `removed`, under the first rule it breaks."""
-    rule = broken_rule(text)
+    rule = find_broken_rule(text)
     if rule is None:
         return text
     removed.add(f"gopher.{rule}", documents=1, bytes=len(text.encode()))
     return None
 
 
-def broken_rule(text: str) -> str | None:
+def find_broken_rule(text: str) -> str | None:
     """The first of RULES that a document breaks. The cheap ones look first."""
     words = text.split()
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    for rules in (_quality(text, words, lines), _repetition(text, lines), _repeated_ngrams(words)):
+    for rules in (_check_quality(text, words, lines), _check_repetition(text, lines), _check_ngrams(words)):
         for rule, broken in rules:
             if broken:
                 return rule
     return None
 
 
-def _quality(text: str, words: list[str], lines: list[str]) -> Iterator[tuple[str, bool]]:
+def _check_quality(text: str, words: list[str], lines: list[str]) -> Iterator[tuple[str, bool]]:
     yield "word_count", not WORDS[0] <= len(words) <= WORDS[1]
     yield "mean_word_chars", not MEAN_WORD_CHARS[0] <= sum(map(len, words)) / len(words) <= MEAN_WORD_CHARS[1]
     symbols = max(text.count("#"), text.count("...") + text.count("…"))
@@ -67,21 +67,21 @@ def _quality(text: str, words: list[str], lines: list[str]) -> Iterator[tuple[st
     yield "stop_words", len(STOP_WORDS & {word.strip(_PUNCTUATION).lower() for word in words}) < MIN_STOP_WORDS
 
 
-def _repetition(text: str, lines: list[str]) -> Iterator[tuple[str, bool]]:
+def _check_repetition(text: str, lines: list[str]) -> Iterator[tuple[str, bool]]:
     paragraphs = [each.strip() for each in re.split(r"\n\s*\n", text) if each.strip()]
-    for unit, pieces in (("line", lines), ("paragraph", paragraphs)):
-        again = _later_occurrences(pieces)
-        yield f"duplicate_{unit}s", len(again) / len(pieces) > MAX_DUPLICATES[unit]
-        share = sum(map(len, again)) / sum(map(len, pieces))
+    for unit, segments in (("line", lines), ("paragraph", paragraphs)):
+        duplicates = _find_duplicates(segments)
+        yield f"duplicate_{unit}s", len(duplicates) / len(segments) > MAX_DUPLICATES[unit]
+        share = sum(map(len, duplicates)) / sum(map(len, segments))
         yield f"duplicate_{unit}_chars", share > MAX_DUPLICATE_CHARS[unit]
 
 
-def _later_occurrences(pieces: Sequence[str]) -> list[str]:
+def _find_duplicates(segments: Sequence[str]) -> list[str]:
     seen: set[str] = set()
-    return [piece for piece in pieces if piece in seen or seen.add(piece)]  # type: ignore[func-returns-value]
+    return [segment for segment in segments if segment in seen or seen.add(segment)]  # type: ignore[func-returns-value]
 
 
-def _repeated_ngrams(words: list[str]) -> Iterator[tuple[str, bool]]:
+def _check_ngrams(words: list[str]) -> Iterator[tuple[str, bool]]:
     """Shares of the characters. n-grams are numbered: equal ones, and they alone, have equal numbers."""
     numbers: dict[str, int] = {}
     singles = np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=np.int64)
@@ -92,14 +92,14 @@ def _repeated_ngrams(words: list[str]) -> Iterator[tuple[str, bool]]:
         pairs = ngrams[:-1] * len(numbers) + singles[n - 1 :]
         _, first, ngrams, counts = np.unique(pairs, return_index=True, return_inverse=True, return_counts=True)
         if n in MAX_TOP_NGRAM_CHARS:
-            share = _top_chars(first, counts, chars, n) / chars.sum()
+            share = _count_top_chars(first, counts, chars, n) / chars.sum()
             yield f"top_{n}gram_chars", share > MAX_TOP_NGRAM_CHARS[n]
         else:
-            share = _duplicate_chars(first, len(pairs), chars, n) / chars.sum()
+            share = _count_duplicate_chars(first, len(pairs), chars, n) / chars.sum()
             yield f"duplicate_{n}gram_chars", share > MAX_DUPLICATE_NGRAM_CHARS[n]
 
 
-def _top_chars(first: Ints, counts: Ints, chars: Ints, n: int) -> int:
+def _count_top_chars(first: Ints, counts: Ints, chars: Ints, n: int) -> int:
     """Characters in all occurrences of the most frequent n-gram, of the longest such; 0 where none repeats."""
     if counts.max() == 1:
         return 0
@@ -108,9 +108,9 @@ def _top_chars(first: Ints, counts: Ints, chars: Ints, n: int) -> int:
     return int(counts.max() * (ends[top + n] - ends[top]).max())
 
 
-def _duplicate_chars(first: Ints, ngrams: int, chars: Ints, n: int) -> int:
+def _count_duplicate_chars(first: Ints, ngrams: int, chars: Ints, n: int) -> int:
     """Characters of words that lie in any n-gram which occurred before; each word counts once."""
-    again = np.ones(ngrams, dtype=np.int64)
-    again[first] = 0
-    covered = np.convolve(again, np.ones(n, dtype=np.int64)) > 0
+    duplicates = np.ones(ngrams, dtype=np.int64)
+    duplicates[first] = 0
+    covered = np.convolve(duplicates, np.ones(n, dtype=np.int64)) > 0
     return int(chars[covered].sum())

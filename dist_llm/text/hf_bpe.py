@@ -12,16 +12,16 @@ from typing import Any
 
 from dist_llm.errors import CheckpointError
 from dist_llm.text.bpe_tokenizer import BPETokenizer
-from dist_llm.text.byte_alphabet import BYTE_OF, SIGN_OF, to_bytes
+from dist_llm.text.byte_alphabet import BYTE_TO_CHAR, CHAR_TO_BYTE, to_bytes
 from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
-from dist_llm.text.split_pattern import pattern_of
+from dist_llm.text.split_pattern import read_pattern
 from dist_llm.text.tokenizer import ENDOFTEXT
 
-OURS = "dist_llm"  # the key of tokenizer_config.json that keeps what their files have no place for
+EXPORT_KEY = "dist_llm"  # the key of tokenizer_config.json that keeps what their files have no place for
 NO_RANK = 1 << 62  # more than any rank
 
 
-def convert_bpe(content: Mapping[str, Any], end: str, kept: Mapping[str, Any], name: str) -> BPETokenizer:
+def convert_bpe(content: Mapping[str, Any], end: str, exported: Mapping[str, Any], name: str) -> BPETokenizer:
     """The tokenizer of a `tokenizer.json`; its token `end`, which ends a document, gets the name `<|endoftext|>`.
 
     `kept` is what an export of ours noted (key OURS). What stands around the merging is left out: Unicode's form NFC,
@@ -34,41 +34,41 @@ def convert_bpe(content: Mapping[str, Any], end: str, kept: Mapping[str, Any], n
     kind = " with ".join([model.get("type", "BPE"), *(key for key in foreign if model.get(key))])
     if kind != "BPE":
         raise CheckpointError(f"its tokenizer is {kind}, not byte-level BPE.")
-    pattern = pattern_of(content, kept.get("pattern"))
+    pattern = read_pattern(content, exported.get("pattern"))
     vocab: dict[str, int] = model["vocab"]
     added = {token["content"]: int(token["id"]) for token in content.get("added_tokens", [])}
     merges = [tuple(each.split(" ") if isinstance(each, str) else each) for each in model["merges"]]
     order = [vocab["".join(pair)] for pair in merges]
-    ordinary, whole_pieces = {*BYTE_OF, *map("".join, merges)}, model.get("ignore_merges", False)
-    if whole_pieces:  # a piece of text that is a token is that token, however it is made
-        ordinary |= {token for token in vocab if token not in added and BYTE_OF.keys() >= set(token)}
+    ordinary, ignore_merges = {*CHAR_TO_BYTE, *map("".join, merges)}, model.get("ignore_merges", False)
+    if ignore_merges:  # a piece of text that is a token is that token, however it is made
+        ordinary |= {token for token in vocab if token not in added and CHAR_TO_BYTE.keys() >= set(token)}
     ranks = {to_bytes(token): vocab[token] for token in sorted(ordinary, key=vocab.__getitem__)}
-    implied = set(merge_pairs(ranks))
-    never_made = not whole_pieces and len(BYTE_OF) + len(implied) < len(ranks)
+    implied = set(iter_merges(ranks))
+    never_made = not ignore_merges and len(CHAR_TO_BYTE) + len(implied) < len(ranks)
     if order != sorted(order) or implied - set(merges) or never_made:
         raise CheckpointError(
             "its ids do not rise in the order of its merges (nor do RoBERTa's and BART's), and ours merges by id."
         )
     special = added | {token: rank for token, rank in vocab.items() if token not in ordinary}
-    special = {token: rank for token, rank in special.items() if rank < kept.get("vocab_size", rank + 1)}
+    special = {token: rank for token, rank in special.items() if rank < exported.get("vocab_size", rank + 1)}
     if end not in special:
         raise CheckpointError(f"{end!r}, which ends a document, is no special token.")
     special[ENDOFTEXT] = special.pop(end)
-    return BPETokenizer(kept.get("name", name), pattern, ranks, special)
+    return BPETokenizer(exported.get("name", name), pattern, ranks, special)
 
 
-def merge_pairs(ranks: Mapping[bytes, int]) -> Iterator[tuple[str, str]]:
+def iter_merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[str, str]]:
     """The last two parts, in signs, of each token that merging reaches, in the order of ranks."""
     for token in sorted(ranks, key=ranks.__getitem__):
-        parts = [token[place : place + 1] for place in range(len(token))]
-        while len(parts) > 2:
-            found = [ranks.get(left + right, NO_RANK) for left, right in pairwise(parts)]
-            if (least := min(found)) == NO_RANK:
+        symbols = [token[index : index + 1] for index in range(len(token))]
+        while len(symbols) > 2:
+            pair_ranks = [ranks.get(left + right, NO_RANK) for left, right in pairwise(symbols)]
+            if (least := min(pair_ranks)) == NO_RANK:
                 break
-            place = found.index(least)
-            parts[place : place + 2] = [parts[place] + parts[place + 1]]
-        if len(parts) == 2:
-            yield to_signs(parts[0]), to_signs(parts[1])
+            index = pair_ranks.index(least)
+            symbols[index : index + 2] = [symbols[index] + symbols[index + 1]]
+        if len(symbols) == 2:
+            yield to_printable(symbols[0]), to_printable(symbols[1])
 
 
 def prove_equal(tokenizer: BPETokenizer, content: Mapping[str, Any]) -> None:
@@ -82,11 +82,13 @@ def prove_equal(tokenizer: BPETokenizer, content: Mapping[str, Any]) -> None:
     tokens = b" ".join(tokenizer.ranks).decode(errors="ignore")
     for text in (*DIFFICULT_TEXTS, *tokenizer.special_tokens, "".join(map(chr, range(256))), tokens):
         ids = tokenizer.encode(text)
-        theirs = reference.encode(text, add_special_tokens=False).ids
-        if theirs != ids.tolist() or reference.decode(theirs, skip_special_tokens=False) != tokenizer.decode(ids):
+        reference_ids = reference.encode(text, add_special_tokens=False).ids
+        if reference_ids != ids.tolist() or reference.decode(
+            reference_ids, skip_special_tokens=False
+        ) != tokenizer.decode(ids):
             raise CheckpointError(f"Hugging Face's tokenizer and ours differ on {text[:60]!r}.")
 
 
-def to_signs(token: bytes) -> str:
+def to_printable(token: bytes) -> str:
     """A token as it stands in the files: GPT-2's printable sign for each byte."""
-    return token.decode("latin-1").translate(SIGN_OF)
+    return token.decode("latin-1").translate(BYTE_TO_CHAR)

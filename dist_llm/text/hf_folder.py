@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.errors import CheckpointError, DataError
-from dist_llm.text.hf_bpe import OURS, convert_bpe, prove_equal
+from dist_llm.text.hf_bpe import EXPORT_KEY, convert_bpe, prove_equal
 from dist_llm.text.hf_tokenizer import (
     MERGES_FILE,
     VOCAB_FILE,
     HFTokenizer,
-    equal_bpe_identity,
-    open_reference,
-    tokenizer_content,
+    build_reference,
+    compute_bpe_identity,
+    load_tokenizer_json,
 )
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer
 
@@ -41,7 +41,7 @@ def read_hf_folder(folder: Path) -> Tokenizer:
 
     Raises DataError where files are missing or malformed, or no token ends a document.
     """
-    files = {name: _read(folder / name) for name in ORIGINAL_FILES if (folder / name).is_file()}
+    files = {name: _read_file(folder / name) for name in ORIGINAL_FILES if (folder / name).is_file()}
     if TOKENIZER_FILE not in files and not {VOCAB_FILE, MERGES_FILE} <= files.keys():
         raise DataError(
             f"{folder}: no {TOKENIZER_FILE}, nor vocab.json and merges.txt. Where there is another form "
@@ -49,74 +49,77 @@ def read_hf_folder(folder: Path) -> Tokenizer:
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
         )
     try:
-        content, settings = tokenizer_content(files), _settings(files)
-        model_config = _json(_read(folder / "config.json")) if (folder / "config.json").is_file() else {}
-        ours = settings.get(OURS)
-        if isinstance(ours, dict) and (found := _our_export(content, settings, ours, files)) is not None:
-            return found
-        return _original(files, content, settings, model_config)
+        content, settings = load_tokenizer_json(files), _parse_settings(files)
+        model_config = _parse_json(_read_file(folder / "config.json")) if (folder / "config.json").is_file() else {}
+        exported = settings.get(EXPORT_KEY)
+        if (
+            isinstance(exported, dict)
+            and (tokenizer := _read_own_export(content, settings, exported, files)) is not None
+        ):
+            return tokenizer
+        return _build_hf_tokenizer(files, content, settings, model_config)
     except (DataError, CheckpointError) as error:
         raise DataError(f"{folder}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{folder}: its tokenizer cannot be read: {error!r}.") from None
 
 
-def _original(
+def _build_hf_tokenizer(
     files: dict[str, bytes], content: dict[str, Any], settings: Mapping[str, Any], model_config: Mapping[str, Any]
 ) -> HFTokenizer:
-    reference = open_reference(files)
+    reference = build_reference(files)
     vocab = reference.get_vocab(with_added_tokens=True)
-    end = _end_of(settings, vocab)
-    first_ids = _first_ids(reference)
+    end = _find_end_token(settings, vocab)
+    first_ids = _find_first_ids(reference)
     return HFTokenizer(
         files,
         max(vocab.values()) + 1,
         vocab[end],
         first_ids,
-        _token_ids(settings, vocab, model_config),
-        equal_bpe_identity(content, vocab[end], first_ids),
+        _find_token_ids(settings, vocab, model_config),
+        compute_bpe_identity(content, vocab[end], first_ids),
     )
 
 
-def _our_export(
-    content: dict[str, Any], settings: Mapping[str, Any], kept: Mapping[str, Any], files: Mapping[str, bytes]
+def _read_own_export(
+    content: dict[str, Any], settings: Mapping[str, Any], exported: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> Tokenizer | None:
     """The tokenizer that was exported; None where others changed what our form has no place for."""
     ordinary = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     templates = "chat_template" in settings or any(name.startswith("chat_template") for name in files)
-    if ordinary or templates or content.get("normalizer") is not None or _first_ids(open_reference(files)):
+    if ordinary or templates or content.get("normalizer") is not None or _find_first_ids(build_reference(files)):
         return None
     try:
-        found = convert_bpe(content, ENDOFTEXT, kept, "huggingface")
-        prove_equal(found, content)
+        tokenizer = convert_bpe(content, ENDOFTEXT, exported, "huggingface")
+        prove_equal(tokenizer, content)
     except (CheckpointError, DataError, KeyError, TypeError, ValueError, AttributeError):
         return None
-    return found
+    return tokenizer
 
 
-def _first_ids(reference: Any) -> tuple[int, ...]:
+def _find_first_ids(reference: Any) -> tuple[int, ...]:
     """The ids that the tokenizer puts in front of a text."""
     text = "a"
     alone = reference.encode(text, add_special_tokens=False).ids
     ids = reference.encode(text).ids
-    for place in range(len(ids) - len(alone) + 1):
-        if ids[place : place + len(alone)] == alone:
-            return tuple(ids[:place])
+    for index in range(len(ids) - len(alone) + 1):
+        if ids[index : index + len(alone)] == alone:
+            return tuple(ids[:index])
     raise DataError(
         f"the ids of {text!r} with special tokens are {ids}, without them {alone}: no text with ids around it."
     )
 
 
-def _end_of(settings: Mapping[str, Any], vocab: Mapping[str, int]) -> str:
+def _find_end_token(settings: Mapping[str, Any], vocab: Mapping[str, int]) -> str:
     """The token that ends a document. Raises DataError where there is none."""
     ends = [*DOCUMENT_ENDS, settings.get("eos_token"), "</s>", settings.get("sep_token")]
     ends = [end for end in ends if end]
-    if not (found := [end for end in ends if end in vocab]):
+    if not (known := [end for end in ends if end in vocab]):
         raise DataError(f"no token that ends a document: none of {ends} is in the vocabulary. Set eos_token.")
-    return str(found[0])
+    return str(known[0])
 
 
-def _token_ids(
+def _find_token_ids(
     settings: Mapping[str, Any], vocab: Mapping[str, int], model_config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """As in the config.json beside the tokenizer; without one, as the tokenizer's settings name them."""
@@ -126,25 +129,25 @@ def _token_ids(
     return {name: vocab[token] for name, token in roles.items() if token in vocab}
 
 
-def _settings(files: Mapping[str, bytes]) -> dict[str, Any]:
+def _parse_settings(files: Mapping[str, bytes]) -> dict[str, Any]:
     """tokenizer_config.json over special_tokens_map.json, each token as its string."""
     merged: dict[str, Any] = {}
     for name in (SPECIALS_FILE, SETTINGS_FILE):
-        merged |= {key: value for key, value in _json(files.get(name, b"{}")).items() if value is not None}
+        merged |= {key: value for key, value in _parse_json(files.get(name, b"{}")).items() if value is not None}
     return {
         key: value["content"] if key.endswith("_token") and isinstance(value, dict) else value
         for key, value in merged.items()
     }
 
 
-def _json(content: bytes) -> dict[str, Any]:
-    found = json.loads(content)
-    if not isinstance(found, dict):
+def _parse_json(content: bytes) -> dict[str, Any]:
+    fields = json.loads(content)
+    if not isinstance(fields, dict):
         raise ValueError("not an object of JSON")
-    return found
+    return fields
 
 
-def _read(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{path}: larger than {MAX_BYTES} bytes, so no file of a tokenizer.")

@@ -19,9 +19,9 @@ import numpy.typing as npt
 from dist_llm.data.tokenizer_file import BPE_IDENTITY, bpe_identity
 from dist_llm.errors import CheckpointError, DataError
 from dist_llm.text.bpe_tokenizer import BPETokenizer
-from dist_llm.text.byte_alphabet import BYTE_OF, to_bytes
+from dist_llm.text.byte_alphabet import CHAR_TO_BYTE, to_bytes
 from dist_llm.text.hf_bpe import convert_bpe, prove_equal
-from dist_llm.text.tokenizer import FORMAT, TOKENIZER_FILE, Tokenizer, well_formed
+from dist_llm.text.tokenizer import FORMAT, TOKENIZER_FILE, Tokenizer, to_well_formed
 
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 STREAM_CONTEXT = 8  # ids before a stream that may decide how its first ids are decoded
@@ -66,34 +66,34 @@ class HFTokenizer(Tokenizer):
         return self.first_tokens
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
-        text = well_formed(text)
-        if self._bpe is not None and (not self._composes or unicodedata.is_normalized("NFC", text)):
+        text = to_well_formed(text)
+        if self._bpe is not None and (not self._normalizes or unicodedata.is_normalized("NFC", text)):
             return self._bpe.encode(text)
         return np.array(self.as_text.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Here the string of a special token is that token, as in the prompts that chat templates make."""
         reference = self._reference()
-        return [*self.first_ids, *reference.encode(well_formed(text), add_special_tokens=False).ids]
+        return [*self.first_ids, *reference.encode(to_well_formed(text), add_special_tokens=False).ids]
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        parts: list[str] = []
+        segments: list[str] = []
         run: list[int] = []
         for token in np.asarray(ids, dtype=np.int64).tolist():
             if 0 <= token < self.vocab_size and self.as_text.id_to_token(token) is not None:
                 run.append(token)
             else:
-                parts += [self._decode(run), REPLACEMENT]
+                segments += [self._decode(run), REPLACEMENT]
                 run = []
-        return "".join([*parts, self._decode(run)])
+        return "".join([*segments, self._decode(run)])
 
-    def text_stream(self, before: Sequence[int] | npt.NDArray[np.integer]) -> "WindowStream":
-        return WindowStream(self, [token for token in list(before)[-STREAM_CONTEXT:] if token < self.vocab_size])
+    def text_stream(self, before: Sequence[int] | npt.NDArray[np.integer]) -> "HFTextStream":
+        return HFTextStream(self, [token for token in list(before)[-STREAM_CONTEXT:] if token < self.vocab_size])
 
     def token_bytes(self) -> Mapping[int, bytes]:
         content = self.content
         special = {token["id"] for token in content.get("added_tokens") or [] if token.get("special")}
-        to_text = _piece_reader(content)
+        to_text = _build_token_decoder(content)
         vocab = self.as_text.get_vocab(with_added_tokens=True)
         added = {token["id"] for token in content.get("added_tokens") or []}
         return {
@@ -111,12 +111,12 @@ class HFTokenizer(Tokenizer):
 
     def file_bytes(self) -> bytes:
         texts: dict[str, str] = {}
-        others: dict[str, str] = {}
+        binary_files: dict[str, str] = {}
         for name, content in sorted(self.files.items()):
             try:
                 texts[name] = content.decode("utf-8")
             except UnicodeDecodeError:
-                others[name] = base64.b64encode(content).decode()
+                binary_files[name] = base64.b64encode(content).decode()
         fields = {
             "format": FORMAT,
             "kind": "huggingface",
@@ -126,7 +126,7 @@ class HFTokenizer(Tokenizer):
             "token_ids": self.token_ids,
             BPE_IDENTITY: self.equal_bpe,
             "files": texts,
-            "binary_files": others,
+            "binary_files": binary_files,
         }
         return (json.dumps(fields, ensure_ascii=False, indent=1) + "\n").encode()
 
@@ -149,7 +149,7 @@ class HFTokenizer(Tokenizer):
     @cached_property
     def content(self) -> dict[str, Any]:
         """What `tokenizer.json` says. Raises DataError."""
-        return tokenizer_content(self.files)
+        return load_tokenizer_json(self.files)
 
     @cached_property
     def as_text(self) -> Any:
@@ -160,21 +160,21 @@ class HFTokenizer(Tokenizer):
 
     @cached_property
     def _bpe(self) -> BPETokenizer | None:
-        return bpe_or_none(self.content, self.end_token) if self.fast else None
+        return try_convert_to_bpe(self.content, self.end_token) if self.fast else None
 
     @cached_property
-    def _composes(self) -> bool:
+    def _normalizes(self) -> bool:
         return self.content.get("normalizer") is not None
 
     def _reference(self) -> Any:
-        return open_reference(self.files)
+        return build_reference(self.files)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self.as_text.decode(ids, skip_special_tokens=False) if ids else ""
         return text
 
 
-class WindowStream:
+class HFTextStream:
     """A `TextStream` that decodes a window of ids again, and says by how much the text grew.
 
     How an id is decoded may depend on its neighbours: a blank at the start is left out, several bytes make a character.
@@ -186,28 +186,32 @@ class WindowStream:
 
     def add(self, token: int) -> str:
         self._ids.append(token)
-        said, whole = (self._tokenizer.decode(self._ids[self._begin : end]) for end in (self._end, len(self._ids)))
+        old_text, new_text = (
+            self._tokenizer.decode(self._ids[self._begin : end]) for end in (self._end, len(self._ids))
+        )
         waiting = len(self._ids) - self._end
-        if len(whole) <= len(said) or (whole.endswith(REPLACEMENT) and waiting < MAX_WAITING):
+        if len(new_text) <= len(old_text) or (new_text.endswith(REPLACEMENT) and waiting < MAX_WAITING):
             return ""
-        return self._say(said, whole)
+        return self._advance(old_text, new_text)
 
     def end(self) -> str:
-        said, whole = (self._tokenizer.decode(self._ids[self._begin : end]) for end in (self._end, len(self._ids)))
-        return self._say(said, whole)
+        old_text, new_text = (
+            self._tokenizer.decode(self._ids[self._begin : end]) for end in (self._end, len(self._ids))
+        )
+        return self._advance(old_text, new_text)
 
-    def _say(self, said: str, whole: str) -> str:
+    def _advance(self, old_text: str, new_text: str) -> str:
         self._begin, self._end = self._end, len(self._ids)
-        return whole[len(said) :]
+        return new_text[len(old_text) :]
 
 
-def tokenizer_content(files: Mapping[str, bytes]) -> dict[str, Any]:
+def load_tokenizer_json(files: Mapping[str, bytes]) -> dict[str, Any]:
     """The JSON of `tokenizer.json`, or what stands for GPT-2's two files. Raises DataError."""
     try:
         if TOKENIZER_FILE in files:
             content = json.loads(files[TOKENIZER_FILE])
         else:
-            content = _content_of_two(json.loads(files[VOCAB_FILE]), files[MERGES_FILE].decode())
+            content = _build_gpt2_json(json.loads(files[VOCAB_FILE]), files[MERGES_FILE].decode())
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             raise ValueError("no model in it")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -215,14 +219,14 @@ def tokenizer_content(files: Mapping[str, bytes]) -> dict[str, Any]:
     return content
 
 
-def _content_of_two(vocab: dict[str, int], merges: str) -> dict[str, Any]:
+def _build_gpt2_json(vocab: dict[str, int], merges: str) -> dict[str, Any]:
     lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": vocab, "merges": lines}
     return {"version": "1.0", "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
 
 
-def open_reference(files: Mapping[str, bytes]) -> Any:
+def build_reference(files: Mapping[str, bytes]) -> Any:
     """The library's tokenizer; a limit of length that its file may set is lifted. Raises DataError."""
     from tokenizers import Tokenizer as Reference
 
@@ -230,7 +234,7 @@ def open_reference(files: Mapping[str, bytes]) -> Any:
         if TOKENIZER_FILE in files:
             reference = Reference.from_str(files[TOKENIZER_FILE].decode())
         else:
-            reference = Reference.from_str(json.dumps(tokenizer_content(files)))
+            reference = Reference.from_str(json.dumps(load_tokenizer_json(files)))
         reference.no_truncation()  # of documents only their first part would be left, without a word
         reference.no_padding()
     except (KeyboardInterrupt, SystemExit, DataError):
@@ -241,13 +245,13 @@ def open_reference(files: Mapping[str, bytes]) -> Any:
 
 
 def can_be_bpe(content: Mapping[str, Any]) -> bool:
-    """Whether all around the merging is what `to_bpe` knows: no added token is looked for in text, and NFC at most."""
+    """Whether `convert_to_bpe` supports it: added tokens are all special; the normalizer is at most NFC."""
     ordinary = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     normalizer = content.get("normalizer")
     return not ordinary and (normalizer is None or normalizer == {"type": "NFC"})
 
 
-def to_bpe(content: Mapping[str, Any], eot: int) -> BPETokenizer:
+def convert_to_bpe(content: Mapping[str, Any], eot: int) -> BPETokenizer:
     """The byte-level BPE that gives the same ids, proven on difficult texts. Raises CheckpointError or DataError."""
     names = {number: token for token, number in content["model"]["vocab"].items()}
     names |= {token["id"]: token["content"] for token in content.get("added_tokens") or []}
@@ -256,35 +260,35 @@ def to_bpe(content: Mapping[str, Any], eot: int) -> BPETokenizer:
     return bpe
 
 
-def bpe_or_none(content: Mapping[str, Any], eot: int) -> BPETokenizer | None:
-    """As `to_bpe`; None where there is none."""
+def try_convert_to_bpe(content: Mapping[str, Any], eot: int) -> BPETokenizer | None:
+    """Convert as `convert_to_bpe` does; return None if that raises."""
     if not can_be_bpe(content):
         return None
     try:
-        return to_bpe(content, eot)
+        return convert_to_bpe(content, eot)
     except (CheckpointError, DataError, KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
-def equal_bpe_identity(content: Mapping[str, Any], eot: int, first_ids: Sequence[int]) -> str:
+def compute_bpe_identity(content: Mapping[str, Any], eot: int, first_ids: Sequence[int]) -> str:
     """The identity of the byte-level BPE of ours that gives the same corpus; empty where there is none."""
-    bpe = None if content.get("normalizer") is not None or first_ids else bpe_or_none(content, eot)
+    bpe = None if content.get("normalizer") is not None or first_ids else try_convert_to_bpe(content, eot)
     return bpe_identity(json.loads(bpe.file_bytes())) if bpe is not None else ""
 
 
-def _piece_reader(content: Mapping[str, Any]) -> Any:
+def _build_token_decoder(content: Mapping[str, Any]) -> Any:
     """A function from a token of the vocabulary to the bytes of text that it stands for, a blank in front included."""
     steps = json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
     model = content["model"]
     if '"ByteLevel"' in steps:
-        return lambda token: to_bytes(token) if BYTE_OF.keys() >= set(token) else token.encode()
+        return lambda token: to_bytes(token) if CHAR_TO_BYTE.keys() >= set(token) else token.encode()
     if model.get("type") == "WordPiece":
         prefix = model.get("continuing_subword_prefix", "##")
         return lambda token: token.removeprefix(prefix).encode() if token.startswith(prefix) else f" {token}".encode()
-    return _read_sentencepiece if model.get("byte_fallback") else lambda token: token.replace("▁", " ").encode()
+    return _decode_sentencepiece if model.get("byte_fallback") else lambda token: token.replace("▁", " ").encode()
 
 
-def _read_sentencepiece(token: str) -> bytes:
+def _decode_sentencepiece(token: str) -> bytes:
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes.fromhex(token[3:5])
     return token.replace("▁", " ").encode()

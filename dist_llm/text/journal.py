@@ -1,4 +1,4 @@
-"""The record beside an unfinished corpus of what is durable: one JSON line at a time, each synced before the next."""
+"""The journal of an unfinished corpus: JSON lines that record what is durable. Each line is synced before the next."""
 
 import json
 import os
@@ -7,25 +7,25 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-JOURNAL = "progress.jsonl"
+JOURNAL_FILE = "progress.jsonl"
 
 
 class Journal:
-    """A header, which says what the run was to do, and records. A line torn by a crash counts as not written."""
+    """A header with the options of the run, then records. `read` ignores an incomplete last line."""
 
     def __init__(self, directory: Path) -> None:
-        self.path = directory / JOURNAL
+        self.path = directory / JOURNAL_FILE
 
     @property
-    def useful(self) -> bool:
-        """Whether it has a record after the header: something to go on from."""
-        return len(list(islice(self._lines(), 2))) == 2
+    def has_records(self) -> bool:
+        """Whether a run can resume: there is a record after the header."""
+        return len(list(islice(self._iter_lines(), 2))) == 2
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines from the start, header first; none where there is no journal. About 1 kB for 8 MB of text."""
-        return list(self._lines())
+        """Return the valid lines, header first; an empty list without a journal. About 1 kB for 8 MB of text."""
+        return list(self._iter_lines())
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
+    def _iter_lines(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -38,11 +38,11 @@ class Journal:
                     return
                 yield record
 
-    def begin(self, lines: list[dict[str, Any]]) -> None:
-        """Replace the journal by these lines, all or nothing."""
-        fresh = self.path.with_suffix(".tmp")
-        self._write(fresh, "wb", lines)
-        fresh.rename(self.path)
+    def rewrite(self, lines: list[dict[str, Any]]) -> None:
+        """Replace the journal by these lines atomically."""
+        temporary = self.path.with_suffix(".tmp")
+        self._write(temporary, "wb", lines)
+        temporary.rename(self.path)
 
     def append(self, record: dict[str, Any]) -> None:
         self._write(self.path, "ab", [record])

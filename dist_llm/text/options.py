@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_tuning(parser)
 
 
-def options_from(namespace: argparse.Namespace) -> PrepareOptions:
+def build_options(namespace: argparse.Namespace) -> PrepareOptions:
     """The options in a namespace parsed with `add_arguments`; other attributes are ignored.
 
     Raises DataError where one that is always needed was not given.

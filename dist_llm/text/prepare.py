@@ -1,8 +1,8 @@
-"""Raw text to a corpus of token shards, all or nothing.
+"""Tokenize raw text to a corpus of token shards.
 
-The corpus is written to `OUT.partial` and renamed to `OUT` when complete and durable. A run that was
-killed leaves only the former, with a journal of the input files that are done; the next run goes on
-from there. `OUT.lock` keeps a second run away and is released by the kernel when its holder dies.
+The corpus is written to `OUT.partial`. It is renamed to `OUT` when it is complete and synced to the disk. A killed run
+leaves `OUT.partial` with a journal of the finished input files, and the next run resumes from this journal. `OUT.lock`
+excludes a second run; the kernel releases it when the process dies.
 """
 
 import os
@@ -14,79 +14,86 @@ from typing import TextIO
 
 from dist_llm.data.shard import MANIFEST, Manifest
 from dist_llm.errors import DataError
+from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart, parse_part
+from dist_llm.text.input_files import InputFile, open_inputs, sum_size_bytes
 from dist_llm.text.journal import Journal
-from dist_llm.text.options import PrepareOptions, add_arguments, options_from
-from dist_llm.text.progress import Meter
-from dist_llm.text.publish import publish, recover, refuse_to_destroy, sole_run
+from dist_llm.text.options import PrepareOptions, add_arguments, build_options
+from dist_llm.text.prepare_run import PrepareRun, select_corpus_options
+from dist_llm.text.progress import ProgressMeter
+from dist_llm.text.publish import check_output, lock_output, publish_corpus, recover_output
 from dist_llm.text.report import InputTable, Report
-from dist_llm.text.rows import Keys
-from dist_llm.text.run import Run, shaping
-from dist_llm.text.share import WHOLE, Share, read_part
-from dist_llm.text.sources import Source, open_sources, size_bytes
+from dist_llm.text.rows import RowKeys
 from dist_llm.text.walk import FileRules
 
-__all__ = ["PrepareOptions", "add_arguments", "options_from", "prepare"]
+__all__ = ["PrepareOptions", "add_arguments", "build_options", "prepare"]
 
 NOTHING_TO_DO = (
     "nothing to do: {} was prepared with the same options from as many files and bytes; to prepare it anew, give "
     "--overwrite"
 )
-KEPT = "The input files that were done are kept in {}: mend this and run the same command again to go on."
+RESUME_HINT = "The input files that were done are kept in {}: mend this and run the same command again to go on."
 
 
 def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
-    """Make the corpus that `options` describe; progress and a summary go to `stream` (default: stderr).
+    """Build the corpus that `options` describe. Print progress and a summary to `stream` (default: stderr).
 
-    Raises DataError for whatever the user can mend: options, sources, tokenizer, rows, `OUT`, a full disk.
+    Raises DataError for each error that the user can fix: options, files, tokenizer, rows, `OUT`, a full disk.
     """
-    _check(options)
-    table, keys = InputTable(), Keys(options.text_key, options.prompt_key, options.separator)
+    _check_options(options)
+    table, keys = InputTable(), RowKeys(options.text_key, options.prompt_key, options.separator)
     rules = FileRules(options.include, options.exclude, options.skip_unreadable)
-    sources = open_sources(options.source, keys, options.hf_split, rules, table)
-    share = _share(options, len(sources))
+    files = open_inputs(options.source, keys, options.hf_split, rules, table)
+    part = _select_part(options, len(files))
     out = Path(os.path.realpath(options.out))
-    if share.of > 1:
-        _refuse_merged(out)
-        out = out / share.name
+    if part.of > 1:
+        _check_not_merged(out)
+        out = out / part.name
     partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
     try:
-        with sole_run(out):
-            recover(out, old)
-            if not options.overwrite and (done := _done_before(options, out, sources, table)) is not None:
+        with lock_output(out):
+            recover_output(out, old)
+            if not options.overwrite and (done := _find_finished_corpus(options, out, files, table)) is not None:
                 print(NOTHING_TO_DO.format(out), file=stream or sys.stderr)
                 return done
-            refuse_to_destroy(out, options.overwrite)
+            check_output(out, options.overwrite)
             partial.mkdir(exist_ok=True)
             try:
-                with Meter(stream or sys.stderr, size_bytes(share.files(sources))) as meter:
-                    run = Run(options, share, sources, partial, meter, table)
-                    manifest = run.fill()
-                    publish(partial, out, old)
-                    run.summarise(manifest)
+                with ProgressMeter(stream or sys.stderr, sum_size_bytes(part.select_files(files))) as meter:
+                    run = PrepareRun(options, part, files, partial, meter, table)
+                    manifest = run.write_corpus()
+                    publish_corpus(partial, out, old)
+                    run.print_summary(manifest)
             except DataError as error:
-                raise DataError(f"{error} {KEPT.format(partial)}" if Journal(partial).useful else str(error)) from None
+                raise DataError(
+                    f"{error} {RESUME_HINT.format(partial)}" if Journal(partial).has_records else str(error)
+                ) from None
             finally:
-                if not Journal(partial).useful:
+                if not Journal(partial).has_records:
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         where, why = error.filename or partial, error.strerror or error
-        kept = KEPT.format(partial) if Journal(partial).useful else "Nothing of this run was kept."
-        raise DataError(f"{where}: cannot be written: {why}. {kept}") from None
+        hint = RESUME_HINT.format(partial) if Journal(partial).has_records else "Nothing of this run was kept."
+        raise DataError(f"{where}: cannot be written: {why}. {hint}") from None
     return manifest
 
 
-def _done_before(options: PrepareOptions, out: Path, sources: Sequence[Source], table: InputTable) -> Manifest | None:
-    """The corpus at `out`, if the same options made it of as many files and bytes; None also where none can tell."""
-    if size_bytes(sources) is None:
+def _find_finished_corpus(
+    options: PrepareOptions, out: Path, files: Sequence[InputFile], table: InputTable
+) -> Manifest | None:
+    """Return the manifest of `out` if the same options made it from as many files and bytes.
+
+    Return None for another corpus, and for inputs of unknown size.
+    """
+    if sum_size_bytes(files) is None:
         return None
     try:
         report, manifest = Report.load(out), Manifest.load(out)
     except DataError:
         return None
-    return manifest if report.options == shaping(options) and report.inputs == table else None
+    return manifest if report.options == select_corpus_options(options) and report.inputs == table else None
 
 
-def _check(options: PrepareOptions) -> None:
+def _check_options(options: PrepareOptions) -> None:
     rules = (
         (bool(options.source), "--source: give at least one"),
         (0 <= options.heldout_fraction < 1, "--heldout-fraction: must be at least 0 and below 1"),
@@ -114,15 +121,15 @@ def _check(options: PrepareOptions) -> None:
             raise DataError(rule)
 
 
-def _share(options: PrepareOptions, files: int) -> Share:
+def _select_part(options: PrepareOptions, num_files: int) -> CorpusPart:
     if options.part is None:
-        return WHOLE
-    part, of = read_part(options.part)
+        return SINGLE_PART
+    number, of = parse_part(options.part)
     if options.dedup:
-        return Share(part, of, "text")
-    return Share(part, of, "file" if files >= of else "row")
+        return CorpusPart(number, of, "text")
+    return CorpusPart(number, of, "file" if num_files >= of else "row")
 
 
-def _refuse_merged(out: Path) -> None:
+def _check_not_merged(out: Path) -> None:
     if (out / MANIFEST).exists():
         raise DataError(f"{out}: is a corpus already, so no part is added to it. Choose another --out, or remove it.")

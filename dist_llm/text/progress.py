@@ -1,4 +1,4 @@
-"""How far `prepare` is: a bar on a terminal, else a plain line now and then."""
+"""Show the progress of `prepare` and `adopt`: a bar on a terminal, otherwise a line every PLAIN_SECONDS."""
 
 import time
 from types import TracebackType
@@ -16,15 +16,15 @@ from rich.progress import (
 PLAIN_SECONDS = 10.0
 
 
-class Meter:
-    """Shows bytes read of `total_bytes` (None: unknown), the rate in MB/s and the documents; `doing` what."""
+class ProgressMeter:
+    """Shows bytes read of `total_bytes` (None: unknown), the rate in MB/s and the number of documents."""
 
-    def __init__(self, stream: TextIO, total_bytes: int | None, doing: str = "tokenizing") -> None:
-        self.total_bytes, self.doing = total_bytes, doing
+    def __init__(self, stream: TextIO, total_bytes: int | None, activity: str = "tokenizing") -> None:
+        self.total_bytes, self.activity = total_bytes, activity
         self._console = Console(file=stream)
-        self._began = self._said = time.monotonic()
+        self._start = self._last_print = time.monotonic()
         columns = (
-            TextColumn(doing),
+            TextColumn(activity),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[state]}"),
@@ -33,7 +33,7 @@ class Meter:
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("", total=total_bytes, state="")
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> "ProgressMeter":
         self._bar.start()
         return self
 
@@ -44,21 +44,21 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._began
+        return time.monotonic() - self._start
 
     def update(self, bytes_read: int, text_bytes: int, documents: int) -> None:
-        """Say where it stands, if it is time."""
+        """Update the bar, or print a line if the last one is PLAIN_SECONDS old."""
         state = f"{documents:,} documents, {text_bytes / 1e6 / max(self.seconds, 1e-9):.1f} MB/s"
         self._bar.update(self._task, completed=bytes_read, state=state)
-        if self._bar.disable and time.monotonic() - self._said >= PLAIN_SECONDS:
-            self._said = time.monotonic()
-            self.say(f"{self.doing}: {self._share(bytes_read)}{state}")
+        if self._bar.disable and time.monotonic() - self._last_print >= PLAIN_SECONDS:
+            self._last_print = time.monotonic()
+            self.print_line(f"{self.activity}: {self._format_remaining(bytes_read)}{state}")
 
-    def say(self, line: str) -> None:
-        """Print one line, above the bar if there is one."""
+    def print_line(self, line: str) -> None:
+        """Print one line, above the bar if one is shown."""
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
-    def _share(self, bytes_read: int) -> str:
+    def _format_remaining(self, bytes_read: int) -> str:
         if not self.total_bytes or not bytes_read:
             return ""
         left = self.seconds * (self.total_bytes - bytes_read) / bytes_read

@@ -1,4 +1,4 @@
-"""How a finished corpus gets to its place: alone, all or nothing, and never over what is no corpus."""
+"""Publish a finished corpus: under a lock, atomically, and only over another corpus."""
 
 import fcntl
 import os
@@ -12,8 +12,8 @@ from dist_llm.errors import DataError
 
 
 @contextmanager
-def sole_run(out: Path) -> Iterator[None]:
-    """Hold `OUT.lock`. Raises DataError where another run holds it."""
+def lock_output(out: Path) -> Iterator[None]:
+    """Hold `OUT.lock`. Raises DataError if another run holds it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = out.with_name(out.name + ".lock")
     while True:
@@ -32,16 +32,16 @@ def sole_run(out: Path) -> Iterator[None]:
             return
 
 
-def recover(out: Path, old: Path) -> None:
-    """Put right what a run left that was killed while it swapped the old corpus for the new."""
+def recover_output(out: Path, old: Path) -> None:
+    """Repair `out` after a run that was killed while it replaced the old corpus by the new one."""
     if old.exists() and not out.exists():
         old.rename(out)
     if old.exists():
         shutil.rmtree(old)
 
 
-def refuse_to_destroy(out: Path, overwrite: bool) -> None:
-    """Raise DataError where `out` exists and is not to be replaced, or is no corpus."""
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise DataError if `out` exists and `overwrite` is false, or if `out` is not a corpus."""
     if not out.exists():
         return
     if not overwrite:
@@ -50,17 +50,17 @@ def refuse_to_destroy(out: Path, overwrite: bool) -> None:
         raise DataError(f"{out}: not a prepared corpus, so --overwrite will not replace it. Choose another --out.")
 
 
-def publish(partial: Path, out: Path, old: Path) -> None:
-    """Put the complete corpus in its place, durably."""
-    _sync(partial)
+def publish_corpus(partial: Path, out: Path, old: Path) -> None:
+    """Rename the complete corpus from `partial` to `out`, and sync both directories to the disk."""
+    _sync_directory(partial)
     if out.exists():
         out.rename(old)
     partial.rename(out)
-    _sync(out.parent)
+    _sync_directory(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(directory: Path) -> None:
+def _sync_directory(directory: Path) -> None:
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -8,37 +8,37 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dist_llm.errors import DataError
-from dist_llm.text.compression import CODECS, Decompressed
-from dist_llm.text.rows import BLANK_LINES, Document, Keys, Tally, UnreadableError, row_document
+from dist_llm.text.compression import CODECS, DecompressedFile
+from dist_llm.text.rows import BLANK_LINES, Document, RowKeys, Tally, UnreadableError, read_row
 from dist_llm.text.tables import DELIMITERS, read_table
-from dist_llm.text.walk import read_suffix
+from dist_llm.text.walk import get_data_suffix
 
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
 BUFFER_BYTES = 1 << 20
 PARQUET_ROWS = 256
 
 
-def read_file(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
+def read_file(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
     """Its documents. Raises OSError where it cannot be read, DataError where it is not what its suffix says."""
-    suffix = read_suffix(path)
+    suffix = get_data_suffix(path)
     if suffix in JSON_LINES:
-        return _json_lines(path, keys, tally)
+        return _read_json_lines(path, keys, tally)
     if suffix == ".parquet":
-        return _parquet(path, keys, tally)
+        return _read_parquet(path, keys, tally)
     if suffix in DELIMITERS:
-        return _table(path, DELIMITERS[suffix], keys, tally)
+        return _read_table(path, DELIMITERS[suffix], keys, tally)
     if keys.separator is not None:
-        return _separated_text(path, keys.separator, tally)
-    return _whole_text(path, tally)
+        return _read_separated_text(path, keys.separator, tally)
+    return _read_whole_text(path, tally)
 
 
 def is_text(path: Path) -> bool:
     """Whether a file has no rows: it is one document, or those between separators."""
-    return read_suffix(path) not in {*JSON_LINES, ".parquet", *DELIMITERS}
+    return get_data_suffix(path) not in {*JSON_LINES, ".parquet", *DELIMITERS}
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, io.FileIO]]:
+def _open_decompressed(path: Path) -> Iterator[tuple[io.BufferedReader, io.FileIO]]:
     """The content of a file, decompressed, and the raw file below, whose `tell` is the progress."""
     with ExitStack() as stack:
         raw = stack.enter_context(path.open("rb", buffering=0))
@@ -46,84 +46,84 @@ def _opened(path: Path) -> Iterator[tuple[io.BufferedReader, io.FileIO]]:
         if codec not in CODECS:
             yield stack.enter_context(io.BufferedReader(raw, BUFFER_BYTES)), raw
             return
-        unpacked = stack.enter_context(Decompressed(raw, codec))
+        unpacked = stack.enter_context(DecompressedFile(raw, codec))
         yield stack.enter_context(io.BufferedReader(unpacked, BUFFER_BYTES)), raw
 
 
-def _whole_text(path: Path, tally: Tally) -> Iterator[Document]:
+def _read_whole_text(path: Path, tally: Tally) -> Iterator[Document]:
     """One file, one document."""
-    if not tally.takes_next():
+    if not tally.claim_next_row():
         return
-    with _opened(path) as (stream, _):
-        _refuse_other_encoding(stream.peek(4))
+    with _open_decompressed(path) as (stream, _):
+        _check_encoding(stream.peek(4))
         content = stream.read().removeprefix(codecs.BOM_UTF8)
-    text = _decoded(content, 0)
-    tally.good(len(content))
+    text = _decode(content, 0)
+    tally.count_good(len(content))
     yield Document(text, str(path))
 
 
-def _separated_text(path: Path, separator: str, tally: Tally) -> Iterator[Document]:
+def _read_separated_text(path: Path, separator: str, tally: Tally) -> Iterator[Document]:
     """One document before, between and after separators; pieces of nothing but blanks are none."""
     start = tally.bytes_read
-    with _opened(path) as (stream, raw):
-        _refuse_other_encoding(stream.peek(4))
-        for number, content in cut(stream, separator):
+    with _open_decompressed(path) as (stream, raw):
+        _check_encoding(stream.peek(4))
+        for number, content in split_documents(stream, separator):
             tally.bytes_read = start + raw.tell()
-            if not tally.takes_next():
+            if not tally.claim_next_row():
                 continue
             try:
-                text = _decoded(content, number - 1)
+                text = _decode(content, number - 1)
             except UnreadableError as error:
-                tally.bad(f"{path}:{number}", str(error), len(content))
+                tally.count_bad(f"{path}:{number}", str(error), len(content))
                 continue
-            tally.good(len(content))
+            tally.count_good(len(content))
             yield Document(text, f"{path}:{number}")
 
 
-def cut(lines: Iterable[bytes], separator: str) -> Iterator[tuple[int, bytes]]:
+def split_documents(lines: Iterable[bytes], separator: str) -> Iterator[tuple[int, bytes]]:
     """The documents of some lines, each with the number of its first line.
 
     A separator on a line of its own takes that line and the line break before it away.
     """
-    mark, parts, first = separator.encode(), list[bytes](), 1
+    mark, fragments, first = separator.encode(), list[bytes](), 1
     for number, line in enumerate(lines, start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
-        pieces = _split(line, separator, mark)
-        for piece in pieces[:-1]:
-            parts.append(piece)
-            if document := _joined(parts, not piece):
+        segments = _split_line(line, separator, mark)
+        for segment in segments[:-1]:
+            fragments.append(segment)
+            if document := _join_document(fragments, not segment):
                 yield first, document
-            parts, first = [], number
-        if len(pieces) > 1 and not pieces[-1].strip():
+            fragments, first = [], number
+        if len(segments) > 1 and not segments[-1].strip():
             first = number + 1
         else:
-            parts.append(pieces[-1])
-    if document := _joined(parts, True):
+            fragments.append(segments[-1])
+    if document := _join_document(fragments, True):
         yield first, document
 
 
-def _split(line: bytes, separator: str, mark: bytes) -> list[bytes]:
+def _split_line(line: bytes, separator: str, mark: bytes) -> list[bytes]:
     """The pieces of a line between separators."""
     if separator == BLANK_LINES:
         return [line] if line.strip() else [b"", b""]
     return line.split(mark)
 
 
-def _joined(parts: list[bytes], own_line: bool) -> bytes:
-    document = b"".join(parts)
+def _join_document(fragments: list[bytes], own_line: bool) -> bytes:
+    document = b"".join(fragments)
     if own_line:
         document = document.removesuffix(b"\n").removesuffix(b"\r")
     return document if document.strip() else b""
 
 
-def _table(path: Path, delimiter: str, keys: Keys, tally: Tally) -> Iterator[Document]:
-    with _opened(path) as (stream, raw):
-        _refuse_other_encoding(stream.peek(4))
+def _read_table(path: Path, delimiter: str, keys: RowKeys, tally: Tally) -> Iterator[Document]:
+    with _open_decompressed(path) as (stream, raw):
+        _check_encoding(stream.peek(4))
         yield from read_table(path, stream, raw, delimiter, keys, tally)
 
 
-def _decoded(content: bytes, lines_before: int) -> str:
+def _decode(content: bytes, lines_before: int) -> str:
     """The text of some bytes of a text file. Raises UnreadableError where they are not UTF-8, or are no text."""
     try:
         text = content.decode("utf-8")
@@ -140,17 +140,17 @@ def _decoded(content: bytes, lines_before: int) -> str:
     )
 
 
-def _refuse_other_encoding(start: bytes) -> None:
+def _check_encoding(start: bytes) -> None:
     """Raises UnreadableError where a file starts with the byte order mark of UTF-16 or UTF-32."""
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         raise UnreadableError("starts with the byte order mark of UTF-16 or UTF-32; convert it with iconv to UTF-8")
 
 
-def _json_lines(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
+def _read_json_lines(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
     """One object a line; blank lines are no rows."""
     start = tally.bytes_read
-    with _opened(path) as (stream, raw):
-        _refuse_other_encoding(stream.peek(4))
+    with _open_decompressed(path) as (stream, raw):
+        _check_encoding(stream.peek(4))
         if stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             raise DataError(f"{path}: one JSON array; expected one object a line. Convert it with: jq -c '.[]'")
         for number, line in enumerate(stream, start=1):
@@ -159,19 +159,19 @@ def _json_lines(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
             if line.isspace():
                 continue
             tally.bytes_read = start + raw.tell()
-            if not tally.takes_next():
+            if not tally.claim_next_row():
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError:
-                tally.bad(f"{path}:{number}", "not UTF-8", len(line))
+                tally.count_bad(f"{path}:{number}", "not UTF-8", len(line))
             except (ValueError, RecursionError) as error:
-                tally.bad(f"{path}:{number}", f"not JSON: {error}", len(line))
+                tally.count_bad(f"{path}:{number}", f"not JSON: {error}", len(line))
             else:
-                yield from row_document(row, keys, f"{path}:{number}", tally, len(line))
+                yield from read_row(row, keys, f"{path}:{number}", tally, len(line))
 
 
-def _parquet(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
+def _read_parquet(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
     """One row of the text column, one document."""
     import pyarrow
     from pyarrow import parquet
@@ -180,7 +180,7 @@ def _parquet(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
     try:
         with parquet.ParquetFile(path) as file:
             options = zip(("--text-key", "--prompt-key"), keys.all, strict=False)
-            columns = [_column(path, file.schema_arrow.names, *each) for each in options]
+            columns = [_find_column(path, file.schema_arrow.names, *each) for each in options]
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(dict.fromkeys(columns))):
                 # Arrow does not check that strings are UTF-8; decoding them here keeps the fault to its row.
                 arrays = [
@@ -191,19 +191,19 @@ def _parquet(path: Path, keys: Keys, tally: Tally) -> Iterator[Document]:
                 ]
                 for values in zip(*(column.to_pylist() for column in arrays), strict=True):
                     number += 1
-                    if tally.takes_next():
+                    if tally.claim_next_row():
                         row = dict(zip(columns, values, strict=True))
-                        yield from row_document(row, keys, f"{path}:{number}", tally)
+                        yield from read_row(row, keys, f"{path}:{number}", tally)
                 tally.bytes_read = start + size * number // file.metadata.num_rows
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UnreadableError(f"not readable as Parquet: {error}") from None
 
 
-def _column(path: Path, names: list[str], option: str, key: str) -> str:
+def _find_column(path: Path, names: list[str], option: str, key: str) -> str:
     """The column that holds a key, which may be nested in it. Raises DataError where there is not exactly one."""
-    found = next((name for name in (key, key.partition(".")[0]) if name in names), None)
-    if found is None:
+    column = next((name for name in (key, key.partition(".")[0]) if name in names), None)
+    if column is None:
         raise DataError(f"{path}: no column '{key}'. Give {option} one of: {', '.join(names)}")
-    if (count := names.count(found)) > 1:
-        raise DataError(f"{path}: {count} columns are called '{found}'. Rename all but one, or leave it out.")
-    return found
+    if (count := names.count(column)) > 1:
+        raise DataError(f"{path}: {count} columns are called '{column}'. Rename all but one, or leave it out.")
+    return column

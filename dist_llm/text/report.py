@@ -9,12 +9,12 @@ from typing import Any
 
 from dist_llm.errors import DataError
 
-REPORT = "report.json"
+REPORT_FILE = "report.json"
 FORMAT = "dist_llm prepare report 1"
 
 
 @dataclass
-class Removed:
+class TextCount:
     """What one rule took away: whole documents, single lines, and the bytes of UTF-8 of both."""
 
     documents: int = 0
@@ -22,38 +22,38 @@ class Removed:
     bytes: int = 0
 
 
-class Removals(dict[str, Removed]):
+class RemovalCounts(dict[str, TextCount]):
     """Counts per rule, in the order in which the rules look."""
 
     def add(self, rule: str, documents: int = 0, lines: int = 0, bytes: int = 0) -> None:
-        entry = self.setdefault(rule, Removed())
+        entry = self.setdefault(rule, TextCount())
         entry.documents += documents
         entry.lines += lines
         entry.bytes += bytes
 
-    def merge(self, other: Mapping[str, Removed]) -> None:
+    def merge(self, other: Mapping[str, TextCount]) -> None:
         for rule, removed in other.items():
             self.add(rule, **asdict(removed))
 
 
 @dataclass
-class Amount:
+class FileCount:
     """A number of files and their bytes, as they lie on the disk."""
 
     files: int = 0
     bytes: int = 0
 
 
-class InputTable(dict[str, dict[str, Amount]]):
+class InputTable(dict[str, dict[str, FileCount]]):
     """Files by outcome ("read", or "skipped: " and the reason), and within it by suffix."""
 
     def add(self, outcome: str, path: Path, bytes: int, files: int = 1) -> None:
         kind = "folder" if path.is_dir() else "".join(path.suffixes[-2:]).lower() or "no suffix"
-        amount = self.setdefault(outcome, {}).setdefault(kind, Amount())
+        amount = self.setdefault(outcome, {}).setdefault(kind, FileCount())
         amount.files += files
         amount.bytes += bytes
 
-    def move(self, path: Path, bytes: int) -> None:
+    def mark_unreadable(self, path: Path, bytes: int) -> None:
         """Count a file as unreadable that has been counted as read."""
         self.add("read", path, -bytes, -1)
         self.add("skipped: unreadable", path, bytes)
@@ -79,8 +79,8 @@ class Report:
     rows: int = 0
     bad_rows: int = 0
     empty_documents: int = 0
-    kept: Removed = field(default_factory=Removed)
-    removed: Removals = field(default_factory=Removals)
+    kept: TextCount = field(default_factory=TextCount)
+    removed: RemovalCounts = field(default_factory=RemovalCounts)
     bad_bytes: int = 0  # of bad rows
     inputs: InputTable = field(default_factory=InputTable)
     unreadable: dict[str, tuple[int, str]] = field(default_factory=dict)  # bytes and reason, by path: found on reading
@@ -96,15 +96,15 @@ class Report:
             self.inputs = other.inputs
         for path, (size, reason) in other.unreadable.items():
             if path not in self.unreadable and other.inputs is not self.inputs:
-                self.inputs.move(Path(path), size)
+                self.inputs.mark_unreadable(Path(path), size)
             self.unreadable[path] = (size, reason)
         self.empty_documents += other.empty_documents
-        self.kept = Removed(self.kept.documents + other.kept.documents, 0, self.kept.bytes + other.kept.bytes)
+        self.kept = TextCount(self.kept.documents + other.kept.documents, 0, self.kept.bytes + other.kept.bytes)
         self.removed.merge(other.removed)
 
     def save(self, directory: Path) -> None:
         """Write it durably."""
-        with (directory / REPORT).open("w", encoding="utf-8") as file:
+        with (directory / REPORT_FILE).open("w", encoding="utf-8") as file:
             json.dump({"format": FORMAT, **asdict(self)}, file, indent=2)
             file.write("\n")
             file.flush()
@@ -113,21 +113,21 @@ class Report:
     @staticmethod
     def load(directory: Path) -> "Report":
         """Read what `save` wrote. Raises DataError where it is missing or malformed."""
-        path = directory / REPORT
+        path = directory / REPORT_FILE
         try:
             fields = json.loads(path.read_bytes())
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"not of format '{FORMAT}'")
-            removed = Removals({rule: Removed(**counts) for rule, counts in fields.pop("removed").items()})
+            removed = RemovalCounts({rule: TextCount(**counts) for rule, counts in fields.pop("removed").items()})
             inputs = InputTable(
                 {
-                    outcome: {kind: Amount(**amount) for kind, amount in kinds.items()}
+                    outcome: {kind: FileCount(**amount) for kind, amount in kinds.items()}
                     for outcome, kinds in fields.pop("inputs", {}).items()
                 }
             )
             unreadable = {path: (size, reason) for path, (size, reason) in fields.pop("unreadable", {}).items()}
             fields |= {"inputs": inputs, "unreadable": unreadable}
-            return Report(kept=Removed(**fields.pop("kept")), removed=removed, **fields)
+            return Report(kept=TextCount(**fields.pop("kept")), removed=removed, **fields)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: cannot be read: {error!r}. Prepare the part again.") from None
 

@@ -1,7 +1,7 @@
-"""A row of the input and the document in it, and the count of what one pass has met.
+"""Read the document in a row of the input, and count the rows of one pass.
 
-A row that is no document (malformed UTF-8 or JSON, a text key that is missing or not a string) is
-skipped, counted and located in the `Tally`.
+A bad row (malformed UTF-8 or JSON, a text key that is missing or not a string) is skipped. The `Tally` counts it and
+records its location.
 """
 
 from collections.abc import Iterator
@@ -10,24 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.errors import DataError
-from dist_llm.text.share import WHOLE, Share
-from dist_llm.text.tokenizer import well_formed
+from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart
+from dist_llm.text.tokenizer import to_well_formed
 
-LOCATIONS_KEPT = 5
-ENOUGH_ROWS = 10_000
-PARAGRAPH = "\n\n"
+MAX_LOCATIONS = 5
+MIN_ROWS = 10_000
+PARAGRAPH_BREAK = "\n\n"
 BLANK_LINES = "blank-lines"  # the separator that is one or more empty lines
 
 
 class UnreadableError(Exception):
-    """A whole file cannot be read; the message says why."""
+    """A file cannot be read; the message gives the reason."""
 
 
 @dataclass(frozen=True)
-class Keys:
-    """Where in a row its text is, and the prompt that goes before it; and what separates documents in a text file.
+class RowKeys:
+    """The keys of the text and of its prompt in a row, and the separator of documents in a text file.
 
-    `a.b` is the key b of what is under a, where there is no key of that name itself.
+    `a.b` is the key b of the object under a, unless the row has a key named `a.b`.
     """
 
     text: str = "text"
@@ -41,7 +41,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Document:
-    """One text, always encodable as UTF-8, and the `file:line` it came from; it begins with a prompt of so many
+    """A text, always encodable as UTF-8, and its origin `file:line`. The text begins with a prompt of `prompt_chars`
     characters."""
 
     text: str
@@ -51,48 +51,48 @@ class Document:
 
 @dataclass
 class Tally:
-    """What one pass over the sources has met so far."""
+    """The counts of one pass over the inputs, so far. Field names are keys of the journal."""
 
     max_bad_rate: float
-    share: Share = WHOLE
-    rows_met: int = 0  # those of other parts included
+    part: CorpusPart = SINGLE_PART
+    rows_met: int = 0  # including the rows of other parts
     rows: int = 0
     bad_rows: int = 0
-    bytes_read: int = 0  # of files as they lie on the disk, compressed or not
+    bytes_read: int = 0  # of files on the disk, before decompression
     locations: list[str] = field(default_factory=list)
-    row_bytes: int = 0  # of all rows, where they are read
+    row_bytes: int = 0  # of all rows of this part
     bad_bytes: int = 0  # of bad rows
     skip_unreadable: bool = False
     unreadable: dict[str, tuple[int, str]] = field(default_factory=dict)  # bytes and reason, by path
 
-    def takes_next(self) -> bool:
-        """Count one more row of the input, and say whether it is this part's to read."""
+    def claim_next_row(self) -> bool:
+        """Count one more row of the input. Return whether this part reads it."""
         self.rows_met += 1
-        return self.share.has_row(self.rows_met)
+        return self.part.owns_row(self.rows_met)
 
-    def good(self, size: int) -> None:
-        """Count a row of `size` bytes that is a document."""
+    def count_good(self, size: int) -> None:
+        """Count a good row of `size` bytes."""
         self.rows += 1
         self.row_bytes += size
 
     def skip_file(self, path: Path, size: int, reason: str) -> None:
-        """Count a file that cannot be read. Raises DataError where the user does not allow to skip it."""
+        """Count an unreadable file. Raises DataError unless the user allows to skip such files."""
         self.unreadable[str(path)] = (size, reason)
         self._check_unreadable()
 
-    def bad(self, location: str, reason: str, size: int) -> None:
-        """Count a bad row. Raises DataError once so many of so many rows were bad that it is no accident."""
+    def count_bad(self, location: str, reason: str, size: int) -> None:
+        """Count a bad row. Raises DataError if the rate is above the limit after at least MIN_ROWS rows."""
         self.row_bytes += size
         self.bad_bytes += size
         self.rows += 1
         self.bad_rows += 1
-        if len(self.locations) < LOCATIONS_KEPT:
+        if len(self.locations) < MAX_LOCATIONS:
             self.locations.append(f"{location}: {reason}")
-        if self.rows >= ENOUGH_ROWS:
+        if self.rows >= MIN_ROWS:
             self.check()
 
     def check(self) -> None:
-        """Raise DataError if the share of bad rows, or of their bytes, is above the limit."""
+        """Raise DataError if the rate of bad rows, or of their bytes, is above the limit."""
         self._check_unreadable()
         for bad, all_of_them, unit in (
             (self.bad_rows, self.rows, "rows are bad"),
@@ -113,36 +113,36 @@ class Tally:
             )
 
 
-def row_document(row: Any, keys: Keys, origin: str, tally: Tally, size: int | None = None) -> Iterator[Document]:
-    """The document of a row of `size` bytes (None: those of its texts); none, and a bad row, where it has no text."""
-    found: list[str] = []
+def read_row(row: Any, keys: RowKeys, origin: str, tally: Tally, size: int | None = None) -> Iterator[Document]:
+    """Yield the document of a row of `size` bytes (None: the size of its texts). Count a row without text as bad."""
+    texts: list[str] = []
     if size is None:
-        values = [_value(row, key) for key in keys.all]
+        values = [_get_value(row, key) for key in keys.all]
         size = sum(len(value) for value in values if isinstance(value, str | bytes))
     for key in keys.all:
-        text = _value(row, key)
+        text = _get_value(row, key)
         if isinstance(text, bytes):
             try:
                 text = text.decode("utf-8")
             except UnicodeDecodeError:
-                return tally.bad(origin, "not UTF-8", size)
+                return tally.count_bad(origin, "not UTF-8", size)
         if not isinstance(text, str):
             missing = text is None and isinstance(row, dict) and key not in row
-            return tally.bad(origin, f"no key '{key}'" if missing else f"no string under '{key}'", size)
-        found.append(well_formed(text))
-    tally.good(size)
-    text, prompt = found[0], "".join(found[1:])
+            return tally.count_bad(origin, f"no key '{key}'" if missing else f"no string under '{key}'", size)
+        texts.append(to_well_formed(text))
+    tally.count_good(size)
+    text, prompt = texts[0], "".join(texts[1:])
     yield Document(prompt + text if text else "", origin, len(prompt))
 
 
-def _value(row: Any, key: str) -> Any:
-    """What is under a key, which may lead through nested objects; a list of texts as paragraphs of one text."""
+def _get_value(row: Any, key: str) -> Any:
+    """Return the value of a key, which may be nested. A list of strings becomes one text of paragraphs."""
     if not isinstance(row, dict):
         return None
     if key not in row:
         first, _, rest = key.partition(".")
-        return _value(row.get(first), rest) if rest else None
+        return _get_value(row.get(first), rest) if rest else None
     value = row[key]
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
-        return PARAGRAPH.join(value)
+        return PARAGRAPH_BREAK.join(value)
     return value

@@ -27,27 +27,27 @@ _PART = re.compile(
 _FOLDED = re.compile(r"\(\?i:[^)]*(?:s[st]|f[fil])", re.IGNORECASE)
 
 
-def for_onig(pattern: str) -> str:
+def to_oniguruma(pattern: str) -> str:
     """The pattern of the same meaning there. Raises CheckpointError where it might have another."""
-    parts, place = [], 0
-    while place < len(pattern):
-        part = _PART.match(pattern, place)
+    translated, position = [], 0
+    while position < len(pattern):
+        part = _PART.match(pattern, position)
         if part is None or _FOLDED.search(pattern):
-            rest = pattern[place : place + 20]
+            rest = pattern[position : position + 20]
             raise CheckpointError(
                 f"split pattern {pattern!r}: not known to mean the same in both engines, at {rest!r}."
             )
-        parts.append(f"(?>{part['atomic']})" if part["atomic"] else r"\z" if part["end"] else part[0])
-        place = part.end()
-    return "".join(parts)
+        translated.append(f"(?>{part['atomic']})" if part["atomic"] else r"\z" if part["end"] else part[0])
+        position = part.end()
+    return "".join(translated)
 
 
-def pre_tokenizer(pattern: str) -> dict[str, Any]:
+def build_pre_tokenizer(pattern: str) -> dict[str, Any]:
     """How `tokenizer.json` says it. Raises CheckpointError as `for_onig` does."""
-    return {"type": "Sequence", "pretokenizers": [{**SPLIT, "pattern": {"Regex": for_onig(pattern)}}, BYTE_LEVEL]}
+    return {"type": "Sequence", "pretokenizers": [{**SPLIT, "pattern": {"Regex": to_oniguruma(pattern)}}, BYTE_LEVEL]}
 
 
-def pattern_of(content: Mapping[str, Any], kept: str | None) -> str:
+def read_pattern(content: Mapping[str, Any], exported: str | None) -> str:
     """The pattern that a `tokenizer.json` splits text by; `kept` where that was exported as this.
 
     Raises CheckpointError where text is changed before, or split by other means.
@@ -61,9 +61,9 @@ def pattern_of(content: Mapping[str, Any], kept: str | None) -> str:
             return SPLIT_PATTERNS["gpt2"]
         regex = splits[0].get("pattern", {}).get("Regex") if splits else None
         if regex and not own and splits == [{**SPLIT, "pattern": {"Regex": regex}}]:
-            if kept is not None and for_onig(kept) == regex:
-                return kept
-            if for_onig(regex) == regex:
+            if exported is not None and to_oniguruma(exported) == regex:
+                return exported
+            if to_oniguruma(regex) == regex:
                 return regex
             raise CheckpointError(f"split pattern {regex!r}: tiktoken reads it differently.")
     raise CheckpointError(

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from dist_llm.errors import DataError
-from dist_llm.text.rows import Document, Keys, Tally, UnreadableError, row_document
+from dist_llm.text.rows import Document, RowKeys, Tally, UnreadableError, read_row
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def read_table(
-    path: Path, stream: IO[bytes], raw: io.FileIO, delimiter: str, keys: Keys, tally: Tally
+    path: Path, stream: IO[bytes], raw: io.FileIO, delimiter: str, keys: RowKeys, tally: Tally
 ) -> Iterator[Document]:
     """One row, one document; the first row has the names of the columns. Quoted fields may hold line breaks."""
     start = tally.bytes_read
@@ -31,15 +31,15 @@ def read_table(
                 )
         for row in rows:
             tally.bytes_read = start + raw.tell()
-            if tally.takes_next():
-                yield from row_document(_as_bytes(row, keys), keys, f"{path}:{rows.line_num}", tally)
+            if tally.claim_next_row():
+                yield from read_row(_encode_columns(row, keys), keys, f"{path}:{rows.line_num}", tally)
     except csv.Error as error:
         raise UnreadableError(f"line {rows.line_num}: not readable as {path.suffix}: {error}") from None
     finally:
         lines.detach()  # else it closes the stream, which is its owner's to close
 
 
-def _as_bytes(row: dict[str | Any, Any], keys: Keys) -> dict[str, Any]:
+def _encode_columns(row: dict[str | Any, Any], keys: RowKeys) -> dict[str, Any]:
     """The row's texts as the bytes of the file, which need not be UTF-8."""
     texts = {key: row[key] for key in keys.all}
     return {key: text and text.encode("utf-8", "surrogateescape") for key, text in texts.items()}

@@ -99,18 +99,18 @@ class Tokenizer(ABC):
         """Prepare for much text. The ids stay the same. Returns the tokenizer itself."""
         return self
 
-    def vocabulary(self, words: bool = False) -> Vocabulary:
-        """What an objective knows of these ids; with `words` also which begin and end inside a word."""
+    def vocabulary(self, with_word_edges: bool = False) -> Vocabulary:
+        """What an objective knows of these ids; with `with_word_edges` also which begin or end inside a word."""
         word_V2 = None
-        if words:
+        if with_word_edges:
             word_V2 = np.zeros((self.vocab_size, 2), dtype=np.bool_)
             for token, text in self.token_bytes().items():
                 if text:
-                    word_V2[token] = _in_word(text[0]), _in_word(text[-1])
-        return Vocabulary(self.vocab_size, self._filler if self.eot is None else self.eot, word_V2)
+                    word_V2[token] = _is_word_byte(text[0]), _is_word_byte(text[-1])
+        return Vocabulary(self.vocab_size, self._padding_id if self.eot is None else self.eot, word_V2)
 
     @property
-    def _filler(self) -> int:
+    def _padding_id(self) -> int:
         """The id that fills up rows where no id ends a document."""
         return 0
 
@@ -139,7 +139,7 @@ class Tokenizer(ABC):
         return parse_tokenizer(content, str(path))
 
 
-def parse_tokenizer(content: bytes, place: str) -> Tokenizer:
+def parse_tokenizer(content: bytes, location: str) -> Tokenizer:
     """The tokenizer in the bytes of a `tokenizer.json` of ours. Raises DataError, naming `place`."""
     from dist_llm.text.bpe_tokenizer import BPETokenizer
     from dist_llm.text.char_tokenizer import CharTokenizer
@@ -152,22 +152,22 @@ def parse_tokenizer(content: bytes, place: str) -> Tokenizer:
     }
     try:
         fields = json.loads(content)
-        if not is_ours(fields):
-            way_out = "Prepare the corpus again with this version."
-            raise DataError(f"{place}: not of format '{BPE_FORMAT}' or '{FORMAT}'. {way_out}")
+        if not is_own_format(fields):
+            hint = "Prepare the corpus again with this version."
+            raise DataError(f"{location}: not of format '{BPE_FORMAT}' or '{FORMAT}'. {hint}")
         if (reader := readers.get((fields["format"], fields.get("kind")))) is None:
-            raise DataError(f"{place}: kind {fields.get('kind')!r} of tokenizer is not known to this version.")
+            raise DataError(f"{location}: kind {fields.get('kind')!r} of tokenizer is not known to this version.")
         return reader(fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{place}: cannot be read: {error!r}. Prepare the corpus again.") from None
+        raise DataError(f"{location}: cannot be read: {error!r}. Prepare the corpus again.") from None
 
 
-def is_ours(fields: Any) -> bool:
+def is_own_format(fields: Any) -> bool:
     """Whether the JSON of a `tokenizer.json` is of our format, and not of the `tokenizers` library's."""
     return isinstance(fields, dict) and fields.get("format") in (BPE_FORMAT, FORMAT)
 
 
-def well_formed(text: str) -> str:
+def to_well_formed(text: str) -> str:
     """`text`, its surrogate pairs joined and lone surrogates replaced, so that it has a UTF-8 form."""
     try:
         text.encode()
@@ -176,6 +176,6 @@ def well_formed(text: str) -> str:
     return text
 
 
-def _in_word(byte: int) -> bool:
+def _is_word_byte(byte: int) -> bool:
     """Whether a byte is part of a word: a letter, a digit, or of a character beyond ASCII."""
     return byte >= 0x80 or chr(byte).isalnum()

@@ -21,11 +21,11 @@ import numpy as np
 
 from dist_llm.errors import DataError
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
-from dist_llm.text.byte_alphabet import BYTE_OF, to_bytes
+from dist_llm.text.byte_alphabet import CHAR_TO_BYTE, to_bytes
 from dist_llm.text.char_tokenizer import META_FILE, read_meta
 from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
 from dist_llm.text.hf_folder import is_hf_folder, read_hf_folder
-from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer, is_ours
+from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer, is_own_format
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 
@@ -46,22 +46,24 @@ def build_tokenizer(spec: str, split_pattern: str | None, training_texts: Texts)
 
     folder, _, name = Path(spec), *spec.rpartition("/")[1:]
     if spec.startswith("bpe:"):
-        return _train(_vocabulary_size(spec), _pattern(spec, split_pattern, "gpt2", TRAINABLE_PATTERNS), training_texts)
+        return _train_bpe(
+            _parse_bpe_size(spec), _choose_pattern(spec, split_pattern, "gpt2", TRAINABLE_PATTERNS), training_texts
+        )
     if name.endswith(".tiktoken"):
-        return _from_tiktoken_file(Path(spec), _pattern(spec, split_pattern, "cl100k", tuple(SPLIT_PATTERNS)))
-    own_file = _has_our_file(folder)
+        return _load_tiktoken_file(Path(spec), _choose_pattern(spec, split_pattern, "cl100k", tuple(SPLIT_PATTERNS)))
+    own_file = _has_own_tokenizer(folder)
     if "," in spec or ((folder / "merges.txt").is_file() and not own_file and not is_hf_folder(folder)):
         paths = spec.split(",") if "," in spec else [str(folder / "vocab.json"), str(folder / "merges.txt")]
         if len(paths) != 2:
             raise DataError(f"--tokenizer {spec}: expected two files, as in vocab.json,merges.txt")
-        pattern = _pattern(spec, split_pattern, "gpt2", tuple(SPLIT_PATTERNS))
-        return _from_vocab_and_merges(Path(paths[0]), Path(paths[1]), pattern)
+        pattern = _choose_pattern(spec, split_pattern, "gpt2", tuple(SPLIT_PATTERNS))
+        return _load_vocab_and_merges(Path(paths[0]), Path(paths[1]), pattern)
     if split_pattern is not None:
         raise DataError(f"--split-pattern {split_pattern}: tokenizer {spec} has its own pattern; leave the option out.")
     if spec == "byte":
         return BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], BYTES, {ENDOFTEXT: len(BYTES)})
     if spec in tiktoken.list_encoding_names():
-        return _from_tiktoken_name(spec)
+        return _load_tiktoken_name(spec)
     if own_file:
         return Tokenizer.load(folder)
     if is_hf_folder(folder):
@@ -75,24 +77,24 @@ def build_tokenizer(spec: str, split_pattern: str | None, training_texts: Texts)
     )
 
 
-def _has_our_file(folder: Path) -> bool:
+def _has_own_tokenizer(folder: Path) -> bool:
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         return False
     try:
-        return is_ours(json.loads(_read(path)))
+        return is_own_format(json.loads(_read_file(path)))
     except (ValueError, RecursionError):
         raise DataError(f"{path}: cannot be read as JSON. Check the path given to --tokenizer.") from None
 
 
-def _pattern(spec: str, chosen: str | None, default: str, offered: tuple[str, ...]) -> str:
+def _choose_pattern(spec: str, chosen: str | None, default: str, offered: tuple[str, ...]) -> str:
     pattern = chosen or default
     if pattern not in offered:
         raise DataError(f"--split-pattern {pattern}: tokenizer {spec} offers {', '.join(offered)}.")
     return pattern
 
 
-def _vocabulary_size(spec: str) -> int:
+def _parse_bpe_size(spec: str) -> int:
     digits = spec.removeprefix("bpe:")
     size = int(digits) if digits.isdecimal() else 0
     if size < MIN_BPE:
@@ -103,7 +105,7 @@ def _vocabulary_size(spec: str) -> int:
     return size
 
 
-def _train(size: int, pattern: str, training_texts: Texts) -> BPETokenizer:
+def _train_bpe(size: int, pattern: str, training_texts: Texts) -> BPETokenizer:
     """Byte-level BPE of `size` ids: bytes, merges in the order learnt, `<|endoftext|>` last."""
     trainer = _train_reference(size - 1, pattern, training_texts)
     vocabulary = trainer.get_vocab()
@@ -151,7 +153,7 @@ def _prove_equal(tokenizer: BPETokenizer, reference: Any, training_texts: Texts)
             )
 
 
-def _from_tiktoken_name(name: str) -> BPETokenizer:
+def _load_tiktoken_name(name: str) -> BPETokenizer:
     import tiktoken
 
     try:
@@ -165,9 +167,9 @@ def _from_tiktoken_name(name: str) -> BPETokenizer:
     return BPETokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
 
 
-def _from_tiktoken_file(path: Path, pattern: str) -> BPETokenizer:
+def _load_tiktoken_file(path: Path, pattern: str) -> BPETokenizer:
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(_read_file(path).splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -178,15 +180,15 @@ def _from_tiktoken_file(path: Path, pattern: str) -> BPETokenizer:
     return BPETokenizer(".tiktoken", SPLIT_PATTERNS[pattern], ranks, {ENDOFTEXT: max(ranks.values()) + 1})
 
 
-def _from_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> BPETokenizer:
+def _load_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> BPETokenizer:
     """GPT-2's two files. tiktoken merges by id, so ids must rise in the order of the merges."""
     try:
-        ids: dict[str, int] = json.loads(_read(vocab))
+        ids: dict[str, int] = json.loads(_read_file(vocab))
         if not all(type(rank) is int for rank in ids.values()):
             raise ValueError("an id is not a whole number")
-        lines = _read(merges).decode("utf-8").split("\n")
+        lines = _read_file(merges).decode("utf-8").split("\n")
         products = ["".join(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        alphabet = list(BYTE_OF)
+        alphabet = list(CHAR_TO_BYTE)
         mergeable = {token: ids[token] for token in (*alphabet, *products)}
     except KeyError as error:
         raise DataError(
@@ -204,7 +206,7 @@ def _from_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> BPETokeni
     return BPETokenizer("vocab.json,merges.txt", SPLIT_PATTERNS[pattern], ranks, special)
 
 
-def _read(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

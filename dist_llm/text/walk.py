@@ -16,12 +16,27 @@ from dist_llm.text.report import InputTable
 
 # Files of many rows: what is read beside them is no text of the corpus.
 ROW_SUFFIXES = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow"}
-PACKED = {".lz4", ".lzma", ".br", ".7z", ".zip", ".rar", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".z", ".lzo", ".sz"}
+UNSUPPORTED_COMPRESSION = {
+    ".lz4",
+    ".lzma",
+    ".br",
+    ".7z",
+    ".zip",
+    ".rar",
+    ".tar",
+    ".tgz",
+    ".tbz",
+    ".tbz2",
+    ".txz",
+    ".z",
+    ".lzo",
+    ".sz",
+}
 CHECKSUMS = ("*.md5", "*.sha1", "*.sha256", "*.sha512", "*.crc32", "*.asc", "*.sig", "md5sums*", "sha*sums*")
 BACKUPS = ("*~", "#*#", "*.bak", "*.orig", "*.rej", "*.swp", "*.swo", "*.tmp", "*.partial")
-ABOUT = ("readme", "readme.*", "license", "license.*", "licence", "licence.*", "citation.*", "changelog.*")
+ABOUT_FILES = ("readme", "readme.*", "license", "license.*", "licence", "licence.*", "citation.*", "changelog.*")
 SKIPPED_FOLDERS = frozenset({"__pycache__"})
-SHOWN = 5
+MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -33,13 +48,13 @@ class FileRules:
     skip_unreadable: bool = False
 
 
-def read_suffix(path: Path) -> str:
+def get_data_suffix(path: Path) -> str:
     """The suffix that says how a file is read: that below its compression, in lower case."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in CODECS else suffix
 
 
-def why_unreadable(path: Path) -> str | None:
+def find_read_problem(path: Path) -> str | None:
     """Why a file cannot be read, as far as its name and its entry tell."""
     if not path.exists():
         return "a link to nothing" if path.is_symlink() else "gone"
@@ -47,12 +62,12 @@ def why_unreadable(path: Path) -> str | None:
         return "not a regular file"
     if not os.access(path, os.R_OK):
         return "no permission"
-    if path.suffix.lower() in PACKED:
+    if path.suffix.lower() in UNSUPPORTED_COMPRESSION:
         return f"compressed as {path.suffix}, which is not read (only {', '.join(sorted(CODECS))})"
     return None
 
 
-class Walk:
+class FolderWalk:
     """The files of one run's sources, and the globs that have matched some."""
 
     def __init__(self, rules: FileRules, table: InputTable) -> None:
@@ -60,31 +75,33 @@ class Walk:
         self._unreadable: list[str] = []
         self._used: set[str] = set()
 
-    def file(self, path: Path) -> list[Path]:
+    def check_file(self, path: Path) -> list[Path]:
         """A file that the user names: read if it can be, whatever the globs say."""
-        return [path] if self._readable(path) else []
+        return [path] if self._count_readable(path) else []
 
-    def folder(self, root: Path, left_out: Iterable[str] = ()) -> list[Path]:
+    def walk_folder(self, root: Path, left_out: Iterable[str] = ()) -> list[Path]:
         """The files below `root`, sorted by relative path."""
-        skipped, found = SKIPPED_FOLDERS | set(left_out), []
-        for path in sorted(self._entries(root, skipped), key=lambda each: each.relative_to(root).as_posix()):
+        skipped, files = SKIPPED_FOLDERS | set(left_out), []
+        for path in sorted(self._iter_files(root, skipped), key=lambda each: each.relative_to(root).as_posix()):
             relative = path.relative_to(root).as_posix()
             if self._matches(relative, self.rules.exclude):
                 self._skip("--exclude", path)
             elif self.rules.include and not self._matches(relative, self.rules.include):
                 self._skip("not in --include", path)
             else:
-                found.append(path)
-        texts = {read_suffix(path) for path in found if not _named(path, (*ABOUT, *CHECKSUMS, *BACKUPS))}
-        return [path for path in found if self._is_text(path, texts) and self._readable(path)]
+                files.append(path)
+        texts = {
+            get_data_suffix(path) for path in files if not _matches_name(path, (*ABOUT_FILES, *CHECKSUMS, *BACKUPS))
+        }
+        return [path for path in files if self._is_text(path, texts) and self._count_readable(path)]
 
     def check(self) -> None:
         """Raise DataError where something cannot be read, or a glob has matched nothing."""
         if self._unreadable and not self.rules.skip_unreadable:
-            more = f"\n  and {len(self._unreadable) - SHOWN} more" if len(self._unreadable) > SHOWN else ""
+            more = f"\n  and {len(self._unreadable) - MAX_LISTED} more" if len(self._unreadable) > MAX_LISTED else ""
             raise DataError(
                 f"{len(self._unreadable)} files or folders of --source cannot be read:\n  "
-                + "\n  ".join(self._unreadable[:SHOWN])
+                + "\n  ".join(self._unreadable[:MAX_LISTED])
                 + f"{more}\nMend them, leave them out with --exclude, or skip them with --skip-unreadable."
             )
         for option, globs in (("--include", self.rules.include), ("--exclude", self.rules.exclude)):
@@ -94,7 +111,7 @@ class Walk:
                     "does not expand it; it is compared with names and with paths below the folder."
                 )
 
-    def _entries(self, root: Path, skipped: frozenset[str] | set[str]) -> Iterator[Path]:
+    def _iter_files(self, root: Path, skipped: frozenset[str] | set[str]) -> Iterator[Path]:
         """All files below `root`. A linked folder is entered, unless it is or will be read in another place."""
         top, folders, entered = os.path.realpath(root), [root], set()
         while folders:
@@ -107,7 +124,7 @@ class Walk:
             try:
                 entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
             except OSError as error:
-                self._note_unreadable(folder, error.strerror or str(error))
+                self._record_unreadable(folder, error.strerror or str(error))
                 continue
             for entry in entries:
                 path = Path(folder, entry.name)
@@ -117,16 +134,16 @@ class Walk:
                     yield path
                 elif entry.name in skipped:
                     self._skip("never read", path)
-                elif entry.is_symlink() and _nested(os.path.realpath(path), top):
+                elif entry.is_symlink() and _are_nested(os.path.realpath(path), top):
                     self._skip("folder read already", path)
                 else:
                     folders.append(path)
 
     def _matches(self, relative: str, globs: Sequence[str]) -> bool:
         name = relative.rpartition("/")[2]
-        found = [each for each in globs if fnmatchcase(name, each) or fnmatchcase(relative, each)]
-        self._used.update(found)
-        return bool(found)
+        matches = [each for each in globs if fnmatchcase(name, each) or fnmatchcase(relative, each)]
+        self._used.update(matches)
+        return bool(matches)
 
     def _is_text(self, path: Path, texts: set[str]) -> bool:
         """Whether a file's name does not say that it is no text. What --include names is read in any case.
@@ -135,39 +152,43 @@ class Walk:
         """
         if self.rules.include:
             return True
-        beside = bool(texts) and (read_suffix(path) not in texts or bool(texts & ROW_SUFFIXES))
-        kinds = (("checksum", CHECKSUMS, True), ("editor backup", BACKUPS, True), ("about the data", ABOUT, beside))
+        beside = bool(texts) and (get_data_suffix(path) not in texts or bool(texts & ROW_SUFFIXES))
+        kinds = (
+            ("checksum", CHECKSUMS, True),
+            ("editor backup", BACKUPS, True),
+            ("about the data", ABOUT_FILES, beside),
+        )
         for reason, globs, applies in kinds:
-            if applies and _named(path, globs):
+            if applies and _matches_name(path, globs):
                 self._skip(reason, path)
                 return False
         return True
 
-    def _readable(self, path: Path) -> bool:
-        if reason := why_unreadable(path):
-            self._note_unreadable(path, reason)
+    def _count_readable(self, path: Path) -> bool:
+        if reason := find_read_problem(path):
+            self._record_unreadable(path, reason)
             return False
-        self.table.add("read", path, _size(path))
+        self.table.add("read", path, _get_size(path))
         return True
 
-    def _note_unreadable(self, path: Path, reason: str) -> None:
+    def _record_unreadable(self, path: Path, reason: str) -> None:
         self._unreadable.append(f"{path}: {reason}")
         self._skip("unreadable", path)
 
     def _skip(self, reason: str, path: Path) -> None:
-        self.table.add(f"skipped: {reason}", path, _size(path))
+        self.table.add(f"skipped: {reason}", path, _get_size(path))
 
 
-def _named(path: Path, globs: Sequence[str]) -> bool:
+def _matches_name(path: Path, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(path.name.lower(), each) for each in globs)
 
 
-def _nested(one: str, other: str) -> bool:
+def _are_nested(one: str, other: str) -> bool:
     """Whether one of two folders lies in the other, or is it."""
     return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
-def _size(path: Path) -> int:
+def _get_size(path: Path) -> int:
     """The bytes of a file; 0 for a folder and for what is not there."""
     try:
         return path.stat().st_size if path.is_file() else 0

@@ -22,8 +22,8 @@ from dist_llm.errors import CheckpointError
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
 from dist_llm.text.hf_bpe import convert_bpe, prove_equal
-from dist_llm.text.hf_tokenizer import HFTokenizer, bpe_or_none
-from dist_llm.text.split_pattern import BYTE_LEVEL, for_onig, pre_tokenizer
+from dist_llm.text.hf_tokenizer import HFTokenizer, try_convert_to_bpe
+from dist_llm.text.split_pattern import BYTE_LEVEL, build_pre_tokenizer, to_oniguruma
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE
 from dist_llm.text.vocabulary import BYTES, build_tokenizer
 
@@ -181,7 +181,7 @@ FAULTS = {
     "a lost merge": lambda c: c["model"]["merges"].pop(100),
     "swapped ids": lambda c: swap(c["model"]["vocab"], "th", "Ġs"),
     "swapped bytes": lambda c: swap(c["model"]["vocab"], "a", "Ā"),
-    "another pattern": lambda c: c.update(pre_tokenizer=pre_tokenizer(SPLIT_PATTERNS["gpt2"])),
+    "another pattern": lambda c: c.update(pre_tokenizer=build_pre_tokenizer(SPLIT_PATTERNS["gpt2"])),
     "no pattern": lambda c: c.update(pre_tokenizer=BYTE_LEVEL),
     "a space in front": lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
     "lower case": lambda c: c.update(normalizer={"type": "Lowercase"}),
@@ -243,17 +243,17 @@ def test_both_engines_mean_the_same_signs(part):
     text = "".join(ASSIGNED)
     encoding = tiktoken.Encoding("x", pat_str=part, mergeable_ranks=BYTES, special_tokens={})
     native = bytes(encoding.encode(text, disallowed_special=())).decode()
-    cut = pre_tokenizers.Split(Regex(for_onig(part)), "removed").pre_tokenize_str(text)
+    cut = pre_tokenizers.Split(Regex(to_oniguruma(part)), "removed").pre_tokenize_str(text)
     assert set(native) == set(text) - {sign for piece, _ in cut for sign in piece}
 
 
 def test_patterns_are_rewritten_only_where_engines_differ():
-    assert for_onig(SPLIT_PATTERNS["cl100k"]) == SPLIT_PATTERNS["cl100k"].replace(
+    assert to_oniguruma(SPLIT_PATTERNS["cl100k"]) == SPLIT_PATTERNS["cl100k"].replace(
         r"\p{N}{1,3}+", r"(?>\p{N}{1,3})"
     ).replace("$", r"\z")
     for same_there in (SPLIT_PATTERNS["gpt2"], SPLIT_PATTERNS["llama3"], O200K):
-        assert for_onig(same_there) == same_there
-        assert for_onig(for_onig(same_there)) == same_there
+        assert to_oniguruma(same_there) == same_there
+        assert to_oniguruma(to_oniguruma(same_there)) == same_there
 
 
 def hf(bpe, **changes):
@@ -285,7 +285,7 @@ def test_gpt2s_form(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
     two_files = import_tokenizer(tmp_path)
-    equal = bpe_or_none(two_files.content, two_files.eot)
+    equal = try_convert_to_bpe(two_files.content, two_files.eot)
     assert (equal.ranks, equal.special_tokens) == (bpe.ranks, bpe.special_tokens)
     assert identity(two_files.file_bytes()) == identity(build_tokenizer(str(tmp_path), None, learn).file_bytes())
     hf_content = hf(
@@ -309,7 +309,7 @@ def test_llama3s_form(bpe, eos, tmp_path):
     front |= {"pair": front["single"], "special_tokens": {name: {"id": name, "ids": [599], "tokens": [name]}}}
     write(tmp_path, hf(bpe, post_processor=front, **named(bpe, name, merges=merges)), eos_token=eos)
     imported = import_tokenizer(tmp_path)
-    equal = bpe_or_none(imported.content, imported.eot)
+    equal = try_convert_to_bpe(imported.content, imported.eot)
     assert (equal.ranks, equal.special_tokens, equal.pattern) == (bpe.ranks, {ENDOFTEXT: 599}, bpe.pattern)
     assert imported.first_ids == (599,)
     assert not imported.equal_bpe, "of a corpus with other ids in front"
@@ -324,7 +324,7 @@ def test_qwens_form(bpe, tmp_path):
     imported = import_tokenizer(tmp_path)
     assert isinstance(imported, HFTokenizer)
     assert (imported.eot, imported.first_ids, imported.vocab_size) == (599, (), 602)
-    assert bpe_or_none(imported.content, imported.eot) is None, "an ordinary added token is looked for in text"
+    assert try_convert_to_bpe(imported.content, imported.eot) is None, "an ordinary added token is looked for in text"
     assert imported.encode("a<think>b<|im_end|>").tolist()[:3] == [*bpe.encode("a"), 601, *bpe.encode("b")]
     assert 600 not in imported.encode("a<think>b<|im_end|>")
 
@@ -394,7 +394,7 @@ def test_what_tiktoken_cannot_run_is_run_by_tokenizers(bpe, change, message, tmp
     content = change(bpe)
     with pytest.raises(CheckpointError, match=message):
         convert_bpe(content, ENDOFTEXT, {}, "x")
-    assert bpe_or_none(content, 599) is None
+    assert try_convert_to_bpe(content, 599) is None
 
 
 def onig(regex):

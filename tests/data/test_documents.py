@@ -25,7 +25,7 @@ from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.train.evaluate import Heldout, heldout_batches
-from tests.text.test_foreign import index
+from tests.text.test_token_files import index
 
 SEQ, EOT = 16, 256  # of the tokenizer `byte`
 SIZES = (5, 3, 17, 9, 2, 20, 4, 6, 11, 7)

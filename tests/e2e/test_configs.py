@@ -13,7 +13,7 @@ from dist_llm.config.check import check
 from dist_llm.config.derive import AXES, resolve
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
-from dist_llm.text.options import options_from
+from dist_llm.text.options import build_options
 
 from .commands import REPOSITORY
 
@@ -39,7 +39,7 @@ def test_a_config_says_which_command_makes_its_corpus(name: str) -> None:
     config, _ = load_config(CONFIGS[name])
     assert config is not None
     made = {
-        str(options_from(build_parser().parse_args(arguments)).out) for arguments in prepare_commands(CONFIGS[name])
+        str(build_options(build_parser().parse_args(arguments)).out) for arguments in prepare_commands(CONFIGS[name])
     }
     assert config.data.path in made
 

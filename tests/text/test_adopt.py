@@ -14,10 +14,10 @@ from dist_llm.data.shard import Manifest
 from dist_llm.errors import DataError
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import DTYPES, FORMATS, AdoptOptions
-from dist_llm.text.foreign import READ_AS
 from dist_llm.text.prepare import PrepareOptions, prepare
+from dist_llm.text.token_files import READ_AS
 
-from .test_foreign import index
+from .test_token_files import index
 
 EOT = 256
 

@@ -5,7 +5,14 @@ import random
 import numpy as np
 import pytest
 
-from dist_llm.text.duplicates import KEY_BYTES, PERMUTATIONS, SHINGLE_WORDS, key_of, make_index, near_key
+from dist_llm.text.duplicates import (
+    KEY_BYTES,
+    PERMUTATIONS,
+    SHINGLE_WORDS,
+    build_index,
+    compute_near_key,
+    select_key_function,
+)
 
 WORDS = [f"{a}{b}" for a in ("sh", "tr", "qu", "é", "漢") for b in ("ip", "ade", "it", "on", "ul", "ax")]
 
@@ -34,14 +41,14 @@ def jaccard(a, b):
 
 
 def first_ones(texts, kind, threshold=0.8):
-    index = make_index(kind, threshold)
-    return [index.is_new(key_of(kind)(text)) for text in texts]
+    index = build_index(kind, threshold)
+    return [index.is_new(select_key_function(kind)(text)) for text in texts]
 
 
 def test_exact_keeps_the_first_of_each():
     texts = random.Random(1).choices([f"text {n}" for n in range(50)], k=300)
     assert first_ones(texts, "exact") == [text not in texts[:n] for n, text in enumerate(texts)]
-    assert {len(key_of(kind)("x")) for kind in ("exact",)} == {KEY_BYTES["exact"]}
+    assert {len(select_key_function(kind)("x")) for kind in ("exact",)} == {KEY_BYTES["exact"]}
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.9])
@@ -67,7 +74,7 @@ def test_the_estimate_is_unbiased():
         text, changed = " ".join(words), [*words]
         for place in rng.sample(range(300), 1 + seed % 15):
             changed[place] = "changed"
-        estimate = np.mean(near_key(text).view("<u4") == near_key(" ".join(changed)).view("<u4"))
+        estimate = np.mean(compute_near_key(text).view("<u4") == compute_near_key(" ".join(changed)).view("<u4"))
         errors.append(estimate - jaccard(text, " ".join(changed)))
     assert abs(np.mean(errors)) < 0.01  # four standard deviations of this mean
     assert np.std(errors) < 0.5 / PERMUTATIONS**0.5
@@ -75,18 +82,20 @@ def test_the_estimate_is_unbiased():
 
 def test_case_and_punctuation_do_not_matter_and_order_does():
     text = " ".join(random.Random(5).choices(WORDS, k=200))
-    assert np.array_equal(near_key(text), near_key(text.upper().replace(" ", ", ")))
-    assert np.mean(near_key(text).view("<u4") == near_key(" ".join(text.split()[::-1])).view("<u4")) < 0.2
+    assert np.array_equal(compute_near_key(text), compute_near_key(text.upper().replace(" ", ", ")))
+    assert (
+        np.mean(compute_near_key(text).view("<u4") == compute_near_key(" ".join(text.split()[::-1])).view("<u4")) < 0.2
+    )
 
 
 @pytest.mark.parametrize("text", ["", "!?", "one", "a b c d", "a b c d e", " \n"])
 def test_short_texts_have_keys_of_their_own(text):
-    assert len(near_key(text)) == KEY_BYTES["near"]
+    assert len(compute_near_key(text)) == KEY_BYTES["near"]
     assert first_ones([text, "something else altogether", text], "near") == [True, True, False]
 
 
 def test_a_long_text_is_hashed_in_slices(monkeypatch):
     text = " ".join(random.Random(2).choices(WORDS, k=2000))
-    want = near_key(text)
-    monkeypatch.setattr("dist_llm.text.duplicates.SHINGLES_AT_ONCE", 7)
-    assert np.array_equal(near_key(text), want)
+    want = compute_near_key(text)
+    monkeypatch.setattr("dist_llm.text.duplicates.SHINGLES_PER_BATCH", 7)
+    assert np.array_equal(compute_near_key(text), want)

@@ -7,7 +7,7 @@ import pytest
 
 from dist_llm.text import c4, gopher, options
 from dist_llm.text.filters import FILTERS, Filters
-from dist_llm.text.report import Removals, Removed
+from dist_llm.text.report import RemovalCounts, TextCount
 
 SENTENCE = "The {} of the harbour sailed with a cargo of number {} and came home to an old town."
 
@@ -39,7 +39,7 @@ def test_options_offer_what_there_is():
 
 
 def test_good_text_passes_unchanged():
-    removed = Removals()
+    removed = RemovalCounts()
     assert Filters(["gopher", "c4"])(prose(), removed) == prose()
     assert removed == {}
 
@@ -61,19 +61,19 @@ GOPHER = {
 
 @pytest.mark.parametrize("rule", GOPHER)
 def test_gopher_by_rule(rule):
-    text, removed = GOPHER[rule], Removals()
+    text, removed = GOPHER[rule], RemovalCounts()
     found = dict(all_rules(text))
     assert found[rule], {name for name, broken in found.items() if broken}
     assert gopher.clean(text, removed) is None
     first = next(name for name in gopher.RULES if found[name])
-    assert removed == {f"gopher.{first}": Removed(1, 0, len(text.encode()))}
+    assert removed == {f"gopher.{first}": TextCount(1, 0, len(text.encode()))}
 
 
 def all_rules(text):
     words, lines = text.split(), [line.strip() for line in text.split("\n") if line.strip()]
-    yield from gopher._quality(text, words, lines)
-    yield from gopher._repetition(text, lines)
-    yield from gopher._repeated_ngrams(words)
+    yield from gopher._check_quality(text, words, lines)
+    yield from gopher._check_repetition(text, lines)
+    yield from gopher._check_ngrams(words)
 
 
 def test_gopher_names_its_rules_in_the_order_it_looks():
@@ -109,7 +109,7 @@ def test_repeated_ngrams_against_counting(seed, monkeypatch):
         for name in ("MAX_TOP_NGRAM_CHARS", "MAX_DUPLICATE_NGRAM_CHARS"):
             limits = {n: shares[n] + shift for n in getattr(gopher, name)}
             monkeypatch.setattr(gopher, name, limits)
-        assert {found for _, found in gopher._repeated_ngrams(words)} == {broken}
+        assert {found for _, found in gopher._check_ngrams(words)} == {broken}
 
 
 C4_LINES = {
@@ -122,9 +122,9 @@ C4_LINES = {
 
 @pytest.mark.parametrize("rule", C4_LINES)
 def test_c4_takes_out_lines(rule):
-    removed, line = Removals(), C4_LINES[rule]
+    removed, line = RemovalCounts(), C4_LINES[rule]
     assert c4.clean(f"{prose(4)}\n{line}\n{prose(3, seed=1)}", removed) == f"{prose(4)}\n{prose(3, seed=1)}"
-    assert removed == {f"c4.{rule}": Removed(0, 1, len(line))}
+    assert removed == {f"c4.{rule}": TextCount(0, 1, len(line))}
 
 
 @pytest.mark.parametrize(
@@ -136,22 +136,22 @@ def test_c4_takes_out_lines(rule):
     ],
 )
 def test_c4_takes_out_pages(rule, text):
-    removed = Removals()
+    removed = RemovalCounts()
     assert c4.clean(text, removed) is None
-    assert removed == {f"c4.{rule}": Removed(1, 0, len(text.encode()))}
+    assert removed == {f"c4.{rule}": TextCount(1, 0, len(text.encode()))}
 
 
 def test_c4_takes_out_citation_markers_and_counts_every_byte():
-    text, removed = prose().replace(".", "[1][citation needed].", 1) + "\nMenu\n", Removals()
+    text, removed = prose().replace(".", "[1][citation needed].", 1) + "\nMenu\n", RemovalCounts()
     left = c4.clean(text, removed)
     assert left == prose()
-    assert removed["c4.citation_marker"] == Removed(0, 0, 18 + 2)
+    assert removed["c4.citation_marker"] == TextCount(0, 0, 18 + 2)
     newlines = 2  # of the lines that went
     assert len(text.encode()) == len(left.encode()) + sum(each.bytes for each in removed.values()) + newlines
 
 
 def test_filters_are_called_in_order_until_one_has_taken_the_document():
-    removed = Removals()
+    removed = RemovalCounts()
     assert Filters(["c4", "gopher"])("Menu", removed) is None
     assert list(removed) == ["c4.terminal_punctuation", "c4.sentences"]
     assert list(Filters(["c4"]).no_removals()) == [f"c4.{rule}" for rule in c4.RULES]

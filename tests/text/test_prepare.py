@@ -19,15 +19,14 @@ import pytest
 
 from dist_llm.data.shard import MANIFEST, SPLITS, Manifest
 from dist_llm.errors import DataError
-from dist_llm.text import progress
-from dist_llm.text import run as run_module
+from dist_llm.text import prepare_run, progress
 from dist_llm.text.bpe_tokenizer import BPETokenizer
 from dist_llm.text.chunks import Chunk
-from dist_llm.text.encode import Encoder, Recipe, encode_in_order, is_heldout
-from dist_llm.text.options import PrepareOptions, add_arguments, options_from
+from dist_llm.text.encode import DocumentEncoder, EncoderSpec, encode_in_order, is_heldout
+from dist_llm.text.options import PrepareOptions, add_arguments, build_options
 from dist_llm.text.prepare import prepare
-from dist_llm.text.publish import sole_run
-from dist_llm.text.report import Amount, Report
+from dist_llm.text.publish import lock_output
+from dist_llm.text.report import FileCount, Report
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
 
@@ -133,7 +132,7 @@ def test_training_sees_only_the_first_bytes_and_nothing_held_out(tmp_path, monke
         seen.extend(training_texts())
         return build_tokenizer(spec, pattern, training_texts)
 
-    monkeypatch.setattr(run_module, "build_tokenizer", spy)
+    monkeypatch.setattr(prepare_run, "build_tokenizer", spy)
     texts = random_texts(1000)
     source = write_rows(tmp_path / "a.jsonl", texts)
     run(source, tmp_path / "out", heldout_fraction=0.2, bpe_train_bytes=20_000, tokenizer="bpe:260")
@@ -214,7 +213,7 @@ def test_a_run_killed_while_swapping_loses_nothing(tmp_path):
 
 def test_a_second_run_to_the_same_place_is_sent_away(tmp_path):
     source, out = write_rows(tmp_path / "a.jsonl", ["x"]), tmp_path / "out"
-    with sole_run(out), pytest.raises(DataError, match="another prepare"):
+    with lock_output(out), pytest.raises(DataError, match="another prepare"):
         run(source, out)
     run(source, out, heldout_fraction=0)
 
@@ -226,7 +225,7 @@ from dist_llm.errors import DataError
 from dist_llm.text import chunks
 from dist_llm.text.prepare import PrepareOptions, prepare
 fields = json.loads(sys.argv[1])
-chunks.MARK_CHARS = fields.pop("mark_chars", chunks.MARK_CHARS)
+chunks.RESUME_POINT_CHARS = fields.pop("resume_point_chars", chunks.RESUME_POINT_CHARS)
 if fields.pop("largest_file", 0):
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
@@ -283,9 +282,9 @@ IDLE = """
 import sys, time
 from pathlib import Path
 from dist_llm.text.chunks import Chunk
-from dist_llm.text.encode import Recipe, _Worker
-worker = _Worker(Recipe(Path(sys.argv[1])))
-worker.hand(Chunk(["x"], ["f:1"]))
+from dist_llm.text.encode import EncoderSpec, _Worker
+worker = _Worker(EncoderSpec(Path(sys.argv[1])))
+worker.submit(Chunk(["x"], ["f:1"]))
 worker.collect()
 print(worker._process.pid, flush=True)
 time.sleep(60)
@@ -340,7 +339,7 @@ def test_a_worker_that_dies_is_a_clear_error(seconds, tmp_path):
     """Also while it writes its result, when a shared pipe would leave the reader waiting for the rest."""
     others = set(multiprocessing.active_children())  # of other tests
     build_tokenizer("byte", None, list).save(tmp_path)
-    chunks = encode_in_order(some_chunks(40), Recipe(tmp_path), workers=2)
+    chunks = encode_in_order(some_chunks(40), EncoderSpec(tmp_path), workers=2)
     next(chunks)
     time.sleep(seconds)
     next(child for child in multiprocessing.active_children() if child not in others).kill()
@@ -352,7 +351,7 @@ def test_a_worker_that_dies_is_a_clear_error(seconds, tmp_path):
 def test_few_chunks_are_in_flight(tmp_path):
     build_tokenizer("byte", None, list).save(tmp_path)
     taken = []
-    chunks = encode_in_order((taken.append(1) or each for each in some_chunks(20)), Recipe(tmp_path), workers=2)
+    chunks = encode_in_order((taken.append(1) or each for each in some_chunks(20)), EncoderSpec(tmp_path), workers=2)
     next(chunks)
     assert len(taken) <= 7
     chunks.close()
@@ -362,9 +361,9 @@ def test_a_failure_in_a_worker_surfaces(tmp_path, monkeypatch):
     tokenizer = build_tokenizer("byte", None, list)
     monkeypatch.setattr(BPETokenizer, "encode", lambda self, text: 1 / 0)
     with pytest.raises(RuntimeError, match="f:0: cannot be tokenized"):
-        Encoder(tokenizer, Recipe(tmp_path))(next(some_chunks(1)))
+        DocumentEncoder(tokenizer, EncoderSpec(tmp_path))(next(some_chunks(1)))
     with pytest.raises(RuntimeError, match=r"in a tokenizing process:(.|\n)*tokenizer\.json: missing"):
-        list(encode_in_order(some_chunks(1), Recipe(tmp_path / "gone"), workers=2))
+        list(encode_in_order(some_chunks(1), EncoderSpec(tmp_path / "gone"), workers=2))
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -394,9 +393,9 @@ def test_the_summary_and_the_report_have_a_table_of_the_input(tmp_path):
     prepare(options, stream)
     report = Report.load(out)
     assert report.inputs == {
-        "read": {".txt": Amount(1, 3)},
-        "skipped: checksum": {".txt.md5": Amount(1, 2)},
-        "skipped: unreadable": {".zip": Amount(1, 2), ".txt": Amount(1, 7)},
+        "read": {".txt": FileCount(1, 3)},
+        "skipped: checksum": {".txt.md5": FileCount(1, 2)},
+        "skipped: unreadable": {".zip": FileCount(1, 2), ".txt": FileCount(1, 7)},
     }
     assert list(report.unreadable) == [str(folder / "b.txt")]
     lines = [line.split() for line in stream.getvalue().splitlines()]
@@ -432,7 +431,7 @@ def test_sources_that_the_shell_expands_are_read_in_their_order(tmp_path):
     add_arguments(parser)
     files = sorted(map(str, tmp_path.glob("*.jsonl")))
     more = ["--source", files[0], "--tokenizer", "byte", "--out", str(tmp_path / "out")]
-    options = options_from(parser.parse_args(["--source", *files, *more]))
+    options = build_options(parser.parse_args(["--source", *files, *more]))
     assert options.source == (*files, files[0])
 
 
@@ -458,17 +457,17 @@ def test_arguments_become_options():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     least = parser.parse_args(["--source", "a", "--source", "b", "--tokenizer", "byte", "--out", "o"])
-    assert options_from(least) == PrepareOptions(source=("a", "b"), tokenizer="byte", out=Path("o"))
+    assert build_options(least) == PrepareOptions(source=("a", "b"), tokenizer="byte", out=Path("o"))
     given = ["--source=a", "--tokenizer=bpe:300", "--out=o", "--overwrite", "--workers=3", "--split-pattern=llama3"]
     given += ["--text-key=t", "--hf-split=s", "--heldout-fraction=0.5", "--shard-tokens=7", "--bpe-train-bytes=8"]
     given += ["--part=1/2", "--filter=c4", "--filter=gopher", "--dedup=near", "--dedup-threshold=0.7"]
     scale = ("1/2", ("c4", "gopher"), "near", 0.7)
     want = PrepareOptions(("a",), "bpe:300", Path("o"), "llama3", "t", "s", 0.5, 3, 7, 8, 0.25, True, *scale)
-    assert options_from(parser.parse_args([*given, "--max-bad-rate=0.25"])) == want
+    assert build_options(parser.parse_args([*given, "--max-bad-rate=0.25"])) == want
     given += ["--include=*.txt", "--exclude=a*", "--exclude=b*", "--skip-unreadable", "--max-bad-rate=0.25"]
     want = replace(want, include=("*.txt",), exclude=("a*", "b*"), skip_unreadable=True)
-    assert options_from(parser.parse_args(given)) == want
-    assert options_from(parser.parse_args([*given, "--separator=x"])) == replace(want, separator="x")
+    assert build_options(parser.parse_args(given)) == want
+    assert build_options(parser.parse_args([*given, "--separator=x"])) == replace(want, separator="x")
     assert "python-stdlib" in parser.format_help()
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from dist_llm.data.shard import MANIFEST
 from dist_llm.errors import DataError
-from dist_llm.text import chunks, sources
-from dist_llm.text.journal import JOURNAL, Journal
+from dist_llm.text import chunks, input_files
+from dist_llm.text.journal import JOURNAL_FILE, Journal
 from dist_llm.text.vocabulary import build_tokenizer
 from tests.text.test_filters import prose
 from tests.text.test_prepare import all_files, random_texts, run, start, wait_for, write_rows
@@ -19,7 +19,7 @@ from tests.text.test_scale import write_files
 @pytest.fixture
 def small_marks(monkeypatch):
     """A mark at the end of each input file of more than a hundred characters."""
-    monkeypatch.setattr(chunks, "MARK_CHARS", 100)
+    monkeypatch.setattr(chunks, "RESUME_POINT_CHARS", 100)
 
 
 class CutOffError(Exception):
@@ -28,7 +28,7 @@ class CutOffError(Exception):
 
 def cut_off(monkeypatch, after):
     """Let a run fail when it opens its input file number `after`; returns the files opened, later ones included."""
-    opened, real = [], sources.read_file
+    opened, real = [], input_files.read_file
 
     def read_file(path, text_key, tally):
         if len(opened) == after:
@@ -36,7 +36,7 @@ def cut_off(monkeypatch, after):
         opened.append(path.name)
         return real(path, text_key, tally)
 
-    monkeypatch.setattr(sources, "read_file", read_file)
+    monkeypatch.setattr(input_files, "read_file", read_file)
     return opened
 
 
@@ -103,7 +103,7 @@ def damage(pattern):
 
 
 def tear(tmp_path):
-    path = tmp_path / "out.partial" / JOURNAL
+    path = tmp_path / "out.partial" / JOURNAL_FILE
     path.write_bytes(path.read_bytes()[:-7])
 
 
@@ -129,7 +129,7 @@ ALL = [0, 1, 2, 3, 4, 5]
         (lambda tmp_path: None, {"dedup": "exact"}, ALL),
         (damage("train*.bin"), {}, ALL),
         (damage("train*.offsets"), {}, ALL),
-        (damage(JOURNAL), {}, ALL),
+        (damage(JOURNAL_FILE), {}, ALL),
         (tear, {}, [2, 3, 4, 5]),
         (stray, {}, [3, 4, 5]),
     ],
@@ -161,7 +161,7 @@ def test_an_error_keeps_what_is_done_and_says_so(small_marks, tmp_path):
         file.write("broken\n" * 3)
     with pytest.raises(DataError, match=r"3 of 63 rows are bad(.|\n)*are kept in .*out\.partial: mend this and run"):
         run(source, tmp_path / "out")
-    assert Journal(tmp_path / "out.partial").useful
+    assert Journal(tmp_path / "out.partial").has_records
     assert not (tmp_path / "out.partial" / MANIFEST).exists()
     assert run(source, tmp_path / "out", max_bad_rate=0.1).bad_rows == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
@@ -175,14 +175,14 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path):
     source, out, partial = str(tmp_path / "in"), tmp_path / "out", tmp_path / "out.partial"
     done = 0
     for _ in range(3):
-        with start(source, out, mark_chars=100_000) as process:
+        with start(source, out, resume_point_chars=100_000) as process:
             wait_for(lambda done=done: len(Journal(partial).read()) > done + 1)
             os.kill(process.pid, signal.SIGKILL)
         done = len(Journal(partial).read()) - 1
         assert not out.exists()
         assert not (partial / MANIFEST).exists()
     assert 3 <= done < 8
-    _, stderr = start(source, out, mark_chars=100_000).communicate()
+    _, stderr = start(source, out, resume_point_chars=100_000).communicate()
     assert f"going on after {done} of 8 input files" in stderr
     run(source, tmp_path / "whole")
     assert all_files(out) == all_files(tmp_path / "whole")

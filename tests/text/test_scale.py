@@ -12,9 +12,9 @@ from dist_llm.errors import DataError
 from dist_llm.text import chunks
 from dist_llm.text.encode import is_heldout
 from dist_llm.text.filters import Filters
-from dist_llm.text.merge import merge
+from dist_llm.text.merge import merge_parts
 from dist_llm.text.prepare import PrepareOptions, prepare
-from dist_llm.text.report import REPORT, Removals, Removed, Report
+from dist_llm.text.report import REPORT_FILE, RemovalCounts, Report, TextCount
 from dist_llm.text.tokenizer import Tokenizer
 from tests.text.test_duplicates import jaccard, texts_with_copies
 from tests.text.test_filters import prose
@@ -37,7 +37,7 @@ def write_files(directory, texts, files):
 def run_parts(source, out, of, **options):
     for part in range(1, of + 1):
         run(source, out, part=f"{part}/{of}", **options)
-    return merge(out, io.StringIO())
+    return merge_parts(out, io.StringIO())
 
 
 @pytest.mark.parametrize("files", [1, 2, 5])
@@ -74,33 +74,33 @@ def test_a_part_is_a_corpus_and_the_whole_is_none_before_the_merge(tmp_path):
 def test_what_cannot_be_merged_says_why(tmp_path):
     source, out = write_files(tmp_path / "in", random_texts(60), 3), tmp_path / "out"
     with pytest.raises(DataError, match="no parts in it"):
-        merge(out)
+        merge_parts(out)
     run(source, out, part="1/2")
     with pytest.raises(DataError, match=r"part-2-of-2 is missing.*--part 2/2"):
-        merge(out)
+        merge_parts(out)
     (out / "part-2-of-2").mkdir()
     with pytest.raises(DataError, match=r"part-2-of-2: not a prepared corpus"):
-        merge(out)
+        merge_parts(out)
     (out / "part-2-of-2").rmdir()
     run(source, out, part="2/2", heldout_fraction=0.5)
     with pytest.raises(DataError, match=r"part-2-of-2 was made with heldout_fraction 0\.5, but part-1-of-2 with 0\.01"):
-        merge(out)
+        merge_parts(out)
     run(source, out, part="2/2", tokenizer="bpe:300", overwrite=True)
     with pytest.raises(DataError, match="tokenizer of part-2-of-2 is not that of part-1-of-2"):
-        merge(out)
+        merge_parts(out)
     run(source, out, part="2/2", tokenizer=str(out / "part-1-of-2"), overwrite=True)
     shard = next((out / "part-2-of-2").glob("train*.bin"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
     with pytest.raises(DataError, match="truncated"):
-        merge(out)
+        merge_parts(out)
     shard.write_bytes(whole)
     run(source, out, part="1/3")
     with pytest.raises(DataError, match="parts of different divisions"):
-        merge(out)
+        merge_parts(out)
     assert not (out / MANIFEST).exists()
     (out / "part-1-of-3").rename(tmp_path / "elsewhere")
-    assert merge(out, io.StringIO()).documents("train")
+    assert merge_parts(out, io.StringIO()).documents("train")
     with pytest.raises(DataError, match="is a corpus already"):
         run(source, out, part="1/2", overwrite=True)
 
@@ -126,7 +126,7 @@ def test_exact_duplicates_go_and_the_first_stays(workers, tmp_path):
     want = list(dict.fromkeys(texts))
     assert read_documents(tmp_path / "out", "train") == want
     gone = sum(len(text.encode()) for text in texts) - sum(len(text.encode()) for text in want)
-    assert Report.load(tmp_path / "out").removed == {"dedup.exact": Removed(len(texts) - len(want), 0, gone)}
+    assert Report.load(tmp_path / "out").removed == {"dedup.exact": TextCount(len(texts) - len(want), 0, gone)}
 
 
 def test_near_duplicates_go_whatever_the_number_of_workers(tmp_path, monkeypatch):
@@ -148,10 +148,10 @@ def test_filters_and_the_report(tmp_path):
     source, stream = write_rows(tmp_path / "a.jsonl", ["", *texts]), io.StringIO()
     options = {"filter": ("gopher", "c4"), "heldout_fraction": 0.0, "workers": 1, "dedup": "exact"}
     prepare(PrepareOptions((source,), "bpe:300", tmp_path / "out", **options), stream)
-    removed = Removals()
+    removed = RemovalCounts()
     kept = [left for text in texts if (left := Filters(("gopher", "c4"))(text, removed)) is not None]
     assert read_documents(tmp_path / "out", "train") == kept == [*texts[:20], prose(seed=90)]
-    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert (report["rows"], report["empty_documents"]) == (len(texts) + 1, 1)
     assert report["kept"] == {"documents": 21, "lines": 0, "bytes": sum(len(text.encode()) for text in kept)}
     assert report["removed"]["gopher.word_count"] == {"documents": 5, "lines": 0, "bytes": 45}

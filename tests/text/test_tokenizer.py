@@ -10,7 +10,7 @@ import tiktoken
 from tokenizers import ByteLevelBPETokenizer
 
 from dist_llm.errors import DataError
-from dist_llm.text.bpe_tokenizer import PIECE_CHARS, SPLIT_PATTERNS, BPETokenizer
+from dist_llm.text.bpe_tokenizer import SEGMENT_CHARS, SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer
 from dist_llm.text.vocabulary import BYTES, _prove_equal, _train_reference, build_tokenizer
@@ -130,7 +130,7 @@ def test_lone_surrogates_and_ids_without_a_token(bpe):
     assert bpe.decode(bpe.encode("é")[:1]) == "\ufffd"
 
 
-@pytest.mark.parametrize("blanks", [2 * PIECE_CHARS, 2_000_000])
+@pytest.mark.parametrize("blanks", [2 * SEGMENT_CHARS, 2_000_000])
 def test_very_long_blanks_do_not_stop_the_regex_engine(bpe, blanks):
     text = "a" + " " * blanks + "b"
     assert bpe.decode(bpe.encode(text)) == text

@@ -16,7 +16,7 @@ from dist_llm.text.vocabulary import build_tokenizer
 from dist_llm.train.run import train
 from dist_llm.train.score import Windows, score
 from dist_llm.train.settings import read_config
-from tests.text.test_foreign import index
+from tests.text.test_token_files import index
 from tests.tools import load_tool
 
 EOT = 256

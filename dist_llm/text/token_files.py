@@ -36,7 +36,7 @@ ReadFile = Callable[[str], bytes]
 
 
 @dataclass(frozen=True)
-class Header:
+class TokenFileHeader:
     """How to read a file. `tokens` and the documents' `starts` are None where the file does not tell."""
 
     dtype: DType
@@ -45,50 +45,50 @@ class Header:
     starts: Ints | None = None
 
 
-def data_file(kind: str, place: str) -> str:
+def locate_data_file(kind: str, location: str) -> str:
     """The file of the ids; Megatron's are often named without their suffix."""
-    return place.removesuffix(".bin") + ".bin" if kind == "megatron" else place
+    return location.removesuffix(".bin") + ".bin" if kind == "megatron" else location
 
 
-def read_header(kind: str, place: str, head: bytes, declared: str | None, read: ReadFile) -> Header:
+def read_header(kind: str, location: str, head: bytes, declared: str | None, read: ReadFile) -> TokenFileHeader:
     """The header of the file at `place` that begins with `head`; `read` gives the content of another file.
 
     Raises DataError, with file and offset, where it is none of its kind or its ids are not of a type we read.
     """
     if kind == "megatron":
-        index = place.removesuffix(".bin") + ".idx"
-        return _megatron(index, read(index))
+        index = location.removesuffix(".bin") + ".idx"
+        return _parse_megatron(index, read(index))
     if kind == "npy":
-        return _npy(place, head)
+        return _parse_npy(location, head)
     if kind == "llmc":
-        return _llmc(place, head)
+        return _parse_llmc(location, head)
     if declared is None:
-        raise DataError(f"{place}: a .bin file does not tell its type. Give --dtype: {', '.join(READ_AS)}.")
-    return Header(_unsigned(place, 0, declared))
+        raise DataError(f"{location}: a .bin file does not tell its type. Give --dtype: {', '.join(READ_AS)}.")
+    return TokenFileHeader(_check_dtype(location, 0, declared))
 
 
-def _unsigned(place: str, offset: int, dtype: str) -> DType:
+def _check_dtype(location: str, offset: int, dtype: str) -> DType:
     if dtype not in READ_AS:
         raise DataError(
-            f"{place}: byte {offset}: ids of type {dtype}; only {', '.join(READ_AS)} are read, little-endian. "
+            f"{location}: byte {offset}: ids of type {dtype}; only {', '.join(READ_AS)} are read, little-endian. "
             "Convert it with numpy: array.astype('<u4')."
         )
     return READ_AS[dtype]
 
 
-def _megatron(place: str, content: bytes) -> Header:
+def _parse_megatron(location: str, content: bytes) -> TokenFileHeader:
     if len(content) < MEGATRON_HEADER.size or not content.startswith(MEGATRON_MAGIC):
-        raise DataError(f"{place}: byte 0: not an index of Megatron's ({content[:9]!r}, not {MEGATRON_MAGIC!r}).")
+        raise DataError(f"{location}: byte 0: not an index of Megatron's ({content[:9]!r}, not {MEGATRON_MAGIC!r}).")
     _, version, code, n_sequences, n_bounds = MEGATRON_HEADER.unpack_from(content)
     if version != MEGATRON_VERSION:
-        raise DataError(f"{place}: byte 9: version {version}; only {MEGATRON_VERSION} is known.")
-    dtype = _unsigned(place, 17, MEGATRON_TYPES.get(code, f"number {code}"))
-    want = MEGATRON_HEADER.size + 12 * n_sequences + 8 * n_bounds
-    if len(content) != want:
-        why = "truncated" if len(content) < want else "too long, as where sequences have modes, which are not text"
+        raise DataError(f"{location}: byte 9: version {version}; only {MEGATRON_VERSION} is known.")
+    dtype = _check_dtype(location, 17, MEGATRON_TYPES.get(code, f"number {code}"))
+    expected = MEGATRON_HEADER.size + 12 * n_sequences + 8 * n_bounds
+    if len(content) != expected:
+        why = "truncated" if len(content) < expected else "too long, as where sequences have modes, which are not text"
         raise DataError(
-            f"{place}: byte {min(want, len(content))}: {why}: {len(content)} bytes, but {n_sequences} sequences and "
-            f"{n_bounds} document bounds make {want}. Copy it again or make it again."
+            f"{location}: byte {min(expected, len(content))}: {why}: {len(content)} bytes, but {n_sequences} sequences "
+            f"and {n_bounds} document bounds make {expected}. Copy it again or make it again."
         )
     offset = MEGATRON_HEADER.size
     lengths = np.frombuffer(content, "<i4", n_sequences, offset).astype(np.int64)
@@ -98,20 +98,22 @@ def _megatron(place: str, content: bytes) -> Header:
     if len(negative := np.flatnonzero(lengths < 0)):
         at = offset + 4 * int(negative[0])
         raise DataError(
-            f"{place}: byte {at}: sequence {negative[0]} has {lengths[negative[0]]} tokens. Copy it again or make it "
-            "again."
+            f"{location}: byte {at}: sequence {negative[0]} has {lengths[negative[0]]} tokens. Copy it again or make "
+            "it again."
         )
-    if len(astray := np.flatnonzero(pointers != ends[:-1] * np.dtype(dtype).itemsize)):
-        at = offset + 4 * n_sequences + 8 * int(astray[0])
-        raise DataError(f"{place}: byte {at}: sequence {astray[0]} does not follow the one before it. Make it again.")
+    if len(misplaced := np.flatnonzero(pointers != ends[:-1] * np.dtype(dtype).itemsize)):
+        at = offset + 4 * n_sequences + 8 * int(misplaced[0])
+        raise DataError(
+            f"{location}: byte {at}: sequence {misplaced[0]} does not follow the one before it. Make it again."
+        )
     if not len(bounds) or bounds[0] or bounds[-1] != n_sequences or (np.diff(bounds) < 0).any():
         at = offset + 12 * n_sequences
-        raise DataError(f"{place}: byte {at}: document bounds do not rise from 0 to {n_sequences}. Make it again.")
+        raise DataError(f"{location}: byte {at}: document bounds do not rise from 0 to {n_sequences}. Make it again.")
     starts = np.unique(ends[bounds[:-1]])  # once each: a document may be empty
-    return Header(dtype, 0, int(ends[-1]), starts[starts < ends[-1]])
+    return TokenFileHeader(dtype, 0, int(ends[-1]), starts[starts < ends[-1]])
 
 
-def _npy(place: str, head: bytes) -> Header:
+def _parse_npy(location: str, head: bytes) -> TokenFileHeader:
     file = io.BytesIO(head)
     try:
         readers: dict[Any, Any] = {
@@ -120,31 +122,31 @@ def _npy(place: str, head: bytes) -> Header:
         }
         shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
     except Exception as error:  # of many kinds: the header is parsed as Python's text
-        raise DataError(f"{place}: byte 0: not an array that numpy.save wrote: {error!r}") from None
+        raise DataError(f"{location}: byte 0: not an array that numpy.save wrote: {error!r}") from None
     if len(shape) != 1:
-        raise DataError(f"{place}: byte 8: an array of shape {shape}; ids must be flat: save array.reshape(-1).")
+        raise DataError(f"{location}: byte 8: an array of shape {shape}; ids must be flat: save array.reshape(-1).")
     name = dtype.name if dtype == dtype.newbyteorder("<") else f"{dtype.name}, big-endian"
-    return Header(_unsigned(place, 8, name), file.tell(), shape[0])
+    return TokenFileHeader(_check_dtype(location, 8, name), file.tell(), shape[0])
 
 
-def _llmc(place: str, head: bytes) -> Header:
+def _parse_llmc(location: str, head: bytes) -> TokenFileHeader:
     if len(head) < LLMC_HEADER_BYTES:
-        raise DataError(f"{place}: byte {len(head)}: truncated: the header alone has {LLMC_HEADER_BYTES} bytes.")
+        raise DataError(f"{location}: byte {len(head)}: truncated: the header alone has {LLMC_HEADER_BYTES} bytes.")
     magic, version, tokens = struct.unpack_from("<iii", head)
     if (magic, version) not in LLMC_TYPES:
         known = " or ".join(f"{magic} and {version}" for magic, version in LLMC_TYPES)
-        raise DataError(f"{place}: byte 0: magic {magic} and version {version}; llm.c's token files have {known}.")
-    return Header(LLMC_TYPES[magic, version], LLMC_HEADER_BYTES, tokens)
+        raise DataError(f"{location}: byte 0: magic {magic} and version {version}; llm.c's token files have {known}.")
+    return TokenFileHeader(LLMC_TYPES[magic, version], LLMC_HEADER_BYTES, tokens)
 
 
-class Ids:
+class TokenFileScan:
     """What one pass over the bytes of a file finds: how many ids, all of them known, and how much text.
 
     `text_bytes` holds the length of each id's text.
     """
 
-    def __init__(self, place: str, header: Header, eot: int, text_bytes: npt.NDArray[np.uint16]) -> None:
-        self.place, self.header, self.eot, self._lengths = place, header, eot, text_bytes
+    def __init__(self, location: str, header: TokenFileHeader, eot: int, text_bytes: npt.NDArray[np.uint16]) -> None:
+        self.location, self.header, self.eot, self._lengths = location, header, eot, text_bytes
         self.dtype = np.dtype(header.dtype).newbyteorder("<")
         self.tokens = self.text_bytes = self.size = 0
         self.eots: list[Ints] = []
@@ -160,11 +162,12 @@ class Ids:
         if not count:
             return
         if ids.max() >= len(self._lengths):
-            place = int(np.flatnonzero(ids >= len(self._lengths))[0])
-            at = self.tokens + place
+            index = int(np.flatnonzero(ids >= len(self._lengths))[0])
+            at = self.tokens + index
             raise DataError(
-                f"{self.place}: token {at} (byte {self.header.skip_bytes + at * self.dtype.itemsize}) is {ids[place]}, "
-                f"but the tokenizer has {len(self._lengths)} ids. Check --tokenizer, --format and --dtype."
+                f"{self.location}: token {at} (byte {self.header.skip_bytes + at * self.dtype.itemsize}) is "
+                f"{ids[index]}, but the tokenizer has {len(self._lengths)} ids. Check --tokenizer, --format and "
+                "--dtype."
             )
         self.text_bytes += int(self._lengths[ids].sum(dtype=np.int64))
         if self.header.starts is None:
@@ -173,7 +176,7 @@ class Ids:
 
     def check(self) -> None:
         """At the end of the file. Raises DataError where it is not as long as it must be."""
-        check_size(self.place, self.header, self.size)
+        check_size(self.location, self.header, self.size)
 
     @property
     def has_document_bounds(self) -> bool:
@@ -181,35 +184,35 @@ class Ids:
         return self.header.starts is not None or any(map(len, self.eots))
 
     @property
-    def looks_begun(self) -> bool:
+    def has_leading_eot(self) -> bool:
         """Whether its separators seem to begin documents: one comes first, and none comes last."""
-        found = [place for each in self.eots if len(each) for place in (int(each[0]), int(each[-1]))]
-        return bool(found) and found[0] == 0 and found[-1] < self.tokens - 1
+        boundaries = [position for each in self.eots if len(each) for position in (int(each[0]), int(each[-1]))]
+        return bool(boundaries) and boundaries[0] == 0 and boundaries[-1] < self.tokens - 1
 
-    def starts(self, eot_begins: bool) -> Ints:
+    def compute_starts(self, eot_at_start: bool) -> Ints:
         """The first token of each document; a file that begins within one begins with the rest of it."""
         if self.header.starts is not None:
             return self.header.starts
-        found = np.concatenate([np.zeros(1, np.int64), *(each + (not eot_begins) for each in self.eots)])
-        return np.unique(found[found < self.tokens])
+        boundaries = np.concatenate([np.zeros(1, np.int64), *(each + (not eot_at_start) for each in self.eots)])
+        return np.unique(boundaries[boundaries < self.tokens])
 
 
-def check_size(place: str, header: Header, size: int) -> None:
+def check_size(location: str, header: TokenFileHeader, size: int) -> None:
     """Raises DataError where a file of `size` bytes does not hold whole ids, as many as its header says."""
     item = np.dtype(header.dtype).itemsize
-    tokens, odd = divmod(size - header.skip_bytes, item)
-    way_out = "Fetch it again." if is_remote(place) else "Copy it again."
+    tokens, remainder = divmod(size - header.skip_bytes, item)
+    hint = "Fetch it again." if is_remote(location) else "Copy it again."
     if header.tokens is not None and size != header.skip_bytes + header.tokens * item:
-        want = header.skip_bytes + header.tokens * item
-        kind = "truncated" if size < want else "too long"
+        expected = header.skip_bytes + header.tokens * item
+        kind = "truncated" if size < expected else "too long"
         raise DataError(
-            f"{place}: {kind} at byte {min(size, want)}: {size} bytes, but {header.tokens} ids of {header.dtype} "
-            f"after {header.skip_bytes} bytes make {want}. {way_out}"
+            f"{location}: {kind} at byte {min(size, expected)}: {size} bytes, but {header.tokens} ids of "
+            f"{header.dtype} after {header.skip_bytes} bytes make {expected}. {hint}"
         )
-    if odd:
+    if remainder:
         raise DataError(
-            f"{place}: truncated at byte {size}: {size} bytes are not whole ids of {header.dtype}. "
-            f"{way_out} Or is it of another --dtype?"
+            f"{location}: truncated at byte {size}: {size} bytes are not whole ids of {header.dtype}. "
+            f"{hint} Or is it of another --dtype?"
         )
     if not tokens:
-        raise DataError(f"{place}: byte {size}: no ids in it. Leave it out.")
+        raise DataError(f"{location}: byte {size}: no ids in it. Leave it out.")

@@ -13,21 +13,23 @@ import zstandard
 from pyarrow import parquet
 
 from dist_llm.errors import DataError
-from dist_llm.text.report import Amount, InputTable
-from dist_llm.text.rows import ENOUGH_ROWS, Keys, Tally
-from dist_llm.text.sources import RULES, documents, open_sources, size_bytes
+from dist_llm.text.input_files import DEFAULT_RULES, iter_documents, open_inputs, sum_size_bytes
+from dist_llm.text.report import FileCount, InputTable
+from dist_llm.text.rows import MIN_ROWS, RowKeys, Tally
 from dist_llm.text.walk import FileRules
 
 TEXTS = ["first", "second\nline\r\n", "", "漢字 🙂", " "]
 LINES = b"".join(json.dumps({"n": n, "text": text}).encode() + b"\n" for n, text in enumerate(TEXTS))
 
 
-def read(*specs, text_key="text", max_bad_rate=1.0, rules=RULES, table=None, separator=None):
+def read(*specs, text_key="text", max_bad_rate=1.0, rules=DEFAULT_RULES, table=None, separator=None):
     """The documents of the sources and the tally of the pass."""
     tally = Tally(max_bad_rate, skip_unreadable=rules.skip_unreadable)
-    sources = open_sources([str(spec) for spec in specs], Keys(text_key, separator=separator), rules=rules, table=table)
-    found = list(documents(sources, tally))
-    assert tally.bytes_read == (size_bytes(sources) or 0)
+    sources = open_inputs(
+        [str(spec) for spec in specs], RowKeys(text_key, separator=separator), rules=rules, table=table
+    )
+    found = list(iter_documents(sources, tally))
+    assert tally.bytes_read == (sum_size_bytes(sources) or 0)
     assert tally.rows == len(found) + tally.bad_rows
     return found, tally
 
@@ -214,10 +216,10 @@ def test_what_is_no_text_is_skipped_and_every_file_is_counted(tmp_path):
         (tmp_path / name).write_text("abc")
     table = InputTable()
     assert texts(tmp_path, table=table) == ["abc"]
-    assert table["read"] == {".txt": Amount(1, 3)}
-    assert table["skipped: checksum"] == {".txt.md5": Amount(1, 3), "no suffix": Amount(1, 3)}
+    assert table["read"] == {".txt": FileCount(1, 3)}
+    assert table["skipped: checksum"] == {".txt.md5": FileCount(1, 3), "no suffix": FileCount(1, 3)}
     assert sum(each.files for each in table["skipped: editor backup"].values()) == 3
-    assert table["skipped: about the data"] == {".md": Amount(1, 3), "no suffix": Amount(1, 3)}
+    assert table["skipped: about the data"] == {".md": FileCount(1, 3), "no suffix": FileCount(1, 3)}
     assert sum(each.files for kinds in table.values() for each in kinds.values()) == len(names)
     assert ["skipped:", "checksum", ".txt.md5", "1", "3"] in [line.split() for line in table.lines()]
     (tmp_path / "more.md").write_text("abc")
@@ -236,8 +238,8 @@ def test_include_and_exclude(tmp_path):
         "a.txt",
         "sub/c.txt",
     ]
-    assert table["skipped: --exclude"] == {".txt": Amount(1, 14)}
-    assert table["skipped: not in --include"] == {".py": Amount(1, 4)}
+    assert table["skipped: --exclude"] == {".txt": FileCount(1, 14)}
+    assert table["skipped: not in --include"] == {".py": FileCount(1, 4)}
     for rules in (FileRules(include=("*.tex",)), FileRules(exclude=("*.tex",))):
         with pytest.raises(DataError, match=r"--(in|ex)clude \*\.tex: matches no file"):
             read(tmp_path, rules=rules)
@@ -246,8 +248,8 @@ def test_include_and_exclude(tmp_path):
 def test_bad_bytes_count_in_the_bad_rate():
     tally = Tally(0.01)
     for _ in range(999):
-        tally.good(10)
-    tally.bad("f:1", "why", 5000)
+        tally.count_good(10)
+    tally.count_bad("f:1", "why", 5000)
     with pytest.raises(DataError, match=r"5,000 of 14,990 bytes are in bad rows, more than --max-bad-rate 0\.01"):
         tally.check()
 
@@ -259,20 +261,20 @@ def test_a_json_array_is_refused_before_it_fills_the_memory(tmp_path):
 
 
 def test_the_rate_is_checked_early_and_at_the_end():
-    tally = Tally(0.001, rows=ENOUGH_ROWS - 11)
+    tally = Tally(0.001, rows=MIN_ROWS - 11)
     for number in range(10):
-        tally.bad(f"f:{number}", "why", 0)  # 10 of 9,999: too many, but too soon to tell
+        tally.count_bad(f"f:{number}", "why", 0)  # 10 of 9,999: too many, but too soon to tell
     with pytest.raises(DataError, match=r"10 of 9,999 rows are bad.*--max-bad-rate 0\.001(.|\n)*f:0: why\n  f:1: why"):
         tally.check()
     with pytest.raises(DataError, match="11 of 10,000"):
-        tally.bad("f:10", "why", 0)
+        tally.count_bad("f:10", "why", 0)
     assert len(tally.locations) == 5
     Tally(0.001, rows=10_000, bad_rows=10).check()
 
 
 def test_a_missing_source_fails_before_any_is_read(tmp_path):
     with pytest.raises(DataError, match=r"gone\.txt: no such file"):
-        open_sources(["python-stdlib", str(tmp_path / "gone.txt")])
+        open_inputs(["python-stdlib", str(tmp_path / "gone.txt")])
 
 
 def test_a_local_hugging_face_dataset(tmp_path, monkeypatch):
@@ -283,7 +285,7 @@ def test_a_local_hugging_face_dataset(tmp_path, monkeypatch):
     assert [document.text for document in found] == TEXTS
     assert tally.locations == [f"hf:{tmp_path}/data:6: no string under 'text'"]
     with pytest.raises(DataError, match="--hf-split"):
-        open_sources([f"hf:{tmp_path / 'data'}"], hf_split="nosuch")
+        open_inputs([f"hf:{tmp_path / 'data'}"], hf_split="nosuch")
 
 
 def test_an_unreachable_hub_says_what_to_do(monkeypatch):
@@ -294,7 +296,7 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match="hf:FOLDER") as caught:
-        open_sources(["hf:some/name:config"])
+        open_inputs(["hf:some/name:config"])
     assert len(str(caught.value)) < 500
 
 

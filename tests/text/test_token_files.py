@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dist_llm.errors import DataError
-from dist_llm.text.foreign import Header, Ids, check_size, data_file, read_header
+from dist_llm.text.token_files import TokenFileHeader, TokenFileScan, check_size, locate_data_file, read_header
 
 VOCABULARY, EOT = 300, 256
 LENGTHS = np.arange(VOCABULARY).astype(np.uint16)  # id n is n bytes of text
@@ -94,7 +94,7 @@ def test_what_is_no_array_is_refused(content):
 @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "uint16"), (20240801, 7, "uint32")])
 def test_a_header_of_llm_c(magic, version, dtype):
     head = struct.pack("<iii", magic, version, 5) + bytes(1012)
-    assert header("llmc", head) == Header(dtype, 1024, 5)
+    assert header("llmc", head) == TokenFileHeader(dtype, 1024, 5)
     with pytest.raises(DataError, match="byte 1023: truncated: the header alone has 1024 bytes"):
         header("llmc", head[:-1])
     with pytest.raises(DataError, match=f"byte 0: magic {magic} and version 2; .* 20240520 and 1 or 20240801 and 7"):
@@ -102,19 +102,19 @@ def test_a_header_of_llm_c(magic, version, dtype):
 
 
 def test_bare_ids_need_their_type():
-    assert header("bin", declared="int32") == Header("uint32")
+    assert header("bin", declared="int32") == TokenFileHeader("uint32")
     with pytest.raises(DataError, match=r"does not tell its type. Give --dtype"):
         header("bin")
 
 
 def test_megatron_files_are_named_with_or_without_their_suffix():
-    assert data_file("megatron", "a/b") == data_file("megatron", "a/b.bin") == "a/b.bin"
-    assert data_file("bin", "a/b") == "a/b"
+    assert locate_data_file("megatron", "a/b") == locate_data_file("megatron", "a/b.bin") == "a/b.bin"
+    assert locate_data_file("bin", "a/b") == "a/b"
 
 
 def scanned(ids, block, dtype="uint16", skip=0, starts=None):
     content = bytes(skip) + np.array(ids).astype(dtype).tobytes()
-    scan = Ids("here", Header(dtype, skip, None, starts), EOT, LENGTHS)
+    scan = TokenFileScan("here", TokenFileHeader(dtype, skip, None, starts), EOT, LENGTHS)
     for at in range(0, len(content), block):
         scan.add(content[at : at + block])
     scan.check()
@@ -149,11 +149,15 @@ def test_an_unknown_id_is_found_with_its_byte(block):
 @pytest.mark.parametrize(
     ("header", "size", "message"),
     [
-        (Header("uint16", 10, 4), 17, "x: truncated at byte 17: 17 bytes, but 4 ids of uint16 after 10 bytes make 18"),
-        (Header("uint16", 10, 4), 19, "x: too long at byte 18: 19 bytes"),
-        (Header("uint32"), 7, "x: truncated at byte 7: 7 bytes are not whole ids of uint32.* another --dtype"),
-        (Header("uint32"), 0, "x: byte 0: no ids in it"),
-        (Header("uint32", 1024, 0), 1024, "x: byte 1024: no ids in it"),
+        (
+            TokenFileHeader("uint16", 10, 4),
+            17,
+            "x: truncated at byte 17: 17 bytes, but 4 ids of uint16 after 10 bytes make 18",
+        ),
+        (TokenFileHeader("uint16", 10, 4), 19, "x: too long at byte 18: 19 bytes"),
+        (TokenFileHeader("uint32"), 7, "x: truncated at byte 7: 7 bytes are not whole ids of uint32.* another --dtype"),
+        (TokenFileHeader("uint32"), 0, "x: byte 0: no ids in it"),
+        (TokenFileHeader("uint32", 1024, 0), 1024, "x: byte 1024: no ids in it"),
     ],
 )
 def test_a_file_of_another_size_is_refused(header, size, message):

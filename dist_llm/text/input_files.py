@@ -1,0 +1,162 @@
+"""Open the inputs of `--source`. Each input yields its documents lazily, in a fixed order and in bounded memory.
+
+An unreadable file raises DataError. For a malformed row see dist_llm/text/rows.py.
+"""
+
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dist_llm.errors import DataError
+from dist_llm.text.readers import is_text, read_file
+from dist_llm.text.report import InputTable
+from dist_llm.text.rows import Document, RowKeys, Tally, UnreadableError, read_row
+from dist_llm.text.walk import FileRules, FolderWalk
+
+DEFAULT_KEYS, DEFAULT_RULES = RowKeys(), FileRules()
+SAVED_DATASET_FILES = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # by datasets.save_to_disk
+STDLIB = "python-stdlib"
+STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+class InputFile(Protocol):
+    """An input file or dataset. `spec` is the value of `--source` that names it.
+
+    `size_bytes` is None if the size is unknown. `fingerprint` changes with the content; None: changes are undetectable.
+    """
+
+    @property
+    def spec(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int | None: ...
+
+    @property
+    def fingerprint(self) -> list[str | int] | None: ...
+
+    def iter_documents(self, tally: Tally) -> Iterator[Document]: ...
+
+
+def open_inputs(
+    specs: Sequence[str],
+    keys: RowKeys = DEFAULT_KEYS,
+    hf_split: str = "train",
+    rules: FileRules = DEFAULT_RULES,
+    table: InputTable | None = None,
+) -> list[InputFile]:
+    """Open the files and datasets that `specs` name. `table` counts the files that are read and skipped.
+
+    Raises DataError for a missing or unreadable input, before any input is read.
+    """
+    walk = FolderWalk(rules, InputTable() if table is None else table)
+    files = [file for spec in specs for file in _open_input(spec, keys, hf_split, walk)]
+    walk.check()
+    if keys.separator and not any(isinstance(file, LocalFile) and is_text(file.path) for file in files):
+        raise DataError("--separator: cuts text files, and the sources have none; leave the option out")
+    return files
+
+
+def sum_size_bytes(files: Sequence[InputFile]) -> int | None:
+    """Return the total size of all inputs, or None if one size is unknown."""
+    sizes = [file.size_bytes for file in files]
+    return None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def iter_documents(files: Iterable[InputFile], tally: Tally) -> Iterator[Document]:
+    """Yield the documents of all inputs, in order."""
+    for file in files:
+        yield from file.iter_documents(tally)
+
+
+def _open_input(spec: str, keys: RowKeys, hf_split: str, walk: FolderWalk) -> Sequence[InputFile]:
+    if spec == STDLIB:
+        root = Path(sysconfig.get_path("stdlib"))
+        code = FolderWalk(FileRules(include=("*.py",)), InputTable())
+        return [
+            LocalFile(path, keys, spec)
+            for each in code.walk_folder(root, STDLIB_EXCLUDED)
+            for path in walk.check_file(each)
+        ]
+    if spec.startswith("hf:"):
+        return [HFDataset(spec, keys, hf_split)]
+    path = Path(spec)
+    if any(all((path / name).is_file() for name in names) for names in SAVED_DATASET_FILES):
+        return [HFDataset(spec, keys, hf_split)]
+    if path.is_dir():
+        return [LocalFile(each, keys, spec) for each in walk.walk_folder(path)]
+    if path.exists():
+        return [LocalFile(each, keys, spec) for each in walk.check_file(path)]
+    raise DataError(f"--source {spec}: no such file or folder. Other sources are {STDLIB} and hf:NAME[:CONFIG].")
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file on a local disk. Its suffix selects the reader."""
+
+    path: Path
+    keys: RowKeys
+    spec: str = ""
+
+    @property
+    def size_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    @property
+    def fingerprint(self) -> list[str | int]:
+        """Path, size and modification time. If these are equal, the text is taken to be equal."""
+        stat = self.path.stat()
+        return [str(self.path), stat.st_size, stat.st_mtime_ns]
+
+    def iter_documents(self, tally: Tally) -> Iterator[Document]:
+        before = tally.bytes_read
+        try:
+            yield from read_file(self.path, self.keys, tally)
+        except (OSError, UnreadableError) as error:
+            tally.skip_file(self.path, self.size_bytes, str(error))
+        tally.bytes_read = before + self.size_bytes
+
+
+class HFDataset:
+    """A streamed dataset of the Hugging Face hub, or a folder that `datasets.save_to_disk` wrote.
+
+    The constructor contacts the hub, so that a wrong name fails early.
+    """
+
+    size_bytes = None
+    fingerprint = None  # changes are undetectable, so a resumed run reads the dataset again
+
+    def __init__(self, spec: str, keys: RowKeys, hf_split: str) -> None:
+        import datasets
+
+        self.spec, self.keys = spec, keys
+        name, _, config = spec.removeprefix("hf:").partition(":")
+        with self._explain_errors():
+            if spec.startswith("hf:"):
+                self._rows = datasets.load_dataset(name, config or None, split=hf_split, streaming=True)
+            else:
+                saved = datasets.load_from_disk(spec)
+                self._rows = saved[hf_split] if isinstance(saved, datasets.DatasetDict) else saved
+
+    def iter_documents(self, tally: Tally) -> Iterator[Document]:
+        rows = enumerate(self._rows, start=1)
+        while True:
+            with self._explain_errors():
+                number, row = next(rows, (0, None))
+            if row is None:
+                return
+            if tally.claim_next_row():
+                yield from read_row(row, self.keys, f"{self.spec}:{number}", tally)
+
+    @contextmanager
+    def _explain_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the hub, the network and the data raise exceptions of many types
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            raise DataError(
+                f"--source {self.spec}: cannot be streamed: {type(error).__name__}: {reason}. Check the name, the "
+                "config, --hf-split and the network; or download it and give the folder, as hf:FOLDER."
+            ) from None
