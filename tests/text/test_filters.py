@@ -154,4 +154,4 @@ def test_filters_are_called_in_order_until_one_has_taken_the_document():
     removed = RemovalCounts()
     assert Filters(["c4", "gopher"])("Menu", removed) is None
     assert list(removed) == ["c4.terminal_punctuation", "c4.sentences"]
-    assert list(Filters(["c4"]).no_removals()) == [f"c4.{rule}" for rule in c4.RULES]
+    assert list(Filters(["c4"]).zero_counts()) == [f"c4.{rule}" for rule in c4.RULES]

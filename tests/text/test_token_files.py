@@ -128,14 +128,14 @@ def test_a_pass_counts_the_same_however_the_bytes_come(skip, dtype, block):
     ids = [5, 6, EOT, 7, EOT, 8, 9]
     scan = scanned(ids, block, dtype, skip)
     assert (scan.tokens, scan.text_bytes) == (7, sum(ids))
-    assert scan.starts(eot_begins=False).tolist() == [0, 3, 5]
-    assert scan.starts(eot_begins=True).tolist() == [0, 2, 4]
+    assert scan.compute_starts(eot_at_start=False).tolist() == [0, 3, 5]
+    assert scan.compute_starts(eot_at_start=True).tolist() == [0, 2, 4]
 
 
 def test_documents_at_the_edges():
-    assert scanned([5, EOT], 100).starts(eot_begins=False).tolist() == [0], "none begins after the last token"
-    assert scanned([EOT, 5], 100).starts(eot_begins=True).tolist() == [0], "the first begins once"
-    assert scanned([5, EOT, 6], 100, starts=np.array([0, 1])).starts(eot_begins=False).tolist() == [0, 1]
+    assert scanned([5, EOT], 100).compute_starts(eot_at_start=False).tolist() == [0], "none begins after the last token"
+    assert scanned([EOT, 5], 100).compute_starts(eot_at_start=True).tolist() == [0], "the first begins once"
+    assert scanned([5, EOT, 6], 100, starts=np.array([0, 1])).compute_starts(eot_at_start=False).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("block", [1, 4, 1000])
