@@ -119,7 +119,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, timeout_factor: i
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("LAW_THREADS", "1")))
     warnings.simplefilter("ignore")
     dist.init_process_group(
         "gloo",
