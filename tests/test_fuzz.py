@@ -202,7 +202,7 @@ def read_checkpoint(directory: Path) -> None:
         lambda: read_progress(folder),
         lambda: data_history.parse_history(folder.read("data.json"), "data.json"),
         lambda: parse_probe(folder.read("probe.json"), "probe.json"),
-        lambda: Tokenizer.load(directory).vocabulary(words=True),
+        lambda: Tokenizer.load(directory).vocabulary(with_word_edges=True),
     ):
         try:
             read()

@@ -253,7 +253,7 @@ class ShardWriter:
     def files(self) -> list[Path]:
         """Return the files of all shards, including the current one."""
         ids = [self.directory / shard.file for shard in self.shards]
-        finished = [path for path in ids for file in (path, path.with_suffix(".offsets"))]
+        finished = [file for path in ids for file in (path, path.with_suffix(".offsets"))]
         return finished + [file.path for file in self._open]
 
     def close(self) -> tuple[Shard, ...]:

@@ -94,9 +94,9 @@ def same(native, hf, text):
 
 def test_texts_give_the_same_ids_and_come_back(exported):
     for text in TEXTS:
-        same(exported.ours, exported.theirs, text)
-    cut = exported.ours.encode("漢字")[1:].tolist()
-    assert exported.theirs.decode(cut) == exported.ours.decode(cut)
+        same(exported.native, exported.hf, text)
+    cut = exported.native.encode("漢字")[1:].tolist()
+    assert exported.hf.decode(cut) == exported.native.decode(cut)
 
 
 WORDS = ["'", "s", "S", "T", "ſ", "re", "don't", "1", "23", "٣", "½", " ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u2028"]
@@ -106,13 +106,13 @@ WORDS += ["_", "!?", "漢", "é", "e\u0301", "\u200d", "Ⅷ", "def ", "self", " 
 @given(text=st.text(max_size=40) | st.lists(st.sampled_from(WORDS), max_size=25).map("".join))
 @settings(max_examples=100, deadline=None)
 def test_any_text_gives_the_same_ids(exported, text):
-    same(exported.ours, exported.theirs, text)
+    same(exported.native, exported.hf, text)
 
 
 def test_the_way_there_and_back_changes_nothing(exported, tmp_path):
-    assert import_tokenizer(exported.directory).sha256 == exported.ours.sha256
-    exported.theirs.save_pretrained(tmp_path)
-    assert import_tokenizer(tmp_path).sha256 == exported.ours.sha256
+    assert import_tokenizer(exported.directory).sha256 == exported.native.sha256
+    exported.hf.save_pretrained(tmp_path)
+    assert import_tokenizer(tmp_path).sha256 == exported.native.sha256
 
 
 @pytest.mark.parametrize("family", READERS)

@@ -54,7 +54,7 @@ def test_rewinding_is_a_run_that_never_read_those_samples(ranks: int, corpus: Pa
     assert losses(run) == losses(told)
     assert_same_weights(run, told)
     kept = json.loads((commands.newest(run) / "progress.json").read_text())
-    assert (kept["guard"]["spent"], kept["guard"]["left_out"]) == (1, [left_out])
+    assert (kept["guard"]["num_used"], kept["guard"]["left_out"]) == (1, [left_out])
     assert kept["samples"] == commands.progress(commands.newest(told))["samples"]
 
 
@@ -106,7 +106,7 @@ REPLICATED = ("parallel.dp_replicate=2", "parallel.dp_shard=1")
 
 @pytest.mark.parametrize("policy", [pytest.param("stop", marks=pytest.mark.slow), "rewind"])
 def test_a_flipped_bit_in_one_copy_is_never_saved(policy: str, corpus: Path, tmp_path: Path, straight: Any) -> None:
-    options = (*REPLICATED, f"guard.report_divergence={policy}", "checkpoint.every=4", "guard.digest_every=7")
+    options = (*REPLICATED, f"guard.corrupt={policy}", "checkpoint.every=4", "guard.digest_every=7")
     code, output, left = end(start(("flip", 1, 10), corpus, tmp_path, *options), 120)
     assert not left
     what = "step 12: ranks do not agree: embed.tokens.weight: differs on rank 0, 1 of ranks 0, 1"
@@ -146,7 +146,7 @@ def test_the_budget_ends_what_would_never_end(corpus: Path, tmp_path: Path) -> N
 
 def test_a_slow_rank_is_named(corpus: Path, tmp_path: Path) -> None:
     output = faulty(("slow", 1, 0), corpus, tmp_path, "log.stragglers_seconds=5", *SHARDED.overrides, ranks=2)
-    assert ": rank 1 is slow: it works 0." in output
+    assert ": rank 1 is slow: it is busy for 0." in output
     row = next(row for row in commands.all_rows(tmp_path / "run") if "busy_seconds" in row)
     fast, slow = row["busy_seconds"]
     assert fast < slow

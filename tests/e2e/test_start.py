@@ -18,7 +18,7 @@ from dist_llm.convert.write_weights import write_native
 from . import commands
 from .conftest import ONE, Layout
 
-WRONG = ("model.rope_theta=500000.0", "model.norm_order=post", "model.positions=none", "model.n_layers=1")
+WRONG = ("model.norm_order=post", "model.positions=none", "model.n_layers=1")
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def refused(*arguments: object, cwd: Path) -> str:
 def test_a_resume_with_another_model_changes_nothing_on_the_disk(run: Path, corpus: Path) -> None:
     before = contents(run)
     error = refused(*commands.train_arguments(corpus, "run.steps=30", *WRONG), cwd=run.parent)
-    for key in ("rope_theta: 10000.0 in", "norm_order: pre in", "positions: rope in", "n_layers: 2 in"):
+    for key in ("norm_order: pre in", "positions: rope in", "n_layers: 2 in"):
         assert f"model.{key} the checkpoint" in error
-    assert "init_allow=[model.n_layers,model.positions,model.rope_theta,model.norm_order]" in error
+    assert "init_allow=[model.n_layers,model.positions,model.norm_order]" in error
     assert contents(run) == before
     done = commands.run(*commands.train_arguments(corpus, "run.steps=22", "model.dropout=0.1"), cwd=run.parent)
     assert "model.dropout: 0.0 in the checkpoint, 0.1 in this config; the model's function stays the same" in (
@@ -57,7 +57,7 @@ def test_a_start_with_another_model_names_what_to_do(run: Path, corpus: Path) ->
     error = refused(*commands.train_arguments(corpus, *start, *WRONG), cwd=run.parent)
     assert f"write `model: {{from: {run}/checkpoints/step_00000020}}`" in error
     assert not (run.parent / "next").exists()
-    allow = "init_allow=[model.n_layers,model.positions,model.rope_theta,model.norm_order,model.logit_cap]"
+    allow = "init_allow=[model.n_layers,model.positions,model.norm_order,model.logit_cap]"
     done = commands.run(*commands.train_arguments(corpus, *start, *WRONG, allow), cwd=run.parent)
     said = done.stdout + done.stderr
     assert "init_allow: model.n_layers: 2 in the checkpoint, 1 in this config" in said

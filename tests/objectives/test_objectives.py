@@ -94,7 +94,7 @@ def test_the_tokenizer_says_what_is_inside_a_word():
     from dist_llm.text.tokenizer import ENDOFTEXT
 
     ranks = {bytes([byte]): byte for byte in range(256)} | {b" the": 256, b"ing": 257, b"a,": 258}
-    word = BPETokenizer("t", SPLIT_PATTERNS["gpt2"], ranks, {ENDOFTEXT: 259}).vocabulary(words=True).word_V2
+    word = BPETokenizer("t", SPLIT_PATTERNS["gpt2"], ranks, {ENDOFTEXT: 259}).vocabulary(with_word_edges=True).word_V2
     assert word[256].tolist() == [False, True]
     assert word[257].tolist() == [True, True]
     assert word[258].tolist() == [True, False]

@@ -266,7 +266,7 @@ def test_the_input_is_kept_in_float8_and_no_copy_of_the_weight() -> None:
 @pytest.mark.parametrize(
     ("capability", "cuda", "message"),
     [
-        ((8, 0), "12.8", r"fp8: A GPU \(compute capability 8.0\) has no products in float8.*Set fp8 to false"),
+        ((8, 0), "12.8", r"fp8: A GPU \(compute capability 8.0\) has no float8 matrix products.*Set fp8 to false"),
         ((9, 4), None, r"not an NVIDIA GPU"),
         ((8, 9), "12.8", ""),
         ((9, 0), "12.8", ""),

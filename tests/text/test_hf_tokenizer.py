@@ -182,13 +182,13 @@ def test_prepare_writes_bos_added_tokens_and_the_end(folders, workers, tmp_path)
 def test_what_begins_and_ends_within_a_word(folders):
     for kind, mark in (("byte_level", "Ġ"), ("unigram", "▁"), ("sentencepiece_bpe", "▁")):
         tokenizer = build(folders[kind])
-        words = tokenizer.vocabulary(words=True).word_V2
+        words = tokenizer.vocabulary(with_word_edges=True).word_V2
         ids = tokenizer.as_text.get_vocab()
         for token, number in ids.items():
             if token.startswith(mark) and token[1:].isalpha():
                 assert words[number].tolist() == [False, True], (kind, token)
     tokenizer = build(folders["wordpiece"])
-    words, ids = tokenizer.vocabulary(words=True).word_V2, tokenizer.as_text.get_vocab()
+    words, ids = tokenizer.vocabulary(with_word_edges=True).word_V2, tokenizer.as_text.get_vocab()
     assert words[ids["the"]].tolist() == [False, True]
     assert words[next(n for token, n in ids.items() if token.startswith("##") and token[2:].isalpha())].all()
 
