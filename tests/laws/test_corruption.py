@@ -92,7 +92,7 @@ class Samples:
     def __init__(self, config: Config, places: int) -> None:
         self.config, self.places = config, places
 
-    def batches_of(self, place: int, first: int) -> list[Batch]:
+    def load_batches_of_rank(self, place: int, first: int) -> list[Batch]:
         return batches_of(self.config, SimpleNamespace(dp_rank_and_size=(place, self.places)), first)  # type: ignore[arg-type]
 
 
