@@ -184,7 +184,9 @@ def test_a_full_disk_under_run_dir_alone_ends_the_run_with_a_message(
         commands._kill(commands._family(process.pid))
         process.join()
     said = log.read_text()
-    assert re.search(r"error: (\S*/run/\S+|a file in run\.dir \S+/run): No space left on device; free disk space", said), said
+    assert re.search(
+        r"error: (\S*/run/\S+|a file in run\.dir \S+/run): No space left on device; free disk space", said
+    ), said
     assert "Traceback" not in said
     assert list((tmp_path / "saved").glob("step_*/COMMITTED"))
 
