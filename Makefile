@@ -37,8 +37,8 @@ demo: install
 	  --temperature 0.7 --top-p 0.9 --seed 1
 	@echo; echo "The curves: .venv/bin/tensorboard --logdir runs/demo/tensorboard"
 
-# Two workers, but one for tests that keep both cores busy by themselves or that time what they see.
-SERIAL := tests/laws tests/chaos tests/slurm tests/netns
+# Two workers, but one for tests that time what they see.
+SERIAL := tests/chaos tests/slurm tests/netns
 
 test: install
 	python -m pytest --numprocesses 2 --dist loadfile $(SERIAL:%=--ignore %)
