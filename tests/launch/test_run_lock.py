@@ -72,8 +72,8 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
 
 def test_another_process_with_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
     leave_lock(tmp_path, me(start_time="1"))
-    with RunLock(tmp_path, me()):
-        pass
+    with RunLock(tmp_path, me()) as lock:
+        assert holder_of(tmp_path) == lock.me, "the stale lock is replaced"
 
 
 @pytest.mark.parametrize(
