@@ -17,7 +17,9 @@ Render a batch script, print it and pass it to sbatch. The config is checked for
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `dist-llm submit`."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EPILOG
-    parser.add_argument("config", type=Path, metavar="FILE", help="config of the run (YAML)")
+    parser.add_argument(
+        "config", type=Path, metavar="FILE", help="a YAML file, or a config of the package such as demo"
+    )
     parser.add_argument("rest", nargs="*", metavar="key=value", help="overrides of config keys")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes; default: 1")
     parser.add_argument("--tasks-per-node", type=int, default=1, metavar="N", help="ranks per node; default: 1")

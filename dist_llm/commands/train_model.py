@@ -19,7 +19,9 @@ If run.dir contains a checkpoint, the run resumes from it.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `dist-llm train`."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EPILOG
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config of the run (YAML)")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a YAML file, or a config of the package such as demo"
+    )
     parser.add_argument("--debug", action="store_true", help="one process, eager and deterministic, with all checks")
     parser.add_argument("--help-config", action="store_true", help="list all keys with type, default and description")
     parser.add_argument(

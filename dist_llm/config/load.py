@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from dist_llm.config.nearest import nearest
 from dist_llm.config.schema import Config
+from dist_llm.config.shipped import find_config
 from dist_llm.errors import CheckpointError, ConfigError
 
 
@@ -74,7 +75,7 @@ def load_config(
 
     `read_model` gives (the model section of the checkpoint that `model.from` names, violations).
     """
-    raw = _read(path, ()) if path else {}
+    raw = _read(find_config(path), ()) if path else {}
     for override in overrides:
         _apply(raw, override)
     violations: list[Violation] = []
@@ -198,7 +199,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return raw
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: must be the path of one YAML file")
-    return _merge(_read(path.parent / base, (*seen, path)), raw)
+    return _merge(_read(find_config(path.parent / base, base), (*seen, path)), raw)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
