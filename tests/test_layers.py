@@ -30,7 +30,7 @@ LEVELS = (
     {"convert"},
     {"engines"},
     {"train", "generate"},
-    {"commands"},
+    {"commands", "api"},
     {"cli"},
     {"__main__"},
 )
