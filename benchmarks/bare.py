@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dist_llm.config.schema import ModelConfig, OptimConfig
+from dist_llm.config.optim_sections import OptimConfig
+from dist_llm.config.schema import ModelConfig
 
 
 class Attention(nn.Module):
@@ -135,6 +136,7 @@ class Loop:
     def __init__(self, model: nn.Module, optim: OptimConfig, precision: str, device: torch.device) -> None:
         self.model = model
         self.autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+        assert optim.name != "sgd", "this loop is AdamW's"
         groups = [
             {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": optim.weight_decay},
             {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_llm.config.optim_sections import OptimConfig
+from dist_llm.config.section import parse_union
 from dist_llm.models.build_model import build_model
 from dist_llm.optim import gradient_clipping
 from dist_llm.optim.build_optimizer import build_optimizer
@@ -75,7 +77,9 @@ def case(name: str, options: argparse.Namespace, device: torch.device) -> list[d
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     work: dict[str, Callable[[], object]] = {}
     for way, keys in WAYS.items():
-        optimizer = build_optimizer(config.optim.model_copy(update=keys), model.named_parameters())
+        optimizer = build_optimizer(
+            parse_union(OptimConfig, config.optim.model_dump() | keys), model.named_parameters()
+        )
         for group in optimizer.param_groups if way == "for-loop" else []:
             group["foreach"] = False
         work[way] = partial(step, optimizer, dict(zip(parameters, gradients, strict=True)))

@@ -10,6 +10,7 @@ from torch import Tensor
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.config.load import load_saved
+from dist_llm.config.objective_sections import PrefixSpec, SpanSpec, mode_of
 from dist_llm.config.schema import Config
 from dist_llm.convert.offload import load_offloaded
 from dist_llm.errors import ConfigError, DataError
@@ -100,20 +101,20 @@ def encode_prompt(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
     ids = tokenizer.encode_prompt(prompt) or [vocabulary.eot]
     components = config.objective.components
     component = next((candidate for candidate in components if candidate.name != "span"), components[0])
-    mode = [vocabulary.special(component.mode)] if component.mode else []
+    mode = [vocabulary.special(name)] if (name := mode_of(component)) else []
     start = vocabulary.special("start")
     has_encoder = config.model.architecture == "encoder_decoder"
     stop_ids = frozenset(
         (vocabulary.sentinel(1),) if tokenizer.eot is None else (tokenizer.eot, vocabulary.sentinel(1))
     )
-    if component.name == "span":
+    if isinstance(component, SpanSpec):
         infilling_ids, gap_ids = [*mode, *ids, vocabulary.sentinel(0), vocabulary.eot], [vocabulary.sentinel(0)]
         if has_encoder:
             return Prompt([start, *gap_ids], False, infilling_ids, stop_ids)
         return Prompt([*infilling_ids, *gap_ids], component.see_prefix, None, stop_ids)
     if has_encoder:
         return Prompt([start], False, [*mode, *ids], stop_ids)
-    return Prompt([*mode, *ids], component.name == "prefix" and component.see_prefix, None, stop_ids)
+    return Prompt([*mode, *ids], isinstance(component, PrefixSpec) and component.see_prefix, None, stop_ids)
 
 
 @torch.no_grad()

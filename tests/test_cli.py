@@ -9,7 +9,7 @@ import pytest
 
 from dist_llm import cli
 from dist_llm.commands import train_model
-from dist_llm.config.load import describe
+from dist_llm.config.describe import describe
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import ConfigError, DataError
 
@@ -66,10 +66,22 @@ def test_help_config_lists_every_key_without_torch():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, "torch was imported"
-    listed = [line for line in ran.stdout.splitlines() if not line.startswith(" ")]
-    assert listed == [row[0] for row in describe()]
-    for _, kind, default, description in describe():
-        assert f"    {kind}; default: {default}\n    {description}\n" in ran.stdout
+    listed = [line.strip() for line in ran.stdout.splitlines() if line.startswith("  ") and line[2] != " "]
+    assert listed == [row.name for row in describe()]
+    words = " ".join(ran.stdout.split())
+    for row in describe():
+        assert f"{row.name} {row.type}; default: {row.default} {' '.join(row.description.split())}" in words
+
+
+def test_help_config_searches_names_and_descriptions(capsys):
+    assert cli.main(["train", "--help-config", "Nesterov"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("optim: optimizer\n  optim.muon_momentum\n      float; default: 0.95\n      muon: Nesterov")
+    assert "optim.lr" not in out
+    assert cli.main(["train", "--help-config", "sources"]) == 0
+    assert "  data.sources.*.weight\n" in capsys.readouterr().out, "keys of a list's entries"
+    assert cli.main(["train", "--help-config", "no such key"]) == 2
+    assert "no key contains 'no such key'" in capsys.readouterr().err
 
 
 def test_a_config_error_exits_with_2_and_imports_no_torch(config):

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,8 @@ def test_the_docker_image_builds() -> None:
         pytest.skip("docker does not run here")
     subprocess.run(["docker", "build", "--tag", "dist-llm-test", "."], cwd=REPOSITORY, check=True)
     subprocess.run(["docker", "run", "--rm", "dist-llm-test", "--help"], check=True)
+
+
+def test_the_config_reference_is_that_of_the_schema() -> None:
+    made = subprocess.run([sys.executable, "tools/config_reference.py"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert made.stdout == (REPOSITORY / "docs/config.md").read_text(), "python tools/config_reference.py --write"

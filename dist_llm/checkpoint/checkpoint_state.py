@@ -11,7 +11,7 @@ import torch
 from pydantic import AliasChoices, Field, TypeAdapter
 from torch import Tensor, nn, optim
 
-from dist_llm.config.schema import Count
+from dist_llm.config.section import Count
 from dist_llm.errors import CheckpointError
 from dist_llm.optim.loss_scale import LossScale
 

@@ -7,7 +7,7 @@ from dist_llm.errors import ConfigError
 
 EPILOG = """\
 Set any config key on the command line: run.steps=100 optim.lr=3e-4.
-List all keys with types, defaults and descriptions: dist-llm train --help-config
+List all keys with types, defaults and descriptions: dist-llm train --help-config [TEXT]
 If run.dir contains a checkpoint, the run resumes from it.
 
   dist-llm train --config configs/demo.yaml run.dir=runs/a run.steps=20
@@ -23,7 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, metavar="FILE", help="a YAML file, or a config of the package such as demo"
     )
     parser.add_argument("--debug", action="store_true", help="one process, eager and deterministic, with all checks")
-    parser.add_argument("--help-config", action="store_true", help="list all keys with type, default and description")
+    parser.add_argument(
+        "--help-config",
+        nargs="?",
+        const="",
+        metavar="TEXT",
+        help="list all keys, or those that contain TEXT, with type, default and description",
+    )
     parser.add_argument(
         "rest", nargs="*", metavar="FILE | key=value", help="the config, without --config; overrides of config keys"
     )
@@ -31,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train. Returns 128 + N if signal N stopped the run, else 0."""
-    if options.help_config:
-        _print_config_help()
+    if options.help_config is not None:
+        _print_config_help(options.help_config)
         return 0
     files = [Path(item) for item in options.rest if "=" not in item]
     files += [options.config] if options.config else []
@@ -62,10 +68,9 @@ def run(options: argparse.Namespace) -> int:
     return 128 + stop_signal if stop_signal else 0
 
 
-def _print_config_help() -> None:
+def _print_config_help(text: str) -> None:
     from dist_llm.commands.output import ignore_broken_pipe
-    from dist_llm.config.load import describe
+    from dist_llm.config.describe import format_help, search
 
     with ignore_broken_pipe():
-        for name, kind, default, description in describe():
-            print(f"{name}\n    {kind}; default: {default}\n    {description}")
+        print(*format_help(search(text)), sep="\n")

@@ -17,7 +17,9 @@ from dist_llm.config.compare import check_init
 from dist_llm.config.derive import AXES, divisors, shape
 from dist_llm.config.lengths import extra_ids, inputs_len, lengths
 from dist_llm.config.load import Violation
-from dist_llm.config.schema import Config, ModelConfig, ObjectiveConfig
+from dist_llm.config.objective_sections import CausalSpec, MixtureConfig
+from dist_llm.config.optim_sections import DecayKeys
+from dist_llm.config.schema import Config, ModelConfig
 
 ALLOWED_OBJECTIVES = {
     "decoder": ("causal", "prefix", "span", "fim"),
@@ -44,7 +46,7 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
         # Sequence lengths and special tokens follow from the objective: check the other rules with a valid one.
         config = config.model_copy(
             update={
-                "objective": ObjectiveConfig(),
+                "objective": CausalSpec(),
                 "model": config.model.model_copy(update={"architecture": "decoder"}),
             }
         )
@@ -146,7 +148,7 @@ def _check_objective(config: Config) -> Iterator[Violation]:
             f"only used with an encoder_decoder, but this is a {architecture}; remove the key",
         )
     for number, each in enumerate(config.objective.components):
-        where = f"objective.mixture.{number}" if config.objective.mixture else "objective"
+        where = f"objective.mixture.{number}" if isinstance(config.objective, MixtureConfig) else "objective"
         if each.name not in ALLOWED_OBJECTIVES[architecture]:
             architectures = [name for name, objectives in ALLOWED_OBJECTIVES.items() if each.name in objectives]
             yield Violation(
@@ -155,8 +157,6 @@ def _check_objective(config: Config) -> Iterator[Violation]:
                 f"{' or '.join(ALLOWED_OBJECTIVES[architecture])}; {each.name} needs {' or '.join(architectures)}",
             )
             continue
-        if each.mode and each.name not in ("prefix", "span"):
-            yield Violation((f"{where}.mode", f"{where}.name"), f"{each.name} has no mode token; leave it empty")
         try:
             lengths(each, architecture, config.data.seq_len)
         except ValueError as error:
@@ -181,9 +181,10 @@ def _check_lengths(config: Config, tokenizer_size: int) -> Iterator[Violation]:
 
 
 def _check_schedule(config: Config) -> Iterator[Violation]:
-    warmup, end = config.schedule.warmup_steps, config.schedule.decay_steps
+    schedule = config.schedule
     # A short trial of a long run (run.steps=20) may end within the warmup: only decay_steps is checked.
-    if end and warmup > end and config.schedule.name in ("cosine", "linear", "wsd"):
+    if isinstance(schedule, DecayKeys) and 0 < schedule.decay_steps < schedule.warmup_steps:
+        warmup, end = schedule.warmup_steps, schedule.decay_steps
         yield Violation(
             ("schedule.warmup_steps", "schedule.decay_steps"),
             f"the warmup ends at step {warmup}, after the decay at step {end}; set at most {end}",
@@ -191,10 +192,7 @@ def _check_schedule(config: Config) -> Iterator[Violation]:
 
 
 def _check_optim(config: Config) -> Iterator[Violation]:
-    optim = config.optim
-    if optim.moments == "bf16" and optim.name == "sgd":
-        yield Violation(("optim.moments", "optim.name"), "sgd has no AdamW moments, but bf16 is set; set fp32")
-    if optim.name == "muon" and config.parallel.cpu_offload:
+    if config.optim.name == "muon" and config.parallel.cpu_offload:
         yield Violation(
             ("optim.name", "parallel.cpu_offload"),
             "muon does not support parallel.cpu_offload; set optim.name=adamw, or cpu_offload=false",

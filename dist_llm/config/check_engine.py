@@ -36,7 +36,7 @@ def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
                 f"only used with engine=native (now {engine}); remove it; settings of this engine: {engine}.*",
             )
     for key, own in (("name", "muon"), ("moments", "bf16")):
-        if getattr(config.optim, key) == own:
+        if getattr(config.optim, key, None) == own:
             yield Violation(
                 (f"optim.{key}", "engine"), f"{own} needs engine=native (now {engine}); set another, or engine=native"
             )

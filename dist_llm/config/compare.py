@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from dist_llm.config.derive import round_up
 from dist_llm.config.load import Violation
-from dist_llm.config.schema import Config, ModelConfig, ObjectiveSpec
+from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, mode_of
+from dist_llm.config.schema import Config, ModelConfig
 
 # fixed: decides the function, and no weights of another value can be used.
 # requestable: decides the function; `init_from` accepts another value if `init_allow` names the key.
@@ -153,8 +154,8 @@ def _objective_of(config: Config) -> str:
 
 
 def _kind_of(spec: ObjectiveSpec, one_stack: bool) -> str:
-    options = [f"mode {spec.mode}"] if spec.mode else []
-    if one_stack and spec.name in ("prefix", "span"):
+    options = [f"mode {mode}"] if (mode := mode_of(spec)) else []
+    if one_stack and isinstance(spec, PrefixSpec | SpanSpec):
         options.append(f"see_prefix {str(spec.see_prefix).lower()}")
     return f"{spec.name} ({', '.join(options)})" if options else spec.name
 

@@ -150,11 +150,13 @@ def _config_values(config: Config, ranks: int) -> dict[str, ConfigValue]:
         "optimizer.type": ConfigValue("SGD" if optim.name == "sgd" else "AdamW", "optim.name"),
         "optimizer.params.lr": ConfigValue(optim.lr, "optim.lr"),
         "optimizer.params.weight_decay": ConfigValue(optim.weight_decay, "optim.weight_decay"),
-        "optimizer.params.eps": ConfigValue(optim.eps, "optim.eps"),
-        "optimizer.params.betas": ConfigValue([optim.beta1, optim.beta2], "optim.beta1"),
-        "optimizer.params.momentum": ConfigValue(optim.momentum, "optim.momentum"),
         "optimizer.params.torch_adam": ConfigValue(True, "optim.name"),
     }
+    if optim.name == "sgd":
+        values["optimizer.params.momentum"] = ConfigValue(optim.momentum, "optim.momentum")
+    else:
+        values["optimizer.params.eps"] = ConfigValue(optim.eps, "optim.eps")
+        values["optimizer.params.betas"] = ConfigValue([optim.beta1, optim.beta2], "optim.beta1")
     for name, where in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_params)):
         key = "deepspeed.offload_params" if name == "offload_param" else f"deepspeed.{name}"
         values[f"zero_optimization.{name}.device"] = ConfigValue(where, key)

@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 
 from dist_llm.config.lengths import extra_ids, inputs_len
-from dist_llm.config.schema import Config, ModelConfig, ParallelConfig, ScheduleConfig
+from dist_llm.config.optim_sections import DecayKeys, ScheduleConfig
+from dist_llm.config.schema import Config, ModelConfig, ParallelConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # each rank holds two stages
@@ -44,10 +45,11 @@ def plan_schedule(config: Config, planned: ScheduleConfig | None = None) -> Conf
     """Fill in schedule.decay_steps where it is 0: with run.steps, or on a resume, as schedule.on_extend says, with the
     steps of the schedule that was `planned` before."""
     schedule = config.schedule
-    if schedule.decay_steps:
+    if not isinstance(schedule, DecayKeys) or schedule.decay_steps:
         return config
-    keeps = planned is not None and planned.decay_steps and schedule.on_extend == "keep"
-    steps = planned.decay_steps if planned is not None and keeps else config.run.steps
+    steps = config.run.steps
+    if isinstance(planned, DecayKeys) and planned.decay_steps and schedule.on_extend == "keep":
+        steps = planned.decay_steps
     return config.model_copy(update={"schedule": schedule.model_copy(update={"decay_steps": steps})})
 
 

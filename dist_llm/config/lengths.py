@@ -7,7 +7,8 @@ fills its `data.seq_len` exactly.
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dist_llm.config.schema import Config, ObjectiveSpec
+from dist_llm.config.objective_sections import ObjectiveSpec, SpanSpec, mode_of
+from dist_llm.config.schema import Config
 
 # Token ids that come after the tokenizer's own, in this order; sentinels follow.
 SPECIALS = ("start", "mask", "R", "S", "X", "fim_prefix", "fim_middle", "fim_suffix")
@@ -28,7 +29,7 @@ class Lengths:
 @lru_cache(maxsize=256)
 def lengths(spec: ObjectiveSpec, architecture: str, seq_len: int) -> Lengths:
     """Raises ValueError where `seq_len` is too short for the objective."""
-    mode = 1 if spec.mode else 0
+    mode = 1 if mode_of(spec) else 0
     span = (3 if architecture == "encoder_decoder" else 5) + mode
     least = {"prefix": 2 + mode, "fim": 7, "masked": 2, "span": span}.get(spec.name, 1)
     if seq_len < least:
@@ -47,7 +48,7 @@ def noise_tokens(window: int, density: float) -> int:
     return min(max(round(window * density), 1), window - 1)
 
 
-def _span(spec: ObjectiveSpec, architecture: str, seq_len: int, mode: int) -> Lengths:
+def _span(spec: SpanSpec, architecture: str, seq_len: int, mode: int) -> Lengths:
     def noise_and_spans(window: int) -> tuple[int, float]:
         noise = noise_tokens(window, spec.noise_density)
         return noise, min(max(noise / spec.mean_span, 1.0), noise, window - noise)
@@ -103,7 +104,7 @@ def sample_tokens(config: Config) -> int:
 
 def extra_ids(config: Config) -> int:
     """Token ids that the objective needs beyond the tokenizer's."""
-    plain = all(each.name in ("causal", "prefix") and not each.mode for each in config.objective.components)
+    plain = all(each.name in ("causal", "prefix") and not mode_of(each) for each in config.objective.components)
     if plain and config.model.architecture == "decoder":
         return 0
     return len(SPECIALS) + max(each.spans for each in all_lengths(config))

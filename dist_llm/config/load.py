@@ -6,15 +6,16 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from dist_llm.config.describe import FROM, describe, type_name
 from dist_llm.config.nearest import nearest
 from dist_llm.config.schema import Config
+from dist_llm.config.section import MIXTURE, drop_unused_defaults, owners_of, strip_tags
 from dist_llm.config.shipped import find_config
 from dist_llm.errors import CheckpointError, ConfigError
 
@@ -53,7 +54,6 @@ class Violation:
 
 
 MAX_VALUES = 100_000  # of a YAML file
-FROM = "from"  # of the model section: a checkpoint that the section is taken from
 ModelReader = Callable[[dict[str, Any], object], tuple[dict[str, Any], list[Violation]]]
 
 
@@ -99,6 +99,7 @@ def _without_from(model: dict[str, Any], allowed: object) -> tuple[dict[str, Any
 
 def _validate(raw: dict[str, Any], violations: list[Violation]) -> tuple[Config | None, list[Violation]]:
     """The config of what is valid in `raw`, and `violations` with those found here."""
+    raw = drop_unused_defaults(Config, raw)
     while True:
         try:
             return Config.model_validate(raw), violations
@@ -106,7 +107,7 @@ def _validate(raw: dict[str, Any], violations: list[Violation]) -> tuple[Config 
             details = error.errors()
         reported = {violation.keys for violation in violations}
         violations += [new for new in map(_violation, details) if new.keys not in reported]
-        mended = [_stand_in(raw, d["loc"]) if d["type"] == "missing" else _remove(raw, d["loc"]) for d in details]
+        mended = [_stand_in(raw, _key_of(d)) if d["type"] == "missing" else _remove(raw, _key_of(d)) for d in details]
         if not any(mended):
             return None, violations
 
@@ -132,7 +133,7 @@ def load_saved(directory: Path) -> Config:
 
 def parse_saved(text: str, where: str) -> Config:
     """The config that `dump` gave. Raises CheckpointError, naming the file `where`, for anything else."""
-    raw = parse_yaml(text, where)
+    raw = drop_unused_defaults(Config, parse_yaml(text, where))
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -145,44 +146,6 @@ def parse_saved(text: str, where: str) -> Config:
 def dump(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
-
-
-def describe() -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, description) of every key, for `--help-config`."""
-    for name, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            for inner, inner_field in field.annotation.model_fields.items():
-                yield _row(f"{name}.{inner}", inner_field)
-        else:
-            yield _row(name, field)
-    yield "base", "path", "none", "another config to build on, relative to this file; keys here win"
-    yield (
-        f"model.{FROM}",
-        "str",
-        "none",
-        "checkpoint or run whose model section is used; keys beside it that decide the model's function must agree "
-        "with it, unless init_allow names them",
-    )
-
-
-def _row(name: str, field: Any) -> tuple[str, str, str, str]:
-    default = "required" if field.is_required() else str(yaml.safe_dump(field.default)).split("\n")[0]
-    return name, _type_name(field.annotation), default, field.description or ""
-
-
-def _type_name(annotation: Any) -> str:
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return " | ".join(str(value) for value in get_args(annotation))
-    if origin in (Union, UnionType):
-        return " | ".join(_type_name(part) for part in get_args(annotation))
-    if origin is list:
-        return "list"
-    if annotation is type(None):
-        return "null"
-    if origin is Annotated:
-        return _type_name(get_args(annotation)[0])
-    return str(getattr(annotation, "__name__", annotation))
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -257,8 +220,18 @@ def _check_keys(node: Any, where: str, visited: Iterator[int]) -> None:
             _check_keys(value, where, visited)
 
 
+def _key_of(detail: ErrorDetails) -> tuple[int | str, ...]:
+    """The keys of the YAML that an error is about: without the tags of unions, and the `name` of an unknown tag."""
+    location = strip_tags(Config, detail["loc"])
+    return (*location, "name") if detail["type"] == "union_tag_invalid" else location
+
+
 def _violation(detail: ErrorDetails) -> Violation:
-    name = ".".join(str(part) for part in detail["loc"] if part != "[key]")
+    name = ".".join(str(part) for part in _key_of(detail) if part != "[key]")
+    if detail["type"] == "union_tag_invalid":
+        return Violation((name,), f"input should be {detail['ctx']['expected_tags']}, found {detail['ctx']['tag']!r}")
+    if detail["type"] == "extra_forbidden" and (message := _misplaced_key(name, detail["loc"])):
+        return Violation((name,), message)
     if detail["type"] == "extra_forbidden":
         known = dict.fromkeys([*Config.model_fields, *(row[0] for row in describe())])
         return Violation((name,), f"unknown key{nearest(name, list(known))}")
@@ -266,6 +239,19 @@ def _violation(detail: ErrorDetails) -> Violation:
         return Violation((name,), "must be set")
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return Violation((name,), f"{message}, found {detail['input']!r}")
+
+
+def _misplaced_key(key: str, location: tuple[int | str, ...]) -> str | None:
+    """The message on a key that only other members of the section's union have; None for an unknown key."""
+    section = key.rpartition(".")[0]
+    field = Config.model_fields.get(str(location[0]))
+    owners = owners_of(field.annotation, str(location[-1])) if field else []
+    if not owners:
+        return None
+    if location[1:-1] == (MIXTURE,):
+        return f"has no effect beside {section}.{MIXTURE}; set it in its entries"
+    needed = f"{section}.{MIXTURE}" if owners == [MIXTURE] else f"{section}.name={' or '.join(owners)}"
+    return f"has no effect without {needed}; remove the key, or set {needed}"
 
 
 def _remove(raw: dict[str, Any], where: tuple[int | str, ...]) -> bool:
@@ -290,7 +276,7 @@ def _stand_in(raw: dict[str, Any], where: tuple[int | str, ...]) -> bool:
         return False
     section, name = map(str, where)
     fields: Any = Config.model_fields[section].annotation
-    if _type_name(fields.model_fields[name].annotation) != "int":
+    if type_name(fields.model_fields[name].annotation) != "int":
         return False
     raw[section][name] = 1
     return True

@@ -5,36 +5,31 @@ corpus or the world size are in `check`. `derive.resolve` replaces each 0 that m
 resolved sizes only.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-MAX_WIDTH, MAX_LAYERS, MAX_IDS = 1 << 24, 10_000, 1 << 31  # a model beyond these is a damaged config
-Positive = Annotated[int, Field(ge=1, le=1 << 48)]
-Count = Annotated[int, Field(ge=0, le=1 << 48)]
-Width = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
-PositiveWidth = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what an int64 holds
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
+from dist_llm.config.objective_sections import CausalSpec, ObjectiveConfig
+from dist_llm.config.optim_sections import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
+from dist_llm.config.section import (
+    MAX_IDS,
+    MAX_LAYERS,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    PositiveWidth,
+    Section,
+    Seed,
+    Width,
+    key,
+)
+
 Variable = Annotated[str, Field(pattern=r"^(NCCL|TORCH_NCCL|GLOO|UCX|FI)_[A-Z0-9_]+$")]
 Policy = Literal["stop", "skip", "rewind", "warn"]
 
 CACHE = "~/.cache/dist_llm"
-
-
-def key(description: str, default: Any = ...) -> Any:
-    """A key of a section. Without `default` it is required."""
-    return Field(default, description=description)
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen and strict; refuses unknown keys, inf and nan."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -182,78 +177,9 @@ class DataConfig(Section):
     )
 
 
-class ObjectiveSpec(Section):
-    """One objective: how a window of text becomes a training example."""
-
-    name: Literal["causal", "prefix", "masked", "span", "fim"] = key(
-        "next tokens, tokens after a prefix, masked tokens, removed spans, or a removed middle (fill in the middle)",
-        "causal",
-    )
-    weight: PositiveFloat = key("share of the samples in a mixture", 1.0)
-    mode: Literal["", "R", "S", "X"] = key("prefix and span: mode token that is put first (UL2); empty: none", "")
-    see_prefix: bool = key(
-        "prefix and span in a decoder: bidirectional attention within the prefix; false: causal", True
-    )
-    mask_rate: Rate = key(
-        "masked: share of the tokens selected; 80% of them are masked, 10% random, 10% unchanged", 0.15
-    )
-    whole_words: bool = key("masked: select whole words instead of tokens", False)
-    noise_density: Rate = key("span: share of the tokens that is removed", 0.15)
-    mean_span: Annotated[float, Field(ge=1.0)] = key("span: mean length of a removed span in tokens", 3.0)
-    fim_rate: Annotated[float, Field(ge=0.0, le=1.0)] = key("fim: share of the samples with a removed middle", 0.5)
-    fim_spm_rate: Annotated[float, Field(ge=0.0, le=1.0)] = key(
-        "fim: share of those samples in the order suffix, prefix, middle", 0.5
-    )
-
-
-class ObjectiveConfig(ObjectiveSpec):
-    mixture: Annotated[tuple[ObjectiveSpec, ...], Field(strict=False)] = key(  # a list, in YAML
-        "several objectives instead of the one above, each with the same keys and a weight", ()
-    )
-
-    @property
-    def components(self) -> Sequence[ObjectiveSpec]:
-        """The objectives of the mixture, or the single objective."""
-        return self.mixture or (self,)
-
-
 class LossConfig(Section):
     label_smoothing: Fraction = key("share of the target's probability that is spread over the vocabulary", 0.0)
     z_loss: NonNegative = key("weight of the squared log-partition function, which keeps logits from drifting", 0.0)
-
-
-class OptimConfig(Section):
-    name: Literal["adamw", "muon", "sgd"] = key(
-        "optimizer; muon: Muon for the matrices of the blocks, AdamW for the rest", "adamw"
-    )
-    lr: PositiveFloat = key("peak learning rate", 3e-4)
-    beta1: Fraction = key("adamw: decay of the first moment", 0.9)
-    beta2: Fraction = key("adamw: decay of the second moment", 0.95)
-    eps: PositiveFloat = key("adamw: epsilon", 1e-8)
-    moments: Literal["fp32", "bf16"] = key("adamw: dtype of the stored moments; bf16 uses stochastic rounding", "fp32")
-    muon_momentum: Fraction = key("muon: Nesterov momentum", 0.95)
-    momentum: Fraction = key("sgd: momentum", 0.0)
-    weight_decay: NonNegative = key("decoupled weight decay (sgd: coupled)", 0.1)
-    decay_embeddings: bool = key("apply weight decay to embeddings too; norms and biases never decay", False)
-    clip: NonNegative = key("maximum global gradient norm; 0: no clipping", 1.0)
-    implementation: Literal["fused", "foreach"] = key("implementation of torch's AdamW update", "fused")
-
-
-class ScheduleConfig(Section):
-    name: Literal["cosine", "linear", "inverse_sqrt", "wsd", "constant"] = key(
-        "learning-rate schedule after warmup; wsd: warmup, stable, linear decay", "cosine"
-    )
-    warmup_steps: Count = key("steps of linear warmup from 0 to optim.lr", 0)
-    decay_steps: Count = key("cosine, linear and wsd: step at which the decay reaches min_ratio; 0: run.steps", 0)
-    decay_fraction: Fraction = key(
-        "wsd: last share of decay_steps, in which the rate decays; 0: it drops at once after decay_steps", 0.2
-    )
-    min_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = key("final learning rate as a share of optim.lr", 0.1)
-    on_extend: Literal["keep", "replan"] = key(
-        "resume with another run.steps and decay_steps 0: keep the planned decay (after it the rate stays at its "
-        "minimum), or replan it to end at the new run.steps (the rate jumps)",
-        "keep",
-    )
 
 
 class ParallelConfig(Section):
@@ -391,15 +317,15 @@ class LogConfig(Section):
 class Config(Section):
     """The config of a run."""
 
-    run: RunConfig
-    model: ModelConfig
-    data: DataConfig
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="training objective")
+    run: RunConfig = Field(description="length, directory and seed of the run")
+    model: ModelConfig = Field(description="architecture")
+    data: DataConfig = Field(description="corpora, windows and batches")
+    objective: ObjectiveConfig = Field(default_factory=CausalSpec, description="training objective")
     loss: LossConfig = Field(
         default_factory=LossConfig, description="training loss; evaluation uses the plain cross-entropy"
     )
-    optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer")
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning-rate schedule")
+    optim: OptimConfig = Field(default_factory=AdamWConfig, description="optimizer")
+    schedule: ScheduleConfig = Field(default_factory=CosineConfig, description="learning-rate schedule")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="parallel layout")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="checkpoints")
     guard: GuardConfig = Field(default_factory=GuardConfig, description="handling of bad steps")

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from dist_llm.config.compare import function_of
-from dist_llm.config.schema import MAX_LAYERS, ModelConfig
+from dist_llm.config.schema import ModelConfig
+from dist_llm.config.section import MAX_LAYERS
 from dist_llm.convert.hf_config_fields import ConfigFields
 from dist_llm.errors import CheckpointError
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dist_llm.config.compare import function_of
-from dist_llm.config.schema import Config, ModelConfig, OptimConfig
+from dist_llm.config.optim_sections import AdamWConfig, AdamWKeys
+from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.convert.hf_convert import to_huggingface
 from dist_llm.convert.hf_tensors import tensor_mappings
 from dist_llm.convert.weights import DictWeights, Weights, check_only_tensors
@@ -84,7 +85,9 @@ def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any
         name for _, name in sorted((_module_order(pair.hf), pair.hf) for pair in tensor_mappings("nanogpt", model))
     ]
     tensors = {name: view.read(name).float().contiguous() for name in dict.fromkeys(names)}
-    optimizer = _fresh_adamw(list(tensors.values()), config.optim)
+    optimizer = _fresh_adamw(
+        list(tensors.values()), config.optim if isinstance(config.optim, AdamWKeys) else AdamWConfig()
+    )
     tensors[HEAD] = tensors[EMBEDDING]
     return {
         "model": tensors,
@@ -106,7 +109,7 @@ def _module_order(name: str) -> tuple[int, int, int]:
     return IN_MODEL.index(BLOCKS), int(layer), 2 * IN_BLOCK.index(module) + (kind == "bias")
 
 
-def _fresh_adamw(tensors: Sequence[Tensor], optim: OptimConfig) -> dict[str, Any]:
+def _fresh_adamw(tensors: Sequence[Tensor], optim: AdamWKeys) -> dict[str, Any]:
     """Return the state of a new optimizer with nanoGPT's two groups: matrices have weight decay, vectors do not."""
     with torch.device("meta"):
         parameters = [nn.Parameter(torch.empty(tensor.shape)) for tensor in tensors]

@@ -8,10 +8,12 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from dist_llm.config.lengths import sample_tokens
-from dist_llm.config.schema import Config, ObjectiveConfig, ObjectiveSpec, SourceConfig
+from dist_llm.config.objective_sections import MixtureConfig, ObjectiveSpec
+from dist_llm.config.schema import Config, SourceConfig
+from dist_llm.config.section import parse_union
 from dist_llm.data.order import Mixture
 from dist_llm.data.plan import MixtureStage, SamplePlan, build_stages
 from dist_llm.data.streams import DataSource, compute_quotas, compute_weights, open_sources
@@ -63,6 +65,12 @@ class DataSpec(Record):
     sources: tuple[SourceRecord, ...]
     stages: tuple[StageRecord, ...]
 
+    @field_validator("objective")
+    @classmethod
+    def _only_used_keys(cls, components: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        """Runs of version 0.1.0 saved the keys of all objectives."""
+        return tuple(parse_union(ObjectiveSpec, fields).model_dump() for fields in components)
+
     def to_stages(self) -> list[MixtureStage]:
         """Return the stages with their first sample numbers."""
         firsts = [
@@ -105,7 +113,7 @@ def segment_from_config(config: Config, sources: Sequence[DataSource]) -> Segmen
         order=data.order,
         windows=data.windows,
         seq_len=data.seq_len,
-        objective=tuple(component.model_dump(exclude={"mixture"}) for component in config.objective.components),
+        objective=tuple(component.model_dump() for component in config.objective.components),
         tokenizer=sources[0].corpus.manifest.tokenizer_sha256,
         sources=tuple(
             SourceRecord(
@@ -140,12 +148,12 @@ def open_segment(config: Config, segment: Segment) -> tuple[Config, SamplePlan]:
         "seq_len": mix.seq_len,
         "global_batch": segment.global_batch,
     }
-    components = tuple(ObjectiveSpec(**fields) for fields in mix.objective)
+    components = tuple(parse_union(ObjectiveSpec, fields) for fields in mix.objective)
     then = config.model_copy(
         update={
             "run": config.run.model_copy(update={"seed": mix.seed}),
             "data": config.data.model_copy(update={**paths, **settings}),
-            "objective": ObjectiveConfig(mixture=components),
+            "objective": MixtureConfig(mixture=components),
         }
     )
     return then, segment.build_plan(open_sources(then))

@@ -10,7 +10,15 @@ import numpy.typing as npt
 import torch
 
 from dist_llm.config.lengths import Lengths, all_lengths, inputs_len
-from dist_llm.config.schema import Config, ObjectiveSpec
+from dist_llm.config.objective_sections import (
+    CausalSpec,
+    FIMSpec,
+    MaskedSpec,
+    ObjectiveSpec,
+    PrefixSpec,
+    SpanSpec,
+)
+from dist_llm.config.schema import Config
 from dist_llm.counter_rng import splitmix64
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
@@ -84,16 +92,16 @@ class Objective:
         if self.layout.document_mask and window.segment_ids_W is None and window.document_ids_W is None:
             raise ValueError("a window without document ids: its reader must take them from the corpus's offsets")
         two_stacks = self.encoder_len > 0
-        match spec.name:
-            case "causal":
+        match spec:
+            case CausalSpec():
                 return causal_example(window)
-            case "prefix":
+            case PrefixSpec():
                 return prefix_example(window, rng, spec, self.vocabulary, two_stacks)
-            case "masked":
+            case MaskedSpec():
                 return masked_example(window, rng, spec, self.vocabulary)
-            case "span":
+            case SpanSpec():
                 return span_example(window, rng, spec, size, self.vocabulary, two_stacks)
-            case "fim":
+            case FIMSpec():
                 return fim_example(window, rng, spec, self.vocabulary)
 
 
@@ -104,7 +112,7 @@ def build_objective(config: Config, vocabulary: Vocabulary, mask_prompts: bool =
     """
     specs, sizes = config.objective.components, all_lengths(config)
     two_stacks = config.model.architecture == "encoder_decoder"
-    bidirectional = any(spec.name in ("prefix", "span") and spec.see_prefix for spec in specs)
+    bidirectional = any(isinstance(spec, PrefixSpec | SpanSpec) and spec.see_prefix for spec in specs)
     layout = BatchLayout(
         causal=config.model.architecture != "encoder",
         prefix=bidirectional and not two_stacks,

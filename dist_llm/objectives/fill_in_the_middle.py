@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from dist_llm.config.schema import ObjectiveSpec
+from dist_llm.config.objective_sections import FIMSpec
 from dist_llm.objectives.examples import Example, TokenWindow
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 
 
-def fim_example(window: TokenWindow, rng: np.random.Generator, spec: ObjectiveSpec, vocabulary: Vocabulary) -> Example:
+def fim_example(window: TokenWindow, rng: np.random.Generator, spec: FIMSpec, vocabulary: Vocabulary) -> Example:
     """PSM: <prefix> first <suffix> last <middle> middle. SPM: <prefix> <suffix> last <middle> first middle.
 
     Three special tokens replace the window's last three tokens.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dist_llm.config.schema import ObjectiveSpec
+from dist_llm.config.objective_sections import MaskedSpec
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.examples import Example, Ints, TokenWindow
 from dist_llm.objectives.objective_vocabulary import Vocabulary
@@ -10,9 +10,7 @@ from dist_llm.objectives.objective_vocabulary import Vocabulary
 MASKED, RANDOM = 0.8, 0.1  # of the selected tokens; the rest stay unchanged
 
 
-def masked_example(
-    window: TokenWindow, rng: np.random.Generator, spec: ObjectiveSpec, vocabulary: Vocabulary
-) -> Example:
+def masked_example(window: TokenWindow, rng: np.random.Generator, spec: MaskedSpec, vocabulary: Vocabulary) -> Example:
     """A start token and the text with some tokens masked -> the masked tokens. Ends of documents are never selected."""
     tokens, documents = window.tokens_W.astype(np.int64), window.document_ids()
     selectable = tokens != vocabulary.eot

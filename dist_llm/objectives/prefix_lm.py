@@ -3,14 +3,14 @@
 
 import numpy as np
 
-from dist_llm.config.schema import ObjectiveSpec
+from dist_llm.config.objective_sections import PrefixSpec
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.examples import Example, TokenWindow
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 
 
 def prefix_example(
-    window: TokenWindow, rng: np.random.Generator, spec: ObjectiveSpec, vocabulary: Vocabulary, two_stacks: bool
+    window: TokenWindow, rng: np.random.Generator, spec: PrefixSpec, vocabulary: Vocabulary, two_stacks: bool
 ) -> Example:
     """Split the window at a uniformly random position: [mode] first part -> second part."""
     tokens, documents = window.tokens_W.astype(np.int64), window.document_ids()

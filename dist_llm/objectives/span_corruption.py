@@ -3,7 +3,7 @@
 import numpy as np
 
 from dist_llm.config.lengths import Lengths
-from dist_llm.config.schema import ObjectiveSpec
+from dist_llm.config.objective_sections import SpanSpec
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.examples import Example, Ints, TokenWindow
 from dist_llm.objectives.objective_vocabulary import Vocabulary
@@ -12,7 +12,7 @@ from dist_llm.objectives.objective_vocabulary import Vocabulary
 def span_example(
     window: TokenWindow,
     rng: np.random.Generator,
-    spec: ObjectiveSpec,
+    spec: SpanSpec,
     size: Lengths,
     vocabulary: Vocabulary,
     two_stacks: bool,

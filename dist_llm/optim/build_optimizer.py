@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn, optim
 
-from dist_llm.config.schema import OptimConfig
+from dist_llm.config.optim_sections import OptimConfig, OptimKeys
 from dist_llm.optim.adamw import BF16AdamW, LocalAdamW, LocalWithOffset, ToLocal
 from dist_llm.optim.muon import Muon, Orthogonalize, orthogonalize
 from dist_llm.optim.sgd import LocalSGD
@@ -37,12 +37,13 @@ def build_optimizer(
     muon_params = select_muon_params(parameters) if config.name == "muon" else {}
     adamw_params = ((name, parameter) for name, parameter in parameters if name not in muon_params)
     decay, no_decay = split_weight_decay(config, adamw_params)
-    muon_options = {"weight_decay": config.weight_decay, "momentum": config.muon_momentum}
     groups: list[dict[str, Any]] = [
         {"params": decay, "weight_decay": config.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
-        {"params": list(muon_params.values()), **muon_options},
     ]
+    if config.name == "muon":
+        muon_options = {"weight_decay": config.weight_decay, "momentum": config.muon_momentum}
+        groups.append({"params": list(muon_params.values()), **muon_options})
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
         if to_local is None:
@@ -64,7 +65,7 @@ def build_optimizer(
 
 
 def split_weight_decay(
-    config: OptimConfig, parameters: Iterable[tuple[str, nn.Parameter]]
+    config: OptimKeys, parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return (parameters with weight decay, parameters without).
 

@@ -2,32 +2,41 @@
 
 import math
 
-from dist_llm.config.schema import OptimConfig, ScheduleConfig
+from dist_llm.config.optim_sections import (
+    ConstantConfig,
+    CosineConfig,
+    DecayKeys,
+    InverseSqrtConfig,
+    LinearConfig,
+    OptimKeys,
+    ScheduleConfig,
+    WSDConfig,
+)
 
 
-def learning_rate(optim: OptimConfig, schedule: ScheduleConfig, step: int) -> float:
+def learning_rate(optim: OptimKeys, schedule: ScheduleConfig, step: int) -> float:
     """Return the learning rate of update `step`, counted from 1. T_w is warmup_steps, T_c is decay_steps.
 
     step < T_w: step * lr / T_w. After that, by name: cosine and linear decay to the floor at T_c and stay there;
     inverse_sqrt is lr * sqrt(T_w / step) (Vaswani et al. 2017, 5.3); wsd holds lr and decays linearly over the last
     decay_fraction of T_c (Hu et al. 2024); constant holds lr.
     """
-    peak, floor = optim.lr, optim.lr * schedule.min_ratio
-    warmup, end = schedule.warmup_steps, schedule.decay_steps
-    assert end or schedule.name in ("constant", "inverse_sqrt"), "decay_steps is not resolved"
+    peak, warmup = optim.lr, schedule.warmup_steps
+    assert not isinstance(schedule, DecayKeys) or schedule.decay_steps, "decay_steps is not resolved"
     if step < warmup:
         return peak * step / warmup
-    match schedule.name:
-        case "constant":
-            return peak
-        case "inverse_sqrt":
+    if isinstance(schedule, ConstantConfig):
+        return peak
+    floor = peak * schedule.min_ratio
+    match schedule:
+        case InverseSqrtConfig():
             return max(floor, peak * math.sqrt(max(warmup, 1) / step))
-        case "wsd":
+        case WSDConfig(decay_steps=end):
             start = max(warmup, end - round(schedule.decay_fraction * end))
             return peak + (floor - peak) * _progress(step, start, end)
-        case "linear":
+        case LinearConfig(decay_steps=end):
             return peak + (floor - peak) * _progress(step, warmup, end)
-        case "cosine":
+        case CosineConfig(decay_steps=end):
             return floor + (peak - floor) * (1 + math.cos(math.pi * _progress(step, warmup, end))) / 2
 
 

@@ -9,7 +9,9 @@ from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.store import read_progress
 from dist_llm.config.derive import plan_schedule
 from dist_llm.config.load import parse_yaml
-from dist_llm.config.schema import Config, OptimConfig, ScheduleConfig
+from dist_llm.config.optim_sections import DecayKeys, OptimConfig, ScheduleConfig
+from dist_llm.config.schema import Config
+from dist_llm.config.section import parse_union
 from dist_llm.optim.schedule import learning_rate
 
 log = logging.getLogger("dist_llm")
@@ -24,11 +26,11 @@ def plan_rate(config: Config, checkpoint: Folder | None) -> Config:
     if checkpoint is None:
         return plan_schedule(config)
     saved = parse_yaml(checkpoint.read("config.yaml").decode(), f"{checkpoint}/config.yaml")
-    schedule = ScheduleConfig.model_validate(_known(ScheduleConfig, saved.get("schedule", {})))
-    optim = OptimConfig.model_validate(_known(OptimConfig, saved.get("optim", {})))
+    schedule: ScheduleConfig = parse_union(ScheduleConfig, saved.get("schedule", {}))
+    optim: OptimConfig = parse_union(OptimConfig, saved.get("optim", {}))
     planned, next_step = plan_schedule(config, schedule), read_progress(checkpoint).step + 1
-    decay_steps = planned.schedule.decay_steps
-    if not config.schedule.decay_steps and decay_steps != config.run.steps:
+    decay_steps = _decay_steps(planned.schedule)
+    if _decay_steps(config.schedule) == 0 and decay_steps != config.run.steps:
         replanned = learning_rate(config.optim, plan_schedule(config).schedule, next_step)
         rate = learning_rate(config.optim, planned.schedule, next_step)
         if rate != replanned:
@@ -37,7 +39,7 @@ def plan_rate(config: Config, checkpoint: Folder | None) -> Config:
                 "has %.3g. With schedule.on_extend=replan it would have %.3g",
                 *(decay_steps, config.run.steps, next_step, rate, replanned),
             )
-    if schedule.decay_steps:
+    if _decay_steps(schedule) != 0:
         before, now = (
             learning_rate(optim, schedule, next_step),
             learning_rate(config.optim, planned.schedule, next_step),
@@ -49,6 +51,6 @@ def plan_rate(config: Config, checkpoint: Folder | None) -> Config:
     return planned
 
 
-def _known(section: type[ScheduleConfig | OptimConfig], saved: dict[str, object]) -> dict[str, object]:
-    """Without keys that another version had."""
-    return {name: value for name, value in saved.items() if name in section.model_fields}
+def _decay_steps(schedule: ScheduleConfig) -> int | None:
+    """The step at which the decay ends; 0: not planned; None: the schedule has no such step."""
+    return schedule.decay_steps if isinstance(schedule, DecayKeys) else None

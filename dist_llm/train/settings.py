@@ -8,7 +8,9 @@ from dist_llm.config.check import check
 from dist_llm.config.check_data import sources_of
 from dist_llm.config.compare import merge_model
 from dist_llm.config.derive import resolve
-from dist_llm.config.load import FROM, Violation, load_config, refuse
+from dist_llm.config.describe import FROM
+from dist_llm.config.load import Violation, load_config, refuse
+from dist_llm.config.objective_sections import MaskedSpec
 from dist_llm.config.schema import Config
 from dist_llm.data.mirror import localize_corpus
 from dist_llm.data.shard import Manifest
@@ -19,7 +21,7 @@ from dist_llm.text.tokenizer import Tokenizer
 
 def read_vocabulary(config: Config, directory: Path) -> Vocabulary:
     """What the config's objective has to know of the ids of the tokenizer in `directory`."""
-    with_words = any(each.whole_words for each in config.objective.components)
+    with_words = any(isinstance(each, MaskedSpec) and each.whole_words for each in config.objective.components)
     return Tokenizer.load(directory).vocabulary(with_words)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from dist_llm.config.check import check
 from dist_llm.config.derive import AXES, divisors, dp_shard, resolve, round_up
+from dist_llm.config.describe import describe
 from dist_llm.config.lengths import SPECIALS, all_lengths
 from dist_llm.config.schema import Config
 from dist_llm.data.shard import Manifest
@@ -13,6 +14,7 @@ from dist_llm.errors import ConfigError
 from dist_llm.train.settings import read_config
 
 VOCAB = 300
+KEYS = {row[0] for row in describe()}
 
 
 def make(**keys):
@@ -110,12 +112,6 @@ RULES = [
         1,
         "checkpoint.keep_best",
         "set eval.every to a divisor of checkpoint.every",
-    ),
-    (
-        {"optim__moments": "bf16", "optim__name": "sgd"},
-        1,
-        "optim.moments",
-        "sgd has no AdamW moments, but bf16 is set; set fp32",
     ),
     (
         {"optim__name": "muon", "parallel__cpu_offload": True},
@@ -229,7 +225,6 @@ RULES = [
         "objective.mixture.1.name",
         "masked is no objective of model.architecture decoder",
     ),
-    ({"objective__mode": "R"}, 1, "objective.mode", "causal has no mode token; leave it empty"),
     (
         {"objective__name": "span", "data__seq_len": 4},
         1,
@@ -363,7 +358,7 @@ def test_a_broken_rule_names_its_place_and_the_way_out(change, world, place, mes
     for key in violation.keys:
         section, _, leaf = key.partition(".")
         leaf = leaf.split(".")[0]  # of a mixture's member: the mixture
-        assert not leaf or leaf in Config.model_fields[section].annotation.model_fields, "a key that exists"
+        assert not leaf or f"{section}.{leaf}" in KEYS, "a key that exists"
 
 
 @pytest.mark.parametrize(
@@ -376,8 +371,6 @@ def test_a_broken_rule_names_its_place_and_the_way_out(change, world, place, mes
         {"schedule__warmup_steps": 10, "schedule__decay_steps": 10},
         {"checkpoint__keep_best": 1, "eval__every": 250},
         {"schedule__warmup_steps": 1000},  # a trial of a long run may end inside its warm-up
-        {"schedule__warmup_steps": 11, "schedule__decay_steps": 10, "schedule__name": "constant"},
-        {"schedule__warmup_steps": 11, "schedule__decay_steps": 10, "schedule__name": "inverse_sqrt"},
     ],
 )
 def test_what_only_looks_wrong_passes(change):

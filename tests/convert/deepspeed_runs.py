@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
 
-from dist_llm.config.schema import ModelConfig, OptimConfig
+from dist_llm.config.optim_sections import AdamWConfig
+from dist_llm.config.schema import ModelConfig
 from dist_llm.models.attention_mask import EncoderInput
 from dist_llm.models.build_model import build_model
 from dist_llm.optim.build_optimizer import build_optimizer
@@ -37,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "shared": {"architecture": "encoder_decoder", "n_encoder_layers": 1, "positions": "none", "tie_embeddings": True},
 }
 FROZEN = {"shared": "blocks.0.norm_attention.weight"}
-OPTIM = OptimConfig(lr=1e-2, implementation="foreach")
+OPTIM = AdamWConfig(lr=1e-2, implementation="foreach")
 ROWS, S = 4, 8
 Named = dict[str, Tensor]
 

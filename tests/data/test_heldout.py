@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_llm.config.lengths import Lengths
-from dist_llm.config.schema import ObjectiveSpec
+from dist_llm.config.objective_sections import CausalSpec, MaskedSpec
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.build_objective import Objective
 from dist_llm.objectives.examples import BatchLayout
@@ -15,7 +15,7 @@ from dist_llm.train.evaluate import Heldout, evaluate, heldout_batches
 
 SEQ = 8
 PLAIN = Objective(
-    ((ObjectiveSpec(), Lengths(SEQ + 1, SEQ, SEQ)),),
+    ((CausalSpec(), Lengths(SEQ + 1, SEQ, SEQ)),),
     Vocabulary(99, 98),
     BatchLayout(True, False, False, False),
     SEQ,
@@ -57,7 +57,7 @@ def test_each_window_of_a_masked_objective_is_scored_once(micro_batch, ranks, co
     """Including the windows of a partial last batch."""
     windows = 7
     corpus = counting(windows * SEQ, "heldout")
-    components = ((ObjectiveSpec(name="masked", mask_rate=0.9), Lengths(SEQ, SEQ, SEQ + 1)),)
+    components = ((MaskedSpec(mask_rate=0.9), Lengths(SEQ, SEQ, SEQ + 1)),)
     masked = Objective(components, Vocabulary(99, 98), BatchLayout(False, True, False, False), SEQ + 1, 0, 0)
     scored = []
     for rank in range(ranks):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dist_llm.config.lengths import Lengths
-from dist_llm.config.schema import DataConfig, ObjectiveSpec
+from dist_llm.config.objective_sections import CausalSpec
+from dist_llm.config.schema import DataConfig
 from dist_llm.data.loader import Loader
 from dist_llm.data.order import Mixture, Random, Shuffle
 from dist_llm.data.plan import MixtureStage, SamplePlan
@@ -27,7 +28,7 @@ STEPS = 3
 WORLDS = (1, 2, 3, 4, 8)
 SIZE = Lengths(SEQ + 1, SEQ, SEQ)
 CAUSAL_ONLY = Objective(
-    ((ObjectiveSpec(), SIZE),), Vocabulary(1000, 999), BatchLayout(True, False, False, False), SEQ, 0, 3
+    ((CausalSpec(), SIZE),), Vocabulary(1000, 999), BatchLayout(True, False, False, False), SEQ, 0, 3
 )
 
 

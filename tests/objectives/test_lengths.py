@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_llm.config.lengths import lengths
-from dist_llm.config.schema import ObjectiveSpec
+from dist_llm.config.objective_sections import ObjectiveSpec, SpanSpec
+from dist_llm.config.section import parse_union
 
 spans = st.builds(
-    lambda density, mean, mode: ObjectiveSpec(name="span", noise_density=density, mean_span=mean, mode=mode),
+    lambda density, mean, mode: SpanSpec(noise_density=density, mean_span=mean, mode=mode),
     st.floats(0.01, 0.9),
     st.floats(1.0, 64.0),
     st.sampled_from(["", "X"]),
@@ -36,14 +37,14 @@ def test_one_stack_is_exactly_filled(spec, seq_len):
 @pytest.mark.parametrize("seq_len", [100, 512, 2048])
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
 def test_density_and_span_length_are_those_asked_for(architecture, seq_len):
-    size = lengths(ObjectiveSpec(name="span"), architecture, seq_len)
+    size = lengths(SpanSpec(), architecture, seq_len)
     assert size.noise / size.window == pytest.approx(0.15, abs=1 / size.window)
     assert abs(size.spans - size.noise / 3.0) < 1
 
 
 def test_t5s_published_lengths():
     """Raffel et al. 2020: 512 inputs at 15% and mean 3 are made of 568 tokens and 114 targets (T5's own source)."""
-    size = lengths(ObjectiveSpec(name="span"), "encoder_decoder", 512)
+    size = lengths(SpanSpec(), "encoder_decoder", 512)
     assert (size.window, size.source, size.inputs) == (568, 512, 114)
 
 
@@ -52,13 +53,13 @@ def test_t5s_published_lengths():
     [("causal", "decoder", 9, 8), ("prefix", "decoder", 9, 8), ("fim", "decoder", 9, 8), ("masked", "encoder", 7, 7)],
 )
 def test_windows_follow_each_other_without_a_gap(name, architecture, window, stride):
-    size = lengths(ObjectiveSpec(name=name), architecture, 8)
+    size = lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, 8)
     assert (size.window, size.stride, size.inputs) == (window, stride, 8)
 
 
 @pytest.mark.parametrize(("name", "least"), [("span", 5), ("prefix", 2), ("masked", 2), ("fim", 7)])
 def test_too_short_a_sequence_is_refused(name, least):
     architecture = "encoder" if name == "masked" else "decoder"
-    lengths(ObjectiveSpec(name=name), architecture, least)
+    lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, least)
     with pytest.raises(ValueError, match=f"{name} needs at least {least} tokens"):
-        lengths(ObjectiveSpec(name=name), architecture, least - 1)
+        lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, least - 1)

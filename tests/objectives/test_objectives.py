@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_llm.config.lengths import SPECIALS, Lengths, lengths
-from dist_llm.config.schema import ObjectiveSpec
+from dist_llm.config.objective_sections import FIMSpec, MaskedSpec, PrefixSpec, SpanSpec
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.build_objective import Objective, build_objective
 from dist_llm.objectives.examples import TokenWindow, document_positions
@@ -54,7 +54,7 @@ def restored(kept, cut):
 
 def test_masked_statistics_over_a_million_tokens():
     tokens = text(1_000_000)
-    row = masked_example(TokenWindow(tokens), rng(), ObjectiveSpec(name="masked"), VOCABULARY)
+    row = masked_example(TokenWindow(tokens), rng(), MaskedSpec(), VOCABULARY)
     inputs, targets = row.inputs_S[1:], row.targets_S[1:]
     selected = targets != IGNORE
     can_be = (tokens != EOT).sum()
@@ -79,9 +79,7 @@ def test_whole_words_are_selected_together():
     word[: V // 2] = True  # ids below V/2 begin and end inside a word, so they go on with one
     vocabulary = Vocabulary(V, EOT, word)
     tokens = text(200_000, seed=1)
-    row = masked_example(
-        TokenWindow(tokens), rng(), ObjectiveSpec(name="masked", whole_words=True, mask_rate=0.2), vocabulary
-    )
+    row = masked_example(TokenWindow(tokens), rng(), MaskedSpec(whole_words=True, mask_rate=0.2), vocabulary)
     selected = row.targets_S[1:] != IGNORE
     goes_on = (tokens[1:] < V // 2) & (tokens[:-1] < V // 2)
     assert np.array_equal(selected[1:][goes_on], selected[:-1][goes_on])
@@ -114,7 +112,7 @@ def test_the_tokenizer_says_what_is_inside_a_word():
     st.integers(0, 1000),
 )
 def test_what_was_cut_out_fits_in_again(seq_len, density, mean, two_stacks, mode, seed):
-    spec = ObjectiveSpec(name="span", noise_density=density, mean_span=mean, mode=mode)
+    spec = SpanSpec(noise_density=density, mean_span=mean, mode=mode)
     size = lengths(spec, "encoder_decoder" if two_stacks else "decoder", seq_len)
     tokens = text(size.window, seed)
     row = span_example(TokenWindow(tokens), rng(seed), spec, size, VOCABULARY, two_stacks)
@@ -163,9 +161,7 @@ def test_every_cut_is_as_likely():
 def test_the_prefix_is_seen_and_the_rest_is_asked_for(mode):
     tokens, cuts = text(50), []
     for seed in range(2000):
-        row = prefix_example(
-            TokenWindow(tokens), rng(seed), ObjectiveSpec(name="prefix", mode=mode), VOCABULARY, two_stacks=False
-        )
+        row = prefix_example(TokenWindow(tokens), rng(seed), PrefixSpec(mode=mode), VOCABULARY, two_stacks=False)
         front = [VOCABULARY.special("S")] if mode else []
         assert [*row.inputs_S.tolist(), row.targets_S[-1]] == [*front, *tokens.tolist()]
         scored = row.targets_S != IGNORE
@@ -178,7 +174,7 @@ def test_the_prefix_is_seen_and_the_rest_is_asked_for(mode):
 
 def test_a_prefix_for_two_stacks():
     tokens = text(50)
-    row = prefix_example(TokenWindow(tokens), rng(), ObjectiveSpec(name="prefix"), VOCABULARY, two_stacks=True)
+    row = prefix_example(TokenWindow(tokens), rng(), PrefixSpec(), VOCABULARY, two_stacks=True)
     assert np.concatenate((row.encoder_T, row.targets_S)).tolist() == tokens.tolist()
     assert row.inputs_S.tolist() == [START, *row.targets_S[:-1].tolist()]
 
@@ -191,9 +187,7 @@ def test_the_middle_comes_last(spm):
     tokens = text(40)
     before, middle, after = (VOCABULARY.special(f"fim_{part}") for part in ("prefix", "middle", "suffix"))
     for seed in range(200):
-        row = fim_example(
-            TokenWindow(tokens), rng(seed), ObjectiveSpec(name="fim", fim_rate=1.0, fim_spm_rate=spm), VOCABULARY
-        )
+        row = fim_example(TokenWindow(tokens), rng(seed), FIMSpec(fim_rate=1.0, fim_spm_rate=spm), VOCABULARY)
         whole = [*row.inputs_S.tolist(), int(row.targets_S[-1])]
         assert np.array_equal(row.targets_S[:-1], row.inputs_S[1:])
         a, b, c = whole.index(before), whole.index(middle), whole.index(after)
@@ -209,9 +203,7 @@ def test_the_middle_comes_last(spm):
 def test_some_samples_are_left_as_they_are():
     tokens = text(40)
     changed = [
-        not np.array_equal(
-            fim_example(TokenWindow(tokens), rng(seed), ObjectiveSpec(name="fim"), VOCABULARY).inputs_S, tokens[:-1]
-        )
+        not np.array_equal(fim_example(TokenWindow(tokens), rng(seed), FIMSpec(), VOCABULARY).inputs_S, tokens[:-1])
         for seed in range(1000)
     ]
     assert np.mean(changed) == pytest.approx(0.5, abs=0.05)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from dist_llm.config.schema import ModelConfig, OptimConfig
+from dist_llm.config.optim_sections import AdamWConfig, SGDConfig
+from dist_llm.config.schema import ModelConfig
 from dist_llm.models.decoder import Decoder
 from dist_llm.optim.build_optimizer import build_optimizer, split_weight_decay
 
@@ -56,7 +57,7 @@ def shipped(config, rate, dtype):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_thousand_steps_are_those_of_the_paper(implementation):
     """In fp64 to rounding. In fp32 to 5e-6: values near 1, a thousand roundings of 6e-8 that mostly cancel."""
-    config = OptimConfig(lr=1e-2, weight_decay=0.1, beta2=0.95, eps=1e-8, implementation=implementation)
+    config = AdamWConfig(lr=1e-2, weight_decay=0.1, beta2=0.95, eps=1e-8, implementation=implementation)
 
     def rate(t):
         return 1e-2 * (1 - t / (2 * STEPS))
@@ -70,7 +71,7 @@ def test_a_thousand_steps_are_those_of_the_paper(implementation):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_has_momentum_and_coupled_decay(momentum):
-    config = OptimConfig(name="sgd", lr=0.1, momentum=momentum, weight_decay=0.01)
+    config = SGDConfig(lr=0.1, momentum=momentum, weight_decay=0.01)
     parameter = nn.Parameter(torch.full((2, 2), 3.0, dtype=torch.float64))
     optimizer = build_optimizer(config, [("w", parameter)])
     want, velocity = 3.0, 0.0
@@ -92,7 +93,7 @@ def test_who_is_decayed(tie, decay_embeddings):
         )
     )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = split_weight_decay(OptimConfig(decay_embeddings=decay_embeddings), model.named_parameters())
+    groups = split_weight_decay(AdamWConfig(decay_embeddings=decay_embeddings), model.named_parameters())
     decayed, free = ({names[id(parameter)] for parameter in group} for group in groups)
 
     block = {f"attention.{part}.weight" for part in ("q", "k", "v", "out")}
@@ -108,7 +109,7 @@ def test_who_is_decayed(tie, decay_embeddings):
 
 def test_the_settings_reach_the_optimizer():
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    config = OptimConfig(lr=0.3, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.2)
+    config = AdamWConfig(lr=0.3, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.2)
     optimizer = build_optimizer(config, [("w", matrix), ("b", vector)])
     by_decay = {group["weight_decay"]: group for group in optimizer.param_groups}
     assert by_decay[0.2]["params"] == [matrix]
@@ -118,4 +119,4 @@ def test_the_settings_reach_the_optimizer():
 
 
 def test_a_model_of_vectors_only_has_one_group():
-    assert len(build_optimizer(OptimConfig(), [("b", nn.Parameter(torch.ones(2)))]).param_groups) == 1
+    assert len(build_optimizer(AdamWConfig(), [("b", nn.Parameter(torch.ones(2)))]).param_groups) == 1

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dist_llm import counter_rng
 from dist_llm.checkpoint.checkpoint_state import TorchState
-from dist_llm.config.schema import OptimConfig
+from dist_llm.config.optim_sections import AdamWConfig
 from dist_llm.optim.adamw import BF16AdamW, stochastic_round_bf16
 from dist_llm.optim.build_optimizer import build_optimizer
 
@@ -39,7 +39,7 @@ def test_what_bf16_holds_is_kept_and_so_is_what_is_not_finite() -> None:
 
 def test_a_second_moment_grows_where_the_nearest_would_stand_still() -> None:
     """A gradient of 1 under beta2 = 0.999: a step adds 1/1000 of what is missing; the nearest stops halfway."""
-    config = OptimConfig(moments="bf16", beta2=0.999, lr=1e-9)
+    config = AdamWConfig(moments="bf16", beta2=0.999, lr=1e-9)
     held = nn.Parameter(torch.zeros(256, 16))
     optimizer = build_optimizer(config, [("w", held)])
     nearest = torch.zeros((), dtype=torch.bfloat16)
@@ -55,7 +55,7 @@ def test_a_second_moment_grows_where_the_nearest_would_stand_still() -> None:
 
 def taken(moments: str, shape: tuple[int, ...], count: int) -> tuple[Tensor, BF16AdamW]:
     held = nn.Parameter(torch.full(shape, 0.5))
-    config = OptimConfig(moments=moments, lr=1e-2, beta2=0.95, weight_decay=0.1)
+    config = AdamWConfig(moments=moments, lr=1e-2, beta2=0.95, weight_decay=0.1)
     optimizer = build_optimizer(config, [("w", held)])
     for step in range(count):
         held.grad = held.detach() - 0.1 + torch.randn(shape, generator=torch.Generator().manual_seed(step))
@@ -86,7 +86,7 @@ def test_a_slice_steps_as_it_does_in_the_whole(monkeypatch) -> None:
     whole, _ = taken("bf16", (12, 5), 20)
     monkeypatch.setattr(counter_rng, "CHUNK_ELEMENTS", 20)
     held = nn.Parameter(torch.full((4, 5), 0.5))
-    config = OptimConfig(moments="bf16", lr=1e-2, beta2=0.95, weight_decay=0.1)
+    config = AdamWConfig(moments="bf16", lr=1e-2, beta2=0.95, weight_decay=0.1)
     optimizer = build_optimizer(config, [("w", held)], local_with_offset=lambda tensor: (tensor, (6, 0)))
     for step in range(20):
         noise = torch.randn(12, 5, generator=torch.Generator().manual_seed(step))
@@ -99,7 +99,7 @@ def test_a_resume_allocates_the_moments_in_bf16() -> None:
     """A checkpoint loads into the dtypes that `allocate_moments` chooses; fp32 moments would not be rounded again."""
     model = nn.Module()
     model.w = nn.Parameter(torch.full((3, 4), 0.5))
-    state = TorchState(model, build_optimizer(OptimConfig(moments="bf16"), model.named_parameters()))
+    state = TorchState(model, build_optimizer(AdamWConfig(moments="bf16"), model.named_parameters()))
     state.allocate_moments({"optim.w.step": (), "optim.w.exp_avg": (3, 4), "optim.w.exp_avg_sq": (3, 4)})
     dtypes = {name: moment.dtype for name, moment in state.moments().items()}
     bf16 = torch.bfloat16

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_llm.config.schema import OptimConfig
+from dist_llm.config.optim_sections import AdamWConfig, MuonConfig, OptimConfig
 from dist_llm.optim.build_optimizer import build_optimizer, select_muon_params
 from dist_llm.optim.muon import newton_schulz, orthogonalize
 
@@ -60,8 +60,8 @@ def steps(config: OptimConfig, count: int = 3) -> dict[str, torch.Tensor]:
 
 
 def test_matrices_of_blocks_are_muons_and_all_else_adamws() -> None:
-    muon = steps(OptimConfig(name="muon", lr=0.01, weight_decay=0.1))
-    adamw = steps(OptimConfig(name="adamw", lr=0.01, weight_decay=0.1))
+    muon = steps(MuonConfig(lr=0.01, weight_decay=0.1))
+    adamw = steps(AdamWConfig(lr=0.01, weight_decay=0.1))
     others = [name for name in muon if not torch.equal(muon[name], adamw[name])]
     assert (
         others
@@ -76,7 +76,7 @@ def test_matrices_of_blocks_are_muons_and_all_else_adamws() -> None:
 def test_three_steps_are_those_of_the_definition() -> None:
     """Nesterov momentum, decay times the rate, 0.2 sqrt(larger side), in fp64."""
     rate, decay, beta, name = 0.01, 0.1, 0.9, "blocks.0.feedforward.up.weight"
-    got = steps(OptimConfig(name="muon", lr=rate, weight_decay=decay, muon_momentum=beta))[name]
+    got = steps(MuonConfig(lr=rate, weight_decay=decay, muon_momentum=beta))[name]
     weight, momentum = parameters()[name].detach().double(), torch.zeros(12, 4, dtype=torch.float64)
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
@@ -91,7 +91,7 @@ def test_three_steps_are_those_of_the_definition() -> None:
 def test_an_update_has_the_size_of_adamws() -> None:
     """Of a large random gradient: AdamW's first step has an RMS of 1, Muon's 0.2 times the scale of Liu et al."""
     held = nn.Parameter(torch.zeros(64, 96))
-    optimizer = build_optimizer(OptimConfig(name="muon", lr=1.0, weight_decay=0.0), [("blocks.0.w", held)])
+    optimizer = build_optimizer(MuonConfig(lr=1.0, weight_decay=0.0), [("blocks.0.w", held)])
     held.grad = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     optimizer.step()
     assert held.detach().square().mean().sqrt() == pytest.approx(0.2, rel=0.15)
@@ -99,7 +99,7 @@ def test_an_update_has_the_size_of_adamws() -> None:
 
 def test_a_matrix_without_a_gradient_goes_on_by_its_momentum() -> None:
     held = nn.Parameter(torch.zeros(4, 4))
-    optimizer = build_optimizer(OptimConfig(name="muon", lr=1.0, weight_decay=0.0), [("blocks.0.w", held)])
+    optimizer = build_optimizer(MuonConfig(lr=1.0, weight_decay=0.0), [("blocks.0.w", held)])
     held.grad = torch.eye(4)
     optimizer.step()
     before = held.detach().clone()

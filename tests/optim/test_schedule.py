@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_llm.config.schema import OptimConfig, ScheduleConfig
+from dist_llm.config.optim_sections import AdamWConfig, ScheduleConfig
+from dist_llm.config.section import union_members
 from dist_llm.optim.schedule import learning_rate
 
 PEAK, FLOOR = 2.0, 0.5
@@ -17,8 +18,10 @@ FALLING_TO_THE_FLOOR = ("cosine", "linear", "wsd")
 
 
 def rate(name, step, warmup=WARMUP, end=END, min_ratio=FLOOR / PEAK, **more):
-    schedule = ScheduleConfig(name=name, warmup_steps=warmup, decay_steps=end, min_ratio=min_ratio, **more)
-    return learning_rate(OptimConfig(lr=PEAK), schedule, step)
+    keys = {"warmup_steps": warmup, "decay_steps": end, "min_ratio": min_ratio, **more}
+    member = union_members(ScheduleConfig)[name]
+    schedule = member(**{key: value for key, value in keys.items() if key in member.model_fields})
+    return learning_rate(AdamWConfig(lr=PEAK), schedule, step)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,106 @@
+"""The section `objective`: one class for each training objective, and mixtures of them."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, cast
+
+from pydantic import Field, Tag
+
+from dist_llm.config.section import PositiveFloat, Rate, Section, key, select_by_name
+
+OBJECTIVE = "next tokens, tokens after a prefix, masked tokens, removed spans, or a removed middle (fill in the middle)"
+MODE = "mode token that is put first (UL2); empty: none"
+SEE_PREFIX = "in a decoder: bidirectional attention within the prefix; false: causal"
+
+Mode = Literal["", "R", "S", "X"]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ObjectiveKeys(Section):
+    """The keys of all objectives."""
+
+    name: str = key(OBJECTIVE)
+    weight: PositiveFloat = key("share of the samples in a mixture", 1.0)
+
+    @property
+    def components(self) -> "Sequence[ObjectiveSpec]":
+        """The objectives of the mixture: this one."""
+        return (cast("ObjectiveSpec", self),)
+
+
+class CausalSpec(ObjectiveKeys):
+    """Predict the next tokens."""
+
+    name: Literal["causal"] = key(OBJECTIVE, "causal")
+
+
+class PrefixSpec(ObjectiveKeys):
+    """Predict the tokens after a prefix."""
+
+    name: Literal["prefix"] = key(OBJECTIVE, "prefix")
+    mode: Mode = key(MODE, "")
+    see_prefix: bool = key(SEE_PREFIX, True)
+
+
+class MaskedSpec(ObjectiveKeys):
+    """Predict masked tokens."""
+
+    name: Literal["masked"] = key(OBJECTIVE, "masked")
+    mask_rate: Rate = key("share of the tokens selected; 80% of them are masked, 10% random, 10% unchanged", 0.15)
+    whole_words: bool = key("select whole words instead of tokens", False)
+
+
+class SpanSpec(ObjectiveKeys):
+    """Predict removed spans."""
+
+    name: Literal["span"] = key(OBJECTIVE, "span")
+    mode: Mode = key(MODE, "")
+    see_prefix: bool = key(SEE_PREFIX, True)
+    noise_density: Rate = key("share of the tokens that is removed", 0.15)
+    mean_span: Annotated[float, Field(ge=1.0)] = key("mean length of a removed span in tokens", 3.0)
+
+
+class FIMSpec(ObjectiveKeys):
+    """Predict a removed middle."""
+
+    name: Literal["fim"] = key(OBJECTIVE, "fim")
+    fim_rate: Probability = key("share of the samples with a removed middle", 0.5)
+    fim_spm_rate: Probability = key("share of those samples in the order suffix, prefix, middle", 0.5)
+
+
+ObjectiveSpec = Annotated[
+    Annotated[CausalSpec, Tag("causal")]
+    | Annotated[PrefixSpec, Tag("prefix")]
+    | Annotated[MaskedSpec, Tag("masked")]
+    | Annotated[SpanSpec, Tag("span")]
+    | Annotated[FIMSpec, Tag("fim")],
+    select_by_name("causal"),
+]
+
+
+class MixtureConfig(Section):
+    """Several objectives, each with a share of the samples."""
+
+    mixture: Annotated[tuple[ObjectiveSpec, ...], Field(strict=False)] = key(  # a list, in YAML
+        "several objectives instead of the one above, each with the same keys and a weight"
+    )
+
+    @property
+    def components(self) -> Sequence[ObjectiveSpec]:
+        """The objectives of the mixture."""
+        return self.mixture
+
+
+ObjectiveConfig = Annotated[
+    Annotated[CausalSpec, Tag("causal")]
+    | Annotated[PrefixSpec, Tag("prefix")]
+    | Annotated[MaskedSpec, Tag("masked")]
+    | Annotated[SpanSpec, Tag("span")]
+    | Annotated[FIMSpec, Tag("fim")]
+    | Annotated[MixtureConfig, Tag("mixture")],
+    select_by_name("causal"),
+]
+
+
+def mode_of(spec: ObjectiveSpec) -> str:
+    """The mode token of an objective; empty: none."""
+    return spec.mode if isinstance(spec, PrefixSpec | SpanSpec) else ""

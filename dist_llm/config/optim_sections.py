@@ -1,0 +1,129 @@
+"""The sections `optim` and `schedule`: one class for each optimizer and each learning-rate schedule."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Tag
+
+from dist_llm.config.section import (
+    Count,
+    Fraction,
+    NonNegative,
+    PositiveFloat,
+    Section,
+    key,
+    select_by_name,
+)
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+
+OPTIMIZER = "optimizer; muon: Muon for the matrices of the blocks, AdamW for the rest"
+SCHEDULE = "learning-rate schedule after warmup; wsd: warmup, stable, linear decay"
+
+
+class OptimKeys(Section):
+    """The keys of all optimizers."""
+
+    name: str = key(OPTIMIZER)
+    lr: PositiveFloat = key("peak learning rate", 3e-4)
+    weight_decay: NonNegative = key("decoupled weight decay (sgd: coupled)", 0.1)
+    decay_embeddings: bool = key("apply weight decay to embeddings too; norms and biases never decay", False)
+    clip: NonNegative = key("maximum global gradient norm; 0: no clipping", 1.0)
+
+
+class AdamWKeys(OptimKeys):
+    """The keys of AdamW, which also updates the parameters that Muon does not."""
+
+    beta1: Fraction = key("decay of the first moment", 0.9)
+    beta2: Fraction = key("decay of the second moment", 0.95)
+    eps: PositiveFloat = key("epsilon", 1e-8)
+    moments: Literal["fp32", "bf16"] = key("dtype of the stored moments; bf16 uses stochastic rounding", "fp32")
+    implementation: Literal["fused", "foreach"] = key("implementation of torch's AdamW update", "fused")
+
+
+class AdamWConfig(AdamWKeys):
+    """AdamW for all parameters."""
+
+    name: Literal["adamw"] = key(OPTIMIZER, "adamw")
+
+
+class MuonConfig(AdamWKeys):
+    """Muon for the matrices of the blocks, AdamW for the rest."""
+
+    name: Literal["muon"] = key(OPTIMIZER, "muon")
+    muon_momentum: Fraction = key("Nesterov momentum", 0.95)
+
+
+class SGDConfig(OptimKeys):
+    """Stochastic gradient descent for all parameters."""
+
+    name: Literal["sgd"] = key(OPTIMIZER, "sgd")
+    momentum: Fraction = key("momentum", 0.0)
+
+
+OptimConfig = Annotated[
+    Annotated[AdamWConfig, Tag("adamw")] | Annotated[MuonConfig, Tag("muon")] | Annotated[SGDConfig, Tag("sgd")],
+    select_by_name("adamw"),
+]
+
+
+class ScheduleKeys(Section):
+    """The keys of all schedules."""
+
+    name: str = key(SCHEDULE)
+    warmup_steps: Count = key("steps of linear warmup from 0 to optim.lr", 0)
+
+
+class DecayKeys(ScheduleKeys):
+    """The keys of schedules that reach their minimum at a given step."""
+
+    decay_steps: Count = key("step at which the decay reaches min_ratio; 0: run.steps", 0)
+    min_ratio: Ratio = key("final learning rate as a share of optim.lr", 0.1)
+    on_extend: Literal["keep", "replan"] = key(
+        "resume with another run.steps and decay_steps 0: keep the planned decay (after it the rate stays at its "
+        "minimum), or replan it to end at the new run.steps (the rate jumps)",
+        "keep",
+    )
+
+
+class CosineConfig(DecayKeys):
+    """Cosine decay."""
+
+    name: Literal["cosine"] = key(SCHEDULE, "cosine")
+
+
+class LinearConfig(DecayKeys):
+    """Linear decay."""
+
+    name: Literal["linear"] = key(SCHEDULE, "linear")
+
+
+class WSDConfig(DecayKeys):
+    """Warmup, a stable rate, and a linear decay at the end."""
+
+    name: Literal["wsd"] = key(SCHEDULE, "wsd")
+    decay_fraction: Fraction = key(
+        "last share of decay_steps, in which the rate decays; 0: it drops at once after decay_steps", 0.2
+    )
+
+
+class InverseSqrtConfig(ScheduleKeys):
+    """Decay with the inverse square root of the step."""
+
+    name: Literal["inverse_sqrt"] = key(SCHEDULE, "inverse_sqrt")
+    min_ratio: Ratio = key("final learning rate as a share of optim.lr", 0.1)
+
+
+class ConstantConfig(ScheduleKeys):
+    """A constant rate."""
+
+    name: Literal["constant"] = key(SCHEDULE, "constant")
+
+
+ScheduleConfig = Annotated[
+    Annotated[CosineConfig, Tag("cosine")]
+    | Annotated[LinearConfig, Tag("linear")]
+    | Annotated[WSDConfig, Tag("wsd")]
+    | Annotated[InverseSqrtConfig, Tag("inverse_sqrt")]
+    | Annotated[ConstantConfig, Tag("constant")],
+    select_by_name("cosine"),
+]

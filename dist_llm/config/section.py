@@ -1,0 +1,139 @@
+"""The base of all config sections, the types of their values, and unions of sections.
+
+A union is a section whose keys depend on its key `name`: `optim.name: muon` selects the keys of MuonConfig. A key of
+another member is an error, because it would have no effect.
+"""
+
+from collections.abc import Iterator, Mapping
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter
+
+MAX_WIDTH, MAX_LAYERS, MAX_IDS = 1 << 24, 10_000, 1 << 31  # a model beyond these is a damaged config
+MIXTURE = "mixture"  # the key that selects the member of this tag
+Positive = Annotated[int, Field(ge=1, le=1 << 48)]
+Count = Annotated[int, Field(ge=0, le=1 << 48)]
+Width = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
+PositiveWidth = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what an int64 holds
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+def key(description: str, default: Any = ...) -> Any:
+    """A key of a section. Without `default` it is required."""
+    return Field(default, description=description)
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen and strict; refuses unknown keys, inf and nan."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def select_by_name(default: str) -> Discriminator:
+    """The discriminator of a union: the key `name`, or `default` without it; `mixture` if that key is set."""
+
+    def select(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return MIXTURE if value.get(MIXTURE) else str(value.get("name", default))
+        return str(getattr(value, "name", MIXTURE if hasattr(value, MIXTURE) else default))
+
+    return Discriminator(select)
+
+
+def unwrap(annotation: Any) -> Any:
+    """An annotation without its metadata."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def union_members(annotation: Any) -> dict[str, type[Section]]:
+    """{tag: section} of a union of sections; empty for another annotation."""
+    annotation = unwrap(annotation)
+    if get_origin(annotation) not in (Union, UnionType):
+        return {}
+    return {
+        metadata.tag: get_args(member)[0]
+        for member in get_args(annotation)
+        if get_origin(member) is Annotated
+        for metadata in get_args(member)[1:]
+        if isinstance(metadata, Tag)
+    }
+
+
+def owners_of(annotation: Any, name: str) -> list[str]:
+    """The tags of the members of a union that have the key `name`."""
+    return [tag for tag, member in union_members(annotation).items() if name in member.model_fields]
+
+
+def drop_unused_defaults(section: type[BaseModel], raw: Any) -> Any:
+    """A raw section without keys of other members of a union that have their default value.
+
+    Version 0.1.0 saved the keys of all members, and accepted any value of them. A union with several such defaults was
+    saved by it, and loses all keys of other members.
+    """
+    if not isinstance(raw, Mapping):
+        return raw
+    return {
+        name: _drop_in_value(section.model_fields[name].annotation, value) if name in section.model_fields else value
+        for name, value in raw.items()
+    }
+
+
+def _drop_in_value(annotation: Any, raw: Any) -> Any:
+    annotation = unwrap(annotation)
+    if get_origin(annotation) is tuple and isinstance(raw, list | tuple):
+        return [_drop_in_value(get_args(annotation)[0], each) for each in raw]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return drop_unused_defaults(annotation, raw)
+    members = union_members(annotation)
+    if not members or not isinstance(raw, Mapping):
+        return raw
+    tag = MIXTURE if raw.get(MIXTURE) else raw.get("name", next(iter(members)))
+    member = members.get(tag) if isinstance(tag, str) else None
+    if member is None:
+        return raw
+    misplaced = {name: owners_of(annotation, name) for name in raw.keys() - member.model_fields.keys()}
+    defaults = {
+        name for name, owners in misplaced.items() if owners and _is_default(members[owners[0]], name, raw[name])
+    }
+    unused = {name for name, owners in misplaced.items() if owners} if len(defaults) > 1 else defaults
+    return drop_unused_defaults(member, {name: value for name, value in raw.items() if name not in unused})
+
+
+def _is_default(section: type[Section], name: str, value: Any) -> bool:
+    if name == MIXTURE:
+        return not value
+    default = section.model_fields[name].default
+    return default == value and isinstance(default, bool) == isinstance(value, bool)
+
+
+def parse_union(annotation: Any, raw: Mapping[str, Any]) -> Any:
+    """The section of a union from saved keys; keys that no member has, of another version, are ignored."""
+    known = {name: value for name, value in raw.items() if name == "name" or owners_of(annotation, name)}
+    return TypeAdapter(annotation).validate_python(_drop_in_value(annotation, known))
+
+
+def strip_tags(section: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The location of a validation error as keys of the YAML: without the tags of unions."""
+    return tuple(_iter_keys(section, location))
+
+
+def _iter_keys(annotation: Any, location: tuple[int | str, ...]) -> Iterator[int | str]:
+    if not location:
+        return
+    annotation, (first, *rest) = unwrap(annotation), location
+    if first in (members := union_members(annotation)):
+        yield from _iter_keys(members[str(first)], tuple(rest))
+        return
+    yield first
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        field = annotation.model_fields.get(str(first))
+        yield from _iter_keys(field.annotation if field else None, tuple(rest))
+    elif get_origin(annotation) is tuple:
+        yield from _iter_keys(get_args(annotation)[0], tuple(rest))
+    else:
+        yield from rest
