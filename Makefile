@@ -1,4 +1,4 @@
-# make install | demo | test | test-all | check | bench | gpu | gpu-wheels | clean
+# make install | demo | test | test-all | check | docs | bench | gpu | gpu-wheels | clean
 #
 # Everything but `gpu` happens in .venv, which `install` makes; it need not be activated.
 # Another interpreter: make PYTHON=python3.12 install
@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 # The environment's programs come first: some packages look for theirs on PATH, as deepspeed does for ninja.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: install demo test test-all check bench gpu gpu-wheels clean
+.PHONY: install demo test test-all check docs bench gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "error: $(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; \
 	  exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	python -m pip install -c constraints.txt -e '.[dev,accelerate,deepspeed]'
+	python -m pip install -c constraints.txt -e '.[dev,docs,accelerate,deepspeed]'
 	@touch $@
 
 # A second `make demo` goes on from the newest checkpoint, so a finished one trains no further;
@@ -53,6 +53,10 @@ check: install
 	ruff check .
 	mypy
 	python tools/lint_names.py
+
+# The documentation site: build/site/index.html. A broken link or a missing page is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 # Over a quarter of an hour on two cores. What they keep with --write is in benchmarks/results.
 bench: install

@@ -1,0 +1,48 @@
+"""The documentation site builds in strict mode: no broken link, no page without a place, no missing module."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is in the extra `docs`")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
+        cwd=REPOSITORY,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_document_is_a_page(site: Path) -> None:
+    documents = {path.relative_to(REPOSITORY / "docs") for path in (REPOSITORY / "docs").rglob("*.md")}
+    pages = {path.relative_to(site).with_suffix(".md") for path in site.rglob("*.html")}
+    assert {path for path in documents if path.name != "README.md"} <= pages
+    assert {Path(name) for name in ("index.md", "design/index.md", "contributing.md", "benchmarks.md")} <= pages
+
+
+def test_links_between_documents_become_links_between_pages(site: Path) -> None:
+    assert 'href="getting-started.html"' in (site / "index.html").read_text()
+    assert 'href="index.html#why-trust-it"' in (site / "layouts.html").read_text()
+    assert 'href="../speed.html"' in (site / "design" / "tensor-parallelism.html").read_text()
+    assert 'href="gpu.html#compile-for-a-gpu-without-one"' in (site / "benchmarks.html").read_text()
+
+
+def test_generated_pages_have_the_keys_and_the_docstrings(site: Path) -> None:
+    keys = set(re.findall(r"<code>([a-z_.0-9]+)</code>", (site / "config.html").read_text()))
+    assert {"optim.lr", "parallel.dp_shard", "precision", "base", "model.from"} <= keys
+    assert "The device mesh of all ranks" in (site / "api" / "parallel.html").read_text()
