@@ -13,19 +13,36 @@ REPOSITORY = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is in the extra `docs`")
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
+def build(config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Without --quiet: it would hide the warnings from strict mode."""
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", config, "--site-dir", folder],
         cwd=REPOSITORY,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
         timeout=240,
     )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = build(REPOSITORY / "mkdocs.yml", folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.mark.parametrize(("link", "broken"), [("b.md#title", False), ("c.md", True), ("b.md#other", True)])
+def test_a_planted_broken_link_fails_the_build(link: str, broken: bool, tmp_path: Path) -> None:
+    rules = re.search(r"^validation:\n(?:  .*\n)+", (REPOSITORY / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert rules is not None
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"[link]({link})\n")
+    (tmp_path / "docs" / "b.md").write_text("# Title\n")
+    (tmp_path / "mkdocs.yml").write_text(f"site_name: a\nplugins: []\n{rules[0]}")
+    done = build(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert (done.returncode != 0) == broken, done.stderr
 
 
 def test_every_document_is_a_page(site: Path) -> None:
