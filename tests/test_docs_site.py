@@ -1,13 +1,17 @@
 """The documentation site builds in strict mode: no broken link, no page without a place, no missing module."""
 
+import importlib
 import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from .tools import TOOLS
 
 REPOSITORY = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is in the extra `docs`")
@@ -57,6 +61,19 @@ def test_links_between_documents_become_links_between_pages(site: Path) -> None:
     assert 'href="index.html#why-trust-it"' in (site / "layouts.html").read_text()
     assert 'href="../speed.html"' in (site / "design" / "tensor-parallelism.html").read_text()
     assert 'href="gpu.html#compile-for-a-gpu-without-one"' in (site / "benchmarks.html").read_text()
+
+
+def test_links_to_files_that_are_no_pages_keep_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to a file that does not exist stays, so that strict mode finds it."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    hooks = importlib.import_module("docs_site")
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    files = SimpleNamespace(src_uris={"index.md": 0, "data.md": 0, "architecture.svg": 0})
+    text = "[a](LICENSE) [b](docs/data.md#x) ![c](docs/architecture.svg) [d](gone.md) [e](https://host/f)\n"
+    fence = "```sh\n[f](docs/data.md)\n```\n"
+    assert hooks.on_page_markdown(text + fence, page, None, files) == (
+        "a [b](data.md#x) ![c](architecture.svg) [d](gone.md) [e](https://host/f)\n" + fence
+    )
 
 
 def test_generated_pages_have_the_keys_and_the_docstrings(site: Path) -> None:

@@ -41,7 +41,7 @@ API = {
     "train": "settings run trainer step score evaluate",
 }
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
+LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")  # text, target, anchor
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -57,14 +57,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links between documents at the pages that they become."""
+    """Point links between documents at the pages that they become; of links to other files, keep the text."""
     uri = page.file.src_uri
     document = PurePosixPath(OUTSIDE.get(uri, f"docs/{uri}"))
 
     def site_link(match: re.Match[str]) -> str:
-        target = os.path.normpath(document.parent / match[1])
+        target = os.path.normpath(document.parent / match[2])
         target_page = PAGE_OF.get(target, target.removeprefix("docs/"))
-        return os.path.relpath(target_page, PurePosixPath(uri).parent)
+        if target_page not in files.src_uris and (REPOSITORY / target).exists():
+            return match[1]
+        return f"[{match[1]}]({os.path.relpath(target_page, PurePosixPath(uri).parent)}{match[3] or ''})"
 
     return "".join(
         part if number % 2 else LINK.sub(site_link, part) for number, part in enumerate(FENCE.split(markdown))
