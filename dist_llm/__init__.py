@@ -1,3 +1,3 @@
 """dist_llm: pre-train language models on any layout, each proven to compute the same step."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -50,6 +50,11 @@ class Offload:
     memory_bytes: int
 
 
+def default_device() -> torch.device:
+    """The current GPU, or else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_model(
     checkpoint: Path | str, device: torch.device, offload: Offload | None = None
 ) -> tuple[Decoder, Tokenizer, Config]:
@@ -185,8 +190,7 @@ def print_continuations(
 ) -> None:
     """Print each prompt and its continuation, as it is generated."""
     sampling.check()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, config = load_model(checkpoint, device, offload)
+    model, tokenizer, config = load_model(checkpoint, default_device(), offload)
     for number, prompt in enumerate(prompts):
         print("\n---\n" * bool(number) + prompt, end="", flush=True)
         encoded = encode_prompt(config, tokenizer, prompt)

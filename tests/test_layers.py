@@ -30,6 +30,7 @@ LEVELS = (
     {"convert"},
     {"engines"},
     {"train", "generate"},
+    {"commands", "api"},
     {"cli"},
     {"__main__"},
 )
@@ -37,7 +38,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SIDEWAYS = {("train", "generate"), ("observe", "launch")}
 KNOW_OF_RANKS = {"launch", "parallel", "checkpoint", "engines"}
 # The wrapper that hands an exception to torchrun; it starts nothing.
-ALLOWED = {("cli", "torch.distributed.elastic.multiprocessing.errors")}
+ALLOWED = {("commands", "torch.distributed.elastic.multiprocessing.errors")}
 
 
 def imports(tree: ast.Module, package: tuple[str, ...]) -> Iterator[str]:

@@ -1,25 +1,14 @@
-"""The scripts of tools/, run in this process."""
+"""Commands of `dist-llm`, run in this process."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-TOOLS = Path(__file__).parents[1] / "tools"
+from dist_llm.cli import main
 
 
-def load_tool(name: str) -> Callable[..., int]:
-    """`python tools/NAME.py ARGUMENTS`; returns its exit code."""
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec is not None and spec.loader is not None  # noqa: PT018
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def command(name: str) -> Callable[..., int]:
+    """A function that runs `dist-llm NAME ARGUMENTS` and returns its exit code."""
 
     def run(*arguments: object) -> int:
-        before, sys.argv = sys.argv, [f"{name}.py", *map(str, arguments)]
-        try:
-            return int(module.main())
-        finally:
-            sys.argv = before
+        return main([name, *map(str, arguments)])
 
     return run

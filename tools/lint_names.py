@@ -20,6 +20,7 @@ CHECKED = (
     "dist_llm/config",
     "dist_llm/convert",
     "dist_llm/cli.py",
+    "dist_llm/commands",
     "dist_llm/counter_rng.py",
     "dist_llm/data",
     "dist_llm/engines",

@@ -87,7 +87,7 @@ def convert_read_errors(folder: object) -> Iterator[None]:
             raise cause from None
         raise CheckpointError(
             f"{folder}: its tensors cannot be read on rank {rank}: {type(cause).__name__}: {cause}; check it with "
-            "tools/convert_checkpoint.py verify, and use another checkpoint if it is damaged"
+            "dist-llm convert verify, and use another checkpoint if it is damaged"
         ) from cause
 
 

@@ -1,7 +1,8 @@
 """YAML files and dotted overrides -> one `Config`, or every violation in one error."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from dist_llm.config.nearest import nearest
 from dist_llm.config.schema import Config
+from dist_llm.config.shipped import find_config
 from dist_llm.errors import CheckpointError, ConfigError
 
 
@@ -64,9 +66,9 @@ def refuse(violations: Sequence[Violation]) -> None:
 
 
 def load_config(
-    path: Path | None, overrides: Sequence[str] = (), read_model: ModelReader | None = None
+    source: Path | Mapping[str, Any] | None, overrides: Sequence[str] = (), read_model: ModelReader | None = None
 ) -> tuple[Config | None, list[Violation]]:
-    """Read `path` and its bases, apply `key.key=value` overrides, validate.
+    """Read the file or mapping `source` and its bases, apply `key.key=value` overrides, validate.
 
     Returns the config and what is wrong with it. Where keys are wrong the config is the one
     that remains without them, so that `check` can find more; a required number is then 1, and
@@ -74,7 +76,11 @@ def load_config(
 
     `read_model` gives (the model section of the checkpoint that `model.from` names, violations).
     """
-    raw = _read(path, ()) if path else {}
+    raw = {}
+    if isinstance(source, Path):
+        raw = _read(find_config(source), ())
+    elif source is not None:
+        raw = _add_base(deepcopy(dict(source)), Path(), "the config", ())
     for override in overrides:
         _apply(raw, override)
     violations: list[Violation] = []
@@ -193,12 +199,17 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     raw = parse_yaml(text, str(path)) or {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections, found {type(raw).__name__}")
+    return _add_base(raw, path.parent, str(path), (*seen, path))
+
+
+def _add_base(raw: dict[str, Any], directory: Path, name: str, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """Merge a config onto its `base`, a path relative to `directory` or a config of the package."""
     base = raw.pop("base", None)
     if base is None:
         return raw
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: base: must be the path of one YAML file")
-    return _merge(_read(path.parent / base, (*seen, path)), raw)
+        raise ConfigError(f"{name}: base: must be the path of one YAML file")
+    return _merge(_read(find_config(directory / base, base), seen), raw)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

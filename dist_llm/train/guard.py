@@ -30,7 +30,7 @@ class Anomaly:
     key: str
     problem: str
     advice: str = (
-        "lower optim.lr, or leave out the step's samples with data.skip (tools/inspect_data.py show --run {run} --step "
+        "lower optim.lr, or leave out the step's samples with data.skip (dist-llm data show --run {run} --step "
         "{step} shows them), or let the run do so: guard.{key}: rewind; to continue anyway, guard.{key}: warn"
     )
 
@@ -106,7 +106,7 @@ class Guard:
         if self.state.num_used >= self.config.budget:
             raise DivergedError(
                 f"step {step}: {anomaly.problem}, and guard.budget of {self.config.budget} bad steps is used up; "
-                "nothing was saved since. Lower optim.lr, look at the data (tools/inspect_data.py), or raise "
+                "nothing was saved since. Lower optim.lr, inspect the data (dist-llm data), or raise "
                 "guard.budget"
             )
         self.state.num_used += 1

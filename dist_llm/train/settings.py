@@ -1,6 +1,6 @@
 """A YAML file -> the resolved config of a run. Imports no torch: a config error comes at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +39,23 @@ def read_model(own: dict[str, Any], allowed: object) -> tuple[dict[str, Any], li
     return merge_model(own, saved, checkpoint, allowed)
 
 
-def read_config(path: Path | None, overrides: Sequence[str], world_size: int) -> Config:
+def read_config(source: Path | Mapping[str, Any] | None, overrides: Sequence[str], world_size: int) -> Config:
     """Load, check against the corpus and the world, and resolve. All that is wrong is in one ConfigError.
 
     A schedule.decay_steps of 0 stays: what it becomes depends on the checkpoint (`dist_llm/train/rate.py:plan_rate`).
     """
-    config, violations = load_config(path, overrides, read_model)
+    config, violations = load_config(source, overrides, read_model)
     if config is None:
         refuse(violations)
         raise AssertionError("no config and no violation")
     manifest: Manifest | None = None
-    for number, source in enumerate(sources_of(config.data)):
-        if not source.path:
+    for number, data_source in enumerate(sources_of(config.data)):
+        if not data_source.path:
             continue  # `check` asks for it
         try:
-            manifest = Manifest.load(localize_corpus(source.path, config.data.cache))
+            manifest = Manifest.load(localize_corpus(data_source.path, config.data.cache))
         except DataError as error:
-            key = f"data.sources.{number}.path" if source.name else "data.path"
+            key = f"data.sources.{number}.path" if data_source.name else "data.path"
             violations.append(Violation((key,), str(error)))
     # A rule that speaks of a key already known to be wrong would only repeat the news.
     wrong = {key for violation in violations for key in violation.keys}

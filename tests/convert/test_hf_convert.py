@@ -1,6 +1,5 @@
 """To Hugging Face's form and back: the same bits, logits, tokens and texts; what cannot be said there is refused."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -33,6 +32,7 @@ from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT
 from tests.convert.families import FAMILIES, their_model
 from tests.laws.layouts import BART, BERT
+from tests.tools import command
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,20 +42,8 @@ CAUSAL = [family for family in FAMILIES if family not in ("bert", "t5", "bart")]
 
 @pytest.fixture(scope="module")
 def tool() -> Callable[..., int]:
-    """`python tools/convert_checkpoint.py ...`, in this process; returns its exit code."""
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools" / "convert_checkpoint.py")
-    assert spec is not None and spec.loader is not None  # noqa: PT018
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments: object) -> int:
-        before, sys.argv = sys.argv, ["convert_checkpoint.py", *map(str, arguments)]
-        try:
-            return int(module.main())
-        finally:
-            sys.argv = before
-
-    return run
+    """`dist-llm convert ...`, in this process; returns its exit code."""
+    return command("convert")
 
 
 def save_hf_model(family: str, directory: Path) -> Any:
@@ -440,10 +428,8 @@ LARGE = """
 import json, resource, sys
 from pathlib import Path
 import torch
-sys.argv = ["convert_checkpoint.py", *sys.argv[1:]]
-sys.path.insert(0, "tools")
-import convert_checkpoint
-code = convert_checkpoint.main()
+from dist_llm.cli import main
+code = main(["convert", *sys.argv[1:]])
 peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 print(json.dumps([code, peak]))
 """

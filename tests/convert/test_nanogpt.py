@@ -27,7 +27,7 @@ from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.export import export_bin
 from dist_llm.train.score import Windows, score
-from tests.tools import load_tool
+from tests.tools import command
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 257}
 
@@ -147,7 +147,7 @@ def adopt_bins(directory: Path) -> Path:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt_in_and_out(bias: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = load_tool("convert_checkpoint")
+    tool = command("convert")
     nanogpt_model, written = reference(bias), write_bins(tmp_path)
     corpus = adopt_bins(tmp_path)
     save_theirs(nanogpt_model, bias, tmp_path / "ckpt.pt")
@@ -193,7 +193,7 @@ def test_nanogpt_in_and_out(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_what_nanogpt_has_not_is_refused(tmp_path: Path) -> None:
-    tool = load_tool("convert_checkpoint")
+    tool = command("convert")
     save_theirs(reference(True), True, tmp_path / "ckpt.pt")
     assert tool("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "ours") == 0
     config, weights = load_saved(tmp_path / "ours"), None

@@ -18,7 +18,7 @@ from tests.convert.test_hf_convert import OURS
 from tests.laws.law import config_of
 from tests.laws.layouts import BERT
 from tests.test_fuzz import READERS
-from tests.tools import load_tool
+from tests.tools import command
 
 SIZES = {"n_heads": 4, "n_kv_heads": 4, "head_dim": 8}
 MODELS = {
@@ -149,11 +149,11 @@ def test_weights_of_torch_files_are_those_of_safetensors(kind: str, tmp_path: Pa
         assert bool(list((tmp_path / name).glob("*.safetensors"))) == (name == "gpt2")
         weights = open_huggingface(tmp_path / name)
         actual[name] = {key: weights.read(key) for key in weights.shapes}
-        assert load_tool("convert_checkpoint")("from-hf", tmp_path / name, tmp_path / f"{name} of ours") == 0
+        assert command("convert")("from-hf", tmp_path / name, tmp_path / f"{name} of ours") == 0
     assert actual["gpt2"].keys() == actual[kind].keys()
     for key, tensor in actual["gpt2"].items():
         assert torch.equal(actual[kind][key], tensor), key
-    assert load_tool("convert_checkpoint")("diff", tmp_path / "gpt2 of ours", tmp_path / f"{kind} of ours") == 0
+    assert command("convert")("diff", tmp_path / "gpt2 of ours", tmp_path / f"{kind} of ours") == 0
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"has neither \.safetensors files nor pytorch_model\.bin"):
         open_huggingface(tmp_path / "empty")

@@ -1,6 +1,5 @@
 """Document masks follow the document offsets: with trailing, leading or no separators, in all window kinds."""
 
-import importlib.util
 import io
 import json
 import shutil
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dist_llm.commands.verify_corpus import find_boundary_problems
 from dist_llm.config.derive import resolve
 from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
@@ -215,15 +215,12 @@ def test_older_manifests_have_bounds_if_a_file_has_several_documents(tmp_path):
 
 @pytest.mark.parametrize(("kind", "separators"), [case for case in CASES if case[0] != "prepared"])
 def test_verify_accepts_leading_trailing_and_no_separators(kind, separators, tmp_path):
-    spec = importlib.util.spec_from_file_location("inspect_data", REPOSITORY / "tools/inspect_data.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     corpus = write_corpus(kind, separators, tmp_path)
-    assert list(tool.problems_of(corpus)) == []
+    assert list(find_boundary_problems(corpus)) == []
     if kind != "megatron":
         path = corpus.directory / "train-00000.offsets"
         offsets = np.fromfile(path, "<u8")
         offsets[2] += 1
         offsets.tofile(path)
-        (problem,) = tool.problems_of(Corpus(corpus.directory))
+        (problem,) = find_boundary_problems(Corpus(corpus.directory))
         assert f"a document should begin at token {offsets[2] - 1}" in problem

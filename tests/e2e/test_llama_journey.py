@@ -4,7 +4,6 @@ The checkpoint is made here as its publishers make them: Llama, bf16, several fi
 template, a chat template, sampling settings, and more rows in its embedding than its tokenizer has ids.
 """
 
-import importlib.util
 import json
 import re
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from dist_llm.data.tokenizer_file import identity
 from dist_llm.generate import load_model
 from dist_llm.text.tokenizer import Tokenizer
 from tests.hf_folders import DIFFICULT, GENERATION, ORIGINALS, PROSE, write_folder
+from tests.tools import command
 
 from . import commands
 
@@ -28,7 +28,6 @@ transformers = pytest.importorskip("transformers")
 
 VOCAB_SIZE = 448  # padded: a multiple of 64
 STEPS = 3
-CONVERT = commands.REPOSITORY / "tools" / "convert_checkpoint.py"
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
@@ -45,13 +44,8 @@ class Journey:
 
 
 def convert(*arguments: object) -> None:
-    """`python tools/convert_checkpoint.py ...`, in this process, which has imported transformers."""
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", CONVERT)
-    assert spec is not None and spec.loader is not None  # noqa: PT018
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    options = module.parser().parse_args(list(map(str, arguments)))
-    options.run(options)
+    """`dist-llm convert ...`, in this process, which has imported transformers."""
+    assert command("convert")(*arguments) == 0
 
 
 @pytest.fixture(scope="module")

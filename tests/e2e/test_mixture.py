@@ -44,8 +44,7 @@ def mixed(corpus: Path, keys: Callable[..., tuple[str, ...]], tmp_path_factory: 
 
 
 def inspect(*arguments: object, succeed: bool = True) -> str:
-    tool = str(REPOSITORY / "tools" / "inspect_data.py")
-    done = commands.run(*arguments, cwd=REPOSITORY, succeed=succeed, module=tool)
+    done = commands.run("data", *arguments, cwd=REPOSITORY, succeed=succeed)
     assert (done.returncode == 0) == succeed, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -114,17 +113,17 @@ def test_find_names_the_steps_that_show_the_text(mixed: Path) -> None:
     text = inspect("find", "What is 7 plus 7?", "--run", mixed)
     document = re.search(r"qa, train-00000.bin, (document \d+), corpus", text)
     assert document is not None
-    steps = {int(step) for step in re.findall(r"step (\d+) \(was seen\), sample \d+", text)}
+    steps = {int(step) for step in re.findall(r"step (\d+) \(was read\), sample \d+", text)}
     assert steps
     for step in (1, 5, 8, max(steps)):
         samples = inspect("show", "--run", mixed, "--step", step).split("\nsample ")
         shown = any(": qa," in sample and f"{document[1]}, tokens" in sample for sample in samples)
         assert shown == (step in steps), step
-    assert "no document has that text" in inspect("find", "no such words anywhere", "--run", mixed, succeed=False)
+    assert "no document contains this text" in inspect("find", "no such words anywhere", "--run", mixed, succeed=False)
 
 
 def test_verify_and_stats(mixed: Path, corpus: Path, tmp_path: Path) -> None:
-    assert inspect("verify", "--run", mixed).count("every hash, id and document boundary is as it should be") == 2
+    assert inspect("verify", "--run", mixed).count("all hashes, ids and document boundaries are correct") == 2
     broken = tmp_path / "broken"
     shutil.copytree(corpus, broken)
     offsets = bytearray((broken / "train-00000.offsets").read_bytes())

@@ -17,7 +17,7 @@ from dist_llm.train.run import train
 from dist_llm.train.score import Windows, score
 from dist_llm.train.settings import read_config
 from tests.text.test_token_files import index
-from tests.tools import load_tool
+from tests.tools import command
 
 EOT = 256
 SPLITS: dict[Split, int] = {"train": 60, "heldout": 12}  # documents
@@ -72,7 +72,7 @@ def test_megatron_files_train_as_our_own(end_tokens: bool, tmp_path: Path, capsy
         wanted = np.repeat(np.arange(len(documents)), [len(each) for each in documents])
         assert np.array_equal(row, wanted), "each row is split where documents begin"
         assert corpus.read(np.array([0]), corpus.n_tokens)[0].tolist() == np.concatenate(documents).tolist()
-    inspect = load_tool("inspect_data")
+    inspect = command("data")
     assert inspect("verify", *corpora.values()) == int(not end_tokens), "without end tokens ours has an end to miss"
     assert inspect("verify", corpora["theirs"]) == 0
 

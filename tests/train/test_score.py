@@ -13,7 +13,7 @@ from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.world import World
 from dist_llm.train.score import Windows, _with_seq_len, score
 from tests.test_fuzz import BYTES, config_for, weights_for, write_corpus
-from tests.tools import load_tool
+from tests.tools import command
 
 
 def long_config(seq_len: int) -> Config:
@@ -52,7 +52,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = config_for(vocab_size=257)
     weights = weights_for(config)
     hf_convert.export_hf(LazyWeights(weights.shapes, weights.read), config, None, directory / "hf", "llama")
-    assert load_tool("convert_checkpoint")("from-hf", directory / "hf", directory / "ours") == 0
+    assert command("convert")("from-hf", directory / "hf", directory / "ours") == 0
     return directory / "ours"
 
 
@@ -84,7 +84,7 @@ def test_generate_says_what_is_missing(imported: Path, capsys: pytest.CaptureFix
 
 
 def test_weights_alone_are_exported(imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = load_tool("convert_checkpoint")
+    tool = command("convert")
     assert tool("to-hf", imported, tmp_path / "hf") == 0
     assert f"without a tokenizer: {imported} has none" in capsys.readouterr().out
     assert sorted(file.name for file in (tmp_path / "hf").iterdir()) == [

@@ -1,0 +1,88 @@
+"""`dist-llm convert to-deepspeed` and `from-deepspeed`: ZeRO directories and universal checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.native_weights import NativeWeights
+from dist_llm.checkpoint.store import open_checkpoint, read_progress
+from dist_llm.commands.conversion import (
+    console,
+    initial_progress,
+    read_probe,
+    read_small_files,
+    report_probe,
+    show_progress,
+    write_checkpoint,
+)
+from dist_llm.config.load import load_saved
+from dist_llm.config.schema import Config
+from dist_llm.convert import hf_convert
+from dist_llm.convert.deepspeed_read import open_deepspeed
+from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
+from dist_llm.convert.stream_probe import stream_probe
+from dist_llm.convert.weights import LazyWeights
+from dist_llm.convert.write_weights import verify_written
+from dist_llm.errors import CheckpointError
+from dist_llm.models.build_model import build_model
+from dist_llm.optim.build_optimizer import build_optimizer
+
+
+def to_deepspeed(checkpoint: str, out: str, stage: int | None = None, world: int = 1, universal: bool = False) -> None:
+    """Write a ZeRO directory of `stage` for `world` ranks, or a universal checkpoint.
+
+    Raises CheckpointError unless exactly one of `stage` and `universal` is set, or if the written tensors differ.
+    """
+    if bool(stage) == universal:
+        raise CheckpointError("give either --stage 1, 2 or 3 (and --world), or --universal")
+    path = open_checkpoint(checkpoint)
+    config, step = load_saved(path), read_progress(Folder(path)).step
+    report_probe(read_probe(path), stream_probe(NativeWeights(path), config.model), path)
+    with show_progress(NativeWeights(path), "converting") as weights:
+        if stage is None:
+            directory = write_universal(Path(out), weights, step=step)
+        else:
+            names, settings, shared = optimizer_groups(config)
+            directory = write_deepspeed(
+                Path(out), weights, stage, world, groups=names, settings=settings, step=step, shared=shared
+            )
+    with show_progress(weights, "checking") as tracked:
+        written = open_deepspeed(directory)
+        shapes = {name: written.shapes[name] for name in tracked.shapes}
+        verify_written(LazyWeights(shapes, written.read), tracked, torch.float32)
+    console.print(f"wrote {directory}: {len(weights.shapes)} tensors")
+
+
+def from_deepspeed(directory: str, out: str, like: str) -> None:
+    """Write a checkpoint of a DeepSpeed directory, with the optimizer state and the config of `like`.
+
+    Raises CheckpointError if a tensor is missing, unknown, or of another shape.
+    """
+    reference = open_checkpoint(like)
+    config = load_saved(reference)
+    groups, _, shared = optimizer_groups(config)
+    weights = open_deepspeed(Path(directory), groups)
+    expected = {f"model.{name}": shape for name, shape in hf_convert.model_shapes(config.model).items()}
+    for name, shape in expected.items():
+        if weights.shapes.get(name) != shape:
+            actual = f"has shape {list(weights.shapes[name])}" if name in weights.shapes else "is missing"
+            raise CheckpointError(f"{directory}: {name} {actual}; --like {reference} has {list(shape)}")
+    extra = {name for name in weights.shapes if name.startswith("model.")} - expected.keys()
+    if unknown := sorted(extra - {f"model.{name}" for name in shared}):
+        raise CheckpointError(f"{directory}: {unknown[0]} is no parameter of the model of --like {reference}")
+    shapes = {name: shape for name, shape in weights.shapes.items() if name not in extra}
+    write_checkpoint(Path(out), LazyWeights(shapes, weights.read), read_small_files(reference) | initial_progress())
+
+
+def optimizer_groups(config: Config) -> tuple[list[list[str]], list[dict[str, Any]], dict[str, str]]:
+    """(parameter names of each group, the groups' other settings, {second name: first} of shared parameters)."""
+    with torch.device("meta"):
+        model = build_model(config.model)
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(config.optim, model.named_parameters())
+    names = [[name_of[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    all_names = model.named_parameters(remove_duplicate=False)
+    return names, settings, {name: name_of[p] for name, p in all_names if name != name_of[p]}

@@ -1,0 +1,113 @@
+"""`dist-llm convert to-hf` and `from-hf`: checkpoints of Hugging Face."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from dist_llm.checkpoint.native_weights import NativeWeights
+from dist_llm.checkpoint.probe import PROBE
+from dist_llm.checkpoint.store import open_checkpoint
+from dist_llm.commands.conversion import (
+    console,
+    new_checkpoint_files,
+    read_probe,
+    report_probe,
+    show_progress,
+    write_checkpoint,
+)
+from dist_llm.config.lengths import extra_ids
+from dist_llm.config.load import load_saved
+from dist_llm.config.schema import Config
+from dist_llm.convert import hf_convert
+from dist_llm.convert.export_tokenizers import import_tokenizer
+from dist_llm.convert.hf_parity import compare_logits
+from dist_llm.convert.stream_probe import stream_probe
+from dist_llm.convert.weights import SafetensorsWeights, open_huggingface
+from dist_llm.convert.write_weights import DTYPES, verify_written, write_atomically
+from dist_llm.errors import CheckpointError
+from dist_llm.text.hf_folder import GENERATION_FILE
+from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
+
+TOKEN_IDS = "token_ids.json"  # special ids of an imported checkpoint, for its export
+
+
+def to_hf(
+    checkpoint: str,
+    out: str,
+    family: str = "",
+    dtype: str = "fp32",
+    no_tokenizer: bool = False,
+    shard_gb: float = 5.0,
+    check: bool = False,
+) -> None:
+    """Write a directory for `from_pretrained`, with the tokenizer. With `check`, compare logits with transformers.
+
+    Raises CheckpointError if no family can express the model, or the written weights or logits differ.
+    """
+    path, torch_dtype = open_checkpoint(checkpoint), DTYPES[dtype]
+    config, tokenizer = load_saved(path), _load_tokenizer(path, no_tokenizer)
+    token_ids = json.loads((path / TOKEN_IDS).read_text(encoding="utf-8")) if (path / TOKEN_IDS).exists() else None
+    generation = (path / GENERATION_FILE).read_bytes() if (path / GENERATION_FILE).exists() else None
+    with write_atomically(Path(out)) as temporary:
+        shard_bytes = int(shard_gb * 1e9)
+        with show_progress(NativeWeights(path), "converting") as weights:
+            exported = hf_convert.export_hf(
+                weights, config, tokenizer, temporary, family, torch_dtype, shard_bytes, token_ids, generation
+            )
+        with show_progress(exported, "checking") as tracked:
+            verify_written(SafetensorsWeights(temporary), tracked, torch_dtype)
+        family = hf_convert.read_config(temporary)[0]
+        probe = stream_probe(NativeWeights(path), config.model)
+        report_probe(read_probe(path), probe, path)
+        written = hf_convert.from_huggingface(SafetensorsWeights(temporary), config.model, family)
+        written_probe = replace(stream_probe(written, config.model), weights=dtype)
+        report_probe(probe, written_probe, temporary)
+        (temporary / PROBE).write_bytes(written_probe.dump())
+        if check:
+            console.print(compare_logits(path, temporary, torch_dtype))
+    console.print(f"wrote {out}: {len(exported.shapes)} tensors, {dtype}")
+    _report_tokenizer(tokenizer, config, family)
+
+
+def _load_tokenizer(checkpoint: Path, no_tokenizer: bool) -> Tokenizer | None:
+    if no_tokenizer or not (checkpoint / TOKENIZER_FILE).exists():
+        reason = "--no-tokenizer" if no_tokenizer else f"{checkpoint} has none"
+        console.print(f"without a tokenizer: {reason}")
+        return None
+    return Tokenizer.load(checkpoint)
+
+
+def _report_tokenizer(tokenizer: Tokenizer | None, config: Config, family: str) -> None:
+    if tokenizer is None:
+        return
+    if names := sorted(tokenizer.original_files()):
+        console.print(f"tokenizer: the original files, unchanged: {', '.join(names)}")
+        if count := extra_ids(config):
+            console.print(f"the {count} ids of the objective, from {tokenizer.vocab_size}, have no names there")
+    elif family == "qwen2":
+        console.print(
+            "load the tokenizer with PreTrainedTokenizerFast; AutoTokenizer uses Qwen2's own: docs/checkpoints.md"
+        )
+
+
+def from_hf(directory: str, out: str, check: bool = False, ignore_field: list[str] | None = None) -> None:
+    """Write a checkpoint of a directory that `from_pretrained` reads.
+
+    Raises CheckpointError if the family or a field of config.json is unknown, or the written weights or logits differ.
+    """
+    source = Path(directory)
+    family, model = hf_convert.read_config(source, ignore_field or [])
+    hf_weights = open_huggingface(source)
+    weights = hf_convert.from_huggingface(hf_weights, model, family)
+    if heads := hf_convert.find_unused_heads(hf_weights):
+        console.print(f"not converted: {', '.join(heads)}: heads for sentence pairs, unused by masked prediction")
+    tokenizer = None
+    try:
+        tokenizer = import_tokenizer(source)
+    except CheckpointError as error:
+        console.print(f"without a tokenizer: {error}")
+    files = new_checkpoint_files(model, tokenizer, source)
+    files[TOKEN_IDS] = json.dumps(hf_convert.read_token_ids(source)).encode()
+    if (source / GENERATION_FILE).exists():
+        files[GENERATION_FILE] = (source / GENERATION_FILE).read_bytes()
+    write_checkpoint(Path(out), weights, files, source if check else None, read_probe(source))

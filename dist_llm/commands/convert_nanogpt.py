@@ -1,0 +1,46 @@
+"""`dist-llm convert to-nanogpt` and `from-nanogpt`: ckpt.pt of nanoGPT."""
+
+from pathlib import Path
+
+import torch
+
+from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.native_weights import NativeWeights
+from dist_llm.checkpoint.store import open_checkpoint, read_progress
+from dist_llm.commands.conversion import (
+    console,
+    new_checkpoint_files,
+    read_probe,
+    report_probe,
+    show_progress,
+    write_checkpoint,
+)
+from dist_llm.config.load import load_saved
+from dist_llm.convert import hf_convert, nanogpt
+from dist_llm.convert.stream_probe import stream_probe
+from dist_llm.convert.weights import load_torch
+from dist_llm.convert.write_weights import write_atomically
+from dist_llm.text.vocabulary import build_tokenizer
+
+
+def from_nanogpt(file: str, out: str, tokenizer: str | None = None) -> None:
+    """Write a checkpoint of a ckpt.pt. Raises CheckpointError if it is not nanoGPT's."""
+    model, nanogpt_weights = nanogpt.from_nanogpt(load_torch(Path(file)), file)
+    built = build_tokenizer(tokenizer, None, lambda: ()) if tokenizer else None
+    weights = hf_convert.from_huggingface(nanogpt_weights, model, "nanogpt")
+    write_checkpoint(Path(out), weights, new_checkpoint_files(model, built, Path(file)))
+
+
+def to_nanogpt(checkpoint: str, out: str) -> None:
+    """Write a ckpt.pt. Raises CheckpointError if nanoGPT cannot express the model."""
+    path = open_checkpoint(checkpoint)
+    config, weights = load_saved(path), NativeWeights(path)
+    with write_atomically(Path(out)) as temporary:
+        with show_progress(weights, "converting") as tracked:
+            torch.save(nanogpt.to_nanogpt(tracked, config, read_progress(Folder(path)).step), temporary)
+        probe = stream_probe(weights, config.model)
+        report_probe(read_probe(path), probe, path)
+        model, written = nanogpt.from_nanogpt(load_torch(temporary), str(temporary))
+        written_probe = stream_probe(hf_convert.from_huggingface(written, model, "nanogpt"), model)
+        report_probe(probe, written_probe, temporary)
+    console.print(f"wrote {out}: {len(written.shapes)} tensors; nanoGPT starts with a new optimizer state")

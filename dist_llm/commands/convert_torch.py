@@ -1,0 +1,62 @@
+"""`dist-llm convert to-torch` and `from-torch`: one file of torch.save."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from dist_llm.checkpoint.native_weights import NativeWeights
+from dist_llm.checkpoint.probe import PROBE, parse_probe
+from dist_llm.checkpoint.store import open_checkpoint
+from dist_llm.commands.conversion import CONFIG, console, read_probe, read_small_files, report_probe, write_checkpoint
+from dist_llm.config.load import load_saved
+from dist_llm.convert.stream_probe import stream_probe
+from dist_llm.convert.weights import DictWeights, Weights, check_only_tensors, load_torch
+from dist_llm.convert.write_weights import verify_written, write_atomically
+from dist_llm.errors import CheckpointError
+
+
+def to_torch(checkpoint: str, out: str) -> None:
+    """Write one file of torch.save: {"model": tensors, "optim": tensors, "files": {name: text}}."""
+    path = open_checkpoint(checkpoint)
+    weights = NativeWeights(path)
+    content: dict[str, dict[str, Tensor | str]] = {"model": {}, "optim": {}}
+    for name in track(weights.shapes, "reading"):
+        section, _, key = name.partition(".")
+        content.setdefault(section, {})[key] = weights.read(name)
+    content["files"] = {name: text.decode() for name, text in read_small_files(path).items()}
+    with write_atomically(Path(out)) as temporary:
+        torch.save(content, temporary)
+        written = to_weights(load_torch(temporary))
+        verify_written(written, weights, torch.float32)
+        report_probe(read_probe(path), stream_probe(written, load_saved(path).model), path)
+    console.print(f"wrote {out}: {len(weights.shapes)} tensors")
+
+
+def from_torch(file: str, out: str) -> None:
+    """Write a checkpoint of a file that to-torch wrote. Raises CheckpointError if it is another file."""
+    content = load_torch(Path(file))
+    texts = content.get("files")
+    if not isinstance(texts, dict) or not all(isinstance(each, str) for pair in texts.items() for each in pair):
+        raise CheckpointError(f"{file}: has no files; it was not written by to-torch")
+    if outside := [name for name in texts if "/" in name or name in ("", ".", "..")]:
+        raise CheckpointError(f"{file}: names a file outside the checkpoint: {outside[0]!r}")
+    files = {name: text.encode() for name, text in texts.items()}
+    if CONFIG not in files:
+        raise CheckpointError(f"{file}: has no config; it was not written by to-torch")
+    probe = parse_probe(files[PROBE], f"{file}: {PROBE}") if PROBE in files else None
+    write_checkpoint(Path(out), to_weights(content), files, source_probe=probe)
+
+
+def to_weights(content: Mapping[str, Mapping[str, Tensor]]) -> Weights:
+    """The tensors of a file of to-torch. Raises CheckpointError if a value is not a tensor."""
+    sections = {
+        section: check_only_tensors(tensors, f"a file of torch.save: {section}")
+        for section, tensors in content.items()
+        if section != "files"
+    }
+    return DictWeights(
+        {f"{section}.{key}": tensor for section, tensors in sections.items() for key, tensor in tensors.items()}
+    )

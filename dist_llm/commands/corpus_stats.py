@@ -1,0 +1,105 @@
+"""`dist-llm data stats` and `to-bin`: numbers of a corpus, and its tokens as files of nanoGPT."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dist_llm.commands.run_data import BLOCK_TOKENS, console, select_corpora
+from dist_llm.config.schema import CACHE
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.mirror import localize_corpus
+from dist_llm.data.order import Ints
+from dist_llm.text.export import export_bin
+from dist_llm.text.tokenizer import Tokenizer
+
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+NUM_FREQUENT = 10  # tokens in the table
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Document lengths in tokens, and the count of each id, of a corpus's training split."""
+
+    name: str
+    document_lengths: Ints
+    token_counts: Ints
+
+
+def print_stats(corpora: Sequence[Path], run: Path | None = None, picture: Path | None = None) -> None:
+    """Print a table of each corpus, or of the corpora of a run; draw the distributions to `picture`."""
+    all_distributions = []
+    for directory in select_corpora(corpora, run):
+        corpus = Corpus(directory)
+        distributions = measure(corpus)
+        table = Table("training split", title=str(directory))
+        table.add_column("", justify="right")
+        for row in table_rows(corpus, distributions):
+            table.add_row(*row)
+        console.print(table)
+        all_distributions.append(distributions)
+    if picture:
+        draw(all_distributions, picture)
+        console.print(f"drew {picture}")
+
+
+def measure(corpus: Corpus) -> Distributions:
+    """Read all tokens of a corpus and count them."""
+    lengths = [
+        np.diff(np.append(corpus.document_offsets(number), shard.tokens)) for number, shard in enumerate(corpus.shards)
+    ]
+    counts = np.zeros(corpus.manifest.vocab_size, np.int64)
+    starts = range(0, corpus.n_tokens, BLOCK_TOKENS)
+    for start in track(starts, f"counting {corpus.directory}", console=Console(stderr=True)):
+        ids = corpus.read(np.array([start]), min(BLOCK_TOKENS, corpus.n_tokens - start))[0]
+        counts += np.bincount(ids, minlength=len(counts))
+    return Distributions(str(corpus.directory), np.concatenate(lengths).astype(np.int64), counts)
+
+
+def table_rows(corpus: Corpus, distributions: Distributions) -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of each row of the table."""
+    tokenizer, counts = Tokenizer.load(corpus.directory), distributions.token_counts
+    yield "documents", f"{len(distributions.document_lengths):,}"
+    yield "tokens", f"{corpus.n_tokens:,}"
+    yield "bytes per token", f"{corpus.manifest.text_bytes(corpus.split) / corpus.n_tokens:.3f}"
+    yield "tokens held out", f"{corpus.manifest.tokens('heldout'):,}"
+    for quantile in QUANTILES:
+        length = int(np.quantile(distributions.document_lengths, quantile))
+        yield f"tokens of a document, {quantile:.0%} have at most", f"{length:,}"
+    used = counts[counts > 0]
+    frequencies = used / used.sum()
+    yield "ids that occur", f"{len(used):,} of {len(counts):,}"
+    yield "entropy of single tokens, bits", f"{-(frequencies * np.log2(frequencies)).sum():.3f}"
+    for token in np.argsort(-counts)[:NUM_FREQUENT].tolist():
+        yield f"frequency of {tokenizer.decode([token])!r} ({token})", f"{counts[token] / counts.sum():.2%}"
+
+
+def draw(all_distributions: Sequence[Distributions], path: Path) -> None:
+    """Draw histograms of document lengths, and token frequency over rank, to a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
+    longest = max(each.document_lengths.max() for each in all_distributions)
+    edges = np.geomspace(1, longest + 1, 50)
+    for each in all_distributions:
+        left.hist(each.document_lengths, edges, alpha=0.6, label=each.name)
+        ranked = np.sort(each.token_counts[each.token_counts > 0])[::-1]
+        right.loglog(np.arange(1, len(ranked) + 1), ranked / ranked.sum(), label=each.name)
+    left.set(xscale="log", xlabel="tokens", ylabel="documents", title="Document lengths")
+    right.set(xlabel="rank", ylabel="frequency", title="Token frequencies")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def to_bin(corpus: str, out: Path) -> None:
+    """Write train.bin and val.bin of nanoGPT to a new directory."""
+    for file, num_tokens in export_bin(localize_corpus(corpus, CACHE), out).items():
+        console.print(f"wrote {out / file}: {num_tokens:,} tokens of uint16")

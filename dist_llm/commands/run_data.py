@@ -1,0 +1,37 @@
+"""What the actions of `dist-llm data` share: the config, data history and corpora of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from dist_llm.config.load import load_saved
+from dist_llm.config.schema import CACHE, Config
+from dist_llm.data.data_history import HISTORY_FILE, DataHistory, parse_history
+from dist_llm.data.mirror import localize_corpus
+from dist_llm.errors import DataError
+
+BLOCK_TOKENS = 1 << 16  # tokens that are read at once
+
+console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def open_run(run: Path) -> tuple[Config, DataHistory]:
+    """Read the config and the data history of a run. Raises DataError if the directory is not a run."""
+    path = run / HISTORY_FILE
+    if not path.exists():
+        raise DataError(f"--run {run}: has no {HISTORY_FILE}; give the run.dir of a `dist-llm train`")
+    return load_saved(run), parse_history(path.read_bytes(), str(path))
+
+
+def select_corpora(corpora: Sequence[Path], run: Path | None) -> list[Path]:
+    """The directories of the named corpora, or else of the corpora that a run reads now.
+
+    Raises DataError unless exactly one of both is given.
+    """
+    if (run is None) == (not corpora):
+        raise DataError("give either corpora or a run with --run")
+    if run is None:
+        return [Path(localize_corpus(str(corpus), CACHE)) for corpus in corpora]
+    _, history = open_run(run)
+    return [Path(source.path) for source in history[-1].mix.sources]

@@ -1,0 +1,66 @@
+"""The project files agree with the repository: versions, paths and commands that they name."""
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import dist_llm
+
+REPOSITORY = Path(__file__).parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+
+def read_yaml(name: str) -> dict[Any, Any]:
+    content = yaml.safe_load((REPOSITORY / name).read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    changes = (REPOSITORY / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## (\d+\.\d+\.\d+)", changes, re.MULTILINE)
+    assert newest is not None
+    versions = {PROJECT["version"], dist_llm.__version__, read_yaml("CITATION.cff")["version"], newest[1]}
+    assert len(versions) == 1, versions
+
+
+def test_the_workflow_runs_the_script_of_ci() -> None:
+    (job,) = read_yaml(".github/workflows/ci.yml")["jobs"].values()
+    assert any(".ci/run" in step.get("run", "") for step in job["steps"])
+
+
+def test_the_hooks_are_the_checks_of_make() -> None:
+    hooks = [hook for repo in read_yaml(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
+    recipe = (REPOSITORY / "Makefile").read_text().split("\ncheck:")[1].split("\n\n")[0]
+    for program in ("ruff format", "ruff check", "mypy", "tools/lint_names.py"):
+        assert program in recipe
+        assert any(program in hook["entry"] for hook in hooks)
+
+
+def test_the_containers_copy_files_that_exist_and_run_the_command() -> None:
+    docker = (REPOSITORY / "Dockerfile").read_text()
+    copied = {name for line in re.findall(r"^COPY (.*)$", docker, re.MULTILINE) for name in line.split()[:-1]}
+    apptainer = (REPOSITORY / "apptainer.def").read_text()
+    files = apptainer.split("%files\n")[1].split("\n\n")[0].splitlines()
+    assert {line.split()[0] for line in files} == copied
+    assert all((REPOSITORY / name).exists() for name in copied)
+    assert {"pyproject.toml", "dist_llm", PROJECT["readme"]} <= copied
+    (program,) = PROJECT["scripts"]
+    assert f'ENTRYPOINT ["{program}"]' in docker
+    assert f"exec {program} " in apptainer
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not shutil.which("docker"), reason="there is no docker")
+def test_the_docker_image_builds() -> None:
+    if subprocess.run(["docker", "info"], capture_output=True).returncode:
+        pytest.skip("docker does not run here")
+    subprocess.run(["docker", "build", "--tag", "dist-llm-test", "."], cwd=REPOSITORY, check=True)
+    subprocess.run(["docker", "run", "--rm", "dist-llm-test", "--help"], check=True)
