@@ -11,8 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from .tools import TOOLS
-
 REPOSITORY = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is in the extra `docs`")
 
@@ -65,7 +63,7 @@ def test_links_between_documents_become_links_between_pages(site: Path) -> None:
 
 def test_links_to_files_that_are_no_pages_keep_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """A link to a file that does not exist stays, so that strict mode finds it."""
-    monkeypatch.syspath_prepend(str(TOOLS))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
     hooks = importlib.import_module("docs_site")
     page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
     files = SimpleNamespace(src_uris={"index.md": 0, "data.md": 0, "architecture.svg": 0})
@@ -79,4 +77,5 @@ def test_links_to_files_that_are_no_pages_keep_their_text(monkeypatch: pytest.Mo
 def test_generated_pages_have_the_keys_and_the_docstrings(site: Path) -> None:
     keys = set(re.findall(r"<code>([a-z_.0-9]+)</code>", (site / "config.html").read_text()))
     assert {"optim.lr", "parallel.dp_shard", "precision", "base", "model.from"} <= keys
+    assert "The public Python API" in (site / "api.html").read_text()
     assert "The device mesh of all ranks" in (site / "api" / "parallel.html").read_text()

@@ -48,7 +48,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     pages = {page: (REPOSITORY / document).read_text(encoding="utf-8") for page, document in OUTSIDE.items()}
     pages["config.md"] = config_page()
-    pages["api.md"] = "# Python API\n\n" + "".join(f"- [{package}](api/{package}.md)\n" for package in API)
+    packages = "".join(f"- [{package}](api/{package}.md)\n" for package in API)
+    pages["api.md"] = f"# Python API\n\n::: dist_llm.api\n\n## Packages\n\n{packages}"
     pages |= {f"api/{package}.md": api_page(package, modules.split()) for package, modules in API.items()}
     for page, text in pages.items():
         if page not in files.src_uris:

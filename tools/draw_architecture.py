@@ -29,7 +29,7 @@ PATH = (
     ("batches", ("data", "objectives"), ""),
     ("training step", ("models", "losses", "parallel", "engines", "optim"), "train"),
     ("checkpoint", ("checkpoint",), ""),
-    ("results", ("generate", "train", "convert"), "generate, evaluate"),
+    ("results", ("generate", "train", "convert"), "evaluate, generate, convert"),
 )
 # Colours that can be told apart in print: infrastructure, model, data, distribution, program.
 COLOURS = {
@@ -37,7 +37,7 @@ COLOURS = {
     "#dbe9f6": ("losses", "optim", "models", "objectives"),
     "#e2f0d9": ("data", "text"),
     "#fdebd0": ("parallel", "checkpoint", "convert", "engines"),
-    "#eadcf4": ("train", "generate", "cli"),
+    "#eadcf4": ("train", "generate", "commands", "api", "cli"),
 }
 FILL = {name: colour for colour, names in COLOURS.items() for name in names}
 
@@ -128,7 +128,7 @@ def path_boxes(y: float) -> Iterator[Box]:
     width = path_width(len(PATH))
     for number, (title, packages, commands) in enumerate(PATH):
         lines = textwrap.wrap(", ".join(packages), int(width / CHARACTER))
-        lines += [f"$ {commands}"] if commands else []
+        lines += textwrap.wrap(f"$ {commands}", int(width / CHARACTER)) if commands else []
         fill = FILL[packages[0]] if packages else "#ffffff"
         yield Box(MARGIN + number * (width + 3 * GAP), y, width, 88, title, tuple(lines), fill)
 
