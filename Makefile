@@ -1,19 +1,19 @@
-# make install | demo | test | test-all | check | bench | gpu | gpu-wheels | clean
+# make install | demo | test | test-all | check | docs | bench | gpu | gpu-wheels | clean
 #
-# Everything but `gpu` happens in .venv, which `install` makes; it need not be activated.
+# All targets except `gpu` use .venv, which `install` creates; you need not activate it.
 # Another interpreter: make PYTHON=python3.12 install
 
 PYTHON ?= python3
 INSTALLED := .venv/.installed
-# The environment's programs come first: some packages look for theirs on PATH, as deepspeed does for ninja.
+# The programs of .venv come first on PATH, because deepspeed looks for ninja there.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: install demo test test-all check bench gpu gpu-wheels clean
+.PHONY: install demo test test-all check docs bench gpu gpu-wheels clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
 
-# Again only when what is to be installed has changed.
+# Runs again only if the requirements have changed.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: Python 3.11 or newer is needed, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)." >&2; \
@@ -22,11 +22,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "error: $(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; \
 	  exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	python -m pip install -c constraints.txt -e '.[dev,accelerate,deepspeed]'
+	python -m pip install -c constraints.txt -e '.[dev,docs,accelerate,deepspeed]'
 	@touch $@
 
-# A second `make demo` goes on from the newest checkpoint, so a finished one trains no further;
-# for a fresh one: make clean, or rm -r runs/demo.
+# A second `make demo` resumes from the newest checkpoint, so a complete run does not train further.
+# To start again: make clean, or rm -r runs/demo.
 demo: install
 	test -f data/stdlib/manifest.json || \
 	  dist-llm prepare --source python-stdlib --tokenizer bpe:4096 --heldout-fraction 0.05 --out data/stdlib
@@ -37,14 +37,14 @@ demo: install
 	  --temperature 0.7 --top-p 0.9 --seed 1
 	@echo; echo "The curves: .venv/bin/tensorboard --logdir runs/demo/tensorboard"
 
-# Two workers, but one for tests that time what they see.
+# Two workers; one for tests that measure time.
 SERIAL := tests/chaos tests/slurm tests/netns
 
 test: install
 	python -m pytest --numprocesses 2 --dist loadfile $(SERIAL:%=--ignore %)
 	python -m pytest $(SERIAL)
 
-# Also what takes hours: before a release.
+# Also the tests that take hours; run before a release.
 test-all: install
 	python -m pytest -m 'not gpu'
 
@@ -54,12 +54,16 @@ check: install
 	mypy
 	python tools/lint_names.py
 
-# Over a quarter of an hour on two cores. What they keep with --write is in benchmarks/results.
+# The documentation site: build/site/index.html. A broken link or a missing page is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+# Over a quarter of an hour on two cores. With --write, the programs store their rows in benchmarks/results.
 bench: install
 	for program in overhead train loss attention optimizer data checkpoint communication collectives layouts startup; do python benchmarks/$$program.py || exit 1; done
 
-# At most eight minutes on a GPU: docs/gpu.md. Installs nothing and needs no network.
-# DEVICE=cpu runs the same rows on the CPU, at tiny sizes.
+# At most eight minutes on a GPU (docs/gpu.md). Installs nothing and needs no network.
+# DEVICE=cpu runs the same rows on the CPU at tiny sizes.
 DEVICE ?= cuda
 RESULTS ?= $(if $(filter cuda,$(DEVICE)),benchmarks/results,runs/gpu)
 GPU_PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
@@ -68,7 +72,7 @@ COMMIT ?=
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu_start.py --device $(DEVICE) --write $(RESULTS) --commit=$(COMMIT)
 
-# The packages that a machine with torch, transformers and their like may lack, for `gpu` there: about 5 MB.
+# Download wheels for `make gpu` on a machine that has torch and transformers but no network: about 5 MB.
 WHEELS_PYTHON ?= 3.12
 
 gpu-wheels:
@@ -76,7 +80,7 @@ gpu-wheels:
 	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
 	  --platform manylinux2014_x86_64 -c constraints.txt pydantic blake3 pytest pytest-timeout
 
-# What the targets above made; no run or corpus of yours.
+# Remove what the targets above created, but none of your runs and corpora.
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis data/stdlib runs/demo \
 	  wheels runs/gpu

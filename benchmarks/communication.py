@@ -119,12 +119,12 @@ CASES = (
 )
 
 AGAIN = (
-    "Recomputation runs a block's forward once more, its collectives too, but for the last reduce-scatter, whose "
-    "result nobody asks for: 3 A f(tp) a block."
+    "Recomputation repeats the forward pass of each block with its collectives, except the last reduce-scatter, whose "
+    "result is not needed: 3 A f(tp) per block."
 )
 EMBEDDING = (
-    "`always` frees embedding and head after forward and gathers them again as one group for backward, though the "
-    "embedding's backward reads no weights: its V D elements travel once too often, 4 V D f(s) bytes."
+    "`always` frees embedding and head after forward and gathers them again as one group for backward. The backward "
+    "pass of the embedding reads no weights, so its V D elements are sent once too often: 4 V D f(s) bytes."
 )
 # Why a layout sends more than 5% over its minimum, by name. `document` refuses one too few and one too many.
 REASONS = {
@@ -132,15 +132,15 @@ REASONS = {
     "dp_shard 4, reshard=always": EMBEDDING,
     "tp 2, recompute=full": AGAIN,
     "tp 2, recompute=selective": (
-        "What is kept are matrix products, attention and sums over the ranks, not what was gathered: each block "
-        "gathers its two inputs once more, 2 A f(tp)."
+        "Selective recomputation saves matrix products, attention and reductions over the ranks, but no gathered "
+        "tensors: each block gathers its two inputs once more, 2 A f(tp)."
     ),
     "cp 2, recompute=full": "Recomputation gathers keys and values once more.",
     "tp 2, bf16": (
-        "Without FSDP the residual stream and the last norm are fp32: what the embedding gives and the head takes, and "
-        "the gradients of both, travel in four bytes an element, the blocks' in two."
+        "Without FSDP the residual stream and the last norm are fp32. The output of the embedding, the input of the "
+        "head and the gradients of both have four bytes per element; those of the blocks have two."
     ),
-    "pp 2, 4 microbatches, bf16": "Without FSDP the residual stream, which goes from stage to stage, is fp32.",
+    "pp 2, 4 microbatches, bf16": "Without FSDP the residual stream, which the stages send, is fp32.",
 }
 
 
@@ -407,7 +407,7 @@ def overview(rows: Sequence[dict[str, Any]]) -> str:
 
 def by_axis(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table, a line per layout, axis and kind of call."""
-    lines = ["| layout | axis | kind | calls | bytes |", "| --- | --- | --- | ---: | ---: |"]
+    lines = ["| layout | dimension | kind | calls | bytes |", "| --- | --- | --- | ---: | ---: |"]
     for row in rows:
         for part in row["by_axis"]:
             lines.append(f"| {row['layout']} | {part['axis']} | {part['kind']} | {part['calls']} | {part['bytes']:,} |")
@@ -435,42 +435,47 @@ def document(rows: Sequence[dict[str, Any]]) -> str:
         parameters = sum(each.numel() for each in Decoder(config_of(CASES[0]).model).parameters())
     model = ", ".join(f"{key} {value}" for key, value in MODEL.items())
     counted = (
-        "What one rank sends in one optimizer step, counted, and the least that its layout needs. The model: "
-        f"{model}; {parameters:,} parameters. {ROWS} sequences of {SEQ_LEN} tokens a step; fp32 where nothing "
-        "else is said."
+        f"The model: {model}; {parameters:,} parameters. {ROWS} sequences of {SEQ_LEN} tokens per step; fp32 unless "
+        "stated otherwise."
     )
     return f"""\
-# Bytes on the wire
+# Communication
 
-Written by `python benchmarks/communication.py --write`; edit `benchmarks/communication.py` instead. Counted with
+Compare the bytes that a rank sends in one optimizer step with the minimum that its layout needs.
+[layouts.md](layouts.md#traffic) has formulas to plan with.
+
+`python benchmarks/communication.py --write` writes this page; edit `benchmarks/communication.py` instead. Counted with
 torch {torch.__version__}, Python {platform.python_version()}, gloo on a CPU.
 
 {_wrapped(counted, indent="")}
 
-Over p ranks an all-gather or a reduce-scatter whose whole is n bytes costs n (p - 1) / p, as in a ring; an
-all-reduce twice that; a message n, at its sender. Of ranks that differ, the one that sends most is shown. `calls`
-are collectives and sends over two ranks or more. What the least is made of: `benchmarks/communication.py:minimum`,
-and [layouts.md](layouts.md) for formulas to plan with.
+- Over p ranks, an all-gather or a reduce-scatter of n bytes in total costs n (p - 1) / p, as in a ring. An all-reduce
+  costs twice that. A message of n bytes costs its sender n.
+- If ranks differ, the table shows the rank that sends most.
+- `calls` are collectives and sends over two or more ranks.
+- `benchmarks/communication.py:minimum` computes the minimum.
 
 {overview(rows)}
-## What is over 5%
+## Layouts with an excess over 5%
 
-V: vocabulary, D: width, A: bytes of the activations of a rank's share of the step, f(p) = (p - 1) / p.
+V: vocabulary; D: width; A: bytes of the activations of a rank's share of the step; f(p) = (p - 1) / p.
 
 {explanations(rows)}
-What is left below that: a few scalars a step (the count of scored tokens, the loss, the norm).
+Smaller excesses are a few scalars per step: the number of valid tokens, the loss, the gradient norm.
 
-## By axis
+## By mesh dimension
 
 {by_axis(rows)}
 ## How it is counted
 
-A `TorchDispatchMode` sees each operator of torch's communication namespaces on its way to the backend
-(`benchmarks/communication.py:WireCounter`); an operator that it does not know is an error, so none is left out
-unnoticed. The group's ranks say which axes of the mesh it runs along. Bytes follow from shapes: another backend
-moves the same where the same calls are made. gloo itself carries a reduce-scatter out as an all-reduce, and moves
-more than is asked of it; so on CPUs gathers and reductions are messages of as many bytes
-(`dist_llm/parallel/p2p_collectives.py`, `tests/laws/test_p2p_collectives.py`).
+A `TorchDispatchMode` sees each operator of torch's communication namespaces before the backend runs it
+(`benchmarks/communication.py:WireCounter`). An unknown operator is an error, so none is missed. The ranks of the
+process group determine the mesh dimensions. The bytes follow from the shapes, so another backend sends the same for
+the same calls.
+
+gloo itself implements a reduce-scatter as an all-reduce, so it sends more bytes. On CPUs, gathers and reductions are
+therefore point-to-point messages with as many bytes as in the table (`dist_llm/parallel/p2p_collectives.py`,
+`tests/laws/test_p2p_collectives.py`).
 """
 
 

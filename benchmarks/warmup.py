@@ -118,21 +118,17 @@ def page(found: list[list[dict[str, Any]]]) -> str:
         f"| {run.name} | {rows[0]['heldout_loss']:.3f} | {rows[-1]['heldout_loss']:.3f} |"
         for run, rows in zip(RUNS, found, strict=True)
     ]
-    keys = ", ".join(f"`{key}`" for key in KEYS[:11])
     lines = [
-        "# Warm-up and the place of the norm",
+        "# Warmup and the norm order",
         "",
-        "Written by `benchmarks/warmup.py`; do not edit.",
+        "Decide whether a model needs `schedule.warmup_steps`. Post-norm (`model.norm_order=post`) does; pre-norm does",
+        "not.",
         "",
-        "```sh",
-        "python benchmarks/warmup.py --docs docs",
-        "```",
-        "",
-        "In post-norm the gradients near the output are large at the start, however deep the model (Xiong et al.",
-        "2020); a full learning rate from the first step on then throws the model to where it learns little more than",
-        "how often each token comes. Warm-up takes small steps until the gradients have settled. Pre-norm has no such",
-        "start. Initial values that shrink with depth (`model.init=depth`, `model.init=tfixup`) are another way; they",
-        "help as far as the curves show.",
+        "In post-norm the gradients near the output are large at the start, however deep the model is (Xiong et al.",
+        "2020). A full learning rate from the first step then moves the model to where it learns little more than the",
+        "frequencies of the tokens. Warmup takes small steps until the gradients are smaller. Pre-norm has no large",
+        "gradients at the start. Initial values that shrink with depth (`model.init=depth`, `model.init=tfixup`) are",
+        "an alternative to warmup.",
         "",
         "![held-out losses](warmup.png)",
         "",
@@ -140,8 +136,17 @@ def page(found: list[list[dict[str, Any]]]) -> str:
         "| --- | ---: | ---: |",
         *table,
         "",
-        f"All with {keys} over `configs/debug.yaml`, on Python's standard library, the same samples in the same order.",
-        f"Warm-up is `{WARMUP}`. torch {torch.__version__}, fp32, CPU.",
+        "All runs read the same samples of Python's standard library in the same order, with `configs/debug.yaml` and:",
+        "",
+        "```text",
+        *KEYS[:13],
+        "```",
+        "",
+        f"Warmup is `{WARMUP}`. torch {torch.__version__}, fp32, CPU. This page is written by:",
+        "",
+        "```sh",
+        "python benchmarks/warmup.py --docs docs",
+        "```",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,5 +1,6 @@
-"""The README's counts of the law are those of the tests."""
+"""tools/law_counts.py counts the tests of tests/laws and writes its table into a document."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,11 @@ def table() -> str:
     return done.stdout
 
 
-def test_the_readme_is_up_to_date(table: str) -> None:
+def test_the_readme_has_one_table_to_replace() -> None:
+    """The counts are generated at a release; this test does not pin them."""
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert text.count(START) == text.count(END) == 1
-    shown = text.partition(START)[2].partition(END)[0]
-    assert shown == table, "bring it up to date: python tools/law_counts.py --write README.md"
+    assert re.search(rf"{START}\| in version [\d.]+ \| count \|\n.*\| \d+ \|\n{END}", text, re.DOTALL)
 
 
 def test_the_counts_are_those_of_the_lists(table: str) -> None:
@@ -35,9 +36,9 @@ def test_the_counts_are_those_of_the_lists(table: str) -> None:
 
     rows = dict(line.strip("| ").split(" | ") for line in table.splitlines()[2:])
     by_ranks = [int(count) for what, count in rows.items() if what.startswith("... on ")]
-    assert int(rows["layouts held against one process"]) == sum(by_ranks) == len(LAYOUTS)
-    assert int(rows["... with three or more axes"]) >= 12
-    assert int(rows["planted bugs, each of which the law catches"]) == len(BUGS)
+    assert int(rows["layouts compared with one process"]) == sum(by_ranks) == len(LAYOUTS)
+    assert int(rows["... with three or more mesh dimensions larger than 1"]) >= 12
+    assert int(rows["planted bugs; each makes the comparison fail"]) == len(BUGS)
 
 
 def test_tests_are_counted_as_pytest_selects_them(table: str) -> None:
@@ -51,7 +52,7 @@ def test_tests_are_counted_as_pytest_selects_them(table: str) -> None:
         timeout=240,
     )
     selected = [line for line in done.stdout.splitlines() if "::" in line]
-    assert int(rows["tests of the law in `make test`"]) == len(selected), done.stdout[-1000:]
+    assert int(rows["tests of `tests/laws` in `make test`"]) == len(selected), done.stdout[-1000:]
 
 
 def test_the_text_around_is_left_alone_and_a_file_without_a_place_is_refused(table: str, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Count what the law of layouts covers, from the tests themselves.
+"""Count what tests/laws covers, from the tests themselves. Part of a release: CONTRIBUTING.md.
 
-Prints a table; with --write FILE, puts it between the lines `<!-- law counts -->` and `<!-- /law counts -->`
-of that file, once, and says so.
+Prints a table whose heading names the version. With --write FILE, replaces the text between the lines
+`<!-- law counts -->` and `<!-- /law counts -->` of that file. No test pins the counts.
 
   python tools/law_counts.py --write README.md
 """
@@ -24,24 +24,25 @@ BETWEEN = re.compile(r"(<!-- law counts -->\n).*?(<!-- /law counts -->)", re.DOT
 def main() -> int:
     """Print the table or write it."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("--write", type=Path, metavar="FILE", help="the file to bring up to date")
+    top.add_argument("--write", type=Path, metavar="FILE", help="the file whose table to replace")
     file = top.parse_args().write
     if file is None:
         print(table(), end="")
         return 0
     text = file.read_text(encoding="utf-8")
     if (places := len(BETWEEN.findall(text))) != 1:
-        print(f"error: {file}: needs one pair of lines {BETWEEN.pattern!r}, has {places}", file=sys.stderr)
+        print(f"error: {file}: must have one pair of lines {BETWEEN.pattern!r}, has {places}", file=sys.stderr)
         return 2
     rows = table()
     file.write_text(BETWEEN.sub(lambda match: f"{match[1]}{rows}{match[2]}", text), encoding="utf-8")
-    print(f"{file}: counts of the law brought up to date", file=sys.stderr)
+    print(f"{file}: table of counts replaced", file=sys.stderr)
     return 0
 
 
 def table() -> str:
-    """The counts as rows of Markdown."""
+    """The counts as a table in Markdown."""
     sys.path.insert(0, str(REPOSITORY))
+    from dist_llm import __version__
     from tests.laws import covering
     from tests.laws.bugs import BUGS
     from tests.laws.layouts import CHOSEN, FAMILIES, LAYOUTS
@@ -51,19 +52,20 @@ def table() -> str:
     ranks = Counter(layout.ranks for layout in layouts)
     default, slow = collected()
     counts = {
-        f"cases of the covering array: every compatible pair of values of {len(FACTORS)} factors": len(
+        f"cases of the covering array; each compatible pair of values of {len(FACTORS)} factors occurs in a case": len(
             covering.load()[0]
         ),
-        "layouts held against one process": len(layouts),
+        "layouts compared with one process": len(layouts),
         **{f"... on {number} ranks": ranks[number] for number in sorted(ranks)},
-        "... with three or more axes": sum(layout.axes >= 3 for layout in layouts),
+        "... with three or more mesh dimensions larger than 1": sum(layout.axes >= 3 for layout in layouts),
         "layouts of other architectures and objectives": len({str(layout) for layout in FAMILIES}),
-        "layouts also compiled and recomputed": len({str(layout) for layout in CHOSEN}),
-        "planted bugs, each of which the law catches": len(BUGS),
-        "tests of the law in `make test`": default,
-        "more of them in `pytest -m slow`, skipped combinations included": slow,
+        "layouts with `torch.compile` and recomputation": len({str(layout) for layout in CHOSEN}),
+        "planted bugs; each makes the comparison fail": len(BUGS),
+        "tests of `tests/laws` in `make test`": default,
+        "additional tests with `pytest -m slow`, skipped combinations included": slow,
     }
-    return "\n".join(["| what | count |", "| --- | --- |", *(f"| {what} | {n} |" for what, n in counts.items())]) + "\n"
+    heading = [f"| in version {__version__} | count |", "| --- | --- |"]
+    return "\n".join([*heading, *(f"| {what} | {number} |" for what, number in counts.items())]) + "\n"
 
 
 def collected() -> tuple[int, int]:

@@ -22,7 +22,12 @@ from dist_llm.config.load import load_config
 from . import commands
 from .commands import REPOSITORY
 
-DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted(REPOSITORY.glob("[!.]*/*.md"))]
+TREE = REPOSITORY / "docs" / "design" / "README.md"
+DOCUMENTS = [
+    *sorted(REPOSITORY.glob("*.md")),
+    *sorted(REPOSITORY.glob("[!.]*/*.md")),
+    *sorted(TREE.parent.glob("*.md")),
+]
 BLOCK = re.compile(r"(<!-- run -->\n)?```sh\n(.*?)```", re.DOTALL)
 REFERENCE = re.compile(r"`([\w./-]+\.(?:py|yaml|md|toml|txt))(?::(\w+))?`")
 
@@ -137,7 +142,51 @@ def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
     assert done.returncode == 0, f"{document}:\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def name_of(document: Path) -> str:
+    return document.relative_to(REPOSITORY).as_posix()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_links_lead_to_files_and_headings(document: Path) -> None:
+    assert broken_links(document) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    (tmp_path / "b.md").write_text("# A `key` and more\n")
+    page = tmp_path / "a.md"
+    page.write_text(
+        "[x](b.md#a-key-and-more) [x](https://host/a) [x](#no) [x](b.md#no) [x](c.md)\n```sh\n[x](d.md)\n```\n"
+    )
+    assert broken_links(page) == ["#no", "b.md#no", "c.md"]
+
+
+def broken_links(document: Path) -> list[str]:
+    """The relative links of a page whose file or heading does not exist."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    broken = []
+    for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        file = document.parent / name if name else document
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(link)
+    return broken
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_lines_are_short(document: Path) -> None:
+    """At most 120 characters, but for tables, links, commands and quoted output."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if len(line) > 120 and not re.match(r"\||#+ |.*\]\(", line)]
+    assert lines == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_files_and_functions_named_exist(document: Path) -> None:
     for name, symbol in REFERENCE.findall(document.read_text()):
         places = [place for place in (REPOSITORY / name, document.parent / name) if place.is_file()]
@@ -159,9 +208,9 @@ def defined_in(file: Path) -> set[str]:
     return names
 
 
-def test_the_tree_in_the_readme_is_the_tree() -> None:
+def test_the_tree_in_the_design_is_the_tree() -> None:
     """Each entry exists, and each package is an entry."""
-    text = re.search(r"```text tree\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    text = re.search(r"```text tree\n(.*?)```", TREE.read_text(), re.DOTALL)
     assert text is not None
     parents: list[str] = []
     entries = set()
