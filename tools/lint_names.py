@@ -26,6 +26,7 @@ CHECKED = (
     "dist_llm/launch",
     "dist_llm/errors.py",
     "dist_llm/generate.py",
+    "dist_llm/io",
     "dist_llm/losses",
     "dist_llm/models",
     "dist_llm/objectives",
