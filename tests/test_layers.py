@@ -20,7 +20,8 @@ LEVELS = (
     {"errors"},
     {"io"},
     {"config"},
-    {"counter_rng"},
+    {"compat", "counter_rng"},
+    {"sharded"},
     {"losses", "optim"},
     {"models"},
     {"objectives"},
@@ -37,7 +38,7 @@ LEVELS = (
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SIDEWAYS = {("train", "generate"), ("observe", "launch")}
-KNOW_OF_RANKS = {"launch", "parallel", "checkpoint", "engines"}
+KNOW_OF_RANKS = {"compat", "sharded", "launch", "parallel", "checkpoint", "engines"}
 # The wrapper that hands an exception to torchrun; it starts nothing.
 ALLOWED = {("cli", "torch.distributed.elastic.multiprocessing.errors")}
 

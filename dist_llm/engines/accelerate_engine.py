@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 
 from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState
 from dist_llm.config.schema import Config
@@ -26,8 +25,8 @@ from dist_llm.objectives.batch import Batch
 from dist_llm.optim import gradient_clipping
 from dist_llm.optim.build_optimizer import build_optimizer
 from dist_llm.parallel.fsdp import COMPUTE_DTYPES
-from dist_llm.parallel.mesh import to_local
 from dist_llm.parallel.parallelize import build_model_parts
+from dist_llm.sharded import is_sharded, to_local
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
@@ -81,7 +80,7 @@ class AccelerateEngine(DataParallelEngine):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         local_grads = [to_local(gradient) for gradient in gradients]
         norm = gradient_clipping.global_norm(local_grads).to(self.device)
-        if any(isinstance(gradient, DTensor) for gradient in gradients):
+        if any(map(is_sharded, gradients)):
             norm = self.all_reduce_over_data(norm.square()).sqrt()
         if should_apply is not None and not should_apply(norm):
             self.optimizer.zero_grad()

@@ -14,7 +14,7 @@ from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState
 from dist_llm.config.derive import SPLIT_BACKWARD
 from dist_llm.config.schema import Config
 from dist_llm.counter_rng import hash_seed
-from dist_llm.engines.gradient_norm import compute_grad_norm, is_tp_sharded
+from dist_llm.engines.gradient_norm import compute_grad_norm
 from dist_llm.engines.optimizer_step import step_and_zero_grad
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import gradient_clipping
@@ -30,13 +30,12 @@ from dist_llm.parallel.mesh import (
     all_gather_ints,
     all_reduce_over,
     build_mesh,
-    local_with_offset,
-    to_local,
 )
 from dist_llm.parallel.parallelize import build_model_parts
 from dist_llm.parallel.pipeline_parallel import Pipeline
 from dist_llm.parallel.replica_check import ReplicaGroups
 from dist_llm.parallel.tensor_parallel import all_reduce_replicated_grads
+from dist_llm.sharded import coordinate, is_sharded_over, local_with_offset, to_local
 
 
 class NativeEngine:
@@ -54,7 +53,7 @@ class NativeEngine:
         self.optimizer = self._build_optimizer()
         # Dropout must be equal on tensor ranks whose activations are equal, and must differ otherwise.
         axes = ("pp", "dp_replicate", "dp_shard", "cp", *(("tp",) if config.parallel.sequence_parallel else ()))
-        self.dropout_coordinates = tuple(self._coordinate(axis) for axis in axes)
+        self.dropout_coordinates = tuple(coordinate(self.mesh, axis) for axis in axes)
 
     def _build_optimizer(self) -> optim.Optimizer:
         config = self.config.optim
@@ -68,7 +67,7 @@ class NativeEngine:
     @property
     def dp_rank_and_size(self) -> tuple[int, int]:
         parallel = self.config.parallel
-        rank = self._coordinate("dp_replicate") * parallel.dp_shard + self._coordinate("dp_shard")
+        rank = coordinate(self.mesh, "dp_replicate") * parallel.dp_shard + coordinate(self.mesh, "dp_shard")
         return rank, parallel.dp_replicate * parallel.dp_shard
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -99,7 +98,7 @@ class NativeEngine:
         # Without sequence_parallel, gradients of replicated parameters are not reduced over tp. Their replicas are
         # bitwise equal only if the kernels of all tensor ranks are deterministic, so they are not compared.
         if self.mesh["tp"].size() > 1 and self.config.parallel.sequence_parallel:
-            replicated = {name: to_local(p) for name, p in params.items() if not is_tp_sharded(p)}
+            replicated = {name: to_local(p) for name, p in params.items() if not is_sharded_over(p, "tp")}
             groups.append((self.mesh.get_group("tp"), replicated))
         return [(group, tensors) for group, tensors in groups if tensors]
 
@@ -115,7 +114,7 @@ class NativeEngine:
         return [value] if self.mesh is None else all_gather_ints(value, self.device)
 
     def to_local_batch(self, batch: Batch) -> Batch:
-        return shard_sequences(batch, self._coordinate("cp"), self.config.parallel.cp).to(self.device)
+        return shard_sequences(batch, coordinate(self.mesh, "cp"), self.config.parallel.cp).to(self.device)
 
     def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
         for model_part in self.model_parts:
@@ -210,9 +209,6 @@ class NativeEngine:
         """Seed dropout as a function of step, microbatch and rank, so that there is no generator state to save."""
         if self.config.model.dropout:
             torch.manual_seed(hash_seed(self.config.run.seed, step, microbatch, *self.dropout_coordinates))
-
-    def _coordinate(self, axis: str) -> int:
-        return self.mesh.get_local_rank(axis) if self.mesh is not None else 0
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self.config.precision == "fp32":
