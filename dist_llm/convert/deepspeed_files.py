@@ -104,6 +104,6 @@ def write_tagged_directory(directory: Path, tag: str, latest: str) -> Iterator[P
     if final.exists():
         raise CheckpointError(f"{final}: is there already; give another tag or directory")
     with create_atomically(final) as temporary:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         yield temporary
     replace_file(directory / latest, tag.encode())

@@ -33,6 +33,7 @@ def write_atomically(target: Path) -> Iterator[Path]:
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise CheckpointError(f"{target}: is there already; name another output, or remove it")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with create_atomically(target) as temporary:
             yield temporary
     except OSError as error:

@@ -39,7 +39,7 @@ def localize_corpus(location: str, cache: str) -> Path:
             suppress(TargetExistsError),  # another process was faster
             create_atomically(mirror, shared=True) as directory,
         ):
-            directory.mkdir()
+            directory.mkdir(parents=True)
             fetch(f"{url}/{TOKENIZER}", directory / TOKENIZER, None, f"sha256:{manifest.tokenizer_sha256}")
             (directory / ORIGIN_FILE).write_text(url + "\n", encoding="utf-8")
             shards = {

@@ -62,12 +62,11 @@ def create_atomically(target: Path, shared: bool = False) -> Iterator[Path]:
     """Yield a path for a new file or folder. When the block ends, sync it with all its content and rename it to
     `target`. An error removes it.
 
-    The caller creates the file or folder; its parents exist. An existing file or empty folder is replaced. Raises
+    The caller creates the file or folder, and its parents. An existing file or empty folder is replaced. Raises
     TargetExistsError if the target is a folder with content. `shared`: other processes may create the target at the
     same time; the first one wins.
     """
     temporary = temporary_path(target, shared)
-    target.parent.mkdir(parents=True, exist_ok=True)
     remove(temporary)  # left behind by a killed process
     try:
         yield temporary

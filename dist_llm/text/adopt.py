@@ -42,7 +42,7 @@ def adopt(options: AdoptOptions, stream: TextIO | None = None) -> Manifest:
     try:
         with ProgressMeter(stream or sys.stderr, _sum_sizes(options), "checking") as meter:
             with create_atomically(out, shared=True) as partial:
-                partial.mkdir()
+                partial.mkdir(parents=True)
                 run = _AdoptRun(options, tokenizer, partial, meter)
                 manifest = run.write_corpus()
             _print_summary(options, manifest, meter, sorted(run.files_with_leading_eot))

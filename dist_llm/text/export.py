@@ -26,7 +26,7 @@ def export_bin(directory: Path, out: Path) -> dict[str, int]:
         raise DataError(f"{out}: exists. Choose another directory, or remove it first.")
     try:
         with create_atomically(out) as partial:
-            partial.mkdir()
+            partial.mkdir(parents=True)
             for split, corpus in corpora.items():
                 corpus.check_shard_sizes()
                 _write_bin(corpus, partial / FILES[split])

@@ -26,6 +26,7 @@ from dist_llm.data.mirror import localize_corpus
 from dist_llm.data.remote import fetch
 from dist_llm.data.shard import Manifest, Shard, ShardWriter
 from dist_llm.errors import DataError
+from dist_llm.io import locks as file_locks
 from dist_llm.io import urls
 from dist_llm.io.urls import as_path, is_remote
 from dist_llm.objectives.objective_vocabulary import Vocabulary
@@ -341,7 +342,7 @@ def test_concurrent_fetches_of_one_file(locks, server, tmp_path, monkeypatch):
         def refuse(*arguments):
             raise OSError("no locks here")
 
-        monkeypatch.setattr(locks.fcntl, "flock", refuse)
+        monkeypatch.setattr(file_locks.fcntl, "flock", refuse)
     server.files["/x"] = content = os.urandom(3_000_000)
     server.pause = 0.05
     target = tmp_path / "x"
