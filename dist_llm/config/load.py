@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dist_llm.config.nearest import nearest
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import Config, KnownNames
 from dist_llm.errors import CheckpointError, ConfigError
 
 
@@ -161,7 +161,8 @@ def describe() -> Iterator[tuple[str, str, str, str]]:
 
 def _row(name: str, field: Any) -> tuple[str, str, str, str]:
     default = "required" if field.is_required() else str(yaml.safe_dump(field.default)).split("\n")[0]
-    return name, _type_name(field.annotation), default, field.description or ""
+    known = [" | ".join((*mark.names, "...")) for mark in field.metadata if isinstance(mark, KnownNames)]
+    return name, known[0] if known else _type_name(field.annotation), default, field.description or ""
 
 
 def _type_name(annotation: Any) -> str:

@@ -26,6 +26,13 @@ Policy = Literal["stop", "skip", "rewind", "warn"]
 CACHE = "~/.cache/dist_llm"
 
 
+class KnownNames:
+    """Marks a string key whose values other packages may extend; the help lists the names that this one knows."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
 def key(description: str, default: Any = ...) -> Any:
     """A key of a section. Without `default` it is required."""
     return Field(default, description=description)
@@ -415,7 +422,9 @@ class Config(Section):
         False,
     )
     compile: bool = key("torch.compile each block", False)
-    engine: Literal["native", "deepspeed", "accelerate"] = key("training engine", "native")
+    engine: Annotated[str, KnownNames("native", "deepspeed", "accelerate")] = key(
+        "training engine; also the name of one that an installed package registers", "native"
+    )
     deepspeed: DeepSpeedConfig = Field(
         default_factory=DeepSpeedConfig, description="engine deepspeed, and accelerate with its deepspeed plugin"
     )

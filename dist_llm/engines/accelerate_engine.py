@@ -4,7 +4,7 @@ accelerate builds the distributed model. Loss scaling, clipping and the learning
 the loss by the number of microbatches and step a scheduler once per process.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,12 +14,14 @@ from torch import Tensor, nn, optim
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState
+from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config
+from dist_llm.engines.base import Engine
 from dist_llm.engines.data_parallel import DataParallelEngine
 from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
 from dist_llm.engines.optimizer_step import step_and_zero_grad
 from dist_llm.errors import ConfigError
-from dist_llm.launch.environment import prepare_accelerate
+from dist_llm.launch.environment import check_accelerate, prepare_accelerate
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import gradient_clipping
@@ -29,6 +31,16 @@ from dist_llm.parallel.parallelize import build_model_parts
 from dist_llm.sharded import is_sharded, to_local
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+def build_engine(config: Config, device: torch.device) -> Engine:
+    """Build the engine that accelerate.plugin selects."""
+    return (AccelerateDeepSpeedEngine if config.uses_deepspeed else AccelerateEngine)(config, device)
+
+
+def check_config(config: Config, device: torch.device) -> Iterator[Violation]:
+    """Broken rules where `accelerate launch` or this machine contradicts the config."""
+    return check_accelerate(config, device)
 
 
 class AccelerateEngine(DataParallelEngine):

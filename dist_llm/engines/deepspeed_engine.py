@@ -11,6 +11,7 @@ from dist_llm.checkpoint.flat_shard import FlatShard
 from dist_llm.config.deepspeed import deepspeed_json
 from dist_llm.config.schema import Config
 from dist_llm.convert.deepspeed_layout import PartitionLayout, contiguous_layout, per_param_layout
+from dist_llm.engines.base import Engine
 from dist_llm.engines.data_parallel import DataParallelEngine
 from dist_llm.engines.deepspeed_compat import copy_fp32_weights, release_small_weights
 from dist_llm.errors import CheckpointError
@@ -24,6 +25,15 @@ from dist_llm.optim import gradient_clipping
 from dist_llm.optim.build_optimizer import build_optimizer
 from dist_llm.parallel.parallelize import init_parameters, parallelize_model
 from dist_llm.sharded import full_shape
+
+
+def build_engine(config: Config, device: torch.device) -> Engine:
+    """Build the engine for the layout: with a pipeline or without."""
+    if config.parallel.pp == 1:
+        return DeepSpeedEngine(config, device)
+    from dist_llm.engines.deepspeed_pipeline import DeepSpeedPipelineEngine  # a subclass of the class below
+
+    return DeepSpeedPipelineEngine(config, device)
 
 
 class DeepSpeedEngine(DataParallelEngine):
