@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState
 from dist_llm.config.load import Violation
@@ -26,8 +25,8 @@ from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import gradient_clipping
 from dist_llm.optim.build_optimizer import build_optimizer
-from dist_llm.parallel.fsdp import COMPUTE_DTYPES
 from dist_llm.parallel.parallelize import build_model_parts
+from dist_llm.parallel.precision import fsdp_policy
 from dist_llm.sharded import is_sharded, to_local
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
@@ -53,7 +52,7 @@ class AccelerateEngine(DataParallelEngine):
         if config.accelerate.plugin == "fsdp2":
             options["fsdp_plugin"] = accelerate.FullyShardedDataParallelPlugin(
                 fsdp_version=2,
-                mixed_precision_policy=self._policy(),
+                mixed_precision_policy=fsdp_policy(config.precision),
                 auto_wrap_policy="transformer_based_wrap",
                 transformer_cls_names_to_wrap=["Block"],
             )
@@ -66,11 +65,6 @@ class AccelerateEngine(DataParallelEngine):
         optimizer = build_optimizer(config.optim, self.model.named_parameters())
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         _check_accelerate(self.accelerator, config.accelerate.plugin, dist.get_world_size(), self.prepared)
-
-    def _policy(self) -> MixedPrecisionPolicy:
-        """The mixed-precision policy of the native engine: gradients are reduced in fp32."""
-        dtype = COMPUTE_DTYPES[self.config.precision] if self.config.precision != "fp32" else None
-        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
 
     @property
     def state(self) -> CheckpointState:
