@@ -1,13 +1,13 @@
 """The results of `gpu.py`: a file that is whole after every row, and the table at the end."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dist_llm.io.atomic import replace_file
 from gpu_context import Context
 from gpu_environment import hardware
 from results import DIRECTORY, Results, table
@@ -41,9 +41,7 @@ class GpuResults(Results):
     def _write(self) -> None:
         content = {"command": self.command, "machine": self.about, "rows": self.rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(".json.tmp")
-        scratch.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(scratch, self.path)
+        replace_file(self.path, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def traced_peaks(path: Path = DIRECTORY / TRACED) -> dict[str, int]:

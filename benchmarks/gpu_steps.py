@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.compat import functional_collectives
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.generate import Prompt, Sampling, generate_tokens
@@ -21,8 +22,9 @@ from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.build_model import build_model
 from dist_llm.objectives.batch import Batch
 from dist_llm.parallel.fsdp import apply_fsdp
-from dist_llm.parallel.mesh import build_mesh, functional_collectives, to_local
+from dist_llm.parallel.mesh import build_mesh
 from dist_llm.parallel.parallelize import init_parameters
+from dist_llm.sharded import to_local
 from dist_llm.train.step import train_step
 from gpu_context import SMALL_VOCABULARY, Comparison, Context, SkippedError, small_config
 

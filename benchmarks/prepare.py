@@ -32,6 +32,7 @@ from pathlib import Path
 
 import tiktoken
 
+from dist_llm.io.atomic import write_durably
 from dist_llm.text.bpe_tokenizer import BPETokenizer
 from dist_llm.text.input_files import iter_documents, open_inputs
 from dist_llm.text.prepare import PrepareOptions, prepare
@@ -119,10 +120,7 @@ def write(case: str, texts: list[str], folder: Path) -> Path:
     else:
         contents = {f"{number:05d}.txt": text for number, text in enumerate(texts)}
     for name, content in contents.items():
-        with (folder / name).open("w") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(folder / name, content.encode())
     return folder
 
 

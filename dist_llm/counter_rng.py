@@ -1,6 +1,5 @@
 """Counter-based random numbers: a pure function of (parameter name, element index), equal on every rank and layout."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from types import EllipsisType
@@ -8,19 +7,20 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
+from dist_llm.io.hashing import digest64
+
 CHUNK_ELEMENTS = 1 << 20  # elements processed at a time, so that temporaries stay in cache
 GPU_CHUNK_FACTOR = 16  # larger on a GPU, where a kernel launch costs more than a cache saves
 
 
 def hash64(text: str) -> int:
     """Return a signed 64-bit hash of `text`."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(digest64(text.encode()), "little", signed=True)
 
 
 def hash_seed(*numbers: int) -> int:
     """Return a 63-bit seed that depends on all of `numbers` and on their order."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(digest64(repr(numbers).encode()), "little") >> 1
 
 
 def iter_element_ids(

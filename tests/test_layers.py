@@ -17,8 +17,11 @@ PACKAGE = Path(dist_llm.__file__).parent
 
 # An arrow may only point left; those on one level do not know each other.
 LEVELS = (
-    {"errors", "counter_rng"},
+    {"errors"},
+    {"io"},
     {"config"},
+    {"compat", "counter_rng"},
+    {"sharded"},
     {"losses", "optim"},
     {"models"},
     {"objectives"},
@@ -36,7 +39,7 @@ LEVELS = (
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SIDEWAYS = {("train", "generate"), ("observe", "launch")}
-KNOW_OF_RANKS = {"launch", "parallel", "checkpoint", "engines"}
+KNOW_OF_RANKS = {"compat", "sharded", "launch", "parallel", "checkpoint", "engines"}
 # The wrapper that hands an exception to torchrun; it starts nothing.
 ALLOWED = {("commands", "torch.distributed.elastic.multiprocessing.errors")}
 
@@ -96,7 +99,10 @@ def broken_rules(root: Path) -> list[str]:
         environment = {n for n in dotted for what in ("os.environ", "os.getenv", "os.putenv") if within(n, what)}
         if environment and me != "launch":
             found.append(f"{place}: only launch reads the environment, not {me}")
-        if me in {"errors", "config"} and any(within(n, "torch") for n in dotted):
+        disk = {n for n in dotted for what in ("os.fsync", "os.replace", "os.rename", "fcntl") if within(n, what)}
+        if disk and me != "io":
+            found.append(f"{place}: only io syncs files and locks them, not {me} through {min(disk)}")
+        if me in {"errors", "io", "config"} and any(within(n, "torch") for n in dotted):
             found.append(f"{place}: {me} imports torch")
     return found
 
@@ -119,6 +125,10 @@ def test_every_rule_holds():
         ("data/order.py", "from os import getenv", "only launch reads the environment"),
         ("cli.py", "from torch.distributed import barrier", "cli knows of ranks"),
         ("config/check.py", "import torch", "config imports torch"),
+        ("io/hashing.py", "import torch", "io imports torch"),
+        ("io/hashing.py", "from dist_llm.data import shard", "io may not import data"),
+        ("text/export.py", "import os\nSYNC = os.fsync", "only io syncs files"),
+        ("text/export.py", "from fcntl import flock", "only io syncs files"),
         ("errors.py", "from dist_llm.config import load", "errors may not import config"),
         ("data/utils.py", "", "a name of its own"),
         ("fresh/thing.py", "A = 1\n" * 6, "no docstring"),

@@ -3,7 +3,7 @@
 No other state has to be restored: learning rate, data order and dropout are functions of the step.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Protocol
 
@@ -85,10 +85,14 @@ class CheckpointState(Protocol):
 
 @dataclass(frozen=True)
 class TorchState:
-    """`CheckpointState` of plain torch: a model's parameters, and the moments if there is an optimizer."""
+    """`CheckpointState` of plain torch: a model's parameters, and the moments if there is an optimizer.
+
+    `drop_gathered` drops copies of the weights that the next forward would use in place of those that were read.
+    """
 
     model: HasNamedParameters
     optimizer: optim.Optimizer | None = None
+    drop_gathered: Callable[[], None] = lambda: None
 
     def weights(self) -> dict[str, Any]:
         return {f"model.{name}": parameter.detach() for name, parameter in self._unique_parameters().items()}
@@ -121,6 +125,7 @@ class TorchState:
     @torch.no_grad()
     def after_load(self) -> None:
         """Copy tied weights that this rank has twice (both ends of a pipeline), since they are read once."""
+        self.drop_gathered()
         first = self._unique_parameters()
         for name, parameter in self.model.named_parameters():
             if parameter is not first[name]:

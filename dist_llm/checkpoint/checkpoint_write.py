@@ -24,7 +24,7 @@ from dist_llm.checkpoint.flat_shard import FlatShard, Offset, chunk_at
 from dist_llm.checkpoint.folder import FileRecord, Folder, FolderWriter
 from dist_llm.errors import CheckpointError, UserError
 from dist_llm.launch.flight_recorder import CHECKPOINT_GROUP
-from dist_llm.parallel.mesh import to_local
+from dist_llm.sharded import to_local
 
 Result = TypeVar("Result")
 WRITE_TIMEOUT = timedelta(hours=2)  # timeout of a rank that waits for another

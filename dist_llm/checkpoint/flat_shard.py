@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from dist_llm.parallel.mesh import local_with_offset
+from dist_llm.sharded import local_with_offset
 
 Offset = tuple[int, ...]
 

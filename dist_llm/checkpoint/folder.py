@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from dist_llm.checkpoint.metadata import load_metadata
-from dist_llm.data.remote import create_hash, format_digest, sync_directory
 from dist_llm.errors import CheckpointError
+from dist_llm.io.atomic import sync_directory, sync_file
+from dist_llm.io.hashing import create_hash, format_digest
 
 READ_BYTES = 1 << 22  # bytes per read request of a remote file
 WRITE_BYTES = 1 << 20  # bytes per write: they are still in the CPU cache when they are hashed
@@ -89,8 +90,8 @@ class Folder:
         """Write a file. On a local disk it is durable on return."""
         with self.fs.open(f"{self.path}/{name}", "wb") as file:
             file.write(content)
-            file.flush()
-            _sync(file)
+            with suppress(AttributeError, io.UnsupportedOperation):  # a remote file
+                sync_file(file)
 
     def create(self) -> None:
         self.fs.makedirs(self.path, exist_ok=True)
@@ -278,8 +279,3 @@ class _HashingStream(io.RawIOBase):
 
     def close(self) -> None:
         pass  # torch closes a stream after each tensor; the file stays open
-
-
-def _sync(file: Any) -> None:
-    with suppress(AttributeError, io.UnsupportedOperation):
-        os.fsync(file.fileno())

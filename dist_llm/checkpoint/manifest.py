@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 from dist_llm.checkpoint.folder import FileRecord, Folder
-from dist_llm.data.remote import create_hash, format_digest
 from dist_llm.errors import CheckpointError
+from dist_llm.io.hashing import hash_content
 
 MARKER, MANIFEST = "COMMITTED", "manifest.json"
 FORMAT = "dist_llm checkpoint 2"
@@ -38,9 +38,7 @@ def commit(folder: Folder, files: Mapping[str, FileRecord]) -> None:
 def write_file(folder: Folder, name: str, content: bytes) -> FileRecord:
     """Write a small file; return its entry for the manifest."""
     folder.write(name, content)
-    digest = create_hash()
-    digest.update(content)
-    return FileRecord(len(content), format_digest(digest))
+    return FileRecord(len(content), hash_content(content))
 
 
 def verify(folder: Folder, rank: int = 0, world_size: int = 1, tensors: bool = True) -> None:

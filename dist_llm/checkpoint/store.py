@@ -41,7 +41,7 @@ from dist_llm.config.load import load_config
 from dist_llm.config.schema import CACHE, CheckpointConfig
 from dist_llm.data.remote import fetch
 from dist_llm.errors import CheckpointError
-from dist_llm.parallel.mesh import to_local
+from dist_llm.sharded import to_local
 
 log = logging.getLogger("dist_llm")
 

@@ -4,9 +4,15 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from dist_llm.config.deepspeed import check_deepspeed
+from dist_llm.config.engine_names import check_engine_name
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import AccelerateConfig, Config, DeepSpeedConfig
 
+# Engine -> the axes that it does not support.
+THIRD_PARTY = {
+    "deepspeed": ("dp_replicate", "cp", "tp"),
+    "accelerate": ("dp_replicate", "cp", "tp", "pp"),
+}
 NATIVE_DEFAULTS = {"reshard": "default", "reduce_each_microbatch": False, "cpu_offload": False, "activations_gib": 0.0}
 
 
@@ -23,8 +29,14 @@ def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
             ("accelerate", "engine"),
             f"only used with engine=accelerate (now {engine}); remove the section, or set engine=accelerate",
         )
-    if engine == "native":
-        return
+    yield from check_engine_name(engine)
+    if engine in THIRD_PARTY:
+        yield from _check_third_party(config, ranks)
+
+
+def _check_third_party(config: Config, ranks: int) -> Iterator[Violation]:
+    """Broken rules of DeepSpeed and accelerate. An engine of another package has its own `check_config`."""
+    engine = config.engine
     for needed in {engine, "deepspeed" if config.uses_deepspeed else engine}:
         if find_spec(needed) is None:
             yield Violation(("engine",), f"{needed} is not installed; pip install 'dist-llm[{needed}]'")
@@ -52,12 +64,7 @@ def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
 def check_axes(config: Config) -> Iterator[Violation]:
     """Axes that the engine does not support."""
     engine = config.engine
-    unsupported = {
-        "native": (),
-        "deepspeed": ("dp_replicate", "cp", "tp"),
-        "accelerate": ("dp_replicate", "cp", "tp", "pp"),
-    }
-    for axis in unsupported[engine]:
+    for axis in THIRD_PARTY.get(engine, ()):
         if (size := getattr(config.parallel, axis)) > 1:
             supported = "data or pipeline" if engine == "deepspeed" else "data"
             yield Violation(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 from pydantic import BaseModel
 
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import Config, KnownNames
 from dist_llm.config.section import Section, union_members, unwrap
 from dist_llm.errors import ConfigError
 
@@ -114,7 +114,8 @@ def _describe_section(prefix: str, members: Mapping[str, type[Section]]) -> Iter
 
 def _describe_field(name: str, field: Any) -> KeyHelp:
     default = "required" if field.is_required() else str(yaml.safe_dump(field.default)).split("\n")[0]
-    return KeyHelp(name, type_name(field.annotation), default, field.description or "")
+    known = [" | ".join((*mark.names, "...")) for mark in field.metadata if isinstance(mark, KnownNames)]
+    return KeyHelp(name, known[0] if known else type_name(field.annotation), default, field.description or "")
 
 
 def type_name(annotation: Any) -> str:

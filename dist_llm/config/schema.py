@@ -32,6 +32,13 @@ Policy = Literal["stop", "skip", "rewind", "warn"]
 CACHE = "~/.cache/dist_llm"
 
 
+class KnownNames:
+    """Marks a string key whose values other packages may extend; the help lists the names that this one knows."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
 class RunConfig(Section):
     dir: str = key("run directory, with config, metrics, logs and checkpoints; a run resumes if it has a checkpoint")
     steps: Positive = key("total number of optimizer steps, including those before a resume")
@@ -341,7 +348,9 @@ class Config(Section):
         False,
     )
     compile: bool = key("torch.compile each block", False)
-    engine: Literal["native", "deepspeed", "accelerate"] = key("training engine", "native")
+    engine: Annotated[str, KnownNames("native", "deepspeed", "accelerate")] = key(
+        "training engine; also the name of one that an installed package registers", "native"
+    )
     deepspeed: DeepSpeedConfig = Field(
         default_factory=DeepSpeedConfig, description="engine deepspeed, and accelerate with its deepspeed plugin"
     )

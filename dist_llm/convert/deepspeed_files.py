@@ -4,9 +4,7 @@ Nothing that a file refers to is imported or run.
 """
 
 import mmap
-import os
 import pickle
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 
 from dist_llm.convert.weights import check_tensor_sizes
 from dist_llm.errors import CheckpointError
+from dist_llm.io.atomic import create_atomically, replace_file
 
 
 class _InertStub:
@@ -101,25 +100,10 @@ def open_writable(path: Path) -> Any:
 def write_tagged_directory(directory: Path, tag: str, latest: str) -> Iterator[Path]:
     """Yield a temporary directory, which becomes `tag` at the end; then the file `latest` names it. Removed after an
     error."""
-    final, aside = directory / tag, directory / f"{tag}.tmp"
+    final = directory / tag
     if final.exists():
         raise CheckpointError(f"{final}: is there already; give another tag or directory")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for path in aside.rglob("*"):
-            _sync(path)
-        aside.rename(final)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    pointer = directory / f"{latest}.tmp"
-    pointer.write_text(tag, encoding="utf-8")
-    pointer.replace(directory / latest)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    with create_atomically(final) as temporary:
+        temporary.mkdir(parents=True)
+        yield temporary
+    replace_file(directory / latest, tag.encode())

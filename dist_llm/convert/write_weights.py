@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +14,8 @@ from torch import Tensor
 from dist_llm.checkpoint.checkpoint_write import CheckpointGroup, CheckpointWrite
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.convert.weights import INDEX, Weights
-from dist_llm.data.remote import sync_directory
 from dist_llm.errors import CheckpointError
+from dist_llm.io.atomic import create_atomically, open_durably
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -34,24 +32,12 @@ def write_atomically(target: Path) -> Iterator[Path]:
     """
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise CheckpointError(f"{target}: is there already; name another output, or remove it")
-    temporary = target.with_name(f"{target.name}.partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove(temporary)
     try:
-        yield temporary
-        temporary.replace(target)  # replaces an empty directory
-        sync_directory(target.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with create_atomically(target) as temporary:
+            yield temporary
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error}") from None
-    finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_native(directory: Path, weights: Weights, files: Mapping[str, bytes]) -> None:
@@ -117,12 +103,10 @@ def _write_shard(path: Path, weights: Weights, names: list[str], dtype: torch.dt
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with open_durably(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             file.write(_tensor_bytes(weights.read(name).to(dtype)))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _count_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

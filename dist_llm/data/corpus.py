@@ -21,9 +21,9 @@ import numpy.typing as npt
 from dist_llm.config.schema import CACHE, DataConfig
 from dist_llm.data.mirror import localize_corpus, locate_offsets, locate_shard
 from dist_llm.data.order import Ints
-from dist_llm.data.remote import is_remote
 from dist_llm.data.shard import Manifest, Split
 from dist_llm.errors import DataError
+from dist_llm.io.urls import is_remote
 
 MAX_MAPPED_SHARDS = 256  # each mapping holds two file descriptors, and the limit per process is often 1024
 MEMORY_BYTES_PER_SECOND = 500e6

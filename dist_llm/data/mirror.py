@@ -8,24 +8,15 @@ The key of a corpus is a hash of its URL and manifest: if the remote corpus chan
 """
 
 import hashlib
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from uuid import uuid4
 
-from dist_llm.data.remote import (
-    as_path,
-    convert_write_errors,
-    fetch,
-    is_remote,
-    iter_blocks,
-    sync_directory,
-    with_retries,
-)
+from dist_llm.data.remote import convert_write_errors, fetch
 from dist_llm.data.shard import MANIFEST, SPLITS, Manifest, Shard
 from dist_llm.data.tokenizer_file import TOKENIZER
+from dist_llm.io.atomic import SUFFIX, TargetExistsError, create_atomically
+from dist_llm.io.urls import as_path, is_remote, iter_blocks, with_retries
 
 ORIGIN_FILE = "url"
 
@@ -43,7 +34,12 @@ def localize_corpus(location: str, cache: str) -> Path:
     mirror = corpora / hashlib.sha256(f"{url}\n".encode() + content).hexdigest()
     if not mirror.exists():
         manifest = Manifest.parse(content, address)
-        with convert_write_errors(mirror), _create_atomically(mirror) as directory:
+        with (
+            convert_write_errors(mirror),
+            suppress(TargetExistsError),  # another process was faster
+            create_atomically(mirror, shared=True) as directory,
+        ):
+            directory.mkdir(parents=True)
             fetch(f"{url}/{TOKENIZER}", directory / TOKENIZER, None, f"sha256:{manifest.tokenizer_sha256}")
             (directory / ORIGIN_FILE).write_text(url + "\n", encoding="utf-8")
             shards = {
@@ -84,28 +80,9 @@ def _with_absolute_paths(shard: Shard, url: str) -> Shard:
     return replace(shard, file=file, offsets=offsets)
 
 
-@contextmanager
-def _create_atomically(directory: Path) -> Iterator[Path]:
-    """Yield a new directory to fill, and rename it to `directory` at the end. If two processes do so, the first one
-    wins."""
-    partial = directory.with_name(f"{directory.name}.{uuid4().hex}.partial")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        sync_directory(partial)
-        try:
-            partial.rename(directory)
-        except OSError:
-            if not directory.exists():
-                raise
-        sync_directory(directory.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _build_hint(url: str, corpora: Path) -> str:
     """Return what to do if the manifest is unreachable: use the newest local mirror, if there is one."""
-    origins = (origin for origin in corpora.glob(f"*/{ORIGIN_FILE}") if origin.parent.suffix != ".partial")
+    origins = (origin for origin in corpora.glob(f"*/{ORIGIN_FILE}") if origin.parent.suffix != SUFFIX)
     mirrors = [origin for origin in origins if origin.read_text(encoding="utf-8").strip() == url]
     if mirrors:
         newest = max(mirrors, key=lambda origin: origin.stat().st_mtime).parent

@@ -27,8 +27,9 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from dist_llm.data.growing import FileState, GrowingFile, check_prefix
 from dist_llm.errors import DataError
+from dist_llm.io.atomic import replace_file
+from dist_llm.io.growing import FileState, GrowingFile, check_prefix
 
 Split = Literal["train", "heldout"]
 DType = Literal["uint16", "uint32"]
@@ -106,13 +107,8 @@ class Manifest:
 
     def save(self, directory: Path) -> None:
         """Write the manifest durably. It marks the directory as complete."""
-        temporary = directory / (MANIFEST + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, **asdict(self)}, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(directory / MANIFEST)
+        content = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+        replace_file(directory / MANIFEST, content.encode())
 
     @staticmethod
     def load(directory: Path) -> "Manifest":

@@ -4,32 +4,42 @@ accelerate builds the distributed model. Loss scaling, clipping and the learning
 the loss by the number of microbatches and step a scheduler once per process.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 
 from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState
+from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config
+from dist_llm.engines.base import Engine
 from dist_llm.engines.data_parallel import DataParallelEngine
 from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
 from dist_llm.engines.optimizer_step import step_and_zero_grad
 from dist_llm.errors import ConfigError
-from dist_llm.launch.environment import prepare_accelerate
+from dist_llm.launch.environment import check_accelerate, prepare_accelerate
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import gradient_clipping
 from dist_llm.optim.build_optimizer import build_optimizer
-from dist_llm.parallel.fsdp import COMPUTE_DTYPES
-from dist_llm.parallel.mesh import to_local
 from dist_llm.parallel.parallelize import build_model_parts
+from dist_llm.parallel.precision import fsdp_policy
+from dist_llm.sharded import is_sharded, to_local
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+def build_engine(config: Config, device: torch.device) -> Engine:
+    """Build the engine that accelerate.plugin selects."""
+    return (AccelerateDeepSpeedEngine if config.uses_deepspeed else AccelerateEngine)(config, device)
+
+
+def check_config(config: Config, device: torch.device) -> Iterator[Violation]:
+    """Broken rules where `accelerate launch` or this machine contradicts the config."""
+    return check_accelerate(config, device)
 
 
 class AccelerateEngine(DataParallelEngine):
@@ -42,7 +52,7 @@ class AccelerateEngine(DataParallelEngine):
         if config.accelerate.plugin == "fsdp2":
             options["fsdp_plugin"] = accelerate.FullyShardedDataParallelPlugin(
                 fsdp_version=2,
-                mixed_precision_policy=self._policy(),
+                mixed_precision_policy=fsdp_policy(config.precision),
                 auto_wrap_policy="transformer_based_wrap",
                 transformer_cls_names_to_wrap=["Block"],
             )
@@ -55,11 +65,6 @@ class AccelerateEngine(DataParallelEngine):
         optimizer = build_optimizer(config.optim, self.model.named_parameters())
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         _check_accelerate(self.accelerator, config.accelerate.plugin, dist.get_world_size(), self.prepared)
-
-    def _policy(self) -> MixedPrecisionPolicy:
-        """The mixed-precision policy of the native engine: gradients are reduced in fp32."""
-        dtype = COMPUTE_DTYPES[self.config.precision] if self.config.precision != "fp32" else None
-        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
 
     @property
     def state(self) -> CheckpointState:
@@ -81,7 +86,7 @@ class AccelerateEngine(DataParallelEngine):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         local_grads = [to_local(gradient) for gradient in gradients]
         norm = gradient_clipping.global_norm(local_grads).to(self.device)
-        if any(isinstance(gradient, DTensor) for gradient in gradients):
+        if any(map(is_sharded, gradients)):
             norm = self.all_reduce_over_data(norm.square()).sqrt()
         if should_apply is not None and not should_apply(norm):
             self.optimizer.zero_grad()

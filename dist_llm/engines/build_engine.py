@@ -1,19 +1,51 @@
-"""Build the engine of a config."""
+"""Build the engine of a config: the native one, or one that an installed package registers.
+
+An engine's entry point, in the group `dist_llm.engines`, refers to a module or an object with two functions:
+
+build_engine(config, device)    return the `Engine` of a resolved config. A process group exists, even with one rank.
+check_config(config, device)    optional: yield a `Violation` for each broken rule, before any process group starts.
+
+Only what `engine` names is imported, so a native run needs none of the others' packages.
+"""
+
+from typing import Any
 
 import torch
 
+from dist_llm.config.engine_names import NATIVE, check_engine_name, find_engine
+from dist_llm.config.load import refuse
 from dist_llm.config.schema import Config
-from dist_llm.engines.accelerate_engine import AccelerateDeepSpeedEngine, AccelerateEngine
 from dist_llm.engines.base import Engine
-from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
-from dist_llm.engines.deepspeed_pipeline import DeepSpeedPipelineEngine
 from dist_llm.engines.native import NativeEngine
+from dist_llm.errors import ConfigError
+
+
+def check_engine_config(config: Config, device: torch.device) -> None:
+    """Raise ConfigError if the engine cannot be loaded, or refuses the config on this device."""
+    if config.engine != NATIVE and (check_config := getattr(_load(config.engine), "check_config", None)) is not None:
+        refuse(list(check_config(config, device)))
 
 
 def build_engine(config: Config, device: torch.device) -> Engine:
     """Build the engine of a resolved config. A process group must exist, except for the native engine on one rank."""
-    if config.engine == "native":
+    if config.engine == NATIVE:
         return NativeEngine(config, device)
-    if config.engine == "deepspeed":
-        return (DeepSpeedPipelineEngine if config.parallel.pp > 1 else DeepSpeedEngine)(config, device)
-    return (AccelerateDeepSpeedEngine if config.uses_deepspeed else AccelerateEngine)(config, device)
+    engine: Engine = _load(config.engine).build_engine(config, device)
+    return engine
+
+
+def _load(name: str) -> Any:
+    """Import what the entry point of an engine refers to. Raises ConfigError if that fails."""
+    refuse(list(check_engine_name(name)))
+    point = find_engine(name)
+    assert point is not None
+    try:
+        loaded = point.load()
+    except Exception as error:  # whatever the import of another package raises
+        raise ConfigError(
+            f"engine: {name}: {point.value} cannot be imported: {type(error).__name__}: {error}; install it again, "
+            "or set engine=native"
+        ) from error
+    if not callable(getattr(loaded, "build_engine", None)):
+        raise ConfigError(f"engine: {name}: {point.value} has no function build_engine(config, device)")
+    return loaded

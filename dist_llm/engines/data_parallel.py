@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dist_llm.config.schema import Config
 from dist_llm.counter_rng import hash_seed
@@ -14,6 +13,7 @@ from dist_llm.objectives.batch import Batch
 from dist_llm.optim.loss_scale import LossScale
 from dist_llm.parallel.mesh import all_gather_ints
 from dist_llm.parallel.replica_check import ReplicaGroups
+from dist_llm.sharded import is_sharded
 
 
 class DataParallelEngine:
@@ -36,7 +36,7 @@ class DataParallelEngine:
     def replicated_params(self) -> ReplicaGroups:
         """All parameters, if every rank holds them unsharded."""
         parameters = dict(self.named_parameters())
-        if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters.values()):
+        if any(is_sharded(p) for p in parameters.values()):
             return []  # sharded by FSDP or by ZeRO stage 3
         return [(self.replica_group, parameters)]
 

@@ -11,7 +11,9 @@ from dist_llm.checkpoint.flat_shard import FlatShard
 from dist_llm.config.deepspeed import deepspeed_json
 from dist_llm.config.schema import Config
 from dist_llm.convert.deepspeed_layout import PartitionLayout, contiguous_layout, per_param_layout
+from dist_llm.engines.base import Engine
 from dist_llm.engines.data_parallel import DataParallelEngine
+from dist_llm.engines.deepspeed_compat import copy_fp32_weights, release_small_weights
 from dist_llm.errors import CheckpointError
 from dist_llm.launch.environment import prepare_deepspeed
 from dist_llm.losses.cross_entropy import CrossEntropy
@@ -22,6 +24,16 @@ from dist_llm.objectives.batch import Batch
 from dist_llm.optim import gradient_clipping
 from dist_llm.optim.build_optimizer import build_optimizer
 from dist_llm.parallel.parallelize import init_parameters, parallelize_model
+from dist_llm.sharded import full_shape
+
+
+def build_engine(config: Config, device: torch.device) -> Engine:
+    """Build the engine for the layout: with a pipeline or without."""
+    if config.parallel.pp == 1:
+        return DeepSpeedEngine(config, device)
+    from dist_llm.engines.deepspeed_pipeline import DeepSpeedPipelineEngine  # a subclass of the class below
+
+    return DeepSpeedPipelineEngine(config, device)
 
 
 class DeepSpeedEngine(DataParallelEngine):
@@ -101,7 +113,7 @@ class DeepSpeedEngine(DataParallelEngine):
         self.deepspeed.step()
         if self.stage == 3 and self.deepspeed.optimizer.overflow:
             # a skipped step omits this too, and small weights would stay gathered
-            self.deepspeed.optimizer._post_step(set())
+            release_small_weights(self.deepspeed.optimizer)
 
     def _unreduced_grad_norm(self) -> Tensor:
         """The gradient norm at stage 0. Gradients are unsharded after the last backward, and DeepSpeed reports no norm
@@ -125,7 +137,7 @@ class ZeroPartitions:
         names = {parameter: name for name, parameter in parameters.items()}
         groups = zero.fp16_groups if stage == 3 else zero.bit16_groups
         self.flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
-        self.shapes = [{names[p]: tuple(getattr(p, "ds_shape", p.shape)) for p in group} for group in groups]
+        self.shapes = [{names[p]: full_shape(p) for p in group} for group in groups]
         lay = per_param_layout if stage == 3 else contiguous_layout
         self.layouts: list[PartitionLayout] = [lay(shapes, ranks) for shapes in self.shapes]
         for flat, layout in zip(self.flats, self.layouts, strict=True):
@@ -168,10 +180,7 @@ class ZeroPartitions:
         if self.stage < 3:
             self.zero.update_lp_params()
             return
-        self.zero._partition_all_parameters()
-        for number in range(len(self.flats)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(number)
-        self.zero._post_step(set())
+        copy_fp32_weights(self.zero, len(self.flats))
 
     def _boxes_of(self, flat: Tensor, values: Tensor) -> Iterator[tuple[str, FlatShard]]:
         """Yield (name, this rank's part of `values`) for each parameter of a group.

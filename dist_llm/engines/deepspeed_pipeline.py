@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn, optim
 
 from dist_llm.config.schema import Config
+from dist_llm.engines.deepspeed_compat import postpone_optimizer_step, run_optimizer_step
 from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.build_model import build_model
@@ -31,10 +32,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         self.num_valid_tokens, self.loss_factor = torch.ones((), device=device), 1.0
         self.losses: list[Tensor] = []
         super().__init__(config, device)
-        schedule = type(self.deepspeed)._INSTRUCTION_MAP
-        step = next(kind for kind in schedule if kind.__name__ == "OptimizerStep")
-        # the update runs later, when the learning rate is known
-        self.deepspeed._INSTRUCTION_MAP = {**schedule, step: lambda *_, **__: None}
+        postpone_optimizer_step(self.deepspeed)  # until the learning rate is known
 
     @property
     def dp_rank_and_size(self) -> tuple[int, int]:
@@ -86,7 +84,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         return torch.cat(self.losses) if self.is_last_stage else torch.zeros(rows, device=self.device)
 
     def step(self) -> None:
-        self.deepspeed._exec_optimizer_step()
+        run_optimizer_step(self.deepspeed)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from dist_llm.models.decoder import Decoder
 from dist_llm.optim import gradient_clipping
-from dist_llm.parallel.mesh import SHARD_AXES, all_reduce_over, to_local
+from dist_llm.parallel.mesh import SHARD_AXES, all_reduce_over
+from dist_llm.sharded import coordinate, is_sharded_over, to_local
 
 
 def compute_grad_norm(model_parts: Sequence[Decoder], mesh: DeviceMesh | None, device: torch.device) -> Tensor:
@@ -18,12 +18,12 @@ def compute_grad_norm(model_parts: Sequence[Decoder], mesh: DeviceMesh | None, d
     Parameters that all tensor ranks hold are counted on the first one only. The copy of a tied embedding on the last
     pipeline stage is not counted.
     """
-    first_tp_rank = mesh is None or mesh.get_local_rank("tp") == 0
+    first_tp_rank = coordinate(mesh, "tp") == 0
     gradients = []
     for model_part in model_parts:
         for name, parameter in model_part.named_parameters():
             is_tied_copy = name == "embed.tokens.weight" and not model_part.is_first_stage
-            counted_here = first_tp_rank or is_tp_sharded(parameter)
+            counted_here = first_tp_rank or is_sharded_over(parameter, "tp")
             if parameter.grad is not None and counted_here and not is_tied_copy:
                 gradients.append(to_local(parameter.grad))
     norm = gradient_clipping.global_norm(gradients).to(device)
@@ -35,12 +35,3 @@ def compute_grad_norm(model_parts: Sequence[Decoder], mesh: DeviceMesh | None, d
         # Replicas may sum in different orders on some networks. Their mean is the same on all of them.
         square = all_reduce_over(square, mesh, ("dp_replicate",)) / replicas
     return square.sqrt()
-
-
-def is_tp_sharded(parameter: nn.Parameter) -> bool:
-    """Return whether the tensor ranks hold different shards of a parameter."""
-    if not isinstance(parameter, DTensor):
-        return False
-    mesh: DeviceMesh = parameter.device_mesh
-    names = mesh.mesh_dim_names or ()
-    return "tp" in names and not parameter.placements[names.index("tp")].is_replicate()

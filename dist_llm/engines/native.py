@@ -1,42 +1,39 @@
 """The native engine: the training step in plain torch, on one process or on any layout of `parallel`."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
-from torch.distributed.fsdp import FSDPModule
 
 from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState
 from dist_llm.config.derive import SPLIT_BACKWARD
 from dist_llm.config.schema import Config
 from dist_llm.counter_rng import hash_seed
-from dist_llm.engines.gradient_norm import compute_grad_norm, is_tp_sharded
-from dist_llm.engines.optimizer_step import step_and_zero_grad
+from dist_llm.engines.gradient_norm import compute_grad_norm
+from dist_llm.engines.optimizer_step import clip_and_unscale_, step_and_zero_grad
 from dist_llm.objectives.batch import Batch
-from dist_llm.optim import gradient_clipping
 from dist_llm.optim.build_optimizer import build_optimizer, select_muon_params
 from dist_llm.optim.loss_scale import LossScale
 from dist_llm.optim.muon import Orthogonalize, orthogonalize
 from dist_llm.parallel.activation_budget import fit_activation_budget
 from dist_llm.parallel.context_parallel import shard_sequences
 from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
-from dist_llm.parallel.fsdp import COMPUTE_DTYPES
+from dist_llm.parallel.fsdp import prepare_microbatch, reshard
 from dist_llm.parallel.mesh import (
     DATA_AXES,
     all_gather_ints,
     all_reduce_over,
     build_mesh,
-    local_with_offset,
-    to_local,
 )
 from dist_llm.parallel.parallelize import build_model_parts
 from dist_llm.parallel.pipeline_parallel import Pipeline
+from dist_llm.parallel.precision import autocast
 from dist_llm.parallel.replica_check import ReplicaGroups
 from dist_llm.parallel.tensor_parallel import all_reduce_replicated_grads
+from dist_llm.sharded import coordinate, is_sharded_over, local_with_offset, to_local
 
 
 class NativeEngine:
@@ -49,12 +46,13 @@ class NativeEngine:
         self.pipeline: Pipeline | None = None
         if self.mesh is not None and config.parallel.pp > 1:
             self.pipeline = Pipeline(config, self.mesh, self.model_parts, device)
+        self._named_parameters = [named for part in self.model_parts for named in part.named_parameters()]
         self.activation_budget_applied = not config.parallel.activations_gib
         self.loss_scale = LossScale() if config.precision == "fp16" else None
         self.optimizer = self._build_optimizer()
         # Dropout must be equal on tensor ranks whose activations are equal, and must differ otherwise.
         axes = ("pp", "dp_replicate", "dp_shard", "cp", *(("tp",) if config.parallel.sequence_parallel else ()))
-        self.dropout_coordinates = tuple(self._coordinate(axis) for axis in axes)
+        self.dropout_coordinates = tuple(coordinate(self.mesh, axis) for axis in axes)
 
     def _build_optimizer(self) -> optim.Optimizer:
         config = self.config.optim
@@ -68,24 +66,20 @@ class NativeEngine:
     @property
     def dp_rank_and_size(self) -> tuple[int, int]:
         parallel = self.config.parallel
-        rank = self._coordinate("dp_replicate") * parallel.dp_shard + self._coordinate("dp_shard")
+        rank = coordinate(self.mesh, "dp_replicate") * parallel.dp_shard + coordinate(self.mesh, "dp_shard")
         return rank, parallel.dp_replicate * parallel.dp_shard
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield this rank's parameters with their names in the full model.
 
-        They are the optimizer's parameters: after a forward without backward, FSDP modules still hold unsharded ones,
-        so the modules are resharded first.
+        They are the optimizer's parameters, the shards. FSDP puts gathered weights in their place from a forward until
+        the end of a backward, so the modules are not asked.
         """
-        for model_part in self.model_parts:
-            for module in model_part.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-            yield from model_part.named_parameters()
+        yield from self._named_parameters
 
     @property
     def state(self) -> CheckpointState:
-        return TorchState(self, self.optimizer)
+        return TorchState(self, self.optimizer, self._drop_gathered_weights)
 
     @property
     def replicated_params(self) -> ReplicaGroups:
@@ -99,7 +93,7 @@ class NativeEngine:
         # Without sequence_parallel, gradients of replicated parameters are not reduced over tp. Their replicas are
         # bitwise equal only if the kernels of all tensor ranks are deterministic, so they are not compared.
         if self.mesh["tp"].size() > 1 and self.config.parallel.sequence_parallel:
-            replicated = {name: to_local(p) for name, p in params.items() if not is_tp_sharded(p)}
+            replicated = {name: to_local(p) for name, p in params.items() if not is_sharded_over(p, "tp")}
             groups.append((self.mesh.get_group("tp"), replicated))
         return [(group, tensors) for group, tensors in groups if tensors]
 
@@ -115,7 +109,7 @@ class NativeEngine:
         return [value] if self.mesh is None else all_gather_ints(value, self.device)
 
     def to_local_batch(self, batch: Batch) -> Batch:
-        return shard_sequences(batch, self._coordinate("cp"), self.config.parallel.cp).to(self.device)
+        return shard_sequences(batch, coordinate(self.mesh, "cp"), self.config.parallel.cp).to(self.device)
 
     def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
         for model_part in self.model_parts:
@@ -160,11 +154,7 @@ class NativeEngine:
         (model,) = self.model_parts
         losses = []
         for number, batch in enumerate(batches):
-            if isinstance(model, FSDPModule):
-                last = number == len(batches) - 1
-                model.set_requires_gradient_sync(last or self.config.parallel.reduce_each_microbatch)
-                # With reshard "never", weights stay gathered between microbatches: only the update changes them.
-                model.set_reshard_after_backward(last or self.config.parallel.reshard != "never")
+            prepare_microbatch(model, number == len(batches) - 1, self.config.parallel)
             self._seed_dropout(step, number)
             with self._autocast():
                 losses_B = self._forward(batch) / num_valid_tokens
@@ -174,22 +164,13 @@ class NativeEngine:
         return torch.cat(losses)
 
     def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
-        parameters = [p for model_part in self.model_parts for p in model_part.parameters() if p.grad is not None]
         scale = self.loss_scale.value if self.loss_scale else 1.0
         norm = self._grad_norm() / scale
-        if self.loss_scale:
-            finite = bool(torch.isfinite(norm))
-            self.loss_scale.update(finite)
-            if not finite:
-                self.optimizer.zero_grad()
-                return norm
-        if should_apply is not None and not should_apply(norm):
+        if self._is_finite_under_scale(norm) and (should_apply is None or should_apply(norm)):
+            clip_and_unscale_((p for _, p in self._named_parameters), norm, self.config.optim.clip, scale)
+            step_and_zero_grad(self.optimizer, lr)
+        else:
             self.optimizer.zero_grad()
-            return norm
-        if self.config.optim.clip or self.loss_scale:
-            gradients = [to_local(p.grad) for p in parameters if p.grad is not None]
-            gradient_clipping.clip_grads_(gradients, norm, self.config.optim.clip or math.inf, scale)
-        step_and_zero_grad(self.optimizer, lr)
         return norm
 
     @torch.no_grad()
@@ -203,6 +184,18 @@ class NativeEngine:
         (model,) = self.model_parts
         return model(batch.inputs_BS, **batch.forward_arguments())
 
+    def _is_finite_under_scale(self, norm: Tensor) -> bool:
+        """Adapt the loss scale of fp16 to this step. False if the step overflowed and is skipped."""
+        if self.loss_scale is None:
+            return True
+        finite = bool(torch.isfinite(norm))
+        self.loss_scale.update(finite)
+        return finite
+
+    def _drop_gathered_weights(self) -> None:
+        for model_part in self.model_parts:
+            reshard(model_part)
+
     def _grad_norm(self) -> Tensor:
         return compute_grad_norm(self.model_parts, self.mesh, self.device)
 
@@ -211,10 +204,5 @@ class NativeEngine:
         if self.config.model.dropout:
             torch.manual_seed(hash_seed(self.config.run.seed, step, microbatch, *self.dropout_coordinates))
 
-    def _coordinate(self, axis: str) -> int:
-        return self.mesh.get_local_rank(axis) if self.mesh is not None else 0
-
     def _autocast(self) -> AbstractContextManager[None]:
-        if self.config.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, COMPUTE_DTYPES[self.config.precision])
+        return autocast(self.config.precision, self.device)

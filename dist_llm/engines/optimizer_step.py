@@ -1,6 +1,19 @@
-"""One optimizer step at a given learning rate."""
+"""One optimizer step at a given learning rate, and the clipping before it."""
 
-from torch import optim
+import math
+from collections.abc import Iterable
+
+from torch import Tensor, nn, optim
+
+from dist_llm.optim import gradient_clipping
+from dist_llm.sharded import to_local
+
+
+def clip_and_unscale_(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float, loss_scale: float) -> None:
+    """Clip the gradients to `max_norm`, 0 for never, and divide them by `loss_scale`. `norm` is the unscaled norm."""
+    if max_norm or loss_scale != 1.0:
+        gradients = [to_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        gradient_clipping.clip_grads_(gradients, norm, max_norm or math.inf, loss_scale)
 
 
 def step_and_zero_grad(optimizer: optim.Optimizer, lr: float) -> None:

@@ -1,12 +1,12 @@
 """Which collective this process is in, read from torch's flight recorder."""
 
-import json
 import os
-from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from dist_llm.compat import read_flight_recorder
 
 CHECKPOINT_GROUP = "checkpoint"  # the process group of the thread that writes checkpoints; it is ignored here
 
@@ -40,13 +40,9 @@ def _pending_entries() -> list[dict[str, Any]]:
     """Recorded collectives that are not complete."""
     if not dist.is_initialized():
         return []
-    entries = []
-    for dump in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # gloo, and NCCL if the build has it
-        with suppress(Exception):
-            entries += json.loads(getattr(torch._C._distributed_c10d, dump)())["entries"]
     return [
         entry
-        for entry in entries
+        for entry in read_flight_recorder()
         # NCCL retires an entry some time after it has completed; gloo has no completed state.
         if not entry.get("retired", True)
         and entry["state"] != "completed"

@@ -60,7 +60,7 @@ def process_group(
     with _rendezvous_errors():
         dist.init_process_group(
             backend,
-            store=torch._C._distributed_c10d.HashStore() if world.size == 1 else None,
+            store=dist.HashStore() if world.size == 1 else None,
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=timeout_seconds),

@@ -26,6 +26,7 @@ from typing import Any
 from uuid import uuid4
 
 from dist_llm.errors import ConfigError
+from dist_llm.io.locks import create_exclusively
 from dist_llm.launch.process import is_running, process_identity
 
 log = logging.getLogger("dist_llm")
@@ -202,17 +203,7 @@ class RunLock:
 
     def _create(self, path: Path) -> bool:
         """Create a lock file; False where there is one."""
-        try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileExistsError:
-            return False
-        try:
-            with os.fdopen(file, "w", encoding="utf-8") as stream:
-                stream.write(json.dumps(asdict(self.me)) + "\n")
-        except OSError as error:
-            path.unlink()  # a full disk
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        return True
+        return create_exclusively(path, json.dumps(asdict(self.me)).encode() + b"\n")
 
     def _is_untouched(self, path: Path, lock: LockState) -> bool:
         """Watch the lock. False as soon as its holder touches it; True if it is untouched, released or replaced."""

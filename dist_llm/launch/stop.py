@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dist_llm.io.atomic import replace_file
+
 TERMINATING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # preemption, Ctrl-C, a closed terminal
 STOPPING = (*TERMINATING, signal.SIGUSR1)  # SIGUSR1: Slurm's warning before the time limit
 IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # nohup and background jobs ignore these; so do we
@@ -96,10 +98,8 @@ def _end_on_second_signal(read_fd: int) -> None:
 
 def write_stop_marker(number: int, step: int, directory: Path) -> None:
     """Tell a batch script that the run was stopped, by which signal and after which step."""
-    path = _marker_path(directory)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"signal": signal.Signals(number).name, "step": step}) + "\n")
-    temporary.replace(path)
+    content = json.dumps({"signal": signal.Signals(number).name, "step": step}) + "\n"
+    replace_file(_marker_path(directory), content.encode())
 
 
 def clear_stop_marker(directory: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dist_llm.compat import default_store
 from dist_llm.launch.failures import FIRST_FAILURE
 from dist_llm.launch.flight_recorder import pending_collective
 from dist_llm.launch.process import process_identity
@@ -72,7 +73,7 @@ class Watchdog:
     def register(self) -> None:
         """Publish this process's host, pid and identity, so that another rank on the node can kill it if it stalls."""
         if self.world.size > 1 and dist.is_initialized():
-            store = dist.distributed_c10d._get_default_store()
+            store = default_store()
             process = (self.world.host, os.getpid(), process_identity(os.getpid()))
             store.set(f"{PROCESS_KEY}/{self.world.rank}", json.dumps(process))
             # A launcher may keep its store over restarts, with the reports of earlier processes.
@@ -209,7 +210,7 @@ def _collect_reports(world: World, report: Report, updates: "queue.SimpleQueue[R
 
 def _publish(world: World, report: Report | None) -> Any:
     """Set this rank's report in the store, and return the store. None withdraws it: readers block on a deleted key."""
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     store.set(f"{REPORT_KEY}/{world.rank}", json.dumps(report))
     return store
 

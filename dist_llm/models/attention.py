@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils._python_dispatch import _disable_current_modes
 
+from dist_llm.compat import disable_current_modes
 from dist_llm.config.schema import ModelConfig
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.positional_encoding import apply_rotary
@@ -155,7 +155,7 @@ def scaled_dot_product(
     # mask is aligned to the end.
     causal = mask.causal and materialized is None
     if causal and 1 < S < T:
-        with _disable_current_modes():  # selective checkpointing's dispatch mode rejects this tensor subclass
+        with disable_current_modes():  # selective checkpointing's dispatch mode rejects this tensor subclass
             materialized = causal_lower_right(S, T)
     out_BHSE = F.scaled_dot_product_attention(
         q,

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from dist_llm.compat import pytree
 
 # B batch  S queries  T keys
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from dist_llm.compat import pytree
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 

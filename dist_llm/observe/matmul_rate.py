@@ -6,7 +6,6 @@ NUM_MEASUREMENTS runs, by machine, device, dtype and number of threads. Later ru
 
 import json
 import logging
-import os
 import platform
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from dist_llm.config.schema import CACHE
+from dist_llm.io.atomic import replace_file
 
 log = logging.getLogger("dist_llm")
 
@@ -82,10 +82,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _write(file: Path, cache: dict[str, Any]) -> None:
     """Replace the cache atomically. Of several writers the last one wins."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(cache, indent=1) + "\n")
-        temporary.replace(file)
+        replace_file(file, json.dumps(cache, indent=1).encode() + b"\n", shared=True)
     except OSError as error:
         log.debug("cannot cache the matmul rate: %s", error)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_llm.io.atomic import replace_file
+
 Row = dict[str, Any]
 Sink = Callable[[Sequence[Row]], None]
 
@@ -133,9 +135,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         lines = [line for line, row in read_rows(path) if row["step"] <= resumed_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(line + b"\n" for line in lines))
-        temporary.rename(path)
+        replace_file(path, b"".join(line + b"\n" for line in lines))
         self.file = path.open("a", encoding="utf-8")
 
     def __call__(self, rows: Sequence[Row]) -> None:

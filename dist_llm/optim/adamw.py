@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, optim
 
+from dist_llm.compat import MappedAdamW
 from dist_llm.counter_rng import hash64, iter_element_ids, splitmix64
 
 # A tensor -> this rank's shard of it, in the same memory; and the same with the shard's offset in the full tensor.
@@ -13,7 +14,7 @@ ToLocal = Callable[[Tensor], Tensor]
 LocalWithOffset = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
 
 
-class LocalAdamW(optim.AdamW):
+class LocalAdamW(MappedAdamW):
     """torch's AdamW on the local shards of DTensors. The update is elementwise, so shards are independent.
 
     Given DTensors, torch plans every operation on a list of them: the first step of eight ranks on three mesh
@@ -24,11 +25,8 @@ class LocalAdamW(optim.AdamW):
         super().__init__(groups, *arguments, **options)
         self.to_local = to_local
 
-    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
-        has_complex = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
-        for tensors in lists:
-            tensors[:] = map(self.to_local, tensors)
-        return has_complex
+    def map_tensor(self, tensor: Tensor) -> Tensor:
+        return self.to_local(tensor)
 
 
 class BF16AdamW(optim.Optimizer):

@@ -9,6 +9,7 @@ from dist_llm.config.optim_sections import OptimConfig, OptimKeys
 from dist_llm.optim.adamw import BF16AdamW, LocalAdamW, LocalWithOffset, ToLocal
 from dist_llm.optim.muon import Muon, Orthogonalize, orthogonalize
 from dist_llm.optim.sgd import LocalSGD
+from dist_llm.sharded import full_shape
 
 
 def identity(tensor: Tensor) -> Tensor:
@@ -77,8 +78,7 @@ def split_weight_decay(
     for name, parameter in parameters:
         is_table = name.removeprefix("source_").startswith(("embed.", "relative."))
         is_exempt = is_table and not config.decay_embeddings
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed leaves an empty tensor when it partitions
-        (no_decay if len(shape) < 2 or is_exempt else decay).append(parameter)
+        (no_decay if len(full_shape(parameter)) < 2 or is_exempt else decay).append(parameter)
     return decay, no_decay
 
 

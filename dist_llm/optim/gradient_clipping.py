@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dist_llm.compat import foreach_mul_, foreach_norm
+
 ROW_ELEMENTS = 1024  # elements per partial sum of squares
 
 
@@ -14,7 +16,7 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
         return torch.zeros(())
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     if gradients[0].is_cuda:
-        norms = list(torch._foreach_norm(list(gradients), 2.0, dtype=dtype))
+        norms = list(foreach_norm(list(gradients), 2.0, dtype=dtype))
     else:
         norms = [_norm_on_cpu(gradient.to(dtype)) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms))
@@ -25,7 +27,7 @@ def clip_grads_(gradients: Sequence[Tensor], norm_before: Tensor, max_norm: floa
 
     If the gradients carry a `loss_scale`, they are unscaled in the same pass. `norm_before` is the unscaled norm.
     """
-    torch._foreach_mul_(list(gradients), (max_norm / (norm_before + 1e-6)).clamp(max=1.0) / loss_scale)
+    foreach_mul_(list(gradients), (max_norm / (norm_before + 1e-6)).clamp(max=1.0) / loss_scale)
 
 
 def _norm_on_cpu(gradient: Tensor) -> Tensor:

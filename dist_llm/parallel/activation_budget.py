@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dist_llm.errors import ConfigError
 from dist_llm.models.decoder import Decoder
 from dist_llm.parallel.activation_checkpoint import CheckpointedForward, RecomputeMode
+from dist_llm.parallel.fsdp import reshard
 from dist_llm.parallel.mesh import DATA_AXES, all_gather_ints
 
 log = logging.getLogger("dist_llm")
@@ -92,9 +92,7 @@ def measure_activations(model_parts: Sequence[Decoder], forward: Callable[[], Se
     for block, mode in zip(blocks, original_modes, strict=True):
         block.mode, block.saved_bytes_log = mode, None
     for model_part in model_parts:
-        for module in model_part.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # backward would have resharded it
+        reshard(model_part)  # as a backward would have done
     gc.collect()
     part_of_block = [index for index, model_part in enumerate(model_parts) for _ in model_part.blocks]
     sizes: list[dict[RecomputeMode, int]] = [{} for _ in blocks]

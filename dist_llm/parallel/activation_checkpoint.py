@@ -9,11 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as functorch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -21,6 +18,14 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+from dist_llm.compat import (
+    functional_collectives,
+    is_traceable_wrapper_subclass,
+    pytree,
+    saved_by_selective_checkpoint,
+    set_activation_memory_budget,
+    tensors_of,
+)
 from dist_llm.config.schema import ParallelConfig
 from dist_llm.models.decoder import Decoder
 
@@ -36,15 +41,15 @@ SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    torch.ops._c10d_functional.all_reduce.default,
+    functional_collectives.reduce_scatter_tensor.default,
+    functional_collectives.all_reduce.default,
 }
 
 
 def compile_blocks(model: Decoder, parallel: ParallelConfig) -> None:
     """Compile each block separately. All layers then share one graph, and FSDP's hooks stay outside it."""
     if parallel.recompute_budget < 1:
-        functorch.activation_memory_budget = parallel.recompute_budget
+        set_activation_memory_budget(parallel.recompute_budget)
     for block in model.blocks.values():
         block.forward = torch.compile(block.forward)
 
@@ -81,7 +86,7 @@ class CheckpointedForward:
 
         def contexts() -> Any:
             forward_and_recompute = _selective_contexts()
-            outputs.append(forward_and_recompute[0].storage)
+            outputs.append(saved_by_selective_checkpoint(forward_and_recompute))
             return forward_and_recompute
 
         with nullcontext() if self.saved_bytes_log is None else _log_saved_tensors(self._log_saved):
@@ -93,7 +98,7 @@ class CheckpointedForward:
             output: Tensor = checkpoint(self.forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
         if self.saved_bytes_log is not None:
             for saved in outputs:
-                self._log_saved([getattr(leaf, "val", None) for leaf in pytree.tree_leaves(dict(saved))])
+                self._log_saved(tensors_of(saved))
                 saved.clear()
         return output
 

@@ -7,11 +7,12 @@ block and replaces each with a kernel that reads the other ranks' memory directl
 
 import logging
 import warnings
-from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import Graph
+
+from dist_llm.compat import fuse_collectives
 
 RESHAPE_OPS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 log = logging.getLogger("dist_llm")
@@ -27,23 +28,9 @@ def enable_async_tp(mesh: DeviceMesh) -> None:
 
 def enable_fused_collectives(mesh: DeviceMesh) -> None:
     """Make the compiler fuse collectives with matrix products in all later compilations."""
-    # importing it takes a second, unless this torch has already imported it (2.13 has)
-    from torch._inductor import config as inductor
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-    class MergeReshapesPass(CustomGraphPass):
-        def __call__(self, graph: Graph) -> None:
-            merge_reshapes(graph)
-
-        def uuid(self) -> Any:
-            return get_hash_for_files((__file__,))
-
-    inductor._micro_pipeline_tp = True
-    inductor.post_grad_custom_pre_pass = MergeReshapesPass()
-    with warnings.catch_warnings():  # still required, though torch marks it deprecated
+    with warnings.catch_warnings():  # torch marks a part of it deprecated that is still required
         warnings.simplefilter("ignore", FutureWarning)
-        enable_symm_mem_for_group(mesh.get_group().group_name)
+        fuse_collectives(merge_reshapes, (__file__,), mesh.get_group().group_name)
 
 
 def merge_reshapes(graph: Graph) -> None:

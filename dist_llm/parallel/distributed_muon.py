@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_llm.optim.muon import orthogonalize
-from dist_llm.parallel.mesh import local_with_offset, stage_group, to_local
+from dist_llm.parallel.mesh import stage_group
+from dist_llm.sharded import local_with_offset, to_local
 
 ShardBox = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape of a rank's shard in a matrix
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_llm.compat import scaled_mm
 from dist_llm.config.check_fp8 import MULTIPLE
 from dist_llm.errors import ConfigError
 from dist_llm.models.decoder import Decoder
@@ -104,7 +105,7 @@ def scaled_matmul(a_IK: Tensor, a_inv_scale: Tensor, b_JK: Tensor, b_inv_scale: 
     require."""
     if not a_IK.is_cuda:
         return emulate_scaled_matmul(a_IK, a_inv_scale, b_JK, b_inv_scale)
-    return torch._scaled_mm(a_IK, b_JK.t(), a_inv_scale, b_inv_scale, out_dtype=torch.bfloat16, use_fast_accum=False)
+    return scaled_mm(a_IK, b_JK.t(), a_inv_scale, b_inv_scale, out_dtype=torch.bfloat16, use_fast_accum=False)
 
 
 def emulate_scaled_matmul(a_IK: Tensor, a_inv_scale: Tensor, b_JK: Tensor, b_inv_scale: Tensor) -> Tensor:

@@ -1,22 +1,19 @@
 """Data parallelism by FSDP2: sharded, replicated or hybrid, on one two-dimensional mesh."""
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
-    MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
 )
 
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import Config, ParallelConfig
 from dist_llm.models.decoder import Decoder
 from dist_llm.parallel.mesh import fsdp_mesh
 from dist_llm.parallel.p2p_collectives import use_p2p_collectives
-
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # fp32 needs no cast
+from dist_llm.parallel.precision import fsdp_policy
 
 
 def apply_fsdp(model: Decoder, config: Config, mesh: DeviceMesh) -> None:
@@ -26,8 +23,7 @@ def apply_fsdp(model: Decoder, config: Config, mesh: DeviceMesh) -> None:
     and only the all-reduce of the gradients remains.
     """
     parallel = config.parallel
-    dtype = COMPUTE_DTYPES.get(config.precision)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    policy = fsdp_policy(config.precision)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if parallel.cpu_offload else OffloadPolicy()
     data_mesh = fsdp_mesh(mesh)
 
@@ -49,3 +45,21 @@ def apply_fsdp(model: Decoder, config: Config, mesh: DeviceMesh) -> None:
             module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
     if data_mesh.size(1) > 1:
         use_p2p_collectives(model, mesh.device_type)
+
+
+def prepare_microbatch(model: Decoder, last: bool, parallel: ParallelConfig) -> None:
+    """Set what the next backward does at its end. `last`: it is that of a step's last microbatch.
+
+    Gradients are reduced after the last backward, or after each. With reshard "never", weights stay gathered between
+    microbatches: only the update changes them.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or parallel.reduce_each_microbatch)
+        model.set_reshard_after_backward(last or parallel.reshard != "never")
+
+
+def reshard(model: Decoder) -> None:
+    """Drop gathered weights, so that the next forward gathers them again. A backward does so at its end."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

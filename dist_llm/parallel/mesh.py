@@ -9,9 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from dist_llm.compat import flatten_mesh, functional_collectives
 from dist_llm.config.derive import AXES
 from dist_llm.config.schema import ParallelConfig
 from dist_llm.parallel import p2p_collectives
@@ -19,8 +18,6 @@ from dist_llm.parallel import p2p_collectives
 # DATA_AXES: ranks that hold different tokens. SHARD_AXES: ranks over which FSDP shards a parameter.
 DATA_AXES = ("dp_replicate", "dp_shard", "cp")
 SHARD_AXES = ("dp_shard", "cp")
-
-functional_collectives = torch.ops._c10d_functional
 
 
 def build_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
@@ -36,7 +33,7 @@ def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """
     if mesh["cp"].size() == 1:
         return mesh["dp_replicate", "dp_shard"]
-    mesh[SHARD_AXES]._flatten("dp_shard_cp")
+    flatten_mesh(mesh[SHARD_AXES], "dp_shard_cp")
     with warnings.catch_warnings():
         # torch offers no other way to slice a flattened dimension that keeps both dimensions on one root mesh.
         warnings.filterwarnings("ignore", "Slicing a flattened dim from root mesh")
@@ -120,21 +117,8 @@ def all_gather_ints(value: int, device: torch.device) -> list[int]:
     return [int(number) for number in torch.cat(by_rank).tolist()]
 
 
-def to_local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor; return any other tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def local_with_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return this rank's shard of a tensor and the shard's offset in the full tensor."""
-    if not isinstance(tensor, DTensor):
-        return tensor, (0,) * tensor.ndim
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), offset
-
-
 def stage_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """Return the process group of the ranks that hold the same layers."""
     if mesh["pp"].size() == 1:
         return dist.group.WORLD  # type: ignore[return-value]
-    return mesh[AXES[1:]]._flatten("stage").get_group()
+    return flatten_mesh(mesh[AXES[1:]], "stage").get_group()

@@ -13,9 +13,10 @@ from dist_llm.parallel.async_tp import enable_async_tp
 from dist_llm.parallel.context_parallel import apply_context_parallel
 from dist_llm.parallel.fp8 import check_float8_support, use_float8_linears
 from dist_llm.parallel.fsdp import apply_fsdp
-from dist_llm.parallel.mesh import DATA_AXES, local_with_offset
+from dist_llm.parallel.mesh import DATA_AXES
 from dist_llm.parallel.pipeline_parallel import count_stages, rank_stages, split_layers
 from dist_llm.parallel.tp_plan import apply_tensor_parallel
+from dist_llm.sharded import local_with_offset
 
 
 def build_model_parts(config: Config, mesh: DeviceMesh | None, device: torch.device) -> list[Decoder]:

@@ -14,7 +14,7 @@ from dist_llm.config.derive import TWO_STAGE_SCHEDULES, gated
 from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel.mesh import to_local
+from dist_llm.sharded import to_local
 
 SCHEDULES = {
     "1f1b": schedules.Schedule1F1B,

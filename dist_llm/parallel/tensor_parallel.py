@@ -8,7 +8,6 @@ Parameters are DTensors, from which FSDP, checkpoints and the gradient norm read
 with the local shards. `tp_plan.py` says which layer is sharded along which dimension.
 """
 
-from copy import copy
 from functools import partial
 from typing import Any
 
@@ -20,10 +19,12 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from dist_llm.compat import build_dtensor, copy_dtensor_spec
 from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
 from dist_llm.models.attention import CrossAttention
 from dist_llm.models.decoder import Decoder, Head, softcap
-from dist_llm.parallel.mesh import all_gather, all_reduce, differentiable_collective, reduce_scatter, to_local
+from dist_llm.parallel.mesh import all_gather, all_reduce, differentiable_collective, reduce_scatter
+from dist_llm.sharded import to_local
 
 # On one rank: T tokens between the matrices, S or S / tp;  F inputs or outputs of a layer;  W rows of the vocabulary
 
@@ -123,14 +124,14 @@ class _LocalParam(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: DTensor) -> Tensor:
-        ctx.spec = copy(parameter._spec)
+        ctx.spec = copy_dtensor_spec(parameter)
         shard = parameter.to_local()
         return shard.view_as(shard)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return DTensor(grad.contiguous(), ctx.spec, requires_grad=False)
+        return build_dtensor(grad.contiguous(), ctx.spec)
 
 
 def _compute_weight(layer: "ColumnParallelLinear | RowParallelLinear") -> Tensor:

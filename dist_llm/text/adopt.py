@@ -5,7 +5,6 @@ the manifest. The corpus is written to `OUT.<random>.partial` and renamed to `OU
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +13,14 @@ from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import TextIO
-from uuid import uuid4
 
 import numpy as np
 
-from dist_llm.data import remote
-from dist_llm.data.remote import as_path, is_remote, sync_directory
 from dist_llm.data.shard import ADOPTED, SPLITS, DType, Manifest, Shard, Split
 from dist_llm.errors import DataError
+from dist_llm.io import urls
+from dist_llm.io.atomic import create_atomically, write_durably
+from dist_llm.io.urls import as_path, is_remote
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.progress import ProgressMeter
 from dist_llm.text.token_files import TokenFileScan, check_size, locate_data_file, read_header
@@ -40,21 +39,15 @@ def adopt(options: AdoptOptions, stream: TextIO | None = None) -> Manifest:
     _check_options(options)
     tokenizer = build_tokenizer(options.tokenizer, options.split_pattern, lambda: ())
     out = Path(os.path.realpath(options.out))
-    partial = out.with_name(f"{out.name}.{uuid4().hex}.partial")
     try:
-        partial.mkdir(parents=True)
-        try:
-            with ProgressMeter(stream or sys.stderr, _sum_sizes(options), "checking") as meter:
+        with ProgressMeter(stream or sys.stderr, _sum_sizes(options), "checking") as meter:
+            with create_atomically(out, shared=True) as partial:
+                partial.mkdir(parents=True)
                 run = _AdoptRun(options, tokenizer, partial, meter)
                 manifest = run.write_corpus()
-                sync_directory(partial)
-                partial.rename(out)
-                sync_directory(out.parent)
-                _print_summary(options, manifest, meter, sorted(run.files_with_leading_eot))
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            _print_summary(options, manifest, meter, sorted(run.files_with_leading_eot))
     except OSError as error:
-        where, why = error.filename or partial, error.strerror or error
+        where, why = error.filename or out, error.strerror or error
         raise DataError(f"{where}: cannot be written: {why}. Nothing of this run was kept.") from None
     return manifest
 
@@ -145,13 +138,10 @@ class _AdoptRun:
             location = os.path.abspath(as_path(location))
             ids, digest = self._scan_file(location)
         else:
-            ids, digest = remote.with_retries(location, lambda: self._scan_file(location), lambda: HINT)
+            ids, digest = urls.with_retries(location, lambda: self._scan_file(location), lambda: HINT)
         starts = ids.compute_starts(self._eot_at_start)
         offsets = f"{split}-{number:05d}.offsets"
-        with (self.directory / offsets).open("wb") as file:
-            file.write(starts.astype("<u8").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(self.directory / offsets, starts.astype("<u8").tobytes())
         with self._lock:
             self._num_documents += len(starts)
             self._has_document_bounds |= ids.has_document_bounds
@@ -181,11 +171,11 @@ class _AdoptRun:
 
 def _iter_blocks(location: str) -> Iterator[bytes]:
     if is_remote(location):
-        yield from remote.iter_blocks(location)
+        yield from urls.iter_blocks(location)
         return
     try:
         with as_path(location).open("rb") as file:
-            while block := file.read(remote.BLOCK_BYTES):
+            while block := file.read(urls.BLOCK_BYTES):
                 yield block
     except OSError as error:
         raise DataError(

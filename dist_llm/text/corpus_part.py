@@ -1,12 +1,12 @@
 """Partition documents over the parts of `prepare --part`, for several machines. Each document is in one part."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from dist_llm.errors import DataError
+from dist_llm.io.hashing import digest64
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class CorpusPart:
         """Whether this part processes a text. Equal texts are in the same part, which can then deduplicate them."""
         if self.by != "text":
             return True
-        digest = hashlib.blake2b(text, digest_size=8).digest()
+        digest = digest64(text)
         # Use the remainder: the high bits of the same hash select the held-out documents.
         return int.from_bytes(digest, "big") % self.of == self.number - 1
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dist_llm.data.growing import FileState, GrowingFile
 from dist_llm.data.shard import SPLITS, DType, Shard, ShardState, ShardWriter, Split
+from dist_llm.io.growing import FileState, GrowingFile
 from dist_llm.text.duplicates import KEY_BYTES, DuplicateIndex, build_index
 from dist_llm.text.encode import EncodedChunk
 from dist_llm.text.report import RemovalCounts, TextCount

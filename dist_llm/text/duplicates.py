@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dist_llm.io.hashing import digest64
+
 EXACT_BYTES = 16
 PERMUTATIONS = 128  # the estimate's standard deviation is at most 0.5 / sqrt(128) = 0.044
 SHINGLE_WORDS = 5
@@ -101,7 +103,7 @@ def _hash_shingles(text: str) -> npt.NDArray[np.uint32]:
 
 
 def _hash_word(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(digest64(word.encode()), "big")
 
 
 class NearIndex:

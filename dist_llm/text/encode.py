@@ -4,7 +4,6 @@ Results come back in the order of the chunks, so they do not depend on the numbe
 parent process dies, even by SIGKILL.
 """
 
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from dist_llm.data.shard import smallest_dtype
 from dist_llm.errors import DataError
+from dist_llm.io.hashing import digest64
 from dist_llm.text.chunks import Chunk, ResumePoint
 from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart
 from dist_llm.text.duplicates import KEY_BYTES, select_key_function
@@ -128,7 +128,7 @@ class DocumentEncoder:
 
 def is_heldout(text: bytes, fraction: float) -> bool:
     """Whether a document belongs to the held-out split. Depends on its text alone, so copies are in one split."""
-    hash64 = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+    hash64 = int.from_bytes(digest64(text), "big")
     return hash64 < fraction * 2**64
 
 

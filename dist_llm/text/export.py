@@ -1,15 +1,13 @@
 """A corpus as token files for other programs: nanoGPT's train.bin and val.bin."""
 
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.remote import sync_directory
 from dist_llm.data.shard import Split
 from dist_llm.errors import DataError
+from dist_llm.io.atomic import create_atomically, open_durably
 
 FILES: dict[Split, str] = {"train": "train.bin", "heldout": "val.bin"}
 MAX_VOCAB = 1 << 16  # ids of uint16
@@ -26,26 +24,19 @@ def export_bin(directory: Path, out: Path) -> dict[str, int]:
         raise DataError(f"{directory}: has {size} ids, but nanoGPT's .bin files hold at most {MAX_VOCAB}")
     if out.exists():
         raise DataError(f"{out}: exists. Choose another directory, or remove it first.")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        for split, corpus in corpora.items():
-            corpus.check_shard_sizes()
-            _write_bin(corpus, partial / FILES[split])
-        partial.rename(out)
-        sync_directory(out.parent)
+        with create_atomically(out) as partial:
+            partial.mkdir(parents=True)
+            for split, corpus in corpora.items():
+                corpus.check_shard_sizes()
+                _write_bin(corpus, partial / FILES[split])
     except OSError as error:
         raise DataError(f"{error.filename or out}: cannot be written: {error.strerror or error}.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return {FILES[split]: corpus.n_tokens for split, corpus in corpora.items()}
 
 
 def _write_bin(corpus: Corpus, path: Path) -> None:
-    with path.open("wb") as file:
+    with open_durably(path) as file:
         for start in range(0, corpus.n_tokens, BLOCK_TOKENS):
             ids = corpus.read(np.array([start]), min(BLOCK_TOKENS, corpus.n_tokens - start))[0]
             file.write(ids.astype("<u2").tobytes())
-        file.flush()
-        os.fsync(file.fileno())

@@ -1,11 +1,12 @@
 """The journal of an unfinished corpus: JSON lines that record what is durable. Each line is synced before the next."""
 
 import json
-import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from dist_llm.io.atomic import open_durably, replace_file
 
 JOURNAL_FILE = "progress.jsonl"
 
@@ -40,15 +41,12 @@ class Journal:
 
     def rewrite(self, lines: list[dict[str, Any]]) -> None:
         """Replace the journal by these lines atomically."""
-        temporary = self.path.with_suffix(".tmp")
-        self._write(temporary, "wb", lines)
-        temporary.rename(self.path)
+        replace_file(self.path, b"".join(map(_format_line, lines)))
 
     def append(self, record: dict[str, Any]) -> None:
-        self._write(self.path, "ab", [record])
+        with open_durably(self.path, "ab") as file:
+            file.write(_format_line(record))
 
-    def _write(self, path: Path, mode: str, lines: list[dict[str, Any]]) -> None:
-        with path.open(mode) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+
+def _format_line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"

@@ -1,13 +1,13 @@
 """What prepare read, and what it left out and why: counts per rule, in the corpus as `report.json`."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dist_llm.errors import DataError
+from dist_llm.io.atomic import write_durably
 
 REPORT_FILE = "report.json"
 FORMAT = "dist_llm prepare report 1"
@@ -104,11 +104,8 @@ class Report:
 
     def save(self, directory: Path) -> None:
         """Write it durably."""
-        with (directory / REPORT_FILE).open("w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, **asdict(self)}, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        content = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+        write_durably(directory / REPORT_FILE, content.encode())
 
     @staticmethod
     def load(directory: Path) -> "Report":

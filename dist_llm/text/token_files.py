@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_llm.data.order import Ints
-from dist_llm.data.remote import is_remote
 from dist_llm.data.shard import DType
 from dist_llm.errors import DataError
+from dist_llm.io.urls import is_remote
 
 # Ids are never negative, so a signed type is read as the unsigned one of its size.
 READ_AS: dict[str, DType] = {"uint16": "uint16", "int16": "uint16", "uint32": "uint32", "int32": "uint32"}

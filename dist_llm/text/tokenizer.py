@@ -9,7 +9,6 @@ characters       dist_llm/text/char_tokenizer.py: an id for each character, as n
 """
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_llm.errors import DataError
+from dist_llm.io.atomic import write_durably
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -121,10 +121,7 @@ class Tokenizer(ABC):
 
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json` into `directory`, durably."""
-        with (directory / TOKENIZER_FILE).open("wb") as file:
-            file.write(self.file_bytes())
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(directory / TOKENIZER_FILE, self.file_bytes())
 
     @staticmethod
     def load(directory: Path) -> "Tokenizer":

@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_llm.data.loader import Loader
 from dist_llm.engines.base import Engine
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel.mesh import to_local
+from dist_llm.sharded import to_local
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}  # relative; the two sums have another order
 

@@ -18,7 +18,8 @@ from dist_llm.checkpoint.compatibility import check_init_from, check_resume, log
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.store import CheckpointStore, checkpoints_of_run, open_checkpoint, read_progress
 from dist_llm.config.derive import AXES, shape
-from dist_llm.config.load import dump, refuse
+from dist_llm.config.engine_names import NATIVE
+from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
 from dist_llm.data.data_history import (
     HISTORY_FILE,
@@ -33,9 +34,9 @@ from dist_llm.data.plan import merge_ranges
 from dist_llm.data.streams import DataSource, open_sources
 from dist_llm.data.tokenizer_file import same_tokenizer
 from dist_llm.engines.base import Engine
-from dist_llm.engines.build_engine import build_engine
+from dist_llm.engines.build_engine import build_engine, check_engine_config
 from dist_llm.errors import CheckpointError, DataError, UserError, to_user_error
-from dist_llm.launch.environment import check_accelerate, set_network
+from dist_llm.launch.environment import set_network
 from dist_llm.launch.failures import annotate_failure
 from dist_llm.launch.flight_recorder import start_recording
 from dist_llm.launch.group import device_of, keep_freed_memory, process_group
@@ -67,8 +68,7 @@ def train(config: Config, world: World) -> int:
     set_network(config.run.network)
     device = device_of(world)
     keep_freed_memory(device)
-    if config.engine == "accelerate":
-        refuse(list(check_accelerate(config, device)))
+    check_engine_config(config, device)
     sources = open_sources(config)
     corpus = sources[0].corpus.directory
     vocabulary = read_vocabulary(config, corpus)
@@ -88,7 +88,7 @@ def train(config: Config, world: World) -> int:
     finished = newest is not None and read_progress(newest).step >= config.run.steps
     with open_directories(config, store.directory, world, saves=not finished), _logging(directory, world):
         start_recording(device)
-        alone, watchdog = config.engine != "native", Watchdog(world, config.run.hang_seconds)
+        alone, watchdog = config.engine != NATIVE, Watchdog(world, config.run.hang_seconds)
         with watchdog, process_group(world, device, alone=alone):
             watchdog.register()
             verified = store.latest_verified()

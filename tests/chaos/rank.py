@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 
 from dist_llm.cli import main
-from dist_llm.parallel.mesh import to_local
+from dist_llm.sharded import to_local
 from dist_llm.train.trainer import Trainer
 
 SECONDS = 0.15

@@ -25,7 +25,7 @@ from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
-from dist_llm.parallel.mesh import to_local
+from dist_llm.sharded import to_local
 from dist_llm.train.step import train_step
 from tests.laws.law import batches_of, config_of, full_tensor
 from tests.laws.layouts import ADAMW

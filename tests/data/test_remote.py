@@ -23,9 +23,12 @@ from dist_llm.data.corpus import Corpus
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.data.mirror import localize_corpus
-from dist_llm.data.remote import as_path, fetch, is_remote
+from dist_llm.data.remote import fetch
 from dist_llm.data.shard import Manifest, Shard, ShardWriter
 from dist_llm.errors import DataError
+from dist_llm.io import locks as file_locks
+from dist_llm.io import urls
+from dist_llm.io.urls import as_path, is_remote
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 from tests.laws.law import config_of
 
@@ -91,7 +94,7 @@ def server():
 def retry_pauses(monkeypatch):
     """Replace `sleep`, and return the pauses that retries asked for."""
     pauses = []
-    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    monkeypatch.setattr(urls.time, "sleep", pauses.append)
     return pauses
 
 
@@ -339,7 +342,7 @@ def test_concurrent_fetches_of_one_file(locks, server, tmp_path, monkeypatch):
         def refuse(*arguments):
             raise OSError("no locks here")
 
-        monkeypatch.setattr(remote.fcntl, "flock", refuse)
+        monkeypatch.setattr(file_locks.fcntl, "flock", refuse)
     server.files["/x"] = content = os.urandom(3_000_000)
     server.pause = 0.05
     target = tmp_path / "x"

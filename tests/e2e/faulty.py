@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_llm.cli import main
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models.block import Block
-from dist_llm.parallel.mesh import to_local
+from dist_llm.sharded import to_local
 from dist_llm.train.trainer import Trainer
 
 SIGNALS = {"stop": signal.SIGSTOP, "usr1": signal.SIGUSR1, "term": signal.SIGTERM}

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.engines.stand_in import install_engine
+
 from . import commands
 
 ENGINES = {
@@ -46,3 +48,16 @@ def test_every_engine_leaves_the_same(engine: str, corpus: Path, plain: dict[str
             assert row[key] == pytest.approx(want[key], rel=1e-4), (row["step"], key)
         for key in ("step", "lr", "tokens"):
             assert row.get(key) == want.get(key), (row["step"], key)
+
+
+def test_an_engine_of_another_package_trains(corpus: Path, plain: dict[str, Path], tmp_path: Path) -> None:
+    """It runs the native step; the run and its files are those of a native run, but for the name in its config."""
+    install_engine(tmp_path)
+    script = tmp_path / "with_other.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nfrom dist_llm.cli import run\nrun()\n")
+    options = ("run.steps=6", "checkpoint.every=3", "engine=standin", "model.tie_embeddings=true")
+    commands.run(*commands.train_arguments(corpus, *options), cwd=tmp_path, module=str(script))
+    files, rows = left(tmp_path / "run")
+    wanted_files, wanted = left(plain["tied"])
+    assert files == wanted_files
+    assert [row["loss"] for row in rows if "loss" in row] == [row["loss"] for row in wanted if "loss" in row]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
+from dist_llm import sharded
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention, decoder
 from dist_llm.models.attention_mask import AttentionMask
@@ -35,6 +36,10 @@ def plant_bug(name: str) -> AbstractContextManager[Any]:
 def bug(function: Callable[[], Iterator[Any]]) -> Callable[[], Iterator[Any]]:
     BUGS[function.__name__] = contextmanager(function)
     return function
+
+
+def _shard_at_zero(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    return sharded.to_local(tensor), (0,) * tensor.ndim
 
 
 def _skip(*args: Any, **kwargs: Any) -> None:
@@ -208,7 +213,7 @@ def clipping_by_the_local_norm() -> Iterator[Any]:
 
 @bug
 def replicated_parameters_counted_once_per_tensor_rank() -> Iterator[Any]:
-    with patch("dist_llm.engines.gradient_norm.is_tp_sharded", lambda parameter: True):
+    with patch("dist_llm.engines.gradient_norm.is_sharded_over", lambda parameter, axis: True):
         yield
 
 
@@ -302,7 +307,7 @@ def vocabulary_padding_is_scored() -> Iterator[Any]:
 
 @bug
 def every_rank_initialised_with_the_same_shard() -> Iterator[Any]:
-    with patch.object(parallelize, "local_with_offset", lambda tensor: (mesh.to_local(tensor), (0,) * tensor.ndim)):
+    with patch.object(parallelize, "local_with_offset", _shard_at_zero):
         yield
 
 
@@ -373,7 +378,7 @@ def weights_stay_gathered_after_the_last_backward() -> Iterator[Any]:
 @bug
 def shards_orthogonalized_separately() -> Iterator[Any]:
     def alone(self: DistributedOrthogonalize, updates: Any) -> Any:
-        parts = [mesh.to_local(update) for update in updates]
+        parts = [sharded.to_local(update) for update in updates]
         for part, made in zip(parts, orthogonalize(parts), strict=True):
             part.copy_(made)
         return updates
@@ -419,5 +424,5 @@ def _before_sgd_steps(action: Callable[[LocalSGD], None]) -> AbstractContextMana
 
 @bug
 def moments_rounded_by_the_local_index() -> Iterator[Any]:
-    with patch("dist_llm.engines.native.local_with_offset", lambda tensor: (mesh.to_local(tensor), (0,) * tensor.ndim)):
+    with patch("dist_llm.engines.native.local_with_offset", _shard_at_zero):
         yield

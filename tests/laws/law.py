@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dist_llm.checkpoint.checkpoint_state import Progress
@@ -70,8 +70,8 @@ class RankTrace:
     def keep(self, engine: "Spy") -> None:
         """Its gradients and parameters after a step."""
         self.gradients.append(engine.kept)
-        self.parameters.append(parts_of(parameters_of(engine)))
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters_of(engine)}
+        self.parameters.append(parts_of(engine.named_parameters()))
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in engine.named_parameters()}
 
 
 @dataclass
@@ -168,14 +168,8 @@ class Spy(NativeEngine):
     kept: Placed
 
     def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
-        self.kept = parts_of((name, p.grad) for name, p in parameters_of(self) if p.grad is not None)
+        self.kept = parts_of((name, p.grad) for name, p in self.named_parameters() if p.grad is not None)
         return super().update(lr, should_apply)
-
-
-def parameters_of(engine: NativeEngine) -> Iterator[tuple[str, nn.Parameter]]:
-    """As the modules have them. `engine.named_parameters` would reshard them, which the step itself has to do."""
-    for part in engine.model_parts:
-        yield from part.named_parameters()
 
 
 def parts_of(tensors: Iterable[tuple[str, Any]]) -> Placed:

@@ -14,8 +14,8 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models.block import Block
 from dist_llm.objectives.batch import Batch
-from dist_llm.parallel.mesh import to_local
 from dist_llm.parallel.replica_check import compute_digest, find_mismatches
+from dist_llm.sharded import to_local
 from dist_llm.train.replay import replay
 from dist_llm.train.step import train_step
 from tests.laws.engines import ENGINES, opened

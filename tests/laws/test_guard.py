@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_llm.checkpoint.checkpoint_state import GuardState
 from dist_llm.config.schema import Config, GuardConfig, ParallelConfig
 from dist_llm.engines.native import NativeEngine
-from dist_llm.parallel.mesh import to_local
+from dist_llm.sharded import to_local
 from dist_llm.train.guard import Guard
 from dist_llm.train.step import train_step
 from tests.laws.law import ROWS, RankTrace, Spy, batches_of, compare, config_of, merge_ranks

@@ -11,7 +11,8 @@ from dist_llm.config.schema import ParallelConfig
 from dist_llm.optim.muon import newton_schulz
 from dist_llm.optim.sgd import LocalSGD
 from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
-from dist_llm.parallel.mesh import build_mesh, to_local
+from dist_llm.parallel.mesh import build_mesh
+from dist_llm.sharded import to_local
 from tests.laws.law import assert_matches_one_process, config_of, merge_ranks, reference, trace
 from tests.laws.layouts import BF16_MOMENTS, CHOSEN, MODELS, MUON, Layout
 from tests.laws.worlds import world

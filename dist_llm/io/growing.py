@@ -1,13 +1,13 @@
 """Append to a file and hash it at the same time, so that an interrupted writer can resume."""
 
 import hashlib
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from dist_llm.errors import DataError
+from dist_llm.io.atomic import sync_file
 
 READ_BYTES = 1 << 20
 
@@ -52,8 +52,7 @@ class GrowingFile:
         return FileState(self._size, self._hash.hexdigest())
 
     def sync(self) -> FileState:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_file(self._file)
         return self.state
 
     def close(self) -> FileState:

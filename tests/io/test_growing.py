@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from dist_llm.data.growing import FileState, GrowingFile, check_prefix
 from dist_llm.data.shard import ShardWriter
 from dist_llm.errors import DataError
+from dist_llm.io.growing import FileState, GrowingFile, check_prefix
 
 
 def write_randomly(directory, documents, cuts, seed=0):

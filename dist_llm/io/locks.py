@@ -1,0 +1,58 @@
+"""Locks between processes: by the kernel on one machine, or by the creation of a file on a shared file system."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def lock_file(path: Path, wait: bool = True, required: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`, which is removed at the end. The kernel releases it when we die.
+
+    Raises BlockingIOError if another process holds it, unless `wait`. On a file system without locks it raises OSError
+    or, unless `required`, runs the block without a lock.
+    """
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise
+            except OSError:
+                if required:
+                    raise
+            if not _is_same_file(path, file):  # the previous holder removed it between our open and our lock
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_same_file(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def create_exclusively(path: Path, content: bytes) -> bool:
+    """Create a file that does not exist yet; return whether it did not. Shared file systems honour this, too.
+
+    Raises OSError that names `path` if the content cannot be written; the file is then removed.
+    """
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        path.unlink()  # a full disk
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return True

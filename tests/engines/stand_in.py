@@ -1,0 +1,31 @@
+"""Write a package that registers an engine, as pip would install it."""
+
+from pathlib import Path
+
+MODULE = """
+from dist_llm.config.load import Violation
+from dist_llm.engines.native import NativeEngine
+
+
+class StandIn(NativeEngine):
+    pass
+
+
+def build_engine(config, device):
+    return StandIn(config, device)
+
+
+def check_config(config, device):
+    if config.parallel.tp > 1:
+        yield Violation(("parallel.tp", "engine"), f"standin cannot do that on {device}; set 1")
+"""
+
+
+def install_engine(directory: Path, name: str = "standin", module: str = MODULE, package: str = "other") -> None:
+    """Make `directory`, once it is on sys.path, offer the engine `name` of a module of that name."""
+    (directory / f"{package}_{name}.py").write_text(module, encoding="utf-8")
+    metadata = directory / f"{package}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n", encoding="utf-8")
+    entry = f"[dist_llm.engines]\n{name} = {package}_{name}\n"
+    (metadata / "entry_points.txt").write_text(entry, encoding="utf-8")

@@ -1,0 +1,128 @@
+"""Engines are found by their entry points; a native run imports no other engine; errors come before a process group."""
+
+import sys
+from importlib.metadata import EntryPoints
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_llm.config import engine_names
+from dist_llm.config.check import check
+from dist_llm.config.engine_names import GROUP, find_engine
+from dist_llm.config.load import describe
+from dist_llm.config.schema import Config
+from dist_llm.engines.build_engine import build_engine, check_engine_config
+from dist_llm.engines.native import NativeEngine
+from dist_llm.errors import ConfigError
+from tests.e2e import commands
+from tests.engines.stand_in import MODULE, install_engine
+from tests.laws.law import config_of
+
+CPU = torch.device("cpu")
+
+
+def config_with(engine: str, **sections: Any) -> Config:
+    """A resolved config that no rule was applied to."""
+    config = config_of(1, {})
+    parallel = config.parallel.model_copy(update=sections.pop("parallel", {}))
+    return config.model_copy(update={"engine": engine, "parallel": parallel, **sections})
+
+
+def problems(config: Config) -> list[str]:
+    return [str(violation) for violation in check(config, 1, 130)]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_an_engine_of_another_package(site: Path) -> None:
+    install_engine(site)
+    config = config_with("standin")
+    assert problems(config) == []
+    check_engine_config(config, CPU)
+    engine = build_engine(config, CPU)
+    assert (type(engine).__name__, type(engine).__module__) == ("StandIn", "other_standin")
+    assert isinstance(engine, NativeEngine)
+    with pytest.raises(ConfigError, match=r"parallel\.tp: standin cannot do that on cpu; set 1"):
+        check_engine_config(config_with("standin", parallel={"tp": 2}), CPU)
+
+
+def test_an_engine_without_check_config(site: Path) -> None:
+    install_engine(site, "unchecked", MODULE.partition("def check_config")[0])
+    config = config_with("unchecked", parallel={"tp": 2})
+    check_engine_config(config, CPU)
+
+
+def test_an_unknown_engine_names_the_known_ones(site: Path) -> None:
+    install_engine(site)
+    message = "engine: no installed package has naitve; set one of accelerate, deepspeed, native, standin, or install"
+    assert [line for line in problems(config_with("naitve")) if line.startswith(message)]
+    with pytest.raises(ConfigError, match=message):
+        check_engine_config(config_with("naitve"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("import nowhere", "engine: broken: other_broken cannot be imported: ModuleNotFoundError: No module named"),
+        ("1 / 0", "engine: broken: other_broken cannot be imported: ZeroDivisionError"),
+        ("build = 1", r"engine: broken: other_broken has no function build_engine\(config, device\)"),
+    ],
+)
+def test_a_broken_engine(module: str, message: str, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "other_broken", raising=False)
+    install_engine(site, "broken", module)
+    with pytest.raises(ConfigError, match=message):
+        check_engine_config(config_with("broken"), CPU)
+
+
+def test_two_packages_with_one_name(site: Path) -> None:
+    install_engine(site, package="one")
+    install_engine(site, package="two")
+    message = "engine: standin is registered more than once: one_standin, two_standin; uninstall all but one package"
+    assert message in problems(config_with("standin"))
+    with pytest.raises(ConfigError, match=message):
+        build_engine(config_with("standin"), CPU)
+
+
+def test_older_metadata_of_our_own_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source tree whose `pip install -e .` was before engines had entry points."""
+    monkeypatch.setattr(engine_names, "entry_points", lambda **_: EntryPoints())
+    message = "engine: no installed package has deepspeed; set one of native, or install dist_llm again, whose metadata"
+    assert [line for line in problems(config_with("deepspeed")) if line.startswith(message)]
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "accelerate"])
+def test_our_own_are_registered(name: str) -> None:
+    point = find_engine(name)
+    assert point is not None, f"the metadata of dist_llm is older than pyproject.toml: install it again ({GROUP})"
+    assert callable(point.load().build_engine)
+
+
+def test_the_help_lists_the_known_engines() -> None:
+    assert {row[0]: row[1] for row in describe()}["engine"] == "native | deepspeed | accelerate | ..."
+
+
+def test_a_native_run_imports_no_other_engine(tmp_path: Path) -> None:
+    """In a process that has imported the whole command, and nothing else."""
+    script = tmp_path / "native.py"
+    script.write_text(
+        """
+import sys, torch
+import dist_llm.cli, dist_llm.train.run, dist_llm.train.debug, dist_llm.train.score, dist_llm.generate
+from dist_llm.engines.build_engine import build_engine, check_engine_config
+from tests.laws.law import config_of
+config = config_of(1, {})
+check_engine_config(config, torch.device("cpu"))
+build_engine(config, torch.device("cpu"))
+others = ("deepspeed", "accelerate", "dist_llm.engines.deepspeed", "dist_llm.engines.accelerate")
+print(sorted(name for name in sys.modules if name.startswith(others)))
+""",
+        encoding="utf-8",
+    )
+    assert commands.run(cwd=tmp_path, module=str(script)).stdout == "[]\n"
