@@ -15,12 +15,12 @@ from dist_llm.models.build_model import build_model
 from dist_llm.models.init import init_param_, init_rule
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 
 LONGEST = 24
 GREEDY = Sampling(max_tokens=12, temperature=0)
 EOT = 256
-CAUSAL = config_of(1, {})
+CAUSAL = make_config(1, {})
 
 
 def build(**changes):
@@ -74,7 +74,7 @@ def test_two_stacks_read_once_and_write_on(positions):
 
 def asked(prompt="ab", architecture="decoder", **objective):
     changes = {"architecture": architecture, "vocab_size": 0}
-    return encode_prompt(config_of(1, changes, objective=objective), byte_tokenizer(), prompt)
+    return encode_prompt(make_config(1, changes, objective=objective), byte_tokenizer(), prompt)
 
 
 def test_a_model_is_asked_as_it_was_trained():

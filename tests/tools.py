@@ -1,4 +1,4 @@
-"""The scripts of tools/, run in this process."""
+"""Run the scripts of tools/ in the current process."""
 
 import importlib.util
 import sys
@@ -9,7 +9,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
 
 
 def load_tool(name: str) -> Callable[..., int]:
-    """`python tools/NAME.py ARGUMENTS`; returns its exit code."""
+    """Return a function that runs `python tools/NAME.py ARGUMENTS` in this process and returns the exit code."""
     spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
     assert spec is not None and spec.loader is not None  # noqa: PT018
     module = importlib.util.module_from_spec(spec)

@@ -1,7 +1,7 @@
 """Count what the law of layouts covers, from the tests themselves.
 
-Prints a table; with --write FILE, puts it between the lines `<!-- law counts -->` and `<!-- /law counts -->`
-of that file, once, and says so.
+Prints a table; with --write FILE, replaces the text between the lines `<!-- law counts -->` and `<!-- /law counts -->`
+of that file.
 
   python tools/law_counts.py --write README.md
 """
@@ -18,71 +18,74 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 LAWS = REPOSITORY / "tests" / "laws"
-BETWEEN = re.compile(r"(<!-- law counts -->\n).*?(<!-- /law counts -->)", re.DOTALL)
+MARKED_TEXT = re.compile(r"(<!-- law counts -->\n).*?(<!-- /law counts -->)", re.DOTALL)
 
 
 def main() -> int:
     """Print the table or write it."""
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("--write", type=Path, metavar="FILE", help="the file to bring up to date")
-    file = top.parse_args().write
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the file to update")
+    file = parser.parse_args().write
     if file is None:
-        print(table(), end="")
+        print(format_table(), end="")
         return 0
     text = file.read_text(encoding="utf-8")
-    if (places := len(BETWEEN.findall(text))) != 1:
-        print(f"error: {file}: needs one pair of lines {BETWEEN.pattern!r}, has {places}", file=sys.stderr)
+    if (count := len(MARKED_TEXT.findall(text))) != 1:
+        print(f"error: {file}: needs one pair of lines {MARKED_TEXT.pattern!r}, has {count}", file=sys.stderr)
         return 2
-    rows = table()
-    file.write_text(BETWEEN.sub(lambda match: f"{match[1]}{rows}{match[2]}", text), encoding="utf-8")
-    print(f"{file}: counts of the law brought up to date", file=sys.stderr)
+    rows = format_table()
+    file.write_text(MARKED_TEXT.sub(lambda match: f"{match[1]}{rows}{match[2]}", text), encoding="utf-8")
+    print(f"{file}: updated the counts of the law", file=sys.stderr)
     return 0
 
 
-def table() -> str:
-    """The counts as rows of Markdown."""
+def format_table() -> str:
+    """Return the counts as rows of a Markdown table."""
     sys.path.insert(0, str(REPOSITORY))
     from tests.laws import covering
     from tests.laws.bugs import BUGS
-    from tests.laws.layouts import CHOSEN, FAMILIES, LAYOUTS
+    from tests.laws.layouts import ARCHITECTURE_LAYOUTS, COMPILED_LAYOUTS, LAYOUTS
     from tests.laws.space import FACTORS
 
-    layouts = {str(layout): layout for layout in LAYOUTS}.values()
+    layouts = {str(layout): layout for layout in LAYOUTS.values()}.values()
     ranks = Counter(layout.ranks for layout in layouts)
-    default, slow = collected()
+    default, slow = count_tests()
     counts = {
         f"cases of the covering array: every compatible pair of values of {len(FACTORS)} factors": len(
-            covering.load()[0]
+            covering.load_array()[0]
         ),
         "layouts held against one process": len(layouts),
         **{f"... on {number} ranks": ranks[number] for number in sorted(ranks)},
         "... with three or more axes": sum(layout.axes >= 3 for layout in layouts),
-        "layouts of other architectures and objectives": len({str(layout) for layout in FAMILIES}),
-        "layouts also compiled and recomputed": len({str(layout) for layout in CHOSEN}),
+        "layouts of other architectures and objectives": len({str(layout) for layout in ARCHITECTURE_LAYOUTS.values()}),
+        "layouts also compiled and recomputed": len({str(layout) for layout in COMPILED_LAYOUTS.values()}),
         "planted bugs, each of which the law catches": len(BUGS),
         "tests of the law in `make test`": default,
         "more of them in `pytest -m slow`, skipped combinations included": slow,
     }
-    return "\n".join(["| what | count |", "| --- | --- |", *(f"| {what} | {n} |" for what, n in counts.items())]) + "\n"
+    return (
+        "\n".join(["| what | count |", "| --- | --- |", *(f"| {label} | {count} |" for label, count in counts.items())])
+        + "\n"
+    )
 
 
-def collected() -> tuple[int, int]:
-    """How many tests of tests/laws pytest collects: those that run by default, and those with the marker `slow`."""
-    found: Counter[str] = Counter()
+def count_tests() -> tuple[int, int]:
+    """Return how many tests of tests/laws pytest runs by default, and how many have the marker `slow`."""
+    counts: Counter[str] = Counter()
 
-    class Collected:
+    class TestCounter:
         @pytest.hookimpl(tryfirst=True)
         def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-            """Called before deselection."""
+            """Count the tests before pytest deselects any."""
             for item in items:
                 markers = {marker.name for marker in item.iter_markers()}
-                found["slow" if "slow" in markers else "default" if markers.isdisjoint({"gpu", "slurm"}) else ""] += 1
+                counts["slow" if "slow" in markers else "default" if markers.isdisjoint({"gpu", "slurm"}) else ""] += 1
 
-    with redirect_stdout(StringIO()) as said:
-        code = pytest.main(["--collect-only", "-p", "no:cacheprovider", str(LAWS)], [Collected()])
-    if code != pytest.ExitCode.OK or not found:
-        raise RuntimeError(f"pytest cannot collect {LAWS}:\n{said.getvalue()}")
-    return found["default"], found["slow"]
+    with redirect_stdout(StringIO()) as output:
+        code = pytest.main(["--collect-only", "-p", "no:cacheprovider", str(LAWS)], [TestCounter()])
+    if code != pytest.ExitCode.OK or not counts:
+        raise RuntimeError(f"pytest cannot collect {LAWS}:\n{output.getvalue()}")
+    return counts["default"], counts["slow"]
 
 
 if __name__ == "__main__":

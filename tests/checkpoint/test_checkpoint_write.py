@@ -27,16 +27,16 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.parallel.mesh import to_local
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, full_tensor
+from tests.laws.law import copy_full_tensor, make_batches, make_config
 from tests.laws.layouts import ADAMW
 from tests.laws.worlds import world
 
 CPU = torch.device("cpu")
-CONFIG = config_of(1, {}, optim=ADAMW)
+CONFIG = make_config(1, {}, optim=ADAMW)
 
 
 def step(engine: NativeEngine, number: int) -> None:
-    train_step(engine, batches_of(engine.config, engine, number), 1e-3, number)
+    train_step(engine, make_batches(engine.config, engine, number), 1e-3, number)
 
 
 def engine_at(steps: int) -> NativeEngine:
@@ -47,7 +47,9 @@ def engine_at(steps: int) -> NativeEngine:
 
 
 def values(engine: NativeEngine) -> dict[str, torch.Tensor]:
-    return {name: full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()}
+    return {
+        name: copy_full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()
+    }
 
 
 def loaded(folder: Folder | Path) -> dict[str, torch.Tensor]:
@@ -152,7 +154,7 @@ def test_checkpoints_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def limited_save(directory: Path, limited_rank: int) -> str:
     """The error of a save in which one rank may write no more than 4 KiB a file, and of the one after without that."""
-    engine = NativeEngine(config_of(2, {}, optim=ADAMW), CPU)
+    engine = NativeEngine(make_config(2, {}, optim=ADAMW), CPU)
     step(engine, 0)
     checkpoints = CheckpointStore(directory)
     checkpoints.save(engine.state, Progress(1), {})

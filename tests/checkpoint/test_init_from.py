@@ -12,7 +12,7 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, full_tensor
+from tests.laws.law import copy_full_tensor, make_batches, make_config
 from tests.laws.law import saved as saved_now
 from tests.laws.layouts import ADAMW, Layout
 from tests.laws.worlds import world
@@ -23,37 +23,39 @@ TABLES = ("embed.tokens.weight", "head.out.weight")
 
 
 def config(vocab_size: int, ranks: int = 1, **parallel: int) -> Config:
-    return config_of(ranks, {"vocab_size": vocab_size}, optim=ADAMW, run={"seed": vocab_size}, parallel=parallel)
+    return make_config(ranks, {"vocab_size": vocab_size}, optim=ADAMW, run={"seed": vocab_size}, parallel=parallel)
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+def save_checkpoint(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """A checkpoint of a model of OLD ids after two steps, and its tensors."""
     engine = NativeEngine(config(OLD), CPU)
     for step in range(2):
-        batches = batches_of(engine.config, engine, step)
+        batches = make_batches(engine.config, engine, step)
         for batch in batches:
             batch.inputs_BS.clamp_(max=OLD - 1)
             batch.targets_BS.clamp_(max=OLD - 1)
         train_step(engine, batches, 1e-3, step)
     path = saved_now(CheckpointStore(tmp_path), engine, Progress(step=2), {})
     state = engine.state.weights() | engine.state.moments()
-    return path, {name: full_tensor(tensor) for name, tensor in state.items()}
+    return path, {name: copy_full_tensor(tensor) for name, tensor in state.items()}
 
 
 def initialized(resolved: Config, path: Path, keep: bool, known: int) -> dict[str, torch.Tensor]:
     engine = NativeEngine(resolved, CPU)
     init_from_checkpoint(path, engine.state, keep, known)
-    return {name: full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()}
+    return {
+        name: copy_full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()
+    }
 
 
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2}), Layout(2, {"tp": 2})], ids=str)
 @pytest.mark.parametrize("keep", [False, True], ids=["fresh", "keep"])
-def test_known_rows_are_copied_and_new_rows_initialized(layout: Layout, keep: bool, saved: tuple) -> None:
-    path, old = saved
+def test_known_rows_are_copied_and_new_rows_initialized(layout: Layout, keep: bool, save_checkpoint: tuple) -> None:
+    path, old = save_checkpoint
     resolved = config(NEW, layout.ranks, **layout.parallel)
     fresh = NativeEngine(config(NEW), CPU)
-    initial = {name: full_tensor(tensor) for name, tensor in fresh.state.weights().items()}
+    initial = {name: copy_full_tensor(tensor) for name, tensor in fresh.state.weights().items()}
     if layout.ranks == 1:
         actual = initialized(resolved, path, keep, OLD)
     else:
@@ -68,14 +70,14 @@ def test_known_rows_are_copied_and_new_rows_initialized(layout: Layout, keep: bo
         assert torch.equal(tensor[OLD:], start), name
 
 
-def test_fewer_ids_take_the_first_ones(saved: tuple) -> None:
-    path, old = saved
+def test_fewer_ids_take_the_first_ones(save_checkpoint: tuple) -> None:
+    path, old = save_checkpoint
     actual = initialized(config(50), path, keep=False, known=50)
     assert torch.equal(actual["model.embed.tokens.weight"][:50], old["model.embed.tokens.weight"][:50])
 
 
-def test_another_model_is_refused(saved: tuple) -> None:
-    path, _ = saved
-    engine = NativeEngine(config_of(1, {"vocab_size": NEW, "d_ff": 64}), CPU)
+def test_another_model_is_refused(save_checkpoint: tuple) -> None:
+    path, _ = save_checkpoint
+    engine = NativeEngine(make_config(1, {"vocab_size": NEW, "d_ff": 64}), CPU)
     with pytest.raises(CheckpointError, match=r"feedforward.gate.weight has shape .* use the `model` section"):
         init_from_checkpoint(path, engine.state, False, OLD)

@@ -20,7 +20,7 @@ from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, saved
+from tests.laws.law import make_batches, make_config, save_checkpoint
 from tests.laws.layouts import ADAMW
 from tests.laws.worlds import world
 
@@ -28,8 +28,8 @@ FILES = {"config.yaml": b"run: {}\n", "tokenizer.json": b"{}\n"}
 
 
 def engine_of(ranks: int = 1) -> NativeEngine:
-    engine = NativeEngine(config_of(ranks, {}, optim=ADAMW), torch.device("cpu"))
-    train_step(engine, batches_of(engine.config, engine, 0), 1e-3, 0)
+    engine = NativeEngine(make_config(ranks, {}, optim=ADAMW), torch.device("cpu"))
+    train_step(engine, make_batches(engine.config, engine, 0), 1e-3, 0)
     return engine
 
 
@@ -39,7 +39,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory, engine = tmp_path_factory.mktemp("two"), engine_of()
     checkpoints = CheckpointStore(directory)
     for step in (1, 2):
-        saved(checkpoints, engine, Progress(step), FILES)
+        save_checkpoint(checkpoints, engine, Progress(step), FILES)
     return directory
 
 
@@ -139,7 +139,7 @@ def test_directories_of_other_names_are_not_removed(pair: Path) -> None:
     shutil.copytree(pair / "step_00000002", pair / "step_00000002_backup")
     (pair / "step_notes").mkdir()
     checkpoints = CheckpointStore(pair, CheckpointConfig(keep=1, keep_every=5))
-    saved(checkpoints, engine_of(), Progress(3), FILES)
+    save_checkpoint(checkpoints, engine_of(), Progress(3), FILES)
     assert sorted(path.name for path in pair.iterdir()) == ["step_00000002_backup", "step_00000003", "step_notes"]
 
 
@@ -174,7 +174,7 @@ def test_pruning_keeps_newest_multiples_and_best(tmp_path: Path) -> None:
     losses = {1: math.nan, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: 4.0, 7: 5.0}
     checkpoints = CheckpointStore(tmp_path, CheckpointConfig(keep=2, keep_every=3, keep_best=2))
     for step, loss in losses.items():
-        saved(checkpoints, engine, Progress(step, heldout_loss=loss), FILES)
+        save_checkpoint(checkpoints, engine, Progress(step, heldout_loss=loss), FILES)
     names = [int(folder.name.removeprefix("step_")) for folder in checkpoints.list_committed()]
     assert names == [2, 3, 4, 6, 7], "the best two, the multiples of three, the newest two"
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in names]
@@ -185,7 +185,7 @@ def test_a_damaged_later_one_does_not_take_the_place_of_a_new_one(pair: Path, tm
     shutil.copytree(pair / "step_00000002", pair / "step_00000009")
     cut(pair / "step_00000009" / "progress.json")
     checkpoints = CheckpointStore(pair, CheckpointConfig(keep=1))
-    saved(checkpoints, engine_of(), Progress(3), FILES)
+    save_checkpoint(checkpoints, engine_of(), Progress(3), FILES)
     assert checkpoints.latest_verified() == Folder(pair / "step_00000003")
     with pytest.raises(CheckpointError, match=r"step_00000009: damaged: .*; another: .*step_00000003"):
         store.open_checkpoint(run_of(pair, tmp_path))
@@ -202,7 +202,7 @@ def run_of(checkpoints: Path, directory: Path) -> Path:
 def test_an_older_one_that_is_damaged_does_not_stop_the_run(pair: Path) -> None:
     (pair / "step_00000001" / "progress.json").write_bytes(b"{")
     checkpoints = CheckpointStore(pair, CheckpointConfig(keep=1, keep_best=1))
-    saved(checkpoints, engine_of(), Progress(3, heldout_loss=1.0), FILES)
+    save_checkpoint(checkpoints, engine_of(), Progress(3, heldout_loss=1.0), FILES)
     assert [folder.name for folder in checkpoints.list_committed()] == ["step_00000003"]
 
 

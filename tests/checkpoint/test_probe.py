@@ -16,7 +16,7 @@ from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.train.step import train_step
-from tests.laws.law import SEQ_LEN, batches_of, config_of
+from tests.laws.law import SEQ_LEN, make_batches, make_config
 from tests.laws.layouts import ADAMW, BART, BERT, MODELS, T5, Layout
 from tests.laws.worlds import world
 
@@ -38,7 +38,7 @@ def probe_of(config: Config) -> Probe:
     engine = grown(config)
     before = measure_probe(engine, config)
     if config.data.seq_len == SEQ_LEN:
-        train_step(engine, batches_of(config, engine, 0), 0.0, 0)
+        train_step(engine, make_batches(config, engine, 0), 0.0, 0)
         assert compare_probes(before, measure_probe(engine, config), "a step with a rate of 0")
     return before
 
@@ -50,7 +50,7 @@ def streamed(engine: NativeEngine, dtype: str = "fp32", **changes: Any) -> Probe
 
 @pytest.mark.parametrize("model", MODELS)
 def test_engine_and_one_block_at_a_time_agree(model: str) -> None:
-    config = config_of(1, MODELS[model], optim=ADAMW, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
+    config = make_config(1, MODELS[model], optim=ADAMW, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
     engine = grown(config)
     actual, want = measure_probe(engine, config), streamed(engine)
     assert actual.loss == pytest.approx(want.loss, rel=1e-6)
@@ -83,8 +83,8 @@ def test_every_layout_measures_what_one_process_does(layout: Layout) -> None:
     if layout.ranks == 3:
         model, data = model | {"max_seq_len": 40}, {"seq_len": 36}
     sections = {"optim": ADAMW, "data": data}
-    want = probe_of(config_of(1, model, **sections))
-    config = config_of(
+    want = probe_of(make_config(1, model, **sections))
+    config = make_config(
         layout.ranks, model, **{**sections, "data": data | {"micro_batch": layout.micro}}, parallel=layout.parallel
     )
     for actual in world(layout.ranks).run(probe_of, config):
@@ -109,14 +109,14 @@ def test_every_layout_measures_what_one_process_does(layout: Layout) -> None:
     ids=str,
 )
 def test_another_function_of_the_same_weights_is_refused(model: dict[str, Any], changes: dict[str, Any]) -> None:
-    engine = grown(config_of(1, model, optim=ADAMW))
+    engine = grown(make_config(1, model, optim=ADAMW))
     with pytest.raises(CheckpointError, match=r"(?s)x: the weights do not compute.*loss was [\d.]+ and is [\d.]+"):
         compare_probes(streamed(engine), streamed(engine, **changes), "x")
 
 
 def test_one_changed_parameter_is_refused() -> None:
     """Every parameter counts: each one, doubled, is another model."""
-    engine = grown(config_of(1, {"n_layers": 2, "tie_embeddings": False}))
+    engine = grown(make_config(1, {"n_layers": 2, "tie_embeddings": False}))
     weights, config = engine.state.weights(), engine.config.model
     want = streamed(engine)
     for name, tensor in weights.items():
@@ -127,7 +127,7 @@ def test_one_changed_parameter_is_refused() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_rounding_is_forgiven_by_precision(precision: str) -> None:
-    engine = grown(config_of(1, {}))
+    engine = grown(make_config(1, {}))
     want = streamed(engine)
     rounded = streamed(engine, precision)
     assert rounded.loss != want.loss
@@ -135,7 +135,7 @@ def test_rounding_is_forgiven_by_precision(precision: str) -> None:
     if precision == "bf16":
         with pytest.raises(CheckpointError):
             compare_probes(want, replace(rounded, weights="fp32"), "the same difference is no rounding of fp32")
-    low = NativeEngine(config_of(1, {}, precision=precision), CPU)
+    low = NativeEngine(make_config(1, {}, precision=precision), CPU)
     for (_, low_precision), (_, full_precision) in zip(low.named_parameters(), engine.named_parameters(), strict=True):
         low_precision.data.copy_(full_precision)
     actual = measure_probe(low, low.config)
@@ -164,7 +164,7 @@ def test_a_probe_is_read_as_it_was_written() -> None:
 
 
 def test_the_batch_depends_on_the_vocabulary_alone() -> None:
-    small, large = config_of(1, {}), config_of(1, {"d_model": 64, "n_layers": 1}, run={"seed": 9})
+    small, large = make_config(1, {}), make_config(1, {"d_model": 64, "n_layers": 1}, run={"seed": 9})
     assert torch.equal(probe_batch(small.model).inputs_BS, probe_batch(large.model).inputs_BS)
     ids = probe_batch(small.model).inputs_BS
     assert (int(ids.min()) >= 0, int(ids.max()) < 130) == (True, True)

@@ -16,7 +16,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.optim.loss_scale import LossScale
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, full_tensor, saved
+from tests.laws.law import copy_full_tensor, make_batches, make_config, save_checkpoint
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, MODELS, MUON, SGD, Layout
 from tests.laws.worlds import world
 
@@ -27,18 +27,18 @@ FILES = {"config.yaml": b"run: {}\n"}
 def stepped(config: Config, steps: int = 2) -> NativeEngine:
     engine = NativeEngine(config, CPU)
     for step in range(steps):
-        train_step(engine, batches_of(config, engine, step), 1e-3, step)
+        train_step(engine, make_batches(config, engine, step), 1e-3, step)
     return engine
 
 
 def values(engine: NativeEngine) -> dict[str, torch.Tensor]:
     state = engine.state.weights() | engine.state.moments()
-    return {name: full_tensor(tensor) for name, tensor in state.items()}
+    return {name: copy_full_tensor(tensor) for name, tensor in state.items()}
 
 
 def save_in_world(config: Config, directory: Path) -> dict[str, torch.Tensor]:
     engine = stepped(config)
-    saved(CheckpointStore(directory), engine, Progress(step=2), FILES)
+    save_checkpoint(CheckpointStore(directory), engine, Progress(step=2), FILES)
     return values(engine)
 
 
@@ -49,10 +49,10 @@ def load_in_world(config: Config, path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_load_restores_what_save_wrote(tmp_path: Path) -> None:
-    config = config_of(1, {}, optim=ADAMW)
+    config = make_config(1, {}, optim=ADAMW)
     engine = stepped(config)
     progress = Progress(step=2, samples=48, tokens=1536, loss_scale=LossScale(8.0, 3))
-    path = saved(CheckpointStore(tmp_path), engine, progress, FILES)
+    path = save_checkpoint(CheckpointStore(tmp_path), engine, progress, FILES)
 
     fresh = NativeEngine(config, CPU)
     assert store.load(path, fresh.state) == progress
@@ -62,9 +62,9 @@ def test_load_restores_what_save_wrote(tmp_path: Path) -> None:
 
 
 def test_settings_of_the_optimizer_come_from_the_config(tmp_path: Path) -> None:
-    engine = stepped(config_of(1, {}, optim=ADAMW))
-    path = saved(CheckpointStore(tmp_path), engine, Progress(2), FILES)
-    other = NativeEngine(config_of(1, {}, optim=ADAMW | {"weight_decay": 0.3, "beta2": 0.9}), CPU)
+    engine = stepped(make_config(1, {}, optim=ADAMW))
+    path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(2), FILES)
+    other = NativeEngine(make_config(1, {}, optim=ADAMW | {"weight_decay": 0.3, "beta2": 0.9}), CPU)
     store.load(path, other.state)
     assert other.optimizer.param_groups[0]["weight_decay"] == 0.3
     assert other.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
@@ -74,7 +74,7 @@ def test_settings_of_the_optimizer_come_from_the_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2})], ids=str)
 def test_resume_equals_an_uninterrupted_run(optim: dict[str, Any], layout: Layout, tmp_path: Path) -> None:
     """To the bit: what chance decides is a function of the step."""
-    config = config_of(layout.ranks, {}, optim=optim, parallel=layout.parallel)
+    config = make_config(layout.ranks, {}, optim=optim, parallel=layout.parallel)
     if layout.ranks == 1:
         stopped = [stop_and_go_on(config, tmp_path)]
     else:
@@ -89,25 +89,25 @@ def test_resume_equals_an_uninterrupted_run(optim: dict[str, Any], layout: Layou
 def stop_and_go_on(config: Config, directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What four steps leave, and four with a checkpoint in the middle."""
     engine = stepped(config)
-    path = saved(CheckpointStore(directory), engine, Progress(step=2), FILES)
+    path = save_checkpoint(CheckpointStore(directory), engine, Progress(step=2), FILES)
     again = NativeEngine(config, CPU)
     store.load(path, again.state)
     for trained in (engine, again):
         for step in (2, 3):
-            train_step(trained, batches_of(config, trained, step), 1e-3, step)
+            train_step(trained, make_batches(config, trained, step), 1e-3, step)
     return values(engine), values(again)
 
 
 def test_moments_become_bf16_where_the_config_says_so(tmp_path: Path) -> None:
     """And fp32 again: what bf16 holds is kept."""
-    full, half = config_of(1, {}, optim=ADAMW), config_of(1, {}, optim=BF16_MOMENTS)
+    full, half = make_config(1, {}, optim=ADAMW), make_config(1, {}, optim=BF16_MOMENTS)
     engine, store_ = stepped(full), CheckpointStore(tmp_path)
-    read = load_in_world(half, saved(store_, engine, Progress(step=2), FILES))
+    read = load_in_world(half, save_checkpoint(store_, engine, Progress(step=2), FILES))
     for name, value in values(engine).items():
         moment = name.startswith("optim.") and value.ndim > 0
         assert read[name].dtype == (torch.bfloat16 if moment else torch.float32)
         assert torch.equal(read[name], value.to(read[name].dtype)), name
-    again = load_in_world(full, saved(store_, stepped(half), Progress(step=3), FILES))
+    again = load_in_world(full, save_checkpoint(store_, stepped(half), Progress(step=3), FILES))
     assert {value.dtype for value in again.values()} == {torch.float32}
 
 
@@ -123,30 +123,32 @@ def test_moments_become_bf16_where_the_config_says_so(tmp_path: Path) -> None:
 def test_another_optimizers_moments_are_refused(
     before: dict[str, Any], now: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    path = saved(CheckpointStore(tmp_path), stepped(config_of(1, {}, optim=before)), Progress(step=2), FILES)
+    path = save_checkpoint(
+        CheckpointStore(tmp_path), stepped(make_config(1, {}, optim=before)), Progress(step=2), FILES
+    )
     with pytest.raises(CheckpointError, match=f"optim.name: the checkpoint's optimizer {message}"):
-        load_in_world(config_of(1, {}, optim=now), path)
+        load_in_world(make_config(1, {}, optim=now), path)
 
 
 def test_pruning_keeps_the_newest_and_removes_leftovers(tmp_path: Path) -> None:
-    engine, checkpoints = stepped(config_of(1, {}, optim=ADAMW), 1), CheckpointStore(tmp_path)
+    engine, checkpoints = stepped(make_config(1, {}, optim=ADAMW), 1), CheckpointStore(tmp_path)
     (tmp_path / "step_00000009").mkdir()
     for step in (1, 2, 3):
-        saved(checkpoints, engine, Progress(step), FILES)
+        save_checkpoint(checkpoints, engine, Progress(step), FILES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
     assert [path.name for path in checkpoints.list_committed()] == ["step_00000002", "step_00000003"]
 
 
 def test_a_directory_without_the_marker_is_no_checkpoint(tmp_path: Path) -> None:
     engine, checkpoints = (
-        stepped(config_of(1, {}, optim=ADAMW), 1),
+        stepped(make_config(1, {}, optim=ADAMW), 1),
         CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(keep=3)),
     )
-    first = saved(checkpoints, engine, Progress(1), FILES)
-    second = saved(checkpoints, engine, Progress(2), FILES)
+    first = save_checkpoint(checkpoints, engine, Progress(1), FILES)
+    second = save_checkpoint(checkpoints, engine, Progress(2), FILES)
     (second / MARKER).unlink()
     assert store.open_checkpoint(tmp_path) == first
-    saved(checkpoints, engine, Progress(2), FILES)  # saving that step again works
+    save_checkpoint(checkpoints, engine, Progress(2), FILES)  # saving that step again works
     assert store.open_checkpoint(tmp_path) == second
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
@@ -161,10 +163,10 @@ def test_a_directory_without_the_marker_is_no_checkpoint(tmp_path: Path) -> None
     ],
 )
 def test_another_models_checkpoint_is_refused(tmp_path: Path, model: dict[str, Any], message: str) -> None:
-    engine = stepped(config_of(1, {}, optim=ADAMW), 1)
-    path = saved(CheckpointStore(tmp_path), engine, Progress(1), FILES)
+    engine = stepped(make_config(1, {}, optim=ADAMW), 1)
+    path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(1), FILES)
     with pytest.raises(CheckpointError, match=message):
-        store.load(path, NativeEngine(config_of(1, model, optim=ADAMW), CPU).state, moments=False)
+        store.load(path, NativeEngine(make_config(1, model, optim=ADAMW), CPU).state, moments=False)
 
 
 LAYOUTS = [
@@ -178,7 +180,7 @@ LAYOUTS = [
 
 
 def _config(layout: Layout) -> Config:
-    return config_of(
+    return make_config(
         layout.ranks, MODELS[layout.model], optim=ADAMW, parallel=layout.parallel, data={"micro_batch": layout.micro}
     )
 
@@ -188,7 +190,7 @@ def test_any_layout_is_saved_under_the_same_names_and_loads_into_one_process(lay
     state: dict[str, torch.Tensor] = {}
     for part in world(layout.ranks).run(save_in_world, _config(layout), tmp_path):
         state |= part
-    one = NativeEngine(config_of(1, MODELS["tied"], optim=ADAMW), CPU)
+    one = NativeEngine(make_config(1, MODELS["tied"], optim=ADAMW), CPU)
     assert store.load(CheckpointStore(tmp_path).list_committed()[-1], one.state).step == 2
     actual = values(one)
     assert actual.keys() == state.keys()
@@ -198,8 +200,8 @@ def test_any_layout_is_saved_under_the_same_names_and_loads_into_one_process(lay
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_one_process_loads_into_any_layout(layout: Layout, tmp_path: Path) -> None:
-    engine = stepped(config_of(1, MODELS["tied"], optim=ADAMW))
-    path = saved(CheckpointStore(tmp_path), engine, Progress(2), FILES)
+    engine = stepped(make_config(1, MODELS["tied"], optim=ADAMW))
+    path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(2), FILES)
     want = values(engine)
     for part in world(layout.ranks).run(load_in_world, _config(layout), path):
         for name, value in part.items():
@@ -208,12 +210,12 @@ def test_one_process_loads_into_any_layout(layout: Layout, tmp_path: Path) -> No
 
 def test_going_back_to_before_the_first_step_leaves_no_moments(tmp_path: Path) -> None:
     """What is read is what was saved: nothing, of a run that has taken no step."""
-    config = config_of(1, {}, optim=ADAMW)
+    config = make_config(1, {}, optim=ADAMW)
     engine = NativeEngine(config, torch.device("cpu"))
-    initial = {name: full_tensor(parameter) for name, parameter in engine.named_parameters()}
-    folder = saved(CheckpointStore(tmp_path), engine, Progress(), {})
-    losses = [train_step(engine, batches_of(config, engine, step), 1e-2, step).loss for step in range(3)]
+    initial = {name: copy_full_tensor(parameter) for name, parameter in engine.named_parameters()}
+    folder = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(), {})
+    losses = [train_step(engine, make_batches(config, engine, step), 1e-2, step).loss for step in range(3)]
     store.load(folder, engine.state)
     assert engine.state.moments() == {}
-    assert all(torch.equal(full_tensor(parameter), initial[name]) for name, parameter in engine.named_parameters())
-    assert [train_step(engine, batches_of(config, engine, step), 1e-2, step).loss for step in range(3)] == losses
+    assert all(torch.equal(copy_full_tensor(parameter), initial[name]) for name, parameter in engine.named_parameters())
+    assert [train_step(engine, make_batches(config, engine, step), 1e-2, step).loss for step in range(3)] == losses

@@ -18,7 +18,7 @@ from dist_llm.config.compare import (
 from dist_llm.config.schema import Config, ModelConfig, ObjectiveConfig
 from dist_llm.models.attention_mask import CAUSAL, EncoderInput
 from dist_llm.models.build_model import build_model
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 from tests.laws.layouts import T5
 
 # Of each key another value than the law's model has, and what it takes for the key to have an effect.
@@ -63,7 +63,7 @@ def changed(config: Config, **keys: Any) -> Config:
 
 def pair(key: str) -> tuple[Config, Config]:
     value, needs = OTHER[key]
-    before = config_of(1, needs)
+    before = make_config(1, needs)
     return before, changed(before, **{key: value})
 
 
@@ -110,17 +110,17 @@ def changed_outputs(config: Config) -> torch.Tensor:
 
 
 def test_a_key_without_effect_is_no_difference() -> None:
-    before = config_of(1, {"positions": "none"})
+    before = make_config(1, {"positions": "none"})
     assert function_differences(before, changed(before, rope_theta=5e5, max_seq_len=64, relative_buckets=8)) == []
     explicit = changed(before, attention_scale=before.model.head_dim**-0.5)
     assert function_differences(before, explicit) == []
-    biased = config_of(1, {"bias": True})
+    biased = make_config(1, {"bias": True})
     assert function_differences(biased, changed(biased, qkv_bias=True)) == []
     assert function_of(biased.model)["rope_theta"] == 10_000.0
 
 
 def test_an_objective_is_compared_by_what_the_model_learns_from() -> None:
-    before = config_of(1, {}, objective={"name": "span", "mode": "R"}, data={"seq_len": 64})
+    before = make_config(1, {}, objective={"name": "span", "mode": "R"}, data={"seq_len": 64})
     rate = before.model_copy(update={"objective": before.objective.model_copy(update={"noise_density": 0.5})})
     assert function_differences(before, rate) == []
     for key, value in (("name", "prefix"), ("mode", "X"), ("see_prefix", False)):
@@ -130,7 +130,7 @@ def test_an_objective_is_compared_by_what_the_model_learns_from() -> None:
 
 
 def test_a_resume_cannot_change_rows_of_padding_or_the_mask() -> None:
-    before = config_of(1, {})
+    before = make_config(1, {})
     assert [each.key for each in resume_differences(before, changed(before, vocab_multiple=64))] == [
         "model.vocab_multiple"
     ]

@@ -13,15 +13,15 @@ from dist_llm.convert.offload import load_offloaded
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError
 from dist_llm.generate import Prompt, Sampling, generate_tokens
-from tests.laws.law import config_of, saved
+from tests.laws.law import make_config, save_checkpoint
 from tests.laws.layouts import MODELS
 
 CPU = torch.device("cpu")
 
 
 def native(model: str, tmp_path: Path) -> tuple[NativeEngine, Path]:
-    engine = NativeEngine(config_of(1, MODELS[model]), CPU)
-    return engine, saved(CheckpointStore(tmp_path / "checkpoints"), engine, Progress(1), {})
+    engine = NativeEngine(make_config(1, MODELS[model]), CPU)
+    return engine, save_checkpoint(CheckpointStore(tmp_path / "checkpoints"), engine, Progress(1), {})
 
 
 def size(module: torch.nn.Module) -> int:
@@ -64,7 +64,7 @@ def test_other_files_in_the_offload_folder_are_kept(tmp_path: Path) -> None:
 
 
 def test_missing_accelerate_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"path": tmp_path, "config": config_of(1, {}).model}
+    options: dict[str, Any] = {"path": tmp_path, "config": make_config(1, {}).model}
     monkeypatch.setattr(offload, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="accelerate is not installed"):
         load_offloaded(**options, device=CPU, folder=tmp_path, memory_bytes=1)

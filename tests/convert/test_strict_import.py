@@ -15,7 +15,7 @@ from dist_llm.convert.weights import DictWeights, open_huggingface
 from dist_llm.errors import CheckpointError
 from tests.convert.families import FAMILIES, VOCAB
 from tests.convert.test_hf_convert import OURS
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 from tests.laws.layouts import BERT
 from tests.test_fuzz import READERS
 from tests.tools import load_tool
@@ -32,7 +32,7 @@ NO_EFFECT = {"max_position_embeddings", "n_positions", "sliding_window"}
 def fields(family: str) -> dict[str, Any]:
     """What we write for a small model of the family."""
     return {
-        **build_hf_config(config_of(1, MODELS[family]).model, family),
+        **build_hf_config(make_config(1, MODELS[family]).model, family),
         "use_sliding_window": False,
         "sliding_window": None,
     }
@@ -94,7 +94,7 @@ def test_a_feature_that_we_lack_is_named(changes: dict[str, Any], message: str) 
 
 def tensors(family: str) -> dict[str, torch.Tensor]:
     """Their names and shapes, as our export writes them."""
-    model = config_of(1, MODELS[family]).model
+    model = make_config(1, MODELS[family]).model
     native = {f"model.{name}": torch.zeros(shape) for name, shape in model_shapes(model).items()}
     view = to_huggingface(DictWeights(native), model, family)
     return {name: view.read(name) for name in view.shapes}
@@ -111,7 +111,7 @@ def tensors(family: str) -> dict[str, torch.Tensor]:
 def test_biases_and_norms_are_not_dropped(source: str, family: str, name: str) -> None:
     """The tensors of one family under the config of another."""
     hf = tensors(source)
-    model = config_of(1, MODELS[source] | {"qkv_bias": family == "qwen2", "qk_norm": False}).model
+    model = make_config(1, MODELS[source] | {"qkv_bias": family == "qwen2", "qk_norm": False}).model
     with pytest.raises(CheckpointError, match=f"the tensor {name}.* has no counterpart in our model"):
         from_huggingface(DictWeights({name: hf[name]}), model, family)
 
@@ -121,12 +121,12 @@ def test_biases_and_norms_are_not_dropped(source: str, family: str, name: str) -
 def test_a_tensor_that_has_no_place_is_named(family: str, extra: str) -> None:
     hf = tensors(family) | {extra: torch.ones(2)}
     with pytest.raises(CheckpointError, match=f"the tensor {extra} .* has no counterpart"):
-        from_huggingface(DictWeights(hf), config_of(1, MODELS[family]).model, family)
+        from_huggingface(DictWeights(hf), make_config(1, MODELS[family]).model, family)
 
 
 def test_heads_of_bert_that_are_left_out_are_named() -> None:
     hf = DictWeights(tensors("bert") | {"bert.pooler.dense.weight": torch.ones(2, 2)})
-    from_huggingface(hf, config_of(1, MODELS["bert"]).model, "bert")
+    from_huggingface(hf, make_config(1, MODELS["bert"]).model, "bert")
     assert find_unused_heads(hf) == ["bert.pooler.dense.weight"]
 
 

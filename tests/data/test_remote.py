@@ -27,7 +27,7 @@ from dist_llm.data.remote import as_path, fetch, is_remote
 from dist_llm.data.shard import Manifest, Shard, ShardWriter
 from dist_llm.errors import DataError
 from dist_llm.objectives.objective_vocabulary import Vocabulary
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 
 TOKENIZER = b'{"some": "tokenizer"}'
 
@@ -212,7 +212,7 @@ def test_a_remote_corpus_gives_the_same_batch(server, corpus, tmp_path):
     batches = []
     for location in (str(directory), serve(server, directory)):
         keys = {"path": location, "cache": str(tmp_path / "cache"), "seq_len": 4, "global_batch": 8, "micro_batch": 8}
-        config = config_of(1, {}, data=keys)
+        config = make_config(1, {}, data=keys)
         loader = build_loader(config, build_fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
         batches.append(loader.load_batches(0)[0].inputs_BS)
         loader.close()

@@ -92,8 +92,8 @@ def start(*arguments: object, ranks: int, cwd: Path, output: Path, errors: Path)
     """The process of `python -m ARGUMENTS`, or those of its ranks."""
     words = list(map(str, arguments))
     if not ranks:
-        return [warm.start(words, environment(), cwd, output, errors)]
-    return [warm.start(words, environment() | place, cwd, output, errors) for place in places(ranks)]
+        return [warm.start_process(words, environment(), cwd, output, errors)]
+    return [warm.start_process(words, environment() | place, cwd, output, errors) for place in places(ranks)]
 
 
 def places(ranks: int) -> list[dict[str, str]]:

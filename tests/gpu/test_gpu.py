@@ -11,7 +11,7 @@ from dist_llm.observe.flops import peak_flops
 from dist_llm.optim import gradient_clipping
 from dist_llm.parallel import fp8
 from dist_llm.train.step import train_step
-from tests.laws.law import Spy, batches_of, config_of
+from tests.laws.law import RecordingEngine, make_batches, make_config
 from tests.laws.layouts import ADAMW, DOCUMENTS, MODELS, PREFIX
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
@@ -22,9 +22,11 @@ GPU = torch.device("cuda")
 def test_a_gpu_takes_the_step_that_a_cpu_takes(model: str) -> None:
     """fp32, TF32 off: initial values bit-close, then loss, gradients and weights of three steps."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    engines = [Spy(config_of(1, MODELS[model], optim=ADAMW), device) for device in (torch.device("cpu"), GPU)]
+    engines = [
+        RecordingEngine(make_config(1, MODELS[model], optim=ADAMW), device) for device in (torch.device("cpu"), GPU)
+    ]
     for step in range(3):
-        cpu, gpu = (train_step(each, batches_of(each.config, each, step), 1e-3, step) for each in engines)
+        cpu, gpu = (train_step(each, make_batches(each.config, each, step), 1e-3, step) for each in engines)
         assert gpu.loss.item() == pytest.approx(cpu.loss.item(), rel=1e-5)
         assert gpu.grad_norm.item() == pytest.approx(cpu.grad_norm.item(), rel=1e-4)
     there = dict(engines[1].named_parameters())
@@ -37,10 +39,10 @@ def test_a_gpu_takes_the_step_that_a_cpu_takes(model: str) -> None:
 def test_block_masks_are_dense_ones(compiled: bool, extra: dict[str, Any]) -> None:
     """FlexAttention on the GPU, a dense mask on the CPU: heads of 16 dimensions, the least that it takes."""
     model = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2}
-    cpu = Spy(config_of(1, model, optim=ADAMW, **extra), torch.device("cpu"))
-    gpu = Spy(config_of(1, model, optim=ADAMW, compile=compiled, **extra), GPU)
+    cpu = RecordingEngine(make_config(1, model, optim=ADAMW, **extra), torch.device("cpu"))
+    gpu = RecordingEngine(make_config(1, model, optim=ADAMW, compile=compiled, **extra), GPU)
     for step in range(2):
-        want, found = (train_step(each, batches_of(each.config, each, step), 1e-3, step) for each in (cpu, gpu))
+        want, found = (train_step(each, make_batches(each.config, each, step), 1e-3, step) for each in (cpu, gpu))
         assert found.loss.item() == pytest.approx(want.loss.item(), rel=1e-4)
         assert found.grad_norm.item() == pytest.approx(want.grad_norm.item(), rel=1e-3)
 
@@ -48,16 +50,16 @@ def test_block_masks_are_dense_ones(compiled: bool, extra: dict[str, Any]) -> No
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_half_precision_trains(precision: str, compiled: bool) -> None:
-    config = config_of(1, {}, optim={"name": "adamw", "lr": 3e-3, "clip": 1.0}, precision=precision, compile=compiled)
+    config = make_config(1, {}, optim={"name": "adamw", "lr": 3e-3, "clip": 1.0}, precision=precision, compile=compiled)
     engine = NativeEngine(config, GPU)
-    losses = [train_step(engine, batches_of(config, engine, 0), 3e-3, s).loss.item() for s in range(20)]
+    losses = [train_step(engine, make_batches(config, engine, 0), 3e-3, s).loss.item() for s in range(20)]
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_step_makes_the_host_wait_for_nothing() -> None:
-    config = config_of(1, {}, optim=ADAMW, precision="bf16")
+    config = make_config(1, {}, optim=ADAMW, precision="bf16")
     engine = NativeEngine(config, GPU)
-    batches = [batch.pin_memory() for batch in batches_of(config, engine, 0)]
+    batches = [batch.pin_memory() for batch in make_batches(config, engine, 0)]
     train_step(engine, batches, 1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -106,10 +108,10 @@ def test_products_in_float8_are_the_emulated_ones(tokens: int, monkeypatch: pyte
 def test_a_gpu_trains_in_float8_as_a_cpu_emulates_it(compiled: bool) -> None:
     """Losses of 20 steps that learn a batch by heart, within 6%; and over steps within 1%, as float8 is of bf16."""
     sections: dict[str, Any] = {"optim": {"name": "adamw", "lr": 3e-3, "clip": 1.0}, "precision": "bf16", "fp8": True}
-    cpu = NativeEngine(config_of(1, {}, **sections), torch.device("cpu"))
-    gpu = NativeEngine(config_of(1, {}, compile=compiled, **sections), GPU)
+    cpu = NativeEngine(make_config(1, {}, **sections), torch.device("cpu"))
+    gpu = NativeEngine(make_config(1, {}, compile=compiled, **sections), GPU)
     want, found = (
-        [train_step(each, batches_of(each.config, each, 0), 3e-3, step).loss.item() for step in range(20)]
+        [train_step(each, make_batches(each.config, each, 0), 3e-3, step).loss.item() for step in range(20)]
         for each in (cpu, gpu)
     )
     assert found[-1] < 0.8 * found[0]

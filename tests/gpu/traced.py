@@ -19,7 +19,7 @@ from benchmarks import pretend
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of
+from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, DOCUMENTS, MODELS, MUON, PREFIX
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.out}
@@ -75,9 +75,9 @@ class Products(TorchDispatchMode):
 def step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
     """A step, and a score without gradients."""
     sections = {"optim": ADAMW, **sections}
-    config = config_of(ranks, {"n_layers": 2} | sections.pop("model", {}), **sections)
+    config = make_config(ranks, {"n_layers": 2} | sections.pop("model", {}), **sections)
     data_ranks = config.parallel.dp_replicate * config.parallel.dp_shard
-    batches = batches_of(config, SimpleNamespace(dp_rank_and_size=(0, data_ranks)), 0)  # type: ignore[arg-type]
+    batches = make_batches(config, SimpleNamespace(dp_rank_and_size=(0, data_ranks)), 0)  # type: ignore[arg-type]
     with pretend.gpu(ranks):
         engine = NativeEngine(config, pretend.DEVICE)
         with Products() as products:

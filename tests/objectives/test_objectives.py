@@ -18,7 +18,7 @@ from dist_llm.objectives.masked_lm import masked_example
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.objectives.prefix_lm import prefix_example
 from dist_llm.objectives.span_corruption import sample_segment_ids, span_example
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 
 V = 1000
 EOT = V - 1
@@ -232,7 +232,7 @@ def test_positions_restart_in_each_document():
 def test_documents_travel_with_their_tokens(architecture):
     """Each document's tokens come from a range of ids of its own, so the ids say whose they are."""
     name = {"decoder": "span", "encoder": "masked", "encoder_decoder": "span"}[architecture]
-    config = config_of(
+    config = make_config(
         1, {"architecture": architecture, "vocab_size": 0}, objective={"name": name}, data={"document_mask": True}
     )
     objective = build_objective(config, VOCABULARY)
@@ -255,7 +255,7 @@ def test_documents_travel_with_their_tokens(architecture):
 
 
 def objective(seed=3, **changes):
-    return build_objective(config_of(1, {"vocab_size": 0}, run={"seed": seed}, **changes), VOCABULARY)
+    return build_objective(make_config(1, {"vocab_size": 0}, run={"seed": seed}, **changes), VOCABULARY)
 
 
 MIXED = {
@@ -309,7 +309,7 @@ def test_ids_that_an_objective_adds_have_names():
 
 
 def test_shorter_rows_are_padded_and_not_scored():
-    config = config_of(1, {"architecture": "encoder_decoder", "vocab_size": 0}, objective={"name": "prefix"})
+    config = make_config(1, {"architecture": "encoder_decoder", "vocab_size": 0}, objective={"name": "prefix"})
     made = build_objective(config, VOCABULARY)
     assert isinstance(made, Objective)
     assert isinstance(made.components[0][1], Lengths)

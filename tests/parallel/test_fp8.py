@@ -16,7 +16,7 @@ from dist_llm.parallel import fp8
 from dist_llm.parallel.fp8 import GRAD_DTYPE, INPUT_DTYPE, Float8Linear, check_float8_support, float8_linear, quantize
 from dist_llm.parallel.parallelize import build_model_parts
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of
+from tests.laws.law import make_batches, make_config
 
 CPU = torch.device("cpu")
 # Round to nearest: relative to a normal number, and absolute below the smallest of them in units of the scaled tensor.
@@ -292,14 +292,14 @@ STEPS = 60
 
 def fp8_config(on: bool) -> Config:
     optim = {"name": "adamw", "lr": 3e-3, "clip": 1.0}
-    return config_of(1, {}, optim=optim, precision="bf16", fp8=on)
+    return make_config(1, {}, optim=optim, precision="bf16", fp8=on)
 
 
 def losses(on: bool) -> list[float]:
     """Of a small model that learns four batches by heart."""
     config = fp8_config(on)
     engine = NativeEngine(config, CPU)
-    batches = [batches_of(config, engine, step) for step in range(4)]
+    batches = [make_batches(config, engine, step) for step in range(4)]
     return [train_step(engine, batches[step % 4], config.optim.lr, step).loss.item() for step in range(STEPS)]
 
 

@@ -19,7 +19,7 @@ from dist_llm.text.char_tokenizer import CharTokenizer, read_meta
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.tokenizer import Tokenizer, parse_tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 
 TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler, é漢\n"
 CHARS = sorted(set(TEXT))
@@ -139,7 +139,7 @@ def test_an_export_gives_the_same_ids(tmp_path):
 
 def test_a_prompt_is_characters_and_nothing_stops_the_model():
     tokenizer = CharTokenizer(META["stoi"])
-    config = config_of(1, {}, objective={"name": "causal"})
+    config = make_config(1, {}, objective={"name": "causal"})
     asked = encode_prompt(config, tokenizer, "be")
     assert asked.ids == tokenizer.encode("be").tolist()
     assert encode_prompt(config, tokenizer, "").ids == [META["stoi"]["\n"]], "as nanoGPT's sample.py begins"

@@ -12,7 +12,7 @@ from dist_llm.launch.run_lock import LOCK_FILE
 from dist_llm.launch.world import World
 from dist_llm.train import directories
 from dist_llm.train.directories import check_room, check_writable, open_directories
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -21,7 +21,7 @@ Usage = namedtuple("Usage", "total used free")
 def test_a_directory_of_checkpoints_that_cannot_be_written(rank: int, tmp_path: Path) -> None:
     """Each node finds out for itself."""
     (tmp_path / "file").write_text("")
-    config = config_of(1, {}, run={"dir": str(tmp_path / "run")}, checkpoint={"dir": str(tmp_path / "file/here")})
+    config = make_config(1, {}, run={"dir": str(tmp_path / "run")}, checkpoint={"dir": str(tmp_path / "file/here")})
     with (
         pytest.raises(ConfigError, match=r"checkpoint\.dir: .*file.* cannot be written: .*; make it writable, or set"),
         open_directories(config, Folder(config.checkpoint.dir), World(rank, 2, 0)),
@@ -55,7 +55,7 @@ def test_too_little_room_for_one_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp
 def test_a_run_that_saves_nothing_more_needs_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(5000, 5000, 0))
     monkeypatch.setattr(directories, "count_checkpoint_bytes", lambda config: 1)
-    config = config_of(1, {}, run={"dir": str(tmp_path / "run")})
+    config = make_config(1, {}, run={"dir": str(tmp_path / "run")})
     folder = Folder(tmp_path / "run" / "checkpoints")
     with open_directories(config, folder, World(), saves=False):
         pass

@@ -10,7 +10,7 @@ import pytest
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
 from dist_llm.train.resume import NUM_STEPS, EarlierSteps
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 
 LOSSES = {step: 5.0 - step / 100 for step in range(1, 31)}
 
@@ -28,7 +28,7 @@ def rows(first: int, last: int, changes: dict[int, float] | None = None) -> list
 
 
 def test_the_first_steps_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = config_of(1, {})
+    config = make_config(1, {})
     earlier = EarlierSteps.read(run(tmp_path, config), 8, config)
     assert list(earlier.losses) == list(range(9, 9 + NUM_STEPS))
     with caplog.at_level(logging.INFO):
@@ -42,11 +42,11 @@ def test_the_first_steps_are_compared(tmp_path: Path, caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("loss", [LOSSES[10] * 1.001, float("nan")])
 def test_another_loss_is_an_event(loss: float, tmp_path: Path) -> None:
-    config = config_of(1, {})
+    config = make_config(1, {})
     (event,) = EarlierSteps.read(run(tmp_path, config), 8, config).compare(rows(9, 30, {10: loss}))
     assert event["step"] == 10
     assert f"step 10 was taken before the run was resumed, with a loss of 4.9; now it is {loss:.9g}" in event["event"]
-    low = config_of(1, {}, precision="bf16")
+    low = make_config(1, {}, precision="bf16")
     same = EarlierSteps.read(run(tmp_path, low), 8, low).compare(rows(9, 30, {10: loss}))
     assert bool(same) == (loss != loss), "rounding of bf16"
 
@@ -64,13 +64,15 @@ def test_another_loss_is_an_event(loss: float, tmp_path: Path) -> None:
 def test_another_config_takes_other_steps(
     sections: dict[str, Any], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = config_of(1, sections.get("model", {}), **{key: each for key, each in sections.items() if key != "model"})
+    config = make_config(
+        1, sections.get("model", {}), **{key: each for key, each in sections.items() if key != "model"}
+    )
     with caplog.at_level(logging.INFO):
-        assert EarlierSteps.read(run(tmp_path, config_of(1, {})), 8, config).losses == {}
+        assert EarlierSteps.read(run(tmp_path, make_config(1, {})), 8, config).losses == {}
     assert f"resumed steps are not compared with those before: {name} changed" in caplog.text
 
 
 def test_a_layout_or_an_interval_of_checkpoints_changes_no_step(tmp_path: Path) -> None:
-    config = config_of(2, {}, parallel={"tp": 2}, checkpoint={"every": 3}, data={"micro_batch": 4})
-    assert len(EarlierSteps.read(run(tmp_path, config_of(1, {})), 8, config).losses) == NUM_STEPS
+    config = make_config(2, {}, parallel={"tp": 2}, checkpoint={"every": 3}, data={"micro_batch": 4})
+    assert len(EarlierSteps.read(run(tmp_path, make_config(1, {})), 8, config).losses) == NUM_STEPS
     assert EarlierSteps.read(tmp_path / "nowhere", 8, config).losses == {}
