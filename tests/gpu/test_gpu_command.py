@@ -86,7 +86,7 @@ def test_rows_outlive_a_hang_a_death_and_a_killed_parent(tmp_path: Path) -> None
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        children = commands._family(process.pid)[1:]
+        children = commands.process_tree(process.pid)[1:]
         assert children
         os.kill(process.pid, signal.SIGKILL)
     rows = rows_in(path)
