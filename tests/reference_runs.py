@@ -177,11 +177,11 @@ def train_all(names: list[str]) -> dict[str, list[dict[str, Any]]]:
 def build_corpus(directory: Path) -> Path:
     """Prepare a corpus of generated sentences."""
     draw = random.Random(5)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 7))) for _ in range(300)]
+    vocabulary = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 7))) for _ in range(300)]
     text = directory / "text"
     text.mkdir()
     for number in range(60):
-        sentences = (" ".join(draw.choices(words, k=draw.randint(4, 14))) for _ in range(draw.randint(5, 40)))
+        sentences = (" ".join(draw.choices(vocabulary, k=draw.randint(4, 14))) for _ in range(draw.randint(5, 40)))
         (text / f"{number:03}.txt").write_text(".\n".join(sentences) + ".\n", encoding="utf-8")
     options = ["--source", "text", "--tokenizer", "bpe:400", "--heldout-fraction", "0.2", "--out", "corpus"]
     run_command(["-m", "dist_llm", "prepare", *options], directory)

@@ -68,7 +68,7 @@ def test_replicas_are_bitwise_equal_until_a_bit_is_flipped(layout: Layout) -> No
     assert f"rank {ranks - 1} is on here" in hosts
 
 
-@pytest.mark.usefixtures("worlds_of_its_own")
+@pytest.mark.usefixtures("restart_worlds_afterwards")
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "ddp"])
 def test_replicas_of_third_party_engines_are_compared(engine: str) -> None:
     engine_config = make_config(3, {}, optim=ADAMW, data={"micro_batch": 4}, **ENGINES[engine])

@@ -24,7 +24,7 @@ from tests.laws.law import Trace, assert_traces_match, make_config
 from tests.laws.layouts import ADAMW, CLIPPED_SGD, MODELS, SGD
 from tests.laws.worlds import WorldError, restart_world, world
 
-pytestmark = pytest.mark.usefixtures("worlds_of_its_own")
+pytestmark = pytest.mark.usefixtures("restart_worlds_afterwards")
 CLIPPED_MOMENTUM_SGD: dict[str, Any] = {**CLIPPED_SGD, "momentum": 0.5}
 
 

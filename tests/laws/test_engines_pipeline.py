@@ -8,7 +8,7 @@ from tests.laws.engines import assert_engine_matches_one_process, deepspeed_sect
 from tests.laws.layouts import ADAMW, SGD
 from tests.laws.test_engines import CLIPPED_MOMENTUM_SGD, engine_config_of
 
-pytestmark = pytest.mark.usefixtures("worlds_of_its_own")
+pytestmark = pytest.mark.usefixtures("restart_worlds_afterwards")
 PIPELINE = {**deepspeed_sections(1), "parallel": {"pp": 2}}
 
 

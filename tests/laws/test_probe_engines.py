@@ -15,7 +15,7 @@ from tests.laws.layouts import ADAMW
 from tests.laws.test_engines_pipeline import PIPELINE
 from tests.laws.worlds import world
 
-pytestmark = pytest.mark.usefixtures("worlds_of_its_own")
+pytestmark = pytest.mark.usefixtures("restart_worlds_afterwards")
 MODEL = {"init_std": 0.4}  # so that every module affects the loss
 
 
