@@ -1,4 +1,4 @@
-"""What a checkpoint takes is known before there is a model, to the byte."""
+"""The size of a checkpoint is known to the byte before the model exists."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.laws.layouts import ADAMW, BF16_MOMENTS, MODELS, MUON, SGD
 
 
 @pytest.mark.parametrize("optim", [ADAMW, BF16_MOMENTS, MUON, SGD, SGD | {"momentum": 0.9}], ids=str)
-def test_the_bytes_of_weights_and_moments(optim: dict[str, object]) -> None:
+def test_the_size_counts_weights_and_moments(optim: dict[str, object]) -> None:
     config = make_config(1, MODELS["tied"], optim=optim)
     engine = NativeEngine(config, torch.device("cpu"))
     train_step(engine, make_batches(config, engine, 0), 1e-3)

@@ -85,7 +85,7 @@ def test_policies(key: str, bad: dict[str, Any]) -> None:
 @pytest.mark.parametrize("policy", ["skip", "rewind"])
 def test_the_budget_ends_the_run(policy: str) -> None:
     with pytest.raises(DivergedError, match=r"step 21: the loss is nan, and guard.budget of 3 bad steps is used up"):
-        build_guard(spent=3, budget=3, not_finite=policy).check_metrics([row(21, math.nan)])
+        build_guard(num_used=3, budget=3, not_finite=policy).check_metrics([row(21, math.nan)])
 
 
 def test_a_step_is_checked_once_before_its_update() -> None:
