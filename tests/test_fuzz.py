@@ -65,7 +65,7 @@ from dist_llm.text.rows import RowKeys, Tally
 from dist_llm.text.tokenizer import ENDOFTEXT, Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
 from dist_llm.train.resume import EarlierSteps
-from tests.text.test_token_files import index
+from tests.text.test_token_files import build_megatron_index
 
 MARGIN_BYTES = 1 << 29  # that a reader may take of address space, for files of some kilobytes
 SECONDS = 60  # after which a reader hangs
@@ -148,7 +148,7 @@ def read_corpus(directory: Path) -> None:
 def write_megatron(directory: Path) -> None:
     lengths = [20, 5, 0, 30, 17]
     np.arange(sum(lengths)).astype("<u2").tofile(directory / "x.bin")
-    (directory / "x.idx").write_bytes(index(lengths, [0, 1, 3, 4, 5]))
+    (directory / "x.idx").write_bytes(build_megatron_index(lengths, [0, 1, 3, 4, 5]))
 
 
 def write_llmc(directory: Path) -> None:

@@ -25,7 +25,7 @@ from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.train.evaluate import Heldout, heldout_batches
-from tests.text.test_token_files import index
+from tests.text.test_token_files import build_megatron_index
 
 SEQ, EOT = 16, 256  # of the tokenizer `byte`
 SIZES = (5, 3, 17, 9, 2, 20, 4, 6, 11, 7)
@@ -64,7 +64,7 @@ def write_corpus(kind, separators, directory):
             path.write_bytes(header + ids.tobytes())
         if kind == "megatron":
             path.with_suffix(".idx").write_bytes(
-                index([len(document) for document in file_documents], range(len(file_documents) + 1))
+                build_megatron_index([len(document) for document in file_documents], range(len(file_documents) + 1))
             )
         files.append(str(path))
     position = {"trailing": "end", "leading": "start", "none": None}[separators] if kind != "megatron" else None

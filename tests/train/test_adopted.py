@@ -16,7 +16,7 @@ from dist_llm.text.vocabulary import build_tokenizer
 from dist_llm.train.run import train
 from dist_llm.train.score import Windows, score
 from dist_llm.train.settings import read_config
-from tests.text.test_token_files import index
+from tests.text.test_token_files import build_megatron_index
 from tests.tools import load_tool
 
 EOT = 256
@@ -35,7 +35,7 @@ def write_megatron_corpus(directory: Path, end_tokens: bool) -> Path:
         documents = make_documents(split, end_tokens)
         np.concatenate(documents).astype("<u2").tofile(directory / f"{split}.bin")
         bounds = range(len(documents) + 1)
-        (directory / f"{split}.idx").write_bytes(index([len(each) for each in documents], bounds))
+        (directory / f"{split}.idx").write_bytes(build_megatron_index([len(each) for each in documents], bounds))
     files = (str(directory / "train.bin"),), "byte", directory / "adopted", (str(directory / "heldout"),)
     adopt(AdoptOptions("megatron", *files), io.StringIO())
     return directory / "adopted"
