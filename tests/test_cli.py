@@ -1,4 +1,4 @@
-"""The command line: help at once, exit codes, and errors that come before torch does."""
+"""The command line: fast help, exit codes, and errors that need no torch."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def one_process(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path):
-    """A sound config over an empty corpus."""
+    """Write a valid config for an empty corpus."""
     Manifest("uint16", 300, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(
@@ -40,23 +40,23 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
 
-def test_help_is_instant_and_teaches():
+def test_help_is_fast_and_has_examples():
     seconds = []
     for _ in range(3):
-        begin = time.perf_counter()
-        ran = run("--help")
-        seconds.append(time.perf_counter() - begin)
-        assert ran.returncode == 0
+        start_time = time.perf_counter()
+        completed = run("--help")
+        seconds.append(time.perf_counter() - start_time)
+        assert completed.returncode == 0
     for command in ("dist-llm prepare", "dist_llm check", "dist-llm train", "dist-llm evaluate", "dist-llm generate"):
-        assert f"{command} " in ran.stdout, "an example of each"
+        assert f"{command} " in completed.stdout, "an example of each"
     assert min(seconds) < 0.5
 
 
 @pytest.mark.parametrize("command", ["prepare", "check", "train", "evaluate", "generate"])
-def test_every_command_explains_itself(command, capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as excinfo:
         cli.main([command, "--help"])
-    assert caught.value.code == 0
+    assert excinfo.value.code == 0
     assert "--" in capsys.readouterr().out
 
 
@@ -64,12 +64,12 @@ def test_help_config_lists_every_key_without_torch():
     code = (
         "import sys; from dist_llm.cli import main; main(['train', '--help-config']); sys.exit('torch' in sys.modules)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, "torch was imported"
-    listed = [line for line in ran.stdout.splitlines() if not line.startswith(" ")]
-    assert listed == [row[0] for row in describe()]
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert completed.returncode == 0, "torch was imported"
+    config_keys = [line for line in completed.stdout.splitlines() if not line.startswith(" ")]
+    assert config_keys == [row[0] for row in describe()]
     for _, kind, default, description in describe():
-        assert f"    {kind}; default: {default}\n    {description}\n" in ran.stdout
+        assert f"    {kind}; default: {default}\n    {description}\n" in completed.stdout
 
 
 def test_a_config_error_exits_with_2_and_imports_no_torch(config):
@@ -78,13 +78,13 @@ def test_a_config_error_exits_with_2_and_imports_no_torch(config):
         f"code = main(['train', {str(config)!r}, 'model.n_heads=5', 'run.stpes=3']); "
         "sys.exit(99 if 'torch' in sys.modules else code)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 2
-    assert ran.stdout == ""
-    assert ran.stderr.startswith("error: 2 problems in the config:\n")
-    assert "run.stpes: unknown key; did you mean run.steps?" in ran.stderr
-    assert "model.n_heads: 5 heads do not divide d_model 32" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert completed.returncode == 2
+    assert completed.stdout == ""
+    assert completed.stderr.startswith("error: 2 problems in the config:\n")
+    assert "run.stpes: unknown key; did you mean run.steps?" in completed.stderr
+    assert "model.n_heads: 5 heads do not divide d_model 32" in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
 @pytest.mark.parametrize(
@@ -104,59 +104,59 @@ def test_a_config_error_exits_with_2_and_imports_no_torch(config):
     ],
     ids=" ".join,
 )
-def test_input_that_the_user_can_mend_exits_with_2(arguments, message, capsys, tmp_path, monkeypatch):
+def test_an_input_error_exits_with_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith("error: ")
-    assert message in printed.err
-    assert printed.out == ""
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.out == ""
 
 
 @pytest.mark.parametrize(
     "arguments", [[], ["fly"], ["evaluate"], ["train", "--nonsense"], ["generate", "--top-k", "x"]]
 )
 def test_a_wrong_option_exits_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         cli.main(arguments)
-    assert caught.value.code == 2
+    assert excinfo.value.code == 2
     assert "usage: dist-llm" in capsys.readouterr().err
 
 
-def fail(monkeypatch, error):
+def raise_in_train(monkeypatch, error):
     def train(options):
         raise error
 
     monkeypatch.setattr(cli, "_train", train)
 
 
-def test_our_own_mistake_keeps_its_traceback(monkeypatch):
-    fail(monkeypatch, ZeroDivisionError("ours"))
+def test_an_internal_error_keeps_its_traceback(monkeypatch):
+    raise_in_train(monkeypatch, ZeroDivisionError("ours"))
     with pytest.raises(ZeroDivisionError, match="ours"):
         cli.main(["train"])
 
 
 def test_an_interrupt_exits_with_130(monkeypatch, capsys):
-    fail(monkeypatch, KeyboardInterrupt())
+    raise_in_train(monkeypatch, KeyboardInterrupt())
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_rank_0_speaks_first_and_the_others_name_themselves(monkeypatch, capsys):
-    """All ranks mostly fail alike: one message on the screen, and torchrun ends the others in their pause."""
+def test_rank_0_prints_first_and_other_ranks_name_themselves(monkeypatch, capsys):
+    """Ranks usually fail alike: rank 0 prints first, and torchrun ends the others while they pause."""
     pauses = []
     monkeypatch.setattr(cli.time, "sleep", pauses.append)
     for rank, error in ((0, ConfigError("bad config")), (3, DataError("bad shard"))):
-        fail(monkeypatch, error)
+        raise_in_train(monkeypatch, error)
         for name, value in zip(RANKS, (rank, 4, rank), strict=True):
             monkeypatch.setenv(name, str(value))
         assert cli.main(["train"]) == 2
-        printed = capsys.readouterr().err
+        errors = capsys.readouterr().err
         if rank == 0:
-            assert (printed, pauses) == ("error: bad config\n", [])
+            assert (errors, pauses) == ("error: bad config\n", [])
         else:
-            assert printed.startswith("rank 3 on ")
-            assert printed.endswith(":\nerror: bad shard\n")
+            assert errors.startswith("rank 3 on ")
+            assert errors.endswith(":\nerror: bad shard\n")
             assert pauses[0] >= 1
 
 
@@ -171,52 +171,52 @@ def test_a_wrong_environment_is_an_error_like_any_other(variables, message, conf
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["train", "--config", str(config)]) == 2
-    printed = capsys.readouterr().err
-    assert printed.startswith(f"error: {message}")
-    assert printed.count("error: ") == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("error: ") == 1
 
 
-def test_a_reader_that_leaves_early_is_no_error():
-    """`dist-llm train --help-config | head -1`, with a pipe that nobody reads."""
+def test_a_closed_pipe_is_no_error():
+    """As in `dist-llm train --help-config | head -1`: nobody reads the pipe."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "dist_llm", "train", "--help-config"]
-    ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    completed = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
-    assert (ran.returncode, ran.stderr) == (0, "")
+    assert (completed.returncode, completed.stderr) == (0, "")
 
 
 def test_overrides_and_the_config_may_come_in_any_order(config, monkeypatch):
     import dist_llm.train.settings as settings
 
-    read = []
+    calls = []
 
-    def stop(path, overrides, world_size):
-        read.append((path, overrides, world_size))
+    def record_and_stop(path, overrides, world_size):
+        calls.append((path, overrides, world_size))
         raise ConfigError("far enough")
 
-    monkeypatch.setattr(settings, "read_config", stop)
+    monkeypatch.setattr(settings, "read_config", record_and_stop)
     for arguments in (
         ["--config", str(config), "a.b=1", "c=2"],
         ["a.b=1", str(config), "c=2"],
         ["a.b=1", "c=2", "--config", str(config)],
     ):
         assert cli.main(["train", *arguments]) == 2
-    assert read == [(config, ["a.b=1", "c=2"], 1)] * 3
+    assert calls == [(config, ["a.b=1", "c=2"], 1)] * 3
 
 
 def test_debug_is_one_rank_whatever_the_config_says(config, monkeypatch):
     import dist_llm.train.debug as debug
 
-    seen = []
-    monkeypatch.setattr(debug, "debug", seen.append)
+    configs = []
+    monkeypatch.setattr(debug, "debug", configs.append)
     assert cli.main(["train", "--debug", str(config), "parallel.dp_replicate=4", "data.prefetch=5"]) == 0
-    (resolved,) = seen
+    (resolved,) = configs
     assert (resolved.parallel.dp_replicate, resolved.parallel.dp_shard, resolved.data.prefetch) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
@@ -230,7 +230,7 @@ def test_debug_is_one_rank_whatever_the_config_says(config, monkeypatch):
     ],
     ids=["full disk", "permission", "read-only", "not a directory", "open files", "ascii"],
 )
-def test_what_the_system_refuses_and_the_user_can_mend_is_no_crash(error, said, monkeypatch, capsys):
+def test_a_system_error_that_the_user_can_fix_exits_with_2(error, message, monkeypatch, capsys):
     def fail(options):
         if isinstance(error, OSError):
             raise error
@@ -238,11 +238,11 @@ def test_what_the_system_refuses_and_the_user_can_mend_is_no_crash(error, said, 
 
     monkeypatch.setattr(cli, "_train", fail)
     assert cli.main(["train"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EBADF, "Bad file descriptor"), OSError("odd"), "\ud800".encode])
-def test_what_may_be_our_mistake_stays_a_crash(error, monkeypatch):
+def test_a_possible_internal_error_keeps_its_traceback(error, monkeypatch):
     def fail(options):
         if isinstance(error, OSError):
             raise error

@@ -78,8 +78,10 @@ def test_random_faults_change_no_result(
 def run_with_faults(
     net: Network, disk: Path, corpus: Path, directory: Path, seconds: float, seed: int, kinds: Sequence[str]
 ) -> tuple[Path, dict[str, Any]]:
-    """Run with faults of these kinds for this time, stop it by a signal, start it again and let it end; return run and
-    report."""
+    """Run with faults of these kinds for this time, stop it by a signal, start it again and let it end.
+
+    Return run and report.
+    """
     checkpoints = disk / "checkpoints"
     job = Job(net, corpus, directory, UNLIMITED, f"checkpoint.dir={checkpoints}", f"run.steps={UNLIMITED}")
     monitor = CheckpointMonitor(job, checkpoints)

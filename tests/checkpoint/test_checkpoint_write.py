@@ -190,8 +190,10 @@ def test_all_ranks_report_the_rank_that_cannot_write(rank: int, tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_failed_writer_thread_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch starts more writer threads than it checks; the files of the other threads do not make a complete
-    checkpoint."""
+    """torch starts more writer threads than it checks.
+
+    The files of the other threads do not make a complete checkpoint.
+    """
     original, checkpoints, failure = filesystem._write_item, CheckpointStore(tmp_path), threading.Event()
 
     def write_or_fail(*args: Any, **keywords: Any) -> Any:

@@ -82,8 +82,10 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture(scope="module")
 def saved_run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return a function: (key, world size) -> (directory of a run of RUNS, DeepSpeed's state when it saved). Runs are
-    cached."""
+    """Return a function: (key, world size) -> (directory of a run of RUNS, DeepSpeed's state when it saved).
+
+    Runs are cached.
+    """
     runs_by_key: dict[tuple[str, int], tuple[Path, Named]] = {}
 
     def save(key: str, size: int = 2) -> tuple[Path, Named]:

@@ -1,5 +1,7 @@
-"""Conversion to Hugging Face and back gives the same bits, logits, tokens and texts; models without an equivalent are
-refused."""
+"""Conversion to Hugging Face and back gives the same bits, logits, tokens and texts.
+
+Models without an equivalent are refused.
+"""
 
 import importlib.util
 import json

@@ -96,8 +96,10 @@ def load_epoch(corpus, **data):
 
 
 def find_true_documents(batch, separators):
-    """Return the document of each input token, computed from tokens alone; a separator belongs to the token beside
-    it."""
+    """Return the document of each input token, computed from tokens alone.
+
+    A separator belongs to the token beside it.
+    """
     true_documents = np.repeat(np.arange(len(SIZES)), SIZES)
     rows = []
     for tokens in batch.inputs_BS.tolist():

@@ -71,8 +71,10 @@ class NumbersObjective:
 )
 @patch("dist_llm.data.loader.LOOKUP_SAMPLES", 8)
 def test_resumes_with_any_dp_and_batch_size_read_one_order(plan, runs):
-    """Runs of (ranks, sequences per rank, steps). Each run resumes where the previous one was killed, and may repeat a
-    step."""
+    """Runs of (ranks, sequences per rank, steps).
+
+    Each run resumes where the previous one was killed, and may repeat a step.
+    """
     read, first = [], 0
     for dp_size, rank_batch, steps in runs:
         data = DataConfig(seq_len=WINDOW - 1, global_batch=dp_size * rank_batch, micro_batch=1, prefetch=0)

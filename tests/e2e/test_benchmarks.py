@@ -222,8 +222,10 @@ def test_recovery_prints_a_line_per_fault_and_a_table() -> None:
 @pytest.mark.skipif(torch.version.cuda is not None, reason="only torch's CPU build can pretend a GPU")
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_memory_traces_a_rank_of_any_layout(ranks: int) -> None:
-    """Weights and moments in fp32 take 12 bytes per parameter, divided by the ranks; a step needs more memory on
-    top."""
+    """Weights and moments in fp32 take 12 bytes per parameter, divided by the ranks.
+
+    A step needs more memory on top.
+    """
     keys = (*TINY, "model.d_ff=96", "model.vocab_size=4096", "data.global_batch=8", "data.seq_len=64")
     completed = run_benchmark(
         MEMORY, "--models", "llama-cpu", "--ranks", str(ranks), "--recompute", "none", "full", *keys

@@ -68,8 +68,10 @@ def test_a_machine_fault_skips_no_samples(corpus: Path, tmp_path: Path, uninterr
 
 @pytest.mark.slow
 def test_samples_stay_skipped_after_a_stop(corpus: Path, tmp_path: Path) -> None:
-    """The run is stopped between the checkpoint that it rewound to and the skipped samples; a resume still skips
-    them."""
+    """The run is stopped between the checkpoint that it rewound to and the skipped samples.
+
+    A resume still skips them.
+    """
     options = (*REWIND, "log.every=20")
     code, output, _ = wait_for_end(start_with_fault(("nan+usr1", 0, "12+10"), corpus, tmp_path, *options, ranks=0), 120)
     assert code == 138, output

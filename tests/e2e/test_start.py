@@ -1,5 +1,7 @@
-"""A run resumes, or starts from other weights, only with a model that computes the same; otherwise the error explains
-it."""
+"""A run resumes, or starts from other weights, only with a model that computes the same.
+
+Otherwise the error explains it.
+"""
 
 import json
 import re

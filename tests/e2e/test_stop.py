@@ -1,5 +1,7 @@
-"""After a stop signal all ranks save after the same step and exit; a rank that fails or hangs is named and ends the
-job."""
+"""After a stop signal all ranks save after the same step and exit.
+
+A rank that fails or hangs is named and ends the job.
+"""
 
 import json
 import os

@@ -1,5 +1,7 @@
-"""The environment of torchrun or Slurm becomes a World; without one there is one process; incomplete variables are
-errors."""
+"""The environment of torchrun or Slurm becomes a World.
+
+Without one there is one process; incomplete variables are errors.
+"""
 
 import socket
 from itertools import combinations

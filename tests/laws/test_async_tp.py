@@ -41,8 +41,10 @@ class FusedOpCounter(CustomGraphPass):
 
 
 def trace_fused_steps(config: Config, reverse_shards: bool) -> tuple[RankTrace, dict[str, int]]:
-    """Return the trace of two steps and the count of each fused operation; `backwards` plants a bug: shards in reverse
-    order."""
+    """Return the trace of two steps and the count of each fused operation.
+
+    `backwards` plants a bug: shards in reverse order.
+    """
     counter, library = FusedOpCounter(), torch.library.Library("symm_mem", "IMPL")
     for name, function in (FUSED | ({"fused_all_gather_matmul": _gather_reversed} if reverse_shards else {})).items():
         library.impl(name, function, "CPU")

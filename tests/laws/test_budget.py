@@ -41,8 +41,10 @@ class SavedStorages:
     seen: list[dict[StorageWeakRef, int]] = field(default_factory=list)
 
     def peak(self) -> int:
-        """Return the peak of the bytes that were freed after the step. What remains are buffers that stages receive
-        into."""
+        """Return the peak of the bytes that were freed after the step.
+
+        What remains are buffers that stages receive into.
+        """
         gc.collect()
         return max(sum(size for ref, size in refs.items() if ref.expired()) for refs in self.seen)
 

@@ -101,8 +101,10 @@ def test_moments_rounded_by_the_local_index_break_the_law() -> None:
 
 
 def fraction_of_different_weights(layout: Layout, bug: str | None = None) -> float:
-    """Return the fraction of weights that are more than 1e-5 off after five steps; none may be off by more than
-    rounding."""
+    """Return the fraction of weights that are more than 1e-5 off after five steps.
+
+    None may be off by more than rounding.
+    """
     micro, parallel = {"micro_batch": layout.micro}, layout.parallel
     config = make_config(layout.ranks, MODELS[layout.model], optim=BF16_MOMENTS, parallel=parallel, data=micro)
     actual_trace, expected_trace = (

@@ -153,8 +153,10 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, timeout_factor: i
 
 
 def _share_meshes_and_groups() -> None:
-    """Reuse one mesh per shape and one process group per set of ranks. Each gloo group has threads that poll all the
-    time."""
+    """Reuse one mesh per shape and one process group per set of ranks.
+
+    Each gloo group has threads that poll all the time.
+    """
     import torch.distributed as dist
 
     from dist_llm.config.derive import AXES

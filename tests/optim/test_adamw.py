@@ -19,8 +19,10 @@ def targets():
 
 
 def gradient(offset, t):
-    """The gradient of a quadratic with noise. Where gradients vanish, Adam divides rounding errors by rounding
-    errors."""
+    """The gradient of a quadratic with noise.
+
+    Where gradients vanish, Adam divides rounding errors by rounding errors.
+    """
     return 0.5 * offset + np.sin(3 * t)
 
 

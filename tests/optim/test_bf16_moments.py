@@ -38,8 +38,10 @@ def test_exact_and_non_finite_values_are_kept() -> None:
 
 
 def test_a_second_moment_grows_where_round_to_nearest_stalls() -> None:
-    """With a gradient of 1 and beta2 = 0.999, a step adds 1/1000 of the remaining difference; round-to-nearest stops
-    halfway."""
+    """With a gradient of 1 and beta2 = 0.999, a step adds 1/1000 of the remaining difference.
+
+    Round-to-nearest stops halfway.
+    """
     config = OptimConfig(moments="bf16", beta2=0.999, lr=1e-9)
     parameter = nn.Parameter(torch.zeros(256, 16))
     optimizer = build_optimizer(config, [("w", parameter)])

@@ -69,8 +69,10 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(after, options, frequent_r
 
 
 def interrupt_and_resume(tmp_path, monkeypatch, change, tokenizer="bpe:300", **changes):
-    """Interrupt a run after three of six input files and resume it; return the indices of the files that it then
-    reads."""
+    """Interrupt a run after three of six input files and resume it.
+
+    Return the indices of the files that it then reads.
+    """
     source = write_files(tmp_path / "in", make_random_texts(120), 6)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 15 if tokenizer == "bpe:300" else 3)  # training has read all six files twice before
@@ -175,7 +177,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     """kill -9 of a run with two workers, each time a little later; then a run to the end."""
     (tmp_path / "in").mkdir()
     for number in range(8):
-        write_rows(tmp_path / "in" / f"{number}.jsonl", 3 * make_random_texts(2000, words=200, seed=number))
+        write_rows(tmp_path / "in" / f"{number}.jsonl", 3 * make_random_texts(2000, max_words=200, seed=number))
     source, out, partial = str(tmp_path / "in"), tmp_path / "out", tmp_path / "out.partial"
     num_done = 0
     for _ in range(3):

@@ -122,7 +122,11 @@ def test_near_duplicates_cannot_be_found_in_parts(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_exact_duplicates_are_removed_except_the_first(workers, tmp_path):
-    texts = make_random_texts(300, words=3) + make_random_texts(20_000, words=60) + make_random_texts(300, words=3)
+    texts = (
+        make_random_texts(300, max_words=3)
+        + make_random_texts(20_000, max_words=60)
+        + make_random_texts(300, max_words=3)
+    )
     source = write_rows(tmp_path / "a.jsonl", texts)
     run(source, tmp_path / "out", dedup="exact", workers=workers, heldout_fraction=0)
     expected = list(dict.fromkeys(texts))

@@ -30,8 +30,10 @@ class Node:
 
 
 class StepRecorder:
-    """Wraps train_step: each step creates cycles; counts collections within steps and the remaining cycles after each
-    step."""
+    """Wraps train_step: each step creates cycles.
+
+    Counts collections within steps and the remaining cycles after each step.
+    """
 
     def __init__(self, step: Callable[..., Any]) -> None:
         self.step, self.in_step = step, False

@@ -12,12 +12,12 @@ from dist_llm.convert.weights import LazyWeights
 from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.world import World
 from dist_llm.train.score import Windows, _with_seq_len, score
-from tests.test_fuzz import BYTES, config_for, weights_for, write_corpus
+from tests.test_fuzz import BYTES, make_config, make_weights, write_corpus
 from tests.tools import load_tool
 
 
 def make_long_config(seq_len: int) -> Config:
-    config = config_for(max_seq_len=131_072)
+    config = make_config(max_seq_len=131_072)
     return config.model_copy(update={"data": config.data.model_copy(update={"seq_len": seq_len})})
 
 
@@ -49,8 +49,8 @@ def test_a_window_longer_than_the_model_is_refused() -> None:
 def imported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imported model without a tokenizer."""
     directory = tmp_path_factory.mktemp("imported")
-    config = config_for(vocab_size=257)
-    weights = weights_for(config)
+    config = make_config(vocab_size=257)
+    weights = make_weights(config)
     hf_convert.export_hf(LazyWeights(weights.shapes, weights.read), config, None, directory / "hf", "llama")
     assert load_tool("convert_checkpoint")("from-hf", directory / "hf", directory / "ours") == 0
     return directory / "ours"
