@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.communication import Case, busiest, case, count
+from benchmarks.communication import Case, busiest, count, make_case
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.parallel import mesh, p2p_collectives
@@ -162,7 +162,13 @@ def count_messages(case_to_count: Case) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "case_to_count",
-    [case(dp_shard=2), case(dp_shard=4), case(cp=2), case(tp=2), case(tp=2, sequence_parallel=False)],
+    [
+        make_case(dp_shard=2),
+        make_case(dp_shard=4),
+        make_case(cp=2),
+        make_case(tp=2),
+        make_case(tp=2, sequence_parallel=False),
+    ],
     ids=lambda case_to_count: case_to_count.name,
 )
 def test_a_rank_sends_no_more_bytes_than_with_collectives(case_to_count: Case) -> None:
