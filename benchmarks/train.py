@@ -252,25 +252,22 @@ def report(results: Results, options: argparse.Namespace) -> str:
     header = ["model", "precision", "compile", "recompute", "tokens", "ours tok/s", "bare tok/s", *names]
     header = [name.replace("bare_of_matmul", "bare's").replace("_", " ") for name in header]
     rows = []
-    for make_row in results.rows:
+    for row in results.rows:
         cells = [
-            make_row["model"],
-            make_row["precision"],
-            "yes" if make_row["compile"] else "no",
-            make_row["recompute"],
+            row["model"],
+            row["precision"],
+            "yes" if row["compile"] else "no",
+            row["recompute"],
         ]
         cells += [
-            f"{make_row['batch']} x {make_row['seq_len']}",
-            f"{make_row['ours']:,.0f}",
-            f"{make_row['bare']:,.0f}",
+            f"{row['batch']} x {row['seq_len']}",
+            f"{row['ours']:,.0f}",
+            f"{row['bare']:,.0f}",
         ]
-        cells += [f"{make_row[name]:.3f}" for name in names]
-        cells += [f"{make_row['peak'] / 1e6:,.0f}", f"{make_row['system']:.0%}", f"{make_row['bare_system']:.0%}"]
-        rows.append([*cells, f"{make_row['loss']:.5f}", f"{make_row['bare_loss']:.5f}"])
-    limits = {
-        make_row["precision"]: f"{make_row['limit'] / 1e12:.2f} TFLOP/s in {make_row['precision']}"
-        for make_row in results.rows
-    }
+        cells += [f"{row[name]:.3f}" for name in names]
+        cells += [f"{row['peak'] / 1e6:,.0f}", f"{row['system']:.0%}", f"{row['bare_system']:.0%}"]
+        rows.append([*cells, f"{row['loss']:.5f}", f"{row['bare_loss']:.5f}"])
+    limits = {row["precision"]: f"{row['limit'] / 1e12:.2f} TFLOP/s in {row['precision']}" for row in results.rows}
     what = f"{options.rounds} rounds of {options.steps} steps; a matrix product: {', '.join(limits.values())}"
     text = format_table([*header, "peak MB", "system", "bare's", "loss", "bare's"], rows)
     return f"{what}; MFU: {CONVENTION}\n\n{text}"

@@ -64,23 +64,23 @@ def flip_random_bit(newest: Path, draw: random.Random) -> None:
 @pytest.mark.parametrize("draws", [pytest.param(10), pytest.param(50, marks=pytest.mark.slow)])
 def test_flipped_bit_anywhere_is_detected(two_checkpoints: Path, tmp_path: Path, draws: int) -> None:
     for number in range(draws):
-        two_copies = Path(shutil.copytree(two_checkpoints, tmp_path / str(number)))
-        flip_random_bit(two_copies / "step_00000002", random.Random(number))
-        assert CheckpointStore(two_copies).latest_verified() == Folder(two_copies / "step_00000001"), number
+        copy = Path(shutil.copytree(two_checkpoints, tmp_path / str(number)))
+        flip_random_bit(copy / "step_00000002", random.Random(number))
+        assert CheckpointStore(copy).latest_verified() == Folder(copy / "step_00000001"), number
 
 
 def test_flipped_bit_in_each_file_is_detected(two_checkpoints: Path, tmp_path: Path) -> None:
     names = sorted(file.name for file in (two_checkpoints / "step_00000002").iterdir())
     assert {MANIFEST, MARKER, ".metadata", "__0_0.distcp", "progress.json", *FILES} <= set(names)
     for name in names:
-        two_copies = Path(shutil.copytree(two_checkpoints, tmp_path / name))
-        file = two_copies / "step_00000002" / name
+        copy = Path(shutil.copytree(two_checkpoints, tmp_path / name))
+        file = copy / "step_00000002" / name
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-        assert CheckpointStore(two_copies).latest_verified() == Folder(two_copies / "step_00000001"), name
+        assert CheckpointStore(copy).latest_verified() == Folder(copy / "step_00000001"), name
         with pytest.raises(CheckpointError, match="damaged"):
-            store.open_checkpoint(two_copies / "step_00000002")
+            store.open_checkpoint(copy / "step_00000002")
 
 
 def test_a_checkpoint_of_format_1_is_verified(two_copies: Path) -> None:

@@ -90,10 +90,10 @@ def load(directory, **kwargs):
     return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, **kwargs)
 
 
-def assert_same_ids(native, hf_content_of, text):
+def assert_same_ids(native, hf_tokenizer, text):
     ids = native.encode(text).tolist()
-    assert hf_content_of(text)["input_ids"] == ids
-    assert hf_content_of.decode(ids) == native.decode(ids) == text
+    assert hf_tokenizer(text)["input_ids"] == ids
+    assert hf_tokenizer.decode(ids) == native.decode(ids) == text
 
 
 def test_texts_give_the_same_ids_and_decode_to_themselves(exported):
@@ -161,11 +161,11 @@ def test_a_model_config_does_not_change_the_tokenizer_class(bpe, family, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     if family == "qwen2":
         assert type(load(tmp_path)).__name__ == "Qwen2Tokenizer"
-        hf_content_of = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path, split_special_tokens=True)
+        hf_tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path, split_special_tokens=True)
     else:
-        hf_content_of = load(tmp_path, split_special_tokens=True)
+        hf_tokenizer = load(tmp_path, split_special_tokens=True)
     for text in DIFFICULT_TEXTS:
-        assert_same_ids(bpe, hf_content_of, text)
+        assert_same_ids(bpe, hf_tokenizer, text)
 
 
 def test_a_special_tokens_string_is_the_token_by_default(bpe, tmp_path):
@@ -180,23 +180,23 @@ def test_a_special_tokens_string_is_the_token_by_default(bpe, tmp_path):
 def test_ids_of_objectives_have_names(bpe, architecture, bos, tmp_path):
     size = {"d_model": 8, "n_layers": 1, "n_heads": 1, "max_seq_len": 77}
     export_tokenizer(bpe, tmp_path, ModelConfig(architecture=architecture, vocab_size=620, **size))
-    hf_content_of = load(tmp_path)
-    assert (len(hf_content_of), hf_content_of.model_max_length) == (620, 77)
-    assert (hf_content_of.bos_token, hf_content_of.eos_token, hf_content_of.pad_token, hf_content_of.unk_token) == (
+    hf_tokenizer = load(tmp_path)
+    assert (len(hf_tokenizer), hf_tokenizer.model_max_length) == (620, 77)
+    assert (hf_tokenizer.bos_token, hf_tokenizer.eos_token, hf_tokenizer.pad_token, hf_tokenizer.unk_token) == (
         bos,
         ENDOFTEXT,
         ENDOFTEXT,
         None,
     )
     vocabulary = bpe.vocabulary()
-    assert hf_content_of.mask_token_id == vocabulary.special("mask")
-    ids = hf_content_of("a <mask><sentinel 0> b<sentinel 11>")["input_ids"]
+    assert hf_tokenizer.mask_token_id == vocabulary.special("mask")
+    ids = hf_tokenizer("a <mask><sentinel 0> b<sentinel 11>")["input_ids"]
     a, b = bpe.encode("a"), bpe.encode(" b")
     assert ids == [*a, vocabulary.special("mask"), vocabulary.sentinel(0), *b, vocabulary.sentinel(11)]
-    assert hf_content_of.decode(ids) == "a<mask><sentinel 0> b<sentinel 11>"
-    assert hf_content_of.decode(ids, skip_special_tokens=True) == "a b"
+    assert hf_tokenizer.decode(ids) == "a<mask><sentinel 0> b<sentinel 11>"
+    assert hf_tokenizer.decode(ids, skip_special_tokens=True) == "a b"
     for number in range(600, 620):
-        assert hf_content_of.convert_ids_to_tokens(number) == vocabulary.describe(number)
+        assert hf_tokenizer.convert_ids_to_tokens(number) == vocabulary.describe(number)
     assert import_tokenizer(tmp_path).sha256 == bpe.sha256
 
 

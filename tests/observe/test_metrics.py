@@ -45,15 +45,14 @@ def test_a_flush_gives_each_step_its_numbers_and_the_intervals_rates(clock):
     clock[0] += 2.0
     rows = recorder.flush()
     assert rows == first_sink == second_sink
-    assert [
-        (make_row["step"], make_row["loss"], make_row["grad_norm"], make_row["lr"], make_row["tokens"])
-        for make_row in rows
-    ] == [(step, float(step), 10.0 * step, step / 100, 50 * step) for step in (1, 2, 3, 4)]
-    for make_row in rows:  # 200 tokens and 4 steps in 2 seconds; 100 tokens/s * 6 FLOPs of a peak of 3000
-        assert (make_row["tokens_per_second"], make_row["step_seconds"], make_row["mfu"]) == (100.0, 0.5, 0.2)
-        assert make_row["data_wait_seconds"] == 0.5
-        assert make_row["peak_memory_bytes"] > 2**20
-        json.dumps(make_row, allow_nan=False)
+    assert [(row["step"], row["loss"], row["grad_norm"], row["lr"], row["tokens"]) for row in rows] == [
+        (step, float(step), 10.0 * step, step / 100, 50 * step) for step in (1, 2, 3, 4)
+    ]
+    for row in rows:  # 200 tokens and 4 steps in 2 seconds; 100 tokens/s * 6 FLOPs of a peak of 3000
+        assert (row["tokens_per_second"], row["step_seconds"], row["mfu"]) == (100.0, 0.5, 0.2)
+        assert row["data_wait_seconds"] == 0.5
+        assert row["peak_memory_bytes"] > 2**20
+        json.dumps(row, allow_nan=False)
 
 
 def test_loss_terms_are_separate_columns(clock):
@@ -63,7 +62,7 @@ def test_loss_terms_are_separate_columns(clock):
         recorder.add(replace(step_metrics(step), terms=terms))
     clock[0] += 1.0
     rows = recorder.flush()
-    assert [(make_row["loss"], make_row["cross_entropy"], make_row["z_loss"]) for make_row in rows] == [
+    assert [(row["loss"], row["cross_entropy"], row["z_loss"]) for row in rows] == [
         (1.0, 0.5, 0.5),
         (2.0, 1.5, 0.5),
     ]
@@ -150,10 +149,10 @@ def test_rows_are_on_disk_once_written(tmp_path):
 def test_each_step_occurs_once_after_a_resume(write):
     write(0, range(1, 8))
     actual = write(4, range(5, 10))
-    assert [make_row["step"] for make_row in actual] == list(range(1, 10))
-    assert [make_row["run"] for make_row in actual] == [0] * 4 + [4] * 5
+    assert [row["step"] for row in actual] == list(range(1, 10))
+    assert [row["run"] for row in actual] == [0] * 4 + [4] * 5
     assert write(9, []) == actual, "a resume without steps loses no row"
-    assert [make_row["step"] for make_row in write(0, [1])] == [1], "a start from step 0 keeps no row"
+    assert [row["step"] for row in write(0, [1])] == [1], "a start from step 0 keeps no row"
 
 
 @pytest.mark.parametrize("incomplete_line", ['{"step": 4, "los', "{", '{"lo', "\n\n", '{"loss": 1.0}\n', "\0\0\0"])
@@ -162,7 +161,7 @@ def test_an_incomplete_line_is_dropped(incomplete_line, write):
     with write.path.open("a") as file:
         file.write(incomplete_line)
     assert write(3, []) == rows
-    assert [make_row["step"] for make_row in write(3, [4])] == [1, 2, 3, 4]
+    assert [row["step"] for row in write(3, [4])] == [1, 2, 3, 4]
 
 
 def make_row(step, loss):

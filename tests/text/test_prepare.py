@@ -31,11 +31,7 @@ from dist_llm.text.report import FileCount, Report
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
 
-FRAGMENTS = [
-    f"{start_prepare}{end}"
-    for start_prepare in ("sh", "tr", "qu", "é", "漢")
-    for end in ("ip", "ade", " 12", "it's", "\n")
-]
+FRAGMENTS = [f"{start}{end}" for start in ("sh", "tr", "qu", "é", "漢") for end in ("ip", "ade", " 12", "it's", "\n")]
 
 
 def make_random_texts(count, max_words=60, seed=0):
