@@ -236,14 +236,14 @@ def check_host_syncs(context: Context, keys: Sequence[str], documents: bool = Fa
     batch = make_batch(config, 0, attention_mask).pin_memory()
     for step in range(2):
         train_step(engine, [batch], 1e-3, step)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as warning_messages:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             train_step(engine, [batch], 1e-3, 2)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    lines = [f"{each.filename}:{each.lineno}" for each in caught if SYNC_MESSAGE in str(each.message)]
+    lines = [f"{each.filename}:{each.lineno}" for each in warning_messages if SYNC_MESSAGE in str(each.message)]
     comparison.at_most("syncs of a step", len(lines), 0)
     return comparison.row(syncs=len(lines), lines=lines)
 

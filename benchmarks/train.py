@@ -74,7 +74,7 @@ def main() -> None:
         keys += [f"data.global_batch={options.batch}"] if options.batch else []
         measured_row, profiles_by_case = measure_case(make_config(name, [*keys, *options.overrides]), options, device)
         results.add({"model": name, **measured_row})
-        profiles += [f"\n{name}, {precision}, {who}\n{text}" for who, text in profiles_by_case.items()]
+        profiles += [f"\n{name}, {precision}, {side}\n{text}" for side, text in profiles_by_case.items()]
     results.finish("\n".join([report(results, options), *profiles]), options.write)
 
 
@@ -104,15 +104,17 @@ def measure_case(
     config: Config, options: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Measure one row, and the profiles with --profile."""
-    with workers({who: (make, config, device) for who, make in MAKERS.items()}) as workers_by_case:
-        first = {who: worker.turn(WARM_UP) for who, worker in workers_by_case.items()}
+    with workers({side: (make, config, device) for side, make in MAKERS.items()}) as workers_by_case:
+        first = {side: worker.turn(WARM_UP) for side, worker in workers_by_case.items()}
         turns: dict[str, Callable[[], Any]] = {
-            who: partial(each.turn, options.steps) for who, each in workers_by_case.items()
+            side: partial(each.turn, options.steps) for side, each in workers_by_case.items()
         }
         turns["limit"] = partial(matmul_rate, device, config.precision)
         results_by_case = take_turns(turns, options.rounds)
         profiles_by_case = (
-            {who: worker.turn(1, True)["profile"] for who, worker in workers_by_case.items()} if options.profile else {}
+            {side: worker.turn(1, True)["profile"] for side, worker in workers_by_case.items()}
+            if options.profile
+            else {}
         )
     return make_row(config, options.steps, first, results_by_case, device), profiles_by_case
 
@@ -125,11 +127,13 @@ def make_row(
     pairs = list(zip(results_by_case["ours"], results_by_case["bare"], strict=True))
     ratios = [bare_turn["seconds"] / our_turn["seconds"] for our_turn, bare_turn in pairs]
     median = {
-        who: {name: statistics.median(turn[name] for turn in results_by_case[who]) for name in results_by_case[who][0]}
-        for who in MAKERS
+        side: {
+            name: statistics.median(turn[name] for turn in results_by_case[side]) for name in results_by_case[side][0]
+        }
+        for side in MAKERS
     }
     tokens = data.global_batch * data.seq_len * steps
-    our_rate, bare_rate = (tokens / median[who]["seconds"] for who in MAKERS)
+    our_rate, bare_rate = (tokens / median[side]["seconds"] for side in MAKERS)
     peak, source = peak_flops(device, config.precision) if device.type == "cuda" else (limit, "the limit")
     exact = exact_flops(config)
     return {

@@ -49,8 +49,8 @@ def merge_parts(out: Path, stream: TextIO | None = None) -> Manifest:
     except OSError as error:
         raise DataError(f"{error.filename or out}: cannot be written: {error.strerror or error}.") from None
     documents, tokens = (sum(map(count, SPLITS)) for count in (merged.documents, merged.tokens))
-    said = [f"merged {out}: {len(corpus_parts)} parts, {documents:,} documents, {tokens:,} tokens", *report.lines()]
-    print("\n".join(said), file=stream or sys.stderr)
+    lines = [f"merged {out}: {len(corpus_parts)} parts, {documents:,} documents, {tokens:,} tokens", *report.lines()]
+    print("\n".join(lines), file=stream or sys.stderr)
     return merged
 
 

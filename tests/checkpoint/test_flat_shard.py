@@ -30,9 +30,9 @@ def test_boxes_cover_the_range_exactly(shape: list[int], data: st.DataObject) ->
         box = tuple(slice(first, first + size) for first, size in zip(offset, chunk.shape, strict=True))
         assert (full[box] == -1).all(), "each element occurs once"
         full[box] = chunk
-    want = np.full(prod(shape), -1)
-    want[start:stop] = np.arange(start, stop)
-    assert full.flatten().tolist() == want.tolist()
+    expected = np.full(prod(shape), -1)
+    expected[start:stop] = np.arange(start, stop)
+    assert full.flatten().tolist() == expected.tolist()
     assert len(list(flat_range_to_boxes(tuple(shape), start, stop))) <= max(1, 2 * len(shape) - 1)
 
 

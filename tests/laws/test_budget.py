@@ -255,9 +255,9 @@ def test_a_budget_below_the_minimum_is_refused_and_the_message_gives_the_minimum
 
 def refusal_message(config: Config) -> str:
     engine = NativeEngine(config, torch.device("cpu"))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         train_step(engine, make_batches(config, engine, 0), 1e-3, 0)
-    return str(caught.value)
+    return str(excinfo.value)
 
 
 def test_a_larger_budget_never_recomputes_more() -> None:
