@@ -25,6 +25,7 @@ import torch
 
 from bare import Loop
 from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.config.derive import plan_schedule
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
 from dist_llm.data.data_history import build_fresh_plan
@@ -86,7 +87,7 @@ def read_config_and_corpus(options: argparse.Namespace, scratch: Path) -> Config
         "data.micro_batch=0",
         "compile=false",
     ]
-    return read_config(options.config, overrides, world_size=1)
+    return plan_schedule(read_config(options.config, overrides, world_size=1))
 
 
 def run(config: Config, pairs: int, scratch: Path) -> "Turns":
