@@ -111,8 +111,7 @@ class Model(nn.Module):
         return self.head(self.norm(x))
 
     def iter_dist_llm_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each parameter's name in dist_llm, with the parameter or the slice of one here that corresponds to
-        it."""
+        """Yield the name of each parameter in dist_llm, with the corresponding parameter or slice of one here."""
         yield "embed.tokens.weight", self.tokens.weight
         if self.positions is not None:
             yield "embed.positions.weight", self.positions.weight

@@ -96,8 +96,7 @@ def _reference_attention(heads: Heads, attention_mask: AttentionMask) -> tuple[T
 
 
 def check_loss(context: Context) -> dict[str, object]:
-    """Compare the sliced loss and its gradients with all logits in fp64 on the CPU; fp32 and bf16, with and without a
-    cap."""
+    """Compare the sliced loss and its gradients with all logits in fp64 on the CPU; with and without a cap."""
     comparison = Comparison(context)
     generator, device = torch.Generator().manual_seed(0), context.device
     x, weight = torch.randn(2, 96, 64, generator=generator), torch.randn(512, 64, generator=generator) / 8

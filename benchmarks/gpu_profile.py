@@ -30,8 +30,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Gap:
-    """A time without a kernel: microseconds, the kernels around it, and the last host operator that started before its
-    end."""
+    """A time without a kernel in microseconds, the kernels around it, and the last host operator before its end."""
 
     start: float
     micros: float

@@ -162,8 +162,7 @@ def check_generation(context: Context) -> dict[str, object]:
 
 
 def check_checkpoint(context: Context) -> dict[str, object]:
-    """A checkpoint saved on the device and read on the CPU has the same weights and moments bit by bit, and next
-    step."""
+    """A checkpoint saved on the device and read on the CPU has the same bits, and the same next step."""
     comparison = Comparison(context)
     config = small_config(*ADAMW)
     engine, other = NativeEngine(config, context.device), NativeEngine(config, CPU)

@@ -85,8 +85,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line, with its key=value arguments in `overrides`, at any position: `--models a b
-    key=value`."""
+    """Parse the command line, with its key=value arguments, at any position, in `overrides`."""
     overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
     options = parser.parse_args([argument for argument in sys.argv[1:] if argument not in overrides])
     options.overrides = overrides

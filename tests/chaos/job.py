@@ -1,5 +1,4 @@
-"""A training job on two nodes that is restarted as a batch system does: a torchrun that ends with an error starts
-again."""
+"""A training job on two nodes that is restarted as by a batch system: a torchrun that fails starts again."""
 
 import os
 import signal

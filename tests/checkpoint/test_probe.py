@@ -34,8 +34,7 @@ def build_engine(config: Config) -> NativeEngine:
 
 
 def measure_twice(config: Config) -> Probe:
-    """Measure the probe before the first step, as a resume does, and check that it is the same after a step with a rate
-    of 0."""
+    """Measure the probe before the first step, as a resume does, and check that a step with rate 0 keeps it."""
     engine = build_engine(config)
     before = measure_probe(engine, config)
     if config.data.seq_len == SEQ_LEN:

@@ -32,8 +32,7 @@ def make_config(**keys):
 
 
 def test_sizes_that_the_objective_implies_are_derived():
-    """The vocabulary has room for the objective's own ids, and max_seq_len for the longer sequence of an
-    encoder-decoder."""
+    """The vocabulary has room for the objective's own ids, and max_seq_len for an encoder-decoder's longer sequence."""
     config = resolve(
         make_config(model__architecture="encoder_decoder", objective__name="span", data__seq_len=64), 1, VOCAB
     )

@@ -1,5 +1,4 @@
-"""DeepSpeed checkpoints: our reader returns exactly DeepSpeed's state, and DeepSpeed resumes from what our writer
-wrote."""
+"""DeepSpeed checkpoints: our reader returns exactly DeepSpeed's state, and DeepSpeed resumes from our writer's."""
 
 import importlib.util
 import os
@@ -352,8 +351,7 @@ def test_reader_reads_written_universal_checkpoints(tmp_path: Path) -> None:
 
 
 def test_a_shared_parameter_is_written_under_both_names(ranks: Ranks, saved_run: Any, tmp_path: Path) -> None:
-    """The state that was read can be written again after removing the frozen parameters, which DeepSpeed does not
-    allow."""
+    """The loaded state can be written again without the frozen parameters, which DeepSpeed does not allow."""
     directory, _ = saved_run("2 shared")
     weights = open_deepspeed(directory)
     state = {name: weights.read(name) for name in weights.shapes}

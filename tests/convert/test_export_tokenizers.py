@@ -45,8 +45,7 @@ def training_texts():
 
 
 def build_shuffled():
-    """Build a tokenizer with substrings in random order, so that merging never reaches many of them, and with gaps in
-    the ids."""
+    """Build a tokenizer with substrings in random order, many of which merging never reaches, and gaps in the ids."""
     rng = random.Random(0)
     substrings = {
         SOURCE[start : start + length].encode() for start in range(0, 60_000, 50) for length in (2, 3, 4, 5, 7)
@@ -74,8 +73,7 @@ NAMES = ["byte", "bpe:600 gpt2", "bpe:600 llama3", "bpe:600 cl100k", "shuffled",
 
 @pytest.fixture(scope="module", params=NAMES)
 def exported(request, tmp_path_factory):
-    """A native tokenizer and its Hugging Face export, which encodes the strings of special tokens as text, as ours
-    does."""
+    """A native tokenizer and its Hugging Face export, which both encode the strings of special tokens as text."""
     native, directory = build_native(request.param), tmp_path_factory.mktemp("exported")
     export_tokenizer(native, directory)
     return SimpleNamespace(native=native, hf=load(directory, split_special_tokens=True), directory=directory)
@@ -352,8 +350,7 @@ def test_a_tokenizer_like_gpt2s_is_imported(tmp_path):
 
 @pytest.mark.parametrize("eos", ["</s>", "<|end_of_text|>", "<|stop|>", {"content": "<|stop|>"}])
 def test_a_tokenizer_like_llama3s_is_imported(bpe, eos, tmp_path):
-    """Llama 3's form: all possible merges are listed, ids precede a text, and the end of a document has another
-    name."""
+    """Llama 3's form: all possible merges are listed, ids precede a text, and the end token has another name."""
     name = eos if isinstance(eos, str) else eos["content"]
     ranks = {token: rank for token, rank in hf_content_of(bpe)["model"]["vocab"].items() if rank < 599}
     splits = [(token[:position], token[position:]) for token in ranks for position in range(1, len(token))]

@@ -1,5 +1,4 @@
-"""Native models equal Hugging Face's: equal weights give equal logits and losses, padded and packed, without a
-download."""
+"""Native models equal Hugging Face's: equal weights give equal logits and losses, padded and packed."""
 
 from itertools import pairwise
 

@@ -145,8 +145,7 @@ def build_noisy_model(config):
 @pytest.mark.parametrize("windows", ["stream", "packed"])
 @pytest.mark.parametrize("separators", PLACEMENTS)
 def test_documents_of_a_row_do_not_affect_each_other(separators, windows, tmp_path):
-    """The law of the document mask: logits equal those of the document alone, and gradients across documents are
-    exactly 0."""
+    """The document mask's law: logits equal those of the document alone; gradients across documents are exactly 0."""
     corpus = write_corpus("megatron", separators, tmp_path)
     batch = load_epoch(corpus, windows=windows, document_mask=True)
     true_documents = np.repeat(np.arange(len(SIZES)), SIZES)

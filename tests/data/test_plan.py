@@ -1,5 +1,4 @@
-"""Brute force over mixtures, stages, skips, world sizes, kills and batch sizes: all read the same samples in one
-order."""
+"""Brute force over mixtures, stages, skips, world sizes, kills and batch sizes: all read one order of samples."""
 
 from collections import Counter
 from itertools import pairwise

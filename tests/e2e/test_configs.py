@@ -1,5 +1,4 @@
-"""Every config in configs/ is a valid run: it loads, fits a world size, and names the command that prepares its
-corpus."""
+"""Every config in configs/ is valid: it loads, fits a world size, and names the command that prepares its corpus."""
 
 import math
 import re

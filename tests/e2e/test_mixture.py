@@ -16,8 +16,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def mixture_overrides(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str, ...]]:
-    """Return a function: overrides of a run on `code`, the shared corpus, and `qa`, a hundred short documents with
-    prompts."""
+    """Return a function: overrides of a run on `code`, the shared corpus, and `qa`, short documents with prompts."""
     directory = tmp_path_factory.mktemp("qa")
     rows = [{"q": f"What is {n} plus {n}? ", "a": f"It is {2 * n}, as everybody knows."} for n in range(100)]
     (directory / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

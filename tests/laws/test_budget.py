@@ -82,8 +82,7 @@ class SavedStorages:
         return tensor.detach()
 
     def record(self, value: Any) -> None:
-        """Record the storages of a saved value, except weights and their bf16 copies, which are recognised by their
-        shape."""
+        """Record the storages of a saved value, except weights and their bf16 copies, recognised by their shape."""
         assert self.block is not None
         weights = {each.data_ptr() for p in self.block.parameters() for each in iter_storages(p)}
         shapes = {tuple(sorted(to_local(p).shape)) for p in self.block.parameters() if p.ndim == 2}
@@ -213,8 +212,8 @@ def test_a_budget_under_compilation() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_blocks_save_no_more_than_eager_ones(precision: str) -> None:
-    """Compiled selective blocks save at most what eager ones save, and far more than their input, so products are not
-    repeated."""
+    """Compiled selective blocks save at most what eager ones do, and far more than their input: no repeated
+    products."""
     (eager,), (compiled,) = (world(1).run(saved_bytes_by_mode, precision, each) for each in (False, True))
     for block in (eager, compiled):
         assert 3 * block["full"] < block["selective"] < 0.8 * block["none"]

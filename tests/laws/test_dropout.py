@@ -22,8 +22,7 @@ MaskDigests = dict[tuple[int, ...], dict[str, str]]  # mesh coordinates -> diges
 
 
 def mask_digests(config: Any) -> tuple[tuple[int, ...], dict[str, str]]:
-    """Return this rank's coordinates and the digests of its residual dropout mask and of its RNG state inside
-    attention."""
+    """Return this rank's coordinates and digests of its residual dropout mask and of its RNG state in attention."""
     engine, digests = NativeEngine(config, torch.device("cpu")), {}
 
     def after_dropout(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:

@@ -121,8 +121,7 @@ CHAIN = [
 
 
 def test_a_run_moves_from_engine_to_engine(tmp_path: Path) -> None:
-    """Two steps on each engine with varying numbers of ranks, moments included, equal the steps of an uninterrupted
-    run."""
+    """Two steps on each engine with varying numbers of ranks equal the steps of an uninterrupted run, with moments."""
     native = engine_config_of(1, {}, "tied", ADAMW, micro=24)
     expected = native_reference(native, 2 * len(CHAIN))
     newest: Path | None = None
@@ -153,8 +152,7 @@ def test_moments_of_another_optimizer_are_refused(engine: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "accelerate-zero3", "ddp"])
 def test_bf16_is_near_fp32(engine: str) -> None:
-    """bf16 is near the native engine in fp32: within 1% of the loss and 5% of the norm, as the native engine in bf16
-    is."""
+    """bf16 is as near as the native engine's to that in fp32: within 1% of the loss and 5% of the norm."""
     engine_config = engine_config_of(2, ENGINES[engine], "tied", CLIPPED_MOMENTUM_SGD, micro=12, precision="bf16")
     native_steps = native_reference(engine_config.model_copy(update={"precision": "fp32"}), 3)
     engine_steps = world(2).run(run_steps, engine_config, range(3))[0]

@@ -63,8 +63,7 @@ def trace_one_step(layout: Layout, on: bool = True) -> Trace:
 
 
 def least_cosine(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """Return the least cosine similarity of the gradients, without those that are almost zero, and the parameter's
-    name."""
+    """Return the least cosine similarity of the gradients, except almost zero ones, and the parameter's name."""
     largest = max(float(each.norm()) for each in expected.values())
     counted = [name for name, each in expected.items() if each.norm() > 1e-3 * largest]
     return min(
@@ -117,8 +116,7 @@ SPLITS = [
 
 
 def assert_rounded_alike(cut: Trace, uncut: Trace) -> None:
-    """The losses are equal and gradients differ by at most 3.9e-3 (measured), which is 2^-8 and the same without
-    float8."""
+    """The losses are equal, and gradients differ by at most 3.9e-3 (measured), as without float8: about 2^-8."""
     assert cut.losses[0] == pytest.approx(uncut.losses[0], rel=1e-7)
     assert largest_difference(cut, uncut) < 6e-3
 

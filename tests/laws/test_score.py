@@ -56,8 +56,7 @@ def optimizer_state_names(config: Config) -> tuple[set[str], set[str]]:
 
 @pytest.mark.parametrize("layout", [each for each in LAYOUTS if "dp_shard" in each.parallel], ids=str)
 def test_a_checkpoint_after_an_evaluation_is_complete(layout: Layout) -> None:
-    """FSDP leaves the last block unsharded after a forward pass, whose moments were once missing from the
-    checkpoint."""
+    """FSDP leaves the last block unsharded after forward; its moments were once missing from the checkpoint."""
     adamw = {"name": "adamw", "lr": 1e-3}
     model, data = MODELS[layout.model] | {"dropout": 0.0}, {"micro_batch": layout.micro}
     config = make_config(layout.ranks, model, optim=adamw, parallel=layout.parallel, data=data)

@@ -121,8 +121,7 @@ def test_losses_multiplied_differently_afterwards_are_refused() -> None:
 def test_weights_known_in_forward(
     per_token: bool, loss: CrossEntropy, slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights per sequence or per token, some 0, some negative: value and gradients equal those of the plain
-    formula."""
+    """Weights per sequence or per token, some 0, some negative: value and gradients equal the plain formula's."""
     monkeypatch.setattr(fused_linear_cross_entropy, "SLICE_BYTES", {"cpu": slices})
     x, weight, bias, targets = make_case(True)
     assert bias is not None

@@ -65,8 +65,7 @@ class Network:
         _run_in_namespace(f"{self.tag}hub", "ip", "link", "set", f"port{node}", "up" if up else "down")
 
     def limit(self, node: int, rate: str) -> None:
-        """Limit the bandwidth of a node's cable in each direction, in tc's units (`5mbit`: 5 million bits per
-        second)."""
+        """Limit a node's bandwidth in each direction, in tc's units (`5mbit`: 5 million bits per second)."""
         bucket = ("root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms")
         for space, device in ((self.space(node), "eth0"), (f"{self.tag}hub", f"port{node}")):
             _run_in_namespace(space, "tc", "qdisc", "replace", "dev", device, *bucket)

@@ -124,8 +124,7 @@ def read_rows(path):
 
 @pytest.fixture
 def write(tmp_path):
-    """Return a function: open the metrics file of a run resumed at a step, write rows, close it, and return all
-    rows."""
+    """Return a function: open the metrics file of a resumed run, write rows, close it, and return all rows."""
     path = tmp_path / "metrics.jsonl"
 
     def write(resumed_step, steps):

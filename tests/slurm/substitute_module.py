@@ -1,5 +1,4 @@
-"""`python substitute_module.py MODULE,ARGUMENT,... ARGUMENTS`: run python with `dist_llm` replaced by the given
-arguments."""
+"""`python substitute_module.py MODULE,ARG,... ARGUMENTS`: run python with `dist_llm` replaced by MODULE,ARG,..."""
 
 import os
 import sys

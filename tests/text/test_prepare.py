@@ -1,5 +1,4 @@
-"""A corpus contains exactly the source's documents, is the same for any number of workers, and is written completely or
-not at all."""
+"""A corpus has exactly the source's documents, is the same for any number of workers, and appears complete."""
 
 import argparse
 import base64

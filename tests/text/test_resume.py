@@ -1,5 +1,4 @@
-"""An interrupted run resumes to the same bytes as an uninterrupted one, and reuses earlier work only while it is
-valid."""
+"""An interrupted run resumes to the same bytes as an uninterrupted one, and reuses only valid earlier work."""
 
 import os
 import signal
