@@ -1,8 +1,9 @@
-"""The bare loop: what a good engineer writes in an afternoon, without us. GPT-2 and Llama in the manner of nanoGPT:
-torch's attention, F.cross_entropy over whole logits, fused AdamW, clip_grad_norm_. Not a program: others run it.
+"""A bare training loop, as an engineer writes it in an afternoon: the baseline of other programs, not a program itself.
 
-`Model` shares no code with dist_llm.models; of dist_llm it knows the config's names of sizes, and `ours` says which
-weight is which there, so that both may start from the same values. `Loop` takes any module that gives logits.
+GPT-2 and Llama in the manner of nanoGPT: torch's attention, F.cross_entropy over all logits, fused AdamW,
+clip_grad_norm_. `Model` shares no code with dist_llm.models, only the config's names of sizes;
+`iter_dist_llm_parameters` maps its weights to those of dist_llm, so that both may start from the same values. `Loop`
+takes any module that returns logits.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from dist_llm.config.schema import ModelConfig
 
 
 class Attention(nn.Module):
-    """Queries, keys and values by one product; rotary positions where angles are given."""
+    """Multi-head attention with one product for queries, keys and values, and rotary positions if angles are given."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -37,13 +38,13 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair (i, i + E/2) turned by its angle, in fp32."""
+    """Rotate each pair (i, i + E/2) by its angle, in fp32."""
     left, right = x.float().chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x)
 
 
 class FeedForward(nn.Module):
-    """GPT-2's with a GELU, or Llama's with SwiGLU."""
+    """The feed-forward layer of GPT-2 with GELU, or of Llama with SwiGLU."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -59,11 +60,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm."""
+    """A transformer block with norms before each layer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm_1, self.norm_2 = norm(config), norm(config)
+        self.norm_1, self.norm_2 = make_norm(config), make_norm(config)
         self.attention, self.feedforward = Attention(config), FeedForward(config)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -71,15 +72,15 @@ class Block(nn.Module):
         return x + self.feedforward(self.norm_2(x))
 
 
-def norm(config: ModelConfig) -> nn.Module:
-    """Over d_model."""
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Make the norm that the config names, over d_model."""
     if config.norm == "layernorm":
         return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
     return nn.RMSNorm(config.d_model, eps=config.norm_eps)
 
 
 class Model(nn.Module):
-    """Token ids [B, S] -> logits [B, S, V]. `recompute`: keep the blocks' inputs alone."""
+    """A decoder: token ids [B, S] -> logits [B, S, V]. With `recompute`, only the inputs of blocks are kept."""
 
     def __init__(self, config: ModelConfig, recompute: bool = False) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class Model(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.max_seq_len, config.d_model) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = norm(config)
+        self.norm = make_norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.tokens.weight
@@ -110,8 +111,8 @@ class Model(nn.Module):
             x = checkpoint(block, x, angles, use_reentrant=False) if self.recompute else block(x, angles)
         return self.head(self.norm(x))
 
-    def ours(self) -> Iterator[tuple[str, Tensor]]:
-        """(a parameter's name in dist_llm, the same here or the part of one that it is)."""
+    def iter_dist_llm_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name of each parameter in dist_llm, with the corresponding parameter or slice of one here."""
         yield "embed.tokens.weight", self.tokens.weight
         if self.positions is not None:
             yield "embed.positions.weight", self.positions.weight
@@ -120,8 +121,10 @@ class Model(nn.Module):
             for name, parameter in block.named_parameters():
                 module, _, kind = name.rpartition(".")
                 if module == "attention.qkv":
-                    parts = parameter.split(block.attention.sizes)
-                    yield from ((f"blocks.{number}.attention.{n}.{kind}", p) for n, p in zip("qkv", parts, strict=True))
+                    projections = parameter.split(block.attention.sizes)
+                    yield from (
+                        (f"blocks.{number}.attention.{n}.{kind}", p) for n, p in zip("qkv", projections, strict=True)
+                    )
                 else:
                     module = {"norm_1": "norm_attention", "norm_2": "norm_feedforward"}.get(module, module)
                     yield f"blocks.{number}.{module}.{kind}", parameter
@@ -131,7 +134,7 @@ class Model(nn.Module):
 
 
 class Loop:
-    """Nothing but torch around a module that turns ids into logits."""
+    """A training loop of torch alone, around a module that returns logits."""
 
     def __init__(self, model: nn.Module, optim: OptimConfig, precision: str, device: torch.device) -> None:
         self.model = model
@@ -144,7 +147,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """One optimizer step; the loss, which nobody has waited for."""
+        """Take one optimizer step and return the loss without waiting for it."""
         with self.autocast:
             logits = self.model(inputs)
             loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))

@@ -1,12 +1,12 @@
-"""What a checkpoint costs a run: how long a save holds up the step, and how fast it is written.
+"""Measure how long a save delays the step, and how fast it is written.
 
-On one process, in turn: steps alone, a save alone, and steps right after a save has begun, until it is on the disk.
-`stall` is what `save` takes before the next step may begin, over a step; `slower` is a step while the thread writes,
-over one alone; `bandwidth` is that of a save alone, copy, hashes and fsync included, over that of `dd conv=fsync` of
-as many bytes into the same directory. The first save of all, which allocates the copies, is left out. `probe` is what
-the loss and the logits of the probe take, at each save and at a start, over a step, and `probe_seconds` in seconds.
+One process takes steps alone, saves alone, and takes steps while a save is written. `stall` is the time that `save`
+takes before the next step may begin, relative to a step. `slower` is a step during the write relative to one alone.
+`bandwidth` is that of a save alone, with copy, hashes and fsync, relative to `dd conv=fsync` of as many bytes into the
+same directory. The first save, which allocates the copies, is left out. `probe` is the time of the probe's loss and
+logits, at each save and at a start, relative to a step, and `probe_seconds` the same in seconds.
 
-Prints one JSON line per save on stdout, then a table on stderr. The goal: a stall below 1.
+Prints one JSON line per save on stdout, then a table on stderr. The goal is a stall below 1.
 """
 
 import argparse
@@ -37,15 +37,15 @@ VOCAB = 8192
 
 
 def main() -> None:
-    """Run the saves and print them."""
+    """Run and print the saves."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    top.add_argument("--saves", type=int, default=8, help="default: %(default)s, after one to warm up")
-    top.add_argument("--d-model", type=int, default=512, help="default: %(default)s")
-    top.add_argument("--layers", type=int, default=8, help="default: %(default)s")
-    top.add_argument("--tokens", type=int, default=4096, help="of a step, in sequences of 256; default: %(default)s")
-    top.add_argument("--directory", type=Path, help="where to write; default: the system's temporary directory")
-    options = top.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--saves", type=int, default=8, help="default: %(default)s, after one to warm up")
+    parser.add_argument("--d-model", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--layers", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a step, in sequences of 256; default: %(default)s")
+    parser.add_argument("--directory", type=Path, help="where to write; default: the system's temporary directory")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         rows = run(options, Path(directory))
     for number, row in enumerate(rows, start=1):
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
-    """One row per save."""
+    """Measure the saves, one row each."""
     sequences = max(1, options.tokens // 256)
     raw = {
         "run": {"dir": "unused", "steps": 1000},
@@ -73,45 +73,51 @@ def run(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
     batch = Batch.of(tokens[:, :-1], tokens[:, 1:], CAUSAL)
 
     def step() -> float:
-        begin = time.perf_counter()
+        start_time = time.perf_counter()
         train_step(engine, [batch], 1e-4, 0).loss.item()
-        return time.perf_counter() - begin
+        return time.perf_counter() - start_time
 
     store = CheckpointStore(directory / "checkpoints", CheckpointConfig(keep=1))
     step()
-    shard = sum(tensor.nbytes for tensor in (engine.state.weights() | engine.state.moments()).values())
+    shard_bytes = sum(tensor.nbytes for tensor in (engine.state.weights() | engine.state.moments()).values())
     rows = []
     for number in range(options.saves + 1):
-        alone = statistics.median(step() for _ in range(3))
-        begin = time.perf_counter()
+        step_seconds = statistics.median(step() for _ in range(3))
+        start_time = time.perf_counter()
         probe = measure_probe(engine, config)
-        probe_seconds = time.perf_counter() - begin
+        probe_seconds = time.perf_counter() - start_time
 
-        begin = time.perf_counter()
+        start_time = time.perf_counter()
         store.save(engine.state, Progress(2 * number + 1), {PROBE: probe.dump()})
         store.finish()
-        speed = shard / (time.perf_counter() - begin)
+        bytes_per_second = shard_bytes / (time.perf_counter() - start_time)
 
-        begin = time.perf_counter()
+        start_time = time.perf_counter()
         store.save(engine.state, Progress(2 * number + 2), {})
-        stall, during = time.perf_counter() - begin, []
+        stall, concurrent_steps = time.perf_counter() - start_time, []
         while store.current_write is not None and store.current_write.is_alive():
-            during.append(step())
+            concurrent_steps.append(step())
         store.finish()
-        row = {"step_seconds": alone, "megabytes": shard / 1e6, "stall": stall / alone}
-        row |= {"slower": statistics.median(during) / alone if during else 1.0}
-        row |= {"probe": probe_seconds / alone, "probe_seconds": probe_seconds}
-        rows.append({**row, "megabytes_per_second": speed / 1e6, "bandwidth": speed / dd(directory / "dd", shard)})
+        row = {"step_seconds": step_seconds, "megabytes": shard_bytes / 1e6, "stall": stall / step_seconds}
+        row |= {"slower": statistics.median(concurrent_steps) / step_seconds if concurrent_steps else 1.0}
+        row |= {"probe": probe_seconds / step_seconds, "probe_seconds": probe_seconds}
+        rows.append(
+            {
+                **row,
+                "megabytes_per_second": bytes_per_second / 1e6,
+                "bandwidth": bytes_per_second / measure_dd(directory / "dd", shard_bytes),
+            }
+        )
     return rows[1:]
 
 
-def dd(target: Path, size: int) -> float:
-    """Bytes per second of a plain write of as many zeros."""
-    begin = time.perf_counter()
+def measure_dd(target: Path, size: int) -> float:
+    """Write as many zeros with dd; return bytes per second."""
+    start_time = time.perf_counter()
     blocks = max(1, size // (1 << 20))
     command = ["dd", "if=/dev/zero", f"of={target}", "bs=1M", f"count={blocks}", "conv=fsync"]
     subprocess.run(command, check=True, capture_output=True)
-    return blocks * (1 << 20) / (time.perf_counter() - begin)
+    return blocks * (1 << 20) / (time.perf_counter() - start_time)
 
 
 if __name__ == "__main__":

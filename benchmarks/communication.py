@@ -1,13 +1,13 @@
-"""Collectives and bytes on the wire per rank and optimizer step, for each layout, beside the least it needs.
+"""Count the collectives and bytes that each rank sends per optimizer step, for each layout, and compare with a minimum.
 
-Convention: what one rank sends in a ring. Over p ranks an all-gather or reduce-scatter whose whole is n bytes
-costs n (p - 1) / p, an all-reduce twice that, a point-to-point message n at its sender. A collective over one
-rank moves nothing and is not counted. Where ranks differ, the one that sends most is shown.
+Bytes are those that one rank sends in a ring. Over p ranks, an all-gather or reduce-scatter of a full tensor of n bytes
+costs n (p - 1) / p, an all-reduce twice that, and a point-to-point message n at its sender. A collective over one rank
+sends nothing and is not counted. Of ranks that differ, the one that sends most is shown.
 
 A small decoder takes one step to warm up and one that is counted, in gloo processes that this program starts.
 
-Prints one JSON line per layout on stdout, then the tables on stderr. --write puts them into
-docs/communication.md and fails if an excess over 5% has no explanation there.
+Prints one JSON line per layout on stdout, then the tables on stderr. --write puts them into docs/communication.md and
+fails if it does not explain an excess over 5%.
 """
 
 import argparse
@@ -63,7 +63,7 @@ ROWS, SEQ_LEN = 8, 128
 
 @dataclass(frozen=True)
 class Case:
-    """A layout; `micro`: rows of a microbatch, 0: all that the data rank has."""
+    """A layout; `micro` is the number of rows in a microbatch, with 0 for all rows of the data rank."""
 
     parallel: dict[str, Any]
     micro: int = 0
@@ -75,50 +75,50 @@ class Case:
 
     @property
     def name(self) -> str:
-        words = [" x ".join(f"{axis} {self.parallel[axis]}" for axis in AXES if axis in self.parallel)]
-        words += [f"{key}={json.dumps(value)}" for key, value in self.parallel.items() if key not in AXES]
+        labels = [" x ".join(f"{axis} {self.parallel[axis]}" for axis in AXES if axis in self.parallel)]
+        labels += [f"{key}={json.dumps(value)}" for key, value in self.parallel.items() if key not in AXES]
         data_ranks = self.parallel.get("dp_replicate", 1) * self.parallel.get("dp_shard", 1)
-        words += [f"{ROWS // data_ranks // self.micro} microbatches"] if self.micro else []
-        words += [self.precision] if self.precision != "fp32" else []
-        return ", ".join(words).replace('"', "")
+        labels += [f"{ROWS // data_ranks // self.micro} microbatches"] if self.micro else []
+        labels += [self.precision] if self.precision != "fp32" else []
+        return ", ".join(labels).replace('"', "")
 
 
-def case(micro: int = 0, precision: str = "fp32", **parallel: Any) -> Case:
-    """A case, its `parallel` keys as keywords."""
+def make_case(micro: int = 0, precision: str = "fp32", **parallel: Any) -> Case:
+    """Make a case from `parallel` keys given as keywords."""
     return Case(parallel, micro, precision)
 
 
 CASES = (
-    case(dp_replicate=2),
-    case(dp_replicate=2, micro=2),
-    case(dp_replicate=2, micro=2, reduce_each_microbatch=True),
-    case(dp_shard=2),
-    case(dp_shard=2, reshard="always"),
-    case(dp_shard=2, reshard="never"),
-    case(dp_shard=4),
-    case(dp_shard=4, reshard="always"),
-    case(dp_shard=4, reshard="never"),
-    case(dp_shard=2, micro=2),
-    case(dp_shard=2, micro=2, reshard="never"),
-    case(dp_replicate=2, dp_shard=2),
-    case(tp=2),
-    case(tp=2, sequence_parallel=False),
-    case(cp=2),
-    case(pp=2, micro=2),
-    case(dp_shard=2, tp=2),
-    case(pp=2, dp_shard=2, micro=2),
-    case(dp_shard=2, recompute="full"),
-    case(tp=2, recompute="full"),
-    case(tp=2, recompute="selective"),
-    case(cp=2, recompute="full"),
-    case(dp_shard=2, precision="bf16"),
-    case(tp=2, precision="bf16"),
-    case(cp=2, precision="bf16"),
-    case(pp=2, micro=2, precision="bf16"),
-    case(dp_shard=2, tp=2, precision="bf16"),
+    make_case(dp_replicate=2),
+    make_case(dp_replicate=2, micro=2),
+    make_case(dp_replicate=2, micro=2, reduce_each_microbatch=True),
+    make_case(dp_shard=2),
+    make_case(dp_shard=2, reshard="always"),
+    make_case(dp_shard=2, reshard="never"),
+    make_case(dp_shard=4),
+    make_case(dp_shard=4, reshard="always"),
+    make_case(dp_shard=4, reshard="never"),
+    make_case(dp_shard=2, micro=2),
+    make_case(dp_shard=2, micro=2, reshard="never"),
+    make_case(dp_replicate=2, dp_shard=2),
+    make_case(tp=2),
+    make_case(tp=2, sequence_parallel=False),
+    make_case(cp=2),
+    make_case(pp=2, micro=2),
+    make_case(dp_shard=2, tp=2),
+    make_case(pp=2, dp_shard=2, micro=2),
+    make_case(dp_shard=2, recompute="full"),
+    make_case(tp=2, recompute="full"),
+    make_case(tp=2, recompute="selective"),
+    make_case(cp=2, recompute="full"),
+    make_case(dp_shard=2, precision="bf16"),
+    make_case(tp=2, precision="bf16"),
+    make_case(cp=2, precision="bf16"),
+    make_case(pp=2, micro=2, precision="bf16"),
+    make_case(dp_shard=2, tp=2, precision="bf16"),
 )
 
-AGAIN = (
+RECOMPUTED_FORWARD = (
     "Recomputation repeats the forward pass of each block with its collectives, except the last reduce-scatter, whose "
     "result is not needed: 3 A f(tp) per block."
 )
@@ -126,11 +126,11 @@ EMBEDDING = (
     "`always` frees embedding and head after forward and gathers them again as one group for backward. The backward "
     "pass of the embedding reads no weights, so its V D elements are sent once too often: 4 V D f(s) bytes."
 )
-# Why a layout sends more than 5% over its minimum, by name. `document` refuses one too few and one too many.
+# Why a layout sends more than 5% over its minimum, by name; `document` requires exactly these reasons.
 REASONS = {
     "dp_shard 2, reshard=always": EMBEDDING,
     "dp_shard 4, reshard=always": EMBEDDING,
-    "tp 2, recompute=full": AGAIN,
+    "tp 2, recompute=full": RECOMPUTED_FORWARD,
     "tp 2, recompute=selective": (
         "Selective recomputation saves matrix products, attention and reductions over the ranks, but no gathered "
         "tensors: each block gathers its two inputs once more, 2 A f(tp)."
@@ -145,12 +145,12 @@ REASONS = {
 
 
 def main() -> None:
-    """Count every case, print, and write the document if asked to."""
+    """Count and print all cases, and write the document with --write."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    top.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
-    options = top.parse_args()
-    rows = [row for ranks in sorted({each.ranks for each in CASES}) for row in in_a_world(ranks)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
+    options = parser.parse_args()
+    rows = [row for ranks in sorted({each.ranks for each in CASES}) for row in count_in_world(ranks)]
     names = [each.name for each in CASES]
     rows.sort(key=lambda row: names.index(row["layout"]))
     for row in rows:
@@ -161,12 +161,12 @@ def main() -> None:
         DOCUMENT.write_text(document(rows))
 
 
-def in_a_world(ranks: int) -> list[dict[str, Any]]:
-    """The cases of that many ranks, counted in processes started for them."""
+def count_in_world(ranks: int) -> list[dict[str, Any]]:
+    """Count the cases of that many ranks, in processes started for them."""
     with tempfile.TemporaryDirectory() as scratch:
         torch.multiprocessing.spawn(_rank, (ranks, scratch), nprocs=ranks)
-        found = [json.loads((Path(scratch) / f"{rank}.json").read_text()) for rank in range(ranks)]
-    return [busiest(rows) for rows in zip(*found, strict=True)]
+        rows_by_rank = [json.loads((Path(scratch) / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return [busiest(rows) for rows in zip(*rows_by_rank, strict=True)]
 
 
 def _rank(rank: int, ranks: int, scratch: str) -> None:
@@ -175,56 +175,56 @@ def _rank(rank: int, ranks: int, scratch: str) -> None:
     with patch.object(p2p_collectives, "uses_p2p", lambda device: False):
         rows = [count(each) for each in CASES if each.ranks == ranks]
     (Path(scratch) / f"{rank}.json").write_text(json.dumps(rows))
-    gc.collect()  # models must be gone before the group is
+    gc.collect()  # models must be deleted before the group
     dist.destroy_process_group()
 
 
 def busiest(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of one case's ranks, the one that sends most."""
+    """Return the row of the rank that sends most."""
     return max(rows, key=lambda row: row["bytes"])
 
 
-def count(chosen: Case) -> dict[str, Any]:
-    """One counted step of a case on this rank of a running process group, as a row."""
-    config = config_of(chosen)
+def count(case: Case) -> dict[str, Any]:
+    """Count one step of a case on this rank of a running process group."""
+    config = make_config(case)
     engine = NativeEngine(config, torch.device("cpu"))
     assert engine.mesh is not None
-    train_step(engine, batches_of(config, engine), config.optim.lr, step=0)  # pipelines exchange shapes once
-    mask = patch.object(attention, "causal_lower_right", _unseen(attention.causal_lower_right))
+    train_step(engine, make_batches(config, engine), config.optim.lr, step=0)  # pipelines exchange shapes once
+    mask = patch.object(attention, "causal_lower_right", _outside_modes(attention.causal_lower_right))
     with mask, WireCounter(engine.mesh) as wire:
-        train_step(engine, batches_of(config, engine), config.optim.lr, step=1)
-    least = minimum(config, engine)
+        train_step(engine, make_batches(config, engine), config.optim.lr, step=1)
+    min_bytes = minimum(config, engine)
     return {
-        "layout": chosen.name,
-        "ranks": chosen.ranks,
+        "layout": case.name,
+        "ranks": case.ranks,
         "calls": wire.calls.total(),
         "bytes": round(wire.bytes.total()),
-        "minimum": round(sum(least.values())),
-        "excess": wire.bytes.total() / sum(least.values()) - 1,
+        "minimum": round(sum(min_bytes.values())),
+        "excess": wire.bytes.total() / sum(min_bytes.values()) - 1,
         "by_axis": [
             {"axis": axis, "kind": kind, "calls": calls, "bytes": round(wire.bytes[axis, kind])}
             for (axis, kind), calls in sorted(wire.calls.items())
         ],
-        "minimum_by_axis": {axis: round(value) for axis, value in least.items()},
+        "minimum_by_axis": {axis: round(value) for axis, value in min_bytes.items()},
     }
 
 
-def config_of(chosen: Case) -> Config:
-    """A case as a resolved config."""
+def make_config(case: Case) -> Config:
+    """Make the resolved config of a case."""
     raw = {
         "run": {"dir": "unused", "steps": 2},
         "model": MODEL,
-        "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": ROWS, "micro_batch": chosen.micro},
-        "parallel": chosen.parallel,
-        "precision": chosen.precision,
+        "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": ROWS, "micro_batch": case.micro},
+        "parallel": case.parallel,
+        "precision": case.precision,
     }
     config = Config.model_validate(raw)
-    assert not (broken := check(config, chosen.ranks, 0)), broken
-    return resolve(config, chosen.ranks, 0)
+    assert not (broken := check(config, case.ranks, 0)), broken
+    return resolve(config, case.ranks, 0)
 
 
-def batches_of(config: Config, engine: NativeEngine) -> list[Batch]:
-    """This data rank's microbatches, of random tokens."""
+def make_batches(config: Config, engine: NativeEngine) -> list[Batch]:
+    """Make this data rank's microbatches of random tokens."""
     rank, ranks = engine.dp_rank_and_size
     generator = torch.Generator().manual_seed(rank)
     tokens = torch.randint(config.model.vocab_size, (ROWS // ranks, SEQ_LEN + 1), generator=generator)
@@ -240,10 +240,10 @@ def _bytes(tensors: Tensor | Iterable[Any]) -> int:
     return sum(_bytes(each) for each in tensors)
 
 
-Whole = Callable[[Sequence[Any], int], int]
+FullBytes = Callable[[Sequence[Any], int], int]
 
-# Kind, and the bytes of the whole from (arguments, ranks): every call that the layouts make.
-CALLS: dict[str, tuple[str, Whole]] = {
+# Each call that layouts make: its kind, and a function of (arguments, ranks) for the bytes of the full tensor.
+CALLS: dict[str, tuple[str, FullBytes]] = {
     "c10d::allreduce_": ("all-reduce", lambda args, p: _bytes(args[0])),
     "c10d::_allgather_base_": ("all-gather", lambda args, p: _bytes(args[0])),
     "c10d::_reduce_scatter_base_": ("reduce-scatter", lambda args, p: _bytes(args[1])),
@@ -252,26 +252,26 @@ CALLS: dict[str, tuple[str, Whole]] = {
     "_c10d_functional::all_gather_into_tensor": ("all-gather", lambda args, p: _bytes(args[0]) * p),
     "_c10d_functional::reduce_scatter_tensor": ("reduce-scatter", lambda args, p: _bytes(args[0])),
 }
-# Sends nothing: a receive is counted where it is sent.
+# Calls that send nothing; a receive is counted at its sender.
 SILENT = {"c10d::recv_", "_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"}
 NAMESPACES = {"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"}
 RING = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
 
 
 class WireCounter(TorchDispatchMode):
-    """Counts, by (axis, kind), the calls and the bytes that this rank sends. A call it does not know is an error."""
+    """Counts calls and bytes that this rank sends, by (axis, kind); an unknown call is an error."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[tuple[str, str]] = Counter()
         self.bytes: Counter[tuple[str, str]] = Counter()
-        self.places = {rank: place for place, rank in np.ndenumerate(mesh.mesh.numpy())}
+        self.coords = {rank: coord for coord, rank in np.ndenumerate(mesh.mesh.numpy())}
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if any(issubclass(each, DTensor) for each in types):
-            return NotImplemented  # a DTensor does it by collectives on plain tensors, which come here in turn
+            return NotImplemented  # a DTensor calls collectives on plain tensors, which come here in turn
         if isinstance(func, torch._ops.OpOverload) and func.namespace in NAMESPACES:
             self._count(func, args)
         return func(*args, **(kwargs or {}))
@@ -280,24 +280,24 @@ class WireCounter(TorchDispatchMode):
         name = func._schema.name
         if name in SILENT:
             return
-        kind, whole = CALLS[name]
+        kind, full_bytes = CALLS[name]
         group = _group(func, args)
         ranks = group.size()
         if ranks == 1:
             return
-        where = self._axes(group), kind
-        sent = RING[kind] * (ranks - 1) / ranks if kind in RING else 1
-        self.calls[where] += 1
-        self.bytes[where] += sent * whole(args, ranks)  # type: ignore[assignment]
+        key = self._axes(group), kind
+        ring_factor = RING[kind] * (ranks - 1) / ranks if kind in RING else 1
+        self.calls[key] += 1
+        self.bytes[key] += ring_factor * full_bytes(args, ranks)  # type: ignore[assignment]
 
     def _axes(self, group: dist.ProcessGroup) -> str:
-        """Those along which the group's ranks differ."""
-        places = zip(*(self.places[rank] for rank in dist.get_process_group_ranks(group)), strict=True)
-        return " x ".join(axis for axis, along in zip(AXES, places, strict=True) if len(set(along)) > 1)
+        """Return the axes along which the group's ranks differ."""
+        coords = zip(*(self.coords[rank] for rank in dist.get_process_group_ranks(group)), strict=True)
+        return " x ".join(axis for axis, values in zip(AXES, coords, strict=True) if len(set(values)) > 1)
 
 
-def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` outside of any mode: torch cannot make its causal mask, a kind of tensor, inside one."""
+def _outside_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `function` to run outside of all modes, in which torch cannot make its causal mask."""
 
     def run(*args: Any) -> Any:
         with _disable_current_modes():
@@ -307,7 +307,7 @@ def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _group(func: torch._ops.OpOverload, args: Sequence[Any]) -> dist.ProcessGroup:
-    """A call's group: an object to the older calls, a name to the functional ones."""
+    """Return a call's group: an object in older calls, a name in functional ones."""
     for parameter, value in zip(func._schema.arguments, args, strict=False):
         if parameter.name == "process_group":
             return dist.ProcessGroup.unbox(value)
@@ -316,31 +316,30 @@ def _group(func: torch._ops.OpOverload, args: Sequence[Any]) -> dist.ProcessGrou
     raise AssertionError(f"{func} has no group")
 
 
-# --- the least that a layout needs
+# --- the minimum of a layout
 
 
 def minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
-    """Bytes that this rank must send in a step, by axis, given what the layout is.
+    """Compute the bytes that this rank must send in a step, by axis, for its layout.
 
-    Weights. P: parameters of this rank's stage and tensor share; s = dp_shard * cp; r = dp_replicate;
-    f(p) = (p - 1) / p. Gradients are reduce-scattered once, 4 P f(s) bytes, and what is left of them all-reduced
-    over the replicas, 8 P / s f(r). A gather of all weights is 4 P f(s), in bf16 half of that. Within a step
-    weights do not change, so with `reshard` never they are gathered once. Those that it frees after forward are
-    gathered twice a microbatch, but for the embedding, whose backward reads no weights; those that it does not,
-    once a microbatch.
+    Weights. P: parameters of this rank's stage and tensor shard; s = dp_shard * cp; r = dp_replicate; f(p) = (p - 1) /
+    p. Gradients are reduce-scattered once, 4 P f(s) bytes, and their shards are all-reduced over the replicas, 8 P / s
+    f(r). A gather of all weights is 4 P f(s), and half of that in bf16. Weights do not change within a step, so with
+    `reshard` never they are gathered once. Weights that are freed after forward are gathered twice a microbatch, except
+    for the embedding, whose backward reads no weights; others are gathered once a microbatch.
 
-    Tensor. A: bytes of the activations [B, S, D] of the rank's share of the step. Each of a block's two pairs of
-    matrices wants whole inputs and leaves partial sums: with the sequence split an all-gather and a
-    reduce-scatter of A forward and the same backward, 8 A f(tp) a block; without, an all-reduce of A forward and
-    one backward, which is as much. Embedding and head: 2 A f(tp) each. With the sequence split, the norms'
-    gradients are partial sums, of which a rank adds up the 1 / s that is left to it. The loss needs three numbers
-    per token: the largest logit, the sum of exponentials, the target's logit.
+    Tensor. A: bytes of the activations [B, S, D] in the rank's share of the step. Each of a block's two pairs of
+    matrices needs full inputs and produces partial sums. With a split sequence, that is an all-gather and a
+    reduce-scatter of A in forward and the same in backward, 8 A f(tp) a block; without, an all-reduce of A in each,
+    which is as much. Embedding and head take 2 A f(tp) each. With a split sequence the norms' gradients are partial
+    sums, of which a rank reduces its 1 / s. The loss needs three numbers per token: the largest logit, the sum of
+    exponentials and the target's logit.
 
-    Context. Per block the keys and values of all, [2, B, S, K, E], are gathered forward, and their gradients
-    reduce-scattered backward. Pipeline. A to the next stage and as much to the one before.
+    Context. Each block gathers all keys and values, [2, B, S, K, E], in forward, and reduce-scatters their gradients in
+    backward. Pipeline. A goes to the next stage, and as much to the previous one.
 
-    Left out: the counts, losses and norms that a step adds up, a few scalars; and recomputation. With a pipeline
-    it knows of `reshard` default alone, which frees nothing until the step's end.
+    The minimum excludes the counts, losses and norms that a step sums up, which are a few scalars, and recomputation.
+    With a pipeline it supports only `reshard` default, which frees nothing until the step ends.
     """
     model, parallel = config.model, config.parallel
     rows = config.data.global_batch // engine.dp_rank_and_size[1]
@@ -353,35 +352,37 @@ def minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
     width = FP32 if config.precision == "fp32" else 2
     activations = width * tokens * model.d_model
 
-    least = _weights(config, blocks, first, last, microbatches=rows // config.data.micro_batch)
+    min_bytes = _weights(config, blocks, first, last, microbatches=rows // config.data.micro_batch)
     norms = model.d_model * (2 * blocks + last) / (parallel.dp_shard * parallel.cp) if parallel.sequence_parallel else 0
-    least["tp"] = (
+    min_bytes["tp"] = (
         (parallel.tp - 1)
         / parallel.tp
         * (activations * (8 * blocks + 2 * first + 2 * last) + 2 * FP32 * (norms + 3 * tokens * last))
     )
     keys_and_values = 2 * width * tokens * parallel.cp * model.n_kv_heads * model.head_dim / parallel.tp
-    least["cp"] = least.get("cp", 0) + blocks * 2 * keys_and_values * (parallel.cp - 1) / parallel.cp
+    min_bytes["cp"] = min_bytes.get("cp", 0) + blocks * 2 * keys_and_values * (parallel.cp - 1) / parallel.cp
     slices = parallel.tp if parallel.sequence_parallel else 1
-    least["pp"] = activations / slices * (2 - first - last)
-    return {axis: value for axis, value in least.items() if value}
+    min_bytes["pp"] = activations / slices * (2 - first - last)
+    return {axis: value for axis, value in min_bytes.items() if value}
 
 
 def _weights(config: Config, blocks: int, first: bool, last: bool, microbatches: int) -> dict[str, float]:
-    """Gathers of weights and reductions of gradients, by axis."""
+    """Compute gathers of weights and reductions of gradients, by axis."""
     model, parallel = config.model, config.parallel
-    matrices = 2 * model.d_model * model.head_dim * (model.n_heads + model.n_kv_heads) + 3 * model.d_model * model.d_ff
-    table = model.vocab_size * model.d_model / parallel.tp
-    block, embedding = matrices / parallel.tp + 2 * model.d_model, table * first
-    held = blocks * block + embedding + (table + model.d_model) * last
+    matrix_params = (
+        2 * model.d_model * model.head_dim * (model.n_heads + model.n_kv_heads) + 3 * model.d_model * model.d_ff
+    )
+    vocab_params = model.vocab_size * model.d_model / parallel.tp
+    block, embedding = matrix_params / parallel.tp + 2 * model.d_model, vocab_params * first
+    stored_params = blocks * block + embedding + (vocab_params + model.d_model) * last
     assert parallel.pp == 1 or parallel.reshard == "default"
     if parallel.reshard == "always":
-        gathered = microbatches * (2 * held - embedding)
-    elif parallel.reshard == "default" and parallel.pp == 1:  # the last block and what is in no block stay
-        gathered = microbatches * (held + (blocks - 1) * block)
+        gathered = microbatches * (2 * stored_params - embedding)
+    elif parallel.reshard == "default" and parallel.pp == 1:  # the last block and parameters outside of blocks stay
+        gathered = microbatches * (stored_params + (blocks - 1) * block)
     else:
-        gathered = held
-    reduced = held * (microbatches if parallel.reduce_each_microbatch and parallel.pp == 1 else 1)
+        gathered = stored_params
+    reduced = stored_params * (microbatches if parallel.reduce_each_microbatch and parallel.pp == 1 else 1)
     shards, replicas = parallel.dp_shard * parallel.cp, parallel.dp_replicate
     width = FP32 if config.precision == "fp32" else 2
     sharded = " x ".join(axis for axis in ("dp_shard", "cp") if getattr(parallel, axis) > 1)
@@ -395,7 +396,7 @@ def _weights(config: Config, blocks: int, first: bool, last: bool, microbatches:
 
 
 def overview(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table, a line per layout."""
+    """Format a Markdown table with a line per layout."""
     lines = ["| layout | ranks | calls | bytes | minimum | excess |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
     for row in rows:
         lines.append(
@@ -406,23 +407,30 @@ def overview(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def by_axis(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table, a line per layout, axis and kind of call."""
+    """Format a Markdown table with a line per layout, axis and kind of call."""
     lines = ["| layout | dimension | kind | calls | bytes |", "| --- | --- | --- | ---: | ---: |"]
     for row in rows:
-        for part in row["by_axis"]:
-            lines.append(f"| {row['layout']} | {part['axis']} | {part['kind']} | {part['calls']} | {part['bytes']:,} |")
+        for entry in row["by_axis"]:
+            lines.append(
+                f"| {row['layout']} | {entry['axis']} | {entry['kind']} | {entry['calls']} | {entry['bytes']:,} |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def explanations(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per reason. Raises SystemExit where an excess has none, or a reason no excess."""
+    """Format a line per reason.
+
+    Raises SystemExit if an excess has no reason, or a reason no excess.
+    """
     large = {row["layout"]: row["excess"] for row in rows if row["excess"] > ALLOWED_EXCESS}
-    if wrong := large.keys() ^ REASONS.keys():
-        raise SystemExit(f"excess without a reason, or a reason without an excess: {sorted(wrong)}")
-    found: dict[str, list[str]] = {}
+    if unmatched := large.keys() ^ REASONS.keys():
+        raise SystemExit(f"excess without a reason, or a reason without an excess: {sorted(unmatched)}")
+    names_by_reason: dict[str, list[str]] = {}
     for name, excess in large.items():
-        found.setdefault(REASONS[name], []).append(f"{name}: {excess:.1%}")
-    return "\n".join(_wrapped(f"- **{'; '.join(names)}.** {reason}") for reason, names in found.items()) + "\n"
+        names_by_reason.setdefault(REASONS[name], []).append(f"{name}: {excess:.1%}")
+    return (
+        "\n".join(_wrapped(f"- **{'; '.join(names)}.** {reason}") for reason, names in names_by_reason.items()) + "\n"
+    )
 
 
 def _wrapped(text: str, indent: str = "  ") -> str:
@@ -430,9 +438,9 @@ def _wrapped(text: str, indent: str = "  ") -> str:
 
 
 def document(rows: Sequence[dict[str, Any]]) -> str:
-    """docs/communication.md."""
+    """Format docs/communication.md."""
     with torch.device("meta"):
-        parameters = sum(each.numel() for each in Decoder(config_of(CASES[0]).model).parameters())
+        parameters = sum(each.numel() for each in Decoder(make_config(CASES[0]).model).parameters())
     model = ", ".join(f"{key} {value}" for key, value in MODEL.items())
     counted = (
         f"The model: {model}; {parameters:,} parameters. {ROWS} sequences of {SEQ_LEN} tokens per step; fp32 unless "

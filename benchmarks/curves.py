@@ -1,10 +1,9 @@
-"""Do the layouts of configs/layouts lie on the curve of one process? Trains all of them and looks.
+"""Train all layouts of configs/layouts and compare their loss curves with that of one process.
 
-Each config is a run of `torchrun -m dist_llm train` with as many processes as its layout needs, all of
-them on this machine, so this takes minutes on two cores and shows correctness, not speed. The corpus is
-made first where it is missing. Prints one JSON line per layout: the largest relative difference of its
-losses and gradient norms from those of one process, over all steps. With --docs, also writes curves.md
-and curves.png.
+Each config is a run of `torchrun -m dist_llm train` with as many processes as its layout needs, all on this machine:
+this takes minutes on two cores and shows correctness, not speed. The corpus is prepared first if it is missing. Prints
+one JSON line per layout, with the largest relative difference of its losses and gradient norms from those of one
+process over all steps. With --docs, also writes curves.md and curves.png.
 """
 
 import argparse
@@ -31,7 +30,7 @@ ONE = "one"
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run left: its name, its processes, its rows of metrics.jsonl, and how long it took in all."""
+    """A run's name, number of processes, rows of metrics.jsonl, and duration."""
 
     name: str
     ranks: int
@@ -43,74 +42,74 @@ class Curve:
 
 
 def main() -> None:
-    """Train, print, and with --docs write."""
-    options = parser().parse_args()
-    corpus = prepared(options.data)
+    """Train, print, and write with --docs."""
+    options = make_parser().parse_args()
+    corpus = prepare_corpus(options.data)
     names = [ONE, *sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != ONE)]
     with tempfile.TemporaryDirectory() as scratch:
-        one, *layouts = [trained(name, Path(scratch), corpus, options.overrides) for name in names]
+        one, *layouts = [train_layout(name, Path(scratch), corpus, options.overrides) for name in names]
     for curve in layouts:
-        print(json.dumps({"layout": curve.name, "ranks": curve.ranks} | differences(curve, one)), flush=True)
+        print(json.dumps({"layout": curve.name, "ranks": curve.ranks} | max_differences(curve, one)), flush=True)
     if options.docs:
         options.docs.mkdir(parents=True, exist_ok=True)
-        draw(one, layouts, options.docs / "curves.png")
-        (options.docs / "curves.md").write_text(page(one, layouts))
+        plot(one, layouts, options.docs / "curves.png")
+        (options.docs / "curves.md").write_text(make_page(one, layouts))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    top.add_argument("--data", type=Path, default=Path("data/stdlib"), help="default: %(default)s")
-    top.add_argument("--docs", type=Path, metavar="DIR", help="write curves.md and curves.png into it")
-    top.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: run.steps=10")
-    return top
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--data", type=Path, default=Path("data/stdlib"), help="default: %(default)s")
+    parser.add_argument("--docs", type=Path, metavar="DIR", help="write curves.md and curves.png into it")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: run.steps=10")
+    return parser
 
 
-def prepared(corpus: Path) -> Path:
-    """The corpus, made from Python's standard library where it is not there yet."""
+def prepare_corpus(corpus: Path) -> Path:
+    """Return the corpus, prepared from Python's standard library if it does not exist."""
     if not (corpus / "manifest.json").exists():
         source = ("--source", "python-stdlib", "--tokenizer", "bpe:4096")
         run(sys.executable, "-m", "dist_llm", "prepare", *source, "--out", str(corpus))
     return corpus.resolve()
 
 
-def trained(name: str, scratch: Path, corpus: Path, overrides: list[str]) -> Curve:
+def train_layout(name: str, scratch: Path, corpus: Path, overrides: list[str]) -> Curve:
     """Train configs/layouts/NAME.yaml into a fresh directory."""
     path = CONFIGS / f"{name}.yaml"
     layout = yaml.safe_load(path.read_text()).get("parallel", {})
     ranks = math.prod(layout.get(axis, 1) for axis in AXES)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     directory = scratch / name
-    begin = time.perf_counter()
+    start_time = time.perf_counter()
     run(
         *(sys.executable, *launcher, "-m", "dist_llm", "train", "--config", str(path)),
         *(f"run.dir={directory}", f"data.path={corpus}", *overrides),
     )
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return Curve(name, ranks, [row for row in rows if "loss" in row], time.perf_counter() - begin)
+    return Curve(name, ranks, [row for row in rows if "loss" in row], time.perf_counter() - start_time)
 
 
 def run(*command: str) -> None:
-    """One thread per process, as torchrun sets it; what the command says goes to stderr."""
+    """Run a command with one thread per process, as torchrun sets it; its output goes to stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     print("+", *command, file=sys.stderr, flush=True)
     subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=True)
 
 
-def differences(curve: Curve, one: Curve) -> dict[str, float]:
-    """The largest relative difference from one process, over all steps: of the loss, and of the gradient norm."""
-    return {key: max(relative(curve, one, key)) for key in ("loss", "grad_norm")}
+def max_differences(curve: Curve, one: Curve) -> dict[str, float]:
+    """Return the largest relative differences from one process, over all steps, of the loss and the gradient norm."""
+    return {key: max(relative_differences(curve, one, key)) for key in ("loss", "grad_norm")}
 
 
-def relative(curve: Curve, one: Curve, key: str) -> list[float]:
-    """Per step, the difference from one process as a share of its value."""
+def relative_differences(curve: Curve, one: Curve, key: str) -> list[float]:
+    """Return each step's difference from one process, relative to its value."""
     pairs = zip(curve.column(key), one.column(key), strict=True)
-    return [abs(found - wanted) / abs(wanted) for found, wanted in pairs]
+    return [abs(actual - expected) / abs(expected) for actual, expected in pairs]
 
 
-def draw(one: Curve, layouts: list[Curve], file: Path) -> None:
-    """Above, the losses; below, how far each is from one process."""
+def plot(one: Curve, layouts: list[Curve], file: Path) -> None:
+    """Plot the losses above, and the differences from one process below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,11 +119,13 @@ def draw(one: Curve, layouts: list[Curve], file: Path) -> None:
     above.plot(one.column("step"), one.column("loss"), color="0.8", linewidth=8, label="one process")
     for number, curve in enumerate(layouts):
         style = {"color": f"C{number}", "label": f"{curve.name}, {curve.ranks} ranks"}
-        # Dashes set off against each other: of curves that lie on one another all can be seen.
+        # Dashes have different offsets, so that all of several equal curves are visible.
         above.plot(
             curve.column("step"), curve.column("loss"), linestyle=(number * 3, (3, 3 * len(layouts) - 3)), **style
         )
-        below.semilogy(curve.column("step"), [max(each, 1e-9) for each in relative(curve, one, "loss")], **style)
+        below.semilogy(
+            curve.column("step"), [max(each, 1e-9) for each in relative_differences(curve, one, "loss")], **style
+        )
     above.set_ylabel("loss, nats per token")
     above.legend(handlelength=6)
     below.axhline(1e-4, color="black", linestyle=":", linewidth=1)
@@ -135,13 +136,13 @@ def draw(one: Curve, layouts: list[Curve], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def page(one: Curve, layouts: list[Curve]) -> str:
-    """curves.md."""
+def make_page(one: Curve, layouts: list[Curve]) -> str:
+    """Format curves.md."""
     rows = [
         f"| {curve.name} | {curve.ranks} | {curve.column('loss')[0]:.6f} | {curve.column('loss')[-1]:.6f} | {columns} |"
         for curve in (one, *layouts)
         for columns in (
-            [" | ".join("" if curve is one else f"{value:.1e}" for value in differences(curve, one).values())]
+            [" | ".join("" if curve is one else f"{value:.1e}" for value in max_differences(curve, one).values())]
         )
     ]
     lines = [

@@ -1,13 +1,14 @@
-"""What a batch costs: tokens/s of our loader, of nanoGPT's way to make one, and of a plain copy of the same bytes.
+"""Measure what a batch costs: tokens/s of our loader, of nanoGPT's code, and of a plain copy of the same bytes.
 
-ours      the loader as training has it: which samples, where they lie, read, checked, as tensors of the corpus's type,
-          which become int64 on the device
-nanogpt   a memory map per batch, random starts, each window sliced, widened and stacked, inputs and targets apart
-copy      the same windows of the mapped file copied row by row and nothing else: the limit
+ours      the loader as training uses it: it selects samples, finds, reads and checks them, and returns tensors of the
+          corpus's type, which become int64 on the device
+nanogpt   a memory map per batch and random starts; each window is sliced, widened and stacked, inputs and targets
+          separately
+copy      a copy of the same windows of the mapped file, row by row, and nothing else: the limit
 
-All read one file of random uint16 ids that lies in the page cache, on one thread, at random places. They take
-turns, batch by batch, so that a machine that slows down touches all alike. Prints one JSON line per case on
-stdout, then a table on stderr: medians over the turns, and the median over the turns of the ratios.
+All read one file of random uint16 ids from the page cache, on one thread, at random offsets. They take turns batch by
+batch, so that a machine that slows down affects all alike. Prints one JSON line per case on stdout, then a table on
+stderr: medians over the turns, and the median over the turns of the ratios.
 """
 
 import argparse
@@ -33,38 +34,42 @@ from dist_llm.objectives.objective_vocabulary import Vocabulary
 
 VOCABULARY = 50257
 WARM_UP = 5
-GOALS = {"nanogpt": 5.0, "copy": 0.5}  # the least of ours over theirs
+GOALS = {"nanogpt": 5.0, "copy": 0.5}  # the smallest ratio of ours to theirs
 
-Make = Callable[[], object]
+BatchMaker = Callable[[], object]
 
 
 def main() -> None:
-    """Measure each batch size and print."""
-    options = parser().parse_args()
+    """Measure and print each batch size."""
+    options = make_parser().parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        corpus = write(Path(scratch), options.tokens)
-        cases = [case(corpus, options, rows, order) for rows in options.rows for order in ("shuffle", "random")]
-    for found in cases:
-        print(json.dumps(found))
+        corpus = write_corpus(Path(scratch), options.tokens)
+        cases = [measure_case(corpus, options, rows, order) for rows in options.rows for order in ("shuffle", "random")]
+    for row in cases:
+        print(json.dumps(row))
     sys.stdout.flush()
-    report(options, cases)
+    print_report(options, cases)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    top.add_argument("--rows", type=int, nargs="+", default=[8, 64, 512], help="sequences per batch; default: 8 64 512")
-    top.add_argument("--seq-len", type=int, default=2048, help="default: %(default)s")
-    top.add_argument("--tokens", type=int, default=100_000_000, help="in the file; default: %(default)s")
-    top.add_argument("--turns", type=int, default=200, help="batches of each; default: %(default)s")
-    top.add_argument("--scratch", type=Path, help="where the file is written; default: the system's temporary folder")
-    return top
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[8, 64, 512], help="sequences per batch; default: 8 64 512"
+    )
+    parser.add_argument("--seq-len", type=int, default=2048, help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=100_000_000, help="in the file; default: %(default)s")
+    parser.add_argument("--turns", type=int, default=200, help="batches of each; default: %(default)s")
+    parser.add_argument(
+        "--scratch", type=Path, help="where the file is written; default: the system's temporary folder"
+    )
+    return parser
 
 
-def write(directory: Path, tokens: int) -> Corpus:
-    """A corpus of one shard of random ids."""
+def write_corpus(directory: Path, tokens: int) -> Corpus:
+    """Write a corpus of one shard of random ids."""
     ids = np.random.default_rng(0).integers(0, VOCABULARY, tokens, dtype="<u2")
     ids.tofile(directory / "train-00000.bin")
     shard = Shard("train-00000.bin", tokens, 1, 4 * tokens, "")
@@ -72,8 +77,8 @@ def write(directory: Path, tokens: int) -> Corpus:
     return Corpus(directory)
 
 
-def case(corpus: Corpus, options: argparse.Namespace, rows: int, order: str) -> dict[str, object]:
-    """Tokens/s of the three, and ours over theirs."""
+def measure_case(corpus: Corpus, options: argparse.Namespace, rows: int, order: str) -> dict[str, object]:
+    """Measure tokens/s of the three, and the ratios of ours to the others."""
     path = corpus.directory / corpus.shards[0].file
     raw = {
         "run": {"dir": "unused", "steps": 1, "seed": 1},
@@ -89,38 +94,43 @@ def case(corpus: Corpus, options: argparse.Namespace, rows: int, order: str) -> 
     config = resolve(Config.model_validate(raw), 1, VOCABULARY)
     loader = build_loader(config, build_fresh_plan(config), Vocabulary(VOCABULARY, 0), 0, 1, pin=False)
     makers = {
-        "ours": ours(loader, rows),
-        "nanogpt": nanogpt(path, rows, options.seq_len),
-        "copy": copy(path, rows, options.seq_len),
+        "ours": make_loader_batches(loader, rows),
+        "nanogpt": make_nanogpt_batches(path, rows, options.seq_len),
+        "copy": copy_batches(path, rows, options.seq_len),
     }
     seconds: dict[str, list[float]] = {name: [] for name in makers}
-    orders = list(permutations(makers))  # who comes after whom decides what is in the processor's caches
+    orders = list(permutations(makers))  # the order decides what is in the processor's caches
     for turn in range(options.turns + WARM_UP):
         for name in orders[turn % len(orders)]:
-            begin = time.perf_counter()
+            start_time = time.perf_counter()
             makers[name]()
-            seconds[name].append(time.perf_counter() - begin)
-    kept = {name: taken[WARM_UP:] for name, taken in seconds.items()}
+            seconds[name].append(time.perf_counter() - start_time)
+    seconds_after_warm_up = {name: times[WARM_UP:] for name, times in seconds.items()}
     tokens = rows * options.seq_len
     return {
         "rows": rows,
         "order": order,
-        **{name: round(tokens / statistics.median(taken)) for name, taken in kept.items()},
+        **{name: round(tokens / statistics.median(times)) for name, times in seconds_after_warm_up.items()},
         **{
-            f"over_{name}": round(statistics.median(b / a for a, b in zip(kept["ours"], kept[name], strict=True)), 3)
+            f"over_{name}": round(
+                statistics.median(
+                    b / a for a, b in zip(seconds_after_warm_up["ours"], seconds_after_warm_up[name], strict=True)
+                ),
+                3,
+            )
             for name in GOALS
         },
     }
 
 
-def ours(loader: Loader, rows: int) -> Make:
-    """One step after another, as in training but without the thread that works ahead."""
+def make_loader_batches(loader: Loader, rows: int) -> BatchMaker:
+    """Load the batch of one step after another, as in training but without the thread that works ahead."""
     steps = iter(range(0, 1 << 62, rows))
     return lambda: loader.load_batches(next(steps))
 
 
-def nanogpt(path: Path, rows: int, length: int) -> Make:
-    """As its users know it: the map is made anew for each batch."""
+def make_nanogpt_batches(path: Path, rows: int, length: int) -> BatchMaker:
+    """Make batches as nanoGPT does, with a new memory map for each."""
 
     def make() -> object:
         tokens = np.memmap(path, dtype="<u2", mode="r")
@@ -132,8 +142,8 @@ def nanogpt(path: Path, rows: int, length: int) -> Make:
     return make
 
 
-def copy(path: Path, rows: int, length: int) -> Make:
-    """Bytes from the page cache to a new array."""
+def copy_batches(path: Path, rows: int, length: int) -> BatchMaker:
+    """Copy bytes from the page cache to a new array."""
     tokens = np.asarray(np.memmap(path, dtype="<u2", mode="r"))
     random = np.random.default_rng(2)
 
@@ -146,18 +156,18 @@ def copy(path: Path, rows: int, length: int) -> Make:
     return make
 
 
-def report(options: argparse.Namespace, cases: list[dict[str, object]]) -> None:
-    """The table, and how far the goals are met."""
+def print_report(options: argparse.Namespace, cases: list[dict[str, object]]) -> None:
+    """Print the table and the goals."""
     print(
         f"{options.seq_len} tokens per row, {options.tokens:,} in the file, {options.turns} turns, 1 thread, "
         f"torch {torch.__version__}, numpy {np.__version__}; millions of tokens/s\n\n"
         f"{'rows':>6} {'order':>8} {'ours':>8} {'nanogpt':>8} {'copy':>8} {'over nanogpt':>13} {'over copy':>10}",
         file=sys.stderr,
     )
-    for found in cases:
-        rates = " ".join(f"{float(str(found[name])) / 1e6:8.1f}" for name in ("ours", "nanogpt", "copy"))
-        ratios = f"{found['over_nanogpt']:13} {found['over_copy']:10}"
-        print(f"{found['rows']:>6} {found['order']:>8} {rates} {ratios}", file=sys.stderr)
+    for row in cases:
+        rates = " ".join(f"{float(str(row[name])) / 1e6:8.1f}" for name in ("ours", "nanogpt", "copy"))
+        ratios = f"{row['over_nanogpt']:13} {row['over_copy']:10}"
+        print(f"{row['rows']:>6} {row['order']:>8} {rates} {ratios}", file=sys.stderr)
     goals = ", ".join(f"at least {goal} over {name}" for name, goal in GOALS.items())
     print(f"\nthe goal: {goals}", file=sys.stderr)
 

@@ -1,9 +1,9 @@
-"""The engines on the same work: tokens/s, peak memory and bytes on the wire, two ranks on one machine.
+"""Compare engines on the same work: tokens/s, peak memory and bytes sent, with two ranks on one machine.
 
-Each case is two processes of one thread that train one model in the same steps; engines take turns, round by round,
-so that a machine that slows down touches all alike. Tokens/s are over the native engine's of the same round. Memory
-is the highest resident size of a rank above what it had with everything imported. Bytes are what the loopback device
-carried meanwhile, by rank and step: other programs' traffic on this machine would be counted too.
+Each case is two processes of one thread that train one model for the same steps. Engines take turns, round by round, so
+that a machine that slows down affects all alike. Tokens/s are also given relative to the native engine in the same
+round. Memory is the highest resident size of a rank above its size after all imports. Bytes are those that the loopback
+device sends meanwhile, by rank and step, which includes traffic of other programs on this machine.
 
 Prints one JSON line per case and round on stdout, and a table on stderr. `--write` puts it into docs/engines.md.
 """
@@ -51,27 +51,27 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Measure, print, and write the table if asked to."""
-    options = parser().parse_args()
+    """Measure, print, and write the table with --write."""
+    options = make_parser().parse_args()
     rows: list[dict[str, Any]] = []
     for number in range(options.rounds):
         for name in CASES:
-            found: dict[str, Any] = {"round": number, "case": name, **measured(name, options)}
-            base = next(row for row in reversed([*rows, found]) if row["case"] == BASELINE)
-            found["ratio"] = found["tokens_per_second"] / base["tokens_per_second"]
-            rows.append(found)
-            print(json.dumps(found), flush=True)
-    text = table(rows, options)
+            row: dict[str, Any] = {"round": number, "case": name, **measure_case(name, options)}
+            base = next(each for each in reversed([*rows, row]) if each["case"] == BASELINE)
+            row["ratio"] = row["tokens_per_second"] / base["tokens_per_second"]
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    text = make_table(rows, options)
     print(text, file=sys.stderr)
     if options.write:
         before, _, rest = DOCUMENT.read_text().partition(BEGIN)
         DOCUMENT.write_text(before + BEGIN + text + END + rest.partition(END)[2])
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     for name, default, text in (
         ("rounds", 3, "how often each engine has its turn"),
         ("steps", 8, "timed steps of each turn, after two others"),
@@ -81,13 +81,13 @@ def parser() -> argparse.ArgumentParser:
         ("seq-len", 256, "tokens of a sequence"),
         ("batch", 8, "sequences of a step, over both ranks"),
     ):
-        top.add_argument(f"--{name}", type=int, default=default, help=f"{text}; default: %(default)s")
-    top.add_argument("--write", action="store_true", help=f"write the table into docs/{DOCUMENT.name}")
-    return top
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}; default: %(default)s")
+    parser.add_argument("--write", action="store_true", help=f"write the table into docs/{DOCUMENT.name}")
+    return parser
 
 
-def config_of(name: str, options: argparse.Namespace) -> Config:
-    """A case as a resolved config."""
+def make_config(name: str, options: argparse.Namespace) -> Config:
+    """Make the resolved config of a case."""
     model = {"d_model": options.d_model, "n_layers": options.layers, "n_heads": 6, "vocab_size": options.vocabulary}
     data = {"path": "unused", "seq_len": options.seq_len, "global_batch": options.batch}
     config = Config.model_validate({"run": {"dir": "unused", "steps": 1}, "model": model, "data": data, **CASES[name]})
@@ -95,16 +95,16 @@ def config_of(name: str, options: argparse.Namespace) -> Config:
     return resolve(config, RANKS, 0)
 
 
-def measured(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """One turn of a case, in processes started for it."""
+def measure_case(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Measure one turn of a case, in processes started for it."""
     with tempfile.TemporaryDirectory() as scratch:
-        torch.multiprocessing.spawn(_rank, (config_of(name, options), options.steps, scratch), nprocs=RANKS)
-        found = [json.loads((Path(scratch) / f"{rank}.json").read_text()) for rank in range(RANKS)]
+        torch.multiprocessing.spawn(_rank, (make_config(name, options), options.steps, scratch), nprocs=RANKS)
+        results = [json.loads((Path(scratch) / f"{rank}.json").read_text()) for rank in range(RANKS)]
     return {
-        "tokens_per_second": options.batch * options.seq_len * options.steps / found[0]["seconds"],
-        "peak_bytes": max(each["peak_bytes"] for each in found),
-        "wire_bytes": found[0]["wire_bytes"] / RANKS / options.steps,
-        "loss": found[0]["loss"],
+        "tokens_per_second": options.batch * options.seq_len * options.steps / results[0]["seconds"],
+        "peak_bytes": max(each["peak_bytes"] for each in results),
+        "wire_bytes": results[0]["wire_bytes"] / RANKS / options.steps,
+        "loss": results[0]["loss"],
     }
 
 
@@ -125,32 +125,32 @@ def _rank(rank: int, config: Config, steps: int, scratch: str) -> None:
     for step in range(2):
         train_step(engine, batches, config.optim.lr, step)
     dist.barrier()
-    begin, sent = time.perf_counter(), _carried()
+    start_time, sent = time.perf_counter(), _read_sent_bytes()
     for step in range(2, 2 + steps):
         report = train_step(engine, batches, config.optim.lr, step)
     loss = report.loss.item()
     dist.barrier()
-    found = {
-        "seconds": time.perf_counter() - begin,
-        "wire_bytes": _carried() - sent,
+    result = {
+        "seconds": time.perf_counter() - start_time,
+        "wire_bytes": _read_sent_bytes() - sent,
         "peak_bytes": peak.bytes(),
         "loss": loss,
     }
-    (Path(scratch) / f"{rank}.json").write_text(json.dumps(found))
+    (Path(scratch) / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     del engine, report
-    gc.collect()  # models must be gone before the group is
+    gc.collect()  # models must be deleted before the group
     dist.destroy_process_group()
 
 
-def _carried() -> int:
-    """Bytes that the loopback device has sent since the machine started."""
+def _read_sent_bytes() -> int:
+    """Return the bytes that the loopback device has sent since the machine started."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[8])
 
 
-def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """Medians over the rounds, as Markdown."""
+def make_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """Format medians over the rounds as Markdown."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate"))
     lines = [
         f"{options.layers} blocks of width {options.d_model}, vocabulary {options.vocabulary}, fp32, AdamW; "
@@ -161,9 +161,9 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in CASES:
-        mine = [row for row in rows if row["case"] == name]
+        case_rows = [row for row in rows if row["case"] == name]
         rate, ratio, peak, wire, loss = (
-            statistics.median(row[key] for row in mine)
+            statistics.median(row[key] for row in case_rows)
             for key in ("tokens_per_second", "ratio", "peak_bytes", "wire_bytes", "loss")
         )
         lines.append(f"| {name} | {rate:,.0f} | {ratio:.2f} | {peak / 1e6:.0f} | {wire / 1e6:.1f} | {loss:.5f} |")

@@ -1,12 +1,12 @@
-"""Compiles the kernels that torch.compile writes for a GPU, to machine code of sm_90, without a GPU.
+"""Compile the kernels that torch.compile writes for a GPU to machine code of sm_90, without a GPU.
 
 For each case Dynamo and Inductor run as on an H200, forward and backward, on tensors without values, and Triton
-compiles each configuration of each kernel that comes out. Nothing is launched and no value is computed: it shows that
-the toolchain takes our code. It needs torch's CPU build with g++ (pretend.py), and a triton of about the same age. No
-compiler here sees what libraries bring: cuBLAS, cuDNN, FlashAttention and NCCL.
+compiles each configuration of each resulting kernel. Nothing is launched and no value is computed: it shows that the
+toolchain accepts our code. It needs torch's CPU build with g++ (pretend.py), and a triton of about the same age.
+Libraries are not compiled here: cuBLAS, cuDNN, FlashAttention and NCCL.
 
-A JSON line per case: `kernels`, their number; `configurations`, how many were compiled; `bytes` of machine code. Exit
-code 1 where a case compiles no kernel, or raises before its last one.
+Prints a JSON line per case: `kernels`, their number; `configurations`, how many were compiled; `bytes` of machine code.
+Exit code 1 if a case compiles no kernel, or raises before its last one.
 
   pip install --target /tmp/triton --no-deps triton
   PYTHONPATH=/tmp/triton python benchmarks/gpu_compile.py
@@ -36,11 +36,11 @@ from dist_llm.models.attention import materialize_mask
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.block import Block
 from dist_llm.parallel.fp8 import Float8Linear
-from models import config_of
+from models import make_config
 
 TARGET = ("cuda", 90, 32)  # Hopper, and the threads of a warp
 DEVICE = pretend.DEVICE
-# What Inductor asks of an H200.
+# The properties of an H200 that Inductor reads.
 PROPERTIES = SimpleNamespace(
     name="NVIDIA H200",
     major=9,
@@ -56,11 +56,11 @@ PROPERTIES = SimpleNamespace(
     shared_memory_per_multiprocessor=233472,
     L2_cache_size=50 << 20,
 )
-UNLAUNCHED = "compiled without support for the specified device"  # what the generated code meets after compilation
+LAUNCH_ERROR = "compiled without support for the specified device"  # the error of the generated code after compilation
 
 
 class Driver:
-    """In place of Triton's driver, which needs a GPU."""
+    """A replacement for Triton's driver, which needs a GPU."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -73,7 +73,7 @@ class Driver:
 
 @contextlib.contextmanager
 def toolchain(compiled: list[tuple[str, int]]) -> Iterator[None]:
-    """Inductor as on an H200; notes (kernel, bytes of machine code) of each configuration."""
+    """Run Inductor as on an H200, and append (kernel, bytes of machine code) of each configuration to `compiled`."""
     import triton
     from torch._inductor.fx_passes import joint_graph
     from torch._inductor.runtime import triton_helpers, triton_heuristics
@@ -93,13 +93,13 @@ def toolchain(compiled: list[tuple[str, int]]) -> Iterator[None]:
         (tuner, "_dynamic_scale_rblock", lambda self: None),
         (triton_heuristics.StaticTritonCompileResult, "can_statically_launch", staticmethod(lambda *options: None)),
         (triton_helpers, "set_driver_to_gpu", lambda: None),
-        (joint_graph, "lazy_init", lambda *options: None),  # it tries its patterns on the device
+        (joint_graph, "lazy_init", lambda *options: None),  # it runs its patterns on the device
         *device_patches(),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in patches:
             stack.enter_context(patch.object(owner, name, value, create=True))
-        # Everything in this process, nothing from a cache, and backward at once rather than when it is first run.
+        # Compile in this process without caches, and compile backward at once rather than when it first runs.
         stack.enter_context(inductor.patch(compile_threads=1, joint_graph_constant_folding=False))
         stack.enter_context(inductor.patch(force_disable_caches=True))
         stack.enter_context(functorch.patch(force_non_lazy_backward_lowering=True))
@@ -107,11 +107,11 @@ def toolchain(compiled: list[tuple[str, int]]) -> Iterator[None]:
 
 
 def device_patches() -> Iterator[tuple[Any, str, Any]]:
-    """What of torch asks the driver, with `PROPERTIES` for an answer."""
-    there: Any = SimpleNamespace(peak=0, reset_peak=None, resize=None)
+    """Yield patches for the parts of torch that ask the driver; they answer with `PROPERTIES`."""
+    gpu_stub: Any = SimpleNamespace(peak=0, reset_peak=None, resize=None)
     left_out = ("compile", "_fused_sdp_choice", "resize_", "Stream", "Event", "stream", "current_stream")
     answers = {"is_initialized": lambda: False, "get_device_properties": lambda device=None: PROPERTIES}
-    for owner, name, value in pretend._patches(there):
+    for owner, name, value in pretend._patches(gpu_stub):
         if name not in left_out:
             yield owner, name, answers.get(name, value)
     yield torch.cuda, "get_rng_state", lambda device=None: torch.zeros(16, dtype=torch.uint8)
@@ -130,7 +130,7 @@ def device_patches() -> Iterator[tuple[Any, str, Any]]:
 
 
 def compile_loss(compiler: Callable[..., Any]) -> None:
-    """A slice of the logits of llama-1b."""
+    """Compile a slice of the logits of llama-1b."""
     logits_nW = torch.randn(1024, 128256, device=DEVICE)
     targets_n = torch.zeros(1024, dtype=torch.long, device=DEVICE)
     compiler(_losses_and_logit_grads_)(
@@ -139,7 +139,7 @@ def compile_loss(compiler: Callable[..., Any]) -> None:
 
 
 def compile_flex(compiler: Callable[..., Any], **fields: Any) -> None:
-    """FlexAttention, with the heads of Llama 3's 8B."""
+    """Compile FlexAttention with the heads of Llama 3 8B."""
     from torch.nn.attention.flex_attention import flex_attention
 
     shapes = ((2, 32, 1024, 128), (2, 8, 1024, 128), (2, 8, 1024, 128))
@@ -151,8 +151,8 @@ def compile_flex(compiler: Callable[..., Any], **fields: Any) -> None:
 
 
 def compile_block(compiler: Callable[..., Any], model: str, precision: str = "bf16", fp8: bool = False) -> None:
-    """A block of a named model on 4,096 tokens."""
-    config: Config = config_of(model)
+    """Compile a block of a named model on 4,096 tokens."""
+    config: Config = make_config(model)
     with torch.device(DEVICE):
         block = Block(config.model, 0)
     for module in block.modules() if fp8 else ():
@@ -179,7 +179,7 @@ CASES: dict[str, Callable[[Callable[..., Any]], None]] = {
 
 
 def run(name: str, compiler: Callable[..., Any]) -> dict[str, Any]:
-    """Compile a case; the generated code then fails, since there is nothing to run it on."""
+    """Compile a case; the generated code then fails, since there is no GPU to run it."""
     compiled: list[tuple[str, int]] = []
     error = "the generated code ran"
     torch._dynamo.reset()
@@ -188,14 +188,14 @@ def run(name: str, compiler: Callable[..., Any]) -> dict[str, Any]:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 CASES[name](compiler)
         except Exception as raised:
-            error = "" if UNLAUNCHED in str(raised) else f"{type(raised).__name__}: {raised}"[:2000]
+            error = "" if LAUNCH_ERROR in str(raised) else f"{type(raised).__name__}: {raised}"[:2000]
     kernels = {kernel for kernel, _ in compiled}
     sizes = sum(size for _, size in compiled)
     return {"case": name, "kernels": len(kernels), "configurations": len(compiled), "bytes": sizes, "error": error}
 
 
 def main() -> int:
-    """Compile each case."""
+    """Compile all cases."""
     if find_spec("triton") is None:
         print(
             "error: triton is missing: pip install --target DIR --no-deps triton, and PYTHONPATH=DIR", file=sys.stderr

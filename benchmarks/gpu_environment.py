@@ -1,4 +1,4 @@
-"""What `gpu.py` runs on: the machine for the head of the results, and a check that what the rows need is there."""
+"""The environment of `gpu.py`: facts about the machine for the results, and a check of what the rows need."""
 
 import shutil
 import subprocess
@@ -11,9 +11,9 @@ import torch
 
 from gpu_context import Context
 
-LEAST_TORCH = (2, 11)
+MIN_TORCH = (2, 11)
 PACKAGES = ("triton", "transformers", "numpy", "pytest")
-# Modules that may be missing, and what is then left out. What every row needs is looked for by gpu_start.py.
+# Modules that may be missing, and what is then skipped. gpu_start.py checks the modules that every row needs.
 OPTIONAL = {
     "datasets": "prepare from a hub's dataset; no row needs it",
     "datasketch": "prepare with near duplicates removed; no row needs it",
@@ -24,28 +24,28 @@ OPTIONAL = {
 
 
 def check_environment(context: Context) -> dict[str, Any]:
-    """Whether this machine can run the rows: torch's version, a GPU that is free, triton and a C compiler."""
+    """Check whether this machine can run the rows: torch's version, a free GPU, triton and a C compiler."""
     broken = []
-    if tuple(map(int, torch.__version__.split(".")[:2])) < LEAST_TORCH:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < MIN_TORCH:
         broken.append(f"torch {torch.__version__}: 2.11 or newer is needed")
     missing = {name: use for name, use in OPTIONAL.items() if find_spec(name) is None}
-    found: dict[str, Any] = {"missing": missing}
+    result: dict[str, Any] = {"missing": missing}
     if context.kind == "cuda":
         if find_spec("triton") is None:
             broken.append("triton is missing: the loss on a GPU is a compiled kernel")
         if not any(map(shutil.which, ("cc", "gcc", "clang"))):
             broken.append("no C compiler (cc, gcc or clang), which triton needs: install gcc")
         free, total = torch.cuda.mem_get_info(context.device)
-        found |= {"free_bytes": free, "total_bytes": total}
+        result |= {"free_bytes": free, "total_bytes": total}
         if free < 0.8 * total:
             broken.append(
                 f"{(total - free) / 2**30:.0f} GiB of the GPU's memory are in use: another program runs there"
             )
-    return {**found, "broken": broken}
+    return {**result, "broken": broken}
 
 
 def hardware(context: Context) -> dict[str, Any]:
-    """Beside what results.py knows of a machine: the GPU, its driver, and the libraries of CUDA."""
+    """Return the facts that results.py lacks: the GPU, its driver, and the libraries of CUDA."""
     facts: dict[str, Any] = {"device": context.kind}
     for name in PACKAGES:
         try:
@@ -59,7 +59,7 @@ def hardware(context: Context) -> dict[str, Any]:
 
 
 def _nvidia_smi() -> str:
-    """Name, driver, power limit and clocks; empty where the program is missing."""
+    """Return name, driver, power limit and clocks, or nothing if the program is missing."""
     query = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory"
     try:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]

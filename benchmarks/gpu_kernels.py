@@ -1,4 +1,4 @@
-"""Checks of `gpu.py` on kernels: attention, the sliced loss and products in float8, beside plain arithmetic."""
+"""Kernel checks of `gpu.py`: attention, the sliced loss and products in float8, compared with plain arithmetic."""
 
 from contextlib import nullcontext
 from unittest.mock import patch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from attention import MASKS, SDPA, Heads, masked
+from attention import MASKS, SDPA, Heads, mask_for
 from dist_llm.losses import fused_linear_cross_entropy
 from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
 from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
@@ -19,84 +19,84 @@ from gpu_context import Comparison, Context, SkippedError
 
 ROWS, SEQ_LEN, HEADS, KV_HEADS, HEAD_DIM = 2, 256, 4, 2, 64
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-# What SDPA says where a backend does not take a mask, a dtype or a head dimension. Any other error is one.
-REFUSALS = ("No available kernel", "No viable backend", "Invalid backend")
+# Errors of SDPA if a backend does not support a mask, a dtype or a head dimension; others are failures.
+UNSUPPORTED_ERRORS = ("No available kernel", "No viable backend", "Invalid backend")
 REQUIRED = ("chosen", "math", "flex")  # must take every mask
 
 
 def check_attention(context: Context, kernel: str, seq_len: int = SEQ_LEN) -> dict[str, object]:
-    """A kernel's output and gradients beside softmax attention in fp64, for each mask; `chosen`: the model's own."""
+    """Compare a kernel's output and gradients with attention in fp64, for each mask; `chosen` is the model's choice."""
     if kernel == "flex" and context.kind == "cpu":
         raise SkippedError("FlexAttention has no backward on a CPU")
-    comparison, refused = Comparison(context), list[str]()
-    kv_heads = HEADS if kernel == "efficient" else KV_HEADS  # it knows no groups
+    comparison, unsupported = Comparison(context), list[str]()
+    kv_heads = HEADS if kernel == "efficient" else KV_HEADS  # it does not support groups
     cases = {name: (make(ROWS, seq_len, context.device), seq_len) for name, make in MASKS.items()}
     if kernel != "flex":
-        cases["last queries"] = (CAUSAL, seq_len // 4)  # as many queries at the end of all keys: a prompt in parts
+        cases["last queries"] = (CAUSAL, seq_len // 4)  # queries at the last positions only: a prompt in chunks
     for dtype, tolerance in TOLERANCES.items():
         for name, (attention_mask, queries) in cases.items():
             what = f"{name} {str(dtype).removeprefix('torch.')}"
-            heads = _heads(seq_len, queries, kv_heads, dtype, context.device)
+            heads = _make_heads(seq_len, queries, kv_heads, dtype, context.device)
             try:
                 actual = _attention(kernel, heads, attention_mask)
             except RuntimeError as error:
-                if kernel in REQUIRED or not any(text in str(error) for text in REFUSALS):
+                if kernel in REQUIRED or not any(text in str(error) for text in UNSUPPORTED_ERRORS):
                     raise
-                refused.append(what)
+                unsupported.append(what)
                 continue
-            expected = _plain(heads, attention_mask) if context.has_values else actual
+            expected = _reference_attention(heads, attention_mask) if context.has_values else actual
             for part, one, other in zip(("out", "q", "k", "v"), actual, expected, strict=True):
                 comparison.close(f"{what} {part}", one, other, tolerance)
-    if len(refused) == len(cases) * len(TOLERANCES):
+    if len(unsupported) == len(cases) * len(TOLERANCES):
         raise SkippedError("takes none of the masks here")
-    return comparison.row(refused=refused)
+    return comparison.row(refused=unsupported)
 
 
-def _heads(seq_len: int, queries: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> Heads:
+def _make_heads(seq_len: int, queries: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> Heads:
     generator = torch.Generator().manual_seed(0)
 
-    def one(length: int, heads: int) -> Tensor:
-        drawn = torch.randn(ROWS, length, heads, HEAD_DIM, generator=generator)
-        return drawn.to(device, dtype).requires_grad_()
+    def random_heads(length: int, heads: int) -> Tensor:
+        values = torch.randn(ROWS, length, heads, HEAD_DIM, generator=generator)
+        return values.to(device, dtype).requires_grad_()
 
-    return one(queries, HEADS), one(seq_len, kv_heads), one(seq_len, kv_heads)
+    return random_heads(queries, HEADS), random_heads(seq_len, kv_heads), random_heads(seq_len, kv_heads)
 
 
 def _attention(kernel: str, heads: Heads, attention_mask: AttentionMask) -> tuple[Tensor, ...]:
-    """The output, and the gradients of q, k and v."""
+    """Compute the output, and the gradients of q, k and v."""
     q, k = heads[0], heads[1]
     shape = (len(q), q.shape[1], k.shape[1])
     with sdpa_kernel(SDPA[kernel]) if kernel in SDPA else nullcontext():
         mask = (
             materialize_mask(attention_mask, shape, q.device, dense=False)
             if kernel == "chosen"
-            else masked(kernel, attention_mask, shape, q.device)
+            else mask_for(kernel, attention_mask, shape, q.device)
         )
         out = scaled_dot_product(*heads, mask, dropout=0.0)
         return (out, *torch.autograd.grad(out, heads, _upstream(out)))
 
 
 def _upstream(out: Tensor) -> Tensor:
-    """A gradient of the output, the same for every kernel."""
+    """Return a gradient of the output, equal for all kernels."""
     steps = torch.arange(out.numel(), device=out.device, dtype=torch.float32)
     return torch.sin(steps).view(out.shape).to(out.dtype)
 
 
-def _plain(heads: Heads, attention_mask: AttentionMask) -> tuple[Tensor, ...]:
-    """The same by its formula, in fp64."""
+def _reference_attention(heads: Heads, attention_mask: AttentionMask) -> tuple[Tensor, ...]:
+    """Compute the same by its formula, in fp64."""
     q, k, v = (each.detach().double().requires_grad_() for each in heads)
     S, T, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     b, s, t = (torch.arange(size, device=q.device) for size in (len(q), S, T))
-    seen_BST = attention_mask.allows(S, T, b[:, None, None], s[None, :, None], t).expand(len(q), S, T)
+    allowed_BST = attention_mask.allows(S, T, b[:, None, None], s[None, :, None], t).expand(len(q), S, T)
     k_BTHE, v_BTHE = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores_BHST = torch.einsum("bshe,bthe->bhst", q, k_BTHE) * q.shape[-1] ** -0.5
-    weights_BHST = scores_BHST.masked_fill(~seen_BST[:, None], -torch.inf).softmax(-1)
+    weights_BHST = scores_BHST.masked_fill(~allowed_BST[:, None], -torch.inf).softmax(-1)
     out = torch.einsum("bhst,bthe->bshe", weights_BHST, v_BTHE)
     return (out, *torch.autograd.grad(out, (q, k, v), _upstream(out)))
 
 
 def check_loss(context: Context) -> dict[str, object]:
-    """The loss in slices, and its gradients, beside whole logits in fp64 on the CPU; fp32 and bf16, capped and not."""
+    """Compare the sliced loss and its gradients with all logits in fp64 on the CPU; with and without a cap."""
     comparison = Comparison(context)
     generator, device = torch.Generator().manual_seed(0), context.device
     x, weight = torch.randn(2, 96, 64, generator=generator), torch.randn(512, 64, generator=generator) / 8
@@ -104,7 +104,7 @@ def check_loss(context: Context) -> dict[str, object]:
     targets[0, :7] = IGNORE
     loss, slice_bytes = CrossEntropy(label_smoothing=0.1, z_loss=1e-3), 40 * 512 * 4  # five slices
     for cap in (0.0, 5.0):
-        expected = _whole_loss(x.double(), weight.double(), targets, loss, cap)
+        expected = _full_logits_loss(x.double(), weight.double(), targets, loss, cap)
         for dtype, tolerance in TOLERANCES.items():
             inputs = x.to(device).requires_grad_(), weight.to(device).requires_grad_()
             autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
@@ -117,8 +117,8 @@ def check_loss(context: Context) -> dict[str, object]:
     return comparison.row()
 
 
-def _whole_loss(x: Tensor, weight: Tensor, targets: Tensor, loss: CrossEntropy, cap: float) -> tuple[Tensor, ...]:
-    """Losses of the sequences, and the gradients of their sum."""
+def _full_logits_loss(x: Tensor, weight: Tensor, targets: Tensor, loss: CrossEntropy, cap: float) -> tuple[Tensor, ...]:
+    """Compute losses of the sequences, and the gradients of their sum."""
     x, weight = x.requires_grad_(), weight.requires_grad_()
     logits = F.linear(x, weight[:500])
     logits = cap * torch.tanh(logits / cap) if cap else logits
@@ -134,15 +134,16 @@ def _whole_loss(x: Tensor, weight: Tensor, targets: Tensor, loss: CrossEntropy, 
 
 
 def check_fp8(context: Context, tokens: int) -> dict[str, object]:
-    """Products in float8, forward and both gradients: beside the emulated ones, and beside those in fp32.
+    """Compare products in float8, forward and both gradients, with the emulated ones and with those in fp32.
 
-    The first to bf16's last place and what Hopper's sums lose (2^-11 of the summands' sizes), the second within 10%.
+    The former must agree to bf16's last place plus the loss of Hopper's sums (2^-11 of the summands' sizes), the latter
+    within 10%.
     """
     comparison, generator = Comparison(context), torch.Generator().manual_seed(0)
     fp8.check_float8_support(context.device)
     shapes = (((tokens, 256), 1e-2), ((512, 256), 2e-2), ((tokens, 512), 1e-5))
-    drawn = [(size * torch.randn(shape, generator=generator)).bfloat16() for shape, size in shapes]
-    x, w, g = (each.to(context.device) for each in drawn)
+    factors = [(size * torch.randn(shape, generator=generator)).bfloat16() for shape, size in shapes]
+    x, w, g = (each.to(context.device) for each in factors)
     kernel = _products(x, w, g)
     with patch.object(fp8, "scaled_matmul", fp8.emulate_scaled_matmul):
         emulated = _products(x, w, g)
@@ -161,7 +162,7 @@ def check_fp8(context: Context, tokens: int) -> dict[str, object]:
 
 
 def _products(x: Tensor, w: Tensor, g: Tensor) -> list[Tensor]:
-    """y = x w^T, and the gradients of x and w."""
+    """Compute y = x w^T, and the gradients of x and w."""
     inputs, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
     y = fp8.float8_linear(inputs, weight)
     return [y.detach(), *torch.autograd.grad(y, (inputs, weight), g)]

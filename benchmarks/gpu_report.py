@@ -1,4 +1,4 @@
-"""The results of `gpu.py`: a file that is whole after every row, and the table at the end."""
+"""The results of `gpu.py`: a file that is complete after every row, and the table at the end."""
 
 import json
 from collections.abc import Mapping
@@ -10,16 +10,16 @@ import torch
 from dist_llm.io.atomic import replace_file
 from gpu_context import Context
 from gpu_environment import hardware
-from results import DIRECTORY, Results, table
+from results import DIRECTORY, Results, format_table
 
 GIB = 2**30
 TRACED = "gpu-pretended.json"
 
 
 class GpuResults(Results):
-    """`FOLDER/gpu-KIND.json`, written anew with each row: a killed run keeps its rows.
+    """`FOLDER/gpu-KIND.json`, rewritten with each row, so that a killed run keeps its rows.
 
-    `commit` is used where the source tree is not under git. Rows of training get the peak that was traced beforehand.
+    `commit` is used if the source tree is not under git. Training rows get the peak that was traced beforehand.
     """
 
     def __init__(self, context: Context, command: str, commit: str) -> None:
@@ -33,7 +33,7 @@ class GpuResults(Results):
         self._write()
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Print a row and keep it."""
+        """Print a row and write it."""
         traced = self.traced.get(row["row"])
         super().add(row if traced is None else {**row, "traced_peak": traced})
         self._write()
@@ -45,7 +45,7 @@ class GpuResults(Results):
 
 
 def traced_peaks(path: Path = DIRECTORY / TRACED) -> dict[str, int]:
-    """{row: bytes}, of the run on the pretended GPU that is kept in the repository; empty where there is none."""
+    """Return {row: bytes} of the committed run on the pretended GPU; empty if there is none."""
     if not path.exists():
         return {}
     rows = json.loads(path.read_text())["rows"]
@@ -53,17 +53,19 @@ def traced_peaks(path: Path = DIRECTORY / TRACED) -> dict[str, int]:
 
 
 def report(results: GpuResults) -> str:
-    """One table, and below it the gaps of the profile and what did not go well."""
+    """Format one table, and below it the gaps of the profile and all failures."""
     rows = [(row["row"], row["outcome"], f"{row['seconds']:.1f}", *_figures(row)) for row in results.rows]
     header = ("row", "outcome", "s", "tok/s", "MFU", "step ms", "peak GiB", "traced GiB", "TFLOP/s", "GB/s")
-    parts = [results.machine(), table(header, rows)]
-    parts += [_gaps(row) for row in results.rows if row.get("gaps")]
-    parts += [f"{row['row']}: {row['outcome']}: {_why(row)}" for row in results.rows if row["outcome"] != "ok"]
-    return "\n\n".join(parts)
+    sections = [results.machine(), format_table(header, rows)]
+    sections += [_gaps(row) for row in results.rows if row.get("gaps")]
+    sections += [
+        f"{row['row']}: {row['outcome']}: {_find_reason(row)}" for row in results.rows if row["outcome"] != "ok"
+    ]
+    return "\n\n".join(sections)
 
 
 def _figures(row: Mapping[str, Any]) -> list[str]:
-    """The cells of a row; empty where it has no such figure."""
+    """Format the cells of a row; empty if it has no such figure."""
     seconds = row.get("step_seconds", row["step_micros"] / 1e6 if "step_micros" in row else row.get("row_seconds"))
     scaled = (
         (row.get("tokens_per_second"), 1, "{:,.0f}"),
@@ -78,18 +80,18 @@ def _figures(row: Mapping[str, Any]) -> list[str]:
 
 
 def _gaps(row: Mapping[str, Any]) -> str:
-    """The largest gaps of a profile, and its largest kernels."""
+    """Format the largest gaps of a profile, and its largest kernels."""
     cells = [
         (gap["after"], gap["before"], gap["host"], f"{gap['start'] / 1e3:.2f}", gap["micros"]) for gap in row["gaps"]
     ]
     kernels = [(each["name"], each["calls"], f"{each['micros'] / 1e3:.2f}") for each in row["largest_kernels"]]
     what = f"{row['row']}: {row['idle']:.1%} of {row['step_micros'] / 1e3:.1f} ms without a kernel; the largest gaps"
-    gaps = table(("after", "before", "host", "at ms", "us"), cells)
-    return f"{what}\n{gaps}\n\n{table(('kernel', 'calls', 'ms'), kernels)}"
+    gaps = format_table(("after", "before", "host", "at ms", "us"), cells)
+    return f"{what}\n{gaps}\n\n{format_table(('kernel', 'calls', 'ms'), kernels)}"
 
 
-def _why(row: Mapping[str, Any]) -> str:
-    """What is broken, or the end of a traceback."""
+def _find_reason(row: Mapping[str, Any]) -> str:
+    """Return what is broken, or the end of a traceback."""
     if row.get("broken"):
         return "; ".join(row["broken"])
     return str(row.get("error", "")).strip()

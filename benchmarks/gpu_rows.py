@@ -1,7 +1,7 @@
-"""The rows of `gpu.py`, by value: values that must be right, then the training steps that matter most, then the rest.
+"""The rows of `gpu.py` by value: checks of values first, then the most important training steps, then the rest.
 
-`expected` is a guess at a row's seconds on an H200, compilation included: a row starts only if so many are left.
-After `limit` seconds a row is taken for hung.
+`expected` estimates a row's seconds on an H200, compilation included: a row starts only if so many are left. After
+`limit` seconds a row counts as hung.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,12 +45,12 @@ def check(name: str, work: Callable[..., Any], expected: float = 5.0, limit: flo
 def train(
     model: str, seq_len: int, batch: int, *keys: str, sliced: bool = True, expected: float = 12.0, limit: float = 90.0
 ) -> Row:
-    """A training row, named by what is not the default: bf16, eager, the loss in slices."""
-    words = [model, f"{seq_len // K}k x {batch}"]
-    words += [word for word, key in (("fp8", "fp8=true"), ("compiled", "compile=true")) if key in keys]
-    words += [key.partition("=")[2] for key in keys if key.startswith("parallel.recompute=")]
+    """Make a training row, named by what differs from the default: bf16, eager, the loss in slices."""
+    labels = [model, f"{seq_len // K}k x {batch}"]
+    labels += [label for label, key in (("fp8", "fp8=true"), ("compiled", "compile=true")) if key in keys]
+    labels += [key.partition("=")[2] for key in keys if key.startswith("parallel.recompute=")]
     options = {"model": model, "seq_len": seq_len, "batch": batch, "keys": keys, "sliced": sliced}
-    return Row("train", ", ".join([*words, *([] if sliced else ["whole logits"])]), training, options, expected, limit)
+    return Row("train", ", ".join([*labels, *([] if sliced else ["whole logits"])]), training, options, expected, limit)
 
 
 def attention(mask: str, seq_len: int, batch: int) -> Row:
@@ -62,7 +62,7 @@ FP8, COMPILED, FULL = "fp8=true", "compile=true", "parallel.recompute=full"
 
 
 def rows() -> Iterator[Row]:
-    """All of them, in their order."""
+    """Yield all rows in their order."""
     yield check("environment", check_environment)
     yield check("step fp32", check_step, 15)
     yield check("step bf16", check_step_bf16)
@@ -89,7 +89,7 @@ def rows() -> Iterator[Row]:
 
 
 def later_rows() -> Iterator[Row]:
-    """After the first two minutes."""
+    """Yield the rows after the first two minutes."""
     options = {"model": "llama-1b", "seq_len": 4 * K, "batch": 4}
     yield Row("profile", "profile, compiled", profile_step, {**options, "keys": (COMPILED,)}, 15)
     yield train("llama-1b", 4 * K, 4, FP8, COMPILED, expected=20)

@@ -1,8 +1,8 @@
-"""What `make gpu` starts: makes missing packages importable from carried wheels, then runs gpu.py. Imports no package.
+"""The program of `make gpu`: make missing packages importable from carried wheels, then run gpu.py. Imports no package.
 
-A machine with a GPU may lack a network and packages that training needs. `make gpu-wheels` downloads those few for its
-Python; they travel with this tree in `wheels/`. If something is missing, they are unpacked there, for each Python in
-a folder of its own; nothing of the machine's Python is changed. Exit code 2 where a package is still missing.
+A machine with a GPU may lack a network and packages that training needs. `make gpu-wheels` downloads these for its
+Python; they travel with this tree in `wheels/`. If something is missing, they are unpacked there, into a folder for
+each Python; the machine's Python is not changed. Exit code 2 if a package is still missing.
 """
 
 import importlib
@@ -16,20 +16,20 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WHEELS = REPOSITORY / "wheels"
-# What every row imports; and what only `pytest -m gpu` does.
+# Imports of every row, and those of `pytest -m gpu` only.
 NEEDED = ("torch", "numpy", "yaml", "pydantic", "rich", "tokenizers", "fsspec", "safetensors", "blake3")
 WANTED = ("pytest", "pytest_timeout")
 LEAST_PYTHON = (3, 11)
 
 
-def missing(names: Sequence[str]) -> list[str]:
-    """Those that cannot be imported; found without importing them."""
+def find_missing(names: Sequence[str]) -> list[str]:
+    """List the names that cannot be imported, without importing them."""
     importlib.invalidate_caches()
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def fits(wheel: Path, python: str = f"{sys.version_info[0]}{sys.version_info[1]}") -> bool:
-    """Whether a wheel is for this Python: a pure one, or one of its own ABI or of a stable one that is older."""
+    """Return whether a wheel fits this Python: a pure one, or one of its own ABI or an older stable one."""
     tags = wheel.stem.split("-")[-3:-1]
     if any(tag.startswith("py3") for tag in tags[0].split(".")):
         return True
@@ -38,36 +38,36 @@ def fits(wheel: Path, python: str = f"{sys.version_info[0]}{sys.version_info[1]}
 
 
 def unpack(wheels: Path) -> Path:
-    """A folder with all wheels that fit this Python; a wheel is a zip file of what is to be on the path."""
+    """Unpack all wheels that fit this Python into a folder, which is returned."""
     target = wheels / f"unpacked-{sys.implementation.cache_tag}"
     for wheel in sorted(wheels.glob("*.whl")):
-        done = target / f".{wheel.name}"
-        if fits(wheel) and not done.exists():
+        marker = target / f".{wheel.name}"
+        if fits(wheel) and not marker.exists():
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(target)
-            done.touch()
+            marker.touch()
     return target
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns only where gpu.py cannot be started."""
+    """Start gpu.py; return only if it cannot be started."""
     if sys.version_info < LEAST_PYTHON:
         print(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr)
         return 2
     path = [str(REPOSITORY)]
-    if missing((*NEEDED, *WANTED)) and any(WHEELS.glob("*.whl")):
+    if find_missing((*NEEDED, *WANTED)) and any(WHEELS.glob("*.whl")):
         path.insert(0, str(unpack(WHEELS)))
     path += os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.environ.get("PYTHONPATH") else []
     sys.path[:0] = path
-    if absent := missing(NEEDED):
+    if missing := find_missing(NEEDED):
         print(
-            f"error: not installed for {sys.executable}: {', '.join(absent)}. With a network, run `make install` here. "
-            "Without one, run `make gpu-wheels` where there is one, for this Python (WHEELS_PYTHON=3.12), and copy "
-            "wheels/ here",
+            f"error: not installed for {sys.executable}: {', '.join(missing)}. With a network, run `make install` "
+            "here. Without one, run `make gpu-wheels` where there is one, for this Python (WHEELS_PYTHON=3.12), and "
+            "copy wheels/ here",
             file=sys.stderr,
         )
         return 2
-    for name in missing(WANTED):
+    for name in find_missing(WANTED):
         print(f"{name} is missing: `pytest -m gpu` will be left out", file=sys.stderr)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     os.execve(sys.executable, [sys.executable, str(REPOSITORY / "benchmarks" / "gpu.py"), *arguments], environment)

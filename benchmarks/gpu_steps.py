@@ -1,4 +1,4 @@
-"""Checks of `gpu.py` on whole steps: what the engine computes on the device, beside what it computes on the CPU."""
+"""Step checks of `gpu.py`: the engine's steps on the device, compared with those on the CPU."""
 
 import copy
 import tempfile
@@ -29,18 +29,18 @@ from dist_llm.train.step import train_step
 from gpu_context import SMALL_VOCABULARY, Comparison, Context, SkippedError, small_config
 
 CPU = torch.device("cpu")
-# Updates are compared, and not weights: an update of SGD is the gradient. A large epsilon keeps AdamW's update of an
-# element near zero from turning on the sign of a rounding error.
+# Checks compare updates, not weights: an update of SGD is the gradient. A large epsilon prevents that AdamW's update of
+# an element near zero depends on the sign of a rounding error.
 SGD = ("optim.name=sgd", "optim.lr=1", "optim.momentum=0", "optim.clip=0", "optim.weight_decay=0")
 ADAMW = ("optim.lr=0.01", "optim.eps=1e-3", "optim.clip=1")
 MUON = (*ADAMW, "optim.name=muon")
 STEPS = 3
-LEAST = 1e-2  # an update below this share of the largest one is compared as if it were so large
+MIN_UPDATE = 1e-2  # smaller updates, relative to the largest one, are compared as if they had this size
 SYNC_MESSAGE = "called a synchronizing CUDA operation"
 
 
-def batch_of(config: Config, step: int, attention_mask: AttentionMask = CAUSAL) -> Batch:
-    """Random ids; each row of another number of scored targets."""
+def make_batch(config: Config, step: int, attention_mask: AttentionMask = CAUSAL) -> Batch:
+    """Make random ids; each row has another number of scored targets."""
     generator = torch.Generator().manual_seed(step)
     shape = (config.data.global_batch, config.data.seq_len + 1)
     ids = torch.randint(config.model.vocab_size, shape, generator=generator)
@@ -53,10 +53,10 @@ def batch_of(config: Config, step: int, attention_mask: AttentionMask = CAUSAL) 
 def take_steps(
     engine: NativeEngine, steps: int = STEPS, attention_mask: AttentionMask = CAUSAL
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """(loss and gradient norm of each step, the update of each parameter over all steps)."""
+    """Return (loss and gradient norm of each step, the update of each parameter over all steps)."""
     before = {name: to_local(each).detach().clone() for name, each in engine.named_parameters()}
     reports = [
-        train_step(engine, [batch_of(engine.config, n, attention_mask)], engine.config.optim.lr, n)
+        train_step(engine, [make_batch(engine.config, n, attention_mask)], engine.config.optim.lr, n)
         for n in range(steps)
     ]
     scalars = [value.detach() for report in reports for value in (report.loss, report.grad_norm)]
@@ -71,7 +71,7 @@ def compare_steps(
     scalar_tolerance: float,
     update_tolerance: float,
 ) -> None:
-    """Losses, norms and updates; an update's error is over its own largest element."""
+    """Compare losses, norms and updates; an update's error is relative to its largest element."""
     for number, (one, other) in enumerate(zip(actual[0], expected[0], strict=True)):
         comparison.close(f"{what}: {'grad_norm' if number % 2 else 'loss'}", one, other, scalar_tolerance)
     if not comparison.context.has_values:
@@ -79,12 +79,12 @@ def compare_steps(
     largest = max(update.abs().max().item() for update in expected[1].values())
     for name, update in expected[1].items():
         difference = (actual[1][name].cpu().double() - update.cpu().double()).abs().max().item()
-        size = max(update.abs().max().item(), LEAST * largest)
+        size = max(update.abs().max().item(), MIN_UPDATE * largest)
         comparison.at_most(f"{what}: updates", difference / size, update_tolerance)
 
 
 def check_step(context: Context) -> dict[str, object]:
-    """fp32: three steps of two models by each optimizer, on the device and on the CPU: 1e-4."""
+    """Three fp32 steps of two models with each optimizer, on the device and on the CPU, agree within 1e-4."""
     comparison = Comparison(context)
     for model in ("llama-cpu", "gpt2-cpu"):
         for name, keys in (("sgd", SGD), ("adamw", ADAMW), ("muon", MUON)):
@@ -96,7 +96,7 @@ def check_step(context: Context) -> dict[str, object]:
 
 
 def check_step_bf16(context: Context) -> dict[str, object]:
-    """bf16 on the device beside fp32 on the CPU: within 1% of the loss and 5% of the norm, and it is not fp32."""
+    """bf16 on the device is within 1% of the loss and 5% of the norm of fp32 on the CPU, and not equal to it."""
     comparison = Comparison(context)
     expected = take_steps(NativeEngine(small_config(*SGD), CPU), 1)
     actual = take_steps(NativeEngine(small_config(*SGD, "precision=bf16"), context.device), 1)
@@ -114,7 +114,7 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 
 def check_compile(context: Context) -> dict[str, object]:
-    """Compiled blocks beside eager ones, in fp32, and once more with selective recomputation."""
+    """Compiled blocks equal eager ones in fp32, also with selective recomputation."""
     comparison = Comparison(context)
     steps = STEPS if context.has_values else 1
     expected = take_steps(NativeEngine(small_config(*SGD), context.device), steps)
@@ -126,13 +126,13 @@ def check_compile(context: Context) -> dict[str, object]:
 
 
 def check_fp8_step(context: Context, compiled: bool) -> dict[str, object]:
-    """Ten steps on one batch: losses in float8 within 2% of those in bf16, and they fall."""
+    """In ten steps on one batch, losses in float8 are within 2% of those in bf16, and they fall."""
     comparison, steps = Comparison(context), 10 if context.has_values else 1
     losses = {}
     for fp8 in (True, False):
         config = small_config("precision=bf16", f"fp8={fp8}", f"compile={compiled}", "optim.lr=0.003")
         engine = NativeEngine(config, context.device)
-        losses[fp8] = [train_step(engine, [batch_of(config, 0)], 3e-3, step).loss for step in range(steps)]
+        losses[fp8] = [train_step(engine, [make_batch(config, 0)], 3e-3, step).loss for step in range(steps)]
     comparison.close("loss of the first step", losses[True][0], losses[False][0], 1e-2)
     comparison.close("losses of ten steps", torch.stack(losses[True]).sum(), torch.stack(losses[False]).sum(), 2e-2)
     if context.has_values:
@@ -141,17 +141,17 @@ def check_fp8_step(context: Context, compiled: bool) -> dict[str, object]:
 
 
 def check_generation(context: Context) -> dict[str, object]:
-    """The device's tokens are the CPU's, with the cache of keys and values and without; logits within 1e-4."""
+    """The device's tokens equal the CPU's, with and without the KV cache; logits agree within 1e-4."""
     comparison = Comparison(context)
     config = small_config()
     model = build_model(config.model).eval()
     init_parameters(model, config)
-    there = copy.deepcopy(model).to(context.device)
+    device_model = copy.deepcopy(model).to(context.device)
     ids = torch.arange(3, 20)[None]
     for name, cache in (("without a cache", None), ("with a cache", KVCache())):
         with torch.no_grad():
-            logits = there(ids.to(context.device), mask=CAUSAL, cache=cache)
-            last = there(ids[:, :5].to(context.device), mask=CAUSAL, cache=cache) if cache else logits
+            logits = device_model(ids.to(context.device), mask=CAUSAL, cache=cache)
+            last = device_model(ids[:, :5].to(context.device), mask=CAUSAL, cache=cache) if cache else logits
             expected = model(torch.cat((ids, ids[:, :5]), 1) if cache else ids, mask=CAUSAL)
         comparison.close(f"logits {name}", last[:, -1], expected[:, -1], 1e-4)
     if context.has_values:
@@ -159,12 +159,12 @@ def check_generation(context: Context) -> dict[str, object]:
         expected_ids = list(generate_tokens(model, prompt, greedy, 64))
         for use_cache in (True, False):
             what = f"tokens {'with' if use_cache else 'without'} a cache"
-            comparison.equal(what, list(generate_tokens(there, prompt, greedy, 64, use_cache)), expected_ids)
+            comparison.equal(what, list(generate_tokens(device_model, prompt, greedy, 64, use_cache)), expected_ids)
     return comparison.row()
 
 
 def check_checkpoint(context: Context) -> dict[str, object]:
-    """Saved on the device, read on the CPU: weights and moments bit by bit, and the next step."""
+    """A checkpoint saved on the device and read on the CPU has the same bits, and the same next step."""
     comparison = Comparison(context)
     config = small_config(*ADAMW)
     engine, other = NativeEngine(config, context.device), NativeEngine(config, CPU)
@@ -176,9 +176,9 @@ def check_checkpoint(context: Context) -> dict[str, object]:
             return comparison.row()
         checkpoints.save(engine.state, Progress(step=2), {})
         checkpoints.finish()
-        found = checkpoints.latest_verified()
-        assert found is not None
-        store.load(found, other.state)
+        checkpoint = checkpoints.latest_verified()
+        assert checkpoint is not None
+        store.load(checkpoint, other.state)
     state = engine.state.weights() | engine.state.moments()
     for name, tensor in (other.state.weights() | other.state.moments()).items():
         comparison.equal(name, state[name], tensor)
@@ -187,7 +187,7 @@ def check_checkpoint(context: Context) -> dict[str, object]:
 
 
 def check_one_rank(context: Context) -> dict[str, object]:
-    """A process group of one rank: its collectives, and a step under FSDP2 beside one without."""
+    """In a process group of one rank, collectives work, and a step under FSDP2 equals one without."""
     comparison = Comparison(context)
     config = small_config(*SGD)
     expected = take_steps(NativeEngine(config, context.device), 1)
@@ -210,20 +210,23 @@ def check_one_rank(context: Context) -> dict[str, object]:
 
 
 def _collectives(x: Tensor) -> dict[str, Tensor]:
-    """Each of them on one rank, where it changes nothing; by the operators that layouts use."""
-    group, sent = dist.group.WORLD, x.clone()
+    """Run each collective that layouts use on one rank, where it changes nothing."""
+    group, broadcast_result = dist.group.WORLD, x.clone()
     assert group is not None
-    dist.broadcast(sent, 0)
-    started = {
+    dist.broadcast(broadcast_result, 0)
+    pending = {
         "all_reduce": functional_collectives.all_reduce(x, "sum", group.group_name),
         "all_gather": functional_collectives.all_gather_into_tensor(x, 1, group.group_name),
         "reduce_scatter": functional_collectives.reduce_scatter_tensor(x, "sum", 1, group.group_name),
     }
-    return {"broadcast": sent, **{name: functional_collectives.wait_tensor(each) for name, each in started.items()}}
+    return {
+        "broadcast": broadcast_result,
+        **{name: functional_collectives.wait_tensor(each) for name, each in pending.items()},
+    }
 
 
 def check_host_syncs(context: Context, keys: Sequence[str], documents: bool = False) -> dict[str, object]:
-    """How often a step makes the host wait for the device: never. A pretended GPU refuses to be read at all."""
+    """A step never makes the host wait for the device; a pretended GPU raises if it is read."""
     if context.kind == "cpu":
         raise SkippedError("a CPU has no host syncs")
     comparison = Comparison(context)
@@ -231,17 +234,17 @@ def check_host_syncs(context: Context, keys: Sequence[str], documents: bool = Fa
     engine = NativeEngine(config, context.device)
     ids_BT = torch.arange(config.data.seq_len).expand(config.data.global_batch, -1) * 4 // config.data.seq_len
     attention_mask = AttentionMask(causal=True, documents_BT=ids_BT) if documents else CAUSAL
-    batch = batch_of(config, 0, attention_mask).pin_memory()
+    batch = make_batch(config, 0, attention_mask).pin_memory()
     for step in range(2):
         train_step(engine, [batch], 1e-3, step)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as warning_messages:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             train_step(engine, [batch], 1e-3, 2)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    lines = [f"{each.filename}:{each.lineno}" for each in caught if SYNC_MESSAGE in str(each.message)]
+    lines = [f"{each.filename}:{each.lineno}" for each in warning_messages if SYNC_MESSAGE in str(each.message)]
     comparison.at_most("syncs of a step", len(lines), 0)
     return comparison.row(syncs=len(lines), lines=lines)
 

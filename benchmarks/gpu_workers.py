@@ -1,8 +1,8 @@
-"""Rows of `gpu.py` in child processes: one that hangs is killed, one that dies is replaced, and the run goes on.
+"""Run rows of `gpu.py` in child processes: one that hangs is killed, one that dies is replaced, and the run continues.
 
-A row's outcome is a dict: `outcome` is ok, failed, skipped or out of memory, and `error` says why. A process in which
-a row raised takes no other row, since an error of CUDA may outlive the row that met it. On a GPU a spare process, which
-has imported everything, waits for that: then a start costs no time of the budget.
+A row's outcome is a dict: `outcome` is ok, failed, skipped or out of memory, and `error` gives the reason. A process in
+which a row raised runs no other row, since an error of CUDA may outlive the row that caused it. On a GPU a spare
+process with all imports is ready to replace it, so that a start takes no time of the budget.
 """
 
 import ctypes
@@ -25,37 +25,37 @@ import pretend
 from gpu_context import Context, SkippedError
 from gpu_rows import ROWS, Row
 
-# What rows measure, beside a training row's figures, which a pretended GPU has none of.
+# Timings of rows other than training rows; a pretended GPU has none.
 TIMED = {"seconds", "ratio", "tflops", "chosen", "bytes_per_second", "copy", "of_copy"}
 TIMED |= {"bf16_matmul", "fp32_matmul", "copy_bytes_per_second"}
 PDEATHSIG = 1  # of linux/prctl.h
-LEFT_BYTES = 1 << 28  # more than that left on the device by a row: its process takes no other row
+MAX_LEAKED_BYTES = 1 << 28  # if a row leaves more on the device, its process runs no other row
 START_SECONDS = 150.0  # for a process to import everything, from a cold disk
-GRACE_SECONDS = 2.0  # for a hung process to write where it is
+GRACE_SECONDS = 2.0  # for a hung process to write its stacks
 REPOSITORY = str(Path(__file__).resolve().parents[1])
 Outcome = dict[str, Any]
 
 
 def run_row(row: Row, context: Context) -> list[Outcome]:
-    """Run a row in this process; all that it raises becomes its outcome."""
+    """Run a row in this process; what it raises becomes its outcome."""
     try:
-        found = row.work(context, **row.options)
+        outcomes = row.work(context, **row.options)
     except SkippedError as reason:
         return [{"outcome": "skipped", "error": str(reason)}]
     except torch.OutOfMemoryError as error:
         return [{"outcome": "out of memory", "error": str(error).split(". ")[0]}]
     except Exception:
         return [{"outcome": "failed", "error": traceback.format_exc().replace(REPOSITORY + "/", "")[-6000:]}]
-    results = found if isinstance(found, list) else [found]
+    results = outcomes if isinstance(outcomes, list) else [outcomes]
     return [{"outcome": "failed" if each.get("broken") else "ok", **each} for each in results]
 
 
 def run_pretended(row: Row, context: Context) -> list[Outcome]:
-    """The same on a pretended GPU, made anew for each row, without what was timed there: that means nothing."""
+    """Run a row on a new pretended GPU, without its timings, which mean nothing there."""
     with pretend.gpu() as gpu:
-        found = run_row(row, replace(context, gpu=gpu))
+        outcomes = run_row(row, replace(context, gpu=gpu))
     gc.collect()
-    return [{name: value for name, value in each.items() if name not in TIMED} for each in found]
+    return [{name: value for name, value in each.items() if name not in TIMED} for each in outcomes]
 
 
 class RowProcess:
@@ -63,58 +63,58 @@ class RowProcess:
 
     def __init__(self, context: Context) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
+        self.pipe, child_pipe = spawn.Pipe()
         self.stacks = context.folder / f".stacks-{os.getpid()}-{time.monotonic_ns()}"
-        self.process = spawn.Process(target=_serve, args=(theirs, context, self.stacks), daemon=True)
+        self.process = spawn.Process(target=_serve, args=(child_pipe, context, self.stacks), daemon=True)
         self.process.start()
-        theirs.close()
+        child_pipe.close()
         self.usable, self.ready = True, False
 
     def run(self, row: Row, seconds: float) -> list[Outcome]:
-        """The row's outcomes, after at most so many seconds."""
+        """Return the row's outcomes, after at most so many seconds."""
         try:
             if not self._wait_ready(seconds):
                 return [{"outcome": "failed", "error": "its process was still starting when time was up"}]
             self.pipe.send(row.name)
             if not self.pipe.poll(seconds):
                 self.usable = False
-                return [{"outcome": "failed", "error": f"cut off after {seconds:.0f} s\n{self._interrupted()}"}]
-            found, self.usable = self.pipe.recv()
-            return list(found)
+                return [{"outcome": "failed", "error": f"cut off after {seconds:.0f} s\n{self._read_stacks()}"}]
+            outcomes, self.usable = self.pipe.recv()
+            return list(outcomes)
         except (EOFError, OSError):
             self.usable = False
             self.process.join(GRACE_SECONDS)
             return [{"outcome": "failed", "error": f"its process died, exit code {self.process.exitcode}"}]
 
     def _wait_ready(self, seconds: float) -> bool:
-        """Whether it has started, after at most START_SECONDS, which are not the row's; a dead one is no less ready."""
+        """Wait until it has started or died, at most START_SECONDS, which do not count for the row."""
         if not self.ready:
             self.usable = self.ready = self.pipe.poll(max(seconds, START_SECONDS))
             if self.ready:
                 self.pipe.recv()
         return self.ready
 
-    def _interrupted(self) -> str:
-        """Where each of its threads is."""
+    def _read_stacks(self) -> str:
+        """Return the stack of each of its threads."""
         assert self.process.pid is not None
         os.kill(self.process.pid, signal.SIGUSR1)
         time.sleep(GRACE_SECONDS / 4)
         return self.stacks.read_text().replace(REPOSITORY + "/", "")[:6000]
 
     def close(self) -> None:
-        """Kill it, with all that it has started."""
+        """Kill it with all processes that it has started."""
         if self.process.pid is not None and self.process.is_alive():
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except ProcessLookupError:
-                self.process.kill()  # it has no group yet
+                self.process.kill()  # it has no process group yet
         self.process.join()
         self.pipe.close()
         self.stacks.unlink(missing_ok=True)
 
 
 class RowProcesses:
-    """The process that runs the next row, and a spare one where a GPU waits for it."""
+    """The process that runs the next row, and on a GPU a spare one."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -123,26 +123,26 @@ class RowProcesses:
         self.spare: RowProcess | None = None
 
     def run(self, row: Row, seconds: float) -> list[Outcome]:
-        """The row's outcomes."""
+        """Return the row's outcomes."""
         if self.active is None:
             self.active, self.spare = self.spare or RowProcess(self.context), None
         if self.spare is None and self.context.kind == "cuda":
             self.spare = RowProcess(self.context)
-        found = self.active.run(row, seconds)
+        outcomes = self.active.run(row, seconds)
         if not self.active.usable:
             self.active.close()
             self.active = None
-        return found
+        return outcomes
 
     def close(self) -> None:
-        """End both."""
+        """Kill both processes."""
         for each in (self.active, self.spare):
             if each is not None:
                 each.close()
 
 
 def _serve(pipe: Connection, context: Context, stacks: Path) -> None:
-    """The child: run the rows whose names come, until the pipe is closed."""
+    """Run the rows whose names arrive, until the pipe is closed: the child process."""
     os.setsid()
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
@@ -155,26 +155,26 @@ def _serve(pipe: Connection, context: Context, stacks: Path) -> None:
                 name = pipe.recv()
             except EOFError:
                 return
-            found = run_row(rows[name], context)
-            usable = all(each["outcome"] == "skipped" or "error" not in each for each in found) and _clean(context)
-            pipe.send((found, usable))
+            outcomes = run_row(rows[name], context)
+            usable = all(each["outcome"] == "skipped" or "error" not in each for each in outcomes) and _clean(context)
+            pipe.send((outcomes, usable))
 
 
 def _clean(context: Context) -> bool:
-    """Free what the row has left; whether that worked."""
+    """Free the memory of the row, and return whether that worked."""
     torch._dynamo.reset()
     gc.collect()
     if context.kind != "cuda":
         return True
     try:
         torch.cuda.empty_cache()
-        return torch.cuda.memory_allocated() < LEFT_BYTES
+        return torch.cuda.memory_allocated() < MAX_LEAKED_BYTES
     except RuntimeError:
         return False
 
 
 def die_with_parent() -> None:
-    """On Linux: this process is killed when the one that started it is gone."""
+    """Let Linux kill this process when its parent has ended."""
     prctl: Callable[..., int] | None = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(PDEATHSIG, signal.SIGKILL)

@@ -1,13 +1,13 @@
-"""What a layout costs: two gloo ranks of one thread each, beside two processes that know nothing of each other.
+"""Measure what a layout costs: two gloo ranks of one thread each, compared with two independent processes.
 
-  ideal         each process trains on its half of the batch by itself: no layout can be faster
+  ideal         each process trains on its half of the batch alone: no layout can be faster
   dp_replicate, dp_shard, tp, cp, pp
-                the axis of `parallel` that has both ranks; pp's microbatches are single sequences
+                the axis of `parallel` with both ranks; microbatches of pp are single sequences
   tp, whole     tensor parallel without sequence_parallel
-  muon          dp_shard under optim.name: muon, and `ideal muon` its limit
+  muon          dp_shard with optim.name: muon; `ideal muon` is its limit
 
-All have their turns one after another. `ratio` is tokens/s over those of the ideal, the median over the rounds. On a
-machine of two cores gloo's threads, and the copies that they make, take their time from the ranks.
+All take turns one after another. `ratio` is tokens/s relative to the ideal, the median over the rounds. On a machine of
+two cores gloo's threads and their copies compete with the ranks.
 
   python benchmarks/layouts.py
   python benchmarks/layouts.py --models llama-cpu --layouts dp_shard tp
@@ -31,8 +31,8 @@ from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.train.step import train_step
 from measure import DTYPES, take_turns
-from models import MODELS, config_of
-from results import Results, parse, parser, table
+from models import MODELS, make_config
+from results import Results, format_table, make_parser, parse_options
 
 RANKS = 2
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -50,39 +50,40 @@ IDEAL = {"muon": "ideal muon", "ideal muon": "ideal muon"}
 
 
 def main() -> None:
-    """Measure each case and print."""
-    options = arguments()
+    """Measure and print each case."""
+    options = parse_arguments()
     results = Results("layouts", torch.device("cpu"))
     layouts = list(dict.fromkeys(IDEAL.get(each, "ideal") for each in options.layouts)) + options.layouts
     for model in options.models:
         for precision in options.precision:
             overrides = [f"precision={precision}", *options.overrides]
             turns = {
-                layout: partial(turn, model, layout, overrides, options.steps) for layout in dict.fromkeys(layouts)
+                layout: partial(measure_turn, model, layout, overrides, options.steps)
+                for layout in dict.fromkeys(layouts)
             }
-            found = take_turns(turns, options.rounds)
-            for layout, rates in found.items():
-                ideal = found[IDEAL.get(layout, "ideal")]
-                ratio = statistics.median(mine / best for mine, best in zip(rates, ideal, strict=True))
+            rates_by_layout = take_turns(turns, options.rounds)
+            for layout, rates in rates_by_layout.items():
+                ideal = rates_by_layout[IDEAL.get(layout, "ideal")]
+                ratio = statistics.median(rate / ideal_rate for rate, ideal_rate in zip(rates, ideal, strict=True))
                 row = {"model": model, "precision": precision, "layout": layout}
                 results.add({**row, "tokens_per_second": statistics.median(rates), "ratio": ratio})
     results.finish(f"{options.rounds} rounds of {options.steps} steps\n\n{report(results)}", options.write)
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    top = parser(__doc__)
-    top.add_argument("--models", nargs="+", choices=MODELS, default=["gpt2-cpu"], help="default: gpt2-cpu")
-    top.add_argument("--precision", nargs="+", choices=DTYPES, default=["fp32"], help="default: fp32")
-    top.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: all")
-    top.add_argument("--rounds", type=int, default=3, help="turns of each; default: %(default)s")
-    top.add_argument("--steps", type=int, default=4, help="steps of a turn, after two others; default: %(default)s")
-    top.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: model.n_layers=2")
-    return parse(top)
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["gpt2-cpu"], help="default: gpt2-cpu")
+    parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["fp32"], help="default: fp32")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a turn, after two others; default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: model.n_layers=2")
+    return parse_options(parser)
 
 
-def turn(model: str, layout: str, overrides: list[str], steps: int) -> float:
-    """Tokens/s of one turn, in processes started for it."""
+def measure_turn(model: str, layout: str, overrides: list[str], steps: int) -> float:
+    """Measure tokens/s of one turn, in processes started for it."""
     with tempfile.TemporaryDirectory() as scratch:
         torch.multiprocessing.spawn(_rank, (model, layout, overrides, steps, scratch), nprocs=RANKS)
         return min(json.loads((Path(scratch) / f"{rank}.json").read_text()) for rank in range(RANKS))
@@ -93,11 +94,11 @@ def _rank(rank: int, model: str, layout: str, overrides: list[str], steps: int, 
     torch.set_num_threads(1)
     keep_freed_memory(device)
     store = dist.FileStore(f"{scratch}/store", RANKS)
-    whole = config_of(model, overrides).data.global_batch
+    global_batch = make_config(model, overrides).data.global_batch
     if alone:
-        config = config_of(model, [*overrides, *LAYOUTS[layout], f"data.global_batch={whole // RANKS}"])
+        config = make_config(model, [*overrides, *LAYOUTS[layout], f"data.global_batch={global_batch // RANKS}"])
     else:
-        config = config_of(model, [*overrides, *LAYOUTS[layout]], RANKS)
+        config = make_config(model, [*overrides, *LAYOUTS[layout]], RANKS)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     engine = NativeEngine(config, device)
     _, ranks = engine.dp_rank_and_size
@@ -106,33 +107,33 @@ def _rank(rank: int, model: str, layout: str, overrides: list[str], steps: int, 
     batches = [Batch.of(each[:, :-1], each[:, 1:], CAUSAL) for each in rows.split(data.micro_batch)]
     for step in range(2):
         train_step(engine, batches, config.optim.lr, step)
-    _meet(store, "begin")
-    begin = time.perf_counter()
+    _wait_for_all(store, "begin")
+    start_time = time.perf_counter()
     for step in range(2, 2 + steps):
         report = train_step(engine, batches, config.optim.lr, step)
     report.loss.item()
-    _meet(store, "end")
-    rate = whole * data.seq_len * steps / (time.perf_counter() - begin)
+    _wait_for_all(store, "end")
+    rate = global_batch * data.seq_len * steps / (time.perf_counter() - start_time)
     (Path(scratch) / f"{rank}.json").write_text(json.dumps(rate))
     del engine, report
-    gc.collect()  # models must be gone before the group is
+    gc.collect()  # models must be deleted before the group
     if not alone:
         dist.destroy_process_group()
 
 
-def _meet(store: dist.FileStore, where: str) -> None:
+def _wait_for_all(store: dist.FileStore, where: str) -> None:
     store.add(where, 1)
     while store.add(where, 0) < RANKS:
         time.sleep(0.001)
 
 
 def report(results: Results) -> str:
-    """The table."""
+    """Format the table."""
     rows = [
         (row["model"], row["precision"], row["layout"], f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}")
         for row in results.rows
     ]
-    return table(("model", "precision", "layout", "tokens/s", "of ideal"), rows)
+    return format_table(("model", "precision", "layout", "tokens/s", "of ideal"), rows)
 
 
 if __name__ == "__main__":

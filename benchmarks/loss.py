@@ -1,13 +1,13 @@
-"""What the last layer costs: norm, product with the vocabulary and cross-entropy, forward and backward.
+"""Measure what the last layer costs: norm, product with the vocabulary and cross-entropy, forward and backward.
 
   whole   F.linear, then F.cross_entropy over all logits at once
   head    dist_llm.models.decoder.Head with its loss, as in training
-  liger   Liger's fused linear cross-entropy, on a GPU where liger_kernel is installed
+  liger   Liger's fused linear cross-entropy, on a GPU if liger_kernel is installed
 
-Each starts from the same values, in a process of its own, so that its peak of memory is its own; they take turns.
-`peak` is above what was in use before the activations, the weight and their gradients were made. `ratio` is the
-seconds of `whole` over its own, round by round, and `memory` its peak over that of `whole`. `of_matmul` is 6NDV, the
-three products of forward and backward, over the rate of a plain matrix product: what a head computes twice is a loss.
+Each starts from the same values, in its own process, so that its peak memory is its own; they take turns. `peak` is
+above the memory in use before the activations, the weight and their gradients. `ratio` is the time of `whole` over that
+of the case, by round, and `memory` the peak of the case over that of `whole`. `of_matmul` is the rate of 6NDV FLOPs,
+the three products of forward and backward, over that of a plain matrix product; what a head recomputes is not counted.
 
   python benchmarks/loss.py
   python benchmarks/loss.py --tokens 16384 --d-model 4096 --vocabulary 128256 --precision bf16
@@ -29,51 +29,51 @@ from dist_llm.config.schema import Config
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.decoder import Head
 from measure import PeakMemory, any_device, matmul_rate, precisions, seconds, take_turns, workers
-from models import config_of
-from results import Results, parse, parser, table
+from models import make_config
+from results import Results, format_table, make_parser, parse_options
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def main() -> None:
-    """Measure each case and print."""
-    options = arguments()
+    """Measure and print each case."""
+    options = parse_arguments()
     device = any_device()
     results = Results("loss", device)
     limits = {}
     for precision in precisions(options.precision, device):
         keys = [f"model.d_model={options.d_model}", f"model.vocab_size={options.vocabulary}", f"precision={precision}"]
-        config = config_of("llama-cpu", [*keys, "model.n_heads=1", "model.n_kv_heads=1", *options.overrides])
+        config = make_config("llama-cpu", [*keys, "model.n_heads=1", "model.n_kv_heads=1", *options.overrides])
         names = [name for name in LOSSES if name != "liger" or (device.type == "cuda" and find_spec("liger_kernel"))]
-        with workers({name: (make, name, config, options.tokens, device) for name in names}) as started:
-            turns: dict[str, Callable[[], Any]] = {name: worker.turn for name, worker in started.items()}
+        with workers({name: (make_turn, name, config, options.tokens, device) for name in names}) as workers_by_name:
+            turns: dict[str, Callable[[], Any]] = {name: worker.turn for name, worker in workers_by_name.items()}
             take_turns(turns, 1)
             turns["limit"] = partial(matmul_rate, device, precision)
-            found = take_turns(turns, options.rounds)
-        limits[precision] = max(found["limit"])
+            results_by_case = take_turns(turns, options.rounds)
+        limits[precision] = max(results_by_case["limit"])
         for name in names:
-            results.add({"case": name, "precision": precision, **row(name, found, options)})
-    shown = ", ".join(f"{rate / 1e12:.2f} TFLOP/s in {precision}" for precision, rate in limits.items())
-    what = f"{options.tokens} tokens x {options.d_model} x {options.vocabulary}; {options.rounds} rounds; "
-    results.finish(f"{what}a matrix product: {shown}\n\n{report(results)}", options.write)
+            results.add({"case": name, "precision": precision, **make_row(name, results_by_case, options)})
+    rates = ", ".join(f"{rate / 1e12:.2f} TFLOP/s in {precision}" for precision, rate in limits.items())
+    sizes = f"{options.tokens} tokens x {options.d_model} x {options.vocabulary}; {options.rounds} rounds; "
+    results.finish(f"{sizes}a matrix product: {rates}\n\n{report(results)}", options.write)
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    top = parser(__doc__)
-    top.add_argument("--tokens", type=int, default=2048, help="default: %(default)s")
-    top.add_argument("--d-model", type=int, default=512, help="default: %(default)s")
-    top.add_argument("--vocabulary", type=int, default=32000, help="default: %(default)s")
-    top.add_argument(
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--tokens", type=int, default=2048, help="default: %(default)s")
+    parser.add_argument("--d-model", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--vocabulary", type=int, default=32000, help="default: %(default)s")
+    parser.add_argument(
         "--precision", nargs="+", choices=("fp32", "bf16"), help="default: both, without bf16 on a CPU that has none"
     )
-    top.add_argument("--rounds", type=int, default=5, help="turns of each; default: %(default)s")
-    top.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: loss.z_loss=1e-4")
-    return parse(top)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each; default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: loss.z_loss=1e-4")
+    return parse_options(parser)
 
 
-def make(name: str, config: Config, tokens: int, device: torch.device) -> Callable[[], dict[str, Any]]:
-    """Forward and backward of one case."""
+def make_turn(name: str, config: Config, tokens: int, device: torch.device) -> Callable[[], dict[str, Any]]:
+    """Return a function that runs forward and backward of one case."""
     peak = PeakMemory(device)
     generator = torch.Generator().manual_seed(1)
     model = config.model
@@ -86,25 +86,25 @@ def make(name: str, config: Config, tokens: int, device: torch.device) -> Callab
     loss = LOSSES[name](head)
     autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
 
-    def once() -> float:
+    def run_once() -> float:
         with autocast:
             mean = loss(x_BSD, targets_BS)
         mean.backward()
         return mean.item()
 
-    def turn() -> dict[str, Any]:
+    def take_turn() -> dict[str, Any]:
         x_BSD.grad = None
         head.zero_grad()
         values: list[float] = []
-        taken = seconds(lambda: values.append(once()), device)
+        elapsed = seconds(lambda: values.append(run_once()), device)
         assert x_BSD.grad is not None
-        return {"seconds": taken, "peak": peak.bytes(), "loss": values[0], "grad_norm": x_BSD.grad.norm().item()}
+        return {"seconds": elapsed, "peak": peak.bytes(), "loss": values[0], "grad_norm": x_BSD.grad.norm().item()}
 
-    return turn
+    return take_turn
 
 
-def whole(head: Head) -> Loss:
-    """All logits at once."""
+def full_logits_loss(head: Head) -> Loss:
+    """Compute all logits at once."""
     assert head.out is not None
     weight_VD = head.out.weight
 
@@ -115,13 +115,13 @@ def whole(head: Head) -> Loss:
     return loss
 
 
-def ours(head: Head) -> Loss:
-    """Whatever the head does."""
+def head_loss(head: Head) -> Loss:
+    """Use the loss of the head."""
     return lambda x_BSD, targets_BS: head(x_BSD, None, targets_BS).sum() / targets_BS.numel()
 
 
-def liger(head: Head) -> Loss:
-    """Liger's, which knows no autocast: it is given what autocast would give a product."""
+def liger_loss(head: Head) -> Loss:
+    """Use Liger's loss, which ignores autocast: its inputs are cast as autocast casts those of a product."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # type: ignore[import-not-found]
 
     assert head.out is not None
@@ -135,27 +135,27 @@ def liger(head: Head) -> Loss:
     return loss
 
 
-LOSSES: dict[str, Callable[[Head], Loss]] = {"whole": whole, "head": ours, "liger": liger}
+LOSSES: dict[str, Callable[[Head], Loss]] = {"whole": full_logits_loss, "head": head_loss, "liger": liger_loss}
 
 
-def row(name: str, found: dict[str, list[Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Medians over the rounds, beside those of `whole`."""
-    mine, base = found[name], found["whole"]
-    taken = statistics.median(turn["seconds"] for turn in mine)
+def make_row(name: str, results_by_case: dict[str, list[Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """Make the row of a case: medians over the rounds, and ratios to `whole`."""
+    results, base_results = results_by_case[name], results_by_case["whole"]
+    elapsed = statistics.median(turn["seconds"] for turn in results)
     flops = 6 * options.tokens * options.d_model * options.vocabulary
     return {
-        "seconds": taken,
-        "ratio": statistics.median(b["seconds"] / a["seconds"] for a, b in zip(mine, base, strict=True)),
-        "peak": mine[-1]["peak"],
-        "memory": mine[-1]["peak"] / base[-1]["peak"],
-        "of_matmul": flops / taken / max(found["limit"]),
-        "loss": mine[-1]["loss"],
-        "grad_norm": mine[-1]["grad_norm"],
+        "seconds": elapsed,
+        "ratio": statistics.median(b["seconds"] / a["seconds"] for a, b in zip(results, base_results, strict=True)),
+        "peak": results[-1]["peak"],
+        "memory": results[-1]["peak"] / base_results[-1]["peak"],
+        "of_matmul": flops / elapsed / max(results_by_case["limit"]),
+        "loss": results[-1]["loss"],
+        "grad_norm": results[-1]["grad_norm"],
     }
 
 
 def report(results: Results) -> str:
-    """The table."""
+    """Format the table."""
     rows = [
         (
             r["case"],
@@ -171,7 +171,7 @@ def report(results: Results) -> str:
         for r in results.rows
     ]
     header = ("case", "precision", "ms", "ratio", "peak MB", "memory", "of matmul", "loss", "grad norm")
-    return table(header, rows)
+    return format_table(header, rows)
 
 
 if __name__ == "__main__":

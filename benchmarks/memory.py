@@ -1,13 +1,13 @@
-"""Peak memory of a training step on one GPU of a run, traced without a GPU: sizes alone, no values (pretend.py).
+"""Trace the peak memory of a training step on one GPU of a run, without a GPU (pretend.py), by sizes alone.
 
   weights  GiB between two steps: this rank's parameters, and the optimizer's moments
-  peak     GiB, the most at a time in the second step
-  at       the operator that was run then
-  whole    the peak if the loss were F.cross_entropy over whole logits (not under tp)
+  peak     GiB, the peak within the second step
+  at       the operator that runs at the peak
+  whole    the peak if the loss were F.cross_entropy over all logits (not with tp)
 
-The rank is the first of --ranks; its layout is in `parallel.*` of the key=value words. Sequences are causal and have no
-other mask. Not counted: what kernels and NCCL need for themselves, and gaps in the allocator's memory. Blocks are not
-compiled, and need more so.
+The rank is the first of --ranks; the key=value arguments `parallel.*` define its layout. Sequences are causal without
+another mask. Not counted: what kernels and NCCL need themselves, and gaps in the allocator's memory. Blocks are not
+compiled, and so need more.
 
   python benchmarks/memory.py
   python benchmarks/memory.py --models llama-1b --recompute none selective full data.seq_len=4096
@@ -33,72 +33,74 @@ from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.train.step import train_step
 from measure import DTYPES
-from models import MODELS, config_of
-from results import Results, parse, parser, table
+from models import MODELS, make_config
+from results import Results, format_table, make_parser, parse_options
 
 GIB = 2**30
 
 
 def main() -> None:
-    """Trace each case and print."""
-    options = arguments()
+    """Trace and print each case."""
+    options = parse_arguments()
     pretend.preload()
     results = Results("memory", torch.device("cpu"))
     for model in options.models:
         for precision in options.precision:
             for recompute in options.recompute:
                 keys = [f"precision={precision}", f"parallel.recompute={recompute}", *options.overrides]
-                config = config_of(model, keys, options.ranks)
-                refuse(config)
-                row = {"model": model, "precision": precision, "recompute": recompute, "tokens": tokens(config)}
-                found = trace(config, options.ranks)
+                config = make_config(model, keys, options.ranks)
+                check_traceable(config)
+                row = {"model": model, "precision": precision, "recompute": recompute, "tokens": count_tokens(config)}
+                result = trace(config, options.ranks)
                 if config.parallel.tp == 1:
-                    with whole_logits():
-                        found["whole"] = trace(config, options.ranks)["peak"]
-                results.add({**row, **found})
+                    with full_logits():
+                        result["whole"] = trace(config, options.ranks)["peak"]
+                results.add({**row, **result})
     results.finish(f"one of {options.ranks} GPUs, traced\n\n{report(results)}", options.write)
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    top = parser(__doc__)
-    top.add_argument("--models", nargs="+", choices=MODELS, default=["llama-1b"], help="default: llama-1b")
-    top.add_argument("--precision", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-1b"], help="default: llama-1b")
+    parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
     recomputes = ("none", "selective", "full")
-    top.add_argument("--recompute", nargs="+", choices=recomputes, default=["none"], help="default: none")
-    top.add_argument("--ranks", type=int, default=1, help="GPUs of the run; default: %(default)s")
-    top.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: parallel.tp=4 data.seq_len=8192")
-    return parse(top)
+    parser.add_argument("--recompute", nargs="+", choices=recomputes, default=["none"], help="default: none")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs of the run; default: %(default)s")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="as for train: parallel.tp=4 data.seq_len=8192"
+    )
+    return parse_options(parser)
 
 
-def refuse(config: Config) -> None:
-    """SystemExit where the trace would not be of what the config says."""
-    found = {
+def check_traceable(config: Config) -> None:
+    """Raise SystemExit if the trace would not follow the config."""
+    unsupported = {
         "parallel.pp": config.parallel.pp > 1,
         "parallel.activations_gib": config.parallel.activations_gib > 0,
         "data.document_mask": config.data.document_mask,
         "objective": [each.name for each in config.objective.components] != ["causal"],
     }
-    if keys := [key for key, wanted in found.items() if wanted]:
+    if keys := [key for key, is_set in unsupported.items() if is_set]:
         raise SystemExit(
             f"error: not traced: {', '.join(keys)}. Causal rows are, and of a pipeline a stage by itself: "
             "model.n_layers=<blocks of a stage>"
         )
 
 
-def tokens(config: Config) -> int:
-    """Of a microbatch on one rank."""
+def count_tokens(config: Config) -> int:
+    """Return the number of tokens of a microbatch on one rank."""
     return config.data.micro_batch * config.data.seq_len // config.parallel.cp
 
 
 def trace(config: Config, ranks: int) -> dict[str, Any]:
-    """Two steps of a rank of so many."""
+    """Trace two steps of one of so many ranks."""
     with pretend.gpu(ranks) as gpu:
-        return steps(config, gpu)
+        return trace_steps(config, gpu)
 
 
-def steps(config: Config, gpu: pretend.Gpu) -> dict[str, Any]:
-    """Two steps of one microbatch after another: the optimizer's moments come with the first."""
+def trace_steps(config: Config, gpu: pretend.Gpu) -> dict[str, Any]:
+    """Trace two steps with one microbatch after another; the first allocates the optimizer's moments."""
     data, shards = config.data, config.parallel.dp_replicate * config.parallel.dp_shard
     rows = torch.zeros(data.global_batch // shards, data.seq_len + 1, dtype=torch.long)
     batches = [Batch.of(each[:, :-1], each[:, 1:], CAUSAL) for each in rows.split(data.micro_batch)]
@@ -111,8 +113,8 @@ def steps(config: Config, gpu: pretend.Gpu) -> dict[str, Any]:
 
 
 @contextmanager
-def whole_logits() -> Iterator[None]:
-    """The last layer as others write it."""
+def full_logits() -> Iterator[None]:
+    """Patch the last layer to compute its loss over all logits at once."""
 
     def loss(x_BSD: Tensor, weight_WD: Tensor, bias_W: Any, targets_BS: Tensor, *rest: Any) -> Tensor:
         logits_BSW = F.linear(x_BSD, weight_WD, bias_W)
@@ -124,12 +126,12 @@ def whole_logits() -> Iterator[None]:
 
 
 def report(results: Results) -> str:
-    """The table."""
+    """Format the table."""
     rows = []
     for row in results.rows:
         sizes = [f"{row[name] / GIB:.1f}" if name in row else "" for name in ("weights", "peak", "whole")]
         rows.append((row["model"], row["precision"], row["recompute"], f"{row['tokens']:,}", *sizes, row["at"]))
-    return table(("model", "precision", "recompute", "tokens", "weights", "peak", "whole", "at"), rows)
+    return format_table(("model", "precision", "recompute", "tokens", "weights", "peak", "whole", "at"), rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models that the programs here know by name, each with the size of a step."""
+"""Models that benchmarks know by name, each with the size of a step."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from dist_llm.config.schema import Config
 
 GPT2 = "positions=learned norm=layernorm activation=gelu bias=true tie_embeddings=true"
 LLAMA = "positions=rope norm=rmsnorm activation=swiglu"
-# Keys of `model`, then of `data`. GPT-2's vocabulary is padded, as nanoGPT's is.
+# Keys of `model`, then of `data`. GPT-2's vocabulary is padded, as in nanoGPT.
 MODELS = {
     "gpt2-cpu": (f"{GPT2} d_model=384 n_layers=6 n_heads=6 vocab_size=8192", "global_batch=8 seq_len=256"),
     "llama-cpu": (
@@ -35,12 +35,12 @@ MODELS = {
 }
 
 
-def config_of(name: str, overrides: Sequence[str] = (), ranks: int = 1) -> Config:
-    """The resolved config of a named model; raises ConfigError where overrides do not fit."""
+def make_config(name: str, overrides: Sequence[str] = (), ranks: int = 1) -> Config:
+    """Resolve the config of a named model; raises ConfigError if overrides do not fit."""
     model, data = MODELS[name]
     keys = [f"model.{key}" for key in model.split()] + [f"data.{key}" for key in data.split()]
-    config, broken = load_config(None, ["run.dir=unused", "run.steps=1000", "data.path=unused", *keys, *overrides])
-    refuse(broken)
+    config, problems = load_config(None, ["run.dir=unused", "run.steps=1000", "data.path=unused", *keys, *overrides])
+    refuse(problems)
     assert config is not None
     refuse(check(config, ranks, 0))
     return resolve(config, ranks, 0)

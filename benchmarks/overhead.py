@@ -1,15 +1,14 @@
-"""What the framework costs: tokens/s of `dist-llm train` on one process over those of the barest loop.
+"""Measure the overhead of the framework: tokens/s of `dist-llm train` on one process, relative to a bare loop.
 
-The bare loop is what a good engineer would write without us: the same model module, a batch from a
-memory map as nanoGPT makes it, F.cross_entropy, backward, clip_grad_norm_, fused AdamW, the loss read
-every few steps. Ours is the real training loop with its loader, schedule, metrics file, TensorBoard and
-progress lines. Both run in this process and take turns, a few steps each, in the order ours, bare, bare,
-ours, so that a machine that slows down or speeds up meanwhile touches both alike. Evaluation,
-checkpoints and torch.compile are left out on both sides.
+The bare loop has the same model module, a batch from a memory map as nanoGPT makes it, F.cross_entropy, backward,
+clip_grad_norm_ and fused AdamW, and reads the loss every few steps. Ours is the real training loop with its loader,
+schedule, metrics file, TensorBoard and progress lines. Both run in this process and take turns of a few steps in the
+order ours, bare, bare, ours, so that a change in the machine's speed affects both alike. Neither evaluates, saves
+checkpoints or uses torch.compile.
 
-Prints one JSON line per pair on stdout, then a table on stderr. A ratio of 1 is no cost; below 1 the
-framework is slower. `cpu_ratio` compares seconds of CPU, all threads together, in place of time that passed: on
-a machine that others use it is the steadier one, with OMP_NUM_THREADS=1 so that no thread spins in wait.
+Prints one JSON line per pair on stdout, then a table on stderr. A ratio of 1 is no cost; below 1 the framework is
+slower. `cpu_ratio` compares CPU seconds of all threads in place of elapsed time: it is more reliable on a machine that
+others use, with OMP_NUM_THREADS=1 so that no thread spins while it waits.
 """
 
 import argparse
@@ -26,6 +25,7 @@ import torch
 
 from bare import Loop
 from dist_llm.checkpoint.store import CheckpointStore
+from dist_llm.config.derive import plan_schedule
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
 from dist_llm.data.data_history import build_fresh_plan
@@ -43,34 +43,36 @@ from dist_llm.train.settings import read_config, read_vocabulary
 from dist_llm.train.trainer import Trainer
 
 WARM_UP_PAIRS = 2
-CLAIM = 0.98  # the least ratio that we promise
+CLAIM = 0.98  # the smallest ratio that we promise
 
 
 def main() -> None:
-    """Run the pairs and print them."""
-    options = parser().parse_args()
+    """Run and print the pairs."""
+    options = make_parser().parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        config = read(options, Path(scratch))
+        config = read_config_and_corpus(options, Path(scratch))
         turns = run(config, options.pairs, Path(scratch))
     for number, pair in enumerate(turns.pairs(), start=1):
         print(json.dumps({"pair": number, **pair}))
     sys.stdout.flush()
-    report(config, turns)
+    print_report(config, turns)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    top.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="default: %(default)s")
-    top.add_argument("--pairs", type=int, default=20, help="pairs measured, after a warm-up; default: %(default)s")
-    top.add_argument("--steps", type=int, default=5, help="steps of each turn; default: %(default)s")
-    top.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: model.d_model=512 precision=bf16")
-    return top
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="default: %(default)s")
+    parser.add_argument("--pairs", type=int, default=20, help="pairs measured, after a warm-up; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=5, help="steps of each turn; default: %(default)s")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="as for train: model.d_model=512 precision=bf16"
+    )
+    return parser
 
 
-def read(options: argparse.Namespace, scratch: Path) -> Config:
-    """The config, on a corpus of bytes made here; its own vocabulary size, or 4096, is kept for the head."""
+def read_config_and_corpus(options: argparse.Namespace, scratch: Path) -> Config:
+    """Read the config and make a corpus of bytes; the vocabulary has the config's size, or 4096."""
     quiet = (scratch / "prepare.txt").open("w")
     prepare(PrepareOptions(("python-stdlib",), "byte", scratch / "corpus", heldout_fraction=0.0), quiet)
     plain, _ = load_config(options.config)
@@ -85,11 +87,11 @@ def read(options: argparse.Namespace, scratch: Path) -> Config:
         "data.micro_batch=0",
         "compile=false",
     ]
-    return read_config(options.config, overrides, world_size=1)
+    return plan_schedule(read_config(options.config, overrides, world_size=1))
 
 
 def run(config: Config, pairs: int, scratch: Path) -> "Turns":
-    """Train as `dist-llm train` does, the bare loop taking its turns in between."""
+    """Train as `dist-llm train` does, with turns of the bare loop in between."""
     world = World()
     device = device_of(world)
     plan = build_fresh_plan(config)
@@ -109,7 +111,7 @@ def run(config: Config, pairs: int, scratch: Path) -> "Turns":
 
 
 class BareLoop:
-    """Nothing but torch around the model."""
+    """The bare loop around the model, with its batches."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -122,13 +124,13 @@ class BareLoop:
         self.loss = float("nan")
 
     def steps(self, count: int) -> None:
-        """Train; the loss is read once, at the end."""
+        """Take steps; read the loss once, at the end."""
         for _ in range(count):
             loss = self.loop.step(*self.batch())
         self.loss = loss.item()
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random windows from a memory map."""
+        """Read random windows from a memory map."""
         data, length = self.config.data, self.config.data.seq_len
         tokens = np.memmap(Path(data.path) / "train-00000.bin", dtype="<u2", mode="r")
         starts = self.random.integers(len(tokens) - length, size=data.global_batch)
@@ -140,52 +142,54 @@ class BareLoop:
 
 
 class Turns:
-    """A sink of the training loop: called after each of its turns, it lets the bare loop have its own."""
+    """A sink of the training loop that lets the bare loop take a turn after each turn of the training loop."""
 
     def __init__(self, bare: BareLoop, config: Config) -> None:
         self.bare, self.steps = bare, config.log.every
         self.tokens = config.data.global_batch * config.data.seq_len * self.steps
-        self.ours: list[tuple[float, float]] = []  # seconds, CPU seconds
-        self.theirs: list[tuple[float, float]] = []
+        self.our_times: list[tuple[float, float]] = []  # seconds, CPU seconds
+        self.bare_times: list[tuple[float, float]] = []
         self.loss = float("nan")
 
     def start(self) -> None:
-        self.begin = time.perf_counter(), time.process_time()
+        self.start_times = time.perf_counter(), time.process_time()
 
-    def taken(self) -> tuple[float, float]:
-        return time.perf_counter() - self.begin[0], time.process_time() - self.begin[1]
+    def elapsed(self) -> tuple[float, float]:
+        return time.perf_counter() - self.start_times[0], time.process_time() - self.start_times[1]
 
     def __call__(self, rows: Sequence[Row]) -> None:
-        self.ours.append(self.taken())
+        self.our_times.append(self.elapsed())
         self.loss = rows[-1]["loss"]
-        if len(self.ours) % 2:
+        if len(self.our_times) % 2:
             for _ in range(2):
                 self.start()
                 self.bare.steps(self.steps)
-                self.theirs.append(self.taken())
+                self.bare_times.append(self.elapsed())
         self.start()
 
     def pairs(self) -> list[dict[str, float]]:
-        """Tokens/s of both and the ratios, the warm-up left out."""
-        both = list(zip(self.ours, self.theirs, strict=False))[WARM_UP_PAIRS:]
+        """Return tokens/s of both and the ratios, without the warm-up."""
+        pairs_after_warm_up = list(zip(self.our_times, self.bare_times, strict=False))[WARM_UP_PAIRS:]
         return [
             {
-                "ours": round(self.tokens / ours, 1),
-                "bare": round(self.tokens / bare, 1),
-                "ratio": round(bare / ours, 4),
-                "cpu_ratio": round(bare_cpu / ours_cpu, 4),
+                "ours": round(self.tokens / our_seconds, 1),
+                "bare": round(self.tokens / bare_seconds, 1),
+                "ratio": round(bare_seconds / our_seconds, 4),
+                "cpu_ratio": round(bare_cpu / our_cpu, 4),
             }
-            for (ours, ours_cpu), (bare, bare_cpu) in both
+            for (our_seconds, our_cpu), (bare_seconds, bare_cpu) in pairs_after_warm_up
         ]
 
 
-def report(config: Config, turns: Turns) -> None:
-    """The table, and what was run."""
+def print_report(config: Config, turns: Turns) -> None:
+    """Print the table and what was measured."""
     model, data, pairs = config.model, config.data, turns.pairs()
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device_name = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    )
     lines = [
         f"d_model {model.d_model}, {model.n_layers} layers, vocabulary {model.vocab_size}, {data.global_batch} x "
-        f"{data.seq_len} tokens, {config.precision}, torch {torch.__version__}, {where}",
+        f"{data.seq_len} tokens, {config.precision}, torch {torch.__version__}, {device_name}",
         f"{len(pairs)} pairs of {turns.steps} + {turns.steps} steps; "
         f"last losses {turns.loss:.3f} (ours) and {turns.bare.loss:.3f} (bare)",
         "",
@@ -194,8 +198,8 @@ def report(config: Config, turns: Turns) -> None:
     for name, unit in (("ours", " tok/s"), ("bare", " tok/s"), ("ratio", ""), ("cpu_ratio", "")):
         column = [pair[name] for pair in pairs]
         form = ",.0f" if unit else ".4f"
-        shown = (format(value, form) for value in (statistics.median(column), min(column), max(column)))
-        lines.append(f"{name + unit:12}" + "".join(f"{value:>12}" for value in shown))
+        cells = (format(value, form) for value in (statistics.median(column), min(column), max(column)))
+        lines.append(f"{name + unit:12}" + "".join(f"{value:>12}" for value in cells))
     lines.append(f"the claim, a ratio of at least {CLAIM}: median {statistics.median(p['ratio'] for p in pairs):.4f}")
     print("\n".join(lines), file=sys.stderr)
 

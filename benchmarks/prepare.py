@@ -1,19 +1,19 @@
-"""How fast `dist-llm prepare` is, end to end, beside the bare tokenizer: tiktoken's encode_ordinary_batch.
+"""Measure the speed of `dist-llm prepare`, end to end, relative to tiktoken's encode_ordinary_batch alone.
 
-Ours is the whole command's work in this process and its workers: read and parse the file, tokenize, hash,
-split off what is held out, write the shards durably, publish. The bare side has the same texts in memory
-and calls `encode_ordinary_batch` of the same tokenizer, with as many threads as ours has workers, on 16 MB
-at a time, and drops the result. Both have the same cores. Sides take turns, in the order ours, bare, bare,
-ours, so that a machine that slows down or speeds up meanwhile touches both alike.
+Ours is the work of the whole command in this process and its workers: read and parse the file, tokenize, hash, split
+off held-out text, write the shards durably, publish. The bare side has the same texts in memory and calls
+`encode_ordinary_batch` of the same tokenizer, with as many threads as ours has workers, on 16 MB at a time, and drops
+the result. Both have the same cores. They take turns in the order ours, bare, bare, ours, so that a change in the
+machine's speed affects both alike.
 
-Without --text and --tokenizer the text is the source code of Python's standard library and the tokenizer
-is bpe:16384, trained on it once before any clock is read. Cases: jsonl, documents of about --document-bytes each;
-text, plain files of about 1 MB. --megabytes of text are written, repeating the source as often as needed.
+Without --text and --tokenizer the text is the source code of Python's standard library, and the tokenizer is bpe:16384,
+trained on it before the first measurement. Cases: jsonl, documents of about --document-bytes each; text, plain files of
+about 1 MB. --megabytes of text are written; the source repeats as often as needed.
 
-Prints one JSON line per case and pair on stdout, then a table on stderr; to try it: --megabytes 8 --pairs 2.
-The claim is a ratio of at least 0.8: ours in MB/s of text over the bare side's. `cpu_ratio` compares seconds of
-CPU, all processes together, in place of time that passed: on a machine that others use it is the steadier one.
-Starting the workers is a part of ours: with few --megabytes it is most of it.
+Prints one JSON line per case and pair on stdout, then a table on stderr; for a trial: --megabytes 8 --pairs 2. The
+claim is a ratio of at least 0.8: MB/s of text of ours over the bare side's. `cpu_ratio` compares CPU seconds of all
+processes in place of elapsed time: it is more reliable on a machine that others use. Ours includes the start of the
+workers, which dominates with few --megabytes.
 """
 
 import argparse
@@ -39,57 +39,60 @@ from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.rows import Tally
 from dist_llm.text.vocabulary import build_tokenizer
 
-CLAIM = 0.8  # the least ratio that we promise
+CLAIM = 0.8  # the smallest ratio that we promise
 FILE_CHARS = 1_000_000
 TRAIN_CHARS = 20_000_000
-BATCH_CHARS = 16_000_000  # of one call of the bare side
+BATCH_CHARS = 16_000_000  # in one call of the bare side
 COLUMNS = (("ours", " MB/s"), ("bare", " MB/s"), ("ratio", ""), ("cpu_ratio", ""))
 
 
 def main() -> None:
-    """Run the cases and print them."""
-    options = parser().parse_args()
+    """Run and print the cases."""
+    options = make_parser().parse_args()
     if hasattr(os, "sched_setaffinity") and options.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     options.workers = options.workers or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         rows = [row for case in options.case or ("jsonl", "text") for row in run(case, options, Path(scratch))]
     sys.stdout.flush()
-    report(options, rows)
+    print_report(options, rows)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    top.add_argument("--case", action="append", choices=("jsonl", "text"), help="may be repeated; default: both")
-    top.add_argument("--megabytes", type=int, default=64, help="text of each case; default: %(default)s")
-    top.add_argument("--pairs", type=int, default=4, help="pairs measured of each case; default: %(default)s")
-    top.add_argument("--document-bytes", type=int, default=4000, help="of the jsonl case; default: %(default)s")
-    top.add_argument("--text", default="python-stdlib", help="as for prepare --source; default: %(default)s")
-    top.add_argument("--tokenizer", default="bpe:16384", help="as for prepare; default: %(default)s")
-    top.add_argument("--workers", type=int, help="of ours, and threads of the bare side; default: one per core")
-    top.add_argument("--cores", type=int, help="use that many cores alone; default: all that this process may use")
-    top.add_argument("--scratch", type=Path, help="where to write, about twice --megabytes; default: the system's")
-    return top
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--case", action="append", choices=("jsonl", "text"), help="may be repeated; default: both")
+    parser.add_argument("--megabytes", type=int, default=64, help="text of each case; default: %(default)s")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs measured of each case; default: %(default)s")
+    parser.add_argument("--document-bytes", type=int, default=4000, help="of the jsonl case; default: %(default)s")
+    parser.add_argument("--text", default="python-stdlib", help="as for prepare --source; default: %(default)s")
+    parser.add_argument("--tokenizer", default="bpe:16384", help="as for prepare; default: %(default)s")
+    parser.add_argument("--workers", type=int, help="of ours, and threads of the bare side; default: one per core")
+    parser.add_argument("--cores", type=int, help="use that many cores alone; default: all that this process may use")
+    parser.add_argument("--scratch", type=Path, help="where to write, about twice --megabytes; default: the system's")
+    return parser
 
 
 def run(case: str, options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, object]]:
-    """Measure one case, pair by pair, printing each."""
-    tokenizer = build_tokenizer(options.tokenizer, None, lambda: cut(options.text, TRAIN_CHARS, FILE_CHARS))
+    """Measure one case pair by pair, and print each."""
+    tokenizer = build_tokenizer(options.tokenizer, None, lambda: iter_texts(options.text, TRAIN_CHARS, FILE_CHARS))
     if not isinstance(tokenizer, BPETokenizer):
         raise SystemExit(f"--tokenizer {options.tokenizer}: tiktoken alone cannot run it; give one of byte-level BPE")
     (scratch / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(scratch / "tokenizer")
     size = options.document_bytes if case == "jsonl" else FILE_CHARS
-    texts = list(cut(options.text, options.megabytes * 1_000_000, size))
-    source = write(case, texts, scratch / case)
-    sides = {"ours": ours(source, scratch, options.workers), "bare": bare(tokenizer, texts, options.workers)}
+    texts = list(iter_texts(options.text, options.megabytes * 1_000_000, size))
+    source = write_texts(case, texts, scratch / case)
+    sides = {
+        "ours": make_prepare_run(source, scratch, options.workers),
+        "bare": make_tokenizer_run(tokenizer, texts, options.workers),
+    }
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     for number in range(options.pairs):
         order = ("ours", "bare") if number % 2 == 0 else ("bare", "ours")
-        taken = {name: timed(sides[name]) for name in order}
-        (seconds, cpu), (bare_seconds, bare_cpu) = taken["ours"], taken["bare"]
+        times = {name: measure_run(sides[name]) for name in order}
+        (seconds, cpu), (bare_seconds, bare_cpu) = times["ours"], times["bare"]
         row: dict[str, object] = {
             "case": case,
             "pair": number + 1,
@@ -104,16 +107,16 @@ def run(case: str, options: argparse.Namespace, scratch: Path) -> Iterator[dict[
         yield row
 
 
-def cut(spec: str, total: int, size: int) -> Iterator[str]:
-    """`total` characters of the source in documents of `size`, over again as often as needed; all of it in memory."""
+def iter_texts(spec: str, total: int, size: int) -> Iterator[str]:
+    """Yield `total` characters of the source in documents of `size`, repeated as needed, from memory."""
     text = "".join(document.text for document in iter_documents(open_inputs([spec]), Tally(1.0)))
     text *= -(-total // max(len(text), 1))
     for start in range(0, total, size):
         yield text[start : min(start + size, total)]
 
 
-def write(case: str, texts: list[str], folder: Path) -> Path:
-    """The texts as the case has them, durable, so that the disk is quiet when the clock starts."""
+def write_texts(case: str, texts: list[str], folder: Path) -> Path:
+    """Write the texts in the form of the case, durably, so that the disk is idle when a measurement starts."""
     folder.mkdir()
     if case == "jsonl":
         contents = {"rows.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in texts)}
@@ -124,22 +127,22 @@ def write(case: str, texts: list[str], folder: Path) -> Path:
     return folder
 
 
-def ours(source: Path, scratch: Path, workers: int) -> Callable[[], None]:
-    """One whole prepare; its corpus is removed when the clock has stopped, by the next call."""
+def make_prepare_run(source: Path, scratch: Path, workers: int) -> Callable[[], None]:
+    """Return a function that runs one prepare, and whose `clean` removes the corpus after the measurement."""
 
-    def once() -> None:
+    def run_once() -> None:
         options = PrepareOptions((str(source),), str(scratch / "tokenizer"), scratch / "corpus", workers=workers)
         prepare(options, io.StringIO())
 
     def clean() -> None:
         shutil.rmtree(scratch / "corpus", ignore_errors=True)
 
-    once.clean = clean  # type: ignore[attr-defined]
-    return once
+    run_once.clean = clean  # type: ignore[attr-defined]
+    return run_once
 
 
-def bare(tokenizer: BPETokenizer, texts: list[str], threads: int) -> Callable[[], None]:
-    """tiktoken alone; its lists of ints take some 12 bytes per byte of text, so it gets the texts in batches."""
+def make_tokenizer_run(tokenizer: BPETokenizer, texts: list[str], threads: int) -> Callable[[], None]:
+    """Return a function that runs tiktoken alone, on batches, since its lists take about 12 bytes per byte of text."""
     encoding = tiktoken.Encoding(
         "bare",
         pat_str=tokenizer.pattern,
@@ -149,29 +152,29 @@ def bare(tokenizer: BPETokenizer, texts: list[str], threads: int) -> Callable[[]
     size = max(1, BATCH_CHARS // len(texts[0]))
     batches = [texts[start : start + size] for start in range(0, len(texts), size)]
 
-    def once() -> None:
+    def run_once() -> None:
         for batch in batches:
             encoding.encode_ordinary_batch(batch, num_threads=threads)
 
-    return once
+    return run_once
 
 
-def timed(side: Callable[[], None]) -> tuple[float, float]:
-    """Seconds, and seconds of CPU of this process and of children that have ended."""
-    begin, cpu = time.perf_counter(), cpu_seconds()
+def measure_run(side: Callable[[], None]) -> tuple[float, float]:
+    """Return elapsed seconds, and CPU seconds of this process and of children that have ended."""
+    start_time, start_cpu = time.perf_counter(), cpu_seconds()
     side()
-    taken = time.perf_counter() - begin, cpu_seconds() - cpu
+    elapsed = time.perf_counter() - start_time, cpu_seconds() - start_cpu
     getattr(side, "clean", lambda: None)()
-    return taken
+    return elapsed
 
 
 def cpu_seconds() -> float:
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    usages = [resource.getrusage(target) for target in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def report(options: argparse.Namespace, rows: list[dict[str, object]]) -> None:
-    """The table, and what was run."""
+def print_report(options: argparse.Namespace, rows: list[dict[str, object]]) -> None:
+    """Print the table and what was measured."""
     load = os.getloadavg()[0]
     print(
         f"{options.text}, {options.tokenizer}, {options.workers} workers, {len(os.sched_getaffinity(0))} cores, load "
@@ -182,8 +185,8 @@ def report(options: argparse.Namespace, rows: list[dict[str, object]]) -> None:
     for case in dict.fromkeys(row["case"] for row in rows):
         for name, unit in COLUMNS:
             column = [float(str(row[name])) for row in rows if row["case"] == case]
-            shown = "".join(f"{value:>10.2f}" for value in (statistics.median(column), min(column), max(column)))
-            print(f"{case:8}{name + unit:12}{shown}", file=sys.stderr)
+            cells = "".join(f"{value:>10.2f}" for value in (statistics.median(column), min(column), max(column)))
+            print(f"{case:8}{name + unit:12}{cells}", file=sys.stderr)
     print(f"the claim: a ratio of at least {CLAIM}", file=sys.stderr)
 
 

@@ -1,13 +1,13 @@
-"""A GPU that is not there, and ranks that are not: what a step would do on them, where there is a C++ compiler.
+"""Pretend to have a GPU, and several ranks, so that a step shows what it would do there; this needs a C++ compiler.
 
-Tensors on it have a shape, a type and a device, but no values: of each operator its shape function alone is run. So a
-step shows what it allocates and when (`Gpu.peak`), and fails where it mixes devices or asks for a value that is there.
-What it does not show: numbers, time, what kernels need for themselves, and gaps in the allocator's memory. Blocks are
-not compiled. Attention without a mask and FlexAttention take what FlashAttention takes; with a mask, all scores are
-computed, which takes more than on a GPU. Collectives end at once, in torch's fake group.
+Tensors on the pretended GPU have a shape, a type and a device, but no values: of each operator only the shape function
+runs. So a step shows what it allocates and when (`Gpu.peak`), and fails if it mixes devices or reads a value. It does
+not show numbers, time, the memory that kernels need themselves, and gaps in the allocator's memory. Blocks are not
+compiled. Attention without a mask and FlexAttention allocate what FlashAttention does; with a mask, all scores are
+computed, which takes more memory than on a GPU. Collectives end at once, in torch's fake group.
 
-torch's build for CPUs cannot go backward on a GPU, even on one without values. `preload` starts the program again with
-a library that says there is one. Not a program: memory.py and tests/gpu/traced.py use it.
+torch's build for CPUs cannot run backward on a GPU, not even on one without values. `preload` restarts the program with
+a library that reports a GPU. Not a program itself: memory.py and tests/gpu/traced.py use it.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("cuda", 0)
-MARK = "DIST_LLM_PRETENDED_GPU"
+SCRATCH_VARIABLE = "DIST_LLM_PRETENDED_GPU"
 SOURCE = """
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -85,83 +85,85 @@ REGISTER_CUDA_HOOKS(CUDAHooks);
 
 
 def preload() -> None:
-    """Start this program again with a library in front of torch, unless it was; SystemExit where that cannot be."""
-    if scratch := os.environ.pop(MARK, ""):
+    """Restart this program with a library loaded before torch, unless it was; SystemExit if that is not possible."""
+    if scratch := os.environ.pop(SCRATCH_VARIABLE, ""):
         del os.environ["LD_PRELOAD"]
         shutil.rmtree(scratch)
         return
     if torch.version.cuda is not None:
         raise SystemExit("error: a GPU is pretended by torch's CPU build alone, and this one is for CUDA")
-    scratch, place = tempfile.mkdtemp(prefix="dist_llm_gpu_"), torch.__path__[0]
+    scratch, torch_folder = tempfile.mkdtemp(prefix="dist_llm_gpu_"), torch.__path__[0]
     source, library = Path(scratch) / "gpu.cpp", Path(scratch) / "gpu.so"
     source.write_text(SOURCE)
-    command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{place}/include", str(source), "-o", str(library)]
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include", str(source), "-o", str(library)]
     try:
-        subprocess.run([*command, f"-L{place}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{place}/lib"], check=True)
+        subprocess.run(
+            [*command, f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}/lib"], check=True
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         shutil.rmtree(scratch)
         raise SystemExit(f"error: a pretended GPU needs g++, and it failed: {error}") from None
-    environ = os.environ | {MARK: scratch, "LD_PRELOAD": str(library)}
+    environ = os.environ | {SCRATCH_VARIABLE: scratch, "LD_PRELOAD": str(library)}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)
 
 
 class Gpu(TorchDispatchMode):
-    """All that is asked of `DEVICE` while it is on. On the CPU, tensors are real."""
+    """A mode that handles all operators on `DEVICE`; tensors on the CPU remain real."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.held: dict[int, int] = {}  # bytes of each storage that lives
+        self.storage_bytes: dict[int, int] = {}  # of each existing storage
         self.now = self.peak = 0
-        self.at = ""  # the operator that made the peak, and whether it was in backward
+        self.at = ""  # the operator at the peak, and whether it was in backward
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}  # of host memory: there is no driver to pin it
+            kwargs = {**kwargs, "pin_memory": False}  # there is no driver to pin host memory
         if any(issubclass(each, DTensor) for each in types):
-            return NotImplemented  # it comes back with what it holds
+            return NotImplemented  # its local tensors are dispatched again
         flat = pytree.tree_leaves((args, kwargs))
         if not any(isinstance(each, FakeTensor) or _is_gpu(each) for each in flat):
             return func(*args, **kwargs)
-        args, kwargs = pytree.tree_map_only(Tensor, self._known, (args, kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, self._to_fake, (args, kwargs))
         with self.fake:
-            found = func(*args, **kwargs)
-        for each in pytree.tree_leaves(found):
+            output = func(*args, **kwargs)
+        for each in pytree.tree_leaves(output):
             if isinstance(each, FakeTensor) and each.device.type == "cuda":
-                self._hold(each.untyped_storage(), func)
-        return found
+                self._track(each.untyped_storage(), func)
+        return output
 
     def reset_peak(self, device: Any = None) -> None:
         self.peak = self.now
 
-    def _known(self, tensor: Tensor) -> Tensor:
+    def _to_fake(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
-    def _hold(self, storage: torch.UntypedStorage, func: Any) -> None:
+    def _track(self, storage: torch.UntypedStorage, func: Any) -> None:
         key = storage._cdata
-        if key not in self.held:
+        if key not in self.storage_bytes:
             weakref.finalize(storage, self._resize, key, None)
         self._resize(key, storage.nbytes(), func)
 
     def _resize(self, key: int, size: int | None, func: Any = None) -> None:
-        """`None`: it is gone."""
-        change = (size or 0) - self.held.pop(key, 0)
+        """Record the new size of a storage; `None` if it was deleted."""
+        change = (size or 0) - self.storage_bytes.pop(key, 0)
         self.now += change
         if size is not None:
-            self.held[key] = size
+            self.storage_bytes[key] = size
         if self.now > self.peak:
             self.peak = self.now
             self.at = f"{func}{', backward' if torch._C._current_graph_task_id() >= 0 else ''}"
 
     def resize(self, storage: torch.UntypedStorage, size: int) -> Any:
-        """In place of UntypedStorage.resize_, by which FSDP frees and allocates."""
-        found = RESIZE(storage, size)
-        if storage._cdata in self.held:
+        """Resize a storage, in place of UntypedStorage.resize_, by which FSDP frees and allocates."""
+        result = RESIZE(storage, size)
+        if storage._cdata in self.storage_bytes:
             self._resize(storage._cdata, size, "resize_")
-        return found
+        return result
 
 
 RESIZE, ATTENTION = torch.UntypedStorage.resize_, F.scaled_dot_product_attention
@@ -169,24 +171,24 @@ RESIZE, ATTENTION = torch.UntypedStorage.resize_, F.scaled_dot_product_attention
 
 @contextlib.contextmanager
 def gpu(ranks: int = 1) -> Iterator[Gpu]:
-    """A GPU for a while, of the first of so many ranks."""
-    there = Gpu()
+    """Pretend to have a GPU during the block, of the first of so many ranks."""
+    gpu_mode = Gpu()
     with contextlib.ExitStack() as patches:
-        for owner, name, value in _patches(there):
+        for owner, name, value in _patches(gpu_mode):
             patches.enter_context(patch.object(owner, name, value))
         if ranks > 1:
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
             patches.callback(dist.destroy_process_group)
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) is made on the CPU, and moved
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) is created on the CPU, and moved
         patches.callback(torch._C._set_only_lift_cpu_tensors, False)
-        with there:
-            yield there
+        with gpu_mode:
+            yield gpu_mode
 
 
-def _patches(there: Gpu) -> Iterator[tuple[Any, str, Any]]:
-    """What of torch asks the driver."""
+def _patches(gpu_mode: Gpu) -> Iterator[tuple[Any, str, Any]]:
+    """Yield patches for the parts of torch that ask the driver."""
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 << 30)
     yield torch.cuda, "is_available", lambda: True
     yield torch.cuda, "is_initialized", lambda: True
@@ -201,9 +203,9 @@ def _patches(there: Gpu) -> Iterator[tuple[Any, str, Any]]:
     yield torch.cuda, "synchronize", lambda device=None: None
     yield torch.cuda, "empty_cache", lambda: None
     yield torch.cuda, "mem_get_info", lambda device=None: (properties.total_memory, properties.total_memory)
-    yield torch.cuda, "max_memory_allocated", lambda device=None: there.peak
-    yield torch.cuda, "reset_peak_memory_stats", there.reset_peak
-    yield torch.cuda, "set_sync_debug_mode", lambda mode: None  # whoever asks for a value has none
+    yield torch.cuda, "max_memory_allocated", lambda device=None: gpu_mode.peak
+    yield torch.cuda, "reset_peak_memory_stats", gpu_mode.reset_peak
+    yield torch.cuda, "set_sync_debug_mode", lambda mode: None  # reads of values fail anyway
     yield torch.cuda, "Stream", _Stream
     yield torch.cuda, "Event", _Event
     yield torch.cuda, "current_stream", _Stream
@@ -213,16 +215,16 @@ def _patches(there: Gpu) -> Iterator[tuple[Any, str, Any]]:
     yield torch.version, "cuda", "12.8"
     yield torch.cuda.amp.common, "amp_definitely_not_available", lambda: False
     yield torch, "compile", _compile
-    yield torch, "_fused_sdp_choice", lambda q, k, v, mask, *rest, **options: int(mask is None)  # flash, or else math
+    yield torch, "_fused_sdp_choice", lambda q, k, v, mask, *rest, **options: int(mask is None)  # flash or math
     yield Tensor, "record_stream", lambda tensor, stream: None
     yield Tensor, "pin_memory", lambda tensor: tensor
-    yield torch.UntypedStorage, "resize_", lambda storage, size: there.resize(storage, size)
+    yield torch.UntypedStorage, "resize_", lambda storage, size: gpu_mode.resize(storage, size)
     yield nn.Module, "to_empty", _to_empty
     yield F, "scaled_dot_product_attention", _attention
 
 
 class _Stream:
-    """Work on it is done as soon as it is given."""
+    """A stream on which work is complete as soon as it is queued."""
 
     device, device_index, device_type, stream_id, cuda_stream = DEVICE, 0, 1, 0, 0
 
@@ -247,7 +249,7 @@ class _Event:
 
 
 def _compile(model: Any = None, **options: Any) -> Any:
-    """The function itself, but that of FlexAttention writes no whole scores."""
+    """Return the function itself, but for FlexAttention one that allocates no full scores."""
     if model is None:
         return _compile
     return _flex if model is flex_attention else model
@@ -262,14 +264,14 @@ def _flex(
 
 
 def _to_empty(module: nn.Module, *, device: Any, recurse: bool = True) -> nn.Module:
-    """As torch's, which cannot swap what has no values."""
-    made: dict[Any, nn.Parameter] = {}
+    """Do the same as torch's, which cannot swap tensors without values."""
+    new_parameters: dict[Any, nn.Parameter] = {}
     for each in module.modules():
         for name, parameter in each._parameters.items():
             if parameter is not None:
-                if parameter not in made:
-                    made[parameter] = nn.Parameter(torch.empty_like(parameter.detach(), device=device))
-                each._parameters[name] = made[parameter]
+                if parameter not in new_parameters:
+                    new_parameters[parameter] = nn.Parameter(torch.empty_like(parameter.detach(), device=device))
+                each._parameters[name] = new_parameters[parameter]
         for name, buffer in each._buffers.items():
             if buffer is not None:
                 each._buffers[name] = torch.empty_like(buffer, device=device)
@@ -279,14 +281,14 @@ def _to_empty(module: nn.Module, *, device: Any, recurse: bool = True) -> nn.Mod
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any
 ) -> Tensor:
-    """FlashAttention where there is no mask but a causal one: torch's build for CPUs knows no kernel of a GPU."""
+    """Use FlashAttention without a mask or with a causal one, since torch's build for CPUs has no kernels of a GPU."""
     if q.device.type != "cuda" or (isinstance(attn_mask, Tensor) and not isinstance(attn_mask, CausalBias)):
         return ATTENTION(q, k, v, attn_mask, dropout_p, **options)
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (each.to(torch.get_autocast_dtype("cuda")) for each in (q, k, v))
     causal, scale = attn_mask is not None or options.get("is_causal", False), options.get("scale")
-    found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, causal, scale=scale)
-    return found[0]
+    outputs = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, causal, scale=scale)
+    return outputs[0]
 
 
 def _is_gpu(value: Any) -> bool:

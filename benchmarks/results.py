@@ -1,5 +1,7 @@
-"""What a program here found: a JSON line per row on stdout, a table on stderr, and with --write a file beside the
-programs, results/<program>-<device>.json, with the machine, the versions, the commit and the command."""
+"""Results of a program: JSON lines on stdout, a table on stderr, and a file with --write.
+
+The file is results/<program>-<device>.json, with the rows, the machine, the versions, the commit and the command.
+"""
 
 import argparse
 import json
@@ -21,19 +23,19 @@ Row = Mapping[str, Any]
 
 
 class Results:
-    """Rows of one run of one program."""
+    """The rows of one run of one program."""
 
     def __init__(self, program: str, device: torch.device) -> None:
         self.program, self.device = program, device
         self.rows: list[Row] = []
 
     def add(self, row: Row) -> None:
-        """Print a row, its floats to six digits, and keep it."""
+        """Print a row, with floats of six digits, and store it."""
         self.rows.append({name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in row.items()})
         print(json.dumps(self.rows[-1]), flush=True)
 
     def finish(self, text: str, directory: Path | None) -> None:
-        """Print a table under what it was run on; write the rows where there is a directory for them."""
+        """Print a table with the machine; write the rows if there is a directory."""
         print(f"{self.machine()}\n\n{text}", file=sys.stderr)
         if directory is not None:
             path = directory / f"{self.program}-{self.slug()}.json"
@@ -44,14 +46,14 @@ class Results:
             print(f"\nwritten: {path.name}", file=sys.stderr)
 
     def machine(self) -> str:
-        """One line for people."""
+        """Describe the machine in one line."""
         where = f"{cores()} cores of {cpu_name()}, {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
             where = f"{torch.cuda.get_device_name(self.device)}, {where}"
         return f"torch {torch.__version__}, {where}"
 
     def facts(self) -> dict[str, Any]:
-        """As a run's environment.json, of the system no more than its kind, and the processor."""
+        """Return the facts of a run's environment.json, with the processor and only the kind of system."""
         return {
             **environment(),
             "machine": f"{platform.system()} {platform.machine()}",
@@ -61,17 +63,17 @@ class Results:
         }
 
     def slug(self) -> str:
-        """The device in a file's name."""
+        """Return the device in the form for a file name."""
         if self.device.type == "cpu":
             return "cpu"
         return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(self.device).lower()).strip("-")
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """A command line that shows the program's docstring, with --write."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Make a parser that shows the program's docstring, with --write."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(description=description, formatter_class=raw)
-    top.add_argument(
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    parser.add_argument(
         "--write",
         nargs="?",
         type=Path,
@@ -79,19 +81,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         metavar="DIR",
         help="keep the rows in benchmarks/results/, or DIR",
     )
-    return top
+    return parser
 
 
-def parse(top: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line, with its key=value words in `overrides`, wherever they stand: `--models a b key=value`."""
-    keys = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-    options = top.parse_args([word for word in sys.argv[1:] if word not in keys])
-    options.overrides = keys
+def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, with its key=value arguments, at any position, in `overrides`."""
+    overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+    options = parser.parse_args([argument for argument in sys.argv[1:] if argument not in overrides])
+    options.overrides = overrides
     return options
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns as wide as they need to be: the first to the left, figures to the right."""
+def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Format columns as wide as needed: the first to the left, the others to the right."""
     cells = [[*map(str, header)], *([*map(str, row)] for row in rows)]
     widths = [max(len(line[number]) for line in cells) for number in range(len(header))]
     lines = []

@@ -1,9 +1,9 @@
-"""What warm-up does for post-norm, and that pre-norm hardly needs it: loss curves of one small decoder.
+"""Plot what warm-up does for post-norm, and that pre-norm hardly needs it: loss curves of one small decoder.
 
-Trains a deep, narrow decoder with the norm before and after each sublayer, with and without warm-up, and
-post-norm with initial values made to do without (depth, tfixup). All runs read the same samples. On two
-cores it takes some minutes. Prints one JSON line per run: its last held-out loss. With --docs DIR, also
-writes warmup.md and warmup.png into it.
+Trains a deep, narrow decoder with the norm before and after each sublayer, with and without warm-up, and post-norm with
+initial values designed for training without (depth, tfixup). All runs read the same samples. On two cores it takes some
+minutes. Prints one JSON line per run with its last held-out loss. With --docs DIR, also writes warmup.md and
+warmup.png.
 
 The question is that of Xiong et al. 2020 (On layer normalization in the transformer architecture), figure 2.
 """
@@ -48,7 +48,7 @@ NONE = "schedule.warmup_steps=0"
 
 @dataclass(frozen=True)
 class Run:
-    """A name for the legend, and what the run differs in."""
+    """A name for the legend, and the keys in which the run differs."""
 
     name: str
     keys: tuple[str, ...]
@@ -67,27 +67,27 @@ RUNS = (
 
 
 def main() -> None:
-    """Train, print, and with --docs write."""
+    """Train, print, and write with --docs."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    top.add_argument("--docs", type=Path, metavar="DIR", help="write warmup.md and warmup.png into it")
-    top.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: run.steps=20")
-    options = top.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--docs", type=Path, metavar="DIR", help="write warmup.md and warmup.png into it")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: run.steps=20")
+    options = parser.parse_args()
     torch.set_num_threads(max(1, torch.get_num_threads()))
-    found = []
+    evaluations = []
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch) / "corpus"
         prepare(PrepareOptions(("python-stdlib",), "bpe:1024", corpus, heldout_fraction=0.05), sys.stderr)
         for run in RUNS:
-            found.append(trained(run, Path(scratch), corpus, options.overrides))
-            print(json.dumps({"run": run.name, **found[-1][-1]}), flush=True)
+            evaluations.append(train_run(run, Path(scratch), corpus, options.overrides))
+            print(json.dumps({"run": run.name, **evaluations[-1][-1]}), flush=True)
     if options.docs:
-        draw(found, options.docs / "warmup.png")
-        (options.docs / "warmup.md").write_text(page(found))
+        plot(evaluations, options.docs / "warmup.png")
+        (options.docs / "warmup.md").write_text(make_page(evaluations))
 
 
-def trained(run: Run, scratch: Path, corpus: Path, overrides: list[str]) -> list[dict[str, Any]]:
-    """The evaluations of a run."""
+def train_run(run: Run, scratch: Path, corpus: Path, overrides: list[str]) -> list[dict[str, Any]]:
+    """Train a run and return its evaluations."""
     directory = scratch / run.name.replace(" ", "_")
     keys = [f"run.dir={directory}", f"data.path={corpus}", *KEYS, *run.keys, *overrides]
     train(read_config(REPOSITORY / "configs" / "debug.yaml", keys, 1), World())
@@ -95,15 +95,15 @@ def trained(run: Run, scratch: Path, corpus: Path, overrides: list[str]) -> list
     return [{name: row[name] for name in ("step", "heldout_loss")} for row in rows if "heldout_loss" in row]
 
 
-def draw(found: list[list[dict[str, Any]]], file: Path) -> None:
-    """Held-out losses over steps; dashed without warm-up."""
+def plot(evaluations: list[list[dict[str, Any]]], file: Path) -> None:
+    """Plot held-out losses over steps; runs without warm-up are dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="tight")
-    for run, rows in zip(RUNS, found, strict=True):
+    for run, rows in zip(RUNS, evaluations, strict=True):
         line = "--" if run.dashed else "-"
         axes.plot([r["step"] for r in rows], [r["heldout_loss"] for r in rows], line, color=run.color, label=run.name)
     axes.set_xlabel("step")
@@ -112,11 +112,11 @@ def draw(found: list[list[dict[str, Any]]], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def page(found: list[list[dict[str, Any]]]) -> str:
-    """warmup.md."""
+def make_page(evaluations: list[list[dict[str, Any]]]) -> str:
+    """Format warmup.md."""
     table = [
         f"| {run.name} | {rows[0]['heldout_loss']:.3f} | {rows[-1]['heldout_loss']:.3f} |"
-        for run, rows in zip(RUNS, found, strict=True)
+        for run, rows in zip(RUNS, evaluations, strict=True)
     ]
     lines = [
         "# Warmup and the norm order",
@@ -132,7 +132,7 @@ def page(found: list[list[dict[str, Any]]]) -> str:
         "",
         "![held-out losses](warmup.png)",
         "",
-        f"| run | held-out loss after {found[0][0]['step']} steps | after {found[0][-1]['step']} |",
+        f"| run | held-out loss after {evaluations[0][0]['step']} steps | after {evaluations[0][-1]['step']} |",
         "| --- | ---: | ---: |",
         *table,
         "",

@@ -1,4 +1,4 @@
-"""What the torch that is installed cannot do is skipped there, and says why. Signals are as in a terminal."""
+"""Skip tests that the installed torch cannot run, and restore the default signal handlers."""
 
 import signal
 from importlib.metadata import version
@@ -8,7 +8,7 @@ from hypothesis import settings
 
 from dist_llm.config.derive import SPLIT_BACKWARD, splits_backward
 
-# Started in the background or by nohup, tests would hand on to the runs they start that these are ignored.
+# A shell job in the background, or nohup, ignores these signals, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Tests share their cores: how long an example takes says nothing.

@@ -1,4 +1,4 @@
-"""What the server of tests/warm.py has imported, and the settings that libraries read as they are imported."""
+"""Modules that the fork server of tests/warm.py imports, and environment variables that libraries read at import."""
 # ruff: noqa: F401
 
 import gc
@@ -6,7 +6,7 @@ import os
 
 os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
 
-import pytest  # each process imports the main module of the one that asked for it
+import pytest  # each forked process imports the main module of the process that requested it
 import torch._inductor.compile_fx
 import torch.utils.tensorboard.writer
 

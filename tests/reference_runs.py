@@ -131,7 +131,7 @@ RUNS: dict[str, Run] = {
 
 
 def main() -> int:
-    """Train or compare, as the command line says."""
+    """Train or compare, depending on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="train the runs and write their metrics to this JSON file")
     parser.add_argument("--only", nargs="*", help="train only the runs with these names")
@@ -139,7 +139,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.compare:
         old, new = (json.loads(path.read_text(encoding="utf-8")) for path in arguments.compare)
-        differences = compare(old, new)
+        differences = compare_metrics(old, new)
         print("\n".join(differences) or f"{len(old)} runs: all metrics are identical")
         return int(bool(differences))
     if not arguments.out:
@@ -149,8 +149,8 @@ def main() -> int:
     return 0
 
 
-def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line per run or number that differs."""
+def compare_metrics(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return one line per run or number that differs."""
     lines = [f"{name}: only in one of the files" for name in sorted(set(old) ^ set(new))]
     for name in sorted(set(old) & set(new)):
         if len(old[name]) != len(new[name]):
@@ -163,13 +163,13 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def train_all(names: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each named run."""
+    """Return the rows of each named run."""
     metrics = {}
     with tempfile.TemporaryDirectory() as directory:
         corpus = build_corpus(Path(directory))
         for name in names:
             start = time.monotonic()
-            metrics[name] = train(RUNS[name], corpus, Path(directory, name))
+            metrics[name] = train_run(RUNS[name], corpus, Path(directory, name))
             print(f"{name}: {len(metrics[name])} rows, {time.monotonic() - start:.0f} s", flush=True)
     return metrics
 
@@ -177,30 +177,30 @@ def train_all(names: list[str]) -> dict[str, list[dict[str, Any]]]:
 def build_corpus(directory: Path) -> Path:
     """Prepare a corpus of generated sentences."""
     draw = random.Random(5)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 7))) for _ in range(300)]
+    vocabulary = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 7))) for _ in range(300)]
     text = directory / "text"
     text.mkdir()
     for number in range(60):
-        sentences = (" ".join(draw.choices(words, k=draw.randint(4, 14))) for _ in range(draw.randint(5, 40)))
+        sentences = (" ".join(draw.choices(vocabulary, k=draw.randint(4, 14))) for _ in range(draw.randint(5, 40)))
         (text / f"{number:03}.txt").write_text(".\n".join(sentences) + ".\n", encoding="utf-8")
     options = ["--source", "text", "--tokenizer", "bpe:400", "--heldout-fraction", "0.2", "--out", "corpus"]
     run_command(["-m", "dist_llm", "prepare", *options], directory)
     return directory / "corpus"
 
 
-def train(run: Run, corpus: Path, directory: Path) -> list[dict[str, Any]]:
+def train_run(run: Run, corpus: Path, directory: Path) -> list[dict[str, Any]]:
     """Train in a new directory; return the compared metrics of all rows."""
     directory.mkdir()
     base = {**BASE, "data": {**BASE["data"], "path": str(corpus)}}
     (directory / "config.yaml").write_text(json.dumps(base), encoding="utf-8")  # JSON is YAML
-    run_command([*launcher(run.ranks), "train", "--config", "config.yaml", *run.overrides], directory)
+    run_command([*launcher_arguments(run.ranks), "train", "--config", "config.yaml", *run.overrides], directory)
     if run.resume is not None:
-        run_command([*launcher(run.resume_ranks), "train", "--config", "config.yaml", *run.resume], directory)
+        run_command([*launcher_arguments(run.resume_ranks), "train", "--config", "config.yaml", *run.resume], directory)
     rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
     return [{key: row[key] for key in COMPARED if key in row} for row in rows]
 
 
-def launcher(ranks: int) -> list[str]:
+def launcher_arguments(ranks: int) -> list[str]:
     """The interpreter's arguments before the subcommand."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     return [*torchrun, "-m", "dist_llm"]
@@ -210,7 +210,7 @@ def run_command(arguments: list[str], directory: Path) -> None:
     """Run the interpreter with these arguments; raise with its output if it fails."""
     path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, *arguments],
         cwd=directory,
         env=environment,
@@ -218,8 +218,8 @@ def run_command(arguments: list[str], directory: Path) -> None:
         text=True,
         timeout=LIMIT_SECONDS,
     )
-    if done.returncode:
-        raise RuntimeError(f"{arguments} exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    if completed.returncode:
+        raise RuntimeError(f"{arguments} exited with {completed.returncode}\n{completed.stdout}\n{completed.stderr}")
 
 
 if __name__ == "__main__":

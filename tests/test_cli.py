@@ -1,4 +1,4 @@
-"""The command line: help at once, exit codes, and errors that come before torch does."""
+"""The command line: fast help, exit codes, and errors that need no torch."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def one_process(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path):
-    """A sound config over an empty corpus."""
+    """Write a valid config for an empty corpus."""
     Manifest("uint16", 300, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(
@@ -40,23 +40,23 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
 
-def test_help_is_instant_and_teaches():
-    """Instant: the parser imports no library that takes long to import."""
+def test_help_is_fast_and_has_examples():
+    """The parser imports no library that takes long to import."""
     code = (
         "import sys; from dist_llm.cli import build_parser; print(build_parser().format_help()); "
         "sys.exit(', '.join({'torch', 'numpy', 'pydantic', 'rich', 'yaml'} & sys.modules.keys()) or 0)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, ran.stderr
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert completed.returncode == 0, completed.stderr
     for command in ("prepare", "train", "evaluate", "generate", "convert"):
-        assert f"dist-llm {command} " in ran.stdout, "an example of each"
+        assert f"dist-llm {command} " in completed.stdout, "an example of each"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_command_explains_itself(command, capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as excinfo:
         cli.main([command, "--help"])
-    assert caught.value.code == 0
+    assert excinfo.value.code == 0
     assert "--" in capsys.readouterr().out
 
 
@@ -64,13 +64,13 @@ def test_help_config_lists_every_key_without_torch():
     code = (
         "import sys; from dist_llm.cli import main; main(['train', '--help-config']); sys.exit('torch' in sys.modules)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, "torch was imported"
-    listed = [line.strip() for line in ran.stdout.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert listed == [row.name for row in describe()]
-    words = " ".join(ran.stdout.split())
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert completed.returncode == 0, "torch was imported"
+    config_keys = [line.strip() for line in completed.stdout.splitlines() if line.startswith("  ") and line[2] != " "]
+    assert config_keys == [row.name for row in describe()]
+    output = " ".join(completed.stdout.split())
     for row in describe():
-        assert f"{row.name} {row.type}; default: {row.default} {' '.join(row.description.split())}" in words
+        assert f"{row.name} {row.type}; default: {row.default} {' '.join(row.description.split())}" in output
 
 
 def test_help_config_searches_names_and_descriptions(capsys):
@@ -90,13 +90,13 @@ def test_a_config_error_exits_with_2_and_imports_no_torch(config):
         f"code = main(['train', {str(config)!r}, 'model.n_heads=5', 'run.stpes=3']); "
         "sys.exit(99 if 'torch' in sys.modules else code)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 2
-    assert ran.stdout == ""
-    assert ran.stderr.startswith("error: 2 problems in the config:\n")
-    assert "run.stpes: unknown key; did you mean run.steps?" in ran.stderr
-    assert "model.n_heads: 5 heads do not divide d_model 32" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert completed.returncode == 2
+    assert completed.stdout == ""
+    assert completed.stderr.startswith("error: 2 problems in the config:\n")
+    assert "run.stpes: unknown key; did you mean run.steps?" in completed.stderr
+    assert "model.n_heads: 5 heads do not divide d_model 32" in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
 @pytest.mark.parametrize(
@@ -116,59 +116,59 @@ def test_a_config_error_exits_with_2_and_imports_no_torch(config):
     ],
     ids=" ".join,
 )
-def test_input_that_the_user_can_mend_exits_with_2(arguments, message, capsys, tmp_path, monkeypatch):
+def test_an_input_error_exits_with_2(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith("error: ")
-    assert message in printed.err
-    assert printed.out == ""
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.out == ""
 
 
 @pytest.mark.parametrize(
     "arguments", [[], ["fly"], ["evaluate"], ["train", "--nonsense"], ["generate", "--top-k", "x"]]
 )
 def test_a_wrong_option_exits_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         cli.main(arguments)
-    assert caught.value.code == 2
+    assert excinfo.value.code == 2
     assert "usage: dist-llm" in capsys.readouterr().err
 
 
-def fail(monkeypatch, error):
+def raise_in_train(monkeypatch, error):
     def train(options):
         raise error
 
     monkeypatch.setattr(train_model, "run", train)
 
 
-def test_our_own_mistake_keeps_its_traceback(monkeypatch):
-    fail(monkeypatch, ZeroDivisionError("ours"))
+def test_an_internal_error_keeps_its_traceback(monkeypatch):
+    raise_in_train(monkeypatch, ZeroDivisionError("ours"))
     with pytest.raises(ZeroDivisionError, match="ours"):
         cli.main(["train"])
 
 
 def test_an_interrupt_exits_with_130(monkeypatch, capsys):
-    fail(monkeypatch, KeyboardInterrupt())
+    raise_in_train(monkeypatch, KeyboardInterrupt())
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_rank_0_speaks_first_and_the_others_name_themselves(monkeypatch, capsys):
-    """All ranks mostly fail alike: one message on the screen, and torchrun ends the others in their pause."""
+def test_rank_0_prints_first_and_other_ranks_name_themselves(monkeypatch, capsys):
+    """Ranks usually fail alike: rank 0 prints first, and torchrun ends the others while they pause."""
     pauses = []
     monkeypatch.setattr(cli.time, "sleep", pauses.append)
     for rank, error in ((0, ConfigError("bad config")), (3, DataError("bad shard"))):
-        fail(monkeypatch, error)
+        raise_in_train(monkeypatch, error)
         for name, value in zip(RANKS, (rank, 4, rank), strict=True):
             monkeypatch.setenv(name, str(value))
         assert cli.main(["train"]) == 2
-        printed = capsys.readouterr().err
+        errors = capsys.readouterr().err
         if rank == 0:
-            assert (printed, pauses) == ("error: bad config\n", [])
+            assert (errors, pauses) == ("error: bad config\n", [])
         else:
-            assert printed.startswith("rank 3 on ")
-            assert printed.endswith(":\nerror: bad shard\n")
+            assert errors.startswith("rank 3 on ")
+            assert errors.endswith(":\nerror: bad shard\n")
             assert pauses[0] >= 1
 
 
@@ -183,52 +183,52 @@ def test_a_wrong_environment_is_an_error_like_any_other(variables, message, conf
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["train", "--config", str(config)]) == 2
-    printed = capsys.readouterr().err
-    assert printed.startswith(f"error: {message}")
-    assert printed.count("error: ") == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("error: ") == 1
 
 
-def test_a_reader_that_leaves_early_is_no_error():
-    """`dist-llm train --help-config | head -1`, with a pipe that nobody reads."""
+def test_a_closed_pipe_is_no_error():
+    """As in `dist-llm train --help-config | head -1`: nobody reads the pipe."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "dist_llm", "train", "--help-config"]
-    ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    completed = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
-    assert (ran.returncode, ran.stderr) == (0, "")
+    assert (completed.returncode, completed.stderr) == (0, "")
 
 
 def test_overrides_and_the_config_may_come_in_any_order(config, monkeypatch):
     import dist_llm.train.settings as settings
 
-    read = []
+    calls = []
 
-    def stop(path, overrides, world_size):
-        read.append((path, overrides, world_size))
+    def record_and_stop(path, overrides, world_size):
+        calls.append((path, overrides, world_size))
         raise ConfigError("far enough")
 
-    monkeypatch.setattr(settings, "read_config", stop)
+    monkeypatch.setattr(settings, "read_config", record_and_stop)
     for arguments in (
         ["--config", str(config), "a.b=1", "c=2"],
         ["a.b=1", str(config), "c=2"],
         ["a.b=1", "c=2", "--config", str(config)],
     ):
         assert cli.main(["train", *arguments]) == 2
-    assert read == [(config, ["a.b=1", "c=2"], 1)] * 3
+    assert calls == [(config, ["a.b=1", "c=2"], 1)] * 3
 
 
 def test_debug_is_one_rank_whatever_the_config_says(config, monkeypatch):
     import dist_llm.train.debug as debug
 
-    seen = []
-    monkeypatch.setattr(debug, "debug", seen.append)
+    configs = []
+    monkeypatch.setattr(debug, "debug", configs.append)
     assert cli.main(["train", "--debug", str(config), "parallel.dp_replicate=4", "data.prefetch=5"]) == 0
-    (resolved,) = seen
+    (resolved,) = configs
     assert (resolved.parallel.dp_replicate, resolved.parallel.dp_shard, resolved.data.prefetch) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
@@ -242,7 +242,7 @@ def test_debug_is_one_rank_whatever_the_config_says(config, monkeypatch):
     ],
     ids=["full disk", "permission", "read-only", "not a directory", "open files", "ascii"],
 )
-def test_what_the_system_refuses_and_the_user_can_mend_is_no_crash(error, said, monkeypatch, capsys):
+def test_a_system_error_that_the_user_can_fix_exits_with_2(error, message, monkeypatch, capsys):
     def fail(options):
         if isinstance(error, OSError):
             raise error
@@ -250,11 +250,11 @@ def test_what_the_system_refuses_and_the_user_can_mend_is_no_crash(error, said, 
 
     monkeypatch.setattr(train_model, "run", fail)
     assert cli.main(["train"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EBADF, "Bad file descriptor"), OSError("odd"), "\ud800".encode])
-def test_what_may_be_our_mistake_stays_a_crash(error, monkeypatch):
+def test_a_possible_internal_error_keeps_its_traceback(error, monkeypatch):
     def fail(options):
         if isinstance(error, OSError):
             raise error

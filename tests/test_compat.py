@@ -71,10 +71,10 @@ OPERATIONS = {
 
 def resolve(path):
     module, _, names = path.partition(":")
-    found = import_module(module)
+    attribute = import_module(module)
     for name in names.split("."):
-        found = getattr(found, name)
-    return found
+        attribute = getattr(attribute, name)
+    return attribute
 
 
 @pytest.mark.parametrize("path", SIGNATURES)

@@ -1,7 +1,7 @@
-"""Every reader, given damaged or hostile files: it reads them, or it raises an error with a name.
+"""Every reader, on damaged or hostile files, reads them or raises a named error.
 
-Never a raw traceback, a hang, or an allocation that a file only claims to need: address space is limited while a reader
-runs.
+Readers never leak other exceptions, hang, or allocate memory that a file only claims to need: the tests limit time and
+address space.
 """
 
 import base64
@@ -65,11 +65,11 @@ from dist_llm.text.rows import RowKeys, Tally
 from dist_llm.text.tokenizer import ENDOFTEXT, Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
 from dist_llm.train.resume import EarlierSteps
-from tests.text.test_token_files import index
+from tests.text.test_token_files import build_megatron_index
 
-MARGIN_BYTES = 1 << 29  # that a reader may take of address space, for files of some kilobytes
-SECONDS = 60  # after which a reader hangs
-BY_DEFAULT, BY_SLOW = 8, 400  # mutations of each reader
+MARGIN_BYTES = 1 << 29  # of address space that a reader may use, for files of some kilobytes
+SECONDS = 60  # until a reader counts as hanging
+NUM_MUTATIONS, NUM_SLOW_MUTATIONS = 8, 400  # per reader
 
 MODEL = {"d_model": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "head_dim": 4, "d_ff": 16, "vocab_size": 64,
          "vocab_multiple": 1, "max_seq_len": 16}  # fmt: skip
@@ -79,18 +79,18 @@ BYTES = BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([i]): i for i in ran
 
 
 class HangError(BaseException):
-    """No `Exception`, which readers may catch."""
+    """Raised when a reader takes too long; not an `Exception`, which readers may catch."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Writes valid files into a folder, and reads all that is in them."""
+    """Functions that write valid files into a folder and read all of their content."""
 
     write: Callable[[Path], None]
     read: Callable[[Path], object]
 
 
-def config_for(**model: Any) -> Config:
+def make_config(**model: Any) -> Config:
     return Config.model_validate(
         {
             "run": {"dir": "unused", "steps": 1},
@@ -100,8 +100,8 @@ def config_for(**model: Any) -> Config:
     )
 
 
-def weights_for(config: Config, moments: Collection[str] = ()) -> DictWeights:
-    """Random ones, with AdamW's state of the parameters in `moments`."""
+def make_weights(config: Config, moments: Collection[str] = ()) -> DictWeights:
+    """Make random weights, with AdamW's state for the parameters in `moments`."""
     tensors = {}
     for name, shape in hf_convert.model_shapes(config.model).items():
         tensors[f"model.{name}"] = torch.randn(shape)
@@ -141,14 +141,14 @@ def read_corpus(directory: Path) -> None:
         corpus.compute_loss_mask(starts, 16)
         list(corpus.iter_documents(0, corpus.n_tokens))
         for packed in (False, True):
-            pieces = PackedWindows(corpus, Lengths(17, 16, 16), packed)
-            pieces.read(np.arange(pieces.count), False)
+            windows = PackedWindows(corpus, Lengths(17, 16, 16), packed)
+            windows.read(np.arange(windows.count), False)
 
 
 def write_megatron(directory: Path) -> None:
     lengths = [20, 5, 0, 30, 17]
     np.arange(sum(lengths)).astype("<u2").tofile(directory / "x.bin")
-    (directory / "x.idx").write_bytes(index(lengths, [0, 1, 3, 4, 5]))
+    (directory / "x.idx").write_bytes(build_megatron_index(lengths, [0, 1, 3, 4, 5]))
 
 
 def write_llmc(directory: Path) -> None:
@@ -156,11 +156,11 @@ def write_llmc(directory: Path) -> None:
     (directory / "x.bin").write_bytes(header.tobytes() + np.arange(70).astype("<u2").tobytes())
 
 
-def adopted(kind: str, name: str = "x.bin", **more: Any) -> Callable[[Path], None]:
+def adopt_and_read(kind: str, name: str = "x.bin", **options: Any) -> Callable[[Path], None]:
     def read(directory: Path) -> None:
         out = directory / "out"
         files = str(directory / name)
-        adopt(AdoptOptions(kind, (files,), "byte", out, heldout=(files,), **more), io.StringIO())
+        adopt(AdoptOptions(kind, (files,), "byte", out, heldout=(files,), **options), io.StringIO())
         read_corpus(out)
 
     return read
@@ -170,7 +170,7 @@ def adopted(kind: str, name: str = "x.bin", **more: Any) -> Callable[[Path], Non
 
 
 def write_checkpoint(directory: Path) -> None:
-    config = config_for()
+    config = make_config()
     segment = data_history.Segment(
         step=0, first=0, global_batch=1, skip=((3, 4),),
         mix=data_history.DataSpec(
@@ -187,11 +187,11 @@ def write_checkpoint(directory: Path) -> None:
         b'"weights": "fp32"}',
         "tokenizer.json": BYTES.file_bytes(),
     }
-    write_native(directory, weights_for(config, {"head.norm.weight"}), files)
+    write_native(directory, make_weights(config, {"head.norm.weight"}), files)
 
 
 def read_checkpoint(directory: Path) -> None:
-    """Also what a manifest would tell, as if it had been written anew: who can change one file can change two."""
+    """Read all content, even after a problem in the manifest: who can change one file can change the manifest, too."""
     folder = Folder(directory)
     problems: list[UserError] = []
     for read in (
@@ -209,13 +209,13 @@ def read_checkpoint(directory: Path) -> None:
         except UserError as error:
             problems.append(error)
     if problems:
-        raise problems[-1]  # the first are those of hashes
+        raise problems[-1]  # the first problems are those of hashes
 
 
 def write_hf(family: str, model: dict[str, Any]) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
-        config = config_for(**model)
-        hf_convert.export_hf(weights_for(config), config, None, directory / "hf", family, shard_bytes=3000)
+        config = make_config(**model)
+        hf_convert.export_hf(make_weights(config), config, None, directory / "hf", family, shard_bytes=3000)
         for file in (directory / "hf").iterdir():
             file.rename(directory / file.name)
         (directory / "hf").rmdir()
@@ -227,18 +227,18 @@ def write_hf_bin(directory: Path, sharded: bool = True) -> None:
     write_hf("gpt2", GPT2)(directory)
     weights = open_huggingface(directory)
     names = sorted(weights.shapes)
-    parts = {"a.bin": names[::2], "b.bin": names[1::2]} if sharded else {"pytorch_model.bin": names}
-    for file, chosen in parts.items():
-        torch.save({name: weights.read(name) for name in chosen}, directory / file)
+    names_by_file = {"a.bin": names[::2], "b.bin": names[1::2]} if sharded else {"pytorch_model.bin": names}
+    for file, file_names in names_by_file.items():
+        torch.save({name: weights.read(name) for name in file_names}, directory / file)
     if sharded:
-        places = {name: file for file, chosen in parts.items() for name in chosen}
-        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+        weight_map = {name: file for file, file_names in names_by_file.items() for name in file_names}
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     for file in directory.glob("model*.safetensors*"):
         file.unlink()
 
 
 def write_legacy_bin(directory: Path) -> None:
-    """As torch wrote files before version 1.6."""
+    """Write in the format of torch before version 1.6."""
     write_hf_bin(directory, sharded=False)
     file = directory / "pytorch_model.bin"
     torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
@@ -247,26 +247,26 @@ def write_legacy_bin(directory: Path) -> None:
 def read_hf(directory: Path) -> None:
     family, model = hf_convert.read_config(directory)
     hf_convert.read_token_ids(directory)
-    theirs = open_huggingface(directory)
-    read_all(theirs)
-    read_all(hf_convert.from_huggingface(theirs, model, family))
+    weights = open_huggingface(directory)
+    read_all(weights)
+    read_all(hf_convert.from_huggingface(weights, model, family))
 
 
 def write_nanogpt(directory: Path) -> None:
-    config = config_for(**GPT2 | {"activation": "gelu", "d_ff": 4 * MODEL["d_model"]})
-    torch.save(to_nanogpt(weights_for(config), config), directory / "ckpt.pt")
+    config = make_config(**GPT2 | {"activation": "gelu", "d_ff": 4 * MODEL["d_model"]})
+    torch.save(to_nanogpt(make_weights(config), config), directory / "ckpt.pt")
 
 
 def read_nanogpt(directory: Path) -> None:
-    model, theirs = from_nanogpt(load_torch(directory / "ckpt.pt"))
-    read_all(hf_convert.from_huggingface(theirs, model, "nanogpt"))
+    model, weights = from_nanogpt(load_torch(directory / "ckpt.pt"))
+    read_all(hf_convert.from_huggingface(weights, model, "nanogpt"))
 
 
 def write_ds(universal: bool, stage: int = 2) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
-        config = config_for()
+        config = make_config()
         names = list(hf_convert.model_shapes(config.model))
-        weights = weights_for(config, names)
+        weights = make_weights(config, names)
         if universal:
             write_universal(directory, weights, step=3)
         else:
@@ -293,7 +293,7 @@ def write_table(name: str, delimiter: str) -> Callable[[Path], None]:
     return write
 
 
-def lines() -> bytes:
+def json_lines() -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
 
 
@@ -302,15 +302,15 @@ def write_bytes(name: str, content: Callable[[], bytes]) -> Callable[[Path], Non
 
 
 def read_text(directory: Path, **keys: Any) -> None:
-    found = open_inputs([str(directory)], RowKeys(**keys))
+    inputs = open_inputs([str(directory)], RowKeys(**keys))
     tally = Tally(max_bad_rate=1.0)
-    for document in iter_documents(found, tally):
+    for document in iter_documents(inputs, tally):
         document.text.encode()
     tally.check()
 
 
 def read_metrics(directory: Path) -> None:
-    EarlierSteps.read(directory, 3, config_for()).compare([{"step": 4, "loss": 1.0}])
+    EarlierSteps.read(directory, 3, make_config()).compare([{"step": 4, "loss": 1.0}])
     MetricsFile(directory / "metrics.jsonl", 3).close()
 
 
@@ -321,7 +321,7 @@ def metrics() -> bytes:
 
 def write_metrics(directory: Path) -> None:
     (directory / "metrics.jsonl").write_bytes(metrics())
-    (directory / "config.yaml").write_text(dump(config_for()))
+    (directory / "config.yaml").write_text(dump(make_config()))
 
 
 def read_yaml(directory: Path) -> None:
@@ -331,7 +331,7 @@ def read_yaml(directory: Path) -> None:
 
 
 def write_yaml(directory: Path) -> None:
-    (directory / "base.yaml").write_text(dump(config_for()))
+    (directory / "base.yaml").write_text(dump(make_config()))
     (directory / "config.yaml").write_text("base: base.yaml\ndata: &d {path: x, seq_len: 64}\noptim: {lr: 3e-4}\n")
 
 
@@ -340,7 +340,7 @@ def write_tiktoken(directory: Path) -> None:
     (directory / "x.tiktoken").write_bytes(b"".join(rows))
 
 
-def tokenizer_of(name: str) -> Callable[[Path], object]:
+def read_tokenizer(name: str) -> Callable[[Path], object]:
     return lambda directory: build_tokenizer(str(directory / name), None, lambda: ()).encode("some text")
 
 
@@ -353,12 +353,14 @@ def write_report(directory: Path) -> None:
 READERS: dict[str, Reader] = {
     "corpus": Reader(write_corpus, read_corpus),
     "corpus with prompts": Reader(lambda directory: write_corpus(directory, prompts=True), read_corpus),
-    "megatron": Reader(write_megatron, adopted("megatron")),
+    "megatron": Reader(write_megatron, adopt_and_read("megatron")),
     "nanogpt bin": Reader(
-        lambda directory: np.arange(70).astype("<u2").tofile(directory / "x.bin"), adopted("bin", dtype="uint16")
+        lambda directory: np.arange(70).astype("<u2").tofile(directory / "x.bin"), adopt_and_read("bin", dtype="uint16")
     ),
-    "npy": Reader(lambda directory: np.save(directory / "x.npy", np.arange(70).astype("u2")), adopted("npy", "x.npy")),
-    "llmc": Reader(write_llmc, adopted("llmc")),
+    "npy": Reader(
+        lambda directory: np.save(directory / "x.npy", np.arange(70).astype("u2")), adopt_and_read("npy", "x.npy")
+    ),
+    "llmc": Reader(write_llmc, adopt_and_read("llmc")),
     "checkpoint": Reader(write_checkpoint, read_checkpoint),
     "safetensors": Reader(write_hf("llama", {}), read_hf),
     "gpt2": Reader(write_hf("gpt2", GPT2), read_hf),
@@ -370,18 +372,18 @@ READERS: dict[str, Reader] = {
     "zero 3": Reader(write_ds(False, 3), lambda directory: read_all(open_deepspeed(directory))),
     "universal": Reader(write_ds(True), lambda directory: read_all(open_deepspeed(directory))),
     "yaml": Reader(write_yaml, read_yaml),
-    "json lines": Reader(write_bytes("x.jsonl", lines), read_text),
+    "json lines": Reader(write_bytes("x.jsonl", json_lines), read_text),
     "parquet": Reader(write_parquet, read_text),
     "csv": Reader(write_table("x.csv", ","), read_text),
     "tsv": Reader(write_table("x.tsv", "\t"), read_text),
-    "text": Reader(write_bytes("x.txt", lines), lambda directory: read_text(directory, separator="row")),
-    "gz": Reader(write_bytes("x.jsonl.gz", lambda: gzip.compress(lines())), read_text),
-    "zst": Reader(write_bytes("x.jsonl.zst", lambda: zstandard.compress(lines())), read_text),
-    "xz": Reader(write_bytes("x.jsonl.xz", lambda: lzma.compress(lines())), read_text),
-    "bz2": Reader(write_bytes("x.jsonl.bz2", lambda: bz2.compress(lines())), read_text),
+    "text": Reader(write_bytes("x.txt", json_lines), lambda directory: read_text(directory, separator="row")),
+    "gz": Reader(write_bytes("x.jsonl.gz", lambda: gzip.compress(json_lines())), read_text),
+    "zst": Reader(write_bytes("x.jsonl.zst", lambda: zstandard.compress(json_lines())), read_text),
+    "xz": Reader(write_bytes("x.jsonl.xz", lambda: lzma.compress(json_lines())), read_text),
+    "bz2": Reader(write_bytes("x.jsonl.bz2", lambda: bz2.compress(json_lines())), read_text),
     "metrics": Reader(write_metrics, read_metrics),
     "tokenizer.json": Reader(BYTES.save, lambda directory: Tokenizer.load(directory).encode("some text")),
-    "tiktoken": Reader(write_tiktoken, tokenizer_of("x.tiktoken")),
+    "tiktoken": Reader(write_tiktoken, read_tokenizer("x.tiktoken")),
     "tokenizer of hf": Reader(lambda directory: export_tokenizer(BYTES, directory), import_tokenizer),
     "prepare's report": Reader(write_report, Report.load),
 }
@@ -392,7 +394,7 @@ VALUES = [None, True, -1, 0, 10**15, 2**64, -(10**400), 1e308, float("nan"), flo
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
-    """Damage, or a lie about sizes; of JSON also values of other types."""
+    """Damage the content, or change sizes in it; in JSON also change the types of values."""
     kinds = [_truncate, _extend, _flip, _flip, _swap, _claim, _claim, _replace_number, _replace_number, _splice]
     if content[:1] in (b"{", b"["):
         kinds += [_replace_value] * 8
@@ -420,51 +422,51 @@ def _swap(content: bytes, rng: random.Random) -> bytes:
 
 
 def _splice(content: bytes, rng: random.Random) -> bytes:
-    """A part is left out, or comes twice."""
+    """Delete or repeat a range."""
     first, second = sorted(rng.randrange(len(content) + 1) for _ in range(2))
     return rng.choice([content[:first] + content[second:], content[:second] + content[first:]])
 
 
 def _claim(content: bytes, rng: random.Random) -> bytes:
-    """Another number in the place of a binary one, mostly in the header."""
+    """Overwrite a binary number, mostly one in the header."""
     claim = rng.choice(CLAIMS)
     width = rng.choice([4, 8])
     packed = struct.pack("<q", claim)[:width] if width == 8 or claim >= 0 else struct.pack("<i", max(claim, -(2**31)))
-    at = rng.randrange(min(len(content), rng.choice([64, 64, len(content)])) + 1)
-    return content[:at] + packed + content[at + width :]
+    offset = rng.randrange(min(len(content), rng.choice([64, 64, len(content)])) + 1)
+    return content[:offset] + packed + content[offset + width :]
 
 
 def _replace_number(content: bytes, rng: random.Random) -> bytes:
-    """Another number, or no number, in the place of one in a text."""
-    found = list(re.finditer(rb"-?\d+(\.\d+)?", content))
-    if not found:
+    """Replace a decimal number by another number or by something else."""
+    matches = list(re.finditer(rb"-?\d+(\.\d+)?", content))
+    if not matches:
         return _claim(content, rng)
-    chosen = rng.choice(found)
+    match = rng.choice(matches)
     value = rng.choice(
         [b"-1", b"0", b"1000000000000000", b"9" * 30, b"9" * 5000, b"1e999", b"null", b'"x"', b"[]", b""]
     )
-    return content[: chosen.start()] + value + content[chosen.end() :]
+    return content[: match.start()] + value + content[match.end() :]
 
 
 def _replace_value(content: bytes, rng: random.Random) -> bytes:
-    """A value of another type, or a name too many or too few, anywhere in a JSON file."""
+    """Change the type of a value, or delete or add a key, anywhere in a JSON file."""
     try:
         raw = json.loads(content)
     except ValueError:
         return _flip(content, rng)
-    places: list[tuple[Any, Any]] = []
-    todo = [raw]
-    while todo:
-        node = todo.pop()
+    nodes: list[tuple[Any, Any]] = []
+    stack = [raw]
+    while stack:
+        node = stack.pop()
         keys = list(node) if isinstance(node, dict) else range(len(node))
-        # Of long lists and tables few: the rest is of their kind.
+        # Long lists and tables have items of one kind, so a sample is enough.
         for key in keys if len(keys) < 20 else rng.sample(list(keys), 20):
-            places.append((node, key))
+            nodes.append((node, key))
             if isinstance(node[key], dict | list):
-                todo.append(node[key])
-    if not places:
+                stack.append(node[key])
+    if not nodes:
         return json.dumps(rng.choice(VALUES)).encode()
-    node, key = rng.choice(places)
+    node, key = rng.choice(nodes)
     kind = rng.random()
     if isinstance(node, dict) and kind < 0.2:
         del node[key]
@@ -477,31 +479,31 @@ def _replace_value(content: bytes, rng: random.Random) -> bytes:
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """Within the block more memory than the margin cannot be had, and what does not end is ended."""
+    """Limit the memory and the time of the block."""
 
     def hang(*_: object) -> None:
         raise HangError
 
     status = Path("/proc/self/statm").read_text().split()
-    before = resource.getrlimit(resource.RLIMIT_AS)
+    old_limits = resource.getrlimit(resource.RLIMIT_AS)
     handler = signal.signal(signal.SIGALRM, hang)
     signal.alarm(SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (int(status[0]) * resource.getpagesize() + MARGIN_BYTES, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (int(status[0]) * resource.getpagesize() + MARGIN_BYTES, old_limits[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+        resource.setrlimit(resource.RLIMIT_AS, old_limits)
         signal.alarm(0)
         signal.signal(signal.SIGALRM, handler)
 
 
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a reader, which read it without an error; made once."""
-    made: dict[str, Path] = {}
+    """Make the folder of a reader once, and check that the reader reads it without an error."""
+    folders: dict[str, Path] = {}
 
     def make(name: str) -> Path:
-        if name not in made:
+        if name not in folders:
             torch.manual_seed(0)
             folder = tmp_path_factory.mktemp("valid") / "folder"
             folder.mkdir()
@@ -509,8 +511,8 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             copy = folder.with_name("copy")
             shutil.copytree(folder, copy)
             READERS[name].read(copy)
-            made[name] = folder
-        return made[name]
+            folders[name] = folder
+        return folders[name]
 
     return make
 
@@ -536,12 +538,12 @@ def fuzz(name: str, numbers: range, folder: Path, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_damaged_files_are_read_or_refused_by_name(name: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
-    fuzz(name, range(BY_DEFAULT), valid(name), tmp_path)
+def test_damaged_files_are_read_or_raise_a_named_error(name: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
+    fuzz(name, range(NUM_MUTATIONS), valid(name), tmp_path)
 
 
 class Command:
-    """What a pickle of it runs when it is loaded."""
+    """An object whose pickle runs a shell command when it is loaded."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -564,21 +566,21 @@ class Command:
         ("universal", "fp32.pt"),
     ],
 )
-def test_reading_runs_nothing(name: str, file: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
-    folder, ran = tmp_path / "folder", tmp_path / "ran"
+def test_reading_runs_no_command(name: str, file: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, proof = tmp_path / "folder", tmp_path / "ran"
     shutil.copytree(valid(name), folder)
     path = next(folder.rglob(file))
     if file == ".metadata":
-        path.write_bytes(pickle.dumps(Command(ran)))
+        path.write_bytes(pickle.dumps(Command(proof)))
     elif file.endswith(".distcp"):
         content = io.BytesIO()
-        torch.save({"param": Command(ran)}, content)
+        torch.save({"param": Command(proof)}, content)
         path.write_bytes(content.getvalue() + path.read_bytes()[len(content.getvalue()) :])
     else:
-        torch.save({"param": torch.ones(2), "x": Command(ran)}, path)
+        torch.save({"param": torch.ones(2), "x": Command(proof)}, path)
     with pytest.raises(UserError):
         READERS[name].read(folder)
-    assert not ran.exists()
+    assert not proof.exists()
 
 
 def change(file: str, old: bytes, new: bytes) -> Callable[[Path], None]:
@@ -590,17 +592,17 @@ def change(file: str, old: bytes, new: bytes) -> Callable[[Path], None]:
     return edit
 
 
-def claim(file: str, at: int, layout: str, value: int) -> Callable[[Path], None]:
+def claim(file: str, offset: int, layout: str, value: int) -> Callable[[Path], None]:
     def edit(directory: Path) -> None:
         content = bytearray((directory / file).read_bytes())
-        struct.pack_into(layout, content, at, value)
+        struct.pack_into(layout, content, offset, value)
         (directory / file).write_bytes(content)
 
     return edit
 
 
-def saved(file: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
-    """Changes what a file of torch.save holds."""
+def change_torch_file(file: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
+    """Return an edit of the content of a file of torch.save."""
 
     def edit(directory: Path) -> None:
         content = torch.load(directory / file, weights_only=True)
@@ -610,22 +612,22 @@ def saved(file: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
     return edit
 
 
-def larger(directory: Path) -> None:
-    """A tensor of 10**15 elements in `.metadata`."""
+def enlarge_tensor(directory: Path) -> None:
+    """Claim 10**15 elements for a tensor in `.metadata`."""
     metadata = pickle.loads((directory / ".metadata").read_bytes())
     entry = next(each for name, each in metadata.state_dict_metadata.items() if name.endswith("tokens.weight"))
     entry.size = torch.Size((10**12, 1000))
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def longer(directory: Path) -> None:
-    """The same, and all that the file says of itself agrees."""
+def enlarge_tensor_consistently(directory: Path) -> None:
+    """Claim the same consistently in all fields of `.metadata`."""
     metadata = pickle.loads((directory / ".metadata").read_bytes())
     name = next(name for name in metadata.state_dict_metadata if name.endswith("tokens.weight"))
     entry = metadata.state_dict_metadata[name]
     entry.size = entry.chunks[0].sizes = torch.Size((10**12, 1000))
-    for place, stored in metadata.storage_data.items():
-        if place.fqn == name:
+    for index, stored in metadata.storage_data.items():
+        if index.fqn == name:
             stored.length = 10**16
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 
@@ -659,20 +661,22 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "width": ("gpt2", change("config.json", b'"n_embd": 8', b'"n_embd": 1000000000000000'), "less than or equal"),
     "expanded tensor": (
         "ckpt.pt",
-        saved("ckpt.pt", lambda all: all["model"].update({"transformer.wpe.weight": torch.ones(1, 1).expand(HUGE, 8)})),
+        change_torch_file(
+            "ckpt.pt", lambda all: all["model"].update({"transformer.wpe.weight": torch.ones(1, 1).expand(HUGE, 8)})
+        ),
         "larger than the file",
     ),
     "sparse tensor": (
         "ckpt.pt",
-        saved("ckpt.pt", lambda all: all["model"].update(x=torch.ones(1).to_sparse())),
+        change_torch_file("ckpt.pt", lambda all: all["model"].update(x=torch.ones(1).to_sparse())),
         "no plain tensor",
     ),
-    "larger tensor": ("checkpoint", larger, "has shape .* but 512 elements in its chunks"),
-    "longer tensor": ("checkpoint", longer, "but its tensors end at byte"),
+    "larger tensor": ("checkpoint", enlarge_tensor, "has shape .* but 512 elements in its chunks"),
+    "longer tensor": ("checkpoint", enlarge_tensor_consistently, "but its tensors end at byte"),
     "tag outside": ("zero 1", change("latest", b"global_step3", b"../x"), "names no directory beside it"),
     "ranks": (
         "zero 1",
-        saved("global_step3/mp_rank_00_model_states.pt", lambda all: all.update(dp_world_size=HUGE)),
+        change_torch_file("global_step3/mp_rank_00_model_states.pt", lambda all: all.update(dp_world_size=HUGE)),
         "ranks saved it",
     ),
     "aliases": ("yaml", lambda directory: (directory / "config.yaml").write_text(ALIASES), "more than 100,000 values"),
@@ -683,7 +687,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_claim_is_refused_before_it_is_believed(case: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
+def test_hostile_claims_are_refused(case: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
     name, edit, message = HOSTILE[case]
     folder = tmp_path / "folder"
     shutil.copytree(valid(name), folder)
@@ -696,4 +700,4 @@ def test_a_claim_is_refused_before_it_is_believed(case: str, valid: Callable[[st
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", READERS)
 def test_many_damaged_files(name: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
-    fuzz(name, range(BY_DEFAULT, BY_SLOW), valid(name), tmp_path)
+    fuzz(name, range(NUM_MUTATIONS, NUM_SLOW_MUTATIONS), valid(name), tmp_path)

@@ -18,9 +18,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def table() -> str:
-    done = run()
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    completed = run()
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
 
 
 def test_the_readme_has_one_table_to_replace() -> None:
@@ -30,32 +30,32 @@ def test_the_readme_has_one_table_to_replace() -> None:
     assert re.search(rf"{START}\| in version [\d.]+ \| count \|\n.*\| \d+ \|\n{END}", text, re.DOTALL)
 
 
-def test_the_counts_are_those_of_the_lists(table: str) -> None:
+def test_the_counts_match_the_lists(table: str) -> None:
     from tests.laws.bugs import BUGS
     from tests.laws.layouts import LAYOUTS
 
     rows = dict(line.strip("| ").split(" | ") for line in table.splitlines()[2:])
-    by_ranks = [int(count) for what, count in rows.items() if what.startswith("... on ")]
+    by_ranks = [int(count) for label, count in rows.items() if label.startswith("... on ")]
     assert int(rows["layouts compared with one process"]) == sum(by_ranks) == len(LAYOUTS)
     assert int(rows["... with three or more mesh dimensions larger than 1"]) >= 12
     assert int(rows["planted bugs; each makes the comparison fail"]) == len(BUGS)
 
 
-def test_tests_are_counted_as_pytest_selects_them(table: str) -> None:
-    """By another way: what the command line says that it selects."""
+def test_the_number_of_tests_matches_pytest(table: str) -> None:
+    """Compare with the tests that `pytest --collect-only` selects."""
     rows = dict(line.strip("| ").split(" | ") for line in table.splitlines()[2:])
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "tests/laws"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         timeout=240,
     )
-    selected = [line for line in done.stdout.splitlines() if "::" in line]
-    assert int(rows["tests of `tests/laws` in `make test`"]) == len(selected), done.stdout[-1000:]
+    selected = [line for line in completed.stdout.splitlines() if "::" in line]
+    assert int(rows["tests of `tests/laws` in `make test`"]) == len(selected), completed.stdout[-1000:]
 
 
-def test_the_text_around_is_left_alone_and_a_file_without_a_place_is_refused(table: str, tmp_path: Path) -> None:
+def test_writing_keeps_the_surrounding_text_and_refuses_a_file_without_markers(table: str, tmp_path: Path) -> None:
     file = tmp_path / "a.md"
     file.write_text(f"before\n{START}old\n{END}\nafter\n")
     assert run("--write", file).returncode == 0

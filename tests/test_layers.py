@@ -1,4 +1,4 @@
-"""The tree's rules, read from the source: who may import whom, and what belongs where."""
+"""Rules for imports and modules, read from the source: which package may import which others."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ import dist_llm
 
 PACKAGE = Path(dist_llm.__file__).parent
 
-# An arrow may only point left; those on one level do not know each other.
+# A package imports only packages of earlier levels; packages of one level are independent.
 LEVELS = (
     {"errors"},
     {"io"},
@@ -38,81 +38,95 @@ LEVELS = (
     {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-SIDEWAYS = {("train", "generate"), ("observe", "launch")}
-KNOW_OF_RANKS = {"compat", "sharded", "launch", "parallel", "checkpoint", "engines"}
-# The wrapper that hands an exception to torchrun; it starts nothing.
+SAME_LEVEL_IMPORTS = {("train", "generate"), ("observe", "launch")}
+RANK_AWARE = {"compat", "sharded", "launch", "parallel", "checkpoint", "engines"}
+# The wrapper that reports an exception to torchrun; it starts no processes.
 ALLOWED = {("commands", "torch.distributed.elastic.multiprocessing.errors")}
 
 
-def imports(tree: ast.Module, package: tuple[str, ...]) -> Iterator[str]:
-    """Every dotted name that a module imports, late imports too; relative ones made absolute."""
+def iter_imports(tree: ast.Module, package: tuple[str, ...]) -> Iterator[str]:
+    """Yield each name that a module imports, also late imports; relative names become absolute."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            stem = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join((*stem, *([node.module] if node.module else [])))
+            parent = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*parent, *([node.module] if node.module else [])))
             yield module
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def chains(tree: ast.Module) -> Iterator[str]:
-    """Every dotted expression, as `torch.distributed.all_reduce`."""
+def iter_attributes(tree: ast.Module) -> Iterator[str]:
+    """Yield each dotted expression, such as `torch.distributed.all_reduce`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             yield ast.unparse(node)
 
 
-def within(name: str, package: str) -> bool:
+def is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def broken_rules(root: Path) -> list[str]:
-    """What is wrong in the package at `root`, one line each."""
-    found = []
+def find_violations(root: Path) -> list[str]:
+    """List the violations of the rules in the package at `root`."""
+    violations = []
     for path in sorted(root.rglob("*.py")):
-        place = path.relative_to(root)
-        me = place.parts[0].removesuffix(".py")
-        if me == "__init__":
+        relative = path.relative_to(root)
+        package = relative.parts[0].removesuffix(".py")
+        if package == "__init__":
             continue
         source = path.read_text(encoding="utf-8")
         tree = ast.parse(source)
-        names = set(imports(tree, ("dist_llm", *place.parts[:-1])))
-        dotted = names | set(chains(tree))
+        names = set(iter_imports(tree, ("dist_llm", *relative.parts[:-1])))
+        dotted = names | set(iter_attributes(tree))
         if path.stem == "utils":
-            found.append(f"{place}: a module needs a name of its own")
+            violations.append(f"{relative}: a module needs a name of its own")
         if len(source.splitlines()) > 5 and not ast.get_docstring(tree):
-            found.append(f"{place}: no docstring")
-        if me not in LEVEL:
-            found.append(f"{place}: {me} has no place in the order of layers")
+            violations.append(f"{relative}: no docstring")
+        if package not in LEVEL:
+            violations.append(f"{relative}: {package} has no place in the order of layers")
             continue
-        others = {name.split(".")[1] for name in names if name.startswith("dist_llm.")} - {me, "__version__"}
-        for other in sorted(others):
-            if other not in LEVEL:
-                found.append(f"{place}: imports {other}, which has no place in the order of layers")
-            elif LEVEL[other] >= LEVEL[me] and (me, other) not in SIDEWAYS:
-                found.append(f"{place}: {me} may not import {other}")
-        ranks = {n for n in dotted if within(n, "torch.distributed")}
-        ranks -= {n for n in ranks for who, what in ALLOWED if who == me and within(n, what)}
-        if ranks and me not in KNOW_OF_RANKS:
-            found.append(f"{place}: {me} knows of ranks through {min(ranks)}")
-        environment = {n for n in dotted for what in ("os.environ", "os.getenv", "os.putenv") if within(n, what)}
-        if environment and me != "launch":
-            found.append(f"{place}: only launch reads the environment, not {me}")
-        disk = {n for n in dotted for what in ("os.fsync", "os.replace", "os.rename", "fcntl") if within(n, what)}
-        if disk and me != "io":
-            found.append(f"{place}: only io syncs files and locks them, not {me} through {min(disk)}")
-        if me in {"errors", "io", "config"} and any(within(n, "torch") for n in dotted):
-            found.append(f"{place}: {me} imports torch")
-    return found
+        imported_packages = {name.split(".")[1] for name in names if name.startswith("dist_llm.")} - {
+            package,
+            "__version__",
+        }
+        for imported_package in sorted(imported_packages):
+            if imported_package not in LEVEL:
+                violations.append(f"{relative}: imports {imported_package}, which has no place in the order of layers")
+            elif LEVEL[imported_package] >= LEVEL[package] and (package, imported_package) not in SAME_LEVEL_IMPORTS:
+                violations.append(f"{relative}: {package} may not import {imported_package}")
+        rank_names = {n for n in dotted if is_within(n, "torch.distributed")}
+        rank_names -= {
+            n
+            for n in rank_names
+            for allowed_package, allowed_module in ALLOWED
+            if allowed_package == package and is_within(n, allowed_module)
+        }
+        if rank_names and package not in RANK_AWARE:
+            violations.append(f"{relative}: {package} knows of ranks through {min(rank_names)}")
+        environment_names = {
+            n for n in dotted for reader in ("os.environ", "os.getenv", "os.putenv") if is_within(n, reader)
+        }
+        if environment_names and package != "launch":
+            violations.append(f"{relative}: only launch reads the environment, not {package}")
+        disk_names = {
+            n for n in dotted for module in ("os.fsync", "os.replace", "os.rename", "fcntl") if is_within(n, module)
+        }
+        if disk_names and package != "io":
+            violations.append(
+                f"{relative}: only io syncs files and locks them, not {package} through {min(disk_names)}"
+            )
+        if package in {"errors", "io", "config"} and any(is_within(n, "torch") for n in dotted):
+            violations.append(f"{relative}: {package} imports torch")
+    return violations
 
 
 def test_every_rule_holds():
-    assert broken_rules(PACKAGE) == []
+    assert find_violations(PACKAGE) == []
 
 
 @pytest.mark.parametrize(
-    ("file", "line", "complaint"),
+    ("file", "statement", "message"),
     [
         ("models/block.py", "from dist_llm.parallel.mesh import build_mesh", "models may not import parallel"),
         ("models/block.py", "from ..data import corpus", "models may not import data"),
@@ -135,40 +149,42 @@ def test_every_rule_holds():
         ("fresh/thing.py", "", "no place in the order"),
     ],
 )
-def test_a_planted_violation_is_caught(file, line, complaint, tmp_path):
+def test_a_planted_violation_is_caught(file, statement, message, tmp_path):
     copy = tmp_path / "dist_llm"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    planted = copy / file
-    planted.parent.mkdir(exist_ok=True)
-    old = planted.read_text(encoding="utf-8") if planted.exists() else ""
-    planted.write_text(f"{old}\n{line}\n" if old else line + "\n", encoding="utf-8")
-    assert any(complaint in rule for rule in broken_rules(copy)), broken_rules(copy)
+    module_path = copy / file
+    module_path.parent.mkdir(exist_ok=True)
+    original = module_path.read_text(encoding="utf-8") if module_path.exists() else ""
+    module_path.write_text(f"{original}\n{statement}\n" if original else statement + "\n", encoding="utf-8")
+    assert any(message in violation for violation in find_violations(copy)), find_violations(copy)
 
 
 @pytest.mark.parametrize(
     "module", ["errors", "config.load", "config.check", "train.settings", "launch.world", "data.shard", "cli"]
 )
-def test_what_a_config_error_needs_does_not_load_torch(module):
-    """Late imports keep --help and a config error instant."""
+def test_config_errors_do_not_load_torch(module):
+    """Late imports keep --help and config errors fast."""
     code = f"import sys, dist_llm.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_what_the_package_declares_is_what_it_imports():
-    """A library that only the tests need belongs to the extra `dev`."""
+def test_the_package_declares_its_imports():
+    """A library that only tests need belongs to the extra `dev`."""
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared, optional = (
-        {re.split("[^A-Za-z0-9_-]", line)[0].replace("pyyaml", "yaml") for line in lines}
+        {re.split("[^A-Za-z0-9_-]", requirement)[0].replace("pyyaml", "yaml") for requirement in lines}
         for lines in (
             project["dependencies"],
-            [line for lines in project["optional-dependencies"].values() for line in lines],
+            [requirement for lines in project["optional-dependencies"].values() for requirement in lines],
         )
     )
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
     names = {
-        name for path, tree in trees.items() for name in imports(tree, path.parent.relative_to(PACKAGE.parent).parts)
+        name
+        for path, tree in trees.items()
+        for name in iter_imports(tree, path.parent.relative_to(PACKAGE.parent).parts)
     }
     imported = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"dist_llm"}
     assert imported - {"pydantic_core"} <= declared | optional
-    # torch imports the one for us; the other is what converted checkpoints are written with.
+    # torch imports tensorboard; safetensors writes converted checkpoints.
     assert declared - imported <= {"tensorboard", "safetensors"}

@@ -68,5 +68,7 @@ def test_the_docker_image_builds() -> None:
 
 
 def test_the_config_reference_is_that_of_the_schema() -> None:
-    made = subprocess.run([sys.executable, "tools/config_reference.py"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert made.stdout == (REPOSITORY / "docs/config.md").read_text(), "python tools/config_reference.py --write"
+    completed = subprocess.run(
+        [sys.executable, "tools/config_reference.py"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert completed.stdout == (REPOSITORY / "docs/config.md").read_text(), "python tools/config_reference.py --write"

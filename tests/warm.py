@@ -1,6 +1,7 @@
-"""Processes that begin with torch imported: a server that has imported it forks them.
+"""Start test processes from a fork server that has already imported torch.
 
-A new interpreter takes seconds to come so far, which was most of the time of most tests of commands and of worlds.
+A new interpreter takes seconds to import torch. Without the fork server, this import dominates the time of most tests
+of commands and of worlds.
 """
 
 import atexit
@@ -13,33 +14,41 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 
-def context() -> ForkServerContext:
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.preload"])
-    return found
+def fork_server_context() -> ForkServerContext:
+    """Return the multiprocessing context whose fork server preloads `tests.preload`."""
+    server_context = multiprocessing.get_context("forkserver")
+    server_context.set_forkserver_preload(["tests.preload"])
+    return server_context
 
 
-def start(
-    words: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path, errors: Path
+def start_process(
+    arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path, errors: Path
 ) -> ForkServerProcess:
-    """`python -m WORDS`, or `python WORDS` of a file, in a session of its own; what it says is added to these files."""
-    process = context().Process(target=_command, args=(words, dict(environment), cwd, output, errors))
+    """Start `python -m ARGUMENTS`, or `python ARGUMENTS` if the first is a .py file, in a new session.
+
+    Its stdout and stderr are appended to the files `output` and `errors`.
+    """
+    process = fork_server_context().Process(
+        target=_run_command, args=(arguments, dict(environment), cwd, output, errors)
+    )
     process.start()
     return process
 
 
-def _command(words: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path, errors: Path) -> None:
+def _run_command(
+    arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path, errors: Path
+) -> None:
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    for number, path in ((1, output), (2, errors)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.argv = list(words)
+    for descriptor, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.argv = list(arguments)
     try:
-        if words[0].endswith(".py"):
-            runpy.run_path(words[0], run_name="__main__")
+        if arguments[0].endswith(".py"):
+            runpy.run_path(arguments[0], run_name="__main__")
         else:
-            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     finally:
-        atexit._run_exitfuncs()  # forked processes leave them out
+        atexit._run_exitfuncs()  # multiprocessing ends a forked process without them

@@ -11,12 +11,12 @@ WINDOWED = ("causal", "masked")  # objectives that take text of any length
 
 
 def sources_of(data: DataConfig) -> tuple[SourceConfig, ...]:
-    """The corpora of a run; the one in `data.path` has no name."""
+    """Return the corpora of a run; the one in `data.path` has no name."""
     return data.sources or (SourceConfig.model_construct(name="", path=data.path, weight=1.0, epochs=1.0),)
 
 
 def check_data(config: Config) -> Iterator[Violation]:
-    """All broken rules."""
+    """Yield all broken rules."""
     data = config.data
     if bool(data.path) == bool(data.sources):
         problem = "neither is set" if not data.path else "both are set"
@@ -75,7 +75,7 @@ def _check_shares(where: str, weights: Mapping[str, float]) -> Iterator[Violatio
 
 
 def starved(weights: Mapping[str, float]) -> Iterator[str]:
-    """A line for each source whose weight is above 0, but less than a sample of every BLOCK."""
+    """Yield a line for each source whose weight is above 0 but yields less than one sample per BLOCK."""
     total = sum(weights.values())
     for name, weight in weights.items():
         if 0 < weight * BLOCK < total:

@@ -1,15 +1,15 @@
-"""Where products in float8 cannot be."""
+"""Rules for products in float8."""
 
 from collections.abc import Iterator
 
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config
 
-MULTIPLE = 16  # of which the kernels want all sizes of a product to be
+MULTIPLE = 16  # the kernels require all sizes of a product to be multiples of it
 
 
 def check_fp8(config: Config) -> Iterator[Violation]:
-    """What `fp8` does not go with, whatever the layout."""
+    """Yield what `fp8` is incompatible with in any layout."""
     if config.fp8 and config.precision != "bf16":
         yield Violation(
             ("fp8", "precision"),
@@ -21,7 +21,8 @@ def check_fp8(config: Config) -> Iterator[Violation]:
 
 
 def check_fp8_sizes(config: Config, d_ff: int) -> Iterator[Violation]:
-    """What a rank holds of each matrix of the blocks has sides that the kernels take. `d_ff` is the derived one."""
+    """Yield matrices of the blocks whose shards have sides that the kernels do not support. `d_ff` is the derived
+    one."""
     model, tp = config.model, config.parallel.tp
     if not config.fp8:
         return

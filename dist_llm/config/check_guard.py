@@ -1,4 +1,4 @@
-"""What the guard cannot do under which engine or model."""
+"""Rules of the guard that depend on the engine or the model."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from dist_llm.config.schema import Config
 
 
 def check_guard(config: Config) -> Iterator[Violation]:
-    """Broken rules of the section `guard`."""
+    """Yield the broken rules of the section `guard`."""
     guard = config.guard
     if guard.spike == "skip" and config.uses_deepspeed and config.deepspeed.stage:
         yield Violation(

@@ -1,4 +1,4 @@
-"""Rules of the layout: how ranks, batches and matrices divide over its axes, and what goes with a pipeline."""
+"""Rules of the layout: how ranks, batches and matrices divide over its axes, and what is compatible with a pipeline."""
 
 import math
 from collections.abc import Iterator
@@ -77,7 +77,7 @@ def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
             yield Violation(
                 (*keys, "parallel.tp"), f"{number} {what} do not divide over tp {tp}; tp can be {divisors(number)}"
             )
-    # The lengths of an encoder-decoder's second sequence are made to fit.
+    # The lengths of an encoder-decoder's second sequence are rounded up to fit.
     if tp > 1 and config.parallel.sequence_parallel and config.data.seq_len % (tp * config.parallel.cp):
         yield Violation(
             ("data.seq_len", "parallel.tp", "parallel.cp", "parallel.sequence_parallel"),
@@ -158,7 +158,7 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
 
 
 def _check_split_backward(config: Config) -> Iterator[Violation]:
-    """What does not go with a schedule that computes the gradients of activations first, and of weights later."""
+    """Yield what is incompatible with a schedule that computes gradients of activations first and of weights later."""
     parallel = config.parallel
     if config.model.architecture == "encoder_decoder":
         yield Violation(

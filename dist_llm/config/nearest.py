@@ -1,9 +1,9 @@
-"""For an unknown key: the known one that was probably meant."""
+"""Find the known key that an unknown key probably means."""
 
 import difflib
 from collections.abc import Sequence
 
-# What other trainers call it -> what it is called here.
+# A name in other trainers -> the name here.
 ALIASES = {
     "adam_epsilon": "optim.eps",
     "batch_size": "data.global_batch",
@@ -62,13 +62,13 @@ ALIASES = {
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The end of a message on the unknown key `name`: what was meant, or else what is valid in its place.
+    """Return the end of a message on the unknown key `name`: the probable key, or else the valid ones of its section.
 
-    The last parts of the names are compared: whole ones look alike already for being of one section.
+    Only the last parts of the names are compared, since full names of one section look alike.
     """
     section, _, leaf = name.rpartition(".")
     neighbours = [key for key in known if key.rpartition(".")[0] == section]
-    # First the same name in another place, then an alias, a neighbour's name misspelt, any name misspelt.
+    # First the same name in another section, then an alias, a similar name of the section, any similar name.
     suggestions = [key for key in known if _leaf(key) == leaf]
     suggestions = suggestions or [meaning for alias, meaning in ALIASES.items() if alias == leaf]
     suggestions = suggestions or _misspelt(leaf, neighbours) or _misspelt(leaf, known)

@@ -86,8 +86,8 @@ class SamplePlan:
 
     def count_consumed(self, samples: int) -> tuple[int, ...]:
         """Return how many samples of each source come before sample `samples`, including those in `skip`."""
-        begun = [stage for stage in self.stages if stage.first <= samples or stage is self.stages[0]]
-        return begun[-1].count_consumed(samples)
+        started_stages = [stage for stage in self.stages if stage.first <= samples or stage is self.stages[0]]
+        return started_stages[-1].count_consumed(samples)
 
     def locate_samples(self, samples: Ints) -> tuple[Ints, Ints]:
         """Return (index of the stream, offset in it) of each sample."""

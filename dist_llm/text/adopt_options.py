@@ -13,8 +13,8 @@ EOT_POSITIONS = ("start", "end")
 DTYPES = ("uint16", "int16", "uint32", "int32")
 
 EPILOG = """\
-Nothing is copied: the new directory holds a manifest that points at the files where they are, the tokenizer, and
-where documents begin. Move or change a file and adopt again.
+Nothing is copied: the new directory contains a manifest that points at the files, the tokenizer, and the offsets of
+documents. If you move or change a file, adopt again.
 
 examples:
   # Megatron-LM: mix_text_document.bin and its .idx
@@ -29,14 +29,14 @@ examples:
   # llm.c's FineWeb, a hundred files
   dist-llm adopt --format llmc --data fineweb_train_*.bin --heldout fineweb_val_*.bin --tokenizer gpt2 --out data/fw
 
-  # files that stay far away: read once now, fetched again when training needs them
+  # remote files: read once now, and fetched again when training needs them
   dist-llm adopt --format npy --data s3://bucket/part-000.npy --tokenizer data/owt --out data/far
 """
 
 
 @dataclass(frozen=True)
 class AdoptOptions:
-    """Which files, of which kind and whose tokenizer, become which corpus."""
+    """The token files, their format and tokenizer, and the corpus to build from them."""
 
     format: str
     data: tuple[str, ...]
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         required=True,
-        help="megatron: .bin with its .idx beside it; npy: flat arrays; bin: ids alone (nanoGPT, OLMo); llmc: llm.c's",
+        help="megatron: .bin with its .idx beside it; npy: flat arrays; bin: only ids (nanoGPT, OLMo); llmc: llm.c's",
     )
     add(
         "--data",
@@ -79,21 +79,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--tokenizer",
         required=True,
-        help="whose ids they are: as for prepare, but bpe:N, since there is no text to train on",
+        help="the tokenizer of the ids: as for prepare, except bpe:N, since there is no text to train on",
     )
     add("--split-pattern", help="as for prepare")
-    add("--dtype", choices=DTYPES, help="type of the ids, little-endian; for --format bin alone, others tell it")
+    add("--dtype", choices=DTYPES, help="type of the ids, little-endian; only for --format bin, other formats store it")
     add(
         "--eot-position",
         choices=EOT_POSITIONS,
-        help="where <|endoftext|> stands in a document (default: start for llmc, end for npy and bin; an index of "
-        "megatron tells by itself)",
+        help="the position of <|endoftext|> in a document (default: start for llmc, end for npy and bin; an index of "
+        "megatron contains it)",
     )
-    add("--out", type=Path, required=True, help="the directory to make; it appears when complete")
+    add("--out", type=Path, required=True, help="the directory of the corpus; it appears when complete")
     add("--workers", type=int, default=os.cpu_count() or 1, help="files read at once (default: one per CPU)")
 
 
 def build_options(namespace: argparse.Namespace) -> AdoptOptions:
-    """The options in a namespace parsed with `add_arguments`; other attributes are ignored."""
+    """Build the options from a namespace parsed with `add_arguments`; other attributes are ignored."""
     values = {each.name: getattr(namespace, each.name) for each in fields(AdoptOptions)}
     return AdoptOptions(**{**values, "data": tuple(values["data"]), "heldout": tuple(values["heldout"])})

@@ -1,7 +1,7 @@
 """Byte-level BPE run by tiktoken.
 
-A tokenizer of this kind is four things: a name, a pattern that splits text into pieces, a rank (= id) for each
-mergeable byte string, and ids for special strings. The name is for messages; it decides no id.
+Such a tokenizer consists of a name, a pattern that splits text into pieces, a rank (= id) for each mergeable byte
+string, and ids for special strings. The name is only for messages; no id depends on it.
 """
 
 import base64
@@ -21,7 +21,7 @@ from dist_llm.text.tokenizer import BPE_FORMAT, ENDOFTEXT, MAX_IDS, Tokenizer, t
 if TYPE_CHECKING:
     import tiktoken
 
-# As published with each model. cl100k's possessive quantifiers change speed, not meaning.
+# Patterns published with each model. cl100k's possessive quantifiers change speed, not meaning.
 SPLIT_PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -30,7 +30,7 @@ SPLIT_PATTERNS = {
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
 }
 
-# tiktoken's regex engine gives up on about a million blanks in a row; text it refuses is cut this small.
+# tiktoken's regex engine fails on about a million blanks in a row; text that it refuses is split into such chunks.
 SEGMENT_CHARS = 100_000
 
 
@@ -38,7 +38,7 @@ SEGMENT_CHARS = 100_000
 class BPETokenizer(Tokenizer):
     """Byte-level BPE. `ranks` maps each mergeable byte string to its id, which is also its merge priority.
 
-    Raises DataError where these cannot make a tokenizer.
+    Raises DataError if these cannot make a tokenizer.
     """
 
     name: str
@@ -77,7 +77,7 @@ class BPETokenizer(Tokenizer):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
-        """The bytes of `ids`. An id without a token, which a model may still sample, becomes U+FFFD."""
+        """Return the bytes of `ids`. An id without a token, which a model may still sample, becomes U+FFFD."""
         known: list[int] = np.asarray(ids, dtype=np.int64).tolist()
         try:
             return self._encoding.decode_bytes(known)
@@ -105,7 +105,7 @@ class BPETokenizer(Tokenizer):
 
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> "BPETokenizer":
-        """The tokenizer whose `file_bytes` hold these JSON fields. Raises what a malformed field raises."""
+        """Build the tokenizer from the JSON fields of `file_bytes`. Raises the exception of a malformed field."""
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in fields["ranks"].items()}
         specials = {str(token): int(rank) for token, rank in fields["special_tokens"].items()}
         return BPETokenizer(str(fields["name"]), str(fields["pattern"]), ranks, specials)

@@ -1,8 +1,8 @@
-"""The rules that made C4 out of web pages: Raffel et al. 2020, "Exploring the Limits of Transfer Learning", 2.2.
+"""The rules of C4 for web pages: Raffel et al. 2020, "Exploring the Limits of Transfer Learning", 2.2.
 
-Left out: the list of bad words and the language detector, which are other people's data and models, and
-the removal of repeated three-sentence spans; for repeated documents see dist_llm/text/duplicates.py.
-The citation markers that the paper removes count as bytes of no line.
+Not implemented are the list of bad words and the language detector, which are data and models of others, and the
+removal of repeated three-sentence spans; for repeated documents see dist_llm/text/duplicates.py. Removed citation
+markers count as bytes without a line.
 """
 
 import re
@@ -21,7 +21,7 @@ _SENTENCE_END = re.compile(r"[.!?]+[\"”’')\]]*(?=\s|$)")
 
 
 def clean(text: str, removed: RemovalCounts) -> str | None:
-    """The page with the lines that pass, or None; what goes is counted in `removed`, under "c4.<rule>"."""
+    """Return the page with the lines that pass, or None; removals are counted in `removed`, under "c4.<rule>"."""
     if broken := _find_broken_page_rule(text):
         removed.add(f"c4.{broken}", documents=1, bytes=len(text.encode()))
         return None
@@ -54,7 +54,7 @@ def _drops_line(line: str, removed: RemovalCounts) -> bool:
 
 
 def find_broken_line_rule(line: str) -> str | None:
-    """The first of LINE_RULES that a line breaks."""
+    """Return the first of LINE_RULES that a line breaks."""
     lower = line.lower()
     if not line.rstrip().endswith(TERMINAL):
         return "terminal_punctuation"

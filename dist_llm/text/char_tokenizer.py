@@ -1,6 +1,7 @@
-"""One id for each character, and nanoGPT's `meta.pkl`, read without running what a pickle may name.
+"""A tokenizer with one id for each character, and a safe reader of nanoGPT's `meta.pkl`, which runs nothing in the
+pickle.
 
-Such a corpus is one stream of characters: no id ends a document, and document offsets alone tell where one begins.
+Such a corpus is one stream of characters: no id ends a document, and only document offsets tell where one begins.
 """
 
 import io
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from reprlib import repr as short_repr  # of any depth
+from reprlib import repr as short_repr  # for values of any depth
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from dist_llm.text.tokenizer import FORMAT, MAX_IDS, Tokenizer, to_well_formed
 
 META_FILE = "meta.pkl"
 MAX_META_BYTES = 64 << 20  # a character takes about 20 bytes, and Unicode has 300,000
-# What makes dictionaries, lists, tuples, strings, whole numbers, None and truth values; nothing that names or calls.
+# Opcodes for dictionaries, lists, tuples, strings, integers, None and booleans; none that imports or calls anything.
 PLAIN_OPCODES = {
     *("PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET"),
     *("EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
@@ -34,7 +35,7 @@ MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
 
 @dataclass(frozen=True)
 class CharTokenizer(Tokenizer):
-    """`ids` maps each character to its id. Raises DataError where they cannot make a tokenizer."""
+    """A tokenizer in which `ids` maps each character to its id. Raises DataError if they cannot make a tokenizer."""
 
     ids: dict[str, int]
     name: str = "characters"
@@ -85,12 +86,12 @@ class CharTokenizer(Tokenizer):
 
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> "CharTokenizer":
-        """The tokenizer whose `file_bytes` hold these JSON fields. Raises what a malformed field raises."""
+        """Build the tokenizer from the JSON fields of `file_bytes`. Raises the exception of a malformed field."""
         return CharTokenizer({str(char): _check_int(number) for char, number in fields["ids"].items()})
 
     @cached_property
     def _lookup_table(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
-        """(all code points in ascending order, the id of each)."""
+        """Return (all code points in ascending order, the id of each)."""
         code_points = np.array([ord(char) for char in self.ids], np.uint32)
         order = np.argsort(code_points)
         return code_points[order], np.array(list(self.ids.values()), np.uint32)[order]
@@ -101,7 +102,7 @@ class CharTokenizer(Tokenizer):
 
 
 class CharTextStream:
-    """A `TextStream` of whole characters."""
+    """A `TextStream` of characters, each with its own id."""
 
     def __init__(self, tokenizer: CharTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -114,13 +115,13 @@ class CharTextStream:
 
 
 def read_meta(path: Path) -> CharTokenizer:
-    """The tokenizer in nanoGPT's `meta.pkl`: {"vocab_size": n, "stoi": {character: id}, "itos": {id: character}}.
+    """Read the tokenizer in nanoGPT's `meta.pkl`: {"vocab_size": n, "stoi": {char: id}, "itos": {id: char}}.
 
-    Raises DataError where the file is none, or holds anything but plain containers, strings and whole numbers.
+    Raises DataError if the file is invalid, or contains anything but plain containers, strings and integers.
     """
     try:
         if path.stat().st_size > MAX_META_BYTES:
-            raise DataError(f"{path}: larger than {MAX_META_BYTES} bytes, so no table of characters.")
+            raise DataError(f"{path}: more than {MAX_META_BYTES} bytes, which is too large for a table of characters.")
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path given to --tokenizer.") from None
@@ -145,15 +146,15 @@ def read_meta(path: Path) -> CharTokenizer:
 
 
 def _unpickle_plain(content: bytes, path: Path) -> Any:
-    """The object in a pickle of plain containers, strings and whole numbers. Raises DataError for any other."""
+    """Load a pickle of plain containers, strings and integers. Raises DataError for any other."""
     try:
         for opcode, argument, offset in pickletools.genops(content):
             if opcode.name not in PLAIN_OPCODES:
                 raise DataError(
                     f"{path}: byte {offset}: holds more than strings and numbers ({opcode.name}); not loaded."
                 )
-            if opcode.name in MEMO_OPCODES and int(argument or 0) > len(content):  # it would allocate as much
-                raise DataError(f"{path}: byte {offset}: damaged: place {argument} of its memo.")
+            if opcode.name in MEMO_OPCODES and int(argument or 0) > len(content):  # the memo would allocate as much
+                raise DataError(f"{path}: byte {offset}: damaged: index {argument} of its memo.")
         return _Unpickler(io.BytesIO(content)).load()
     except DataError:
         raise
@@ -163,7 +164,7 @@ def _unpickle_plain(content: bytes, path: Path) -> Any:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        raise DataError(f"names {module}.{name}, which would be run; not loaded.")
+        raise DataError(f"names {module}.{name}, which loading would run; not loaded.")
 
 
 def _check_string(value: object) -> str:

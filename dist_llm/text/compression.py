@@ -1,4 +1,5 @@
-"""Compressed files as streams of bytes: several frames, padding after them, and an error where the file is cut off."""
+"""Compressed files as streams of bytes: with several frames, padding after them, and an error if the file is
+truncated."""
 
 import bz2
 import io
@@ -9,10 +10,10 @@ from typing import Any
 
 from dist_llm.text.rows import UnreadableError
 
-BLOCK_BYTES = 64 << 10  # compressed: what is read at once
-GZIP_WINDOW = 31  # zlib's number for a gzip header
+BLOCK_BYTES = 64 << 10  # compressed bytes read at once
+GZIP_WINDOW = 31  # zlib's value for a gzip header
 ZSTD_WINDOW_BYTES = 1 << 31  # the longest window, of `zstd --ultra --long=31`
-PADDING = b"\0"  # what tar and tapes append
+PADDING = b"\0"  # which tar and tapes append
 
 
 def _open_zstd() -> Any:
@@ -30,13 +31,13 @@ CODECS: dict[str, Callable[[], Any]] = {
 
 
 class DecompressedFile(io.RawIOBase):
-    """The content of a file that is compressed as its suffix says. Raises UnreadableError where it is damaged."""
+    """The content of a file compressed by the method of its suffix. Raises UnreadableError if it is damaged."""
 
     def __init__(self, raw: io.FileIO, suffix: str) -> None:
         self._raw, self._suffix, self._new = raw, suffix, CODECS[suffix]
-        self._frame: Any = None  # the decompressor of the frame that is being read
+        self._frame: Any = None  # the decompressor of the current frame
         self._packed = self._content = b""
-        self._used = 0  # of the content
+        self._used = 0  # bytes of `_content` that were returned
         self._frames = 0
 
     def readable(self) -> bool:
@@ -51,7 +52,7 @@ class DecompressedFile(io.RawIOBase):
         return size
 
     def _decompress_block(self) -> bool:
-        """Decompress one more block. False at the end of the file."""
+        """Decompress one more block. Return False at the end of the file."""
         packed = self._packed or self._raw.read(BLOCK_BYTES) or b""
         self._packed = b""
         if self._frame is None:
@@ -64,7 +65,7 @@ class DecompressedFile(io.RawIOBase):
             raise UnreadableError(f"Truncated {self._suffix} file: it ends within a frame")
         try:
             self._content, self._used = self._frame.decompress(packed), 0
-        except Exception as error:  # zlib, lzma, bz2 and zstandard each raise their own kinds
+        except Exception as error:  # zlib, lzma, bz2 and zstandard raise different types
             raise UnreadableError(f"damaged {self._suffix} file: {error}") from None
         if self._frame.eof:
             self._packed, self._frame = self._frame.unused_data, None

@@ -1,4 +1,4 @@
-"""Texts on which two tokenizers are compared: scripts, joined signs, runs of blanks, line ends, numbers."""
+"""Texts to compare two tokenizers on: scripts, combining characters, runs of blanks, line ends, numbers."""
 
 from dist_llm.text.tokenizer import ENDOFTEXT
 

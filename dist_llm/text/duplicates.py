@@ -1,12 +1,12 @@
-"""Finds documents that were there before, exactly or nearly; the first in the order of the source stays.
+"""Find exact and near duplicates of earlier documents, in the order of the source; the first one is kept.
 
-Each document has a key, computed where it is tokenized; an index, kept by the process that collects
-the documents in order, says of each key whether it is new.
+Each document has a key, which is computed where the document is tokenized. The process that collects the documents in
+order has an index, which tells whether a key is new.
 
-exact   the key is a hash of the text. About 100 bytes of memory per document that stays.
-near    the key is a MinHash signature of the set of 5-word shingles (Broder 1997); documents that share a band
-        of it (locality-sensitive hashing) are compared, and one is a duplicate of the other where the
-        estimate of the Jaccard similarity of their sets reaches the threshold.
+exact   the key is a hash of the text. About 100 bytes of memory per kept document.
+near    the key is a MinHash signature of the set of 5-word shingles (Broder 1997). Documents that share a band of it
+        (locality-sensitive hashing) are compared. One is a duplicate of the other if the estimate of the Jaccard
+        similarity of their sets reaches the threshold.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from dist_llm.io.hashing import digest64
 EXACT_BYTES = 16
 PERMUTATIONS = 128  # the estimate's standard deviation is at most 0.5 / sqrt(128) = 0.044
 SHINGLE_WORDS = 5
-SHINGLES_PER_BATCH = 4096  # so that a book does not cost a gigabyte
-# False positives cost a comparison, false negatives a duplicate: bands are chosen to have few of the latter.
+SHINGLES_PER_BATCH = 4096  # so that a book does not need a gigabyte
+# A false positive costs a comparison, a false negative keeps a duplicate: bands are chosen for few false negatives.
 ERROR_WEIGHTS = (0.25, 0.75)
 SCHEME = "affine32"
 KEY_BYTES = {"exact": EXACT_BYTES, "near": 4 * PERMUTATIONS}
@@ -34,19 +34,19 @@ _WORD = re.compile(r"\w+")
 
 
 class DuplicateIndex(Protocol):
-    """Knows the keys of the documents that stayed."""
+    """An index of the keys of kept documents."""
 
     def is_new(self, key: Key) -> bool:
-        """Whether no document was like this one; if so, the next one will be compared with it."""
+        """Return whether no earlier document is a duplicate of this one; if so, later ones are compared with it."""
         ...
 
     def remember(self, key: Key) -> None:
-        """Take in the key of a document that stayed."""
+        """Add the key of a kept document."""
         ...
 
 
 def select_key_function(kind: str) -> Callable[[str], Key]:
-    """The function that makes keys, bytes [KEY_BYTES[kind]]; it depends on the text alone."""
+    """Return the function from a text alone to its key, bytes [KEY_BYTES[kind]]."""
     return _compute_exact_key if kind == "exact" else compute_near_key
 
 
@@ -59,7 +59,7 @@ def _compute_exact_key(text: str) -> Key:
 
 
 class ExactIndex:
-    """A set of hashes."""
+    """An index of hashes."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
@@ -74,7 +74,7 @@ class ExactIndex:
 
 
 def compute_near_key(text: str) -> Key:
-    """The MinHash signature of a text's shingles, as bytes."""
+    """Compute the MinHash signature of a text's shingles, as bytes."""
     sketch = _build_sketch().copy()
     shingles = _hash_shingles(text)
     for start in range(0, len(shingles), SHINGLES_PER_BATCH):
@@ -91,7 +91,7 @@ def _build_sketch() -> Any:
 
 
 def _hash_shingles(text: str) -> npt.NDArray[np.uint32]:
-    """The distinct runs of SHINGLE_WORDS words, hashed; case and punctuation do not matter."""
+    """Hash the distinct runs of SHINGLE_WORDS words; case and punctuation do not matter."""
     words = _WORD.findall(text.lower()) or [text]
     words += [""] * (SHINGLE_WORDS - len(words))
     hashes = {word: _hash_word(word) for word in set(words)}
@@ -107,7 +107,7 @@ def _hash_word(word: str) -> int:
 
 
 class NearIndex:
-    """Signatures in tables of bands; whoever shares one is compared."""
+    """An index of signatures in tables of bands; signatures that share a band are compared."""
 
     def __init__(self, threshold: float) -> None:
         from datasketch import MinHashLSH

@@ -200,7 +200,7 @@ class _Worker:
             yield
         except (EOFError, OSError):  # the pipe closed, maybe within a message
             raise DataError(
-                "A tokenizing process died, most likely killed for want of memory. Try fewer --workers."
+                "A tokenizing process died, probably killed for lack of memory. Try fewer --workers."
             ) from None
 
 

@@ -1,4 +1,4 @@
-"""A corpus as token files for other programs: nanoGPT's train.bin and val.bin."""
+"""Export a corpus as token files for other programs: nanoGPT's train.bin and val.bin."""
 
 from pathlib import Path
 

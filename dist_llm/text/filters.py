@@ -1,4 +1,4 @@
-"""The filters of `prepare --filter`, one after the other; each may shorten a document or take it away."""
+"""The filters of `prepare --filter`, applied in order; each may shorten or remove a document."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,13 @@ FILTERS = {"gopher": (gopher.clean, gopher.RULES), "c4": (c4.clean, c4.RULES)}
 
 
 class Filters:
-    """Calls the filters in the order given."""
+    """Applies the filters in the given order."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
 
     def __call__(self, text: str, removed: RemovalCounts) -> str | None:
-        """What is left of a document that is not empty, or None; what goes is counted in `removed`."""
+        """Return the rest of a non-empty document, or None; removals are counted in `removed`."""
         left: str | None = text
         for name in self.names:
             if left is not None:
@@ -23,5 +23,5 @@ class Filters:
         return left
 
     def zero_counts(self) -> RemovalCounts:
-        """A zero for each rule, so that a report shows also what removed nothing."""
+        """Return a zero for each rule, so that a report also shows rules that removed nothing."""
         return RemovalCounts({f"{name}.{rule}": TextCount() for name in self.names for rule in FILTERS[name][1]})

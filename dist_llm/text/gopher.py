@@ -1,7 +1,7 @@
-"""The quality and repetition rules that made MassiveText: Rae et al. 2021, "Scaling Language Models", A.1.1, table A1.
+"""The quality and repetition rules of MassiveText: Rae et al. 2021, "Scaling Language Models", A.1.1, table A1.
 
-A word is what stands between blanks. Of lines, paragraphs and n-grams that occur several times, the second and
-later occurrences are the duplicates. Characters of words alone count, blanks do not.
+Words are separated by blanks. Of lines, paragraphs and n-grams that occur several times, all but the first occurrence
+are duplicates. Only characters of words count, not blanks.
 """
 
 import re
@@ -35,7 +35,7 @@ _PUNCTUATION = ".,;:!?\"'()[]“”‘’"
 
 
 def clean(text: str, removed: RemovalCounts) -> str | None:
-    """The text as it is, or None; what goes is counted in `removed`, under the first rule it breaks."""
+    """Return the unchanged text, or None; removals are counted in `removed`, under the first broken rule."""
     rule = find_broken_rule(text)
     if rule is None:
         return text
@@ -44,7 +44,7 @@ def clean(text: str, removed: RemovalCounts) -> str | None:
 
 
 def find_broken_rule(text: str) -> str | None:
-    """The first of RULES that a document breaks. The cheap ones look first."""
+    """Return the first of RULES that a document breaks; cheap rules are checked first."""
     words = text.split()
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     for rules in (_check_quality(text, words, lines), _check_repetition(text, lines), _check_ngrams(words)):
@@ -82,13 +82,13 @@ def _find_duplicates(segments: Sequence[str]) -> list[str]:
 
 
 def _check_ngrams(words: list[str]) -> Iterator[tuple[str, bool]]:
-    """Shares of the characters. n-grams are numbered: equal ones, and they alone, have equal numbers."""
+    """Check shares of characters in n-grams. Equal n-grams, and only these, have equal numbers."""
     numbers: dict[str, int] = {}
     singles = np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=np.int64)
     chars = np.array([len(word) for word in words], dtype=np.int64)
     ngrams = singles
     for n in range(2, max(MAX_DUPLICATE_NGRAM_CHARS) + 1):
-        # The (n-1)-gram's number and that of the word after it make a number for both.
+        # The numbers of the (n-1)-gram and of the next word give the number of the n-gram.
         pairs = ngrams[:-1] * len(numbers) + singles[n - 1 :]
         _, first, ngrams, counts = np.unique(pairs, return_index=True, return_inverse=True, return_counts=True)
         if n in MAX_TOP_NGRAM_CHARS:
@@ -100,7 +100,8 @@ def _check_ngrams(words: list[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _count_top_chars(first: Ints, counts: Ints, chars: Ints, n: int) -> int:
-    """Characters in all occurrences of the most frequent n-gram, of the longest such; 0 where none repeats."""
+    """Count the characters in all occurrences of the most frequent n-gram, the longest if several; 0 if none
+    repeats."""
     if counts.max() == 1:
         return 0
     ends = np.concatenate([[0], np.cumsum(chars)])
@@ -109,7 +110,7 @@ def _count_top_chars(first: Ints, counts: Ints, chars: Ints, n: int) -> int:
 
 
 def _count_duplicate_chars(first: Ints, ngrams: int, chars: Ints, n: int) -> int:
-    """Characters of words that lie in any n-gram which occurred before; each word counts once."""
+    """Count the characters of words in any n-gram that occurred before; each word counts once."""
     duplicates = np.ones(ngrams, dtype=np.int64)
     duplicates[first] = 0
     covered = np.convolve(duplicates, np.ones(n, dtype=np.int64)) > 0

@@ -1,7 +1,7 @@
-"""Byte-level BPE in a `tokenizer.json` of the `tokenizers` library, as the same tokenizer for tiktoken.
+"""Convert byte-level BPE in a `tokenizer.json` of the `tokenizers` library to an equal tokenizer for tiktoken.
 
-tiktoken merges whatever neighbours make the token of least rank; `tokenizers` follows a list of pairs. A token is
-always made in the same way, whatever stands around it, so making each alone finds the list (`merge_pairs`).
+tiktoken merges the neighbours that make the token of least rank; `tokenizers` follows a list of pairs. A token is
+always merged in the same way, whatever its neighbours, so merging each token alone finds the list (`iter_merges`).
 `prove_equal` then runs both libraries on the same texts.
 """
 
@@ -17,17 +17,17 @@ from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
 from dist_llm.text.split_pattern import read_pattern
 from dist_llm.text.tokenizer import ENDOFTEXT
 
-EXPORT_KEY = "dist_llm"  # the key of tokenizer_config.json that keeps what their files have no place for
-NO_RANK = 1 << 62  # more than any rank
+EXPORT_KEY = "dist_llm"  # the key of tokenizer_config.json for values without a field in their files
+NO_RANK = 1 << 62  # larger than any rank
 
 
 def convert_bpe(content: Mapping[str, Any], end: str, exported: Mapping[str, Any], name: str) -> BPETokenizer:
-    """The tokenizer of a `tokenizer.json`; its token `end`, which ends a document, gets the name `<|endoftext|>`.
+    """Convert a `tokenizer.json`; its token `end`, which ends a document, gets the name `<|endoftext|>`.
 
-    `kept` is what an export of ours noted (key OURS). What stands around the merging is left out: Unicode's form NFC,
-    added tokens that are not special, and ids before and after a text.
+    `kept` is the note of our own export (key OURS). The conversion ignores Unicode's form NFC, added tokens that are
+    not special, and ids before and after a text.
 
-    Raises CheckpointError where it is of another kind, or its ids do not rise in the order of its merges.
+    Raises CheckpointError if the tokenizer is of another kind, or its ids do not ascend in the order of its merges.
     """
     model = content["model"]
     foreign = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -40,7 +40,7 @@ def convert_bpe(content: Mapping[str, Any], end: str, exported: Mapping[str, Any
     merges = [tuple(each.split(" ") if isinstance(each, str) else each) for each in model["merges"]]
     order = [vocab["".join(pair)] for pair in merges]
     ordinary, ignore_merges = {*CHAR_TO_BYTE, *map("".join, merges)}, model.get("ignore_merges", False)
-    if ignore_merges:  # a piece of text that is a token is that token, however it is made
+    if ignore_merges:  # a piece of text that equals a token becomes this token, even if merging does not reach it
         ordinary |= {token for token in vocab if token not in added and CHAR_TO_BYTE.keys() >= set(token)}
     ranks = {to_bytes(token): vocab[token] for token in sorted(ordinary, key=vocab.__getitem__)}
     implied = set(iter_merges(ranks))
@@ -52,13 +52,13 @@ def convert_bpe(content: Mapping[str, Any], end: str, exported: Mapping[str, Any
     special = added | {token: rank for token, rank in vocab.items() if token not in ordinary}
     special = {token: rank for token, rank in special.items() if rank < exported.get("vocab_size", rank + 1)}
     if end not in special:
-        raise CheckpointError(f"{end!r}, which ends a document, is no special token.")
+        raise CheckpointError(f"{end!r}, which ends a document, is not a special token.")
     special[ENDOFTEXT] = special.pop(end)
     return BPETokenizer(exported.get("name", name), pattern, ranks, special)
 
 
 def iter_merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[str, str]]:
-    """The last two parts, in signs, of each token that merging reaches, in the order of ranks."""
+    """Yield the last two parts, in printable form, of each token that merging reaches, in the order of ranks."""
     for token in sorted(ranks, key=ranks.__getitem__):
         symbols = [token[index : index + 1] for index in range(len(token))]
         while len(symbols) > 2:
@@ -72,7 +72,7 @@ def iter_merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[str, str]]:
 
 
 def prove_equal(tokenizer: BPETokenizer, content: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless `tokenizers`, given `content`, encodes and decodes ordinary text as ours does."""
+    """Raise CheckpointError unless `tokenizers`, with `content`, encodes and decodes ordinary text as ours does."""
     from tokenizers import Tokenizer as Reference
 
     reference = Reference.from_str(json.dumps({**content, "normalizer": None}))
@@ -90,5 +90,5 @@ def prove_equal(tokenizer: BPETokenizer, content: Mapping[str, Any]) -> None:
 
 
 def to_printable(token: bytes) -> str:
-    """A token as it stands in the files: GPT-2's printable sign for each byte."""
+    """Return a token in the form of the files: GPT-2's printable character for each byte."""
     return token.decode("latin-1").translate(BYTE_TO_CHAR)

@@ -1,4 +1,4 @@
-"""A folder of Hugging Face's, as `from_pretrained` reads it, to a tokenizer."""
+"""Read a tokenizer from a folder of Hugging Face's, as `from_pretrained` does."""
 
 import json
 from collections.abc import Mapping
@@ -27,19 +27,19 @@ ORIGINAL_FILES = (
     *(GENERATION_FILE, VOCAB_FILE, MERGES_FILE, "vocab.txt", "tokenizer.model", "spiece.model"),
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-DOCUMENT_ENDS = (ENDOFTEXT, "<|end_of_text|>")  # looked for before the eos, which in chat models ends a turn
+DOCUMENT_ENDS = (ENDOFTEXT, "<|end_of_text|>")  # these come before the eos, which in chat models ends a turn
 MAX_BYTES = 1 << 30
 
 
 def is_hf_folder(folder: Path) -> bool:
-    """Whether there are files of a tokenizer of Hugging Face's in it, and none of ours."""
+    """Return whether a folder has tokenizer files of Hugging Face's and none of ours."""
     return any((folder / name).is_file() for name in (TOKENIZER_FILE, SETTINGS_FILE, "tokenizer.model", "vocab.txt"))
 
 
 def read_hf_folder(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder: byte-level BPE of ours where it is an export of one, else theirs as it is.
+    """Read the tokenizer of a folder: our byte-level BPE if it is an export of one, else theirs, unchanged.
 
-    Raises DataError where files are missing or malformed, or no token ends a document.
+    Raises DataError if files are missing or malformed, or no token ends a document.
     """
     files = {name: _read_file(folder / name) for name in ORIGINAL_FILES if (folder / name).is_file()}
     if TOKENIZER_FILE not in files and not {VOCAB_FILE, MERGES_FILE} <= files.keys():
@@ -84,7 +84,7 @@ def _build_hf_tokenizer(
 def _read_own_export(
     content: dict[str, Any], settings: Mapping[str, Any], exported: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> Tokenizer | None:
-    """The tokenizer that was exported; None where others changed what our form has no place for."""
+    """Return the exported tokenizer; None if others changed parts that our format cannot express."""
     ordinary = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     templates = "chat_template" in settings or any(name.startswith("chat_template") for name in files)
     if ordinary or templates or content.get("normalizer") is not None or _find_first_ids(build_reference(files)):
@@ -98,7 +98,7 @@ def _read_own_export(
 
 
 def _find_first_ids(reference: Any) -> tuple[int, ...]:
-    """The ids that the tokenizer puts in front of a text."""
+    """Return the ids that the tokenizer puts before a text."""
     text = "a"
     alone = reference.encode(text, add_special_tokens=False).ids
     ids = reference.encode(text).ids
@@ -111,7 +111,7 @@ def _find_first_ids(reference: Any) -> tuple[int, ...]:
 
 
 def _find_end_token(settings: Mapping[str, Any], vocab: Mapping[str, int]) -> str:
-    """The token that ends a document. Raises DataError where there is none."""
+    """Return the token that ends a document. Raises DataError if there is none."""
     ends = [*DOCUMENT_ENDS, settings.get("eos_token"), "</s>", settings.get("sep_token")]
     ends = [end for end in ends if end]
     if not (known := [end for end in ends if end in vocab]):
@@ -122,7 +122,7 @@ def _find_end_token(settings: Mapping[str, Any], vocab: Mapping[str, int]) -> st
 def _find_token_ids(
     settings: Mapping[str, Any], vocab: Mapping[str, int], model_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """As in the config.json beside the tokenizer; without one, as the tokenizer's settings name them."""
+    """Return the ids in the config.json beside the tokenizer; without one, those in the tokenizer's settings."""
     if model_config:
         return {name: model_config[name] for name in TOKEN_IDS if name in model_config}
     roles = {name: str(settings.get(name.removesuffix("_id"))) for name in TOKEN_IDS}
@@ -130,7 +130,7 @@ def _find_token_ids(
 
 
 def _parse_settings(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json, each token as its string."""
+    """Merge special_tokens_map.json with tokenizer_config.json, which has precedence; tokens become strings."""
     merged: dict[str, Any] = {}
     for name in (SPECIALS_FILE, SETTINGS_FILE):
         merged |= {key: value for key, value in _parse_json(files.get(name, b"{}")).items() if value is not None}
@@ -150,7 +150,7 @@ def _parse_json(content: bytes) -> dict[str, Any]:
 def _read_file(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{path}: larger than {MAX_BYTES} bytes, so no file of a tokenizer.")
+            raise DataError(f"{path}: more than {MAX_BYTES} bytes, which is too large for a file of a tokenizer.")
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path given to --tokenizer.") from None

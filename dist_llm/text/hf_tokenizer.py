@@ -1,7 +1,7 @@
-"""A tokenizer of the `tokenizers` library, run unchanged, with the files that it came with.
+"""A tokenizer of the `tokenizers` library, run unchanged, with its original files.
 
-Our file keeps the original files byte for byte, and three facts that are derived from them once: which id ends a
-document, which ids go in front of one, and with which byte-level BPE of ours the ids are equal.
+Our file contains the original files byte for byte, and three facts derived from them once: the id that ends a document,
+the ids before a document, and our byte-level BPE with equal ids, if there is one.
 """
 
 import base64
@@ -24,16 +24,16 @@ from dist_llm.text.hf_bpe import convert_bpe, prove_equal
 from dist_llm.text.tokenizer import FORMAT, TOKENIZER_FILE, Tokenizer, to_well_formed
 
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
-STREAM_CONTEXT = 8  # ids before a stream that may decide how its first ids are decoded
-MAX_WAITING = 8  # ids that may make one character together
+STREAM_CONTEXT = 8  # ids before a stream on which the decoding of its first ids may depend
+MAX_WAITING = 8  # ids that together may make one character
 REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
 class HFTokenizer(Tokenizer):
-    """`files` are the original ones by name. `token_ids` holds bos_token_id and the like of the model they came with.
+    """`files` are the original files by name. `token_ids` has bos_token_id and similar ids of the original model.
 
-    `equal_bpe` is the identity of the byte-level BPE that gives the same ids for every text; empty: there is none.
+    `equal_bpe` is the identity of the byte-level BPE that gives the same ids for every text, or empty if there is none.
     """
 
     files: dict[str, bytes]
@@ -42,7 +42,7 @@ class HFTokenizer(Tokenizer):
     first_tokens: tuple[int, ...] = ()
     token_ids: dict[str, Any] = field(default_factory=dict)
     equal_bpe: str = ""
-    fast: bool = field(default=False, compare=False)  # whether tiktoken encodes, where it is proven equal
+    fast: bool = field(default=False, compare=False)  # whether tiktoken encodes, if it is proven equal
     name: str = "huggingface"
 
     def __post_init__(self) -> None:
@@ -72,7 +72,8 @@ class HFTokenizer(Tokenizer):
         return np.array(self.as_text.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Here the string of a special token is that token, as in the prompts that chat templates make."""
+        """Encode a prompt, in which the string of a special token is that token, as in the prompts of chat
+        templates."""
         reference = self._reference()
         return [*self.first_ids, *reference.encode(to_well_formed(text), add_special_tokens=False).ids]
 
@@ -106,7 +107,7 @@ class HFTokenizer(Tokenizer):
         return dict(self.files)
 
     def speed_up(self) -> "HFTokenizer":
-        """One that encodes by tiktoken if that is proven, when it is first used, to give the same ids."""
+        """Return a tokenizer that encodes by tiktoken if that is proven, at first use, to give the same ids."""
         return replace(self, fast=True)
 
     def file_bytes(self) -> bytes:
@@ -132,14 +133,14 @@ class HFTokenizer(Tokenizer):
 
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> "HFTokenizer":
-        """The tokenizer whose `file_bytes` hold these JSON fields. Raises what a malformed field raises."""
+        """Build the tokenizer from the JSON fields of `file_bytes`. Raises the exception of a malformed field."""
         files = {name: text.encode() for name, text in fields["files"].items()}
         files |= {name: base64.b64decode(text, validate=True) for name, text in fields["binary_files"].items()}
         if wrong := [name for name in files if "/" in name or name in ("", ".", "..")]:
             raise ValueError(f"a file outside its folder: {wrong[0]!r}")
         return HFTokenizer(
             files,
-            index(fields["vocab_size"]),  # no text, and no fraction
+            index(fields["vocab_size"]),  # not a string or a fraction
             index(fields["end_token"]),
             tuple(map(index, fields["first_tokens"])),
             dict(fields["token_ids"]),
@@ -148,12 +149,12 @@ class HFTokenizer(Tokenizer):
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """What `tokenizer.json` says. Raises DataError."""
+        """Return the content of `tokenizer.json`. Raises DataError."""
         return load_tokenizer_json(self.files)
 
     @cached_property
     def as_text(self) -> Any:
-        """The library's tokenizer, which takes the string of a special token for text."""
+        """Return the library's tokenizer, which treats the string of a special token as text."""
         reference = self._reference()
         reference.encode_special_tokens = True
         return reference
@@ -175,14 +176,14 @@ class HFTokenizer(Tokenizer):
 
 
 class HFTextStream:
-    """A `TextStream` that decodes a window of ids again, and says by how much the text grew.
+    """A `TextStream` that decodes a window of ids again, and returns the new text.
 
-    How an id is decoded may depend on its neighbours: a blank at the start is left out, several bytes make a character.
+    An id's text may depend on its neighbours: a blank at the start is dropped, several bytes make a character.
     """
 
     def __init__(self, tokenizer: HFTokenizer, before: list[int]) -> None:
         self._tokenizer, self._ids = tokenizer, before
-        self._begin, self._end = 0, len(before)  # the ids whose text has been said, as far as it is still needed
+        self._begin, self._end = 0, len(before)  # the ids whose text was returned, as far as they are still needed
 
     def add(self, token: int) -> str:
         self._ids.append(token)
@@ -206,7 +207,7 @@ class HFTextStream:
 
 
 def load_tokenizer_json(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """The JSON of `tokenizer.json`, or what stands for GPT-2's two files. Raises DataError."""
+    """Return the JSON of `tokenizer.json`, or one equal to GPT-2's two files. Raises DataError."""
     try:
         if TOKENIZER_FILE in files:
             content = json.loads(files[TOKENIZER_FILE])
@@ -227,7 +228,7 @@ def _build_gpt2_json(vocab: dict[str, int], merges: str) -> dict[str, Any]:
 
 
 def build_reference(files: Mapping[str, bytes]) -> Any:
-    """The library's tokenizer; a limit of length that its file may set is lifted. Raises DataError."""
+    """Build the library's tokenizer, without the length limit that its file may set. Raises DataError."""
     from tokenizers import Tokenizer as Reference
 
     try:
@@ -235,24 +236,24 @@ def build_reference(files: Mapping[str, bytes]) -> Any:
             reference = Reference.from_str(files[TOKENIZER_FILE].decode())
         else:
             reference = Reference.from_str(json.dumps(load_tokenizer_json(files)))
-        reference.no_truncation()  # of documents only their first part would be left, without a word
+        reference.no_truncation()  # otherwise documents would be truncated without a message
         reference.no_padding()
     except (KeyboardInterrupt, SystemExit, DataError):
         raise
-    except BaseException as error:  # of no class of its own, and a panic of Rust's is no Exception
+    except BaseException as error:  # the error has no class of its own, and a panic of Rust is not an Exception
         raise DataError(f"{TOKENIZER_FILE} cannot be read by the tokenizers library: {error}.") from None
     return reference
 
 
 def can_be_bpe(content: Mapping[str, Any]) -> bool:
-    """Whether `convert_to_bpe` supports it: added tokens are all special; the normalizer is at most NFC."""
+    """Return whether `convert_to_bpe` supports it: all added tokens are special; the normalizer is at most NFC."""
     ordinary = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     normalizer = content.get("normalizer")
     return not ordinary and (normalizer is None or normalizer == {"type": "NFC"})
 
 
 def convert_to_bpe(content: Mapping[str, Any], eot: int) -> BPETokenizer:
-    """The byte-level BPE that gives the same ids, proven on difficult texts. Raises CheckpointError or DataError."""
+    """Return the byte-level BPE with equal ids, proven on difficult texts. Raises CheckpointError or DataError."""
     names = {number: token for token, number in content["model"]["vocab"].items()}
     names |= {token["id"]: token["content"] for token in content.get("added_tokens") or []}
     bpe = convert_bpe(content, names[eot], {}, "huggingface")
@@ -271,13 +272,13 @@ def try_convert_to_bpe(content: Mapping[str, Any], eot: int) -> BPETokenizer | N
 
 
 def compute_bpe_identity(content: Mapping[str, Any], eot: int, first_ids: Sequence[int]) -> str:
-    """The identity of the byte-level BPE of ours that gives the same corpus; empty where there is none."""
+    """Return the identity of our byte-level BPE that gives the same corpus; empty if there is none."""
     bpe = None if content.get("normalizer") is not None or first_ids else try_convert_to_bpe(content, eot)
     return bpe_identity(json.loads(bpe.file_bytes())) if bpe is not None else ""
 
 
 def _build_token_decoder(content: Mapping[str, Any]) -> Any:
-    """A function from a token of the vocabulary to the bytes of text that it stands for, a blank in front included."""
+    """Return a function from a token of the vocabulary to its bytes of text, with a leading blank if it has one."""
     steps = json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
     model = content["model"]
     if '"ByteLevel"' in steps:

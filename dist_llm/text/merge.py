@@ -1,4 +1,4 @@
-"""Makes one corpus of the parts of `prepare --part`: a manifest over their files, which stay where they are."""
+"""Merge the parts of `prepare --part` into one corpus: a manifest that points at their files."""
 
 import os
 import re
@@ -15,14 +15,14 @@ from dist_llm.text.publish import lock_output
 from dist_llm.text.report import Report
 from dist_llm.text.tokenizer import Tokenizer
 
-# How the tokenizer was come by does not matter: that it is the same one is checked.
+# Options about the origin of the tokenizer do not matter: the check is that it is the same one.
 MAY_DIFFER = {"part", "tokenizer", "split_pattern", "bpe_train_bytes"}
 
 
 def merge_parts(out: Path, stream: TextIO | None = None) -> Manifest:
     """Write OUT/manifest.json over the shards of OUT/part-1-of-n to part-n-of-n, in this order.
 
-    Raises DataError where a part is missing, incomplete, damaged, or made with other options or another tokenizer.
+    Raises DataError if a part is missing, incomplete, damaged, or made with other options or another tokenizer.
     """
     out = Path(os.path.realpath(out))
     corpus_parts = _find_parts(out)
@@ -49,13 +49,13 @@ def merge_parts(out: Path, stream: TextIO | None = None) -> Manifest:
     except OSError as error:
         raise DataError(f"{error.filename or out}: cannot be written: {error.strerror or error}.") from None
     documents, tokens = (sum(map(count, SPLITS)) for count in (merged.documents, merged.tokens))
-    said = [f"merged {out}: {len(corpus_parts)} parts, {documents:,} documents, {tokens:,} tokens", *report.lines()]
-    print("\n".join(said), file=stream or sys.stderr)
+    lines = [f"merged {out}: {len(corpus_parts)} parts, {documents:,} documents, {tokens:,} tokens", *report.lines()]
+    print("\n".join(lines), file=stream or sys.stderr)
     return merged
 
 
 def _find_parts(out: Path) -> list[CorpusPart]:
-    """All n parts, in order. Raises DataError, naming it, where one is missing."""
+    """Return all n parts in order. Raises DataError with the name of a missing one."""
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
     num_parts = {match[0]: int(match[1]) for name in names if (match := re.fullmatch(r"part-\d+-of-(\d+)", name))}
     if not num_parts:
@@ -75,7 +75,7 @@ def _find_parts(out: Path) -> list[CorpusPart]:
 
 
 def _merge_reports(out: Path, corpus_parts: list[CorpusPart]) -> Report:
-    """The sum. Raises DataError where parts were made with different options: they may hold a document twice."""
+    """Sum up the reports. Raises DataError if parts have different options, since documents may then occur twice."""
     reports = [Report.load(out / part.name) for part in corpus_parts]
     first = reports[0].options
     total = Report({**first, "part": None})

@@ -19,7 +19,7 @@ examples:
   # a folder of compressed JSON lines whose text is under "content"
   dist-llm prepare --source crawl/ --text-key content --tokenizer bpe:32000 --split-pattern llama3 --out data/crawl
 
-  # all files that the shell finds
+  # all files that match in the shell
   dist-llm prepare --source shards/*.jsonl --tokenizer data/stdlib --out data/shards
 
   # several sources, read in this order; GPT-2's tokenizer from its two files
@@ -28,10 +28,10 @@ examples:
   # another corpus with the tokenizer of the first
   dist-llm prepare --source hf:wikitext:wikitext-2-raw-v1 --tokenizer data/stdlib --out data/wikitext
 
-  # a web crawl: two published sets of quality rules, and no text twice; report.json says what each rule removed
+  # a web crawl: two published sets of quality rules, and no equal texts; report.json counts what each rule removed
   dist-llm prepare --source crawl/ --tokenizer data/stdlib --filter gopher --filter c4 --dedup exact --out data/web
 
-  # questions and answers: both are read, the answers alone are scored in training
+  # questions and answers: training reads both and scores only the answers
   dist-llm prepare --source qa.jsonl --prompt-key question --text-key answer --tokenizer data/stdlib --out data/qa
 
   # on two machines, one part each; then one corpus of both
@@ -39,11 +39,11 @@ examples:
   dist-llm prepare --source crawl/ --tokenizer data/stdlib --part 2/2 --out data/big
   dist-llm prepare --merge data/big
 
-A run that was killed leaves OUT.partial, which train does not accept. The same command goes on from there: input
-files that are done are not read again (those of less than 8 MiB in groups of that size), unless they, an option
-that shapes the corpus or the tokenizer changed. The result has the same bytes as that of an undisturbed run.
+A killed run leaves OUT.partial, which train does not accept. The same command resumes it: finished input files are
+not read again (those of less than 8 MiB in groups of that size), unless they, the tokenizer or an option that
+decides the corpus have changed. The result has the same bytes as that of an uninterrupted run.
 
-Filters look at a document first, then the search for duplicates, then the tokenizer.
+Documents pass the filters first, then the search for duplicates, then the tokenizer.
 """
 
 USAGE = """\
@@ -55,7 +55,7 @@ DEDUP = ("exact", "near")
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to read, how to cut it into tokens, and where to put them."""
+    """The source, the tokenizer, the filters and the output of prepare."""
 
     source: tuple[str, ...]
     tokenizer: str
@@ -81,7 +81,7 @@ class PrepareOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add every field of PrepareOptions to `parser`, with help that teaches."""
+    """Add every field of PrepareOptions to `parser`, with explanations and examples."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog, parser.usage = EPILOG, USAGE
     _add_inputs(parser)
@@ -92,9 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build_options(namespace: argparse.Namespace) -> PrepareOptions:
-    """The options in a namespace parsed with `add_arguments`; other attributes are ignored.
+    """Build the options from a namespace parsed with `add_arguments`; other attributes are ignored.
 
-    Raises DataError where one that is always needed was not given.
+    Raises DataError if a required option is missing.
     """
     values = {each.name: getattr(namespace, each.name) for each in fields(PrepareOptions)}
     if missing := [f"--{name}" for name in ("source", "tokenizer", "out") if not values[name]]:
@@ -108,24 +108,24 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--source",
         action="extend",
         nargs="+",
-        help="where the text is; one or more, read in that order; may be given several times. A folder (walked in "
-        "sorted order); a .jsonl, .ndjson or .json file with one object a line; a .csv or .tsv file whose first line "
-        "names its columns; a .parquet file; a folder that datasets.save_to_disk wrote; any other file is one document "
-        "or, with --separator, many. Files may be .gz, .zst, .xz or .bz2. hf:NAME[:CONFIG] streams a Hugging Face "
-        "dataset (NAME may be a local folder). python-stdlib is the source code of Python's standard library",
+        help="the text: one or more sources, read in this order; may be given several times. A folder (walked in "
+        "sorted order); a .jsonl, .ndjson or .json file with one object per line; a .csv or .tsv file whose first line "
+        "has the column names; a .parquet file; a folder of datasets.save_to_disk; any other file is one "
+        "document or, with --separator, many. Files may be .gz, .zst, .xz or .bz2. hf:NAME[:CONFIG] streams a Hugging "
+        "Face dataset (NAME may be a local folder). python-stdlib is the source code of Python's standard library",
     )
     parser.add_argument(
         "--tokenizer",
         help="bpe:N trains N ids on the source (256 bytes, merges, <|endoftext|>); byte uses the 256 bytes; a tiktoken "
         "encoding by name (gpt2, cl100k_base, ...; needs the network once); a .tiktoken file; vocab.json,merges.txt "
-        "or a folder that holds the two; a folder of Hugging Face's, whose tokenizer.json is run as it is and whose "
-        "files are kept for exports; nanoGPT's meta.pkl; a prepared corpus or a checkpoint, to use its tokenizer again",
+        "or a folder with both; a folder of Hugging Face's, whose tokenizer.json runs unchanged and whose "
+        "files are kept for exports; nanoGPT's meta.pkl; a prepared corpus or a checkpoint, to reuse its tokenizer",
     )
-    parser.add_argument("--out", type=Path, help="the directory to make; it appears when complete")
+    parser.add_argument("--out", type=Path, help="the directory of the corpus; it appears when complete")
     parser.add_argument(
         "--split-pattern",
-        help="how text is split before merging: gpt2 or llama3 for bpe:N (default gpt2); gpt2, llama3 or cl100k for "
-        "a .tiktoken file (default cl100k)",
+        help="the pattern that splits text before merging: gpt2 or llama3 for bpe:N (default gpt2); gpt2, llama3 or "
+        "cl100k for a .tiktoken file (default cl100k)",
     )
     parser.add_argument(
         "--text-key",
@@ -136,12 +136,12 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--separator",
         metavar="STRING",
-        help="what stands between the documents of a text file, as '<|endoftext|>', on a line of its own or within "
+        help="the string between the documents of a text file, such as '<|endoftext|>', on its own line or within "
         "one; blank-lines: one or more empty lines (default: a file is one document)",
     )
     parser.add_argument(
         "--prompt-key",
-        help="the JSON key or column of a prompt that goes before the text: training reads it but does not score it",
+        help="the JSON key or column of a prompt before the text: training reads it but does not score it",
     )
     parser.add_argument(
         "--hf-split", default="train", help="the split of an hf: or save_to_disk source (default: %(default)s)"
@@ -149,14 +149,14 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
-    for option, what in (("--include", "read only the files"), ("--exclude", "leave out the files")):
+    for option, what in (("--include", "read only those"), ("--exclude", "skip those")):
         parser.add_argument(
             option,
             action="append",
             default=[],
             metavar="GLOB",
-            help=f"of the folders of --source {what} whose name, or path below the folder, matches; quote it; * also "
-            "matches /; may be given several times",
+            help=f"of the files in folders of --source, {what} whose name, or path below the folder, matches; quote "
+            "it; * also matches /; may be given several times",
         )
     parser.add_argument(
         "--skip-unreadable",
@@ -172,23 +172,23 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=FILTERS,
-        help="leave out text of low quality; may be given several times, applied in that order. gopher: documents, by "
+        help="remove text of low quality; may be given several times, applied in this order. gopher: documents, by "
         "length, words, symbols and repetition (Rae et al. 2021, A.1.1 and table A1). c4: lines and documents "
-        "(Raffel et al. 2020, 2.2). Both are made for English web pages, not for code",
+        "(Raffel et al. 2020, 2.2). Both are designed for English web pages, not for code",
     )
     parser.add_argument(
         "--dedup",
         choices=DEDUP,
         help="keep only the first of equal documents (exact) or of nearly equal ones (near: MinHash of runs of five "
-        "words). exact needs about 100 bytes of memory per document that stays; near about 5 kB, and 10 kB with a "
-        "threshold of 0.5, so 5 GB for a million documents, all in one process. near cannot be done in parts",
+        "words). exact needs about 100 bytes of memory per kept document; near about 5 kB, and 10 kB with a "
+        "threshold of 0.5, so 5 GB for a million documents, all in one process. near does not work with --part",
     )
     parser.add_argument(
         "--dedup-threshold",
         type=float,
         default=PrepareOptions.dedup_threshold,
-        help="near: share of runs of five words in common (Jaccard similarity, estimated to about 0.04) from which "
-        "the later document is left out (default: %(default)s)",
+        help="near: the share of common runs of five words (Jaccard similarity, estimated to about 0.04) from which "
+        "the later document is removed (default: %(default)s)",
     )
 
 
@@ -196,16 +196,16 @@ def _add_parts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part",
         metavar="i/n",
-        help="do part i of n, from 1, into OUT/part-i-of-n, a corpus of its own. A part takes every n-th input file, "
-        "or every n-th row where there are fewer files than n; with --dedup exact it reads and filters everything and "
-        "takes the texts whose hash is its own, so that copies meet. With bpe:N each part trains the same "
-        "tokenizer; to save that, train it once and give that corpus as --tokenizer",
+        help="prepare part i of n, from 1, into OUT/part-i-of-n, a separate corpus. A part has every n-th input file, "
+        "or every n-th row if there are fewer files than n; with --dedup exact it reads and filters everything and "
+        "selects texts by their hash, so that equal texts are in one part. With bpe:N each part trains the same "
+        "tokenizer; to avoid that, train it once and give that corpus as --tokenizer",
     )
     parser.add_argument(
         "--merge",
         type=Path,
         metavar="OUT",
-        help="make one corpus of all parts in OUT, at once: the parts' files stay where they are",
+        help="merge all parts in OUT into one corpus, at once: their files are not moved",
     )
 
 
@@ -215,7 +215,7 @@ def _add_tuning(parser: argparse.ArgumentParser) -> None:
         "--heldout-fraction",
         type=float,
         default=defaults.heldout_fraction,
-        help="share of documents kept from training, chosen by a hash of their text (default: %(default)s)",
+        help="share of held-out documents, selected by a hash of their text (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
@@ -227,13 +227,13 @@ def _add_tuning(parser: argparse.ArgumentParser) -> None:
         "--shard-tokens",
         type=int,
         default=defaults.shard_tokens,
-        help="tokens after which a new file is begun (default: %(default)s)",
+        help="tokens after which a new file starts (default: %(default)s)",
     )
     parser.add_argument(
         "--bpe-train-bytes",
         type=int,
         default=defaults.bpe_train_bytes,
-        help="text that bpe:N is trained on, from the start of the source, held-out documents left out "
+        help="bytes of text to train bpe:N on, from the start of the source, without held-out documents "
         "(default: %(default)s)",
     )
     parser.add_argument(

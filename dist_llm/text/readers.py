@@ -1,4 +1,4 @@
-"""The documents of one file, as its format says, lazily and in bounded memory."""
+"""Read the documents of one file in its format, lazily and in bounded memory."""
 
 import codecs
 import io
@@ -19,7 +19,8 @@ PARQUET_ROWS = 256
 
 
 def read_file(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
-    """Its documents. Raises OSError where it cannot be read, DataError where it is not what its suffix says."""
+    """Yield the documents of a file. Raises OSError if it cannot be read, DataError if its content does not fit its
+    suffix."""
     suffix = get_data_suffix(path)
     if suffix in JSON_LINES:
         return _read_json_lines(path, keys, tally)
@@ -33,13 +34,13 @@ def read_file(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
 
 
 def is_text(path: Path) -> bool:
-    """Whether a file has no rows: it is one document, or those between separators."""
+    """Return whether a file has no rows: then it is one document, or documents between separators."""
     return get_data_suffix(path) not in {*JSON_LINES, ".parquet", *DELIMITERS}
 
 
 @contextmanager
 def _open_decompressed(path: Path) -> Iterator[tuple[io.BufferedReader, io.FileIO]]:
-    """The content of a file, decompressed, and the raw file below, whose `tell` is the progress."""
+    """Open a file's decompressed content, and the raw file, whose `tell` is the progress."""
     with ExitStack() as stack:
         raw = stack.enter_context(path.open("rb", buffering=0))
         codec = path.suffix.lower()
@@ -51,7 +52,7 @@ def _open_decompressed(path: Path) -> Iterator[tuple[io.BufferedReader, io.FileI
 
 
 def _read_whole_text(path: Path, tally: Tally) -> Iterator[Document]:
-    """One file, one document."""
+    """Yield the file as one document."""
     if not tally.claim_next_row():
         return
     with _open_decompressed(path) as (stream, _):
@@ -63,7 +64,7 @@ def _read_whole_text(path: Path, tally: Tally) -> Iterator[Document]:
 
 
 def _read_separated_text(path: Path, separator: str, tally: Tally) -> Iterator[Document]:
-    """One document before, between and after separators; pieces of nothing but blanks are none."""
+    """Yield the documents before, between and after separators, except those of blanks only."""
     start = tally.bytes_read
     with _open_decompressed(path) as (stream, raw):
         _check_encoding(stream.peek(4))
@@ -81,9 +82,9 @@ def _read_separated_text(path: Path, separator: str, tally: Tally) -> Iterator[D
 
 
 def split_documents(lines: Iterable[bytes], separator: str) -> Iterator[tuple[int, bytes]]:
-    """The documents of some lines, each with the number of its first line.
+    """Yield the documents of some lines, each with the number of its first line.
 
-    A separator on a line of its own takes that line and the line break before it away.
+    A separator on its own line removes that line and the line break before it.
     """
     mark, fragments, first = separator.encode(), list[bytes](), 1
     for number, line in enumerate(lines, start=1):
@@ -104,7 +105,7 @@ def split_documents(lines: Iterable[bytes], separator: str) -> Iterator[tuple[in
 
 
 def _split_line(line: bytes, separator: str, mark: bytes) -> list[bytes]:
-    """The pieces of a line between separators."""
+    """Split a line at separators."""
     if separator == BLANK_LINES:
         return [line] if line.strip() else [b"", b""]
     return line.split(mark)
@@ -124,10 +125,10 @@ def _read_table(path: Path, delimiter: str, keys: RowKeys, tally: Tally) -> Iter
 
 
 def _decode(content: bytes, lines_before: int) -> str:
-    """The text of some bytes of a text file. Raises UnreadableError where they are not UTF-8, or are no text."""
+    """Decode bytes of a text file. Raises UnreadableError if they are not UTF-8, or not text."""
     try:
         text = content.decode("utf-8")
-        bad = content.find(b"\0")  # valid UTF-8, but what UTF-16 and binary files are full of
+        bad = content.find(b"\0")  # valid UTF-8, but frequent in UTF-16 and binary files
     except UnicodeDecodeError as error:
         bad = error.start
     if bad < 0:
@@ -141,13 +142,13 @@ def _decode(content: bytes, lines_before: int) -> str:
 
 
 def _check_encoding(start: bytes) -> None:
-    """Raises UnreadableError where a file starts with the byte order mark of UTF-16 or UTF-32."""
+    """Raise UnreadableError if a file starts with the byte order mark of UTF-16 or UTF-32."""
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         raise UnreadableError("starts with the byte order mark of UTF-16 or UTF-32; convert it with iconv to UTF-8")
 
 
 def _read_json_lines(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
-    """One object a line; blank lines are no rows."""
+    """Yield one document per line with an object; blank lines are not rows."""
     start = tally.bytes_read
     with _open_decompressed(path) as (stream, raw):
         _check_encoding(stream.peek(4))
@@ -172,7 +173,7 @@ def _read_json_lines(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Docume
 
 
 def _read_parquet(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
-    """One row of the text column, one document."""
+    """Yield one document per row of the text column."""
     import pyarrow
     from pyarrow import parquet
 
@@ -182,7 +183,7 @@ def _read_parquet(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]
             options = zip(("--text-key", "--prompt-key"), keys.all, strict=False)
             columns = [_find_column(path, file.schema_arrow.names, *each) for each in options]
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(dict.fromkeys(columns))):
-                # Arrow does not check that strings are UTF-8; decoding them here keeps the fault to its row.
+                # Arrow does not check that strings are UTF-8; decode them here, so that only their row is bad.
                 arrays = [
                     column.cast(pyarrow.large_binary())
                     if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
@@ -200,7 +201,7 @@ def _read_parquet(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]
 
 
 def _find_column(path: Path, names: list[str], option: str, key: str) -> str:
-    """The column that holds a key, which may be nested in it. Raises DataError where there is not exactly one."""
+    """Return the column of a key, which may be nested. Raises DataError unless there is exactly one."""
     column = next((name for name in (key, key.partition(".")[0]) if name in names), None)
     if column is None:
         raise DataError(f"{path}: no column '{key}'. Give {option} one of: {', '.join(names)}")

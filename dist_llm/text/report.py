@@ -1,4 +1,4 @@
-"""What prepare read, and what it left out and why: counts per rule, in the corpus as `report.json`."""
+"""The report of prepare: what it read, and what it removed and why, as counts per rule in `report.json`."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ FORMAT = "dist_llm prepare report 1"
 
 @dataclass
 class TextCount:
-    """What one rule took away: whole documents, single lines, and the bytes of UTF-8 of both."""
+    """What one rule removed: documents, lines, and their bytes of UTF-8."""
 
     documents: int = 0
     lines: int = 0
@@ -23,7 +23,7 @@ class TextCount:
 
 
 class RemovalCounts(dict[str, TextCount]):
-    """Counts per rule, in the order in which the rules look."""
+    """Counts per rule, in the order in which the rules are applied."""
 
     def add(self, rule: str, documents: int = 0, lines: int = 0, bytes: int = 0) -> None:
         entry = self.setdefault(rule, TextCount())
@@ -38,14 +38,14 @@ class RemovalCounts(dict[str, TextCount]):
 
 @dataclass
 class FileCount:
-    """A number of files and their bytes, as they lie on the disk."""
+    """A number of files and their bytes on the disk."""
 
     files: int = 0
     bytes: int = 0
 
 
 class InputTable(dict[str, dict[str, FileCount]]):
-    """Files by outcome ("read", or "skipped: " and the reason), and within it by suffix."""
+    """Counts of files by outcome ("read", or "skipped: " and the reason) and suffix."""
 
     def add(self, outcome: str, path: Path, bytes: int, files: int = 1) -> None:
         kind = "folder" if path.is_dir() else "".join(path.suffixes[-2:]).lower() or "no suffix"
@@ -54,12 +54,12 @@ class InputTable(dict[str, dict[str, FileCount]]):
         amount.bytes += bytes
 
     def mark_unreadable(self, path: Path, bytes: int) -> None:
-        """Count a file as unreadable that has been counted as read."""
+        """Count a file as unreadable that was counted as read."""
         self.add("read", path, -bytes, -1)
         self.add("skipped: unreadable", path, bytes)
 
     def lines(self) -> list[str]:
-        """The table, for people."""
+        """Format the table."""
         rows = [
             (outcome, kind, f"{each.files:,}", f"{each.bytes:,}")
             for outcome, kinds in sorted(self.items())
@@ -73,9 +73,9 @@ class InputTable(dict[str, dict[str, FileCount]]):
 
 @dataclass
 class Report:
-    """Where each row of the input went: bad, empty, removed by a rule, or kept."""
+    """The outcome of each row of the input: bad, empty, removed by a rule, or kept."""
 
-    options: dict[str, Any]  # those that shape the corpus
+    options: dict[str, Any]  # the options that decide the corpus
     rows: int = 0
     bad_rows: int = 0
     empty_documents: int = 0
@@ -83,16 +83,18 @@ class Report:
     removed: RemovalCounts = field(default_factory=RemovalCounts)
     bad_bytes: int = 0  # of bad rows
     inputs: InputTable = field(default_factory=InputTable)
-    unreadable: dict[str, tuple[int, str]] = field(default_factory=dict)  # bytes and reason, by path: found on reading
+    unreadable: dict[str, tuple[int, str]] = field(
+        default_factory=dict
+    )  # bytes and reason, by path, of files that failed while they were read
     warnings: list[str] = field(default_factory=list)
 
     def add(self, other: "Report") -> None:
-        """Count in what another part reports."""
+        """Add the counts of another part."""
         self.rows += other.rows
         self.bad_rows += other.bad_rows
         self.bad_bytes += other.bad_bytes
         self.warnings += [each for each in other.warnings if each not in self.warnings]
-        if not self.inputs:  # all parts see the same files
+        if not self.inputs:  # all parts list the same files
             self.inputs = other.inputs
         for path, (size, reason) in other.unreadable.items():
             if path not in self.unreadable and other.inputs is not self.inputs:
@@ -109,7 +111,7 @@ class Report:
 
     @staticmethod
     def load(directory: Path) -> "Report":
-        """Read what `save` wrote. Raises DataError where it is missing or malformed."""
+        """Read the report that `save` wrote. Raises DataError if it is missing or malformed."""
         path = directory / REPORT_FILE
         try:
             fields = json.loads(path.read_bytes())
@@ -129,7 +131,7 @@ class Report:
             raise DataError(f"{path}: cannot be read: {error!r}. Prepare the part again.") from None
 
     def lines(self) -> list[str]:
-        """The table of the input, and one line per rule, for people."""
+        """Format the table of the input, and one line per rule."""
         return self.inputs.lines() + [
             f"  {rule} removed {each.documents:,} documents, {each.lines:,} lines, {each.bytes:,} bytes"
             for rule, each in self.removed.items()

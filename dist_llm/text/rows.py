@@ -16,7 +16,7 @@ from dist_llm.text.tokenizer import to_well_formed
 MAX_LOCATIONS = 5
 MIN_ROWS = 10_000
 PARAGRAPH_BREAK = "\n\n"
-BLANK_LINES = "blank-lines"  # the separator that is one or more empty lines
+BLANK_LINES = "blank-lines"  # the separator for one or more empty lines
 
 
 class UnreadableError(Exception):

@@ -1,7 +1,7 @@
-"""A split pattern between tiktoken (regex engine: fancy-regex) and the `tokenizers` library (Oniguruma).
+"""Convert a split pattern between tiktoken (regex engine: fancy-regex) and the `tokenizers` library (Oniguruma).
 
-The engines read most of the language alike, over all of Unicode. Two things are rewritten: `$`, for Oniguruma the
-end of any line, and `{1,3}+`, for it a repeated count. All else that is not known to be alike is refused.
+The engines agree on most of the language, over all of Unicode. Two things are rewritten: `$`, which for Oniguruma is
+the end of any line, and `{1,3}+`, which for it is a repeated count. All else that is not known to agree is refused.
 """
 
 import json
@@ -23,12 +23,12 @@ _PART = re.compile(
     rf"|\((?:\?(?:[:!=>]|i:))?|\)(?:[?*+]\+?)?|\||\\z)(?![?*+{{])",
     re.ASCII,
 )
-# Where case is ignored, Oniguruma takes one sign, such as ß, for these two.
+# If case is ignored, Oniguruma matches one character, such as ß, to these two.
 _FOLDED = re.compile(r"\(\?i:[^)]*(?:s[st]|f[fil])", re.IGNORECASE)
 
 
 def to_oniguruma(pattern: str) -> str:
-    """The pattern of the same meaning there. Raises CheckpointError where it might have another."""
+    """Convert a pattern without a change of meaning. Raises CheckpointError if it might have another."""
     translated, position = [], 0
     while position < len(pattern):
         part = _PART.match(pattern, position)
@@ -43,14 +43,14 @@ def to_oniguruma(pattern: str) -> str:
 
 
 def build_pre_tokenizer(pattern: str) -> dict[str, Any]:
-    """How `tokenizer.json` says it. Raises CheckpointError as `for_onig` does."""
+    """Build the entry of `tokenizer.json` for a pattern. Raises CheckpointError as `to_oniguruma` does."""
     return {"type": "Sequence", "pretokenizers": [{**SPLIT, "pattern": {"Regex": to_oniguruma(pattern)}}, BYTE_LEVEL]}
 
 
 def read_pattern(content: Mapping[str, Any], exported: str | None) -> str:
-    """The pattern that a `tokenizer.json` splits text by; `kept` where that was exported as this.
+    """Return the pattern by which a `tokenizer.json` splits text; `kept` if that was exported as this one.
 
-    Raises CheckpointError where text is changed before, or split by other means.
+    Raises CheckpointError if text is changed before, or split by other means.
     """
     normalizer, step = content.get("normalizer"), content.get("pre_tokenizer") or {}
     *splits, last = step["pretokenizers"] if step.get("type") == "Sequence" else [step]

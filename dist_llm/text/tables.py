@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files, with their columns by name."""
+"""Read rows of CSV and TSV files, with their columns by name."""
 
 import csv
 import io
@@ -16,10 +16,10 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 def read_table(
     path: Path, stream: IO[bytes], raw: io.FileIO, delimiter: str, keys: RowKeys, tally: Tally
 ) -> Iterator[Document]:
-    """One row, one document; the first row has the names of the columns. Quoted fields may hold line breaks."""
+    """Yield one document per row; the first row has the column names. Quoted fields may contain line breaks."""
     start = tally.bytes_read
     csv.field_size_limit(sys.maxsize)
-    # Bytes that are not UTF-8 become surrogates here, so that the fault stays in its row.
+    # Bytes that are not UTF-8 become surrogates here, so that only their row is bad.
     lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
@@ -36,10 +36,10 @@ def read_table(
     except csv.Error as error:
         raise UnreadableError(f"line {rows.line_num}: not readable as {path.suffix}: {error}") from None
     finally:
-        lines.detach()  # else it closes the stream, which is its owner's to close
+        lines.detach()  # otherwise it would close the stream of its caller
 
 
 def _encode_columns(row: dict[str | Any, Any], keys: RowKeys) -> dict[str, Any]:
-    """The row's texts as the bytes of the file, which need not be UTF-8."""
+    """Encode the row's texts to the bytes of the file, which may be invalid UTF-8."""
     texts = {key: row[key] for key in keys.all}
     return {key: text and text.encode("utf-8", "surrogateescape") for key, text in texts.items()}

@@ -1,12 +1,11 @@
-"""Token files of other programs: what stands before the ids, of which type they are, where documents begin.
+"""Read token files of other programs: their header, the type of their ids, and where documents begin.
 
-megatron   X.bin: ids alone. X.idx: magic, version, type, the length of each sequence, and which begin documents
-npy        one array as numpy.save writes it
-bin        ids alone, of a type that the user must tell (nanoGPT, OLMo)
-llmc       256 int32: magic, version, number of ids; then the ids (llm.c and its descendants)
+megatron X.bin: only ids. X.idx: magic, version, type, the length of each sequence, and which begin documents npy one
+array as numpy.save writes it bin only ids, of a type that the user must give (nanoGPT, OLMo) llmc 256 int32: magic,
+version, number of ids; then the ids (llm.c and its descendants)
 
-All are a header and one flat array, and so a shard of ours with `skip_bytes`. What they leave unsaid is found
-by `<|endoftext|>`, which ends a document, but in llmc begins one, and elsewhere on demand.
+Each is a header and one flat array, and so a shard of ours with `skip_bytes`. Document bounds that a file lacks are
+found by `<|endoftext|>`, which ends a document; in llmc, and elsewhere by option, it begins one.
 """
 
 import io
@@ -23,7 +22,7 @@ from dist_llm.data.shard import DType
 from dist_llm.errors import DataError
 from dist_llm.io.urls import is_remote
 
-# Ids are never negative, so a signed type is read as the unsigned one of its size.
+# Ids are never negative, so a signed type is read as the unsigned type of its size.
 READ_AS: dict[str, DType] = {"uint16": "uint16", "int16": "uint16", "uint32": "uint32", "int32": "uint32"}
 
 MEGATRON_MAGIC, MEGATRON_VERSION = b"MMIDIDX\x00\x00", 1
@@ -37,7 +36,7 @@ ReadFile = Callable[[str], bytes]
 
 @dataclass(frozen=True)
 class TokenFileHeader:
-    """How to read a file. `tokens` and the documents' `starts` are None where the file does not tell."""
+    """The layout of a file. `tokens` and the documents' `starts` are None if the file does not contain them."""
 
     dtype: DType
     skip_bytes: int = 0
@@ -46,14 +45,14 @@ class TokenFileHeader:
 
 
 def locate_data_file(kind: str, location: str) -> str:
-    """The file of the ids; Megatron's are often named without their suffix."""
+    """Return the file of the ids; Megatron's are often named without their suffix."""
     return location.removesuffix(".bin") + ".bin" if kind == "megatron" else location
 
 
 def read_header(kind: str, location: str, head: bytes, declared: str | None, read: ReadFile) -> TokenFileHeader:
-    """The header of the file at `place` that begins with `head`; `read` gives the content of another file.
+    """Return the header of the file at `place` that begins with `head`; `read` returns the content of another file.
 
-    Raises DataError, with file and offset, where it is none of its kind or its ids are not of a type we read.
+    Raises DataError with file and offset if the format or the type of its ids is not supported.
     """
     if kind == "megatron":
         index = location.removesuffix(".bin") + ".idx"
@@ -121,7 +120,7 @@ def _parse_npy(location: str, head: bytes) -> TokenFileHeader:
             (2, 0): np.lib.format.read_array_header_2_0,
         }
         shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
-    except Exception as error:  # of many kinds: the header is parsed as Python's text
+    except Exception as error:  # the header is parsed as Python text, which raises many types
         raise DataError(f"{location}: byte 0: not an array that numpy.save wrote: {error!r}") from None
     if len(shape) != 1:
         raise DataError(f"{location}: byte 8: an array of shape {shape}; ids must be flat: save array.reshape(-1).")
@@ -140,9 +139,9 @@ def _parse_llmc(location: str, head: bytes) -> TokenFileHeader:
 
 
 class TokenFileScan:
-    """What one pass over the bytes of a file finds: how many ids, all of them known, and how much text.
+    """Facts from one pass over the bytes of a file: the number of ids, whether all are known, and the amount of text.
 
-    `text_bytes` holds the length of each id's text.
+    `text_bytes` is the length of each id's text.
     """
 
     def __init__(self, location: str, header: TokenFileHeader, eot: int, text_bytes: npt.NDArray[np.uint16]) -> None:
@@ -153,7 +152,7 @@ class TokenFileScan:
         self._rest = b""
 
     def add(self, block: bytes) -> None:
-        """The next bytes. Raises DataError for an id that the tokenizer does not know."""
+        """Scan the next bytes. Raises DataError for an id that the tokenizer does not know."""
         header_bytes = max(0, self.header.skip_bytes - self.size)
         self.size += len(block)
         data = self._rest + block[header_bytes:]
@@ -175,22 +174,22 @@ class TokenFileScan:
         self.tokens += count
 
     def check(self) -> None:
-        """At the end of the file. Raises DataError where it is not as long as it must be."""
+        """Check the file at its end. Raises DataError if its length is wrong."""
         check_size(self.location, self.header, self.size)
 
     @property
     def has_document_bounds(self) -> bool:
-        """Whether the file says anywhere that a document begins or ends."""
+        """Whether the file has any mark that a document begins or ends."""
         return self.header.starts is not None or any(map(len, self.eots))
 
     @property
     def has_leading_eot(self) -> bool:
-        """Whether its separators seem to begin documents: one comes first, and none comes last."""
+        """Whether its separators seem to begin documents: one is first, and none is last."""
         boundaries = [position for each in self.eots if len(each) for position in (int(each[0]), int(each[-1]))]
         return bool(boundaries) and boundaries[0] == 0 and boundaries[-1] < self.tokens - 1
 
     def compute_starts(self, eot_at_start: bool) -> Ints:
-        """The first token of each document; a file that begins within one begins with the rest of it."""
+        """Return the first token of each document; a file that begins within a document begins with the rest of it."""
         if self.header.starts is not None:
             return self.header.starts
         boundaries = np.concatenate([np.zeros(1, np.int64), *(each + (not eot_at_start) for each in self.eots)])
@@ -198,7 +197,7 @@ class TokenFileScan:
 
 
 def check_size(location: str, header: TokenFileHeader, size: int) -> None:
-    """Raises DataError where a file of `size` bytes does not hold whole ids, as many as its header says."""
+    """Raise DataError unless a file of `size` bytes has complete ids, as many as its header says."""
     item = np.dtype(header.dtype).itemsize
     tokens, remainder = divmod(size - header.skip_bytes, item)
     hint = "Fetch it again." if is_remote(location) else "Copy it again."

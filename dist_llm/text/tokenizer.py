@@ -1,11 +1,11 @@
-"""Text to token ids and back: what every kind of tokenizer offers, and the file that holds one.
+"""The interface of all tokenizers, from text to ids and back, and the file that stores one.
 
-A corpus and a checkpoint hold one file, `tokenizer.json`. Its bytes are a function of the content, so that a hash of
-the file stands for the tokenizer. Kinds:
+A corpus and a checkpoint have one file, `tokenizer.json`. Its bytes depend on its content alone, so that their hash
+identifies the tokenizer. Kinds:
 
-byte-level BPE   dist_llm/text/bpe_tokenizer.py: trained here, or from vocabularies of tiktoken's form
-hugging face     dist_llm/text/hf_tokenizer.py: any tokenizer of the `tokenizers` library, with its original files
-characters       dist_llm/text/char_tokenizer.py: an id for each character, as nanoGPT's meta.pkl
+byte-level BPE dist_llm/text/bpe_tokenizer.py: trained here, or from vocabularies in tiktoken's format hugging face
+dist_llm/text/hf_tokenizer.py: any tokenizer of the `tokenizers` library, with its original files characters
+dist_llm/text/char_tokenizer.py: an id for each character, as in nanoGPT's meta.pkl
 """
 
 import json
@@ -25,7 +25,7 @@ from dist_llm.objectives.objective_vocabulary import Vocabulary
 
 TOKENIZER_FILE = "tokenizer.json"
 BPE_FORMAT = "dist_llm tokenizer 1"
-FORMAT = "dist_llm tokenizer 2"  # of all other kinds, which the key "kind" tells apart
+FORMAT = "dist_llm tokenizer 2"  # of all other kinds, which the key "kind" distinguishes
 ENDOFTEXT = "<|endoftext|>"
 MAX_IDS = 1 << 24  # tables have a row for each
 
@@ -33,19 +33,19 @@ Ids = Sequence[int] | npt.NDArray[np.integer]
 
 
 class TextStream(Protocol):
-    """Ids to text, one id at a time: the bytes of a character wait until it is whole."""
+    """Decodes ids one at a time; the bytes of a character wait until it is complete."""
 
     def add(self, token: int) -> str:
-        """The text that is whole now."""
+        """Add an id, and return the text that is now complete."""
         ...
 
     def end(self) -> str:
-        """What is left, bytes that are no UTF-8 as U+FFFD. Further ids may follow."""
+        """Return the rest, with invalid bytes as U+FFFD. Further ids may follow."""
         ...
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. Methods raise DataError where the tokenizer itself is malformed."""
+    """Encodes text to ids and decodes ids. Methods raise DataError if the tokenizer itself is malformed."""
 
     name: str
 
@@ -57,50 +57,50 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def eot(self) -> int | None:
-        """The id that ends each document; None: no id does, and only document offsets tell documents apart."""
+        """The id that ends each document; None if no id does, and only document offsets separate documents."""
 
     @property
     def first_ids(self) -> tuple[int, ...]:
-        """Ids in front of each document and each prompt, such as BOS."""
+        """Ids before each document and each prompt, such as BOS."""
         return ()
 
     @abstractmethod
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
-        """The ids of any text, without `first_ids`. The string of a special token is ordinary text here.
+        """Encode any text, without `first_ids`. The string of a special token is ordinary text here.
 
         A lone surrogate becomes U+FFFD. Raises DataError for a character that the tokenizer has no id for.
         """
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids that a model is given to go on from: `first_ids`, then the text."""
+        """Encode a prompt for a model to continue: `first_ids`, then the text."""
         return [*self.first_ids, *self.encode(text).tolist()]
 
     @abstractmethod
     def decode(self, ids: Ids) -> str:
-        """The text of `ids`; bytes that are not UTF-8, and unknown ids, become U+FFFD."""
+        """Decode `ids`; bytes that are not UTF-8, and unknown ids, become U+FFFD."""
 
     @abstractmethod
     def text_stream(self, before: Ids) -> TextStream:
-        """A stream that decodes the ids which follow `before`."""
+        """Return a stream that decodes the ids which follow `before`."""
 
     @abstractmethod
     def token_bytes(self) -> Mapping[int, bytes]:
-        """{id: the bytes of text that it stands for}, without special tokens."""
+        """Return {id: its bytes of text}, without special tokens."""
 
     @abstractmethod
     def file_bytes(self) -> bytes:
-        """The content of `tokenizer.json`."""
+        """Return the content of `tokenizer.json`."""
 
     def original_files(self) -> dict[str, bytes]:
-        """{name: content} of the files that the tokenizer came with, for exports; empty where it is our own."""
+        """Return {name: content} of the original files, for exports; empty for our own tokenizers."""
         return {}
 
     def speed_up(self) -> "Tokenizer":
-        """Prepare for much text. The ids stay the same. Returns the tokenizer itself."""
+        """Prepare to encode much text. The ids stay the same. Return the tokenizer itself."""
         return self
 
     def vocabulary(self, with_word_edges: bool = False) -> Vocabulary:
-        """What an objective knows of these ids; with `with_word_edges` also which begin or end inside a word."""
+        """Return the vocabulary for an objective; with `with_word_edges` also which ids begin or end inside a word."""
         word_V2 = None
         if with_word_edges:
             word_V2 = np.zeros((self.vocab_size, 2), dtype=np.bool_)
@@ -111,7 +111,7 @@ class Tokenizer(ABC):
 
     @property
     def _padding_id(self) -> int:
-        """The id that fills up rows where no id ends a document."""
+        """The id that fills rows if no id ends a document."""
         return 0
 
     @cached_property
@@ -125,7 +125,7 @@ class Tokenizer(ABC):
 
     @staticmethod
     def load(directory: Path) -> "Tokenizer":
-        """Read what `save` wrote, of any version. Raises DataError where it is missing or malformed."""
+        """Read the tokenizer that any version of `save` wrote. Raises DataError if it is missing or malformed."""
         path = directory / TOKENIZER_FILE
         try:
             content = path.read_bytes()
@@ -137,7 +137,7 @@ class Tokenizer(ABC):
 
 
 def parse_tokenizer(content: bytes, location: str) -> Tokenizer:
-    """The tokenizer in the bytes of a `tokenizer.json` of ours. Raises DataError, naming `place`."""
+    """Parse the bytes of a `tokenizer.json` of ours. Raises DataError with the name `place`."""
     from dist_llm.text.bpe_tokenizer import BPETokenizer
     from dist_llm.text.char_tokenizer import CharTokenizer
     from dist_llm.text.hf_tokenizer import HFTokenizer
@@ -160,12 +160,12 @@ def parse_tokenizer(content: bytes, location: str) -> Tokenizer:
 
 
 def is_own_format(fields: Any) -> bool:
-    """Whether the JSON of a `tokenizer.json` is of our format, and not of the `tokenizers` library's."""
+    """Return whether the JSON of a `tokenizer.json` has our format, not that of the `tokenizers` library."""
     return isinstance(fields, dict) and fields.get("format") in (BPE_FORMAT, FORMAT)
 
 
 def to_well_formed(text: str) -> str:
-    """`text`, its surrogate pairs joined and lone surrogates replaced, so that it has a UTF-8 form."""
+    """Return `text` with surrogate pairs joined and lone surrogates replaced, so that UTF-8 can encode it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -174,5 +174,5 @@ def to_well_formed(text: str) -> str:
 
 
 def _is_word_byte(byte: int) -> bool:
-    """Whether a byte is part of a word: a letter, a digit, or of a character beyond ASCII."""
+    """Return whether a byte is part of a word: a letter, a digit, or part of a character beyond ASCII."""
     return byte >= 0x80 or chr(byte).isalnum()

@@ -1,13 +1,9 @@
-"""Makes the tokenizer that a spec asks for: trained here, from tiktoken, or from someone's files.
+"""Build the tokenizer of a spec: trained here, from tiktoken, or from files of others.
 
-byte                        the 256 bytes
-bpe:N                       N ids trained on the source
-gpt2, cl100k_base, ...      a tiktoken encoding
-FILE.tiktoken               base64 token and rank a line
-vocab.json,merges.txt       GPT-2's two files, or a folder that holds these alone
-FOLDER                      a folder of Hugging Face's: its tokenizer.json, run as it is, and the files beside it
-meta.pkl                    nanoGPT's table of characters, or a folder that holds it
-CORPUS                      the tokenizer of a prepared corpus, or of a checkpoint
+byte the 256 bytes bpe:N N ids trained on the source gpt2, cl100k_base, ... a tiktoken encoding FILE.tiktoken base64
+token and rank on each line vocab.json,merges.txt GPT-2's two files, or a folder with only these FOLDER a folder of
+Hugging Face's: its tokenizer.json, run unchanged, and the files beside it meta.pkl nanoGPT's table of characters, or a
+folder with it CORPUS the tokenizer of a prepared corpus, or of a checkpoint
 """
 
 import base64
@@ -29,7 +25,7 @@ from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer, is_own
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 
-# Patterns that the trainer's regex engine reads as tiktoken's does; in cl100k it takes `{1,3}+` for another thing.
+# Patterns with the same meaning in the trainer's regex engine and in tiktoken's; in cl100k `{1,3}+` differs.
 TRAINABLE_PATTERNS = ("gpt2", "llama3")
 MIN_BPE = len(BYTES) + 1
 SAMPLE_DOCUMENTS, SAMPLE_CHARS = 256, 8192
@@ -37,10 +33,10 @@ Texts = Callable[[], Iterable[str]]
 
 
 def build_tokenizer(spec: str, split_pattern: str | None, training_texts: Texts) -> Tokenizer:
-    """The tokenizer of `spec` (see above). `training_texts` is called only for `bpe:N`.
+    """Build the tokenizer of `spec` (see above). `training_texts` is called only for `bpe:N`.
 
-    Raises DataError where the spec is unknown, its files are missing or malformed, the network is needed
-    and not there, or the texts are too few for N ids.
+    Raises DataError if the spec is unknown, its files are missing or malformed, it needs a network and there is none,
+    or the texts are too few for N ids.
     """
     import tiktoken
 
@@ -106,7 +102,7 @@ def _parse_bpe_size(spec: str) -> int:
 
 
 def _train_bpe(size: int, pattern: str, training_texts: Texts) -> BPETokenizer:
-    """Byte-level BPE of `size` ids: bytes, merges in the order learnt, `<|endoftext|>` last."""
+    """Train byte-level BPE of `size` ids: bytes, merges in the order of training, `<|endoftext|>` last."""
     trainer = _train_reference(size - 1, pattern, training_texts)
     vocabulary = trainer.get_vocab()
     if len(vocabulary) < size - 1:
@@ -121,7 +117,7 @@ def _train_bpe(size: int, pattern: str, training_texts: Texts) -> BPETokenizer:
 
 
 def _train_reference(size: int, pattern: str, training_texts: Texts) -> Any:
-    """A `tokenizers.Tokenizer` trained on the texts. Ties are broken by id, so it is deterministic."""
+    """Train a `tokenizers.Tokenizer` on the texts. Ties are broken by id, so it is deterministic."""
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Reference
 
@@ -134,7 +130,7 @@ def _train_reference(size: int, pattern: str, training_texts: Texts) -> Any:
     )
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        min_frequency=2,  # a merge seen once is a quotation, not a regularity
+        min_frequency=2,  # a pair that occurs once is a quotation, not a regularity
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -143,7 +139,7 @@ def _train_reference(size: int, pattern: str, training_texts: Texts) -> Any:
 
 
 def _prove_equal(tokenizer: BPETokenizer, reference: Any, training_texts: Texts) -> None:
-    """Raise DataError unless both libraries give the same ids: two regex engines stand behind one pattern."""
+    """Raise DataError unless both libraries give the same ids, since two regex engines run the pattern."""
     sample = (text[:SAMPLE_CHARS] for text in islice(training_texts(), SAMPLE_DOCUMENTS))
     for text in (*DIFFICULT_TEXTS, *sample):
         if not np.array_equal(tokenizer.encode(text), reference.encode(text).ids):
@@ -158,7 +154,7 @@ def _load_tiktoken_name(name: str) -> BPETokenizer:
 
     try:
         encoding = tiktoken.get_encoding(name)
-    except Exception as error:  # whatever the network, its library or a stale cache raises
+    except Exception as error:  # the network, its library and a stale cache raise many types
         raise DataError(
             f"--tokenizer {name}: tiktoken could not get its file ({type(error).__name__}). It needs the network once: "
             "set TIKTOKEN_CACHE_DIR to a directory filled on a connected machine, give a local .tiktoken file "
@@ -181,7 +177,7 @@ def _load_tiktoken_file(path: Path, pattern: str) -> BPETokenizer:
 
 
 def _load_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> BPETokenizer:
-    """GPT-2's two files. tiktoken merges by id, so ids must rise in the order of the merges."""
+    """Load GPT-2's two files. tiktoken merges by id, so ids must ascend in the order of the merges."""
     try:
         ids: dict[str, int] = json.loads(_read_file(vocab))
         if not all(type(rank) is int for rank in ids.values()):

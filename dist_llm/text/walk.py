@@ -1,7 +1,7 @@
-"""Which files of a folder are read: by name, by --include and --exclude, and by whether they can be read at all.
+"""Select the files of a folder to read: by name, by --include and --exclude, and by whether they are readable.
 
-Every file below the folder is counted in an `InputTable`, read or skipped, with the reason. A file or folder that
-cannot be read is a DataError, unless the user allows to skip it.
+Each file below the folder is counted in an `InputTable` as read or skipped, with the reason. An unreadable file or
+folder raises DataError, unless the user allows to skip it.
 """
 
 import os
@@ -14,7 +14,7 @@ from dist_llm.errors import DataError
 from dist_llm.text.compression import CODECS
 from dist_llm.text.report import InputTable
 
-# Files of many rows: what is read beside them is no text of the corpus.
+# Files with rows: text files beside them are not part of the corpus.
 ROW_SUFFIXES = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow"}
 UNSUPPORTED_COMPRESSION = {
     ".lz4",
@@ -41,7 +41,7 @@ MAX_LISTED = 5
 
 @dataclass(frozen=True)
 class FileRules:
-    """Which files the user wants. Globs match a file's name, or its path below the folder; `*` matches `/`, too."""
+    """The globs of files to read. They match a file's name, or its path below the folder; `*` also matches `/`."""
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -49,13 +49,13 @@ class FileRules:
 
 
 def get_data_suffix(path: Path) -> str:
-    """The suffix that says how a file is read: that below its compression, in lower case."""
+    """Return the suffix that selects the reader: the one before that of a compression, in lower case."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in CODECS else suffix
 
 
 def find_read_problem(path: Path) -> str | None:
-    """Why a file cannot be read, as far as its name and its entry tell."""
+    """Return why a file cannot be read, as far as its name and its entry tell."""
     if not path.exists():
         return "a link to nothing" if path.is_symlink() else "gone"
     if not path.is_file():
@@ -68,7 +68,7 @@ def find_read_problem(path: Path) -> str | None:
 
 
 class FolderWalk:
-    """The files of one run's sources, and the globs that have matched some."""
+    """The files of one run's sources, and the globs that have matched any."""
 
     def __init__(self, rules: FileRules, table: InputTable) -> None:
         self.rules, self.table = rules, table
@@ -76,11 +76,11 @@ class FolderWalk:
         self._used: set[str] = set()
 
     def check_file(self, path: Path) -> list[Path]:
-        """A file that the user names: read if it can be, whatever the globs say."""
+        """Return a file that the user names if it is readable, whatever the globs are."""
         return [path] if self._count_readable(path) else []
 
     def walk_folder(self, root: Path, left_out: Iterable[str] = ()) -> list[Path]:
-        """The files below `root`, sorted by relative path."""
+        """Return the files below `root`, sorted by relative path."""
         skipped, files = SKIPPED_FOLDERS | set(left_out), []
         for path in sorted(self._iter_files(root, skipped), key=lambda each: each.relative_to(root).as_posix()):
             relative = path.relative_to(root).as_posix()
@@ -96,7 +96,7 @@ class FolderWalk:
         return [path for path in files if self._is_text(path, texts) and self._count_readable(path)]
 
     def check(self) -> None:
-        """Raise DataError where something cannot be read, or a glob has matched nothing."""
+        """Raise DataError if a file is unreadable, or a glob has matched nothing."""
         if self._unreadable and not self.rules.skip_unreadable:
             more = f"\n  and {len(self._unreadable) - MAX_LISTED} more" if len(self._unreadable) > MAX_LISTED else ""
             raise DataError(
@@ -112,7 +112,7 @@ class FolderWalk:
                 )
 
     def _iter_files(self, root: Path, skipped: frozenset[str] | set[str]) -> Iterator[Path]:
-        """All files below `root`. A linked folder is entered, unless it is or will be read in another place."""
+        """Yield all files below `root`. A linked folder is entered, unless it is or will be read under another path."""
         top, folders, entered = os.path.realpath(root), [root], set()
         while folders:
             folder = folders.pop()
@@ -146,9 +146,9 @@ class FolderWalk:
         return bool(matches)
 
     def _is_text(self, path: Path, texts: set[str]) -> bool:
-        """Whether a file's name does not say that it is no text. What --include names is read in any case.
+        """Return whether a file may be text by its name. Files that --include matches are always read.
 
-        `texts` are the suffixes of the other files. A README is text among files of its own kind alone.
+        `texts` are the suffixes of the other files. A README is text only among files of its own kind.
         """
         if self.rules.include:
             return True
@@ -184,12 +184,12 @@ def _matches_name(path: Path, globs: Sequence[str]) -> bool:
 
 
 def _are_nested(one: str, other: str) -> bool:
-    """Whether one of two folders lies in the other, or is it."""
+    """Return whether two folders are equal or one contains the other."""
     return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
 def _get_size(path: Path) -> int:
-    """The bytes of a file; 0 for a folder and for what is not there."""
+    """Return the bytes of a file; 0 for a folder and for a missing file."""
     try:
         return path.stat().st_size if path.is_file() else 0
     except OSError:

@@ -1,6 +1,6 @@
-"""`train --debug`: one process, eager, synchronous, deterministic; shows the data and names what breaks.
+"""`train --debug`: one process, eager, synchronous, deterministic; it shows the data and names the first failure.
 
-Nothing is written, and no thread or compiled code stands between a breakpoint and the line it is on.
+It writes nothing, and uses no thread or compiled code, so that a breakpoint stops at its line.
 """
 
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ from dist_llm.train.step import train_step
 
 STEPS = 3
 OVERFIT_STEPS = 30
-OVERFIT_SHARE = 0.9  # of the first loss, to be reached on one batch
+OVERFIT_SHARE = 0.9  # of the first loss, which overfitting must reach
 SHOWN_TOKENS = 24
 
 
 class DebugError(RuntimeError):
-    """What the debug run was looking for."""
+    """The debug run found an error."""
 
 
 def debug(config: Config) -> None:
@@ -65,7 +65,7 @@ def debug(config: Config) -> None:
 
 
 def show(console: Console, batch: Batch, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
-    """The first row of the batch, token by token: what goes in, what must come out, who sees what."""
+    """Print the first row of the batch, token by token: inputs, targets, and which tokens attend to which."""
 
     def named(token: int) -> str:
         return escape(f"{token} {vocabulary.describe(token) or repr(tokenizer.decode([token]))}")
@@ -91,14 +91,14 @@ def show(console: Console, batch: Batch, tokenizer: Tokenizer, vocabulary: Vocab
 
 
 def seen(batch: Batch) -> Tensor:
-    """Who sees whom in the first row, [S, S]."""
+    """Return which tokens of the first row attend to which, [S, S]."""
     S = batch.inputs_BS.shape[1]
     positions = torch.arange(S)
     return batch.mask.allows(S, S, torch.tensor(0), positions[:, None], positions)
 
 
 def ranges(seen_T: Tensor) -> str:
-    """`0..4, 7..9`: the places that are true."""
+    """Format the indices of true values as `0..4, 7..9`."""
     positions = torch.nonzero(seen_T).flatten().tolist()
     starts = [position for position in positions if position - 1 not in positions]
     ends = [position for position in positions if position + 1 not in positions]
@@ -107,7 +107,7 @@ def ranges(seen_T: Tensor) -> str:
 
 @contextmanager
 def finite(model: nn.Module) -> Iterator[None]:
-    """Within the block, the first module whose output, or parameter whose gradient, is not finite raises."""
+    """Within the block, raise at the first module output or parameter gradient that is not finite."""
 
     def on_output(name: str) -> Any:
         def check(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -129,7 +129,7 @@ def finite(model: nn.Module) -> Iterator[None]:
 
 
 def overfit(console: Console, config: Config, device: torch.device, batches: list[Batch]) -> None:
-    """A fresh model must learn one batch by heart: if it cannot, no run of it will learn."""
+    """Train a fresh model on one batch: if it cannot learn that, no run of it will learn."""
     engine = NativeEngine(config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})}), device)
     first = last = float("nan")
     with finite(engine.model_parts[0]):

@@ -1,6 +1,6 @@
 """The directories that a run writes to: its own and that of its checkpoints.
 
-They are locked, and tried out, before anything is written: what would fail at the first checkpoint fails at the start.
+They are locked and tested before anything is written, so that errors of the first checkpoint appear at the start.
 """
 
 import shutil
@@ -19,12 +19,12 @@ from dist_llm.launch.world import World
 
 @contextmanager
 def open_directories(config: Config, checkpoints: Folder, world: World, saves: bool = True) -> Iterator[None]:
-    """For the time of the block this run alone writes to its directories; rank 0 holds their locks.
+    """During the block, only this run writes to its directories; rank 0 has their locks.
 
-    Checkpoints at a URL are not locked: object stores have no exclusive creation that fsspec offers. Unless the run
-    `saves` nothing more, there must be room for one checkpoint.
+    Checkpoints at a URL are not locked: fsspec offers no exclusive creation for object stores. If the run `saves`
+    anything, there must be room for one checkpoint.
 
-    Raises ConfigError where another run holds a lock, or a directory cannot be written or is too small.
+    Raises ConfigError if another run has a lock, or a directory is not writable or too small.
     """
     run, key = Path(config.run.dir), "checkpoint.dir" if config.checkpoint.dir else "run.dir"
     with ExitStack() as locks:
@@ -40,13 +40,13 @@ def open_directories(config: Config, checkpoints: Folder, world: World, saves: b
 
 
 def check_writable(folder: Folder, key: str) -> None:
-    """Raises ConfigError unless a file can be written there from this node."""
+    """Raise ConfigError unless this node can write a file in the directory."""
     probe = f"probe-{uuid4().hex}"
     try:
         folder.create()
         folder.write(probe, b"can this be written?")
         folder.remove(probe)
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # each file system raises its own errors
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"{key}: {folder} cannot be written: {reason}; make it writable, or set another {key}"
@@ -54,7 +54,7 @@ def check_writable(folder: Folder, key: str) -> None:
 
 
 def check_room(directory: Path, needed: int, key: str) -> None:
-    """Raises ConfigError where the file system of a directory has less than `needed` bytes left for this user."""
+    """Raise ConfigError if the file system of a directory has less than `needed` bytes left for this user."""
     usage = shutil.disk_usage(directory)
     if usage.total and usage.free < needed:
         raise ConfigError(

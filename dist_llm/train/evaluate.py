@@ -1,4 +1,4 @@
-"""Loss on held-out text: each window exactly once, at any world size."""
+"""Compute the loss on held-out text: each window exactly once, at any world size."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -20,10 +20,10 @@ from dist_llm.objectives.build_objective import Objective
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Over `tokens` scored targets; `loss` in nats per token.
+    """The result over `tokens` scored targets; `loss` in nats per token.
 
-    `bits_per_byte` where every token of the text is predicted from those before it, else None; `breakdown` has the
-    losses of each source and each member of a mixture, by name, where there are several.
+    `bits_per_byte` is None unless every token of the text is predicted from those before it. `breakdown` has the losses
+    of each source and each component of a mixture, by name, if there are several.
     """
 
     loss: float
@@ -38,16 +38,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Heldout:
-    """The text that is scored, and how: what stays the same from one evaluation to the next."""
+    """The held-out text and how to score it: everything that is equal in all evaluations."""
 
     corpora: Mapping[str, Corpus]
     objective: Objective
     micro_batch: int
-    limit: int = 0  # windows of each corpus and member of the objective; 0: all
+    limit: int = 0  # windows of each corpus and component of the objective; 0: all
     score_prompts: bool = False
 
     def check(self) -> None:
-        """Raises DataError where there is too little text to score."""
+        """Raise DataError if there is too little text to score."""
         needed = 2 if self.objective.is_plain_causal else max(size.window for _, size in self.objective.components)
         for corpus in self.corpora.values():
             if self.objective.layout.document_mask:
@@ -60,12 +60,12 @@ class Heldout:
 
 
 def evaluate(engine: Engine, heldout: Heldout, alive: Callable[[], None] = lambda: None) -> Evaluation:
-    """Score each corpus's windows for each member. A sample is made as in training, from the window's number.
+    """Score each corpus's windows for each component. A sample is made as in training, from the window's number.
 
     Calls `alive` before each batch.
 
-    Bits per byte are those of the text alone: separators are predicted, so their loss counts,
-    but they add no bytes.
+    Bits per byte are those of the text alone: separators are predicted, so that their loss counts, but they have no
+    bytes.
     """
     members = [f"{number}_{spec.name}" for number, (spec, _) in enumerate(heldout.objective.components)]
     sums = {
@@ -100,7 +100,7 @@ def _mean(sums: list[tuple[float, int]]) -> float:
 def _score(
     engine: Engine, heldout: Heldout, corpus: Corpus, member: int, alive: Callable[[], None]
 ) -> tuple[float, int]:
-    """(sum of losses, scored tokens) of one member on one corpus, over all ranks."""
+    """Return (sum of losses, scored tokens) of one component on one corpus, over all ranks."""
     losses: list[Tensor] = []
     count = 0
     for batch_of_data_rank in heldout_batches(heldout, corpus, member, *engine.dp_rank_and_size):
@@ -114,11 +114,11 @@ def _score(
 
 
 def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ranks: int) -> Iterator[Batch]:
-    """This rank's share of the windows. Plain text is scored to its last token, the short last window padded;
-    other objectives take whole windows alone.
+    """Yield this rank's share of the windows.
 
-    Every rank yields equally many batches, since a sharded model runs in step: a rank without
-    windows left yields rows that score nothing.
+    Plain text is scored to its last token, with the last window padded; other objectives use only full windows. Every
+    rank yields equally many batches, since a sharded model runs in step: a rank without windows left yields unscored
+    rows.
     """
     objective = heldout.objective
     size = objective.components[member][1]

@@ -1,7 +1,7 @@
-"""Going on from a checkpoint, or starting from its weights: they must compute what they computed when they were saved.
+"""Resume from a checkpoint, or start from its weights, and check that they compute the same as when they were saved.
 
-A resumed run also repeats steps that a kill took back. Their losses are compared with the rows that metrics.jsonl still
-has of them, where the config is that of the start which wrote the rows.
+A resumed run also repeats steps that a kill discarded. Their losses are compared with their rows in metrics.jsonl if
+the config is that of the start which wrote the rows.
 """
 
 import logging
@@ -26,14 +26,14 @@ from dist_llm.observe.metrics import read_rows
 
 log = logging.getLogger("dist_llm")
 
-NUM_STEPS = 10  # that are compared after a kill; later ones amplify rounding
+NUM_STEPS = 10  # compared after a kill; later ones amplify rounding
 # Sections and keys that decide the losses of the next steps.
 DECIDING = ("model", "objective", "loss", "optim", "schedule", "precision", "fp8")
 DECIDING_DATA = ("seq_len", "global_batch", "order", "windows", "score_prompts", "document_mask", "skip", "stages")
 
 
 def load_run(folder: Folder, engine: Engine, config: Config) -> Progress:
-    """Read weights and optimizer state. Raises CheckpointError where they are not what was saved."""
+    """Read weights and optimizer state. Raises CheckpointError if they differ from the saved ones."""
     check_parameters(folder, checkpoints.read_shapes(folder), config.model, requested=False)
     progress = checkpoints.load(folder, engine.state)
     if engine.loss_scale is not None and progress.loss_scale is not None:
@@ -43,7 +43,7 @@ def load_run(folder: Folder, engine: Engine, config: Config) -> Progress:
 
 
 def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
-    """Begin with another run's weights. Raises CheckpointError where they do not fit, or are not what was saved."""
+    """Start with another run's weights. Raises CheckpointError if they do not fit, or differ from the saved ones."""
     requested = check_init_from(path, config)
     log_init_differences(path, config, requested)
     changes_parts = any(each.key in PART_KEYS for each in requested)
@@ -61,9 +61,9 @@ def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
 
 
 def check_probe(folder: Folder, engine: Engine, config: Config) -> None:
-    """Compare the probe of the weights that were read with that of the checkpoint. Every rank calls it.
+    """Compare the probe of the loaded weights with that of the checkpoint. Every rank calls it.
 
-    Raises CheckpointError where they differ by more than rounding, unless checkpoint.probe says warn.
+    Raises CheckpointError if they differ by more than rounding, unless checkpoint.probe is warn.
     """
     probe = parse_probe(folder.read(PROBE), f"{folder}/{PROBE}") if PROBE in folder.list_names() else None
     if probe is None:
@@ -81,7 +81,7 @@ def check_probe(folder: Folder, engine: Engine, config: Config) -> None:
 
 
 class EarlierSteps:
-    """The losses of steps that an earlier start of the run took and then lost: {step: loss}."""
+    """The losses of discarded steps of an earlier start of the run: {step: loss}."""
 
     def __init__(self, losses: Mapping[int, float], tolerance: float = 0.0) -> None:
         self.losses, self.tolerance = dict(losses), tolerance
@@ -89,7 +89,8 @@ class EarlierSteps:
 
     @staticmethod
     def read(directory: Path, step: int, config: Config) -> "EarlierSteps":
-        """Those after `step` in metrics.jsonl, which is truncated next; none where the config has changed since."""
+        """Read the rows after `step` in metrics.jsonl, which is truncated next; none if the config has changed
+        since."""
         losses: dict[int, float] = {}
         try:
             for _, row in read_rows(directory / "metrics.jsonl"):
@@ -108,7 +109,7 @@ class EarlierSteps:
         return EarlierSteps(losses, TOLERANCES["fp8" if config.fp8 else config.precision][0])
 
     def compare(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Events, to be shown and written, of steps whose losses are not those of the earlier start."""
+        """Return events, to print and write, for steps whose losses differ from those of the earlier start."""
         events = []
         for row in rows:
             before = self.losses.pop(row.get("step", 0), None)
@@ -131,7 +132,7 @@ class EarlierSteps:
 
 
 def _changes(before: Config, now: Config) -> list[str]:
-    """Keys and sections that decide the losses, and have changed."""
+    """Return the changed keys and sections among those that decide the losses."""
     changes = [name for name in DECIDING if getattr(before, name) != getattr(now, name)]
     changes += [f"data.{name}" for name in DECIDING_DATA if getattr(before.data, name) != getattr(now.data, name)]
     if before.run.seed != now.run.seed:

@@ -1,4 +1,4 @@
-"""The `evaluate` command: a checkpoint's loss on a corpus, by however many ranks there are."""
+"""The `evaluate` command: compute a checkpoint's loss on a corpus, on any number of ranks."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,19 +23,19 @@ from dist_llm.text.tokenizer import TOKENIZER_FILE
 from dist_llm.train.evaluate import Evaluation, Heldout, evaluate
 from dist_llm.train.settings import read_vocabulary
 
-IMPORTED_SEQ_LEN = 2048  # of models that were not trained here: nobody chose a length for them
+IMPORTED_SEQ_LEN = 2048  # for models that were not trained here, which have no configured length
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How many tokens a window has, and how many windows go through the model at once; 0: the default."""
+    """The number of tokens in a window, and of windows in a batch; 0 is the default."""
 
     seq_len: int = 0
     micro_batch: int = 0
 
 
 def score(checkpoint: str, data: str | None, split: Split, windows: Windows, world: World) -> Evaluation:
-    """Evaluate and, on rank 0, print. The model is sharded over all ranks, whatever it was trained on.
+    """Evaluate and, on rank 0, print. The model is sharded over all ranks, whatever layout trained it.
 
     Raises ConfigError or DataError that names the option to change.
     """
@@ -49,7 +49,7 @@ def score(checkpoint: str, data: str | None, split: Split, windows: Windows, wor
     score_prompts = config.data.score_prompts
     heldout = Heldout(corpora, objective, windows.micro_batch or config.data.micro_batch, score_prompts=score_prompts)
     heldout.check()
-    # In bf16 what was trained in float8, on any device, and as `generate` and other tools compute it.
+    # Models trained in float8 are scored in bf16 on any device, as `generate` and other tools compute them.
     config = resolve(config.model_copy(update={"parallel": ParallelConfig(), "fp8": False}), world.size, 0)
     device = device_of(world)
     with process_group(world, device):
@@ -72,12 +72,13 @@ def score(checkpoint: str, data: str | None, split: Split, windows: Windows, wor
 
 
 def _first_directory(corpora: Mapping[str, Corpus]) -> Path:
-    """Of corpora with one tokenizer, the directory of the first."""
+    """Return the directory of the first corpus; all have one tokenizer."""
     return next(iter(corpora.values())).directory
 
 
 def _with_seq_len(config: Config, seq_len: int, trained: bool) -> tuple[Config, str]:
-    """(the config for windows of so many tokens, who chose them). Raises ConfigError where they do not fit."""
+    """Return (the config for windows of so many tokens, the origin of that number). Raises ConfigError if they do not
+    fit."""
     longest, why = config.model.max_seq_len, "--seq-len"
     if seq_len > longest:
         raise ConfigError(f"--seq-len {seq_len}: the model takes at most {longest} tokens; lower it")
@@ -94,7 +95,7 @@ def _with_seq_len(config: Config, seq_len: int, trained: bool) -> tuple[Config, 
 
 
 def _open(config: Config, data: str | None, split: Split) -> dict[str, Corpus]:
-    """The corpora of the run, or that of --data."""
+    """Open the corpora of the run, or that of --data."""
     chosen = config.data.model_copy(update={"path": data, "sources": ()}) if data else config.data
     whose = f"--data {data}" if data else "the corpus of the run (choose another with --data)"
     if not (chosen.path or chosen.sources):
@@ -118,7 +119,7 @@ def _open(config: Config, data: str | None, split: Split) -> dict[str, Corpus]:
 
 
 def _check_tokenizer(path: Path, config: Config, corpora: Iterable[Corpus], world: World) -> None:
-    """Raises DataError where a corpus has other ids than the model."""
+    """Raise DataError if a corpus has other ids than the model."""
     has_tokenizer = (path / TOKENIZER_FILE).exists()
     for corpus in corpora:
         if not has_tokenizer and corpus.manifest.vocab_size > config.model.vocab_size:

@@ -1,4 +1,4 @@
-"""One optimizer step: where every loss is divided, once."""
+"""Take one optimizer step; this is the only place where losses are divided."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from dist_llm.objectives.batch import Batch
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the step saw, over the whole world. Tensors stay on the device until someone logs them."""
+    """The results of a step over the whole world. Tensors stay on the device until someone logs them."""
 
     loss: Tensor  # mean over scored tokens, nats
     grad_norm: Tensor  # before clipping
@@ -56,7 +56,7 @@ def train_step(
 
 
 def _terms(engine: Engine, microbatches: int, losses: Tensor) -> Tensor:
-    """This rank's sums of cross-entropy and z-loss, [2]; zeros where it has no head, or a plain loss."""
+    """Return this rank's sums of cross-entropy and z-loss, [2]; zeros if it has no head, or a plain loss."""
     sums = losses.new_zeros(2)
     for part in engine.model_parts:
         collected = None if part.head is None else part.head.terms
@@ -66,7 +66,7 @@ def _terms(engine: Engine, microbatches: int, losses: Tensor) -> Tensor:
 
 
 def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor:
-    """This rank's part of [2, sources]: of the loss, and of the scored tokens."""
+    """Return this rank's part of [2, sources]: of the loss, and of the scored tokens."""
     owners = torch.cat([batch.source_ids_B for batch in batches if batch.source_ids_B is not None])
     counts = torch.cat([(batch.targets_BS != IGNORE).sum(-1) for batch in batches])
     rows = torch.stack((losses, counts.to(losses)))
@@ -74,7 +74,7 @@ def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor
 
 
 def terms_of(report: StepReport, config: LossConfig) -> dict[str, Tensor]:
-    """What a regularised loss is the sum of, by the names of the metrics; nothing of a plain one."""
+    """Return the terms of a regularised loss, by the names of the metrics; nothing for a plain one."""
     if report.terms is None:
         return {}
     cross_entropy, z_loss = report.terms

@@ -1,4 +1,4 @@
-"""benchmarks/communication.py counts what is sent: against hand arithmetic, on two ranks."""
+"""Byte counts of benchmarks/communication.py equal counts by hand, on two ranks."""
 
 import re
 from typing import Any
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks import communication
-from benchmarks.communication import CASES, MODEL, ROWS, SEQ_LEN, WireCounter, busiest, case, count, document
+from benchmarks.communication import CASES, MODEL, ROWS, SEQ_LEN, WireCounter, busiest, count, document, make_case
 from dist_llm.config.derive import AXES
 from tests.laws.worlds import WorldError, world
 
@@ -19,21 +19,21 @@ PARAMETERS = L * BLOCK + 2 * V * D + D
 ACTIVATIONS = 4 * ROWS * SEQ_LEN * D
 
 
-def counted(**keys: Any) -> dict[str, Any]:
-    return busiest(world(2).run(count, case(**keys)))
+def count_busiest(**keys: Any) -> dict[str, Any]:
+    return busiest(world(2).run(count, make_case(**keys)))
 
 
-def sent(row: dict[str, Any], kind: str) -> tuple[int, int]:
-    """(calls, bytes) of one kind, along whatever axes."""
-    parts = [part for part in row["by_axis"] if part["kind"] == kind]
-    return sum(part["calls"] for part in parts), sum(part["bytes"] for part in parts)
+def sum_sent(row: dict[str, Any], kind: str) -> tuple[int, int]:
+    """Sum (calls, bytes) of one kind over all axes."""
+    kind_rows = [kind_row for kind_row in row["by_axis"] if kind_row["kind"] == kind]
+    return sum(kind_row["calls"] for kind_row in kind_rows), sum(kind_row["bytes"] for kind_row in kind_rows)
 
 
 def test_replicas_all_reduce_each_gradient_once() -> None:
-    row = counted(dp_replicate=2, micro=2)
-    # Over two ranks an all-reduce sends what it reduces. A group per block and one for the rest; the count of
-    # scored tokens (int64) and the loss.
-    assert sent(row, "all-reduce") == (L + 1 + 2, 4 * PARAMETERS + 8 + 4)
+    row = count_busiest(dp_replicate=2, micro=2)
+    # Over two ranks an all-reduce sends as many bytes as it reduces: a group per block and one for the rest, the
+    # count of scored tokens (int64) and the loss.
+    assert sum_sent(row, "all-reduce") == (L + 1 + 2, 4 * PARAMETERS + 8 + 4)
     assert row["minimum"] == 4 * PARAMETERS
     assert row["bytes"] == 4 * PARAMETERS + 12
 
@@ -47,80 +47,80 @@ def test_replicas_all_reduce_each_gradient_once() -> None:
     ],
 )
 def test_shards_are_gathered_as_often_as_they_are_freed(reshard: str, gathered: int, calls: int) -> None:
-    row = counted(dp_shard=2, reshard=reshard)
-    assert sent(row, "all-gather") == (calls, 4 * gathered // 2)
-    assert sent(row, "reduce-scatter") == (L + 1, 4 * PARAMETERS // 2)
-    spared = V * D if reshard == "always" else 0  # the embedding's backward reads no weights
-    assert row["minimum"] == 4 * (gathered - spared + PARAMETERS) // 2
+    row = count_busiest(dp_shard=2, reshard=reshard)
+    assert sum_sent(row, "all-gather") == (calls, 4 * gathered // 2)
+    assert sum_sent(row, "reduce-scatter") == (L + 1, 4 * PARAMETERS // 2)
+    embedding_size = V * D if reshard == "always" else 0  # the embedding's backward reads no weights
+    assert row["minimum"] == 4 * (gathered - embedding_size + PARAMETERS) // 2
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_tensor_ranks_send_eight_activations_a_block(sequence_parallel: bool) -> None:
-    row = counted(tp=2, sequence_parallel=sequence_parallel)
+    row = count_busiest(tp=2, sequence_parallel=sequence_parallel)
     loss = 3 * 4 * ROWS * SEQ_LEN + 4  # three numbers a token; the norm
     if sequence_parallel:
         calls, size = 4 * L + 2, (4 * L + 2) * ACTIVATIONS // 2
-        assert sent(row, "all-gather") == sent(row, "reduce-scatter") == (calls, size)
-        assert sent(row, "all-reduce") == (1 + 3, 4 * D * (2 * L + 1) + loss)  # the norms' gradients in one
+        assert sum_sent(row, "all-gather") == sum_sent(row, "reduce-scatter") == (calls, size)
+        assert sum_sent(row, "all-reduce") == (1 + 3, 4 * D * (2 * L + 1) + loss)  # the norms' gradients in one
     else:
-        assert sent(row, "all-reduce") == (4 * L + 2 + 3, (4 * L + 2) * ACTIVATIONS + loss)
+        assert sum_sent(row, "all-reduce") == (4 * L + 2 + 3, (4 * L + 2) * ACTIVATIONS + loss)
     assert row["excess"] < 0.002
 
 
 def test_stages_send_activations_on_and_their_gradient_back() -> None:
-    row = counted(pp=2, micro=2)
-    assert sent(row, "send") == (ROWS // 2, ACTIVATIONS)
-    assert sent(row, "all-reduce") == (3, 8 + 4 + 4)
+    row = count_busiest(pp=2, micro=2)
+    assert sum_sent(row, "send") == (ROWS // 2, ACTIVATIONS)
+    assert sum_sent(row, "all-reduce") == (3, 8 + 4 + 4)
     assert row["minimum"] == ACTIVATIONS
 
 
-def by_hand() -> dict[tuple[str, str], float]:
-    """One call of each kind on this rank, counted."""
+def count_each_kind() -> dict[tuple[str, str], float]:
+    """Count one call of each kind on this rank."""
     mesh = init_device_mesh("cpu", (1, 1, 2, 1, 1), mesh_dim_names=AXES)
-    group, alone, other = mesh.get_group("dp_shard"), mesh.get_group("tp"), 1 - dist.get_rank()
-    whole, half = torch.zeros(10), torch.zeros(5)
+    group, group_of_one, peer = mesh.get_group("dp_shard"), mesh.get_group("tp"), 1 - dist.get_rank()
+    full, half = torch.zeros(10), torch.zeros(5)
     with WireCounter(mesh) as wire:
-        dist.all_reduce(whole, group=group)
-        dist.all_reduce(whole, group=alone)
-        dist.all_gather_into_tensor(whole, half, group=group)
-        dist.reduce_scatter_tensor(half, whole, group=group)
+        dist.all_reduce(full, group=group)
+        dist.all_reduce(full, group=group_of_one)
+        dist.all_gather_into_tensor(full, half, group=group)
+        dist.reduce_scatter_tensor(half, full, group=group)
         for work in dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, whole, other, group), dist.P2POp(dist.irecv, whole.clone(), other, group)]
+            [dist.P2POp(dist.isend, full, peer, group), dist.P2POp(dist.irecv, full.clone(), peer, group)]
         ):
             work.wait()
     assert set(wire.calls.values()) == {1}
     return dict(wire.bytes)
 
 
-def test_each_kind_costs_what_a_ring_costs() -> None:
+def test_each_kind_sends_as_much_as_a_ring() -> None:
     kinds = {"all-reduce": 40, "all-gather": 20, "reduce-scatter": 20, "send": 40}
-    assert world(2).run(by_hand) == [{("dp_shard", kind): size for kind, size in kinds.items()}] * 2
+    assert world(2).run(count_each_kind) == [{("dp_shard", kind): size for kind, size in kinds.items()}] * 2
 
 
-def of_an_unknown_kind() -> None:
+def count_unknown_kind() -> None:
     mesh = init_device_mesh("cpu", (1, 1, 2, 1, 1), mesh_dim_names=AXES)
     with WireCounter(mesh):
         dist.broadcast(torch.zeros(1), 0)
 
 
-def test_a_call_that_is_not_known_is_not_passed_over() -> None:
+def test_an_unknown_call_is_an_error() -> None:
     with pytest.raises(WorldError, match="c10d::broadcast_"):
-        world(2).run(of_an_unknown_kind)
+        world(2).run(count_unknown_kind)
 
 
-def rows_with(excess: dict[str, float]) -> list[dict[str, Any]]:
+def make_rows(excess: dict[str, float]) -> list[dict[str, Any]]:
     fields = {"ranks": 2, "calls": 1, "bytes": 1, "minimum": 1, "by_axis": []}
     return [{**fields, "layout": each.name, "excess": excess.get(each.name, 0.0)} for each in CASES]
 
 
 def test_an_excess_needs_a_reason_and_a_reason_an_excess() -> None:
     explained = dict.fromkeys(communication.REASONS, 0.5)
-    document(rows_with(explained))
+    document(make_rows(explained))
     with pytest.raises(SystemExit, match=r"\['tp 2'\]"):
-        document(rows_with({**explained, "tp 2": 0.051}))
+        document(make_rows({**explained, "tp 2": 0.051}))
     stale = next(iter(explained))
     with pytest.raises(SystemExit, match=re.escape(stale)):
-        document(rows_with({**explained, stale: 0.049}))
+        document(make_rows({**explained, stale: 0.049}))
 
 
 def test_the_document_has_every_layout() -> None:

@@ -1,4 +1,4 @@
-"""A job of two nodes, kept running as a batch system does: a torchrun that ends with an error is started again."""
+"""A training job on two nodes that is restarted as by a batch system: a torchrun that fails starts again."""
 
 import os
 import signal
@@ -14,18 +14,18 @@ from tests.netns.network import Network
 
 NODES = (1, 2)
 PORT = 29400
-EVERY, KEEP = 3, 3  # steps between checkpoints, and how many are kept
+CHECKPOINT_EVERY, CHECKPOINTS_KEPT = 3, 3
 HANG_SECONDS = 3
-GRACE_SECONDS = 2  # after which nothing is left of a torchrun that ended
+GRACE_SECONDS = 2  # within which all processes of a torchrun end
 
-# What the run does where it could do otherwise. The rate must not depend on run.steps, which is not known beforehand.
+# The learning rate must not depend on run.steps, which is not known beforehand.
 OVERRIDES: tuple[str, ...] = (
     f"run.hang_seconds={HANG_SECONDS}",
     "schedule.name=constant",
-    f"checkpoint.every={EVERY}",
-    f"checkpoint.keep={KEEP}",
+    f"checkpoint.every={CHECKPOINT_EVERY}",
+    f"checkpoint.keep={CHECKPOINTS_KEPT}",
     "guard.not_finite=rewind",
-    "guard.skip_steps=0",  # the same samples again: it is the machine that erred
+    "guard.skip_steps=0",  # read the same samples again: the fault is the machine's
     "guard.budget=1000",
 )
 RENDEZVOUS = "last_call_timeout=2,join_timeout=60,read_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=3"
@@ -38,74 +38,76 @@ ENVIRONMENT = {
 
 
 class Job:
-    """One rank on each node; its first `paced` steps are slow ones. `place` holds what it writes, a file per node too.
+    """One rank on each node; the first `paced` steps are slow. `directory` contains the run and a log for each node.
 
-    `keep` is called again and again, by one thread; `faults` are what it saw go wrong. While it is `kept`, what ends is
-    started again.
+    One thread calls `restart_failed` repeatedly; `faults` lists what it found wrong. It restarts nodes as long as
+    `restarting` is true.
     """
 
-    def __init__(self, net: Network, corpus: Path, place: Path, paced: int, *overrides: object) -> None:
-        self.net, self.corpus, self.place, self.paced, self.overrides = net, corpus, place, paced, overrides
-        self.run = place / "run"
+    def __init__(self, net: Network, corpus: Path, directory: Path, paced: int, *overrides: object) -> None:
+        self.net, self.corpus, self.directory, self.paced, self.overrides = net, corpus, directory, paced, overrides
+        self.run = directory / "run"
         self.torchruns: dict[int, subprocess.Popen[bytes]] = {}
-        self.starts, self.kept, self.faults = 0, True, list[str]()
-        place.mkdir()
+        self.num_starts, self.restarting, self.faults = 0, True, list[str]()
+        directory.mkdir()
 
     def start(self, *nodes: int) -> None:
         for node in nodes:
             launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(NODES)}", "--nproc-per-node=1"]
             launcher += ["--max-restarts=1000", "--monitor-interval=0.2", "--rdzv-backend=c10d", "--rdzv-id=chaos"]
             launcher += [f"--rdzv-endpoint=n1:{PORT}", f"--rdzv-conf={RENDEZVOUS}"]
-            words = ["-m", "tests.chaos.rank", str(self.place), str(self.paced)]
-            words += map(str, commands.train_arguments(self.corpus, *OVERRIDES, *self.overrides))
-            with (self.place / f"node{node}.txt").open("a") as output:
+            arguments = ["-m", "tests.chaos.rank", str(self.directory), str(self.paced)]
+            arguments += map(str, commands.train_arguments(self.corpus, *OVERRIDES, *self.overrides))
+            with (self.directory / f"node{node}.txt").open("a") as output:
                 self.torchruns[node] = subprocess.Popen(
-                    self.net.on(node, [*launcher, *words]),
-                    cwd=self.place,
+                    self.net.on(node, [*launcher, *arguments]),
+                    cwd=self.directory,
                     env={**commands.environment(), **ENVIRONMENT},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-            self.starts += 1
+            self.num_starts += 1
 
-    def keep(self) -> None:
-        """Start again each node whose torchrun ended with an error. None may have left a process behind."""
+    def restart_failed(self) -> None:
+        """Restart each node whose torchrun ended with an error. No node may have a remaining process."""
         for node, torchrun in self.torchruns.items():
-            if self.kept and torchrun.poll():
-                if left := self.left(node):
-                    self.faults.append(f"torchrun on n{node} ended, and left {left}")
-                    kill(left)
+            if self.restarting and torchrun.poll():
+                if remaining := self.remaining_processes(node):
+                    self.faults.append(f"torchrun on n{node} ended, and left {remaining}")
+                    kill(remaining)
                 self.start(node)
 
-    def left(self, *nodes: int) -> list[int]:
-        """What still runs on these nodes though it is over: after a while in which the last processes may end."""
-        until = time.monotonic() + GRACE_SECONDS
-        while (found := [each for node in nodes for each in self.net.processes(node)]) and time.monotonic() < until:
+    def remaining_processes(self, *nodes: int) -> list[int]:
+        """Return the processes that still run on these nodes after a grace period."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while remaining := [process for node in nodes for process in self.net.processes(node)]:
+            if time.monotonic() >= deadline:
+                break
             time.sleep(0.05)
-        return found
+        return remaining
 
     def ranks(self, *nodes: int) -> list[int]:
-        """The processes that train, of these nodes."""
-        return [each for node in nodes for each in self.net.processes(node) if is_rank(each)]
+        """Return the processes of the ranks on these nodes."""
+        return [process for node in nodes for process in self.net.processes(node) if is_rank(process)]
 
     def wait(self, seconds: float) -> list[int]:
-        """The exit codes of both torchruns, which are about to end."""
+        """Wait for both torchruns and return their exit codes."""
         return [self.torchruns[node].wait(seconds) for node in NODES]
 
-    def tell(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         """Send a signal to both torchruns, as a batch system does."""
         for torchrun in self.torchruns.values():
             torchrun.send_signal(number)
 
-    def said(self, words: str) -> int:
-        """How often, in the logs of the ranks."""
-        return sum(path.read_text().count(words) for path in self.run.glob("logs/*.log"))
+    def count_in_logs(self, text: str) -> int:
+        """Count the occurrences of a text in the logs of the ranks."""
+        return sum(path.read_text().count(text) for path in self.run.glob("logs/*.log"))
 
     def tails(self, lines: int = 40) -> str:
-        """The last that each node and rank said."""
-        paths = [*sorted(self.place.glob("node*.txt")), *sorted(self.run.glob("logs/*.log"))]
+        """Return the last lines of each node's and each rank's log."""
+        paths = [*sorted(self.directory.glob("node*.txt")), *sorted(self.run.glob("logs/*.log"))]
         return "\n".join("\n".join((f"-- {path.name}", *path.read_text().splitlines()[-lines:])) for path in paths)
 
     def close(self) -> None:
@@ -115,12 +117,12 @@ class Job:
 
 
 def is_rank(process: int) -> bool:
-    """Rather than a torchrun."""
+    """Whether the process is a rank and not a torchrun."""
     try:
-        words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        arguments = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return b"tests.chaos.rank" in words and b"torch.distributed.run" not in words
+    return b"tests.chaos.rank" in arguments and b"torch.distributed.run" not in arguments
 
 
 def kill(processes: Iterable[int]) -> None:

@@ -1,7 +1,7 @@
-"""`python -m tests.chaos.rank DIRECTORY PACED train ...`: the command, with two things added to each step.
+"""`python -m tests.chaos.rank DIRECTORY PACED train ...`: run the command with two additions to each step.
 
-Up to step PACED it takes a tenth of a second more. And where DIRECTORY holds a file `nan_HOST`, a rank on that host
-takes the file away and puts a NaN into one of its weights.
+Up to step PACED a step takes 0.15 s longer. If DIRECTORY contains the file `nan_HOST`, a rank on that host removes the
+file and sets one of its weights to NaN.
 """
 
 import socket
@@ -16,28 +16,28 @@ from dist_llm.cli import main
 from dist_llm.sharded import to_local
 from dist_llm.train.trainer import Trainer
 
-SECONDS = 0.15
+PACE_SECONDS = 0.15
 
 
-def order(directory: Path, host: str) -> Path:
-    """The file that orders a NaN."""
+def nan_request(directory: Path, host: str) -> Path:
+    """Return the file whose existence requests a NaN on this host."""
     return directory / f"nan_{host}"
 
 
 def run() -> int:
     directory, paced, *arguments = sys.argv[1:]
-    ordered, step = order(Path(directory), socket.gethostname()), Trainer.step
+    request, step = nan_request(Path(directory), socket.gethostname()), Trainer.step
 
-    def changed(self: Trainer) -> None:
+    def step_with_fault(self: Trainer) -> None:
         if self.progress.step < int(paced):
-            time.sleep(SECONDS)
-        if ordered.exists():
-            ordered.unlink()
+            time.sleep(PACE_SECONDS)
+        if request.exists():
+            request.unlink()
             weight = to_local(next(self.engine.named_parameters())[1].detach())
             weight.view(-1)[0] = torch.nan
         step(self)
 
-    with patch.object(Trainer, "step", changed):
+    with patch.object(Trainer, "step", step_with_fault):
         return main(arguments)
 
 

@@ -1,6 +1,7 @@
-"""A fault of each kind, or minutes of random ones: no checkpoint is lost, nothing hangs, and no bit is another.
+"""Random faults, one of each kind or for minutes: no checkpoint is lost, nothing hangs, and all results are bitwise
+equal.
 
-The seed is printed; CHAOS_SEED=... gives the same faults again.
+The seed is printed; CHAOS_SEED=... repeats the faults.
 """
 
 import json
@@ -17,19 +18,19 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.job import EVERY, KEEP, NODES, Job
-from tests.chaos.monkey import FULL, KINDS, Monkey, by_kind
-from tests.chaos.watch import Watch
+from tests.chaos.job import CHECKPOINT_EVERY, CHECKPOINTS_KEPT, NODES, Job
+from tests.chaos.monkey import FULL, KINDS, Monkey, summarize_by_kind
+from tests.chaos.watch import CheckpointMonitor
 from tests.e2e import commands
 from tests.e2e.test_kill import assert_same_weights
-from tests.netns.network import Network, missing, network
+from tests.netns.network import Network, missing, running_network
 
-ALWAYS = 10**9
-MORE = 5  # steps after the last start
-CALM = 60  # steps of the undisturbed run that take as long as those of the other
+UNLIMITED = 10**9
+MORE_STEPS = 5  # after the last start
+CALM = 60  # steps of the undisturbed run that are paced as those of the other
 
-# What a rank says where a fault met it; the others show by themselves.
-WORDS = {
+# Log messages of a fault; the other kinds have an effect that is checked elsewhere.
+MESSAGES = {
     "stop": "has made no progress for",
     "full": FULL,
     "flip": "skipping it; an older checkpoint",
@@ -42,90 +43,97 @@ pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(missing()), reason=miss
 @pytest.mark.parametrize(
     ("minutes", "kinds"),
     [
-        # A rank that stands still takes as long as all others together; tests/e2e/test_stop.py has one.
+        # A stopped rank takes as long as all other faults together; tests/e2e/test_stop.py has one.
         pytest.param(0, [kind for kind in KINDS if kind != "stop"], marks=pytest.mark.timeout(600), id="one of each"),
         pytest.param(3, KINDS, marks=[pytest.mark.slow, pytest.mark.timeout(600)], id="3 minutes"),
         pytest.param(30, KINDS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)], id="30 minutes"),
     ],
 )
-def test_random_faults_cost_time_and_nothing_else(
+def test_random_faults_change_no_result(
     minutes: int, kinds: Sequence[str], corpus: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     seed = int(os.environ.get("CHAOS_SEED") or random.randrange(10**6))
     print(f"CHAOS_SEED={seed}")
-    with network(len(NODES)) as net, small_disk(tmp_path / "disk") as disk:
-        run, report = storm(net, disk, corpus, tmp_path / "storm", 60 * minutes, seed, kinds)
-        got = commands.metrics(run)
-        calm = Job(net, corpus, tmp_path / "calm", CALM, f"run.steps={len(got)}")
+    with running_network(len(NODES)) as net, small_disk(tmp_path / "disk") as disk:
+        run, report = run_with_faults(net, disk, corpus, tmp_path / "storm", 60 * minutes, seed, kinds)
+        actual = commands.read_metrics(run)
+        calm = Job(net, corpus, tmp_path / "calm", CALM, f"run.steps={len(actual)}")
         try:
             calm.start(*NODES)
-            assert calm.wait(60 + len(got)) == [0, 0], calm.tails()
+            assert calm.wait(60 + len(actual)) == [0, 0], calm.tails()
         finally:
             calm.close()
-        want = commands.metrics(calm.run)
-        assert commands.column(got, "step") == list(range(1, len(got) + 1)), "each step once"
+        expected = commands.read_metrics(calm.run)
+        assert commands.column(actual, "step") == list(range(1, len(actual) + 1)), "each step once"
         for name in ("step", "loss", "grad_norm", "lr", "tokens"):
-            assert commands.column(got, name) == commands.column(want, name), name
+            assert commands.column(actual, name) == commands.column(expected, name), name
         assert_same_weights(run, calm.run)
-    step_seconds = median(commands.column(want[:CALM], "step_seconds"))
+    step_seconds = median(commands.column(expected[:CALM], "step_seconds"))
     report |= {"step_seconds": step_seconds, "goodput": round(report["steps"] * step_seconds / report["seconds"], 3)}
     (tmp_path / "chaos.json").write_text(json.dumps(report, indent=1) + "\n")
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(f"\n{json.dumps(report)}")
 
 
-def storm(
-    net: Network, disk: Path, corpus: Path, place: Path, seconds: float, seed: int, kinds: Sequence[str]
+def run_with_faults(
+    net: Network, disk: Path, corpus: Path, directory: Path, seconds: float, seed: int, kinds: Sequence[str]
 ) -> tuple[Path, dict[str, Any]]:
-    """A run that meets faults of these kinds for so long, is told to stop, started again, and ends; and what it met."""
+    """Run with faults of these kinds for this time, stop it by a signal, start it again and let it end.
+
+    Return run and report.
+    """
     checkpoints = disk / "checkpoints"
-    job = Job(net, corpus, place, ALWAYS, f"checkpoint.dir={checkpoints}", f"run.steps={ALWAYS}")
-    watch = Watch(job, checkpoints)
-    monkey = Monkey(seed, job, watch, net, disk, kinds)
+    job = Job(net, corpus, directory, UNLIMITED, f"checkpoint.dir={checkpoints}", f"run.steps={UNLIMITED}")
+    monitor = CheckpointMonitor(job, checkpoints)
+    monkey = Monkey(seed, job, monitor, net, disk, kinds)
     try:
         job.start(*NODES)
-        with watch.running():
-            monkey.wait(lambda: watch.step > 2 * EVERY, "the first steps")
-            monkey.rage(seconds)
-            with watch.lock:
-                job.kept, seconds, step = False, monkey.age, watch.step
-            job.tell(signal.SIGTERM)
-            assert job.wait(30) == [1, 1], job.tails()  # torchrun's own, whatever the ranks'
-            watch.look()
-            word = json.loads((job.run / "stopped.json").read_text())
-            assert word == {"signal": "SIGTERM", "step": watch.step}, "all after the step that they agreed on"
-            assert watch.saved == watch.step
-            job.overrides = (*job.overrides, f"run.steps={watch.step + MORE}")
+        with monitor.running():
+            monkey.wait(lambda: monitor.step > 2 * CHECKPOINT_EVERY, "the first steps")
+            monkey.run_faults(seconds)
+            with monitor.lock:
+                job.restarting, seconds, step = False, monkey.elapsed, monitor.step
+            job.send_signal(signal.SIGTERM)
+            assert job.wait(30) == [1, 1], job.tails()  # torchrun's exit code does not depend on the ranks'
+            monitor.check()
+            marker = json.loads((job.run / "stopped.json").read_text())
+            assert marker == {"signal": "SIGTERM", "step": monitor.step}, "all ranks stop after the agreed step"
+            assert monitor.saved == monitor.step
+            job.overrides = (*job.overrides, f"run.steps={monitor.step + MORE_STEPS}")
             job.start(*NODES)
             assert job.wait(120) == [0, 0], job.tails()
-            watch.look()
+            monitor.check()
         monkey.check()
-        assert job.left(*NODES) == [], "processes that nobody ended"
+        assert job.remaining_processes(*NODES) == [], "no process remains"
     finally:
         job.close()
-    for kind, words in WORDS.items():
-        assert kind not in kinds or job.said(words), f"{kind}: no rank noticed"
-    assert len(watch.whole()) == len(list(checkpoints.iterdir())) == KEEP, "the newest, and no litter"
+    for kind, message in MESSAGES.items():
+        assert kind not in kinds or job.count_in_logs(message), f"{kind}: no rank logged it"
+    assert len(monitor.verified_steps()) == len(list(checkpoints.iterdir())) == CHECKPOINTS_KEPT, (
+        "only the newest, and no other files"
+    )
     return job.run, {
         "seed": seed,
         "seconds": round(seconds, 1),
         "steps": step,
-        "steps_retaken": watch.retaken,
-        "starts_of_torchrun": job.starts,
-        "faults": by_kind(monkey.faults),
+        "steps_retaken": monitor.num_repeated_steps,
+        "starts_of_torchrun": job.num_starts,
+        "faults": summarize_by_kind(monkey.faults),
     }
 
 
 @contextmanager
-def small_disk(place: Path) -> Iterator[Path]:
-    """A file system of its own, with room for some checkpoints."""
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True)
+def small_disk(directory: Path) -> Iterator[Path]:
+    """Mount a small file system with room for some checkpoints."""
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(directory)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.decode().strip()}")
     try:
-        yield place
+        yield directory
     finally:
-        until = time.monotonic() + 10
-        while subprocess.run(["umount", str(place)], capture_output=True).returncode and time.monotonic() < until:
+        deadline = time.monotonic() + 10
+        while (
+            subprocess.run(["umount", str(directory)], capture_output=True).returncode and time.monotonic() < deadline
+        ):
             time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""What a checkpoint takes is known before there is a model, to the byte."""
+"""The size of a checkpoint is known to the byte before the model exists."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ import torch
 from dist_llm.checkpoint.checkpoint_size import count_checkpoint_bytes
 from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of
+from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, MODELS, MUON, SGD
 
 
 @pytest.mark.parametrize("optim", [ADAMW, BF16_MOMENTS, MUON, SGD, SGD | {"momentum": 0.9}], ids=str)
-def test_the_bytes_of_weights_and_moments(optim: dict[str, object]) -> None:
-    config = config_of(1, MODELS["tied"], optim=optim)
+def test_the_size_counts_weights_and_moments(optim: dict[str, object]) -> None:
+    config = make_config(1, MODELS["tied"], optim=optim)
     engine = NativeEngine(config, torch.device("cpu"))
-    train_step(engine, batches_of(config, engine, 0), 1e-3)
+    train_step(engine, make_batches(config, engine, 0), 1e-3)
     tensors = (engine.state.weights() | engine.state.moments()).values()
     assert count_checkpoint_bytes(config) == sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,4 +1,4 @@
-"""What is written is the state as it was when the save began; what cannot be written says so on every rank."""
+"""A checkpoint contains the state at the start of the save; a failed write is reported on every rank."""
 
 import errno
 import json
@@ -27,16 +27,16 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.sharded import to_local
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, full_tensor
+from tests.laws.law import copy_full_tensor, make_batches, make_config
 from tests.laws.layouts import ADAMW
 from tests.laws.worlds import world
 
 CPU = torch.device("cpu")
-CONFIG = config_of(1, {}, optim=ADAMW)
+CONFIG = make_config(1, {}, optim=ADAMW)
 
 
 def step(engine: NativeEngine, number: int) -> None:
-    train_step(engine, batches_of(engine.config, engine, number), 1e-3, number)
+    train_step(engine, make_batches(engine.config, engine, number), 1e-3, number)
 
 
 def engine_at(steps: int) -> NativeEngine:
@@ -46,53 +46,55 @@ def engine_at(steps: int) -> NativeEngine:
     return engine
 
 
-def values(engine: NativeEngine) -> dict[str, torch.Tensor]:
-    return {name: full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()}
+def copy_state(engine: NativeEngine) -> dict[str, torch.Tensor]:
+    return {
+        name: copy_full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()
+    }
 
 
-def loaded(folder: Folder | Path) -> dict[str, torch.Tensor]:
+def load_state(folder: Folder | Path) -> dict[str, torch.Tensor]:
     engine = NativeEngine(CONFIG, CPU)
     store.load(folder, engine.state)
-    return values(engine)
+    return copy_state(engine)
 
 
-def equal(result: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> bool:
-    assert result.keys() == want.keys()
-    return all(torch.equal(result[name], want[name]) for name in want)
+def states_equal(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    assert result.keys() == expected.keys()
+    return all(torch.equal(result[name], expected[name]) for name in expected)
 
 
 @pytest.fixture
 def write_gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Tensors are written only once this is set."""
-    go, write = threading.Event(), FolderWriter.write_data
+    """Tensors are written only after this event is set."""
+    gate, write = threading.Event(), FolderWriter.write_data
 
-    def late(self: FolderWriter, *arguments: object) -> object:
-        assert go.wait(60)
+    def write_after_gate(self: FolderWriter, *arguments: object) -> object:
+        assert gate.wait(60)
         return write(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(FolderWriter, "write_data", late)
-    yield go
-    go.set()
+    monkeypatch.setattr(FolderWriter, "write_data", write_after_gate)
+    yield gate
+    gate.set()
 
 
-def saved_while_training(directory: Path, write_gate: threading.Event) -> tuple[dict[str, torch.Tensor], Path]:
-    """(the state when the save began, what was written after two more steps)."""
+def save_while_training(directory: Path, write_gate: threading.Event) -> tuple[dict[str, torch.Tensor], Path]:
+    """Return (the state at the start of the save, the path of the checkpoint written after two more steps)."""
     engine, checkpoints = engine_at(2), CheckpointStore(directory)
-    want = values(engine)
+    expected = copy_state(engine)
     checkpoints.save(engine.state, Progress(2), {})
     for number in (2, 3):
         step(engine, number)
         checkpoints.poll()
-        assert checkpoints.current_write is not None, "it cannot have been written yet"
+        assert checkpoints.current_write is not None, "the write is still in progress"
     write_gate.set()
     checkpoints.finish()
-    assert not equal(values(engine), want)
-    return want, directory / "step_00000002"
+    assert not states_equal(copy_state(engine), expected)
+    return expected, directory / "step_00000002"
 
 
 def test_background_save_contains_the_values_of_its_step(tmp_path: Path, write_gate: threading.Event) -> None:
-    want, path = saved_while_training(tmp_path, write_gate)
-    assert equal(loaded(path), want)
+    expected, path = save_while_training(tmp_path, write_gate)
+    assert states_equal(load_state(path), expected)
 
 
 def test_background_save_without_staging_has_later_values(
@@ -103,19 +105,19 @@ def test_background_save_without_staging_has_later_values(
         "copy",
         lambda _, state: {name: to_local(tensor) for name, tensor in state.items()},
     )
-    want, path = saved_while_training(tmp_path, write_gate)
-    assert not equal(loaded(path), want)
+    expected, path = save_while_training(tmp_path, write_gate)
+    assert not states_equal(load_state(path), expected)
 
 
 def test_two_saves_in_a_row_differ(tmp_path: Path) -> None:
-    engine, checkpoints, want = engine_at(1), CheckpointStore(tmp_path), {}
+    engine, checkpoints, expected = engine_at(1), CheckpointStore(tmp_path), {}
     for number in (1, 2):
-        want[number] = values(engine)
+        expected[number] = copy_state(engine)
         checkpoints.save(engine.state, Progress(number), {})
         step(engine, number)
     checkpoints.finish()
     for number in (1, 2):
-        assert equal(loaded(tmp_path / f"step_{number:08d}"), want[number])
+        assert states_equal(load_state(tmp_path / f"step_{number:08d}"), expected[number])
 
 
 def test_foreground_save_is_committed_on_return(tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_foreground_save_is_committed_on_return(tmp_path: Path) -> None:
     checkpoints.save(engine.state, Progress(1), {})
     assert checkpoints.latest_verified() is not None
     assert not checkpoints.staging.buffers
-    assert equal(loaded(tmp_path / "step_00000001"), values(engine))
+    assert states_equal(load_state(tmp_path / "step_00000001"), copy_state(engine))
 
 
 def test_checkpoints_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,11 +138,11 @@ def test_checkpoints_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [folder.name for folder in checkpoints.list_committed()] == ["step_00000002", "step_00000003"]
     newest = checkpoints.latest_verified()
     assert newest is not None
-    assert equal(loaded(newest), values(engine))
+    assert states_equal(load_state(newest), copy_state(engine))
 
     result = store.open_checkpoint(str(newest))
     assert result.is_relative_to(tmp_path / "cache")
-    assert equal(loaded(result), values(engine))
+    assert states_equal(load_state(result), copy_state(engine))
 
     memory = fsspec.filesystem("memory")
     name = f"{newest.path}/__0_0.distcp"
@@ -150,9 +152,9 @@ def test_checkpoints_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert checkpoints.latest_verified() == checkpoints.list_committed()[-2]
 
 
-def limited_save(directory: Path, limited_rank: int) -> str:
-    """The error of a save in which one rank may write no more than 4 KiB a file, and of the one after without that."""
-    engine = NativeEngine(config_of(2, {}, optim=ADAMW), CPU)
+def save_with_limit(directory: Path, limited_rank: int) -> str:
+    """Return the error of a save in which one rank may write at most 4 KiB per file; the next save has no limit."""
+    engine = NativeEngine(make_config(2, {}, optim=ADAMW), CPU)
     step(engine, 0)
     checkpoints = CheckpointStore(directory)
     checkpoints.save(engine.state, Progress(1), {})
@@ -160,7 +162,7 @@ def limited_save(directory: Path, limited_rank: int) -> str:
     _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     if torch.distributed.get_rank() == limited_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit))
-    begin, message = time.monotonic(), ""
+    start_time, message = time.monotonic(), ""
     checkpoints.save(engine.state, Progress(2), {})
     try:
         checkpoints.finish()
@@ -168,7 +170,7 @@ def limited_save(directory: Path, limited_rank: int) -> str:
         message = str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - start_time < 60
     assert [folder.name for folder in checkpoints.list_committed()] == ["step_00000001"]
     checkpoints.save(engine.state, Progress(2), {})
     checkpoints.finish()
@@ -178,8 +180,8 @@ def limited_save(directory: Path, limited_rank: int) -> str:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_ranks_report_the_rank_that_cannot_write(rank: int, tmp_path: Path) -> None:
-    """A quota that one rank meets. The older checkpoint stays, and the step is saved once there is room."""
-    first, second = world(2).run(limited_save, tmp_path, rank)
+    """One rank reaches its quota. The older checkpoint stays, and the step is saved once there is space."""
+    first, second = world(2).run(save_with_limit, tmp_path, rank)
     assert first == second
     assert f"step_00000002: cannot be written: rank {rank}: [Errno 27] File too large" in first
     assert "Free some space" in first
@@ -187,47 +189,50 @@ def test_all_ranks_report_the_rank_that_cannot_write(rank: int, tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_writers_thread_that_fails_is_not_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch starts more threads than the one it looks at; what one of them lacks, the others' files do not make up."""
-    real, checkpoints, tried = filesystem._write_item, CheckpointStore(tmp_path), threading.Event()
+def test_a_failed_writer_thread_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch starts more writer threads than it checks.
 
-    def failing(*args: Any, **keywords: Any) -> Any:
+    The files of the other threads do not make a complete checkpoint.
+    """
+    original, checkpoints, failure = filesystem._write_item, CheckpointStore(tmp_path), threading.Event()
+
+    def write_or_fail(*args: Any, **keywords: Any) -> Any:
         if not threading.current_thread().name.startswith("writes "):
-            tried.set()
+            failure.set()
             raise ValueError("no such luck")
-        tried.wait(10)  # until the other has a file
-        return real(*args, **keywords)
+        failure.wait(10)  # until the other thread has a file
+        return original(*args, **keywords)
 
-    monkeypatch.setattr(filesystem, "_write_item", failing)
+    monkeypatch.setattr(filesystem, "_write_item", write_or_fail)
     checkpoints.save(engine_at(1).state, Progress(1), {})
     with pytest.raises(CheckpointError, match="a thread that writes tensors failed; its error is above"):
         checkpoints.finish()
-    assert tried.is_set()
+    assert failure.is_set()
     assert not checkpoints.list_committed()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_failing_thread_stops_the_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor makes again what the failed save has removed."""
-    real, checkpoints, wrote = filesystem._write_item, CheckpointStore(tmp_path), list[float]()
+    """The other threads do not create files that the failed save has removed."""
+    original, checkpoints, write_times = filesystem._write_item, CheckpointStore(tmp_path), list[float]()
 
-    def failing(*args: Any, **keywords: Any) -> Any:
+    def write_or_fail(*args: Any, **keywords: Any) -> Any:
         if threading.current_thread().name.startswith("writes "):
-            time.sleep(0.1)  # the other is at work
+            time.sleep(0.1)  # the other thread writes
             raise ValueError("no such luck")
         time.sleep(0.02)
-        result = real(*args, **keywords)
-        wrote.append(time.monotonic())
+        result = original(*args, **keywords)
+        write_times.append(time.monotonic())
         return result
 
-    monkeypatch.setattr(filesystem, "_write_item", failing)
+    monkeypatch.setattr(filesystem, "_write_item", write_or_fail)
     checkpoints.save(engine_at(1).state, Progress(1), {})
     with pytest.raises(CheckpointError, match="no such luck"):
         checkpoints.finish()
-    ended = time.monotonic()
+    end_time = time.monotonic()
     time.sleep(0.2)
-    assert wrote
-    assert max(wrote) < ended
+    assert write_times
+    assert max(write_times) < end_time
     assert not list(tmp_path.iterdir())
 
 
@@ -254,36 +259,36 @@ for parameter in model.parameters():
 optimizer.step()
 optimizer.zero_grad()
 warm = nn.Linear(8, 8)
-kept = CheckpointStore(Path(sys.argv[1]) / "warm")
-kept.save(TorchState(warm, torch.optim.AdamW(warm.parameters())), Progress(1), {})
-kept.finish()
+checkpoints = CheckpointStore(Path(sys.argv[1]) / "warm")
+checkpoints.save(TorchState(warm, torch.optim.AdamW(warm.parameters())), Progress(1), {})
+checkpoints.finish()
 before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-kept = CheckpointStore(Path(sys.argv[1]) / "large")
-kept.save(TorchState(model, optimizer), Progress(1), {})
-kept.finish()
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+checkpoints = CheckpointStore(Path(sys.argv[1]) / "large")
+checkpoints.save(TorchState(model, optimizer), Progress(1), {})
+checkpoints.finish()
 peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 print(json.dumps([peak - before, 3 * sum(p.numel() * 4 for p in model.parameters())]))
 """
 
 
-def test_a_save_takes_no_more_than_one_and_a_half_times_the_shard(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
-    extra, shard = json.loads(done.stdout)
-    assert 0.5 * shard < extra < 1.5 * shard, "copies are taken, and nothing beside them"
+def test_a_save_needs_at_most_one_and_a_half_times_the_shard(tmp_path: Path) -> None:
+    completed = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
+    extra, shard = json.loads(completed.stdout)
+    assert 0.5 * shard < extra < 1.5 * shard, "a save needs the staging buffers and little else"
 
 
 def test_writeback_of_a_large_file_is_advised_and_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    advised = []
+    calls = []
 
-    def decline(file: int, offset: int, length: int, advice: int) -> None:
-        advised.append((offset, length, os.fstat(file).st_size))
+    def record_and_fail(file: int, offset: int, length: int, advice: int) -> None:
+        calls.append((offset, length, os.fstat(file).st_size))
         raise OSError(errno.EINVAL, "planted")
 
-    monkeypatch.setattr(os, "posix_fadvise", decline)
+    monkeypatch.setattr(os, "posix_fadvise", record_and_fail)
     content = os.urandom(5 * WRITEBACK_BYTES // 2)
     files = _HashingFileSystem(LocalFileSystem())
     with files.create_stream(tmp_path / "file", "wb") as stream:
         stream.write(content)
     assert (tmp_path / "file").read_bytes() == content
-    assert advised == [(0, WRITEBACK_BYTES, WRITEBACK_BYTES), (WRITEBACK_BYTES, WRITEBACK_BYTES, 2 * WRITEBACK_BYTES)]
+    assert calls == [(0, WRITEBACK_BYTES, WRITEBACK_BYTES), (WRITEBACK_BYTES, WRITEBACK_BYTES, 2 * WRITEBACK_BYTES)]

@@ -1,4 +1,4 @@
-"""A run goes on, and starts from other weights, with the model of the checkpoint or with a requested change alone."""
+"""A resume, or a start from other weights, needs the checkpoint's model, or changes that the config requests."""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 
 QWEN2, QWEN3 = {"qkv_bias": True}, {"qk_norm": True}
-# (the checkpoint's model, the config's model): each was accepted without an error.
-WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+# (the checkpoint's model, the config's model, the error). Each was once accepted without an error.
+INCOMPATIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rope_theta": ({}, {"rope_theta": 5e5}, "rope_theta: 10000.0 in the checkpoint, 500000.0 in this config"),
     "twice the heads": ({"n_heads": 4, "head_dim": 8}, {"n_heads": 8, "head_dim": 4}, "n_heads: 4 in the checkpoint"),
     "norm order": ({}, {"norm_order": "post"}, "norm_order: pre in the checkpoint, post in this config"),
@@ -29,81 +29,83 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 FIXED = {"model.n_heads", "model.head_dim"}
 
 
-def saved(directory: Path, model: dict[str, Any], **sections: Any) -> Path:
-    (directory / "config.yaml").write_text(dump(config_of(1, model, **sections)), encoding="utf-8")
+def write_config(directory: Path, model: dict[str, Any], **sections: Any) -> Path:
+    (directory / "config.yaml").write_text(dump(make_config(1, model, **sections)), encoding="utf-8")
     return directory
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("case", INCOMPATIBLE)
 def test_a_resume_refuses_another_function(case: str, tmp_path: Path) -> None:
-    before, now, message = WRONG[case]
-    path = saved(tmp_path, before)
-    check_resume(Folder(path), config_of(1, before))
+    before, current, message = INCOMPATIBLE[case]
+    path = write_config(tmp_path, before)
+    check_resume(Folder(path), make_config(1, before))
     with pytest.raises(CheckpointError, match=f"(?s)cannot go on.*model.{message}.*Set these keys"):
-        check_resume(Folder(path), config_of(1, now))
+        check_resume(Folder(path), make_config(1, current))
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_a_start_refuses_what_was_not_requested(case: str, tmp_path: Path) -> None:
-    before, now, message = WRONG[case]
-    path = saved(tmp_path, before)
-    assert check_init_from(path, config_of(1, before)) == []
+@pytest.mark.parametrize("case", INCOMPATIBLE)
+def test_a_start_refuses_changes_that_were_not_requested(case: str, tmp_path: Path) -> None:
+    before, current, message = INCOMPATIBLE[case]
+    path = write_config(tmp_path, before)
+    assert check_init_from(path, make_config(1, before)) == []
     with pytest.raises(CheckpointError, match=f"(?s)another model than the checkpoint.*model.{message}"):
-        check_init_from(path, config_of(1, now))
-    start = {"init_from": str(path), "init_allow": [f"model.{key}" for key in now or before]}
+        check_init_from(path, make_config(1, current))
+    start = {"init_from": str(path), "init_allow": [f"model.{key}" for key in current or before]}
     if FIXED & set(start["init_allow"]):
         return
-    requested = check_init_from(path, config_of(1, now, **start))
+    requested = check_init_from(path, make_config(1, current, **start))
     assert {difference.key for difference in requested} == set(start["init_allow"])
 
 
-def test_a_request_allows_nothing_else(tmp_path: Path) -> None:
-    path = saved(tmp_path, {})
+def test_a_request_allows_only_the_named_keys(tmp_path: Path) -> None:
+    path = write_config(tmp_path, {})
     start = {"init_from": str(path), "init_allow": ["model.rope_theta"]}
     with pytest.raises(
         CheckpointError, match=r"(?s)norm_eps.*set init_allow=\[model.rope_theta,model.norm_eps\]"
     ) as error:
-        check_init_from(path, config_of(1, {"rope_theta": 5e5, "norm_eps": 1e-6}, **start))
+        check_init_from(path, make_config(1, {"rope_theta": 5e5, "norm_eps": 1e-6}, **start))
     assert "rope_theta: 10000.0" not in str(error.value)
 
 
-def test_another_objective_is_requested(tmp_path: Path) -> None:
-    path = saved(tmp_path, {})
+def test_another_objective_needs_a_request(tmp_path: Path) -> None:
+    path = write_config(tmp_path, {})
     prefix = {"objective": {"name": "prefix"}, "init_from": str(path)}
     with pytest.raises(CheckpointError, match="objective: causal in the checkpoint, prefix"):
-        check_init_from(path, config_of(1, {}, **prefix))
-    assert len(check_init_from(path, config_of(1, {}, **prefix, init_allow=["objective"]))) == 1
+        check_init_from(path, make_config(1, {}, **prefix))
+    assert len(check_init_from(path, make_config(1, {}, **prefix, init_allow=["objective"]))) == 1
 
 
 def test_harmless_differences_are_allowed_and_reported(tmp_path: Path) -> None:
-    path = saved(tmp_path, {})
-    differences = check_resume(Folder(path), config_of(1, {"dropout": 0.1, "init_std": 0.1}))
+    path = write_config(tmp_path, {})
+    differences = check_resume(Folder(path), make_config(1, {"dropout": 0.1, "init_std": 0.1}))
     assert [str(difference) for difference in differences] == [
         "model.dropout: 0.0 in the checkpoint, 0.1 in this config",
         "model.init_std: 0.02 in the checkpoint, 0.1 in this config",
     ]
 
 
-def test_a_config_that_is_not_valid_is_an_error_with_its_name(tmp_path: Path) -> None:
-    path = saved(tmp_path, {})
+def test_an_invalid_config_is_reported(tmp_path: Path) -> None:
+    path = write_config(tmp_path, {})
     (path / "config.yaml").write_text((path / "config.yaml").read_text() + "later_key: 1\n", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"config.yaml: later_key: unknown key.*use that version"):
-        check_resume(Folder(path), config_of(1, {}))
+        check_resume(Folder(path), make_config(1, {}))
 
 
-@pytest.mark.parametrize(("before", "now"), [(QWEN2, {}), ({}, QWEN3), ({"n_layers": 5}, {})])
-def test_every_parameter_of_the_checkpoint_is_used(before: dict[str, Any], now: dict[str, Any], tmp_path: Path) -> None:
-    """Also where the checkpoint's config does not say what it has."""
+@pytest.mark.parametrize(("before", "current"), [(QWEN2, {}), ({}, QWEN3), ({"n_layers": 5}, {})])
+def test_every_parameter_of_the_checkpoint_is_used(
+    before: dict[str, Any], current: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also if the checkpoint's config does not describe its parameters."""
 
     def shapes(config: Config) -> dict[str, tuple[int, ...]]:
         return {
             f"model.{name}": tuple(parameter.shape) for name, parameter in build_model(config.model).named_parameters()
         }
 
-    old, new = config_of(1, before), config_of(1, now)
+    old, new = make_config(1, before), make_config(1, current)
     assert check_parameters(tmp_path, shapes(old), old.model, requested=False) == ([], [])
     with pytest.raises(CheckpointError, match=r"the checkpoint (lacks|has) blocks"):
         check_parameters(tmp_path, shapes(old), new.model, requested=False)
     added, dropped = check_parameters(tmp_path, shapes(old), new.model, requested=True)
-    assert bool(added) == (now == QWEN3)
-    assert bool(dropped) == (now != QWEN3)
+    assert bool(added) == (current == QWEN3)
+    assert bool(dropped) == (current != QWEN3)

@@ -1,4 +1,4 @@
-"""A stretch of a tensor's elements, as boxes: each element once, in place; written by some ranks, read by others."""
+"""A range of a tensor's elements becomes boxes that contain each element once; other ranks can read what some wrote."""
 
 from math import prod
 from pathlib import Path
@@ -27,12 +27,12 @@ def test_boxes_cover_the_range_exactly(shape: list[int], data: st.DataObject) ->
     flat = torch.arange(start, stop)
     full = torch.full(shape, -1)
     for offset, chunk in local_chunks(FlatShard.from_flat(tuple(shape), flat, start)):
-        box = tuple(slice(at, at + size) for at, size in zip(offset, chunk.shape, strict=True))
-        assert (full[box] == -1).all(), "an element twice"
+        box = tuple(slice(first, first + size) for first, size in zip(offset, chunk.shape, strict=True))
+        assert (full[box] == -1).all(), "each element occurs once"
         full[box] = chunk
-    want = np.full(prod(shape), -1)
-    want[start:stop] = np.arange(start, stop)
-    assert full.flatten().tolist() == want.tolist()
+    expected = np.full(prod(shape), -1)
+    expected[start:stop] = np.arange(start, stop)
+    assert full.flatten().tolist() == expected.tolist()
     assert len(list(flat_range_to_boxes(tuple(shape), start, stop))) <= max(1, 2 * len(shape) - 1)
 
 
@@ -43,20 +43,20 @@ def test_chunks_are_views_of_the_partition() -> None:
     assert flat.tolist() == [1.0] * 9
 
 
-class Split:
-    """All tensors one after another in a row, cut into equal parts, of which a rank holds one."""
+class FlatState:
+    """The concatenated tensors, split into equal shards, one per rank."""
 
     def __init__(self, fill: bool) -> None:
-        rank, ranks, values = dist.get_rank(), dist.get_world_size(), expected()
-        row = torch.cat([value.flatten() for value in values.values()])
-        size = -(-len(row) // ranks)
+        rank, ranks, values = dist.get_rank(), dist.get_world_size(), make_tensors()
+        flat = torch.cat([value.flatten() for value in values.values()])
+        size = -(-len(flat) // ranks)
         first = rank * size
-        self.flat = row[first : first + size].clone() if fill else torch.full((min(size, len(row) - first),), -1.0)
+        self.flat = flat[first : first + size].clone() if fill else torch.full((min(size, len(flat) - first),), -1.0)
         self.shards, start = {}, 0
         for name, value in values.items():
-            begin, end = max(start, first), max(min(start + value.numel(), first + size), start, first)
-            part = self.flat[begin - first : end - first]
-            self.shards[name] = FlatShard.from_flat(tuple(value.shape), part, begin - start)
+            start_in_row, end = max(start, first), max(min(start + value.numel(), first + size), start, first)
+            local_part = self.flat[start_in_row - first : end - first]
+            self.shards[name] = FlatShard.from_flat(tuple(value.shape), local_part, start_in_row - start)
             start += value.numel()
 
     def weights(self) -> dict[str, FlatShard]:
@@ -69,33 +69,33 @@ class Split:
         pass
 
 
-def expected() -> dict[str, Tensor]:
+def make_tensors() -> dict[str, Tensor]:
     return {
         name: torch.arange(prod(shape)).view(shape) + 100.0 * number
         for number, (name, shape) in enumerate(SHAPES.items())
     }
 
 
-def save(directory: Path, background: bool) -> None:
+def save_flat_state(directory: Path, background: bool) -> None:
     checkpoints = CheckpointStore(directory)
     checkpoints.config = checkpoints.config.model_copy(update={"background": background})
-    checkpoints.save(Split(fill=True), Progress(1), {})
+    checkpoints.save(FlatState(fill=True), Progress(1), {})
     checkpoints.finish()
 
 
-def load_split(directory: Path) -> bool:
-    shards = Split(fill=False)
+def load_flat_state(directory: Path) -> bool:
+    shards = FlatState(fill=False)
     store.load(directory, shards, moments=False)
-    return torch.equal(shards.flat, Split(fill=True).flat)
+    return torch.equal(shards.flat, FlatState(fill=True).flat)
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_three_ranks_write_and_two_or_one_read(background: bool, tmp_path: Path) -> None:
-    world(3).run(save, tmp_path, background)
+def test_three_ranks_write_and_two_ranks_or_one_read(background: bool, tmp_path: Path) -> None:
+    world(3).run(save_flat_state, tmp_path, background)
     newest = CheckpointStore(tmp_path).list_committed()[-1]
     assert newest.local is not None
-    assert all(world(2).run(load_split, newest.local))
+    assert all(world(2).run(load_flat_state, newest.local))
     full = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     store.read_tensors(newest, dict(full))
-    for name, value in expected().items():
+    for name, value in make_tensors().items():
         assert torch.equal(full[name], value), name

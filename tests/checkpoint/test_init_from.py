@@ -1,4 +1,4 @@
-"""A run that starts from another's weights has what both know, and initial values for the ids that are new."""
+"""A run that starts from other weights copies the known rows and initializes the rows of new token ids."""
 
 from pathlib import Path
 
@@ -12,53 +12,56 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, full_tensor
-from tests.laws.law import saved as saved_now
+from tests.laws.law import copy_full_tensor, make_batches, make_config, save_checkpoint
 from tests.laws.layouts import ADAMW, Layout
 from tests.laws.worlds import world
 
 CPU = torch.device("cpu")
-OLD, NEW = 97, 111  # both are padded to rows that divide by 4, 100 and 112
+OLD, NEW = 97, 111  # both are padded to multiples of 4: 100 and 112 rows
 TABLES = ("embed.tokens.weight", "head.out.weight")
 
 
-def config(vocab_size: int, ranks: int = 1, **parallel: int) -> Config:
-    return config_of(ranks, {"vocab_size": vocab_size}, optim=ADAMW, run={"seed": vocab_size}, parallel=parallel)
+def make_model_config(vocab_size: int, ranks: int = 1, **parallel: int) -> Config:
+    return make_config(ranks, {"vocab_size": vocab_size}, optim=ADAMW, run={"seed": vocab_size}, parallel=parallel)
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A checkpoint of a model of OLD ids after two steps, and its tensors."""
-    engine = NativeEngine(config(OLD), CPU)
+def old_checkpoint(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint of a model with OLD ids after two steps, and its tensors."""
+    engine = NativeEngine(make_model_config(OLD), CPU)
     for step in range(2):
-        batches = batches_of(engine.config, engine, step)
+        batches = make_batches(engine.config, engine, step)
         for batch in batches:
             batch.inputs_BS.clamp_(max=OLD - 1)
             batch.targets_BS.clamp_(max=OLD - 1)
         train_step(engine, batches, 1e-3, step)
-    path = saved_now(CheckpointStore(tmp_path), engine, Progress(step=2), {})
+    path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(step=2), {})
     state = engine.state.weights() | engine.state.moments()
-    return path, {name: full_tensor(tensor) for name, tensor in state.items()}
+    return path, {name: copy_full_tensor(tensor) for name, tensor in state.items()}
 
 
-def initialized(resolved: Config, path: Path, keep: bool, known: int) -> dict[str, torch.Tensor]:
+def init_state(resolved: Config, path: Path, keep_optimizer: bool, num_known: int) -> dict[str, torch.Tensor]:
     engine = NativeEngine(resolved, CPU)
-    init_from_checkpoint(path, engine.state, keep, known)
-    return {name: full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()}
+    init_from_checkpoint(path, engine.state, keep_optimizer, num_known)
+    return {
+        name: copy_full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()
+    }
 
 
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2}), Layout(2, {"tp": 2})], ids=str)
-@pytest.mark.parametrize("keep", [False, True], ids=["fresh", "keep"])
-def test_known_rows_are_copied_and_new_rows_initialized(layout: Layout, keep: bool, saved: tuple) -> None:
-    path, old = saved
-    resolved = config(NEW, layout.ranks, **layout.parallel)
-    fresh = NativeEngine(config(NEW), CPU)
-    initial = {name: full_tensor(tensor) for name, tensor in fresh.state.weights().items()}
+@pytest.mark.parametrize("keep_optimizer", [False, True], ids=["fresh", "keep"])
+def test_known_rows_are_copied_and_new_rows_initialized(
+    layout: Layout, keep_optimizer: bool, old_checkpoint: tuple
+) -> None:
+    path, old = old_checkpoint
+    resolved = make_model_config(NEW, layout.ranks, **layout.parallel)
+    fresh = NativeEngine(make_model_config(NEW), CPU)
+    initial = {name: copy_full_tensor(tensor) for name, tensor in fresh.state.weights().items()}
     if layout.ranks == 1:
-        actual = initialized(resolved, path, keep, OLD)
+        actual = init_state(resolved, path, keep_optimizer, OLD)
     else:
-        actual = world(layout.ranks).run(initialized, resolved, path, keep, OLD)[0]
-    assert any(name.startswith("optim.") for name in actual) == keep
+        actual = world(layout.ranks).run(init_state, resolved, path, keep_optimizer, OLD)[0]
+    assert any(name.startswith("optim.") for name in actual) == keep_optimizer
     for name, tensor in actual.items():
         if not name.split(".", 1)[1].startswith(TABLES) or not tensor.ndim:
             assert torch.equal(tensor, old[name]), name
@@ -68,14 +71,14 @@ def test_known_rows_are_copied_and_new_rows_initialized(layout: Layout, keep: bo
         assert torch.equal(tensor[OLD:], start), name
 
 
-def test_fewer_ids_take_the_first_ones(saved: tuple) -> None:
-    path, old = saved
-    actual = initialized(config(50), path, keep=False, known=50)
+def test_a_smaller_vocabulary_copies_the_first_rows(old_checkpoint: tuple) -> None:
+    path, old = old_checkpoint
+    actual = init_state(make_model_config(50), path, keep_optimizer=False, num_known=50)
     assert torch.equal(actual["model.embed.tokens.weight"][:50], old["model.embed.tokens.weight"][:50])
 
 
-def test_another_model_is_refused(saved: tuple) -> None:
-    path, _ = saved
-    engine = NativeEngine(config_of(1, {"vocab_size": NEW, "d_ff": 64}), CPU)
+def test_another_model_is_refused(old_checkpoint: tuple) -> None:
+    path, _ = old_checkpoint
+    engine = NativeEngine(make_config(1, {"vocab_size": NEW, "d_ff": 64}), CPU)
     with pytest.raises(CheckpointError, match=r"feedforward.gate.weight has shape .* use the `model` section"):
         init_from_checkpoint(path, engine.state, False, OLD)

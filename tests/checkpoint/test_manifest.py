@@ -1,4 +1,4 @@
-"""Whatever happens to a checkpoint's bytes is noticed, and the one before it is used."""
+"""Any damage to a checkpoint is detected, and the checkpoint before it is used."""
 
 import hashlib
 import json
@@ -20,36 +20,36 @@ from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, saved
+from tests.laws.law import make_batches, make_config, save_checkpoint
 from tests.laws.layouts import ADAMW
 from tests.laws.worlds import world
 
 FILES = {"config.yaml": b"run: {}\n", "tokenizer.json": b"{}\n"}
 
 
-def engine_of(ranks: int = 1) -> NativeEngine:
-    engine = NativeEngine(config_of(ranks, {}, optim=ADAMW), torch.device("cpu"))
-    train_step(engine, batches_of(engine.config, engine, 0), 1e-3, 0)
+def build_engine(ranks: int = 1) -> NativeEngine:
+    engine = NativeEngine(make_config(ranks, {}, optim=ADAMW), torch.device("cpu"))
+    train_step(engine, make_batches(engine.config, engine, 0), 1e-3, 0)
     return engine
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with checkpoints of steps 1 and 2; only to be copied."""
-    directory, engine = tmp_path_factory.mktemp("two"), engine_of()
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with checkpoints of steps 1 and 2; read-only."""
+    directory, engine = tmp_path_factory.mktemp("two"), build_engine()
     checkpoints = CheckpointStore(directory)
     for step in (1, 2):
-        saved(checkpoints, engine, Progress(step), FILES)
+        save_checkpoint(checkpoints, engine, Progress(step), FILES)
     return directory
 
 
 @pytest.fixture
-def pair(two: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(two, tmp_path / "pair"))
+def two_copies(two_checkpoints: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(two_checkpoints, tmp_path / "pair"))
 
 
-def flip(newest: Path, draw: random.Random) -> None:
-    """One bit of one byte, of all that the checkpoint has."""
+def flip_random_bit(newest: Path, draw: random.Random) -> None:
+    """Flip one random bit of the checkpoint's files."""
     files = sorted(newest.iterdir())
     byte = draw.randrange(sum(file.stat().st_size for file in files))
     for file in files:
@@ -62,30 +62,30 @@ def flip(newest: Path, draw: random.Random) -> None:
 
 
 @pytest.mark.parametrize("draws", [pytest.param(10), pytest.param(50, marks=pytest.mark.slow)])
-def test_flipped_bit_anywhere_is_detected(two: Path, tmp_path: Path, draws: int) -> None:
+def test_flipped_bit_anywhere_is_detected(two_checkpoints: Path, tmp_path: Path, draws: int) -> None:
     for number in range(draws):
-        pair = Path(shutil.copytree(two, tmp_path / str(number)))
-        flip(pair / "step_00000002", random.Random(number))
-        assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001"), number
+        copy = Path(shutil.copytree(two_checkpoints, tmp_path / str(number)))
+        flip_random_bit(copy / "step_00000002", random.Random(number))
+        assert CheckpointStore(copy).latest_verified() == Folder(copy / "step_00000001"), number
 
 
-def test_flipped_bit_in_each_file_is_detected(two: Path, tmp_path: Path) -> None:
-    names = sorted(file.name for file in (two / "step_00000002").iterdir())
+def test_flipped_bit_in_each_file_is_detected(two_checkpoints: Path, tmp_path: Path) -> None:
+    names = sorted(file.name for file in (two_checkpoints / "step_00000002").iterdir())
     assert {MANIFEST, MARKER, ".metadata", "__0_0.distcp", "progress.json", *FILES} <= set(names)
     for name in names:
-        pair = Path(shutil.copytree(two, tmp_path / name))
-        file = pair / "step_00000002" / name
+        copy = Path(shutil.copytree(two_checkpoints, tmp_path / name))
+        file = copy / "step_00000002" / name
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-        assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001"), name
+        assert CheckpointStore(copy).latest_verified() == Folder(copy / "step_00000001"), name
         with pytest.raises(CheckpointError, match="damaged"):
-            store.open_checkpoint(pair / "step_00000002")
+            store.open_checkpoint(copy / "step_00000002")
 
 
-def test_a_checkpoint_of_format_1_is_whole_or_damaged_as_well(pair: Path) -> None:
-    """Its hashes are SHA-256's."""
-    newest = pair / "step_00000002"
+def test_a_checkpoint_of_format_1_is_verified(two_copies: Path) -> None:
+    """Its hashes are SHA-256."""
+    newest = two_copies / "step_00000002"
     names = [file.name for file in newest.iterdir() if file.name not in (MANIFEST, MARKER)]
     files = {name: (newest / name).read_bytes() for name in names}
     manifest = json.dumps(
@@ -99,110 +99,110 @@ def test_a_checkpoint_of_format_1_is_whole_or_damaged_as_well(pair: Path) -> Non
     )
     (newest / MANIFEST).write_text(manifest)
     (newest / MARKER).write_text(hashlib.sha256(manifest.encode()).hexdigest())
-    assert CheckpointStore(pair).latest_verified() == Folder(newest)
-    flip(newest, random.Random(0))
-    assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001")
+    assert CheckpointStore(two_copies).latest_verified() == Folder(newest)
+    flip_random_bit(newest, random.Random(0))
+    assert CheckpointStore(two_copies).latest_verified() == Folder(two_copies / "step_00000001")
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
 @pytest.mark.parametrize(
-    ("harm", "message"),
+    ("damage", "message"),
     [
         (lambda newest: (newest / "__0_0.distcp").unlink(), "damaged: .*__0_0.distcp"),
-        (lambda newest: cut(newest / "__0_0.distcp"), r"damaged: __0_0.distcp has \d+ bytes of \d+"),
+        (lambda newest: truncate(newest / "__0_0.distcp"), r"damaged: __0_0.distcp has \d+ bytes of \d+"),
         (lambda newest: (newest / MANIFEST).unlink(), "damaged: .*manifest.json"),
-        (lambda newest: cut(newest / MARKER), "do not belong together"),
+        (lambda newest: truncate(newest / MARKER), "do not belong together"),
     ],
 )
-def test_missing_or_truncated_file_is_reported(pair: Path, harm: Callable[[Path], None], message: str) -> None:
-    harm(pair / "step_00000002")
+def test_missing_or_truncated_file_is_reported(two_copies: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(two_copies / "step_00000002")
     with pytest.raises(CheckpointError, match=message):
-        verify(Folder(pair / "step_00000002"))
-    assert CheckpointStore(pair).latest_verified() == Folder(pair / "step_00000001")
+        verify(Folder(two_copies / "step_00000002"))
+    assert CheckpointStore(two_copies).latest_verified() == Folder(two_copies / "step_00000001")
 
 
-def test_unreadable_file_is_not_reported_as_damaged(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start that took the one before would write over the better one later."""
+def test_unreadable_file_is_not_reported_as_damaged(two_copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start from the checkpoint before it would later overwrite the newer one."""
 
-    def refuse(folder: Folder, name: str, like: str) -> str:
+    def raise_permission_error(folder: Folder, name: str, like: str) -> str:
         raise PermissionError(13, "Permission denied", f"{folder}/{name}")
 
-    monkeypatch.setattr(Folder, "compute_hash", refuse)
+    monkeypatch.setattr(Folder, "compute_hash", raise_permission_error)
     with pytest.raises(CheckpointError, match=r"step_00000002: cannot be read: .*Permission denied"):
-        CheckpointStore(pair).latest_verified()
+        CheckpointStore(two_copies).latest_verified()
 
 
-def test_directories_of_other_names_are_not_removed(pair: Path) -> None:
-    shutil.copytree(pair / "step_00000002", pair / "step_00000002_backup")
-    (pair / "step_notes").mkdir()
-    checkpoints = CheckpointStore(pair, CheckpointConfig(keep=1, keep_every=5))
-    saved(checkpoints, engine_of(), Progress(3), FILES)
-    assert sorted(path.name for path in pair.iterdir()) == ["step_00000002_backup", "step_00000003", "step_notes"]
+def test_directories_of_other_names_are_not_removed(two_copies: Path) -> None:
+    shutil.copytree(two_copies / "step_00000002", two_copies / "step_00000002_backup")
+    (two_copies / "step_notes").mkdir()
+    checkpoints = CheckpointStore(two_copies, CheckpointConfig(keep=1, keep_every=5))
+    save_checkpoint(checkpoints, build_engine(), Progress(3), FILES)
+    assert sorted(path.name for path in two_copies.iterdir()) == ["step_00000002_backup", "step_00000003", "step_notes"]
 
 
-def test_all_damaged_checkpoints_raise_an_error(pair: Path) -> None:
+def test_all_damaged_checkpoints_raise_an_error(two_copies: Path) -> None:
     for name in ("step_00000001", "step_00000002"):
-        cut(pair / name / "progress.json")
+        truncate(two_copies / name / "progress.json")
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
-        CheckpointStore(pair).latest_verified()
-    assert CheckpointStore(pair / "empty").latest_verified() is None
+        CheckpointStore(two_copies).latest_verified()
+    assert CheckpointStore(two_copies / "empty").latest_verified() is None
 
 
-def newest_in_world(directory: Path) -> str:
+def latest_verified_name(directory: Path) -> str:
     newest = CheckpointStore(directory).latest_verified()
     assert newest is not None
     return newest.name
 
 
-def test_ranks_split_verification_and_agree(pair: Path) -> None:
-    """A file that only one of the ranks hashes is damaged for all."""
-    names = list(read_manifest(Folder(pair / "step_00000002")))
-    assert world(2).run(newest_in_world, pair) == ["step_00000002"] * 2
+def test_ranks_split_verification_and_agree(two_copies: Path) -> None:
+    """All ranks treat a file as damaged that only one rank verifies."""
+    names = list(read_manifest(Folder(two_copies / "step_00000002")))
+    assert world(2).run(latest_verified_name, two_copies) == ["step_00000002"] * 2
     for name in (names[0], names[1]):
-        file = pair / "step_00000002" / name
+        file = two_copies / "step_00000002" / name
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert world(2).run(newest_in_world, pair) == ["step_00000001"] * 2, name
+        assert world(2).run(latest_verified_name, two_copies) == ["step_00000001"] * 2, name
         file.write_bytes(content)
 
 
 def test_pruning_keeps_newest_multiples_and_best(tmp_path: Path) -> None:
-    engine = engine_of()
+    engine = build_engine()
     losses = {1: math.nan, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: 4.0, 7: 5.0}
     checkpoints = CheckpointStore(tmp_path, CheckpointConfig(keep=2, keep_every=3, keep_best=2))
     for step, loss in losses.items():
-        saved(checkpoints, engine, Progress(step, heldout_loss=loss), FILES)
+        save_checkpoint(checkpoints, engine, Progress(step, heldout_loss=loss), FILES)
     names = [int(folder.name.removeprefix("step_")) for folder in checkpoints.list_committed()]
     assert names == [2, 3, 4, 6, 7], "the best two, the multiples of three, the newest two"
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in names]
 
 
-def test_a_damaged_later_one_does_not_take_the_place_of_a_new_one(pair: Path, tmp_path: Path) -> None:
-    """The run goes on from step 1 and saves step 1 + x before it comes to step 9 again."""
-    shutil.copytree(pair / "step_00000002", pair / "step_00000009")
-    cut(pair / "step_00000009" / "progress.json")
-    checkpoints = CheckpointStore(pair, CheckpointConfig(keep=1))
-    saved(checkpoints, engine_of(), Progress(3), FILES)
-    assert checkpoints.latest_verified() == Folder(pair / "step_00000003")
+def test_a_damaged_later_checkpoint_does_not_replace_a_new_one(two_copies: Path, tmp_path: Path) -> None:
+    """The run resumes from step 1 and saves step 3 before it reaches step 9 again."""
+    shutil.copytree(two_copies / "step_00000002", two_copies / "step_00000009")
+    truncate(two_copies / "step_00000009" / "progress.json")
+    checkpoints = CheckpointStore(two_copies, CheckpointConfig(keep=1))
+    save_checkpoint(checkpoints, build_engine(), Progress(3), FILES)
+    assert checkpoints.latest_verified() == Folder(two_copies / "step_00000003")
     with pytest.raises(CheckpointError, match=r"step_00000009: damaged: .*; another: .*step_00000003"):
-        store.open_checkpoint(run_of(pair, tmp_path))
+        store.open_checkpoint(make_run(two_copies, tmp_path))
 
 
-def run_of(checkpoints: Path, directory: Path) -> Path:
-    """A run directory with these checkpoints."""
+def make_run(checkpoints: Path, directory: Path) -> Path:
+    """Create a run directory with these checkpoints."""
     run = directory / "run"
     run.mkdir()
     checkpoints.rename(run / "checkpoints")
     return run
 
 
-def test_an_older_one_that_is_damaged_does_not_stop_the_run(pair: Path) -> None:
-    (pair / "step_00000001" / "progress.json").write_bytes(b"{")
-    checkpoints = CheckpointStore(pair, CheckpointConfig(keep=1, keep_best=1))
-    saved(checkpoints, engine_of(), Progress(3, heldout_loss=1.0), FILES)
+def test_a_damaged_older_checkpoint_does_not_stop_the_run(two_copies: Path) -> None:
+    (two_copies / "step_00000001" / "progress.json").write_bytes(b"{")
+    checkpoints = CheckpointStore(two_copies, CheckpointConfig(keep=1, keep_best=1))
+    save_checkpoint(checkpoints, build_engine(), Progress(3, heldout_loss=1.0), FILES)
     assert [folder.name for folder in checkpoints.list_committed()] == ["step_00000003"]
 
 
@@ -219,8 +219,8 @@ def test_an_older_one_that_is_damaged_does_not_stop_the_run(pair: Path) -> None:
         (b'{"files": {"/etc/passwd": {"bytes": 1, "hash": "x"}}}', "names a file outside the checkpoint"),
     ],
 )
-def test_a_manifest_of_another_kind_is_refused(manifest: bytes, message: str, tmp_path: Path) -> None:
-    """Also where its marker was made for it."""
+def test_an_invalid_manifest_is_refused(manifest: bytes, message: str, tmp_path: Path) -> None:
+    """Also if the marker matches the manifest."""
     (tmp_path / MANIFEST).write_bytes(manifest)
     (tmp_path / MARKER).write_text(hashlib.sha256(manifest).hexdigest())
     with pytest.raises(CheckpointError, match=message):

@@ -1,4 +1,4 @@
-"""The metadata of a checkpoint is read without running code, and only named errors come of anything else."""
+"""The metadata of a checkpoint is read without running code, and invalid metadata raise only our own errors."""
 
 import os
 import pickle
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint")
     state = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(7)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that there is no process group
+        warnings.simplefilter("ignore")  # torch warns about the missing process group
         state_dict_saver.save(state, storage_writer=FolderWriter(Folder(path)), no_dist=True)
     return path
 
@@ -37,7 +37,7 @@ def test_metadata_equal_those_of_torch(folder: Path) -> None:
 
 
 class Command:
-    """What a pickle of it runs when it is loaded."""
+    """An object whose pickle runs a command when it is loaded."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -54,7 +54,7 @@ def test_loading_runs_nothing(folder: Path, tmp_path: Path) -> None:
         FolderReader(Folder(malicious)).read_metadata()
     assert not (tmp_path / "ran").exists()
     pickle.loads((malicious / METADATA).read_bytes())
-    assert (tmp_path / "ran").exists(), "the file does what it is refused for"
+    assert (tmp_path / "ran").exists(), "the usual way of loading runs the command"
 
 
 @pytest.mark.parametrize("name", ["../other/__0_0.distcp", "/etc/passwd", "..", "a/b", ""])
@@ -66,8 +66,8 @@ def test_a_tensor_outside_the_folder_is_refused(name: str, folder: Path) -> None
         load_metadata(pickle.dumps(metadata), "here")
 
 
-def test_damaged_metadata_raise_nothing_else(folder: Path) -> None:
-    """Flipped bits and cut ends; what still loads is metadata."""
+def test_damaged_metadata_raise_only_checkpoint_errors(folder: Path) -> None:
+    """Flip bits or truncate the metadata; what still loads is metadata."""
     content = (folder / METADATA).read_bytes()
     draw = random.Random(0)
     refused = 0

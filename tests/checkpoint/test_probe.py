@@ -1,4 +1,4 @@
-"""The probe tells weights and functions apart, on every layout, and forgives rounding."""
+"""The probe distinguishes weights and functions on every layout, and tolerates rounding."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.train.step import train_step
-from tests.laws.law import SEQ_LEN, batches_of, config_of
+from tests.laws.law import SEQ_LEN, make_batches, make_config
 from tests.laws.layouts import ADAMW, BART, BERT, MODELS, T5, Layout
 from tests.laws.worlds import world
 
@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 
 
 @torch.no_grad()
-def grown(config: Config) -> NativeEngine:
-    """With matrices as large as those of a trained model, so that every part has a say."""
+def build_engine(config: Config) -> NativeEngine:
+    """Build an engine with matrices as large as trained ones, so that every module affects the loss."""
     engine = NativeEngine(config, CPU)
     for name, parameter in engine.named_parameters():
         if parameter.ndim > 1:
@@ -33,32 +33,32 @@ def grown(config: Config) -> NativeEngine:
     return engine
 
 
-def probe_of(config: Config) -> Probe:
-    """Before the first step, as a resume does, and after one as before it: that sees no other state of the engine."""
-    engine = grown(config)
+def measure_twice(config: Config) -> Probe:
+    """Measure the probe before the first step, as a resume does, and check that a step with rate 0 keeps it."""
+    engine = build_engine(config)
     before = measure_probe(engine, config)
     if config.data.seq_len == SEQ_LEN:
-        train_step(engine, batches_of(config, engine, 0), 0.0, 0)
+        train_step(engine, make_batches(config, engine, 0), 0.0, 0)
         assert compare_probes(before, measure_probe(engine, config), "a step with a rate of 0")
     return before
 
 
-def streamed(engine: NativeEngine, dtype: str = "fp32", **changes: Any) -> Probe:
+def measure_streamed(engine: NativeEngine, dtype: str = "fp32", **changes: Any) -> Probe:
     weights = DictWeights(engine.state.weights())
     return stream_probe(weights, engine.config.model.model_copy(update=changes), dtype)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_engine_and_one_block_at_a_time_agree(model: str) -> None:
-    config = config_of(1, MODELS[model], optim=ADAMW, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
-    engine = grown(config)
-    actual, want = measure_probe(engine, config), streamed(engine)
-    assert actual.loss == pytest.approx(want.loss, rel=1e-6)
-    assert actual.logits == pytest.approx(want.logits, rel=1e-5, abs=1e-6)
-    assert compare_probes(want, actual, "x").startswith("the probe's loss was")
+def test_the_engine_and_the_streamed_probe_agree(model: str) -> None:
+    config = make_config(1, MODELS[model], optim=ADAMW, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
+    engine = build_engine(config)
+    actual, expected = measure_probe(engine, config), measure_streamed(engine)
+    assert actual.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert actual.logits == pytest.approx(expected.logits, rel=1e-5, abs=1e-6)
+    assert compare_probes(expected, actual, "x").startswith("the probe's loss was")
     loss = torch.log_softmax(torch.tensor(actual.logits), 0)
     assert torch.isfinite(loss).all()
-    assert engine.model_parts[0].head.loss.z_loss == 1e-2, "training goes on with the loss of the config"
+    assert engine.model_parts[0].head.loss.z_loss == 1e-2, "training continues with the configured loss"
 
 
 LAYOUTS = [
@@ -77,20 +77,20 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_measures_what_one_process_does(layout: Layout) -> None:
-    """Also where the sequences of the probe are padded beyond the last position: three context ranks divide 42."""
+def test_every_layout_measures_the_probe_of_one_process(layout: Layout) -> None:
+    """Also if the probe's sequences are padded beyond the last position: for three context ranks, to 42."""
     model, data = MODELS[layout.model], {}
     if layout.ranks == 3:
         model, data = model | {"max_seq_len": 40}, {"seq_len": 36}
     sections = {"optim": ADAMW, "data": data}
-    want = probe_of(config_of(1, model, **sections))
-    config = config_of(
+    expected = measure_twice(make_config(1, model, **sections))
+    config = make_config(
         layout.ranks, model, **{**sections, "data": data | {"micro_batch": layout.micro}}, parallel=layout.parallel
     )
-    for actual in world(layout.ranks).run(probe_of, config):
-        assert actual.loss == pytest.approx(want.loss, rel=2e-5)
+    for actual in world(layout.ranks).run(measure_twice, config):
+        assert actual.loss == pytest.approx(expected.loss, rel=2e-5)
         assert (actual.logits is None) == ("dp_shard" not in layout.parallel or "pp" in layout.parallel)
-        compare_probes(want, actual, "x")
+        compare_probes(expected, actual, "x")
 
 
 @pytest.mark.parametrize(
@@ -109,50 +109,52 @@ def test_every_layout_measures_what_one_process_does(layout: Layout) -> None:
     ids=str,
 )
 def test_another_function_of_the_same_weights_is_refused(model: dict[str, Any], changes: dict[str, Any]) -> None:
-    engine = grown(config_of(1, model, optim=ADAMW))
+    engine = build_engine(make_config(1, model, optim=ADAMW))
     with pytest.raises(CheckpointError, match=r"(?s)x: the weights do not compute.*loss was [\d.]+ and is [\d.]+"):
-        compare_probes(streamed(engine), streamed(engine, **changes), "x")
+        compare_probes(measure_streamed(engine), measure_streamed(engine, **changes), "x")
 
 
 def test_one_changed_parameter_is_refused() -> None:
-    """Every parameter counts: each one, doubled, is another model."""
-    engine = grown(config_of(1, {"n_layers": 2, "tie_embeddings": False}))
+    """Every parameter affects the probe: doubling one gives another loss."""
+    engine = build_engine(make_config(1, {"n_layers": 2, "tie_embeddings": False}))
     weights, config = engine.state.weights(), engine.config.model
-    want = streamed(engine)
+    expected = measure_streamed(engine)
     for name, tensor in weights.items():
         changed = DictWeights(weights | {name: tensor * 2})
         with pytest.raises(CheckpointError, match="the weights do not compute"):
-            compare_probes(want, stream_probe(changed, config), name)
+            compare_probes(expected, stream_probe(changed, config), name)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_rounding_is_forgiven_by_precision(precision: str) -> None:
-    engine = grown(config_of(1, {}))
-    want = streamed(engine)
-    rounded = streamed(engine, precision)
-    assert rounded.loss != want.loss
-    compare_probes(want, rounded, "x")
+def test_rounding_of_the_precision_is_tolerated(precision: str) -> None:
+    engine = build_engine(make_config(1, {}))
+    expected = measure_streamed(engine)
+    rounded = measure_streamed(engine, precision)
+    assert rounded.loss != expected.loss
+    compare_probes(expected, rounded, "x")
     if precision == "bf16":
         with pytest.raises(CheckpointError):
-            compare_probes(want, replace(rounded, weights="fp32"), "the same difference is no rounding of fp32")
-    low = NativeEngine(config_of(1, {}, precision=precision), CPU)
-    for (_, low_precision), (_, full_precision) in zip(low.named_parameters(), engine.named_parameters(), strict=True):
+            compare_probes(expected, replace(rounded, weights="fp32"), "the same difference is no rounding of fp32")
+    half_engine = NativeEngine(make_config(1, {}, precision=precision), CPU)
+    for (_, low_precision), (_, full_precision) in zip(
+        half_engine.named_parameters(), engine.named_parameters(), strict=True
+    ):
         low_precision.data.copy_(full_precision)
-    actual = measure_probe(low, low.config)
+    actual = measure_probe(half_engine, half_engine.config)
     assert actual.precision == precision
-    compare_probes(want, actual, "x")
+    compare_probes(expected, actual, "x")
 
 
-def test_a_probe_is_read_as_it_was_written() -> None:
+def test_a_probe_survives_a_round_trip() -> None:
     for probe in (Probe(1.5, (1.0, 2.0), "bf16", "fp16"), Probe(2.0)):
         assert parse_probe(probe.dump(), "x") == probe
-    lost = parse_probe(Probe(math.nan, (math.inf,)).dump(), "x")
-    assert lost is not None and math.isnan(lost.loss)  # noqa: PT018
-    compare_probes(lost, Probe(1.0, (1.0,)), "nothing is known of such weights")
+    nan_probe = parse_probe(Probe(math.nan, (math.inf,)).dump(), "x")
+    assert nan_probe is not None and math.isnan(nan_probe.loss)  # noqa: PT018
+    compare_probes(nan_probe, Probe(1.0, (1.0,)), "nothing is known of such weights")
     with pytest.raises(CheckpointError):
         compare_probes(Probe(1.0), Probe(math.nan), "x")
     assert parse_probe(json.dumps({"format": "dist_llm probe 9"}).encode(), "x") is None
-    for broken in (
+    for invalid_content in (
         b"",
         b"[]",
         b"{}",
@@ -160,11 +162,11 @@ def test_a_probe_is_read_as_it_was_written() -> None:
         Probe(1.0).dump().replace(b"1.0", b'"a"'),
     ):
         with pytest.raises(CheckpointError, match="x: is not a probe"):
-            parse_probe(broken, "x")
+            parse_probe(invalid_content, "x")
 
 
-def test_the_batch_depends_on_the_vocabulary_alone() -> None:
-    small, large = config_of(1, {}), config_of(1, {"d_model": 64, "n_layers": 1}, run={"seed": 9})
+def test_the_probes_batch_depends_only_on_the_vocabulary() -> None:
+    small, large = make_config(1, {}), make_config(1, {"d_model": 64, "n_layers": 1}, run={"seed": 9})
     assert torch.equal(probe_batch(small.model).inputs_BS, probe_batch(large.model).inputs_BS)
     ids = probe_batch(small.model).inputs_BS
     assert (int(ids.min()) >= 0, int(ids.max()) < 130) == (True, True)

@@ -43,9 +43,9 @@ def test_the_function_of_an_action_takes_its_arguments_and_defaults(name: str, p
 
 @pytest.mark.parametrize("command", ["convert", "data"])
 def test_an_unknown_action_is_a_user_error(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         cli.main([command, "to-nowhere"])
-    assert caught.value.code == 2
+    assert excinfo.value.code == 2
     assert "to-nowhere" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Rules across sections: each broken one says what would hold; each derived value is filled in."""
+"""Rules across sections: each error gives a valid value; each derived value is filled in."""
 
 import re
 
@@ -17,8 +17,8 @@ VOCAB = 300
 KEYS = {row[0] for row in describe()}
 
 
-def make(**keys):
-    """A valid config with dotted keys (`__` for the dot) changed."""
+def make_config(**keys):
+    """Return a valid config with these keys changed (`__` stands for the dot)."""
     raw = {
         "run": {"dir": "runs/x", "steps": 20},
         "model": {"d_model": 32, "n_layers": 2, "n_heads": 4},
@@ -33,20 +33,22 @@ def make(**keys):
     return Config.model_validate(raw)
 
 
-def test_what_an_objective_implies_is_filled_in():
-    """Ids beyond the tokenizer's, and room for the longer of an encoder-decoder's sequences."""
-    config = resolve(make(model__architecture="encoder_decoder", objective__name="span", data__seq_len=64), 1, VOCAB)
+def test_sizes_that_the_objective_implies_are_derived():
+    """The vocabulary has room for the objective's own ids, and max_seq_len for an encoder-decoder's longer sequence."""
+    config = resolve(
+        make_config(model__architecture="encoder_decoder", objective__name="span", data__seq_len=64), 1, VOCAB
+    )
     size = all_lengths(config)[0]
     assert config.model.vocab_size == VOCAB + len(SPECIALS) + size.spans
     assert config.model.n_encoder_layers == config.model.n_layers == 2
     assert config.model.max_seq_len == 64
-    assert resolve(make(), 1, VOCAB).model.vocab_size == VOCAB, "nothing is added for next tokens"
-    assert resolve(make(), 1, VOCAB).model.n_encoder_layers == 0
+    assert resolve(make_config(), 1, VOCAB).model.vocab_size == VOCAB, "next tokens need no additional ids"
+    assert resolve(make_config(), 1, VOCAB).model.n_encoder_layers == 0
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
-def test_a_sound_config_breaks_no_rule(world):
-    assert check(make(), world, VOCAB) == []
+def test_a_valid_config_violates_no_rule(world):
+    assert check(make_config(), world, VOCAB) == []
 
 
 RULES = [
@@ -350,15 +352,15 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "world", "place", "message"), RULES, ids=[str(rule[0]) for rule in RULES])
-def test_a_broken_rule_names_its_place_and_the_way_out(change, world, place, message):
-    (violation,) = check(make(**change), world, VOCAB)
-    assert violation.keys[0] == place
+@pytest.mark.parametrize(("change", "world", "key", "message"), RULES, ids=[str(rule[0]) for rule in RULES])
+def test_a_violation_names_its_key_and_the_fix(change, world, key, message):
+    (violation,) = check(make_config(**change), world, VOCAB)
+    assert violation.keys[0] == key
     assert re.search(message, violation.message)
-    for key in violation.keys:
-        section, _, leaf = key.partition(".")
-        leaf = leaf.split(".")[0]  # of a mixture's member: the mixture
-        assert not leaf or f"{section}.{leaf}" in KEYS, "a key that exists"
+    for named_key in violation.keys:
+        section, _, leaf = named_key.partition(".")
+        leaf = leaf.split(".")[0]  # for a mixture's component: the key of the mixture
+        assert not leaf or f"{section}.{leaf}" in KEYS, "the key exists"
 
 
 @pytest.mark.parametrize(
@@ -370,11 +372,11 @@ def test_a_broken_rule_names_its_place_and_the_way_out(change, world, place, mes
         {"model__max_seq_len": 8},
         {"schedule__warmup_steps": 10, "schedule__decay_steps": 10},
         {"checkpoint__keep_best": 1, "eval__every": 250},
-        {"schedule__warmup_steps": 1000},  # a trial of a long run may end inside its warm-up
+        {"schedule__warmup_steps": 1000},  # a trial of a long run may end inside its warmup
     ],
 )
-def test_what_only_looks_wrong_passes(change):
-    assert check(make(**change), 1, VOCAB) == []
+def test_unusual_but_valid_configs_pass(change):
+    assert check(make_config(**change), 1, VOCAB) == []
 
 
 @pytest.mark.parametrize(
@@ -391,8 +393,8 @@ def test_what_only_looks_wrong_passes(change):
         ({"parallel__pp": 2, "data__micro_batch": 1, "compile": True}, 2),
     ],
 )
-def test_layouts_that_fit_pass(change, world):
-    assert check(make(**change), world, VOCAB) == []
+def test_valid_layouts_pass(change, world):
+    assert check(make_config(**change), world, VOCAB) == []
 
 
 @pytest.mark.parametrize(("torch", "refused"), [("2.11.0+cu130", True), ("2.12.1", True), ("2.13.0+cpu", False)])
@@ -400,13 +402,13 @@ def test_an_older_torch_cannot_split_backward(torch, refused, monkeypatch):
     monkeypatch.setattr("dist_llm.config.check_layout.version", {"torch": torch}.get)
     change = {"model__n_layers": 4, "data__micro_batch": 1, "parallel__pp": 2}
     for schedule in ("zbv", "interleaved_zero_bubble"):
-        found = check(make(**change, parallel__pp_schedule=schedule), 2, VOCAB)
-        assert [re.search("torch .* to 2.13", each.message) is not None for each in found] == [True] * refused
+        violations = check(make_config(**change, parallel__pp_schedule=schedule), 2, VOCAB)
+        assert [re.search("torch .* to 2.13", each.message) is not None for each in violations] == [True] * refused
 
 
-def test_a_wrong_layout_is_one_violation_per_rule():
-    broken = check(make(parallel__tp=3, parallel__pp=3, model__n_kv_heads=2), 5, VOCAB)
-    assert [violation.keys[0] for violation in broken] == [
+def test_an_invalid_layout_is_one_violation_per_rule():
+    violations = check(make_config(parallel__tp=3, parallel__pp=3, model__n_kv_heads=2), 5, VOCAB)
+    assert [violation.keys[0] for violation in violations] == [
         "parallel.dp_shard",
         "model.n_heads",
         "model.n_kv_heads",
@@ -418,37 +420,40 @@ def test_a_wrong_layout_is_one_violation_per_rule():
     ]
 
 
-def test_the_nearest_batches_that_are_named_do_hold():
+def test_the_suggested_batch_sizes_are_valid():
     for batch in range(1, 40):
         for micro in range(5):
             for world in range(1, 5):
-                broken = check(make(data__global_batch=batch, data__micro_batch=micro), world, VOCAB)
-                assert bool(broken) == bool(batch % (world * max(micro, 1)))
-                for named in broken[0].message.rpartition(": ")[2].split(" or ") if broken else ():
-                    assert check(make(data__global_batch=int(named), data__micro_batch=micro), world, VOCAB) == []
+                violations = check(make_config(data__global_batch=batch, data__micro_batch=micro), world, VOCAB)
+                assert bool(violations) == bool(batch % (world * max(micro, 1)))
+                for batch_size in violations[0].message.rpartition(": ")[2].split(" or ") if violations else ():
+                    assert (
+                        check(make_config(data__global_batch=int(batch_size), data__micro_batch=micro), world, VOCAB)
+                        == []
+                    )
 
 
-def test_rules_of_several_sections_come_together():
-    broken = check(make(model__n_kv_heads=3, data__global_batch=7, model__vocab_size=10), 2, VOCAB)
-    assert [v.keys[0] for v in broken] == ["model.n_kv_heads", "model.vocab_size", "data.global_batch"]
+def test_rules_of_several_sections_are_reported_together():
+    violations = check(make_config(model__n_kv_heads=3, data__global_batch=7, model__vocab_size=10), 2, VOCAB)
+    assert [v.keys[0] for v in violations] == ["model.n_kv_heads", "model.vocab_size", "data.global_batch"]
 
 
 @pytest.mark.parametrize(
     ("change", "d_ff"),
     [
-        ({}, 128),  # 8/3 * 32 = 85.3, up to a multiple of 64
+        ({}, 128),  # 8/3 * 32 = 85.3, rounded up to a multiple of 64
         ({"model__d_model": 4096}, 10944),
         ({"model__activation": "gelu"}, 128),
         ({"model__activation": "gelu_tanh", "model__d_model": 36}, 144),
         ({"model__d_ff": 100}, 100),
     ],
 )
-def test_resolve_derives_the_feed_forward(change, d_ff):
-    assert resolve(make(**change), 1, VOCAB).model.d_ff == d_ff
+def test_resolve_derives_d_ff(change, d_ff):
+    assert resolve(make_config(**change), 1, VOCAB).model.d_ff == d_ff
 
 
-def test_resolve_fills_in_every_zero_that_means_derive():
-    config = make(data__global_batch=12, parallel__dp_replicate=2)
+def test_resolve_derives_every_zero():
+    config = make_config(data__global_batch=12, parallel__dp_replicate=2)
     model, data = (resolve(config, 6, VOCAB).model, resolve(config, 6, VOCAB).data)
     assert (model.n_kv_heads, model.head_dim, model.vocab_size, model.max_seq_len) == (4, 8, VOCAB, 8)
     assert data.micro_batch == 2
@@ -456,8 +461,8 @@ def test_resolve_fills_in_every_zero_that_means_derive():
     assert resolve(config, 6, VOCAB).schedule.decay_steps == 20
 
 
-def test_resolve_keeps_what_is_set_and_is_idempotent():
-    config = make(
+def test_resolve_keeps_explicit_values_and_is_idempotent():
+    config = make_config(
         model__n_kv_heads=2,
         model__head_dim=16,
         model__vocab_size=512,
@@ -466,19 +471,19 @@ def test_resolve_keeps_what_is_set_and_is_idempotent():
         schedule__decay_steps=7,
         parallel__dp_shard=2,
     )
-    once = resolve(config, 2, VOCAB)
-    assert once.model.model_dump() == {**config.model.model_dump(), "d_ff": 128}
-    assert (once.data, once.schedule, once.parallel) == (config.data, config.schedule, config.parallel)
-    assert resolve(once, 2, VOCAB) == once
-    assert check(once, 2, VOCAB) == []
+    resolved = resolve(config, 2, VOCAB)
+    assert resolved.model.model_dump() == {**config.model.model_dump(), "d_ff": 128}
+    assert (resolved.data, resolved.schedule, resolved.parallel) == (config.data, config.schedule, config.parallel)
+    assert resolve(resolved, 2, VOCAB) == resolved
+    assert check(resolved, 2, VOCAB) == []
 
 
 def test_helpers():
     assert [round_up(n, 4) for n in (0, 1, 4, 5)] == [0, 4, 4, 8]
     assert divisors(12) == "1, 2, 3, 4, 6, 12"
     assert divisors(5040).split(", ")[7:10] == ["8", "...", "1680"]
-    assert dp_shard(make(parallel__dp_replicate=2).parallel, 8) == 4
-    assert dp_shard(make(parallel__dp_replicate=4).parallel, 2) == 1
+    assert dp_shard(make_config(parallel__dp_replicate=2).parallel, 8) == 4
+    assert dp_shard(make_config(parallel__dp_replicate=4).parallel, 2) == 1
     assert AXES == ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
@@ -490,7 +495,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def read(corpus, tmp_path):
-    """Read a sound config over a corpus of VOCAB ids, with overrides."""
+    """Read a valid config over a corpus of VOCAB ids, with overrides."""
     path = tmp_path / "config.yaml"
     path.write_text(
         f"run: {{dir: r, steps: 20}}\nmodel: {{d_model: 32, n_layers: 2, n_heads: 4}}\n"
@@ -503,39 +508,43 @@ def test_read_config_takes_the_vocabulary_from_the_corpus(read):
     assert read().model.vocab_size == VOCAB
 
 
-def test_one_error_holds_schema_rules_and_rules_across_sections(read):
-    with pytest.raises(ConfigError) as caught:
+def test_one_error_lists_schema_errors_and_rules_across_sections(read):
+    with pytest.raises(ConfigError) as excinfo:
         read("optim.lr=0", "log.evry=1", "model.n_kv_heads=3", "data.global_batch=7", world=2)
-    message = str(caught.value)
+    message = str(excinfo.value)
     assert message.startswith("4 problems in the config:")
-    for place in ("optim.lr:", "log.evry:", "model.n_kv_heads:", "data.global_batch:"):
-        assert message.count(f"\n  {place}") == 1
+    for key in ("optim.lr:", "log.evry:", "model.n_kv_heads:", "data.global_batch:"):
+        assert message.count(f"\n  {key}") == 1
 
 
-def test_a_missing_corpus_is_one_problem_among_others(read, tmp_path):
-    with pytest.raises(ConfigError) as caught:
+def test_a_missing_corpus_is_reported_with_other_problems(read, tmp_path):
+    with pytest.raises(ConfigError) as excinfo:
         read(f"data.path={tmp_path / 'nowhere'}", "model.n_kv_heads=3")
-    assert "data.path: " in str(caught.value)
-    assert "not a prepared corpus" in str(caught.value)
-    assert "model.n_kv_heads: " in str(caught.value)
+    assert "data.path: " in str(excinfo.value)
+    assert "not a prepared corpus" in str(excinfo.value)
+    assert "model.n_kv_heads: " in str(excinfo.value)
 
 
-def test_a_rule_that_only_repeats_the_news_is_left_out(read):
-    """micro_batch is wrong in itself: that it does not divide global_batch would be a second complaint."""
+def test_a_redundant_rule_is_not_reported(read):
+    """micro_batch itself is invalid; the error that it does not divide global_batch would be redundant."""
     with pytest.raises(ConfigError, match=r"^1 problem in the config:\n  data\.micro_batch: "):
         read("data.micro_batch=-5", "data.global_batch=7", world=2)
 
 
-@pytest.mark.parametrize("wrong", ["run.steps=x", "model.d_model=x", "model.n_heads=x", "data.seq_len=0"])
-def test_a_wrong_required_number_hides_no_other_rule_and_adds_none(wrong, read):
+@pytest.mark.parametrize("override", ["run.steps=x", "model.d_model=x", "model.n_heads=x", "data.seq_len=0"])
+def test_an_invalid_required_number_neither_hides_nor_adds_violations(override, read):
     layout = ("parallel.tp=3", "model.n_kv_heads=0", "model.vocab_multiple=3", "parallel.sequence_parallel=false")
-    with pytest.raises(ConfigError) as caught:
-        read(wrong, "data.global_batch=7", *layout, world=6)
-    problems = {line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:-1]}
-    assert problems >= {wrong.partition("=")[0], "data.global_batch"}
-    sound = {"model.n_heads", "model.n_kv_heads", "model.d_ff"}  # what tp 3 breaks where the numbers are right
-    assert problems <= {wrong.partition("=")[0], "data.global_batch"} | sound
-    if wrong.startswith("model.n_heads"):
+    with pytest.raises(ConfigError) as excinfo:
+        read(override, "data.global_batch=7", *layout, world=6)
+    problems = {line.split(":")[0].strip() for line in str(excinfo.value).splitlines()[1:-1]}
+    assert problems >= {override.partition("=")[0], "data.global_batch"}
+    valid_keys = {
+        "model.n_heads",
+        "model.n_kv_heads",
+        "model.d_ff",
+    }  # keys that tp 3 violates if the other numbers are valid
+    assert problems <= {override.partition("=")[0], "data.global_batch"} | valid_keys
+    if override.startswith("model.n_heads"):
         assert "model.n_kv_heads" not in problems
-    if wrong.startswith("model.d_model"):
+    if override.startswith("model.d_model"):
         assert "model.d_ff" not in problems

@@ -1,4 +1,4 @@
-"""Every key of a model is classified, and a change of one that decides the function is noticed."""
+"""Every key of a model has a role, and a change of a key that affects the model's function is detected."""
 
 from typing import Any
 
@@ -20,11 +20,11 @@ from dist_llm.config.schema import Config, ModelConfig
 from dist_llm.config.section import union_members
 from dist_llm.models.attention_mask import CAUSAL, EncoderInput
 from dist_llm.models.build_model import build_model
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 from tests.laws.layouts import T5
 
-# Of each key another value than the law's model has, and what it takes for the key to have an effect.
-OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
+# For each key another value than that of the law's model, and the keys that it needs to have an effect.
+OTHER_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "architecture": ("encoder", {}),
     "d_model": (64, {}),
     "n_layers": (3, {}),
@@ -59,48 +59,48 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def changed(config: Config, **keys: Any) -> Config:
+def change_model(config: Config, **keys: Any) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update=keys)})
 
 
-def pair(key: str) -> tuple[Config, Config]:
-    value, needs = OTHER[key]
-    before = config_of(1, needs)
-    return before, changed(before, **{key: value})
+def make_config_pair(key: str) -> tuple[Config, Config]:
+    value, required_keys = OTHER_VALUES[key]
+    previous = make_config(1, required_keys)
+    return previous, change_model(previous, **{key: value})
 
 
-def test_every_key_is_classified() -> None:
-    assert set(MODEL_ROLES) == set(ModelConfig.model_fields) == set(OTHER), "classify the new key of ModelConfig"
+def test_every_key_has_a_role() -> None:
+    assert set(MODEL_ROLES) == set(ModelConfig.model_fields) == set(OTHER_VALUES), "classify the new key of ModelConfig"
     objective = {key for member in union_members(ObjectiveConfig).values() for key in member.model_fields}
     assert set(OBJECTIVE_ROLES) == objective, "classify the new key of the objectives"
     assert set(REQUESTABLE) >= PART_KEYS
 
 
-@pytest.mark.parametrize("key", OTHER)
-def test_a_change_of_the_key_is_noticed_as_its_role_says(key: str) -> None:
-    before, now = pair(key)
-    function, other = function_differences(before, now), other_differences(before, now)
+@pytest.mark.parametrize("key", OTHER_VALUES)
+def test_a_change_is_detected_according_to_the_keys_role(key: str) -> None:
+    previous, current = make_config_pair(key)
+    function, other = function_differences(previous, current), other_differences(previous, current)
     expected = function if MODEL_ROLES[key] != "training" else other
     assert [(each.key, each.before, each.now) for each in expected] == [
-        (f"model.{key}", getattr(before.model, key), getattr(now.model, key))
+        (f"model.{key}", getattr(previous.model, key), getattr(current.model, key))
     ]
     assert len(function) + len(other) == 1
-    assert function_differences(before, before) == other_differences(before, before) == []
+    assert function_differences(previous, previous) == other_differences(previous, previous) == []
 
 
-@pytest.mark.parametrize("key", OTHER)
-def test_the_role_is_that_of_the_model(key: str) -> None:
-    """The parameters of one model give another one other logits exactly where the key decides the function."""
-    before, now = pair(key)
-    roles = [changed_outputs(each) for each in (before, now)]
-    same = roles[0].shape == roles[1].shape and torch.allclose(*roles, rtol=1e-5, atol=1e-6)
-    # An encoder is the same module as a decoder: what it sees comes with the batch.
+@pytest.mark.parametrize("key", OTHER_VALUES)
+def test_the_role_matches_the_models_behaviour(key: str) -> None:
+    """With the same parameters, two models have different logits exactly if the key affects the function."""
+    previous, current = make_config_pair(key)
+    logits = [compute_logits(each) for each in (previous, current)]
+    same = logits[0].shape == logits[1].shape and torch.allclose(*logits, rtol=1e-5, atol=1e-6)
+    # An encoder is the same module as a decoder; the batch contains the attention mask.
     assert same == (MODEL_ROLES[key] == "training" or key in ("architecture", "max_seq_len"))
 
 
 @torch.no_grad()
-def changed_outputs(config: Config) -> torch.Tensor:
-    """Logits of a model whose parameters depend on their names and elements alone."""
+def compute_logits(config: Config) -> torch.Tensor:
+    """Return the logits of a model whose parameters depend only on their names and elements."""
     model = build_model(config.model).eval()
     for name, parameter in model.named_parameters():
         numbers = torch.arange(parameter.numel()) + sum(map(ord, name))
@@ -113,32 +113,34 @@ def changed_outputs(config: Config) -> torch.Tensor:
 
 
 def test_a_key_without_effect_is_no_difference() -> None:
-    before = config_of(1, {"positions": "none"})
-    assert function_differences(before, changed(before, rope_theta=5e5, max_seq_len=64, relative_buckets=8)) == []
-    explicit = changed(before, attention_scale=before.model.head_dim**-0.5)
-    assert function_differences(before, explicit) == []
-    biased = config_of(1, {"bias": True})
-    assert function_differences(biased, changed(biased, qkv_bias=True)) == []
+    previous = make_config(1, {"positions": "none"})
+    assert (
+        function_differences(previous, change_model(previous, rope_theta=5e5, max_seq_len=64, relative_buckets=8)) == []
+    )
+    explicit = change_model(previous, attention_scale=previous.model.head_dim**-0.5)
+    assert function_differences(previous, explicit) == []
+    biased = make_config(1, {"bias": True})
+    assert function_differences(biased, change_model(biased, qkv_bias=True)) == []
     assert function_of(biased.model)["rope_theta"] == 10_000.0
 
 
-def test_an_objective_is_compared_by_what_the_model_learns_from() -> None:
-    before = config_of(1, {}, objective={"name": "span", "mode": "R"}, data={"seq_len": 64})
-    rate = before.model_copy(update={"objective": before.objective.model_copy(update={"noise_density": 0.5})})
-    assert function_differences(before, rate) == []
+def test_objectives_are_compared_by_their_effect_on_the_function() -> None:
+    previous = make_config(1, {}, objective={"name": "span", "mode": "R"}, data={"seq_len": 64})
+    rate = previous.model_copy(update={"objective": previous.objective.model_copy(update={"noise_density": 0.5})})
+    assert function_differences(previous, rate) == []
     for key, value in (("name", "prefix"), ("mode", "X"), ("see_prefix", False)):
-        other = before.model_copy(update={"objective": before.objective.model_copy(update={key: value})})
-        assert [each.key for each in function_differences(before, other)] == ["objective"]
-        assert resume_differences(before, other) == [], "data.json and data.on_change decide"
+        other = previous.model_copy(update={"objective": previous.objective.model_copy(update={key: value})})
+        assert [each.key for each in function_differences(previous, other)] == ["objective"]
+        assert resume_differences(previous, other) == [], "data.json and data.on_change cover it"
 
 
-def test_a_resume_cannot_change_rows_of_padding_or_the_mask() -> None:
-    before = config_of(1, {})
-    assert [each.key for each in resume_differences(before, changed(before, vocab_multiple=64))] == [
+def test_a_resume_cannot_change_vocabulary_padding_or_the_mask() -> None:
+    previous = make_config(1, {})
+    assert [each.key for each in resume_differences(previous, change_model(previous, vocab_multiple=64))] == [
         "model.vocab_multiple"
     ]
-    assert resume_differences(before, changed(before, vocab_multiple=2)) != []
-    masked = before.model_copy(update={"data": before.data.model_copy(update={"document_mask": True})})
-    assert [each.key for each in resume_differences(before, masked)] == ["data.document_mask"]
+    assert resume_differences(previous, change_model(previous, vocab_multiple=2)) != []
+    masked = previous.model_copy(update={"data": previous.data.model_copy(update={"document_mask": True})})
+    assert [each.key for each in resume_differences(previous, masked)] == ["data.document_mask"]
     new = masked.model_copy(update={"data": masked.data.model_copy(update={"on_change": "new_segment"})})
-    assert resume_differences(before, new) == []
+    assert resume_differences(previous, new) == []

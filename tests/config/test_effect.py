@@ -1,4 +1,4 @@
-"""Every key has an effect: a run reads it, or a config in which nothing reads it is refused."""
+"""Every key has an effect: a run reads it, or a config in which no code reads it is refused."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ from dist_llm.text.vocabulary import build_tokenizer
 from dist_llm.train import settings
 from dist_llm.train.run import train
 from dist_llm.train.settings import read_config
-from tests.config.test_check import make
+from tests.config.test_check import make_config
 
 # (overrides of a config in which the key has no effect, the key, what the message says)
 WITHOUT_EFFECT = [
@@ -46,7 +46,7 @@ WITHOUT_EFFECT = [
 
 @pytest.mark.parametrize(("keys", "key", "message"), WITHOUT_EFFECT, ids=[key for _, key, _ in WITHOUT_EFFECT])
 def test_a_key_without_effect_is_refused(keys: dict[str, Any], key: str, message: str) -> None:
-    violations = [each for each in check(make(**keys), 1, 300) if each.keys[0] == key]
+    violations = [each for each in check(make_config(**keys), 1, 300) if each.keys[0] == key]
     assert len(violations) == 1
     assert message in violations[0].message
 
@@ -56,16 +56,16 @@ def test_every_rule_has_a_case() -> None:
     assert cases >= {key for key, _, _ in RULES}
 
 
-# Read with several ranks, another engine, a GPU or after an error: the tests of those show their effects.
+# Keys that need several ranks, another engine, a GPU or an error. Other tests show their effects.
 READ_ELSEWHERE = {
     *(f"ParallelConfig.{name}" for name in ("reshard", "reduce_each_microbatch", "cpu_offload", "async_tp")),
     *(f"ParallelConfig.{name}" for name in ("sequence_parallel", "pp_schedule", "pp_split", "recompute_budget")),
     *(f"DeepSpeedConfig.{name}" for name in ("stage", "offload_optimizer", "offload_params", "config")),
     *(f"GuardConfig.{name}" for name in ("spike_z", "skip_steps", "budget")),
     "AccelerateConfig.plugin",
-    "CheckpointConfig.probe",  # where a probe differs
+    "CheckpointConfig.probe",  # read if a probe differs
 }
-# Runs of two steps that together read every key.
+# Short runs that together read every key.
 RUNS: list[dict[str, Any]] = [
     {
         "eval": {"every": 1, "sample_prompt": "to", "sample_tokens": 2},
@@ -149,11 +149,11 @@ def test_a_run_reads_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         for name, value in sections.items():
             raw[name] = {**raw.get(name, {}), **value} if isinstance(value, dict) else value
         Path("config.yaml").write_text(json.dumps(raw))
-        read_config(Path("config.yaml"), [], 1)  # breaks no rule
+        read_config(Path("config.yaml"), [], 1)  # violates no rule
         lengths.cache_clear()
-        with monkeypatch.context() as patched:
-            patched.setattr(settings, "check", lambda *rest: [])  # a rule that reads a key is no effect
-            patched.setattr(Section, "__getattribute__", record)
+        with monkeypatch.context() as patch_context:
+            patch_context.setattr(settings, "check", lambda *rest: [])  # reading a key in a rule is not an effect
+            patch_context.setattr(Section, "__getattribute__", record)
             train(read_config(Path("config.yaml"), [], 1), World())
     unread = all_keys() - reads
     assert not unread - READ_ELSEWHERE, f"keys that no run reads: {sorted(unread - READ_ELSEWHERE)}"

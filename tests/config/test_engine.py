@@ -1,4 +1,4 @@
-"""Engines of others: what they cannot do is refused; our config makes DeepSpeed's JSON; a contradiction is named."""
+"""Third-party engines: unsupported settings and contradictions are refused, and our config gives DeepSpeed's JSON."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,14 @@ CPU = torch.device("cpu")
 DATA = {"path": "corpus", "seq_len": 8, "global_batch": 12, "micro_batch": 2}
 
 
-def make(**sections: Any) -> Config:
+def make_config(**sections: Any) -> Config:
     model = {"d_model": 32, "n_layers": 2, "n_heads": 4}
     raw = {"run": {"dir": "runs/x", "steps": 20}, "model": model, "data": DATA}
     return Config.model_validate({**raw, **sections})
 
 
-def problems(ranks: int = 2, **sections: Any) -> str:
-    return "\n".join(map(str, check(make(**sections), ranks, 300)))
+def find_problems(ranks: int = 2, **sections: Any) -> str:
+    return "\n".join(map(str, check(make_config(**sections), ranks, 300)))
 
 
 REFUSED = [
@@ -110,8 +110,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("sections", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_what_an_engine_cannot_do_is_refused(sections: dict[str, Any], message: str) -> None:
-    assert message in problems(**sections)
+def test_unsupported_settings_are_refused(sections: dict[str, Any], message: str) -> None:
+    assert message in find_problems(**sections)
 
 
 @pytest.mark.parametrize(
@@ -125,19 +125,19 @@ def test_what_an_engine_cannot_do_is_refused(sections: dict[str, Any], message: 
     ],
     ids=str,
 )
-def test_what_it_can_do_is_not(sections: dict[str, Any]) -> None:
-    assert not problems(**sections)
+def test_supported_settings_are_accepted(sections: dict[str, Any]) -> None:
+    assert not find_problems(**sections)
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_engine, "find_spec", lambda name: None)
-    assert "engine: deepspeed is not installed; pip install 'dist-llm[deepspeed]'" in problems(engine="deepspeed")
+    assert "engine: deepspeed is not installed; pip install 'dist-llm[deepspeed]'" in find_problems(engine="deepspeed")
 
 
-def made(content: Any, path: Path, **sections: Any) -> str:
+def problems_with_json(content: Any, path: Path, **sections: Any) -> str:
     (path / "ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
     zero = {"config": str(path / "ds.json"), **sections.pop("deepspeed", {})}
-    return problems(engine="deepspeed", deepspeed=zero, **sections)
+    return find_problems(engine="deepspeed", deepspeed=zero, **sections)
 
 
 CONTRADICTIONS = [
@@ -173,19 +173,19 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(("content", "message"), CONTRADICTIONS, ids=[message for _, message in CONTRADICTIONS])
-def test_a_json_that_contradicts_is_refused_with_both_values(content: Any, message: str, tmp_path: Path) -> None:
-    assert message in made(content, tmp_path)
+def test_a_contradicting_json_is_refused_with_both_values(content: Any, message: str, tmp_path: Path) -> None:
+    assert message in problems_with_json(content, tmp_path)
 
 
 @pytest.mark.parametrize("content", [{"wall_clock_breakdown": True}, {"flops_profiler": {"enabled": True}}], ids=str)
-def test_timers_are_refused_in_pipelines_alone(content: Any, tmp_path: Path) -> None:
-    assert not made(content, tmp_path)
+def test_timers_are_refused_only_in_pipelines(content: Any, tmp_path: Path) -> None:
+    assert not problems_with_json(content, tmp_path)
     pipeline = {"deepspeed": {"stage": 1}, "parallel": {"pp": 2}}
-    assert "pipelines cannot stand it" in made(content, tmp_path, **pipeline)
+    assert "pipelines cannot stand it" in problems_with_json(content, tmp_path, **pipeline)
 
 
-def test_the_rest_of_a_json_holds_and_what_agrees_or_is_auto_is_fine(tmp_path: Path) -> None:
-    theirs = {
+def test_a_json_may_add_agreeing_auto_and_other_keys(tmp_path: Path) -> None:
+    content = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": 2,
         "gradient_clipping": 1,
@@ -194,23 +194,25 @@ def test_the_rest_of_a_json_holds_and_what_agrees_or_is_auto_is_fine(tmp_path: P
         "fp16": {"enabled": "auto"},
         "wall_clock_breakdown": True,
     }
-    assert not made(theirs, tmp_path)
-    config = make(engine="deepspeed", deepspeed={"config": str(tmp_path / "ds.json")})
-    found = deepspeed_json(resolve(config, 2, 300), 2)
-    assert found["train_batch_size"] == 12
-    assert found["gradient_accumulation_steps"] == 3
-    assert found["zero_optimization"]["stage"] == 2
-    assert found["zero_optimization"]["reduce_bucket_size"] == 1000
-    assert found["wall_clock_breakdown"] is True
-    assert "optimizer" not in found, "it is handed over as an object"
-    assert found["fp16"] == {"enabled": False}
+    assert not problems_with_json(content, tmp_path)
+    config = make_config(engine="deepspeed", deepspeed={"config": str(tmp_path / "ds.json")})
+    deepspeed_config = deepspeed_json(resolve(config, 2, 300), 2)
+    assert deepspeed_config["train_batch_size"] == 12
+    assert deepspeed_config["gradient_accumulation_steps"] == 3
+    assert deepspeed_config["zero_optimization"]["stage"] == 2
+    assert deepspeed_config["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert deepspeed_config["wall_clock_breakdown"] is True
+    assert "optimizer" not in deepspeed_config, "the optimizer is passed as an object"
+    assert deepspeed_config["fp16"] == {"enabled": False}
 
 
-def test_bf16_reduces_in_fp32_as_the_native_engine_does() -> None:
-    config = resolve(make(engine="deepspeed", precision="bf16"), 2, 300)
+def test_bf16_gradients_are_reduced_in_fp32() -> None:
+    config = resolve(make_config(engine="deepspeed", precision="bf16"), 2, 300)
     assert deepspeed_json(config, 2)["communication_data_type"] == "fp32"
     assert deepspeed_json(config, 2)["bf16"] == {"enabled": True}
-    assert deepspeed_json(config, 2)["data_types"] == {"grad_accum_dtype": "fp32"}, "stage 2 would add up in bf16"
+    assert deepspeed_json(config, 2)["data_types"] == {"grad_accum_dtype": "fp32"}, (
+        "by default stage 2 accumulates in bf16"
+    )
 
 
 LAUNCHED = [
@@ -222,13 +224,15 @@ LAUNCHED = [
 
 
 @pytest.mark.parametrize(("environ", "message"), LAUNCHED, ids=[message for _, message in LAUNCHED])
-def test_accelerate_launched_otherwise_is_refused(environ: dict[str, str], message: str) -> None:
-    config = resolve(make(engine="accelerate"), 2, 300)
+def test_contradicting_variables_of_accelerate_launch_are_refused(environ: dict[str, str], message: str) -> None:
+    config = resolve(make_config(engine="accelerate"), 2, 300)
     assert message in str(next(check_accelerate(config, CPU, environ)))
 
 
-def test_accelerate_launched_as_the_config_says_is_not() -> None:
-    config = resolve(make(engine="accelerate", accelerate={"plugin": "deepspeed"}, deepspeed={"stage": 3}), 2, 300)
+def test_matching_variables_of_accelerate_launch_are_accepted() -> None:
+    config = resolve(
+        make_config(engine="accelerate", accelerate={"plugin": "deepspeed"}, deepspeed={"stage": 3}), 2, 300
+    )
     environ = {
         "ACCELERATE_MIXED_PRECISION": "no",
         "ACCELERATE_USE_DEEPSPEED": "true",
@@ -239,6 +243,6 @@ def test_accelerate_launched_as_the_config_says_is_not() -> None:
 
 
 def test_fsdp2_through_accelerate_is_refused_on_cpus() -> None:
-    config = resolve(make(engine="accelerate", accelerate={"plugin": "fsdp2"}), 2, 300)
+    config = resolve(make_config(engine="accelerate", accelerate={"plugin": "fsdp2"}), 2, 300)
     assert "fsdp2 needs GPUs" in str(next(check_accelerate(config, CPU, {})))
     assert not list(check_accelerate(config, torch.device("cuda"), {}))

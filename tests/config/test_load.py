@@ -1,4 +1,4 @@
-"""YAML and overrides -> a Config, or one error with every violation, each with its place and a way out."""
+"""YAML and overrides become a Config, or one error that lists every violation with its key and a fix."""
 
 import dataclasses
 import typing
@@ -31,7 +31,7 @@ KEYS = [row[0] for row in describe()]
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a config, given as text or as nested dicts; return its path."""
+    """Return a function: write a config, given as text or as nested dicts, and return its path."""
 
     def write(content, name="config.yaml"):
         path = tmp_path / name
@@ -43,7 +43,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def load(write):
-    """Load MINIMAL with overrides; return (config, violations as text)."""
+    """Return a function: load MINIMAL with overrides; return (config, violations as text)."""
 
     def load(*overrides):
         config, violations = load_config(write(MINIMAL), overrides)
@@ -52,7 +52,7 @@ def load(write):
     return load
 
 
-def test_the_minimal_config_takes_the_defaults(load):
+def test_the_minimal_config_has_the_defaults(load):
     config, violations = load()
     assert violations == []
     assert config == Config.model_validate(MINIMAL)
@@ -61,15 +61,15 @@ def test_the_minimal_config_takes_the_defaults(load):
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_an_unknown_key_names_its_path_and_the_nearest(section, load):
-    """Each key of each section, with one letter too many."""
+    """Each key of each section with one additional letter."""
     for key in [key for key in KEYS if key.startswith(section + ".") and "*" not in key]:
-        wrong = key + "x"
-        config, violations = load(f"{wrong}=1")
+        misspelled_key = key + "x"
+        config, violations = load(f"{misspelled_key}=1")
         assert len(violations) == 1
-        assert violations[0].startswith(f"{wrong}: unknown key; did you mean {section}.")
-        # Among short keys a neighbour may be as near (`lr`, `tp`).
+        assert violations[0].startswith(f"{misspelled_key}: unknown key; did you mean {section}.")
+        # Another short key (`lr`, `tp`) may be as near.
         assert len(key.split(".")[1]) < 4 or f"did you mean {key}?" in violations[0]
-        assert config is not None, "the rest can still be checked"
+        assert config is not None, "the other keys can still be checked"
 
 
 @pytest.mark.parametrize(
@@ -91,16 +91,16 @@ def test_an_unknown_key_names_its_path_and_the_nearest(section, load):
         ("run.zzz=3", "run.zzz: unknown key; valid here: dir, steps, seed, hang_seconds, network"),
     ],
 )
-def test_a_key_in_the_wrong_place_is_found_elsewhere(override, complaint, load):
+def test_a_key_in_the_wrong_section_is_located(override, complaint, load):
     assert load(override)[1] == [complaint]
 
 
-def test_every_alias_leads_to_a_key():
+def test_every_alias_is_a_valid_key():
     assert set(ALIASES.values()) <= {*KEYS, *Config.model_fields}
-    assert not set(ALIASES) & {key.rpartition(".")[2] for key in KEYS}, "a name of our own is no alias"
+    assert not set(ALIASES) & {key.rpartition(".")[2] for key in KEYS}, "a valid key is no alias"
 
 
-def test_what_is_valid_is_listed_once_each(load):
+def test_valid_keys_are_listed_once(load):
     (complaint,) = load("zzz=1")[1]
     listed = complaint.removeprefix("zzz: unknown key; valid here: ").split(", ")
     assert sorted(listed) == sorted({*Config.model_fields, "base"})
@@ -146,17 +146,17 @@ def test_types_and_ranges_are_strict(override, load):
     key, _, value = override.partition("=")
     assert len(violations) == 1
     assert violations[0].startswith(f"{key}")
-    assert repr(yaml.safe_load(value)) in violations[0], "the message shows what was found"
+    assert repr(yaml.safe_load(value)) in violations[0], "the message shows the value"
 
 
 @pytest.mark.parametrize("name", ["order", "verify"])
-def test_a_wrong_choice_lists_the_right_ones(name, load):
+def test_an_invalid_choice_lists_the_valid_ones(name, load):
     _, (violation,) = load(f"data.{name}=neither")
     for choice in typing.get_args(Config.model_fields["data"].annotation.model_fields[name].annotation):
         assert repr(choice) in violation
 
 
-def test_all_violations_come_at_once(load):
+def test_all_violations_are_reported_at_once(load):
     config, violations = load("optim.lr=0", "log.evry=3", "nonsense=1", "compile=1")
     assert sorted(violation.split(":")[0] for violation in violations) == [
         "compile",
@@ -164,17 +164,17 @@ def test_all_violations_come_at_once(load):
         "nonsense",
         "optim.lr",
     ]
-    assert config == Config.model_validate(MINIMAL), "what remains without the wrong keys"
+    assert config == Config.model_validate(MINIMAL), "the config without the invalid keys"
 
 
-def test_missing_keys_are_named_and_nothing_remains_to_check(write):
+def test_missing_keys_are_reported_without_a_config(write):
     config, violations = load_config(write({"run": {"dir": "x"}, "model": MINIMAL["model"]}))
     assert config is None
     assert [str(violation) for violation in violations] == ["run.steps: must be set", "data: must be set"]
 
 
 @pytest.mark.parametrize("content", [{}, {"run": {"dir": "x"}}])
-def test_what_is_missing_is_named_once_whatever_else_is_wrong(content, write):
+def test_missing_keys_are_reported_once_beside_other_errors(content, write):
     _, violations = load_config(write({**MINIMAL, "data": {}, **content}), ["optim.lr=0", "log.evry=3", "run.steps=x"])
     assert sorted(violation.keys[0] for violation in violations) == [
         "data.global_batch",
@@ -187,7 +187,7 @@ def test_what_is_missing_is_named_once_whatever_else_is_wrong(content, write):
 
 @pytest.mark.parametrize("key", ["run.steps", "model.d_model", "model.n_layers", "data.seq_len", "data.global_batch"])
 @pytest.mark.parametrize("override", ["{}=x", "{}=0", "{}=null"])
-def test_a_required_number_that_is_wrong_is_one_problem_and_the_rest_remains(key, override, load):
+def test_an_invalid_required_number_is_one_violation(key, override, load):
     config, (violation,) = load(override.format(key), "optim.clip=3.0")
     assert violation.startswith(f"{key}: input should be ")
     assert config.optim.clip == 3.0
@@ -224,13 +224,13 @@ def test_refuse_lists_every_violation(load, write):
 )
 def test_an_override_is_yaml(override, key, value, load):
     config, violations = load(override)
-    found = config
-    for part in key.split("."):
-        found = getattr(found, part)
-    assert (violations, found, type(found)) == ([], value, type(value))
+    value_of_key = config
+    for attribute in key.split("."):
+        value_of_key = getattr(value_of_key, attribute)
+    assert (violations, value_of_key, type(value_of_key)) == ([], value, type(value))
 
 
-def test_null_is_null_and_later_overrides_win(load):
+def test_null_is_refused_and_later_overrides_win(load):
     assert load("checkpoint.every=null")[1] == ["checkpoint.every: input should be a valid integer, found None"]
     config, _ = load("run.steps=1", "run.steps=2")
     assert config.run.steps == 2
@@ -242,9 +242,9 @@ def test_a_malformed_override_is_quoted(override, load):
         with pytest.raises(ConfigError, match="'compile' is a value, not a section"):
             load("compile=true", override)
         return
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         load(override)
-    assert str(caught.value).startswith(f"override '{override}'")
+    assert str(excinfo.value).startswith(f"override '{override}'")
 
 
 def test_bases_merge_key_by_key(write, tmp_path):
@@ -256,12 +256,12 @@ def test_bases_merge_key_by_key(write, tmp_path):
     config, violations = load_config(top, ["optim.eps=0.5"])
 
     assert violations == []
-    assert (config.run.dir, config.run.steps) == ("runs/x", 5), "the top wins, key by key"
+    assert (config.run.dir, config.run.steps) == ("runs/x", 5), "the top file takes precedence for each key"
     assert (config.optim.lr, config.optim.clip, config.optim.eps) == (3.0, 2.0, 0.5)
     assert config.compile is False
 
 
-def test_bases_that_lead_in_a_circle_are_shown(write):
+def test_circular_bases_are_reported(write):
     first = write({"base": "b.yaml"}, "a.yaml")
     write({"base": "a.yaml"}, "b.yaml")
     with pytest.raises(ConfigError, match=r"leads back to itself: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
@@ -286,45 +286,45 @@ def test_bases_that_lead_in_a_circle_are_shown(write):
         ("run: !!bool x\n", r"config\.yaml: not valid YAML"),
     ],
 )
-def test_a_bad_file_is_named(content, complaint, write):
+def test_an_invalid_file_is_reported(content, complaint, write):
     with pytest.raises(ConfigError, match=complaint):
         load_config(write(content))
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path):
+def test_bytes_that_are_not_utf8_are_reported(tmp_path):
     (tmp_path / "config.yaml").write_bytes("run: {dir: é}".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"config\.yaml: byte 11 is not UTF-8 text"):
         load_config(tmp_path / "config.yaml")
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file or directory"):
         load_config(tmp_path / "none.yaml")
 
 
-def test_without_a_file_overrides_can_be_all():
+def test_overrides_alone_can_be_a_config():
     overrides = [f"{section}.{key}={value}" for section, keys in MINIMAL.items() for key, value in keys.items()]
     assert load_config(None, overrides) == (Config.model_validate(MINIMAL), [])
 
 
-def test_dump_reads_back_as_itself(load, write):
+def test_a_dumped_config_loads_as_the_same_config(load, write):
     config, _ = load("optim.lr=1e-7", "optim.eps=1e-20", "compile=true", "eval.sample_prompt='a: \"b\"\\n'")
     assert load_config(write(dump(config), "dumped.yaml")) == (config, [])
 
 
-def test_describe_covers_every_key_with_words():
+def test_describe_covers_every_key_with_a_description():
     rows = {name: rest for name, *rest in describe()}
-    wanted = {"base", "model.from"}
-    wanted |= {f"data.sources.*.{name}" for name in SourceConfig.model_fields}
-    wanted |= {f"data.stages.*.{name}" for name in StageConfig.model_fields}
+    expected_keys = {"base", "model.from"}
+    expected_keys |= {f"data.sources.*.{name}" for name in SourceConfig.model_fields}
+    expected_keys |= {f"data.stages.*.{name}" for name in StageConfig.model_fields}
     for name, field in Config.model_fields.items():
         if name in SECTIONS:
-            wanted |= {f"{name}.{inner}" for inner in field.annotation.model_fields}
+            expected_keys |= {f"{name}.{inner}" for inner in field.annotation.model_fields}
         elif members := union_members(field.annotation):
-            wanted |= {f"{name}.{inner}" for member in members.values() for inner in member.model_fields}
+            expected_keys |= {f"{name}.{inner}" for member in members.values() for inner in member.model_fields}
         else:
-            wanted.add(name)
-    assert set(rows) == wanted
+            expected_keys.add(name)
+    assert set(rows) == expected_keys
     assert len(list(describe())) == len(rows), "each key once"
     for name, (kind, default, description) in rows.items():
         assert kind, name
@@ -343,10 +343,10 @@ def test_the_description_of_decay_steps_names_the_schedules_that_have_it():
         assert (name in description) == ("decay_steps" in schedule.model_fields), name
         if "decay_steps" in schedule.model_fields:
             rate = learning_rate(AdamWConfig(lr=1.0), schedule(decay_steps=10), 10)
-            assert rate == pytest.approx(0.1), "the floor, at that step"
+            assert rate == pytest.approx(0.1), "the minimum is reached at that step"
 
 
-def test_wsd_without_a_decay_drops_as_its_description_says():
+def test_wsd_without_a_decay_drops_at_once():
     schedule = WSDConfig(decay_steps=10, decay_fraction=0.0)
     assert [learning_rate(AdamWConfig(lr=1.0), schedule, step) for step in (9, 10, 11)] == pytest.approx([1, 1, 0.1])
     description = WSDConfig.model_fields["decay_fraction"].description
@@ -354,12 +354,12 @@ def test_wsd_without_a_decay_drops_as_its_description_says():
 
 
 @pytest.mark.parametrize("text", ["3e-4", "1E5", ".5e3", "-2e3", "+1e0", "3.e2"])
-def test_exponents_make_floats_as_in_yaml_1_2(text):
+def test_exponents_are_floats_as_in_yaml_1_2(text):
     assert parse_yaml(text, "here") == float(text)
 
 
 @pytest.mark.parametrize("text", ["1e", "e5", "3e-4x", "0x1e5z"])
-def test_what_only_resembles_an_exponent_stays_text(text):
+def test_text_that_resembles_an_exponent_stays_text(text):
     assert parse_yaml(text, "here") == text
 
 
@@ -372,7 +372,7 @@ def test_a_config_is_frozen(load):
 
 
 def test_violations_are_values():
-    """Rules compare and hash them: one place, several keys."""
+    """Rules compare and hash violations."""
     from dist_llm.config.load import Violation
 
     assert Violation(("a.b", "c"), "wrong") == Violation(("a.b", "c"), "wrong")

@@ -1,6 +1,6 @@
-"""What the ranks of a DeepSpeed run do: load, take steps, save, and say what DeepSpeed holds.
+"""Steps of DeepSpeed on the ranks of a world: load, train, save, and return DeepSpeed's state.
 
-`plain` takes the same steps in one process of plain torch.
+`run_plain_torch` trains the same steps in one process with plain torch.
 """
 
 import os
@@ -19,7 +19,7 @@ from dist_llm.models.attention_mask import EncoderInput
 from dist_llm.models.build_model import build_model
 from dist_llm.optim.build_optimizer import build_optimizer
 
-# Odd sizes everywhere, so that there is padding in each kind of partition.
+# All sizes are odd, so that each kind of partition has padding.
 SIZES: dict[str, Any] = {
     "d_model": 7,
     "n_layers": 2,
@@ -45,20 +45,20 @@ Named = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """`load` and `save` are directories that hold tags; `steps` are the numbers of the batches to step on."""
+    """`load` and `save` are directories with tags; `steps` are the indices of the batches."""
 
     stage: int
     model: str = "odd"
     steps: range = range(3)
     load: Path | None = None
     save: Path | None = None
-    moments: bool = True  # load the optimizer's states too
+    moments: bool = True  # also load the optimizer state
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
 
-def new(name: str) -> tuple[nn.Module, optim.Optimizer, list[list[str]]]:
-    """(model, its optimizer, the names of the optimizer's groups)"""
+def build_trained_model(name: str) -> tuple[nn.Module, optim.Optimizer, list[list[str]]]:
+    """Return (model, optimizer, names of the parameters of each optimizer group)."""
     model = build_model(ModelConfig(**{**SIZES, **MODELS[name]}))
     for number, parameter in enumerate(model.parameters()):
         nn.init.uniform_(parameter, -0.5, 0.5, generator=torch.Generator().manual_seed(number))
@@ -72,18 +72,18 @@ def new(name: str) -> tuple[nn.Module, optim.Optimizer, list[list[str]]]:
     return model, optimizer, [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def loss_of(model: Any, name: str, step: int, rank: int, world: int) -> Tensor:
-    """The mean over this rank's rows of the batch of a step."""
+def compute_loss(model: Any, name: str, step: int, rank: int, world: int) -> Tensor:
+    """Return the mean loss over this rank's rows of the batch of a step."""
     ids = torch.randint(0, 13, (ROWS, S + 1), generator=torch.Generator().manual_seed(step))[rank::world]
-    more = {"encoder_input": EncoderInput(ids.flip(1))} if name == "shared" else {}
-    return model(ids[:, :-1], targets_BS=ids[:, 1:], **more).sum() / ids[:, 1:].numel()
+    kwargs = {"encoder_input": EncoderInput(ids.flip(1))} if name == "shared" else {}
+    return model(ids[:, :-1], targets_BS=ids[:, 1:], **kwargs).sum() / ids[:, 1:].numel()
 
 
-def plain(name: str, steps: int) -> Iterator[Named]:
-    """Weights and moments after each step, by the names of our checkpoints."""
-    model, optimizer, _ = new(name)
+def run_plain_torch(name: str, steps: int) -> Iterator[Named]:
+    """Yield weights and moments after each step, with the names of our checkpoints."""
+    model, optimizer, _ = build_trained_model(name)
     for step in range(steps):
-        loss_of(model, name, step, 0, 1).backward()
+        compute_loss(model, name, step, 0, 1).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -96,13 +96,13 @@ def plain(name: str, steps: int) -> Iterator[Named]:
         yield tensors
 
 
-def deepspeed_run(run: Run) -> tuple[Named, Named]:
-    """(what DeepSpeed holds after loading, what it holds at the end); called on every rank."""
+def run_deepspeed(run: Run) -> tuple[Named, Named]:
+    """Return (DeepSpeed's state after loading, its state at the end); called on every rank."""
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK="0")
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler
-    model, optimizer, _ = new(run.model)
+    model, optimizer, _ = build_trained_model(run.model)
     config = {
         "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
         "gradient_clipping": 1.0,
@@ -116,32 +116,35 @@ def deepspeed_run(run: Run) -> tuple[Named, Named]:
         path, _ = engine.load_checkpoint(str(run.load), load_optimizer_states=run.moments)
         assert path is not None, f"DeepSpeed finds no checkpoint in {run.load}"
         loaded = gather_state(engine, model, run)
-        for state in stepper(engine).state.values():
-            # A universal checkpoint's stage 3 has one tensor for all groups, which each would count up.
+        for state in torch_optimizer(engine).state.values():
+            # Stage 3 of a universal checkpoint has one step tensor for all groups, which each group would increment.
             state.update({key: value.clone() for key, value in state.items() if key == "step"})
     for step in run.steps:
-        loss = loss_of(engine, run.model, step, dist.get_rank(), dist.get_world_size())
+        loss = compute_loss(engine, run.model, step, dist.get_rank(), dist.get_world_size())
         engine.backward(loss)
         engine.step()
     if run.save is not None:
         engine.save_checkpoint(str(run.save))
-    end = gather_state(engine, model, run)
+    final = gather_state(engine, model, run)
     engine.destroy()
-    return loaded, end
+    return loaded, final
 
 
 def gather_state(engine: Any, model: nn.Module, run: Run) -> Named:
-    """DeepSpeed's own view, by the names of our checkpoints: fp32 weights, moments, steps.
+    """Return DeepSpeed's state with the names of our checkpoints: fp32 weights, moments, steps.
 
-    Weights alone with `round_robin_gradients`, where DeepSpeed looks up its optimizer's tensors at wrong places.
+    Only weights with `round_robin_gradients`, because DeepSpeed then looks up optimizer tensors at wrong offsets.
     """
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     tensors: Named = {}
-    steps = {float(state["step"]) for state in stepper(engine).state.values() if "step" in state}
+    steps = {float(state["step"]) for state in torch_optimizer(engine).state.values() if "step" in state}
     assert len(steps) <= 1
-    if run.stage in (1, 2):  # done by DeepSpeed after the first group's first step, too early for the second's moments
+    if run.stage in (
+        1,
+        2,
+    ):  # DeepSpeed links the states after the first group's first step, before the second group has moments
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in model.named_parameters():
@@ -162,6 +165,6 @@ def gather_state(engine: Any, model: nn.Module, run: Run) -> Named:
     return tensors
 
 
-def stepper(engine: Any) -> optim.Optimizer:
-    """torch's optimizer, within DeepSpeed's."""
+def torch_optimizer(engine: Any) -> optim.Optimizer:
+    """Return torch's optimizer inside DeepSpeed's."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)

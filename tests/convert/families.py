@@ -1,4 +1,4 @@
-"""Small models of each family of Hugging Face's, with random weights everywhere."""
+"""Small models of each Hugging Face family, with random weights."""
 
 from typing import Any
 
@@ -53,8 +53,8 @@ ONE_STACK = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "bert"]
 TWO_STACKS = ["t5", "bart"]
 
 
-def their_model(family: str) -> Any:
-    """With random weights, biases and norms too, so that none of them goes unnoticed."""
+def build_hf_model(family: str) -> Any:
+    """Build a Hugging Face model with random weights, biases and norms, so that each of them affects the logits."""
     import transformers
 
     config_name, model_name, sizes = FAMILIES[family]
@@ -62,7 +62,7 @@ def their_model(family: str) -> Any:
     config = getattr(transformers, config_name)(vocab_size=VOCAB, attn_implementation="eager", **sizes, **special)
     torch.manual_seed(0)
     hf_model = getattr(transformers, model_name)(config).eval()
-    if family == "t5":  # v1.1's head is its own, whatever transformers starts it as
+    if family == "t5":  # the head of v1.1 is not tied
         hf_model.lm_head.weight = torch.nn.Parameter(hf_model.lm_head.weight.detach().clone())
     with torch.no_grad():
         for parameter in hf_model.parameters():
@@ -70,9 +70,9 @@ def their_model(family: str) -> Any:
     return hf_model
 
 
-def build(family: str) -> tuple[Any, Any, Any]:
-    """(their model with random weights, our model with the same, our config)."""
-    hf_model = their_model(family)
+def build_models(family: str) -> tuple[Any, Any, Any]:
+    """Return (Hugging Face model with random weights, native model with the same weights, native config)."""
+    hf_model = build_hf_model(family)
     config = parse_hf_config(hf_model.config.to_dict())
     native_model = build_model(config).eval()
     view = from_huggingface(DictWeights(hf_model.state_dict()), config, family)

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints: we read exactly what DeepSpeed holds, and DeepSpeed goes on from what we write."""
+"""DeepSpeed checkpoints: our reader returns exactly DeepSpeed's state, and DeepSpeed resumes from our writer's."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ from dist_llm.convert.deepspeed_layout import PartitionLayout, Shapes, contiguou
 from dist_llm.convert.deepspeed_read import open_deepspeed
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
 from dist_llm.errors import CheckpointError
-from tests.convert.deepspeed_runs import FROZEN, Named, Run, deepspeed_run, new, plain
+from tests.convert.deepspeed_runs import FROZEN, Named, Run, build_trained_model, run_deepspeed, run_plain_torch
 from tests.laws.worlds import GlooWorld
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -47,7 +47,7 @@ RUNS = {
 
 
 class InMemoryWeights:
-    """Tensors in memory, as something to be written."""
+    """Tensors in memory with the interface of weights that can be written."""
 
     def __init__(self, tensors: Named) -> None:
         self.tensors = tensors
@@ -58,17 +58,17 @@ class InMemoryWeights:
 
 
 class Ranks:
-    """Worlds of this module's own: DeepSpeed changes torch in the processes it is used in."""
+    """Worlds for this module only, because DeepSpeed changes torch in its processes."""
 
     def __init__(self) -> None:
         self.worlds: dict[int, GlooWorld] = {}
 
     def run(self, run: Run, size: int = 2) -> tuple[Named, Named]:
-        for other, workers in self.worlds.items():
-            workers.pause(other != size)
+        for other_size, workers in self.worlds.items():
+            workers.pause(other_size != size)
         if size not in self.worlds or not self.worlds[size].alive:
             self.worlds[size] = GlooWorld(size)
-        return self.worlds[size].run(deepspeed_run, run)[0]
+        return self.worlds[size].run(run_deepspeed, run)[0]
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,11 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="module")
-def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """saved(key, world) -> (the directory of a run of RUNS, what DeepSpeed held when it saved); made once."""
+def saved_run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function: (key, world size) -> (directory of a run of RUNS, DeepSpeed's state when it saved).
+
+    Runs are cached.
+    """
     runs_by_key: dict[tuple[str, int], tuple[Path, Named]] = {}
 
     def save(key: str, size: int = 2) -> tuple[Path, Named]:
@@ -94,51 +97,51 @@ def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def copy(saved: Any, tmp_path: Path) -> Any:
-    """copy(key) -> a copy of a run's directory, to be damaged."""
-    return lambda key: Path(shutil.copytree(saved(key)[0], tmp_path / "copy"))
+def copy_run(saved_run: Any, tmp_path: Path) -> Any:
+    """Return a function: key -> a copy of a run's directory, which the test may damage."""
+    return lambda key: Path(shutil.copytree(saved_run(key)[0], tmp_path / "copy"))
 
 
-def equal(actual: Any, expected: Named) -> None:
-    """The same names, shapes and bits."""
+def assert_equal_state(actual: Any, expected: Named) -> None:
+    """Compare names, shapes and bits."""
     assert sorted(actual.shapes) == sorted(expected)
     for name, tensor in expected.items():
         assert actual.shapes[name] == tuple(tensor.shape), name
         assert torch.equal(actual.read(name), tensor.float()), name
 
 
-def groups_of(model: str) -> tuple[list[list[str]], list[dict[str, Any]]]:
-    """What the writer asks of an optimizer."""
-    _, optimizer, groups = new(model)
+def optimizer_groups(model: str) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """Return the parameter groups and their settings, as the writer needs them."""
+    _, optimizer, groups = build_trained_model(model)
     return groups, [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
 
-def train_plain(model: str, steps: int) -> Named:
-    return list(plain(model, steps))[-1]
+def final_plain_state(model: str, steps: int) -> Named:
+    return list(run_plain_torch(model, steps))[-1]
 
 
-def tag_of(directory: Path) -> Path:
+def tag_directory(directory: Path) -> Path:
     return directory / (directory / "latest").read_text()
 
 
 @pytest.mark.parametrize("key", RUNS)
-def test_reader_matches_deepspeed_state(key: str, saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory, expected = saved(key)
-    monkeypatch.setitem(sys.modules, "deepspeed", None)  # an import of it would fail
+def test_reader_matches_deepspeed_state(key: str, saved_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, expected = saved_run(key)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it would fail
     model = RUNS[key].model
-    actual = open_deepspeed(directory, groups_of(model)[0] if RUNS[key].stage == 0 else ())
+    actual = open_deepspeed(directory, optimizer_groups(model)[0] if RUNS[key].stage == 0 else ())
     if model == "shared":
         expected = {**expected, "model.source_embed.tokens.weight": expected["model.embed.tokens.weight"]}
-    equal(actual, expected)
-    equal(open_deepspeed(tag_of(directory), groups_of(model)[0]), expected)
+    assert_equal_state(actual, expected)
+    assert_equal_state(open_deepspeed(tag_directory(directory), optimizer_groups(model)[0]), expected)
 
 
 @pytest.mark.slow
 def test_reader_handles_round_robin_gradients(ranks: Ranks, tmp_path: Path) -> None:
-    """DeepSpeed cannot look moments up there, so those of a plain run are what they should be."""
+    """DeepSpeed cannot look up the moments, so those of plain torch are the reference."""
     _, state = ranks.run(Run(2, save=tmp_path, zero={"round_robin_gradients": True}))
     actual = open_deepspeed(tmp_path)
-    for name, tensor in train_plain("odd", 3).items():
+    for name, tensor in final_plain_state("odd", 3).items():
         torch.testing.assert_close(actual.read(name), tensor, rtol=1e-4, atol=1e-6)
         assert name not in state or torch.equal(actual.read(name), state[name])
 
@@ -146,16 +149,16 @@ def test_reader_handles_round_robin_gradients(ranks: Ranks, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("key", ["1", "2", "3", "3 shared", "2 aligned"])
-def test_we_read_other_world_sizes(key: str, size: int, saved: Any) -> None:
-    directory, expected = saved(key, size)
+def test_reader_handles_other_world_sizes(key: str, size: int, saved_run: Any) -> None:
+    directory, expected = saved_run(key, size)
     if "shared" in key:
         expected = {**expected, "model.source_embed.tokens.weight": expected["model.embed.tokens.weight"]}
-    equal(open_deepspeed(directory), expected)
+    assert_equal_state(open_deepspeed(directory), expected)
 
 
-def test_these_runs_have_padding() -> None:
-    """Else the tests above would not see it ignored."""
-    model, _, groups = new("odd")
+def test_the_runs_have_padding() -> None:
+    """Otherwise the tests above could not detect wrong padding."""
+    model, _, groups = build_trained_model("odd")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for group in groups:
         flat = contiguous_layout({name: shapes[name] for name in group}, 2)
@@ -163,8 +166,8 @@ def test_these_runs_have_padding() -> None:
     assert any(parameter.numel() % 2 for parameter in model.parameters())
 
 
-def without_padding(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> PartitionLayout:
-    """Stages 1 and 2: partitions of as many elements as there are."""
+def layout_without_padding(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> PartitionLayout:
+    """Planted bug for stages 1 and 2: partitions without padding."""
     full = contiguous_layout(shapes, 1, gaps)
     size = -(-full.unpadded_sizes[0] // world)
     slices = {
@@ -177,69 +180,71 @@ def without_padding(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> Par
     return PartitionLayout(slices, [size] * world, contiguous_layout(shapes, world, gaps).unpadded_sizes)
 
 
-def reversed_order(layout: Any) -> Any:
+def layout_in_reversed_order(layout: Any) -> Any:
     return lambda shapes, *rest: layout(dict(reversed(shapes.items())), *rest)
 
 
-def padded_shards(shapes: Shapes, world: int) -> PartitionLayout:
-    """Stage 3: the padding of the last shards is read as elements."""
-    right = per_param_layout(shapes, world)
-    return replace(right, slices={name: [slices[0]] * world for name, slices in right.slices.items()})
+def layout_with_padding(shapes: Shapes, world: int) -> PartitionLayout:
+    """Planted bug for stage 3: the padding of the last shards is read as elements."""
+    correct = per_param_layout(shapes, world)
+    return replace(correct, slices={name: [slices[0]] * world for name, slices in correct.slices.items()})
 
 
 @pytest.mark.parametrize(
-    ("key", "function", "broken"),
+    ("key", "function", "faulty"),
     [
-        ("1", "contiguous_layout", without_padding),
-        ("1", "contiguous_layout", reversed_order(contiguous_layout)),
+        ("1", "contiguous_layout", layout_without_padding),
+        ("1", "contiguous_layout", layout_in_reversed_order(contiguous_layout)),
         ("2 aligned", "contiguous_layout", lambda shapes, world, gaps: contiguous_layout(shapes, world)),
-        ("3", "per_param_layout", padded_shards),
-        ("3", "per_param_layout", reversed_order(per_param_layout)),
+        ("3", "per_param_layout", layout_with_padding),
+        ("3", "per_param_layout", layout_in_reversed_order(per_param_layout)),
     ],
     ids=["no padding", "order", "no gaps", "parts with padding", "order of parts"],
 )
-def test_a_planted_bug_is_noticed(
-    key: str, function: str, broken: Any, saved: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_planted_bug_is_detected(
+    key: str, function: str, faulty: Any, saved_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory, expected = saved(key)
-    equal(open_deepspeed(directory), expected)
-    monkeypatch.setattr(deepspeed_read, function, broken)
+    directory, expected = saved_run(key)
+    assert_equal_state(open_deepspeed(directory), expected)
+    monkeypatch.setattr(deepspeed_read, function, faulty)
     with pytest.raises((AssertionError, RuntimeError, CheckpointError)):
-        equal(open_deepspeed(directory), expected)
+        assert_equal_state(open_deepspeed(directory), expected)
 
 
-def test_stage_0_without_groups_gives_weights_alone(saved: Any) -> None:
-    directory, expected = saved("0")
-    equal(open_deepspeed(directory), {name: tensor for name, tensor in expected.items() if name.startswith("model.")})
-    groups, _ = groups_of("odd")
+def test_stage_0_without_groups_gives_only_weights(saved_run: Any) -> None:
+    directory, expected = saved_run("0")
+    assert_equal_state(
+        open_deepspeed(directory), {name: tensor for name, tensor in expected.items() if name.startswith("model.")}
+    )
+    groups, _ = optimizer_groups("odd")
     with pytest.raises(CheckpointError, match="give its groups"):
         open_deepspeed(directory, groups[:1])
     with pytest.raises(CheckpointError, match="in order"):
         open_deepspeed(directory, groups[::-1])
 
 
-def converted(tag: Path, output: Path) -> Path:
-    """A universal checkpoint, by DeepSpeed's own converter."""
+def convert_to_universal(tag: Path, output: Path) -> Path:
+    """Return a universal checkpoint written by DeepSpeed's converter."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     command += ["--input_folder", str(tag), "--output_folder", str(output / tag.name)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert completed.returncode == 0, completed.stderr
     return output
 
 
 @pytest.mark.parametrize(
     "key", ["2 shared", *(pytest.param(key, marks=pytest.mark.slow) for key in ("1", "3", "3 shared"))]
 )
-def test_a_universal_checkpoint(key: str, saved: Any, tmp_path: Path) -> None:
-    directory, expected = saved(key)
-    actual = open_deepspeed(converted(tag_of(directory), tmp_path))
+def test_reader_handles_universal_checkpoints(key: str, saved_run: Any, tmp_path: Path) -> None:
+    directory, expected = saved_run(key)
+    actual = open_deepspeed(convert_to_universal(tag_directory(directory), tmp_path))
     if "shared" in key:
         expected = {**expected, "model.source_embed.tokens.weight": expected["model.embed.tokens.weight"]}
-    if key == "3 shared":  # the converter leaves frozen parameters out
+    if key == "3 shared":  # the converter omits frozen parameters
         del expected[f"model.{FROZEN['shared']}"]
-    equal(actual, expected)
+    assert_equal_state(actual, expected)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -249,13 +254,13 @@ def test_a_universal_checkpoint(key: str, saved: Any, tmp_path: Path) -> None:
 def test_deepspeed_resumes_from_written_checkpoint(
     stage: int, model: str, moments: bool, ranks: Ranks, tmp_path: Path
 ) -> None:
-    before, after = list(plain(model, 4))[-2:]
+    before, after = list(run_plain_torch(model, 4))[-2:]
     if not moments:
         before = {name: tensor for name, tensor in before.items() if name.startswith("model.")}
-    groups, settings = groups_of(model)
+    groups, settings = optimizer_groups(model)
     write_deepspeed(tmp_path, InMemoryWeights(before), stage, 2, groups=groups, settings=settings, step=3)
     loaded, end = ranks.run(Run(stage, model, steps=range(3, 4), load=tmp_path))
-    equal(InMemoryWeights(loaded), before)
+    assert_equal_state(InMemoryWeights(loaded), before)
     if moments:
         assert end.keys() == after.keys()
         for name, tensor in after.items():
@@ -266,62 +271,64 @@ def test_deepspeed_resumes_from_written_checkpoint(
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 4])
 def test_deepspeed_resumes_at_other_world_sizes(stage: int, size: int, ranks: Ranks, tmp_path: Path) -> None:
-    before, after = list(plain("odd", 4))[-2:]
-    groups, settings = groups_of("odd")
+    before, after = list(run_plain_torch("odd", 4))[-2:]
+    groups, settings = optimizer_groups("odd")
     write_deepspeed(tmp_path, InMemoryWeights(before), stage, size, groups=groups, settings=settings, step=3)
     loaded, end = ranks.run(Run(stage, steps=range(3, 4), load=tmp_path), size)
-    equal(InMemoryWeights(loaded), before)
+    assert_equal_state(InMemoryWeights(loaded), before)
     for name, tensor in after.items():
         torch.testing.assert_close(end[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_deepspeed_loads_the_weights_alone(stage: int, ranks: Ranks, tmp_path: Path) -> None:
-    before = train_plain("odd", 3)
-    groups, settings = groups_of("odd")
+def test_deepspeed_loads_only_weights(stage: int, ranks: Ranks, tmp_path: Path) -> None:
+    before = final_plain_state("odd", 3)
+    groups, settings = optimizer_groups("odd")
     write_deepspeed(tmp_path, InMemoryWeights(before), stage, 2, groups=groups, settings=settings, step=3)
     loaded, _ = ranks.run(Run(stage, steps=range(0), load=tmp_path, moments=False))
-    equal(InMemoryWeights(loaded), {name: tensor for name, tensor in before.items() if name.startswith("model.")})
+    assert_equal_state(
+        InMemoryWeights(loaded), {name: tensor for name, tensor in before.items() if name.startswith("model.")}
+    )
 
 
 def test_deepspeed_loads_sub_groups(ranks: Ranks, tmp_path: Path) -> None:
-    before = train_plain("odd", 3)
-    groups, settings = groups_of("odd")
+    before = final_plain_state("odd", 3)
+    groups, settings = optimizer_groups("odd")
     write_deepspeed(
         tmp_path, InMemoryWeights(before), 3, 2, groups=groups, settings=settings, step=3, sub_group_size=100
     )
     loaded, _ = ranks.run(Run(3, steps=range(0), load=tmp_path, zero={"sub_group_size": 100}))
-    equal(InMemoryWeights(loaded), before)
+    assert_equal_state(InMemoryWeights(loaded), before)
 
 
-@pytest.mark.parametrize(("stage", "moments"), [(1, True), (2, True), (3, True), (1, False)])  # stage 3 wants moments
-def test_deepspeed_goes_on_from_our_universal_checkpoint(
+@pytest.mark.parametrize(("stage", "moments"), [(1, True), (2, True), (3, True), (1, False)])  # stage 3 needs moments
+def test_deepspeed_resumes_from_written_universal_checkpoint(
     stage: int, moments: bool, ranks: Ranks, tmp_path: Path
 ) -> None:
-    before, after = list(plain("odd", 4))[-2:]
+    before, after = list(run_plain_torch("odd", 4))[-2:]
     if not moments:
         before = {name: tensor for name, tensor in before.items() if name.startswith("model.")}
     write_universal(tmp_path, InMemoryWeights(before), step=3)
     universal = {"checkpoint": {"load_universal": True}}
     loaded, end = ranks.run(Run(stage, steps=range(3, 4), load=tmp_path, config=universal))
-    equal(InMemoryWeights(loaded), before)
+    assert_equal_state(InMemoryWeights(loaded), before)
     for name, tensor in after.items() if moments else ():
         torch.testing.assert_close(end[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_deepspeeds_converter_reads_what_we_write(tmp_path: Path) -> None:
-    before = train_plain("odd", 3)
-    groups, settings = groups_of("odd")
+def test_deepspeeds_converter_reads_written_checkpoints(tmp_path: Path) -> None:
+    before = final_plain_state("odd", 3)
+    groups, settings = optimizer_groups("odd")
     tag = write_deepspeed(tmp_path / "zero", InMemoryWeights(before), 1, 4, groups=groups, settings=settings, step=3)
-    equal(open_deepspeed(converted(tag, tmp_path / "universal")), before)
+    assert_equal_state(open_deepspeed(convert_to_universal(tag, tmp_path / "universal")), before)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_we_read_what_we_write(stage: int, size: int, tmp_path: Path) -> None:
-    before = train_plain("odd", 2)
-    groups, settings = groups_of("odd")
+def test_reader_reads_written_checkpoints(stage: int, size: int, tmp_path: Path) -> None:
+    before = final_plain_state("odd", 2)
+    groups, settings = optimizer_groups("odd")
     write_deepspeed(
         tmp_path,
         InMemoryWeights(before),
@@ -333,54 +340,54 @@ def test_we_read_what_we_write(stage: int, size: int, tmp_path: Path) -> None:
         sub_group_size=50,
         tag="mine",
     )
-    equal(open_deepspeed(tmp_path), before)
+    assert_equal_state(open_deepspeed(tmp_path), before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "mine"]
 
 
-def test_we_read_the_universal_checkpoint_we_write(tmp_path: Path) -> None:
-    before = train_plain("odd", 2)
+def test_reader_reads_written_universal_checkpoints(tmp_path: Path) -> None:
+    before = final_plain_state("odd", 2)
     write_universal(tmp_path, InMemoryWeights(before), step=2)
-    equal(open_deepspeed(tmp_path), before)
+    assert_equal_state(open_deepspeed(tmp_path), before)
 
 
-def test_a_shared_parameter_is_written_under_both_names(ranks: Ranks, saved: Any, tmp_path: Path) -> None:
-    """And what is read can be written: the second name comes with it, frozen parameters have to be taken out."""
-    directory, _ = saved("2 shared")
-    read = open_deepspeed(directory)
-    state = {name: read.read(name) for name in read.shapes}
-    groups, settings = groups_of("shared")
+def test_a_shared_parameter_is_written_under_both_names(ranks: Ranks, saved_run: Any, tmp_path: Path) -> None:
+    """The loaded state can be written again without the frozen parameters, which DeepSpeed does not allow."""
+    directory, _ = saved_run("2 shared")
+    weights = open_deepspeed(directory)
+    state = {name: weights.read(name) for name in weights.shapes}
+    groups, settings = optimizer_groups("shared")
     shared = {"source_embed.tokens.weight": "embed.tokens.weight"}
     with pytest.raises(CheckpointError, match=f"{FROZEN['shared']} is in no group"):
         write_deepspeed(tmp_path, InMemoryWeights(state), 2, 2, groups=groups, settings=settings, step=3, shared=shared)
     del state[f"model.{FROZEN['shared']}"]
     write_deepspeed(tmp_path, InMemoryWeights(state), 2, 2, groups=groups, settings=settings, step=3, shared=shared)
-    equal(open_deepspeed(tmp_path), state)
+    assert_equal_state(open_deepspeed(tmp_path), state)
 
 
-def test_a_missing_rank(copy: Any) -> None:
-    directory = copy("1")
-    (tag_of(directory) / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+def test_a_missing_rank_is_reported(copy_run: Any) -> None:
+    directory = copy_run("1")
+    (tag_directory(directory) / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(CheckpointError, match=r"saved by 2 ranks; the optim states of 1 are missing"):
         open_deepspeed(directory)
 
 
-def test_a_missing_model_state_of_stage_3(copy: Any) -> None:
-    directory = copy("3")
-    (tag_of(directory) / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
+def test_a_missing_model_state_of_stage_3_is_reported(copy_run: Any) -> None:
+    directory = copy_run("3")
+    (tag_directory(directory) / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
     with pytest.raises(CheckpointError, match=r"saved by 2 ranks; the model states of 1 are missing"):
         open_deepspeed(directory)
 
 
-def test_a_rank_too_many(copy: Any) -> None:
-    tag = tag_of(copy("2"))
+def test_an_additional_rank_is_reported(copy_run: Any) -> None:
+    tag = tag_directory(copy_run("2"))
     shutil.copy(tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt", tag / "zero_pp_rank_2_mp_rank_00_optim_states.pt")
     with pytest.raises(CheckpointError, match=r"saved by 2 ranks, but has optim states of 2"):
         open_deepspeed(tag)
 
 
 @pytest.mark.parametrize("key", ["0", "1", "3"])
-def test_a_file_cut_short(key: str, copy: Any) -> None:
-    path = sorted(tag_of(copy(key)).glob("*_states.pt"))[-1]
+def test_a_truncated_file_is_reported(key: str, copy_run: Any) -> None:
+    path = sorted(tag_directory(copy_run(key)).glob("*_states.pt"))[-1]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=f"{path.name}: cannot be read"):
         open_deepspeed(path.parent)
@@ -388,31 +395,31 @@ def test_a_file_cut_short(key: str, copy: Any) -> None:
 
 @pytest.mark.parametrize(("key", "flats"), [("1", "single_partition_of_fp32_groups"), ("3", "fp32_flat_groups")])
 @pytest.mark.parametrize("change", [-1, 7])
-def test_a_partition_of_a_wrong_size(key: str, flats: str, change: int, copy: Any) -> None:
-    path = tag_of(copy(key)) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+def test_a_partition_of_a_wrong_size_is_reported(key: str, flats: str, change: int, copy_run: Any) -> None:
+    path = tag_directory(copy_run(key)) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = load_mapped(path)["optimizer_state_dict"]
-    unneeded = ("param_slice_mappings", "loss_scaler", "zero_stage")  # of DeepSpeed's own classes
+    unneeded = ("param_slice_mappings", "loss_scaler", "zero_stage")  # instances of DeepSpeed's classes
     trimmed = {name: value for name, value in content.items() if name not in unneeded}
     flat = trimmed[flats][1]
     trimmed[flats][1] = torch.zeros(flat.numel() + change)
-    path.unlink()  # it is mapped
+    path.unlink()  # the file is memory-mapped
     torch.save({"optimizer_state_dict": trimmed}, path)
     with pytest.raises(CheckpointError, match=rf"rank_1.*weights of group 1 have {flat.numel() + change} elements"):
         open_deepspeed(path.parent)
 
 
-def test_tensor_parallel_ranks_are_refused(copy: Any) -> None:
-    tag = tag_of(copy("1"))
+def test_tensor_parallel_ranks_are_refused(copy_run: Any) -> None:
+    tag = tag_directory(copy_run("1"))
     shutil.copy(tag / "mp_rank_00_model_states.pt", tag / "mp_rank_01_model_states.pt")
     with pytest.raises(CheckpointError, match="tensor, pipeline or expert parallelism"):
         open_deepspeed(tag)
 
 
-def test_directory_without_a_checkpoint_is_refused(copy: Any, tmp_path: Path) -> None:
+def test_directory_without_a_checkpoint_is_refused(copy_run: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no DeepSpeed checkpoint; give the directory"):
         open_deepspeed(tmp_path)
-    directory = copy("1")
-    tag_of(directory).rename(directory / "elsewhere")
+    directory = copy_run("1")
+    tag_directory(directory).rename(directory / "elsewhere")
     with pytest.raises(CheckpointError, match="names global_step3, which is not there"):
         open_deepspeed(directory)
 
@@ -422,8 +429,8 @@ def make_directory(path: str) -> None:
 
 
 @dataclass
-class Evil:
-    """Unpickled the usual way, it makes a directory."""
+class MaliciousObject:
+    """An object that creates a directory when it is unpickled."""
 
     function: Any
     path: Path
@@ -432,27 +439,27 @@ class Evil:
         return self.function, (str(self.path),)
 
 
-@pytest.mark.parametrize(("function", "refused"), [(make_directory, False), (os.mkdir, True)])
-def test_no_code_in_a_file_is_run(function: Any, refused: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("function", "is_refused"), [(make_directory, False), (os.mkdir, True)])
+def test_no_code_in_a_file_is_run(function: Any, is_refused: bool, tmp_path: Path) -> None:
     content = {"module": {"w": torch.ones(2)}, "param_shapes": None}
     path = tmp_path / "mp_rank_00_model_states.pt"
-    torch.save({**content, "client": Evil(function, tmp_path / "evil")}, path)
-    if refused:
+    torch.save({**content, "client": MaliciousObject(function, tmp_path / "evil")}, path)
+    if is_refused:
         with pytest.raises(CheckpointError, match="holds what cannot be read without running code"):
             open_deepspeed(tmp_path)
     else:
-        equal(open_deepspeed(tmp_path), {"model.w": torch.ones(2)})
+        assert_equal_state(open_deepspeed(tmp_path), {"model.w": torch.ones(2)})
     assert not (tmp_path / "evil").exists()
     torch.load(path, weights_only=False)
-    assert (tmp_path / "evil").exists(), "the usual way does run it"
+    assert (tmp_path / "evil").exists(), "the usual way of loading runs the code"
 
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_tensor_costs_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways: 1 GiB of weights, of which hardly any are there."""
+def test_memory_does_not_depend_on_the_checkpoint_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading and writing: 1 GiB of weights, almost all of which are virtual."""
     shapes = {"model.big": (2**28,), "model.small": (3,)}
     state = InMemoryWeights({"model.small": torch.arange(3.0)})
     state.shapes = shapes
@@ -471,18 +478,18 @@ def test_a_tensor_costs_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_failed_write_leaves_no_files(tmp_path: Path) -> None:
-    tensors = train_plain("odd", 1)
-    groups, settings = groups_of("odd")
+    tensors = final_plain_state("odd", 1)
+    groups, settings = optimizer_groups("odd")
 
-    class Breaking(InMemoryWeights):
+    class FailingWeights(InMemoryWeights):
         def read(self, name: str) -> Tensor:
             if name == "model.head.out.weight":
                 raise OSError("no space left on device")
             return super().read(name)
 
     for write in (
-        lambda: write_deepspeed(tmp_path, Breaking(tensors), 2, 2, groups=groups, settings=settings, step=1),
-        lambda: write_universal(tmp_path, Breaking(tensors), step=1),
+        lambda: write_deepspeed(tmp_path, FailingWeights(tensors), 2, 2, groups=groups, settings=settings, step=1),
+        lambda: write_universal(tmp_path, FailingWeights(tensors), step=1),
     ):
         with pytest.raises(OSError, match="no space"):
             write()
@@ -490,8 +497,8 @@ def test_failed_write_leaves_no_files(tmp_path: Path) -> None:
 
 
 def test_unsupported_writes_are_refused(tmp_path: Path) -> None:
-    tensors = train_plain("odd", 1)
-    groups, settings = groups_of("odd")
+    tensors = final_plain_state("odd", 1)
+    groups, settings = optimizer_groups("odd")
     first = groups[0][0]
 
     def write(tensors: Named = tensors, stage: int = 2, groups: Any = groups, settings: Any = settings) -> None:
@@ -517,13 +524,13 @@ def test_unsupported_writes_are_refused(tmp_path: Path) -> None:
         write()
 
 
-def test_partitions_by_hand() -> None:
+def test_layouts_equal_those_computed_by_hand() -> None:
     shapes = {"a": (3,), "b": (2, 2)}
-    flat = contiguous_layout(shapes, 2)  # 7 elements, 8 with padding, 4 a rank
+    flat = contiguous_layout(shapes, 2)  # 7 elements, 8 with padding, 4 per rank
     assert flat.sizes == [4, 4]
     assert flat.unpadded_sizes == [4, 3]
     assert flat.slices == {"a": [slice(0, 3), slice(0, 0)], "b": [slice(3, 4), slice(0, 3)]}
     assert contiguous_layout(shapes, 2, [1, 0]).slices["b"] == [slice(4, 4), slice(0, 4)]
-    third = per_param_layout(shapes, 2)  # 2 and 2 a rank, of which rank 1 has 1 and 2
-    assert third.sizes == [4, 4]
-    assert third.slices == {"a": [slice(0, 2), slice(0, 1)], "b": [slice(2, 4), slice(2, 4)]}
+    per_param = per_param_layout(shapes, 2)  # 2 and 2 elements per rank; rank 1 has 1 and 2 without padding
+    assert per_param.sizes == [4, 4]
+    assert per_param.slices == {"a": [slice(0, 2), slice(0, 1)], "b": [slice(2, 4), slice(2, 4)]}

@@ -1,4 +1,7 @@
-"""To Hugging Face's form and back: the same bits, logits, tokens and texts; what cannot be said there is refused."""
+"""Conversion to Hugging Face and back gives the same bits, logits, tokens and texts.
+
+Models without an equivalent are refused.
+"""
 
 import json
 import shutil
@@ -30,7 +33,7 @@ from dist_llm.models.build_model import build_model
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT
-from tests.convert.families import FAMILIES, their_model
+from tests.convert.families import FAMILIES, build_hf_model
 from tests.laws.layouts import BART, BERT
 from tests.tools import command
 
@@ -47,12 +50,12 @@ def tool() -> Callable[..., int]:
 
 
 def save_hf_model(family: str, directory: Path) -> Any:
-    hf = their_model(family)
+    hf = build_hf_model(family)
     hf.save_pretrained(directory)
     return hf
 
 
-def tensors_of(directory: Path) -> dict[str, Tensor]:
+def read_tensors(directory: Path) -> dict[str, Tensor]:
     weights = SafetensorsWeights(directory)
     return {name: weights.read(name) for name in weights.shapes}
 
@@ -61,14 +64,14 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 def test_import_then_export_gives_the_same_bits(
     family: str, tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`--check` compares logits in fp32, and distributions in fp64, on both ways."""
+    """`--check` compares logits in fp32 and distributions in fp64 in both directions."""
     save_hf_model(family, tmp_path / "theirs")
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours", "--check") == 0
     assert tool("to-hf", tmp_path / "ours", tmp_path / "again", "--family", family, "--check") == 0
     assert capsys.readouterr().out.count("logits differ by") == 2
     verify(Folder(tmp_path / "ours"))
-    before, after = tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "again")
-    # What is always zero, or another tensor's copy, is not written.
+    before, after = read_tensors(tmp_path / "theirs"), read_tensors(tmp_path / "again")
+    # Tensors that are always zero, or copies of another tensor, are not written.
     assert after.keys() <= before.keys()
     for name, tensor in before.items():
         if name in after:
@@ -77,7 +80,7 @@ def test_import_then_export_gives_the_same_bits(
             assert not tensor.any() or any(torch.equal(tensor, other) for other in after.values()), name
 
 
-OURS: dict[str, dict[str, Any]] = {
+NATIVE_MODELS: dict[str, dict[str, Any]] = {
     "llama": {"n_kv_heads": 2},
     "qwen2": {"n_kv_heads": 2, "qkv_bias": True, "tie_embeddings": True},
     "qwen3": {"n_kv_heads": 1, "qk_norm": True, "head_dim": 16},
@@ -99,29 +102,29 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 
-def scale_of(name: str, ndim: int) -> float:
-    """Small enough for tokens that a model says more than the last of them again."""
+def weight_scale(name: str, ndim: int) -> float:
+    """Return a scale that is small enough for embeddings that a model does not only repeat its last token."""
     return 0.1 if ndim == 1 or "tokens" in name else 0.5
 
 
-def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
-    """Random weights, a tokenizer of bytes, and a vocabulary that is padded from 257 + the objective's to 320 rows."""
+def write_native_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
+    """Write a checkpoint with random weights, a byte tokenizer, and a vocabulary padded to 320 rows."""
     tokenizer = BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([i]): i for i in range(256)}, {ENDOFTEXT: 256})
-    two = changes.get("architecture") == "encoder_decoder"
-    vocab_size = Vocabulary(257, 256).sentinel(8) if two else 257
+    is_encoder_decoder = changes.get("architecture") == "encoder_decoder"
+    vocab_size = Vocabulary(257, 256).sentinel(8) if is_encoder_decoder else 257
     sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}
     config = Config.model_validate(
         {
             "run": {"dir": "unused", "steps": 1},
             "model": {**sizes, "vocab_size": vocab_size, "max_seq_len": 64, "init_std": 0.4, **changes},
             "data": {"seq_len": 64, "global_batch": 1, "micro_batch": 1},
-            "objective": {"name": "span" if two else "causal"},
+            "objective": {"name": "span" if is_encoder_decoder else "causal"},
         }
     )
     model = build_model(config.model)
     generator = torch.Generator().manual_seed(1)
     weights = {
-        f"model.{name}": torch.randn(p.shape, generator=generator) * scale_of(name, p.ndim)
+        f"model.{name}": torch.randn(p.shape, generator=generator) * weight_scale(name, p.ndim)
         + ("norm" in name and name.endswith("weight"))
         for name, p in model.named_parameters()
     }
@@ -136,13 +139,13 @@ def our_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
 
 
 def test_encoder_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
-    native = our_checkpoint(tmp_path / "ours", {**BERT, "n_kv_heads": 4})
+    native = write_native_checkpoint(tmp_path / "ours", {**BERT, "n_kv_heads": 4})
     assert tool("to-hf", native, tmp_path / "theirs", "--check") == 0
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "again", "--check") == 0
-    first, again = NativeWeights(native), NativeWeights(tmp_path / "again")
+    first, reimported = NativeWeights(native), NativeWeights(tmp_path / "again")
     for name in first.shapes:
         rows = slice(257) if name in ("model.embed.tokens.weight", "model.head.bias") else slice(None)
-        assert torch.equal(first.read(name)[rows], again.read(name)[rows]), name
+        assert torch.equal(first.read(name)[rows], reimported.read(name)[rows]), name
 
 
 def test_token_ids_survive_a_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
@@ -154,54 +157,57 @@ def test_token_ids_survive_a_round_trip(tool: Callable[..., int], tmp_path: Path
     assert [actual[key] for key in hf_convert.TOKEN_IDS] == [1, 2, 0, 1]
 
 
-@pytest.mark.parametrize("family", OURS)
+@pytest.mark.parametrize("family", NATIVE_MODELS)
 def test_transformers_generates_the_same_tokens_from_an_export(
     family: str, tool: Callable[..., int], tmp_path: Path
 ) -> None:
-    native = our_checkpoint(tmp_path / "ours", OURS[family])
+    native = write_native_checkpoint(tmp_path / "ours", NATIVE_MODELS[family])
     assert tool("to-hf", native, tmp_path / "theirs", "--check") == 0
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == family
-    two = family in ("t5", "bart")
-    loader = transformers.AutoModelForSeq2SeqLM if two else transformers.AutoModelForCausalLM
+    is_encoder_decoder = family in ("t5", "bart")
+    loader = transformers.AutoModelForSeq2SeqLM if is_encoder_decoder else transformers.AutoModelForCausalLM
     hf = loader.from_pretrained(tmp_path / "theirs")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
 
     model, our_tokenizer, config = load_model(native, torch.device("cpu"))
-    said: set[int] = set()
+    tokens_seen: set[int] = set()
     for prompt in ("def f(x):", "import", "#", "class A: pass"):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         assert ids[0].tolist() == our_tokenizer.encode(prompt).tolist()
         inputs = encode_prompt(config, our_tokenizer, prompt)
-        if two:
+        if is_encoder_decoder:
             ids = torch.tensor([inputs.encoder_ids])
-        start = {"decoder_input_ids": torch.tensor([inputs.ids])} if two else {}
+        start = {"decoder_input_ids": torch.tensor([inputs.ids])} if is_encoder_decoder else {}
         actual = hf.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=[], **start)[0]
         native_ids = list(generate_tokens(model, inputs, Sampling(20, temperature=0), 64))
         assert actual[-20:].tolist() == native_ids
-        assert tokenizer.decode(actual[-20:], skip_special_tokens=False) == our_tokenizer.decode(native_ids) or two
-        said.update(native_ids)
-    assert len(said) >= 3, "a model that has something to say"
+        assert (
+            tokenizer.decode(actual[-20:], skip_special_tokens=False) == our_tokenizer.decode(native_ids)
+            or is_encoder_decoder
+        )
+        tokens_seen.update(native_ids)
+    assert len(tokens_seen) >= 3, "the model generates several tokens"
 
 
 def test_missing_rotary_permutation_is_detected(tool: Callable[..., int], tmp_path: Path, monkeypatch: Any) -> None:
-    """Queries in Meta's pairing of rotary dimensions: the bits come back, the logits do not."""
+    """With queries in Meta's pairing of rotary dimensions the bits match but the logits do not."""
     save_hf_model("llama", tmp_path / "theirs")
-    real = hf_convert.to_native
+    original = hf_convert.to_native
 
-    def permuted(pair: Any, hf: Any) -> Tensor:
-        tensor = real(pair, hf)
+    def permute_queries(pair: Any, hf: Any) -> Tensor:
+        tensor = original(pair, hf)
         if pair.native.endswith("attention.q.weight"):
             return tensor.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32)
         return tensor
 
-    monkeypatch.setattr(hf_convert, "to_native", permuted)
+    monkeypatch.setattr(hf_convert, "to_native", permute_queries)
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours", "--check") == 2
-    assert not (tmp_path / "ours").exists(), "nothing that is wrong is left"
+    assert not (tmp_path / "ours").exists(), "no wrong output is left"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
 def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Path) -> None:
-    native = our_checkpoint(tmp_path / "ours", OURS["llama"])
+    native = write_native_checkpoint(tmp_path / "ours", NATIVE_MODELS["llama"])
     arguments = ("--dtype", "bf16", "--shard-gb", "1e-5", "--check")
     assert tool("to-hf", native, tmp_path / "theirs", *arguments) == 0
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 3
@@ -210,11 +216,11 @@ def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Pa
     with torch.no_grad():
         hf.lm_head.weight[3].zero_()
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "again") == 0
-    first, again = NativeWeights(native), NativeWeights(tmp_path / "again")
-    for name, shape in again.shapes.items():
-        assert first.shapes[name] == shape, "vocabulary padding is back"
+    first, reimported = NativeWeights(native), NativeWeights(tmp_path / "again")
+    for name, shape in reimported.shapes.items():
+        assert first.shapes[name] == shape, "the vocabulary is padded again"
         rows = slice(257) if name in ("model.embed.tokens.weight", "model.head.out.weight") else slice(None)
-        assert torch.equal(first.read(name).bfloat16().float()[rows], again.read(name)[rows]), name
+        assert torch.equal(first.read(name).bfloat16().float()[rows], reimported.read(name)[rows]), name
 
 
 @pytest.mark.parametrize(
@@ -234,17 +240,17 @@ def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Pa
 )
 def test_model_without_a_hugging_face_equivalent_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=f"no equivalent.*{message}"):
-        build_hf_config(model_of(changes))
+        build_hf_config(make_model_config(changes))
 
 
-def model_of(changes: dict[str, Any]) -> ModelConfig:
+def make_model_config(changes: dict[str, Any]) -> ModelConfig:
     sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}
     return ModelConfig.model_validate({**sizes, "vocab_size": 64, "max_seq_len": 32, **changes})
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_every_family_is_found_from_its_own_config(family: str) -> None:
-    config = hf_convert.parse_hf_config(their_model(family).config.to_dict())
+def test_every_family_is_detected_from_its_config(family: str) -> None:
+    config = hf_convert.parse_hf_config(build_hf_model(family).config.to_dict())
     assert build_hf_config(config)["model_type"] == ("llama" if family == "mistral" else family)
     assert build_hf_config(config, family)["model_type"] == family
 
@@ -287,7 +293,7 @@ def test_unmapped_or_missing_tensors_are_refused(tool: Callable[..., int], tmp_p
 
 
 def test_existing_output_is_never_overwritten(tool: Callable[..., int], tmp_path: Path) -> None:
-    native = our_checkpoint(tmp_path / "ours", OURS["llama"])
+    native = write_native_checkpoint(tmp_path / "ours", NATIVE_MODELS["llama"])
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "precious").write_text("mine")
     assert tool("to-hf", native, tmp_path / "theirs") == 2
@@ -307,17 +313,17 @@ def test_verification_detects_wrong_output(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="b: what was written is not what was read"):
         verify_written(SafetensorsWeights(tmp_path / "out"), weights, torch.float32)
     for values, message in ((torch.full((3, 2), torch.nan), "not finite"), (torch.zeros(3, 2), "all zero")):
-        wrong = DictWeights({"a": values, "b": torch.randn(4)})
+        invalid_weights = DictWeights({"a": values, "b": torch.randn(4)})
         with pytest.raises(CheckpointError, match=message):
-            verify_written(wrong, wrong, torch.float32)
+            verify_written(invalid_weights, invalid_weights, torch.float32)
 
 
 NANOGPT = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 61, "dropout": 0.0}
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpt(bias: bool, tool: Callable[..., int], tmp_path: Path) -> None:
-    """Its tensors are GPT-2's, not transposed: a GPT-2 of Hugging Face's (exact GELU) says what they mean."""
+def test_a_nanogpt_checkpoint_gives_the_logits_of_gpt2(bias: bool, tool: Callable[..., int], tmp_path: Path) -> None:
+    """nanoGPT's tensors are GPT-2's, not transposed; a Hugging Face GPT-2 with exact GELU is the reference."""
     sizes = {
         "n_layer": 2,
         "n_head": 4,
@@ -345,15 +351,15 @@ def test_nanogpt(bias: bool, tool: Callable[..., int], tmp_path: Path) -> None:
     torch.save(content, file)
     assert tool("from-nanogpt", file, tmp_path / "ours") == 0
 
-    model, config = rebuilt(tmp_path / "ours")
+    model, config = load_native_model(tmp_path / "ours")
     assert config.model.bias == bias
     ids = torch.randint(61, (2, 16))
     with torch.no_grad():
         torch.testing.assert_close(model(ids), hf(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def rebuilt(path: Path) -> tuple[Any, Config]:
-    """Our model and config of a checkpoint without a tokenizer."""
+def load_native_model(path: Path) -> tuple[Any, Config]:
+    """Return the model and config of a checkpoint without a tokenizer."""
     config, violations = load_config(path / "config.yaml")
     assert not violations
     assert config is not None
@@ -363,10 +369,10 @@ def rebuilt(path: Path) -> tuple[Any, Config]:
 
 
 def test_torch_file_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
-    native = our_checkpoint(tmp_path / "ours", OURS["t5"])
+    native = write_native_checkpoint(tmp_path / "ours", NATIVE_MODELS["t5"])
     assert tool("to-torch", native, tmp_path / "one.pt") == 0
     content = torch.load(tmp_path / "one.pt", weights_only=True)
-    model, _ = rebuilt(native)
+    model, _ = load_native_model(native)
     model.load_state_dict(content["model"], strict=False)
     assert tool("from-torch", tmp_path / "one.pt", tmp_path / "again") == 0
     assert tool("diff", native, tmp_path / "again") == 0
@@ -378,7 +384,10 @@ def test_torch_file_round_trip(tool: Callable[..., int], tmp_path: Path) -> None
 
 
 def test_average_diff_and_inspect(tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = our_checkpoint(tmp_path / "1", OURS["llama"]), our_checkpoint(tmp_path / "2", OURS["llama"])
+    first, second = (
+        write_native_checkpoint(tmp_path / "1", NATIVE_MODELS["llama"]),
+        write_native_checkpoint(tmp_path / "2", NATIVE_MODELS["llama"]),
+    )
     weights = NativeWeights(first)
     doubled = {name: weights.read(name) * 2 for name in weights.shapes}
     shutil.rmtree(second)
@@ -393,10 +402,10 @@ def test_average_diff_and_inspect(tool: Callable[..., int], tmp_path: Path, caps
     assert tool("diff", first, second) == 1
     out = capsys.readouterr().out
     assert f"{len(weights.shapes)} of {len(weights.shapes)} tensors differ" in out
-    assert "1.000e+00" in out, "each by its own norm"
+    assert "1.000e+00" in out, "relative to each tensor's norm"
 
-    other = our_checkpoint(tmp_path / "3", OURS["llama"] | {"rope_theta": 5e5})
-    assert tool("average", tmp_path / "other", first, other) == 2, "the same shapes are not the same model"
+    other = write_native_checkpoint(tmp_path / "3", NATIVE_MODELS["llama"] | {"rope_theta": 5e5})
+    assert tool("average", tmp_path / "other", first, other) == 2, "models of equal shapes may differ"
     assert "model.rope_theta 500000.0, 10000.0" in capsys.readouterr().err
 
     assert tool("inspect", first) == 0
@@ -406,21 +415,21 @@ def test_average_diff_and_inspect(tool: Callable[..., int], tmp_path: Path, caps
     assert tool("verify", first) == 0
     next(first.glob("*.distcp")).write_bytes(b"")
     assert tool("verify", first) == 2
-    broken = {name: tensor.fill_(torch.inf) for name, tensor in doubled.items()}
-    write_native(tmp_path / "broken", DictWeights(broken), {})
+    infinite_weights = {name: tensor.fill_(torch.inf) for name, tensor in doubled.items()}
+    write_native(tmp_path / "broken", DictWeights(infinite_weights), {})
     assert tool("inspect", tmp_path / "broken") == 2
 
 
 @pytest.mark.parametrize(
-    "how", [("--stage", 1), ("--stage", 2, "--world", 3), ("--stage", 3), ("--universal",)], ids=str
+    "options", [("--stage", 1), ("--stage", 2, "--world", 3), ("--stage", 3), ("--universal",)], ids=str
 )
-def test_deepspeed_round_trip(how: tuple[Any, ...], tool: Callable[..., int], tmp_path: Path) -> None:
-    """That DeepSpeed itself loads what is written: test_deepspeed.py."""
-    native = our_checkpoint(tmp_path / "ours", OURS["t5"])
-    assert tool("to-deepspeed", native, tmp_path / "ds", *how) == 0
+def test_deepspeed_round_trip(options: tuple[Any, ...], tool: Callable[..., int], tmp_path: Path) -> None:
+    """test_deepspeed.py tests that DeepSpeed loads the output."""
+    native = write_native_checkpoint(tmp_path / "ours", NATIVE_MODELS["t5"])
+    assert tool("to-deepspeed", native, tmp_path / "ds", *options) == 0
     assert tool("from-deepspeed", tmp_path / "ds", tmp_path / "again", "--like", native) == 0
     assert tool("diff", native, tmp_path / "again") == 0
-    other = our_checkpoint(tmp_path / "other", OURS["bart"])
+    other = write_native_checkpoint(tmp_path / "other", NATIVE_MODELS["bart"])
     assert tool("from-deepspeed", tmp_path / "ds", tmp_path / "third", "--like", other) == 2
 
 
@@ -438,9 +447,9 @@ print(json.dumps([code, peak]))
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_conversion_of_two_gigabytes_needs_little_memory(tmp_path: Path) -> None:
-    """Both ways, in processes of their own: peak memory under 1.2 GB."""
-    model = model_of({"d_model": 2048, "n_layers": 8, "n_heads": 16, "n_kv_heads": 16, "head_dim": 128, "d_ff": 5632,
-                      "vocab_size": 32000})  # fmt: skip
+    """In both directions, in separate processes, peak memory is below 1.2 GB."""
+    sizes = {"d_model": 2048, "n_layers": 8, "n_heads": 16, "n_kv_heads": 16, "head_dim": 128, "d_ff": 5632}
+    model = make_model_config({**sizes, "vocab_size": 32000})
     config = Config.model_validate(
         {"run": {"dir": "unused", "steps": 1}, "model": model.model_dump(), "data": {"seq_len": 32, "global_batch": 1}}
     )
@@ -456,9 +465,9 @@ def test_conversion_of_two_gigabytes_needs_little_memory(tmp_path: Path) -> None
         ("to-hf", tmp_path / "ours", tmp_path / "theirs"),
         ("from-hf", tmp_path / "theirs", tmp_path / "again"),
     ):
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-c", LARGE, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        code, peak = json.loads(done.stdout.splitlines()[-1])
-        assert code == 0, done.stderr
+        code, peak = json.loads(completed.stdout.splitlines()[-1])
+        assert code == 0, completed.stderr
         assert peak < 1.2e9, arguments[0]

@@ -1,6 +1,6 @@
-"""nanoGPT's train.bin, val.bin and ckpt.pt, in both directions: the same ids, logits and losses.
+"""nanoGPT's train.bin, val.bin and ckpt.pt in both directions: the same ids, logits and losses.
 
-The model below is nanoGPT's architecture in its own words: what it says of logits and losses is the reference.
+The model below reimplements nanoGPT's architecture and is the reference for logits and losses.
 """
 
 import io
@@ -33,7 +33,7 @@ SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size"
 
 
 class LayerNorm(nn.Module):
-    """With a bias or without."""
+    """A layer norm with an optional bias."""
 
     def __init__(self, width: int, bias: bool) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer["ln_f"](x))
 
     def optimizer(self) -> torch.optim.AdamW:
-        """As its configure_optimizers: matrices are decayed, vectors are not."""
+        """As in configure_optimizers: weight decay applies to matrices and not to vectors."""
         parameters = list(self.parameters())
         groups = [
             {"params": [tensor for tensor in parameters if tensor.dim() >= 2], "weight_decay": 0.1},
@@ -103,7 +103,7 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
 
 
-def reference(bias: bool) -> GPT:
+def build_reference(bias: bool) -> GPT:
     torch.manual_seed(0)
     model = GPT(**SIZES, bias=bias, dropout=0.0).eval()
     with torch.no_grad():
@@ -112,8 +112,8 @@ def reference(bias: bool) -> GPT:
     return model
 
 
-def save_theirs(model: GPT, bias: bool, file: Path) -> None:
-    """As nanoGPT's train.py under torch.compile, with the mask that it keeps where there is no flash attention."""
+def save_nanogpt_checkpoint(model: GPT, bias: bool, file: Path) -> None:
+    """As nanoGPT's train.py with torch.compile, including the mask that it stores without flash attention."""
     tensors = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"_orig_mod.transformer.h.{n}.attn.bias": torch.ones(16, 16).tril()[None, None] for n in range(2)}
     content = {
@@ -128,7 +128,7 @@ def save_theirs(model: GPT, bias: bool, file: Path) -> None:
 
 
 def write_bins(directory: Path) -> dict[str, np.ndarray]:
-    """As nanoGPT's prepare.py: uint16, the end of text after each document."""
+    """As nanoGPT's prepare.py: uint16, with the end-of-text token after each document."""
     rng = np.random.default_rng(0)
     written = {}
     for name, documents in (("train.bin", 20), ("val.bin", 5)):
@@ -146,11 +146,11 @@ def adopt_bins(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpt_in_and_out(bias: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tool = command("convert")
-    nanogpt_model, written = reference(bias), write_bins(tmp_path)
+    nanogpt_model, written = build_reference(bias), write_bins(tmp_path)
     corpus = adopt_bins(tmp_path)
-    save_theirs(nanogpt_model, bias, tmp_path / "ckpt.pt")
+    save_nanogpt_checkpoint(nanogpt_model, bias, tmp_path / "ckpt.pt")
     assert tool("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "ours", "--tokenizer", corpus) == 0
 
     config = load_saved(tmp_path / "ours")
@@ -160,7 +160,7 @@ def test_nanogpt_in_and_out(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
     with torch.no_grad():
         torch.testing.assert_close(native(ids), nanogpt_model(ids), rtol=1e-5, atol=1e-5)
 
-    # The held-out loss of val.bin, window by window as nanoGPT would cut it.
+    # The held-out loss of val.bin in the windows that nanoGPT would use.
     result = score(str(tmp_path / "ours"), str(corpus), "heldout", Windows(), World())
     tokens = torch.from_numpy(written["val.bin"].astype(np.int64))
     losses = [
@@ -173,18 +173,18 @@ def test_nanogpt_in_and_out(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
     assert "in windows of 16 (as in the run): " in capsys.readouterr().out
 
     assert tool("to-nanogpt", tmp_path / "ours", tmp_path / "back.pt") == 0
-    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    exported = torch.load(tmp_path / "back.pt", weights_only=True)
     before = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    assert back.keys() == before.keys()
-    assert back["model_args"] == before["model_args"]
-    again = GPT(**back["model_args"])
-    again.load_state_dict(back["model"])  # strict
-    assert list(back["model"]) == list(again.state_dict()), "in the order of nanoGPT's own"
+    assert exported.keys() == before.keys()
+    assert exported["model_args"] == before["model_args"]
+    nanogpt_copy = GPT(**exported["model_args"])
+    nanogpt_copy.load_state_dict(exported["model"])  # strict
+    assert list(exported["model"]) == list(nanogpt_copy.state_dict()), "in nanoGPT's order"
     for name, tensor in nanogpt_model.state_dict().items():
-        assert torch.equal(back["model"][name], tensor), name
-    optimizer = again.optimizer()
-    optimizer.load_state_dict(back["optimizer"])
-    F.cross_entropy(again(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        assert torch.equal(exported["model"][name], tensor), name
+    optimizer = nanogpt_copy.optimizer()
+    optimizer.load_state_dict(exported["optimizer"])
+    F.cross_entropy(nanogpt_copy(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
     optimizer.step()
 
     assert export_bin(corpus, tmp_path / "bins") == {name: len(ids) for name, ids in written.items()}
@@ -192,9 +192,9 @@ def test_nanogpt_in_and_out(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
         assert (tmp_path / "bins" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_what_nanogpt_has_not_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_nanogpt_lacks_is_refused(tmp_path: Path) -> None:
     tool = command("convert")
-    save_theirs(reference(True), True, tmp_path / "ckpt.pt")
+    save_nanogpt_checkpoint(build_reference(True), True, tmp_path / "ckpt.pt")
     assert tool("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "ours") == 0
     config, weights = load_saved(tmp_path / "ours"), None
     for change in ({"activation": "gelu_tanh"}, {"tie_embeddings": False}, {"d_ff": 64}, {"positions": "rope"}):
@@ -207,7 +207,7 @@ def test_what_nanogpt_has_not_is_refused(tmp_path: Path) -> None:
     assert tool("from-nanogpt", tmp_path / "odd.pt", tmp_path / "odd") == 2
 
 
-def test_a_corpus_of_many_ids_makes_no_bin(tmp_path: Path) -> None:
+def test_a_corpus_with_too_many_ids_is_not_exported(tmp_path: Path) -> None:
     write_bins(tmp_path)
     corpus = adopt_bins(tmp_path)
     path = corpus / "manifest.json"

@@ -1,4 +1,4 @@
-"""A model whose blocks wait on a disk gives the same bits as one in memory."""
+"""A model whose blocks are offloaded to disk gives the same bits as one in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -13,47 +13,49 @@ from dist_llm.convert.offload import load_offloaded
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError
 from dist_llm.generate import Prompt, Sampling, generate_tokens
-from tests.laws.law import config_of, saved
+from tests.laws.law import make_config, save_checkpoint
 from tests.laws.layouts import MODELS
 
 CPU = torch.device("cpu")
 
 
-def native(model: str, tmp_path: Path) -> tuple[NativeEngine, Path]:
-    engine = NativeEngine(config_of(1, MODELS[model]), CPU)
-    return engine, saved(CheckpointStore(tmp_path / "checkpoints"), engine, Progress(1), {})
+def build_native(model: str, tmp_path: Path) -> tuple[NativeEngine, Path]:
+    engine = NativeEngine(make_config(1, MODELS[model]), CPU)
+    return engine, save_checkpoint(CheckpointStore(tmp_path / "checkpoints"), engine, Progress(1), {})
 
 
-def size(module: torch.nn.Module) -> int:
+def parameter_bytes(module: torch.nn.Module) -> int:
     return sum(parameter.numel() * 4 for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("num_loaded", [0, 2], ids=["all blocks on disk", "two in memory"])
 @pytest.mark.parametrize("model", ["llama", "tied", "t5", "bart"])
 def test_offloaded_model_generates_the_same_tokens(model: str, num_loaded: int, tmp_path: Path) -> None:
-    engine, path = native(model, tmp_path)
+    engine, path = build_native(model, tmp_path)
     (full,) = engine.model_parts
     blocks = list(full.blocks.values())
-    memory = size(full) - sum(map(size, blocks)) + sum(map(size, blocks[:num_loaded])) + 100
+    memory = (
+        parameter_bytes(full) - sum(map(parameter_bytes, blocks)) + sum(map(parameter_bytes, blocks[:num_loaded])) + 100
+    )
     actual = load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", memory)
-    away = sum(all(p.is_meta for p in block.parameters()) for block in actual.blocks.values())
-    assert away == len(blocks) - num_loaded
+    num_offloaded = sum(all(p.is_meta for p in block.parameters()) for block in actual.blocks.values())
+    assert num_offloaded == len(blocks) - num_loaded
     assert [path.name[:7] for path in (tmp_path / "disk").iterdir()] == ["blocks_"]
     source = [3, 4, 5] if engine.config.model.architecture == "encoder_decoder" else None
     prompt, sampling = Prompt([1, 2, 3], encoder_ids=source), Sampling(8, seed=2)
-    want = list(generate_tokens(full.eval(), prompt, sampling, 32))
-    assert list(generate_tokens(actual, prompt, sampling, 32)) == want
+    expected = list(generate_tokens(full.eval(), prompt, sampling, 32))
+    assert list(generate_tokens(actual, prompt, sampling, 32)) == expected
 
 
 def test_memory_below_embedding_and_head_is_refused(tmp_path: Path) -> None:
-    engine, path = native("llama", tmp_path)
+    engine, path = build_native("llama", tmp_path)
     with pytest.raises(ConfigError, match="--memory: embedding and head take"):
         load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", 100)
-    assert not (tmp_path / "disk").exists(), "before anything is written"
+    assert not (tmp_path / "disk").exists(), "nothing is written"
 
 
 def test_other_files_in_the_offload_folder_are_kept(tmp_path: Path) -> None:
-    engine, path = native("llama", tmp_path)
+    engine, path = build_native("llama", tmp_path)
     existing = tmp_path / "disk" / "weights" / "precious"
     existing.parent.mkdir(parents=True)
     existing.write_text("mine")
@@ -64,7 +66,7 @@ def test_other_files_in_the_offload_folder_are_kept(tmp_path: Path) -> None:
 
 
 def test_missing_accelerate_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"path": tmp_path, "config": config_of(1, {}).model}
+    options: dict[str, Any] = {"path": tmp_path, "config": make_config(1, {}).model}
     monkeypatch.setattr(offload, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="accelerate is not installed"):
         load_offloaded(**options, device=CPU, folder=tmp_path, memory_bytes=1)

@@ -1,4 +1,4 @@
-"""Every conversion computes the probe again, and refuses weights or a config that compute something else."""
+"""Every conversion measures the probe again, and refuses weights or a config that compute something else."""
 
 import json
 import shutil
@@ -16,21 +16,21 @@ from dist_llm.config.load import load_saved
 from dist_llm.convert.stream_probe import stream_probe
 from dist_llm.convert.weights import DictWeights
 from dist_llm.convert.write_weights import write_native
-from tests.convert.test_hf_convert import OURS, our_checkpoint, tool
+from tests.convert.test_hf_convert import NATIVE_MODELS, tool, write_native_checkpoint
 
-__all__ = ["tool"]  # the fixture
-REFUSED = "the weights do not compute what they computed when they were saved: the probe's loss was "
+__all__ = ["tool"]  # a fixture
+ERROR = "the weights do not compute what they computed when they were saved: the probe's loss was "
 
 
-def probe_in(directory: Path) -> Probe:
+def read_probe(directory: Path) -> Probe:
     probe = parse_probe((directory / PROBE).read_bytes(), str(directory))
     assert probe is not None
     return probe
 
 
-def with_probe(directory: Path, **changes: Any) -> Path:
-    """A checkpoint as a run saves it."""
-    checkpoint = our_checkpoint(directory, OURS["llama"] | changes)
+def write_checkpoint_with_probe(directory: Path, **changes: Any) -> Path:
+    """Write a checkpoint with a probe, as a run saves it."""
+    checkpoint = write_native_checkpoint(directory, NATIVE_MODELS["llama"] | changes)
     weights = NativeWeights(checkpoint)
     files = {entry.name: entry.read_bytes() for entry in checkpoint.iterdir() if entry.suffix in (".json", ".yaml")}
     tensors = DictWeights({name: weights.read(name) for name in weights.shapes})
@@ -41,8 +41,8 @@ def with_probe(directory: Path, **changes: Any) -> Path:
     return checkpoint
 
 
-def scaled(directory: Path, name: str) -> None:
-    """One tensor of an export becomes half as large again."""
+def scale_tensor(directory: Path, name: str) -> None:
+    """Multiply one tensor of an export by 1.5."""
     file = directory / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {name: tensors[name] * 1.5}, file, {"format": "pt"})
@@ -52,40 +52,45 @@ def scaled(directory: Path, name: str) -> None:
 def test_an_export_has_a_probe_that_an_import_compares(
     dtype: str, tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    native = with_probe(tmp_path / "ours")
+    native = write_checkpoint_with_probe(tmp_path / "ours")
     assert tool("to-hf", native, tmp_path / "hf", "--dtype", dtype) == 0
     out = capsys.readouterr().out
-    assert out.count("the probe's loss was") == 2, "of the checkpoint, and of what was written"
-    assert probe_in(tmp_path / "hf").weights == dtype
-    assert probe_in(tmp_path / "hf").loss == pytest.approx(probe_in(native).loss, rel=5e-3 if dtype == "bf16" else 1e-6)
+    assert out.count("the probe's loss was") == 2, "of the checkpoint and of the output"
+    assert read_probe(tmp_path / "hf").weights == dtype
+    assert read_probe(tmp_path / "hf").loss == pytest.approx(
+        read_probe(native).loss, rel=5e-3 if dtype == "bf16" else 1e-6
+    )
     assert tool("from-hf", tmp_path / "hf", tmp_path / "again") == 0
     assert "the probe's loss was" in capsys.readouterr().out
-    assert probe_in(tmp_path / "again").loss == probe_in(tmp_path / "hf").loss
+    assert read_probe(tmp_path / "again").loss == read_probe(tmp_path / "hf").loss
     assert tool("verify", tmp_path / "again") == 0
 
-    scaled(tmp_path / "hf", "model.layers.1.self_attn.o_proj.weight")
+    scale_tensor(tmp_path / "hf", "model.layers.1.self_attn.o_proj.weight")
     assert tool("from-hf", tmp_path / "hf", tmp_path / "wrong") == 2
-    assert REFUSED in capsys.readouterr().err
+    assert ERROR in capsys.readouterr().err
     assert not (tmp_path / "wrong").exists()
 
 
 def test_a_changed_config_of_an_export_is_refused(
     tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool("to-hf", with_probe(tmp_path / "ours"), tmp_path / "hf") == 0
+    assert tool("to-hf", write_checkpoint_with_probe(tmp_path / "ours"), tmp_path / "hf") == 0
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 5e5
     path.write_text(json.dumps(config))
     assert tool("from-hf", tmp_path / "hf", tmp_path / "wrong") == 2
-    assert REFUSED in capsys.readouterr().err
+    assert ERROR in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["verify", "to-hf", "to-torch", "to-deepspeed"])
-def test_weights_that_are_not_those_of_the_probe_are_refused(
+def test_weights_that_differ_from_the_probe_are_refused(
     command: str, tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    native, other = with_probe(tmp_path / "ours"), with_probe(tmp_path / "other", logit_cap=2.0)
+    native, other = (
+        write_checkpoint_with_probe(tmp_path / "ours"),
+        write_checkpoint_with_probe(tmp_path / "other", logit_cap=2.0),
+    )
     files = {entry.name: entry.read_bytes() for entry in native.iterdir() if entry.suffix in (".json", ".yaml")}
     del files["manifest.json"]
     weights = NativeWeights(native)
@@ -98,28 +103,31 @@ def test_weights_that_are_not_those_of_the_probe_are_refused(
         (tmp_path / "out").rename(tmp_path / "first")
     capsys.readouterr()
     assert tool(command, other, *out) == 2
-    assert REFUSED in capsys.readouterr().err
+    assert ERROR in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_of_torch_is_compared_with_its_probe(
+def test_a_torch_file_is_compared_with_its_probe(
     tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool("to-torch", with_probe(tmp_path / "ours"), tmp_path / "one.pt") == 0
+    assert tool("to-torch", write_checkpoint_with_probe(tmp_path / "ours"), tmp_path / "one.pt") == 0
     content = torch.load(tmp_path / "one.pt", weights_only=True)
     assert tool("from-torch", tmp_path / "one.pt", tmp_path / "again") == 0
     content["model"]["blocks.0.attention.q.weight"] *= 3
     torch.save(content, tmp_path / "two.pt")
     capsys.readouterr()
     assert tool("from-torch", tmp_path / "two.pt", tmp_path / "wrong") == 2
-    assert REFUSED in capsys.readouterr().err
+    assert ERROR in capsys.readouterr().err
 
 
-def test_new_weights_get_a_probe_of_their_own(
+def test_new_weights_get_their_own_probe(
     tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An average, and a checkpoint of 0.1.0, which has none, once it is exported."""
-    first, old = with_probe(tmp_path / "1"), our_checkpoint(tmp_path / "2", OURS["llama"])
+    """An average, and the export of a checkpoint of 0.1.0, which has no probe."""
+    first, old = (
+        write_checkpoint_with_probe(tmp_path / "1"),
+        write_native_checkpoint(tmp_path / "2", NATIVE_MODELS["llama"]),
+    )
     assert tool("verify", old) == 0
     assert "has no probe that this version can compare" in capsys.readouterr().out
     weights = NativeWeights(first)
@@ -129,6 +137,6 @@ def test_new_weights_get_a_probe_of_their_own(
     write_native(old, DictWeights({name: weights.read(name) * 2 for name in weights.shapes}), files)
     assert tool("average", tmp_path / "mean", old, first) == 0
     assert tool("verify", tmp_path / "mean") == 0
-    assert probe_in(tmp_path / "mean").loss != pytest.approx(probe_in(first).loss, rel=1e-3)
+    assert read_probe(tmp_path / "mean").loss != pytest.approx(read_probe(first).loss, rel=1e-3)
     assert tool("to-hf", old, tmp_path / "hf") == 0
     assert PROBE in {path.name for path in (tmp_path / "hf").iterdir()}

@@ -1,4 +1,4 @@
-"""An import leaves no tensor and no field of the source out without naming it."""
+"""An import names every tensor and every config field of the source that it cannot use."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from dist_llm.convert.nanogpt import from_nanogpt
 from dist_llm.convert.weights import DictWeights, open_huggingface
 from dist_llm.errors import CheckpointError
 from tests.convert.families import FAMILIES, VOCAB
-from tests.convert.test_hf_convert import OURS
-from tests.laws.law import config_of
+from tests.convert.test_hf_convert import NATIVE_MODELS
+from tests.laws.law import make_config
 from tests.laws.layouts import BERT
 from tests.test_fuzz import READERS
 from tests.tools import command
@@ -23,23 +23,27 @@ from tests.tools import command
 SIZES = {"n_heads": 4, "n_kv_heads": 4, "head_dim": 8}
 MODELS = {
     name: SIZES | changes
-    for name, changes in {**OURS, "mistral": OURS["llama"], "bert": {**BERT, "n_layers": 2, "n_kv_heads": 4}}.items()
+    for name, changes in {
+        **NATIVE_MODELS,
+        "mistral": NATIVE_MODELS["llama"],
+        "bert": {**BERT, "n_layers": 2, "n_kv_heads": 4},
+    }.items()
 }
-# Read, and of no effect on the function: lengths that are no limit of the model, windows that are switched off.
+# Fields without an effect on the function: lengths that do not limit the model, and disabled windows.
 NO_EFFECT = {"max_position_embeddings", "n_positions", "sliding_window"}
 
 
-def fields(family: str) -> dict[str, Any]:
-    """What we write for a small model of the family."""
+def make_fields(family: str) -> dict[str, Any]:
+    """Return the config that our export writes for a small model of the family."""
     return {
-        **build_hf_config(config_of(1, MODELS[family]).model, family),
+        **build_hf_config(make_config(1, MODELS[family]).model, family),
         "use_sliding_window": False,
         "sliding_window": None,
     }
 
 
-def other(value: Any) -> Any:
-    """Another value of the same type."""
+def another_value(value: Any) -> Any:
+    """Return another value of the same type."""
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int | float):
@@ -50,16 +54,16 @@ def other(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_field_is_understood_or_named(family: str) -> None:
-    """Each field takes another value: then the model is another one, or the field is named in an error."""
-    hf = fields(family)
-    want = function_of(parse_hf_config(hf))
+def test_every_field_is_used_or_reported(family: str) -> None:
+    """With another value of a field, the model's function differs, or an error names the field."""
+    hf = make_fields(family)
+    expected = function_of(parse_hf_config(hf))
     for name in hf.keys() - {"model_type"} - HARMLESS - NO_EFFECT:
-        assert outcome({**hf, name: other(hf[name])}) != want, name
+        assert function_or_error({**hf, name: another_value(hf[name])}) != expected, name
 
 
-def outcome(hf: dict[str, Any]) -> dict[str, Any] | None:
-    """The function that the fields describe; None where an error names a field."""
+def function_or_error(hf: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the function that the config describes; None if an error names a field."""
     try:
         return function_of(parse_hf_config(hf))
     except CheckpointError:
@@ -67,12 +71,14 @@ def outcome(hf: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_unknown_field_is_named(family: str) -> None:
-    hf = fields(family)
+def test_an_unknown_field_is_reported(family: str) -> None:
+    hf = make_fields(family)
     with pytest.raises(CheckpointError, match=r"the field residual_scale \(0\.5\) .*--ignore-field residual_scale"):
         parse_hf_config({**hf, "residual_scale": 0.5})
     assert parse_hf_config({**hf, "residual_scale": 0.5}, ["residual_scale"]) == parse_hf_config(hf)
-    assert parse_hf_config({**hf, "residual_scale": None}) == parse_hf_config(hf), "not set"
+    assert parse_hf_config({**hf, "residual_scale": None}) == parse_hf_config(hf), (
+        "null means that the field is not set"
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,14 +93,14 @@ def test_an_unknown_field_is_named(family: str) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
 )
-def test_a_feature_that_we_lack_is_named(changes: dict[str, Any], message: str) -> None:
+def test_an_unsupported_feature_is_reported(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        parse_hf_config({**fields("qwen3"), **changes})
+        parse_hf_config({**make_fields("qwen3"), **changes})
 
 
-def tensors(family: str) -> dict[str, torch.Tensor]:
-    """Their names and shapes, as our export writes them."""
-    model = config_of(1, MODELS[family]).model
+def make_tensors(family: str) -> dict[str, torch.Tensor]:
+    """Return zero tensors with the names and shapes of our export."""
+    model = make_config(1, MODELS[family]).model
     native = {f"model.{name}": torch.zeros(shape) for name, shape in model_shapes(model).items()}
     view = to_huggingface(DictWeights(native), model, family)
     return {name: view.read(name) for name in view.shapes}
@@ -109,28 +115,28 @@ def tensors(family: str) -> dict[str, torch.Tensor]:
     ],
 )
 def test_biases_and_norms_are_not_dropped(source: str, family: str, name: str) -> None:
-    """The tensors of one family under the config of another."""
-    hf = tensors(source)
-    model = config_of(1, MODELS[source] | {"qkv_bias": family == "qwen2", "qk_norm": False}).model
+    """The tensors of one family with the config of another."""
+    hf = make_tensors(source)
+    model = make_config(1, MODELS[source] | {"qkv_bias": family == "qwen2", "qk_norm": False}).model
     with pytest.raises(CheckpointError, match=f"the tensor {name}.* has no counterpart in our model"):
         from_huggingface(DictWeights({name: hf[name]}), model, family)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bert"])
 @pytest.mark.parametrize("extra", ["model.pooler.weight", "cls.seq_relationship.weight", "h.x.attn.bias", "x"])
-def test_a_tensor_that_has_no_place_is_named(family: str, extra: str) -> None:
-    hf = tensors(family) | {extra: torch.ones(2)}
+def test_a_tensor_without_a_counterpart_is_reported(family: str, extra: str) -> None:
+    hf = make_tensors(family) | {extra: torch.ones(2)}
     with pytest.raises(CheckpointError, match=f"the tensor {extra} .* has no counterpart"):
-        from_huggingface(DictWeights(hf), config_of(1, MODELS[family]).model, family)
+        from_huggingface(DictWeights(hf), make_config(1, MODELS[family]).model, family)
 
 
-def test_heads_of_bert_that_are_left_out_are_named() -> None:
-    hf = DictWeights(tensors("bert") | {"bert.pooler.dense.weight": torch.ones(2, 2)})
-    from_huggingface(hf, config_of(1, MODELS["bert"]).model, "bert")
+def test_unused_heads_of_bert_are_reported() -> None:
+    hf = DictWeights(make_tensors("bert") | {"bert.pooler.dense.weight": torch.ones(2, 2)})
+    from_huggingface(hf, make_config(1, MODELS["bert"]).model, "bert")
     assert find_unused_heads(hf) == ["bert.pooler.dense.weight"]
 
 
-def test_an_unknown_argument_of_nanogpt_is_named() -> None:
+def test_an_unknown_argument_of_nanogpt_is_reported() -> None:
     arguments = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "bias": False, "vocab_size": VOCAB}
     model, _ = from_nanogpt({"model_args": arguments | {"dropout": 0.0}, "model": {}})
     assert model.n_layers == 1
@@ -139,8 +145,8 @@ def test_an_unknown_argument_of_nanogpt_is_named() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "pytorch_model.bin of many", "pytorch_model.bin of old"])
-def test_weights_of_torch_files_are_those_of_safetensors(kind: str, tmp_path: Path) -> None:
-    """One file, several with an index, and the form of torch before 1.6."""
+def test_torch_files_give_the_same_weights_as_safetensors(kind: str, tmp_path: Path) -> None:
+    """One file, several files with an index, and the format of torch before 1.6."""
     actual = {}
     for name in ("gpt2", kind):
         (tmp_path / name).mkdir()

@@ -224,16 +224,16 @@ def test_time_and_memory_do_not_depend_on_the_corpus_size(tmp_path):
         from dist_llm.data.data_history import build_fresh_plan
         from dist_llm.data.loader import build_loader
         from dist_llm.objectives.objective_vocabulary import Vocabulary
-        from tests.laws.law import config_of
-        begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        from tests.laws.law import make_config
+        start_time, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for name in ("shuffle", "random"):
             keys = dict(path=sys.argv[1], seq_len=1024, global_batch=8, micro_batch=8, order=name)
-            config = config_of(1, {}, data=keys)
+            config = make_config(1, {}, data=keys)
             loader = build_loader(config, build_fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
             assert loader.load_batches(10**12)[0].num_valid_tokens == 8 * 1024
             loader.close()
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        print(time.perf_counter() - begin, grown)
+        print(time.perf_counter() - start_time, grown)
     """
     completed = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
     assert completed.returncode == 0, completed.stderr

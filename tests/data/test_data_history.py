@@ -100,14 +100,14 @@ def test_a_changed_batch_size_or_skip_renumbers_no_sample(change, config):
 def test_changed_weights_open_a_segment_and_sources_continue(config):
     history = (build_segment(config()),)
     extended = extend_history(history, build_segment(config(weights=(1, 3))), 5, 30, 120, new_segment=False)
-    assert extended[0] == history[0], "what was is not rewritten"
+    assert extended[0] == history[0], "earlier segments are not rewritten"
     old, new = build_plan_of(config(), history), build_plan_of(config(weights=(1, 3)), extended)
     source_ids, _ = old.assign(np.arange(30))
     new_source_ids, new_numbers = new.assign(np.arange(30, 30 + 10_000))
     for source, consumed in enumerate(np.bincount(source_ids, minlength=2).tolist()):
         assert extended[1].mix.sources[source].num_consumed == consumed
         rows = new_numbers[new_source_ids == source]
-        assert rows.tolist() == list(range(consumed, consumed + (2500, 7500)[source])), "none twice, none left out"
+        assert rows.tolist() == list(range(consumed, consumed + (2500, 7500)[source])), "each sample is read once"
     # A second resume with the same config changes nothing.
     assert extend_history(extended, build_segment(config(weights=(1, 3))), 7, 42, 168, new_segment=False) == extended
 
@@ -118,7 +118,7 @@ def test_stages_begin_at_their_from_tokens(config):
         {"from_tokens": 80, "weights": {"a": 1.0, "b": 0.0}},
     ]
     plan = build_fresh_plan(config(stages=stages))
-    assert [stage.first for stage in plan.stages] == [0, 11, 20], "of samples of 4 tokens"
+    assert [stage.first for stage in plan.stages] == [0, 11, 20], "a sample has 4 tokens"
     source_ids, _ = plan.assign(np.arange(30))
     assert 0 in source_ids[:11]
     assert set(source_ids[11:20]) == {1}
@@ -151,11 +151,11 @@ def test_changed_data_is_rejected_unless_new_segment_is_set(name, config):
     assert [source.num_consumed > 0 for source in extended[1].mix.sources] == [is_source_change] * len(
         extended[1].mix.sources
     )
-    then, plan = open_segment(config(**change), extended[0])
-    assert then.data.seq_len == 4
+    past_config, plan = open_segment(config(**change), extended[0])
+    assert past_config.data.seq_len == 4
     assert np.array_equal(
         plan.locate_samples(np.arange(30)), build_fresh_plan(config()).locate_samples(np.arange(30))
-    ), "the past can be read"
+    ), "earlier samples can be read"
 
 
 def test_error_names_a_changed_corpus_or_tokenizer(config, tmp_path):
@@ -165,7 +165,7 @@ def test_error_names_a_changed_corpus_or_tokenizer(config, tmp_path):
         extend_history(history, build_segment(config()), 5, 30, 120, new_segment=False)
     extended = extend_history(history, build_segment(config()), 5, 30, 120, new_segment=True)
     assert [source.num_consumed > 0 for source in extended[1].mix.sources] == [True, False], (
-        "a goes on, the new b begins"
+        "source a continues, and the new b starts"
     )
     manifest = Manifest.load(tmp_path / "b")
     for name in "ab":

@@ -1,4 +1,4 @@
-"""Document masks follow the document offsets: with trailing, leading or no separators, in all window kinds."""
+"""Document masks follow the document offsets: with trailing, leading or no separators, in all kinds of windows."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.train.evaluate import Heldout, heldout_batches
-from tests.text.test_token_files import index
+from tests.text.test_token_files import build_megatron_index
 
 SEQ, EOT = 16, 256  # of the tokenizer `byte`
 SIZES = (5, 3, 17, 9, 2, 20, 4, 6, 11, 7)
@@ -64,7 +64,7 @@ def write_corpus(kind, separators, directory):
             path.write_bytes(header + ids.tobytes())
         if kind == "megatron":
             path.with_suffix(".idx").write_bytes(
-                index([len(document) for document in file_documents], range(len(file_documents) + 1))
+                build_megatron_index([len(document) for document in file_documents], range(len(file_documents) + 1))
             )
         files.append(str(path))
     position = {"trailing": "end", "leading": "start", "none": None}[separators] if kind != "megatron" else None
@@ -96,8 +96,10 @@ def load_epoch(corpus, **data):
 
 
 def find_true_documents(batch, separators):
-    """Return the document of each input token, computed from tokens alone; a separator belongs to the token beside
-    it."""
+    """Return the document of each input token, computed from tokens alone.
+
+    A separator belongs to the token beside it.
+    """
     true_documents = np.repeat(np.arange(len(SIZES)), SIZES)
     rows = []
     for tokens in batch.inputs_BS.tolist():
@@ -120,14 +122,14 @@ CASES += [(kind, placement) for kind in ("bin", "npy", "llmc") for placement in 
 def test_document_mask_follows_the_offsets_in_all_window_kinds(kind, separators, windows, tmp_path):
     batch = load_epoch(write_corpus(kind, separators, tmp_path), windows=windows, document_mask=True)
     boundaries = 0
-    columns = find_true_documents(batch, separators), batch.mask.documents_BT.tolist(), batch.targets_BS.tolist()
-    for true_documents, numbers, targets in zip(*columns, strict=True):
+    rows_by_field = find_true_documents(batch, separators), batch.mask.documents_BT.tolist(), batch.targets_BS.tolist()
+    for true_documents, numbers, targets in zip(*rows_by_field, strict=True):
         real = [windows == "stream" or target != IGNORE for target in targets]  # without padding
-        known = [column for column, owner in enumerate(true_documents) if owner is not None and real[column]]
-        for a in known:
-            for b in known:
+        real_columns = [column for column, owner in enumerate(true_documents) if owner is not None and real[column]]
+        for a in real_columns:
+            for b in real_columns:
                 assert (true_documents[a] == true_documents[b]) == (numbers[a] == numbers[b]), (true_documents, numbers)
-        boundaries += len({true_documents[column] for column in known}) > 1
+        boundaries += len({true_documents[column] for column in real_columns}) > 1
     assert (boundaries > 0) == (windows != "document")
 
 
@@ -143,8 +145,7 @@ def build_noisy_model(config):
 @pytest.mark.parametrize("windows", ["stream", "packed"])
 @pytest.mark.parametrize("separators", PLACEMENTS)
 def test_documents_of_a_row_do_not_affect_each_other(separators, windows, tmp_path):
-    """The law of the document mask: logits equal those of the document alone, and gradients across documents are
-    exactly 0."""
+    """The document mask's law: logits equal those of the document alone; gradients across documents are exactly 0."""
     corpus = write_corpus("megatron", separators, tmp_path)
     batch = load_epoch(corpus, windows=windows, document_mask=True)
     true_documents = np.repeat(np.arange(len(SIZES)), SIZES)
@@ -158,8 +159,8 @@ def test_documents_of_a_row_do_not_affect_each_other(separators, windows, tmp_pa
         for number in numbers_S.unique().tolist():
             inside = numbers_S == number
             tokens_S = batch.inputs_BS[row][inside]
-            whose = {int(true_documents[token]) for token in tokens_S.tolist() if token != EOT}
-            assert len(whose) <= 1, "one document"
+            owners = {int(true_documents[token]) for token in tokens_S.tolist() if token != EOT}
+            assert len(owners) <= 1, "one document"
             alone_SV = model(tokens_S.long()[None])[0]
             torch.testing.assert_close(logits_BSV[row][inside], alone_SV, rtol=0, atol=1e-12)
             x_BSD.grad = None
@@ -204,11 +205,11 @@ def test_older_manifests_have_bounds_if_a_file_has_several_documents(tmp_path):
         Corpus(corpus.directory).check_document_bounds()
     path.write_text(json.dumps(fields | {"source": ["adopted from megatron files"]}))
     Corpus(corpus.directory).check_document_bounds()
-    inside = []
+    local_shards = []
     for shard in fields["shards"]["train"]:
         shutil.copy(shard["file"], corpus.directory)
-        inside.append(shard | {"file": Path(shard["file"]).name})
-    shards = {"train": inside, "heldout": []}
+        local_shards.append(shard | {"file": Path(shard["file"]).name})
+    shards = {"train": local_shards, "heldout": []}
     path.write_text(json.dumps(fields | {"source": ["notes.txt"], "shards": shards}))
     Corpus(corpus.directory).check_document_bounds()
 

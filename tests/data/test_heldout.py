@@ -46,7 +46,7 @@ def test_each_target_is_scored_once_with_equal_batches_per_rank(n_tokens, micro_
         assert batch.inputs_BS.min() >= 0
         counts = batch.targets_BS != IGNORE
         assert batch.num_valid_tokens == counts.sum()
-        assert torch.equal(batch.inputs_BS[counts] + 1, batch.targets_BS[counts]), "the corpus counts"
+        assert torch.equal(batch.inputs_BS[counts] + 1, batch.targets_BS[counts]), "token i of the corpus is i"
         scored += batch.targets_BS[counts].tolist()
     assert sorted(scored) == list(range(1, n_tokens))
 

@@ -1,4 +1,4 @@
-"""Start-up time, step time and memory do not depend on the corpus size: test a trillion tokens.
+"""Start-up time, step time and memory do not depend on the corpus size, tested with a trillion tokens.
 
 Times are CPU times, because wall times vary on a shared machine.
 """
@@ -107,6 +107,6 @@ def test_read_crosses_a_shard_boundary_at_a_large_offset(trillion_tokens):
 def test_a_manifest_of_many_shards_loads_fast(tmp_path):
     shards = tuple(Shard(f"train-{n:05d}.bin", 10**8, 10**5, 4 * 10**8, "0" * 64) for n in range(20_000))
     Manifest("uint16", 50257, "", (), {"train": shards, "heldout": ()}).save(tmp_path)
-    begin = time.process_time()
+    start_time = time.process_time()
     assert Manifest.load(tmp_path).tokens("train") == 20_000 * 10**8
-    assert time.process_time() - begin < 2
+    assert time.process_time() - start_time < 2

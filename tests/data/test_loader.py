@@ -48,9 +48,9 @@ def loader(corpus, rank=0, ranks=1, **changes):
 
 def make_plan(corpus, order):
     """Return a plan with one source and one objective."""
-    one = Mixture(3, (1,))
+    mixture = Mixture(3, (1,))
     return SamplePlan(
-        [DataSource("", corpus, (WindowStream(corpus, order, SEQ + 1),), one)], [MixtureStage(0, one, (0,))]
+        [DataSource("", corpus, (WindowStream(corpus, order, SEQ + 1),), mixture)], [MixtureStage(0, mixture, (0,))]
     )
 
 
@@ -89,11 +89,11 @@ def test_microbatches_keep_the_order_of_the_local_batch(micro, corpus):
 
 def test_targets_are_the_next_tokens(corpus):
     (narrow,) = loader(corpus, micro_batch=BATCH).load_batches(0)
-    assert narrow.inputs_BS.numpy().dtype == corpus.dtype, "the corpus's type is all that is copied to a device"
+    assert narrow.inputs_BS.numpy().dtype == corpus.dtype, "batches are copied to a device in the corpus's dtype"
     batch = narrow.to(torch.device("cpu"))
     assert batch.inputs_BS.dtype == batch.targets_BS.dtype == torch.int64
     assert batch.inputs_BS.shape == (BATCH, SEQ)
-    assert torch.equal(batch.targets_BS, batch.inputs_BS + 1), "the corpus counts"
+    assert torch.equal(batch.targets_BS, batch.inputs_BS + 1), "token i of the corpus is i"
     assert torch.equal(batch.inputs_BS[:, 1:], batch.targets_BS[:, :-1])
     assert (batch.mask, batch.num_valid_tokens) == (CAUSAL, BATCH * SEQ)
 
@@ -119,22 +119,22 @@ def test_prefetch_does_not_change_batches(prefetch, corpus):
 def test_a_step_may_start_at_any_sample(order, corpus, monkeypatch):
     """Samples are located for several steps at a time: a step outside them is located again."""
     monkeypatch.setattr("dist_llm.data.loader.LOOKUP_SAMPLES", 2 * BATCH)
-    one = loader(corpus, order=order, micro_batch=BATCH)
+    single_loader = loader(corpus, order=order, micro_batch=BATCH)
     for first in (0, BATCH, 2 * BATCH, 3, BATCH + 3, BATCH, 10**9, 0):
-        expected = corpus.read(one.streams[0].order.locate(np.arange(first, first + BATCH)), SEQ)
-        assert np.array_equal(one.load_batches(first)[0].inputs_BS, expected)
+        expected = corpus.read(single_loader.streams[0].order.locate(np.arange(first, first + BATCH)), SEQ)
+        assert np.array_equal(single_loader.load_batches(first)[0].inputs_BS, expected)
 
 
 def test_prefetch_builds_each_step_once(corpus, monkeypatch):
-    built = []
+    first_samples = []
     ahead = loader(corpus, rank=1, ranks=2, prefetch=2)
     build_batches = ahead._build_batches
-    monkeypatch.setattr(ahead, "_build_batches", lambda first: built.append(first) or build_batches(first))
+    monkeypatch.setattr(ahead, "_build_batches", lambda first: first_samples.append(first) or build_batches(first))
     for number in range(5):
         first_tokens_of_step(ahead, number)
     ahead.close()
-    assert built[:5] == [number * BATCH for number in range(5)]
-    assert len(set(built)) == len(built) <= 7
+    assert first_samples[:5] == [number * BATCH for number in range(5)]
+    assert len(set(first_samples)) == len(first_samples) <= 7
 
 
 def test_close_stops_the_prefetch_thread(corpus):
@@ -150,11 +150,11 @@ def test_resume_reads_only_the_next_step(number, corpus, monkeypatch):
     reads = []
     read = corpus.read
     monkeypatch.setattr(corpus, "read", lambda starts, length: reads.append(len(starts)) or read(starts, length))
-    resumed = first_tokens_of_step(loader(corpus), number)
+    first_tokens = first_tokens_of_step(loader(corpus), number)
     assert reads == [BATCH]
     uninterrupted = loader(corpus)
     if number < 10:
-        assert resumed == [first_tokens_of_step(uninterrupted, n) for n in range(number + 1)][-1]
+        assert first_tokens == [first_tokens_of_step(uninterrupted, n) for n in range(number + 1)][-1]
 
 
 def test_a_prefetch_error_is_raised_at_its_step(make_corpus):

@@ -39,10 +39,10 @@ def test_permute_stays_inside_sizes_too_large_to_list():
 def test_permute_accepts_one_key_per_element():
     size = 101
     index = np.tile(all_below(size), len(KEYS))
-    together = permute(index, size, np.repeat(KEYS, size))
-    apart = np.concatenate([permute(all_below(size), size, key) for key in KEYS])
-    assert np.array_equal(together, apart)
-    assert np.array_equal(index, np.tile(all_below(size), len(KEYS))), "the argument is left as it was"
+    at_once = permute(index, size, np.repeat(KEYS, size))
+    key_by_key = np.concatenate([permute(all_below(size), size, key) for key in KEYS])
+    assert np.array_equal(at_once, key_by_key)
+    assert np.array_equal(index, np.tile(all_below(size), len(KEYS))), "the argument is not modified"
 
 
 def test_keys_give_unrelated_permutations():

@@ -1,5 +1,7 @@
-"""Windows that do not cross documents: each token except a document's first is a target once, and packing changes no
-loss."""
+"""Windows that do not cross documents: each token except a document's first is a target once.
+
+Packing does not change a loss.
+"""
 
 from itertools import pairwise
 
@@ -74,8 +76,8 @@ def test_each_token_except_a_documents_first_is_a_target_once(windows, tmp_path)
 def read_documents(corpus):
     token_lists = []
     for shard in range(len(corpus.shards)):
-        begin = int(corpus.ends[shard]) - corpus.shards[shard].tokens
-        edges = [*(corpus.document_offsets(shard).astype(int) + begin), int(corpus.ends[shard])]
+        start = int(corpus.ends[shard]) - corpus.shards[shard].tokens
+        edges = [*(corpus.document_offsets(shard).astype(int) + start), int(corpus.ends[shard])]
         token_lists += [corpus.read(np.array([a]), b - a)[0].tolist() for a, b in pairwise(edges)]
     return token_lists
 
@@ -92,16 +94,18 @@ def test_packing_gives_fewer_windows_and_equal_losses(tmp_path):
     losses = [model(b.inputs_BS, **b.forward_arguments()).sum() for b in (alone, packed)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
     packed_blind = model(packed.inputs_BS, targets_BS=packed.targets_BS).sum()
-    assert not torch.isclose(packed_blind, losses[0], rtol=1e-4), "without the mask it differs: the law bites"
+    assert not torch.isclose(packed_blind, losses[0], rtol=1e-4), (
+        "without the mask the loss differs, so the test can fail"
+    )
 
 
 @given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=60))
 def test_pack_best_fit_packs_all_sizes_tightly(sizes):
     bins = pack_best_fit(np.array(sizes), 20)
-    assert sorted(n for one_bin in bins for n in one_bin) == list(range(len(sizes)))
-    assert all(sum(sizes[n] for n in one_bin) <= 20 for one_bin in bins)
+    assert sorted(n for members in bins for n in members) == list(range(len(sizes)))
+    assert all(sum(sizes[n] for n in members) <= 20 for members in bins)
     assert len(bins) <= 11 / 9 * -(-sum(sizes) // 20) + 6 / 9 or len(bins) <= 1.5 * sum(size > 10 for size in sizes) + 1
-    assert sum(sum(sizes[n] for n in one_bin) <= 10 for one_bin in bins) <= 1, "two half-empty ones would have been one"
+    assert sum(sum(sizes[n] for n in members) <= 10 for members in bins) <= 1, "two half-empty bins would be one"
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -127,10 +131,10 @@ PROMPTS = (1, 0, 5, 3, 12, 4, 1, 9, 0, 7, 0, 2)
 def test_prompts_are_inputs_without_a_loss(windows, tmp_path):
     corpus = write_corpus(tmp_path, prompts=PROMPTS)
     batch = load_epoch(corpus, windows=windows)
-    everything = load_epoch(corpus, windows=windows, score_prompts=True)
-    assert np.array_equal(batch.inputs_BS, everything.inputs_BS)
+    with_prompts = load_epoch(corpus, windows=windows, score_prompts=True)
+    assert np.array_equal(batch.inputs_BS, with_prompts.inputs_BS)
     is_target = batch.targets_BS != IGNORE
-    assert np.array_equal(batch.targets_BS[is_target], everything.targets_BS[is_target])
+    assert np.array_equal(batch.targets_BS[is_target], with_prompts.targets_BS[is_target])
     completions = [t for d, p in zip(read_documents(corpus), PROMPTS, strict=True) for t in d[max(p, 1) :]]
     if windows == "stream":  # a stream also predicts the first token of a document without a prompt
         loss_mask = corpus.compute_loss_mask(np.array([0]), corpus.n_tokens)[0]
@@ -150,10 +154,10 @@ def test_evaluation_scores_prompts_if_training_does(score_prompts, tmp_path):
     objective = build_objective(config, Vocabulary(100, EOT), prompts)
     heldout = Heldout({"": corpus}, objective, 4, score_prompts=score_prompts)
     loss_mask = sum(batch.num_valid_tokens for batch in heldout_batches(heldout, corpus, 0, 0, 1))
-    read = (corpus.n_tokens - 1) // SEQ * SEQ
-    hidden = (~corpus.compute_loss_mask(np.array([0]), corpus.n_tokens)[0])[1 : read + 1].sum()
-    assert hidden > 0
-    assert loss_mask == (read if score_prompts else read - hidden)
+    num_read = (corpus.n_tokens - 1) // SEQ * SEQ
+    num_prompt_tokens = (~corpus.compute_loss_mask(np.array([0]), corpus.n_tokens)[0])[1 : num_read + 1].sum()
+    assert num_prompt_tokens > 0
+    assert loss_mask == (num_read if score_prompts else num_read - num_prompt_tokens)
 
 
 def test_padding_is_never_masked_or_attended_to(tmp_path):
@@ -169,4 +173,4 @@ def test_padding_is_never_masked_or_attended_to(tmp_path):
         documents_S = batch.mask.documents_BT[0]
         real = int((~padding[0]).sum())
         if padding[0, -1] and padding[0, -2]:
-            assert documents_S[-1] not in documents_S[:real].tolist(), "text does not see what pads it"
+            assert documents_S[-1] not in documents_S[:real].tolist(), "text does not attend to padding"

@@ -1,5 +1,4 @@
-"""Brute force over mixtures, stages, skips, world sizes, kills and batch sizes: all read the same samples in the same
-order."""
+"""Brute force over mixtures, stages, skips, world sizes, kills and batch sizes: all read one order of samples."""
 
 from collections import Counter
 from itertools import pairwise
@@ -71,8 +70,10 @@ class NumbersObjective:
 )
 @patch("dist_llm.data.loader.LOOKUP_SAMPLES", 8)
 def test_resumes_with_any_dp_and_batch_size_read_one_order(plan, runs):
-    """Runs of (ranks, sequences per rank, steps). Each run resumes where the last one was killed, and may repeat a
-    step."""
+    """Runs of (ranks, sequences per rank, steps).
+
+    Each run resumes where the previous one was killed, and may repeat a step.
+    """
     read, first = [], 0
     for dp_size, rank_batch, steps in runs:
         data = DataConfig(seq_len=WINDOW - 1, global_batch=dp_size * rank_batch, micro_batch=1, prefetch=0)
@@ -82,12 +83,12 @@ def test_resumes_with_any_dp_and_batch_size_read_one_order(plan, runs):
             for samples, streams, offsets in located:
                 read += list(zip(samples.tolist(), streams.tolist(), offsets.tolist(), strict=True))
             # A resumed run reads the samples after the checkpoint again: they are the same.
-            again = Loader(plan, NumbersObjective(), data, 0, 1, pin=False)._locate_samples(first)
-            assert read[-dp_size * rank_batch :] == list(zip(*(array.tolist() for array in again), strict=True))
+            repeated = Loader(plan, NumbersObjective(), data, 0, 1, pin=False)._locate_samples(first)
+            assert read[-dp_size * rank_batch :] == list(zip(*(array.tolist() for array in repeated), strict=True))
             first = loaders[0].advance(first)
             assert all(loader.advance(loader.plan.advance(first, 0)) == loaders[0].advance(first) for loader in loaders)
     numbers = count_unskipped(plan, len(read))
-    assert [sample for sample, _, _ in read] == numbers, "none twice, none left out, in order"
+    assert [sample for sample, _, _ in read] == numbers, "each sample once, in order"
     assert [(stream, offset) for _, stream, offset in read] == locate_one_by_one(plan, numbers)
 
 
@@ -151,8 +152,8 @@ def test_a_source_with_weight_0_is_never_used_and_blocks_are_shuffled():
     assert mixture.quotas == (7000, 0, 3000)
     source_ids, _ = mixture.assign(np.arange(10_000))
     assert np.bincount(source_ids, minlength=3).tolist() == [7000, 0, 3000]
-    for part in np.split(source_ids, 20):  # shuffled: each twentieth has nearly the same fraction
-        assert abs((part == 0).mean() - 0.7) < 0.09
+    for twentieth in np.split(source_ids, 20):  # shuffled: each twentieth has nearly the same fraction
+        assert abs((twentieth == 0).mean() - 0.7) < 0.09
     for count in (0, 3, 10_000, 25_000):
         first_ids, _ = mixture.assign(np.arange(count))
         assert mixture.count_samples(count).tolist() == np.bincount(first_ids, minlength=3).tolist()
@@ -161,12 +162,12 @@ def test_a_source_with_weight_0_is_never_used_and_blocks_are_shuffled():
 def test_a_sources_order_does_not_depend_on_the_weights():
     """Sample n of a source is the same window under any weights, which only decide when it comes."""
     streams = {name: WindowStream(None, Shuffle(len(name), 9, WINDOW), WINDOW) for name in ("a", "bb")}
-    one = Mixture(0, (1,))
-    sources = [DataSource(name, SimpleNamespace(), (stream,), one) for name, stream in streams.items()]
+    mixture = Mixture(0, (1,))
+    sources = [DataSource(name, SimpleNamespace(), (stream,), mixture) for name, stream in streams.items()]
 
-    even = SamplePlan(sources, build_stages([0], [Mixture(1, (5, 5))], [0, 0]))
-    rare = SamplePlan(sources, build_stages([0], [Mixture(2, (1, 9))], [0, 0]))
-    for plan, samples in ((even, 20), (rare, 100)):  # ten of source a
+    equal_weights = SamplePlan(sources, build_stages([0], [Mixture(1, (5, 5))], [0, 0]))
+    low_weight = SamplePlan(sources, build_stages([0], [Mixture(2, (1, 9))], [0, 0]))
+    for plan, samples in ((equal_weights, 20), (low_weight, 100)):  # ten of source a
         source_ids, offsets = plan.locate_samples(np.arange(samples))
         assert sorted(offsets[source_ids == 0].tolist()) == sorted(streams["a"].order.locate(np.arange(10)).tolist())
 

@@ -30,7 +30,7 @@ from dist_llm.io import locks as file_locks
 from dist_llm.io import urls
 from dist_llm.io.urls import as_path, is_remote
 from dist_llm.objectives.objective_vocabulary import Vocabulary
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 
 TOKENIZER = b'{"some": "tokenizer"}'
 
@@ -50,13 +50,13 @@ class FileServer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 server.requested_paths.append(self.path)
-                content, trick = server.files.get(self.path), server.script.pop(0) if server.script else ""
-                status = 404 if content is None else 503 if trick == "busy" else 200
+                content, fault = server.files.get(self.path), server.script.pop(0) if server.script else ""
+                status = 404 if content is None else 503 if fault == "busy" else 200
                 self.send_response(status)
                 content = content if status == 200 else b""
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                if trick == "damage":
+                if fault == "damage":
                     content = b"?" + content[1:]
                 self.wfile.write(content[: len(content) // 2])
                 self.wfile.flush()
@@ -64,7 +64,7 @@ class FileServer:
                     pause = server.pause
                     server.shard_requested.set()
                     server.closing.wait(pause)
-                if trick != "cut":
+                if fault != "cut":
                     with suppress(ConnectionError):  # the client was killed
                         self.wfile.write(content[len(content) // 2 :])
 
@@ -159,7 +159,7 @@ def test_a_corpus_is_the_same_at_any_url(scheme, server, corpus, tmp_path):
     assert np.array_equal(opened_corpus.read(np.array([0]), len(stream))[0], stream)
     assert [opened_corpus.document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
     if scheme in ("file", "path"):
-        assert not cache.exists(), "what is here is not copied"
+        assert not cache.exists(), "local files are not copied"
 
 
 def test_shards_are_fetched_once_on_first_use(server, corpus, tmp_path):
@@ -171,13 +171,11 @@ def test_shards_are_fetched_once_on_first_use(server, corpus, tmp_path):
     assert server.requested_paths[2:] == ["/c/train-00001.bin"]
     opened_corpus.read(np.array([25, 0]), 4)
     assert server.requested_paths[3:] == ["/c/train-00000.bin"]
-    again = open_corpus(f"{server.url}/c", cache)
-    again.read(np.array([0, 25]), 4)
-    assert server.requested_paths[4:] == ["/c/manifest.json"], (
-        "a second run asks whether the corpus is still the same, no more"
-    )
+    reopened = open_corpus(f"{server.url}/c", cache)
+    reopened.read(np.array([0, 25]), 4)
+    assert server.requested_paths[4:] == ["/c/manifest.json"], "a second run fetches the manifest only"
     server.files["/c/manifest.json"] = server.files["/c/manifest.json"].replace(b"random", b"another")
-    assert open_corpus(f"{server.url}/c", cache).directory != again.directory
+    assert open_corpus(f"{server.url}/c", cache).directory != reopened.directory
 
 
 def test_verify_hash_rejects_a_changed_remote_shard(server, corpus, tmp_path):
@@ -215,7 +213,7 @@ def test_a_remote_corpus_gives_the_same_batch(server, corpus, tmp_path):
     batches = []
     for location in (str(directory), serve(server, directory)):
         keys = {"path": location, "cache": str(tmp_path / "cache"), "seq_len": 4, "global_batch": 8, "micro_batch": 8}
-        config = config_of(1, {}, data=keys)
+        config = make_config(1, {}, data=keys)
         loader = build_loader(config, build_fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
         batches.append(loader.load_batches(0)[0].inputs_BS)
         loader.close()
@@ -225,10 +223,10 @@ def test_a_remote_corpus_gives_the_same_batch(server, corpus, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("trick", ["busy", "cut", "damage"])
-def test_transient_errors_are_retried(trick, server, tmp_path, retry_pauses):
+@pytest.mark.parametrize("fault", ["busy", "cut", "damage"])
+def test_transient_errors_are_retried(fault, server, tmp_path, retry_pauses):
     server.files["/x"] = content = os.urandom(1000)
-    server.script = [trick, trick]
+    server.script = [fault, fault]
     target = fetch(f"{server.url}/x", tmp_path / "deep" / "x", 1000, digest(content))
     assert target.read_bytes() == content
     assert (len(server.requested_paths), retry_pauses) == (3, [1.0, 2.0])
@@ -236,16 +234,16 @@ def test_transient_errors_are_retried(trick, server, tmp_path, retry_pauses):
 
 
 @pytest.mark.parametrize(
-    ("trick", "message"),
+    ("fault", "message"),
     [
         ("busy", "cannot be fetched in 4 tries: HTTP status 503"),
         ("cut", "in 4 tries: OSError: the connection ended 500 bytes early"),
         ("damage", "in 4 tries: received data with sha256:.*, but the manifest promises"),
     ],
 )
-def test_persistent_errors_end_with_a_hint(trick, message, server, tmp_path, retry_pauses):
+def test_persistent_errors_end_with_a_hint(fault, message, server, tmp_path, retry_pauses):
     server.files["/x"] = content = os.urandom(1000)
-    server.script = [trick] * 99
+    server.script = [fault] * 99
     target = tmp_path / "x"
     with pytest.raises(DataError, match=rf"{server.url}/x: .*{message}.* copy the file by other means to {target}"):
         fetch(f"{server.url}/x", target, 1000, digest(content))
@@ -339,10 +337,10 @@ def test_concurrent_fetches_of_one_file(locks, server, tmp_path, monkeypatch):
     """With locks one download serves all. Without locks each thread may download, and none reads an incomplete file."""
     if not locks:
 
-        def refuse(*arguments):
+        def raise_os_error(*arguments):
             raise OSError("no locks here")
 
-        monkeypatch.setattr(file_locks.fcntl, "flock", refuse)
+        monkeypatch.setattr(file_locks.fcntl, "flock", raise_os_error)
     server.files["/x"] = content = os.urandom(3_000_000)
     server.pause = 0.05
     target = tmp_path / "x"
@@ -384,9 +382,9 @@ def test_sixteen_processes_share_one_cache(server, corpus, tmp_path):
     server.pause = 0.1
     url, cache = serve(server, directory), tmp_path / "cache"
     assert start_readers(url, cache, tmp_path / "result", 16).wait(timeout=120) == 0
-    want = stream.astype("<u2").tobytes()
-    assert [(tmp_path / f"result{number}").read_bytes() == want for number in range(16)] == [True] * 16
-    assert server.requested_paths.count("/c/train-00000.bin") == 1, "one fetched it for all"
+    expected = stream.astype("<u2").tobytes()
+    assert [(tmp_path / f"result{number}").read_bytes() == expected for number in range(16)] == [True] * 16
+    assert server.requested_paths.count("/c/train-00000.bin") == 1, "one process fetched it for all"
     assert len(list_files(cache)) == 3 + 3, list_files(cache)  # the mirror and the shards: no lock, nothing partial
 
 
@@ -396,16 +394,16 @@ def test_a_killed_download_leaves_no_complete_file(server, corpus, tmp_path):
     shards = cache / "shards"
     open_corpus(url, cache)
     server.pause = 60
-    doomed, waiting = start_readers(url, cache, tmp_path / "doomed"), None
+    killed_process, waiting_process = start_readers(url, cache, tmp_path / "doomed"), None
     try:
         assert server.shard_requested.wait(60)
         assert list(shards.glob("*.partial")), "a download has begun"
-        waiting = start_readers(url, cache, tmp_path / "waiting")
+        waiting_process = start_readers(url, cache, tmp_path / "waiting")
         server.pause = 0
     finally:
-        os.killpg(doomed.pid, signal.SIGKILL)
-        doomed.wait()
-    assert waiting.wait(timeout=60) == 0, "it got the lock"
+        os.killpg(killed_process.pid, signal.SIGKILL)
+        killed_process.wait()
+    assert waiting_process.wait(timeout=60) == 0, "the second process got the lock"
     assert (tmp_path / "waiting0").read_bytes() == stream.astype("<u2").tobytes()
     assert not (tmp_path / "doomed0").exists()
     complete = {name for name in list_files(shards) if "." not in name}

@@ -19,9 +19,9 @@ def count_one_by_one(plan) -> list[Repetition]:
     for number, source in enumerate(plan.sources):
         num_consumed = np.cumsum(source_ids == number)  # after each sample
         for times in REPORTED_EPOCHS:
-            done = np.flatnonzero(num_consumed >= times * source.epoch_samples)
-            if len(done):
-                repetitions.append(Repetition(int(done[0]) + 1, source.name, times))
+            reached = np.flatnonzero(num_consumed >= times * source.epoch_samples)
+            if len(reached):
+                repetitions.append(Repetition(int(reached[0]) + 1, source.name, times))
     return sorted(repetitions)
 
 
@@ -32,7 +32,7 @@ def test_repetitions_match_counted_samples(plan, middle) -> None:
     repetitions = find_repetitions(plan, 0, END)
     assert repetitions == count_one_by_one(plan)
     before, after = find_repetitions(plan, 0, middle), find_repetitions(plan, middle, END)
-    assert sorted([*before, *after]) == repetitions, "a run that stops and goes on names each once"
+    assert sorted([*before, *after]) == repetitions, "an interrupted run reports each repetition once"
 
 
 def test_message_of_a_repetition() -> None:

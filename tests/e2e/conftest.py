@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: one small corpus, and each layout's uninterrupted run."""
+"""Fixtures of the end-to-end tests: one small corpus, and an uninterrupted run for each layout."""
 
 import shutil
 import sysconfig
@@ -13,7 +13,7 @@ from . import commands
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is started: ranks of torchrun (0: none) and what is said of them on the command line."""
+    """The ranks that torchrun starts (0: without torchrun) and the overrides on the command line."""
 
     ranks: int = 0
     overrides: tuple[str, ...] = ()
@@ -41,14 +41,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Path]:
-    """The run of 20 steps without a stop, per layout; made once, only to be read."""
-    made: dict[Layout, Path] = {}
+def uninterrupted_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Path]:
+    """Return a function: the uninterrupted run of 20 steps of a layout. Each run is made once and is read-only."""
+    runs: dict[Layout, Path] = {}
 
-    def get(layout: Layout) -> Path:
-        if layout not in made:
+    def run_of(layout: Layout) -> Path:
+        if layout not in runs:
             directory = tmp_path_factory.mktemp(str(layout).replace("=", ""))
-            made[layout] = commands.train(directory, corpus, *layout.overrides, ranks=layout.ranks)
-        return made[layout]
+            runs[layout] = commands.train(directory, corpus, *layout.overrides, ranks=layout.ranks)
+        return runs[layout]
 
-    return get
+    return run_of

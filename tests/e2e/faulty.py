@@ -1,9 +1,10 @@
-"""`python -m tests.e2e.faulty FAULT RANK STEP train ...`: the command, with a fault planted before a step of one rank.
+"""`python -m tests.e2e.faulty FAULT RANK STEP train ...`: run the command with a fault planted before a step of one
+rank.
 
-raise: an exception. sleep: it goes on with nothing. stop: SIGSTOP. usr1, term, int, hup: a signal to itself.
-nan: a weight, once; nan_always: each time. nan_gradient: gradients, once reduced. garbage: other targets than those of
-the text. flip: a bit of a weight. garbled: the results of a block, in this step. slow: 0.3 s longer in each step,
-whatever the STEP. Two faults at their steps, one after the other: nan+usr1 0 12+10.
+Faults: `raise`: an exception. `sleep`: no further progress. `stop`: SIGSTOP. `usr1`, `term`, `int`, `hup`: a signal to
+the rank itself. `nan`: a NaN weight, once; `nan_always`: each time. `nan_gradient`: NaN gradients after their
+reduction. `garbage`: random targets. `flip`: a flipped bit of a weight. `garbled`: wrong results of a block in this
+step. `slow`: each step takes 0.3 s longer, whatever STEP is. Two faults in sequence are written as `nan+usr1 0 12+10`.
 """
 
 import os
@@ -28,55 +29,55 @@ SIGNALS |= {"int": signal.SIGINT, "hup": signal.SIGHUP}
 
 
 def run() -> int:
-    fault, rank, at, *arguments = sys.argv[1:]
+    fault, rank, steps, *arguments = sys.argv[1:]
     step = Trainer.step
-    faults = list(zip(fault.split("+"), map(int, at.split("+")), strict=True))
+    faults = list(zip(fault.split("+"), map(int, steps.split("+")), strict=True))
 
-    def faulty(self: Trainer) -> None:
+    def step_with_fault(self: Trainer) -> None:
         if fault == "slow":
             time.sleep(0.3 * (self.world.rank == int(rank)))
         elif self.world.rank == int(rank) and faults and self.progress.step + 1 == faults[0][1]:
-            now = faults[0][0] if faults[0][0] == "nan_always" else faults.pop(0)[0]
-            if now == "raise":
+            current = faults[0][0] if faults[0][0] == "nan_always" else faults.pop(0)[0]
+            if current == "raise":
                 raise ValueError("planted")
-            if now == "sleep":
+            if current == "sleep":
                 time.sleep(3600)
-            if now in ("nan", "nan_always"):
+            if current in ("nan", "nan_always"):
                 next(self.engine.named_parameters())[1].data.fill_(torch.nan)
-            elif now == "flip":
+            elif current == "flip":
                 to_local(next(self.engine.named_parameters())[1].data).view(-1).view(torch.int32)[:1] ^= 1 << 20
-            elif now == "garbled":
-                with patch.object(Block, "forward", lambda *given: 1.01 * forward(*given).roll(1, -1)):
+            elif current == "garbled":
+                with patch.object(Block, "forward", lambda *args: 1.01 * original_forward(*args).roll(1, -1)):
                     return step(self)
-            elif now in BROKEN:
-                with patch.object(NativeEngine, "accumulate", BROKEN[now]):
+            elif current in FAULTY_ACCUMULATE:
+                with patch.object(NativeEngine, "accumulate", FAULTY_ACCUMULATE[current]):
                     return step(self)
             else:
-                os.kill(os.getpid(), SIGNALS[now])
+                os.kill(os.getpid(), SIGNALS[current])
         return step(self)
 
-    with patch.object(Trainer, "step", faulty):
+    with patch.object(Trainer, "step", step_with_fault):
         return main(arguments)
 
 
-forward: Callable[..., Tensor] = Block.forward
-accumulate: Callable[..., Tensor] = NativeEngine.accumulate
+original_forward: Callable[..., Tensor] = Block.forward
+original_accumulate: Callable[..., Tensor] = NativeEngine.accumulate
 
 
-def nan_gradient(self: NativeEngine, *given: object) -> Tensor:
-    losses = accumulate(self, *given)
+def accumulate_nan_gradients(self: NativeEngine, *args: object) -> Tensor:
+    losses = original_accumulate(self, *args)
     for _, parameter in self.named_parameters():
         to_local(parameter.grad).fill_(torch.nan)
     return losses
 
 
-def garbage(self: NativeEngine, batches: list[object], *given: object) -> Tensor:
+def accumulate_random_targets(self: NativeEngine, batches: list[object], *args: object) -> Tensor:
     ids = self.config.model.vocab_size
-    made = [replace(each, targets_BS=torch.randint_like(each.targets_BS, ids)) for each in batches]  # type: ignore[type-var, attr-defined]
-    return accumulate(self, made, *given)
+    corrupted = [replace(batch, targets_BS=torch.randint_like(batch.targets_BS, ids)) for batch in batches]  # type: ignore[type-var, attr-defined]
+    return original_accumulate(self, corrupted, *args)
 
 
-BROKEN = {"nan_gradient": nan_gradient, "garbage": garbage}
+FAULTY_ACCUMULATE = {"nan_gradient": accumulate_nan_gradients, "garbage": accumulate_random_targets}
 
 if __name__ == "__main__":
     sys.exit(run())

@@ -1,4 +1,4 @@
-"""`python -m tests.e2e.paced SECONDS ...`: the command, with steps that take so much longer."""
+"""`python -m tests.e2e.paced SECONDS ...`: run the command with steps that take SECONDS longer."""
 
 import signal
 import sys
@@ -7,18 +7,18 @@ from unittest.mock import patch
 
 
 def run() -> None:
-    # As the command itself does, but before what is patched is imported.
+    # The command blocks SIGUSR1, too, but this program must block it before it imports the patched modules.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     from dist_llm.cli import run as command
     from dist_llm.train.trainer import Trainer
 
     step, seconds = Trainer.step, float(sys.argv.pop(1))
 
-    def slow(self: Trainer) -> None:
+    def slow_step(self: Trainer) -> None:
         time.sleep(seconds)
         step(self)
 
-    with patch.object(Trainer, "step", slow):
+    with patch.object(Trainer, "step", slow_step):
         command()
 
 

@@ -1,4 +1,4 @@
-"""Every config below configs/ is a run that could start: it loads, fits a world, and says where its corpus is from."""
+"""Every config in configs/ is valid: it loads, fits a world size, and names the command that prepares its corpus."""
 
 import math
 import re
@@ -23,7 +23,7 @@ RANKS = {"debug": 1, "demo": 2, "gpt2-124m": 8, "gpt2-xl": 16, "llama3-8b": 64, 
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_fits_the_world_it_is_meant_for(name: str) -> None:
+def test_a_config_fits_its_world_size(name: str) -> None:
     config, violations = load_config(CONFIGS[name])
     assert config is not None
     ranks = RANKS[name] if name in RANKS else layout_size(config)
@@ -35,23 +35,23 @@ def test_a_config_fits_the_world_it_is_meant_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_says_which_command_makes_its_corpus(name: str) -> None:
+def test_a_config_names_the_command_that_prepares_its_corpus(name: str) -> None:
     config, _ = load_config(CONFIGS[name])
     assert config is not None
-    made = {
+    prepared_corpora = {
         str(build_options(build_parser().parse_args(arguments)).out) for arguments in prepare_commands(CONFIGS[name])
     }
-    assert config.data.path in made
+    assert config.data.path in prepared_corpora
 
 
 def layout_size(config: Config) -> int:
-    """How many ranks a config asks for that leaves none of it to the world's size (-1 counts as one)."""
+    """Return the number of ranks that the config asks for; -1 (derived from the world size) counts as one."""
     return math.prod(max(1, getattr(config.parallel, axis)) for axis in AXES)
 
 
 def prepare_commands(path: Path) -> list[list[str]]:
-    """The arguments of each `dist-llm prepare` in a config's comments, its base's, and the README."""
+    """Return the arguments of each `dist-llm prepare` in a config's comments, its base's comments, and the README."""
     base = yaml.safe_load(path.read_text()).get("base")
     files = [path, REPOSITORY / "README.md", *([path.parent / base] if base else [])]
-    found = re.findall(r"dist-llm (prepare .+)", "\n".join(file.read_text() for file in files))
-    return [shlex.split(command) for command in found]
+    prepare_lines = re.findall(r"dist-llm (prepare .+)", "\n".join(file.read_text() for file in files))
+    return [shlex.split(command) for command in prepare_lines]

@@ -1,6 +1,6 @@
-"""The documents are true: commands parse and their keys exist, files and functions named are there.
+"""The documents are correct: commands parse, their keys exist, and the files and functions they name exist.
 
-The ```sh blocks of a page that follow a line `<!-- run -->` are run, too.
+The ```sh blocks of a page that follow a line `<!-- run -->` also run.
 """
 
 import ast
@@ -32,51 +32,57 @@ BLOCK = re.compile(r"(<!-- run -->\n)?```sh\n(.*?)```", re.DOTALL)
 REFERENCE = re.compile(r"`([\w./-]+\.(?:py|yaml|md|toml|txt))(?::(\w+))?`")
 
 
-def blocks(run: bool) -> list[tuple[str, str]]:
-    """(document, text) of each ```sh block; with `run`, of those to be run."""
+def find_blocks(run: bool) -> list[tuple[str, str]]:
+    """Return (document, text) of each ```sh block; with `run`, only of those that run."""
     return [
         (document.relative_to(REPOSITORY).as_posix(), text)
         for document in DOCUMENTS
-        for marked, text in BLOCK.findall(document.read_text())
-        if marked or not run
+        for run_marker, text in BLOCK.findall(document.read_text())
+        if run_marker or not run
     ]
 
 
-def command_lines(text: str) -> Iterator[list[str]]:
-    """Each command as words, continued lines joined, comments and variables in front dropped."""
+def iter_commands(text: str) -> Iterator[list[str]]:
+    """Yield the arguments of each command. Continued lines are joined; comments and leading variables are dropped."""
     for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))
-        if words := list(itertools.takewhile(lambda word: word not in ("&", "|", "||", "&&"), words)):
-            yield words
+        arguments = shlex.split(line, comments=True)
+        arguments = list(itertools.dropwhile(lambda argument: re.match(r"[A-Z_]+=", argument), arguments))
+        if arguments := list(itertools.takewhile(lambda argument: argument not in ("&", "|", "||", "&&"), arguments)):
+            yield arguments
 
 
-COMMANDS = [(document, words) for document, text in blocks(run=False) for words in command_lines(text)]
+COMMANDS = [(document, arguments) for document, text in find_blocks(run=False) for arguments in iter_commands(text)]
 
 
 def test_there_are_commands_to_check() -> None:
-    ours = [words for document, words in COMMANDS if document == "README.md" and ours_in(words) is not None]
-    assert {words[-1] for _, words in COMMANDS if words[0] == "make"} >= {"demo", "test"}
-    assert len(ours) >= 5
-    assert blocks(run=True)
+    dist_llm_commands = [
+        arguments
+        for document, arguments in COMMANDS
+        if document == "README.md" and dist_llm_arguments(arguments) is not None
+    ]
+    assert {arguments[-1] for _, arguments in COMMANDS if arguments[0] == "make"} >= {"demo", "test"}
+    assert len(dist_llm_commands) >= 5
+    assert find_blocks(run=True)
 
 
-@pytest.mark.parametrize("words", [words for _, words in COMMANDS if words[0] == "make"], ids=" ".join)
-def test_a_make_target_exists(words: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [arguments for _, arguments in COMMANDS if arguments[0] == "make"], ids=" ".join)
+def test_a_make_target_exists(arguments: list[str]) -> None:
     targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
-    assert words[-1] in targets
+    assert arguments[-1] in targets
 
 
 @pytest.mark.parametrize(
-    "words", [words for _, words in COMMANDS if "dist_llm" in " ".join(words).replace("-", "_")], ids=" ".join
+    "arguments",
+    [arguments for _, arguments in COMMANDS if "dist_llm" in " ".join(arguments).replace("-", "_")],
+    ids=" ".join,
 )
-def test_a_command_parses_and_its_keys_exist(words: list[str]) -> None:
-    arguments = ours_in(words)
-    if arguments is None:
-        return  # a path that has the name in it
-    if "--help" in arguments:
+def test_a_command_parses_and_its_keys_exist(arguments: list[str]) -> None:
+    dist_llm_args = dist_llm_arguments(arguments)
+    if dist_llm_args is None:
+        return  # a path that contains the name
+    if "--help" in dist_llm_args:
         return
-    options = build_parser().parse_args(arguments)
+    options = build_parser().parse_args(dist_llm_args)
     if options.command != "train" or options.help_config:
         return
     overrides = [item for item in options.rest if "=" in item]
@@ -85,36 +91,40 @@ def test_a_command_parses_and_its_keys_exist(words: list[str]) -> None:
     assert violations == []
     assert config is not None
     if not options.debug:
-        assert check(config, ranks_of(words), config.model.vocab_size) == []
+        assert check(config, count_ranks(arguments), config.model.vocab_size) == []
 
 
 @pytest.mark.parametrize(
-    "words",
-    [words for _, words in COMMANDS if words[:2] == ["python", "benchmarks/gpu.py"] and "--help" not in words],
+    "arguments",
+    [
+        arguments
+        for _, arguments in COMMANDS
+        if arguments[:2] == ["python", "benchmarks/gpu.py"] and "--help" not in arguments
+    ],
     ids=" ".join,
 )
-def test_a_command_of_the_gpu_program_parses(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row that is named in a document exists."""
+def test_a_command_of_the_gpu_program_parses(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that a document names exist."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    monkeypatch.setattr(sys, "argv", words[1:])
+    monkeypatch.setattr(sys, "argv", arguments[1:])
     importlib.import_module("gpu").arguments()
 
 
-def ours_in(words: list[str]) -> list[str] | None:
-    """The arguments of `dist-llm ...` or `... -m dist_llm ...`."""
-    for place, word in enumerate(words):
-        if word == "dist-llm" or (word == "dist_llm" and words[place - 1] == "-m"):
-            return words[place + 1 :]
+def dist_llm_arguments(arguments: list[str]) -> list[str] | None:
+    """Return the arguments of `dist-llm ...` or `... -m dist_llm ...`; None for other commands."""
+    for index, argument in enumerate(arguments):
+        if argument == "dist-llm" or (argument == "dist_llm" and arguments[index - 1] == "-m"):
+            return arguments[index + 1 :]
     return None
 
 
-def ranks_of(words: list[str]) -> int:
-    """How many processes torchrun would start; 1 without it."""
-    counts = {flag: int(value) for flag, value in itertools.pairwise(words) if value.isdecimal()}
+def count_ranks(arguments: list[str]) -> int:
+    """Return the number of processes that torchrun starts; 1 without torchrun."""
+    counts = {flag: int(value) for flag, value in itertools.pairwise(arguments) if value.isdecimal()}
     return counts.get("--nnodes", 1) * counts.get("--nproc-per-node", 1)
 
 
-# Their commands take a quarter of a minute and more.
+# Their commands take at least a quarter of a minute.
 SLOW_DOCUMENTS = ("docs/checkpoints.md", "docs/corpora.md", "docs/engines.md", "docs/optimizers.md")
 
 
@@ -123,15 +133,15 @@ SLOW_DOCUMENTS = ("docs/checkpoints.md", "docs/corpora.md", "docs/engines.md", "
     "document",
     [
         pytest.param(document, marks=pytest.mark.slow if document in SLOW_DOCUMENTS else ())
-        for document in sorted({document for document, _ in blocks(run=True)})
+        for document in sorted({document for document, _ in find_blocks(run=True)})
     ],
 )
 def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
-    """One after the other, in one directory."""
+    """The blocks run in sequence, in one directory."""
     for folder in ("configs", "tools"):
         (tmp_path / folder).symlink_to(REPOSITORY / folder)
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "\n".join(text for each, text in blocks(run=True) if each == document)],
+    completed = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(text for name, text in find_blocks(run=True) if name == document)],
         cwd=tmp_path,
         env=commands.environment(),
         stdin=subprocess.DEVNULL,
@@ -139,7 +149,7 @@ def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
         text=True,
         timeout=580,
     )
-    assert done.returncode == 0, f"{document}:\n{done.stdout}\n{done.stderr}"
+    assert completed.returncode == 0, f"{document}:\n{completed.stdout}\n{completed.stderr}"
 
 
 def name_of(document: Path) -> str:
@@ -187,18 +197,18 @@ def test_lines_are_short(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_files_and_functions_named_exist(document: Path) -> None:
+def test_named_files_and_functions_exist(document: Path) -> None:
     for name, symbol in REFERENCE.findall(document.read_text()):
-        places = [place for place in (REPOSITORY / name, document.parent / name) if place.is_file()]
-        if "/" not in name and not places:
+        paths = [path for path in (REPOSITORY / name, document.parent / name) if path.is_file()]
+        if "/" not in name and not paths:
             continue  # a run's or a corpus's file, such as config.yaml
-        assert places, f"{document.name} names {name}, which is not there"
+        assert paths, f"{document.name} names {name}, which does not exist"
         if symbol:
-            assert symbol in defined_in(places[0]), f"{document.name} names {name}:{symbol}, which is not there"
+            assert symbol in defined_names(paths[0]), f"{document.name} names {name}:{symbol}, which does not exist"
 
 
-def defined_in(file: Path) -> set[str]:
-    """Functions, classes, methods and module constants of a Python file."""
+def defined_names(file: Path) -> set[str]:
+    """Return the functions, classes, methods and module constants of a Python file."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

@@ -1,4 +1,4 @@
-"""On every engine a run leaves the same files, rows with the same keys, and the same losses."""
+"""A run has the same files, the same metrics keys and the same losses on every engine."""
 
 import json
 from pathlib import Path
@@ -18,46 +18,48 @@ ENGINES = {
 }
 
 
-def left(run: Path) -> tuple[set[str], list[dict[str, Any]]]:
-    """(names of files, ranks' own numbers left out; rows of metrics)"""
+def read_files_and_rows(run: Path) -> tuple[set[str], list[dict[str, Any]]]:
+    """Return (names of files, without the ranks' own checkpoint shards; rows of metrics)."""
     files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     names = {name for name in files if "tensorboard" not in name and ".distcp" not in name}
     return names, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def plain(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def native_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Native runs on one process, with a tied head and an untied one."""
-    places = {name: tmp_path_factory.mktemp("plain") for name in ("tied", "untied")}
+    directories = {name: tmp_path_factory.mktemp("plain") for name in ("tied", "untied")}
     options = ("run.steps=6", "checkpoint.every=3")
     return {
-        name: commands.train(place, corpus, *options, f"model.tie_embeddings={str(name == 'tied').lower()}")
-        for name, place in places.items()
+        name: commands.train(directory, corpus, *options, f"model.tie_embeddings={str(name == 'tied').lower()}")
+        for name, directory in directories.items()
     }
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_engine_leaves_the_same(engine: str, corpus: Path, plain: dict[str, Path], tmp_path: Path) -> None:
+def test_every_engine_writes_the_same_files_and_metrics(
+    engine: str, corpus: Path, native_runs: dict[str, Path], tmp_path: Path
+) -> None:
     run = commands.train(tmp_path, corpus, "run.steps=6", "checkpoint.every=3", *ENGINES[engine], ranks=2)
-    files, rows = left(run)
-    wanted_files, wanted = left(plain["untied" if engine == "pipeline" else "tied"])
-    assert files == wanted_files | {"logs/rank_00001.log"}
-    assert [row.keys() for row in rows] == [row.keys() for row in wanted]
-    for row, want in zip(rows, wanted, strict=True):
+    files, rows = read_files_and_rows(run)
+    expected_files, expected_rows = read_files_and_rows(native_runs["untied" if engine == "pipeline" else "tied"])
+    assert files == expected_files | {"logs/rank_00001.log"}
+    assert [row.keys() for row in rows] == [row.keys() for row in expected_rows]
+    for row, expected in zip(rows, expected_rows, strict=True):
         for key in {"loss", "grad_norm", "heldout_loss"} & row.keys():
-            assert row[key] == pytest.approx(want[key], rel=1e-4), (row["step"], key)
+            assert row[key] == pytest.approx(expected[key], rel=1e-4), (row["step"], key)
         for key in ("step", "lr", "tokens"):
-            assert row.get(key) == want.get(key), (row["step"], key)
+            assert row.get(key) == expected.get(key), (row["step"], key)
 
 
-def test_an_engine_of_another_package_trains(corpus: Path, plain: dict[str, Path], tmp_path: Path) -> None:
+def test_an_engine_of_another_package_trains(corpus: Path, native_runs: dict[str, Path], tmp_path: Path) -> None:
     """It runs the native step; the run and its files are those of a native run, but for the name in its config."""
     install_engine(tmp_path)
     script = tmp_path / "with_other.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nfrom dist_llm.cli import run\nrun()\n")
     options = ("run.steps=6", "checkpoint.every=3", "engine=standin", "model.tie_embeddings=true")
     commands.run(*commands.train_arguments(corpus, *options), cwd=tmp_path, module=str(script))
-    files, rows = left(tmp_path / "run")
-    wanted_files, wanted = left(plain["tied"])
-    assert files == wanted_files
-    assert [row["loss"] for row in rows if "loss" in row] == [row["loss"] for row in wanted if "loss" in row]
+    files, rows = read_files_and_rows(tmp_path / "run")
+    expected_files, expected_rows = read_files_and_rows(native_runs["tied"])
+    assert files == expected_files
+    assert [row["loss"] for row in rows if "loss" in row] == [row["loss"] for row in expected_rows if "loss" in row]

@@ -1,4 +1,4 @@
-"""Every architecture and objective, from the command line: it learns, is evaluated, goes on with a text."""
+"""Every architecture and objective works from the command line: training, evaluation and generation."""
 
 import re
 from collections.abc import Callable
@@ -10,59 +10,59 @@ from . import commands
 from .conftest import ONE, Layout
 
 CONFIGS = {path.stem: path for path in sorted((commands.REPOSITORY / "configs" / "families").glob("*.yaml"))}
-# A prefix is part of ul2, too.
+# The prefix objective is also part of ul2.
 FAMILIES = [pytest.param(name, marks=pytest.mark.slow if name in ("fim", "prefix") else ()) for name in CONFIGS]
 
 
 @pytest.fixture(scope="module")
-def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Each family's run of 100 steps, made once."""
-    made: dict[str, Path] = {}
+def trained_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function: the run of 100 steps of a family. Each run is made once."""
+    runs: dict[str, Path] = {}
 
-    def get(family: str) -> Path:
-        if family not in made:
+    def run_of(family: str) -> Path:
+        if family not in runs:
             directory = tmp_path_factory.mktemp(family)
             keys = ("run.dir=run", f"data.path={corpus}", "eval.every=25", "eval.windows=16")
             commands.run("train", "--config", CONFIGS[family], *keys, cwd=directory)
-            made[family] = directory / "run"
-        return made[family]
+            runs[family] = directory / "run"
+        return runs[family]
 
-    return get
+    return run_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_heldout_loss_falls(family: str, trained: Callable[[str], Path]) -> None:
-    rows = [row for row in commands.all_rows(trained(family)) if "heldout_loss" in row]
+def test_the_heldout_loss_falls(family: str, trained_run: Callable[[str], Path]) -> None:
+    rows = [row for row in commands.read_rows(trained_run(family)) if "heldout_loss" in row]
     losses = commands.column(rows, "heldout_loss")
     assert commands.column(rows, "step") == [25, 50, 75, 100]
     assert losses[-1] < losses[0] - 0.05
     assert losses[-1] == min(losses)
     assert ("heldout_bits_per_byte" in rows[-1]) == (family == "causal")
-    parts = [name for name in rows[-1] if name.startswith("heldout_loss_")]
-    assert len(parts) == (7 if family == "ul2" else 0)
+    component_losses = [name for name in rows[-1] if name.startswith("heldout_loss_")]
+    assert len(component_losses) == (7 if family == "ul2" else 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_evaluate_scores_by_the_objective(family: str, trained: Callable[[str], Path], tmp_path: Path) -> None:
-    one = commands.run("evaluate", "--checkpoint", trained(family), cwd=tmp_path).stdout
-    assert re.search(r"[\d,]+ tokens\nloss \d+\.\d{4} nats per token\nperplexity \d+\.\d+", one), one
-    assert ("loss of 6_prefix" in one) == (family == "ul2")
+def test_evaluate_uses_the_objective(family: str, trained_run: Callable[[str], Path], tmp_path: Path) -> None:
+    one_process = commands.run("evaluate", "--checkpoint", trained_run(family), cwd=tmp_path).stdout
+    assert re.search(r"[\d,]+ tokens\nloss \d+\.\d{4} nats per token\nperplexity \d+\.\d+", one_process), one_process
+    assert ("loss of 6_prefix" in one_process) == (family == "ul2")
     if family in ("ul2", "encoder-decoder"):
-        two = commands.run("evaluate", "--checkpoint", trained(family), ranks=2, cwd=tmp_path).stdout
-        assert two == one
+        two_ranks = commands.run("evaluate", "--checkpoint", trained_run(family), ranks=2, cwd=tmp_path).stdout
+        assert two_ranks == one_process
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.values != ("encoder",)])
-def test_generate_goes_on_with_a_text(family: str, trained: Callable[[str], Path], tmp_path: Path) -> None:
-    asked = ("--prompt", "import ", "--max-tokens", 12, "--temperature", 0)
-    first = commands.run("generate", "--checkpoint", trained(family), *asked, cwd=tmp_path).stdout
-    assert first.startswith("import ")
+def test_generate_continues_a_prompt(family: str, trained_run: Callable[[str], Path], tmp_path: Path) -> None:
+    options = ("--prompt", "import ", "--max-tokens", 12, "--temperature", 0)
+    output = commands.run("generate", "--checkpoint", trained_run(family), *options, cwd=tmp_path).stdout
+    assert output.startswith("import ")
 
 
-def test_an_encoder_does_not_generate(trained: Callable[[str], Path], tmp_path: Path) -> None:
-    done = commands.run("generate", "--checkpoint", trained("encoder"), cwd=tmp_path, succeed=False)
-    assert done.returncode == 2
-    assert "cannot generate text with an encoder-only model" in done.stderr
+def test_an_encoder_does_not_generate(trained_run: Callable[[str], Path], tmp_path: Path) -> None:
+    completed = commands.run("generate", "--checkpoint", trained_run("encoder"), cwd=tmp_path, succeed=False)
+    assert completed.returncode == 2
+    assert "cannot generate text with an encoder-only model" in completed.stderr
 
 
 @pytest.mark.parametrize(
@@ -71,27 +71,27 @@ def test_an_encoder_does_not_generate(trained: Callable[[str], Path], tmp_path: 
     ids=["prefix", "span"],
 )
 def test_another_objective_starts_from_trained_weights(
-    objective: str, optimizer: str, straight: Callable[[Layout], Path], corpus: Path, tmp_path: Path
+    objective: str, optimizer: str, uninterrupted_run: Callable[[Layout], Path], corpus: Path, tmp_path: Path
 ) -> None:
-    """Finding 3 of Wang et al. 2022 as a command: causal first, then something else, sharded or not."""
+    """Start another objective from causal weights, sharded or not, as in finding 3 of Wang et al. 2022."""
     keys = (f"objective={objective}", "run.steps=3")
     allow = "init_allow=[objective,model.vocab_size]"
-    adapted = (f"init_from={straight(ONE)}", f"init_optimizer={optimizer}", allow)
+    adapted = (f"init_from={uninterrupted_run(ONE)}", f"init_optimizer={optimizer}", allow)
     losses = {}
     for name, start in (("fresh", ()), ("adapted", adapted)):
         directory = tmp_path / name
         directory.mkdir()
         run = commands.train(directory, corpus, *keys, *start)
-        losses[name] = commands.column(commands.metrics(run), "loss")
-        assert commands.column(commands.metrics(run), "step") == [1, 2, 3]
-    assert losses["adapted"][0] < losses["fresh"][0] - 0.5, "it knows something from the start"
+        losses[name] = commands.column(commands.read_metrics(run), "loss")
+        assert commands.column(commands.read_metrics(run), "step") == [1, 2, 3]
+    assert losses["adapted"][0] < losses["fresh"][0] - 0.5, "the trained weights help from the first step"
     sharded = commands.train(tmp_path, corpus, *keys, *adapted, "parallel.dp_shard=2", ranks=2)
-    assert commands.column(commands.metrics(sharded), "loss") == pytest.approx(losses["adapted"], rel=1e-4)
+    assert commands.column(commands.read_metrics(sharded), "loss") == pytest.approx(losses["adapted"], rel=1e-4)
 
 
-def test_debug_shows_what_each_stack_reads(corpus: Path, tmp_path: Path) -> None:
-    done = commands.run("train", "--debug", CONFIGS["encoder-decoder"], f"data.path={corpus}", cwd=tmp_path)
-    assert "the encoder reads:" in done.stdout
-    assert "<sentinel 0>" in done.stdout
-    assert "<start>" in done.stdout
-    assert "debug run passed" in done.stdout
+def test_debug_shows_the_inputs_of_both_stacks(corpus: Path, tmp_path: Path) -> None:
+    completed = commands.run("train", "--debug", CONFIGS["encoder-decoder"], f"data.path={corpus}", cwd=tmp_path)
+    assert "the encoder reads:" in completed.stdout
+    assert "<sentinel 0>" in completed.stdout
+    assert "<start>" in completed.stdout
+    assert "debug run passed" in completed.stdout

@@ -1,4 +1,4 @@
-"""The eight-rank configs of configs/layouts train what one process trains, as the command starts them."""
+"""The eight-rank configs of configs/layouts, started as commands, train to the losses of one process."""
 
 import json
 import re
@@ -20,13 +20,13 @@ LIMIT_SECONDS = 900  # eight interpreters may share two cores
 
 
 @pytest.fixture(autouse=True)
-def _more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def _longer_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "LIMIT_SECONDS", LIMIT_SECONDS)
 
 
 @pytest.fixture(scope="module")
-def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The runs of one process, by number of steps: made once, only to be read."""
+def reference_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs of one process by number of steps; each is made once and is read-only."""
     return {}
 
 
@@ -37,21 +37,25 @@ def train(name: str, steps: int, corpus: Path, directory: Path, ranks: int) -> P
 
 
 @pytest.mark.parametrize("name", ["one", *LAYOUTS])
-def test_a_layout_fits_its_world_and_differs_from_one_in_the_layout_alone(name: str) -> None:
+def test_a_layout_fits_its_world_size_and_differs_in_the_layout_only(name: str) -> None:
     config, violations = load_config(FOLDER / f"{name}.yaml")
-    one, _ = load_config(FOLDER / "one.yaml")
+    reference_config, _ = load_config(FOLDER / "one.yaml")
     assert config is not None
-    assert one is not None
+    assert reference_config is not None
     assert violations + check(config, 1 if name == "one" else 8, 4096) == []
     assert config.run.dir == f"runs/layouts/{name}"
-    micro = {"micro_batch": one.data.micro_batch}
-    same = {"run": one.run, "parallel": one.parallel, "data": config.data.model_copy(update=micro)}
-    assert config.model_copy(update=same) == one
+    micro = {"micro_batch": reference_config.data.micro_batch}
+    same = {
+        "run": reference_config.run,
+        "parallel": reference_config.parallel,
+        "data": config.data.model_copy(update=micro),
+    }
+    assert config.model_copy(update=same) == reference_config
 
 
-def test_three_axes_each() -> None:
-    words = [re.findall(r"([a-z]+)(\d)", name) for name in LAYOUTS]
-    assert all([size for _, size in word] == ["2", "2", "2"] for word in words)
+def test_each_layout_has_three_axes() -> None:
+    axes_of_layouts = [re.findall(r"([a-z]+)(\d)", name) for name in LAYOUTS]
+    assert all([size for _, size in axes] == ["2", "2", "2"] for axes in axes_of_layouts)
     assert {"shard2-tp2-pp2", "replicate2-shard2-tp2", "shard2-cp2-tp2"} <= set(LAYOUTS)
 
 
@@ -64,26 +68,26 @@ def test_three_axes_each() -> None:
     ],
 )
 def test_losses_are_those_of_one_process(
-    name: str, steps: int, one: dict[int, Path], corpus: Path, tmp_path: Path
+    name: str, steps: int, reference_runs: dict[int, Path], corpus: Path, tmp_path: Path
 ) -> None:
-    if steps not in one:
+    if steps not in reference_runs:
         (tmp_path / "one").mkdir()
-        one[steps] = train("one", steps, corpus, tmp_path / "one", ranks=0)
-    want = commands.metrics(one[steps])
-    got = commands.metrics(train(name, steps, corpus, tmp_path, ranks=8))
-    assert commands.column(got, "step") == commands.column(want, "step") == list(range(1, steps + 1))
-    assert commands.column(got, "loss") == pytest.approx(commands.column(want, "loss"), rel=1e-4, abs=0)
-    got_norms, want_norms = commands.column(got, "grad_norm"), commands.column(want, "grad_norm")
-    assert got_norms[:20] == pytest.approx(want_norms[:20], rel=1e-4, abs=0)
-    assert got_norms == pytest.approx(want_norms, rel=1e-3, abs=0), "rounding grows with the steps"
+        reference_runs[steps] = train("one", steps, corpus, tmp_path / "one", ranks=0)
+    expected = commands.read_metrics(reference_runs[steps])
+    actual = commands.read_metrics(train(name, steps, corpus, tmp_path, ranks=8))
+    assert commands.column(actual, "step") == commands.column(expected, "step") == list(range(1, steps + 1))
+    assert commands.column(actual, "loss") == pytest.approx(commands.column(expected, "loss"), rel=1e-4, abs=0)
+    actual_norms, expected_norms = commands.column(actual, "grad_norm"), commands.column(expected, "grad_norm")
+    assert actual_norms[:20] == pytest.approx(expected_norms[:20], rel=1e-4, abs=0)
+    assert actual_norms == pytest.approx(expected_norms, rel=1e-3, abs=0), "rounding errors grow with the steps"
     if steps == 50:
-        assert want[-1]["loss"] < want[0]["loss"] - 0.5, "it learns"
+        assert expected[-1]["loss"] < expected[0]["loss"] - 0.5, "the loss falls"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_program_that_draws_the_curves(corpus: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
+def test_the_program_that_plots_the_curves(corpus: Path, tmp_path: Path) -> None:
+    completed = subprocess.run(
         [sys.executable, REPOSITORY / "benchmarks" / "curves.py", "--data", corpus, "--docs", tmp_path, "run.steps=2"],
         env=commands.environment(),
         stdin=subprocess.DEVNULL,
@@ -91,8 +95,8 @@ def test_the_program_that_draws_the_curves(corpus: Path, tmp_path: Path) -> None
         text=True,
         timeout=4 * LIMIT_SECONDS,
     )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert completed.returncode == 0, completed.stderr
+    lines = [json.loads(line) for line in completed.stdout.splitlines()]
     assert [line["layout"] for line in lines] == LAYOUTS
     assert all(line["ranks"] == 8 and 0 <= line["loss"] < 1e-4 for line in lines)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The optimizer steps at the rate of the step that it takes, which is the one in the metrics."""
+"""The optimizer uses the learning rate that the metrics report for the step."""
 
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,21 @@ from dist_llm.optim.schedule import learning_rate
 from tests.e2e import commands
 
 
-def test_each_step_has_its_own_rate(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_step_uses_its_own_learning_rate(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     update = NativeEngine.update
 
-    def recording(self: NativeEngine, lr: float, *rest: Any) -> Any:
+    def update_and_record(self: NativeEngine, lr: float, *rest: Any) -> Any:
         rates.append(lr)
         norm = update(self, lr, *rest)
         assert {group["lr"] for group in self.optimizer.param_groups} == {lr}
         return norm
 
-    monkeypatch.setattr(NativeEngine, "update", recording)
+    monkeypatch.setattr(NativeEngine, "update", update_and_record)
     monkeypatch.chdir(tmp_path)
     keys = ("run.steps=5", "schedule.warmup_steps=2", "log.peak_tflops=1")
     assert main(list(map(str, commands.train_arguments(corpus, *keys)))) == 0
-    config = load_saved(commands.newest(tmp_path / "run"))
+    config = load_saved(commands.latest_checkpoint(tmp_path / "run"))
     assert rates == [learning_rate(config.optim, config.schedule, step) for step in range(1, 6)]
-    assert rates == commands.column(commands.metrics(tmp_path / "run"), "lr")
+    assert rates == commands.column(commands.read_metrics(tmp_path / "run"), "lr")
     assert len(set(rates)) == 5

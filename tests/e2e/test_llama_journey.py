@@ -1,7 +1,7 @@
-"""A published model goes on: imported, trained on two ranks, exported, and still the same to its users.
+"""A published model is imported, trained on two ranks and exported, and its users see the same model.
 
-The checkpoint is made here as its publishers make them: Llama, bf16, several files and an index, added tokens, BOS by a
-template, a chat template, sampling settings, and more rows in its embedding than its tokenizer has ids.
+The checkpoint is built here as publishers build it: Llama, bf16, several files with an index, added tokens, BOS from a
+template, a chat template, sampling settings, and more embedding rows than the tokenizer has ids.
 """
 
 import json
@@ -33,14 +33,14 @@ IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 @dataclass(frozen=True)
 class Journey:
-    """Where each part of it is."""
+    """The directories of each stage."""
 
     source: Path
     imported: Path
     corpus: Path
     run: Path
     exported: Path
-    untrained: Path  # the import, exported at once
+    untrained: Path  # the import, exported without training
 
 
 def convert(*arguments: object) -> None:
@@ -50,16 +50,16 @@ def convert(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory: pytest.TempPathFactory) -> Journey:
-    place = tmp_path_factory.mktemp("journey")
-    reference = write_folder(place / "llama", "byte_level")
+    root = tmp_path_factory.mktemp("journey")
+    reference = write_folder(root / "llama", "byte_level")
     assert reference.get_vocab_size() < VOCAB_SIZE
-    save_model(place / "llama")
-    convert("from-hf", place / "llama", place / "imported", "--check")
+    save_model(root / "llama")
+    convert("from-hf", root / "llama", root / "imported", "--check")
     rows = [{"text": f"{text} The warship sailed. <think>"} for text in PROSE]
-    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare = ("--source", "rows.jsonl", "--tokenizer", "llama", "--heldout-fraction", 0.2, "--workers", 1)
-    commands.run("prepare", *prepare, "--out", "corpus", cwd=place)
-    (place / "run.yaml").write_text(
+    commands.run("prepare", *prepare, "--out", "corpus", cwd=root)
+    (root / "run.yaml").write_text(
         f"run: {{dir: run, steps: {STEPS}}}\n"
         "model: {from: imported}\n"
         "init_from: imported\n"
@@ -67,10 +67,10 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> Journey:
         "optim: {lr: 1.0e-3}\n"
         "eval: {every: 0}\n"
     )
-    commands.run("train", "--config", "run.yaml", "parallel.dp_shard=2", ranks=2, cwd=place)
-    convert("to-hf", place / "run", place / "exported", "--check")
-    convert("to-hf", place / "imported", place / "untrained", "--dtype", "bf16")
-    return Journey(*(place / name for name in ("llama", "imported", "corpus", "run", "exported", "untrained")))
+    commands.run("train", "--config", "run.yaml", "parallel.dp_shard=2", ranks=2, cwd=root)
+    convert("to-hf", root / "run", root / "exported", "--check")
+    convert("to-hf", root / "imported", root / "untrained", "--dtype", "bf16")
+    return Journey(*(root / name for name in ("llama", "imported", "corpus", "run", "exported", "untrained")))
 
 
 def save_model(folder: Path) -> None:
@@ -80,56 +80,59 @@ def save_model(folder: Path) -> None:
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    kept = (folder / "generation_config.json").read_bytes()
+    generation_config = (folder / "generation_config.json").read_bytes()
     model.save_pretrained(folder, max_shard_size="20KB")
-    (folder / "generation_config.json").write_bytes(kept)
+    (folder / "generation_config.json").write_bytes(generation_config)
     assert (folder / "model.safetensors.index.json").exists()
     content = json.loads((folder / "config.json").read_text())
-    content.pop("rope_parameters", None)  # default RoPE, which older files do not spell out
+    content.pop("rope_parameters", None)  # default RoPE, which older files omit
     (folder / "config.json").write_text(json.dumps(content))
 
 
-def reference_of(folder: Path) -> Reference:
+def load_reference(folder: Path) -> Reference:
     return Reference.from_file(str(folder / "tokenizer.json"))
 
 
-def settings_of(folder: Path, name: str) -> Any:
+def read_json(folder: Path, name: str) -> Any:
     return json.loads((folder / name).read_text())
 
 
-def test_the_files_of_the_tokenizer_are_the_same_bytes(journey: Journey) -> None:
+def test_the_tokenizer_files_are_bytewise_equal(journey: Journey) -> None:
     for exported in (journey.exported, journey.untrained):
         for name in ORIGINALS:
             assert (exported / name).read_bytes() == (journey.source / name).read_bytes(), name
 
 
 def test_fifty_difficult_texts_have_the_same_ids(journey: Journey) -> None:
-    """In the source, the export (both as transformers loads them), the corpus and the checkpoint."""
+    """In the source and the export (as transformers loads them), the corpus, the checkpoint and the import."""
     load = transformers.PreTrainedTokenizerFast.from_pretrained
-    before, after = load(journey.source), load(journey.exported)
-    kept = [Tokenizer.load(place) for place in (journey.corpus, commands.newest(journey.run), journey.imported)]
-    assert len({identity(tokenizer.file_bytes()) for tokenizer in kept}) == 1
+    source, exported = load(journey.source), load(journey.exported)
+    tokenizers = [
+        Tokenizer.load(directory)
+        for directory in (journey.corpus, commands.latest_checkpoint(journey.run), journey.imported)
+    ]
+    assert len({identity(tokenizer.file_bytes()) for tokenizer in tokenizers}) == 1
     for text in DIFFICULT:
-        ids = before(text)["input_ids"]
-        assert after(text)["input_ids"] == ids
-        assert [tokenizer.encode_prompt(text) for tokenizer in kept] == [ids] * 3
-        assert after.decode(ids) == before.decode(ids) == kept[0].decode(ids)
+        ids = source(text)["input_ids"]
+        assert exported(text)["input_ids"] == ids
+        assert [tokenizer.encode_prompt(text) for tokenizer in tokenizers] == [ids] * 3
+        assert exported.decode(ids) == source.decode(ids) == tokenizers[0].decode(ids)
     chat = [{"role": "user", "content": "ship"}]
-    assert after.apply_chat_template(chat, tokenize=False) == before.apply_chat_template(chat, tokenize=False)
-    assert after.apply_chat_template(chat, tokenize=False) == "<|im_start|>ship</s>"
+    assert exported.apply_chat_template(chat, tokenize=False) == source.apply_chat_template(chat, tokenize=False)
+    assert exported.apply_chat_template(chat, tokenize=False) == "<|im_start|>ship</s>"
 
 
-def test_special_ids_and_settings_are_the_sources(journey: Journey) -> None:
+def test_special_ids_and_settings_equal_those_of_the_source(journey: Journey) -> None:
     for exported in (journey.exported, journey.untrained):
-        before, after = (settings_of(folder, "config.json") for folder in (journey.source, exported))
+        before, after = (read_json(folder, "config.json") for folder in (journey.source, exported))
         for name in (*IDS, "vocab_size", "max_position_embeddings"):
             assert after[name] == before[name], name
         generation = transformers.GenerationConfig.from_pretrained(exported).to_dict()
         assert {name: generation[name] for name in GENERATION} == GENERATION
 
 
-def test_the_corpus_has_bos_added_tokens_and_the_end(journey: Journey) -> None:
-    reference = reference_of(journey.source)
+def test_the_corpus_has_bos_added_and_end_tokens(journey: Journey) -> None:
+    reference = load_reference(journey.source)
     ids = np.fromfile(journey.corpus / "train-00000.bin", "<u2")
     starts = np.fromfile(journey.corpus / "train-00000.offsets", "<u8").astype(int)
     assert (ids[starts] == IDS["bos_token_id"]).all()
@@ -139,9 +142,9 @@ def test_the_corpus_has_bos_added_tokens_and_the_end(journey: Journey) -> None:
     assert ids.max() < reference.get_vocab_size()
 
 
-def test_logits_are_the_same_to_1e_5(journey: Journey) -> None:
-    """Untrained: those of the source. Trained: those of the run's own model; and it did train."""
-    ids = torch.tensor([reference_of(journey.source).encode("The ship sailed to port 7; 漢字").ids])
+def test_logits_are_equal_to_1e_5(journey: Journey) -> None:
+    """The untrained export equals the source; the trained export equals the run's model and differs from the source."""
+    ids = torch.tensor([load_reference(journey.source).encode("The ship sailed to port 7; 漢字").ids])
     models = [
         transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         for folder in (journey.source, journey.untrained, journey.exported)
@@ -150,30 +153,32 @@ def test_logits_are_the_same_to_1e_5(journey: Journey) -> None:
         source, untrained, trained = (model(ids).logits for model in models)
     assert source.shape[-1] == VOCAB_SIZE
     torch.testing.assert_close(untrained, source, rtol=0, atol=1e-5)
-    ours, _, _ = load_model(commands.newest(journey.run), torch.device("cpu"))
+    native_model, _, _ = load_model(commands.latest_checkpoint(journey.run), torch.device("cpu"))
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids)[..., :VOCAB_SIZE], trained, rtol=0, atol=1e-5)
+        torch.testing.assert_close(native_model(ids)[..., :VOCAB_SIZE], trained, rtol=0, atol=1e-5)
     assert (trained - source).abs().max() > 1e-3
-    stored = settings_of(commands.newest(journey.run), PROBE)
-    exported = settings_of(journey.exported, PROBE)
+    stored = read_json(commands.latest_checkpoint(journey.run), PROBE)
+    exported = read_json(journey.exported, PROBE)
     assert abs(stored["loss"] - exported["loss"]) < 1e-5
 
 
-def test_generate_puts_bos_in_front_and_decodes_as_the_original(journey: Journey, tmp_path: Path) -> None:
+def test_generate_adds_bos_and_decodes_as_the_original(journey: Journey, tmp_path: Path) -> None:
     prompt, count = "The ship", 8
     arguments = ("--prompt", prompt, "--max-tokens", count, "--temperature", 0)
-    said = commands.run("generate", "--checkpoint", journey.run, *arguments, cwd=tmp_path).stdout
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(journey.exported, dtype=torch.float32)
-    reference = reference_of(journey.source)
-    start = reference.encode(prompt).ids
-    assert start[0] == IDS["bos_token_id"]
+    output = commands.run("generate", "--checkpoint", journey.run, *arguments, cwd=tmp_path).stdout
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(journey.exported, dtype=torch.float32)
+    reference = load_reference(journey.source)
+    prompt_ids = reference.encode(prompt).ids
+    assert prompt_ids[0] == IDS["bos_token_id"]
     settings = {"max_new_tokens": count, "do_sample": False, "temperature": None, "top_p": None}
-    ids = theirs.generate(torch.tensor([start]), **settings, eos_token_id=IDS["eos_token_id"], pad_token_id=0)[0]
-    new = [token for token in ids[len(start) :].tolist() if token != IDS["eos_token_id"]]
-    want = reference.decode(start[1:] + new, skip_special_tokens=False)
-    assert re.sub(r"\n$", "", said) == want
+    ids = hf_model.generate(torch.tensor([prompt_ids]), **settings, eos_token_id=IDS["eos_token_id"], pad_token_id=0)[0]
+    new_ids = [token for token in ids[len(prompt_ids) :].tolist() if token != IDS["eos_token_id"]]
+    expected = reference.decode(prompt_ids[1:] + new_ids, skip_special_tokens=False)
+    assert re.sub(r"\n$", "", output) == expected
 
 
-def test_a_run_keeps_the_files_that_its_start_came_with(journey: Journey) -> None:
+def test_a_run_copies_the_files_of_the_imported_checkpoint(journey: Journey) -> None:
     for name in ("generation_config.json", "token_ids.json", "tokenizer.json"):
-        assert (commands.newest(journey.run) / name).read_bytes() == (journey.imported / name).read_bytes(), name
+        assert (commands.latest_checkpoint(journey.run) / name).read_bytes() == (
+            journey.imported / name
+        ).read_bytes(), name

@@ -18,14 +18,14 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError
 from tests.e2e import commands
 from tests.engines.stand_in import MODULE, install_engine
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 
 CPU = torch.device("cpu")
 
 
 def config_with(engine: str, **sections: Any) -> Config:
     """A resolved config that no rule was applied to."""
-    config = config_of(1, {})
+    config = make_config(1, {})
     parallel = config.parallel.model_copy(update=sections.pop("parallel", {}))
     return config.model_copy(update={"engine": engine, "parallel": parallel, **sections})
 
@@ -116,8 +116,8 @@ def test_a_native_run_imports_no_other_engine(tmp_path: Path) -> None:
 import sys, torch
 import dist_llm.cli, dist_llm.train.run, dist_llm.train.debug, dist_llm.train.score, dist_llm.generate
 from dist_llm.engines.build_engine import build_engine, check_engine_config
-from tests.laws.law import config_of
-config = config_of(1, {})
+from tests.laws.law import make_config
+config = make_config(1, {})
 check_engine_config(config, torch.device("cpu"))
 build_engine(config, torch.device("cpu"))
 others = ("deepspeed", "accelerate", "dist_llm.engines.deepspeed", "dist_llm.engines.accelerate")

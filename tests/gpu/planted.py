@@ -1,6 +1,6 @@
-"""A program: `gpu.py` on the CPU with rows that go wrong; test_gpu_command.py says what it must leave.
+"""Run `gpu.py` on the CPU with rows that fail; test_gpu_command.py checks what it leaves.
 
-Child processes run this file, too, under another name, and so have the same rows.
+Child processes run this file, too, under another module name, and so have the same rows.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What only a GPU can show; run with `pytest -m gpu`."""
+"""Tests that need a GPU; run them with `pytest -m gpu`."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from dist_llm.observe.flops import peak_flops
 from dist_llm.optim import gradient_clipping
 from dist_llm.parallel import fp8
 from dist_llm.train.step import train_step
-from tests.laws.law import Spy, batches_of, config_of
+from tests.laws.law import RecordingEngine, make_batches, make_config
 from tests.laws.layouts import ADAMW, DOCUMENTS, MODELS, PREFIX
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
@@ -20,44 +20,46 @@ GPU = torch.device("cuda")
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_gpu_takes_the_step_that_a_cpu_takes(model: str) -> None:
-    """fp32, TF32 off: initial values bit-close, then loss, gradients and weights of three steps."""
+    """In fp32 without TF32: equal initial values, then loss, gradients and weights of three steps."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    engines = [Spy(config_of(1, MODELS[model], optim=ADAMW), device) for device in (torch.device("cpu"), GPU)]
+    engines = [
+        RecordingEngine(make_config(1, MODELS[model], optim=ADAMW), device) for device in (torch.device("cpu"), GPU)
+    ]
     for step in range(3):
-        cpu, gpu = (train_step(each, batches_of(each.config, each, step), 1e-3, step) for each in engines)
+        cpu, gpu = (train_step(each, make_batches(each.config, each, step), 1e-3, step) for each in engines)
         assert gpu.loss.item() == pytest.approx(cpu.loss.item(), rel=1e-5)
         assert gpu.grad_norm.item() == pytest.approx(cpu.grad_norm.item(), rel=1e-4)
-    there = dict(engines[1].named_parameters())
+    gpu_params = dict(engines[1].named_parameters())
     for name, parameter in engines[0].named_parameters():
-        torch.testing.assert_close(there[name].cpu(), parameter, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gpu_params[name].cpu(), parameter, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("extra", [PREFIX, DOCUMENTS, {**PREFIX, **DOCUMENTS}], ids=["prefix", "documents", "both"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_block_masks_are_dense_ones(compiled: bool, extra: dict[str, Any]) -> None:
-    """FlexAttention on the GPU, a dense mask on the CPU: heads of 16 dimensions, the least that it takes."""
+def test_block_masks_equal_dense_ones(compiled: bool, extra: dict[str, Any]) -> None:
+    """FlexAttention on the GPU equals a dense mask on the CPU; it needs heads of 16 dimensions or more."""
     model = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2}
-    cpu = Spy(config_of(1, model, optim=ADAMW, **extra), torch.device("cpu"))
-    gpu = Spy(config_of(1, model, optim=ADAMW, compile=compiled, **extra), GPU)
+    cpu = RecordingEngine(make_config(1, model, optim=ADAMW, **extra), torch.device("cpu"))
+    gpu = RecordingEngine(make_config(1, model, optim=ADAMW, compile=compiled, **extra), GPU)
     for step in range(2):
-        want, found = (train_step(each, batches_of(each.config, each, step), 1e-3, step) for each in (cpu, gpu))
-        assert found.loss.item() == pytest.approx(want.loss.item(), rel=1e-4)
-        assert found.grad_norm.item() == pytest.approx(want.grad_norm.item(), rel=1e-3)
+        expected, actual = (train_step(each, make_batches(each.config, each, step), 1e-3, step) for each in (cpu, gpu))
+        assert actual.loss.item() == pytest.approx(expected.loss.item(), rel=1e-4)
+        assert actual.grad_norm.item() == pytest.approx(expected.grad_norm.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_half_precision_trains(precision: str, compiled: bool) -> None:
-    config = config_of(1, {}, optim={"name": "adamw", "lr": 3e-3, "clip": 1.0}, precision=precision, compile=compiled)
+    config = make_config(1, {}, optim={"name": "adamw", "lr": 3e-3, "clip": 1.0}, precision=precision, compile=compiled)
     engine = NativeEngine(config, GPU)
-    losses = [train_step(engine, batches_of(config, engine, 0), 3e-3, s).loss.item() for s in range(20)]
+    losses = [train_step(engine, make_batches(config, engine, 0), 3e-3, s).loss.item() for s in range(20)]
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_step_makes_the_host_wait_for_nothing() -> None:
-    config = config_of(1, {}, optim=ADAMW, precision="bf16")
+    config = make_config(1, {}, optim=ADAMW, precision="bf16")
     engine = NativeEngine(config, GPU)
-    batches = [batch.pin_memory() for batch in batches_of(config, engine, 0)]
+    batches = [batch.pin_memory() for batch in make_batches(config, engine, 0)]
     train_step(engine, batches, 1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -72,31 +74,34 @@ has_float8 = pytest.mark.skipif(
 
 
 @has_float8
-@pytest.mark.parametrize("tokens", [4096, 21])  # the latter are made 32
-def test_products_in_float8_are_the_emulated_ones(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and both gradients, each by one call of torch's kernel, to bf16's last place and what the kernel's own
-    sums lose: Hopper's keep 13 bits below the largest summand, for a while. Here: 2^-11 of the summands' sizes."""
+@pytest.mark.parametrize("tokens", [4096, 21])  # 21 are padded to 32
+def test_products_in_float8_equal_the_emulation(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and both gradients take one kernel call each and match the emulation.
+
+    The tolerance is bf16's last place plus 2^-11 of the summands' sizes, for what the kernel's sums lose: on Hopper
+    they temporarily keep 13 bits below the largest summand.
+    """
     shapes = (((tokens, 768), 1e-2), ((2048, 768), 2e-2), ((tokens, 2048), 1e-5))
     x, w, g = ((size * torch.randn(shape, device=GPU)).bfloat16() for shape, size in shapes)
     kernel, calls = torch._scaled_mm, []
 
-    def counted(*arguments: Any, **options: Any) -> torch.Tensor:
+    def count_call(*arguments: Any, **options: Any) -> torch.Tensor:
         calls.append(arguments[0].dtype)
         return kernel(*arguments, **options)
 
-    def products() -> list[torch.Tensor]:
+    def compute_products() -> list[torch.Tensor]:
         inputs, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
         y = fp8.float8_linear(inputs, weight)
         return [y.detach(), *torch.autograd.grad(y, (inputs, weight), g)]
 
-    monkeypatch.setattr(torch, "_scaled_mm", counted)
-    found = products()
+    monkeypatch.setattr(torch, "_scaled_mm", count_call)
+    actual = compute_products()
     assert calls == [fp8.INPUT_DTYPE, fp8.GRAD_DTYPE, fp8.GRAD_DTYPE]
     monkeypatch.setattr(fp8, "scaled_matmul", fp8.emulate_scaled_matmul)
-    wanted = products()
+    expected = compute_products()
     assert len(calls) == 3
     sizes = [x.abs() @ w.abs().t(), g.abs() @ w.abs(), g.abs().t() @ x.abs()]
-    for one, other, size in zip(found, wanted, sizes, strict=True):
+    for one, other, size in zip(actual, expected, sizes, strict=True):
         assert one.any()
         assert ((one - other).float().abs() <= 2.0**-8 * other.float().abs() + 2.0**-11 * size.float()).all()
 
@@ -104,17 +109,17 @@ def test_products_in_float8_are_the_emulated_ones(tokens: int, monkeypatch: pyte
 @has_float8
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_gpu_trains_in_float8_as_a_cpu_emulates_it(compiled: bool) -> None:
-    """Losses of 20 steps that learn a batch by heart, within 6%; and over steps within 1%, as float8 is of bf16."""
+    """Losses of 20 steps on one batch agree within 6%, and their sums within 1%, as those of float8 and bf16 do."""
     sections: dict[str, Any] = {"optim": {"name": "adamw", "lr": 3e-3, "clip": 1.0}, "precision": "bf16", "fp8": True}
-    cpu = NativeEngine(config_of(1, {}, **sections), torch.device("cpu"))
-    gpu = NativeEngine(config_of(1, {}, compile=compiled, **sections), GPU)
-    want, found = (
-        [train_step(each, batches_of(each.config, each, 0), 3e-3, step).loss.item() for step in range(20)]
+    cpu = NativeEngine(make_config(1, {}, **sections), torch.device("cpu"))
+    gpu = NativeEngine(make_config(1, {}, compile=compiled, **sections), GPU)
+    expected, actual = (
+        [train_step(each, make_batches(each.config, each, 0), 3e-3, step).loss.item() for step in range(20)]
         for each in (cpu, gpu)
     )
-    assert found[-1] < 0.8 * found[0]
-    assert found == pytest.approx(want, rel=0.06)
-    assert sum(found) == pytest.approx(sum(want), rel=0.01)
+    assert actual[-1] < 0.8 * actual[0]
+    assert actual == pytest.approx(expected, rel=0.06)
+    assert sum(actual) == pytest.approx(sum(expected), rel=0.01)
 
 
 @has_float8

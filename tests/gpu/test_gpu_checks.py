@@ -1,4 +1,4 @@
-"""The checks and figures of `make gpu` on the CPU: right values pass, and a planted wrong one does not."""
+"""The checks and figures of `make gpu` on the CPU: correct values pass, and a planted wrong value fails."""
 
 import itertools
 import sys
@@ -32,29 +32,35 @@ CPU = Context("cpu", True, Path("unused"))
         (
             fused_linear_cross_entropy,
             "_losses_and_logit_grads_",
-            lambda right: lambda *args: right(*args) * 1.001,
+            lambda correct: lambda *args: correct(*args) * 1.001,
             gpu_kernels.check_loss,
             {},
         ),
         (
             gpu_kernels,
             "scaled_dot_product",
-            lambda right: lambda *args, **keys: right(*args, **keys, scale=0.13),
+            lambda correct: lambda *args, **kwargs: correct(*args, **kwargs, scale=0.13),
             gpu_kernels.check_attention,
             {"kernel": "chosen", "seq_len": 64},
         ),
-        (fp8, "scaled_matmul", lambda right: lambda *args: right(*args) * 1.02, gpu_kernels.check_fp8, {"tokens": 21}),
+        (
+            fp8,
+            "scaled_matmul",
+            lambda correct: lambda *args: correct(*args) * 1.02,
+            gpu_kernels.check_fp8,
+            {"tokens": 21},
+        ),
         (
             gpu_steps.copy,
             "deepcopy",
-            lambda right: lambda model: right(model).apply(_shift),
+            lambda correct: lambda model: correct(model).apply(_shift_norms),
             gpu_steps.check_generation,
             {},
         ),
         (
             store,
             "load",
-            lambda right: lambda folder, state: _shifted(right, folder, state),
+            lambda correct: lambda folder, state: _load_shifted(correct, folder, state),
             gpu_steps.check_checkpoint,
             {},
         ),
@@ -62,25 +68,25 @@ CPU = Context("cpu", True, Path("unused"))
     ids=["loss", "attention", "fp8", "generation", "checkpoint"],
 )
 def test_a_wrong_value_breaks_the_check(owner: Any, name: str, bug: Any, check: Any, options: dict[str, Any]) -> None:
-    """And without the bug it is whole."""
+    """Without the bug the check passes."""
     assert check(CPU, **options)["broken"] == []
     with patch.object(owner, name, bug(getattr(owner, name))):
         assert check(CPU, **options)["broken"]
 
 
-def _shift(module: torch.nn.Module) -> None:
+def _shift_norms(module: torch.nn.Module) -> None:
     """Move the weights of the norms."""
     if isinstance(module, torch.nn.RMSNorm):
         module.weight.data += 0.01
 
 
-def _shifted(load: Any, folder: Any, state: Any) -> None:
+def _load_shifted(load: Any, folder: Any, state: Any) -> None:
     load(folder, state)
     next(iter(state.moments().values())).view(-1)[:1] += 1
 
 
-class Late(NativeEngine):
-    """Every second engine, the one on the device, takes steps a thousandth too long."""
+class LongStepEngine(NativeEngine):
+    """An engine of which every second instance, that on the device, takes steps too long by a thousandth."""
 
     count = itertools.count()
 
@@ -93,39 +99,39 @@ class Late(NativeEngine):
 
 
 @pytest.fixture
-def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    Late.count = itertools.count()
-    monkeypatch.setattr(gpu_steps, "NativeEngine", Late)
+def long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    LongStepEngine.count = itertools.count()
+    monkeypatch.setattr(gpu_steps, "NativeEngine", LongStepEngine)
 
 
-def test_right_steps_are_whole() -> None:
+def test_correct_steps_pass() -> None:
     for check in (gpu_steps.check_step, gpu_steps.check_one_rank, gpu_steps.check_step_bf16):
         assert check(CPU)["broken"] == []
 
 
-def test_a_wrong_step_of_one_rank_breaks_the_check(late: None) -> None:
+def test_a_wrong_step_of_one_rank_breaks_the_check(long_steps: None) -> None:
     assert any("FSDP2: updates: error 0.001" in line for line in gpu_steps.check_one_rank(CPU)["broken"])
 
 
 def test_bf16_that_is_fp32_breaks_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu_steps.small_config
-    monkeypatch.setattr(gpu_steps, "small_config", lambda *keys: right(*keys, "precision=fp32"))
+    correct = gpu_steps.small_config
+    monkeypatch.setattr(gpu_steps, "small_config", lambda *keys: correct(*keys, "precision=fp32"))
     assert gpu_steps.check_step_bf16(CPU)["broken"] == ["bf16 computed what fp32 computes"]
 
 
-def test_a_wrong_step_breaks_the_check(late: None) -> None:
+def test_a_wrong_step_breaks_the_check(long_steps: None) -> None:
     broken = gpu_steps.check_step(CPU)["broken"]
     assert any("llama-cpu sgd: updates: error 0.001" in line for line in broken)
     assert any("gpt2-cpu adamw: updates" in line for line in broken)
 
 
-def test_a_loss_that_knows_too_much_breaks_a_training_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as one of zeros, which would be fast."""
-    turn = {"seconds": 0.1, "peak": 1, "loss": 0.0}
-    monkeypatch.setattr(gpu_figures, "make_ours", lambda config, device: lambda steps: turn)
-    found = gpu_figures.training(CPU, "llama-1b", 4096, 4)
-    assert found["broken"]
-    assert found["tokens_per_second"] == pytest.approx(4 * 64 / 0.1)
+def test_too_small_a_loss_breaks_a_training_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss of zero, for example, would be fast to compute."""
+    measurement = {"seconds": 0.1, "peak": 1, "loss": 0.0}
+    monkeypatch.setattr(gpu_figures, "make_ours", lambda config, device: lambda steps: measurement)
+    row = gpu_figures.training(CPU, "llama-1b", 4096, 4)
+    assert row["broken"]
+    assert row["tokens_per_second"] == pytest.approx(4 * 64 / 0.1)
 
 
 def test_nan_and_another_shape_break_a_comparison() -> None:
@@ -141,6 +147,6 @@ def test_gaps_lie_between_the_end_of_all_before_and_the_next_start() -> None:
     host = [Span("aten::mm", 1, 3), Span("aten::item", 31, 33), Span("aten::add", 39, 40)]
     (gap,) = gpu_profile.gaps(kernels, host)
     assert (gap.start, gap.micros, gap.after, gap.before, gap.host) == (30, 4, "long", "b", "aten::item")
-    found = gpu_profile.summary(kernels, host)
-    assert (found["step_micros"], found["idle_micros"], found["kernels"]) == (50, 4, 5)
+    summary = gpu_profile.summary(kernels, host)
+    assert (summary["step_micros"], summary["idle_micros"], summary["kernels"]) == (50, 4, 5)
     assert gpu_profile.summary([], [])["broken"] == ["the profile has no kernel"]

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: every row is reached, rows outlive a killed run, and a wrong value is reported."""
+"""`make gpu` without a GPU: every row runs, rows outlive a killed run, and a wrong value is reported."""
 
 import json
 import os
@@ -30,18 +30,18 @@ from gpu_context import Context  # noqa: E402
 from gpu_rows import ROWS, Row  # noqa: E402
 
 CPU = Context("cpu", True, Path("unused"))
-# Packages that the machine with the GPU lacks, and that no row may need.
+# Packages that the machine with the GPU lacks; no row may need them.
 ABSENT_PACKAGES = ("datasets", "datasketch", "hypothesis", "deepspeed", "zstandard")
-ABSENT = f"import sys; sys.modules.update(dict.fromkeys({ABSENT_PACKAGES})); "
+HIDE_ABSENT_PACKAGES = f"import sys; sys.modules.update(dict.fromkeys({ABSENT_PACKAGES})); "
 without_cuda = pytest.mark.skipif(
     torch.version.cuda is not None, reason="a GPU is pretended by torch's CPU build alone"
 )
 
 
 def start(*arguments: str, code: str = "", program: Path = BENCHMARKS / "gpu.py") -> subprocess.Popen[str]:
-    words = ["-c", code] if code else [str(program)]
+    program_args = ["-c", code] if code else [str(program)]
     return subprocess.Popen(
-        [sys.executable, *words, *arguments],
+        [sys.executable, *program_args, *arguments],
         env=commands.environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -50,26 +50,26 @@ def start(*arguments: str, code: str = "", program: Path = BENCHMARKS / "gpu.py"
     )
 
 
-def rows_in(path: Path) -> dict[str, dict[str, Any]]:
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     return {row["row"]: row for row in json.loads(path.read_text())["rows"]}
 
 
-def base(name: str) -> str:
-    """The name of the row that a result is of: a row of several results names each."""
+def row_name_of(name: str) -> str:
+    """Return the name of the row that produced a result: a row with several results names each."""
     return max((row.name for row in ROWS if name == row.name or name.startswith(f"{row.name}, ")), key=len)
 
 
 @without_cuda
 def test_every_row_is_reached_on_a_pretended_gpu(tmp_path: Path) -> None:
-    """At tiny sizes: each row's tensors are on the GPU and are not read, where they must not be."""
-    code = f"{ABSENT} sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu; sys.exit(gpu.main())"
+    """At tiny sizes: each row's tensors are on the pretended GPU, and no row reads their values where it must not."""
+    code = f"{HIDE_ABSENT_PACKAGES} sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu; sys.exit(gpu.main())"
     process = start("--device", "pretended", "--tiny", "--write", str(tmp_path), code=code)
     output, errors = process.communicate(timeout=280)
-    rows = rows_in(tmp_path / "gpu-pretended.json")
+    rows = read_rows(tmp_path / "gpu-pretended.json")
     assert {name: row["error"] for name, row in rows.items() if row["outcome"] == "failed"} == {}
     assert process.returncode == 0, errors
     assert [json.loads(line)["row"] for line in output.splitlines()] == list(rows)
-    assert {base(name) for name in rows} == {row.name for row in ROWS}
+    assert {row_name_of(name) for name in rows} == {row.name for row in ROWS}
     assert [name for name, row in rows.items() if row["outcome"] != "ok"] == ["pytest -m gpu"]
     assert all(rows[row.name]["traced_peak"] > 0 for row in ROWS if row.kind == "train")
     assert rows["environment"]["missing"].keys() >= {"datasets", "datasketch"}
@@ -77,31 +77,31 @@ def test_every_row_is_reached_on_a_pretended_gpu(tmp_path: Path) -> None:
 
 
 def test_rows_outlive_a_hang_a_death_and_a_killed_parent(tmp_path: Path) -> None:
-    """In child processes: one row hangs, one dies, and the next is there. SIGKILL leaves a whole file and no child."""
+    """A row hangs, one dies, and the next succeeds; then SIGKILL leaves a complete file and no child process."""
     path = tmp_path / "gpu-cpu.json"
     program = Path(__file__).parent / "planted.py"
     with start("--device", "cpu", "--write", str(tmp_path), program=program) as process:
         deadline = time.monotonic() + 250
-        while not path.exists() or len(rows_in(path)) < 4:
+        while not path.exists() or len(read_rows(path)) < 4:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        children = commands._family(process.pid)[1:]
+        children = commands.process_tree(process.pid)[1:]
         assert children
         os.kill(process.pid, signal.SIGKILL)
-    rows = rows_in(path)
+    rows = read_rows(path)
     outcomes = {name: row["outcome"] for name, row in rows.items()}
     assert outcomes == {"environment": "ok", "hangs": "failed", "dies": "failed", "loss": "ok"}
     assert "cut off after 3 s" in rows["hangs"]["error"]
-    assert "planted.py" in rows["hangs"]["error"], "where it hangs"
+    assert "planted.py" in rows["hangs"]["error"], "the stack where it hangs"
     assert "exit code 3" in rows["dies"]["error"]
-    while any("spawn_main" in command_of(each) for each in children):
-        assert time.monotonic() < deadline, "a child lives on"
+    while any("spawn_main" in read_command_line(each) for each in children):
+        assert time.monotonic() < deadline, "a child still runs"
         time.sleep(0.05)
 
 
 class InThisProcess:
-    """In place of child processes."""
+    """A runner of rows in this process, in place of child processes."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -116,7 +116,7 @@ def run_out_of_memory(context: Context) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB.")
 
 
-def stop(context: Context) -> None:
+def interrupt(context: Context) -> None:
     raise KeyboardInterrupt
 
 
@@ -125,7 +125,7 @@ MAIN_ROWS = ("environment", "loss", "generation", "llama-1b, 4k x 4", "profile, 
 
 @pytest.fixture
 def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """gpu.py on the CPU, in this process, with the rows above and others."""
+    """Run gpu.py on the CPU in this process, with MAIN_ROWS after the given rows."""
     handler = signal.getsignal(signal.SIGTERM)
 
     def run(*rows: Row) -> int:
@@ -141,14 +141,14 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
 def test_the_rows_run_and_the_table_shows_them(main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(Row("train", "memory", run_out_of_memory)) == 0
     output, errors = capsys.readouterr()
-    kept = json.loads((tmp_path / "gpu-cpu.json").read_text())
-    rows = {row["row"]: row for row in kept["rows"]}
+    report = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    rows = {row["row"]: row for row in report["rows"]}
     assert list(rows) == [json.loads(line)["row"] for line in output.splitlines()] == ["memory", *MAIN_ROWS]
     assert rows["memory"]["outcome"] == "out of memory"
     assert rows["llama-1b, 4k x 4"]["tokens_per_second"] > 0
     assert 0 < len(rows["profile, eager"]["gaps"]) <= 10
     assert (tmp_path / rows["profile, eager"]["trace"]).stat().st_size > 0
-    assert {"cpu", "torch", "git_commit", "device"} <= kept["machine"].keys()
+    assert {"cpu", "torch", "git_commit", "device"} <= report["machine"].keys()
     assert "the largest gaps" in errors
     assert "rows: 5 ok, 1 out of memory" in errors
 
@@ -156,9 +156,9 @@ def test_the_rows_run_and_the_table_shows_them(main: Any, tmp_path: Path, capsys
 def test_a_wrong_value_is_reported_and_fails_the_command(
     main: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = fused_linear_cross_entropy._losses_and_logit_grads_
+    correct = fused_linear_cross_entropy._losses_and_logit_grads_
     monkeypatch.setattr(
-        fused_linear_cross_entropy, "_losses_and_logit_grads_", lambda *arguments: right(*arguments) * 1.001
+        fused_linear_cross_entropy, "_losses_and_logit_grads_", lambda *arguments: correct(*arguments) * 1.001
     )
     assert main() == 1
     errors = capsys.readouterr().err
@@ -167,11 +167,11 @@ def test_a_wrong_value_is_reported_and_fails_the_command(
 
 
 def test_an_interrupted_run_prints_what_it_has(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(Row("check", "first", lambda context: {}), Row("check", "stopped", stop)) == 130
+    assert main(Row("check", "first", lambda context: {}), Row("check", "stopped", interrupt)) == 130
     assert "rows: 1 ok" in capsys.readouterr().err
 
 
-def command_of(process: int) -> str:
+def read_command_line(process: int) -> str:
     try:
         return Path(f"/proc/{process}/cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -182,7 +182,7 @@ def command_of(process: int) -> str:
 @pytest.mark.timeout(1200)
 def test_the_whole_command_runs_on_the_cpu(tmp_path: Path) -> None:
     """`DEVICE=cpu make gpu` from start to end, through make."""
-    done = subprocess.run(
+    completed = subprocess.run(
         ["make", "gpu", "DEVICE=cpu", f"RESULTS={tmp_path}", f"GPU_PYTHON={sys.executable}"],
         cwd=REPOSITORY,
         env=commands.environment(),
@@ -190,26 +190,26 @@ def test_the_whole_command_runs_on_the_cpu(tmp_path: Path) -> None:
         text=True,
         timeout=1100,
     )
-    assert done.returncode == 0, done.stderr
-    rows = rows_in(tmp_path / "gpu-cpu.json")
-    assert {base(name) for name in rows} == {row.name for row in ROWS}
-    skipped = {name for name, row in rows.items() if row["outcome"] != "ok"}
-    no_cpu = {name for name in rows if name.startswith(("host syncs", "attention flex", "pytest"))}
-    assert skipped == no_cpu | {"attention efficient", "attention cudnn"}
+    assert completed.returncode == 0, completed.stderr
+    rows = read_rows(tmp_path / "gpu-cpu.json")
+    assert {row_name_of(name) for name in rows} == {row.name for row in ROWS}
+    not_run = {name for name, row in rows.items() if row["outcome"] != "ok"}
+    needs_gpu = {name for name in rows if name.startswith(("host syncs", "attention flex", "pytest"))}
+    assert not_run == needs_gpu | {"attention efficient", "attention cudnn"}
 
 
 @pytest.mark.slow
 @without_cuda
 @pytest.mark.timeout(1200)
 def test_the_traced_peaks_in_the_repository_are_those_of_this_code(tmp_path: Path) -> None:
-    """One row at its full size; all are in the file."""
-    kept = gpu_report.traced_peaks()
+    """Trace one row at its full size; the file holds all rows."""
+    peaks = gpu_report.traced_peaks()
     names = [row.name for row in ROWS if row.kind == "train"]
-    assert kept.keys() >= set(names)
+    assert peaks.keys() >= set(names)
     process = start("--device", "pretended", "--write", str(tmp_path), "--rows", names[0])
     process.communicate(timeout=1100)
-    traced = rows_in(tmp_path / "gpu-pretended.json")[names[0]]["traced_peak"]
-    assert traced == pytest.approx(kept[names[0]], rel=0.01)
+    traced = read_rows(tmp_path / "gpu-pretended.json")[names[0]]["traced_peak"]
+    assert traced == pytest.approx(peaks[names[0]], rel=0.01)
 
 
 def test_checks_and_the_first_training_row_come_within_two_minutes() -> None:
@@ -221,37 +221,41 @@ def test_checks_and_the_first_training_row_come_within_two_minutes() -> None:
 
 
 class Clock:
-    """Time that rows take, and nothing else."""
+    """A clock that only rows advance."""
 
     def __init__(self, seconds: float) -> None:
-        self.left = seconds
+        self.seconds_left = seconds
 
     def run(self, row: Row, seconds: float) -> list[dict[str, Any]]:
-        self.left -= row.expected
+        self.seconds_left -= row.expected
         return [{"outcome": "ok", "limit": seconds}]
 
 
 def test_a_row_starts_only_if_there_is_time_for_it() -> None:
-    kept: list[dict[str, Any]] = []
-    results: Any = SimpleNamespace(add=kept.append, context=SimpleNamespace(kind="cuda"))
+    added: list[dict[str, Any]] = []
+    results: Any = SimpleNamespace(add=added.append, context=SimpleNamespace(kind="cuda"))
     rows = [Row("check", f"{number}", len, expected=10, limit=25) for number in range(4)]
     clock = Clock(32)
-    gpu.run_rows(rows, results, clock.run, lambda: clock.left)
-    assert [row["outcome"] for row in kept] == ["ok", "ok", "ok", "skipped"]
-    assert [row.get("limit") for row in kept[:3]] == [25, 22, 12]
-    assert "2 s of the budget are left" in kept[3]["error"]
+    gpu.run_rows(rows, results, clock.run, lambda: clock.seconds_left)
+    assert [row["outcome"] for row in added] == ["ok", "ok", "ok", "skipped"]
+    assert [row.get("limit") for row in added[:3]] == [25, 22, 12]
+    assert "2 s of the budget are left" in added[3]["error"]
 
 
 def test_wheels_that_fit_this_python_are_unpacked_once(tmp_path: Path) -> None:
-    here = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-    for tag in ("py3-none-any", f"{here}-{here}-manylinux_2_17_x86_64", "cp399-cp399-manylinux_2_17_x86_64"):
+    python_tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    for tag in (
+        "py3-none-any",
+        f"{python_tag}-{python_tag}-manylinux_2_17_x86_64",
+        "cp399-cp399-manylinux_2_17_x86_64",
+    ):
         with zipfile.ZipFile(tmp_path / f"carried_{tag.partition('-')[0]}-1.0-{tag}.whl", "w") as wheel:
             wheel.writestr(f"carried_{tag.partition('-')[0]}.py", "")
     target = gpu_start.unpack(tmp_path)
-    assert {path.name for path in target.glob("*.py")} == {"carried_py3.py", f"carried_{here}.py"}
+    assert {path.name for path in target.glob("*.py")} == {"carried_py3.py", f"carried_{python_tag}.py"}
     (target / "carried_py3.py").unlink()
     gpu_start.unpack(tmp_path)
-    assert not (target / "carried_py3.py").exists(), "it was unpacked before"
+    assert not (target / "carried_py3.py").exists(), "the wheels are unpacked once"
     assert gpu_start.fits(Path("x-1-cp38-abi3-manylinux_2_17_x86_64.whl"))
     assert not gpu_start.fits(Path("x-1-cp38-cp38-manylinux_2_17_x86_64.whl"))
 

@@ -1,4 +1,4 @@
-"""A program: steps of the engine on a GPU that is not there (benchmarks/pretend.py), a JSON line per case.
+"""Run the engine's steps on a pretended GPU (benchmarks/pretend.py) and print a JSON line per case.
 
 `python -m tests.gpu.traced [--plant BUG]`; test_traced.py says what it must print.
 """
@@ -19,7 +19,7 @@ from benchmarks import pretend
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of
+from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, DOCUMENTS, MODELS, MUON, PREFIX
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.out}
@@ -37,8 +37,8 @@ LAYOUTS = {
 }
 
 
-def cases() -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Name, ranks, keywords of config_of."""
+def iter_cases() -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yield name, number of ranks, and keywords of make_config."""
     for model, keys in MODELS.items():
         yield model, 1, {"model": keys, "precision": "bf16"}
     yield "fp32", 1, {}
@@ -57,8 +57,8 @@ def cases() -> Iterator[tuple[str, int, dict[str, Any]]]:
     yield "dropout, tp", 8, {"model": {"dropout": 0.1}, "precision": "bf16", "parallel": {"dp_shard": 2, "tp": 4}}
 
 
-class Products(TorchDispatchMode):
-    """The types of the matrix products, but for attention's."""
+class ProductTypes(TorchDispatchMode):
+    """Collects the dtypes of matrix products other than attention's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,44 +72,44 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
-    """A step, and a score without gradients."""
+def take_step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
+    """Take a step and compute a score without gradients."""
     sections = {"optim": ADAMW, **sections}
-    config = config_of(ranks, {"n_layers": 2} | sections.pop("model", {}), **sections)
+    config = make_config(ranks, {"n_layers": 2} | sections.pop("model", {}), **sections)
     data_ranks = config.parallel.dp_replicate * config.parallel.dp_shard
-    batches = batches_of(config, SimpleNamespace(dp_rank_and_size=(0, data_ranks)), 0)  # type: ignore[arg-type]
+    batches = make_batches(config, SimpleNamespace(dp_rank_and_size=(0, data_ranks)), 0)  # type: ignore[arg-type]
     with pretend.gpu(ranks):
         engine = NativeEngine(config, pretend.DEVICE)
-        with Products() as products:
+        with ProductTypes() as products:
             report = train_step(engine, batches, 1e-3)
         engine.score(engine.to_local_batch(batches[0]))
         devices = {each.device.type for each in (report.loss, report.grad_norm, report.scored)}
         return {"devices": sorted(devices), "products": sorted(products.types)}
 
 
-def waits(self: NativeEngine) -> Any:
-    """A planted bug: the norm's value is asked for in each step."""
-    norm = NORM(self)
+def norm_that_waits(self: NativeEngine) -> Any:
+    """Read the norm's value in each step: a planted bug."""
+    norm = GRAD_NORM(self)
     return torch.full_like(norm, norm.item())
 
 
-REAL, NORM = attention.apply_rotary, NativeEngine._grad_norm
+APPLY_ROTARY, GRAD_NORM = attention.apply_rotary, NativeEngine._grad_norm
 BUGS = {
     "none": nullcontext,
-    "host": lambda: patch.object(attention, "apply_rotary", lambda x, cos, sin: REAL(x, cos.cpu(), sin)),
-    "waits": lambda: patch.object(NativeEngine, "_grad_norm", waits),
+    "host": lambda: patch.object(attention, "apply_rotary", lambda x, cos, sin: APPLY_ROTARY(x, cos.cpu(), sin)),
+    "waits": lambda: patch.object(NativeEngine, "_grad_norm", norm_that_waits),
 }
 
 
 def main() -> None:
-    top = argparse.ArgumentParser(description=__doc__)
-    top.add_argument("--plant", choices=BUGS, default="none")
-    bug = top.parse_args().plant
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plant", choices=BUGS, default="none")
+    bug = parser.parse_args().plant
     pretend.preload()
-    for name, ranks, sections in cases() if bug == "none" else [("planted", 1, {})]:
+    for name, ranks, sections in iter_cases() if bug == "none" else [("planted", 1, {})]:
         try:
             with BUGS[bug]():
-                row = step(ranks, sections)
+                row = take_step(ranks, sections)
         except Exception as error:
             row = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"case": name, **row}), flush=True)

@@ -10,21 +10,21 @@ from dist_llm.errors import DataError
 from dist_llm.io.growing import FileState, GrowingFile, check_prefix
 
 
-def write_randomly(directory, documents, cuts, seed=0):
+def write_randomly(directory, documents, cut_probability, seed=0):
     """Write all documents in batches of random size; at each cut, a new writer restores the last sync."""
     rng = random.Random(seed)
-    writer, states, done = ShardWriter(directory, "train", "uint16", max_tokens=20), {}, 0
-    while done < len(documents):
-        batch = documents[done : done + rng.randint(1, 9)]
+    writer, states, num_written = ShardWriter(directory, "train", "uint16", max_tokens=20), {}, 0
+    while num_written < len(documents):
+        batch = documents[num_written : num_written + rng.randint(1, 9)]
         writer.extend(np.concatenate(batch), np.cumsum([len(document) for document in batch]), np.full(len(batch), 3))
-        if rng.random() < cuts:
+        if rng.random() < cut_probability:
             states |= {state.shard.file: state for state in writer.sync()}
             if rng.random() < 0.5:
                 writer.add(np.full(7, 9), 1)  # written, but not synced
             writer.__exit__()
             writer = ShardWriter(directory, "train", "uint16", max_tokens=20)
             writer.restore(list(states.values()))
-        done += len(batch)
+        num_written += len(batch)
     return writer.close()
 
 
@@ -52,11 +52,11 @@ def test_reopen_drops_the_bytes_after_the_state(tmp_path):
     state = file.sync()
     file.write(b"lost")
     file.close()
-    again = GrowingFile.reopen(tmp_path / "f", state)
-    again.write(b"!")
-    assert again.close() == FileState(5, again.state.sha256)
+    reopened = GrowingFile.reopen(tmp_path / "f", state)
+    reopened.write(b"!")
+    assert reopened.close() == FileState(5, reopened.state.sha256)
     assert (tmp_path / "f").read_bytes() == b"kept!"
-    check_prefix(tmp_path / "f", again.state)
+    check_prefix(tmp_path / "f", reopened.state)
 
 
 @pytest.mark.parametrize("content", [b"kepT and more", b"kep", None])

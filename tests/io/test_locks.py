@@ -21,13 +21,13 @@ def test_a_second_holder_is_refused_until_the_first_ends(tmp_path):
 
 def test_holders_take_turns(tmp_path):
     """Each holder removes the file, so that the next one must lock the file that has the name now."""
-    inside, most = [], []
+    inside, counts = [], []
 
     def hold():
         for _ in range(50):
             with lock_file(tmp_path / "lock"):
                 inside.append(1)
-                most.append(len(inside))
+                counts.append(len(inside))
                 os.sched_yield()
                 inside.pop()
 
@@ -36,7 +36,7 @@ def test_holders_take_turns(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert (max(most), len(most)) == (1, 200)
+    assert (max(counts), len(counts)) == (1, 200)
 
 
 def test_a_lock_on_a_removed_file_does_not_count(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Variables of the network: set from the config, or refused."""
+"""Network variables are set from the config, or the config is refused."""
 
 import os
 
@@ -8,7 +8,7 @@ from dist_llm.errors import ConfigError
 from dist_llm.launch.environment import set_network
 
 
-def test_they_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_variables_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("NCCL_IB_TIMEOUT", "23")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
@@ -16,9 +16,9 @@ def test_they_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ.pop("GLOO_SOCKET_IFNAME") == "ib0"
 
 
-def test_an_environment_that_says_otherwise_is_not_overruled_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contradicting_environment_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     with pytest.raises(ConfigError, match=r"run\.network\.NCCL_DEBUG: is INFO, but the environment has WARN"):
         set_network({"NCCL_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "INFO"})
-    assert "NCCL_SOCKET_IFNAME" not in os.environ, "nothing is half done"
+    assert "NCCL_SOCKET_IFNAME" not in os.environ, "no variable is set after an error"

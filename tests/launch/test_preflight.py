@@ -1,4 +1,4 @@
-"""What `check` measures, and that each thing that can be wrong with a node is found and named, and nothing else."""
+"""Preflight measures each node; each kind of problem is reported with its node, and nothing else is."""
 
 import contextlib
 import io
@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 VERSIONS = {"torch": "2.11.0", "NCCL": "2.27.5", "driver": "570.86"}
 
 
-def sound() -> list[NodeReport]:
-    """Four nodes of two ranks, as alike as machines are: GPUs within 10 %, links within 30 %."""
+def healthy_reports() -> list[NodeReport]:
+    """Return reports of four healthy nodes with two ranks each: GPUs within 10 %, links within 30 %."""
     rates = [650, 640, 700, 660, 655, 648, 652, 630]
     links = [40, 40, 30, 31, 41, 42, math.nan, math.nan]
     return [
@@ -37,65 +37,70 @@ def sound() -> list[NodeReport]:
     ]
 
 
-def changed(*ranks: int, **values: object) -> list[NodeReport]:
-    return [replace(each, **values) if each.rank in ranks else each for each in sound()]
+def changed_reports(*ranks: int, **values: object) -> list[NodeReport]:
+    return [replace(each, **values) if each.rank in ranks else each for each in healthy_reports()]
 
 
-def test_sound_facts_have_no_problems():
-    assert diagnose_nodes(sound()) == []
+def test_healthy_nodes_have_no_problems():
+    assert diagnose_nodes(healthy_reports()) == []
     assert diagnose_nodes([NodeReport(0, "alone", VERSIONS, 0.0, 1.0, True, 0.1, 10.0)]) == []
-    assert diagnose_nodes([NodeReport(rank, f"node{rank}") for rank in range(3)]) == [], "nothing was measured"
+    assert diagnose_nodes([NodeReport(rank, f"node{rank}") for rank in range(3)]) == [], (
+        "reports without measurements have no problems"
+    )
 
 
 @pytest.mark.parametrize(
     ("reports", "problems"),
     [
-        (changed(4, 5, versions={**VERSIONS, "NCCL": "2.21.5"}), ["node2: NCCL is 2.21.5, elsewhere 2.27.5"]),
-        (changed(7, versions={**VERSIONS, "driver": "none"}), ["node3: driver is none, elsewhere 570.86"]),
+        (changed_reports(4, 5, versions={**VERSIONS, "NCCL": "2.21.5"}), ["node2: NCCL is 2.21.5, elsewhere 2.27.5"]),
+        (changed_reports(7, versions={**VERSIONS, "driver": "none"}), ["node3: driver is none, elsewhere 570.86"]),
         (
-            changed(0, 1, versions={"torch": "2.12.0", "NCCL": "2.27.5"}),
+            changed_reports(0, 1, versions={"torch": "2.12.0", "NCCL": "2.27.5"}),
             ["node0: torch is 2.12.0, elsewhere 2.11.0", "node0: driver is unknown, elsewhere 570.86"],
         ),
-        (changed(2, 3, clock_seconds=5.0), ["node1: its clock is 5.0 s ahead of rank 0's"]),
-        (changed(5, clock_seconds=-1.2), ["node2: its clock is 1.2 s behind rank 0's"]),
-        (changed(6, matmul_tflops=500.0), ["node3: rank 6 reaches 500 matmul TFLOP/s, the median rank 649"]),
-        (changed(2, 3, sees_shared_file=False), ["node1: does not see the file that rank 0 wrote to --directory"]),
+        (changed_reports(2, 3, clock_seconds=5.0), ["node1: its clock is 5.0 s ahead of rank 0's"]),
+        (changed_reports(5, clock_seconds=-1.2), ["node2: its clock is 1.2 s behind rank 0's"]),
+        (changed_reports(6, matmul_tflops=500.0), ["node3: rank 6 reaches 500 matmul TFLOP/s, the median rank 649"]),
         (
-            changed(5, neighbour_gb_per_second=14.0),
+            changed_reports(2, 3, sees_shared_file=False),
+            ["node1: does not see the file that rank 0 wrote to --directory"],
+        ),
+        (
+            changed_reports(5, neighbour_gb_per_second=14.0),
             ["node2: all-reduce with node3 alone reaches 14 GB/s, the median pair reaches 30"],
         ),
         (
-            changed(3, failures=("CUDA out of memory",), matmul_tflops=math.nan),
+            changed_reports(3, failures=("CUDA out of memory",), matmul_tflops=math.nan),
             ["node1: rank 3: CUDA out of memory"],
         ),
     ],
 )
-def test_each_problem_is_found_and_its_node_named(reports, problems):
-    found = diagnose_nodes(reports)
-    assert len(found) == len(problems), found
-    for line, start in zip(found, problems, strict=True):
+def test_each_problem_is_reported_with_its_node(reports, problems):
+    reported = diagnose_nodes(reports)
+    assert len(reported) == len(problems), reported
+    for line, start in zip(reported, problems, strict=True):
         assert line.startswith(start)
 
 
-def test_two_slow_things_are_two_lines():
-    reports = changed(2, 3, matmul_tflops=300.0, clock_seconds=9.0)
+def test_each_slow_measurement_has_its_line():
+    reports = changed_reports(2, 3, matmul_tflops=300.0, clock_seconds=9.0)
     assert [line.partition(":")[0] for line in diagnose_nodes(reports)] == ["node1"] * 3
 
 
-def test_a_slow_rank_is_found_where_half_of_the_others_have_no_rate():
-    reports = changed(0, 1, 2, 3, matmul_tflops=math.nan)
+def test_a_slow_rank_is_found_if_half_of_the_others_have_no_rate():
+    reports = changed_reports(0, 1, 2, 3, matmul_tflops=math.nan)
     reports[6] = replace(reports[6], matmul_tflops=400.0)
     assert diagnose_nodes(reports) == ["node3: rank 6 reaches 400 matmul TFLOP/s, the median rank 639"]
 
 
-def test_of_two_nodes_that_differ_rank_0_is_the_norm():
-    reports = changed(2, 3, versions={**VERSIONS, "torch": "2.12.0"})[:4]
+def test_with_two_nodes_rank_0_is_the_reference():
+    reports = changed_reports(2, 3, versions={**VERSIONS, "torch": "2.12.0"})[:4]
     assert diagnose_nodes(reports) == ["node1: torch is 2.12.0, elsewhere 2.11.0"]
 
 
-def test_the_table_has_a_row_per_node_with_the_worst_of_its_ranks():
+def test_the_table_has_a_row_per_node_with_its_worst_rank():
     console = Console(file=io.StringIO(), width=120)
-    reports = changed(2, 3, versions={**VERSIONS, "torch": "2.12.0"})
+    reports = changed_reports(2, 3, versions={**VERSIONS, "torch": "2.12.0"})
     reports[1] = replace(reports[1], clock_seconds=-3.25, free_gib=12.5, all_reduce_us=77.0)
     console.print(format_table(reports))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines()[3:-1]]
@@ -112,19 +117,17 @@ def test_interleaved_ranks_are_shown_one_by_one():
     assert "1, 3" in console.file.getvalue()
 
 
-def of_two_nodes(directory: Path) -> list[NodeReport]:
+def measure_as_two_nodes(directory: Path) -> list[NodeReport]:
     rank = dist.get_rank()
-    here = World(rank, 2, 0, f"node{rank}")
-    return preflight.measure(here, directory, PreflightTimeout(here, 60))
+    own_world = World(rank, 2, 0, f"node{rank}")
+    return preflight.measure(own_world, directory, PreflightTimeout(own_world, 60))
 
 
 def test_two_ranks_measure_and_agree(tmp_path):
-    reports, others = world(2).run(of_two_nodes, tmp_path)
-    assert [repr(each) for each in reports] == [repr(each) for each in others]
+    reports, reports_of_rank_1 = world(2).run(measure_as_two_nodes, tmp_path)
+    assert [repr(each) for each in reports] == [repr(each) for each in reports_of_rank_1]
     assert [(each.rank, each.host) for each in reports] == [(0, "node0"), (1, "node1")]
-    assert [line for line in diagnose_nodes(reports) if "TFLOP/s" not in line] == [], (
-        "two cores may be of different speed now"
-    )
+    assert [line for line in diagnose_nodes(reports) if "TFLOP/s" not in line] == [], "two cores may differ in speed"
     assert reports[0].clock_seconds == 0
     assert 0 < abs(reports[1].clock_seconds) < 0.5
     assert reports[0].versions["torch"] == torch.__version__
@@ -133,12 +136,12 @@ def test_two_ranks_measure_and_agree(tmp_path):
         assert each.sees_shared_file is True
         assert min(each.free_gib, each.matmul_tflops, each.all_reduce_us, each.all_reduce_gb_per_second) > 0
     assert reports[0].neighbour_gb_per_second > 0
-    assert math.isnan(reports[1].neighbour_gb_per_second), "the last node has no next"
+    assert math.isnan(reports[1].neighbour_gb_per_second), "the last node has no neighbour"
     assert list(tmp_path.iterdir()) == []
 
 
 def devices_used(directory: Path, gpus: list[str]) -> tuple[list[NodeReport], set[str]]:
-    """With GPUs that are made up, by rank: the reports, and what was to be reduced where."""
+    """Measure with pretended GPUs by rank; return the reports and the devices and backends of the collectives."""
     gpu, used, new_group = gpus[dist.get_rank()], set(), dist.new_group
     device = CPU if gpu == "none" else torch.device("cuda", 0)
 
@@ -158,10 +161,10 @@ def devices_used(directory: Path, gpus: list[str]) -> tuple[list[NodeReport], se
         mock.patch.object(preflight, "all_reduce", all_reduce),
         mock.patch.object(dist, "new_group", group_of),
     ):
-        return of_two_nodes(directory), used
+        return measure_as_two_nodes(directory), used
 
 
-def test_nccl_is_asked_only_where_all_nodes_have_gpus(tmp_path):
+def test_nccl_is_used_only_if_all_nodes_have_gpus(tmp_path):
     for reports, used in world(2).run(devices_used, tmp_path, ["H100", "H100"]):
         assert used == {"cuda", "nccl"}
         assert diagnose_nodes(reports) == []
@@ -170,54 +173,54 @@ def test_nccl_is_asked_only_where_all_nodes_have_gpus(tmp_path):
         assert diagnose_nodes(reports) == ["node1: GPU is none, elsewhere H100"]
 
 
-def clock_of_a_late_node(seconds: float) -> float:
-    real = time.time
+def measure_shifted_clock(seconds: float) -> float:
+    original = time.time
     if dist.get_rank() == 1:
-        time.time = lambda: real() + seconds
+        time.time = lambda: original() + seconds
     try:
         return preflight.clock_seconds()
     finally:
-        time.time = real
+        time.time = original
 
 
-def test_a_clock_that_is_off_is_measured():
-    assert world(2).run(clock_of_a_late_node, 5.0) == [0, pytest.approx(5, abs=0.5)]
-    assert world(2).run(clock_of_a_late_node, -5.0) == [0, pytest.approx(-5, abs=0.5)]
+def test_a_clock_offset_is_measured():
+    assert world(2).run(measure_shifted_clock, 5.0) == [0, pytest.approx(5, abs=0.5)]
+    assert world(2).run(measure_shifted_clock, -5.0) == [0, pytest.approx(-5, abs=0.5)]
 
 
-def sight(directories: list[Path]) -> tuple[bool | None, list[str]]:
+def check_shared_file_of_rank(directories: list[Path]) -> tuple[bool | None, list[str]]:
     rank = dist.get_rank()
     return preflight.check_shared_file(directories[rank], PreflightTimeout(World(rank, 2), 60), wait_seconds=0.5)
 
 
-def test_a_directory_that_is_not_shared_is_seen_and_left_as_it_was(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    two.mkdir()
-    assert world(2).run(sight, [one, one]) == [(True, []), (True, [])]
-    assert world(2).run(sight, [one, two]) == [(True, []), (False, [])]
-    assert world(2).run(sight, [one, tmp_path / "nowhere"]) == [(True, []), (False, [])]
+def test_a_directory_that_is_not_shared_is_detected_and_left_unchanged(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    assert world(2).run(check_shared_file_of_rank, [first, first]) == [(True, []), (True, [])]
+    assert world(2).run(check_shared_file_of_rank, [first, second]) == [(True, []), (False, [])]
+    assert world(2).run(check_shared_file_of_rank, [first, tmp_path / "nowhere"]) == [(True, []), (False, [])]
     nowhere = tmp_path / "nowhere"
-    cannot = f"--directory {nowhere} cannot be written to: No such file or directory"
-    assert world(2).run(sight, [nowhere, one]) == [(None, [cannot]), (None, [])]
-    assert [*one.iterdir(), *two.iterdir()] == []
+    message = f"--directory {nowhere} cannot be written to: No such file or directory"
+    assert world(2).run(check_shared_file_of_rank, [nowhere, first]) == [(None, [message]), (None, [])]
+    assert [*first.iterdir(), *second.iterdir()] == []
 
 
-def test_the_file_is_removed_when_something_fails(tmp_path, monkeypatch):
-    def broken(file: Path, content: str) -> bool:
+def test_the_shared_file_is_removed_after_a_failure(tmp_path, monkeypatch):
+    def raise_error(file: Path, content: str) -> bool:
         assert file.exists()
         raise RuntimeError("the network went away")
 
-    monkeypatch.setattr(preflight, "_has_content", broken)
+    monkeypatch.setattr(preflight, "_has_content", raise_error)
     with pytest.raises(ConfigError, match=r"rank 0 failed in --directory: the network went away"):
         check(tmp_path, 60, World())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hanging_rank_says_where_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    ends = []
+def test_a_hanging_rank_reports_its_phase_and_removes_its_file(tmp_path, monkeypatch, capsys):
+    exit_codes = []
     monkeypatch.setattr(preflight.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(preflight.os, "_exit", ends.append)
+    monkeypatch.setattr(preflight.os, "_exit", exit_codes.append)
     timeout = PreflightTimeout(World(3, 8, 1, "node1"), 0.05)
     timeout.phase, timeout.problems, timeout.file = (
         "the all-reduce of node1 and node2",
@@ -228,10 +231,10 @@ def test_a_hanging_rank_says_where_and_leaves_nothing(tmp_path, monkeypatch, cap
     with timeout.running():
         pass
     threading.Event().wait(0.2)
-    assert ends == [], "it was done in time"
+    assert exit_codes == [], "the phase ended in time"
     with timeout.running():
         threading.Event().wait(0.5)
-    assert ends == [2]
+    assert exit_codes == [2]
     assert capsys.readouterr().err.splitlines() == [
         "error: 2 problems found:",
         "  node2: NCCL is old",
@@ -240,81 +243,81 @@ def test_a_hanging_rank_says_where_and_leaves_nothing(tmp_path, monkeypatch, cap
     assert list(tmp_path.iterdir()) == []
 
 
-def rate_of_a_second() -> tuple[float, float]:
-    preflight._all_reduce_seconds, real = (lambda size, *rest: size / 2**23), preflight._all_reduce_seconds
+def bandwidth_at_fixed_rate() -> tuple[float, float]:
+    preflight._all_reduce_seconds, original = (lambda size, *rest: size / 2**23), preflight._all_reduce_seconds
     try:
         return preflight.all_reduce(CPU, dist.group.WORLD)
     finally:
-        preflight._all_reduce_seconds = real
+        preflight._all_reduce_seconds = original
 
 
-@pytest.mark.parametrize(("ranks", "share"), [(2, 1.0), (4, 1.5)])
-def test_the_rate_is_what_a_link_carries(ranks, share):
-    """8 MiB in a second: over two ranks each link carries the tensor once, over four 1.5 times."""
-    for latency, rate in world(ranks).run(rate_of_a_second):
+@pytest.mark.parametrize(("ranks", "traffic_factor"), [(2, 1.0), (4, 1.5)])
+def test_the_bandwidth_is_that_of_a_link(ranks, traffic_factor):
+    """8 MiB in a second: with two ranks each link carries the tensor once, with four ranks 1.5 times."""
+    for latency, rate in world(ranks).run(bandwidth_at_fixed_rate):
         assert latency == pytest.approx(4 / 2**23 * 1e6)
-        assert rate == pytest.approx(share * 2**23 / 1e9)
+        assert rate == pytest.approx(traffic_factor * 2**23 / 1e9)
 
 
-def rates_with_a_slow_link(hosts: list[str], slow: list[int], seconds: float) -> float:
-    rank, real = dist.get_rank(), dist.all_reduce
+def neighbour_bandwidth_with_slow_link(hosts: list[str], slow: list[int], seconds: float) -> float:
+    rank, original = dist.get_rank(), dist.all_reduce
 
     def all_reduce(tensor, group):
         if tensor.numel() > 1 and dist.get_process_group_ranks(group) == slow:
             time.sleep(seconds)
-        return real(tensor, group=group)
+        return original(tensor, group=group)
 
     dist.all_reduce = all_reduce
     try:
-        here = World(rank, len(hosts), 0, hosts[rank])
-        return preflight.neighbour_bandwidth(here, hosts, CPU, PreflightTimeout(here, 60))
+        own_world = World(rank, len(hosts), 0, hosts[rank])
+        return preflight.neighbour_bandwidth(own_world, hosts, CPU, PreflightTimeout(own_world, 60))
     finally:
-        dist.all_reduce = real
+        dist.all_reduce = original
 
 
-def test_neighbours_are_measured_alone():
-    """Three nodes, the last of two ranks, whose link is slow."""
-    first, second, *last = world(4).run(rates_with_a_slow_link, ["a", "b", "c", "c"], [1, 2, 3], 0.2)
+def test_neighbours_are_measured_pairwise():
+    """Three nodes; the last has two ranks and a slow link."""
+    first, second, *last = world(4).run(neighbour_bandwidth_with_slow_link, ["a", "b", "c", "c"], [1, 2, 3], 0.2)
     assert second < 2**23 * 4 / 3 / 0.2 / 1e9
     assert first > 0
     assert all(map(math.isnan, last))
 
 
-def test_a_rank_that_cannot_multiply_still_reports(tmp_path, monkeypatch, capsys):
-    def broken(device: torch.device) -> float:
+def test_a_rank_without_a_matmul_still_reports(tmp_path, monkeypatch, capsys):
+    def raise_error(device: torch.device) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory:\n  tried to")
 
-    monkeypatch.setattr(preflight, "matmul_tflops", broken)
+    monkeypatch.setattr(preflight, "matmul_tflops", raise_error)
     with pytest.raises(ConfigError, match=r"1 problem .*\n  here: rank 0: CUDA out of memory: tried to$"):
         check(tmp_path, 60, World(host="here"))
-    assert "here" in capsys.readouterr().out, "the table comes all the same"
+    assert "here" in capsys.readouterr().out, "the table is still printed"
 
 
-def test_what_was_found_before_a_collective_failed_is_said_too(tmp_path, monkeypatch):
-    def broken(device: torch.device, group: object) -> tuple[float, float]:
+def test_problems_before_a_failed_collective_are_reported(tmp_path, monkeypatch):
+    def raise_error(device: torch.device, group: object) -> tuple[float, float]:
         raise RuntimeError("NCCL error:\nunhandled system error")
 
-    monkeypatch.setattr(preflight, "all_reduce", broken)
+    monkeypatch.setattr(preflight, "all_reduce", raise_error)
     monkeypatch.setattr(preflight, "device_of", lambda world: (_ for _ in ()).throw(ConfigError("no GPU 3")))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         check(tmp_path, 60, World(host="here"))
-    assert str(caught.value).splitlines() == [
+    assert str(excinfo.value).splitlines() == [
         "2 problems found:",
         "  here: rank 0: no GPU 3",
         "  here: rank 0 failed in the all-reduce of all ranks: NCCL error: unhandled system error",
     ]
 
 
-def test_rank_0_speaks_and_the_others_end_with_its_exit_code(tmp_path, monkeypatch, capsys):
+def test_rank_0_reports_and_the_others_exit_with_its_code(tmp_path, monkeypatch, capsys):
     pauses = []
     monkeypatch.setattr(preflight.time, "sleep", pauses.append)
-    monkeypatch.setattr(preflight, "process_group", lambda *rest, **more: contextlib.nullcontext())
-    monkeypatch.setattr(preflight, "measure", lambda *rest: changed(2, 3, clock_seconds=5.0))
+    monkeypatch.setattr(preflight, "process_group", lambda *rest, **kwargs: contextlib.nullcontext())
+    monkeypatch.setattr(preflight, "measure", lambda *rest: changed_reports(2, 3, clock_seconds=5.0))
     with pytest.raises(ConfigError, match=r"1 problem found:\n  node1: its clock is 5.0 s ahead"):
         check(tmp_path, 60, World(0, 8, 0, "node0"))
     assert "node3" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         check(tmp_path, 60, World(5, 8, 1, "node2"))
-    assert (caught.value.code, pauses) == (2, [3])
+    assert (excinfo.value.code, pauses) == (2, [3])
     printed = capsys.readouterr()
     assert printed.out + printed.err == ""

@@ -1,4 +1,4 @@
-"""One run at a time writes to a directory; a lock whose holder is gone is taken over, a lock in use is not."""
+"""Only one run at a time writes to a directory; a stale lock is replaced, a lock in use is not."""
 
 import json
 import os
@@ -20,40 +20,40 @@ from dist_llm.launch.run_lock import LOCK_FILE, Holder, RunLock, is_gone, parse_
 ELSEWHERE = Holder("t", "n7", 12, "another machine", "99", "yesterday")
 
 
-def me(**changes: object) -> Holder:
+def own_holder(**changes: object) -> Holder:
     return replace(this_process("here", {}), **changes)  # type: ignore[arg-type]
 
 
-def holder_of(directory: Path) -> Holder:
+def read_holder(directory: Path) -> Holder:
     return parse_holder((directory / LOCK_FILE).read_bytes())
 
 
-def leave_lock(directory: Path, holder: Holder) -> Path:
+def write_lock(directory: Path, holder: Holder) -> Path:
     directory.mkdir(exist_ok=True)
     path = directory / LOCK_FILE
     path.write_text(json.dumps(asdict(holder)))
     return path
 
 
-def never_ended(job: str) -> bool:
+def job_is_running(job: str) -> bool:
     return False
 
 
-def test_a_second_run_is_refused_and_told_by_whom(tmp_path: Path) -> None:
-    with RunLock(tmp_path / "run", me(job="77")):
-        with pytest.raises(ConfigError) as caught, RunLock(tmp_path / "run", me()):
+def test_a_second_run_is_refused_with_the_holder(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "run", own_holder(job="77")):
+        with pytest.raises(ConfigError) as excinfo, RunLock(tmp_path / "run", own_holder()):
             pass
-        assert holder_of(tmp_path / "run").job == "77", "the first still holds it"
-    message = str(caught.value)
+        assert read_holder(tmp_path / "run").job == "77", "the first run still has the lock"
+    message = str(excinfo.value)
     assert f"run.dir: {tmp_path}/run is in use by process {os.getpid()} on here (Slurm job 77), started 20" in message
     assert "Set another run.dir, or wait until that run ends, or let it save and stop: scancel" in message
     assert not (tmp_path / "run" / LOCK_FILE).exists()
-    with RunLock(tmp_path / "run", me()):
+    with RunLock(tmp_path / "run", own_holder()):
         pass
 
 
-def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> None:
-    """Also while the process is a zombie, which its parent has not waited for."""
+def test_the_lock_of_a_killed_process_is_replaced_at_once(tmp_path: Path) -> None:
+    """It also works while the process is a zombie that its parent has not waited for."""
     code = (
         "import time, sys; from pathlib import Path; from dist_llm.launch.run_lock import *\n"
         "RunLock(Path(sys.argv[1]), this_process('here', {})).__enter__(); print(flush=True); time.sleep(60)"
@@ -61,23 +61,26 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> N
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(ConfigError, match=f"in use by process {other.pid} on here"), RunLock(tmp_path, me()):
+        with (
+            pytest.raises(ConfigError, match=f"in use by process {other.pid} on here"),
+            RunLock(tmp_path, own_holder()),
+        ):
             pass
         os.kill(other.pid, signal.SIGKILL)
         os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
-        with RunLock(tmp_path, me()):
-            assert holder_of(tmp_path).process == os.getpid()
+        with RunLock(tmp_path, own_holder()):
+            assert read_holder(tmp_path).process == os.getpid()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_process_with_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
-    leave_lock(tmp_path, me(start_time="1"))
-    with RunLock(tmp_path, me()) as lock:
-        assert holder_of(tmp_path) == lock.me, "the stale lock is replaced"
+def test_another_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> None:
+    write_lock(tmp_path, own_holder(start_time="1"))
+    with RunLock(tmp_path, own_holder()) as lock:
+        assert read_holder(tmp_path) == lock.me, "the stale lock is replaced"
 
 
 @pytest.mark.parametrize(
-    ("holder", "mine", "gone"),
+    ("holder", "own_changes", "expected"),
     [
         ({"launch": "a"}, {"launch": "a"}, True),
         ({"launch": "a"}, {"launch": "b"}, None),
@@ -92,38 +95,38 @@ def test_another_process_with_the_same_number_is_not_the_holder(tmp_path: Path) 
     ],
     ids=str,
 )
-def test_who_is_gone_on_another_machine(holder: dict[str, object], mine: dict[str, object], gone: bool | None) -> None:
-    found = is_gone(replace(ELSEWHERE, **holder), me(**mine), lambda job: job == "ended")  # type: ignore[arg-type]
-    assert found is gone
-
-
-def test_an_untouched_lock_of_another_machine_is_stale_and_a_touched_one_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_holder_on_another_machine_is_gone_if_its_job_or_launch_ended(
+    holder: dict[str, object], own_changes: dict[str, object], expected: bool | None
 ) -> None:
+    actual = is_gone(replace(ELSEWHERE, **holder), own_holder(**own_changes), lambda job: job == "ended")  # type: ignore[arg-type]
+    assert actual is expected
+
+
+def test_a_lock_of_another_machine_is_stale_without_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.4)
-    path = leave_lock(tmp_path, ELSEWHERE)
+    path = write_lock(tmp_path, ELSEWHERE)
     touches = iter(range(100))
     monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: os.utime(path, ns=(0, next(touches))))
     with pytest.raises(ConfigError, match=r"in use by process 12 on n7.*kill -TERM 12, on n7"):
-        RunLock(tmp_path, me()).__enter__()
+        RunLock(tmp_path, own_holder()).__enter__()
     monkeypatch.undo()
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.1)
-    with RunLock(tmp_path, me()):
-        assert holder_of(tmp_path).host == "here"
+    with RunLock(tmp_path, own_holder()):
+        assert read_holder(tmp_path).host == "here"
 
 
-def test_a_lock_that_a_kill_cut_short_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_lock_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.1)
     (tmp_path / LOCK_FILE).write_text('{"token": "a')
-    with RunLock(tmp_path, me()):
-        assert holder_of(tmp_path).host == "here"
+    with RunLock(tmp_path, own_holder()):
+        assert read_holder(tmp_path).host == "here"
 
 
-def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
+def test_one_of_many_processes_replaces_a_stale_lock(tmp_path: Path) -> None:
     for number in range(20):
         directory = tmp_path / str(number)
-        leave_lock(directory, me(start_time="1"))
-        locks = [RunLock(directory, me()) for _ in range(8)]
+        write_lock(directory, own_holder(start_time="1"))
+        locks = [RunLock(directory, own_holder()) for _ in range(8)]
         entered, barrier = [], threading.Barrier(len(locks))
 
         def enter(lock: RunLock, barrier: threading.Barrier = barrier, entered: list[RunLock] = entered) -> None:
@@ -141,28 +144,30 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
         assert list(directory.iterdir()) == []
 
 
-def test_who_lost_its_lock_ends_and_leaves_the_new_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_lost_its_lock_exits_and_keeps_the_new_lock(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     codes: list[int] = []
-    lock = RunLock(tmp_path, me(), exit_process=codes.append)
+    lock = RunLock(tmp_path, own_holder(), exit_process=codes.append)
     with lock:
-        before = (tmp_path / LOCK_FILE).stat().st_mtime_ns
+        mtime_before = (tmp_path / LOCK_FILE).stat().st_mtime_ns
         os.utime(tmp_path / LOCK_FILE, ns=(0, 0))
         lock.heartbeat()
-        assert (tmp_path / LOCK_FILE).stat().st_mtime_ns >= before
+        assert (tmp_path / LOCK_FILE).stat().st_mtime_ns >= mtime_before
         assert codes == []
         (tmp_path / LOCK_FILE).unlink()
         lock.heartbeat()
-        assert holder_of(tmp_path) == lock.me, "a lock that somebody removed is created again"
-        leave_lock(tmp_path, ELSEWHERE)
+        assert read_holder(tmp_path) == lock.me, "a removed lock is created again"
+        write_lock(tmp_path, ELSEWHERE)
         lock.heartbeat()
     assert codes == [run_lock.EXIT_CODE]
     assert "was taken over by process 12 on n7" in capsys.readouterr().err
-    assert holder_of(tmp_path) == ELSEWHERE
+    assert read_holder(tmp_path) == ELSEWHERE
 
 
-def test_what_a_process_is_known_by() -> None:
-    found = this_process("n3", {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "none"})
-    assert (found.host, found.process, found.job, found.restarts, found.launch) == ("n3", os.getpid(), "8", 2, "")
+def test_the_identity_of_a_process() -> None:
+    holder = this_process("n3", {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "none"})
+    assert (holder.host, holder.process, holder.job, holder.restarts, holder.launch) == ("n3", os.getpid(), "8", 2, "")
     assert this_process("n3", {"TORCHELASTIC_RUN_ID": "mine"}).launch == "mine"
     assert is_running(os.getpid(), process_identity(os.getpid())[2])
     assert not is_running(os.getpid(), "1")
@@ -181,7 +186,7 @@ def test_what_a_process_is_known_by() -> None:
         (None, False),
     ],
 )
-def test_what_squeue_says_of_a_job(
+def test_a_jobs_end_is_read_from_squeue(
     answer: str | None, ended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if answer is not None:
@@ -191,9 +196,9 @@ def test_what_squeue_says_of_a_job(
     assert run_lock.slurm_job_ended("5") is ended
 
 
-def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run\.dir: .*file.* cannot be written: .*set another run\.dir"):
-        RunLock(tmp_path / "file" / "run", me()).__enter__()
+        RunLock(tmp_path / "file" / "run", own_holder()).__enter__()
     with pytest.raises(ConfigError, match=r"checkpoint\.dir: .*file cannot be written"):
-        RunLock(tmp_path / "file", me(), "checkpoint.dir").__enter__()
+        RunLock(tmp_path / "file", own_holder(), "checkpoint.dir").__enter__()

@@ -16,7 +16,7 @@ from tests.laws.worlds import world
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_recorded_and_known_after_the_next_sync(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+    handler_before = signal.getsignal(number)
     with StopSignals() as signals:
         signals.start_sync()
         assert signals.agreed_signal() == 0
@@ -24,13 +24,13 @@ def test_a_signal_is_recorded_and_known_after_the_next_sync(number: signal.Signa
         assert signals.agreed_signal() == 0, "not before the next sync"
         signals.start_sync()
         assert signals.agreed_signal() == number
-    assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == handler_before
     assert signal.set_wakeup_fd(-1) == -1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_what_nohup_or_a_background_job_ignores_stays_ignored(number: signal.Signals) -> None:
-    before = signal.signal(number, signal.SIG_IGN)
+def test_ignored_signals_stay_ignored(number: signal.Signals) -> None:
+    handler_before = signal.signal(number, signal.SIG_IGN)
     try:
         with StopSignals() as signals:
             os.kill(os.getpid(), number)
@@ -38,27 +38,27 @@ def test_what_nohup_or_a_background_job_ignores_stays_ignored(number: signal.Sig
             assert signals.agreed_signal() == 0
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(number, before)
+        signal.signal(number, handler_before)
 
 
-def agreed_signals(rank: int) -> list[int]:
-    seen = []
+def signals_by_step_of(rank: int) -> list[int]:
+    signals_by_step = []
     with StopSignals() as signals:
         for step in range(3):
             signals.start_sync()
             if step == 1 and dist.get_rank() == rank:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            seen.append(signals.agreed_signal())
-    return seen
+            signals_by_step.append(signals.agreed_signal())
+    return signals_by_step
 
 
 def test_all_ranks_agree_on_the_step() -> None:
-    assert world(2).run(agreed_signals, 1) == [[0, 0, signal.SIGUSR1]] * 2
+    assert world(2).run(signals_by_step_of, 1) == [[0, 0, signal.SIGUSR1]] * 2
 
 
-# A child for each case, forked once the parent has imported torch. "stuck": the main thread waits in C for a mutex that
-# is never free, as it may in a collective, so that Python runs no handler.
-SECOND = """
+# One forked child for each case. "stuck": the main thread waits in C for a mutex that is never released, as it may wait
+# in a collective, so that Python runs no signal handler.
+SECOND_SIGNAL_SCRIPT = """
 import ctypes, os, signal, sys, threading, time
 from dist_llm.launch import stop
 
@@ -87,7 +87,7 @@ for first, second, stuck in eval(sys.argv[1]):
 """
 
 
-def test_a_second_signal_ends_the_process_at_once_whatever_it_does() -> None:
+def test_a_second_signal_ends_the_process_at_once() -> None:
     cases = {
         (signal.SIGTERM, signal.SIGTERM, False): f"alive {-signal.SIGTERM}",
         (signal.SIGINT, signal.SIGINT, False): f"alive {-signal.SIGINT}",
@@ -97,17 +97,19 @@ def test_a_second_signal_ends_the_process_at_once_whatever_it_does() -> None:
         (signal.SIGINT, signal.SIGINT, True): str(128 + signal.SIGINT),
         (signal.SIGINT, signal.SIGTERM, True): str(128 + signal.SIGTERM),
     }
-    given = repr([(int(first), int(second), stuck) for first, second, stuck in cases])
-    done = subprocess.run([sys.executable, "-c", SECOND, given], capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines() == list(cases.values()), done.stderr
+    argument = repr([(int(first), int(second), stuck) for first, second, stuck in cases])
+    completed = subprocess.run(
+        [sys.executable, "-c", SECOND_SIGNAL_SCRIPT, argument], capture_output=True, text=True, timeout=60
+    )
+    assert completed.stdout.splitlines() == list(cases.values()), completed.stderr
 
 
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("from_environment", [False, True])
 def test_the_stop_marker_is_where_the_batch_script_looks(
-    named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    from_environment: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / ("elsewhere" if named else "stopped.json")
-    if named:
+    path = tmp_path / ("elsewhere" if from_environment else "stopped.json")
+    if from_environment:
         monkeypatch.setenv(MARKER, str(path))
     write_stop_marker(signal.SIGUSR1, 7, tmp_path)
     assert json.loads(path.read_text()) == {"signal": "SIGUSR1", "step": 7}

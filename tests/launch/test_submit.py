@@ -1,4 +1,4 @@
-"""A batch script says what was asked, to sbatch and to the run; what is wrong is known before anything is queued."""
+"""The batch script passes the options to sbatch and the overrides to the run; errors are reported before submission."""
 
 import subprocess
 from pathlib import Path
@@ -12,66 +12,66 @@ from dist_llm.launch.submit import SCRIPT, Job, directories, parse_sweep, render
 CONFIG = Path("configs/debug.yaml")
 
 
-def options(script: str) -> list[str]:
-    """Those that sbatch reads: up to the first command."""
-    found = []
+def read_sbatch_options(script: str) -> list[str]:
+    """Return the options that sbatch reads, which stand before the first command."""
+    sbatch_options = []
     for line in script.splitlines():
         if line.startswith("#SBATCH "):
-            found.append(line.removeprefix("#SBATCH "))
+            sbatch_options.append(line.removeprefix("#SBATCH "))
         elif line and not line.startswith("#"):
             break
-    return found
+    return sbatch_options
 
 
-def arguments(script: str, number: str = "") -> list[str]:
-    """What a run is given, by the shell's own reading of the script."""
+def read_run_arguments(script: str, number: str = "") -> list[str]:
+    """Return the arguments of the run, as the shell evaluates the script."""
     lines = [line for line in script.splitlines() if line.startswith(("run_", "declare -n arguments"))]
     program = "\n".join([*lines, 'printf "%s\\n" "${arguments[@]}"'])
-    done = subprocess.run(
+    completed = subprocess.run(
         ["bash", "-c", program], env={"SLURM_ARRAY_TASK_ID": number} if number else {}, capture_output=True, text=True
     )
-    assert not done.stderr
-    return done.stdout.splitlines()
+    assert not completed.stderr
+    return completed.stdout.splitlines()
 
 
-def test_what_is_asked_comes_last_and_before_any_command() -> None:
+def test_given_options_come_last_and_before_any_command() -> None:
     script = render(Job(CONFIG, nodes=4, tasks_per_node=8, options=("--time=1:00:00",)), ["runs/a"])
-    assert options(script)[-3:] == ["--nodes=4", "--ntasks-per-node=8", "--time=1:00:00"]
-    assert "--signal=USR1@180" in options(script)
+    assert read_sbatch_options(script)[-3:] == ["--nodes=4", "--ntasks-per-node=8", "--time=1:00:00"]
+    assert "--signal=USR1@180" in read_sbatch_options(script)
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
-def test_overrides_reach_the_run_as_they_are() -> None:
+def test_overrides_reach_the_run_unchanged() -> None:
     job = Job(CONFIG, ("eval.sample_prompt=a 'b' $HOME", "optim.lr=1e-3"))
-    assert arguments(render(job, ["runs/a b"])) == [
+    assert read_run_arguments(render(job, ["runs/a b"])) == [
         "configs/debug.yaml", "eval.sample_prompt=a 'b' $HOME", "optim.lr=1e-3", "run.dir=runs/a b"
     ]  # fmt: skip
 
 
 def test_a_sweep_is_an_array_of_all_combinations() -> None:
     job = Job(CONFIG, ("run.steps=2",), sweep=parse_sweep(["optim.lr=1e-3,3e-4", "init_from=a/b"]))
-    places = directories(job, "runs/x")
-    assert places == ["runs/x/lr=1e-3_init_from=a-b", "runs/x/lr=3e-4_init_from=a-b"]
-    script = render(job, places)
-    assert options(script)[-2:] == ["--array=0-1", "--output=slurm-%A_%a.log"]
-    assert arguments(script, "1") == [
+    run_directories = directories(job, "runs/x")
+    assert run_directories == ["runs/x/lr=1e-3_init_from=a-b", "runs/x/lr=3e-4_init_from=a-b"]
+    script = render(job, run_directories)
+    assert read_sbatch_options(script)[-2:] == ["--array=0-1", "--output=slurm-%A_%a.log"]
+    assert read_run_arguments(script, "1") == [
         "configs/debug.yaml", "run.steps=2", "optim.lr=3e-4", "init_from=a/b", "run.dir=runs/x/lr=3e-4_init_from=a-b"
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("word", ["optim.lr", "=1", "optim.lr="])
-def test_a_sweep_without_values_is_refused(word: str) -> None:
+@pytest.mark.parametrize("argument", ["optim.lr", "=1", "optim.lr="])
+def test_a_sweep_without_values_is_refused(argument: str) -> None:
     with pytest.raises(ConfigError, match="give a key and its values"):
-        parse_sweep([word])
+        parse_sweep([argument])
 
 
-def test_without_slurm_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm_the_error_names_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submitting.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="sbatch is not on PATH"):
         submit("")
 
 
-def test_the_scripts_in_slurm_are_those_of_the_package() -> None:
+def test_the_scripts_in_slurm_equal_those_of_the_package() -> None:
     repository = SCRIPT.parents[3]
     for name in ("train.sbatch", "debug.sbatch"):
         assert (repository / "slurm" / name).read_text() == (SCRIPT.parent / name).read_text()

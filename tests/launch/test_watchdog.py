@@ -1,4 +1,4 @@
-"""The watchdog names the rank that holds up a run, from the reports of all. It leaves a run that resumes alone."""
+"""The watchdog uses the reports of all ranks to name the rank that blocks a run. It does not end a run that resumes."""
 
 import json
 import signal
@@ -45,25 +45,25 @@ def test_no_rank_is_blamed_if_all_wait() -> None:
     assert line.startswith("all ranks wait for each other: 0 in gloo:send [[2]] of pp, 1 in gloo:all_reduce")
 
 
-def exit_codes(limit: float, heartbeats: int, seconds: float, factor: int = 1) -> list[int]:
+def run_watchdog(limit: float, heartbeats: int, seconds: float, factor: int = 1) -> list[int]:
     codes: list[int] = []
-    with Watchdog(World(), limit, exit_process=codes.append) as dog:
+    with Watchdog(World(), limit, exit_process=codes.append) as watchdog:
         for number in range(heartbeats):
-            dog.heartbeat(f"step {number}", factor)
+            watchdog.heartbeat(f"step {number}", factor)
         time.sleep(seconds)
     return codes
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_llm.launch.watchdog.GRACE_SECONDS", 0.0)
 
 
 def test_a_run_without_progress_is_ended() -> None:
-    assert exit_codes(0.2, FIRST_HEARTBEATS + 1, 0.8) == [EXIT_CODE]
+    assert run_watchdog(0.2, FIRST_HEARTBEATS + 1, 0.8) == [EXIT_CODE]
 
 
-def test_it_is_ended_even_if_the_store_does_not_answer(
+def test_a_run_is_ended_even_if_the_store_does_not_answer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Rank 0 holds the store, and may be the rank that is stopped."""
@@ -76,28 +76,28 @@ def test_it_is_ended_even_if_the_store_does_not_answer(
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Stopped)
     codes: list[int] = []
-    with Watchdog(World(1, 2), 0.2, exit_process=codes.append) as dog:
+    with Watchdog(World(1, 2), 0.2, exit_process=codes.append) as watchdog:
         for number in range(FIRST_HEARTBEATS + 1):
-            dog.heartbeat(f"step {number}")
-        until = time.monotonic() + 10
-        while not codes and time.monotonic() < until:
+            watchdog.heartbeat(f"step {number}")
+        deadline = time.monotonic() + 10
+        while not codes and time.monotonic() < deadline:
             time.sleep(0.05)
     assert codes == [EXIT_CODE]
     assert STORE_UNREACHABLE in caplog.messages
 
 
-def test_a_run_that_resumes_is_left_alone_and_its_next_stall_ends_it(
+def test_a_resumed_run_continues_and_its_next_stall_ends_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The network recovers while the diagnosis is collected."""
     monkeypatch.setattr("dist_llm.launch.watchdog.GRACE_SECONDS", 1.0)
     codes: list[int] = []
-    with Watchdog(World(), 0.2, exit_process=codes.append) as dog:
+    with Watchdog(World(), 0.2, exit_process=codes.append) as watchdog:
         for number in range(FIRST_HEARTBEATS + 1):
-            dog.heartbeat(f"step {number}")
+            watchdog.heartbeat(f"step {number}")
         time.sleep(0.6)
-        for _ in range(4):  # quick steps, which keep the timeout short
-            dog.heartbeat("the step after")
+        for _ in range(4):  # short steps keep the timeout short
+            watchdog.heartbeat("the step after")
         time.sleep(0.9)
         assert codes == []
         assert "has resumed, with the step after" in caplog.text
@@ -107,23 +107,23 @@ def test_a_run_that_resumes_is_left_alone_and_its_next_stall_ends_it(
 
 def test_another_rank_that_resumed_too_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stall ended before the other rank's watchdog checked: that rank has no report, but has heartbeats."""
-    store, me = dist.HashStore(), World(0, 2)
+    store, own_world = dist.HashStore(), World(0, 2)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr("dist_llm.launch.watchdog.pending_collective", lambda: "")
     monkeypatch.setattr("dist_llm.launch.watchdog.REPORT_SECONDS", 0.5)
     codes: list[int] = []
-    with subprocess.Popen(["sleep", "60"]) as other:
-        store.set("dist_llm/process/1", json.dumps((me.host, other.pid, process_identity(other.pid))))
-        with Watchdog(me, 0.4, exit_process=codes.append) as dog:
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        store.set("dist_llm/process/1", json.dumps((own_world.host, sleeper.pid, process_identity(sleeper.pid))))
+        with Watchdog(own_world, 0.4, exit_process=codes.append) as watchdog:
             for number in range(FIRST_HEARTBEATS + 1):
-                dog.heartbeat(f"step {number}")
+                watchdog.heartbeat(f"step {number}")
             time.sleep(0.7)
             for _ in range(20):
-                dog.heartbeat("going on")
+                watchdog.heartbeat("going on")
                 time.sleep(0.1)
-        assert other.poll() is None
-        other.kill()
+        assert sleeper.poll() is None
+        sleeper.kill()
     assert codes == []
     assert store.get("dist_llm/stalled/0") == b"null", "the report is withdrawn"
 
@@ -133,33 +133,33 @@ def test_another_rank_that_resumed_too_is_not_killed(monkeypatch: pytest.MonkeyP
     [(0.2, 1, 1), (0.2, FIRST_HEARTBEATS + 1, 30), (0.0, FIRST_HEARTBEATS + 1, 1)],
     ids=["the first steps", "a long activity", "no limit"],
 )
-def test_a_longer_timeout_holds(limit: float, heartbeats: int, factor: int) -> None:
-    assert exit_codes(limit, heartbeats, 0.8, factor) == []
+def test_a_longer_timeout_applies(limit: float, heartbeats: int, factor: int) -> None:
+    assert run_watchdog(limit, heartbeats, 0.8, factor) == []
 
 
 def test_long_steps_may_be_ten_times_as_long() -> None:
-    dog = Watchdog(World(), 1.0)
+    watchdog = Watchdog(World(), 1.0)
     for number in range(FIRST_HEARTBEATS):
-        dog.heartbeat(f"step {number}")
+        watchdog.heartbeat(f"step {number}")
     for _ in range(3):
-        dog.last_time -= 7.0
-        dog.heartbeat("a step")
-    assert dog.timeout_now == pytest.approx(70.0, rel=0.01)
-    dog.last_time -= 60.0
-    dog.heartbeat("a step that met a cut link")
-    assert dog.timeout_now == pytest.approx(70.0, rel=0.01), "one does not make them long"
+        watchdog.last_time -= 7.0
+        watchdog.heartbeat("a step")
+    assert watchdog.timeout_now == pytest.approx(70.0, rel=0.01)
+    watchdog.last_time -= 60.0
+    watchdog.heartbeat("a step that met a cut link")
+    assert watchdog.timeout_now == pytest.approx(70.0, rel=0.01), "one long step does not raise the timeout"
 
 
 def test_a_process_is_killed_only_if_it_is_the_registered_one() -> None:
-    with subprocess.Popen(["sleep", "60"]) as other:
-        identity = process_identity(other.pid)
-        for wrong in (
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        identity = process_identity(sleeper.pid)
+        for wrong_identity in (
             [*identity[:2], "1"],
             [identity[0], "pid:[1]", identity[2]],
-        ):  # at another time; in another container
-            kill_silent_ranks(World(0, 3, host="n1"), {1: ["n1", other.pid, wrong]})
-        kill_silent_ranks(World(0, 3, host="n2"), {1: ["n1", other.pid, identity]})
-        assert other.poll() is None
-        # One that has ended already is no reason to leave the next one alive.
-        kill_silent_ranks(World(0, 3, host="n1"), {2: ["n1", 2**22 + 1, identity], 1: ["n1", other.pid, identity]})
-        assert other.wait(10) == -signal.SIGKILL
+        ):  # another start time; another container
+            kill_silent_ranks(World(0, 3, host="n1"), {1: ["n1", sleeper.pid, wrong_identity]})
+        kill_silent_ranks(World(0, 3, host="n2"), {1: ["n1", sleeper.pid, identity]})
+        assert sleeper.poll() is None
+        # A process that has already ended must not prevent the kill of the next one.
+        kill_silent_ranks(World(0, 3, host="n1"), {2: ["n1", 2**22 + 1, identity], 1: ["n1", sleeper.pid, identity]})
+        assert sleeper.wait(10) == -signal.SIGKILL

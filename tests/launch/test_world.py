@@ -1,4 +1,7 @@
-"""torchrun's variables -> World; none -> one process; some -> an error that says which are missing."""
+"""The environment of torchrun or Slurm becomes a World.
+
+Without one there is one process; incomplete variables are errors.
+"""
 
 import socket
 from itertools import combinations
@@ -13,46 +16,48 @@ from dist_llm.launch.world import World, read_world
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 
 
-def test_torchruns_variables():
+def test_torchrun_variables_give_the_world():
     world = read_world({**TORCHRUN, "MASTER_ADDR": "elsewhere", "GROUP_RANK": "2"})
     assert world == World(5, 8, 1, socket.gethostname())
     assert not world.main
     assert read_world({**TORCHRUN, "RANK": "0"}).main
 
 
-def test_no_variables_are_one_process():
+def test_without_variables_there_is_one_process():
     world = read_world({"PATH": "/bin", "MASTER_PORT": "1"})
     assert (world.rank, world.size, world.local_rank, world.main) == (0, 1, 0, True)
     assert world.host == socket.gethostname()
 
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURMD_NODENAME": "n7"}
-MEETING = {"MASTER_ADDR": "n1", "MASTER_PORT": "20001"}
+RENDEZVOUS = {"MASTER_ADDR": "n1", "MASTER_PORT": "20001"}
 
 
-def test_a_task_of_slurm_is_a_rank():
-    assert read_world({**SLURM, **MEETING}) == World(5, 8, 1, "n7")
-    assert read_world({**SLURM, **TORCHRUN, "RANK": "3"}) == World(3, 8, 1, "n7"), "torchrun within a task knows better"
+def test_a_slurm_task_is_a_rank():
+    assert read_world({**SLURM, **RENDEZVOUS}) == World(5, 8, 1, "n7")
+    assert read_world({**SLURM, **TORCHRUN, "RANK": "3"}) == World(3, 8, 1, "n7"), (
+        "torchrun's variables take precedence over Slurm's"
+    )
 
 
-def test_tasks_without_a_place_to_meet_are_refused():
+def test_slurm_tasks_without_a_rendezvous_address_are_refused():
     with pytest.raises(ConfigError, match="8 Slurm tasks, but MASTER_ADDR and MASTER_PORT are not set"):
         read_world({**SLURM, "MASTER_ADDR": "n1"})
 
 
 @pytest.mark.parametrize("changes", [{"SLURM_STEP_ID": None}, {"SLURM_NTASKS": "1"}], ids=["batch script", "one task"])
-def test_what_is_no_task_of_several_is_one_process(changes):
-    """A batch script and a shell have the variables of tasks, too."""
+def test_a_batch_script_or_a_single_task_is_one_process(changes):
+    """A batch script and a shell have Slurm's variables of tasks, too."""
     environ = {name: value for name, value in {**SLURM, **changes}.items() if value is not None}
     assert read_world(environ) == World(host="n7")
 
 
 @pytest.mark.parametrize("present", [c for n in (1, 2) for c in combinations(TORCHRUN, n)], ids="+".join)
-def test_some_of_them_are_an_error_that_names_the_missing(present):
-    with pytest.raises(ConfigError, match="start with torchrun, or unset them all") as caught:
+def test_incomplete_variables_are_an_error_that_names_the_missing_ones(present):
+    with pytest.raises(ConfigError, match="start with torchrun, or unset them all") as excinfo:
         read_world({name: TORCHRUN[name] for name in present})
     missing = [name for name in TORCHRUN if name not in present]
-    assert f"environment: {', '.join(missing)} is not set" in str(caught.value)
+    assert f"environment: {', '.join(missing)} is not set" in str(excinfo.value)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +73,7 @@ def test_some_of_them_are_an_error_that_names_the_missing(present):
         ("WORLD_SIZE", "0", "at least 0 and below WORLD_SIZE"),
     ],
 )
-def test_values_that_make_no_sense_are_shown(name, value, rule):
+def test_invalid_values_are_refused(name, value, rule):
     with pytest.raises(ConfigError, match=rf"environment: .*{name}={value}.*{rule}; start with torchrun"):
         read_world({**TORCHRUN, name: value})
 
@@ -83,14 +88,14 @@ def test_each_local_rank_has_its_gpu_or_an_error(monkeypatch):
         device_of(World(6, 8, 2, "node7"))
 
 
-def test_one_process_needs_no_group():
+def test_one_process_needs_no_process_group():
     with process_group(World(), torch.device("cpu")):
         assert not torch.distributed.is_initialized()
         barrier()
 
 
 @pytest.mark.parametrize(
-    ("environ", "said"),
+    ("environ", "expected_text"),
     [
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"}, "OMPI_COMM_WORLD_SIZE=2"),
         ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "PMI_SIZE=4"),
@@ -102,10 +107,12 @@ def test_one_process_needs_no_group():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_one_of_several_of_another_launcher_is_not_a_whole_run(environ, said):
-    with pytest.raises(ConfigError, match=rf"{said} says that .* RANK, WORLD_SIZE, LOCAL_RANK are not set.*torchrun"):
+def test_a_rank_of_an_unsupported_launcher_is_refused(environ, expected_text):
+    with pytest.raises(
+        ConfigError, match=rf"{expected_text} says that .* RANK, WORLD_SIZE, LOCAL_RANK are not set.*torchrun"
+    ):
         read_world(environ)
-    assert read_world({**environ, **TORCHRUN}).size == 8, "a wrapper that sets RANK knows better"
+    assert read_world({**environ, **TORCHRUN}).size == 8, "RANK takes precedence over the launcher's variables"
 
 
 @pytest.mark.parametrize(
@@ -117,15 +124,15 @@ def test_one_of_several_of_another_launcher_is_not_a_whole_run(environ, said):
     ],
     ids=lambda value: next(iter(value)),
 )
-def test_a_launcher_of_one_process_is_one_process(environ):
+def test_an_unsupported_launcher_with_one_process_is_accepted(environ):
     assert read_world(environ).size == 1
 
 
-def test_a_port_that_another_program_uses_is_named(monkeypatch):
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = str(other.getsockname()[1])
+def test_a_port_in_use_is_refused(monkeypatch):
+    with socket.socket() as socket_in_use:
+        socket_in_use.bind(("127.0.0.1", 0))
+        socket_in_use.listen()
+        port = str(socket_in_use.getsockname()[1])
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", port)
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
@@ -136,10 +143,10 @@ def test_a_port_that_another_program_uses_is_named(monkeypatch):
             pass
 
 
-def test_ranks_that_never_come_are_told_of(monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+def test_a_rendezvous_without_all_ranks_fails(monkeypatch):
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        port = str(free_socket.getsockname()[1])
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)

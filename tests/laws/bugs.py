@@ -1,6 +1,6 @@
-"""Planted bugs: each is one that some trainer has had, and each must make the law fail.
+"""Planted bugs. Each one occurred in a public trainer, or could, and must make the law fail.
 
-A bug is a context manager that breaks our code in this process while it is open.
+A bug is a context manager that changes our code in this process while it is open.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def plant_bug(name: str) -> AbstractContextManager[Any]:
     return BUGS[name]()
 
 
-def bug(function: Callable[[], Iterator[Any]]) -> Callable[[], Iterator[Any]]:
+def register_bug(function: Callable[[], Iterator[Any]]) -> Callable[[], Iterator[Any]]:
     BUGS[function.__name__] = contextmanager(function)
     return function
 
@@ -42,11 +42,11 @@ def _shard_at_zero(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]
     return sharded.to_local(tensor), (0,) * tensor.ndim
 
 
-def _skip(*args: Any, **kwargs: Any) -> None:
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-@bug
+@register_bug
 def replicas_gradients_are_not_reduced() -> Iterator[Any]:
     class Silent:
         def __getattr__(self, name: str) -> Any:
@@ -56,9 +56,9 @@ def replicas_gradients_are_not_reduced() -> Iterator[Any]:
         yield
 
 
-@bug
+@register_bug
 def shards_gradients_are_not_reduced() -> Iterator[Any]:
-    def keep_own_part(output: torch.Tensor, input: torch.Tensor, op: Any, group: Any, **kwargs: Any) -> None:
+    def keep_local_chunk(output: torch.Tensor, input: torch.Tensor, op: Any, group: Any, **kwargs: Any) -> None:
         output.copy_(input.view(dist.get_world_size(group), -1)[dist.get_rank(group)])
 
     names = [name for name in ("reduce_scatter_single", "reduce_scatter_tensor") if name in vars(dist)]
@@ -67,194 +67,194 @@ def shards_gradients_are_not_reduced() -> Iterator[Any]:
         def __getattr__(self, name: str) -> Any:
             if name not in names:
                 return getattr(dist, name)
-            return lambda output, input, op=None, group=None, **kwargs: keep_own_part(output, input, op, group)
+            return lambda output, input, op=None, group=None, **kwargs: keep_local_chunk(output, input, op, group)
 
     with patch.object(_fsdp_collectives, "dist", Silent()):
         yield
 
 
-@bug
+@register_bug
 def context_gradients_are_not_reduced() -> Iterator[Any]:
     """Weights are sharded over dp_shard only, so context ranks keep the gradients of their own tokens."""
-    real = fsdp.fully_shard
+    original = fsdp.fully_shard
 
-    def over_data_alone(module: Any, mesh: Any, **keywords: Any) -> None:
-        real(module, mesh=mesh._get_root_mesh()["dp_replicate", "dp_shard"], **keywords)
+    def fully_shard_over_data(module: Any, mesh: Any, **keywords: Any) -> None:
+        original(module, mesh=mesh._get_root_mesh()["dp_replicate", "dp_shard"], **keywords)
 
-    with patch.object(fsdp, "fully_shard", over_data_alone):
+    with patch.object(fsdp, "fully_shard", fully_shard_over_data):
         yield
 
 
-@bug
+@register_bug
 def gathered_input_gradients_are_not_reduce_scattered() -> Iterator[Any]:
     """Each tensor rank continues with the partial gradient of its own heads, hidden units or vocabulary rows."""
-    with patch.object(tensor_parallel.TensorParallelRegion, "all_gather_sequence", _join_own_part):
+    with patch.object(tensor_parallel.TensorParallelRegion, "all_gather_sequence", _gather_local_gradients_only):
         yield
 
 
-@bug
+@register_bug
 def head_gradients_are_not_reduced_over_tensor_ranks() -> Iterator[Any]:
     """The gradient of the head's input: each rank's vocabulary rows give a partial sum."""
-    real = tensor_parallel.VocabParallelHead.forward
+    original = tensor_parallel.VocabParallelHead.forward
 
     def forward(self: Any, *inputs: Any) -> Any:
-        with patch.object(tensor_parallel.TensorParallelRegion, "all_gather_sequence", _join_own_part):
-            return real(self, *inputs)
+        with patch.object(tensor_parallel.TensorParallelRegion, "all_gather_sequence", _gather_local_gradients_only):
+            return original(self, *inputs)
 
     with patch.object(tensor_parallel.VocabParallelHead, "forward", forward):
         yield
 
 
-def _join_own_part(region: tensor_parallel.TensorParallelRegion, x_BTD: torch.Tensor) -> torch.Tensor:
+def _gather_local_gradients_only(region: tensor_parallel.TensorParallelRegion, x_BTD: torch.Tensor) -> torch.Tensor:
     return mesh.differentiable_collective(x_BTD, region.all_gather_no_grad, region.local_tokens)
 
 
-@bug
-def token_shares_use_the_depth_scale_of_full_rows() -> Iterator[Any]:
-    """Stochastic depth: a row of a rank's share is not part of one sequence."""
+@register_bug
+def token_shards_use_the_depth_scale_of_full_rows() -> Iterator[Any]:
+    """With stochastic depth. A row of a rank's token shard is not part of one sequence."""
     with patch.object(tensor_parallel.TensorParallelRegion, "shard_depth_scale", lambda self, block, inputs: inputs):
         yield
 
 
-@bug
+@register_bug
 def tensor_ranks_take_the_positions_of_the_first() -> Iterator[Any]:
-    """With learned positions. A rank's share of the tokens may begin within a sequence."""
+    """With learned positions. A rank's token shard may start within a sequence."""
 
-    def first(self: Any, numbers_BS: torch.Tensor) -> torch.Tensor:
+    def take_first_chunk(self: Any, numbers_BS: torch.Tensor) -> torch.Tensor:
         return numbers_BS.flatten(0, 1).chunk(self.ranks)[0].unflatten(0, (len(numbers_BS), -1))
 
-    with patch.object(tensor_parallel.TensorParallelRegion, "local_tokens", first):
+    with patch.object(tensor_parallel.TensorParallelRegion, "local_tokens", take_first_chunk):
         yield
 
 
-@bug
+@register_bug
 def tied_embedding_is_not_reduced_over_stages() -> Iterator[Any]:
-    with patch.object(pipeline_parallel.TiedEmbeddingGroup, "reduce_grads", _skip):
+    with patch.object(pipeline_parallel.TiedEmbeddingGroup, "reduce_grads", _do_nothing):
         yield
 
 
-@bug
+@register_bug
 def norm_gradients_of_sequence_slices_are_not_reduced() -> Iterator[Any]:
-    with patch("dist_llm.engines.native.all_reduce_replicated_grads", _skip):
+    with patch("dist_llm.engines.native.all_reduce_replicated_grads", _do_nothing):
         yield
 
 
-@bug
+@register_bug
 def gradients_are_averaged_over_ranks() -> Iterator[Any]:
-    with patch.object(FSDPModule, "set_gradient_divide_factor", _skip):
+    with patch.object(FSDPModule, "set_gradient_divide_factor", _do_nothing):
         yield
 
 
-@bug
+@register_bug
 def mean_of_rank_means() -> Iterator[Any]:
-    def own_count(self: NativeEngine, value: Any) -> torch.Tensor:
-        return torch.as_tensor(value) * self.dp_rank_and_size[1] if isinstance(value, int) else real(self, value)
+    def skip_all_reduce(self: NativeEngine, value: Any) -> torch.Tensor:
+        return torch.as_tensor(value) * self.dp_rank_and_size[1] if isinstance(value, int) else original(self, value)
 
-    real = NativeEngine.all_reduce_over_data
-    with patch.object(NativeEngine, "all_reduce_over_data", own_count):
+    original = NativeEngine.all_reduce_over_data
+    with patch.object(NativeEngine, "all_reduce_over_data", skip_all_reduce):
         yield
 
 
-@bug
+@register_bug
 def mean_of_microbatch_means() -> Iterator[Any]:
-    def each_by_its_own(self: NativeEngine, batches: Any, scored: torch.Tensor, step: int) -> torch.Tensor:
+    def normalize_each_microbatch(self: NativeEngine, batches: Any, scored: torch.Tensor, step: int) -> torch.Tensor:
         losses = [
-            real(self, [batch], self.all_reduce_over_data(batch.num_valid_tokens) * len(batches), step)
+            original(self, [batch], self.all_reduce_over_data(batch.num_valid_tokens) * len(batches), step)
             for batch in batches
         ]
         return torch.stack(losses).sum()
 
-    real = NativeEngine._accumulate
-    with patch.object(NativeEngine, "_accumulate", each_by_its_own):
+    original = NativeEngine._accumulate
+    with patch.object(NativeEngine, "_accumulate", normalize_each_microbatch):
         yield
 
 
-@bug
+@register_bug
 def loss_divided_twice() -> Iterator[Any]:
-    real = NativeEngine.accumulate
-    with patch.object(NativeEngine, "accumulate", lambda self, b, scored, s: real(self, b, scored * scored, s)):
+    original = NativeEngine.accumulate
+    with patch.object(NativeEngine, "accumulate", lambda self, b, scored, s: original(self, b, scored * scored, s)):
         yield
 
 
-@bug
+@register_bug
 def loss_averaged_over_padding() -> Iterator[Any]:
-    def count_all(engine: Any, batches: Any, *rest: Any) -> Any:
-        return real(engine, [replace(batch, num_valid_tokens=batch.targets_BS.numel()) for batch in batches], *rest)
+    def count_padding(engine: Any, batches: Any, *rest: Any) -> Any:
+        return original(engine, [replace(batch, num_valid_tokens=batch.targets_BS.numel()) for batch in batches], *rest)
 
-    real = step.train_step
-    with patch("tests.laws.law.train_step", count_all):
+    original = step.train_step
+    with patch("tests.laws.law.train_step", count_padding):
         yield
 
 
-@bug
+@register_bug
 def last_microbatch_only() -> Iterator[Any]:
-    real = NativeEngine.accumulate
-    with patch.object(NativeEngine, "accumulate", lambda self, b, scored, s: real(self, b[-1:], scored, s)):
+    original = NativeEngine.accumulate
+    with patch.object(NativeEngine, "accumulate", lambda self, b, scored, s: original(self, b[-1:], scored, s)):
         yield
 
 
-@bug
+@register_bug
 def all_ranks_read_the_same_samples() -> Iterator[Any]:
-    real = NativeEngine.dp_rank_and_size
-    with patch.object(NativeEngine, "dp_rank_and_size", property(lambda self: (0, real.fget(self)[1]))):  # type: ignore[attr-defined]
+    original = NativeEngine.dp_rank_and_size
+    with patch.object(NativeEngine, "dp_rank_and_size", property(lambda self: (0, original.fget(self)[1]))):  # type: ignore[attr-defined]
         yield
 
 
-@bug
+@register_bug
 def clipping_by_the_local_norm() -> Iterator[Any]:
-    real = mesh.all_reduce_over
+    original = mesh.all_reduce_over
 
-    def norm_stays_local(value: torch.Tensor, mesh: Any, axes: Any) -> torch.Tensor:
-        return value if "tp" in axes else real(value, mesh, axes)  # only the norm is summed over tp
+    def skip_tp_all_reduce(value: torch.Tensor, mesh: Any, axes: Any) -> torch.Tensor:
+        return value if "tp" in axes else original(value, mesh, axes)  # only the norm is all-reduced over tp
 
-    with patch("dist_llm.engines.gradient_norm.all_reduce_over", norm_stays_local):
+    with patch("dist_llm.engines.gradient_norm.all_reduce_over", skip_tp_all_reduce):
         yield
 
 
-@bug
+@register_bug
 def replicated_parameters_counted_once_per_tensor_rank() -> Iterator[Any]:
     with patch("dist_llm.engines.gradient_norm.is_sharded_over", lambda parameter, axis: True):
         yield
 
 
-@bug
+@register_bug
 def tied_embedding_counted_by_both_stages() -> Iterator[Any]:
-    def norm_of_all(self: NativeEngine) -> torch.Tensor:
-        ends = [part.is_first_stage for part in self.model_parts]
-        for part in self.model_parts:
-            part.is_first_stage = True
-        norm = real(self)
-        for part, first in zip(self.model_parts, ends, strict=True):
-            part.is_first_stage = first
+    def count_both_stages(self: NativeEngine) -> torch.Tensor:
+        original_flags = [model_part.is_first_stage for model_part in self.model_parts]
+        for model_part in self.model_parts:
+            model_part.is_first_stage = True
+        norm = original(self)
+        for model_part, is_first_stage in zip(self.model_parts, original_flags, strict=True):
+            model_part.is_first_stage = is_first_stage
         return norm
 
-    real = NativeEngine._grad_norm
-    with patch.object(NativeEngine, "_grad_norm", norm_of_all):
+    original = NativeEngine._grad_norm
+    with patch.object(NativeEngine, "_grad_norm", count_both_stages):
         yield
 
 
-@bug
+@register_bug
 def clipping_never_happens() -> Iterator[Any]:
-    with patch.object(gradient_clipping, "clip_grads_", _skip):
+    with patch.object(gradient_clipping, "clip_grads_", _do_nothing):
         yield
 
 
-@bug
+@register_bug
 def context_ranks_count_positions_from_zero() -> Iterator[Any]:
-    def from_zero(batch: Any, rank: int, ranks: int) -> Any:
-        cut = real_part(batch, rank, ranks)
+    def number_from_zero(batch: Any, rank: int, ranks: int) -> Any:
+        cut = shard_sequences(batch, rank, ranks)
         return replace(cut, positions_BS=torch.arange(cut.inputs_BS.shape[1]).expand_as(cut.inputs_BS))
 
-    real_part = context_parallel.shard_sequences
-    with patch("dist_llm.engines.native.shard_sequences", from_zero):
+    shard_sequences = context_parallel.shard_sequences
+    with patch("dist_llm.engines.native.shard_sequences", number_from_zero):
         yield
 
 
-@bug
+@register_bug
 def causal_mask_aligned_to_the_start() -> Iterator[Any]:
     """SDPA's is_causal with fewer queries than keys is aligned top-left."""
 
-    def top_left(q: Any, k: Any, v: Any, mask: Any, dropout: float, scale: Any) -> torch.Tensor:
+    def align_top_left(q: Any, k: Any, v: Any, mask: Any, dropout: float, scale: Any) -> torch.Tensor:
         heads = {"enable_gqa": q.shape[2] != k.shape[2]}
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, **heads
@@ -262,25 +262,25 @@ def causal_mask_aligned_to_the_start() -> Iterator[Any]:
         return out.transpose(1, 2)
 
     with (
-        patch.object(context_parallel, "scaled_dot_product", top_left),
-        patch.object(attention, "scaled_dot_product", top_left),
+        patch.object(context_parallel, "scaled_dot_product", align_top_left),
+        patch.object(attention, "scaled_dot_product", align_top_left),
     ):
         yield
 
 
-@bug
+@register_bug
 def tied_head_untied_by_the_tensor_split() -> Iterator[Any]:
     """The head projects with a copy of the embedding: its gradient never reaches the weight."""
     forward = tensor_parallel.VocabParallelHead.forward
 
-    def with_a_copy(self: Any, x: Any, tied: Any, targets: Any) -> Any:
+    def project_with_copy(self: Any, x: Any, tied: Any, targets: Any) -> Any:
         return forward(self, x, None if tied is None else tied.detach(), targets)
 
-    with patch.object(tensor_parallel.VocabParallelHead, "forward", with_a_copy):
+    with patch.object(tensor_parallel.VocabParallelHead, "forward", project_with_copy):
         yield
 
 
-@bug
+@register_bug
 def vocabulary_maximum_is_not_shared() -> Iterator[Any]:
     class Local:
         def __getattr__(self, name: str) -> Any:
@@ -294,35 +294,36 @@ def vocabulary_maximum_is_not_shared() -> Iterator[Any]:
         yield
 
 
-@bug
+@register_bug
 def vocabulary_padding_is_scored() -> Iterator[Any]:
-    real = tensor_parallel.VocabParallelHead._vocab_shard
+    original = tensor_parallel.VocabParallelHead._vocab_shard
 
-    def all_rows(self: Any, weight_WD: Any) -> Any:
-        return replace(real(self, weight_WD), width=len(weight_WD))
+    def include_padding_rows(self: Any, weight_WD: Any) -> Any:
+        return replace(original(self, weight_WD), width=len(weight_WD))
 
-    with patch.object(tensor_parallel.VocabParallelHead, "_vocab_shard", all_rows):
+    with patch.object(tensor_parallel.VocabParallelHead, "_vocab_shard", include_padding_rows):
         yield
 
 
-@bug
+@register_bug
 def every_rank_initialised_with_the_same_shard() -> Iterator[Any]:
     with patch.object(parallelize, "local_with_offset", _shard_at_zero):
         yield
 
 
-@bug
+@register_bug
 def pipeline_rescales_gradients() -> Iterator[Any]:
-    def scaling(kind: Any) -> Any:
+    def enable_grad_scaling(kind: Any) -> Any:
         return lambda *args, **kwargs: kind(*args, **{**kwargs, "scale_grads": True})
 
     with patch.dict(
-        pipeline_parallel.SCHEDULES, {name: scaling(kind) for name, kind in pipeline_parallel.SCHEDULES.items()}
+        pipeline_parallel.SCHEDULES,
+        {name: enable_grad_scaling(kind) for name, kind in pipeline_parallel.SCHEDULES.items()},
     ):
         yield
 
 
-@bug
+@register_bug
 def context_ranks_treat_their_queries_as_the_last() -> Iterator[Any]:
     """Document and prefix masks then describe other tokens than this rank's."""
     with patch.object(
@@ -331,98 +332,98 @@ def context_ranks_treat_their_queries_as_the_last() -> Iterator[Any]:
         yield
 
 
-@bug
+@register_bug
 def every_microbatch_uses_the_mask_of_the_first() -> Iterator[Any]:
     """A pipeline gets all microbatches at once, with the mask of the first."""
-    real = Batch.concatenate
+    original = Batch.concatenate
 
-    def with_the_first(batches: Any) -> Any:
+    def use_first_mask(batches: Any) -> Any:
         mask = batches[0].mask
-        return replace(real([replace(batch, mask=mask) for batch in batches]))
+        return replace(original([replace(batch, mask=mask) for batch in batches]))
 
-    with patch.object(Batch, "concatenate", with_the_first):
+    with patch.object(Batch, "concatenate", use_first_mask):
         yield
 
 
-@bug
+@register_bug
 def stochastic_depth_differs_between_tensor_ranks() -> Iterator[Any]:
-    real = decoder.stochastic_depth_scale
+    original = decoder.stochastic_depth_scale
     with patch.object(
-        decoder, "stochastic_depth_scale", lambda sample_hash_B, *rest: real(sample_hash_B + dist.get_rank(), *rest)
+        decoder, "stochastic_depth_scale", lambda sample_hash_B, *rest: original(sample_hash_B + dist.get_rank(), *rest)
     ):
         yield
 
 
-@bug
+@register_bug
 def encoders_table_is_not_reduced_over_stages() -> Iterator[Any]:
     """The stage where the decoder begins embeds tokens with the same matrix as the first stage."""
-    with patch.object(pipeline_parallel.TiedEmbeddingGroup, "reduce_grads", _skip):
+    with patch.object(pipeline_parallel.TiedEmbeddingGroup, "reduce_grads", _do_nothing):
         yield
 
 
-@bug
+@register_bug
 def gradients_of_head_norms_are_not_reduced() -> Iterator[Any]:
     """Each tensor rank normalizes the queries and keys of its own heads with weights that all ranks hold."""
-    with patch("dist_llm.engines.native.all_reduce_replicated_grads", _skip):
+    with patch("dist_llm.engines.native.all_reduce_replicated_grads", _do_nothing):
         yield
 
 
-@bug
+@register_bug
 def weights_stay_gathered_after_the_last_backward() -> Iterator[Any]:
     """FSDP then leaves the gradients on the unsharded parameters, where the optimizer does not see them."""
-    real = FSDPModule.set_reshard_after_backward
-    with patch.object(FSDPModule, "set_reshard_after_backward", lambda self, *rest, **named: real(self, False)):
+    original = FSDPModule.set_reshard_after_backward
+    with patch.object(FSDPModule, "set_reshard_after_backward", lambda self, *rest, **named: original(self, False)):
         yield
 
 
-@bug
+@register_bug
 def shards_orthogonalized_separately() -> Iterator[Any]:
-    def alone(self: DistributedOrthogonalize, updates: Any) -> Any:
-        parts = [sharded.to_local(update) for update in updates]
-        for part, made in zip(parts, orthogonalize(parts), strict=True):
-            part.copy_(made)
+    def orthogonalize_shards(self: DistributedOrthogonalize, updates: Any) -> Any:
+        shards = [sharded.to_local(update) for update in updates]
+        for shard, result in zip(shards, orthogonalize(shards), strict=True):
+            shard.copy_(result)
         return updates
 
-    with patch.object(DistributedOrthogonalize, "__call__", alone):
+    with patch.object(DistributedOrthogonalize, "__call__", orthogonalize_shards):
         yield
 
 
-@bug
+@register_bug
 def shards_returned_to_the_wrong_rank() -> Iterator[Any]:
     """All shards have the same shape, so only the values are wrong."""
-    real = DistributedOrthogonalize.__init__
+    original = DistributedOrthogonalize.__init__
 
-    def swapped(self: DistributedOrthogonalize, *args: Any) -> None:
-        real(self, *args)
+    def init_reversed(self: DistributedOrthogonalize, *args: Any) -> None:
+        original(self, *args)
         self.send_out = self.send_out[::-1]
 
-    with patch.object(DistributedOrthogonalize, "__init__", swapped):
+    with patch.object(DistributedOrthogonalize, "__init__", init_reversed):
         yield
 
 
-@bug
-def momentum_begins_anew_with_each_step() -> Iterator[Any]:
+@register_bug
+def momentum_is_reset_before_each_step() -> Iterator[Any]:
     with _before_sgd_steps(lambda optimizer: optimizer.state.clear()):
         yield
 
 
-@bug
-def momentum_is_the_first_ranks_alone() -> Iterator[Any]:
+@register_bug
+def momentum_is_kept_on_the_first_rank_only() -> Iterator[Any]:
     with _before_sgd_steps(lambda optimizer: optimizer.state.clear() if dist.get_rank() else None):
         yield
 
 
 def _before_sgd_steps(action: Callable[[LocalSGD], None]) -> AbstractContextManager[Any]:
-    real = LocalSGD.step
+    original = LocalSGD.step
 
     def step(self: LocalSGD, closure: None = None) -> None:
         action(self)
-        real(self, closure)
+        original(self, closure)
 
     return patch.object(LocalSGD, "step", step)
 
 
-@bug
+@register_bug
 def moments_rounded_by_the_local_index() -> Iterator[Any]:
     with patch("dist_llm.engines.native.local_with_offset", _shard_at_zero):
         yield

@@ -1,4 +1,4 @@
-"""The laws run in worlds that are shared by the whole session and stopped at its end."""
+"""The law's worlds are shared by the session and stopped at its end."""
 
 from collections.abc import Iterator
 
@@ -14,8 +14,12 @@ def _worlds() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def worlds_of_its_own() -> Iterator[None]:
-    """For engines of others, which leave things in a process: ZeRO 3 its `linear`, a pipeline its idea of the ranks."""
+def restart_worlds_afterwards() -> Iterator[None]:
+    """Restart the worlds after the module.
+
+    Third-party engines change global state of a process: ZeRO 3 replaces `linear`, the pipeline engine stores its own
+    topology.
+    """
     yield
     for size in (1, 2, 3, 4):
         restart_world(size)

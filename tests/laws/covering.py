@@ -1,10 +1,9 @@
-"""A covering array of the law's cases: each pair of values that can go together, and each triple of axes, is in one.
+"""A covering array of the law's cases: each compatible pair of values and each triple of axes is in at least one case.
 
-`covering.json` keeps the cases, and the pairs that no run can have. Written by
+`covering.json` contains the cases and the incompatible pairs, which no run can have. After a change of the factors in
+`space.py` or of the config rules, write it again, which takes some minutes:
 
   python -m tests.laws.covering
-
-which takes some minutes: after a change of the factors in `space.py`, or of the config rules.
 """
 
 import json
@@ -15,88 +14,96 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tests.laws.space import AXES, FACTORS, Case, complete, describe, random_case, ranks_of, violations
+from tests.laws.space import AXES, FACTORS, Case, complete_case, count_ranks, describe, draw_valid_case, find_violations
 
 FILE = Path(__file__).with_suffix(".json")
 CANDIDATES = 60
 
-Target = tuple[tuple[str, Any], ...]  # values that one case must have together
+Target = tuple[tuple[str, Any], ...]  # values that at least one case must combine
 
 
-def targets() -> Iterator[Target]:
-    """All pairs of values of two factors, and all triples of axes in use, the rarest first."""
+def iter_targets() -> Iterator[Target]:
+    """Yield all triples of axes and all pairs of values of two factors, the rarest first."""
     yield from (tuple((axis, 2) for axis in axes) for axes in combinations(AXES, 3))
-    for one, other in combinations(FACTORS, 2):
-        yield from (((one, a), (other, b)) for a in FACTORS[one] for b in FACTORS[other])
+    for first, second in combinations(FACTORS, 2):
+        yield from (((first, a), (second, b)) for a in FACTORS[first] for b in FACTORS[second])
 
 
-def covered(target: Target, cases: Iterable[Case]) -> bool:
+def is_covered(target: Target, cases: Iterable[Case]) -> bool:
+    """Whether at least one case combines the values of the target."""
     return any(all(case[factor] == value for factor, value in target) for case in cases)
 
 
-def load() -> tuple[list[Case], list[Target]]:
-    """The cases, and the targets that no run can have."""
+def load_array() -> tuple[list[Case], list[Target]]:
+    """Return the cases, and the targets that no run can have."""
     content = json.loads(FILE.read_text())
     defaults = {factor: values[0] for factor, values in FACTORS.items()}
-    return [defaults | case for case in content["cases"]], [_as_target(each) for each in content["incompatible"]]
+    return [defaults | case for case in content["cases"]], [_to_target(target) for target in content["incompatible"]]
 
 
-def _as_target(values: dict[str, Any]) -> Target:
+def _to_target(values: dict[str, Any]) -> Target:
     return tuple(values.items())
 
 
-def cost(case: Case) -> float:
-    """Seconds of a case, roughly, on two cores."""
-    return 0.5 + ranks_of(case) * (0.6 + 8 * case["compile"])
+def estimate_seconds(case: Case) -> float:
+    """Return a rough estimate of a case's seconds on two cores."""
+    return 0.5 + count_ranks(case) * (0.6 + 8 * case["compile"])
 
 
-def build(seed: int = 0) -> tuple[list[Case], list[Target]]:
-    """Greedily: each case is the candidate that covers the most for its cost."""
+def build_array(seed: int = 0) -> tuple[list[Case], list[Target]]:
+    """Build the array greedily: each step adds the candidate that covers most targets for its cost."""
     rng = random.Random(seed)
     cases: list[Case] = []
     incompatible: list[Target] = []
-    left = dict.fromkeys(targets())
-    while left:
-        target = next(iter(left))
-        found = list(_candidates(target, left, rng))
-        if not found:
+    remaining = dict.fromkeys(iter_targets())
+    while remaining:
+        target = next(iter(remaining))
+        candidates = list(_iter_candidates(target, remaining, rng))
+        if not candidates:
             incompatible.append(target)
-            del left[target]
+            del remaining[target]
             continue
-        best = max(found, key=lambda case: sum(covered(each, [case]) for each in left) / cost(case))
+        best = max(
+            candidates,
+            key=lambda case: (
+                sum(is_covered(candidate_target, [case]) for candidate_target in remaining) / estimate_seconds(case)
+            ),
+        )
         cases.append(best)
-        for each in [each for each in left if covered(each, [best])]:
-            del left[each]
-        print(f"{len(cases)} cases, {len(left)} targets left: {describe(best)}", file=sys.stderr)
-    return _without_needless(cases, incompatible), incompatible
+        for candidate_target in [
+            candidate_target for candidate_target in remaining if is_covered(candidate_target, [best])
+        ]:
+            del remaining[candidate_target]
+        print(f"{len(cases)} cases, {len(remaining)} targets left: {describe(best)}", file=sys.stderr)
+    return _drop_redundant(cases, incompatible), incompatible
 
 
-def _candidates(target: Target, left: Iterable[Target], rng: random.Random) -> Iterator[Case]:
-    fixed, pool = dict(target), list(left)
+def _iter_candidates(target: Target, remaining: Iterable[Target], rng: random.Random) -> Iterator[Case]:
+    fixed, pool = dict(target), list(remaining)
     for number in range(CANDIDATES):
-        wanted = dict(value for each in rng.sample(pool, min(6, len(pool))) for value in each)
-        # Each rank compiles for itself: on few ranks.
+        preferred = dict(value for each in rng.sample(pool, min(6, len(pool))) for value in each)
+        # Each rank compiles on its own, so compiled cases use few ranks.
         cheap = dict.fromkeys(AXES, 1) if number % 2 else {"compile": False}
-        case = complete(fixed, rng, wanted | cheap)
-        if not any(violations(case)):
+        case = complete_case(fixed, rng, preferred | cheap)
+        if not any(find_violations(case)):
             yield case
-    if (rare := random_case(rng, fixed, prefer={"compile": False})) is not None:
+    if (rare := draw_valid_case(rng, fixed, prefer={"compile": False})) is not None:
         yield rare
 
 
-def _without_needless(cases: list[Case], incompatible: list[Target]) -> list[Case]:
-    """The cases less those whose targets others cover, the dearest first."""
-    wanted = [each for each in targets() if each not in incompatible]
-    kept = list(cases)
-    for case in sorted(cases, key=cost, reverse=True):
-        others = [each for each in kept if each is not case]
-        if all(covered(each, others) for each in wanted if covered(each, [case])):
-            kept = others
-    return kept
+def _drop_redundant(cases: list[Case], incompatible: list[Target]) -> list[Case]:
+    """Drop each case whose targets other cases cover, the most expensive case first."""
+    compatible = [each for each in iter_targets() if each not in incompatible]
+    needed = list(cases)
+    for case in sorted(cases, key=estimate_seconds, reverse=True):
+        rest = [each for each in needed if each is not case]
+        if all(is_covered(each, rest) for each in compatible if is_covered(each, [case])):
+            needed = rest
+    return needed
 
 
 def main() -> None:
-    cases, incompatible = build()
+    cases, incompatible = build_array()
     defaults = {factor: values[0] for factor, values in FACTORS.items()}
     content = {
         "cases": [{key: value for key, value in case.items() if value != defaults[key]} for case in cases],

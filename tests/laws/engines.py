@@ -1,4 +1,4 @@
-"""What the ranks of an engine of others do in the law: steps, and what they hold after them."""
+"""Steps of third-party engines on the ranks of a world, with the traces that the law compares."""
 
 import json
 import os
@@ -22,103 +22,120 @@ from dist_llm.engines.build_engine import build_engine
 from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
 from dist_llm.train.guard import Guard
 from dist_llm.train.step import train_step
-from tests.laws.law import Placed, Trace, batches_of, compare, joined, parts_of, reference, saved
+from tests.laws.law import (
+    ShardsByName,
+    Trace,
+    assert_traces_match,
+    copy_local_shards,
+    make_batches,
+    merge_shards,
+    reference,
+    save_checkpoint,
+)
 from tests.laws.worlds import world
 
 CPU = torch.device("cpu")
 
 
-def zero(stage: int, **more: Any) -> dict[str, Any]:
-    return {"engine": "deepspeed", "deepspeed": {"stage": stage, **more}}
+def deepspeed_sections(stage: int, **options: Any) -> dict[str, Any]:
+    """Return the config sections of DeepSpeed with a ZeRO stage."""
+    return {"engine": "deepspeed", "deepspeed": {"stage": stage, **options}}
 
 
-def prepared(plugin: str, **more: Any) -> dict[str, Any]:
-    return {"engine": "accelerate", "accelerate": {"plugin": plugin}, **more}
+def accelerate_sections(plugin: str, **options: Any) -> dict[str, Any]:
+    """Return the config sections of accelerate with a plugin."""
+    return {"engine": "accelerate", "accelerate": {"plugin": plugin}, **options}
 
 
 ENGINES = {
-    **{f"zero{stage}": zero(stage) for stage in range(4)},
-    "ddp": prepared("ddp"),
-    "accelerate-zero2": prepared("deepspeed", deepspeed={"stage": 2}),
-    "accelerate-zero3": prepared("deepspeed", deepspeed={"stage": 3}),
+    **{f"zero{stage}": deepspeed_sections(stage) for stage in range(4)},
+    "ddp": accelerate_sections("ddp"),
+    "accelerate-zero2": accelerate_sections("deepspeed", deepspeed={"stage": 2}),
+    "accelerate-zero3": accelerate_sections("deepspeed", deepspeed={"stage": 3}),
 }
 OFFLOADED = {
-    "zero2-offload": zero(2, offload_optimizer="cpu"),
-    "zero3-offload": zero(3, offload_optimizer="cpu", offload_params="cpu"),
+    "zero2-offload": deepspeed_sections(2, offload_optimizer="cpu"),
+    "zero3-offload": deepspeed_sections(3, offload_optimizer="cpu", offload_params="cpu"),
 }
 
 
 @dataclass
-class Steps:
-    """What one rank saw: per step loss, scored tokens, norm and rates; its parts; a loss without a step."""
+class EngineTrace:
+    """One rank's record of its steps.
+
+    Per step: loss, scored tokens, norm and learning rates. Further: shards of weights and moments, and a held-out loss.
+    """
 
     losses: list[float] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     rates: list[list[float]] = field(default_factory=list)
-    held: list[Placed] = field(default_factory=list)  # after the first step, and after the last
+    states: list[ShardsByName] = field(default_factory=list)  # after the first step, and after the last
     heldout: float = 0.0
 
 
-def take(
+def run_steps(
     config: Config,
     steps: Sequence[int],
     bug: str | None = None,
     load: Path | None = None,
     save: Path | None = None,
     skip: bool = False,
-) -> Steps:
-    """Steps on this rank, from a checkpoint if there is one; rates are some power of the step.
+) -> EngineTrace:
+    """Run steps on this rank, from a checkpoint if `load` is given, and save one if `save` is given.
 
-    With `skip`, a step that is not finite is left out.
+    With `skip`, the guard skips a step that is not finite.
     """
-    with opened(config) as engine, ExitStack() as planted:
+    with open_engine(config) as engine, ExitStack() as planted:
         if bug:
             planted.enter_context((BUGS | FAULTS)[bug]())
-        found = Steps()
+        trace = EngineTrace()
         if load is not None:
             store.load(load, engine.state)
         guard = Guard(GuardConfig(not_finite="skip"), GuardState(), engine, Path("unused"))
         for step in steps:
             should_apply = partial(guard.should_apply, step) if skip else None
             report = train_step(
-                engine, batches_of(config, engine, step), rate(config, step), step, should_apply=should_apply
+                engine, make_batches(config, engine, step), learning_rate(config, step), step, should_apply=should_apply
             )
-            found.losses.append(report.loss.item())
-            found.scored.append(int(report.scored))
-            found.norms.append(report.grad_norm.item())
-            found.rates.append([group["lr"] for group in engine.optimizer.param_groups])  # type: ignore[attr-defined]
+            trace.losses.append(report.loss.item())
+            trace.scored.append(int(report.scored))
+            trace.norms.append(report.grad_norm.item())
+            trace.rates.append([group["lr"] for group in engine.optimizer.param_groups])  # type: ignore[attr-defined]
             if step in (steps[0], steps[-1]):
-                found.held.append(parts_of((engine.state.weights() | engine.state.moments()).items()))
-        (batch, *_) = batches_of(config, engine, 1000)
-        found.heldout = engine.all_reduce_over_data(engine.score(engine.to_local_batch(batch)).sum()).item()
+                trace.states.append(copy_local_shards((engine.state.weights() | engine.state.moments()).items()))
+        (batch, *_) = make_batches(config, engine, 1000)
+        trace.heldout = engine.all_reduce_over_data(engine.score(engine.to_local_batch(batch)).sum()).item()
         if save is not None:
-            saved(store.CheckpointStore(save), engine, Progress(steps[-1] + 1), {})
-        return found
+            save_checkpoint(store.CheckpointStore(save), engine, Progress(steps[-1] + 1), {})
+        return trace
 
 
-def want(config: Config, steps: int) -> Trace:
-    """One process, natively, with the rates of `take`."""
-    plain = config.model_copy(update={"engine": "native"})
-    return reference(plain, steps, decay=0.7)
+def native_reference(config: Config, steps: int) -> Trace:
+    """Return the steps of one native process with the same learning rates as `run_steps`."""
+    native = config.model_copy(update={"engine": "native"})
+    return reference(native, steps, decay=0.7)
 
 
-def hold(ranks: int, config: Config, steps: int, bug: str | None = None, first: float = 1e-5) -> None:
-    every = world(ranks).run(take, config, range(steps), bug)
-    one = want(config, steps)
-    compare(as_trace(every, one), one, first=first)
-    for step, rates in enumerate(every[0].rates):
+def assert_engine_matches_one_process(
+    ranks: int, config: Config, steps: int, bug: str | None = None, first: float = 1e-5
+) -> None:
+    """Raise AssertionError unless the engine's steps are those of one native process."""
+    by_rank = world(ranks).run(run_steps, config, range(steps), bug)
+    expected = native_reference(config, steps)
+    assert_traces_match(merge_engine_traces(by_rank, expected), expected, first=first)
+    for step, rates in enumerate(by_rank[0].rates):
         assert rates == [config.optim.lr * 0.7**step] * len(rates), "the rate of each step, in each group"
 
 
-def rate(config: Config, step: int) -> float:
-    """Another one each step, so that a rate set too late shows."""
+def learning_rate(config: Config, step: int) -> float:
+    """Return a different learning rate for each step, so that a rate that is set too late is detected."""
     return config.optim.lr * 0.7**step
 
 
 @contextmanager
-def opened(config: Config) -> Iterator[Engine]:
-    """An engine, and none of its settings after."""
+def open_engine(config: Config) -> Iterator[Engine]:
+    """Build an engine, and reset the global settings of its library afterwards."""
     with patch.dict(os.environ):
         engine = build_engine(config, CPU)
         try:
@@ -133,28 +150,31 @@ def opened(config: Config) -> Iterator[Engine]:
                 GradientState._reset_state()
 
 
-def as_trace(every: list[Steps], want: Trace) -> Trace:
-    """All ranks' steps in the form of the law."""
-    first = every[0]
-    for rank, other in enumerate(every[1:], 1):
+def merge_engine_traces(by_rank: list[EngineTrace], expected: Trace) -> Trace:
+    """Merge the ranks' steps into a trace of the law."""
+    first = by_rank[0]
+    for rank, steps in enumerate(by_rank[1:], 1):
         for name in ("losses", "scored", "norms"):
-            assert getattr(other, name) == getattr(first, name), f"{name} of rank {rank} differ from rank 0's"
-    found = Trace(first.losses, first.scored, first.norms)
-    shapes = {f"model.{name}": tuple(value.shape) for name, value in want.parameters[0].items()}
-    for place in range(len(first.held)):
-        whole = joined([steps.held[place] for steps in every], shapes)
-        found.parameters.append({name.removeprefix("model."): value for name, value in whole.items()})
-    found.gradients = want.gradients  # an engine of others keeps its own; stepped weights tell
-    return found
+            assert getattr(steps, name) == getattr(first, name), f"{name} of rank {rank} differ from rank 0's"
+    trace = Trace(first.losses, first.scored, first.norms)
+    shapes = {f"model.{name}": tuple(value.shape) for name, value in expected.parameters[0].items()}
+    for index in range(len(first.states)):
+        full = merge_shards([steps.states[index] for steps in by_rank], shapes)
+        trace.parameters.append({name.removeprefix("model."): value for name, value in full.items()})
+    trace.gradients = (
+        expected.gradients
+    )  # third-party engines do not expose gradients; the updated weights are compared
+    return trace
 
 
-def json_file(path: Path, content: dict[str, Any]) -> str:
+def write_json(path: Path, content: dict[str, Any]) -> str:
+    """Write a JSON file and return its path."""
     path.write_text(json.dumps(content))
     return str(path)
 
 
-def changed(accumulate: Callable[..., Callable[..., Tensor]]) -> Callable[[], Iterator[None]]:
-    """Both engines with `accumulate(the real one)` in place of the real one."""
+def patch_accumulate(accumulate: Callable[..., Callable[..., Tensor]]) -> Callable[[], Iterator[None]]:
+    """Return a planted bug that replaces `accumulate` of both engines by `accumulate(original)`."""
 
     @contextmanager
     def bug() -> Iterator[None]:
@@ -168,9 +188,9 @@ def changed(accumulate: Callable[..., Callable[..., Tensor]]) -> Callable[[], It
     return bug
 
 
-@changed
+@patch_accumulate
 def losses_are_averaged_over_ranks(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Not multiplied by their number, though gradients are averaged."""
+    """The loss is not multiplied by the number of ranks, although the engine averages gradients."""
 
     def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
         ranks = torch.distributed.get_world_size()
@@ -179,17 +199,17 @@ def losses_are_averaged_over_ranks(real: Callable[..., Tensor]) -> Callable[...,
     return accumulate
 
 
-@changed
+@patch_accumulate
 def only_the_last_microbatch_counts(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
         with torch.no_grad():
-            before = [self.model(batch.inputs_BS, **batch.forward_arguments()) / scored for batch in batches[:-1]]
-        return torch.cat([*before, real(self, batches[-1:], scored, step)])
+            scores = [self.model(batch.inputs_BS, **batch.forward_arguments()) / scored for batch in batches[:-1]]
+        return torch.cat([*scores, real(self, batches[-1:], scored, step)])
 
     return accumulate
 
 
-@changed
+@patch_accumulate
 def the_second_step_is_not_finite(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
         return real(self, batches, scored * (torch.nan if step == 1 else 1.0), step)
@@ -213,16 +233,18 @@ def losses_are_divided_by_the_microbatches() -> Iterator[None]:
 @contextmanager
 def the_rate_is_set_after_the_step() -> Iterator[None]:
     with (
-        patch.object(DeepSpeedEngine, "update", late(DeepSpeedEngine.update)),
-        patch.object(AccelerateEngine, "update", late(AccelerateEngine.update)),
+        patch.object(DeepSpeedEngine, "update", delay_learning_rate(DeepSpeedEngine.update)),
+        patch.object(AccelerateEngine, "update", delay_learning_rate(AccelerateEngine.update)),
     ):
         yield
 
 
-def late(update: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def delay_learning_rate(update: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Apply each learning rate one step late."""
+
     def with_the_last(self: Any, lr: float, should_apply: Any) -> Tensor:
         norm = update(self, getattr(self, "before", self.config.optim.lr), should_apply)
-        self.before = lr
+        self.previous_lr = lr
         return norm
 
     return with_the_last

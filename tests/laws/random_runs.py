@@ -1,13 +1,13 @@
-"""Random runs that the config rules accept, each held against one process: loss, gradients, norm, weights.
+"""Compare random runs that the config rules accept with one process: loss, gradients, norm, weights.
 
-The native engine is judged in fp64. DeepSpeed and accelerate run in fp32; they keep their gradients to themselves, so
-that the weights after each of two steps are compared.
+The native engine is compared in fp64. DeepSpeed and accelerate run in fp32 and do not expose gradients, so the weights
+after each of two steps are compared.
 
   python -m tests.laws.random_runs --seed 0 --minutes 120
 
-Prints a line per failure with its smallest case: every value that can be the default is the default. One line a minute
-counts the cases that were drawn, refused by the rules, equal and failed. Exit code 1 if one failed. The same seed draws
-the same cases.
+Prints one line per failure with its smallest case, in which as many values as possible are defaults, and one line per
+minute with the number of drawn, refused, equal and failed cases. Exit code 1 if a case failed. The same seed draws the
+same cases.
 """
 
 import argparse
@@ -23,93 +23,93 @@ from tests.laws import worlds
 from tests.laws.space import (
     WIDE_FACTORS,
     Case,
-    complete,
+    assert_case_matches_one_process,
+    complete_case,
+    count_ranks,
     describe,
-    hold_case,
-    ranks_of,
-    violations,
-    without_inert,
+    drop_inert_options,
+    find_violations,
 )
 from tests.laws.worlds import WorldError, restart_world, stop_all
 
 LINE_SECONDS = 60
-COMPILED_SHARE = 0.02  # compiling takes as long as many eager runs
-ENGINE_SHARE = 0.1  # of what is drawn: most of it is refused for the native engine, little for the others
-# What only the native engine has.
+COMPILED_SHARE = 0.02  # a compiled run takes as long as many eager runs
+ENGINE_SHARE = 0.1  # of the drawn cases: the rules refuse most native cases and few cases of the other engines
+# Factors that only the native engine supports.
 NATIVE_ONLY = (
     *("dp_replicate", "cp", "tp", "sequence_parallel", "reshard", "reduce_each_microbatch", "cpu_offload"),
     *("pp_schedule", "pp_split", "compile"),
 )
 
 
-def draw(rng: random.Random) -> Case:
-    """A random case, which the rules may refuse."""
+def draw_case(rng: random.Random) -> Case:
+    """Draw a random case, which the rules may refuse."""
     if rng.random() < ENGINE_SHARE:
         engine = rng.choice(WIDE_FACTORS["engine"][1:])
         defaults = {factor: WIDE_FACTORS[factor][0] for factor in NATIVE_ONLY}
-        return complete({"engine": engine}, rng, defaults, WIDE_FACTORS)
-    return complete(
+        return complete_case({"engine": engine}, rng, defaults, WIDE_FACTORS)
+    return complete_case(
         {"engine": "native"}, rng, {} if rng.random() < COMPILED_SHARE else {"compile": False}, WIDE_FACTORS
     )
 
 
-def failure(case: Case) -> str | None:
-    """What is wrong with the case's two steps; None where they are those of one process."""
+def find_failure(case: Case) -> str | None:
+    """Return the error of the case's two steps; None if they match one process."""
     try:
-        hold_case(case)
+        assert_case_matches_one_process(case)
     except (AssertionError, WorldError) as error:
-        restart_world(ranks_of(case))
+        restart_world(count_ranks(case))
         return str(error).strip().splitlines()[-1]
     if case["engine"] != "native":
-        restart_world(ranks_of(case))  # DeepSpeed leaves settings in a process
+        restart_world(count_ranks(case))  # DeepSpeed leaves global settings in a process
     return None
 
 
-def smallest(case: Case, fails: Callable[[Case], bool]) -> Case:
-    """The case with as many defaults as possible that is still a run, and still fails."""
-    changed = True
-    while changed:
-        changed = False
+def shrink_case(case: Case, fails: Callable[[Case], bool]) -> Case:
+    """Return the failing case with as many defaults as possible that is still valid and still fails."""
+    progress = True
+    while progress:
+        progress = False
         for factor, values in WIDE_FACTORS.items():
-            smaller = without_inert(case | {factor: values[0]})
-            if smaller != case and not any(violations(smaller)) and fails(smaller):
-                case, changed = smaller, True
+            smaller = drop_inert_options(case | {factor: values[0]})
+            if smaller != case and not any(find_violations(smaller)) and fails(smaller):
+                case, progress = smaller, True
     return case
 
 
 def search(seed: int, seconds: float, report: Callable[[str], None]) -> list[tuple[Case, str]]:
-    """Draw and judge cases for so long. Returns each failure's smallest case with what is wrong."""
+    """Draw and compare cases for this time. Return the smallest case and the message of each failure."""
     rng, counts, failed = random.Random(seed), Counter[str](), list[tuple[Case, str]]()
-    begin = last = time.monotonic()
-    while time.monotonic() - begin < seconds:
-        case = draw(rng)
+    start_time = last_report = time.monotonic()
+    while time.monotonic() - start_time < seconds:
+        case = draw_case(rng)
         counts["drawn"] += 1
-        if any(violations(case)):
+        if any(find_violations(case)):
             counts["refused"] += 1
             continue
-        message = failure(case)
+        message = find_failure(case)
         counts["equal" if message is None else "failed"] += 1
         if message is not None:
             report(f"failed: {describe(case)}: {message}")
-            small = smallest(case, lambda each: failure(each) is not None)
-            failed.append((small, message))
-            report(f"smallest: {describe(small)}")
-        if time.monotonic() - last > LINE_SECONDS:
-            last = time.monotonic()
-            report(f"{(last - begin) / 60:.0f} min: {_line(counts)}")
-    report(f"seed {seed}, {seconds / 60:g} min: {_line(counts)}")
+            smallest_case = shrink_case(case, lambda candidate: find_failure(candidate) is not None)
+            failed.append((smallest_case, message))
+            report(f"smallest: {describe(smallest_case)}")
+        if time.monotonic() - last_report > LINE_SECONDS:
+            last_report = time.monotonic()
+            report(f"{(last_report - start_time) / 60:.0f} min: {format_counts(counts)}")
+    report(f"seed {seed}, {seconds / 60:g} min: {format_counts(counts)}")
     return failed
 
 
-def _line(counts: Counter[str]) -> str:
+def format_counts(counts: Counter[str]) -> str:
     return ", ".join(f"{counts[name]} {name}" for name in ("drawn", "refused", "equal", "failed"))
 
 
 def main() -> int:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("--seed", type=int, default=0, help="of the cases that are drawn")
-    top.add_argument("--minutes", type=float, default=10.0, help="how long to draw")
-    options = top.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawn cases")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time limit")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     worlds.timeout_factor = 20
     try:

@@ -1,7 +1,8 @@
-"""The space of runs that the law holds for: factors, their values, and the config of one combination.
+"""The space of runs that the law covers: factors, their values, and the config of each combination.
 
-A `Case` gives each factor one value. `violations` lists why a case is not a run: the config rules refuse it, or one of
-its values has no effect there (a pipeline option without a pipeline), so that the case would cover nothing.
+A `Case` assigns one value to each factor. `find_violations` lists why a case is not a valid run: a config rule refuses
+it, or one of its values has no effect in it (a pipeline option without a pipeline), so that the case would cover
+nothing.
 """
 
 import math
@@ -12,9 +13,8 @@ from typing import Any
 from dist_llm.config.check import check
 from dist_llm.config.derive import AXES
 from dist_llm.config.schema import Config
-from tests.laws.engines import ENGINES, OFFLOADED
-from tests.laws.engines import hold as hold_engine
-from tests.laws.law import ROWS, config_of, hold_config, raw_config
+from tests.laws.engines import ENGINES, OFFLOADED, assert_engine_matches_one_process
+from tests.laws.law import ROWS, assert_config_matches_one_process, make_config, make_raw_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, CLIPPED_SGD, DOCUMENTS, MODELS, MUON, PREFIX, UL2
 
 Case = dict[str, Any]
@@ -27,12 +27,12 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": MUON,
     "bf16_moments": BF16_MOMENTS,
 }
-# Moments rounded to bf16: which way may differ where one process's sum is the neighbouring fp32 number.
+# The rounding of a moment to bf16 may go either way where the fp32 sums of two layouts are neighbouring numbers.
 ROUNDED_MOMENTS = 1e-4
 OBJECTIVES: dict[str, dict[str, Any]] = {"default": {}, "prefix": PREFIX, "mixture": UL2, "documents": DOCUMENTS}
 LOSSES: dict[str, dict[str, Any]] = {"plain": {}, "smoothed": {"loss": {"label_smoothing": 0.1, "z_loss": 1e-2}}}
 
-# The first value of each factor is its default: the simplest run there is.
+# The first value of each factor is its default.
 FACTORS: dict[str, tuple[Any, ...]] = {
     "dp_replicate": (1, 2),
     "dp_shard": (1, 2, 3),
@@ -63,7 +63,7 @@ WIDE_FACTORS = FACTORS | {
 }
 NOT_PARALLEL = ("model", "objective", "loss", "optimizer", "microbatches", "recompute", "compile", "engine")
 PARALLEL_KEYS = tuple(key for key in FACTORS if key not in NOT_PARALLEL)
-# Bytes that the blocks of all ranks together may keep for backward: some blocks are recomputed, others are not.
+# Bytes that the blocks of all ranks together may save for backward. Some blocks are recomputed, others are not.
 ACTIVATION_BUDGET = 10 << 20
 # Options that have an effect only where one of these axes is in use.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -76,74 +76,75 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def ranks_of(case: Mapping[str, Any]) -> int:
+def count_ranks(case: Mapping[str, Any]) -> int:
+    """Return the number of ranks of a case."""
     return math.prod(case[axis] for axis in AXES)
 
 
-def micro_batch(case: Case) -> int:
-    """Rows of a microbatch: all that a data rank has, or few enough for the case's pipeline schedule."""
+def rows_per_microbatch(case: Case) -> int:
+    """Return the rows of a microbatch: all rows of a data rank, or few enough for the case's pipeline schedule."""
     rows = ROWS // (case["dp_replicate"] * case["dp_shard"])
     if case["microbatches"] == "one":
         return rows
-    several = 4 if case["pp"] > 1 else 3
-    return rows // several if rows % several == 0 else rows // 2
+    count = 4 if case["pp"] > 1 else 3
+    return rows // count if rows % count == 0 else rows // 2
 
 
-def sections(case: Case) -> dict[str, Any]:
-    """The config sections of a case, as `raw_config` takes them."""
+def config_sections(case: Case) -> dict[str, Any]:
+    """Return the config sections of a case, as `make_raw_config` takes them."""
     extra = {**OBJECTIVES[case["objective"]], **LOSSES[case["loss"]]}
     return {
         **extra,
         "optim": OPTIMIZERS[case["optimizer"]],
-        "data": {**extra.get("data", {}), "micro_batch": micro_batch(case)},
-        "parallel": {key: case[key] for key in PARALLEL_KEYS} | recompute(case),
+        "data": {**extra.get("data", {}), "micro_batch": rows_per_microbatch(case)},
+        "parallel": {key: case[key] for key in PARALLEL_KEYS} | recompute_keys(case),
         "compile": case["compile"],
         **(ENGINES | OFFLOADED).get(case.get("engine", "native"), {}),
     }
 
 
-def recompute(case: Case) -> dict[str, Any]:
-    """The keys of activation checkpointing; a budget is the share of one rank."""
+def recompute_keys(case: Case) -> dict[str, Any]:
+    """Return the keys of activation checkpointing. A budget applies to one rank."""
     if case["recompute"] == "budget":
-        return {"activations_gib": ACTIVATION_BUDGET / ranks_of(case) / (1 << 30)}
+        return {"activations_gib": ACTIVATION_BUDGET / count_ranks(case) / (1 << 30)}
     return {"recompute": case["recompute"]}
 
 
-def hold_case(case: Case) -> None:
+def assert_case_matches_one_process(case: Case) -> None:
     """Raise AssertionError unless the case's two steps are those of one process."""
     later = ROUNDED_MOMENTS if case["optimizer"] == "bf16_moments" else None
-    config = config_of(ranks_of(case), MODELS[case["model"]], **sections(case))
+    config = make_config(count_ranks(case), MODELS[case["model"]], **config_sections(case))
     if config.engine != "native":
-        hold_engine(ranks_of(case), config, steps=2)
+        assert_engine_matches_one_process(count_ranks(case), config, steps=2)
         return
-    hold_config(config, ranks_of(case), steps=2, later=later)
+    assert_config_matches_one_process(config, count_ranks(case), steps=2, later=later)
 
 
-def violations(case: Case) -> Iterator[str]:
-    """Why the case is not a run, or covers nothing; empty where it is one."""
-    if ranks_of(case) > MAX_RANKS:
-        yield f"{ranks_of(case)} ranks, more than {MAX_RANKS}"
+def find_violations(case: Case) -> Iterator[str]:
+    """Yield why the case is not a valid run or covers nothing."""
+    if count_ranks(case) > MAX_RANKS:
+        yield f"{count_ranks(case)} ranks, more than {MAX_RANKS}"
         return
     for option, axes in NEEDS.items():
         if case[option] != FACTORS[option][0] and all(case[axis] == 1 for axis in axes):
             yield f"{option}={case[option]} has no effect without {' or '.join(axes)}"
     if case["reduce_each_microbatch"] and case["microbatches"] == "one":
         yield "reduce_each_microbatch has no effect on one microbatch"
-    if ranks_of(case) == 1:
+    if count_ranks(case) == 1:
         yield "one process is the reference"
-    config = Config.model_validate(raw_config(MODELS[case["model"]], **sections(case)))
-    yield from (str(each) for each in check(config, ranks_of(case), 0))
+    config = Config.model_validate(make_raw_config(MODELS[case["model"]], **config_sections(case)))
+    yield from (str(each) for each in check(config, count_ranks(case), 0))
 
 
-def complete(
+def complete_case(
     fixed: Mapping[str, Any],
     rng: random.Random,
     prefer: Mapping[str, Any],
     factors: Mapping[str, Sequence[Any]] = FACTORS,
 ) -> Case:
-    """A random case with the `fixed` values, which uses the axes that its options need.
+    """Return a random case with the `fixed` values, which uses the axes that its options need.
 
-    `prefer`: values taken, where nothing else decides, in place of random ones.
+    `prefer` replaces random values where nothing else decides.
     """
     case = {factor: prefer.get(factor, rng.choice(values)) for factor, values in factors.items()} | dict(fixed)
     for option, axes in NEEDS.items():
@@ -152,26 +153,26 @@ def complete(
         free = [axis for axis in axes if axis not in fixed]
         if option in fixed and free:
             case[rng.choice(free)] = 2
-    return without_inert(case) | dict(fixed)
+    return drop_inert_options(case) | dict(fixed)
 
 
-def without_inert(case: Case) -> Case:
-    """The case with the default of each option that has no effect on its axes."""
+def drop_inert_options(case: Case) -> Case:
+    """Return the case with the default of each option that has no effect on its axes."""
     inert = [option for option, axes in NEEDS.items() if all(case[axis] == 1 for axis in axes)]
     return case | {option: FACTORS[option][0] for option in inert}
 
 
-def random_case(
+def draw_valid_case(
     rng: random.Random, fixed: Mapping[str, Any], prefer: Mapping[str, Any] | None = None, tries: int = 2000
 ) -> Case | None:
-    """A case with the `fixed` values that is a run, its other values as of `complete`; None where none is found."""
+    """Return a valid case with the `fixed` values, otherwise as in `complete_case`; None if no valid case is found."""
     for _ in range(tries):
-        case = complete(fixed, rng, prefer or {})
-        if not any(violations(case)):
+        case = complete_case(fixed, rng, prefer or {})
+        if not any(find_violations(case)):
             return case
     return None
 
 
 def describe(case: Case) -> str:
-    """The values that are not defaults: `dp_shard=2 tp=2 optimizer=muon`."""
+    """Return the values that are not defaults: `dp_shard=2 tp=2 optimizer=muon`."""
     return " ".join(f"{key}={value}" for key, value in case.items() if value != WIDE_FACTORS[key][0])

@@ -1,5 +1,7 @@
-"""Asynchronous tensor parallelism computes the same step. Its kernels need GPUs; on a CPU torch's own definition of
-each stands in, so that what is held is the compiler's work: which products it fuses, and what it makes of them.
+"""Asynchronous tensor parallelism computes the same step as one process.
+
+Its fused kernels need GPUs. On a CPU, torch's fallback definitions replace them, so the tests cover the compiler's
+work: which matrix products it fuses with which collectives.
 """
 
 from collections import Counter
@@ -15,7 +17,7 @@ from torch.distributed import _symmetric_memory as symmetric
 from dist_llm.config.schema import Config
 from dist_llm.parallel import parallelize
 from dist_llm.parallel.async_tp import enable_fused_collectives
-from tests.laws.law import RankTrace, compare, config_of, merge_ranks, reference, trace
+from tests.laws.law import RankTrace, assert_traces_match, make_config, merge_ranks, record_trace, reference
 from tests.laws.layouts import SGD
 from tests.laws.worlds import restart_world, world
 
@@ -25,8 +27,8 @@ FUSED = {
 }
 
 
-class Seen(CustomGraphPass):
-    """Counts the fused products of each graph, after the compiler put them there."""
+class FusedOpCounter(CustomGraphPass):
+    """Counts the fused operations of each graph after the compiler has inserted them."""
 
     def __init__(self) -> None:
         self.names: Counter[str] = Counter()
@@ -35,47 +37,50 @@ class Seen(CustomGraphPass):
         self.names.update(str(node.target).split(".")[1] for node in graph.nodes if "symm_mem" in str(node.target))
 
     def uuid(self) -> Any:
-        return None  # graphs that it was not shown are not taken from a cache
+        return None  # disables the cache, so that the pass sees every graph
 
 
-def traced(config: Config, backwards: bool) -> tuple[RankTrace, dict[str, int]]:
-    """Two steps, and how often the compiler fused what. `backwards`: parts are handed to the wrong ranks."""
-    seen, library = Seen(), torch.library.Library("symm_mem", "IMPL")
-    for name, function in (FUSED | ({"fused_all_gather_matmul": _reversed} if backwards else {})).items():
+def trace_fused_steps(config: Config, reverse_shards: bool) -> tuple[RankTrace, dict[str, int]]:
+    """Return the trace of two steps and the count of each fused operation.
+
+    `backwards` plants a bug: shards in reverse order.
+    """
+    counter, library = FusedOpCounter(), torch.library.Library("symm_mem", "IMPL")
+    for name, function in (FUSED | ({"fused_all_gather_matmul": _gather_reversed} if reverse_shards else {})).items():
         library.impl(name, function, "CPU")
     with (
         patch.object(parallelize, "enable_async_tp", enable_fused_collectives),
-        patch.object(inductor, "post_grad_custom_post_pass", seen),
+        patch.object(inductor, "post_grad_custom_post_pass", counter),
         patch.object(inductor, "_micro_pipeline_tp", False),
         patch.object(inductor, "post_grad_custom_pre_pass", None),
-        patch.object(torch.distributed, "is_nccl_available", lambda: True),  # the compiler asks, on any device
+        patch.object(torch.distributed, "is_nccl_available", lambda: True),  # the compiler checks it on any device
     ):
-        found = trace(config, 2)
+        rank_trace = record_trace(config, 2)
     library._destroy()
-    return found, dict(seen.names)
+    return rank_trace, dict(counter.names)
 
 
-def _reversed(shard: torch.Tensor, others: list[torch.Tensor], dim: int, group: str, **kwargs: Any) -> Any:
-    whole, outputs = FUSED["fused_all_gather_matmul"](shard, others, dim, group, **kwargs)
-    return whole, [output.flip(dim) for output in outputs]
+def _gather_reversed(shard: torch.Tensor, weights: list[torch.Tensor], dim: int, group: str, **kwargs: Any) -> Any:
+    full, outputs = FUSED["fused_all_gather_matmul"](shard, weights, dim, group, **kwargs)
+    return full, [output.flip(dim) for output in outputs]
 
 
 @pytest.mark.parametrize("recompute", ["none", pytest.param("selective", marks=pytest.mark.slow)])
-def test_fused_products_compute_the_same_step(recompute: str) -> None:
+def test_fused_collectives_compute_the_step_of_one_process(recompute: str) -> None:
     parallel = {"tp": 2, "async_tp": True, "recompute": recompute}
-    config = config_of(2, {}, optim=SGD, compile=True, parallel=parallel)
+    config = make_config(2, {}, optim=SGD, compile=True, parallel=parallel)
     restart_world(2)
-    traces, counts = zip(*world(2).run(traced, config, False), strict=True)
-    # Forward, before q, k and v, and gate and up; and after attention, and down. Backward, before the latter two.
+    traces, counts = zip(*world(2).run(trace_fused_steps, config, False), strict=True)
+    # Forward: before q, k, v and before gate, up; after attention and after down. Backward: before the latter two.
     assert counts[0] == counts[1]
     assert counts[0]["fused_all_gather_matmul"] >= 4
     assert counts[0]["fused_matmul_reduce_scatter"] >= 2
-    compare(merge_ranks(traces), reference(config, 2))
+    assert_traces_match(merge_ranks(traces), reference(config, 2))
 
 
-def test_a_part_in_the_wrong_place_breaks_the_law() -> None:
-    config = config_of(2, {}, optim=SGD, compile=True, parallel={"tp": 2, "async_tp": True})
+def test_shards_in_the_wrong_order_break_the_law() -> None:
+    config = make_config(2, {}, optim=SGD, compile=True, parallel={"tp": 2, "async_tp": True})
     restart_world(2)
-    traces = [found for found, _ in world(2).run(traced, config, True)]
+    traces = [rank_trace for rank_trace, _ in world(2).run(trace_fused_steps, config, True)]
     with pytest.raises(AssertionError, match="off by"):
-        compare(merge_ranks(traces), reference(config, 2))
+        assert_traces_match(merge_ranks(traces), reference(config, 2))

@@ -1,4 +1,4 @@
-"""A flipped bit in one rank's copy, or in what it computes, is found and the rank named; without one all is silent."""
+"""A flipped bit in a replica, or a wrong result of a rank, is detected and the rank is named."""
 
 import re
 from contextlib import nullcontext
@@ -18,8 +18,8 @@ from dist_llm.parallel.replica_check import compute_digest, find_mismatches
 from dist_llm.sharded import to_local
 from dist_llm.train.replay import replay
 from dist_llm.train.step import train_step
-from tests.laws.engines import ENGINES, opened
-from tests.laws.law import batches_of, config_of
+from tests.laws.engines import ENGINES, open_engine
+from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW, MODELS, Layout
 from tests.laws.worlds import world
 
@@ -34,11 +34,14 @@ REPLICATED = [
 ]
 
 
-def held(config: Config, rank: int) -> list[str]:
-    """After three steps; on `rank` (-1: none) the last bit of one element of a norm is flipped before."""
-    with opened(config) as engine:
+def mismatches_after_steps(config: Config, rank: int) -> list[str]:
+    """Compare the replicas after three steps; return the mismatches.
+
+    On `rank` (-1: no rank) the last bit of one element of a norm weight is flipped before.
+    """
+    with open_engine(config) as engine:
         for step in range(3):
-            train_step(engine, batches_of(config, engine, step), 1e-3, step)
+            train_step(engine, make_batches(config, engine, step), 1e-3, step)
         if torch.distributed.get_rank() == rank:
             name = next(name for name, _ in engine.named_parameters() if "norm" in name)
             (weight,) = (each for other, each in engine.named_parameters() if other == name)
@@ -48,16 +51,16 @@ def held(config: Config, rank: int) -> list[str]:
 
 def config(layout: Layout, **more: Any) -> Config:
     data = {"micro_batch": layout.micro}
-    return config_of(layout.ranks, MODELS[layout.model], optim=ADAMW, data=data, parallel=layout.parallel, **more)
+    return make_config(layout.ranks, MODELS[layout.model], optim=ADAMW, data=data, parallel=layout.parallel, **more)
 
 
 @pytest.mark.parametrize("layout", REPLICATED, ids=str)
-def test_copies_are_equal_bit_for_bit_until_one_bit_is_flipped(layout: Layout) -> None:
+def test_replicas_are_bitwise_equal_until_a_bit_is_flipped(layout: Layout) -> None:
     ranks = layout.ranks
-    assert world(ranks).run(held, config(layout), -1) == [[]] * ranks
-    every = world(ranks).run(held, config(layout), ranks - 1)
-    assert every == [every[0]] * ranks, "all ranks know"
-    *lines, hosts = every[0]
+    assert world(ranks).run(mismatches_after_steps, config(layout), -1) == [[]] * ranks
+    by_rank = world(ranks).run(mismatches_after_steps, config(layout), ranks - 1)
+    assert by_rank == [by_rank[0]] * ranks, "all ranks report the same"
+    *lines, hosts = by_rank[0]
     for line in lines:
         assert re.fullmatch(rf"\S+norm\S*\.weight: differs on rank .*\b{ranks - 1} of ranks .*\b{ranks - 1}", line), (
             line
@@ -65,17 +68,17 @@ def test_copies_are_equal_bit_for_bit_until_one_bit_is_flipped(layout: Layout) -
     assert f"rank {ranks - 1} is on here" in hosts
 
 
-@pytest.mark.usefixtures("worlds_of_its_own")
+@pytest.mark.usefixtures("restart_worlds_afterwards")
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "ddp"])
-def test_engines_that_hold_the_whole_model(engine: str) -> None:
-    theirs = config_of(3, {}, optim=ADAMW, data={"micro_batch": 4}, **ENGINES[engine])
-    assert world(3).run(held, theirs, -1) == [[]] * 3
-    (line, hosts), *_ = world(3).run(held, theirs, 1)
+def test_replicas_of_third_party_engines_are_compared(engine: str) -> None:
+    engine_config = make_config(3, {}, optim=ADAMW, data={"micro_batch": 4}, **ENGINES[engine])
+    assert world(3).run(mismatches_after_steps, engine_config, -1) == [[]] * 3
+    (line, hosts), *_ = world(3).run(mismatches_after_steps, engine_config, 1)
     assert line == "blocks.0.norm_attention.weight: differs on rank 1 of ranks 0, 1, 2"
     assert "rank 1 is on here" in hosts
 
 
-def test_a_digest_knows_each_bit() -> None:
+def test_a_digest_depends_on_each_bit() -> None:
     values = torch.randn(5, 7)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         bits = values.to(dtype).view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
@@ -86,33 +89,33 @@ def test_a_digest_knows_each_bit() -> None:
             assert int(compute_digest(flipped.view(dtype))) != before
 
 
-class Samples:
-    """What `replay` asks of a loader."""
+class StepLoader:
+    """A stand-in for the loader that `replay` uses."""
 
-    def __init__(self, config: Config, places: int) -> None:
-        self.config, self.places = config, places
+    def __init__(self, config: Config, dp_size: int) -> None:
+        self.config, self.dp_size = config, dp_size
 
-    def load_batches_of_rank(self, place: int, first: int) -> list[Batch]:
-        return batches_of(self.config, SimpleNamespace(dp_rank_and_size=(place, self.places)), first)  # type: ignore[arg-type]
+    def load_batches_of_rank(self, dp_rank: int, first: int) -> list[Batch]:
+        return make_batches(self.config, SimpleNamespace(dp_rank_and_size=(dp_rank, self.dp_size)), first)  # type: ignore[arg-type]
 
 
-def replayed(config: Config, rank: int, where: str) -> tuple[list[str], float]:
-    """(what is found in a step that `rank` computes a little wrong, the loss of a step after it)."""
+def replay_and_step(config: Config, rank: int, fault_in: str) -> tuple[list[str], float]:
+    """Return (the mismatches of a step that `rank` computes slightly wrong, the loss of the step after it)."""
     forward = Block.forward
 
-    def wrong(self: Block, *given: Any) -> Tensor:
-        out = forward(self, *given)
-        if where == "forward":
+    def corrupt_forward(self: Block, *args: Any) -> Tensor:
+        out = forward(self, *args)
+        if fault_in == "forward":
             return out * 1.001
-        if out.requires_grad:  # not where torch before 2.13 learns shapes
+        if out.requires_grad:  # not while torch before 2.13 infers shapes
             out.register_hook(lambda gradient: gradient * 1.001)
         return out
 
     engine = NativeEngine(config, CPU)
-    errs = torch.distributed.get_rank() == rank
-    with patch.object(Block, "forward", wrong) if errs else nullcontext():
-        found = replay(engine, Samples(config, engine.dp_rank_and_size[1]), 0, 0, "fp32")  # type: ignore[arg-type]
-    return found, train_step(engine, batches_of(config, engine, 0), 1e-3, 0).loss.item()
+    is_faulty = torch.distributed.get_rank() == rank
+    with patch.object(Block, "forward", corrupt_forward) if is_faulty else nullcontext():
+        mismatches = replay(engine, StepLoader(config, engine.dp_rank_and_size[1]), 0, 0, "fp32")  # type: ignore[arg-type]
+    return mismatches, train_step(engine, make_batches(config, engine, 0), 1e-3, 0).loss.item()
 
 
 @pytest.mark.parametrize(
@@ -127,19 +130,19 @@ def replayed(config: Config, rank: int, where: str) -> tuple[list[str], float]:
     ],
     ids=str,
 )
-def test_a_step_is_the_same_on_other_ranks_unless_one_errs(layout: Layout) -> None:
+def test_a_replayed_step_differs_only_if_a_rank_is_faulty(layout: Layout) -> None:
     ranks = layout.ranks
-    every = world(ranks).run(replayed, config(layout), -1, "")
-    assert [found for found, _ in every] == [[]] * ranks
-    straight = every[0][1]
-    for where in ("forward", "backward"):
-        every = world(ranks).run(replayed, config(layout), ranks - 1, where)
-        said, *losses = every[0][0]
-        assert said.startswith("a step computed twice has other gradients, of ")
-        assert all(found == every[0][0] for found, _ in every), "all ranks know"
-        assert all(loss == straight for _, loss in every), "nothing was stepped"
-        by = [re.findall(r"by (?:rank )?([\d and]+)", line) for line in losses]
-        assert bool(by) == (where == "forward")
-        assert all(str(ranks - 1) in f"{pair}" for pair in by), "each pair has the rank that errs in it"
-        if ranks == 3 and where == "forward":
-            assert by == [["0", "2"], ["2", "1"]]
+    by_rank = world(ranks).run(replay_and_step, config(layout), -1, "")
+    assert [mismatches for mismatches, _ in by_rank] == [[]] * ranks
+    loss_without_fault = by_rank[0][1]
+    for fault_in in ("forward", "backward"):
+        by_rank = world(ranks).run(replay_and_step, config(layout), ranks - 1, fault_in)
+        summary, *losses = by_rank[0][0]
+        assert summary.startswith("a step computed twice has other gradients, of ")
+        assert all(mismatches == by_rank[0][0] for mismatches, _ in by_rank), "all ranks report the same"
+        assert all(loss == loss_without_fault for _, loss in by_rank), "the replay does not update the weights"
+        rank_pairs = [re.findall(r"by (?:rank )?([\d and]+)", line) for line in losses]
+        assert bool(rank_pairs) == (fault_in == "forward")
+        assert all(str(ranks - 1) in f"{pair}" for pair in rank_pairs), "each pair includes the faulty rank"
+        if ranks == 3 and fault_in == "forward":
+            assert rank_pairs == [["0", "2"], ["2", "1"]]

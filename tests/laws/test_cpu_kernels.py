@@ -1,4 +1,4 @@
-"""The law holds with the kernels of other CPUs, and with one and two threads: the judge does not depend on rounding."""
+"""The law holds with the kernels of other CPUs and with one and two threads; it does not depend on rounding."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-# Kernels without AVX, kernels of AVX2, and those of this CPU.
+# Kernels without AVX, kernels for AVX2, and the kernels of this CPU.
 KERNELS = {
     "default": {
         "ATEN_CPU_CAPABILITY": "default",

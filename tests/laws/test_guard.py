@@ -1,4 +1,4 @@
-"""A step that is left out leaves no trace: the next ones are those of a run that never took it."""
+"""After a skipped step the run continues as if the step had never been computed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,45 +17,47 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.sharded import to_local
 from dist_llm.train.guard import Guard
 from dist_llm.train.step import train_step
-from tests.laws.law import ROWS, RankTrace, Spy, batches_of, compare, config_of, merge_ranks
-from tests.laws.layouts import ADAMW, MODELS, Layout
+from tests.laws.law import ROWS, RankTrace, RecordingEngine, assert_traces_match, make_batches, make_config, merge_ranks
+from tests.laws.layouts import ADAMW, MODELS, Layout, by_name
 from tests.laws.worlds import world
 
-LAYOUTS = [
+LAYOUTS = by_name(
     Layout(2, {"dp_shard": 2}, "tied", 4),
     Layout(2, {"dp_replicate": 2}, "gpt", 4),
     Layout(2, {"tp": 2}, "bert", 8),
     Layout(2, {"cp": 2}, micro=8),
     Layout(2, {"pp": 2}, "tied", 6),
     Layout(4, {"dp_shard": 2, "tp": 2}, micro=4),
-]
-BAD = 1
+)
+BAD_STEP = 1
 
 
-def steps(config: Config, numbers: Sequence[int], bug: bool = False) -> RankTrace:
-    """These steps; in BAD gradients of the last rank are not numbers."""
-    engine, found = Spy(config, torch.device("cpu")), RankTrace()
+def run_steps(config: Config, numbers: Sequence[int], bug: bool = False) -> RankTrace:
+    """Run these steps; in step BAD the gradients of the last rank are NaN."""
+    engine, rank_trace = RecordingEngine(config, torch.device("cpu")), RankTrace()
     guard = Guard(GuardConfig(not_finite="skip"), GuardState(), engine, Path("unused"))
-    with moments_decay() if bug else nullcontext():
+    with zero_gradient_update() if bug else nullcontext():
         for step in numbers:
-            batches = batches_of(config, engine, step)
-            with poisoned() if step == BAD else nullcontext():
+            batches = make_batches(config, engine, step)
+            with nan_gradients() if step == BAD_STEP else nullcontext():
                 report = train_step(engine, batches, 1e-3, step, should_apply=partial(guard.should_apply, step))
-            assert bool(guard.checked[step]) == (step == BAD), "on all ranks, though one replica alone may have seen it"
-            if step != BAD:
-                found.losses.append(report.loss.item())
-                found.scored.append(int(report.scored))
-                found.norms.append(report.grad_norm.item())
-                found.keep(engine)
-    return found
+            assert bool(guard.checked[step]) == (step == BAD_STEP), (
+                "all ranks skip it, even if only one replica has the NaN"
+            )
+            if step != BAD_STEP:
+                rank_trace.losses.append(report.loss.item())
+                rank_trace.scored.append(int(report.scored))
+                rank_trace.norms.append(report.grad_norm.item())
+                rank_trace.record(engine)
+    return rank_trace
 
 
 @contextmanager
-def poisoned() -> Iterator[None]:
-    real = NativeEngine.accumulate
+def nan_gradients() -> Iterator[None]:
+    original = NativeEngine.accumulate
 
     def accumulate(self: Any, *args: Any) -> Tensor:
-        losses = real(self, *args)
+        losses = original(self, *args)
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             for _, parameter in self.named_parameters():
                 to_local(parameter.grad).fill_(torch.nan)
@@ -66,24 +68,24 @@ def poisoned() -> Iterator[None]:
 
 
 @contextmanager
-def moments_decay() -> Iterator[None]:
-    """The bug: a step with gradients of zero in place of none."""
-    real = NativeEngine.update
+def zero_gradient_update() -> Iterator[None]:
+    """Planted bug: the skipped step updates the moments with zero gradients."""
+    original = NativeEngine.update
 
     def update(self: Any, lr: float, should_apply: Any = None) -> Tensor:
         norm: Tensor = self._grad_norm()
         if not should_apply(norm):
             for parameter in self.model_parts[0].parameters():
                 to_local(parameter.grad).zero_()
-        real(self, lr)
+        original(self, lr)
         return norm
 
     with patch.object(NativeEngine, "update", update):
         yield
 
 
-def hold(layout: Layout, bug: bool = False) -> None:
-    config = config_of(
+def assert_skipped_without_effect(layout: Layout, bug: bool = False) -> None:
+    config = make_config(
         layout.ranks,
         MODELS[layout.model],
         optim=ADAMW,
@@ -91,16 +93,16 @@ def hold(layout: Layout, bug: bool = False) -> None:
         parallel=layout.parallel,
     )
     data = config.data.model_copy(update={"micro_batch": ROWS})
-    alone = config.model_copy(update={"data": data, "parallel": ParallelConfig(dp_shard=1)})
-    got = merge_ranks(world(layout.ranks).run(steps, config, (0, BAD, 2, 3), bug))
-    compare(got, merge_ranks([steps(alone, (0, 2, 3))]))
+    one_process = config.model_copy(update={"data": data, "parallel": ParallelConfig(dp_shard=1)})
+    skipped = merge_ranks(world(layout.ranks).run(run_steps, config, (0, BAD_STEP, 2, 3), bug))
+    assert_traces_match(skipped, merge_ranks([run_steps(one_process, (0, 2, 3))]))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_step_left_out_leaves_no_trace(layout: Layout) -> None:
-    hold(layout)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_skipped_step_has_no_effect(layout: Layout) -> None:
+    assert_skipped_without_effect(layout)
 
 
-def test_the_law_bites() -> None:
+def test_a_planted_bug_breaks_the_law() -> None:
     with pytest.raises(AssertionError, match="off by"):
-        hold(LAYOUTS[0], bug=True)
+        assert_skipped_without_effect(LAYOUTS["dp_shard2_micro4_tied"], bug=True)

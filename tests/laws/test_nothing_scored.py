@@ -1,4 +1,4 @@
-"""Microbatches, ranks and whole steps without a scored token: no NaN, and nobody waits for anybody."""
+"""Microbatches, ranks and full steps without a scored token produce no NaN and no deadlock."""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,7 @@ import torch
 from dist_llm.engines.native import NativeEngine
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, full_tensor
+from tests.laws.law import copy_full_tensor, make_batches, make_config
 from tests.laws.layouts import MODELS, SGD, Layout
 from tests.laws.worlds import world
 
@@ -24,40 +24,40 @@ LAYOUTS = [
 ]
 
 
-def steps(config: Any) -> tuple[list[float], list[int], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Three steps: one with an empty microbatch and an empty rank, one with nothing at all, one whole."""
+def run_steps(config: Any) -> tuple[list[float], list[int], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Run three steps: with an empty microbatch and an empty rank, with no scored token at all, with a normal batch."""
     engine = NativeEngine(config, torch.device("cpu"))
-    losses, scored, kept = [], [], []
+    losses, scored, weights = [], [], []
     for step in range(3):
-        batches = batches_of(config, engine, step)
+        batches = make_batches(config, engine, step)
         last = engine.dp_rank_and_size[0] == engine.dp_rank_and_size[1] - 1 and engine.dp_rank_and_size[1] > 1
         empty = [0] if step == 0 and not last else list(range(len(batches))) if step < 2 else []
-        for place in empty:
-            nothing = torch.full_like(batches[place].targets_BS, IGNORE)
-            batches[place] = replace(batches[place], targets_BS=nothing, num_valid_tokens=0)
+        for index in empty:
+            ignored_targets = torch.full_like(batches[index].targets_BS, IGNORE)
+            batches[index] = replace(batches[index], targets_BS=ignored_targets, num_valid_tokens=0)
         report = train_step(engine, batches, 1.0, step)
         losses.append(report.loss.item())
         scored.append(int(report.scored))
         assert math.isfinite(report.grad_norm.item())
-        kept.append({name: full_tensor(parameter) for name, parameter in engine.named_parameters()})
-    return losses, scored, kept[0], kept[1]
+        weights.append({name: copy_full_tensor(parameter) for name, parameter in engine.named_parameters()})
+    return losses, scored, weights[0], weights[1]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_what_scores_nothing_changes_nothing(layout: Layout) -> None:
-    config = config_of(
+def test_a_step_without_scored_tokens_changes_no_weight(layout: Layout) -> None:
+    config = make_config(
         layout.ranks,
         MODELS[layout.model],
         optim=SGD,
         parallel=layout.parallel,
         data={"micro_batch": layout.micro},
     )
-    found = world(layout.ranks).run(steps, config) if layout.ranks > 1 else [steps(config)]
-    for losses, scored, before, after in found:
-        assert (losses, scored) == found[0][:2], "all ranks report the same"
+    by_rank = world(layout.ranks).run(run_steps, config) if layout.ranks > 1 else [run_steps(config)]
+    for losses, scored, before, after in by_rank:
+        assert (losses, scored) == by_rank[0][:2], "all ranks report the same"
         assert all(map(math.isfinite, losses))
         assert scored[0] > 0
         assert (losses[1], scored[1]) == (0.0, 0)
         assert scored[2] > scored[0]
         for name, value in after.items():
-            assert torch.equal(value, before[name]), f"{name} moved though nothing was scored"
+            assert torch.equal(value, before[name]), f"{name} changed in a step without scored tokens"

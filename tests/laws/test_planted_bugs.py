@@ -1,4 +1,4 @@
-"""The law bites: each bug, planted on a layout where it matters, makes it fail."""
+"""The law detects planted bugs: each bug, on a layout that it affects, makes the law fail."""
 
 import pytest
 
@@ -7,13 +7,13 @@ from tests.laws.law import assert_matches_one_process
 from tests.laws.layouts import CLIPPED_SGD, PREFIX, SGD, UL2, Layout
 from tests.laws.worlds import WorldError
 
-WHERE = {
+LAYOUT_OF_BUG = {
     "replicas_gradients_are_not_reduced": Layout(2, {"dp_replicate": 2}),
     "shards_gradients_are_not_reduced": Layout(2, {"dp_shard": 2}),
     "context_gradients_are_not_reduced": Layout(4, {"dp_shard": 2, "cp": 2}),
     "gathered_input_gradients_are_not_reduce_scattered": Layout(2, {"tp": 2}),
     "head_gradients_are_not_reduced_over_tensor_ranks": Layout(2, {"tp": 2}),
-    "token_shares_use_the_depth_scale_of_full_rows": Layout(2, {"tp": 2}, "bounded", 3),
+    "token_shards_use_the_depth_scale_of_full_rows": Layout(2, {"tp": 2}, "bounded", 3),
     "tensor_ranks_take_the_positions_of_the_first": Layout(2, {"tp": 2}, "gpt", 3),
     "tied_embedding_is_not_reduced_over_stages": Layout(2, {"pp": 2}, "tied", 6),
     "norm_gradients_of_sequence_slices_are_not_reduced": Layout(2, {"tp": 2}),
@@ -42,36 +42,36 @@ WHERE = {
     "weights_stay_gathered_after_the_last_backward": Layout(2, {"dp_shard": 2}),
     "gradients_of_head_norms_are_not_reduced": Layout(2, {"tp": 2, "sequence_parallel": False}, "bounded"),
 }
-OPTIMIZERS = {  # planted in test_optimizers.py
+OPTIMIZER_BUGS = {  # tested in test_optimizers.py
     "shards_orthogonalized_separately",
     "shards_returned_to_the_wrong_rank",
-    "momentum_begins_anew_with_each_step",
-    "momentum_is_the_first_ranks_alone",
+    "momentum_is_reset_before_each_step",
+    "momentum_is_kept_on_the_first_rank_only",
     "moments_rounded_by_the_local_index",
 }
-COMPILED = {"gathered_input_gradients_are_not_reduce_scattered": Layout(4, {"dp_shard": 2, "tp": 2}, "tied")}
+COMPILED_BUGS = {"gathered_input_gradients_are_not_reduce_scattered": Layout(4, {"dp_shard": 2, "tp": 2}, "tied")}
 
 
-def test_every_bug_is_planted_somewhere() -> None:
-    assert BUGS.keys() == WHERE.keys() | OPTIMIZERS
+def test_every_bug_has_a_test() -> None:
+    assert BUGS.keys() == LAYOUT_OF_BUG.keys() | OPTIMIZER_BUGS
     assert len(BUGS) >= 15
 
 
-@pytest.mark.parametrize("name", WHERE)
+@pytest.mark.parametrize("name", LAYOUT_OF_BUG)
 def test_a_planted_bug_breaks_the_law(name: str) -> None:
-    said = r"differ|off by|scored tokens|gradients:|parameters:|Tensor list must have at least one tensor"
-    with pytest.raises((AssertionError, WorldError), match=said):
-        assert_matches_one_process(WHERE[name], CLIPPED_SGD, steps=2, bug=name)
+    message = r"differ|off by|scored tokens|gradients:|parameters:|Tensor list must have at least one tensor"
+    with pytest.raises((AssertionError, WorldError), match=message):
+        assert_matches_one_process(LAYOUT_OF_BUG[name], CLIPPED_SGD, steps=2, bug=name)
 
 
-@pytest.mark.parametrize("layout", {str(layout): layout for layout in WHERE.values()}.values(), ids=str)
-def test_the_same_layouts_keep_it_without_a_bug(layout: Layout) -> None:
+@pytest.mark.parametrize("layout", {str(layout): layout for layout in LAYOUT_OF_BUG.values()}.values(), ids=str)
+def test_the_law_holds_on_these_layouts_without_a_bug(layout: Layout) -> None:
     assert_matches_one_process(layout, CLIPPED_SGD, steps=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
-def test_a_bug_of_compiled_blocks_breaks_the_law(name: str) -> None:
-    assert_matches_one_process(COMPILED[name], SGD, steps=1, compile=True)
+@pytest.mark.parametrize("name", COMPILED_BUGS)
+def test_a_planted_bug_in_compiled_blocks_breaks_the_law(name: str) -> None:
+    assert_matches_one_process(COMPILED_BUGS[name], SGD, steps=1, compile=True)
     with pytest.raises(AssertionError, match=r"differ|off by"):
-        assert_matches_one_process(COMPILED[name], SGD, steps=1, bug=name, compile=True)
+        assert_matches_one_process(COMPILED_BUGS[name], SGD, steps=1, bug=name, compile=True)

@@ -1,4 +1,4 @@
-"""Half precision: near fp32, the same on every layout within its rounding, and no overflow reaches a weight."""
+"""Half precision is near fp32 and the same on every layout within its rounding; an overflow never reaches a weight."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from dist_llm.engines.native import NativeEngine
 from dist_llm.optim.loss_scale import GROWTH_STEPS, LossScale
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of, merge_ranks, reference, trace
+from tests.laws.law import make_batches, make_config, merge_ranks, record_trace, reference
 from tests.laws.layouts import MODELS, SGD, Layout
 from tests.laws.worlds import world
 
@@ -27,7 +27,7 @@ LAYOUTS = [
 
 
 def config(layout: Layout, precision: str) -> Any:
-    return config_of(
+    return make_config(
         layout.ranks,
         MODELS[layout.model],
         optim=SGD,
@@ -40,36 +40,36 @@ def config(layout: Layout, precision: str) -> Any:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_half_precision_is_fp32_within_its_rounding(layout: Layout, precision: str) -> None:
-    """One step: loss within 2e-3, norm within 2e-2; each gradient points as fp32's does, at over 0.99 of cosine."""
-    got = merge_ranks(world(layout.ranks).run(trace, config(layout, precision), 1))
-    want = reference(config(layout, "fp32"), 1)
-    assert got.losses[0] == pytest.approx(want.losses[0], rel=2e-3)
-    assert got.norms[0] == pytest.approx(want.norms[0], rel=2e-2)
-    largest = max(float(gradient.norm()) for gradient in want.gradients[0].values())
-    scale = got.gradients[0]["embed.tokens.weight"].norm() / want.gradients[0]["embed.tokens.weight"].norm()
+    """One step: loss within 2e-3, norm within 2e-2, each gradient with a cosine above 0.99 to that of fp32."""
+    actual = merge_ranks(world(layout.ranks).run(record_trace, config(layout, precision), 1))
+    expected = reference(config(layout, "fp32"), 1)
+    assert actual.losses[0] == pytest.approx(expected.losses[0], rel=2e-3)
+    assert actual.norms[0] == pytest.approx(expected.norms[0], rel=2e-2)
+    largest = max(float(gradient.norm()) for gradient in expected.gradients[0].values())
+    scale = actual.gradients[0]["embed.tokens.weight"].norm() / expected.gradients[0]["embed.tokens.weight"].norm()
     assert scale == pytest.approx(2.0**16 if precision == "fp16" else 1.0, rel=2e-2)
-    for name, gradient in want.gradients[0].items():
+    for name, gradient in expected.gradients[0].items():
         if gradient.norm() > 1e-3 * largest:
-            cosine = torch.cosine_similarity(got.gradients[0][name].flatten(), gradient.flatten(), dim=0)
+            cosine = torch.cosine_similarity(actual.gradients[0][name].flatten(), gradient.flatten(), dim=0)
             assert cosine > 0.99, f"{name}: cosine {cosine:.4f}"
-    for name, parameter in want.parameters[0].items():
-        assert (got.parameters[0][name] - parameter).abs().max() < 2e-2 * want.norms[0], name
+    for name, parameter in expected.parameters[0].items():
+        assert (actual.parameters[0][name] - parameter).abs().max() < 2e-2 * expected.norms[0], name
 
 
-def test_an_overflow_is_left_out_and_halves_the_scale() -> None:
-    engine = NativeEngine(config_of(1, {}, optim=SGD, precision="fp16"), torch.device("cpu"))
+def test_an_overflow_is_skipped_and_halves_the_loss_scale() -> None:
+    engine = NativeEngine(make_config(1, {}, optim=SGD, precision="fp16"), torch.device("cpu"))
     assert engine.loss_scale is not None
     engine.loss_scale.value = 2.0**120
     before = {name: p.detach().clone() for name, p in engine.named_parameters()}
 
-    report = train_step(engine, batches_of(engine.config, engine, 0), 1.0)
+    report = train_step(engine, make_batches(engine.config, engine, 0), 1.0)
 
     assert not math.isfinite(report.grad_norm)
     assert engine.loss_scale.value == 2.0**119
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in engine.named_parameters())
 
 
-def test_the_scale_doubles_after_many_good_steps() -> None:
+def test_the_loss_scale_doubles_after_many_finite_steps() -> None:
     scale = LossScale(value=8.0)
     for _ in range(GROWTH_STEPS - 1):
         scale.update(finite=True)

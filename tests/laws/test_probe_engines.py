@@ -1,4 +1,4 @@
-"""DeepSpeed and accelerate measure the probe that one process measures natively, before and after a step."""
+"""DeepSpeed and accelerate measure the same probe as one native process, before and after a step."""
 
 from typing import Any
 
@@ -9,31 +9,31 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
-from tests.laws.engines import CPU, ENGINES, opened
-from tests.laws.law import batches_of, config_of
+from tests.laws.engines import CPU, ENGINES, open_engine
+from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW
 from tests.laws.test_engines_pipeline import PIPELINE
 from tests.laws.worlds import world
 
-pytestmark = pytest.mark.usefixtures("worlds_of_its_own")
-MODEL = {"init_std": 0.4}  # so that every part has a say
+pytestmark = pytest.mark.usefixtures("restart_worlds_afterwards")
+MODEL = {"init_std": 0.4}  # so that every module affects the loss
 
 
-def probes(config: Config) -> list[Any]:
-    with opened(config) as engine:
-        found = [measure_probe(engine, config)]
-        train_step(engine, batches_of(config, engine, 0), 0.0, 0)
-        return [*found, measure_probe(engine, config)]
+def measure_probes(config: Config) -> list[Any]:
+    with open_engine(config) as engine:
+        results = [measure_probe(engine, config)]
+        train_step(engine, make_batches(config, engine, 0), 0.0, 0)
+        return [*results, measure_probe(engine, config)]
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero3", "ddp", "pipeline"])
-def test_an_engine_measures_what_one_process_does(name: str) -> None:
+def test_an_engine_measures_the_probe_of_one_process(name: str) -> None:
     losses = {"loss": {"label_smoothing": 0.1, "z_loss": 1e-2}}
-    one = config_of(1, MODEL, optim=ADAMW, **losses)
-    want = measure_probe(NativeEngine(one, CPU), one)
+    native_config = make_config(1, MODEL, optim=ADAMW, **losses)
+    expected = measure_probe(NativeEngine(native_config, CPU), native_config)
     engine = {**ENGINES, "pipeline": PIPELINE}[name]
-    config = config_of(2, MODEL, optim=ADAMW, data={"micro_batch": 6}, **engine, **losses)
-    for ranks in world(2).run(probes, config):
-        for found in ranks:
-            assert found.loss == pytest.approx(want.loss, rel=2e-5)
-            compare_probes(want, found, name)
+    config = make_config(2, MODEL, optim=ADAMW, data={"micro_batch": 6}, **engine, **losses)
+    for rank_probes in world(2).run(measure_probes, config):
+        for probe in rank_probes:
+            assert probe.loss == pytest.approx(expected.loss, rel=2e-5)
+            compare_probes(expected, probe, name)

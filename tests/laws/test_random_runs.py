@@ -1,34 +1,36 @@
-"""Random runs: some minutes of them, and that a failure is found and made small."""
+"""Random runs: some minutes of them, and a test that a failure is found and reduced to its smallest case."""
 
 import random
 
 import pytest
 
 from tests.laws import random_runs
-from tests.laws.space import describe, violations
+from tests.laws.space import describe, find_violations
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_random_runs_take_the_step_of_one_process() -> None:
+def test_random_runs_compute_the_step_of_one_process() -> None:
     lines: list[str] = []
     failed = random_runs.search(random.randrange(10**6), 300, lines.append)
     assert not failed, "\n".join(lines)
 
 
-def test_a_failure_is_made_as_small_as_it_can_be() -> None:
-    """A fault of tensor ranks with muon, found in a case with much else."""
+def test_a_failing_case_is_reduced_to_its_cause() -> None:
+    """The planted failure needs tensor parallelism and Muon; the drawn case has many other options."""
 
     def fails(case: dict[str, object]) -> bool:
         return case["tp"] == 2 and case["optimizer"] == "muon"
 
     rng = random.Random(0)
-    case = next(each for _ in range(10_000) if fails(each := random_runs.draw(rng)) and not any(violations(each)))
-    assert describe(random_runs.smallest(case, fails)) == "tp=2 optimizer=muon"
+    case = next(
+        each for _ in range(10_000) if fails(each := random_runs.draw_case(rng)) and not any(find_violations(each))
+    )
+    assert describe(random_runs.shrink_case(case, fails)) == "tp=2 optimizer=muon"
 
 
-def test_a_case_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random_runs, "failure", lambda case: "off by 1" if case["cp"] == 2 else None)
+def test_a_failing_case_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_runs, "find_failure", lambda case: "off by 1" if case["cp"] == 2 else None)
     lines: list[str] = []
     failed = random_runs.search(seed=1, seconds=2.0, report=lines.append)
     assert failed

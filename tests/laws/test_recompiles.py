@@ -1,4 +1,4 @@
-"""Blocks are compiled in the first steps, and not again: no layout has shapes or flags that change later."""
+"""Blocks are compiled in the first steps only: no layout has shapes or flags that change later."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, config_of
+from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW
 from tests.laws.worlds import restart_world, world
 
@@ -23,26 +23,28 @@ LAYOUTS: list[Any] = [
 ]
 
 
-def compiled(config: Config) -> list[int]:
-    """How many graphs were compiled by the end of each step. A held-out loss is taken in between, as in training, and
-    probes as for a checkpoint."""
+def count_graphs(config: Config) -> list[int]:
+    """Return the number of compiled graphs after each step.
+
+    As in training, an evaluation and the probes of checkpoints run between the steps.
+    """
     counters.clear()
-    engine, found = NativeEngine(config, torch.device("cpu")), []
+    engine, graphs = NativeEngine(config, torch.device("cpu")), []
     for step in range(6):
-        batches = batches_of(config, engine, step)
+        batches = make_batches(config, engine, step)
         train_step(engine, batches, 1e-3, step)
         if step == 2:
             engine.score(engine.to_local_batch(batches[0]))
         if step >= 3:
             measure_probe(engine, config)
-        found.append(counters["stats"]["unique_graphs"])
-    return found
+        graphs.append(counters["stats"]["unique_graphs"])
+    return graphs
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS)
-def test_nothing_is_compiled_after_step_3(ranks: int, parallel: dict[str, Any]) -> None:
-    config = config_of(ranks, {}, optim=ADAMW, data={"micro_batch": 4}, parallel=parallel, compile=True)
+def test_no_graph_is_compiled_after_step_3(ranks: int, parallel: dict[str, Any]) -> None:
+    config = make_config(ranks, {}, optim=ADAMW, data={"micro_batch": 4}, parallel=parallel, compile=True)
     restart_world(ranks)
-    for found in world(ranks).run(compiled, config):
-        assert found[0] > 0, "blocks are compiled"
-        assert found[3:] == [found[2]] * 3
+    for graphs in world(ranks).run(count_graphs, config):
+        assert graphs[0] > 0, "blocks are compiled"
+        assert graphs[3:] == [graphs[2]] * 3

@@ -1,6 +1,6 @@
-"""Two steps in one layout, saved, loaded in another, two more: what one process computes that never stopped.
+"""A run saved after two steps in one layout and resumed in another equals an uninterrupted run of one process.
 
-Losses, weights and all of the optimizer's state.
+The comparison covers losses, weights and the full optimizer state.
 """
 
 from functools import lru_cache
@@ -16,7 +16,7 @@ from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.train.step import train_step
-from tests.laws.law import batches_of, close, config_of, full_tensor
+from tests.laws.law import assert_close, copy_full_tensor, make_batches, make_config
 from tests.laws.layouts import ADAMW, MODELS, Layout
 from tests.laws.worlds import world
 
@@ -51,64 +51,71 @@ MORE_PAIRS = [
 ]
 
 
-def resolved(layout: Layout) -> Config:
-    """Tied, so that a pipeline holds one weight twice."""
+def make_layout_config(layout: Layout) -> Config:
+    """The embeddings are tied, so that a pipeline has two copies of one weight."""
     data = {"micro_batch": layout.micro}
-    return config_of(layout.ranks, MODELS["tied"], optim=ADAMW, parallel=layout.parallel, data=data)
+    return make_config(layout.ranks, MODELS["tied"], optim=ADAMW, parallel=layout.parallel, data=data)
 
 
-def half(
+def run_two_steps(
     config: Config, directory: Path | None, first: int, bug: bool = False
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """(losses, whole state after) of steps `first` and `first` + 1, from the checkpoint and to one; None: neither."""
+    """Run steps `first` and `first` + 1; return (losses, full state afterwards).
+
+    With a directory, steps after the first two start from its newest checkpoint, and the state is saved to it.
+    """
     engine = NativeEngine(config, torch.device("cpu"))
-    kept = CheckpointStore(directory) if directory else None
-    if kept and first:
-        newest = kept.latest_verified()
+    checkpoints = CheckpointStore(directory) if directory else None
+    if checkpoints and first:
+        newest = checkpoints.latest_verified()
         assert newest is not None
         store.load(newest, engine.state)
         if bug:
             for _, moment in engine.state.moments().items():
                 moment.zero_()
     losses = [
-        train_step(engine, batches_of(config, engine, step), 1e-2, step).loss.item() for step in (first, first + 1)
+        train_step(engine, make_batches(config, engine, step), 1e-2, step).loss.item() for step in (first, first + 1)
     ]
-    if kept:
-        kept.save(engine.state, Progress(first + 2), {})
-        kept.finish()
-    found = engine.state.weights() | engine.state.moments()
-    return losses, {name: full_tensor(tensor) for name, tensor in found.items()}
+    if checkpoints:
+        checkpoints.save(engine.state, Progress(first + 2), {})
+        checkpoints.finish()
+    tensors = engine.state.weights() | engine.state.moments()
+    return losses, {name: copy_full_tensor(tensor) for name, tensor in tensors.items()}
 
 
-def on(layout: Layout, directory: Path, first: int, bug: bool = False) -> tuple[list[float], dict[str, Tensor]]:
-    """`half` on a world of the layout's size: every rank's losses agree, and all state is there."""
-    config = resolved(layout)
+def run_two_steps_on_world(
+    layout: Layout, directory: Path, first: int, bug: bool = False
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Run `run_two_steps` on a world of the layout's size; all ranks' losses must agree. Return the merged state."""
+    config = make_layout_config(layout)
     if layout.ranks == 1:
-        return half(config, directory, first, bug)
-    ranks = world(layout.ranks).run(half, config, directory, first, bug)
-    assert all(losses == ranks[0][0] for losses, _ in ranks)
-    return ranks[0][0], {name: value for _, found in ranks for name, value in found.items()}
+        return run_two_steps(config, directory, first, bug)
+    results = world(layout.ranks).run(run_two_steps, config, directory, first, bug)
+    assert all(losses == results[0][0] for losses, _ in results)
+    return results[0][0], {name: value for _, tensors in results for name, value in tensors.items()}
 
 
 @lru_cache(maxsize=1)
-def undisturbed() -> tuple[list[float], dict[str, Tensor]]:
-    engine = NativeEngine(resolved(ONE), torch.device("cpu"))
-    losses = [train_step(engine, batches_of(engine.config, engine, step), 1e-2, step).loss.item() for step in range(4)]
-    found = engine.state.weights() | engine.state.moments()
-    return losses, {name: full_tensor(tensor) for name, tensor in found.items()}
+def uninterrupted_run() -> tuple[list[float], dict[str, Tensor]]:
+    engine = NativeEngine(make_layout_config(ONE), torch.device("cpu"))
+    losses = [
+        train_step(engine, make_batches(engine.config, engine, step), 1e-2, step).loss.item() for step in range(4)
+    ]
+    tensors = engine.state.weights() | engine.state.moments()
+    return losses, {name: copy_full_tensor(tensor) for name, tensor in tensors.items()}
 
 
-def hold(pair: tuple[Layout, Layout], directory: Path, bug: bool = False) -> None:
-    first, _ = on(pair[0], directory, 0)
-    second, found = on(pair[1], directory, 2, bug)
-    losses, want = undisturbed()
+def assert_reshape_matches_one_process(pair: tuple[Layout, Layout], directory: Path, bug: bool = False) -> None:
+    first, _ = run_two_steps_on_world(pair[0], directory, 0)
+    second, tensors = run_two_steps_on_world(pair[1], directory, 2, bug)
+    losses, expected = uninterrupted_run()
     assert first + second == pytest.approx(losses, rel=1e-5)
-    assert found.keys() == want.keys()
-    for name, value in want.items():
-        # As in the law: where a gradient is nearly nothing, its moments are rounding of much larger summands.
-        alike = [each for other, each in want.items() if other.rpartition(".")[2] == name.rpartition(".")[2]]
-        noise = 1e-7 * max(float(each.abs().max()) for each in alike)
-        close(name, found[name], value, 2e-5, noise)
+    assert tensors.keys() == expected.keys()
+    for name, value in expected.items():
+        # As in the law: the moments of an almost zero gradient are rounding errors of much larger summands.
+        same_kind = [each for other, each in expected.items() if other.rpartition(".")[2] == name.rpartition(".")[2]]
+        noise = 1e-7 * max(float(each.abs().max()) for each in same_kind)
+        assert_close(name, tensors[name], value, 2e-5, noise)
 
 
 @pytest.mark.parametrize(
@@ -116,10 +123,10 @@ def hold(pair: tuple[Layout, Layout], directory: Path, bug: bool = False) -> Non
     [*PAIRS, *(pytest.param(pair, marks=pytest.mark.slow) for pair in MORE_PAIRS)],
     ids=lambda pair: f"{pair[0]} then {pair[1]}",
 )
-def test_a_run_goes_on_in_another_layout(pair: tuple[Layout, Layout], tmp_path: Path) -> None:
-    hold(pair, tmp_path)
+def test_a_run_resumes_in_another_layout(pair: tuple[Layout, Layout], tmp_path: Path) -> None:
+    assert_reshape_matches_one_process(pair, tmp_path)
 
 
-def test_moments_that_are_lost_are_noticed(tmp_path: Path) -> None:
+def test_lost_moments_are_detected(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
-        hold((SHARDED_2, TENSOR), tmp_path, bug=True)
+        assert_reshape_matches_one_process((SHARDED_2, TENSOR), tmp_path, bug=True)

@@ -1,6 +1,7 @@
-"""Worlds of gloo processes, started once per size and handed one function after another.
+"""Worlds: process groups of gloo ranks on this machine that run one test function after another.
 
-A world that broke or hung is thrown away and the next call starts a fresh one.
+Each world size has one world, started on first use. A world that fails or hangs is stopped, and the next call starts a
+new one.
 """
 
 import atexit
@@ -18,34 +19,35 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.warm import context
+from tests.warm import fork_server_context
 
 COLLECTIVE_TIMEOUT_SECONDS = 90
 ANSWER_TIMEOUT_SECONDS = 240
-timeout_factor = 1  # multiplies both; higher for runs that other work may delay
+timeout_factor = 1  # factor of both timeouts; raise it where other work delays a run
 
 
 class WorldError(RuntimeError):
-    """A rank raised; the text holds every rank's traceback."""
+    """At least one rank raised. The message contains the traceback of each failed rank."""
 
 
 class GlooWorld:
-    """`size` processes with a default process group. `run` calls f(*args) on all; returns their results by rank."""
+    """`size` processes with a default process group."""
 
     def __init__(self, size: int) -> None:
         self.store = tempfile.NamedTemporaryFile(prefix="dist_llm_world_")  # noqa: SIM115
         self.pipes, self.processes = [], []
         for rank in range(size):
-            ours, theirs = context().Pipe()
-            process = context().Process(
-                target=_serve, args=(rank, size, self.store.name, theirs, timeout_factor), daemon=True
+            parent_end, child_end = fork_server_context().Pipe()
+            process = fork_server_context().Process(
+                target=_serve, args=(rank, size, self.store.name, child_end, timeout_factor), daemon=True
             )
             process.start()
-            theirs.close()
-            self.pipes.append(ours)
+            child_end.close()
+            self.pipes.append(parent_end)
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call `function(*args)` on all ranks; return the results by rank."""
         timeout = ANSWER_TIMEOUT_SECONDS * timeout_factor
         for pipe in self.pipes:
             pipe.send((function, args))
@@ -57,7 +59,10 @@ class GlooWorld:
                 ok, value = pickle.loads(pipe.recv_bytes())
             except (EOFError, OSError) as error:
                 self.processes[rank].join(1)
-                ok, value = False, f"{error or 'it died'} (exit code {self.processes[rank].exitcode}: -N is signal N)"
+                ok, value = (
+                    False,
+                    f"{error or 'the process died'} (exit code {self.processes[rank].exitcode}: -N is signal N)",
+                )
             results.append(value)
             if not ok:
                 errors.append(f"--- rank {rank}\n{value}")
@@ -72,7 +77,7 @@ class GlooWorld:
         return bool(self.processes) and all(process.is_alive() for process in self.processes)
 
     def pause(self, pause: bool) -> None:
-        """Let its processes sleep, or wake them: gloo's threads look around all the time, work or none."""
+        """Stop or continue the processes. gloo's threads poll all the time, even when the world is idle."""
         for process in self.processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, signal.SIGSTOP if pause else signal.SIGCONT)
@@ -82,7 +87,7 @@ class GlooWorld:
             process.kill()
             process.join()
         self.processes = []
-        with suppress(FileNotFoundError):  # the processes remove it, where they end in order
+        with suppress(FileNotFoundError):  # the processes remove the file if they exit normally
             self.store.close()
 
 
@@ -90,19 +95,19 @@ _worlds: dict[int, GlooWorld] = {}
 
 
 def world(size: int) -> GlooWorld:
-    """The shared world of that size, started on first use; the others sleep meanwhile."""
-    for other, each in _worlds.items():
-        each.pause(other != size)
+    """Return the shared world of this size, started on first use. All other worlds are paused."""
+    for other_size, shared in _worlds.items():
+        shared.pause(other_size != size)
     if size not in _worlds or not _worlds[size].alive:
         _worlds[size] = GlooWorld(size)
     return _worlds[size]
 
 
 def restart_world(size: int) -> None:
-    """Let the next call start another world of that size.
+    """Stop the world of this size, so that the next call starts a new one.
 
-    For compiled models: what torch traced of an earlier one's mesh may be found again where it cannot be used
-    ("device_mesh._get_submesh is not an OpOverload", torch 2.13). A user's processes have one model.
+    Tests of compiled models need it: torch may reuse what it traced for an earlier model's mesh, which then fails with
+    "device_mesh._get_submesh is not an OpOverload" (torch 2.13). A user's process has one model.
     """
     if size in _worlds:
         _worlds.pop(size).stop()
@@ -110,8 +115,8 @@ def restart_world(size: int) -> None:
 
 @atexit.register
 def stop_all() -> None:
-    for each in _worlds.values():
-        each.stop()
+    for shared in _worlds.values():
+        shared.stop()
 
 
 def _serve(rank: int, size: int, store: str, pipe: Connection, timeout_factor: int) -> None:
@@ -128,8 +133,8 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, timeout_factor: i
         world_size=size,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS * timeout_factor),
     )
-    _share_groups()
-    _gather_and_reduce_as_on_gpus()
+    _share_meshes_and_groups()
+    _use_collectives_as_on_gpus()
     while True:
         try:
             function, args = pipe.recv()
@@ -139,16 +144,19 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, timeout_factor: i
             answer = True, function(*args)
         except BaseException:
             answer = False, traceback.format_exc()
-        # By value: torch's own way to send tensors opens a file for each.
+        # Pickled by value: torch's own tensor pickling opens a file for each tensor.
         pipe.send_bytes(pickle.dumps(answer))
         del answer
         gc.collect()
-        gc.freeze()  # what stays is not looked at again
+        gc.freeze()  # the remaining objects are excluded from later collections
         torch.compiler.reset()
 
 
-def _share_groups() -> None:
-    """One mesh per shape and one group per set of ranks: each gloo group has threads that wake all the time."""
+def _share_meshes_and_groups() -> None:
+    """Reuse one mesh per shape and one process group per set of ranks.
+
+    Each gloo group has threads that poll all the time.
+    """
     import torch.distributed as dist
 
     from dist_llm.config.derive import AXES
@@ -175,8 +183,8 @@ def _share_groups() -> None:
     dist.new_group = shared_group
 
 
-def _gather_and_reduce_as_on_gpus() -> None:
-    """By collectives, so that laws hold what runs there; test_direct.py holds the messages that CPUs send instead."""
+def _use_collectives_as_on_gpus() -> None:
+    """Use collectives, as GPUs do. test_p2p_collectives.py covers the point-to-point messages that CPUs use instead."""
     from dist_llm.parallel import p2p_collectives
 
     p2p_collectives.uses_p2p = lambda device: False

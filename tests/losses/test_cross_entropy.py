@@ -1,4 +1,4 @@
-"""The summed loss equals its definition, by hand, in value and gradient."""
+"""The summed loss and its gradient equal their definition, computed by hand."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
 B, S, V = 3, 5, 11
 
 
-def case(dtype=torch.float32, scale=3.0, seed=0):
-    """Logits [B, S, V] and targets [B, S], some of them ignored."""
+def make_case(dtype=torch.float32, scale=3.0, seed=0):
+    """Make logits [B, S, V] and targets [B, S], some of them ignored."""
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(B, S, V, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, V, (B, S), generator=generator)
@@ -19,42 +19,42 @@ def case(dtype=torch.float32, scale=3.0, seed=0):
 
 
 def naive(logits, targets, smoothing=0.0, z_loss=0.0):
-    """One target after another, as the papers write it, in fp64."""
+    """Sum the loss target by target in fp64, by the formulas of the papers."""
     total = torch.zeros((), dtype=torch.float64)
     for row, target in zip(logits.double().flatten(0, -2), targets.flatten().tolist(), strict=True):
         if target == IGNORE:
             continue
         z = row.exp().sum()
         log_p = (row.exp() / z).log()
-        share = torch.full((len(row),), smoothing / len(row), dtype=torch.float64)
-        share[target] += 1 - smoothing
-        total = total - (share * log_p).sum() + z_loss * z.log() ** 2
+        target_probs = torch.full((len(row),), smoothing / len(row), dtype=torch.float64)
+        target_probs[target] += 1 - smoothing
+        total = total - (target_probs * log_p).sum() + z_loss * z.log() ** 2
     return total
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_it_is_torchs_sum_and_the_definition(seed):
-    logits, targets = case(seed=seed)
+def test_it_equals_the_sum_of_torch_and_the_definition(seed):
+    logits, targets = make_case(seed=seed)
     by_row = CrossEntropy()(logits, targets)
     rows = zip(logits[:, None], targets[:, None], strict=True)
     torch.testing.assert_close(by_row, torch.stack([naive(*row) for row in rows]).float())
-    got = by_row.sum()
+    actual = by_row.sum()
     torch.testing.assert_close(
-        got, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), rtol=1e-6, atol=0
+        actual, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), rtol=1e-6, atol=0
     )
-    torch.testing.assert_close(got.double(), naive(logits, targets), rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.double(), naive(logits, targets), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-4, 0.3])
 def test_smoothing_and_z_loss_by_hand(smoothing, z_loss):
-    logits, targets = case()
-    got = CrossEntropy(smoothing, z_loss)(logits, targets).sum()
-    torch.testing.assert_close(got.double(), naive(logits, targets, smoothing, z_loss), rtol=2e-6, atol=0)
+    logits, targets = make_case()
+    actual = CrossEntropy(smoothing, z_loss)(logits, targets).sum()
+    torch.testing.assert_close(actual.double(), naive(logits, targets, smoothing, z_loss), rtol=2e-6, atol=0)
 
 
-def test_a_number_worked_out_on_paper():
-    """Two equal logits of ln 2: Z = 4, p = 1/2, so ln 2 each, plus z * (ln 4)^2."""
+def test_two_equal_logits_by_hand():
+    """Two equal logits of ln 2: Z = 4, p = 1/2, so the loss is ln 2 each, plus z * (ln 4)^2."""
     ln2 = torch.tensor(2.0).log()
     logits, targets = torch.stack((ln2, ln2)).view(1, 1, 2), torch.tensor([[1]])
     torch.testing.assert_close(CrossEntropy()(logits, targets), ln2[None])
@@ -63,18 +63,18 @@ def test_a_number_worked_out_on_paper():
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.2), CrossEntropy(0.0, 0.3), CrossEntropy(0.1, 0.01)])
 def test_gradients_are_those_of_the_value(loss):
-    logits, targets = case(torch.float64)
+    logits, targets = make_case(torch.float64)
     assert torch.autograd.gradcheck(lambda x: loss(x, targets), logits.requires_grad_(), fast_mode=True)
 
 
 def test_the_gradient_of_z_loss_by_hand():
     """d/dx z * (log Z)^2 = 2 z log Z softmax(x), on scored rows only."""
-    logits, targets = case(torch.float64)
+    logits, targets = make_case(torch.float64)
     logits.requires_grad_()
-    (both,) = torch.autograd.grad(CrossEntropy(z_loss=0.7)(logits, targets).sum(), logits)
+    (with_z_loss,) = torch.autograd.grad(CrossEntropy(z_loss=0.7)(logits, targets).sum(), logits)
     (plain,) = torch.autograd.grad(CrossEntropy()(logits, targets).sum(), logits)
-    want = 2 * 0.7 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1) * (targets != IGNORE).unsqueeze(-1)
-    torch.testing.assert_close(both - plain, want.detach())
+    expected = 2 * 0.7 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1) * (targets != IGNORE).unsqueeze(-1)
+    torch.testing.assert_close(with_z_loss - plain, expected.detach())
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.1, 1e-4)])
@@ -93,7 +93,7 @@ def test_finite_at_extreme_logits(loss, size):
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1, 0.3)])
 def test_ignored_positions_count_for_nothing(loss):
-    logits, targets = case()
+    logits, targets = make_case()
     logits.requires_grad_()
     value = loss(logits, targets).sum()
     (gradient,) = torch.autograd.grad(value, logits)
@@ -104,13 +104,13 @@ def test_ignored_positions_count_for_nothing(loss):
     other = logits.detach().clone()
     other[ignored] = 1e4
     assert loss(other, targets).sum() == value
-    kept = loss(logits[~ignored][None], targets[~ignored][None]).sum()
-    torch.testing.assert_close(kept, value)
+    without_ignored = loss(logits[~ignored][None], targets[~ignored][None]).sum()
+    torch.testing.assert_close(without_ignored, value)
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.1, 0.3)])
-def test_nothing_scored_is_zero_not_nan(loss):
-    logits = case()[0].requires_grad_()
+def test_without_scored_targets_the_loss_is_zero_not_nan(loss):
+    logits = make_case()[0].requires_grad_()
     value = loss(logits, torch.full((B, S), IGNORE)).sum()
     value.backward()
     assert value == 0
@@ -119,14 +119,14 @@ def test_nothing_scored_is_zero_not_nan(loss):
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1, 0.01)])
 def test_bf16_logits_are_summed_in_fp32(loss):
-    logits, targets = case(torch.bfloat16)
-    got = loss(logits, targets)
-    assert got.dtype == torch.float32
-    assert torch.equal(got, loss(logits.float(), targets))
+    logits, targets = make_case(torch.bfloat16)
+    actual = loss(logits, targets)
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, loss(logits.float(), targets))
 
 
-def test_it_is_a_sum_over_any_cut():
+def test_rows_apart_have_the_losses_of_the_batch():
     loss = CrossEntropy(0.1, 0.01)
-    logits, targets = case(torch.float64)
-    cut = torch.cat([loss(row[None], target[None]) for row, target in zip(logits, targets, strict=True)])
-    torch.testing.assert_close(cut, loss(logits, targets))
+    logits, targets = make_case(torch.float64)
+    per_row = torch.cat([loss(row[None], target[None]) for row, target in zip(logits, targets, strict=True)])
+    torch.testing.assert_close(per_row, loss(logits, targets))

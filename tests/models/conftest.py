@@ -1,4 +1,4 @@
-"""Tiny models with values, by name of setting."""
+"""Fixtures of small model configurations and of small models whose parameters have values."""
 
 import pytest
 
@@ -10,20 +10,20 @@ from dist_llm.models.init import init_param_, init_rule
 
 @pytest.fixture
 def settings():
-    """A resolved `model` section, Llama-like unless told otherwise."""
+    """Make a resolved `model` section, Llama-like unless `changes` say otherwise."""
 
-    def settings(**changes):
+    def make_settings(**changes):
         shape = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}
         return ModelConfig(**{**shape, "vocab_size": 20, "vocab_multiple": 1, "max_seq_len": 16, **changes})
 
-    return settings
+    return make_settings
 
 
 @pytest.fixture
 def build(settings):
-    """A model in eval mode. Values are larger than a run's, so that what should matter shows."""
+    """Build a model in eval mode, with larger values than a run has, so that each part shows in the output."""
 
-    def build(loss=None, seed=0, **changes):
+    def build_with(loss=None, seed=0, **changes):
         config = settings(**{"init_std": 0.3, **changes})
         model = build_model(config, loss or CrossEntropy()).eval()
         for name, parameter in model.named_parameters():
@@ -31,4 +31,4 @@ def build(settings):
             init_param_(parameter.detach(), name, rule, seed, parameter.shape, (0,) * parameter.ndim)
         return model
 
-    return build
+    return build_with

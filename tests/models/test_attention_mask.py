@@ -1,4 +1,4 @@
-"""Who sees whom, proved by gradients: a prediction depends on what it may see, and on nothing else."""
+"""Which inputs each query attends to, proved by gradients: a prediction depends on these and on no others."""
 
 import pytest
 import torch
@@ -8,40 +8,43 @@ from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 S, T = 8, 6
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2], [0] * 8, [0, 1, 1, 1, 1, 1, 1, 2], [0, 0, 1, 1, 0, 0, 1, 1]])
 PREFIX = torch.tensor([4, 0, 8, 1])
-places = torch.arange(S)
-AFTER = places[:, None] >= places  # [S, S]: what a causal query may see
-SAME = DOCUMENTS[:, :, None] == DOCUMENTS[:, None, :]
-WITHIN = places < PREFIX[:, None, None]
+POSITIONS = torch.arange(S)
+CAUSAL_SS = POSITIONS[:, None] >= POSITIONS  # [S, S]: the keys that a causal query attends to
+SAME_DOCUMENT = DOCUMENTS[:, :, None] == DOCUMENTS[:, None, :]
+IN_PREFIX = PREFIX[:, None, None] > POSITIONS
 ALL = torch.ones(4, S, S, dtype=torch.bool)
 KINDS = {
-    "causal": (AttentionMask(True), AFTER & ALL),
+    "causal": (AttentionMask(True), CAUSAL_SS & ALL),
     "full": (AttentionMask(False), ALL),
-    "prefix": (AttentionMask(True, prefix_B=PREFIX), AFTER | WITHIN),
-    "causal, documents": (AttentionMask(True, documents_BT=DOCUMENTS), AFTER & SAME),
-    "full, documents": (AttentionMask(False, documents_BT=DOCUMENTS), SAME),
-    "prefix, documents": (AttentionMask(True, prefix_B=PREFIX, documents_BT=DOCUMENTS), (AFTER | WITHIN) & SAME),
+    "prefix": (AttentionMask(True, prefix_B=PREFIX), CAUSAL_SS | IN_PREFIX),
+    "causal, documents": (AttentionMask(True, documents_BT=DOCUMENTS), CAUSAL_SS & SAME_DOCUMENT),
+    "full, documents": (AttentionMask(False, documents_BT=DOCUMENTS), SAME_DOCUMENT),
+    "prefix, documents": (
+        AttentionMask(True, prefix_B=PREFIX, documents_BT=DOCUMENTS),
+        (CAUSAL_SS | IN_PREFIX) & SAME_DOCUMENT,
+    ),
 }
 
 
-def rows(mask, count):
-    cut = {name: value[:count] for name, value in vars(mask).items() if isinstance(value, torch.Tensor)}
-    return AttentionMask(mask.causal, **cut)
+def first_rows(mask, count):
+    tensors = {name: value[:count] for name, value in vars(mask).items() if isinstance(value, torch.Tensor)}
+    return AttentionMask(mask.causal, **tensors)
 
 
-def reached(model, output, embedding, inputs):
-    """[B, S, inputs]: whether the logits at a place depend on an input, whose ids are all different."""
-    found = torch.zeros(*output.shape[:2], inputs.shape[1], dtype=torch.bool)
+def find_dependence(model, output, embedding, inputs):
+    """[B, S, inputs]: whether the logits at a position depend on an input. All input ids differ."""
+    dependence = torch.zeros(*output.shape[:2], inputs.shape[1], dtype=torch.bool)
     for row in range(len(output)):
-        for place in range(output.shape[1]):
+        for position in range(output.shape[1]):
             (gradient,) = torch.autograd.grad(
-                output[row, place].square().sum(), embedding.weight, retain_graph=True, materialize_grads=True
+                output[row, position].square().sum(), embedding.weight, retain_graph=True, materialize_grads=True
             )
-            found[row, place] = gradient[inputs[row]].abs().sum(-1) > 0
-    return found
+            dependence[row, position] = gradient[inputs[row]].abs().sum(-1) > 0
+    return dependence
 
 
-def ids(count, length, first=0):
-    """Every id once, so that a gradient says whose it is."""
+def make_ids(count, length, first=0):
+    """All ids are different, so that a row of the embedding's gradient belongs to one input."""
     return torch.arange(first, first + count * length).view(count, length)
 
 
@@ -49,11 +52,11 @@ def ids(count, length, first=0):
 @pytest.mark.parametrize("positions", ["rope", "relative"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prediction_depends_on_what_it_sees(kind, positions, rows_B, build):
-    mask, want = KINDS[kind]
+    mask, expected = KINDS[kind]
     model = build(vocab_size=40, positions=positions, n_layers=1)
-    inputs = ids(rows_B, S)
-    output = model(inputs, mask=rows(mask, rows_B))
-    assert torch.equal(reached(model, output, model.embed.tokens, inputs), want[:rows_B])
+    inputs = make_ids(rows_B, S)
+    output = model(inputs, mask=first_rows(mask, rows_B))
+    assert torch.equal(find_dependence(model, output, model.embed.tokens, inputs), expected[:rows_B])
 
 
 @pytest.mark.parametrize("rows_B", [1, 4])
@@ -61,26 +64,26 @@ def test_a_prediction_depends_on_what_it_sees(kind, positions, rows_B, build):
 def test_a_decoder_sees_the_whole_source_of_its_document(documents, rows_B, build):
     model = build(vocab_size=80, architecture="encoder_decoder", n_layers=1, n_encoder_layers=1)
     source_documents = (torch.arange(T) >= 2).long().expand(rows_B, T)
-    target_documents = (places >= 5).long().expand(rows_B, S)
-    inputs, source = ids(rows_B, S), ids(rows_B, T, first=40)
+    target_documents = (POSITIONS >= 5).long().expand(rows_B, S)
+    inputs, source = make_ids(rows_B, S), make_ids(rows_B, T, first=40)
     mask = AttentionMask(True, documents_BT=target_documents if documents else None)
-    read = EncoderInput(source, AttentionMask(False, documents_BT=source_documents if documents else None))
-    output = model(inputs, mask=mask, encoder_input=read)
+    encoder_input = EncoderInput(source, AttentionMask(False, documents_BT=source_documents if documents else None))
+    output = model(inputs, mask=mask, encoder_input=encoder_input)
     same = target_documents[:, :, None] == target_documents[:, None, :] if documents else ALL[:rows_B]
-    assert torch.equal(reached(model, output, model.embed.tokens, inputs), AFTER & same)
+    assert torch.equal(find_dependence(model, output, model.embed.tokens, inputs), CAUSAL_SS & same)
     across = target_documents[:, :, None] == source_documents[:, None, :]
-    want = across if documents else torch.ones(rows_B, S, T, dtype=torch.bool)
-    assert torch.equal(reached(model, output, model.embed.tokens, source), want)
+    expected = across if documents else torch.ones(rows_B, S, T, dtype=torch.bool)
+    assert torch.equal(find_dependence(model, output, model.embed.tokens, source), expected)
 
 
 def test_padding_of_a_source_is_seen_by_no_text(build):
     model = build(vocab_size=80, architecture="encoder_decoder", n_layers=1, n_encoder_layers=1)
-    inputs, source = ids(1, S), ids(1, T, first=40)
+    inputs, source = make_ids(1, S), make_ids(1, T, first=40)
     documents = torch.tensor([[0, 0, 0, 0, -1, -1]])
-    output = model(inputs, encoder_input=source_of(source, documents))
-    found = reached(model, output, model.embed.tokens, source)
-    assert torch.equal(found, (documents == 0)[:, None].expand(1, S, T))
+    output = model(inputs, encoder_input=make_encoder_input(source, documents))
+    dependence = find_dependence(model, output, model.embed.tokens, source)
+    assert torch.equal(dependence, (documents == 0)[:, None].expand(1, S, T))
 
 
-def source_of(tokens, documents):
+def make_encoder_input(tokens, documents):
     return EncoderInput(tokens, AttentionMask(False, documents_BT=documents))

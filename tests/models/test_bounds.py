@@ -1,4 +1,4 @@
-"""What keeps training in bounds: stochastic depth, normalised queries and keys, capped logits, initial values."""
+"""Methods that keep training stable: stochastic depth, normalised queries and keys, capped logits, initial values."""
 
 import math
 
@@ -14,12 +14,16 @@ from dist_llm.models.stochastic_depth import stochastic_depth_scale
 def test_samples_survive_at_their_rate_and_keep_their_mean():
     draws = torch.randint(-(2**62), 2**62, (20_000,), generator=torch.Generator().manual_seed(0))
     for rate in (0.1, 0.5):
-        kept = stochastic_depth_scale(draws, 3, rate)
-        assert (kept == 0).float().mean() == pytest.approx(rate, abs=0.02)
-        assert kept.mean() == pytest.approx(1.0, abs=0.03)
-    here, there = stochastic_depth_scale(draws, 3, 0.5), stochastic_depth_scale(draws, 4, 0.5)
-    assert ((here == 0) & (there == 0)).float().mean() == pytest.approx(0.25, abs=0.02), "layers are independent"
-    assert torch.equal(stochastic_depth_scale(draws[::2], 3, 0.5), here[::2]), "the sample alone decides"
+        scales = stochastic_depth_scale(draws, 3, rate)
+        assert (scales == 0).float().mean() == pytest.approx(rate, abs=0.02)
+        assert scales.mean() == pytest.approx(1.0, abs=0.03)
+    scale_layer_3, scale_layer_4 = stochastic_depth_scale(draws, 3, 0.5), stochastic_depth_scale(draws, 4, 0.5)
+    assert ((scale_layer_3 == 0) & (scale_layer_4 == 0)).float().mean() == pytest.approx(0.25, abs=0.02), (
+        "layers are independent"
+    )
+    assert torch.equal(stochastic_depth_scale(draws[::2], 3, 0.5), scale_layer_3[::2]), (
+        "the scale depends on the sample alone"
+    )
 
 
 def test_a_skipped_layer_adds_nothing_and_evaluation_skips_none(build):
@@ -30,9 +34,9 @@ def test_a_skipped_layer_adds_nothing_and_evaluation_skips_none(build):
         if stochastic_depth_scale(torch.tensor([number, number + 1]), 0, 0.9).tolist() == [0.0, pytest.approx(10.0)]
     )  # fmt: skip
     hidden = model.embed(tokens, torch.arange(6))
-    out = model(tokens, sample_hash_B=draws)
-    assert torch.equal(out[0], model._apply_head(hidden, None)[0])
-    assert not torch.allclose(out[1], model._apply_head(hidden, None)[1])
+    logits = model(tokens, sample_hash_B=draws)
+    assert torch.equal(logits[0], model._apply_head(hidden, None)[0])
+    assert not torch.allclose(logits[1], model._apply_head(hidden, None)[1])
     assert torch.equal(model.eval()(tokens, sample_hash_B=draws), model(tokens))
 
 
@@ -44,7 +48,7 @@ def test_later_layers_are_skipped_more_often(build):
 
 
 def test_normalised_queries_do_not_grow_with_their_weights(build):
-    """A hundred times the query weights: the same attention, so the same logits."""
+    """With query weights a hundred times larger, attention and so the logits are equal."""
     tokens = torch.arange(12).view(2, 6)
     for qk_norm in (True, False):
         model = build(qk_norm=qk_norm)
@@ -65,8 +69,8 @@ def test_capped_logits_stay_below_the_cap_and_are_the_same_near_zero(build):
 
 
 @pytest.mark.parametrize(("layers", "encoder"), [(6, 0), (6, 3)])
-def test_tfixup_scales_what_the_papers_scales(layers, encoder, settings):
-    """Huang et al. 2020, 3.2: (9 N)^-1/4 in a decoder, 0.67 N^-1/4 in an encoder; queries and keys as they were."""
+def test_tfixup_scales_as_the_paper_does(layers, encoder, settings):
+    """(9 N)^-1/4 in a decoder, 0.67 N^-1/4 in an encoder; queries and keys unscaled (Huang et al. 2020, 3.2)."""
     architecture = "encoder_decoder" if encoder else "decoder"
     config = settings(init="tfixup", n_layers=layers, n_encoder_layers=encoder, architecture=architecture)
     xavier = math.sqrt(6 / (32 + 32))
@@ -108,16 +112,18 @@ def test_every_parameter_has_a_rule(architecture, init, settings):
         assert (rule.shift, rule.scale > 0) == (float(ones), not (ones or zeros)), name
 
 
-def test_relative_buckets_are_t5s():
-    """Distances of Raffel et al. 2020, 2.1, worked by hand: 8 buckets, far from 16 on; a decoder looks back alone."""
+def test_relative_buckets_are_those_of_t5():
+    """Buckets computed by hand (Raffel et al. 2020, 2.1): 8 of them, the last from distance 16 on."""
     from dist_llm.config.schema import ModelConfig
     from dist_llm.models.positional_encoding import RelativeBias
 
     config = ModelConfig(d_model=8, n_layers=1, n_heads=2, relative_buckets=8, relative_distance=16)
-    back = RelativeBias(config, bidirectional=False).bucket(-torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 40]))
-    # Exact up to 3; then 4 + log(d / 4) / log(4) * 4, rounded down, at most 7.
-    assert back.tolist() == [0, 1, 2, 3, 4, 4, 5, 6, 6, 7, 7]
+    causal_buckets = RelativeBias(config, bidirectional=False).bucket(
+        -torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 40])
+    )
+    # One bucket per distance up to 3; then 4 + log(d / 4) / log(4) * 4, rounded down, at most 7.
+    assert causal_buckets.tolist() == [0, 1, 2, 3, 4, 4, 5, 6, 6, 7, 7]
     assert RelativeBias(config, bidirectional=False).bucket(torch.tensor([1, 9])).tolist() == [0, 0]
-    both = RelativeBias(config, bidirectional=True).bucket(torch.tensor([-1, 0, 1, -2, 2, 30, -30]))
-    # Half of the buckets for keys ahead: 4 each, exact up to 1.
-    assert both.tolist() == [1, 0, 5, 2, 6, 7, 3]
+    bidirectional_buckets = RelativeBias(config, bidirectional=True).bucket(torch.tensor([-1, 0, 1, -2, 2, 30, -30]))
+    # Half of the buckets are for later keys: 4 each way, one per distance up to 1.
+    assert bidirectional_buckets.tolist() == [1, 0, 5, 2, 6, 7, 3]

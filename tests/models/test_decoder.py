@@ -1,4 +1,4 @@
-"""The decoder against its definition: sizes, sight, cache, tying, padding, dropout."""
+"""The decoder against its definition: parameter counts, attention masks, KV cache, tied weights, padding, dropout."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_parameter_counts_are_the_published_ones(name):
     with torch.device("meta"):
         model = Decoder(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == count
-    assert not list(model.buffers()), "nothing but parameters needs a value"
+    assert not list(model.buffers()), "only parameters need values"
 
 
 def distinct_tokens(length, vocab=20):
@@ -52,10 +52,12 @@ def test_a_prediction_depends_on_all_tokens_up_to_it_and_no_later_one(positions,
     model = build(positions=positions, norm_order=norm_order, n_kv_heads=2)
     tokens = distinct_tokens(7)
     logits = model(tokens)
-    for place in range(7):
-        (gradient,) = torch.autograd.grad(logits[0, place].square().sum(), model.embed.tokens.weight, retain_graph=True)
-        reached = gradient[tokens[0]].abs().sum(-1) > 0
-        assert reached.tolist() == [other <= place for other in range(7)]
+    for position in range(7):
+        (gradient,) = torch.autograd.grad(
+            logits[0, position].square().sum(), model.embed.tokens.weight, retain_graph=True
+        )
+        depends = gradient[tokens[0]].abs().sum(-1) > 0
+        assert depends.tolist() == [other <= position for other in range(7)]
 
 
 def test_full_visibility_sees_ahead(build):
@@ -66,25 +68,25 @@ def test_full_visibility_sees_ahead(build):
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_places_matter(positions, build):
-    """The same token among the same others, elsewhere: another prediction."""
+def test_the_order_of_tokens_matters(positions, build):
+    """The same token after the same others in another order gets another prediction."""
     model = build(positions=positions)
     one, other = model(torch.tensor([[1, 2, 3]])), model(torch.tensor([[2, 1, 3]]))
     assert (one[0, -1] - other[0, -1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 3, 1], [9], [1, 8], [8, 1]], ids=str)
+@pytest.mark.parametrize("chunk_lengths", [[1] * 9, [4, 1, 3, 1], [9], [1, 8], [8, 1]], ids=str)
 @pytest.mark.parametrize(
     "kind", [GPT2, LLAMA, {"positions": "sinusoidal", "norm_order": "post"}], ids=["gpt2", "llama", "post"]
 )
-def test_the_cache_gives_the_full_forward(kind, pieces, build):
+def test_the_cache_gives_the_full_forward(kind, chunk_lengths, build):
     model = build(**kind)
     tokens = torch.stack([distinct_tokens(9)[0], distinct_tokens(9)[0].flip(0)])
-    cache, out = KVCache(), []
-    for piece in tokens.split(pieces, dim=1):
-        out.append(model(piece, None, CAUSAL, cache))
+    cache, chunk_logits = KVCache(), []
+    for chunk in tokens.split(chunk_lengths, dim=1):
+        chunk_logits.append(model(chunk, None, CAUSAL, cache))
     assert cache.length == 9
-    torch.testing.assert_close(torch.cat(out, dim=1), model(tokens), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(chunk_logits, dim=1), model(tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_grouped_queries_are_heads_with_repeated_keys_and_values(build):
@@ -105,20 +107,20 @@ def test_attention_is_softmax_under_an_explicit_mask(S, T, mask, kv_heads):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, S, 4, 8, generator=generator)
     k, v = (torch.randn(2, T, kv_heads, 8, generator=generator) for _ in range(2))
-    got = scaled_dot_product(q, k, v, mask, 0.0)
-    want = torch.empty_like(q)
+    actual = scaled_dot_product(q, k, v, mask, 0.0)
+    expected = torch.empty_like(q)
     for row in range(2):
         for head in range(4):
-            shared = head * kv_heads // 4
-            for place in range(S):
-                seen = T - S + place + 1 if mask.causal else T
-                scores = k[row, :seen, shared] @ q[row, place, head] / math.sqrt(8)
-                want[row, place, head] = scores.softmax(0) @ v[row, :seen, shared]
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+            kv_head = head * kv_heads // 4
+            for position in range(S):
+                num_keys = T - S + position + 1 if mask.causal else T
+                scores = k[row, :num_keys, kv_head] @ q[row, position, head] / math.sqrt(8)
+                expected[row, position, head] = scores.softmax(0) @ v[row, :num_keys, kv_head]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def naive(model, config, tokens):
-    """The decoder in plain tensor algebra, one sequence, one head at a time."""
+    """Compute the decoder in plain tensor algebra, one sequence and one head at a time."""
     value = dict(model.named_parameters())
     length, E = len(tokens), config.head_dim
 
@@ -131,25 +133,27 @@ def naive(model, config, tokens):
     def linear(x, name):
         return x @ value[f"{name}.weight"].T + (value[f"{name}.bias"] if config.bias else 0)
 
-    def turn(x):
-        """As complex numbers: (x_i + i x_{i + E/2}) e^{i m theta^{-2i/E}}."""
+    def rotate(x):
+        """Rotate as complex numbers: (x_i + i x_{i + E/2}) e^{i m theta^{-2i/E}}."""
         angles = torch.tensor([[m * config.rope_theta ** (-2 * i / E) for i in range(E // 2)] for m in range(length)])
-        turned = torch.complex(x[:, : E // 2], x[:, E // 2 :]) * torch.polar(torch.ones_like(angles), angles)
-        return torch.cat((turned.real, turned.imag), dim=-1)
+        rotated = torch.complex(x[:, : E // 2], x[:, E // 2 :]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat((rotated.real, rotated.imag), dim=-1)
 
     def attention(x, name):
-        q, k, v = (linear(x, f"{name}.{part}") for part in "qkv")
+        q, k, v = (linear(x, f"{name}.{projection}") for projection in "qkv")
         heads = []
         for head in range(config.n_heads):
-            own = slice(head * E, head * E + E)
-            shared = head * config.n_kv_heads // config.n_heads
-            shared = slice(shared * E, shared * E + E)
+            q_slice = slice(head * E, head * E + E)
+            kv_head = head * config.n_kv_heads // config.n_heads
+            kv_slice = slice(kv_head * E, kv_head * E + E)
             q_h, k_h = (
-                (turn(q[:, own]), turn(k[:, shared])) if config.positions == "rope" else (q[:, own], k[:, shared])
+                (rotate(q[:, q_slice]), rotate(k[:, kv_slice]))
+                if config.positions == "rope"
+                else (q[:, q_slice], k[:, kv_slice])
             )
             scores = q_h @ k_h.T / math.sqrt(E)
             scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
-            heads.append(scores.softmax(-1) @ v[:, shared])
+            heads.append(scores.softmax(-1) @ v[:, kv_slice])
         return linear(torch.cat(heads, dim=-1), f"{name}.out")
 
     def feedforward(x, name):
@@ -173,11 +177,11 @@ def naive(model, config, tokens):
                 x[m, i + 1] += math.cos(angle)
     for layer in range(config.n_layers):
         block = f"blocks.{layer}."
-        for part, work in (("attention", attention), ("feedforward", feedforward)):
+        for sublayer, apply in (("attention", attention), ("feedforward", feedforward)):
             if config.norm_order == "pre":
-                x = x + work(norm(x, f"{block}norm_{part}"), block + part)
+                x = x + apply(norm(x, f"{block}norm_{sublayer}"), block + sublayer)
             else:
-                x = norm(x + work(x, block + part), f"{block}norm_{part}")
+                x = norm(x + apply(x, block + sublayer), f"{block}norm_{sublayer}")
     x = norm(x, "head.norm") if config.norm_order == "pre" else x
     return x @ value["embed.tokens.weight" if config.tie_embeddings else "head.out.weight"].T
 
@@ -197,7 +201,7 @@ def test_logits_equal_the_definition(kind, build):
     model = build(**kind)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # norms and biases start at 1 and 0: move them where a mix-up shows
+            if parameter.ndim == 1:  # norms and biases start at 1 and 0: change them so that a mix-up shows
                 parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
         tokens = distinct_tokens(9)
         torch.testing.assert_close(model(tokens)[0], naive(model, model.config, tokens[0]), rtol=1e-4, atol=1e-4)
@@ -223,8 +227,8 @@ def test_a_tied_head_is_the_embedding_and_adds_its_gradient(build):
     for model in (tied, untied):
         model(tokens, tokens.flip(1)).backward()
     assert torch.equal(tied(tokens), untied(tokens))
-    both = untied.embed.tokens.weight.grad + untied.head.out.weight.grad
-    torch.testing.assert_close(tied.embed.tokens.weight.grad, both)
+    total_grad = untied.embed.tokens.weight.grad + untied.head.out.weight.grad
+    torch.testing.assert_close(tied.embed.tokens.weight.grad, total_grad)
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -248,9 +252,9 @@ def test_dropout_on_embeddings_scales_the_survivors(settings):
     embedding = Embedding(settings(dropout=0.25)).train()
     tokens = torch.zeros(64, 16, dtype=torch.int64)
     out = embedding(tokens, torch.arange(16))
-    kept = out != 0
-    assert 0.72 < kept.float().mean() < 0.78
-    torch.testing.assert_close(out[kept], (embedding.tokens(tokens) / 0.75)[kept])
+    nonzero = out != 0
+    assert 0.72 < nonzero.float().mean() < 0.78
+    torch.testing.assert_close(out[nonzero], (embedding.tokens(tokens) / 0.75)[nonzero])
     assert torch.equal(embedding.eval()(tokens, torch.arange(16)), embedding.tokens(tokens))
 
 
@@ -268,21 +272,21 @@ def test_dropout_acts_on_both_residual_branches_and_only_in_training(build):
     tokens = distinct_tokens(8)
     assert torch.equal(model(tokens), plain(tokens)), "off in eval"
     model.train()
-    draws = []
+    runs = []
     for seed in (1, 2, 1):
         torch.manual_seed(seed)
-        draws.append(model(tokens))
-    assert torch.equal(draws[0], draws[2])
-    assert not torch.equal(draws[0], draws[1])
+        runs.append(model(tokens))
+    assert torch.equal(runs[0], runs[2])
+    assert not torch.equal(runs[0], runs[1])
     block = model.blocks["0"]
     calls = []
     block.dropout.register_forward_hook(lambda module, inputs, output: calls.append((inputs[0], output)))
     model(tokens)
     assert len(calls) == 2
     for before, after in calls:
-        kept = after != 0
-        assert 0.3 < kept.float().mean() < 0.7
-        torch.testing.assert_close(after[kept], 2 * before[kept])
+        nonzero = after != 0
+        assert 0.3 < nonzero.float().mean() < 0.7
+        torch.testing.assert_close(after[nonzero], 2 * before[nonzero])
 
 
 @pytest.mark.parametrize("kind", [GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -299,35 +303,35 @@ def test_logits_and_gradients_are_finite_in_bf16(kind, build):
     torch.testing.assert_close(logits.float(), model(tokens), rtol=0.1, atol=0.3)
 
 
-@pytest.mark.parametrize("cut", [0, 1, 3])
+@pytest.mark.parametrize("first_back_layer", [0, 1, 3])
 @pytest.mark.parametrize("kind", [GPT2, LLAMA, {"norm_order": "post"}], ids=["gpt2", "llama", "post"])
-def test_two_parts_in_a_row_are_the_whole(kind, cut, build):
-    whole, front, back = (build(n_layers=3, **kind) for _ in range(3))
-    front.trim_to_stage(range(cut), first=True, last=False)
-    back.trim_to_stage(range(cut, 3), first=False, last=True)
+def test_two_stages_equal_the_full_model(kind, first_back_layer, build):
+    model, front, back = (build(n_layers=3, **kind) for _ in range(3))
+    front.trim_to_stage(range(first_back_layer), first=True, last=False)
+    back.trim_to_stage(range(first_back_layer, 3), first=False, last=True)
     tokens = distinct_tokens(8)
     targets = tokens.flip(1)
-    assert torch.equal(back(front(tokens)), whole(tokens))
-    assert torch.equal(back(front(tokens), targets), whole(tokens, targets))
-    names = {name for part in (front, back) for name, _ in part.named_parameters()}
-    assert names == {name for name, _ in whole.named_parameters()}
+    assert torch.equal(back(front(tokens)), model(tokens))
+    assert torch.equal(back(front(tokens), targets), model(tokens, targets))
+    names = {name for stage in (front, back) for name, _ in stage.named_parameters()}
+    assert names == {name for name, _ in model.named_parameters()}
     assert front.head is None
-    assert (back.embed is None) == (not whole.config.tie_embeddings)
+    assert (back.embed is None) == (not model.config.tie_embeddings)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_positions_may_be_told(positions, build):
-    model = build(positions=positions)
+@pytest.mark.parametrize("positions_kind", POSITIONS)
+def test_positions_may_be_passed(positions_kind, build):
+    model = build(positions=positions_kind)
     tokens = torch.stack([distinct_tokens(6)[0], distinct_tokens(6)[0].flip(0)])
-    places = torch.arange(6)
-    assert torch.equal(model(tokens, positions_BS=places), model(tokens))
-    torch.testing.assert_close(model(tokens, positions_BS=places.expand(2, 6)), model(tokens))
-    moved = model(tokens, positions_BS=torch.stack((places, places + 5)))
-    torch.testing.assert_close(moved[0], model(tokens)[0])
-    same = torch.allclose(moved[1], model(tokens)[1], atol=1e-3)
-    assert same == (positions == "rope"), "only rope sees nothing but distances"
+    positions = torch.arange(6)
+    assert torch.equal(model(tokens, positions_BS=positions), model(tokens))
+    torch.testing.assert_close(model(tokens, positions_BS=positions.expand(2, 6)), model(tokens))
+    shifted_logits = model(tokens, positions_BS=torch.stack((positions, positions + 5)))
+    torch.testing.assert_close(shifted_logits[0], model(tokens)[0])
+    is_equal = torch.allclose(shifted_logits[1], model(tokens)[1], atol=1e-3)
+    assert is_equal == (positions_kind == "rope"), "only rope depends on distances alone"
 
 
-def test_blocks_are_kept_by_name_so_that_a_stage_may_hold_some(build):
+def test_blocks_are_stored_by_name_so_that_a_stage_may_hold_some(build):
     names = {name.split(".")[1] for name, _ in build(n_layers=3).named_parameters() if name.startswith("blocks.")}
     assert names == {"0", "1", "2"}

@@ -1,4 +1,4 @@
-"""Initial values: the distributions asked for, the same numbers whatever slice is computed."""
+"""Initial values: they follow the configured distributions and do not depend on how tensors are sliced."""
 
 import math
 
@@ -15,23 +15,23 @@ from dist_llm.models.init import InitRule, init_param_, init_rule
 NORMAL, UNIFORM = InitRule("normal", 0.5), InitRule("uniform", 0.5)
 
 
-def drawn(rule, shape, name="w", seed=0, offset=(0, 0), full=None):
-    out = torch.full(shape, math.nan)
-    init_param_(out, name, rule, seed, full or shape, offset)
-    return out
+def draw_values(rule, shape, name="w", seed=0, offset=(0, 0), full=None):
+    values = torch.full(shape, math.nan)
+    init_param_(values, name, rule, seed, full or shape, offset)
+    return values
 
 
 def test_normal_values_have_the_normal_distributions_quantiles():
-    values = drawn(NORMAL, (300, 1000)).flatten().double() / 0.5
+    values = draw_values(NORMAL, (300, 1000)).flatten().double() / 0.5
     ranks = torch.tensor([0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999], dtype=torch.float64)
-    found = torch.distributions.Normal(0, 1).cdf(values.sort().values[(ranks * len(values)).long()])
-    # The standard error of an empirical rank is sqrt(r (1 - r) / n), at most 0.0009: five of them.
-    assert (found - ranks).abs().max() < 0.0046
+    cdf_values = torch.distributions.Normal(0, 1).cdf(values.sort().values[(ranks * len(values)).long()])
+    # At most five standard errors of an empirical rank, sqrt(r (1 - r) / n), each at most 0.0009.
+    assert (cdf_values - ranks).abs().max() < 0.0046
     assert 4 < values.abs().max() < 6.5
 
 
 def test_uniform_values_fill_their_range_evenly():
-    values = drawn(UNIFORM, (300, 1000)).flatten()
+    values = draw_values(UNIFORM, (300, 1000)).flatten()
     assert values.abs().max() <= 0.5
     counts = torch.histc(values, 30, -0.5, 0.5)
     assert ((counts - 10_000).abs() < 500).all()
@@ -39,32 +39,32 @@ def test_uniform_values_fill_their_range_evenly():
 
 @pytest.mark.parametrize("rule", [NORMAL, UNIFORM], ids=["normal", "uniform"])
 def test_values_are_independent_of_their_neighbours(rule):
-    values = drawn(rule, (400, 500))
+    values = draw_values(rule, (400, 500))
     for one, other in ((values[1:], values[:-1]), (values[:, 1:], values[:, :-1]), (values[:, ::2], values[:, 1::2])):
         correlation = torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1]
         assert correlation.abs() < 0.012, "five standard errors of 1 / sqrt(n)"
 
 
-WIDTH = {"gpt2": 0.02, "xavier": math.sqrt(6 / (256 + 64)) / math.sqrt(3), "he": math.sqrt(2 / 64)}
+STANDARD_DEVIATIONS = {"gpt2": 0.02, "xavier": math.sqrt(6 / (256 + 64)) / math.sqrt(3), "he": math.sqrt(2 / 64)}
 
 
-@pytest.mark.parametrize("kind", WIDTH)
+@pytest.mark.parametrize("kind", STANDARD_DEVIATIONS)
 def test_each_kind_has_its_standard_deviation(kind, settings):
     config = settings(init=kind, n_layers=8)
     rule = init_rule("blocks.0.attention.q.weight", (256, 64), config)
-    values = drawn(rule, (256, 64))
-    # The standard error of a standard deviation is below sd / sqrt(2n) = 0.0055 sd: five of them.
-    assert float(values.std()) == pytest.approx(WIDTH[kind], rel=0.028)
-    assert abs(float(values.mean())) < 5 * WIDTH[kind] / 128
+    values = draw_values(rule, (256, 64))
+    # At most five standard errors of a standard deviation, each below sd / sqrt(2n) = 0.0055 sd.
+    assert float(values.std()) == pytest.approx(STANDARD_DEVIATIONS[kind], rel=0.028)
+    assert abs(float(values.mean())) < 5 * STANDARD_DEVIATIONS[kind] / 128
     out = init_rule("blocks.0.attention.out.weight", (256, 64), config)
     down = init_rule("blocks.3.feedforward.down.weight", (256, 64), config)
-    smaller = 4 if kind == "gpt2" else 1  # sqrt(2 * 8 layers)
-    assert out.scale == down.scale == pytest.approx(rule.scale / smaller)
+    divisor = 4 if kind == "gpt2" else 1  # sqrt(2 * 8 layers)
+    assert out.scale == down.scale == pytest.approx(rule.scale / divisor)
 
 
 def test_every_parameter_has_its_rule(settings):
     """Matrices are random, embeddings normal(init_std), norms one, biases zero."""
-    for kind in WIDTH:
+    for kind in STANDARD_DEVIATIONS:
         config = settings(init=kind, bias=True, norm="layernorm", positions="learned")
         for name, parameter in Decoder(config).named_parameters():
             rule = init_rule(name, parameter.shape, config)
@@ -82,28 +82,28 @@ def test_every_parameter_has_its_rule(settings):
 @pytest.mark.parametrize(
     "rule", [NORMAL, UNIFORM, InitRule("normal", 0.5, rows=7)], ids=["normal", "uniform", "padded"]
 )
-@hypothesis_settings(deadline=None)  # other work on the machine is no failure
+@hypothesis_settings(deadline=None)  # a loaded machine must not fail the test
 @given(data=st.data())
 def test_a_slice_is_the_full_tensors_slice(rule, data):
     rows, columns = 11, 9
     first, last = sorted(data.draw(st.tuples(st.integers(0, rows), st.integers(0, rows))))
     left, right = sorted(data.draw(st.tuples(st.integers(0, columns), st.integers(0, columns))))
-    full = drawn(rule, (rows, columns))
-    part = drawn(rule, (last - first, right - left), offset=(first, left), full=(rows, columns))
-    assert torch.equal(part, full[first:last, left:right])
+    full = draw_values(rule, (rows, columns))
+    local = draw_values(rule, (last - first, right - left), offset=(first, left), full=(rows, columns))
+    assert torch.equal(local, full[first:last, left:right])
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (4, 8, 4), (2, 3, 4, 5)], ids=str)
 def test_every_element_has_its_own_value(shape, monkeypatch):
-    """Of any number of dimensions, also where chunks end within it; a slice has the whole tensor's values."""
-    whole = drawn(NORMAL, shape, offset=(0,) * len(shape))
-    assert whole.isfinite().all()
-    assert whole.unique().numel() == whole.numel()
+    """With any number of dimensions and chunk size, all elements differ; a slice has the values of the full tensor."""
+    full = draw_values(NORMAL, shape, offset=(0,) * len(shape))
+    assert full.isfinite().all()
+    assert full.unique().numel() == full.numel()
     monkeypatch.setattr(counter_rng, "CHUNK_ELEMENTS", 9)
-    assert torch.equal(drawn(NORMAL, shape, offset=(0,) * len(shape)), whole)
-    part = tuple(slice(1, None) for _ in shape)
+    assert torch.equal(draw_values(NORMAL, shape, offset=(0,) * len(shape)), full)
+    interior = tuple(slice(1, None) for _ in shape)
     slice_shape, offset = [size - 1 for size in shape], [1] * len(shape)
-    assert torch.equal(drawn(NORMAL, slice_shape, offset=offset, full=shape), whole[part])
+    assert torch.equal(draw_values(NORMAL, slice_shape, offset=offset, full=shape), full[interior])
 
 
 @pytest.mark.parametrize(
@@ -122,11 +122,11 @@ def test_a_parameter_without_a_rule_is_an_error(name, shape, settings):
         init_rule(name, shape, settings())
 
 
-def test_chunks_do_not_show(monkeypatch):
-    whole = drawn(NORMAL, (50, 7))
+def test_values_do_not_depend_on_the_chunk_size(monkeypatch):
+    expected = draw_values(NORMAL, (50, 7))
     for chunk in (1, 7, 20, 349):
         monkeypatch.setattr(counter_rng, "CHUNK_ELEMENTS", chunk)
-        assert torch.equal(drawn(NORMAL, (50, 7)), whole)
+        assert torch.equal(draw_values(NORMAL, (50, 7)), expected)
 
 
 def test_constants_fill_slices_of_vectors():
@@ -135,11 +135,13 @@ def test_constants_fill_slices_of_vectors():
     assert torch.equal(local, torch.ones(5))
 
 
-def test_names_and_seeds_make_other_values():
-    draws = [drawn(NORMAL, (20, 20), name, seed) for name in ("a", "b", "blocks.1", "blocks.11") for seed in (0, 1, 11)]
+def test_names_and_seeds_change_the_values():
+    draws = [
+        draw_values(NORMAL, (20, 20), name, seed) for name in ("a", "b", "blocks.1", "blocks.11") for seed in (0, 1, 11)
+    ]
     for i, one in enumerate(draws):
         assert all((one != other).float().mean() > 0.99 for other in draws[:i])
-    assert torch.equal(drawn(NORMAL, (20, 20), "a", 1), draws[1])
+    assert torch.equal(draw_values(NORMAL, (20, 20), "a", 1), draws[1])
 
 
 def test_values_do_not_depend_on_the_vocabularys_padding(build):
@@ -152,7 +154,7 @@ def test_values_do_not_depend_on_the_vocabularys_padding(build):
 def test_a_row_beyond_32_bits_is_still_its_own():
     """Element numbers of a 70B model's embedding need more than 32 bits."""
     shape = (2**20, 2**13)
-    one = drawn(NORMAL, (2, 64), offset=(2**19 + 5, 0), full=shape)
-    other = drawn(NORMAL, (2, 64), offset=(5, 0), full=shape)
+    one = draw_values(NORMAL, (2, 64), offset=(2**19 + 5, 0), full=shape)
+    other = draw_values(NORMAL, (2, 64), offset=(5, 0), full=shape)
     assert not torch.equal(one, other)
     assert one.std() > 0.3

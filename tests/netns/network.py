@@ -1,4 +1,4 @@
-"""Nodes on one machine: network namespaces with names and addresses of their own, joined by a bridge."""
+"""Nodes on one machine: network namespaces with host names and addresses, connected by a bridge."""
 
 import os
 import shutil
@@ -11,19 +11,19 @@ HOSTS = Path("/etc/netns")
 
 
 def missing() -> str:
-    """Why there can be no such nodes here; empty if there can."""
+    """Return why network namespaces cannot be created here; empty if they can."""
     if os.geteuid():
         return "needs root, to make network namespaces"
-    if lacking := [name for name in ("ip", "tc", "unshare") if shutil.which(name) is None]:
-        return f"needs {', '.join(lacking)} (apt install iproute2)"
+    if missing_programs := [name for name in ("ip", "tc", "unshare") if shutil.which(name) is None]:
+        return f"needs {', '.join(missing_programs)} (apt install iproute2)"
     name = f"probe{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    completed = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
-    return f"network namespaces cannot be made: {made.stderr.strip()}" if made.returncode else ""
+    return f"network namespaces cannot be made: {completed.stderr.strip()}" if completed.returncode else ""
 
 
 class Network:
-    """`count` nodes, numbered from 1."""
+    """A network of `count` nodes, numbered from 1."""
 
     def __init__(self, count: int) -> None:
         self.count, self.tag = count, f"dl{os.getpid() % 100_000}"
@@ -36,21 +36,23 @@ class Network:
         return f"{self.subnet}.{node}"
 
     def start(self) -> None:
-        _ip("netns", "add", f"{self.tag}hub")
-        _in(f"{self.tag}hub", "ip", "link", "add", "bridge", "type", "bridge")
-        _in(f"{self.tag}hub", "ip", "link", "set", "bridge", "up")
+        _run_ip("netns", "add", f"{self.tag}hub")
+        _run_in_namespace(f"{self.tag}hub", "ip", "link", "add", "bridge", "type", "bridge")
+        _run_in_namespace(f"{self.tag}hub", "ip", "link", "set", "bridge", "up")
         names = "".join(f"{self.address(node)} n{node}\n" for node in range(1, self.count + 1))
         for node in range(1, self.count + 1):
             space = self.space(node)
-            _ip("netns", "add", space)
+            _run_ip("netns", "add", space)
             folder = HOSTS / space
             folder.mkdir(parents=True)
             (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
-            _ip("link", "add", "eth0", "netns", space, "type", "veth", "peer", f"port{node}", "netns", f"{self.tag}hub")
-            _in(f"{self.tag}hub", "ip", "link", "set", f"port{node}", "master", "bridge", "up")
-            _in(space, "ip", "address", "add", f"{self.address(node)}/24", "dev", "eth0")
+            _run_ip(
+                "link", "add", "eth0", "netns", space, "type", "veth", "peer", f"port{node}", "netns", f"{self.tag}hub"
+            )
+            _run_in_namespace(f"{self.tag}hub", "ip", "link", "set", f"port{node}", "master", "bridge", "up")
+            _run_in_namespace(space, "ip", "address", "add", f"{self.address(node)}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
-                _in(space, "ip", "link", "set", device, "up")
+                _run_in_namespace(space, "ip", "link", "set", device, "up")
 
     def stop(self) -> None:
         for space in (*(self.space(node) for node in range(1, self.count + 1)), f"{self.tag}hub"):
@@ -59,42 +61,42 @@ class Network:
                 shutil.rmtree(HOSTS / space)
 
     def link(self, node: int, up: bool) -> None:
-        """Plug a node's cable in, or pull it: nobody is told."""
-        _in(f"{self.tag}hub", "ip", "link", "set", f"port{node}", "up" if up else "down")
+        """Connect or disconnect a node's cable. No process is notified."""
+        _run_in_namespace(f"{self.tag}hub", "ip", "link", "set", f"port{node}", "up" if up else "down")
 
     def limit(self, node: int, rate: str) -> None:
-        """Let a node's cable carry no more than so much each way, in tc's units (`5mbit`: 5 million bits a second)."""
+        """Limit a node's bandwidth in each direction, in tc's units (`5mbit`: 5 million bits per second)."""
         bucket = ("root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms")
         for space, device in ((self.space(node), "eth0"), (f"{self.tag}hub", f"port{node}")):
-            _in(space, "tc", "qdisc", "replace", "dev", device, *bucket)
+            _run_in_namespace(space, "tc", "qdisc", "replace", "dev", device, *bucket)
 
     def sent(self, node: int) -> int:
-        """Bytes that the node put on its cable so far."""
-        return int(_in(self.space(node), "cat", "/sys/class/net/eth0/statistics/tx_bytes"))
+        """Return the bytes that the node has sent."""
+        return int(_run_in_namespace(self.space(node), "cat", "/sys/class/net/eth0/statistics/tx_bytes"))
 
     def processes(self, node: int) -> list[int]:
-        """All that run on a node, whoever started them."""
-        return [int(process) for process in _ip("netns", "pids", self.space(node)).split()]
+        """Return all processes that run on a node."""
+        return [int(process) for process in _run_ip("netns", "pids", self.space(node)).split()]
 
-    def on(self, node: int, words: Sequence[str]) -> list[str]:
-        """A command as it runs on the node, which goes by its name there."""
-        named = f'hostname n{node}; exec "$@"'
-        return ["ip", "netns", "exec", self.space(node), "unshare", "--uts", "bash", "-c", named, "node", *words]
+    def on(self, node: int, arguments: Sequence[str]) -> list[str]:
+        """Return a command that runs on the node with the node's host name."""
+        script = f'hostname n{node}; exec "$@"'
+        return ["ip", "netns", "exec", self.space(node), "unshare", "--uts", "bash", "-c", script, "node", *arguments]
 
 
 @contextmanager
-def network(count: int) -> Iterator[Network]:
-    found = Network(count)
+def running_network(count: int) -> Iterator[Network]:
+    net = Network(count)
     try:
-        found.start()
-        yield found
+        net.start()
+        yield net
     finally:
-        found.stop()
+        net.stop()
 
 
-def _ip(*words: str) -> str:
-    return subprocess.run(["ip", *words], capture_output=True, text=True, check=True).stdout
+def _run_ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _in(space: str, *words: str) -> str:
-    return _ip("netns", "exec", space, *words)
+def _run_in_namespace(space: str, *arguments: str) -> str:
+    return _run_ip("netns", "exec", space, *arguments)

@@ -1,4 +1,4 @@
-"""Nodes with a network between them: a cable pulled in the middle of a step, a node killed, both back; a slow link."""
+"""Nodes with a network between them: a cut link during a step, a killed node, both restored; a slow link."""
 
 import re
 import subprocess
@@ -12,8 +12,8 @@ import pytest
 
 from dist_llm.train.trainer import SLOW_FACTOR
 from tests.e2e import commands
-from tests.e2e.test_elastic import Job, kill, node, rows, said, wait
-from tests.netns.network import Network, missing, network
+from tests.e2e.test_elastic import Job, count_in_output, count_rows, kill_node, run_node, wait_until
+from tests.netns.network import Network, missing, running_network
 
 STEPS = 150
 PORT = 29400
@@ -30,74 +30,83 @@ pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(missing()), reason=miss
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_cut_link_and_a_dead_node_cost_steps_and_nothing_else(corpus: Path, tmp_path: Path) -> None:
-    with network(3) as net:
-        jobs = [replace(JOB, place=lambda words, number=number: net.on(number, words)) for number in (1, 2, 3)]
-        with node("one", f"n1:{PORT}", corpus, tmp_path, jobs[0]) as one:
+def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path) -> None:
+    with running_network(3) as net:
+        jobs = [replace(JOB, run_on=lambda arguments, number=number: net.on(number, arguments)) for number in (1, 2, 3)]
+        with run_node("one", f"n1:{PORT}", corpus, tmp_path, jobs[0]) as one:
             with (
-                node("two", f"n1:{PORT}", corpus, tmp_path, jobs[1]) as two,
-                node("three", f"n1:{PORT}", corpus, tmp_path, jobs[2]) as three,
+                run_node("two", f"n1:{PORT}", corpus, tmp_path, jobs[1]) as two,
+                run_node("three", f"n1:{PORT}", corpus, tmp_path, jobs[2]) as three,
             ):
-                wait(lambda: said(tmp_path, "ranks: 3 (dp_shard 3)") >= 1 and rows(tmp_path) >= 6, tmp_path)
+                wait_until(
+                    lambda: count_in_output(tmp_path, "ranks: 3 (dp_shard 3)") >= 1 and count_rows(tmp_path) >= 6,
+                    tmp_path,
+                )
                 net.link(3, up=False)
-                # Between two steps it may meet a checkpoint, which the watchdog gives so many times as long.
-                wait(lambda: said(tmp_path, "ranks: 2 (dp_shard 2)") >= 1, tmp_path, 90 + SLOW_FACTOR * HANG_SECONDS)
-                assert said(tmp_path, "does not answer: its process is stopped, or its node is gone") >= 1
-                kill(three)
-                after = rows(tmp_path)
-                wait(lambda: rows(tmp_path) >= after + 3, tmp_path)
-                kill(two)
-                wait(lambda: said(tmp_path, "ranks: 1 (dp_shard 1)") >= 1, tmp_path)
+                # Between two steps the run may write a checkpoint, for which the watchdog multiplies its timeout.
+                wait_until(
+                    lambda: count_in_output(tmp_path, "ranks: 2 (dp_shard 2)") >= 1,
+                    tmp_path,
+                    90 + SLOW_FACTOR * HANG_SECONDS,
+                )
+                assert count_in_output(tmp_path, "does not answer: its process is stopped, or its node is gone") >= 1
+                kill_node(three)
+                after = count_rows(tmp_path)
+                wait_until(lambda: count_rows(tmp_path) >= after + 3, tmp_path)
+                kill_node(two)
+                wait_until(lambda: count_in_output(tmp_path, "ranks: 1 (dp_shard 1)") >= 1, tmp_path)
             net.link(3, up=True)
             with (
-                node("two_again", f"n1:{PORT}", corpus, tmp_path, jobs[1]) as two,
-                node("three_again", f"n1:{PORT}", corpus, tmp_path, jobs[2]) as three,
+                run_node("two_again", f"n1:{PORT}", corpus, tmp_path, jobs[1]) as two,
+                run_node("three_again", f"n1:{PORT}", corpus, tmp_path, jobs[2]) as three,
             ):
-                wait(lambda: said(tmp_path, "ranks: 3 (dp_shard 3)") >= 2, tmp_path)
+                wait_until(lambda: count_in_output(tmp_path, "ranks: 3 (dp_shard 3)") >= 2, tmp_path)
                 assert [each.wait(120) for each in (one, two, three)] == [0, 0, 0]
-    straight = tmp_path / "straight"
-    straight.mkdir()
-    want = commands.metrics(commands.train(straight, corpus, f"run.steps={STEPS}", "data.global_batch=12"))
-    got = commands.metrics(tmp_path / "run")
-    assert commands.column(got, "step") == list(range(1, STEPS + 1))
-    assert commands.column(got, "loss") == pytest.approx(commands.column(want, "loss"), rel=1e-4)
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    expected = commands.read_metrics(commands.train(reference, corpus, f"run.steps={STEPS}", "data.global_batch=12"))
+    actual = commands.read_metrics(tmp_path / "run")
+    assert commands.column(actual, "step") == list(range(1, STEPS + 1))
+    assert commands.column(actual, "loss") == pytest.approx(commands.column(expected, "loss"), rel=1e-4)
 
 
 @pytest.mark.timeout(200)
-def test_the_check_names_a_slow_link(tmp_path: Path) -> None:
-    """100 million bits a second are 0.0125 GB/s, whatever the machine; without them, its links are alike."""
-    with network(3) as net:
+def test_preflight_reports_a_slow_link(tmp_path: Path) -> None:
+    """100 million bits per second are 0.0125 GB/s; without the limit, all links are alike."""
+    with running_network(3) as net:
         net.limit(3, "100mbit")
-        done = together(net, 3, ["-m", "dist_llm", "check", "--directory", str(tmp_path)], tmp_path)
-    said = done[0].stderr
-    (rate,) = re.findall(r"n2: all-reduce with n3 alone reaches ([\d.e-]+) GB/s, the median pair reaches", said)
-    assert 0.005 < float(rate) < 0.015, said
-    assert [each.returncode for each in done] == [2, 2, 2]
+        completed = run_on_nodes(net, 3, ["-m", "dist_llm", "check", "--directory", str(tmp_path)], tmp_path)
+    errors = completed[0].stderr
+    (rate,) = re.findall(r"n2: all-reduce with n3 alone reaches ([\d.e-]+) GB/s, the median pair reaches", errors)
+    assert 0.005 < float(rate) < 0.015, errors
+    assert [each.returncode for each in completed] == [2, 2, 2]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_run_over_a_slow_link_takes_as_long_as_its_bytes_say(corpus: Path, tmp_path: Path) -> None:
-    with network(2) as net:
+def test_a_run_over_a_slow_link_is_bound_by_its_bandwidth(corpus: Path, tmp_path: Path) -> None:
+    with running_network(2) as net:
         net.limit(2, "10mbit")
-        begin = time.monotonic()
+        start_time = time.monotonic()
         arguments = ("-m", "dist_llm", *map(str, commands.train_arguments(corpus, "run.steps=8")))
-        done = together(net, 2, arguments, tmp_path)
-        seconds, least = time.monotonic() - begin, net.sent(2) * 8 / 10e6
-    assert [each.returncode for each in done] == [0, 0], done[0].stderr
-    steps = sum(commands.column(commands.metrics(tmp_path / "run"), "step_seconds"))
-    assert 0.7 * least < steps < seconds, "most is sent by steps, some by the evaluation at the end"
-    assert least < seconds < least + 40, "the start sends little"
+        completed = run_on_nodes(net, 2, arguments, tmp_path)
+        seconds, least_seconds = time.monotonic() - start_time, net.sent(2) * 8 / 10e6
+    assert [each.returncode for each in completed] == [0, 0], completed[0].stderr
+    steps = sum(commands.column(commands.read_metrics(tmp_path / "run"), "step_seconds"))
+    assert 0.7 * least_seconds < steps < seconds, "steps send most bytes, the final evaluation some"
+    assert least_seconds < seconds < least_seconds + 40, "the start sends few bytes"
 
 
-def together(net: Network, count: int, words: Sequence[str], cwd: Path) -> list[subprocess.CompletedProcess[str]]:
-    """One rank on each node, with nobody to start it again."""
-    place = {"WORLD_SIZE": str(count), "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": str(PORT)}
+def run_on_nodes(
+    net: Network, count: int, arguments: Sequence[str], cwd: Path
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run one rank on each node, without restarts."""
+    variables = {"WORLD_SIZE": str(count), "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": str(PORT)}
     ranks = [
         subprocess.Popen(
-            net.on(node, [sys.executable, *words]),
+            net.on(node, [sys.executable, *arguments]),
             cwd=cwd,
-            env={**commands.environment(), **JOB.environment, **place, "RANK": str(node - 1)},
+            env={**commands.environment(), **JOB.environment, **variables, "RANK": str(node - 1)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -106,11 +115,12 @@ def together(net: Network, count: int, words: Sequence[str], cwd: Path) -> list[
         for node in range(1, count + 1)
     ]
     try:
-        said = [each.communicate(timeout=120) for each in ranks]
+        outputs = [each.communicate(timeout=120) for each in ranks]
     finally:
         for each in ranks:
             each.kill()
             each.wait()
     return [
-        subprocess.CompletedProcess(each.args, each.returncode, *texts) for each, texts in zip(ranks, said, strict=True)
+        subprocess.CompletedProcess(each.args, each.returncode, *texts)
+        for each, texts in zip(ranks, outputs, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""A sample fills its place exactly: the arithmetic of windows, spans and sequences."""
+"""Samples fill their lengths exactly: the arithmetic of windows, spans and sequences."""
 
 import pytest
 from hypothesis import given
@@ -8,7 +8,7 @@ from dist_llm.config.lengths import lengths
 from dist_llm.config.objective_sections import ObjectiveSpec, SpanSpec
 from dist_llm.config.section import parse_union
 
-spans = st.builds(
+span_specs = st.builds(
     lambda density, mean, mode: SpanSpec(noise_density=density, mean_span=mean, mode=mode),
     st.floats(0.01, 0.9),
     st.floats(1.0, 64.0),
@@ -16,7 +16,7 @@ spans = st.builds(
 )
 
 
-@given(spans, st.integers(5, 2000))
+@given(span_specs, st.integers(5, 2000))
 def test_an_encoders_source_is_exactly_filled(spec, seq_len):
     size = lengths(spec, "encoder_decoder", seq_len)
     mode = 1 if spec.mode else 0
@@ -25,7 +25,7 @@ def test_an_encoders_source_is_exactly_filled(spec, seq_len):
     assert 1 <= size.spans <= min(size.noise, size.window - size.noise)
 
 
-@given(spans, st.integers(6, 2000))
+@given(span_specs, st.integers(6, 2000))
 def test_one_stack_is_exactly_filled(spec, seq_len):
     size = lengths(spec, "decoder", seq_len)
     mode = 1 if spec.mode else 0
@@ -43,7 +43,7 @@ def test_density_and_span_length_are_those_asked_for(architecture, seq_len):
 
 
 def test_t5s_published_lengths():
-    """Raffel et al. 2020: 512 inputs at 15% and mean 3 are made of 568 tokens and 114 targets (T5's own source)."""
+    """512 inputs at 15% and mean 3 come from 568 tokens and 114 targets (Raffel et al. 2020, and T5's code)."""
     size = lengths(SpanSpec(), "encoder_decoder", 512)
     assert (size.window, size.source, size.inputs) == (568, 512, 114)
 
@@ -57,9 +57,9 @@ def test_windows_follow_each_other_without_a_gap(name, architecture, window, str
     assert (size.window, size.stride, size.inputs) == (window, stride, 8)
 
 
-@pytest.mark.parametrize(("name", "least"), [("span", 5), ("prefix", 2), ("masked", 2), ("fim", 7)])
-def test_too_short_a_sequence_is_refused(name, least):
+@pytest.mark.parametrize(("name", "min_length"), [("span", 5), ("prefix", 2), ("masked", 2), ("fim", 7)])
+def test_too_short_a_sequence_is_refused(name, min_length):
     architecture = "encoder" if name == "masked" else "decoder"
-    lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, least)
-    with pytest.raises(ValueError, match=f"{name} needs at least {least} tokens"):
-        lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, least - 1)
+    lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, min_length)
+    with pytest.raises(ValueError, match=f"{name} needs at least {min_length} tokens"):
+        lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, min_length - 1)

@@ -1,4 +1,4 @@
-"""Whatever a run writes to is closed when it ends, well or not."""
+"""A run closes all of its sinks at its end, also after a failure."""
 
 import pytest
 
@@ -33,23 +33,23 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def closed(monkeypatch):
-    """The types of the sinks closed so far. Checkpoints are left out: they are not at issue here."""
+def closed_sinks(monkeypatch):
+    """Return the types of the sinks closed so far. Checkpoints are disabled."""
     monkeypatch.setattr(trainer.Trainer, "save", lambda self: None)
-    seen = []
+    types = []
     for kind in SINKS:
-        real = kind.close
-        monkeypatch.setattr(kind, "close", lambda self, real=real: seen.append(type(self)) or real(self))
-    return seen
+        original = kind.close
+        monkeypatch.setattr(kind, "close", lambda self, original=original: types.append(type(self)) or original(self))
+    return types
 
 
-def test_a_run_closes_its_sinks(config, closed):
+def test_a_run_closes_its_sinks(config, closed_sinks):
     train(config, World())
-    assert sorted(closed, key=SINKS.index) == [*SINKS]
+    assert sorted(closed_sinks, key=SINKS.index) == [*SINKS]
 
 
-def test_a_run_that_fails_does_too(config, closed, monkeypatch):
+def test_a_failed_run_closes_its_sinks(config, closed_sinks, monkeypatch):
     monkeypatch.setattr(trainer, "train_step", lambda *rest: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(config, World())
-    assert sorted(closed, key=SINKS.index) == [*SINKS]
+    assert sorted(closed_sinks, key=SINKS.index) == [*SINKS]

@@ -1,4 +1,4 @@
-"""Plain lines into a pipe, a bar on a terminal, and a log file per rank."""
+"""Plain lines into a pipe, a progress bar on a terminal, and a log file per rank."""
 
 import io
 import math
@@ -30,7 +30,7 @@ def end_logging(monkeypatch):
     stop_logging()
 
 
-def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+def test_without_a_terminal_lines_are_plain(tmp_path, capsys):
     start_logging(tmp_path, World())
     bar = ProgressLine(num_steps=100, first_step=0)
     bar([{**ROW, "step": 29}, ROW])
@@ -44,19 +44,19 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     )
 
 
-def test_an_unknown_rate_still_prints(tmp_path, capsys):
+def test_a_line_with_nan_and_inf_is_printed(tmp_path, capsys):
     start_logging(tmp_path, World())
     ProgressLine(num_steps=100, first_step=0)([{**ROW, "mfu": math.nan, "step_seconds": math.inf}])
     assert capsys.readouterr().err.rstrip().endswith("MFU nan%  ETA ?")
 
 
-def test_more_than_all_of_the_peak_is_explained(tmp_path, capsys):
+def test_an_mfu_above_1_is_explained(tmp_path, capsys):
     start_logging(tmp_path, World())
     ProgressLine(num_steps=100, first_step=0)([{**ROW, "mfu": 1.23}, {**ROW, "mfu": 1.23}])
     assert "MFU 123.0% (the peak rate is underestimated: set log.peak_tflops)  ETA" in capsys.readouterr().err
 
 
-def test_a_bar_where_there_is_one(monkeypatch):
+def test_a_terminal_has_a_progress_bar(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(console, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=150))
     bar = ProgressLine(num_steps=100, first_step=10)
@@ -70,7 +70,7 @@ def test_a_bar_where_there_is_one(monkeypatch):
     assert "30/100" in screen.getvalue()
 
 
-def test_every_rank_has_a_file_and_rank_zero_the_screen(tmp_path, capsys):
+def test_every_rank_has_a_log_file_and_rank_0_logs_to_stderr(tmp_path, capsys):
     for rank in (1, 0):
         start_logging(tmp_path / "logs", World(rank, 2, rank, "node7"))
         log.info("hello from %d", rank)
@@ -82,17 +82,17 @@ def test_every_rank_has_a_file_and_rank_zero_the_screen(tmp_path, capsys):
         assert line.endswith(f" rank {rank} node7 INFO hello from {rank}")
 
 
-def test_logging_starts_afresh_and_a_file_grows(tmp_path, capsys):
+def test_logging_restarts_and_appends_to_the_file(tmp_path, capsys):
     for _ in range(2):
         start_logging(tmp_path, World())
         log.info("once")
     stop_logging()
-    assert capsys.readouterr().err == "once\nonce\n", "no handler twice"
+    assert capsys.readouterr().err == "once\nonce\n", "no handler is added twice"
     assert len((tmp_path / "rank_00000.log").read_text().splitlines()) == 2
     assert log.handlers == []
 
 
-def test_a_log_file_on_a_full_disk_is_given_up_with_one_line(tmp_path, capsys):
+def test_logging_to_a_full_disk_stops_with_one_line(tmp_path, capsys):
     (tmp_path / "rank_00000.log").symlink_to("/dev/full")
     start_logging(tmp_path, World())
     log.info("first")

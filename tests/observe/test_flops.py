@@ -1,4 +1,4 @@
-"""Model FLOPs against a count by hand and against torch's own counter."""
+"""Model FLOPs equal a count by hand and torch's counter."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_the_count_by_hand():
     out  8 x 8   = 64
     gate, up, down: 8 x 24 = 192 each
     a layer: 64 + 2 * 32 + 64 + 3 * 192 = 768;  two: 1536
-    head 8 x 10  = 80     (the padding to 64 rows is left out, the look-up is no product)
+    head 8 x 10  = 80     (without the padding to 64 rows; the embedding lookup is no product)
     """
     assert matmul_weights(SWIGLU) == 1536 + 80
     assert matmul_weights(GELU) == 1536 - 2 * 192 + 80
@@ -33,30 +33,30 @@ def test_the_count_by_hand():
     assert flops_per_token(SWIGLU, 5) == 3 * forward == 10_656
 
 
-def product(into, left, right, out_shape=None, **options):
+def count_product(into, left, right, out_shape=None, **options):
     return 2 * left[0] * left[1] * right[1]
 
 
-IN_PLACE = {torch.ops.aten.addmm_: product}  # which the counter does not know
+IN_PLACE = {torch.ops.aten.addmm_: count_product}  # unknown to torch's counter
 
 
 @pytest.mark.parametrize("config", [SWIGLU, GELU], ids=["swiglu", "gelu"])
-def test_torchs_counter_agrees(config):
-    """Forward alone is a third; forward and backward are the whole."""
+def test_the_count_equals_torchs_counter(config):
+    """The forward pass is a third of the FLOPs of forward and backward."""
     torch.manual_seed(0)
     model = Decoder(config)
     tokens = torch.randint(0, 10, (3, 16))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
-        model(tokens)  # given targets, the last layer's backward is done in forward
+        model(tokens)  # without targets, because the sliced head computes its gradients in forward
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as both:
         model(tokens, tokens).sum().backward()
-    want = flops_per_token(config, 16) * tokens.numel()
-    assert 3 * forward.get_total_flops() == want
-    assert both.get_total_flops() == want
+    expected = flops_per_token(config, 16) * tokens.numel()
+    assert 3 * forward.get_total_flops() == expected
+    assert both.get_total_flops() == expected
 
 
-def test_gpt3_is_six_per_parameter_and_attention():
-    """Brown et al. 2020, table D.1: 6 * 174,600 M per token; the head (0.6 G) is in our count, positions are not."""
+def test_the_count_of_gpt3_equals_the_published_one():
+    """Brown et al. 2020, table D.1: 6 * 174,600 M per token; our count includes the head (0.6 G) and no positions."""
     gpt3 = ModelConfig(
         d_model=12288,
         n_layers=96,
@@ -92,13 +92,13 @@ def test_published_peaks_are_the_dense_ones(name, tflops, monkeypatch):
     assert source.startswith("published for ")
 
 
-def test_elsewhere_the_peak_is_measured(monkeypatch):
-    asked = []
-    monkeypatch.setattr(flops, "matmul_rate", lambda device, dtype: asked.append((device.type, dtype)) or 5e9)
+def test_an_unknown_peak_is_measured(monkeypatch):
+    calls = []
+    monkeypatch.setattr(flops, "matmul_rate", lambda device, dtype: calls.append((device.type, dtype)) or 5e9)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     assert peak_flops(torch.device("cpu"), "fp32") == (5e9, "measured matmul rate")
     peak_flops(torch.device("cpu"), "bf16")
     peak_flops(torch.device("cuda", 0), "bf16")
     peak_flops(torch.device("cuda", 0), "fp32")
     bf16, fp32 = torch.bfloat16, torch.float32
-    assert asked == [("cpu", fp32), ("cpu", bf16), ("cuda", bf16), ("cuda", fp32)]
+    assert calls == [("cpu", fp32), ("cpu", bf16), ("cuda", bf16), ("cuda", fp32)]

@@ -1,4 +1,4 @@
-"""The matmul rate: the best of several starts, kept by machine, and never a reason to fail."""
+"""The matmul rate is the best of several measurements, is cached per machine, and never fails a run."""
 
 import json
 from pathlib import Path
@@ -13,21 +13,21 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Rates that are measured, one start after another."""
+def next_rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The rates of successive measurements."""
     rates: list[float] = []
     monkeypatch.setattr(module, "measure_matmul_rate", lambda device, dtype: rates.pop(0))
     return rates
 
 
-def test_a_measured_rate_is_a_rate() -> None:
+def test_the_measured_rate_is_plausible() -> None:
     assert 1e8 < measure_matmul_rate(CPU, torch.float32) < 1e14
 
 
-def test_the_best_of_the_first_starts_is_kept(measured: list[float], tmp_path: Path) -> None:
-    """A start on busy cores (2.4e10 where the machine can do 1.8e11) does not lower it."""
+def test_the_best_of_the_first_measurements_is_cached(next_rates: list[float], tmp_path: Path) -> None:
+    """A measurement on busy cores (2.4e10 on a machine that reaches 1.8e11) does not lower the rate."""
     file = tmp_path / "cache" / "rates.json"
-    measured += [1.17e11, 2.4e10, 1.8e11, 8.7e10, 1.0e11]
+    next_rates += [1.17e11, 2.4e10, 1.8e11, 8.7e10, 1.0e11]
     assert [matmul_rate(CPU, torch.float32, file) for _ in range(NUM_MEASUREMENTS)] == [
         1.17e11,
         1.17e11,
@@ -39,11 +39,11 @@ def test_the_best_of_the_first_starts_is_kept(measured: list[float], tmp_path: P
     assert [path.name for path in file.parent.iterdir()] == ["rates.json"]
 
 
-def test_rates_of_other_dtypes_and_thread_counts_are_others(
-    measured: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rates_are_cached_per_dtype_and_thread_count(
+    next_rates: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "rates.json"
-    measured += [1e11, 3e11, 5e10]
+    next_rates += [1e11, 3e11, 5e10]
     assert matmul_rate(CPU, torch.float32, file) == 1e11
     assert matmul_rate(CPU, torch.bfloat16, file) == 3e11
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
@@ -52,15 +52,15 @@ def test_rates_of_other_dtypes_and_thread_counts_are_others(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}', '{"a": {"rate": "fast", "starts": 9}}'])
-def test_a_damaged_file_is_measured_anew(content: str, measured: list[float], tmp_path: Path) -> None:
+def test_a_damaged_cache_is_measured_again(content: str, next_rates: list[float], tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
     file.write_text(content)
-    measured += [1e11]
+    next_rates += [1e11]
     assert matmul_rate(CPU, torch.float32, file) == 1e11
 
 
-def test_a_directory_that_cannot_be_written_is_no_error(measured: list[float], tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_no_error(next_rates: list[float], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    measured += [1e11, 2e11]
+    next_rates += [1e11, 2e11]
     assert matmul_rate(CPU, torch.float32, tmp_path / "file" / "rates.json") == 1e11
     assert matmul_rate(CPU, torch.float32, tmp_path / "file" / "rates.json") == 2e11

@@ -1,4 +1,4 @@
-"""The shipped optimizers step as their papers say; matrices are decayed and vectors are not."""
+"""The optimizers compute the updates of their papers; weight decay applies to matrices and not to vectors."""
 
 import numpy as np
 import pytest
@@ -19,13 +19,16 @@ def targets():
     return {"matrix": rng.normal(size=(3, 4)), "vector": rng.normal(size=4)}
 
 
-def gradient(away, t):
-    """Of a bowl with noise: where gradients die out Adam divides rounding by rounding, and nothing can be compared."""
-    return 0.5 * away + np.sin(3 * t)
+def gradient(offset, t):
+    """The gradient of a quadratic with noise.
+
+    Where gradients vanish, Adam divides rounding errors by rounding errors.
+    """
+    return 0.5 * offset + np.sin(3 * t)
 
 
-def paper(config, rate):
-    """Loshchilov and Hutter 2019, algorithm 2 (with decay times the rate, as all libraries have it), in fp64."""
+def run_reference(config, rate):
+    """Loshchilov and Hutter 2019, algorithm 2 (decay multiplied by the rate, as in all libraries), in fp64."""
     values = {name: np.full_like(target, 0.5) for name, target in targets().items()}
     for name, target in targets().items():
         m, v = np.zeros_like(target), np.zeros_like(target)
@@ -40,14 +43,14 @@ def paper(config, rate):
     return values
 
 
-def shipped(config, rate, dtype):
-    """The same through `build_optimizer`."""
-    wanted = {name: torch.tensor(target, dtype=dtype) for name, target in targets().items()}
-    parameters = {name: nn.Parameter(torch.full_like(target, 0.5)) for name, target in wanted.items()}
+def run_optimizer(config, rate, dtype):
+    """Run the same steps with `build_optimizer`."""
+    expected = {name: torch.tensor(target, dtype=dtype) for name, target in targets().items()}
+    parameters = {name: nn.Parameter(torch.full_like(target, 0.5)) for name, target in expected.items()}
     optimizer = build_optimizer(config, parameters.items())
     for t in range(1, STEPS + 1):
         for name, parameter in parameters.items():
-            parameter.grad = gradient(parameter.detach() - wanted[name], t)
+            parameter.grad = gradient(parameter.detach() - expected[name], t)
         for group in optimizer.param_groups:
             group["lr"] = rate(t)
         optimizer.step()
@@ -55,18 +58,18 @@ def shipped(config, rate, dtype):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_thousand_steps_are_those_of_the_paper(implementation):
-    """In fp64 to rounding. In fp32 to 5e-6: values near 1, a thousand roundings of 6e-8 that mostly cancel."""
+def test_a_thousand_steps_equal_the_papers_algorithm(implementation):
+    """Equal up to rounding in fp64, and to 5e-6 in fp32: a thousand rounding errors of 6e-8 mostly cancel."""
     config = AdamWConfig(lr=1e-2, weight_decay=0.1, beta2=0.95, eps=1e-8, implementation=implementation)
 
     def rate(t):
         return 1e-2 * (1 - t / (2 * STEPS))
 
-    want = paper(config, rate)
+    expected = run_reference(config, rate)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
-        got = shipped(config, rate, dtype)
-        for name in want:
-            np.testing.assert_allclose(got[name].numpy(), want[name], rtol=tolerance, atol=tolerance)
+        actual = run_optimizer(config, rate, dtype)
+        for name in expected:
+            np.testing.assert_allclose(actual[name].numpy(), expected[name], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -74,18 +77,18 @@ def test_sgd_has_momentum_and_coupled_decay(momentum):
     config = SGDConfig(lr=0.1, momentum=momentum, weight_decay=0.01)
     parameter = nn.Parameter(torch.full((2, 2), 3.0, dtype=torch.float64))
     optimizer = build_optimizer(config, [("w", parameter)])
-    want, velocity = 3.0, 0.0
+    expected, velocity = 3.0, 0.0
     for t in range(1, 20):
         parameter.grad = torch.full((2, 2), float(t), dtype=torch.float64)
         optimizer.step()
-        velocity = momentum * velocity + t + 0.01 * want
-        want -= 0.1 * velocity
-    torch.testing.assert_close(parameter.detach(), torch.full((2, 2), want, dtype=torch.float64))
+        velocity = momentum * velocity + t + 0.01 * expected
+        expected -= 0.1 * velocity
+    torch.testing.assert_close(parameter.detach(), torch.full((2, 2), expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("decay_embeddings", [False, True])
-def test_who_is_decayed(tie, decay_embeddings):
+def test_weight_decay_groups(tie, decay_embeddings):
     shape = {"d_model": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 4, "d_ff": 16}
     model = Decoder(
         ModelConfig(
@@ -94,20 +97,20 @@ def test_who_is_decayed(tie, decay_embeddings):
     )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = split_weight_decay(AdamWConfig(decay_embeddings=decay_embeddings), model.named_parameters())
-    decayed, free = ({names[id(parameter)] for parameter in group} for group in groups)
+    decay_names, no_decay_names = ({names[id(parameter)] for parameter in group} for group in groups)
 
-    block = {f"attention.{part}.weight" for part in ("q", "k", "v", "out")}
-    block |= {f"feedforward.{part}.weight" for part in ("gate", "up", "down")}
-    want = {f"blocks.0.{name}" for name in block} | (set() if tie else {"head.out.weight"})
+    block = {f"attention.{matrix_name}.weight" for matrix_name in ("q", "k", "v", "out")}
+    block |= {f"feedforward.{matrix_name}.weight" for matrix_name in ("gate", "up", "down")}
+    expected = {f"blocks.0.{name}" for name in block} | (set() if tie else {"head.out.weight"})
     if decay_embeddings:
-        want |= {"embed.tokens.weight", "embed.positions.weight"}
-    assert decayed == want
-    assert decayed | free == set(names.values())
-    assert not decayed & free
-    assert all(name.endswith(".bias") or "norm" in name or name.startswith("embed.") for name in free)
+        expected |= {"embed.tokens.weight", "embed.positions.weight"}
+    assert decay_names == expected
+    assert decay_names | no_decay_names == set(names.values())
+    assert not decay_names & no_decay_names
+    assert all(name.endswith(".bias") or "norm" in name or name.startswith("embed.") for name in no_decay_names)
 
 
-def test_the_settings_reach_the_optimizer():
+def test_the_config_reaches_the_optimizer():
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     config = AdamWConfig(lr=0.3, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.2)
     optimizer = build_optimizer(config, [("w", matrix), ("b", vector)])

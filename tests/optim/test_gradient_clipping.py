@@ -1,4 +1,4 @@
-"""The global norm to fp32's last digits, and scaling by it."""
+"""The global norm is accurate to the last digits of fp32, and clipping scales by it."""
 
 import math
 
@@ -10,12 +10,12 @@ from dist_llm.optim import gradient_clipping
 MILLION = 1_000_000
 
 
-def gradients(shapes, seed=0, dtype=torch.float32):
+def make_gradients(shapes, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def exact(tensors):
+def exact_norm(tensors):
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
@@ -35,49 +35,49 @@ def exact(tensors):
     ],
     ids=str,
 )
-def test_the_norm_is_that_of_one_long_vector(shapes):
-    tensors = gradients(shapes)
-    assert float(gradient_clipping.global_norm(tensors)) == pytest.approx(exact(tensors), rel=1e-6)
+def test_the_norm_equals_that_of_one_long_vector(shapes):
+    tensors = make_gradients(shapes)
+    assert float(gradient_clipping.global_norm(tensors)) == pytest.approx(exact_norm(tensors), rel=1e-6)
 
 
-def test_equal_elements_do_not_add_up_their_rounding():
-    """The worst case for adding squares one after another."""
+def test_rounding_errors_of_equal_elements_do_not_accumulate():
+    """The worst case for sequential summation of squares."""
     tensor = torch.full((MILLION,), 0.1)
-    assert float(gradient_clipping.global_norm([tensor])) == pytest.approx(exact([tensor]), rel=1e-6)
+    assert float(gradient_clipping.global_norm([tensor])) == pytest.approx(exact_norm([tensor]), rel=1e-6)
 
 
-def test_strided_and_bf16_gradients_count_as_they_are():
-    (wide,) = gradients([(2050, 6)])
-    assert float(gradient_clipping.global_norm([wide.T[::2]])) == pytest.approx(exact([wide.T[::2]]), rel=1e-6)
-    (half,) = gradients([(3000,)], dtype=torch.bfloat16)
-    norm = gradient_clipping.global_norm([half])
+def test_the_norm_of_strided_and_bf16_gradients():
+    (wide,) = make_gradients([(2050, 6)])
+    assert float(gradient_clipping.global_norm([wide.T[::2]])) == pytest.approx(exact_norm([wide.T[::2]]), rel=1e-6)
+    (bf16_gradient,) = make_gradients([(3000,)], dtype=torch.bfloat16)
+    norm = gradient_clipping.global_norm([bf16_gradient])
     assert norm.dtype == torch.float32
-    assert float(norm) == pytest.approx(exact([half]), rel=1e-6)
+    assert float(norm) == pytest.approx(exact_norm([bf16_gradient]), rel=1e-6)
 
 
-def test_no_gradients_and_empty_shards_have_no_norm():
+def test_the_norm_of_no_gradients_and_of_empty_shards_is_zero():
     assert float(gradient_clipping.global_norm([])) == 0
     assert float(gradient_clipping.global_norm([torch.zeros(0, 4), torch.tensor([3.0])])) == 3
 
 
-def test_not_finite_shows_in_the_norm():
+def test_a_non_finite_gradient_gives_a_non_finite_norm():
     assert gradient_clipping.global_norm([torch.ones(2000), torch.tensor([math.nan])]).isnan()
     assert gradient_clipping.global_norm([torch.ones(2000), torch.tensor([math.inf])]).isinf()
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 10.0])
-def test_above_the_limit_all_are_scaled_alike(max_norm):
-    tensors = [10 * tensor for tensor in gradients([(50, 40), (7,)])]
+def test_above_the_limit_all_gradients_are_scaled(max_norm):
+    tensors = [10 * tensor for tensor in make_gradients([(50, 40), (7,)])]
     before = [tensor.clone() for tensor in tensors]
     norm = gradient_clipping.global_norm(tensors)
     gradient_clipping.clip_grads_(tensors, norm, max_norm)
     for tensor, old in zip(tensors, before, strict=True):
         torch.testing.assert_close(tensor, old * (max_norm / (float(norm) + 1e-6)))
-    assert exact(tensors) == pytest.approx(max_norm, rel=1e-5)
+    assert exact_norm(tensors) == pytest.approx(max_norm, rel=1e-5)
 
 
-def test_below_the_limit_nothing_changes():
-    tensors = gradients([(50, 40), (7,)])
+def test_below_the_limit_gradients_do_not_change():
+    tensors = make_gradients([(50, 40), (7,)])
     before = [tensor.clone() for tensor in tensors]
     gradient_clipping.clip_grads_(tensors, gradient_clipping.global_norm(tensors), 1e3)
     assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))

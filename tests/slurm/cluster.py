@@ -1,4 +1,4 @@
-"""A Slurm of its own on this machine: a controller and several slurmds, each a node of two processors."""
+"""A private Slurm on this machine: a controller and several slurmds, each of which is a node with two processors."""
 
 import os
 import shutil
@@ -51,15 +51,19 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str:
-    """Why there can be no cluster here; empty if there can."""
+    """Return why no cluster can run here; empty if one can."""
     if os.geteuid():
         return "needs root, to start slurmd"
-    lacking = [name for name in PROGRAMS if shutil.which(name) is None]
-    return f"needs {', '.join(lacking)} (apt install slurmctld slurmd slurm-client munge)" if lacking else ""
+    missing_programs = [name for name in PROGRAMS if shutil.which(name) is None]
+    return (
+        f"needs {', '.join(missing_programs)} (apt install slurmctld slurmd slurm-client munge)"
+        if missing_programs
+        else ""
+    )
 
 
 class Cluster:
-    """Runs in `base`; jobs are submitted from `home`."""
+    """A cluster with its files in `base`; jobs are submitted from `home`."""
 
     def __init__(self, base: Path, home: Path) -> None:
         self.base, self.home = base, home
@@ -73,32 +77,37 @@ class Cluster:
             "PATH": f"{Path(sys.executable).parent}:{clean['PATH']}:/usr/sbin",
         }
 
-    def call(self, *words: object, check: bool = True, seconds: float = 60) -> str:
-        done = subprocess.run(
-            list(map(str, words)), cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=seconds
+    def call(self, *arguments: object, check: bool = True, seconds: float = 60) -> str:
+        completed = subprocess.run(
+            list(map(str, arguments)),
+            cwd=self.home,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
         )
-        assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
-        return done.stdout
+        assert not check or completed.returncode == 0, f"{arguments}: {completed.stdout}{completed.stderr}"
+        return completed.stdout
 
-    def submit(self, *words: object, **environment: str) -> int:
-        before, self.environment = self.environment, {**self.environment, **environment}
+    def submit(self, *arguments: object, **environment: str) -> int:
+        previous, self.environment = self.environment, {**self.environment, **environment}
         try:
-            return int(self.call("sbatch", "--parsable", *words))
+            return int(self.call("sbatch", "--parsable", *arguments))
         finally:
-            self.environment = before
+            self.environment = previous
 
     def job(self, number: int) -> dict[str, str]:
-        words = self.call("scontrol", "--oneliner", "show", "job", number).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        arguments = self.call("scontrol", "--oneliner", "show", "job", number).split()
+        return dict(item.split("=", 1) for item in arguments if "=" in item)
 
     def wait(self, number: int, seconds: float) -> dict[str, str]:
-        """What became of the job; its log is in the message where it does not end in time."""
-        until = time.monotonic() + seconds
+        """Wait for the end of the job; return its fields. The error message contains the job's log."""
+        deadline = time.monotonic() + seconds
         while True:
-            found = self.job(number)
-            if found["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
-                return found
-            assert time.monotonic() < until, f"{found['JobState']} after {seconds} s:\n{self.log(number)}"
+            fields = self.job(number)
+            if fields["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
+                return fields
+            assert time.monotonic() < deadline, f"{fields['JobState']} after {seconds} s:\n{self.log(number)}"
             time.sleep(0.3)
 
     def log(self, number: int) -> str:
@@ -113,7 +122,7 @@ class Cluster:
         key = self.base / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        port = _free_ports(NODES + 1)
+        port = _find_free_ports(NODES + 1)
         host = socket.gethostname().split(".")[0]
         names = {"base": self.base, "host": host, "port": port, "first": port + 1, "last": port + NODES, "nodes": NODES}
         (self.base / "slurm.conf").write_text(CONF.format(**names))
@@ -129,20 +138,20 @@ class Cluster:
         self.call("slurmctld", "-c")
         for node in range(1, NODES + 1):
             self.call("slurmd", "-N", f"n{node}")
-        until = time.monotonic() + 30
+        deadline = time.monotonic() + 30
         while self.call("sinfo", "-h", "-t", "idle", "-o", "%D", check=False).strip() != str(NODES):
-            assert time.monotonic() < until, self.call("sinfo", check=False)
+            assert time.monotonic() < deadline, self.call("sinfo", check=False)
             time.sleep(0.2)
 
     def stop(self) -> None:
         subprocess.run(["scancel", "--user=root"], env=self.environment, timeout=10, check=False)
         time.sleep(0.5)
         for path in (*self.base.glob("n*.pid"), self.base / "slurmctld.pid", self.base / "munged.pid"):
-            _end(path)
+            _stop_daemon(path)
 
 
-def _end(path: Path) -> None:
-    """The daemon whose number is in the file."""
+def _stop_daemon(path: Path) -> None:
+    """Stop the daemon whose process id is in the file."""
     try:
         process = int(path.read_text())
         os.kill(process, signal.SIGTERM)
@@ -156,11 +165,11 @@ def _end(path: Path) -> None:
     os.kill(process, signal.SIGKILL)
 
 
-def _free_ports(count: int) -> int:
-    """The first of so many that nobody listens on."""
+def _find_free_ports(count: int) -> int:
+    """Return the first of `count` consecutive free ports."""
     for first in range(17_100, 18_000, 10):
         with socket.socket() as probe:
-            if all(probe.connect_ex(("127.0.0.1", first + place)) for place in range(count)):
+            if all(probe.connect_ex(("127.0.0.1", first + offset)) for offset in range(count)):
                 return first
     raise RuntimeError("no free ports")
 

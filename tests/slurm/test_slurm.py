@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm: they train, are queued again before their time limit, and end with the same bits."""
+"""Jobs on a real Slurm train, are requeued before their time limit, and end with bitwise equal results."""
 
 import re
 import sys
@@ -21,72 +21,78 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=miss
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     base, home = (tmp_path_factory.mktemp(name) for name in ("slurm", "home"))
-    with running(base, home) as found:
-        yield found
+    with running(base, home) as started_cluster:
+        yield started_cluster
 
 
-def instead(*words: str) -> str:
-    """A python that runs these words where it should run dist_llm."""
-    return f"{sys.executable} {Path(__file__).with_name('instead.py')} {','.join(words)}"
+def python_running(*arguments: str) -> str:
+    """Return a python command that runs these arguments in place of the module dist_llm."""
+    return f"{sys.executable} {Path(__file__).with_name('substitute_module.py')} {','.join(arguments)}"
 
 
 def paced(seconds: float) -> str:
-    """A python whose steps take so much longer."""
-    return instead("tests.e2e.paced", str(seconds))
+    """Return a python command whose steps take this many seconds longer."""
+    return python_running("tests.e2e.paced", str(seconds))
 
 
 def train(corpus: Path, run: str, steps: int) -> tuple[object, ...]:
-    """Arguments of the script."""
+    """Return the arguments of the batch script."""
     return commands.train_arguments(corpus, f"run.dir={run}", f"run.steps={steps}")[1:]
 
 
-def straight(corpus: Path, directory: Path, steps: int, ranks: int) -> Path:
-    """The same run, never stopped, under torchrun."""
+def train_uninterrupted(corpus: Path, directory: Path, steps: int, ranks: int) -> Path:
+    """Return the uninterrupted run with the same configuration, under torchrun."""
     return commands.train(directory, corpus, f"run.steps={steps}", ranks=ranks)
 
 
-def assert_the_same(run: Path, want: Path) -> None:
-    assert commands.column(commands.metrics(run), "loss") == commands.column(commands.metrics(want), "loss")
-    assert_same_weights(run, want)
+def assert_same_results(run: Path, expected: Path) -> None:
+    assert commands.column(commands.read_metrics(run), "loss") == commands.column(
+        commands.read_metrics(expected), "loss"
+    )
+    assert_same_weights(run, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_nodes_stopped_by_their_time_limit_end_with_the_same_bits(
+def test_two_nodes_stopped_by_their_time_limit_end_with_equal_results(
     cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
-    steps, run = 60, "limited"  # half a minute, as Slurm counts its limit, is too short for them on any machine
+    steps, run = 60, "limited"  # more than fit into Slurm's time limit on any machine
     limits = ("--nodes=2", "--ntasks-per-node=2", "--time=1", "--signal=USR1@40")
     job = cluster.submit(*limits, SCRIPT, *train(corpus, run, steps), PYTHON=paced(1))
-    found = cluster.wait(job, 540)
+    fields = cluster.wait(job, 540)
     log = cluster.log(job)
-    assert found["JobState"] == "COMPLETED", log
-    assert int(found["Restarts"]) >= 2, log
-    assert log.count("stopped by SIGUSR1") == int(found["Restarts"]) == log.count("queued again"), "each time once"
+    assert fields["JobState"] == "COMPLETED", log
+    assert int(fields["Restarts"]) >= 2, log
+    assert log.count("stopped by SIGUSR1") == int(fields["Restarts"]) == log.count("queued again"), (
+        "once for each restart"
+    )
     assert "ranks: 4 (dp_shard 4)" in log
-    assert_the_same(cluster.home / run, straight(corpus, tmp_path, steps, ranks=4))
+    assert_same_results(cluster.home / run, train_uninterrupted(corpus, tmp_path, steps, ranks=4))
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("launch", ["tasks", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_a_signal_is_a_stop_either_way(launch: str, cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
+def test_a_signal_requeues_the_job_with_either_launcher(
+    launch: str, cluster: Cluster, corpus: Path, tmp_path: Path
+) -> None:
     steps, run = 60, f"by_{launch}"
     job = cluster.submit(
         "--nodes=2", "--ntasks-per-node=1", SCRIPT, *train(corpus, run, steps), PYTHON=paced(0.15), LAUNCH=launch
     )
     rows = cluster.home / run / "metrics.jsonl"
-    until = time.monotonic() + 120
+    deadline = time.monotonic() + 120
     while not rows.exists() or rows.read_text().count("\n") < 5:
-        assert time.monotonic() < until, cluster.log(job)
+        assert time.monotonic() < deadline, cluster.log(job)
         time.sleep(0.1)
     cluster.call("scancel", "--signal=USR1", job)
-    found = cluster.wait(job, 200)
+    fields = cluster.wait(job, 200)
     log = cluster.log(job)
-    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
     assert log.count("stopped by SIGUSR1") == 1
     assert "resumed from" in log
     assert not list(cluster.home.glob(".stopped-*"))
-    assert_the_same(cluster.home / run, straight(corpus, tmp_path, steps, ranks=2))
+    assert_same_results(cluster.home / run, train_uninterrupted(corpus, tmp_path, steps, ranks=2))
 
 
 @pytest.mark.slow
@@ -100,14 +106,14 @@ def test_nodes_may_have_different_numbers_of_tasks(cluster: Cluster, corpus: Pat
 
 
 def test_a_rank_that_raises_ends_the_job_at_once_and_is_named(cluster: Cluster, corpus: Path) -> None:
-    begin = time.monotonic()
+    start_time = time.monotonic()
     options = ("--nodes=2", "--ntasks-per-node=1")
-    python = instead("tests.e2e.faulty", "raise", "1", "3")
+    python = python_running("tests.e2e.faulty", "raise", "1", "3")
     job = cluster.submit(*options, SCRIPT, *train(corpus, "raising", 9), PYTHON=python)
-    found = cluster.wait(job, 100)
-    assert found["JobState"] == "FAILED"
-    assert found["Restarts"] == "0"
-    assert time.monotonic() - begin < 60
+    fields = cluster.wait(job, 100)
+    assert fields["JobState"] == "FAILED"
+    assert fields["Restarts"] == "0"
+    assert time.monotonic() - start_time < 60
     assert "rank 1 on n2, in step 3: ValueError: planted" in cluster.log(job)
 
 
@@ -119,26 +125,34 @@ def test_the_debug_script_runs(cluster: Cluster, corpus: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tasks_without_a_place_to_meet_are_told_so(cluster: Cluster, corpus: Path) -> None:
-    words = [sys.executable, "-m", "dist_llm", "train", *map(str, train(corpus, "lost", 1))]
-    found = cluster.call("srun", "--ntasks=2", "bash", "-c", f"{' '.join(words)} 2>&1; true")
-    assert "MASTER_ADDR and MASTER_PORT are not set; start with: dist-llm submit" in found
+def test_tasks_without_a_rendezvous_address_are_refused(cluster: Cluster, corpus: Path) -> None:
+    arguments = [sys.executable, "-m", "dist_llm", "train", *map(str, train(corpus, "lost", 1))]
+    output = cluster.call("srun", "--ntasks=2", "bash", "-c", f"{' '.join(arguments)} 2>&1; true")
+    assert "MASTER_ADDR and MASTER_PORT are not set; start with: dist-llm submit" in output
 
 
 @pytest.mark.slow
 def test_submit_trains_each_run_of_a_sweep_in_its_own_directory(cluster: Cluster, corpus: Path) -> None:
-    words = [sys.executable, "-m", "dist_llm", "submit", commands.DEBUG_CONFIG, f"data.path={corpus}", "run.dir=swept"]
-    words += ["run.steps=2", "eval.windows=8", "--nodes", "2", "--sweep", "optim.lr=1e-3,3e-4", "--time", "5"]
-    shown = cluster.call(*words)
-    assert "#SBATCH --array=0-1" in shown
+    arguments = [
+        sys.executable,
+        "-m",
+        "dist_llm",
+        "submit",
+        commands.DEBUG_CONFIG,
+        f"data.path={corpus}",
+        "run.dir=swept",
+    ]
+    arguments += ["run.steps=2", "eval.windows=8", "--nodes", "2", "--sweep", "optim.lr=1e-3,3e-4", "--time", "5"]
+    output = cluster.call(*arguments)
+    assert "#SBATCH --array=0-1" in output
     job = max(int(line.split()[0].split("_")[0]) for line in cluster.call("squeue", "-h", "-a").splitlines())
     runs = [cluster.home / "swept" / name for name in ("lr=1e-3", "lr=3e-4")]
-    until = time.monotonic() + 120
+    deadline = time.monotonic() + 120
     while not all((run / "checkpoints/step_00000002/COMMITTED").exists() for run in runs):
         logs = [path.read_text() for path in cluster.home.glob(f"slurm-{job}_*.log")]
-        assert time.monotonic() < until, logs
+        assert time.monotonic() < deadline, logs
         time.sleep(0.3)
-    assert [commands.metrics(run)[-1]["lr"] for run in runs] != [commands.metrics(runs[0])[-1]["lr"]] * 2
+    assert [commands.read_metrics(run)[-1]["lr"] for run in runs] != [commands.read_metrics(runs[0])[-1]["lr"]] * 2
 
 
 @pytest.mark.slow
@@ -149,10 +163,12 @@ def test_the_commands_of_the_page_run(cluster: Cluster) -> None:
     for folder in ("configs", "slurm"):
         (cluster.home / folder).symlink_to(commands.REPOSITORY / folder)
     cluster.call("bash", "-euo", "pipefail", "-c", block, seconds=120)
-    until = time.monotonic() + 250
+    deadline = time.monotonic() + 250
     while cluster.call("squeue", "-h").strip():
-        assert time.monotonic() < until, cluster.call("squeue")
+        assert time.monotonic() < deadline, cluster.call("squeue")
         time.sleep(0.5)
     for run, step in {"two": 4, "by_hand": 4, "swept/lr=1e-3": 2, "swept/lr=3e-4": 2}.items():
         assert (cluster.home / "runs" / run / f"checkpoints/step_{step:08d}/COMMITTED").exists(), run
-    assert any("first batch" in path.read_text() for path in cluster.home.glob("slurm-*.log")), "of the debug script"
+    assert any("first batch" in path.read_text() for path in cluster.home.glob("slurm-*.log")), (
+        "the log of the debug script"
+    )

@@ -1,4 +1,4 @@
-"""Adopted files train like prepared ones: the same tokens from the same places, and not a byte of them copied."""
+"""Adopted files train like prepared ones: the same tokens at the same offsets, without a copy of the files."""
 
 import hashlib
 import io
@@ -17,14 +17,14 @@ from dist_llm.text.adopt_options import DTYPES, FORMATS, AdoptOptions
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.token_files import READ_AS
 
-from .test_token_files import index
+from .test_token_files import build_megatron_index
 
 EOT = 256
 
 
 @pytest.fixture
-def prepared(tmp_path):
-    """Documents of a few sizes, prepared as bytes; what they are in ids."""
+def prepared_corpus(tmp_path):
+    """A corpus of a few documents, prepared as bytes."""
     text = tmp_path / "text"
     text.mkdir()
     for number, size in enumerate((40, 1, 300, 77)):
@@ -34,8 +34,8 @@ def prepared(tmp_path):
     return Corpus(out)
 
 
-def write(kind, corpus, directory, dtype="uint16"):
-    """The corpus as another program would have written it."""
+def write_token_file(kind, corpus, directory, dtype="uint16"):
+    """Write the corpus as another program would; return the path and the ids."""
     ids = np.fromfile(corpus.directory / "train-00000.bin", "<u2").astype(dtype)
     starts = np.fromfile(corpus.directory / "train-00000.offsets", "<u8").astype(int)
     path = directory / ("x.npy" if kind == "npy" else "x.bin")
@@ -43,18 +43,20 @@ def write(kind, corpus, directory, dtype="uint16"):
         np.save(path, ids)
     elif kind == "llmc":
         magic = {"uint16": (20240520, 1), "uint32": (20240801, 7)}[dtype]
-        ids = np.concatenate([[EOT], ids[:-1]]).astype(dtype)  # there it begins a document
+        ids = np.concatenate([[EOT], ids[:-1]]).astype(dtype)  # in llm.c's files the token precedes a document
         path.write_bytes(np.array([*magic, len(ids), *[0] * 253], "<i4").tobytes() + ids.tobytes())
     else:
         ids.tofile(path)
     if kind == "megatron":
         code, item = {"uint16": (8, 2), "int32": (4, 4)}[dtype]
         lengths = np.diff([*starts, len(ids)])
-        path.with_suffix(".idx").write_bytes(index(lengths, range(len(lengths) + 1), code=code, item=item))
+        path.with_suffix(".idx").write_bytes(
+            build_megatron_index(lengths, range(len(lengths) + 1), code=code, item=item)
+        )
     return path, ids
 
 
-def options(kind, *data, out, **changes):
+def make_options(kind, *data, out, **changes):
     return AdoptOptions(kind, tuple(map(str, data)), "byte", out, **changes)
 
 
@@ -63,31 +65,31 @@ CASES += [("megatron", "uint16"), ("megatron", "int32"), ("llmc", "uint16"), ("l
 
 
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
-def test_an_adopted_corpus_reads_as_the_prepared_one(kind, dtype, prepared, tmp_path):
-    path, ids = write(kind, prepared, tmp_path, dtype)
+def test_an_adopted_corpus_equals_the_prepared_one(kind, dtype, prepared_corpus, tmp_path):
+    path, ids = write_token_file(kind, prepared_corpus, tmp_path, dtype)
     out = tmp_path / "out"
-    told = io.StringIO()
-    manifest = adopt(options(kind, path, out=out, dtype=dtype if kind == "bin" else None), told)
+    output = io.StringIO()
+    manifest = adopt(make_options(kind, path, out=out, dtype=dtype if kind == "bin" else None), output)
     corpus = Corpus(out)
     corpus.check_shard_sizes()
     assert (corpus.manifest, corpus.dtype.itemsize) == (manifest, np.dtype(dtype).itemsize)
     assert np.array_equal(corpus.read(np.array([0]), len(ids))[0], ids)
     assert np.array_equal(corpus.read(np.array([7, 350]), 40), [ids[7:47], ids[350:390]])
-    want = prepared.manifest
+    expected = prepared_corpus.manifest
     for measure in (Manifest.tokens, Manifest.documents, Manifest.text_bytes):
-        assert measure(manifest, "train") == measure(want, "train"), measure.__name__
-    assert np.array_equal(corpus.document_offsets(0), prepared.document_offsets(0))
-    assert (manifest.tokenizer_sha256, manifest.vocab_size) == (want.tokenizer_sha256, want.vocab_size)
+        assert measure(manifest, "train") == measure(expected, "train"), measure.__name__
+    assert np.array_equal(corpus.document_offsets(0), prepared_corpus.document_offsets(0))
+    assert (manifest.tokenizer_sha256, manifest.vocab_size) == (expected.tokenizer_sha256, expected.vocab_size)
     (shard,) = manifest.shards["train"]
     assert shard.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert sorted(os.listdir(out)) == ["manifest.json", "tokenizer.json", "train-00000.offsets"]
     assert not list(tmp_path.glob("*.partial"))
-    assert "4 documents, 500 tokens of 257 ids" in told.getvalue()
+    assert "4 documents, 500 tokens of 257 ids" in output.getvalue()
 
 
-def test_a_changed_or_damaged_file_is_noticed_later(prepared, tmp_path):
-    path, _ = write("llmc", prepared, tmp_path)
-    adopt(options("llmc", path, out=tmp_path / "out"), io.StringIO())
+def test_a_changed_or_damaged_file_is_detected(prepared_corpus, tmp_path):
+    path, _ = write_token_file("llmc", prepared_corpus, tmp_path)
+    adopt(make_options("llmc", path, out=tmp_path / "out"), io.StringIO())
     Corpus(tmp_path / "out", verify="hash")
     content = bytearray(path.read_bytes())
     content[1024 + 2 * 7 : 1024 + 2 * 8] = b"\xff\xff"
@@ -102,48 +104,48 @@ def test_a_changed_or_damaged_file_is_noticed_later(prepared, tmp_path):
         Corpus(tmp_path / "out").check_shard_sizes()
 
 
-def test_many_files_keep_their_order_and_their_split(prepared, tmp_path):
+def test_many_files_keep_their_order_and_their_split(prepared_corpus, tmp_path):
     paths = [tmp_path / f"{number}.npy" for number in range(9)]
     for number, path in enumerate(paths):
         np.save(path, np.full(5 + number, number, np.uint16))
-    adopt(options("npy", *paths[:6], heldout=tuple(map(str, paths[6:])), out=tmp_path / "out"), io.StringIO())
+    adopt(make_options("npy", *paths[:6], heldout=tuple(map(str, paths[6:])), out=tmp_path / "out"), io.StringIO())
     train, heldout = Corpus(tmp_path / "out"), Corpus(tmp_path / "out", "heldout")
     assert train.read(np.array([0]), train.n_tokens)[0].tolist() == [n for n in range(6) for _ in range(5 + n)]
     assert heldout.read(np.array([0]), heldout.n_tokens)[0].tolist() == [n for n in range(6, 9) for _ in range(5 + n)]
     assert [heldout.document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
 
 
-def test_relative_paths_and_urls_of_files_point_at_the_same_place(prepared, tmp_path, monkeypatch):
-    path, _ = write("npy", prepared, tmp_path)
+def test_relative_paths_and_file_urls_are_resolved(prepared_corpus, tmp_path, monkeypatch):
+    path, _ = write_token_file("npy", prepared_corpus, tmp_path)
     monkeypatch.chdir(tmp_path)
-    for number, place in enumerate(("x.npy", path.as_uri(), path)):
-        manifest = adopt(options("npy", place, out=Path(f"out{number}")), io.StringIO())
+    for number, location in enumerate(("x.npy", path.as_uri(), path)):
+        manifest = adopt(make_options("npy", location, out=Path(f"out{number}")), io.StringIO())
         assert manifest.shards["train"][0].file == str(path)
 
 
-def test_a_silent_file_is_mentioned(tmp_path):
+def test_a_file_without_document_boundaries_is_mentioned(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros(9, np.uint16))
-    told = io.StringIO()
-    adopt(options("npy", tmp_path / "x.npy", out=tmp_path / "out"), told)
-    assert "1 of the files are one document each" in told.getvalue()
-    assert "no file says where documents begin" in told.getvalue()
+    output = io.StringIO()
+    adopt(make_options("npy", tmp_path / "x.npy", out=tmp_path / "out"), output)
+    assert "1 of the files are one document each" in output.getvalue()
+    assert "no file says where documents begin" in output.getvalue()
 
 
-def test_separators_that_seem_to_begin_documents_are_mentioned(tmp_path):
+def test_separators_that_may_start_documents_are_mentioned(tmp_path):
     np.save(tmp_path / "x.npy", np.array([EOT, 1, 2, EOT, 3], np.uint16))
     for position, starts, hint in ((None, [0, 1, 4], True), ("start", [0, 3], False)):
-        told = io.StringIO()
-        adopt(options("npy", tmp_path / "x.npy", out=tmp_path / f"{position}", eot_position=position), told)
+        output = io.StringIO()
+        adopt(make_options("npy", tmp_path / "x.npy", out=tmp_path / f"{position}", eot_position=position), output)
         assert Corpus(tmp_path / f"{position}").document_offsets(0).tolist() == starts
-        assert ("adopt again with --eot-position start" in told.getvalue()) == hint
+        assert ("adopt again with --eot-position start" in output.getvalue()) == hint
 
 
-def test_types_are_not_mixed(tmp_path):
+def test_files_of_different_dtypes_are_refused(tmp_path):
     for name in ("uint16", "int32"):
         np.save(tmp_path / f"{name}.npy", np.zeros(9, name))
     with pytest.raises(DataError, match=r"int32.npy: ids of uint32, but those of .*uint16.npy are uint16"):
-        adopt(options("npy", tmp_path / "uint16.npy", tmp_path / "int32.npy", out=tmp_path / "out"), io.StringIO())
-    assert sorted(os.listdir(tmp_path)) == ["int32.npy", "uint16.npy"], "nothing is left of the attempt"
+        adopt(make_options("npy", tmp_path / "uint16.npy", tmp_path / "int32.npy", out=tmp_path / "out"), io.StringIO())
+    assert sorted(os.listdir(tmp_path)) == ["int32.npy", "uint16.npy"], "a failed adoption leaves no files"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_a_bad_file_is_refused_with_its_byte(kind, content, message, tmp_path):
         (tmp_path / "x.bin").write_bytes(content)
     dtype = "uint16" if kind == "bin" else None
     with pytest.raises(DataError, match=message):
-        adopt(options(kind, tmp_path / "x.bin", out=tmp_path / "out", dtype=dtype), io.StringIO())
+        adopt(make_options(kind, tmp_path / "x.bin", out=tmp_path / "out", dtype=dtype), io.StringIO())
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*.partial"))
 
@@ -182,43 +184,43 @@ def test_a_bad_file_is_refused_with_its_byte(kind, content, message, tmp_path):
         ({"out": Path("/tmp")}, "/tmp: exists"),
     ],
 )
-def test_wrong_options_are_refused(changes, message, tmp_path):
-    given = {"format": "npy", "data": ("x.npy",), "tokenizer": "byte", "out": tmp_path / "out", **changes}
+def test_invalid_options_are_refused(changes, message, tmp_path):
+    fields = {"format": "npy", "data": ("x.npy",), "tokenizer": "byte", "out": tmp_path / "out", **changes}
     with pytest.raises(DataError, match=message):
-        adopt(AdoptOptions(**given), io.StringIO())
+        adopt(AdoptOptions(**fields), io.StringIO())
 
 
-def test_a_full_disk_is_said(prepared, tmp_path):
-    path, _ = write("npy", prepared, tmp_path)
+def test_an_unwritable_output_is_reported(prepared_corpus, tmp_path):
+    path, _ = write_token_file("npy", prepared_corpus, tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written: Not a directory"):
-        adopt(options("npy", path, out=tmp_path / "file" / "out"), io.StringIO())
+        adopt(make_options("npy", path, out=tmp_path / "file" / "out"), io.StringIO())
 
 
-def test_the_command(prepared, tmp_path, capsys):
-    path, _ = write("llmc", prepared, tmp_path)
+def test_the_adopt_command(prepared_corpus, tmp_path, capsys):
+    path, _ = write_token_file("llmc", prepared_corpus, tmp_path)
     arguments = ["adopt", "--format", "llmc", "--data", str(path), "--tokenizer", "byte", "--out", str(tmp_path / "o")]
     assert cli.main(arguments) == 0
-    assert Corpus(tmp_path / "o").n_tokens == prepared.n_tokens
+    assert Corpus(tmp_path / "o").n_tokens == prepared_corpus.n_tokens
     assert cli.main(arguments) == 2
     assert "exists. Choose another --out" in capsys.readouterr().err
 
 
-def test_the_options_offer_what_is_read():
+def test_the_options_match_the_readers():
     assert set(READ_AS) == set(DTYPES)
     assert set(FORMATS) == {"megatron", "npy", "bin", "llmc"}
 
 
-def test_a_far_file_is_adopted_where_it_is(prepared, tmp_path):
+def test_a_remote_file_is_adopted_without_a_copy(prepared_corpus, tmp_path):
     import fsspec
 
-    _, ids = write("megatron", prepared, tmp_path)
+    _, ids = write_token_file("megatron", prepared_corpus, tmp_path)
     files = fsspec.filesystem("memory")
     for name in ("x.bin", "x.idx"):
         files.pipe_file(f"/adopt/{name}", (tmp_path / name).read_bytes())
-    manifest = adopt(options("megatron", "memory://adopt/x", out=tmp_path / "out"), io.StringIO())
+    manifest = adopt(make_options("megatron", "memory://adopt/x", out=tmp_path / "out"), io.StringIO())
     assert manifest.shards["train"][0].file == "memory://adopt/x.bin"
     corpus = Corpus(tmp_path / "out", cache=str(tmp_path / "cache"))
     assert np.array_equal(corpus.read(np.array([0]), len(ids))[0], ids)
     with pytest.raises(DataError, match=r"memory://adopt/none.bin: cannot be fetched: FileNotFoundError"):
-        adopt(options("megatron", "memory://adopt/none", out=tmp_path / "other"), io.StringIO())
+        adopt(make_options("megatron", "memory://adopt/none", out=tmp_path / "other"), io.StringIO())

@@ -1,4 +1,4 @@
-"""nanoGPT's meta.pkl: read as what it is, never run, and a tokenizer like the others."""
+"""nanoGPT's meta.pkl is read without running code and gives a tokenizer like the others."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from dist_llm.text.char_tokenizer import CharTokenizer, read_meta
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.tokenizer import Tokenizer, parse_tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 
 TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler, é漢\n"
 CHARS = sorted(set(TEXT))
@@ -32,7 +32,7 @@ def write_meta(path, meta=META, protocol=4):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_every_protocol_of_pickle_is_read(protocol, tmp_path):
+def test_every_pickle_protocol_is_read(protocol, tmp_path):
     tokenizer = read_meta(write_meta(tmp_path / "meta.pkl", protocol=protocol))
     assert tokenizer.encode(TEXT).tolist() == [META["stoi"][c] for c in TEXT]
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
@@ -41,7 +41,7 @@ def test_every_protocol_of_pickle_is_read(protocol, tmp_path):
     assert parse_tokenizer(tokenizer.file_bytes(), "place") == tokenizer
 
 
-class Runs:
+class RunsCommand:
     def __init__(self, *call):
         self.call = call
 
@@ -49,16 +49,16 @@ class Runs:
         return self.call
 
 
-HOSTILE = {
-    "a command": pickle.dumps(META | {"x": Runs(os.system, ("touch run",))}),
+INVALID_META = {
+    "a command": pickle.dumps(META | {"x": RunsCommand(os.system, ("touch run",))}),
     "an old command": b"cos\nsystem\n(S'touch run'\ntR.",
     "a class": pickle.dumps(META | {"x": io.BytesIO}),
     "an instance": pickle.dumps(META | {"x": ValueError("x")}),
     "an array": pickle.dumps(META | {"x": np.arange(3)}),
     "bytes": pickle.dumps(META | {"x": b"x"}),
     "a name from the stack": b"\x80\x04\x8c\x02os\x8c\x06system\x93.",
-    "another's object": b"\x80\x04\x8c\x01xQ.",
-    "a place of the memo that takes 32 GB": b"\x80\x04}r\xff\xff\xff\xff.",
+    "a persistent id": b"\x80\x04\x8c\x01xQ.",
+    "a memo index that needs 32 GB": b"\x80\x04}r\xff\xff\xff\xff.",
     "a text of 4 GB": b"\x80\x04X\xff\xff\xff\xffx.",
     "truncated": pickle.dumps(META)[:-9],
     "empty": b"",
@@ -78,38 +78,40 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_nothing_is_run_and_the_error_names_the_file(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", INVALID_META)
+def test_no_code_runs_and_the_error_names_the_file(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = write_meta(tmp_path / "meta.pkl", HOSTILE[name])
-    with pytest.raises(DataError) as caught:
+    path = write_meta(tmp_path / "meta.pkl", INVALID_META[name])
+    with pytest.raises(DataError) as excinfo:
         build_tokenizer(str(path), None, lambda: ())
-    assert str(caught.value).startswith(str(path))
+    assert str(excinfo.value).startswith(str(path))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_deep_nest_is_no_crash(tmp_path):
+def test_deep_nesting_is_an_error(tmp_path):
     deep = b"\x80\x04}\x8c\x04stoi}" + b"\x8c\x01a" + b"(" * 100_000 + b"l" * 100_000 + b"ss."
     with pytest.raises(DataError, match="not a whole number"):
         read_meta(write_meta(tmp_path / "meta.pkl", deep))
 
 
-def test_nanogpts_corpus_is_adopted_with_its_own_ids(tmp_path):
+def test_nanogpts_corpus_is_adopted_with_its_ids(tmp_path):
     write_meta(tmp_path / "meta.pkl")
     ids = np.array([META["stoi"][c] for c in TEXT], np.uint16)
     ids.tofile(tmp_path / "train.bin")
     data = (str(tmp_path / "train.bin"),)
     adopt(AdoptOptions("bin", data, str(tmp_path / "meta.pkl"), tmp_path / "out", dtype="uint16"), io.StringIO())
     corpus, tokenizer = Corpus(tmp_path / "out"), Tokenizer.load(tmp_path / "out")
-    assert tokenizer == build_tokenizer(str(tmp_path), None, lambda: ()), "a folder that holds it"
-    assert corpus.manifest.vocab_size == len(CHARS), "no id more than nanoGPT's model has"
+    assert tokenizer == build_tokenizer(str(tmp_path), None, lambda: ()), (
+        "the folder of the file gives the same tokenizer"
+    )
+    assert corpus.manifest.vocab_size == len(CHARS), "the vocabulary is that of nanoGPT's model"
     assert tokenizer.decode(corpus.read(np.array([0]), len(ids))[0]) == TEXT
     assert corpus.manifest.text_bytes("train") == len(TEXT.encode())
-    assert not corpus.manifest.has_document_bounds, "no line is a document"
+    assert not corpus.manifest.has_document_bounds, "the corpus has no document boundaries"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_prepare_puts_documents_one_after_the_other(workers, tmp_path):
+def test_prepare_concatenates_documents(workers, tmp_path):
     write_meta(tmp_path / "meta.pkl")
     texts = [TEXT, "question", "b"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -132,15 +134,17 @@ def test_prepare_puts_documents_one_after_the_other(workers, tmp_path):
 def test_an_export_gives_the_same_ids(tmp_path):
     tokenizer = CharTokenizer(META["stoi"])
     export_chars(tokenizer, tmp_path)
-    theirs = Reference.from_file(str(tmp_path / "tokenizer.json"))
-    assert theirs.encode(TEXT).ids == tokenizer.encode(TEXT).tolist()
-    assert theirs.decode(theirs.encode(TEXT).ids) == TEXT
+    reference = Reference.from_file(str(tmp_path / "tokenizer.json"))
+    assert reference.encode(TEXT).ids == tokenizer.encode(TEXT).tolist()
+    assert reference.decode(reference.encode(TEXT).ids) == TEXT
 
 
-def test_a_prompt_is_characters_and_nothing_stops_the_model():
+def test_a_prompt_is_characters_without_stop_ids():
     tokenizer = CharTokenizer(META["stoi"])
-    config = config_of(1, {}, objective={"name": "causal"})
-    asked = encode_prompt(config, tokenizer, "be")
-    assert asked.ids == tokenizer.encode("be").tolist()
-    assert encode_prompt(config, tokenizer, "").ids == [META["stoi"]["\n"]], "as nanoGPT's sample.py begins"
-    assert not asked.stop_ids & set(META["stoi"].values())
+    config = make_config(1, {}, objective={"name": "causal"})
+    prompt = encode_prompt(config, tokenizer, "be")
+    assert prompt.ids == tokenizer.encode("be").tolist()
+    assert encode_prompt(config, tokenizer, "").ids == [META["stoi"]["\n"]], (
+        "an empty prompt is a newline, as in nanoGPT's sample.py"
+    )
+    assert not prompt.stop_ids & set(META["stoi"].values())

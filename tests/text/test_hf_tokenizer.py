@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face's give the ids that the `tokenizers` library gives, and keep their files."""
+"""Hugging Face tokenizers give the ids of the `tokenizers` library and keep their files."""
 
 import io
 import json
@@ -23,18 +23,18 @@ TEXTS = (*DIFFICULT, *DIFFICULT_TEXTS, *PROSE[:5])
 GPT2 = os.environ.get("GPT2_VOCABULARY")  # a folder with the published gpt2_vocab.json and gpt2_merges.txt
 
 
-def build(folder):
+def build_from_folder(folder):
     return build_tokenizer(str(folder), None, lambda: ())
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
+    folders_by_kind = {}
     for kind in KINDS:
         folder = tmp_path_factory.mktemp("folders") / kind
         write_folder(folder, kind)
-        made[kind] = folder
-    return made
+        folders_by_kind[kind] = folder
+    return folders_by_kind
 
 
 def test_there_are_fifty_difficult_texts():
@@ -42,12 +42,12 @@ def test_there_are_fifty_difficult_texts():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_and_files_are_the_originals(kind, folders, tmp_path):
-    """Also after it was kept with a corpus, and where tiktoken may be used."""
-    build(folders[kind]).save(tmp_path)
+def test_ids_and_files_equal_the_originals(kind, folders, tmp_path):
+    """Also after a round trip through a corpus, and when tiktoken encodes."""
+    build_from_folder(folders[kind]).save(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
-    assert tokenizer == build(folders[kind])
-    fast = tokenizer.speed_up()
+    assert tokenizer == build_from_folder(folders[kind])
+    fast_tokenizer = tokenizer.speed_up()
     reference = Reference.from_file(str(folders[kind] / "tokenizer.json"))
     as_text = Reference.from_file(str(folders[kind] / "tokenizer.json"))
     as_text.encode_special_tokens = True
@@ -56,7 +56,7 @@ def test_ids_and_files_are_the_originals(kind, folders, tmp_path):
     for text in TEXTS:
         ids = as_text.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text).tolist() == ids, text
-        assert fast.encode(text).tolist() == ids, text
+        assert fast_tokenizer.encode(text).tolist() == ids, text
         assert tokenizer.encode_prompt(text) == reference.encode(text).ids, text
         assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=False), text
     assert tokenizer.vocab_size == 1 + max(reference.get_vocab().values())
@@ -64,66 +64,68 @@ def test_ids_and_files_are_the_originals(kind, folders, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_says_what_the_whole_says(kind, folders):
-    tokenizer = build(folders[kind])
+def test_a_text_stream_equals_the_decoded_text(kind, folders):
+    tokenizer = build_from_folder(folders[kind])
     for before, after in (("The ship", " sailed 漢字 👩‍👩‍👧 to port."), ("", "漢 字"), ("a", "<think>b  c")):
         start, ids = tokenizer.encode_prompt(before), tokenizer.encode(after).tolist()
         stream = tokenizer.text_stream(start)
-        pieces = [stream.add(token) for token in ids]
-        said = "".join([*pieces, stream.end()])
-        assert said == tokenizer.decode([*start, *ids])[len(tokenizer.decode(start)) :]
-        assert not any(piece.endswith("\ufffd") for piece in pieces), "no character is cut"
-    assert tokenizer.decode([*ids, 10_000]).endswith("\ufffd"), "of padding a model may still sample"
+        fragments = [stream.add(token) for token in ids]
+        streamed = "".join([*fragments, stream.end()])
+        assert streamed == tokenizer.decode([*start, *ids])[len(tokenizer.decode(start)) :]
+        assert not any(fragment.endswith("\ufffd") for fragment in fragments), "no character is split"
+    assert tokenizer.decode([*ids, 10_000]).endswith("\ufffd"), "a model may sample an id of the padding"
 
 
 def test_a_lone_surrogate_is_a_replacement_character(folders):
-    tokenizer = build(folders["sentencepiece_bpe"])
+    tokenizer = build_from_folder(folders["sentencepiece_bpe"])
     assert tokenizer.encode("a\ud800b").tolist() == tokenizer.encode("a\ufffdb").tolist()
     assert tokenizer.encode_prompt("\ud83d\ude00") == tokenizer.encode_prompt("😀")
 
 
-def test_tiktoken_is_used_where_it_is_proven_equal_and_only_there(folders, tmp_path, monkeypatch):
+def test_tiktoken_is_used_only_if_proven_equal(folders, tmp_path, monkeypatch):
     write_folder(tmp_path / "plain", "byte_level", added=[])
-    plain = build(tmp_path / "plain").speed_up()
+    plain = build_from_folder(tmp_path / "plain").speed_up()
     assert plain._bpe is not None
-    monkeypatch.setattr(HFTokenizer, "as_text", None)  # so that nothing else can encode
+    monkeypatch.setattr(HFTokenizer, "as_text", None)  # so that only tiktoken can encode
     for text in ("", "the ship", "a</s>b", "漢字\r\n"):
         plain.encode(text)
     monkeypatch.undo()
-    assert len(plain.encode("e\u0301")) == len(plain.encode("é")), "Unicode's form NFC, as theirs"
+    assert len(plain.encode("e\u0301")) == len(plain.encode("é")), "text is normalized to NFC, as in the original"
     for kind in KINDS:
-        assert build(folders[kind]).speed_up()._bpe is None, "added tokens, or another kind"
+        assert build_from_folder(folders[kind]).speed_up()._bpe is None, (
+            "tiktoken cannot run added tokens or other kinds"
+        )
     reference = write_folder(tmp_path / "added", "byte_level", added=["<think>"])
-    added = build(tmp_path / "added").speed_up()
+    added = build_from_folder(tmp_path / "added").speed_up()
     assert reference.token_to_id("<think>") in added.encode("a<think>b")
 
 
-def test_a_tokenizer_that_tiktoken_runs_otherwise_is_not_given_to_it(tmp_path, monkeypatch):
-    """The check at load: a conversion that loses the last merge is found by running both."""
+def test_tiktoken_is_not_used_if_its_ids_differ(tmp_path, monkeypatch):
+    """The check at load runs both libraries and detects a conversion with another pattern."""
     import dist_llm.text.hf_bpe as hf_bpe
 
     write_folder(tmp_path, "byte_level", added=[], bos=False)
-    tokenizer = build(tmp_path)
-    right = hf_bpe.read_pattern
-    monkeypatch.setattr(hf_bpe, "read_pattern", lambda *rest: right(*rest).replace(r"\p{N}{1,3}", r"\p{N}+"))
+    tokenizer = build_from_folder(tmp_path)
+    original = hf_bpe.read_pattern
+    monkeypatch.setattr(hf_bpe, "read_pattern", lambda *rest: original(*rest).replace(r"\p{N}{1,3}", r"\p{N}+"))
     assert tokenizer.speed_up()._bpe is None
     assert tokenizer.speed_up().encode("1234567").tolist() == tokenizer.encode("1234567").tolist()
 
 
-def test_the_name_of_the_folder_and_texts_beside_it_are_no_part_of_the_identity(folders, tmp_path):
+def test_folder_names_and_other_files_do_not_affect_the_identity(folders, tmp_path):
     other = tmp_path / "another name"
     shutil.copytree(folders["byte_level"], other)
-    assert build(other).sha256 == build(folders["byte_level"]).sha256
+    assert build_from_folder(other).sha256 == build_from_folder(folders["byte_level"]).sha256
     (other / "chat_template.jinja").write_text("another")
     for number, folder in enumerate((folders["byte_level"], other, folders["unigram"])):
         (tmp_path / str(number)).mkdir()
-        build(folder).save(tmp_path / str(number))
+        build_from_folder(folder).save(tmp_path / str(number))
     assert same_tokenizer(tmp_path / "0", tmp_path / "1")
     assert not same_tokenizer(tmp_path / "0", tmp_path / "2")
 
 
-def test_two_ways_to_the_same_ids_are_one_tokenizer(tmp_path):
-    """Names, folders and forms differ; pattern, merges and the end of a document do not."""
+def test_equal_tokenizers_have_one_identity(tmp_path):
+    """Names, folders and formats may differ; the pattern, the merges and the end of a document must not."""
     bpe = build_tokenizer("bpe:300", None, lambda: iter(PROSE))
     fields = json.loads(bpe.file_bytes())
     renamed = json.dumps({**fields, "name": "other"}).encode()
@@ -131,29 +133,29 @@ def test_two_ways_to_the_same_ids_are_one_tokenizer(tmp_path):
     assert identity(bpe.file_bytes()) != identity(json.dumps({**fields, "pattern": r"\s|\S+"}).encode())
 
 
-def test_gpt2_as_a_folder_is_gpt2_as_two_files(tmp_path):
+def test_gpt2_as_a_folder_equals_gpt2_as_two_files(tmp_path):
     if GPT2 is None:
         pytest.skip("GPT2_VOCABULARY names no folder with the published files")
     shutil.copy(Path(GPT2, "gpt2_vocab.json"), tmp_path / "vocab.json")
     shutil.copy(Path(GPT2, "gpt2_merges.txt"), tmp_path / "merges.txt")
-    two_files = build(tmp_path)
+    two_files = build_from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    folder = build(tmp_path)
+    folder = build_from_folder(tmp_path)
     assert isinstance(folder, HFTokenizer)
-    fast = folder.speed_up()
-    assert fast._bpe is not None
+    fast_tokenizer = folder.speed_up()
+    assert fast_tokenizer._bpe is not None
     assert identity(folder.file_bytes()) == identity(two_files.file_bytes())
     for text in TEXTS:
         ids = folder.encode(text).tolist()
-        assert ids == fast.encode(text).tolist() == two_files.encode(text).tolist()
+        assert ids == fast_tokenizer.encode(text).tolist() == two_files.encode(text).tolist()
 
 
-def test_a_limit_of_length_in_the_file_cuts_no_document(tmp_path):
-    made = write_folder(tmp_path, "wordpiece")
-    made.enable_truncation(4)
-    made.enable_padding(length=4)
-    made.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = build(tmp_path)
+def test_truncation_settings_do_not_truncate_documents(tmp_path):
+    reference = write_folder(tmp_path, "wordpiece")
+    reference.enable_truncation(4)
+    reference.enable_padding(length=4)
+    reference.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = build_from_folder(tmp_path)
     assert len(tokenizer.encode("the ship " * 50)) == 100
     assert len(tokenizer.encode("the")) == 1
 
@@ -172,25 +174,25 @@ def test_prepare_writes_bos_added_tokens_and_the_end(folders, workers, tmp_path)
     assert len(starts) == 9
     assert (ids[starts] == tokenizer.first_ids[0]).all()
     assert (ids[[*(starts[1:] - 1), -1]] == tokenizer.eot).all()
-    assert np.count_nonzero(ids == tokenizer.eot) == 9, "of a text in which </s> stands, no token ends a document"
+    assert np.count_nonzero(ids == tokenizer.eot) == 9, "the string </s> in a text is not the end token"
     reference = Reference.from_file(str(folder / "tokenizer.json"))
-    assert np.count_nonzero(ids == reference.token_to_id("ship")) == 18, "an added token, also within a word"
+    assert np.count_nonzero(ids == reference.token_to_id("ship")) == 18, "an added token also matches within a word"
     assert tokenizer.decode(ids[: starts[1]]) == "<s>the warship ships 0</s></s>"
-    assert (completions - starts == 1 + len(tokenizer.encode("the "))).all(), "BOS is of the prompt"
+    assert (completions - starts == 1 + len(tokenizer.encode("the "))).all(), "BOS belongs to the prompt"
 
 
-def test_what_begins_and_ends_within_a_word(folders):
+def test_word_edges_of_tokens(folders):
     for kind, mark in (("byte_level", "Ġ"), ("unigram", "▁"), ("sentencepiece_bpe", "▁")):
-        tokenizer = build(folders[kind])
-        words = tokenizer.vocabulary(with_word_edges=True).word_V2
+        tokenizer = build_from_folder(folders[kind])
+        word_flags = tokenizer.vocabulary(with_word_edges=True).word_V2
         ids = tokenizer.as_text.get_vocab()
         for token, number in ids.items():
             if token.startswith(mark) and token[1:].isalpha():
-                assert words[number].tolist() == [False, True], (kind, token)
-    tokenizer = build(folders["wordpiece"])
-    words, ids = tokenizer.vocabulary(with_word_edges=True).word_V2, tokenizer.as_text.get_vocab()
-    assert words[ids["the"]].tolist() == [False, True]
-    assert words[next(n for token, n in ids.items() if token.startswith("##") and token[2:].isalpha())].all()
+                assert word_flags[number].tolist() == [False, True], (kind, token)
+    tokenizer = build_from_folder(folders["wordpiece"])
+    word_flags, ids = tokenizer.vocabulary(with_word_edges=True).word_V2, tokenizer.as_text.get_vocab()
+    assert word_flags[ids["the"]].tolist() == [False, True]
+    assert word_flags[next(n for token, n in ids.items() if token.startswith("##") and token[2:].isalpha())].all()
 
 
 CONTAINER = {
@@ -232,9 +234,9 @@ def test_a_malformed_file_is_a_data_error(change, message):
 
 @pytest.mark.parametrize("content", ["", "{}", '{"model": []}', '{"model": {"type": "BPE", "vocab": {}, "merges": 3}}'])
 def test_a_malformed_original_is_a_data_error(content):
-    made = parse_tokenizer(json.dumps(CONTAINER | {"files": {"tokenizer.json": content}}).encode(), "place")
+    tokenizer = parse_tokenizer(json.dumps(CONTAINER | {"files": {"tokenizer.json": content}}).encode(), "place")
     with pytest.raises(DataError, match=r"tokenizer\.json cannot be read"):
-        made.encode("text")
+        tokenizer.encode("text")
 
 
 @pytest.mark.parametrize(
@@ -247,11 +249,11 @@ def test_a_malformed_original_is_a_data_error(content):
         ({"tokenizer_config.json": b"[]", "tokenizer.json": b'{"model": {}}'}, "cannot be read"),
     ],
 )
-def test_a_folder_that_cannot_be_read_says_what_to_do(files, message, tmp_path):
+def test_an_unreadable_folder_is_an_error_with_a_hint(files, message, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        build(tmp_path)
+        build_from_folder(tmp_path)
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path):
@@ -259,8 +261,8 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     content = (tmp_path / TOKENIZER_FILE).read_text()
     (tmp_path / TOKENIZER_FILE).write_text(content.replace("</s>", "<stop>"))
     with pytest.raises(DataError, match=r"no token that ends a document.*Set eos_token"):
-        build(tmp_path)
+        build_from_folder(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"eos_token": "<stop>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert build(tmp_path).eot == Reference.from_file(str(tmp_path / TOKENIZER_FILE)).token_to_id("<stop>")
+    assert build_from_folder(tmp_path).eot == Reference.from_file(str(tmp_path / TOKENIZER_FILE)).token_to_id("<stop>")
     assert len(ADDED) == 3

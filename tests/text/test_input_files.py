@@ -1,4 +1,4 @@
-"""Each kind of source yields its documents in order, and locates what it skips."""
+"""Each kind of source yields its documents in order and reports the location of skipped rows."""
 
 import bz2
 import gzip
@@ -22,46 +22,48 @@ TEXTS = ["first", "second\nline\r\n", "", "漢字 🙂", " "]
 LINES = b"".join(json.dumps({"n": n, "text": text}).encode() + b"\n" for n, text in enumerate(TEXTS))
 
 
-def read(*specs, text_key="text", max_bad_rate=1.0, rules=DEFAULT_RULES, table=None, separator=None):
-    """The documents of the sources and the tally of the pass."""
+def read_sources(*specs, text_key="text", max_bad_rate=1.0, rules=DEFAULT_RULES, table=None, separator=None):
+    """Return the documents of the sources and the tally of the pass."""
     tally = Tally(max_bad_rate, skip_unreadable=rules.skip_unreadable)
     sources = open_inputs(
         [str(spec) for spec in specs], RowKeys(text_key, separator=separator), rules=rules, table=table
     )
-    found = list(iter_documents(sources, tally))
+    documents = list(iter_documents(sources, tally))
     assert tally.bytes_read == (sum_size_bytes(sources) or 0)
-    assert tally.rows == len(found) + tally.bad_rows
-    return found, tally
+    assert tally.rows == len(documents) + tally.bad_rows
+    return documents, tally
 
 
-def texts(*specs, **options):
-    return [document.text for document in read(*specs, **options)[0]]
+def read_texts(*specs, **options):
+    return [document.text for document in read_sources(*specs, **options)[0]]
 
 
 def zstd(content):
     return zstandard.ZstdCompressor().compress(content)
 
 
-PACKERS = [(bytes, ""), (gzip.compress, ".gz"), (zstd, ".zst"), (bz2.compress, ".bz2"), (lzma.compress, ".xz")]
+COMPRESSORS = [(bytes, ""), (gzip.compress, ".gz"), (zstd, ".zst"), (bz2.compress, ".bz2"), (lzma.compress, ".xz")]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".JSONL"])
-@pytest.mark.parametrize(("pack", "ending"), PACKERS)
-def test_json_lines(suffix, pack, ending, tmp_path):
+@pytest.mark.parametrize(("compress", "ending"), COMPRESSORS)
+def test_json_lines(suffix, compress, ending, tmp_path):
     path = tmp_path / f"rows{suffix}{ending}"
     half = LINES.index(b"\n") + 1
-    path.write_bytes(pack(LINES[:half]) + pack(b"\n  \n" + LINES[half:].rstrip()))  # two frames, blank lines, no end
-    found, _ = read(path)
-    assert [document.text for document in found] == TEXTS
-    assert [document.origin for document in found] == [f"{path}:{number}" for number in (1, 4, 5, 6, 7)]
+    path.write_bytes(
+        compress(LINES[:half]) + compress(b"\n  \n" + LINES[half:].rstrip())
+    )  # two frames, blank lines, no final newline
+    documents, _ = read_sources(path)
+    assert [document.text for document in documents] == TEXTS
+    assert [document.origin for document in documents] == [f"{path}:{number}" for number in (1, 4, 5, 6, 7)]
 
 
-@pytest.mark.parametrize(("pack", "ending"), PACKERS[1:])
-def test_a_truncated_file_is_an_error_not_an_end(pack, ending, tmp_path):
+@pytest.mark.parametrize(("compress", "ending"), COMPRESSORS[1:])
+def test_a_truncated_file_is_an_error_not_an_end(compress, ending, tmp_path):
     path = tmp_path / f"rows.jsonl{ending}"
-    path.write_bytes(pack(LINES * 1000)[:-9])
+    path.write_bytes(compress(LINES * 1000)[:-9])
     with pytest.raises(DataError, match=r"rows\.jsonl.*Truncated"):
-        read(path)
+        read_sources(path)
 
 
 def test_text_files_and_folders(tmp_path):
@@ -78,19 +80,19 @@ def test_text_files_and_folders(tmp_path):
     (tmp_path / "a/rows.jsonl").write_bytes(LINES)
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"packed"))
     (tmp_path / "loop").symlink_to(tmp_path)
-    want = ["print()", *TEXTS, "# z", "plain\r\ntext", "with a mark", "packed"]
-    assert texts(tmp_path) == want
-    assert texts(tmp_path / "d.txt.gz", tmp_path) == ["packed", *want]
+    expected_texts = ["print()", *TEXTS, "# z", "plain\r\ntext", "with a mark", "packed"]
+    assert read_texts(tmp_path) == expected_texts
+    assert read_texts(tmp_path / "d.txt.gz", tmp_path) == ["packed", *expected_texts]
 
 
 def test_python_stdlib():
-    found, tally = read("python-stdlib")
-    origins = [document.origin for document in found]
+    documents, tally = read_sources("python-stdlib")
+    origins = [document.origin for document in documents]
     root = sysconfig.get_path("stdlib")
     assert tally.bad_rows == 0
     assert f"{root}/argparse.py" in origins
     assert origins == sorted(origins)
-    folders = {part for origin in origins for part in origin.removeprefix(root).split("/")[:-1]}
+    folders = {directory for origin in origins for directory in origin.removeprefix(root).split("/")[:-1]}
     assert not folders & {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -98,17 +100,17 @@ def test_python_stdlib():
 def test_parquet(kind, tmp_path):
     path = tmp_path / "rows.parquet"
     parquet.write_table(pa.table({"n": range(5000), "body": pa.array(TEXTS * 1000).cast(kind)}), path)
-    found, _ = read(path, text_key="body")
-    assert [document.text for document in found] == TEXTS * 1000
-    assert found[-1].origin == f"{path}:5000"
+    documents, _ = read_sources(path, text_key="body")
+    assert [document.text for document in documents] == TEXTS * 1000
+    assert documents[-1].origin == f"{path}:5000"
 
 
 def test_bad_rows_of_parquet(tmp_path):
-    raw = pa.array([b"good", b"\xff", None, b"fine"], pa.binary())
-    unchecked = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+    raw_values = pa.array([b"good", b"\xff", None, b"fine"], pa.binary())
+    unchecked = pa.Array.from_buffers(pa.string(), len(raw_values), raw_values.buffers())
     parquet.write_table(pa.table({"text": unchecked}), tmp_path / "rows.parquet")
-    found, tally = read(tmp_path / "rows.parquet")
-    assert [document.text for document in found] == ["good", "fine"]
+    documents, tally = read_sources(tmp_path / "rows.parquet")
+    assert [document.text for document in documents] == ["good", "fine"]
     assert tally.locations == [
         f"{tmp_path}/rows.parquet:2: not UTF-8",
         f"{tmp_path}/rows.parquet:3: no string under 'text'",
@@ -118,14 +120,14 @@ def test_bad_rows_of_parquet(tmp_path):
 def test_a_parquet_file_without_the_column(tmp_path):
     parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="--text-key one of: body"):
-        read(tmp_path / "rows.parquet")
+        read_sources(tmp_path / "rows.parquet")
 
 
 def test_a_parquet_file_with_two_columns_of_one_name(tmp_path):
     table = pa.table([["x"], ["y"], ["z"]], names=["text", "text", "body"])
     parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"rows\.parquet: 2 columns are called 'text'. Rename all but one"):
-        read(tmp_path / "rows.parquet")
+        read_sources(tmp_path / "rows.parquet")
 
 
 def test_bad_rows_of_json_lines_are_located_and_skipped(tmp_path):
@@ -134,8 +136,8 @@ def test_bad_rows_of_json_lines_are_located_and_skipped(tmp_path):
         b'{"text": "good"}\n{"text": "\xff"}\n{"text": \n{"body": "x"}\n{"text": 3}\n["text"]\n'
         b'\n{"text": "\\ud800 mended"}\n'
     )
-    found, tally = read(path)
-    assert [document.text for document in found] == ["good", "\ufffd mended"]
+    documents, tally = read_sources(path)
+    assert [document.text for document in documents] == ["good", "\ufffd mended"]
     assert (tally.rows, tally.bad_rows) == (7, 5)
     assert [location.removeprefix(f"{path}:").split(":")[:2] for location in tally.locations] == [
         ["2", " not UTF-8"],
@@ -146,7 +148,7 @@ def test_bad_rows_of_json_lines_are_located_and_skipped(tmp_path):
     ]
 
 
-SKIP = FileRules(skip_unreadable=True)
+SKIP_UNREADABLE = FileRules(skip_unreadable=True)
 
 
 @pytest.mark.parametrize(
@@ -167,55 +169,55 @@ def test_an_unreadable_file_is_an_error_unless_it_may_be_skipped(name, content, 
     (tmp_path / name).write_bytes(content)
     (tmp_path / "b.txt").write_bytes(b"fine")
     with pytest.raises(DataError, match=rf"{name}: (.|\n)*{reason}(.|\n)*--exclude(.|\n)*--skip-unreadable"):
-        read(tmp_path)
+        read_sources(tmp_path)
     table = InputTable()
-    found, tally = read(tmp_path, rules=SKIP, table=table)
-    assert found[-1].text == "fine"
-    for path, (size, why) in tally.unreadable.items():
+    documents, tally = read_sources(tmp_path, rules=SKIP_UNREADABLE, table=table)
+    assert documents[-1].text == "fine"
+    for path, (size, actual_reason) in tally.unreadable.items():
         assert (path, size) == (str(tmp_path / name), len(content))
-        assert reason in why
-    noted = {"skipped: unreadable"} & table.keys()
-    assert bool(tally.unreadable) != bool(noted), "found when it was read, or before"
-    assert read(tmp_path, rules=FileRules(exclude=("a.*",)))[0][0].text == "fine"
+        assert reason in actual_reason
+    in_table = {"skipped: unreadable"} & table.keys()
+    assert bool(tally.unreadable) != bool(in_table), "unreadable files are detected before or during the read"
+    assert read_sources(tmp_path, rules=FileRules(exclude=("a.*",)))[0][0].text == "fine"
 
 
 def test_folders_without_permission_and_broken_links_are_errors(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "b.txt").write_text("fine")
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "gone")
-    real = os.scandir
+    original = os.scandir
 
     def scandir(path):
         if str(path).endswith("/a"):
             raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
+        return original(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(DataError, match=r"2 files or folders(.|\n)*/a: Permission(.|\n)*dangling\.txt: a link to not"):
-        read(tmp_path)
-    assert texts(tmp_path, rules=SKIP) == ["fine"]
+        read_sources(tmp_path)
+    assert read_texts(tmp_path, rules=SKIP_UNREADABLE) == ["fine"]
 
 
 def test_a_linked_folder_is_read_once(tmp_path):
-    away, root = tmp_path / "away", tmp_path / "root"
-    (away / "deep").mkdir(parents=True)
+    outside, root = tmp_path / "away", tmp_path / "root"
+    (outside / "deep").mkdir(parents=True)
     root.mkdir()
-    (away / "deep/x.txt").write_text("x")
+    (outside / "deep/x.txt").write_text("x")
     (root / "a.txt").write_text("a")
-    (away / "up").symlink_to(away)
-    for name, target in (("l1", away), ("l2", away), ("up", tmp_path), ("self", root)):
+    (outside / "up").symlink_to(outside)
+    for name, target in (("l1", outside), ("l2", outside), ("up", tmp_path), ("self", root)):
         (root / name).symlink_to(target)
     table = InputTable()
-    assert texts(root, table=table) == ["a", "x"]
+    assert read_texts(root, table=table) == ["a", "x"]
     assert table["skipped: folder read already"]["folder"].files == 4
 
 
-def test_what_is_no_text_is_skipped_and_every_file_is_counted(tmp_path):
+def test_files_without_text_are_skipped_and_every_file_is_counted(tmp_path):
     names = ["a.txt", "a.txt.md5", "SHA256SUMS", "a.txt~", "#b.txt#", "b.txt.bak", ".hidden", "README.md", "LICENSE"]
     for name in names:
         (tmp_path / name).write_text("abc")
     table = InputTable()
-    assert texts(tmp_path, table=table) == ["abc"]
+    assert read_texts(tmp_path, table=table) == ["abc"]
     assert table["read"] == {".txt": FileCount(1, 3)}
     assert table["skipped: checksum"] == {".txt.md5": FileCount(1, 3), "no suffix": FileCount(1, 3)}
     assert sum(each.files for each in table["skipped: editor backup"].values()) == 3
@@ -223,9 +225,9 @@ def test_what_is_no_text_is_skipped_and_every_file_is_counted(tmp_path):
     assert sum(each.files for kinds in table.values() for each in kinds.values()) == len(names)
     assert ["skipped:", "checksum", ".txt.md5", "1", "3"] in [line.split() for line in table.lines()]
     (tmp_path / "more.md").write_text("abc")
-    assert len(texts(tmp_path)) == 3, "among its like a README is text"
+    assert len(read_texts(tmp_path)) == 3, "a README among files of its kind is text"
     (tmp_path / "rows.jsonl").write_bytes(LINES)
-    assert len(texts(tmp_path)) == 2 + len(TEXTS), "beside rows it is none"
+    assert len(read_texts(tmp_path)) == 2 + len(TEXTS), "a README beside rows is not text"
 
 
 def test_include_and_exclude(tmp_path):
@@ -233,7 +235,9 @@ def test_include_and_exclude(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     table = InputTable()
-    assert texts(tmp_path, rules=FileRules(include=("*.txt", "README.md"), exclude=("sub/deep/*",)), table=table) == [
+    assert read_texts(
+        tmp_path, rules=FileRules(include=("*.txt", "README.md"), exclude=("sub/deep/*",)), table=table
+    ) == [
         "README.md",
         "a.txt",
         "sub/c.txt",
@@ -242,7 +246,7 @@ def test_include_and_exclude(tmp_path):
     assert table["skipped: not in --include"] == {".py": FileCount(1, 4)}
     for rules in (FileRules(include=("*.tex",)), FileRules(exclude=("*.tex",))):
         with pytest.raises(DataError, match=r"--(in|ex)clude \*\.tex: matches no file"):
-            read(tmp_path, rules=rules)
+            read_sources(tmp_path, rules=rules)
 
 
 def test_bad_bytes_count_in_the_bad_rate():
@@ -254,16 +258,16 @@ def test_bad_bytes_count_in_the_bad_rate():
         tally.check()
 
 
-def test_a_json_array_is_refused_before_it_fills_the_memory(tmp_path):
+def test_a_json_array_is_refused_before_it_is_loaded(tmp_path):
     (tmp_path / "rows.json").write_text(' [\n{"text": "x"}]')
     with pytest.raises(DataError, match="one object a line"):
-        read(tmp_path / "rows.json")
+        read_sources(tmp_path / "rows.json")
 
 
-def test_the_rate_is_checked_early_and_at_the_end():
+def test_the_bad_rate_is_checked_early_and_at_the_end():
     tally = Tally(0.001, rows=MIN_ROWS - 11)
     for number in range(10):
-        tally.count_bad(f"f:{number}", "why", 0)  # 10 of 9,999: too many, but too soon to tell
+        tally.count_bad(f"f:{number}", "why", 0)  # 10 of 9,999: above the rate, but too early to check
     with pytest.raises(DataError, match=r"10 of 9,999 rows are bad.*--max-bad-rate 0\.001(.|\n)*f:0: why\n  f:1: why"):
         tally.check()
     with pytest.raises(DataError, match="11 of 10,000"):
@@ -281,27 +285,27 @@ def test_a_local_hugging_face_dataset(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     rows = [{"text": text} for text in TEXTS] + [{"text": None}]
     (tmp_path / "data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found, tally = read(f"hf:{tmp_path / 'data'}")
-    assert [document.text for document in found] == TEXTS
+    documents, tally = read_sources(f"hf:{tmp_path / 'data'}")
+    assert [document.text for document in documents] == TEXTS
     assert tally.locations == [f"hf:{tmp_path}/data:6: no string under 'text'"]
     with pytest.raises(DataError, match="--hf-split"):
         open_inputs([f"hf:{tmp_path / 'data'}"], hf_split="nosuch")
 
 
-def test_an_unreachable_hub_says_what_to_do(monkeypatch):
+def test_an_unreachable_hub_is_an_error_with_a_hint(monkeypatch):
     import datasets
 
-    def unreachable(*args, **options):
+    def raise_connection_error(*args, **options):
         raise ConnectionError("a very long story " * 100)
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match="hf:FOLDER") as caught:
+    monkeypatch.setattr(datasets, "load_dataset", raise_connection_error)
+    with pytest.raises(DataError, match="hf:FOLDER") as excinfo:
         open_inputs(["hf:some/name:config"])
-    assert len(str(caught.value)) < 500
+    assert len(str(excinfo.value)) < 500
 
 
 @pytest.mark.parametrize(
-    ("separator", "content", "want"),
+    ("separator", "content", "expected_texts"),
     [
         ("<|endoftext|>", "one\nmore\n<|endoftext|>\ntwo\n\n<|endoftext|>\n", ["one\nmore", "two\n"]),
         ("<|endoftext|>", "one<|endoftext|>two<|endoftext|>\nthree\n", ["one", "two", "three"]),
@@ -313,43 +317,50 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
         ("---", "no mark\n", ["no mark"]),
     ],
 )
-def test_a_separator_cuts_a_text_file(separator, content, want, tmp_path):
+def test_a_separator_splits_a_text_file(separator, content, expected_texts, tmp_path):
     (tmp_path / "a.txt").write_bytes(content.encode())
-    found, _ = read(tmp_path / "a.txt", separator=separator)
-    assert [document.text for document in found] == want
-    for document in found:
+    documents, _ = read_sources(tmp_path / "a.txt", separator=separator)
+    assert [document.text for document in documents] == expected_texts
+    for document in documents:
         line = int(document.origin.rpartition(":")[2])
         assert document.text.splitlines()[0] in content.removeprefix("\ufeff").splitlines()[line - 1]
 
 
-def test_a_separated_document_that_is_no_text_is_a_bad_row(tmp_path):
+def test_a_separated_document_that_is_not_utf8_is_a_bad_row(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\n---\nt\xffo\n---\nthree\n")
-    found, tally = read(tmp_path / "a.txt", separator="---")
-    assert [document.text for document in found] == ["one", "three"]
+    documents, tally = read_sources(tmp_path / "a.txt", separator="---")
+    assert [document.text for document in documents] == ["one", "three"]
     assert (tally.rows, tally.bad_rows, tally.bad_bytes) == (3, 1, 3)
     assert tally.locations[0].startswith(f"{tmp_path}/a.txt:3: line 3: not UTF-8")
     (tmp_path / "rows.jsonl").write_bytes(LINES)
     with pytest.raises(DataError, match="--separator: cuts text files, and the sources have none"):
-        read(tmp_path / "rows.jsonl", separator="---")
+        read_sources(tmp_path / "rows.jsonl", separator="---")
 
 
-@pytest.mark.parametrize(("suffix", "mark"), [(".csv", ","), (".tsv", "\t")])
-def test_columns_of_tables(suffix, mark, tmp_path):
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_columns_of_tables(suffix, separator, tmp_path):
     path = tmp_path / f"rows{suffix}"
-    rows = [["n", "body"], ["1", "first"], ["2", f'"second{mark} ""quoted""\nline"'], ["3", "漢字"], ["4"], ["5", ""]]
-    content = "\ufeff" + "".join(mark.join(row) + "\r\n" for row in rows)
-    path.write_bytes(content.encode() + mark.join(["6", "b\udcffd"]).encode("utf-8", "surrogateescape") + b"\n")
-    found, tally = read(path, text_key="body")
-    assert [document.text for document in found] == ["first", f'second{mark} "quoted"\nline', "漢字", ""]
+    rows = [
+        ["n", "body"],
+        ["1", "first"],
+        ["2", f'"second{separator} ""quoted""\nline"'],
+        ["3", "漢字"],
+        ["4"],
+        ["5", ""],
+    ]
+    content = "\ufeff" + "".join(separator.join(row) + "\r\n" for row in rows)
+    path.write_bytes(content.encode() + separator.join(["6", "b\udcffd"]).encode("utf-8", "surrogateescape") + b"\n")
+    documents, tally = read_sources(path, text_key="body")
+    assert [document.text for document in documents] == ["first", f'second{separator} "quoted"\nline', "漢字", ""]
     assert [location.removeprefix(f"{path}:") for location in tally.locations] == [
         "6: no string under 'body'",
         "8: not UTF-8",
     ]
     with pytest.raises(DataError, match=r"no column 'text'.*--text-key one of: n, body.*--exclude"):
-        read(path)
+        read_sources(path)
     path.write_bytes(b'body\n"never closed\n1\n2\n')
     with pytest.raises(DataError, match=rf"{suffix}: cannot be read: line \d: not readable as {suffix}"):
-        read(path, text_key="body")
+        read_sources(path, text_key="body")
 
 
 def test_nested_keys_and_lists_of_paragraphs(tmp_path):
@@ -362,8 +373,8 @@ def test_nested_keys_and_lists_of_paragraphs(tmp_path):
         {"data": {"content": ["p", 1]}},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found, tally = read(tmp_path / "rows.jsonl", text_key="data.content")
-    assert [document.text for document in found] == ["a", "b", "p1\n\np2"]
+    documents, tally = read_sources(tmp_path / "rows.jsonl", text_key="data.content")
+    assert [document.text for document in documents] == ["a", "b", "p1\n\np2"]
     assert [location.rpartition(": ")[2] for location in tally.locations] == [
         "no key 'data.content'",
         "no key 'data.content'",
@@ -371,8 +382,8 @@ def test_nested_keys_and_lists_of_paragraphs(tmp_path):
     ]
     table = pa.table({"data": [{"content": "a"}, {"content": None}], "paragraphs": [["p1", "p2"], []]})
     parquet.write_table(table, tmp_path / "rows.parquet")
-    assert texts(tmp_path / "rows.parquet", text_key="data.content") == ["a"]
-    assert texts(tmp_path / "rows.parquet", text_key="paragraphs") == ["p1\n\np2"]
+    assert read_texts(tmp_path / "rows.parquet", text_key="data.content") == ["a"]
+    assert read_texts(tmp_path / "rows.parquet", text_key="paragraphs") == ["p1\n\np2"]
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -381,18 +392,18 @@ def test_a_saved_dataset(nested, tmp_path):
 
     saved = datasets.Dataset.from_dict({"text": TEXTS})
     (datasets.DatasetDict({"train": saved}) if nested else saved).save_to_disk(tmp_path / "saved")
-    assert texts(tmp_path / "saved") == TEXTS
+    assert read_texts(tmp_path / "saved") == TEXTS
 
 
 def test_long_zstd_windows_and_padding_after_gzip(tmp_path):
     parameters = zstandard.ZstdCompressionParameters(window_log=29, compression_level=1, enable_ldm=False)
     compressor = zstandard.ZstdCompressor(
         compression_params=parameters
-    ).compressobj()  # of unknown size: no less window
+    ).compressobj()  # of unknown size, so that the window is not reduced
     (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(LINES) + compressor.flush())
-    assert texts(tmp_path / "a.jsonl.zst") == TEXTS
+    assert read_texts(tmp_path / "a.jsonl.zst") == TEXTS
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES) + bytes(100_000))
-    assert texts(tmp_path / "b.jsonl.gz") == TEXTS
+    assert read_texts(tmp_path / "b.jsonl.gz") == TEXTS
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES) + bytes(100_000) + b"rubbish")
     with pytest.raises(DataError, match=r"b\.jsonl\.gz: cannot be read: damaged \.gz file"):
-        read(tmp_path / "b.jsonl.gz")
+        read_sources(tmp_path / "b.jsonl.gz")

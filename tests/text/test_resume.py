@@ -1,4 +1,4 @@
-"""A run that was cut off goes on to the bytes of an undisturbed one, and uses what was done only while it holds."""
+"""An interrupted run resumes to the same bytes as an uninterrupted one, and reuses only valid earlier work."""
 
 import os
 import signal
@@ -11,30 +11,30 @@ from dist_llm.errors import DataError
 from dist_llm.text import chunks, input_files
 from dist_llm.text.journal import JOURNAL_FILE, Journal
 from dist_llm.text.vocabulary import build_tokenizer
-from tests.text.test_filters import prose
-from tests.text.test_prepare import all_files, random_texts, run, start, wait_for, write_rows
+from tests.text.test_filters import make_prose
+from tests.text.test_prepare import make_random_texts, read_all_files, run, start_prepare, wait_for, write_rows
 from tests.text.test_scale import write_files
 
 
 @pytest.fixture
-def small_marks(monkeypatch):
-    """A mark at the end of each input file of more than a hundred characters."""
+def frequent_resume_points(monkeypatch):
+    """Set a resume point at the end of each input file with more than a hundred characters."""
     monkeypatch.setattr(chunks, "RESUME_POINT_CHARS", 100)
 
 
-class CutOffError(Exception):
-    """The run ends here."""
+class InterruptedRunError(Exception):
+    """Interrupts a run."""
 
 
-def cut_off(monkeypatch, after):
-    """Let a run fail when it opens its input file number `after`; returns the files opened, later ones included."""
-    opened, real = [], input_files.read_file
+def interrupt_after(monkeypatch, after):
+    """Let a run fail at the input file with index `after`; return the list of opened files, which later runs extend."""
+    opened, original = [], input_files.read_file
 
     def read_file(path, text_key, tally):
         if len(opened) == after:
-            raise CutOffError
+            raise InterruptedRunError
         opened.append(path.name)
-        return real(path, text_key, tally)
+        return original(path, text_key, tally)
 
     monkeypatch.setattr(input_files, "read_file", read_file)
     return opened
@@ -51,35 +51,38 @@ OPTIONS = (
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("after", [1, 3, 5])
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bytes(after, options, small_marks, tmp_path, monkeypatch):
-    texts = [prose(seed=n % 40) for n in range(60)]
+def test_an_interrupted_run_resumes_to_the_same_bytes(after, options, frequent_resume_points, tmp_path, monkeypatch):
+    texts = [make_prose(seed=n % 40) for n in range(60)]
     source = write_files(tmp_path / "in", [*texts, "broken"], 6)
     options = {**options, "heldout_fraction": 0.2}
-    run(source, tmp_path / "whole", **options)
+    run(source, tmp_path / "uninterrupted", **options)
     with monkeypatch.context() as patch:
-        cut_off(patch, after)
-        with pytest.raises(CutOffError):
+        interrupt_after(patch, after)
+        with pytest.raises(InterruptedRunError):
             run(source, tmp_path / "out", **options)
-    opened = cut_off(monkeypatch, None)
+    opened = interrupt_after(monkeypatch, None)
     run(source, tmp_path / "out", **options)
     assert opened == [f"{number:02d}.jsonl" for number in range(after, 6)]
-    place = Path("part-1-of-2" if "part" in options else "")
-    assert all_files(tmp_path / "out" / place) == all_files(tmp_path / "whole" / place)
+    subdirectory = Path("part-1-of-2" if "part" in options else "")
+    assert read_all_files(tmp_path / "out" / subdirectory) == read_all_files(tmp_path / "uninterrupted" / subdirectory)
 
 
-def cut_and_resume(tmp_path, monkeypatch, between, tokenizer="bpe:300", **changes):
-    """Names of the input files read by a run that goes on after one that had done three of six, and its corpus."""
-    source = write_files(tmp_path / "in", random_texts(120), 6)
+def interrupt_and_resume(tmp_path, monkeypatch, change, tokenizer="bpe:300", **changes):
+    """Interrupt a run after three of six input files and resume it.
+
+    Return the indices of the files that it then reads.
+    """
+    source = write_files(tmp_path / "in", make_random_texts(120), 6)
     with monkeypatch.context() as patch:
-        cut_off(patch, 15 if tokenizer == "bpe:300" else 3)  # training has read all six twice before
-        with pytest.raises(CutOffError):
+        interrupt_after(patch, 15 if tokenizer == "bpe:300" else 3)  # training has read all six files twice before
+        with pytest.raises(InterruptedRunError):
             run(source, tmp_path / "out", tokenizer=tokenizer)
-    between(tmp_path)
+    change(tmp_path)
     with monkeypatch.context() as patch:
-        opened = cut_off(patch, None)
+        opened = interrupt_after(patch, None)
         run(source, tmp_path / "out", **{"tokenizer": tokenizer, **changes})
     run(source, tmp_path / "fresh", **{"tokenizer": tokenizer, **changes})
-    assert all_files(tmp_path / "out") == all_files(tmp_path / "fresh")
+    assert read_all_files(tmp_path / "out") == read_all_files(tmp_path / "fresh")
     assert not (tmp_path / "out.partial").exists()
     return [int(name[:2]) for name in opened]
 
@@ -92,7 +95,7 @@ def append_row(name):
     return change
 
 
-def damage(pattern):
+def damage_file(pattern):
     def change(tmp_path):
         path = next((tmp_path / "out.partial").glob(pattern))
         content = bytearray(path.read_bytes())
@@ -102,13 +105,13 @@ def damage(pattern):
     return change
 
 
-def tear(tmp_path):
+def truncate_journal(tmp_path):
     path = tmp_path / "out.partial" / JOURNAL_FILE
     path.write_bytes(path.read_bytes()[:-7])
 
 
-def stray(tmp_path):
-    """A shard begun after the last record, which the run that goes on may never reach."""
+def write_stray_files(tmp_path):
+    """Write files after the last record that the resumed run may never reach."""
     (tmp_path / "out.partial" / "train-00009.bin").write_bytes(b"stray")
     (tmp_path / "out.partial" / MANIFEST).write_bytes(b"from a run killed at its very end")
 
@@ -117,7 +120,7 @@ ALL = [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
-    ("between", "changes", "read"),
+    ("change", "changes", "read"),
     [
         (lambda tmp_path: None, {}, [3, 4, 5]),
         (lambda tmp_path: None, {"workers": 2, "max_bad_rate": 0.5}, [3, 4, 5]),
@@ -127,36 +130,38 @@ ALL = [0, 1, 2, 3, 4, 5]
         (lambda tmp_path: None, {"heldout_fraction": 0.3}, ALL),
         (lambda tmp_path: None, {"shard_tokens": 500}, ALL),
         (lambda tmp_path: None, {"dedup": "exact"}, ALL),
-        (damage("train*.bin"), {}, ALL),
-        (damage("train*.offsets"), {}, ALL),
-        (damage(JOURNAL_FILE), {}, ALL),
-        (tear, {}, [2, 3, 4, 5]),
-        (stray, {}, [3, 4, 5]),
+        (damage_file("train*.bin"), {}, ALL),
+        (damage_file("train*.offsets"), {}, ALL),
+        (damage_file(JOURNAL_FILE), {}, ALL),
+        (truncate_journal, {}, [2, 3, 4, 5]),
+        (write_stray_files, {}, [3, 4, 5]),
     ],
 )
-def test_what_is_done_is_used_only_while_it_holds(between, changes, read, small_marks, tmp_path, monkeypatch):
-    assert cut_and_resume(tmp_path, monkeypatch, between, tokenizer="byte", **changes) == read
+def test_earlier_work_is_reused_only_while_it_is_valid(
+    change, changes, read, frequent_resume_points, tmp_path, monkeypatch
+):
+    assert interrupt_and_resume(tmp_path, monkeypatch, change, tokenizer="byte", **changes) == read
 
 
-def test_another_tokenizer_under_the_same_name_starts_over(small_marks, tmp_path, monkeypatch):
+def test_another_tokenizer_with_the_same_name_starts_over(frequent_resume_points, tmp_path, monkeypatch):
     def retrain(tmp_path):
-        build_tokenizer("bpe:300", None, lambda: random_texts(100)).save(tmp_path)
+        build_tokenizer("bpe:300", None, lambda: make_random_texts(100)).save(tmp_path)
 
     build_tokenizer("byte", None, list).save(tmp_path)
-    assert cut_and_resume(tmp_path, monkeypatch, retrain, tokenizer=str(tmp_path)) == ALL
+    assert interrupt_and_resume(tmp_path, monkeypatch, retrain, tokenizer=str(tmp_path)) == ALL
 
 
-def test_bpe_is_trained_once(small_marks, tmp_path, monkeypatch):
-    assert cut_and_resume(tmp_path, monkeypatch, lambda path: None) == [3, 4, 5]
+def test_bpe_is_trained_once(frequent_resume_points, tmp_path, monkeypatch):
+    assert interrupt_and_resume(tmp_path, monkeypatch, lambda path: None) == [3, 4, 5]
 
 
-def test_bpe_is_trained_again_when_a_file_changed(small_marks, tmp_path, monkeypatch):
-    read = cut_and_resume(tmp_path, monkeypatch, append_row("05.jsonl"))
+def test_bpe_is_trained_again_if_a_file_changed(frequent_resume_points, tmp_path, monkeypatch):
+    read = interrupt_and_resume(tmp_path, monkeypatch, append_row("05.jsonl"))
     assert read == 3 * ALL  # twice for training
 
 
-def test_an_error_keeps_what_is_done_and_says_so(small_marks, tmp_path):
-    source = write_files(tmp_path / "in", random_texts(60), 3)
+def test_an_error_keeps_the_finished_work(frequent_resume_points, tmp_path):
+    source = write_files(tmp_path / "in", make_random_texts(60), 3)
     with (tmp_path / "in" / "02.jsonl").open("a") as file:
         file.write("broken\n" * 3)
     with pytest.raises(DataError, match=r"3 of 63 rows are bad(.|\n)*are kept in .*out\.partial: mend this and run"):
@@ -167,22 +172,22 @@ def test_an_error_keeps_what_is_done_and_says_so(small_marks, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path):
-    """kill -9, on real processes with two workers, when it has come a bit further; then a run to the end."""
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
+    """kill -9 of a run with two workers, each time a little later; then a run to the end."""
     (tmp_path / "in").mkdir()
     for number in range(8):
-        write_rows(tmp_path / "in" / f"{number}.jsonl", 3 * random_texts(2000, words=200, seed=number))
+        write_rows(tmp_path / "in" / f"{number}.jsonl", 3 * make_random_texts(2000, max_words=200, seed=number))
     source, out, partial = str(tmp_path / "in"), tmp_path / "out", tmp_path / "out.partial"
-    done = 0
+    num_done = 0
     for _ in range(3):
-        with start(source, out, resume_point_chars=100_000) as process:
-            wait_for(lambda done=done: len(Journal(partial).read()) > done + 1)
+        with start_prepare(source, out, resume_point_chars=100_000) as process:
+            wait_for(lambda num_done=num_done: len(Journal(partial).read()) > num_done + 1)
             os.kill(process.pid, signal.SIGKILL)
-        done = len(Journal(partial).read()) - 1
+        num_done = len(Journal(partial).read()) - 1
         assert not out.exists()
         assert not (partial / MANIFEST).exists()
-    assert 3 <= done < 8
-    _, stderr = start(source, out, resume_point_chars=100_000).communicate()
-    assert f"going on after {done} of 8 input files" in stderr
-    run(source, tmp_path / "whole")
-    assert all_files(out) == all_files(tmp_path / "whole")
+    assert 3 <= num_done < 8
+    _, stderr = start_prepare(source, out, resume_point_chars=100_000).communicate()
+    assert f"going on after {num_done} of 8 input files" in stderr
+    run(source, tmp_path / "uninterrupted")
+    assert read_all_files(out) == read_all_files(tmp_path / "uninterrupted")

@@ -1,4 +1,4 @@
-"""Parts, duplicates and filters of whole runs, against one run and against plain Python."""
+"""Parts, duplicates and filters of full runs, compared with a single run and with plain Python."""
 
 import io
 import json
@@ -16,17 +16,17 @@ from dist_llm.text.merge import merge_parts
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.report import REPORT_FILE, RemovalCounts, Report, TextCount
 from dist_llm.text.tokenizer import Tokenizer
-from tests.text.test_duplicates import jaccard, texts_with_copies
-from tests.text.test_filters import prose
-from tests.text.test_prepare import all_files, random_texts, read_documents, run, write_rows
+from tests.text.test_duplicates import jaccard, make_texts_with_copies
+from tests.text.test_filters import make_prose
+from tests.text.test_prepare import make_random_texts, read_all_files, read_documents, run, write_rows
 
 
-def all_documents(out):
+def read_all_documents(out):
     return [text for split in SPLITS for text in read_documents(out, split)]
 
 
 def write_files(directory, texts, files):
-    """The texts dealt out to so many JSONL files, in order."""
+    """Distribute the texts over this number of JSONL files, in order."""
     directory.mkdir()
     size = -(-len(texts) // files)
     for number in range(files):
@@ -34,16 +34,18 @@ def write_files(directory, texts, files):
     return str(directory)
 
 
-def run_parts(source, out, of, **options):
-    for part in range(1, of + 1):
-        run(source, out, part=f"{part}/{of}", **options)
+def run_parts(source, out, num_parts, **options):
+    for part in range(1, num_parts + 1):
+        run(source, out, part=f"{part}/{num_parts}", **options)
     return merge_parts(out, io.StringIO())
 
 
 @pytest.mark.parametrize("files", [1, 2, 5])
 @pytest.mark.parametrize("options", [{}, {"dedup": "exact"}, {"dedup": "exact", "filter": ("c4",)}], ids=str)
-def test_parts_merged_are_one_run(files, options, tmp_path):
-    texts = [prose(seed=n % 40) + "\nMenu" * (n % 3) for n in range(120)]  # copies differ in what c4 cuts out
+def test_merged_parts_equal_one_run(files, options, tmp_path):
+    texts = [
+        make_prose(seed=n % 40) + "\nMenu" * (n % 3) for n in range(120)
+    ]  # copies differ in the lines that c4 removes
     source = write_files(tmp_path / "in", ["", *texts, ""], files)
     with open(tmp_path / "in" / "00.jsonl", "a") as file:
         file.write("broken\n")
@@ -62,8 +64,8 @@ def test_parts_merged_are_one_run(files, options, tmp_path):
     assert reports[0].rows == 123
 
 
-def test_a_part_is_a_corpus_and_the_whole_is_none_before_the_merge(tmp_path):
-    source = write_files(tmp_path / "in", random_texts(60), 3)
+def test_a_part_is_a_corpus_and_the_output_is_none_before_the_merge(tmp_path):
+    source = write_files(tmp_path / "in", make_random_texts(60), 3)
     run(source, tmp_path / "out", part="2/3")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["part-2-of-3"]
     assert Corpus(tmp_path / "out" / "part-2-of-3").n_tokens
@@ -71,8 +73,8 @@ def test_a_part_is_a_corpus_and_the_whole_is_none_before_the_merge(tmp_path):
         Corpus(tmp_path / "out")
 
 
-def test_what_cannot_be_merged_says_why(tmp_path):
-    source, out = write_files(tmp_path / "in", random_texts(60), 3), tmp_path / "out"
+def test_invalid_merges_are_refused(tmp_path):
+    source, out = write_files(tmp_path / "in", make_random_texts(60), 3), tmp_path / "out"
     with pytest.raises(DataError, match="no parts in it"):
         merge_parts(out)
     run(source, out, part="1/2")
@@ -90,11 +92,11 @@ def test_what_cannot_be_merged_says_why(tmp_path):
         merge_parts(out)
     run(source, out, part="2/2", tokenizer=str(out / "part-1-of-2"), overwrite=True)
     shard = next((out / "part-2-of-2").glob("train*.bin"))
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1])
+    shard_bytes = shard.read_bytes()
+    shard.write_bytes(shard_bytes[:-1])
     with pytest.raises(DataError, match="truncated"):
         merge_parts(out)
-    shard.write_bytes(whole)
+    shard.write_bytes(shard_bytes)
     run(source, out, part="1/3")
     with pytest.raises(DataError, match="parts of different divisions"):
         merge_parts(out)
@@ -105,7 +107,7 @@ def test_what_cannot_be_merged_says_why(tmp_path):
         run(source, out, part="1/2", overwrite=True)
 
 
-def test_more_parts_than_documents(tmp_path):
+def test_more_parts_than_documents_can_be_merged(tmp_path):
     source = write_rows(tmp_path / "a.jsonl", ["one", "two"])
     merged = run_parts(source, tmp_path / "out", 3, heldout_fraction=0)
     assert merged.documents("train") == 2
@@ -119,41 +121,51 @@ def test_near_duplicates_cannot_be_found_in_parts(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_exact_duplicates_go_and_the_first_stays(workers, tmp_path):
-    texts = random_texts(300, words=3) + random_texts(20_000, words=60) + random_texts(300, words=3)
+def test_exact_duplicates_are_removed_except_the_first(workers, tmp_path):
+    texts = (
+        make_random_texts(300, max_words=3)
+        + make_random_texts(20_000, max_words=60)
+        + make_random_texts(300, max_words=3)
+    )
     source = write_rows(tmp_path / "a.jsonl", texts)
     run(source, tmp_path / "out", dedup="exact", workers=workers, heldout_fraction=0)
-    want = list(dict.fromkeys(texts))
-    assert read_documents(tmp_path / "out", "train") == want
-    gone = sum(len(text.encode()) for text in texts) - sum(len(text.encode()) for text in want)
-    assert Report.load(tmp_path / "out").removed == {"dedup.exact": TextCount(len(texts) - len(want), 0, gone)}
+    expected = list(dict.fromkeys(texts))
+    assert read_documents(tmp_path / "out", "train") == expected
+    removed_bytes = sum(len(text.encode()) for text in texts) - sum(len(text.encode()) for text in expected)
+    assert Report.load(tmp_path / "out").removed == {
+        "dedup.exact": TextCount(len(texts) - len(expected), 0, removed_bytes)
+    }
 
 
-def test_near_duplicates_go_whatever_the_number_of_workers(tmp_path, monkeypatch):
+def test_near_duplicates_are_removed_with_any_number_of_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_CHARS", 10_000)
-    texts = texts_with_copies(200, seed=7)
+    texts = make_texts_with_copies(200, seed=7)
     source = write_rows(tmp_path / "a.jsonl", texts)
     for workers in (1, 2):
         run(source, tmp_path / str(workers), dedup="near", workers=workers, heldout_fraction=0.1)
-    assert all_files(tmp_path / "1") == all_files(tmp_path / "2")
-    kept = all_documents(tmp_path / "1")
-    assert 80 < len(kept) < 160
-    assert max(jaccard(a, b) for n, a in enumerate(kept) for b in kept[:n]) < 0.93
-    for text in set(texts) - set(kept):
-        assert max(jaccard(text, other) for other in kept) > 0.67
+    assert read_all_files(tmp_path / "1") == read_all_files(tmp_path / "2")
+    kept_texts = read_all_documents(tmp_path / "1")
+    assert 80 < len(kept_texts) < 160
+    assert max(jaccard(a, b) for n, a in enumerate(kept_texts) for b in kept_texts[:n]) < 0.93
+    for text in set(texts) - set(kept_texts):
+        assert max(jaccard(text, other) for other in kept_texts) > 0.67
 
 
-def test_filters_and_the_report(tmp_path):
-    texts = [prose(seed=n) for n in range(20)] + ["too short"] * 5 + [prose(seed=90) + "\nMenu", prose() + " {}."]
+def test_the_report_counts_what_filters_remove(tmp_path):
+    texts = (
+        [make_prose(seed=n) for n in range(20)]
+        + ["too short"] * 5
+        + [make_prose(seed=90) + "\nMenu", make_prose() + " {}."]
+    )
     source, stream = write_rows(tmp_path / "a.jsonl", ["", *texts]), io.StringIO()
     options = {"filter": ("gopher", "c4"), "heldout_fraction": 0.0, "workers": 1, "dedup": "exact"}
     prepare(PrepareOptions((source,), "bpe:300", tmp_path / "out", **options), stream)
     removed = RemovalCounts()
-    kept = [left for text in texts if (left := Filters(("gopher", "c4"))(text, removed)) is not None]
-    assert read_documents(tmp_path / "out", "train") == kept == [*texts[:20], prose(seed=90)]
+    kept_texts = [filtered for text in texts if (filtered := Filters(("gopher", "c4"))(text, removed)) is not None]
+    assert read_documents(tmp_path / "out", "train") == kept_texts == [*texts[:20], make_prose(seed=90)]
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert (report["rows"], report["empty_documents"]) == (len(texts) + 1, 1)
-    assert report["kept"] == {"documents": 21, "lines": 0, "bytes": sum(len(text.encode()) for text in kept)}
+    assert report["kept"] == {"documents": 21, "lines": 0, "bytes": sum(len(text.encode()) for text in kept_texts)}
     assert report["removed"]["gopher.word_count"] == {"documents": 5, "lines": 0, "bytes": 45}
     assert report["removed"]["c4.terminal_punctuation"] == {"documents": 0, "lines": 1, "bytes": 4}
     assert report["removed"]["c4.curly_bracket"]["documents"] == 1
@@ -162,16 +174,16 @@ def test_filters_and_the_report(tmp_path):
     assert "gopher.word_count removed 5 documents, 0 lines, 45 bytes" in stream.getvalue()
 
 
-def test_the_tokenizer_is_trained_on_what_passes(tmp_path):
-    good = [prose(seed=n) for n in range(30)]
-    run(write_rows(tmp_path / "a.jsonl", good), tmp_path / "good", tokenizer="bpe:300")
-    mixed = write_rows(tmp_path / "b.jsonl", ["qqqq zzzz " * 30, *good])
+def test_the_tokenizer_is_trained_on_filtered_text(tmp_path):
+    clean_texts = [make_prose(seed=n) for n in range(30)]
+    run(write_rows(tmp_path / "a.jsonl", clean_texts), tmp_path / "good", tokenizer="bpe:300")
+    mixed = write_rows(tmp_path / "b.jsonl", ["qqqq zzzz " * 30, *clean_texts])
     run(mixed, tmp_path / "mixed", tokenizer="bpe:300", filter=("gopher",))
     assert Tokenizer.load(tmp_path / "mixed") == Tokenizer.load(tmp_path / "good")
 
 
-def test_what_is_held_out_does_not_depend_on_parts(tmp_path):
-    texts = random_texts(200)
+def test_the_heldout_split_does_not_depend_on_parts(tmp_path):
+    texts = make_random_texts(200)
     run_parts(write_rows(tmp_path / "a.jsonl", texts), tmp_path / "out", 2, heldout_fraction=0.3)
     assert all(is_heldout(text.encode(), 0.3) for text in read_documents(tmp_path / "out", "heldout"))
-    assert len(all_documents(tmp_path / "out")) == 200
+    assert len(read_all_documents(tmp_path / "out")) == 200

@@ -1,4 +1,4 @@
-"""Files of other programs are read to the last token, and a damaged one is named with the byte where it shows."""
+"""Token files of other programs are read completely, and a damaged file is reported with the byte of the damage."""
 
 import struct
 
@@ -9,11 +9,11 @@ from dist_llm.errors import DataError
 from dist_llm.text.token_files import TokenFileHeader, TokenFileScan, check_size, locate_data_file, read_header
 
 VOCABULARY, EOT = 300, 256
-LENGTHS = np.arange(VOCABULARY).astype(np.uint16)  # id n is n bytes of text
+LENGTHS = np.arange(VOCABULARY).astype(np.uint16)  # id n has n bytes of text
 
 
-def index(lengths, bounds, code=8, magic=b"MMIDIDX\0\0", version=1, pointers=None, modes=b"", item=2):
-    """What Megatron writes beside the ids, byte by byte."""
+def build_megatron_index(lengths, bounds, code=8, magic=b"MMIDIDX\0\0", version=1, pointers=None, modes=b"", item=2):
+    """Return an index as Megatron writes it beside the ids."""
     pointers = np.cumsum([0, *lengths])[:-1] * item if pointers is None else pointers
     head = magic + struct.pack("<QBQQ", version, code, len(lengths), len(bounds))
     arrays = np.array(lengths, "<i4"), np.array(pointers, "<i8"), np.array(bounds, "<i8")
@@ -21,39 +21,52 @@ def index(lengths, bounds, code=8, magic=b"MMIDIDX\0\0", version=1, pointers=Non
 
 
 def header(kind, head=b"", declared=None, idx=b""):
-    return read_header(kind, "here/x.bin", head, declared, lambda place: idx)
+    return read_header(kind, "here/x.bin", head, declared, lambda path: idx)
 
 
-def npy(tmp_path, array):
+def save_npy(tmp_path, array):
     np.save(tmp_path / "x.npy", array)
     return (tmp_path / "x.npy").read_bytes()
 
 
-def test_an_index_tells_type_length_and_documents():
-    found = header("megatron", idx=index([3, 2, 4], [0, 1, 3]))
-    assert (found.dtype, found.skip_bytes, found.tokens, found.starts.tolist()) == ("uint16", 0, 9, [0, 3])
-    found = header("megatron", idx=index([3, 0, 4], [0, 1, 2, 2, 3], code=4, item=4))
-    assert (found.dtype, found.tokens) == ("uint32", 7)
-    assert found.starts.tolist() == [0, 3], "empty documents begin nothing"
-    assert header("megatron", idx=index([3, 0], [0, 1, 2])).starts.tolist() == [0], "nor at the end"
+def test_an_index_gives_dtype_length_and_documents():
+    header_fields = header("megatron", idx=build_megatron_index([3, 2, 4], [0, 1, 3]))
+    assert (header_fields.dtype, header_fields.skip_bytes, header_fields.tokens, header_fields.starts.tolist()) == (
+        "uint16",
+        0,
+        9,
+        [0, 3],
+    )
+    header_fields = header("megatron", idx=build_megatron_index([3, 0, 4], [0, 1, 2, 2, 3], code=4, item=4))
+    assert (header_fields.dtype, header_fields.tokens) == ("uint32", 7)
+    assert header_fields.starts.tolist() == [0, 3], "empty documents have no start"
+    assert header("megatron", idx=build_megatron_index([3, 0], [0, 1, 2])).starts.tolist() == [0], (
+        "an empty last document has no start"
+    )
 
 
 @pytest.mark.parametrize(
     ("idx", "message"),
     [
         (b"", r"here/x.idx: byte 0: not an index"),
-        (index([3], [0, 1], magic=b"TNTIDX\0\0\0"), r"here/x.idx: byte 0: not an index"),
-        (index([3], [0, 1], version=2), r"here/x.idx: byte 9: version 2"),
-        (index([3], [0, 1], code=5), r"here/x.idx: byte 17: ids of type int64; only uint16"),
-        (index([3], [0, 1], code=7), r"here/x.idx: byte 17: ids of type float32"),
-        (index([3], [0, 1], code=77), r"here/x.idx: byte 17: ids of type number 77"),
-        (index([3], [0, 1])[:-1], r"here/x.idx: byte 61: truncated: 61 bytes, but 1 sequences .* make 62"),
-        (index([3], [0, 1], modes=b"\1"), r"here/x.idx: byte 62: too long"),
-        (index([3, 2, 1], [0, 3], pointers=[0, 6, 8]), r"here/x.idx: byte 62: sequence 2 does not follow"),
-        (index([3, 2], [0, 1]), r"here/x.idx: byte 58: document bounds do not rise from 0 to 2"),
-        (index([3, 2], [1, 2]), r"here/x.idx: byte 58: document bounds"),
-        (index([3, 2], [0, 2, 1, 2]), r"here/x.idx: byte 58: document bounds"),
-        (index([3, 2], []), r"here/x.idx: byte 58: document bounds"),
+        (build_megatron_index([3], [0, 1], magic=b"TNTIDX\0\0\0"), r"here/x.idx: byte 0: not an index"),
+        (build_megatron_index([3], [0, 1], version=2), r"here/x.idx: byte 9: version 2"),
+        (build_megatron_index([3], [0, 1], code=5), r"here/x.idx: byte 17: ids of type int64; only uint16"),
+        (build_megatron_index([3], [0, 1], code=7), r"here/x.idx: byte 17: ids of type float32"),
+        (build_megatron_index([3], [0, 1], code=77), r"here/x.idx: byte 17: ids of type number 77"),
+        (
+            build_megatron_index([3], [0, 1])[:-1],
+            r"here/x.idx: byte 61: truncated: 61 bytes, but 1 sequences .* make 62",
+        ),
+        (build_megatron_index([3], [0, 1], modes=b"\1"), r"here/x.idx: byte 62: too long"),
+        (
+            build_megatron_index([3, 2, 1], [0, 3], pointers=[0, 6, 8]),
+            r"here/x.idx: byte 62: sequence 2 does not follow",
+        ),
+        (build_megatron_index([3, 2], [0, 1]), r"here/x.idx: byte 58: document bounds do not rise from 0 to 2"),
+        (build_megatron_index([3, 2], [1, 2]), r"here/x.idx: byte 58: document bounds"),
+        (build_megatron_index([3, 2], [0, 2, 1, 2]), r"here/x.idx: byte 58: document bounds"),
+        (build_megatron_index([3, 2], []), r"here/x.idx: byte 58: document bounds"),
     ],
 )
 def test_a_damaged_index_is_refused(idx, message):
@@ -62,11 +75,11 @@ def test_a_damaged_index_is_refused(idx, message):
 
 
 @pytest.mark.parametrize("name", ["uint16", "int16", "uint32", "int32"])
-def test_an_array_tells_type_and_length(name, tmp_path):
-    content = npy(tmp_path, np.arange(7).astype(name))
-    found = header("npy", content)
-    assert (found.dtype, found.tokens) == (name.removeprefix("u").replace("int", "uint"), 7)
-    assert np.array_equal(np.frombuffer(content[found.skip_bytes :], name), np.arange(7))
+def test_an_array_gives_dtype_and_length(name, tmp_path):
+    content = save_npy(tmp_path, np.arange(7).astype(name))
+    header_fields = header("npy", content)
+    assert (header_fields.dtype, header_fields.tokens) == (name.removeprefix("u").replace("int", "uint"), 7)
+    assert np.array_equal(np.frombuffer(content[header_fields.skip_bytes :], name), np.arange(7))
 
 
 @pytest.mark.parametrize(
@@ -82,17 +95,17 @@ def test_an_array_tells_type_and_length(name, tmp_path):
 )
 def test_an_array_of_another_kind_is_refused(array, message, tmp_path):
     with pytest.raises(DataError, match=message):
-        header("npy", npy(tmp_path, array))
+        header("npy", save_npy(tmp_path, array))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\3\4" + bytes(200), b"\x93NUMPY\1\0\x10\0" + bytes(200)])
-def test_what_is_no_array_is_refused(content):
+def test_a_file_without_an_array_is_refused(content):
     with pytest.raises(DataError, match=r"here/x.bin: byte 0: not an array that numpy.save wrote"):
         header("npy", content)
 
 
 @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "uint16"), (20240801, 7, "uint32")])
-def test_a_header_of_llm_c(magic, version, dtype):
+def test_an_llmc_header_gives_dtype_and_length(magic, version, dtype):
     head = struct.pack("<iii", magic, version, 5) + bytes(1012)
     assert header("llmc", head) == TokenFileHeader(dtype, 1024, 5)
     with pytest.raises(DataError, match="byte 1023: truncated: the header alone has 1024 bytes"):
@@ -101,22 +114,22 @@ def test_a_header_of_llm_c(magic, version, dtype):
         header("llmc", struct.pack("<iii", magic, 2, 5) + bytes(1012))
 
 
-def test_bare_ids_need_their_type():
+def test_raw_ids_need_a_dtype():
     assert header("bin", declared="int32") == TokenFileHeader("uint32")
     with pytest.raises(DataError, match=r"does not tell its type. Give --dtype"):
         header("bin")
 
 
-def test_megatron_files_are_named_with_or_without_their_suffix():
+def test_megatron_paths_may_omit_the_suffix():
     assert locate_data_file("megatron", "a/b") == locate_data_file("megatron", "a/b.bin") == "a/b.bin"
     assert locate_data_file("bin", "a/b") == "a/b"
 
 
-def scanned(ids, block, dtype="uint16", skip=0, starts=None):
+def scan_ids(ids, block, dtype="uint16", skip=0, starts=None):
     content = bytes(skip) + np.array(ids).astype(dtype).tobytes()
     scan = TokenFileScan("here", TokenFileHeader(dtype, skip, None, starts), EOT, LENGTHS)
-    for at in range(0, len(content), block):
-        scan.add(content[at : at + block])
+    for offset in range(0, len(content), block):
+        scan.add(content[offset : offset + block])
     scan.check()
     return scan
 
@@ -124,26 +137,28 @@ def scanned(ids, block, dtype="uint16", skip=0, starts=None):
 @pytest.mark.parametrize("block", [1, 3, 7, 16, 1000])
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 @pytest.mark.parametrize("skip", [0, 6, 1024])
-def test_a_pass_counts_the_same_however_the_bytes_come(skip, dtype, block):
+def test_a_scan_does_not_depend_on_the_block_size(skip, dtype, block):
     ids = [5, 6, EOT, 7, EOT, 8, 9]
-    scan = scanned(ids, block, dtype, skip)
+    scan = scan_ids(ids, block, dtype, skip)
     assert (scan.tokens, scan.text_bytes) == (7, sum(ids))
     assert scan.compute_starts(eot_at_start=False).tolist() == [0, 3, 5]
     assert scan.compute_starts(eot_at_start=True).tolist() == [0, 2, 4]
 
 
-def test_documents_at_the_edges():
-    assert scanned([5, EOT], 100).compute_starts(eot_at_start=False).tolist() == [0], "none begins after the last token"
-    assert scanned([EOT, 5], 100).compute_starts(eot_at_start=True).tolist() == [0], "the first begins once"
-    assert scanned([5, EOT, 6], 100, starts=np.array([0, 1])).compute_starts(eot_at_start=False).tolist() == [0, 1]
+def test_document_starts_at_the_edges():
+    assert scan_ids([5, EOT], 100).compute_starts(eot_at_start=False).tolist() == [0], (
+        "no document starts after the last token"
+    )
+    assert scan_ids([EOT, 5], 100).compute_starts(eot_at_start=True).tolist() == [0], "the first document starts once"
+    assert scan_ids([5, EOT, 6], 100, starts=np.array([0, 1])).compute_starts(eot_at_start=False).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("block", [1, 4, 1000])
 def test_an_unknown_id_is_found_with_its_byte(block):
     with pytest.raises(DataError, match=r"here: token 2 \(byte 14\) is 300, but the tokenizer has 300 ids"):
-        scanned([5, 299, VOCABULARY, 999], block, skip=10)
+        scan_ids([5, 299, VOCABULARY, 999], block, skip=10)
     with pytest.raises(DataError, match=r"is 4294967295, but"):
-        scanned([-1], block, "uint32")
+        scan_ids([-1], block, "uint32")
 
 
 @pytest.mark.parametrize(

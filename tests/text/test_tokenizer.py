@@ -1,4 +1,4 @@
-"""Every kind of tokenizer gives back the bytes it was given, and the ids its reference library gives."""
+"""Every kind of tokenizer decodes to the encoded text and gives the ids of its reference library."""
 
 import base64
 import json
@@ -19,27 +19,27 @@ PROSE = [f"The {n}th ship sailed to port {n * 7}; it's late, they'll wait — �
 STRANGE = (*DIFFICULT_TEXTS, "", "\x00", "a\ufeffb", "ſ K İ", "\u0130\u0131", "🏴󠁧󠁢󠁥󠁮󠁧󠁿" * 3)
 
 
-def prose():
+def training_texts():
     return iter(PROSE)
 
 
-def nothing():
+def forbid_training():
     raise AssertionError("only bpe:N may read the source")
 
 
-def build(spec, pattern=None, texts=nothing):
+def build_from_spec(spec, pattern=None, texts=forbid_training):
     return build_tokenizer(str(spec), pattern, texts)
 
 
 @pytest.fixture(scope="module")
 def bpe():
-    return build("bpe:400", texts=prose)
+    return build_from_spec("bpe:400", texts=training_texts)
 
 
 @pytest.mark.parametrize("spec", ["byte", "bpe:257", "bpe:400"])
 @pytest.mark.parametrize("text", STRANGE)
-def test_every_text_comes_back(spec, text, bpe):
-    tokenizer = bpe if spec == "bpe:400" else build(spec, texts=prose)
+def test_every_text_decodes_to_itself(spec, text, bpe):
+    tokenizer = bpe if spec == "bpe:400" else build_from_spec(spec, texts=training_texts)
     ids = tokenizer.encode(text)
     assert tokenizer.decode_bytes(ids) == text.encode()
     assert tokenizer.decode(ids) == text
@@ -47,15 +47,15 @@ def test_every_text_comes_back(spec, text, bpe):
 
 
 def test_byte_ids_are_the_bytes():
-    tokenizer = build("byte")
+    tokenizer = build_from_spec("byte")
     assert tokenizer.encode("aé").tolist() == list("aé".encode())
     assert (tokenizer.vocab_size, tokenizer.eot) == (257, 256)
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "llama3"])
-def test_bpe_gives_the_ids_of_its_trainer(pattern):
-    tokenizer = build("bpe:400", pattern, prose)
-    reference = _train_reference(399, pattern, prose)
+def test_bpe_gives_the_ids_of_the_training_library(pattern):
+    tokenizer = build_from_spec("bpe:400", pattern, training_texts)
+    reference = _train_reference(399, pattern, training_texts)
     assert (tokenizer.vocab_size, tokenizer.eot) == (400, 399)
     assert tokenizer.pattern == SPLIT_PATTERNS[pattern]
     for text in (*STRANGE, *PROSE):
@@ -65,25 +65,25 @@ def test_bpe_gives_the_ids_of_its_trainer(pattern):
 def test_a_conversion_that_changes_ids_is_refused(bpe):
     tokens = list(bpe.ranks)
     swapped = dict(zip([*tokens[:256], *reversed(tokens[256:])], range(399), strict=True))
-    wrong = BPETokenizer("bpe:400", bpe.pattern, swapped, bpe.special_tokens)
+    swapped_tokenizer = BPETokenizer("bpe:400", bpe.pattern, swapped, bpe.special_tokens)
     with pytest.raises(DataError, match="disagree"):
-        _prove_equal(wrong, _train_reference(399, "gpt2", prose), prose)
+        _prove_equal(swapped_tokenizer, _train_reference(399, "gpt2", training_texts), training_texts)
 
 
 def test_training_is_deterministic(bpe):
-    assert build("bpe:400", texts=prose).sha256 == bpe.sha256
+    assert build_from_spec("bpe:400", texts=training_texts).sha256 == bpe.sha256
 
 
-def test_too_little_text_names_the_largest_size():
-    with pytest.raises(DataError, match="largest N") as caught:
-        build("bpe:60000", texts=prose)
-    largest = int(str(caught.value).split("use bpe:")[1].split()[0])
-    assert build(f"bpe:{largest}", texts=prose).vocab_size == largest
+def test_the_error_for_too_little_text_names_the_largest_size():
+    with pytest.raises(DataError, match="largest N") as excinfo:
+        build_from_spec("bpe:60000", texts=training_texts)
+    largest = int(str(excinfo.value).split("use bpe:")[1].split()[0])
+    assert build_from_spec(f"bpe:{largest}", texts=training_texts).vocab_size == largest
 
 
-def test_the_file_is_that_of_version_0_1_0():
-    """So that its corpora, checkpoints and histories still name the same tokenizer."""
-    assert build("byte").sha256 == "3f7d43fa61bfc7dba89d964f2e85218f365ff74b6664dd5fdd6259ab5bb36fef"
+def test_the_file_equals_that_of_version_0_1_0():
+    """So that corpora, checkpoints and histories of version 0.1.0 name the same tokenizer."""
+    assert build_from_spec("byte").sha256 == "3f7d43fa61bfc7dba89d964f2e85218f365ff74b6664dd5fdd6259ab5bb36fef"
 
 
 def test_save_and_load(bpe, tmp_path):
@@ -94,7 +94,7 @@ def test_save_and_load(bpe, tmp_path):
     assert (tmp_path / TOKENIZER_FILE).read_bytes() == before
     assert loaded == bpe
     assert loaded.sha256 == bpe.sha256
-    assert build(tmp_path) == bpe
+    assert build_from_spec(tmp_path) == bpe
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_bad_file_is_a_data_error(content, message, tmp_path):
         Tokenizer.load(tmp_path)
 
 
-def test_parts_that_do_not_fit_are_data_errors():
+def test_inconsistent_fields_are_data_errors():
     with pytest.raises(DataError, match="distinct"):
         BPETokenizer("x", "", BYTES, {ENDOFTEXT: 7})
     with pytest.raises(DataError, match="no special token"):
@@ -131,7 +131,7 @@ def test_lone_surrogates_and_ids_without_a_token(bpe):
 
 
 @pytest.mark.parametrize("blanks", [2 * SEGMENT_CHARS, 2_000_000])
-def test_very_long_blanks_do_not_stop_the_regex_engine(bpe, blanks):
+def test_very_long_blanks_do_not_overflow_the_regex_engine(bpe, blanks):
     text = "a" + " " * blanks + "b"
     assert bpe.decode(bpe.encode(text)) == text
 
@@ -140,7 +140,7 @@ def test_very_long_blanks_do_not_stop_the_regex_engine(bpe, blanks):
 def test_a_tiktoken_file(bpe, pattern, tmp_path):
     path = tmp_path / "mine.tiktoken"
     path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in bpe.ranks.items()))
-    tokenizer = build(path, pattern)
+    tokenizer = build_from_spec(path, pattern)
     assert tokenizer.ranks == bpe.ranks
     assert tokenizer.eot == 399
     assert tokenizer.pattern == SPLIT_PATTERNS[pattern or "cl100k"]
@@ -152,12 +152,12 @@ def test_a_bad_tiktoken_file(content, message, tmp_path):
     if content is not None:
         path.write_text(content)
     with pytest.raises(DataError, match=message):
-        build(path)
+        build_from_spec(path)
 
 
 @pytest.fixture
 def gpt2_files(tmp_path):
-    """vocab.json and merges.txt as `tokenizers` writes them, `<|endoftext|>` first, and the reference."""
+    """vocab.json and merges.txt as `tokenizers` writes them with `<|endoftext|>` first, and the reference."""
     reference = ByteLevelBPETokenizer()
     reference.train_from_iterator(PROSE, vocab_size=400, show_progress=False, special_tokens=[ENDOFTEXT])
     reference.save_model(str(tmp_path))
@@ -166,8 +166,8 @@ def gpt2_files(tmp_path):
 
 def test_gpt2_style_files(gpt2_files):
     folder, reference = gpt2_files
-    tokenizer = build(folder)
-    assert tokenizer == build(f"{folder}/vocab.json,{folder}/merges.txt")
+    tokenizer = build_from_spec(folder)
+    assert tokenizer == build_from_spec(f"{folder}/vocab.json,{folder}/merges.txt")
     assert (tokenizer.vocab_size, tokenizer.eot) == (400, 0)
     for text in (*PROSE, *(text for text in STRANGE if ENDOFTEXT not in text)):
         assert tokenizer.encode(text).tolist() == reference.encode(text).ids
@@ -187,9 +187,9 @@ def test_gpt2_style_files_that_do_not_match(gpt2_files, change, message):
     ids = json.loads((folder / "vocab.json").read_text())
     change(ids)
     (folder / "vocab.json").write_text(json.dumps(ids))
-    with pytest.raises(DataError) as caught:
-        build(folder)
-    assert message in str(caught.value)
+    with pytest.raises(DataError) as excinfo:
+        build_from_spec(folder)
+    assert message in str(excinfo.value)
 
 
 def test_a_tiktoken_encoding_by_name(monkeypatch):
@@ -197,18 +197,18 @@ def test_a_tiktoken_encoding_by_name(monkeypatch):
         "gpt2", pat_str=SPLIT_PATTERNS["gpt2"], mergeable_ranks=BYTES, special_tokens={ENDOFTEXT: 300}
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    tokenizer = build("gpt2")
+    tokenizer = build_from_spec("gpt2")
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.eot) == ("gpt2", 301, 300)
 
 
-def test_an_unreachable_tiktoken_encoding_says_what_to_do(monkeypatch):
-    def unreachable(name):
+def test_an_unreachable_tiktoken_encoding_is_an_error_with_a_hint(monkeypatch):
+    def raise_connection_error(name):
         raise ConnectionError("a very long story " * 100)
 
-    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    with pytest.raises(DataError, match="TIKTOKEN_CACHE_DIR") as caught:
-        build("cl100k_base")
-    assert len(str(caught.value)) < 400
+    monkeypatch.setattr(tiktoken, "get_encoding", raise_connection_error)
+    with pytest.raises(DataError, match="TIKTOKEN_CACHE_DIR") as excinfo:
+        build_from_spec("cl100k_base")
+    assert len(str(excinfo.value)) < 400
 
 
 @pytest.mark.parametrize(
@@ -224,18 +224,18 @@ def test_an_unreachable_tiktoken_encoding_says_what_to_do(monkeypatch):
         ("gpt5", None, "one of tiktoken's: gpt2, "),
     ],
 )
-def test_a_wrong_spec_says_what_is_right(spec, pattern, message):
+def test_an_invalid_spec_is_refused_with_valid_ones(spec, pattern, message):
     with pytest.raises(DataError, match=message):
-        build(spec, pattern)
+        build_from_spec(spec, pattern)
 
 
-def test_patterns_of_one_name_cut_alike():
-    """cl100k is llama3's pattern with possessive quantifiers: another speed, the same pieces."""
-    cutters = [
+def test_cl100k_and_llama3_split_alike():
+    """cl100k is llama3's pattern with possessive quantifiers: faster, with the same fragments."""
+    tokenizers = [
         BPETokenizer("x", SPLIT_PATTERNS[name], _pair_ranks(), {ENDOFTEXT: 9999}) for name in ("cl100k", "llama3")
     ]
     for text in (*STRANGE, *PROSE):
-        first, second = (tokenizer.encode(text) for tokenizer in cutters)
+        first, second = (tokenizer.encode(text) for tokenizer in tokenizers)
         np.testing.assert_array_equal(first, second)
 
 

@@ -1,4 +1,4 @@
-"""Megatron's .bin and .idx, with and without end tokens, from adoption to the held-out loss, beside our own corpus."""
+"""Megatron's .bin and .idx files, with and without end tokens, train exactly as the same corpus from our own writer."""
 
 import io
 import json
@@ -16,39 +16,39 @@ from dist_llm.text.vocabulary import build_tokenizer
 from dist_llm.train.run import train
 from dist_llm.train.score import Windows, score
 from dist_llm.train.settings import read_config
-from tests.text.test_token_files import index
+from tests.text.test_token_files import build_megatron_index
 from tests.tools import command
 
 EOT = 256
-SPLITS: dict[Split, int] = {"train": 60, "heldout": 12}  # documents
+SPLITS: dict[Split, int] = {"train": 60, "heldout": 12}  # number of documents
 
 
-def documents_of(split: Split, end_tokens: bool) -> list[np.ndarray]:
+def make_documents(split: Split, end_tokens: bool) -> list[np.ndarray]:
     rng = np.random.default_rng(len(split))
-    found = [rng.integers(97, 123, rng.integers(5, 40)) for _ in range(SPLITS[split])]
-    return [np.append(each, EOT) for each in found] if end_tokens else found
+    documents = [rng.integers(97, 123, rng.integers(5, 40)) for _ in range(SPLITS[split])]
+    return [np.append(ids, EOT) for ids in documents] if end_tokens else documents
 
 
-def write_theirs(directory: Path, end_tokens: bool) -> Path:
-    """As Megatron's preprocess_data.py writes them, with --append-eod or without; adopted."""
+def write_megatron_corpus(directory: Path, end_tokens: bool) -> Path:
+    """Write files as Megatron's preprocess_data.py does, with --append-eod or without, and adopt them."""
     for split in SPLITS:
-        documents = documents_of(split, end_tokens)
+        documents = make_documents(split, end_tokens)
         np.concatenate(documents).astype("<u2").tofile(directory / f"{split}.bin")
         bounds = range(len(documents) + 1)
-        (directory / f"{split}.idx").write_bytes(index([len(each) for each in documents], bounds))
+        (directory / f"{split}.idx").write_bytes(build_megatron_index([len(each) for each in documents], bounds))
     files = (str(directory / "train.bin"),), "byte", directory / "adopted", (str(directory / "heldout"),)
     adopt(AdoptOptions("megatron", *files), io.StringIO())
     return directory / "adopted"
 
 
-def write_ours(directory: Path, end_tokens: bool) -> Path:
-    """The same tokens and documents through our own writer."""
+def write_native_corpus(directory: Path, end_tokens: bool) -> Path:
+    """Write the same tokens and documents with our own writer."""
     out = directory / "ours"
     out.mkdir()
     shards = {}
     for split in SPLITS:
         with ShardWriter(out, split, "uint16", 500) as writer:
-            for ids in documents_of(split, end_tokens):
+            for ids in make_documents(split, end_tokens):
                 writer.add(ids, len(ids) - end_tokens)
             shards[split] = writer.close()
     tokenizer = build_tokenizer("byte", None, lambda: ())
@@ -57,24 +57,29 @@ def write_ours(directory: Path, end_tokens: bool) -> Path:
     return out
 
 
-def losses(run: Path, name: str) -> list[float]:
+def read_losses(run: Path, name: str) -> list[float]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row[name] for row in rows if name in row]
 
 
 @pytest.mark.parametrize("end_tokens", [True, False])
-def test_megatron_files_train_as_our_own(end_tokens: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    corpora = {"theirs": write_theirs(tmp_path, end_tokens), "ours": write_ours(tmp_path, end_tokens)}
+def test_adopted_megatron_files_train_as_a_native_corpus(
+    end_tokens: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpora = {
+        "megatron": write_megatron_corpus(tmp_path, end_tokens),
+        "native": write_native_corpus(tmp_path, end_tokens),
+    }
     for split in SPLITS:
-        documents = documents_of(split, end_tokens)
-        corpus = Corpus(corpora["theirs"], split)
+        documents = make_documents(split, end_tokens)
+        corpus = Corpus(corpora["megatron"], split)
         row = corpus.compute_document_ids(np.array([0]), corpus.n_tokens)[0]
-        wanted = np.repeat(np.arange(len(documents)), [len(each) for each in documents])
-        assert np.array_equal(row, wanted), "each row is split where documents begin"
+        expected = np.repeat(np.arange(len(documents)), [len(each) for each in documents])
+        assert np.array_equal(row, expected), "document ids change where documents start"
         assert corpus.read(np.array([0]), corpus.n_tokens)[0].tolist() == np.concatenate(documents).tolist()
     inspect = command("data")
-    assert inspect("verify", *corpora.values()) == int(not end_tokens), "without end tokens ours has an end to miss"
-    assert inspect("verify", corpora["theirs"]) == 0
+    assert inspect("verify", *corpora.values()) == int(not end_tokens), "our corpus without end tokens does not verify"
+    assert inspect("verify", corpora["megatron"]) == 0
 
     config = tmp_path / "config.yaml"
     config.write_text(
@@ -86,20 +91,24 @@ def test_megatron_files_train_as_our_own(end_tokens: bool, tmp_path: Path, capsy
         keys = [f"run.dir={tmp_path / 'runs' / name}", f"data.path={corpus}"]
         assert train(read_config(config, keys, 1), World()) == 0
     for name in ("loss", "heldout_loss"):
-        theirs, ours = (losses(tmp_path / "runs" / each, name) for each in corpora)
-        assert theirs == ours, name
-        assert len(theirs) == (6 if name == "loss" else 1)
+        megatron_losses, native_losses = (read_losses(tmp_path / "runs" / each, name) for each in corpora)
+        assert megatron_losses == native_losses, name
+        assert len(megatron_losses) == (6 if name == "loss" else 1)
 
-    # The loss of either model on the other's corpus, too; and the mask is in it.
-    run = str(tmp_path / "runs" / "theirs")
+    # Both corpora give the same loss, which includes the document mask.
+    run = str(tmp_path / "runs" / "megatron")
     masked = [score(run, str(corpus), "heldout", Windows(), World()).loss for corpus in corpora.values()]
-    assert masked[0] == masked[1] == pytest.approx(losses(tmp_path / "runs" / "theirs", "heldout_loss")[0], rel=1e-6)
+    assert (
+        masked[0]
+        == masked[1]
+        == pytest.approx(read_losses(tmp_path / "runs" / "megatron", "heldout_loss")[0], rel=1e-6)
+    )
 
-    windows = (Corpus(corpora["theirs"]).n_tokens - 1) // 32
-    repeated = f"data: {corpora['theirs']} has been read once in full, up to sample {windows};"
-    assert (tmp_path / "runs" / "theirs" / "logs" / "rank_00000.log").read_text().count(repeated) == 1
-    keys = [f"run.dir={tmp_path / 'runs' / 'theirs'}", f"data.path={corpora['theirs']}"]
+    windows = (Corpus(corpora["megatron"]).n_tokens - 1) // 32
+    note = f"data: {corpora['megatron']} has been read once in full, up to sample {windows};"
+    assert (tmp_path / "runs" / "megatron" / "logs" / "rank_00000.log").read_text().count(note) == 1
+    keys = [f"run.dir={tmp_path / 'runs' / 'megatron'}", f"data.path={corpora['megatron']}"]
     assert train(read_config(config, keys, 1), World()) == 0
-    log = (tmp_path / "runs" / "theirs" / "logs" / "rank_00000.log").read_text()
+    log = (tmp_path / "runs" / "megatron" / "logs" / "rank_00000.log").read_text()
     assert "nothing to do: the run has taken 6 steps, and run.steps is 6; raise it to continue" in log
-    assert log.count(repeated) == 1, "not again"
+    assert log.count(note) == 1, "the note is logged only once"

@@ -1,4 +1,4 @@
-"""What a run cannot write to is found at its start, and named by its key."""
+"""A directory that a run cannot write to is found at its start, and the error names the config key."""
 
 import shutil
 from collections import namedtuple
@@ -12,16 +12,16 @@ from dist_llm.launch.run_lock import LOCK_FILE
 from dist_llm.launch.world import World
 from dist_llm.train import directories
 from dist_llm.train.directories import check_room, check_writable, open_directories
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 
 Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_directory_of_checkpoints_that_cannot_be_written(rank: int, tmp_path: Path) -> None:
-    """Each node finds out for itself."""
+def test_a_checkpoint_directory_that_cannot_be_written_is_refused(rank: int, tmp_path: Path) -> None:
+    """Each node checks it."""
     (tmp_path / "file").write_text("")
-    config = config_of(1, {}, run={"dir": str(tmp_path / "run")}, checkpoint={"dir": str(tmp_path / "file/here")})
+    config = make_config(1, {}, run={"dir": str(tmp_path / "run")}, checkpoint={"dir": str(tmp_path / "file/here")})
     with (
         pytest.raises(ConfigError, match=r"checkpoint\.dir: .*file.* cannot be written: .*; make it writable, or set"),
         open_directories(config, Folder(config.checkpoint.dir), World(rank, 2, 0)),
@@ -30,32 +30,32 @@ def test_a_directory_of_checkpoints_that_cannot_be_written(rank: int, tmp_path: 
     assert not (tmp_path / "run" / LOCK_FILE).exists()
 
 
-def test_a_url_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Folder("memory://bucket/checkpoints")
     check_writable(folder, "checkpoint.dir")
     assert folder.list_names() == []
 
-    def refuse(*given: object) -> None:
+    def raise_permission_error(*args: object) -> None:
         raise PermissionError("AccessDenied")
 
-    monkeypatch.setattr(Folder, "write", refuse)
+    monkeypatch.setattr(Folder, "write", raise_permission_error)
     with pytest.raises(ConfigError, match=r"checkpoint\.dir: memory://bucket/checkpoints cannot be written: .*Denied"):
         check_writable(folder, "checkpoint.dir")
 
 
-def test_too_little_room_for_one_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_too_little_room_for_one_checkpoint_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(5000, 4001, 999))
     check_room(tmp_path, 999, "run.dir")
     with pytest.raises(ConfigError, match=r"run\.dir: .* has room for 999 bytes, but one checkpoint takes 1,000"):
         check_room(tmp_path, 1000, "run.dir")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 0))
-    check_room(tmp_path, 1000, "run.dir")  # a file system that does not tell
+    check_room(tmp_path, 1000, "run.dir")  # a file system that reports no sizes
 
 
-def test_a_run_that_saves_nothing_more_needs_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_that_does_not_save_needs_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(5000, 5000, 0))
     monkeypatch.setattr(directories, "count_checkpoint_bytes", lambda config: 1)
-    config = config_of(1, {}, run={"dir": str(tmp_path / "run")})
+    config = make_config(1, {}, run={"dir": str(tmp_path / "run")})
     folder = Folder(tmp_path / "run" / "checkpoints")
     with open_directories(config, folder, World(), saves=False):
         pass

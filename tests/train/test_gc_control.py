@@ -1,4 +1,4 @@
-"""The collector does not run within a step, and cycles do not pile up."""
+"""The garbage collector does not run within a step, and reference cycles do not accumulate."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -19,35 +19,38 @@ from dist_llm.train.gc_control import GCControl
 from dist_llm.train.run import train
 from dist_llm.train.settings import read_config
 
-STEPS, CYCLES, EVERY = 50, 1000, 5
+STEPS, CYCLES, LOG_EVERY = 50, 1000, 5
 
 
 class Node:
-    """Held by itself: only the collector can free it."""
+    """An object that references itself, so that only the garbage collector can free it."""
 
     def __init__(self) -> None:
         self.itself = self
 
 
-class Watched:
-    """Steps of a run, each of which leaves cycles behind: collections within them, and how many are left after each."""
+class StepRecorder:
+    """Wraps train_step: each step creates cycles.
+
+    Counts collections within steps and the remaining cycles after each step.
+    """
 
     def __init__(self, step: Callable[..., Any]) -> None:
-        self.step, self.within = step, False
-        self.collections, self.left = 0, list[int]()
+        self.step, self.in_step = step, False
+        self.collections, self.remaining = 0, list[int]()
         self.nodes: WeakSet[Node] = WeakSet()
 
     def __call__(self, *args: Any) -> Any:
-        self.within = True
+        self.in_step = True
         for _ in range(CYCLES):
             self.nodes.add(Node())
         report = self.step(*args)
-        self.within = False
-        self.left.append(len(self.nodes))
+        self.in_step = False
+        self.remaining.append(len(self.nodes))
         return report
 
-    def note(self, phase: str, _: Any) -> None:
-        self.collections += self.within and phase == "start"
+    def on_collection(self, phase: str, _: Any) -> None:
+        self.collections += self.in_step and phase == "start"
 
 
 @pytest.fixture
@@ -62,39 +65,39 @@ def config(tmp_path: Path) -> Config:
     path.write_text(
         f"run: {{dir: '{tmp_path / 'run'}', steps: {STEPS}}}\nmodel: {{d_model: 8, n_layers: 1, n_heads: 1}}\n"
         f"data: {{path: '{tmp_path}', seq_len: 4, global_batch: 1}}\n"
-        f"log: {{peak_tflops: 1.0, every: {EVERY}}}\ncheckpoint: {{every: 25}}\n"
+        f"log: {{peak_tflops: 1.0, every: {LOG_EVERY}}}\ncheckpoint: {{every: 25}}\n"
     )
     return read_config(path, [], 1)
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
-    found = Watched(trainer.train_step)
-    monkeypatch.setattr(trainer, "train_step", found)
-    gc.callbacks.append(found.note)
-    yield found
-    gc.callbacks.remove(found.note)
+def step_recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[StepRecorder]:
+    recorder = StepRecorder(trainer.train_step)
+    monkeypatch.setattr(trainer, "train_step", recorder)
+    gc.callbacks.append(recorder.on_collection)
+    yield recorder
+    gc.callbacks.remove(recorder.on_collection)
 
 
-def test_nothing_is_collected_within_a_step_and_cycles_do_not_pile_up(config: Config, watched: Watched) -> None:
+def test_no_collection_within_a_step_and_no_accumulated_cycles(config: Config, step_recorder: StepRecorder) -> None:
     assert train(config, World()) == 0
-    assert len(watched.left) == STEPS
-    assert watched.collections == 0
-    assert max(watched.left) <= EVERY * CYCLES
+    assert len(step_recorder.remaining) == STEPS
+    assert step_recorder.collections == 0
+    assert max(step_recorder.remaining) <= LOG_EVERY * CYCLES
     assert gc.isenabled()
 
 
-def test_the_collector_alone_runs_within_steps(
-    config: Config, watched: Watched, monkeypatch: pytest.MonkeyPatch
+def test_without_control_the_collector_runs_within_steps(
+    config: Config, step_recorder: StepRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the test above would see if the trainer left it to itself."""
+    """Without GCControl the collector runs within steps, so the test above can fail."""
     monkeypatch.setattr(trainer, "GCControl", lambda: nullcontext(SimpleNamespace(collect=lambda full=False: None)))
     train(config, World())
-    assert watched.collections >= STEPS  # one for each 700 objects
+    assert step_recorder.collections >= STEPS  # one for each 700 objects
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_collector_is_as_before_whatever_the_end(
+def test_the_collectors_state_is_restored_after_a_failure(
     config: Config, enabled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "train_step", lambda *rest: 1 / 0)
@@ -110,14 +113,14 @@ def test_the_collector_is_as_before_whatever_the_end(
     assert gc.get_freeze_count() == frozen
 
 
-def test_what_outlived_a_collection_is_found_by_a_full_one() -> None:
+def test_objects_that_survive_a_collection_are_freed_by_a_full_one() -> None:
     with GCControl() as gc_control:
         nodes: WeakSet[Node] = WeakSet()
-        held = Node()
-        nodes.add(held)
+        node = Node()
+        nodes.add(node)
         for _ in range(2):
             gc_control.collect()
-        del held
+        del node
         gc_control.collect()
         assert len(nodes) == 1
         gc_control.collect(full=True)

@@ -1,4 +1,4 @@
-"""Which steps are bad, and what becomes of them."""
+"""The guard detects bad steps and applies the policy."""
 
 import json
 import math
@@ -21,9 +21,9 @@ from dist_llm.train.guard import Guard, RewindError, robust_z_score
 STEADY = [2.0 + 0.01 * (number % 5) for number in range(20)]
 
 
-def guard(losses: list[float] = STEADY, checks_norm: bool = True, spent: int = 0, **config: Any) -> Guard:
+def build_guard(losses: list[float] = STEADY, checks_norm: bool = True, num_used: int = 0, **config: Any) -> Guard:
     engine = SimpleNamespace(all_gather_ints=lambda value: [value], loss_scale=None if checks_norm else LossScale())
-    return Guard(GuardConfig(window=20, **config), GuardState(list(losses), spent), engine, Path("runs/a"))  # type: ignore[arg-type]
+    return Guard(GuardConfig(window=20, **config), GuardState(list(losses), num_used), engine, Path("runs/a"))  # type: ignore[arg-type]
 
 
 def row(step: int, loss: float, norm: float = 1.0) -> dict[str, Any]:
@@ -31,39 +31,39 @@ def row(step: int, loss: float, norm: float = 1.0) -> dict[str, Any]:
 
 
 def test_good_steps_move_the_window() -> None:
-    state = (found := guard()).state
-    assert found.check_metrics([row(21, 2.03), row(22, 1.5)]) == []
+    state = (guard := build_guard()).state
+    assert guard.check_metrics([row(21, 2.03), row(22, 1.5)]) == []
     assert state.losses == [*STEADY[2:], 2.03, 1.5]
 
 
 @pytest.mark.parametrize(
-    ("bad", "what"),
+    ("bad", "message"),
     [
         (row(21, math.nan), "step 21: the loss is nan"),
         (row(21, math.inf), "step 21: the loss is inf"),
         (row(21, 2.0, math.nan), "step 21: the gradient's norm is nan"),
     ],
 )
-def test_what_is_not_finite_ends_the_run_by_default(bad: dict[str, Any], what: str) -> None:
+def test_non_finite_values_end_the_run_by_default(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(DivergedError) as error:
-        guard().check_metrics([row(20, 2.0), bad, row(22, math.nan)])
-    assert str(error.value).startswith(what)
+        build_guard().check_metrics([row(20, 2.0), bad, row(22, math.nan)])
+    assert str(error.value).startswith(message)
     assert "--run runs/a --step 21" in str(error.value)
 
 
-def test_under_fp16_norms_are_how_the_scale_is_found() -> None:
-    assert guard(checks_norm=False).check_metrics([row(21, 2.0, math.inf)]) == []
+def test_under_fp16_a_non_finite_norm_is_accepted() -> None:
+    assert build_guard(checks_norm=False).check_metrics([row(21, 2.0, math.inf)]) == []
     with pytest.raises(DivergedError, match="the loss is nan"):
-        guard(checks_norm=False).check_metrics([row(21, math.nan, math.nan)])
+        build_guard(checks_norm=False).check_metrics([row(21, math.nan, math.nan)])
 
 
-def test_a_spike_is_told_of_once_and_its_level_becomes_the_usual_one() -> None:
-    found = guard()
-    notes = found.check_metrics([row(step, 4.0) for step in range(21, 24)])
+def test_a_spike_is_reported_once_and_its_level_becomes_normal() -> None:
+    actual = build_guard()
+    notes = actual.check_metrics([row(step, 4.0) for step in range(21, 24)])
     assert [note["step"] for note in notes] == [21]
     assert "a loss of 4.0000 is " in notes[0]["event"]
-    assert found.check_metrics([row(step, 4.0) for step in range(24, 60)]) == [], "one in a row is enough"
-    assert found.check_metrics([row(60, 8.0)])[0]["step"] == 60
+    assert actual.check_metrics([row(step, 4.0) for step in range(24, 60)]) == [], "one event per series"
+    assert actual.check_metrics([row(60, 8.0)])[0]["step"] == 60
 
 
 @pytest.mark.parametrize(
@@ -71,67 +71,69 @@ def test_a_spike_is_told_of_once_and_its_level_becomes_the_usual_one() -> None:
 )
 def test_policies(key: str, bad: dict[str, Any]) -> None:
     with pytest.raises(DivergedError):
-        guard(**{key: "stop"}).check_metrics([bad])
-    going_back = guard(**{key: "rewind"})
+        build_guard(**{key: "stop"}).check_metrics([bad])
+    rewinding = build_guard(**{key: "rewind"})
     with pytest.raises(RewindError, match=r"^step 21: ") as error:
-        going_back.check_metrics([bad, row(22, 2.0)])
-    assert (error.value.step, going_back.state.num_used) == (21, 1)
-    leaving_out = guard(**{key: "skip"})
-    (note,) = leaving_out.check_metrics([bad])
+        rewinding.check_metrics([bad, row(22, 2.0)])
+    assert (error.value.step, rewinding.state.num_used) == (21, 1)
+    skipping = build_guard(**{key: "skip"})
+    (note,) = skipping.check_metrics([bad])
     assert note["event"].endswith("its update was left out")
-    assert (leaving_out.state.num_used, leaving_out.state.losses) == (1, STEADY)
+    assert (skipping.state.num_used, skipping.state.losses) == (1, STEADY)
 
 
 @pytest.mark.parametrize("policy", ["skip", "rewind"])
 def test_the_budget_ends_the_run(policy: str) -> None:
     with pytest.raises(DivergedError, match=r"step 21: the loss is nan, and guard.budget of 3 bad steps is used up"):
-        guard(spent=3, budget=3, not_finite=policy).check_metrics([row(21, math.nan)])
+        build_guard(num_used=3, budget=3, not_finite=policy).check_metrics([row(21, math.nan)])
 
 
-def test_a_step_is_judged_before_it_is_taken_and_once() -> None:
-    found = guard(not_finite="skip")
-    one = torch.tensor(1.0)
-    assert found.should_apply(21, torch.tensor(2.0625), one)
-    assert not found.should_apply(22, torch.tensor(2.0), torch.tensor(math.inf))
-    assert not found.should_apply(23, torch.tensor(math.nan), one)
-    assert found.should_apply(24, torch.tensor(9.0), one), "a spike is another matter"
-    notes = found.check_metrics([row(21, 2.0625), row(22, 2.0, math.inf), row(23, math.nan), row(24, 9.0)])
+def test_a_step_is_checked_once_before_its_update() -> None:
+    actual = build_guard(not_finite="skip")
+    finite_loss = torch.tensor(1.0)
+    assert actual.should_apply(21, torch.tensor(2.0625), finite_loss)
+    assert not actual.should_apply(22, torch.tensor(2.0), torch.tensor(math.inf))
+    assert not actual.should_apply(23, torch.tensor(math.nan), finite_loss)
+    assert actual.should_apply(24, torch.tensor(9.0), finite_loss), "should_apply does not check for spikes"
+    notes = actual.check_metrics([row(21, 2.0625), row(22, 2.0, math.inf), row(23, math.nan), row(24, 9.0)])
     assert [note["step"] for note in notes] == [22, 23, 24]
-    assert found.state.num_used == 2
-    assert found.state.losses == [*STEADY[2:], 2.0625, 9.0]
+    assert actual.state.num_used == 2
+    assert actual.state.losses == [*STEADY[2:], 2.0625, 9.0]
 
 
 def test_no_step_is_a_spike_before_the_window_is_full() -> None:
-    assert guard(STEADY[:19], spike="stop").check_metrics([row(20, 100.0)]) == []
+    assert build_guard(STEADY[:19], spike="stop").check_metrics([row(20, 100.0)]) == []
 
 
 @given(st.lists(st.floats(0.1, 20), min_size=4, max_size=40), st.floats(0.1, 20), st.floats(0.5, 8))
-def test_deviations(losses: list[float], loss: float, factor: float) -> None:
-    found = robust_z_score(loss, losses)
-    assert math.isfinite(found)
-    assert (found > 0) == (loss > statistics.median(losses))
-    assert robust_z_score(loss * factor, [each * factor for each in losses]) == pytest.approx(found, rel=1e-6, abs=1e-9)
+def test_the_z_score_is_scale_invariant(losses: list[float], loss: float, factor: float) -> None:
+    z_score = robust_z_score(loss, losses)
+    assert math.isfinite(z_score)
+    assert (z_score > 0) == (loss > statistics.median(losses))
+    assert robust_z_score(loss * factor, [each * factor for each in losses]) == pytest.approx(
+        z_score, rel=1e-6, abs=1e-9
+    )
 
 
-def test_deviations_are_those_of_a_normal_distribution() -> None:
+def test_the_z_score_matches_a_normal_distribution() -> None:
     losses = torch.randn(10_001, generator=torch.Generator().manual_seed(0)).add(50).tolist()
     assert robust_z_score(53.0, losses) == pytest.approx(3.0, rel=0.05)
-    assert robust_z_score(3.003, [3.0] * 10) == pytest.approx(1.0), "a deviation of nothing is no measure"
+    assert robust_z_score(3.003, [3.0] * 10) == pytest.approx(1.0), "a deviation of zero has a minimum"
 
 
-def test_progress_keeps_it() -> None:
+def test_progress_stores_the_guards_state() -> None:
     before = Progress(3, 30, 300, guard=GuardState([1.0, 2.0], 4, [(3, 9)]))
     assert Progress.parse(json.dumps(before.as_dict()).encode()) == before
-    older = {key: value for key, value in before.as_dict().items() if key != "guard"}
-    assert Progress.parse(json.dumps(older).encode()).guard == GuardState()
+    without_guard = {key: value for key, value in before.as_dict().items() if key != "guard"}
+    assert Progress.parse(json.dumps(without_guard).encode()).guard == GuardState()
     guard_of_0_1 = {"losses": [1.0, 2.0], "spent": 4, "left_out": [[3, 9]]}
-    assert Progress.parse(json.dumps({**older, "guard": guard_of_0_1}).encode()) == before
+    assert Progress.parse(json.dumps({**without_guard, "guard": guard_of_0_1}).encode()) == before
 
 
 def test_weights_that_are_not_finite_are_not_saved() -> None:
-    guard().check_weights_finite(5, finite=True)
-    guard(not_finite="warn").check_weights_finite(5, finite=False)
+    build_guard().check_weights_finite(5, finite=True)
+    build_guard(not_finite="warn").check_weights_finite(5, finite=False)
     with pytest.raises(DivergedError, match="step 5: weights of rank 0 are not finite after it"):
-        guard(not_finite="skip").check_weights_finite(5, finite=False)
+        build_guard(not_finite="skip").check_weights_finite(5, finite=False)
     with pytest.raises(RewindError):
-        guard(not_finite="rewind").check_weights_finite(5, finite=False)
+        build_guard(not_finite="rewind").check_weights_finite(5, finite=False)

@@ -1,4 +1,4 @@
-"""Steps that a run takes again after a kill are compared with those of the start before, if the config is the same."""
+"""Steps that a run repeats after a kill are compared with the earlier ones if the config is the same."""
 
 import json
 import logging
@@ -10,45 +10,49 @@ import pytest
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
 from dist_llm.train.resume import NUM_STEPS, EarlierSteps
-from tests.laws.law import config_of
+from tests.laws.law import make_config
 
 LOSSES = {step: 5.0 - step / 100 for step in range(1, 31)}
 
 
-def run(directory: Path, config: Config) -> Path:
+def write_run(directory: Path, config: Config) -> Path:
     lines = [json.dumps({"step": step, "loss": loss, "lr": 0.1}) for step, loss in LOSSES.items()]
-    other = [json.dumps({"step": 9, "heldout_loss": 4.0}), json.dumps({"step": 9, "event": "x"}), '{"step": 31, "lo']
-    (directory / "metrics.jsonl").write_text("\n".join(lines + other), encoding="utf-8")
+    incomplete_rows = [
+        json.dumps({"step": 9, "heldout_loss": 4.0}),
+        json.dumps({"step": 9, "event": "x"}),
+        '{"step": 31, "lo',
+    ]
+    (directory / "metrics.jsonl").write_text("\n".join(lines + incomplete_rows), encoding="utf-8")
     (directory / "config.yaml").write_text(dump(config), encoding="utf-8")
     return directory
 
 
-def rows(first: int, last: int, changes: dict[int, float] | None = None) -> list[dict[str, Any]]:
+def make_rows(first: int, last: int, changes: dict[int, float] | None = None) -> list[dict[str, Any]]:
     return [{"step": step, "loss": (changes or {}).get(step, LOSSES[step])} for step in range(first, last + 1)]
 
 
 def test_the_first_steps_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = config_of(1, {})
-    earlier = EarlierSteps.read(run(tmp_path, config), 8, config)
+    config = make_config(1, {})
+    earlier = EarlierSteps.read(write_run(tmp_path, config), 8, config)
     assert list(earlier.losses) == list(range(9, 9 + NUM_STEPS))
     with caplog.at_level(logging.INFO):
         assert earlier.compare([{"step": 9, "heldout_loss": 3.0}]) == []
     earlier = EarlierSteps.read(tmp_path, 8, config)
     with caplog.at_level(logging.INFO):
-        assert earlier.compare(rows(9, 12, {10: LOSSES[10] * (1 + 5e-5)})) == [], "rounding"
-        assert earlier.compare(rows(13, 30, {30: 1.0})) == [], "too far from the checkpoint to be compared"
+        assert earlier.compare(make_rows(9, 12, {10: LOSSES[10] * (1 + 5e-5)})) == [], "within rounding"
+        assert earlier.compare(make_rows(13, 30, {30: 1.0})) == [], "only the first steps are compared"
     assert f"{NUM_STEPS} steps that were taken before have the same losses again" in caplog.text
 
 
 @pytest.mark.parametrize("loss", [LOSSES[10] * 1.001, float("nan")])
-def test_another_loss_is_an_event(loss: float, tmp_path: Path) -> None:
-    config = config_of(1, {})
-    (event,) = EarlierSteps.read(run(tmp_path, config), 8, config).compare(rows(9, 30, {10: loss}))
+def test_a_different_loss_is_an_event(loss: float, tmp_path: Path) -> None:
+    config = make_config(1, {})
+    (event,) = EarlierSteps.read(write_run(tmp_path, config), 8, config).compare(make_rows(9, 30, {10: loss}))
     assert event["step"] == 10
     assert f"step 10 was taken before the run was resumed, with a loss of 4.9; now it is {loss:.9g}" in event["event"]
-    low = config_of(1, {}, precision="bf16")
-    same = EarlierSteps.read(run(tmp_path, low), 8, low).compare(rows(9, 30, {10: loss}))
-    assert bool(same) == (loss != loss), "rounding of bf16"
+    bf16_config = make_config(1, {}, precision="bf16")
+    events = EarlierSteps.read(write_run(tmp_path, bf16_config), 8, bf16_config).compare(make_rows(9, 30, {10: loss}))
+    assert bool(events) == (loss != loss), "rounding of bf16"
 
 
 @pytest.mark.parametrize(
@@ -61,16 +65,18 @@ def test_another_loss_is_an_event(loss: float, tmp_path: Path) -> None:
         ({"precision": "bf16"}, "precision"),
     ],
 )
-def test_another_config_takes_other_steps(
+def test_steps_of_another_config_are_not_compared(
     sections: dict[str, Any], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = config_of(1, sections.get("model", {}), **{key: each for key, each in sections.items() if key != "model"})
+    config = make_config(
+        1, sections.get("model", {}), **{key: each for key, each in sections.items() if key != "model"}
+    )
     with caplog.at_level(logging.INFO):
-        assert EarlierSteps.read(run(tmp_path, config_of(1, {})), 8, config).losses == {}
+        assert EarlierSteps.read(write_run(tmp_path, make_config(1, {})), 8, config).losses == {}
     assert f"resumed steps are not compared with those before: {name} changed" in caplog.text
 
 
-def test_a_layout_or_an_interval_of_checkpoints_changes_no_step(tmp_path: Path) -> None:
-    config = config_of(2, {}, parallel={"tp": 2}, checkpoint={"every": 3}, data={"micro_batch": 4})
-    assert len(EarlierSteps.read(run(tmp_path, config_of(1, {})), 8, config).losses) == NUM_STEPS
+def test_another_layout_or_checkpoint_interval_is_compared(tmp_path: Path) -> None:
+    config = make_config(2, {}, parallel={"tp": 2}, checkpoint={"every": 3}, data={"micro_batch": 4})
+    assert len(EarlierSteps.read(write_run(tmp_path, make_config(1, {})), 8, config).losses) == NUM_STEPS
     assert EarlierSteps.read(tmp_path / "nowhere", 8, config).losses == {}

@@ -1,4 +1,4 @@
-"""`evaluate`: how long windows are, who chose that, and errors that name the option to change."""
+"""`evaluate`: the window length and its source, and errors that name the option to change."""
 
 import re
 from pathlib import Path
@@ -12,17 +12,17 @@ from dist_llm.convert.weights import LazyWeights
 from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.world import World
 from dist_llm.train.score import Windows, _with_seq_len, score
-from tests.test_fuzz import BYTES, config_for, weights_for, write_corpus
+from tests.test_fuzz import BYTES, make_config, make_weights, write_corpus
 from tests.tools import command
 
 
-def long_config(seq_len: int) -> Config:
-    config = config_for(max_seq_len=131_072)
+def make_long_config(seq_len: int) -> Config:
+    config = make_config(max_seq_len=131_072)
     return config.model_copy(update={"data": config.data.model_copy(update={"seq_len": seq_len})})
 
 
 @pytest.mark.parametrize(
-    ("trained", "in_run", "option", "seq_len", "why"),
+    ("trained", "in_run", "option", "seq_len", "reason"),
     [
         (False, 131_072, 0, 2048, "the default; the model takes up to 131072, see --seq-len"),
         (False, 1024, 0, 1024, "as in the run"),
@@ -31,62 +31,66 @@ def long_config(seq_len: int) -> Config:
         (False, 131_072, 131_072, 131_072, "--seq-len"),
     ],
 )
-def test_windows_are_bounded_unless_somebody_chose_them(
-    trained: bool, in_run: int, option: int, seq_len: int, why: str
+def test_the_default_window_length_is_bounded(
+    trained: bool, in_run: int, option: int, seq_len: int, reason: str
 ) -> None:
-    config, said = _with_seq_len(long_config(in_run), option, trained)
-    assert (config.data.seq_len, said) == (seq_len, why)
+    config, actual_reason = _with_seq_len(make_long_config(in_run), option, trained)
+    assert (config.data.seq_len, actual_reason) == (seq_len, reason)
     assert config.model.max_seq_len == 131_072
 
 
 def test_a_window_longer_than_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="--seq-len 131073: the model takes at most 131072 tokens"):
-        _with_seq_len(long_config(64), 131_073, True)
+        _with_seq_len(make_long_config(64), 131_073, True)
     assert cli.main(["evaluate", "--checkpoint", "x", "--seq-len", "-1"]) == 2
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model from elsewhere, without a tokenizer."""
+def imported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imported model without a tokenizer."""
     directory = tmp_path_factory.mktemp("imported")
-    config = config_for(vocab_size=257)
-    weights = weights_for(config)
+    config = make_config(vocab_size=257)
+    weights = make_weights(config)
     hf_convert.export_hf(LazyWeights(weights.shapes, weights.read), config, None, directory / "hf", "llama")
     assert command("convert")("from-hf", directory / "hf", directory / "ours") == 0
     return directory / "ours"
 
 
-def test_errors_name_the_option(imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(data: str | None) -> str:
+def test_errors_name_the_option_to_change(
+    imported_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error_of(data: str | None) -> str:
         with pytest.raises((ConfigError, DataError)) as error:
-            score(str(imported), data, "heldout", Windows(), World())
+            score(str(imported_model), data, "heldout", Windows(), World())
         assert "data.path" not in str(error.value)
         return str(error.value)
 
-    assert refused(None).startswith("--data: the model was not trained here, so it has no corpus of its own")
-    assert re.match(r"--data .*nowhere: .* not a prepared corpus", refused(str(tmp_path / "nowhere")))
+    assert error_of(None).startswith("--data: the model was not trained here, so it has no corpus of its own")
+    assert re.match(r"--data .*nowhere: .* not a prepared corpus", error_of(str(tmp_path / "nowhere")))
     (tmp_path / "corpus").mkdir()
     write_corpus(tmp_path / "corpus")
-    result = score(str(imported), str(tmp_path / "corpus"), "heldout", Windows(micro_batch=3), World())
+    result = score(str(imported_model), str(tmp_path / "corpus"), "heldout", Windows(micro_batch=3), World())
     assert result.tokens == 111
     out = capsys.readouterr().out
-    assert f"{imported} has no tokenizer: it is taken to be that of the corpus" in out
-    (imported / "tokenizer.json").write_bytes(BYTES.file_bytes().replace(b": 256", b": 300"))
+    assert f"{imported_model} has no tokenizer: it is taken to be that of the corpus" in out
+    (imported_model / "tokenizer.json").write_bytes(BYTES.file_bytes().replace(b": 256", b": 300"))
     try:
-        assert "--data: " in refused(str(tmp_path / "corpus"))
+        assert "--data: " in error_of(str(tmp_path / "corpus"))
     finally:
-        (imported / "tokenizer.json").unlink()
+        (imported_model / "tokenizer.json").unlink()
 
 
-def test_generate_says_what_is_missing(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["generate", "--checkpoint", str(imported), "--prompt", "x"]) == 2
+def test_generate_reports_the_missing_tokenizer(imported_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--checkpoint", str(imported_model), "--prompt", "x"]) == 2
     assert "has no tokenizer" in capsys.readouterr().err
 
 
-def test_weights_alone_are_exported(imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_without_a_tokenizer_is_exported(
+    imported_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tool = command("convert")
-    assert tool("to-hf", imported, tmp_path / "hf") == 0
-    assert f"without a tokenizer: {imported} has none" in capsys.readouterr().out
+    assert tool("to-hf", imported_model, tmp_path / "hf") == 0
+    assert f"without a tokenizer: {imported_model} has none" in capsys.readouterr().out
     assert sorted(file.name for file in (tmp_path / "hf").iterdir()) == [
         "config.json",
         "generation_config.json",

@@ -1,4 +1,4 @@
-"""The straggler is the rank that was sampled in collectives least often."""
+"""The straggler is the rank that is sampled least often in collectives."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,24 +9,24 @@ from dist_llm.launch.world import World
 from dist_llm.train.stragglers import StragglerMonitor, find_slowest
 
 
-def rows(step: int) -> list[dict[str, Any]]:
+def make_rows(step: int) -> list[dict[str, Any]]:
     return [{"step": step - 1, "step_seconds": 2.0}, {"step": step, "step_seconds": 2.0}]
 
 
-def report(counts: list[tuple[int, int]], seconds: float = 4.0) -> list[dict[str, Any]]:
-    """Rank 0's rows. `counts`: by rank, how often it was sampled, and how often it was in a collective."""
-    num_samples, num_waiting = ([each[place] for each in counts] for place in (0, 1))
-    gathered = iter([num_samples, num_waiting, num_samples, num_waiting])
+def report_of_rank_0(counts: list[tuple[int, int]], seconds: float = 4.0) -> list[dict[str, Any]]:
+    """Return rank 0's rows; `counts` is a list by rank: (number of samples, number of samples within a collective)."""
+    num_samples, num_waiting = ([each[index] for each in counts] for index in (0, 1))
+    answers = iter([num_samples, num_waiting, num_samples, num_waiting])
     monitor = StragglerMonitor(
-        World(0, len(counts)), SimpleNamespace(all_gather_ints=lambda value: next(gathered)), seconds
+        World(0, len(counts)), SimpleNamespace(all_gather_ints=lambda value: next(answers)), seconds
     )  # type: ignore[arg-type]
     monitor.num_samples, monitor.num_waiting = counts[0]
-    first = monitor.report(rows(2))
-    return first or monitor.report(rows(4))
+    first = monitor.report(make_rows(2))
+    return first or monitor.report(make_rows(4))
 
 
-def test_the_rank_that_others_wait_for_is_named() -> None:
-    (row,) = report([(100, 40), (100, 10), (100, 50)])
+def test_the_slow_rank_is_named() -> None:
+    (row,) = report_of_rank_0([(100, 40), (100, 10), (100, 50)])
     assert row["busy_seconds"] == [1.2, 1.8, 1.0]
     assert row["event"].startswith(
         "step 2: rank 1 is slow: it is busy for 1.800 s of a step of 2.000 s, the median of the others"
@@ -34,22 +34,22 @@ def test_the_rank_that_others_wait_for_is_named() -> None:
     assert "others is 1.100 s; logs/rank_00001.log" in row["event"]
 
 
-def test_ranks_that_wait_alike_are_not_named() -> None:
-    (row,) = report([(100, 40), (200, 60), (100, 42)])
+def test_similar_ranks_are_not_named() -> None:
+    (row,) = report_of_rank_0([(100, 40), (200, 60), (100, 42)])
     assert "event" not in row
     assert row["busy_seconds"] == pytest.approx([1.2, 1.4, 1.16])
 
 
 def test_samples_add_up_until_the_interval_has_passed() -> None:
-    (row,) = report([(10, 4), (10, 5)], seconds=8.0)
+    (row,) = report_of_rank_0([(10, 4), (10, 5)], seconds=8.0)
     assert row["step"] == 4
     assert row["busy_seconds"] == pytest.approx([1.2, 1.0])
 
 
-def test_one_rank_has_nobody_to_wait_for() -> None:
-    alone = StragglerMonitor(World(), SimpleNamespace(all_gather_ints=lambda value: [value]), 1.0)  # type: ignore[arg-type]
-    assert alone.report(rows(2)) == []
+def test_one_rank_reports_nothing() -> None:
+    monitor = StragglerMonitor(World(), SimpleNamespace(all_gather_ints=lambda value: [value]), 1.0)  # type: ignore[arg-type]
+    assert monitor.report(make_rows(2)) == []
 
 
-def test_slowest() -> None:
+def test_find_slowest() -> None:
     assert find_slowest([0.5, 0.9, 0.6, 0.8]) == (1, 0.6)
