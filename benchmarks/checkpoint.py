@@ -31,7 +31,7 @@ from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 
 VOCAB = 8192
 

@@ -43,7 +43,7 @@ from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.parallel import p2p_collectives
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "communication.md"
 ALLOWED_EXCESS = 0.05

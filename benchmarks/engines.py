@@ -30,7 +30,7 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.build_engine import build_engine
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from measure import PeakMemory
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "engines.md"

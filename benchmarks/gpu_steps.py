@@ -16,7 +16,7 @@ from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.compat import functional_collectives
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
-from dist_llm.generate import Prompt, Sampling, generate_tokens
+from dist_llm.generation import Prompt, Sampling, generate_tokens
 from dist_llm.models.attention import KVCache
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.build_model import build_model
@@ -25,7 +25,7 @@ from dist_llm.parallel.fsdp import apply_fsdp
 from dist_llm.parallel.mesh import build_mesh
 from dist_llm.parallel.parallelize import init_parameters
 from dist_llm.sharded import to_local
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from gpu_context import SMALL_VOCABULARY, Comparison, Context, SkippedError, small_config
 
 CPU = torch.device("cpu")

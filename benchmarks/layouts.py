@@ -29,7 +29,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.group import keep_freed_memory
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from measure import DTYPES, take_turns
 from models import MODELS, make_config
 from results import Results, format_table, make_parser, parse_options

@@ -31,7 +31,7 @@ from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models import decoder
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from measure import DTYPES
 from models import MODELS, make_config
 from results import Results, format_table, make_parser, parse_options

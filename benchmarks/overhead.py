@@ -39,8 +39,8 @@ from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.observe.metrics import Row
 from dist_llm.parallel.parallelize import init_parameters
 from dist_llm.text.prepare import PrepareOptions, prepare
-from dist_llm.train.settings import read_config, read_vocabulary
-from dist_llm.train.trainer import Trainer
+from dist_llm.training.settings import read_config, read_vocabulary
+from dist_llm.training.trainer import Trainer
 
 WARM_UP_PAIRS = 2
 CLAIM = 0.98  # the smallest ratio that we promise

@@ -22,7 +22,7 @@ FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 PACED_TRAINING = """\
 import sys, time
 from dist_llm.cli import main
-from dist_llm.train.trainer import Trainer
+from dist_llm.training.trainer import Trainer
 
 step = Trainer.step
 

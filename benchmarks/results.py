@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dist_llm.train.run import environment
+from dist_llm.training.run import environment
 from measure import cores, cpu_name
 
 DIRECTORY = Path(__file__).parent / "results"

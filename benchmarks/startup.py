@@ -56,7 +56,7 @@ mark("interpreter")
 import torch
 mark("torch")
 from dist_llm import cli
-from dist_llm.train import run, settings
+from dist_llm.training import run, settings
 mark("imports")
 
 

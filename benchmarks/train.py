@@ -48,7 +48,7 @@ from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.models.init import init_param_, init_rule
 from dist_llm.objectives.batch import Batch
 from dist_llm.observe.flops import CONVENTION, flops_per_token, matmul_weights, peak_flops
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from measure import PeakMemory, ResourceUsage, any_device, matmul_rate, precisions, seconds, take_turns, workers
 from models import MODELS, make_config
 from results import Results, format_table, make_parser, parse_options

@@ -20,8 +20,8 @@ import torch
 
 from dist_llm.launch.world import World
 from dist_llm.text.prepare import PrepareOptions, prepare
-from dist_llm.train.run import train
-from dist_llm.train.settings import read_config
+from dist_llm.training.run import train
+from dist_llm.training.settings import read_config
 
 REPOSITORY = Path(__file__).parents[1]
 KEYS = (

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dist_llm.data.shard import Manifest, Split
     from dist_llm.models.decoder import Decoder
     from dist_llm.text.tokenizer import Tokenizer
-    from dist_llm.train.evaluate import Evaluation
+    from dist_llm.training.evaluate import Evaluation
 
 __all__ = ["UserError", "evaluate", "generate", "load_model", "prepare", "read_config", "train"]
 
@@ -54,7 +54,7 @@ def read_config(config: str | Path | Mapping[str, Any], *overrides: str) -> Conf
     `key=value`, as on the command line. Raises one ConfigError with all problems.
     """
     from dist_llm.launch.world import read_world
-    from dist_llm.train.settings import read_config as read
+    from dist_llm.training.settings import read_config as read
 
     source = config if isinstance(config, Mapping) else Path(config)
     return read(source, overrides, read_world().size)
@@ -69,7 +69,7 @@ def train(config: str | Path | Mapping[str, Any], *overrides: str) -> Path:
 
     world = read_world()
     resolved = read_config(config, *overrides)
-    from dist_llm.train.run import train as train_run
+    from dist_llm.training.run import train as train_run
 
     if stop_signal := train_run(resolved, world):
         raise SystemExit(128 + stop_signal)
@@ -88,7 +88,7 @@ def evaluate(
     0 stands for the default of `seq_len` and `micro_batch`. Raises ConfigError or DataError.
     """
     from dist_llm.launch.world import read_world
-    from dist_llm.train.score import Windows, score
+    from dist_llm.training.score import Windows, score
 
     return score(str(checkpoint), str(data) if data else None, split, Windows(seq_len, micro_batch), read_world())
 
@@ -103,8 +103,8 @@ def generate(
     seed: int = 0,
 ) -> str:
     """Generate the continuation of `prompt` on one device. The parameters are those of `dist-llm generate`."""
-    from dist_llm.generate import Sampling, default_device, encode_prompt, generate_text
-    from dist_llm.generate import load_model as load
+    from dist_llm.generation import Sampling, default_device, encode_prompt, generate_text
+    from dist_llm.generation import load_model as load
 
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
     sampling.check()
@@ -115,7 +115,7 @@ def generate(
 
 def load_model(checkpoint: str | Path) -> tuple[Decoder, Tokenizer, Config]:
     """Load the model of a checkpoint, or of a run's newest, on one device, with its tokenizer and config."""
-    from dist_llm.generate import default_device
-    from dist_llm.generate import load_model as load
+    from dist_llm.generation import default_device
+    from dist_llm.generation import load_model as load
 
     return load(checkpoint, default_device())

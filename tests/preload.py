@@ -10,9 +10,9 @@ import pytest  # each forked process imports the main module of the process that
 import torch._inductor.compile_fx
 import torch.utils.tensorboard.writer
 
-import dist_llm.generate
-import dist_llm.train.run
-import dist_llm.train.score
+import dist_llm.generation
+import dist_llm.training.run
+import dist_llm.training.score
 import tests.laws.law
 
 gc.freeze()

@@ -199,7 +199,7 @@ def test_a_closed_pipe_is_no_error():
 
 
 def test_overrides_and_the_config_may_come_in_any_order(config, monkeypatch):
-    import dist_llm.train.settings as settings
+    import dist_llm.training.settings as settings
 
     calls = []
 
@@ -218,7 +218,7 @@ def test_overrides_and_the_config_may_come_in_any_order(config, monkeypatch):
 
 
 def test_debug_is_one_rank_whatever_the_config_says(config, monkeypatch):
-    import dist_llm.train.debug as debug
+    import dist_llm.training.debug as debug
 
     configs = []
     monkeypatch.setattr(debug, "debug", configs.append)

@@ -64,7 +64,7 @@ from dist_llm.text.report import InputTable, Report
 from dist_llm.text.rows import RowKeys, Tally
 from dist_llm.text.tokenizer import ENDOFTEXT, Tokenizer
 from dist_llm.text.vocabulary import build_tokenizer
-from dist_llm.train.resume import EarlierSteps
+from dist_llm.training.resume import EarlierSteps
 from tests.text.test_token_files import build_megatron_index
 
 MARGIN_BYTES = 1 << 29  # of address space that a reader may use, for files of some kilobytes

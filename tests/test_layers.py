@@ -32,13 +32,13 @@ LEVELS = (
     {"checkpoint"},
     {"convert"},
     {"engines"},
-    {"train", "generate"},
+    {"training", "generation"},
     {"commands", "api"},
     {"cli"},
     {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-SAME_LEVEL_IMPORTS = {("train", "generate"), ("observe", "launch")}
+SAME_LEVEL_IMPORTS = {("training", "generation"), ("observe", "launch")}
 RANK_AWARE = {"compat", "sharded", "launch", "parallel", "checkpoint", "engines"}
 # The wrapper that reports an exception to torchrun; it starts no processes.
 ALLOWED = {("commands", "torch.distributed.elastic.multiprocessing.errors")}
@@ -134,7 +134,7 @@ def test_every_rule_holds():
         ("models/norm.py", "import torch\nRANK = torch.distributed.get_rank", "models knows of ranks"),
         ("losses/cross_entropy.py", "from dist_llm.optim import clip", "losses may not import optim"),
         ("launch/world.py", "def late():\n    import dist_llm.observe.flops", "launch may not import observe"),
-        ("generate.py", "from dist_llm import train", "generate may not import train"),
+        ("generation.py", "from dist_llm import training", "generation may not import training"),
         ("data/order.py", "import os\nSEED = os.environ['SEED']", "only launch reads the environment"),
         ("data/order.py", "from os import getenv", "only launch reads the environment"),
         ("cli.py", "from torch.distributed import barrier", "cli knows of ranks"),
@@ -160,7 +160,7 @@ def test_a_planted_violation_is_caught(file, statement, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["errors", "config.load", "config.check", "train.settings", "launch.world", "data.shard", "cli"]
+    "module", ["errors", "config.load", "config.check", "training.settings", "launch.world", "data.shard", "cli"]
 )
 def test_config_errors_do_not_load_torch(module):
     """Late imports keep --help and config errors fast."""

@@ -29,7 +29,7 @@ PATH = (
     ("batches", ("data", "objectives"), ""),
     ("training step", ("models", "losses", "parallel", "engines", "optim"), "train"),
     ("checkpoint", ("checkpoint",), ""),
-    ("results", ("generate", "train", "convert"), "evaluate, generate, convert"),
+    ("results", ("generation", "training", "convert"), "evaluate, generate, convert"),
 )
 # Colours that can be told apart in print: infrastructure, model, data, distribution, program.
 COLOURS = {
@@ -37,7 +37,7 @@ COLOURS = {
     "#dbe9f6": ("losses", "optim", "models", "objectives"),
     "#e2f0d9": ("data", "text"),
     "#fdebd0": ("parallel", "checkpoint", "convert", "engines"),
-    "#eadcf4": ("train", "generate", "commands", "api", "cli"),
+    "#eadcf4": ("training", "generation", "commands", "api", "cli"),
 }
 FILL = {name: colour for colour, names in COLOURS.items() for name in names}
 

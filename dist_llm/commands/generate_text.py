@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print a continuation of each prompt."""
     from dist_llm.commands.output import ignore_broken_pipe
-    from dist_llm.generate import Offload, Sampling, print_continuations
+    from dist_llm.generation import Offload, Sampling, print_continuations
 
     if (options.offload is None) != (options.memory is None):
         raise ConfigError(

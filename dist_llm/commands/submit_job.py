@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Check the config, print the batch script and submit it."""
     from dist_llm.launch.submit import Job, directories, parse_sweep, render, submit
-    from dist_llm.train.settings import read_config
+    from dist_llm.training.settings import read_config
 
     sbatch_options = [
         f"--{name}={value}" for name in ("time", "gpus-per-node") if (value := vars(options)[name.replace("-", "_")])

@@ -49,11 +49,11 @@ def run(options: argparse.Namespace) -> int:
     overrides = [item for item in options.rest if "=" in item]
     from dist_llm.config.derive import AXES
     from dist_llm.launch.world import read_world
-    from dist_llm.train.settings import read_config
+    from dist_llm.training.settings import read_config
 
     if options.debug:
         config = read_config(files[0], [*overrides, *(f"parallel.{axis}=1" for axis in AXES), "data.prefetch=0"], 1)
-        from dist_llm.train.debug import debug
+        from dist_llm.training.debug import debug
 
         debug(config)
         return 0
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     config = read_config(files[0], overrides, world.size)  # the config is checked before torch is imported
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from dist_llm.train.run import train
+    from dist_llm.training.run import train
 
     # `record` passes the exception to torchrun, whose last lines name rank, host and cause.
     stop_signal = record(train)(config, world) or 0

@@ -7,12 +7,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from dist_llm.errors import ConfigError
 from dist_llm.launch.world import World
+
+_stores: list[dist.Store] = []  # the connection of this process to the other ranks, once they have met
+_group_numbers = count()
 
 
 def device_of(world: World) -> torch.device:
@@ -60,7 +65,7 @@ def process_group(
     with _rendezvous_errors():
         dist.init_process_group(
             backend,
-            store=dist.HashStore() if world.size == 1 else None,
+            store=_new_store(world, timeout_seconds),
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=timeout_seconds),
@@ -71,6 +76,21 @@ def process_group(
     finally:
         gc.collect()
         dist.destroy_process_group()
+
+
+def _new_store(world: World, timeout_seconds: float) -> dist.Store:
+    """A store with no keys for one process group.
+
+    The ranks meet once per process. A second group in the same process, as in a script that trains and evaluates, uses
+    the same connection with a new prefix: it must not read the addresses that the first group left there.
+    """
+    if world.size == 1:
+        return dist.HashStore()
+    if not _stores:
+        store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timedelta(seconds=timeout_seconds)))
+        store.set_timeout(timedelta(seconds=timeout_seconds))
+        _stores.append(store)
+    return dist.PrefixStore(f"group_{next(_group_numbers)}", _stores[0])
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 
 from dist_llm.cli import main
 from dist_llm.sharded import to_local
-from dist_llm.train.trainer import Trainer
+from dist_llm.training.trainer import Trainer
 
 PACE_SECONDS = 0.15
 

@@ -5,7 +5,7 @@ import torch
 
 from dist_llm.checkpoint.checkpoint_size import count_checkpoint_bytes
 from dist_llm.engines.native import NativeEngine
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, MODELS, MUON, SGD
 

@@ -26,7 +26,7 @@ from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.sharded import to_local
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import copy_full_tensor, make_batches, make_config
 from tests.laws.layouts import ADAMW
 from tests.laws.worlds import world

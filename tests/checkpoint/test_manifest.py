@@ -19,7 +19,7 @@ from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config, save_checkpoint
 from tests.laws.layouts import ADAMW
 from tests.laws.worlds import world

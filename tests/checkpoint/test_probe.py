@@ -15,7 +15,7 @@ from dist_llm.convert.weights import DictWeights
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import SEQ_LEN, make_batches, make_config
 from tests.laws.layouts import ADAMW, BART, BERT, MODELS, T5, Layout
 from tests.laws.worlds import world

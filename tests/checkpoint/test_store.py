@@ -15,7 +15,7 @@ from dist_llm.config.schema import CheckpointConfig, Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.optim.loss_scale import LossScale
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import copy_full_tensor, make_batches, make_config, save_checkpoint
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, MODELS, MUON, SGD, Layout
 from tests.laws.worlds import world

@@ -11,7 +11,7 @@ from dist_llm.config.lengths import SPECIALS, all_lengths
 from dist_llm.config.schema import Config
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import ConfigError
-from dist_llm.train.settings import read_config
+from dist_llm.training.settings import read_config
 
 VOCAB = 300
 KEYS = {row[0] for row in describe()}

@@ -15,9 +15,9 @@ from dist_llm.config.section import Section
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.launch.world import World
 from dist_llm.text.vocabulary import build_tokenizer
-from dist_llm.train import settings
-from dist_llm.train.run import train
-from dist_llm.train.settings import read_config
+from dist_llm.training import settings
+from dist_llm.training.run import train
+from dist_llm.training.settings import read_config
 from tests.config.test_check import make_config
 
 # (overrides of a config in which the key has no effect, the key, what the message says)

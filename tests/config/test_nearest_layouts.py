@@ -10,7 +10,7 @@ from dist_llm.config.derive import AXES
 from dist_llm.config.schema import Config
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import ConfigError
-from dist_llm.train.settings import read_config
+from dist_llm.training.settings import read_config
 
 VOCAB = 300
 

@@ -28,7 +28,7 @@ from dist_llm.convert.hf_config import WRITERS, build_hf_config
 from dist_llm.convert.weights import DictWeights, LazyWeights, SafetensorsWeights
 from dist_llm.convert.write_weights import verify_written, write_atomically, write_native, write_safetensors
 from dist_llm.errors import CheckpointError
-from dist_llm.generate import Sampling, encode_prompt, generate_tokens, load_model
+from dist_llm.generation import Sampling, encode_prompt, generate_tokens, load_model
 from dist_llm.models.build_model import build_model
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer

@@ -26,7 +26,7 @@ from dist_llm.models.build_model import build_model
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.export import export_bin
-from dist_llm.train.score import Windows, score
+from dist_llm.training.score import Windows, score
 from tests.tools import command
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 257}

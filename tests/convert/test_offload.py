@@ -12,7 +12,7 @@ from dist_llm.convert import offload
 from dist_llm.convert.offload import load_offloaded
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError
-from dist_llm.generate import Prompt, Sampling, generate_tokens
+from dist_llm.generation import Prompt, Sampling, generate_tokens
 from tests.laws.law import make_config, save_checkpoint
 from tests.laws.layouts import MODELS
 

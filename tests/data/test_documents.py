@@ -24,7 +24,7 @@ from dist_llm.objectives.build_objective import build_objective
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
-from dist_llm.train.evaluate import Heldout, heldout_batches
+from dist_llm.training.evaluate import Heldout, heldout_batches
 from tests.text.test_token_files import build_megatron_index
 
 SEQ, EOT = 16, 256  # of the tokenizer `byte`

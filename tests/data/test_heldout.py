@@ -11,7 +11,7 @@ from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.build_objective import Objective
 from dist_llm.objectives.examples import BatchLayout
 from dist_llm.objectives.objective_vocabulary import Vocabulary
-from dist_llm.train.evaluate import Heldout, evaluate, heldout_batches
+from dist_llm.training.evaluate import Heldout, evaluate, heldout_batches
 
 SEQ = 8
 PLAIN = Objective(

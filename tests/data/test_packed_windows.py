@@ -24,7 +24,7 @@ from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.build_model import build_model
 from dist_llm.objectives.build_objective import build_objective
 from dist_llm.objectives.objective_vocabulary import Vocabulary
-from dist_llm.train.evaluate import Heldout, heldout_batches
+from dist_llm.training.evaluate import Heldout, heldout_batches
 
 SEQ, EOT = 8, 99
 SIZES = (2, 3, 9, 10, 17, 5, 2, 30, 4, 8, 1, 6)

@@ -22,7 +22,7 @@ from dist_llm.cli import main
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models.block import Block
 from dist_llm.sharded import to_local
-from dist_llm.train.trainer import Trainer
+from dist_llm.training.trainer import Trainer
 
 SIGNALS = {"stop": signal.SIGSTOP, "usr1": signal.SIGUSR1, "term": signal.SIGTERM}
 SIGNALS |= {"int": signal.SIGINT, "hup": signal.SIGHUP}

@@ -10,7 +10,7 @@ def run() -> None:
     # The command blocks SIGUSR1, too, but this program must block it before it imports the patched modules.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     from dist_llm.cli import run as command
-    from dist_llm.train.trainer import Trainer
+    from dist_llm.training.trainer import Trainer
 
     step, seconds = Trainer.step, float(sys.argv.pop(1))
 

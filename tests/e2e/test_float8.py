@@ -7,7 +7,7 @@ import pytest
 from dist_llm.config.load import load_saved
 from dist_llm.launch.world import World
 from dist_llm.parallel import parallelize
-from dist_llm.train.score import Windows, score
+from dist_llm.training.score import Windows, score
 from tests.e2e import commands
 
 FLOAT8 = ("precision=bf16", "fp8=true", "model.n_heads=2", "model.n_kv_heads=2")  # matrix sizes are multiples of 16

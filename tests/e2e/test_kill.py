@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_llm.generate import load_model
+from dist_llm.generation import load_model
 
 from . import commands
 from .conftest import ONE, REPLICATED, SHARDED, Layout

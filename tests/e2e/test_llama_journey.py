@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Reference
 
 from dist_llm.checkpoint.probe import PROBE
 from dist_llm.data.tokenizer_file import identity
-from dist_llm.generate import load_model
+from dist_llm.generation import load_model
 from dist_llm.text.tokenizer import Tokenizer
 from tests.hf_folders import DIFFICULT, GENERATION, ORIGINALS, PROSE, write_folder
 from tests.tools import command

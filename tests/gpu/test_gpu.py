@@ -10,7 +10,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.observe.flops import peak_flops
 from dist_llm.optim import gradient_clipping
 from dist_llm.parallel import fp8
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import RecordingEngine, make_batches, make_config
 from tests.laws.layouts import ADAMW, DOCUMENTS, MODELS, PREFIX
 

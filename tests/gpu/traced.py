@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import pretend
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, DOCUMENTS, MODELS, MUON, PREFIX
 

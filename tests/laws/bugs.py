@@ -24,7 +24,7 @@ from dist_llm.optim.muon import orthogonalize
 from dist_llm.optim.sgd import LocalSGD
 from dist_llm.parallel import context_parallel, fsdp, mesh, parallelize, pipeline_parallel, tensor_parallel
 from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
-from dist_llm.train import step
+from dist_llm.training import step
 
 BUGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
 

@@ -20,8 +20,8 @@ from dist_llm.engines.accelerate_engine import AccelerateEngine
 from dist_llm.engines.base import Engine
 from dist_llm.engines.build_engine import build_engine
 from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
-from dist_llm.train.guard import Guard
-from dist_llm.train.step import train_step
+from dist_llm.training.guard import Guard
+from dist_llm.training.step import train_step
 from tests.laws.law import (
     ShardsByName,
     Trace,

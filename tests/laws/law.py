@@ -33,7 +33,7 @@ from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build_objective import build_objective
 from dist_llm.objectives.examples import TokenWindow
 from dist_llm.objectives.objective_vocabulary import Vocabulary
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws import bugs
 from tests.laws.layouts import MODELS, OBJECTIVES, Layout
 from tests.laws.worlds import restart_world, world

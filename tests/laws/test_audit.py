@@ -15,7 +15,7 @@ from dist_llm.data.streams import DataSource, WindowStream
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import DataError
 from dist_llm.objectives.batch import Batch
-from dist_llm.train.sample_audit import SampleAudit
+from dist_llm.training.sample_audit import SampleAudit
 
 from .law import make_config
 from .worlds import world

@@ -21,7 +21,7 @@ from dist_llm.parallel import activation_budget, activation_checkpoint
 from dist_llm.parallel.activation_budget import GIB, ActivationSizes, choose_modes
 from dist_llm.parallel.activation_checkpoint import RecomputeMode, iter_storages
 from dist_llm.sharded import to_local
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import assert_matches_one_process, make_batches, make_config
 from tests.laws.layouts import MODELS, SGD, Layout
 from tests.laws.worlds import restart_world, world

@@ -16,8 +16,8 @@ from dist_llm.models.block import Block
 from dist_llm.objectives.batch import Batch
 from dist_llm.parallel.replica_check import compute_digest, find_mismatches
 from dist_llm.sharded import to_local
-from dist_llm.train.replay import replay
-from dist_llm.train.step import train_step
+from dist_llm.training.replay import replay
+from dist_llm.training.step import train_step
 from tests.laws.engines import ENGINES, open_engine
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW, MODELS, Layout

@@ -11,7 +11,7 @@ from torch import nn
 
 from dist_llm.config.derive import AXES
 from dist_llm.engines.native import NativeEngine
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config, merge_ranks, record_trace
 from tests.laws.layouts import MODELS, SGD, Layout
 from tests.laws.worlds import restart_world, world

@@ -15,8 +15,8 @@ from dist_llm.checkpoint.checkpoint_state import GuardState
 from dist_llm.config.schema import Config, GuardConfig, ParallelConfig
 from dist_llm.engines.native import NativeEngine
 from dist_llm.sharded import to_local
-from dist_llm.train.guard import Guard
-from dist_llm.train.step import train_step
+from dist_llm.training.guard import Guard
+from dist_llm.training.step import train_step
 from tests.laws.law import ROWS, RankTrace, RecordingEngine, assert_traces_match, make_batches, make_config, merge_ranks
 from tests.laws.layouts import ADAMW, MODELS, Layout, by_name
 from tests.laws.worlds import world

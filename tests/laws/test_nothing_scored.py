@@ -9,7 +9,7 @@ import torch
 
 from dist_llm.engines.native import NativeEngine
 from dist_llm.losses.cross_entropy import IGNORE
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import copy_full_tensor, make_batches, make_config
 from tests.laws.layouts import MODELS, SGD, Layout
 from tests.laws.worlds import world

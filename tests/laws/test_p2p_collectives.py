@@ -13,7 +13,7 @@ from benchmarks.communication import Case, busiest, count, make_case
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.parallel import mesh, p2p_collectives
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import (
     RankTrace,
     assert_traces_match,

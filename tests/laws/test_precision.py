@@ -8,7 +8,7 @@ import torch
 
 from dist_llm.engines.native import NativeEngine
 from dist_llm.optim.loss_scale import GROWTH_STEPS, LossScale
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config, merge_ranks, record_trace, reference
 from tests.laws.layouts import MODELS, SGD, Layout
 from tests.laws.worlds import world

@@ -8,7 +8,7 @@ from dist_llm.checkpoint.probe import compare_probes
 from dist_llm.config.schema import Config
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.engines import CPU, ENGINES, open_engine
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from dist_llm.config.schema import Config
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW
 from tests.laws.worlds import restart_world, world

@@ -15,7 +15,7 @@ from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import assert_close, copy_full_tensor, make_batches, make_config
 from tests.laws.layouts import ADAMW, MODELS, Layout
 from tests.laws.worlds import world

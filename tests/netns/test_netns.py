@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_llm.train.trainer import SLOW_FACTOR
+from dist_llm.training.trainer import SLOW_FACTOR
 from tests.e2e import commands
 from tests.e2e.test_elastic import Job, count_in_output, count_rows, kill_node, run_node, wait_until
 from tests.netns.network import Network, missing, running_network

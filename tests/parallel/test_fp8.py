@@ -15,7 +15,7 @@ from dist_llm.errors import ConfigError
 from dist_llm.parallel import fp8
 from dist_llm.parallel.fp8 import GRAD_DTYPE, INPUT_DTYPE, Float8Linear, check_float8_support, float8_linear, quantize
 from dist_llm.parallel.parallelize import build_model_parts
-from dist_llm.train.step import train_step
+from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Reference
 from dist_llm.convert.export_tokenizers import export_chars
 from dist_llm.data.corpus import Corpus
 from dist_llm.errors import DataError
-from dist_llm.generate import encode_prompt
+from dist_llm.generation import encode_prompt
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.char_tokenizer import CharTokenizer, read_meta

@@ -10,8 +10,8 @@ from dist_llm.checkpoint.folder import Folder
 from dist_llm.errors import ConfigError
 from dist_llm.launch.run_lock import LOCK_FILE
 from dist_llm.launch.world import World
-from dist_llm.train import directories
-from dist_llm.train.directories import check_room, check_writable, open_directories
+from dist_llm.training import directories
+from dist_llm.training.directories import check_room, check_writable, open_directories
 from tests.laws.law import make_config
 
 Usage = namedtuple("Usage", "total used free")

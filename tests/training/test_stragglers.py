@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dist_llm.launch.world import World
-from dist_llm.train.stragglers import StragglerMonitor, find_slowest
+from dist_llm.training.stragglers import StragglerMonitor, find_slowest
 
 
 def make_rows(step: int) -> list[dict[str, Any]]:

@@ -13,9 +13,9 @@ from dist_llm.launch.world import World
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.vocabulary import build_tokenizer
-from dist_llm.train.run import train
-from dist_llm.train.score import Windows, score
-from dist_llm.train.settings import read_config
+from dist_llm.training.run import train
+from dist_llm.training.score import Windows, score
+from dist_llm.training.settings import read_config
 from tests.text.test_token_files import build_megatron_index
 from tests.tools import command
 

@@ -22,7 +22,7 @@ from dist_llm.data.repetition import find_repetitions
 from dist_llm.engines.base import Engine
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.errors import DataError
-from dist_llm.generate import Sampling, encode_prompt, generate_text
+from dist_llm.generation import Sampling, encode_prompt, generate_text
 from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
@@ -34,14 +34,14 @@ from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.parallel.replica_check import find_mismatches
 from dist_llm.text.tokenizer import Tokenizer
-from dist_llm.train.evaluate import Heldout, evaluate
-from dist_llm.train.gc_control import GCControl
-from dist_llm.train.guard import Guard
-from dist_llm.train.replay import replay
-from dist_llm.train.resume import EarlierSteps, load_run, start_from_weights
-from dist_llm.train.sample_audit import SampleAudit
-from dist_llm.train.step import terms_of, train_step
-from dist_llm.train.stragglers import StragglerMonitor
+from dist_llm.training.evaluate import Heldout, evaluate
+from dist_llm.training.gc_control import GCControl
+from dist_llm.training.guard import Guard
+from dist_llm.training.replay import replay
+from dist_llm.training.resume import EarlierSteps, load_run, start_from_weights
+from dist_llm.training.sample_audit import SampleAudit
+from dist_llm.training.step import terms_of, train_step
+from dist_llm.training.stragglers import StragglerMonitor
 
 log = logging.getLogger("dist_llm")
 

@@ -20,8 +20,8 @@ from dist_llm.launch.group import device_of, process_group
 from dist_llm.launch.world import World
 from dist_llm.objectives.build_objective import build_objective
 from dist_llm.text.tokenizer import TOKENIZER_FILE
-from dist_llm.train.evaluate import Evaluation, Heldout, evaluate
-from dist_llm.train.settings import read_vocabulary
+from dist_llm.training.evaluate import Evaluation, Heldout, evaluate
+from dist_llm.training.settings import read_vocabulary
 
 IMPORTED_SEQ_LEN = 2048  # for models that were not trained here, which have no configured length
 

@@ -46,11 +46,11 @@ from dist_llm.launch.world import World
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE
-from dist_llm.train.directories import open_directories
-from dist_llm.train.guard import RewindError
-from dist_llm.train.rate import plan_rate
-from dist_llm.train.settings import read_vocabulary
-from dist_llm.train.trainer import SLOW_FACTOR, Trainer
+from dist_llm.training.directories import open_directories
+from dist_llm.training.guard import RewindError
+from dist_llm.training.rate import plan_rate
+from dist_llm.training.settings import read_vocabulary
+from dist_llm.training.trainer import SLOW_FACTOR, Trainer
 
 log = logging.getLogger("dist_llm")
 

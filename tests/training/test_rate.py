@@ -12,7 +12,7 @@ from dist_llm.config.derive import resolve
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
 from dist_llm.optim.schedule import learning_rate
-from dist_llm.train.rate import plan_rate
+from dist_llm.training.rate import plan_rate
 from tests.laws.law import MODEL
 
 

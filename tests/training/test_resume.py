@@ -9,7 +9,7 @@ import pytest
 
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
-from dist_llm.train.resume import NUM_STEPS, EarlierSteps
+from dist_llm.training.resume import NUM_STEPS, EarlierSteps
 from tests.laws.law import make_config
 
 LOSSES = {step: 5.0 - step / 100 for step in range(1, 31)}

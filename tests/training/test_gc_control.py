@@ -14,10 +14,10 @@ from dist_llm.config.schema import Config
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.launch.world import World
 from dist_llm.text.vocabulary import build_tokenizer
-from dist_llm.train import trainer
-from dist_llm.train.gc_control import GCControl
-from dist_llm.train.run import train
-from dist_llm.train.settings import read_config
+from dist_llm.training import trainer
+from dist_llm.training.gc_control import GCControl
+from dist_llm.training.run import train
+from dist_llm.training.settings import read_config
 
 STEPS, CYCLES, LOG_EVERY = 50, 1000, 5
 

@@ -23,8 +23,8 @@ from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.tokenizer import Tokenizer
-from dist_llm.train.settings import read_vocabulary
-from dist_llm.train.step import train_step
+from dist_llm.training.settings import read_vocabulary
+from dist_llm.training.step import train_step
 
 STEPS = 3
 OVERFIT_STEPS = 30

@@ -16,7 +16,7 @@ from dist_llm.checkpoint.checkpoint_state import GuardState, Progress
 from dist_llm.config.schema import GuardConfig
 from dist_llm.errors import DivergedError
 from dist_llm.optim.loss_scale import LossScale
-from dist_llm.train.guard import Guard, RewindError, robust_z_score
+from dist_llm.training.guard import Guard, RewindError, robust_z_score
 
 STEADY = [2.0 + 0.01 * (number % 5) for number in range(20)]
 

@@ -44,7 +44,7 @@ def read_model(own: dict[str, Any], allowed: object) -> tuple[dict[str, Any], li
 def read_config(source: Path | Mapping[str, Any] | None, overrides: Sequence[str], world_size: int) -> Config:
     """Load, check against the corpus and the world, and resolve. All that is wrong is in one ConfigError.
 
-    A schedule.decay_steps of 0 stays: what it becomes depends on the checkpoint (`dist_llm/train/rate.py:plan_rate`).
+    A schedule.decay_steps of 0 stays 0: the checkpoint decides its value (`dist_llm/training/rate.py:plan_rate`).
     """
     config, violations = load_config(source, overrides, read_model)
     if config is None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import ConfigError
-from dist_llm.generate import Prompt, Sampling, encode_prompt, generate_text, generate_tokens, sample_token
+from dist_llm.generation import Prompt, Sampling, encode_prompt, generate_text, generate_tokens, sample_token
 from dist_llm.models.attention_mask import FULL
 from dist_llm.models.build_model import build_model
 from dist_llm.models.init import init_param_, init_rule

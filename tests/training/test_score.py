@@ -11,7 +11,7 @@ from dist_llm.convert import hf_convert
 from dist_llm.convert.weights import LazyWeights
 from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.world import World
-from dist_llm.train.score import Windows, _with_seq_len, score
+from dist_llm.training.score import Windows, _with_seq_len, score
 from tests.test_fuzz import BYTES, make_config, make_weights, write_corpus
 from tests.tools import command
 
