@@ -23,6 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  exit 1; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	python -m pip install -c constraints.txt -e '.[dev,docs,accelerate,deepspeed]'
+	@rm -rf dist_llm.egg-info  # left by the build; in this directory Python would read its metadata first
 	@touch $@
 
 # A second `make demo` resumes from the newest checkpoint, so a complete run does not train further.
