@@ -107,7 +107,7 @@ def test_a_command_of_the_gpu_program_parses(arguments: list[str], monkeypatch: 
     """The rows that a document names exist."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     monkeypatch.setattr(sys, "argv", arguments[1:])
-    importlib.import_module("gpu").arguments()
+    importlib.import_module("gpu").parse_arguments()
 
 
 def dist_llm_arguments(arguments: list[str]) -> list[str] | None:
