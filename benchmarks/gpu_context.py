@@ -52,7 +52,7 @@ class Context:
     def process_group(self) -> Iterator[None]:
         """Make a process group of one process: NCCL on a GPU, gloo on a CPU, torch's fake one on a pretended GPU."""
         if self.has_values:
-            with process_group(World(), self.device, alone=True):
+            with process_group(World(), self.device, even_if_single=True):
                 yield
             return
         from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -31,7 +31,7 @@ from dist_llm.config.schema import Config
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.engines.native import NativeEngine
-from dist_llm.launch.group import device_of
+from dist_llm.launch.group import select_device
 from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.world import World
 from dist_llm.models.decoder import Decoder
@@ -93,7 +93,7 @@ def read_config_and_corpus(options: argparse.Namespace, scratch: Path) -> Config
 def run(config: Config, pairs: int, scratch: Path) -> "Turns":
     """Train as `dist-llm train` does, with turns of the bare loop in between."""
     world = World()
-    device = device_of(world)
+    device = select_device(world)
     plan = build_fresh_plan(config)
     engine = NativeEngine(config, device)
     vocabulary = read_vocabulary(config, plan.sources[0].corpus.directory)

@@ -109,7 +109,7 @@ def _report_error(error: UserError) -> int:
         world = read_world()
     except ConfigError:
         world = World()  # the rank itself is unknown, so print without a delay
-    if not world.main:
+    if not world.is_main:
         # Usually all ranks fail with the same error and rank 0 reports it: torchrun then ends the other ranks during
         # this pause. A rank that fails alone reports its own error after the pause.
         time.sleep(3)

@@ -20,14 +20,14 @@ _stores: list[dist.Store] = []  # the connection of this process to the other ra
 _group_numbers = count()
 
 
-def device_of(world: World) -> torch.device:
+def select_device(world: World) -> torch.device:
     """This rank's GPU, or the CPU on a machine without GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"rank {world.rank} on {world.host} needs GPU {world.local_rank}, but the node has only "
-            f"{torch.cuda.device_count()}; start at most that many processes per node"
+            f"rank {world.rank} on {world.host} has local rank {world.local_rank} and needs {world.local_rank + 1} "
+            f"GPUs, but the node has only {torch.cuda.device_count()}; start at most that many processes per node"
         )
     return torch.device("cuda", world.local_rank)
 
@@ -47,16 +47,16 @@ def keep_freed_memory(device: torch.device) -> None:
 
 @contextmanager
 def process_group(
-    world: World, device: torch.device, timeout_seconds: float = 600, alone: bool = False
+    world: World, device: torch.device, timeout_seconds: float = 600, even_if_single: bool = False
 ) -> Iterator[None]:
-    """Create the default process group for the block. A single process gets one only if `alone`.
+    """Create the default process group for the block. A single process gets one only with `even_if_single`.
 
     Drop all models that were built inside before the block ends. A 4-rank FSDP job that still has one at interpreter
     exit dies one time in five ("terminate called without an active exception").
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world.size == 1 and not alone:
+    if world.size == 1 and not even_if_single:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -103,7 +103,7 @@ def _rendezvous_errors() -> Iterator[None]:
         reason = str(error).strip().splitlines()[0]
         if "EADDRINUSE" in str(error):
             raise ConfigError(
-                f"environment: {address}: another program uses this port; set another MASTER_PORT "
+                f"environment: {address}: the port is in use; set MASTER_PORT to a free port "
                 "(torchrun: --master-port or --rdzv-endpoint), or let torchrun find one with --standalone"
             ) from error
         raise ConfigError(f"environment: {address}: rendezvous failed: {reason}") from error

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from dist_llm import __version__
 from dist_llm.errors import ConfigError
-from dist_llm.launch.group import device_of, process_group
+from dist_llm.launch.group import process_group, select_device
 from dist_llm.launch.node_report import NodeReport, diagnose_nodes, format_problems, format_table, group_by_node
 from dist_llm.launch.world import World
 
@@ -90,12 +90,12 @@ def check(directory: Path, seconds: float, world: World) -> None:
     with timeout.running():
         try:
             # The process group's timeout comes later than ours, which can name the phase.
-            with process_group(world, torch.device("cpu"), seconds + 60, alone=True):
+            with process_group(world, torch.device("cpu"), seconds + 60, even_if_single=True):
                 reports = measure(world, directory, timeout)
         except RuntimeError as error:
             raise ConfigError(timeout.format_report(f"failed in {timeout.phase}: {_one_line(error)}")) from error
     problems = diagnose_nodes(reports)
-    if world.main:
+    if world.is_main:
         console = Console()
         console.width = console.width if console.is_terminal else LOG_WIDTH
         console.print(format_table(reports))
@@ -116,7 +116,7 @@ def measure(world: World, directory: Path, timeout: PreflightTimeout) -> list[No
     timeout.phase = "versions and matrix products"
     device, rate = torch.device("cpu"), math.nan
     try:
-        device = device_of(world)
+        device = select_device(world)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         rate = matmul_tflops(device)
@@ -134,7 +134,7 @@ def measure(world: World, directory: Path, timeout: PreflightTimeout) -> list[No
     )
     timeout.phase = "the exchange of reports"
     reports = _all_gather(report)
-    timeout.problems = diagnose_nodes(reports) if world.main else []
+    timeout.problems = diagnose_nodes(reports) if world.is_main else []
     if any(math.isnan(each.matmul_tflops) or each.versions["GPU"] == "none" for each in reports):
         device = torch.device("cpu")
     timeout.phase = "the all-reduce of all ranks"

@@ -77,7 +77,7 @@ class Watchdog:
             process = (self.world.host, os.getpid(), process_identity(os.getpid()))
             store.set(f"{PROCESS_KEY}/{self.world.rank}", json.dumps(process))
             # A launcher may keep its store over restarts, with the reports of earlier processes.
-            for key in (f"{REPORT_KEY}/{self.world.rank}", *([FIRST_FAILURE] if self.world.main else [])):
+            for key in (f"{REPORT_KEY}/{self.world.rank}", *([FIRST_FAILURE] if self.world.is_main else [])):
                 store.delete_key(key)
 
     def heartbeat(self, activity: str, factor: int = 1) -> None:
@@ -121,11 +121,11 @@ class Watchdog:
         reporter = min(reports) if reports else world.rank
         for line in diagnose(reports, world.size) if reports else [STORE_UNREACHABLE]:
             log.error(line)
-            if world.rank == reporter and not world.main:  # rank 0, which owns the console, has not reported
+            if world.rank == reporter and not world.is_main:  # rank 0, which owns the console, has not reported
                 print(line, file=sys.stderr, flush=True)
         killed = kill_silent_ranks(world, silent)
         # The others also need to read and print before the launcher sees the first exit; rank 0 may hold the store.
-        time.sleep(GRACE_SECONDS if world.main else GRACE_SECONDS / 2)
+        time.sleep(GRACE_SECONDS if world.is_main else GRACE_SECONDS / 2)
         if not killed and self._has_resumed(num_heartbeats):
             return False
         log.error("ended after run.hang_seconds=%g without progress; raise it if a step may take that long", self.limit)

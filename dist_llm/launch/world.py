@@ -33,7 +33,7 @@ class World:
     host: str = "localhost"
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the rank that prints and writes files."""
         return self.rank == 0
 
@@ -59,7 +59,7 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
             )
     elif missing:
         raise ConfigError(
-            f"environment: {', '.join(missing)} is not set, but others of {', '.join(names)} are; "
+            f"environment: not set: {', '.join(missing)}; the others of {', '.join(names)} are set; "
             "start with torchrun, or unset them all to run one process"
         )
     assignments = ", ".join(f"{name}={environ.get(name)}" for name in names)
@@ -72,7 +72,7 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
             f"environment: {assignments}: {names[0]} and {names[2]} must be at least 0 and below {names[1]}; "
             "start with torchrun"
         )
-    return World(rank, size, local_rank, host)
+    return World(rank=rank, size=size, local_rank=local_rank, host=host)
 
 
 def _refuse_other_launcher(environ: Mapping[str, str]) -> None:

@@ -27,7 +27,7 @@ def start_logging(directory: Path, world: World) -> None:
     file.setFormatter(stamp)
     stop_logging()
     log.addHandler(file)
-    if world.main:
+    if world.is_main:
         screen = logging.StreamHandler(sys.stderr)
         screen.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(screen)

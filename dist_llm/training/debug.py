@@ -17,7 +17,7 @@ from dist_llm.config.schema import Config
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.engines.native import NativeEngine
-from dist_llm.launch.group import device_of, make_synchronous
+from dist_llm.launch.group import make_synchronous, select_device
 from dist_llm.launch.world import World
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.batch import Batch
@@ -47,7 +47,7 @@ def debug(config: Config) -> None:
             "data": config.data.model_copy(update={"global_batch": rows, "micro_batch": rows, "prefetch": 0}),
         }
     )
-    device = device_of(World())
+    device = select_device(World())
     plan = build_fresh_plan(config)
     directory = plan.sources[0].corpus.directory
     vocabulary = read_vocabulary(config, directory)

@@ -28,13 +28,13 @@ def open_directories(config: Config, checkpoints: Folder, world: World, saves: b
     """
     run, key = Path(config.run.dir), "checkpoint.dir" if config.checkpoint.dir else "run.dir"
     with ExitStack() as locks:
-        if world.main:
+        if world.is_main:
             locks.enter_context(RunLock(run, this_process(world.host)))
             if checkpoints.local is not None and checkpoints.local.resolve() != run.resolve():
                 locks.enter_context(RunLock(checkpoints.local, this_process(world.host), key))
             if checkpoints.local is not None and saves:
                 check_room(checkpoints.local, count_checkpoint_bytes(config), key)
-        if saves and (world.local_rank == 0 if checkpoints.local is not None else world.main):
+        if saves and (world.local_rank == 0 if checkpoints.local is not None else world.is_main):
             check_writable(checkpoints, key)
         yield
 

@@ -39,7 +39,7 @@ from dist_llm.errors import CheckpointError, DataError, UserError, to_user_error
 from dist_llm.launch.environment import set_network
 from dist_llm.launch.failures import annotate_failure
 from dist_llm.launch.flight_recorder import start_recording
-from dist_llm.launch.group import device_of, keep_freed_memory, process_group
+from dist_llm.launch.group import keep_freed_memory, process_group, select_device
 from dist_llm.launch.stop import StopSignals, clear_stop_marker, write_stop_marker
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
@@ -66,7 +66,7 @@ def train(config: Config, world: World) -> int:
     directory.
     """
     set_network(config.run.network)
-    device = device_of(world)
+    device = select_device(world)
     keep_freed_memory(device)
     check_engine_config(config, device)
     sources = open_sources(config)
@@ -88,13 +88,13 @@ def train(config: Config, world: World) -> int:
     finished = newest is not None and read_progress(newest).step >= config.run.steps
     with open_directories(config, store.directory, world, saves=not finished), _logging(directory, world):
         start_recording(device)
-        alone, watchdog = config.engine != NATIVE, Watchdog(world, config.run.hang_seconds)
-        with watchdog, process_group(world, device, alone=alone):
+        even_if_single, watchdog = config.engine != NATIVE, Watchdog(world, config.run.hang_seconds)
+        with watchdog, process_group(world, device, even_if_single=even_if_single):
             watchdog.register()
             verified = store.latest_verified()
             if verified is not None:
                 log_harmless_differences(check_resume(verified, config))  # `newest` may be damaged
-            if world.main:
+            if world.is_main:
                 clear_stop_marker(directory)
             engine = build_engine(config, device)
             layout = shape({axis: getattr(config.parallel, axis) for axis in AXES})
@@ -162,7 +162,7 @@ class RunContext:
                         break
                     except RewindError as error:
                         trainer = self.rewind(trainer, error)
-            if stop_signal and world.main:
+            if stop_signal and world.is_main:
                 write_stop_marker(stop_signal, trainer.progress.step, Path(self.config.run.dir))
             return stop_signal
         except Exception as error:
@@ -183,7 +183,7 @@ class RunContext:
         plan = history[-1].build_plan(self.sources)
         loader = build_loader(config, plan, self.vocabulary, *self.engine.dp_rank_and_size, pin=pin)
         trainer = Trainer(config, self.world, self.engine, loader, self.store, start, files, guard_state, self.watchdog)
-        if self.world.main:  # only after the weights were accepted
+        if self.world.is_main:  # only after the weights were accepted
             for name, content in files.items():
                 (Path(config.run.dir) / name).write_bytes(content)
         return trainer

@@ -16,7 +16,7 @@ from dist_llm.data.streams import masks_prompts, open_corpora
 from dist_llm.data.tokenizer_file import same_tokenizer
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError, DataError
-from dist_llm.launch.group import device_of, process_group
+from dist_llm.launch.group import process_group, select_device
 from dist_llm.launch.world import World
 from dist_llm.objectives.build_objective import build_objective
 from dist_llm.text.tokenizer import TOKENIZER_FILE
@@ -51,13 +51,13 @@ def score(checkpoint: str, data: str | None, split: Split, windows: Windows, wor
     heldout.check()
     # Models trained in float8 are scored in bf16 on any device, as `generate` and other tools compute them.
     config = resolve(config.model_copy(update={"parallel": ParallelConfig(), "fp8": False}), world.size, 0)
-    device = device_of(world)
+    device = select_device(world)
     with process_group(world, device):
         engine = NativeEngine(config, device)
         progress = store.load(path, engine.state, moments=False)
         result = evaluate(engine, heldout)
         del engine
-    if world.main:
+    if world.is_main:
         print(
             f"{path} at step {progress.step}, {split} text of "
             f"{', '.join(str(corpus.directory) for corpus in corpora.values())} in windows of {config.data.seq_len} "
@@ -132,5 +132,5 @@ def _check_tokenizer(path: Path, config: Config, corpora: Iterable[Corpus], worl
                 f"--data: {corpus.directory} was prepared with another tokenizer than the one in {path}; prepare it "
                 f"with --tokenizer {path}"
             )
-    if not has_tokenizer and world.main:
+    if not has_tokenizer and world.is_main:
         print(f"{path} has no tokenizer: it is taken to be that of the corpus")

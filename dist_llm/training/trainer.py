@@ -87,7 +87,7 @@ class Trainer:
         if config.eval.sample_prompt and not self.can_sample:
             log.info("eval.sample_prompt has no effect: an encoder, and a model under pp, tp or cp, cannot sample")
         self.sinks = ExitStack()
-        resumed = isinstance(start, Folder) and guard_state is None and world.main
+        resumed = isinstance(start, Folder) and guard_state is None and world.is_main
         self.earlier_steps = (
             EarlierSteps.read(self.directory, self.progress.step, config) if resumed else EarlierSteps({})
         )
@@ -259,7 +259,7 @@ class Trainer:
         )
         log.info("MFU: %s; %.3f TFLOP/s per device, %s", CONVENTION, peak / 1e12, source)
         sinks: list[MetricsFile | TensorBoard | ProgressLine] = []
-        if self.world.main:
+        if self.world.is_main:
             sinks.append(MetricsFile(self.directory / "metrics.jsonl", step))
             if config.log.tensorboard:
                 sinks.append(TensorBoard(self.directory / "tensorboard", step))

@@ -119,7 +119,7 @@ def test_interleaved_ranks_are_shown_one_by_one():
 
 def measure_as_two_nodes(directory: Path) -> list[NodeReport]:
     rank = dist.get_rank()
-    own_world = World(rank, 2, 0, f"node{rank}")
+    own_world = World(rank=rank, size=2, local_rank=0, host=f"node{rank}")
     return preflight.measure(own_world, directory, PreflightTimeout(own_world, 60))
 
 
@@ -154,7 +154,7 @@ def devices_used(directory: Path, gpus: list[str]) -> tuple[list[NodeReport], se
         return new_group(ranks, backend="gloo")
 
     with (
-        mock.patch.object(preflight, "device_of", return_value=device),
+        mock.patch.object(preflight, "select_device", return_value=device),
         mock.patch.object(torch.cuda, "set_device"),
         mock.patch.object(preflight, "matmul_tflops", return_value=650.0),
         mock.patch.object(preflight, "versions", return_value={"GPU": gpu}),
@@ -190,7 +190,9 @@ def test_a_clock_offset_is_measured():
 
 def check_shared_file_of_rank(directories: list[Path]) -> tuple[bool | None, list[str]]:
     rank = dist.get_rank()
-    return preflight.check_shared_file(directories[rank], PreflightTimeout(World(rank, 2), 60), wait_seconds=0.5)
+    return preflight.check_shared_file(
+        directories[rank], PreflightTimeout(World(rank=rank, size=2), 60), wait_seconds=0.5
+    )
 
 
 def test_a_directory_that_is_not_shared_is_detected_and_left_unchanged(tmp_path):
@@ -221,7 +223,7 @@ def test_a_hanging_rank_reports_its_phase_and_removes_its_file(tmp_path, monkeyp
     exit_codes = []
     monkeypatch.setattr(preflight.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(preflight.os, "_exit", exit_codes.append)
-    timeout = PreflightTimeout(World(3, 8, 1, "node1"), 0.05)
+    timeout = PreflightTimeout(World(rank=3, size=8, local_rank=1, host="node1"), 0.05)
     timeout.phase, timeout.problems, timeout.file = (
         "the all-reduce of node1 and node2",
         ["node2: NCCL is old"],
@@ -269,7 +271,7 @@ def neighbour_bandwidth_with_slow_link(hosts: list[str], slow: list[int], second
 
     dist.all_reduce = all_reduce
     try:
-        own_world = World(rank, len(hosts), 0, hosts[rank])
+        own_world = World(rank=rank, size=len(hosts), local_rank=0, host=hosts[rank])
         return preflight.neighbour_bandwidth(own_world, hosts, CPU, PreflightTimeout(own_world, 60))
     finally:
         dist.all_reduce = original
@@ -298,7 +300,7 @@ def test_problems_before_a_failed_collective_are_reported(tmp_path, monkeypatch)
         raise RuntimeError("NCCL error:\nunhandled system error")
 
     monkeypatch.setattr(preflight, "all_reduce", raise_error)
-    monkeypatch.setattr(preflight, "device_of", lambda world: (_ for _ in ()).throw(ConfigError("no GPU 3")))
+    monkeypatch.setattr(preflight, "select_device", lambda world: (_ for _ in ()).throw(ConfigError("no GPU 3")))
     with pytest.raises(ConfigError) as excinfo:
         check(tmp_path, 60, World(host="here"))
     assert str(excinfo.value).splitlines() == [
@@ -314,10 +316,10 @@ def test_rank_0_reports_and_the_others_exit_with_its_code(tmp_path, monkeypatch,
     monkeypatch.setattr(preflight, "process_group", lambda *rest, **kwargs: contextlib.nullcontext())
     monkeypatch.setattr(preflight, "measure", lambda *rest: changed_reports(2, 3, clock_seconds=5.0))
     with pytest.raises(ConfigError, match=r"1 problem found:\n  node1: its clock is 5.0 s ahead"):
-        check(tmp_path, 60, World(0, 8, 0, "node0"))
+        check(tmp_path, 60, World(rank=0, size=8, local_rank=0, host="node0"))
     assert "node3" in capsys.readouterr().out
     with pytest.raises(SystemExit) as excinfo:
-        check(tmp_path, 60, World(5, 8, 1, "node2"))
+        check(tmp_path, 60, World(rank=5, size=8, local_rank=1, host="node2"))
     assert (excinfo.value.code, pauses) == (2, [3])
     printed = capsys.readouterr()
     assert printed.out + printed.err == ""

@@ -76,7 +76,7 @@ def test_a_run_is_ended_even_if_the_store_does_not_answer(
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Stopped)
     codes: list[int] = []
-    with Watchdog(World(1, 2), 0.2, exit_process=codes.append) as watchdog:
+    with Watchdog(World(rank=1, size=2), 0.2, exit_process=codes.append) as watchdog:
         for number in range(FIRST_HEARTBEATS + 1):
             watchdog.heartbeat(f"step {number}")
         deadline = time.monotonic() + 10
@@ -107,7 +107,7 @@ def test_a_resumed_run_continues_and_its_next_stall_ends_it(
 
 def test_another_rank_that_resumed_too_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stall ended before the other rank's watchdog checked: that rank has no report, but has heartbeats."""
-    store, own_world = dist.HashStore(), World(0, 2)
+    store, own_world = dist.HashStore(), World(rank=0, size=2)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr("dist_llm.launch.watchdog.pending_collective", lambda: "")
@@ -157,9 +157,11 @@ def test_a_process_is_killed_only_if_it_is_the_registered_one() -> None:
             [*identity[:2], "1"],
             [identity[0], "pid:[1]", identity[2]],
         ):  # another start time; another container
-            kill_silent_ranks(World(0, 3, host="n1"), {1: ["n1", sleeper.pid, wrong_identity]})
-        kill_silent_ranks(World(0, 3, host="n2"), {1: ["n1", sleeper.pid, identity]})
+            kill_silent_ranks(World(rank=0, size=3, host="n1"), {1: ["n1", sleeper.pid, wrong_identity]})
+        kill_silent_ranks(World(rank=0, size=3, host="n2"), {1: ["n1", sleeper.pid, identity]})
         assert sleeper.poll() is None
         # A process that has already ended must not prevent the kill of the next one.
-        kill_silent_ranks(World(0, 3, host="n1"), {2: ["n1", 2**22 + 1, identity], 1: ["n1", sleeper.pid, identity]})
+        kill_silent_ranks(
+            World(rank=0, size=3, host="n1"), {2: ["n1", 2**22 + 1, identity], 1: ["n1", sleeper.pid, identity]}
+        )
         assert sleeper.wait(10) == -signal.SIGKILL

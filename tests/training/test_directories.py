@@ -24,7 +24,7 @@ def test_a_checkpoint_directory_that_cannot_be_written_is_refused(rank: int, tmp
     config = make_config(1, {}, run={"dir": str(tmp_path / "run")}, checkpoint={"dir": str(tmp_path / "file/here")})
     with (
         pytest.raises(ConfigError, match=r"checkpoint\.dir: .*file.* cannot be written: .*; make it writable, or set"),
-        open_directories(config, Folder(config.checkpoint.dir), World(rank, 2, 0)),
+        open_directories(config, Folder(config.checkpoint.dir), World(rank=rank, size=2, local_rank=0)),
     ):
         pass
     assert not (tmp_path / "run" / LOCK_FILE).exists()
