@@ -101,8 +101,8 @@ def encode_prompt(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
     ids = tokenizer.encode_prompt(prompt) or [vocabulary.eot]
     components = config.objective.components
     component = next((candidate for candidate in components if candidate.name != "span"), components[0])
-    mode = [vocabulary.special(name)] if (name := mode_of(component)) else []
-    start = vocabulary.special("start")
+    mode = [vocabulary.special_id(name)] if (name := mode_of(component)) else []
+    start = vocabulary.special_id("start")
     has_encoder = config.model.architecture == "encoder_decoder"
     stop_ids = frozenset(
         (vocabulary.sentinel(1),) if tokenizer.eot is None else (tokenizer.eot, vocabulary.sentinel(1))

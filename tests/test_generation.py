@@ -61,7 +61,7 @@ def test_a_prefix_attends_to_all_of_itself():
 
 
 @pytest.mark.parametrize("positions", ["learned", "relative", "rope"])
-def test_two_stacks_encode_once(positions):
+def test_an_encoder_decoder_encodes_once(positions):
     model = build(architecture="encoder_decoder", n_encoder_layers=2, positions=positions)
     prompt = Prompt([7], encoder_ids=[3, 1, 4, 1, 5])
     encoded = []

@@ -149,13 +149,13 @@ def resume_differences(before: Config, now: Config) -> list[Difference]:
 
 def _objective_of(config: Config) -> str:
     """Each kind of example that the model learns from, once, as `prefix (mode S, see_prefix true)`."""
-    one_stack = config.model.architecture == "decoder"
-    return ", ".join(sorted({_kind_of(each, one_stack) for each in config.objective.components}))
+    is_decoder = config.model.architecture == "decoder"
+    return ", ".join(sorted({_kind_of(each, is_decoder) for each in config.objective.components}))
 
 
-def _kind_of(spec: ObjectiveSpec, one_stack: bool) -> str:
+def _kind_of(spec: ObjectiveSpec, is_decoder: bool) -> str:
     options = [f"mode {mode}"] if (mode := mode_of(spec)) else []
-    if one_stack and isinstance(spec, PrefixSpec | SpanSpec):
+    if is_decoder and isinstance(spec, PrefixSpec | SpanSpec):
         options.append(f"see_prefix {str(spec.see_prefix).lower()}")
     return f"{spec.name} ({', '.join(options)})" if options else spec.name
 

@@ -98,8 +98,8 @@ def inputs_len(config: Config) -> int:
 
 def sample_tokens(config: Config) -> int:
     """Tokens that the model reads of each sample, padding included."""
-    two_stacks = config.model.architecture == "encoder_decoder"
-    return inputs_len(config) + (config.data.seq_len if two_stacks else 0)
+    is_encoder_decoder = config.model.architecture == "encoder_decoder"
+    return inputs_len(config) + (config.data.seq_len if is_encoder_decoder else 0)
 
 
 def extra_ids(config: Config) -> int:

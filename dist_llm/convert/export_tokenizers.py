@@ -57,7 +57,9 @@ def export_tokenizer(
     roles = {"mask_token": "mask"}
     if model is not None and model.architecture != "decoder":
         roles["bos_token"] = "start"
-    settings |= {role: name_of[known.special(name)] for role, name in roles.items() if known.special(name) in name_of}
+    settings |= {
+        role: name_of[known.special_id(name)] for role, name in roles.items() if known.special_id(name) in name_of
+    }
     if model is not None and model.max_seq_len:
         settings["model_max_length"] = model.max_seq_len
     content = _build_content(tokenizer, special, settings.get("mask_token"))

@@ -206,7 +206,7 @@ def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int | N
         ("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot if tokenizer is not None else None
     )
     if config.model.architecture == "encoder_decoder":
-        start = tokenizer.vocabulary().special("start") if tokenizer is not None else None
+        start = tokenizer.vocabulary().special_id("start") if tokenizer is not None else None
         ids["decoder_start_token_id"] = start
     return ids
 

@@ -22,13 +22,13 @@ from dist_llm.config.schema import Config
 from dist_llm.counter_rng import splitmix64
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
-from dist_llm.objectives.causal_lm import causal_example
+from dist_llm.objectives.causal_lm import make_causal_example
 from dist_llm.objectives.examples import BatchLayout, Example, TokenWindow, collate
-from dist_llm.objectives.fill_in_the_middle import fim_example
-from dist_llm.objectives.masked_lm import masked_example
+from dist_llm.objectives.fill_in_the_middle import make_fim_example
+from dist_llm.objectives.masked_lm import make_masked_example
 from dist_llm.objectives.objective_vocabulary import Vocabulary
-from dist_llm.objectives.prefix_lm import prefix_example
-from dist_llm.objectives.span_corruption import span_example
+from dist_llm.objectives.prefix_lm import make_prefix_example
+from dist_llm.objectives.span_corruption import make_span_example
 
 Windows = Sequence[npt.NDArray[Any] | TokenWindow] | npt.NDArray[Any]  # one window per sample
 
@@ -91,18 +91,18 @@ class Objective:
         window = window if isinstance(window, TokenWindow) else TokenWindow(window)
         if self.layout.document_mask and window.segment_ids_W is None and window.document_ids_W is None:
             raise ValueError("a window without document ids: its reader must take them from the corpus's offsets")
-        two_stacks = self.encoder_len > 0
+        is_encoder_decoder = self.encoder_len > 0
         match spec:
             case CausalSpec():
-                return causal_example(window)
+                return make_causal_example(window)
             case PrefixSpec():
-                return prefix_example(window, rng, spec, self.vocabulary, two_stacks)
+                return make_prefix_example(window, rng, spec, self.vocabulary, is_encoder_decoder)
             case MaskedSpec():
-                return masked_example(window, rng, spec, self.vocabulary)
+                return make_masked_example(window, rng, spec, self.vocabulary)
             case SpanSpec():
-                return span_example(window, rng, spec, size, self.vocabulary, two_stacks)
+                return make_span_example(window, rng, spec, size, self.vocabulary, is_encoder_decoder)
             case FIMSpec():
-                return fim_example(window, rng, spec, self.vocabulary)
+                return make_fim_example(window, rng, spec, self.vocabulary)
 
 
 def build_objective(config: Config, vocabulary: Vocabulary, mask_prompts: bool = False) -> Objective:
@@ -111,19 +111,19 @@ def build_objective(config: Config, vocabulary: Vocabulary, mask_prompts: bool =
     With `mask_prompts` the corpus has prompts, whose tokens have no loss.
     """
     specs, sizes = config.objective.components, all_lengths(config)
-    two_stacks = config.model.architecture == "encoder_decoder"
+    is_encoder_decoder = config.model.architecture == "encoder_decoder"
     bidirectional = any(isinstance(spec, PrefixSpec | SpanSpec) and spec.see_prefix for spec in specs)
     layout = BatchLayout(
         causal=config.model.architecture != "encoder",
-        prefix=bidirectional and not two_stacks,
+        prefix=bidirectional and not is_encoder_decoder,
         # Padding follows the text, so only bidirectional attention needs a mask against it.
         document_mask=config.data.document_mask
         or config.data.windows == "packed"
         or (config.data.windows == "document" and config.model.architecture == "encoder"),
-        encoder_padding=two_stacks and any(spec.name == "prefix" for spec in specs),
+        encoder_padding=is_encoder_decoder and any(spec.name == "prefix" for spec in specs),
         sample_hashes=config.model.stochastic_depth > 0,
         token_windows=mask_prompts or config.data.windows != "stream",
     )
-    encoder_len = config.data.seq_len if two_stacks else 0
+    encoder_len = config.data.seq_len if is_encoder_decoder else 0
     components = tuple(zip(specs, sizes, strict=True))
     return Objective(components, vocabulary, layout, inputs_len(config), encoder_len, config.run.seed)

@@ -6,7 +6,7 @@ from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.examples import Example, TokenWindow
 
 
-def causal_example(window: TokenWindow) -> Example:
+def make_causal_example(window: TokenWindow) -> Example:
     """A window of S + 1 tokens -> S inputs and the S tokens that follow them.
 
     In a stream, the first token of a document is predicted from the previous document. Packed segments do not predict

@@ -9,7 +9,7 @@ from dist_llm.objectives.examples import Example, TokenWindow
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 
 
-def fim_example(window: TokenWindow, rng: np.random.Generator, spec: FIMSpec, vocabulary: Vocabulary) -> Example:
+def make_fim_example(window: TokenWindow, rng: np.random.Generator, spec: FIMSpec, vocabulary: Vocabulary) -> Example:
     """PSM: <prefix> first <suffix> last <middle> middle. SPM: <prefix> <suffix> last <middle> first middle.
 
     Three special tokens replace the window's last three tokens.
@@ -18,7 +18,7 @@ def fim_example(window: TokenWindow, rng: np.random.Generator, spec: FIMSpec, vo
     if rng.random() < spec.fim_rate:
         length = len(tokens) - 3
         left, right = np.sort(rng.integers(0, length + 1, 2)).tolist()
-        a, b, c = (vocabulary.special(name) for name in ("fim_prefix", "fim_middle", "fim_suffix"))
+        a, b, c = (vocabulary.special_id(name) for name in ("fim_prefix", "fim_middle", "fim_suffix"))
         indices = np.arange(length)
         first, mid, last = indices[:left], indices[left:right], indices[right:]
         if rng.random() < spec.fim_spm_rate:

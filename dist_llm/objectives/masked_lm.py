@@ -7,32 +7,39 @@ from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.examples import Example, Ints, TokenWindow
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 
-MASKED, RANDOM = 0.8, 0.1  # of the selected tokens; the rest stay unchanged
+# Of the selected tokens: these fractions become the mask token or a random token. The remaining 0.1 stay unchanged.
+MASK_FRACTION, RANDOM_FRACTION = 0.8, 0.1
 
 
-def masked_example(window: TokenWindow, rng: np.random.Generator, spec: MaskedSpec, vocabulary: Vocabulary) -> Example:
-    """A start token and the text with some tokens masked -> the masked tokens. Ends of documents are never selected."""
-    tokens, documents = window.tokens_W.astype(np.int64), window.document_ids()
+def make_masked_example(
+    window: TokenWindow, rng: np.random.Generator, spec: MaskedSpec, vocabulary: Vocabulary
+) -> Example:
+    """Inputs: a start token and the corrupted text. Targets: the original tokens at the selected positions.
+
+    End-of-document tokens are never selected.
+    """
+    tokens, document_ids = window.tokens_W.astype(np.int64), window.document_ids()
     selectable = tokens != vocabulary.eot
     if spec.whole_words:
         assert vocabulary.word_V2 is not None
-        begins, ends = vocabulary.word_V2[tokens].T
-        continues_word = np.concatenate(([False], begins[1:] & ends[:-1]))
+        begins_inside_word, ends_inside_word = vocabulary.word_V2[tokens].T
+        continues_word = np.concatenate(([False], begins_inside_word[1:] & ends_inside_word[:-1]))
         word_ids = np.cumsum(~continues_word)
         selected = (rng.random(word_ids[-1] + 1) < spec.mask_rate)[word_ids] & selectable
     else:
         selected = (rng.random(len(tokens)) < spec.mask_rate) & selectable
-    how = rng.random(len(tokens))
-    hidden = tokens.copy()
-    hidden[selected & (how < MASKED)] = vocabulary.special("mask")
-    replaced = selected & (how >= MASKED) & (how < MASKED + RANDOM)
-    hidden[replaced] = _sample_tokens(rng, int(replaced.sum()), vocabulary)
-    inputs = np.concatenate(([vocabulary.special("start")], hidden))
+    action_draw = rng.random(len(tokens))
+    corrupted_tokens = tokens.copy()
+    corrupted_tokens[selected & (action_draw < MASK_FRACTION)] = vocabulary.special_id("mask")
+    randomized = selected & (action_draw >= MASK_FRACTION) & (action_draw < MASK_FRACTION + RANDOM_FRACTION)
+    corrupted_tokens[randomized] = _sample_tokens(rng, int(randomized.sum()), vocabulary)
+    inputs = np.concatenate(([vocabulary.special_id("start")], corrupted_tokens))
     targets = np.concatenate(([IGNORE], np.where(selected, tokens, IGNORE)))
-    return Example(inputs, targets, np.concatenate((documents[:1], documents)))
+    # The start token belongs to the document of the first token.
+    return Example(inputs, targets, np.concatenate((document_ids[:1], document_ids)))
 
 
 def _sample_tokens(rng: np.random.Generator, count: int, vocabulary: Vocabulary) -> Ints:
-    """Sample ids of the tokenizer uniformly, except the end of a document."""
-    drawn = rng.integers(0, vocabulary.size - 1, count)
-    return drawn + (drawn >= vocabulary.eot)
+    """Sample ids of the tokenizer uniformly, except the end-of-document token."""
+    sampled = rng.integers(0, vocabulary.num_tokenizer_ids - 1, count)
+    return sampled + (sampled >= vocabulary.eot)  # ids from `eot` on move up by one, so `eot` is never sampled

@@ -10,24 +10,27 @@ from dist_llm.config.lengths import SPECIALS
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`size` ids of a tokenizer, of which `eot` ends a document; then the SPECIALS; then sentinels."""
+    """The ids 0 to `num_tokenizer_ids` - 1 of a tokenizer, then those of SPECIALS, then the sentinels.
 
-    size: int
+    `eot` is the end-of-document token. It is one of the tokenizer's ids.
+    """
+
+    num_tokenizer_ids: int
     eot: int
-    # id begins inside a word; id ends inside a word
+    # One row per id. Column 0: the token begins inside a word. Column 1: it ends inside a word.
     word_V2: npt.NDArray[np.bool_] | None = field(default=None, compare=False)
 
-    def special(self, name: str) -> int:
+    def special_id(self, name: str) -> int:
         """The id of one of SPECIALS."""
-        return self.size + SPECIALS.index(name)
+        return self.num_tokenizer_ids + SPECIALS.index(name)
 
     def sentinel(self, number: int) -> int:
         """The id of the sentinel of span `number`, from 0."""
-        return self.size + len(SPECIALS) + number
+        return self.num_tokenizer_ids + len(SPECIALS) + number
 
     def describe(self, token: int) -> str | None:
         """The name of an added id, such as `<mask>`; None for an id of the tokenizer."""
-        extra = token - self.size
+        extra = token - self.num_tokenizer_ids
         if extra < 0:
             return None
         return f"<{SPECIALS[extra]}>" if extra < len(SPECIALS) else f"<sentinel {extra - len(SPECIALS)}>"

@@ -9,17 +9,17 @@ from dist_llm.objectives.examples import Example, TokenWindow
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 
 
-def prefix_example(
-    window: TokenWindow, rng: np.random.Generator, spec: PrefixSpec, vocabulary: Vocabulary, two_stacks: bool
+def make_prefix_example(
+    window: TokenWindow, rng: np.random.Generator, spec: PrefixSpec, vocabulary: Vocabulary, is_encoder_decoder: bool
 ) -> Example:
     """Split the window at a uniformly random position: [mode] first part -> second part."""
     tokens, documents = window.tokens_W.astype(np.int64), window.document_ids()
     cut = int(rng.integers(1, len(tokens)))
-    mode = [vocabulary.special(spec.mode)] if spec.mode else []
+    mode = [vocabulary.special_id(spec.mode)] if spec.mode else []
     first = np.concatenate((mode, tokens[:cut])).astype(np.int64)
     first_documents = np.concatenate((documents[:1].repeat(len(mode)), documents[:cut]))
-    if two_stacks:
-        inputs = np.concatenate(([vocabulary.special("start")], tokens[cut:-1]))
+    if is_encoder_decoder:
+        inputs = np.concatenate(([vocabulary.special_id("start")], tokens[cut:-1]))
         input_documents = np.concatenate((documents[cut : cut + 1], documents[cut:-1]))
         return Example(inputs, tokens[cut:], input_documents, 0, first, first_documents)
     inputs = np.concatenate((first, tokens[cut:-1]))

@@ -9,28 +9,28 @@ from dist_llm.objectives.examples import Example, Ints, TokenWindow
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 
 
-def span_example(
+def make_span_example(
     window: TokenWindow,
     rng: np.random.Generator,
     spec: SpanSpec,
     size: Lengths,
     vocabulary: Vocabulary,
-    two_stacks: bool,
+    is_encoder_decoder: bool,
 ) -> Example:
     """[mode] text with a sentinel for each span, end -> each sentinel and its span, end.
 
-    With two stacks the encoder gets the first and the decoder predicts the second. With one stack they are
+    In an encoder-decoder the encoder gets the first and the decoder predicts the second. In a decoder they are
     concatenated.
     """
     tokens, documents = window.tokens_W.astype(np.int64), window.document_ids()
     segment_ids = sample_segment_ids(rng, len(tokens), size.noise, size.spans)
-    mode = np.array([vocabulary.special(spec.mode)] if spec.mode else [], dtype=np.int64)
+    mode = np.array([vocabulary.special_id(spec.mode)] if spec.mode else [], dtype=np.int64)
     corrupted, corrupted_documents = _replace_segments(tokens, documents, segment_ids, vocabulary, noise=True)
     removed, removed_documents = _replace_segments(tokens, documents, segment_ids, vocabulary, noise=False)
     corrupted = np.concatenate((mode, corrupted))
     corrupted_documents = np.concatenate((documents[:1].repeat(len(mode)), corrupted_documents))
-    if two_stacks:
-        inputs = np.concatenate(([vocabulary.special("start")], removed[:-1]))
+    if is_encoder_decoder:
+        inputs = np.concatenate(([vocabulary.special_id("start")], removed[:-1]))
         input_documents = np.concatenate((removed_documents[:1], removed_documents[:-1]))
         return Example(inputs, removed, input_documents, 0, corrupted, corrupted_documents)
     targets = np.concatenate((np.full(len(corrupted) - 1, IGNORE), removed))

@@ -49,8 +49,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-ONE_STACK = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "bert"]
-TWO_STACKS = ["t5", "bart"]
+SINGLE_STACKS = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "bert"]
+ENCODER_DECODERS = ["t5", "bart"]
 
 
 def build_hf_model(family: str) -> Any:

@@ -187,10 +187,10 @@ def test_ids_of_objectives_have_names(bpe, architecture, bos, tmp_path):
         None,
     )
     vocabulary = bpe.vocabulary()
-    assert hf_tokenizer.mask_token_id == vocabulary.special("mask")
+    assert hf_tokenizer.mask_token_id == vocabulary.special_id("mask")
     ids = hf_tokenizer("a <mask><sentinel 0> b<sentinel 11>")["input_ids"]
     a, b = bpe.encode("a"), bpe.encode(" b")
-    assert ids == [*a, vocabulary.special("mask"), vocabulary.sentinel(0), *b, vocabulary.sentinel(11)]
+    assert ids == [*a, vocabulary.special_id("mask"), vocabulary.sentinel(0), *b, vocabulary.sentinel(11)]
     assert hf_tokenizer.decode(ids) == "a<mask><sentinel 0> b<sentinel 11>"
     assert hf_tokenizer.decode(ids, skip_special_tokens=True) == "a b"
     for number in range(600, 620):
@@ -209,7 +209,7 @@ def test_vocabulary_padding_has_no_tokens(bpe, tmp_path):
 def test_a_reserved_name_in_use_is_replaced(bpe, tmp_path):
     with_mask = BPETokenizer("x", bpe.pattern, bpe.ranks, {ENDOFTEXT: 599, "<mask>": 600})
     export_tokenizer(with_mask, tmp_path, extra=10)
-    assert load(tmp_path).mask_token_id == with_mask.vocabulary().special("mask") == 602
+    assert load(tmp_path).mask_token_id == with_mask.vocabulary().special_id("mask") == 602
 
 
 def swap_items(items, a, b):

@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_llm.convert.hf_tensors import TensorMapping, tensor_mappings, to_native
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.attention_mask import AttentionMask, EncoderInput
-from tests.convert.families import FAMILIES, ONE_STACK, TWO_STACKS, VOCAB, S, T, build_models
+from tests.convert.families import ENCODER_DECODERS, FAMILIES, SINGLE_STACKS, VOCAB, S, T, build_models
 
 pytest.importorskip("transformers")
 
@@ -24,7 +24,7 @@ def lengths_mask(rows: int, length: int) -> Tensor:
     return (torch.arange(length) < ends[:, None]).long()
 
 
-@pytest.mark.parametrize("family", ONE_STACK)
+@pytest.mark.parametrize("family", SINGLE_STACKS)
 @torch.no_grad()
 def test_single_stack_logits_match_with_and_without_padding(family: str) -> None:
     hf, native, config = build_models(family)
@@ -44,7 +44,7 @@ def test_single_stack_logits_match_with_and_without_padding(family: str) -> None
     torch.testing.assert_close(loss, want_loss, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ONE_STACK)
+@pytest.mark.parametrize("family", SINGLE_STACKS)
 @torch.no_grad()
 def test_single_stack_packed_documents_match_separate_ones(family: str) -> None:
     """Three documents in one row equal the Hugging Face model's logits of each document alone."""
@@ -60,7 +60,7 @@ def test_single_stack_packed_documents_match_separate_ones(family: str) -> None:
         torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", TWO_STACKS)
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
 @torch.no_grad()
 def test_encoder_decoder_logits_match(family: str) -> None:
     hf, native, _ = build_models(family)

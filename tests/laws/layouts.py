@@ -45,7 +45,7 @@ BART: dict[str, Any] = {
     "architecture": "encoder_decoder",
     "n_layers": 2,
 }
-TWO_STACKS: dict[str, Any] = {"architecture": "encoder_decoder", "n_layers": 2, "n_encoder_layers": 3}
+ENCODER_DECODER: dict[str, Any] = {"architecture": "encoder_decoder", "n_layers": 2, "n_encoder_layers": 3}
 # QK norm, a logit cap and stochastic depth in one model.
 BOUNDED: dict[str, Any] = {
     "qk_norm": True,
@@ -62,7 +62,7 @@ MODELS = {
     "bert": BERT,
     "t5": T5,
     "bart": BART,
-    "two": TWO_STACKS,
+    "two": ENCODER_DECODER,
     "bounded": BOUNDED,
 }
 # The default objective of each architecture; the decoder's default is next tokens.

@@ -26,7 +26,7 @@ def test_an_encoders_source_is_exactly_filled(spec, seq_len):
 
 
 @given(span_specs, st.integers(6, 2000))
-def test_one_stack_is_exactly_filled(spec, seq_len):
+def test_the_length_of_a_decoder_is_used_exactly(spec, seq_len):
     size = lengths(spec, "decoder", seq_len)
     mode = 1 if spec.mode else 0
     assert mode + (size.window - size.noise + size.spans + 1) + (size.noise + size.spans + 1) == seq_len + 1

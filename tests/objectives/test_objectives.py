@@ -13,17 +13,17 @@ from dist_llm.config.objective_sections import FIMSpec, MaskedSpec, PrefixSpec, 
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.build_objective import Objective, build_objective
 from dist_llm.objectives.examples import TokenWindow, document_positions
-from dist_llm.objectives.fill_in_the_middle import fim_example
-from dist_llm.objectives.masked_lm import masked_example
+from dist_llm.objectives.fill_in_the_middle import make_fim_example
+from dist_llm.objectives.masked_lm import make_masked_example
 from dist_llm.objectives.objective_vocabulary import Vocabulary
-from dist_llm.objectives.prefix_lm import prefix_example
-from dist_llm.objectives.span_corruption import sample_segment_ids, span_example
+from dist_llm.objectives.prefix_lm import make_prefix_example
+from dist_llm.objectives.span_corruption import make_span_example, sample_segment_ids
 from tests.laws.law import make_config
 
 V = 1000
 EOT = V - 1
 VOCABULARY = Vocabulary(V, EOT)
-MASK, START = VOCABULARY.special("mask"), VOCABULARY.special("start")
+MASK, START = VOCABULARY.special_id("mask"), VOCABULARY.special_id("start")
 
 
 def make_text(length, seed=0, ends=0.05):
@@ -54,7 +54,7 @@ def reconstruct_text(source, target):
 
 def test_masked_statistics_over_a_million_tokens():
     tokens = make_text(1_000_000)
-    row = masked_example(TokenWindow(tokens), make_rng(), MaskedSpec(), VOCABULARY)
+    row = make_masked_example(TokenWindow(tokens), make_rng(), MaskedSpec(), VOCABULARY)
     inputs, targets = row.inputs_S[1:], row.targets_S[1:]
     selected = targets != IGNORE
     num_selectable = (tokens != EOT).sum()
@@ -79,7 +79,7 @@ def test_whole_words_are_selected_together():
     word_edges_V2[: V // 2] = True  # ids below V/2 begin and end inside a word, so they continue one
     vocabulary = Vocabulary(V, EOT, word_edges_V2)
     tokens = make_text(200_000, seed=1)
-    row = masked_example(TokenWindow(tokens), make_rng(), MaskedSpec(whole_words=True, mask_rate=0.2), vocabulary)
+    row = make_masked_example(TokenWindow(tokens), make_rng(), MaskedSpec(whole_words=True, mask_rate=0.2), vocabulary)
     selected = row.targets_S[1:] != IGNORE
     is_inside = (tokens[1:] < V // 2) & (tokens[:-1] < V // 2)
     assert np.array_equal(selected[1:][is_inside], selected[:-1][is_inside])
@@ -113,13 +113,13 @@ def test_the_tokenizer_says_what_is_inside_a_word():
     st.sampled_from(["", "X"]),
     st.integers(0, 1000),
 )
-def test_the_text_can_be_reconstructed(seq_len, density, mean, two_stacks, mode, seed):
+def test_the_text_can_be_reconstructed(seq_len, density, mean, is_encoder_decoder, mode, seed):
     spec = SpanSpec(noise_density=density, mean_span=mean, mode=mode)
-    size = lengths(spec, "encoder_decoder" if two_stacks else "decoder", seq_len)
+    size = lengths(spec, "encoder_decoder" if is_encoder_decoder else "decoder", seq_len)
     tokens = make_text(size.window, seed)
-    row = span_example(TokenWindow(tokens), make_rng(seed), spec, size, VOCABULARY, two_stacks)
+    row = make_span_example(TokenWindow(tokens), make_rng(seed), spec, size, VOCABULARY, is_encoder_decoder)
     num_prefix = 1 if mode else 0
-    if two_stacks:
+    if is_encoder_decoder:
         source, target = row.encoder_T, row.targets_S
         assert len(source) == seq_len
         assert row.inputs_S.tolist() == [START, *target[:-1].tolist()]
@@ -129,7 +129,7 @@ def test_the_text_can_be_reconstructed(seq_len, density, mean, two_stacks, mode,
         assert (row.targets_S[: row.prefix - 1] == IGNORE).all()
         assert np.array_equal(row.inputs_S[row.prefix :], target[:-1])
     if mode:
-        assert source[0] == VOCABULARY.special("X")
+        assert source[0] == VOCABULARY.special_id("X")
     assert np.array_equal(reconstruct_text(source[num_prefix:], target), tokens)
     for sequence in (source, target):
         sentinels = sequence[sequence >= VOCABULARY.sentinel(0)] - VOCABULARY.sentinel(0)
@@ -163,8 +163,10 @@ def test_all_splits_are_equally_likely():
 def test_the_prefix_is_input_and_the_rest_is_scored(mode):
     tokens, prefix_lengths = make_text(50), []
     for seed in range(2000):
-        row = prefix_example(TokenWindow(tokens), make_rng(seed), PrefixSpec(mode=mode), VOCABULARY, two_stacks=False)
-        front = [VOCABULARY.special("S")] if mode else []
+        row = make_prefix_example(
+            TokenWindow(tokens), make_rng(seed), PrefixSpec(mode=mode), VOCABULARY, is_encoder_decoder=False
+        )
+        front = [VOCABULARY.special_id("S")] if mode else []
         assert [*row.inputs_S.tolist(), row.targets_S[-1]] == [*front, *tokens.tolist()]
         scored = row.targets_S != IGNORE
         assert np.array_equal(np.flatnonzero(scored), np.arange(row.prefix - 1, len(row.inputs_S)))
@@ -174,9 +176,9 @@ def test_the_prefix_is_input_and_the_rest_is_scored(mode):
     assert max(Counter(prefix_lengths).values()) < 3 * min(Counter(prefix_lengths).values())
 
 
-def test_a_prefix_for_two_stacks():
+def test_a_prefix_for_an_encoder_decoder():
     tokens = make_text(50)
-    row = prefix_example(TokenWindow(tokens), make_rng(), PrefixSpec(), VOCABULARY, two_stacks=True)
+    row = make_prefix_example(TokenWindow(tokens), make_rng(), PrefixSpec(), VOCABULARY, is_encoder_decoder=True)
     assert np.concatenate((row.encoder_T, row.targets_S)).tolist() == tokens.tolist()
     assert row.inputs_S.tolist() == [START, *row.targets_S[:-1].tolist()]
 
@@ -187,9 +189,9 @@ def test_a_prefix_for_two_stacks():
 @pytest.mark.parametrize("spm", [0.0, 1.0])
 def test_the_middle_comes_last(spm):
     tokens = make_text(40)
-    before, middle, after = (VOCABULARY.special(f"fim_{part}") for part in ("prefix", "middle", "suffix"))
+    before, middle, after = (VOCABULARY.special_id(f"fim_{part}") for part in ("prefix", "middle", "suffix"))
     for seed in range(200):
-        row = fim_example(TokenWindow(tokens), make_rng(seed), FIMSpec(fim_rate=1.0, fim_spm_rate=spm), VOCABULARY)
+        row = make_fim_example(TokenWindow(tokens), make_rng(seed), FIMSpec(fim_rate=1.0, fim_spm_rate=spm), VOCABULARY)
         sequence = [*row.inputs_S.tolist(), int(row.targets_S[-1])]
         assert np.array_equal(row.targets_S[:-1], row.inputs_S[1:])
         a, b, c = sequence.index(before), sequence.index(middle), sequence.index(after)
@@ -206,7 +208,7 @@ def test_some_samples_are_left_as_they_are():
     tokens = make_text(40)
     is_changed = [
         not np.array_equal(
-            fim_example(TokenWindow(tokens), make_rng(seed), FIMSpec(), VOCABULARY).inputs_S,
+            make_fim_example(TokenWindow(tokens), make_rng(seed), FIMSpec(), VOCABULARY).inputs_S,
             tokens[:-1],
         )
         for seed in range(1000)
