@@ -32,30 +32,30 @@ class Order(Protocol):
 
 
 @dataclass(frozen=True)
-class Shuffle:
+class ShuffledOrder:
     """Cut the stream into windows and visit each once per epoch, in a different order in each epoch."""
 
     seed: int
-    n_windows: int
-    window: int  # stride in tokens
+    num_windows: int
+    stride: int  # tokens between the offsets of neighbouring windows
 
     def locate(self, samples: Ints) -> Ints:
-        epochs, index = np.divmod(samples, self.n_windows)
+        epochs, index = np.divmod(samples, self.num_windows)
         keys = splitmix64(_to_uint64(epochs) ^ splitmix64(_to_uint64([self.seed])))
-        return permute(_to_uint64(index), self.n_windows, keys).astype(np.int64) * self.window
+        return permute(_to_uint64(index), self.num_windows, keys).astype(np.int64) * self.stride
 
 
 @dataclass(frozen=True)
-class Random:
+class RandomOrder:
     """Draw uniform offsets with replacement, as nanoGPT does."""
 
     seed: int
-    n_starts: int
+    num_offsets: int
 
     def locate(self, samples: Ints) -> Ints:
         drawn = splitmix64(_to_uint64(samples) ^ splitmix64(_to_uint64([self.seed])))
-        # The bias of `%` is below n_starts / 2**64.
-        return (drawn % np.uint64(self.n_starts)).astype(np.int64)
+        # The bias of `%` is below num_offsets / 2**64.
+        return (drawn % np.uint64(self.num_offsets)).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,16 @@ def permute(index: UInts, size: int, keys: UInts) -> UInts:
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     round_keys = np.broadcast_to(keys, index.shape) ^ ROUND_CONSTANTS
-    out = index.copy()
+    permuted = index.copy()
     todo = np.arange(len(index))
     while len(todo):
-        values = out[todo]
+        values = permuted[todo]
         left, right = values >> half, values & mask
         for key in round_keys[:, todo]:
             left, right = right, left ^ (splitmix64(right ^ key) & mask)
-        out[todo] = values = left << half | right
+        permuted[todo] = values = left << half | right
         todo = todo[values >= size]
-    return out
+    return permuted
 
 
 def splitmix64(values: UInts) -> UInts:

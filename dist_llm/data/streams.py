@@ -8,7 +8,7 @@ from dist_llm.config.check_data import BLOCK, sources_of, starved
 from dist_llm.config.lengths import Lengths, all_lengths
 from dist_llm.config.schema import Config, DataConfig
 from dist_llm.data.corpus import Corpus, Tokens
-from dist_llm.data.order import Ints, Mixture, Order, Random, Shuffle
+from dist_llm.data.order import Ints, Mixture, Order, RandomOrder, ShuffledOrder
 from dist_llm.data.packed_windows import PackedWindows, Spans
 from dist_llm.data.shard import Split
 from dist_llm.data.tokenizer_file import TOKENIZER, same_tokenizer
@@ -38,7 +38,7 @@ class WindowStream:
         """Windows per epoch. With a random order: windows that have as many tokens as the corpus."""
         if self.packed_windows is not None:
             return self.packed_windows.count
-        return self.order.n_windows if isinstance(self.order, Shuffle) else self.corpus.n_tokens / self.window
+        return self.order.num_windows if isinstance(self.order, ShuffledOrder) else self.corpus.n_tokens / self.window
 
     def spans(self, offset: int) -> Spans:
         """Return (first token, number of tokens) of each segment of the window at an offset."""
@@ -136,23 +136,25 @@ def _build_stream(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) ->
             f"{corpus.directory}: has no {corpus.split} document with a token to predict; prepare more text"
         )
     order: Order = (
-        Random(seed, packed_windows.count) if data.order == "random" else Shuffle(seed, packed_windows.count, 1)
+        RandomOrder(seed, packed_windows.count)
+        if data.order == "random"
+        else ShuffledOrder(seed, packed_windows.count, 1)
     )
     return WindowStream(corpus, order, size.window, packed_windows, data.score_prompts)
 
 
 def build_order(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> Order:
     """Build the order that `data.order` names, for windows of `size`. Raises DataError if no window fits."""
-    n_windows = corpus.count_windows(size.window, size.stride)
-    if n_windows < 1:
+    num_windows = corpus.count_windows(size.window, size.stride)
+    if num_windows < 1:
         hint = f"lower seq_len (to make it {corpus.n_tokens} or fewer) or " if corpus.n_tokens > 1 else ""
         raise DataError(
             f"{corpus.directory}: {corpus.n_tokens} {corpus.split} tokens make no window of {size.window}, which "
             f"data.seq_len {data.seq_len} needs; {hint}prepare more text"
         )
     if data.order == "random":
-        return Random(seed, corpus.n_tokens - size.window + 1)
-    return Shuffle(seed, n_windows, size.stride)
+        return RandomOrder(seed, corpus.n_tokens - size.window + 1)
+    return ShuffledOrder(seed, num_windows, size.stride)
 
 
 def compute_weights(data: DataConfig, sources: Sequence[DataSource]) -> list[float]:

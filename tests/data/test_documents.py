@@ -89,7 +89,7 @@ def load_epoch(corpus, **data):
     plan = build_fresh_plan(make_config(corpus, **data))
     stream = plan.streams[0]
     config = make_config(
-        corpus, stream.packed_windows.count if stream.packed_windows else stream.order.n_windows, **data
+        corpus, stream.packed_windows.count if stream.packed_windows else stream.order.num_windows, **data
     )
     (batch,) = build_loader(config, plan, Vocabulary(257, EOT), 0, 1, pin=False).load_batches(0)
     return batch

@@ -11,7 +11,7 @@ from dist_llm.config.lengths import Lengths
 from dist_llm.config.objective_sections import CausalSpec
 from dist_llm.config.schema import DataConfig
 from dist_llm.data.loader import Loader
-from dist_llm.data.order import Mixture, Random, Shuffle
+from dist_llm.data.order import Mixture, RandomOrder, ShuffledOrder
 from dist_llm.data.plan import MixtureStage, SamplePlan
 from dist_llm.data.streams import DataSource, WindowStream, build_order
 from dist_llm.errors import DataError
@@ -177,9 +177,9 @@ def test_a_prefetch_error_is_raised_at_its_step(make_corpus):
 
 
 def test_build_order_follows_the_config(corpus):
-    n_windows = BATCH * STEPS
-    assert build_order(make_data_config(order="shuffle"), corpus, 3, SIZE) == Shuffle(3, n_windows, SEQ)
-    assert build_order(make_data_config(order="random"), corpus, 3, SIZE) == Random(3, n_windows * SEQ + 1 - SEQ)
+    num_windows = BATCH * STEPS
+    assert build_order(make_data_config(order="shuffle"), corpus, 3, SIZE) == ShuffledOrder(3, num_windows, SEQ)
+    assert build_order(make_data_config(order="random"), corpus, 3, SIZE) == RandomOrder(3, num_windows * SEQ + 1 - SEQ)
 
 
 def test_random_order_reaches_both_ends(counting):

@@ -1,4 +1,7 @@
-"""The window of sample n is a pure function of (seed, n): a bijection per epoch, or uniform draws."""
+"""Orders map sample n to the offset of its window. The offset depends only on the seed and n.
+
+A shuffled order visits each window once per epoch. A random order draws offsets uniformly.
+"""
 
 import numpy as np
 import pytest
@@ -6,60 +9,60 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_llm.config.schema import RunConfig
-from dist_llm.data.order import Random, Shuffle, permute, splitmix64
+from dist_llm.data.order import RandomOrder, ShuffledOrder, permute, splitmix64
 
 KEYS = np.array([0, 1, 2**63, 2**64 - 1], dtype=np.uint64)
 
 
-def all_below(size):
+def range_uint64(size):
     return np.arange(size, dtype=np.uint64)
 
 
 @pytest.mark.parametrize("key", KEYS.tolist())
 def test_permute_is_a_bijection_of_every_small_size(key):
     for size in range(1, 301):
-        out = permute(all_below(size), size, np.uint64(key))
-        assert np.array_equal(np.sort(out), all_below(size)), size
+        permuted = permute(range_uint64(size), size, np.uint64(key))
+        assert np.array_equal(np.sort(permuted), range_uint64(size)), size
 
 
 @pytest.mark.parametrize("size", [2**16 - 1, 2**16, 2**16 + 1, 99_991])
 def test_permute_is_a_bijection_of_large_sizes(size):
-    assert len(np.unique(permute(all_below(size), size, np.uint64(7)))) == size
+    assert len(np.unique(permute(range_uint64(size), size, np.uint64(7)))) == size
 
 
 def test_permute_stays_inside_sizes_too_large_to_list():
     for size in (2**33 + 1, 2**40, 10**13):
         sampled = np.linspace(0, size - 1, 500).astype(np.uint64)
-        out = permute(sampled, size, np.uint64(3))
-        assert out.max() < size
-        assert len(np.unique(out)) == len(np.unique(sampled))
-        assert out.max() > size // 2, "not only the low numbers"
+        permuted = permute(sampled, size, np.uint64(3))
+        assert permuted.max() < size
+        assert len(np.unique(permuted)) == len(np.unique(sampled))
+        assert permuted.max() > size // 2, "not only the low numbers"
 
 
 def test_permute_accepts_one_key_per_element():
     size = 101
-    index = np.tile(all_below(size), len(KEYS))
+    index = np.tile(range_uint64(size), len(KEYS))
     at_once = permute(index, size, np.repeat(KEYS, size))
-    key_by_key = np.concatenate([permute(all_below(size), size, key) for key in KEYS])
+    key_by_key = np.concatenate([permute(range_uint64(size), size, key) for key in KEYS])
     assert np.array_equal(at_once, key_by_key)
-    assert np.array_equal(index, np.tile(all_below(size), len(KEYS))), "the argument is not modified"
+    assert np.array_equal(index, np.tile(range_uint64(size), len(KEYS))), "the argument is not modified"
 
 
 def test_keys_give_unrelated_permutations():
     size = 1000
-    perms = [permute(all_below(size), size, key) for key in KEYS]
-    for i, one in enumerate(perms):
-        # A random permutation has 1 fixed point and 2 neighbours in place on average.
-        assert (one == all_below(size)).sum() < 10
-        assert (np.abs(np.diff(one.astype(np.int64))) == 1).sum() < 15
-        for other in perms[:i]:
-            assert (one == other).sum() < 10
+    permutations = [permute(range_uint64(size), size, key) for key in KEYS]
+    for index, permutation in enumerate(permutations):
+        # On average, a random permutation has 1 fixed point and 2 pairs of neighbours that stay neighbours.
+        assert (permutation == range_uint64(size)).sum() < 10
+        assert (np.abs(np.diff(permutation.astype(np.int64))) == 1).sum() < 15
+        for earlier in permutations[:index]:
+            assert (permutation == earlier).sum() < 10
 
 
 def test_splitmix64_matches_the_reference():
-    """The first outputs for state 0, from the reference implementation by Vigna."""
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    states = np.arange(3, dtype=np.uint64) * golden
+    """The reference implementation by Vigna gives these first three outputs for state 0."""
+    gamma = np.uint64(0x9E3779B97F4A7C15)
+    states = np.arange(3, dtype=np.uint64) * gamma
     assert [hex(word) for word in splitmix64(states).tolist()] == [
         "0xe220a8397b1dcdaf",
         "0x6e789e6aa1b965f4",
@@ -67,46 +70,49 @@ def test_splitmix64_matches_the_reference():
     ]
 
 
-@pytest.mark.parametrize("n_windows", [1, 2, 3, 64, 65, 1000])
-def test_shuffle_visits_every_window_once_per_epoch(n_windows):
-    order = Shuffle(seed=5, n_windows=n_windows, window=7)
-    epochs = order.locate(np.arange(4 * n_windows)).reshape(4, n_windows)
+@pytest.mark.parametrize("num_windows", [1, 2, 3, 64, 65, 1000])
+def test_a_shuffled_order_visits_every_window_once_per_epoch(num_windows):
+    order = ShuffledOrder(seed=5, num_windows=num_windows, stride=7)
+    epochs = order.locate(np.arange(4 * num_windows)).reshape(4, num_windows)
     for epoch in epochs:
-        assert np.array_equal(np.sort(epoch), np.arange(n_windows) * 7)
-    if n_windows >= 64:
-        assert all((one != other).mean() > 0.9 for i, one in enumerate(epochs) for other in epochs[:i])
+        assert np.array_equal(np.sort(epoch), np.arange(num_windows) * 7)
+    if num_windows >= 64:
+        assert all((epoch != earlier).mean() > 0.9 for i, epoch in enumerate(epochs) for earlier in epochs[:i])
 
 
-ORDERS = {"shuffle": lambda seed: Shuffle(seed, 100, 3), "random": lambda seed: Random(seed, 100)}
+ORDERS = {
+    "shuffle": lambda seed: ShuffledOrder(seed, num_windows=100, stride=3),
+    "random": lambda seed: RandomOrder(seed, num_offsets=100),
+}
 
 
 @pytest.mark.parametrize("kind", ORDERS)
 @settings(deadline=None)  # the machine may be busy
 @given(seed=st.integers(0, 2**40), first=st.integers(0, 2**40), length=st.integers(1, 30), data=st.data())
 def test_locate_depends_only_on_seed_and_sample_number(kind, seed, first, length, data):
-    """For any range and any split, so that a longer run has the shorter run's prefix."""
+    """The offsets are equal however a range is split or sorted. So a longer run starts with the samples of a shorter one."""
     numbers = np.arange(first, first + length)
-    starts = ORDERS[kind](seed).locate(numbers)
+    offsets = ORDERS[kind](seed).locate(numbers)
     cut = data.draw(st.integers(0, length))
-    split_starts = [ORDERS[kind](seed).locate(half) for half in (numbers[:cut], numbers[cut:])]
-    assert np.array_equal(starts, np.concatenate(split_starts))
-    assert np.array_equal(starts[::-1], ORDERS[kind](seed).locate(numbers[::-1]))
+    piece_offsets = [ORDERS[kind](seed).locate(piece) for piece in (numbers[:cut], numbers[cut:])]
+    assert np.array_equal(offsets, np.concatenate(piece_offsets))
+    assert np.array_equal(offsets[::-1], ORDERS[kind](seed).locate(numbers[::-1]))
 
 
 @pytest.mark.parametrize("kind", ORDERS)
 def test_seeds_differ(kind):
-    largest = RunConfig.model_fields["seed"].metadata[-1].le
+    largest = RunConfig.model_fields["seed"].metadata[-1].le  # pydantic's upper bound of the key run.seed
     seeds = [*range(20), largest - 1, largest]
     draws = [tuple(ORDERS[kind](seed).locate(np.arange(50))) for seed in seeds]
     assert len(set(draws)) == len(seeds)
 
 
-def test_random_is_in_range_and_roughly_uniform():
-    drawn = Random(seed=1, n_starts=50).locate(np.arange(50_000))
+def test_a_random_order_is_in_range_and_roughly_uniform():
+    drawn = RandomOrder(seed=1, num_offsets=50).locate(np.arange(50_000))
     assert (drawn.min(), drawn.max()) == (0, 49)
     counts = np.bincount(drawn, minlength=50)
     chi_squared = ((counts - 1000) ** 2 / 1000).sum()
     assert chi_squared < 99, "49 degrees of freedom: 0.003 % chance of more than 99"
     repeats = (np.diff(drawn) == 0).sum()
     assert 850 < repeats < 1150, "successive draws are independent"
-    assert Random(seed=1, n_starts=1).locate(np.arange(5)).tolist() == [0] * 5
+    assert RandomOrder(seed=1, num_offsets=1).locate(np.arange(5)).tolist() == [0] * 5

@@ -57,7 +57,7 @@ def load_epoch(corpus, **data):
     """Return all windows of one epoch as one batch."""
     plan = build_fresh_plan(make_config(corpus, **data))
     stream = plan.streams[0]
-    count = stream.packed_windows.count if stream.packed_windows else stream.order.n_windows
+    count = stream.packed_windows.count if stream.packed_windows else stream.order.num_windows
     config = make_config(corpus, count, **data)
     (batch,) = build_loader(config, plan, Vocabulary(100, EOT), 0, 1, pin=False).load_batches(0)
     return batch

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dist_llm.config.schema import DataConfig
 from dist_llm.data.loader import Loader
-from dist_llm.data.order import Mixture, Shuffle
+from dist_llm.data.order import Mixture, ShuffledOrder
 from dist_llm.data.plan import SamplePlan, build_stages, merge_ranges
 from dist_llm.data.streams import DataSource, WindowStream
 
@@ -29,7 +29,7 @@ def plans(draw):
     sources = []
     for number in range(n_sources):
         streams = tuple(
-            WindowStream(None, Shuffle(seed ^ number * 7 + component, draw(st.integers(1, 40)), WINDOW), WINDOW)
+            WindowStream(None, ShuffledOrder(seed ^ number * 7 + component, draw(st.integers(1, 40)), WINDOW), WINDOW)
             for component in range(n_components)
         )
         component_mixture = Mixture(
@@ -124,7 +124,7 @@ def test_stages_keep_quotas_and_number_samples_once(plan):
 
 @given(plan=plans())
 def test_full_epochs_visit_each_window_equally_often(plan):
-    """The first k * n_windows samples of a stream visit each window k times."""
+    """The first k * num_windows samples of a stream visit each window k times."""
     for source in plan.sources:
         numbers = np.arange(4 * 40 * sum(source.component_mixture.quotas))
         component_ids, indices = (
@@ -133,7 +133,7 @@ def test_full_epochs_visit_each_window_equally_often(plan):
         for component, stream in enumerate(source.streams):
             sorted_indices = np.sort(indices[component_ids == component])
             assert np.array_equal(sorted_indices, np.arange(len(sorted_indices)))
-            windows = stream.order.n_windows
+            windows = stream.order.num_windows
             epochs = len(sorted_indices) // windows
             visits = Counter(stream.order.locate(sorted_indices[: epochs * windows]).tolist())
             assert visits == dict.fromkeys(range(0, windows * WINDOW, WINDOW), epochs)
@@ -161,7 +161,7 @@ def test_a_source_with_weight_0_is_never_used_and_blocks_are_shuffled():
 
 def test_a_sources_order_does_not_depend_on_the_weights():
     """Sample n of a source is the same window under any weights, which only decide when it comes."""
-    streams = {name: WindowStream(None, Shuffle(len(name), 9, WINDOW), WINDOW) for name in ("a", "bb")}
+    streams = {name: WindowStream(None, ShuffledOrder(len(name), 9, WINDOW), WINDOW) for name in ("a", "bb")}
     mixture = Mixture(0, (1,))
     sources = [DataSource(name, SimpleNamespace(), (stream,), mixture) for name, stream in streams.items()]
 

@@ -9,7 +9,7 @@ import torch
 
 from dist_llm.config.schema import Config
 from dist_llm.data.loader import Loader
-from dist_llm.data.order import Mixture, Shuffle
+from dist_llm.data.order import Mixture, ShuffledOrder
 from dist_llm.data.plan import MixtureStage, SamplePlan
 from dist_llm.data.streams import DataSource, WindowStream
 from dist_llm.engines.native import NativeEngine
@@ -28,7 +28,7 @@ def audit_message(config: Config, shift: Callable[[int], int] | None) -> str:
     """
     engine = NativeEngine(config, torch.device("cpu"))
     mixture = Mixture(0, (1,))
-    source = DataSource("", None, (WindowStream(None, Shuffle(0, 9, 4), 5),), mixture)  # type: ignore[arg-type]
+    source = DataSource("", None, (WindowStream(None, ShuffledOrder(0, 9, 4), 5),), mixture)  # type: ignore[arg-type]
     plan = SamplePlan([source], [MixtureStage(0, mixture, (0,))], ((20, 30),))
     rank, ranks = engine.dp_rank_and_size
     loader = Loader(plan, None, config.data, rank, ranks, pin=False)  # type: ignore[arg-type]
