@@ -32,13 +32,13 @@ def show_step(run: Path, step: int, rank: int | None = None, ranks: int | None =
             raise DataError(f"--rank {rank}: {len(samples)} samples divide over {ranks} data ranks, from 0")
         samples = samples.reshape(ranks, -1)[rank]
     tokenizer = Tokenizer.load(plan.sources[0].corpus.directory)
-    streams, positions = plan.locate_samples(samples)
+    streams, offsets = plan.locate_samples(samples)
     components = config_then.objective.components
-    for sample, number, position in zip(samples.tolist(), streams.tolist(), positions.tolist(), strict=True):
+    for sample, number, offset in zip(samples.tolist(), streams.tolist(), offsets.tolist(), strict=True):
         source, component = divmod(number, len(components))
         stream, name = plan.streams[number], plan.sources[source].name
         console.print(f"sample {sample}: {name or stream.corpus.directory}, {components[component].name}", style="bold")
-        for span in stream.spans(position):
+        for span in stream.spans(offset):
             for line in describe_span(stream, span, tokenizer, None if full_text else SHOWN_CHARS):
                 console.print(f"  {line}")
 
@@ -46,7 +46,7 @@ def show_step(run: Path, step: int, rank: int | None = None, ranks: int | None =
 def describe_span(
     stream: WindowStream, span: tuple[int, int], tokenizer: Tokenizer, max_chars: int | None
 ) -> Iterator[str]:
-    """Yield a line for each document of a span (start, length) of corpus tokens: its position and its text."""
+    """Yield a line for each document of a span (start, length) of corpus tokens: its offset and its text."""
     start, length = span
     corpus = stream.corpus
     ids = corpus.read(np.array([start]), length)[0]

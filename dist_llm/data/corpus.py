@@ -55,7 +55,7 @@ class Corpus:
         self.manifest = Manifest.load(directory)
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self.shards = self.manifest.shards[split]
-        self.ends: Ints = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)
+        self.shard_ends: Ints = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)
         self.n_tokens = self.manifest.tokens(split)
         self._remote_shards = {index for index, shard in enumerate(self.shards) if is_remote(shard.file)}
         self._mapped_shards: dict[int, _MappedShard] = {}
@@ -80,7 +80,7 @@ class Corpus:
         Raises DataError, with file and byte offset, if an id is outside the tokenizer's vocabulary.
         """
         rows = np.empty((len(starts), length), self.dtype)
-        indices = self.ends.searchsorted(starts, "right")
+        indices = self.shard_ends.searchsorted(starts, "right")
         if self._remote_shards:
             self._fetch_shards(self._remote_shards.intersection(indices.tolist()) - self._mapped_shards.keys())
         for group in (slice(at, at + MAX_MAPPED_SHARDS) for at in range(0, len(rows), MAX_MAPPED_SHARDS)):
@@ -123,7 +123,7 @@ class Corpus:
         path, shard = self._locate_shard(index), self.shards[index]
         if len(self._mapped_shards) == MAX_MAPPED_SHARDS:
             del self._mapped_shards[next(iter(self._mapped_shards))]
-        first = int(self.ends[index]) - shard.tokens
+        first = int(self.shard_ends[index]) - shard.tokens
         with _convert_read_errors(path):
             self._mapped_shards[index] = mapped = _MappedShard(path, self.dtype, shard.skip_bytes, shard.tokens, first)
         return mapped
@@ -165,10 +165,10 @@ class Corpus:
         """Return [len(starts), length]: the id of each token's document, counted from 0 within its window."""
         is_first = np.zeros((len(starts), length), np.int64)
         for row, start in zip(is_first, starts.tolist(), strict=True):
-            first, last = np.searchsorted(self.ends, (start, start + length - 1), side="right").tolist()
+            first, last = np.searchsorted(self.shard_ends, (start, start + length - 1), side="right").tolist()
             for shard in range(first, last + 1):
                 # position of the shard within the window
-                offset = int(self.ends[shard]) - self.shards[shard].tokens - start
+                offset = int(self.shard_ends[shard]) - self.shards[shard].tokens - start
                 offsets = self.document_offsets(shard)
                 # Search keys have the dtype of the offsets: otherwise searchsorted copies the whole file.
                 inside = np.searchsorted(offsets, np.array([max(1 - offset, 0), max(length - offset, 0)], np.uint64))
@@ -189,9 +189,9 @@ class Corpus:
 
     def iter_documents(self, start: int, length: int) -> Iterator[Document]:
         """Yield the documents that have tokens in [start, start + length)."""
-        indices = np.searchsorted(self.ends, (start, start + length - 1), side="right").tolist()
+        indices = np.searchsorted(self.shard_ends, (start, start + length - 1), side="right").tolist()
         for shard in range(indices[0], indices[1] + 1):
-            begin = int(self.ends[shard]) - self.shards[shard].tokens
+            begin = int(self.shard_ends[shard]) - self.shards[shard].tokens
             documents = self._cached_documents(shard)
             first, end = np.searchsorted(documents[:, 0], (max(start - begin, 0), start + length - 1 - begin), "right")
             for index in range(max(int(first) - 1, 0), int(end)):
@@ -255,9 +255,9 @@ class Corpus:
     def _raise_bad_token_id(self, rows: Tokens, starts: Ints) -> None:
         row, column = np.argwhere(rows >= self.manifest.vocab_size)[0].tolist()
         position = int(starts[row]) + column
-        index = int(np.searchsorted(self.ends, position, side="right"))
+        index = int(np.searchsorted(self.shard_ends, position, side="right"))
         shard = self.shards[index]
-        inside = position - (int(self.ends[index]) - shard.tokens)
+        inside = position - (int(self.shard_ends[index]) - shard.tokens)
         raise DataError(
             f"{self._locate_shard(index)}: token {inside} (byte {shard.skip_bytes + inside * self.dtype.itemsize}) is "
             f"{rows[row, column]}, but the tokenizer has {self.manifest.vocab_size} ids. "

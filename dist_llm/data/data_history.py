@@ -81,8 +81,10 @@ class DataSpec(Record):
 
 
 class Segment(Record):
-    """From `step` on, each step consumes `global_batch` samples. The first is sample `first`; numbers in `skip` are
-    left out."""
+    """The data after step `step`: each step consumes `global_batch` samples, from sample number `first` on.
+
+    The sample numbers in `skip` are left out.
+    """
 
     step: int
     first: int

@@ -83,7 +83,7 @@ class PackedWindows:
         index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # within the document
         offset = index * stride
         lengths = np.minimum(np.repeat(tokens, counts) - offset, self.size.window)
-        begin = int(corpus.ends[shard]) - corpus.shards[shard].tokens
+        begin = int(corpus.shard_ends[shard]) - corpus.shards[shard].tokens
         spans = list(zip((begin + np.repeat(starts, counts) + offset).tolist(), lengths.tolist(), strict=True))
         if not self.packed:
             return [[span] for span in spans]

@@ -76,8 +76,8 @@ def test_each_token_except_a_documents_first_is_a_target_once(windows, tmp_path)
 def read_documents(corpus):
     token_lists = []
     for shard in range(len(corpus.shards)):
-        start = int(corpus.ends[shard]) - corpus.shards[shard].tokens
-        edges = [*(corpus.document_offsets(shard).astype(int) + start), int(corpus.ends[shard])]
+        start = int(corpus.shard_ends[shard]) - corpus.shards[shard].tokens
+        edges = [*(corpus.document_offsets(shard).astype(int) + start), int(corpus.shard_ends[shard])]
         token_lists += [corpus.read(np.array([a]), b - a)[0].tolist() for a, b in pairwise(edges)]
     return token_lists
 
