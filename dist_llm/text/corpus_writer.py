@@ -64,7 +64,7 @@ class CorpusWriter:
         """Return a mask of the documents that are not duplicates."""
         if self._index is None:
             return np.ones(len(chunk.ends), dtype=np.bool_)
-        new = np.array([self._index.is_new(key) for key in chunk.keys], dtype=np.bool_)
+        new = np.array([self._index.add_if_new(key) for key in chunk.keys], dtype=np.bool_)
         self._keys_file().write(chunk.keys[new].tobytes())
         self.removal_counts.add(f"dedup.{self.dedup}", int((~new).sum()), 0, int(chunk.text_bytes[~new].sum()))
         return new

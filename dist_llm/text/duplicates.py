@@ -1,17 +1,16 @@
 """Find exact and near duplicates of earlier documents, in the order of the source; the first one is kept.
 
 Each document has a key, which is computed where the document is tokenized. The process that collects the documents in
-order has an index, which tells whether a key is new.
+order has an index of the keys of the kept documents, which tells whether a new key is a duplicate.
 
 exact   the key is a hash of the text. About 100 bytes of memory per kept document.
-near    the key is a MinHash signature of the set of 5-word shingles (Broder 1997). Documents that share a band of it
-        (locality-sensitive hashing) are compared. One is a duplicate of the other if the estimate of the Jaccard
-        similarity of their sets reaches the threshold.
+near    the key is a MinHash signature of the set of 5-word shingles (Broder 1997). A document is compared with the kept
+        documents that share a band of it (locality-sensitive hashing). It is a duplicate if the estimated Jaccard
+        similarity of the two sets reaches the threshold.
 """
 
 import hashlib
 import re
-from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
 
@@ -36,8 +35,8 @@ _WORD = re.compile(r"\w+")
 class DuplicateIndex(Protocol):
     """An index of the keys of kept documents."""
 
-    def is_new(self, key: Key) -> bool:
-        """Return whether no earlier document is a duplicate of this one; if so, later ones are compared with it."""
+    def add_if_new(self, key: Key) -> bool:
+        """Add the key unless the document is a duplicate of a kept one. Return whether the key was added."""
         ...
 
     def remember(self, key: Key) -> None:
@@ -45,9 +44,9 @@ class DuplicateIndex(Protocol):
         ...
 
 
-def select_key_function(kind: str) -> Callable[[str], Key]:
-    """Return the function from a text alone to its key, bytes [KEY_BYTES[kind]]."""
-    return _compute_exact_key if kind == "exact" else compute_near_key
+def compute_key(kind: str, text: str) -> Key:
+    """Compute the key of a text, bytes [KEY_BYTES[kind]]. It depends only on the text."""
+    return _compute_exact_key(text) if kind == "exact" else compute_near_key(text)
 
 
 def build_index(kind: str, threshold: float) -> DuplicateIndex:
@@ -64,7 +63,7 @@ class ExactIndex:
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
 
-    def is_new(self, key: Key) -> bool:
+    def add_if_new(self, key: Key) -> bool:
         new = key.tobytes() not in self._seen
         self.remember(key)
         return new
@@ -116,7 +115,7 @@ class NearIndex:
         self._tables = MinHashLSH(threshold, PERMUTATIONS, weights=ERROR_WEIGHTS)
         self._signatures: list[Key] = []
 
-    def is_new(self, key: Key) -> bool:
+    def add_if_new(self, key: Key) -> bool:
         signature = key.view("<u4")
         for number in self._tables.query(self._sketch(key)):
             if np.mean(self._signatures[number].view("<u4") == signature) >= self.threshold:

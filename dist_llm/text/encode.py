@@ -27,7 +27,7 @@ from dist_llm.errors import DataError
 from dist_llm.io.hashing import digest64
 from dist_llm.text.chunks import Chunk, ResumePoint
 from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart
-from dist_llm.text.duplicates import KEY_BYTES, select_key_function
+from dist_llm.text.duplicates import KEY_BYTES, compute_key
 from dist_llm.text.filters import Filters
 from dist_llm.text.report import RemovalCounts
 from dist_llm.text.tokenizer import Tokenizer
@@ -78,7 +78,6 @@ class DocumentEncoder:
         self._prefix_ids = np.array(tokenizer.first_ids, dtype=np.uint32)
         self._eot_ids = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.uint32)
         self._filters = Filters(spec.filters)
-        self._compute_key = select_key_function(spec.dedup) if spec.dedup else None
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         removed = RemovalCounts()
@@ -98,8 +97,8 @@ class DocumentEncoder:
                 ]
                 ids.append(np.concatenate([self._prefix_ids, *encoded, self._eot_ids]))
                 prompts.append(len(self._prefix_ids) + len(encoded[0]) if prompt else 0)
-                if self._compute_key:
-                    keys.append(self._compute_key(filtered))
+                if self.spec.dedup:
+                    keys.append(compute_key(self.spec.dedup, filtered))
             except DataError as error:
                 raise DataError(f"{origin}: {error}") from None
             except Exception as error:
