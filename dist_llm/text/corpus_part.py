@@ -13,37 +13,40 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CorpusPart:
-    """Part `number` (from 1) of `of`. Documents are assigned by input file, by row number or by a hash of the text."""
+    """Part `number`, from 1, of `num_parts`.
+
+    `split_by` says how documents are assigned to parts: by input file, by row number or by a hash of the text.
+    """
 
     number: int = 1
-    of: int = 1
-    by: Literal["file", "row", "text"] = "file"
+    num_parts: int = 1
+    split_by: Literal["file", "row", "text"] = "file"
 
     @property
     def name(self) -> str:
         """The directory of the part inside the merged corpus."""
-        return f"part-{self.number}-of-{self.of}"
+        return f"part-{self.number}-of-{self.num_parts}"
 
     def select_files(self, files: Sequence[T]) -> list[T]:
         """Return the input files that this part reads."""
-        return list(files[self.number - 1 :: self.of] if self.by == "file" else files)
+        return list(files[self.number - 1 :: self.num_parts] if self.split_by == "file" else files)
 
     def owns_row(self, number: int) -> bool:
         """Whether this part processes a row. `number` counts from 1 over all input files."""
-        return self.by != "row" or (number - 1) % self.of == self.number - 1
+        return self.split_by != "row" or (number - 1) % self.num_parts == self.number - 1
 
     def owns_text(self, text: bytes) -> bool:
         """Whether this part processes a text. Equal texts are in the same part, which can then deduplicate them."""
-        if self.by != "text":
+        if self.split_by != "text":
             return True
         digest = digest64(text)
         # Use the remainder: the high bits of the same hash select the held-out documents.
-        return int.from_bytes(digest, "big") % self.of == self.number - 1
+        return int.from_bytes(digest, "big") % self.num_parts == self.number - 1
 
     @property
     def counts_textless_rows(self) -> bool:
         """Whether this part counts rows without text. By text, all parts read these rows and part 1 counts them."""
-        return self.by != "text" or self.number == 1
+        return self.split_by != "text" or self.number == 1
 
 
 SINGLE_PART = CorpusPart()

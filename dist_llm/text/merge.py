@@ -15,92 +15,109 @@ from dist_llm.text.publish import lock_output
 from dist_llm.text.report import Report
 from dist_llm.text.tokenizer import Tokenizer
 
-# Options about the origin of the tokenizer do not matter: the check is that it is the same one.
-MAY_DIFFER = {"part", "tokenizer", "split_pattern", "bpe_train_bytes"}
+# Options that say where the tokenizer comes from may differ: `_check_same_tokenizer` compares the tokenizers.
+OPTIONS_THAT_MAY_DIFFER = {"part", "tokenizer", "split_pattern", "bpe_train_bytes"}
 
 
-def merge_parts(out: Path, stream: TextIO | None = None) -> Manifest:
-    """Write OUT/manifest.json over the shards of OUT/part-1-of-n to part-n-of-n, in this order.
+def merge_parts(corpus_dir: Path, stream: TextIO | None = None) -> Manifest:
+    """Write `corpus_dir`/manifest.json over the shards of part-1-of-n to part-n-of-n in it, in this order.
 
     Raises DataError if a part is missing, incomplete, damaged, or made with other options or another tokenizer.
     """
-    out = Path(os.path.realpath(out))
-    corpus_parts = _find_parts(out)
+    corpus_dir = Path(os.path.realpath(corpus_dir))
+    corpus_parts = _find_parts(corpus_dir)
     try:
-        with lock_output(out):
-            manifests = [Manifest.load(out / part.name) for part in corpus_parts]
-            report = _merge_reports(out, corpus_parts)
-            _check_same_tokenizer(out, corpus_parts, manifests)
-            first = manifests[0]
+        with lock_output(corpus_dir):
+            manifests = [Manifest.load(corpus_dir / part.name) for part in corpus_parts]
+            report = _merge_reports(corpus_dir, corpus_parts)
+            _check_same_tokenizer(corpus_dir, corpus_parts, manifests)
+            _check_shard_sizes(corpus_dir, corpus_parts)
+            first_manifest = manifests[0]
             merged = Manifest(
-                dtype=first.dtype,
-                vocab_size=first.vocab_size,
-                tokenizer_sha256=first.tokenizer_sha256,
-                source=first.source,
+                dtype=first_manifest.dtype,
+                vocab_size=first_manifest.vocab_size,
+                tokenizer_sha256=first_manifest.tokenizer_sha256,
+                source=first_manifest.source,
                 shards={split: _merge_shards(corpus_parts, manifests, split) for split in SPLITS},
                 bad_rows=report.bad_rows,
-                prompts=first.prompts,
+                prompts=first_manifest.prompts,
             )
             if not merged.tokens("train"):
-                raise DataError(f"{out}: no text to train on in any part. Give more text.")
-            Tokenizer.load(out / corpus_parts[0].name).save(out)
-            report.save(out)
-            merged.save(out)
+                raise DataError(f"{corpus_dir}: no text to train on in any part. Give more text.")
+            Tokenizer.load(corpus_dir / corpus_parts[0].name).save(corpus_dir)
+            report.save(corpus_dir)
+            merged.save(corpus_dir)
     except OSError as error:
-        raise DataError(f"{error.filename or out}: cannot be written: {error.strerror or error}.") from None
-    documents, tokens = (sum(map(count, SPLITS)) for count in (merged.documents, merged.tokens))
-    lines = [f"merged {out}: {len(corpus_parts)} parts, {documents:,} documents, {tokens:,} tokens", *report.lines()]
+        raise DataError(
+            f"{error.filename or corpus_dir}: cannot be read or written: {error.strerror or error}."
+        ) from None
+    documents = sum(merged.documents(split) for split in SPLITS)
+    tokens = sum(merged.tokens(split) for split in SPLITS)
+    lines = [
+        f"merged {corpus_dir}: {len(corpus_parts)} parts, {documents:,} documents, {tokens:,} tokens",
+        *report.lines(),
+    ]
     print("\n".join(lines), file=stream or sys.stderr)
     return merged
 
 
-def _find_parts(out: Path) -> list[CorpusPart]:
-    """Return all n parts in order. Raises DataError with the name of a missing one."""
-    names = [path.name for path in out.iterdir()] if out.is_dir() else []
-    num_parts = {match[0]: int(match[1]) for name in names if (match := re.fullmatch(r"part-\d+-of-(\d+)", name))}
-    if not num_parts:
-        raise DataError(f"--merge {out}: no parts in it. Make them with: dist-llm prepare ... --part 1/2 --out {out}")
-    if len(set(num_parts.values())) > 1:
+def _find_parts(corpus_dir: Path) -> list[CorpusPart]:
+    """Return all parts in order. Raises DataError with the name of a missing one."""
+    names = [path.name for path in corpus_dir.iterdir()] if corpus_dir.is_dir() else []
+    total_by_name = {match[0]: int(match[1]) for name in names if (match := re.fullmatch(r"part-\d+-of-(\d+)", name))}
+    if not total_by_name:
         raise DataError(
-            f"--merge {out}: parts of different divisions: {', '.join(sorted(num_parts))}. Remove those of one of them."
+            f"--merge {corpus_dir}: no parts in it. Make them with: dist-llm prepare ... --part 1/2 --out {corpus_dir}"
         )
-    n = next(iter(num_parts.values()))
-    for part in (corpus_parts := [CorpusPart(number, n) for number in range(1, n + 1)]):
-        if part.name not in num_parts:
+    if len(set(total_by_name.values())) > 1:
+        raise DataError(
+            f"--merge {corpus_dir}: parts of different totals: {', '.join(sorted(total_by_name))}. "
+            "Keep the parts of one total and remove the rest."
+        )
+    num_parts = next(iter(total_by_name.values()))
+    for part in (corpus_parts := [CorpusPart(number, num_parts) for number in range(1, num_parts + 1)]):
+        if part.name not in total_by_name:
             raise DataError(
-                f"--merge {out}: {part.name} is missing. Make it with the command of the other parts "
-                f"and --part {part.number}/{n}."
+                f"--merge {corpus_dir}: {part.name} is missing. Make it with the command of the other parts "
+                f"and --part {part.number}/{num_parts}."
             )
     return corpus_parts
 
 
-def _merge_reports(out: Path, corpus_parts: list[CorpusPart]) -> Report:
-    """Sum up the reports. Raises DataError if parts have different options, since documents may then occur twice."""
-    reports = [Report.load(out / part.name) for part in corpus_parts]
-    first = reports[0].options
-    total = Report({**first, "part": None})
+def _merge_reports(corpus_dir: Path, corpus_parts: list[CorpusPart]) -> Report:
+    """Add up the reports. Raises DataError if options differ, since a document could then be in two parts."""
+    reports = [Report.load(corpus_dir / part.name) for part in corpus_parts]
+    first_options = reports[0].options
+    total = Report({**first_options, "part": None})
     for part, report in zip(corpus_parts, reports, strict=True):
         for name, value in report.options.items():
-            if name not in MAY_DIFFER and value != first.get(name):
+            if name not in OPTIONS_THAT_MAY_DIFFER and value != first_options.get(name):
                 raise DataError(
-                    f"--merge {out}: {part.name} was made with {name} {value!r}, but {corpus_parts[0].name} with "
-                    f"{first.get(name)!r}. Make one of them again with the options of the other."
+                    f"--merge {corpus_dir}: {part.name} was made with {name} {value!r}, but {corpus_parts[0].name} with "
+                    f"{first_options.get(name)!r}. Make one of them again with the options of the other."
                 )
         total.add(report)
     return total
 
 
-def _check_same_tokenizer(out: Path, corpus_parts: list[CorpusPart], manifests: list[Manifest]) -> None:
+def _check_same_tokenizer(corpus_dir: Path, corpus_parts: list[CorpusPart], manifests: list[Manifest]) -> None:
+    """Raises DataError if a part has another tokenizer than the first."""
     for part, manifest in zip(corpus_parts, manifests, strict=True):
         if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256 and not same_tokenizer(
-            out / part.name, out / corpus_parts[0].name
+            corpus_dir / part.name, corpus_dir / corpus_parts[0].name
         ):
             raise DataError(
-                f"--merge {out}: the tokenizer of {part.name} is not that of {corpus_parts[0].name}. Did the machines "
-                f"read the same files? Make it again with --tokenizer {out / corpus_parts[0].name}."
+                f"--merge {corpus_dir}: {part.name} has another tokenizer than {corpus_parts[0].name}; perhaps the "
+                f"machines read different files. Make {part.name} again with --tokenizer "
+                f"{corpus_dir / corpus_parts[0].name}."
             )
+
+
+def _check_shard_sizes(corpus_dir: Path, corpus_parts: list[CorpusPart]) -> None:
+    """Raises DataError if a shard of a part is missing or truncated."""
+    for part in corpus_parts:
         for split in SPLITS:
-            Corpus(out / part.name, split).check_shard_sizes()
+            Corpus(corpus_dir / part.name, split).check_shard_sizes()
 
 
 def _merge_shards(corpus_parts: list[CorpusPart], manifests: list[Manifest], split: Split) -> tuple[Shard, ...]:

@@ -45,7 +45,7 @@ def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
     files = open_inputs(options.source, keys, options.hf_split, rules, table)
     part = _select_part(options, len(files))
     out = Path(os.path.realpath(options.out))
-    if part.of > 1:
+    if part.num_parts > 1:
         _check_not_merged(out)
         out = out / part.name
     partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
@@ -124,10 +124,10 @@ def _check_options(options: PrepareOptions) -> None:
 def _select_part(options: PrepareOptions, num_files: int) -> CorpusPart:
     if options.part is None:
         return SINGLE_PART
-    number, of = parse_part(options.part)
+    number, num_parts = parse_part(options.part)
     if options.dedup:
-        return CorpusPart(number, of, "text")
-    return CorpusPart(number, of, "file" if num_files >= of else "row")
+        return CorpusPart(number, num_parts, "text")
+    return CorpusPart(number, num_parts, "file" if num_files >= num_parts else "row")
 
 
 def _check_not_merged(out: Path) -> None:

@@ -87,7 +87,7 @@ class PrepareRun:
             bad_rows=self.report.bad_rows,
             prompts=self.options.prompt_key is not None,
         )
-        if not manifest.tokens("train") and self.part.of == 1:
+        if not manifest.tokens("train") and self.part.num_parts == 1:
             raise DataError(self._format_no_text_error(manifest))
         self.report.save(self.directory)
         for name in (JOURNAL_FILE, KEYS_FILE):
@@ -226,7 +226,7 @@ class PrepareRun:
             tally.bad_bytes if counts else 0,
             self.table,
             tally.unreadable,
-            self.reader.list_warnings(self.part.of == 1),
+            self.reader.list_warnings(self.part.num_parts == 1),
         )
 
     def _format_no_text_error(self, manifest: Manifest) -> str:
@@ -243,7 +243,7 @@ class PrepareRun:
             sum(measure(split) for split in SPLITS)
             for measure in (manifest.tokens, manifest.text_bytes, manifest.documents)
         )
-        out = self.options.out / self.part.name if self.part.of > 1 else self.options.out
+        out = self.options.out / self.part.name if self.part.num_parts > 1 else self.options.out
         self.meter.print_line(
             f"prepared {out}: {count:,} documents, {tokens:,} tokens of {manifest.vocab_size:,} ids, "
             f"{texts / max(tokens, 1):.2f} bytes per token, {sum(map(len, manifest.shards.values()))} shards, "
