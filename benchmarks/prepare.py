@@ -34,10 +34,10 @@ import tiktoken
 
 from dist_llm.io.atomic import write_durably
 from dist_llm.text.bpe_tokenizer import BPETokenizer
+from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.input_files import iter_documents, open_inputs
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.rows import Tally
-from dist_llm.text.vocabulary import build_tokenizer
 
 CLAIM = 0.8  # the smallest ratio that we promise
 FILE_CHARS = 1_000_000

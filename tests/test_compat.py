@@ -20,9 +20,9 @@ COMPAT = {"compat.py", "engines/deepspeed_compat.py"}
 
 # Private names of other libraries, and of the interpreter: not torch's, and stable for years.
 ALLOWED = {
-    ("text/vocabulary.py", "_pat_str"),  # tiktoken, which has no other way to read a vocabulary
-    ("text/vocabulary.py", "_mergeable_ranks"),
-    ("text/vocabulary.py", "_special_tokens"),
+    ("text/build_tokenizer.py", "_pat_str"),  # tiktoken, which has no other way to read a vocabulary
+    ("text/build_tokenizer.py", "_mergeable_ranks"),
+    ("text/build_tokenizer.py", "_special_tokens"),
     ("checkpoint/metadata.py", "_Unpickler"),  # pickle's, in Python
     ("convert/deepspeed_files.py", "_Pickler"),
     ("io/growing.py", "_Hash"),

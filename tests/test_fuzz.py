@@ -59,11 +59,11 @@ from dist_llm.observe.metrics import MetricsFile
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
+from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.input_files import iter_documents, open_inputs
 from dist_llm.text.report import InputTable, Report
 from dist_llm.text.rows import RowKeys, Tally
 from dist_llm.text.tokenizer import ENDOFTEXT, Tokenizer
-from dist_llm.text.vocabulary import build_tokenizer
 from dist_llm.training.resume import EarlierSteps
 from tests.text.test_token_files import build_megatron_index
 

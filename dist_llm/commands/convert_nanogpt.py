@@ -20,7 +20,7 @@ from dist_llm.convert import hf_convert, nanogpt
 from dist_llm.convert.stream_probe import stream_probe
 from dist_llm.convert.weights import load_torch
 from dist_llm.convert.write_weights import write_atomically
-from dist_llm.text.vocabulary import build_tokenizer
+from dist_llm.text.build_tokenizer import build_tokenizer
 
 
 def from_nanogpt(file: str, out: str, tokenizer: str | None = None) -> None:

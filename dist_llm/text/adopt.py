@@ -22,10 +22,10 @@ from dist_llm.io import urls
 from dist_llm.io.atomic import create_atomically, write_durably
 from dist_llm.io.urls import as_path, is_remote
 from dist_llm.text.adopt_options import AdoptOptions
+from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.progress import ProgressMeter
 from dist_llm.text.token_files import TokenFileScan, check_size, locate_data_file, read_header
 from dist_llm.text.tokenizer import Tokenizer
-from dist_llm.text.vocabulary import build_tokenizer
 
 NO_EOT = -1  # the tokenizer has no id that ends a document; -1 is equal to no id
 HINT = "Check the URL, the network and your credentials."

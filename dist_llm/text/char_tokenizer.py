@@ -21,7 +21,7 @@ import numpy.typing as npt
 from dist_llm.errors import DataError
 from dist_llm.text.tokenizer import FORMAT, MAX_IDS, Tokenizer, to_well_formed
 
-META_FILE = "meta.pkl"
+NANOGPT_META_FILE = "meta.pkl"
 MAX_META_BYTES = 64 << 20  # a character takes about 20 bytes, and Unicode has 300,000
 # Opcodes for dictionaries, lists, tuples, strings, integers, None and booleans; none that imports or calls anything.
 PLAIN_OPCODES = {
@@ -114,7 +114,7 @@ class CharTextStream:
         return ""
 
 
-def read_meta(path: Path) -> CharTokenizer:
+def read_nanogpt_meta(path: Path) -> CharTokenizer:
     """Read the tokenizer in nanoGPT's `meta.pkl`: {"vocab_size": n, "stoi": {char: id}, "itos": {id: char}}.
 
     Raises DataError if the file is invalid, or contains anything but plain containers, strings and integers.

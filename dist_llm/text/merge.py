@@ -93,8 +93,8 @@ def _merge_reports(corpus_dir: Path, corpus_parts: list[CorpusPart]) -> Report:
         for name, value in report.options.items():
             if name not in OPTIONS_THAT_MAY_DIFFER and value != first_options.get(name):
                 raise DataError(
-                    f"--merge {corpus_dir}: {part.name} was made with {name} {value!r}, but {corpus_parts[0].name} with "
-                    f"{first_options.get(name)!r}. Make one of them again with the options of the other."
+                    f"--merge {corpus_dir}: {part.name} was made with {name} {value!r}, but {corpus_parts[0].name} "
+                    f"with {first_options.get(name)!r}. Make one of them again with the options of the other."
                 )
         total.add(report)
     return total

@@ -9,6 +9,7 @@ from typing import Any
 
 from dist_llm.data.shard import SPLITS, Manifest, smallest_dtype
 from dist_llm.errors import DataError
+from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.chunks import ChunkReader
 from dist_llm.text.corpus_part import CorpusPart
 from dist_llm.text.corpus_writer import KEYS_FILE, CorpusWriter
@@ -21,7 +22,6 @@ from dist_llm.text.progress import ProgressMeter
 from dist_llm.text.report import InputTable, RemovalCounts, Report
 from dist_llm.text.rows import MAX_LOCATIONS, Tally
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
-from dist_llm.text.vocabulary import build_tokenizer
 
 PROGRESS_FORMAT = "dist_llm prepare progress 1"
 NON_CORPUS_OPTIONS = {

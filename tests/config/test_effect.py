@@ -14,7 +14,7 @@ from dist_llm.config.lengths import lengths
 from dist_llm.config.section import Section
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.launch.world import World
-from dist_llm.text.vocabulary import build_tokenizer
+from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.training import settings
 from dist_llm.training.run import train
 from dist_llm.training.settings import read_config

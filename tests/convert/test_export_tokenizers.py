@@ -20,12 +20,12 @@ from dist_llm.convert.hf_config import READERS
 from dist_llm.data.tokenizer_file import identity
 from dist_llm.errors import CheckpointError
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
+from dist_llm.text.build_tokenizer import BYTE_IDS, build_tokenizer
 from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
 from dist_llm.text.hf_bpe import convert_bpe, prove_equal
 from dist_llm.text.hf_tokenizer import HFTokenizer, try_convert_to_bpe
 from dist_llm.text.split_pattern import BYTE_LEVEL, build_pre_tokenizer, to_oniguruma
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE
-from dist_llm.text.vocabulary import BYTES, build_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -52,7 +52,7 @@ def build_shuffled():
     }
     tokens = sorted({b" " + substring for substring in substrings} | substrings)
     rng.shuffle(tokens)
-    ranks = BYTES | {token: 300 + 2 * number for number, token in enumerate(tokens)}
+    ranks = BYTE_IDS | {token: 300 + 2 * number for number, token in enumerate(tokens)}
     return BPETokenizer("mine", SPLIT_PATTERNS["cl100k"], ranks, {ENDOFTEXT: 299, "<|other|>": 301})
 
 
@@ -292,7 +292,7 @@ ASSIGNED = [chr(code_point) for code_point in (*range(0xD800), *range(0xE000, 0x
 @pytest.mark.parametrize("pattern", [r"\p{L}", r"\p{N}", r"\s", r"(?i:[sdmt]|ll|ve|re)"])
 def test_both_regex_engines_match_the_same_characters(pattern):
     text = "".join(ASSIGNED)
-    encoding = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=BYTES, special_tokens={})
+    encoding = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=BYTE_IDS, special_tokens={})
     native = bytes(encoding.encode(text, disallowed_special=())).decode()
     fragments = pre_tokenizers.Split(Regex(to_oniguruma(pattern)), "removed").pre_tokenize_str(text)
     assert set(native) == set(text) - {char for fragment, _ in fragments for char in fragment}

@@ -90,7 +90,7 @@ ORDERS = {
 @settings(deadline=None)  # the machine may be busy
 @given(seed=st.integers(0, 2**40), first=st.integers(0, 2**40), length=st.integers(1, 30), data=st.data())
 def test_locate_depends_only_on_seed_and_sample_number(kind, seed, first, length, data):
-    """The offsets are equal however a range is split or sorted. So a longer run starts with the samples of a shorter one."""
+    """The offsets are equal however a range is split or sorted, so a longer run starts like a shorter one."""
     numbers = np.arange(first, first + length)
     offsets = ORDERS[kind](seed).locate(numbers)
     cut = data.draw(st.integers(0, length))

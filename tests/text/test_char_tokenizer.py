@@ -15,10 +15,10 @@ from dist_llm.errors import DataError
 from dist_llm.generation import encode_prompt
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
-from dist_llm.text.char_tokenizer import CharTokenizer, read_meta
+from dist_llm.text.build_tokenizer import build_tokenizer
+from dist_llm.text.char_tokenizer import CharTokenizer, read_nanogpt_meta
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.tokenizer import Tokenizer, parse_tokenizer
-from dist_llm.text.vocabulary import build_tokenizer
 from tests.laws.law import make_config
 
 TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler, é漢\n"
@@ -33,7 +33,7 @@ def write_meta(path, meta=META, protocol=4):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_every_pickle_protocol_is_read(protocol, tmp_path):
-    tokenizer = read_meta(write_meta(tmp_path / "meta.pkl", protocol=protocol))
+    tokenizer = read_nanogpt_meta(write_meta(tmp_path / "meta.pkl", protocol=protocol))
     assert tokenizer.encode(TEXT).tolist() == [META["stoi"][c] for c in TEXT]
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.decode([0, 10_000]) == CHARS[0] + "\ufffd"
@@ -91,7 +91,7 @@ def test_no_code_runs_and_the_error_names_the_file(name, tmp_path, monkeypatch):
 def test_deep_nesting_is_an_error(tmp_path):
     deep = b"\x80\x04}\x8c\x04stoi}" + b"\x8c\x01a" + b"(" * 100_000 + b"l" * 100_000 + b"ss."
     with pytest.raises(DataError, match="not a whole number"):
-        read_meta(write_meta(tmp_path / "meta.pkl", deep))
+        read_nanogpt_meta(write_meta(tmp_path / "meta.pkl", deep))
 
 
 def test_nanogpts_corpus_is_adopted_with_its_ids(tmp_path):

@@ -12,11 +12,11 @@ from tokenizers import Tokenizer as Reference
 
 from dist_llm.data.tokenizer_file import identity, same_tokenizer
 from dist_llm.errors import DataError
+from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
 from dist_llm.text.hf_tokenizer import HFTokenizer
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
-from dist_llm.text.vocabulary import build_tokenizer
 from tests.hf_folders import ADDED, DIFFICULT, KINDS, ORIGINALS, PROSE, write_folder
 
 TEXTS = (*DIFFICULT, *DIFFICULT_TEXTS, *PROSE[:5])

@@ -21,6 +21,7 @@ from dist_llm.data.shard import MANIFEST, SPLITS, Manifest
 from dist_llm.errors import DataError
 from dist_llm.text import prepare_run, progress
 from dist_llm.text.bpe_tokenizer import BPETokenizer
+from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.chunks import Chunk
 from dist_llm.text.encode import DocumentEncoder, EncoderSpec, encode_in_order, is_heldout
 from dist_llm.text.options import PrepareOptions, add_arguments, build_options
@@ -28,7 +29,6 @@ from dist_llm.text.prepare import prepare
 from dist_llm.text.publish import lock_output
 from dist_llm.text.report import FileCount, Report
 from dist_llm.text.tokenizer import Tokenizer
-from dist_llm.text.vocabulary import build_tokenizer
 
 FRAGMENTS = [f"{start}{end}" for start in ("sh", "tr", "qu", "é", "漢") for end in ("ip", "ade", " 12", "it's", "\n")]
 

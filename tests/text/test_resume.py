@@ -9,8 +9,8 @@ import pytest
 from dist_llm.data.shard import MANIFEST
 from dist_llm.errors import DataError
 from dist_llm.text import chunks, input_files
+from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.journal import JOURNAL_FILE, Journal
-from dist_llm.text.vocabulary import build_tokenizer
 from tests.text.test_filters import make_prose
 from tests.text.test_prepare import make_random_texts, read_all_files, run, start_prepare, wait_for, write_rows
 from tests.text.test_scale import write_files

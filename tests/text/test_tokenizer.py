@@ -11,9 +11,9 @@ from tokenizers import ByteLevelBPETokenizer
 
 from dist_llm.errors import DataError
 from dist_llm.text.bpe_tokenizer import SEGMENT_CHARS, SPLIT_PATTERNS, BPETokenizer
+from dist_llm.text.build_tokenizer import BYTE_IDS, _check_same_ids_on_samples, _train_reference, build_tokenizer
 from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer
-from dist_llm.text.vocabulary import BYTES, _prove_equal, _train_reference, build_tokenizer
 
 PROSE = [f"The {n}th ship sailed to port {n * 7}; it's late, they'll wait — 漢字 {n}.\r\n" for n in range(400)]
 STRANGE = (*DIFFICULT_TEXTS, "", "\x00", "a\ufeffb", "ſ K İ", "\u0130\u0131", "🏴󠁧󠁢󠁥󠁮󠁧󠁿" * 3)
@@ -67,7 +67,7 @@ def test_a_conversion_that_changes_ids_is_refused(bpe):
     swapped = dict(zip([*tokens[:256], *reversed(tokens[256:])], range(399), strict=True))
     swapped_tokenizer = BPETokenizer("bpe:400", bpe.pattern, swapped, bpe.special_tokens)
     with pytest.raises(DataError, match="disagree"):
-        _prove_equal(swapped_tokenizer, _train_reference(399, "gpt2", training_texts), training_texts)
+        _check_same_ids_on_samples(swapped_tokenizer, _train_reference(399, "gpt2", training_texts), training_texts)
 
 
 def test_training_is_deterministic(bpe):
@@ -118,9 +118,9 @@ def test_a_bad_file_is_a_data_error(content, message, tmp_path):
 
 def test_inconsistent_fields_are_data_errors():
     with pytest.raises(DataError, match="distinct"):
-        BPETokenizer("x", "", BYTES, {ENDOFTEXT: 7})
+        BPETokenizer("x", "", BYTE_IDS, {ENDOFTEXT: 7})
     with pytest.raises(DataError, match="no special token"):
-        BPETokenizer("x", "", BYTES, {})
+        BPETokenizer("x", "", BYTE_IDS, {})
 
 
 def test_lone_surrogates_and_ids_without_a_token(bpe):
@@ -178,7 +178,7 @@ def test_gpt2_style_files(gpt2_files):
     [
         (lambda ids: ids.pop(ENDOFTEXT), "no <|endoftext|>"),
         (lambda ids: ids.pop("th"), "no id for 'th'"),
-        (lambda ids: ids.update({"th": ids["Ġs"], "Ġs": ids["th"]}), "do not rise"),
+        (lambda ids: ids.update({"th": ids["Ġs"], "Ġs": ids["th"]}), "ids must rise"),
         (lambda ids: ids.update({"th": "x"}), "whole number"),
     ],
 )
@@ -194,7 +194,7 @@ def test_gpt2_style_files_that_do_not_match(gpt2_files, change, message):
 
 def test_a_tiktoken_encoding_by_name(monkeypatch):
     encoding = tiktoken.Encoding(
-        "gpt2", pat_str=SPLIT_PATTERNS["gpt2"], mergeable_ranks=BYTES, special_tokens={ENDOFTEXT: 300}
+        "gpt2", pat_str=SPLIT_PATTERNS["gpt2"], mergeable_ranks=BYTE_IDS, special_tokens={ENDOFTEXT: 300}
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
     tokenizer = build_from_spec("gpt2")
@@ -241,4 +241,4 @@ def test_cl100k_and_llama3_split_alike():
 
 def _pair_ranks():
     pairs = {a + b for text in PROSE[:20] for a, b in pairwise([bytes([byte]) for byte in text.encode()])}
-    return BYTES | {pair: 256 + n for n, pair in enumerate(sorted(pairs))}
+    return BYTE_IDS | {pair: 256 + n for n, pair in enumerate(sorted(pairs))}

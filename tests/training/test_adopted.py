@@ -12,7 +12,7 @@ from dist_llm.data.shard import Manifest, ShardWriter, Split
 from dist_llm.launch.world import World
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
-from dist_llm.text.vocabulary import build_tokenizer
+from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.training.run import train
 from dist_llm.training.score import Windows, score
 from dist_llm.training.settings import read_config

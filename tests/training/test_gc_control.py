@@ -13,7 +13,7 @@ import pytest
 from dist_llm.config.schema import Config
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.launch.world import World
-from dist_llm.text.vocabulary import build_tokenizer
+from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.training import trainer
 from dist_llm.training.gc_control import GCControl
 from dist_llm.training.run import train
