@@ -1,4 +1,7 @@
-"""Generation: the cache changes no token, filters keep the right tokens, and no character is split."""
+"""Generation samples the right tokens and prints complete characters.
+
+The KV cache changes no token. `top_k`, `top_p` and `temperature` give the expected probabilities.
+"""
 
 import itertools
 from collections import Counter
@@ -13,17 +16,21 @@ from dist_llm.generation import Prompt, Sampling, encode_prompt, generate_text, 
 from dist_llm.models.attention_mask import FULL
 from dist_llm.models.build_model import build_model
 from dist_llm.models.init import init_param_, init_rule
+from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT
 from tests.laws.law import make_config
 
 MAX_LENGTH = 24
 GREEDY = Sampling(max_tokens=12, temperature=0)
-EOT = 256
-CAUSAL = make_config(1, {})
+EOT = 256  # the end-of-document token of the byte tokenizer
+VOCABULARY = Vocabulary(EOT + 1, EOT)
+START, MASK, MODE_S = (VOCABULARY.special_id(name) for name in ("start", "mask", "S"))
+SENTINEL_0, SENTINEL_1 = VOCABULARY.sentinel(0), VOCABULARY.sentinel(1)
+CAUSAL_CONFIG = make_config(1, {})
 
 
-def build(**changes):
+def build_small_model(**changes):
     shape = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "d_ff": 32, "vocab_size": 30}
     config = ModelConfig(**shape, max_seq_len=MAX_LENGTH, init_std=0.5, **changes)
     model = build_model(config).eval()
@@ -33,28 +40,32 @@ def build(**changes):
     return model
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(12, 1.0, 5, 0.9, seed=3), Sampling(12, seed=4)], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(max_tokens=12, top_k=5, top_p=0.9, seed=3), Sampling(max_tokens=12, seed=4)], ids=str
+)
 @pytest.mark.parametrize("positions", ["rope", "learned", "sinusoidal"])
 def test_the_cache_changes_no_token(positions, sampling):
-    model = build(positions=positions)
-    prompt = [3, 1, 4, 1, 5]
-    cached = list(generate_tokens(model, Prompt(prompt), sampling, MAX_LENGTH))
-    assert cached == list(generate_tokens(model, Prompt(prompt), sampling, MAX_LENGTH, use_cache=False))
+    model = build_small_model(positions=positions)
+    prompt_ids = [3, 1, 4, 1, 5]
+    cached = list(generate_tokens(model, Prompt(ids=prompt_ids), sampling, MAX_LENGTH))
+    assert cached == list(generate_tokens(model, Prompt(ids=prompt_ids), sampling, MAX_LENGTH, use_cache=False))
     assert len(set(cached)) > 1, "the output varies"
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "prefix"])
 @pytest.mark.parametrize("changes", [{"positions": "relative"}, {"qk_norm": True, "logit_cap": 3.0}], ids=str)
 def test_the_cache_changes_no_token_of_other_settings(changes, bidirectional):
-    model, prompt = build(**changes), Prompt([3, 1, 4, 1, 5], bidirectional)
+    model, prompt = build_small_model(**changes), Prompt(ids=[3, 1, 4, 1, 5], bidirectional=bidirectional)
     cached = list(generate_tokens(model, prompt, GREEDY, MAX_LENGTH))
     assert cached == list(generate_tokens(model, prompt, GREEDY, MAX_LENGTH, use_cache=False))
 
 
 def test_a_prefix_attends_to_all_of_itself():
-    model = build(positions="learned")
+    model = build_small_model(positions="learned")
     ids = [3, 1, 4, 1, 5]
-    (token,) = generate_tokens(model, Prompt(ids, bidirectional=True), Sampling(1, temperature=0), MAX_LENGTH)
+    (token,) = generate_tokens(
+        model, Prompt(ids=ids, bidirectional=True), Sampling(max_tokens=1, temperature=0), MAX_LENGTH
+    )
     logits = model(torch.tensor([ids]), mask=FULL)
     assert token == int(logits[0, -1].argmax())
     assert not torch.allclose(logits, model(torch.tensor([ids])))
@@ -62,102 +73,119 @@ def test_a_prefix_attends_to_all_of_itself():
 
 @pytest.mark.parametrize("positions", ["learned", "relative", "rope"])
 def test_an_encoder_decoder_encodes_once(positions):
-    model = build(architecture="encoder_decoder", n_encoder_layers=2, positions=positions)
-    prompt = Prompt([7], encoder_ids=[3, 1, 4, 1, 5])
-    encoded = []
-    model.source_norm.register_forward_hook(lambda *rest: encoded.append(1))
+    model = build_small_model(architecture="encoder_decoder", n_encoder_layers=2, positions=positions)
+    prompt = Prompt(ids=[7], encoder_ids=[3, 1, 4, 1, 5])
+    encoder_calls = []
+    model.source_norm.register_forward_hook(lambda *hook_arguments: encoder_calls.append(1))
     cached = list(generate_tokens(model, prompt, GREEDY, MAX_LENGTH))
-    assert len(encoded) == 1, "the encoder runs once"
+    assert len(encoder_calls) == 1, "the encoder runs once"
     assert cached == list(generate_tokens(model, prompt, GREEDY, MAX_LENGTH, use_cache=False))
-    assert cached != list(generate_tokens(model, Prompt([7], encoder_ids=[9, 9, 2]), GREEDY, MAX_LENGTH))
+    assert cached != list(generate_tokens(model, Prompt(ids=[7], encoder_ids=[9, 9, 2]), GREEDY, MAX_LENGTH))
 
 
-def encode_with(prompt="ab", architecture="decoder", **objective):
+def encode_prompt_for(prompt="ab", architecture="decoder", **objective):
+    """Encode a prompt in the format of an objective."""
     changes = {"architecture": architecture, "vocab_size": 0}
     return encode_prompt(make_config(1, changes, objective=objective), byte_tokenizer(), prompt)
 
 
-def test_prompts_have_the_form_of_training_examples():
-    a, b, start, sentinel = ord("a"), ord("b"), 257, 257 + 8
-    assert encode_with(name="causal") == Prompt([a, b], False, None, frozenset((EOT, sentinel + 1)))
-    assert encode_with(name="prefix", mode="S").ids == [257 + 3, a, b]
-    assert encode_with(name="prefix", mode="S").bidirectional
-    assert not encode_with(name="prefix", see_prefix=False).bidirectional
-    assert encode_with(name="span").ids == [a, b, sentinel, EOT, sentinel]
-    prompt = encode_with(architecture="encoder_decoder", name="span")
-    assert (prompt.ids, prompt.encoder_ids) == ([start, sentinel], [a, b, sentinel, EOT])
-    prompt = encode_with(architecture="encoder_decoder", name="prefix", mode="S")
-    assert (prompt.ids, prompt.encoder_ids) == ([start], [257 + 3, a, b])
-    prompt = encode_with(mixture=[{"name": "span", "mode": "R"}, {"name": "prefix", "mode": "S"}])
-    assert prompt.ids == [257 + 3, a, b], "a mixture uses its component that continues the text"
+def test_prompts_of_a_decoder_have_the_format_of_training_examples():
+    a, b = b"ab"
+    expected = Prompt(ids=[a, b], stop_ids=frozenset((EOT, SENTINEL_1)))
+    assert encode_prompt_for(name="causal") == expected
+    assert encode_prompt_for(name="prefix", mode="S").ids == [MODE_S, a, b]
+    assert encode_prompt_for(name="span").ids == [a, b, SENTINEL_0, EOT, SENTINEL_0]
 
 
-def test_an_id_that_the_objective_added_shows_its_name():
-    assert run_script([257 + 1, *b"x", EOT])[1] == ["<mask>", "x"]
+def test_a_prompt_is_bidirectional_if_the_objective_sees_the_prefix():
+    assert encode_prompt_for(name="prefix", mode="S").bidirectional
+    assert not encode_prompt_for(name="prefix", see_prefix=False).bidirectional
+
+
+def test_prompts_of_an_encoder_decoder_have_the_format_of_training_examples():
+    a, b = b"ab"
+    prompt = encode_prompt_for(architecture="encoder_decoder", name="span")
+    assert (prompt.ids, prompt.encoder_ids) == ([START, SENTINEL_0], [a, b, SENTINEL_0, EOT])
+    prompt = encode_prompt_for(architecture="encoder_decoder", name="prefix", mode="S")
+    assert (prompt.ids, prompt.encoder_ids) == ([START], [MODE_S, a, b])
+
+
+def test_a_prompt_of_a_mixture_uses_the_component_that_predicts_the_next_token():
+    prompt = encode_prompt_for(mixture=[{"name": "span", "mode": "R"}, {"name": "prefix", "mode": "S"}])
+    assert prompt.ids == [MODE_S, *b"ab"]
+
+
+def test_special_tokens_print_their_names():
+    assert generate_with_scripted_model([MASK, *b"x", EOT])[1] == ["<mask>", "x"]
 
 
 def test_with_the_cache_each_token_is_read_once():
-    model, lengths = build(), []
+    model, lengths = build_small_model(), []
     model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
-    list(generate_tokens(model, Prompt([1, 2, 3]), GREEDY, MAX_LENGTH))
+    list(generate_tokens(model, Prompt(ids=[1, 2, 3]), GREEDY, MAX_LENGTH))
     assert lengths == [3] + [1] * 11
 
 
-def test_greedy_takes_the_likeliest_each_time():
-    model, ids = build(), [3, 1, 4]
-    for token in generate_tokens(model, Prompt(ids), GREEDY, MAX_LENGTH):
+def test_greedy_sampling_takes_the_likeliest_token():
+    model, ids = build_small_model(), [3, 1, 4]
+    for token in generate_tokens(model, Prompt(ids=ids), GREEDY, MAX_LENGTH):
         assert token == int(model(torch.tensor([ids]))[0, -1].argmax())
         ids = [*ids, token]
 
 
-def test_seeds_repeat_and_differ():
-    model = build()
-    runs = [list(generate_tokens(model, Prompt([1]), Sampling(10, seed=seed), MAX_LENGTH)) for seed in (0, 1, 2, 0)]
+def test_a_seed_repeats_its_tokens_and_other_seeds_differ():
+    model = build_small_model()
+    runs = [
+        list(generate_tokens(model, Prompt(ids=[1]), Sampling(max_tokens=10, seed=seed), MAX_LENGTH))
+        for seed in (0, 1, 2, 0)
+    ]
     assert runs[0] == runs[3]
     assert len({tuple(run) for run in runs}) == 3
 
 
 def test_the_global_random_state_does_not_matter():
-    model = build()
+    model = build_small_model()
     torch.manual_seed(1)
-    first = list(generate_tokens(model, Prompt([1]), Sampling(10), MAX_LENGTH))
+    tokens_of_first_state = list(generate_tokens(model, Prompt(ids=[1]), Sampling(max_tokens=10), MAX_LENGTH))
     torch.manual_seed(2)
-    assert list(generate_tokens(model, Prompt([1]), Sampling(10), MAX_LENGTH)) == first
+    assert list(generate_tokens(model, Prompt(ids=[1]), Sampling(max_tokens=10), MAX_LENGTH)) == tokens_of_first_state
 
 
 @pytest.mark.parametrize(
-    ("prompt", "max_tokens", "max_length", "expected_length"),
+    ("prompt_length", "max_tokens", "max_length", "expected_length"),
     [(3, 5, 24, 5), (3, 50, 24, 21), (23, 5, 24, 1), (3, 1, 24, 1)],
 )
-def test_generation_ends_at_max_tokens_or_the_length_of_the_model(prompt, max_tokens, max_length, expected_length):
-    assert (
-        len(list(generate_tokens(build(), Prompt([1] * prompt), Sampling(max_tokens), max_length))) == expected_length
-    )
+def test_generation_ends_at_max_tokens_or_the_length_of_the_model(
+    prompt_length, max_tokens, max_length, expected_length
+):
+    prompt, sampling = Prompt(ids=[1] * prompt_length), Sampling(max_tokens=max_tokens)
+    assert len(list(generate_tokens(build_small_model(), prompt, sampling, max_length))) == expected_length
 
 
 PROBABILITIES = torch.tensor([0.15, 0.5, 0.05, 0.3])  # ids by likelihood: 1, 3, 0, 2
 
 
-def draw_counts(sampling, n=2000, logits=None):
+def draw_counts(sampling, num_draws=2000):
     generator = torch.Generator().manual_seed(0)
-    logits = PROBABILITIES.log() if logits is None else logits
-    return Counter(sample_token(logits, sampling, generator) for _ in range(n))
+    return Counter(sample_token(PROBABILITIES.log(), sampling, generator) for _ in range(num_draws))
 
 
-def match_probabilities(counts, expected, n=2000):
+def assert_counts_match(counts, expected, num_draws=2000):
     """Check that counts are within five standard errors of the expected probabilities."""
     assert set(counts) == set(expected)
-    return all(abs(counts[i] - n * p) < 5 * (n * p * (1 - p)) ** 0.5 + 1e-9 for i, p in expected.items())
+    for token_id, probability in expected.items():
+        standard_error = (num_draws * probability * (1 - probability)) ** 0.5
+        assert abs(counts[token_id] - num_draws * probability) < 5 * standard_error + 1e-9, token_id
 
 
 @pytest.mark.parametrize(
     ("top_k", "kept_ids"), [(0, {0, 1, 2, 3}), (1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (9, {0, 1, 2, 3})]
 )
 def test_top_k_keeps_the_k_likeliest_in_proportion(top_k, kept_ids):
-    total = sum(float(PROBABILITIES[i]) for i in kept_ids)
-    assert match_probabilities(
-        draw_counts(Sampling(top_k=top_k)), {i: float(PROBABILITIES[i]) / total for i in kept_ids}
-    )
+    kept_probabilities = {token_id: float(PROBABILITIES[token_id]) for token_id in kept_ids}
+    total = sum(kept_probabilities.values())
+    expected = {token_id: probability / total for token_id, probability in kept_probabilities.items()}
+    assert_counts_match(draw_counts(Sampling(top_k=top_k)), expected)
 
 
 @pytest.mark.parametrize(
@@ -173,27 +201,27 @@ def test_top_k_keeps_the_k_likeliest_in_proportion(top_k, kept_ids):
     ],
 )
 def test_top_p_keeps_the_fewest_that_hold_p(top_p, kept_ids):
-    total = sum(float(PROBABILITIES[i]) for i in kept_ids)
-    assert match_probabilities(
-        draw_counts(Sampling(top_p=top_p)), {i: float(PROBABILITIES[i]) / total for i in kept_ids}
-    )
+    kept_probabilities = {token_id: float(PROBABILITIES[token_id]) for token_id in kept_ids}
+    total = sum(kept_probabilities.values())
+    expected = {token_id: probability / total for token_id, probability in kept_probabilities.items()}
+    assert_counts_match(draw_counts(Sampling(top_p=top_p)), expected)
 
 
-def test_top_p_1_keeps_the_tokens_beyond_which_the_sum_rounds_to_1(monkeypatch):
+def test_top_p_1_keeps_all_tokens_despite_rounding(monkeypatch):
     num_candidates = []
 
-    def multinomial(probabilities_V, *rest, **more):
+    def multinomial(probabilities_V, *arguments, **options):
         num_candidates.append(int((probabilities_V > 0).sum()))
         return torch.tensor([0])
 
     monkeypatch.setattr(torch, "multinomial", multinomial)
-    logits = torch.full((1000,), -18.0)  # 1.5e-8 each: less than half the distance from 1 to the next number
+    logits = torch.full((1000,), -18.0)  # 1.5e-8 each: adding one to 1.0 in fp32 gives 1.0
     logits[0] = 0.0
     sample_token(logits, Sampling(top_p=1.0), torch.Generator())
     assert num_candidates == [1000]
 
 
-def test_the_nucleus_is_taken_after_top_k():
+def test_top_p_applies_after_top_k():
     """The two likeliest tokens have 5/8 and 3/8, so the first alone has more than half."""
     assert set(draw_counts(Sampling(top_k=2, top_p=0.6), 200)) == {1}
     assert set(draw_counts(Sampling(top_p=0.6), 200)) == {1, 3}
@@ -203,7 +231,7 @@ def test_the_nucleus_is_taken_after_top_k():
 def test_temperature_is_a_power_of_the_probabilities(temperature):
     expected = PROBABILITIES ** (1 / temperature)
     expected = (expected / expected.sum()).tolist()
-    assert match_probabilities(draw_counts(Sampling(temperature=temperature)), dict(enumerate(expected)))
+    assert_counts_match(draw_counts(Sampling(temperature=temperature)), dict(enumerate(expected)))
 
 
 def test_temperature_zero_is_greedy():
@@ -229,58 +257,69 @@ class ScriptedModel(nn.Module):
         return nn.functional.one_hot(torch.tensor(token), EOT + 9).float().expand(*tokens_BS.shape, EOT + 9)
 
 
-def run_script(ids, max_tokens=100, prompt="a", max_length=200, stop=True):
+def generate_with_scripted_model(ids, max_tokens=100, prompt="a", max_length=200, stop=True):
+    """Return the scripted model and the strings that it generates."""
     model = ScriptedModel(ids)
-    encoded_prompt = encode_prompt(CAUSAL, byte_tokenizer(), prompt)
-    strings = list(
-        generate_text(model, byte_tokenizer(), encoded_prompt, Sampling(max_tokens, temperature=0), max_length, stop)
-    )
+    encoded_prompt = encode_prompt(CAUSAL_CONFIG, byte_tokenizer(), prompt)
+    sampling = Sampling(max_tokens=max_tokens, temperature=0)
+    strings = list(generate_text(model, byte_tokenizer(), encoded_prompt, sampling, max_length, stop))
     return model, strings
 
 
-def test_generation_stops_before_the_end_of_text():
-    model, strings = run_script([*b"hi", EOT, *b"more"])
+def test_generation_stops_at_the_end_of_document_token():
+    model, strings = generate_with_scripted_model([*b"hi", EOT, *b"more"])
     assert strings == ["h", "i"]
     assert model.calls == 3
 
 
 def test_a_sharded_model_continues_without_output():
-    model, strings = run_script([*b"hi", EOT, *b"more"], max_tokens=10, stop=False)
+    model, strings = generate_with_scripted_model([*b"hi", EOT, *b"more"], max_tokens=10, stop=False)
     assert strings == ["h", "i"]
     assert model.calls == 10
 
 
 @pytest.mark.parametrize("word", ["é", "漢字", "a🙂b", "naïve — 漢"])
 def test_characters_are_complete(word):
-    _, strings = run_script([*word.encode(), EOT])
+    _, strings = generate_with_scripted_model([*word.encode(), EOT])
     assert strings == list(word)
 
 
-def test_a_character_cut_by_the_last_token_shows_as_replaced():
+def test_an_incomplete_character_shows_as_replaced():
     word = "a漢".encode()
-    assert run_script(word, max_tokens=3)[1] == ["a", "�"]
-    assert run_script([*word[:2], EOT])[1] == ["a", "�"], "also when the end of text splits it"
-    assert "".join(run_script([*b"a", 0xFF, *b"b", EOT])[1]) == "a�b", "invalid bytes"
+    assert generate_with_scripted_model(word, max_tokens=3)[1] == ["a", "�"], "max_tokens cuts it"
+    assert generate_with_scripted_model([*word[:2], EOT])[1] == ["a", "�"], "the end-of-document token cuts it"
 
 
-def test_the_prompt_is_read_and_an_empty_one_is_the_end_of_text():
-    assert run_script([EOT], prompt="hé")[0].input_ids == [[*"hé".encode()]]
-    assert run_script([EOT], prompt="")[0].input_ids == [[EOT]]
-    assert run_script([EOT], prompt=ENDOFTEXT)[0].input_ids == [[*ENDOFTEXT.encode()]], (
-        "the name of the end of text is plain text in a prompt"
-    )
+def test_invalid_bytes_show_as_replaced():
+    assert "".join(generate_with_scripted_model([*b"a", 0xFF, *b"b", EOT])[1]) == "a�b"
+
+
+def test_the_model_reads_the_prompt():
+    assert generate_with_scripted_model([EOT], prompt="hé")[0].input_ids == [[*"hé".encode()]]
+
+
+def test_an_empty_prompt_is_the_end_of_document_token():
+    assert generate_with_scripted_model([EOT], prompt="")[0].input_ids == [[EOT]]
+
+
+def test_the_name_of_the_end_of_document_token_is_plain_text_in_a_prompt():
+    assert generate_with_scripted_model([EOT], prompt=ENDOFTEXT)[0].input_ids == [[*ENDOFTEXT.encode()]]
 
 
 def test_a_prompt_as_long_as_the_model_is_refused():
     with pytest.raises(ConfigError, match="the prompt has 5 tokens, but the model takes at most 5; shorten it"):
-        run_script([], prompt="abcde", max_length=5)
-    assert run_script([*b"z"], prompt="abcd", max_length=5)[1] == ["z"]
+        generate_with_scripted_model([], prompt="abcde", max_length=5)
+    assert generate_with_scripted_model([*b"z"], prompt="abcd", max_length=5)[1] == ["z"]
 
 
 def test_strings_are_yielded_as_they_are_sampled():
     model = ScriptedModel(b"abc")
     strings = generate_text(
-        model, byte_tokenizer(), encode_prompt(CAUSAL, byte_tokenizer(), "p"), Sampling(50, temperature=0), 100
+        model,
+        byte_tokenizer(),
+        encode_prompt(CAUSAL_CONFIG, byte_tokenizer(), "p"),
+        Sampling(max_tokens=50, temperature=0),
+        100,
     )
     assert list(itertools.islice(strings, 2)) == ["a", "b"]
     assert model.calls == 2
@@ -302,9 +341,12 @@ def test_a_setting_out_of_range_is_named(field, value, message):
         Sampling(**{field: value}).check()
 
 
-def test_all_settings_out_of_range_are_reported_and_limits_pass():
+def test_all_settings_out_of_range_are_reported():
     with pytest.raises(ConfigError) as excinfo:
-        Sampling(0, -1, -1, 2).check()
+        Sampling(max_tokens=0, temperature=-1, top_k=-1, top_p=2).check()
     assert len(str(excinfo.value).splitlines()) == 4
-    Sampling(1, 0, 0, 1).check()
-    Sampling(1, 0, 1, 0.001).check()
+
+
+def test_settings_at_their_limits_pass():
+    Sampling(max_tokens=1, temperature=0, top_k=0, top_p=1).check()
+    Sampling(max_tokens=1, temperature=0, top_k=1, top_p=0.001).check()

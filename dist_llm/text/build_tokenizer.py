@@ -165,8 +165,8 @@ def _load_tiktoken_encoding(name: str) -> BPETokenizer:
         encoding = tiktoken.get_encoding(name)
     except Exception as error:  # the network, its library and a stale cache raise many types
         raise DataError(
-            f"--tokenizer {name}: tiktoken could not get its file ({type(error).__name__}). The first use "
-            "downloads a file: set TIKTOKEN_CACHE_DIR to a directory filled on a connected machine, give a local .tiktoken file "
+            f"--tokenizer {name}: tiktoken could not get its file ({type(error).__name__}). The first use downloads a "
+            "file: set TIKTOKEN_CACHE_DIR to a directory filled on a connected machine, give a local .tiktoken file "
             "or vocab.json,merges.txt, or train your own with bpe:N."
         ) from None
     return BPETokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
