@@ -119,12 +119,13 @@ CASES = (
 )
 
 RECOMPUTED_FORWARD = (
-    "Recomputation repeats the forward pass of each block with its collectives, except the last reduce-scatter, whose "
-    "result is not needed: 3 A f(tp) per block."
+    "Recomputation repeats the forward pass of each block with its collectives, except for the last reduce-scatter, "
+    "whose result is not needed: 3 A f(tp) per block."
 )
 EMBEDDING = (
-    "`always` frees embedding and head after forward and gathers them again as one group for backward. The backward "
-    "pass of the embedding reads no weights, so its V D elements are sent once too often: 4 V D f(s) bytes."
+    "`always` frees all weights after forward and gathers them again for backward. Embedding and head are gathered as "
+    "one group. Backward reads the head's weights but not the embedding's, so the V D elements of the embedding are "
+    "gathered once more than needed: 4 V D f(s) bytes."
 )
 # Why a layout sends more than 5% over its minimum, by name; `document` requires exactly these reasons.
 REASONS = {
@@ -132,8 +133,8 @@ REASONS = {
     "dp_shard 4, reshard=always": EMBEDDING,
     "tp 2, recompute=full": RECOMPUTED_FORWARD,
     "tp 2, recompute=selective": (
-        "Selective recomputation saves matrix products, attention and reductions over the ranks, but no gathered "
-        "tensors: each block gathers its two inputs once more, 2 A f(tp)."
+        "Selective recomputation keeps the outputs of matrix products, attention and reductions in memory, but not the "
+        "gathered tensors: each block gathers its two inputs once more, 2 A f(tp)."
     ),
     "cp 2, recompute=full": "Recomputation gathers keys and values once more.",
     "tp 2, bf16": (
@@ -449,11 +450,11 @@ def document(rows: Sequence[dict[str, Any]]) -> str:
     return f"""\
 # Communication
 
-Compare the bytes that a rank sends in one optimizer step with the minimum that its layout needs.
-[layouts.md](layouts.md#traffic) has formulas to plan with.
+This page compares the bytes that a rank sends in one optimizer step with the minimum that its layout needs. To plan a
+layout, use the formulas in [layouts.md](layouts.md#traffic).
 
-`python benchmarks/communication.py --write` writes this page; edit `benchmarks/communication.py` instead. Counted with
-torch {torch.__version__}, Python {platform.python_version()}, gloo on a CPU.
+`python benchmarks/communication.py --write` writes this page; edit `benchmarks/communication.py` instead. The counts
+are from torch {torch.__version__} and Python {platform.python_version()}, with gloo on a CPU.
 
 {_wrapped(counted, indent="")}
 
@@ -462,28 +463,40 @@ torch {torch.__version__}, Python {platform.python_version()}, gloo on a CPU.
 - If ranks differ, the table shows the rank that sends most.
 - `calls` are collectives and sends over two or more ranks.
 - `benchmarks/communication.py:minimum` computes the minimum.
+- `reshard` says when the weights that dp_shard gathers are freed. By default the blocks except the last are freed after
+  forward and gathered again for backward; the last block, the embedding and the head stay in memory. With pp nothing
+  is freed by default. `always` frees all of them after forward, and `never` frees none until the step ends.
 
 {overview(rows)}
 ## Layouts with an excess over 5%
 
-V: vocabulary; D: width; A: bytes of the activations of a rank's share of the step; f(p) = (p - 1) / p.
+- V: vocabulary size; D: model width.
+- A: bytes of one activation tensor [B, S, D], where B and S are a rank's sequences in the step and their length.
+- s: number of ranks over which the weights are sharded, dp_shard x cp.
+- f(p) = (p - 1) / p: the share of a tensor that an all-gather or a reduce-scatter over p ranks sends.
 
 {explanations(rows)}
-Smaller excesses are a few scalars per step: the number of valid tokens, the loss, the gradient norm.
+In all other layouts the remaining excess is a few scalars per step: the number of valid tokens, the loss, the gradient
+norm.
 
 ## By mesh dimension
+
+Each mesh dimension has its own traffic. dp_shard gathers weights and reduce-scatters gradients, dp_replicate
+all-reduces gradients, tp gathers and reduce-scatters activations, cp does the same with keys and values and also shards
+the weights, and pp sends activations. All-reduces of up to 24 bytes are the scalars of the step.
 
 {by_axis(rows)}
 ## How it is counted
 
 A `TorchDispatchMode` sees each operator of torch's communication namespaces before the backend runs it
 (`benchmarks/communication.py:WireCounter`). An unknown operator is an error, so none is missed. The ranks of the
-process group determine the mesh dimensions. The bytes follow from the shapes, so another backend sends the same for
-the same calls.
+process group determine the mesh dimensions. The bytes are computed from the shapes with the cost of a ring, so the
+counts do not depend on the backend.
 
-gloo itself implements a reduce-scatter as an all-reduce, so it sends more bytes. On CPUs, gathers and reductions are
-therefore point-to-point messages with as many bytes as in the table (`dist_llm/parallel/p2p_collectives.py`,
-`tests/laws/test_p2p_collectives.py`).
+What a backend sends depends on its algorithms. gloo implements a reduce-scatter as an all-reduce, which sends more than
+a ring. On CPUs, training therefore replaces gathers and reductions by point-to-point messages, which send as many bytes
+as the table says (`dist_llm/parallel/p2p_collectives.py`, `tests/laws/test_p2p_collectives.py`). This page counts the
+collectives, not these messages.
 """
 
 
