@@ -1,8 +1,8 @@
-"""Pretend to have a GPU, and several ranks, so that a step shows what it would do there; this needs a C++ compiler.
+"""A fake GPU, and several fake ranks, so that a step shows what it would do there; this needs a C++ compiler.
 
-Tensors on the pretended GPU have a shape, a type and a device, but no values: of each operator only the shape function
-runs. So a step shows what it allocates and when (`Gpu.peak`), and fails if it mixes devices or reads a value. It does
-not show numbers, time, the memory that kernels need themselves, and gaps in the allocator's memory. Blocks are not
+Tensors on the fake GPU have a shape, a type and a device, but no values: of each operator only the shape function
+runs. So a step shows what it allocates and when (`FakeGpu.peak`), and fails if it mixes devices or reads a value. It
+does not show numbers, time, the memory that kernels need themselves, and gaps in the allocator's memory. Blocks are not
 compiled. Attention without a mask and FlexAttention allocate what FlashAttention does; with a mask, all scores are
 computed, which takes more memory than on a GPU. Collectives end at once, in torch's fake group.
 
@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("cuda", 0)
-SCRATCH_VARIABLE = "DIST_LLM_PRETENDED_GPU"
+SCRATCH_VARIABLE = "DIST_LLM_FAKE_GPU"
 SOURCE = """
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -91,7 +91,7 @@ def preload() -> None:
         shutil.rmtree(scratch)
         return
     if torch.version.cuda is not None:
-        raise SystemExit("error: a GPU is pretended by torch's CPU build alone, and this one is for CUDA")
+        raise SystemExit("error: the fake GPU needs torch's CPU build, and this is a build for CUDA")
     scratch, torch_folder = tempfile.mkdtemp(prefix="dist_llm_gpu_"), torch.__path__[0]
     source, library = Path(scratch) / "gpu.cpp", Path(scratch) / "gpu.so"
     source.write_text(SOURCE)
@@ -102,12 +102,12 @@ def preload() -> None:
         )
     except (OSError, subprocess.CalledProcessError) as error:
         shutil.rmtree(scratch)
-        raise SystemExit(f"error: a pretended GPU needs g++, and it failed: {error}") from None
+        raise SystemExit(f"error: a fake GPU needs g++, and it failed: {error}") from None
     environ = os.environ | {SCRATCH_VARIABLE: scratch, "LD_PRELOAD": str(library)}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)
 
 
-class Gpu(TorchDispatchMode):
+class FakeGpu(TorchDispatchMode):
     """A mode that handles all operators on `DEVICE`; tensors on the CPU remain real."""
 
     def __init__(self) -> None:
@@ -170,9 +170,9 @@ RESIZE, ATTENTION = torch.UntypedStorage.resize_, F.scaled_dot_product_attention
 
 
 @contextlib.contextmanager
-def gpu(ranks: int = 1) -> Iterator[Gpu]:
-    """Pretend to have a GPU during the block, of the first of so many ranks."""
-    gpu_mode = Gpu()
+def activate(ranks: int = 1) -> Iterator[FakeGpu]:
+    """Use the fake GPU of the first of `ranks` ranks in the block."""
+    gpu_mode = FakeGpu()
     with contextlib.ExitStack() as patches:
         for owner, name, value in _patches(gpu_mode):
             patches.enter_context(patch.object(owner, name, value))
@@ -187,7 +187,7 @@ def gpu(ranks: int = 1) -> Iterator[Gpu]:
             yield gpu_mode
 
 
-def _patches(gpu_mode: Gpu) -> Iterator[tuple[Any, str, Any]]:
+def _patches(gpu_mode: FakeGpu) -> Iterator[tuple[Any, str, Any]]:
     """Yield patches for the parts of torch that ask the driver."""
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 << 30)
     yield torch.cuda, "is_available", lambda: True

@@ -1,15 +1,17 @@
 """Run all checks and figures that need a GPU, in one command of at most eight minutes.
 
-`make gpu` starts it; docs/gpu.md describes the rows. Rows run in the order of their value, each in a child process with
-a time limit, and are written one by one to gpu-cuda.json in --write (benchmarks/results).
+`make gpu` starts it; docs/gpu.md describes the rows. A row is one case of the benchmark (gpu_rows.py). Rows run in
+order of importance, each in a child process with a time limit. Each is written to gpu-cuda.json in --write
+(benchmarks/results) when it ends. A row for which too little time is left is skipped, and the table says so.
 
-Exit codes: 0, every row that ran is right; 1, a check or a row failed; 2, this machine cannot run it; 130, interrupted,
-with the table of the rows so far. Rows for which no time is left are skipped, and the table says so.
+Exit codes: 0, no check and no row failed; 1, a check or a row failed; 2, this machine cannot run the command; 130,
+interrupted, with the table of the finished rows. A row that runs out of memory does not fail the command: the rows are
+sized for 80 GB, and on a smaller GPU that is a result, not an error.
 
   python benchmarks/gpu.py
   python benchmarks/gpu.py --device cpu --write runs/gpu             use the CPU in place of the GPU, at tiny sizes
-  python benchmarks/gpu.py --device pretended                        use no device (pretend.py): shapes and memory
-  python benchmarks/gpu.py --rows "step fp32" "attention flex"       run these rows alone
+  python benchmarks/gpu.py --device fake                             use no device (fake_gpu.py): shapes and memory
+  python benchmarks/gpu.py --rows "step fp32" "attention flex"       run only these rows
 """
 
 import argparse
@@ -26,15 +28,15 @@ from types import FrameType
 
 import torch
 
-import pretend
+import fake_gpu
 from gpu_context import Context
 from gpu_report import GpuResults, report
 from gpu_rows import ROWS, Row
-from gpu_workers import Outcome, RowProcesses, run_pretended
+from gpu_workers import Outcome, RowProcesses, run_on_fake_gpu
 from results import DIRECTORY
 
-BUDGET_SECONDS = {"cuda": 470.0, "cpu": 3600.0, "pretended": math.inf}
-CPU_LIMIT_FACTOR = 10  # how many times longer a row may take on a CPU
+BUDGET_SECONDS = {"cuda": 470.0, "cpu": 3600.0, "fake": math.inf}
+CPU_LIMIT_FACTOR = 10  # on a CPU a row may take this many times its `limit_seconds`, which is meant for a GPU
 RunRow = Callable[[Row, float], list[Outcome]]
 
 
@@ -42,8 +44,8 @@ def main() -> int:
     """Run the rows, print the table, and return the exit code."""
     start_time = time.monotonic()
     options = parse_arguments()
-    if options.device == "pretended":
-        pretend.preload()
+    if options.device == "fake":
+        fake_gpu.preload()
     elif options.device == "cuda" and not torch.cuda.is_available():
         print(
             "error: torch sees no GPU. `DEVICE=cpu make gpu` runs the rows on the CPU, at tiny sizes", file=sys.stderr
@@ -59,7 +61,7 @@ def main() -> int:
     code = 0
     budget = BUDGET_SECONDS[options.device] if options.budget is None else options.budget
     processes = RowProcesses(context)
-    run = processes.run if context.has_values else lambda row, _: run_pretended(row, context)
+    run = processes.run if context.has_values else lambda row, _: run_on_fake_gpu(row, context)
     try:
         run_rows(selected_rows, results, run, lambda: budget - (time.monotonic() - start_time))
     except KeyboardInterrupt:
@@ -73,7 +75,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu", "pretended"), default="cuda", help="default: cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu", "fake"), default="cuda", help="default: cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, as on a CPU")
     parser.add_argument("--budget", type=float, help="seconds; default: 470 on a GPU, 3600 on a CPU")
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], metavar="ROW", help="default: all")
@@ -83,24 +85,27 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_rows(rows: Sequence[Row], results: GpuResults, run: RunRow, get_seconds_left: Callable[[], float]) -> None:
-    """Run each row for which there is time, and record its outcomes before the next one starts."""
+    """Run each row for which enough time is left, and record its outcomes before the next row starts."""
     for row in rows:
         seconds_left = get_seconds_left()
-        if seconds_left < row.expected:
-            reason = (
-                f"{max(seconds_left, 0):.0f} s of the budget are left, and it is expected to take {row.expected:.0f}"
-            )
+        if seconds_left < row.expected_seconds:
+            left = f"{max(seconds_left, 0):.0f} s of the time budget are left"
+            reason = f"needs about {row.expected_seconds:.0f} s, but {left}"
             results.add({"row": row.name, "kind": row.kind, "seconds": 0.0, "outcome": "skipped", "error": reason})
             continue
         start = time.monotonic()
-        outcomes = run(row, min(row.limit * (CPU_LIMIT_FACTOR if results.context.kind == "cpu" else 1), seconds_left))
+        limit_seconds = row.limit_seconds * (CPU_LIMIT_FACTOR if results.context.kind == "cpu" else 1)
+        outcomes = run(row, min(limit_seconds, seconds_left))
         seconds = time.monotonic() - start
         for each, share in zip(outcomes, itertools.repeat(seconds / len(outcomes))):
             results.add(make_record(row, each, share, len(outcomes) > 1 or "row" in each))
 
 
 def make_record(row: Row, outcome: Outcome, seconds: float, several: bool) -> Outcome:
-    """Make the record of an outcome; one of several of a row has its own name, and its own `seconds` of a call."""
+    """Make the record of an outcome. If a row has several outcomes, each record has its own name.
+
+    An outcome's own `seconds`, of one call, become `row_seconds`.
+    """
     record: Outcome = {"row": row.name, "kind": row.kind, "seconds": seconds}
     if several:
         record["row"] = f"{row.name}, {outcome.get('row', '')}"
@@ -110,7 +115,7 @@ def make_record(row: Row, outcome: Outcome, seconds: float, several: bool) -> Ou
 
 
 def make_summary(results: GpuResults) -> str:
-    """Format the last lines."""
+    """Format the lines below the table: the count of each outcome and the file."""
     outcomes = [row["outcome"] for row in results.rows]
     counts = ", ".join(f"{outcomes.count(each)} {each}" for each in sorted(set(outcomes)))
     return f"rows: {counts}\nwritten: {results.path}\nWhere to send it: docs/gpu.md"

@@ -2,7 +2,7 @@
 
 For each case Dynamo and Inductor run as on an H200, forward and backward, on tensors without values, and Triton
 compiles each configuration of each resulting kernel. Nothing is launched and no value is computed: it shows that the
-toolchain accepts our code. It needs torch's CPU build with g++ (pretend.py), and a triton of about the same age.
+toolchain accepts our code. It needs torch's CPU build with g++ (fake_gpu.py), and a triton of about the same age.
 Libraries are not compiled here: cuBLAS, cuDNN, FlashAttention and NCCL.
 
 Prints a JSON line per case: `kernels`, their number; `configurations`, how many were compiled; `bytes` of machine code.
@@ -28,7 +28,7 @@ from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import pretend
+import fake_gpu
 from dist_llm.config.schema import Config
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.losses.fused_linear_cross_entropy import VocabShard, _losses_and_logit_grads_
@@ -39,7 +39,7 @@ from dist_llm.parallel.fp8 import Float8Linear
 from models import make_config
 
 TARGET = ("cuda", 90, 32)  # Hopper, and the threads of a warp
-DEVICE = pretend.DEVICE
+DEVICE = fake_gpu.DEVICE
 # The properties of an H200 that Inductor reads.
 PROPERTIES = SimpleNamespace(
     name="NVIDIA H200",
@@ -111,7 +111,7 @@ def device_patches() -> Iterator[tuple[Any, str, Any]]:
     gpu_stub: Any = SimpleNamespace(peak=0, reset_peak=None, resize=None)
     left_out = ("compile", "_fused_sdp_choice", "resize_", "Stream", "Event", "stream", "current_stream")
     answers = {"is_initialized": lambda: False, "get_device_properties": lambda device=None: PROPERTIES}
-    for owner, name, value in pretend._patches(gpu_stub):
+    for owner, name, value in fake_gpu._patches(gpu_stub):
         if name not in left_out:
             yield owner, name, answers.get(name, value)
     yield torch.cuda, "get_rng_state", lambda device=None: torch.zeros(16, dtype=torch.uint8)
@@ -201,7 +201,7 @@ def main() -> int:
             "error: triton is missing: pip install --target DIR --no-deps triton, and PYTHONPATH=DIR", file=sys.stderr
         )
         return 2
-    pretend.preload()
+    fake_gpu.preload()
     rows = []
     for name in CASES:
         rows.append(run(name, torch.compile))

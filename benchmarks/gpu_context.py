@@ -1,7 +1,8 @@
-"""The context of a row of `gpu.py`: a device, sizes, and a comparison of values that a pretended GPU can run, too.
+"""The context of a row of `gpu.py`: a device, sizes, and a comparison of values that also runs on a fake GPU.
 
-There are three kinds of device. `cuda` is a GPU. `cpu` replaces it by the CPU: every row runs, at tiny sizes.
-`pretended` is the GPU of pretend.py: tensors have shapes and devices but no values, and comparisons check only these.
+There are three kinds of device. `cuda` is a GPU. `cpu` uses the CPU instead: every row runs, at tiny sizes.
+`fake` is the GPU of fake_gpu.py: tensors have shapes and devices but no values, and comparisons check only shapes
+and devices.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import pretend
+import fake_gpu
 from dist_llm.config.schema import Config
 from dist_llm.launch.group import process_group
 from dist_llm.launch.world import World
@@ -32,25 +33,25 @@ class SkippedError(Exception):
 
 @dataclass(frozen=True)
 class Context:
-    """The device of a row. `folder` is for files of the row; `gpu` is the pretended GPU, if there is one."""
+    """The device of a row. `folder` is for files of the row. `fake_gpu` is the fake GPU, or None on a real device."""
 
     kind: str
     tiny: bool
     folder: Path
-    gpu: Any = None
+    fake_gpu: Any = None
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu") if self.kind == "cpu" else pretend.DEVICE
+        return torch.device("cpu") if self.kind == "cpu" else fake_gpu.DEVICE
 
     @property
     def has_values(self) -> bool:
-        """Whether tensors have values; those of a pretended GPU must not be read."""
-        return self.kind != "pretended"
+        """Whether tensors have values; those of a fake GPU must not be read."""
+        return self.kind != "fake"
 
     @contextmanager
     def process_group(self) -> Iterator[None]:
-        """Make a process group of one process: NCCL on a GPU, gloo on a CPU, torch's fake one on a pretended GPU."""
+        """Make a process group of one process: NCCL on a GPU, gloo on a CPU, torch's fake one on a fake GPU."""
         if self.has_values:
             with process_group(World(), self.device, even_if_single=True):
                 yield
@@ -72,12 +73,12 @@ def small_config(*overrides: str, model: str = "llama-cpu") -> Config:
 
 
 class Comparison:
-    """Collects the errors of a check; a row fails if `broken` has an entry."""
+    """Collects the errors of a check; a row fails if `failures` has an entry; its key in the results is `broken`."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.errors: dict[str, float] = {}
-        self.broken: list[str] = []
+        self.failures: list[str] = []
 
     def close(self, what: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
         """Check that the largest difference, relative to the largest expected value, is at most `tolerance`.
@@ -85,7 +86,7 @@ class Comparison:
         NaN fails.
         """
         if actual.shape != expected.shape:
-            self.broken.append(f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+            self.failures.append(f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
         elif self.context.has_values:
             actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
             error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
@@ -95,7 +96,7 @@ class Comparison:
         """Check an error that the caller has computed."""
         self.errors[what] = error if not error <= self.errors.get(what, error) else self.errors.get(what, error)
         if not error <= tolerance:
-            self.broken.append(f"{what}: error {error:.3g}, at most {tolerance:g} is allowed")
+            self.failures.append(f"{what}: error {error:.3g}, at most {tolerance:g} is allowed")
 
     def equal(self, what: str, actual: Tensor | Sequence[int], expected: Tensor | Sequence[int]) -> None:
         """Check that tensors have equal bits, or sequences equal numbers."""
@@ -106,14 +107,14 @@ class Comparison:
         else:
             same = list(actual) == list(expected)
         if not same:
-            self.broken.append(f"{what}: not the same")
+            self.failures.append(f"{what}: not the same")
 
     def is_true(self, what: str, holds: bool) -> None:
         """Check any other condition."""
         if not holds:
-            self.broken.append(what)
+            self.failures.append(what)
 
     def row(self, **figures: Any) -> dict[str, Any]:
         """Return the result of the check."""
         errors = {what: float(f"{error:.3g}") for what, error in self.errors.items()}
-        return {**figures, "errors": errors, "broken": self.broken}
+        return {**figures, "errors": errors, "broken": self.failures}

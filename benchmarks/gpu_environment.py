@@ -25,23 +25,23 @@ OPTIONAL = {
 
 def check_environment(context: Context) -> dict[str, Any]:
     """Check whether this machine can run the rows: torch's version, a free GPU, triton and a C compiler."""
-    broken = []
+    failures = []
     if tuple(map(int, torch.__version__.split(".")[:2])) < MIN_TORCH:
-        broken.append(f"torch {torch.__version__}: 2.11 or newer is needed")
+        failures.append(f"torch {torch.__version__}: 2.11 or newer is needed")
     missing = {name: use for name, use in OPTIONAL.items() if find_spec(name) is None}
     result: dict[str, Any] = {"missing": missing}
     if context.kind == "cuda":
         if find_spec("triton") is None:
-            broken.append("triton is missing: the loss on a GPU is a compiled kernel")
+            failures.append("triton is missing: the loss on a GPU is a compiled kernel")
         if not any(map(shutil.which, ("cc", "gcc", "clang"))):
-            broken.append("no C compiler (cc, gcc or clang), which triton needs: install gcc")
+            failures.append("no C compiler (cc, gcc or clang), which triton needs: install gcc")
         free, total = torch.cuda.mem_get_info(context.device)
         result |= {"free_bytes": free, "total_bytes": total}
         if free < 0.8 * total:
-            broken.append(
+            failures.append(
                 f"{(total - free) / 2**30:.0f} GiB of the GPU's memory are in use: another program runs there"
             )
-    return {**result, "broken": broken}
+    return {**result, "broken": failures}
 
 
 def hardware(context: Context) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Figures of `gpu.py`: training steps, attention, the optimizer, a matrix product, and the tests that need a GPU.
 
-A training row takes the native engine's step on one batch, as train.py does. On a pretended GPU it reports the peak
+A training row takes the native engine's step on one batch, as train.py does. On a fake GPU it reports the peak
 memory that the step would need (memory.py) in place of figures.
 """
 
@@ -25,33 +25,33 @@ from dist_llm.observe.flops import flops_per_token, peak_flops
 from gpu_context import SMALL, SMALL_VOCABULARY, TINY_SEQ_LEN, Context, SkippedError
 from measure import copy_rate, matmul_rate
 from models import make_config
-from train import make_ours
+from train import make_native_stepper
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MEASURED_SECONDS, MIN_STEPS, MAX_STEPS = 4.0, 3, 20  # of a training row, after its warm-up
 PYTEST_SECONDS = 60  # of one test
 
 
-def training_config(context: Context, model: str, seq_len: int, batch: int, keys: tuple[str, ...]) -> Config:
+def training_config(context: Context, model: str, seq_len: int, batch: int, overrides: tuple[str, ...]) -> Config:
     """Make the config of a training row."""
     sizes = [f"data.global_batch={batch}", f"data.seq_len={seq_len}", f"model.max_seq_len={seq_len}"]
     if context.tiny:
         seq_len //= TINY_SEQ_LEN
         sizes = [f"data.global_batch={batch}", f"data.seq_len={seq_len}", f"model.vocab_size={SMALL_VOCABULARY}"]
         sizes += [*SMALL, "model.n_layers=1"]
-    return make_config(model, ["precision=bf16", *sizes, *keys])
+    return make_config(model, ["precision=bf16", *sizes, *overrides])
 
 
 def training(
-    context: Context, model: str, seq_len: int, batch: int, keys: tuple[str, ...] = (), sliced: bool = True
+    context: Context, model: str, seq_len: int, batch: int, overrides: tuple[str, ...] = (), sliced: bool = True
 ) -> dict[str, Any]:
     """Train steps of one config; `sliced` says whether the loss is computed in slices or over all logits."""
-    config = training_config(context, model, seq_len, batch, keys)
+    config = training_config(context, model, seq_len, batch, overrides)
     row_keys: dict[str, Any] = {"model": model, "seq_len": config.data.seq_len, "batch": batch, "sliced": sliced}
     row_keys |= {"compile": config.compile, "fp8": config.fp8, "recompute": config.parallel.recompute}
     with nullcontext() if sliced else memory.full_logits():
-        if context.gpu is not None:
-            traced = memory.trace_steps(config, context.gpu)
+        if context.fake_gpu is not None:
+            traced = memory.trace_steps(config, context.fake_gpu)
             return {**row_keys, "traced_peak": traced["peak"], "traced_at": traced["at"]}
         return {**row_keys, **measure_steps(config, context)}
 
@@ -59,7 +59,7 @@ def training(
 def measure_steps(config: Config, context: Context) -> dict[str, Any]:
     """Warm up, measure, and check that the first loss is that of an untrained model."""
     device, data = context.device, config.data
-    run_steps = make_ours(config, device)
+    run_steps = make_native_stepper(config, device)
     first, second = run_steps(1), run_steps(1)
     steps = max(MIN_STEPS, min(MAX_STEPS, int(MEASURED_SECONDS / 2 / second["seconds"])))
     if context.tiny:
@@ -71,7 +71,7 @@ def measure_steps(config: Config, context: Context) -> dict[str, Any]:
         peak_flops(device, "bf16") if device.type == "cuda" else (matmul_rate(device, "bf16", 256, 1), "matmul")
     )
     uniform_loss = math.log(config.model.vocab_size)
-    broken = (
+    failures = (
         []
         if abs(first["loss"] - uniform_loss) < 1
         else [f"loss of the first step {first['loss']:.4f}, not {uniform_loss:.2f}"]
@@ -85,7 +85,7 @@ def measure_steps(config: Config, context: Context) -> dict[str, Any]:
         "first_step_seconds": first["seconds"],
         "loss": first["loss"],
         "steps": 2 * steps,
-        "broken": broken,
+        "broken": failures,
     }
     if device.type == "cuda":
         row["reserved"] = torch.cuda.max_memory_reserved(device)
@@ -111,8 +111,8 @@ def attention_kernels(context: Context, mask: str, seq_len: int, batch: int) -> 
 
 def optimizers(context: Context) -> list[dict[str, Any]]:
     """Measure one row per way to update four layers of llama-1b."""
-    keys = [*SMALL, f"model.vocab_size={SMALL_VOCABULARY}"] if context.tiny else ["model.n_layers=4"]
-    options = argparse.Namespace(overrides=keys, rounds=1 if context.tiny else 3)
+    overrides = [*SMALL, f"model.vocab_size={SMALL_VOCABULARY}"] if context.tiny else ["model.n_layers=4"]
+    options = argparse.Namespace(overrides=overrides, rounds=1 if context.tiny else 3)
     return [{"row": row["way"], **row} for row in optimizer.measure_case("llama-1b", options, context.device)]
 
 
@@ -136,11 +136,15 @@ def tests(context: Context) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", *options]
     completed = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True)
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", completed.stdout)}
-    broken = (
+    failures = (
         []
         if completed.returncode == 0
         else [line for line in completed.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     )
-    if completed.returncode and not broken:
-        broken = [f"pytest ended with {completed.returncode}"]
-    return {**counts, "broken": broken, **({"output": (completed.stdout + completed.stderr)[-6000:]} if broken else {})}
+    if completed.returncode and not failures:
+        failures = [f"pytest ended with {completed.returncode}"]
+    return {
+        **counts,
+        "broken": failures,
+        **({"output": (completed.stdout + completed.stderr)[-6000:]} if failures else {}),
+    }

@@ -1,7 +1,8 @@
 """A profile of one training step for `gpu.py`: the times of kernels, and the ten largest gaps between them.
 
-In a gap the device runs nothing: it lies between the end of all earlier kernels and the start of the next. On a CPU,
-operators that call no other stand for kernels.
+A gap is a time in which the device runs nothing, between the end of all earlier kernels and the start of the next one.
+On a CPU, operators that call no other operator stand for kernels. A fake GPU runs no kernels: there the result is only
+the predicted peak memory.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 import memory
 from gpu_context import Context
 from gpu_figures import training_config
-from train import make_ours
+from train import make_native_stepper
 
 MAX_ROWS = 10
 
@@ -30,81 +31,92 @@ class Span:
 
 @dataclass(frozen=True)
 class Gap:
-    """A time without a kernel in microseconds, the kernels around it, and the last host operator before its end."""
+    """A time without a kernel, in microseconds: the kernels around it and the last host operator that starts before its
+    end."""
 
     start: float
     micros: float
-    after: str
-    before: str
-    host: str
+    previous_kernel: str
+    next_kernel: str
+    last_host_operator: str
 
 
-def profile_step(context: Context, model: str, seq_len: int, batch: int, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Profile one step after two to warm up, and save the trace for chrome://tracing or Perfetto beside the rows."""
-    config = training_config(context, model, seq_len, batch, keys)
-    if context.gpu is not None:
-        return {"traced_peak": memory.trace_steps(config, context.gpu)["peak"]}
-    run_steps = make_ours(config, context.device)
+def profile_step(context: Context, model: str, seq_len: int, batch: int, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Profile one step after two warm-up steps, and save the trace for Perfetto or chrome://tracing beside the results.
+
+    On a fake GPU, return only the predicted peak memory.
+    """
+    config = training_config(context, model, seq_len, batch, overrides)
+    if context.fake_gpu is not None:
+        return {"traced_peak": memory.trace_steps(config, context.fake_gpu)["peak"]}
+    run_steps = make_native_stepper(config, context.device)
     run_steps(2)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.kind == "cuda" else [])]
     with profile(activities=activities) as profiler:
         run_steps(1)
-    kernels, host = spans(profiler.events() or [], context.kind)
+    device_spans, host_spans = collect_spans(profiler.events() or [], context.kind)
     trace = context.folder / f"gpu-{context.kind}-{'compiled' if config.compile else 'eager'}-trace.json.gz"
     context.folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
-    return {"trace": trace.name, **summary(kernels, host)}
+    return {"trace": trace.name, **summarize(device_spans, host_spans)}
 
 
-def spans(events: Iterable[Any], kind: str) -> tuple[list[Span], list[Span]]:
-    """Return (kernels, host operators), each sorted by start."""
-    kernels, host = [], []
+def collect_spans(events: Iterable[Any], kind: str) -> tuple[list[Span], list[Span]]:
+    """Return (device spans, host spans), each sorted by start."""
+    device_spans, host_spans = [], []
     for event in events:
         if event.is_user_annotation:  # a range of record_function, which hides the gaps within it
             continue
         span = Span(event.name, event.time_range.start, event.time_range.end)
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
         if on_device or (kind == "cpu" and not event.cpu_children):
-            kernels.append(span)
+            device_spans.append(span)
         if not on_device:
-            host.append(span)
-    return sorted(kernels, key=lambda span: span.start), sorted(host, key=lambda span: span.start)
+            host_spans.append(span)
+    return sorted(device_spans, key=lambda span: span.start), sorted(host_spans, key=lambda span: span.start)
 
 
-def summary(kernels: Sequence[Span], host: Sequence[Span]) -> dict[str, Any]:
-    """Sum up busy and idle time, the largest kernels and the largest gaps."""
-    all_gaps = gaps(kernels, host)
-    total = max((span.end for span in kernels), default=0) - min((span.start for span in kernels), default=0)
-    idle = sum(gap.micros for gap in all_gaps)
+def summarize(device_spans: Sequence[Span], host_spans: Sequence[Span]) -> dict[str, Any]:
+    """Add up busy and idle time, and list the largest kernels and the largest gaps.
+
+    `kernel_window_micros` is the time from the start of the first kernel to the end of the last one.
+    """
+    gaps = find_gaps(device_spans, host_spans)
+    last_end = max((span.end for span in device_spans), default=0)
+    window_micros = last_end - min((span.start for span in device_spans), default=0)
+    idle_micros = sum(gap.micros for gap in gaps)
     times: dict[str, tuple[float, int]] = {}
-    for span in kernels:
+    for span in device_spans:
         micros, calls = times.get(span.name, (0.0, 0))
         times[span.name] = micros + span.end - span.start, calls + 1
-    top = sorted(times.items(), key=lambda item: -item[1][0])[:MAX_ROWS]
-    largest = sorted(all_gaps, key=lambda gap: -gap.micros)[:MAX_ROWS]
-    broken = [] if kernels else ["the profile has no kernel"]
+    largest_times = sorted(times.items(), key=lambda item: -item[1][0])[:MAX_ROWS]
+    largest_gaps = sorted(gaps, key=lambda gap: -gap.micros)[:MAX_ROWS]
+    failures = [] if device_spans else ["the profile has no kernel"]
     return {
-        "step_micros": total,
-        "idle_micros": idle,
-        "idle": idle / total if total else 0.0,
-        "kernels": len(kernels),
-        "largest_kernels": [{"name": name[:80], "micros": micros, "calls": calls} for name, (micros, calls) in top],
-        "gaps": [{**vars(gap), "start": round(gap.start - kernels[0].start, 1)} for gap in largest],
-        "broken": broken,
+        "kernel_window_micros": window_micros,
+        "idle_micros": idle_micros,
+        "idle_fraction": idle_micros / window_micros if window_micros else 0.0,
+        "kernels": len(device_spans),
+        "largest_kernels": [
+            {"name": name[:80], "micros": micros, "calls": calls} for name, (micros, calls) in largest_times
+        ],
+        "gaps": [{**vars(gap), "start": round(gap.start - device_spans[0].start, 1)} for gap in largest_gaps],
+        "broken": failures,
     }
 
 
-def gaps(kernels: Sequence[Span], host: Sequence[Span]) -> list[Gap]:
-    """List all gaps in order; kernels of several streams may overlap."""
-    result: list[Gap] = []
-    if not kernels:
-        return result
-    last, started, number = kernels[0], "", 0
-    for span in kernels[1:]:
-        if span.start > last.end:
-            while number < len(host) and host[number].start <= span.start:
-                started, number = host[number].name, number + 1
-            result.append(Gap(last.end, round(span.start - last.end, 1), last.name[:80], span.name[:80], started[:80]))
-        if span.end > last.end:
-            last = span
-    return result
+def find_gaps(device_spans: Sequence[Span], host_spans: Sequence[Span]) -> list[Gap]:
+    """Return all gaps in order. Kernels of several streams may overlap."""
+    gaps: list[Gap] = []
+    if not device_spans:
+        return gaps
+    latest_span, last_host_operator, next_host = device_spans[0], "", 0
+    for span in device_spans[1:]:
+        if span.start > latest_span.end:
+            while next_host < len(host_spans) and host_spans[next_host].start <= span.start:
+                last_host_operator, next_host = host_spans[next_host].name, next_host + 1
+            micros = round(span.start - latest_span.end, 1)
+            gaps.append(Gap(latest_span.end, micros, latest_span.name[:80], span.name[:80], last_host_operator[:80]))
+        if span.end > latest_span.end:
+            latest_span = span
+    return gaps

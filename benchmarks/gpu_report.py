@@ -13,7 +13,7 @@ from gpu_environment import hardware
 from results import DIRECTORY, Results, format_table
 
 GIB = 2**30
-TRACED = "gpu-pretended.json"
+TRACED = "gpu-fake.json"
 
 
 class GpuResults(Results):
@@ -45,7 +45,7 @@ class GpuResults(Results):
 
 
 def traced_peaks(path: Path = DIRECTORY / TRACED) -> dict[str, int]:
-    """Return {row: bytes} of the committed run on the pretended GPU; empty if there is none."""
+    """Return {row: bytes} of the committed run on the fake GPU; empty if there is none."""
     if not path.exists():
         return {}
     rows = json.loads(path.read_text())["rows"]
@@ -66,7 +66,9 @@ def report(results: GpuResults) -> str:
 
 def _figures(row: Mapping[str, Any]) -> list[str]:
     """Format the cells of a row; empty if it has no such figure."""
-    seconds = row.get("step_seconds", row["step_micros"] / 1e6 if "step_micros" in row else row.get("row_seconds"))
+    seconds = row.get("step_seconds", row.get("row_seconds"))
+    if "kernel_window_micros" in row:
+        seconds = row["kernel_window_micros"] / 1e6
     scaled = (
         (row.get("tokens_per_second"), 1, "{:,.0f}"),
         (row.get("mfu"), 1, "{:.3f}"),
@@ -82,16 +84,24 @@ def _figures(row: Mapping[str, Any]) -> list[str]:
 def _gaps(row: Mapping[str, Any]) -> str:
     """Format the largest gaps of a profile, and its largest kernels."""
     cells = [
-        (gap["after"], gap["before"], gap["host"], f"{gap['start'] / 1e3:.2f}", gap["micros"]) for gap in row["gaps"]
+        (
+            gap["previous_kernel"],
+            gap["next_kernel"],
+            gap["last_host_operator"],
+            f"{gap['start'] / 1e3:.2f}",
+            gap["micros"],
+        )
+        for gap in row["gaps"]
     ]
     kernels = [(each["name"], each["calls"], f"{each['micros'] / 1e3:.2f}") for each in row["largest_kernels"]]
-    what = f"{row['row']}: {row['idle']:.1%} of {row['step_micros'] / 1e3:.1f} ms without a kernel; the largest gaps"
-    gaps = format_table(("after", "before", "host", "at ms", "us"), cells)
+    window_millis = row["kernel_window_micros"] / 1e3
+    what = f"{row['row']}: {row['idle_fraction']:.1%} of {window_millis:.1f} ms without a kernel; the largest gaps"
+    gaps = format_table(("previous kernel", "next kernel", "last host operator", "at ms", "us"), cells)
     return f"{what}\n{gaps}\n\n{format_table(('kernel', 'calls', 'ms'), kernels)}"
 
 
 def _find_reason(row: Mapping[str, Any]) -> str:
-    """Return what is broken, or the end of a traceback."""
+    """Return the failures of a check, or the end of a traceback."""
     if row.get("broken"):
         return "; ".join(row["broken"])
     return str(row.get("error", "")).strip()

@@ -87,8 +87,8 @@ def check_step(context: Context) -> dict[str, object]:
     """Three fp32 steps of two models with each optimizer, on the device and on the CPU, agree within 1e-4."""
     comparison = Comparison(context)
     for model in ("llama-cpu", "gpt2-cpu"):
-        for name, keys in (("sgd", SGD), ("adamw", ADAMW), ("muon", MUON)):
-            config = small_config(*keys, model=model)
+        for name, overrides in (("sgd", SGD), ("adamw", ADAMW), ("muon", MUON)):
+            config = small_config(*overrides, model=model)
             actual = take_steps(NativeEngine(config, context.device), STEPS if context.has_values else 1)
             expected = take_steps(NativeEngine(config, CPU)) if context.has_values else actual
             compare_steps(comparison, f"{model} {name}", actual, expected, 1e-4, 1e-3 if name == "muon" else 1e-4)
@@ -225,12 +225,12 @@ def _collectives(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-def check_host_syncs(context: Context, keys: Sequence[str], documents: bool = False) -> dict[str, object]:
-    """A step never makes the host wait for the device; a pretended GPU raises if it is read."""
+def check_host_syncs(context: Context, overrides: Sequence[str], documents: bool = False) -> dict[str, object]:
+    """A step never makes the host wait for the device; a fake GPU raises if it is read."""
     if context.kind == "cpu":
         raise SkippedError("a CPU has no host syncs")
     comparison = Comparison(context)
-    config = small_config("precision=bf16", *keys)
+    config = small_config("precision=bf16", *overrides)
     engine = NativeEngine(config, context.device)
     ids_BT = torch.arange(config.data.seq_len).expand(config.data.global_batch, -1) * 4 // config.data.seq_len
     attention_mask = AttentionMask(causal=True, documents_BT=ids_BT) if documents else CAUSAL

@@ -1,8 +1,8 @@
-"""Run rows of `gpu.py` in child processes: one that hangs is killed, one that dies is replaced, and the run continues.
+"""Run rows of `gpu.py` in child processes. A process that hangs is killed and one that dies is replaced.
 
 A row's outcome is a dict: `outcome` is ok, failed, skipped or out of memory, and `error` gives the reason. A process in
-which a row raised runs no other row, since an error of CUDA may outlive the row that caused it. On a GPU a spare
-process with all imports is ready to replace it, so that a start takes no time of the budget.
+which a row raised runs no other row, since a CUDA error may persist in the process. On a GPU a spare process with all
+imports is ready to replace it, so that its start takes none of the time budget.
 """
 
 import ctypes
@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-import pretend
+import fake_gpu
 from gpu_context import Context, SkippedError
 from gpu_rows import ROWS, Row
 
-# Timings of rows other than training rows; a pretended GPU has none.
+# Timings of rows other than training rows; a fake GPU has none.
 TIMED = {"seconds", "ratio", "tflops", "chosen", "bytes_per_second", "copy", "of_copy"}
 TIMED |= {"bf16_matmul", "fp32_matmul", "copy_bytes_per_second"}
 PDEATHSIG = 1  # of linux/prctl.h
@@ -37,9 +37,9 @@ Outcome = dict[str, Any]
 
 
 def run_row(row: Row, context: Context) -> list[Outcome]:
-    """Run a row in this process; what it raises becomes its outcome."""
+    """Run a row in this process; an exception becomes its outcome."""
     try:
-        outcomes = row.work(context, **row.options)
+        outcomes = row.function(context, **row.options)
     except SkippedError as reason:
         return [{"outcome": "skipped", "error": str(reason)}]
     except torch.OutOfMemoryError as error:
@@ -50,10 +50,10 @@ def run_row(row: Row, context: Context) -> list[Outcome]:
     return [{"outcome": "failed" if each.get("broken") else "ok", **each} for each in results]
 
 
-def run_pretended(row: Row, context: Context) -> list[Outcome]:
-    """Run a row on a new pretended GPU, without its timings, which mean nothing there."""
-    with pretend.gpu() as gpu:
-        outcomes = run_row(row, replace(context, gpu=gpu))
+def run_on_fake_gpu(row: Row, context: Context) -> list[Outcome]:
+    """Run a row on a new fake GPU and drop its timings, which mean nothing there."""
+    with fake_gpu.activate() as active_gpu:
+        outcomes = run_row(row, replace(context, fake_gpu=active_gpu))
     gc.collect()
     return [{name: value for name, value in each.items() if name not in TIMED} for each in outcomes]
 

@@ -1,4 +1,4 @@
-"""Trace the peak memory of a training step on one GPU of a run, without a GPU (pretend.py), by sizes alone.
+"""Trace the peak memory of a training step on one GPU of a run, without a GPU (fake_gpu.py), by sizes alone.
 
   weights  GiB between two steps: this rank's parameters, and the optimizer's moments
   peak     GiB, the peak within the second step
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import pretend
+import fake_gpu
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.losses.cross_entropy import IGNORE
@@ -42,7 +42,7 @@ GIB = 2**30
 def main() -> None:
     """Trace and print each case."""
     options = parse_arguments()
-    pretend.preload()
+    fake_gpu.preload()
     results = Results("memory", torch.device("cpu"))
     for model in options.models:
         for precision in options.precision:
@@ -95,21 +95,21 @@ def count_tokens(config: Config) -> int:
 
 def trace(config: Config, ranks: int) -> dict[str, Any]:
     """Trace two steps of one of so many ranks."""
-    with pretend.gpu(ranks) as gpu:
-        return trace_steps(config, gpu)
+    with fake_gpu.activate(ranks) as active_gpu:
+        return trace_steps(config, active_gpu)
 
 
-def trace_steps(config: Config, gpu: pretend.Gpu) -> dict[str, Any]:
+def trace_steps(config: Config, active_gpu: fake_gpu.FakeGpu) -> dict[str, Any]:
     """Trace two steps with one microbatch after another; the first allocates the optimizer's moments."""
     data, shards = config.data, config.parallel.dp_replicate * config.parallel.dp_shard
     rows = torch.zeros(data.global_batch // shards, data.seq_len + 1, dtype=torch.long)
     batches = [Batch.of(each[:, :-1], each[:, 1:], CAUSAL) for each in rows.split(data.micro_batch)]
-    engine = NativeEngine(config, pretend.DEVICE)
+    engine = NativeEngine(config, fake_gpu.DEVICE)
     train_step(engine, batches, config.optim.lr)
-    weights = gpu.peak = gpu.now
-    gpu.at = ""
+    weights = active_gpu.peak = active_gpu.now
+    active_gpu.at = ""
     train_step(engine, batches, config.optim.lr, step=1)
-    return {"weights": weights, "peak": gpu.peak, "at": gpu.at}
+    return {"weights": weights, "peak": active_gpu.peak, "at": active_gpu.at}
 
 
 @contextmanager

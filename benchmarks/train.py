@@ -175,7 +175,7 @@ def exact_flops(config: Config) -> float:
     return 6 * matmul_weights(model) + 2 * blocks * recomputes_all + (9 if recomputes_all else 7) * attention
 
 
-def make_ours(config: Config, device: torch.device) -> Turn:
+def make_native_stepper(config: Config, device: torch.device) -> Turn:
     """Make turns of the native engine."""
     peak = start_memory_peak(config, device)
     keep_freed_memory(device)  # as training does
@@ -202,7 +202,7 @@ def make_bare(config: Config, device: torch.device) -> Turn:
     return make_turn(lambda: loop.step(inputs.to(device), targets.to(device)), device, peak)
 
 
-MAKERS = {"ours": make_ours, "bare": make_bare}
+MAKERS = {"ours": make_native_stepper, "bare": make_bare}
 
 
 def start_memory_peak(config: Config, device: torch.device) -> PeakMemory:

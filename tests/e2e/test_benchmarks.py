@@ -219,7 +219,7 @@ def test_recovery_prints_a_line_per_fault_and_a_table() -> None:
     assert "to the next step, s" in completed.stderr
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="only torch's CPU build can pretend a GPU")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="the fake GPU needs torch's CPU build")
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_memory_traces_a_rank_of_any_layout(ranks: int) -> None:
     """Weights and moments in fp32 take 12 bytes per parameter, divided by the ranks.

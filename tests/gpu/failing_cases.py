@@ -1,6 +1,6 @@
-"""Run `gpu.py` on the CPU with rows that fail; test_gpu_command.py checks what it leaves.
+"""Run `gpu.py` on the CPU with rows that hang or crash; test_gpu_command.py checks the results.
 
-Child processes run this file, too, under another module name, and so have the same rows.
+Child processes import this file under another module name, so they have the same rows.
 """
 
 import os
@@ -19,17 +19,17 @@ def hang(context: Context) -> None:
     time.sleep(600)
 
 
-def die(context: Context) -> None:
+def crash(context: Context) -> None:
     os._exit(3)
 
 
-by_name = {row.name: row for row in ROWS}
+row_by_name = {row.name: row for row in ROWS}
 ROWS[:] = [
-    by_name["environment"],
-    Row("check", "hangs", hang, limit=0.3),
-    Row("check", "dies", die),
-    by_name["loss"],
-    Row("check", "hangs for long", hang, limit=600),
+    row_by_name["environment"],
+    Row("check", "hangs", hang, limit_seconds=0.3),
+    Row("check", "crashes", crash),
+    row_by_name["loss"],
+    Row("check", "hangs for long", hang, limit_seconds=600),
 ]
 
 if __name__ == "__main__":

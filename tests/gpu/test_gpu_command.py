@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: every row runs, rows outlive a killed run, and a wrong value is reported."""
+"""`make gpu` without a GPU: every row runs, results survive a killed run, and a wrong value is reported."""
 
 import json
 import os
@@ -33,9 +33,7 @@ CPU = Context("cpu", True, Path("unused"))
 # Packages that the machine with the GPU lacks; no row may need them.
 ABSENT_PACKAGES = ("datasets", "datasketch", "hypothesis", "deepspeed", "zstandard")
 HIDE_ABSENT_PACKAGES = f"import sys; sys.modules.update(dict.fromkeys({ABSENT_PACKAGES})); "
-without_cuda = pytest.mark.skipif(
-    torch.version.cuda is not None, reason="a GPU is pretended by torch's CPU build alone"
-)
+without_cuda = pytest.mark.skipif(torch.version.cuda is not None, reason="the fake GPU needs torch's CPU build")
 
 
 def start(*arguments: str, code: str = "", program: Path = BENCHMARKS / "gpu.py") -> subprocess.Popen[str]:
@@ -60,12 +58,12 @@ def row_name_of(name: str) -> str:
 
 
 @without_cuda
-def test_every_row_is_reached_on_a_pretended_gpu(tmp_path: Path) -> None:
-    """At tiny sizes: each row's tensors are on the pretended GPU, and no row reads their values where it must not."""
+def test_every_row_runs_on_a_fake_gpu(tmp_path: Path) -> None:
+    """At tiny sizes. A row fails if tensors are not on the fake GPU, or if it reads values where a step must not."""
     code = f"{HIDE_ABSENT_PACKAGES} sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu; sys.exit(gpu.main())"
-    process = start("--device", "pretended", "--tiny", "--write", str(tmp_path), code=code)
+    process = start("--device", "fake", "--tiny", "--write", str(tmp_path), code=code)
     output, errors = process.communicate(timeout=280)
-    rows = read_rows(tmp_path / "gpu-pretended.json")
+    rows = read_rows(tmp_path / "gpu-fake.json")
     assert {name: row["error"] for name, row in rows.items() if row["outcome"] == "failed"} == {}
     assert process.returncode == 0, errors
     assert [json.loads(line)["row"] for line in output.splitlines()] == list(rows)
@@ -76,10 +74,10 @@ def test_every_row_is_reached_on_a_pretended_gpu(tmp_path: Path) -> None:
     assert "traced GiB" in errors
 
 
-def test_rows_outlive_a_hang_a_death_and_a_killed_parent(tmp_path: Path) -> None:
-    """A row hangs, one dies, and the next succeeds; then SIGKILL leaves a complete file and no child process."""
+def test_results_survive_hangs_crashes_and_sigkill(tmp_path: Path) -> None:
+    """One row hangs, one crashes, and the next succeeds. Then SIGKILL leaves a complete file and no child process."""
     path = tmp_path / "gpu-cpu.json"
-    program = Path(__file__).parent / "planted.py"
+    program = Path(__file__).parent / "failing_cases.py"
     with start("--device", "cpu", "--write", str(tmp_path), program=program) as process:
         deadline = time.monotonic() + 250
         while not path.exists() or len(read_rows(path)) < 4:
@@ -91,17 +89,17 @@ def test_rows_outlive_a_hang_a_death_and_a_killed_parent(tmp_path: Path) -> None
         os.kill(process.pid, signal.SIGKILL)
     rows = read_rows(path)
     outcomes = {name: row["outcome"] for name, row in rows.items()}
-    assert outcomes == {"environment": "ok", "hangs": "failed", "dies": "failed", "loss": "ok"}
-    assert "cut off after 3 s" in rows["hangs"]["error"]
-    assert "planted.py" in rows["hangs"]["error"], "the stack where it hangs"
-    assert "exit code 3" in rows["dies"]["error"]
-    while any("spawn_main" in read_command_line(each) for each in children):
+    assert outcomes == {"environment": "ok", "hangs": "failed", "crashes": "failed", "loss": "ok"}
+    assert "cut off after 3 s" in rows["hangs"]["error"], "10 times the limit of 0.3 s, as on any CPU"
+    assert "failing_cases.py" in rows["hangs"]["error"], "the stack where it hangs"
+    assert "exit code 3" in rows["crashes"]["error"]
+    while any("spawn_main" in read_command_line(child) for child in children):
         assert time.monotonic() < deadline, "a child still runs"
         time.sleep(0.05)
 
 
-class InThisProcess:
-    """A runner of rows in this process, in place of child processes."""
+class InProcessRunner:
+    """Runs rows in this process instead of in child processes."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -120,17 +118,17 @@ def interrupt(context: Context) -> None:
     raise KeyboardInterrupt
 
 
-MAIN_ROWS = ("environment", "loss", "generation", "llama-1b, 4k x 4", "profile, eager")
+SHORT_ROWS = ("environment", "loss", "generation", "llama-1b, 4k x 4", "profile, eager")
 
 
 @pytest.fixture
-def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """Run gpu.py on the CPU in this process, with MAIN_ROWS after the given rows."""
+def run_gpu_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """A function that runs gpu.py on the CPU in this process, with the given rows and then SHORT_ROWS."""
     handler = signal.getsignal(signal.SIGTERM)
 
     def run(*rows: Row) -> int:
-        monkeypatch.setattr(gpu, "ROWS", [*rows, *(row for row in ROWS if row.name in MAIN_ROWS)])
-        monkeypatch.setattr(gpu, "RowProcesses", InThisProcess)
+        monkeypatch.setattr(gpu, "ROWS", [*rows, *(row for row in ROWS if row.name in SHORT_ROWS)])
+        monkeypatch.setattr(gpu, "RowProcesses", InProcessRunner)
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--write", str(tmp_path), "--commit=abc"])
         return gpu.main()
 
@@ -138,12 +136,14 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     signal.signal(signal.SIGTERM, handler)
 
 
-def test_the_rows_run_and_the_table_shows_them(main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(Row("train", "memory", run_out_of_memory)) == 0
+def test_the_rows_run_and_the_table_shows_them(
+    run_gpu_command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_gpu_command(Row("train", "memory", run_out_of_memory)) == 0
     output, errors = capsys.readouterr()
     report = json.loads((tmp_path / "gpu-cpu.json").read_text())
     rows = {row["row"]: row for row in report["rows"]}
-    assert list(rows) == [json.loads(line)["row"] for line in output.splitlines()] == ["memory", *MAIN_ROWS]
+    assert list(rows) == [json.loads(line)["row"] for line in output.splitlines()] == ["memory", *SHORT_ROWS]
     assert rows["memory"]["outcome"] == "out of memory"
     assert rows["llama-1b, 4k x 4"]["tokens_per_second"] > 0
     assert 0 < len(rows["profile, eager"]["gaps"]) <= 10
@@ -154,20 +154,20 @@ def test_the_rows_run_and_the_table_shows_them(main: Any, tmp_path: Path, capsys
 
 
 def test_a_wrong_value_is_reported_and_fails_the_command(
-    main: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_gpu_command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    correct = fused_linear_cross_entropy._losses_and_logit_grads_
+    original = fused_linear_cross_entropy._losses_and_logit_grads_
     monkeypatch.setattr(
-        fused_linear_cross_entropy, "_losses_and_logit_grads_", lambda *arguments: correct(*arguments) * 1.001
+        fused_linear_cross_entropy, "_losses_and_logit_grads_", lambda *arguments: original(*arguments) * 1.001
     )
-    assert main() == 1
+    assert run_gpu_command() == 1
     errors = capsys.readouterr().err
     assert "float32 cap 0 losses: error 0.001, at most 0.0001 is allowed" in errors
     assert "rows: 1 failed, 4 ok" in errors
 
 
-def test_an_interrupted_run_prints_what_it_has(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(Row("check", "first", lambda context: {}), Row("check", "stopped", interrupt)) == 130
+def test_an_interrupted_run_prints_finished_rows(run_gpu_command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_gpu_command(Row("check", "finished", lambda context: {}), Row("check", "stopped", interrupt)) == 130
     assert "rows: 1 ok" in capsys.readouterr().err
 
 
@@ -180,7 +180,7 @@ def read_command_line(process: int) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_whole_command_runs_on_the_cpu(tmp_path: Path) -> None:
+def test_the_complete_command_runs_on_the_cpu(tmp_path: Path) -> None:
     """`DEVICE=cpu make gpu` from start to end, through make."""
     completed = subprocess.run(
         ["make", "gpu", "DEVICE=cpu", f"RESULTS={tmp_path}", f"GPU_PYTHON={sys.executable}"],
@@ -193,75 +193,83 @@ def test_the_whole_command_runs_on_the_cpu(tmp_path: Path) -> None:
     assert completed.returncode == 0, completed.stderr
     rows = read_rows(tmp_path / "gpu-cpu.json")
     assert {row_name_of(name) for name in rows} == {row.name for row in ROWS}
-    not_run = {name for name, row in rows.items() if row["outcome"] != "ok"}
-    needs_gpu = {name for name in rows if name.startswith(("host syncs", "attention flex", "pytest"))}
-    assert not_run == needs_gpu | {"attention efficient", "attention cudnn"}
+    skipped_names = {name for name, row in rows.items() if row["outcome"] != "ok"}
+    gpu_only_names = {name for name in rows if name.startswith(("host syncs", "attention flex", "pytest"))}
+    assert skipped_names == gpu_only_names | {"attention efficient", "attention cudnn"}
 
 
 @pytest.mark.slow
 @without_cuda
 @pytest.mark.timeout(1200)
-def test_the_traced_peaks_in_the_repository_are_those_of_this_code(tmp_path: Path) -> None:
-    """Trace one row at its full size; the file holds all rows."""
+def test_committed_memory_peaks_are_current(tmp_path: Path) -> None:
+    """Trace one training row at its full size and compare its peak with that of the committed file."""
     peaks = gpu_report.traced_peaks()
     names = [row.name for row in ROWS if row.kind == "train"]
     assert peaks.keys() >= set(names)
-    process = start("--device", "pretended", "--write", str(tmp_path), "--rows", names[0])
+    process = start("--device", "fake", "--write", str(tmp_path), "--rows", names[0])
     process.communicate(timeout=1100)
-    traced = read_rows(tmp_path / "gpu-pretended.json")[names[0]]["traced_peak"]
+    traced = read_rows(tmp_path / "gpu-fake.json")[names[0]]["traced_peak"]
     assert traced == pytest.approx(peaks[names[0]], rel=0.01)
 
 
 def test_checks_and_the_first_training_row_come_within_two_minutes() -> None:
-    first = next(number for number, row in enumerate(ROWS) if row.kind == "train")
-    assert ROWS[first].name == "llama-1b, 4k x 4"
-    assert sum(row.expected for row in ROWS[: first + 1]) <= 120
-    before = {row.name for row in ROWS[:first]}
-    assert before >= {"step fp32", "step bf16", "loss", "attention chosen", "generation", "checkpoint", "one rank"}
+    first_train_index = next(index for index, row in enumerate(ROWS) if row.kind == "train")
+    assert ROWS[first_train_index].name == "llama-1b, 4k x 4"
+    assert sum(row.expected_seconds for row in ROWS[: first_train_index + 1]) <= 120
+    earlier_names = {row.name for row in ROWS[:first_train_index]}
+    assert earlier_names >= {
+        "step fp32",
+        "step bf16",
+        "loss",
+        "attention chosen",
+        "generation",
+        "checkpoint",
+        "one rank",
+    }
 
 
-class Clock:
-    """A clock that only rows advance."""
+class FakeRunner:
+    """A runner whose rows take exactly `expected_seconds` of a simulated time budget."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds_left = seconds
 
     def run(self, row: Row, seconds: float) -> list[dict[str, Any]]:
-        self.seconds_left -= row.expected
-        return [{"outcome": "ok", "limit": seconds}]
+        self.seconds_left -= row.expected_seconds
+        return [{"outcome": "ok", "limit_seconds": seconds}]
 
 
-def test_a_row_starts_only_if_there_is_time_for_it() -> None:
-    added: list[dict[str, Any]] = []
-    results: Any = SimpleNamespace(add=added.append, context=SimpleNamespace(kind="cuda"))
-    rows = [Row("check", f"{number}", len, expected=10, limit=25) for number in range(4)]
-    clock = Clock(32)
-    gpu.run_rows(rows, results, clock.run, lambda: clock.seconds_left)
-    assert [row["outcome"] for row in added] == ["ok", "ok", "ok", "skipped"]
-    assert [row.get("limit") for row in added[:3]] == [25, 22, 12]
-    assert "2 s of the budget are left" in added[3]["error"]
+def test_a_row_starts_only_if_enough_time_is_left() -> None:
+    records: list[dict[str, Any]] = []
+    results: Any = SimpleNamespace(add=records.append, context=SimpleNamespace(kind="cuda"))
+    rows = [Row("check", f"row {index}", len, expected_seconds=10, limit_seconds=25) for index in range(4)]
+    runner = FakeRunner(32)
+    gpu.run_rows(rows, results, runner.run, lambda: runner.seconds_left)
+    assert [row["outcome"] for row in records] == ["ok", "ok", "ok", "skipped"]
+    assert [row.get("limit_seconds") for row in records[:3]] == [25, 22, 12]
+    assert "needs about 10 s, but 2 s of the time budget are left" in records[3]["error"]
 
 
-def test_wheels_that_fit_this_python_are_unpacked_once(tmp_path: Path) -> None:
+def test_compatible_wheels_are_unpacked_once(tmp_path: Path) -> None:
     python_tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
     for tag in (
         "py3-none-any",
         f"{python_tag}-{python_tag}-manylinux_2_17_x86_64",
         "cp399-cp399-manylinux_2_17_x86_64",
     ):
-        with zipfile.ZipFile(tmp_path / f"carried_{tag.partition('-')[0]}-1.0-{tag}.whl", "w") as wheel:
-            wheel.writestr(f"carried_{tag.partition('-')[0]}.py", "")
-    target = gpu_start.unpack(tmp_path)
-    assert {path.name for path in target.glob("*.py")} == {"carried_py3.py", f"carried_{python_tag}.py"}
-    (target / "carried_py3.py").unlink()
-    gpu_start.unpack(tmp_path)
-    assert not (target / "carried_py3.py").exists(), "the wheels are unpacked once"
-    assert gpu_start.fits(Path("x-1-cp38-abi3-manylinux_2_17_x86_64.whl"))
-    assert not gpu_start.fits(Path("x-1-cp38-cp38-manylinux_2_17_x86_64.whl"))
+        with zipfile.ZipFile(tmp_path / f"example_{tag.partition('-')[0]}-1.0-{tag}.whl", "w") as wheel:
+            wheel.writestr(f"example_{tag.partition('-')[0]}.py", "")
+    target = gpu_start.unpack_wheels(tmp_path)
+    assert {path.name for path in target.glob("*.py")} == {"example_py3.py", f"example_{python_tag}.py"}
+    (target / "example_py3.py").unlink()
+    gpu_start.unpack_wheels(tmp_path)
+    assert not (target / "example_py3.py").exists(), "the wheels are unpacked once"
+    assert gpu_start.is_compatible_wheel(Path("x-1-cp38-abi3-manylinux_2_17_x86_64.whl"))
+    assert not gpu_start.is_compatible_wheel(Path("x-1-cp38-cp38-manylinux_2_17_x86_64.whl"))
 
 
 def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_start, "NEEDED", ("torch", "no_such_package"))
+    monkeypatch.setattr(gpu_start, "REQUIRED_PACKAGES", ("torch", "no_such_package"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert gpu_start.main([]) == 2
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The engine's step on a pretended GPU: its tensors are there, and their values are not read."""
+"""The engine's step on a fake GPU: its tensors are there, and their values are not read."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="a GPU is pretended by torch's CPU build alone")
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="the fake GPU needs torch's CPU build")
 
 
 def run_traced(*arguments: str) -> list[dict[str, Any]]:

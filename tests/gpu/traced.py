@@ -1,4 +1,4 @@
-"""Run the engine's steps on a pretended GPU (benchmarks/pretend.py) and print a JSON line per case.
+"""Run the engine's steps on a fake GPU (benchmarks/fake_gpu.py) and print a JSON line per case.
 
 `python -m tests.gpu.traced [--plant BUG]`; test_traced.py says what it must print.
 """
@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import pretend
+from benchmarks import fake_gpu
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention
 from dist_llm.training.step import train_step
@@ -78,8 +78,8 @@ def take_step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
     config = make_config(ranks, {"n_layers": 2} | sections.pop("model", {}), **sections)
     data_ranks = config.parallel.dp_replicate * config.parallel.dp_shard
     batches = make_batches(config, SimpleNamespace(dp_rank_and_size=(0, data_ranks)), 0)  # type: ignore[arg-type]
-    with pretend.gpu(ranks):
-        engine = NativeEngine(config, pretend.DEVICE)
+    with fake_gpu.activate(ranks):
+        engine = NativeEngine(config, fake_gpu.DEVICE)
         with ProductTypes() as products:
             report = train_step(engine, batches, 1e-3)
         engine.score(engine.to_local_batch(batches[0]))
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plant", choices=BUGS, default="none")
     bug = parser.parse_args().plant
-    pretend.preload()
+    fake_gpu.preload()
     for name, ranks, sections in iter_cases() if bug == "none" else [("planted", 1, {})]:
         try:
             with BUGS[bug]():

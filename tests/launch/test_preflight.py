@@ -141,7 +141,7 @@ def test_two_ranks_measure_and_agree(tmp_path):
 
 
 def devices_used(directory: Path, gpus: list[str]) -> tuple[list[NodeReport], set[str]]:
-    """Measure with pretended GPUs by rank; return the reports and the devices and backends of the collectives."""
+    """Measure with fake GPUs by rank; return the reports and the devices and backends of the collectives."""
     gpu, used, new_group = gpus[dist.get_rank()], set(), dist.new_group
     device = CPU if gpu == "none" else torch.device("cuda", 0)
 
