@@ -1,7 +1,7 @@
 """Many engines and thousands of steps in one world do not crash.
 
-A rank once died of a segmentation fault in a reduce-scatter of the backward pass, after some hundred engines in the same
-processes. It had pp 2, tp 2, gpipe, an encoder-decoder and an activation budget: the first layout here.
+A rank once died of a segmentation fault in a reduce-scatter of the backward pass, after some hundred engines in the
+same processes. It had pp 2, tp 2, gpipe, an encoder-decoder and an activation budget: the first layout here.
 """
 
 import itertools
