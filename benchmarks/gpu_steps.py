@@ -202,7 +202,7 @@ def check_one_rank(context: Context) -> dict[str, object]:
         apply_fsdp(model, config, build_mesh(config.parallel, context.device.type))
         model.to_empty(device=context.device)
         init_parameters(model, config)
-        engine.model_parts = [model]
+        engine.model_parts, engine._named_parameters = [model], list(model.named_parameters())
         engine.optimizer = engine._build_optimizer()
         compare_steps(comparison, "FSDP2", take_steps(engine, 1), expected, 1e-5, 1e-5)
         del engine, model

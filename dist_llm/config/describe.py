@@ -98,15 +98,15 @@ def _describe_section(prefix: str, members: Mapping[str, type[Section]]) -> Iter
     for member in members.values():
         fields |= {name: field for name, field in member.model_fields.items() if name not in fields}
     for name, field in fields.items():
-        row = _describe_field(f"{prefix}.{name}", field)
+        full_name, kind, default, description = _describe_field(f"{prefix}.{name}", field)
         owners = [tag for tag, member in named.items() if name in member.model_fields]
         if len(members) > 1 and name == "name":
-            row = row._replace(type=" | ".join(named))
+            kind = " | ".join(named)
         elif len(members) > 1 and not owners:
-            row = row._replace(default="none")
+            default = "none"
         elif len(members) > 1 and len(owners) < len(named):
-            row = row._replace(description=f"{', '.join(owners)}: {row.description}")
-        yield row
+            description = f"{', '.join(owners)}: {description}"
+        yield KeyHelp(full_name, kind, default, description)
         entry = unwrap(field.annotation)
         if get_origin(entry) is tuple and not union_members(get_args(entry)[0]):
             yield from _describe_section(f"{prefix}.{name}.*", _sections_of(get_args(entry)[0]))

@@ -83,7 +83,7 @@ def test_a_command_parses_and_its_keys_exist(arguments: list[str]) -> None:
     if "--help" in dist_llm_args:
         return
     options = build_parser().parse_args(dist_llm_args)
-    if options.command != "train" or options.help_config:
+    if options.command != "train" or options.help_config is not None:
         return
     overrides = [item for item in options.rest if "=" in item]
     files = [item for item in options.rest if "=" not in item] + [options.config] * bool(options.config)
