@@ -146,7 +146,7 @@ def test_a_tiktoken_file(bpe, pattern, tmp_path):
     assert tokenizer.pattern == SPLIT_PATTERNS[pattern or "cl100k"]
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "no ranks"), ("IQ== 0\n???", ":2: expected"), (None, "read")])
+@pytest.mark.parametrize(("content", "message"), [("", "no ids"), ("IQ== 0\n???", ":2: expected"), (None, "read")])
 def test_a_bad_tiktoken_file(content, message, tmp_path):
     path = tmp_path / "mine.tiktoken"
     if content is not None:
