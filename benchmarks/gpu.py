@@ -15,7 +15,6 @@ sized for 80 GB, and on a smaller GPU that is a result, not an error.
 """
 
 import argparse
-import itertools
 import math
 import os
 import shlex
@@ -97,17 +96,18 @@ def run_rows(rows: Sequence[Row], results: GpuResults, run: RunRow, get_seconds_
         limit_seconds = row.limit_seconds * (CPU_LIMIT_FACTOR if results.context.kind == "cpu" else 1)
         outcomes = run(row, min(limit_seconds, seconds_left))
         seconds = time.monotonic() - start
-        for each, share in zip(outcomes, itertools.repeat(seconds / len(outcomes))):
-            results.add(make_record(row, each, share, len(outcomes) > 1 or "row" in each))
+        for outcome in outcomes:
+            has_own_name = len(outcomes) > 1 or "row" in outcome
+            results.add(make_record(row, outcome, seconds / len(outcomes), has_own_name))
 
 
-def make_record(row: Row, outcome: Outcome, seconds: float, several: bool) -> Outcome:
-    """Make the record of an outcome. If a row has several outcomes, each record has its own name.
+def make_record(row: Row, outcome: Outcome, seconds: float, has_own_name: bool) -> Outcome:
+    """Make the record of an outcome. With `has_own_name` the outcome is one of several of its row and has its own name.
 
     An outcome's own `seconds`, of one call, become `row_seconds`.
     """
     record: Outcome = {"row": row.name, "kind": row.kind, "seconds": seconds}
-    if several:
+    if has_own_name:
         record["row"] = f"{row.name}, {outcome.get('row', '')}"
         if "seconds" in outcome:
             record["row_seconds"] = outcome["seconds"]
@@ -117,11 +117,11 @@ def make_record(row: Row, outcome: Outcome, seconds: float, several: bool) -> Ou
 def make_summary(results: GpuResults) -> str:
     """Format the lines below the table: the count of each outcome and the file."""
     outcomes = [row["outcome"] for row in results.rows]
-    counts = ", ".join(f"{outcomes.count(each)} {each}" for each in sorted(set(outcomes)))
+    counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in sorted(set(outcomes)))
     return f"rows: {counts}\nwritten: {results.path}\nWhere to send it: docs/gpu.md"
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 

@@ -47,7 +47,7 @@ def run_row(row: Row, context: Context) -> list[Outcome]:
     except Exception:
         return [{"outcome": "failed", "error": traceback.format_exc().replace(REPOSITORY + "/", "")[-6000:]}]
     results = outcomes if isinstance(outcomes, list) else [outcomes]
-    return [{"outcome": "failed" if each.get("broken") else "ok", **each} for each in results]
+    return [{"outcome": "failed" if result.get("broken") else "ok", **result} for result in results]
 
 
 def run_on_fake_gpu(row: Row, context: Context) -> list[Outcome]:
@@ -55,7 +55,7 @@ def run_on_fake_gpu(row: Row, context: Context) -> list[Outcome]:
     with fake_gpu.activate() as active_gpu:
         outcomes = run_row(row, replace(context, fake_gpu=active_gpu))
     gc.collect()
-    return [{name: value for name, value in each.items() if name not in TIMED} for each in outcomes]
+    return [{name: value for name, value in outcome.items() if name not in TIMED} for outcome in outcomes]
 
 
 class RowProcess:
@@ -136,9 +136,9 @@ class RowProcesses:
 
     def close(self) -> None:
         """Kill both processes."""
-        for each in (self.active, self.spare):
-            if each is not None:
-                each.close()
+        for process in (self.active, self.spare):
+            if process is not None:
+                process.close()
 
 
 def _serve(pipe: Connection, context: Context, stacks: Path) -> None:
@@ -156,8 +156,8 @@ def _serve(pipe: Connection, context: Context, stacks: Path) -> None:
             except EOFError:
                 return
             outcomes = run_row(rows[name], context)
-            usable = all(each["outcome"] == "skipped" or "error" not in each for each in outcomes) and _clean(context)
-            pipe.send((outcomes, usable))
+            no_row_raised = all(result["outcome"] == "skipped" or "error" not in result for result in outcomes)
+            pipe.send((outcomes, no_row_raised and _clean(context)))
 
 
 def _clean(context: Context) -> bool:

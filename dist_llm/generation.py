@@ -110,11 +110,12 @@ def encode_prompt(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
     if isinstance(component, SpanSpec):
         infilling_ids, gap_ids = [*mode, *ids, vocabulary.sentinel(0), vocabulary.eot], [vocabulary.sentinel(0)]
         if has_encoder:
-            return Prompt([start, *gap_ids], False, infilling_ids, stop_ids)
-        return Prompt([*infilling_ids, *gap_ids], component.see_prefix, None, stop_ids)
+            return Prompt([start, *gap_ids], encoder_ids=infilling_ids, stop_ids=stop_ids)
+        return Prompt([*infilling_ids, *gap_ids], bidirectional=component.see_prefix, stop_ids=stop_ids)
     if has_encoder:
-        return Prompt([start], False, [*mode, *ids], stop_ids)
-    return Prompt([*mode, *ids], isinstance(component, PrefixSpec) and component.see_prefix, None, stop_ids)
+        return Prompt([start], encoder_ids=[*mode, *ids], stop_ids=stop_ids)
+    bidirectional = isinstance(component, PrefixSpec) and component.see_prefix
+    return Prompt([*mode, *ids], bidirectional=bidirectional, stop_ids=stop_ids)
 
 
 @torch.no_grad()

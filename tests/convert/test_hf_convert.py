@@ -179,7 +179,7 @@ def test_transformers_generates_the_same_tokens_from_an_export(
             ids = torch.tensor([inputs.encoder_ids])
         start = {"decoder_input_ids": torch.tensor([inputs.ids])} if is_encoder_decoder else {}
         actual = hf.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=[], **start)[0]
-        native_ids = list(generate_tokens(model, inputs, Sampling(20, temperature=0), 64))
+        native_ids = list(generate_tokens(model, inputs, Sampling(max_tokens=20, temperature=0), 64))
         assert actual[-20:].tolist() == native_ids
         assert (
             tokenizer.decode(actual[-20:], skip_special_tokens=False) == our_tokenizer.decode(native_ids)
