@@ -89,8 +89,8 @@ def test_the_model_section_can_come_from_a_checkpoint(run: Path, corpus: Path) -
     before, after = load_saved(run).model, load_saved(run.parent / "next").model
     assert after == before.model_copy(update={"dropout": 0.1})
     error = error_of("train", "--config", config, "model.n_layers=3", "model.d_model=32", cwd=run.parent)
-    assert f"model.n_layers: 3 stands beside model.from, but {run} has 2; remove the key, or add model.n_l" in error
-    assert f"model.d_model: 32 stands beside model.from, but {run} has 64; remove the key\n" in error
+    assert f"model.n_layers: 3 differs from model.from: {run} has 2; remove the key, or add model.n_l" in error
+    assert f"model.d_model: 32 differs from model.from: {run} has 64; remove the key\n" in error
     error = error_of("train", "--config", config, "model.from=nowhere", cwd=run.parent)
     assert "1 problem in the config:\n  model.from: nowhere: holds no complete checkpoint" in error
 
