@@ -146,4 +146,4 @@ def test_repeated_steps_are_compared_with_the_earlier_ones(corpus: Path, tmp_pat
     assert "the probe's loss was" in completed.stderr + completed.stdout
     (event,) = [row for row in commands.read_rows(run) if "event" in row]
     assert event["step"] == 6
-    assert re.match(r"step 6 was taken before the run was resumed, with a loss of \d.*; now it is \d", event["event"])
+    assert re.match(r"step 6 had a loss of \d.* before the run was resumed, and now has \d", event["event"])
