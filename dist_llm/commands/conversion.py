@@ -71,7 +71,7 @@ def report_probe(expected: Probe | None, actual: Probe | None, path: Path) -> No
 
 
 def new_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source: Path) -> dict[str, bytes]:
-    """The small files of a checkpoint that another program trained: config, environment, progress, tokenizer."""
+    """Return the small files of a checkpoint that another program trained: config, environment, progress, tokenizer."""
     config = Config.model_validate(
         {
             "run": {"dir": str(source), "steps": 1},
@@ -89,7 +89,7 @@ def new_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source
 
 
 def initial_progress() -> dict[str, bytes]:
-    """The progress file of a run at step 0."""
+    """Return the progress file of a run at step 0."""
     return {PROGRESS: json.dumps(Progress().as_dict()).encode()}
 
 

@@ -77,7 +77,7 @@ def from_deepspeed(directory: str, out: str, like: str) -> None:
 
 
 def optimizer_groups(config: Config) -> tuple[list[list[str]], list[dict[str, Any]], dict[str, str]]:
-    """(parameter names of each group, the groups' other settings, {second name: first} of shared parameters)."""
+    """Return (parameter names of each group, the groups' other settings, {second name: first} of shared parameters)."""
     with torch.device("meta"):
         model = build_model(config.model)
     name_of = {parameter: name for name, parameter in model.named_parameters()}

@@ -86,13 +86,13 @@ def iter_reads(
 
 
 def windows_with_document(stream: WindowStream, positions: Ints, document: Document) -> np.ndarray:
-    """Which of the windows contain tokens of the document: a boolean array."""
+    """Return which of the windows contain tokens of the document: a boolean array."""
     if stream.packed_windows is None:
         return (positions < document.end) & (positions + stream.window > document.start)
     return np.isin(positions, stream.packed_windows.windows_of_document(document))
 
 
 def _last_trained_step(run: Path, history: DataHistory) -> int:
-    """The step of the newest checkpoint."""
+    """Return the step of the newest checkpoint."""
     committed = checkpoints_of_run(run).list_committed()
     return int(committed[-1].name.removeprefix("step_")) if committed else history[-1].step

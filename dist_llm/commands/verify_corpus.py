@@ -50,7 +50,7 @@ def find_boundary_problems(corpus: Corpus) -> Iterator[str]:
 
 
 def _end_positions(corpus: Corpus, shard_number: int, eot: int) -> Ints:
-    """The positions of the end token within a shard."""
+    """Return the positions of the end token within a shard."""
     num_tokens = corpus.shards[shard_number].tokens
     begin = int(corpus.ends[shard_number]) - num_tokens
     positions = []

@@ -136,7 +136,7 @@ def permute(index: UInts, size: int, keys: UInts) -> UInts:
 
 
 def splitmix64(values: UInts) -> UInts:
-    """The finaliser of splitmix64 (Steele et al. 2014): each input bit affects all output bits."""
+    """Apply the finalizer of splitmix64 (Steele et al. 2014): each input bit affects all output bits."""
     values = values + GAMMA
     values ^= values >> SHIFT_1
     values *= MULTIPLY_1

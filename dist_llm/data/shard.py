@@ -152,7 +152,7 @@ class Manifest:
         return manifest
 
     def allows_path(self, file: str) -> bool:
-        """Whether a shard may have this file: in the corpus, at a URL or, if adopted, at an absolute path."""
+        """Return whether a shard may have this file: in the corpus, at a URL or, if adopted, at an absolute path."""
         if "\0" in file:
             return False
         if file.startswith(("/", "file://")):

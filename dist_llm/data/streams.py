@@ -168,7 +168,7 @@ def compute_weights(data: DataConfig, sources: Sequence[DataSource]) -> list[flo
 
 
 def masks_prompts(data: DataConfig, corpora: Iterable[Corpus]) -> bool:
-    """Whether some tokens have no loss because they are in prompts."""
+    """Return whether some tokens have no loss because they are in prompts."""
     return not data.score_prompts and any(corpus.manifest.prompts for corpus in corpora)
 
 

@@ -18,15 +18,15 @@ class Vocabulary:
     word_V2: npt.NDArray[np.bool_] | None = field(default=None, compare=False)
 
     def special(self, name: str) -> int:
-        """The id of one of SPECIALS."""
+        """Return the id of one of SPECIALS."""
         return self.size + SPECIALS.index(name)
 
     def sentinel(self, number: int) -> int:
-        """The id of the sentinel of span `number`, from 0."""
+        """Return the id of the sentinel of span `number`, from 0."""
         return self.size + len(SPECIALS) + number
 
     def describe(self, token: int) -> str | None:
-        """The name of an added id, such as `<mask>`; None for an id of the tokenizer."""
+        """Return the name of an added id, such as `<mask>`; None for an id of the tokenizer."""
         extra = token - self.size
         if extra < 0:
             return None

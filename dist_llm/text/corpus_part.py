@@ -29,11 +29,11 @@ class CorpusPart:
         return list(files[self.number - 1 :: self.of] if self.by == "file" else files)
 
     def owns_row(self, number: int) -> bool:
-        """Whether this part processes a row. `number` counts from 1 over all input files."""
+        """Return whether this part processes a row. `number` counts from 1 over all input files."""
         return self.by != "row" or (number - 1) % self.of == self.number - 1
 
     def owns_text(self, text: bytes) -> bool:
-        """Whether this part processes a text. Equal texts are in the same part, which can then deduplicate them."""
+        """Return whether this part processes a text. Equal texts are in the same part, which deduplicates them."""
         if self.by != "text":
             return True
         digest = digest64(text)
