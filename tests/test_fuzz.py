@@ -673,7 +673,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "larger tensor": ("checkpoint", enlarge_tensor, "has shape .* but 512 elements in its chunks"),
     "longer tensor": ("checkpoint", enlarge_tensor_consistently, "but its tensors end at byte"),
-    "tag outside": ("zero 1", change("latest", b"global_step3", b"../x"), "names no directory beside it"),
+    "tag outside": ("zero 1", change("latest", b"global_step3", b"../x"), "does not name a directory beside it"),
     "ranks": (
         "zero 1",
         change_torch_file("global_step3/mp_rank_00_model_states.pt", lambda all: all.update(dp_world_size=HUGE)),

@@ -1,4 +1,4 @@
-"""What all conversions share: the files of a new checkpoint, progress bars, and the comparison of probes."""
+"""Shared code of all conversions: the files of a new checkpoint, progress bars, and the comparison of probes."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -39,7 +39,7 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint of fp32 weights and small files to `out`; read it back and compare before `out` appears.
 
-    With `hf_directory`, its logits are compared too. `source_probe` is the probe of what was converted.
+    With `hf_directory`, also compare logits with it. `source_probe` is the probe of the source.
 
     Raises CheckpointError if a tensor, the logits or the probe differ.
     """

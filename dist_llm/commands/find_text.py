@@ -17,7 +17,7 @@ from dist_llm.data.streams import WindowStream
 from dist_llm.text.tokenizer import Tokenizer
 
 MAX_DOCUMENTS = 50
-BLOCK_SAMPLES = BLOCK_TOKENS  # samples that are looked up at once
+BLOCK_SAMPLES = BLOCK_TOKENS  # samples located per call
 
 
 def find_text(text: str, run: Path) -> int:
@@ -42,7 +42,7 @@ def find_text(text: str, run: Path) -> int:
                     tense = "was read" if step <= last_step else "will be read"
                     console.print(f"  step {step} ({tense}), sample {sample}")
                 if not reads:
-                    console.print(f"  in no step from {segment.step + 1} to {end}")
+                    console.print(f"  not in steps {segment.step + 1} to {end}")
                 if num_documents == MAX_DOCUMENTS:
                     console.print(f"{MAX_DOCUMENTS} documents are shown; give a longer text to see others")
                     return 0

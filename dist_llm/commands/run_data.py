@@ -1,4 +1,4 @@
-"""What the actions of `dist-llm data` share: the config, data history and corpora of a run."""
+"""Shared code of the actions of `dist-llm data`: the config, data history and corpora of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path

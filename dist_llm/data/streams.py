@@ -147,8 +147,8 @@ def build_order(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> O
     if n_windows < 1:
         hint = f"lower seq_len (to make it {corpus.n_tokens} or fewer) or " if corpus.n_tokens > 1 else ""
         raise DataError(
-            f"{corpus.directory}: {corpus.n_tokens} {corpus.split} tokens make no window of {size.window}, which "
-            f"data.seq_len {data.seq_len} needs; {hint}prepare more text"
+            f"{corpus.directory}: {corpus.n_tokens} {corpus.split} tokens are too few for a window of {size.window}, "
+            f"which data.seq_len {data.seq_len} needs; {hint}prepare more text"
         )
     if data.order == "random":
         return Random(seed, corpus.n_tokens - size.window + 1)

@@ -1,11 +1,11 @@
 """Find exact and near duplicates of earlier documents, in the order of the source; the first one is kept.
 
 Each document has a key, which is computed where the document is tokenized. The process that collects the documents in
-order has an index, which tells whether a key is new.
+order has an index of the keys of kept documents.
 
 exact   the key is a hash of the text. About 100 bytes of memory per kept document.
-near    the key is a MinHash signature of the set of 5-word shingles (Broder 1997). Documents that share a band of it
-        (locality-sensitive hashing) are compared. One is a duplicate of the other if the estimate of the Jaccard
+near    the key is a MinHash signature of the set of 5-word shingles (Broder 1997). Documents that share a band of the
+        signature (locality-sensitive hashing) are compared. One is a duplicate of the other if the estimated Jaccard
         similarity of their sets reaches the threshold.
 """
 
@@ -23,7 +23,7 @@ from dist_llm.io.hashing import digest64
 EXACT_BYTES = 16
 PERMUTATIONS = 128  # the estimate's standard deviation is at most 0.5 / sqrt(128) = 0.044
 SHINGLE_WORDS = 5
-SHINGLES_PER_BATCH = 4096  # so that a book does not need a gigabyte
+SHINGLES_PER_BATCH = 4096  # limits the memory for a book
 # A false positive costs a comparison, a false negative keeps a duplicate: bands are chosen for few false negatives.
 ERROR_WEIGHTS = (0.25, 0.75)
 SCHEME = "affine32"
@@ -37,7 +37,7 @@ class DuplicateIndex(Protocol):
     """An index of the keys of kept documents."""
 
     def is_new(self, key: Key) -> bool:
-        """Return whether no earlier document is a duplicate of this one; if so, later ones are compared with it."""
+        """Return whether no earlier document is a duplicate. If so, add the key, to compare later documents with it."""
         ...
 
     def remember(self, key: Key) -> None:
@@ -46,7 +46,7 @@ class DuplicateIndex(Protocol):
 
 
 def select_key_function(kind: str) -> Callable[[str], Key]:
-    """Return the function from a text alone to its key, bytes [KEY_BYTES[kind]]."""
+    """Return the function from a text to its key, bytes [KEY_BYTES[kind]]."""
     return _compute_exact_key if kind == "exact" else compute_near_key
 
 

@@ -15,7 +15,7 @@ from dist_llm.text.publish import lock_output
 from dist_llm.text.report import Report
 from dist_llm.text.tokenizer import Tokenizer
 
-# Options about the origin of the tokenizer do not matter: the check is that it is the same one.
+# Options about the origin of the tokenizer may differ: the tokenizers themselves are compared.
 MAY_DIFFER = {"part", "tokenizer", "split_pattern", "bpe_train_bytes"}
 
 
@@ -59,10 +59,10 @@ def _find_parts(out: Path) -> list[CorpusPart]:
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
     num_parts = {match[0]: int(match[1]) for name in names if (match := re.fullmatch(r"part-\d+-of-(\d+)", name))}
     if not num_parts:
-        raise DataError(f"--merge {out}: no parts in it. Make them with: dist-llm prepare ... --part 1/2 --out {out}")
+        raise DataError(f"--merge {out}: has no parts. Make them with: dist-llm prepare ... --part 1/2 --out {out}")
     if len(set(num_parts.values())) > 1:
         raise DataError(
-            f"--merge {out}: parts of different divisions: {', '.join(sorted(num_parts))}. Remove those of one of them."
+            f"--merge {out}: has parts of different divisions: {', '.join(sorted(num_parts))}. Keep one division."
         )
     n = next(iter(num_parts.values()))
     for part in (corpus_parts := [CorpusPart(number, n) for number in range(1, n + 1)]):
@@ -75,7 +75,7 @@ def _find_parts(out: Path) -> list[CorpusPart]:
 
 
 def _merge_reports(out: Path, corpus_parts: list[CorpusPart]) -> Report:
-    """Sum up the reports. Raises DataError if parts have different options, since documents may then occur twice."""
+    """Sum the reports. Raises DataError if options differ between parts, because documents could then occur twice."""
     reports = [Report.load(out / part.name) for part in corpus_parts]
     first = reports[0].options
     total = Report({**first, "part": None})
@@ -96,8 +96,8 @@ def _check_same_tokenizer(out: Path, corpus_parts: list[CorpusPart], manifests: 
             out / part.name, out / corpus_parts[0].name
         ):
             raise DataError(
-                f"--merge {out}: the tokenizer of {part.name} is not that of {corpus_parts[0].name}. Did the machines "
-                f"read the same files? Make it again with --tokenizer {out / corpus_parts[0].name}."
+                f"--merge {out}: the tokenizer of {part.name} differs from that of {corpus_parts[0].name}. Check that "
+                f"the machines read the same files. Make it again with --tokenizer {out / corpus_parts[0].name}."
             )
         for split in SPLITS:
             Corpus(out / part.name, split).check_shard_sizes()

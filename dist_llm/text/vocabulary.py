@@ -1,9 +1,13 @@
-"""Build the tokenizer of a spec: trained here, from tiktoken, or from files of others.
+"""Build the tokenizer of a spec: train it, or load it from tiktoken or from files of other programs.
 
-byte the 256 bytes bpe:N N ids trained on the source gpt2, cl100k_base, ... a tiktoken encoding FILE.tiktoken base64
-token and rank on each line vocab.json,merges.txt GPT-2's two files, or a folder with only these FOLDER a folder of
-Hugging Face's: its tokenizer.json, run unchanged, and the files beside it meta.pkl nanoGPT's table of characters, or a
-folder with it CORPUS the tokenizer of a prepared corpus, or of a checkpoint
+byte                      the 256 bytes
+bpe:N                     N ids, trained on the source
+gpt2, cl100k_base, ...    a tiktoken encoding
+FILE.tiktoken             a base64 token and its rank on each line
+vocab.json,merges.txt     GPT-2's two files, or a folder with only these
+FOLDER                    a folder of Hugging Face: its tokenizer.json, run unchanged, and the files beside it
+meta.pkl                  nanoGPT's character table, or a folder with it
+CORPUS                    the tokenizer of a prepared corpus or of a checkpoint
 """
 
 import base64
@@ -25,7 +29,7 @@ from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer, is_own
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 
-# Patterns with the same meaning in the trainer's regex engine and in tiktoken's; in cl100k `{1,3}+` differs.
+# Patterns that mean the same in the trainer's regex engine and in tiktoken's. In cl100k `{1,3}+` differs.
 TRAINABLE_PATTERNS = ("gpt2", "llama3")
 MIN_BPE = len(BYTES) + 1
 SAMPLE_DOCUMENTS, SAMPLE_CHARS = 256, 8192
@@ -130,7 +134,7 @@ def _train_reference(size: int, pattern: str, training_texts: Texts) -> Any:
     )
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        min_frequency=2,  # a pair that occurs once is a quotation, not a regularity
+        min_frequency=2,  # a pair that occurs once is not worth a merge
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -156,8 +160,8 @@ def _load_tiktoken_name(name: str) -> BPETokenizer:
         encoding = tiktoken.get_encoding(name)
     except Exception as error:  # the network, its library and a stale cache raise many types
         raise DataError(
-            f"--tokenizer {name}: tiktoken could not get its file ({type(error).__name__}). It needs the network once: "
-            "set TIKTOKEN_CACHE_DIR to a directory filled on a connected machine, give a local .tiktoken file "
+            f"--tokenizer {name}: tiktoken could not download its file ({type(error).__name__}). It needs the network "
+            "once: set TIKTOKEN_CACHE_DIR to a directory filled on a connected machine, give a local .tiktoken file "
             "or vocab.json,merges.txt, or train your own with bpe:N."
         ) from None
     return BPETokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
@@ -188,13 +192,13 @@ def _load_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> BPETokeni
         mergeable = {token: ids[token] for token in (*alphabet, *products)}
     except KeyError as error:
         raise DataError(
-            f"{vocab}: no id for {error.args[0]!r}, which {merges} needs. Do the two belong together?"
+            f"{vocab}: no id for {error.args[0]!r}, which {merges} needs. Check that the two files belong together."
         ) from None
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{vocab}, {merges}: not a vocabulary and its merges: {error}") from None
     order = [mergeable[token] for token in dict.fromkeys(products)]
     if order != sorted(order):
-        raise DataError(f"{vocab}: ids do not rise in the order of {merges}, as in GPT-2's; tiktoken cannot run it.")
+        raise DataError(f"{vocab}: ids do not ascend in the order of {merges}, as in GPT-2's; tiktoken cannot run it.")
     if ENDOFTEXT not in ids:
         raise DataError(f"{vocab}: no {ENDOFTEXT}, which ends each document. Add it with an id of its own.")
     ranks = {to_bytes(token): rank for token, rank in sorted(mergeable.items(), key=lambda item: item[1])}

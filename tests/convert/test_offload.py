@@ -61,7 +61,7 @@ def test_other_files_in_the_offload_folder_are_kept(tmp_path: Path) -> None:
     existing.write_text("mine")
     load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", 10**9)
     assert existing.read_text() == "mine"
-    with pytest.raises(ConfigError, match=r"--offload: .*precious cannot be made: File exists"):
+    with pytest.raises(ConfigError, match=r"--offload: .*precious cannot be created: File exists"):
         load_offloaded(path, engine.config.model, CPU, existing, 10**9)
 
 

@@ -92,7 +92,7 @@ def test_the_model_section_can_come_from_a_checkpoint(run: Path, corpus: Path) -
     assert f"model.n_layers: 3 differs from model.from: {run} has 2; remove the key, or add model.n_l" in error
     assert f"model.d_model: 32 differs from model.from: {run} has 64; remove the key\n" in error
     error = error_of("train", "--config", config, "model.from=nowhere", cwd=run.parent)
-    assert "1 problem in the config:\n  model.from: nowhere: holds no complete checkpoint" in error
+    assert "1 problem in the config:\n  model.from: nowhere: has no complete checkpoint" in error
 
 
 def rewrite_checkpoint(checkpoint: Path, change: Callable[[str, Tensor], Tensor], without: str = "") -> None:

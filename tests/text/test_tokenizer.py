@@ -178,7 +178,7 @@ def test_gpt2_style_files(gpt2_files):
     [
         (lambda ids: ids.pop(ENDOFTEXT), "no <|endoftext|>"),
         (lambda ids: ids.pop("th"), "no id for 'th'"),
-        (lambda ids: ids.update({"th": ids["Ġs"], "Ġs": ids["th"]}), "do not rise"),
+        (lambda ids: ids.update({"th": ids["Ġs"], "Ġs": ids["th"]}), "do not ascend"),
         (lambda ids: ids.update({"th": "x"}), "whole number"),
     ],
 )
