@@ -657,7 +657,11 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
         change("pytorch_model.bin.index.json", b'"a.bin"', b'"/etc/passwd"'),
         "names a file outside its directory",
     ),
-    "layers": ("gpt2", change("config.json", b'"n_layer": 1', b'"n_layer": 1000000000000000'), "no number of layers"),
+    "layers": (
+        "gpt2",
+        change("config.json", b'"n_layer": 1', b'"n_layer": 1000000000000000'),
+        "not a number of layers",
+    ),
     "width": ("gpt2", change("config.json", b'"n_embd": 8', b'"n_embd": 1000000000000000'), "less than or equal"),
     "expanded tensor": (
         "ckpt.pt",

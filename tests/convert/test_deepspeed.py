@@ -416,7 +416,7 @@ def test_tensor_parallel_ranks_are_refused(copy_run: Any) -> None:
 
 
 def test_directory_without_a_checkpoint_is_refused(copy_run: Any, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no DeepSpeed checkpoint; give the directory"):
+    with pytest.raises(CheckpointError, match="not a DeepSpeed checkpoint; give the directory"):
         open_deepspeed(tmp_path)
     directory = copy_run("1")
     tag_directory(directory).rename(directory / "elsewhere")
