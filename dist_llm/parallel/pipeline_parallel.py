@@ -136,7 +136,7 @@ class Pipeline:
         Return each sequence's sum of losses, [B]; zeros on ranks without the last stage.
 
         This does not use the schedule: without backwards, torch's `zbv` deadlocks. Ranks still overlap, because each
-        goes on to the next batch after it has sent this one.
+        continues with the next batch after it has sent this one.
         """
         hidden: tuple[Tensor, ...] = (batch.inputs_BS,)
         for number, model_part in self.model_parts.items():

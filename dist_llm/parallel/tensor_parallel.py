@@ -224,7 +224,7 @@ class VocabParallelHead(Head):
         self.region = region
 
     def forward(self, x_BTD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
-        """As `Head.forward`. Every rank returns the same losses, [B], or all logits, [B, S, V]."""
+        """Compute `Head.forward`. Every rank returns the same losses, [B], or all logits, [B, S, V]."""
         x_BSD = self.region.all_gather_sequence(self.pre_logits(x_BTD))
         weight_VD = tied_VD if self.out is None else self.out.weight
         assert weight_VD is not None
