@@ -1,4 +1,4 @@
-"""The journal of an unfinished corpus: JSON lines that record the durable state. Each line is synced before the next."""
+"""The journal of an unfinished corpus: JSON lines of the durable state. Each line is synced before the next."""
 
 import json
 from collections.abc import Iterator
