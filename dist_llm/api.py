@@ -1,4 +1,4 @@
-"""The public Python API: what the commands do, as functions. `import dist_llm` gives them without importing torch.
+"""The public Python API: the commands as functions. `import dist_llm` provides them without importing torch.
 
     import dist_llm
 
@@ -85,7 +85,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a checkpoint, or a run's newest, on a corpus (default: its own). Rank 0 also prints the result.
 
-    0 stands for the default of `seq_len` and `micro_batch`. Raises ConfigError or DataError.
+    0 selects the default of `seq_len` and `micro_batch`. Raises ConfigError or DataError.
     """
     from dist_llm.launch.world import read_world
     from dist_llm.training.score import Windows, score

@@ -1,7 +1,7 @@
-"""The private interfaces of torch that the package uses, each in one place. No other module may use one.
+"""The private interfaces of torch that the package uses. No other module may use a private interface.
 
-Each holds for torch 2.11 to 2.13 unless its comment says otherwise; `tests/test_compat.py` checks the name and the
-signature of each in the installed torch. DeepSpeed's are in `dist_llm/engines/deepspeed_compat.py`, since only its
+They hold for torch 2.11 to 2.13 unless a comment says otherwise; `tests/test_compat.py` checks the name and the
+signature of each in the installed torch. DeepSpeed's are in `dist_llm/engines/deepspeed_compat.py`, because only its
 engine imports it. Heavy parts of torch are imported on first use.
 """
 
@@ -42,7 +42,7 @@ def shard_offset(tensor: "DTensor") -> tuple[int, ...]:
 
 
 def copy_dtensor_spec(tensor: "DTensor") -> Any:
-    """Return what `build_dtensor` needs to make another DTensor of the same layout."""
+    """Return the spec with which `build_dtensor` makes another DTensor of the same layout."""
     return copy(tensor._spec)
 
 
@@ -91,19 +91,19 @@ def read_flight_recorder() -> list[dict[str, Any]]:
 def saved_by_selective_checkpoint(contexts: Any) -> dict[Any, list[Any]]:
     """Return the outputs that a selective forward saves, by operation.
 
-    `contexts` is what `create_selective_checkpoint_contexts` returned. The dict is filled during the forward.
+    `contexts` is the result of `create_selective_checkpoint_contexts`. The dict is filled during the forward.
     """
     storage: dict[Any, list[Any]] = contexts[0].storage
     return storage
 
 
 def tensors_of(saved: dict[Any, list[Any]]) -> list[Any]:
-    """Return the tensors in what `saved_by_selective_checkpoint` returned."""
+    """Return the tensors of a dict that `saved_by_selective_checkpoint` returned."""
     return [getattr(leaf, "val", None) for leaf in pytree.tree_leaves(dict(saved))]
 
 
 def set_activation_memory_budget(budget: float) -> None:
-    """Let the compiler recompute activations in later compilations. 0: all that it can; 1: what is free."""
+    """Set how much the compiler recomputes in later compilations. 0: all that it can; 1: only what is free."""
     from torch._functorch import config
 
     config.activation_memory_budget = budget

@@ -47,7 +47,7 @@ def iter_element_ids(
 
 
 def splitmix64(x: Tensor) -> Tensor:
-    """The finalizer of splitmix64 on int64. Products wrap; the masks make the shifts logical."""
+    """Apply the finalizer of splitmix64 to int64 values. Products wrap; the masks make the shifts logical."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)

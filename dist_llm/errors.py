@@ -1,7 +1,7 @@
 """Errors that a user can fix. Each message names the file or key, the rule and what to do.
 
 The command line prints them without a traceback and exits with 2. Any other exception is a bug and keeps its traceback.
-`to_user_error` converts those errors of the operating system that a user can fix.
+`to_user_error` converts the errors of the operating system that a user can fix.
 """
 
 import errno

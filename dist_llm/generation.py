@@ -52,7 +52,7 @@ class Offload:
 
 
 def default_device() -> torch.device:
-    """The current GPU, or else the CPU."""
+    """Return the current GPU, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

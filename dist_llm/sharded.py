@@ -1,4 +1,4 @@
-"""Views of sharded tensors: what a rank holds of a full tensor, and which rank it is. Nothing here communicates."""
+"""Views of sharded tensors: a rank's shard of a full tensor, and the rank's coordinates. Nothing here communicates."""
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,7 +20,7 @@ def local_with_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Return the shape of the full tensor, also of a parameter of which DeepSpeed's ZeRO 3 leaves an empty tensor."""
+    """Return the shape of the full tensor, also of parameters that DeepSpeed's ZeRO 3 leaves empty."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 

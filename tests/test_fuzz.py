@@ -657,7 +657,11 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
         change("pytorch_model.bin.index.json", b'"a.bin"', b'"/etc/passwd"'),
         "names a file outside its directory",
     ),
-    "layers": ("gpt2", change("config.json", b'"n_layer": 1', b'"n_layer": 1000000000000000'), "no number of layers"),
+    "layers": (
+        "gpt2",
+        change("config.json", b'"n_layer": 1', b'"n_layer": 1000000000000000'),
+        "not a number of layers",
+    ),
     "width": ("gpt2", change("config.json", b'"n_embd": 8', b'"n_embd": 1000000000000000'), "less than or equal"),
     "expanded tensor": (
         "ckpt.pt",
@@ -673,7 +677,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "larger tensor": ("checkpoint", enlarge_tensor, "has shape .* but 512 elements in its chunks"),
     "longer tensor": ("checkpoint", enlarge_tensor_consistently, "but its tensors end at byte"),
-    "tag outside": ("zero 1", change("latest", b"global_step3", b"../x"), "names no directory beside it"),
+    "tag outside": ("zero 1", change("latest", b"global_step3", b"../x"), "does not name a directory beside it"),
     "ranks": (
         "zero 1",
         change_torch_file("global_step3/mp_rank_00_model_states.pt", lambda all: all.update(dp_world_size=HUGE)),

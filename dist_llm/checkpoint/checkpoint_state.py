@@ -148,9 +148,9 @@ def check_moment_names(name: str, moments: Collection[str], group: Mapping[str, 
         expected = {"momentum_buffer"} if group["momentum"] else set()
     if moments and set(moments) != expected:
         raise CheckpointError(
-            f"optim.name: the checkpoint's optimizer keeps {', '.join(sorted(moments))} of {name}, this one "
-            f"{', '.join(sorted(expected)) or 'nothing'}; set it as it was, or begin a new run with init_from and "
-            "init_optimizer: fresh"
+            f"optim.name: the checkpoint's optimizer has {', '.join(sorted(moments))} of {name}, this one needs "
+            f"{', '.join(sorted(expected)) or 'nothing'}; set optim.name as it was, or start a new run with init_from "
+            "and init_optimizer: fresh"
         )
 
 

@@ -45,7 +45,7 @@ def check_resume(folder: Folder, config: Config) -> list[Difference]:
         can_request = len(requestable) == len(differences)
         changes_data = any(difference.key.startswith("data.") for difference in differences)
         raise CheckpointError(
-            f"{folder}: the run cannot go on, because its config describes another model than this checkpoint:"
+            f"{folder}: the run cannot resume, because its config describes another model than this checkpoint:"
             f"{_format_differences(differences)}\nSet these keys to the checkpoint's values; or start a new run "
             "with another run.dir"
             + (f", init_from={folder} and init_allow=[{','.join(requestable)}]" if can_request else "")

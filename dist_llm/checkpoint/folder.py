@@ -29,7 +29,7 @@ from dist_llm.io.hashing import create_hash, format_digest
 
 READ_BYTES = 1 << 22  # bytes per read request of a remote file
 WRITE_BYTES = 1 << 20  # bytes per write: they are still in the CPU cache when they are hashed
-WRITEBACK_BYTES = 1 << 23  # after so many bytes the system is advised to start writing to the disk
+WRITEBACK_BYTES = 1 << 23  # bytes after which the system is advised to start writing to the disk
 METADATA = ".metadata"  # torch's metadata file
 CANCELLED = "another thread could not write"
 NUM_WRITE_THREADS = 2  # each has its own file: one writes and hashes while the other waits for the disk
@@ -124,7 +124,7 @@ class FolderReader(filesystem.FileSystemReader):
     def __init__(self, folder: Folder) -> None:
         super().__init__(folder.path)
         self.path = folder.path
-        self.fs = _HashingFileSystem(folder.fs)  # type: ignore[assignment]  # declared as one for disks alone
+        self.fs = _HashingFileSystem(folder.fs)  # type: ignore[assignment]  # declared as a file system of disks
         self.folder = folder
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

@@ -51,13 +51,13 @@ def verify(folder: Folder, rank: int = 0, world_size: int = 1, tensors: bool = T
     try:
         for name, record in files.items():
             if (size := folder.size(name)) != record.bytes:
-                raise DamagedError(f"{folder}: damaged: {name} has {size} bytes of {record.bytes}")
+                raise DamagedError(f"{folder}: damaged: {name} has {size} bytes instead of {record.bytes}")
         names = [name for name in files if tensors or not name.endswith(TENSORS)][rank::world_size]
         with ThreadPoolExecutor(NUM_HASH_THREADS) as pool:
             hashes = [files[name].hash for name in names]
             for name, saved, current in zip(names, hashes, pool.map(folder.compute_hash, names, hashes), strict=True):
                 if current != saved:
-                    raise DamagedError(f"{folder}: damaged: {name} is not what was saved (its hash differs)")
+                    raise DamagedError(f"{folder}: damaged: the hash of {name} differs from the saved one")
     except OSError as error:
         raise _read_error(folder, error) from None
 
@@ -77,7 +77,7 @@ def read_manifest(folder: Folder) -> dict[str, FileRecord]:
             for name, entry in json.loads(manifest)["files"].items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise DamagedError(f"{folder}: damaged: {MANIFEST} is not a checkpoint's") from None
+        raise DamagedError(f"{folder}: damaged: {MANIFEST} is not the manifest of a checkpoint") from None
     if outside := [name for name in files if "/" in name or name in ("", ".", "..")]:
         raise DamagedError(f"{folder}: damaged: {MANIFEST} names a file outside the checkpoint: {outside[0]!r}")
     return files

@@ -210,7 +210,7 @@ def resolve_checkpoint(location: Path | str) -> Folder:
     committed = CheckpointStore(folder).list_committed() or checkpoints_of_run(folder).list_committed()
     if not committed:
         raise CheckpointError(
-            f"{location}: holds no complete checkpoint; give a run directory (the run.dir of `dist-llm train`) "
+            f"{location}: has no complete checkpoint; give a run directory (the run.dir of `dist-llm train`) "
             f"or one of its checkpoints/step_* directories that has a {MARKER} file"
         )
     return committed[-1]

@@ -30,11 +30,11 @@ def average(out: str, checkpoints: list[str]) -> None:
     shapes = _model_shapes(all_weights[0])
     for path, weights in zip(paths, all_weights, strict=True):
         if _model_shapes(weights) != shapes:
-            raise CheckpointError(f"{path}: is of another model than {paths[0]}")
+            raise CheckpointError(f"{path}: is not a checkpoint of the same model as {paths[0]}")
         differences = function_differences(read_config(paths[0]), read_config(path))
         if differences := [each for each in differences if each.key != "objective"]:
             values = f"{differences[0].key} {differences[0].now}, {differences[0].before} there"
-            raise CheckpointError(f"{path}: is of another model than {paths[0]}: {values}")
+            raise CheckpointError(f"{path}: is not a checkpoint of the same model as {paths[0]}: {values}")
 
     def mean(name: str) -> Tensor:
         return torch.stack([weights.read(name).double() for weights in all_weights]).mean(0).float()

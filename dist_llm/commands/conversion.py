@@ -1,4 +1,4 @@
-"""What all conversions share: the files of a new checkpoint, progress bars, and the comparison of probes."""
+"""Shared code of all conversions: the files of a new checkpoint, progress bars, and the comparison of probes."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -39,7 +39,7 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint of fp32 weights and small files to `out`; read it back and compare before `out` appears.
 
-    With `hf_directory`, its logits are compared too. `source_probe` is the probe of what was converted.
+    With `hf_directory`, also compare logits with it. `source_probe` is the probe of the source.
 
     Raises CheckpointError if a tensor, the logits or the probe differ.
     """
@@ -71,7 +71,7 @@ def report_probe(expected: Probe | None, actual: Probe | None, path: Path) -> No
 
 
 def new_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source: Path) -> dict[str, bytes]:
-    """The small files of a checkpoint that another program trained: config, environment, progress, tokenizer."""
+    """Return the small files of a checkpoint that another program trained: config, environment, progress, tokenizer."""
     config = Config.model_validate(
         {
             "run": {"dir": str(source), "steps": 1},
@@ -89,7 +89,7 @@ def new_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source
 
 
 def initial_progress() -> dict[str, bytes]:
-    """The progress file of a run at step 0."""
+    """Return the progress file of a run at step 0."""
     return {PROGRESS: json.dumps(Progress().as_dict()).encode()}
 
 

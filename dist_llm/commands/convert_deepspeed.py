@@ -71,13 +71,13 @@ def from_deepspeed(directory: str, out: str, like: str) -> None:
             raise CheckpointError(f"{directory}: {name} {actual}; --like {reference} has {list(shape)}")
     extra = {name for name in weights.shapes if name.startswith("model.")} - expected.keys()
     if unknown := sorted(extra - {f"model.{name}" for name in shared}):
-        raise CheckpointError(f"{directory}: {unknown[0]} is no parameter of the model of --like {reference}")
+        raise CheckpointError(f"{directory}: {unknown[0]} is not a parameter of the model of --like {reference}")
     shapes = {name: shape for name, shape in weights.shapes.items() if name not in extra}
     write_checkpoint(Path(out), LazyWeights(shapes, weights.read), read_small_files(reference) | initial_progress())
 
 
 def optimizer_groups(config: Config) -> tuple[list[list[str]], list[dict[str, Any]], dict[str, str]]:
-    """(parameter names of each group, the groups' other settings, {second name: first} of shared parameters)."""
+    """Return (parameter names of each group, the groups' other settings, {second name: first} of shared parameters)."""
     with torch.device("meta"):
         model = build_model(config.model)
     name_of = {parameter: name for name, parameter in model.named_parameters()}

@@ -83,7 +83,7 @@ def _report_tokenizer(tokenizer: Tokenizer | None, config: Config, family: str) 
     if names := sorted(tokenizer.original_files()):
         console.print(f"tokenizer: the original files, unchanged: {', '.join(names)}")
         if count := extra_ids(config):
-            console.print(f"the {count} ids of the objective, from {tokenizer.vocab_size}, have no names there")
+            console.print(f"the {count} ids of the objective, from {tokenizer.vocab_size} on, have no names there")
     elif family == "qwen2":
         console.print(
             "load the tokenizer with PreTrainedTokenizerFast; AutoTokenizer uses Qwen2's own: docs/checkpoints.md"

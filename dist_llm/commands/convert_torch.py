@@ -51,7 +51,7 @@ def from_torch(file: str, out: str) -> None:
 
 
 def to_weights(content: Mapping[str, Mapping[str, Tensor]]) -> Weights:
-    """The tensors of a file of to-torch. Raises CheckpointError if a value is not a tensor."""
+    """Return the tensors of a file of to-torch. Raises CheckpointError if a value is not a tensor."""
     sections = {
         section: check_only_tensors(tensors, f"a file of torch.save: {section}")
         for section, tensors in content.items()

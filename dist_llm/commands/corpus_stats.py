@@ -69,7 +69,7 @@ def table_rows(corpus: Corpus, distributions: Distributions) -> Iterator[tuple[s
     yield "tokens held out", f"{corpus.manifest.tokens('heldout'):,}"
     for quantile in QUANTILES:
         length = int(np.quantile(distributions.document_lengths, quantile))
-        yield f"tokens of a document, {quantile:.0%} have at most", f"{length:,}"
+        yield f"document length in tokens, {quantile:.0%} quantile", f"{length:,}"
     used = counts[counts > 0]
     frequencies = used / used.sum()
     yield "ids that occur", f"{len(used):,} of {len(counts):,}"

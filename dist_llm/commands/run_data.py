@@ -1,4 +1,4 @@
-"""What the actions of `dist-llm data` share: the config, data history and corpora of a run."""
+"""Shared code of the actions of `dist-llm data`: the config, data history and corpora of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ def open_run(run: Path) -> tuple[Config, DataHistory]:
 
 
 def select_corpora(corpora: Sequence[Path], run: Path | None) -> list[Path]:
-    """The directories of the named corpora, or else of the corpora that a run reads now.
+    """Return the directories of the named corpora, or else of the corpora that a run reads now.
 
     Raises DataError unless exactly one of both is given.
     """

@@ -45,12 +45,12 @@ def find_boundary_problems(corpus: Corpus) -> Iterator[str]:
         shard, offsets = corpus.shards[number], corpus.document_offsets(number).astype(np.int64)
         if len(offsets) and (offsets[0] < 0 or offsets[-1] >= shard.tokens or (np.diff(offsets) <= 0).any()):
             yield f"{shard.offsets_file}: document offsets do not ascend within the shard's {shard.tokens} tokens"
-        elif eot is not None:  # without an end token, the offsets alone define the documents
+        elif eot is not None:  # without an end token, only the offsets define the documents
             yield from _compare_boundaries(shard, offsets[offsets > 0], _end_positions(corpus, number, eot), has_index)
 
 
 def _end_positions(corpus: Corpus, shard_number: int, eot: int) -> Ints:
-    """The positions of the end token within a shard."""
+    """Return the positions of the end token within a shard."""
     num_tokens = corpus.shards[shard_number].tokens
     begin = int(corpus.shard_ends[shard_number]) - num_tokens
     positions = []

@@ -1,4 +1,4 @@
-"""Rules that involve several keys, the corpus or the world size.
+"""Check rules that involve several keys, the corpus or the world size.
 
 `check` reports all violations before any process group starts. `derive.py:resolve` then derives the remaining keys.
 """
@@ -30,7 +30,7 @@ ALLOWED_OBJECTIVES = {
 
 @dataclass(frozen=True)
 class RefusedLayout(Violation):
-    """A broken rule of the layout, with a line that lists layouts that would be valid."""
+    """A violation of the layout, followed by a line that lists valid layouts."""
 
     suggestion: str
 
@@ -39,11 +39,11 @@ class RefusedLayout(Violation):
 
 
 def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violation]:
-    """All broken rules of a run on `world_size` ranks over a corpus with `tokenizer_size` ids."""
+    """Return all violations of a run on `world_size` ranks over a corpus with `tokenizer_size` token ids."""
     objective = list(_check_objective(config))
     data = list(check_data(config))
     if objective:
-        # Sequence lengths and special tokens follow from the objective: check the other rules with a valid one.
+        # Sequence lengths and special tokens depend on the objective: check the other rules with a valid objective.
         config = config.model_copy(
             update={
                 "objective": CausalSpec(),
@@ -75,10 +75,10 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
 
 
 def nearest_layouts(config: Config, world_size: int, tokenizer_size: int, limit: int = 3) -> list[dict[str, int]]:
-    """At most `limit` valid layouts of `world_size` ranks, those nearest to the config's layout first.
+    """Return at most `limit` valid layouts of `world_size` ranks, those nearest to the config's layout first.
 
-    Nearest: the fewest axes of another size, then the smallest factors between old and new sizes, then the most data
-    parallelism. A dp_shard of -1 may take any size.
+    The order: the fewest axes of another size, then the smallest factors between old and new sizes, then the most data
+    parallelism. An axis dp_shard of -1 may take any size.
     """
     requested = {axis: size for axis in AXES if (size := getattr(config.parallel, axis)) > 0}
 
@@ -99,7 +99,7 @@ def nearest_layouts(config: Config, world_size: int, tokenizer_size: int, limit:
 
 
 def _factorizations(number: int, count: int) -> Iterator[tuple[int, ...]]:
-    """All ordered factorizations of `number` into `count` factors."""
+    """Yield all ordered factorizations of `number` into `count` factors."""
     if count == 1:
         yield (number,)
         return
@@ -135,8 +135,9 @@ def _check_relative(model: ModelConfig) -> Iterator[Violation]:
     if model.positions == "relative" and (num_exact < 1 or model.relative_distance <= num_exact):
         yield Violation(
             ("model.relative_buckets", "model.relative_distance", "model.positions"),
-            f"{model.relative_buckets} buckets give {num_exact} exact distances, of {model.relative_distance}; set "
-            f"at least {2 * num_directions} buckets, and a relative_distance above their number / {2 * num_directions}",
+            f"{model.relative_buckets} buckets give {num_exact} exact distances, but relative_distance is "
+            f"{model.relative_distance}; set at least {2 * num_directions} buckets, and a relative_distance above "
+            f"the number of buckets / {2 * num_directions}",
         )
 
 
@@ -153,7 +154,7 @@ def _check_objective(config: Config) -> Iterator[Violation]:
             architectures = [name for name, objectives in ALLOWED_OBJECTIVES.items() if each.name in objectives]
             yield Violation(
                 (f"{where}.name", "model.architecture"),
-                f"{each.name} is no objective of model.architecture {architecture}, which takes "
+                f"{each.name} is not an objective for model.architecture {architecture}, which supports "
                 f"{' or '.join(ALLOWED_OBJECTIVES[architecture])}; {each.name} needs {' or '.join(architectures)}",
             )
             continue

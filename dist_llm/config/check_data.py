@@ -1,4 +1,4 @@
-"""Rules of the `data` section that join several of its keys."""
+"""Check rules that relate several keys of the `data` section."""
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -6,8 +6,8 @@ from itertools import pairwise
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config, DataConfig, SourceConfig
 
-BLOCK = 10_000  # samples in which every source has its exact share
-WINDOWED = ("causal", "masked")  # objectives that take text of any length
+BLOCK = 10_000  # number of samples in which each source has exactly its share
+WINDOWED = ("causal", "masked")  # objectives that accept text of any length
 
 
 def sources_of(data: DataConfig) -> tuple[SourceConfig, ...]:
@@ -16,7 +16,7 @@ def sources_of(data: DataConfig) -> tuple[SourceConfig, ...]:
 
 
 def check_data(config: Config) -> Iterator[Violation]:
-    """Yield all broken rules."""
+    """Yield all violations of the data section."""
     data = config.data
     if bool(data.path) == bool(data.sources):
         problem = "neither is set" if not data.path else "both are set"
@@ -32,8 +32,8 @@ def check_data(config: Config) -> Iterator[Violation]:
     if data.windows != "stream" and wrong:
         yield Violation(
             ("data.windows", "objective.name"),
-            f"{data.windows} gives texts of any length, which {' and '.join(sorted(wrong))} cannot take; set windows "
-            f"to stream, or the objective to {' or '.join(WINDOWED)}",
+            f"{data.windows} yields texts of any length, which {' and '.join(sorted(wrong))} does not support; set "
+            f"windows to stream, or the objective to {' or '.join(WINDOWED)}",
         )
 
 
@@ -41,12 +41,12 @@ def _check_sources(data: DataConfig) -> Iterator[Violation]:
     names = [source.name for source in data.sources]
     for number, name in enumerate(names):
         if name in names[:number]:
-            yield Violation((f"data.sources.{number}.name",), f"'{name}' is the name of an earlier source, too")
+            yield Violation((f"data.sources.{number}.name",), f"'{name}' is already the name of an earlier source")
     weights = {source.name: source.weight for source in data.sources}
     if any(weights.values()) and not all(weights.values()):
         without = ", ".join(name for name, weight in weights.items() if not weight)
         yield Violation(
-            ("data.sources",), f"give all sources a weight or none of them (then epochs hold); without one: {without}"
+            ("data.sources",), f"set the weight of all sources, or of none to use epochs; without a weight: {without}"
         )
     elif data.sources:
         yield from _check_shares("data.sources", weights)
@@ -54,17 +54,17 @@ def _check_sources(data: DataConfig) -> Iterator[Violation]:
 
 def _check_stages(data: DataConfig) -> Iterator[Violation]:
     if data.stages and not data.sources:
-        yield Violation(("data.stages", "data.sources"), "stages weigh sources, but there is one corpus alone")
+        yield Violation(("data.stages", "data.sources"), "stages are weights of sources, but there is one corpus")
         return
     names = {source.name for source in data.sources}
     for number, stage in enumerate(data.stages):
         where = f"data.stages.{number}.weights"
         if unknown := sorted(stage.weights.keys() - names):
-            yield Violation((where,), f"no source is called {', '.join(unknown)}; there are {', '.join(sorted(names))}")
+            yield Violation((where,), f"no source is named {', '.join(unknown)}; there are {', '.join(sorted(names))}")
         if missing := sorted(names - stage.weights.keys()):
-            yield Violation((where,), f"must say the weight of {', '.join(missing)}, too; 0: none of it")
+            yield Violation((where,), f"must also have a weight for {', '.join(missing)}; 0 for none of its samples")
         if not any(stage.weights.values()):
-            yield Violation((where,), "some source must have a weight above 0")
+            yield Violation((where,), "at least one source must have a weight above 0")
         yield from _check_shares(where, stage.weights)
     if any(after.from_tokens <= before.from_tokens for before, after in pairwise(data.stages)):
         yield Violation(("data.stages",), "from_tokens must ascend")
@@ -79,4 +79,4 @@ def starved(weights: Mapping[str, float]) -> Iterator[str]:
     total = sum(weights.values())
     for name, weight in weights.items():
         if 0 < weight * BLOCK < total:
-            yield f"{name} has {weight / total:.1e} of the samples; the least share is 1/{BLOCK}"
+            yield f"{name} has {weight / total:.1e} of the samples; the smallest share is 1/{BLOCK}"

@@ -1,8 +1,8 @@
-"""Refuse keys that have no effect: a value other than the default, where nothing reads it.
+"""Reject keys that have no effect: their value is not the default, but nothing reads it.
 
-A key whose effect depends on the number of ranks (parallel.reshard and its like) is not refused, so that one config
-runs on a laptop and on a cluster. Keys of another optimizer, schedule or objective: the unions of `section.py`. Keys of
-another engine: `check_engine.py`.
+A key whose effect depends on the number of ranks (such as parallel.reshard) is accepted, so that one config runs on a
+laptop and on a cluster. Keys of another optimizer, schedule or objective are rejected by the unions of `section.py`,
+keys of another engine by `check_engine.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from dist_llm.config.load import Violation
 from dist_llm.config.objective_sections import MixtureConfig
 from dist_llm.config.schema import Config
 
-# (key, whether it has an effect, what it needs)
+# (key, whether it has an effect, the condition to satisfy)
 Rule = tuple[str, Callable[[Config], Any], str]
 
 
@@ -46,7 +46,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def check_effect(config: Config) -> Iterator[Violation]:
-    """A violation for each key that is set and has no effect in this config."""
+    """Yield a violation for each key that is set and has no effect in this config."""
     for key, has_effect, needed in RULES:
         section, name = key.split(".")
         values = getattr(config, section)
@@ -69,7 +69,7 @@ def _check_epochs(config: Config) -> Iterator[Violation]:
 
 
 def _is_changed(section: Any, name: str) -> bool:
-    """Whether the key has another value than its default."""
+    """Return whether the value of a key differs from its default."""
     return bool(getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True))
 
 

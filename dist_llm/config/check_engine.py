@@ -1,4 +1,4 @@
-"""Rules of the third-party engines."""
+"""Check the config against the third-party engines."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ NATIVE_DEFAULTS = {"reshard": "default", "reduce_each_microbatch": False, "cpu_o
 
 
 def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
-    """Broken rules of `engine` and of its section."""
+    """Yield violations of `engine` and of the engine's section."""
     engine = config.engine
     if not config.uses_deepspeed and config.deepspeed != DeepSpeedConfig():
         yield Violation(
@@ -35,7 +35,7 @@ def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
 
 
 def _check_third_party(config: Config, ranks: int) -> Iterator[Violation]:
-    """Broken rules of DeepSpeed and accelerate. An engine of another package has its own `check_config`."""
+    """Yield violations for DeepSpeed and accelerate. An engine of another package has its own `check_config`."""
     engine = config.engine
     for needed in {engine, "deepspeed" if config.uses_deepspeed else engine}:
         if find_spec(needed) is None:
@@ -62,7 +62,7 @@ def _check_third_party(config: Config, ranks: int) -> Iterator[Violation]:
 
 
 def check_axes(config: Config) -> Iterator[Violation]:
-    """Axes that the engine does not support."""
+    """Yield violations for axes that the engine does not support."""
     engine = config.engine
     for axis in THIRD_PARTY.get(engine, ()):
         if (size := getattr(config.parallel, axis)) > 1:
@@ -74,14 +74,14 @@ def check_axes(config: Config) -> Iterator[Violation]:
 
 
 def _check_pipeline(config: Config) -> Iterator[Violation]:
-    """DeepSpeed's pipeline passes one tensor between stages, and works with ZeRO stage 1 only."""
+    """Yield violations of DeepSpeed's pipeline: it passes one tensor between stages, and needs ZeRO stage 1."""
     parallel, model, data = config.parallel, config.model, config.data
     if parallel.pp == 1:
         return
     if config.deepspeed.stage != 1:
         yield Violation(
             ("deepspeed.stage", "parallel.pp"),
-            f"stage {config.deepspeed.stage} with a pipeline: it works with stage 1 alone (at 0 DeepSpeed clips by the "
+            f"stage {config.deepspeed.stage} is not supported with a pipeline (at 0 DeepSpeed clips by the gradient "
             "norm of one stage); set 1",
         )
     plain: tuple[tuple[str, bool, str], ...] = (
@@ -98,5 +98,5 @@ def _check_pipeline(config: Config) -> Iterator[Violation]:
         if not holds:
             yield Violation(
                 (key, "parallel.pp", "engine"),
-                f"DeepSpeed's pipeline takes {only} alone; set it so, or engine to native",
+                f"DeepSpeed's pipeline supports only {only}; set this value, or engine to native",
             )

@@ -1,19 +1,19 @@
-"""Rules for products in float8."""
+"""Check rules of matrix products in float8."""
 
 from collections.abc import Iterator
 
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config
 
-MULTIPLE = 16  # the kernels require all sizes of a product to be multiples of it
+MULTIPLE = 16  # the kernels require all dimensions of a product to be multiples of it
 
 
 def check_fp8(config: Config) -> Iterator[Violation]:
-    """Yield what `fp8` is incompatible with in any layout."""
+    """Yield settings that are incompatible with `fp8` in any layout."""
     if config.fp8 and config.precision != "bf16":
         yield Violation(
             ("fp8", "precision"),
-            f"true with precision {config.precision}: what is not in float8 is in bf16; set precision to "
+            f"true with precision {config.precision}: all other products run in bf16; set precision to "
             "bf16, or fp8 to false",
         )
     if config.fp8 and config.engine != "native":
@@ -21,8 +21,8 @@ def check_fp8(config: Config) -> Iterator[Violation]:
 
 
 def check_fp8_sizes(config: Config, d_ff: int) -> Iterator[Violation]:
-    """Yield matrices of the blocks whose shards have sides that the kernels do not support. `d_ff` is the derived
-    one."""
+    """Yield weight matrices of the blocks whose shards the float8 kernels do not support. `d_ff` is the derived hidden
+    size."""
     model, tp = config.model, config.parallel.tp
     if not config.fp8:
         return
@@ -38,6 +38,6 @@ def check_fp8_sizes(config: Config, d_ff: int) -> Iterator[Violation]:
             split = f", {side // ranks} on a rank of tp {ranks}," if ranks > 1 else ""
             yield Violation(
                 (*keys, *(("parallel.tp",) if ranks > 1 else ()), "fp8"),
-                f"a matrix with a side of {side}{split} is not multiplied in float8, which takes multiples of "
+                f"a matrix dimension of {side}{split} is not supported in float8, which needs multiples of "
                 f"{MULTIPLE}; change it, or set fp8 to false",
             )

@@ -1,4 +1,4 @@
-"""Rules of the guard that depend on the engine or the model."""
+"""Check rules of the guard that depend on the engine or the model."""
 
 from collections.abc import Iterator
 
@@ -7,12 +7,12 @@ from dist_llm.config.schema import Config
 
 
 def check_guard(config: Config) -> Iterator[Violation]:
-    """Yield the broken rules of the section `guard`."""
+    """Yield violations of the section `guard`."""
     guard = config.guard
     if guard.spike == "skip" and config.uses_deepspeed and config.deepspeed.stage:
         yield Violation(
             ("guard.spike", "deepspeed.stage"),
-            "skip: DeepSpeed's partitioned optimizers step before the loss can be judged; set rewind, stop or warn",
+            "skip: DeepSpeed's partitioned optimizers step before the loss is checked; set rewind, stop or warn",
         )
     if not guard.replay_every:
         return
@@ -21,5 +21,5 @@ def check_guard(config: Config) -> Iterator[Violation]:
         if not holds:
             yield Violation(
                 (key, "guard.replay_every"),
-                f"must be {only} for a step to be computed twice; set it so, or guard.replay_every to 0",
+                f"must be {only} for guard.replay_every; set it to {only}, or guard.replay_every to 0",
             )

@@ -1,4 +1,4 @@
-"""Rules of the layout: how ranks, batches and matrices divide over its axes, and what is compatible with a pipeline."""
+"""Check how ranks, batches and matrices divide over the axes of the layout, and the rules of pipelines."""
 
 import math
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def check_budget(parallel: ParallelConfig) -> Iterator[Violation]:
     if parallel.activations_gib and parallel.recompute != "none":
         yield Violation(
             ("parallel.activations_gib", "parallel.recompute"),
-            "the budget chooses what each block computes again; set recompute to none, or activations_gib to 0",
+            "the activation budget chooses what each block recomputes; set recompute to none, or activations_gib to 0",
         )
 
 
@@ -77,7 +77,7 @@ def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
             yield Violation(
                 (*keys, "parallel.tp"), f"{number} {what} do not divide over tp {tp}; tp can be {divisors(number)}"
             )
-    # The lengths of an encoder-decoder's second sequence are rounded up to fit.
+    # The input length of an encoder-decoder's decoder is already rounded up to a multiple of tp.
     if tp > 1 and config.parallel.sequence_parallel and config.data.seq_len % (tp * config.parallel.cp):
         yield Violation(
             ("data.seq_len", "parallel.tp", "parallel.cp", "parallel.sequence_parallel"),
@@ -94,7 +94,7 @@ def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
     if tp > 1 and not config.parallel.sequence_parallel and config.compile and selects and model.dropout:
         yield Violation(
             ("parallel.recompute", "parallel.activations_gib", "compile", "parallel.sequence_parallel"),
-            "a compiled block that keeps a selection cannot draw the dropout of a rank's own heads; set "
+            "a compiled block with selective recomputation cannot draw dropout for only its rank's heads; set "
             "sequence_parallel to true, or compile to false, or recompute to full and activations_gib to 0",
         )
 
@@ -104,7 +104,7 @@ def _check_context(config: Config) -> Iterator[Violation]:
     if config.parallel.cp > 1 and config.model.architecture == "encoder_decoder":
         yield Violation(
             ("parallel.cp", "model.architecture"),
-            "an encoder_decoder's sequences are not split over context ranks; set cp to 1",
+            "context parallelism does not support encoder_decoder; set cp to 1",
         )
     if config.parallel.cp > 1 and length % num_chunks:
         nearest = (
@@ -114,8 +114,8 @@ def _check_context(config: Config) -> Iterator[Violation]:
         )
         yield Violation(
             ("data.seq_len", "parallel.cp"),
-            f"{length} tokens do not divide into the {num_chunks} pieces of cp {config.parallel.cp} "
-            f"(two a rank); the nearest that do: {nearest}",
+            f"{length} tokens do not divide into the {num_chunks} chunks of cp {config.parallel.cp} "
+            f"(two per rank); the nearest that do: {nearest}",
         )
 
 
@@ -128,66 +128,66 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
     if blocks < stages:
         yield Violation(
             ("parallel.pp", "model.n_layers", "parallel.pp_schedule"),
-            f"{stages} stages ({parallel.pp_schedule}) need as many blocks, but the model has {blocks}; "
+            f"{stages} stages ({parallel.pp_schedule}) need at least {stages} blocks, but the model has {blocks}; "
             f"pp can be at most {blocks * parallel.pp // stages or 1}",
         )
     if config.model.positions == "relative":
         yield Violation(
             ("parallel.pp", "model.positions"),
-            "the layers share one table of relative positions, which cannot be on several stages; set pp to 1, or "
+            "all layers share one table of relative positions, which cannot be split over stages; set pp to 1, or "
             "positions to rope, learned or sinusoidal",
         )
     microbatches = data.global_batch // ranks // (data.micro_batch or max(1, data.global_batch // ranks))
-    # Interleaved schedules go round the ranks in whole turns.
+    # Interleaved schedules process the microbatches in groups of pp.
     interleaved = parallel.pp_schedule.startswith("interleaved")
     least = 1 if parallel.pp_schedule == "gpipe" else stages if parallel.pp_schedule == "zbv" else parallel.pp
     if microbatches < least or (interleaved and microbatches % parallel.pp):
         rule = f"a multiple of pp {parallel.pp}" if interleaved else f"at least {least}"
         yield Violation(
             ("data.micro_batch", "data.global_batch", "parallel.pp", "parallel.pp_schedule"),
-            f"{microbatches} microbatches for {parallel.pp_schedule} over pp {parallel.pp}, which takes {rule}; "
+            f"{parallel.pp_schedule} over pp {parallel.pp} needs {rule} microbatches, but there are {microbatches}; "
             "lower micro_batch or raise global_batch (microbatches = global_batch / data ranks / micro_batch)",
         )
     if parallel.reduce_each_microbatch:
         yield Violation(
             ("parallel.reduce_each_microbatch", "parallel.pp"),
-            "a pipeline's schedule reduces once, after its last microbatch; set it to false, or pp to 1",
+            "a pipeline reduces gradients once, after its last microbatch; set it to false, or pp to 1",
         )
     if parallel.pp_schedule in SPLIT_BACKWARD:
         yield from _check_split_backward(config)
 
 
 def _check_split_backward(config: Config) -> Iterator[Violation]:
-    """Yield what is incompatible with a schedule that computes gradients of activations first and of weights later."""
+    """Yield settings that are incompatible with computing weight gradients after activation gradients."""
     parallel = config.parallel
     if config.model.architecture == "encoder_decoder":
         yield Violation(
             ("parallel.pp_schedule", "model.architecture"),
-            f"{parallel.pp_schedule} splits backward in two, which torch cannot do where the encoder's output is "
-            "handed on and used, too; set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
+            f"{parallel.pp_schedule} splits backward in two, which torch does not support for the encoder output: a "
+            "stage both uses it and sends it on; set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
         )
     if not splits_backward(torch_version := version("torch")):
         yield Violation(
             ("parallel.pp_schedule",),
-            f"{parallel.pp_schedule} splits backward in two, which torch {torch_version} cannot do with FSDP and the "
-            "loss; upgrade torch to 2.13 or newer, or set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
+            f"{parallel.pp_schedule} splits backward in two, which torch {torch_version} does not support with FSDP "
+            "and the loss; upgrade torch to 2.13 or newer, or set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
         )
     if config.compile:
         yield Violation(
             ("parallel.pp_schedule", "compile"),
-            f"{parallel.pp_schedule} splits backward in two, which torch cannot do with compiled blocks; "
+            f"{parallel.pp_schedule} splits backward in two, which torch does not support with compiled blocks; "
             "set compile to false, or pp_schedule to 1f1b or interleaved_1f1b",
         )
     if parallel.reshard == "always":
         yield Violation(
             ("parallel.reshard", "parallel.pp_schedule"),
-            f"{parallel.pp_schedule} computes the gradients of weights later than those of activations; always frees "
-            "the weights in between, and gradients would be wrong; set reshard to default or never, or pp_schedule to "
-            "1f1b, gpipe or interleaved_1f1b",
+            f"{parallel.pp_schedule} computes weight gradients after activation gradients; with reshard always the "
+            "weights are freed in between, and gradients would be wrong; set reshard to default or never, or "
+            "pp_schedule to 1f1b, gpipe or interleaved_1f1b",
         )
     if parallel.recompute == "selective":
         yield Violation(
             ("parallel.recompute", "parallel.pp_schedule"),
-            f"{parallel.pp_schedule} goes backward through a block twice, but what selective keeps is there once; "
-            "set recompute to full or none, or pp_schedule to 1f1b or interleaved_1f1b",
+            f"{parallel.pp_schedule} runs backward twice per block, but activations that selective saves can be read "
+            "only once; set recompute to full or none, or pp_schedule to 1f1b or interleaved_1f1b",
         )

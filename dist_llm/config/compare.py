@@ -1,9 +1,9 @@
-"""Which keys decide the function that a model computes, and where two configs differ in them.
+"""Compare two configs: classify the keys that decide which function a model computes, and find those that differ.
 
-`MODEL_ROLES` and `OBJECTIVE_ROLES` classify every key of their sections; a test fails where one is missing.
+`MODEL_ROLES` and `OBJECTIVE_ROLES` classify every key of their sections; a test fails if one is missing.
 
-A resume refuses every difference in the function. A start from other weights (`init_from`) refuses those that
-`init_allow` does not name.
+A resume refuses every difference that changes the function. A run that starts from other weights (`init_from`) refuses
+differences that `init_allow` does not name.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,23 +15,23 @@ from dist_llm.config.load import Violation
 from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, mode_of
 from dist_llm.config.schema import Config, ModelConfig
 
-# fixed: decides the function, and no weights of another value can be used.
+# fixed: decides the function; weights trained with another value cannot be loaded.
 # requestable: decides the function; `init_from` accepts another value if `init_allow` names the key.
-# training: does not decide the function of a trained model.
+# training: does not change the function of a trained model.
 Role = Literal["fixed", "requestable", "training"]
 
 MODEL_ROLES: dict[str, Role] = {
     "architecture": "fixed",
     "d_model": "fixed",
     "n_layers": "requestable",
-    "n_encoder_layers": "fixed",  # blocks are numbered from the encoder's first: the decoder's would move
+    "n_encoder_layers": "fixed",  # block numbers start with the encoder, so decoder blocks would be renumbered
     "n_heads": "fixed",
     "n_kv_heads": "fixed",
     "head_dim": "fixed",
     "d_ff": "fixed",
     "vocab_size": "requestable",
-    "vocab_multiple": "training",  # rows of padding are never predicted
-    "max_seq_len": "fixed",  # of a table of learned positions; else no part of the function
+    "vocab_multiple": "training",  # padding rows are never predicted
+    "max_seq_len": "fixed",  # size of the table of learned positions; ignored for other positional encodings
     "positions": "requestable",
     "rope_theta": "requestable",
     "relative_buckets": "fixed",
@@ -55,10 +55,10 @@ MODEL_ROLES: dict[str, Role] = {
 }
 OBJECTIVE_ROLES: dict[str, Role] = {
     "name": "requestable",
-    "mode": "requestable",  # which mode tokens the model knows
+    "mode": "requestable",  # decides which mode tokens the model was trained with
     "see_prefix": "requestable",
-    "mixture": "requestable",  # compared member by member
-    # Which samples are made, not what is computed from one. A resume compares them as part of the data.
+    "mixture": "requestable",  # compared component by component
+    # These decide which samples are built, not the function. A resume compares them as part of the data.
     "weight": "training",
     "mask_rate": "training",
     "whole_words": "training",
@@ -69,7 +69,7 @@ OBJECTIVE_ROLES: dict[str, Role] = {
 }
 REQUESTABLE = (*(f"model.{name}" for name, role in MODEL_ROLES.items() if role == "requestable"), "objective")
 
-# Of the requestable keys, those that add parameters to the model, or drop some.
+# Requestable keys that add parameters to the model or remove some.
 PART_KEYS = {
     f"model.{name}"
     for name in (
@@ -90,7 +90,7 @@ PART_KEYS = {
 
 @dataclass(frozen=True)
 class Difference:
-    """A dotted key that has one value in a checkpoint's config and another now."""
+    """A dotted key whose value in a checkpoint's config differs from the current one."""
 
     key: str
     before: Any
@@ -101,14 +101,14 @@ class Difference:
 
 
 def function_of(model: ModelConfig) -> dict[str, Any]:
-    """What a forward pass of a resolved model depends on, in one form: a key without effect here is None."""
+    """Return the keys that decide the forward pass of a resolved model; a key without effect in this model is None."""
     fields = {key: value for key, value in model.model_dump().items() if MODEL_ROLES[key] != "training"}
     if model.positions != "rope":
         fields["rope_theta"] = None
     if model.positions != "relative":
         fields["relative_buckets"] = fields["relative_distance"] = None
     if model.positions != "learned":
-        fields["max_seq_len"] = None  # how far it was trained, and no limit of the model
+        fields["max_seq_len"] = None  # records the training length; does not limit the model
     if model.architecture != "encoder_decoder":
         fields["n_encoder_layers"] = None
     fields["attention_scale"] = model.attention_scale or model.head_dim**-0.5
@@ -117,10 +117,10 @@ def function_of(model: ModelConfig) -> dict[str, Any]:
 
 
 def function_differences(before: Config, now: Config) -> list[Difference]:
-    """Where two resolved configs compute different functions: keys of `model`, and the objective."""
+    """List the differences that change the function: keys of `model`, and the objective. Both configs are resolved."""
     old, new = function_of(before.model), function_of(now.model)
     raw = before.model.model_dump(), now.model.model_dump()
-    # A change of one key may give another one an effect (positions: rope_theta), which is then no change by itself.
+    # Changing one key can activate another (positions: rope_theta). A key whose own value is equal is not reported.
     keys = [key for key in old if old[key] != new[key] and raw[0][key] != raw[1][key]]
     differences = [Difference(f"model.{key}", raw[0][key], raw[1][key]) for key in keys]
     objectives = _objective_of(before), _objective_of(now)
@@ -128,7 +128,7 @@ def function_differences(before: Config, now: Config) -> list[Difference]:
 
 
 def other_differences(before: Config, now: Config) -> list[Difference]:
-    """Where the model sections differ without changing the function."""
+    """List the differences of the model sections that do not change the function."""
     function = {each.key for each in function_differences(before, now)}
     pairs = zip(before.model.model_dump().items(), now.model.model_dump().values(), strict=True)
     differences = [Difference(f"model.{key}", old, new) for (key, old), new in pairs if old != new]
@@ -136,7 +136,7 @@ def other_differences(before: Config, now: Config) -> list[Difference]:
 
 
 def resume_differences(before: Config, now: Config) -> list[Difference]:
-    """Differences with which a run cannot go on. Its objective and data are compared with data.json instead."""
+    """List the differences that prevent a resume. The objective and the data are compared with data.json instead."""
     differences = [each for each in function_differences(before, now) if each.key != "objective"]
     rows = [round_up(each.model.vocab_size, each.model.vocab_multiple) for each in (before, now)]
     if before.model.vocab_size == now.model.vocab_size and rows[0] != rows[1]:
@@ -163,9 +163,9 @@ def _kind_of(spec: ObjectiveSpec, is_decoder: bool) -> str:
 def merge_model(
     own: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: str, allowed: object
 ) -> tuple[dict[str, Any], list[Violation]]:
-    """(a raw model section from that of the checkpoint at `place`, violations) for `model: {from: place, **own}`.
+    """Merge `model: {from: checkpoint, **own}` onto the model section `saved` of the checkpoint; return violations too.
 
-    Keys that decide the function must agree with the checkpoint's, unless init_allow (`allowed`) names them.
+    Keys that decide the function must agree with the checkpoint, unless init_allow (`allowed`) names them.
     """
     names = list(allowed) if isinstance(allowed, list | tuple) else []
     conflicts = [
@@ -176,7 +176,7 @@ def merge_model(
     violations = [
         Violation(
             (f"model.{name}",),
-            f"{value} stands beside model.from, but {checkpoint} has {saved[name]}; remove the key"
+            f"{value} differs from model.from: {checkpoint} has {saved[name]}; remove the key"
             + (f", or add model.{name} to init_allow" if MODEL_ROLES[name] == "requestable" else ""),
         )
         for name, value in conflicts
@@ -185,13 +185,13 @@ def merge_model(
 
 
 def check_init(config: Config) -> Iterator[Violation]:
-    """Rules of the keys that start a run from other weights."""
+    """Yield violations of the keys that start a run from other weights."""
     if config.init_optimizer == "keep" and not config.init_from:
         yield Violation(
-            ("init_optimizer", "init_from"), "there are no moments to keep without init_from; remove the key"
+            ("init_optimizer", "init_from"), "keep needs init_from, which names the optimizer state; remove the key"
         )
     if config.init_allow and not config.init_from:
-        yield Violation(("init_allow", "init_from"), "there is nothing to allow without init_from; remove the key")
+        yield Violation(("init_allow", "init_from"), "has no effect without init_from; remove the key")
     for name in config.init_allow:
         if name not in REQUESTABLE:
             yield Violation(

@@ -1,4 +1,4 @@
-"""A run's config -> DeepSpeed's JSON, and what contradicts it in a JSON of the user's. Imports no torch."""
+"""Convert a run's config to DeepSpeed's JSON, and check a user's JSON against the config. Imports no torch."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,13 +9,13 @@ from typing import Any
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config
 
-AUTO = "auto"  # in others' JSON: whatever fits
-DEFAULTS: dict[str, Any] = {  # what a user's JSON may set otherwise
+AUTO = "auto"  # in JSON files written for other trainers: use the value of the config
+DEFAULTS: dict[str, Any] = {  # a user's JSON may override these
     "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,  # its own AdamW on CPUs wants a compiler
+    "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU AdamW needs a compiler
     "steps_per_print": None,
 }
-# Sections and keys that change how the step is carried out, and not what it computes or where its tensors lie.
+# Sections and keys that change how a step is executed, but not its result or the layout of its tensors.
 FREE = (
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
@@ -57,19 +57,19 @@ FREE = (
         )
     ),
 )
-TIMERS = ("wall_clock_breakdown", "flops_profiler.enabled")  # which its pipeline cannot stand
+TIMERS = ("wall_clock_breakdown", "flops_profiler.enabled")  # not supported by DeepSpeed's pipeline
 
 
 @dataclass(frozen=True)
 class ConfigValue:
-    """A value, and the key of our config that it comes from."""
+    """A value for DeepSpeed, and the config key that it comes from."""
 
     value: Any
     key: str
 
 
 def deepspeed_json(config: Config, ranks: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given for a resolved and checked config on so many data-parallel ranks."""
+    """Return the JSON for `deepspeed.initialize`. `ranks`: data-parallel ranks. The config is checked and resolved."""
     user_values = {key: value for key, value in _flat(_read(config)) if not key.startswith("optimizer.")}
     config_values = {
         key: each.value for key, each in _config_values(config, ranks).items() if not key.startswith("optimizer.")
@@ -83,20 +83,20 @@ def deepspeed_json(config: Config, ranks: int) -> dict[str, Any]:
 
 
 def check_deepspeed(config: Config, ranks: int) -> Iterator[Violation]:
-    """What DeepSpeed cannot do, or does wrong."""
+    """Yield violations for settings that DeepSpeed does not support or computes incorrectly."""
     zero = config.deepspeed
     if config.precision == "bf16" and zero.stage == 0:
         yield Violation(
             ("deepspeed.stage", "precision"),
-            "at stage 0 with bf16 DeepSpeed takes an optimizer step of its own before the first; set stage 1",
+            "at stage 0 with bf16 DeepSpeed takes an extra optimizer step before the first; set stage 1",
         )
     if config.compile and zero.stage == 3:
         yield Violation(("compile", "deepspeed.stage"), "compiled blocks are not supported at stage 3; set it to false")
     if config.parallel.recompute == "selective" and zero.stage == 3:
         yield Violation(
             ("parallel.recompute", "deepspeed.stage"),
-            "at stage 3 DeepSpeed gathers weights inside a block, and torch's selective recompute does not find them "
-            "again in backward; set recompute to full or none, or stage to 2",
+            "at stage 3 DeepSpeed gathers weights inside a block, and torch's selective recompute does not save them "
+            "for backward; set recompute to full or none, or stage to 2",
         )
     if zero.offload_optimizer != "none" and zero.stage == 0:
         yield Violation(("deepspeed.offload_optimizer", "deepspeed.stage"), "needs a stage of at least 1")
@@ -106,7 +106,7 @@ def check_deepspeed(config: Config, ranks: int) -> Iterator[Violation]:
 
 
 def _contradictions(config: Config, ranks: int) -> Iterator[Violation]:
-    """Between the user's JSON and the config."""
+    """Yield violations where the user's JSON contradicts the config."""
     try:
         user_values = dict(_flat(_read(config)))
     except (OSError, ValueError) as error:
@@ -116,26 +116,26 @@ def _contradictions(config: Config, ranks: int) -> Iterator[Violation]:
     for key, value in user_values.items():
         known = config_values.get(key)
         if key.startswith("optimizer.") and known is None:
-            yield Violation(("deepspeed.config",), f"{name}: remove {key}: optim.* says it all")
+            yield Violation(("deepspeed.config",), f"{name}: remove {key}: the optimizer is configured by optim.*")
         elif key == "scheduler" or key.startswith("scheduler."):
-            yield Violation(("deepspeed.config",), f"{name}: remove {key}: the rate of each step comes from schedule.*")
+            yield Violation(("deepspeed.config",), f"{name}: remove {key}: the learning rate is set by schedule.*")
         elif known is not None and value != AUTO and not _equal(value, known.value):
             yield Violation(
                 ("deepspeed.config", known.key),
-                f"{name} says {key}: {json.dumps(value)}, but {known.key} makes it {json.dumps(known.value)}; set one "
-                f'to the other, or {key} to "auto"',
+                f"{name} sets {key}: {json.dumps(value)}, but {known.key} makes it {json.dumps(known.value)}; change "
+                f'one of them, or set {key} to "auto"',
             )
         elif known is None and not any(key == free or key.startswith(free + ".") for free in FREE):
             yield Violation(
                 ("deepspeed.config",),
-                f"{name}: remove {key}: it is unknown, or would change what a step computes or where its tensors lie",
+                f"{name}: remove {key}: it is unknown, or changes the result of a step or the layout of its tensors",
             )
         elif key in TIMERS and value and config.parallel.pp > 1:
-            yield Violation(("deepspeed.config", "parallel.pp"), f"{name}: remove {key}: pipelines cannot stand it")
+            yield Violation(("deepspeed.config", "parallel.pp"), f"{name}: remove {key}: pipelines do not support it")
 
 
 def _config_values(config: Config, ranks: int) -> dict[str, ConfigValue]:
-    """All that our config decides, by dotted key of DeepSpeed's."""
+    """Return all DeepSpeed values that our config decides, by dotted key of DeepSpeed's JSON."""
     data, optim, zero = config.data, config.optim, config.deepspeed
     micro = data.micro_batch or max(1, data.global_batch // ranks)
     values = {
@@ -164,12 +164,12 @@ def _config_values(config: Config, ranks: int) -> dict[str, ConfigValue]:
 
 
 def _read(config: Config) -> dict[str, Any]:
-    """The user's JSON. Raises OSError or ValueError where it is none."""
+    """Read the user's JSON. Raises OSError if the file cannot be read, ValueError if it is not a JSON object."""
     if not config.deepspeed.config:
         return {}
     content = json.loads(Path(config.deepspeed.config).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not a JSON object")
     return content
 
 
@@ -193,7 +193,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _equal(user_value: Any, config_value: Any) -> bool:
-    """A number is a number however it is written, but true is no 1."""
+    """Return whether two values are equal. 1 equals 1.0, but not true."""
     if isinstance(user_value, bool) or isinstance(config_value, bool):
         return user_value is config_value
     if isinstance(user_value, int | float) and isinstance(config_value, int | float):

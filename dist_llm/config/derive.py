@@ -1,4 +1,4 @@
-"""What follows from a config: the values of keys that were left to be derived, and the arithmetic of layouts."""
+"""Derive config values that were left unset, and compute sizes of layouts."""
 
 import math
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from dist_llm.config.optim_sections import DecayKeys, ScheduleConfig
 from dist_llm.config.schema import Config, ModelConfig, ParallelConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # each rank holds two stages
-SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv")  # gradients of activations first, of weights later
+TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # each rank has two stages
+SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv")  # compute activation gradients first, weight gradients later
 
 
 def splits_backward(version: str) -> bool:
-    """Whether that version of torch can, where there are autograd.Functions: FSDP's and the loss's."""
+    """Return whether this torch version can split backward of an autograd.Function, which FSDP and the loss use."""
     return not version.startswith(("2.11.", "2.12."))
 
 
 def resolve(config: Config, world_size: int, tokenizer_size: int) -> Config:
-    """Replace every "derive it" by its value; `config` must have passed `check`."""
+    """Replace every value that means "derive". The config must have passed `check`."""
     model, data, parallel = config.model, config.data, config.parallel
     shard = dp_shard(parallel, world_size)
     ranks = parallel.dp_replicate * shard
@@ -42,8 +42,8 @@ def resolve(config: Config, world_size: int, tokenizer_size: int) -> Config:
 
 
 def plan_schedule(config: Config, planned: ScheduleConfig | None = None) -> Config:
-    """Fill in schedule.decay_steps where it is 0: with run.steps, or on a resume, as schedule.on_extend says, with the
-    steps of the schedule that was `planned` before."""
+    """Set schedule.decay_steps if it is 0. The value is run.steps; on a resume with schedule.on_extend=keep it is the
+    decay_steps of `planned`, the schedule of the checkpoint."""
     schedule = config.schedule
     if not isinstance(schedule, DecayKeys) or schedule.decay_steps:
         return config
@@ -54,40 +54,40 @@ def plan_schedule(config: Config, planned: ScheduleConfig | None = None) -> Conf
 
 
 def encoder_layers(model: ModelConfig) -> int:
-    """Blocks of an encoder-decoder's encoder; 0 in the other architectures."""
+    """Return the number of encoder blocks of an encoder-decoder; 0 for other architectures."""
     return (model.n_encoder_layers or model.n_layers) if model.architecture == "encoder_decoder" else 0
 
 
 def derived_d_ff(model: ModelConfig) -> int:
-    """The hidden size that d_ff 0 stands for."""
+    """Return the hidden size of the feed-forward layer, derived from d_model if model.d_ff is 0."""
     if model.d_ff:
         return model.d_ff
     return round_up(math.ceil(8 / 3 * model.d_model), 64) if gated(model) else 4 * model.d_model
 
 
 def gated(model: ModelConfig) -> bool:
-    """Whether the feed-forward has a second projection that the first is multiplied with."""
+    """Return whether the feed-forward layer multiplies its activation with a second projection (a gate)."""
     return model.activation in ("swiglu", "geglu", "geglu_tanh")
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `number`."""
+    """Return the smallest multiple of `multiple` that is at least `number`."""
     return -(-number // multiple) * multiple
 
 
 def dp_shard(parallel: ParallelConfig, world_size: int) -> int:
-    """The sharding degree, where -1 takes all that the other axes leave (at least 1)."""
+    """Return the sharding degree. -1 means all ranks that the other axes leave, at least 1."""
     other_axes = parallel.dp_replicate * parallel.cp * parallel.tp * parallel.pp
     return parallel.dp_shard if parallel.dp_shard > 0 else max(1, world_size // other_axes)
 
 
 def divisors(number: int) -> str:
-    """For messages: `1, 2, 3, 6`, the middle left out where there are many."""
+    """Format the divisors of `number` for messages, as `1, 2, 3, 6`; a long list is shortened in the middle."""
     numbers = [n for n in range(1, number + 1) if number % n == 0]
     shown: Sequence[int | str] = numbers if len(numbers) <= 12 else [*numbers[:8], "...", *numbers[-3:]]
     return ", ".join(map(str, shown))
 
 
 def shape(sizes: dict[str, int]) -> str:
-    """`dp_shard 4 x tp 2`: the axes that are used."""
+    """Format the axes of a layout that are larger than 1, as `dp_shard 4 x tp 2`."""
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "dp_shard 1"

@@ -1,4 +1,4 @@
-"""All keys of a config with type, default and description: for `--help-config`, docs/config.md and error messages."""
+"""Describe all keys of a config: type, default and description, for `--help-config`, docs/config.md and messages."""
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +15,11 @@ from dist_llm.errors import ConfigError
 
 FROM = "from"  # a key of the model section that names a checkpoint
 TOP = "top level"
-WIDTH = 100  # characters of a line for a terminal
+WIDTH = 100  # characters per line on a terminal
 
 
 class KeyHelp(NamedTuple):
-    """One key. `name` is dotted; `*` stands for the number of a list's entry. `default` is YAML, or `required`."""
+    """One key. `name` is dotted, with `*` for the index of a list entry. `default` is YAML, or `required`."""
 
     name: str
     type: str
@@ -46,7 +46,7 @@ def describe() -> Iterator[KeyHelp]:
 
 
 def search(text: str) -> list[KeyHelp]:
-    """The keys whose name or description contains `text`. Raises ConfigError if there are none."""
+    """Return the keys whose name or description contains `text`. Raises ConfigError if there are none."""
     if matches := [row for row in describe() if text.lower() in f"{row.name} {row.description}".lower()]:
         return matches
     raise ConfigError(f"no key contains '{text}'; list all keys with dist-llm train --help-config")
@@ -85,14 +85,14 @@ def _description_of(section: str) -> str:
 
 
 def _sections_of(annotation: Any) -> dict[str, type[Section]]:
-    """The members of a union of sections by tag, or the one section under an empty tag; empty for a value."""
+    """Return {tag: section} for a union of sections, {"": section} for one section, and {} for a value."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return {"": annotation}
     return union_members(annotation)
 
 
 def _describe_section(prefix: str, members: Mapping[str, type[Section]]) -> Iterator[KeyHelp]:
-    """Yield the keys of all members, each once. A key that not all members have names those that have it."""
+    """Yield each key of the members once. A key that only some members have lists these members."""
     named = {tag: member for tag, member in members.items() if "name" in member.model_fields}
     fields: dict[str, Any] = {}
     for member in members.values():
@@ -119,7 +119,7 @@ def _describe_field(name: str, field: Any) -> KeyHelp:
 
 
 def type_name(annotation: Any) -> str:
-    """The type of a key, as a user writes its value."""
+    """Return the type of a key as shown to a user."""
     origin = get_origin(annotation)
     if origin is Literal:
         return " | ".join(str(value) or "empty" for value in get_args(annotation))

@@ -20,7 +20,7 @@ def find_engine(name: str) -> EntryPoint | None:
 
 
 def check_engine_name(name: str) -> Iterator[Violation]:
-    """Broken rules: the engine is not registered, or more than once."""
+    """Yield a violation if the engine is not registered, or registered more than once."""
     if name == NATIVE:
         return
     targets = sorted({point.value for point in entry_points(group=GROUP, name=name)})

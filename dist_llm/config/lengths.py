@@ -1,7 +1,7 @@
-"""How much text an objective reads for a sample, and how long the sequences are that it makes of it.
+"""Compute how many tokens an objective reads per sample, and the sequence lengths of the sample.
 
-Plain arithmetic, the same for every sample, so that shapes never change: a sample of `window` tokens
-fills its `data.seq_len` exactly.
+All samples of an objective have equal lengths, so that shapes never change: a window of `window` tokens fills
+`data.seq_len` exactly.
 """
 
 from dataclasses import dataclass
@@ -10,25 +10,25 @@ from functools import lru_cache
 from dist_llm.config.objective_sections import ObjectiveSpec, SpanSpec, mode_of
 from dist_llm.config.schema import Config
 
-# Token ids that come after the tokenizer's own, in this order; sentinels follow.
+# Special token ids, which follow the tokenizer's own ids in this order; the sentinels follow them.
 SPECIALS = ("start", "mask", "R", "S", "X", "fim_prefix", "fim_middle", "fim_suffix")
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of one sample. `source` is what an encoder-decoder's encoder reads; 0 where there is none."""
+    """The lengths of one sample, in tokens. `source` is the input of the encoder; 0 without one."""
 
-    window: int  # tokens read
-    stride: int  # tokens to the next window
-    inputs: int  # what the (only, or second) stack reads, and as many targets
+    window: int  # tokens read from the corpus
+    stride: int  # from the start of one window to the next
+    inputs: int  # inputs, and targets, of the stack that has the head
     source: int = 0
-    noise: int = 0  # span: tokens cut out
-    spans: int = 0  # span: pieces they are cut out in, each with a sentinel
+    noise: int = 0  # span: removed tokens
+    spans: int = 0  # span: removed spans, each replaced by a sentinel
 
 
 @lru_cache(maxsize=256)
 def lengths(spec: ObjectiveSpec, architecture: str, seq_len: int) -> Lengths:
-    """Raises ValueError where `seq_len` is too short for the objective."""
+    """Return the lengths of a sample. Raises ValueError if `seq_len` is too short for the objective."""
     mode = 1 if mode_of(spec) else 0
     span = (3 if architecture == "encoder_decoder" else 5) + mode
     least = {"prefix": 2 + mode, "fim": 7, "masked": 2, "span": span}.get(spec.name, 1)
@@ -44,7 +44,7 @@ def lengths(spec: ObjectiveSpec, architecture: str, seq_len: int) -> Lengths:
 
 
 def noise_tokens(window: int, density: float) -> int:
-    """Tokens cut out of a window: some, and not all."""
+    """Return the number of tokens to remove from a window, at least 1 and at most window - 1."""
     return min(max(round(window * density), 1), window - 1)
 
 
@@ -54,19 +54,19 @@ def _span(spec: SpanSpec, architecture: str, seq_len: int, mode: int) -> Lengths
         return noise, min(max(noise / spec.mean_span, 1.0), noise, window - noise)
 
     if architecture == "encoder_decoder":
-        # The source, [mode] text with sentinels and an end, hardly grows with each token of the window.
+        # Grow the window until its encoder input ([mode] text with sentinels, end) fills seq_len.
         density = spec.noise_density
         output_per_token = 1 - density + min(density / spec.mean_span, 1 - density)
         window = max(2, int((seq_len - mode - 6) / output_per_token))
         while True:
             noise, target = noise_and_spans(window)
             excess = mode + window - noise + round(target) + 1 - seq_len
-            if excess >= 0:  # where one token more added two, to text and sentinels, a sentinel too many
+            if excess >= 0:  # one more token can add two (a token and a sentinel): then drop one sentinel
                 spans = round(target) - excess
                 return Lengths(window, window, noise + spans + 1, seq_len, noise, spans)
             window += 1
-    # In one stack, [mode] text with sentinels, end, spans with sentinels, end: a sentinel is there twice. Of the
-    # numbers of spans that fill the sequence, the one nearest to what the mean length asks for.
+    # A decoder reads [mode] text with sentinels, end, spans with sentinels, end, so each sentinel occurs twice. Several
+    # numbers of spans fill seq_len; choose the one closest to mean_span.
     best = None
     for spans in range(1, seq_len // 2):
         window = seq_len + 1 - mode - 2 - 2 * spans
@@ -80,14 +80,14 @@ def _span(spec: SpanSpec, architecture: str, seq_len: int, mode: int) -> Lengths
 
 
 def all_lengths(config: Config) -> list[Lengths]:
-    """Those of each member of the objective, the inputs as long in all of them."""
+    """Return the lengths of each component of the objective, with `inputs` padded to the longest."""
     unpadded = [lengths(each, config.model.architecture, config.data.seq_len) for each in config.objective.components]
     longest = inputs_len(config)
     return [Lengths(each.window, each.stride, longest, each.source, each.noise, each.spans) for each in unpadded]
 
 
 def inputs_len(config: Config) -> int:
-    """Tokens that the decoder of an encoder-decoder takes, padded to a multiple that layouts divide; else seq_len."""
+    """Return the padded input length of an encoder-decoder's decoder, a multiple of 8 tp; seq_len for other models."""
     if config.model.architecture != "encoder_decoder":
         return config.data.seq_len
     members = config.objective.components
@@ -103,7 +103,7 @@ def sample_tokens(config: Config) -> int:
 
 
 def extra_ids(config: Config) -> int:
-    """Token ids that the objective needs beyond the tokenizer's."""
+    """Return the number of token ids that the objective needs in addition to the tokenizer's."""
     plain = all(each.name in ("causal", "prefix") and not mode_of(each) for each in config.objective.components)
     if plain and config.model.architecture == "decoder":
         return 0

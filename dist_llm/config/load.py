@@ -1,4 +1,4 @@
-"""YAML files and dotted overrides -> one `Config`, or every violation in one error."""
+"""Load a config from YAML files and dotted overrides, and report every violation in one error."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from dist_llm.errors import CheckpointError, ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where `3e-4` is a string and `010` is 8; here they are numbers as in YAML 1.2."""
+    """A YAML loader with the numbers of YAML 1.2. PyYAML follows 1.1, where `3e-4` is a string and `010` is 8."""
 
 
 _Loader.add_implicit_resolver(
@@ -32,7 +32,7 @@ _Loader.add_implicit_resolver(
 
 
 def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int | str:
-    """Decimal digits, `_` allowed between them; YAML 1.1's other integers (0x10, 1:30) stay text."""
+    """Parse decimal digits, with `_` between them. Other integers of YAML 1.1 (0x10, 1:30) stay strings."""
     try:
         return int(node.value)
     except ValueError:
@@ -44,7 +44,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 @dataclass(frozen=True)
 class Violation:
-    """A broken rule; `keys` are the dotted keys it speaks of, the first names the place."""
+    """A broken rule. `keys` are the dotted keys that the rule involves; the message starts with the first one."""
 
     keys: tuple[str, ...]
     message: str
@@ -53,12 +53,12 @@ class Violation:
         return f"{self.keys[0]}: {self.message}"
 
 
-MAX_VALUES = 100_000  # of a YAML file
+MAX_VALUES = 100_000  # in one YAML file
 ModelReader = Callable[[dict[str, Any], object], tuple[dict[str, Any], list[Violation]]]
 
 
 def refuse(violations: Sequence[Violation]) -> None:
-    """Raise one ConfigError that lists them all; do nothing where there are none."""
+    """Raise one ConfigError that lists all violations; return if there are none."""
     if violations:
         lines = "\n".join(f"  {violation}" for violation in violations)
         noun = "1 problem" if len(violations) == 1 else f"{len(violations)} problems"
@@ -68,13 +68,13 @@ def refuse(violations: Sequence[Violation]) -> None:
 def load_config(
     source: Path | Mapping[str, Any] | None, overrides: Sequence[str] = (), read_model: ModelReader | None = None
 ) -> tuple[Config | None, list[Violation]]:
-    """Read the file or mapping `source` and its bases, apply `key.key=value` overrides, validate.
+    """Read `source` (a file or a mapping) and its bases, apply the `key.key=value` overrides, and validate.
 
-    Returns the config and what is wrong with it. Where keys are wrong the config is the one
-    that remains without them, so that `check` can find more; a required number is then 1, and
-    the caller leaves out what `check` says of a wrong key. None where no config remains.
+    Returns (config, violations). Invalid keys are removed from the config, so that `check` can still check the others.
+    A required number with an invalid value becomes 1; the caller must ignore violations of `check` that involve an
+    invalid key. The config is None if it is not valid even without these keys.
 
-    `read_model` gives (the model section of the checkpoint that `model.from` names, violations).
+    `read_model` returns (the model section of the checkpoint that `model.from` names, violations).
     """
     raw = {}
     if isinstance(source, Path):
@@ -98,7 +98,7 @@ def _without_from(model: dict[str, Any], allowed: object) -> tuple[dict[str, Any
 
 
 def _validate(raw: dict[str, Any], violations: list[Violation]) -> tuple[Config | None, list[Violation]]:
-    """The config of what is valid in `raw`, and `violations` with those found here."""
+    """Return the config with the valid keys of `raw`, and `violations` with those of the invalid keys appended."""
     raw = drop_unused_defaults(Config, raw)
     while True:
         try:
@@ -113,7 +113,7 @@ def _validate(raw: dict[str, Any], violations: list[Violation]) -> tuple[Config 
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """`yaml.safe_load` with 1.2 numbers, plain keys, each once, and the place in the error."""
+    """Parse YAML with numbers of YAML 1.2. Raises ConfigError, which starts with `where`, for invalid YAML and keys."""
     try:
         _check_keys(yaml.compose(text, Loader=_Loader), where, count())
         return yaml.load(text, Loader=_Loader)
@@ -124,7 +124,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def load_saved(directory: Path) -> Config:
-    """The config that a run or a checkpoint has beside it. Raises ConfigError where it is not valid."""
+    """Return the config stored in a run or checkpoint directory. Raises ConfigError if it is not valid."""
     config, violations = load_config(directory / "config.yaml")
     refuse(violations)
     assert config is not None
@@ -132,7 +132,7 @@ def load_saved(directory: Path) -> Config:
 
 
 def parse_saved(text: str, where: str) -> Config:
-    """The config that `dump` gave. Raises CheckpointError, naming the file `where`, for anything else."""
+    """Parse a config that `dump` wrote. Raises CheckpointError, which names the file `where`, if it is not valid."""
     raw = drop_unused_defaults(Config, parse_yaml(text, where))
     try:
         return Config.model_validate(raw)
@@ -144,12 +144,12 @@ def parse_saved(text: str, where: str) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back."""
+    """Format a resolved config as YAML that `load_config` can read."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file as nested dicts, merged onto its `base`."""
+    """Read a file into nested dicts and merge it onto its `base`."""
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: `base` leads back to itself: {' -> '.join(str(p) for p in (*seen, path))}")
@@ -199,9 +199,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _check_keys(node: Any, where: str, visited: Iterator[int]) -> None:
-    """Raises ConfigError for a key that is no word or comes twice, and for more values than a config has.
+    """Raise ConfigError for a key that is not a plain word or occurs twice, and for more than MAX_VALUES values.
 
-    A few aliases of aliases stand for more values than fit into memory, so every use of an alias counts.
+    Each use of an alias counts, because a few aliases of aliases can expand to more values than fit into memory.
     """
     if next(visited) > MAX_VALUES:
         raise ConfigError(f"{where}: more than {MAX_VALUES:,} values; aliases (*) of aliases multiply, write them out")
@@ -221,7 +221,7 @@ def _check_keys(node: Any, where: str, visited: Iterator[int]) -> None:
 
 
 def _key_of(detail: ErrorDetails) -> tuple[int | str, ...]:
-    """The keys of the YAML that an error is about: without the tags of unions, and the `name` of an unknown tag."""
+    """Return the location of a validation error, without tags of unions and without the `name` of an unknown tag."""
     location = strip_tags(Config, detail["loc"])
     return (*location, "name") if detail["type"] == "union_tag_invalid" else location
 
@@ -242,7 +242,7 @@ def _violation(detail: ErrorDetails) -> Violation:
 
 
 def _misplaced_key(key: str, location: tuple[int | str, ...]) -> str | None:
-    """The message on a key that only other members of the section's union have; None for an unknown key."""
+    """Return the message for a key of another member of the section's union; None for an unknown key."""
     section = key.rpartition(".")[0]
     field = Config.model_fields.get(str(location[0]))
     owners = owners_of(field.annotation, str(location[-1])) if field else []
@@ -255,7 +255,7 @@ def _misplaced_key(key: str, location: tuple[int | str, ...]) -> str | None:
 
 
 def _remove(raw: dict[str, Any], where: tuple[int | str, ...]) -> bool:
-    """Take out the offending key; where the place is inside a value, the whole value."""
+    """Remove an invalid key. If the error is inside a value, remove the entire value. Returns whether it existed."""
     node: Any = raw
     for part in where[:-1]:
         if not isinstance(node, dict) or part not in node:
@@ -271,7 +271,7 @@ def _remove(raw: dict[str, Any], where: tuple[int | str, ...]) -> bool:
 
 
 def _stand_in(raw: dict[str, Any], where: tuple[int | str, ...]) -> bool:
-    """Put a 1 in the place of a required number, so that the other keys can be checked against each other."""
+    """Set a required number to 1, so that the other keys can be checked against each other. Returns whether it did."""
     if len(where) != 2:
         return False
     section, name = map(str, where)

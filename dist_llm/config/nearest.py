@@ -1,9 +1,9 @@
-"""Find the known key that an unknown key probably means."""
+"""Suggest the key that an unknown key probably means."""
 
 import difflib
 from collections.abc import Sequence
 
-# A name in other trainers -> the name here.
+# The name of a key in other trainers -> our key.
 ALIASES = {
     "adam_epsilon": "optim.eps",
     "batch_size": "data.global_batch",
@@ -62,13 +62,13 @@ ALIASES = {
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Return the end of a message on the unknown key `name`: the probable key, or else the valid ones of its section.
+    """Return the end of the message on the unknown key `name`: similar keys, or else the valid keys of its section.
 
-    Only the last parts of the names are compared, since full names of one section look alike.
+    Only the last component of each name is compared, since full names within a section look alike.
     """
     section, _, leaf = name.rpartition(".")
     neighbours = [key for key in known if key.rpartition(".")[0] == section]
-    # First the same name in another section, then an alias, a similar name of the section, any similar name.
+    # In this order: the same name in another section, an alias, a similar name in the section, any similar name.
     suggestions = [key for key in known if _leaf(key) == leaf]
     suggestions = suggestions or [meaning for alias, meaning in ALIASES.items() if alias == leaf]
     suggestions = suggestions or _misspelt(leaf, neighbours) or _misspelt(leaf, known)

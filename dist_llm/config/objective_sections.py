@@ -102,5 +102,5 @@ ObjectiveConfig = Annotated[
 
 
 def mode_of(spec: ObjectiveSpec) -> str:
-    """The mode token of an objective; empty: none."""
+    """Return the mode token of an objective; empty: none."""
     return spec.mode if isinstance(spec, PrefixSpec | SpanSpec) else ""

@@ -1,4 +1,4 @@
-"""The base of all config sections, the types of their values, and unions of sections.
+"""Define the base of all config sections, the types of their values, and unions of sections.
 
 A union is a section whose keys depend on its key `name`: `optim.name: muon` selects the keys of MuonConfig. A key of
 another member is an error, because it would have no effect.
@@ -10,13 +10,13 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
-MAX_WIDTH, MAX_LAYERS, MAX_IDS = 1 << 24, 10_000, 1 << 31  # a model beyond these is a damaged config
-MIXTURE = "mixture"  # the key that selects the member of this tag
+MAX_WIDTH, MAX_LAYERS, MAX_IDS = 1 << 24, 10_000, 1 << 31  # a larger model means a damaged config
+MIXTURE = "mixture"  # tag of a union's member, and the key that selects it
 Positive = Annotated[int, Field(ge=1, le=1 << 48)]
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
 Width = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
 PositiveWidth = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # what an int64 holds
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # fits into an int64
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -24,7 +24,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
 def key(description: str, default: Any = ...) -> Any:
-    """A key of a section. Without `default` it is required."""
+    """Declare a key of a section. Without `default` it is required."""
     return Field(default, description=description)
 
 
@@ -35,7 +35,7 @@ class Section(BaseModel):
 
 
 def select_by_name(default: str) -> Discriminator:
-    """The discriminator of a union: the key `name`, or `default` without it; `mixture` if that key is set."""
+    """Return the discriminator of a union: the key `name`, else `default`; `mixture` if that key is set."""
 
     def select(value: Any) -> str:
         if isinstance(value, Mapping):
@@ -46,12 +46,12 @@ def select_by_name(default: str) -> Discriminator:
 
 
 def unwrap(annotation: Any) -> Any:
-    """An annotation without its metadata."""
+    """Return an annotation without its metadata."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def union_members(annotation: Any) -> dict[str, type[Section]]:
-    """{tag: section} of a union of sections; empty for another annotation."""
+    """Return {tag: section} for a union of sections; {} for another annotation."""
     annotation = unwrap(annotation)
     if get_origin(annotation) not in (Union, UnionType):
         return {}
@@ -65,15 +65,15 @@ def union_members(annotation: Any) -> dict[str, type[Section]]:
 
 
 def owners_of(annotation: Any, name: str) -> list[str]:
-    """The tags of the members of a union that have the key `name`."""
+    """Return the tags of the union's members that have the key `name`."""
     return [tag for tag, member in union_members(annotation).items() if name in member.model_fields]
 
 
 def drop_unused_defaults(section: type[BaseModel], raw: Any) -> Any:
-    """A raw section without keys of other members of a union that have their default value.
+    """Return a raw section without the default values of keys that only other members of a union have.
 
-    Version 0.1.0 saved the keys of all members, and accepted any value of them. A union with several such defaults was
-    saved by it, and loses all keys of other members.
+    Version 0.1.0 saved the keys of all members and accepted any value of them. A union with several such defaults was
+    saved by that version, so all keys of other members are removed.
     """
     if not isinstance(raw, Mapping):
         return raw
@@ -112,13 +112,13 @@ def _is_default(section: type[Section], name: str, value: Any) -> bool:
 
 
 def parse_union(annotation: Any, raw: Mapping[str, Any]) -> Any:
-    """The section of a union from saved keys; keys that no member has, of another version, are ignored."""
+    """Parse the section of a union from saved keys. Keys that no member has (of another version) are ignored."""
     known = {name: value for name, value in raw.items() if name == "name" or owners_of(annotation, name)}
     return TypeAdapter(annotation).validate_python(_drop_in_value(annotation, known))
 
 
 def strip_tags(section: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """The location of a validation error as keys of the YAML: without the tags of unions."""
+    """Return the location of a validation error without the tags of unions, as keys of the YAML."""
     return tuple(_iter_keys(section, location))
 
 

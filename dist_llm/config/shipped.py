@@ -8,7 +8,7 @@ DIRECTORY = Path(__file__).parents[1] / "configs"
 
 
 def shipped_names() -> list[str]:
-    """The names of the shipped configs, such as `demo` and `families/encoder`."""
+    """Return the names of the shipped configs, such as `demo` and `families/encoder`."""
     return sorted(path.relative_to(DIRECTORY).with_suffix("").as_posix() for path in DIRECTORY.rglob("*.yaml"))
 
 

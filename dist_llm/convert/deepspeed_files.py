@@ -36,11 +36,11 @@ def load_mapped(path: Path) -> Any:
     except CheckpointError:
         raise
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: is missing; copy it from where the run wrote it") from error
+        raise CheckpointError(f"{path}: is missing; copy it from the directory of the run") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: is damaged, or holds what cannot be read without running code; copy it again, or save it without "
-            "what was added to it"
+            f"{path}: is damaged, or contains objects that cannot be read without running code; copy it again, or save "
+            "it without these objects"
         ) from error
     except Exception as error:  # the type depends on where the file is damaged
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -85,7 +85,7 @@ class _PickleModule:
 
 
 def write_placeholders(content: dict[str, Any], path: Path) -> None:
-    """Write a file whose tensors are zero. They are holes in the file until they are filled."""
+    """Write a file whose tensors are zero: holes in the file until they are filled."""
     with torch.serialization.skip_data():
         torch.save(content, path, pickle_module=_PickleModule)
 
@@ -102,7 +102,7 @@ def write_tagged_directory(directory: Path, tag: str, latest: str) -> Iterator[P
     error."""
     final = directory / tag
     if final.exists():
-        raise CheckpointError(f"{final}: is there already; give another tag or directory")
+        raise CheckpointError(f"{final}: exists; give another tag or directory")
     with create_atomically(final) as temporary:
         temporary.mkdir(parents=True)
         yield temporary

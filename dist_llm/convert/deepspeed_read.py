@@ -63,8 +63,8 @@ def _convert_format_errors(folder: Path) -> Iterator[None]:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(
-            f"{folder}: is not as DeepSpeed writes it: {type(error).__name__}: {error}; copy its files again, or save "
-            "with a version of DeepSpeed that is supported"
+            f"{folder}: not in the format of DeepSpeed: {type(error).__name__}: {error}; copy its files again, or save "
+            "with a supported version of DeepSpeed"
         ) from error
 
 
@@ -81,24 +81,24 @@ def _resolve_tag(directory: Path) -> Path:
         if (directory / latest).is_file():
             tag = (directory / latest).read_bytes().decode(errors="replace").strip()
             if "/" in tag or "\0" in tag or tag in ("", ".", "..") or len(tag.encode()) > MAX_NAME_BYTES:
-                raise CheckpointError(f"{directory / latest}: names no directory beside it: {tag[:80]!r}")
+                raise CheckpointError(f"{directory / latest}: does not name a directory beside it: {tag[:80]!r}")
             if not (directory / tag).is_dir():
-                raise CheckpointError(f"{directory / latest}: names {tag[:80]}, which is not there; give one that is")
+                raise CheckpointError(f"{directory / latest}: names {tag[:80]}, which is missing; name one that exists")
             return directory / tag
     if (directory / "zero").is_dir() or any(directory.glob("*_states.pt")):
         return directory
     raise CheckpointError(
-        f"{directory}: no DeepSpeed checkpoint; give the directory that holds `latest`, or one with *_model_states.pt"
+        f"{directory}: not a DeepSpeed checkpoint; give the directory with the file `latest`, or with *_model_states.pt"
     )
 
 
 def _read_zero(folder: Path, groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, Entry]]:
     models, optims = _find_rank_files(folder, "model"), _find_rank_files(folder, "optim")
     if 0 not in models:
-        raise CheckpointError(f"{folder}: has no model states of rank 0; copy them from where the run wrote them")
+        raise CheckpointError(f"{folder}: has no model states of rank 0; copy them from the directory of the run")
     model = load_mapped(models[0])
     if not isinstance(model, dict) or not isinstance(model.get("module"), dict):
-        raise CheckpointError(f"{models[0]}: holds no `module`; checkpoints of pipelines are not supported")
+        raise CheckpointError(f"{models[0]}: has no `module`; checkpoints of pipelines are not supported")
     if model.get("param_shapes") is None:
         yield from _read_unpartitioned(models[0], model, groups)
         return
@@ -137,7 +137,7 @@ def _read_optimizer_weights(
         shapes = {name: tuple(shape) for name, shape in group.items()}
         if (counts[number] if isinstance(counts, list) else counts) != len(ranks):
             raise CheckpointError(
-                f"{files[0]}: group {number} lies on other ranks than the rest (experts?): not supported"
+                f"{files[0]}: group {number} is on other ranks than the rest (expert parallelism?): not supported"
             )
         gaps = () if stage_3 else ranks[0].get("param_alignment_paddings", {number: ()})[number]
         layout = per_param_layout(shapes, len(ranks)) if stage_3 else contiguous_layout(shapes, len(ranks), gaps)
@@ -196,7 +196,7 @@ def _read_unpartitioned(path: Path, model: Any, groups: Sequence[Sequence[str]])
     optimizer = model.get("optimizer") or {"state": {}}
     if "state" not in optimizer:
         raise CheckpointError(
-            f"{path}: bf16 and fp16 at stage 0 keep their fp32 weights in a form that is not supported; "
+            f"{path}: the fp32 weights of bf16 and fp16 at stage 0 are stored in a form that is not supported; "
             "save at stage 1, or as a universal checkpoint"
         )
     for name, tensor in model["module"].items():
@@ -273,7 +273,7 @@ def _find_rank_files(folder: Path, kind: str) -> dict[int, Path]:
         if match is None or int(match[2]):
             raise CheckpointError(
                 f"{path}: of a run with tensor, pipeline or expert parallelism, which is not supported; "
-                "use a checkpoint of data-parallel ranks alone"
+                "use a checkpoint of data-parallel ranks only"
             )
         files[int(match[1] or 0)] = path
     return files

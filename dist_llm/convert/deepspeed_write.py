@@ -115,8 +115,8 @@ def write_universal(directory: Path, weights: Weights, *, step: int, tag: str = 
                 torch.save({"param": weights.read(full).float().contiguous(), "cat_dim": 0}, folder / f"{key}.pt")
             if steps is not None:
                 torch.save(torch.tensor(steps), folder / "step.pt")
-        # An engine copies its groups' settings from here, one by one. There is nothing to copy, but the list must not
-        # be shorter than the engine's.
+        # An engine copies its groups' settings from this list, one by one. The settings are empty, but the list
+        # must have as many entries as the engine has groups.
         no_settings = [{"params": [number]} for number in range(len(shapes))]
         state = {} if steps is None else {0: {"step": torch.tensor(steps)}}
         optimizer = {"state": state, "param_groups": no_settings}
@@ -140,12 +140,12 @@ def _check_groups(
         )
     names = [name for group in groups for name in group]
     if len(set(names)) != len(names):
-        raise CheckpointError("a parameter is twice in the groups; give those of the optimizer as they are")
+        raise CheckpointError("a parameter is twice in the groups; give the groups of the optimizer unchanged")
     known = {name[6:] for name in weights.shapes if name.startswith("model.")} - shared.keys()
     if wrong := sorted(known.symmetric_difference(names)):
         raise CheckpointError(
-            f"{wrong[0]} is {'in no group' if wrong[0] in known else 'not in the weights'}; groups hold each parameter "
-            "once (frozen ones and buffers cannot be written; take them out)"
+            f"{wrong[0]} is {'in no group' if wrong[0] in known else 'not in the weights'}; groups must have each "
+            "parameter once (frozen parameters and buffers cannot be written; remove them)"
         )
 
 
@@ -158,7 +158,7 @@ def _moment_keys(weights: Weights, names: Sequence[str]) -> list[str]:
             keys[name].add(key)
     all_keys = set().union(*keys.values())
     if lacking := [name for name in names if keys[name] != all_keys]:
-        raise CheckpointError(f"{lacking[0]} lacks moments that others have; take all moments out, or none")
+        raise CheckpointError(f"{lacking[0]} lacks moments that others have; remove all moments, or none")
     return sorted(all_keys - {"step"})
 
 
@@ -167,7 +167,7 @@ def _common_step(weights: Weights, names: Iterator[str] | Mapping[str, Any]) -> 
     steps = {float(weights.read(full)) for name in names if (full := f"optim.{name}.step") in weights.shapes}
     if len(steps) > 1:
         raise CheckpointError(
-            f"parameters have taken {sorted(steps)} steps, but DeepSpeed keeps one number; take all moments out"
+            f"parameters have taken {sorted(steps)} steps, but DeepSpeed stores one number; remove all moments"
         )
     return steps.pop() if steps else None
 

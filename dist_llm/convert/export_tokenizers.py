@@ -1,6 +1,6 @@
-"""Write a tokenizer as Hugging Face's files: the original files of an imported one, else a conversion of ours.
+"""Write a tokenizer as Hugging Face files: the original files of an imported one, else a conversion of ours.
 
-A conversion is verified: the files are read again, and both libraries encode the same texts.
+A conversion is verified: the files are read back, and both libraries encode the same texts.
 """
 
 import json
@@ -28,16 +28,16 @@ def export_tokenizer(
 ) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, for `transformers.AutoTokenizer`, into `directory`.
 
-    `extra` counts the ids that objectives add (`dist_llm/config/lengths.py:extra_ids`); None: all that `model` has
-    beyond the tokenizer's. They become special tokens: `<start>`, `<mask>`, ..., `<sentinel 0>`, ... `<|endoftext|>`
-    is eos_token and pad_token, and bos_token too where the model is a decoder; else that is `<start>`. A
-    `<mask>` in a text takes the blanks before it, as words do. No id is put before or after a text.
+    `extra` is the number of ids that objectives add (`dist_llm/config/lengths.py:extra_ids`); None: all ids of `model`
+    beyond the tokenizer's. They become special tokens: `<start>`, `<mask>`, ..., `<sentinel 0>`, ... `<|endoftext|>` is
+    eos_token and pad_token. bos_token is `<|endoftext|>` for a decoder and `<start>` for other architectures. `<mask>`
+    in a text absorbs the blanks before it, as words do. No id is added before or after a text.
 
-    Ids are those of `Tokenizer.encode` but for this: Hugging Face takes the string of a special token for the token,
-    unless loaded with `split_special_tokens=True`. It refuses lone surrogates, decodes an id without a token to
-    nothing, and may cut a million blanks in a row elsewhere.
+    Ids equal those of `Tokenizer.encode`, with these exceptions. Hugging Face encodes the string of a special token as
+    that token, unless loaded with `split_special_tokens=True`. It rejects lone surrogates, decodes an id without a
+    token to an empty string, and may split a million consecutive blanks at other positions.
 
-    Raises CheckpointError where the pattern or a token has no equal there, or what was written reads differently.
+    Raises CheckpointError if the pattern or a token cannot be expressed, or the written files encode differently.
     """
     size = tokenizer.vocab_size
     extra = (model.vocab_size - size if model is not None else 0) if extra is None else extra
@@ -99,12 +99,12 @@ def export_chars(tokenizer: CharTokenizer, directory: Path) -> None:
         reference.encode(text).ids != tokenizer.encode(text).tolist()
         or reference.decode([*tokenizer.encode(text)]) != text
     ):
-        raise CheckpointError(f"{directory}: what was written is not the tokenizer of characters.")
+        raise CheckpointError(f"{directory}: the written tokenizer differs from the tokenizer of characters.")
 
 
 def _build_content(tokenizer: BPETokenizer, special: Mapping[str, int], mask: str | None) -> dict[str, Any]:
-    """Build `tokenizer.json`. Special tokens are in the vocabulary too: Hugging Face allows no gaps in ids beyond
-    it."""
+    """Build `tokenizer.json`. Special tokens are in the vocabulary too, because Hugging Face allows no gaps in the ids
+    after it."""
     vocab, merges = (
         {to_printable(token): rank for token, rank in tokenizer.ranks.items()},
         list(iter_merges(tokenizer.ranks)),
@@ -132,7 +132,7 @@ def _verify_written(tokenizer: BPETokenizer, special: Mapping[str, int], directo
     except Exception as error:  # `tokenizers` raises plain exceptions
         raise CheckpointError(f"{directory}: {error}") from None
     if reopened.sha256 != tokenizer.sha256:
-        raise CheckpointError(f"{directory}: what was written is not tokenizer {tokenizer.name}.")
+        raise CheckpointError(f"{directory}: the written tokenizer differs from tokenizer {tokenizer.name}.")
     reference = Reference.from_file(str(directory / TOKENIZER_FILE))
     byte_ids = [tokenizer.ranks[bytes([byte])] for byte in range(256)]
     for ids, text in (
@@ -140,4 +140,4 @@ def _verify_written(tokenizer: BPETokenizer, special: Mapping[str, int], directo
         *(([token], name) for name, token in special.items()),
     ):
         if reference.decode(ids, skip_special_tokens=False) != text:
-            raise CheckpointError(f"{directory}: {text!r} has no equal in Hugging Face's files.")
+            raise CheckpointError(f"{directory}: {text!r} cannot be expressed in Hugging Face's files.")

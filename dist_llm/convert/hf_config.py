@@ -16,7 +16,7 @@ from dist_llm.convert.hf_config_fields import ConfigFields
 from dist_llm.errors import CheckpointError
 
 LAYER_COUNTS = {"n_layer", "num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"}
-# Of each native name's counterparts, the first is written.
+# Our name -> Hugging Face's names. An export writes the first.
 ACTIVATIONS = {
     "gelu": ("gelu",),
     "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
@@ -34,16 +34,16 @@ def parse_hf_config(content: Mapping[str, Any], ignored: Collection[str] = ()) -
         raise CheckpointError(f"config.json: model_type {family} is not supported; choose from {', '.join(READERS)}")
     for name in LAYER_COUNTS & content.keys():
         if type(content[name]) is not int or content[name] > MAX_LAYERS:
-            raise CheckpointError(f"config.json: {name} {content[name]!r} is no number of layers up to {MAX_LAYERS}")
+            raise CheckpointError(f"config.json: {name} {content[name]!r} is not a number of layers up to {MAX_LAYERS}")
     fields = ConfigFields(content)
     try:
         model = ModelConfig(**READERS[family](fields), vocab_size=fields["vocab_size"])
     except KeyError as error:
-        raise CheckpointError(f"config.json: of model_type {family}, but has no {error}") from None
+        raise CheckpointError(f"config.json: has model_type {family}, but no {error}") from None
     except ValidationError as error:
         raise CheckpointError(f"config.json: {error}") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"config.json: has a value of another type than model_type {family}: {error}") from None
+        raise CheckpointError(f"config.json: a value has the wrong type for model_type {family}: {error}") from None
     fields.check_all_read(ignored)
     return model
 
@@ -51,7 +51,7 @@ def parse_hf_config(content: Mapping[str, Any], ignored: Collection[str] = ()) -
 def build_hf_config(model: ModelConfig, family: str = "") -> dict[str, Any]:
     """Build config.json of a resolved model, for `family` or the first family that fits.
 
-    Raises CheckpointError that names what the family, or the closest one, cannot express.
+    Raises CheckpointError that names the keys that the family, or the closest one, cannot express.
     """
     if family and family not in WRITERS:
         raise CheckpointError(f"family {family} is not supported; choose from {', '.join(WRITERS)}")
@@ -169,9 +169,9 @@ def _write_bert(m: ModelConfig) -> dict[str, Any]:
 
 def _read_t5(c: ConfigFields) -> dict[str, Any]:
     if c.get("feed_forward_proj") != "gated-gelu":
-        raise CheckpointError("config.json: of T5 only v1.1 is supported (feed_forward_proj gated-gelu)")
+        raise CheckpointError("config.json: only T5 v1.1 is supported (feed_forward_proj gated-gelu)")
     if c.get("scale_decoder_outputs", c.get("tie_word_embeddings", True)):
-        raise CheckpointError("config.json: of T5 only v1.1 is supported (tie_word_embeddings false)")
+        raise CheckpointError("config.json: only T5 v1.1 is supported (tie_word_embeddings false)")
     return {
         **_native_sizes(
             c["d_model"], c.get("num_decoder_layers") or c["num_layers"], c["num_heads"], c["d_ff"], c["d_kv"]

@@ -101,7 +101,7 @@ class ConfigFields(Mapping[str, Any]):
                 continue
             if name not in OFF_VALUES:
                 raise CheckpointError(
-                    f"config.json: the field {name} ({value!r}) is not known for model_type "
+                    f"config.json: the field {name} ({value!r}) is unknown for model_type "
                     f"{self.fields.get('model_type')}, and may change what the model computes; if you know that it "
                     f"does not, convert with --ignore-field {name}"
                 )

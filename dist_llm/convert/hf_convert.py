@@ -25,7 +25,7 @@ from dist_llm.text.hf_folder import GENERATION_FILE, TOKEN_IDS
 from dist_llm.text.hf_tokenizer import HFTokenizer
 from dist_llm.text.tokenizer import Tokenizer
 
-# prefix of tensors that only Hugging Face's model has; a checkpoint saves them for the way back
+# prefix of tensors that only Hugging Face's model has; a checkpoint saves them for a later export
 HF_ONLY_PREFIX = "theirs."
 SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
 PREFIXES = ("transformer.", "model.", "bert.")  # prefixes of the body, which some checkpoints omit
@@ -83,7 +83,7 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
         saved = {key: weights.read(HF_ONLY_PREFIX + key) for key in {name, SEGMENTS} & hf_only}
         if name != SEGMENTS:
             return to_hf(by_hf_name[name], read_native, saved)
-        # Unchanged, if the position embeddings are unchanged: the first segment is added to them.
+        # Unchanged if the position embeddings, to which the first segment is added, are unchanged.
         (pair,) = [pair for pair in table if pair.plus_row]
         unchanged = saved and torch.equal(to_hf(by_hf_name[pair.hf], read_native, {}), _read_folded(weights, pair))
         return saved[name] if unchanged else torch.zeros(2, model.d_model)
@@ -113,7 +113,7 @@ def from_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weigh
 
     def read(name: str) -> Tensor:
         if family == "t5" and name == "lm_head.weight" and name not in stored_names:
-            name = "shared.weight"  # equal when it was saved, which v1.1 does not record
+            name = "shared.weight"  # the two were equal at the save, which the config of v1.1 does not record
         if name not in stored_names:
             raise CheckpointError(f"the Hugging Face checkpoint lacks {name}")
         return weights.read(stored_names[name]).float()
@@ -156,7 +156,7 @@ def _check_unmapped(weights: Weights, stored_names: Mapping[str, str], known: se
 
 
 def find_unused_heads(weights: Weights) -> list[str]:
-    """Return the tensors of heads that our models do not have, so that the caller can report what is left out."""
+    """Return the tensors of heads that our models do not have, so that the caller can report them."""
     return sorted(name for name in weights.shapes if UNUSED_HEADS.fullmatch(name))
 
 
@@ -171,7 +171,7 @@ def export_hf(
     ids: Mapping[str, Any] | None = None,
     generation: bytes | None = None,
 ) -> Weights:
-    """Write everything that `from_pretrained` needs into `directory`; return the view of what was written.
+    """Write all files that `from_pretrained` needs into `directory`. Return the view of the written tensors.
 
     `ids` has the TOKEN_IDS, and `generation` is generation_config.json, if the model was imported from Hugging Face;
     else they come from the tokenizer. A tokenizer that was imported with files is written back unchanged.
@@ -190,7 +190,7 @@ def export_hf(
     try:
         _export_tokenizer(tokenizer, directory, config)
     except CheckpointError as error:
-        raise CheckpointError(f"{error} Weights can be exported alone, with --no-tokenizer.") from None
+        raise CheckpointError(f"{error} Use --no-tokenizer to export only the weights.") from None
     if generation is not None:
         (directory / GENERATION_FILE).write_bytes(generation)
     write_safetensors(directory, view, dtype, shard_bytes)
@@ -198,7 +198,7 @@ def export_hf(
 
 
 def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """Return the special ids; None for each if there is no tokenizer: a family's defaults belong to another
+    """Return the special ids; None for each without a tokenizer, because a family's defaults belong to another
     tokenizer."""
     if isinstance(tokenizer, HFTokenizer) and tokenizer.token_ids:
         return tokenizer.token_ids
@@ -246,5 +246,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, where an object belongs; copy it again")
+        raise CheckpointError(f"{path}: contains a {type(content).__name__} instead of an object; copy it again")
     return content

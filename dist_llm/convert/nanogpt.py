@@ -44,7 +44,7 @@ def from_nanogpt(content: Mapping[Any, Any], where: str = "ckpt.pt") -> tuple[Mo
     if not isinstance(arguments, dict) or "model" not in content:
         raise CheckpointError(f"{where}: not a checkpoint of nanoGPT: has no model and model_args")
     if unknown := sorted(map(str, arguments.keys() - ARGUMENTS)):
-        raise CheckpointError(f"{where}: nanoGPT's model_args: {unknown[0]} ({arguments[unknown[0]]!r}) is not known")
+        raise CheckpointError(f"{where}: nanoGPT's model_args: {unknown[0]} ({arguments[unknown[0]]!r}) is unknown")
     if missing := sorted(ARGUMENTS - {"dropout"} - arguments.keys()):
         raise CheckpointError(f"{where}: nanoGPT's model_args: {missing[0]} is missing")
     sizes = {key: arguments[argument] for argument, key in SIZES.items()}
@@ -78,7 +78,7 @@ def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any
     arguments |= {"bias": model.bias, "dropout": model.dropout}
     expected, actual = function_of(model), function_of(from_nanogpt({"model_args": arguments, "model": {}})[0])
     if mismatches := [f"{key} {expected[key]} (not {actual[key]})" for key in expected if actual[key] != expected[key]]:
-        raise CheckpointError(f"nanoGPT has no such model: this one has {', '.join(mismatches)}")
+        raise CheckpointError(f"nanoGPT does not support this model: it has {', '.join(mismatches)}")
     view = to_huggingface(weights, model, "nanogpt")
     # nanoGPT's optimizer numbers the parameters in module order.
     names = [

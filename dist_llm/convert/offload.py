@@ -1,4 +1,4 @@
-"""Load a model that is larger than memory, by accelerate: blocks wait on GPUs, in host memory or on disk until used."""
+"""Load a model that is larger than memory by accelerate: blocks stay on GPUs, in host memory or on disk until used."""
 
 import atexit
 import logging
@@ -44,7 +44,7 @@ def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder
     free_bytes["cpu"] = memory_bytes
     free_bytes[main] -= _count_bytes(*(getattr(model, name) for name in ends))
     if free_bytes[main] < 0:
-        raise ConfigError(f"--memory: embedding and head take {-free_bytes[main] / 2**20:.1f} MiB more than there is")
+        raise ConfigError(f"--memory: embedding and head need {-free_bytes[main] / 2**20:.1f} MiB more than available")
     device_map: dict[str, int | str] = dict.fromkeys(ends, main)
     for name, block in model.blocks.items():
         target = next((target for target, size in free_bytes.items() if size >= _count_bytes(block)), "disk")
@@ -56,12 +56,12 @@ def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder
     view = LazyWeights(
         {name.removeprefix("model."): saved.shapes[name] for name in names}, lambda name: saved.read(f"model.{name}")
     )
-    # it warns that modules are offloaded, which is intended
+    # accelerate warns that modules are offloaded, which is intended
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--offload: {folder} cannot be made: {error.strerror}") from None
+        raise ConfigError(f"--offload: {folder} cannot be created: {error.strerror}") from None
     offloaded = Path(tempfile.mkdtemp(prefix="blocks_", dir=folder))
     with tempfile.TemporaryDirectory(prefix="weights_", dir=folder) as weights:
         write_safetensors(Path(weights), view)

@@ -133,7 +133,7 @@ def load_torch(path: Path) -> dict[Any, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: cannot be read as a file of torch.save: {reason}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__} and not a dictionary")
+        raise CheckpointError(f"{path}: contains a {type(content).__name__} instead of a dictionary")
     check_tensor_sizes(content, path)
     return content
 
@@ -152,7 +152,7 @@ def check_tensor_sizes(content: object, path: Path) -> None:
             if item.layout != torch.strided or item.device.type != "cpu" or item.numel() * item.element_size() > size:
                 raise CheckpointError(
                     f"{path}: a tensor {list(item.shape)} ({item.layout}, {item.device}) is larger than the file or no "
-                    "plain tensor; save it again with torch.save of its contiguous copy"
+                    "plain tensor; save a contiguous copy of it with torch.save"
                 )
         elif isinstance(item, dict | list | tuple) and id(item) not in seen:
             seen.add(id(item))
@@ -163,8 +163,8 @@ def check_only_tensors(content: object, where: str) -> dict[str, Tensor]:
     """Return `content` if it is a dictionary of named tensors. Raises CheckpointError, prefixed with `where`,
     otherwise."""
     if not isinstance(content, dict):
-        raise CheckpointError(f"{where}: holds a {type(content).__name__} and not a dictionary of tensors")
+        raise CheckpointError(f"{where}: contains a {type(content).__name__} instead of a dictionary of tensors")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{where}: holds {name!r}, a {type(tensor).__name__}, where only tensors belong")
+            raise CheckpointError(f"{where}: {name!r} is a {type(tensor).__name__} instead of a tensor")
     return content

@@ -31,7 +31,7 @@ def write_atomically(target: Path) -> Iterator[Path]:
     Raises CheckpointError if `target` exists.
     """
     if target.exists() and (target.is_file() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: is there already; name another output, or remove it")
+        raise CheckpointError(f"{target}: exists; name another output, or remove it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with create_atomically(target) as temporary:
@@ -119,7 +119,7 @@ def verify_written(written: Weights, source: Weights, dtype: torch.dtype) -> Non
     A weight matrix of zeros is an error too, unless MAY_BE_ZERO matches its name.
     """
     if written.shapes != source.shapes:
-        raise CheckpointError(f"what was written has other tensors: {sorted(set(written.shapes) ^ set(source.shapes))}")
+        raise CheckpointError(f"the written tensors differ: {sorted(set(written.shapes) ^ set(source.shapes))}")
     for name, shape in source.shapes.items():
         expected = _compute_digest(source.read(name).to(dtype))  # keep the digest, not the tensor: one tensor at a time
         actual = written.read(name).to(dtype)
@@ -128,7 +128,7 @@ def verify_written(written: Weights, source: Weights, dtype: torch.dtype) -> Non
         if not (torch.isfinite(smallest) and torch.isfinite(largest)):
             raise CheckpointError(f"{name}: has values that are not finite")
         if _compute_digest(actual) != expected:
-            raise CheckpointError(f"{name}: what was written is not what was read")
+            raise CheckpointError(f"{name}: the written values differ from the source")
         if len(shape) > 1 and not MAY_BE_ZERO.fullmatch(name) and smallest == largest == 0:
             raise CheckpointError(f"{name}: is all zero")
 

@@ -60,7 +60,7 @@ class Corpus:
         self._remote_shards = {index for index, shard in enumerate(self.shards) if is_remote(shard.file)}
         self._mapped_shards: dict[int, _MappedShard] = {}
         self._cached_documents = lru_cache(MAX_MAPPED_SHARDS)(self._map_documents)
-        self._reads_from_disk = True  # False once a batch is read at memory speed: then nothing is prefetched
+        self._reads_from_disk = True  # False once a batch is read at memory speed; then nothing is prefetched
         if verify == "hash":
             for index in range(len(self.shards)):
                 self._verify_hash(index)
@@ -90,7 +90,7 @@ class Corpus:
         return rows
 
     def _copy_windows(self, rows: Tokens, starts: list[int], indices: list[int]) -> None:
-        """Copy the window that begins at token starts[i], in shard indices[i], to row i. At most MAX_MAPPED_SHARDS
+        """Copy the window at token starts[i], which begins in shard indices[i], to row i. At most MAX_MAPPED_SHARDS
         rows."""
         length, shards = rows.shape[1], [self._map_shard(index) for index in indices]
         if self._reads_from_disk:
@@ -108,11 +108,11 @@ class Corpus:
                 rest = self._map_shard(index).tokens[: length - filled]
                 row[filled : filled + len(rest)] = rest
                 filled += len(rest)
-        # A copy slower than any memory's bandwidth came from disk, and the next batch probably does too.
+        # A copy slower than memory bandwidth came from disk, and the next batch probably does too.
         self._reads_from_disk = rows.nbytes < (time.perf_counter() - begin) * MEMORY_BYTES_PER_SECOND
 
     def _fetch_shards(self, shard_indices: set[int]) -> None:
-        """Fetch these remote shards in parallel: the windows of a shuffled batch lie in as many shards."""
+        """Fetch these remote shards in parallel. A shuffled batch reads from as many shards as it has windows."""
         with ThreadPoolExecutor(FETCH_THREADS) as pool:
             for _ in pool.map(self._locate_shard, shard_indices):
                 pass
@@ -222,13 +222,13 @@ class Corpus:
         if size != expected:
             kind = "truncated" if size < expected else "too long"
             raise DataError(
-                f"{path}: {kind} at byte {min(size, expected)}: {size} bytes, but the manifest promises {expected} "
+                f"{path}: {kind} at byte {min(size, expected)}: {size} bytes, but the manifest says {expected} "
                 f"({what}). Copy it again or prepare the corpus again."
             )
         return path
 
     def check_shard_sizes(self) -> None:
-        """Check the sizes of all local shards, so that a truncated one is found at start and not during the run."""
+        """Check the sizes of all local shards, to find a truncated shard at the start instead of during the run."""
         local_shards = [index for index in range(len(self.shards)) if index not in self._remote_shards]
         # In parallel, because a stat call on a network file system takes a millisecond or more.
         with ThreadPoolExecutor(STAT_THREADS) as pool:
@@ -241,7 +241,7 @@ class Corpus:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != self.shards[index].sha256:
             raise DataError(
-                f"{path}: bytes 0 to {path.stat().st_size} have sha256 {digest}, but the manifest promises "
+                f"{path}: bytes 0 to {path.stat().st_size} have sha256 {digest}, but the manifest says "
                 f"{self.shards[index].sha256}. Copy it again or prepare the corpus again."
             )
 

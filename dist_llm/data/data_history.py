@@ -20,7 +20,7 @@ from dist_llm.data.streams import DataSource, compute_quotas, compute_weights, o
 from dist_llm.errors import DataError
 
 HISTORY_FILE = "data.json"
-CONFIG_KEYS = {  # field of DataSpec -> config key; a change needs data.on_change: new_segment
+CONFIG_KEYS = {  # field of DataSpec -> config key; changing it requires data.on_change: new_segment
     "seed": "run.seed",
     "order": "data.order",
     "windows": "data.windows",
@@ -39,7 +39,7 @@ class SourceRecord(Record):
 
     name: str
     path: str
-    content: str  # hash of its tokens
+    content: str  # hash of the tokens
     num_consumed: int = Field(default=0, alias="taken")  # the key in data.json
 
 
@@ -68,7 +68,7 @@ class DataSpec(Record):
     @field_validator("objective")
     @classmethod
     def _only_used_keys(cls, components: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-        """Runs of version 0.1.0 saved the keys of all objectives."""
+        """Drop keys of other objectives, which runs of version 0.1.0 saved."""
         return tuple(parse_union(ObjectiveSpec, fields).model_dump() for fields in components)
 
     def to_stages(self) -> list[MixtureStage]:

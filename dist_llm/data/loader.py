@@ -1,4 +1,4 @@
-"""Build the microbatches of one data-parallel rank from sample numbers, ahead of time in a thread."""
+"""Build the microbatches of one data-parallel rank from sample numbers, in advance and in a thread."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
@@ -15,7 +15,7 @@ from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build_objective import Objective, Windows, build_objective
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 
-LOOKUP_SAMPLES = 4096  # samples located per call; a call has a high fixed cost
+LOOKUP_SAMPLES = 4096  # samples located per call; each call has a high fixed cost
 
 
 def build_loader(
@@ -74,7 +74,7 @@ class Loader:
         """Return the microbatches of data-parallel rank `dp_rank` in the step that starts at sample `first`."""
         loader = copy(self)
         loader.offset, loader._locations = dp_rank * self.local_batch, {}
-        # In the loader's thread: a corpus is not thread-safe.
+        # Runs in the loader's thread, because a corpus is not thread-safe.
         if self._pool is None:
             return loader._build_batches(first)
         return self._pool.submit(loader._build_batches, first).result()

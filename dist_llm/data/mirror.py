@@ -36,7 +36,7 @@ def localize_corpus(location: str, cache: str) -> Path:
         manifest = Manifest.parse(content, address)
         with (
             convert_write_errors(mirror),
-            suppress(TargetExistsError),  # another process was faster
+            suppress(TargetExistsError),  # another process created it first
             create_atomically(mirror, shared=True) as directory,
         ):
             directory.mkdir(parents=True)
@@ -81,7 +81,7 @@ def _with_absolute_paths(shard: Shard, url: str) -> Shard:
 
 
 def _build_hint(url: str, corpora: Path) -> str:
-    """Return what to do if the manifest is unreachable: use the newest local mirror, if there is one."""
+    """Return a hint for an unreachable manifest: use the newest local mirror, if there is one."""
     origins = (origin for origin in corpora.glob(f"*/{ORIGIN_FILE}") if origin.parent.suffix != SUFFIX)
     mirrors = [origin for origin in origins if origin.read_text(encoding="utf-8").strip() == url]
     if mirrors:

@@ -20,7 +20,7 @@ ROUNDS = 6
 # one constant per round, so that rounds have different keys
 ROUND_CONSTANTS = np.arange(ROUNDS, dtype=np.uint64)[:, None] << np.uint64(56)
 
-# Constants of splitmix64, built once: for a few samples numpy's cost is the number of its calls, not of its elements.
+# Constants of splitmix64, built once: for few samples numpy's time depends on the number of calls, not elements.
 GAMMA, MULTIPLY_1, MULTIPLY_2 = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 SHIFT_1, SHIFT_2, SHIFT_3 = map(np.uint64, (30, 27, 31))
 
@@ -63,8 +63,8 @@ class Mixture:
     """Assigns samples to the components of a mixture: fixed quotas in every block of samples, shuffled within the
     block.
 
-    A component's fraction is exact over each block. Its samples are numbered in the order in which they come, so that
-    another mixture can continue where this one ends.
+    A component's fraction is exact over each block. Its samples are numbered in order of use, so another mixture can
+    continue where this one ends.
     """
 
     seed: int
@@ -78,7 +78,7 @@ class Mixture:
         order = np.argsort(-(exact - np.floor(exact)), kind="stable")
         for index in range(block - int(quotas.sum())):
             quotas[order[index % len(order)]] += 1
-        while quotas.sum() > block:  # quotas rounded up to 1 are taken from the largest
+        while quotas.sum() > block:  # subtract the excess of quotas rounded up to 1 from the largest
             quotas[quotas.argmax()] -= 1
         return Mixture(seed, tuple(quotas.tolist()))
 
@@ -136,7 +136,7 @@ def permute(index: UInts, size: int, keys: UInts) -> UInts:
 
 
 def splitmix64(values: UInts) -> UInts:
-    """The finaliser of splitmix64 (Steele et al. 2014): each input bit affects all output bits."""
+    """Apply the finalizer of splitmix64 (Steele et al. 2014): each input bit affects all output bits."""
     values = values + GAMMA
     values ^= values >> SHIFT_1
     values *= MULTIPLY_1

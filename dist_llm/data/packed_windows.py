@@ -16,14 +16,14 @@ from dist_llm.data.corpus import Corpus, Document
 from dist_llm.data.order import Ints
 from dist_llm.objectives.examples import TokenWindow
 
-GROUP_DOCUMENTS = 1024  # documents packed together; fewer leave more padding, more make a read slower
+GROUP_DOCUMENTS = 1024  # documents packed together; fewer mean more padding, more make reads slower
 CACHED_GROUPS = 64
 
 Spans = list[tuple[int, int]]  # (first token, number of tokens) of each segment of a window
 
 
 class PackedWindows:
-    """The windows that a corpus makes, in corpus order. Start-up reads the offsets of all documents."""
+    """The windows of a corpus, in corpus order. Opening reads the offsets of all documents."""
 
     def __init__(self, corpus: Corpus, size: Lengths, packed: bool) -> None:
         self.corpus, self.size, self.packed = corpus, size, packed

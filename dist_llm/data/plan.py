@@ -13,7 +13,7 @@ Ranges = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class MixtureStage:
-    """From sample `first` on, sources mix as `mixture` says. `num_consumed` samples of each source were consumed
+    """From sample `first` on, `mixture` assigns samples to sources. `num_consumed`: samples of each source consumed
     before."""
 
     first: int
@@ -58,7 +58,7 @@ def build_stages(firsts: Sequence[int], mixtures: Sequence[Mixture], num_consume
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """What each sample number means, until the data changes. Numbers in `skip` are not used."""
+    """Maps sample numbers to windows, until the data changes. Numbers in `skip` are not used."""
 
     sources: Sequence[DataSource]
     stages: Sequence[MixtureStage]

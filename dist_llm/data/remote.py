@@ -1,9 +1,9 @@
 """Fetch a URL into a file of the local cache, completely or not at all.
 
-A download is written to a temporary file, checked for size and hash, synced and then renamed. So a file with its final
-name is complete, however many processes and machines share the cache and wherever they are killed. The lock only
-prevents the processes of one machine from fetching the same file twice. Correctness does not depend on it: the kernel
-releases it when its holder dies, and a file system without locks is as safe.
+A download goes to a temporary file, which is checked for size and hash, synced and renamed. So a file with its final
+name is complete, however many processes and machines share the cache and whenever they are killed. The lock only
+prevents the processes of one machine from fetching a file twice. Correctness does not depend on it: the kernel releases
+it when its holder dies, and a file system without locks works too.
 """
 
 import logging
@@ -20,7 +20,7 @@ from dist_llm.io.urls import RemoteError, iter_blocks, with_retries
 
 log = logging.getLogger("dist_llm")
 
-ABANDONED_SECONDS = 3600.0  # a partial file that was not written to for so long has no writer
+ABANDONED_SECONDS = 3600.0  # a partial file without writes for this time has no writer
 
 
 def fetch(url: str, target: Path, size: int | None, expected_hash: str | None) -> Path:
@@ -43,7 +43,7 @@ def fetch(url: str, target: Path, size: int | None, expected_hash: str | None) -
 
 @contextmanager
 def convert_write_errors(target: Path) -> Iterator[None]:
-    """Convert an OSError of the block into a DataError about the cache."""
+    """Convert an OSError of the block to a DataError about the cache."""
     try:
         yield
     except OSError as error:
@@ -61,9 +61,9 @@ def _download(url: str, target: Path, size: int | None, expected_hash: str | Non
             digest.update(block)
             length += len(block)
         if size not in (None, length):
-            raise RemoteError(f"received {length} bytes, but the manifest promises {size}")
+            raise RemoteError(f"received {length} bytes, but the manifest says {size}")
         if expected_hash not in (None, format_digest(digest)):
-            raise RemoteError(f"received data with {format_digest(digest)}, but the manifest promises {expected_hash}")
+            raise RemoteError(f"received data with {format_digest(digest)}, but the manifest says {expected_hash}")
 
 
 def _remove_abandoned(partials: Iterator[Path]) -> None:

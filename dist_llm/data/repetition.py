@@ -1,6 +1,6 @@
-"""Compute from the plan when a run has read a source 1, 4 and 10 times.
+"""Compute from the plan when a run will have read a source 1, 4 and 10 times.
 
-It is a function of sample numbers, so a resumed run reports only repetitions still to come.
+It depends only on sample numbers, so a resumed run reports only repetitions that are still ahead.
 """
 
 from bisect import bisect_left

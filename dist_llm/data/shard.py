@@ -68,7 +68,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `train` needs to know about a corpus without reading its tokens."""
+    """Facts about a corpus that `train` needs without reading its tokens."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT_CONFIG
 
@@ -84,7 +84,7 @@ class Manifest:
     @property
     def has_document_bounds(self) -> bool:
         """Whether document boundaries are known. In manifests of older versions, one document per file means
-        unknown."""
+        that they are not."""
         if self.document_bounds is not None or not self.source or not self.source[0].startswith(ADOPTED):
             return self.document_bounds is not False
         files = [shard for split in SPLITS for shard in self.shards[split]]
@@ -152,7 +152,7 @@ class Manifest:
         return manifest
 
     def allows_path(self, file: str) -> bool:
-        """Whether a shard may have this file: in the corpus, at a URL or, if adopted, at an absolute path."""
+        """Return whether a shard may have this file: in the corpus, at a URL or, if adopted, at an absolute path."""
         if "\0" in file:
             return False
         if file.startswith(("/", "file://")):

@@ -149,8 +149,8 @@ def build_order(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> O
     if num_windows < 1:
         hint = f"lower seq_len (to make it {corpus.n_tokens} or fewer) or " if corpus.n_tokens > 1 else ""
         raise DataError(
-            f"{corpus.directory}: {corpus.n_tokens} {corpus.split} tokens make no window of {size.window}, which "
-            f"data.seq_len {data.seq_len} needs; {hint}prepare more text"
+            f"{corpus.directory}: {corpus.n_tokens} {corpus.split} tokens are too few for a window of {size.window}, "
+            f"which data.seq_len {data.seq_len} needs; {hint}prepare more text"
         )
     if data.order == "random":
         return RandomOrder(seed, corpus.n_tokens - size.window + 1)
@@ -170,7 +170,7 @@ def compute_weights(data: DataConfig, sources: Sequence[DataSource]) -> list[flo
 
 
 def masks_prompts(data: DataConfig, corpora: Iterable[Corpus]) -> bool:
-    """Whether some tokens have no loss because they are in prompts."""
+    """Return whether some tokens have no loss because they are in prompts."""
     return not data.score_prompts and any(corpus.manifest.prompts for corpus in corpora)
 
 

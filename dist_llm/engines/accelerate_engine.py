@@ -38,7 +38,7 @@ def build_engine(config: Config, device: torch.device) -> Engine:
 
 
 def check_config(config: Config, device: torch.device) -> Iterator[Violation]:
-    """Broken rules where `accelerate launch` or this machine contradicts the config."""
+    """Yield violations where `accelerate launch` or this machine contradicts the config."""
     return check_accelerate(config, device)
 
 
@@ -124,7 +124,7 @@ def _check_accelerate(accelerator: Any, plugin: str, ranks: int, prepared: nn.Mo
     single_process = ranks == 1 and plugin == "ddp"
     if accelerator.num_processes != ranks or (actual not in expected and not single_process):
         raise ConfigError(
-            f"accelerate.plugin: {plugin} on {ranks} ranks was asked for, but accelerate is {actual} on "
-            f"{accelerator.num_processes}, with the model as {type(prepared).__name__}; see the settings that "
+            f"accelerate.plugin: {plugin} on {ranks} ranks was requested, but accelerate runs {actual} on "
+            f"{accelerator.num_processes}, with the model as {type(prepared).__name__}; check the settings that "
             "`accelerate env` prints, and start as many processes as there are ranks"
         )

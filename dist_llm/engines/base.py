@@ -14,7 +14,7 @@ from dist_llm.parallel.replica_check import ReplicaGroups
 
 
 class Engine(Protocol):
-    """One rank's part of a model, its optimizer, and its communication with other ranks.
+    """One rank's part of a model, its optimizer, and the communication with other ranks.
 
     The interface lies above `backward`, because a pipeline schedule runs the backwards itself and takes all
     microbatches at once.
@@ -40,15 +40,15 @@ class Engine(Protocol):
 
     @property
     def replicated_params(self) -> ReplicaGroups:
-        """Parameters that other ranks hold bit for bit, too, by process group."""
+        """Parameters that other ranks also hold, bit for bit, by process group."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This rank's parameters, with their names in the full model."""
+        """Return this rank's parameters, with their names in the full model."""
         ...
 
     def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
-        """Sum `value` over the ranks whose losses are of different tokens; return the sum on every rank."""
+        """Sum `value` over the ranks whose losses cover different tokens. Return the sum on every rank."""
         ...
 
     def all_gather_ints(self, value: int) -> list[int]:

@@ -5,7 +5,7 @@ An engine's entry point, in the group `dist_llm.engines`, refers to a module or 
 build_engine(config, device)    return the `Engine` of a resolved config. A process group exists, even with one rank.
 check_config(config, device)    optional: yield a `Violation` for each broken rule, before any process group starts.
 
-Only what `engine` names is imported, so a native run needs none of the others' packages.
+Only the selected engine is imported, so a native run needs no packages of the others.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from dist_llm.errors import ConfigError
 
 
 def check_engine_config(config: Config, device: torch.device) -> None:
-    """Raise ConfigError if the engine cannot be loaded, or refuses the config on this device."""
+    """Raise ConfigError if the engine cannot be loaded, or rejects the config on this device."""
     if config.engine != NATIVE and (check_config := getattr(_load(config.engine), "check_config", None)) is not None:
         refuse(list(check_config(config, device)))
 
@@ -35,13 +35,13 @@ def build_engine(config: Config, device: torch.device) -> Engine:
 
 
 def _load(name: str) -> Any:
-    """Import what the entry point of an engine refers to. Raises ConfigError if that fails."""
+    """Import the target of an engine's entry point. Raises ConfigError if that fails."""
     refuse(list(check_engine_name(name)))
     point = find_engine(name)
     assert point is not None
     try:
         loaded = point.load()
-    except Exception as error:  # whatever the import of another package raises
+    except Exception as error:  # importing another package can raise anything
         raise ConfigError(
             f"engine: {name}: {point.value} cannot be imported: {type(error).__name__}: {error}; install it again, "
             "or set engine=native"

@@ -1,6 +1,6 @@
-"""The private interfaces of DeepSpeed that its engine uses, each in one place. No other module may use one.
+"""The private interfaces of DeepSpeed that its engine uses. No other module may use a private interface.
 
-Each holds for DeepSpeed 0.19; `tests/test_compat.py` checks each in the installed one. Nothing here imports DeepSpeed:
+They match DeepSpeed 0.19; `tests/test_compat.py` checks each in the installed version. Nothing here imports DeepSpeed:
 the functions take its objects.
 """
 
@@ -20,7 +20,7 @@ def run_optimizer_step(engine: Any) -> None:
 
 
 def release_small_weights(zero: Any) -> None:
-    """Partition the small weights of stage 3 again, which its forward and its steps leave gathered."""
+    """Partition the small weights of stage 3 again, which forward and step leave gathered."""
     zero._post_step(set())
 
 

@@ -53,7 +53,7 @@ class DeepSpeedEngine(DataParallelEngine):
         self.deepspeed = self.initialize(deepspeed, self.model, optimizer, settings)
         self.optimizer = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
         if self.stage:
-            _init_partitions(self.state, config)  # initializes the fp32 partitions, each rank its own
+            _init_partitions(self.state, config)  # each rank initializes its own fp32 partitions
 
     def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
         """Create DeepSpeed's engine."""
@@ -116,8 +116,8 @@ class DeepSpeedEngine(DataParallelEngine):
             release_small_weights(self.deepspeed.optimizer)
 
     def _unreduced_grad_norm(self) -> Tensor:
-        """The gradient norm at stage 0. Gradients are unsharded after the last backward, and DeepSpeed reports no norm
-        there."""
+        """Return the gradient norm at stage 0. DeepSpeed reports none there; gradients are full after the last
+        backward."""
         return gradient_clipping.global_norm([p.grad for p in self.model.parameters() if p.grad is not None]).to(
             self.device
         )
@@ -130,7 +130,7 @@ class DeepSpeedEngine(DataParallelEngine):
 
 
 class ZeroPartitions:
-    """`State` of ZeRO 1 to 3: fp32 weights and moments are one flat tensor per group, partitioned over the ranks."""
+    """`CheckpointState` of ZeRO 1 to 3. fp32 weights and moments are one flat, partitioned tensor per group."""
 
     def __init__(self, zero: Any, parameters: Mapping[str, nn.Parameter], stage: int, rank: int, ranks: int) -> None:
         self.zero, self.stage, self.rank = zero, stage, rank
@@ -165,7 +165,7 @@ class ZeroPartitions:
             first = next(iter(kinds.values()))
             if mismatching := [name for name, kind in kinds.items() if kind.keys() != first.keys()]:
                 raise CheckpointError(
-                    f"{mismatching[0]} has not the moments that {next(iter(kinds))} has, but DeepSpeed steps both "
+                    f"{mismatching[0]} lacks the moments that {next(iter(kinds))} has, but DeepSpeed steps both "
                     "together; start with init_from and init_optimizer: fresh"
                 )
             check_moment_names(next(iter(kinds)), first, self.optimizer.param_groups[0])

@@ -185,7 +185,7 @@ class NativeEngine:
         return model(batch.inputs_BS, **batch.forward_arguments())
 
     def _is_finite_under_scale(self, norm: Tensor) -> bool:
-        """Adapt the loss scale of fp16 to this step. False if the step overflowed and is skipped."""
+        """Adapt the loss scale of fp16 to this step. Return False if the step overflowed and is skipped."""
         if self.loss_scale is None:
             return True
         finite = bool(torch.isfinite(norm))

@@ -79,5 +79,5 @@ def check_prefix(path: Path, state: FileState) -> "hashlib._Hash":
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
     if left or digest.hexdigest() != state.sha256:
-        raise DataError(f"{path}: its first {state.size_bytes} bytes are not what was written.")
+        raise DataError(f"{path}: its first {state.size_bytes} bytes have changed since they were written.")
     return digest

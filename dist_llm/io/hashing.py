@@ -1,4 +1,4 @@
-"""Hashes of content: digests that name their algorithm, and short hashes that decide something about a text."""
+"""Hashes of content: digests that name their algorithm, and short hashes for decisions about a text."""
 
 import hashlib
 from typing import Any

@@ -10,7 +10,7 @@ from typing import IO
 
 @contextmanager
 def lock_file(path: Path, wait: bool = True, required: bool = True) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`, which is removed at the end. The kernel releases it when we die.
+    """Hold an exclusive lock on the file `path`, which is removed at the end. The kernel releases it if we die.
 
     Raises BlockingIOError if another process holds it, unless `wait`. On a file system without locks it raises OSError
     or, unless `required`, runs the block without a lock.
@@ -41,7 +41,7 @@ def _is_same_file(path: Path, file: IO[str]) -> bool:
 
 
 def create_exclusively(path: Path, content: bytes) -> bool:
-    """Create a file that does not exist yet; return whether it did not. Shared file systems honour this, too.
+    """Create a file that does not exist yet; return whether it was created. This also works on shared file systems.
 
     Raises OSError that names `path` if the content cannot be written; the file is then removed.
     """
@@ -53,6 +53,6 @@ def create_exclusively(path: Path, content: bytes) -> bool:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
     except OSError as error:
-        path.unlink()  # a full disk
+        path.unlink()  # for example, the disk is full
         raise OSError(error.errno, error.strerror, str(path)) from None
     return True

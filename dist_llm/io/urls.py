@@ -46,7 +46,7 @@ def iter_blocks(url: str) -> Iterator[bytes]:
         with _open_url(url) as file:
             while block := file.read(BLOCK_BYTES):
                 yield block
-            if isinstance(file, HTTPResponse) and file.length:  # bytes that are missing
+            if isinstance(file, HTTPResponse) and file.length:  # bytes that have not arrived
                 raise OSError(f"the connection ended {file.length} bytes early")
     except HTTPError as error:
         error.close()

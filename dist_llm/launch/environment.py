@@ -16,7 +16,7 @@ from dist_llm.config.schema import Config
 def set_network(variables: Mapping[str, str | int]) -> None:
     """Set the variables of `run.network`. Call it before the process group is created.
 
-    Raises ConfigError if the environment has another value for one.
+    Raises ConfigError if the environment sets a variable to another value.
     """
     refuse(
         [
@@ -69,7 +69,7 @@ def prepare_accelerate() -> Any:
 def check_accelerate(
     config: Config, device: torch.device, environ: Mapping[str, str] = os.environ
 ) -> Iterator[Violation]:
-    """Broken rules where `accelerate launch` or this machine contradicts a config with engine: accelerate."""
+    """Yield violations where `accelerate launch` or this machine contradicts a config with engine: accelerate."""
     plugin, zero = config.accelerate.plugin, config.deepspeed
     key = "accelerate.plugin"
     if plugin == "fsdp2" and device.type == "cpu":

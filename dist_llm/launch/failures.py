@@ -19,7 +19,7 @@ def annotate_failure(error: BaseException, world: World, activity: str) -> None:
 
 
 def _record_failure(summary: str) -> str:
-    """Record this rank's failure unless one is recorded already; returns the recorded one."""
+    """Record this rank's failure unless one is recorded already. Return the recorded one."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return summary
     try:

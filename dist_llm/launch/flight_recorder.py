@@ -21,7 +21,7 @@ def start_recording(device: torch.device) -> None:
 
 
 def pending_collective() -> str:
-    """The newest collective that is not complete, as `name sizes of group`; empty if there is none."""
+    """Return the newest collective that is not complete, as `name sizes of group`; empty if there is none."""
     entries = _pending_entries()
     if not entries:
         return ""
@@ -30,14 +30,14 @@ def pending_collective() -> str:
 
 
 def in_collective() -> bool:
-    """Whether this process, or its device, is in a collective now. One that NCCL has only queued does not count."""
+    """Return whether this process, or its device, is in a collective. One that NCCL has only queued does not count."""
     return any(
         not entry["profiling_name"].startswith("nccl") or entry["state"] == "started" for entry in _pending_entries()
     )
 
 
 def _pending_entries() -> list[dict[str, Any]]:
-    """Recorded collectives that are not complete."""
+    """Return the recorded collectives that are not complete."""
     if not dist.is_initialized():
         return []
     return [

@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from dist_llm.errors import ConfigError
 from dist_llm.launch.world import World
 
-_stores: list[dist.Store] = []  # the connection of this process to the other ranks, once they have met
+_stores: list[dist.Store] = []  # this process's connection to the other ranks, after the rendezvous
 _group_numbers = count()
 
 
@@ -51,8 +51,8 @@ def process_group(
 ) -> Iterator[None]:
     """Create the default process group for the block. A single process gets one only with `even_if_single`.
 
-    Drop all models that were built inside before the block ends. A 4-rank FSDP job that still has one at interpreter
-    exit dies one time in five ("terminate called without an active exception").
+    Drop all models that were built inside before the block ends. A 4-rank FSDP job that still holds a model at
+    interpreter exit crashes one time in five ("terminate called without an active exception").
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -79,10 +79,10 @@ def process_group(
 
 
 def _new_store(world: World, timeout_seconds: float) -> dist.Store:
-    """A store with no keys for one process group.
+    """Return a store without keys for one process group.
 
-    The ranks meet once per process. A second group in the same process, as in a script that trains and evaluates, uses
-    the same connection with a new prefix: it must not read the addresses that the first group left there.
+    The ranks rendezvous once per process. A second group in the same process, as in a script that trains and
+    evaluates, uses the same connection with a new prefix, so that it does not read the addresses of the first group.
     """
     if world.size == 1:
         return dist.HashStore()
@@ -95,7 +95,7 @@ def _new_store(world: World, timeout_seconds: float) -> dist.Store:
 
 @contextmanager
 def _rendezvous_errors() -> Iterator[None]:
-    """Turn rendezvous failures into ConfigError: the port is in use, the host is unknown, a rank is missing."""
+    """Convert rendezvous failures to ConfigError: the port is in use, the host is unknown, or a rank is missing."""
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
@@ -110,13 +110,13 @@ def _rendezvous_errors() -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Wait for all ranks; returns at once without a process group."""
+    """Wait for all ranks. Return at once if there is no process group."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def make_synchronous() -> None:
-    """For debugging: wait for each kernel, and use deterministic ones. Call it before CUDA is initialised."""
+    """For debugging: wait for each kernel, and use deterministic kernels. Call it before CUDA is initialised."""
     os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""The reports of the ranks of `dist-llm check`, and the problems that follow from them. Imports no torch."""
+"""The reports of all ranks in `dist-llm check`, and the problems derived from them. Imports no torch."""
 
 import hashlib
 import math
@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 MAX_CLOCK_SECONDS = 1.0
-MIN_MATMUL_RATIO = 0.8  # to the median rank's rate
-MIN_LINK_RATIO = 0.5  # to the median link's rate
+MIN_MATMUL_RATIO = 0.8  # relative to the median rank
+MIN_LINK_RATIO = 0.5  # relative to the median link
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class NodeReport:
 
 
 def diagnose_nodes(reports: Sequence[NodeReport]) -> list[str]:
-    """One line per problem, which starts with the node's name. Missing measurements are no problem."""
+    """Return one line per problem, which starts with the node's name. Missing measurements are not problems."""
     problems = [f"{each.host}: rank {each.rank}: {failure}" for each in reports for failure in each.failures]
     common, nodes = _common_versions(reports), group_by_node(reports)
     for host, ranks in nodes.items():
@@ -65,7 +65,7 @@ def diagnose_nodes(reports: Sequence[NodeReport]) -> list[str]:
 
 
 def format_table(reports: Sequence[NodeReport]) -> Table:
-    """One row per node with the worst value of its ranks. Versions unlike those of most ranks show as a hash."""
+    """Return one row per node with the worst value of its ranks. Versions that differ from the majority are hashed."""
     shown = Table("node", "ranks", "versions")
     for name in ("clock ms", "free GiB", "matmul TFLOP/s", "all-reduce us", "GB/s", "GB/s to next"):
         shown.add_column(name, justify="right")
@@ -90,13 +90,13 @@ def format_table(reports: Sequence[NodeReport]) -> Table:
 
 
 def format_problems(problems: Sequence[str]) -> str:
-    """All problems in one message."""
+    """Format all problems as one message."""
     noun = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return "\n  ".join((f"{noun} found:", *problems))
 
 
 def group_by_node(reports: Sequence[NodeReport]) -> dict[str, list[NodeReport]]:
-    """The reports of each node, ordered by its lowest rank."""
+    """Return the reports of each node, ordered by its lowest rank."""
     nodes: dict[str, list[NodeReport]] = {}
     for each in reports:
         nodes.setdefault(each.host, []).append(each)
@@ -104,7 +104,7 @@ def group_by_node(reports: Sequence[NodeReport]) -> dict[str, list[NodeReport]]:
 
 
 def _common_versions(reports: Sequence[NodeReport]) -> dict[str, str]:
-    """The most common value of each version; of two that are equally common, the one seen first."""
+    """Return the most common value of each version; of two that are equally common, the one seen first."""
     names = dict.fromkeys(name for each in reports for name in each.versions)
     counts = {name: Counter(each.versions.get(name, "unknown") for each in reports) for name in names}
     return {name: count.most_common(1)[0][0] for name, count in counts.items()}
@@ -115,7 +115,7 @@ def _median(values: Iterable[float]) -> float:
 
 
 def _format_ranks(ranks: Sequence[int]) -> str:
-    """`0-7`, or `0, 2, 4` if the ranks are not consecutive."""
+    """Format ranks as `0-7`, or as `0, 2, 4` if they are not consecutive."""
     if ranks[-1] - ranks[0] >= len(ranks):
         return ", ".join(map(str, ranks))
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"

@@ -43,7 +43,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 class PreflightTimeout:
-    """Ends this process after `seconds`, with the phase that it hangs in. A collective has no other timeout."""
+    """Ends this process after `seconds` and reports the phase that hangs. The collectives have no other timeout."""
 
     def __init__(self, world: World, seconds: float) -> None:
         self.world, self.seconds = world, seconds
@@ -62,7 +62,7 @@ class PreflightTimeout:
             timer.cancel()
 
     def format_report(self, problem: str) -> str:
-        """The problems so far and this rank's, in one message."""
+        """Format the problems so far and this rank's as one message."""
         return format_problems([*self.problems, f"{self.world.host}: rank {self.world.rank} {problem}"])
 
     def remove_file(self) -> None:
@@ -108,7 +108,7 @@ def check(directory: Path, seconds: float, world: World) -> None:
 
 
 def measure(world: World, directory: Path, timeout: PreflightTimeout) -> list[NodeReport]:
-    """The reports of all ranks, ordered by rank. Raises RuntimeError if a collective fails."""
+    """Measure on all ranks and return the reports by rank. Raises RuntimeError if a collective fails."""
     timeout.phase = "the clock"
     clock = clock_seconds()
     timeout.phase = "--directory"
@@ -145,7 +145,7 @@ def measure(world: World, directory: Path, timeout: PreflightTimeout) -> list[No
 
 
 def clock_seconds() -> float:
-    """This rank's time.time() minus rank 0's, from the shortest of a few round trips. Call it on all ranks."""
+    """Measure this rank's time.time() minus rank 0's by the shortest of a few round trips. Call it on all ranks."""
     stamp = torch.zeros(1, dtype=torch.float64)
     if dist.get_rank() == 0:
         for other in range(1, dist.get_world_size()):
@@ -166,9 +166,10 @@ def clock_seconds() -> float:
 def check_shared_file(
     directory: Path, timeout: PreflightTimeout, wait_seconds: float = 10
 ) -> tuple[bool | None, list[str]]:
-    """(whether this rank sees a file that rank 0 writes to `directory` in time, problems).
+    """Check that this rank sees a file that rank 0 writes to `directory`. Returns (whether it does, problems).
 
-    (None, [why]) on rank 0 and (None, []) elsewhere if rank 0 cannot write. Call it on all ranks. The file is removed.
+    If rank 0 cannot write: (None, [reason]) on rank 0 and (None, []) elsewhere. Call it on all ranks. The file is
+    removed.
     """
     message = [secrets.token_hex(16), ""]
     try:
@@ -206,7 +207,7 @@ def _free_gib(directory: Path) -> float:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Versions that must be equal on all nodes; `none` or `unknown` for what is missing."""
+    """Return the versions that must be equal on all nodes; `none` or `unknown` for missing software."""
     source = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(PACKAGE.rglob("*.py")))).hexdigest()[:12]
     installed = {
         "Python": platform.python_version(),
@@ -227,7 +228,7 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def matmul_tflops(device: torch.device) -> float:
-    """TFLOP/s of square matrix products, the best of half a second: bf16 on a GPU, fp32 on a CPU."""
+    """Measure TFLOP/s of square matrix products, the best of half a second: bf16 on a GPU, fp32 on a CPU."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     factor = torch.randn(size, size, device=device).to(dtype)
     best, end = 0.0, time.perf_counter() + MATMUL_SECONDS
@@ -239,7 +240,7 @@ def matmul_tflops(device: torch.device) -> float:
 
 
 def all_reduce(device: torch.device, group: Any) -> tuple[float, float]:
-    """(latency in microseconds of 4 bytes, bandwidth in GB/s of a large tensor) of an all-reduce: medians.
+    """Measure an all-reduce: (latency of 4 bytes in microseconds, bandwidth of a large tensor in GB/s), both medians.
 
     The bandwidth is bytes / seconds * 2 (p - 1) / p, the traffic of one link in a ring of p ranks; NaN for one rank.
     """
@@ -261,9 +262,9 @@ def _all_reduce_seconds(size: int, repetitions: int, device: torch.device, group
 
 
 def neighbour_bandwidth(world: World, hosts: Sequence[str], device: torch.device, timeout: PreflightTimeout) -> float:
-    """GB/s of an all-reduce over this node's ranks and the next node's; NaN on the last node. `hosts`: by rank.
+    """Measure GB/s of an all-reduce over this node's ranks and the next node's; NaN on the last node.
 
-    Pairs of nodes that share no node run at the same time, so that a hundred nodes take as long as three.
+    `hosts` are by rank. Disjoint pairs of nodes run at the same time, so a hundred nodes take as long as three.
     """
     pairs, rate = list(pairwise(dict.fromkeys(hosts))), math.nan
     pairs = pairs[::2] + pairs[1::2]
@@ -297,7 +298,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _first_line(*command: str) -> str:
-    """The first line of a program's output; empty if the program is missing or fails."""
+    """Return the first line of a program's output; empty if the program is missing or fails."""
     try:
         ran = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

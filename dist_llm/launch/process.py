@@ -7,7 +7,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def process_identity(pid: int) -> list[str]:
-    """[boot id, PID namespace, start time], which no other process with this PID shares.
+    """Return [boot id, PID namespace, start time], which no other process with this PID shares.
 
     Raises OSError if there is no such process, or if it belongs to another user under hidepid.
     """
@@ -15,7 +15,7 @@ def process_identity(pid: int) -> list[str]:
 
 
 def is_running(pid: int, start_time: str) -> bool:
-    """Whether the process with this PID and start time runs on this machine. A zombie does not run."""
+    """Return whether the process with this PID and start time runs on this machine. A zombie does not run."""
     try:
         state, started = _stat(pid)
     except OSError:
@@ -24,13 +24,13 @@ def is_running(pid: int, start_time: str) -> bool:
 
 
 def _stat(pid: int) -> tuple[str, str]:
-    """(state, start time in clock ticks since boot)."""
+    """Return (state, start time in clock ticks since boot)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return fields[0], fields[19]
 
 
 def _is_hidden(pid: int) -> bool:
-    """Whether another user has such a process, which /proc hides under hidepid."""
+    """Return whether another user has such a process, which /proc hides under hidepid."""
     try:
         os.kill(pid, 0)
     except PermissionError:

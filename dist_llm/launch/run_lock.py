@@ -5,9 +5,9 @@ HEARTBEAT_SECONDS. The file says who holds the lock. A lock whose holder is gone
 
 - at once, if the same torchrun or the same Slurm job restarted the run, if the holder ran on this machine and its
   process is gone, or if `squeue` no longer knows its job;
-- else after STALE_SECONDS in which nobody touched it. Only changes of its time are observed, so clocks may differ.
+- else after STALE_SECONDS without a touch. Only changes of the file's time are compared, so clocks may differ.
 
-A holder that was taken for gone and comes back finds another's lock, and ends. Imports no torch.
+A holder whose lock was taken over ends as soon as it notices. Imports no torch.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ LOCK_FILE = "run.lock"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 EXIT_CODE = 2  # of a run that lost its lock
-UNNAMED_LAUNCHES = ("", "none")  # torchrun's --rdzv-id where the user gave none
+UNNAMED_LAUNCHES = ("", "none")  # torchrun's --rdzv-id if the user did not set it
 SQUEUE_SECONDS = 20
 
 
@@ -43,7 +43,7 @@ SQUEUE_SECONDS = 20
 class Holder:
     """The process that holds a lock. Unknown fields are empty."""
 
-    token: str  # differs for every lock that was ever taken
+    token: str  # unique for every lock
     host: str = ""
     process: int = 0
     machine: str = ""  # boot id and PID namespace
@@ -70,7 +70,7 @@ class LockState:
 
 
 def this_process(host: str, environ: Mapping[str, str] = os.environ) -> Holder:
-    """This process, as the holder of a new lock."""
+    """Return this process as the holder of a new lock."""
     boot_id, namespace, start_time = "", "", ""
     with suppress(OSError):
         boot_id, namespace, start_time = process_identity(os.getpid())
@@ -91,25 +91,25 @@ def this_process(host: str, environ: Mapping[str, str] = os.environ) -> Holder:
 
 
 def is_gone(holder: Holder, me: Holder, job_ended: Callable[[str], bool]) -> bool | None:
-    """Whether a lock's holder no longer runs, seen from the process `me`. None: only its heartbeat can tell.
+    """Return whether a lock's holder has ended, seen from the process `me`. None: only its heartbeat can tell.
 
-    `job_ended`: whether a Slurm job is known to have ended.
+    `job_ended`: whether a Slurm job has ended, as far as is known.
     """
     if holder.launch and holder.launch == me.launch:
-        return True  # a launcher starts its ranks again only after the last ones
+        return True  # a launcher restarts its ranks only after all previous ranks have ended
     same_cluster = bool(holder.job and me.job) and holder.cluster == me.cluster
     if same_cluster and holder.job == me.job and holder.restarts < me.restarts:
         return True
     if holder.machine and holder.machine == me.machine:
         return not is_running(holder.process, holder.start_time)
-    # A job may outlive the run in it, so that a running job says nothing.
+    # A job may outlive the run in it, so a running job proves nothing.
     if same_cluster and holder.job != me.job and job_ended(holder.job):
         return True
     return None
 
 
 def slurm_job_ended(job: str) -> bool:
-    """Whether `squeue` reports that the job does not run; False if it cannot tell."""
+    """Return whether `squeue` reports that the job does not run; False if it cannot tell."""
     command = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS)
@@ -117,15 +117,15 @@ def slurm_job_ended(job: str) -> bool:
         return False
     if done.returncode:
         return "Invalid job id" in done.stderr
-    # A job that is pending was queued again. One that is completing may still have processes.
+    # A pending job was queued again. A completing job may still have processes.
     ended = {"PENDING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY"}
     return all(state in ended for state in done.stdout.split())
 
 
 class RunLock:
-    """While open, the lock of `directory`, which the config calls `key`, is held for this process.
+    """While open, this process holds the lock of `directory`, which the config key `key` names.
 
-    Raises ConfigError on opening where another run holds it, or the directory cannot be written.
+    Opening raises ConfigError if another run holds the lock, or the directory cannot be written.
     """
 
     def __init__(
@@ -155,16 +155,16 @@ class RunLock:
 
     def __exit__(self, *raised: object) -> None:
         self._closed.set()
-        self._thread.join(HEARTBEAT_SECONDS)  # a file system may not answer
+        self._thread.join(HEARTBEAT_SECONDS)  # with a timeout, because the file system may hang
         with suppress(OSError):
             if (lock := read_lock(self.path)) is not None and lock.holder.token == self.me.token:
                 self.path.unlink()
 
     def heartbeat(self) -> None:
-        """Touch the lock. Ends this process where another run took it over."""
+        """Touch the lock. End this process if another run took the lock over."""
         lock = read_lock(self.path)
         if lock is None:
-            self._create(self.path)  # somebody removed it
+            self._create(self.path)  # another program removed it
         elif lock.holder.token == self.me.token:
             os.utime(self.path)
         elif lock.holder.process:  # else the file is being written
@@ -175,14 +175,14 @@ class RunLock:
 
     def _heartbeat_loop(self) -> None:
         while not self._closed.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # a file system that does not answer for a while
+            with suppress(OSError):  # the file system is temporarily unavailable
                 self.heartbeat()
 
     def _acquire(self, path: Path) -> None:
-        """Create a lock file, or replace a stale one. Raises ConfigError where its holder is not gone.
+        """Create a lock file, or replace a stale one. Raises ConfigError if its holder has not ended.
 
-        Of several processes that find the same stale lock only one may replace it: who holds a lock that is named after
-        the stale one. That lock becomes the new one by an atomic rename.
+        Several processes may find the same stale lock, but only one may replace it: the one that holds a second lock,
+        which is named after the stale one. The second lock then becomes the new lock by an atomic rename.
         """
         while not self._create(path):
             if (lock := read_lock(path)) is None:
@@ -202,11 +202,11 @@ class RunLock:
             successor.unlink()
 
     def _create(self, path: Path) -> bool:
-        """Create a lock file; False where there is one."""
+        """Create a lock file. Return False if it exists."""
         return create_exclusively(path, json.dumps(asdict(self.me)).encode() + b"\n")
 
     def _is_untouched(self, path: Path, lock: LockState) -> bool:
-        """Watch the lock. False as soon as its holder touches it; True if it is untouched, released or replaced."""
+        """Watch the lock. Return False when its holder touches it; True if it is untouched, released or replaced."""
         print(
             f"{self.key}: {self.directory} is locked by {lock.holder}; "
             f"waiting up to {STALE_SECONDS:.0f} s to see whether it still runs",
@@ -232,7 +232,7 @@ class RunLock:
 
 
 def read_lock(path: Path) -> LockState | None:
-    """The lock file; None if there is none.
+    """Read the lock file. Return None if it does not exist.
 
     Opening the file makes NFS ask the server; `stat` alone may answer from the client's cache.
     """
@@ -244,7 +244,7 @@ def read_lock(path: Path) -> LockState | None:
 
 
 def parse_holder(content: bytes) -> Holder:
-    """The holder that a lock file names. A file cut short by a kill is identified by its hash."""
+    """Parse the holder from a lock file. A file truncated by a kill is identified by its hash."""
     with suppress(ValueError, TypeError, AttributeError):
         known = {field.name for field in fields(Holder)}
         return Holder(**{name: value for name, value in json.loads(content).items() if name in known})

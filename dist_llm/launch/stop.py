@@ -1,4 +1,4 @@
-"""Stop on a signal to any rank: all ranks agree between two steps, save a checkpoint and exit.
+"""Stop on a signal to any rank: all ranks agree on it between two steps, save a checkpoint and exit.
 
 A second signal ends the process at once, even while its main thread is blocked in a collective.
 """
@@ -19,13 +19,13 @@ from dist_llm.io.atomic import replace_file
 
 TERMINATING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # preemption, Ctrl-C, a closed terminal
 STOPPING = (*TERMINATING, signal.SIGUSR1)  # SIGUSR1: Slurm's warning before the time limit
-IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # nohup and background jobs ignore these; so do we
+IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # nohup and background jobs ignore these; we then ignore them too
 MARKER = "DIST_LLM_STOPPED"  # environment variable with the path of the marker file that a batch script reads
-GRACE_SECONDS = 1.0  # for the main thread to end by a second signal, before the signal thread ends the process
+GRACE_SECONDS = 1.0  # after a second signal, until the signal thread ends the process if the main thread has not
 
 
 class StopSignals:
-    """While open, the first of STOPPING is recorded, also one that was pending because it was blocked.
+    """While open, record the first signal of STOPPING, also one that was blocked and pending.
 
     A second signal that is in TERMINATING ends the process. Each rank calls `start_sync` before and `agreed_signal`
     after each step, so that the all-reduce overlaps with the step.
@@ -72,7 +72,7 @@ class StopSignals:
             self._work = dist.all_reduce(self._signal_tensor, dist.ReduceOp.MAX, async_op=True)
 
     def agreed_signal(self) -> int:
-        """A signal that some rank had received at the last `start_sync`, the same on every rank; 0: none."""
+        """Return a signal that a rank had received before the last `start_sync`, the same on all ranks; 0: none."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -81,7 +81,7 @@ class StopSignals:
 
 
 def _end_on_second_signal(read_fd: int) -> None:
-    """Read signal numbers from the wakeup pipe, and end the process on a second one.
+    """Read signal numbers from the wakeup pipe, and end the process on the second one.
 
     Python runs a handler in the main thread only, and not while that thread is blocked in a collective.
     """
@@ -97,13 +97,13 @@ def _end_on_second_signal(read_fd: int) -> None:
 
 
 def write_stop_marker(number: int, step: int, directory: Path) -> None:
-    """Tell a batch script that the run was stopped, by which signal and after which step."""
+    """Write the signal and the step after which the run stopped, for a batch script."""
     content = json.dumps({"signal": signal.Signals(number).name, "step": step}) + "\n"
     replace_file(_marker_path(directory), content.encode())
 
 
 def clear_stop_marker(directory: Path) -> None:
-    """Remove the marker of an earlier stop: the run continues."""
+    """Remove the marker of an earlier stop."""
     _marker_path(directory).unlink(missing_ok=True)
 
 

@@ -33,7 +33,7 @@ class Job:
 
     @property
     def runs(self) -> list[tuple[str, ...]]:
-        """The overrides of each run."""
+        """The dotted overrides of each run."""
         if not self.sweep:
             return [self.overrides]
         runs = []
@@ -44,7 +44,7 @@ class Job:
 
 
 def render(job: Job, directories: Sequence[str]) -> str:
-    """The batch script of a job whose runs write to `directories`."""
+    """Return the batch script of a job whose runs write to `directories`."""
     options = [f"--nodes={job.nodes}", f"--ntasks-per-node={job.tasks_per_node}", *job.options]
     runs = [
         (str(job.config), *run, f"run.dir={directory}") for run, directory in zip(job.runs, directories, strict=True)
@@ -52,7 +52,7 @@ def render(job: Job, directories: Sequence[str]) -> str:
     if len(runs) > 1:
         options += [f"--array=0-{len(runs) - 1}", "--output=slurm-%A_%a.log"]
     lines = SCRIPT.read_text().replace(ARGUMENTS, '"${arguments[@]}"').splitlines(keepends=True)
-    # sbatch reads options up to the first command; the last value of an option wins.
+    # sbatch reads options before the first command only; the last value of an option wins.
     header = max(number for number, line in enumerate(lines) if line.startswith(OPTION)) + 1
     first = lines.index(FIRST_COMMAND)
     arrays = [f"run_{number}=({' '.join(map(shlex.quote, run))})\n" for number, run in enumerate(runs)]
@@ -62,7 +62,7 @@ def render(job: Job, directories: Sequence[str]) -> str:
 
 
 def directories(job: Job, base: str) -> list[str]:
-    """The directory of each run: `base`, or in a sweep a subdirectory named after the run's values."""
+    """Return the directory of each run: `base`, or in a sweep a subdirectory named after the run's values."""
     if not job.sweep:
         return [base]
     chosen = [run[len(job.overrides) :] for run in job.runs]
@@ -70,7 +70,7 @@ def directories(job: Job, base: str) -> list[str]:
 
 
 def _short(override: str) -> str:
-    """`optim.lr=1e-3` -> `lr=1e-3`, as part of a file name."""
+    """Shorten an override for use in a file name: `optim.lr=1e-3` becomes `lr=1e-3`."""
     key, _, value = override.partition("=")
     return f"{key.rpartition('.')[2]}={value.replace('/', '-')}"
 

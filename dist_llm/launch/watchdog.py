@@ -31,7 +31,7 @@ from dist_llm.launch.world import World
 log = logging.getLogger("dist_llm")
 
 EXIT_CODE = 70  # of a rank that the watchdog ended
-START_FACTOR = 30  # the timeout before the first heartbeat, in units of run.hang_seconds
+START_FACTOR = 30  # timeout before the first heartbeat, in units of run.hang_seconds
 FIRST_HEARTBEATS, FIRST_FACTOR = 3, 10  # the first steps compile: their timeout is longer
 TYPICAL_FACTOR = 10  # a later step may also take this many times the median of recent steps
 NUM_RECENT = 32
@@ -49,7 +49,7 @@ Reports = tuple[dict[int, Report], dict[int, Any]]  # (reports by rank, process 
 class Watchdog:
     """While open, ends this process if no heartbeat comes within the timeout.
 
-    `limit_seconds`: run.hang_seconds; 0: never. `timeout_now` gives the timeout that holds at the moment.
+    `limit_seconds`: run.hang_seconds; 0: never. `timeout_now` returns the current timeout.
     """
 
     def __init__(self, world: World, limit_seconds: float, exit_process: Callable[[int], Any] = os._exit) -> None:
@@ -81,7 +81,7 @@ class Watchdog:
                 store.delete_key(key)
 
     def heartbeat(self, activity: str, factor: int = 1) -> None:
-        """This rank makes progress, and begins an `activity` that may take `factor` times as long as a step."""
+        """Record progress: this rank begins an `activity` that may take `factor` times as long as a step."""
         now = time.monotonic()
         if self.num_heartbeats >= FIRST_HEARTBEATS and self.factor == 1:
             self.recent_seconds.append(now - self.last_time)
@@ -90,7 +90,7 @@ class Watchdog:
 
     @property
     def timeout_now(self) -> float:
-        """Seconds from the last heartbeat until the process is ended."""
+        """Return the current timeout: seconds from the last heartbeat until the process is ended."""
         first = FIRST_FACTOR if self.num_heartbeats <= FIRST_HEARTBEATS else 1
         recent = tuple(self.recent_seconds)  # a copy: the main thread appends
         typical = statistics.median(recent) if recent else 0.0
@@ -98,14 +98,14 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.limit / 4)):
-            # Read before the time: a heartbeat in between shortens the measured stall, never lengthens it.
+            # Read the count before the time: a heartbeat in between then shortens the measured stall.
             num_heartbeats, timeout = self.num_heartbeats, self.timeout_now
             stalled_seconds = time.monotonic() - self.last_time
             if stalled_seconds > timeout and self._abort(stalled_seconds, num_heartbeats):
                 return
 
     def _abort(self, stalled_seconds: float, num_heartbeats: int) -> bool:
-        """Report the stalled rank and end this process. False if the run has resumed meanwhile."""
+        """Report the stalled rank and end this process. Return False if the run has resumed in the meantime."""
         world, collective = self.world, pending_collective()
         stack = traceback.format_stack(sys._current_frames().get(self._main_thread))
         state = f"waiting in {collective}" if collective else "in no collective"
@@ -116,7 +116,7 @@ class Watchdog:
         location = " ".join(stack[-1].split()) if stack else "an unknown location"
         report = {"host": world.host, "activity": self.activity, "collective": collective, "location": location}
         reports, silent = _exchange_reports(world, report)
-        if self._has_resumed(num_heartbeats):  # the ranks without a report have perhaps resumed, too
+        if self._has_resumed(num_heartbeats):  # the ranks without a report may have resumed too
             return False
         reporter = min(reports) if reports else world.rank
         for line in diagnose(reports, world.size) if reports else [STORE_UNREACHABLE]:
@@ -135,7 +135,7 @@ class Watchdog:
         return True
 
     def _has_resumed(self, num_heartbeats: int) -> bool:
-        """Whether a heartbeat came since, or the run has ended. If so, this rank's report is withdrawn."""
+        """Return whether this rank made progress or finished since then. If so, withdraw its report."""
         if self.num_heartbeats == num_heartbeats and not self._closed.is_set():
             return False
         log.warning("rank %d on %s has resumed, with %s", self.world.rank, self.world.host, self.activity)
@@ -147,7 +147,7 @@ class Watchdog:
 
 
 def diagnose(reports: Mapping[int, Report], num_ranks: int) -> list[str]:
-    """One line for each rank that holds up the others, from the reports by rank."""
+    """Return one line for each rank that holds up the others, given the reports by rank."""
     silent = [rank for rank in range(num_ranks) if rank not in reports]
     lines = [f"rank {rank} does not answer: its process is stopped, or its node is gone" for rank in silent]
     for rank, report in reports.items():
@@ -161,13 +161,13 @@ def diagnose(reports: Mapping[int, Report], num_ranks: int) -> list[str]:
 
 
 def kill_silent_ranks(world: World, silent: Mapping[int, Any]) -> bool:
-    """Kill those ranks without a report whose processes run on this node. Returns whether there was one.
+    """Kill silent ranks (without a report) whose processes run on this node. Return whether there was one.
 
     Torchrun sends SIGTERM and waits 30 s before it kills; a stopped process does not receive SIGTERM.
     """
     killed = False
     for rank, (host, pid, identity) in silent.items():
-        with suppress(OSError):  # the process has ended
+        with suppress(OSError):  # the process has already ended
             if host == world.host and process_identity(pid) == identity:
                 log.error("killing rank %d, process %d on this node", rank, pid)
                 os.kill(pid, signal.SIGKILL)
@@ -176,10 +176,10 @@ def kill_silent_ranks(world: World, silent: Mapping[int, Any]) -> bool:
 
 
 def _exchange_reports(world: World, report: Report) -> Reports:
-    """Publish this rank's report and wait for those of the others. Both results are empty if the store is gone.
+    """Publish this rank's report and wait for the others'. Both results are empty if the store is gone.
 
-    A stopped rank 0 may hold the store: a request then never returns and has no timeout. A daemon thread therefore
-    sends the requests, and is left behind.
+    A stopped rank 0 may host the store. A request to it then blocks without a timeout, so a daemon thread sends the
+    requests and is abandoned.
     """
     if world.size == 1 or not dist.is_initialized():
         return {world.rank: report}, {}
@@ -194,7 +194,7 @@ def _exchange_reports(world: World, report: Report) -> Reports:
 
 
 def _collect_reports(world: World, report: Report, updates: "queue.SimpleQueue[Reports]") -> None:
-    """Publish the report, then put all reports so far into `updates` each time that the store answers."""
+    """Publish the report. Put all reports so far into `updates` each time that the store answers."""
     reports, ranks = {world.rank: report}, set(range(world.size))
     try:
         store = _publish(world, report)
@@ -209,14 +209,14 @@ def _collect_reports(world: World, report: Report, updates: "queue.SimpleQueue[R
 
 
 def _publish(world: World, report: Report | None) -> Any:
-    """Set this rank's report in the store, and return the store. None withdraws it: readers block on a deleted key."""
+    """Set this rank's report in the store; None deletes it. Return the store. Reads of a deleted key block."""
     store = default_store()
     store.set(f"{REPORT_KEY}/{world.rank}", json.dumps(report))
     return store
 
 
 def _read_values(store: Any, prefix: str, ranks: Iterable[int]) -> dict[int, Any]:
-    """The values at `prefix/rank`, for the ranks that have one."""
+    """Read the values at `prefix/rank` for the ranks that have one."""
     keys = {rank: f"{prefix}/{rank}" for rank in ranks}
     values = {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
     return {rank: value for rank, value in values.items() if value is not None}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dist_llm.errors import ConfigError
 
-# Variables with which launchers other than torchrun and srun give each process the world size and its rank.
+# Variables with which launchers other than torchrun and srun pass the world size and the rank.
 LAUNCHER_SIZES = {
     "OMPI_COMM_WORLD_SIZE": "mpirun (Open MPI)",
     "MV2_COMM_WORLD_SIZE": "mpirun (MVAPICH2)",
@@ -47,7 +47,7 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     names = RANK_VARIABLES
     missing = [name for name in names if name not in environ]
     if len(missing) == len(names):
-        # A batch script and a shell also have the variables of tasks, but are no task themselves.
+        # A batch script and a shell also have the variables of tasks, but are not tasks.
         if "SLURM_STEP_ID" not in environ or environ.get("SLURM_NTASKS", "1") == "1":
             _refuse_other_launcher(environ)
             return World(host=host)
@@ -76,13 +76,13 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
 
 
 def _refuse_other_launcher(environ: Mapping[str, str]) -> None:
-    """Raises ConfigError if MPI, PMI or another launcher started this process as one of several.
+    """Raise ConfigError if MPI, PMI or another launcher started this process as one of several.
 
     Each process would train alone, and all would write to the same directory.
     """
     sizes = {name: environ[name] for name in LAUNCHER_SIZES if name in environ}
     ranks = {name: environ[name] for name in LAUNCHER_RANKS if name in environ}
-    one_task = "SLURM_STEP_ID" in environ  # srun said that it is the only one
+    one_task = "SLURM_STEP_ID" in environ  # srun started a single task
     variable = next(((name, value) for name, value in sizes.items() if value != "1"), None)
     if variable is None and ranks and not sizes and not one_task:
         variable = next(iter(ranks.items()))  # the world size is unknown
@@ -95,5 +95,5 @@ def _refuse_other_launcher(environ: Mapping[str, str]) -> None:
         f"{', '.join(RANK_VARIABLES)} are not set, so that each would train by itself in the same directory. "
         "Launch the ranks with: torchrun --nproc-per-node N -m dist_llm ...; on Slurm: dist-llm submit. "
         f"Or let a wrapper set {', '.join(RANK_VARIABLES)}, MASTER_ADDR and MASTER_PORT for each process. "
-        f"To run one process alone, unset {name}"
+        f"To run only one process, unset {name}"
     )

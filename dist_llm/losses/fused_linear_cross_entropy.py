@@ -212,7 +212,7 @@ def _losses_and_logit_grads_(
 
 @cache
 def _compiled_losses_and_logit_grads_() -> Callable[..., Tensor]:
-    """One kernel that reads the logits and writes their gradient."""
+    """Compile `_losses_and_logit_grads_` to one kernel that reads the logits and writes their gradient."""
     return torch.compile(_losses_and_logit_grads_)
 
 

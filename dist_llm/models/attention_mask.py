@@ -35,7 +35,7 @@ class AttentionMask:
         return self.prefix_B is None and self.documents_BT is None
 
     def allows(self, S: int, T: int, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Whether query q of S attends to key k of T in row b. Indices are broadcast against each other."""
+        """Return whether query q of S attends to key k of T in row b. Indices are broadcast against each other."""
         position = q + (T - S) if self.query_positions_BS is None else self.query_positions_BS[b, q]
         allowed = position >= k if self.causal else (q >= 0) & (k >= 0)
         if self.causal and self.prefix_B is not None:
@@ -49,8 +49,8 @@ class AttentionMask:
         return allowed
 
     def cross_attention_mask(self, encoder_mask: "AttentionMask", S: int) -> "AttentionMask":
-        """The mask of S decoder queries over the encoder's tokens: all of the same document, or of document 0 without
-        documents."""
+        """Return the mask of S decoder queries over the encoder's tokens: all of the same document, or of document 0
+        without documents."""
         if encoder_mask.documents_BT is None:
             return FULL
         query_documents_BS = self.documents_BT
@@ -59,7 +59,7 @@ class AttentionMask:
         return AttentionMask(False, documents_BT=encoder_mask.documents_BT, query_documents_BS=query_documents_BS)
 
     def with_query_positions(self, query_positions_BS: Tensor, num_keys: int) -> "AttentionMask":
-        """The same mask for queries at the given positions among `num_keys` keys."""
+        """Return the same mask for queries at the given positions among `num_keys` keys."""
         return replace(self, query_positions_BS=query_positions_BS, num_keys=num_keys)
 
 

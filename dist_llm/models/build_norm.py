@@ -6,7 +6,7 @@ from dist_llm.config.schema import ModelConfig
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over d_model."""
+    """Build LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over d_model."""
     if config.norm == "layernorm":
         return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
     return nn.RMSNorm(config.d_model, eps=config.norm_eps)

@@ -31,7 +31,7 @@ class EncoderDecoder(Decoder):
         self.source_norm: nn.Module | None = build_norm(config) if config.norm_order == "pre" else None
 
     def trim_to_stage(self, layers: range, first: bool, last: bool) -> None:
-        """As `Decoder.trim_to_stage`.
+        """Trim as `Decoder.trim_to_stage` does.
 
         The first stage embeds the encoder's tokens and keeps the token embedding for it.
         """

@@ -50,7 +50,7 @@ def init_rule(name: str, shape: Sequence[int], config: ModelConfig) -> InitRule:
         return InitRule("normal", 0.0, shift=1.0)
     if len(shape) != 2 or not (EMBEDDING.fullmatch(name) or MATRIX.fullmatch(name)):
         raise ValueError(
-            f"parameter {name} of shape {tuple(shape)} has no initial value; add its rule to models/init.py:rule_for"
+            f"parameter {name} of shape {tuple(shape)} has no initial value; add its rule to models/init.py:init_rule"
         )
     if name in ("embed.tokens.weight", "head.out.weight"):
         return InitRule("normal", _embedding_std(config), rows=config.vocab_size)

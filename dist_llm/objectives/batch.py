@@ -1,4 +1,4 @@
-"""The batch: what one forward pass needs."""
+"""The batch: the input of one forward pass."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

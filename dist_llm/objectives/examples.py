@@ -64,7 +64,7 @@ class Example:
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """What all batches of a run contain. It never changes during a run, so nothing is recompiled."""
+    """The contents that all batches of a run share. They never change during a run, so nothing is recompiled."""
 
     causal: bool
     prefix: bool  # some examples have a bidirectional prefix

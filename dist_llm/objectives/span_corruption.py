@@ -49,7 +49,7 @@ def sample_segment_ids(rng: np.random.Generator, length: int, noise: int, spans:
 
 
 def _sample_lengths(rng: np.random.Generator, length: int, segment_ids: int) -> Ints:
-    """Sample the lengths of `pieces` segments, none empty."""
+    """Sample the lengths of `segment_ids` segments, none empty."""
     ends = np.sort(rng.choice(length - 1, segment_ids - 1, replace=False)) + 1
     return np.diff(np.concatenate(([0], ends, [length])))
 

@@ -28,19 +28,20 @@ PUBLISHED_BF16_TFLOPS = {
 
 
 def matmul_weights(model: ModelConfig) -> int:
-    """Weights of the matrix products that each token of a decoder-only or encoder-only model passes through."""
+    """Count the weights of the matrix products that each token of a decoder-only or encoder-only model uses."""
     return model.n_layers * _block_weights(model) + _head_weights(model)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
-    """FLOPs of forward and backward for one token of a decoder-only or encoder-only model."""
+    """Return the FLOPs of forward and backward for one token of a decoder-only or encoder-only model."""
     return 6 * matmul_weights(model) + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
 
 
 def flops_per_sample(model: ModelConfig, num_inputs: int, num_encoder_inputs: int) -> int:
-    """FLOPs of forward and backward for one sample: `num_inputs` tokens of the stack with the head, and encoder tokens.
+    """Return the FLOPs of forward and backward for one sample of `num_inputs` tokens in the stack with the head.
 
-    In cross-attention, queries and outputs cost per input of the decoder, keys and values per input of the encoder.
+    `num_encoder_inputs`: tokens in the encoder. In cross-attention, queries and outputs cost per input of the decoder,
+    keys and values per input of the encoder.
     """
     width = model.d_model * model.head_dim
     query_weights, key_weights = 2 * width * model.n_heads, 2 * width * model.n_kv_heads
@@ -62,7 +63,7 @@ def _head_weights(model: ModelConfig) -> int:
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """(peak FLOP/s of one device, source of the figure): published for known GPUs, else the measured matmul rate."""
+    """Return (peak FLOP/s of a device, source): the published figure of known GPUs, else the measured matmul rate."""
     if device.type == "cuda" and precision != "fp32":  # fp16 has the rate of bf16
         name = torch.cuda.get_device_name(device)
         for part, tflops in PUBLISHED_BF16_TFLOPS.items():

@@ -25,7 +25,7 @@ SECONDS = 0.6  # for all sizes together
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, file: Path | None = None) -> float:
-    """The best FLOP/s that this or an earlier run measured on this machine."""
+    """Return the best FLOP/s that this or an earlier run measured on this machine."""
     file = (file or FILE).expanduser()
     key = " | ".join((platform.node(), _device_name(device), str(dtype), f"{torch.get_num_threads()} threads"))
     cache = _read(file)
@@ -38,7 +38,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, file: Path | None = No
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The best FLOP/s of repeated square matrix products within SECONDS, small sizes first."""
+    """Return the best FLOP/s of repeated square matrix products within SECONDS, small sizes first."""
     best, sizes = 0.0, SIZES[device.type]
     for number, size in enumerate(sizes, 1):
         matrix = torch.randn(size, size, device=device).to(dtype)

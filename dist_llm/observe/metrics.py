@@ -99,7 +99,7 @@ class Recorder:
         return rows
 
     def _source_columns(self, by_source: list[list[float]], num_valid_tokens: float) -> Row:
-        """For each source: its valid tokens so far, and its mean loss in this step if the step has tokens of it."""
+        """Return each source's valid tokens so far, and its mean loss in this step if the step has tokens of it."""
         row: Row = {}
         for name, share, tokens in zip(self.source_tokens, *by_source, strict=True):
             self.source_tokens[name] += round(tokens)
@@ -114,9 +114,9 @@ class Recorder:
 
 
 def read_rows(path: Path) -> Iterator[tuple[bytes, Row]]:
-    """(line, row) of each whole row that has a step; none where there is no file.
+    """Yield (line, row) of each complete row that has a step; nothing if the file does not exist.
 
-    A line that a kill or a failing disk left is none.
+    Lines that a kill or a failing disk damaged are skipped.
     """
     if not path.exists():
         return
@@ -147,7 +147,7 @@ class MetricsFile:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process: allocated on its GPU, or resident on the CPU."""
+    """Return the peak memory of this process in bytes: allocated on its GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

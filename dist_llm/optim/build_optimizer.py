@@ -13,12 +13,12 @@ from dist_llm.sharded import full_shape
 
 
 def identity(tensor: Tensor) -> Tensor:
-    """`ToLocal` of plain tensors."""
+    """Return the tensor itself: the `ToLocal` of plain tensors."""
     return tensor
 
 
 def zero_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """`LocalWithOffset` of plain tensors."""
+    """Return the tensor and a zero offset: the `LocalWithOffset` of plain tensors."""
     return tensor, (0,) * tensor.ndim
 
 

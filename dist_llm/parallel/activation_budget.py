@@ -38,10 +38,10 @@ class ActivationSizes:
 
     blocks: list[dict[RecomputeMode, int]]  # per block and mode
     part_of_block: list[int]  # index of the model part that holds each block
-    shared: list[int]  # per model part: what several of its blocks save once, such as masks
+    shared: list[int]  # per model part: bytes that several of its blocks save once, such as masks
 
     def bytes_by_model_part(self, modes: Sequence[RecomputeMode]) -> list[int]:
-        """Bytes of each model part if block i uses `modes[i]`."""
+        """Return the bytes of each model part if block i uses `modes[i]`."""
         sizes = list(self.shared)
         for block, model_part, mode in zip(self.blocks, self.part_of_block, modes, strict=True):
             sizes[model_part] += block[mode]
@@ -68,7 +68,7 @@ def fit_activation_budget(
     max_peak = peak if mesh is None else max(all_gather_ints(peak, torch.device(mesh.device_type)))
     if max_peak > int(gib * GIB):
         raise ConfigError(
-            f"parallel.activations_gib: {gib:g} is less than what must be kept for backward even with full "
+            f"parallel.activations_gib: {gib:g} is less than the activations that backward needs even with full "
             f"recomputation; set at least {math.ceil(max_peak / GIB * 1e5) / 1e5:.5f}, or lower data.micro_batch"
         )
     names = [name for model_part in model_parts for name in model_part.blocks]
@@ -79,7 +79,7 @@ def fit_activation_budget(
 
 
 def measure_activations(model_parts: Sequence[Decoder], forward: Callable[[], Sequence[Tensor]]) -> ActivationSizes:
-    """Measure what each block saves in each mode. The modes of the blocks are unchanged afterwards."""
+    """Measure the bytes that each block saves in each mode. The modes of the blocks are unchanged afterwards."""
     blocks = _checkpointed_forwards(model_parts)
     original_modes = [block.mode for block in blocks]
     inputs: list[Tensor] = []
@@ -92,7 +92,7 @@ def measure_activations(model_parts: Sequence[Decoder], forward: Callable[[], Se
     for block, mode in zip(blocks, original_modes, strict=True):
         block.mode, block.saved_bytes_log = mode, None
     for model_part in model_parts:
-        reshard(model_part)  # as a backward would have done
+        reshard(model_part)  # as a backward does at its end
     gc.collect()
     part_of_block = [index for index, model_part in enumerate(model_parts) for _ in model_part.blocks]
     sizes: list[dict[RecomputeMode, int]] = [{} for _ in blocks]

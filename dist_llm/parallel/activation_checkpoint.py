@@ -82,7 +82,7 @@ class CheckpointedForward:
         self.saved_bytes_log: dict[StorageWeakRef, int] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        outputs: list[dict[Any, list[Any]]] = []  # what a selective forward saves in addition to its input
+        outputs: list[dict[Any, list[Any]]] = []  # saved by a selective forward in addition to its input
 
         def contexts() -> Any:
             forward_and_recompute = _selective_contexts()
@@ -133,7 +133,7 @@ def _refuse_unpack(_: Any) -> Tensor:
 
 
 def _selective_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """A function of the block alone, so that all layers share one compiled graph."""
+    """Run the forward of `block` alone. All layers share one compiled graph of this function."""
     forward = type(block).forward  # the instance's own forward calls this function
     output: Tensor = checkpoint(forward, block, *args, use_reentrant=False, context_fn=_selective_contexts, **kwargs)
     return output

@@ -101,15 +101,15 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def scaled_matmul(a_IK: Tensor, a_inv_scale: Tensor, b_JK: Tensor, b_inv_scale: Tensor) -> Tensor:
-    """a b^T, [I, J] in bf16, accumulated in fp32. Both operands are contiguous float8, as the kernels on Ada and Hopper
-    require."""
+    """Return a b^T, [I, J] in bf16, accumulated in fp32. Both operands must be contiguous float8, as the kernels on Ada
+    and Hopper require."""
     if not a_IK.is_cuda:
         return emulate_scaled_matmul(a_IK, a_inv_scale, b_JK, b_inv_scale)
     return scaled_mm(a_IK, b_JK.t(), a_inv_scale, b_inv_scale, out_dtype=torch.bfloat16, use_fast_accum=False)
 
 
 def emulate_scaled_matmul(a_IK: Tensor, a_inv_scale: Tensor, b_JK: Tensor, b_inv_scale: Tensor) -> Tensor:
-    """`scaled_matmul` without a float8 kernel.
+    """Compute `scaled_matmul` without a float8 kernel.
 
     The scales are powers of two, so multiplying by them last rounds nothing.
     """

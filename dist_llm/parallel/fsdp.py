@@ -48,7 +48,7 @@ def apply_fsdp(model: Decoder, config: Config, mesh: DeviceMesh) -> None:
 
 
 def prepare_microbatch(model: Decoder, last: bool, parallel: ParallelConfig) -> None:
-    """Set what the next backward does at its end. `last`: it is that of a step's last microbatch.
+    """Set what the next backward does at its end. `last`: this is the last microbatch of the step.
 
     Gradients are reduced after the last backward, or after each. With reshard "never", weights stay gathered between
     microbatches: only the update changes them.

@@ -112,7 +112,7 @@ class Pipeline:
             return_outputs=False,
             **_model_arguments(full_batch),
         )
-        # In the first step torch also calls the loss on made-up values, to infer shapes. Those losses come first.
+        # In the first step torch also calls the loss on placeholder values to infer shapes. Those losses come first.
         rows = self.losses[-len(sums) :]
         return torch.cat(rows) if self.has_last_stage else torch.zeros(len(full_batch.inputs_BS), device=self.device)
 
@@ -136,7 +136,7 @@ class Pipeline:
         Return each sequence's sum of losses, [B]; zeros on ranks without the last stage.
 
         This does not use the schedule: without backwards, torch's `zbv` deadlocks. Ranks still overlap, because each
-        goes on to the next batch after it has sent this one.
+        continues with the next batch after it has sent this one.
         """
         hidden: tuple[Tensor, ...] = (batch.inputs_BS,)
         for number, model_part in self.model_parts.items():
@@ -158,7 +158,7 @@ class Pipeline:
     def dry_run_forward(self, batch: Batch) -> list[Tensor]:
         """Run each of this rank's stages on one microbatch, independently.
 
-        Return the inputs made up in place of other stages' outputs.
+        Return the placeholder inputs that replace other stages' outputs.
         """
         inputs: list[Tensor] = []
         for number, model_part in self.model_parts.items():

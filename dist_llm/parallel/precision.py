@@ -9,13 +9,13 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # fp32 needs n
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """Within the context, matrix products run in the compute dtype of `precision`."""
+    """Run matrix products inside the context in the compute dtype of `precision`."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, COMPUTE_DTYPES[precision])
 
 
 def fsdp_policy(precision: str) -> MixedPrecisionPolicy:
-    """FSDP gathers weights in the compute dtype, which halves the bytes, and reduces gradients in fp32."""
+    """Return FSDP's policy: gather weights in the compute dtype, which halves the bytes; reduce gradients in fp32."""
     dtype = COMPUTE_DTYPES.get(precision)
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)

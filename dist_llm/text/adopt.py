@@ -27,7 +27,7 @@ from dist_llm.text.progress import ProgressMeter
 from dist_llm.text.token_files import TokenFileScan, check_size, locate_data_file, read_header
 from dist_llm.text.tokenizer import Tokenizer
 
-NO_EOT = -1  # the tokenizer has no id that ends a document; -1 is equal to no id
+NO_EOT = -1  # the tokenizer has no id that ends a document; no id is -1
 HINT = "Check the URL, the network and your credentials."
 
 
@@ -48,7 +48,7 @@ def adopt(options: AdoptOptions, stream: TextIO | None = None) -> Manifest:
             _print_summary(options, manifest, meter, sorted(run.files_with_leading_eot))
     except OSError as error:
         where, why = error.filename or out, error.strerror or error
-        raise DataError(f"{where}: cannot be written: {why}. Nothing of this run was kept.") from None
+        raise DataError(f"{where}: cannot be written: {why}. Nothing of this run was saved.") from None
     return manifest
 
 
@@ -58,11 +58,11 @@ def _check_options(options: AdoptOptions) -> None:
         (bool(options.data), "--data: give at least one file"),
         (options.workers >= 1, "--workers: must be at least 1"),
         (not options.tokenizer.startswith("bpe:"), f"--tokenizer {options.tokenizer}: give the one that made the ids"),
-        (typed or options.dtype is None, f"--dtype: {options.format} files tell their type; leave the option out"),
-        (not typed or options.dtype is not None, "--dtype: must be given, since bin files do not tell their type"),
+        (typed or options.dtype is None, f"--dtype: {options.format} files store their dtype; leave the option out"),
+        (not typed or options.dtype is not None, "--dtype: required, because bin files do not store their dtype"),
         (
             options.eot_position is None or options.format != "megatron",
-            "--eot-position: the .idx of a megatron file tells where documents begin; leave the option out",
+            "--eot-position: the .idx of a megatron file has the document boundaries; leave the option out",
         ),
         (not options.out.exists(), f"{options.out}: exists. Choose another --out, or remove it first."),
     )
@@ -127,8 +127,8 @@ class _AdoptRun:
         for location, other in rest:
             if other != dtype:
                 raise DataError(
-                    f"{location}: ids of {other}, but those of {first} are {dtype}. The files of one corpus share one "
-                    "type: adopt them as two, or convert one kind."
+                    f"{location}: ids of {other}, but those of {first} are {dtype}. All files of a corpus need one "
+                    "dtype: adopt them as two corpora, or convert one kind."
                 )
         return dtype
 
@@ -151,7 +151,7 @@ class _AdoptRun:
         return shard, ids.header.dtype
 
     def _scan_file(self, location: str) -> tuple[TokenFileScan, str]:
-        """Read a file; check and count its ids. Return them and the SHA-256. Raises RemoteError if a URL fails."""
+        """Read a file; check and count its ids. Return (the scan, SHA-256). Raises RemoteError if a URL fails."""
         stream, digest = _iter_blocks(location), sha256()
         head = next(stream, b"")
         header = read_header(self.options.format, location, head, self.options.dtype, _read_all)
@@ -202,14 +202,14 @@ def _print_summary(
     )
     if single := [shard.file for shard in shards if shard.documents == 1]:
         meter.print_line(
-            f"  {len(single)} of the files are one document each, as {single[0]}: is <|endoftext|> in them?"
+            f"  {len(single)} of the files are a single document, such as {single[0]}: do they have <|endoftext|>?"
         )
     if not manifest.has_document_bounds:
         meter.print_line(
-            "  no file says where documents begin: data.document_mask and data.windows document or packed are refused"
+            "  no file has document boundaries: data.document_mask and data.windows document or packed are refused"
         )
     if files_with_leading_eot:
         meter.print_line(
-            f"  {len(files_with_leading_eot)} of the files begin with <|endoftext|> and do not end with it, as "
+            f"  {len(files_with_leading_eot)} of the files begin with <|endoftext|> and do not end with it, such as "
             f"{files_with_leading_eot[0]}: if it begins documents there, adopt again with --eot-position start"
         )

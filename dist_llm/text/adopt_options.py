@@ -74,12 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="the same for held-out tokens (default: none, and so no evaluation)",
+        help="files or URLs of held-out tokens (default: none, so there is no evaluation)",
     )
     add(
         "--tokenizer",
         required=True,
-        help="the tokenizer of the ids: as for prepare, except bpe:N, since there is no text to train on",
+        help="the tokenizer of the ids: as for prepare, except bpe:N, because there is no text to train on",
     )
     add("--split-pattern", help="as for prepare")
     add("--dtype", choices=DTYPES, help="type of the ids, little-endian; only for --format bin, other formats store it")
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the position of <|endoftext|> in a document (default: start for llmc, end for npy and bin; an index of "
         "megatron contains it)",
     )
-    add("--out", type=Path, required=True, help="the directory of the corpus; it appears when complete")
+    add("--out", type=Path, required=True, help="the directory of the corpus; it is created when complete")
     add("--workers", type=int, default=os.cpu_count() or 1, help="files read at once (default: one per CPU)")
 
 

@@ -1,7 +1,7 @@
 """Byte-level BPE run by tiktoken.
 
 Such a tokenizer consists of a name, a pattern that splits text into pieces, a rank (= id) for each mergeable byte
-string, and ids for special strings. The name is only for messages; no id depends on it.
+string, and ids for special strings. The name appears only in messages; no id depends on it.
 """
 
 import base64
@@ -30,7 +30,7 @@ SPLIT_PATTERNS = {
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
 }
 
-# tiktoken's regex engine fails on about a million blanks in a row; text that it refuses is split into such chunks.
+# tiktoken's regex engine fails on about a million consecutive blanks; such text is split into chunks.
 SEGMENT_CHARS = 100_000
 
 
@@ -128,7 +128,7 @@ class BPETokenizer(Tokenizer):
 
 
 class ByteTextStream:
-    """A `TextStream` of a tokenizer whose ids stand for bytes."""
+    """A `TextStream` of a tokenizer whose ids represent bytes."""
 
     def __init__(self, tokenizer: BPETokenizer) -> None:
         self._tokenizer = tokenizer

@@ -1,8 +1,8 @@
 """The rules of C4 for web pages: Raffel et al. 2020, "Exploring the Limits of Transfer Learning", 2.2.
 
-Not implemented are the list of bad words and the language detector, which are data and models of others, and the
-removal of repeated three-sentence spans; for repeated documents see dist_llm/text/duplicates.py. Removed citation
-markers count as bytes without a line.
+Not implemented: the list of bad words and the language detector, which need external data and models, and the removal
+of repeated three-sentence spans. For repeated documents see dist_llm/text/duplicates.py. Removed citation markers count
+as bytes without a line.
 """
 
 import re

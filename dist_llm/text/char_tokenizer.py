@@ -1,7 +1,7 @@
-"""A tokenizer with one id for each character, and a safe reader of nanoGPT's `meta.pkl`, which runs nothing in the
-pickle.
+"""A tokenizer with one id per character, and a safe reader of nanoGPT's `meta.pkl`, which runs no code of the pickle.
 
-Such a corpus is one stream of characters: no id ends a document, and only document offsets tell where one begins.
+A corpus of this tokenizer is one stream of characters. No id ends a document; only document offsets mark where one
+begins.
 """
 
 import io
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from reprlib import repr as short_repr  # for values of any depth
+from reprlib import repr as short_repr  # bounded for values of any depth
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ class CharTokenizer(Tokenizer):
     def __post_init__(self) -> None:
         numbers = list(self.ids.values())
         if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0 or max(numbers) >= MAX_IDS:
-            raise DataError(f"tokenizer of characters: ids must be distinct, from 0 to {MAX_IDS - 1}; at least one.")
+            raise DataError(f"tokenizer of characters: needs one or more distinct ids from 0 to {MAX_IDS - 1}.")
         if wrong := [char for char in self.ids if len(char) != 1 or 0xD800 <= ord(char) < 0xE000]:
             raise DataError(f"tokenizer of characters: {wrong[0]!r} is not one character.")
 
@@ -128,7 +128,7 @@ def read_nanogpt_meta(path: Path) -> CharTokenizer:
     meta = _unpickle_plain(content, path)
     stoi, itos = (meta.get(name) if isinstance(meta, dict) else None for name in ("stoi", "itos"))
     if not isinstance(stoi, dict) or not stoi:
-        raise DataError(f"{path}: not a meta.pkl of nanoGPT's: it has no dictionary stoi, from characters to ids.")
+        raise DataError(f"{path}: not a meta.pkl of nanoGPT: it has no dictionary stoi, from characters to ids.")
     try:
         ids = {_check_string(char): _check_int(number) for char, number in stoi.items()}
     except TypeError as error:
@@ -146,14 +146,14 @@ def read_nanogpt_meta(path: Path) -> CharTokenizer:
 
 
 def _unpickle_plain(content: bytes, path: Path) -> Any:
-    """Load a pickle of plain containers, strings and integers. Raises DataError for any other."""
+    """Load a pickle of plain containers, strings and integers. Raises DataError for any other content."""
     try:
         for opcode, argument, offset in pickletools.genops(content):
             if opcode.name not in PLAIN_OPCODES:
                 raise DataError(
                     f"{path}: byte {offset}: holds more than strings and numbers ({opcode.name}); not loaded."
                 )
-            if opcode.name in MEMO_OPCODES and int(argument or 0) > len(content):  # the memo would allocate as much
+            if opcode.name in MEMO_OPCODES and int(argument or 0) > len(content):  # it would allocate memory
                 raise DataError(f"{path}: byte {offset}: damaged: index {argument} of its memo.")
         return _Unpickler(io.BytesIO(content)).load()
     except DataError:

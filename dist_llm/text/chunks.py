@@ -13,8 +13,8 @@ from dist_llm.text.tokenizer import ENDOFTEXT
 
 COUNTS = ("empty_documents", "documents_of", "end_token_origin", "end_token_documents")
 CHUNK_CHARS = 1 << 20
-DOCUMENT_OVERHEAD_CHARS = 64  # so that a chunk of tiny documents is not a million objects
-# A resume point syncs all files to the disk, which takes as long as tokenizing a tenth of this text. Smaller input
+DOCUMENT_OVERHEAD_CHARS = 64  # limits the number of objects in a chunk of tiny documents
+# A resume point syncs all files to the disk, which takes a tenth of the time of tokenizing this text. Smaller input
 # files share a resume point with their neighbours.
 RESUME_POINT_CHARS = 8 << 20
 
@@ -50,7 +50,7 @@ class ChunkReader:
     def iter_chunks(self) -> Iterator[Chunk]:
         chunk, chars, unmarked, inputs = Chunk(), 0, 0, []
         for file in self.files:
-            fingerprint = file.fingerprint  # from before the read: a file may change while it is read
+            fingerprint = file.fingerprint  # computed before the read, because a file may change meanwhile
             for document in file.iter_documents(self.tally):
                 self._count_document(document, file.spec)
                 if not document.text:
@@ -72,14 +72,14 @@ class ChunkReader:
             yield chunk
 
     def _count_document(self, document: Document, spec: str) -> None:
-        """Count signs of several documents in one: documents per --source, and end tokens in texts."""
+        """Count signs that a document is several documents: documents per --source, and end tokens in texts."""
         self.documents_of[spec] = self.documents_of.get(spec, 0) + 1
         if ENDOFTEXT in document.text:
             self.end_token_origin = self.end_token_origin or document.origin
             self.end_token_documents += 1
 
     def list_warnings(self, reads_all_files: bool) -> list[str]:
-        """Return warnings about several documents in one. `reads_all_files`: this run is not one of several parts."""
+        """Return warnings about documents that may be several. `reads_all_files`: this run is not one of the parts."""
         warnings = []
         if single := [spec for spec, count in self.documents_of.items() if reads_all_files and count == 1]:
             warnings.append(
@@ -88,8 +88,8 @@ class ChunkReader:
             )
         if self.end_token_documents:
             warnings.append(
-                f"{self.end_token_documents:,} documents contain the text {ENDOFTEXT}, as {self.end_token_origin}: it "
-                f"is encoded like any text and ends no document. If it does, give --separator '{ENDOFTEXT}'"
+                f"{self.end_token_documents:,} documents contain {ENDOFTEXT}, such as {self.end_token_origin}: "
+                f"it is encoded as text and ends no document. If it separates documents, give --separator '{ENDOFTEXT}'"
             )
         return warnings
 

@@ -22,7 +22,7 @@ from dist_llm.io.hashing import digest64
 EXACT_BYTES = 16
 PERMUTATIONS = 128  # the estimate's standard deviation is at most 0.5 / sqrt(128) = 0.044
 SHINGLE_WORDS = 5
-SHINGLES_PER_BATCH = 4096  # so that a book does not need a gigabyte
+SHINGLES_PER_BATCH = 4096  # limits the memory for a book
 # A false positive costs a comparison, a false negative keeps a duplicate: bands are chosen for few false negatives.
 ERROR_WEIGHTS = (0.25, 0.75)
 SCHEME = "affine32"

@@ -126,7 +126,7 @@ class DocumentEncoder:
 
 
 def is_heldout(text: bytes, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split. Depends on its text alone, so copies are in one split."""
+    """Return whether a document is held out. This depends on its text only, so copies share a split."""
     hash64 = int.from_bytes(digest64(text), "big")
     return hash64 < fraction * 2**64
 

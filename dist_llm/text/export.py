@@ -1,4 +1,4 @@
-"""Export a corpus as token files for other programs: nanoGPT's train.bin and val.bin."""
+"""Export a corpus as token files for nanoGPT: train.bin and val.bin."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ BLOCK_TOKENS = 1 << 20
 
 
 def export_bin(directory: Path, out: Path) -> dict[str, int]:
-    """Write `out`/train.bin and val.bin, ids of uint16 without a header, as nanoGPT reads them. {file: its tokens}.
+    """Write `out`/train.bin and val.bin as nanoGPT reads them: uint16 ids without a header. Return {file: tokens}.
 
-    `out` appears when both are complete. Raises DataError where it exists, or the ids do not fit.
+    `out` is created when both files are complete. Raises DataError if it exists, or an id does not fit into uint16.
     """
     corpora = {split: Corpus(directory, split) for split in FILES}
     if (size := corpora["train"].manifest.vocab_size) > MAX_VOCAB:

@@ -15,7 +15,7 @@ class Filters:
         self.names = tuple(names)
 
     def __call__(self, text: str, removed: RemovalCounts) -> str | None:
-        """Return the rest of a non-empty document, or None; removals are counted in `removed`."""
+        """Return the remaining text of a non-empty document, or None; removals are counted in `removed`."""
         left: str | None = text
         for name in self.names:
             if left is not None:

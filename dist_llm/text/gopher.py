@@ -1,7 +1,7 @@
 """The quality and repetition rules of MassiveText: Rae et al. 2021, "Scaling Language Models", A.1.1, table A1.
 
-Words are separated by blanks. Of lines, paragraphs and n-grams that occur several times, all but the first occurrence
-are duplicates. Only characters of words count, not blanks.
+Words are separated by blanks. Of repeated lines, paragraphs and n-grams, all occurrences but the first are duplicates.
+Only the characters of words count, not blanks.
 """
 
 import re
@@ -88,7 +88,7 @@ def _check_ngrams(words: list[str]) -> Iterator[tuple[str, bool]]:
     chars = np.array([len(word) for word in words], dtype=np.int64)
     ngrams = singles
     for n in range(2, max(MAX_DUPLICATE_NGRAM_CHARS) + 1):
-        # The numbers of the (n-1)-gram and of the next word give the number of the n-gram.
+        # An n-gram gets its number from the number of its first n-1 words and the number of its last word.
         pairs = ngrams[:-1] * len(numbers) + singles[n - 1 :]
         _, first, ngrams, counts = np.unique(pairs, return_index=True, return_inverse=True, return_counts=True)
         if n in MAX_TOP_NGRAM_CHARS:

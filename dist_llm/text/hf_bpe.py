@@ -1,7 +1,7 @@
 """Convert byte-level BPE in a `tokenizer.json` of the `tokenizers` library to an equal tokenizer for tiktoken.
 
-tiktoken merges the neighbours that make the token of least rank; `tokenizers` follows a list of pairs. A token is
-always merged in the same way, whatever its neighbours, so merging each token alone finds the list (`iter_merges`).
+tiktoken merges the neighbours whose combined token has the lowest rank; `tokenizers` follows a list of merges. A token
+is always merged in the same way, whatever its neighbours, so merging each token alone yields the list (`iter_merges`).
 `prove_equal` then runs both libraries on the same texts.
 """
 
@@ -17,15 +17,15 @@ from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
 from dist_llm.text.split_pattern import read_pattern
 from dist_llm.text.tokenizer import ENDOFTEXT
 
-EXPORT_KEY = "dist_llm"  # the key of tokenizer_config.json for values without a field in their files
+EXPORT_KEY = "dist_llm"  # key in tokenizer_config.json for values that the `tokenizers` format cannot store
 NO_RANK = 1 << 62  # larger than any rank
 
 
 def convert_bpe(content: Mapping[str, Any], end: str, exported: Mapping[str, Any], name: str) -> BPETokenizer:
-    """Convert a `tokenizer.json`; its token `end`, which ends a document, gets the name `<|endoftext|>`.
+    """Convert a `tokenizer.json`. Its token `end`, which ends a document, is renamed to `<|endoftext|>`.
 
-    `kept` is the note of our own export (key OURS). The conversion ignores Unicode's form NFC, added tokens that are
-    not special, and ids before and after a text.
+    `exported` has the values that our own export stored under EXPORT_KEY. The conversion ignores Unicode's form NFC,
+    added tokens that are not special, and ids before and after a text.
 
     Raises CheckpointError if the tokenizer is of another kind, or its ids do not ascend in the order of its merges.
     """
@@ -40,14 +40,14 @@ def convert_bpe(content: Mapping[str, Any], end: str, exported: Mapping[str, Any
     merges = [tuple(each.split(" ") if isinstance(each, str) else each) for each in model["merges"]]
     order = [vocab["".join(pair)] for pair in merges]
     ordinary, ignore_merges = {*CHAR_TO_BYTE, *map("".join, merges)}, model.get("ignore_merges", False)
-    if ignore_merges:  # a piece of text that equals a token becomes this token, even if merging does not reach it
+    if ignore_merges:  # a piece of text that equals a token becomes this token, even if no sequence of merges yields it
         ordinary |= {token for token in vocab if token not in added and CHAR_TO_BYTE.keys() >= set(token)}
     ranks = {to_bytes(token): vocab[token] for token in sorted(ordinary, key=vocab.__getitem__)}
     implied = set(iter_merges(ranks))
     never_made = not ignore_merges and len(CHAR_TO_BYTE) + len(implied) < len(ranks)
     if order != sorted(order) or implied - set(merges) or never_made:
         raise CheckpointError(
-            "its ids do not rise in the order of its merges (nor do RoBERTa's and BART's), and ours merges by id."
+            "its ids do not ascend in the order of its merges (nor do RoBERTa's and BART's), and ours merges by id."
         )
     special = added | {token: rank for token, rank in vocab.items() if token not in ordinary}
     special = {token: rank for token, rank in special.items() if rank < exported.get("vocab_size", rank + 1)}
@@ -58,7 +58,7 @@ def convert_bpe(content: Mapping[str, Any], end: str, exported: Mapping[str, Any
 
 
 def iter_merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[str, str]]:
-    """Yield the last two parts, in printable form, of each token that merging reaches, in the order of ranks."""
+    """Yield the last merge (two printable parts) of each token that merging reaches, in the order of ranks."""
     for token in sorted(ranks, key=ranks.__getitem__):
         symbols = [token[index : index + 1] for index in range(len(token))]
         while len(symbols) > 2:

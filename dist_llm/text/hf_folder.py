@@ -1,4 +1,4 @@
-"""Read a tokenizer from a folder of Hugging Face's, as `from_pretrained` does."""
+"""Read a tokenizer from a Hugging Face folder, as `from_pretrained` does."""
 
 import json
 from collections.abc import Mapping
@@ -27,24 +27,24 @@ ORIGINAL_FILES = (
     *(GENERATION_FILE, VOCAB_FILE, MERGES_FILE, "vocab.txt", "tokenizer.model", "spiece.model"),
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-DOCUMENT_ENDS = (ENDOFTEXT, "<|end_of_text|>")  # these come before the eos, which in chat models ends a turn
+DOCUMENT_ENDS = (ENDOFTEXT, "<|end_of_text|>")  # preferred to the eos, which in chat models ends a turn
 MAX_BYTES = 1 << 30
 
 
 def is_hf_folder(folder: Path) -> bool:
-    """Return whether a folder has tokenizer files of Hugging Face's and none of ours."""
+    """Return whether a folder has Hugging Face's tokenizer files and none of ours."""
     return any((folder / name).is_file() for name in (TOKENIZER_FILE, SETTINGS_FILE, "tokenizer.model", "vocab.txt"))
 
 
 def read_hf_folder(folder: Path) -> Tokenizer:
-    """Read the tokenizer of a folder: our byte-level BPE if it is an export of one, else theirs, unchanged.
+    """Read the tokenizer of a folder: as our byte-level BPE if we exported it, else unchanged as Hugging Face's.
 
     Raises DataError if files are missing or malformed, or no token ends a document.
     """
     files = {name: _read_file(folder / name) for name in ORIGINAL_FILES if (folder / name).is_file()}
     if TOKENIZER_FILE not in files and not {VOCAB_FILE, MERGES_FILE} <= files.keys():
         raise DataError(
-            f"{folder}: no {TOKENIZER_FILE}, nor vocab.json and merges.txt. Where there is another form "
+            f"{folder}: no {TOKENIZER_FILE}, nor vocab.json and merges.txt. If there is another form "
             "(tokenizer.model, vocab.txt), make it with transformers: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
         )
@@ -84,7 +84,7 @@ def _build_hf_tokenizer(
 def _read_own_export(
     content: dict[str, Any], settings: Mapping[str, Any], exported: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> Tokenizer | None:
-    """Return the exported tokenizer; None if others changed parts that our format cannot express."""
+    """Return the tokenizer that we exported; None if another program changed it beyond our format."""
     ordinary = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     templates = "chat_template" in settings or any(name.startswith("chat_template") for name in files)
     if ordinary or templates or content.get("normalizer") is not None or _find_first_ids(build_reference(files)):
@@ -98,16 +98,14 @@ def _read_own_export(
 
 
 def _find_first_ids(reference: Any) -> tuple[int, ...]:
-    """Return the ids that the tokenizer puts before a text."""
+    """Return the ids that the tokenizer adds before a text."""
     text = "a"
     alone = reference.encode(text, add_special_tokens=False).ids
     ids = reference.encode(text).ids
     for index in range(len(ids) - len(alone) + 1):
         if ids[index : index + len(alone)] == alone:
             return tuple(ids[:index])
-    raise DataError(
-        f"the ids of {text!r} with special tokens are {ids}, without them {alone}: no text with ids around it."
-    )
+    raise DataError(f"{text!r} has the ids {ids} with special tokens and {alone} without: not the same with added ids.")
 
 
 def _find_end_token(settings: Mapping[str, Any], vocab: Mapping[str, int]) -> str:
@@ -122,7 +120,7 @@ def _find_end_token(settings: Mapping[str, Any], vocab: Mapping[str, int]) -> st
 def _find_token_ids(
     settings: Mapping[str, Any], vocab: Mapping[str, int], model_config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the ids in the config.json beside the tokenizer; without one, those in the tokenizer's settings."""
+    """Return the special ids of the config.json beside the tokenizer; without one, of the tokenizer's settings."""
     if model_config:
         return {name: model_config[name] for name in TOKEN_IDS if name in model_config}
     roles = {name: str(settings.get(name.removesuffix("_id"))) for name in TOKEN_IDS}
@@ -143,14 +141,14 @@ def _parse_settings(files: Mapping[str, bytes]) -> dict[str, Any]:
 def _parse_json(content: bytes) -> dict[str, Any]:
     fields = json.loads(content)
     if not isinstance(fields, dict):
-        raise ValueError("not an object of JSON")
+        raise ValueError("not a JSON object")
     return fields
 
 
 def _read_file(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{path}: more than {MAX_BYTES} bytes, which is too large for a file of a tokenizer.")
+            raise DataError(f"{path}: more than {MAX_BYTES} bytes, which is too large for a tokenizer file.")
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}. Check the path given to --tokenizer.") from None

@@ -1,7 +1,7 @@
 """A tokenizer of the `tokenizers` library, run unchanged, with its original files.
 
-Our file contains the original files byte for byte, and three facts derived from them once: the id that ends a document,
-the ids before a document, and our byte-level BPE with equal ids, if there is one.
+Our file contains the original files byte for byte, and three values that are derived from them once: the id that ends a
+document, the ids before a document, and the identity of a byte-level BPE of ours with equal ids, if there is one.
 """
 
 import base64
@@ -24,16 +24,16 @@ from dist_llm.text.hf_bpe import convert_bpe, prove_equal
 from dist_llm.text.tokenizer import FORMAT, TOKENIZER_FILE, Tokenizer, to_well_formed
 
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
-STREAM_CONTEXT = 8  # ids before a stream on which the decoding of its first ids may depend
-MAX_WAITING = 8  # ids that together may make one character
+STREAM_CONTEXT = 8  # ids before a stream that may affect the decoding of its first ids
+MAX_WAITING = 8  # maximum number of ids that together make one character
 REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
 class HFTokenizer(Tokenizer):
-    """`files` are the original files by name. `token_ids` has bos_token_id and similar ids of the original model.
+    """`files`: the original files by name. `token_ids`: bos_token_id and similar ids of the original model.
 
-    `equal_bpe` is the identity of the byte-level BPE that gives the same ids for every text, or empty if there is none.
+    `equal_bpe` is the identity of the byte-level BPE that yields the same ids for every text; empty if there is none.
     """
 
     files: dict[str, bytes]
@@ -42,7 +42,7 @@ class HFTokenizer(Tokenizer):
     first_tokens: tuple[int, ...] = ()
     token_ids: dict[str, Any] = field(default_factory=dict)
     equal_bpe: str = ""
-    fast: bool = field(default=False, compare=False)  # whether tiktoken encodes, if it is proven equal
+    fast: bool = field(default=False, compare=False)  # encode by tiktoken if it is proven equal
     name: str = "huggingface"
 
     def __post_init__(self) -> None:
@@ -72,8 +72,7 @@ class HFTokenizer(Tokenizer):
         return np.array(self.as_text.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Encode a prompt, in which the string of a special token is that token, as in the prompts of chat
-        templates."""
+        """Encode a prompt in which the string of a special token becomes that token, as chat templates need."""
         reference = self._reference()
         return [*self.first_ids, *reference.encode(to_well_formed(text), add_special_tokens=False).ids]
 
@@ -107,7 +106,7 @@ class HFTokenizer(Tokenizer):
         return dict(self.files)
 
     def speed_up(self) -> "HFTokenizer":
-        """Return a tokenizer that encodes by tiktoken if that is proven, at first use, to give the same ids."""
+        """Return a tokenizer that encodes by tiktoken if tiktoken is proven, at first use, to yield the same ids."""
         return replace(self, fast=True)
 
     def file_bytes(self) -> bytes:
@@ -140,7 +139,7 @@ class HFTokenizer(Tokenizer):
             raise ValueError(f"a file outside its folder: {wrong[0]!r}")
         return HFTokenizer(
             files,
-            index(fields["vocab_size"]),  # not a string or a fraction
+            index(fields["vocab_size"]),  # rejects strings and fractions
             index(fields["end_token"]),
             tuple(map(index, fields["first_tokens"])),
             dict(fields["token_ids"]),
@@ -154,7 +153,7 @@ class HFTokenizer(Tokenizer):
 
     @cached_property
     def as_text(self) -> Any:
-        """Return the library's tokenizer, which treats the string of a special token as text."""
+        """Return the library's tokenizer, which encodes the strings of special tokens as text."""
         reference = self._reference()
         reference.encode_special_tokens = True
         return reference
@@ -176,14 +175,14 @@ class HFTokenizer(Tokenizer):
 
 
 class HFTextStream:
-    """A `TextStream` that decodes a window of ids again, and returns the new text.
+    """A `TextStream` that decodes a window of ids again for each new id, and returns the new text.
 
-    An id's text may depend on its neighbours: a blank at the start is dropped, several bytes make a character.
+    The text of an id may depend on its neighbours: a leading blank is dropped, or several ids make one character.
     """
 
     def __init__(self, tokenizer: HFTokenizer, before: list[int]) -> None:
         self._tokenizer, self._ids = tokenizer, before
-        self._begin, self._end = 0, len(before)  # the ids whose text was returned, as far as they are still needed
+        self._begin, self._end = 0, len(before)  # range of ids whose text was returned but which are still needed
 
     def add(self, token: int) -> str:
         self._ids.append(token)
@@ -207,7 +206,7 @@ class HFTextStream:
 
 
 def load_tokenizer_json(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return the JSON of `tokenizer.json`, or one equal to GPT-2's two files. Raises DataError."""
+    """Return the JSON of `tokenizer.json`, or an equal one built from GPT-2's two files. Raises DataError."""
     try:
         if TOKENIZER_FILE in files:
             content = json.loads(files[TOKENIZER_FILE])
@@ -240,13 +239,13 @@ def build_reference(files: Mapping[str, bytes]) -> Any:
         reference.no_padding()
     except (KeyboardInterrupt, SystemExit, DataError):
         raise
-    except BaseException as error:  # the error has no class of its own, and a panic of Rust is not an Exception
+    except BaseException as error:  # the library raises plain exceptions, and a Rust panic is not an Exception
         raise DataError(f"{TOKENIZER_FILE} cannot be read by the tokenizers library: {error}.") from None
     return reference
 
 
 def can_be_bpe(content: Mapping[str, Any]) -> bool:
-    """Return whether `convert_to_bpe` supports it: all added tokens are special; the normalizer is at most NFC."""
+    """Return whether `convert_to_bpe` supports it: all added tokens are special, and the normalizer is at most NFC."""
     ordinary = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     normalizer = content.get("normalizer")
     return not ordinary and (normalizer is None or normalizer == {"type": "NFC"})
@@ -272,13 +271,13 @@ def try_convert_to_bpe(content: Mapping[str, Any], eot: int) -> BPETokenizer | N
 
 
 def compute_bpe_identity(content: Mapping[str, Any], eot: int, first_ids: Sequence[int]) -> str:
-    """Return the identity of our byte-level BPE that gives the same corpus; empty if there is none."""
+    """Return the identity of our byte-level BPE that yields the same corpus; empty if there is none."""
     bpe = None if content.get("normalizer") is not None or first_ids else try_convert_to_bpe(content, eot)
     return bpe_identity(json.loads(bpe.file_bytes())) if bpe is not None else ""
 
 
 def _build_token_decoder(content: Mapping[str, Any]) -> Any:
-    """Return a function from a token of the vocabulary to its bytes of text, with a leading blank if it has one."""
+    """Return a function from a token of the vocabulary to the bytes of its text, including a leading blank."""
     steps = json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
     model = content["model"]
     if '"ByteLevel"' in steps:

@@ -1,4 +1,4 @@
-"""Open the inputs of `--source`. Each input yields its documents lazily, in a fixed order and in bounded memory.
+"""Open the inputs of `--source`. Each yields its documents lazily, in a fixed order and in bounded memory.
 
 An unreadable file raises DataError. For a malformed row see dist_llm/text/rows.py.
 """
@@ -25,7 +25,7 @@ STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test
 class InputFile(Protocol):
     """An input file or dataset. `spec` is the value of `--source` that names it.
 
-    `size_bytes` is None if the size is unknown. `fingerprint` changes with the content; None: changes are undetectable.
+    `size_bytes` is None if unknown. `fingerprint` changes with the content; None: changes cannot be detected.
     """
 
     @property
@@ -55,7 +55,7 @@ def open_inputs(
     files = [file for spec in specs for file in _open_input(spec, keys, hf_split, walk)]
     walk.check()
     if keys.separator and not any(isinstance(file, LocalFile) and is_text(file.path) for file in files):
-        raise DataError("--separator: cuts text files, and the sources have none; leave the option out")
+        raise DataError("--separator: only for text files, but the sources have none; leave the option out")
     return files
 
 
@@ -106,7 +106,7 @@ class LocalFile:
 
     @property
     def fingerprint(self) -> list[str | int]:
-        """Path, size and modification time. If these are equal, the text is taken to be equal."""
+        """Path, size and modification time. If all three are equal, the content is assumed to be unchanged."""
         stat = self.path.stat()
         return [str(self.path), stat.st_size, stat.st_mtime_ns]
 
@@ -126,7 +126,7 @@ class HFDataset:
     """
 
     size_bytes = None
-    fingerprint = None  # changes are undetectable, so a resumed run reads the dataset again
+    fingerprint = None  # changes cannot be detected, so a resumed run reads the dataset again
 
     def __init__(self, spec: str, keys: RowKeys, hf_split: str) -> None:
         import datasets

@@ -1,4 +1,4 @@
-"""The journal of an unfinished corpus: JSON lines that record what is durable. Each line is synced before the next."""
+"""The journal of an unfinished corpus: JSON lines of the durable state. Each line is synced before the next."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class Journal:
         return len(list(islice(self._iter_lines(), 2))) == 2
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the valid lines, header first; an empty list without a journal. About 1 kB for 8 MB of text."""
+        """Return the valid lines, header first; [] without a journal. A journal has about 1 kB per 8 MB of text."""
         return list(self._iter_lines())
 
     def _iter_lines(self) -> Iterator[dict[str, Any]]:

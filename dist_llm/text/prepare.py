@@ -31,7 +31,7 @@ NOTHING_TO_DO = (
     "nothing to do: {} was prepared with the same options from as many files and bytes; to prepare it anew, give "
     "--overwrite"
 )
-RESUME_HINT = "The input files that were done are kept in {}: mend this and run the same command again to go on."
+RESUME_HINT = "The finished input files are kept in {}: fix this and run the same command again to resume."
 
 
 def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
@@ -72,7 +72,7 @@ def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         where, why = error.filename or partial, error.strerror or error
-        hint = RESUME_HINT.format(partial) if Journal(partial).has_records else "Nothing of this run was kept."
+        hint = RESUME_HINT.format(partial) if Journal(partial).has_records else "Nothing of this run was saved."
         raise DataError(f"{where}: cannot be written: {why}. {hint}") from None
     return manifest
 
@@ -99,11 +99,11 @@ def _check_options(options: PrepareOptions) -> None:
         (0 <= options.heldout_fraction < 1, "--heldout-fraction: must be at least 0 and below 1"),
         (
             not (options.prompt_key and options.filter),
-            "--filter: changes texts, so that it is lost where their prompts end; leave out --filter or --prompt-key",
+            "--filter: changes texts, so the end of their prompts is lost; leave out --filter or --prompt-key",
         ),
         (
             options.separator is None or (options.separator != "" and "\n" not in options.separator),
-            "--separator: must not be empty or have a line break; for empty lines give blank-lines",
+            "--separator: must not be empty or contain a line break; for empty lines give blank-lines",
         ),
         (0 <= options.max_bad_rate <= 1, "--max-bad-rate: must be from 0 to 1"),
         (options.workers >= 1, "--workers: must be at least 1"),
@@ -112,7 +112,7 @@ def _check_options(options: PrepareOptions) -> None:
         (0.1 <= options.dedup_threshold < 1, "--dedup-threshold: must be at least 0.1 and below 1"),
         (
             options.part is None or options.dedup != "near",
-            "--dedup near: cannot be done in parts, since near copies may lie in two of them. "
+            "--dedup near: does not work with --part, because near duplicates may be in different parts. "
             "Leave out --part, or use --dedup exact",
         ),
     )
@@ -132,4 +132,4 @@ def _select_part(options: PrepareOptions, num_files: int) -> CorpusPart:
 
 def _check_not_merged(out: Path) -> None:
     if (out / MANIFEST).exists():
-        raise DataError(f"{out}: is a corpus already, so no part is added to it. Choose another --out, or remove it.")
+        raise DataError(f"{out}: is a complete corpus, so no part is added to it. Choose another --out, or remove it.")

@@ -41,7 +41,7 @@ def select_corpus_options(options: PrepareOptions) -> dict[str, Any]:
 
 
 class PrepareRun:
-    """One pass over the input files, which fills a directory."""
+    """One pass over the input files, which writes a corpus directory."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class PrepareRun:
             writer, records = self._build_writer(tokenizer), []
         if records:
             done = sum(len(record["inputs"]) for record in records)
-            self.meter.print_line(f"going on after {done:,} of {len(self.reader.files):,} input files, done before")
+            self.meter.print_line(f"resuming after {done:,} of {len(self.reader.files):,} input files")
             self.reader.restore(done, records[-1]["counts"])
             self._resumed_bytes = writer.written_counts.bytes
         writer.remove_other_files({TOKENIZER_FILE, JOURNAL_FILE})
@@ -127,7 +127,7 @@ class PrepareRun:
     def _select_valid_records(
         self, journal_lines: list[dict[str, Any]], header: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """Return the records before the first changed input file."""
+        """Return the records before the first input file that changed."""
         if journal_lines[:1] != [header]:
             return []
         usable: list[dict[str, Any]] = []

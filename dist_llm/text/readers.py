@@ -34,7 +34,7 @@ def read_file(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
 
 
 def is_text(path: Path) -> bool:
-    """Return whether a file has no rows: then it is one document, or documents between separators."""
+    """Return whether a file is text without rows: one document, or documents between separators."""
     return get_data_suffix(path) not in {*JSON_LINES, ".parquet", *DELIMITERS}
 
 
@@ -64,7 +64,7 @@ def _read_whole_text(path: Path, tally: Tally) -> Iterator[Document]:
 
 
 def _read_separated_text(path: Path, separator: str, tally: Tally) -> Iterator[Document]:
-    """Yield the documents before, between and after separators, except those of blanks only."""
+    """Yield the documents between separators, except blank ones."""
     start = tally.bytes_read
     with _open_decompressed(path) as (stream, raw):
         _check_encoding(stream.peek(4))
@@ -82,9 +82,9 @@ def _read_separated_text(path: Path, separator: str, tally: Tally) -> Iterator[D
 
 
 def split_documents(lines: Iterable[bytes], separator: str) -> Iterator[tuple[int, bytes]]:
-    """Yield the documents of some lines, each with the number of its first line.
+    """Yield (number of the first line, content) of each document in some lines.
 
-    A separator on its own line removes that line and the line break before it.
+    A separator on its own line is removed together with that line and the line break before it.
     """
     mark, fragments, first = separator.encode(), list[bytes](), 1
     for number, line in enumerate(lines, start=1):
@@ -128,7 +128,7 @@ def _decode(content: bytes, lines_before: int) -> str:
     """Decode bytes of a text file. Raises UnreadableError if they are not UTF-8, or not text."""
     try:
         text = content.decode("utf-8")
-        bad = content.find(b"\0")  # valid UTF-8, but frequent in UTF-16 and binary files
+        bad = content.find(b"\0")  # valid in UTF-8, but frequent in UTF-16 and binary files
     except UnicodeDecodeError as error:
         bad = error.start
     if bad < 0:
@@ -136,7 +136,7 @@ def _decode(content: bytes, lines_before: int) -> str:
     line = lines_before + content.count(b"\n", 0, bad) + 1
     what = "a NUL byte" if content[bad] == 0 else "not UTF-8"
     raise UnreadableError(
-        f"line {line}: {what}, as in a binary file or in text of another encoding (convert that with: iconv -f "
+        f"line {line}: {what}, as in a binary file or in text of another encoding (convert with: iconv -f "
         "ENCODING -t UTF-8)"
     )
 
@@ -153,7 +153,7 @@ def _read_json_lines(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Docume
     with _open_decompressed(path) as (stream, raw):
         _check_encoding(stream.peek(4))
         if stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            raise DataError(f"{path}: one JSON array; expected one object a line. Convert it with: jq -c '.[]'")
+            raise DataError(f"{path}: is one JSON array; expected one object per line. Convert it with: jq -c '.[]'")
         for number, line in enumerate(stream, start=1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
@@ -206,5 +206,5 @@ def _find_column(path: Path, names: list[str], option: str, key: str) -> str:
     if column is None:
         raise DataError(f"{path}: no column '{key}'. Give {option} one of: {', '.join(names)}")
     if (count := names.count(column)) > 1:
-        raise DataError(f"{path}: {count} columns are called '{column}'. Rename all but one, or leave it out.")
+        raise DataError(f"{path}: {count} columns have the name '{column}'. Rename all but one, or leave the file out.")
     return column

@@ -1,4 +1,4 @@
-"""The report of prepare: what it read, and what it removed and why, as counts per rule in `report.json`."""
+"""The report of prepare: counts of the input, and of removed text by rule, in `report.json`."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ FORMAT = "dist_llm prepare report 1"
 
 @dataclass
 class TextCount:
-    """What one rule removed: documents, lines, and their bytes of UTF-8."""
+    """Text that one rule removed: documents, lines, and bytes of UTF-8."""
 
     documents: int = 0
     lines: int = 0
@@ -54,7 +54,7 @@ class InputTable(dict[str, dict[str, FileCount]]):
         amount.bytes += bytes
 
     def mark_unreadable(self, path: Path, bytes: int) -> None:
-        """Count a file as unreadable that was counted as read."""
+        """Count a file as unreadable that was counted as read before."""
         self.add("read", path, -bytes, -1)
         self.add("skipped: unreadable", path, bytes)
 
@@ -75,7 +75,7 @@ class InputTable(dict[str, dict[str, FileCount]]):
 class Report:
     """The outcome of each row of the input: bad, empty, removed by a rule, or kept."""
 
-    options: dict[str, Any]  # the options that decide the corpus
+    options: dict[str, Any]  # options that decide the content of the corpus
     rows: int = 0
     bad_rows: int = 0
     empty_documents: int = 0
@@ -105,7 +105,7 @@ class Report:
         self.removed.merge(other.removed)
 
     def save(self, directory: Path) -> None:
-        """Write it durably."""
+        """Write the report durably."""
         content = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
         write_durably(directory / REPORT_FILE, content.encode())
 

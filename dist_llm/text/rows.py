@@ -1,4 +1,4 @@
-"""Read the document in a row of the input, and count the rows of one pass.
+"""Read the document in a row of the input, and count the rows of a pass.
 
 A bad row (malformed UTF-8 or JSON, a text key that is missing or not a string) is skipped. The `Tally` counts it and
 records its location.
@@ -16,7 +16,7 @@ from dist_llm.text.tokenizer import to_well_formed
 MAX_LOCATIONS = 5
 MIN_ROWS = 10_000
 PARAGRAPH_BREAK = "\n\n"
-BLANK_LINES = "blank-lines"  # the separator for one or more empty lines
+BLANK_LINES = "blank-lines"  # a separator of one or more empty lines
 
 
 class UnreadableError(Exception):
@@ -101,15 +101,15 @@ class Tally:
             if bad > self.max_bad_rate * all_of_them:
                 raise DataError(
                     f"{bad:,} of {all_of_them:,} {unit}, more than --max-bad-rate {self.max_bad_rate:g}. "
-                    "Mend them, check --text-key, or raise the rate. The first:\n  " + "\n  ".join(self.locations)
+                    "Fix them, check --text-key, or raise the rate. The first:\n  " + "\n  ".join(self.locations)
                 )
 
     def _check_unreadable(self) -> None:
         if self.unreadable and not self.skip_unreadable:
             path, (_, reason) = next(iter(self.unreadable.items()))
             raise DataError(
-                f"{path}: cannot be read: {reason}. Mend it or fetch it again, leave it out with --exclude, or skip "
-                "such files with --skip-unreadable."
+                f"{path}: cannot be read: {reason}. Fix it or download it again, leave it out with --exclude, or skip "
+                "unreadable files with --skip-unreadable."
             )
 
 
@@ -136,7 +136,7 @@ def read_row(row: Any, keys: RowKeys, origin: str, tally: Tally, size: int | Non
 
 
 def _get_value(row: Any, key: str) -> Any:
-    """Return the value of a key, which may be nested. A list of strings becomes one text of paragraphs."""
+    """Return the value of a key, which may be nested. A list of strings is joined to one text of paragraphs."""
     if not isinstance(row, dict):
         return None
     if key not in row:

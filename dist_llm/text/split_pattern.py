@@ -1,7 +1,7 @@
 """Convert a split pattern between tiktoken (regex engine: fancy-regex) and the `tokenizers` library (Oniguruma).
 
-The engines agree on most of the language, over all of Unicode. Two things are rewritten: `$`, which for Oniguruma is
-the end of any line, and `{1,3}+`, which for it is a repeated count. All else that is not known to agree is refused.
+The engines agree on most of the language, over all of Unicode. Two constructs are rewritten: `$`, which in Oniguruma is
+the end of any line, and `{1,3}+`, which in Oniguruma is a repeated count. Constructs not known to agree are refused.
 """
 
 import json
@@ -23,12 +23,12 @@ _PART = re.compile(
     rf"|\((?:\?(?:[:!=>]|i:))?|\)(?:[?*+]\+?)?|\||\\z)(?![?*+{{])",
     re.ASCII,
 )
-# If case is ignored, Oniguruma matches one character, such as ß, to these two.
+# If case is ignored, Oniguruma matches one character, such as ß, to these two characters.
 _FOLDED = re.compile(r"\(\?i:[^)]*(?:s[st]|f[fil])", re.IGNORECASE)
 
 
 def to_oniguruma(pattern: str) -> str:
-    """Convert a pattern without a change of meaning. Raises CheckpointError if it might have another."""
+    """Convert a pattern without changing its meaning. Raises CheckpointError if the meaning might change."""
     translated, position = [], 0
     while position < len(pattern):
         part = _PART.match(pattern, position)
@@ -48,9 +48,9 @@ def build_pre_tokenizer(pattern: str) -> dict[str, Any]:
 
 
 def read_pattern(content: Mapping[str, Any], exported: str | None) -> str:
-    """Return the pattern by which a `tokenizer.json` splits text; `kept` if that was exported as this one.
+    """Return the pattern by which a `tokenizer.json` splits text, or `exported` if it was exported from that pattern.
 
-    Raises CheckpointError if text is changed before, or split by other means.
+    Raises CheckpointError if the text is changed before the split, or is split in another way.
     """
     normalizer, step = content.get("normalizer"), content.get("pre_tokenizer") or {}
     *splits, last = step["pretokenizers"] if step.get("type") == "Sequence" else [step]

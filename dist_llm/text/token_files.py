@@ -1,11 +1,13 @@
 """Read token files of other programs: their header, the type of their ids, and where documents begin.
 
-megatron X.bin: only ids. X.idx: magic, version, type, the length of each sequence, and which begin documents npy one
-array as numpy.save writes it bin only ids, of a type that the user must give (nanoGPT, OLMo) llmc 256 int32: magic,
-version, number of ids; then the ids (llm.c and its descendants)
+megatron  X.bin: ids only. X.idx: magic, version, dtype, the length of each sequence, and the first sequence of each
+          document.
+npy       one array, written by numpy.save.
+bin       ids only, of a dtype that the user must give (nanoGPT, OLMo).
+llmc      256 int32: magic, version, number of ids; then the ids (llm.c and its descendants).
 
-Each is a header and one flat array, and so a shard of ours with `skip_bytes`. Document bounds that a file lacks are
-found by `<|endoftext|>`, which ends a document; in llmc, and elsewhere by option, it begins one.
+Each file is a header and one flat array, which is a shard of ours with `skip_bytes`. If a file has no document
+boundaries, they are found by `<|endoftext|>`. It ends a document; in llmc files, or by option, it begins one.
 """
 
 import io
@@ -45,14 +47,14 @@ class TokenFileHeader:
 
 
 def locate_data_file(kind: str, location: str) -> str:
-    """Return the file of the ids; Megatron's are often named without their suffix."""
+    """Return the file of the ids. Megatron's files are often named without their suffix."""
     return location.removesuffix(".bin") + ".bin" if kind == "megatron" else location
 
 
 def read_header(kind: str, location: str, head: bytes, declared: str | None, read: ReadFile) -> TokenFileHeader:
-    """Return the header of the file at `place` that begins with `head`; `read` returns the content of another file.
+    """Return the header of the file at `location` that begins with `head`. `read` returns the content of another file.
 
-    Raises DataError with file and offset if the format or the type of its ids is not supported.
+    Raises DataError with file and offset if the format or the dtype of the ids is not supported.
     """
     if kind == "megatron":
         index = location.removesuffix(".bin") + ".idx"
@@ -62,14 +64,14 @@ def read_header(kind: str, location: str, head: bytes, declared: str | None, rea
     if kind == "llmc":
         return _parse_llmc(location, head)
     if declared is None:
-        raise DataError(f"{location}: a .bin file does not tell its type. Give --dtype: {', '.join(READ_AS)}.")
+        raise DataError(f"{location}: a .bin file does not store its dtype. Give --dtype: {', '.join(READ_AS)}.")
     return TokenFileHeader(_check_dtype(location, 0, declared))
 
 
 def _check_dtype(location: str, offset: int, dtype: str) -> DType:
     if dtype not in READ_AS:
         raise DataError(
-            f"{location}: byte {offset}: ids of type {dtype}; only {', '.join(READ_AS)} are read, little-endian. "
+            f"{location}: byte {offset}: ids of type {dtype}; supported are {', '.join(READ_AS)}, little-endian. "
             "Convert it with numpy: array.astype('<u4')."
         )
     return READ_AS[dtype]
@@ -77,14 +79,14 @@ def _check_dtype(location: str, offset: int, dtype: str) -> DType:
 
 def _parse_megatron(location: str, content: bytes) -> TokenFileHeader:
     if len(content) < MEGATRON_HEADER.size or not content.startswith(MEGATRON_MAGIC):
-        raise DataError(f"{location}: byte 0: not an index of Megatron's ({content[:9]!r}, not {MEGATRON_MAGIC!r}).")
+        raise DataError(f"{location}: byte 0: not a Megatron index ({content[:9]!r}, not {MEGATRON_MAGIC!r}).")
     _, version, code, n_sequences, n_bounds = MEGATRON_HEADER.unpack_from(content)
     if version != MEGATRON_VERSION:
-        raise DataError(f"{location}: byte 9: version {version}; only {MEGATRON_VERSION} is known.")
+        raise DataError(f"{location}: byte 9: version {version}; only version {MEGATRON_VERSION} is supported.")
     dtype = _check_dtype(location, 17, MEGATRON_TYPES.get(code, f"number {code}"))
     expected = MEGATRON_HEADER.size + 12 * n_sequences + 8 * n_bounds
     if len(content) != expected:
-        why = "truncated" if len(content) < expected else "too long, as where sequences have modes, which are not text"
+        why = "truncated" if len(content) < expected else "too long, as with sequence modes, which are not text"
         raise DataError(
             f"{location}: byte {min(expected, len(content))}: {why}: {len(content)} bytes, but {n_sequences} sequences "
             f"and {n_bounds} document bounds make {expected}. Copy it again or make it again."
@@ -103,12 +105,12 @@ def _parse_megatron(location: str, content: bytes) -> TokenFileHeader:
     if len(misplaced := np.flatnonzero(pointers != ends[:-1] * np.dtype(dtype).itemsize)):
         at = offset + 4 * n_sequences + 8 * int(misplaced[0])
         raise DataError(
-            f"{location}: byte {at}: sequence {misplaced[0]} does not follow the one before it. Make it again."
+            f"{location}: byte {at}: sequence {misplaced[0]} does not follow the previous one. Make it again."
         )
     if not len(bounds) or bounds[0] or bounds[-1] != n_sequences or (np.diff(bounds) < 0).any():
         at = offset + 12 * n_sequences
-        raise DataError(f"{location}: byte {at}: document bounds do not rise from 0 to {n_sequences}. Make it again.")
-    starts = np.unique(ends[bounds[:-1]])  # once each: a document may be empty
+        raise DataError(f"{location}: byte {at}: document bounds do not ascend from 0 to {n_sequences}. Make it again.")
+    starts = np.unique(ends[bounds[:-1]])  # without repetitions: a document may be empty
     return TokenFileHeader(dtype, 0, int(ends[-1]), starts[starts < ends[-1]])
 
 
@@ -120,7 +122,7 @@ def _parse_npy(location: str, head: bytes) -> TokenFileHeader:
             (2, 0): np.lib.format.read_array_header_2_0,
         }
         shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
-    except Exception as error:  # the header is parsed as Python text, which raises many types
+    except Exception as error:  # numpy parses the header as Python text and raises many types
         raise DataError(f"{location}: byte 0: not an array that numpy.save wrote: {error!r}") from None
     if len(shape) != 1:
         raise DataError(f"{location}: byte 8: an array of shape {shape}; ids must be flat: save array.reshape(-1).")
@@ -139,9 +141,9 @@ def _parse_llmc(location: str, head: bytes) -> TokenFileHeader:
 
 
 class TokenFileScan:
-    """Facts from one pass over the bytes of a file: the number of ids, whether all are known, and the amount of text.
+    """One pass over the bytes of a file: counts the ids, checks them, and sums the bytes of their text.
 
-    `text_bytes` is the length of each id's text.
+    `text_bytes` has the length of the text of each id.
     """
 
     def __init__(self, location: str, header: TokenFileHeader, eot: int, text_bytes: npt.NDArray[np.uint16]) -> None:
@@ -152,7 +154,7 @@ class TokenFileScan:
         self._rest = b""
 
     def add(self, block: bytes) -> None:
-        """Scan the next bytes. Raises DataError for an id that the tokenizer does not know."""
+        """Scan the next bytes. Raises DataError for an id that the tokenizer does not have."""
         header_bytes = max(0, self.header.skip_bytes - self.size)
         self.size += len(block)
         data = self._rest + block[header_bytes:]
@@ -179,17 +181,17 @@ class TokenFileScan:
 
     @property
     def has_document_bounds(self) -> bool:
-        """Whether the file has any mark that a document begins or ends."""
+        """Whether the file marks where documents begin or end."""
         return self.header.starts is not None or any(map(len, self.eots))
 
     @property
     def has_leading_eot(self) -> bool:
-        """Whether its separators seem to begin documents: one is first, and none is last."""
+        """Whether separators seem to begin documents: the first id is one, and the last is not."""
         boundaries = [position for each in self.eots if len(each) for position in (int(each[0]), int(each[-1]))]
         return bool(boundaries) and boundaries[0] == 0 and boundaries[-1] < self.tokens - 1
 
     def compute_starts(self, eot_at_start: bool) -> Ints:
-        """Return the first token of each document; a file that begins within a document begins with the rest of it."""
+        """Return the first token of each document. A file that begins inside a document begins with the rest of it."""
         if self.header.starts is not None:
             return self.header.starts
         boundaries = np.concatenate([np.zeros(1, np.int64), *(each + (not eot_at_start) for each in self.eots)])

@@ -1,11 +1,11 @@
-"""The interface of all tokenizers, from text to ids and back, and the file that stores one.
+"""The interface of all tokenizers, from text to ids and back, and the file that stores a tokenizer.
 
-A corpus and a checkpoint have one file, `tokenizer.json`. Its bytes depend on its content alone, so that their hash
-identifies the tokenizer. Kinds:
+A corpus and a checkpoint have one file, `tokenizer.json`. Its bytes depend only on its content, so its hash identifies
+the tokenizer. There are three kinds:
 
-byte-level BPE dist_llm/text/bpe_tokenizer.py: trained here, or from vocabularies in tiktoken's format hugging face
-dist_llm/text/hf_tokenizer.py: any tokenizer of the `tokenizers` library, with its original files characters
-dist_llm/text/char_tokenizer.py: an id for each character, as in nanoGPT's meta.pkl
+byte-level BPE  dist_llm/text/bpe_tokenizer.py: trained here, or from vocabularies in tiktoken's format
+hugging face    dist_llm/text/hf_tokenizer.py: any tokenizer of the `tokenizers` library, with its original files
+characters      dist_llm/text/char_tokenizer.py: one id per character, as in nanoGPT's meta.pkl
 """
 
 import json
@@ -27,20 +27,20 @@ TOKENIZER_FILE = "tokenizer.json"
 BPE_FORMAT = "dist_llm tokenizer 1"
 FORMAT = "dist_llm tokenizer 2"  # of all other kinds, which the key "kind" distinguishes
 ENDOFTEXT = "<|endoftext|>"
-MAX_IDS = 1 << 24  # tables have a row for each
+MAX_IDS = 1 << 24  # tables have one row per id
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
 
 
 class TextStream(Protocol):
-    """Decodes ids one at a time; the bytes of a character wait until it is complete."""
+    """Decodes ids one at a time. The bytes of an incomplete character are buffered."""
 
     def add(self, token: int) -> str:
-        """Add an id, and return the text that is now complete."""
+        """Add an id, and return the text that is complete now."""
         ...
 
     def end(self) -> str:
-        """Return the rest, with invalid bytes as U+FFFD. Further ids may follow."""
+        """Return the buffered bytes as text, with invalid bytes as U+FFFD. Further ids may follow."""
         ...
 
 
@@ -52,27 +52,27 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """The largest id plus one, special tokens included (there may be unused ids below it)."""
+        """The largest id plus one, including special tokens. Some ids below it may be unused."""
 
     @property
     @abstractmethod
     def eot(self) -> int | None:
-        """The id that ends each document; None if no id does, and only document offsets separate documents."""
+        """The id that ends each document; None if there is none, so that only document offsets separate documents."""
 
     @property
     def first_ids(self) -> tuple[int, ...]:
-        """Ids before each document and each prompt, such as BOS."""
+        """The ids before each document and each prompt, such as BOS."""
         return ()
 
     @abstractmethod
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         """Encode any text, without `first_ids`. The string of a special token is ordinary text here.
 
-        A lone surrogate becomes U+FFFD. Raises DataError for a character that the tokenizer has no id for.
+        A lone surrogate becomes U+FFFD. Raises DataError for a character without an id.
         """
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Encode a prompt for a model to continue: `first_ids`, then the text."""
+        """Encode a prompt that a model continues: `first_ids`, then the text."""
         return [*self.first_ids, *self.encode(text).tolist()]
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def text_stream(self, before: Ids) -> TextStream:
-        """Return a stream that decodes the ids which follow `before`."""
+        """Return a stream that decodes the ids after `before`."""
 
     @abstractmethod
     def token_bytes(self) -> Mapping[int, bytes]:
@@ -111,7 +111,7 @@ class Tokenizer(ABC):
 
     @property
     def _padding_id(self) -> int:
-        """The id that fills rows if no id ends a document."""
+        """The id of padding if no id ends a document."""
         return 0
 
     @cached_property
@@ -137,7 +137,7 @@ class Tokenizer(ABC):
 
 
 def parse_tokenizer(content: bytes, location: str) -> Tokenizer:
-    """Parse the bytes of a `tokenizer.json` of ours. Raises DataError with the name `place`."""
+    """Parse the bytes of our `tokenizer.json`. Raises DataError, which starts with `location`."""
     from dist_llm.text.bpe_tokenizer import BPETokenizer
     from dist_llm.text.char_tokenizer import CharTokenizer
     from dist_llm.text.hf_tokenizer import HFTokenizer
@@ -153,7 +153,7 @@ def parse_tokenizer(content: bytes, location: str) -> Tokenizer:
             hint = "Prepare the corpus again with this version."
             raise DataError(f"{location}: not of format '{BPE_FORMAT}' or '{FORMAT}'. {hint}")
         if (reader := readers.get((fields["format"], fields.get("kind")))) is None:
-            raise DataError(f"{location}: kind {fields.get('kind')!r} of tokenizer is not known to this version.")
+            raise DataError(f"{location}: kind {fields.get('kind')!r} of tokenizer is unknown to this version.")
         return reader(fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{location}: cannot be read: {error!r}. Prepare the corpus again.") from None

@@ -14,7 +14,7 @@ from dist_llm.errors import DataError
 from dist_llm.text.compression import CODECS
 from dist_llm.text.report import InputTable
 
-# Files with rows: text files beside them are not part of the corpus.
+# Suffixes of files with rows. Text files beside such files are not part of the corpus.
 ROW_SUFFIXES = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow"}
 UNSUPPORTED_COMPRESSION = {
     ".lz4",
@@ -55,20 +55,20 @@ def get_data_suffix(path: Path) -> str:
 
 
 def find_read_problem(path: Path) -> str | None:
-    """Return why a file cannot be read, as far as its name and its entry tell."""
+    """Return why a file cannot be read, judging by its name and directory entry; None if nothing is wrong."""
     if not path.exists():
-        return "a link to nothing" if path.is_symlink() else "gone"
+        return "a broken link" if path.is_symlink() else "missing"
     if not path.is_file():
         return "not a regular file"
     if not os.access(path, os.R_OK):
         return "no permission"
     if path.suffix.lower() in UNSUPPORTED_COMPRESSION:
-        return f"compressed as {path.suffix}, which is not read (only {', '.join(sorted(CODECS))})"
+        return f"compressed as {path.suffix}, which is not supported (only {', '.join(sorted(CODECS))})"
     return None
 
 
 class FolderWalk:
-    """The files of one run's sources, and the globs that have matched any."""
+    """The files of one run's sources, and the globs that matched any of them."""
 
     def __init__(self, rules: FileRules, table: InputTable) -> None:
         self.rules, self.table = rules, table
@@ -76,7 +76,7 @@ class FolderWalk:
         self._used: set[str] = set()
 
     def check_file(self, path: Path) -> list[Path]:
-        """Return a file that the user names if it is readable, whatever the globs are."""
+        """Check a file that the user names, whatever the globs are. Return it if it is readable."""
         return [path] if self._count_readable(path) else []
 
     def walk_folder(self, root: Path, left_out: Iterable[str] = ()) -> list[Path]:
@@ -96,13 +96,13 @@ class FolderWalk:
         return [path for path in files if self._is_text(path, texts) and self._count_readable(path)]
 
     def check(self) -> None:
-        """Raise DataError if a file is unreadable, or a glob has matched nothing."""
+        """Raise DataError if a file is unreadable, or a glob matched nothing."""
         if self._unreadable and not self.rules.skip_unreadable:
             more = f"\n  and {len(self._unreadable) - MAX_LISTED} more" if len(self._unreadable) > MAX_LISTED else ""
             raise DataError(
                 f"{len(self._unreadable)} files or folders of --source cannot be read:\n  "
                 + "\n  ".join(self._unreadable[:MAX_LISTED])
-                + f"{more}\nMend them, leave them out with --exclude, or skip them with --skip-unreadable."
+                + f"{more}\nFix them, leave them out with --exclude, or skip them with --skip-unreadable."
             )
         for option, globs in (("--include", self.rules.include), ("--exclude", self.rules.exclude)):
             if unused := [each for each in globs if each not in self._used]:
@@ -112,7 +112,7 @@ class FolderWalk:
                 )
 
     def _iter_files(self, root: Path, skipped: frozenset[str] | set[str]) -> Iterator[Path]:
-        """Yield all files below `root`. A linked folder is entered, unless it is or will be read under another path."""
+        """Yield all files below `root`. A linked folder is skipped if it is read under another path."""
         top, folders, entered = os.path.realpath(root), [root], set()
         while folders:
             folder = folders.pop()
@@ -146,9 +146,9 @@ class FolderWalk:
         return bool(matches)
 
     def _is_text(self, path: Path, texts: set[str]) -> bool:
-        """Return whether a file may be text by its name. Files that --include matches are always read.
+        """Return whether a file may be text, judging by its name. Files that --include matches are always read.
 
-        `texts` are the suffixes of the other files. A README is text only among files of its own kind.
+        `texts` are the suffixes of the other files. A README is read only beside files of its own kind.
         """
         if self.rules.include:
             return True

@@ -1,6 +1,6 @@
-"""`train --debug`: one process, eager, synchronous, deterministic; it shows the data and names the first failure.
+"""Debug a config (`train --debug`): one process, eager, synchronous and deterministic; stop at the first failure.
 
-It writes nothing, and uses no thread or compiled code, so that a breakpoint stops at its line.
+It prints the data, writes no files, and uses no threads or compiled code, so that breakpoints work.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from dist_llm.training.step import train_step
 
 STEPS = 3
 OVERFIT_STEPS = 30
-OVERFIT_SHARE = 0.9  # of the first loss, which overfitting must reach
+OVERFIT_SHARE = 0.9  # overfitting must lower the loss below this share of the first loss
 SHOWN_TOKENS = 24
 
 
@@ -37,7 +37,7 @@ class DebugError(RuntimeError):
 
 
 def debug(config: Config) -> None:
-    """Show a batch, take a few steps with every value checked, overfit one batch. Raises DebugError."""
+    """Print a batch, take a few steps with all values checked, and overfit one batch. Raises DebugError."""
     make_synchronous()
     console = Console()
     rows = min(config.data.micro_batch, config.data.global_batch)
@@ -129,7 +129,7 @@ def finite(model: nn.Module) -> Iterator[None]:
 
 
 def overfit(console: Console, config: Config, device: torch.device, batches: list[Batch]) -> None:
-    """Train a fresh model on one batch: if it cannot learn that, no run of it will learn."""
+    """Train a fresh model on one batch. Raises DebugError if the loss does not fall."""
     engine = NativeEngine(config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.0})}), device)
     first = last = float("nan")
     with finite(engine.model_parts[0]):
@@ -140,7 +140,7 @@ def overfit(console: Console, config: Config, device: torch.device, batches: lis
     if not last < OVERFIT_SHARE * first:
         raise DebugError(
             f"the loss on one repeated batch went from {first:.4f} to {last:.4f} in {OVERFIT_STEPS} steps, and should "
-            f"fall below {OVERFIT_SHARE * first:.4f}. Look at optim.lr ({config.optim.lr:g}), the targets shown "
+            f"fall below {OVERFIT_SHARE * first:.4f}. Check optim.lr ({config.optim.lr:g}), the targets printed "
             "above, and whether every parameter gets a gradient."
         )
 

@@ -1,4 +1,4 @@
-"""The directories that a run writes to: its own and that of its checkpoints.
+"""The directories that a run writes to: the run directory and the checkpoint directory.
 
 They are locked and tested before anything is written, so that errors of the first checkpoint appear at the start.
 """
@@ -19,10 +19,10 @@ from dist_llm.launch.world import World
 
 @contextmanager
 def open_directories(config: Config, checkpoints: Folder, world: World, saves: bool = True) -> Iterator[None]:
-    """During the block, only this run writes to its directories; rank 0 has their locks.
+    """While open, only this run writes to its directories; rank 0 holds their locks.
 
     Checkpoints at a URL are not locked: fsspec offers no exclusive creation for object stores. If the run `saves`
-    anything, there must be room for one checkpoint.
+    checkpoints, the directory must have room for one.
 
     Raises ConfigError if another run has a lock, or a directory is not writable or too small.
     """

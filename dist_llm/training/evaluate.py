@@ -60,11 +60,11 @@ class Heldout:
 
 
 def evaluate(engine: Engine, heldout: Heldout, alive: Callable[[], None] = lambda: None) -> Evaluation:
-    """Score each corpus's windows for each component. A sample is made as in training, from the window's number.
+    """Score each corpus's windows with each component. Examples are built as in training, from the window's number.
 
     Calls `alive` before each batch.
 
-    Bits per byte are those of the text alone: separators are predicted, so that their loss counts, but they have no
+    Bits per byte count only the bytes of the text: the loss of predicted separators is included, but separators have no
     bytes.
     """
     members = [f"{number}_{spec.name}" for number, (spec, _) in enumerate(heldout.objective.components)]
@@ -100,7 +100,7 @@ def _mean(sums: list[tuple[float, int]]) -> float:
 def _score(
     engine: Engine, heldout: Heldout, corpus: Corpus, member: int, alive: Callable[[], None]
 ) -> tuple[float, int]:
-    """Return (sum of losses, scored tokens) of one component on one corpus, over all ranks."""
+    """Return (sum of losses, number of valid tokens) of one component on one corpus, over all ranks."""
     losses: list[Tensor] = []
     count = 0
     for batch_of_data_rank in heldout_batches(heldout, corpus, member, *engine.dp_rank_and_size):
@@ -117,8 +117,8 @@ def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ra
     """Yield this rank's share of the windows.
 
     Plain text is scored to its last token, with the last window padded; other objectives use only full windows. Every
-    rank yields equally many batches, since a sharded model runs in step: a rank without windows left yields unscored
-    rows.
+    rank yields equally many batches, because a sharded model needs all ranks in each forward: a rank without windows
+    yields rows without valid tokens.
     """
     objective = heldout.objective
     size = objective.components[member][1]

@@ -1,4 +1,4 @@
-"""Handle anomalies: a loss, gradient or weight that is not finite, a loss spike, ranks that disagree. See `guard.*`."""
+"""Handle anomalies (see `guard.*`): non-finite losses, gradients or weights, loss spikes, and ranks that disagree."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ MIN_RELATIVE_SIGMA = 1e-3  # of the median; a smaller spread would make every de
 
 @dataclass(frozen=True)
 class Anomaly:
-    """What is wrong with a step, the key of section `guard` that decides what happens, and advice to the user."""
+    """The problem of a step, the key of section `guard` that selects the action, and advice to the user."""
 
     key: str
     problem: str
@@ -56,7 +56,7 @@ class Guard:
         self.last_warned_step = 0
 
     def should_apply(self, step: int, loss: Tensor, norm: Tensor) -> bool:
-        """Whether to apply the update of this step. Synchronises with the device and all ranks: used if `skips`."""
+        """Return whether to apply the update of this step. Waits for the device and all ranks: used only if `skips`."""
         anomaly = self._agree(self._find_anomaly(*torch.stack((loss.float(), norm.float())).tolist()))
         self.checked[step] = anomaly
         return anomaly is None or self._policy(anomaly) != "skip"
@@ -87,7 +87,7 @@ class Guard:
             self._handle(step, anomaly, self.config.corrupt)
 
     def check_weights_finite(self, step: int, finite: bool) -> None:
-        """Before a checkpoint: `finite` says whether all weights of this rank are finite. Raises as `check_metrics`."""
+        """Check weights before a checkpoint. `finite`: all weights of this rank are. Raises as `check_metrics`."""
         wrong = [rank for rank, is_finite in enumerate(self.all_gather(int(finite))) if not is_finite]
         if wrong and self.config.not_finite != "warn":
             anomaly = Anomaly("not_finite", f"weights of rank {wrong[0]} are not finite after it")
@@ -112,10 +112,10 @@ class Guard:
         self.state.num_used += 1
         if policy == "rewind":
             raise RewindError(step, anomaly)
-        return [{"step": step, "event": f"step {step}: {anomaly.problem}; its update was left out"}]
+        return [{"step": step, "event": f"step {step}: {anomaly.problem}; its update was skipped"}]
 
     def _agree(self, local: Anomaly | None) -> Anomaly | None:
-        """The anomaly that all ranks act on: a step has one if any rank found one."""
+        """Return the anomaly that all ranks act on. A step has one if any rank found one."""
         codes = self.all_gather(1 + STEP_KEYS.index(local.key) if local else 0)
         code = min((each for each in codes if each), default=0)
         if not code or (local and local.key == STEP_KEYS[code - 1]):
@@ -127,21 +127,21 @@ class Guard:
         return policy
 
     def _find_anomaly(self, loss: float, norm: float) -> Anomaly | None:
-        """The anomaly of the newest step, if it has one. Other losses enter the window of later comparisons."""
+        """Return the anomaly of the newest step, if any. Otherwise its loss joins the window of recent losses."""
         if not math.isfinite(loss):
             return Anomaly("not_finite", f"the loss is {loss}")
         if self.checks_norm and not math.isfinite(norm):
             return Anomaly("not_finite", f"the gradient's norm is {norm}")
         losses, anomaly = self.state.losses, None
         if len(losses) == self.config.window and (z := robust_z_score(loss, losses)) > self.config.spike_z:
-            anomaly = Anomaly("spike", f"a loss of {loss:.4f} is {z:.1f} deviations above the median of those before")
+            anomaly = Anomaly("spike", f"a loss of {loss:.4f} is {z:.1f} deviations above the median of recent losses")
         if anomaly is None or self.config.spike == "warn":
             self.state.losses = [*losses, loss][-self.config.window :]
         return anomaly
 
 
 def robust_z_score(loss: float, losses: Sequence[float]) -> float:
-    """How many standard deviations, estimated by the median absolute deviation, `loss` lies above the median."""
+    """Return how many standard deviations `loss` is above the median. The deviation is estimated by the MAD."""
     median = statistics.median(losses)
     mad = statistics.median(abs(each - median) for each in losses)
     return (loss - median) / max(MAD_TO_SIGMA * mad, MIN_RELATIVE_SIGMA * abs(median), 1e-12)

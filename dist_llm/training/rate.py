@@ -1,6 +1,6 @@
-"""The learning-rate schedule of a run that starts or resumes: planned once, kept in the checkpoint's config.
+"""Plan the learning-rate schedule when a run starts or resumes. The checkpoint's config stores the result.
 
-The rate stays a function of the step and the config. A resume whose config gives another rate says so.
+The learning rate is a function of the step and the config. A resume logs if the config now gives another rate.
 """
 
 import logging
@@ -18,10 +18,10 @@ log = logging.getLogger("dist_llm")
 
 
 def plan_rate(config: Config, checkpoint: Folder | None) -> Config:
-    """The config with its schedule planned, for a run that resumes from `checkpoint` or starts (None).
+    """Return the config with its schedule planned. `checkpoint`: the one to resume from; None for a new run.
 
-    Logs the rate of the next step by the checkpoint's config and by this one where they differ, and what became of a
-    schedule that was planned for another run.steps.
+    If the checkpoint's config gives the next step another learning rate, log both rates. If the schedule was planned
+    for another run.steps, log whether its end moves.
     """
     if checkpoint is None:
         return plan_schedule(config)
@@ -35,8 +35,8 @@ def plan_rate(config: Config, checkpoint: Folder | None) -> Config:
         rate = learning_rate(config.optim, planned.schedule, next_step)
         if rate != replanned:
             log.info(
-                "learning rate: the decay was planned to end at step %d and does, though run.steps is %d now: step %d "
-                "has %.3g. With schedule.on_extend=replan it would have %.3g",
+                "learning rate: the decay was planned to end at step %d and still does, although run.steps is now %d: "
+                "step %d has %.3g. With schedule.on_extend=replan it would have %.3g",
                 *(decay_steps, config.run.steps, next_step, rate, replanned),
             )
     if _decay_steps(schedule) != 0:
@@ -52,5 +52,5 @@ def plan_rate(config: Config, checkpoint: Folder | None) -> Config:
 
 
 def _decay_steps(schedule: ScheduleConfig) -> int | None:
-    """The step at which the decay ends; 0: not planned; None: the schedule has no such step."""
+    """Return the step at which the decay ends; 0 if it is not planned; None if the schedule has no such step."""
     return schedule.decay_steps if isinstance(schedule, DecayKeys) else None

@@ -1,4 +1,4 @@
-"""Compute the same step on two ranks: each data rank repeats its neighbour's batch, and the results must agree.
+"""Compute the same step on two ranks: each data rank repeats its neighbour's batch, and both results must agree.
 
 No update is applied. Gradients are sums over all ranks, so that they show an error but not its rank. The loss shows the
 rank, if the error is in the forward pass.
@@ -13,14 +13,14 @@ from dist_llm.engines.base import Engine
 from dist_llm.objectives.batch import Batch
 from dist_llm.sharded import to_local
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}  # relative; the two sums have another order
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}  # relative; the order of summation differs
 
 
 def replay(engine: Engine, loader: Loader, first_sample: int, step: int, precision: str) -> list[str]:
     """Compute the step that starts at `first_sample` twice. Returns the differences, the same lines on all ranks.
 
-    Each rank computes the gradients of its own samples, then those of the next data rank. This needs gradients that no
-    other engine owns (engine: native) and a model without dropout. It costs two steps and a copy of the gradients.
+    Each rank computes the gradients of its own samples, then those of the next data rank. This requires engine: native
+    and a model without dropout. It costs two steps and a copy of the gradients.
     """
     dp_rank, dp_size = engine.dp_rank_and_size
     own, own_loss = _compute_gradients(engine, loader.load_batches_of_rank(dp_rank, first_sample), step)
@@ -46,7 +46,7 @@ def replay(engine: Engine, loader: Loader, first_sample: int, step: int, precisi
 
 
 def _compute_gradients(engine: Engine, batches: list[Batch], step: int) -> tuple[dict[str, Tensor], float]:
-    """(this rank's shard of the gradients, its share of the loss); the engine's gradients are cleared."""
+    """Return (this rank's shard of the gradients, its share of the loss), and clear the engine's gradients."""
     batches = [engine.to_local_batch(batch) for batch in batches]
     scored = engine.all_reduce_over_data(sum(batch.num_valid_tokens for batch in batches))
     losses = engine.accumulate(batches, scored, step)
@@ -59,7 +59,7 @@ def _compute_gradients(engine: Engine, batches: list[Batch], step: int) -> tuple
 
 
 def _sum_by_data_rank(engine: Engine, dp_ranks: list[int], dp_size: int, value: float) -> list[float]:
-    """The sum of the values of all ranks with the same data rank, for each data rank."""
+    """Return for each data rank the sum of the values of all its ranks."""
     (bits,) = struct.unpack("<q", struct.pack("<d", value))  # ranks all-gather integers
     sums = [0.0] * dp_size
     for dp_rank, gathered in zip(dp_ranks, engine.all_gather_ints(bits), strict=True):
@@ -72,9 +72,9 @@ def _format_ranks(dp_ranks: list[int], dp_rank: int) -> str:
 
 
 def _is_close(value: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Relative to the largest element; a gradient that is about zero everywhere is rounding.
+    """Return whether two gradients agree, relative to the largest element; nearly zero gradients are rounding noise.
 
-    A gradient that is not finite has to be so both times. The guard or the loss scale handles it.
+    A non-finite gradient must be non-finite both times. The guard or the loss scale handles it.
     """
     if not expected.numel():
         return True

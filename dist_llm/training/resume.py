@@ -43,7 +43,7 @@ def load_run(folder: Folder, engine: Engine, config: Config) -> Progress:
 
 
 def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
-    """Start with another run's weights. Raises CheckpointError if they do not fit, or differ from the saved ones."""
+    """Load another run's weights. Raises CheckpointError if they do not fit, or differ from the saved ones."""
     requested = check_init_from(path, config)
     log_init_differences(path, config, requested)
     changes_parts = any(each.key in PART_KEYS for each in requested)
@@ -61,21 +61,21 @@ def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
 
 
 def check_probe(folder: Folder, engine: Engine, config: Config) -> None:
-    """Compare the probe of the loaded weights with that of the checkpoint. Every rank calls it.
+    """Compare the probe of the loaded weights with the checkpoint's. Call it on all ranks.
 
     Raises CheckpointError if they differ by more than rounding, unless checkpoint.probe is warn.
     """
     probe = parse_probe(folder.read(PROBE), f"{folder}/{PROBE}") if PROBE in folder.list_names() else None
     if probe is None:
-        log.info("%s: has no probe that this version can compare; the weights are taken as they are", folder)
+        log.info("%s: has no probe that this version can compare; the weights are used unchecked", folder)
         return
     try:
         log.info("%s: %s", folder, compare_probes(probe, measure_probe(engine, config), str(folder)))
     except CheckpointError as error:
         if config.checkpoint.probe == "refuse":
             raise CheckpointError(
-                f"{error}. Start again, on another machine if you can: a device may err. If it is refused again, move "
-                "this checkpoint away to go on from the one before; or set checkpoint.probe: warn to accept it"
+                f"{error}. Start again, on another machine if possible: the hardware may be faulty. If it fails again, "
+                "move this checkpoint away to resume from the previous one; or set checkpoint.probe: warn to accept it"
             ) from None
         log.warning("%s", error)
 
@@ -89,7 +89,7 @@ class EarlierSteps:
 
     @staticmethod
     def read(directory: Path, step: int, config: Config) -> "EarlierSteps":
-        """Read the rows after `step` in metrics.jsonl, which is truncated next; none if the config has changed
+        """Read the rows after `step` in metrics.jsonl, which is truncated next. Return no rows if the config changed
         since."""
         losses: dict[int, float] = {}
         try:
@@ -118,9 +118,9 @@ class EarlierSteps:
             self.num_compared += 1
             if not abs(row["loss"] - before) <= self.tolerance * max(1.0, abs(before)):
                 event = (
-                    f"step {row['step']} was taken before the run was resumed, with a loss of {before:.9g}; now it is "
-                    f"{row['loss']:.9g}, and a difference of {self.tolerance * max(1.0, abs(before)):.2g} is rounding: "
-                    "the weights, the optimizer state or the data are not those of the first time"
+                    f"step {row['step']} had a loss of {before:.9g} before the run was resumed, and now has "
+                    f"{row['loss']:.9g}; rounding explains at most {self.tolerance * max(1.0, abs(before)):.2g}: "
+                    "the weights, the optimizer state or the data differ from the first time"
                 )
                 log.warning("%s", event)
                 events.append({"step": row["step"], "event": event})

@@ -54,7 +54,7 @@ from dist_llm.training.trainer import SLOW_FACTOR, Trainer
 
 log = logging.getLogger("dist_llm")
 
-EXPORT_FILES = {TOKENIZER_FILE, "token_ids.json", "generation_config.json"}  # of a checkpoint, for its export
+EXPORT_FILES = {TOKENIZER_FILE, "token_ids.json", "generation_config.json"}  # copied from a checkpoint, for its export
 
 
 def train(config: Config, world: World) -> int:
@@ -141,7 +141,7 @@ def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
 
 @dataclass(frozen=True)
 class RunContext:
-    """Everything a trainer is built from, also after each rewind."""
+    """The objects that a trainer is built from, at the start and after each rewind."""
 
     config: Config
     world: World
@@ -152,7 +152,7 @@ class RunContext:
     watchdog: Watchdog
 
     def run(self, start: Folder | Path | None) -> int:
-        """Train from `start`, and rewind when the guard asks for it. Returns what `train` returns."""
+        """Train from `start`, and rewind if the guard requests it. Returns the result of `train`."""
         world, watchdog, trainer = self.world, self.watchdog, self.build_trainer(start)
         try:
             with StopSignals() as signals:  # a signal during a rewind still counts
@@ -167,7 +167,7 @@ class RunContext:
             return stop_signal
         except Exception as error:
             annotate_failure(error, world, watchdog.activity)
-            log.error("%s", error.__notes__[-1])  # now: the others do not wait for the checkpoint that is being written
+            log.error("%s", error.__notes__[-1])  # at once: other ranks do not wait for the checkpoint being written
             raise
         finally:
             watchdog.heartbeat("the end", SLOW_FACTOR)
@@ -175,7 +175,7 @@ class RunContext:
             self.store.wait()
 
     def build_trainer(self, start: Folder | Path | None, guard_state: GuardState | None = None) -> Trainer:
-        """A trainer that starts from `start`. `guard_state`: anomalies that the checkpoint does not know of."""
+        """Build a trainer that starts from `start`. `guard_state`: anomalies that the checkpoint does not contain."""
         config, corpus = self.config, self.sources[0].corpus.directory
         history = _build_history(config, self.sources, start if isinstance(start, Folder) else None, guard_state)
         files = {**run_files(config, corpus, start), HISTORY_FILE: dump_history(history)}
@@ -189,7 +189,7 @@ class RunContext:
         return trainer
 
     def rewind(self, trainer: Trainer, error: RewindError) -> Trainer:
-        """A trainer that starts from the newest checkpoint, and leaves out samples as guard.skip_steps says."""
+        """Return a trainer that starts from the newest checkpoint and skips the samples of guard.skip_steps."""
         self.watchdog.heartbeat("the rewind", SLOW_FACTOR)
         trainer.loader.close()
         self.store.finish()
@@ -202,15 +202,15 @@ class RunContext:
         end = loader.advance_steps(first, min(num_steps, num_skipped))
         left_out = [(first, end)] if end > first else []
         trainer = self.build_trainer(checkpoint, replace(guard_state, left_out=guard_state.left_out + left_out))
-        event = f"{error}; went back from there to step {progress.step}" + (
-            f", samples {first} to {end - 1} are left out" if left_out else ", to read the same samples again"
+        event = f"{error}; rewound to step {progress.step}" + (
+            f", samples {first} to {end - 1} are skipped" if left_out else ", to repeat the same samples"
         )
         trainer.recorder.emit([{"step": progress.step, "event": event}])
         return trainer
 
 
 def _refuse_moved(store: CheckpointStore, run: Path) -> None:
-    """Raises CheckpointError if checkpoint.dir has changed and the run has checkpoints only in the old directory."""
+    """Raise CheckpointError if checkpoint.dir has changed and the run has checkpoints only in the old directory."""
     previous = checkpoints_of_run(run)
     if previous.directory != store.directory and previous.list_committed():
         raise CheckpointError(
@@ -220,7 +220,7 @@ def _refuse_moved(store: CheckpointStore, run: Path) -> None:
 
 
 def _check_tokenizer(path: Path, tokenizer_sha256: str, corpus: Path) -> None:
-    """Raises DataError if the weights were trained with another tokenizer than the corpus."""
+    """Raise DataError if the weights were trained with another tokenizer than the corpus."""
     if not same_tokenizer(path, corpus, tokenizer_sha256):
         raise DataError(f"{corpus}: was prepared with another tokenizer than the one in init_from {path}")
 
@@ -228,7 +228,7 @@ def _check_tokenizer(path: Path, tokenizer_sha256: str, corpus: Path) -> None:
 def _build_history(
     config: Config, sources: Sequence[DataSource], checkpoint: Folder | None, guard_state: GuardState | None = None
 ) -> DataHistory:
-    """The data segments of the run so far and of the rest. Raises DataError if it cannot resume with this data."""
+    """Return the data segments of the run, past and future. Raises DataError if it cannot resume with this data."""
     segment = segment_from_config(config, sources)
     if checkpoint is None:
         return (segment,)
@@ -241,10 +241,10 @@ def _build_history(
 
 
 def run_files(config: Config, corpus: Path, start: Folder | Path | None = None) -> dict[str, bytes]:
-    """The small files that go into the run directory and into each checkpoint.
+    """Return the small files for the run directory and each checkpoint, {name: content}.
 
-    Those of EXPORT_FILES come from the checkpoint that the run starts from, if there is one: its tokenizer gives the
-    same ids as the corpus's, and may come with a chat template or other settings.
+    EXPORT_FILES come from the checkpoint that the run starts from, if there is one: its tokenizer has the same ids as
+    the corpus's, and may come with a chat template or other settings.
     """
     files = {
         "config.yaml": dump(config).encode(),
@@ -258,7 +258,7 @@ def run_files(config: Config, corpus: Path, start: Folder | Path | None = None) 
 
 
 def environment() -> dict[str, str]:
-    """The software that produced this run: commit, Python, packages."""
+    """Return the software of this run: commit, Python version, package versions."""
     packages = ("dist-llm", "torch", "numpy", "pydantic", "tiktoken", "tokenizers")
     versions = {"git_commit": _git_commit(), "python": platform.python_version(), "machine": platform.platform()}
     for package in packages:
@@ -272,7 +272,7 @@ def environment() -> dict[str, str]:
 
 
 def _git_commit() -> str:
-    """The commit of this source tree, with `+` if it has changes; `unknown` outside git."""
+    """Return the commit of this source tree, with `+` if it has changes; `unknown` outside git."""
     source_dir = Path(__file__).parent
     try:
         commit = subprocess.run(

@@ -51,14 +51,14 @@ class SampleAudit:
         if wrong:
             raise DataError(
                 f"samples {self.first_samples[0]} to {int(planned[-1][-1, -1])}: ranks {', '.join(map(str, wrong))} "
-                "did not read their planned samples, so that some were read twice or not at all. Do all ranks run the "
-                "same version with the same config?"
+                "did not read their planned samples, so some samples were read twice or not at all. Check that all "
+                "ranks run the same version with the same config"
             )
         self.first_samples, self.digest_sum = [], 0
 
 
 def digest_samples(samples: Ints) -> int:
-    """A number that depends on the set of samples, not on their order; two different sets hardly share it."""
+    """Return a digest of the set of samples, independent of their order. Different sets are unlikely to share it."""
     return int(splitmix64(samples.astype(np.uint64)).sum(dtype=np.uint64))
 
 

@@ -1,4 +1,4 @@
-"""The `evaluate` command: compute a checkpoint's loss on a corpus, on any number of ranks."""
+"""Compute a checkpoint's loss on a corpus, on any number of ranks (`dist-llm evaluate`)."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,21 +23,21 @@ from dist_llm.text.tokenizer import TOKENIZER_FILE
 from dist_llm.training.evaluate import Evaluation, Heldout, evaluate
 from dist_llm.training.settings import read_vocabulary
 
-IMPORTED_SEQ_LEN = 2048  # for models that were not trained here, which have no configured length
+IMPORTED_SEQ_LEN = 2048  # default for imported models, which have no configured length
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The number of tokens in a window, and of windows in a batch; 0 is the default."""
+    """The number of tokens per window and of windows per batch; 0: the default."""
 
     seq_len: int = 0
     micro_batch: int = 0
 
 
 def score(checkpoint: str, data: str | None, split: Split, windows: Windows, world: World) -> Evaluation:
-    """Evaluate and, on rank 0, print. The model is sharded over all ranks, whatever layout trained it.
+    """Evaluate and print on rank 0. The model is sharded over all ranks, independent of its training layout.
 
-    Raises ConfigError or DataError that names the option to change.
+    Raises ConfigError or DataError, which names the option to change.
     """
     path = store.open_checkpoint(checkpoint, world.rank, world.size)
     config, why = _with_seq_len(load_saved(path), windows.seq_len, store.read_progress(Folder(path)).tokens > 0)
@@ -49,7 +49,7 @@ def score(checkpoint: str, data: str | None, split: Split, windows: Windows, wor
     score_prompts = config.data.score_prompts
     heldout = Heldout(corpora, objective, windows.micro_batch or config.data.micro_batch, score_prompts=score_prompts)
     heldout.check()
-    # Models trained in float8 are scored in bf16 on any device, as `generate` and other tools compute them.
+    # Models trained in float8 are scored in bf16 on all devices, as in `generate`.
     config = resolve(config.model_copy(update={"parallel": ParallelConfig(), "fp8": False}), world.size, 0)
     device = select_device(world)
     with process_group(world, device):
@@ -77,8 +77,8 @@ def _first_directory(corpora: Mapping[str, Corpus]) -> Path:
 
 
 def _with_seq_len(config: Config, seq_len: int, trained: bool) -> tuple[Config, str]:
-    """Return (the config for windows of so many tokens, the origin of that number). Raises ConfigError if they do not
-    fit."""
+    """Return (the config for windows of `seq_len` tokens, the origin of the number). Raises ConfigError if it is not
+    possible."""
     longest, why = config.model.max_seq_len, "--seq-len"
     if seq_len > longest:
         raise ConfigError(f"--seq-len {seq_len}: the model takes at most {longest} tokens; lower it")
@@ -95,11 +95,11 @@ def _with_seq_len(config: Config, seq_len: int, trained: bool) -> tuple[Config, 
 
 
 def _open(config: Config, data: str | None, split: Split) -> dict[str, Corpus]:
-    """Open the corpora of the run, or that of --data."""
+    """Open the corpora of the run, or the corpus of --data."""
     chosen = config.data.model_copy(update={"path": data, "sources": ()}) if data else config.data
     whose = f"--data {data}" if data else "the corpus of the run (choose another with --data)"
     if not (chosen.path or chosen.sources):
-        raise ConfigError("--data: the model was not trained here, so it has no corpus of its own; name one")
+        raise ConfigError("--data: this model was imported and has no corpus of its own; give a corpus directory")
     try:
         corpora = open_corpora(chosen, split)
     except DataError as error:
@@ -119,7 +119,7 @@ def _open(config: Config, data: str | None, split: Split) -> dict[str, Corpus]:
 
 
 def _check_tokenizer(path: Path, config: Config, corpora: Iterable[Corpus], world: World) -> None:
-    """Raise DataError if a corpus has other ids than the model."""
+    """Raise DataError if the token ids of a corpus are not those of the model."""
     has_tokenizer = (path / TOKENIZER_FILE).exists()
     for corpus in corpora:
         if not has_tokenizer and corpus.manifest.vocab_size > config.model.vocab_size:

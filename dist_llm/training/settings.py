@@ -1,4 +1,4 @@
-"""A YAML file -> the resolved config of a run. Imports no torch: a config error comes at once."""
+"""Read a YAML file into the resolved config of a run. Imports no torch, so that config errors appear at once."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,14 +20,14 @@ from dist_llm.text.tokenizer import Tokenizer
 
 
 def read_vocabulary(config: Config, directory: Path) -> Vocabulary:
-    """What the config's objective has to know of the ids of the tokenizer in `directory`."""
+    """Return the token ids of the config's objective. `directory` has the tokenizer."""
     with_words = any(isinstance(each, MaskedSpec) and each.whole_words for each in config.objective.components)
     return Tokenizer.load(directory).vocabulary(with_words)
 
 
 def read_model(own: dict[str, Any], allowed: object) -> tuple[dict[str, Any], list[Violation]]:
-    """(the raw model section, violations) of a config whose `model` has the key `from`."""
-    from dist_llm.checkpoint.compatibility import read_config  # imports torch: only where it is needed
+    """Return (the raw model section, violations) of a config whose `model` has the key `from`."""
+    from dist_llm.checkpoint.compatibility import read_config  # imports torch, so only if needed
     from dist_llm.checkpoint.store import resolve_checkpoint
 
     checkpoint, own = own[FROM], {name: value for name, value in own.items() if name != FROM}
@@ -42,9 +42,9 @@ def read_model(own: dict[str, Any], allowed: object) -> tuple[dict[str, Any], li
 
 
 def read_config(source: Path | Mapping[str, Any] | None, overrides: Sequence[str], world_size: int) -> Config:
-    """Load, check against the corpus and the world, and resolve. All that is wrong is in one ConfigError.
+    """Load the config, check it against the corpus and the world, and resolve. Raises one ConfigError with all errors.
 
-    A schedule.decay_steps of 0 stays 0: the checkpoint decides its value (`dist_llm/training/rate.py:plan_rate`).
+    A schedule.decay_steps of 0 stays 0; `dist_llm/training/rate.py:plan_rate` derives it from the checkpoint.
     """
     config, violations = load_config(source, overrides, read_model)
     if config is None:
@@ -53,13 +53,13 @@ def read_config(source: Path | Mapping[str, Any] | None, overrides: Sequence[str
     manifest: Manifest | None = None
     for number, data_source in enumerate(sources_of(config.data)):
         if not data_source.path:
-            continue  # `check` asks for it
+            continue  # `check` reports the missing path
         try:
             manifest = Manifest.load(localize_corpus(data_source.path, config.data.cache))
         except DataError as error:
             key = f"data.sources.{number}.path" if data_source.name else "data.path"
             violations.append(Violation((key,), str(error)))
-    # A rule that speaks of a key already known to be wrong would only repeat the news.
+        # A violation that involves a key already known to be invalid would only repeat it.
     wrong = {key for violation in violations for key in violation.keys}
     size = manifest.vocab_size if manifest else 0
     violations += [v for v in check(config, world_size, size) if wrong.isdisjoint(v.keys)]

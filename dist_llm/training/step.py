@@ -17,11 +17,11 @@ from dist_llm.objectives.batch import Batch
 class StepReport:
     """The results of a step over the whole world. Tensors stay on the device until someone logs them."""
 
-    loss: Tensor  # mean over scored tokens, nats
+    loss: Tensor  # mean over valid tokens, in nats
     grad_norm: Tensor  # before clipping
     scored: Tensor
-    by_source: Tensor | None = None  # [2, sources]: their shares of the loss, and their scored tokens
-    terms: Tensor | None = None  # [2]: of the loss its cross-entropy and its z-loss, means over scored tokens
+    by_source: Tensor | None = None  # [2, sources]: each source's share of the loss, and its number of valid tokens
+    terms: Tensor | None = None  # [2]: mean cross-entropy and mean z-loss over valid tokens
 
 
 def train_step(
@@ -35,11 +35,11 @@ def train_step(
 ) -> StepReport:
     """Take one optimizer step; each batch is one microbatch of this data rank. `step` seeds dropout.
 
-    `with_terms`, for a loss with label smoothing or z-loss: report its terms, too.
-    `accept`, asked with the loss and the gradient's norm, may say no: then weights and moments stay as they are.
+    `with_terms`: also report the terms of a loss with label smoothing or z-loss.
+    `accept(loss, grad_norm)`: if it returns False, weights and moments stay unchanged.
 
-    Losses are sums, divided once by the number of tokens the whole world scores, so the
-    gradient does not depend on how those tokens were cut into ranks and microbatches.
+    Losses are sums, divided once by the number of valid tokens of the whole world, so the gradient does not depend on
+    how the tokens are split into ranks and microbatches.
     """
     batches = [engine.to_local_batch(batch) for batch in batches]
     scored = engine.all_reduce_over_data(sum(batch.num_valid_tokens for batch in batches))
@@ -56,7 +56,7 @@ def train_step(
 
 
 def _terms(engine: Engine, microbatches: int, losses: Tensor) -> Tensor:
-    """Return this rank's sums of cross-entropy and z-loss, [2]; zeros if it has no head, or a plain loss."""
+    """Return this rank's sums of cross-entropy and z-loss, [2]; zeros without a head or with a plain loss."""
     sums = losses.new_zeros(2)
     for part in engine.model_parts:
         collected = None if part.head is None else part.head.terms
@@ -66,7 +66,7 @@ def _terms(engine: Engine, microbatches: int, losses: Tensor) -> Tensor:
 
 
 def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor:
-    """Return this rank's part of [2, sources]: of the loss, and of the scored tokens."""
+    """Return this rank's contribution to [2, sources]: loss and number of valid tokens by source."""
     owners = torch.cat([batch.source_ids_B for batch in batches if batch.source_ids_B is not None])
     counts = torch.cat([(batch.targets_BS != IGNORE).sum(-1) for batch in batches])
     rows = torch.stack((losses, counts.to(losses)))
@@ -74,7 +74,7 @@ def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor
 
 
 def terms_of(report: StepReport, config: LossConfig) -> dict[str, Tensor]:
-    """Return the terms of a regularised loss, by the names of the metrics; nothing for a plain one."""
+    """Return the terms of a regularized loss by metric name; {} for a plain loss."""
     if report.terms is None:
         return {}
     cross_entropy, z_loss = report.terms

@@ -1,4 +1,4 @@
-"""Find slow ranks. All ranks finish a step together, so that step times are equal; but fast ranks wait for slow ones.
+"""Find slow ranks. All ranks finish a step together, so step times are equal, but fast ranks wait for slow ones.
 
 A thread on each rank samples, a few times a second, whether the rank is inside a collective. The rest of the time the
 rank is busy. The rank that is busy for the longest part of a step is the straggler.
@@ -16,7 +16,7 @@ from dist_llm.launch.world import World
 from dist_llm.observe.metrics import Row
 
 SAMPLE_SECONDS = 0.4  # between two samples, on average; a sample takes about a millisecond
-MIN_LAG = 0.15  # share of a step that a straggler is busy beyond the median of the others: 5 sigma of 300 samples
+MIN_LAG = 0.15  # a straggler's busy share minus the median of the others: 5 sigma of 300 samples
 
 
 class StragglerMonitor:
@@ -38,7 +38,7 @@ class StragglerMonitor:
         self._closed.set()
 
     def report(self, rows: Sequence[Row]) -> list[Row]:
-        """Call on all ranks after the steps of `rows`. Every `seconds`: a row with the busy seconds of each rank.
+        """Call on all ranks after the steps of `rows`. Every `seconds`, return a row with each rank's busy seconds.
 
         The row has an event if a rank is slow.
         """
@@ -78,6 +78,6 @@ class StragglerMonitor:
 
 
 def find_slowest(busy: Sequence[float]) -> tuple[int, float]:
-    """(the rank with the largest busy share, the median of the other shares)."""
+    """Return (the rank with the largest busy share, the median of the other shares)."""
     rank = max(range(len(busy)), key=busy.__getitem__)
     return rank, statistics.median(share for other, share in enumerate(busy) if other != rank)

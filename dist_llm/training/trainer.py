@@ -49,10 +49,10 @@ SLOW_FACTOR = 30  # watchdog timeout of an evaluation or a checkpoint, in units 
 
 
 class Trainer:
-    """Trains on this rank, from `start`: a checkpoint to resume (Folder), initial weights (Path), or None.
+    """Trains on this rank from `start`: a checkpoint to resume (Folder), initial weights (Path), or None.
 
-    `files` are stored in each checkpoint. `guard_state`: after a rewind, anomalies that the checkpoint does not know.
-    The caller opens and closes `watchdog`: a rank can also hang before the first step and after the last.
+    `files` are stored in each checkpoint. `guard_state`: after a rewind, anomalies that the checkpoint lacks.
+    The caller opens and closes `watchdog`, because a rank can also hang before the first step and after the last.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Trainer:
         return 0
 
     def step(self) -> None:
-        """One optimizer step on the next global batch."""
+        """Take one optimizer step on the next global batch."""
         config, progress = self.config, self.progress
         start = time.perf_counter()
         batches = self.loader.load_batches(progress.samples)
@@ -169,7 +169,7 @@ class Trainer:
             self.compare_replicas()
 
     def compare_replicas(self) -> None:
-        """Raises DivergedError or RewindError on all ranks if replicas of the weights differ."""
+        """Raise DivergedError or RewindError on all ranks if replicas of the weights differ."""
         if replicated_params := self.engine.replicated_params:
             self.guard.report_divergence(self.progress.step, find_mismatches(replicated_params, self.world.host))
 
@@ -211,7 +211,7 @@ class Trainer:
         return config.eval.sample_prompt + "".join(chunks)
 
     def save(self) -> None:
-        """Start to write a checkpoint of this step. The metrics up to this step are written first."""
+        """Start to write a checkpoint of this step. Metrics up to this step are written first."""
         self.flush_metrics()
         self.audit.check()
         if self.config.guard.digest_every:
@@ -235,7 +235,7 @@ class Trainer:
         return progress
 
     def _open_heldout(self, objective: Objective) -> Heldout | None:
-        """The held-out text of the sources that have enough of it."""
+        """Return the held-out text of the sources that have enough of it."""
         data, corpora = self.config.data, {}
         for source in self.loader.plan.sources:
             corpus = Corpus(source.corpus.directory, "heldout", data.verify, data.cache)

@@ -34,7 +34,7 @@ MESSAGES = {
     "stop": "has made no progress for",
     "full": FULL,
     "flip": "skipping it; an older checkpoint",
-    "nan": "went back from",
+    "nan": "rewound to step",
 }
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(missing()), reason=missing() or "there are")]

@@ -39,7 +39,7 @@ def test_a_resume_refuses_another_function(case: str, tmp_path: Path) -> None:
     before, current, message = INCOMPATIBLE[case]
     path = write_config(tmp_path, before)
     check_resume(Folder(path), make_config(1, before))
-    with pytest.raises(CheckpointError, match=f"(?s)cannot go on.*model.{message}.*Set these keys"):
+    with pytest.raises(CheckpointError, match=f"(?s)cannot resume.*model.{message}.*Set these keys"):
         check_resume(Folder(path), make_config(1, current))
 
 

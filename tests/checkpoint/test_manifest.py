@@ -112,7 +112,7 @@ def truncate(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda newest: (newest / "__0_0.distcp").unlink(), "damaged: .*__0_0.distcp"),
-        (lambda newest: truncate(newest / "__0_0.distcp"), r"damaged: __0_0.distcp has \d+ bytes of \d+"),
+        (lambda newest: truncate(newest / "__0_0.distcp"), r"damaged: __0_0.distcp has \d+ bytes instead of \d+"),
         (lambda newest: (newest / MANIFEST).unlink(), "damaged: .*manifest.json"),
         (lambda newest: truncate(newest / MARKER), "do not belong together"),
     ],
@@ -209,12 +209,12 @@ def test_a_damaged_older_checkpoint_does_not_stop_the_run(two_copies: Path) -> N
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        (b"[]", "is not a checkpoint's"),
-        (b'{"files": {"a": 3}}', "is not a checkpoint's"),
-        (b'{"files": {"a": {"bytes": "many", "hash": "x"}}}', "is not a checkpoint's"),
-        (b'{"files": [', "is not a checkpoint's"),
-        (b"[" * 100_000, "is not a checkpoint's"),
-        (b"\xff\xfe", "is not a checkpoint's"),
+        (b"[]", "is not the manifest of a checkpoint"),
+        (b'{"files": {"a": 3}}', "is not the manifest of a checkpoint"),
+        (b'{"files": {"a": {"bytes": "many", "hash": "x"}}}', "is not the manifest of a checkpoint"),
+        (b'{"files": [', "is not the manifest of a checkpoint"),
+        (b"[" * 100_000, "is not the manifest of a checkpoint"),
+        (b"\xff\xfe", "is not the manifest of a checkpoint"),
         (b'{"files": {"../secret": {"bytes": 1, "hash": "x"}}}', "names a file outside the checkpoint: '../secret'"),
         (b'{"files": {"/etc/passwd": {"bytes": 1, "hash": "x"}}}', "names a file outside the checkpoint"),
     ],

@@ -118,9 +118,9 @@ def test_moments_are_converted_to_the_configured_dtype(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "current", "message"),
     [
-        (ADAMW, MUON, r"keeps .*exp_avg.* of blocks\..*, this one momentum_buffer; set it as it was"),
-        (MUON, ADAMW, r"keeps momentum_buffer of blocks\..*, this one exp_avg, exp_avg_sq, step"),
-        (ADAMW, SGD, r"keeps .*, this one nothing; set it as it was, or begin a new run with init_from"),
+        (ADAMW, MUON, r"has .*exp_avg.* of blocks\..*, this one needs momentum_buffer; set optim.name as it was"),
+        (MUON, ADAMW, r"has momentum_buffer of blocks\..*, this one needs exp_avg, exp_avg_sq, step"),
+        (ADAMW, SGD, r"has .*, this one needs nothing; set optim.name as it was, or start a new run with init_from"),
     ],
     ids=["to muon", "from muon", "to sgd"],
 )
@@ -155,7 +155,7 @@ def test_a_directory_without_a_marker_is_not_a_checkpoint(tmp_path: Path) -> Non
     save_checkpoint(checkpoints, engine, Progress(2), FILES)  # the step can be saved again
     assert store.open_checkpoint(tmp_path) == second
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
         store.open_checkpoint(tmp_path)
 
 

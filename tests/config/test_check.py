@@ -56,7 +56,7 @@ RULES = [
         {"parallel__activations_gib": 1.0, "parallel__recompute": "full"},
         1,
         "parallel.activations_gib",
-        "the budget chooses what each block computes again; set recompute to none, or activations_gib to 0",
+        "the activation budget chooses what each block recomputes; set recompute to none, or activations_gib to 0",
     ),
     (
         {
@@ -94,19 +94,19 @@ RULES = [
         {"fp8": True, "precision": "bf16", "model__n_kv_heads": 1},
         1,
         "model.n_kv_heads",
-        "a matrix with a side of 8 is not multiplied in float8, which takes multiples of 16; change it, or set fp8",
+        "a matrix dimension of 8 is not supported in float8, which needs multiples of 16; change it, or set fp8",
     ),
     (
         {"fp8": True, "precision": "bf16", "model__d_model": 40, "model__n_heads": 2, "model__head_dim": 16},
         1,
         "model.d_model",
-        "a side of 40 is not",
+        "a matrix dimension of 40 is not",
     ),
     (
         {"fp8": True, "precision": "bf16", "model__d_ff": 48, "parallel__tp": 2},
         2,
         "model.d_ff",
-        "a side of 48, 24 on a rank of tp 2, is not multiplied in float8",
+        "a matrix dimension of 48, 24 on a rank of tp 2, is not supported in float8",
     ),
     ({"checkpoint__keep_best": 1}, 1, "checkpoint.keep_best", "eval.every is 0 and checkpoint.every is 500"),
     (
@@ -121,7 +121,7 @@ RULES = [
         "optim.name",
         "muon does not support parallel.cpu_offload",
     ),
-    ({"init_optimizer": "keep"}, 1, "init_optimizer", "no moments to keep without init_from"),
+    ({"init_optimizer": "keep"}, 1, "init_optimizer", "keep needs init_from"),
     ({"data__path": ""}, 1, "data.path", "name one corpus in path, or several in sources; neither is set"),
     (
         {"data__sources": [{"name": "a", "path": "x"}]},
@@ -133,13 +133,13 @@ RULES = [
         {"data__path": "", "data__sources": [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]},
         1,
         "data.sources.1.name",
-        "'a' is the name of an earlier source, too",
+        "'a' is already the name of an earlier source",
     ),
     (
         {"data__path": "", "data__sources": [{"name": "a", "path": "x", "weight": 1.0}, {"name": "b", "path": "y"}]},
         1,
         "data.sources",
-        r"give all sources a weight or none of them \(then epochs hold\); without one: b$",
+        r"set the weight of all sources, or of none to use epochs; without a weight: b$",
     ),
     (
         {
@@ -151,13 +151,13 @@ RULES = [
         },
         1,
         "data.sources",
-        "b has 1.0e-05 of the samples; the least share is 1/10000",
+        "b has 1.0e-05 of the samples; the smallest share is 1/10000",
     ),
     (
         {"data__stages": [{"from_tokens": 5, "weights": {"a": 1.0}}]},
         1,
         "data.stages",
-        "stages weigh sources, but there is one corpus alone",
+        "stages are weights of sources, but there is one corpus",
     ),
     (
         {
@@ -167,7 +167,7 @@ RULES = [
         },
         1,
         "data.stages.0.weights",
-        "no source is called c; there are a, b",
+        "no source is named c; there are a, b",
     ),
     ({"data__skip": [[3, 3]]}, 1, "data.skip.0", r"\[3, 3\) is empty; write \[from, to\] with from < to"),
     ({"data__skip": [[3, 9], [5, 12]]}, 1, "data.skip", "ranges must ascend and not overlap"),
@@ -175,7 +175,7 @@ RULES = [
         {"data__windows": "packed", "objective__name": "fim"},
         1,
         "data.windows",
-        "packed gives texts of any length, which fim cannot take; set windows to stream, or the objective to "
+        "packed yields texts of any length, which fim does not support; set windows to stream, or the objective to "
         "causal or masked",
     ),
     (
@@ -194,38 +194,38 @@ RULES = [
         },
         2,
         "parallel.pp_schedule",
-        "where the encoder's output is handed on and used, too; set pp_schedule to 1f1b",
+        "a stage both uses it and sends it on; set pp_schedule to 1f1b",
     ),
     (
         {"model__positions": "relative", "model__relative_distance": 16},
         1,
         "model.relative_buckets",
-        "32 buckets give 16 exact distances, of 16; set at least 2 buckets",
+        "32 buckets give 16 exact distances, but relative_distance is 16; set at least 2 buckets",
     ),
     (
         {"objective__name": "masked"},
         1,
         "objective.name",
-        "masked is no objective of model.architecture decoder, which takes causal or prefix or span or fim; "
+        "masked is not an objective for model.architecture decoder, which supports causal or prefix or span or fim; "
         "masked needs encoder$",
     ),
     (
         {"model__architecture": "encoder"},
         1,
         "objective.name",
-        "causal is no objective of model.architecture encoder, which takes masked; causal needs decoder$",
+        "causal is not an objective for model.architecture encoder, which supports masked; causal needs decoder$",
     ),
     (
         {"model__architecture": "encoder_decoder", "objective__name": "fim"},
         1,
         "objective.name",
-        "fim is no objective of .* encoder_decoder, which takes prefix or span; fim needs decoder$",
+        "fim is not an objective for .* encoder_decoder, which supports prefix or span; fim needs decoder$",
     ),
     (
         {"objective__mixture": [{"name": "span"}, {"name": "masked"}]},
         1,
         "objective.mixture.1.name",
-        "masked is no objective of model.architecture decoder",
+        "masked is not an objective for model.architecture decoder",
     ),
     (
         {"objective__name": "span", "data__seq_len": 4},
@@ -249,13 +249,13 @@ RULES = [
         {"model__architecture": "encoder_decoder", "objective__name": "span", "parallel__cp": 2},
         2,
         "parallel.cp",
-        "an encoder_decoder's sequences are not split over context ranks; set cp to 1",
+        "context parallelism does not support encoder_decoder; set cp to 1",
     ),
     (
         {"model__positions": "relative", "parallel__pp": 2, "data__micro_batch": 2},
         2,
         "parallel.pp",
-        "share one table of relative positions, which cannot be on several stages",
+        "share one table of relative positions, which cannot be split over stages",
     ),
     ({"model__n_heads": 5}, 1, "model.n_heads", "set n_heads to one of 1, 2, 4, 8, 16, 32, or set model.head_dim"),
     ({"model__n_heads": 32}, 1, "model.n_heads", "a head has 1 dimensions; make d_model / n_heads even"),
@@ -274,9 +274,9 @@ RULES = [
         {"parallel__cp": 2, "data__seq_len": 10},
         2,
         "data.seq_len",
-        "10 tokens do not divide into the 4 pieces of cp 2 .* the nearest that do: 8 or 12",
+        "10 tokens do not divide into the 4 chunks of cp 2 .* the nearest that do: 8 or 12",
     ),
-    ({"parallel__cp": 8, "data__seq_len": 4}, 8, "data.seq_len", "16 pieces of cp 8 .* the nearest that do: 16$"),
+    ({"parallel__cp": 8, "data__seq_len": 4}, 8, "data.seq_len", "16 chunks of cp 8 .* the nearest that do: 16$"),
     ({"parallel__tp": 2, "model__n_kv_heads": 1}, 2, "model.n_kv_heads", "1 key-value heads .* tp 2; tp can be 1$"),
     ({"parallel__tp": 2, "model__d_ff": 9}, 2, "model.d_ff", "9 hidden units .* tp 2; tp can be 1, 3, 9$"),
     (
@@ -290,7 +290,7 @@ RULES = [
         {"parallel__pp": 4, "data__micro_batch": 1},
         4,
         "parallel.pp",
-        r"4 stages \(1f1b\) need as many blocks, but the model has 2; pp can be at most 2",
+        r"4 stages \(1f1b\) need at least 4 blocks, but the model has 2; pp can be at most 2",
     ),
     (
         {"parallel__pp": 2, "parallel__pp_schedule": "interleaved_1f1b", "data__micro_batch": 1},
@@ -298,18 +298,18 @@ RULES = [
         "parallel.pp",
         r"4 stages \(interleaved_1f1b\) .* pp can be at most 1",
     ),
-    ({"parallel__pp": 2}, 2, "data.micro_batch", "1 microbatches for 1f1b over pp 2, which takes at least 2"),
+    ({"parallel__pp": 2}, 2, "data.micro_batch", "1f1b over pp 2 needs at least 2 microbatches, but there are 1"),
     (
         {"parallel__pp": 2, "parallel__pp_schedule": "interleaved_1f1b", "model__n_layers": 4, "data__micro_batch": 4},
         2,
         "data.micro_batch",
-        "3 microbatches for interleaved_1f1b over pp 2, which takes a multiple of pp 2",
+        "interleaved_1f1b over pp 2 needs a multiple of pp 2 microbatches, but there are 3",
     ),
     (
         {"parallel__pp": 2, "parallel__pp_schedule": "zbv", "model__n_layers": 4, "data__micro_batch": 4},
         2,
         "data.micro_batch",
-        "3 microbatches for zbv over pp 2, which takes at least 4",
+        "zbv over pp 2 needs at least 4 microbatches, but there are 3",
     ),
     (
         {
@@ -334,7 +334,7 @@ RULES = [
             },
             4,
             "parallel.reshard",
-            f"{schedule} computes the gradients of weights later .*; set reshard to default or never",
+            f"{schedule} computes weight gradients after activation gradients; .*; set reshard to default or never",
         )
         for schedule in ("zbv", "interleaved_zero_bubble")
     ),

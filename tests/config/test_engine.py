@@ -33,9 +33,9 @@ def find_problems(ranks: int = 2, **sections: Any) -> str:
 REFUSED = [
     (
         {"engine": "deepspeed", "guard": {"spike": "skip"}},
-        "guard.spike: skip: DeepSpeed's partitioned optimizers step before the loss can be judged; set rewind",
+        "guard.spike: skip: DeepSpeed's partitioned optimizers step before the loss is checked; set rewind",
     ),
-    ({"engine": "deepspeed", "guard": {"replay_every": 9}}, "engine: must be native for a step to be computed twice"),
+    ({"engine": "deepspeed", "guard": {"replay_every": 9}}, "engine: must be native for guard.replay_every"),
     (
         {"engine": "deepspeed", "precision": "fp16"},
         "precision: fp16 is not supported under engine: deepspeed; set bf16",
@@ -47,7 +47,7 @@ REFUSED = [
     ({"engine": "accelerate", "precision": "bf16", "fp8": True}, "fp8: true under engine: accelerate; set it to false"),
     (
         {"engine": "deepspeed", "precision": "bf16", "deepspeed": {"stage": 0}},
-        "deepspeed.stage: at stage 0 with bf16 DeepSpeed takes an optimizer step of its own before the first",
+        "deepspeed.stage: at stage 0 with bf16 DeepSpeed takes an extra optimizer step before the first",
     ),
     (
         {"engine": "deepspeed", "parallel": {"tp": 2}},
@@ -80,7 +80,7 @@ REFUSED = [
     ),
     (
         {"engine": "deepspeed", "deepspeed": {"stage": 2}, "parallel": {"pp": 2}},
-        "deepspeed.stage: stage 2 with a pipeline: it works with stage 1 alone",
+        "deepspeed.stage: stage 2 is not supported with a pipeline",
     ),
     (
         {
@@ -89,7 +89,7 @@ REFUSED = [
             "parallel": {"pp": 2},
             "data": {**DATA, "document_mask": True},
         },
-        "data.document_mask: DeepSpeed's pipeline takes false alone",
+        "data.document_mask: DeepSpeed's pipeline supports only false",
     ),
     (
         {"engine": "deepspeed", "optim": {"name": "muon"}},
@@ -141,18 +141,24 @@ def problems_with_json(content: Any, path: Path, **sections: Any) -> str:
 
 
 CONTRADICTIONS = [
-    ({"gradient_clipping": 0.5}, "says gradient_clipping: 0.5, but optim.clip makes it 1.0; set one to the other"),
-    ({"zero_optimization": {"stage": 3}}, "says zero_optimization.stage: 3, but deepspeed.stage makes it 2"),
-    ({"train_micro_batch_size_per_gpu": 6}, "says train_micro_batch_size_per_gpu: 6, but data.micro_batch makes it 2"),
+    ({"gradient_clipping": 0.5}, "sets gradient_clipping: 0.5, but optim.clip makes it 1.0; change one of them"),
+    ({"zero_optimization": {"stage": 3}}, "sets zero_optimization.stage: 3, but deepspeed.stage makes it 2"),
+    ({"train_micro_batch_size_per_gpu": 6}, "sets train_micro_batch_size_per_gpu: 6, but data.micro_batch makes it 2"),
     ({"gradient_accumulation_steps": 1}, "but data.micro_batch makes it 3"),
     ({"train_batch_size": 24}, "but data.global_batch makes it 12"),
-    ({"bf16": {"enabled": True}}, "says bf16.enabled: true, but precision makes it false"),
-    ({"optimizer": {"type": "Lion"}}, 'says optimizer.type: "Lion", but optim.name makes it "AdamW"'),
-    ({"optimizer": {"params": {"lr": 1e-3}}}, "says optimizer.params.lr: 0.001, but optim.lr makes it 0.0003"),
-    ({"optimizer": {"params": {"amsgrad": True}}}, "remove optimizer.params.amsgrad: optim.* says it all"),
-    ({"scheduler": {"type": "WarmupLR"}}, "remove scheduler.type: the rate of each step comes from schedule.*"),
+    ({"bf16": {"enabled": True}}, "sets bf16.enabled: true, but precision makes it false"),
+    ({"optimizer": {"type": "Lion"}}, 'sets optimizer.type: "Lion", but optim.name makes it "AdamW"'),
+    ({"optimizer": {"params": {"lr": 1e-3}}}, "sets optimizer.params.lr: 0.001, but optim.lr makes it 0.0003"),
+    (
+        {"optimizer": {"params": {"amsgrad": True}}},
+        "remove optimizer.params.amsgrad: the optimizer is configured by optim.*",
+    ),
+    ({"scheduler": {"type": "WarmupLR"}}, "remove scheduler.type: the learning rate is set by schedule.*"),
     *(
-        ({"zero_optimization": {key: value}}, f"remove zero_optimization.{key}: it is unknown, or would change what")
+        (
+            {"zero_optimization": {key: value}},
+            f"remove zero_optimization.{key}: it is unknown, or changes the result of a step",
+        )
         for key, value in (("mics_shard_size", 4), ("round_robin_gradients", True), ("zero_quantized_weights", True))
     ),
     ({"zero_optimizaton": {"stage": 2}}, "remove zero_optimizaton.stage: it is unknown"),
@@ -160,15 +166,18 @@ CONTRADICTIONS = [
     ({"bf16": True}, "remove bf16: it is unknown"),
     (
         {"torch_autocast": {"enabled": True}},
-        "remove torch_autocast.enabled: it is unknown, or would",
+        "remove torch_autocast.enabled: it is unknown, or changes",
     ),
     ({"amp": {"enabled": True}}, "remove amp.enabled"),
     ({"sparse_gradients": True}, "remove sparse_gradients"),
-    ({"gradient_clipping": True}, "says gradient_clipping: true, but optim.clip makes it 1.0"),
-    ({"scheduler": {"params": {"warmup_num_steps": 1}}}, "remove scheduler.params.warmup_num_steps: the rate of each"),
+    ({"gradient_clipping": True}, "sets gradient_clipping: true, but optim.clip makes it 1.0"),
+    (
+        {"scheduler": {"params": {"warmup_num_steps": 1}}},
+        "remove scheduler.params.warmup_num_steps: the learning rate is",
+    ),
     ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "but deepspeed.offload_optimizer makes it"),
     ("{", "cannot be read as JSON"),
-    ("[]", "cannot be read as JSON: it is no object"),
+    ("[]", "cannot be read as JSON: it is not a JSON object"),
 ]
 
 
@@ -181,7 +190,7 @@ def test_a_contradicting_json_is_refused_with_both_values(content: Any, message:
 def test_timers_are_refused_only_in_pipelines(content: Any, tmp_path: Path) -> None:
     assert not problems_with_json(content, tmp_path)
     pipeline = {"deepspeed": {"stage": 1}, "parallel": {"pp": 2}}
-    assert "pipelines cannot stand it" in problems_with_json(content, tmp_path, **pipeline)
+    assert "pipelines do not support it" in problems_with_json(content, tmp_path, **pipeline)
 
 
 def test_a_json_may_add_agreeing_auto_and_other_keys(tmp_path: Path) -> None:

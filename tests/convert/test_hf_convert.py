@@ -263,7 +263,7 @@ def test_every_family_is_detected_from_its_config(family: str) -> None:
         ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
         ("mistral", {"sliding_window": 4096}, "sliding_window 4096"),
         ("bart", {"encoder_attention_heads": 2}, "must be equal"),
-        ("t5", {"feed_forward_proj": "relu"}, "only v1.1"),
+        ("t5", {"feed_forward_proj": "relu"}, "only T5 v1.1"),
         ("gpt2", {"model_type": "mamba"}, "model_type mamba is not supported"),
     ],
 )
@@ -310,7 +310,7 @@ def test_verification_detects_wrong_output(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="b: what was written is not what was read"):
+    with pytest.raises(CheckpointError, match="b: the written values differ from the source"):
         verify_written(SafetensorsWeights(tmp_path / "out"), weights, torch.float32)
     for values, message in ((torch.full((3, 2), torch.nan), "not finite"), (torch.zeros(3, 2), "all zero")):
         invalid_weights = DictWeights({"a": values, "b": torch.randn(4)})

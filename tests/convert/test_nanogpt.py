@@ -199,7 +199,9 @@ def test_a_model_that_nanogpt_lacks_is_refused(tmp_path: Path) -> None:
     config, weights = load_saved(tmp_path / "ours"), None
     for change in ({"activation": "gelu_tanh"}, {"tie_embeddings": False}, {"d_ff": 64}, {"positions": "rope"}):
         other = config.model_copy(update={"model": config.model.model_copy(update=change)})
-        with pytest.raises(CheckpointError, match=f"nanoGPT has no such model: this one has .*{next(iter(change))}"):
+        with pytest.raises(
+            CheckpointError, match=f"nanoGPT does not support this model: it has .*{next(iter(change))}"
+        ):
             to_nanogpt(weights, other)  # type: ignore[arg-type]
     content = load_torch(tmp_path / "ckpt.pt")
     content["model_args"]["n_head"] = 5

@@ -49,7 +49,7 @@ def test_offloaded_model_generates_the_same_tokens(model: str, num_loaded: int, 
 
 def test_memory_below_embedding_and_head_is_refused(tmp_path: Path) -> None:
     engine, path = build_native("llama", tmp_path)
-    with pytest.raises(ConfigError, match="--memory: embedding and head take"):
+    with pytest.raises(ConfigError, match="--memory: embedding and head need"):
         load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", 100)
     assert not (tmp_path / "disk").exists(), "nothing is written"
 
@@ -61,7 +61,7 @@ def test_other_files_in_the_offload_folder_are_kept(tmp_path: Path) -> None:
     existing.write_text("mine")
     load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", 10**9)
     assert existing.read_text() == "mine"
-    with pytest.raises(ConfigError, match=r"--offload: .*precious cannot be made: File exists"):
+    with pytest.raises(ConfigError, match=r"--offload: .*precious cannot be created: File exists"):
         load_offloaded(path, engine.config.model, CPU, existing, 10**9)
 
 

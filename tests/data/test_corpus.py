@@ -124,7 +124,7 @@ def test_check_shard_sizes_rejects_a_wrong_size(damaged):
     with shard.open("ab") as file:
         file.write(b"\0\0")
     for check in (read, Corpus(directory).check_shard_sizes):
-        with pytest.raises(DataError, match=rf"{shard}: too long at byte 60: 62 bytes, but the manifest promises 60"):
+        with pytest.raises(DataError, match=rf"{shard}: too long at byte 60: 62 bytes, but the manifest says 60"):
             check()
     os.truncate(shard, 59)
     for check in (read, Corpus(directory).check_shard_sizes):
@@ -169,7 +169,7 @@ def test_verify_hash_rejects_a_changed_shard(damaged):
     ids.tofile(shard)
     read()
     Corpus(directory, verify="size").check_shard_sizes()
-    with pytest.raises(DataError, match=rf"{shard}: .*sha256 .*the manifest promises"):
+    with pytest.raises(DataError, match=rf"{shard}: .*sha256 .*the manifest says"):
         Corpus(directory, verify="hash")
 
 

@@ -191,7 +191,7 @@ def test_epochs_are_weighted_by_corpus_size(config, tmp_path):
     assert new_segment.mix.stages[0].quotas == (6000, 4000), "3 x 400 tokens against 800"
     tiny = [{"name": name, "path": str(tmp_path / name), "epochs": e} for name, e in (("b", 1e-5), ("a", 3.0))]
     data = type(base.data).model_validate({**base.data.model_dump(), "sources": tiny})
-    with pytest.raises(DataError, match=r"b has 6.7e-06 of the samples; the least share is 1/10000"):
+    with pytest.raises(DataError, match=r"b has 6.7e-06 of the samples; the smallest share is 1/10000"):
         build_fresh_plan(base.model_copy(update={"data": data}))
 
 

@@ -194,7 +194,7 @@ def test_random_order_reaches_both_ends(counting):
 def test_a_corpus_shorter_than_a_window_is_rejected(tokens, order, counting):
     corpus = counting(tokens)
     hint = r"lower seq_len \(to make it \d+ or fewer\) or prepare more text" if tokens > 1 else "prepare more text"
-    message = f"{tokens} train tokens make no window of 5, which data.seq_len 4 needs; {hint}$"
+    message = f"{tokens} train tokens are too few for a window of 5, which data.seq_len 4 needs; {hint}$"
     with pytest.raises(DataError, match=message):
         build_order(make_data_config(order=order), corpus, 0, SIZE)
 

@@ -238,7 +238,7 @@ def test_transient_errors_are_retried(fault, server, tmp_path, retry_pauses):
     [
         ("busy", "cannot be fetched in 4 tries: HTTP status 503"),
         ("cut", "in 4 tries: OSError: the connection ended 500 bytes early"),
-        ("damage", "in 4 tries: received data with sha256:.*, but the manifest promises"),
+        ("damage", "in 4 tries: received data with sha256:.*, but the manifest says"),
     ],
 )
 def test_persistent_errors_end_with_a_hint(fault, message, server, tmp_path, retry_pauses):
@@ -254,7 +254,7 @@ def test_persistent_errors_end_with_a_hint(fault, message, server, tmp_path, ret
 @pytest.mark.parametrize("size", [999, 1001])
 def test_a_wrong_size_is_rejected(size, server, tmp_path, retry_pauses):
     server.files["/x"] = bytes(1000)
-    with pytest.raises(DataError, match=f"received 1000 bytes, but the manifest promises {size}"):
+    with pytest.raises(DataError, match=f"received 1000 bytes, but the manifest says {size}"):
         fetch(f"{server.url}/x", tmp_path / "x", size, None)
     assert list_files(tmp_path) == []
 

@@ -46,8 +46,8 @@ def test_a_rewound_run_equals_one_that_never_read_the_samples(ranks: int, corpus
     run = tmp_path / "run"
     batch = yaml.safe_load((run / "config.yaml").read_text())["data"]["global_batch"]
     left_out = [10 * batch, 11 * batch]
-    message = f"step 11: the loss is nan; went back from there to step 8, samples {10 * batch} to {11 * batch - 1}"
-    assert read_events(run) == [(8, f"{message} are left out")]
+    message = f"step 11: the loss is nan; rewound to step 8, samples {10 * batch} to {11 * batch - 1}"
+    assert read_events(run) == [(8, f"{message} are skipped")]
     assert message in output
     (tmp_path / "reference").mkdir()
     reference = train_skipping(corpus, tmp_path / "reference", [left_out], *layout, ranks=ranks)
@@ -61,7 +61,7 @@ def test_a_rewound_run_equals_one_that_never_read_the_samples(ranks: int, corpus
 def test_a_machine_fault_skips_no_samples(corpus: Path, tmp_path: Path, uninterrupted_run: Any) -> None:
     """It also works before the first periodic checkpoint, because step 0 has a checkpoint."""
     output = train_with_fault(("nan", 0, 3), corpus, tmp_path, *REWIND, "guard.skip_steps=0")
-    assert "went back from there to step 0, to read the same samples again" in output
+    assert "rewound to step 0, to repeat the same samples" in output
     assert read_losses(tmp_path / "run") == read_losses(uninterrupted_run(ONE))
     assert_same_weights(tmp_path / "run", uninterrupted_run(ONE))
 
@@ -90,8 +90,8 @@ def test_a_skipped_step_still_consumes_its_samples(corpus: Path, tmp_path: Path)
         ("nan_gradient", 1, 7), corpus, tmp_path, "guard.not_finite=skip", *SHARDED.overrides, ranks=2
     )
     run = tmp_path / "run"
-    assert read_events(run) == [(7, "step 7: the gradient's norm is nan; its update was left out")]
-    assert "its update was left out" in output
+    assert read_events(run) == [(7, "step 7: the gradient's norm is nan; its update was skipped")]
+    assert "its update was skipped" in output
     rows = commands.read_metrics(run)
     assert [row["step"] for row in rows if not math.isfinite(row["grad_norm"])] == [7]
     assert all(math.isfinite(loss) for loss in read_losses(run))
@@ -179,6 +179,6 @@ def test_a_signal_during_a_rewind_still_stops_the_run(corpus: Path, tmp_path: Pa
     )
     assert (code, remaining) == (1, []), output
     run = tmp_path / "run"
-    assert "went back from there to step 4" in output
+    assert "rewound to step 4" in output
     assert json.loads((run / "stopped.json").read_text())["signal"] == "SIGUSR1"
     assert commands.latest_checkpoint(run).name in ("step_00000004", "step_00000005")

@@ -35,7 +35,7 @@ def test_under_torchrun_the_error_is_printed_once(corpus: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("evaluate", "--checkpoint", "nowhere"), "nowhere: holds no complete checkpoint"),
+        (("evaluate", "--checkpoint", "nowhere"), "nowhere: has no complete checkpoint"),
         (("generate", "--checkpoint", "nowhere", "--top-p", 0), "--top-p 0.0: must be above 0 and at most 1"),
         (("train", "--config", "nowhere.yaml"), "nowhere.yaml: cannot be read: No such file or directory"),
         (("train", "run.steps=3"), "give exactly one config file, not 0"),

@@ -89,10 +89,10 @@ def test_the_model_section_can_come_from_a_checkpoint(run: Path, corpus: Path) -
     before, after = load_saved(run).model, load_saved(run.parent / "next").model
     assert after == before.model_copy(update={"dropout": 0.1})
     error = error_of("train", "--config", config, "model.n_layers=3", "model.d_model=32", cwd=run.parent)
-    assert f"model.n_layers: 3 stands beside model.from, but {run} has 2; remove the key, or add model.n_l" in error
-    assert f"model.d_model: 32 stands beside model.from, but {run} has 64; remove the key\n" in error
+    assert f"model.n_layers: 3 differs from model.from: {run} has 2; remove the key, or add model.n_l" in error
+    assert f"model.d_model: 32 differs from model.from: {run} has 64; remove the key\n" in error
     error = error_of("train", "--config", config, "model.from=nowhere", cwd=run.parent)
-    assert "1 problem in the config:\n  model.from: nowhere: holds no complete checkpoint" in error
+    assert "1 problem in the config:\n  model.from: nowhere: has no complete checkpoint" in error
 
 
 def rewrite_checkpoint(checkpoint: Path, change: Callable[[str, Tensor], Tensor], without: str = "") -> None:
@@ -146,4 +146,4 @@ def test_repeated_steps_are_compared_with_the_earlier_ones(corpus: Path, tmp_pat
     assert "the probe's loss was" in completed.stderr + completed.stdout
     (event,) = [row for row in commands.read_rows(run) if "event" in row]
     assert event["step"] == 6
-    assert re.match(r"step 6 was taken before the run was resumed, with a loss of \d.*; now it is \d", event["event"])
+    assert re.match(r"step 6 had a loss of \d.* before the run was resumed, and now has \d", event["event"])

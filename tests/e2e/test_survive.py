@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(corpus: Path, tmp
 
     longer_run = commands.train_arguments(corpus, *arguments, "run.steps=6")
     resumed = commands.run(*longer_run, ranks=layout.ranks, cwd=tmp_path)
-    assert f"step_00000004: damaged: {file.name} is not what was saved" in resumed.stderr
+    assert f"step_00000004: damaged: the hash of {file.name} differs from the saved one" in resumed.stderr
     assert "resumed from run/checkpoints/step_00000002" in resumed.stderr
     assert commands.column(commands.read_metrics(run), "step") == [1, 2, 3, 4, 5, 6]
     assert commands.column(commands.read_metrics(run), "loss")[:4] == before

@@ -248,7 +248,7 @@ def test_a_budget_below_the_minimum_is_refused_and_the_message_gives_the_minimum
     )
     number = re.search(r"set at least ([0-9.e-]+),", message)
     assert number, message
-    assert message.startswith("parallel.activations_gib: 1e-06 is less than what must be kept")
+    assert message.startswith("parallel.activations_gib: 1e-06 is less than the activations that backward needs")
     run_on_all_ranks(layout, float(number[1]))
 
 

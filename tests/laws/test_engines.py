@@ -143,7 +143,9 @@ def test_a_run_moves_from_engine_to_engine(tmp_path: Path) -> None:
 def test_moments_of_another_optimizer_are_refused(engine: str, tmp_path: Path) -> None:
     world(1).run(run_steps, engine_config_of(1, {}, "tied", CLIPPED_MOMENTUM_SGD, 24), range(2), None, None, tmp_path)
     (saved,) = CheckpointStore(tmp_path).list_committed()
-    message = "optim.name: the checkpoint's optimizer keeps momentum_buffer of .*, this one exp_avg, exp_avg_sq, step"
+    message = (
+        "optim.name: the checkpoint's optimizer has momentum_buffer of .*, this one needs exp_avg, exp_avg_sq, step"
+    )
     with pytest.raises(WorldError, match=message):
         world(2).run(
             run_steps, engine_config_of(2, ENGINES[engine], "tied", ADAMW, 12), range(2, 4), None, saved.local, tmp_path

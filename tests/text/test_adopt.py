@@ -127,8 +127,8 @@ def test_a_file_without_document_boundaries_is_mentioned(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros(9, np.uint16))
     output = io.StringIO()
     adopt(make_options("npy", tmp_path / "x.npy", out=tmp_path / "out"), output)
-    assert "1 of the files are one document each" in output.getvalue()
-    assert "no file says where documents begin" in output.getvalue()
+    assert "1 of the files are a single document" in output.getvalue()
+    assert "no file has document boundaries" in output.getvalue()
 
 
 def test_separators_that_may_start_documents_are_mentioned(tmp_path):
@@ -176,8 +176,8 @@ def test_a_bad_file_is_refused_with_its_byte(kind, content, message, tmp_path):
     [
         ({"tokenizer": "bpe:512"}, "--tokenizer bpe:512: give the one that made the ids"),
         ({"tokenizer": "nonsense"}, "--tokenizer nonsense: unknown"),
-        ({"dtype": "uint16"}, "--dtype: npy files tell their type"),
-        ({"format": "bin"}, "--dtype: must be given"),
+        ({"dtype": "uint16"}, "--dtype: npy files store their dtype"),
+        ({"format": "bin"}, "--dtype: required"),
         ({"format": "megatron", "eot_position": "end"}, "--eot-position: the .idx"),
         ({"workers": 0}, "--workers"),
         ({"data": ()}, "--data: give at least one"),

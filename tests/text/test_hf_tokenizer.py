@@ -211,8 +211,8 @@ CONTAINER = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "other"}, "not known to this version"),
-        ({"kind": None}, "not known to this version"),
+        ({"kind": "other"}, "unknown to this version"),
+        ({"kind": None}, "unknown to this version"),
         ({"vocab_size": "x"}, "cannot be read"),
         ({"end_token": 1.5}, "cannot be read"),
         ({"vocab_size": 4}, "which 4 ends"),

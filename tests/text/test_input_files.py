@@ -126,7 +126,7 @@ def test_a_parquet_file_without_the_column(tmp_path):
 def test_a_parquet_file_with_two_columns_of_one_name(tmp_path):
     table = pa.table([["x"], ["y"], ["z"]], names=["text", "text", "body"])
     parquet.write_table(table, tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match=r"rows\.parquet: 2 columns are called 'text'. Rename all but one"):
+    with pytest.raises(DataError, match=r"rows\.parquet: 2 columns have the name 'text'. Rename all but one"):
         read_sources(tmp_path / "rows.parquet")
 
 
@@ -193,7 +193,7 @@ def test_folders_without_permission_and_broken_links_are_errors(tmp_path, monkey
         return original(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(DataError, match=r"2 files or folders(.|\n)*/a: Permission(.|\n)*dangling\.txt: a link to not"):
+    with pytest.raises(DataError, match=r"2 files or folders(.|\n)*/a: Permission(.|\n)*dangling\.txt: a broken link"):
         read_sources(tmp_path)
     assert read_texts(tmp_path, rules=SKIP_UNREADABLE) == ["fine"]
 
@@ -260,7 +260,7 @@ def test_bad_bytes_count_in_the_bad_rate():
 
 def test_a_json_array_is_refused_before_it_is_loaded(tmp_path):
     (tmp_path / "rows.json").write_text(' [\n{"text": "x"}]')
-    with pytest.raises(DataError, match="one object a line"):
+    with pytest.raises(DataError, match="one object per line"):
         read_sources(tmp_path / "rows.json")
 
 
@@ -333,7 +333,7 @@ def test_a_separated_document_that_is_not_utf8_is_a_bad_row(tmp_path):
     assert (tally.rows, tally.bad_rows, tally.bad_bytes) == (3, 1, 3)
     assert tally.locations[0].startswith(f"{tmp_path}/a.txt:3: line 3: not UTF-8")
     (tmp_path / "rows.jsonl").write_bytes(LINES)
-    with pytest.raises(DataError, match="--separator: cuts text files, and the sources have none"):
+    with pytest.raises(DataError, match="--separator: only for text files, but the sources have none"):
         read_sources(tmp_path / "rows.jsonl", separator="---")
 
 

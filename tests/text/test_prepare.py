@@ -168,7 +168,7 @@ def test_bad_rows_are_counted_and_too_many_are_an_error(tmp_path):
         (["x"], {"source": ()}, "--source"),
         (["x"], {"dedup_threshold": 1.0}, "--dedup-threshold"),
         (["x"], {"separator": ""}, "--separator: must not be empty"),
-        (["x"], {"separator": "x"}, "--separator: cuts text files"),
+        (["x"], {"separator": "x"}, "--separator: only for text files"),
         (["x"], {"part": "3/2"}, "--part 3/2"),
         (["x"], {"filter": ("gopher",)}, r"\(0 empty, 0 held out, 1 removed by rules\)"),
     ],
@@ -425,7 +425,7 @@ def test_documents_that_may_need_a_separator_give_a_warning(separator, tmp_path)
     assert (
         f"--source {path} is a single document. If it is a text file that holds many, give --separator" in warnings[0]
     )
-    assert f"1 documents contain the text <|endoftext|>, as {path}: it is encoded like any text" in warnings[1]
+    assert f"1 documents contain <|endoftext|>, such as {path}: it is encoded as text" in warnings[1]
 
 
 def test_sources_that_the_shell_expands_are_read_in_their_order(tmp_path):

@@ -164,7 +164,7 @@ def test_an_error_keeps_the_finished_work(frequent_resume_points, tmp_path):
     source = write_files(tmp_path / "in", make_random_texts(60), 3)
     with (tmp_path / "in" / "02.jsonl").open("a") as file:
         file.write("broken\n" * 3)
-    with pytest.raises(DataError, match=r"3 of 63 rows are bad(.|\n)*are kept in .*out\.partial: mend this and run"):
+    with pytest.raises(DataError, match=r"3 of 63 rows are bad(.|\n)*are kept in .*out\.partial: fix this and run"):
         run(source, tmp_path / "out")
     assert Journal(tmp_path / "out.partial").has_records
     assert not (tmp_path / "out.partial" / MANIFEST).exists()
@@ -188,6 +188,6 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
         assert not (partial / MANIFEST).exists()
     assert 3 <= num_done < 8
     _, stderr = start_prepare(source, out, resume_point_chars=100_000).communicate()
-    assert f"going on after {num_done} of 8 input files" in stderr
+    assert f"resuming after {num_done} of 8 input files" in stderr
     run(source, tmp_path / "uninterrupted")
     assert read_all_files(out) == read_all_files(tmp_path / "uninterrupted")

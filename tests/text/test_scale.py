@@ -75,7 +75,7 @@ def test_a_part_is_a_corpus_and_the_output_is_none_before_the_merge(tmp_path):
 
 def test_invalid_merges_are_refused(tmp_path):
     source, out = write_files(tmp_path / "in", make_random_texts(60), 3), tmp_path / "out"
-    with pytest.raises(DataError, match="no parts in it"):
+    with pytest.raises(DataError, match="has no parts"):
         merge_parts(out)
     run(source, out, part="1/2")
     with pytest.raises(DataError, match=r"part-2-of-2 is missing.*--part 2/2"):
@@ -103,7 +103,7 @@ def test_invalid_merges_are_refused(tmp_path):
     assert not (out / MANIFEST).exists()
     (out / "part-1-of-3").rename(tmp_path / "elsewhere")
     assert merge_parts(out, io.StringIO()).documents("train")
-    with pytest.raises(DataError, match="is a corpus already"):
+    with pytest.raises(DataError, match="is a complete corpus"):
         run(source, out, part="1/2", overwrite=True)
 
 
@@ -116,7 +116,7 @@ def test_more_parts_than_documents_can_be_merged(tmp_path):
 
 
 def test_near_duplicates_cannot_be_found_in_parts(tmp_path):
-    with pytest.raises(DataError, match="--dedup near: cannot be done in parts"):
+    with pytest.raises(DataError, match="--dedup near: does not work with --part"):
         run(write_rows(tmp_path / "a.jsonl", ["x"]), tmp_path / "out", part="1/2", dedup="near")
 
 

@@ -48,10 +48,10 @@ def test_an_index_gives_dtype_length_and_documents():
 @pytest.mark.parametrize(
     ("idx", "message"),
     [
-        (b"", r"here/x.idx: byte 0: not an index"),
-        (build_megatron_index([3], [0, 1], magic=b"TNTIDX\0\0\0"), r"here/x.idx: byte 0: not an index"),
+        (b"", r"here/x.idx: byte 0: not a Megatron index"),
+        (build_megatron_index([3], [0, 1], magic=b"TNTIDX\0\0\0"), r"here/x.idx: byte 0: not a Megatron index"),
         (build_megatron_index([3], [0, 1], version=2), r"here/x.idx: byte 9: version 2"),
-        (build_megatron_index([3], [0, 1], code=5), r"here/x.idx: byte 17: ids of type int64; only uint16"),
+        (build_megatron_index([3], [0, 1], code=5), r"here/x.idx: byte 17: ids of type int64; supported are uint16"),
         (build_megatron_index([3], [0, 1], code=7), r"here/x.idx: byte 17: ids of type float32"),
         (build_megatron_index([3], [0, 1], code=77), r"here/x.idx: byte 17: ids of type number 77"),
         (
@@ -63,7 +63,7 @@ def test_an_index_gives_dtype_length_and_documents():
             build_megatron_index([3, 2, 1], [0, 3], pointers=[0, 6, 8]),
             r"here/x.idx: byte 62: sequence 2 does not follow",
         ),
-        (build_megatron_index([3, 2], [0, 1]), r"here/x.idx: byte 58: document bounds do not rise from 0 to 2"),
+        (build_megatron_index([3, 2], [0, 1]), r"here/x.idx: byte 58: document bounds do not ascend from 0 to 2"),
         (build_megatron_index([3, 2], [1, 2]), r"here/x.idx: byte 58: document bounds"),
         (build_megatron_index([3, 2], [0, 2, 1, 2]), r"here/x.idx: byte 58: document bounds"),
         (build_megatron_index([3, 2], []), r"here/x.idx: byte 58: document bounds"),
@@ -85,7 +85,7 @@ def test_an_array_gives_dtype_and_length(name, tmp_path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros(3, ">u2"), "byte 8: ids of type uint16, big-endian; only"),
+        (np.zeros(3, ">u2"), "byte 8: ids of type uint16, big-endian; supported are"),
         (np.zeros(3, "float32"), "byte 8: ids of type float32"),
         (np.zeros(3, "int64"), "byte 8: ids of type int64"),
         (np.zeros(3, "uint8"), "byte 8: ids of type uint8"),
@@ -116,7 +116,7 @@ def test_an_llmc_header_gives_dtype_and_length(magic, version, dtype):
 
 def test_raw_ids_need_a_dtype():
     assert header("bin", declared="int32") == TokenFileHeader("uint32")
-    with pytest.raises(DataError, match=r"does not tell its type. Give --dtype"):
+    with pytest.raises(DataError, match=r"does not store its dtype. Give --dtype"):
         header("bin")
 
 

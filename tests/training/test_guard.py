@@ -78,7 +78,7 @@ def test_policies(key: str, bad: dict[str, Any]) -> None:
     assert (error.value.step, rewinding.state.num_used) == (21, 1)
     skipping = build_guard(**{key: "skip"})
     (note,) = skipping.check_metrics([bad])
-    assert note["event"].endswith("its update was left out")
+    assert note["event"].endswith("its update was skipped")
     assert (skipping.state.num_used, skipping.state.losses) == (1, STEADY)
 
 

@@ -55,7 +55,7 @@ def test_an_extended_run_stays_at_the_minimum_and_logs_it(
     assert learning_rate_of(planned, 101) == pytest.approx(1e-3)
     (line,) = caplog.messages
     replanned = learning_rate_of(plan_rate(make_config(200, name=name), None), 101)
-    assert "planned to end at step 100 and does, though run.steps is 200 now: step 101 has 0.001" in line
+    assert "planned to end at step 100 and still does, although run.steps is now 200: step 101 has 0.001" in line
     assert line.endswith(f"With schedule.on_extend=replan it would have {replanned:.3g}")
 
 

@@ -49,7 +49,7 @@ def test_a_different_loss_is_an_event(loss: float, tmp_path: Path) -> None:
     config = make_config(1, {})
     (event,) = EarlierSteps.read(write_run(tmp_path, config), 8, config).compare(make_rows(9, 30, {10: loss}))
     assert event["step"] == 10
-    assert f"step 10 was taken before the run was resumed, with a loss of 4.9; now it is {loss:.9g}" in event["event"]
+    assert f"step 10 had a loss of 4.9 before the run was resumed, and now has {loss:.9g}" in event["event"]
     bf16_config = make_config(1, {}, precision="bf16")
     events = EarlierSteps.read(write_run(tmp_path, bf16_config), 8, bf16_config).compare(make_rows(9, 30, {10: loss}))
     assert bool(events) == (loss != loss), "rounding of bf16"

@@ -65,14 +65,14 @@ def test_errors_name_the_option_to_change(
         assert "data.path" not in str(error.value)
         return str(error.value)
 
-    assert error_of(None).startswith("--data: the model was not trained here, so it has no corpus of its own")
+    assert error_of(None).startswith("--data: this model was imported and has no corpus of its own")
     assert re.match(r"--data .*nowhere: .* not a prepared corpus", error_of(str(tmp_path / "nowhere")))
     (tmp_path / "corpus").mkdir()
     write_corpus(tmp_path / "corpus")
     result = score(str(imported_model), str(tmp_path / "corpus"), "heldout", Windows(micro_batch=3), World())
     assert result.tokens == 111
     out = capsys.readouterr().out
-    assert f"{imported_model} has no tokenizer: it is taken to be that of the corpus" in out
+    assert f"{imported_model} has no tokenizer: assuming that of the corpus" in out
     (imported_model / "tokenizer.json").write_bytes(BYTES.file_bytes().replace(b": 256", b": 300"))
     try:
         assert "--data: " in error_of(str(tmp_path / "corpus"))
