@@ -175,7 +175,7 @@ def test_rank_0_prints_first_and_other_ranks_name_themselves(monkeypatch, capsys
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"RANK": "0"}, "environment: WORLD_SIZE, LOCAL_RANK is not set"),
+        ({"RANK": "0"}, "environment: not set: WORLD_SIZE, LOCAL_RANK"),
         ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "environment: RANK=x, "),
     ],
 )

@@ -67,7 +67,7 @@ def _find_parts(corpus_dir: Path) -> list[CorpusPart]:
     total_by_name = {match[0]: int(match[1]) for name in names if (match := re.fullmatch(r"part-\d+-of-(\d+)", name))}
     if not total_by_name:
         raise DataError(
-            f"--merge {corpus_dir}: no parts in it. Make them with: dist-llm prepare ... --part 1/2 --out {corpus_dir}"
+            f"--merge {corpus_dir}: has no parts. Make them with: dist-llm prepare ... --part 1/2 --out {corpus_dir}"
         )
     if len(set(total_by_name.values())) > 1:
         raise DataError(
