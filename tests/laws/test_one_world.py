@@ -1,9 +1,9 @@
 """Many engines and thousands of steps in one world do not crash.
 
-They do: after some dozens of steps of an encoder-decoder with pp 2 and tp 2, about one run of 20 steps in ten ends with a
-segmentation fault of a rank, under 1f1b and gpipe, with and without an activation budget (torch 2.13). A core dump shows
-a thread of gloo in `AsyncAllreduceWork::allreduce`, in malloc: its free list of small blocks is damaged, so something
-wrote to a block after it was freed. Which code wrote is not known yet.
+They do: an encoder-decoder with pp 2 and tp 2 ends with a segmentation fault of a rank in about one of ten runs of 20
+steps, under 1f1b and gpipe, with and without an activation budget (torch 2.13). A core dump shows a thread of gloo in
+malloc, called by `AsyncAllreduceWork::allreduce`: its free list of small blocks is damaged, so some code wrote to a
+block after it was freed. Which code did is not known yet.
 """
 
 import itertools
