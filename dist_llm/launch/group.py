@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from dist_llm.compat import use_one_thread_per_gloo_group
 from dist_llm.errors import ConfigError
 from dist_llm.launch.world import World
 
@@ -62,6 +63,7 @@ def process_group(
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # c10d warns of each barrier without a device id; on GPUs we pass the device.
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    use_one_thread_per_gloo_group(filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")))
     with _rendezvous_errors():
         dist.init_process_group(
             backend,

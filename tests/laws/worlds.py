@@ -126,6 +126,9 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, timeout_factor: i
 
     torch.set_num_threads(int(os.environ.get("LAW_THREADS", "1")))
     warnings.simplefilter("ignore")
+    from dist_llm.compat import use_one_thread_per_gloo_group
+
+    use_one_thread_per_gloo_group()
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, size),
