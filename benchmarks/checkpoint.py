@@ -4,7 +4,8 @@ One process takes steps alone, saves alone, and takes steps while a save is writ
 takes before the next step may begin, relative to a step. `slower` is a step during the write relative to one alone.
 `bandwidth` is that of a save alone, with copy, hashes and fsync, relative to `dd conv=fsync` of as many bytes into the
 same directory. The first save, which allocates the copies, is left out. `probe` is the time of the probe's loss and
-logits, at each save and at a start, relative to a step, and `probe_seconds` the same in seconds.
+logits, at each save and at a start, relative to a step, and `probe_seconds` the same in seconds. `lock_seconds` is the
+time to take the lock of a run directory and to release it, once per start.
 
 Prints one JSON line per save on stdout, then a table on stderr. The goal is a stall below 1.
 """
@@ -29,6 +30,7 @@ from dist_llm.config.derive import resolve
 from dist_llm.config.schema import CheckpointConfig, Config
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
+from dist_llm.launch.run_lock import RunLock, this_process
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.training.step import train_step
@@ -100,7 +102,11 @@ def run(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
         store.finish()
         row = {"step_seconds": step_seconds, "megabytes": shard_bytes / 1e6, "stall": stall / step_seconds}
         row |= {"slower": statistics.median(concurrent_steps) / step_seconds if concurrent_steps else 1.0}
+        start_time = time.perf_counter()
+        with RunLock(directory / "run", this_process("localhost")):
+            pass
         row |= {"probe": probe_seconds / step_seconds, "probe_seconds": probe_seconds}
+        row |= {"lock_seconds": time.perf_counter() - start_time}
         rows.append(
             {
                 **row,
