@@ -234,5 +234,5 @@ def test_an_extended_run_continues_at_the_minimum_learning_rate(corpus: Path, tm
     extended = commands.run(*arguments, cwd=tmp_path)
     floor = commands.read_metrics(run)[5]["lr"]
     assert [row["lr"] for row in commands.read_metrics(run)[5:]] == pytest.approx([floor] * 4)
-    assert "run.steps is 9 now: step 7 has" in extended.stderr
+    assert "run.steps is now 9: step 7 has" in extended.stderr
     assert "decay_steps: 6" in (run / "config.yaml").read_text()
