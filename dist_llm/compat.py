@@ -81,14 +81,16 @@ def use_one_thread_per_gloo_group(interfaces: Iterable[str] = ()) -> None:
     do not use these threads.
     """
     base, names = dist.distributed_c10d.ProcessGroupGloo, tuple(interfaces)
-    if issubclass(base, _OneThread):
+    if getattr(base, "one_thread", False):
         return
 
     class SameInstances(type(base)):  # type: ignore[misc]
         def __instancecheck__(cls, instance: object) -> bool:
             return isinstance(instance, base)
 
-    class OneThreadGloo(base, _OneThread, metaclass=SameInstances):  # type: ignore[misc, valid-type]
+    class OneThreadGloo(base, metaclass=SameInstances):  # type: ignore[misc, valid-type]
+        one_thread = True
+
         def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
             options = base._Options()  # type: ignore[attr-defined]
             devices = [base.create_device(interface=name) for name in names] or [base.create_default_device()]
@@ -96,10 +98,6 @@ def use_one_thread_per_gloo_group(interfaces: Iterable[str] = ()) -> None:
             super().__init__(store, rank, size, options)
 
     dist.distributed_c10d.ProcessGroupGloo = OneThreadGloo  # type: ignore[misc]
-
-
-class _OneThread:
-    """Marks the class of `use_one_thread_per_gloo_group`."""
 
 
 def default_store() -> dist.Store:

@@ -67,14 +67,14 @@ class FIMSpec(ObjectiveKeys):
     fim_spm_rate: Probability = key("share of those samples in the order suffix, prefix, middle", 0.5)
 
 
-ObjectiveSpec = Annotated[
+_Objectives = (
     Annotated[CausalSpec, Tag("causal")]
     | Annotated[PrefixSpec, Tag("prefix")]
     | Annotated[MaskedSpec, Tag("masked")]
     | Annotated[SpanSpec, Tag("span")]
-    | Annotated[FIMSpec, Tag("fim")],
-    select_by_name("causal"),
-]
+    | Annotated[FIMSpec, Tag("fim")]
+)
+ObjectiveSpec = Annotated[_Objectives, select_by_name("causal")]
 
 
 class MixtureConfig(Section):
@@ -90,15 +90,7 @@ class MixtureConfig(Section):
         return self.mixture
 
 
-ObjectiveConfig = Annotated[
-    Annotated[CausalSpec, Tag("causal")]
-    | Annotated[PrefixSpec, Tag("prefix")]
-    | Annotated[MaskedSpec, Tag("masked")]
-    | Annotated[SpanSpec, Tag("span")]
-    | Annotated[FIMSpec, Tag("fim")]
-    | Annotated[MixtureConfig, Tag("mixture")],
-    select_by_name("causal"),
-]
+ObjectiveConfig = Annotated[_Objectives | Annotated[MixtureConfig, Tag("mixture")], select_by_name("causal")]
 
 
 def mode_of(spec: ObjectiveSpec) -> str:

@@ -39,10 +39,14 @@ def select_by_name(default: str) -> Discriminator:
 
     def select(value: Any) -> str:
         if isinstance(value, Mapping):
-            return MIXTURE if value.get(MIXTURE) else str(value.get("name", default))
+            return _tag_of(value, default)
         return str(getattr(value, "name", MIXTURE if hasattr(value, MIXTURE) else default))
 
     return Discriminator(select)
+
+
+def _tag_of(raw: Mapping[str, Any], default: str) -> str:
+    return MIXTURE if raw.get(MIXTURE) else str(raw.get("name", default))
 
 
 def unwrap(annotation: Any) -> Any:
@@ -92,8 +96,7 @@ def _drop_in_value(annotation: Any, raw: Any) -> Any:
     members = union_members(annotation)
     if not members or not isinstance(raw, Mapping):
         return raw
-    tag = MIXTURE if raw.get(MIXTURE) else raw.get("name", next(iter(members)))
-    member = members.get(tag) if isinstance(tag, str) else None
+    member = members.get(_tag_of(raw, next(iter(members))))  # the first member is the default
     if member is None:
         return raw
     misplaced = {name: owners_of(annotation, name) for name in raw.keys() - member.model_fields.keys()}
