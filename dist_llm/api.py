@@ -103,19 +103,19 @@ def generate(
     seed: int = 0,
 ) -> str:
     """Generate the continuation of `prompt` on one device. The parameters are those of `dist-llm generate`."""
-    from dist_llm.generation import Sampling, default_device, encode_prompt, generate_text
-    from dist_llm.generation import load_model as load
+    from dist_llm.generation import Sampling, encode_prompt, generate_text
 
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
     sampling.check()
-    model, tokenizer, config = load(checkpoint, default_device())
+    model, tokenizer, config = load_model(checkpoint)
     encoded = encode_prompt(config, tokenizer, prompt)
     return "".join(generate_text(model, tokenizer, encoded, sampling, config.model.max_seq_len))
 
 
 def load_model(checkpoint: str | Path) -> tuple[Decoder, Tokenizer, Config]:
     """Load the model of a checkpoint, or of a run's newest, on one device, with its tokenizer and config."""
-    from dist_llm.generation import default_device
     from dist_llm.generation import load_model as load
+    from dist_llm.launch.group import select_device
+    from dist_llm.launch.world import World
 
-    return load(checkpoint, default_device())
+    return load(checkpoint, select_device(World()))

@@ -14,6 +14,8 @@ from dist_llm.config.objective_sections import PrefixSpec, SpanSpec, mode_of
 from dist_llm.config.schema import Config
 from dist_llm.convert.offload import load_offloaded
 from dist_llm.errors import ConfigError, DataError
+from dist_llm.launch.group import select_device
+from dist_llm.launch.world import World
 from dist_llm.models.attention import KVCache
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask, EncoderInput
 from dist_llm.models.build_model import build_model
@@ -49,11 +51,6 @@ class Offload:
 
     folder: Path
     memory_bytes: int
-
-
-def default_device() -> torch.device:
-    """Return the current GPU, or else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_model(
@@ -192,7 +189,7 @@ def print_continuations(
 ) -> None:
     """Print each prompt and its continuation, as it is generated."""
     sampling.check()
-    model, tokenizer, config = load_model(checkpoint, default_device(), offload)
+    model, tokenizer, config = load_model(checkpoint, select_device(World()), offload)
     for number, prompt in enumerate(prompts):
         print("\n---\n" * bool(number) + prompt, end="", flush=True)
         encoded = encode_prompt(config, tokenizer, prompt)

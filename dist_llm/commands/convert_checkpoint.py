@@ -1,6 +1,7 @@
 """`dist-llm convert`: its actions and their arguments."""
 
 import argparse
+from collections.abc import Callable
 
 from dist_llm.commands.call_function import call_function
 
@@ -22,6 +23,7 @@ examples:
 Exit code 0: success. 1: diff found a difference. 2: a user error, or inspect or verify found a damaged checkpoint.
 """
 
+AddAction = Callable[..., argparse.ArgumentParser]  # (name, module, help text, operands) -> the action's parser
 CHECK = "compare logits with those of transformers"
 
 
@@ -38,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.set_defaults(function=f"dist_llm.commands.{module}:{name.replace('-', '_')}")
         return action
 
+    _add_huggingface(add_action)
+    _add_other_formats(add_action)
+    _add_comparisons(add_action)
+
+
+def _add_huggingface(add_action: AddAction) -> None:
     action = add_action(
         "to-hf", "convert_hf", "write a directory for from_pretrained, with the tokenizer", "checkpoint", "out"
     )
@@ -63,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an unknown field of config.json that does not change what the model computes; repeatable",
     )
 
+
+def _add_other_formats(add_action: AddAction) -> None:
     add_action("to-torch", "convert_torch", "write one file of torch.save", "checkpoint", "out")
     add_action("from-torch", "convert_torch", "read a file that to-torch wrote", "file", "out")
 
@@ -85,6 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--like", required=True, metavar="DIR", help="a run or checkpoint with the same config and tokenizer"
     )
 
+
+def _add_comparisons(add_action: AddAction) -> None:
     add_action("average", "compare_checkpoints", "average the weights of several checkpoints", "out", "checkpoints")
     action = add_action("diff", "compare_checkpoints", "list the tensors in which two checkpoints differ", "a", "b")
     action.add_argument("--all", action="store_true", dest="show_equal", help="list equal tensors too")
