@@ -24,7 +24,7 @@ def test_the_sweep_compares_its_runs(corpus: Path, tmp_path: Path) -> None:
 def test_the_python_of_the_readme_runs(corpus: Path, tmp_path: Path) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     block, count = re.subn(
-        r"^ *dist_llm\.prepare\(.*\n", "", block.replace('"data/stdlib"', repr(str(corpus))), flags=re.M
+        r"^ *dist_llm\.prepare\(.*\n", "", block.replace('"data/from-python"', repr(str(corpus))), flags=re.M
     )
     assert count == 1, "the corpus is prepared already"
     (tmp_path / "readme.py").write_text(block.replace('"run.steps=20"', ", ".join(map(repr, SMALL))))
