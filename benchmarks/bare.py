@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.optim_sections import OptimConfig
-from dist_llm.config.schema import ModelConfig
 
 
 class Attention(nn.Module):

@@ -26,8 +26,8 @@ from rich.table import Table
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.probe import PROBE
 from dist_llm.checkpoint.store import CheckpointStore
-from dist_llm.config.derive import resolve
-from dist_llm.config.schema import CheckpointConfig, Config
+from dist_llm.config.derive import resolve_config
+from dist_llm.config.schema import CheckpointConfig, UnresolvedConfig
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.run_lock import RunLock, this_process
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
         "data": {"path": "unused", "seq_len": 256, "global_batch": sequences},
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = resolve(Config.model_validate(raw), 1, 0)
+    config = resolve_config(UnresolvedConfig.model_validate(raw), 1, 0)
     engine = NativeEngine(config, device)
     tokens = torch.randint(VOCAB, (sequences, 257))
     batch = Batch.of(tokens[:, :-1], tokens[:, 1:], CAUSAL)

@@ -35,8 +35,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dist_llm.config.check import check
-from dist_llm.config.derive import AXES, resolve
-from dist_llm.config.schema import Config
+from dist_llm.config.derive import AXES, resolve_config
+from dist_llm.config.schema import Config, UnresolvedConfig
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention
 from dist_llm.models.attention_mask import CAUSAL
@@ -219,9 +219,9 @@ def make_config(case: Case) -> Config:
         "parallel": case.parallel,
         "precision": case.precision,
     }
-    config = Config.model_validate(raw)
+    config = UnresolvedConfig.model_validate(raw)
     assert not (broken := check(config, case.ranks, 0)), broken
-    return resolve(config, case.ranks, 0)
+    return resolve_config(config, case.ranks, 0)
 
 
 def make_batches(config: Config, engine: NativeEngine) -> list[Batch]:

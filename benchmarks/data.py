@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dist_llm.config.derive import resolve
-from dist_llm.config.schema import Config
+from dist_llm.config.derive import resolve_config
+from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import Loader, build_loader
@@ -91,7 +91,7 @@ def measure_case(corpus: Corpus, options: argparse.Namespace, rows: int, order: 
             "prefetch": 0,
         },
     }
-    config = resolve(Config.model_validate(raw), 1, VOCABULARY)
+    config = resolve_config(UnresolvedConfig.model_validate(raw), 1, VOCABULARY)
     loader = build_loader(config, build_fresh_plan(config), Vocabulary(VOCABULARY, 0), 0, 1, pin=False)
     makers = {
         "ours": make_loader_batches(loader, rows),

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 from dist_llm.config.check import check
-from dist_llm.config.derive import resolve
-from dist_llm.config.schema import Config
+from dist_llm.config.derive import resolve_config
+from dist_llm.config.schema import Config, UnresolvedConfig
 from dist_llm.engines.build_engine import build_engine
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
@@ -90,9 +90,11 @@ def make_config(name: str, options: argparse.Namespace) -> Config:
     """Make the resolved config of a case."""
     model = {"d_model": options.d_model, "n_layers": options.layers, "n_heads": 6, "vocab_size": options.vocabulary}
     data = {"path": "unused", "seq_len": options.seq_len, "global_batch": options.batch}
-    config = Config.model_validate({"run": {"dir": "unused", "steps": 1}, "model": model, "data": data, **CASES[name]})
+    config = UnresolvedConfig.model_validate(
+        {"run": {"dir": "unused", "steps": 1}, "model": model, "data": data, **CASES[name]}
+    )
     assert not (broken := check(config, RANKS, 0)), broken
-    return resolve(config, RANKS, 0)
+    return resolve_config(config, RANKS, 0)
 
 
 def measure_case(name: str, options: argparse.Namespace) -> dict[str, float]:

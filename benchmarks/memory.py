@@ -77,7 +77,7 @@ def check_traceable(config: Config) -> None:
     """Raise SystemExit if the trace would not follow the config."""
     unsupported = {
         "parallel.pp": config.parallel.pp > 1,
-        "parallel.activations_gib": config.parallel.activations_gib > 0,
+        "parallel.activations_gib": config.parallel.activations_gib is not None,
         "data.document_mask": config.data.document_mask,
         "objective": [each.name for each in config.objective.components] != ["causal"],
     }

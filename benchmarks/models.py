@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from dist_llm.config.check import check
-from dist_llm.config.derive import resolve
-from dist_llm.config.load import load_config, refuse
+from dist_llm.config.derive import resolve_config
+from dist_llm.config.load import load_config, raise_violations
 from dist_llm.config.schema import Config
 
 GPT2 = "positions=learned norm=layernorm activation=gelu bias=true tie_embeddings=true"
@@ -40,7 +40,7 @@ def make_config(name: str, overrides: Sequence[str] = (), ranks: int = 1) -> Con
     model, data = MODELS[name]
     keys = [f"model.{key}" for key in model.split()] + [f"data.{key}" for key in data.split()]
     config, problems = load_config(None, ["run.dir=unused", "run.steps=1000", "data.path=unused", *keys, *overrides])
-    refuse(problems)
+    raise_violations(problems)
     assert config is not None
-    refuse(check(config, ranks, 0))
-    return resolve(config, ranks, 0)
+    raise_violations(check(config, ranks, 0))
+    return resolve_config(config, ranks, 0)

@@ -25,7 +25,7 @@ import torch
 
 from bare import Loop
 from dist_llm.checkpoint.store import CheckpointStore
-from dist_llm.config.derive import plan_schedule
+from dist_llm.config.derive import resolve_schedule
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
 from dist_llm.data.data_history import build_fresh_plan
@@ -83,11 +83,12 @@ def read_config_and_corpus(options: argparse.Namespace, scratch: Path) -> Config
         f"run.dir={scratch / 'run'}",
         f"run.steps={(options.pairs + WARM_UP_PAIRS) * options.steps}",
         f"log.every={options.steps}",
-        "checkpoint.every=0",
-        "data.micro_batch=0",
+        "checkpoint.every=off",
+        "data.micro_batch=null",
         "compile=false",
     ]
-    return plan_schedule(read_config(options.config, overrides, world_size=1))
+    config = read_config(options.config, overrides, world_size=1)
+    return config.model_copy(update={"schedule": resolve_schedule(config)})
 
 
 def run(config: Config, pairs: int, scratch: Path) -> "Turns":

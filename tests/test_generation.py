@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.errors import ConfigError
 from dist_llm.generation import Prompt, Sampling, encode_prompt, generate_text, generate_tokens, sample_token
 from dist_llm.models.attention_mask import FULL

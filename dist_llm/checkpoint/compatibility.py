@@ -19,7 +19,8 @@ from dist_llm.config.compare import (
     resume_differences,
 )
 from dist_llm.config.load import parse_saved
-from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.schema import Config
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
 

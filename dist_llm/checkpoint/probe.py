@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.config.derive import round_up
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.counter_rng import hash64, splitmix64
 from dist_llm.errors import CheckpointError
 from dist_llm.losses.cross_entropy import IGNORE

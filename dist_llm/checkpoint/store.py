@@ -37,8 +37,9 @@ from dist_llm.checkpoint.flat_shard import FlatShard, chunk_at
 from dist_llm.checkpoint.folder import Folder, FolderReader
 from dist_llm.checkpoint.manifest import MANIFEST, MARKER, DamagedError, read_manifest, verify
 from dist_llm.checkpoint.metadata import convert_read_errors
+from dist_llm.config.data_sections import CACHE
 from dist_llm.config.load import load_config
-from dist_llm.config.schema import CACHE, CheckpointConfig
+from dist_llm.config.schema import CheckpointConfig
 from dist_llm.data.remote import fetch
 from dist_llm.errors import CheckpointError
 from dist_llm.sharded import to_local

@@ -17,7 +17,8 @@ from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE, Probe, compare_probes, parse_probe
 from dist_llm.checkpoint.store import PROGRESS
 from dist_llm.config.load import dump, parse_saved
-from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.schema import Config
 from dist_llm.convert.hf_parity import compare_logits
 from dist_llm.convert.stream_probe import stream_probe
 from dist_llm.convert.weights import LazyWeights, Weights

@@ -10,7 +10,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dist_llm.commands.run_data import BLOCK_TOKENS, console, select_corpora
-from dist_llm.config.schema import CACHE
+from dist_llm.config.data_sections import CACHE
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.mirror import localize_corpus
 from dist_llm.data.order import Ints

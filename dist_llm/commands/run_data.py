@@ -5,8 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dist_llm.config.data_sections import CACHE
 from dist_llm.config.load import load_saved
-from dist_llm.config.schema import CACHE, Config
+from dist_llm.config.schema import Config
 from dist_llm.data.data_history import HISTORY_FILE, DataHistory, parse_history
 from dist_llm.data.mirror import localize_corpus
 from dist_llm.errors import DataError

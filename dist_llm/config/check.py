@@ -1,6 +1,7 @@
 """Check rules that involve several keys, the corpus or the world size.
 
-`check` reports all violations before any process group starts. `derive.py:resolve` then derives the remaining keys.
+`check` reports all violations before any process group starts. `derive.py:resolve_config` then derives the keys that
+are null.
 """
 
 import math
@@ -14,12 +15,13 @@ from dist_llm.config.check_fp8 import check_fp8
 from dist_llm.config.check_guard import check_guard
 from dist_llm.config.check_layout import check_budget, check_layout
 from dist_llm.config.compare import check_init
-from dist_llm.config.derive import AXES, divisors, shape
+from dist_llm.config.derive import AXES, format_divisors, format_layout
 from dist_llm.config.lengths import extra_ids, inputs_len, lengths
 from dist_llm.config.load import Violation
+from dist_llm.config.model_section import UnresolvedModelConfig
 from dist_llm.config.objective_sections import CausalSpec, MixtureConfig
 from dist_llm.config.optim_sections import DecayKeys
-from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.config.schema import UnresolvedConfig
 
 ALLOWED_OBJECTIVES = {
     "decoder": ("causal", "prefix", "span", "fim"),
@@ -38,7 +40,7 @@ class RefusedLayout(Violation):
         return f"{super().__str__()}\n  {self.suggestion}"
 
 
-def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violation]:
+def check(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> list[Violation]:
     """Return all violations of a run on `world_size` ranks over a corpus with `tokenizer_size` token ids."""
     objective = list(_check_objective(config))
     data = list(check_data(config))
@@ -69,18 +71,20 @@ def check(config: Config, world_size: int, tokenizer_size: int) -> list[Violatio
     layout = list(check_layout(config, world_size, tokenizer_size))
     if layout and (valid := nearest_layouts(config, world_size, tokenizer_size)):
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-        line = f"parallel: valid layouts of {ranks}: {'; '.join(map(shape, valid))}"
+        line = f"parallel: valid layouts of {ranks}: {'; '.join(map(format_layout, valid))}"
         layout[-1] = RefusedLayout(layout[-1].keys, layout[-1].message, line)
     return rules + layout
 
 
-def nearest_layouts(config: Config, world_size: int, tokenizer_size: int, limit: int = 3) -> list[dict[str, int]]:
+def nearest_layouts(
+    config: UnresolvedConfig, world_size: int, tokenizer_size: int, limit: int = 3
+) -> list[dict[str, int]]:
     """Return at most `limit` valid layouts of `world_size` ranks, those nearest to the config's layout first.
 
     The order: the fewest axes of another size, then the smallest factors between old and new sizes, then the most data
-    parallelism. An axis dp_shard of -1 may take any size.
+    parallelism. A dp_shard of null may take any size.
     """
-    requested = {axis: size for axis in AXES if (size := getattr(config.parallel, axis)) > 0}
+    requested = {axis: size for axis in AXES if (size := getattr(config.parallel, axis))}
 
     def distance(sizes: dict[str, int]) -> tuple[int, float, int]:
         factors = [abs(math.log2(sizes[axis] / size)) for axis, size in requested.items()]
@@ -108,12 +112,12 @@ def _factorizations(number: int, count: int) -> Iterator[tuple[int, ...]]:
             yield from ((first, *rest) for rest in _factorizations(number // first, count - 1))
 
 
-def _check_model(model: ModelConfig) -> Iterator[Violation]:
+def _check_model(model: UnresolvedModelConfig) -> Iterator[Violation]:
     if not model.head_dim and model.d_model % model.n_heads:
         yield Violation(
             ("model.n_heads", "model.d_model", "model.head_dim"),
             f"{model.n_heads} heads do not divide d_model {model.d_model}; set n_heads to one of "
-            f"{divisors(model.d_model)}, or set model.head_dim",
+            f"{format_divisors(model.d_model)}, or set model.head_dim",
         )
     elif model.positions == "rope" and (model.head_dim or model.d_model // model.n_heads) % 2:
         yield Violation(
@@ -125,11 +129,11 @@ def _check_model(model: ModelConfig) -> Iterator[Violation]:
         yield Violation(
             ("model.n_kv_heads", "model.n_heads"),
             f"{model.n_kv_heads} key-value heads do not divide {model.n_heads} query heads; "
-            f"set one of {divisors(model.n_heads)}",
+            f"set one of {format_divisors(model.n_heads)}",
         )
 
 
-def _check_relative(model: ModelConfig) -> Iterator[Violation]:
+def _check_relative(model: UnresolvedModelConfig) -> Iterator[Violation]:
     num_directions = 1 if model.architecture == "decoder" else 2
     num_exact = model.relative_buckets // (2 * num_directions)
     if model.positions == "relative" and (num_exact < 1 or model.relative_distance <= num_exact):
@@ -141,7 +145,7 @@ def _check_relative(model: ModelConfig) -> Iterator[Violation]:
         )
 
 
-def _check_objective(config: Config) -> Iterator[Violation]:
+def _check_objective(config: UnresolvedConfig) -> Iterator[Violation]:
     architecture = config.model.architecture
     if config.model.n_encoder_layers and architecture != "encoder_decoder":
         yield Violation(
@@ -164,27 +168,27 @@ def _check_objective(config: Config) -> Iterator[Violation]:
             yield Violation(("data.seq_len", f"{where}.name"), f"{config.data.seq_len} is too short: {error}")
 
 
-def _check_lengths(config: Config, tokenizer_size: int) -> Iterator[Violation]:
+def _check_lengths(config: UnresolvedConfig, tokenizer_size: int) -> Iterator[Violation]:
     vocab, max_seq_len, extra = config.model.vocab_size, config.model.max_seq_len, extra_ids(config)
     if vocab and vocab < tokenizer_size + extra:
         more = f" and {extra} of the objective" if extra else ""
         yield Violation(
             ("model.vocab_size",),
             f"{vocab} is smaller than the {tokenizer_size} ids of the corpus's tokenizer{more}; "
-            f"set at least {tokenizer_size + extra}, or 0 to derive it",
+            f"set at least {tokenizer_size + extra}, or null to derive it",
         )
     needed = max(config.data.seq_len, inputs_len(config))
     if max_seq_len and max_seq_len < needed:
         yield Violation(
             ("data.seq_len", "model.max_seq_len"),
-            f"{needed} is longer than model.max_seq_len {max_seq_len}; lower it, or set max_seq_len to 0",
+            f"{needed} is longer than model.max_seq_len {max_seq_len}; lower it, or set max_seq_len to null",
         )
 
 
-def _check_schedule(config: Config) -> Iterator[Violation]:
+def _check_schedule(config: UnresolvedConfig) -> Iterator[Violation]:
     schedule = config.schedule
     # A short trial of a long run (run.steps=20) may end within the warmup: only decay_steps is checked.
-    if isinstance(schedule, DecayKeys) and 0 < schedule.decay_steps < schedule.warmup_steps:
+    if isinstance(schedule, DecayKeys) and schedule.decay_steps and schedule.decay_steps < schedule.warmup_steps:
         warmup, end = schedule.warmup_steps, schedule.decay_steps
         yield Violation(
             ("schedule.warmup_steps", "schedule.decay_steps"),
@@ -192,7 +196,7 @@ def _check_schedule(config: Config) -> Iterator[Violation]:
         )
 
 
-def _check_optim(config: Config) -> Iterator[Violation]:
+def _check_optim(config: UnresolvedConfig) -> Iterator[Violation]:
     if config.optim.name == "muon" and config.parallel.cpu_offload:
         yield Violation(
             ("optim.name", "parallel.cpu_offload"),
@@ -200,11 +204,11 @@ def _check_optim(config: Config) -> Iterator[Violation]:
         )
 
 
-def _check_checkpoints(config: Config) -> Iterator[Violation]:
-    saved, scored = config.checkpoint.every, config.eval.every
-    if config.checkpoint.keep_best and (not saved or not scored or saved % scored):
+def _check_checkpoints(config: UnresolvedConfig) -> Iterator[Violation]:
+    save_interval, eval_interval = config.checkpoint.every, config.eval.every
+    if config.checkpoint.keep_best and (not save_interval or not eval_interval or save_interval % eval_interval):
         yield Violation(
             ("checkpoint.keep_best", "checkpoint.every", "eval.every"),
-            f"each checkpoint needs an evaluation of its step, but eval.every is {scored} and checkpoint.every is "
-            f"{saved}; set eval.every to a divisor of checkpoint.every",
+            f"each checkpoint needs an evaluation of its step, but eval.every is {eval_interval or 'off'} and "
+            f"checkpoint.every is {save_interval or 'off'}; set eval.every to a divisor of checkpoint.every",
         )

@@ -3,19 +3,20 @@
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
+from dist_llm.config.data_sections import SourceConfig, UnresolvedDataConfig
 from dist_llm.config.load import Violation
-from dist_llm.config.schema import Config, DataConfig, SourceConfig
+from dist_llm.config.schema import UnresolvedConfig
 
 BLOCK = 10_000  # number of samples in which each source has exactly its share
 WINDOWED = ("causal", "masked")  # objectives that accept text of any length
 
 
-def sources_of(data: DataConfig) -> tuple[SourceConfig, ...]:
+def list_sources(data: UnresolvedDataConfig) -> tuple[SourceConfig, ...]:
     """Return the corpora of a run; the one in `data.path` has no name."""
     return data.sources or (SourceConfig.model_construct(name="", path=data.path, weight=1.0, epochs=1.0),)
 
 
-def check_data(config: Config) -> Iterator[Violation]:
+def check_data(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield all violations of the data section."""
     data = config.data
     if bool(data.path) == bool(data.sources):
@@ -37,12 +38,12 @@ def check_data(config: Config) -> Iterator[Violation]:
         )
 
 
-def _check_sources(data: DataConfig) -> Iterator[Violation]:
+def _check_sources(data: UnresolvedDataConfig) -> Iterator[Violation]:
     names = [source.name for source in data.sources]
     for number, name in enumerate(names):
         if name in names[:number]:
             yield Violation((f"data.sources.{number}.name",), f"'{name}' is already the name of an earlier source")
-    weights = {source.name: source.weight for source in data.sources}
+    weights = {source.name: source.weight or 0.0 for source in data.sources}
     if any(weights.values()) and not all(weights.values()):
         without = ", ".join(name for name, weight in weights.items() if not weight)
         yield Violation(
@@ -52,7 +53,7 @@ def _check_sources(data: DataConfig) -> Iterator[Violation]:
         yield from _check_shares("data.sources", weights)
 
 
-def _check_stages(data: DataConfig) -> Iterator[Violation]:
+def _check_stages(data: UnresolvedDataConfig) -> Iterator[Violation]:
     if data.stages and not data.sources:
         yield Violation(("data.stages", "data.sources"), "stages are weights of sources, but there is one corpus")
         return

@@ -10,13 +10,13 @@ from typing import Any
 
 from dist_llm.config.load import Violation
 from dist_llm.config.objective_sections import MixtureConfig
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import UnresolvedConfig
 
 # (key, whether it has an effect, the condition to satisfy)
-Rule = tuple[str, Callable[[Config], Any], str]
+Rule = tuple[str, Callable[[UnresolvedConfig], Any], str]
 
 
-def _positions(*kinds: str) -> Callable[[Config], bool]:
+def _positions(*kinds: str) -> Callable[[UnresolvedConfig], bool]:
     return lambda config: config.model.positions in kinds
 
 
@@ -45,7 +45,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def check_effect(config: Config) -> Iterator[Violation]:
+def check_effect(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield a violation for each key that is set and has no effect in this config."""
     for key, has_effect, needed in RULES:
         section, name = key.split(".")
@@ -57,12 +57,12 @@ def check_effect(config: Config) -> Iterator[Violation]:
     yield from _check_epochs(config)
 
 
-def _check_weight(config: Config) -> Iterator[Violation]:
+def _check_weight(config: UnresolvedConfig) -> Iterator[Violation]:
     if not isinstance(config.objective, MixtureConfig) and _is_changed(config.objective, "weight"):
         yield Violation(("objective.weight",), "has no effect without objective.mixture; remove the key")
 
 
-def _check_epochs(config: Config) -> Iterator[Violation]:
+def _check_epochs(config: UnresolvedConfig) -> Iterator[Violation]:
     for number, source in enumerate(config.data.sources):
         if source.weight and _is_changed(source, "epochs"):
             yield Violation((f"data.sources.{number}.epochs",), "has no effect beside a weight; remove one of the two")
@@ -73,5 +73,5 @@ def _is_changed(section: Any, name: str) -> bool:
     return bool(getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True))
 
 
-def _policies(config: Config) -> set[str]:
+def _policies(config: UnresolvedConfig) -> set[str]:
     return {config.guard.not_finite, config.guard.spike, config.guard.corrupt}

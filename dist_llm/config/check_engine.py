@@ -6,17 +6,17 @@ from importlib.util import find_spec
 from dist_llm.config.deepspeed import check_deepspeed
 from dist_llm.config.engine_names import check_engine_name
 from dist_llm.config.load import Violation
-from dist_llm.config.schema import AccelerateConfig, Config, DeepSpeedConfig
+from dist_llm.config.schema import AccelerateConfig, DeepSpeedConfig, UnresolvedConfig
 
 # Engine -> the axes that it does not support.
 THIRD_PARTY = {
     "deepspeed": ("dp_replicate", "cp", "tp"),
     "accelerate": ("dp_replicate", "cp", "tp", "pp"),
 }
-NATIVE_DEFAULTS = {"reshard": "default", "reduce_each_microbatch": False, "cpu_offload": False, "activations_gib": 0.0}
+NATIVE_DEFAULTS = {"reshard": "default", "reduce_each_microbatch": False, "cpu_offload": False, "activations_gib": None}
 
 
-def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
+def check_engine(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
     """Yield violations of `engine` and of the engine's section."""
     engine = config.engine
     if not config.uses_deepspeed and config.deepspeed != DeepSpeedConfig():
@@ -34,7 +34,7 @@ def check_engine(config: Config, ranks: int) -> Iterator[Violation]:
         yield from _check_third_party(config, ranks)
 
 
-def _check_third_party(config: Config, ranks: int) -> Iterator[Violation]:
+def _check_third_party(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
     """Yield violations for DeepSpeed and accelerate. An engine of another package has its own `check_config`."""
     engine = config.engine
     for needed in {engine, "deepspeed" if config.uses_deepspeed else engine}:
@@ -61,7 +61,7 @@ def _check_third_party(config: Config, ranks: int) -> Iterator[Violation]:
         yield from _check_pipeline(config)
 
 
-def check_axes(config: Config) -> Iterator[Violation]:
+def check_axes(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield violations for axes that the engine does not support."""
     engine = config.engine
     for axis in THIRD_PARTY.get(engine, ()):
@@ -73,7 +73,7 @@ def check_axes(config: Config) -> Iterator[Violation]:
             )
 
 
-def _check_pipeline(config: Config) -> Iterator[Violation]:
+def _check_pipeline(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield violations of DeepSpeed's pipeline: it passes one tensor between stages, and needs ZeRO stage 1."""
     parallel, model, data = config.parallel, config.model, config.data
     if parallel.pp == 1:

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 
 from dist_llm.config.load import Violation
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import UnresolvedConfig
 
 MULTIPLE = 16  # the kernels require all dimensions of a product to be multiples of it
 
 
-def check_fp8(config: Config) -> Iterator[Violation]:
+def check_fp8(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield settings that are incompatible with `fp8` in any layout."""
     if config.fp8 and config.precision != "bf16":
         yield Violation(
@@ -20,7 +20,7 @@ def check_fp8(config: Config) -> Iterator[Violation]:
         yield Violation(("fp8", "engine"), f"true under engine: {config.engine}; set it to false, or engine to native")
 
 
-def check_fp8_sizes(config: Config, d_ff: int) -> Iterator[Violation]:
+def check_fp8_sizes(config: UnresolvedConfig, d_ff: int) -> Iterator[Violation]:
     """Yield weight matrices of the blocks whose shards the float8 kernels do not support. `d_ff` is the derived hidden
     size."""
     model, tp = config.model, config.parallel.tp

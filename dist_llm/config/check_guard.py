@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from dist_llm.config.load import Violation
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import UnresolvedConfig
 
 
-def check_guard(config: Config) -> Iterator[Violation]:
+def check_guard(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield violations of the section `guard`."""
     guard = config.guard
     if guard.spike == "skip" and config.uses_deepspeed and config.deepspeed.stage:
@@ -21,5 +21,5 @@ def check_guard(config: Config) -> Iterator[Violation]:
         if not holds:
             yield Violation(
                 (key, "guard.replay_every"),
-                f"must be {only} for guard.replay_every; set it to {only}, or guard.replay_every to 0",
+                f"must be {only} for guard.replay_every; set it to {only}, or guard.replay_every to off",
             )

@@ -9,48 +9,47 @@ from dist_llm.config.derive import (
     AXES,
     SPLIT_BACKWARD,
     TWO_STAGE_SCHEDULES,
-    derived_d_ff,
-    divisors,
-    dp_shard,
-    encoder_layers,
+    count_encoder_layers,
+    format_divisors,
+    format_layout,
+    resolve_d_ff,
+    resolve_dp_shard,
     round_up,
-    shape,
     splits_backward,
 )
 from dist_llm.config.lengths import extra_ids
 from dist_llm.config.load import Violation
-from dist_llm.config.schema import Config, ParallelConfig
+from dist_llm.config.parallel_section import UnresolvedParallelConfig
+from dist_llm.config.schema import UnresolvedConfig
 
 
-def check_layout(config: Config, world_size: int, tokenizer_size: int) -> Iterator[Violation]:
+def check_layout(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> Iterator[Violation]:
     parallel = config.parallel
-    if parallel.dp_shard == 0:
-        yield Violation(("parallel.dp_shard",), "must be a number of ranks, or -1 for all that the other axes leave")
-        return
-    sizes = {axis: getattr(parallel, axis) for axis in AXES} | {"dp_shard": dp_shard(parallel, world_size)}
+    sizes = {axis: getattr(parallel, axis) for axis in AXES} | {"dp_shard": resolve_dp_shard(parallel, world_size)}
     product = math.prod(sizes.values())
     if product != world_size:
         yield Violation(
             tuple(f"parallel.{axis}" for axis in ("dp_shard", "dp_replicate", "cp", "tp", "pp")),
-            f"the layout ({shape(sizes)}) needs {product} ranks, but {world_size} were started; set dp_shard to -1, "
-            f"or start with: torchrun --nproc-per-node {product} -m dist_llm train ...",
+            f"the layout ({format_layout(sizes)}) needs {product} ranks, but {world_size} were started; set "
+            f"dp_shard to null, or start with: torchrun --nproc-per-node {product} -m dist_llm train ...",
         )
     yield from _check_batch(config, sizes["dp_replicate"] * sizes["dp_shard"])
     yield from _check_tensor(config, tokenizer_size)
-    yield from check_fp8_sizes(config, derived_d_ff(config.model))
+    yield from check_fp8_sizes(config, resolve_d_ff(config.model))
     yield from _check_context(config)
     yield from _check_pipeline(config, sizes["dp_replicate"] * sizes["dp_shard"])
 
 
-def check_budget(parallel: ParallelConfig) -> Iterator[Violation]:
+def check_budget(parallel: UnresolvedParallelConfig) -> Iterator[Violation]:
     if parallel.activations_gib and parallel.recompute != "none":
         yield Violation(
             ("parallel.activations_gib", "parallel.recompute"),
-            "the activation budget chooses what each block recomputes; set recompute to none, or activations_gib to 0",
+            "the activation budget chooses what each block recomputes; set recompute to none, or activations_gib to "
+            "off",
         )
 
 
-def _check_batch(config: Config, ranks: int) -> Iterator[Violation]:
+def _check_batch(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
     micro, batch = config.data.micro_batch or 1, config.data.global_batch
     unit = ranks * micro
     if batch % unit:
@@ -62,9 +61,9 @@ def _check_batch(config: Config, ranks: int) -> Iterator[Violation]:
         )
 
 
-def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
+def _check_tensor(config: UnresolvedConfig, tokenizer_size: int) -> Iterator[Violation]:
     model, tp = config.model, config.parallel.tp
-    d_ff = derived_d_ff(model)
+    d_ff = resolve_d_ff(model)
     rows = round_up(model.vocab_size or tokenizer_size + extra_ids(config), model.vocab_multiple)
     split = (
         (("model.n_heads",), "query heads", model.n_heads),
@@ -75,7 +74,8 @@ def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
     for keys, what, number in split:
         if number % tp:
             yield Violation(
-                (*keys, "parallel.tp"), f"{number} {what} do not divide over tp {tp}; tp can be {divisors(number)}"
+                (*keys, "parallel.tp"),
+                f"{number} {what} do not divide over tp {tp}; tp can be {format_divisors(number)}",
             )
     # The input length of an encoder-decoder's decoder is already rounded up to a multiple of tp.
     if tp > 1 and config.parallel.sequence_parallel and config.data.seq_len % (tp * config.parallel.cp):
@@ -95,11 +95,11 @@ def _check_tensor(config: Config, tokenizer_size: int) -> Iterator[Violation]:
         yield Violation(
             ("parallel.recompute", "parallel.activations_gib", "compile", "parallel.sequence_parallel"),
             "a compiled block with selective recomputation cannot draw dropout for only its rank's heads; set "
-            "sequence_parallel to true, or compile to false, or recompute to full and activations_gib to 0",
+            "sequence_parallel to true, or compile to false, or recompute to full and activations_gib to off",
         )
 
 
-def _check_context(config: Config) -> Iterator[Violation]:
+def _check_context(config: UnresolvedConfig) -> Iterator[Violation]:
     num_chunks, length = 2 * config.parallel.cp, config.data.seq_len
     if config.parallel.cp > 1 and config.model.architecture == "encoder_decoder":
         yield Violation(
@@ -119,12 +119,12 @@ def _check_context(config: Config) -> Iterator[Violation]:
         )
 
 
-def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
+def _check_pipeline(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
     parallel, data = config.parallel, config.data
     if parallel.pp == 1:
         return
     stages = parallel.pp * (2 if parallel.pp_schedule in TWO_STAGE_SCHEDULES else 1)
-    blocks = config.model.n_layers + encoder_layers(config.model)
+    blocks = config.model.n_layers + count_encoder_layers(config.model)
     if blocks < stages:
         yield Violation(
             ("parallel.pp", "model.n_layers", "parallel.pp_schedule"),
@@ -157,7 +157,7 @@ def _check_pipeline(config: Config, ranks: int) -> Iterator[Violation]:
         yield from _check_split_backward(config)
 
 
-def _check_split_backward(config: Config) -> Iterator[Violation]:
+def _check_split_backward(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield settings that are incompatible with computing weight gradients after activation gradients."""
     parallel = config.parallel
     if config.model.architecture == "encoder_decoder":

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from dist_llm.config.derive import round_up
 from dist_llm.config.load import Violation
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, mode_of
-from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.config.schema import Config, UnresolvedConfig
 
 # fixed: decides the function; weights trained with another value cannot be loaded.
 # requestable: decides the function; `init_from` accepts another value if `init_allow` names the key.
@@ -171,7 +172,9 @@ def merge_model(
     conflicts = [
         (name, value)
         for name, value in own.items()
-        if MODEL_ROLES.get(name, "training") != "training" and value != saved[name] and f"model.{name}" not in names
+        if MODEL_ROLES.get(name, "training") != "training"
+        and value not in (saved[name], None)  # null: the size of the checkpoint
+        and f"model.{name}" not in names
     ]
     violations = [
         Violation(
@@ -181,10 +184,11 @@ def merge_model(
         )
         for name, value in conflicts
     ]
-    return {**saved, **own, **{name: saved[name] for name, _ in conflicts}}, violations
+    changes = {name: value for name, value in own.items() if value is not None}
+    return {**saved, **changes, **{name: saved[name] for name, _ in conflicts}}, violations
 
 
-def check_init(config: Config) -> Iterator[Violation]:
+def check_init(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield violations of the keys that start a run from other weights."""
     if config.init_optimizer == "keep" and not config.init_from:
         yield Violation(

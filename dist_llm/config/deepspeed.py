@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.config.load import Violation
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import UnresolvedConfig
 
 AUTO = "auto"  # in JSON files written for other trainers: use the value of the config
 DEFAULTS: dict[str, Any] = {  # a user's JSON may override these
@@ -68,7 +68,7 @@ class ConfigValue:
     key: str
 
 
-def deepspeed_json(config: Config, ranks: int) -> dict[str, Any]:
+def deepspeed_json(config: UnresolvedConfig, ranks: int) -> dict[str, Any]:
     """Return the JSON for `deepspeed.initialize`. `ranks`: data-parallel ranks. The config is checked and resolved."""
     user_values = {key: value for key, value in _flat(_read(config)) if not key.startswith("optimizer.")}
     config_values = {
@@ -82,7 +82,7 @@ def deepspeed_json(config: Config, ranks: int) -> dict[str, Any]:
     return _nested({**DEFAULTS, **fixed, **user_values, **config_values})
 
 
-def check_deepspeed(config: Config, ranks: int) -> Iterator[Violation]:
+def check_deepspeed(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
     """Yield violations for settings that DeepSpeed does not support or computes incorrectly."""
     zero = config.deepspeed
     if config.precision == "bf16" and zero.stage == 0:
@@ -105,7 +105,7 @@ def check_deepspeed(config: Config, ranks: int) -> Iterator[Violation]:
     yield from _contradictions(config, ranks)
 
 
-def _contradictions(config: Config, ranks: int) -> Iterator[Violation]:
+def _contradictions(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
     """Yield violations where the user's JSON contradicts the config."""
     try:
         user_values = dict(_flat(_read(config)))
@@ -134,7 +134,7 @@ def _contradictions(config: Config, ranks: int) -> Iterator[Violation]:
             yield Violation(("deepspeed.config", "parallel.pp"), f"{name}: remove {key}: pipelines do not support it")
 
 
-def _config_values(config: Config, ranks: int) -> dict[str, ConfigValue]:
+def _config_values(config: UnresolvedConfig, ranks: int) -> dict[str, ConfigValue]:
     """Return all DeepSpeed values that our config decides, by dotted key of DeepSpeed's JSON."""
     data, optim, zero = config.data, config.optim, config.deepspeed
     micro = data.micro_batch or max(1, data.global_batch // ranks)
@@ -142,7 +142,7 @@ def _config_values(config: Config, ranks: int) -> dict[str, ConfigValue]:
         "train_batch_size": ConfigValue(data.global_batch, "data.global_batch"),
         "train_micro_batch_size_per_gpu": ConfigValue(micro, "data.micro_batch"),
         "gradient_accumulation_steps": ConfigValue(max(1, data.global_batch // (ranks * micro)), "data.micro_batch"),
-        "gradient_clipping": ConfigValue(optim.clip, "optim.clip"),
+        "gradient_clipping": ConfigValue(optim.clip or 0.0, "optim.clip"),
         "zero_optimization.stage": ConfigValue(zero.stage, "deepspeed.stage"),
         "bf16.enabled": ConfigValue(config.precision == "bf16", "precision"),
         "fp16.enabled": ConfigValue(False, "precision"),
@@ -163,7 +163,7 @@ def _config_values(config: Config, ranks: int) -> dict[str, ConfigValue]:
     return values
 
 
-def _read(config: Config) -> dict[str, Any]:
+def _read(config: UnresolvedConfig) -> dict[str, Any]:
     """Read the user's JSON. Raises OSError if the file cannot be read, ValueError if it is not a JSON object."""
     if not config.deepspeed.config:
         return {}

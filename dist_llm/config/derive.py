@@ -1,11 +1,14 @@
-"""Derive config values that were left unset, and compute sizes of layouts."""
+"""Derive the values of keys that are null, and compute sizes of layouts."""
 
 import math
 from collections.abc import Sequence
 
+from dist_llm.config.data_sections import DataConfig
 from dist_llm.config.lengths import extra_ids, inputs_len
+from dist_llm.config.model_section import ModelConfig, UnresolvedModelConfig
 from dist_llm.config.optim_sections import DecayKeys, ScheduleConfig
-from dist_llm.config.schema import Config, ModelConfig, ParallelConfig
+from dist_llm.config.parallel_section import ParallelConfig, UnresolvedParallelConfig
+from dist_llm.config.schema import Config, UnresolvedConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # each rank has two stages
@@ -17,55 +20,64 @@ def splits_backward(version: str) -> bool:
     return not version.startswith(("2.11.", "2.12."))
 
 
-def resolve(config: Config, world_size: int, tokenizer_size: int) -> Config:
-    """Replace every value that means "derive". The config must have passed `check`."""
+def resolve_config(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> Config:
+    """Derive all sizes of a config that has passed `check`. `tokenizer_size`: number of token ids of the corpus."""
     model, data, parallel = config.model, config.data, config.parallel
-    shard = dp_shard(parallel, world_size)
-    ranks = parallel.dp_replicate * shard
-    return config.model_copy(
-        update={
-            "model": model.model_copy(
-                update={
-                    "n_encoder_layers": encoder_layers(model),
-                    "n_kv_heads": model.n_kv_heads or model.n_heads,
-                    "head_dim": model.head_dim or model.d_model // model.n_heads,
-                    "d_ff": derived_d_ff(model),
-                    "vocab_size": model.vocab_size or tokenizer_size + extra_ids(config),
-                    "max_seq_len": model.max_seq_len or max(data.seq_len, inputs_len(config)),
-                }
-            ),
-            "data": data.model_copy(update={"micro_batch": data.micro_batch or data.global_batch // ranks}),
-            "parallel": parallel.model_copy(update={"dp_shard": shard}),
-            "schedule": plan_schedule(config).schedule,
-        }
-    )
+    dp_shard = resolve_dp_shard(parallel, world_size)
+    samples_per_rank = data.global_batch // (parallel.dp_replicate * dp_shard)
+    sections = {
+        "model": resolve_model(
+            model,
+            vocab_size=tokenizer_size + extra_ids(config),
+            max_seq_len=max(data.seq_len, inputs_len(config)),
+        ),
+        "data": DataConfig.model_validate({**dict(data), "micro_batch": data.micro_batch or samples_per_rank}),
+        "parallel": ParallelConfig.model_validate({**dict(parallel), "dp_shard": dp_shard}),
+    }
+    return Config.model_validate({**dict(config), **sections, "schedule": resolve_schedule(config)})
 
 
-def plan_schedule(config: Config, planned: ScheduleConfig | None = None) -> Config:
-    """Set schedule.decay_steps if it is 0. The value is run.steps; on a resume with schedule.on_extend=keep it is the
-    decay_steps of `planned`, the schedule of the checkpoint."""
+def resolve_model(model: UnresolvedModelConfig, vocab_size: int = 0, max_seq_len: int = 0) -> ModelConfig:
+    """Derive the sizes of a model. `vocab_size` and `max_seq_len` are used where the model has null."""
+    sizes = {
+        "n_encoder_layers": count_encoder_layers(model),
+        "n_kv_heads": model.n_kv_heads or model.n_heads,
+        "head_dim": model.head_dim or model.d_model // model.n_heads,
+        "d_ff": resolve_d_ff(model),
+        "vocab_size": model.vocab_size or vocab_size,
+        "max_seq_len": model.max_seq_len or max_seq_len,
+    }
+    return ModelConfig.model_validate({**dict(model), **sizes})
+
+
+def resolve_schedule(config: UnresolvedConfig, planned: ScheduleConfig | None = None) -> ScheduleConfig:
+    """Return the schedule with its decay_steps.
+
+    If decay_steps is null, the decay ends at run.steps; on a resume with schedule.on_extend=keep, at the decay_steps of
+    `planned`, the schedule of the checkpoint.
+    """
     schedule = config.schedule
     if not isinstance(schedule, DecayKeys) or schedule.decay_steps:
-        return config
+        return schedule
     steps = config.run.steps
     if isinstance(planned, DecayKeys) and planned.decay_steps and schedule.on_extend == "keep":
         steps = planned.decay_steps
-    return config.model_copy(update={"schedule": schedule.model_copy(update={"decay_steps": steps})})
+    return schedule.model_copy(update={"decay_steps": steps})
 
 
-def encoder_layers(model: ModelConfig) -> int:
+def count_encoder_layers(model: UnresolvedModelConfig) -> int:
     """Return the number of encoder blocks of an encoder-decoder; 0 for other architectures."""
     return (model.n_encoder_layers or model.n_layers) if model.architecture == "encoder_decoder" else 0
 
 
-def derived_d_ff(model: ModelConfig) -> int:
-    """Return the hidden size of the feed-forward layer, derived from d_model if model.d_ff is 0."""
+def resolve_d_ff(model: UnresolvedModelConfig) -> int:
+    """Return the hidden size of the feed-forward layer, derived from d_model if model.d_ff is null."""
     if model.d_ff:
         return model.d_ff
-    return round_up(math.ceil(8 / 3 * model.d_model), 64) if gated(model) else 4 * model.d_model
+    return round_up(math.ceil(8 / 3 * model.d_model), 64) if is_gated(model) else 4 * model.d_model
 
 
-def gated(model: ModelConfig) -> bool:
+def is_gated(model: UnresolvedModelConfig) -> bool:
     """Return whether the feed-forward layer multiplies its activation with a second projection (a gate)."""
     return model.activation in ("swiglu", "geglu", "geglu_tanh")
 
@@ -75,19 +87,19 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def dp_shard(parallel: ParallelConfig, world_size: int) -> int:
-    """Return the sharding degree. -1 means all ranks that the other axes leave, at least 1."""
-    other_axes = parallel.dp_replicate * parallel.cp * parallel.tp * parallel.pp
-    return parallel.dp_shard if parallel.dp_shard > 0 else max(1, world_size // other_axes)
+def resolve_dp_shard(parallel: UnresolvedParallelConfig, world_size: int) -> int:
+    """Return the sharding degree. null means all ranks that the other mesh dimensions leave, at least 1."""
+    other_ranks = parallel.dp_replicate * parallel.cp * parallel.tp * parallel.pp
+    return parallel.dp_shard or max(1, world_size // other_ranks)
 
 
-def divisors(number: int) -> str:
-    """Format the divisors of `number` for messages, as `1, 2, 3, 6`; a long list is shortened in the middle."""
-    numbers = [n for n in range(1, number + 1) if number % n == 0]
-    shown: Sequence[int | str] = numbers if len(numbers) <= 12 else [*numbers[:8], "...", *numbers[-3:]]
-    return ", ".join(map(str, shown))
+def format_divisors(dividend: int) -> str:
+    """Format the divisors of `dividend` for messages, as `1, 2, 3, 6`; a long list is shortened in the middle."""
+    divisors = [divisor for divisor in range(1, dividend + 1) if dividend % divisor == 0]
+    entries: Sequence[int | str] = divisors if len(divisors) <= 12 else [*divisors[:8], "...", *divisors[-3:]]
+    return ", ".join(map(str, entries))
 
 
-def shape(sizes: dict[str, int]) -> str:
-    """Format the axes of a layout that are larger than 1, as `dp_shard 4 x tp 2`."""
+def format_layout(sizes: dict[str, int]) -> str:
+    """Format the mesh dimensions that are larger than 1, as `dp_shard 4 x tp 2`."""
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "dp_shard 1"

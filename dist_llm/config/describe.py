@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 from pydantic import BaseModel
 
-from dist_llm.config.schema import Config, KnownNames
-from dist_llm.config.section import Section, union_members, unwrap
+from dist_llm.config.schema import KnownNames, UnresolvedConfig
+from dist_llm.config.section import OFF, Section, union_members, unwrap
 from dist_llm.errors import ConfigError
 
 FROM = "from"  # a key of the model section that names a checkpoint
@@ -30,10 +30,10 @@ class KeyHelp(NamedTuple):
 def describe() -> Iterator[KeyHelp]:
     """Yield every key, section by section."""
     yield KeyHelp("base", "path", "none", "another config to build on, relative to this file; keys here win")
-    for name, field in Config.model_fields.items():
+    for name, field in UnresolvedConfig.model_fields.items():
         if not _sections_of(field.annotation):
             yield _describe_field(name, field)
-    for name, field in Config.model_fields.items():
+    for name, field in UnresolvedConfig.model_fields.items():
         yield from _describe_section(name, _sections_of(field.annotation))
         if name == "model":
             yield KeyHelp(
@@ -81,7 +81,7 @@ def _section_of(name: str) -> str:
 def _description_of(section: str) -> str:
     if section == TOP:
         return "keys outside the sections"
-    return Config.model_fields[section].description or ""
+    return UnresolvedConfig.model_fields[section].description or ""
 
 
 def _sections_of(annotation: Any) -> dict[str, type[Section]]:
@@ -114,8 +114,11 @@ def _describe_section(prefix: str, members: Mapping[str, type[Section]]) -> Iter
 
 def _describe_field(name: str, field: Any) -> KeyHelp:
     default = "required" if field.is_required() else str(yaml.safe_dump(field.default)).split("\n")[0]
-    known = [" | ".join((*mark.names, "...")) for mark in field.metadata if isinstance(mark, KnownNames)]
-    return KeyHelp(name, known[0] if known else type_name(field.annotation), default, field.description or "")
+    known_names = [" | ".join((*mark.names, "...")) for mark in field.metadata if isinstance(mark, KnownNames)]
+    kind = known_names[0] if known_names else type_name(field.annotation)
+    if OFF in field.metadata:
+        kind, default = kind.replace("null", "off"), default.replace("null", "off")
+    return KeyHelp(name, kind, default, field.description or "")
 
 
 def type_name(annotation: Any) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from dist_llm.config.objective_sections import ObjectiveSpec, SpanSpec, mode_of
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import UnresolvedConfig
 
 # Special token ids, which follow the tokenizer's own ids in this order; the sentinels follow them.
 SPECIALS = ("start", "mask", "R", "S", "X", "fim_prefix", "fim_middle", "fim_suffix")
@@ -79,14 +79,14 @@ def _span(spec: SpanSpec, architecture: str, seq_len: int, mode: int) -> Lengths
     return best[1]
 
 
-def all_lengths(config: Config) -> list[Lengths]:
+def all_lengths(config: UnresolvedConfig) -> list[Lengths]:
     """Return the lengths of each component of the objective, with `inputs` padded to the longest."""
     unpadded = [lengths(each, config.model.architecture, config.data.seq_len) for each in config.objective.components]
     longest = inputs_len(config)
     return [Lengths(each.window, each.stride, longest, each.source, each.noise, each.spans) for each in unpadded]
 
 
-def inputs_len(config: Config) -> int:
+def inputs_len(config: UnresolvedConfig) -> int:
     """Return the padded input length of an encoder-decoder's decoder, a multiple of 8 tp; seq_len for other models."""
     if config.model.architecture != "encoder_decoder":
         return config.data.seq_len
@@ -96,13 +96,13 @@ def inputs_len(config: Config) -> int:
     return -(-longest // multiple) * multiple
 
 
-def sample_tokens(config: Config) -> int:
+def sample_tokens(config: UnresolvedConfig) -> int:
     """Tokens that the model reads of each sample, padding included."""
     is_encoder_decoder = config.model.architecture == "encoder_decoder"
     return inputs_len(config) + (config.data.seq_len if is_encoder_decoder else 0)
 
 
-def extra_ids(config: Config) -> int:
+def extra_ids(config: UnresolvedConfig) -> int:
     """Return the number of token ids that the objective needs in addition to the tokenizer's."""
     plain = all(each.name in ("causal", "prefix") and not mode_of(each) for each in config.objective.components)
     if plain and config.model.architecture == "decoder":

@@ -1,5 +1,7 @@
 """Load a config from YAML files and dotted overrides, and report every violation in one error."""
 
+import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -14,10 +16,12 @@ from pydantic_core import ErrorDetails
 
 from dist_llm.config.describe import FROM, describe, type_name
 from dist_llm.config.nearest import nearest
-from dist_llm.config.schema import Config
-from dist_llm.config.section import MIXTURE, drop_unused_defaults, owners_of, strip_tags
+from dist_llm.config.schema import Config, UnresolvedConfig
+from dist_llm.config.section import MIXTURE, drop_unused_defaults, list_outdated_values, owners_of, strip_tags
 from dist_llm.config.shipped import find_config
 from dist_llm.errors import CheckpointError, ConfigError
+
+log = logging.getLogger("dist_llm")
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,7 +61,7 @@ MAX_VALUES = 100_000  # in one YAML file
 ModelReader = Callable[[dict[str, Any], object], tuple[dict[str, Any], list[Violation]]]
 
 
-def refuse(violations: Sequence[Violation]) -> None:
+def raise_violations(violations: Sequence[Violation]) -> None:
     """Raise one ConfigError that lists all violations; return if there are none."""
     if violations:
         lines = "\n".join(f"  {violation}" for violation in violations)
@@ -67,7 +71,7 @@ def refuse(violations: Sequence[Violation]) -> None:
 
 def load_config(
     source: Path | Mapping[str, Any] | None, overrides: Sequence[str] = (), read_model: ModelReader | None = None
-) -> tuple[Config | None, list[Violation]]:
+) -> tuple[UnresolvedConfig | None, list[Violation]]:
     """Read `source` (a file or a mapping) and its bases, apply the `key.key=value` overrides, and validate.
 
     Returns (config, violations). Invalid keys are removed from the config, so that `check` can still check the others.
@@ -83,6 +87,9 @@ def load_config(
         raw = _add_base(deepcopy(dict(source)), Path(), "the config", ())
     for override in overrides:
         _apply(raw, override)
+    if os.environ.get("RANK", "0") == "0":
+        for message in list_outdated_values(UnresolvedConfig, raw):
+            log.warning(message)
     violations: list[Violation] = []
     if isinstance(model := raw.get("model"), dict) and FROM in model:
         if read_model is None:
@@ -97,12 +104,12 @@ def _without_from(model: dict[str, Any], allowed: object) -> tuple[dict[str, Any
     return {name: value for name, value in model.items() if name != FROM}, []
 
 
-def _validate(raw: dict[str, Any], violations: list[Violation]) -> tuple[Config | None, list[Violation]]:
+def _validate(raw: dict[str, Any], violations: list[Violation]) -> tuple[UnresolvedConfig | None, list[Violation]]:
     """Return the config with the valid keys of `raw`, and `violations` with those of the invalid keys appended."""
-    raw = drop_unused_defaults(Config, raw)
+    raw = drop_unused_defaults(UnresolvedConfig, raw)
     while True:
         try:
-            return Config.model_validate(raw), violations
+            return UnresolvedConfig.model_validate(raw), violations
         except ValidationError as error:
             details = error.errors()
         reported = {violation.keys for violation in violations}
@@ -125,15 +132,19 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def load_saved(directory: Path) -> Config:
     """Return the config stored in a run or checkpoint directory. Raises ConfigError if it is not valid."""
-    config, violations = load_config(directory / "config.yaml")
-    refuse(violations)
-    assert config is not None
-    return config
+    path = directory / "config.yaml"
+    raw = _read(path, ())
+    raise_violations(_validate(raw, [])[1])
+    try:
+        return Config.model_validate(drop_unused_defaults(Config, raw))
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ConfigError(f"{path}: {key} is not resolved; use the config.yaml of a run or checkpoint") from None
 
 
 def parse_saved(text: str, where: str) -> Config:
     """Parse a config that `dump` wrote. Raises CheckpointError, which names the file `where`, if it is not valid."""
-    raw = drop_unused_defaults(Config, parse_yaml(text, where))
+    raw = drop_unused_defaults(UnresolvedConfig, parse_yaml(text, where))
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -145,7 +156,9 @@ def parse_saved(text: str, where: str) -> Config:
 
 def dump(config: Config) -> str:
     """Format a resolved config as YAML that `load_config` can read."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    content = config.model_dump()
+    content["model"]["n_encoder_layers"] = config.model.n_encoder_layers or None
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -222,7 +235,7 @@ def _check_keys(node: Any, where: str, visited: Iterator[int]) -> None:
 
 def _key_of(detail: ErrorDetails) -> tuple[int | str, ...]:
     """Return the location of a validation error, without tags of unions and without the `name` of an unknown tag."""
-    location = strip_tags(Config, detail["loc"])
+    location = strip_tags(UnresolvedConfig, detail["loc"])
     return (*location, "name") if detail["type"] == "union_tag_invalid" else location
 
 
@@ -233,7 +246,7 @@ def _violation(detail: ErrorDetails) -> Violation:
     if detail["type"] == "extra_forbidden" and (message := _misplaced_key(name, detail["loc"])):
         return Violation((name,), message)
     if detail["type"] == "extra_forbidden":
-        known = dict.fromkeys([*Config.model_fields, *(row[0] for row in describe())])
+        known = dict.fromkeys([*UnresolvedConfig.model_fields, *(row[0] for row in describe())])
         return Violation((name,), f"unknown key{nearest(name, list(known))}")
     if detail["type"] == "missing":
         return Violation((name,), "must be set")
@@ -244,7 +257,7 @@ def _violation(detail: ErrorDetails) -> Violation:
 def _misplaced_key(key: str, location: tuple[int | str, ...]) -> str | None:
     """Return the message for a key of another member of the section's union; None for an unknown key."""
     section = key.rpartition(".")[0]
-    field = Config.model_fields.get(str(location[0]))
+    field = UnresolvedConfig.model_fields.get(str(location[0]))
     owners = owners_of(field.annotation, str(location[-1])) if field else []
     if not owners:
         return None
@@ -275,7 +288,7 @@ def _stand_in(raw: dict[str, Any], where: tuple[int | str, ...]) -> bool:
     if len(where) != 2:
         return False
     section, name = map(str, where)
-    fields: Any = Config.model_fields[section].annotation
+    fields: Any = UnresolvedConfig.model_fields[section].annotation
     if type_name(fields.model_fields[name].annotation) != "int":
         return False
     raw[section][name] = 1

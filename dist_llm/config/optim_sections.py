@@ -6,7 +6,9 @@ from pydantic import Field, Tag
 
 from dist_llm.config.section import (
     Count,
+    DerivedCount,
     Fraction,
+    Limit,
     NonNegative,
     PositiveFloat,
     Section,
@@ -27,7 +29,7 @@ class OptimKeys(Section):
     lr: PositiveFloat = key("peak learning rate", 3e-4)
     weight_decay: NonNegative = key("decoupled weight decay (sgd: coupled)", 0.1)
     decay_embeddings: bool = key("apply weight decay to embeddings too; norms and biases never decay", False)
-    clip: NonNegative = key("maximum global gradient norm; 0: no clipping", 1.0)
+    clip: Limit = key("maximum global gradient norm", 1.0)
 
 
 class AdamWKeys(OptimKeys):
@@ -76,10 +78,10 @@ class ScheduleKeys(Section):
 class DecayKeys(ScheduleKeys):
     """The keys of schedules that reach their minimum at a given step."""
 
-    decay_steps: Count = key("step at which the decay reaches min_ratio; 0: run.steps", 0)
+    decay_steps: DerivedCount = key("step at which the decay reaches min_ratio; null: run.steps", None)
     min_ratio: Ratio = key("final learning rate as a share of optim.lr", 0.1)
     on_extend: Literal["keep", "replan"] = key(
-        "resume with another run.steps and decay_steps 0: keep the planned decay (after it the rate stays at its "
+        "resume with another run.steps and decay_steps null: keep the planned decay (after it the rate stays at its "
         "minimum), or replan it to end at the new run.steps (the rate jumps)",
         "keep",
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
 MAX_WIDTH, MAX_LAYERS, MAX_IDS = 1 << 24, 10_000, 1 << 31  # a larger model means a damaged config
 MIXTURE = "mixture"  # tag of a union's member, and the key that selects it
@@ -21,6 +21,30 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+def _unset_to_none(value: Any) -> Any:
+    return None if value == 0 and not isinstance(value, bool) else value
+
+
+def _all_ranks_to_none(value: Any) -> Any:
+    return None if value == -1 else value
+
+
+def _off_to_none(value: Any) -> Any:
+    return None if value in (0, "off") else value  # YAML reads `off` as false, which equals 0
+
+
+# Version 0.1.0 used 0 and -1 instead of null and off. `load_config` still accepts them, with a message.
+UNSET = BeforeValidator(_unset_to_none)  # null: the value is derived from other keys
+ALL_RANKS = BeforeValidator(_all_ranks_to_none)  # null: all ranks that the other dimensions leave
+OFF = BeforeValidator(_off_to_none)  # off or null: never, none or no limit
+
+DerivedCount = Annotated[Positive | None, UNSET]
+DerivedWidth = Annotated[PositiveWidth | None, UNSET]
+DerivedFloat = Annotated[PositiveFloat | None, UNSET]
+Interval = Annotated[Positive | None, OFF]  # a number of steps
+Limit = Annotated[PositiveFloat | None, OFF]
 
 
 def key(description: str, default: Any = ...) -> Any:
@@ -112,6 +136,32 @@ def _is_default(section: type[Section], name: str, value: Any) -> bool:
         return not value
     default = section.model_fields[name].default
     return default == value and isinstance(default, bool) == isinstance(value, bool)
+
+
+def list_outdated_values(section: type[BaseModel], raw: Any, prefix: str = "") -> Iterator[str]:
+    """Yield a message for each 0 or -1 of version 0.1.0 in a raw section that is null or off now."""
+    for name, value in raw.items() if isinstance(raw, Mapping) else ():
+        field, key_name = section.model_fields.get(name), f"{prefix}{name}"
+        if field is None:
+            continue
+        for marker, parse in ((UNSET, _unset_to_none), (ALL_RANKS, _all_ranks_to_none), (OFF, _off_to_none)):
+            if marker in field.metadata and type(value) in (int, float) and parse(value) is None:
+                word = "off" if marker is OFF else "null"
+                yield f"{key_name}: {value} still means {word}, but a later version will refuse it; write {word}"
+        for entry_name, entry, annotation in _iter_entries(field.annotation, value):
+            yield from list_outdated_values(annotation, entry, f"{key_name}.{entry_name}")
+
+
+def _iter_entries(annotation: Any, raw: Any) -> Iterator[tuple[str, Any, type[BaseModel]]]:
+    """Yield (prefix of its keys, raw section, class) for a section, the member of a union, or each entry of a list."""
+    annotation = unwrap(annotation)
+    if get_origin(annotation) is tuple and isinstance(raw, list | tuple):
+        for index, entry in enumerate(raw):
+            yield from ((f"{index}.{name}", *rest) for name, *rest in _iter_entries(get_args(annotation)[0], entry))
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield "", raw, annotation
+    elif (members := union_members(annotation)) and isinstance(raw, Mapping):
+        yield "", raw, members.get(_tag_of(raw, next(iter(members))), Section)
 
 
 def parse_union(annotation: Any, raw: Mapping[str, Any]) -> Any:

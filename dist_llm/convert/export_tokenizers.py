@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Reference
 
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.errors import CheckpointError, DataError
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.bpe_tokenizer import BPETokenizer

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from dist_llm.config.compare import function_of
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.derive import resolve_model
+from dist_llm.config.model_section import ModelConfig, UnresolvedModelConfig
 from dist_llm.config.section import MAX_LAYERS
 from dist_llm.convert.hf_config_fields import ConfigFields
 from dist_llm.errors import CheckpointError
@@ -37,7 +38,7 @@ def parse_hf_config(content: Mapping[str, Any], ignored: Collection[str] = ()) -
             raise CheckpointError(f"config.json: {name} {content[name]!r} is not a number of layers up to {MAX_LAYERS}")
     fields = ConfigFields(content)
     try:
-        model = ModelConfig(**READERS[family](fields), vocab_size=fields["vocab_size"])
+        model = resolve_model(UnresolvedModelConfig(**READERS[family](fields), vocab_size=fields["vocab_size"]))
     except KeyError as error:
         raise CheckpointError(f"config.json: has model_type {family}, but no {error}") from None
     except ValidationError as error:

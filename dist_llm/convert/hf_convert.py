@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dist_llm.checkpoint.init_from import VOCAB_TENSORS
 from dist_llm.config.lengths import extra_ids
-from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.schema import Config
 from dist_llm.convert.export_tokenizers import export_chars, export_files, export_tokenizer
 from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
 from dist_llm.convert.hf_tensors import TensorMapping, group_by_hf_name, tensor_mappings, to_hf, to_native

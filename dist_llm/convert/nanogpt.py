@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dist_llm.config.compare import function_of
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.optim_sections import AdamWConfig, AdamWKeys
-from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.config.schema import Config
 from dist_llm.convert.hf_convert import to_huggingface
 from dist_llm.convert.hf_tensors import tensor_mappings
 from dist_llm.convert.weights import DictWeights, Weights, check_only_tensors

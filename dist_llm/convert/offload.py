@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.weights import LazyWeights
 from dist_llm.convert.write_weights import write_safetensors
 from dist_llm.errors import ConfigError

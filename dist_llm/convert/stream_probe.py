@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dist_llm.checkpoint.probe import Probe, count_probe_tokens, probe_batch, select_logits
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.weights import Weights
 from dist_llm.convert.write_weights import DTYPES
 from dist_llm.models.build_model import build_model

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from dist_llm.config.schema import CACHE, DataConfig
+from dist_llm.config.data_sections import CACHE, DataConfig
 from dist_llm.data.mirror import localize_corpus, locate_offsets, locate_shard
 from dist_llm.data.order import Ints
 from dist_llm.data.shard import Manifest, Split

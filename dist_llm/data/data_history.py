@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
+from dist_llm.config.data_sections import SourceConfig
 from dist_llm.config.lengths import sample_tokens
 from dist_llm.config.objective_sections import MixtureConfig, ObjectiveSpec
-from dist_llm.config.schema import Config, SourceConfig
+from dist_llm.config.schema import Config
 from dist_llm.config.section import parse_union
 from dist_llm.data.order import Mixture
 from dist_llm.data.plan import MixtureStage, SamplePlan, build_stages

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dist_llm.config.schema import Config, DataConfig
+from dist_llm.config.data_sections import DataConfig
+from dist_llm.config.schema import Config
 from dist_llm.data.order import Ints
 from dist_llm.data.plan import SamplePlan
 from dist_llm.data.streams import masks_prompts

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from dist_llm.config.check_data import BLOCK, sources_of, starved
+from dist_llm.config.check_data import BLOCK, list_sources, starved
+from dist_llm.config.data_sections import DataConfig
 from dist_llm.config.lengths import Lengths, all_lengths
-from dist_llm.config.schema import Config, DataConfig
+from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus, Tokens
 from dist_llm.data.order import Ints, Mixture, Order, RandomOrder, ShuffledOrder
 from dist_llm.data.packed_windows import PackedWindows, Spans
@@ -81,7 +82,7 @@ def open_corpora(data: DataConfig, split: Split = "train") -> dict[str, Corpus]:
     Raises DataError if one is incomplete or has another tokenizer than the rest.
     """
     corpora: dict[str, Corpus] = {}
-    for source in sorted(sources_of(data), key=lambda named: named.name):
+    for source in sorted(list_sources(data), key=lambda named: named.name):
         corpora[source.name] = corpus = Corpus.from_config(data.model_copy(update={"path": source.path}), split)
         corpus.check_shard_sizes()
         first = next(iter(corpora.values()))
@@ -159,7 +160,7 @@ def build_order(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> O
 
 def compute_weights(data: DataConfig, sources: Sequence[DataSource]) -> list[float]:
     """Return the weight of each source: as configured, or epochs times tokens. Raises DataError for a tiny weight."""
-    configured = {source.name: source for source in sources_of(data)}
+    configured = {source.name: source for source in list_sources(data)}
     weights = {
         source.name: configured[source.name].weight or configured[source.name].epochs * source.corpus.n_tokens
         for source in sources

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dist_llm.config.engine_names import NATIVE, check_engine_name, find_engine
-from dist_llm.config.load import refuse
+from dist_llm.config.load import raise_violations
 from dist_llm.config.schema import Config
 from dist_llm.engines.base import Engine
 from dist_llm.engines.native import NativeEngine
@@ -23,7 +23,7 @@ from dist_llm.errors import ConfigError
 def check_engine_config(config: Config, device: torch.device) -> None:
     """Raise ConfigError if the engine cannot be loaded, or rejects the config on this device."""
     if config.engine != NATIVE and (check_config := getattr(_load(config.engine), "check_config", None)) is not None:
-        refuse(list(check_config(config, device)))
+        raise_violations(list(check_config(config, device)))
 
 
 def build_engine(config: Config, device: torch.device) -> Engine:
@@ -36,7 +36,7 @@ def build_engine(config: Config, device: torch.device) -> Engine:
 
 def _load(name: str) -> Any:
     """Import the target of an engine's entry point. Raises ConfigError if that fails."""
-    refuse(list(check_engine_name(name)))
+    raise_violations(list(check_engine_name(name)))
     point = find_engine(name)
     assert point is not None
     try:

@@ -145,6 +145,7 @@ class NativeEngine:
         splits_backward = parallel.pp > 1 and parallel.pp_schedule in SPLIT_BACKWARD
         peak_in_flight = sum if pipeline is None else pipeline.peak_in_flight
         gib, selective = parallel.activations_gib, not splits_backward
+        assert gib is not None
         with self._autocast():
             fit_activation_budget(self.model_parts, forward, peak_in_flight, self.mesh, gib, selective)
         self.activation_budget_applied = True

@@ -9,8 +9,13 @@ from dist_llm.optim import gradient_clipping
 from dist_llm.sharded import to_local
 
 
-def clip_and_unscale_(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float, loss_scale: float) -> None:
-    """Clip the gradients to `max_norm`, 0 for never, and divide them by `loss_scale`. `norm` is the unscaled norm."""
+def clip_and_unscale_(
+    parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float | None, loss_scale: float
+) -> None:
+    """Clip the gradients to `max_norm` (None: no clipping), and divide them by `loss_scale`.
+
+    `norm` is the gradient norm without the loss scale.
+    """
     if max_norm or loss_scale != 1.0:
         gradients = [to_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         gradient_clipping.clip_grads_(gradients, norm, max_norm or math.inf, loss_scale)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_llm.config.load import Violation, refuse
+from dist_llm.config.load import Violation, raise_violations
 from dist_llm.config.schema import Config
 
 
@@ -18,7 +18,7 @@ def set_network(variables: Mapping[str, str | int]) -> None:
 
     Raises ConfigError if the environment sets a variable to another value.
     """
-    refuse(
+    raise_violations(
         [
             Violation(
                 (f"run.network.{name}",), f"is {value}, but the environment has {os.environ[name]}; change one of them"
@@ -82,7 +82,7 @@ def check_accelerate(
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("deepspeed.stage", [str(zero.stage)]),
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("deepspeed.config", [zero.config or "none"]),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("data.micro_batch", ["1"]),  # it would divide losses by it
-        "ACCELERATE_GRADIENT_CLIPPING": ("optim.clip", [str(config.optim.clip), "none"]),
+        "ACCELERATE_GRADIENT_CLIPPING": ("optim.clip", [str(config.optim.clip or 0.0), "none"]),
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("deepspeed.offload_optimizer", [zero.offload_optimizer]),
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("deepspeed.offload_params", [zero.offload_params]),
     }

@@ -49,11 +49,13 @@ Reports = tuple[dict[int, Report], dict[int, Any]]  # (reports by rank, process 
 class Watchdog:
     """While open, ends this process if no heartbeat comes within the timeout.
 
-    `limit_seconds`: run.hang_seconds; 0: never. `timeout_now` returns the current timeout.
+    `limit_seconds`: run.hang_seconds; None: never. `timeout_now` returns the current timeout.
     """
 
-    def __init__(self, world: World, limit_seconds: float, exit_process: Callable[[int], Any] = os._exit) -> None:
-        self.world, self.limit, self.exit_process = world, limit_seconds, exit_process
+    def __init__(
+        self, world: World, limit_seconds: float | None, exit_process: Callable[[int], Any] = os._exit
+    ) -> None:
+        self.world, self.limit, self.exit_process = world, limit_seconds or 0.0, exit_process
         self.num_heartbeats, self.factor, self.last_time, self.activity = 0, START_FACTOR, time.monotonic(), "the start"
         self.recent_seconds: deque[float] = deque(maxlen=NUM_RECENT)
         self._main_thread = threading.get_ident()

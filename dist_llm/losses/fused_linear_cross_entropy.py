@@ -47,14 +47,14 @@ def linear_cross_entropy(
     bias_W: Tensor | None,
     targets_BS: Tensor,
     loss: CrossEntropy,
-    softcap: float,
+    softcap: float | None,
     vocab_shard: VocabShard,
     terms: LossTerms | None = None,
     loss_weights_BS: Tensor | None = None,
 ) -> Tensor:
     """`loss` of the logits x w^T, summed per sequence: vectors [..., S, D] -> [...].
 
-    `softcap` caps the logits; 0: no cap.
+    `softcap` caps the logits; None: no cap.
 
     The weight has the rows of `vocab_shard`; further rows are padding. Each token's loss is multiplied by its value in
     `loss_weights_BS`. The terms of the losses are added to `terms`.
@@ -88,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_BS: Tensor,
         loss_weights_BS: Tensor | None,
         loss: CrossEntropy,
-        softcap: float,
+        softcap: float | None,
         vocab_shard: VocabShard,
         terms: LossTerms | None,
         needs_grad: bool,
@@ -161,7 +161,7 @@ def _losses_and_logit_grads_(
     targets_n: Tensor,
     loss_weights_n: Tensor,
     loss: CrossEntropy,
-    softcap: float,
+    softcap: float | None,
     vocab_shard: VocabShard,
     fp16_scale: float,
 ) -> Tensor:

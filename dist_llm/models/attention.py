@@ -11,7 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from dist_llm.compat import disable_current_modes
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.positional_encoding import apply_rotary
 

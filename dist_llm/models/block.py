@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.attention import Attention, CrossAttention, KVCache, RotaryCosSin
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.build_norm import build_norm

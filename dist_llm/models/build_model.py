@@ -1,6 +1,6 @@
 """Build the model of a config."""
 
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.encoder_decoder import EncoderDecoder

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 
 
 def build_norm(config: ModelConfig) -> nn.Module:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_llm.config.derive import round_up
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy, LossTerms
 from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
 from dist_llm.models.attention import KVCache, RotaryCosSin, materialize_mask
@@ -102,7 +102,7 @@ class MaskedDense(nn.Module):
         return self.norm(self.activation(self.linear(x_BSD)))
 
 
-def softcap(logits: Tensor, cap: float) -> Tensor:
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
     """cap * tanh(logits / cap): logits are bounded by `cap` (Gemma Team 2024, section 2)."""
     return cap * torch.tanh(logits / cap) if cap else logits
 

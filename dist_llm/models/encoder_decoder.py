@@ -6,7 +6,7 @@ Blocks form one numbered list, the encoder's first, so that pipeline stages and 
 import torch
 from torch import Tensor, nn
 
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.attention import KVCache, materialize_mask
 from dist_llm.models.attention_mask import CAUSAL, FULL, AttentionMask, EncoderInput

@@ -6,8 +6,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_llm.config.derive import gated
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.derive import is_gated
+from dist_llm.config.model_section import ModelConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -25,7 +25,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if gated(config) else None
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if is_gated(config) else None
         self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.counter_rng import hash64, iter_element_ids, splitmix64
 
 # Names of the parameters that have a rule.

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 
 # E head dimension  F half of it  S queries  T keys  H heads
 

@@ -7,8 +7,8 @@ seq_len for attention, without halving it for a causal mask. Recomputation is no
 
 import torch
 
-from dist_llm.config.derive import gated
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.derive import is_gated
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.observe.matmul_rate import matmul_rate
 
 CONVENTION = "6N + 12LHES, causal not halved"
@@ -55,7 +55,7 @@ def flops_per_sample(model: ModelConfig, num_inputs: int, num_encoder_inputs: in
 
 def _block_weights(model: ModelConfig) -> int:
     attention = model.d_model * model.head_dim * 2 * (model.n_heads + model.n_kv_heads)
-    return attention + model.d_model * model.d_ff * (3 if gated(model) else 2)
+    return attention + model.d_model * model.d_ff * (3 if is_gated(model) else 2)
 
 
 def _head_weights(model: ModelConfig) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dist_llm.config.schema import CACHE
+from dist_llm.config.data_sections import CACHE
 from dist_llm.io.atomic import replace_file
 
 log = logging.getLogger("dist_llm")

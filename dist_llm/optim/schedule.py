@@ -5,7 +5,6 @@ import math
 from dist_llm.config.optim_sections import (
     ConstantConfig,
     CosineConfig,
-    DecayKeys,
     InverseSqrtConfig,
     LinearConfig,
     OptimKeys,
@@ -22,24 +21,25 @@ def learning_rate(optim: OptimKeys, schedule: ScheduleConfig, step: int) -> floa
     decay_fraction of T_c (Hu et al. 2024); constant holds lr.
     """
     peak, warmup = optim.lr, schedule.warmup_steps
-    assert not isinstance(schedule, DecayKeys) or schedule.decay_steps, "decay_steps is not resolved"
     if step < warmup:
         return peak * step / warmup
     if isinstance(schedule, ConstantConfig):
         return peak
     floor = peak * schedule.min_ratio
+    if isinstance(schedule, InverseSqrtConfig):
+        return max(floor, peak * math.sqrt(max(warmup, 1) / step))
+    decay_end = schedule.decay_steps
+    assert decay_end, "resolve_schedule sets decay_steps"
     match schedule:
-        case InverseSqrtConfig():
-            return max(floor, peak * math.sqrt(max(warmup, 1) / step))
-        case WSDConfig(decay_steps=end):
-            start = max(warmup, end - round(schedule.decay_fraction * end))
-            return peak + (floor - peak) * _progress(step, start, end)
-        case LinearConfig(decay_steps=end):
-            return peak + (floor - peak) * _progress(step, warmup, end)
-        case CosineConfig(decay_steps=end):
-            return floor + (peak - floor) * (1 + math.cos(math.pi * _progress(step, warmup, end))) / 2
+        case WSDConfig():
+            decay_start = max(warmup, decay_end - round(schedule.decay_fraction * decay_end))
+            return peak + (floor - peak) * _decay_progress(step, decay_start, decay_end)
+        case LinearConfig():
+            return peak + (floor - peak) * _decay_progress(step, warmup, decay_end)
+        case CosineConfig():
+            return floor + (peak - floor) * (1 + math.cos(math.pi * _decay_progress(step, warmup, decay_end))) / 2
 
 
-def _progress(step: int, start: int, end: int) -> float:
-    """0 up to `start`, 1 from `end` on, linear between."""
+def _decay_progress(step: int, start: int, end: int) -> float:
+    """Return 0 up to step `start`, 1 from step `end` on, and a linear function of the step between them."""
     return min(1.0, max(0.0, (step - start) / max(end - start, 1)))

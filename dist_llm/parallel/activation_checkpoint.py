@@ -26,7 +26,7 @@ from dist_llm.compat import (
     set_activation_memory_budget,
     tensors_of,
 )
-from dist_llm.config.schema import ParallelConfig
+from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.models.decoder import Decoder
 
 RecomputeMode = Literal["none", "selective", "full"]

@@ -9,7 +9,8 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from dist_llm.config.schema import Config, ParallelConfig
+from dist_llm.config.parallel_section import ParallelConfig
+from dist_llm.config.schema import Config
 from dist_llm.models.decoder import Decoder
 from dist_llm.parallel.mesh import fsdp_mesh
 from dist_llm.parallel.p2p_collectives import use_p2p_collectives

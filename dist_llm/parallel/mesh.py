@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dist_llm.compat import flatten_mesh, functional_collectives
 from dist_llm.config.derive import AXES
-from dist_llm.config.schema import ParallelConfig
+from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.parallel import p2p_collectives
 
 # DATA_AXES: ranks that hold different tokens. SHARD_AXES: ranks over which FSDP shards a parameter.

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from dist_llm.config.derive import TWO_STAGE_SCHEDULES, gated
-from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.config.derive import TWO_STAGE_SCHEDULES, is_gated
+from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.schema import Config
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.sharded import to_local
@@ -51,7 +52,7 @@ def split_layers(model: ModelConfig, stages: int, balance: str) -> list[range]:
     """
     blocks = model.n_encoder_layers + model.n_layers
     attention = 2 * model.d_model * model.head_dim * (model.n_heads + model.n_kv_heads)
-    feedforward = model.d_model * model.d_ff * (3 if gated(model) else 2)
+    feedforward = model.d_model * model.d_ff * (3 if is_gated(model) else 2)
     head = model.vocab_size * model.d_model / (attention + feedforward) if balance == "cost" else 0.0
     # Work done before block i. The embedding comes before the first block.
     cost_before = [0.1 * head + layer for layer in range(blocks + 1)]

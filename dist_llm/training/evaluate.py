@@ -43,7 +43,7 @@ class Heldout:
     corpora: Mapping[str, Corpus]
     objective: Objective
     micro_batch: int
-    limit: int = 0  # windows of each corpus and component of the objective; 0: all
+    limit: int | None = None  # windows of each corpus and component of the objective; None: all
     score_prompts: bool = False
 
     def check(self) -> None:

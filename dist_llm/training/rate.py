@@ -7,7 +7,7 @@ import logging
 
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.store import read_progress
-from dist_llm.config.derive import plan_schedule
+from dist_llm.config.derive import resolve_schedule
 from dist_llm.config.load import parse_yaml
 from dist_llm.config.optim_sections import DecayKeys, OptimConfig, ScheduleConfig
 from dist_llm.config.schema import Config
@@ -24,33 +24,33 @@ def plan_rate(config: Config, checkpoint: Folder | None) -> Config:
     for another run.steps, log whether its end moves.
     """
     if checkpoint is None:
-        return plan_schedule(config)
+        return config.model_copy(update={"schedule": resolve_schedule(config)})
     saved = parse_yaml(checkpoint.read("config.yaml").decode(), f"{checkpoint}/config.yaml")
     schedule: ScheduleConfig = parse_union(ScheduleConfig, saved.get("schedule", {}))
     optim: OptimConfig = parse_union(OptimConfig, saved.get("optim", {}))
-    planned, next_step = plan_schedule(config, schedule), read_progress(checkpoint).step + 1
-    decay_steps = _decay_steps(planned.schedule)
-    if _decay_steps(config.schedule) == 0 and decay_steps != config.run.steps:
-        replanned = learning_rate(config.optim, plan_schedule(config).schedule, next_step)
-        rate = learning_rate(config.optim, planned.schedule, next_step)
+    planned, next_step = resolve_schedule(config, schedule), read_progress(checkpoint).step + 1
+    decay_steps = planned.decay_steps if isinstance(planned, DecayKeys) else None
+    if not _is_planned(config.schedule) and decay_steps != config.run.steps:
+        replanned = learning_rate(config.optim, resolve_schedule(config), next_step)
+        rate = learning_rate(config.optim, planned, next_step)
         if rate != replanned:
             log.info(
                 "learning rate: the decay was planned to end at step %d and still does, although run.steps is now %d: "
                 "step %d has %.3g. With schedule.on_extend=replan it would have %.3g",
                 *(decay_steps, config.run.steps, next_step, rate, replanned),
             )
-    if _decay_steps(schedule) != 0:
+    if _is_planned(schedule):
         before, now = (
             learning_rate(optim, schedule, next_step),
-            learning_rate(config.optim, planned.schedule, next_step),
+            learning_rate(config.optim, planned, next_step),
         )
         if before != now:
             log.warning(
                 "learning rate of step %d: %.3g by the checkpoint's config, %.3g by this one", next_step, before, now
             )
-    return planned
+    return config.model_copy(update={"schedule": planned})
 
 
-def _decay_steps(schedule: ScheduleConfig) -> int | None:
-    """Return the step at which the decay ends; 0 if it is not planned; None if the schedule has no such step."""
-    return schedule.decay_steps if isinstance(schedule, DecayKeys) else None
+def _is_planned(schedule: ScheduleConfig) -> bool:
+    """Return whether the schedule is complete: it has no decay_steps, or they are set."""
+    return not isinstance(schedule, DecayKeys) or schedule.decay_steps is not None

@@ -17,7 +17,7 @@ from dist_llm.checkpoint.checkpoint_state import GuardState
 from dist_llm.checkpoint.compatibility import check_init_from, check_resume, log_harmless_differences
 from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.store import CheckpointStore, checkpoints_of_run, open_checkpoint, read_progress
-from dist_llm.config.derive import AXES, shape
+from dist_llm.config.derive import AXES, format_layout
 from dist_llm.config.engine_names import NATIVE
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
@@ -97,7 +97,7 @@ def train(config: Config, world: World) -> int:
             if world.is_main:
                 clear_stop_marker(directory)
             engine = build_engine(config, device)
-            layout = shape({axis: getattr(config.parallel, axis) for axis in AXES})
+            layout = format_layout({axis: getattr(config.parallel, axis) for axis in AXES})
             log.info("ranks: %d (%s), engine: %s", world.size, layout, config.engine)
             context = RunContext(plan_rate(config, verified), world, sources, vocabulary, store, engine, watchdog)
             stop_signal = context.run(verified or start)

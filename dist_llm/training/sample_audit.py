@@ -14,10 +14,10 @@ from dist_llm.objectives.batch import Batch
 class SampleAudit:
     """Sums a 64-bit digest of the sample numbers in this rank's batches, and compares it with the sample plan.
 
-    `interval`: steps between checks (data.audit_every); 0: never.
+    `interval`: steps between checks (data.audit_every); None: never.
     """
 
-    def __init__(self, engine: Engine, loader: Loader, interval: int) -> None:
+    def __init__(self, engine: Engine, loader: Loader, interval: int | None) -> None:
         self.engine, self.loader, self.interval = engine, loader, interval
         self.first_samples: list[int] = []  # of each step since the last check
         self.digest_sum = 0

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.folder import Folder
-from dist_llm.config.derive import resolve
 from dist_llm.config.lengths import all_lengths
 from dist_llm.config.load import load_saved
-from dist_llm.config.schema import Config, ParallelConfig
+from dist_llm.config.parallel_section import ParallelConfig
+from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.shard import Split
 from dist_llm.data.streams import masks_prompts, open_corpora
@@ -50,7 +50,7 @@ def score(checkpoint: str, data: str | None, split: Split, windows: Windows, wor
     heldout = Heldout(corpora, objective, windows.micro_batch or config.data.micro_batch, score_prompts=score_prompts)
     heldout.check()
     # Models trained in float8 are scored in bf16 on all devices, as in `generate`.
-    config = resolve(config.model_copy(update={"parallel": ParallelConfig(), "fp8": False}), world.size, 0)
+    config = config.model_copy(update={"parallel": ParallelConfig(dp_shard=world.size), "fp8": False})
     device = select_device(world)
     with process_group(world, device):
         engine = NativeEngine(config, device)

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.config.check import check
-from dist_llm.config.check_data import sources_of
+from dist_llm.config.check_data import list_sources
 from dist_llm.config.compare import merge_model
-from dist_llm.config.derive import resolve
+from dist_llm.config.derive import resolve_config
 from dist_llm.config.describe import FROM
-from dist_llm.config.load import Violation, load_config, refuse
+from dist_llm.config.load import Violation, load_config, raise_violations
 from dist_llm.config.objective_sections import MaskedSpec
 from dist_llm.config.schema import Config
 from dist_llm.data.mirror import localize_corpus
@@ -48,10 +48,10 @@ def read_config(source: Path | Mapping[str, Any] | None, overrides: Sequence[str
     """
     config, violations = load_config(source, overrides, read_model)
     if config is None:
-        refuse(violations)
+        raise_violations(violations)
         raise AssertionError("no config and no violation")
     manifest: Manifest | None = None
-    for number, data_source in enumerate(sources_of(config.data)):
+    for number, data_source in enumerate(list_sources(config.data)):
         if not data_source.path:
             continue  # `check` reports the missing path
         try:
@@ -63,5 +63,5 @@ def read_config(source: Path | Mapping[str, Any] | None, overrides: Sequence[str
     wrong = {key for violation in violations for key in violation.keys}
     size = manifest.vocab_size if manifest else 0
     violations += [v for v in check(config, world_size, size) if wrong.isdisjoint(v.keys)]
-    refuse(violations)
-    return resolve(config, world_size, size).model_copy(update={"schedule": config.schedule})
+    raise_violations(violations)
+    return resolve_config(config, world_size, size).model_copy(update={"schedule": config.schedule})

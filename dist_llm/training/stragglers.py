@@ -20,11 +20,11 @@ MIN_LAG = 0.15  # a straggler's busy share minus the median of the others: 5 sig
 
 
 class StragglerMonitor:
-    """While open, samples this rank. Does nothing on one rank or with `seconds` 0 (log.stragglers_seconds)."""
+    """While open, samples this rank. Does nothing on one rank or with `seconds` None (log.stragglers_seconds)."""
 
-    def __init__(self, world: World, engine: Engine, seconds: float) -> None:
+    def __init__(self, world: World, engine: Engine, seconds: float | None) -> None:
         self.all_gather, self.num_ranks = engine.all_gather_ints, world.size
-        self.seconds = seconds if world.size > 1 else 0.0
+        self.seconds = (seconds or 0.0) if world.size > 1 else 0.0
         self.num_samples = self.num_waiting = 0  # of this rank, since the last all-gather
         self._reset()
         self._closed = threading.Event()

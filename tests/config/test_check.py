@@ -5,10 +5,10 @@ import re
 import pytest
 
 from dist_llm.config.check import check
-from dist_llm.config.derive import AXES, divisors, dp_shard, resolve, round_up
+from dist_llm.config.derive import AXES, format_divisors, resolve_config, resolve_dp_shard, round_up
 from dist_llm.config.describe import describe
 from dist_llm.config.lengths import SPECIALS, all_lengths
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import ConfigError
 from dist_llm.training.settings import read_config
@@ -30,20 +30,20 @@ def make_config(**keys):
             raw.setdefault(section, {})[leaf] = value
         else:
             raw[section] = value
-    return Config.model_validate(raw)
+    return UnresolvedConfig.model_validate(raw)
 
 
 def test_sizes_that_the_objective_implies_are_derived():
     """The vocabulary has room for the objective's own ids, and max_seq_len for an encoder-decoder's longer sequence."""
-    config = resolve(
+    config = resolve_config(
         make_config(model__architecture="encoder_decoder", objective__name="span", data__seq_len=64), 1, VOCAB
     )
     size = all_lengths(config)[0]
     assert config.model.vocab_size == VOCAB + len(SPECIALS) + size.spans
     assert config.model.n_encoder_layers == config.model.n_layers == 2
     assert config.model.max_seq_len == 64
-    assert resolve(make_config(), 1, VOCAB).model.vocab_size == VOCAB, "next tokens need no additional ids"
-    assert resolve(make_config(), 1, VOCAB).model.n_encoder_layers == 0
+    assert resolve_config(make_config(), 1, VOCAB).model.vocab_size == VOCAB, "next tokens need no additional ids"
+    assert resolve_config(make_config(), 1, VOCAB).model.n_encoder_layers == 0
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
@@ -56,7 +56,7 @@ RULES = [
         {"parallel__activations_gib": 1.0, "parallel__recompute": "full"},
         1,
         "parallel.activations_gib",
-        "the activation budget chooses what each block recomputes; set recompute to none, or activations_gib to 0",
+        "the activation budget chooses what each block recomputes; set recompute to none, or activations_gib to off",
     ),
     (
         {
@@ -108,7 +108,7 @@ RULES = [
         "model.d_ff",
         "a matrix dimension of 48, 24 on a rank of tp 2, is not supported in float8",
     ),
-    ({"checkpoint__keep_best": 1}, 1, "checkpoint.keep_best", "eval.every is 0 and checkpoint.every is 500"),
+    ({"checkpoint__keep_best": 1}, 1, "checkpoint.keep_best", "eval.every is off and checkpoint.every is 500"),
     (
         {"checkpoint__keep_best": 1, "eval__every": 300},
         1,
@@ -243,7 +243,7 @@ RULES = [
         {"objective__name": "span", "model__vocab_size": 305},
         1,
         "model.vocab_size",
-        "305 is smaller than the 300 ids of the corpus's tokenizer and 9 of the objective; set at least 309, or 0",
+        "305 is smaller than the 300 ids of the corpus's tokenizer and 9 of the objective; set at least 309, or null",
     ),
     (
         {"model__architecture": "encoder_decoder", "objective__name": "span", "parallel__cp": 2},
@@ -261,7 +261,7 @@ RULES = [
     ({"model__n_heads": 32}, 1, "model.n_heads", "a head has 1 dimensions; make d_model / n_heads even"),
     ({"model__head_dim": 7}, 1, "model.n_heads", "a head has 7 dimensions"),
     ({"model__n_kv_heads": 3}, 1, "model.n_kv_heads", "do not divide 4 query heads; set one of 1, 2, 4"),
-    ({"model__vocab_size": 299}, 1, "model.vocab_size", "299 is smaller than the 300 ids .* at least 300, or 0"),
+    ({"model__vocab_size": 299}, 1, "model.vocab_size", "299 is smaller than the 300 ids .* at least 300, or null"),
     ({"model__max_seq_len": 7}, 1, "data.seq_len", "8 is longer than model.max_seq_len 7; lower it, or set max_seq"),
     (
         {"schedule__warmup_steps": 11, "schedule__decay_steps": 10},
@@ -269,7 +269,6 @@ RULES = [
         "schedule.warmup_steps",
         "the warmup ends at step 11, after the decay at step 10; set at most 10",
     ),
-    ({"parallel__dp_shard": 0}, 1, "parallel.dp_shard", "or -1 for all that the other axes leave"),
     (
         {"parallel__cp": 2, "data__seq_len": 10},
         2,
@@ -449,16 +448,16 @@ def test_rules_of_several_sections_are_reported_together():
     ],
 )
 def test_resolve_derives_d_ff(change, d_ff):
-    assert resolve(make_config(**change), 1, VOCAB).model.d_ff == d_ff
+    assert resolve_config(make_config(**change), 1, VOCAB).model.d_ff == d_ff
 
 
 def test_resolve_derives_every_zero():
     config = make_config(data__global_batch=12, parallel__dp_replicate=2)
-    model, data = (resolve(config, 6, VOCAB).model, resolve(config, 6, VOCAB).data)
+    model, data = (resolve_config(config, 6, VOCAB).model, resolve_config(config, 6, VOCAB).data)
     assert (model.n_kv_heads, model.head_dim, model.vocab_size, model.max_seq_len) == (4, 8, VOCAB, 8)
     assert data.micro_batch == 2
-    assert resolve(config, 6, VOCAB).parallel.dp_shard == 3
-    assert resolve(config, 6, VOCAB).schedule.decay_steps == 20
+    assert resolve_config(config, 6, VOCAB).parallel.dp_shard == 3
+    assert resolve_config(config, 6, VOCAB).schedule.decay_steps == 20
 
 
 def test_resolve_keeps_explicit_values_and_is_idempotent():
@@ -471,19 +470,20 @@ def test_resolve_keeps_explicit_values_and_is_idempotent():
         schedule__decay_steps=7,
         parallel__dp_shard=2,
     )
-    resolved = resolve(config, 2, VOCAB)
-    assert resolved.model.model_dump() == {**config.model.model_dump(), "d_ff": 128}
-    assert (resolved.data, resolved.schedule, resolved.parallel) == (config.data, config.schedule, config.parallel)
-    assert resolve(resolved, 2, VOCAB) == resolved
+    resolved = resolve_config(config, 2, VOCAB)
+    assert resolved.model.model_dump() == {**config.model.model_dump(), "d_ff": 128, "n_encoder_layers": 0}
+    for section in ("data", "schedule", "parallel"):
+        assert getattr(resolved, section).model_dump() == getattr(config, section).model_dump()
+    assert resolve_config(resolved, 2, VOCAB) == resolved
     assert check(resolved, 2, VOCAB) == []
 
 
 def test_helpers():
     assert [round_up(n, 4) for n in (0, 1, 4, 5)] == [0, 4, 4, 8]
-    assert divisors(12) == "1, 2, 3, 4, 6, 12"
-    assert divisors(5040).split(", ")[7:10] == ["8", "...", "1680"]
-    assert dp_shard(make_config(parallel__dp_replicate=2).parallel, 8) == 4
-    assert dp_shard(make_config(parallel__dp_replicate=4).parallel, 2) == 1
+    assert format_divisors(12) == "1, 2, 3, 4, 6, 12"
+    assert format_divisors(5040).split(", ")[7:10] == ["8", "...", "1680"]
+    assert resolve_dp_shard(make_config(parallel__dp_replicate=2).parallel, 8) == 4
+    assert resolve_dp_shard(make_config(parallel__dp_replicate=4).parallel, 2) == 1
     assert AXES == ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 

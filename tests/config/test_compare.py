@@ -15,8 +15,9 @@ from dist_llm.config.compare import (
     other_differences,
     resume_differences,
 )
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.objective_sections import ObjectiveConfig
-from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.config.schema import Config
 from dist_llm.config.section import union_members
 from dist_llm.models.attention_mask import CAUSAL, EncoderInput
 from dist_llm.models.build_model import build_model

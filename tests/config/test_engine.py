@@ -10,8 +10,8 @@ import torch
 from dist_llm.config import check_engine
 from dist_llm.config.check import check
 from dist_llm.config.deepspeed import deepspeed_json
-from dist_llm.config.derive import resolve
-from dist_llm.config.schema import Config
+from dist_llm.config.derive import resolve_config
+from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.launch.environment import check_accelerate
 
 CPU = torch.device("cpu")
@@ -20,10 +20,10 @@ CPU = torch.device("cpu")
 DATA = {"path": "corpus", "seq_len": 8, "global_batch": 12, "micro_batch": 2}
 
 
-def make_config(**sections: Any) -> Config:
+def make_config(**sections: Any) -> UnresolvedConfig:
     model = {"d_model": 32, "n_layers": 2, "n_heads": 4}
     raw = {"run": {"dir": "runs/x", "steps": 20}, "model": model, "data": DATA}
-    return Config.model_validate({**raw, **sections})
+    return UnresolvedConfig.model_validate({**raw, **sections})
 
 
 def find_problems(ranks: int = 2, **sections: Any) -> str:
@@ -205,7 +205,7 @@ def test_a_json_may_add_agreeing_auto_and_other_keys(tmp_path: Path) -> None:
     }
     assert not problems_with_json(content, tmp_path)
     config = make_config(engine="deepspeed", deepspeed={"config": str(tmp_path / "ds.json")})
-    deepspeed_config = deepspeed_json(resolve(config, 2, 300), 2)
+    deepspeed_config = deepspeed_json(resolve_config(config, 2, 300), 2)
     assert deepspeed_config["train_batch_size"] == 12
     assert deepspeed_config["gradient_accumulation_steps"] == 3
     assert deepspeed_config["zero_optimization"]["stage"] == 2
@@ -216,7 +216,7 @@ def test_a_json_may_add_agreeing_auto_and_other_keys(tmp_path: Path) -> None:
 
 
 def test_bf16_gradients_are_reduced_in_fp32() -> None:
-    config = resolve(make_config(engine="deepspeed", precision="bf16"), 2, 300)
+    config = resolve_config(make_config(engine="deepspeed", precision="bf16"), 2, 300)
     assert deepspeed_json(config, 2)["communication_data_type"] == "fp32"
     assert deepspeed_json(config, 2)["bf16"] == {"enabled": True}
     assert deepspeed_json(config, 2)["data_types"] == {"grad_accum_dtype": "fp32"}, (
@@ -234,12 +234,12 @@ LAUNCHED = [
 
 @pytest.mark.parametrize(("environ", "message"), LAUNCHED, ids=[message for _, message in LAUNCHED])
 def test_contradicting_variables_of_accelerate_launch_are_refused(environ: dict[str, str], message: str) -> None:
-    config = resolve(make_config(engine="accelerate"), 2, 300)
+    config = resolve_config(make_config(engine="accelerate"), 2, 300)
     assert message in str(next(check_accelerate(config, CPU, environ)))
 
 
 def test_matching_variables_of_accelerate_launch_are_accepted() -> None:
-    config = resolve(
+    config = resolve_config(
         make_config(engine="accelerate", accelerate={"plugin": "deepspeed"}, deepspeed={"stage": 3}), 2, 300
     )
     environ = {
@@ -252,6 +252,6 @@ def test_matching_variables_of_accelerate_launch_are_accepted() -> None:
 
 
 def test_fsdp2_through_accelerate_is_refused_on_cpus() -> None:
-    config = resolve(make_config(engine="accelerate", accelerate={"plugin": "fsdp2"}), 2, 300)
+    config = resolve_config(make_config(engine="accelerate", accelerate={"plugin": "fsdp2"}), 2, 300)
     assert "fsdp2 needs GPUs" in str(next(check_accelerate(config, CPU, {})))
     assert not list(check_accelerate(config, torch.device("cuda"), {}))

@@ -1,4 +1,4 @@
-"""YAML and overrides become a Config, or one error that lists every violation with its key and a fix."""
+"""YAML and overrides become a config, or one error that lists every violation with its key and a fix."""
 
 import dataclasses
 import typing
@@ -7,11 +7,12 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from dist_llm.config.data_sections import SourceConfig, StageConfig
 from dist_llm.config.describe import describe
-from dist_llm.config.load import dump, load_config, parse_yaml, refuse
+from dist_llm.config.load import dump, load_config, parse_yaml, raise_violations
 from dist_llm.config.nearest import ALIASES
 from dist_llm.config.optim_sections import AdamWConfig, ScheduleConfig, WSDConfig
-from dist_llm.config.schema import Config, SourceConfig, StageConfig
+from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.config.section import union_members
 from dist_llm.errors import ConfigError
 from dist_llm.optim.schedule import learning_rate
@@ -23,7 +24,7 @@ MINIMAL = {
 }
 SECTIONS = [
     name
-    for name, field in Config.model_fields.items()
+    for name, field in UnresolvedConfig.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 ]
 KEYS = [row[0] for row in describe()]
@@ -55,7 +56,7 @@ def load(write):
 def test_the_minimal_config_has_the_defaults(load):
     config, violations = load()
     assert violations == []
-    assert config == Config.model_validate(MINIMAL)
+    assert config == UnresolvedConfig.model_validate(MINIMAL)
     assert (config.run.steps, config.optim.lr, config.schedule.name) == (20, 3e-4, "cosine")
 
 
@@ -96,14 +97,14 @@ def test_a_key_in_the_wrong_section_is_located(override, complaint, load):
 
 
 def test_every_alias_is_a_valid_key():
-    assert set(ALIASES.values()) <= {*KEYS, *Config.model_fields}
+    assert set(ALIASES.values()) <= {*KEYS, *UnresolvedConfig.model_fields}
     assert not set(ALIASES) & {key.rpartition(".")[2] for key in KEYS}, "a valid key is no alias"
 
 
 def test_valid_keys_are_listed_once(load):
     (complaint,) = load("zzz=1")[1]
     listed = complaint.removeprefix("zzz: unknown key; valid here: ").split(", ")
-    assert sorted(listed) == sorted({*Config.model_fields, "base"})
+    assert sorted(listed) == sorted({*UnresolvedConfig.model_fields, "base"})
 
 
 @pytest.mark.parametrize("override", ["base=other.yaml", "base.deep=3"])
@@ -152,7 +153,7 @@ def test_types_and_ranges_are_strict(override, load):
 @pytest.mark.parametrize("name", ["order", "verify"])
 def test_an_invalid_choice_lists_the_valid_ones(name, load):
     _, (violation,) = load(f"data.{name}=neither")
-    for choice in typing.get_args(Config.model_fields["data"].annotation.model_fields[name].annotation):
+    for choice in typing.get_args(UnresolvedConfig.model_fields["data"].annotation.model_fields[name].annotation):
         assert repr(choice) in violation
 
 
@@ -164,7 +165,7 @@ def test_all_violations_are_reported_at_once(load):
         "nonsense",
         "optim.lr",
     ]
-    assert config == Config.model_validate(MINIMAL), "the config without the invalid keys"
+    assert config == UnresolvedConfig.model_validate(MINIMAL), "the config without the invalid keys"
 
 
 def test_missing_keys_are_reported_without_a_config(write):
@@ -196,10 +197,10 @@ def test_an_invalid_required_number_is_one_violation(key, override, load):
 def test_refuse_lists_every_violation(load, write):
     _, violations = load_config(write(MINIMAL), ["optim.lr=0", "log.evry=3"])
     with pytest.raises(ConfigError, match=r"^2 problems in the config:\n  .*optim\.lr.*\n  .*log\.evry"):
-        refuse(sorted(violations, key=str, reverse=True))
+        raise_violations(sorted(violations, key=str, reverse=True))
     with pytest.raises(ConfigError, match=r"^1 problem in the config:"):
-        refuse(violations[:1])
-    refuse([])
+        raise_violations(violations[:1])
+    raise_violations([])
 
 
 @pytest.mark.parametrize(
@@ -230,8 +231,40 @@ def test_an_override_is_yaml(override, key, value, load):
     assert (violations, value_of_key, type(value_of_key)) == ([], value, type(value))
 
 
-def test_null_is_refused_and_later_overrides_win(load):
-    assert load("checkpoint.every=null")[1] == ["checkpoint.every: input should be a valid integer, found None"]
+def test_null_is_refused_where_nothing_can_be_derived(load):
+    assert load("log.every=null")[1] == ["log.every: input should be a valid integer, found None"]
+
+
+@pytest.mark.parametrize("value", ["off", "null", "false", "0"])
+def test_off_switches_a_feature_off(load, value):
+    config, violations = load(f"checkpoint.every={value}", f"optim.clip={value}", f"model.logit_cap={value}")
+    assert violations == []
+    assert (config.checkpoint.every, config.optim.clip, config.model.logit_cap) == (None, None, None)
+
+
+def test_null_and_off_are_not_interchangeable(load):
+    assert load("model.head_dim=off")[1] == ["model.head_dim: input should be a valid integer, found False"]
+    assert load("checkpoint.every=true")[1] == ["checkpoint.every: input should be a valid integer, found True"]
+    assert load("model.head_dim=-1")[1] == ["model.head_dim: input should be greater than or equal to 1, found -1"]
+
+
+def test_an_outdated_zero_is_accepted_with_a_message(load, caplog):
+    config, violations = load("model.d_ff=0", "optim.clip=0.0", "parallel.dp_shard=-1", "data.prefetch=0")
+    assert violations == []
+    assert (config.model.d_ff, config.optim.clip, config.parallel.dp_shard) == (None, None, None)
+    assert caplog.messages == [
+        "model.d_ff: 0 still means null, but a later version will refuse it; write null",
+        "optim.clip: 0.0 still means off, but a later version will refuse it; write off",
+        "parallel.dp_shard: -1 still means null, but a later version will refuse it; write null",
+    ]
+
+
+def test_an_outdated_zero_in_a_list_is_reported(load, caplog):
+    load("data.sources=[{name: a, path: a, weight: 0}, {name: b, path: b}]")
+    assert [message.split(":")[0] for message in caplog.messages] == ["data.sources.0.weight"]
+
+
+def test_later_overrides_win(load):
     config, _ = load("run.steps=1", "run.steps=2")
     assert config.run.steps == 2
 
@@ -304,7 +337,7 @@ def test_a_missing_file_is_reported(tmp_path):
 
 def test_overrides_alone_can_be_a_config():
     overrides = [f"{section}.{key}={value}" for section, keys in MINIMAL.items() for key, value in keys.items()]
-    assert load_config(None, overrides) == (Config.model_validate(MINIMAL), [])
+    assert load_config(None, overrides) == (UnresolvedConfig.model_validate(MINIMAL), [])
 
 
 def test_a_dumped_config_loads_as_the_same_config(load, write):
@@ -317,7 +350,7 @@ def test_describe_covers_every_key_with_a_description():
     expected_keys = {"base", "model.from"}
     expected_keys |= {f"data.sources.*.{name}" for name in SourceConfig.model_fields}
     expected_keys |= {f"data.stages.*.{name}" for name in StageConfig.model_fields}
-    for name, field in Config.model_fields.items():
+    for name, field in UnresolvedConfig.model_fields.items():
         if name in SECTIONS:
             expected_keys |= {f"{name}.{inner}" for inner in field.annotation.model_fields}
         elif members := union_members(field.annotation):

@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from dist_llm.config.check import check
+from dist_llm.config.derive import resolve_config
 from dist_llm.config.describe import describe
-from dist_llm.config.load import dump, load_config, parse_saved
+from dist_llm.config.load import dump, load_config, load_saved, parse_saved
 from dist_llm.config.objective_sections import MixtureConfig, ObjectiveSpec, SpanSpec
 from dist_llm.config.optim_sections import ConstantConfig, MuonConfig, OptimConfig, ScheduleConfig, SGDConfig
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.config.section import parse_union, union_members
 
 RUN: dict[str, Any] = {
@@ -87,10 +88,28 @@ def test_a_section_is_of_the_class_of_its_name() -> None:
     assert config.optim == MuonConfig()
     assert isinstance(config.objective, MixtureConfig)
     assert config.objective.components[0] == SpanSpec(mode="R")
-    assert parse_saved(dump(config), "config.yaml") == config
+    resolved = resolve_config(config, 1, 300)
+    assert parse_saved(dump(resolved), "config.yaml") == resolved
 
 
-# As version 0.1.0 saved them: the keys of all members, with values that it accepted and did not use.
+# As version 0.1.0 saved them: all sizes, and 0 instead of null.
+SAVED_SIZES = {
+    "model": {
+        **{
+            "d_model": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "n_encoder_layers": 0,
+            "n_kv_heads": 4,
+            "head_dim": 8,
+            "d_ff": 128,
+        },
+        **{"vocab_size": 300, "max_seq_len": 8, "attention_scale": 0.0, "logit_cap": 0.0},
+    },
+    "data": {"path": "corpus", "seq_len": 8, "global_batch": 12, "micro_batch": 12, "audit_every": 0},
+    "parallel": {"dp_shard": 1, "activations_gib": 0.0},
+}
+# The keys of all members of a union, with values that version 0.1.0 accepted and did not use.
 SAVED = {
     "optim": {
         **{"name": "sgd", "lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-8, "moments": "fp32"},
@@ -107,14 +126,14 @@ SAVED = {
 
 def test_a_config_of_0_1_0_is_read(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({**RUN, **SAVED}))
-    config, violations = load_config(path)
-    assert violations == []
-    assert config == parse_saved(path.read_text(), "config.yaml")
-    assert config is not None
+    path.write_text(yaml.safe_dump({**RUN, **SAVED_SIZES, **SAVED}))
+    config = parse_saved(path.read_text(), "config.yaml")
+    assert load_config(path)[1] == []
+    assert load_saved(tmp_path) == config
+    assert (config.model.attention_scale, config.model.logit_cap) == (None, None)
     assert config.optim == SGDConfig(lr=0.1, momentum=0.9)
     assert config.schedule == ConstantConfig(warmup_steps=2)
-    assert config.objective == Config.model_validate(RUN).objective
+    assert config.objective == UnresolvedConfig.model_validate(RUN).objective
     assert check(config, 1, 300) == []
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
 
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.optim_sections import AdamWConfig
-from dist_llm.config.schema import ModelConfig
 from dist_llm.models.attention_mask import EncoderInput
 from dist_llm.models.build_model import build_model
 from dist_llm.optim.build_optimizer import build_optimizer

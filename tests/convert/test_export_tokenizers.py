@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 import dist_llm.convert.export_tokenizers as convert
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.export_tokenizers import export_tokenizer, import_tokenizer
 from dist_llm.convert.hf_config import READERS
 from dist_llm.data.tokenizer_file import identity

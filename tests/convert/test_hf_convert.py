@@ -22,7 +22,8 @@ from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.manifest import verify
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.config.load import dump, load_config
-from dist_llm.config.schema import Config, ModelConfig
+from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.schema import Config
 from dist_llm.convert import hf_convert
 from dist_llm.convert.hf_config import WRITERS, build_hf_config
 from dist_llm.convert.weights import DictWeights, LazyWeights, SafetensorsWeights
@@ -451,7 +452,11 @@ def test_conversion_of_two_gigabytes_needs_little_memory(tmp_path: Path) -> None
     sizes = {"d_model": 2048, "n_layers": 8, "n_heads": 16, "n_kv_heads": 16, "head_dim": 128, "d_ff": 5632}
     model = make_model_config({**sizes, "vocab_size": 32000})
     config = Config.model_validate(
-        {"run": {"dir": "unused", "steps": 1}, "model": model.model_dump(), "data": {"seq_len": 32, "global_batch": 1}}
+        {
+            "run": {"dir": "unused", "steps": 1},
+            "model": model.model_dump(),
+            "data": {"seq_len": 32, "global_batch": 1, "micro_batch": 1},
+        }
     )
     shapes = hf_convert.model_shapes(model)
     size = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dist_llm.config.derive import resolve
-from dist_llm.config.schema import Config
+from dist_llm.config.derive import resolve_config
+from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.data.data_history import (
     HISTORY_FILE,
     build_fresh_plan,
@@ -43,7 +43,7 @@ def config(tmp_path):
             "data": {"sources": sources, "seq_len": 4, "global_batch": 6, "prefetch": 0, **data},
             "objective": objective or {},
         }
-        return resolve(Config.model_validate(raw), 1, 300)
+        return resolve_config(UnresolvedConfig.model_validate(raw), 1, 300)
 
     return make
 

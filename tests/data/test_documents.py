@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dist_llm.commands.verify_corpus import find_boundary_problems
-from dist_llm.config.derive import resolve
-from dist_llm.config.schema import Config
+from dist_llm.config.derive import resolve_config
+from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
@@ -81,7 +81,7 @@ def make_config(corpus, batch=1, **data):
         "model": {"d_model": 16, "n_layers": 2, "n_heads": 2},
         "data": {"path": str(corpus.directory), "seq_len": SEQ, "global_batch": batch, "prefetch": 0, **data},
     }
-    return resolve(Config.model_validate(raw), 1, 257)
+    return resolve_config(UnresolvedConfig.model_validate(raw), 1, 257)
 
 
 def load_epoch(corpus, **data):

@@ -24,8 +24,8 @@ CODE = """if True:
     from dist_llm.data.data_history import build_fresh_plan
     from dist_llm.data.loader import build_loader
     from dist_llm.objectives.objective_vocabulary import Vocabulary
-    from dist_llm.config.derive import resolve
-    from dist_llm.config.schema import Config
+    from dist_llm.config.derive import resolve_config
+    from dist_llm.config.schema import Config, UnresolvedConfig
 
     def memory(name):
         (line,) = (line for line in open("/proc/self/status") if line.startswith(name))
@@ -35,7 +35,8 @@ CODE = """if True:
     for order_name in ("shuffle", "random"):
         keys = dict(seq_len=2048, global_batch=512, micro_batch=8, order=order_name, prefetch=0)
         raw = dict(run=dict(dir="", steps=1), model=dict(d_model=8, n_layers=1, n_heads=1))
-        config = resolve(Config.model_validate(raw | dict(data=dict(path=sys.argv[1], **keys))), 64, 300)
+        unresolved = UnresolvedConfig.model_validate(raw | dict(data=dict(path=sys.argv[1], **keys)))
+        config = resolve_config(unresolved, 64, 300)
         begin = time.process_time()
         plan = build_fresh_plan(config)
         loader = build_loader(config, plan, Vocabulary(300, 256), 0, 64, pin=False)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from dist_llm.config.data_sections import DataConfig
 from dist_llm.config.lengths import Lengths
 from dist_llm.config.objective_sections import CausalSpec
-from dist_llm.config.schema import DataConfig
 from dist_llm.data.loader import Loader
 from dist_llm.data.order import Mixture, RandomOrder, ShuffledOrder
 from dist_llm.data.plan import MixtureStage, SamplePlan

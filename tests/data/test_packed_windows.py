@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_llm.config.derive import resolve
+from dist_llm.config.derive import resolve_config
 from dist_llm.config.lengths import Lengths
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
@@ -50,7 +50,7 @@ def make_config(corpus, steps_of=1, **data):
         "model": {"d_model": 16, "n_layers": 2, "n_heads": 2},
         "data": {"path": str(corpus.directory), "seq_len": SEQ, "global_batch": steps_of, "prefetch": 0, **data},
     }
-    return resolve(Config.model_validate(raw), 1, 100)
+    return resolve_config(UnresolvedConfig.model_validate(raw), 1, 100)
 
 
 def load_epoch(corpus, **data):
@@ -163,8 +163,10 @@ def test_evaluation_scores_prompts_if_training_does(score_prompts, tmp_path):
 def test_padding_is_never_masked_or_attended_to(tmp_path):
     corpus = write_corpus(tmp_path)
     raw = make_config(corpus, windows="packed").model_dump()
-    raw["model"] |= {"architecture": "encoder", "vocab_size": 0}
-    config = resolve(Config.model_validate(raw | {"objective": {"name": "masked", "mask_rate": 0.5}}), 1, 100)
+    raw["model"] |= {"architecture": "encoder", "vocab_size": None}
+    config = resolve_config(
+        UnresolvedConfig.model_validate(raw | {"objective": {"name": "masked", "mask_rate": 0.5}}), 1, 100
+    )
     loader = build_loader(config, build_fresh_plan(config), Vocabulary(100, EOT), 0, 1, pin=False)
     for first in range(20):
         (batch,) = loader.load_batches(first)

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_llm.config.schema import DataConfig
+from dist_llm.config.data_sections import DataConfig
 from dist_llm.data.loader import Loader
 from dist_llm.data.order import Mixture, ShuffledOrder
 from dist_llm.data.plan import SamplePlan, build_stages, merge_ranges

@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from dist_llm.config.schema import DataConfig
+from dist_llm.config.data_sections import DataConfig
 from dist_llm.data import remote
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.data_history import build_fresh_plan
@@ -125,7 +125,7 @@ def put_in_memory(directory):
 
 
 def open_corpus(url, cache, split="train"):
-    return Corpus.from_config(DataConfig(path=url, cache=str(cache), seq_len=4, global_batch=4), split)
+    return Corpus.from_config(DataConfig(path=url, cache=str(cache), seq_len=4, global_batch=4, micro_batch=4), split)
 
 
 def digest(content):
@@ -180,7 +180,12 @@ def test_shards_are_fetched_once_on_first_use(server, corpus, tmp_path):
 
 def test_verify_hash_rejects_a_changed_remote_shard(server, corpus, tmp_path):
     data = DataConfig(
-        path=serve(server, corpus[0]), cache=str(tmp_path / "cache"), seq_len=4, global_batch=4, verify="hash"
+        path=serve(server, corpus[0]),
+        cache=str(tmp_path / "cache"),
+        seq_len=4,
+        global_batch=4,
+        micro_batch=4,
+        verify="hash",
     )
     opened_corpus = Corpus.from_config(data)
     (tmp_path / "cache" / "shards" / opened_corpus.shards[1].sha256).write_bytes(bytes(42))
@@ -362,7 +367,7 @@ READER = """if True:
     url, cache, processes, result = sys.argv[1:]
     for number in range(int(processes)):
         if os.fork() == 0:  # many processes with one interpreter start
-            corpus = Corpus.from_config(DataConfig(path=url, cache=cache, seq_len=4, global_batch=4))
+            corpus = Corpus.from_config(DataConfig(path=url, cache=cache, seq_len=4, global_batch=4, micro_batch=4))
             corpus.check_shard_sizes()
             (row,) = corpus.read(np.array([0]), corpus.n_tokens)
             row.tofile(f"{result}{number}")

@@ -10,7 +10,7 @@ import yaml
 
 from dist_llm.cli import build_parser
 from dist_llm.config.check import check
-from dist_llm.config.derive import AXES, resolve
+from dist_llm.config.derive import AXES, resolve_config
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import Config
 from dist_llm.text.options import build_options
@@ -29,7 +29,7 @@ def test_a_config_fits_its_world_size(name: str) -> None:
     ranks = RANKS[name] if name in RANKS else layout_size(config)
     tokenizer_size = config.model.vocab_size or 4096
     assert violations + check(config, ranks, tokenizer_size) == []
-    resolved = resolve(config, ranks, tokenizer_size)
+    resolved = resolve_config(config, ranks, tokenizer_size)
     assert resolved.run.dir == f"runs/{name}"
     assert resolved.data.micro_batch > 0
 

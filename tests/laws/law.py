@@ -23,8 +23,9 @@ from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.flat_shard import local_chunks
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.check import check as broken_rules
-from dist_llm.config.derive import resolve
-from dist_llm.config.schema import Config, ParallelConfig
+from dist_llm.config.derive import resolve_config
+from dist_llm.config.parallel_section import ParallelConfig
+from dist_llm.config.schema import Config, UnresolvedConfig
 from dist_llm.engines.base import Engine
 from dist_llm.engines.native import NativeEngine
 from dist_llm.losses.cross_entropy import IGNORE
@@ -108,9 +109,9 @@ def make_raw_config(model: dict[str, Any], **sections: Any) -> dict[str, Any]:
 
 def make_config(ranks: int, model: dict[str, Any], **sections: Any) -> Config:
     """Return a resolved config; arguments as in `make_raw_config`."""
-    config = Config.model_validate(make_raw_config(model, **sections))
+    config = UnresolvedConfig.model_validate(make_raw_config(model, **sections))
     assert not (broken := broken_rules(config, ranks, 0)), broken
-    return resolve(config, ranks, 0)
+    return resolve_config(config, ranks, 0)
 
 
 def make_random_rows(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dist_llm.config.check import check
 from dist_llm.config.derive import AXES
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import UnresolvedConfig
 from tests.laws.engines import ENGINES, OFFLOADED, assert_engine_matches_one_process
 from tests.laws.law import ROWS, assert_config_matches_one_process, make_config, make_raw_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, CLIPPED_SGD, DOCUMENTS, MODELS, MUON, PREFIX, UL2
@@ -132,7 +132,7 @@ def find_violations(case: Case) -> Iterator[str]:
         yield "reduce_each_microbatch has no effect on one microbatch"
     if count_ranks(case) == 1:
         yield "one process is the reference"
-    config = Config.model_validate(make_raw_config(MODELS[case["model"]], **config_sections(case)))
+    config = UnresolvedConfig.model_validate(make_raw_config(MODELS[case["model"]], **config_sections(case)))
     yield from (str(each) for each in check(config, count_ranks(case), 0))
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dist_llm.checkpoint.checkpoint_state import GuardState
-from dist_llm.config.schema import Config, GuardConfig, ParallelConfig
+from dist_llm.config.parallel_section import ParallelConfig
+from dist_llm.config.schema import Config, GuardConfig
 from dist_llm.engines.native import NativeEngine
 from dist_llm.sharded import to_local
 from dist_llm.training.guard import Guard

@@ -7,7 +7,7 @@ import torch
 from torch import nn, optim
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dist_llm.config.schema import ParallelConfig
+from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.optim.muon import newton_schulz
 from dist_llm.optim.sgd import LocalSGD
 from dist_llm.parallel.distributed_muon import DistributedOrthogonalize

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.build_model import build_model
 from dist_llm.models.init import init_param_, init_rule

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
 from dist_llm.models.attention import KVCache, scaled_dot_product
 from dist_llm.models.attention_mask import CAUSAL, FULL

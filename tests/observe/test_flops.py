@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_llm.config.schema import ModelConfig
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.decoder import Decoder
 from dist_llm.observe import flops
 from dist_llm.observe.flops import flops_per_token, matmul_weights, peak_flops

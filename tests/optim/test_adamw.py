@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.optim_sections import AdamWConfig, SGDConfig
-from dist_llm.config.schema import ModelConfig
 from dist_llm.models.decoder import Decoder
 from dist_llm.optim.build_optimizer import build_optimizer, split_weight_decay
 

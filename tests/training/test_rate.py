@@ -8,9 +8,9 @@ import pytest
 
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.folder import Folder
-from dist_llm.config.derive import resolve
+from dist_llm.config.derive import resolve_config
 from dist_llm.config.load import dump
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import Config, UnresolvedConfig
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.training.rate import plan_rate
 from tests.laws.law import MODEL
@@ -25,8 +25,8 @@ def make_config(steps: int, **schedule: object) -> Config:
         "optim": {"lr": 1e-2},
         "schedule": schedule,
     }
-    config = Config.model_validate(raw)
-    return resolve(config, 1, 0).model_copy(update={"schedule": config.schedule})
+    config = UnresolvedConfig.model_validate(raw)
+    return resolve_config(config, 1, 0).model_copy(update={"schedule": config.schedule})
 
 
 def write_checkpoint(config: Config, step: int, directory: Path) -> Folder:

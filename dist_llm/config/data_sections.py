@@ -1,0 +1,90 @@
+"""The section `data`, as a user writes it and resolved, and the entries of its lists."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dist_llm.config.section import (
+    UNSET,
+    Count,
+    DerivedCount,
+    Interval,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+    key,
+)
+
+CACHE = "~/.cache/dist_llm"
+
+
+class SourceConfig(Section):
+    """One of several corpora."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = key("name in metrics and weights")
+    path: str = key("see data.path")
+    weight: Annotated[PositiveFloat | None, UNSET] = key("share of the samples; null: use epochs", None)
+    epochs: PositiveFloat = key(
+        "if no source has a weight: passes over this source, relative to those of the others", 1.0
+    )
+
+
+class StageConfig(Section):
+    """Source weights from a number of tokens on."""
+
+    from_tokens: Positive = key("number of tokens after which these weights apply")
+    weights: dict[str, NonNegative] = key("weight of each source, by name; 0: no samples of it")
+
+
+class UnresolvedDataConfig(Section):
+    """The keys of `data` as a user writes them."""
+
+    path: str = key(
+        "corpus directory made by `dist-llm prepare` or `dist-llm adopt`, or its URL; empty: use sources", ""
+    )
+    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = key(
+        "several corpora instead of path, each with a name, a path, and a weight or a number of epochs", ()
+    )
+    stages: Annotated[tuple[StageConfig, ...], Field(strict=False)] = key(
+        "source weights that change during the run: from_tokens and weights by source name", ()
+    )
+    cache: str = key("directory for downloaded shards, one copy per content; nothing is ever removed", CACHE)
+    seq_len: Positive = key("tokens per training sequence")
+    global_batch: Positive = key("sequences per optimizer step, over all ranks")
+    micro_batch: DerivedCount = key(
+        "sequences per forward pass of one rank; null: all sequences of the rank at once", None
+    )
+    order: Literal["shuffle", "random"] = key(
+        "shuffle: each window once per epoch; random: uniform offsets with replacement", "shuffle"
+    )
+    windows: Literal["stream", "document", "packed"] = key(
+        "stream: cut the token stream; document: one padded document each; packed: pack whole documents, masked "
+        "from each other",
+        "stream",
+    )
+    score_prompts: bool = key(
+        "compute the loss on prompts too, of a corpus that was prepared with --prompt-field", False
+    )
+    document_mask: bool = key("restrict attention to the own document, whose positions start at 0", False)
+    verify: Literal["size", "hash"] = key(
+        "check the shards at the start by size, or read them completely and check their hashes", "size"
+    )
+    prefetch: Count = key("number of steps whose batches a thread prepares in advance; 0: none", 2)
+    skip: Annotated[tuple[Annotated[tuple[Count, Count], Field(strict=False)], ...], Field(strict=False)] = key(
+        "ranges [from, to) of sample numbers to leave out, such as those of a loss spike", ()
+    )
+    on_change: Literal["refuse", "new_segment"] = key(
+        "resume with another corpus, seed, window or objective: refuse, or continue with the new data from here",
+        "refuse",
+    )
+    audit_every: Interval = key(
+        "steps between checks that the ranks read the planned samples; a sample read twice or not at all ends the run",
+        100,
+    )
+
+
+class DataConfig(UnresolvedDataConfig):
+    """The section `data` with all sizes."""
+
+    micro_batch: Positive

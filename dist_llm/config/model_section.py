@@ -1,0 +1,101 @@
+"""The section `model`, as a user writes it and resolved."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from dist_llm.config.section import (
+    MAX_IDS,
+    MAX_LAYERS,
+    UNSET,
+    DerivedFloat,
+    DerivedWidth,
+    Fraction,
+    Limit,
+    Positive,
+    PositiveFloat,
+    PositiveWidth,
+    Section,
+    key,
+)
+
+Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+IDs = Annotated[int, Field(ge=1, le=MAX_IDS)]
+
+
+class UnresolvedModelConfig(Section):
+    """The keys of `model` as a user writes them."""
+
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = key(
+        "decoder-only, encoder-only (BERT) or encoder-decoder (T5)",
+        "decoder",
+    )
+    d_model: PositiveWidth = key("width of the residual stream")
+    n_layers: Layers = key("number of blocks; encoder_decoder: blocks of the decoder")
+    n_encoder_layers: Annotated[Layers | None, UNSET] = key(
+        "encoder_decoder: blocks of the encoder; null: n_layers", None
+    )
+    n_heads: PositiveWidth = key("number of query heads")
+    n_kv_heads: DerivedWidth = key("number of key-value heads (grouped-query attention); null: n_heads", None)
+    head_dim: DerivedWidth = key("size of a head; null: d_model / n_heads", None)
+    d_ff: DerivedWidth = key(
+        "hidden size of the feed-forward layer; null: 4 d_model, or for gated activations 8/3 d_model rounded up to "
+        "a multiple of 64",
+        None,
+    )
+    vocab_size: Annotated[IDs | None, UNSET] = key(
+        "vocabulary size; null: token ids of the tokenizer of the corpus, plus special tokens of the objective", None
+    )
+    vocab_multiple: PositiveWidth = key(
+        "pad the embedding to a multiple of this many rows; padding is never predicted", 64
+    )
+    max_seq_len: Annotated[IDs | None, UNSET] = key(
+        "maximum sequence length in tokens (rows of learned positions); null: data.seq_len", None
+    )
+    positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = key(
+        "positional encoding; relative: a learned bias per head and distance, shared by all layers (T5)",
+        "rope",
+    )
+    rope_theta: PositiveFloat = key("rope: base of the rotary frequencies", 10_000.0)
+    relative_buckets: PositiveWidth = key("relative: number of distance buckets, logarithmic for large distances", 32)
+    relative_distance: Positive = key("relative: distance from which all positions share the last bucket", 128)
+    norm: Literal["rmsnorm", "layernorm"] = key("normalization layer", "rmsnorm")
+    norm_eps: PositiveFloat = key("epsilon of the normalization layers", 1e-5)
+    norm_order: Literal["pre", "post"] = key(
+        "pre: normalize the input of each sublayer; post: normalize after the residual sum", "pre"
+    )
+    norm_embedding: bool = key("normalize the embeddings before the first block (BERT, BART)", False)
+    activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = key(
+        "feed-forward activation; swiglu and geglu gate a second projection", "swiglu"
+    )
+    bias: bool = key("biases in linear layers and layer norms", False)
+    qkv_bias: bool = key("biases of queries, keys and values, independent of `bias` (Qwen2)", False)
+    tie_embeddings: bool = key("share the token embedding's weight with the head", False)
+    head: Literal["linear", "mlm"] = key(
+        "mlm: a dense layer and a norm before the logits, and a bias after them (BERT)", "linear"
+    )
+    attention_scale: DerivedFloat = key("factor of the attention scores; null: 1 / sqrt(head_dim); T5 uses 1", None)
+    qk_norm: bool = key("RMSNorm of each head's queries and keys, which bounds the attention scores", False)
+    logit_cap: Limit = key("softcap: logits become cap * tanh(logits / cap)", None)
+    dropout: Fraction = key("dropout of attention weights, residual branches and embeddings", 0.0)
+    stochastic_depth: Fraction = key(
+        "probability that a sample skips the last block; decreases linearly to 0 at the first", 0.0
+    )
+    init: Literal["gpt2", "xavier", "he", "depth", "tfixup"] = key(
+        "initialization: gpt2 scales residual output layers by the number of layers, depth each layer by its "
+        "index; tfixup trains without warmup",
+        "gpt2",
+    )
+    init_std: PositiveFloat = key("standard deviation of embeddings, and under gpt2 of all matrices", 0.02)
+
+
+class ModelConfig(UnresolvedModelConfig):
+    """The section `model` with all sizes. `attention_scale` stays None where the default formula applies."""
+
+    # 0 unless encoder_decoder; a saved config then has null.
+    n_encoder_layers: Annotated[int, BeforeValidator(lambda layers: layers or 0), Field(ge=0, le=MAX_LAYERS)] = 0
+    n_kv_heads: PositiveWidth
+    head_dim: PositiveWidth
+    d_ff: PositiveWidth
+    vocab_size: IDs
+    max_seq_len: IDs

@@ -1,0 +1,58 @@
+"""The section `parallel`, as a user writes it and resolved."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dist_llm.config.section import ALL_RANKS, Limit, Positive, Section, key
+
+
+class UnresolvedParallelConfig(Section):
+    """The keys of `parallel` as a user writes them."""
+
+    dp_replicate: Positive = key("data-parallel replicas, each with a full copy of the (sharded) model", 1)
+    dp_shard: Annotated[Positive | None, ALL_RANKS] = key(
+        "FSDP2 sharding degree within a replica; null: all ranks that the other dimensions leave", None
+    )
+    cp: Positive = key("context-parallel degree: each rank has a part of every sequence", 1)
+    tp: Positive = key("tensor-parallel degree: each rank has some heads, hidden units and vocabulary rows", 1)
+    pp: Positive = key("pipeline-parallel degree: each rank has some of the layers", 1)
+    reshard: Literal["default", "always", "never"] = key(
+        "free gathered weights after forward; default: in all blocks but the last, and never under pp", "default"
+    )
+    reduce_each_microbatch: bool = key(
+        "reduce-scatter gradients after every microbatch: more traffic, but no full gradients in memory", False
+    )
+    cpu_offload: bool = key("keep sharded weights, gradients and optimizer state in host memory", False)
+    sequence_parallel: bool = key(
+        "under tp, shard the sequence outside the matrix products (sequence parallelism)", True
+    )
+    async_tp: bool = key(
+        "under tp with compile, on GPUs with peer-to-peer access: overlap collectives with matrix products", False
+    )
+    pp_schedule: Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = key(
+        "pipeline schedule", "1f1b"
+    )
+    pp_split: Literal["cost", "count"] = key(
+        "split the layers into stages of equal cost (with embedding and head), or of equal count", "cost"
+    )
+    recompute: Literal["none", "full", "selective"] = key(
+        "activation checkpointing: drop activations and recompute them in backward; selective keeps matrix "
+        "products and attention",
+        "none",
+    )
+    recompute_budget: Annotated[float, Field(ge=0.0, le=1.0)] = key(
+        "with compile: share of the activations that a block may keep; those cheapest to recompute are dropped first",
+        1.0,
+    )
+    activations_gib: Limit = key(
+        "activation memory in GiB for the blocks of a rank, over all microbatches in flight; each block "
+        "recomputes as little as fits",
+        None,
+    )
+
+
+class ParallelConfig(UnresolvedParallelConfig):
+    """The section `parallel` with the size of each mesh dimension."""
+
+    dp_shard: Positive = 1
