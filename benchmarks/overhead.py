@@ -31,7 +31,7 @@ from dist_llm.config.schema import Config
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.engines.native import NativeEngine
-from dist_llm.launch.group import select_device
+from dist_llm.launch.process_group import select_device
 from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.world import World
 from dist_llm.models.decoder import Decoder

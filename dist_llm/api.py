@@ -57,7 +57,7 @@ def read_config(config: str | Path | Mapping[str, Any], *overrides: str) -> Conf
     from dist_llm.training.settings import read_config as read
 
     source = config if isinstance(config, Mapping) else Path(config)
-    return read(source, overrides, read_world().size)
+    return read(source, overrides, read_world().world_size)
 
 
 def train(config: str | Path | Mapping[str, Any], *overrides: str) -> Path:
@@ -88,9 +88,11 @@ def evaluate(
     0 selects the default of `seq_len` and `micro_batch`. Raises ConfigError or DataError.
     """
     from dist_llm.launch.world import read_world
-    from dist_llm.training.score import Windows, score
+    from dist_llm.training.evaluate_checkpoint import EvaluationOptions, evaluate_checkpoint
 
-    return score(str(checkpoint), str(data) if data else None, split, Windows(seq_len, micro_batch), read_world())
+    return evaluate_checkpoint(
+        str(checkpoint), str(data) if data else None, split, EvaluationOptions(seq_len, micro_batch), read_world()
+    )
 
 
 def generate(
@@ -115,7 +117,7 @@ def generate(
 def load_model(checkpoint: str | Path) -> tuple[Decoder, Tokenizer, Config]:
     """Load the model of a checkpoint, or of a run's newest, on one device, with its tokenizer and config."""
     from dist_llm.generation import load_model as load
-    from dist_llm.launch.group import select_device
+    from dist_llm.launch.process_group import select_device
     from dist_llm.launch.world import World
 
     return load(checkpoint, select_device(World()))

@@ -100,7 +100,7 @@ def use_one_thread_per_gloo_group(interfaces: Iterable[str] = ()) -> None:
     dist.distributed_c10d.ProcessGroupGloo = OneThreadGloo  # type: ignore[misc]
 
 
-def default_store() -> dist.Store:
+def default_rendezvous_store() -> dist.Store:
     """Return the store of the default process group, which ranks use as a blackboard."""
     return dist.distributed_c10d._get_default_store()
 
@@ -126,7 +126,7 @@ def saved_by_selective_checkpoint(contexts: Any) -> dict[Any, list[Any]]:
     return storage
 
 
-def tensors_of(saved: dict[Any, list[Any]]) -> list[Any]:
+def saved_tensors(saved: dict[Any, list[Any]]) -> list[Any]:
     """Return the tensors of a dict that `saved_by_selective_checkpoint` returned."""
     return [getattr(leaf, "val", None) for leaf in pytree.tree_leaves(dict(saved))]
 

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dist_llm.checkpoint import manifest
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder, FileRecord, FolderWriter
 from dist_llm.checkpoint.flat_shard import FlatShard, Offset, chunk_at
-from dist_llm.checkpoint.folder import FileRecord, Folder, FolderWriter
 from dist_llm.errors import CheckpointError, UserError
 from dist_llm.launch.flight_recorder import CHECKPOINT_GROUP
 from dist_llm.sharded import to_local
@@ -43,7 +43,7 @@ class CheckpointGroup:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def run_on_all(self, action: Callable[[], Result]) -> list[Result]:
+    def run_on_all_ranks(self, action: Callable[[], Result]) -> list[Result]:
         """Run `action` on each rank and return the results by rank. If any rank raises, all ranks raise the same
         error."""
         result, failure = None, None
@@ -100,7 +100,7 @@ class CheckpointWrite(threading.Thread):
     def __init__(
         self,
         group: CheckpointGroup,
-        folder: Folder,
+        folder: CheckpointFolder,
         state: Mapping[str, Any],
         values: Mapping[str, Any],
         files: Mapping[str, bytes],
@@ -132,14 +132,14 @@ class CheckpointWrite(threading.Thread):
         group, folder = self.group, self.folder
         writer = FolderWriter(folder, self.few_files)
         try:
-            group.run_on_all(lambda: self._create_folder() if group.is_main else None)
-            group.run_on_all(lambda: self._write_tensors(writer))
+            group.run_on_all_ranks(lambda: self._create_folder() if group.is_main else None)
+            group.run_on_all_ranks(lambda: self._write_tensors(writer))
             files = {
                 name: record
-                for records in group.run_on_all(lambda: writer.file_records)
+                for records in group.run_on_all_ranks(lambda: writer.file_records)
                 for name, record in records.items()
             }
-            group.run_on_all(lambda: self._commit(files) if group.is_main else None)
+            group.run_on_all_ranks(lambda: self._commit(files) if group.is_main else None)
         except Exception:
             if group.is_main and not self.committed:
                 with suppress(OSError):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.config.compare import (
     REQUESTABLE,
     Difference,
@@ -26,17 +26,17 @@ from dist_llm.models.build_model import build_model
 log = logging.getLogger("dist_llm")
 
 
-def read_config(folder: Folder | Path) -> Config:
+def read_config(folder: CheckpointFolder | Path) -> Config:
     """Return the resolved config of a checkpoint. Raises CheckpointError if it is not valid."""
     name = "config.yaml"
     try:
-        text = Folder(folder).read(name).decode()
+        text = CheckpointFolder(folder).read(name).decode()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{folder}/{name}: is damaged: {error}; use another checkpoint") from None
     return parse_saved(text, f"{folder}/{name}")
 
 
-def check_resume(folder: Folder, config: Config) -> list[Difference]:
+def check_resume(folder: CheckpointFolder, config: Config) -> list[Difference]:
     """Return the differences that do not change the function, to be logged. Raises CheckpointError for other
     differences."""
     before = read_config(folder)
@@ -89,7 +89,7 @@ def log_harmless_differences(differences: Iterable[Difference]) -> None:
 
 
 def check_parameters(
-    folder: Folder | Path, saved: Mapping[str, Sequence[int]], model: ModelConfig, requested: bool
+    folder: CheckpointFolder | Path, saved: Mapping[str, Sequence[int]], model: ModelConfig, requested: bool
 ) -> tuple[list[str], list[str]]:
     """Return (parameters that only the full model has, parameters that only the checkpoint has).
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
-from dist_llm.checkpoint.folder import FileRecord, Folder
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder, FileRecord
 from dist_llm.errors import CheckpointError
 from dist_llm.io.hashing import hash_content
 
@@ -25,7 +25,7 @@ class DamagedError(CheckpointError):
     """The files are not those that were saved. (If a file cannot be read at the moment, that is a CheckpointError.)"""
 
 
-def commit(folder: Folder, files: Mapping[str, FileRecord]) -> None:
+def commit(folder: CheckpointFolder, files: Mapping[str, FileRecord]) -> None:
     """Make `folder` a checkpoint. All its files must be written and durable."""
     content = {"format": FORMAT, "files": {name: asdict(files[name]) for name in sorted(files)}}
     manifest = json.dumps(content, indent=1).encode() + b"\n"
@@ -35,13 +35,13 @@ def commit(folder: Folder, files: Mapping[str, FileRecord]) -> None:
     folder.sync()
 
 
-def write_file(folder: Folder, name: str, content: bytes) -> FileRecord:
+def write_file(folder: CheckpointFolder, name: str, content: bytes) -> FileRecord:
     """Write a small file; return its entry for the manifest."""
     folder.write(name, content)
     return FileRecord(len(content), hash_content(content))
 
 
-def verify(folder: Folder, rank: int = 0, world_size: int = 1, tensors: bool = True) -> None:
+def verify_checkpoint(folder: CheckpointFolder, rank: int = 0, world_size: int = 1, tensors: bool = True) -> None:
     """Check the sizes of all files, and the hashes of this rank's share of them: every `world_size`-th file.
 
     Without `tensors`, only small files are hashed. Raises DamagedError that names the first mismatching file, and
@@ -62,7 +62,7 @@ def verify(folder: Folder, rank: int = 0, world_size: int = 1, tensors: bool = T
         raise _read_error(folder, error) from None
 
 
-def read_manifest(folder: Folder) -> dict[str, FileRecord]:
+def read_manifest(folder: CheckpointFolder) -> dict[str, FileRecord]:
     """Return {file name: size and hash}. Raises DamagedError if it is missing or does not match the marker."""
     try:
         manifest, marker = folder.read(MANIFEST), folder.read(MARKER)
@@ -83,7 +83,7 @@ def read_manifest(folder: Folder) -> dict[str, FileRecord]:
     return files
 
 
-def _read_error(folder: Folder, error: OSError) -> CheckpointError:
+def _read_error(folder: CheckpointFolder, error: OSError) -> CheckpointError:
     if isinstance(error, FileNotFoundError) or error.errno == errno.EIO:
         return DamagedError(f"{folder}: damaged: {error}")
     return CheckpointError(f"{folder}: cannot be read: {error}")

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder, FolderReader
 from dist_llm.checkpoint.checkpoint_write import ignore_no_group_warning
-from dist_llm.checkpoint.folder import Folder, FolderReader
 from dist_llm.checkpoint.metadata import convert_read_errors
 from dist_llm.errors import CheckpointError
 
@@ -19,7 +19,7 @@ class NativeWeights:
     """A checkpoint that was saved in any layout. `shapes` has all its tensors; `read` reads one of them."""
 
     def __init__(self, path: Path) -> None:
-        self.reader = _CachingReader(Folder(path))
+        self.reader = _CachingReader(CheckpointFolder(path))
         self.entries = {
             name: entry
             for name, entry in self.reader.read_metadata().state_dict_metadata.items()

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder, FolderReader
 from dist_llm.checkpoint.checkpoint_state import CheckpointState, Progress
 from dist_llm.checkpoint.checkpoint_write import (
     CheckpointGroup,
@@ -34,8 +35,7 @@ from dist_llm.checkpoint.checkpoint_write import (
     ignore_no_group_warning,
 )
 from dist_llm.checkpoint.flat_shard import FlatShard, chunk_at
-from dist_llm.checkpoint.folder import Folder, FolderReader
-from dist_llm.checkpoint.manifest import MANIFEST, MARKER, DamagedError, read_manifest, verify
+from dist_llm.checkpoint.manifest import MANIFEST, MARKER, DamagedError, read_manifest, verify_checkpoint
 from dist_llm.checkpoint.metadata import convert_read_errors
 from dist_llm.config.load import load_config
 from dist_llm.config.schema import CACHE, CheckpointConfig
@@ -55,38 +55,38 @@ class CheckpointStore:
     All ranks call `latest_verified`, `save`, `poll` and `finish`.
     """
 
-    def __init__(self, directory: Folder | Path | str, config: CheckpointConfig | None = None) -> None:
-        self.directory, self.config = Folder(directory), config or CheckpointConfig()
+    def __init__(self, directory: CheckpointFolder | Path | str, config: CheckpointConfig | None = None) -> None:
+        self.directory, self.config = CheckpointFolder(directory), config or CheckpointConfig()
         self.staging = StagingBuffers()
         self.group: CheckpointGroup | None = None
         self.current_write: CheckpointWrite | None = None
 
-    def list_committed(self) -> list[Folder]:
+    def list_committed(self) -> list[CheckpointFolder]:
         """Return the checkpoints that have a marker, oldest first. They may be damaged."""
         return [folder for folder in self._list_named() if MARKER in folder.list_names()]
 
-    def _list_named(self) -> list[Folder]:
+    def _list_named(self) -> list[CheckpointFolder]:
         """Return the directories that have the name of a checkpoint. Other directories are never touched."""
         return [self.directory / name for name in self.directory.list_names() if NAME.fullmatch(name)]
 
-    def peek_latest(self) -> Folder | None:
+    def peek_latest(self) -> CheckpointFolder | None:
         """Return the latest checkpoint whose small files are undamaged. Does not communicate with other ranks."""
         for folder in reversed(self.list_committed()):
             with suppress(DamagedError):
-                verify(folder, tensors=False)
+                verify_checkpoint(folder, tensors=False)
                 return folder
         return None
 
-    def latest_verified(self) -> Folder | None:
+    def latest_verified(self) -> CheckpointFolder | None:
         """Return the latest undamaged checkpoint; None if there is no checkpoint. All bytes are checked, split over the
         ranks.
 
         Raises CheckpointError, on all ranks, if all checkpoints are damaged or one cannot be read.
         """
         group = self._get_group()
-        committed = group.run_on_all(lambda: self.list_committed() if group.is_main else [])[0]
+        committed = group.run_on_all_ranks(lambda: self.list_committed() if group.is_main else [])[0]
         for folder in reversed(committed):
-            problems = group.run_on_all(lambda folder=folder: _find_damage(folder, group.rank, group.size))  # type: ignore[misc]
+            problems = group.run_on_all_ranks(lambda folder=folder: _find_damage(folder, group.rank, group.size))  # type: ignore[misc]
             if not (problem := next(filter(None, problems), "")):
                 return folder
             log.warning("%s; skipping it; an older checkpoint is used if there is one", problem)
@@ -158,7 +158,7 @@ class CheckpointStore:
         self.group = self.group or CheckpointGroup()
         return self.group
 
-    def _prune(self, newest: Folder) -> None:
+    def _prune(self, newest: CheckpointFolder) -> None:
         """Remove checkpoints that need not be kept, and leftovers of interrupted saves, after `newest` is committed.
 
         Checkpoints of later steps were skipped as damaged when the run resumed: they are not counted, and stay.
@@ -188,9 +188,9 @@ def open_checkpoint(location: Path | str, rank: int = 0, world_size: int = 1) ->
     on. Raises CheckpointError if there is none or it is damaged, DataError if it cannot be fetched.
     """
     folder = resolve_checkpoint(location)
-    path = folder.local or _download(folder)
+    path = folder.local_path or _download(folder)
     try:
-        verify(Folder(path), rank, world_size)
+        verify_checkpoint(CheckpointFolder(path), rank, world_size)
     except DamagedError as error:
         alternatives = [
             other for other in CheckpointStore(folder.location.rpartition("/")[0]).list_committed() if other != folder
@@ -199,12 +199,12 @@ def open_checkpoint(location: Path | str, rank: int = 0, world_size: int = 1) ->
     return path
 
 
-def resolve_checkpoint(location: Path | str) -> Folder:
+def resolve_checkpoint(location: Path | str) -> CheckpointFolder:
     """Return a checkpoint itself, or the latest one of a directory of checkpoints or of a run. A path or a URL.
 
     Raises CheckpointError if there is none.
     """
-    folder = Folder(location)
+    folder = CheckpointFolder(location)
     if MARKER in folder.list_names():
         return folder
     committed = CheckpointStore(folder).list_committed() or checkpoints_of_run(folder).list_committed()
@@ -216,17 +216,17 @@ def resolve_checkpoint(location: Path | str) -> Folder:
     return committed[-1]
 
 
-def checkpoints_of_run(run: Folder | Path | str) -> CheckpointStore:
+def checkpoints_of_run(run: CheckpointFolder | Path | str) -> CheckpointStore:
     """Return the checkpoints of the run in a directory, also if its config puts them elsewhere."""
-    run = Folder(run)
-    if run.local is not None and (run.local / "config.yaml").exists():
-        config, _ = load_config(run.local / "config.yaml")
+    run = CheckpointFolder(run)
+    if run.local_path is not None and (run.local_path / "config.yaml").exists():
+        config, _ = load_config(run.local_path / "config.yaml")
         if config is not None and config.checkpoint.dir:
             return CheckpointStore(config.checkpoint.dir)
     return CheckpointStore(run / "checkpoints")
 
 
-def _download(folder: Folder) -> Path:
+def _download(folder: CheckpointFolder) -> Path:
     """Copy a checkpoint to the cache; each file is verified. Return the local path."""
     key = hashlib.sha256(folder.location.encode() + folder.read(MARKER)).hexdigest()
     target = Path(CACHE).expanduser() / "checkpoints" / key / folder.name
@@ -237,13 +237,13 @@ def _download(folder: Folder) -> Path:
     return target
 
 
-def load(folder: Folder | Path, state: CheckpointState, moments: bool = True) -> Progress:
+def load(folder: CheckpointFolder | Path, state: CheckpointState, moments: bool = True) -> Progress:
     """Read the weights, and the moments if `moments`, into the layout of the ranks.
 
     Raises CheckpointError if the checkpoint lacks a parameter of the model or has it in another shape. Extra parameters
     are no error: a pipeline stage reads only its own.
     """
-    folder = Folder(folder)
+    folder = CheckpointFolder(folder)
     saved = read_shapes(folder)
     tensors = state.weights()
     check_shapes(folder, tensors, saved)
@@ -255,23 +255,23 @@ def load(folder: Folder | Path, state: CheckpointState, moments: bool = True) ->
     return read_progress(folder)
 
 
-def read_shapes(folder: Folder | Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(folder: CheckpointFolder | Path) -> dict[str, tuple[int, ...]]:
     """Return {name: full shape} of all tensors in a checkpoint."""
     return {
         name: tuple(entry.size)
-        for name, entry in FolderReader(Folder(folder)).read_metadata().state_dict_metadata.items()
+        for name, entry in FolderReader(CheckpointFolder(folder)).read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
 
 
-def read_tensors(folder: Folder | Path, state: dict[str, Any]) -> None:
+def read_tensors(folder: CheckpointFolder | Path, state: dict[str, Any]) -> None:
     """Fill the tensors of `state` in place; each rank reads its own shards."""
     single_process = not dist.is_initialized()
     if single_process:
         ignore_no_group_warning()
     with convert_read_errors(folder):
         state_dict_loader.load(
-            state, storage_reader=FolderReader(Folder(folder)), planner=_Planner(), no_dist=single_process
+            state, storage_reader=FolderReader(CheckpointFolder(folder)), planner=_Planner(), no_dist=single_process
         )
 
 
@@ -292,7 +292,9 @@ class _Planner(DefaultLoadPlanner):
         return chunk
 
 
-def check_shapes(folder: Folder | Path, expected: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(
+    folder: CheckpointFolder | Path, expected: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]
+) -> None:
     """Raise CheckpointError unless `saved` has all tensors of `expected`, in their shapes."""
     for name, tensor in expected.items():
         shape = tuple(tensor.shape)
@@ -304,7 +306,7 @@ def check_shapes(folder: Folder | Path, expected: Mapping[str, Any], saved: Mapp
             )
 
 
-def _read_heldout_loss(folder: Folder) -> float:
+def _read_heldout_loss(folder: CheckpointFolder) -> float:
     """Return the held-out loss; nan if it is not known, or the file is damaged."""
     with suppress(CheckpointError):
         loss = read_progress(folder).heldout_loss
@@ -312,16 +314,16 @@ def _read_heldout_loss(folder: Folder) -> float:
     return math.nan
 
 
-def _find_damage(folder: Folder, rank: int, world_size: int) -> str:
-    """Return the message of `verify`; an empty string if there is no damage."""
+def _find_damage(folder: CheckpointFolder, rank: int, world_size: int) -> str:
+    """Return the message of `verify_checkpoint`; an empty string if there is no damage."""
     try:
-        verify(folder, rank, world_size)
+        verify_checkpoint(folder, rank, world_size)
     except DamagedError as error:
         return str(error)
     return ""
 
 
-def read_progress(folder: Folder) -> Progress:
+def read_progress(folder: CheckpointFolder) -> Progress:
     """Return the progress of the run. Raises CheckpointError if the file is damaged."""
     try:
         return Progress.parse(folder.read(PROGRESS))

@@ -31,7 +31,7 @@ def compare_logits(checkpoint: Path, hf_folder: Path, dtype: torch.dtype = torch
         raise CheckpointError("--check needs `transformers`: pip install transformers") from None
     config = load_saved(checkpoint)
     native_model = build_model(config.model).eval()
-    store.load(checkpoint, TorchState(native_model), moments=False)
+    store.load_checkpoint(checkpoint, TorchState(native_model), with_moments=False)
     native_model.to(dtype).float()
     kind = {"encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
     loader = getattr(transformers, kind.get(config.model.architecture, "AutoModelForCausalLM"))

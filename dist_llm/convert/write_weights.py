@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_write import CheckpointGroup, CheckpointWrite
-from dist_llm.checkpoint.folder import Folder
 from dist_llm.convert.weights import INDEX, Weights
 from dist_llm.errors import CheckpointError
 from dist_llm.io.atomic import create_atomically, open_durably
@@ -43,7 +43,9 @@ def write_atomically(target: Path) -> Iterator[Path]:
 def write_native(directory: Path, weights: Weights, files: Mapping[str, bytes]) -> None:
     """Write a checkpoint in our format, all in fp32, with small files beside the tensors."""
     state = {name: torch.empty(shape, device="meta") for name, shape in weights.shapes.items()}
-    write = CheckpointWrite(CheckpointGroup(), Folder(directory), state, _Float32View(weights), files, few_files=False)
+    write = CheckpointWrite(
+        CheckpointGroup(), CheckpointFolder(directory), state, _Float32View(weights), files, few_files=False
+    )
     write.start()
     write.finish()
 

@@ -16,7 +16,7 @@ from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config
 from dist_llm.engines.base import Engine
-from dist_llm.engines.data_parallel import DataParallelEngine
+from dist_llm.engines.data_parallel_engine import DataParallelEngine
 from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
 from dist_llm.engines.optimizer_step import step_and_zero_grad
 from dist_llm.errors import ConfigError

@@ -12,7 +12,7 @@ from dist_llm.config.deepspeed import deepspeed_json
 from dist_llm.config.schema import Config
 from dist_llm.convert.deepspeed_layout import PartitionLayout, contiguous_layout, per_param_layout
 from dist_llm.engines.base import Engine
-from dist_llm.engines.data_parallel import DataParallelEngine
+from dist_llm.engines.data_parallel_engine import DataParallelEngine
 from dist_llm.engines.deepspeed_compat import copy_fp32_weights, release_small_weights
 from dist_llm.errors import CheckpointError
 from dist_llm.launch.environment import prepare_deepspeed

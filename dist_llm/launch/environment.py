@@ -13,7 +13,7 @@ from dist_llm.config.load import Violation, refuse
 from dist_llm.config.schema import Config
 
 
-def set_network(variables: Mapping[str, str | int]) -> None:
+def set_network_variables(variables: Mapping[str, str | int]) -> None:
     """Set the variables of `run.network`. Call it before the process group is created.
 
     Raises ConfigError if the environment sets a variable to another value.

@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 
-from dist_llm.compat import default_store
+from dist_llm.compat import default_rendezvous_store
 from dist_llm.launch.world import World
 
 FIRST_FAILURE = "dist_llm/first_failure"  # key in the store of the process group
@@ -23,7 +23,7 @@ def _record_failure(summary: str) -> str:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return summary
     try:
-        store = default_store()
+        store = default_rendezvous_store()
         return store.compare_set(FIRST_FAILURE, "", summary).decode()
     except Exception:  # the node that runs the store is gone
         return summary

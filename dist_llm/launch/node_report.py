@@ -23,7 +23,7 @@ class NodeReport:
     rank: int
     host: str
     versions: dict[str, str] = field(default_factory=dict)
-    clock_seconds: float = math.nan  # this clock minus rank 0's
+    clock_offset_seconds: float = math.nan  # this clock minus rank 0's
     free_gib: float = math.nan
     sees_shared_file: bool | None = None  # the file that rank 0 wrote to --directory; None: rank 0 could not write
     matmul_tflops: float = math.nan
@@ -44,7 +44,7 @@ def diagnose_nodes(reports: Sequence[NodeReport]) -> list[str]:
             for name, value in common.items()
             if each.versions.get(name, "unknown") != value
         )
-        clock = max((each.clock_seconds for each in ranks), key=abs)
+        clock = max((each.clock_offset_seconds for each in ranks), key=abs)
         if abs(clock) > MAX_CLOCK_SECONDS:
             problems.append(f"{host}: its clock is {abs(clock):.1f} s {'ahead of' if clock > 0 else 'behind'} rank 0's")
         if any(each.sees_shared_file is False for each in ranks):
@@ -73,7 +73,7 @@ def format_table(reports: Sequence[NodeReport]) -> Table:
     for host, ranks in group_by_node(reports).items():
         other = [repr(sorted(each.versions.items())) for each in ranks if each.versions != common]
         numbers = (
-            max((each.clock_seconds * 1e3 for each in ranks), key=abs),
+            max((each.clock_offset_seconds * 1e3 for each in ranks), key=abs),
             min(each.free_gib for each in ranks),
             min(each.matmul_tflops for each in ranks),
             max(each.all_reduce_us for each in ranks),

@@ -29,8 +29,8 @@ from rich.console import Console
 
 from dist_llm import __version__
 from dist_llm.errors import ConfigError
-from dist_llm.launch.group import process_group, select_device
 from dist_llm.launch.node_report import NodeReport, diagnose_nodes, format_problems, format_table, group_by_node
+from dist_llm.launch.process_group import process_group, select_device
 from dist_llm.launch.world import World
 
 MATMUL_SECONDS = 0.5
@@ -81,7 +81,7 @@ class PreflightTimeout:
         os._exit(2)
 
 
-def check(directory: Path, seconds: float, world: World) -> None:
+def run_preflight(directory: Path, seconds: float, world: World) -> None:
     """Measure all ranks within `seconds`; rank 0 prints a table with a row per node.
 
     Raises ConfigError on rank 0 with one line per problem; the other ranks then exit with code 2 and print nothing.
@@ -91,7 +91,7 @@ def check(directory: Path, seconds: float, world: World) -> None:
         try:
             # The process group's timeout comes later than ours, which can name the phase.
             with process_group(world, torch.device("cpu"), seconds + 60, even_if_single=True):
-                reports = measure(world, directory, timeout)
+                reports = measure_ranks(world, directory, timeout)
         except RuntimeError as error:
             raise ConfigError(timeout.format_report(f"failed in {timeout.phase}: {_one_line(error)}")) from error
     problems = diagnose_nodes(reports)
@@ -101,16 +101,18 @@ def check(directory: Path, seconds: float, world: World) -> None:
         console.print(format_table(reports))
         if problems:
             raise ConfigError(format_problems(problems))
-        console.print(f"no problem found; ranks: {world.size}, nodes: {len(group_by_node(reports))}", highlight=False)
+        console.print(
+            f"no problem found; ranks: {world.world_size}, nodes: {len(group_by_node(reports))}", highlight=False
+        )
     elif problems:
         time.sleep(EXIT_DELAY_SECONDS)
         raise SystemExit(2)
 
 
-def measure(world: World, directory: Path, timeout: PreflightTimeout) -> list[NodeReport]:
+def measure_ranks(world: World, directory: Path, timeout: PreflightTimeout) -> list[NodeReport]:
     """Measure on all ranks and return the reports by rank. Raises RuntimeError if a collective fails."""
     timeout.phase = "the clock"
-    clock = clock_seconds()
+    clock = measure_clock_offset()
     timeout.phase = "--directory"
     sees_shared_file, failures = check_shared_file(directory, timeout)
     timeout.phase = "versions and matrix products"
@@ -119,14 +121,14 @@ def measure(world: World, directory: Path, timeout: PreflightTimeout) -> list[No
         device = select_device(world)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        rate = matmul_tflops(device)
+        rate = measure_matmul_tflops(device)
     except (ConfigError, RuntimeError) as error:
         failures.append(_one_line(error))
     report = NodeReport(
         world.rank,
         world.host,
-        versions(device),
-        clock_seconds=clock,
+        collect_versions(device),
+        clock_offset_seconds=clock,
         free_gib=_free_gib(directory),
         sees_shared_file=sees_shared_file,
         matmul_tflops=rate,
@@ -138,13 +140,13 @@ def measure(world: World, directory: Path, timeout: PreflightTimeout) -> list[No
     if any(math.isnan(each.matmul_tflops) or each.versions["GPU"] == "none" for each in reports):
         device = torch.device("cpu")
     timeout.phase = "the all-reduce of all ranks"
-    latency, rate = all_reduce(device, dist.new_group(backend=_backend(device)))
-    neighbour = neighbour_bandwidth(world, [each.host for each in reports], device, timeout)
+    latency, rate = measure_all_reduce(device, dist.new_group(backend=_backend(device)))
+    neighbour = measure_neighbour_bandwidth(world, [each.host for each in reports], device, timeout)
     report = replace(report, all_reduce_us=latency, all_reduce_gb_per_second=rate, neighbour_gb_per_second=neighbour)
     return _all_gather(report)
 
 
-def clock_seconds() -> float:
+def measure_clock_offset() -> float:
     """Measure this rank's time.time() minus rank 0's by the shortest of a few round trips. Call it on all ranks."""
     stamp = torch.zeros(1, dtype=torch.float64)
     if dist.get_rank() == 0:
@@ -206,7 +208,7 @@ def _free_gib(directory: Path) -> float:
         return math.nan
 
 
-def versions(device: torch.device) -> dict[str, str]:
+def collect_versions(device: torch.device) -> dict[str, str]:
     """Return the versions that must be equal on all nodes; `none` or `unknown` for missing software."""
     source = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(PACKAGE.rglob("*.py")))).hexdigest()[:12]
     installed = {
@@ -227,7 +229,7 @@ def versions(device: torch.device) -> dict[str, str]:
     return installed
 
 
-def matmul_tflops(device: torch.device) -> float:
+def measure_matmul_tflops(device: torch.device) -> float:
     """Measure TFLOP/s of square matrix products, the best of half a second: bf16 on a GPU, fp32 on a CPU."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     factor = torch.randn(size, size, device=device).to(dtype)
@@ -239,7 +241,7 @@ def matmul_tflops(device: torch.device) -> float:
     return best / 1e12
 
 
-def all_reduce(device: torch.device, group: Any) -> tuple[float, float]:
+def measure_all_reduce(device: torch.device, group: Any) -> tuple[float, float]:
     """Measure an all-reduce: (latency of 4 bytes in microseconds, bandwidth of a large tensor in GB/s), both medians.
 
     The bandwidth is bytes / seconds * 2 (p - 1) / p, the traffic of one link in a ring of p ranks; NaN for one rank.
@@ -261,7 +263,9 @@ def _all_reduce_seconds(size: int, repetitions: int, device: torch.device, group
     return median(seconds[WARMUP:])
 
 
-def neighbour_bandwidth(world: World, hosts: Sequence[str], device: torch.device, timeout: PreflightTimeout) -> float:
+def measure_neighbour_bandwidth(
+    world: World, hosts: Sequence[str], device: torch.device, timeout: PreflightTimeout
+) -> float:
     """Measure GB/s of an all-reduce over this node's ranks and the next node's; NaN on the last node.
 
     `hosts` are by rank. Disjoint pairs of nodes run at the same time, so a hundred nodes take as long as three.
@@ -273,7 +277,7 @@ def neighbour_bandwidth(world: World, hosts: Sequence[str], device: torch.device
     for pair, group in zip(pairs, groups, strict=True):
         if world.host in pair:
             timeout.phase = f"the all-reduce of {pair[0]} and {pair[1]}"
-            measured = all_reduce(device, group)[1]
+            measured = measure_all_reduce(device, group)[1]
             rate = measured if world.host == pair[0] else rate
     return rate
 

@@ -27,7 +27,7 @@ from uuid import uuid4
 
 from dist_llm.errors import ConfigError
 from dist_llm.io.locks import create_exclusively
-from dist_llm.launch.process import is_running, process_identity
+from dist_llm.launch.process_identity import is_running, read_process_identity
 
 log = logging.getLogger("dist_llm")
 
@@ -40,7 +40,7 @@ SQUEUE_SECONDS = 20
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockHolder:
     """The process that holds a lock. Unknown fields are empty."""
 
     token: str  # unique for every lock
@@ -65,18 +65,18 @@ class Holder:
 class LockState:
     """A lock file as read."""
 
-    holder: Holder
+    holder: LockHolder
     modified_ns: int
 
 
-def this_process(host: str, environ: Mapping[str, str] = os.environ) -> Holder:
+def describe_this_process(host: str, environ: Mapping[str, str] = os.environ) -> LockHolder:
     """Return this process as the holder of a new lock."""
     boot_id, namespace, start_time = "", "", ""
     with suppress(OSError):
-        boot_id, namespace, start_time = process_identity(os.getpid())
+        boot_id, namespace, start_time = read_process_identity(os.getpid())
     launch = environ.get("TORCHELASTIC_RUN_ID", "")
     restarts = environ.get("SLURM_RESTART_COUNT", "0")
-    return Holder(
+    return LockHolder(
         token=uuid4().hex,
         host=host,
         process=os.getpid(),
@@ -90,7 +90,7 @@ def this_process(host: str, environ: Mapping[str, str] = os.environ) -> Holder:
     )
 
 
-def is_gone(holder: Holder, me: Holder, job_ended: Callable[[str], bool]) -> bool | None:
+def has_ended(holder: LockHolder, me: LockHolder, job_ended: Callable[[str], bool]) -> bool | None:
     """Return whether a lock's holder has ended, seen from the process `me`. None: only its heartbeat can tell.
 
     `job_ended`: whether a Slurm job has ended, as far as is known.
@@ -131,7 +131,7 @@ class RunLock:
     def __init__(
         self,
         directory: Path,
-        me: Holder,
+        me: LockHolder,
         key: str = "run.dir",
         job_ended: Callable[[str], bool] = slurm_job_ended,
         exit_process: Callable[[int], Any] = os._exit,
@@ -188,7 +188,7 @@ class RunLock:
             if (lock := read_lock(path)) is None:
                 continue
             holder = lock.holder
-            is_stale = is_gone(holder, self.me, self.job_ended)
+            is_stale = has_ended(holder, self.me, self.job_ended)
             if is_stale is None:
                 is_stale = self._is_untouched(path, lock)
             if not is_stale:
@@ -223,7 +223,7 @@ class RunLock:
                 return False
         return True
 
-    def _refusal(self, holder: Holder) -> str:
+    def _refusal(self, holder: LockHolder) -> str:
         stop = f"scancel --signal=TERM {holder.job}" if holder.job else f"kill -TERM {holder.process}, on {holder.host}"
         return (
             f"{self.key}: {self.directory} is in use by {holder}. Two runs would overwrite each other. "
@@ -243,9 +243,9 @@ def read_lock(path: Path) -> LockState | None:
         return None
 
 
-def parse_holder(content: bytes) -> Holder:
+def parse_holder(content: bytes) -> LockHolder:
     """Parse the holder from a lock file. A file truncated by a kill is identified by its hash."""
     with suppress(ValueError, TypeError, AttributeError):
-        known = {field.name for field in fields(Holder)}
-        return Holder(**{name: value for name, value in json.loads(content).items() if name in known})
-    return Holder(token=hashlib.sha256(content).hexdigest())
+        known = {field.name for field in fields(LockHolder)}
+        return LockHolder(**{name: value for name, value in json.loads(content).items() if name in known})
+    return LockHolder(token=hashlib.sha256(content).hexdigest())

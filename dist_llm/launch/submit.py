@@ -17,7 +17,7 @@ ARGUMENTS = '"$@"'
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A Slurm job. `sweep`: (key, values); each combination is one run of a job array."""
 
     config: Path
@@ -28,11 +28,11 @@ class Job:
     sweep: tuple[tuple[str, tuple[str, ...]], ...] = field(default=())
 
     @property
-    def ranks(self) -> int:
+    def num_ranks(self) -> int:
         return self.nodes * self.tasks_per_node
 
     @property
-    def runs(self) -> list[tuple[str, ...]]:
+    def overrides_by_run(self) -> list[tuple[str, ...]]:
         """The dotted overrides of each run."""
         if not self.sweep:
             return [self.overrides]
@@ -43,11 +43,12 @@ class Job:
         return runs
 
 
-def render(job: Job, directories: Sequence[str]) -> str:
+def render_batch_script(job: SlurmJob, directories: Sequence[str]) -> str:
     """Return the batch script of a job whose runs write to `directories`."""
     options = [f"--nodes={job.nodes}", f"--ntasks-per-node={job.tasks_per_node}", *job.options]
     runs = [
-        (str(job.config), *run, f"run.dir={directory}") for run, directory in zip(job.runs, directories, strict=True)
+        (str(job.config), *run, f"run.dir={directory}")
+        for run, directory in zip(job.overrides_by_run, directories, strict=True)
     ]
     if len(runs) > 1:
         options += [f"--array=0-{len(runs) - 1}", "--output=slurm-%A_%a.log"]
@@ -61,11 +62,11 @@ def render(job: Job, directories: Sequence[str]) -> str:
     return "".join([*lines[:header], *extra, *lines[header:first], *arrays, chosen, *lines[first:]])
 
 
-def directories(job: Job, base: str) -> list[str]:
+def run_directories(job: SlurmJob, base: str) -> list[str]:
     """Return the directory of each run: `base`, or in a sweep a subdirectory named after the run's values."""
     if not job.sweep:
         return [base]
-    chosen = [run[len(job.overrides) :] for run in job.runs]
+    chosen = [run[len(job.overrides) :] for run in job.overrides_by_run]
     return [f"{base}/{'_'.join(map(_short, values))}" for values in chosen]
 
 
@@ -87,7 +88,7 @@ def parse_sweep(options: Sequence[str]) -> tuple[tuple[str, tuple[str, ...]], ..
     return tuple(sweep)
 
 
-def submit(text: str) -> str:
+def submit_script(text: str) -> str:
     """Pass the script to sbatch. Returns the job id; raises ConfigError with the message of sbatch if it refuses."""
     if shutil.which("sbatch") is None:
         raise ConfigError(

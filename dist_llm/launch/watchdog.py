@@ -22,10 +22,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_llm.compat import default_store
+from dist_llm.compat import default_rendezvous_store
 from dist_llm.launch.failures import FIRST_FAILURE
 from dist_llm.launch.flight_recorder import pending_collective
-from dist_llm.launch.process import process_identity
+from dist_llm.launch.process_identity import read_process_identity
 from dist_llm.launch.world import World
 
 log = logging.getLogger("dist_llm")
@@ -72,9 +72,9 @@ class Watchdog:
 
     def register(self) -> None:
         """Publish this process's host, pid and identity, so that another rank on the node can kill it if it stalls."""
-        if self.world.size > 1 and dist.is_initialized():
-            store = default_store()
-            process = (self.world.host, os.getpid(), process_identity(os.getpid()))
+        if self.world.world_size > 1 and dist.is_initialized():
+            store = default_rendezvous_store()
+            process = (self.world.host, os.getpid(), read_process_identity(os.getpid()))
             store.set(f"{PROCESS_KEY}/{self.world.rank}", json.dumps(process))
             # A launcher may keep its store over restarts, with the reports of earlier processes.
             for key in (f"{REPORT_KEY}/{self.world.rank}", *([FIRST_FAILURE] if self.world.is_main else [])):
@@ -119,7 +119,7 @@ class Watchdog:
         if self._has_resumed(num_heartbeats):  # the ranks without a report may have resumed too
             return False
         reporter = min(reports) if reports else world.rank
-        for line in diagnose(reports, world.size) if reports else [STORE_UNREACHABLE]:
+        for line in diagnose_stall(reports, world.world_size) if reports else [STORE_UNREACHABLE]:
             log.error(line)
             if world.rank == reporter and not world.is_main:  # rank 0, which owns the console, has not reported
                 print(line, file=sys.stderr, flush=True)
@@ -139,14 +139,14 @@ class Watchdog:
         if self.num_heartbeats == num_heartbeats and not self._closed.is_set():
             return False
         log.warning("rank %d on %s has resumed, with %s", self.world.rank, self.world.host, self.activity)
-        if self.world.size > 1 and dist.is_initialized():
+        if self.world.world_size > 1 and dist.is_initialized():
             thread = threading.Thread(target=_publish, args=(self.world, None), name="withdraw report", daemon=True)
             thread.start()
             thread.join(REPORT_SECONDS)  # if the store is gone, the run ends for that reason
         return True
 
 
-def diagnose(reports: Mapping[int, Report], num_ranks: int) -> list[str]:
+def diagnose_stall(reports: Mapping[int, Report], num_ranks: int) -> list[str]:
     """Return one line for each rank that holds up the others, given the reports by rank."""
     silent = [rank for rank in range(num_ranks) if rank not in reports]
     lines = [f"rank {rank} does not answer: its process is stopped, or its node is gone" for rank in silent]
@@ -168,7 +168,7 @@ def kill_silent_ranks(world: World, silent: Mapping[int, Any]) -> bool:
     killed = False
     for rank, (host, pid, identity) in silent.items():
         with suppress(OSError):  # the process has already ended
-            if host == world.host and process_identity(pid) == identity:
+            if host == world.host and read_process_identity(pid) == identity:
                 log.error("killing rank %d, process %d on this node", rank, pid)
                 os.kill(pid, signal.SIGKILL)
                 killed = True
@@ -181,25 +181,25 @@ def _exchange_reports(world: World, report: Report) -> Reports:
     A stopped rank 0 may host the store. A request to it then blocks without a timeout, so a daemon thread sends the
     requests and is abandoned.
     """
-    if world.size == 1 or not dist.is_initialized():
+    if world.world_size == 1 or not dist.is_initialized():
         return {world.rank: report}, {}
     updates: queue.SimpleQueue[Reports] = queue.SimpleQueue()
     threading.Thread(target=_collect_reports, args=(world, report, updates), name="reports", daemon=True).start()
     newest: Reports = ({}, {})
     with suppress(queue.Empty):
         deadline = time.monotonic() + REPORT_SECONDS + 1.0
-        while len(newest[0]) + len(newest[1]) < world.size:
+        while len(newest[0]) + len(newest[1]) < world.world_size:
             newest = updates.get(timeout=max(0.0, deadline - time.monotonic()))
     return newest
 
 
 def _collect_reports(world: World, report: Report, updates: "queue.SimpleQueue[Reports]") -> None:
     """Publish the report. Put all reports so far into `updates` each time that the store answers."""
-    reports, ranks = {world.rank: report}, set(range(world.size))
+    reports, ranks = {world.rank: report}, set(range(world.world_size))
     try:
         store = _publish(world, report)
         deadline = time.monotonic() + REPORT_SECONDS
-        while time.monotonic() < deadline and len(reports) < world.size:
+        while time.monotonic() < deadline and len(reports) < world.world_size:
             reports |= _read_values(store, REPORT_KEY, ranks - reports.keys())
             updates.put((dict(reports), {}))
             time.sleep(0.2)
@@ -210,7 +210,7 @@ def _collect_reports(world: World, report: Report, updates: "queue.SimpleQueue[R
 
 def _publish(world: World, report: Report | None) -> Any:
     """Set this rank's report in the store; None deletes it. Return the store. Reads of a deleted key block."""
-    store = default_store()
+    store = default_rendezvous_store()
     store.set(f"{REPORT_KEY}/{world.rank}", json.dumps(report))
     return store
 

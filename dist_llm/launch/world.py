@@ -28,7 +28,7 @@ class World:
     """Rank, world size, rank within the node (which selects the GPU) and host name."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int = 0
     host: str = "localhost"
 
@@ -64,15 +64,15 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
         )
     assignments = ", ".join(f"{name}={environ.get(name)}" for name in names)
     try:
-        rank, size, local_rank = (int(environ.get(name, "")) for name in names)
+        rank, world_size, local_rank = (int(environ.get(name, "")) for name in names)
     except ValueError:
         raise ConfigError(f"environment: {assignments} must be whole numbers; start with torchrun") from None
-    if not (0 <= rank < size and 0 <= local_rank < size):
+    if not (0 <= rank < world_size and 0 <= local_rank < world_size):
         raise ConfigError(
             f"environment: {assignments}: {names[0]} and {names[2]} must be at least 0 and below {names[1]}; "
             "start with torchrun"
         )
-    return World(rank=rank, size=size, local_rank=local_rank, host=host)
+    return World(rank=rank, world_size=world_size, local_rank=local_rank, host=host)
 
 
 def _refuse_other_launcher(environ: Mapping[str, str]) -> None:

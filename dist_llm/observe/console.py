@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dist_llm.launch.world import World
-from dist_llm.observe.metrics import Row
+from dist_llm.observe.metrics import MetricsRow
 
 log = logging.getLogger("dist_llm")
 
@@ -70,7 +70,7 @@ class ProgressLine:
             self.task = self.bar.add_task("train", total=num_steps, completed=first_step)
             self.bar.start()
 
-    def __call__(self, rows: Sequence[Row]) -> None:
+    def __call__(self, rows: Sequence[MetricsRow]) -> None:
         row = rows[-1]
         lines = [each["event"] for each in rows if "event" in each]
         if "heldout_loss" in row or "loss" in row:
@@ -86,7 +86,7 @@ class ProgressLine:
         if self.bar is not None:
             self.bar.stop()
 
-    def _format_train(self, row: Row) -> str:
+    def _format_train(self, row: MetricsRow) -> str:
         seconds_left = (self.num_steps - row["step"]) * row["step_seconds"]
         return (
             f"step {row['step']:>{len(str(self.num_steps))}}/{self.num_steps}  loss {row['loss']:.4f}  "
@@ -94,7 +94,7 @@ class ProgressLine:
             f"MFU {row['mfu']:.1%}{PEAK_TOO_LOW if row['mfu'] > 1 else ''}  ETA {_format_clock(seconds_left)}"
         )
 
-    def _format_heldout(self, row: Row) -> str:
+    def _format_heldout(self, row: MetricsRow) -> str:
         bits = row.get("heldout_bits_per_byte")
         return (
             f"step {row['step']}  held-out loss {row['heldout_loss']:.4f}  perplexity {row['heldout_perplexity']:.2f}"

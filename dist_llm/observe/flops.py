@@ -27,14 +27,14 @@ PUBLISHED_BF16_TFLOPS = {
 }
 
 
-def matmul_weights(model: ModelConfig) -> int:
+def count_matmul_weights(model: ModelConfig) -> int:
     """Count the weights of the matrix products that each token of a decoder-only or encoder-only model uses."""
     return model.n_layers * _block_weights(model) + _head_weights(model)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """Return the FLOPs of forward and backward for one token of a decoder-only or encoder-only model."""
-    return 6 * matmul_weights(model) + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
+    return 6 * count_matmul_weights(model) + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
 
 
 def flops_per_sample(model: ModelConfig, num_inputs: int, num_encoder_inputs: int) -> int:
@@ -46,7 +46,7 @@ def flops_per_sample(model: ModelConfig, num_inputs: int, num_encoder_inputs: in
     width = model.d_model * model.head_dim
     query_weights, key_weights = 2 * width * model.n_heads, 2 * width * model.n_kv_heads
     n_cross_layers = model.n_layers if num_encoder_inputs else 0
-    products = num_inputs * (matmul_weights(model) + n_cross_layers * query_weights)
+    products = num_inputs * (count_matmul_weights(model) + n_cross_layers * query_weights)
     products += num_encoder_inputs * (model.n_encoder_layers * _block_weights(model) + n_cross_layers * key_weights)
     scores = model.n_layers * num_inputs**2 + model.n_encoder_layers * num_encoder_inputs**2
     scores += n_cross_layers * num_inputs * num_encoder_inputs

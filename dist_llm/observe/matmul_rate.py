@@ -18,15 +18,15 @@ from dist_llm.io.atomic import replace_file
 
 log = logging.getLogger("dist_llm")
 
-FILE = Path(CACHE) / "matmul_rates.json"
+CACHE_FILE = Path(CACHE) / "matmul_rates.json"
 NUM_MEASUREMENTS = 5
-SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # of square matrices
-SECONDS = 0.6  # for all sizes together
+MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # of square matrices
+MEASURE_SECONDS = 0.6  # for all sizes together
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, file: Path | None = None) -> float:
     """Return the best FLOP/s that this or an earlier run measured on this machine."""
-    file = (file or FILE).expanduser()
+    file = (file or CACHE_FILE).expanduser()
     key = " | ".join((platform.node(), _device_name(device), str(dtype), f"{torch.get_num_threads()} threads"))
     cache = _read(file)
     entry = cache.get(key, {"rate": 0.0, "starts": 0})
@@ -38,16 +38,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, file: Path | None = No
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best FLOP/s of repeated square matrix products within SECONDS, small sizes first."""
-    best, sizes = 0.0, SIZES[device.type]
+    """Return the best FLOP/s of repeated square matrix products within MEASURE_SECONDS, small sizes first."""
+    best, sizes = 0.0, MATRIX_SIZES[device.type]
     for number, size in enumerate(sizes, 1):
         matrix = torch.randn(size, size, device=device).to(dtype)
-        end = time.perf_counter() + SECONDS / len(sizes)
+        end = time.perf_counter() + MEASURE_SECONDS / len(sizes)
         seconds = [_matmul_seconds(matrix, device) for _ in range(2)]  # the first call also initialises libraries
         while time.perf_counter() < end:
             seconds.append(_matmul_seconds(matrix, device))
         best = max(best, 2 * size**3 / min(seconds))
-        if number < len(sizes) and 8 * min(seconds) > SECONDS:
+        if number < len(sizes) and 8 * min(seconds) > MEASURE_SECONDS:
             break  # the next size would take too long, as bf16 on a CPU without it
     return best
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dist_llm.io.atomic import replace_file
 
-Row = dict[str, Any]
-Sink = Callable[[Sequence[Row]], None]
+MetricsRow = dict[str, Any]
+MetricsSink = Callable[[Sequence[MetricsRow]], None]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class StepMetrics:
     terms: Mapping[str, Tensor] = field(default_factory=dict)  # of a regularised loss, by metric name
 
 
-class Recorder:
+class MetricsRecorder:
     """Collects steps until `flush` converts them to rows for the sinks. Only rank 0 has sinks.
 
     A step time is the interval divided by its number of steps. On a GPU the host runs ahead of the device, so that the
@@ -42,7 +42,7 @@ class Recorder:
 
     def __init__(
         self,
-        sinks: Sequence[Sink],
+        sinks: Sequence[MetricsSink],
         flops_per_token: float,
         peak_flops: float,
         device: torch.device,
@@ -61,7 +61,7 @@ class Recorder:
     def add(self, metrics: StepMetrics) -> None:
         self.pending.append(metrics)
 
-    def flush(self) -> list[Row]:
+    def flush(self) -> list[MetricsRow]:
         """Write the pending steps. This is the only place that synchronises with the device."""
         if not self.pending:
             return []
@@ -78,7 +78,7 @@ class Recorder:
             "mfu": round(rate * self.mfu_per_rate, 5),
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
-        rows: list[Row] = [
+        rows: list[MetricsRow] = [
             {
                 "step": m.step,
                 "loss": loss,
@@ -98,9 +98,9 @@ class Recorder:
         self.restart_clock(pending[-1].tokens)
         return rows
 
-    def _source_columns(self, by_source: list[list[float]], num_valid_tokens: float) -> Row:
+    def _source_columns(self, by_source: list[list[float]], num_valid_tokens: float) -> MetricsRow:
         """Return each source's valid tokens so far, and its mean loss in this step if the step has tokens of it."""
-        row: Row = {}
+        row: MetricsRow = {}
         for name, share, tokens in zip(self.source_tokens, *by_source, strict=True):
             self.source_tokens[name] += round(tokens)
             row[f"tokens_{name}"] = self.source_tokens[name]
@@ -108,12 +108,12 @@ class Recorder:
                 row[f"loss_{name}"] = share * num_valid_tokens / tokens
         return row
 
-    def emit(self, rows: Sequence[Row]) -> None:
+    def emit(self, rows: Sequence[MetricsRow]) -> None:
         for sink in self.sinks:
             sink(rows)
 
 
-def read_rows(path: Path) -> Iterator[tuple[bytes, Row]]:
+def read_rows(path: Path) -> Iterator[tuple[bytes, MetricsRow]]:
     """Yield (line, row) of each complete row that has a step; nothing if the file does not exist.
 
     Lines that a kill or a failing disk damaged are skipped.
@@ -138,7 +138,7 @@ class MetricsFile:
         replace_file(path, b"".join(line + b"\n" for line in lines))
         self.file = path.open("a", encoding="utf-8")
 
-    def __call__(self, rows: Sequence[Row]) -> None:
+    def __call__(self, rows: Sequence[MetricsRow]) -> None:
         self.file.write("".join(json.dumps(row) + "\n" for row in rows))
         self.file.flush()
 

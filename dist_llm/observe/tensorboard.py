@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_llm.observe.metrics import Row
+from dist_llm.observe.metrics import MetricsRow
 
 NO_SCALARS = {"step", "sample", "event", "busy_seconds"}
 
@@ -18,7 +18,7 @@ class TensorBoard:
 
         self.writer = SummaryWriter(str(directory), purge_step=resumed_step + 1)
 
-    def __call__(self, rows: Sequence[Row]) -> None:
+    def __call__(self, rows: Sequence[MetricsRow]) -> None:
         for row in rows:
             group = "heldout" if "heldout_loss" in row else "train"
             for name, value in row.items():

@@ -23,8 +23,8 @@ from dist_llm.compat import (
     is_traceable_wrapper_subclass,
     pytree,
     saved_by_selective_checkpoint,
+    saved_tensors,
     set_activation_memory_budget,
-    tensors_of,
 )
 from dist_llm.config.schema import ParallelConfig
 from dist_llm.models.decoder import Decoder
@@ -98,7 +98,7 @@ class CheckpointedForward:
             output: Tensor = checkpoint(self.forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
         if self.saved_bytes_log is not None:
             for saved in outputs:
-                self._log_saved(tensors_of(saved))
+                self._log_saved(saved_tensors(saved))
                 saved.clear()
         return output
 

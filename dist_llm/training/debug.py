@@ -17,7 +17,7 @@ from dist_llm.config.schema import Config
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.engines.native import NativeEngine
-from dist_llm.launch.group import make_synchronous, select_device
+from dist_llm.launch.process_group import make_synchronous, select_device
 from dist_llm.launch.world import World
 from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.batch import Batch

@@ -37,7 +37,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Heldout:
+class HeldoutData:
     """The held-out text and how to score it: everything that is equal in all evaluations."""
 
     corpora: Mapping[str, Corpus]
@@ -59,7 +59,7 @@ class Heldout:
                 )
 
 
-def evaluate(engine: Engine, heldout: Heldout, alive: Callable[[], None] = lambda: None) -> Evaluation:
+def evaluate(engine: Engine, heldout: HeldoutData, alive: Callable[[], None] = lambda: None) -> Evaluation:
     """Score each corpus's windows with each component. Examples are built as in training, from the window's number.
 
     Calls `alive` before each batch.
@@ -98,12 +98,12 @@ def _mean(sums: list[tuple[float, int]]) -> float:
 
 
 def _score(
-    engine: Engine, heldout: Heldout, corpus: Corpus, member: int, alive: Callable[[], None]
+    engine: Engine, heldout: HeldoutData, corpus: Corpus, member: int, alive: Callable[[], None]
 ) -> tuple[float, int]:
     """Return (sum of losses, number of valid tokens) of one component on one corpus, over all ranks."""
     losses: list[Tensor] = []
     count = 0
-    for batch_of_data_rank in heldout_batches(heldout, corpus, member, *engine.dp_rank_and_size):
+    for batch_of_data_rank in iter_heldout_batches(heldout, corpus, member, *engine.dp_rank_and_size):
         alive()
         batch = engine.to_local_batch(batch_of_data_rank)
         losses.append(engine.score(batch).sum())
@@ -113,7 +113,7 @@ def _score(
     )
 
 
-def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ranks: int) -> Iterator[Batch]:
+def iter_heldout_batches(heldout: HeldoutData, corpus: Corpus, member: int, rank: int, ranks: int) -> Iterator[Batch]:
     """Yield this rank's share of the windows.
 
     Plain text is scored to its last token, with the last window padded; other objectives use only full windows. Every

@@ -14,7 +14,7 @@ from dist_llm.checkpoint.checkpoint_state import GuardState
 from dist_llm.config.schema import GuardConfig
 from dist_llm.engines.base import Engine
 from dist_llm.errors import DivergedError
-from dist_llm.observe.metrics import Row
+from dist_llm.observe.metrics import MetricsRow
 
 log = logging.getLogger("dist_llm")
 
@@ -61,7 +61,7 @@ class Guard:
         self.checked[step] = anomaly
         return anomaly is None or self._policy(anomaly) != "skip"
 
-    def check_metrics(self, rows: Sequence[Row]) -> list[Row]:
+    def check_metrics(self, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
         """Check the steps of these rows. Returns rows with events.
 
         Raises on all ranks: DivergedError if the run has to end, RewindError if it has to rewind.
@@ -93,7 +93,7 @@ class Guard:
             anomaly = Anomaly("not_finite", f"weights of rank {wrong[0]} are not finite after it")
             self._handle(step, anomaly, "rewind" if self.config.not_finite == "rewind" else "stop")
 
-    def _handle(self, step: int, anomaly: Anomaly, policy: str) -> list[Row]:
+    def _handle(self, step: int, anomaly: Anomaly, policy: str) -> list[MetricsRow]:
         if policy == "stop":
             advice = anomaly.advice.format(run=self.run, step=step, key=anomaly.key)
             raise DivergedError(

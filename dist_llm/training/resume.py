@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.checkpoint import store as checkpoints
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.compatibility import check_init_from, check_parameters, log_init_differences, read_config
-from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.init_from import init_from_checkpoint
 from dist_llm.checkpoint.probe import PROBE, TOLERANCES, compare_probes, parse_probe
 from dist_llm.config.compare import PART_KEYS
@@ -32,10 +32,10 @@ DECIDING = ("model", "objective", "loss", "optim", "schedule", "precision", "fp8
 DECIDING_DATA = ("seq_len", "global_batch", "order", "windows", "score_prompts", "document_mask", "skip", "stages")
 
 
-def load_run(folder: Folder, engine: Engine, config: Config) -> Progress:
+def load_run(folder: CheckpointFolder, engine: Engine, config: Config) -> Progress:
     """Read weights and optimizer state. Raises CheckpointError if they differ from the saved ones."""
     check_parameters(folder, checkpoints.read_shapes(folder), config.model, requested=False)
-    progress = checkpoints.load(folder, engine.state)
+    progress = checkpoints.load_checkpoint(folder, engine.state)
     if engine.loss_scale is not None and progress.loss_scale is not None:
         engine.loss_scale = progress.loss_scale
     check_probe(folder, engine, config)
@@ -57,10 +57,10 @@ def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
     if changed := [each.key for each in requested if each.key != "objective"]:
         log.info("%s: the probe is not compared, because init_allow changes %s", path, ", ".join(changed))
     else:
-        check_probe(Folder(path), engine, config)
+        check_probe(CheckpointFolder(path), engine, config)
 
 
-def check_probe(folder: Folder, engine: Engine, config: Config) -> None:
+def check_probe(folder: CheckpointFolder, engine: Engine, config: Config) -> None:
     """Compare the probe of the loaded weights with the checkpoint's. Call it on all ranks.
 
     Raises CheckpointError if they differ by more than rounding, unless checkpoint.probe is warn.

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import GuardState
 from dist_llm.checkpoint.compatibility import check_init_from, check_resume, log_harmless_differences
-from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.store import CheckpointStore, checkpoints_of_run, open_checkpoint, read_progress
 from dist_llm.config.derive import AXES, shape
 from dist_llm.config.engine_names import NATIVE
@@ -36,10 +36,10 @@ from dist_llm.data.tokenizer_file import same_tokenizer
 from dist_llm.engines.base import Engine
 from dist_llm.engines.build_engine import build_engine, check_engine_config
 from dist_llm.errors import CheckpointError, DataError, UserError, to_user_error
-from dist_llm.launch.environment import set_network
+from dist_llm.launch.environment import set_network_variables
 from dist_llm.launch.failures import annotate_failure
 from dist_llm.launch.flight_recorder import start_recording
-from dist_llm.launch.group import keep_freed_memory, process_group, select_device
+from dist_llm.launch.process_group import keep_freed_memory, process_group, select_device
 from dist_llm.launch.stop import StopSignals, clear_stop_marker, write_stop_marker
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
@@ -48,7 +48,7 @@ from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE
 from dist_llm.training.directories import open_directories
 from dist_llm.training.guard import RewindError
-from dist_llm.training.rate import plan_rate
+from dist_llm.training.learning_rate_plan import plan_learning_rate
 from dist_llm.training.settings import read_vocabulary
 from dist_llm.training.trainer import SLOW_FACTOR, Trainer
 
@@ -65,7 +65,7 @@ def train(config: Config, world: World) -> int:
     Raises ConfigError or DataError before any process group starts if the input is wrong, or if another run uses the
     directory.
     """
-    set_network(config.run.network)
+    set_network_variables(config.run.network)
     device = select_device(world)
     keep_freed_memory(device)
     check_engine_config(config, device)
@@ -81,7 +81,7 @@ def train(config: Config, world: World) -> int:
     else:
         _refuse_moved(store, directory)
         if config.init_from:
-            start = open_checkpoint(config.init_from, world.rank, world.size)
+            start = open_checkpoint(config.init_from, world.rank, world.world_size)
             check_init_from(start, config)
             _check_tokenizer(start, sources[0].corpus.manifest.tokenizer_sha256, corpus)
     _build_history(config, sources, newest)  # raises its errors before any process group starts
@@ -98,8 +98,10 @@ def train(config: Config, world: World) -> int:
                 clear_stop_marker(directory)
             engine = build_engine(config, device)
             layout = shape({axis: getattr(config.parallel, axis) for axis in AXES})
-            log.info("ranks: %d (%s), engine: %s", world.size, layout, config.engine)
-            context = RunContext(plan_rate(config, verified), world, sources, vocabulary, store, engine, watchdog)
+            log.info("ranks: %d (%s), engine: %s", world.world_size, layout, config.engine)
+            context = RunContext(
+                plan_learning_rate(config, verified), world, sources, vocabulary, store, engine, watchdog
+            )
             stop_signal = context.run(verified or start)
             del context, engine
         return stop_signal
@@ -151,7 +153,7 @@ class RunContext:
     engine: Engine
     watchdog: Watchdog
 
-    def run(self, start: Folder | Path | None) -> int:
+    def run(self, start: CheckpointFolder | Path | None) -> int:
         """Train from `start`, and rewind if the guard requests it. Returns the result of `train`."""
         world, watchdog, trainer = self.world, self.watchdog, self.build_trainer(start)
         try:
@@ -174,10 +176,12 @@ class RunContext:
             trainer.loader.close()
             self.store.wait()
 
-    def build_trainer(self, start: Folder | Path | None, guard_state: GuardState | None = None) -> Trainer:
+    def build_trainer(self, start: CheckpointFolder | Path | None, guard_state: GuardState | None = None) -> Trainer:
         """Build a trainer that starts from `start`. `guard_state`: anomalies that the checkpoint does not contain."""
         config, corpus = self.config, self.sources[0].corpus.directory
-        history = _build_history(config, self.sources, start if isinstance(start, Folder) else None, guard_state)
+        history = _build_history(
+            config, self.sources, start if isinstance(start, CheckpointFolder) else None, guard_state
+        )
         files = {**run_files(config, corpus, start), HISTORY_FILE: dump_history(history)}
         pin = self.engine.device.type == "cuda"
         plan = history[-1].build_plan(self.sources)
@@ -226,7 +230,10 @@ def _check_tokenizer(path: Path, tokenizer_sha256: str, corpus: Path) -> None:
 
 
 def _build_history(
-    config: Config, sources: Sequence[DataSource], checkpoint: Folder | None, guard_state: GuardState | None = None
+    config: Config,
+    sources: Sequence[DataSource],
+    checkpoint: CheckpointFolder | None,
+    guard_state: GuardState | None = None,
 ) -> DataHistory:
     """Return the data segments of the run, past and future. Raises DataError if it cannot resume with this data."""
     segment = segment_from_config(config, sources)
@@ -240,7 +247,7 @@ def _build_history(
     return extend_history(previous, segment, *position, config.data.on_change == "new_segment")
 
 
-def run_files(config: Config, corpus: Path, start: Folder | Path | None = None) -> dict[str, bytes]:
+def run_files(config: Config, corpus: Path, start: CheckpointFolder | Path | None = None) -> dict[str, bytes]:
     """Return the small files for the run directory and each checkpoint, {name: content}.
 
     EXPORT_FILES come from the checkpoint that the run starts from, if there is one: its tokenizer has the same ids as
@@ -252,7 +259,7 @@ def run_files(config: Config, corpus: Path, start: Folder | Path | None = None) 
         TOKENIZER_FILE: (corpus / TOKENIZER_FILE).read_bytes(),
     }
     if start is not None:
-        folder = Folder(start)
+        folder = CheckpointFolder(start)
         files |= {name: folder.read(name) for name in sorted({*folder.list_names()} & EXPORT_FILES)}
     return files
 

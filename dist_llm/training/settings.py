@@ -44,7 +44,8 @@ def read_model(own: dict[str, Any], allowed: object) -> tuple[dict[str, Any], li
 def read_config(source: Path | Mapping[str, Any] | None, overrides: Sequence[str], world_size: int) -> Config:
     """Load the config, check it against the corpus and the world, and resolve. Raises one ConfigError with all errors.
 
-    A schedule.decay_steps of 0 stays 0; `dist_llm/training/rate.py:plan_rate` derives it from the checkpoint.
+    A schedule.decay_steps of 0 stays 0. `dist_llm/training/learning_rate_plan.py:plan_learning_rate` derives the value
+    from the checkpoint.
     """
     config, violations = load_config(source, overrides, read_model)
     if config is None:

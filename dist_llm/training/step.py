@@ -19,7 +19,7 @@ class StepReport:
 
     loss: Tensor  # mean over valid tokens, in nats
     grad_norm: Tensor  # before clipping
-    scored: Tensor
+    num_valid_tokens: Tensor
     by_source: Tensor | None = None  # [2, sources]: each source's share of the loss, and its number of valid tokens
     terms: Tensor | None = None  # [2]: mean cross-entropy and mean z-loss over valid tokens
 
@@ -31,11 +31,11 @@ def train_step(
     step: int = 0,
     sources: int = 1,
     should_apply: Callable[[Tensor, Tensor], bool] | None = None,
-    with_terms: bool = False,
+    with_loss_terms: bool = False,
 ) -> StepReport:
     """Take one optimizer step; each batch is one microbatch of this data rank. `step` seeds dropout.
 
-    `with_terms`: also report the terms of a loss with label smoothing or z-loss.
+    `with_loss_terms`: also report the terms of a loss with label smoothing or z-loss.
     `accept(loss, grad_norm)`: if it returns False, weights and moments stay unchanged.
 
     Losses are sums, divided once by the number of valid tokens of the whole world, so the gradient does not depend on
@@ -48,11 +48,11 @@ def train_step(
     if sources > 1:
         by_source = engine.all_reduce_over_data(_by_source(batches, losses, sources))
     terms = _terms(engine, len(batches), losses)
-    if with_terms:
+    if with_loss_terms:
         terms = engine.all_reduce_over_data(terms) / scored.clamp(min=1)
     loss = engine.all_reduce_over_data(losses.sum())
     norm = engine.update(lr, None if should_apply is None else partial(should_apply, loss))
-    return StepReport(loss, norm, scored, by_source, terms if with_terms else None)
+    return StepReport(loss, norm, scored, by_source, terms if with_loss_terms else None)
 
 
 def _terms(engine: Engine, microbatches: int, losses: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor
     return rows.new_zeros(2, sources).index_add_(1, owners, rows)
 
 
-def terms_of(report: StepReport, config: LossConfig) -> dict[str, Tensor]:
+def name_loss_terms(report: StepReport, config: LossConfig) -> dict[str, Tensor]:
     """Return the terms of a regularized loss by metric name; {} for a plain loss."""
     if report.terms is None:
         return {}

@@ -13,7 +13,7 @@ from operator import add
 from dist_llm.engines.base import Engine
 from dist_llm.launch.flight_recorder import in_collective
 from dist_llm.launch.world import World
-from dist_llm.observe.metrics import Row
+from dist_llm.observe.metrics import MetricsRow
 
 SAMPLE_SECONDS = 0.4  # between two samples, on average; a sample takes about a millisecond
 MIN_LAG = 0.15  # a straggler's busy share minus the median of the others: 5 sigma of 300 samples
@@ -23,8 +23,8 @@ class StragglerMonitor:
     """While open, samples this rank. Does nothing on one rank or with `seconds` 0 (log.stragglers_seconds)."""
 
     def __init__(self, world: World, engine: Engine, seconds: float) -> None:
-        self.all_gather, self.num_ranks = engine.all_gather_ints, world.size
-        self.seconds = seconds if world.size > 1 else 0.0
+        self.all_gather, self.num_ranks = engine.all_gather_ints, world.world_size
+        self.seconds = seconds if world.world_size > 1 else 0.0
         self.num_samples = self.num_waiting = 0  # of this rank, since the last all-gather
         self._reset()
         self._closed = threading.Event()
@@ -37,7 +37,7 @@ class StragglerMonitor:
     def __exit__(self, *raised: object) -> None:
         self._closed.set()
 
-    def report(self, rows: Sequence[Row]) -> list[Row]:
+    def report(self, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
         """Call on all ranks after the steps of `rows`. Every `seconds`, return a row with each rank's busy seconds.
 
         The row has an event if a rank is slow.
@@ -55,7 +55,7 @@ class StragglerMonitor:
         counted = zip(self.waiting_by_rank, self.samples_by_rank, strict=True)
         busy = [1 - waiting / samples for waiting, samples in counted]
         self._reset()
-        row: Row = {"step": step, "busy_seconds": [round(share * step_seconds, 6) for share in busy]}
+        row: MetricsRow = {"step": step, "busy_seconds": [round(share * step_seconds, 6) for share in busy]}
         rank, median_of_others = find_slowest(busy)
         if busy[rank] - median_of_others > MIN_LAG:
             row["event"] = (

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from signal import Signals
 
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import GuardState, Progress
 from dist_llm.checkpoint.flat_shard import local_chunks
-from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.probe import PROBE
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.lengths import inputs_len, sample_tokens
@@ -29,18 +29,18 @@ from dist_llm.launch.world import World
 from dist_llm.objectives.build_objective import Objective
 from dist_llm.observe.console import ProgressLine
 from dist_llm.observe.flops import CONVENTION, flops_per_sample, peak_flops
-from dist_llm.observe.metrics import MetricsFile, Recorder, Row, StepMetrics
+from dist_llm.observe.metrics import MetricsFile, MetricsRecorder, MetricsRow, StepMetrics
 from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.parallel.replica_check import find_mismatches
 from dist_llm.text.tokenizer import Tokenizer
-from dist_llm.training.evaluate import Heldout, evaluate
+from dist_llm.training.evaluate import HeldoutData, evaluate
 from dist_llm.training.gc_control import GCControl
 from dist_llm.training.guard import Guard
 from dist_llm.training.replay import replay
 from dist_llm.training.resume import EarlierSteps, load_run, start_from_weights
 from dist_llm.training.sample_audit import SampleAudit
-from dist_llm.training.step import terms_of, train_step
+from dist_llm.training.step import name_loss_terms, train_step
 from dist_llm.training.stragglers import StragglerMonitor
 
 log = logging.getLogger("dist_llm")
@@ -49,7 +49,7 @@ SLOW_FACTOR = 30  # watchdog timeout of an evaluation or a checkpoint, in units 
 
 
 class Trainer:
-    """Trains on this rank from `start`: a checkpoint to resume (Folder), initial weights (Path), or None.
+    """Trains on this rank from `start`: a checkpoint to resume (CheckpointFolder), initial weights (Path), or None.
 
     `files` are stored in each checkpoint. `guard_state`: after a rewind, anomalies that the checkpoint lacks.
     The caller opens and closes `watchdog`, because a rank can also hang before the first step and after the last.
@@ -62,7 +62,7 @@ class Trainer:
         engine: Engine,
         loader: Loader,
         store: CheckpointStore,
-        start: Folder | Path | None,
+        start: CheckpointFolder | Path | None,
         files: Mapping[str, bytes],
         guard_state: GuardState | None = None,
         watchdog: Watchdog | None = None,
@@ -76,18 +76,18 @@ class Trainer:
             self.progress.guard = replace(guard_state, losses=self.progress.guard.losses)
         self.stragglers = StragglerMonitor(world, engine, config.log.stragglers_seconds)
         self.guard = Guard(config.guard, self.progress.guard, engine, self.directory)
-        self.sample_tokens = sample_tokens(config)
+        self.tokens_per_sample = sample_tokens(config)
         num_samples = (config.run.steps - self.progress.step) * config.data.global_batch
         end = loader.plan.advance(self.progress.samples, num_samples)
         self.repetitions = find_repetitions(loader.plan, self.progress.samples, end)
-        self.heldout = self._open_heldout(loader.objective)
-        self.audit = SampleAudit(engine, loader, config.data.audit_every)
+        self.heldout_data = self._open_heldout(loader.objective)
+        self.sample_audit = SampleAudit(engine, loader, config.data.audit_every)
         parallel = config.parallel
         self.can_sample = parallel.pp == parallel.tp == parallel.cp == 1 and config.model.architecture != "encoder"
         if config.eval.sample_prompt and not self.can_sample:
             log.info("eval.sample_prompt has no effect: an encoder, and a model under pp, tp or cp, cannot sample")
         self.sinks = ExitStack()
-        resumed = isinstance(start, Folder) and guard_state is None and world.is_main
+        resumed = isinstance(start, CheckpointFolder) and guard_state is None and world.is_main
         self.earlier_steps = (
             EarlierSteps.read(self.directory, self.progress.step, config) if resumed else EarlierSteps({})
         )
@@ -107,7 +107,7 @@ class Trainer:
             while self.progress.step < config.run.steps and not stop_signal:
                 self.watchdog.heartbeat(f"step {self.progress.step + 1}")
                 signals.start_sync()
-                self.step()
+                self.take_step()
                 self.store.poll()
                 step = self.progress.step
                 if stop_signal := signals.agreed_signal():
@@ -143,14 +143,14 @@ class Trainer:
         log.info("watch the curves: tensorboard --logdir %s", self.directory / "tensorboard")
         return 0
 
-    def step(self) -> None:
+    def take_step(self) -> None:
         """Take one optimizer step on the next global batch."""
         config, progress = self.config, self.progress
         start = time.perf_counter()
         batches = self.loader.load_batches(progress.samples)
         data_seconds = time.perf_counter() - start
         lr = learning_rate(config.optim, config.schedule, progress.step + 1)
-        self.audit.add(progress.samples, batches)
+        self.sample_audit.add(progress.samples, batches)
         if (interval := config.guard.replay_every) and (progress.step + 1) % interval == 0:
             differences = replay(self.engine, self.loader, progress.samples, progress.step, config.precision)
             self.guard.report_divergence(progress.step + 1, differences)
@@ -160,11 +160,19 @@ class Trainer:
         progress.step += 1
         progress.heldout_loss = None
         progress.samples = self.loader.advance(progress.samples)
-        progress.tokens += config.data.global_batch * self.sample_tokens
+        progress.tokens += config.data.global_batch * self.tokens_per_sample
         while self.repetitions and self.repetitions[0].sample <= progress.samples:
             log.info("%s", self.repetitions.pop(0))
-        values = progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, data_seconds
-        self.recorder.add(StepMetrics(*values, report.by_source, terms_of(report, config.loss)))
+        values = (
+            progress.step,
+            report.loss,
+            report.grad_norm,
+            report.num_valid_tokens,
+            lr,
+            progress.tokens,
+            data_seconds,
+        )
+        self.recorder.add(StepMetrics(*values, report.by_source, name_loss_terms(report, config.loss)))
         if (interval := config.guard.digest_every) and progress.step % interval == 0:
             self.compare_replicas()
 
@@ -181,12 +189,12 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Log the held-out loss and a generated sample."""
-        if self.heldout is None:
+        if self.heldout_data is None:
             return
         self.flush_metrics()
-        result = evaluate(self.engine, self.heldout, lambda: self.watchdog.heartbeat("an evaluation", SLOW_FACTOR))
+        result = evaluate(self.engine, self.heldout_data, lambda: self.watchdog.heartbeat("an evaluation", SLOW_FACTOR))
         self.progress.heldout_loss = result.loss
-        row: Row = {
+        row: MetricsRow = {
             "step": self.progress.step,
             "heldout_loss": result.loss,
             "heldout_perplexity": result.perplexity,
@@ -195,11 +203,11 @@ class Trainer:
             row["heldout_bits_per_byte"] = result.bits_per_byte
         row |= {f"heldout_loss_{name}": loss for name, loss in result.breakdown.items()}
         if self.config.eval.sample_prompt and self.can_sample:
-            row["sample"] = self.sample()
+            row["sample"] = self.generate_sample()
         self.recorder.emit([row])
         self.recorder.restart_clock(self.progress.tokens)
 
-    def sample(self) -> str:
+    def generate_sample(self) -> str:
         """Generate text from the current weights. Call it on all ranks: the model may be sharded."""
         config = self.config
         tokenizer = Tokenizer.load(self.loader.plan.sources[0].corpus.directory)
@@ -213,7 +221,7 @@ class Trainer:
     def save(self) -> None:
         """Start to write a checkpoint of this step. Metrics up to this step are written first."""
         self.flush_metrics()
-        self.audit.check()
+        self.sample_audit.check()
         if self.config.guard.digest_every:
             self.compare_replicas()
         chunks = (chunk for weight in self.engine.state.weights().values() for _, chunk in local_chunks(weight))
@@ -224,7 +232,7 @@ class Trainer:
         self.store.save(self.engine.state, self.progress, files)
         self.recorder.restart_clock(self.progress.tokens)
 
-    def _resume(self, start: Folder | Path | None) -> Progress:
+    def _resume(self, start: CheckpointFolder | Path | None) -> Progress:
         if start is None:
             return Progress()
         if isinstance(start, Path):
@@ -234,28 +242,29 @@ class Trainer:
         log.info("resumed from %s", start)
         return progress
 
-    def _open_heldout(self, objective: Objective) -> Heldout | None:
+    def _open_heldout(self, objective: Objective) -> HeldoutData | None:
         """Return the held-out text of the sources that have enough of it."""
         data, corpora = self.config.data, {}
         for source in self.loader.plan.sources:
             corpus = Corpus(source.corpus.directory, "heldout", data.verify, data.cache)
             try:
-                Heldout({source.name: corpus}, objective, data.micro_batch).check()
+                HeldoutData({source.name: corpus}, objective, data.micro_batch).check()
             except DataError as error:
                 log.info("no evaluation: %s", error)
             else:
                 corpora[source.name] = corpus
         limit = self.config.eval.windows
-        return Heldout(corpora, objective, data.micro_batch, limit, data.score_prompts) if corpora else None
+        return HeldoutData(corpora, objective, data.micro_batch, limit, data.score_prompts) if corpora else None
 
-    def _build_recorder(self) -> Recorder:
+    def _build_recorder(self) -> MetricsRecorder:
         config, step = self.config, self.progress.step
         device = self.engine.device
         peak, source = peak_flops(device, config.precision)
         if config.log.peak_tflops:
             peak, source = config.log.peak_tflops * 1e12, "log.peak_tflops"
         per_token = (
-            flops_per_sample(config.model, inputs_len(config), self.loader.objective.encoder_len) / self.sample_tokens
+            flops_per_sample(config.model, inputs_len(config), self.loader.objective.encoder_len)
+            / self.tokens_per_sample
         )
         log.info("MFU: %s; %.3f TFLOP/s per device, %s", CONVENTION, peak / 1e12, source)
         sinks: list[MetricsFile | TensorBoard | ProgressLine] = []
@@ -268,4 +277,6 @@ class Trainer:
             self.sinks.callback(sink.close)
         names = [source.name for source in self.loader.plan.sources if source.name]
         tokens = {name: self.progress.source_tokens.get(name, 0) for name in names}
-        return Recorder(sinks, per_token, peak * self.world.size, device, tokens if len(tokens) > 1 else None)
+        return MetricsRecorder(
+            sinks, per_token, peak * self.world.world_size, device, tokens if len(tokens) > 1 else None
+        )

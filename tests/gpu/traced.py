@@ -83,7 +83,7 @@ def take_step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
         with ProductTypes() as products:
             report = train_step(engine, batches, 1e-3)
         engine.score(engine.to_local_batch(batches[0]))
-        devices = {each.device.type for each in (report.loss, report.grad_norm, report.scored)}
+        devices = {each.device.type for each in (report.loss, report.grad_norm, report.num_valid_tokens)}
         return {"devices": sorted(devices), "products": sorted(products.types)}
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dist_llm.launch.process import process_identity
+from dist_llm.launch.process_identity import read_process_identity
 from dist_llm.launch.watchdog import (
     EXIT_CODE,
     FIRST_HEARTBEATS,
     STORE_UNREACHABLE,
     Watchdog,
-    diagnose,
+    diagnose_stall,
     kill_silent_ranks,
 )
 from dist_llm.launch.world import World
@@ -29,19 +29,19 @@ def report(
 
 
 def test_a_rank_outside_collectives_holds_up_the_others() -> None:
-    assert diagnose({0: report(), 1: report("", host="n2"), 2: report()}, 3) == [
+    assert diagnose_stall({0: report(), 1: report("", host="n2"), 2: report()}, 3) == [
         "rank 1 on n2 holds up the run, in step 5: train.py, in forward"
     ]
 
 
 def test_a_rank_without_a_report_is_stopped_or_gone() -> None:
-    assert diagnose({0: report(), 2: report()}, 3) == [
+    assert diagnose_stall({0: report(), 2: report()}, 3) == [
         "rank 1 does not answer: its process is stopped, or its node is gone"
     ]
 
 
 def test_no_rank_is_blamed_if_all_wait() -> None:
-    (line,) = diagnose({0: report("gloo:send [[2]] of pp"), 1: report()}, 2)
+    (line,) = diagnose_stall({0: report("gloo:send [[2]] of pp"), 1: report()}, 2)
     assert line.startswith("all ranks wait for each other: 0 in gloo:send [[2]] of pp, 1 in gloo:all_reduce")
 
 
@@ -76,7 +76,7 @@ def test_a_run_is_ended_even_if_the_store_does_not_answer(
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Stopped)
     codes: list[int] = []
-    with Watchdog(World(rank=1, size=2), 0.2, exit_process=codes.append) as watchdog:
+    with Watchdog(World(rank=1, world_size=2), 0.2, exit_process=codes.append) as watchdog:
         for number in range(FIRST_HEARTBEATS + 1):
             watchdog.heartbeat(f"step {number}")
         deadline = time.monotonic() + 10
@@ -107,14 +107,14 @@ def test_a_resumed_run_continues_and_its_next_stall_ends_it(
 
 def test_another_rank_that_resumed_too_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stall ended before the other rank's watchdog checked: that rank has no report, but has heartbeats."""
-    store, own_world = dist.HashStore(), World(rank=0, size=2)
+    store, own_world = dist.HashStore(), World(rank=0, world_size=2)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr("dist_llm.launch.watchdog.pending_collective", lambda: "")
     monkeypatch.setattr("dist_llm.launch.watchdog.REPORT_SECONDS", 0.5)
     codes: list[int] = []
     with subprocess.Popen(["sleep", "60"]) as sleeper:
-        store.set("dist_llm/process/1", json.dumps((own_world.host, sleeper.pid, process_identity(sleeper.pid))))
+        store.set("dist_llm/process/1", json.dumps((own_world.host, sleeper.pid, read_process_identity(sleeper.pid))))
         with Watchdog(own_world, 0.4, exit_process=codes.append) as watchdog:
             for number in range(FIRST_HEARTBEATS + 1):
                 watchdog.heartbeat(f"step {number}")
@@ -152,16 +152,16 @@ def test_long_steps_may_be_ten_times_as_long() -> None:
 
 def test_a_process_is_killed_only_if_it_is_the_registered_one() -> None:
     with subprocess.Popen(["sleep", "60"]) as sleeper:
-        identity = process_identity(sleeper.pid)
+        identity = read_process_identity(sleeper.pid)
         for wrong_identity in (
             [*identity[:2], "1"],
             [identity[0], "pid:[1]", identity[2]],
         ):  # another start time; another container
-            kill_silent_ranks(World(rank=0, size=3, host="n1"), {1: ["n1", sleeper.pid, wrong_identity]})
-        kill_silent_ranks(World(rank=0, size=3, host="n2"), {1: ["n1", sleeper.pid, identity]})
+            kill_silent_ranks(World(rank=0, world_size=3, host="n1"), {1: ["n1", sleeper.pid, wrong_identity]})
+        kill_silent_ranks(World(rank=0, world_size=3, host="n2"), {1: ["n1", sleeper.pid, identity]})
         assert sleeper.poll() is None
         # A process that has already ended must not prevent the kill of the next one.
         kill_silent_ranks(
-            World(rank=0, size=3, host="n1"), {2: ["n1", 2**22 + 1, identity], 1: ["n1", sleeper.pid, identity]}
+            World(rank=0, world_size=3, host="n1"), {2: ["n1", 2**22 + 1, identity], 1: ["n1", sleeper.pid, identity]}
         )
         assert sleeper.wait(10) == -signal.SIGKILL

@@ -46,7 +46,7 @@ def run_steps(config: Config, numbers: Sequence[int], bug: bool = False) -> Rank
             )
             if step != BAD_STEP:
                 rank_trace.losses.append(report.loss.item())
-                rank_trace.scored.append(int(report.scored))
+                rank_trace.scored.append(int(report.num_valid_tokens))
                 rank_trace.norms.append(report.grad_norm.item())
                 rank_trace.record(engine)
     return rank_trace

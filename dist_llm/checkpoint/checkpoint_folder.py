@@ -35,10 +35,10 @@ CANCELLED = "another thread could not write"
 NUM_WRITE_THREADS = 2  # each has its own file: one writes and hashes while the other waits for the disk
 
 
-class Folder:
+class CheckpointFolder:
     """A directory, given by a path or a URL."""
 
-    def __init__(self, location: "Folder | Path | str") -> None:
+    def __init__(self, location: "CheckpointFolder | Path | str") -> None:
         self.location = str(location).rstrip("/")
         self.fs, self.path = fsspec.core.url_to_fs(self.location)
 
@@ -46,20 +46,20 @@ class Folder:
         return self.location
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Folder) and other.location == self.location
+        return isinstance(other, CheckpointFolder) and other.location == self.location
 
     def __hash__(self) -> int:
         return hash(self.location)
 
-    def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.location}/{name}")
+    def __truediv__(self, name: str) -> "CheckpointFolder":
+        return CheckpointFolder(f"{self.location}/{name}")
 
     @property
     def name(self) -> str:
         return self.location.rpartition("/")[2]
 
     @property
-    def local(self) -> Path | None:
+    def local_path(self) -> Path | None:
         """The path, if the directory is on a local disk; else None."""
         return Path(self.path) if isinstance(self.fs, LocalFileSystem) else None
 
@@ -98,8 +98,8 @@ class Folder:
 
     def sync(self) -> None:
         """Make the names in the directory durable, if it is on a local disk."""
-        if self.local is not None:
-            sync_directory(self.local)
+        if self.local_path is not None:
+            sync_directory(self.local_path)
 
     def remove(self, name: str = "") -> None:
         """Remove one file, or the folder and its content. Does nothing if it does not exist."""
@@ -119,9 +119,9 @@ class FileRecord:
 
 
 class FolderReader(filesystem.FileSystemReader):
-    """torch's reader, for any `Folder`."""
+    """torch's reader, for any `CheckpointFolder`."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: CheckpointFolder) -> None:
         super().__init__(folder.path)
         self.path = folder.path
         self.fs = _HashingFileSystem(folder.fs)  # type: ignore[assignment]  # declared as a file system of disks
@@ -136,11 +136,11 @@ class FolderReader(filesystem.FileSystemReader):
 
 
 class FolderWriter(filesystem.FileSystemWriter):
-    """torch's writer, into any `Folder`; `file_records` has the files that this rank wrote, by name."""
+    """torch's writer, into any `CheckpointFolder`; `file_records` has the files that this rank wrote, by name."""
 
-    def __init__(self, folder: Folder, few_files: bool = True) -> None:
+    def __init__(self, folder: CheckpointFolder, few_files: bool = True) -> None:
         # No copy-ahead: it would run in a thread, on the stream of another device than this rank's.
-        durable, threads = folder.local is not None, NUM_WRITE_THREADS if few_files else 1
+        durable, threads = folder.local_path is not None, NUM_WRITE_THREADS if few_files else 1
         super().__init__(folder.path, few_files, durable, thread_count=threads, per_thread_copy_ahead=0)
         self.path = folder.path
         self.files = _HashingFileSystem(folder.fs)

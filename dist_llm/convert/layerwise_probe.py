@@ -14,7 +14,7 @@ from dist_llm.models.build_model import build_model
 
 
 @torch.no_grad()
-def stream_probe(weights: Weights, model: ModelConfig, dtype: str = "fp32") -> Probe:
+def compute_probe_layerwise(weights: Weights, model: ModelConfig, dtype: str = "fp32") -> Probe:
     """Compute the probe in fp32 from weights under our names, rounded to `dtype`. Embedding and head stay in memory."""
     with torch.device("meta"):
         net = build_model(model).eval()

@@ -6,7 +6,7 @@ from pathlib import Path
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def process_identity(pid: int) -> list[str]:
+def read_process_identity(pid: int) -> list[str]:
     """Return [boot id, PID namespace, start time], which no other process with this PID shares.
 
     Raises OSError if there is no such process, or if it belongs to another user under hidepid.

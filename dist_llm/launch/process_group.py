@@ -57,7 +57,7 @@ def process_group(
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world.size == 1 and not even_if_single:
+    if world.world_size == 1 and not even_if_single:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -69,7 +69,7 @@ def process_group(
             backend,
             store=_new_store(world, timeout_seconds),
             rank=world.rank,
-            world_size=world.size,
+            world_size=world.world_size,
             timeout=timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )
@@ -86,10 +86,12 @@ def _new_store(world: World, timeout_seconds: float) -> dist.Store:
     The ranks rendezvous once per process. A second group in the same process, as in a script that trains and
     evaluates, uses the same connection with a new prefix, so that it does not read the addresses of the first group.
     """
-    if world.size == 1:
+    if world.world_size == 1:
         return dist.HashStore()
     if not _stores:
-        store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timedelta(seconds=timeout_seconds)))
+        store, _, _ = next(
+            rendezvous("env://", world.rank, world.world_size, timeout=timedelta(seconds=timeout_seconds))
+        )
         store.set_timeout(timedelta(seconds=timeout_seconds))
         _stores.append(store)
     return dist.PrefixStore(f"group_{next(_group_numbers)}", _stores[0])

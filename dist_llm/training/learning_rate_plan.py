@@ -5,7 +5,7 @@ The learning rate is a function of the step and the config. A resume logs if the
 
 import logging
 
-from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.store import read_progress
 from dist_llm.config.derive import plan_schedule
 from dist_llm.config.load import parse_yaml
@@ -17,7 +17,7 @@ from dist_llm.optim.schedule import learning_rate
 log = logging.getLogger("dist_llm")
 
 
-def plan_rate(config: Config, checkpoint: Folder | None) -> Config:
+def plan_learning_rate(config: Config, checkpoint: CheckpointFolder | None) -> Config:
     """Return the config with its schedule planned. `checkpoint`: the one to resume from; None for a new run.
 
     If the checkpoint's config gives the next step another learning rate, log both rates. If the schedule was planned

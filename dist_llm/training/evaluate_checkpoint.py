@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.config.derive import resolve
 from dist_llm.config.lengths import all_lengths
 from dist_llm.config.load import load_saved
@@ -16,45 +16,51 @@ from dist_llm.data.streams import masks_prompts, open_corpora
 from dist_llm.data.tokenizer_file import same_tokenizer
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError, DataError
-from dist_llm.launch.group import process_group, select_device
+from dist_llm.launch.process_group import process_group, select_device
 from dist_llm.launch.world import World
 from dist_llm.objectives.build_objective import build_objective
 from dist_llm.text.tokenizer import TOKENIZER_FILE
-from dist_llm.training.evaluate import Evaluation, Heldout, evaluate
+from dist_llm.training.evaluate import Evaluation, HeldoutData, evaluate
 from dist_llm.training.settings import read_vocabulary
 
 IMPORTED_SEQ_LEN = 2048  # default for imported models, which have no configured length
 
 
 @dataclass(frozen=True)
-class Windows:
+class EvaluationOptions:
     """The number of tokens per window and of windows per batch; 0: the default."""
 
     seq_len: int = 0
     micro_batch: int = 0
 
 
-def score(checkpoint: str, data: str | None, split: Split, windows: Windows, world: World) -> Evaluation:
+def evaluate_checkpoint(
+    checkpoint: str, data: str | None, split: Split, options: EvaluationOptions, world: World
+) -> Evaluation:
     """Evaluate and print on rank 0. The model is sharded over all ranks, independent of its training layout.
 
     Raises ConfigError or DataError, which names the option to change.
     """
-    path = store.open_checkpoint(checkpoint, world.rank, world.size)
-    config, why = _with_seq_len(load_saved(path), windows.seq_len, store.read_progress(Folder(path)).tokens > 0)
+    path = store.open_checkpoint(checkpoint, world.rank, world.world_size)
+    config, why = _with_seq_len(
+        load_saved(path), options.seq_len, store.read_progress(CheckpointFolder(path)).tokens > 0
+    )
     corpora = _open(config, data, split)
     _check_tokenizer(path, config, corpora.values(), world)
     prompts = masks_prompts(config.data, corpora.values())
     vocabulary = read_vocabulary(config, path if (path / TOKENIZER_FILE).exists() else _first_directory(corpora))
     objective = build_objective(config, vocabulary, prompts)
     score_prompts = config.data.score_prompts
-    heldout = Heldout(corpora, objective, windows.micro_batch or config.data.micro_batch, score_prompts=score_prompts)
+    heldout = HeldoutData(
+        corpora, objective, options.micro_batch or config.data.micro_batch, score_prompts=score_prompts
+    )
     heldout.check()
     # Models trained in float8 are scored in bf16 on all devices, as in `generate`.
-    config = resolve(config.model_copy(update={"parallel": ParallelConfig(), "fp8": False}), world.size, 0)
+    config = resolve(config.model_copy(update={"parallel": ParallelConfig(), "fp8": False}), world.world_size, 0)
     device = select_device(world)
     with process_group(world, device):
         engine = NativeEngine(config, device)
-        progress = store.load(path, engine.state, moments=False)
+        progress = store.load_checkpoint(path, engine.state, with_moments=False)
         result = evaluate(engine, heldout)
         del engine
     if world.is_main:
