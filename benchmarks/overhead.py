@@ -36,7 +36,7 @@ from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.world import World
 from dist_llm.models.decoder import Decoder
 from dist_llm.observe.console import start_logging, stop_logging
-from dist_llm.observe.metrics import Row
+from dist_llm.observe.metrics import MetricsRow
 from dist_llm.parallel.parallelize import init_parameters
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.training.settings import read_config, read_vocabulary
@@ -157,7 +157,7 @@ class Turns:
     def elapsed(self) -> tuple[float, float]:
         return time.perf_counter() - self.start_times[0], time.process_time() - self.start_times[1]
 
-    def __call__(self, rows: Sequence[Row]) -> None:
+    def __call__(self, rows: Sequence[MetricsRow]) -> None:
         self.our_times.append(self.elapsed())
         self.loss = rows[-1]["loss"]
         if len(self.our_times) % 2:

@@ -237,8 +237,8 @@ def _download(folder: CheckpointFolder) -> Path:
     return target
 
 
-def load(folder: CheckpointFolder | Path, state: CheckpointState, moments: bool = True) -> Progress:
-    """Read the weights, and the moments if `moments`, into the layout of the ranks.
+def load_checkpoint(folder: CheckpointFolder | Path, state: CheckpointState, with_moments: bool = True) -> Progress:
+    """Read the weights, and the moments if `with_moments`, into the layout of the ranks.
 
     Raises CheckpointError if the checkpoint lacks a parameter of the model or has it in another shape. Extra parameters
     are no error: a pipeline stage reads only its own.
@@ -247,7 +247,7 @@ def load(folder: CheckpointFolder | Path, state: CheckpointState, moments: bool 
     saved = read_shapes(folder)
     tensors = state.weights()
     check_shapes(folder, tensors, saved)
-    if moments:
+    if with_moments:
         state.allocate_moments(saved)
         tensors |= state.moments()
     read_tensors(folder, tensors)

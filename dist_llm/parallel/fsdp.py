@@ -47,15 +47,16 @@ def apply_fsdp(model: Decoder, config: Config, mesh: DeviceMesh) -> None:
         use_p2p_collectives(model, mesh.device_type)
 
 
-def prepare_microbatch(model: Decoder, last: bool, parallel: ParallelConfig) -> None:
-    """Set what the next backward does at its end. `last`: this is the last microbatch of the step.
+def prepare_microbatch(model: Decoder, is_last: bool, parallel: ParallelConfig) -> None:
+    """Set whether the next backward pass reduces gradients and reshards weights at its end.
 
-    Gradients are reduced after the last backward, or after each. With reshard "never", weights stay gathered between
-    microbatches: only the update changes them.
+    `is_last`: the next microbatch is the last one of the step. Gradients are reduced after the last microbatch, or
+    after each with parallel.reduce_each_microbatch. With reshard "never", weights stay gathered between microbatches,
+    because only the optimizer step changes them.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or parallel.reduce_each_microbatch)
-        model.set_reshard_after_backward(last or parallel.reshard != "never")
+        model.set_requires_gradient_sync(is_last or parallel.reduce_each_microbatch)
+        model.set_reshard_after_backward(is_last or parallel.reshard != "never")
 
 
 def reshard(model: Decoder) -> None:

@@ -1,6 +1,8 @@
-"""Plan the learning-rate schedule when a run starts or resumes. The checkpoint's config stores the result.
+"""Plan the learning-rate schedule when a run starts or resumes.
 
-The learning rate is a function of the step and the config. A resume logs if the config now gives another rate.
+The learning rate is a function of the step and the config. To plan the schedule is to fix the step at which the decay
+ends. The config in each checkpoint stores that step. A resumed run logs if its config gives another learning rate than
+the checkpoint.
 """
 
 import logging
@@ -18,39 +20,37 @@ log = logging.getLogger("dist_llm")
 
 
 def plan_learning_rate(config: Config, checkpoint: CheckpointFolder | None) -> Config:
-    """Return the config with its schedule planned. `checkpoint`: the one to resume from; None for a new run.
+    """Return the config with its schedule planned. `checkpoint` is the checkpoint to resume; None for a new run.
 
-    If the checkpoint's config gives the next step another learning rate, log both rates. If the schedule was planned
-    for another run.steps, log whether its end moves.
+    Log both learning rates of the next step if the config of the checkpoint gives another one. Log the end of the decay
+    if the schedule was planned for another run.steps.
     """
     if checkpoint is None:
         return plan_schedule(config)
-    saved = parse_yaml(checkpoint.read("config.yaml").decode(), f"{checkpoint}/config.yaml")
-    schedule: ScheduleConfig = parse_union(ScheduleConfig, saved.get("schedule", {}))
-    optim: OptimConfig = parse_union(OptimConfig, saved.get("optim", {}))
-    planned, next_step = plan_schedule(config, schedule), read_progress(checkpoint).step + 1
+    saved_config = parse_yaml(checkpoint.read("config.yaml").decode(), f"{checkpoint}/config.yaml")
+    saved_schedule: ScheduleConfig = parse_union(ScheduleConfig, saved_config.get("schedule", {}))
+    saved_optim: OptimConfig = parse_union(OptimConfig, saved_config.get("optim", {}))
+    planned, next_step = plan_schedule(config, saved_schedule), read_progress(checkpoint).step + 1
     decay_steps = _decay_steps(planned.schedule)
     if _decay_steps(config.schedule) == 0 and decay_steps != config.run.steps:
-        replanned = learning_rate(config.optim, plan_schedule(config).schedule, next_step)
-        rate = learning_rate(config.optim, planned.schedule, next_step)
-        if rate != replanned:
+        replanned_lr = learning_rate(config.optim, plan_schedule(config).schedule, next_step)
+        lr = learning_rate(config.optim, planned.schedule, next_step)
+        if lr != replanned_lr:
             log.info(
                 "learning rate: the decay was planned to end at step %d and still does, although run.steps is now %d: "
                 "step %d has %.3g. With schedule.on_extend=replan it would have %.3g",
-                *(decay_steps, config.run.steps, next_step, rate, replanned),
+                *(decay_steps, config.run.steps, next_step, lr, replanned_lr),
             )
-    if _decay_steps(schedule) != 0:
-        before, now = (
-            learning_rate(optim, schedule, next_step),
-            learning_rate(config.optim, planned.schedule, next_step),
-        )
-        if before != now:
+    if _decay_steps(saved_schedule) != 0:
+        saved_lr = learning_rate(saved_optim, saved_schedule, next_step)
+        lr = learning_rate(config.optim, planned.schedule, next_step)
+        if saved_lr != lr:
             log.warning(
-                "learning rate of step %d: %.3g by the checkpoint's config, %.3g by this one", next_step, before, now
+                "learning rate of step %d: %.3g by the checkpoint's config, %.3g by this one", next_step, saved_lr, lr
             )
     return planned
 
 
 def _decay_steps(schedule: ScheduleConfig) -> int | None:
-    """Return the step at which the decay ends; 0 if it is not planned; None if the schedule has no such step."""
+    """Return the step at which the decay ends; 0 if the end is not planned; None if the schedule has no decay."""
     return schedule.decay_steps if isinstance(schedule, DecayKeys) else None

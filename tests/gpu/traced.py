@@ -93,11 +93,11 @@ def norm_that_waits(self: NativeEngine) -> Any:
     return torch.full_like(norm, norm.item())
 
 
-APPLY_ROTARY, GRAD_NORM = attention.apply_rotary, NativeEngine._grad_norm
+APPLY_ROTARY, GRAD_NORM = attention.apply_rotary, NativeEngine._compute_grad_norm
 BUGS = {
     "none": nullcontext,
     "host": lambda: patch.object(attention, "apply_rotary", lambda x, cos, sin: APPLY_ROTARY(x, cos.cpu(), sin)),
-    "waits": lambda: patch.object(NativeEngine, "_grad_norm", norm_that_waits),
+    "waits": lambda: patch.object(NativeEngine, "_compute_grad_norm", norm_that_waits),
 }
 
 

@@ -73,7 +73,7 @@ def zero_gradient_update() -> Iterator[None]:
     original = NativeEngine.update
 
     def update(self: Any, lr: float, should_apply: Any = None) -> Tensor:
-        norm: Tensor = self._grad_norm()
+        norm: Tensor = self._compute_grad_norm()
         if not should_apply(norm):
             for parameter in self.model_parts[0].parameters():
                 to_local(parameter.grad).zero_()

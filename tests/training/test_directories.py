@@ -57,7 +57,7 @@ def test_a_run_that_does_not_save_needs_no_room(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(directories, "count_checkpoint_bytes", lambda config: 1)
     config = make_config(1, {}, run={"dir": str(tmp_path / "run")})
     folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
-    with open_directories(config, folder, World(), saves=False):
+    with open_directories(config, folder, World(), saves_checkpoints=False):
         pass
     with pytest.raises(ConfigError, match="has room for 0 bytes"), open_directories(config, folder, World()):
         pass
