@@ -120,7 +120,7 @@ class AccelerateDeepSpeedEngine(DeepSpeedEngine):
 
 
 def _check_plugin(accelerator: Any, plugin: str, world_size: int, prepared: nn.Module) -> None:
-    """Raise ConfigError unless accelerate runs the requested plugin. On CPUs, accelerate may silently run another one."""
+    """Raise ConfigError unless accelerate runs the requested plugin. On CPUs it may silently run another one."""
     actual = str(accelerator.distributed_type.value)
     expected = {"ddp": ("MULTI_CPU", "MULTI_GPU"), "fsdp2": ("FSDP",), "deepspeed": ("DEEPSPEED",)}[plugin]
     single_process = world_size == 1 and plugin == "ddp"

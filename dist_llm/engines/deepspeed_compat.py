@@ -8,7 +8,7 @@ from typing import Any
 
 
 def postpone_optimizer_step(engine: Any) -> None:
-    """Remove the optimizer step from the schedule of a pipeline engine, so that `run_optimizer_step` can run it later."""
+    """Remove the optimizer step from the schedule of a pipeline engine. `run_optimizer_step` runs it later."""
     instructions = type(engine)._INSTRUCTION_MAP
     optimizer_step = next(kind for kind in instructions if kind.__name__ == "OptimizerStep")
     engine._INSTRUCTION_MAP = {**instructions, optimizer_step: lambda *_, **__: None}

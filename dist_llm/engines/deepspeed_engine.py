@@ -106,7 +106,7 @@ class DeepSpeedEngine(DataParallelEngine):
         return norm
 
     def step(self) -> None:
-        """Clip, step and clear the gradients. At ZeRO 1 and above, DeepSpeed skips a step with a non-finite gradient."""
+        """Clip, step and clear the gradients. From ZeRO 1 on, DeepSpeed skips a step with a non-finite gradient."""
         self.deepspeed.step()
         if self.stage == 3 and self.deepspeed.optimizer.overflow:
             # a skipped step does not release the small weights
@@ -188,7 +188,7 @@ class ZeroPartitions:
 
     @torch.no_grad()
     def after_load(self) -> None:
-        """Copy the fp32 weights to the weights of the model, which DeepSpeed stores separately, in the compute dtype."""
+        """Copy the fp32 weights to the weights of the model, which DeepSpeed stores separately in the compute dtype."""
         if self.stage < 3:
             self.zero_optimizer.update_lp_params()
             return

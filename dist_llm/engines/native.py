@@ -96,9 +96,7 @@ class NativeEngine:
         # bitwise equal only if the kernels of all tensor-parallel ranks are deterministic, so they are not compared.
         if self.mesh["tp"].size() > 1 and self.config.parallel.sequence_parallel:
             replicas = {
-                name: to_local(parameter)
-                for name, parameter in params.items()
-                if not is_sharded_over(parameter, "tp")
+                name: to_local(parameter) for name, parameter in params.items() if not is_sharded_over(parameter, "tp")
             }
             groups.append((self.mesh.get_group("tp"), replicas))
         return [(group, tensors) for group, tensors in groups if tensors]
@@ -156,7 +154,9 @@ class NativeEngine:
         self.activation_budget_applied = True
 
     def _accumulate_in_sequence(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
-        """Run forward and backward of each microbatch. Gradients are reduced after the last microbatch, or after each.
+        """Run forward and backward of each microbatch.
+
+        Gradients are reduced after the last microbatch, or after each.
         """
         (model,) = self.model_parts
         losses = []
@@ -174,8 +174,12 @@ class NativeEngine:
         scale = self.loss_scale.value if self.loss_scale else 1.0
         norm = self._compute_grad_norm() / scale
         if self._update_loss_scale(norm) and (should_apply is None or should_apply(norm)):
-            clip_and_unscale_((parameter for _, parameter in self._named_parameters), norm, self.config.optim.clip,
-            scale) step_and_zero_grad(self.optimizer, lr) else: self.optimizer.zero_grad() return norm
+            parameters = (parameter for _, parameter in self._named_parameters)
+            clip_and_unscale_(parameters, norm, self.config.optim.clip, scale)
+            step_and_zero_grad(self.optimizer, lr)
+        else:
+            self.optimizer.zero_grad()
+        return norm
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:

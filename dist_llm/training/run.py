@@ -57,11 +57,8 @@ from dist_llm.training.trainer import SLOW_FACTOR, Trainer
 
 log = logging.getLogger("dist_llm")
 
-EXPORT_FILES = {
-    TOKENIZER_FILE,
-    "token_ids.json",
-    "generation_config.json",
-}  # copied from the start checkpoint for a later export
+# Files that are copied from the start checkpoint for a later export.
+EXPORT_FILES = {TOKENIZER_FILE, "token_ids.json", "generation_config.json"}
 
 
 def train(config: Config, world: World) -> int:
