@@ -101,7 +101,7 @@ def use_one_thread_per_gloo_group(interfaces: Iterable[str] = ()) -> None:
 
 
 def default_rendezvous_store() -> dist.Store:
-    """Return the store of the default process group, which ranks use as a blackboard."""
+    """Return the rendezvous store of the default process group, a key-value store that all ranks share."""
     return dist.distributed_c10d._get_default_store()
 
 

@@ -21,7 +21,7 @@ SHARD_AXES = ("dp_shard", "cp")
 
 
 def build_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
-    """Build the mesh (pp, dp_replicate, dp_shard, cp, tp). tp is innermost, so its ranks are on one node if possible."""
+    """Build the mesh (pp, dp_replicate, dp_shard, cp, tp). tp is innermost, so its ranks share a node if possible."""
     return init_device_mesh(device_type, tuple(getattr(parallel, axis) for axis in AXES), mesh_dim_names=AXES)
 
 

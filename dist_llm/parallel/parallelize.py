@@ -14,7 +14,7 @@ from dist_llm.parallel.context_parallel import apply_context_parallel
 from dist_llm.parallel.fp8 import check_float8_support, use_float8_linears
 from dist_llm.parallel.fsdp import apply_fsdp
 from dist_llm.parallel.mesh import DATA_AXES
-from dist_llm.parallel.pipeline_parallel import count_stages, stages_of_rank, split_layers
+from dist_llm.parallel.pipeline_parallel import count_stages, split_layers, stages_of_rank
 from dist_llm.parallel.tp_plan import apply_tensor_parallel
 from dist_llm.sharded import local_with_offset
 

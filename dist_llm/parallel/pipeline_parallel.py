@@ -174,7 +174,7 @@ class Pipeline:
         return inputs
 
     def peak_in_flight(self, sizes: Sequence[int]) -> int:
-        """Return the peak of the saved bytes over the schedule. `sizes` are the bytes of one microbatch, per model part.
+        """Return the peak of the saved bytes over the schedule. `sizes`: bytes of one microbatch, per model part.
 
         A stage frees the saved bytes of a microbatch at the end of the backward pass. If the schedule splits the
         backward pass in two, it frees them at the end of the weight backward.

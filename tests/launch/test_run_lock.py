@@ -76,7 +76,7 @@ def test_the_lock_of_a_killed_process_is_replaced_at_once(tmp_path: Path) -> Non
 def test_another_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> None:
     write_lock(tmp_path, own_holder(start_time="1"))
     with RunLock(tmp_path, own_holder()) as lock:
-        assert read_holder(tmp_path) == lock.me, "the stale lock is replaced"
+        assert read_holder(tmp_path) == lock.this_process, "the stale lock is replaced"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_run_that_lost_its_lock_exits_and_keeps_the_new_lock(
         assert codes == []
         (tmp_path / LOCK_FILE).unlink()
         lock.heartbeat()
-        assert read_holder(tmp_path) == lock.me, "a removed lock is created again"
+        assert read_holder(tmp_path) == lock.this_process, "a removed lock is created again"
         write_lock(tmp_path, ELSEWHERE)
         lock.heartbeat()
     assert codes == [run_lock.EXIT_CODE]
