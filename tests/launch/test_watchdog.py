@@ -130,7 +130,7 @@ def test_another_rank_that_resumed_too_is_not_killed(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("limit", "heartbeats", "factor"),
-    [(0.2, 1, 1), (0.2, NUM_FIRST_STEPS + 1, 30), (0.0, FIRST_HEARTBEATS + 1, 1)],
+    [(0.2, 1, 1), (0.2, NUM_FIRST_STEPS + 1, 30), (0.0, NUM_FIRST_STEPS + 1, 1)],
     ids=["the first steps", "a long activity", "no limit"],
 )
 def test_a_longer_timeout_applies(limit: float, heartbeats: int, factor: int) -> None:
