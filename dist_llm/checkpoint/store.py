@@ -1,4 +1,4 @@
-"""The checkpoints of a run: list, verify, write and prune them, and load them into any layout.
+"""Manage the checkpoints of a run: list, verify, write, prune and load them. A load works for any layout.
 
 checkpoints/step_00000500/
     __0_0.distcp .metadata     torch.distributed.checkpoint's own files
@@ -46,13 +46,13 @@ from dist_llm.sharded import to_local
 log = logging.getLogger("dist_llm")
 
 PROGRESS = "progress.json"
-NAME = re.compile(r"step_\d{8,}")
+NAME_PATTERN = re.compile(r"step_\d{8,}")
 
 
 class CheckpointStore:
-    """The checkpoints in one directory, a path or a URL.
+    """The checkpoints in one directory, given by a path or a URL.
 
-    All ranks call `latest_verified`, `save`, `poll` and `finish`.
+    All ranks must call `latest_verified`, `save`, `poll` and `finish` together.
     """
 
     def __init__(self, directory: CheckpointFolder | Path | str, config: CheckpointConfig | None = None) -> None:
@@ -66,22 +66,22 @@ class CheckpointStore:
         return [folder for folder in self._list_named() if MARKER in folder.list_names()]
 
     def _list_named(self) -> list[CheckpointFolder]:
-        """Return the directories that have the name of a checkpoint. Other directories are never touched."""
-        return [self.directory / name for name in self.directory.list_names() if NAME.fullmatch(name)]
+        """Return the directories with the name of a checkpoint. Other directories are never removed."""
+        return [self.directory / name for name in self.directory.list_names() if NAME_PATTERN.fullmatch(name)]
 
     def peek_latest(self) -> CheckpointFolder | None:
-        """Return the latest checkpoint whose small files are undamaged. Does not communicate with other ranks."""
+        """Return the latest checkpoint whose small files are undamaged; None if there is none. No communication."""
         for folder in reversed(self.list_committed()):
             with suppress(DamagedError):
-                verify_checkpoint(folder, tensors=False)
+                verify_checkpoint(folder, with_tensors=False)
                 return folder
         return None
 
     def latest_verified(self) -> CheckpointFolder | None:
-        """Return the latest undamaged checkpoint; None if there is no checkpoint. All bytes are checked, split over the
-        ranks.
+        """Return the latest undamaged checkpoint; None if there is no checkpoint.
 
-        Raises CheckpointError, on all ranks, if all checkpoints are damaged or one cannot be read.
+        The ranks share the work of hashing all files. Raises CheckpointError on all ranks if all checkpoints are
+        damaged or a file cannot be read.
         """
         group = self._get_group()
         committed = group.run_on_all_ranks(lambda: self.list_committed() if group.is_main else [])[0]
@@ -98,7 +98,7 @@ class CheckpointStore:
         return None
 
     def save(self, state: CheckpointState, progress: Progress, files: Mapping[str, bytes]) -> None:
-        """Begin to write the current tensors of all ranks, and `files`. `poll` and `finish` report the result.
+        """Start to write the tensors of all ranks and the small `files`. `poll` or `finish` completes the save.
 
         Raises CheckpointError if the previous save failed.
         """
@@ -106,38 +106,39 @@ class CheckpointStore:
         tensors = state.weights() | state.moments()
         folder = self.directory / f"step_{progress.step:08d}"
         files = {PROGRESS: json.dumps(progress.as_dict()).encode(), **files}
-        background = self.config.background
-        values = (
-            self.staging.copy(tensors) if background else {name: to_local(tensor) for name, tensor in tensors.items()}
-        )
+        in_background = self.config.background
+        if in_background:
+            values = self.staging.copy(tensors)
+        else:
+            values = {name: to_local(tensor) for name, tensor in tensors.items()}
         self.current_write = CheckpointWrite(
             self._get_group(), folder, tensors, values, files, lambda: self._prune(folder)
         )
-        if background:
+        if in_background:
             self.current_write.start()
         else:
             self.current_write.run()
             self.finish()
 
     def poll(self) -> None:
-        """If a checkpoint is being written and all ranks are done with it, `finish` it."""
+        """Call `finish` if a checkpoint is being written and the writes of all ranks have ended."""
         if self.current_write is None:
             return
-        done = torch.tensor(int(not self.current_write.is_alive()))
+        has_ended = torch.tensor(int(not self.current_write.is_alive()))
         if dist.is_initialized():
-            dist.all_reduce(done, dist.ReduceOp.MIN)
-        if done:
+            dist.all_reduce(has_ended, dist.ReduceOp.MIN)
+        if has_ended:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the current write, log it, and prune old checkpoints.
+        """Wait for the current write and log it.
 
         Raises the same CheckpointError on all ranks if the write failed.
         """
         if self.current_write is None:
             return
         write, self.current_write = self.current_write, None
-        begin = time.perf_counter()
+        wait_start = time.perf_counter()
         try:
             write.finish()
         except CheckpointError as error:
@@ -146,11 +147,11 @@ class CheckpointStore:
                 "restart: the run resumes from the latest checkpoint"
             ) from None
         log.info("saved %s", write.folder)
-        if (waited := time.perf_counter() - begin) > 1:
-            log.info("waited %.1f s for the write", waited)
+        if (wait_seconds := time.perf_counter() - wait_start) > 1:
+            log.info("waited %.1f s for the write", wait_seconds)
 
     def wait(self) -> None:
-        """Wait for the current write without raising, before the process exits with an error."""
+        """Wait for the current write without raising its error. Called before the process exits with another error."""
         if self.current_write is not None:
             self.current_write.join()
 
@@ -159,33 +160,34 @@ class CheckpointStore:
         return self.group
 
     def _prune(self, newest: CheckpointFolder) -> None:
-        """Remove checkpoints that need not be kept, and leftovers of interrupted saves, after `newest` is committed.
+        """Remove old checkpoints and the leftovers of interrupted saves, after `newest` was committed.
 
-        Checkpoints of later steps were skipped as damaged when the run resumed: they are not counted, and stay.
+        Checkpoints of later steps than `newest` were skipped as damaged when the run resumed. They stay and do not
+        count.
         """
         try:
             committed = [folder.name for folder in self.list_committed()]
             candidates = [name for name in committed if name <= newest.name]
-            keep = set(committed) - set(candidates) | set(candidates[-self.config.keep :])
+            names_to_keep = set(committed) - set(candidates) | set(candidates[-self.config.keep :])
             if interval := self.config.keep_every:
-                keep |= {name for name in candidates if int(name.removeprefix("step_")) % interval == 0}
+                names_to_keep |= {name for name in candidates if int(name.removeprefix("step_")) % interval == 0}
             if self.config.keep_best:
                 losses = {name: _read_heldout_loss(self.directory / name) for name in candidates}
-                known = [name for name in candidates if math.isfinite(losses[name])]
-                keep |= set(sorted(known, key=lambda name: losses[name])[: self.config.keep_best])
+                evaluated = [name for name in candidates if math.isfinite(losses[name])]
+                names_to_keep |= set(sorted(evaluated, key=lambda name: losses[name])[: self.config.keep_best])
             for folder in self._list_named():
-                if folder.name not in keep:
-                    folder.remove(MARKER)  # first: a partly removed checkpoint must not look complete
+                if folder.name not in names_to_keep:
+                    folder.remove(MARKER)  # first, so that a partly removed checkpoint does not look complete
                     folder.remove()
-        except Exception as error:  # Each file system raises its own types; training can continue
+        except Exception as error:  # each file system raises its own errors, and training can continue
             log.warning("%s: old checkpoints cannot be removed: %s", self.directory, error)
 
 
 def open_checkpoint(location: Path | str, rank: int = 0, world_size: int = 1) -> Path:
-    """Return the local path of a checkpoint; a remote checkpoint is copied to the cache.
+    """Return the local path of the checkpoint that `resolve_checkpoint` finds at `location`.
 
-    `location` is resolved by `resolve_checkpoint`. Hashes of every `world_size`-th file are checked, from number `rank`
-    on. Raises CheckpointError if there is none or it is damaged, DataError if it cannot be fetched.
+    A remote checkpoint is copied to the cache. The hashes of every `world_size`-th file, beginning with file `rank`,
+    are checked. Raises CheckpointError if there is no checkpoint or it is damaged, DataError if it cannot be fetched.
     """
     folder = resolve_checkpoint(location)
     path = folder.local_path or _download(folder)
@@ -193,16 +195,19 @@ def open_checkpoint(location: Path | str, rank: int = 0, world_size: int = 1) ->
         verify_checkpoint(CheckpointFolder(path), rank, world_size)
     except DamagedError as error:
         alternatives = [
-            other for other in CheckpointStore(folder.location.rpartition("/")[0]).list_committed() if other != folder
+            candidate
+            for candidate in CheckpointStore(folder.location.rpartition("/")[0]).list_committed()
+            if candidate != folder
         ]
         raise DamagedError(f"{error}{f'; another: {alternatives[-1]}' if alternatives else ''}") from None
     return path
 
 
 def resolve_checkpoint(location: Path | str) -> CheckpointFolder:
-    """Return a checkpoint itself, or the latest one of a directory of checkpoints or of a run. A path or a URL.
+    """Return the checkpoint at `location`, which is a path or a URL.
 
-    Raises CheckpointError if there is none.
+    `location` is a checkpoint, a directory of checkpoints or a run directory. For the latter two, the result is the
+    latest checkpoint. Raises CheckpointError if there is none.
     """
     folder = CheckpointFolder(location)
     if MARKER in folder.list_names():
@@ -217,7 +222,7 @@ def resolve_checkpoint(location: Path | str) -> CheckpointFolder:
 
 
 def checkpoints_of_run(run: CheckpointFolder | Path | str) -> CheckpointStore:
-    """Return the checkpoints of the run in a directory, also if its config puts them elsewhere."""
+    """Return the checkpoints of the run in directory `run`, also if its config has another checkpoint.dir."""
     run = CheckpointFolder(run)
     if run.local_path is not None and (run.local_path / "config.yaml").exists():
         config, _ = load_config(run.local_path / "config.yaml")
@@ -227,7 +232,7 @@ def checkpoints_of_run(run: CheckpointFolder | Path | str) -> CheckpointStore:
 
 
 def _download(folder: CheckpointFolder) -> Path:
-    """Copy a checkpoint to the cache; each file is verified. Return the local path."""
+    """Copy a remote checkpoint to the cache and verify each file. Return the local path."""
     key = hashlib.sha256(folder.location.encode() + folder.read(MARKER)).hexdigest()
     target = Path(CACHE).expanduser() / "checkpoints" / key / folder.name
     for name, record in read_manifest(folder).items():
@@ -240,8 +245,8 @@ def _download(folder: CheckpointFolder) -> Path:
 def load_checkpoint(folder: CheckpointFolder | Path, state: CheckpointState, with_moments: bool = True) -> Progress:
     """Read the weights, and the moments if `with_moments`, into the layout of the ranks.
 
-    Raises CheckpointError if the checkpoint lacks a parameter of the model or has it in another shape. Extra parameters
-    are no error: a pipeline stage reads only its own.
+    Raises CheckpointError if the checkpoint lacks a parameter of this rank or has it in another shape. Other parameters
+    in the checkpoint are no error, because a pipeline stage reads only its own.
     """
     folder = CheckpointFolder(folder)
     saved = read_shapes(folder)
@@ -265,18 +270,21 @@ def read_shapes(folder: CheckpointFolder | Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(folder: CheckpointFolder | Path, state: dict[str, Any]) -> None:
-    """Fill the tensors of `state` in place; each rank reads its own shards."""
-    single_process = not dist.is_initialized()
-    if single_process:
+    """Fill the tensors of `state` in place. Each rank reads its own shards."""
+    is_single_process = not dist.is_initialized()
+    if is_single_process:
         ignore_no_group_warning()
     with convert_read_errors(folder):
         state_dict_loader.load(
-            state, storage_reader=FolderReader(CheckpointFolder(folder)), planner=_Planner(), no_dist=single_process
+            state,
+            storage_reader=FolderReader(CheckpointFolder(folder)),
+            planner=_FlatShardLoadPlanner(),
+            no_dist=is_single_process,
         )
 
 
-class _Planner(DefaultLoadPlanner):
-    """A load planner that knows FlatShard. torch's planner would replace it by None."""
+class _FlatShardLoadPlanner(DefaultLoadPlanner):
+    """A load planner that supports FlatShard. The default planner would replace a FlatShard by None."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -295,7 +303,7 @@ class _Planner(DefaultLoadPlanner):
 def check_shapes(
     folder: CheckpointFolder | Path, expected: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise CheckpointError unless `saved` has all tensors of `expected`, in their shapes."""
+    """Raise CheckpointError unless `saved` (name -> shape) has all tensors of `expected`, with equal shapes."""
     for name, tensor in expected.items():
         shape = tuple(tensor.shape)
         if saved.get(name) != shape:
@@ -307,7 +315,7 @@ def check_shapes(
 
 
 def _read_heldout_loss(folder: CheckpointFolder) -> float:
-    """Return the held-out loss; nan if it is not known, or the file is damaged."""
+    """Return the held-out loss of a checkpoint; NaN if there is none or the file is damaged."""
     with suppress(CheckpointError):
         loss = read_progress(folder).heldout_loss
         return math.nan if loss is None else loss
@@ -315,7 +323,7 @@ def _read_heldout_loss(folder: CheckpointFolder) -> float:
 
 
 def _find_damage(folder: CheckpointFolder, rank: int, world_size: int) -> str:
-    """Return the message of `verify_checkpoint`; an empty string if there is no damage."""
+    """Verify a checkpoint. Return the description of the damage; an empty string if there is none."""
     try:
         verify_checkpoint(folder, rank, world_size)
     except DamagedError as error:
@@ -324,7 +332,7 @@ def _find_damage(folder: CheckpointFolder, rank: int, world_size: int) -> str:
 
 
 def read_progress(folder: CheckpointFolder) -> Progress:
-    """Return the progress of the run. Raises CheckpointError if the file is damaged."""
+    """Return the progress of the run in a checkpoint. Raises CheckpointError if the file is damaged."""
     try:
         return Progress.parse(folder.read(PROGRESS))
     except OSError as error:
