@@ -30,7 +30,7 @@ from dist_llm.config.derive import resolve_config
 from dist_llm.config.schema import CheckpointConfig, UnresolvedConfig
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
-from dist_llm.launch.run_lock import RunLock, this_process
+from dist_llm.launch.run_lock import RunLock, describe_this_process
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.training.step import train_step
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
         row = {"step_seconds": step_seconds, "megabytes": shard_bytes / 1e6, "stall": stall / step_seconds}
         row |= {"slower": statistics.median(concurrent_steps) / step_seconds if concurrent_steps else 1.0}
         start_time = time.perf_counter()
-        with RunLock(directory / "run", this_process("localhost")):
+        with RunLock(directory / "run", describe_this_process("localhost")):
             pass
         row |= {"probe": probe_seconds / step_seconds, "probe_seconds": probe_seconds}
         row |= {"lock_seconds": time.perf_counter() - start_time}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fake_gpu
 from dist_llm.config.schema import Config
-from dist_llm.launch.group import process_group
+from dist_llm.launch.process_group import process_group
 from dist_llm.launch.world import World
 from models import make_config
 

@@ -178,7 +178,7 @@ def check_checkpoint(context: Context) -> dict[str, object]:
         checkpoints.finish()
         checkpoint = checkpoints.latest_verified()
         assert checkpoint is not None
-        store.load(checkpoint, other.state)
+        store.load_checkpoint(checkpoint, other.state)
     state = engine.state.weights() | engine.state.moments()
     for name, tensor in (other.state.weights() | other.state.moments()).items():
         comparison.equal(name, state[name], tensor)

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from dist_llm.engines.native import NativeEngine
-from dist_llm.launch.group import keep_freed_memory
+from dist_llm.launch.process_group import keep_freed_memory
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.training.step import train_step

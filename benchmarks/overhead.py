@@ -31,12 +31,12 @@ from dist_llm.config.schema import Config
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.engines.native import NativeEngine
-from dist_llm.launch.group import select_device
+from dist_llm.launch.process_group import select_device
 from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.world import World
 from dist_llm.models.decoder import Decoder
 from dist_llm.observe.console import start_logging, stop_logging
-from dist_llm.observe.metrics import Row
+from dist_llm.observe.metrics import MetricsRow
 from dist_llm.parallel.parallelize import init_parameters
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.training.settings import read_config, read_vocabulary
@@ -158,7 +158,7 @@ class Turns:
     def elapsed(self) -> tuple[float, float]:
         return time.perf_counter() - self.start_times[0], time.process_time() - self.start_times[1]
 
-    def __call__(self, rows: Sequence[Row]) -> None:
+    def __call__(self, rows: Sequence[MetricsRow]) -> None:
         self.our_times.append(self.elapsed())
         self.loss = rows[-1]["loss"]
         if len(self.our_times) % 2:

@@ -24,7 +24,7 @@ import sys, time
 from dist_llm.cli import main
 from dist_llm.training.trainer import Trainer
 
-step = Trainer.step
+step = Trainer.take_step
 
 
 def slow(self):
@@ -32,7 +32,7 @@ def slow(self):
     step(self)
 
 
-Trainer.step = slow
+Trainer.take_step = slow
 sys.exit(main())
 """
 HANG_SECONDS = 3.0

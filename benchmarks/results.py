@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dist_llm.training.run import environment
+from dist_llm.training.run import describe_environment
 from measure import cores, cpu_name
 
 DIRECTORY = Path(__file__).parent / "results"
@@ -55,7 +55,7 @@ class Results:
     def facts(self) -> dict[str, Any]:
         """Return the facts of a run's environment.json, with the processor and only the kind of system."""
         return {
-            **environment(),
+            **describe_environment(),
             "machine": f"{platform.system()} {platform.machine()}",
             "cpu": cpu_name(),
             "cores": cores(),

@@ -78,7 +78,7 @@ mark_calls(settings, "read_config", after="config")
 
 mark_calls(run, "build_engine", before="data", after="model")
 
-mark_calls(run.Trainer, "step", before="loader", after="first_step")
+mark_calls(run.Trainer, "take_step", before="loader", after="first_step")
 
 mark_calls(run.Trainer, "run", after="end")
 cli.run()

@@ -43,11 +43,11 @@ from torch.profiler import ProfilerActivity, profile
 from bare import Loop, Model
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
-from dist_llm.launch.group import keep_freed_memory
+from dist_llm.launch.process_group import keep_freed_memory
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.models.init import init_param_, init_rule
 from dist_llm.objectives.batch import Batch
-from dist_llm.observe.flops import CONVENTION, flops_per_token, matmul_weights, peak_flops
+from dist_llm.observe.flops import CONVENTION, count_matmul_weights, flops_per_token, peak_flops
 from dist_llm.training.step import train_step
 from measure import PeakMemory, ResourceUsage, any_device, matmul_rate, precisions, seconds, take_turns, workers
 from models import MODELS, make_config
@@ -169,10 +169,10 @@ def exact_flops(config: Config) -> float:
     """Compute the FLOPs per token of the products in a step; see `of_matmul` above."""
     model, seq_len = config.model, config.data.seq_len
     recomputes_all = config.parallel.recompute == "full"
-    blocks = matmul_weights(model) - model.d_model * model.vocab_size
+    blocks = count_matmul_weights(model) - model.d_model * model.vocab_size
     num_keys = (seq_len + 1) / 2  # average number of keys per token
     attention = 2 * model.n_layers * model.n_heads * model.head_dim * num_keys
-    return 6 * matmul_weights(model) + 2 * blocks * recomputes_all + (9 if recomputes_all else 7) * attention
+    return 6 * count_matmul_weights(model) + 2 * blocks * recomputes_all + (9 if recomputes_all else 7) * attention
 
 
 def make_native_stepper(config: Config, device: torch.device) -> Turn:

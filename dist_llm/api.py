@@ -1,4 +1,4 @@
-"""The public Python API: the commands as functions. `import dist_llm` provides them without importing torch.
+"""The public Python API: the commands of `dist-llm` as functions. `import dist_llm` does not import torch.
 
     import dist_llm
 
@@ -6,8 +6,8 @@
     run = dist_llm.train("debug", "run.steps=50")
     print(dist_llm.evaluate(run).loss, dist_llm.generate(run, "def "))
 
-A script that calls `train` or `evaluate` also runs under torchrun, as the commands do. Errors that a user can fix are
-`dist_llm.UserError` and its subclasses.
+A script that calls `train` or `evaluate` also runs under torchrun. An error that the user can fix is a
+`dist_llm.UserError`.
 """
 
 from __future__ import annotations
@@ -33,47 +33,49 @@ def prepare(
 ) -> Manifest:
     """Tokenize raw text into the corpus `out` and return its manifest.
 
-    `options` are the fields of `dist_llm.text.options.PrepareOptions`, named as the options of `dist-llm prepare`.
-    A script that calls this needs the usual `if __name__ == "__main__"`, because it starts worker processes.
+    `options` are the fields of `dist_llm.text.options.PrepareOptions`; the options of `dist-llm prepare` have the same
+    names. A script that calls this needs `if __name__ == "__main__"`, because it starts worker processes.
 
-    Raises DataError for a wrong option, and as `dist-llm prepare` does.
+    Raises DataError for an unknown option or a source that cannot be read.
     """
     from dist_llm.text.options import PrepareOptions
     from dist_llm.text.prepare import prepare as prepare_corpus
 
     sources = [source] if isinstance(source, str | Path) else source
-    if unknown := sorted(options.keys() - PrepareOptions.__dataclass_fields__.keys()):
-        raise DataError(f"{unknown[0]}: unknown option; there are {', '.join(PrepareOptions.__dataclass_fields__)}")
+    if unknown_options := sorted(options.keys() - PrepareOptions.__dataclass_fields__.keys()):
+        raise DataError(
+            f"{unknown_options[0]}: unknown option; there are {', '.join(PrepareOptions.__dataclass_fields__)}"
+        )
     return prepare_corpus(PrepareOptions(tuple(map(str, sources)), str(tokenizer), Path(out), **options))
 
 
 def read_config(config: str | Path | Mapping[str, Any], *overrides: str) -> Config:
-    """Load, check and resolve a config for the ranks of this process group (1 without torchrun).
+    """Load, check and resolve a config for the number of ranks that torchrun started (1 without torchrun).
 
-    `config` is a YAML file, a config of the package such as "demo", or a nested mapping of keys. `overrides` are
-    `key=value`, as on the command line. Raises one ConfigError with all problems.
+    `config` is a YAML file, the name of a config of the package such as "demo", or a nested mapping of keys.
+    `overrides` have the form `key=value`, as on the command line. Raises one ConfigError with all problems.
     """
     from dist_llm.launch.world import read_world
-    from dist_llm.training.settings import read_config as read
+    from dist_llm.training.settings import read_config as read_resolved_config
 
     source = config if isinstance(config, Mapping) else Path(config)
-    return read(source, overrides, read_world().size)
+    return read_resolved_config(source, overrides, read_world().world_size)
 
 
 def train(config: str | Path | Mapping[str, Any], *overrides: str) -> Path:
-    """Train, from the newest checkpoint of run.dir if there is one, and return run.dir. For `config` see read_config.
+    """Train, from the latest checkpoint of run.dir if there is one, and return run.dir. For `config` see read_config.
 
-    Raises SystemExit(128 + N) after signal N, when the run has been saved, and UserError if an input is wrong.
+    Raises UserError if an input is wrong. After signal N, the run is saved and SystemExit(128 + N) is raised.
     """
     from dist_llm.launch.world import read_world
 
     world = read_world()
-    resolved = read_config(config, *overrides)
+    resolved_config = read_config(config, *overrides)
     from dist_llm.training.run import train as train_run
 
-    if stop_signal := train_run(resolved, world):
+    if stop_signal := train_run(resolved_config, world):
         raise SystemExit(128 + stop_signal)
-    return Path(resolved.run.dir)
+    return Path(resolved_config.run.dir)
 
 
 def evaluate(
@@ -83,14 +85,16 @@ def evaluate(
     seq_len: int = 0,
     micro_batch: int = 0,
 ) -> Evaluation:
-    """Evaluate a checkpoint, or a run's newest, on a corpus (default: its own). Rank 0 also prints the result.
+    """Evaluate a checkpoint, or the latest checkpoint of a run, and return the result. Rank 0 also prints the result.
 
-    0 selects the default of `seq_len` and `micro_batch`. Raises ConfigError or DataError.
+    `data` is a corpus; None selects the corpus of the run. `seq_len` is in tokens per window, `micro_batch` in windows
+    per batch; 0 selects the default. Raises ConfigError or DataError.
     """
     from dist_llm.launch.world import read_world
-    from dist_llm.training.score import Windows, score
+    from dist_llm.training.evaluate_checkpoint import EvaluationOptions, evaluate_checkpoint
 
-    return score(str(checkpoint), str(data) if data else None, split, Windows(seq_len, micro_batch), read_world())
+    options = EvaluationOptions(seq_len=seq_len, micro_batch=micro_batch)
+    return evaluate_checkpoint(str(checkpoint), str(data) if data else None, split, options, read_world())
 
 
 def generate(
@@ -102,20 +106,20 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> str:
-    """Generate the continuation of `prompt` on one device. The parameters are those of `dist-llm generate`."""
+    """Generate a continuation of `prompt` on one device. The parameters are the options of `dist-llm generate`."""
     from dist_llm.generation import Sampling, encode_prompt, generate_text
 
-    sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     sampling.check()
     model, tokenizer, config = load_model(checkpoint)
-    encoded = encode_prompt(config, tokenizer, prompt)
-    return "".join(generate_text(model, tokenizer, encoded, sampling, config.model.max_seq_len))
+    encoded_prompt = encode_prompt(config, tokenizer, prompt)
+    return "".join(generate_text(model, tokenizer, encoded_prompt, sampling, config.model.max_seq_len))
 
 
 def load_model(checkpoint: str | Path) -> tuple[Decoder, Tokenizer, Config]:
-    """Load the model of a checkpoint, or of a run's newest, on one device, with its tokenizer and config."""
-    from dist_llm.generation import load_model as load
-    from dist_llm.launch.group import select_device
+    """Load the model of a checkpoint, or of the latest one of a run, on one device, with tokenizer and config."""
+    from dist_llm.generation import load_model as load_on_device
+    from dist_llm.launch.process_group import select_device
     from dist_llm.launch.world import World
 
-    return load(checkpoint, select_device(World()))
+    return load_on_device(checkpoint, select_device(World()))

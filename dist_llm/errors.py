@@ -1,7 +1,7 @@
-"""Errors that a user can fix. Each message names the file or key, the rule and what to do.
+"""Errors that the user can fix. Each message names the file or config key, the problem and what to change.
 
-The command line prints them without a traceback and exits with 2. Any other exception is a bug and keeps its traceback.
-`to_user_error` converts the errors of the operating system that a user can fix.
+The command line prints a UserError without a traceback and exits with code 2. Any other exception is a bug and keeps
+its traceback. `to_user_error` converts errors of the operating system, such as a full disk.
 """
 
 import errno
@@ -16,20 +16,21 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A source, tokenizer or token shard is missing, malformed or does not match."""
+    """A data source, tokenizer or token shard is missing, malformed or does not match the config."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, incomplete or of another model."""
+    """A checkpoint is missing, damaged or of another model."""
 
 
 class DivergedError(UserError):
-    """A bad step ends the run, by the policy of section `guard`."""
+    """An anomaly, such as a loss that is not finite, ends the run, as section `guard` of the config says."""
 
 
 HINT_SPACE = "free disk space, or set another directory"
 HINT_PERMISSIONS = "change its permissions, or set another directory"
 HINT_OPEN_FILES = "raise the limit of open files (ulimit -n)"
+# Error number -> what the user can do.
 HINTS = {
     errno.ENOSPC: HINT_SPACE,
     errno.EDQUOT: HINT_SPACE,
@@ -46,13 +47,13 @@ HINTS = {
 
 
 def to_user_error(error: OSError, location: str = "") -> UserError | None:
-    """Convert an error of the operating system; return None if it may be a bug.
+    """Convert an error of the operating system to a UserError. Return None if the error may be a bug.
 
-    `location` is named if the error names no file, as a write error does not.
+    The message names `location` if the error itself names no file, as in a failed write.
     """
     if error.errno not in HINTS:
         return None
-    where = error.filename or location or "a file of this command"
-    if isinstance(where, bytes):
-        where = where.decode(errors="replace")
-    return UserError(f"{where}: {error.strerror}; {HINTS[error.errno]}, and run the same command again")
+    path = error.filename or location or "a file of this command"
+    if isinstance(path, bytes):
+        path = path.decode(errors="replace")
+    return UserError(f"{path}: {error.strerror}; {HINTS[error.errno]}, and run the same command again")

@@ -14,7 +14,7 @@ from dist_llm.config.objective_sections import PrefixSpec, SpanSpec, mode_of
 from dist_llm.config.schema import Config
 from dist_llm.convert.offload import load_offloaded
 from dist_llm.errors import ConfigError, DataError
-from dist_llm.launch.group import select_device
+from dist_llm.launch.process_group import select_device
 from dist_llm.launch.world import World
 from dist_llm.models.attention import KVCache
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask, EncoderInput
@@ -74,7 +74,7 @@ def load_model(
     with torch.device("meta"):
         model = build_model(config.model)
     model.to_empty(device=device)
-    store.load(path, TorchState(model), moments=False)
+    store.load_checkpoint(path, TorchState(model), with_moments=False)
     return model.eval(), Tokenizer.load(path), config
 
 

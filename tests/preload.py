@@ -11,8 +11,8 @@ import torch._inductor.compile_fx
 import torch.utils.tensorboard.writer
 
 import dist_llm.generation
+import dist_llm.training.evaluate_checkpoint
 import dist_llm.training.run
-import dist_llm.training.score
 import tests.laws.law
 
 gc.freeze()

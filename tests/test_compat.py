@@ -133,7 +133,7 @@ def test_a_selective_checkpoint_tells_what_it_saves():
     saved = compat.saved_by_selective_checkpoint(contexts)
     with contexts[0]:
         product = torch.ones(2, 3) @ torch.ones(3, 2)
-    assert [tensor.shape for tensor in compat.tensors_of(saved) if tensor is not None].count(product.shape) == 1
+    assert [tensor.shape for tensor in compat.saved_tensors(saved) if tensor is not None].count(product.shape) == 1
 
 
 def test_a_pipeline_of_deepspeed_has_a_step_to_postpone():

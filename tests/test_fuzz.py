@@ -32,10 +32,10 @@ import torch
 import zstandard
 from pyarrow import parquet
 
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.compatibility import read_config
-from dist_llm.checkpoint.folder import Folder
-from dist_llm.checkpoint.manifest import read_manifest, verify
+from dist_llm.checkpoint.manifest import read_manifest, verify_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import parse_probe
 from dist_llm.checkpoint.store import read_progress
@@ -192,11 +192,11 @@ def write_checkpoint(directory: Path) -> None:
 
 def read_checkpoint(directory: Path) -> None:
     """Read all content, even after a problem in the manifest: who can change one file can change the manifest, too."""
-    folder = Folder(directory)
+    folder = CheckpointFolder(directory)
     problems: list[UserError] = []
     for read in (
         lambda: read_manifest(folder),
-        lambda: verify(folder),
+        lambda: verify_checkpoint(folder),
         lambda: read_all(NativeWeights(directory)),
         lambda: hf_convert.model_shapes(read_config(directory).model),
         lambda: read_progress(folder),

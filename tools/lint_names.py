@@ -70,7 +70,7 @@ RETIRED = {
 # Config keys, and names that an interface of another library dictates.
 ALLOWED = {
     ("dist_llm/config/schema.py", "every"),
-    ("dist_llm/checkpoint/folder.py", "tell"),  # a method of io.IOBase, which torch calls
+    ("dist_llm/checkpoint/checkpoint_folder.py", "tell"),  # a method of io.IOBase, which torch calls
     ("dist_llm/text/duplicates.py", "words"),  # the words of a text
     ("dist_llm/text/gopher.py", "words"),  # the words of a text
     ("dist_llm/text/report.py", "kept"),  # a key of report.json

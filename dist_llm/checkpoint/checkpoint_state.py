@@ -1,6 +1,6 @@
-"""The content of a checkpoint: weights and moments by parameter name, and the run's counters.
+"""The state in a checkpoint: weights and moments (optimizer state) by parameter name, and the progress of the run.
 
-No other state has to be restored: learning rate, data order and dropout are functions of the step.
+Nothing else has to be restored, because learning rate, data order and dropout are functions of the step.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,21 +18,21 @@ from dist_llm.optim.loss_scale import LossScale
 
 @dataclass
 class GuardState:
-    """State of the guard: recent losses of good steps, how much of guard.budget is used, and the samples left out."""
+    """State of the guard: losses of recent good steps, the used part of guard.budget, and the samples left out."""
 
     losses: list[float] = field(default_factory=list)
-    # Named `spent` up to version 0.1.
+    # This field was named `spent` up to version 0.1.
     num_used: Annotated[int, Field(validation_alias=AliasChoices("num_used", "spent"))] = 0
-    left_out: list[tuple[int, int]] = field(default_factory=list)  # ranges [first, end)
+    left_out: list[tuple[int, int]] = field(default_factory=list)  # sample ranges [first, end)
 
 
 @dataclass
 class Progress:
-    """Progress of a run. `samples` is the number of the next sample; `loss_scale` is the state of fp16's dynamic loss
-    scale.
+    """The progress of a run, saved as progress.json.
 
-    `source_tokens` counts the scored tokens of each data source, if there are several. `heldout_loss` is the loss of
-    this step, if it was evaluated.
+    `samples` is the number of the next sample. `source_tokens` counts the valid tokens of each data source, if there
+    are several. `loss_scale` is the dynamic loss scale of fp16. `heldout_loss` is the result of an evaluation at this
+    step.
     """
 
     step: Count = 0
@@ -45,11 +45,14 @@ class Progress:
 
     @staticmethod
     def parse(content: bytes) -> "Progress":
-        """Parse the JSON of `as_dict`. Fields that older checkpoints lack get defaults. Raises ValueError for other
-        content."""
+        """Parse progress.json. Fields that older checkpoints lack get their defaults.
+
+        Raises ValueError if malformed.
+        """
         return TypeAdapter(Progress).validate_json(content, strict=True)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the content of progress.json."""
         return asdict(self)
 
 
@@ -60,10 +63,13 @@ class HasNamedParameters(Protocol):
 
 
 class CheckpointState(Protocol):
-    """Access to a rank's tensors by the names of a checkpoint. Each is a tensor, a DTensor or a `FlatShard`."""
+    """Access to the tensors of a rank by their names in a checkpoint.
+
+    A value is a tensor, a DTensor or a `FlatShard`.
+    """
 
     def weights(self) -> dict[str, Any]:
-        """Return {"model.NAME": parameter}, to be written, or to be read in place."""
+        """Return {"model.NAME": parameter}. A save writes these tensors; a load fills them in place."""
         ...
 
     def moments(self) -> dict[str, Any]:
@@ -71,23 +77,22 @@ class CheckpointState(Protocol):
         ...
 
     def allocate_moments(self, saved: Mapping[str, tuple[int, ...]]) -> None:
-        """Allocate the optimizer state that `saved` (name -> shape) lists, as zeros, so that `moments` can be read into
-        it.
+        """Allocate optimizer state of zeros for the moments in `saved` (name -> shape), so that a load can fill it.
 
-        The optimizer's settings are not in a checkpoint: those of the current config apply.
+        A checkpoint has no optimizer settings. The settings of the current config apply.
         """
         ...
 
     def after_load(self) -> None:
-        """Update everything that is derived from the tensors that were read."""
+        """Update all state that is derived from the loaded tensors."""
         ...
 
 
 @dataclass(frozen=True)
 class TorchState:
-    """`CheckpointState` of plain torch: a model's parameters, and the moments if there is an optimizer.
+    """The `CheckpointState` of a torch model and, if there is one, a torch optimizer.
 
-    `drop_gathered` drops copies of the weights that the next forward would use in place of those that were read.
+    `drop_gathered` drops gathered weights, which the next forward pass would use instead of the loaded weights.
     """
 
     model: HasNamedParameters
@@ -100,8 +105,10 @@ class TorchState:
     def moments(self) -> dict[str, Any]:
         if self.optimizer is None:
             return {}
-        known = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
-        assert known >= {parameter for _, parameter in self.model.named_parameters()}, "moments would be left out"
+        optimized_params = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        assert optimized_params >= {parameter for _, parameter in self.model.named_parameters()}, (
+            "the optimizer lacks parameters, whose moments would not be saved"
+        )
         return {
             f"optim.{name}.{key}": value
             for name, parameter in self._unique_parameters().items()
@@ -119,22 +126,27 @@ class TorchState:
             check_moment_names(name, moments, groups[parameter])
             for key, shape in moments.items():
                 dtype = getattr(self.optimizer, "moment_dtypes", {}).get(key)
-                empty = torch.zeros_like(parameter, dtype=dtype) if shape else torch.zeros((), device=parameter.device)
-                self.optimizer.state[parameter][key] = empty
+                is_step_counter = not shape
+                self.optimizer.state[parameter][key] = (
+                    torch.zeros((), device=parameter.device)
+                    if is_step_counter
+                    else torch.zeros_like(parameter, dtype=dtype)
+                )
 
     @torch.no_grad()
     def after_load(self) -> None:
-        """Copy tied weights that this rank has twice (both ends of a pipeline), since they are read once."""
+        """Copy tied weights that this rank has twice, at both ends of a pipeline. A load fills only the first."""
         self.drop_gathered()
-        first = self._unique_parameters()
+        unique_params = self._unique_parameters()
         for name, parameter in self.model.named_parameters():
-            if parameter is not first[name]:
-                parameter.copy_(first[name])
+            if parameter is not unique_params[name]:
+                parameter.copy_(unique_params[name])
                 state = self.optimizer.state if self.optimizer is not None else {}
                 for key, value in state.get(parameter, {}).items():
-                    value.copy_(state[first[name]][key])
+                    value.copy_(state[unique_params[name]][key])
 
     def _unique_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters by name; of equal names, the first parameter."""
         parameters: dict[str, nn.Parameter] = {}
         for name, parameter in self.model.named_parameters():
             parameters.setdefault(name, parameter)
@@ -142,7 +154,7 @@ class TorchState:
 
 
 def check_moment_names(name: str, moments: Collection[str], group: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if the saved moments of a parameter are not those that this group's optimizer has."""
+    """Raise CheckpointError unless the saved moments of a parameter are those of the optimizer with this group."""
     expected = {"step", "exp_avg", "exp_avg_sq"}
     if "momentum" in group:  # SGD and Muon
         expected = {"momentum_buffer"} if group["momentum"] else set()
@@ -155,6 +167,6 @@ def check_moment_names(name: str, moments: Collection[str], group: Mapping[str, 
 
 
 def moment_shapes(saved: Mapping[str, tuple[int, ...]], name: str) -> dict[str, tuple[int, ...]]:
-    """Return {key: shape} of the moments that a checkpoint has of a parameter."""
+    """Return {key: shape} of the saved moments of a parameter."""
     prefix = f"optim.{name}."
     return {key.removeprefix(prefix): shape for key, shape in saved.items() if key.startswith(prefix)}

@@ -1,7 +1,7 @@
-"""Write a checkpoint in a thread while training continues; it contains the tensors as they are now.
+"""Write a checkpoint in a background thread while training continues.
 
-All ranks copy their shards into staging buffers, which takes less than a step, and start the thread. There all ranks
-write, exchange file records and errors, and rank 0 commits. Either all ranks succeed, or all raise the same error.
+All ranks copy their shards to staging buffers, which takes less than a step, and start the thread. The threads write
+the copies and exchange file records and errors, and rank 0 commits. All ranks succeed, or all raise the same error.
 """
 
 import threading
@@ -20,33 +20,32 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dist_llm.checkpoint import manifest
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder, FileRecord, FolderWriter
 from dist_llm.checkpoint.flat_shard import FlatShard, Offset, chunk_at
-from dist_llm.checkpoint.folder import FileRecord, Folder, FolderWriter
 from dist_llm.errors import CheckpointError, UserError
 from dist_llm.launch.flight_recorder import CHECKPOINT_GROUP
 from dist_llm.sharded import to_local
 
 Result = TypeVar("Result")
-WRITE_TIMEOUT = timedelta(hours=2)  # timeout of a rank that waits for another
+WRITE_TIMEOUT = timedelta(hours=2)  # timeout of the collectives in which ranks wait for each other
 
 
 class CheckpointGroup:
-    """The process group of checkpoint writes. It is separate, since training uses the other groups at the same time."""
+    """The process group of checkpoint writes. Training uses the other process groups at the same time."""
 
     def __init__(self) -> None:
         self.group: dist.ProcessGroup | None = None
         if dist.is_initialized():
             self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT, group_desc=CHECKPOINT_GROUP)
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if self.group is not None else (0, 1)
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if self.group is not None else (0, 1)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def run_on_all(self, action: Callable[[], Result]) -> list[Result]:
-        """Run `action` on each rank and return the results by rank. If any rank raises, all ranks raise the same
-        error."""
-        result, failure = None, None
+    def run_on_all_ranks(self, action: Callable[[], Result]) -> list[Result]:
+        """Run `action` on each rank and return the results by rank. If one rank raises, all raise the same error."""
+        result, failure = None, None  # failure: (whether torch only reports the error of another rank, message)
         try:
             result = action()
         except (Exception, CheckpointException) as error:  # CheckpointException is not a subclass of Exception
@@ -54,22 +53,22 @@ class CheckpointGroup:
         if self.group is None:
             by_rank = [(result, failure)]
         else:
-            by_rank = [(None, None)] * self.size
+            by_rank = [(None, None)] * self.world_size
             dist.all_gather_object(by_rank, (result, failure), group=self.group)
         if failures := [failure for _, failure in by_rank if failure is not None]:
-            # prefer the rank where the error originated over ranks that only saw the failure
+            # Prefer the rank where the error originated over ranks that only saw the failure.
             raise CheckpointError(min(failures)[1])
         return [result for result, _ in by_rank]  # type: ignore[misc]
 
 
 class StagingBuffers:
-    """Host buffers for copies of this rank's tensors; later copies reuse them."""
+    """Host buffers with copies of the tensors of this rank. Each checkpoint reuses them."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, Offset], Tensor] = {}
 
     def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy the current values. On return, the copies are complete."""
+        """Return copies of the current values. The copies are complete on return."""
         values = {name: self._copy_entry(name, tensor) for name, tensor in state.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -91,16 +90,17 @@ class StagingBuffers:
 
 
 class CheckpointWrite(threading.Thread):
-    """The write of one checkpoint to `folder`. `state` determines the layout, `values` are the tensors to write.
+    """A thread that writes one checkpoint to `folder`.
 
-    Rank 0 calls `on_commit` after the commit. If `few_files`, a rank writes few files; else one file per tensor, and it
-    holds no more than one tensor in memory.
+    `state` determines the layout, and `values` are the tensors to write. `files` are small files {name: content}. Rank
+    0 calls `on_commit` after the commit. With `few_files` a rank writes few files. Without, it writes one file per
+    tensor and holds at most one tensor in memory.
     """
 
     def __init__(
         self,
         group: CheckpointGroup,
-        folder: Folder,
+        folder: CheckpointFolder,
         state: Mapping[str, Any],
         values: Mapping[str, Any],
         files: Mapping[str, bytes],
@@ -118,28 +118,28 @@ class CheckpointWrite(threading.Thread):
             self._write()
         except CheckpointError as error:
             self.error = CheckpointError(f"{self.folder}: cannot be written: {error}")
-        except Exception as error:  # most likely another rank died, which has reported its own error
+        except Exception as error:  # most likely another rank died, which reports its own error
             self.error = CheckpointError(f"{self.folder}: cannot be written: {type(error).__name__}: {error}")
 
     def finish(self) -> None:
         """Wait for the write. Raises the same CheckpointError on all ranks if it failed."""
-        if self.ident is not None:  # else `run` was called directly
+        if self.ident is not None:  # otherwise the caller has called `run` directly
             self.join()
         if self.error is not None:
             raise self.error
 
     def _write(self) -> None:
         group, folder = self.group, self.folder
-        writer = FolderWriter(folder, self.few_files)
+        writer = FolderWriter(folder, few_files=self.few_files)
         try:
-            group.run_on_all(lambda: self._create_folder() if group.is_main else None)
-            group.run_on_all(lambda: self._write_tensors(writer))
+            group.run_on_all_ranks(lambda: self._create_folder() if group.is_main else None)
+            group.run_on_all_ranks(lambda: self._write_tensors(writer))
             files = {
                 name: record
-                for records in group.run_on_all(lambda: writer.file_records)
+                for records in group.run_on_all_ranks(lambda: writer.file_records)
                 for name, record in records.items()
             }
-            group.run_on_all(lambda: self._commit(files) if group.is_main else None)
+            group.run_on_all_ranks(lambda: self._commit(files) if group.is_main else None)
         except Exception:
             if group.is_main and not self.committed:
                 with suppress(OSError):
@@ -159,12 +159,12 @@ class CheckpointWrite(threading.Thread):
             state_dict_saver.save(
                 dict(self.state),
                 storage_writer=writer,
-                planner=_Planner(self.values),
+                planner=_StagedSavePlanner(self.values),
                 process_group=self.group.group,
                 no_dist=self.group.group is None,
             )
         except (Exception, CheckpointException):
-            if writer.error is not None:  # torch's own error has no cause
+            if writer.error is not None:  # the error of torch lacks the cause
                 raise writer.error from None
             raise
 
@@ -175,13 +175,12 @@ class CheckpointWrite(threading.Thread):
 
 
 def ignore_no_group_warning() -> None:
-    """Silence torch's warning that it assumes a single process if there is no process group. The assumption is right
-    here."""
+    """Silence the warning of torch that it assumes a single process if there is no process group, which is intended."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
-class _Planner(DefaultSavePlanner):
-    """Plans on the live state; writes the copied values."""
+class _StagedSavePlanner(DefaultSavePlanner):
+    """A save planner that plans the layout from the live state, and writes the staged copies."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__()
@@ -192,7 +191,7 @@ class _Planner(DefaultSavePlanner):
 
 
 def _describe_error(error: BaseException) -> str:
-    """Return one line: the rank, and the root cause of torch's wrapped errors."""
+    """Describe an error in one line: the rank, and the root cause of wrapped errors."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     if isinstance(error, CheckpointException):
         rank, (error, _) = min(error.failures.items(), key=lambda item: item[0])

@@ -1,7 +1,7 @@
-"""Check that a run can resume from a checkpoint, or start from its weights: same function, or the change is requested.
+"""Check that a run can resume from a checkpoint, or start from its weights.
 
-Configs are compared before any process group starts and before anything is written. Parameters are compared when they
-are read.
+The config must describe the same function (the same mapping from tokens to logits) as the checkpoint, unless
+`init_allow` requests a difference. Configs are compared before any process group starts; parameters when they are read.
 """
 
 import logging
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.config.compare import (
     REQUESTABLE,
     Difference,
@@ -27,21 +27,20 @@ from dist_llm.models.build_model import build_model
 log = logging.getLogger("dist_llm")
 
 
-def read_config(folder: Folder | Path) -> Config:
+def read_config(folder: CheckpointFolder | Path) -> Config:
     """Return the resolved config of a checkpoint. Raises CheckpointError if it is not valid."""
     name = "config.yaml"
     try:
-        text = Folder(folder).read(name).decode()
+        text = CheckpointFolder(folder).read(name).decode()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{folder}/{name}: is damaged: {error}; use another checkpoint") from None
     return parse_saved(text, f"{folder}/{name}")
 
 
-def check_resume(folder: Folder, config: Config) -> list[Difference]:
-    """Return the differences that do not change the function, to be logged. Raises CheckpointError for other
-    differences."""
-    before = read_config(folder)
-    if differences := resume_differences(before, config):
+def check_resume(folder: CheckpointFolder, config: Config) -> list[Difference]:
+    """Return the config differences that do not change the function. Raises CheckpointError for other differences."""
+    saved_config = read_config(folder)
+    if differences := resume_differences(saved_config, config):
         requestable = [difference.key for difference in differences if difference.key in REQUESTABLE]
         can_request = len(requestable) == len(differences)
         changes_data = any(difference.key.startswith("data.") for difference in differences)
@@ -52,29 +51,37 @@ def check_resume(folder: Folder, config: Config) -> list[Difference]:
             + (f", init_from={folder} and init_allow=[{','.join(requestable)}]" if can_request else "")
             + ("; or set data.on_change: new_segment" if changes_data else "")
         )
-    return other_differences(before, config)
+    return other_differences(saved_config, config)
 
 
 def check_init_from(path: Path, config: Config) -> list[Difference]:
-    """Return the function differences that `init_allow` requests. Raises CheckpointError for other function
-    differences."""
+    """Return the function differences that `init_allow` requests. Raises CheckpointError for others."""
     differences = function_differences(read_config(path), config)
-    refused = [difference for difference in differences if difference.key not in config.init_allow]
-    if refused:
-        fixed = [difference.key for difference in refused if difference.key not in REQUESTABLE]
-        allow = [*config.init_allow, *(difference.key for difference in refused if difference.key in REQUESTABLE)]
-        hints = [f"set {', '.join(fixed)} to the checkpoint's values, which init_from cannot change"] if fixed else []
-        hints += [f"for a difference that is intended, set init_allow=[{','.join(allow)}]"] if allow else []
+    rejected = [difference for difference in differences if difference.key not in config.init_allow]
+    if rejected:
+        fixed_keys = [difference.key for difference in rejected if difference.key not in REQUESTABLE]
+        allowed_keys = [
+            *config.init_allow,
+            *(difference.key for difference in rejected if difference.key in REQUESTABLE),
+        ]
+        hints = (
+            [f"set {', '.join(fixed_keys)} to the checkpoint's values, which init_from cannot change"]
+            if fixed_keys
+            else []
+        )
+        hints += (
+            [f"for a difference that is intended, set init_allow=[{','.join(allowed_keys)}]"] if allowed_keys else []
+        )
         raise CheckpointError(
             f"init_from {path}: this config describes another model than the checkpoint:"
-            f"{_format_differences(refused)}\nTo use the checkpoint's model, write "
+            f"{_format_differences(rejected)}\nTo use the checkpoint's model, write "
             f"`model: {{from: {path}}}`; {'; '.join(hints)}"
         )
     return differences
 
 
 def log_init_differences(path: Path, config: Config, requested: Sequence[Difference]) -> None:
-    """Log each difference that an init_from accepts, and each entry of `init_allow` that has no effect."""
+    """Log the differences between config and checkpoint `path`, and the entries of `init_allow` that have no effect."""
     for difference in requested:
         log.info("init_allow: %s", difference)
     for key in config.init_allow:
@@ -90,29 +97,29 @@ def log_harmless_differences(differences: Iterable[Difference]) -> None:
 
 
 def check_parameters(
-    folder: Folder | Path, saved: Mapping[str, Sequence[int]], model: ModelConfig, requested: bool
+    folder: CheckpointFolder | Path, saved: Mapping[str, Sequence[int]], model: ModelConfig, requested: bool
 ) -> tuple[list[str], list[str]]:
     """Return (parameters that only the full model has, parameters that only the checkpoint has).
 
-    Raises CheckpointError if there are any and `requested` is false.
+    `requested`: whether the config requests such differences. If not, the function raises CheckpointError for them.
     """
     with torch.device("meta"):
-        in_model = {f"model.{name}" for name, _ in build_model(model).named_parameters()}
-    in_checkpoint = {name for name in saved if name.startswith("model.")}
-    added, dropped = sorted(in_model - in_checkpoint), sorted(in_checkpoint - in_model)
+        model_names = {f"model.{name}" for name, _ in build_model(model).named_parameters()}
+    checkpoint_names = {name for name in saved if name.startswith("model.")}
+    added, dropped = sorted(model_names - checkpoint_names), sorted(checkpoint_names - model_names)
     if (added or dropped) and not requested:
         missing = f"the checkpoint lacks {_format_names(added)}" if added else ""
-        extra = f"the checkpoint has {_format_names(dropped)}, which this config's model lacks" if dropped else ""
+        surplus = f"the checkpoint has {_format_names(dropped)}, which this config's model lacks" if dropped else ""
         raise CheckpointError(
-            f"{folder}: {'; '.join(filter(None, (missing, extra)))}; use the `model` section "
+            f"{folder}: {'; '.join(filter(None, (missing, surplus)))}; use the `model` section "
             "the checkpoint was made with"
         )
     return added, dropped
 
 
 def _format_names(names: Sequence[str]) -> str:
-    shown = ", ".join(name.removeprefix("model.") for name in names[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+    listed = ", ".join(name.removeprefix("model.") for name in names[:5])
+    return f"{listed} and {len(names) - 5} more" if len(names) > 5 else listed
 
 
 def _format_differences(differences: Iterable[Difference]) -> str:

@@ -1,5 +1,7 @@
-"""Let DCP (torch.distributed.checkpoint) write and read tensors of which a rank holds a contiguous range of
-elements."""
+"""Let DCP (torch.distributed.checkpoint) write and read tensors of which a rank holds a flat range of elements.
+
+ZeRO partitions tensors in this way. DCP only supports rectangular chunks, so a flat range is split into rectangles.
+"""
 
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -20,9 +22,9 @@ Offset = tuple[int, ...]
 
 
 class FlatShard:
-    """The rectangular chunks of a tensor of `shape` that this rank holds: views, by their offset in the tensor.
+    """The rectangular chunks, possibly none, that this rank holds of a tensor of `shape`.
 
-    There may be no chunk.
+    `chunks` are views {offset in the tensor: chunk}.
     """
 
     def __init__(self, shape: tuple[int, ...], chunks: Mapping[Offset, Tensor]) -> None:
@@ -31,10 +33,11 @@ class FlatShard:
 
     @staticmethod
     def from_flat(shape: tuple[int, ...], flat: Tensor, start: int) -> "FlatShard":
-        """Build the shard whose elements are `flat`: in row-major order, from element `start` of the tensor."""
+        """Build the shard that holds the elements `flat` of the tensor, in row-major order from element `start` on."""
         chunks = {}
-        for offset, size, begin in flat_range_to_boxes(shape, start, start + flat.numel()):
-            chunks[offset] = flat[begin - start : begin - start + prod(size)].view(size)
+        for offset, size, first_element in flat_range_to_boxes(shape, start, start + flat.numel()):
+            chunk_start = first_element - start
+            chunks[offset] = flat[chunk_start : chunk_start + prod(size)].view(size)
         return FlatShard(shape, chunks)
 
     def size(self) -> torch.Size:
@@ -57,7 +60,7 @@ class FlatShard:
 
 
 def local_chunks(tensor: Any) -> Iterator[tuple[Offset, Tensor]]:
-    """Yield (offset, this rank's chunk) of a tensor, a DTensor or a FlatShard."""
+    """Yield (offset, chunk) for each chunk on this rank of a tensor, a DTensor or a FlatShard."""
     if isinstance(tensor, FlatShard):
         yield from tensor.chunks.items()
     else:
@@ -66,38 +69,39 @@ def local_chunks(tensor: Any) -> Iterator[tuple[Offset, Tensor]]:
 
 
 def chunk_at(tensor: Any, index: MetadataIndex) -> Any:
-    """Return the chunk of a FlatShard that DCP addresses by `index`; a tensor is returned as it is."""
+    """Return the chunk of a FlatShard that DCP addresses by `index`. Return any other tensor unchanged."""
     return tensor.chunks[tuple(index.offset or ())] if isinstance(tensor, FlatShard) else tensor
 
 
 def flat_range_to_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Offset, tuple[int, ...], int]]:
-    """Yield (offset, size, number of the first element) of the boxes that cover elements [start, stop), in order.
+    """Yield (offset, size, index of the first element) of the boxes that cover the elements [start, stop), in order.
 
-    There are at most two boxes per dimension plus one: the end of a row, full rows, the beginning of a row.
+    Each dimension adds at most two boxes: the end of the first row and the beginning of the last row. One box has the
+    full rows between them.
     """
     if start >= stop:
         return
     if len(shape) <= 1:
         yield ((start,), (stop - start,), start) if shape else ((), (), 0)
         return
-    row_size = prod(shape[1:])
-    first, column = divmod(start, row_size)
+    row_elements = prod(shape[1:])
+    row, column = divmod(start, row_elements)
     if column:
-        end = min(stop, (first + 1) * row_size)
-        yield from _row_range_to_boxes(shape, first, start, end)
-        start, first = end, first + 1
-    num_full_rows = (stop - start) // row_size
+        row_end = min(stop, (row + 1) * row_elements)
+        yield from _row_range_to_boxes(shape, row, start, row_end)
+        start, row = row_end, row + 1
+    num_full_rows = (stop - start) // row_elements
     if num_full_rows > 0:
-        yield (first, *[0] * (len(shape) - 1)), (num_full_rows, *shape[1:]), start
-        start, first = start + num_full_rows * row_size, first + num_full_rows
+        yield (row, *[0] * (len(shape) - 1)), (num_full_rows, *shape[1:]), start
+        start, row = start + num_full_rows * row_elements, row + num_full_rows
     if start < stop:
-        yield from _row_range_to_boxes(shape, first, start, stop)
+        yield from _row_range_to_boxes(shape, row, start, stop)
 
 
 def _row_range_to_boxes(
     shape: tuple[int, ...], row: int, start: int, stop: int
 ) -> Iterator[tuple[Offset, tuple[int, ...], int]]:
-    """Like `flat_range_to_boxes`, for elements of one row."""
+    """Do the same as `flat_range_to_boxes` for elements of one row."""
     row_start = row * prod(shape[1:])
-    for offset, size, begin in flat_range_to_boxes(shape[1:], start - row_start, stop - row_start):
-        yield (row, *offset), (1, *size), row_start + begin
+    for offset, size, first_element in flat_range_to_boxes(shape[1:], start - row_start, stop - row_start):
+        yield (row, *offset), (1, *size), row_start + first_element

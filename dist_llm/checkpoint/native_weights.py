@@ -9,17 +9,17 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder, FolderReader
 from dist_llm.checkpoint.checkpoint_write import ignore_no_group_warning
-from dist_llm.checkpoint.folder import Folder, FolderReader
 from dist_llm.checkpoint.metadata import convert_read_errors
 from dist_llm.errors import CheckpointError
 
 
 class NativeWeights:
-    """A checkpoint that was saved in any layout. `shapes` has all its tensors; `read` reads one of them."""
+    """The tensors of a checkpoint that was saved in any layout. `shapes` lists all tensors; `read` reads one."""
 
     def __init__(self, path: Path) -> None:
-        self.reader = _CachingReader(Folder(path))
+        self.reader = _CachingReader(CheckpointFolder(path))
         self.entries = {
             name: entry
             for name, entry in self.reader.read_metadata().state_dict_metadata.items()
@@ -29,6 +29,7 @@ class NativeWeights:
         self._check_file_sizes()
 
     def read(self, name: str) -> Tensor:
+        """Read one full tensor to the CPU."""
         state = {name: torch.empty(self.shapes[name], dtype=self.entries[name].properties.dtype)}
         ignore_no_group_warning()
         with convert_read_errors(self.reader.folder):
@@ -36,22 +37,24 @@ class NativeWeights:
         return state[name]
 
     def _check_file_sizes(self) -> None:
-        """Raise CheckpointError if a file is shorter than the metadata say, since the metadata determine what is
-        allocated."""
-        folder, ends = self.reader.folder, dict[str, int]()
+        """Raise CheckpointError if a file is shorter than in the metadata, which determine how much is allocated."""
+        folder, end_by_file = self.reader.folder, dict[str, int]()
         for stored in self.reader.read_metadata().storage_data.values():
-            ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
-        for file, end in ends.items():
+            file, end = stored.relative_path, stored.offset + stored.length
+            end_by_file[file] = max(end_by_file.get(file, 0), end)
+        for file, end in end_by_file.items():
             try:
-                size = folder.size(file)
+                num_bytes = folder.size(file)
             except OSError as error:
                 raise CheckpointError(f"{folder}/{file}: cannot be read: {error}") from None
-            if size < end:
-                raise CheckpointError(f"{folder}/{file}: damaged: has {size} bytes, but its tensors end at byte {end}")
+            if num_bytes < end:
+                raise CheckpointError(
+                    f"{folder}/{file}: damaged: has {num_bytes} bytes, but its tensors end at byte {end}"
+                )
 
 
 class _CachingReader(FolderReader):
-    """Reads the metadata once, instead of once per tensor."""
+    """A reader that reads the metadata once, instead of once per tensor."""
 
     @cached_property
     def _metadata(self) -> Metadata:

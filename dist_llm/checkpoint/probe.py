@@ -1,8 +1,10 @@
 """The probe of a checkpoint: the loss and a few logits of a small fixed batch, saved as probe.json.
 
-The batch depends on the vocabulary size and the architecture only. A reader of the weights computes the probe again: a
-different result means other weights, another model, or faulty hardware. The loss is plain cross-entropy in nats per
-token, on any layout. Logits are compared if both sides have them.
+Whoever loads the weights computes the probe again. A different result means other weights, another model, or faulty
+hardware. The batch depends only on the model config. The loss is plain cross-entropy in nats per token. Logits are
+compared if both probes have them.
+
+Shapes: B rows, S tokens of the decoder, T tokens of the encoder, W = S + 1 tokens of a window, V vocabulary.
 """
 
 import json
@@ -23,17 +25,19 @@ from dist_llm.objectives.batch import Batch
 
 PROBE = "probe.json"
 FORMAT = "dist_llm probe 1"
-ROWS, LENGTH, NUM_LOGITS = 4, 64, 8
-# Tolerances by precision: of the loss, relative; of a logit, relative to the largest logit, or to 1 if that is less.
-# Rounding depends on layout, device and kernel. The coarsest precision of both sides applies.
+NUM_ROWS, ROW_TOKENS, NUM_LOGITS = 4, 64, 8
+# (tolerance of the loss, tolerance of a logit) by precision. The first is relative to the loss; the second is relative
+# to the largest logit, or to 1 if that is larger. Rounding depends on layout, device and kernel. If the precisions of
+# two probes differ, the larger tolerance applies.
 TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (2e-3, 2e-2), "bf16": (5e-3, 5e-2), "fp8": (2e-2, 2e-1)}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The outputs of a model: `precision` is that of the matrix products, `weights` that of the stored weights.
+    """The outputs of a model on the probe batch.
 
-    `logits` are those of a few ids at the last position of the first row; None if no single rank has them.
+    `precision` is the precision of the matrix products, and `weights` the precision of the stored weights. `logits` are
+    the logits of a few ids at the last position of the first row; None if no single rank has them.
     """
 
     loss: float
@@ -42,7 +46,7 @@ class Probe:
     weights: str = "fp32"
 
     def dump(self) -> bytes:
-        """Return the content of probe.json. A number that is not finite becomes null."""
+        """Return the content of probe.json. Numbers that are not finite become null."""
         logits = None if self.logits is None else [_finite_or_none(logit) for logit in self.logits]
         content = {"format": FORMAT, "loss": _finite_or_none(self.loss), "logits": logits}
         return json.dumps({**content, "precision": self.precision, "weights": self.weights}, indent=1).encode() + b"\n"
@@ -51,8 +55,8 @@ class Probe:
         return f"loss {self.loss:.6g} ({self.precision}, weights in {self.weights})"
 
 
-def parse_probe(content: bytes, where: str) -> Probe | None:
-    """Parse the output of `dump`; None if it has another format version. Raises CheckpointError for other content."""
+def parse_probe(content: bytes, location: str) -> Probe | None:
+    """Parse probe.json. Return None for another format version. Raises CheckpointError for any other content."""
     try:
         raw = json.loads(content)
         if raw["format"] != FORMAT:
@@ -63,83 +67,89 @@ def parse_probe(content: bytes, where: str) -> Probe | None:
             return probe
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
-    raise CheckpointError(f"{where}: is not a probe that dist_llm wrote; restore the file")
+    raise CheckpointError(f"{location}: is not a probe that dist_llm wrote; restore the file")
 
 
-def compare_probes(before: Probe, now: Probe, what: str) -> str:
-    """Return a line with both probes. Raises CheckpointError, prefixed with `what`, if they differ by more than
-    rounding."""
-    precisions = {before.precision, now.precision} | (
-        {before.weights, now.weights} if before.weights != now.weights else set()
-    )
-    loss_tolerance, logit_tolerance = (
-        max(column) for column in zip(*(TOLERANCES[precision] for precision in precisions), strict=True)
-    )
-    difference = _relative_difference(before.loss, now.loss, abs(before.loss))
-    values = f"the probe's loss was {before.loss:.9g} and is {now.loss:.9g}; {loss_tolerance:g} of it is allowed"
-    close = difference <= loss_tolerance
-    if before.logits is not None and now.logits is not None:
-        scale = max(1.0, *(abs(logit) for logit in before.logits))
-        pairs = list(zip(before.logits, now.logits, strict=True))
-        logit_before, logit_now = max(pairs, key=lambda pair: _relative_difference(pair[0], pair[1], scale))
-        values += f"; a logit was {logit_before:.6g} and is {logit_now:.6g}; {logit_tolerance * scale:.2g} is allowed"
-        close &= _relative_difference(logit_before, logit_now, scale) <= logit_tolerance
-    if not close:
-        raise CheckpointError(f"{what}: the weights do not compute what they computed when they were saved: {values}")
+def compare_probes(saved: Probe, current: Probe, location: str) -> str:
+    """Return a line with the values of both probes.
+
+    Raises CheckpointError, which names `location`, if the probes differ by more than rounding.
+    """
+    precisions = {saved.precision, current.precision}
+    if saved.weights != current.weights:
+        precisions |= {saved.weights, current.weights}
+    loss_tolerance = max(TOLERANCES[precision][0] for precision in precisions)
+    logit_tolerance = max(TOLERANCES[precision][1] for precision in precisions)
+    difference = _relative_difference(saved.loss, current.loss, abs(saved.loss))
+    values = f"the probe's loss was {saved.loss:.9g} and is {current.loss:.9g}; {loss_tolerance:g} of it is allowed"
+    is_close = difference <= loss_tolerance
+    if saved.logits is not None and current.logits is not None:
+        scale = max(1.0, *(abs(logit) for logit in saved.logits))
+        pairs = list(zip(saved.logits, current.logits, strict=True))
+        saved_logit, current_logit = max(pairs, key=lambda pair: _relative_difference(pair[0], pair[1], scale))
+        values += (
+            f"; a logit was {saved_logit:.6g} and is {current_logit:.6g}; {logit_tolerance * scale:.2g} is allowed"
+        )
+        is_close &= _relative_difference(saved_logit, current_logit, scale) <= logit_tolerance
+    if not is_close:
+        raise CheckpointError(
+            f"{location}: the weights do not compute what they computed when they were saved: {values}"
+        )
     return values
 
 
 def probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
-    """Return the batch of a resolved model. Sequences are padded to `multiple`, so that the layout can split them.
+    """Build the probe batch of a resolved model. The num_tokens of the rows is padded to a multiple of `multiple`.
 
-    Padding changes no result: it is not scored, and no token attends to it.
+    Any layout can then split the rows. Padding changes no result: it has no targets, and no token attends to it.
     """
-    length = min(LENGTH, model.max_seq_len) if model.positions == "learned" else LENGTH
-    ids_BW = _generate_ids("probe", ROWS, length + 1, model.vocab_size)
-    padding = round_up(length, multiple) - length
+    num_tokens = min(ROW_TOKENS, model.max_seq_len) if model.positions == "learned" else ROW_TOKENS
+    ids_BW = _generate_ids("probe", NUM_ROWS, num_tokens + 1, model.vocab_size)
+    padding = round_up(num_tokens, multiple) - num_tokens
     inputs_BS, targets_BS = _pad(ids_BW[:, :-1], padding, 0), _pad(ids_BW[:, 1:], padding, IGNORE)
-    padding_mask = _padding_mask(length, padding)
+    padding_mask = _padding_mask(num_tokens, padding)
     batch = Batch.of(inputs_BS, targets_BS, padding_mask if model.architecture == "encoder" else CAUSAL)
-    if padding:  # learned positions may end at `length`
-        batch = replace(batch, positions_BS=_pad(torch.arange(length).expand(ROWS, length), padding, 0))
+    if padding:  # learned positions may end at `num_tokens`
+        batch = replace(batch, positions_BS=_pad(torch.arange(num_tokens).expand(NUM_ROWS, num_tokens), padding, 0))
     if model.architecture == "encoder_decoder":
-        tokens_BT = _pad(_generate_ids("probe source", ROWS, length, model.vocab_size), padding, 0)
+        tokens_BT = _pad(_generate_ids("probe source", NUM_ROWS, num_tokens, model.vocab_size), padding, 0)
         batch = replace(batch, encoder_input=EncoderInput(tokens_BT, padding_mask, batch.positions_BS))
     return batch
 
 
 def count_probe_tokens(model: ModelConfig) -> int:
-    """Return how many targets of the batch are scored."""
+    """Return the number of valid targets of the probe batch."""
     return probe_batch(model).num_valid_tokens
 
 
 def select_logits(logits_V: Tensor) -> tuple[float, ...]:
-    """Return the logits that a probe contains, from all logits of a position."""
+    """Select the logits that a probe contains from all logits of a position."""
     ids = torch.linspace(0, len(logits_V) - 1, min(NUM_LOGITS, len(logits_V))).long()
     return tuple(logits_V[ids.to(logits_V.device)].float().tolist())
 
 
-def _generate_ids(name: str, rows: int, width: int, vocab_size: int) -> Tensor:
-    numbers = splitmix64(torch.arange(rows * width) ^ hash64(name)) & (2**63 - 1)
-    return (numbers % vocab_size).reshape(rows, width)
+def _generate_ids(name: str, num_rows: int, row_tokens: int, vocab_size: int) -> Tensor:
+    """Generate pseudorandom token ids that depend only on the arguments."""
+    numbers = splitmix64(torch.arange(num_rows * row_tokens) ^ hash64(name)) & (2**63 - 1)
+    return (numbers % vocab_size).reshape(num_rows, row_tokens)
 
 
 def _pad(tensor_BS: Tensor, padding: int, value: int) -> Tensor:
     return torch.nn.functional.pad(tensor_BS, (0, padding), value=value)
 
 
-def _padding_mask(length: int, padding: int) -> AttentionMask:
+def _padding_mask(num_tokens: int, padding: int) -> AttentionMask:
     if not padding:
         return FULL
-    documents_BT = _pad(torch.zeros(ROWS, length, dtype=torch.long), padding, -1)
+    documents_BT = _pad(torch.zeros(NUM_ROWS, num_tokens, dtype=torch.long), padding, -1)
     return AttentionMask(causal=False, documents_BT=documents_BT)
 
 
-def _relative_difference(a: float, b: float, scale: float) -> float:
-    """Return |a - b| / scale; 0 if the first value is not finite, which allows no comparison."""
-    if not math.isfinite(a):
+def _relative_difference(saved: float, current: float, scale: float) -> float:
+    """Return |saved - current| / scale. Return 0 if the saved value is not finite, which allows no comparison."""
+    if not math.isfinite(saved):
         return 0.0
-    return abs(a - b) / max(scale, 1e-9) if math.isfinite(b) else math.inf
+    return abs(saved - current) / max(scale, 1e-9) if math.isfinite(current) else math.inf
 
 
 def _finite_or_none(value: float) -> float | None:

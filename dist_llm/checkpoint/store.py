@@ -1,4 +1,4 @@
-"""The checkpoints of a run: list, verify, write and prune them, and load them into any layout.
+"""Manage the checkpoints of a run: list, verify, write, prune and load them. A load works for any layout.
 
 checkpoints/step_00000500/
     __0_0.distcp .metadata     torch.distributed.checkpoint's own files
@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder, FolderReader
 from dist_llm.checkpoint.checkpoint_state import CheckpointState, Progress
 from dist_llm.checkpoint.checkpoint_write import (
     CheckpointGroup,
@@ -34,8 +36,7 @@ from dist_llm.checkpoint.checkpoint_write import (
     ignore_no_group_warning,
 )
 from dist_llm.checkpoint.flat_shard import FlatShard, chunk_at
-from dist_llm.checkpoint.folder import Folder, FolderReader
-from dist_llm.checkpoint.manifest import MANIFEST, MARKER, DamagedError, read_manifest, verify
+from dist_llm.checkpoint.manifest import MANIFEST, MARKER, DamagedError, read_manifest, verify_checkpoint
 from dist_llm.checkpoint.metadata import convert_read_errors
 from dist_llm.config.data_sections import CACHE
 from dist_llm.config.load import load_config
@@ -47,47 +48,47 @@ from dist_llm.sharded import to_local
 log = logging.getLogger("dist_llm")
 
 PROGRESS = "progress.json"
-NAME = re.compile(r"step_\d{8,}")
+NAME_PATTERN = re.compile(r"step_\d{8,}")
 
 
 class CheckpointStore:
-    """The checkpoints in one directory, a path or a URL.
+    """The checkpoints in one directory, given by a path or a URL.
 
-    All ranks call `latest_verified`, `save`, `poll` and `finish`.
+    All ranks must call `latest_verified`, `save`, `poll` and `finish` together.
     """
 
-    def __init__(self, directory: Folder | Path | str, config: CheckpointConfig | None = None) -> None:
-        self.directory, self.config = Folder(directory), config or CheckpointConfig()
+    def __init__(self, directory: CheckpointFolder | Path | str, config: CheckpointConfig | None = None) -> None:
+        self.directory, self.config = CheckpointFolder(directory), config or CheckpointConfig()
         self.staging = StagingBuffers()
         self.group: CheckpointGroup | None = None
         self.current_write: CheckpointWrite | None = None
 
-    def list_committed(self) -> list[Folder]:
+    def list_committed(self) -> list[CheckpointFolder]:
         """Return the checkpoints that have a marker, oldest first. They may be damaged."""
         return [folder for folder in self._list_named() if MARKER in folder.list_names()]
 
-    def _list_named(self) -> list[Folder]:
-        """Return the directories that have the name of a checkpoint. Other directories are never touched."""
-        return [self.directory / name for name in self.directory.list_names() if NAME.fullmatch(name)]
+    def _list_named(self) -> list[CheckpointFolder]:
+        """Return the directories with the name of a checkpoint. Other directories are never removed."""
+        return [self.directory / name for name in self.directory.list_names() if NAME_PATTERN.fullmatch(name)]
 
-    def peek_latest(self) -> Folder | None:
-        """Return the latest checkpoint whose small files are undamaged. Does not communicate with other ranks."""
+    def peek_latest(self) -> CheckpointFolder | None:
+        """Return the latest checkpoint whose small files are undamaged; None if there is none. No communication."""
         for folder in reversed(self.list_committed()):
             with suppress(DamagedError):
-                verify(folder, tensors=False)
+                verify_checkpoint(folder, with_tensors=False)
                 return folder
         return None
 
-    def latest_verified(self) -> Folder | None:
-        """Return the latest undamaged checkpoint; None if there is no checkpoint. All bytes are checked, split over the
-        ranks.
+    def latest_verified(self) -> CheckpointFolder | None:
+        """Return the latest undamaged checkpoint; None if there is no checkpoint.
 
-        Raises CheckpointError, on all ranks, if all checkpoints are damaged or one cannot be read.
+        The ranks share the work of hashing all files. Raises CheckpointError on all ranks if all checkpoints are
+        damaged or a file cannot be read.
         """
         group = self._get_group()
-        committed = group.run_on_all(lambda: self.list_committed() if group.is_main else [])[0]
+        committed = group.run_on_all_ranks(lambda: self.list_committed() if group.is_main else [])[0]
         for folder in reversed(committed):
-            problems = group.run_on_all(lambda folder=folder: _find_damage(folder, group.rank, group.size))  # type: ignore[misc]
+            problems = group.run_on_all_ranks(partial(_find_damage, folder, group.rank, group.world_size))
             if not (problem := next(filter(None, problems), "")):
                 return folder
             log.warning("%s; skipping it; an older checkpoint is used if there is one", problem)
@@ -99,7 +100,7 @@ class CheckpointStore:
         return None
 
     def save(self, state: CheckpointState, progress: Progress, files: Mapping[str, bytes]) -> None:
-        """Begin to write the current tensors of all ranks, and `files`. `poll` and `finish` report the result.
+        """Start to write the tensors of all ranks and the small `files`. `poll` or `finish` completes the save.
 
         Raises CheckpointError if the previous save failed.
         """
@@ -107,38 +108,39 @@ class CheckpointStore:
         tensors = state.weights() | state.moments()
         folder = self.directory / f"step_{progress.step:08d}"
         files = {PROGRESS: json.dumps(progress.as_dict()).encode(), **files}
-        background = self.config.background
-        values = (
-            self.staging.copy(tensors) if background else {name: to_local(tensor) for name, tensor in tensors.items()}
-        )
+        in_background = self.config.background
+        if in_background:
+            values = self.staging.copy(tensors)
+        else:
+            values = {name: to_local(tensor) for name, tensor in tensors.items()}
         self.current_write = CheckpointWrite(
             self._get_group(), folder, tensors, values, files, lambda: self._prune(folder)
         )
-        if background:
+        if in_background:
             self.current_write.start()
         else:
             self.current_write.run()
             self.finish()
 
     def poll(self) -> None:
-        """If a checkpoint is being written and all ranks are done with it, `finish` it."""
+        """Call `finish` if a checkpoint is being written and the writes of all ranks have ended."""
         if self.current_write is None:
             return
-        done = torch.tensor(int(not self.current_write.is_alive()))
+        has_ended = torch.tensor(int(not self.current_write.is_alive()))
         if dist.is_initialized():
-            dist.all_reduce(done, dist.ReduceOp.MIN)
-        if done:
+            dist.all_reduce(has_ended, dist.ReduceOp.MIN)
+        if has_ended:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the current write, log it, and prune old checkpoints.
+        """Wait for the current write and log it.
 
         Raises the same CheckpointError on all ranks if the write failed.
         """
         if self.current_write is None:
             return
         write, self.current_write = self.current_write, None
-        begin = time.perf_counter()
+        wait_start = time.perf_counter()
         try:
             write.finish()
         except CheckpointError as error:
@@ -147,11 +149,11 @@ class CheckpointStore:
                 "restart: the run resumes from the latest checkpoint"
             ) from None
         log.info("saved %s", write.folder)
-        if (waited := time.perf_counter() - begin) > 1:
-            log.info("waited %.1f s for the write", waited)
+        if (wait_seconds := time.perf_counter() - wait_start) > 1:
+            log.info("waited %.1f s for the write", wait_seconds)
 
     def wait(self) -> None:
-        """Wait for the current write without raising, before the process exits with an error."""
+        """Wait for the current write without raising its error. Called before the process exits with another error."""
         if self.current_write is not None:
             self.current_write.join()
 
@@ -159,53 +161,57 @@ class CheckpointStore:
         self.group = self.group or CheckpointGroup()
         return self.group
 
-    def _prune(self, newest: Folder) -> None:
-        """Remove checkpoints that need not be kept, and leftovers of interrupted saves, after `newest` is committed.
+    def _prune(self, newest: CheckpointFolder) -> None:
+        """Remove old checkpoints and the leftovers of interrupted saves, after `newest` was committed.
 
-        Checkpoints of later steps were skipped as damaged when the run resumed: they are not counted, and stay.
+        Checkpoints of later steps than `newest` were skipped as damaged when the run resumed. They stay and do not
+        count.
         """
         try:
             committed = [folder.name for folder in self.list_committed()]
             candidates = [name for name in committed if name <= newest.name]
-            keep = set(committed) - set(candidates) | set(candidates[-self.config.keep :])
+            names_to_keep = set(committed) - set(candidates) | set(candidates[-self.config.keep :])
             if interval := self.config.keep_every:
-                keep |= {name for name in candidates if int(name.removeprefix("step_")) % interval == 0}
+                names_to_keep |= {name for name in candidates if int(name.removeprefix("step_")) % interval == 0}
             if self.config.keep_best:
                 losses = {name: _read_heldout_loss(self.directory / name) for name in candidates}
-                known = [name for name in candidates if math.isfinite(losses[name])]
-                keep |= set(sorted(known, key=lambda name: losses[name])[: self.config.keep_best])
+                evaluated = [name for name in candidates if math.isfinite(losses[name])]
+                names_to_keep |= set(sorted(evaluated, key=lambda name: losses[name])[: self.config.keep_best])
             for folder in self._list_named():
-                if folder.name not in keep:
-                    folder.remove(MARKER)  # first: a partly removed checkpoint must not look complete
+                if folder.name not in names_to_keep:
+                    folder.remove(MARKER)  # first, so that a partly removed checkpoint does not look complete
                     folder.remove()
-        except Exception as error:  # Each file system raises its own types; training can continue
+        except Exception as error:  # each file system raises its own errors, and training can continue
             log.warning("%s: old checkpoints cannot be removed: %s", self.directory, error)
 
 
 def open_checkpoint(location: Path | str, rank: int = 0, world_size: int = 1) -> Path:
-    """Return the local path of a checkpoint; a remote checkpoint is copied to the cache.
+    """Return the local path of the checkpoint that `resolve_checkpoint` finds at `location`.
 
-    `location` is resolved by `resolve_checkpoint`. Hashes of every `world_size`-th file are checked, from number `rank`
-    on. Raises CheckpointError if there is none or it is damaged, DataError if it cannot be fetched.
+    A remote checkpoint is copied to the cache. The hashes of every `world_size`-th file, beginning with file `rank`,
+    are checked. Raises CheckpointError if there is no checkpoint or it is damaged, DataError if it cannot be fetched.
     """
     folder = resolve_checkpoint(location)
-    path = folder.local or _download(folder)
+    path = folder.local_path or _download(folder)
     try:
-        verify(Folder(path), rank, world_size)
+        verify_checkpoint(CheckpointFolder(path), rank, world_size)
     except DamagedError as error:
         alternatives = [
-            other for other in CheckpointStore(folder.location.rpartition("/")[0]).list_committed() if other != folder
+            candidate
+            for candidate in CheckpointStore(folder.location.rpartition("/")[0]).list_committed()
+            if candidate != folder
         ]
         raise DamagedError(f"{error}{f'; another: {alternatives[-1]}' if alternatives else ''}") from None
     return path
 
 
-def resolve_checkpoint(location: Path | str) -> Folder:
-    """Return a checkpoint itself, or the latest one of a directory of checkpoints or of a run. A path or a URL.
+def resolve_checkpoint(location: Path | str) -> CheckpointFolder:
+    """Return the checkpoint at `location`, which is a path or a URL.
 
-    Raises CheckpointError if there is none.
+    `location` is a checkpoint, a directory of checkpoints or a run directory. For the latter two, the result is the
+    latest checkpoint. Raises CheckpointError if there is none.
     """
-    folder = Folder(location)
+    folder = CheckpointFolder(location)
     if MARKER in folder.list_names():
         return folder
     committed = CheckpointStore(folder).list_committed() or checkpoints_of_run(folder).list_committed()
@@ -217,18 +223,18 @@ def resolve_checkpoint(location: Path | str) -> Folder:
     return committed[-1]
 
 
-def checkpoints_of_run(run: Folder | Path | str) -> CheckpointStore:
-    """Return the checkpoints of the run in a directory, also if its config puts them elsewhere."""
-    run = Folder(run)
-    if run.local is not None and (run.local / "config.yaml").exists():
-        config, _ = load_config(run.local / "config.yaml")
+def checkpoints_of_run(run: CheckpointFolder | Path | str) -> CheckpointStore:
+    """Return the checkpoints of the run in directory `run`, also if its config has another checkpoint.dir."""
+    run = CheckpointFolder(run)
+    if run.local_path is not None and (run.local_path / "config.yaml").exists():
+        config, _ = load_config(run.local_path / "config.yaml")
         if config is not None and config.checkpoint.dir:
             return CheckpointStore(config.checkpoint.dir)
     return CheckpointStore(run / "checkpoints")
 
 
-def _download(folder: Folder) -> Path:
-    """Copy a checkpoint to the cache; each file is verified. Return the local path."""
+def _download(folder: CheckpointFolder) -> Path:
+    """Copy a remote checkpoint to the cache and verify each file. Return the local path."""
     key = hashlib.sha256(folder.location.encode() + folder.read(MARKER)).hexdigest()
     target = Path(CACHE).expanduser() / "checkpoints" / key / folder.name
     for name, record in read_manifest(folder).items():
@@ -238,17 +244,17 @@ def _download(folder: Folder) -> Path:
     return target
 
 
-def load(folder: Folder | Path, state: CheckpointState, moments: bool = True) -> Progress:
-    """Read the weights, and the moments if `moments`, into the layout of the ranks.
+def load_checkpoint(folder: CheckpointFolder | Path, state: CheckpointState, with_moments: bool = True) -> Progress:
+    """Read the weights, and the moments if `with_moments`, into the layout of the ranks.
 
-    Raises CheckpointError if the checkpoint lacks a parameter of the model or has it in another shape. Extra parameters
-    are no error: a pipeline stage reads only its own.
+    Raises CheckpointError if the checkpoint lacks a parameter of this rank or has it in another shape. Other parameters
+    in the checkpoint are no error, because a pipeline stage reads only its own.
     """
-    folder = Folder(folder)
+    folder = CheckpointFolder(folder)
     saved = read_shapes(folder)
     tensors = state.weights()
     check_shapes(folder, tensors, saved)
-    if moments:
+    if with_moments:
         state.allocate_moments(saved)
         tensors |= state.moments()
     read_tensors(folder, tensors)
@@ -256,28 +262,31 @@ def load(folder: Folder | Path, state: CheckpointState, moments: bool = True) ->
     return read_progress(folder)
 
 
-def read_shapes(folder: Folder | Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(folder: CheckpointFolder | Path) -> dict[str, tuple[int, ...]]:
     """Return {name: full shape} of all tensors in a checkpoint."""
     return {
         name: tuple(entry.size)
-        for name, entry in FolderReader(Folder(folder)).read_metadata().state_dict_metadata.items()
+        for name, entry in FolderReader(CheckpointFolder(folder)).read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
 
 
-def read_tensors(folder: Folder | Path, state: dict[str, Any]) -> None:
-    """Fill the tensors of `state` in place; each rank reads its own shards."""
-    single_process = not dist.is_initialized()
-    if single_process:
+def read_tensors(folder: CheckpointFolder | Path, state: dict[str, Any]) -> None:
+    """Fill the tensors of `state` in place. Each rank reads its own shards."""
+    is_single_process = not dist.is_initialized()
+    if is_single_process:
         ignore_no_group_warning()
     with convert_read_errors(folder):
         state_dict_loader.load(
-            state, storage_reader=FolderReader(Folder(folder)), planner=_Planner(), no_dist=single_process
+            state,
+            storage_reader=FolderReader(CheckpointFolder(folder)),
+            planner=_FlatShardLoadPlanner(),
+            no_dist=is_single_process,
         )
 
 
-class _Planner(DefaultLoadPlanner):
-    """A load planner that knows FlatShard. torch's planner would replace it by None."""
+class _FlatShardLoadPlanner(DefaultLoadPlanner):
+    """A load planner that supports FlatShard. The default planner would replace a FlatShard by None."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -293,8 +302,10 @@ class _Planner(DefaultLoadPlanner):
         return chunk
 
 
-def check_shapes(folder: Folder | Path, expected: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless `saved` has all tensors of `expected`, in their shapes."""
+def check_shapes(
+    folder: CheckpointFolder | Path, expected: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError unless `saved` (name -> shape) has all tensors of `expected`, with equal shapes."""
     for name, tensor in expected.items():
         shape = tuple(tensor.shape)
         if saved.get(name) != shape:
@@ -305,25 +316,25 @@ def check_shapes(folder: Folder | Path, expected: Mapping[str, Any], saved: Mapp
             )
 
 
-def _read_heldout_loss(folder: Folder) -> float:
-    """Return the held-out loss; nan if it is not known, or the file is damaged."""
+def _read_heldout_loss(folder: CheckpointFolder) -> float:
+    """Return the held-out loss of a checkpoint; NaN if there is none or the file is damaged."""
     with suppress(CheckpointError):
         loss = read_progress(folder).heldout_loss
         return math.nan if loss is None else loss
     return math.nan
 
 
-def _find_damage(folder: Folder, rank: int, world_size: int) -> str:
-    """Return the message of `verify`; an empty string if there is no damage."""
+def _find_damage(folder: CheckpointFolder, rank: int, world_size: int) -> str:
+    """Verify a checkpoint. Return the description of the damage; an empty string if there is none."""
     try:
-        verify(folder, rank, world_size)
+        verify_checkpoint(folder, rank, world_size)
     except DamagedError as error:
         return str(error)
     return ""
 
 
-def read_progress(folder: Folder) -> Progress:
-    """Return the progress of the run. Raises CheckpointError if the file is damaged."""
+def read_progress(folder: CheckpointFolder) -> Progress:
+    """Return the progress of the run in a checkpoint. Raises CheckpointError if the file is damaged."""
     try:
         return Progress.parse(folder.read(PROGRESS))
     except OSError as error:

@@ -17,6 +17,6 @@ def run(options: argparse.Namespace) -> None:
     from dist_llm.launch.world import read_world
 
     world = read_world()
-    from dist_llm.launch.preflight import check
+    from dist_llm.launch.preflight import run_preflight
 
-    check(options.directory, options.seconds, world)
+    run_preflight(options.directory, options.seconds, world)

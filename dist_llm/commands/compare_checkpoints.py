@@ -15,7 +15,7 @@ from dist_llm.commands.conversion import console, read_probe, read_small_files, 
 from dist_llm.commands.convert_torch import to_weights
 from dist_llm.config.compare import function_differences
 from dist_llm.config.load import load_saved
-from dist_llm.convert.stream_probe import stream_probe
+from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import TORCH_FILE, TORCH_INDEX, LazyWeights, Weights, load_torch, open_huggingface
 from dist_llm.errors import CheckpointError
 
@@ -92,11 +92,11 @@ def inspect(checkpoint: str) -> int:
 def verify(checkpoint: str) -> None:
     """Check all bytes against the manifest, and the weights against the probe. Raises CheckpointError."""
     folder = resolve_checkpoint(checkpoint)
-    manifest.verify(folder)
+    manifest.verify_checkpoint(folder)
     console.print(f"{folder}: all bytes are as they were saved")
-    path = folder.local or open_checkpoint(checkpoint)
+    path = folder.local_path or open_checkpoint(checkpoint)
     saved = read_probe(path)
-    report_probe(saved, stream_probe(NativeWeights(path), load_saved(path).model) if saved else None, path)
+    report_probe(saved, compute_probe_layerwise(NativeWeights(path), load_saved(path).model) if saved else None, path)
 
 
 def open_weights(source: str) -> Weights:

@@ -20,7 +20,7 @@ from dist_llm.config.load import dump, parse_saved
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
 from dist_llm.convert.hf_parity import compare_logits
-from dist_llm.convert.stream_probe import stream_probe
+from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import LazyWeights, Weights
 from dist_llm.convert.write_weights import verify_written, write_atomically, write_native
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -44,7 +44,7 @@ def write_checkpoint(
 
     Raises CheckpointError if a tensor, the logits or the probe differ.
     """
-    probe = stream_probe(weights, parse_saved(files[CONFIG].decode(), CONFIG).model)
+    probe = compute_probe_layerwise(weights, parse_saved(files[CONFIG].decode(), CONFIG).model)
     if source_probe is not None:
         report_probe(source_probe, replace(probe, weights=source_probe.weights), out)
     with write_atomically(out) as temporary:

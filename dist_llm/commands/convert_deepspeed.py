@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.store import open_checkpoint, read_progress
 from dist_llm.commands.conversion import (
@@ -22,7 +22,7 @@ from dist_llm.config.schema import Config
 from dist_llm.convert import hf_convert
 from dist_llm.convert.deepspeed_read import open_deepspeed
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
-from dist_llm.convert.stream_probe import stream_probe
+from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import LazyWeights
 from dist_llm.convert.write_weights import verify_written
 from dist_llm.errors import CheckpointError
@@ -38,8 +38,8 @@ def to_deepspeed(checkpoint: str, out: str, stage: int | None = None, world: int
     if bool(stage) == universal:
         raise CheckpointError("give either --stage 1, 2 or 3 (and --world), or --universal")
     path = open_checkpoint(checkpoint)
-    config, step = load_saved(path), read_progress(Folder(path)).step
-    report_probe(read_probe(path), stream_probe(NativeWeights(path), config.model), path)
+    config, step = load_saved(path), read_progress(CheckpointFolder(path)).step
+    report_probe(read_probe(path), compute_probe_layerwise(NativeWeights(path), config.model), path)
     with show_progress(NativeWeights(path), "converting") as weights:
         if stage is None:
             directory = write_universal(Path(out), weights, step=step)

@@ -21,7 +21,7 @@ from dist_llm.config.schema import Config
 from dist_llm.convert import hf_convert
 from dist_llm.convert.export_tokenizers import import_tokenizer
 from dist_llm.convert.hf_parity import compare_logits
-from dist_llm.convert.stream_probe import stream_probe
+from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import SafetensorsWeights, open_huggingface
 from dist_llm.convert.write_weights import DTYPES, verify_written, write_atomically
 from dist_llm.errors import CheckpointError
@@ -57,10 +57,10 @@ def to_hf(
         with show_progress(exported, "checking") as tracked:
             verify_written(SafetensorsWeights(temporary), tracked, torch_dtype)
         family = hf_convert.read_config(temporary)[0]
-        probe = stream_probe(NativeWeights(path), config.model)
+        probe = compute_probe_layerwise(NativeWeights(path), config.model)
         report_probe(read_probe(path), probe, path)
         written = hf_convert.from_huggingface(SafetensorsWeights(temporary), config.model, family)
-        written_probe = replace(stream_probe(written, config.model), weights=dtype)
+        written_probe = replace(compute_probe_layerwise(written, config.model), weights=dtype)
         report_probe(probe, written_probe, temporary)
         (temporary / PROBE).write_bytes(written_probe.dump())
         if check:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.store import open_checkpoint, read_progress
 from dist_llm.commands.conversion import (
@@ -17,7 +17,7 @@ from dist_llm.commands.conversion import (
 )
 from dist_llm.config.load import load_saved
 from dist_llm.convert import hf_convert, nanogpt
-from dist_llm.convert.stream_probe import stream_probe
+from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import load_torch
 from dist_llm.convert.write_weights import write_atomically
 from dist_llm.text.build_tokenizer import build_tokenizer
@@ -37,10 +37,10 @@ def to_nanogpt(checkpoint: str, out: str) -> None:
     config, weights = load_saved(path), NativeWeights(path)
     with write_atomically(Path(out)) as temporary:
         with show_progress(weights, "converting") as tracked:
-            torch.save(nanogpt.to_nanogpt(tracked, config, read_progress(Folder(path)).step), temporary)
-        probe = stream_probe(weights, config.model)
+            torch.save(nanogpt.to_nanogpt(tracked, config, read_progress(CheckpointFolder(path)).step), temporary)
+        probe = compute_probe_layerwise(weights, config.model)
         report_probe(read_probe(path), probe, path)
         model, written = nanogpt.from_nanogpt(load_torch(temporary), str(temporary))
-        written_probe = stream_probe(hf_convert.from_huggingface(written, model, "nanogpt"), model)
+        written_probe = compute_probe_layerwise(hf_convert.from_huggingface(written, model, "nanogpt"), model)
         report_probe(probe, written_probe, temporary)
     console.print(f"wrote {out}: {len(written.shapes)} tensors; nanoGPT starts with a new optimizer state")

@@ -12,7 +12,7 @@ from dist_llm.checkpoint.probe import PROBE, parse_probe
 from dist_llm.checkpoint.store import open_checkpoint
 from dist_llm.commands.conversion import CONFIG, console, read_probe, read_small_files, report_probe, write_checkpoint
 from dist_llm.config.load import load_saved
-from dist_llm.convert.stream_probe import stream_probe
+from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import DictWeights, Weights, check_only_tensors, load_torch
 from dist_llm.convert.write_weights import verify_written, write_atomically
 from dist_llm.errors import CheckpointError
@@ -31,7 +31,7 @@ def to_torch(checkpoint: str, out: str) -> None:
         torch.save(content, temporary)
         written = to_weights(load_torch(temporary))
         verify_written(written, weights, torch.float32)
-        report_probe(read_probe(path), stream_probe(written, load_saved(path).model), path)
+        report_probe(read_probe(path), compute_probe_layerwise(written, load_saved(path).model), path)
     console.print(f"wrote {out}: {len(weights.shapes)} tensors")
 
 

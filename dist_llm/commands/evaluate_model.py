@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     if min(options.micro_batch, options.seq_len) < 0:
         raise ConfigError("--micro-batch and --seq-len: must be at least 1, or 0 for the default")
     from dist_llm.launch.world import read_world
-    from dist_llm.training.score import Windows, score
+    from dist_llm.training.evaluate_checkpoint import EvaluationOptions, evaluate_checkpoint
 
-    windows = Windows(options.seq_len, options.micro_batch)
-    score(options.checkpoint, options.data, options.split, windows, read_world())
+    evaluation_options = EvaluationOptions(seq_len=options.seq_len, micro_batch=options.micro_batch)
+    evaluate_checkpoint(options.checkpoint, options.data, options.split, evaluation_options, read_world())

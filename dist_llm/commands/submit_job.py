@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Check the config, print the batch script and submit it."""
-    from dist_llm.launch.submit import Job, directories, parse_sweep, render, submit
+    from dist_llm.launch.submit import SlurmJob, parse_sweep, render_batch_script, run_directories, submit_script
     from dist_llm.training.settings import read_config
 
     sbatch_options = [
@@ -41,16 +41,16 @@ def run(options: argparse.Namespace) -> None:
     sizes = options.nodes, options.tasks_per_node
     if min(sizes) < 1:
         raise ConfigError(f"--nodes {sizes[0]}, --tasks-per-node {sizes[1]}: both must be at least 1")
-    job = Job(
+    job = SlurmJob(
         options.config, tuple(options.rest), *sizes, (*sbatch_options, *options.sbatch), parse_sweep(options.sweep)
     )
-    configs = [read_config(job.config, overrides, job.ranks) for overrides in job.runs]
-    run_dirs = directories(job, configs[0].run.dir)
-    script = render(job, run_dirs)
+    configs = [read_config(job.config, overrides, job.num_ranks) for overrides in job.overrides_by_run]
+    run_dirs = run_directories(job, configs[0].run.dir)
+    script = render_batch_script(job, run_dirs)
     print(script)
     if options.dry_run:
         return
-    number = submit(script)
+    number = submit_script(script)
     output = f"slurm-{number}{'_*' if job.sweep else ''}.log"
     print(f"job {number}; output: {output}; run directories:", *run_dirs, file=sys.stderr)
     print(f"squeue --job {number}; scancel {number}; tensorboard --logdir {configs[0].run.dir}", file=sys.stderr)

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         debug(config)
         return 0
     world = read_world()
-    config = read_config(files[0], overrides, world.size)  # the config is checked before torch is imported
+    config = read_config(files[0], overrides, world.world_size)  # the config is checked before torch is imported
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from dist_llm.training.run import train

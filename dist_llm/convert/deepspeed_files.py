@@ -1,6 +1,6 @@
-"""Read and write torch.save files that refer to DeepSpeed's classes, without DeepSpeed. Tensors are memory-mapped.
+"""Read and write torch.save files that refer to classes of DeepSpeed, without DeepSpeed.
 
-Nothing that a file refers to is imported or run.
+Tensors are memory-mapped. Nothing that a file refers to is imported or run.
 """
 
 import mmap
@@ -18,7 +18,7 @@ from dist_llm.io.atomic import create_atomically, replace_file
 
 
 class _InertStub:
-    """Replaces any class or function that a file refers to. Accepts all arguments and ignores them."""
+    """Replaces each class or function that a file refers to. It accepts and ignores all arguments."""
 
     def __init__(self, *_: object) -> None: ...
     def __setstate__(self, _: object) -> None: ...
@@ -28,8 +28,8 @@ class _InertStub:
 def load_mapped(path: Path) -> Any:
     """Load a torch.save file with memory-mapped tensors. Raises CheckpointError if the file is missing or damaged."""
     try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        with torch.serialization.safe_globals([(_InertStub, name) for name in unknown]):
+        global_names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        with torch.serialization.safe_globals([(_InertStub, name) for name in global_names]):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         check_tensor_sizes(content, path)
         return content
@@ -63,19 +63,20 @@ class LossScaler:
         self.cur_scale, self.dynamic = 1.0, False
 
 
+# Pickle opcodes (module, name) of DeepSpeed classes, by our class.
 DEEPSPEED_NAMES: dict[Any, bytes] = {
     FragmentAddress: b"deepspeed.utils.tensor_fragment\nfragment_address\n",
     LossScaler: b"deepspeed.runtime.fp16.loss_scaler\nLossScaler\n",
 }
 
 
-PURE_PYTHON: Any = pickle._Pickler  # the C pickler checks that the module has the class
+PURE_PYTHON_PICKLER: Any = pickle._Pickler  # the C pickler checks that the module has the class
 
 
 class _PickleModule:
-    """A pickle module for torch.save that writes our two classes under the names of DeepSpeed's."""
+    """A pickle module for torch.save that writes our two classes under the names of DeepSpeed."""
 
-    class Pickler(PURE_PYTHON):  # type: ignore[misc]
+    class Pickler(PURE_PYTHON_PICKLER):  # type: ignore[misc]
         def save_global(self, obj: Any, name: str | None = None) -> None:
             if obj not in DEEPSPEED_NAMES:
                 super().save_global(obj, name)
@@ -85,25 +86,27 @@ class _PickleModule:
 
 
 def write_placeholders(content: dict[str, Any], path: Path) -> None:
-    """Write a file whose tensors are zero: holes in the file until they are filled."""
+    """Write a torch.save file without the data of its tensors. The file has holes there, which read as zeros."""
     with torch.serialization.skip_data():
         torch.save(content, path, pickle_module=_PickleModule)
 
 
 def open_writable(path: Path) -> Any:
-    """Load a torch.save file so that a copy into one of its tensors writes to the file."""
+    """Load a torch.save file so that writing to one of its tensors writes to the file."""
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         return load_mapped(path)
 
 
 @contextmanager
 def write_tagged_directory(directory: Path, tag: str, latest: str) -> Iterator[Path]:
-    """Yield a temporary directory, which becomes `tag` at the end; then the file `latest` names it. Removed after an
-    error."""
-    final = directory / tag
-    if final.exists():
-        raise CheckpointError(f"{final}: exists; give another tag or directory")
-    with create_atomically(final) as temporary:
+    """Yield a temporary directory that becomes `directory/tag` at the end. Then write `tag` to the file `latest`.
+
+    After an error the temporary directory is removed.
+    """
+    target = directory / tag
+    if target.exists():
+        raise CheckpointError(f"{target}: exists; give another tag or directory")
+    with create_atomically(target) as temporary:
         temporary.mkdir(parents=True)
         yield temporary
     replace_file(directory / latest, tag.encode())

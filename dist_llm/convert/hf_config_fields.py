@@ -1,12 +1,12 @@
-"""Fields of a Hugging Face config.json: each one is read, is known to have no effect, or is reported as an error."""
+"""The fields of a Hugging Face config.json. A field that is neither read nor known to be harmless is an error."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from dist_llm.errors import CheckpointError
 
-# No effect on the forward pass of a trained model: metadata, generation, training, heads that are not imported.
-HARMLESS = {
+# Fields without effect on the forward pass of a trained model: metadata, generation, training, unused heads.
+HARMLESS_FIELDS = {
     *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures"),
     *("attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward"),
     *("custom_pipelines", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping"),
@@ -26,12 +26,12 @@ HARMLESS = {
     *("pretraining_tp", "max_window_layers", "classifier_activation", "extra_pos_embeddings"),
     *("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head"),
     *("pooler_type", "force_bos_token_to_be_generated", "gradient_checkpointing_kwargs", "unsloth_version"),
-    # Only BERT's first segment is used, whatever their number. BART's layers are counted by encoder_layers.
+    # Only the first segment of BERT is used. BART has its number of layers in encoder_layers and decoder_layers.
     *("type_vocab_size", "num_hidden_layers"),
-    # Heads that may share the embedding: the tensors decide, and unequal tensors are an error.
+    # Whether a head shares the embedding is decided by the tensors; unequal tensors are an error.
     "tie_word_embeddings",
 }
-# Values of other fields that disable their feature; any other value is an error.
+# Values that disable the feature of a field. Any other value of these fields is an error.
 OFF_VALUES: dict[str, Any] = {
     "pruned_heads": {},
     "is_decoder": False,
@@ -72,32 +72,32 @@ class ConfigFields(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.fields)
 
-    def require(self, **only: Any) -> None:
-        """Raise CheckpointError if a field is present and does not have the only supported value."""
-        for name, value in only.items():
+    def require(self, **supported_values: Any) -> None:
+        """Raise CheckpointError if a field is present with another value than the supported one."""
+        for name, value in supported_values.items():
             if self.get(name, value) != value:
                 raise CheckpointError(f"config.json: {name} {self[name]} is not supported, only {value}")
 
     def rope_theta(self) -> float:
-        """Return the base of plain rotary positions. Raises CheckpointError if positions are scaled."""
+        """Return the base of the rotary positions. Raises CheckpointError if the positions are scaled."""
         rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
-        if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-            raise CheckpointError(f"config.json: rope_type {kind} is not supported, only default")
+        if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
+            raise CheckpointError(f"config.json: rope_type {rope_type} is not supported, only default")
         for name, value in rope.items():
             if name not in ROPE_FIELDS and value is not None and value != OFF_VALUES.get(name):
                 raise CheckpointError(f"config.json: {name} {value} of rope is not supported")
-        outer = self.get("rope_theta")
-        inner = rope.get("rope_theta")
-        if None not in (outer, inner) and outer != inner:
+        outer_theta = self.get("rope_theta")
+        inner_theta = rope.get("rope_theta")
+        if None not in (outer_theta, inner_theta) and outer_theta != inner_theta:
             raise CheckpointError(
-                f"config.json: rope_theta is {outer}, but {inner} in rope_parameters; make them equal"
+                f"config.json: rope_theta is {outer_theta}, but {inner_theta} in rope_parameters; make them equal"
             )
-        return float(next((theta for theta in (inner, outer) if theta is not None), 10_000.0))
+        return float(next((theta for theta in (inner_theta, outer_theta) if theta is not None), 10_000.0))
 
     def check_all_read(self, ignored: Collection[str] = ()) -> None:
-        """Raise CheckpointError for a field that was not read and may change what the model computes."""
+        """Raise CheckpointError for a field that was not read and may change the outputs of the model."""
         for name, value in self.fields.items():
-            if name in self.names_read or name in HARMLESS or name in ignored or value is None:
+            if name in self.names_read or name in HARMLESS_FIELDS or name in ignored or value is None:
                 continue
             if name not in OFF_VALUES:
                 raise CheckpointError(

@@ -1,4 +1,7 @@
-"""Convert between our checkpoints and directories that Hugging Face's `transformers` loads, one tensor at a time."""
+"""Convert between our checkpoints and directories that Hugging Face's `transformers` loads, one tensor at a time.
+
+`hf_tensors.py` has the tables of tensor names, and `hf_config.py` converts the config.
+"""
 
 import json
 import re
@@ -26,20 +29,21 @@ from dist_llm.text.hf_folder import GENERATION_FILE, TOKEN_IDS
 from dist_llm.text.hf_tokenizer import HFTokenizer
 from dist_llm.text.tokenizer import Tokenizer
 
-# prefix of tensors that only Hugging Face's model has; a checkpoint saves them for a later export
+# Prefix of tensors that only the model of Hugging Face has. A checkpoint saves these tensors for a later export.
 HF_ONLY_PREFIX = "theirs."
-SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
-PREFIXES = ("transformer.", "model.", "bert.")  # prefixes of the body, which some checkpoints omit
+SEGMENT_EMBEDDINGS = "bert.embeddings.token_type_embeddings.weight"
+BODY_PREFIXES = ("transformer.", "model.", "bert.")  # prefixes of tensor names that some checkpoints omit
 
-# Hugging Face's buffers that the config determines.
+# Names of buffers in Hugging Face's models whose values follow from the config.
 _GPT2, _ROPE = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", r".*rotary_emb\.inv_freq"
 BUFFERS = {
     **dict.fromkeys(("gpt2", "nanogpt"), re.compile(_GPT2)),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), re.compile(_ROPE)),
     "bert": re.compile(r"(bert\.)?embeddings\.position_ids"),
 }
-# BERT's heads for sentence pairs, which masked language modelling does not use. `find_unused_heads` lists them.
+# Heads of BERT for sentence pairs, which masked language modeling does not use. `find_unused_heads` lists them.
 UNUSED_HEADS = re.compile(r"(bert\.)?pooler\..*|cls\.seq_relationship\..*")
+# Tensor name -> names of tensors that must have equal values, because the model ties them.
 TIED_NAMES = {
     "lm_head.weight": ("transformer.wte.weight", "model.embed_tokens.weight", "model.shared.weight", "shared.weight"),
     "cls.predictions.decoder.weight": ("bert.embeddings.word_embeddings.weight",),
@@ -59,7 +63,7 @@ def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights:
-    """Return a view of our checkpoint under Hugging Face's names, without vocabulary padding.
+    """Return a view of our weights under the names of Hugging Face, without the padding of the vocabulary.
 
     Raises CheckpointError if the checkpoint lacks a parameter.
     """
@@ -67,8 +71,8 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
     if missing := sorted(name for name in native_shapes if weights.shapes.get(f"model.{name}") != native_shapes[name]):
         raise CheckpointError(f"the checkpoint lacks {missing[0]}, or has it in another shape")
     table = tensor_mappings(family, model)
-    if left := sorted(native_shapes.keys() - {pair.native for pair in table}):
-        raise AssertionError(f"not in the table of {family}: {left}")
+    if unmapped := sorted(native_shapes.keys() - {mapping.native for mapping in table}):
+        raise AssertionError(f"not in the table of {family}: {unmapped}")
     by_hf_name = dict(group_by_hf_name(table))
     hf_only = {name.removeprefix(HF_ONLY_PREFIX) for name in weights.shapes if name.startswith(HF_ONLY_PREFIX)}
 
@@ -76,88 +80,96 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
         tensor = weights.read(f"model.{name}")
         return tensor[: model.vocab_size] if name.startswith(VOCAB_TENSORS) else tensor
 
-    def on_meta(name: str) -> Tensor:
+    def make_meta_tensor(name: str) -> Tensor:
         shape = native_shapes[name]
         return torch.empty((model.vocab_size, *shape[1:]) if name.startswith(VOCAB_TENSORS) else shape, device="meta")
 
-    def make(name: str) -> Tensor:
-        saved = {key: weights.read(HF_ONLY_PREFIX + key) for key in {name, SEGMENTS} & hf_only}
-        if name != SEGMENTS:
+    def compute_tensor(name: str) -> Tensor:
+        saved = {key: weights.read(HF_ONLY_PREFIX + key) for key in {name, SEGMENT_EMBEDDINGS} & hf_only}
+        if name != SEGMENT_EMBEDDINGS:
             return to_hf(by_hf_name[name], read_native, saved)
-        # Unchanged if the position embeddings, to which the first segment is added, are unchanged.
-        (pair,) = [pair for pair in table if pair.plus_row]
-        unchanged = saved and torch.equal(to_hf(by_hf_name[pair.hf], read_native, {}), _read_folded(weights, pair))
-        return saved[name] if unchanged else torch.zeros(2, model.d_model)
+        # Our position embeddings include the first segment. If they are unchanged, so are the saved segments.
+        (position_mapping,) = [mapping for mapping in table if mapping.plus_row]
+        current = to_hf(by_hf_name[position_mapping.hf], read_native, {})
+        is_unchanged = saved and torch.equal(current, _read_positions_with_segment(weights, position_mapping))
+        return saved[name] if is_unchanged else torch.zeros(2, model.d_model)
 
-    shapes = {name: tuple(to_hf(group, on_meta, {}).shape) for name, group in by_hf_name.items()}
-    if any(pair.plus_row for pair in table):
-        shapes[SEGMENTS] = weights.shapes.get(HF_ONLY_PREFIX + SEGMENTS, (2, model.d_model))
-    return LazyWeights(shapes, make)
+    shapes = {name: tuple(to_hf(group, make_meta_tensor, {}).shape) for name, group in by_hf_name.items()}
+    if any(mapping.plus_row for mapping in table):
+        shapes[SEGMENT_EMBEDDINGS] = weights.shapes.get(HF_ONLY_PREFIX + SEGMENT_EMBEDDINGS, (2, model.d_model))
+    return LazyWeights(shapes, compute_tensor)
 
 
-def _read_folded(weights: Weights, pair: TensorMapping) -> Tensor:
-    return weights.read(HF_ONLY_PREFIX + pair.hf) + weights.read(HF_ONLY_PREFIX + pair.plus_row)[0]
+def _read_positions_with_segment(weights: Weights, mapping: TensorMapping) -> Tensor:
+    """Return the imported position embeddings plus the first segment embedding."""
+    return weights.read(HF_ONLY_PREFIX + mapping.hf) + weights.read(HF_ONLY_PREFIX + mapping.plus_row)[0]
 
 
 def from_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights:
-    """Return a view of Hugging Face's tensors under our names: with vocabulary padding (zero), and with tensors to
-    save.
+    """Return a view of Hugging Face tensors under our names. The padding of the vocabulary is zero.
+
+    The view also has the tensors with HF_ONLY_PREFIX.
 
     Raises CheckpointError if a tensor is missing, has another shape, or has no counterpart in our model.
     """
     native_shapes, table = model_shapes(model), tensor_mappings(family, model)
-    known = {name for pair in table for name in (pair.hf, pair.plus_row)}
-    stored_names = {_add_body_prefix(name, known): name for name in weights.shapes}
-    _check_unmapped(weights, stored_names, known, family)
-    by_native_name = {pair.native: pair for pair in table}
-    hf_only = {name for pair in table if pair.skip or pair.plus_row for name in (pair.hf, pair.plus_row) if name}
+    mapped_names = {name for mapping in table for name in (mapping.hf, mapping.plus_row)}
+    stored_names = {_add_body_prefix(name, mapped_names): name for name in weights.shapes}
+    _check_unmapped(weights, stored_names, mapped_names, family)
+    by_native_name = {mapping.native: mapping for mapping in table}
+    hf_only = {
+        name for mapping in table if mapping.skip or mapping.plus_row for name in (mapping.hf, mapping.plus_row) if name
+    }
 
     def read(name: str) -> Tensor:
         if family == "t5" and name == "lm_head.weight" and name not in stored_names:
-            name = "shared.weight"  # the two were equal at the save, which the config of v1.1 does not record
+            name = "shared.weight"  # the head is tied to the embedding, which the config of T5 v1.1 does not record
         if name not in stored_names:
             raise CheckpointError(f"the Hugging Face checkpoint lacks {name}")
         return weights.read(stored_names[name]).float()
 
-    def make(name: str) -> Tensor:
+    def compute_tensor(name: str) -> Tensor:
         if name.startswith(HF_ONLY_PREFIX):
             return read(name.removeprefix(HF_ONLY_PREFIX))
         name = name.removeprefix("model.")
-        pair, shape = by_native_name[name], native_shapes[name]
-        tensor = to_native(pair, {key: read(key) for key in (pair.hf, pair.plus_row) if key})
+        mapping, shape = by_native_name[name], native_shapes[name]
+        tensor = to_native(mapping, {key: read(key) for key in (mapping.hf, mapping.plus_row) if key})
         if name.startswith(VOCAB_TENSORS) and tuple(tensor.shape) == (model.vocab_size, *shape[1:]):
             tensor = torch.cat((tensor, tensor.new_zeros(shape[0] - len(tensor), *shape[1:])))
         if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{pair.hf} gives {name} the shape {list(tensor.shape)} instead of {list(shape)}")
+            raise CheckpointError(f"{mapping.hf} gives {name} the shape {list(tensor.shape)} instead of {list(shape)}")
         return tensor
 
     shapes = {f"model.{name}": shape for name, shape in native_shapes.items()}
     hf_only &= stored_names.keys()
     shapes |= {HF_ONLY_PREFIX + name: weights.shapes[stored_names[name]] for name in sorted(hf_only)}
-    return LazyWeights(shapes, make)
+    return LazyWeights(shapes, compute_tensor)
 
 
-def _add_body_prefix(name: str, known: set[str]) -> str:
-    """Return `name` with the prefix of the body, if `name` lacks it."""
-    return next((prefix + name for prefix in PREFIXES if name not in known and prefix + name in known), name)
+def _add_body_prefix(name: str, mapped_names: set[str]) -> str:
+    """Return `name` with the prefix of the body if `name` lacks that prefix."""
+    if name in mapped_names:
+        return name
+    return next((prefix + name for prefix in BODY_PREFIXES if prefix + name in mapped_names), name)
 
 
-def _check_unmapped(weights: Weights, stored_names: Mapping[str, str], known: set[str], family: str) -> None:
-    for full, name in stored_names.items():
-        if full in known or (family in BUFFERS and BUFFERS[family].fullmatch(name)):
+def _check_unmapped(weights: Weights, stored_names: Mapping[str, str], mapped_names: set[str], family: str) -> None:
+    """Raise CheckpointError for a stored tensor without a counterpart in our model that is not redundant."""
+    for full_name, name in stored_names.items():
+        if full_name in mapped_names or (family in BUFFERS and BUFFERS[family].fullmatch(name)):
             continue
         if family == "bert" and UNUSED_HEADS.fullmatch(name):
             continue
-        originals = [stored_names[tied] for tied in TIED_NAMES.get(full, ()) if tied in stored_names]
+        originals = [stored_names[tied] for tied in TIED_NAMES.get(full_name, ()) if tied in stored_names]
         if originals and torch.equal(weights.read(name), weights.read(originals[0])):
             continue
-        if full == "final_logits_bias" and not weights.read(name).any():
+        if full_name == "final_logits_bias" and not weights.read(name).any():
             continue
         raise CheckpointError(f"the tensor {name} {list(weights.shapes[name])} has no counterpart in our model")
 
 
 def find_unused_heads(weights: Weights) -> list[str]:
-    """Return the tensors of heads that our models do not have, so that the caller can report them."""
+    """Return the names of tensors of heads that our models lack, so that the caller can report them."""
     return sorted(name for name in weights.shapes if UNUSED_HEADS.fullmatch(name))
 
 
@@ -174,8 +186,8 @@ def export_hf(
 ) -> Weights:
     """Write all files that `from_pretrained` needs into `directory`. Return the view of the written tensors.
 
-    `ids` has the TOKEN_IDS, and `generation` is generation_config.json, if the model was imported from Hugging Face;
-    else they come from the tokenizer. A tokenizer that was imported with files is written back unchanged.
+    If the model was imported from Hugging Face, `ids` has the special TOKEN_IDS and `generation` is the content of
+    generation_config.json. Otherwise they come from the tokenizer. An imported tokenizer is written back unchanged.
 
     Raises CheckpointError if no Hugging Face model is equivalent.
     """
@@ -199,16 +211,18 @@ def export_hf(
 
 
 def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """Return the special ids; None for each without a tokenizer, because a family's defaults belong to another
-    tokenizer."""
+    """Return the special ids.
+
+    Without a tokenizer, each id is None, because the defaults belong to another tokenizer.
+    """
     if isinstance(tokenizer, HFTokenizer) and tokenizer.token_ids:
         return tokenizer.token_ids
     ids: dict[str, int | None] = dict.fromkeys(
         ("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot if tokenizer is not None else None
     )
     if config.model.architecture == "encoder_decoder":
-        start = tokenizer.vocabulary().special_id("start") if tokenizer is not None else None
-        ids["decoder_start_token_id"] = start
+        start_id = tokenizer.vocabulary().special_id("start") if tokenizer is not None else None
+        ids["decoder_start_token_id"] = start_id
     return ids
 
 
@@ -232,7 +246,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_config(directory: Path, ignored: Collection[str] = ()) -> tuple[str, ModelConfig]:
-    """Return (family, our model config) of a Hugging Face directory; fields in `ignored` need not be known.
+    """Return (family, our model config) of a Hugging Face directory. Unknown fields in `ignored` are no error.
 
     Raises CheckpointError if there is no config or it is not supported.
     """

@@ -1,4 +1,4 @@
-"""Check that one of our checkpoints and a Hugging Face directory are the same model: equal logits on a fixed batch."""
+"""Check that a checkpoint and a Hugging Face directory are the same model, by comparing logits on a fixed batch."""
 
 from functools import partial
 from pathlib import Path
@@ -14,16 +14,17 @@ from dist_llm.errors import CheckpointError
 from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 from dist_llm.models.build_model import build_model
 
-ROWS, LENGTH = 2, 32
-MAX_LOGIT_DIFFERENCE, MAX_KL = 1e-4, 1e-9  # in fp32, relative to the largest logit if that is above 1; in fp64
+NUM_ROWS, ROW_TOKENS = 2, 32
+MAX_LOGIT_DIFFERENCE = 1e-4  # in fp32, relative to the largest logit if that is above 1
+MAX_KL = 1e-9  # KL divergence in nats, in fp64
 
 
 @torch.no_grad()
 def compare_logits(checkpoint: Path, hf_folder: Path, dtype: torch.dtype = torch.float32) -> str:
-    """Return a line with the differences; our weights are rounded to `dtype`. Both models are in memory, in fp64 at the
-    end.
+    """Compare the logits of both models and return a line with the differences. Our weights are rounded to `dtype`.
 
-    Raises CheckpointError if the differences exceed rounding, or `transformers` is not installed.
+    Both models are in memory, at the end in fp64. Raises CheckpointError if the differences exceed rounding, or
+    `transformers` is not installed.
     """
     try:
         import transformers
@@ -31,17 +32,17 @@ def compare_logits(checkpoint: Path, hf_folder: Path, dtype: torch.dtype = torch
         raise CheckpointError("--check needs `transformers`: pip install transformers") from None
     config = load_saved(checkpoint)
     native_model = build_model(config.model).eval()
-    store.load(checkpoint, TorchState(native_model), moments=False)
+    store.load_checkpoint(checkpoint, TorchState(native_model), with_moments=False)
     native_model.to(dtype).float()
-    kind = {"encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
-    loader = getattr(transformers, kind.get(config.model.architecture, "AutoModelForCausalLM"))
-    hf_model = loader.from_pretrained(hf_folder, dtype=torch.float32, attn_implementation="eager").eval()
-    length = min(LENGTH, config.model.max_seq_len)
-    ids = torch.randint(config.model.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))
+    hf_classes = {"encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
+    hf_class = getattr(transformers, hf_classes.get(config.model.architecture, "AutoModelForCausalLM"))
+    hf_model = hf_class.from_pretrained(hf_folder, dtype=torch.float32, attn_implementation="eager").eval()
+    num_tokens = min(ROW_TOKENS, config.model.max_seq_len)
+    ids = torch.randint(config.model.vocab_size, (NUM_ROWS, num_tokens), generator=torch.Generator().manual_seed(0))
     difference = _logit_difference(native_model, hf_model, ids, config.model.architecture)
     native_model, hf_model = native_model.double(), hf_model.double()
     for module in hf_model.modules():
-        if hasattr(module, "variance_epsilon"):  # Hugging Face's RMSNorm computes in fp32 for any input type
+        if hasattr(module, "variance_epsilon"):  # RMSNorm of Hugging Face always computes in fp32
             module.forward = partial(_rms_norm, module.weight, module.variance_epsilon)
     kl = _kl_divergence(native_model, hf_model, ids, config.model.architecture)
     line = f"logits differ by {difference:.1e} at most in fp32, distributions by a KL of {kl:.1e} in fp64"

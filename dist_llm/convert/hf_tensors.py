@@ -1,7 +1,7 @@
-"""Tables that map our tensors to Hugging Face's, for each supported family.
+"""Tables that map our tensors to the tensors of Hugging Face, for each supported model family.
 
-A `TensorMapping` says which part of which Hugging Face tensor corresponds to one of our tensors. The tables work in
-both directions: an import takes our tensor out of Hugging Face's, an export puts it back.
+A `TensorMapping` says which part of a Hugging Face tensor (`hf`) corresponds to one of our tensors (`native`). The
+tables work in both directions, for import and export.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,48 +16,54 @@ from dist_llm.config.model_section import ModelConfig
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """`native` is chunk `chunk` of `num_chunks` equal chunks of `hf`, along the output dimension, from row `skip`
-    on."""
+    """Maps one of our tensors, `native`, to a part of a Hugging Face tensor, `hf`.
+
+    The part is chunk `chunk` of `num_chunks` equal chunks along the output dimension, without its first `skip` rows.
+    """
 
     native: str
     hf: str
-    transposed: bool = False  # `hf` has inputs in rows (GPT-2's Conv1D)
+    transposed: bool = False  # whether `hf` is [inputs, outputs] (Conv1D of GPT-2)
     chunk: int = 0
     num_chunks: int = 1
-    skip: int = 0  # rows of `hf` without a counterpart (BART's first two positions)
-    plus_row: str = ""  # a Hugging Face tensor whose first row is added to each row of `native` (BERT's segments)
+    skip: int = 0  # rows of `hf` without a counterpart (the first two positions of BART)
+    plus_row: str = ""  # tensor whose first row is added to each row (segment embeddings of BERT)
 
 
-def to_native(pair: TensorMapping, hf_tensors: Mapping[str, Tensor]) -> Tensor:
-    """Extract our tensor from Hugging Face's."""
-    tensor = hf_tensors[pair.hf]
-    if pair.transposed:
+def to_native(mapping: TensorMapping, hf_tensors: Mapping[str, Tensor]) -> Tensor:
+    """Extract our tensor from the Hugging Face tensors."""
+    tensor = hf_tensors[mapping.hf]
+    if mapping.transposed:
         tensor = tensor.t() if tensor.ndim == 2 else tensor
-    rows = len(tensor) // pair.num_chunks
-    tensor = tensor[pair.chunk * rows : (pair.chunk + 1) * rows][pair.skip :]
-    return tensor + hf_tensors[pair.plus_row][0] if pair.plus_row else tensor
+    chunk_rows = len(tensor) // mapping.num_chunks
+    tensor = tensor[mapping.chunk * chunk_rows : (mapping.chunk + 1) * chunk_rows][mapping.skip :]
+    return tensor + hf_tensors[mapping.plus_row][0] if mapping.plus_row else tensor
 
 
 def to_hf(group: Sequence[TensorMapping], read_native: Callable[[str], Tensor], saved: Mapping[str, Tensor]) -> Tensor:
-    """Build Hugging Face's tensor from all mappings to it: the inverse of `to_native`.
+    """Build a Hugging Face tensor from all mappings to it. This is the inverse of `to_native`.
 
-    `saved` are Hugging Face's tensors that an import saved, since ours cannot represent all of their values.
+    `saved` are Hugging Face tensors that an import saved, because our tensors lack a part of their values.
     """
-    tensor = torch.cat([read_native(pair.native) for pair in group]) if len(group) > 1 else read_native(group[0].native)
-    (pair, *_) = group
-    before = saved.get(pair.hf)
-    if pair.skip:
-        rows = before[: pair.skip] if before is not None else tensor.new_zeros(pair.skip, *tensor.shape[1:])
+    tensor = (
+        torch.cat([read_native(mapping.native) for mapping in group])
+        if len(group) > 1
+        else read_native(group[0].native)
+    )
+    (mapping, *_) = group
+    imported = saved.get(mapping.hf)
+    if mapping.skip:
+        rows = imported[: mapping.skip] if imported is not None else tensor.new_zeros(mapping.skip, *tensor.shape[1:])
         tensor = torch.cat((rows, tensor))
-    if pair.plus_row and before is not None and torch.equal(tensor, before + saved[pair.plus_row][0]):
-        tensor = before  # unchanged since the import
-    return tensor.t() if pair.transposed and tensor.ndim == 2 else tensor
+    if mapping.plus_row and imported is not None and torch.equal(tensor, imported + saved[mapping.plus_row][0]):
+        tensor = imported  # unchanged since the import
+    return tensor.t() if mapping.transposed and tensor.ndim == 2 else tensor
 
 
 def group_by_hf_name(table: Sequence[TensorMapping]) -> Iterator[tuple[str, list[TensorMapping]]]:
     """Yield (Hugging Face tensor name, its mappings in order)."""
-    ordered = sorted(table, key=lambda pair: (pair.hf, pair.chunk))
-    return ((hf, list(group)) for hf, group in groupby(ordered, key=lambda pair: pair.hf))
+    ordered = sorted(table, key=lambda mapping: (mapping.hf, mapping.chunk))
+    return ((hf, list(group)) for hf, group in groupby(ordered, key=lambda mapping: mapping.hf))
 
 
 def tensor_mappings(family: str, model: ModelConfig) -> list[TensorMapping]:
@@ -65,9 +71,10 @@ def tensor_mappings(family: str, model: ModelConfig) -> list[TensorMapping]:
     return list(FAMILIES[family](model))
 
 
-def _weight_and_bias(native: str, hf: str, bias: bool, **how: int | bool) -> Iterator[TensorMapping]:
+def _weight_and_bias(native: str, hf: str, bias: bool, **options: int | bool) -> Iterator[TensorMapping]:
+    """Yield the mappings of a layer: its weight, and its bias if it has one."""
     for kind in ("weight", "bias") if bias else ("weight",):
-        yield TensorMapping(f"{native}.{kind}", f"{hf}.{kind}", **how)  # type: ignore[arg-type]
+        yield TensorMapping(f"{native}.{kind}", f"{hf}.{kind}", **options)  # type: ignore[arg-type]
 
 
 def _gpt2(model: ModelConfig, transposed: bool = True) -> Iterator[TensorMapping]:

@@ -1,7 +1,7 @@
 """Convert between nanoGPT's ckpt.pt and our checkpoints.
 
-The file is a dictionary: `model` has the tensors of GPT-2, not transposed; `model_args` has the sizes. torch.compile
-adds the prefix `_orig_mod.` to each name. The head is the token embedding, under a second name.
+The file is a dictionary: `model` has the tensors of GPT-2, not transposed, and `model_args` has the sizes.
+torch.compile adds the prefix `_orig_mod.` to each name. The head is the token embedding under a second name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,7 @@ from dist_llm.convert.hf_tensors import tensor_mappings
 from dist_llm.convert.weights import DictWeights, Weights, check_only_tensors
 from dist_llm.errors import CheckpointError
 
+# nanoGPT's name of a size -> our config key.
 SIZES = {
     "n_layer": "n_layers",
     "n_head": "n_heads",
@@ -28,29 +29,31 @@ SIZES = {
     "vocab_size": "vocab_size",
 }
 ARGUMENTS = {*SIZES, "bias", "dropout"}
-COMPILED = "_orig_mod."
+COMPILED_PREFIX = "_orig_mod."
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 BLOCKS = "transformer.h."
-IN_MODEL = ("transformer.wte.", "transformer.wpe.", BLOCKS, "transformer.ln_f.")  # in module order
-IN_BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-UNKNOWN_LOSS = 1e9  # nanoGPT's initial value
+MODEL_ORDER = ("transformer.wte.", "transformer.wpe.", BLOCKS, "transformer.ln_f.")  # name prefixes in module order
+BLOCK_ORDER = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+UNKNOWN_LOSS = 1e9  # initial best_val_loss of nanoGPT
 
 
-def from_nanogpt(content: Mapping[Any, Any], where: str = "ckpt.pt") -> tuple[ModelConfig, Weights]:
+def from_nanogpt(content: Mapping[Any, Any], location: str = "ckpt.pt") -> tuple[ModelConfig, Weights]:
     """Return (our model config, tensors by the names of family `nanogpt`) from the content of ckpt.pt.
 
-    Raises CheckpointError, prefixed with `where`, if it is not such a file.
+    Raises CheckpointError, which names `location`, if the content is not from nanoGPT.
     """
     arguments = content.get("model_args")
     if not isinstance(arguments, dict) or "model" not in content:
-        raise CheckpointError(f"{where}: not a checkpoint of nanoGPT: has no model and model_args")
+        raise CheckpointError(f"{location}: not a checkpoint of nanoGPT: has no model and model_args")
     if unknown := sorted(map(str, arguments.keys() - ARGUMENTS)):
-        raise CheckpointError(f"{where}: nanoGPT's model_args: {unknown[0]} ({arguments[unknown[0]]!r}) is unknown")
+        raise CheckpointError(f"{location}: nanoGPT's model_args: {unknown[0]} ({arguments[unknown[0]]!r}) is unknown")
     if missing := sorted(ARGUMENTS - {"dropout"} - arguments.keys()):
-        raise CheckpointError(f"{where}: nanoGPT's model_args: {missing[0]} is missing")
+        raise CheckpointError(f"{location}: nanoGPT's model_args: {missing[0]} is missing")
     sizes = {key: arguments[argument] for argument, key in SIZES.items()}
     if not all(type(size) is int and size > 0 for size in sizes.values()):
-        raise CheckpointError(f"{where}: nanoGPT's model_args: sizes must be whole numbers above 0, found {arguments}")
+        raise CheckpointError(
+            f"{location}: nanoGPT's model_args: sizes must be whole numbers above 0, found {arguments}"
+        )
     try:
         model = ModelConfig(
             **sizes,
@@ -64,13 +67,15 @@ def from_nanogpt(content: Mapping[Any, Any], where: str = "ckpt.pt") -> tuple[Mo
             tie_embeddings=True,
         )
     except ValidationError as error:
-        raise CheckpointError(f"{where}: nanoGPT's model_args: {error.errors()[0]['msg']}, found {arguments}") from None
-    tensors = check_only_tensors(content["model"], f"{where}: model")
-    return model, DictWeights({name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()})
+        raise CheckpointError(
+            f"{location}: nanoGPT's model_args: {error.errors()[0]['msg']}, found {arguments}"
+        ) from None
+    tensors = check_only_tensors(content["model"], f"{location}: model")
+    return model, DictWeights({name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in tensors.items()})
 
 
 def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any]:
-    """Return the content of a ckpt.pt for nanoGPT's sample.py and train.py. Its optimizer state is new.
+    """Return the content of a ckpt.pt for nanoGPT's sample.py and train.py, with a new optimizer state.
 
     All tensors are in memory, in fp32. Raises CheckpointError if nanoGPT cannot express the model.
     """
@@ -83,10 +88,11 @@ def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any
     view = to_huggingface(weights, model, "nanogpt")
     # nanoGPT's optimizer numbers the parameters in module order.
     names = [
-        name for _, name in sorted((_module_order(pair.hf), pair.hf) for pair in tensor_mappings("nanogpt", model))
+        name
+        for _, name in sorted((_module_order(mapping.hf), mapping.hf) for mapping in tensor_mappings("nanogpt", model))
     ]
     tensors = {name: view.read(name).float().contiguous() for name in dict.fromkeys(names)}
-    optimizer = _fresh_adamw(
+    optimizer = _build_adamw_state(
         list(tensors.values()), config.optim if isinstance(config.optim, AdamWKeys) else AdamWConfig()
     )
     tensors[HEAD] = tensors[EMBEDDING]
@@ -102,15 +108,15 @@ def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any
 
 def _module_order(name: str) -> tuple[int, int, int]:
     """Return the sort key of a parameter in nanoGPT's model: (index of the module, layer, index in the layer)."""
-    stems = [stem for stem in IN_MODEL if name.startswith(stem)]
+    stems = [stem for stem in MODEL_ORDER if name.startswith(stem)]
     if stems[0] != BLOCKS:
-        return IN_MODEL.index(stems[0]), 0, name.endswith(".bias")
+        return MODEL_ORDER.index(stems[0]), 0, name.endswith(".bias")
     layer, _, rest = name.removeprefix(BLOCKS).partition(".")
     module, _, kind = rest.rpartition(".")
-    return IN_MODEL.index(BLOCKS), int(layer), 2 * IN_BLOCK.index(module) + (kind == "bias")
+    return MODEL_ORDER.index(BLOCKS), int(layer), 2 * BLOCK_ORDER.index(module) + (kind == "bias")
 
 
-def _fresh_adamw(tensors: Sequence[Tensor], optim: AdamWKeys) -> dict[str, Any]:
+def _build_adamw_state(tensors: Sequence[Tensor], optim: AdamWKeys) -> dict[str, Any]:
     """Return the state of a new optimizer with nanoGPT's two groups: matrices have weight decay, vectors do not."""
     with torch.device("meta"):
         parameters = [nn.Parameter(torch.empty(tensor.shape)) for tensor in tensors]

@@ -1,4 +1,7 @@
-"""Load a model that is larger than memory by accelerate: blocks stay on GPUs, in host memory or on disk until used."""
+"""Load a model that is larger than the memory, with accelerate.
+
+Blocks stay on GPUs, in host memory or on disk until the forward pass uses them.
+"""
 
 import atexit
 import logging
@@ -18,15 +21,15 @@ from dist_llm.errors import ConfigError
 from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
 
-GPU_SHARE = 0.7
+GPU_SHARE = 0.7  # share of the memory of a GPU for weights
 
 
 def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder: Path, memory_bytes: int) -> Decoder:
-    """Load the model of a checkpoint. At most `memory_bytes` are in host memory.
+    """Load the model of a checkpoint, with at most `memory_bytes` of weights in host memory.
 
-    Blocks that fit neither there nor on a GPU are written to a new directory in `folder`. It takes up to twice the
-    bytes of the weights until the process ends. Raises ConfigError if accelerate is not installed, or the memory is too
-    small for embedding and head.
+    Blocks that fit neither in host memory nor on a GPU are written to a new directory in `folder`. Until the process
+    resident_names, the directory takes up to twice the bytes of the weights. Raises ConfigError if accelerate is not
+    installed or the memory is too small for embedding and head.
     """
     if find_spec("accelerate") is None:
         raise ConfigError("--offload: accelerate is not installed; pip install 'dist-llm[accelerate]'")
@@ -35,17 +38,18 @@ def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder
 
     with init_empty_weights():
         model = build_model(config)
-    # The head uses the tied embedding outside the embedding's own call, so both must stay loaded. Only blocks are
-    # offloaded.
-    ends = [name for name, _ in model.named_children() if name != "blocks"]
-    main: int | str = "cpu" if device.type == "cpu" else device.index or 0
-    # Part of a GPU's memory is reserved for the block that runs, and for activations.
+    # The head may use the embedding outside of its forward call, so both must stay loaded. Only blocks are offloaded.
+    resident_names = [name for name, _ in model.named_children() if name != "blocks"]
+    main_device: int | str = "cpu" if device.type == "cpu" else device.index or 0
+    # The rest of the memory of a GPU is for the block that runs, and for activations.
     free_bytes = {name: round(GPU_SHARE * size) for name, size in get_max_memory().items() if name != "cpu"}
     free_bytes["cpu"] = memory_bytes
-    free_bytes[main] -= _count_bytes(*(getattr(model, name) for name in ends))
-    if free_bytes[main] < 0:
-        raise ConfigError(f"--memory: embedding and head need {-free_bytes[main] / 2**20:.1f} MiB more than available")
-    device_map: dict[str, int | str] = dict.fromkeys(ends, main)
+    free_bytes[main_device] -= _count_bytes(*(getattr(model, name) for name in resident_names))
+    if free_bytes[main_device] < 0:
+        raise ConfigError(
+            f"--memory: embedding and head need {-free_bytes[main_device] / 2**20:.1f} MiB more than available"
+        )
+    device_map: dict[str, int | str] = dict.fromkeys(resident_names, main_device)
     for name, block in model.blocks.items():
         target = next((target for target, size in free_bytes.items() if size >= _count_bytes(block)), "disk")
         device_map[f"blocks.{name}"] = target
@@ -53,22 +57,22 @@ def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder
             free_bytes[target] -= _count_bytes(block)
     saved = NativeWeights(path)
     names = [name for name in saved.shapes if name.startswith("model.")]
-    view = LazyWeights(
+    weights = LazyWeights(
         {name.removeprefix("model."): saved.shapes[name] for name in names}, lambda name: saved.read(f"model.{name}")
     )
-    # accelerate warns that modules are offloaded, which is intended
+    # Silences the warning that modules are offloaded.
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--offload: {folder} cannot be created: {error.strerror}") from None
-    offloaded = Path(tempfile.mkdtemp(prefix="blocks_", dir=folder))
-    with tempfile.TemporaryDirectory(prefix="weights_", dir=folder) as weights:
-        write_safetensors(Path(weights), view)
+    offload_dir = Path(tempfile.mkdtemp(prefix="blocks_", dir=folder))
+    with tempfile.TemporaryDirectory(prefix="weights_", dir=folder) as weights_dir:
+        write_safetensors(Path(weights_dir), weights)
         offloaded_model: Decoder = load_checkpoint_and_dispatch(
-            model, weights, device_map=device_map, offload_folder=offloaded
+            model, weights_dir, device_map=device_map, offload_folder=offload_dir
         )
-    atexit.register(shutil.rmtree, offloaded, ignore_errors=True)
+    atexit.register(shutil.rmtree, offload_dir, ignore_errors=True)
     return offloaded_model.eval()
 
 

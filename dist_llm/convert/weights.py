@@ -1,6 +1,6 @@
-"""Tensors by name that are read one at a time, from any kind of file.
+"""Read tensors by name, one at a time, from several kinds of files.
 
-Names are those of our checkpoints, `model.NAME` and `optim.NAME.KEY`, or those of the program that wrote the file.
+The names are those of our checkpoints, `model.NAME` and `optim.NAME.KEY`, or those of the program that wrote the file.
 """
 
 import json
@@ -17,11 +17,11 @@ from dist_llm.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-ZIP_START = b"PK\x03\x04"  # files of torch.save before version 1.6 are not zip archives, and cannot be memory-mapped
+ZIP_MAGIC = b"PK\x03\x04"  # files that torch before 1.6 saved are not zip archives, and cannot be memory-mapped
 
 
 class Weights(Protocol):
-    """Weights that can be converted."""
+    """Tensors by name: the source of a conversion."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -34,7 +34,7 @@ class Weights(Protocol):
 
 
 class SafetensorsWeights:
-    """A directory in Hugging Face's format: one safetensors file, or several and an index."""
+    """The tensors of a directory in the format of Hugging Face: one safetensors file, or several and an index."""
 
     def __init__(self, directory: Path) -> None:
         files = _list_indexed_files(directory, INDEX) or sorted(directory.glob("*.safetensors"))
@@ -71,7 +71,7 @@ def open_huggingface(directory: Path) -> Weights:
 
 
 def _list_indexed_files(directory: Path, name: str) -> list[Path]:
-    """Return the files that an index lists; an empty list if there is no index.
+    """Return the files that the index `name` lists; an empty list if there is no index.
 
     Raises CheckpointError if the index is damaged, a file is missing, or a file is outside the directory.
     """
@@ -92,7 +92,7 @@ def _list_indexed_files(directory: Path, name: str) -> list[Path]:
 
 @contextmanager
 def _convert_read_errors(path: Path) -> Iterator[None]:
-    """Within the block, any error becomes a CheckpointError of the file: safetensors raises its own types."""
+    """Within the block, convert any error to a CheckpointError that names the file."""
     try:
         yield
     except Exception as error:
@@ -100,7 +100,7 @@ def _convert_read_errors(path: Path) -> Iterator[None]:
 
 
 class DictWeights:
-    """Tensors of a dictionary, such as the memory-mapped content of a `torch.save` file."""
+    """The tensors of a dictionary, such as the memory-mapped content of a `torch.save` file."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
@@ -111,24 +111,24 @@ class DictWeights:
 
 
 class LazyWeights:
-    """Tensors that are computed when they are read."""
+    """Tensors that the function `compute(name)` computes when they are read."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Tensor]) -> None:
-        self.shapes, self.make = shapes, make
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], compute: Callable[[str], Tensor]) -> None:
+        self.shapes, self.compute = shapes, compute
 
     def read(self, name: str) -> Tensor:
-        return self.make(name)
+        return self.compute(name)
 
 
 def load_torch(path: Path) -> dict[Any, Any]:
-    """Load a `torch.save` file with memory-mapped tensors; nothing in it is run.
+    """Load a `torch.save` file with memory-mapped tensors, without running code from the file.
 
-    Raises CheckpointError if it is not a dictionary, or a tensor claims more bytes than the file has.
+    Raises CheckpointError if the content is not a dictionary, or a tensor claims more bytes than the file has.
     """
     try:
         with path.open("rb") as file:
-            mapped = file.read(len(ZIP_START)) == ZIP_START
-        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+            is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+        content = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except Exception as error:  # the type depends on the file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: cannot be read as a file of torch.save: {reason}") from None
@@ -139,32 +139,35 @@ def load_torch(path: Path) -> dict[Any, Any]:
 
 
 def check_tensor_sizes(content: object, path: Path) -> None:
-    """Raise CheckpointError if a tensor, anywhere in `content`, is not plain or is larger than its file.
+    """Raise CheckpointError if a tensor anywhere in `content` is not a dense CPU tensor or is larger than its file.
 
-    A few bytes can describe any number of elements (a stride of 0, a sparse layout), which a copy would allocate.
+    A few bytes can describe any number of elements (by a stride of 0 or a sparse layout), which a copy would allocate.
     """
-    size = path.stat().st_size
-    todo = [content]
-    seen: set[int] = set()  # a pickle may contain a list that contains itself
-    while todo:
-        item = todo.pop()
+    file_bytes = path.stat().st_size
+    pending = [content]
+    visited_ids: set[int] = set()  # a pickle may contain a list that contains itself
+    while pending:
+        item = pending.pop()
         if isinstance(item, Tensor):
-            if item.layout != torch.strided or item.device.type != "cpu" or item.numel() * item.element_size() > size:
+            is_dense = item.layout == torch.strided and item.device.type == "cpu"
+            if not is_dense or item.numel() * item.element_size() > file_bytes:
                 raise CheckpointError(
                     f"{path}: a tensor {list(item.shape)} ({item.layout}, {item.device}) is larger than the file or no "
                     "plain tensor; save a contiguous copy of it with torch.save"
                 )
-        elif isinstance(item, dict | list | tuple) and id(item) not in seen:
-            seen.add(id(item))
-            todo.extend(item.values() if isinstance(item, dict) else item)
+        elif isinstance(item, dict | list | tuple) and id(item) not in visited_ids:
+            visited_ids.add(id(item))
+            pending.extend(item.values() if isinstance(item, dict) else item)
 
 
-def check_only_tensors(content: object, where: str) -> dict[str, Tensor]:
-    """Return `content` if it is a dictionary of named tensors. Raises CheckpointError, prefixed with `where`,
-    otherwise."""
+def check_only_tensors(content: object, location: str) -> dict[str, Tensor]:
+    """Return `content` if it is a dictionary of named tensors.
+
+    Otherwise raise CheckpointError, which names `location`.
+    """
     if not isinstance(content, dict):
-        raise CheckpointError(f"{where}: contains a {type(content).__name__} instead of a dictionary of tensors")
+        raise CheckpointError(f"{location}: contains a {type(content).__name__} instead of a dictionary of tensors")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{where}: {name!r} is a {type(tensor).__name__} instead of a tensor")
+            raise CheckpointError(f"{location}: {name!r} is a {type(tensor).__name__} instead of a tensor")
     return content

@@ -1,4 +1,7 @@
-"""Write tensors one at a time, so that at most one is in memory. The output appears complete or not at all."""
+"""Write tensors one at a time, so that at most one is in memory.
+
+The output of a conversion appears atomically: complete or not at all.
+"""
 
 import hashlib
 import json
@@ -11,15 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_write import CheckpointGroup, CheckpointWrite
-from dist_llm.checkpoint.folder import Folder
 from dist_llm.convert.weights import INDEX, Weights
 from dist_llm.errors import CheckpointError
 from dist_llm.io.atomic import create_atomically, open_durably
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# moments, and a tensor that only Hugging Face's BERT has
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# Names of tensors that may be all zero: moments, and segment embeddings that only the BERT of Hugging Face has.
 MAY_BE_ZERO = re.compile(r"optim\..*|.*token_type_embeddings\.weight")
 SHARD_BYTES = 5_000_000_000  # maximum size of a safetensors file, unless one tensor is larger
 
@@ -41,15 +44,17 @@ def write_atomically(target: Path) -> Iterator[Path]:
 
 
 def write_native(directory: Path, weights: Weights, files: Mapping[str, bytes]) -> None:
-    """Write a checkpoint in our format, all in fp32, with small files beside the tensors."""
+    """Write a checkpoint in our format, with all tensors in fp32 and the small `files`."""
     state = {name: torch.empty(shape, device="meta") for name, shape in weights.shapes.items()}
-    write = CheckpointWrite(CheckpointGroup(), Folder(directory), state, _Float32View(weights), files, few_files=False)
+    write = CheckpointWrite(
+        CheckpointGroup(), CheckpointFolder(directory), state, _Float32View(weights), files, few_files=False
+    )
     write.start()
     write.finish()
 
 
 class _Float32View(Mapping[str, Tensor]):
-    """The tensors of `weights`, converted to fp32 when they are read."""
+    """A mapping of the tensors of `weights`, which are converted to fp32 when they are read."""
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
@@ -67,44 +72,42 @@ class _Float32View(Mapping[str, Tensor]):
 def write_safetensors(
     directory: Path, weights: Weights, dtype: torch.dtype = torch.float32, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write Hugging Face's format: model.safetensors, or several files and an index.
+    """Write model.safetensors, or several files of at most `shard_bytes` and an index, as Hugging Face does.
 
-    The library's own writer holds a full file in memory. Raises CheckpointError if the output differs when it is read
-    back.
+    The writer of the safetensors library would hold a full file in memory.
     """
     shards: list[list[str]] = [[]]
-    size = 0
+    current_bytes = 0  # of the last shard
     for name, shape in weights.shapes.items():
-        length = _count_bytes(shape, dtype)
-        if shards[-1] and size + length > shard_bytes:
+        tensor_bytes = _count_bytes(shape, dtype)
+        if shards[-1] and current_bytes + tensor_bytes > shard_bytes:
             shards.append([])
-            size = 0
+            current_bytes = 0
         shards[-1].append(name)
-        size += length
-    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        current_bytes += tensor_bytes
+    files = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
     files = files if len(files) > 1 else ["model.safetensors"]
     for file, names in zip(files, shards, strict=True):
         _write_shard(directory / file, weights, names, dtype)
     if len(files) > 1:
-        total = sum(_count_bytes(shape, dtype) for shape in weights.shapes.values())
+        total_bytes = sum(_count_bytes(shape, dtype) for shape in weights.shapes.values())
         file_of = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": file_of}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_shard(path: Path, weights: Weights, names: list[str], dtype: torch.dtype) -> None:
-    """Write one file: the header's length in 8 bytes, the header in JSON, then the tensors in the order of the
-    header."""
+    """Write one safetensors file: header length in 8 bytes, header in JSON, tensors in the order of the header."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
         shape = weights.shapes[name]
         begin, end = end, end + _count_bytes(shape, dtype)
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    header_bytes = json.dumps(header, separators=(",", ":")).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)
     with open_durably(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(struct.pack("<Q", len(header_bytes)) + header_bytes)
         for name in names:
             file.write(_tensor_bytes(weights.read(name).to(dtype)))
 
@@ -116,12 +119,12 @@ def _count_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 def verify_written(written: Weights, source: Weights, dtype: torch.dtype) -> None:
     """Raise CheckpointError unless `written` has the names, shapes and values of `source`, all finite.
 
-    A weight matrix of zeros is an error too, unless MAY_BE_ZERO matches its name.
+    A weight matrix of zeros is also an error, unless MAY_BE_ZERO matches its name.
     """
     if written.shapes != source.shapes:
         raise CheckpointError(f"the written tensors differ: {sorted(set(written.shapes) ^ set(source.shapes))}")
     for name, shape in source.shapes.items():
-        expected = _compute_digest(source.read(name).to(dtype))  # keep the digest, not the tensor: one tensor at a time
+        expected = _compute_digest(source.read(name).to(dtype))  # a digest, because only one tensor may be in memory
         actual = written.read(name).to(dtype)
         # aminmax allocates no temporary tensor.
         smallest, largest = actual.aminmax() if actual.numel() else (torch.ones(1), torch.ones(1))

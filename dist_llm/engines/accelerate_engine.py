@@ -1,7 +1,9 @@
-"""The accelerate engine: DDP, FSDP2 or DeepSpeed as accelerate prepares them, for use with `accelerate launch`.
+"""The engine of `engine: accelerate`, in which accelerate builds DDP, FSDP2 or DeepSpeed.
 
-accelerate builds the distributed model. Loss scaling, clipping and the learning rate are ours: accelerate would divide
-the loss by the number of microbatches and step a scheduler once per process.
+It is meant for runs that `accelerate launch` starts.
+
+Loss scaling, clipping and the learning rate are ours, because accelerate would divide the loss by the number of
+microbatches and step a scheduler once per process.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +18,7 @@ from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import Config
 from dist_llm.engines.base import Engine
-from dist_llm.engines.data_parallel import DataParallelEngine
+from dist_llm.engines.data_parallel_engine import DataParallelEngine
 from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
 from dist_llm.engines.optimizer_step import step_and_zero_grad
 from dist_llm.errors import ConfigError
@@ -29,7 +31,7 @@ from dist_llm.parallel.parallelize import build_model_parts
 from dist_llm.parallel.precision import fsdp_policy
 from dist_llm.sharded import is_sharded, to_local
 
-BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}  # backend of the process group, by device type
 
 
 def build_engine(config: Config, device: torch.device) -> Engine:
@@ -43,7 +45,7 @@ def check_config(config: Config, device: torch.device) -> Iterator[Violation]:
 
 
 class AccelerateEngine(DataParallelEngine):
-    """See `Engine`: accelerate's DDP or FSDP2. `config` is resolved. A process group exists."""
+    """An `Engine` of accelerate's DDP or FSDP2. `config` must be resolved, and a process group must exist."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config, device)
@@ -64,7 +66,7 @@ class AccelerateEngine(DataParallelEngine):
         (self.model,) = build_model_parts(config, None, device)
         optimizer = build_optimizer(config.optim, self.model.named_parameters())
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        _check_accelerate(self.accelerator, config.accelerate.plugin, dist.get_world_size(), self.prepared)
+        _check_plugin(self.accelerator, config.accelerate.plugin, dist.get_world_size(), self.prepared)
 
     @property
     def state(self) -> CheckpointState:
@@ -73,20 +75,20 @@ class AccelerateEngine(DataParallelEngine):
     def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
         self.prepared.train()
         num_valid_tokens, losses = num_valid_tokens.clamp(min=1), []
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.prepared):
-                self.seed_dropout(step, number)
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.prepared):
+                self.seed_dropout(step, index)
                 losses_B = self.prepared(batch.inputs_BS, **batch.forward_arguments()) / num_valid_tokens
                 self.accelerator.backward(losses_B.sum() * self.dp_rank_and_size[1])
             losses.append(losses_B.detach())
         return torch.cat(losses)
 
     def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        local_grads = [to_local(gradient) for gradient in gradients]
+        grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        local_grads = [to_local(grad) for grad in grads]
         norm = gradient_clipping.global_norm(local_grads).to(self.device)
-        if any(map(is_sharded, gradients)):
+        if any(map(is_sharded, grads)):
             norm = self.all_reduce_over_data(norm.square()).sqrt()
         if should_apply is not None and not should_apply(norm):
             self.optimizer.zero_grad()
@@ -104,7 +106,7 @@ class AccelerateEngine(DataParallelEngine):
 
 
 class AccelerateDeepSpeedEngine(DeepSpeedEngine):
-    """DeepSpeed's engine as accelerate prepares it. The step is the same as without accelerate."""
+    """The DeepSpeed engine, created by accelerate. The step is the same as without accelerate."""
 
     def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
         accelerate = prepare_accelerate()
@@ -113,18 +115,18 @@ class AccelerateDeepSpeedEngine(DeepSpeedEngine):
             kwargs_handlers=[accelerate.InitProcessGroupKwargs(backend=BACKENDS[self.device.type])],
         )
         engine, _ = accelerator.prepare(model, optimizer)
-        _check_accelerate(accelerator, "deepspeed", dist.get_world_size(), engine)
+        _check_plugin(accelerator, "deepspeed", dist.get_world_size(), engine)
         return engine
 
 
-def _check_accelerate(accelerator: Any, plugin: str, ranks: int, prepared: nn.Module) -> None:
-    """Raise ConfigError unless accelerate runs the requested plugin. On CPUs it silently falls back to another."""
+def _check_plugin(accelerator: Any, plugin: str, world_size: int, prepared: nn.Module) -> None:
+    """Raise ConfigError unless accelerate runs the requested plugin. On CPUs it may silently run another one."""
     actual = str(accelerator.distributed_type.value)
     expected = {"ddp": ("MULTI_CPU", "MULTI_GPU"), "fsdp2": ("FSDP",), "deepspeed": ("DEEPSPEED",)}[plugin]
-    single_process = ranks == 1 and plugin == "ddp"
-    if accelerator.num_processes != ranks or (actual not in expected and not single_process):
+    single_process = world_size == 1 and plugin == "ddp"
+    if accelerator.num_processes != world_size or (actual not in expected and not single_process):
         raise ConfigError(
-            f"accelerate.plugin: {plugin} on {ranks} ranks was requested, but accelerate runs {actual} on "
+            f"accelerate.plugin: {plugin} on {world_size} ranks was requested, but accelerate runs {actual} on "
             f"{accelerator.num_processes}, with the model as {type(prepared).__name__}; check the settings that "
             "`accelerate env` prints, and start as many processes as there are ranks"
         )

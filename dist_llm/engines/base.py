@@ -1,4 +1,7 @@
-"""The engine interface: the operations that the training loop needs from whatever runs the step."""
+"""The engine interface: the operations of a training step that the trainer needs.
+
+The native engine, DeepSpeed and accelerate implement this interface; `build_engine` selects one.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -14,10 +17,10 @@ from dist_llm.parallel.replica_check import ReplicaGroups
 
 
 class Engine(Protocol):
-    """One rank's part of a model, its optimizer, and the communication with other ranks.
+    """The part of a model on one rank, its optimizer, and the communication with other ranks.
 
-    The interface lies above `backward`, because a pipeline schedule runs the backwards itself and takes all
-    microbatches at once.
+    `accumulate` includes the backward pass of all microbatches, because a pipeline schedule interleaves the forward and
+    backward passes of microbatches itself.
     """
 
     device: torch.device
@@ -25,7 +28,7 @@ class Engine(Protocol):
 
     @property
     def model_parts(self) -> Sequence[Decoder]:
-        """This rank's parts of the model: one, or its pipeline stages."""
+        """The parts of the model on this rank: one, or one per pipeline stage of this rank."""
         ...
 
     @property
@@ -35,46 +38,52 @@ class Engine(Protocol):
 
     @property
     def dp_rank_and_size(self) -> tuple[int, int]:
-        """(this rank's index among the ranks that read different samples, their number)."""
+        """(data-parallel rank, number of data-parallel ranks).
+
+        Ranks with the same data-parallel rank read the same samples.
+        """
         ...
 
     @property
     def replicated_params(self) -> ReplicaGroups:
-        """Parameters that other ranks also hold, bit for bit, by process group."""
+        """Parameters of which other ranks must hold bitwise equal replicas, by process group."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Return this rank's parameters, with their names in the full model."""
+        """Return the parameters on this rank, with their names in the full model."""
         ...
 
     def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
-        """Sum `value` over the ranks whose losses cover different tokens. Return the sum on every rank."""
+        """Return the sum of `value` over the ranks whose losses cover different tokens, on every rank."""
         ...
 
     def all_gather_ints(self, value: int) -> list[int]:
-        """Return the value of every rank, by rank."""
+        """Return the values of all ranks, by rank."""
         ...
 
     def to_local_batch(self, batch: Batch) -> Batch:
-        """Return this rank's part of `batch` on its device: all tokens, or its chunks of each sequence."""
+        """Move the part of `batch` that this rank computes to its device.
+
+        Under context parallelism this part is some chunks of each sequence, otherwise the full batch.
+        """
         ...
 
     def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
         """Accumulate the gradient of sum(losses) / num_valid_tokens over the microbatches.
 
-        Return this rank's losses / num_valid_tokens per sequence, [B], detached. Gradients must be clear before the
-        call. `step` seeds dropout.
+        Return the losses of this rank / num_valid_tokens per sequence, [B], detached. Gradients must be clear before
+        the call. `step` seeds dropout.
         """
         ...
 
     def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """Clip, step and clear the gradients. Return the global gradient norm before clipping, [].
+        """Clip the gradients, take the optimizer step, clear the gradients. Return the norm before clipping, [].
 
-        If `should_apply(norm)` is false, the gradients are cleared and nothing else happens. DeepSpeed's partitioned
-        optimizers ignore it: they skip steps with a non-finite norm and no others.
+        If `should_apply(norm)` is false, the gradients are only cleared. The partitioned optimizers of DeepSpeed ignore
+        `should_apply`: they skip exactly the steps with a non-finite norm.
         """
         ...
 
     def score(self, batch: Batch) -> Tensor:
-        """Return this rank's sum of losses of each sequence, [B], without gradients and dropout."""
+        """Return the sum of losses of each sequence on this rank, [B], without gradients and dropout."""
         ...

@@ -1,11 +1,11 @@
-"""Build the engine of a config: the native one, or one that an installed package registers.
+"""Build the engine of a config: the native engine, or an engine that an installed package registers.
 
-An engine's entry point, in the group `dist_llm.engines`, refers to a module or an object with two functions:
+An entry point in the group `dist_llm.engines` refers to a module or an object with two functions:
 
 build_engine(config, device)    return the `Engine` of a resolved config. A process group exists, even with one rank.
 check_config(config, device)    optional: yield a `Violation` for each broken rule, before any process group starts.
 
-Only the selected engine is imported, so a native run needs no packages of the others.
+Only the selected engine is imported, so a native run does not need the packages of other engines.
 """
 
 from typing import Any
@@ -22,7 +22,10 @@ from dist_llm.errors import ConfigError
 
 def check_engine_config(config: Config, device: torch.device) -> None:
     """Raise ConfigError if the engine cannot be loaded, or rejects the config on this device."""
-    if config.engine != NATIVE and (check_config := getattr(_load(config.engine), "check_config", None)) is not None:
+    if (
+        config.engine != NATIVE
+        and (check_config := getattr(_load_engine(config.engine), "check_config", None)) is not None
+    ):
         raise_violations(list(check_config(config, device)))
 
 
@@ -30,22 +33,22 @@ def build_engine(config: Config, device: torch.device) -> Engine:
     """Build the engine of a resolved config. A process group must exist, except for the native engine on one rank."""
     if config.engine == NATIVE:
         return NativeEngine(config, device)
-    engine: Engine = _load(config.engine).build_engine(config, device)
+    engine: Engine = _load_engine(config.engine).build_engine(config, device)
     return engine
 
 
-def _load(name: str) -> Any:
-    """Import the target of an engine's entry point. Raises ConfigError if that fails."""
+def _load_engine(name: str) -> Any:
+    """Import the target of the entry point of an engine. Raises ConfigError if the import fails."""
     raise_violations(list(check_engine_name(name)))
-    point = find_engine(name)
-    assert point is not None
+    entry_point = find_engine(name)
+    assert entry_point is not None
     try:
-        loaded = point.load()
+        engine_module = entry_point.load()
     except Exception as error:  # importing another package can raise anything
         raise ConfigError(
-            f"engine: {name}: {point.value} cannot be imported: {type(error).__name__}: {error}; install it again, "
-            "or set engine=native"
+            f"engine: {name}: {entry_point.value} cannot be imported: {type(error).__name__}: {error}; install it "
+            "again, or set engine=native"
         ) from error
-    if not callable(getattr(loaded, "build_engine", None)):
-        raise ConfigError(f"engine: {name}: {point.value} has no function build_engine(config, device)")
-    return loaded
+    if not callable(getattr(engine_module, "build_engine", None)):
+        raise ConfigError(f"engine: {name}: {entry_point.value} has no function build_engine(config, device)")
+    return engine_module

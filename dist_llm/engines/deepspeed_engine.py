@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO 0 to 3 with our model, loss, optimizer, schedule and checkpoints."""
+"""The DeepSpeed engine (engine: deepspeed): ZeRO 0 to 3 with our model, loss, optimizer, schedule and checkpoints."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from dist_llm.config.deepspeed import deepspeed_json
 from dist_llm.config.schema import Config
 from dist_llm.convert.deepspeed_layout import PartitionLayout, contiguous_layout, per_param_layout
 from dist_llm.engines.base import Engine
-from dist_llm.engines.data_parallel import DataParallelEngine
+from dist_llm.engines.data_parallel_engine import DataParallelEngine
 from dist_llm.engines.deepspeed_compat import copy_fp32_weights, release_small_weights
 from dist_llm.errors import CheckpointError
 from dist_llm.launch.environment import prepare_deepspeed
@@ -28,7 +28,7 @@ from dist_llm.sharded import full_shape
 
 
 def build_engine(config: Config, device: torch.device) -> Engine:
-    """Build the engine for the layout: with a pipeline or without."""
+    """Build the pipeline engine if parallel.pp is above 1, else the data-parallel engine."""
     if config.parallel.pp == 1:
         return DeepSpeedEngine(config, device)
     from dist_llm.engines.deepspeed_pipeline import DeepSpeedPipelineEngine  # a subclass of the class below
@@ -37,10 +37,10 @@ def build_engine(config: Config, device: torch.device) -> Engine:
 
 
 class DeepSpeedEngine(DataParallelEngine):
-    """See `Engine`. `config` is resolved. A process group exists, even with one rank.
+    """An `Engine` that wraps DeepSpeed's engine. `config` must be resolved, and a process group must exist.
 
-    DeepSpeed averages gradients over ranks, so losses are multiplied by the number of ranks. The learning rate is set
-    before each step; DeepSpeed has no scheduler.
+    DeepSpeed averages gradients over ranks, so losses are multiplied by the number of ranks. `update` sets the learning
+    rate of each step; DeepSpeed's scheduler is not used.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -56,11 +56,11 @@ class DeepSpeedEngine(DataParallelEngine):
             _init_partitions(self.state, config)  # each rank initializes its own fp32 partitions
 
     def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
-        """Create DeepSpeed's engine."""
+        """Create DeepSpeed's engine object."""
         return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
     def build_model_part(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
-        """Build the full model with its initial values. At stage 3 no rank ever holds all of it."""
+        """Build the full model with its initial values. At ZeRO 3 no rank ever holds the full model."""
         config, loss = self.config, CrossEntropy(self.config.loss.label_smoothing, self.config.loss.z_loss)
         if self.stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=settings):
@@ -85,9 +85,9 @@ class DeepSpeedEngine(DataParallelEngine):
     def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
         self.deepspeed.train()
         num_valid_tokens, losses = num_valid_tokens.clamp(min=1), []
-        for number, batch in enumerate(batches):
-            self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            self.seed_dropout(step, number)
+        for index, batch in enumerate(batches):
+            self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            self.seed_dropout(step, index)
             losses_B = self.deepspeed(batch.inputs_BS, **batch.forward_arguments()) / num_valid_tokens
             self.deepspeed.backward(losses_B.sum() * self.dp_rank_and_size[1], scale_wrt_gas=False)
             losses.append(losses_B.detach().float())
@@ -106,21 +106,19 @@ class DeepSpeedEngine(DataParallelEngine):
         return norm
 
     def step(self) -> None:
-        """Clip, step and clear the gradients.
-
-        At stage 1 and above DeepSpeed skips a step with a non-finite gradient.
-        """
+        """Clip, step and clear the gradients. From ZeRO 1 on, DeepSpeed skips a step with a non-finite gradient."""
         self.deepspeed.step()
         if self.stage == 3 and self.deepspeed.optimizer.overflow:
-            # a skipped step omits this too, and small weights would stay gathered
+            # a skipped step does not release the small weights
             release_small_weights(self.deepspeed.optimizer)
 
     def _unreduced_grad_norm(self) -> Tensor:
-        """Return the gradient norm at stage 0. DeepSpeed reports none there; gradients are full after the last
-        backward."""
-        return gradient_clipping.global_norm([p.grad for p in self.model.parameters() if p.grad is not None]).to(
-            self.device
-        )
+        """Return the gradient norm at ZeRO 0, where DeepSpeed does not report one.
+
+        Each rank holds the full gradients after the last backward pass.
+        """
+        grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return gradient_clipping.global_norm(grads).to(self.device)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
@@ -130,76 +128,89 @@ class DeepSpeedEngine(DataParallelEngine):
 
 
 class ZeroPartitions:
-    """`CheckpointState` of ZeRO 1 to 3. fp32 weights and moments are one flat, partitioned tensor per group."""
+    """The `CheckpointState` of ZeRO 1 to 3.
 
-    def __init__(self, zero: Any, parameters: Mapping[str, nn.Parameter], stage: int, rank: int, ranks: int) -> None:
-        self.zero, self.stage, self.rank = zero, stage, rank
+    DeepSpeed concatenates the fp32 weights of a parameter group into one flat tensor and partitions it over the ranks;
+    likewise the moments. `flats` are the partitions of this rank, one per group.
+    """
+
+    def __init__(
+        self, zero_optimizer: Any, parameters: Mapping[str, nn.Parameter], stage: int, dp_rank: int, dp_size: int
+    ) -> None:
+        self.zero_optimizer, self.stage, self.dp_rank = zero_optimizer, stage, dp_rank
         names = {parameter: name for name, parameter in parameters.items()}
-        groups = zero.fp16_groups if stage == 3 else zero.bit16_groups
-        self.flats = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
-        self.shapes = [{names[p]: full_shape(p) for p in group} for group in groups]
-        lay = per_param_layout if stage == 3 else contiguous_layout
-        self.layouts: list[PartitionLayout] = [lay(shapes, ranks) for shapes in self.shapes]
+        if stage == 3:
+            groups, self.flats = zero_optimizer.fp16_groups, zero_optimizer.fp32_partitioned_groups_flat
+        else:
+            groups, self.flats = zero_optimizer.bit16_groups, zero_optimizer.single_partition_of_fp32_groups
+        self.shapes = [{names[parameter]: full_shape(parameter) for parameter in group} for group in groups]
+        build_layout = per_param_layout if stage == 3 else contiguous_layout
+        self.layouts: list[PartitionLayout] = [build_layout(shapes, dp_size) for shapes in self.shapes]
         for flat, layout in zip(self.flats, self.layouts, strict=True):
-            assert flat.numel() == layout.sizes[rank], "DeepSpeed uses an unknown partition layout"
+            assert flat.numel() == layout.sizes[dp_rank], "DeepSpeed uses an unknown partition layout"
 
     @property
     def optimizer(self) -> optim.Optimizer:
-        optimizer: optim.Optimizer = self.zero.optimizer
+        optimizer: optim.Optimizer = self.zero_optimizer.optimizer
         return optimizer
 
     def weights(self) -> dict[str, Any]:
-        return {f"model.{name}": boxes for flat in self.flats for name, boxes in self._boxes_of(flat, flat.detach())}
+        return {
+            f"model.{name}": shard
+            for group_index, flat in enumerate(self.flats)
+            for name, shard in self._iter_shards(group_index, flat.detach())
+        }
 
     def moments(self) -> dict[str, Any]:
         moments: dict[str, Any] = {}
-        for flat, shapes in zip(self.flats, self.shapes, strict=True):
+        for group_index, (flat, shapes) in enumerate(zip(self.flats, self.shapes, strict=True)):
             for key, value in self.optimizer.state.get(flat, {}).items():
-                named = self._boxes_of(flat, value) if value.ndim else ((name, value) for name in shapes)
-                moments |= {f"optim.{name}.{key}": moment for name, moment in named}
+                # A value without dimensions, the step counter, belongs to all parameters of the group.
+                shards = self._iter_shards(group_index, value) if value.ndim else ((name, value) for name in shapes)
+                moments |= {f"optim.{name}.{key}": shard for name, shard in shards}
         return moments
 
     def allocate_moments(self, saved: Mapping[str, tuple[int, ...]]) -> None:
         for flat, shapes in zip(self.flats, self.shapes, strict=True):
-            kinds = {name: moment_shapes(saved, name) for name in shapes}
-            first = next(iter(kinds.values()))
-            if mismatching := [name for name, kind in kinds.items() if kind.keys() != first.keys()]:
+            shapes_by_param = {name: moment_shapes(saved, name) for name in shapes}
+            first_name, first_shapes = next(iter(shapes_by_param.items()))
+            mismatching = [name for name, moments in shapes_by_param.items() if moments.keys() != first_shapes.keys()]
+            if mismatching:
                 raise CheckpointError(
-                    f"{mismatching[0]} lacks the moments that {next(iter(kinds))} has, but DeepSpeed steps both "
+                    f"{mismatching[0]} lacks the moments that {first_name} has, but DeepSpeed steps both "
                     "together; start with init_from and init_optimizer: fresh"
                 )
-            check_moment_names(next(iter(kinds)), first, self.optimizer.param_groups[0])
+            check_moment_names(first_name, first_shapes, self.optimizer.param_groups[0])
             self.optimizer.state[flat] = {
                 key: torch.zeros_like(flat, requires_grad=False) if shape else torch.zeros((), device=flat.device)
-                for key, shape in first.items()
+                for key, shape in first_shapes.items()
             }
 
     @torch.no_grad()
     def after_load(self) -> None:
-        """Update the model's weights, which DeepSpeed stores beside the fp32 weights in the model's dtype."""
+        """Copy the fp32 weights to the weights of the model, which DeepSpeed stores separately in the compute dtype."""
         if self.stage < 3:
-            self.zero.update_lp_params()
+            self.zero_optimizer.update_lp_params()
             return
-        copy_fp32_weights(self.zero, len(self.flats))
+        copy_fp32_weights(self.zero_optimizer, len(self.flats))
 
-    def _boxes_of(self, flat: Tensor, values: Tensor) -> Iterator[tuple[str, FlatShard]]:
-        """Yield (name, this rank's part of `values`) for each parameter of a group.
+    def _iter_shards(self, group_index: int, values: Tensor) -> Iterator[tuple[str, FlatShard]]:
+        """Yield (name, shard of this rank) for each parameter of a group.
 
-        `values` has the layout of `flat`.
+        `values` has the layout of the partition of this rank: the fp32 weights or a moment.
         """
-        index = next(index for index, other in enumerate(self.flats) if other is flat)
-        layout = self.layouts[index]
-        for name, shape in self.shapes[index].items():
+        layout = self.layouts[group_index]
+        for name, shape in self.shapes[group_index].items():
             slices = layout.slices[name]
-            start = sum(part.stop - part.start for part in slices[: self.rank])
-            yield name, FlatShard.from_flat(shape, values[slices[self.rank]], start)
+            start = sum(elements.stop - elements.start for elements in slices[: self.dp_rank])
+            yield name, FlatShard.from_flat(shape, values[slices[self.dp_rank]], start)
 
 
 def _init_partitions(state: CheckpointState, config: Config) -> None:
-    """Initialize the partitions, each rank its own."""
-    for name, boxes in state.weights().items():
+    """Initialize the fp32 partitions of this rank."""
+    for name, shard in state.weights().items():
         name = name.removeprefix("model.")
-        rule = init_rule(name, boxes.shape, config.model)
-        for offset, box in boxes.chunks.items():
-            init_param_(box, name, rule, config.run.seed, boxes.shape, offset)
+        rule = init_rule(name, shard.shape, config.model)
+        for offset, chunk in shard.chunks.items():
+            init_param_(chunk, name, rule, config.run.seed, shard.shape, offset)
     state.after_load()

@@ -1,8 +1,7 @@
-"""DeepSpeed's pipeline engine: its schedule and communication, and ZeRO 1 on each stage, with the native engine's
-stages.
+"""The DeepSpeed engine with pipeline parallelism: DeepSpeed's schedule and communication, and ZeRO 1 on each stage.
 
-Its step is used in two halves: first forward and backward of all microbatches, with reduced gradients; then, once the
-learning rate is set, the update.
+The stages are those of the native engine. DeepSpeed would run a step as one call. Here `accumulate` runs forward and
+backward of all microbatches and reduces the gradients; `update` then sets the learning rate and runs the optimizer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,20 +23,20 @@ from dist_llm.parallel.pipeline_parallel import split_layers
 
 
 class DeepSpeedPipelineEngine(DeepSpeedEngine):
-    """See `Engine`. Ranks are ordered as in the native mesh: data ranks are innermost."""
+    """An `Engine` with a pipeline. Ranks are ordered as in the native mesh: data-parallel ranks are innermost."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.stages = config.parallel.pp
-        self.is_last_stage = dist.get_rank() // (dist.get_world_size() // self.stages) == self.stages - 1
+        self.num_stages = config.parallel.pp
+        self.is_last_stage = dist.get_rank() // (dist.get_world_size() // self.num_stages) == self.num_stages - 1
         self.num_valid_tokens, self.loss_factor = torch.ones((), device=device), 1.0
         self.losses: list[Tensor] = []
         super().__init__(config, device)
-        postpone_optimizer_step(self.deepspeed)  # until the learning rate is known
+        postpone_optimizer_step(self.deepspeed)  # `update` runs the step, once it knows the learning rate
 
     @property
     def dp_rank_and_size(self) -> tuple[int, int]:
-        ranks = dist.get_world_size() // self.stages
-        return dist.get_rank() % ranks, ranks
+        dp_size = dist.get_world_size() // self.num_stages
+        return dist.get_rank() % dp_size, dp_size
 
     @property
     def replica_group(self) -> dist.ProcessGroup:
@@ -55,33 +54,32 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         """Build this rank's pipeline stage."""
         config, stage = self.config, dist.get_rank() // self.dp_rank_and_size[1]
         with torch.device("meta"):
-            part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
-        layers = split_layers(config.model, self.stages, config.parallel.pp_split)[stage]
-        part.trim_to_stage(layers, first=stage == 0, last=self.is_last_stage)
-        parallelize_model(part, config, None)
-        part.to_empty(device=self.device)
-        init_parameters(part, config)
-        return part
+            model_part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
+        layers = split_layers(config.model, self.num_stages, config.parallel.pp_split)[stage]
+        model_part.trim_to_stage(layers, first=stage == 0, last=self.is_last_stage)
+        parallelize_model(model_part, config, None)
+        model_part.to_empty(device=self.device)
+        init_parameters(model_part, config)
+        return model_part
 
     def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
         stage = dist.get_rank() // self.dp_rank_and_size[1]
-        # DeepSpeed only builds this rank's stage. The placeholders of other stages are never run.
-        layers = [model if number == stage else nn.Identity() for number in range(self.stages)]
-        module = deepspeed.PipelineModule(layers, self.stages, loss_fn=self._loss, partition_method="uniform")
+        # DeepSpeed only builds the stage of this rank. The placeholders of other stages are never run.
+        layers = [model if index == stage else nn.Identity() for index in range(self.num_stages)]
+        module = deepspeed.PipelineModule(
+            layers, self.num_stages, loss_fn=self._compute_loss, partition_method="uniform"
+        )
         return super().initialize(deepspeed, module, optimizer, settings)
 
     def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
         self.seed_dropout(step, 0)
         # DeepSpeed averages over microbatches and data ranks; `loss_factor` undoes this.
-        self.num_valid_tokens, self.loss_factor, self.losses = (
-            num_valid_tokens.clamp(min=1),
-            float(len(batches) * self.dp_rank_and_size[1]),
-            [],
-        )
+        self.num_valid_tokens, self.losses = num_valid_tokens.clamp(min=1), []
+        self.loss_factor = float(len(batches) * self.dp_rank_and_size[1])
         self.deepspeed.reset_activation_shape()
         self.deepspeed.train_batch(_iter_inputs_and_targets(batches))
-        rows = sum(len(batch.inputs_BS) for batch in batches)
-        return torch.cat(self.losses) if self.is_last_stage else torch.zeros(rows, device=self.device)
+        num_rows = sum(len(batch.inputs_BS) for batch in batches)
+        return torch.cat(self.losses) if self.is_last_stage else torch.zeros(num_rows, device=self.device)
 
     def step(self) -> None:
         run_optimizer_step(self.deepspeed)
@@ -95,7 +93,8 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         )
         return torch.cat(self.losses) if self.is_last_stage else torch.zeros(len(batch.inputs_BS), device=self.device)
 
-    def _loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    def _compute_loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+        """Compute the loss of one microbatch on the last stage. DeepSpeed calls this function."""
         assert self.model.head is not None
         loss, terms = self.model.head.loss_for_mode()
         losses_B = loss(logits_BSV, targets_BS, terms) / self.num_valid_tokens

@@ -1,4 +1,4 @@
-"""The global gradient norm of a model that is sharded over any mesh dimensions."""
+"""Compute the global gradient norm of a model that is sharded over any mesh dimensions."""
 
 from collections.abc import Sequence
 
@@ -13,25 +13,25 @@ from dist_llm.sharded import coordinate, is_sharded_over, to_local
 
 
 def compute_grad_norm(model_parts: Sequence[Decoder], mesh: DeviceMesh | None, device: torch.device) -> Tensor:
-    """Return the norm over all parameters of the full model, [], each element counted once; on every rank.
+    """Return the gradient norm over all parameters of the full model, [], on every rank. Each element counts once.
 
-    Parameters that all tensor ranks hold are counted on the first one only. The copy of a tied embedding on the last
-    pipeline stage is not counted.
+    Parameters that are replicated over tp count on the first tensor-parallel rank only. The second copy of a tied
+    embedding, on a later pipeline stage, does not count.
     """
-    first_tp_rank = coordinate(mesh, "tp") == 0
-    gradients = []
+    is_first_tp_rank = coordinate(mesh, "tp") == 0
+    grads = []
     for model_part in model_parts:
         for name, parameter in model_part.named_parameters():
             is_tied_copy = name == "embed.tokens.weight" and not model_part.is_first_stage
-            counted_here = first_tp_rank or is_sharded_over(parameter, "tp")
-            if parameter.grad is not None and counted_here and not is_tied_copy:
-                gradients.append(to_local(parameter.grad))
-    norm = gradient_clipping.global_norm(gradients).to(device)
+            is_counted = is_first_tp_rank or is_sharded_over(parameter, "tp")
+            if parameter.grad is not None and is_counted and not is_tied_copy:
+                grads.append(to_local(parameter.grad))
+    norm = gradient_clipping.global_norm(grads).to(device)
     if mesh is None:
         return norm
-    square = all_reduce_over(norm.square(), mesh, ("pp", *SHARD_AXES, "tp"))
-    replicas = mesh["dp_replicate"].size()
-    if mesh.size() > replicas:
-        # Replicas may sum in different orders on some networks. Their mean is the same on all of them.
-        square = all_reduce_over(square, mesh, ("dp_replicate",)) / replicas
-    return square.sqrt()
+    square_sum = all_reduce_over(norm.square(), mesh, ("pp", *SHARD_AXES, "tp"))
+    num_replicas = mesh["dp_replicate"].size()
+    if mesh.size() > num_replicas:
+        # Some networks sum in a different order on each replica. The mean is equal on all replicas.
+        square_sum = all_reduce_over(square_sum, mesh, ("dp_replicate",)) / num_replicas
+    return square_sum.sqrt()

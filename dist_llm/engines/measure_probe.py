@@ -1,4 +1,8 @@
-"""Measure the probe of an engine's weights by one forward pass, on any layout, without gathering the model."""
+"""Measure the probe of the weights of an engine: the loss and some logits of a fixed batch, by one forward pass.
+
+A checkpoint stores the probe; `checkpoint/probe.py` compares it after loading. Any layout can measure it, without
+gathering the model.
+"""
 
 import math
 from collections.abc import Iterator
@@ -17,23 +21,23 @@ from dist_llm.objectives.batch import Batch
 
 @torch.no_grad()
 def measure_probe(engine: Engine, config: Config) -> Probe:
-    """Measure the probe; every rank must call this.
+    """Measure the probe. Every rank must call this.
 
-    Each data rank scores the same batch, so the sum over ranks is divided by their number. Logits are measured with the
-    native engine if each rank can run the full model; other layouts measure the loss only.
+    Each data-parallel rank scores the same batch, so the sum over ranks is divided by their number. Logits are measured
+    only by the native engine, and only if each rank can run the full model (pp = tp = cp = 1).
     """
     parallel, model = config.parallel, config.model
-    chunks = 2 * parallel.cp if parallel.cp > 1 else 1
-    batch = probe_batch(model, math.lcm(chunks, parallel.tp * parallel.cp))
-    # The batch has a different shape from training batches, so compiled blocks would be recompiled for it.
+    num_chunks = 2 * parallel.cp if parallel.cp > 1 else 1
+    batch = probe_batch(model, math.lcm(num_chunks, parallel.tp * parallel.cp))
+    # The shape of the batch differs from training, so compiled blocks would be recompiled.
     with _plain_cross_entropy(engine), torch.compiler.set_stance("force_eager"):
         losses_B = engine.score(engine.to_local_batch(batch))
-        total = float(engine.all_reduce_over_data(losses_B.double().sum()))
+        loss_sum = float(engine.all_reduce_over_data(losses_B.double().sum()))
         logits = None
         if config.engine == "native" and parallel.pp == parallel.tp == parallel.cp == 1:
             logits = _probe_logits(engine, batch)
     precision = "fp8" if config.fp8 else config.precision
-    return Probe(total / (count_probe_tokens(model) * engine.dp_rank_and_size[1]), logits, precision)
+    return Probe(loss_sum / (count_probe_tokens(model) * engine.dp_rank_and_size[1]), logits, precision)
 
 
 def _probe_logits(engine: Engine, batch: Batch) -> tuple[float, ...]:
@@ -48,11 +52,11 @@ def _probe_logits(engine: Engine, batch: Batch) -> tuple[float, ...]:
 
 @contextmanager
 def _plain_cross_entropy(engine: Engine) -> Iterator[None]:
-    """Disable label smoothing and z-loss within the context. A config may change them on a resume."""
+    """Disable label smoothing and z-loss within the block, because a resumed run may change both."""
     attributes: list[tuple[Any, str]] = [(module, "loss") for part in engine.model_parts for module in part.modules()]
     attributes.append((engine, "cross_entropy"))  # DeepSpeed's pipeline computes the loss outside the model
-    originals = [(owner, name, getattr(owner, name, None)) for owner, name in attributes]
-    originals = [original for original in originals if isinstance(original[2], CrossEntropy)]
+    values = [(owner, name, getattr(owner, name, None)) for owner, name in attributes]
+    originals = [(owner, name, value) for owner, name, value in values if isinstance(value, CrossEntropy)]
     for owner, name, _ in originals:
         setattr(owner, name, CrossEntropy())
     try:

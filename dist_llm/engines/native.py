@@ -1,4 +1,4 @@
-"""The native engine: the training step in plain torch, on one process or on any layout of `parallel`."""
+"""The native engine (engine: native): the training step in plain torch, on any layout of section `parallel`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -37,7 +37,7 @@ from dist_llm.sharded import coordinate, is_sharded_over, local_with_offset, to_
 
 
 class NativeEngine:
-    """See `Engine`. `config` is resolved. A process group exists if there is more than one rank."""
+    """An `Engine` in plain torch. `config` must be resolved. With several ranks, a process group must exist."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -46,11 +46,13 @@ class NativeEngine:
         self.pipeline: Pipeline | None = None
         if self.mesh is not None and config.parallel.pp > 1:
             self.pipeline = Pipeline(config, self.mesh, self.model_parts, device)
-        self._named_parameters = [named for part in self.model_parts for named in part.named_parameters()]
+        self._named_parameters = [
+            name_and_parameter for part in self.model_parts for name_and_parameter in part.named_parameters()
+        ]
         self.activation_budget_applied = not config.parallel.activations_gib
         self.loss_scale = LossScale() if config.precision == "fp16" else None
         self.optimizer = self._build_optimizer()
-        # Dropout must be equal on tensor ranks whose activations are equal, and must differ otherwise.
+        # Dropout must be equal on tensor-parallel ranks whose activations are equal, and must differ otherwise.
         axes = ("pp", "dp_replicate", "dp_shard", "cp", *(("tp",) if config.parallel.sequence_parallel else ()))
         self.dropout_coordinates = tuple(coordinate(self.mesh, axis) for axis in axes)
 
@@ -70,10 +72,10 @@ class NativeEngine:
         return rank, parallel.dp_replicate * parallel.dp_shard
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield this rank's parameters with their names in the full model.
+        """Yield the parameters of this rank, the shards, with their names in the full model.
 
-        They are the optimizer's parameters, the shards. FSDP puts gathered weights in their place from a forward until
-        the end of a backward, so the modules are not asked.
+        From a forward pass until the end of the backward pass, FSDP replaces the shards in the modules by gathered
+        weights. So the shards are collected once, before the first forward pass.
         """
         yield from self._named_parameters
 
@@ -90,19 +92,21 @@ class NativeEngine:
         if self.mesh["dp_replicate"].size() > 1:
             shards = {name: to_local(parameter) for name, parameter in params.items()}
             groups.append((self.mesh.get_group("dp_replicate"), shards))
-        # Without sequence_parallel, gradients of replicated parameters are not reduced over tp. Their replicas are
-        # bitwise equal only if the kernels of all tensor ranks are deterministic, so they are not compared.
+        # Without sequence_parallel, gradients of replicated parameters are not reduced over tp. Then the replicas are
+        # bitwise equal only if the kernels of all tensor-parallel ranks are deterministic, so they are not compared.
         if self.mesh["tp"].size() > 1 and self.config.parallel.sequence_parallel:
-            replicated = {name: to_local(p) for name, p in params.items() if not is_sharded_over(p, "tp")}
-            groups.append((self.mesh.get_group("tp"), replicated))
+            replicas = {
+                name: to_local(parameter) for name, parameter in params.items() if not is_sharded_over(parameter, "tp")
+            }
+            groups.append((self.mesh.get_group("tp"), replicas))
         return [(group, tensors) for group, tensors in groups if tensors]
 
     def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
-        contributes = self.pipeline is None or self.pipeline.has_last_stage  # only the last stage has losses
+        has_losses = self.pipeline is None or self.pipeline.has_last_stage
         if isinstance(value, Tensor):
-            total = value * contributes
+            total = value * has_losses
         else:
-            total = torch.full((), value * contributes, device=self.device)  # without a copy, which would wait
+            total = torch.full((), value * has_losses, device=self.device)  # a copy from the host would synchronize
         return total if self.mesh is None else all_reduce_over(total, self.mesh, ("pp", *DATA_AXES))
 
     def all_gather_ints(self, value: int) -> list[int]:
@@ -119,7 +123,7 @@ class NativeEngine:
         scale = self.loss_scale.value if self.loss_scale else 1.0
         num_valid_tokens = num_valid_tokens.clamp(min=1) / scale
         if self.pipeline is None:
-            losses = self._accumulate(batches, num_valid_tokens, step)
+            losses = self._accumulate_in_sequence(batches, num_valid_tokens, step)
         else:
             self._seed_dropout(step, 0)
             with self._autocast():
@@ -132,7 +136,7 @@ class NativeEngine:
         return losses / scale
 
     def _fit_activation_budget(self, batch: Batch, step: int) -> None:
-        """Choose each block's recompute mode from the first microbatch. All microbatches have its shape."""
+        """Choose the recompute mode of each block from the first microbatch. All microbatches have the same shape."""
         self._seed_dropout(step, 0)
         pipeline, parallel = self.pipeline, self.config.parallel
 
@@ -150,13 +154,16 @@ class NativeEngine:
             fit_activation_budget(self.model_parts, forward, peak_in_flight, self.mesh, gib, selective)
         self.activation_budget_applied = True
 
-    def _accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
-        """Run the microbatches in sequence. Gradients are reduced after the last one, or after each."""
+    def _accumulate_in_sequence(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
+        """Run forward and backward of each microbatch.
+
+        Gradients are reduced after the last microbatch, or after each.
+        """
         (model,) = self.model_parts
         losses = []
-        for number, batch in enumerate(batches):
-            prepare_microbatch(model, number == len(batches) - 1, self.config.parallel)
-            self._seed_dropout(step, number)
+        for index, batch in enumerate(batches):
+            prepare_microbatch(model, is_last=index == len(batches) - 1, parallel=self.config.parallel)
+            self._seed_dropout(step, index)
             with self._autocast():
                 losses_B = self._forward(batch) / num_valid_tokens
             losses_B.sum().backward()
@@ -166,9 +173,10 @@ class NativeEngine:
 
     def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
         scale = self.loss_scale.value if self.loss_scale else 1.0
-        norm = self._grad_norm() / scale
-        if self._is_finite_under_scale(norm) and (should_apply is None or should_apply(norm)):
-            clip_and_unscale_((p for _, p in self._named_parameters), norm, self.config.optim.clip, scale)
+        norm = self._compute_grad_norm() / scale
+        if self._update_loss_scale(norm) and (should_apply is None or should_apply(norm)):
+            parameters = (parameter for _, parameter in self._named_parameters)
+            clip_and_unscale_(parameters, norm, self.config.optim.clip, scale)
             step_and_zero_grad(self.optimizer, lr)
         else:
             self.optimizer.zero_grad()
@@ -185,23 +193,23 @@ class NativeEngine:
         (model,) = self.model_parts
         return model(batch.inputs_BS, **batch.forward_arguments())
 
-    def _is_finite_under_scale(self, norm: Tensor) -> bool:
-        """Adapt the loss scale of fp16 to this step. Return False if the step overflowed and is skipped."""
+    def _update_loss_scale(self, norm: Tensor) -> bool:
+        """Adapt the loss scale of fp16 to this step. Return False if the gradients overflowed."""
         if self.loss_scale is None:
             return True
-        finite = bool(torch.isfinite(norm))
-        self.loss_scale.update(finite)
-        return finite
+        is_finite = bool(torch.isfinite(norm))
+        self.loss_scale.update(is_finite)
+        return is_finite
 
     def _drop_gathered_weights(self) -> None:
         for model_part in self.model_parts:
             reshard(model_part)
 
-    def _grad_norm(self) -> Tensor:
+    def _compute_grad_norm(self) -> Tensor:
         return compute_grad_norm(self.model_parts, self.mesh, self.device)
 
     def _seed_dropout(self, step: int, microbatch: int) -> None:
-        """Seed dropout as a function of step, microbatch and rank, so that there is no generator state to save."""
+        """Seed dropout as a function of step, microbatch and rank. A checkpoint then needs no generator state."""
         if self.config.model.dropout:
             torch.manual_seed(hash_seed(self.config.run.seed, step, microbatch, *self.dropout_coordinates))
 

@@ -1,4 +1,4 @@
-"""One optimizer step at a given learning rate, and the clipping before it."""
+"""Clip gradients and take one optimizer step at a given learning rate."""
 
 import math
 from collections.abc import Iterable
@@ -12,13 +12,13 @@ from dist_llm.sharded import to_local
 def clip_and_unscale_(
     parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float | None, loss_scale: float
 ) -> None:
-    """Clip the gradients to `max_norm` (None: no clipping), and divide them by `loss_scale`.
+    """Clip the gradients to `max_norm` (None: no clipping) and divide them by `loss_scale`, in place.
 
-    `norm` is the gradient norm without the loss scale.
+    `norm` is the global gradient norm without the loss scale.
     """
     if max_norm or loss_scale != 1.0:
-        gradients = [to_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        gradient_clipping.clip_grads_(gradients, norm, max_norm or math.inf, loss_scale)
+        grads = [to_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        gradient_clipping.clip_grads_(grads, norm, max_norm or math.inf, loss_scale)
 
 
 def step_and_zero_grad(optimizer: optim.Optimizer, lr: float) -> None:

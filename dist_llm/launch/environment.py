@@ -1,4 +1,4 @@
-"""Environment variables that NCCL, DeepSpeed and accelerate read when they are imported."""
+"""Set the environment variables that NCCL, DeepSpeed and accelerate read."""
 
 import logging
 import os
@@ -13,8 +13,8 @@ from dist_llm.config.load import Violation, raise_violations
 from dist_llm.config.schema import Config
 
 
-def set_network(variables: Mapping[str, str | int]) -> None:
-    """Set the variables of `run.network`. Call it before the process group is created.
+def set_network_variables(variables: Mapping[str, str | int]) -> None:
+    """Set the environment variables of section `run.network`. Call this before the process group is created.
 
     Raises ConfigError if the environment sets a variable to another value.
     """
@@ -33,12 +33,12 @@ def set_network(variables: Mapping[str, str | int]) -> None:
 def prepare_deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed, which uses the existing process group, and reduce its logging.
 
-    On CPUs its shared-memory kernel is disabled: it would be compiled first.
+    On CPUs the shared-memory kernel of DeepSpeed is disabled, because it would have to be compiled first.
     """
     os.environ.setdefault("LOCAL_RANK", "0")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")  # of torch 2.13's names
+    warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")  # names of torch 2.13
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -49,18 +49,16 @@ def prepare_deepspeed(device: torch.device) -> Any:
 
 
 def prepare_accelerate() -> Any:
-    """Import accelerate, which uses the existing process group but reads the rank from the environment."""
-    ranks = dist.get_world_size()
-    if ranks > 1:
-        variables = {"RANK": dist.get_rank(), "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
+    """Import accelerate, which uses the existing process group, but reads the rank from the environment."""
+    world_size = dist.get_world_size()
+    if world_size > 1:
+        variables = {"RANK": dist.get_rank(), "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
         for name, value in variables.items():
             os.environ.setdefault(name, str(value))
-    os.environ.pop(
-        "ACCELERATE_CONFIG_DS_FIELDS", None
-    )  # if it is set, accelerate refuses every config but its launcher's
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(torch.get_num_threads())
-    )  # else accelerate sets another number of threads
+    # If this variable is set, accelerate accepts only the DeepSpeed config of its launcher.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+    # Without this variable, accelerate changes the number of threads.
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     import accelerate
 
     return accelerate
@@ -70,25 +68,26 @@ def check_accelerate(
     config: Config, device: torch.device, environ: Mapping[str, str] = os.environ
 ) -> Iterator[Violation]:
     """Yield violations where `accelerate launch` or this machine contradicts a config with engine: accelerate."""
-    plugin, zero = config.accelerate.plugin, config.deepspeed
-    key = "accelerate.plugin"
+    plugin, plugin_key, deepspeed = config.accelerate.plugin, "accelerate.plugin", config.deepspeed
     if plugin == "fsdp2" and device.type == "cpu":
-        yield Violation((key,), "fsdp2 needs GPUs: on CPUs accelerate silently does something else; set ddp")
+        yield Violation((plugin_key,), "fsdp2 needs GPUs: on CPUs accelerate silently does something else; set ddp")
     precision = {"fp32": "no"}.get(config.precision, config.precision)
+    # Environment variable -> (config key, values that agree with the config).
     expected: dict[str, tuple[str, list[str]]] = {
         "ACCELERATE_MIXED_PRECISION": ("precision", [precision]),
-        "ACCELERATE_USE_DEEPSPEED": (key, [str(plugin == "deepspeed").lower()]),
-        "ACCELERATE_USE_FSDP": (key, [str(plugin == "fsdp2").lower()]),
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("deepspeed.stage", [str(zero.stage)]),
-        "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("deepspeed.config", [zero.config or "none"]),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("data.micro_batch", ["1"]),  # it would divide losses by it
+        "ACCELERATE_USE_DEEPSPEED": (plugin_key, [str(plugin == "deepspeed").lower()]),
+        "ACCELERATE_USE_FSDP": (plugin_key, [str(plugin == "fsdp2").lower()]),
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("deepspeed.stage", [str(deepspeed.stage)]),
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("deepspeed.config", [deepspeed.config or "none"]),
+        # accelerate divides the loss by its number of accumulation steps.
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("data.micro_batch", ["1"]),
         "ACCELERATE_GRADIENT_CLIPPING": ("optim.clip", [str(config.optim.clip or 0.0), "none"]),
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("deepspeed.offload_optimizer", [zero.offload_optimizer]),
-        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("deepspeed.offload_params", [zero.offload_params]),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("deepspeed.offload_optimizer", [deepspeed.offload_optimizer]),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("deepspeed.offload_params", [deepspeed.offload_params]),
     }
-    for name, (key_of_config, values) in expected.items():
+    for name, (config_key, values) in expected.items():
         if (value := environ.get(name)) is not None and value not in values:
             yield Violation(
-                (key_of_config, "engine"),
+                (config_key, "engine"),
                 f"needs {name}={values[0]}, but accelerate was launched with {value}; change one of them",
             )

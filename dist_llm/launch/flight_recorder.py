@@ -1,4 +1,4 @@
-"""Which collective this process is in, read from torch's flight recorder."""
+"""Find out in which collective this process waits, from the flight recorder of torch."""
 
 import os
 from typing import Any
@@ -8,29 +8,32 @@ import torch.distributed as dist
 
 from dist_llm.compat import read_flight_recorder
 
-CHECKPOINT_GROUP = "checkpoint"  # the process group of the thread that writes checkpoints; it is ignored here
+CHECKPOINT_GROUP = "checkpoint"  # process group of the thread that writes checkpoints, which is ignored here
 
 
 def start_recording(device: torch.device) -> None:
-    """Make torch record its newest collectives. Call it before the process group is created.
+    """Make torch record its latest collectives. Call this before the process group is created.
 
-    Reading an entry takes about 15 us. A GPU's host runs up to a step ahead of the device, so more entries are needed.
+    Reading an entry takes about 15 us. With a GPU, the host runs up to a step ahead, so more entries are needed.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1024" if device.type == "cuda" else "64")
-    os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")  # without it no NCCL collective is marked as started
+    os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")  # without this, NCCL collectives are not marked as started
 
 
 def pending_collective() -> str:
-    """Return the newest collective that is not complete, as `name sizes of group`; empty if there is none."""
+    """Return the latest collective that is not complete, as `name sizes of group`; an empty string if there is none."""
     entries = _pending_entries()
     if not entries:
         return ""
-    newest = max(entries, key=lambda entry: entry["time_created_ns"])
-    return f"{newest['profiling_name']} {newest['input_sizes']} of {newest['process_group'][1]}"
+    latest = max(entries, key=lambda entry: entry["time_created_ns"])
+    return f"{latest['profiling_name']} {latest['input_sizes']} of {latest['process_group'][1]}"
 
 
 def in_collective() -> bool:
-    """Return whether this process, or its device, is in a collective. One that NCCL has only queued does not count."""
+    """Return whether this process or its device is in a collective.
+
+    A collective that NCCL only queued does not count.
+    """
     return any(
         not entry["profiling_name"].startswith("nccl") or entry["state"] == "started" for entry in _pending_entries()
     )

@@ -1,4 +1,7 @@
-"""The reports of all ranks in `dist-llm check`, and the problems derived from them. Imports no torch."""
+"""The reports of all ranks in `dist-llm check` (preflight), and the problems that follow from them.
+
+This module does not import torch.
+"""
 
 import hashlib
 import math
@@ -11,82 +14,92 @@ from statistics import median
 from rich.markup import escape
 from rich.table import Table
 
-MAX_CLOCK_SECONDS = 1.0
-MIN_MATMUL_RATIO = 0.8  # relative to the median rank
-MIN_LINK_RATIO = 0.5  # relative to the median link
+MAX_CLOCK_OFFSET_SECONDS = 1.0
+MIN_MATMUL_RATIO = 0.8  # lower bound of (matmul rate of a rank) / (median over ranks)
+MIN_LINK_RATIO = 0.5  # lower bound of (bandwidth of a pair of nodes) / (median over pairs)
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """The measurements of one rank. A rate or time that was not measured is NaN."""
+    """The measurements of one rank. A number that was not measured is NaN."""
 
     rank: int
     host: str
     versions: dict[str, str] = field(default_factory=dict)
-    clock_seconds: float = math.nan  # this clock minus rank 0's
+    clock_offset_seconds: float = math.nan  # clock of this rank minus clock of rank 0
     free_gib: float = math.nan
-    sees_shared_file: bool | None = None  # the file that rank 0 wrote to --directory; None: rank 0 could not write
+    sees_shared_file: bool | None = None  # sees the file of rank 0 in --directory; None: rank 0 cannot write
     matmul_tflops: float = math.nan
     all_reduce_us: float = math.nan
     all_reduce_gb_per_second: float = math.nan
-    neighbour_gb_per_second: float = math.nan  # all-reduce of this node and the next; NaN on the last node
+    neighbour_gb_per_second: float = math.nan  # all-reduce over this node and the next; NaN on the last node
     failures: tuple[str, ...] = ()
 
 
 def diagnose_nodes(reports: Sequence[NodeReport]) -> list[str]:
-    """Return one line per problem, which starts with the node's name. Missing measurements are not problems."""
-    problems = [f"{each.host}: rank {each.rank}: {failure}" for each in reports for failure in each.failures]
-    common, nodes = _common_versions(reports), group_by_node(reports)
-    for host, ranks in nodes.items():
+    """Return one line per problem, beginning with the name of the node. A missing measurement is not a problem."""
+    problems = [f"{report.host}: rank {report.rank}: {failure}" for report in reports for failure in report.failures]
+    common_versions, nodes = _common_versions(reports), group_by_node(reports)
+    for host, node_reports in nodes.items():
         problems += dict.fromkeys(
-            f"{host}: {name} is {each.versions.get(name, 'unknown')}, elsewhere {value}"
-            for each in ranks
-            for name, value in common.items()
-            if each.versions.get(name, "unknown") != value
+            f"{host}: {name} is {report.versions.get(name, 'unknown')}, elsewhere {value}"
+            for report in node_reports
+            for name, value in common_versions.items()
+            if report.versions.get(name, "unknown") != value
         )
-        clock = max((each.clock_seconds for each in ranks), key=abs)
-        if abs(clock) > MAX_CLOCK_SECONDS:
-            problems.append(f"{host}: its clock is {abs(clock):.1f} s {'ahead of' if clock > 0 else 'behind'} rank 0's")
-        if any(each.sees_shared_file is False for each in ranks):
+        clock_offset = max((report.clock_offset_seconds for report in node_reports), key=abs)
+        if abs(clock_offset) > MAX_CLOCK_OFFSET_SECONDS:
+            direction = "ahead of" if clock_offset > 0 else "behind"
+            problems.append(f"{host}: its clock is {abs(clock_offset):.1f} s {direction} rank 0's")
+        if any(report.sees_shared_file is False for report in node_reports):
             problems.append(f"{host}: does not see the file that rank 0 wrote to --directory; is it not shared?")
-    typical = _median(each.matmul_tflops for each in reports)
+    median_tflops = _median(report.matmul_tflops for report in reports)
     problems += [
-        f"{each.host}: rank {each.rank} reaches {each.matmul_tflops:.3g} matmul TFLOP/s, the median rank {typical:.3g}"
-        for each in reports
-        if each.matmul_tflops < MIN_MATMUL_RATIO * typical
+        f"{report.host}: rank {report.rank} reaches {report.matmul_tflops:.3g} matmul TFLOP/s, "
+        f"the median rank {median_tflops:.3g}"
+        for report in reports
+        if report.matmul_tflops < MIN_MATMUL_RATIO * median_tflops
     ]
-    links = {(one, two): min(each.neighbour_gb_per_second for each in nodes[one]) for one, two in pairwise(nodes)}
-    typical = _median(links.values())
+    links = {
+        (host, next_host): min(report.neighbour_gb_per_second for report in nodes[host])
+        for host, next_host in pairwise(nodes)
+    }
+    median_rate = _median(links.values())
     return problems + [
-        f"{one}: all-reduce with {two} alone reaches {rate:.3g} GB/s, the median pair reaches {typical:.3g}"
-        for (one, two), rate in links.items()
-        if rate < MIN_LINK_RATIO * typical
+        f"{host}: all-reduce with {next_host} alone reaches {rate:.3g} GB/s, the median pair reaches {median_rate:.3g}"
+        for (host, next_host), rate in links.items()
+        if rate < MIN_LINK_RATIO * median_rate
     ]
 
 
 def format_table(reports: Sequence[NodeReport]) -> Table:
-    """Return one row per node with the worst value of its ranks. Versions that differ from the majority are hashed."""
-    shown = Table("node", "ranks", "versions")
+    """Build a table with one row per node and the worst values of its ranks.
+
+    If the versions of a node differ from the most common ones, the row shows their hash.
+    """
+    table = Table("node", "ranks", "versions")
     for name in ("clock ms", "free GiB", "matmul TFLOP/s", "all-reduce us", "GB/s", "GB/s to next"):
-        shown.add_column(name, justify="right")
-    common = _common_versions(reports)
-    for host, ranks in group_by_node(reports).items():
-        other = [repr(sorted(each.versions.items())) for each in ranks if each.versions != common]
+        table.add_column(name, justify="right")
+    common_versions = _common_versions(reports)
+    for host, node_reports in group_by_node(reports).items():
+        other_versions = [
+            repr(sorted(report.versions.items())) for report in node_reports if report.versions != common_versions
+        ]
         numbers = (
-            max((each.clock_seconds * 1e3 for each in ranks), key=abs),
-            min(each.free_gib for each in ranks),
-            min(each.matmul_tflops for each in ranks),
-            max(each.all_reduce_us for each in ranks),
-            min(each.all_reduce_gb_per_second for each in ranks),
-            min(each.neighbour_gb_per_second for each in ranks),
+            max((report.clock_offset_seconds * 1e3 for report in node_reports), key=abs),
+            min(report.free_gib for report in node_reports),
+            min(report.matmul_tflops for report in node_reports),
+            max(report.all_reduce_us for report in node_reports),
+            min(report.all_reduce_gb_per_second for report in node_reports),
+            min(report.neighbour_gb_per_second for report in node_reports),
         )
-        shown.add_row(
+        table.add_row(
             escape(host),
-            _format_ranks([each.rank for each in ranks]),
-            hashlib.sha256(other[0].encode()).hexdigest()[:8] if other else "same",
+            _format_ranks([report.rank for report in node_reports]),
+            hashlib.sha256(other_versions[0].encode()).hexdigest()[:8] if other_versions else "same",
             *("-" if math.isnan(number) else f"{number:z,.{0 if abs(number) >= 100 else 2}f}" for number in numbers),
         )
-    return shown
+    return table
 
 
 def format_problems(problems: Sequence[str]) -> str:
@@ -96,17 +109,17 @@ def format_problems(problems: Sequence[str]) -> str:
 
 
 def group_by_node(reports: Sequence[NodeReport]) -> dict[str, list[NodeReport]]:
-    """Return the reports of each node, ordered by its lowest rank."""
+    """Return the reports of report node, ordered by its lowest rank."""
     nodes: dict[str, list[NodeReport]] = {}
-    for each in reports:
-        nodes.setdefault(each.host, []).append(each)
+    for report in reports:
+        nodes.setdefault(report.host, []).append(report)
     return nodes
 
 
 def _common_versions(reports: Sequence[NodeReport]) -> dict[str, str]:
-    """Return the most common value of each version; of two that are equally common, the one seen first."""
-    names = dict.fromkeys(name for each in reports for name in each.versions)
-    counts = {name: Counter(each.versions.get(name, "unknown") for each in reports) for name in names}
+    """Return the most common value of report version; of two that are equally common, the one seen first."""
+    names = dict.fromkeys(name for report in reports for name in report.versions)
+    counts = {name: Counter(report.versions.get(name, "unknown") for report in reports) for name in names}
     return {name: count.most_common(1)[0][0] for name, count in counts.items()}
 
 

@@ -1,7 +1,7 @@
 """Preflight (`dist-llm check`): find bad or slow nodes before a long run.
 
-Each rank measures and all-gathers its `NodeReport`; `diagnose_nodes` derives the problems from the reports alone. The
-process group uses gloo, and NCCL comes last, so that a node without a working GPU can still report.
+Each rank measures a `NodeReport`, and the ranks all-gather the reports. `diagnose_nodes` finds the problems in them.
+The process group uses gloo, and NCCL is used last, so that a node without a working GPU can still report.
 """
 
 import hashlib
@@ -29,27 +29,27 @@ from rich.console import Console
 
 from dist_llm import __version__
 from dist_llm.errors import ConfigError
-from dist_llm.launch.group import process_group, select_device
 from dist_llm.launch.node_report import NodeReport, diagnose_nodes, format_problems, format_table, group_by_node
+from dist_llm.launch.process_group import process_group, select_device
 from dist_llm.launch.world import World
 
-MATMUL_SECONDS = 0.5
-ROUND_TRIPS = 5
-WARMUP, SMALL_REPETITIONS, LARGE_REPETITIONS = 3, 20, 5
+MATMUL_SECONDS = 0.5  # duration of the matmul measurement
+NUM_ROUND_TRIPS = 5  # of the clock measurement
+NUM_WARMUPS, NUM_SMALL_REPETITIONS, NUM_LARGE_REPETITIONS = 3, 20, 5  # of the all-reduce measurements
 SMALL_BYTES, LARGE_BYTES = 4, {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
-EXIT_DELAY_SECONDS = 3.0  # torchrun ends all ranks with the first; the others need time to print
-LOG_WIDTH = 120  # columns of the table when the output is no terminal
+EXIT_DELAY_SECONDS = 3.0  # torchrun ends all ranks when one exits, and the other ranks need time to print
+LOG_COLUMNS = 120  # width of the table if the output is not a terminal
 PACKAGE = Path(__file__).parents[1]
 
 
 class PreflightTimeout:
-    """Ends this process after `seconds` and reports the phase that hangs. The collectives have no other timeout."""
+    """Ends this process after `seconds` and reports the phase that hangs."""
 
     def __init__(self, world: World, seconds: float) -> None:
         self.world, self.seconds = world, seconds
         self.phase = "the rendezvous of all ranks"
-        self.problems: list[str] = []  # on rank 0: what the first measurements showed
-        self.file: Path | None = None  # the test file in --directory, to be removed
+        self.problems: list[str] = []  # on rank 0: problems that the first measurements show
+        self.file: Path | None = None  # test file in --directory, which is removed at the end
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -62,7 +62,7 @@ class PreflightTimeout:
             timer.cancel()
 
     def format_report(self, problem: str) -> str:
-        """Format the problems so far and this rank's as one message."""
+        """Format the problems so far, and `problem` of this rank, as one message."""
         return format_problems([*self.problems, f"{self.world.host}: rank {self.world.rank} {problem}"])
 
     def remove_file(self) -> None:
@@ -81,94 +81,105 @@ class PreflightTimeout:
         os._exit(2)
 
 
-def check(directory: Path, seconds: float, world: World) -> None:
-    """Measure all ranks within `seconds`; rank 0 prints a table with a row per node.
+def run_preflight(directory: Path, seconds: float, world: World) -> None:
+    """Measure all ranks within `seconds`. Rank 0 prints a table with one row per node.
 
-    Raises ConfigError on rank 0 with one line per problem; the other ranks then exit with code 2 and print nothing.
+    If there are problems, rank 0 raises ConfigError with one line per problem. The other ranks exit with code 2 and
+    print nothing.
     """
     timeout = PreflightTimeout(world, seconds)
     with timeout.running():
         try:
-            # The process group's timeout comes later than ours, which can name the phase.
+            # The timeout of the process group comes later than `timeout`, which names the phase.
             with process_group(world, torch.device("cpu"), seconds + 60, even_if_single=True):
-                reports = measure(world, directory, timeout)
+                reports = measure_ranks(world, directory, timeout)
         except RuntimeError as error:
             raise ConfigError(timeout.format_report(f"failed in {timeout.phase}: {_one_line(error)}")) from error
     problems = diagnose_nodes(reports)
     if world.is_main:
         console = Console()
-        console.width = console.width if console.is_terminal else LOG_WIDTH
+        console.width = console.width if console.is_terminal else LOG_COLUMNS
         console.print(format_table(reports))
         if problems:
             raise ConfigError(format_problems(problems))
-        console.print(f"no problem found; ranks: {world.size}, nodes: {len(group_by_node(reports))}", highlight=False)
+        console.print(
+            f"no problem found; ranks: {world.world_size}, nodes: {len(group_by_node(reports))}", highlight=False
+        )
     elif problems:
         time.sleep(EXIT_DELAY_SECONDS)
         raise SystemExit(2)
 
 
-def measure(world: World, directory: Path, timeout: PreflightTimeout) -> list[NodeReport]:
+def measure_ranks(world: World, directory: Path, timeout: PreflightTimeout) -> list[NodeReport]:
     """Measure on all ranks and return the reports by rank. Raises RuntimeError if a collective fails."""
     timeout.phase = "the clock"
-    clock = clock_seconds()
+    clock_offset = measure_clock_offset()
     timeout.phase = "--directory"
     sees_shared_file, failures = check_shared_file(directory, timeout)
     timeout.phase = "versions and matrix products"
-    device, rate = torch.device("cpu"), math.nan
+    device, tflops = torch.device("cpu"), math.nan
     try:
         device = select_device(world)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        rate = matmul_tflops(device)
+        tflops = measure_matmul_tflops(device)
     except (ConfigError, RuntimeError) as error:
         failures.append(_one_line(error))
-    report = NodeReport(
+    local_report = NodeReport(
         world.rank,
         world.host,
-        versions(device),
-        clock_seconds=clock,
+        collect_versions(device),
+        clock_offset_seconds=clock_offset,
         free_gib=_free_gib(directory),
         sees_shared_file=sees_shared_file,
-        matmul_tflops=rate,
+        matmul_tflops=tflops,
         failures=tuple(failures),
     )
     timeout.phase = "the exchange of reports"
-    reports = _all_gather(report)
+    reports = _all_gather(local_report)
     timeout.problems = diagnose_nodes(reports) if world.is_main else []
-    if any(math.isnan(each.matmul_tflops) or each.versions["GPU"] == "none" for each in reports):
+    if any(math.isnan(report.matmul_tflops) or report.versions["GPU"] == "none" for report in reports):
         device = torch.device("cpu")
     timeout.phase = "the all-reduce of all ranks"
-    latency, rate = all_reduce(device, dist.new_group(backend=_backend(device)))
-    neighbour = neighbour_bandwidth(world, [each.host for each in reports], device, timeout)
-    report = replace(report, all_reduce_us=latency, all_reduce_gb_per_second=rate, neighbour_gb_per_second=neighbour)
-    return _all_gather(report)
+    latency_us, bandwidth = measure_all_reduce(device, dist.new_group(backend=_backend(device)))
+    neighbour_rate = measure_neighbour_bandwidth(world, [report.host for report in reports], device, timeout)
+    local_report = replace(
+        local_report,
+        all_reduce_us=latency_us,
+        all_reduce_gb_per_second=bandwidth,
+        neighbour_gb_per_second=neighbour_rate,
+    )
+    return _all_gather(local_report)
 
 
-def clock_seconds() -> float:
-    """Measure this rank's time.time() minus rank 0's by the shortest of a few round trips. Call it on all ranks."""
+def measure_clock_offset() -> float:
+    """Measure the clock of this rank minus the clock of rank 0, by the shortest of a few round trips.
+
+    Every rank must call this.
+    """
     stamp = torch.zeros(1, dtype=torch.float64)
     if dist.get_rank() == 0:
-        for other in range(1, dist.get_world_size()):
-            for _ in range(ROUND_TRIPS):
-                dist.recv(stamp, other)
-                dist.send(stamp.fill_(time.time()), other)
+        for peer in range(1, dist.get_world_size()):
+            for _ in range(NUM_ROUND_TRIPS):
+                dist.recv(stamp, peer)
+                dist.send(stamp.fill_(time.time()), peer)
         return 0.0
-    trips = []
-    for _ in range(ROUND_TRIPS):
-        sent = time.time()
+    round_trips = []  # (seconds, clock offset)
+    for _ in range(NUM_ROUND_TRIPS):
+        sent_time = time.time()
         dist.send(stamp, 0)
         dist.recv(stamp, 0)
-        received = time.time()
-        trips.append((received - sent, (sent + received) / 2 - stamp.item()))
-    return min(trips)[1]
+        received_time = time.time()
+        round_trips.append((received_time - sent_time, (sent_time + received_time) / 2 - stamp.item()))
+    return min(round_trips)[1]
 
 
 def check_shared_file(
     directory: Path, timeout: PreflightTimeout, wait_seconds: float = 10
 ) -> tuple[bool | None, list[str]]:
-    """Check that this rank sees a file that rank 0 writes to `directory`. Returns (whether it does, problems).
+    """Return (whether this rank sees a file that rank 0 writes to `directory`, problems). Every rank must call this.
 
-    If rank 0 cannot write: (None, [reason]) on rank 0 and (None, []) elsewhere. Call it on all ranks. The file is
+    If rank 0 cannot write, the result is (None, [reason]) on rank 0 and (None, []) on the other ranks. The file is
     removed.
     """
     message = [secrets.token_hex(16), ""]
@@ -183,11 +194,12 @@ def check_shared_file(
         token, failure = message
         if failure:
             return None, [failure] if timeout.file else []
-        end = time.monotonic() + wait_seconds
-        while not (seen := _has_content(directory / f".dist-llm-check-{token}", token)) and time.monotonic() < end:
+        deadline = time.monotonic() + wait_seconds
+        path = directory / f".dist-llm-check-{token}"
+        while not (is_seen := _has_content(path, token)) and time.monotonic() < deadline:
             time.sleep(0.2)
         dist.barrier()
-        return seen, []
+        return is_seen, []
     finally:
         timeout.remove_file()
 
@@ -206,75 +218,80 @@ def _free_gib(directory: Path) -> float:
         return math.nan
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """Return the versions that must be equal on all nodes; `none` or `unknown` for missing software."""
-    source = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(PACKAGE.rglob("*.py")))).hexdigest()[:12]
-    installed = {
+def collect_versions(device: torch.device) -> dict[str, str]:
+    """Return the versions {software: version} that must be equal on all nodes; `none` or `unknown` if missing."""
+    source_hash = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(PACKAGE.rglob("*.py")))).hexdigest()[:12]
+    versions = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or "none",
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else "none",
         "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "none",
         "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
-        "dist_llm": f"{__version__} (source {source})",
+        "dist_llm": f"{__version__} (source {source_hash})",
         "the commit of dist_llm": _first_line("git", "rev-parse", "HEAD") or "unknown",
     }
     for package in ("deepspeed", "accelerate"):
         try:
-            installed[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            installed[package] = "none"
-    return installed
+            versions[package] = "none"
+    return versions
 
 
-def matmul_tflops(device: torch.device) -> float:
-    """Measure TFLOP/s of square matrix products, the best of half a second: bf16 on a GPU, fp32 on a CPU."""
+def measure_matmul_tflops(device: torch.device) -> float:
+    """Measure the best TFLOP/s of products of square matrices: bf16 on a GPU, fp32 on a CPU."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
-    factor = torch.randn(size, size, device=device).to(dtype)
-    best, end = 0.0, time.perf_counter() + MATMUL_SECONDS
-    while (start := time.perf_counter()) < end:
-        factor @ factor
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    best_rate, deadline = 0.0, time.perf_counter() + MATMUL_SECONDS
+    while (start := time.perf_counter()) < deadline:
+        matrix @ matrix
         _synchronize(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best / 1e12
+        best_rate = max(best_rate, 2 * size**3 / (time.perf_counter() - start))
+    return best_rate / 1e12
 
 
-def all_reduce(device: torch.device, group: Any) -> tuple[float, float]:
-    """Measure an all-reduce: (latency of 4 bytes in microseconds, bandwidth of a large tensor in GB/s), both medians.
+def measure_all_reduce(device: torch.device, group: Any) -> tuple[float, float]:
+    """Measure an all-reduce. Return the medians (latency of 4 bytes in us, bandwidth of a large tensor in GB/s).
 
     The bandwidth is bytes / seconds * 2 (p - 1) / p, the traffic of one link in a ring of p ranks; NaN for one rank.
     """
-    ranks, size = dist.get_world_size(group), LARGE_BYTES[device.type]
-    latency = _all_reduce_seconds(SMALL_BYTES, SMALL_REPETITIONS, device, group)
-    seconds = _all_reduce_seconds(size, LARGE_REPETITIONS, device, group)
-    return latency * 1e6, size / seconds * 2 * (ranks - 1) / ranks / 1e9 if ranks > 1 else math.nan
+    num_ranks, num_bytes = dist.get_world_size(group), LARGE_BYTES[device.type]
+    latency_seconds = _all_reduce_seconds(SMALL_BYTES, NUM_SMALL_REPETITIONS, device, group)
+    seconds = _all_reduce_seconds(num_bytes, NUM_LARGE_REPETITIONS, device, group)
+    if num_ranks == 1:
+        return latency_seconds * 1e6, math.nan
+    return latency_seconds * 1e6, num_bytes / seconds * 2 * (num_ranks - 1) / num_ranks / 1e9
 
 
-def _all_reduce_seconds(size: int, repetitions: int, device: torch.device, group: Any) -> float:
-    values = torch.zeros(size // 4, device=device)
+def _all_reduce_seconds(num_bytes: int, repetitions: int, device: torch.device, group: Any) -> float:
+    values = torch.zeros(num_bytes // 4, device=device)
     seconds = []
-    for _ in range(WARMUP + repetitions):
+    for _ in range(NUM_WARMUPS + repetitions):
         start = time.perf_counter()
         dist.all_reduce(values, group=group)
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return median(seconds[WARMUP:])
+    return median(seconds[NUM_WARMUPS:])
 
 
-def neighbour_bandwidth(world: World, hosts: Sequence[str], device: torch.device, timeout: PreflightTimeout) -> float:
-    """Measure GB/s of an all-reduce over this node's ranks and the next node's; NaN on the last node.
+def measure_neighbour_bandwidth(
+    world: World, hosts: Sequence[str], device: torch.device, timeout: PreflightTimeout
+) -> float:
+    """Measure GB/s of an all-reduce over the ranks of this node and the next node; NaN on the last node.
 
-    `hosts` are by rank. Disjoint pairs of nodes run at the same time, so a hundred nodes take as long as three.
+    `hosts` are the node names by rank. Disjoint pairs of nodes run at the same time, so a hundred nodes take as long as
+    three.
     """
     pairs, rate = list(pairwise(dict.fromkeys(hosts))), math.nan
     pairs = pairs[::2] + pairs[1::2]
-    members = [[rank for rank, host in enumerate(hosts) if host in pair] for pair in pairs]
-    groups = [dist.new_group(ranks, backend=_backend(device)) for ranks in members]
+    ranks_by_pair = [[rank for rank, host in enumerate(hosts) if host in pair] for pair in pairs]
+    groups = [dist.new_group(ranks, backend=_backend(device)) for ranks in ranks_by_pair]
     for pair, group in zip(pairs, groups, strict=True):
         if world.host in pair:
             timeout.phase = f"the all-reduce of {pair[0]} and {pair[1]}"
-            measured = all_reduce(device, group)[1]
-            rate = measured if world.host == pair[0] else rate
+            _, pair_rate = measure_all_reduce(device, group)
+            rate = pair_rate if world.host == pair[0] else rate
     return rate
 
 
@@ -300,7 +317,7 @@ def _one_line(error: Exception) -> str:
 def _first_line(*command: str) -> str:
     """Return the first line of a program's output; empty if the program is missing or fails."""
     try:
-        ran = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, timeout=20, check=True)
+        completed = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return ran.stdout.partition("\n")[0].strip()
+    return completed.stdout.partition("\n")[0].strip()

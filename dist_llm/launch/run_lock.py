@@ -1,13 +1,14 @@
-"""The lock of a run directory: only one run at a time writes there.
+"""Lock a run directory, so that only one run at a time writes there.
 
-Rank 0 creates `run.lock` with O_EXCL, which shared file systems honour where they ignore flock, and touches it every
-HEARTBEAT_SECONDS. The file says who holds the lock. A lock whose holder is gone is stale and is taken over:
+Rank 0 creates `run.lock` with O_EXCL, which shared file systems support even if they ignore flock. The file names the
+holder, and the holder touches the file every HEARTBEAT_SECONDS. A lock is stale if its holder has ended. The next run
+takes over a stale lock:
 
 - at once, if the same torchrun or the same Slurm job restarted the run, if the holder ran on this machine and its
-  process is gone, or if `squeue` no longer knows its job;
-- else after STALE_SECONDS without a touch. Only changes of the file's time are compared, so clocks may differ.
+  process has ended, or if `squeue` reports that its job has ended;
+- otherwise after STALE_SECONDS without a heartbeat. Only changes of the modification time count, so clocks may differ.
 
-A holder whose lock was taken over ends as soon as it notices. Imports no torch.
+A holder whose lock was taken over ends at its next heartbeat. This module does not import torch.
 """
 
 import hashlib
@@ -27,32 +28,32 @@ from uuid import uuid4
 
 from dist_llm.errors import ConfigError
 from dist_llm.io.locks import create_exclusively
-from dist_llm.launch.process import is_running, process_identity
+from dist_llm.launch.process_identity import is_running, read_process_identity
 
 log = logging.getLogger("dist_llm")
 
 LOCK_FILE = "run.lock"
 HEARTBEAT_SECONDS = 10.0
-STALE_SECONDS = 60.0
+STALE_SECONDS = 60.0  # a lock without a heartbeat for this time is stale
 EXIT_CODE = 2  # of a run that lost its lock
-UNNAMED_LAUNCHES = ("", "none")  # torchrun's --rdzv-id if the user did not set it
-SQUEUE_SECONDS = 20
+DEFAULT_LAUNCH_IDS = ("", "none")  # values of --rdzv-id of torchrun if the user did not set it
+SQUEUE_TIMEOUT_SECONDS = 20
 
 
 @dataclass(frozen=True)
-class Holder:
-    """The process that holds a lock. Unknown fields are empty."""
+class LockHolder:
+    """The process that holds a lock; the content of the lock file. Unknown fields are empty."""
 
     token: str  # unique for every lock
     host: str = ""
-    process: int = 0
+    process: int = 0  # PID
     machine: str = ""  # boot id and PID namespace
-    start_time: str = ""  # of the process, in ticks since boot
-    since: str = ""
-    launch: str = ""  # torchrun's --rdzv-id, the same after its restarts
-    job: str = ""  # Slurm's
-    cluster: str = ""
-    restarts: int = 0  # times that Slurm queued the job again
+    start_time: str = ""  # of the process, in clock ticks since boot
+    since: str = ""  # date and time at which the lock was created
+    launch: str = ""  # --rdzv-id of torchrun, which stays the same when torchrun restarts the ranks
+    job: str = ""  # Slurm job id
+    cluster: str = ""  # Slurm cluster
+    restarts: int = 0  # how often Slurm has requeued the job
 
     def __str__(self) -> str:
         if not self.process:
@@ -63,67 +64,67 @@ class Holder:
 
 @dataclass(frozen=True)
 class LockState:
-    """A lock file as read."""
+    """The content of a lock file, and its modification time."""
 
-    holder: Holder
+    holder: LockHolder
     modified_ns: int
 
 
-def this_process(host: str, environ: Mapping[str, str] = os.environ) -> Holder:
-    """Return this process as the holder of a new lock."""
+def describe_this_process(host: str, environ: Mapping[str, str] = os.environ) -> LockHolder:
+    """Describe this process as the holder of a new lock."""
     boot_id, namespace, start_time = "", "", ""
     with suppress(OSError):
-        boot_id, namespace, start_time = process_identity(os.getpid())
+        boot_id, namespace, start_time = read_process_identity(os.getpid())
     launch = environ.get("TORCHELASTIC_RUN_ID", "")
     restarts = environ.get("SLURM_RESTART_COUNT", "0")
-    return Holder(
+    return LockHolder(
         token=uuid4().hex,
         host=host,
         process=os.getpid(),
         machine=f"{boot_id} {namespace}".strip(),
         start_time=start_time,
         since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        launch="" if launch in UNNAMED_LAUNCHES else launch,
+        launch="" if launch in DEFAULT_LAUNCH_IDS else launch,
         job=environ.get("SLURM_JOB_ID", ""),
         cluster=environ.get("SLURM_CLUSTER_NAME", ""),
         restarts=int(restarts) if restarts.isdigit() else 0,
     )
 
 
-def is_gone(holder: Holder, me: Holder, job_ended: Callable[[str], bool]) -> bool | None:
-    """Return whether a lock's holder has ended, seen from the process `me`. None: only its heartbeat can tell.
+def has_ended(holder: LockHolder, this_process: LockHolder, job_ended: Callable[[str], bool]) -> bool | None:
+    """Return whether the holder of a lock has ended; None if only the heartbeat can show it.
 
-    `job_ended`: whether a Slurm job has ended, as far as is known.
+    `this_process` asks. `job_ended(job)` returns True if a Slurm job is known to have ended.
     """
-    if holder.launch and holder.launch == me.launch:
-        return True  # a launcher restarts its ranks only after all previous ranks have ended
-    same_cluster = bool(holder.job and me.job) and holder.cluster == me.cluster
-    if same_cluster and holder.job == me.job and holder.restarts < me.restarts:
+    if holder.launch and holder.launch == this_process.launch:
+        return True  # torchrun restarts the ranks only after all previous ranks have ended
+    same_cluster = bool(holder.job and this_process.job) and holder.cluster == this_process.cluster
+    if same_cluster and holder.job == this_process.job and holder.restarts < this_process.restarts:
         return True
-    if holder.machine and holder.machine == me.machine:
+    if holder.machine and holder.machine == this_process.machine:
         return not is_running(holder.process, holder.start_time)
-    # A job may outlive the run in it, so a running job proves nothing.
-    if same_cluster and holder.job != me.job and job_ended(holder.job):
+    # A job may outlive the run in it, so a running job does not prove that the holder runs.
+    if same_cluster and holder.job != this_process.job and job_ended(holder.job):
         return True
     return None
 
 
 def slurm_job_ended(job: str) -> bool:
-    """Return whether `squeue` reports that the job does not run; False if it cannot tell."""
+    """Return whether `squeue` reports that a job does not run; False if `squeue` fails."""
     command = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS)
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return False
-    if done.returncode:
-        return "Invalid job id" in done.stderr
-    # A pending job was queued again. A completing job may still have processes.
-    ended = {"PENDING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY"}
-    return all(state in ended for state in done.stdout.split())
+    if completed.returncode:
+        return "Invalid job id" in completed.stderr
+    # A pending job was requeued. A job in state COMPLETING may still have processes.
+    ended_states = {"PENDING", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY"}
+    return all(state in ended_states for state in completed.stdout.split())
 
 
 class RunLock:
-    """While open, this process holds the lock of `directory`, which the config key `key` names.
+    """While open, this process holds the lock of `directory`. Error messages name the config key `key`.
 
     Opening raises ConfigError if another run holds the lock, or the directory cannot be written.
     """
@@ -131,12 +132,13 @@ class RunLock:
     def __init__(
         self,
         directory: Path,
-        me: Holder,
+        this_process: LockHolder,
         key: str = "run.dir",
         job_ended: Callable[[str], bool] = slurm_job_ended,
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
-        self.directory, self.path, self.me, self.key = directory, directory / LOCK_FILE, me, key
+        self.directory, self.path, self.key = directory, directory / LOCK_FILE, key
+        self.this_process = this_process
         self.job_ended, self.exit_process = job_ended, exit_process
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._heartbeat_loop, name="run lock", daemon=True)
@@ -157,17 +159,17 @@ class RunLock:
         self._closed.set()
         self._thread.join(HEARTBEAT_SECONDS)  # with a timeout, because the file system may hang
         with suppress(OSError):
-            if (lock := read_lock(self.path)) is not None and lock.holder.token == self.me.token:
+            if (lock := read_lock(self.path)) is not None and lock.holder.token == self.this_process.token:
                 self.path.unlink()
 
     def heartbeat(self) -> None:
-        """Touch the lock. End this process if another run took the lock over."""
+        """Touch the lock file. End this process if another run has taken over the lock."""
         lock = read_lock(self.path)
         if lock is None:
-            self._create(self.path)  # another program removed it
-        elif lock.holder.token == self.me.token:
+            self._create(self.path)  # another program removed the file
+        elif lock.holder.token == self.this_process.token:
             os.utime(self.path)
-        elif lock.holder.process:  # else the file is being written
+        elif lock.holder.process:  # otherwise another process is writing the file
             message = f"{self.key}: {self.directory} was taken over by {lock.holder}; this run ends and writes no more"
             log.error(message)
             print(message, file=sys.stderr, flush=True)
@@ -179,20 +181,20 @@ class RunLock:
                 self.heartbeat()
 
     def _acquire(self, path: Path) -> None:
-        """Create a lock file, or replace a stale one. Raises ConfigError if its holder has not ended.
+        """Create a lock file, or replace a stale one. Raises ConfigError if the holder has not ended.
 
-        Several processes may find the same stale lock, but only one may replace it: the one that holds a second lock,
-        which is named after the stale one. The second lock then becomes the new lock by an atomic rename.
+        Several processes may find the same stale lock, but only one may replace it. This is the process that creates a
+        second lock file, which is named after the stale lock. An atomic rename then makes it the new lock.
         """
         while not self._create(path):
             if (lock := read_lock(path)) is None:
                 continue
             holder = lock.holder
-            is_stale = is_gone(holder, self.me, self.job_ended)
+            is_stale = has_ended(holder, self.this_process, self.job_ended)
             if is_stale is None:
                 is_stale = self._is_untouched(path, lock)
             if not is_stale:
-                raise ConfigError(self._refusal(holder))
+                raise ConfigError(self._format_conflict(holder))
             successor = path.with_name(f"{path.name}.{holder.token[:8]}")
             self._acquire(successor)
             current = read_lock(path)
@@ -203,18 +205,21 @@ class RunLock:
 
     def _create(self, path: Path) -> bool:
         """Create a lock file. Return False if it exists."""
-        return create_exclusively(path, json.dumps(asdict(self.me)).encode() + b"\n")
+        return create_exclusively(path, json.dumps(asdict(self.this_process)).encode() + b"\n")
 
     def _is_untouched(self, path: Path, lock: LockState) -> bool:
-        """Watch the lock. Return False when its holder touches it; True if it is untouched, released or replaced."""
+        """Watch the lock file for STALE_SECONDS. Return False if its holder touches the file, else True.
+
+        A file that was removed or replaced counts as untouched.
+        """
         print(
             f"{self.key}: {self.directory} is locked by {lock.holder}; "
             f"waiting up to {STALE_SECONDS:.0f} s to see whether it still runs",
             file=sys.stderr,
             flush=True,
         )
-        until = time.monotonic() + STALE_SECONDS
-        while time.monotonic() < until:
+        deadline = time.monotonic() + STALE_SECONDS
+        while time.monotonic() < deadline:
             time.sleep(min(0.25, STALE_SECONDS / 4))
             current = read_lock(path)
             if current is None or current.holder.token != lock.holder.token:
@@ -223,18 +228,20 @@ class RunLock:
                 return False
         return True
 
-    def _refusal(self, holder: Holder) -> str:
-        stop = f"scancel --signal=TERM {holder.job}" if holder.job else f"kill -TERM {holder.process}, on {holder.host}"
+    def _format_conflict(self, holder: LockHolder) -> str:
+        stop_command = (
+            f"scancel --signal=TERM {holder.job}" if holder.job else f"kill -TERM {holder.process}, on {holder.host}"
+        )
         return (
             f"{self.key}: {self.directory} is in use by {holder}. Two runs would overwrite each other. "
-            f"Set another {self.key}, or wait until that run ends, or let it save and stop: {stop}"
+            f"Set another {self.key}, or wait until that run ends, or let it save and stop: {stop_command}"
         )
 
 
 def read_lock(path: Path) -> LockState | None:
-    """Read the lock file. Return None if it does not exist.
+    """Read a lock file. Return None if it does not exist.
 
-    Opening the file makes NFS ask the server; `stat` alone may answer from the client's cache.
+    Opening the file makes an NFS client ask the server. `stat` alone may return values from the cache of the client.
     """
     try:
         with path.open("rb") as stream:
@@ -243,9 +250,9 @@ def read_lock(path: Path) -> LockState | None:
         return None
 
 
-def parse_holder(content: bytes) -> Holder:
-    """Parse the holder from a lock file. A file truncated by a kill is identified by its hash."""
+def parse_holder(content: bytes) -> LockHolder:
+    """Parse the content of a lock file. If a kill has truncated the file, its hash becomes the token."""
     with suppress(ValueError, TypeError, AttributeError):
-        known = {field.name for field in fields(Holder)}
-        return Holder(**{name: value for name, value in json.loads(content).items() if name in known})
-    return Holder(token=hashlib.sha256(content).hexdigest())
+        field_names = {field.name for field in fields(LockHolder)}
+        return LockHolder(**{name: value for name, value in json.loads(content).items() if name in field_names})
+    return LockHolder(token=hashlib.sha256(content).hexdigest())

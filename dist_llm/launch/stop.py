@@ -1,6 +1,6 @@
-"""Stop on a signal to any rank: all ranks agree on it between two steps, save a checkpoint and exit.
+"""Stop a run on a signal to any rank. All ranks agree on the signal between two steps, save a checkpoint and exit.
 
-A second signal ends the process at once, even while its main thread is blocked in a collective.
+A second signal ends the process at once, also while its main thread is blocked in a collective.
 """
 
 import json
@@ -20,22 +20,22 @@ from dist_llm.io.atomic import replace_file
 TERMINATING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # preemption, Ctrl-C, a closed terminal
 STOPPING = (*TERMINATING, signal.SIGUSR1)  # SIGUSR1: Slurm's warning before the time limit
 IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # nohup and background jobs ignore these; we then ignore them too
-MARKER = "DIST_LLM_STOPPED"  # environment variable with the path of the marker file that a batch script reads
-GRACE_SECONDS = 1.0  # after a second signal, until the signal thread ends the process if the main thread has not
+MARKER = "DIST_LLM_STOPPED"  # environment variable: path of the marker file, which a batch script reads
+GRACE_SECONDS = 1.0  # time after a second signal in which the main thread may end the process by itself
 
 
 class StopSignals:
-    """While open, record the first signal of STOPPING, also one that was blocked and pending.
+    """While open, records the first signal of STOPPING that this rank receives, including a pending blocked signal.
 
-    A second signal that is in TERMINATING ends the process. Each rank calls `start_sync` before and `agreed_signal`
-    after each step, so that the all-reduce overlaps with the step.
+    A second signal, if it is in TERMINATING, ends the process. Each rank calls `start_sync` before each step and
+    `agreed_signal` after it, so that the all-reduce of the signals overlaps with the step.
     """
 
     def __init__(self) -> None:
-        self.local_signal = 0  # received by this rank; 0: none
+        self.local_signal = 0  # first signal that this rank received; 0: none
         self._agreed_signal = 0
         self._previous_handlers: dict[int, Any] = {}
-        self._blocked: set[int] = set()
+        self._previous_mask: set[int] = set()
         self._signal_tensor = torch.zeros((), dtype=torch.int64)
         self._work: dist.Work | None = None
         self._pipe = (-1, -1)
@@ -46,13 +46,17 @@ class StopSignals:
         os.set_blocking(self._pipe[1], False)
         threading.Thread(target=_end_on_second_signal, args=self._pipe[:1], name="stop signals", daemon=True).start()
         self._previous_wakeup_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        handled = [each for each in STOPPING if each not in IGNORABLE or signal.getsignal(each) != signal.SIG_IGN]
+        handled = [
+            number for number in STOPPING if number not in IGNORABLE or signal.getsignal(number) != signal.SIG_IGN
+        ]
         self._previous_handlers = {number: signal.signal(number, self._handle) for number in handled}
-        self._blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        self._previous_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._previous_mask)
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_wakeup_fd)
@@ -66,13 +70,13 @@ class StopSignals:
 
     def start_sync(self) -> None:
         """Start the all-reduce of the signals that the ranks have received so far."""
-        self.agreed_signal()  # completes the all-reduce of a step that raised
+        self.agreed_signal()  # completes the all-reduce of a previous step that raised an exception
         self._signal_tensor.fill_(self.local_signal)
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._work = dist.all_reduce(self._signal_tensor, dist.ReduceOp.MAX, async_op=True)
 
     def agreed_signal(self) -> int:
-        """Return a signal that a rank had received before the last `start_sync`, the same on all ranks; 0: none."""
+        """Return a signal that any rank had received before the last `start_sync`, the same on all ranks; 0: none."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -81,29 +85,30 @@ class StopSignals:
 
 
 def _end_on_second_signal(read_fd: int) -> None:
-    """Read signal numbers from the wakeup pipe, and end the process on the second one.
+    """Read signal numbers from the wakeup pipe, and end the process on the second signal.
 
-    Python runs a handler in the main thread only, and not while that thread is blocked in a collective.
+    Python runs signal handlers only in the main thread, and not while it is blocked in a collective.
     """
-    first = True
-    with os.fdopen(read_fd, "rb", buffering=0) as numbers:
-        while number := numbers.read(1):
-            if number[0] not in STOPPING:
+    is_first = True
+    with os.fdopen(read_fd, "rb", buffering=0) as pipe:
+        while content := pipe.read(1):
+            number = content[0]
+            if number not in STOPPING:
                 continue
-            if not first and number[0] in TERMINATING:
+            if not is_first and number in TERMINATING:
                 time.sleep(GRACE_SECONDS)
-                os._exit(128 + number[0])
-            first = False
+                os._exit(128 + number)
+            is_first = False
 
 
 def write_stop_marker(number: int, step: int, directory: Path) -> None:
-    """Write the signal and the step after which the run stopped, for a batch script."""
+    """Write the signal, and the step after which the run stopped, to the marker file for a batch script."""
     content = json.dumps({"signal": signal.Signals(number).name, "step": step}) + "\n"
     replace_file(_marker_path(directory), content.encode())
 
 
 def clear_stop_marker(directory: Path) -> None:
-    """Remove the marker of an earlier stop."""
+    """Remove the marker file of an earlier stop."""
     _marker_path(directory).unlink(missing_ok=True)
 
 

@@ -1,8 +1,10 @@
 """End a run that makes no progress, and report which rank holds up the others.
 
-A thread on each rank checks the time of the last heartbeat. Ranks run in lockstep, so that all of them stall together.
-Each stalled rank then publishes a report in the store of the process group: what it does, where, and whether it waits
-in a collective. A rank without a report is stopped or gone. A rank that waits in no collective is the culprit.
+A thread on each rank checks the time since the last heartbeat. If one rank stalls, all ranks stall, because they wait
+for each other.
+Each stalled rank then publishes a report in the rendezvous store: its activity, the line of code, and whether it waits
+in a collective. A rank without a report has been stopped, or its node has failed. A rank that waits in no collective
+holds up the others.
 """
 
 import json
@@ -22,22 +24,23 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_llm.compat import default_store
+from dist_llm.compat import default_rendezvous_store
 from dist_llm.launch.failures import FIRST_FAILURE
 from dist_llm.launch.flight_recorder import pending_collective
-from dist_llm.launch.process import process_identity
+from dist_llm.launch.process_identity import read_process_identity
 from dist_llm.launch.world import World
 
 log = logging.getLogger("dist_llm")
 
-EXIT_CODE = 70  # of a rank that the watchdog ended
-START_FACTOR = 30  # timeout before the first heartbeat, in units of run.hang_seconds
-FIRST_HEARTBEATS, FIRST_FACTOR = 3, 10  # the first steps compile: their timeout is longer
-TYPICAL_FACTOR = 10  # a later step may also take this many times the median of recent steps
-NUM_RECENT = 32
-REPORT_SECONDS = 5.0  # how long a rank waits for the reports of the others
-PROCESS_KEY, REPORT_KEY = "dist_llm/process", "dist_llm/stalled"  # in the store of the process group
-GRACE_SECONDS = 4.0  # between the diagnosis and the end of the process
+EXIT_CODE = 70  # exit code of a rank that the watchdog ends
+# Factors of the timeout run.hang_seconds: before the first heartbeat, and for the first steps, which compile.
+START_FACTOR = 30
+NUM_FIRST_STEPS, FIRST_FACTOR = 3, 10
+MEDIAN_FACTOR = 10  # the timeout is at least this many times the median duration of recent steps
+NUM_RECENT_STEPS = 32
+REPORT_TIMEOUT_SECONDS = 5.0  # a rank waits at most this long for the reports of other ranks
+PROCESS_KEY, REPORT_KEY = "dist_llm/process", "dist_llm/stalled"  # prefixes of keys in the rendezvous store
+GRACE_SECONDS = 4.0  # time between the diagnosis and the end of the process
 STORE_UNREACHABLE = (
     "the store of the process group, which runs on the node of rank 0, does not answer: the process of rank 0 is "
     "stopped, or its node is gone"
@@ -49,21 +52,21 @@ Reports = tuple[dict[int, Report], dict[int, Any]]  # (reports by rank, process 
 class Watchdog:
     """While open, ends this process if no heartbeat comes within the timeout.
 
-    `limit_seconds`: run.hang_seconds; None: never. `timeout_now` returns the current timeout.
+    `limit_seconds` is run.hang_seconds; None disables the watchdog. `timeout_now` returns the current timeout.
     """
 
     def __init__(
         self, world: World, limit_seconds: float | None, exit_process: Callable[[int], Any] = os._exit
     ) -> None:
-        self.world, self.limit, self.exit_process = world, limit_seconds or 0.0, exit_process
+        self.world, self.limit_seconds, self.exit_process = world, limit_seconds or 0.0, exit_process
         self.num_heartbeats, self.factor, self.last_time, self.activity = 0, START_FACTOR, time.monotonic(), "the start"
-        self.recent_seconds: deque[float] = deque(maxlen=NUM_RECENT)
+        self.recent_seconds: deque[float] = deque(maxlen=NUM_RECENT_STEPS)
         self._main_thread = threading.get_ident()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watchdog":
-        if self.limit:
+        if self.limit_seconds:
             self.last_time = time.monotonic()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -73,19 +76,19 @@ class Watchdog:
         self._closed.set()
 
     def register(self) -> None:
-        """Publish this process's host, pid and identity, so that another rank on the node can kill it if it stalls."""
-        if self.world.size > 1 and dist.is_initialized():
-            store = default_store()
-            process = (self.world.host, os.getpid(), process_identity(os.getpid()))
-            store.set(f"{PROCESS_KEY}/{self.world.rank}", json.dumps(process))
-            # A launcher may keep its store over restarts, with the reports of earlier processes.
+        """Publish host, PID and identity of this process, so that another rank on the node can kill it if it stalls."""
+        if self.world.world_size > 1 and dist.is_initialized():
+            rendezvous_store = default_rendezvous_store()
+            process = (self.world.host, os.getpid(), read_process_identity(os.getpid()))
+            rendezvous_store.set(f"{PROCESS_KEY}/{self.world.rank}", json.dumps(process))
+            # After a restart, the store of the launcher may contain the reports of earlier processes.
             for key in (f"{REPORT_KEY}/{self.world.rank}", *([FIRST_FAILURE] if self.world.is_main else [])):
-                store.delete_key(key)
+                rendezvous_store.delete_key(key)
 
     def heartbeat(self, activity: str, factor: int = 1) -> None:
-        """Record progress: this rank begins an `activity` that may take `factor` times as long as a step."""
+        """Record progress: this rank begins `activity`, which may take `factor` times as long as a step."""
         now = time.monotonic()
-        if self.num_heartbeats >= FIRST_HEARTBEATS and self.factor == 1:
+        if self.num_heartbeats >= NUM_FIRST_STEPS and self.factor == 1:
             self.recent_seconds.append(now - self.last_time)
         self.num_heartbeats += 1
         self.last_time, self.activity, self.factor = now, activity, factor
@@ -93,14 +96,14 @@ class Watchdog:
     @property
     def timeout_now(self) -> float:
         """Return the current timeout: seconds from the last heartbeat until the process is ended."""
-        first = FIRST_FACTOR if self.num_heartbeats <= FIRST_HEARTBEATS else 1
-        recent = tuple(self.recent_seconds)  # a copy: the main thread appends
-        typical = statistics.median(recent) if recent else 0.0
-        return max(self.limit * max(first, self.factor), TYPICAL_FACTOR * typical)
+        first_factor = FIRST_FACTOR if self.num_heartbeats <= NUM_FIRST_STEPS else 1
+        recent_seconds = tuple(self.recent_seconds)  # a copy, because the main thread appends
+        median_seconds = statistics.median(recent_seconds) if recent_seconds else 0.0
+        return max(self.limit_seconds * max(first_factor, self.factor), MEDIAN_FACTOR * median_seconds)
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self.limit / 4)):
-            # Read the count before the time: a heartbeat in between then shortens the measured stall.
+        while not self._closed.wait(min(1.0, self.limit_seconds / 4)):
+            # The count is read before the time. A heartbeat in between then shortens the measured stall.
             num_heartbeats, timeout = self.num_heartbeats, self.timeout_now
             stalled_seconds = time.monotonic() - self.last_time
             if stalled_seconds > timeout and self._abort(stalled_seconds, num_heartbeats):
@@ -117,108 +120,117 @@ class Watchdog:
         )
         location = " ".join(stack[-1].split()) if stack else "an unknown location"
         report = {"host": world.host, "activity": self.activity, "collective": collective, "location": location}
-        reports, silent = _exchange_reports(world, report)
-        if self._has_resumed(num_heartbeats):  # the ranks without a report may have resumed too
+        reports, silent_processes = _exchange_reports(world, report)
+        if self._has_resumed(num_heartbeats):  # ranks without a report may also have resumed
             return False
         reporter = min(reports) if reports else world.rank
-        for line in diagnose(reports, world.size) if reports else [STORE_UNREACHABLE]:
+        for line in diagnose_stall(reports, world.world_size) if reports else [STORE_UNREACHABLE]:
             log.error(line)
-            if world.rank == reporter and not world.is_main:  # rank 0, which owns the console, has not reported
+            if world.rank == reporter and not world.is_main:  # rank 0, which prints to the console, has no report
                 print(line, file=sys.stderr, flush=True)
-        killed = kill_silent_ranks(world, silent)
-        # The others also need to read and print before the launcher sees the first exit; rank 0 may hold the store.
+        has_killed = kill_silent_ranks(world, silent_processes)
+        # Other ranks need time to read the reports before the launcher sees the first exit. Rank 0 may host the store.
         time.sleep(GRACE_SECONDS if world.is_main else GRACE_SECONDS / 2)
-        if not killed and self._has_resumed(num_heartbeats):
+        if not has_killed and self._has_resumed(num_heartbeats):
             return False
-        log.error("ended after run.hang_seconds=%g without progress; raise it if a step may take that long", self.limit)
+        log.error(
+            "ended after run.hang_seconds=%g without progress; raise it if a step may take that long",
+            self.limit_seconds,
+        )
         for handler in log.handlers:
             handler.flush()
         self.exit_process(EXIT_CODE)
         return True
 
     def _has_resumed(self, num_heartbeats: int) -> bool:
-        """Return whether this rank made progress or finished since then. If so, withdraw its report."""
+        """Return whether this rank has made progress since heartbeat `num_heartbeats`. If so, withdraw its report."""
         if self.num_heartbeats == num_heartbeats and not self._closed.is_set():
             return False
         log.warning("rank %d on %s has resumed, with %s", self.world.rank, self.world.host, self.activity)
-        if self.world.size > 1 and dist.is_initialized():
+        if self.world.world_size > 1 and dist.is_initialized():
             thread = threading.Thread(target=_publish, args=(self.world, None), name="withdraw report", daemon=True)
             thread.start()
-            thread.join(REPORT_SECONDS)  # if the store is gone, the run ends for that reason
+            thread.join(REPORT_TIMEOUT_SECONDS)  # if the store has failed, the run ends soon
         return True
 
 
-def diagnose(reports: Mapping[int, Report], num_ranks: int) -> list[str]:
-    """Return one line for each rank that holds up the others, given the reports by rank."""
-    silent = [rank for rank in range(num_ranks) if rank not in reports]
-    lines = [f"rank {rank} does not answer: its process is stopped, or its node is gone" for rank in silent]
+def diagnose_stall(reports: Mapping[int, Report], num_ranks: int) -> list[str]:
+    """Return one line for each rank that holds up the other ranks, given the reports by rank."""
+    silent_ranks = [rank for rank in range(num_ranks) if rank not in reports]
+    lines = [f"rank {rank} does not answer: its process is stopped, or its node is gone" for rank in silent_ranks]
     for rank, report in reports.items():
         if not report["collective"]:
-            where = f"in {report['activity']}: {report['location']}"
-            lines.append(f"rank {rank} on {report['host']} holds up the run, {where}")
+            location = f"in {report['activity']}: {report['location']}"
+            lines.append(f"rank {rank} on {report['host']} holds up the run, {location}")
     if not lines:
         waiting = ", ".join(f"{rank} in {report['collective']}" for rank, report in sorted(reports.items()))
         lines = [f"all ranks wait for each other: {waiting}; the network fails, or the collectives do not match"]
     return lines
 
 
-def kill_silent_ranks(world: World, silent: Mapping[int, Any]) -> bool:
-    """Kill silent ranks (without a report) whose processes run on this node. Return whether there was one.
+def kill_silent_ranks(world: World, processes: Mapping[int, Any]) -> bool:
+    """Kill the ranks without a report whose processes run on this node. Return whether one was killed.
 
-    Torchrun sends SIGTERM and waits 30 s before it kills; a stopped process does not receive SIGTERM.
+    `processes` has (host, PID, identity) by rank. Torchrun would send SIGTERM, which a stopped process does not
+    receive, and would wait 30 s before it kills.
     """
-    killed = False
-    for rank, (host, pid, identity) in silent.items():
+    has_killed = False
+    for rank, (host, pid, identity) in processes.items():
         with suppress(OSError):  # the process has already ended
-            if host == world.host and process_identity(pid) == identity:
+            if host == world.host and read_process_identity(pid) == identity:
                 log.error("killing rank %d, process %d on this node", rank, pid)
                 os.kill(pid, signal.SIGKILL)
-                killed = True
-    return killed
+                has_killed = True
+    return has_killed
 
 
 def _exchange_reports(world: World, report: Report) -> Reports:
-    """Publish this rank's report and wait for the others'. Both results are empty if the store is gone.
+    """Publish the report of this rank and wait for those of other ranks. Both results are empty if the store fails.
 
-    A stopped rank 0 may host the store. A request to it then blocks without a timeout, so a daemon thread sends the
-    requests and is abandoned.
+    The store may run in a stopped process of rank 0. A request then blocks without a timeout, so a daemon thread sends
+    the requests.
     """
-    if world.size == 1 or not dist.is_initialized():
+    if world.world_size == 1 or not dist.is_initialized():
         return {world.rank: report}, {}
     updates: queue.SimpleQueue[Reports] = queue.SimpleQueue()
     threading.Thread(target=_collect_reports, args=(world, report, updates), name="reports", daemon=True).start()
-    newest: Reports = ({}, {})
+    latest: Reports = ({}, {})
     with suppress(queue.Empty):
-        deadline = time.monotonic() + REPORT_SECONDS + 1.0
-        while len(newest[0]) + len(newest[1]) < world.size:
-            newest = updates.get(timeout=max(0.0, deadline - time.monotonic()))
-    return newest
+        deadline = time.monotonic() + REPORT_TIMEOUT_SECONDS + 1.0
+        while len(latest[0]) + len(latest[1]) < world.world_size:
+            latest = updates.get(timeout=max(0.0, deadline - time.monotonic()))
+    return latest
 
 
 def _collect_reports(world: World, report: Report, updates: "queue.SimpleQueue[Reports]") -> None:
-    """Publish the report. Put all reports so far into `updates` each time that the store answers."""
-    reports, ranks = {world.rank: report}, set(range(world.size))
+    """Publish the report. Each time the store answers, put all reports so far into `updates`."""
+    reports, ranks = {world.rank: report}, set(range(world.world_size))
     try:
-        store = _publish(world, report)
-        deadline = time.monotonic() + REPORT_SECONDS
-        while time.monotonic() < deadline and len(reports) < world.size:
-            reports |= _read_values(store, REPORT_KEY, ranks - reports.keys())
+        rendezvous_store = _publish(world, report)
+        deadline = time.monotonic() + REPORT_TIMEOUT_SECONDS
+        while time.monotonic() < deadline and len(reports) < world.world_size:
+            reports |= _read_values(rendezvous_store, REPORT_KEY, ranks - reports.keys())
             updates.put((dict(reports), {}))
             time.sleep(0.2)
-        updates.put((dict(reports), _read_values(store, PROCESS_KEY, ranks - reports.keys())))
-    except Exception as error:  # the node that runs the store is gone
+        updates.put((dict(reports), _read_values(rendezvous_store, PROCESS_KEY, ranks - reports.keys())))
+    except Exception as error:  # the node that hosts the store has failed
         log.error("rank %d cannot read the reports of the other ranks: %s", world.rank, error)
 
 
 def _publish(world: World, report: Report | None) -> Any:
-    """Set this rank's report in the store; None deletes it. Return the store. Reads of a deleted key block."""
-    store = default_store()
-    store.set(f"{REPORT_KEY}/{world.rank}", json.dumps(report))
-    return store
+    """Set the report of this rank in the rendezvous store, and return the store.
+
+    None withdraws the report. The key is not deleted, because a read of a missing key blocks.
+    """
+    rendezvous_store = default_rendezvous_store()
+    rendezvous_store.set(f"{REPORT_KEY}/{world.rank}", json.dumps(report))
+    return rendezvous_store
 
 
-def _read_values(store: Any, prefix: str, ranks: Iterable[int]) -> dict[int, Any]:
+def _read_values(rendezvous_store: Any, prefix: str, ranks: Iterable[int]) -> dict[int, Any]:
     """Read the values at `prefix/rank` for the ranks that have one."""
     keys = {rank: f"{prefix}/{rank}" for rank in ranks}
-    values = {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
+    values = {
+        rank: json.loads(rendezvous_store.get(key)) for rank, key in keys.items() if rendezvous_store.check([key])
+    }
     return {rank: value for rank, value in values.items() if value is not None}

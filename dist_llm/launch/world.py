@@ -1,6 +1,6 @@
-"""Rank and world size from the variables of torchrun or Slurm; one process without them. Imports no torch.
+"""Read rank and world size from the environment variables of torchrun or Slurm. Without them, the run has one process.
 
-This package is the only place that reads or sets the environment.
+Only this package (`launch`) reads or sets environment variables. This module does not import torch.
 """
 
 import os
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dist_llm.errors import ConfigError
 
-# Variables with which launchers other than torchrun and srun pass the world size and the rank.
+# Environment variables of launchers that are not supported: world size (variable -> launcher), and rank.
 LAUNCHER_SIZES = {
     "OMPI_COMM_WORLD_SIZE": "mpirun (Open MPI)",
     "MV2_COMM_WORLD_SIZE": "mpirun (MVAPICH2)",
@@ -28,7 +28,7 @@ class World:
     """Rank, world size, rank within the node (which selects the GPU) and host name."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int = 0
     host: str = "localhost"
 
@@ -41,13 +41,13 @@ class World:
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
     """Read RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them, else the variables that `srun` sets for a task.
 
-    Raises ConfigError if some are missing or inconsistent.
+    Raises ConfigError if some of the variables are missing or inconsistent.
     """
     host = environ.get("SLURMD_NODENAME") or socket.gethostname()
     names = RANK_VARIABLES
     missing = [name for name in names if name not in environ]
     if len(missing) == len(names):
-        # A batch script and a shell also have the variables of tasks, but are not tasks.
+        # Slurm also sets the variables of tasks in a batch script and in a shell, which are no tasks.
         if "SLURM_STEP_ID" not in environ or environ.get("SLURM_NTASKS", "1") == "1":
             _refuse_other_launcher(environ)
             return World(host=host)
@@ -64,27 +64,27 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
         )
     assignments = ", ".join(f"{name}={environ.get(name)}" for name in names)
     try:
-        rank, size, local_rank = (int(environ.get(name, "")) for name in names)
+        rank, world_size, local_rank = (int(environ.get(name, "")) for name in names)
     except ValueError:
         raise ConfigError(f"environment: {assignments} must be whole numbers; start with torchrun") from None
-    if not (0 <= rank < size and 0 <= local_rank < size):
+    if not (0 <= rank < world_size and 0 <= local_rank < world_size):
         raise ConfigError(
             f"environment: {assignments}: {names[0]} and {names[2]} must be at least 0 and below {names[1]}; "
             "start with torchrun"
         )
-    return World(rank=rank, size=size, local_rank=local_rank, host=host)
+    return World(rank=rank, world_size=world_size, local_rank=local_rank, host=host)
 
 
 def _refuse_other_launcher(environ: Mapping[str, str]) -> None:
     """Raise ConfigError if MPI, PMI or another launcher started this process as one of several.
 
-    Each process would train alone, and all would write to the same directory.
+    Otherwise each process would train alone, and all of them would write to the same directory.
     """
     sizes = {name: environ[name] for name in LAUNCHER_SIZES if name in environ}
     ranks = {name: environ[name] for name in LAUNCHER_RANKS if name in environ}
-    one_task = "SLURM_STEP_ID" in environ  # srun started a single task
+    is_single_task = "SLURM_STEP_ID" in environ
     variable = next(((name, value) for name, value in sizes.items() if value != "1"), None)
-    if variable is None and ranks and not sizes and not one_task:
+    if variable is None and ranks and not sizes and not is_single_task:
         variable = next(iter(ranks.items()))  # the world size is unknown
     if variable is None:
         return

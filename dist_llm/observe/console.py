@@ -1,4 +1,4 @@
-"""Console output (a progress bar on a terminal, else plain lines) and the log file of each rank."""
+"""Console output and log files: one line per logging interval, a progress bar on a terminal, a log file per rank."""
 
 import logging
 import math
@@ -11,26 +11,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dist_llm.launch.world import World
-from dist_llm.observe.metrics import Row
+from dist_llm.observe.metrics import MetricsRow
 
 log = logging.getLogger("dist_llm")
 
-# Printed beside an MFU above 100%.
-PEAK_TOO_LOW = " (the peak rate is underestimated: set log.peak_tflops)"
+PEAK_TOO_LOW = " (the peak rate is underestimated: set log.peak_tflops)"  # printed after an MFU above 100%
 
 
 def start_logging(directory: Path, world: World) -> None:
     """Log to one file per rank in `directory`, and on rank 0 also to stderr."""
     directory.mkdir(parents=True, exist_ok=True)
-    stamp = logging.Formatter(f"%(asctime)s rank {world.rank} {world.host} %(levelname)s %(message)s")
-    file = _LogFile(directory / f"rank_{world.rank:05d}.log", encoding="utf-8")
-    file.setFormatter(stamp)
+    rank_formatter = logging.Formatter(f"%(asctime)s rank {world.rank} {world.host} %(levelname)s %(message)s")
+    file_handler = _LogFile(directory / f"rank_{world.rank:05d}.log", encoding="utf-8")
+    file_handler.setFormatter(rank_formatter)
     stop_logging()
-    log.addHandler(file)
+    log.addHandler(file_handler)
     if world.is_main:
-        screen = logging.StreamHandler(sys.stderr)
-        screen.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(screen)
+        console_handler = logging.StreamHandler(sys.stderr)
+        console_handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(console_handler)
     log.setLevel(logging.INFO)
     log.propagate = False
 
@@ -43,25 +42,27 @@ def stop_logging() -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """Reports a write error once and then drops its records; the metrics file on the same disk ends the run."""
+    """A log file that reports its first write error and drops all later records.
+
+    The run does not end here. If the disk is full, the metrics file on the same disk ends the run.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exception()
         if not isinstance(error, OSError) or self.stream is None:
             super().handleError(record)
             return
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self.stream.fileno())  # discards the rest of the buffer
-        os.close(null)
+        null_fd = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null_fd, self.stream.fileno())  # discards the rest of the buffer
+        os.close(null_fd)
         print(f"{self.baseFilename}: {error.strerror}; logging to this file has stopped", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
-    """Prints one line per logging interval, and on a terminal a progress bar below it."""
+    """A sink that prints one line per logging interval. On a terminal, a progress bar follows the lines."""
 
     def __init__(self, num_steps: int, first_step: int) -> None:
         self.num_steps = num_steps
-        self.seconds = 0.0
         console = Console(stderr=True)
         self.bar: Progress | None = None
         if console.is_terminal:
@@ -70,9 +71,9 @@ class ProgressLine:
             self.task = self.bar.add_task("train", total=num_steps, completed=first_step)
             self.bar.start()
 
-    def __call__(self, rows: Sequence[Row]) -> None:
+    def __call__(self, rows: Sequence[MetricsRow]) -> None:
         row = rows[-1]
-        lines = [each["event"] for each in rows if "event" in each]
+        lines = [event_row["event"] for event_row in rows if "event" in event_row]
         if "heldout_loss" in row or "loss" in row:
             lines.append(self._format_heldout(row) if "heldout_loss" in row else self._format_train(row))
         for line in lines:
@@ -86,7 +87,7 @@ class ProgressLine:
         if self.bar is not None:
             self.bar.stop()
 
-    def _format_train(self, row: Row) -> str:
+    def _format_train(self, row: MetricsRow) -> str:
         seconds_left = (self.num_steps - row["step"]) * row["step_seconds"]
         return (
             f"step {row['step']:>{len(str(self.num_steps))}}/{self.num_steps}  loss {row['loss']:.4f}  "
@@ -94,7 +95,7 @@ class ProgressLine:
             f"MFU {row['mfu']:.1%}{PEAK_TOO_LOW if row['mfu'] > 1 else ''}  ETA {_format_clock(seconds_left)}"
         )
 
-    def _format_heldout(self, row: Row) -> str:
+    def _format_heldout(self, row: MetricsRow) -> str:
         bits = row.get("heldout_bits_per_byte")
         return (
             f"step {row['step']}  held-out loss {row['heldout_loss']:.4f}  perplexity {row['heldout_perplexity']:.2f}"

@@ -1,8 +1,9 @@
-"""Model FLOPs and peak device FLOP/s, from which MFU is computed.
+"""Count the FLOPs of a model and look up the peak FLOP/s of a device. MFU is computed from both.
 
-The convention, which the log states, is that of PaLM (Chowdhery et al. 2022, appendix B). A trained token costs 6 FLOPs
-per weight of a matrix product (the head counts, the embedding lookup does not), plus 12 * layers * heads * head_dim *
-seq_len for attention, without halving it for a causal mask. Recomputation is not counted.
+MFU is the model FLOPs utilization. The convention is that of PaLM (Chowdhery et al. 2022, appendix B). A trained token
+costs 6 FLOPs per weight of a matrix product, plus 12 * layers * heads * head_dim * seq_len for attention. The head
+counts as a matrix product; the embedding lookup does not. A causal mask does not halve the cost. Recomputation is not
+counted.
 """
 
 import torch
@@ -11,9 +12,10 @@ from dist_llm.config.derive import is_gated
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.observe.matmul_rate import matmul_rate
 
-CONVENTION = "6N + 12LHES, causal not halved"
+CONVENTION = "6N + 12LHES, causal not halved"  # printed in the log
 
-# Dense bf16 TFLOP/s from data sheets (sparse figures halved), by a part of the device name; the first match is used.
+# Dense bf16 TFLOP/s from data sheets (sparse figures halved), by a substring of the device name. The first match
+# applies.
 PUBLISHED_BF16_TFLOPS = {
     "B200": 2250.0,
     "GH200": 989.0,
@@ -27,30 +29,30 @@ PUBLISHED_BF16_TFLOPS = {
 }
 
 
-def matmul_weights(model: ModelConfig) -> int:
+def count_matmul_weights(model: ModelConfig) -> int:
     """Count the weights of the matrix products that each token of a decoder-only or encoder-only model uses."""
     return model.n_layers * _block_weights(model) + _head_weights(model)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """Return the FLOPs of forward and backward for one token of a decoder-only or encoder-only model."""
-    return 6 * matmul_weights(model) + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
+    return 6 * count_matmul_weights(model) + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
 
 
 def flops_per_sample(model: ModelConfig, num_inputs: int, num_encoder_inputs: int) -> int:
     """Return the FLOPs of forward and backward for one sample of `num_inputs` tokens in the stack with the head.
 
-    `num_encoder_inputs`: tokens in the encoder. In cross-attention, queries and outputs cost per input of the decoder,
-    keys and values per input of the encoder.
+    `num_encoder_inputs`: tokens in the encoder. In cross-attention, the query and output projections run once per input
+    of the decoder, the key and value projections once per input of the encoder.
     """
-    width = model.d_model * model.head_dim
-    query_weights, key_weights = 2 * width * model.n_heads, 2 * width * model.n_kv_heads
+    weights_per_head = model.d_model * model.head_dim
+    query_weights, key_weights = 2 * weights_per_head * model.n_heads, 2 * weights_per_head * model.n_kv_heads
     n_cross_layers = model.n_layers if num_encoder_inputs else 0
-    products = num_inputs * (matmul_weights(model) + n_cross_layers * query_weights)
-    products += num_encoder_inputs * (model.n_encoder_layers * _block_weights(model) + n_cross_layers * key_weights)
-    scores = model.n_layers * num_inputs**2 + model.n_encoder_layers * num_encoder_inputs**2
-    scores += n_cross_layers * num_inputs * num_encoder_inputs
-    return 6 * products + 12 * model.n_heads * model.head_dim * scores
+    matmul_uses = num_inputs * (count_matmul_weights(model) + n_cross_layers * query_weights)
+    matmul_uses += num_encoder_inputs * (model.n_encoder_layers * _block_weights(model) + n_cross_layers * key_weights)
+    attention_pairs = model.n_layers * num_inputs**2 + model.n_encoder_layers * num_encoder_inputs**2
+    attention_pairs += n_cross_layers * num_inputs * num_encoder_inputs
+    return 6 * matmul_uses + 12 * model.n_heads * model.head_dim * attention_pairs
 
 
 def _block_weights(model: ModelConfig) -> int:
@@ -63,11 +65,14 @@ def _head_weights(model: ModelConfig) -> int:
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """Return (peak FLOP/s of a device, source): the published figure of known GPUs, else the measured matmul rate."""
-    if device.type == "cuda" and precision != "fp32":  # fp16 has the rate of bf16
-        name = torch.cuda.get_device_name(device)
-        for part, tflops in PUBLISHED_BF16_TFLOPS.items():
-            if part in name:
-                return tflops * 1e12, f"published for {part}"
+    """Return (peak FLOP/s of a device, description of its origin).
+
+    The peak of a known GPU is the published figure; otherwise it is the measured matmul rate.
+    """
+    if device.type == "cuda" and precision != "fp32":  # fp16 and bf16 have the same rate
+        device_name = torch.cuda.get_device_name(device)
+        for gpu_name, tflops in PUBLISHED_BF16_TFLOPS.items():
+            if gpu_name in device_name:
+                return tflops * 1e12, f"published for {gpu_name}"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     return matmul_rate(device, dtype), "measured matmul rate"

@@ -1,7 +1,7 @@
-"""Measure the matmul rate of a device, and cache the best of several runs.
+"""Measure the matmul rate (FLOP/s of matrix products) of a device, and cache the best of several measurements.
 
-Other load on the machine lowers a measurement and never raises it. A file per user keeps the best rate of the first
-NUM_MEASUREMENTS runs, by machine, device, dtype and number of threads. Later runs do not measure.
+Other load on the machine lowers a measurement and never raises it. The first NUM_MEASUREMENTS calls measure, and a
+cache file of the user stores the best rate per machine, device, dtype and number of threads. Later calls read the file.
 """
 
 import json
@@ -18,38 +18,38 @@ from dist_llm.io.atomic import replace_file
 
 log = logging.getLogger("dist_llm")
 
-FILE = Path(CACHE) / "matmul_rates.json"
+CACHE_FILE = Path(CACHE) / "matmul_rates.json"
 NUM_MEASUREMENTS = 5
-SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # of square matrices
-SECONDS = 0.6  # for all sizes together
+MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # rows of square matrices, by device type
+MEASURE_SECONDS = 0.6  # time for all sizes together
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, file: Path | None = None) -> float:
-    """Return the best FLOP/s that this or an earlier run measured on this machine."""
-    file = (file or FILE).expanduser()
+    """Return the best FLOP/s that this call or an earlier one measured on this machine. `file` is the cache."""
+    file = (file or CACHE_FILE).expanduser()
     key = " | ".join((platform.node(), _device_name(device), str(dtype), f"{torch.get_num_threads()} threads"))
-    cache = _read(file)
+    cache = _read_cache(file)
     entry = cache.get(key, {"rate": 0.0, "starts": 0})
     if entry["starts"] >= NUM_MEASUREMENTS:
         return float(entry["rate"])
     rate = max(measure_matmul_rate(device, dtype), float(entry["rate"]))
-    _write(file, {**cache, key: {"rate": rate, "starts": entry["starts"] + 1}})
+    _write_cache(file, {**cache, key: {"rate": rate, "starts": entry["starts"] + 1}})
     return rate
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best FLOP/s of repeated square matrix products within SECONDS, small sizes first."""
-    best, sizes = 0.0, SIZES[device.type]
-    for number, size in enumerate(sizes, 1):
+    """Return the best FLOP/s of repeated products of square matrices within MEASURE_SECONDS, small sizes first."""
+    best_rate, sizes = 0.0, MATRIX_SIZES[device.type]
+    for size in sizes:
         matrix = torch.randn(size, size, device=device).to(dtype)
-        end = time.perf_counter() + SECONDS / len(sizes)
-        seconds = [_matmul_seconds(matrix, device) for _ in range(2)]  # the first call also initialises libraries
-        while time.perf_counter() < end:
+        deadline = time.perf_counter() + MEASURE_SECONDS / len(sizes)
+        seconds = [_matmul_seconds(matrix, device) for _ in range(2)]  # the first call also initializes libraries
+        while time.perf_counter() < deadline:
             seconds.append(_matmul_seconds(matrix, device))
-        best = max(best, 2 * size**3 / min(seconds))
-        if number < len(sizes) and 8 * min(seconds) > SECONDS:
-            break  # the next size would take too long, as bf16 on a CPU without it
-    return best
+        best_rate = max(best_rate, 2 * size**3 / min(seconds))
+        if size != sizes[-1] and 8 * min(seconds) > MEASURE_SECONDS:
+            break  # the next size takes too long: bf16 on a CPU that emulates it
+    return best_rate
 
 
 def _matmul_seconds(matrix: torch.Tensor, device: torch.device) -> float:
@@ -72,16 +72,16 @@ def _device_name(device: torch.device) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read_cache(file: Path) -> dict[str, Any]:
     try:
         cache = json.loads(file.read_text())
-        return {key: each for key, each in cache.items() if isinstance(each["rate"], float) and each["starts"] > 0}
+        return {key: entry for key, entry in cache.items() if isinstance(entry["rate"], float) and entry["starts"] > 0}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}  # no cache yet, or a damaged one: measure again
+        return {}  # there is no cache yet, or it is damaged: measure again
 
 
-def _write(file: Path, cache: dict[str, Any]) -> None:
-    """Replace the cache atomically. Of several writers the last one wins."""
+def _write_cache(file: Path, cache: dict[str, Any]) -> None:
+    """Replace the cache file atomically. If several processes write, the last one wins."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, json.dumps(cache, indent=1).encode() + b"\n", shared=True)

@@ -1,4 +1,7 @@
-"""Metrics: recorded each step without a device synchronisation, written once per logging interval."""
+"""Metrics of training steps: recorded in each step, written once per logging interval.
+
+Recording does not synchronize with the device, so the host can run ahead of it.
+"""
 
 import json
 import math
@@ -14,8 +17,8 @@ from torch import Tensor
 
 from dist_llm.io.atomic import replace_file
 
-Row = dict[str, Any]
-Sink = Callable[[Sequence[Row]], None]
+MetricsRow = dict[str, Any]  # {metric name: value}: one line of metrics.jsonl
+MetricsSink = Callable[[Sequence[MetricsRow]], None]
 
 
 @dataclass(frozen=True)
@@ -27,22 +30,22 @@ class StepMetrics:
     grad_norm: Tensor
     num_valid_tokens: Tensor
     lr: float
-    tokens: int  # trained on since the start of the run, including this step
+    tokens: int  # tokens of the run so far, including this step
     data_wait_seconds: float
-    by_source: Tensor | None = None  # [2, num_sources]: shares of the loss, and valid tokens
-    terms: Mapping[str, Tensor] = field(default_factory=dict)  # of a regularised loss, by metric name
+    by_source: Tensor | None = None  # [2, num_sources]: share of the loss, and number of valid tokens, per data source
+    loss_terms: Mapping[str, Tensor] = field(default_factory=dict)  # terms of a regularized loss, by metric name
 
 
-class Recorder:
-    """Collects steps until `flush` converts them to rows for the sinks. Only rank 0 has sinks.
+class MetricsRecorder:
+    """Collects the metrics of steps until `flush` converts them to rows for the sinks. Only rank 0 has sinks.
 
-    A step time is the interval divided by its number of steps. On a GPU the host runs ahead of the device, so that the
-    time of a single step is only known after a synchronisation, which happens once per flush.
+    A sink writes rows: to metrics.jsonl, TensorBoard or the console. The step time is the mean over the interval since
+    the last flush, because only a flush synchronizes with the device.
     """
 
     def __init__(
         self,
-        sinks: Sequence[Sink],
+        sinks: Sequence[MetricsSink],
         flops_per_token: float,
         peak_flops: float,
         device: torch.device,
@@ -50,71 +53,79 @@ class Recorder:
     ) -> None:
         self.sinks, self.device = sinks, device
         self.source_tokens = dict(source_tokens or {})  # valid tokens so far by source, in the order of the sources
-        self.mfu_per_rate = flops_per_token / peak_flops if peak_flops else math.nan
+        self.mfu_per_token_rate = flops_per_token / peak_flops if peak_flops else math.nan
         self.pending: list[StepMetrics] = []
         self.start_tokens, self.start_time = 0, time.perf_counter()
 
     def restart_clock(self, tokens: int) -> None:
-        """Start a new interval, so that setup, evaluation or a checkpoint does not count as step time."""
+        """Start a new interval. Call this after setup, an evaluation or a checkpoint, which are no step time."""
         self.start_tokens, self.start_time = tokens, time.perf_counter()
 
     def add(self, metrics: StepMetrics) -> None:
+        """Record the metrics of one step."""
         self.pending.append(metrics)
 
-    def flush(self) -> list[Row]:
-        """Write the pending steps. This is the only place that synchronises with the device."""
+    def flush(self) -> list[MetricsRow]:
+        """Write the rows of the recorded steps to the sinks, and return the rows. Synchronizes with the device."""
         if not self.pending:
             return []
         pending, self.pending = self.pending, []
-        names = tuple(pending[0].terms)
-        columns = torch.stack(
-            [torch.stack([each.float() for each in (m.loss, m.grad_norm, *m.terms.values())]) for m in pending]
-        ).tolist()
+        term_names = tuple(pending[0].loss_terms)
+        device_values = [torch.stack([value.float() for value in _device_values(metrics)]) for metrics in pending]
+        values_by_step = torch.stack(device_values).tolist()  # one synchronization for all steps
         seconds = time.perf_counter() - self.start_time
-        rate = (pending[-1].tokens - self.start_tokens) / seconds
-        of_interval = {
-            "tokens_per_second": round(rate, 1),
+        tokens_per_second = (pending[-1].tokens - self.start_tokens) / seconds
+        interval_values = {
+            "tokens_per_second": round(tokens_per_second, 1),
             "step_seconds": round(seconds / len(pending), 6),
-            "mfu": round(rate * self.mfu_per_rate, 5),
+            "mfu": round(tokens_per_second * self.mfu_per_token_rate, 5),
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
-        rows: list[Row] = [
+        rows: list[MetricsRow] = [
             {
-                "step": m.step,
+                "step": metrics.step,
                 "loss": loss,
-                **dict(zip(names, terms, strict=True)),
+                **dict(zip(term_names, terms, strict=True)),
                 "grad_norm": grad_norm,
-                "lr": m.lr,
-                "tokens": m.tokens,
-                "data_wait_seconds": round(m.data_wait_seconds, 6),
-                **of_interval,
+                "lr": metrics.lr,
+                "tokens": metrics.tokens,
+                "data_wait_seconds": round(metrics.data_wait_seconds, 6),
+                **interval_values,
             }
-            for m, (loss, grad_norm, *terms) in zip(pending, columns, strict=True)
+            for metrics, (loss, grad_norm, *terms) in zip(pending, values_by_step, strict=True)
         ]
-        for row, m in zip(rows, pending, strict=True):
-            if m.by_source is not None:
-                row |= self._source_columns(m.by_source.tolist(), float(m.num_valid_tokens))
+        for row, metrics in zip(rows, pending, strict=True):
+            if metrics.by_source is not None:
+                row |= self._source_metrics(metrics.by_source.tolist(), float(metrics.num_valid_tokens))
         self.emit(rows)
         self.restart_clock(pending[-1].tokens)
         return rows
 
-    def _source_columns(self, by_source: list[list[float]], num_valid_tokens: float) -> Row:
-        """Return each source's valid tokens so far, and its mean loss in this step if the step has tokens of it."""
-        row: Row = {}
-        for name, share, tokens in zip(self.source_tokens, *by_source, strict=True):
-            self.source_tokens[name] += round(tokens)
+    def _source_metrics(self, by_source: list[list[float]], num_valid_tokens: float) -> MetricsRow:
+        """Return the metrics of each data source: its valid tokens so far, and its mean loss in this step.
+
+        A source without tokens in this step has no loss.
+        """
+        row: MetricsRow = {}
+        for name, loss_share, num_tokens in zip(self.source_tokens, *by_source, strict=True):
+            self.source_tokens[name] += round(num_tokens)
             row[f"tokens_{name}"] = self.source_tokens[name]
-            if tokens:
-                row[f"loss_{name}"] = share * num_valid_tokens / tokens
+            if num_tokens:
+                row[f"loss_{name}"] = loss_share * num_valid_tokens / num_tokens
         return row
 
-    def emit(self, rows: Sequence[Row]) -> None:
+    def emit(self, rows: Sequence[MetricsRow]) -> None:
+        """Pass rows to all sinks."""
         for sink in self.sinks:
             sink(rows)
 
 
-def read_rows(path: Path) -> Iterator[tuple[bytes, Row]]:
-    """Yield (line, row) of each complete row that has a step; nothing if the file does not exist.
+def _device_values(metrics: StepMetrics) -> tuple[Tensor, ...]:
+    return (metrics.loss, metrics.grad_norm, *metrics.loss_terms.values())
+
+
+def read_rows(path: Path) -> Iterator[tuple[bytes, MetricsRow]]:
+    """Yield (line, row) for each row of metrics.jsonl that has a step; nothing if the file does not exist.
 
     Lines that a kill or a failing disk damaged are skipped.
     """
@@ -131,14 +142,17 @@ def read_rows(path: Path) -> Iterator[tuple[bytes, Row]]:
 
 
 class MetricsFile:
-    """metrics.jsonl, one line per row. Rows after `resumed_step` are removed first, so that each step occurs once."""
+    """A sink that writes metrics.jsonl, one line per row. Rows after `resumed_step` are removed first.
+
+    A resumed run writes those rows again.
+    """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         lines = [line for line, row in read_rows(path) if row["step"] <= resumed_step]
         replace_file(path, b"".join(line + b"\n" for line in lines))
         self.file = path.open("a", encoding="utf-8")
 
-    def __call__(self, rows: Sequence[Row]) -> None:
+    def __call__(self, rows: Sequence[MetricsRow]) -> None:
         self.file.write("".join(json.dumps(row) + "\n" for row in rows))
         self.file.flush()
 

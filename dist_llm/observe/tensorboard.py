@@ -1,31 +1,34 @@
-"""Write metric rows as TensorBoard events."""
+"""Write rows of metrics as TensorBoard events."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dist_llm.observe.metrics import Row
+from dist_llm.observe.metrics import MetricsRow
 
-NO_SCALARS = {"step", "sample", "event", "busy_seconds"}
+NON_SCALARS = {"step", "sample", "event", "busy_seconds"}  # keys of a row that are not written as scalars
 
 
 class TensorBoard:
-    """Event files in `directory`. TensorBoard hides events after `resumed_step`, which a killed run left there."""
+    """A sink that writes event files to `directory`.
+
+    TensorBoard hides events after `resumed_step`, which a killed run may have left there.
+    """
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter  # slow to import: only rank 0 pays
+        from torch.utils.tensorboard.writer import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self.writer = SummaryWriter(str(directory), purge_step=resumed_step + 1)
 
-    def __call__(self, rows: Sequence[Row]) -> None:
+    def __call__(self, rows: Sequence[MetricsRow]) -> None:
         for row in rows:
             group = "heldout" if "heldout_loss" in row else "train"
             for name, value in row.items():
-                if name not in NO_SCALARS:
+                if name not in NON_SCALARS:
                     self.writer.add_scalar(f"{group}/{name}", value, row["step"])
             if "sample" in row:
-                # Indented, so that Markdown shows the text unchanged.
+                # Markdown shows indented text unchanged.
                 text = "\n".join("    " + line for line in row["sample"].splitlines())
                 self.writer.add_text("heldout/sample", text, row["step"])
             if "busy_seconds" in row:

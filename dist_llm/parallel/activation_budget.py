@@ -1,9 +1,9 @@
 """Choose the recompute mode of each block so that its saved activations fit `parallel.activations_gib`.
 
-The bytes that a block saves for backward are measured: the forward pass runs once for each mode and logs what it would
-save, without saving it. A storage that is freed after this forward pass was an activation. A storage that still exists
-is a weight (gathered or cast), the batch, or a receive buffer of a pipeline stage, which torch reuses for every
-microbatch.
+The bytes that a block saves for the backward pass are measured. For each mode the forward pass runs once and logs the
+storages that it would save, without saving them. A storage that is freed after this forward pass is an activation. A
+storage that still exists is a weight (gathered or cast), the batch, or a receive buffer of a pipeline stage, which
+torch reuses for every microbatch.
 """
 
 import gc
@@ -34,11 +34,11 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class ActivationSizes:
-    """Bytes that one microbatch saves for backward on this rank."""
+    """Bytes that one microbatch saves for the backward pass on this rank."""
 
-    blocks: list[dict[RecomputeMode, int]]  # per block and mode
-    part_of_block: list[int]  # index of the model part that holds each block
-    shared: list[int]  # per model part: bytes that several of its blocks save once, such as masks
+    blocks: list[dict[RecomputeMode, int]]  # bytes per block and mode
+    part_of_block: list[int]  # index of the model part that contains each block
+    shared: list[int]  # bytes per model part that several of its blocks share, such as masks
 
     def bytes_by_model_part(self, modes: Sequence[RecomputeMode]) -> list[int]:
         """Return the bytes of each model part if block i uses `modes[i]`."""
@@ -56,49 +56,52 @@ def fit_activation_budget(
     gib: float,
     selective: bool = True,
 ) -> None:
-    """Let each block of this rank save as much as `gib` allows, and log the modes.
+    """Let each block of this rank save as much as the budget of `gib` GiB allows, and log the modes.
 
-    `forward` runs one microbatch through all model parts and returns the tensors that exist in any case.
-    `peak_in_flight` converts the bytes that one microbatch saves in each part to the peak over all microbatches in
-    flight. `selective=False` excludes the selective mode. Raises ConfigError on all ranks if one of them cannot meet
-    the budget.
+    `forward` runs one microbatch through all model parts and returns tensors that exist in any case, such as receive
+    buffers. `peak_in_flight` converts the bytes that one microbatch saves in each model part to the peak over all
+    microbatches in flight. `selective=False` excludes the selective mode. Raises ConfigError on all ranks if a rank
+    cannot meet the budget.
     """
     sizes = _max_over_ranks(measure_activations(model_parts, forward), mesh)
-    modes, peak = choose_modes(sizes, peak_in_flight, int(gib * GIB), selective)
+    budget_bytes = int(gib * GIB)
+    modes, peak = choose_modes(sizes, peak_in_flight, budget_bytes, selective)
     max_peak = peak if mesh is None else max(all_gather_ints(peak, torch.device(mesh.device_type)))
-    if max_peak > int(gib * GIB):
+    if max_peak > budget_bytes:
         raise ConfigError(
             f"parallel.activations_gib: {gib:g} is less than the activations that backward needs even with full "
             f"recomputation; set at least {math.ceil(max_peak / GIB * 1e5) / 1e5:.5f}, or lower data.micro_batch"
         )
-    names = [name for model_part in model_parts for name in model_part.blocks]
+    block_names = [name for model_part in model_parts for name in model_part.blocks]
     for block, mode in zip(_checkpointed_forwards(model_parts), modes, strict=True):
         block.mode = mode
-    expected = peak_in_flight(sizes.bytes_by_model_part(modes)) / GIB
-    log.info("recompute by block: %s; %.4f of %g GiB kept for backward", _format_modes(names, modes), expected, gib)
+    expected_gib = peak_in_flight(sizes.bytes_by_model_part(modes)) / GIB
+    formatted_modes = _format_modes(block_names, modes)
+    log.info("recompute by block: %s; %.4f of %g GiB kept for backward", formatted_modes, expected_gib, gib)
 
 
 def measure_activations(model_parts: Sequence[Decoder], forward: Callable[[], Sequence[Tensor]]) -> ActivationSizes:
-    """Measure the bytes that each block saves in each mode. The modes of the blocks are unchanged afterwards."""
+    """Measure the bytes that each block saves in each mode. The blocks keep their modes."""
     blocks = _checkpointed_forwards(model_parts)
     original_modes = [block.mode for block in blocks]
-    inputs: list[Tensor] = []
+    live_tensors: list[Tensor] = []  # keeps these storages, so that they do not count as activations
     logs: dict[RecomputeMode, list[dict[StorageWeakRef, int]]] = {}
     for mode in MODES:
         for block in blocks:
             block.mode, block.saved_bytes_log = mode, {}
-        inputs += forward()
+        live_tensors += forward()
         logs[mode] = [block.saved_bytes_log or {} for block in blocks]
     for block, mode in zip(blocks, original_modes, strict=True):
         block.mode, block.saved_bytes_log = mode, None
     for model_part in model_parts:
-        reshard(model_part)  # as a backward does at its end
+        reshard(model_part)  # a backward pass would do this at its end
     gc.collect()
     part_of_block = [index for index, model_part in enumerate(model_parts) for _ in model_part.blocks]
     sizes: list[dict[RecomputeMode, int]] = [{} for _ in blocks]
     shared = [0] * len(model_parts)
     for mode, block_logs in logs.items():
-        num_blocks = Counter(ref for block_log in block_logs for ref in block_log)  # blocks that saved each storage
+        # Number of blocks that saved each storage.
+        num_blocks = Counter(ref for block_log in block_logs for ref in block_log)
         shared_storages: list[dict[StorageWeakRef, int]] = [{} for _ in model_parts]
         for index, block_log in enumerate(block_logs):
             freed = {ref: size for ref, size in block_log.items() if ref.expired()}
@@ -109,33 +112,34 @@ def measure_activations(model_parts: Sequence[Decoder], forward: Callable[[], Se
 
 
 def choose_modes(
-    sizes: ActivationSizes, peak_in_flight: Callable[[Sequence[int]], int], budget: int, selective: bool = True
+    sizes: ActivationSizes, peak_in_flight: Callable[[Sequence[int]], int], budget_bytes: int, selective: bool = True
 ) -> tuple[list[RecomputeMode], int]:
-    """Return the first of `_candidates` whose peak fits `budget` (in bytes), with its peak.
+    """Return (modes of all blocks, peak in bytes): the first of `_iter_candidates` that fits the budget.
 
-    If none fits, return the smallest.
+    If no candidate fits, return the candidate with the smallest peak.
     """
     min_peak, min_modes = -1, list[RecomputeMode]()
-    for modes in _candidates(len(sizes.blocks), selective):
+    for modes in _iter_candidates(len(sizes.blocks), selective):
         peak = peak_in_flight(sizes.bytes_by_model_part(modes))
-        if peak <= budget:
+        if peak <= budget_bytes:
             return modes, peak
         if min_peak < 0 or peak < min_peak:
             min_peak, min_modes = peak, modes
     return min_modes, min_peak
 
 
-def _candidates(blocks: int, selective: bool) -> Iterator[list[RecomputeMode]]:
+def _iter_candidates(num_blocks: int, selective: bool) -> Iterator[list[RecomputeMode]]:
     """Yield the modes of all blocks, from least to most recomputation, so that a larger budget never recomputes more.
 
-    Selective comes before full. Selective frees 0.4 of a Llama block's bytes and repeats no matrix product; full frees
-    0.95 and repeats all. So as few blocks as possible are full, then as few as possible are selective. Blocks are
-    (nearly) equal, so only their number matters. The first blocks are recomputed, because backward reaches them when
-    little else is in memory.
+    The selective mode frees 0.4 of the bytes of a Llama block and repeats no matrix product. The full mode frees 0.95
+    and repeats all of them. So as few blocks as possible are full, then as few as possible are selective. Blocks are
+    (nearly) equal, so only their number matters. The first blocks are recomputed, because the backward pass reaches
+    them last, when little else is in memory.
     """
-    for full in range(blocks + 1):
-        for partial in range(blocks - full + 1 if selective else 1):
-            counts: dict[RecomputeMode, int] = {"full": full, "selective": partial, "none": blocks - full - partial}
+    for num_full in range(num_blocks + 1):
+        for num_selective in range(num_blocks - num_full + 1 if selective else 1):
+            num_none = num_blocks - num_full - num_selective
+            counts: dict[RecomputeMode, int] = {"full": num_full, "selective": num_selective, "none": num_none}
             yield [mode for mode, count in counts.items() for _ in range(count)]
 
 
@@ -146,22 +150,25 @@ def _checkpointed_forwards(model_parts: Sequence[Decoder]) -> list[CheckpointedF
 
 
 def _max_over_ranks(sizes: ActivationSizes, mesh: DeviceMesh | None) -> ActivationSizes:
-    """Take the maximum of each number over the ranks that hold the same blocks, so that they choose the same modes."""
+    """Take the maximum of each size over the ranks that hold the same blocks, so that they choose the same modes."""
     if mesh is None:
         return sizes
-    numbers = [block[mode] for block in sizes.blocks for mode in MODES]
-    flat = torch.tensor([*numbers, *sizes.shared], device=mesh.device_type)
+    block_sizes = [block[mode] for block in sizes.blocks for mode in MODES]
+    flat = torch.tensor([*block_sizes, *sizes.shared], device=mesh.device_type)
     for axis in (*DATA_AXES, "tp"):
         if mesh[axis].size() > 1:
             dist.all_reduce(flat, dist.ReduceOp.MAX, mesh.get_group(axis))
-    maxima, split = flat.tolist(), len(MODES) * len(sizes.blocks)
-    rows = (maxima[start : start + len(MODES)] for start in range(0, split, len(MODES)))
-    return ActivationSizes([dict(zip(MODES, row, strict=True)) for row in rows], sizes.part_of_block, maxima[split:])
+    maxima, num_block_sizes = flat.tolist(), len(block_sizes)
+    by_block = [maxima[start : start + len(MODES)] for start in range(0, num_block_sizes, len(MODES))]
+    blocks = [dict(zip(MODES, block_maxima, strict=True)) for block_maxima in by_block]
+    return ActivationSizes(blocks, sizes.part_of_block, shared=maxima[num_block_sizes:])
 
 
 def _format_modes(names: Sequence[str], modes: Sequence[RecomputeMode]) -> str:
-    """Return the modes by range of block names, such as `0-3 full, 4-11 none`."""
-    runs = [[name for name, _ in run] for _, run in groupby(zip(names, modes, strict=True), lambda pair: pair[1])]
-    kinds = [mode for mode, _ in groupby(modes)]
-    spans = [run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return ", ".join(f"{span} {kind}" for span, kind in zip(spans, kinds, strict=True))
+    """Format the modes by range of block names, such as `0-3 full, 4-11 none`."""
+    lines = []
+    for mode, group in groupby(zip(names, modes, strict=True), key=lambda name_and_mode: name_and_mode[1]):
+        group_names = [name for name, _ in group]
+        name_range = group_names[0] if len(group_names) == 1 else f"{group_names[0]}-{group_names[-1]}"
+        lines.append(f"{name_range} {mode}")
+    return ", ".join(lines)

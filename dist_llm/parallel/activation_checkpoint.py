@@ -1,5 +1,7 @@
-"""Activation checkpointing and compilation of the blocks, without wrapper modules, so that parameter names stay the
-same."""
+"""Activation checkpointing (recompute) and compilation of the transformer blocks.
+
+Both replace the `forward` of a block instead of wrapping the module, so that parameter names stay the same.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,16 +25,16 @@ from dist_llm.compat import (
     is_traceable_wrapper_subclass,
     pytree,
     saved_by_selective_checkpoint,
+    saved_tensors,
     set_activation_memory_budget,
-    tensors_of,
 )
 from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.models.decoder import Decoder
 
 RecomputeMode = Literal["none", "selective", "full"]
 
-# Outputs that selective recomputation saves because they are expensive: matrix products, attention kernels, and
-# reductions over tensor ranks. On CPUs these reductions are point-to-point messages, not collectives, and are repeated.
+# Operations whose outputs the selective mode saves, because they are expensive: matrix products, attention kernels, and
+# reductions over tensor-parallel ranks. On CPUs these reductions are point-to-point messages and are repeated.
 SAVED_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -47,32 +49,31 @@ SAVED_OPS = {
 
 
 def compile_blocks(model: Decoder, parallel: ParallelConfig) -> None:
-    """Compile each block separately. All layers then share one graph, and FSDP's hooks stay outside it."""
+    """Compile each block separately. All layers then share one graph, and the hooks of FSDP stay outside of it."""
     if parallel.recompute_budget < 1:
         set_activation_memory_budget(parallel.recompute_budget)
     for block in model.blocks.values():
         block.forward = torch.compile(block.forward)
 
 
-def checkpoint_blocks(model: Decoder, mode: RecomputeMode, compiled: bool) -> None:
-    """Set `mode` for all blocks.
+def checkpoint_blocks(model: Decoder, mode: RecomputeMode, is_compiled: bool) -> None:
+    """Set the recompute mode of all blocks. Call this after `compile_blocks`.
 
-    Call this after `compile_blocks`. `fit_activation_budget` may later change single blocks.
+    `fit_activation_budget` may later change the modes of single blocks.
     """
     for block in model.blocks.values():
         selective = MethodType(_selective_forward, block)
-        block.forward = CheckpointedForward(block.forward, torch.compile(selective) if compiled else None, mode)
+        block.forward = CheckpointedForward(block.forward, torch.compile(selective) if is_compiled else None, mode)
 
 
 class CheckpointedForward:
     """The forward of a block, with a recompute mode.
 
-    none: save all activations. full: save the input of the block. selective: save the input and the outputs of
-    `SAVED_OPS`. `selective` is a compiled forward that applies the selective mode inside its graph: the compiler
-    renames the saved operations, so the mode cannot be applied from outside.
+    Mode none saves all activations; full saves only the input of the block; selective saves the input and the outputs
+    of `SAVED_OPS`. The argument `selective` is a compiled forward with the selective mode inside its graph. The mode
+    cannot be applied outside the graph, because the compiler replaces the operations by its own.
 
-    While `saved_bytes_log` is a dict, each storage that would be saved is logged there with its bytes, and is not
-    saved.
+    While `saved_bytes_log` is a dict, each storage that would be saved is logged there with its bytes, and not saved.
     """
 
     def __init__(
@@ -82,27 +83,28 @@ class CheckpointedForward:
         self.saved_bytes_log: dict[StorageWeakRef, int] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        outputs: list[dict[Any, list[Any]]] = []  # saved by a selective forward in addition to its input
+        saved_outputs: list[dict[Any, list[Any]]] = []  # outputs that a selective forward saves besides its input
 
-        def contexts() -> Any:
-            forward_and_recompute = _selective_contexts()
-            outputs.append(saved_by_selective_checkpoint(forward_and_recompute))
-            return forward_and_recompute
+        def create_contexts() -> Any:
+            contexts = _selective_contexts()
+            saved_outputs.append(saved_by_selective_checkpoint(contexts))
+            return contexts
 
         with nullcontext() if self.saved_bytes_log is None else _log_saved_tensors(self._log_saved):
             if self.mode == "none":
                 return self.forward(*args, **kwargs)
             if self.mode == "selective" and self.selective is not None:
                 return self.selective(*args, **kwargs)
-            context_fn = contexts if self.mode == "selective" else noop_context_fn
+            context_fn = create_contexts if self.mode == "selective" else noop_context_fn
             output: Tensor = checkpoint(self.forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
         if self.saved_bytes_log is not None:
-            for saved in outputs:
-                self._log_saved(tensors_of(saved))
+            for saved in saved_outputs:
+                self._log_saved(saved_tensors(saved))
                 saved.clear()
         return output
 
     def _log_saved(self, saved: Any) -> None:
+        """Log the storages of all tensors in `saved`, a pytree."""
         assert self.saved_bytes_log is not None
         for storage in iter_storages(saved):
             self.saved_bytes_log[StorageWeakRef(storage)] = storage.nbytes()
@@ -111,7 +113,7 @@ class CheckpointedForward:
 def iter_storages(value: Any) -> Iterator[torch.UntypedStorage]:
     """Yield the storages of all tensors in a pytree.
 
-    Of tensor subclasses, such as DTensors and pending collective results, the inner tensors count.
+    A tensor subclass, such as a DTensor or a pending result of a collective, yields the storages of its inner tensors.
     """
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor) and is_traceable_wrapper_subclass(leaf):
@@ -122,8 +124,9 @@ def iter_storages(value: Any) -> Iterator[torch.UntypedStorage]:
 
 @contextmanager
 def _log_saved_tensors(log_saved: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within the block, call `log_saved` with each tensor that autograd would save for the backward pass."""
     with warnings.catch_warnings(), saved_tensors_hooks(log_saved, _refuse_unpack):
-        # torch 2.14 warns that tensors saved by selective checkpointing bypass these hooks. They always have.
+        # torch 2.14 warns that tensors saved by selective checkpointing bypass these hooks, which is intended here.
         warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
         yield
 
@@ -133,8 +136,8 @@ def _refuse_unpack(_: Any) -> Tensor:
 
 
 def _selective_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """Run the forward of `block` alone. All layers share one compiled graph of this function."""
-    forward = type(block).forward  # the instance's own forward calls this function
+    """Run the forward of `block` in the selective mode. All layers share one compiled graph of this function."""
+    forward = type(block).forward  # `block.forward` is replaced by a CheckpointedForward that calls this function
     output: Tensor = checkpoint(forward, block, *args, use_reentrant=False, context_fn=_selective_contexts, **kwargs)
     return output
 

@@ -1,8 +1,9 @@
 """Asynchronous tensor parallelism: overlap each matrix product with the collective beside it.
 
-With `sequence_parallel` an all-gather precedes each product of a block and a reduce-scatter follows it. Split into
-chunks, the collective runs while the product runs (Wang et al. 2023). torch's compiler finds these pairs in a compiled
-block and replaces each with a kernel that reads the other ranks' memory directly.
+With `sequence_parallel`, an all-gather precedes or a reduce-scatter follows each matrix product of a block. Both are
+split into chunks, so that the collective of a chunk overlaps with the product of another chunk (Wang et al. 2023). The
+compiler of torch finds these pairs in a compiled block and replaces each pair by one fused kernel, which reads the
+memory of other ranks directly.
 """
 
 import logging
@@ -19,7 +20,10 @@ log = logging.getLogger("dist_llm")
 
 
 def enable_async_tp(mesh: DeviceMesh) -> None:
-    """Call this before blocks are compiled. `mesh` is the tensor-parallel dimension."""
+    """Enable asynchronous tensor parallelism on GPUs. Call this before the blocks are compiled.
+
+    `mesh` is the tensor-parallel dimension.
+    """
     if mesh.device_type == "cuda":
         enable_fused_collectives(mesh)
     else:
@@ -28,16 +32,16 @@ def enable_async_tp(mesh: DeviceMesh) -> None:
 
 def enable_fused_collectives(mesh: DeviceMesh) -> None:
     """Make the compiler fuse collectives with matrix products in all later compilations."""
-    with warnings.catch_warnings():  # torch marks a part of it deprecated that is still required
+    with warnings.catch_warnings():  # of a deprecated function that torch still requires
         warnings.simplefilter("ignore", FutureWarning)
         fuse_collectives(merge_reshapes, (__file__,), mesh.get_group().group_name)
 
 
 def merge_reshapes(graph: Graph) -> None:
-    """Replace a reshape of a reshape by one reshape, or by none.
+    """Merge each chain of reshapes in the graph into one reshape, or remove the chain if the shape stays the same.
 
-    The compiler only matches a product whose input is the gathered tensor itself. That tensor holds all tokens in one
-    dimension, while the layers view it by sequence.
+    The compiler only fuses a product whose input is the gathered tensor itself. The gathered tensor has all tokens in
+    one dimension, but the layers reshape it to [B, S, ...] and back.
     """
     for node in graph.nodes:
         while node.target in RESHAPE_OPS and (inner := node.args[0]).target in RESHAPE_OPS:

@@ -1,7 +1,10 @@
-"""Context parallelism: each rank holds a part of every sequence and all-gathers the other ranks' keys and values.
+"""Context parallelism (cp): each rank holds a part of every sequence, and keys and values are all-gathered.
 
-A sequence is split into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r. Under a causal mask an early chunk
-attends to few keys and a late chunk to many, so every rank does the same work.
+A sequence is split into 2 * cp chunks, and rank r holds the chunks r and 2 * cp - 1 - r. Under a causal mask an early
+chunk attends to few keys and a late chunk to many, so every rank does the same work.
+
+Shapes: B sequences, S tokens of a rank (or of the full sequence, before `shard_sequences`), T tokens of the full
+sequence, H query heads, K key-value heads, E head dimension.
 """
 
 from dataclasses import replace
@@ -19,27 +22,26 @@ from dist_llm.parallel.mesh import all_gather, differentiable_collective, reduce
 
 
 def apply_context_parallel(model: Decoder, mesh: DeviceMesh) -> None:
-    """Replace the kernel of every attention in `model` by one that all-gathers keys and values.
-
-    `mesh` is the cp dimension.
-    """
+    """Replace each attention kernel in `model` by an AllGatherAttention. `mesh` is the cp dimension."""
     for block in model.blocks.values():
         attention = block.attention
         attention.kernel = AllGatherAttention(attention.kernel, mesh)  # type: ignore[union-attr, arg-type]
 
 
-def shard_sequences(batch: Batch, rank: int, ranks: int) -> Batch:
-    """Return this rank's two chunks of each sequence, [B, S / cp], with their positions in the full sequence."""
-    if ranks == 1:
+def shard_sequences(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
+    """Return the two chunks of each sequence on this rank, [B, S / cp], with their positions in the full sequence."""
+    if cp_size == 1:
         return batch
-    batch = batch.to(batch.inputs_BS.device)  # converts ids to int64: unsigned ids cannot be compared with IGNORE
+    batch = batch.to(
+        batch.inputs_BS.device
+    )  # converts ids to int64, because unsigned ids cannot be compared with IGNORE
     B, S = batch.inputs_BS.shape
     indices_BS = torch.arange(S).expand(B, S)
     positions_BS = batch.positions_BS if batch.positions_BS is not None else indices_BS
 
     def select_chunks(tensor_BS: Tensor) -> Tensor:
-        chunks = tensor_BS.chunk(2 * ranks, dim=1)
-        return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]), dim=1)
+        chunks = tensor_BS.chunk(2 * cp_size, dim=1)
+        return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=1)
 
     targets_BS = select_chunks(batch.targets_BS)
     return replace(
@@ -53,33 +55,33 @@ def shard_sequences(batch: Batch, rank: int, ranks: int) -> Batch:
 
 
 class AllGatherAttention(nn.Module):
-    """Attention of this rank's queries to the keys and values of the full sequence."""
+    """Attention of the queries of this rank to the keys and values of the full sequence."""
 
     def __init__(self, kernel: AttentionKernel, mesh: DeviceMesh) -> None:
         super().__init__()
         self.dropout, self.scale = kernel.dropout, kernel.scale
-        self.group, self.rank, self.ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+        self.group, self.cp_rank, self.cp_size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
 
     def forward(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: AttentionMask) -> Tensor:
-        """Queries [B, S/cp, H, E], keys and values [B, S/cp, K, E] -> this rank's rows of the full attention, [B, S/cp,
-        H, E]."""
+        """Return the attention output of the queries of this rank, [B, S, H, E]."""
         dropout = self.dropout if self.training else 0.0
-        k_BTKE, v_BTKE = self._gather(k_BSKE, v_BSKE)
+        k_BTKE, v_BTKE = self._all_gather_keys_and_values(k_BSKE, v_BSKE)
         if mask.materialized is not None or not mask.causal:
             return scaled_dot_product(q_BSHE, k_BTKE, v_BTKE, mask, dropout, self.scale)
-        size = q_BSHE.shape[1] // 2
+        chunk_tokens = q_BSHE.shape[1] // 2
+        chunk_indices = self.cp_rank, 2 * self.cp_size - 1 - self.cp_rank
         outputs = []
-        for q_chunk, index in zip(q_BSHE.chunk(2, dim=1), (self.rank, 2 * self.ranks - 1 - self.rank), strict=True):
-            end = (index + 1) * size  # the chunk's queries are aligned with the last keys up to here
+        for q_chunk, index in zip(q_BSHE.chunk(2, dim=1), chunk_indices, strict=True):
+            end = (index + 1) * chunk_tokens  # the causal mask aligns the last query with the last key
             outputs.append(scaled_dot_product(q_chunk, k_BTKE[:, :end], v_BTKE[:, :end], mask, dropout, self.scale))
         return torch.cat(outputs, dim=1)
 
-    def _gather(self, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:
-        """All-gather keys and values in one collective and restore the order of the sequence: [B, T, K, E] each."""
-        local = torch.stack((k_BSKE, v_BSKE))  # [2, B, S/cp, K, E]
+    def _all_gather_keys_and_values(self, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:
+        """All-gather keys and values in one collective, and restore the order of the sequence: [B, T, K, E] each."""
+        local = torch.stack((k_BSKE, v_BSKE))  # [2, B, S, K, E]
         forward_fn, backward_fn = partial(all_gather, group=self.group), partial(reduce_scatter, group=self.group)
-        by_rank = differentiable_collective(local, forward_fn, backward_fn).chunk(self.ranks)
-        halves = [part.chunk(2, dim=2) for part in by_rank]
-        chunks = [early for early, _ in halves] + [late for _, late in reversed(halves)]
+        by_rank = differentiable_collective(local, forward_fn, backward_fn).chunk(self.cp_size)
+        chunk_pairs = [rank_tensor.chunk(2, dim=2) for rank_tensor in by_rank]
+        chunks = [early for early, _ in chunk_pairs] + [late for _, late in reversed(chunk_pairs)]
         k_BTKE, v_BTKE = torch.cat(chunks, dim=2).unbind(0)
         return k_BTKE, v_BTKE

@@ -1,10 +1,12 @@
 """Matrix products of the blocks in float8: inputs and weights in e4m3, gradients in e5m2 (Micikevicius et al. 2022).
 
-Each tensor is quantized as a whole, at each use. Its scale is the largest power of two that keeps the largest element
-in float8's range; it is computed on the device. With such a scale the rounding of an element does not depend on its
-neighbours, unless the element is 2^14 times smaller than the largest (2^29 times in e5m2). So the split of rows and
-columns over microbatches and ranks changes nothing outside that range. A GPU multiplies in float8. Other devices
-emulate this by products of the same rounded numbers in bf16, which represents them exactly.
+Each tensor has one scale, which is computed on the device at each use. The scale is the largest power of two that keeps
+the largest element in the range of float8. With a power of two, the rounding of an element does not depend on the other
+elements, unless it is 2^14 times smaller than the largest (2^29 times in e5m2). So results do not depend on the split
+over microbatches and ranks, except for these tiny elements. GPUs multiply in float8. Other devices emulate this in
+bf16, which represents all float8 values exactly.
+
+Shapes: M tokens, K inputs and N outputs of a layer.
 """
 
 from typing import Any
@@ -18,15 +20,13 @@ from dist_llm.config.check_fp8 import MULTIPLE
 from dist_llm.errors import ConfigError
 from dist_llm.models.decoder import Decoder
 
-# M tokens  K inputs  N outputs of a layer
-
 INPUT_DTYPE, GRAD_DTYPE = torch.float8_e4m3fn, torch.float8_e5m2
 MIN_AMAX = 2.0**-100  # lower bound of the largest element, so that the scale is finite
 EXPONENT_MASK = 0x7F800000  # the exponent bits of fp32
 
 
 def use_float8_linears(model: Decoder) -> None:
-    """Make every linear layer of the blocks multiply in float8. Names and weights stay the same."""
+    """Make every linear layer of the blocks multiply in float8. Parameter names and weights stay the same."""
     for block in model.blocks.values():
         for module in block.modules():
             if type(module) is nn.Linear:
@@ -67,7 +67,7 @@ def float8_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) ->
 
 
 class _Float8MatMul(torch.autograd.Function):
-    """y = x w^T. Saves the input in float8, and of the weight only a reference, so that FSDP can free it."""
+    """y = x w^T. Saves the input in float8. Saves the weight without a quantized copy, so that FSDP can free it."""
 
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -90,9 +90,9 @@ class _Float8MatMul(torch.autograd.Function):
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return `x` in float8, and the inverse of its scale, [].
+    """Return (`x` in float8, the inverse of its scale, []).
 
-    The inverse is a power of two, or NaN if `x` has a non-finite element.
+    The inverse scale is a power of two, or NaN if `x` has a non-finite element.
     """
     amax = x.abs().amax().float().clamp(min=MIN_AMAX)
     exact_scale = torch.finfo(dtype).max / amax
@@ -111,6 +111,6 @@ def scaled_matmul(a_IK: Tensor, a_inv_scale: Tensor, b_JK: Tensor, b_inv_scale: 
 def emulate_scaled_matmul(a_IK: Tensor, a_inv_scale: Tensor, b_JK: Tensor, b_inv_scale: Tensor) -> Tensor:
     """Compute `scaled_matmul` without a float8 kernel.
 
-    The scales are powers of two, so multiplying by them last rounds nothing.
+    The scales are powers of two, so the final multiplication is exact.
     """
     return (a_IK.to(torch.bfloat16) @ b_JK.to(torch.bfloat16).t()) * (a_inv_scale * b_inv_scale)

@@ -1,4 +1,4 @@
-"""The device mesh of all ranks, and the collectives on it. Every mesh dimension exists; an unused one has size 1."""
+"""The device mesh of all ranks, and the collectives on its dimensions. An unused dimension has size 1."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ SHARD_AXES = ("dp_shard", "cp")
 
 
 def build_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
-    """Build the mesh `pp, dp_replicate, dp_shard, cp, tp`. tp is innermost, so its ranks are neighbours on one node."""
+    """Build the mesh (pp, dp_replicate, dp_shard, cp, tp). tp is innermost, so its ranks share a node if possible."""
     return init_device_mesh(device_type, tuple(getattr(parallel, axis) for axis in AXES), mesh_dim_names=AXES)
 
 
@@ -49,7 +49,7 @@ def all_reduce_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Ten
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Concatenate the ranks' tensors [n, ...] to [n p, ...] on all ranks."""
+    """Concatenate the tensors [n, ...] of p ranks to [n p, ...] on all ranks."""
     tensor = tensor.contiguous()
     if _uses_p2p(tensor):
         output = tensor.new_empty(group.size() * len(tensor), *tensor.shape[1:])
@@ -62,7 +62,7 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum the ranks' tensors [n, ...] and return this rank's part of the sum, [n / p, ...]."""
+    """Sum the tensors [n, ...] of p ranks and return the part of this rank, [n / p, ...]."""
     tensor = tensor.contiguous()
     if _uses_p2p(tensor):
         local = tensor.new_empty(len(tensor) // group.size(), *tensor.shape[1:])
@@ -74,7 +74,7 @@ def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def all_reduce(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the sum of the ranks' tensors on all ranks, without changing the input."""
+    """Return the sum of the tensors of all ranks, without changing the input."""
     if _uses_p2p(value) and len(value) % group.size() == 0:
         return all_gather(reduce_scatter(value, group), group)
     return functional_collectives.wait_tensor(
@@ -85,7 +85,10 @@ def all_reduce(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 def differentiable_collective(
     x: Tensor, forward_fn: Callable[[Tensor], Tensor], backward_fn: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Return `forward_fn(x)`, a collective. Its gradient is `backward_fn` of the output's gradient."""
+    """Return `forward_fn(x)`, a collective.
+
+    In backward, `backward_fn` maps the gradient of the output to that of `x`.
+    """
     return _DifferentiableCollective.apply(x, forward_fn, backward_fn)  # type: ignore[no-untyped-call]
 
 
@@ -104,13 +107,12 @@ class _DifferentiableCollective(torch.autograd.Function):
 
 
 def _uses_p2p(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and p2p_collectives.uses_p2p(
-        tensor.device.type
-    )  # the compiler cannot trace point-to-point messages
+    # The compiler cannot trace point-to-point messages.
+    return not torch.compiler.is_compiling() and p2p_collectives.uses_p2p(tensor.device.type)
 
 
 def all_gather_ints(value: int, device: torch.device) -> list[int]:
-    """Return the value of every rank of the default group."""
+    """Return the values of all ranks of the default process group, by rank."""
     local = torch.tensor([value], device=device)
     by_rank = [torch.empty_like(local) for _ in range(dist.get_world_size())]
     dist.all_gather(by_rank, local)

@@ -1,8 +1,7 @@
-"""All-gather and reduce-scatter on CPUs, made of point-to-point messages between all pairs of ranks.
+"""All-gather and reduce-scatter on CPUs, built from point-to-point messages between all pairs of ranks.
 
 gloo implements reduce-scatter as an all-reduce, which moves twice as many bytes, and its all-gather makes extra copies.
-Here each rank sends as many bytes as in a ring, n (p - 1) / p for n bytes over p ranks, and sends each part directly to
-the rank that needs it.
+Here each of p ranks sends n (p - 1) / p of n bytes, as in a ring, but directly to the rank that needs them.
 """
 
 from collections.abc import Sequence
@@ -18,15 +17,14 @@ from torch.distributed.fsdp import FSDPModule
 from dist_llm.models.decoder import Decoder
 
 
-def uses_p2p(device: str) -> bool:
-    """Return whether collectives on this device type are made of point-to-point messages."""
-    return device == "cpu"
+def uses_p2p(device_type: str) -> bool:
+    """Return whether collectives on this device type use point-to-point messages."""
+    return device_type == "cpu"
 
 
-def use_p2p_collectives(model: Decoder, device: str) -> None:
-    """Make FSDP use point-to-point collectives on CPUs, and prefetch each block's weights while the previous block
-    computes."""
-    if not uses_p2p(device):
+def use_p2p_collectives(model: Decoder, device_type: str) -> None:
+    """Make FSDP use point-to-point collectives on CPUs, and prefetch the weights of the next block."""
+    if not uses_p2p(device_type):
         return
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -38,9 +36,9 @@ def use_p2p_collectives(model: Decoder, device: str) -> None:
 
 
 class P2PAllGather:
-    """Concatenate the ranks' inputs on all ranks. FSDP waits for the returned work.
+    """Concatenates the inputs of all ranks on all ranks. The caller waits for the returned work.
 
-    The input must be this rank's part of the output, as FSDP passes it.
+    The input must be the part of this rank in the output buffer, as in FSDP.
     """
 
     def __call__(
@@ -58,7 +56,7 @@ class P2PAllGather:
 
 
 class P2PReduceScatter:
-    """Sum the ranks' inputs and return this rank's part. The order of the additions is fixed."""
+    """Sums the inputs of all ranks and writes the part of this rank to the output. The order of the sum is fixed."""
 
     def __call__(
         self,
@@ -73,7 +71,9 @@ class P2PReduceScatter:
         chunks = input_tensor.chunk(group.size())
         sends = _WorkList([dist.isend(chunks[rank], group=group, group_dst=rank) for rank in _peers(group)])
         recv_buffer, total = torch.empty_like(output_tensor), chunks[group.rank()]
-        for rank in reversed(_peers(group)):  # the rank that sends here first comes first, so that all links are busy
+        for rank in reversed(
+            _peers(group)
+        ):  # in the order in which the ranks send to this one, so that all links are busy
             dist.recv(recv_buffer, group=group, group_src=rank)
             total = torch.add(total, recv_buffer, out=output_tensor)
         sends.wait()
@@ -82,9 +82,9 @@ class P2PReduceScatter:
 
 
 class _WorkList(dist.Work):
-    """Complete when all works are complete.
+    """A work that is complete when all of `works` are complete.
 
-    Each work is waited for once, because a second wait for a message never returns.
+    `wait` waits for each work once, because a second wait for a message never returns.
     """
 
     def __init__(self, works: Sequence[dist.Work | None]) -> None:
@@ -99,4 +99,4 @@ class _WorkList(dist.Work):
 
 def _peers(group: dist.ProcessGroup) -> list[int]:
     """Return the other ranks of the group, the next rank first."""
-    return [(group.rank() + step) % group.size() for step in range(1, group.size())]
+    return [(group.rank() + distance) % group.size() for distance in range(1, group.size())]

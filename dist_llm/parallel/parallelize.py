@@ -1,4 +1,4 @@
-"""Build the model from a config: pipeline stages, parallelism, initial values. The order of the steps is fixed here."""
+"""Build the model of a config on this rank: pipeline stages, all forms of parallelism, initial values."""
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,13 +14,13 @@ from dist_llm.parallel.context_parallel import apply_context_parallel
 from dist_llm.parallel.fp8 import check_float8_support, use_float8_linears
 from dist_llm.parallel.fsdp import apply_fsdp
 from dist_llm.parallel.mesh import DATA_AXES
-from dist_llm.parallel.pipeline_parallel import count_stages, rank_stages, split_layers
+from dist_llm.parallel.pipeline_parallel import count_stages, split_layers, stages_of_rank
 from dist_llm.parallel.tp_plan import apply_tensor_parallel
 from dist_llm.sharded import local_with_offset
 
 
 def build_model_parts(config: Config, mesh: DeviceMesh | None, device: torch.device) -> list[Decoder]:
-    """Build this rank's parts of the model: one, or one per pipeline stage that it holds."""
+    """Build the parts of the model on this rank: one, or one per pipeline stage of this rank."""
     if config.fp8:
         check_float8_support(device)
     model_parts = _build_stages(config, mesh)
@@ -56,7 +56,7 @@ def parallelize_model(model: Decoder, config: Config, mesh: DeviceMesh | None) -
 
 
 def init_parameters(model: Decoder, config: Config) -> None:
-    """Set each parameter, or this rank's shard of it, as a function of (seed, name, element index)."""
+    """Initialize each parameter, or its shard on this rank, as a function of (seed, name, element index)."""
     for name, parameter in model.named_parameters():
         shard, offset = local_with_offset(parameter.detach())
         rule = init_rule(name, parameter.shape, config.model)
@@ -64,15 +64,17 @@ def init_parameters(model: Decoder, config: Config) -> None:
 
 
 def _build_stages(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:
-    """Build this rank's pipeline stages on the meta device, unsharded and without values."""
+    """Build the pipeline stages of this rank on the meta device, unsharded and without values."""
     parallel = config.parallel
-    count = count_stages(parallel.pp_schedule, parallel.pp) if parallel.pp > 1 else 1
-    numbers = rank_stages(parallel.pp_schedule, mesh.get_local_rank("pp"), parallel.pp) if mesh and count > 1 else [0]
-    layers = split_layers(config.model, count, parallel.pp_split)
+    num_stages = count_stages(parallel.pp_schedule, parallel.pp) if parallel.pp > 1 else 1
+    local_stages = [0]
+    if mesh and num_stages > 1:
+        local_stages = stages_of_rank(parallel.pp_schedule, mesh.get_local_rank("pp"), parallel.pp)
+    layers = split_layers(config.model, num_stages, parallel.pp_split)
     model_parts = []
-    for number in numbers:
+    for stage in local_stages:
         with torch.device("meta"):
             model_part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
-        model_part.trim_to_stage(layers[number], first=number == 0, last=number == count - 1)
+        model_part.trim_to_stage(layers[stage], first=stage == 0, last=stage == num_stages - 1)
         model_parts.append(model_part)
     return model_parts

@@ -1,4 +1,7 @@
-"""Pipeline parallelism: which layers each stage holds, and the schedule that runs a global batch through the stages."""
+"""Pipeline parallelism: the layers of each stage, and the schedule that runs a global batch through the stages.
+
+A stage is a range of consecutive blocks. A rank holds one stage, or two with an interleaved schedule.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -25,157 +28,157 @@ SCHEDULES = {
     "zbv": schedules.ScheduleZBVZeroBubble,
 }
 FORWARD = schedules.FORWARD
-BACKWARDS = (schedules.FULL_BACKWARD, schedules.BACKWARD_WEIGHT)
+BACKWARDS = (schedules.FULL_BACKWARD, schedules.BACKWARD_WEIGHT)  # actions that free the activations of a microbatch
 
 
-def count_stages(schedule: str, ranks: int) -> int:
-    """Return the number of stages over all ranks."""
-    return ranks * (2 if schedule in TWO_STAGE_SCHEDULES else 1)
+def count_stages(schedule: str, pp_size: int) -> int:
+    """Return the number of stages of all ranks."""
+    return pp_size * (2 if schedule in TWO_STAGE_SCHEDULES else 1)
 
 
-def rank_stages(schedule: str, rank: int, ranks: int) -> list[int]:
-    """Return the stages of a rank.
+def stages_of_rank(schedule: str, pp_rank: int, pp_size: int) -> list[int]:
+    """Return the stage indices of a pipeline rank.
 
-    In `zbv` they run down the ranks and up again, so rank 0 holds the first and the last.
+    In schedule `zbv` the stages run from the first rank to the last and back, so rank 0 holds the first and last stage.
     """
     if schedule == "zbv":
-        return [rank, 2 * ranks - 1 - rank]
-    return list(range(rank, count_stages(schedule, ranks), ranks))
+        return [pp_rank, 2 * pp_size - 1 - pp_rank]
+    return list(range(pp_rank, count_stages(schedule, pp_size), pp_size))
 
 
-def split_layers(model: ModelConfig, stages: int, balance: str) -> list[range]:
+def split_layers(model: ModelConfig, num_stages: int, balance: str) -> list[range]:
     """Assign a range of blocks to each stage, at least one block per stage.
 
-    `balance` "count" gives all stages equally many blocks. "cost" gives them equal work: the head costs as much as its
-    matrix, in units of a block. An embedding look-up costs only the update of its weights, taken as a tenth of the
-    head. The blocks of an encoder-decoder form one sequence, the encoder's first, and count as equal.
+    `balance` "count" gives all stages equally many blocks. "cost" gives all stages equal work. The unit of work is a
+    block; the head costs (weights of the head) / (weights of a block). The embedding costs a tenth of the head, because
+    only its weight update takes time. In an encoder-decoder, the blocks of the encoder come first; all blocks count as
+    equal.
     """
-    blocks = model.n_encoder_layers + model.n_layers
+    num_blocks = model.n_encoder_layers + model.n_layers
     attention = 2 * model.d_model * model.head_dim * (model.n_heads + model.n_kv_heads)
     feedforward = model.d_model * model.d_ff * (3 if is_gated(model) else 2)
     head = model.vocab_size * model.d_model / (attention + feedforward) if balance == "cost" else 0.0
-    # Work done before block i. The embedding comes before the first block.
-    cost_before = [0.1 * head + layer for layer in range(blocks + 1)]
-    cost_per_stage = (cost_before[-1] + head) / stages
+    # cost_before[i] is the work before block i. It begins with the embedding.
+    cost_before = [0.1 * head + layer for layer in range(num_blocks + 1)]
+    cost_per_stage = (cost_before[-1] + head) / num_stages
     cuts = [0]
-    for stage in range(1, stages):
-        nearest = min(range(blocks + 1), key=lambda layer: abs(cost_before[layer] - stage * cost_per_stage))
+    for stage in range(1, num_stages):
+        nearest = min(range(num_blocks + 1), key=lambda layer: abs(cost_before[layer] - stage * cost_per_stage))
         # Leave at least one block for this stage and for each later stage.
-        cuts.append(min(max(nearest, cuts[-1] + 1), blocks - (stages - stage)))
-    cuts.append(blocks)
+        cuts.append(min(max(nearest, cuts[-1] + 1), num_blocks - (num_stages - stage)))
+    cuts.append(num_blocks)
     return [range(start, end) for start, end in pairwise(cuts)]
 
 
 class Pipeline:
-    """This rank's pipeline stages and the schedule over all stages."""
+    """The pipeline stages of this rank, and the schedule over all stages."""
 
     def __init__(self, config: Config, mesh: DeviceMesh, model_parts: Sequence[Decoder], device: torch.device) -> None:
         parallel = config.parallel
-        self.config, self.device, self.name = config, device, parallel.pp_schedule
-        self.group, self.ranks = mesh.get_group("pp"), parallel.pp
-        stage_numbers = rank_stages(self.name, mesh.get_local_rank("pp"), self.ranks)
-        # Stage number -> model part, in the order of the stages.
-        self.model_parts = dict(zip(stage_numbers, model_parts, strict=True))
-        self.count = count_stages(self.name, self.ranks)
-        self.layers = split_layers(config.model, self.count, parallel.pp_split)
-        self.has_first_stage, self.has_last_stage = 0 in stage_numbers, self.count - 1 in stage_numbers
-        rank_batch = config.data.global_batch // (parallel.dp_replicate * parallel.dp_shard)
+        self.config, self.device, self.schedule_name = config, device, parallel.pp_schedule
+        self.group, self.pp_size = mesh.get_group("pp"), parallel.pp
+        local_stages = stages_of_rank(self.schedule_name, mesh.get_local_rank("pp"), self.pp_size)
+        # Stage index -> model part, in the order of the stages.
+        self.model_parts = dict(zip(local_stages, model_parts, strict=True))
+        self.num_stages = count_stages(self.schedule_name, self.pp_size)
+        self.layers = split_layers(config.model, self.num_stages, parallel.pp_split)
+        self.has_first_stage, self.has_last_stage = 0 in local_stages, self.num_stages - 1 in local_stages
+        samples_per_rank = config.data.global_batch // (parallel.dp_replicate * parallel.dp_shard)
         stages = [
-            PipelineStage(model_part, n, self.count, device, group=self.group)
-            for n, model_part in self.model_parts.items()
+            PipelineStage(model_part, stage, self.num_stages, device, group=self.group)
+            for stage, model_part in self.model_parts.items()
         ]
         self.num_valid_tokens, self.losses = torch.ones((), device=device), list[Tensor]()
-        self.schedule = SCHEDULES[self.name](
-            stages if self.name in TWO_STAGE_SCHEDULES else stages[0],
-            rank_batch // config.data.micro_batch,
-            loss_fn=self._loss,
+        self.schedule = SCHEDULES[self.schedule_name](
+            stages if self.schedule_name in TWO_STAGE_SCHEDULES else stages[0],
+            samples_per_rank // config.data.micro_batch,
+            loss_fn=self._record_losses,
             scale_grads=False,  # torch would divide gradients by the number of microbatches
         )
-        table_stages = [number for number in range(self.count) if self._has_token_table(number)]
+        embedding_stages = [stage for stage in range(self.num_stages) if self._has_token_embedding(stage)]
         self.tied_embedding = None
-        if len(table_stages) > 1:
+        if len(embedding_stages) > 1:
             self.tied_embedding = TiedEmbeddingGroup(
-                model_parts, mesh, sorted({self.rank_of_stage(number) for number in table_stages})
+                model_parts, mesh, sorted({self.rank_of_stage(stage) for stage in embedding_stages})
             )
 
     def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor) -> Tensor:
         """Run forward and backward of all microbatches.
 
-        Return each sequence's loss divided by `num_valid_tokens`, [B]; zeros on ranks without the last stage.
+        Return the loss of each sequence divided by `num_valid_tokens`, [B]; zeros on ranks without the last stage.
         """
         self.num_valid_tokens, self.losses = num_valid_tokens, []
         full_batch = Batch.concatenate(batches)
-        sums: list[Tensor] = []
+        microbatch_losses: list[Tensor] = []
         self.schedule.step(
             *((full_batch.inputs_BS,) if self.has_first_stage else ()),
             target=full_batch.targets_BS if self.has_last_stage else None,
-            losses=sums if self.has_last_stage else None,
+            losses=microbatch_losses if self.has_last_stage else None,
             return_outputs=False,
-            **_model_arguments(full_batch),
+            **_stage_arguments(full_batch),
         )
-        # In the first step torch also calls the loss on placeholder values to infer shapes. Those losses come first.
-        rows = self.losses[-len(sums) :]
-        return torch.cat(rows) if self.has_last_stage else torch.zeros(len(full_batch.inputs_BS), device=self.device)
+        # In the first step, torch also calls the loss on placeholder values to infer shapes. Those losses come first.
+        losses = self.losses[-len(microbatch_losses) :]
+        return torch.cat(losses) if self.has_last_stage else torch.zeros(len(full_batch.inputs_BS), device=self.device)
 
-    def _loss(self, losses_B: Tensor, targets_BS: Tensor) -> Tensor:
-        """Record the losses, which the last stage already outputs.
+    def _record_losses(self, losses_B: Tensor, targets_BS: Tensor) -> Tensor:
+        """Record the losses of a microbatch, which the last stage outputs, and return their sum.
 
-        Every schedule runs the forwards of the microbatches in order.
+        Every schedule runs the forward passes of the microbatches in order.
         """
         losses_B = losses_B / self.num_valid_tokens
         self.losses.append(losses_B.detach())
         return losses_B.sum()
 
     def reduce_tied_grads(self) -> None:
-        """Sum the gradients of a tied embedding over its stages. Call this after FSDP has reduced and sharded them."""
+        """Sum the gradients of a tied embedding over its stages. Call this after FSDP has reduced the gradients."""
         if self.tied_embedding is not None:
             self.tied_embedding.reduce_grads()
 
     def score(self, batch: Batch) -> Tensor:
-        """Run forward only, stage after stage.
+        """Run only the forward pass, stage after stage.
 
-        Return each sequence's sum of losses, [B]; zeros on ranks without the last stage.
-
-        This does not use the schedule: without backwards, torch's `zbv` deadlocks. Ranks still overlap, because each
-        continues with the next batch after it has sent this one.
+        Return the sum of losses of each sequence, [B]; zeros on ranks without the last stage. The schedule is not used,
+        because the `zbv` of torch deadlocks without backward passes. Ranks still overlap: each rank continues with the
+        next batch as soon as it has sent its output.
         """
         hidden: tuple[Tensor, ...] = (batch.inputs_BS,)
-        for number, model_part in self.model_parts.items():
-            if number > 0 and number - 1 not in self.model_parts:
-                hidden = tuple(torch.empty(shape, device=self.device) for shape in self._input_shapes(batch, number))
+        for stage, model_part in self.model_parts.items():
+            if stage > 0 and stage - 1 not in self.model_parts:
+                hidden = tuple(torch.empty(shape, device=self.device) for shape in self._input_shapes(batch, stage))
                 for x in hidden:
-                    dist.recv(x, group=self.group, group_src=self.rank_of_stage(number - 1))
-            out = model_part(*hidden, **_model_arguments(batch))
-            hidden = out if isinstance(out, tuple) else (out,)
-            if number + 1 < self.count and number + 1 not in self.model_parts:
+                    dist.recv(x, group=self.group, group_src=self.rank_of_stage(stage - 1))
+            outputs = model_part(*hidden, **_stage_arguments(batch))
+            hidden = outputs if isinstance(outputs, tuple) else (outputs,)
+            if stage + 1 < self.num_stages and stage + 1 not in self.model_parts:
                 for x in hidden:
                     dist.send(
                         x.to(torch.get_default_dtype()).contiguous(),
                         group=self.group,
-                        group_dst=self.rank_of_stage(number + 1),
+                        group_dst=self.rank_of_stage(stage + 1),
                     )
         return hidden[0] if self.has_last_stage else torch.zeros(len(batch.inputs_BS), device=self.device)
 
     def dry_run_forward(self, batch: Batch) -> list[Tensor]:
-        """Run each of this rank's stages on one microbatch, independently.
+        """Run each stage of this rank on one microbatch, independently of the other stages.
 
-        Return the placeholder inputs that replace other stages' outputs.
+        Return the placeholder inputs, which replace the outputs of the previous stages.
         """
         inputs: list[Tensor] = []
-        for number, model_part in self.model_parts.items():
+        for stage, model_part in self.model_parts.items():
             hidden: tuple[Tensor, ...] = (batch.inputs_BS,)
-            if number > 0:
-                shapes = self._input_shapes(batch, number)
+            if stage > 0:
+                shapes = self._input_shapes(batch, stage)
                 hidden = tuple(torch.zeros(shape, device=self.device, requires_grad=True) for shape in shapes)
                 inputs += hidden
-            model_part(*hidden, **_model_arguments(batch))
+            model_part(*hidden, **_stage_arguments(batch))
         return inputs
 
     def peak_in_flight(self, sizes: Sequence[int]) -> int:
-        """Return the peak of saved bytes over the schedule, given the bytes that one microbatch saves in each stage.
+        """Return the peak of the saved bytes over the schedule. `sizes`: bytes of one microbatch, per model part.
 
-        A stage holds them until the end of its backward; where backward is split in two, until the end of the weight
-        backward.
+        A stage frees the saved bytes of a microbatch at the end of the backward pass. If the schedule splits the
+        backward pass in two, it frees them at the end of the weight backward.
         """
         in_flight = peak = 0
         stage_sizes = dict(zip(self.model_parts, sizes, strict=True))
@@ -187,40 +190,37 @@ class Pipeline:
             peak = max(peak, in_flight)
         return peak
 
-    def rank_of_stage(self, number: int) -> int:
+    def rank_of_stage(self, stage: int) -> int:
         """Return the pipeline rank that holds a stage."""
-        return next(rank for rank in range(self.ranks) if number in rank_stages(self.name, rank, self.ranks))
+        return next(
+            rank for rank in range(self.pp_size) if stage in stages_of_rank(self.schedule_name, rank, self.pp_size)
+        )
 
-    def _has_token_table(self, number: int) -> bool:
-        """Return whether a stage embeds tokens or projects on tied embeddings.
-
-        All such stages hold the token embedding.
-        """
+    def _has_token_embedding(self, stage: int) -> bool:
+        """Return whether a stage holds the token embedding: it embeds tokens, or its head is tied to the embedding."""
         model = self.config.model
-        last = number == self.count - 1 and model.tie_embeddings
-        return number == 0 or last or (model.n_encoder_layers > 0 and model.n_encoder_layers in self.layers[number])
+        has_tied_head = stage == self.num_stages - 1 and model.tie_embeddings
+        begins_decoder = model.n_encoder_layers > 0 and model.n_encoder_layers in self.layers[stage]
+        return stage == 0 or has_tied_head or begins_decoder
 
-    def _input_shapes(self, batch: Batch, number: int) -> list[tuple[int, int, int]]:
-        """Return the shapes [B, S, D] of the activations that stage `number` receives.
+    def _input_shapes(self, batch: Batch, stage: int) -> list[tuple[int, int, int]]:
+        """Return the shapes [B, S, D] of the activations that a stage receives.
 
-        Sequence parallelism passes on slices of S.
-
-        First the encoder's output, if the model has an encoder; then the decoder's activations, if the decoder has
-        begun.
+        The first one is the output of the encoder, if the model has an encoder. Then come the activations of the
+        decoder, if an earlier stage has begun the decoder. Under sequence parallelism S is split over the tensor ranks.
         """
         parallel, model = self.config.parallel, self.config.model
-        slices = parallel.tp if parallel.sequence_parallel else 1
+        num_slices = parallel.tp if parallel.sequence_parallel else 1
         tokens = [batch.encoder_input.tokens_BT] if batch.encoder_input is not None else []
-        if self.layers[number].start > model.n_encoder_layers or not tokens:
+        if self.layers[stage].start > model.n_encoder_layers or not tokens:
             tokens.append(batch.inputs_BS)
-        return [(len(ids), ids.shape[1] // slices, model.d_model) for ids in tokens]
+        return [(len(ids), ids.shape[1] // num_slices, model.d_model) for ids in tokens]
 
 
-def _model_arguments(batch: Batch) -> dict[str, Any]:
-    """Return the keyword arguments of every stage.
+def _stage_arguments(batch: Batch) -> dict[str, Any]:
+    """Return the keyword arguments for the forward pass of every stage.
 
-    They include positions: under sequence parallelism a later stage receives only a slice of the tokens and cannot
-    derive them.
+    They include positions, because under sequence parallelism a later stage receives only a slice of the tokens.
     """
     arguments = batch.forward_arguments()
     if batch.positions_BS is None:
@@ -230,15 +230,15 @@ def _model_arguments(batch: Batch) -> dict[str, Any]:
 
 
 class TiedEmbeddingGroup:
-    """The stages that hold the token embedding. Their gradients are summed, so their weights stay equal."""
+    """The pipeline ranks that hold the token embedding. Their gradients are summed, so their weights stay equal."""
 
-    def __init__(self, model_parts: Sequence[Decoder], mesh: DeviceMesh, stage_ranks: Sequence[int]) -> None:
+    def __init__(self, model_parts: Sequence[Decoder], mesh: DeviceMesh, pp_ranks: Sequence[int]) -> None:
         self.weights = [model_part.embed.tokens.weight for model_part in model_parts if model_part.embed is not None]
         self.group: dist.ProcessGroup | None = None
         # Every rank must call new_group for every group.
-        columns = mesh.mesh.flatten(1).t().tolist()  # mesh dimension 0 is pp
-        for column in columns:
-            ranks = [column[stage_rank] for stage_rank in stage_ranks]
+        pipelines = mesh.mesh.flatten(1).t().tolist()  # global ranks by pipeline; mesh dimension 0 is pp
+        for pipeline_ranks in pipelines:
+            ranks = [pipeline_ranks[pp_rank] for pp_rank in pp_ranks]
             group = dist.new_group(ranks)
             if dist.get_rank() in ranks:
                 self.group = group
@@ -248,7 +248,7 @@ class TiedEmbeddingGroup:
         grads = [to_local(weight.grad) for weight in self.weights if weight.grad is not None]
         if not grads:
             return
-        # A rank may hold the embedding twice: in zbv the first rank has both ends.
+        # A rank may hold the embedding twice: in zbv the first rank has the first and the last stage.
         total = grads[0] if len(grads) == 1 else torch.stack(grads).sum(0)
         if dist.get_world_size(self.group) > 1:
             dist.all_reduce(total, group=self.group)

@@ -1,4 +1,4 @@
-"""Check that ranks which should hold the same weights hold the same bits, by comparing one digest per parameter."""
+"""Check that replicas of the weights are bitwise equal, by comparing one digest per parameter and rank."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# (process group of the replicas; None: all ranks, {name: tensor})
+# Pairs of (process group of the replicas, or None for all ranks; {parameter name: local tensor}).
 ReplicaGroups = Sequence[tuple[Any, Mapping[str, Tensor]]]
-CHUNK_ELEMENTS = 1 << 24  # elements summed at a time: the sum needs 8 bytes per element
-MAX_LINES = 4  # upper bound of the lines of a message
+CHUNK_ELEMENTS = 1 << 24  # elements summed at a time, because a sum needs 8 bytes per element
+MAX_LINES = 4  # maximum number of parameters that a message names
 
 
 def find_mismatches(replica_groups: ReplicaGroups, host: str) -> list[str]:
@@ -19,7 +19,7 @@ def find_mismatches(replica_groups: ReplicaGroups, host: str) -> list[str]:
 
     All ranks return the same lines. `host` is the name of this rank's node.
     """
-    lines = [line for group, tensors in replica_groups for line in _mismatches(group, tensors)]
+    lines = [line for group, tensors in replica_groups for line in _iter_mismatches(group, tensors)]
     any_mismatch = torch.tensor(int(bool(lines)))
     if not dist.is_initialized():
         return []
@@ -35,10 +35,10 @@ def find_mismatches(replica_groups: ReplicaGroups, host: str) -> list[str]:
     return [*all_lines[:MAX_LINES], *more, hosts]
 
 
-def _mismatches(group: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield a line for each parameter whose replicas differ. It names the ranks whose digest is not the majority's.
+def _iter_mismatches(group: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield a line for each parameter whose replicas differ. The line names the ranks that differ from the majority.
 
-    If no two ranks agree, the line names all of them.
+    If no two ranks agree, the line names all ranks.
     """
     digests = torch.stack([compute_digest(tensor) for tensor in tensors.values()])
     gathered = [torch.empty_like(digests) for _ in range(dist.get_world_size(group))]
@@ -46,16 +46,20 @@ def _mismatches(group: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     ranks = dist.get_process_group_ranks(group)
     by_rank = torch.stack(gathered).tolist()
     for index, name in enumerate(tensors):
-        values = [row[index] for row in by_rank]
-        majority, times = Counter(values).most_common(1)[0]
-        if times == len(values):
+        param_digests = [rank_digests[index] for rank_digests in by_rank]
+        majority_digest, num_equal = Counter(param_digests).most_common(1)[0]
+        if num_equal == len(param_digests):
             continue
-        mismatching = [rank for rank, value in zip(ranks, values, strict=True) if value != majority or times == 1]
-        yield f"{name}: differs on rank {', '.join(map(str, mismatching))} of ranks {', '.join(map(str, ranks))}"
+        mismatching_ranks = [
+            rank
+            for rank, digest in zip(ranks, param_digests, strict=True)
+            if digest != majority_digest or num_equal == 1
+        ]
+        yield f"{name}: differs on rank {', '.join(map(str, mismatching_ranks))} of ranks {', '.join(map(str, ranks))}"
 
 
 def compute_digest(tensor: Tensor) -> Tensor:
-    """Return the sum of the elements' bits as integers, an int64 on the tensor's device. Any flipped bit changes it."""
+    """Return the sum of the bits of all elements, read as integers: an int64, []. Any single flipped bit changes it."""
     bits = tensor.detach().reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
     chunk_sums = [chunk.sum(dtype=torch.int64) for chunk in torch.split(bits, CHUNK_ELEMENTS)]
     return torch.stack(chunk_sums).sum()

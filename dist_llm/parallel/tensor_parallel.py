@@ -1,11 +1,12 @@
-"""Tensor-parallel layers, and the collectives on the activations between them.
+"""Tensor-parallel layers, and the collectives on the activations between them. `tp_plan.py` applies them to a model.
 
-With `sequence_parallel` a rank holds a share of the tokens between the matrices (Korthikanti et al. 2022). Norms,
-residuals and dropout work on this share, and each pair of matrices costs one all-gather and one reduce-scatter. Without
-it, both are one all-reduce.
+With `sequence_parallel`, a rank holds a slice of the tokens between the matrix products (Korthikanti et al. 2022).
+Norms, residuals and dropout work on this slice; each pair of matrices needs one all-gather and one reduce-scatter.
+Without it, each pair needs one all-reduce. Parameters are DTensors, for FSDP, checkpoints and the gradient norm.
+Layers compute with the local shards.
 
-Parameters are DTensors, from which FSDP, checkpoints and the gradient norm read the shard of a rank. Layers compute
-with the local shards. `tp_plan.py` says which layer is sharded along which dimension.
+Shapes on one rank: B sequences of S tokens; T = S, or S / tp with sequence_parallel, tokens between the matrix
+products; D model dimension; F inputs or outputs of a layer; V vocabulary; W vocabulary rows of this rank.
 """
 
 from functools import partial
@@ -26,56 +27,48 @@ from dist_llm.models.decoder import Decoder, Head, softcap
 from dist_llm.parallel.mesh import all_gather, all_reduce, differentiable_collective, reduce_scatter
 from dist_llm.sharded import to_local
 
-# On one rank: T tokens between the matrices, S or S / tp;  F inputs or outputs of a layer;  W rows of the vocabulary
-
 
 class TensorParallelRegion:
-    """The distribution of activations between the matrices: each rank holds a share of the tokens, or all ranks hold
-    all.
+    """The collectives between matrix products, where each rank holds a slice of the tokens, or all tokens.
 
-    The tokens of all sequences are concatenated before they are split into shares, so that an all-gather needs no copy
-    to restore them. A row of a share [B, T, D] is therefore not part of one sequence. No layer in the region notices,
-    because each computes one token at a time.
+    The tokens of all sequences are concatenated before they are split into slices, so that an all-gather needs no copy.
+    A row of a slice [B, T, D] may therefore contain tokens of several sequences. This is correct, because the layers of
+    this region compute each token separately.
     """
 
     def __init__(self, mesh: DeviceMesh, sequence_parallel: bool) -> None:
         self.mesh, self.sequence_parallel = mesh, sequence_parallel
-        self.rank, self.ranks, self.group = mesh.get_local_rank(), mesh.size(), mesh.get_group()
+        self.rank, self.tp_size, self.group = mesh.get_local_rank(), mesh.size(), mesh.get_group()
 
     def all_gather_sequence(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] -> all tokens on every rank, [B, S, D].
-
-        The gradient is reduce-scattered: each rank holds a partial sum of it.
-        """
+        """All-gather the tokens: [B, T, D] -> [B, S, D]. In backward, the partial gradients are reduce-scattered."""
         return differentiable_collective(x_BTD, self.all_gather_no_grad, self.reduce_scatter_no_grad)
 
     def reduce_scatter_sequence(self, part_BSD: Tensor) -> Tensor:
-        """Each rank's partial sum [B, S, D] -> this rank's tokens of the full sum, [B, T, D]."""
+        """Sum the partial results of all ranks, [B, S, D], and return the tokens of this rank, [B, T, D]."""
         return differentiable_collective(part_BSD, self.reduce_scatter_no_grad, self.all_gather_no_grad)
 
-    def local_tokens(self, numbers_BS: Tensor) -> Tensor:
-        """Select the values of this rank's tokens: [B, S, ...] -> [B, T, ...]."""
-        return numbers_BS.flatten(0, 1).chunk(self.ranks)[self.rank].unflatten(0, (len(numbers_BS), -1))
+    def local_tokens(self, values_BS: Tensor) -> Tensor:
+        """Select the values of the tokens of this rank: [B, S, ...] -> [B, T, ...]."""
+        return values_BS.flatten(0, 1).chunk(self.tp_size)[self.rank].unflatten(0, (len(values_BS), -1))
 
     def gather_inputs(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Forward pre-hook: all-gather the input of layers that shard heads or hidden units.
-
-        Cross-attention has two inputs.
-        """
-        count = 2 if isinstance(module, CrossAttention) else 1
-        return *(self.all_gather_sequence(x_BTD) for x_BTD in inputs[:count]), *inputs[count:]
+        """Forward pre-hook: all-gather the activations that enter an attention or feed-forward layer."""
+        num_activations = 2 if isinstance(module, CrossAttention) else 1
+        gathered = (self.all_gather_sequence(x_BTD) for x_BTD in inputs[:num_activations])
+        return *gathered, *inputs[num_activations:]
 
     def shard_positions(self, embedding: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Forward pre-hook under sequence parallelism: pass the positions of this rank's tokens."""
+        """Forward pre-hook under sequence parallelism: pass the positions of the tokens of this rank."""
         tokens_BS, positions_BS = inputs
         return tokens_BS, self.local_tokens(positions_BS.expand_as(tokens_BS))
 
     def shard_depth_scale(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Forward pre-hook under sequence parallelism: pass the stochastic-depth scale of this rank's tokens."""
-        x_BTD, rotation, mask, cache, depth_scale_BS1, *rest = inputs
+        """Forward pre-hook under sequence parallelism: pass the stochastic-depth scale of the tokens of this rank."""
+        x_BTD, rotation, mask, cache, depth_scale_BS1, *other_inputs = inputs
         if depth_scale_BS1 is not None:
-            depth_scale_BS1 = self.local_tokens(depth_scale_BS1.expand(-1, x_BTD.shape[1] * self.ranks, 1))
-        return x_BTD, rotation, mask, cache, depth_scale_BS1, *rest
+            depth_scale_BS1 = self.local_tokens(depth_scale_BS1.expand(-1, x_BTD.shape[1] * self.tp_size, 1))
+        return x_BTD, rotation, mask, cache, depth_scale_BS1, *other_inputs
 
     def all_gather_no_grad(self, x_BTD: Tensor) -> Tensor:
         """Compute `all_gather_sequence` without autograd."""
@@ -91,27 +84,29 @@ class TensorParallelRegion:
 
 @torch.no_grad()
 def all_reduce_replicated_grads(model: Decoder, mesh: DeviceMesh, device: torch.device) -> None:
-    """Sum the gradients of parameters that all tensor ranks hold but that each computes from partial activations.
+    """All-reduce the gradients of parameters that are replicated over tp but computed from partial activations.
 
-    Call this once per step, after the last microbatch. All gradients are reduced in one flat buffer. It also drops the
-    weights that were cast for this step.
+    Call this once per step, after the last microbatch. All gradients are reduced in one flat buffer. The function also
+    drops the weights that were cast for this step.
     """
-    gradients = []
+    grads = []
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
             module.cached_cast = None
         parameters = (getattr(module, name, None) for name in getattr(module, "partial_grad_params", ()))
-        gradients += [to_local(p.grad) for p in parameters if p is not None and p.grad is not None]
-    if gradients:
-        flat = torch.cat([grad.flatten() for grad in gradients]).to(device)
+        grads += [
+            to_local(parameter.grad) for parameter in parameters if parameter is not None and parameter.grad is not None
+        ]
+    if grads:
+        flat = torch.cat([grad.flatten() for grad in grads]).to(device)
         dist.all_reduce(flat, group=mesh.get_group())
-        flat = flat.to(gradients[0].device)  # under cpu_offload gradients are in host memory
-        for grad, reduced in zip(gradients, flat.split([grad.numel() for grad in gradients]), strict=True):
+        flat = flat.to(grads[0].device)  # under cpu_offload the gradients are in host memory
+        for grad, reduced in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(reduced.view_as(grad))
 
 
 def _local_param(parameter: Tensor) -> Tensor:
-    """Return this rank's shard of a parameter. Gradients flow back to the parameter."""
+    """Return the shard of a parameter on this rank. Gradients flow back to the parameter."""
     assert isinstance(parameter, DTensor)
     if torch.compiler.is_compiling():
         return parameter.to_local()
@@ -119,8 +114,7 @@ def _local_param(parameter: Tensor) -> Tensor:
 
 
 class _LocalParam(torch.autograd.Function):
-    """`to_local` in a tenth of the time: torch's version treats the gradient like any tensor and takes 0.3 ms per
-    parameter on a CPU."""
+    """A differentiable `to_local` that takes a tenth of the time of torch's, which is 0.3 ms per parameter on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, parameter: DTensor) -> Tensor:
@@ -135,15 +129,14 @@ class _LocalParam(torch.autograd.Function):
 
 
 def _compute_weight(layer: "ColumnParallelLinear | RowParallelLinear") -> Tensor:
-    """Return the layer's shard of the weight, cast to the autocast dtype once per step.
+    """Return the local shard of the weight of a layer, cast to the autocast dtype once per step.
 
-    Autocast caches its casts of parameters, but not of views such as a shard, and would cast it again for each
-    microbatch.
+    Autocast caches casts of parameters, but not of views such as a shard. It would cast the shard for each microbatch.
     """
     device = layer.weight.device.type
     if not torch.is_autocast_enabled(device) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _local_param(layer.weight)
-    # float8 does its own cast; FSDP has already cast
+    # float8_linear casts by itself; FSDP has already cast the weight.
     if layer.matmul is not F.linear or layer.weight.dtype != torch.float32:
         return _local_param(layer.weight)
     if layer.cached_cast is None:
@@ -152,7 +145,7 @@ def _compute_weight(layer: "ColumnParallelLinear | RowParallelLinear") -> Tensor
 
 
 class ColumnParallelLinear(nn.Linear):
-    """A linear layer whose output features are sharded, or which is replicated: [..., K] -> [..., F]."""
+    """A linear layer whose output features are sharded, or which is replicated: [..., D] -> [..., F]."""
 
     matmul: Any
     cached_cast: Tensor | None = None
@@ -163,14 +156,14 @@ class ColumnParallelLinear(nn.Linear):
 
 
 class ColumnParallelEmbedding(nn.Embedding):
-    """An embedding whose columns are sharded, or which is replicated: ids [...] -> [..., F]."""
+    """An embedding whose columns are sharded, or which is replicated: [...] -> [..., F]."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, _local_param(self.weight))
 
 
 class ReplicatedLayerNorm(nn.LayerNorm):
-    """A LayerNorm whose parameters all tensor ranks hold."""
+    """A LayerNorm whose parameters are replicated over tp."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias_D = None if self.bias is None else _local_param(self.bias)
@@ -178,14 +171,14 @@ class ReplicatedLayerNorm(nn.LayerNorm):
 
 
 class ReplicatedRMSNorm(nn.RMSNorm):
-    """An RMSNorm whose parameters all tensor ranks hold."""
+    """An RMSNorm whose parameters are replicated over tp."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, _local_param(self.weight), self.eps)
 
 
 class RowParallelLinear(nn.Linear):
-    """A linear layer whose input features are sharded; the products are summed over ranks: [B, S, F] -> [B, T, D]."""
+    """A linear layer whose input features are sharded. The outputs are summed over ranks: [B, S, F] -> [B, T, D]."""
 
     matmul: Any
     cached_cast: Tensor | None = None
@@ -197,23 +190,23 @@ class RowParallelLinear(nn.Linear):
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """An embedding whose vocabulary rows are sharded; the vectors are summed over ranks: ids [B, S] -> [B, T, D]."""
+    """An embedding whose vocabulary rows are sharded. The outputs are summed over ranks: [B, S] -> [B, T, D]."""
 
     region: TensorParallelRegion
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         weight_WD = _local_param(self.weight)
         rows_BS = ids_BS - self.region.rank * len(weight_WD)
-        not_local_BS = (rows_BS < 0) | (rows_BS >= len(weight_WD))
-        x_BSD = F.embedding(rows_BS.masked_fill(not_local_BS, 0), weight_WD)
-        return self.region.reduce_scatter_sequence(x_BSD.masked_fill(not_local_BS[..., None], 0))
+        is_remote_BS = (rows_BS < 0) | (rows_BS >= len(weight_WD))
+        x_BSD = F.embedding(rows_BS.masked_fill(is_remote_BS, 0), weight_WD)
+        return self.region.reduce_scatter_sequence(x_BSD.masked_fill(is_remote_BS[..., None], 0))
 
 
 class VocabParallelHead(Head):
-    """The head with sharded vocabulary rows: a rank computes the logits of its own part of the vocabulary only.
+    """The head with sharded vocabulary rows: a rank computes only the logits of its part of the vocabulary.
 
-    The loss needs three numbers per token from each rank: the largest logit, the sum of exponentials and the target's
-    logit. Label smoothing also needs the sum of the logits.
+    For the loss, ranks all-reduce three numbers per token: the largest logit, the sum of exponentials and the logit of
+    the target. Label smoothing also needs the sum of the logits.
     """
 
     def __init__(self, head: Head, region: TensorParallelRegion) -> None:
@@ -224,25 +217,25 @@ class VocabParallelHead(Head):
         self.region = region
 
     def forward(self, x_BTD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
-        """Compute `Head.forward`. Every rank returns the same losses, [B], or all logits, [B, S, V]."""
+        """Return the losses, [B], or without targets all logits, [B, S, V]; the same on every rank."""
         x_BSD = self.region.all_gather_sequence(self.pre_logits(x_BTD))
         weight_VD = tied_VD if self.out is None else self.out.weight
         assert weight_VD is not None
         weight_WD, bias_W = _local_param(weight_VD), None if self.bias is None else _local_param(self.bias)
         if targets_BS is not None:
-            vocab_shard = self._vocab_shard(weight_WD)
+            vocab_shard = self._build_vocab_shard(weight_WD)
             loss, terms = self.loss_for_mode()
             return linear_cross_entropy(x_BSD, weight_WD, bias_W, targets_BS, loss, self.softcap, vocab_shard, terms)
         logits_BSW = softcap(F.linear(x_BSD, weight_WD, bias_W), self.softcap)
         logits_BSV = DTensor.from_local(logits_BSW, self.region.mesh, (Shard(2),), run_check=False).full_tensor()
         return logits_BSV[..., : self.vocab_size]
 
-    def _vocab_shard(self, weight_WD: Tensor) -> VocabShard:
-        """Describe this rank's part of the vocabulary, without the padding rows at the end."""
-        start, group = self.region.rank * len(weight_WD), self.region.group
-        width = min(len(weight_WD), max(0, self.vocab_size - start))
+    def _build_vocab_shard(self, weight_WD: Tensor) -> VocabShard:
+        """Describe the part of the vocabulary on this rank, without the padding rows at its end."""
+        first_id, group = self.region.rank * len(weight_WD), self.region.group
+        num_ids = min(len(weight_WD), max(0, self.vocab_size - first_id))
         return VocabShard(
-            self.vocab_size, start, width, partial(_all_reduce_sum_, group), partial(_all_reduce_max_, group)
+            self.vocab_size, first_id, num_ids, partial(_all_reduce_sum_, group), partial(_all_reduce_max_, group)
         )
 
 
@@ -257,12 +250,10 @@ def _all_reduce_max_(group: dist.ProcessGroup, value: Tensor) -> Tensor:
 
 
 def fork_dropout_rng(kernel: nn.Module, mesh: DeviceMesh) -> None:
-    """Give attention dropout a different random stream on each tensor rank.
+    """Give attention dropout a different random stream on each tensor-parallel rank.
 
-    All other dropout stays equal on these ranks.
-
-    Heads are sharded, so their dropout must differ. The kernel draws from its own stream, seeded by one draw of the
-    common stream, which is restored afterwards. A recomputation repeats both.
+    Heads are sharded, so their dropout must differ. All other dropout must stay equal on these ranks. The kernel draws
+    from its own stream, which is seeded by one draw of the common stream. Then the common stream is restored.
     """
     rank = mesh.get_local_rank()
 

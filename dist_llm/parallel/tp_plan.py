@@ -1,5 +1,4 @@
-"""The tensor-parallel plan: which dimension of each layer is sharded over `tp` (heads, hidden units or vocabulary
-rows)."""
+"""The tensor-parallel plan: shard each layer over `tp` by heads, hidden units or vocabulary rows."""
 
 import torch.nn.functional as F
 from torch import nn
@@ -12,8 +11,8 @@ from dist_llm.models.decoder import Decoder, Head
 from dist_llm.parallel import fp8, tensor_parallel
 from dist_llm.parallel.tensor_parallel import TensorParallelRegion
 
-# The replacements of layers that need no communication, by the class that they replace.
-UNSPLIT_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+# Classes of replicated layers, by the class that they replace. These layers need no communication.
+REPLICATED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: tensor_parallel.ColumnParallelLinear,
     nn.Embedding: tensor_parallel.ColumnParallelEmbedding,
     nn.LayerNorm: tensor_parallel.ReplicatedLayerNorm,
@@ -32,11 +31,11 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: b
         assert isinstance(model.head, Head)
         _distribute_param(model.head, "bias", Shard(0), region)
         model.head = tensor_parallel.VocabParallelHead(model.head, region)
-    assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), "the gradient norm relies on it"
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), "the gradient norm needs DTensors"
 
 
 def _parallelize_module(module: nn.Module, path: str, region: TensorParallelRegion) -> None:
-    """Replace the class of one module and shard its parameters, by its path in the model."""
+    """Replace the class of one module and shard its parameters. Its path in the model decides how."""
     name = path.split(".")[-1]
     if name in ("q", "k", "v", "gate", "up") or path == "head.out":
         _convert_layer(tensor_parallel.ColumnParallelLinear, module, region, weight=Shard(0), bias=Shard(0))
@@ -47,10 +46,10 @@ def _parallelize_module(module: nn.Module, path: str, region: TensorParallelRegi
         _convert_layer(tensor_parallel.VocabParallelEmbedding, module, region, weight=Shard(0))
     elif name == "table":  # relative position biases: one column per head
         _convert_layer(tensor_parallel.ColumnParallelEmbedding, module, region, weight=Shard(1))
-    elif type(module) in UNSPLIT_LAYERS:
-        _convert_layer(UNSPLIT_LAYERS[type(module)], module, region, weight=Replicate(), bias=Replicate())
-        sharded_heads = name in ("norm_q", "norm_k")
-        if region.sequence_parallel or sharded_heads:  # this rank has only some of the tokens, or of the heads
+    elif type(module) in REPLICATED_LAYERS:
+        _convert_layer(REPLICATED_LAYERS[type(module)], module, region, weight=Replicate(), bias=Replicate())
+        has_sharded_heads = name in ("norm_q", "norm_k")
+        if region.sequence_parallel or has_sharded_heads:  # a rank has only a part of the tokens or heads
             module.partial_grad_params = ("weight", "bias")  # type: ignore[assignment]
     if name in ("attention", "cross", "feedforward"):
         module.register_forward_pre_hook(region.gather_inputs)
@@ -61,14 +60,14 @@ def _parallelize_module(module: nn.Module, path: str, region: TensorParallelRegi
 
 
 def _convert_layer(
-    kind: type[nn.Module], module: nn.Module, region: TensorParallelRegion, **placements: Placement
+    layer_class: type[nn.Module], module: nn.Module, region: TensorParallelRegion, **placements: Placement
 ) -> None:
-    """Change the class of `module` to `kind` and distribute its parameters."""
+    """Change the class of `module` to `layer_class` and distribute its parameters."""
     for name, placement in placements.items():
         _distribute_param(module, name, placement, region)
     if isinstance(module, nn.Linear):
         module.matmul = fp8.float8_linear if isinstance(module, fp8.Float8Linear) else F.linear  # type: ignore[assignment]
-    module.__class__, module.region = kind, region  # type: ignore[assignment]
+    module.__class__, module.region = layer_class, region  # type: ignore[assignment]
 
 
 def _distribute_param(module: nn.Module, name: str, placement: Placement, region: TensorParallelRegion) -> None:

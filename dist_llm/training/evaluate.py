@@ -1,4 +1,8 @@
-"""Compute the loss on held-out text: each window exactly once, at any world size."""
+"""Compute the loss on held-out text. Each window is scored exactly once, at any world size.
+
+A window is a run of consecutive tokens of a corpus, from which the objective builds one example. The trainer evaluates
+at intervals; `dist-llm evaluate` evaluates a checkpoint.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -20,10 +24,10 @@ from dist_llm.objectives.build_objective import Objective
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result over `tokens` scored targets; `loss` in nats per token.
+    """The result of an evaluation: the mean `loss` over `tokens` valid targets, in nats per token.
 
-    `bits_per_byte` is None unless every token of the text is predicted from those before it. `breakdown` has the losses
-    of each source and each component of a mixture, by name, if there are several.
+    `bits_per_byte` is None unless the objective predicts each token from the tokens before it. `breakdown` has the loss
+    of each data source by name, and of each component of the objective, if there are several.
     """
 
     loss: float
@@ -37,54 +41,54 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Heldout:
-    """The held-out text and how to score it: everything that is equal in all evaluations."""
+class HeldoutData:
+    """The held-out corpora by source name, and the settings that all evaluations of a run share."""
 
     corpora: Mapping[str, Corpus]
     objective: Objective
     micro_batch: int
-    limit: int | None = None  # windows of each corpus and component of the objective; None: all
+    max_windows: int | None = None  # windows of each corpus and component of the objective; None: all
     score_prompts: bool = False
 
     def check(self) -> None:
-        """Raise DataError if there is too little text to score."""
-        needed = 2 if self.objective.is_plain_causal else max(size.window for _, size in self.objective.components)
+        """Raise DataError if a corpus has too few tokens to score."""
+        min_tokens = (
+            2 if self.objective.is_plain_causal else max(lengths.window for _, lengths in self.objective.components)
+        )
         for corpus in self.corpora.values():
             if self.objective.layout.document_mask:
                 corpus.check_document_bounds()
-            if corpus.n_tokens < needed:
+            if corpus.n_tokens < min_tokens:
                 raise DataError(
-                    f"{corpus.directory}: the objective needs {needed} tokens of {corpus.split} text, but there are "
-                    f"{corpus.n_tokens}; prepare more, or with a larger --heldout-fraction"
+                    f"{corpus.directory}: the objective needs {min_tokens} tokens of {corpus.split} text, but there "
+                    f"are {corpus.n_tokens}; prepare more, or with a larger --heldout-fraction"
                 )
 
 
-def evaluate(engine: Engine, heldout: Heldout, alive: Callable[[], None] = lambda: None) -> Evaluation:
-    """Score each corpus's windows with each component. Examples are built as in training, from the window's number.
+def evaluate(engine: Engine, heldout: HeldoutData, heartbeat: Callable[[], None] = lambda: None) -> Evaluation:
+    """Score the windows of each corpus with each component of the objective. Every rank must call this.
 
-    Calls `alive` before each batch.
-
-    Bits per byte count only the bytes of the text: the loss of predicted separators is included, but separators have no
-    bytes.
+    Examples are built as in training, from the index of the window. `heartbeat` is called before each batch. Bits per
+    byte divide by the bytes of the text only: the loss includes predicted separators, which have no bytes.
     """
-    members = [f"{number}_{spec.name}" for number, (spec, _) in enumerate(heldout.objective.components)]
+    component_names = [f"{index}_{spec.name}" for index, (spec, _) in enumerate(heldout.objective.components)]
+    # (source name, component name) -> (sum of losses, number of valid tokens)
     sums = {
-        (source, name): _score(engine, heldout, corpus, member, alive)
+        (source, name): _score_corpus(engine, heldout, corpus, component_index, heartbeat)
         for source, corpus in heldout.corpora.items()
-        for member, name in enumerate(members)
+        for component_index, name in enumerate(component_names)
     }
-    loss, tokens = (sum(column) for column in zip(*sums.values(), strict=True))
+    loss = sum(loss_sum for loss_sum, _ in sums.values())
+    tokens = sum(num_tokens for _, num_tokens in sums.values())
     breakdown: dict[str, float] = {}
     for source in heldout.corpora if len(heldout.corpora) > 1 else ():
-        breakdown[source] = _mean([each for (of, _), each in sums.items() if of == source])
-    for name in members if len(members) > 1 else ():
-        breakdown[name] = _mean([each for (_, of), each in sums.items() if of == name])
-    text_bytes = sum(
-        count
-        * heldout.corpora[source].manifest.text_bytes(heldout.corpora[source].split)
-        / heldout.corpora[source].n_tokens
-        for (source, _), (_, count) in sums.items()
-    )
+        breakdown[source] = _mean_loss([values for (name, _), values in sums.items() if name == source])
+    for component in component_names if len(component_names) > 1 else ():
+        breakdown[component] = _mean_loss([values for (_, name), values in sums.items() if name == component])
+    text_bytes = 0.0
+    for (source, _), (_, num_tokens) in sums.items():
+        corpus = heldout.corpora[source]
+        text_bytes += num_tokens * corpus.manifest.text_bytes(corpus.split) / corpus.n_tokens
     predicts_all_text = all(spec.name == "causal" for spec, _ in heldout.objective.components)
     predicts_all_text &= heldout.score_prompts or not any(
         corpus.manifest.prompts for corpus in heldout.corpora.values()
@@ -93,60 +97,64 @@ def evaluate(engine: Engine, heldout: Heldout, alive: Callable[[], None] = lambd
     return Evaluation(loss / max(tokens, 1), int(tokens), bits, breakdown)
 
 
-def _mean(sums: list[tuple[float, int]]) -> float:
-    return sum(loss for loss, _ in sums) / max(sum(count for _, count in sums), 1)
+def _mean_loss(sums: list[tuple[float, int]]) -> float:
+    """Return the mean loss over all tokens of the (sum of losses, number of tokens) pairs."""
+    return sum(loss for loss, _ in sums) / max(sum(num_tokens for _, num_tokens in sums), 1)
 
 
-def _score(
-    engine: Engine, heldout: Heldout, corpus: Corpus, member: int, alive: Callable[[], None]
+def _score_corpus(
+    engine: Engine, heldout: HeldoutData, corpus: Corpus, component_index: int, heartbeat: Callable[[], None]
 ) -> tuple[float, int]:
     """Return (sum of losses, number of valid tokens) of one component on one corpus, over all ranks."""
     losses: list[Tensor] = []
-    count = 0
-    for batch_of_data_rank in heldout_batches(heldout, corpus, member, *engine.dp_rank_and_size):
-        alive()
-        batch = engine.to_local_batch(batch_of_data_rank)
+    num_valid_tokens = 0
+    for dp_batch in iter_heldout_batches(heldout, corpus, component_index, *engine.dp_rank_and_size):
+        heartbeat()
+        batch = engine.to_local_batch(dp_batch)
         losses.append(engine.score(batch).sum())
-        count += batch.num_valid_tokens
-    return float(engine.all_reduce_over_data(torch.stack(losses).double().sum())), int(
-        engine.all_reduce_over_data(count)
-    )
+        num_valid_tokens += batch.num_valid_tokens
+    loss_sum = float(engine.all_reduce_over_data(torch.stack(losses).double().sum()))
+    return loss_sum, int(engine.all_reduce_over_data(num_valid_tokens))
 
 
-def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ranks: int) -> Iterator[Batch]:
-    """Yield this rank's share of the windows.
+def iter_heldout_batches(
+    heldout: HeldoutData, corpus: Corpus, component_index: int, dp_rank: int, dp_size: int
+) -> Iterator[Batch]:
+    """Yield the batches of one data-parallel rank, for one component of the objective.
 
-    Plain text is scored to its last token, with the last window padded; other objectives use only full windows. Every
-    rank yields equally many batches, because a sharded model needs all ranks in each forward: a rank without windows
-    yields rows without valid tokens.
+    Plain causal text is scored to its last token, with the last window padded. Other objectives use only full windows.
+    Every rank yields equally many batches, because a sharded model needs all ranks in each forward pass. A rank that
+    has no windows left yields rows without valid tokens.
     """
     objective = heldout.objective
-    size = objective.components[member][1]
+    lengths = objective.components[component_index][1]
     if objective.is_plain_causal:
-        n_windows = max(1, -(-(corpus.n_tokens - 1) // size.stride))
+        n_windows = max(1, -(-(corpus.n_tokens - 1) // lengths.stride))
     else:
-        n_windows = corpus.count_windows(size.window, size.stride)
-    n_windows = min(heldout.limit, n_windows) if heldout.limit else n_windows
-    share = -(-n_windows // ranks)
-    for first in range(rank * share, (rank + 1) * share, heldout.micro_batch):
-        window_ids = np.arange(first, min(first + heldout.micro_batch, (rank + 1) * share))
+        n_windows = corpus.count_windows(lengths.window, lengths.stride)
+    n_windows = min(heldout.max_windows, n_windows) if heldout.max_windows else n_windows
+    windows_per_rank = -(-n_windows // dp_size)
+    first_window, end_window = dp_rank * windows_per_rank, (dp_rank + 1) * windows_per_rank
+    for batch_start in range(first_window, end_window, heldout.micro_batch):
+        window_ids = np.arange(batch_start, min(batch_start + heldout.micro_batch, end_window))
         is_window = window_ids < n_windows
         if objective.is_plain_causal:
-            yield _plain(corpus, size.stride, window_ids, is_window)
+            yield _build_causal_batch(corpus, lengths.stride, window_ids, is_window)
         else:
-            numbers = np.where(is_window, window_ids, 0)
-            starts, documents = numbers * size.stride, objective.layout.document_mask
-            windows = read_windows(corpus, starts, size.window, heldout.score_prompts, documents)
-            batch = objective(windows, numbers, [member] * len(numbers))
+            valid_ids = np.where(is_window, window_ids, 0)  # window 0 fills the rest; its targets are ignored below
+            starts, with_documents = valid_ids * lengths.stride, objective.layout.document_mask
+            windows = read_windows(corpus, starts, lengths.window, heldout.score_prompts, with_documents)
+            batch = objective(windows, valid_ids, [component_index] * len(valid_ids))
             targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(is_window)[:, None], IGNORE)
             yield replace(batch, targets_BS=targets_BS, num_valid_tokens=int((targets_BS != IGNORE).sum()))
 
 
-def _plain(corpus: Corpus, stride: int, window_ids: np.ndarray, is_window: np.ndarray) -> Batch:
+def _build_causal_batch(corpus: Corpus, stride: int, window_ids: np.ndarray, is_window: np.ndarray) -> Batch:
+    """Build next-token examples of `stride` targets. Rows that are no window have only ignored targets."""
     windows = np.full((len(window_ids), stride + 1), IGNORE, dtype=np.int64)
     for row in np.flatnonzero(is_window).tolist():
         start = int(window_ids[row]) * stride
-        length = min(stride + 1, corpus.n_tokens - start)
-        windows[row, :length] = corpus.read(np.array([start]), length)[0]
+        num_tokens = min(stride + 1, corpus.n_tokens - start)
+        windows[row, :num_tokens] = corpus.read(np.array([start]), num_tokens)[0]
     tokens = torch.from_numpy(windows)
     return Batch.of(tokens[:, :-1].clamp(min=0), tokens[:, 1:], CAUSAL)

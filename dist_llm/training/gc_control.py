@@ -1,13 +1,16 @@
-"""Run Python's cyclic garbage collector between steps only: within a step it stalls one rank, and all others wait."""
+"""Run Python's cyclic garbage collector only between steps.
+
+A collection within a step stalls one rank, and all other ranks wait for that rank.
+"""
 
 import gc
 from types import TracebackType
 
 
 class GCControl:
-    """While open, automatic collection is off, and objects that existed before are exempt from collection.
+    """While open, automatic collection is off, and objects that already existed are exempt from collection.
 
-    On exit the collector has its previous state, also after an exception.
+    On exit, also after an exception, the collector has its previous state.
     """
 
     def __enter__(self) -> "GCControl":
@@ -25,5 +28,5 @@ class GCControl:
             gc.enable()
 
     def collect(self, full: bool = False) -> None:
-        """Collect while all ranks are between steps. Without `full`, only the two young generations, which is fast."""
+        """Collect garbage between steps. Without `full`, collect only the two young generations, which is fast."""
         gc.collect(2 if full else 1)

@@ -1,4 +1,7 @@
-"""Handle anomalies (see `guard.*`): non-finite losses, gradients or weights, loss spikes, and ranks that disagree."""
+"""Detect anomalies and act on them as section `guard` of the config says: warn, skip the update, rewind or stop.
+
+Anomalies are non-finite losses, gradients or weights, loss spikes, and differences between ranks that should agree.
+"""
 
 import logging
 import math
@@ -14,18 +17,18 @@ from dist_llm.checkpoint.checkpoint_state import GuardState
 from dist_llm.config.schema import GuardConfig
 from dist_llm.engines.base import Engine
 from dist_llm.errors import DivergedError
-from dist_llm.observe.metrics import Row
+from dist_llm.observe.metrics import MetricsRow
 
 log = logging.getLogger("dist_llm")
 
 MAD_TO_SIGMA = 1.4826  # standard deviation / median absolute deviation of a normal distribution
-STEP_KEYS = ("not_finite", "spike")
+STEP_KEYS = ("not_finite", "spike")  # keys of section `guard` for the anomalies of a single step
 MIN_RELATIVE_SIGMA = 1e-3  # of the median; a smaller spread would make every deviation a spike
 
 
 @dataclass(frozen=True)
 class Anomaly:
-    """The problem of a step, the key of section `guard` that selects the action, and advice to the user."""
+    """The problem of a step, the key of section `guard` that selects the action, and advice for the user."""
 
     key: str
     problem: str
@@ -36,7 +39,7 @@ class Anomaly:
 
 
 class RewindError(Exception):
-    """A step had an anomaly, and the run has to continue from a checkpoint before it."""
+    """A step had an anomaly, and the run has to continue from a checkpoint before that step."""
 
     def __init__(self, step: int, anomaly: Anomaly) -> None:
         super().__init__(f"step {step}: {anomaly.problem}")
@@ -44,25 +47,29 @@ class RewindError(Exception):
 
 
 class Guard:
-    """Checks the metrics of each step once, in order. Ranks all-gather their results and act alike."""
+    """Checks the metrics of each step once, in order.
 
-    def __init__(self, config: GuardConfig, state: GuardState, engine: Engine, run: Path) -> None:
-        self.config, self.state, self.all_gather, self.run = config, state, engine.all_gather_ints, run
-        # Under fp16 gradients overflow until the loss scale fits: then only the loss is checked.
+    Ranks all-gather their results, so all ranks take the same action.
+    """
+
+    def __init__(self, config: GuardConfig, state: GuardState, engine: Engine, run_dir: Path) -> None:
+        self.config, self.state, self.all_gather, self.run_dir = config, state, engine.all_gather_ints, run_dir
+        # Under fp16, gradients overflow until the loss scale fits. Only the loss is checked there.
         self.checks_norm = engine.loss_scale is None
-        self.skips = "skip" in (config.not_finite, config.spike)
-        self.rewinds = "rewind" in (config.not_finite, config.spike, config.corrupt)
+        self.can_skip = "skip" in (config.not_finite, config.spike)
+        self.can_rewind = "rewind" in (config.not_finite, config.spike, config.corrupt)
         self.checked: dict[int, Anomaly | None] = {}  # steps that `should_apply` has checked
         self.last_warned_step = 0
 
     def should_apply(self, step: int, loss: Tensor, norm: Tensor) -> bool:
-        """Return whether to apply the update of this step. Waits for the device and all ranks: used only if `skips`."""
+        """Return whether to apply the update of this step. Called only if `can_skip`: it waits for the device and all
+        ranks."""
         anomaly = self._agree(self._find_anomaly(*torch.stack((loss.float(), norm.float())).tolist()))
         self.checked[step] = anomaly
         return anomaly is None or self._policy(anomaly) != "skip"
 
-    def check_metrics(self, rows: Sequence[Row]) -> list[Row]:
-        """Check the steps of these rows. Returns rows with events.
+    def check_metrics(self, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
+        """Check the steps of `rows` and return rows with events.
 
         Raises on all ranks: DivergedError if the run has to end, RewindError if it has to rewind.
         """
@@ -80,29 +87,32 @@ class Guard:
         ]
 
     def report_divergence(self, step: int, lines: Sequence[str]) -> None:
-        """Handle differences between ranks, one line each; none if empty. Raises as `check_metrics`."""
+        """Handle differences between ranks: one line for each difference. Raises the errors of `check_metrics`."""
         if lines:
             advice = "take out the faulty machine (sbatch --exclude NODE), or set guard.corrupt: rewind"
             anomaly = Anomaly("corrupt", f"ranks do not agree: {'; '.join(lines)}", advice)
             self._handle(step, anomaly, self.config.corrupt)
 
     def check_weights_finite(self, step: int, finite: bool) -> None:
-        """Check weights before a checkpoint. `finite`: all weights of this rank are. Raises as `check_metrics`."""
-        wrong = [rank for rank, is_finite in enumerate(self.all_gather(int(finite))) if not is_finite]
-        if wrong and self.config.not_finite != "warn":
-            anomaly = Anomaly("not_finite", f"weights of rank {wrong[0]} are not finite after it")
+        """Check the weights before a checkpoint. `finite`: all weights of this rank are finite.
+
+        Raises the errors of `check_metrics`.
+        """
+        bad_ranks = [rank for rank, is_finite in enumerate(self.all_gather(int(finite))) if not is_finite]
+        if bad_ranks and self.config.not_finite != "warn":
+            anomaly = Anomaly("not_finite", f"weights of rank {bad_ranks[0]} are not finite after it")
             self._handle(step, anomaly, "rewind" if self.config.not_finite == "rewind" else "stop")
 
-    def _handle(self, step: int, anomaly: Anomaly, policy: str) -> list[Row]:
+    def _handle(self, step: int, anomaly: Anomaly, policy: str) -> list[MetricsRow]:
         if policy == "stop":
-            advice = anomaly.advice.format(run=self.run, step=step, key=anomaly.key)
+            advice = anomaly.advice.format(run=self.run_dir, step=step, key=anomaly.key)
             raise DivergedError(
                 f"step {step}: {anomaly.problem}; nothing was saved since. To continue from the last checkpoint, "
                 f"{advice}"
             )
         if policy == "warn":
-            repeated, self.last_warned_step = self.last_warned_step == step - 1, step
-            return [] if repeated else [{"step": step, "event": f"step {step}: {anomaly.problem}"}]
+            is_repeated, self.last_warned_step = self.last_warned_step == step - 1, step
+            return [] if is_repeated else [{"step": step, "event": f"step {step}: {anomaly.problem}"}]
         if self.state.num_used >= self.config.budget:
             raise DivergedError(
                 f"step {step}: {anomaly.problem}, and guard.budget of {self.config.budget} bad steps is used up; "
@@ -115,19 +125,20 @@ class Guard:
         return [{"step": step, "event": f"step {step}: {anomaly.problem}; its update was skipped"}]
 
     def _agree(self, local: Anomaly | None) -> Anomaly | None:
-        """Return the anomaly that all ranks act on. A step has one if any rank found one."""
+        """All-gather the anomalies of all ranks and return the one to act on; None if no rank has an anomaly."""
         codes = self.all_gather(1 + STEP_KEYS.index(local.key) if local else 0)
-        code = min((each for each in codes if each), default=0)
-        if not code or (local and local.key == STEP_KEYS[code - 1]):
+        code = min((rank_code for rank_code in codes if rank_code), default=0)
+        if not code:
             return local
-        return Anomaly(STEP_KEYS[code - 1], f"{STEP_KEYS[code - 1]} on rank {codes.index(code)}, and not here")
+        key = STEP_KEYS[code - 1]
+        return local if local and local.key == key else Anomaly(key, f"{key} on rank {codes.index(code)}, and not here")
 
     def _policy(self, anomaly: Anomaly) -> str:
         policy: str = getattr(self.config, anomaly.key)
         return policy
 
     def _find_anomaly(self, loss: float, norm: float) -> Anomaly | None:
-        """Return the anomaly of the newest step, if any. Otherwise its loss joins the window of recent losses."""
+        """Return the anomaly of the newest step, if any. Otherwise add its loss to the recent losses of good steps."""
         if not math.isfinite(loss):
             return Anomaly("not_finite", f"the loss is {loss}")
         if self.checks_norm and not math.isfinite(norm):
@@ -141,7 +152,10 @@ class Guard:
 
 
 def robust_z_score(loss: float, losses: Sequence[float]) -> float:
-    """Return how many standard deviations `loss` is above the median. The deviation is estimated by the MAD."""
+    """Return how many standard deviations `loss` is above the median of `losses`.
+
+    The standard deviation is estimated from the median absolute deviation (MAD).
+    """
     median = statistics.median(losses)
-    mad = statistics.median(abs(each - median) for each in losses)
+    mad = statistics.median(abs(recent_loss - median) for recent_loss in losses)
     return (loss - median) / max(MAD_TO_SIGMA * mad, MIN_RELATIVE_SIGMA * abs(median), 1e-12)

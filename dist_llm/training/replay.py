@@ -1,7 +1,7 @@
-"""Compute the same step on two ranks: each data rank repeats its neighbour's batch, and both results must agree.
+"""Detect faulty hardware: compute a step twice, where each data-parallel rank repeats the batches of the next rank.
 
-No update is applied. Gradients are sums over all ranks, so that they show an error but not its rank. The loss shows the
-rank, if the error is in the forward pass.
+No update is applied. Gradients are sums over all ranks, so they show an error but not the rank that made the error. The
+loss shows the rank if the error is in the forward pass.
 """
 
 import struct
@@ -13,43 +13,51 @@ from dist_llm.engines.base import Engine
 from dist_llm.objectives.batch import Batch
 from dist_llm.sharded import to_local
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}  # relative; the order of summation differs
+# Relative tolerance of a gradient by precision. The two computations sum in different orders.
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
 
 
-def replay(engine: Engine, loader: Loader, first_sample: int, step: int, precision: str) -> list[str]:
-    """Compute the step that starts at `first_sample` twice. Returns the differences, the same lines on all ranks.
+def replay_step(engine: Engine, loader: Loader, first_sample: int, step: int, precision: str) -> list[str]:
+    """Compute the step that starts at `first_sample` twice. Return one line per difference, the same on all ranks.
 
-    Each rank computes the gradients of its own samples, then those of the next data rank. This requires engine: native
-    and a model without dropout. It costs two steps and a copy of the gradients.
+    Each rank computes the gradients of its own samples, and then the gradients of the samples of the next data-parallel
+    rank. This requires engine: native and a model without dropout. The cost is two steps and a copy of the gradients.
     """
     dp_rank, dp_size = engine.dp_rank_and_size
-    own, own_loss = _compute_gradients(engine, loader.load_batches_of_rank(dp_rank, first_sample), step)
+    grads, loss = _compute_gradients(engine, loader.load_batches_of_rank(dp_rank, first_sample), step)
     next_rank = (dp_rank + 1) % dp_size
-    repeated, repeated_loss = _compute_gradients(engine, loader.load_batches_of_rank(next_rank, first_sample), step)
-    different = [name for name, grad in own.items() if not _is_close(repeated[name], grad, TOLERANCE[precision])]
-    counts = engine.all_gather_ints(len(different))
+    replayed_grads, replayed_loss = _compute_gradients(
+        engine, loader.load_batches_of_rank(next_rank, first_sample), step
+    )
+    tolerance = TOLERANCE[precision]
+    mismatches = [name for name, grad in grads.items() if not _is_close(replayed_grads[name], grad, tolerance)]
+    num_mismatches_by_rank = engine.all_gather_ints(len(mismatches))
     dp_ranks = engine.all_gather_ints(dp_rank)
-    losses = _sum_by_data_rank(engine, dp_ranks, dp_size, own_loss)
-    repeated_losses = _sum_by_data_rank(engine, dp_ranks, dp_size, repeated_loss)
-    if not any(counts):
+    losses = _sum_by_data_rank(engine, dp_ranks, dp_size, loss)
+    replayed_losses = _sum_by_data_rank(engine, dp_ranks, dp_size, replayed_loss)
+    if not any(num_mismatches_by_rank):
         return []
-    worst = max(counts)
-    lines = [f"a step computed twice has other gradients, of {worst} parameters on rank {counts.index(worst)}"]
-    for owner, loss in enumerate(losses):
+    max_mismatches = max(num_mismatches_by_rank)
+    worst_rank = num_mismatches_by_rank.index(max_mismatches)
+    lines = [f"a step computed twice has other gradients, of {max_mismatches} parameters on rank {worst_rank}"]
+    for owner, owner_loss in enumerate(losses):
         repeater = (owner - 1) % dp_size
-        if repeated_losses[repeater] != loss:
-            by, also_by = _format_ranks(dp_ranks, owner), _format_ranks(dp_ranks, repeater)
+        if replayed_losses[repeater] != owner_loss:
             lines.append(
-                f"the loss of a batch is {loss:.9g} by rank {by}, {repeated_losses[repeater]:.9g} by {also_by}"
+                f"the loss of a batch is {owner_loss:.9g} by rank {_format_ranks(dp_ranks, owner)}, "
+                f"{replayed_losses[repeater]:.9g} by {_format_ranks(dp_ranks, repeater)}"
             )
     return lines
 
 
 def _compute_gradients(engine: Engine, batches: list[Batch], step: int) -> tuple[dict[str, Tensor], float]:
-    """Return (this rank's shard of the gradients, its share of the loss), and clear the engine's gradients."""
+    """Return (gradient shards of this rank by parameter name, the share of the loss of this rank).
+
+    The gradients of the engine are cleared.
+    """
     batches = [engine.to_local_batch(batch) for batch in batches]
-    scored = engine.all_reduce_over_data(sum(batch.num_valid_tokens for batch in batches))
-    losses = engine.accumulate(batches, scored, step)
+    num_valid_tokens = engine.all_reduce_over_data(sum(batch.num_valid_tokens for batch in batches))
+    losses = engine.accumulate(batches, num_valid_tokens, step)
     gradients = {}
     for name, parameter in engine.named_parameters():
         if parameter.grad is not None:
@@ -59,22 +67,22 @@ def _compute_gradients(engine: Engine, batches: list[Batch], step: int) -> tuple
 
 
 def _sum_by_data_rank(engine: Engine, dp_ranks: list[int], dp_size: int, value: float) -> list[float]:
-    """Return for each data rank the sum of the values of all its ranks."""
-    (bits,) = struct.unpack("<q", struct.pack("<d", value))  # ranks all-gather integers
+    """Return for each data-parallel rank the sum of `value` over the ranks that share its samples."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", value))  # the engine all-gathers integers only
     sums = [0.0] * dp_size
-    for dp_rank, gathered in zip(dp_ranks, engine.all_gather_ints(bits), strict=True):
-        sums[dp_rank] += struct.unpack("<d", struct.pack("<q", gathered))[0]
+    for dp_rank, gathered_bits in zip(dp_ranks, engine.all_gather_ints(bits), strict=True):
+        sums[dp_rank] += struct.unpack("<d", struct.pack("<q", gathered_bits))[0]
     return sums
 
 
 def _format_ranks(dp_ranks: list[int], dp_rank: int) -> str:
-    return " and ".join(str(rank) for rank, each in enumerate(dp_ranks) if each == dp_rank)
+    return " and ".join(str(rank) for rank, rank_dp_rank in enumerate(dp_ranks) if rank_dp_rank == dp_rank)
 
 
 def _is_close(value: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Return whether two gradients agree, relative to the largest element; nearly zero gradients are rounding noise.
+    """Return whether two gradients agree, relative to the largest element. Nearly zero gradients always agree.
 
-    A non-finite gradient must be non-finite both times. The guard or the loss scale handles it.
+    A gradient that is not finite must be so in both computations. The guard or the loss scale handles that case.
     """
     if not expected.numel():
         return True

@@ -1,7 +1,7 @@
-"""Resume from a checkpoint, or start from its weights, and check that they compute the same as when they were saved.
+"""Load a checkpoint to resume a run or to initialize another one, and check that the loaded weights are the saved ones.
 
-A resumed run also repeats steps that a kill discarded. Their losses are compared with their rows in metrics.jsonl if
-the config is that of the start which wrote the rows.
+The probe (a fixed batch) must give the result that was saved with the checkpoint. A killed run also repeats the steps
+after its last checkpoint. Their losses must equal those in metrics.jsonl, unless the config has changed since.
 """
 
 import logging
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.checkpoint import store as checkpoints
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.compatibility import check_init_from, check_parameters, log_init_differences, read_config
-from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.init_from import init_from_checkpoint
 from dist_llm.checkpoint.probe import PROBE, TOLERANCES, compare_probes, parse_probe
 from dist_llm.config.compare import PART_KEYS
@@ -26,16 +26,16 @@ from dist_llm.observe.metrics import read_rows
 
 log = logging.getLogger("dist_llm")
 
-NUM_STEPS = 10  # compared after a kill; later ones amplify rounding
-# Sections and keys that decide the losses of the next steps.
-DECIDING = ("model", "objective", "loss", "optim", "schedule", "precision", "fp8")
-DECIDING_DATA = ("seq_len", "global_batch", "order", "windows", "score_prompts", "document_mask", "skip", "stages")
+NUM_COMPARED_STEPS = 10  # repeated steps whose losses are compared; later steps amplify rounding
+# Sections of the config, and keys of its section `data`, that determine the losses of the next steps.
+LOSS_SECTIONS = ("model", "objective", "loss", "optim", "schedule", "precision", "fp8")
+LOSS_DATA_KEYS = ("seq_len", "global_batch", "order", "windows", "score_prompts", "document_mask", "skip", "stages")
 
 
-def load_run(folder: Folder, engine: Engine, config: Config) -> Progress:
-    """Read weights and optimizer state. Raises CheckpointError if they differ from the saved ones."""
+def load_run(folder: CheckpointFolder, engine: Engine, config: Config) -> Progress:
+    """Read weights and optimizer state. Raises CheckpointError if the weights differ from the saved ones."""
     check_parameters(folder, checkpoints.read_shapes(folder), config.model, requested=False)
-    progress = checkpoints.load(folder, engine.state)
+    progress = checkpoints.load_checkpoint(folder, engine.state)
     if engine.loss_scale is not None and progress.loss_scale is not None:
         engine.loss_scale = progress.loss_scale
     check_probe(folder, engine, config)
@@ -43,27 +43,27 @@ def load_run(folder: Folder, engine: Engine, config: Config) -> Progress:
 
 
 def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
-    """Load another run's weights. Raises CheckpointError if they do not fit, or differ from the saved ones."""
+    """Load the weights of another run. Raises CheckpointError if they do not fit or differ from the saved ones."""
     requested = check_init_from(path, config)
     log_init_differences(path, config, requested)
-    changes_parts = any(each.key in PART_KEYS for each in requested)
+    changes_parts = any(difference.key in PART_KEYS for difference in requested)
     added, dropped = check_parameters(path, checkpoints.read_shapes(path), config.model, changes_parts)
-    for what, names in (("that keep their initial values", added), ("of the checkpoint are not used", dropped)):
+    for description, names in (("that keep their initial values", added), ("of the checkpoint are not used", dropped)):
         if names:
-            log.info("init_allow: parameters %s: %s", what, ", ".join(names))
-    known = min(read_config(path).model.vocab_size, config.model.vocab_size)
-    init_from_checkpoint(path, engine.state, config.init_optimizer == "keep", known, added)
-    log.info("starting from %s, %d ids of it known", path, known)
-    if changed := [each.key for each in requested if each.key != "objective"]:
+            log.info("init_allow: parameters %s: %s", description, ", ".join(names))
+    num_known_ids = min(read_config(path).model.vocab_size, config.model.vocab_size)
+    init_from_checkpoint(path, engine.state, config.init_optimizer == "keep", num_known_ids, added)
+    log.info("starting from %s, which knows %d of the token ids", path, num_known_ids)
+    if changed := [difference.key for difference in requested if difference.key != "objective"]:
         log.info("%s: the probe is not compared, because init_allow changes %s", path, ", ".join(changed))
     else:
-        check_probe(Folder(path), engine, config)
+        check_probe(CheckpointFolder(path), engine, config)
 
 
-def check_probe(folder: Folder, engine: Engine, config: Config) -> None:
-    """Compare the probe of the loaded weights with the checkpoint's. Call it on all ranks.
+def check_probe(folder: CheckpointFolder, engine: Engine, config: Config) -> None:
+    """Compare the probe of the loaded weights with the probe in the checkpoint. Every rank must call this.
 
-    Raises CheckpointError if they differ by more than rounding, unless checkpoint.probe is warn.
+    Raises CheckpointError if the two differ by more than rounding, unless checkpoint.probe is warn.
     """
     probe = parse_probe(folder.read(PROBE), f"{folder}/{PROBE}") if PROBE in folder.list_names() else None
     if probe is None:
@@ -81,7 +81,10 @@ def check_probe(folder: Folder, engine: Engine, config: Config) -> None:
 
 
 class EarlierSteps:
-    """The losses of discarded steps of an earlier start of the run: {step: loss}."""
+    """The losses {step: loss} of steps that an earlier start of the run took after the checkpoint.
+
+    The resumed run repeats these steps, and `compare` reports losses that differ.
+    """
 
     def __init__(self, losses: Mapping[int, float], tolerance: float = 0.0) -> None:
         self.losses, self.tolerance = dict(losses), tolerance
@@ -89,53 +92,63 @@ class EarlierSteps:
 
     @staticmethod
     def read(directory: Path, step: int, config: Config) -> "EarlierSteps":
-        """Read the rows after `step` in metrics.jsonl, which is truncated next. Return no rows if the config changed
-        since."""
+        """Read the losses after `step` from metrics.jsonl. Return none if the config has changed since.
+
+        Call this before `MetricsFile` removes these rows from the file.
+        """
         losses: dict[int, float] = {}
         try:
             for _, row in read_rows(directory / "metrics.jsonl"):
                 loss = row.get("loss")
-                if isinstance(loss, float) and math.isfinite(loss) and step < row["step"] <= step + NUM_STEPS:
+                if isinstance(loss, float) and math.isfinite(loss) and step < row["step"] <= step + NUM_COMPARED_STEPS:
                     losses[row["step"]] = loss
             if not losses:
                 return EarlierSteps({})
-            before = parse_saved((directory / "config.yaml").read_text(encoding="utf-8"), str(directory))
+            saved_config = parse_saved((directory / "config.yaml").read_text(encoding="utf-8"), str(directory))
         except (OSError, UnicodeDecodeError, UserError) as error:
-            log.info("resumed steps are not compared with those before: %s", error)
+            log.info("the losses of repeated steps are not compared with the earlier ones: %s", error)
             return EarlierSteps({})
-        if changed := _changes(before, config):
-            log.info("resumed steps are not compared with those before: %s changed", ", ".join(changed))
+        if changed := _find_loss_changes(saved_config, config):
+            log.info(
+                "the losses of repeated steps are not compared with the earlier ones: %s changed", ", ".join(changed)
+            )
             return EarlierSteps({})
         return EarlierSteps(losses, TOLERANCES["fp8" if config.fp8 else config.precision][0])
 
     def compare(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return events, to print and write, for steps whose losses differ from those of the earlier start."""
+        """Return event rows for steps whose losses differ from the losses of the earlier start."""
         events = []
         for row in rows:
-            before = self.losses.pop(row.get("step", 0), None)
-            if before is None or "loss" not in row:
+            earlier_loss = self.losses.pop(row.get("step", 0), None)
+            if earlier_loss is None or "loss" not in row:
                 continue
             self.num_compared += 1
-            if not abs(row["loss"] - before) <= self.tolerance * max(1.0, abs(before)):
+            max_difference = self.tolerance * max(1.0, abs(earlier_loss))
+            if not abs(row["loss"] - earlier_loss) <= max_difference:
                 event = (
-                    f"step {row['step']} had a loss of {before:.9g} before the run was resumed, and now has "
-                    f"{row['loss']:.9g}; rounding explains at most {self.tolerance * max(1.0, abs(before)):.2g}: "
+                    f"step {row['step']} had a loss of {earlier_loss:.9g} before the run was resumed, and now has "
+                    f"{row['loss']:.9g}; rounding explains at most {max_difference:.2g}: "
                     "the weights, the optimizer state or the data differ from the first time"
                 )
                 log.warning("%s", event)
                 events.append({"step": row["step"], "event": event})
         if self.num_compared and not self.losses:
             if not events:
-                log.info("%d steps that were taken before have the same losses again", self.num_compared)
+                log.info("%d repeated steps have the same losses as before the restart", self.num_compared)
             self.num_compared = 0
         return events
 
 
-def _changes(before: Config, now: Config) -> list[str]:
-    """Return the changed keys and sections among those that decide the losses."""
-    changes = [name for name in DECIDING if getattr(before, name) != getattr(now, name)]
-    changes += [f"data.{name}" for name in DECIDING_DATA if getattr(before.data, name) != getattr(now.data, name)]
+def _find_loss_changes(before: Config, now: Config) -> list[str]:
+    """Return the changed keys and sections among those that determine the losses."""
+    changes = [name for name in LOSS_SECTIONS if getattr(before, name) != getattr(now, name)]
+    changes += [f"data.{name}" for name in LOSS_DATA_KEYS if getattr(before.data, name) != getattr(now.data, name)]
     if before.run.seed != now.run.seed:
         changes.append("run.seed")
-    weights = [[(each.name, each.weight, each.epochs) for each in config.data.sources] for config in (before, now)]
-    return changes + (["data.sources"] if weights[0] != weights[1] else [])
+    if _source_weights(before) != _source_weights(now):
+        changes.append("data.sources")
+    return changes
+
+
+def _source_weights(config: Config) -> list[tuple[object, ...]]:
+    return [(source.name, source.weight, source.epochs) for source in config.data.sources]

@@ -1,4 +1,7 @@
-"""A run, from a resolved config to trained weights: build everything, train, clean up."""
+"""Train a model from a resolved config: build all objects, run the trainer, rewind on request, clean up.
+
+`train` is the body of `dist-llm train`.
+"""
 
 import json
 import logging
@@ -13,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import GuardState
 from dist_llm.checkpoint.compatibility import check_init_from, check_resume, log_harmless_differences
-from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.store import CheckpointStore, checkpoints_of_run, open_checkpoint, read_progress
 from dist_llm.config.derive import AXES, format_layout
 from dist_llm.config.engine_names import NATIVE
@@ -36,10 +39,10 @@ from dist_llm.data.tokenizer_file import same_tokenizer
 from dist_llm.engines.base import Engine
 from dist_llm.engines.build_engine import build_engine, check_engine_config
 from dist_llm.errors import CheckpointError, DataError, UserError, to_user_error
-from dist_llm.launch.environment import set_network
+from dist_llm.launch.environment import set_network_variables
 from dist_llm.launch.failures import annotate_failure
 from dist_llm.launch.flight_recorder import start_recording
-from dist_llm.launch.group import keep_freed_memory, process_group, select_device
+from dist_llm.launch.process_group import keep_freed_memory, process_group, select_device
 from dist_llm.launch.stop import StopSignals, clear_stop_marker, write_stop_marker
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
@@ -48,75 +51,78 @@ from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE
 from dist_llm.training.directories import open_directories
 from dist_llm.training.guard import RewindError
-from dist_llm.training.rate import plan_rate
+from dist_llm.training.learning_rate_plan import plan_learning_rate
 from dist_llm.training.settings import read_vocabulary
 from dist_llm.training.trainer import SLOW_FACTOR, Trainer
 
 log = logging.getLogger("dist_llm")
 
-EXPORT_FILES = {TOKENIZER_FILE, "token_ids.json", "generation_config.json"}  # copied from a checkpoint, for its export
+# Files that are copied from the start checkpoint for a later export.
+EXPORT_FILES = {TOKENIZER_FILE, "token_ids.json", "generation_config.json"}
 
 
 def train(config: Config, world: World) -> int:
-    """Train with the resolved config, from the newest checkpoint of run.dir if there is one.
+    """Train with the resolved config, from the latest checkpoint of run.dir if there is one.
 
-    Returns 0, or the signal after which the run was saved and stopped before its end.
-
-    Raises ConfigError or DataError before any process group starts if the input is wrong, or if another run uses the
-    directory.
+    Return 0, or the stop signal after which the run was saved before its end. Raises ConfigError or DataError before
+    any process group starts if the input is wrong or another run uses the directory.
     """
-    set_network(config.run.network)
+    set_network_variables(config.run.network)
     device = select_device(world)
     keep_freed_memory(device)
     check_engine_config(config, device)
     sources = open_sources(config)
-    corpus = sources[0].corpus.directory
-    vocabulary = read_vocabulary(config, corpus)
-    directory = Path(config.run.dir)
-    store = CheckpointStore(config.checkpoint.dir or directory / "checkpoints", config.checkpoint)
-    newest = store.peek_latest()
-    start: Path | None = None
-    if newest is not None:
-        check_resume(newest, config)
+    corpus_dir = sources[0].corpus.directory
+    vocabulary = read_vocabulary(config, corpus_dir)
+    run_dir = Path(config.run.dir)
+    store = CheckpointStore(config.checkpoint.dir or run_dir / "checkpoints", config.checkpoint)
+    latest = store.peek_latest()
+    initial_weights: Path | None = None
+    if latest is not None:
+        check_resume(latest, config)
     else:
-        _refuse_moved(store, directory)
+        _check_checkpoints_not_moved(store, run_dir)
         if config.init_from:
-            start = open_checkpoint(config.init_from, world.rank, world.size)
-            check_init_from(start, config)
-            _check_tokenizer(start, sources[0].corpus.manifest.tokenizer_sha256, corpus)
-    _build_history(config, sources, newest)  # raises its errors before any process group starts
-    finished = newest is not None and read_progress(newest).step >= config.run.steps
-    with open_directories(config, store.directory, world, saves=not finished), _logging(directory, world):
+            initial_weights = open_checkpoint(config.init_from, world.rank, world.world_size)
+            check_init_from(initial_weights, config)
+            _check_tokenizer(initial_weights, sources[0].corpus.manifest.tokenizer_sha256, corpus_dir)
+    _build_history(config, sources, latest)  # raises its errors before any process group starts
+    is_finished = latest is not None and read_progress(latest).step >= config.run.steps
+    with open_directories(config, store.directory, world, saves_checkpoints=not is_finished), _logging(run_dir, world):
         start_recording(device)
-        even_if_single, watchdog = config.engine != NATIVE, Watchdog(world, config.run.hang_seconds)
-        with watchdog, process_group(world, device, even_if_single=even_if_single):
+        watchdog = Watchdog(world, config.run.hang_seconds)
+        with watchdog, process_group(world, device, even_if_single=config.engine != NATIVE):
             watchdog.register()
             verified = store.latest_verified()
             if verified is not None:
-                log_harmless_differences(check_resume(verified, config))  # `newest` may be damaged
+                log_harmless_differences(check_resume(verified, config))  # `latest` may have been damaged
             if world.is_main:
-                clear_stop_marker(directory)
+                clear_stop_marker(run_dir)
             engine = build_engine(config, device)
             layout = format_layout({axis: getattr(config.parallel, axis) for axis in AXES})
-            log.info("ranks: %d (%s), engine: %s", world.size, layout, config.engine)
-            context = RunContext(plan_rate(config, verified), world, sources, vocabulary, store, engine, watchdog)
-            stop_signal = context.run(verified or start)
-            del context, engine
+            log.info("ranks: %d (%s), engine: %s", world.world_size, layout, config.engine)
+            planned_config = plan_learning_rate(config, verified)
+            context = RunContext(planned_config, world, sources, vocabulary, store, engine, watchdog)
+            stop_signal = context.run(verified or initial_weights)
+            del context, engine  # before the process group ends, see `process_group`
         return stop_signal
 
 
 @contextmanager
-def _logging(directory: Path, world: World) -> Iterator[None]:
-    """Write the log files of the ranks, and log the exception that ends the block. A full disk raises UserError."""
-    before, threading.excepthook = threading.excepthook, _log_thread_failure
+def _logging(run_dir: Path, world: World) -> Iterator[None]:
+    """Write the log file of this rank, and log the exception that ends the block.
+
+    An OSError that the user can fix, such as a full disk, becomes a UserError.
+    """
+    previous_hook, threading.excepthook = threading.excepthook, _log_thread_failure
     try:
-        start_logging(directory / "logs", world)
+        start_logging(run_dir / "logs", world)
         yield
     except UserError as error:
         log.error("rank %d on %s: %s", world.rank, world.host, error)  # no traceback: the message says how to fix it
         raise
     except OSError as error:
-        if (user_error := to_user_error(error, f"a file in run.dir {directory}")) is None:
+        if (user_error := to_user_error(error, f"a file in run.dir {run_dir}")) is None:
             log.exception("rank %d on %s failed", world.rank, world.host)
             raise
         log.error("rank %d on %s: %s", world.rank, world.host, user_error)
@@ -126,11 +132,14 @@ def _logging(directory: Path, world: World) -> Iterator[None]:
         raise
     finally:
         stop_logging()
-        threading.excepthook = before
+        threading.excepthook = previous_hook
 
 
 def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
-    """Log one line for a user error. TensorBoard's writer thread also raises it in the next call."""
+    """Log one line for an error that the user can fix; log any other exception with its traceback.
+
+    The writer thread of TensorBoard raises its error again in the next call.
+    """
     error = failure.exc_value
     user_error = to_user_error(error) if isinstance(error, OSError) else None
     if user_error is None:
@@ -141,7 +150,7 @@ def _log_thread_failure(failure: threading.ExceptHookArgs) -> None:
 
 @dataclass(frozen=True)
 class RunContext:
-    """The objects that a trainer is built from, at the start and after each rewind."""
+    """The objects from which a trainer is built, at the start and after each rewind."""
 
     config: Config
     world: World
@@ -151,8 +160,8 @@ class RunContext:
     engine: Engine
     watchdog: Watchdog
 
-    def run(self, start: Folder | Path | None) -> int:
-        """Train from `start`, and rewind if the guard requests it. Returns the result of `train`."""
+    def run(self, start: CheckpointFolder | Path | None) -> int:
+        """Train from `start`, and rewind if the guard requests it. Return the result of `train`."""
         world, watchdog, trainer = self.world, self.watchdog, self.build_trainer(start)
         try:
             with StopSignals() as signals:  # a signal during a rewind still counts
@@ -167,29 +176,34 @@ class RunContext:
             return stop_signal
         except Exception as error:
             annotate_failure(error, world, watchdog.activity)
-            log.error("%s", error.__notes__[-1])  # at once: other ranks do not wait for the checkpoint being written
+            log.error("%s", error.__notes__[-1])  # before `wait` below, which may take minutes
             raise
         finally:
             watchdog.heartbeat("the end", SLOW_FACTOR)
             trainer.loader.close()
             self.store.wait()
 
-    def build_trainer(self, start: Folder | Path | None, guard_state: GuardState | None = None) -> Trainer:
-        """Build a trainer that starts from `start`. `guard_state`: anomalies that the checkpoint does not contain."""
-        config, corpus = self.config, self.sources[0].corpus.directory
-        history = _build_history(config, self.sources, start if isinstance(start, Folder) else None, guard_state)
-        files = {**run_files(config, corpus, start), HISTORY_FILE: dump_history(history)}
-        pin = self.engine.device.type == "cuda"
+    def build_trainer(self, start: CheckpointFolder | Path | None, guard_state: GuardState | None = None) -> Trainer:
+        """Build a trainer that starts from `start`. `guard_state` has the anomalies since that checkpoint."""
+        config, corpus_dir = self.config, self.sources[0].corpus.directory
+        history = _build_history(
+            config, self.sources, start if isinstance(start, CheckpointFolder) else None, guard_state
+        )
+        files = {**build_run_files(config, corpus_dir, start), HISTORY_FILE: dump_history(history)}
         plan = history[-1].build_plan(self.sources)
-        loader = build_loader(config, plan, self.vocabulary, *self.engine.dp_rank_and_size, pin=pin)
+        pin_memory = self.engine.device.type == "cuda"
+        loader = build_loader(config, plan, self.vocabulary, *self.engine.dp_rank_and_size, pin=pin_memory)
         trainer = Trainer(config, self.world, self.engine, loader, self.store, start, files, guard_state, self.watchdog)
-        if self.world.is_main:  # only after the weights were accepted
+        if self.world.is_main:  # the trainer has accepted the weights
             for name, content in files.items():
                 (Path(config.run.dir) / name).write_bytes(content)
         return trainer
 
     def rewind(self, trainer: Trainer, error: RewindError) -> Trainer:
-        """Return a trainer that starts from the newest checkpoint and skips the samples of guard.skip_steps."""
+        """Return a trainer that starts from the latest checkpoint and leaves out the samples of the bad steps.
+
+        These are the samples of the last guard.skip_steps steps, unless the anomaly allows to repeat them.
+        """
         self.watchdog.heartbeat("the rewind", SLOW_FACTOR)
         trainer.loader.close()
         self.store.finish()
@@ -198,69 +212,75 @@ class RunContext:
         progress, loader, guard_state = read_progress(checkpoint), trainer.loader, trainer.progress.guard
         num_steps = error.step - progress.step
         num_skipped = self.config.guard.skip_steps if error.skips_samples else 0
-        first = loader.advance_steps(progress.samples, max(0, num_steps - num_skipped))
-        end = loader.advance_steps(first, min(num_steps, num_skipped))
-        left_out = [(first, end)] if end > first else []
+        first_sample = loader.advance_steps(progress.samples, max(0, num_steps - num_skipped))
+        end_sample = loader.advance_steps(first_sample, min(num_steps, num_skipped))
+        left_out = [(first_sample, end_sample)] if end_sample > first_sample else []
         trainer = self.build_trainer(checkpoint, replace(guard_state, left_out=guard_state.left_out + left_out))
         event = f"{error}; rewound to step {progress.step}" + (
-            f", samples {first} to {end - 1} are skipped" if left_out else ", to repeat the same samples"
+            f", samples {first_sample} to {end_sample - 1} are skipped" if left_out else ", to repeat the same samples"
         )
         trainer.recorder.emit([{"step": progress.step, "event": event}])
         return trainer
 
 
-def _refuse_moved(store: CheckpointStore, run: Path) -> None:
+def _check_checkpoints_not_moved(store: CheckpointStore, run_dir: Path) -> None:
     """Raise CheckpointError if checkpoint.dir has changed and the run has checkpoints only in the old directory."""
-    previous = checkpoints_of_run(run)
-    if previous.directory != store.directory and previous.list_committed():
+    previous_store = checkpoints_of_run(run_dir)
+    if previous_store.directory != store.directory and previous_store.list_committed():
         raise CheckpointError(
-            f"checkpoint.dir: the run in {run} has its checkpoints in {previous.directory}, and none in "
+            f"checkpoint.dir: the run in {run_dir} has its checkpoints in {previous_store.directory}, and none in "
             f"{store.directory}; move the step_* directories there, or set another run.dir"
         )
 
 
-def _check_tokenizer(path: Path, tokenizer_sha256: str, corpus: Path) -> None:
-    """Raise DataError if the weights were trained with another tokenizer than the corpus."""
-    if not same_tokenizer(path, corpus, tokenizer_sha256):
-        raise DataError(f"{corpus}: was prepared with another tokenizer than the one in init_from {path}")
+def _check_tokenizer(path: Path, tokenizer_sha256: str, corpus_dir: Path) -> None:
+    """Raise DataError if the weights in `path` were trained with another tokenizer than that of the corpus."""
+    if not same_tokenizer(path, corpus_dir, tokenizer_sha256):
+        raise DataError(f"{corpus_dir}: was prepared with another tokenizer than the one in init_from {path}")
 
 
 def _build_history(
-    config: Config, sources: Sequence[DataSource], checkpoint: Folder | None, guard_state: GuardState | None = None
+    config: Config,
+    sources: Sequence[DataSource],
+    checkpoint: CheckpointFolder | None,
+    guard_state: GuardState | None = None,
 ) -> DataHistory:
-    """Return the data segments of the run, past and future. Raises DataError if it cannot resume with this data."""
+    """Return the data segments of the run: those of the checkpoint, and the one that this config describes.
+
+    A segment is a range of steps with the same data settings. Raises DataError if the run cannot resume with this data.
+    """
     segment = segment_from_config(config, sources)
     if checkpoint is None:
         return (segment,)
-    previous = parse_history(checkpoint.read(HISTORY_FILE), f"{checkpoint}/{HISTORY_FILE}")
+    saved_history = parse_history(checkpoint.read(HISTORY_FILE), f"{checkpoint}/{HISTORY_FILE}")
     progress = read_progress(checkpoint)
     left_out = (guard_state or progress.guard).left_out
     segment = segment.model_copy(update={"skip": merge_ranges((*segment.skip, *left_out))})
-    position = progress.step, progress.samples, progress.tokens
-    return extend_history(previous, segment, *position, config.data.on_change == "new_segment")
+    may_change = config.data.on_change == "new_segment"
+    return extend_history(saved_history, segment, progress.step, progress.samples, progress.tokens, may_change)
 
 
-def run_files(config: Config, corpus: Path, start: Folder | Path | None = None) -> dict[str, bytes]:
-    """Return the small files for the run directory and each checkpoint, {name: content}.
+def build_run_files(config: Config, corpus_dir: Path, start: CheckpointFolder | Path | None = None) -> dict[str, bytes]:
+    """Return the small files {name: content} for the run directory and each checkpoint.
 
-    EXPORT_FILES come from the checkpoint that the run starts from, if there is one: its tokenizer has the same ids as
-    the corpus's, and may come with a chat template or other settings.
+    EXPORT_FILES come from the checkpoint `start`, if there is one. Its tokenizer has the same ids as the tokenizer of
+    the corpus, and may have a chat template and other settings.
     """
     files = {
         "config.yaml": dump(config).encode(),
-        "environment.json": json.dumps(environment(), indent=2).encode() + b"\n",
-        TOKENIZER_FILE: (corpus / TOKENIZER_FILE).read_bytes(),
+        "environment.json": json.dumps(describe_environment(), indent=2).encode() + b"\n",
+        TOKENIZER_FILE: (corpus_dir / TOKENIZER_FILE).read_bytes(),
     }
     if start is not None:
-        folder = Folder(start)
+        folder = CheckpointFolder(start)
         files |= {name: folder.read(name) for name in sorted({*folder.list_names()} & EXPORT_FILES)}
     return files
 
 
-def environment() -> dict[str, str]:
-    """Return the software of this run: commit, Python version, package versions."""
+def describe_environment() -> dict[str, str]:
+    """Return the software of this run: git commit, Python version, package versions, GPU."""
     packages = ("dist-llm", "torch", "numpy", "pydantic", "tiktoken", "tokenizers")
-    versions = {"git_commit": _git_commit(), "python": platform.python_version(), "machine": platform.platform()}
+    versions = {"git_commit": _read_git_commit(), "python": platform.python_version(), "machine": platform.platform()}
     for package in packages:
         try:
             versions[package] = version(package)
@@ -271,13 +291,13 @@ def environment() -> dict[str, str]:
     return versions
 
 
-def _git_commit() -> str:
-    """Return the commit of this source tree, with `+` if it has changes; `unknown` outside git."""
+def _read_git_commit() -> str:
+    """Return the git commit of the source tree, with `+` if there are uncommitted changes; `unknown` outside git."""
     source_dir = Path(__file__).parent
     try:
-        commit = subprocess.run(
+        completed = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], cwd=source_dir, capture_output=True, text=True
         )
     except OSError:
         return "unknown"
-    return commit.stdout.strip() or "unknown"
+    return completed.stdout.strip() or "unknown"

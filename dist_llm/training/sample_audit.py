@@ -1,4 +1,7 @@
-"""Check that the ranks together trained on exactly the planned samples: one small all-gather every few steps."""
+"""Check that all ranks together train on exactly the planned samples.
+
+Every few steps the ranks all-gather a digest of their samples and compare it with the digest of the sample plan.
+"""
 
 from collections.abc import Sequence
 
@@ -12,18 +15,21 @@ from dist_llm.objectives.batch import Batch
 
 
 class SampleAudit:
-    """Sums a 64-bit digest of the sample numbers in this rank's batches, and compares it with the sample plan.
+    """Sums 64-bit digests of the sample numbers in the batches of this rank, and compares the sum with the sample plan.
 
-    `interval`: steps between checks (data.audit_every); None: never.
+    `interval`: steps between checks (data.audit_every); None disables the audit.
     """
 
     def __init__(self, engine: Engine, loader: Loader, interval: int | None) -> None:
         self.engine, self.loader, self.interval = engine, loader, interval
-        self.first_samples: list[int] = []  # of each step since the last check
+        self.first_samples: list[int] = []  # first sample of each step since the last check
         self.digest_sum = 0
 
     def add(self, first_sample: int, batches: Sequence[Batch]) -> None:
-        """Add the batches of the step that starts at `first_sample`. Raises DataError on all ranks if a check fails."""
+        """Add the batches of the step that starts at `first_sample`, and check if the interval has passed.
+
+        Raises DataError on all ranks if a check fails.
+        """
         if not self.interval:
             return
         self.first_samples.append(first_sample)
@@ -39,18 +45,23 @@ class SampleAudit:
             return
         dp_rank, dp_size = self.engine.dp_rank_and_size
         loader = self.loader
-        planned = [
+        planned_steps = [
             loader.plan.sample_numbers(first, loader.global_batch).reshape(dp_size, -1) for first in self.first_samples
         ]
-        expected = [_to_int64(sum(digest_samples(step[rank]) for step in planned)) for rank in range(dp_size)]
+        expected_digests = [
+            _to_int64(sum(digest_samples(step[rank]) for step in planned_steps)) for rank in range(dp_size)
+        ]
         dp_ranks = self.engine.all_gather_ints(dp_rank)
         digests = self.engine.all_gather_ints(_to_int64(self.digest_sum))
-        wrong = [
-            rank for rank, (dp, digest) in enumerate(zip(dp_ranks, digests, strict=True)) if digest != expected[dp]
+        wrong_ranks = [
+            rank
+            for rank, (dp_rank, digest) in enumerate(zip(dp_ranks, digests, strict=True))
+            if digest != expected_digests[dp_rank]
         ]
-        if wrong:
+        if wrong_ranks:
+            first_sample, last_sample = self.first_samples[0], int(planned_steps[-1][-1, -1])
             raise DataError(
-                f"samples {self.first_samples[0]} to {int(planned[-1][-1, -1])}: ranks {', '.join(map(str, wrong))} "
+                f"samples {first_sample} to {last_sample}: ranks {', '.join(map(str, wrong_ranks))} "
                 "did not read their planned samples, so some samples were read twice or not at all. Check that all "
                 "ranks run the same version with the same config"
             )
@@ -58,10 +69,10 @@ class SampleAudit:
 
 
 def digest_samples(samples: Ints) -> int:
-    """Return a digest of the set of samples, independent of their order. Different sets are unlikely to share it."""
+    """Return a digest of a set of samples that does not depend on their order."""
     return int(splitmix64(samples.astype(np.uint64)).sum(dtype=np.uint64))
 
 
 def _to_int64(value: int) -> int:
-    """Wrap to a signed 64-bit integer, the type that ranks all-gather."""
+    """Wrap to a signed 64-bit integer, the type that `all_gather_ints` supports."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)

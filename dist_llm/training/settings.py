@@ -1,4 +1,7 @@
-"""Read a YAML file into the resolved config of a run. Imports no torch, so that config errors appear at once."""
+"""Read a YAML file into the resolved config of a run.
+
+This module does not import torch, so config errors appear at once.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,48 +23,60 @@ from dist_llm.text.tokenizer import Tokenizer
 
 
 def read_vocabulary(config: Config, directory: Path) -> Vocabulary:
-    """Return the token ids of the config's objective. `directory` has the tokenizer."""
-    with_words = any(isinstance(each, MaskedSpec) and each.whole_words for each in config.objective.components)
-    return Tokenizer.load(directory).vocabulary(with_words)
+    """Return the vocabulary of the objective of the config. `directory` contains the tokenizer."""
+    components = config.objective.components
+    needs_words = any(isinstance(spec, MaskedSpec) and spec.whole_words for spec in components)
+    return Tokenizer.load(directory).vocabulary(needs_words)
 
 
-def read_model(own: dict[str, Any], allowed: object) -> tuple[dict[str, Any], list[Violation]]:
-    """Return (the raw model section, violations) of a config whose `model` has the key `from`."""
+def read_model_section(section: dict[str, Any], allowed: object) -> tuple[dict[str, Any], list[Violation]]:
+    """Merge the model of the checkpoint `section["from"]` into a raw `model` section that has the key `from`.
+
+    Return (the merged section, violations).
+    """
     from dist_llm.checkpoint.compatibility import read_config  # imports torch, so only if needed
     from dist_llm.checkpoint.store import resolve_checkpoint
 
-    checkpoint, own = own[FROM], {name: value for name, value in own.items() if name != FROM}
-    nothing = {"d_model": 2, "n_layers": 1, "n_heads": 1, **own}  # so that the other sections can be checked
+    checkpoint, own_keys = section[FROM], {name: value for name, value in section.items() if name != FROM}
+    # After an error, a placeholder model lets `read_config` check the other sections.
+    placeholder = {"d_model": 2, "n_layers": 1, "n_heads": 1, **own_keys}
     if not isinstance(checkpoint, str) or not checkpoint:
-        return nothing, [Violation((f"model.{FROM}",), f"must be a checkpoint or a run, found {checkpoint!r}")]
+        return placeholder, [Violation((f"model.{FROM}",), f"must be a checkpoint or a run, found {checkpoint!r}")]
     try:
         saved = read_config(resolve_checkpoint(checkpoint)).model.model_dump()
     except (UserError, OSError) as error:
-        return nothing, [Violation((f"model.{FROM}",), str(error))]
-    return merge_model(own, saved, checkpoint, allowed)
+        return placeholder, [Violation((f"model.{FROM}",), str(error))]
+    return merge_model(own_keys, saved, checkpoint, allowed)
 
 
 def read_config(source: Path | Mapping[str, Any] | None, overrides: Sequence[str], world_size: int) -> Config:
-    """Load the config, check it against the corpus and the world, and resolve. Raises one ConfigError with all errors.
+    """Load the config, check it against the corpus and the world size, and resolve it.
 
-    A schedule.decay_steps of 0 stays 0; `dist_llm/training/rate.py:plan_rate` derives it from the checkpoint.
+    Raises one ConfigError with all violations.
+
+    A schedule.decay_steps of null stays null. `learning_rate_plan.py:plan_learning_rate` derives the value from the
+    checkpoint.
     """
-    config, violations = load_config(source, overrides, read_model)
+    config, violations = load_config(source, overrides, read_model_section)
     if config is None:
         raise_violations(violations)
         raise AssertionError("no config and no violation")
     manifest: Manifest | None = None
-    for number, data_source in enumerate(list_sources(config.data)):
+    for source_index, data_source in enumerate(list_sources(config.data)):
         if not data_source.path:
             continue  # `check` reports the missing path
         try:
             manifest = Manifest.load(localize_corpus(data_source.path, config.data.cache))
         except DataError as error:
-            key = f"data.sources.{number}.path" if data_source.name else "data.path"
+            key = f"data.sources.{source_index}.path" if data_source.name else "data.path"
             violations.append(Violation((key,), str(error)))
-        # A violation that involves a key already known to be invalid would only repeat it.
-    wrong = {key for violation in violations for key in violation.keys}
-    size = manifest.vocab_size if manifest else 0
-    violations += [v for v in check(config, world_size, size) if wrong.isdisjoint(v.keys)]
+    # A violation of a rule across keys is left out if one of its keys is invalid anyway.
+    invalid_keys = {key for violation in violations for key in violation.keys}
+    corpus_vocab_size = manifest.vocab_size if manifest else 0
+    violations += [
+        violation
+        for violation in check(config, world_size, corpus_vocab_size)
+        if invalid_keys.isdisjoint(violation.keys)
+    ]
     raise_violations(violations)
-    return resolve_config(config, world_size, size).model_copy(update={"schedule": config.schedule})
+    return resolve_config(config, world_size, corpus_vocab_size).model_copy(update={"schedule": config.schedule})

@@ -1,4 +1,8 @@
-"""Take one optimizer step; this is the only place where losses are divided."""
+"""Take one optimizer step on a global batch.
+
+Losses are sums. They are divided once, by the number of valid tokens (targets that count) of the global batch. So the
+gradient does not depend on how the tokens are split into ranks and microbatches.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +19,13 @@ from dist_llm.objectives.batch import Batch
 
 @dataclass(frozen=True)
 class StepReport:
-    """The results of a step over the whole world. Tensors stay on the device until someone logs them."""
+    """The results of a step over all ranks. Tensors stay on the device until they are logged."""
 
     loss: Tensor  # mean over valid tokens, in nats
     grad_norm: Tensor  # before clipping
-    scored: Tensor
-    by_source: Tensor | None = None  # [2, sources]: each source's share of the loss, and its number of valid tokens
-    terms: Tensor | None = None  # [2]: mean cross-entropy and mean z-loss over valid tokens
+    num_valid_tokens: Tensor  # of the global batch
+    by_source: Tensor | None = None  # [2, num_sources]: share of the loss, and number of valid tokens, per data source
+    loss_terms: Tensor | None = None  # [2]: mean cross-entropy and mean z-loss over valid tokens
 
 
 def train_step(
@@ -29,55 +33,56 @@ def train_step(
     batches: Sequence[Batch],
     lr: float,
     step: int = 0,
-    sources: int = 1,
+    num_sources: int = 1,
     should_apply: Callable[[Tensor, Tensor], bool] | None = None,
-    with_terms: bool = False,
+    with_loss_terms: bool = False,
 ) -> StepReport:
-    """Take one optimizer step; each batch is one microbatch of this data rank. `step` seeds dropout.
+    """Take one optimizer step. Each of `batches` is one microbatch of this data-parallel rank.
 
-    `with_terms`: also report the terms of a loss with label smoothing or z-loss.
-    `accept(loss, grad_norm)`: if it returns False, weights and moments stay unchanged.
-
-    Losses are sums, divided once by the number of valid tokens of the whole world, so the gradient does not depend on
-    how the tokens are split into ranks and microbatches.
+    `step` seeds dropout. `num_sources`: if above 1, report the loss of each data source. `should_apply(loss,
+    grad_norm)`: if it returns False, weights and moments stay unchanged. `with_loss_terms`: also report the terms of a
+    loss with label smoothing or z-loss.
     """
     batches = [engine.to_local_batch(batch) for batch in batches]
-    scored = engine.all_reduce_over_data(sum(batch.num_valid_tokens for batch in batches))
-    losses = engine.accumulate(batches, scored, step)
+    num_valid_tokens = engine.all_reduce_over_data(sum(batch.num_valid_tokens for batch in batches))
+    losses = engine.accumulate(batches, num_valid_tokens, step)
     by_source = None
-    if sources > 1:
-        by_source = engine.all_reduce_over_data(_by_source(batches, losses, sources))
-    terms = _terms(engine, len(batches), losses)
-    if with_terms:
-        terms = engine.all_reduce_over_data(terms) / scored.clamp(min=1)
+    if num_sources > 1:
+        by_source = engine.all_reduce_over_data(_sum_by_source(batches, losses, num_sources))
+    loss_terms = _pop_loss_terms(engine, len(batches), losses)
+    if with_loss_terms:
+        loss_terms = engine.all_reduce_over_data(loss_terms) / num_valid_tokens.clamp(min=1)
     loss = engine.all_reduce_over_data(losses.sum())
     norm = engine.update(lr, None if should_apply is None else partial(should_apply, loss))
-    return StepReport(loss, norm, scored, by_source, terms if with_terms else None)
+    return StepReport(loss, norm, num_valid_tokens, by_source, loss_terms if with_loss_terms else None)
 
 
-def _terms(engine: Engine, microbatches: int, losses: Tensor) -> Tensor:
-    """Return this rank's sums of cross-entropy and z-loss, [2]; zeros without a head or with a plain loss."""
+def _pop_loss_terms(engine: Engine, num_microbatches: int, losses: Tensor) -> Tensor:
+    """Return the sums of cross-entropy and z-loss of this rank, [2], which the loss collected in this step.
+
+    The sums are zeros on a rank without a head, and for a loss without label smoothing and z-loss.
+    """
     sums = losses.new_zeros(2)
-    for part in engine.model_parts:
-        collected = None if part.head is None else part.head.terms
-        if collected is not None and (sums_of_part := collected.pop_latest(microbatches)) is not None:
-            sums = sums + sums_of_part
+    for model_part in engine.model_parts:
+        collected = None if model_part.head is None else model_part.head.terms
+        if collected is not None and (part_sums := collected.pop_latest(num_microbatches)) is not None:
+            sums = sums + part_sums
     return sums
 
 
-def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor:
-    """Return this rank's contribution to [2, sources]: loss and number of valid tokens by source."""
-    owners = torch.cat([batch.source_ids_B for batch in batches if batch.source_ids_B is not None])
+def _sum_by_source(batches: Sequence[Batch], losses: Tensor, num_sources: int) -> Tensor:
+    """Sum the losses and the valid tokens of this rank by data source, [2, num_sources]."""
+    source_ids = torch.cat([batch.source_ids_B for batch in batches if batch.source_ids_B is not None])
     counts = torch.cat([(batch.targets_BS != IGNORE).sum(-1) for batch in batches])
-    rows = torch.stack((losses, counts.to(losses)))
-    return rows.new_zeros(2, sources).index_add_(1, owners, rows)
+    values = torch.stack((losses, counts.to(losses)))  # [2, sequences]
+    return values.new_zeros(2, num_sources).index_add_(1, source_ids, values)
 
 
-def terms_of(report: StepReport, config: LossConfig) -> dict[str, Tensor]:
-    """Return the terms of a regularized loss by metric name; {} for a plain loss."""
-    if report.terms is None:
+def name_loss_terms(report: StepReport, config: LossConfig) -> dict[str, Tensor]:
+    """Return the terms of a regularized loss by metric name; {} for a loss without regularization."""
+    if report.loss_terms is None:
         return {}
-    cross_entropy, z_loss = report.terms
+    cross_entropy, z_loss = report.loss_terms
     terms = {"cross_entropy": cross_entropy}
     if config.label_smoothing:
         terms["label_smoothing"] = report.loss - cross_entropy - z_loss

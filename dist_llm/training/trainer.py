@@ -1,4 +1,4 @@
-"""The training loop: steps, with evaluation, checkpoints and metrics at their intervals."""
+"""The training loop: optimizer steps, with metrics, evaluation and checkpoints at their intervals."""
 
 import logging
 import time
@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from signal import Signals
 
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import GuardState, Progress
 from dist_llm.checkpoint.flat_shard import local_chunks
-from dist_llm.checkpoint.folder import Folder
 from dist_llm.checkpoint.probe import PROBE
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.lengths import inputs_len, sample_tokens
@@ -29,30 +29,31 @@ from dist_llm.launch.world import World
 from dist_llm.objectives.build_objective import Objective
 from dist_llm.observe.console import ProgressLine
 from dist_llm.observe.flops import CONVENTION, flops_per_sample, peak_flops
-from dist_llm.observe.metrics import MetricsFile, Recorder, Row, StepMetrics
+from dist_llm.observe.metrics import MetricsFile, MetricsRecorder, MetricsRow, StepMetrics
 from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.parallel.replica_check import find_mismatches
 from dist_llm.text.tokenizer import Tokenizer
-from dist_llm.training.evaluate import Heldout, evaluate
+from dist_llm.training.evaluate import HeldoutData, evaluate
 from dist_llm.training.gc_control import GCControl
 from dist_llm.training.guard import Guard
-from dist_llm.training.replay import replay
+from dist_llm.training.replay import replay_step
 from dist_llm.training.resume import EarlierSteps, load_run, start_from_weights
 from dist_llm.training.sample_audit import SampleAudit
-from dist_llm.training.step import terms_of, train_step
+from dist_llm.training.step import name_loss_terms, train_step
 from dist_llm.training.stragglers import StragglerMonitor
 
 log = logging.getLogger("dist_llm")
 
-SLOW_FACTOR = 30  # watchdog timeout of an evaluation or a checkpoint, in units of that of a step
+SLOW_FACTOR = 30  # watchdog timeout of an evaluation or a checkpoint, in units of the timeout of a step
 
 
 class Trainer:
-    """Trains on this rank from `start`: a checkpoint to resume (Folder), initial weights (Path), or None.
+    """Trains the model of `engine` on this rank.
 
-    `files` are stored in each checkpoint. `guard_state`: after a rewind, anomalies that the checkpoint lacks.
-    The caller opens and closes `watchdog`, because a rank can also hang before the first step and after the last.
+    `start` is a checkpoint to resume (CheckpointFolder), a checkpoint with initial weights (Path), or None. The small
+    `files` are stored in each checkpoint. After a rewind, `guard_state` has the anomalies since the checkpoint. The
+    caller opens and closes `watchdog`, because a rank can also hang before the first step and after the last.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Trainer:
         engine: Engine,
         loader: Loader,
         store: CheckpointStore,
-        start: Folder | Path | None,
+        start: CheckpointFolder | Path | None,
         files: Mapping[str, bytes],
         guard_state: GuardState | None = None,
         watchdog: Watchdog | None = None,
@@ -70,44 +71,44 @@ class Trainer:
         self.config, self.world, self.engine, self.loader = config, world, engine, loader
         self.watchdog = watchdog or Watchdog(world, 0.0)
         self.store, self.files = store, files
-        self.directory = Path(config.run.dir)
+        self.run_dir = Path(config.run.dir)
         self.progress = self._resume(start)
         if guard_state is not None:
             self.progress.guard = replace(guard_state, losses=self.progress.guard.losses)
         self.stragglers = StragglerMonitor(world, engine, config.log.stragglers_seconds)
-        self.guard = Guard(config.guard, self.progress.guard, engine, self.directory)
-        self.sample_tokens = sample_tokens(config)
+        self.guard = Guard(config.guard, self.progress.guard, engine, self.run_dir)
+        self.tokens_per_sample = sample_tokens(config)
         num_samples = (config.run.steps - self.progress.step) * config.data.global_batch
-        end = loader.plan.advance(self.progress.samples, num_samples)
-        self.repetitions = find_repetitions(loader.plan, self.progress.samples, end)
-        self.heldout = self._open_heldout(loader.objective)
-        self.audit = SampleAudit(engine, loader, config.data.audit_every)
+        end_sample = loader.plan.advance(self.progress.samples, num_samples)
+        self.repetitions = find_repetitions(loader.plan, self.progress.samples, end_sample)
+        self.heldout_data = self._open_heldout(loader.objective)
+        self.sample_audit = SampleAudit(engine, loader, config.data.audit_every)
         parallel = config.parallel
-        self.can_sample = parallel.pp == parallel.tp == parallel.cp == 1 and config.model.architecture != "encoder"
-        if config.eval.sample_prompt and not self.can_sample:
+        self.can_generate = parallel.pp == parallel.tp == parallel.cp == 1 and config.model.architecture != "encoder"
+        if config.eval.sample_prompt and not self.can_generate:
             log.info("eval.sample_prompt has no effect: an encoder, and a model under pp, tp or cp, cannot sample")
-        self.sinks = ExitStack()
-        resumed = isinstance(start, Folder) and guard_state is None and world.is_main
-        self.earlier_steps = (
-            EarlierSteps.read(self.directory, self.progress.step, config) if resumed else EarlierSteps({})
-        )
+        self.open_sinks = ExitStack()
+        if isinstance(start, CheckpointFolder) and guard_state is None and world.is_main:
+            self.earlier_steps = EarlierSteps.read(self.run_dir, self.progress.step, config)
+        else:
+            self.earlier_steps = EarlierSteps({})
         self.recorder = self._build_recorder()
 
     def run(self, signals: StopSignals) -> int:
-        """Train to run.steps; evaluate and save at their intervals and at the end.
+        """Train to run.steps. Evaluate and save at the intervals of the config, and at the end.
 
-        Returns 0, or the signal after which the run was saved and stopped. Raises RewindError if the run has to rewind.
+        Return 0, or the stop signal after which the run was saved. Raises RewindError if the run has to rewind.
         """
         config, stop_signal = self.config, signals.agreed_signal()
         first_step = self.progress.step
         self.recorder.restart_clock(self.progress.tokens)
-        with self.sinks, self.stragglers, GCControl() as gc_control:
-            if self.progress.step == 0 and self.guard.rewinds:
+        with self.open_sinks, self.stragglers, GCControl() as gc_control:
+            if self.progress.step == 0 and self.guard.can_rewind:
                 self.save()  # a checkpoint to rewind to
             while self.progress.step < config.run.steps and not stop_signal:
                 self.watchdog.heartbeat(f"step {self.progress.step + 1}")
                 signals.start_sync()
-                self.step()
+                self.take_step()
                 self.store.poll()
                 step = self.progress.step
                 if stop_signal := signals.agreed_signal():
@@ -115,24 +116,26 @@ class Trainer:
                         "%s: saving a checkpoint, then stopping; a second signal stops at once",
                         Signals(stop_signal).name,
                     )
-                last = step == config.run.steps
-                if step % config.log.every == 0 or last:
+                is_last = step == config.run.steps
+                if step % config.log.every == 0 or is_last:
                     self.flush_metrics()
                     gc_control.collect()
-                evaluates = last or (config.eval.every and step % config.eval.every == 0 and not stop_signal)
-                saves = last or stop_signal or (config.checkpoint.every and step % config.checkpoint.every == 0)
-                if evaluates:
+                should_evaluate = is_last or (config.eval.every and step % config.eval.every == 0 and not stop_signal)
+                should_save = (
+                    is_last or stop_signal or (config.checkpoint.every and step % config.checkpoint.every == 0)
+                )
+                if should_evaluate:
                     self.evaluate()
-                if saves:
+                if should_save:
                     self.watchdog.heartbeat(f"the checkpoint of step {step}", SLOW_FACTOR)
                     self.save()
-                if evaluates or saves:
+                if should_evaluate or should_save:
                     gc_control.collect(full=True)
             self.watchdog.heartbeat("writing the last checkpoint", SLOW_FACTOR)
             self.store.finish()
         if stop_signal:
-            name = Signals(stop_signal).name
-            log.info("stopped by %s after step %d, saved; start again to continue", name, self.progress.step)
+            signal_name = Signals(stop_signal).name
+            log.info("stopped by %s after step %d, saved; start again to continue", signal_name, self.progress.step)
             return stop_signal
         if first_step >= config.run.steps:
             log.info(
@@ -140,31 +143,48 @@ class Trainer:
                 *(first_step, config.run.steps),
             )
         log.info("done: %d steps, checkpoint in %s", self.progress.step, self.store.directory)
-        log.info("watch the curves: tensorboard --logdir %s", self.directory / "tensorboard")
+        log.info("watch the curves: tensorboard --logdir %s", self.run_dir / "tensorboard")
         return 0
 
-    def step(self) -> None:
+    def take_step(self) -> None:
         """Take one optimizer step on the next global batch."""
         config, progress = self.config, self.progress
-        start = time.perf_counter()
+        load_start = time.perf_counter()
         batches = self.loader.load_batches(progress.samples)
-        data_seconds = time.perf_counter() - start
+        data_wait_seconds = time.perf_counter() - load_start
         lr = learning_rate(config.optim, config.schedule, progress.step + 1)
-        self.audit.add(progress.samples, batches)
+        self.sample_audit.add(progress.samples, batches)
         if (interval := config.guard.replay_every) and (progress.step + 1) % interval == 0:
-            differences = replay(self.engine, self.loader, progress.samples, progress.step, config.precision)
+            differences = replay_step(self.engine, self.loader, progress.samples, progress.step, config.precision)
             self.guard.report_divergence(progress.step + 1, differences)
-        should_apply = partial(self.guard.should_apply, progress.step + 1) if self.guard.skips else None
-        sources, regularised = len(self.loader.plan.sources), config.loss != LossConfig()
-        report = train_step(self.engine, batches, lr, progress.step, sources, should_apply, regularised)
+        should_apply = partial(self.guard.should_apply, progress.step + 1) if self.guard.can_skip else None
+        report = train_step(
+            self.engine,
+            batches,
+            lr,
+            step=progress.step,
+            num_sources=len(self.loader.plan.sources),
+            should_apply=should_apply,
+            with_loss_terms=config.loss != LossConfig(),
+        )
         progress.step += 1
         progress.heldout_loss = None
         progress.samples = self.loader.advance(progress.samples)
-        progress.tokens += config.data.global_batch * self.sample_tokens
+        progress.tokens += config.data.global_batch * self.tokens_per_sample
         while self.repetitions and self.repetitions[0].sample <= progress.samples:
             log.info("%s", self.repetitions.pop(0))
-        values = progress.step, report.loss, report.grad_norm, report.scored, lr, progress.tokens, data_seconds
-        self.recorder.add(StepMetrics(*values, report.by_source, terms_of(report, config.loss)))
+        step_metrics = StepMetrics(
+            step=progress.step,
+            loss=report.loss,
+            grad_norm=report.grad_norm,
+            num_valid_tokens=report.num_valid_tokens,
+            lr=lr,
+            tokens=progress.tokens,
+            data_wait_seconds=data_wait_seconds,
+            by_source=report.by_source,
+            loss_terms=name_loss_terms(report, config.loss),
+        )
+        self.recorder.add(step_metrics)
         if (interval := config.guard.digest_every) and progress.step % interval == 0:
             self.compare_replicas()
 
@@ -176,17 +196,18 @@ class Trainer:
     def flush_metrics(self) -> None:
         """Write the metrics so far. Raises DivergedError or RewindError on all ranks if a step has an anomaly."""
         rows = self.recorder.flush()
-        if events := self.guard.check_metrics(rows) + self.stragglers.report(rows) + self.earlier_steps.compare(rows):
+        events = self.guard.check_metrics(rows) + self.stragglers.report(rows) + self.earlier_steps.compare(rows)
+        if events:
             self.recorder.emit(events)
 
     def evaluate(self) -> None:
         """Log the held-out loss and a generated sample."""
-        if self.heldout is None:
+        if self.heldout_data is None:
             return
         self.flush_metrics()
-        result = evaluate(self.engine, self.heldout, lambda: self.watchdog.heartbeat("an evaluation", SLOW_FACTOR))
+        result = evaluate(self.engine, self.heldout_data, lambda: self.watchdog.heartbeat("an evaluation", SLOW_FACTOR))
         self.progress.heldout_loss = result.loss
-        row: Row = {
+        row: MetricsRow = {
             "step": self.progress.step,
             "heldout_loss": result.loss,
             "heldout_perplexity": result.perplexity,
@@ -194,16 +215,16 @@ class Trainer:
         if result.bits_per_byte is not None:
             row["heldout_bits_per_byte"] = result.bits_per_byte
         row |= {f"heldout_loss_{name}": loss for name, loss in result.breakdown.items()}
-        if self.config.eval.sample_prompt and self.can_sample:
-            row["sample"] = self.sample()
+        if self.config.eval.sample_prompt and self.can_generate:
+            row["sample"] = self.generate_sample()
         self.recorder.emit([row])
         self.recorder.restart_clock(self.progress.tokens)
 
-    def sample(self) -> str:
-        """Generate text from the current weights. Call it on all ranks: the model may be sharded."""
+    def generate_sample(self) -> str:
+        """Generate text from the current weights. Every rank must call this, because the model may be sharded."""
         config = self.config
         tokenizer = Tokenizer.load(self.loader.plan.sources[0].corpus.directory)
-        sampling = Sampling(config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.run.seed)
+        sampling = Sampling(max_tokens=config.eval.sample_tokens, temperature=0.8, top_p=0.95, seed=config.run.seed)
         (model,) = self.engine.model_parts
         model.eval()
         request = encode_prompt(config, tokenizer, config.eval.sample_prompt)
@@ -211,20 +232,21 @@ class Trainer:
         return config.eval.sample_prompt + "".join(chunks)
 
     def save(self) -> None:
-        """Start to write a checkpoint of this step. Metrics up to this step are written first."""
+        """Write the metrics, check the weights, and start to write a checkpoint of this step."""
         self.flush_metrics()
-        self.audit.check()
+        self.sample_audit.check()
         if self.config.guard.digest_every:
             self.compare_replicas()
         chunks = (chunk for weight in self.engine.state.weights().values() for _, chunk in local_chunks(weight))
-        self.guard.check_weights_finite(self.progress.step, all(bool(chunk.isfinite().all()) for chunk in chunks))
+        finite = all(bool(chunk.isfinite().all()) for chunk in chunks)
+        self.guard.check_weights_finite(self.progress.step, finite)
         self.progress.loss_scale = self.engine.loss_scale
         self.progress.source_tokens = self.recorder.source_tokens
         files = {**self.files, PROBE: measure_probe(self.engine, self.config).dump()}
         self.store.save(self.engine.state, self.progress, files)
         self.recorder.restart_clock(self.progress.tokens)
 
-    def _resume(self, start: Folder | Path | None) -> Progress:
+    def _resume(self, start: CheckpointFolder | Path | None) -> Progress:
         if start is None:
             return Progress()
         if isinstance(start, Path):
@@ -234,38 +256,49 @@ class Trainer:
         log.info("resumed from %s", start)
         return progress
 
-    def _open_heldout(self, objective: Objective) -> Heldout | None:
-        """Return the held-out text of the sources that have enough of it."""
+    def _open_heldout(self, objective: Objective) -> HeldoutData | None:
+        """Open the held-out text of each data source that has enough of it. Return None if no source has."""
         data, corpora = self.config.data, {}
         for source in self.loader.plan.sources:
             corpus = Corpus(source.corpus.directory, "heldout", data.verify, data.cache)
             try:
-                Heldout({source.name: corpus}, objective, data.micro_batch).check()
+                HeldoutData({source.name: corpus}, objective, data.micro_batch).check()
             except DataError as error:
                 log.info("no evaluation: %s", error)
             else:
                 corpora[source.name] = corpus
-        limit = self.config.eval.windows
-        return Heldout(corpora, objective, data.micro_batch, limit, data.score_prompts) if corpora else None
+        if not corpora:
+            return None
+        return HeldoutData(
+            corpora,
+            objective,
+            data.micro_batch,
+            max_windows=self.config.eval.windows,
+            score_prompts=data.score_prompts,
+        )
 
-    def _build_recorder(self) -> Recorder:
+    def _build_recorder(self) -> MetricsRecorder:
         config, step = self.config, self.progress.step
         device = self.engine.device
-        peak, source = peak_flops(device, config.precision)
+        peak, peak_origin = peak_flops(device, config.precision)
         if config.log.peak_tflops:
-            peak, source = config.log.peak_tflops * 1e12, "log.peak_tflops"
-        per_token = (
-            flops_per_sample(config.model, inputs_len(config), self.loader.objective.encoder_len) / self.sample_tokens
-        )
-        log.info("MFU: %s; %.3f TFLOP/s per device, %s", CONVENTION, peak / 1e12, source)
+            peak, peak_origin = config.log.peak_tflops * 1e12, "log.peak_tflops"
+        sample_flops = flops_per_sample(config.model, inputs_len(config), self.loader.objective.encoder_len)
+        log.info("MFU: %s; %.3f TFLOP/s per device, %s", CONVENTION, peak / 1e12, peak_origin)
         sinks: list[MetricsFile | TensorBoard | ProgressLine] = []
         if self.world.is_main:
-            sinks.append(MetricsFile(self.directory / "metrics.jsonl", step))
+            sinks.append(MetricsFile(self.run_dir / "metrics.jsonl", step))
             if config.log.tensorboard:
-                sinks.append(TensorBoard(self.directory / "tensorboard", step))
+                sinks.append(TensorBoard(self.run_dir / "tensorboard", step))
             sinks.append(ProgressLine(config.run.steps, step))
         for sink in sinks:
-            self.sinks.callback(sink.close)
-        names = [source.name for source in self.loader.plan.sources if source.name]
-        tokens = {name: self.progress.source_tokens.get(name, 0) for name in names}
-        return Recorder(sinks, per_token, peak * self.world.size, device, tokens if len(tokens) > 1 else None)
+            self.open_sinks.callback(sink.close)
+        source_names = [source.name for source in self.loader.plan.sources if source.name]
+        source_tokens = {name: self.progress.source_tokens.get(name, 0) for name in source_names}
+        return MetricsRecorder(
+            sinks,
+            flops_per_token=sample_flops / self.tokens_per_sample,
+            peak_flops=peak * self.world.world_size,
+            device=device,
+            source_tokens=source_tokens if len(source_tokens) > 1 else None,
+        )

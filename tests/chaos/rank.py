@@ -26,7 +26,7 @@ def nan_request(directory: Path, host: str) -> Path:
 
 def run() -> int:
     directory, paced, *arguments = sys.argv[1:]
-    request, step = nan_request(Path(directory), socket.gethostname()), Trainer.step
+    request, step = nan_request(Path(directory), socket.gethostname()), Trainer.take_step
 
     def step_with_fault(self: Trainer) -> None:
         if self.progress.step < int(paced):
@@ -37,7 +37,7 @@ def run() -> int:
             weight.view(-1)[0] = torch.nan
         step(self)
 
-    with patch.object(Trainer, "step", step_with_fault):
+    with patch.object(Trainer, "take_step", step_with_fault):
         return main(arguments)
 
 

@@ -19,8 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import filesystem
 
 from dist_llm.checkpoint import checkpoint_write, store
+from dist_llm.checkpoint.checkpoint_folder import WRITEBACK_BYTES, CheckpointFolder, FolderWriter, _HashingFileSystem
 from dist_llm.checkpoint.checkpoint_state import Progress
-from dist_llm.checkpoint.folder import WRITEBACK_BYTES, Folder, FolderWriter, _HashingFileSystem
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
@@ -52,9 +52,9 @@ def copy_state(engine: NativeEngine) -> dict[str, torch.Tensor]:
     }
 
 
-def load_state(folder: Folder | Path) -> dict[str, torch.Tensor]:
+def load_state(folder: CheckpointFolder | Path) -> dict[str, torch.Tensor]:
     engine = NativeEngine(CONFIG, CPU)
-    store.load(folder, engine.state)
+    store.load_checkpoint(folder, engine.state)
     return copy_state(engine)
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.compatibility import check_init_from, check_parameters, check_resume
-from dist_llm.checkpoint.folder import Folder
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
 from dist_llm.errors import CheckpointError
@@ -38,9 +38,9 @@ def write_config(directory: Path, model: dict[str, Any], **sections: Any) -> Pat
 def test_a_resume_refuses_another_function(case: str, tmp_path: Path) -> None:
     before, current, message = INCOMPATIBLE[case]
     path = write_config(tmp_path, before)
-    check_resume(Folder(path), make_config(1, before))
+    check_resume(CheckpointFolder(path), make_config(1, before))
     with pytest.raises(CheckpointError, match=f"(?s)cannot resume.*model.{message}.*Set these keys"):
-        check_resume(Folder(path), make_config(1, current))
+        check_resume(CheckpointFolder(path), make_config(1, current))
 
 
 @pytest.mark.parametrize("case", INCOMPATIBLE)
@@ -77,7 +77,7 @@ def test_another_objective_needs_a_request(tmp_path: Path) -> None:
 
 def test_harmless_differences_are_allowed_and_reported(tmp_path: Path) -> None:
     path = write_config(tmp_path, {})
-    differences = check_resume(Folder(path), make_config(1, {"dropout": 0.1, "init_std": 0.1}))
+    differences = check_resume(CheckpointFolder(path), make_config(1, {"dropout": 0.1, "init_std": 0.1}))
     assert [str(difference) for difference in differences] == [
         "model.dropout: 0.0 in the checkpoint, 0.1 in this config",
         "model.init_std: 0.02 in the checkpoint, 0.1 in this config",
@@ -88,7 +88,7 @@ def test_an_invalid_config_is_reported(tmp_path: Path) -> None:
     path = write_config(tmp_path, {})
     (path / "config.yaml").write_text((path / "config.yaml").read_text() + "later_key: 1\n", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"config.yaml: later_key: unknown key.*use that version"):
-        check_resume(Folder(path), make_config(1, {}))
+        check_resume(CheckpointFolder(path), make_config(1, {}))
 
 
 @pytest.mark.parametrize(("before", "current"), [(QWEN2, {}), ({}, QWEN3), ({"n_layers": 5}, {})])

@@ -85,7 +85,7 @@ def save_flat_state(directory: Path, background: bool) -> None:
 
 def load_flat_state(directory: Path) -> bool:
     shards = FlatState(fill=False)
-    store.load(directory, shards, moments=False)
+    store.load_checkpoint(directory, shards, with_moments=False)
     return torch.equal(shards.flat, FlatState(fill=True).flat)
 
 
@@ -93,8 +93,8 @@ def load_flat_state(directory: Path) -> bool:
 def test_three_ranks_write_and_two_ranks_or_one_read(background: bool, tmp_path: Path) -> None:
     world(3).run(save_flat_state, tmp_path, background)
     newest = CheckpointStore(tmp_path).list_committed()[-1]
-    assert newest.local is not None
-    assert all(world(2).run(load_flat_state, newest.local))
+    assert newest.local_path is not None
+    assert all(world(2).run(load_flat_state, newest.local_path))
     full = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     store.read_tensors(newest, dict(full))
     for name, value in make_tensors().items():

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dist_llm.checkpoint import store
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
-from dist_llm.checkpoint.folder import Folder
-from dist_llm.checkpoint.manifest import MANIFEST, MARKER, read_manifest, verify
+from dist_llm.checkpoint.manifest import MANIFEST, MARKER, read_manifest, verify_checkpoint
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
@@ -66,7 +66,7 @@ def test_flipped_bit_anywhere_is_detected(two_checkpoints: Path, tmp_path: Path,
     for number in range(draws):
         copy = Path(shutil.copytree(two_checkpoints, tmp_path / str(number)))
         flip_random_bit(copy / "step_00000002", random.Random(number))
-        assert CheckpointStore(copy).latest_verified() == Folder(copy / "step_00000001"), number
+        assert CheckpointStore(copy).latest_verified() == CheckpointFolder(copy / "step_00000001"), number
 
 
 def test_flipped_bit_in_each_file_is_detected(two_checkpoints: Path, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_flipped_bit_in_each_file_is_detected(two_checkpoints: Path, tmp_path: P
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-        assert CheckpointStore(copy).latest_verified() == Folder(copy / "step_00000001"), name
+        assert CheckpointStore(copy).latest_verified() == CheckpointFolder(copy / "step_00000001"), name
         with pytest.raises(CheckpointError, match="damaged"):
             store.open_checkpoint(copy / "step_00000002")
 
@@ -99,9 +99,9 @@ def test_a_checkpoint_of_format_1_is_verified(two_copies: Path) -> None:
     )
     (newest / MANIFEST).write_text(manifest)
     (newest / MARKER).write_text(hashlib.sha256(manifest.encode()).hexdigest())
-    assert CheckpointStore(two_copies).latest_verified() == Folder(newest)
+    assert CheckpointStore(two_copies).latest_verified() == CheckpointFolder(newest)
     flip_random_bit(newest, random.Random(0))
-    assert CheckpointStore(two_copies).latest_verified() == Folder(two_copies / "step_00000001")
+    assert CheckpointStore(two_copies).latest_verified() == CheckpointFolder(two_copies / "step_00000001")
 
 
 def truncate(path: Path) -> None:
@@ -120,17 +120,17 @@ def truncate(path: Path) -> None:
 def test_missing_or_truncated_file_is_reported(two_copies: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(two_copies / "step_00000002")
     with pytest.raises(CheckpointError, match=message):
-        verify(Folder(two_copies / "step_00000002"))
-    assert CheckpointStore(two_copies).latest_verified() == Folder(two_copies / "step_00000001")
+        verify_checkpoint(CheckpointFolder(two_copies / "step_00000002"))
+    assert CheckpointStore(two_copies).latest_verified() == CheckpointFolder(two_copies / "step_00000001")
 
 
 def test_unreadable_file_is_not_reported_as_damaged(two_copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A start from the checkpoint before it would later overwrite the newer one."""
 
-    def raise_permission_error(folder: Folder, name: str, like: str) -> str:
+    def raise_permission_error(folder: CheckpointFolder, name: str, like: str) -> str:
         raise PermissionError(13, "Permission denied", f"{folder}/{name}")
 
-    monkeypatch.setattr(Folder, "compute_hash", raise_permission_error)
+    monkeypatch.setattr(CheckpointFolder, "compute_hash", raise_permission_error)
     with pytest.raises(CheckpointError, match=r"step_00000002: cannot be read: .*Permission denied"):
         CheckpointStore(two_copies).latest_verified()
 
@@ -159,7 +159,7 @@ def latest_verified_name(directory: Path) -> str:
 
 def test_ranks_split_verification_and_agree(two_copies: Path) -> None:
     """All ranks treat a file as damaged that only one rank verifies."""
-    names = list(read_manifest(Folder(two_copies / "step_00000002")))
+    names = list(read_manifest(CheckpointFolder(two_copies / "step_00000002")))
     assert world(2).run(latest_verified_name, two_copies) == ["step_00000002"] * 2
     for name in (names[0], names[1]):
         file = two_copies / "step_00000002" / name
@@ -186,7 +186,7 @@ def test_a_damaged_later_checkpoint_does_not_replace_a_new_one(two_copies: Path,
     truncate(two_copies / "step_00000009" / "progress.json")
     checkpoints = CheckpointStore(two_copies, CheckpointConfig(keep=1))
     save_checkpoint(checkpoints, build_engine(), Progress(3), FILES)
-    assert checkpoints.latest_verified() == Folder(two_copies / "step_00000003")
+    assert checkpoints.latest_verified() == CheckpointFolder(two_copies / "step_00000003")
     with pytest.raises(CheckpointError, match=r"step_00000009: damaged: .*; another: .*step_00000003"):
         store.open_checkpoint(make_run(two_copies, tmp_path))
 
@@ -224,4 +224,4 @@ def test_an_invalid_manifest_is_refused(manifest: bytes, message: str, tmp_path:
     (tmp_path / MANIFEST).write_bytes(manifest)
     (tmp_path / MARKER).write_text(hashlib.sha256(manifest).hexdigest())
     with pytest.raises(CheckpointError, match=message):
-        read_manifest(Folder(tmp_path))
+        read_manifest(CheckpointFolder(tmp_path))

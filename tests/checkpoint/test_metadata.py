@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.metadata import Metadata
 
-from dist_llm.checkpoint.folder import METADATA, Folder, FolderReader, FolderWriter
+from dist_llm.checkpoint.checkpoint_folder import METADATA, CheckpointFolder, FolderReader, FolderWriter
 from dist_llm.checkpoint.metadata import load_metadata
 from dist_llm.errors import CheckpointError
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(7)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about the missing process group
-        state_dict_saver.save(state, storage_writer=FolderWriter(Folder(path)), no_dist=True)
+        state_dict_saver.save(state, storage_writer=FolderWriter(CheckpointFolder(path)), no_dist=True)
     return path
 
 
@@ -51,7 +51,7 @@ def test_loading_runs_nothing(folder: Path, tmp_path: Path) -> None:
     malicious.mkdir()
     (malicious / METADATA).write_bytes(pickle.dumps(Command(tmp_path / "ran")))
     with pytest.raises(CheckpointError, match=r"malicious/\.metadata: would run \w+\.system when it is loaded"):
-        FolderReader(Folder(malicious)).read_metadata()
+        FolderReader(CheckpointFolder(malicious)).read_metadata()
     assert not (tmp_path / "ran").exists()
     pickle.loads((malicious / METADATA).read_bytes())
     assert (tmp_path / "ran").exists(), "the usual way of loading runs the command"

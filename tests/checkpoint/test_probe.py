@@ -10,7 +10,7 @@ import torch
 
 from dist_llm.checkpoint.probe import Probe, compare_probes, parse_probe, probe_batch, select_logits
 from dist_llm.config.schema import Config
-from dist_llm.convert.stream_probe import stream_probe
+from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import DictWeights
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
@@ -45,7 +45,7 @@ def measure_twice(config: Config) -> Probe:
 
 def measure_streamed(engine: NativeEngine, dtype: str = "fp32", **changes: Any) -> Probe:
     weights = DictWeights(engine.state.weights())
-    return stream_probe(weights, engine.config.model.model_copy(update=changes), dtype)
+    return compute_probe_layerwise(weights, engine.config.model.model_copy(update=changes), dtype)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -122,7 +122,7 @@ def test_one_changed_parameter_is_refused() -> None:
     for name, tensor in weights.items():
         changed = DictWeights(weights | {name: tensor * 2})
         with pytest.raises(CheckpointError, match="the weights do not compute"):
-            compare_probes(expected, stream_probe(changed, config), name)
+            compare_probes(expected, compute_probe_layerwise(changed, config), name)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

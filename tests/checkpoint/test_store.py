@@ -44,7 +44,7 @@ def save_in_world(config: Config, directory: Path) -> dict[str, torch.Tensor]:
 
 def load_in_world(config: Config, path: Path) -> dict[str, torch.Tensor]:
     engine = NativeEngine(config, CPU)
-    store.load(path, engine.state)
+    store.load_checkpoint(path, engine.state)
     return copy_state(engine)
 
 
@@ -55,7 +55,7 @@ def test_load_restores_what_save_wrote(tmp_path: Path) -> None:
     path = save_checkpoint(CheckpointStore(tmp_path), engine, progress, FILES)
 
     fresh = NativeEngine(config, CPU)
-    assert store.load(path, fresh.state) == progress
+    assert store.load_checkpoint(path, fresh.state) == progress
     for name, value in copy_state(engine).items():
         assert torch.equal(copy_state(fresh)[name], value), name
     assert (path / "config.yaml").read_bytes() == FILES["config.yaml"]
@@ -65,7 +65,7 @@ def test_optimizer_settings_come_from_the_config(tmp_path: Path) -> None:
     engine = build_trained_engine(make_config(1, {}, optim=ADAMW))
     path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(2), FILES)
     other = NativeEngine(make_config(1, {}, optim=ADAMW | {"weight_decay": 0.3, "beta2": 0.9}), CPU)
-    store.load(path, other.state)
+    store.load_checkpoint(path, other.state)
     assert other.optimizer.param_groups[0]["weight_decay"] == 0.3
     assert other.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
 
@@ -93,7 +93,7 @@ def train_with_and_without_stop(
     engine = build_trained_engine(config)
     path = save_checkpoint(CheckpointStore(directory), engine, Progress(step=2), FILES)
     resumed = NativeEngine(config, CPU)
-    store.load(path, resumed.state)
+    store.load_checkpoint(path, resumed.state)
     for trained in (engine, resumed):
         for step in (2, 3):
             train_step(trained, make_batches(config, trained, step), 1e-3, step)
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, model: dict[st
     engine = build_trained_engine(make_config(1, {}, optim=ADAMW), 1)
     path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(1), FILES)
     with pytest.raises(CheckpointError, match=message):
-        store.load(path, NativeEngine(make_config(1, model, optim=ADAMW), CPU).state, moments=False)
+        store.load_checkpoint(path, NativeEngine(make_config(1, model, optim=ADAMW), CPU).state, with_moments=False)
 
 
 LAYOUTS = [
@@ -195,7 +195,7 @@ def test_a_checkpoint_of_any_layout_loads_into_one_process(layout: Layout, tmp_p
     for rank_state in world(layout.ranks).run(save_in_world, layout_config(layout), tmp_path):
         state |= rank_state
     engine = NativeEngine(make_config(1, MODELS["tied"], optim=ADAMW), CPU)
-    assert store.load(CheckpointStore(tmp_path).list_committed()[-1], engine.state).step == 2
+    assert store.load_checkpoint(CheckpointStore(tmp_path).list_committed()[-1], engine.state).step == 2
     actual = copy_state(engine)
     assert actual.keys() == state.keys()
     for name, value in actual.items():
@@ -219,7 +219,7 @@ def test_loading_step_0_clears_the_moments(tmp_path: Path) -> None:
     initial = {name: copy_full_tensor(parameter) for name, parameter in engine.named_parameters()}
     folder = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(), {})
     losses = [train_step(engine, make_batches(config, engine, step), 1e-2, step).loss for step in range(3)]
-    store.load(folder, engine.state)
+    store.load_checkpoint(folder, engine.state)
     assert engine.state.moments() == {}
     assert all(torch.equal(copy_full_tensor(parameter), initial[name]) for name, parameter in engine.named_parameters())
     assert [train_step(engine, make_batches(config, engine, step), 1e-2, step).loss for step in range(3)] == losses

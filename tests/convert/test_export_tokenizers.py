@@ -200,7 +200,7 @@ def test_ids_of_objectives_have_names(bpe, architecture, bos, tmp_path):
 
 def test_vocabulary_padding_has_no_tokens(bpe, tmp_path):
     size = {"d_model": 8, "n_layers": 1, "n_heads": 1}
-    export_tokenizer(bpe, tmp_path, ModelConfig(vocab_size=640, **size), extra=0)
+    export_tokenizer(bpe, tmp_path, ModelConfig(vocab_size=640, **size), num_extra_ids=0)
     assert (len(load(tmp_path)), load(tmp_path).mask_token) == (600, None)
     with pytest.raises(CheckpointError, match="vocab_size: 599, but"):
         export_tokenizer(bpe, tmp_path, ModelConfig(vocab_size=599, **size))
@@ -208,7 +208,7 @@ def test_vocabulary_padding_has_no_tokens(bpe, tmp_path):
 
 def test_a_reserved_name_in_use_is_replaced(bpe, tmp_path):
     with_mask = BPETokenizer("x", bpe.pattern, bpe.ranks, {ENDOFTEXT: 599, "<mask>": 600})
-    export_tokenizer(with_mask, tmp_path, extra=10)
+    export_tokenizer(with_mask, tmp_path, num_extra_ids=10)
     assert load(tmp_path).mask_token_id == with_mask.vocabulary().special_id("mask") == 602
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_llm.checkpoint import store
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import TorchState
-from dist_llm.checkpoint.folder import Folder
-from dist_llm.checkpoint.manifest import verify
+from dist_llm.checkpoint.manifest import verify_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.config.load import dump, load_config
 from dist_llm.config.model_section import ModelConfig
@@ -70,7 +70,7 @@ def test_import_then_export_gives_the_same_bits(
     assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours", "--check") == 0
     assert tool("to-hf", tmp_path / "ours", tmp_path / "again", "--family", family, "--check") == 0
     assert capsys.readouterr().out.count("logits differ by") == 2
-    verify(Folder(tmp_path / "ours"))
+    verify_checkpoint(CheckpointFolder(tmp_path / "ours"))
     before, after = read_tensors(tmp_path / "theirs"), read_tensors(tmp_path / "again")
     # Tensors that are always zero, or copies of another tensor, are not written.
     assert after.keys() <= before.keys()
@@ -365,7 +365,7 @@ def load_native_model(path: Path) -> tuple[Any, Config]:
     assert not violations
     assert config is not None
     model = build_model(config.model).eval()
-    store.load(path, TorchState(model), moments=False)
+    store.load_checkpoint(path, TorchState(model), with_moments=False)
     return model, config
 
 

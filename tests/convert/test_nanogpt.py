@@ -26,7 +26,7 @@ from dist_llm.models.build_model import build_model
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.export import export_bin
-from dist_llm.training.score import Windows, score
+from dist_llm.training.evaluate_checkpoint import EvaluationOptions, evaluate_checkpoint
 from tests.tools import command
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 257}
@@ -155,13 +155,13 @@ def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
 
     config = load_saved(tmp_path / "ours")
     native = build_model(config.model).eval()
-    store.load(tmp_path / "ours", TorchState(native), moments=False)
+    store.load_checkpoint(tmp_path / "ours", TorchState(native), with_moments=False)
     ids = torch.randint(257, (3, 16))
     with torch.no_grad():
         torch.testing.assert_close(native(ids), nanogpt_model(ids), rtol=1e-5, atol=1e-5)
 
     # The held-out loss of val.bin in the windows that nanoGPT would use.
-    result = score(str(tmp_path / "ours"), str(corpus), "heldout", Windows(), World())
+    result = evaluate_checkpoint(str(tmp_path / "ours"), str(corpus), "heldout", EvaluationOptions(), World())
     tokens = torch.from_numpy(written["val.bin"].astype(np.int64))
     losses = [
         F.cross_entropy(nanogpt_model(tokens[None, start : start + 16][:, : len(tokens) - 1 - start])[0],

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE, Probe, parse_probe
 from dist_llm.config.load import load_saved
-from dist_llm.convert.stream_probe import stream_probe
+from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import DictWeights
 from dist_llm.convert.write_weights import write_native
 from tests.convert.test_hf_convert import NATIVE_MODELS, tool, write_native_checkpoint
@@ -34,7 +34,7 @@ def write_checkpoint_with_probe(directory: Path, **changes: Any) -> Path:
     weights = NativeWeights(checkpoint)
     files = {entry.name: entry.read_bytes() for entry in checkpoint.iterdir() if entry.suffix in (".json", ".yaml")}
     tensors = DictWeights({name: weights.read(name) for name in weights.shapes})
-    files |= {PROBE: stream_probe(tensors, load_saved(checkpoint).model).dump()}
+    files |= {PROBE: compute_probe_layerwise(tensors, load_saved(checkpoint).model).dump()}
     del files["manifest.json"]
     shutil.rmtree(checkpoint)
     write_native(checkpoint, tensors, files)

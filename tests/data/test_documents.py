@@ -24,7 +24,7 @@ from dist_llm.objectives.build_objective import build_objective
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
-from dist_llm.training.evaluate import Heldout, heldout_batches
+from dist_llm.training.evaluate import HeldoutData, iter_heldout_batches
 from tests.text.test_token_files import build_megatron_index
 
 SEQ, EOT = 16, 256  # of the tokenizer `byte`
@@ -174,7 +174,7 @@ def test_documents_of_a_row_do_not_affect_each_other(separators, windows, tmp_pa
 def test_evaluation_uses_the_document_mask(tmp_path):
     corpus = write_corpus("megatron", "none", tmp_path)
     objective = build_objective(make_config(corpus, document_mask=True), Vocabulary(257, EOT))
-    batches = list(heldout_batches(Heldout({"": corpus}, objective, 2), corpus, 0, 0, 1))
+    batches = list(iter_heldout_batches(HeldoutData({"": corpus}, objective, 2), corpus, 0, 0, 1))
     true_documents = np.repeat(np.arange(len(SIZES)), SIZES)
     for batch in batches:
         for tokens, numbers in zip(batch.inputs_BS.tolist(), batch.mask.documents_BT.tolist(), strict=True):
@@ -192,7 +192,7 @@ def test_unknown_document_boundaries_are_rejected_if_needed(kind, tmp_path):
             open_sources(make_config(corpus, **data))
     objective = build_objective(make_config(corpus, document_mask=True), Vocabulary(257, EOT))
     with pytest.raises(DataError, match="document boundaries are unknown"):
-        Heldout({"": corpus}, objective, 2).check()
+        HeldoutData({"": corpus}, objective, 2).check()
 
 
 def test_older_manifests_have_bounds_if_a_file_has_several_documents(tmp_path):

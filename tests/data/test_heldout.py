@@ -11,7 +11,7 @@ from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.objectives.build_objective import Objective
 from dist_llm.objectives.examples import BatchLayout
 from dist_llm.objectives.objective_vocabulary import Vocabulary
-from dist_llm.training.evaluate import Heldout, evaluate, heldout_batches
+from dist_llm.training.evaluate import HeldoutData, evaluate, iter_heldout_batches
 
 SEQ = 8
 PLAIN = Objective(
@@ -32,7 +32,7 @@ TOKENS = (2, 5, SEQ + 1, 3 * SEQ + 1, 3 * SEQ + 2, 4 * SEQ, 7 * SEQ + 3)
 def test_each_target_is_scored_once_with_equal_batches_per_rank(n_tokens, micro_batch, ranks, counting):
     corpus = counting(n_tokens, "heldout")
     batches_by_rank = [
-        list(heldout_batches(Heldout({"": corpus}, PLAIN, micro_batch), corpus, 0, rank, ranks))
+        list(iter_heldout_batches(HeldoutData({"": corpus}, PLAIN, micro_batch), corpus, 0, rank, ranks))
         for rank in range(ranks)
     ]
     assert len({tuple(len(batch.inputs_BS) for batch in batches) for batches in batches_by_rank}) == 1, (
@@ -61,7 +61,7 @@ def test_each_window_of_a_masked_objective_is_scored_once(micro_batch, ranks, co
     masked = Objective(components, Vocabulary(99, 98), BatchLayout(False, True, False, False), SEQ + 1, 0, 0)
     scored = []
     for rank in range(ranks):
-        for batch in heldout_batches(Heldout({"": corpus}, masked, micro_batch), corpus, 0, rank, ranks):
+        for batch in iter_heldout_batches(HeldoutData({"": corpus}, masked, micro_batch), corpus, 0, rank, ranks):
             rows = (batch.targets_BS != IGNORE).any(1)
             scored += (batch.targets_BS[rows].amax(1) // SEQ).tolist()
     assert sorted(scored) == list(range(windows))
@@ -71,8 +71,8 @@ def test_each_window_of_a_masked_objective_is_scored_once(micro_batch, ranks, co
 @pytest.mark.parametrize("limit", [1, 2, 3, 99])
 def test_limit_scores_the_first_windows(limit, ranks, counting):
     corpus = counting(4 * SEQ + 1, "heldout")
-    heldout = Heldout({"": corpus}, PLAIN, 2, limit)
-    batches = [b for rank in range(ranks) for b in heldout_batches(heldout, corpus, 0, rank, ranks)]
+    heldout = HeldoutData({"": corpus}, PLAIN, 2, limit)
+    batches = [b for rank in range(ranks) for b in iter_heldout_batches(heldout, corpus, 0, rank, ranks)]
     scored = sorted(target for b in batches for target in b.targets_BS[b.targets_BS != IGNORE].tolist())
     assert scored == list(range(1, min(limit, 4) * SEQ + 1))
 
@@ -95,7 +95,7 @@ class CountingEngine:
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_results_are_per_token_and_per_byte(micro_batch, counting):
     corpus = counting(11, "heldout")  # three documents of 5 "bytes" each: 15 bytes of text
-    result = evaluate(CountingEngine(), Heldout({"": corpus}, PLAIN, micro_batch))
+    result = evaluate(CountingEngine(), HeldoutData({"": corpus}, PLAIN, micro_batch))
     assert (result.tokens, result.loss) == (10, sum(range(1, 11)) / 10)
     assert result.bits_per_byte == pytest.approx(5.5 / math.log(2) / (15 / 11))
     assert result.perplexity == pytest.approx(math.exp(5.5))

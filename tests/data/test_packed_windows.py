@@ -24,7 +24,7 @@ from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.models.build_model import build_model
 from dist_llm.objectives.build_objective import build_objective
 from dist_llm.objectives.objective_vocabulary import Vocabulary
-from dist_llm.training.evaluate import Heldout, heldout_batches
+from dist_llm.training.evaluate import HeldoutData, iter_heldout_batches
 
 SEQ, EOT = 8, 99
 SIZES = (2, 3, 9, 10, 17, 5, 2, 30, 4, 8, 1, 6)
@@ -152,8 +152,8 @@ def test_evaluation_scores_prompts_if_training_does(score_prompts, tmp_path):
     config = make_config(corpus, windows="document", score_prompts=score_prompts)
     prompts = masks_prompts(config.data, [corpus])
     objective = build_objective(config, Vocabulary(100, EOT), prompts)
-    heldout = Heldout({"": corpus}, objective, 4, score_prompts=score_prompts)
-    loss_mask = sum(batch.num_valid_tokens for batch in heldout_batches(heldout, corpus, 0, 0, 1))
+    heldout = HeldoutData({"": corpus}, objective, 4, score_prompts=score_prompts)
+    loss_mask = sum(batch.num_valid_tokens for batch in iter_heldout_batches(heldout, corpus, 0, 0, 1))
     num_read = (corpus.n_tokens - 1) // SEQ * SEQ
     num_prompt_tokens = (~corpus.compute_loss_mask(np.array([0]), corpus.n_tokens)[0])[1 : num_read + 1].sum()
     assert num_prompt_tokens > 0

@@ -362,7 +362,7 @@ def test_concurrent_fetches_of_one_file(locks, server, tmp_path, monkeypatch):
 READER = """if True:
     import os, sys
     import numpy as np
-    from dist_llm.config.schema import DataConfig
+    from dist_llm.config.data_sections import DataConfig
     from dist_llm.data.corpus import Corpus
     url, cache, processes, result = sys.argv[1:]
     for number in range(int(processes)):

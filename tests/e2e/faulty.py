@@ -30,7 +30,7 @@ SIGNALS |= {"int": signal.SIGINT, "hup": signal.SIGHUP}
 
 def run() -> int:
     fault, rank, steps, *arguments = sys.argv[1:]
-    step = Trainer.step
+    step = Trainer.take_step
     faults = list(zip(fault.split("+"), map(int, steps.split("+")), strict=True))
 
     def step_with_fault(self: Trainer) -> None:
@@ -56,7 +56,7 @@ def run() -> int:
                 os.kill(os.getpid(), SIGNALS[current])
         return step(self)
 
-    with patch.object(Trainer, "step", step_with_fault):
+    with patch.object(Trainer, "take_step", step_with_fault):
         return main(arguments)
 
 

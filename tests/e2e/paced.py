@@ -12,13 +12,13 @@ def run() -> None:
     from dist_llm.cli import run as command
     from dist_llm.training.trainer import Trainer
 
-    step, seconds = Trainer.step, float(sys.argv.pop(1))
+    step, seconds = Trainer.take_step, float(sys.argv.pop(1))
 
     def slow_step(self: Trainer) -> None:
         time.sleep(seconds)
         step(self)
 
-    with patch.object(Trainer, "step", slow_step):
+    with patch.object(Trainer, "take_step", slow_step):
         command()
 
 

@@ -1,8 +1,8 @@
 """Sharded jobs of four ranks end with exit code 0, repeatedly.
 
 FSDP objects that outlive the process group abort some jobs after their last step, so that a successful run counts as
-failed. Before the model was dropped first (`dist_llm/launch/group.py:process_group`), one job in five aborted; sixty
-successes in a row would then have had a probability of 1 in 650,000.
+failed. Before the model was dropped first (`dist_llm/launch/process_group.py:process_group`), one job in five aborted;
+sixty successes in a row would then have had a probability of 1 in 650,000.
 """
 
 from collections import Counter

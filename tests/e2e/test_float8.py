@@ -7,7 +7,7 @@ import pytest
 from dist_llm.config.load import load_saved
 from dist_llm.launch.world import World
 from dist_llm.parallel import parallelize
-from dist_llm.training.score import Windows, score
+from dist_llm.training.evaluate_checkpoint import EvaluationOptions, evaluate_checkpoint
 from tests.e2e import commands
 
 FLOAT8 = ("precision=bf16", "fp8=true", "model.n_heads=2", "model.n_kv_heads=2")  # matrix sizes are multiples of 16
@@ -23,7 +23,7 @@ def test_a_float8_run_is_resumed_and_evaluated_in_bf16(
     assert load_saved(commands.latest_checkpoint(run)).fp8
     with monkeypatch.context() as patch_context:
         patch_context.setattr(parallelize, "use_float8_linears", lambda model: pytest.fail("a model in float8"))
-        result = score(str(run), None, "heldout", Windows(), World())
+        result = evaluate_checkpoint(str(run), None, "heldout", EvaluationOptions(), World())
     (heldout,) = [row["heldout_loss"] for row in commands.read_rows(run) if "heldout_loss" in row]
     assert result.loss == pytest.approx(heldout, rel=5e-3)  # the rounding of float8 after six steps
     assert result.loss != heldout

@@ -114,7 +114,8 @@ def test_a_native_run_imports_no_other_engine(tmp_path: Path) -> None:
     script.write_text(
         """
 import sys, torch
-import dist_llm.cli, dist_llm.training.run, dist_llm.training.debug, dist_llm.training.score, dist_llm.generation
+import dist_llm.cli, dist_llm.generation
+import dist_llm.training.run, dist_llm.training.debug, dist_llm.training.evaluate_checkpoint
 from dist_llm.engines.build_engine import build_engine, check_engine_config
 from tests.laws.law import make_config
 config = make_config(1, {})

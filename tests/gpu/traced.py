@@ -83,7 +83,7 @@ def take_step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
         with ProductTypes() as products:
             report = train_step(engine, batches, 1e-3)
         engine.score(engine.to_local_batch(batches[0]))
-        devices = {each.device.type for each in (report.loss, report.grad_norm, report.scored)}
+        devices = {each.device.type for each in (report.loss, report.grad_norm, report.num_valid_tokens)}
         return {"devices": sorted(devices), "products": sorted(products.types)}
 
 
@@ -93,11 +93,11 @@ def norm_that_waits(self: NativeEngine) -> Any:
     return torch.full_like(norm, norm.item())
 
 
-APPLY_ROTARY, GRAD_NORM = attention.apply_rotary, NativeEngine._grad_norm
+APPLY_ROTARY, GRAD_NORM = attention.apply_rotary, NativeEngine._compute_grad_norm
 BUGS = {
     "none": nullcontext,
     "host": lambda: patch.object(attention, "apply_rotary", lambda x, cos, sin: APPLY_ROTARY(x, cos.cpu(), sin)),
-    "waits": lambda: patch.object(NativeEngine, "_grad_norm", norm_that_waits),
+    "waits": lambda: patch.object(NativeEngine, "_compute_grad_norm", norm_that_waits),
 }
 
 

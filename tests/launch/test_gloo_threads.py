@@ -12,7 +12,7 @@ from tests.e2e.commands import free_port
 PROGRAM = """
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from dist_llm.launch.group import process_group
+from dist_llm.launch.process_group import process_group
 from dist_llm.launch.world import World
 for _ in range(2):
     with process_group(World(), torch.device("cpu"), timeout_seconds=77, even_if_single=True):

@@ -17,7 +17,7 @@ from rich.console import Console
 from dist_llm.errors import ConfigError
 from dist_llm.launch import preflight
 from dist_llm.launch.node_report import NodeReport, diagnose_nodes, format_table
-from dist_llm.launch.preflight import PreflightTimeout, check
+from dist_llm.launch.preflight import PreflightTimeout, run_preflight
 from dist_llm.launch.world import World
 from tests.laws.worlds import world
 
@@ -58,8 +58,8 @@ def test_healthy_nodes_have_no_problems():
             changed_reports(0, 1, versions={"torch": "2.12.0", "NCCL": "2.27.5"}),
             ["node0: torch is 2.12.0, elsewhere 2.11.0", "node0: driver is unknown, elsewhere 570.86"],
         ),
-        (changed_reports(2, 3, clock_seconds=5.0), ["node1: its clock is 5.0 s ahead of rank 0's"]),
-        (changed_reports(5, clock_seconds=-1.2), ["node2: its clock is 1.2 s behind rank 0's"]),
+        (changed_reports(2, 3, clock_offset_seconds=5.0), ["node1: its clock is 5.0 s ahead of rank 0's"]),
+        (changed_reports(5, clock_offset_seconds=-1.2), ["node2: its clock is 1.2 s behind rank 0's"]),
         (changed_reports(6, matmul_tflops=500.0), ["node3: rank 6 reaches 500 matmul TFLOP/s, the median rank 649"]),
         (
             changed_reports(2, 3, sees_shared_file=False),
@@ -83,7 +83,7 @@ def test_each_problem_is_reported_with_its_node(reports, problems):
 
 
 def test_each_slow_measurement_has_its_line():
-    reports = changed_reports(2, 3, matmul_tflops=300.0, clock_seconds=9.0)
+    reports = changed_reports(2, 3, matmul_tflops=300.0, clock_offset_seconds=9.0)
     assert [line.partition(":")[0] for line in diagnose_nodes(reports)] == ["node1"] * 3
 
 
@@ -101,7 +101,7 @@ def test_with_two_nodes_rank_0_is_the_reference():
 def test_the_table_has_a_row_per_node_with_its_worst_rank():
     console = Console(file=io.StringIO(), width=120)
     reports = changed_reports(2, 3, versions={**VERSIONS, "torch": "2.12.0"})
-    reports[1] = replace(reports[1], clock_seconds=-3.25, free_gib=12.5, all_reduce_us=77.0)
+    reports[1] = replace(reports[1], clock_offset_seconds=-3.25, free_gib=12.5, all_reduce_us=77.0)
     console.print(format_table(reports))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines()[3:-1]]
     assert [row[:2] for row in rows] == [["node0", "0-1"], ["node1", "2-3"], ["node2", "4-5"], ["node3", "6-7"]]
@@ -119,8 +119,8 @@ def test_interleaved_ranks_are_shown_one_by_one():
 
 def measure_as_two_nodes(directory: Path) -> list[NodeReport]:
     rank = dist.get_rank()
-    own_world = World(rank=rank, size=2, local_rank=0, host=f"node{rank}")
-    return preflight.measure(own_world, directory, PreflightTimeout(own_world, 60))
+    own_world = World(rank=rank, world_size=2, local_rank=0, host=f"node{rank}")
+    return preflight.measure_ranks(own_world, directory, PreflightTimeout(own_world, 60))
 
 
 def test_two_ranks_measure_and_agree(tmp_path):
@@ -128,8 +128,8 @@ def test_two_ranks_measure_and_agree(tmp_path):
     assert [repr(each) for each in reports] == [repr(each) for each in reports_of_rank_1]
     assert [(each.rank, each.host) for each in reports] == [(0, "node0"), (1, "node1")]
     assert [line for line in diagnose_nodes(reports) if "TFLOP/s" not in line] == [], "two cores may differ in speed"
-    assert reports[0].clock_seconds == 0
-    assert 0 < abs(reports[1].clock_seconds) < 0.5
+    assert reports[0].clock_offset_seconds == 0
+    assert 0 < abs(reports[1].clock_offset_seconds) < 0.5
     assert reports[0].versions["torch"] == torch.__version__
     assert {"Python", "CUDA", "NCCL", "driver", "GPU", "dist_llm", "deepspeed", "accelerate"} < set(reports[0].versions)
     for each in reports:
@@ -156,9 +156,9 @@ def devices_used(directory: Path, gpus: list[str]) -> tuple[list[NodeReport], se
     with (
         mock.patch.object(preflight, "select_device", return_value=device),
         mock.patch.object(torch.cuda, "set_device"),
-        mock.patch.object(preflight, "matmul_tflops", return_value=650.0),
-        mock.patch.object(preflight, "versions", return_value={"GPU": gpu}),
-        mock.patch.object(preflight, "all_reduce", all_reduce),
+        mock.patch.object(preflight, "measure_matmul_tflops", return_value=650.0),
+        mock.patch.object(preflight, "collect_versions", return_value={"GPU": gpu}),
+        mock.patch.object(preflight, "measure_all_reduce", all_reduce),
         mock.patch.object(dist, "new_group", group_of),
     ):
         return measure_as_two_nodes(directory), used
@@ -178,7 +178,7 @@ def measure_shifted_clock(seconds: float) -> float:
     if dist.get_rank() == 1:
         time.time = lambda: original() + seconds
     try:
-        return preflight.clock_seconds()
+        return preflight.measure_clock_offset()
     finally:
         time.time = original
 
@@ -191,7 +191,7 @@ def test_a_clock_offset_is_measured():
 def check_shared_file_of_rank(directories: list[Path]) -> tuple[bool | None, list[str]]:
     rank = dist.get_rank()
     return preflight.check_shared_file(
-        directories[rank], PreflightTimeout(World(rank=rank, size=2), 60), wait_seconds=0.5
+        directories[rank], PreflightTimeout(World(rank=rank, world_size=2), 60), wait_seconds=0.5
     )
 
 
@@ -215,7 +215,7 @@ def test_the_shared_file_is_removed_after_a_failure(tmp_path, monkeypatch):
 
     monkeypatch.setattr(preflight, "_has_content", raise_error)
     with pytest.raises(ConfigError, match=r"rank 0 failed in --directory: the network went away"):
-        check(tmp_path, 60, World())
+        run_preflight(tmp_path, 60, World())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -223,7 +223,7 @@ def test_a_hanging_rank_reports_its_phase_and_removes_its_file(tmp_path, monkeyp
     exit_codes = []
     monkeypatch.setattr(preflight.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(preflight.os, "_exit", exit_codes.append)
-    timeout = PreflightTimeout(World(rank=3, size=8, local_rank=1, host="node1"), 0.05)
+    timeout = PreflightTimeout(World(rank=3, world_size=8, local_rank=1, host="node1"), 0.05)
     timeout.phase, timeout.problems, timeout.file = (
         "the all-reduce of node1 and node2",
         ["node2: NCCL is old"],
@@ -248,7 +248,7 @@ def test_a_hanging_rank_reports_its_phase_and_removes_its_file(tmp_path, monkeyp
 def bandwidth_at_fixed_rate() -> tuple[float, float]:
     preflight._all_reduce_seconds, original = (lambda size, *rest: size / 2**23), preflight._all_reduce_seconds
     try:
-        return preflight.all_reduce(CPU, dist.group.WORLD)
+        return preflight.measure_all_reduce(CPU, dist.group.WORLD)
     finally:
         preflight._all_reduce_seconds = original
 
@@ -271,8 +271,8 @@ def neighbour_bandwidth_with_slow_link(hosts: list[str], slow: list[int], second
 
     dist.all_reduce = all_reduce
     try:
-        own_world = World(rank=rank, size=len(hosts), local_rank=0, host=hosts[rank])
-        return preflight.neighbour_bandwidth(own_world, hosts, CPU, PreflightTimeout(own_world, 60))
+        own_world = World(rank=rank, world_size=len(hosts), local_rank=0, host=hosts[rank])
+        return preflight.measure_neighbour_bandwidth(own_world, hosts, CPU, PreflightTimeout(own_world, 60))
     finally:
         dist.all_reduce = original
 
@@ -289,9 +289,9 @@ def test_a_rank_without_a_matmul_still_reports(tmp_path, monkeypatch, capsys):
     def raise_error(device: torch.device) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory:\n  tried to")
 
-    monkeypatch.setattr(preflight, "matmul_tflops", raise_error)
+    monkeypatch.setattr(preflight, "measure_matmul_tflops", raise_error)
     with pytest.raises(ConfigError, match=r"1 problem .*\n  here: rank 0: CUDA out of memory: tried to$"):
-        check(tmp_path, 60, World(host="here"))
+        run_preflight(tmp_path, 60, World(host="here"))
     assert "here" in capsys.readouterr().out, "the table is still printed"
 
 
@@ -299,10 +299,10 @@ def test_problems_before_a_failed_collective_are_reported(tmp_path, monkeypatch)
     def raise_error(device: torch.device, group: object) -> tuple[float, float]:
         raise RuntimeError("NCCL error:\nunhandled system error")
 
-    monkeypatch.setattr(preflight, "all_reduce", raise_error)
+    monkeypatch.setattr(preflight, "measure_all_reduce", raise_error)
     monkeypatch.setattr(preflight, "select_device", lambda world: (_ for _ in ()).throw(ConfigError("no GPU 3")))
     with pytest.raises(ConfigError) as excinfo:
-        check(tmp_path, 60, World(host="here"))
+        run_preflight(tmp_path, 60, World(host="here"))
     assert str(excinfo.value).splitlines() == [
         "2 problems found:",
         "  here: rank 0: no GPU 3",
@@ -314,12 +314,12 @@ def test_rank_0_reports_and_the_others_exit_with_its_code(tmp_path, monkeypatch,
     pauses = []
     monkeypatch.setattr(preflight.time, "sleep", pauses.append)
     monkeypatch.setattr(preflight, "process_group", lambda *rest, **kwargs: contextlib.nullcontext())
-    monkeypatch.setattr(preflight, "measure", lambda *rest: changed_reports(2, 3, clock_seconds=5.0))
+    monkeypatch.setattr(preflight, "measure_ranks", lambda *rest: changed_reports(2, 3, clock_offset_seconds=5.0))
     with pytest.raises(ConfigError, match=r"1 problem found:\n  node1: its clock is 5.0 s ahead"):
-        check(tmp_path, 60, World(rank=0, size=8, local_rank=0, host="node0"))
+        run_preflight(tmp_path, 60, World(rank=0, world_size=8, local_rank=0, host="node0"))
     assert "node3" in capsys.readouterr().out
     with pytest.raises(SystemExit) as excinfo:
-        check(tmp_path, 60, World(rank=5, size=8, local_rank=1, host="node2"))
+        run_preflight(tmp_path, 60, World(rank=5, world_size=8, local_rank=1, host="node2"))
     assert (excinfo.value.code, pauses) == (2, [3])
     printed = capsys.readouterr()
     assert printed.out + printed.err == ""

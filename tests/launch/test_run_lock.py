@@ -14,21 +14,21 @@ import pytest
 
 from dist_llm.errors import ConfigError
 from dist_llm.launch import run_lock
-from dist_llm.launch.process import is_running, process_identity
-from dist_llm.launch.run_lock import LOCK_FILE, Holder, RunLock, is_gone, parse_holder, this_process
+from dist_llm.launch.process_identity import is_running, read_process_identity
+from dist_llm.launch.run_lock import LOCK_FILE, LockHolder, RunLock, describe_this_process, has_ended, parse_holder
 
-ELSEWHERE = Holder("t", "n7", 12, "another machine", "99", "yesterday")
-
-
-def own_holder(**changes: object) -> Holder:
-    return replace(this_process("here", {}), **changes)  # type: ignore[arg-type]
+ELSEWHERE = LockHolder("t", "n7", 12, "another machine", "99", "yesterday")
 
 
-def read_holder(directory: Path) -> Holder:
+def own_holder(**changes: object) -> LockHolder:
+    return replace(describe_this_process("here", {}), **changes)  # type: ignore[arg-type]
+
+
+def read_holder(directory: Path) -> LockHolder:
     return parse_holder((directory / LOCK_FILE).read_bytes())
 
 
-def write_lock(directory: Path, holder: Holder) -> Path:
+def write_lock(directory: Path, holder: LockHolder) -> Path:
     directory.mkdir(exist_ok=True)
     path = directory / LOCK_FILE
     path.write_text(json.dumps(asdict(holder)))
@@ -56,7 +56,7 @@ def test_the_lock_of_a_killed_process_is_replaced_at_once(tmp_path: Path) -> Non
     """It also works while the process is a zombie that its parent has not waited for."""
     code = (
         "import time, sys; from pathlib import Path; from dist_llm.launch.run_lock import *\n"
-        "RunLock(Path(sys.argv[1]), this_process('here', {})).__enter__(); print(flush=True); time.sleep(60)"
+        "RunLock(Path(sys.argv[1]), describe_this_process('here', {})).__enter__(); print(flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -76,7 +76,7 @@ def test_the_lock_of_a_killed_process_is_replaced_at_once(tmp_path: Path) -> Non
 def test_another_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> None:
     write_lock(tmp_path, own_holder(start_time="1"))
     with RunLock(tmp_path, own_holder()) as lock:
-        assert read_holder(tmp_path) == lock.me, "the stale lock is replaced"
+        assert read_holder(tmp_path) == lock.this_process, "the stale lock is replaced"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_another_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> 
 def test_a_holder_on_another_machine_is_gone_if_its_job_or_launch_ended(
     holder: dict[str, object], own_changes: dict[str, object], expected: bool | None
 ) -> None:
-    actual = is_gone(replace(ELSEWHERE, **holder), own_holder(**own_changes), lambda job: job == "ended")  # type: ignore[arg-type]
+    actual = has_ended(replace(ELSEWHERE, **holder), own_holder(**own_changes), lambda job: job == "ended")  # type: ignore[arg-type]
     assert actual is expected
 
 
@@ -157,7 +157,7 @@ def test_a_run_that_lost_its_lock_exits_and_keeps_the_new_lock(
         assert codes == []
         (tmp_path / LOCK_FILE).unlink()
         lock.heartbeat()
-        assert read_holder(tmp_path) == lock.me, "a removed lock is created again"
+        assert read_holder(tmp_path) == lock.this_process, "a removed lock is created again"
         write_lock(tmp_path, ELSEWHERE)
         lock.heartbeat()
     assert codes == [run_lock.EXIT_CODE]
@@ -166,10 +166,12 @@ def test_a_run_that_lost_its_lock_exits_and_keeps_the_new_lock(
 
 
 def test_the_identity_of_a_process() -> None:
-    holder = this_process("n3", {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "none"})
+    holder = describe_this_process(
+        "n3", {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "none"}
+    )
     assert (holder.host, holder.process, holder.job, holder.restarts, holder.launch) == ("n3", os.getpid(), "8", 2, "")
-    assert this_process("n3", {"TORCHELASTIC_RUN_ID": "mine"}).launch == "mine"
-    assert is_running(os.getpid(), process_identity(os.getpid())[2])
+    assert describe_this_process("n3", {"TORCHELASTIC_RUN_ID": "mine"}).launch == "mine"
+    assert is_running(os.getpid(), read_process_identity(os.getpid())[2])
     assert not is_running(os.getpid(), "1")
 
 

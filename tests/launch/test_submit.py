@@ -7,7 +7,7 @@ import pytest
 
 from dist_llm.errors import ConfigError
 from dist_llm.launch import submit as submitting
-from dist_llm.launch.submit import SCRIPT, Job, directories, parse_sweep, render, submit
+from dist_llm.launch.submit import SCRIPT, SlurmJob, parse_sweep, render_batch_script, run_directories, submit_script
 
 CONFIG = Path("configs/debug.yaml")
 
@@ -35,24 +35,24 @@ def read_run_arguments(script: str, number: str = "") -> list[str]:
 
 
 def test_given_options_come_last_and_before_any_command() -> None:
-    script = render(Job(CONFIG, nodes=4, tasks_per_node=8, options=("--time=1:00:00",)), ["runs/a"])
+    script = render_batch_script(SlurmJob(CONFIG, nodes=4, tasks_per_node=8, options=("--time=1:00:00",)), ["runs/a"])
     assert read_sbatch_options(script)[-3:] == ["--nodes=4", "--ntasks-per-node=8", "--time=1:00:00"]
     assert "--signal=USR1@180" in read_sbatch_options(script)
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
 def test_overrides_reach_the_run_unchanged() -> None:
-    job = Job(CONFIG, ("eval.sample_prompt=a 'b' $HOME", "optim.lr=1e-3"))
-    assert read_run_arguments(render(job, ["runs/a b"])) == [
+    job = SlurmJob(CONFIG, ("eval.sample_prompt=a 'b' $HOME", "optim.lr=1e-3"))
+    assert read_run_arguments(render_batch_script(job, ["runs/a b"])) == [
         "configs/debug.yaml", "eval.sample_prompt=a 'b' $HOME", "optim.lr=1e-3", "run.dir=runs/a b"
     ]  # fmt: skip
 
 
 def test_a_sweep_is_an_array_of_all_combinations() -> None:
-    job = Job(CONFIG, ("run.steps=2",), sweep=parse_sweep(["optim.lr=1e-3,3e-4", "init_from=a/b"]))
-    run_directories = directories(job, "runs/x")
-    assert run_directories == ["runs/x/lr=1e-3_init_from=a-b", "runs/x/lr=3e-4_init_from=a-b"]
-    script = render(job, run_directories)
+    job = SlurmJob(CONFIG, ("run.steps=2",), sweep=parse_sweep(["optim.lr=1e-3,3e-4", "init_from=a/b"]))
+    run_dirs = run_directories(job, "runs/x")
+    assert run_dirs == ["runs/x/lr=1e-3_init_from=a-b", "runs/x/lr=3e-4_init_from=a-b"]
+    script = render_batch_script(job, run_dirs)
     assert read_sbatch_options(script)[-2:] == ["--array=0-1", "--output=slurm-%A_%a.log"]
     assert read_run_arguments(script, "1") == [
         "configs/debug.yaml", "run.steps=2", "optim.lr=3e-4", "init_from=a/b", "run.dir=runs/x/lr=3e-4_init_from=a-b"
@@ -68,7 +68,7 @@ def test_a_sweep_without_values_is_refused(argument: str) -> None:
 def test_without_slurm_the_error_names_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submitting.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="sbatch is not on PATH"):
-        submit("")
+        submit_script("")
 
 
 def test_the_scripts_in_slurm_equal_those_of_the_package() -> None:

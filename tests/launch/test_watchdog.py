@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dist_llm.launch.process import process_identity
+from dist_llm.launch.process_identity import read_process_identity
 from dist_llm.launch.watchdog import (
     EXIT_CODE,
-    FIRST_HEARTBEATS,
+    NUM_FIRST_STEPS,
     STORE_UNREACHABLE,
     Watchdog,
-    diagnose,
+    diagnose_stall,
     kill_silent_ranks,
 )
 from dist_llm.launch.world import World
@@ -29,19 +29,19 @@ def report(
 
 
 def test_a_rank_outside_collectives_holds_up_the_others() -> None:
-    assert diagnose({0: report(), 1: report("", host="n2"), 2: report()}, 3) == [
+    assert diagnose_stall({0: report(), 1: report("", host="n2"), 2: report()}, 3) == [
         "rank 1 on n2 holds up the run, in step 5: train.py, in forward"
     ]
 
 
 def test_a_rank_without_a_report_is_stopped_or_gone() -> None:
-    assert diagnose({0: report(), 2: report()}, 3) == [
+    assert diagnose_stall({0: report(), 2: report()}, 3) == [
         "rank 1 does not answer: its process is stopped, or its node is gone"
     ]
 
 
 def test_no_rank_is_blamed_if_all_wait() -> None:
-    (line,) = diagnose({0: report("gloo:send [[2]] of pp"), 1: report()}, 2)
+    (line,) = diagnose_stall({0: report("gloo:send [[2]] of pp"), 1: report()}, 2)
     assert line.startswith("all ranks wait for each other: 0 in gloo:send [[2]] of pp, 1 in gloo:all_reduce")
 
 
@@ -60,7 +60,7 @@ def no_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_without_progress_is_ended() -> None:
-    assert run_watchdog(0.2, FIRST_HEARTBEATS + 1, 0.8) == [EXIT_CODE]
+    assert run_watchdog(0.2, NUM_FIRST_STEPS + 1, 0.8) == [EXIT_CODE]
 
 
 def test_a_run_is_ended_even_if_the_store_does_not_answer(
@@ -72,12 +72,12 @@ def test_a_run_is_ended_even_if_the_store_does_not_answer(
         def set(self, key: str, value: str) -> None:
             threading.Event().wait()
 
-    monkeypatch.setattr("dist_llm.launch.watchdog.REPORT_SECONDS", 0.1)
+    monkeypatch.setattr("dist_llm.launch.watchdog.REPORT_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Stopped)
     codes: list[int] = []
-    with Watchdog(World(rank=1, size=2), 0.2, exit_process=codes.append) as watchdog:
-        for number in range(FIRST_HEARTBEATS + 1):
+    with Watchdog(World(rank=1, world_size=2), 0.2, exit_process=codes.append) as watchdog:
+        for number in range(NUM_FIRST_STEPS + 1):
             watchdog.heartbeat(f"step {number}")
         deadline = time.monotonic() + 10
         while not codes and time.monotonic() < deadline:
@@ -93,7 +93,7 @@ def test_a_resumed_run_continues_and_its_next_stall_ends_it(
     monkeypatch.setattr("dist_llm.launch.watchdog.GRACE_SECONDS", 1.0)
     codes: list[int] = []
     with Watchdog(World(), 0.2, exit_process=codes.append) as watchdog:
-        for number in range(FIRST_HEARTBEATS + 1):
+        for number in range(NUM_FIRST_STEPS + 1):
             watchdog.heartbeat(f"step {number}")
         time.sleep(0.6)
         for _ in range(4):  # short steps keep the timeout short
@@ -107,16 +107,16 @@ def test_a_resumed_run_continues_and_its_next_stall_ends_it(
 
 def test_another_rank_that_resumed_too_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stall ended before the other rank's watchdog checked: that rank has no report, but has heartbeats."""
-    store, own_world = dist.HashStore(), World(rank=0, size=2)
+    store, own_world = dist.HashStore(), World(rank=0, world_size=2)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr("dist_llm.launch.watchdog.pending_collective", lambda: "")
-    monkeypatch.setattr("dist_llm.launch.watchdog.REPORT_SECONDS", 0.5)
+    monkeypatch.setattr("dist_llm.launch.watchdog.REPORT_TIMEOUT_SECONDS", 0.5)
     codes: list[int] = []
     with subprocess.Popen(["sleep", "60"]) as sleeper:
-        store.set("dist_llm/process/1", json.dumps((own_world.host, sleeper.pid, process_identity(sleeper.pid))))
+        store.set("dist_llm/process/1", json.dumps((own_world.host, sleeper.pid, read_process_identity(sleeper.pid))))
         with Watchdog(own_world, 0.4, exit_process=codes.append) as watchdog:
-            for number in range(FIRST_HEARTBEATS + 1):
+            for number in range(NUM_FIRST_STEPS + 1):
                 watchdog.heartbeat(f"step {number}")
             time.sleep(0.7)
             for _ in range(20):
@@ -130,7 +130,7 @@ def test_another_rank_that_resumed_too_is_not_killed(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("limit", "heartbeats", "factor"),
-    [(0.2, 1, 1), (0.2, FIRST_HEARTBEATS + 1, 30), (0.0, FIRST_HEARTBEATS + 1, 1)],
+    [(0.2, 1, 1), (0.2, NUM_FIRST_STEPS + 1, 30), (0.0, NUM_FIRST_STEPS + 1, 1)],
     ids=["the first steps", "a long activity", "no limit"],
 )
 def test_a_longer_timeout_applies(limit: float, heartbeats: int, factor: int) -> None:
@@ -139,7 +139,7 @@ def test_a_longer_timeout_applies(limit: float, heartbeats: int, factor: int) ->
 
 def test_long_steps_may_be_ten_times_as_long() -> None:
     watchdog = Watchdog(World(), 1.0)
-    for number in range(FIRST_HEARTBEATS):
+    for number in range(NUM_FIRST_STEPS):
         watchdog.heartbeat(f"step {number}")
     for _ in range(3):
         watchdog.last_time -= 7.0
@@ -152,16 +152,16 @@ def test_long_steps_may_be_ten_times_as_long() -> None:
 
 def test_a_process_is_killed_only_if_it_is_the_registered_one() -> None:
     with subprocess.Popen(["sleep", "60"]) as sleeper:
-        identity = process_identity(sleeper.pid)
+        identity = read_process_identity(sleeper.pid)
         for wrong_identity in (
             [*identity[:2], "1"],
             [identity[0], "pid:[1]", identity[2]],
         ):  # another start time; another container
-            kill_silent_ranks(World(rank=0, size=3, host="n1"), {1: ["n1", sleeper.pid, wrong_identity]})
-        kill_silent_ranks(World(rank=0, size=3, host="n2"), {1: ["n1", sleeper.pid, identity]})
+            kill_silent_ranks(World(rank=0, world_size=3, host="n1"), {1: ["n1", sleeper.pid, wrong_identity]})
+        kill_silent_ranks(World(rank=0, world_size=3, host="n2"), {1: ["n1", sleeper.pid, identity]})
         assert sleeper.poll() is None
         # A process that has already ended must not prevent the kill of the next one.
         kill_silent_ranks(
-            World(rank=0, size=3, host="n1"), {2: ["n1", 2**22 + 1, identity], 1: ["n1", sleeper.pid, identity]}
+            World(rank=0, world_size=3, host="n1"), {2: ["n1", 2**22 + 1, identity], 1: ["n1", sleeper.pid, identity]}
         )
         assert sleeper.wait(10) == -signal.SIGKILL

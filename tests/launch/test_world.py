@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist_llm.errors import ConfigError
-from dist_llm.launch.group import barrier, process_group, select_device
+from dist_llm.launch.process_group import barrier, process_group, select_device
 from dist_llm.launch.world import World, read_world
 
 TORCHRUN_ENVIRON = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -26,25 +26,25 @@ RENDEZVOUS_ENVIRON = {"MASTER_ADDR": "n1", "MASTER_PORT": "20001"}
 
 def test_read_world_from_torchrun_variables():
     world = read_world({**TORCHRUN_ENVIRON, "MASTER_ADDR": "elsewhere", "GROUP_RANK": "2"})
-    assert world == World(rank=5, size=8, local_rank=1, host=socket.gethostname())
+    assert world == World(rank=5, world_size=8, local_rank=1, host=socket.gethostname())
     assert not world.is_main
     assert read_world({**TORCHRUN_ENVIRON, "RANK": "0"}).is_main
 
 
 def test_without_variables_there_is_one_process():
     world = read_world({"PATH": "/bin", "MASTER_PORT": "1"})
-    assert (world.rank, world.size, world.local_rank, world.is_main) == (0, 1, 0, True)
+    assert (world.rank, world.world_size, world.local_rank, world.is_main) == (0, 1, 0, True)
     assert world.host == socket.gethostname()
 
 
 def test_a_slurm_task_is_a_rank():
     world = read_world({**SLURM_ENVIRON, **RENDEZVOUS_ENVIRON})
-    assert world == World(rank=5, size=8, local_rank=1, host="n7")
+    assert world == World(rank=5, world_size=8, local_rank=1, host="n7")
 
 
 def test_torchrun_takes_precedence_over_slurm():
     world = read_world({**SLURM_ENVIRON, **TORCHRUN_ENVIRON, "RANK": "3"})
-    assert world == World(rank=3, size=8, local_rank=1, host="n7")
+    assert world == World(rank=3, world_size=8, local_rank=1, host="n7")
 
 
 def test_slurm_tasks_without_a_rendezvous_address_are_refused():
@@ -87,12 +87,12 @@ def test_invalid_values_are_refused(name, value, expected_text):
 
 def test_select_device_by_local_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert select_device(World(rank=3, size=4, local_rank=3)) == torch.device("cpu")
+    assert select_device(World(rank=3, world_size=4, local_rank=3)) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert select_device(World(rank=3, size=4, local_rank=1)) == torch.device("cuda", 1)
+    assert select_device(World(rank=3, world_size=4, local_rank=1)) == torch.device("cuda", 1)
     with pytest.raises(ConfigError, match="rank 6 on node7 has local rank 2 and needs 3 GPUs, but the node has only 2"):
-        select_device(World(rank=6, size=8, local_rank=2, host="node7"))
+        select_device(World(rank=6, world_size=8, local_rank=2, host="node7"))
 
 
 def test_one_process_needs_no_process_group():
@@ -119,7 +119,9 @@ def test_a_rank_of_an_unsupported_launcher_is_refused(environ, expected_text):
         ConfigError, match=rf"{expected_text} says that .* RANK, WORLD_SIZE, LOCAL_RANK are not set.*torchrun"
     ):
         read_world(environ)
-    assert read_world({**environ, **TORCHRUN_ENVIRON}).size == 8, "RANK takes precedence over the launcher's variables"
+    assert read_world({**environ, **TORCHRUN_ENVIRON}).world_size == 8, (
+        "RANK takes precedence over the launcher's variables"
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_a_rank_of_an_unsupported_launcher_is_refused(environ, expected_text):
     ids=lambda value: next(iter(value)),
 )
 def test_an_unsupported_launcher_with_one_process_is_accepted(environ):
-    assert read_world(environ).size == 1
+    assert read_world(environ).world_size == 1
 
 
 def test_a_port_in_use_is_refused(monkeypatch):
@@ -147,7 +149,7 @@ def test_a_port_in_use_is_refused(monkeypatch):
             pytest.raises(
                 ConfigError, match=rf"MASTER_PORT={port}: the port is in use; set MASTER_PORT to a free port"
             ),
-            process_group(World(rank=0, size=2), torch.device("cpu"), timeout_seconds=5),
+            process_group(World(rank=0, world_size=2), torch.device("cpu"), timeout_seconds=5),
         ):
             pass
 
@@ -161,6 +163,6 @@ def test_a_rendezvous_without_all_ranks_fails(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with (
         pytest.raises(ConfigError, match=rf"MASTER_PORT={port}: rendezvous failed: .*1/2 clients joined"),
-        process_group(World(rank=0, size=2), torch.device("cpu"), timeout_seconds=0.5),
+        process_group(World(rank=0, world_size=2), torch.device("cpu"), timeout_seconds=0.5),
     ):
         pass

@@ -164,8 +164,8 @@ def mean_of_microbatch_means() -> Iterator[Any]:
         ]
         return torch.stack(losses).sum()
 
-    original = NativeEngine._accumulate
-    with patch.object(NativeEngine, "_accumulate", normalize_each_microbatch):
+    original = NativeEngine._accumulate_in_sequence
+    with patch.object(NativeEngine, "_accumulate_in_sequence", normalize_each_microbatch):
         yield
 
 
@@ -228,8 +228,8 @@ def tied_embedding_counted_by_both_stages() -> Iterator[Any]:
             model_part.is_first_stage = is_first_stage
         return norm
 
-    original = NativeEngine._grad_norm
-    with patch.object(NativeEngine, "_grad_norm", count_both_stages):
+    original = NativeEngine._compute_grad_norm
+    with patch.object(NativeEngine, "_compute_grad_norm", count_both_stages):
         yield
 
 

@@ -91,7 +91,7 @@ def run_steps(
             planted.enter_context((BUGS | FAULTS)[bug]())
         trace = EngineTrace()
         if load is not None:
-            store.load(load, engine.state)
+            store.load_checkpoint(load, engine.state)
         guard = Guard(GuardConfig(not_finite="skip"), GuardState(), engine, Path("unused"))
         for step in steps:
             should_apply = partial(guard.should_apply, step) if skip else None
@@ -99,7 +99,7 @@ def run_steps(
                 engine, make_batches(config, engine, step), learning_rate(config, step), step, should_apply=should_apply
             )
             trace.losses.append(report.loss.item())
-            trace.scored.append(int(report.scored))
+            trace.scored.append(int(report.num_valid_tokens))
             trace.norms.append(report.grad_norm.item())
             trace.rates.append([group["lr"] for group in engine.optimizer.param_groups])  # type: ignore[attr-defined]
             if step in (steps[0], steps[-1]):

@@ -231,7 +231,7 @@ def _record_trace(config: Config, steps: int, decay: float = 1.0) -> RankTrace:
     for step in range(steps):
         report = train_step(engine, make_batches(config, engine, step), config.optim.lr * decay**step, step)
         rank_trace.losses.append(report.loss.item())
-        rank_trace.scored.append(int(report.scored))
+        rank_trace.scored.append(int(report.num_valid_tokens))
         rank_trace.norms.append(report.grad_norm.item())
         if step in (0, steps - 1):
             rank_trace.record(engine)
@@ -371,6 +371,6 @@ def save_checkpoint(store: CheckpointStore, engine: Engine, progress: Progress, 
     """Save a checkpoint, wait until it is on disk, and return its path."""
     store.save(engine.state, progress, files)
     store.finish()
-    path = (store.directory / f"step_{progress.step:08d}").local
+    path = (store.directory / f"step_{progress.step:08d}").local_path
     assert path is not None
     return path

@@ -16,7 +16,7 @@ from dist_llm.models.block import Block
 from dist_llm.objectives.batch import Batch
 from dist_llm.parallel.replica_check import compute_digest, find_mismatches
 from dist_llm.sharded import to_local
-from dist_llm.training.replay import replay
+from dist_llm.training.replay import replay_step
 from dist_llm.training.step import train_step
 from tests.laws.engines import ENGINES, open_engine
 from tests.laws.law import make_batches, make_config
@@ -90,7 +90,7 @@ def test_a_digest_depends_on_each_bit() -> None:
 
 
 class StepLoader:
-    """A stand-in for the loader that `replay` uses."""
+    """A stand-in for the loader that `replay_step` uses."""
 
     def __init__(self, config: Config, dp_size: int) -> None:
         self.config, self.dp_size = config, dp_size
@@ -114,7 +114,7 @@ def replay_and_step(config: Config, rank: int, fault_in: str) -> tuple[list[str]
     engine = NativeEngine(config, CPU)
     is_faulty = torch.distributed.get_rank() == rank
     with patch.object(Block, "forward", corrupt_forward) if is_faulty else nullcontext():
-        mismatches = replay(engine, StepLoader(config, engine.dp_rank_and_size[1]), 0, 0, "fp32")  # type: ignore[arg-type]
+        mismatches = replay_step(engine, StepLoader(config, engine.dp_rank_and_size[1]), 0, 0, "fp32")  # type: ignore[arg-type]
     return mismatches, train_step(engine, make_batches(config, engine, 0), 1e-3, 0).loss.item()
 
 

@@ -136,7 +136,7 @@ def test_a_run_moves_from_engine_to_engine(tmp_path: Path) -> None:
         assert by_rank[0].norms == pytest.approx(expected.norms[steps.start : steps.stop], rel=1e-4), (
             f"{engine} {ranks}"
         )
-        newest = CheckpointStore(tmp_path).list_committed()[-1].local
+        newest = CheckpointStore(tmp_path).list_committed()[-1].local_path
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "ddp"])
@@ -148,7 +148,12 @@ def test_moments_of_another_optimizer_are_refused(engine: str, tmp_path: Path) -
     )
     with pytest.raises(WorldError, match=message):
         world(2).run(
-            run_steps, engine_config_of(2, ENGINES[engine], "tied", ADAMW, 12), range(2, 4), None, saved.local, tmp_path
+            run_steps,
+            engine_config_of(2, ENGINES[engine], "tied", ADAMW, 12),
+            range(2, 4),
+            None,
+            saved.local_path,
+            tmp_path,
         )
 
 

@@ -47,7 +47,7 @@ def run_steps(config: Config, numbers: Sequence[int], bug: bool = False) -> Rank
             )
             if step != BAD_STEP:
                 rank_trace.losses.append(report.loss.item())
-                rank_trace.scored.append(int(report.scored))
+                rank_trace.scored.append(int(report.num_valid_tokens))
                 rank_trace.norms.append(report.grad_norm.item())
                 rank_trace.record(engine)
     return rank_trace
@@ -74,7 +74,7 @@ def zero_gradient_update() -> Iterator[None]:
     original = NativeEngine.update
 
     def update(self: Any, lr: float, should_apply: Any = None) -> Tensor:
-        norm: Tensor = self._grad_norm()
+        norm: Tensor = self._compute_grad_norm()
         if not should_apply(norm):
             for parameter in self.model_parts[0].parameters():
                 to_local(parameter.grad).zero_()

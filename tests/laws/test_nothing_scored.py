@@ -37,7 +37,7 @@ def run_steps(config: Any) -> tuple[list[float], list[int], dict[str, torch.Tens
             batches[index] = replace(batches[index], targets_BS=ignored_targets, num_valid_tokens=0)
         report = train_step(engine, batches, 1.0, step)
         losses.append(report.loss.item())
-        scored.append(int(report.scored))
+        scored.append(int(report.num_valid_tokens))
         assert math.isfinite(report.grad_norm.item())
         weights.append({name: copy_full_tensor(parameter) for name, parameter in engine.named_parameters()})
     return losses, scored, weights[0], weights[1]

@@ -69,7 +69,7 @@ def run_two_steps(
     if checkpoints and first:
         newest = checkpoints.latest_verified()
         assert newest is not None
-        store.load(newest, engine.state)
+        store.load_checkpoint(newest, engine.state)
         if bug:
             for _, moment in engine.state.moments().items():
                 moment.zero_()

@@ -40,7 +40,7 @@ def loss_terms(config: Config) -> list[float]:
     engine = NativeEngine(config, torch.device("cpu"))
     heldout = [engine.to_local_batch(batch) for batch in make_batches(config, engine, 100)]
     before = sum(engine.all_reduce_over_data(engine.score(batch).sum()).item() for batch in heldout)
-    report = train_step(engine, make_batches(config, engine, 0), config.optim.lr, with_terms=True)
+    report = train_step(engine, make_batches(config, engine, 0), config.optim.lr, with_loss_terms=True)
     assert report.terms is not None
     return [before, report.loss.item(), *report.terms.tolist()]
 

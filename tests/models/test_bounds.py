@@ -114,7 +114,7 @@ def test_every_parameter_has_a_rule(architecture, init, settings):
 
 def test_relative_buckets_are_those_of_t5():
     """Buckets computed by hand (Raffel et al. 2020, 2.1): 8 of them, the last from distance 16 on."""
-    from dist_llm.config.schema import ModelConfig
+    from dist_llm.config.model_section import ModelConfig
     from dist_llm.models.positional_encoding import RelativeBias
 
     config = ModelConfig(d_model=8, n_layers=1, n_heads=2, relative_buckets=8, relative_distance=16)

@@ -72,7 +72,7 @@ def test_a_terminal_has_a_progress_bar(monkeypatch):
 
 def test_every_rank_has_a_log_file_and_rank_0_logs_to_stderr(tmp_path, capsys):
     for rank in (1, 0):
-        start_logging(tmp_path / "logs", World(rank=rank, size=2, local_rank=rank, host="node7"))
+        start_logging(tmp_path / "logs", World(rank=rank, world_size=2, local_rank=rank, host="node7"))
         log.info("hello from %d", rank)
         log.debug("not this")
     stop_logging()

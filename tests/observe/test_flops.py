@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.decoder import Decoder
 from dist_llm.observe import flops
-from dist_llm.observe.flops import flops_per_token, matmul_weights, peak_flops
+from dist_llm.observe.flops import count_matmul_weights, flops_per_token, peak_flops
 
 SHAPE = {"d_model": 8, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 4, "d_ff": 24}
 SHAPE |= {"vocab_size": 10, "max_seq_len": 16}
@@ -26,8 +26,8 @@ def test_the_count_by_hand():
     a layer: 64 + 2 * 32 + 64 + 3 * 192 = 768;  two: 1536
     head 8 x 10  = 80     (without the padding to 64 rows; the embedding lookup is no product)
     """
-    assert matmul_weights(SWIGLU) == 1536 + 80
-    assert matmul_weights(GELU) == 1536 - 2 * 192 + 80
+    assert count_matmul_weights(SWIGLU) == 1536 + 80
+    assert count_matmul_weights(GELU) == 1536 - 2 * 192 + 80
     # Attention over 5 tokens: scores and mixing take 5 * 4 multiply-adds each per head: 80 in a layer, 160 in two.
     forward = 2 * (1616 + 160)
     assert flops_per_token(SWIGLU, 5) == 3 * forward == 10_656
@@ -67,7 +67,7 @@ def test_the_count_of_gpt3_equals_the_published_one():
         vocab_size=50257,
         activation="gelu",
     )
-    assert 6 * matmul_weights(gpt3) == pytest.approx(6 * 174.6e9, rel=1e-3)
+    assert 6 * count_matmul_weights(gpt3) == pytest.approx(6 * 174.6e9, rel=1e-3)
     assert flops_per_token(gpt3, 2048) - flops_per_token(gpt3, 0) == 12 * 96 * 12288 * 2048
 
 

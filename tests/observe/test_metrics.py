@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from dist_llm.observe import metrics
-from dist_llm.observe.metrics import MetricsFile, Recorder, StepMetrics
+from dist_llm.observe.metrics import MetricsFile, MetricsRecorder, StepMetrics
 from dist_llm.observe.tensorboard import TensorBoard
 
 CPU = torch.device("cpu")
@@ -39,7 +39,9 @@ def clock(monkeypatch):
 
 def test_a_flush_gives_each_step_its_numbers_and_the_intervals_rates(clock):
     first_sink, second_sink = [], []
-    recorder = Recorder([first_sink.extend, second_sink.extend], flops_per_token=6.0, peak_flops=3000.0, device=CPU)
+    recorder = MetricsRecorder(
+        [first_sink.extend, second_sink.extend], flops_per_token=6.0, peak_flops=3000.0, device=CPU
+    )
     for step in (1, 2, 3, 4):
         recorder.add(step_metrics(step))
     clock[0] += 2.0
@@ -56,7 +58,7 @@ def test_a_flush_gives_each_step_its_numbers_and_the_intervals_rates(clock):
 
 
 def test_loss_terms_are_separate_columns(clock):
-    recorder = Recorder([], 1.0, 1.0, CPU)
+    recorder = MetricsRecorder([], 1.0, 1.0, CPU)
     for step in (1, 2):
         terms = {"cross_entropy": torch.tensor(step - 0.5), "z_loss": torch.tensor(0.5)}
         recorder.add(replace(step_metrics(step), terms=terms))
@@ -69,7 +71,7 @@ def test_loss_terms_are_separate_columns(clock):
 
 
 def test_rates_cover_the_interval_between_flushes_without_pauses(clock):
-    recorder = Recorder([], 1.0, 1.0, CPU)
+    recorder = MetricsRecorder([], 1.0, 1.0, CPU)
     recorder.add(step_metrics(1))
     clock[0] += 1.0
     assert recorder.flush()[0]["tokens_per_second"] == 50.0
@@ -85,7 +87,7 @@ def test_rates_cover_the_interval_between_flushes_without_pauses(clock):
 
 
 def test_a_resumed_run_counts_only_its_own_tokens(clock):
-    recorder = Recorder([], 1.0, 1.0, CPU)
+    recorder = MetricsRecorder([], 1.0, 1.0, CPU)
     recorder.restart_clock(tokens=1000)
     recorder.add(step_metrics(21, tokens=1050))
     clock[0] += 1.0
@@ -93,7 +95,7 @@ def test_a_resumed_run_counts_only_its_own_tokens(clock):
 
 
 def test_without_a_known_peak_mfu_is_nan(clock):
-    recorder = Recorder([], 1.0, 0.0, CPU)
+    recorder = MetricsRecorder([], 1.0, 0.0, CPU)
     recorder.add(step_metrics(1))
     clock[0] += 1.0
     assert math.isnan(recorder.flush()[0]["mfu"])
@@ -106,7 +108,7 @@ def test_a_flush_synchronizes_with_the_device_once(monkeypatch):
         monkeypatch.setattr(
             torch.Tensor, name, lambda self, *a, original=original, name=name: calls.append(name) or original(self, *a)
         )
-    recorder = Recorder([lambda rows: None], 1.0, 1.0, CPU)
+    recorder = MetricsRecorder([lambda rows: None], 1.0, 1.0, CPU)
     for steps in (1, 10):
         for step in range(1, steps + 1):
             recorder.add(step_metrics(step))

@@ -13,8 +13,8 @@ from dist_llm.launch.world import World
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.build_tokenizer import build_tokenizer
+from dist_llm.training.evaluate_checkpoint import EvaluationOptions, evaluate_checkpoint
 from dist_llm.training.run import train
-from dist_llm.training.score import Windows, score
 from dist_llm.training.settings import read_config
 from tests.text.test_token_files import build_megatron_index
 from tests.tools import command
@@ -97,7 +97,10 @@ def test_adopted_megatron_files_train_as_a_native_corpus(
 
     # Both corpora give the same loss, which includes the document mask.
     run = str(tmp_path / "runs" / "megatron")
-    masked = [score(run, str(corpus), "heldout", Windows(), World()).loss for corpus in corpora.values()]
+    masked = [
+        evaluate_checkpoint(run, str(corpus), "heldout", EvaluationOptions(), World()).loss
+        for corpus in corpora.values()
+    ]
     assert (
         masked[0]
         == masked[1]

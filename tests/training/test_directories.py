@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.errors import ConfigError
 from dist_llm.launch.run_lock import LOCK_FILE
 from dist_llm.launch.world import World
 from dist_llm.training import directories
-from dist_llm.training.directories import check_room, check_writable, open_directories
+from dist_llm.training.directories import check_free_space, check_writable, open_directories
 from tests.laws.law import make_config
 
 Usage = namedtuple("Usage", "total used free")
@@ -24,40 +24,40 @@ def test_a_checkpoint_directory_that_cannot_be_written_is_refused(rank: int, tmp
     config = make_config(1, {}, run={"dir": str(tmp_path / "run")}, checkpoint={"dir": str(tmp_path / "file/here")})
     with (
         pytest.raises(ConfigError, match=r"checkpoint\.dir: .*file.* cannot be written: .*; make it writable, or set"),
-        open_directories(config, Folder(config.checkpoint.dir), World(rank=rank, size=2, local_rank=0)),
+        open_directories(config, CheckpointFolder(config.checkpoint.dir), World(rank=rank, world_size=2, local_rank=0)),
     ):
         pass
     assert not (tmp_path / "run" / LOCK_FILE).exists()
 
 
 def test_a_url_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Folder("memory://bucket/checkpoints")
+    folder = CheckpointFolder("memory://bucket/checkpoints")
     check_writable(folder, "checkpoint.dir")
     assert folder.list_names() == []
 
     def raise_permission_error(*args: object) -> None:
         raise PermissionError("AccessDenied")
 
-    monkeypatch.setattr(Folder, "write", raise_permission_error)
+    monkeypatch.setattr(CheckpointFolder, "write", raise_permission_error)
     with pytest.raises(ConfigError, match=r"checkpoint\.dir: memory://bucket/checkpoints cannot be written: .*Denied"):
         check_writable(folder, "checkpoint.dir")
 
 
 def test_too_little_room_for_one_checkpoint_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(5000, 4001, 999))
-    check_room(tmp_path, 999, "run.dir")
+    check_free_space(tmp_path, 999, "run.dir")
     with pytest.raises(ConfigError, match=r"run\.dir: .* has room for 999 bytes, but one checkpoint takes 1,000"):
-        check_room(tmp_path, 1000, "run.dir")
+        check_free_space(tmp_path, 1000, "run.dir")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 0))
-    check_room(tmp_path, 1000, "run.dir")  # a file system that reports no sizes
+    check_free_space(tmp_path, 1000, "run.dir")  # a file system that reports no sizes
 
 
 def test_a_run_that_does_not_save_needs_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(5000, 5000, 0))
     monkeypatch.setattr(directories, "count_checkpoint_bytes", lambda config: 1)
     config = make_config(1, {}, run={"dir": str(tmp_path / "run")})
-    folder = Folder(tmp_path / "run" / "checkpoints")
-    with open_directories(config, folder, World(), saves=False):
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
+    with open_directories(config, folder, World(), saves_checkpoints=False):
         pass
     with pytest.raises(ConfigError, match="has room for 0 bytes"), open_directories(config, folder, World()):
         pass

@@ -9,7 +9,7 @@ import pytest
 
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config
-from dist_llm.training.resume import NUM_STEPS, EarlierSteps
+from dist_llm.training.resume import NUM_COMPARED_STEPS, EarlierSteps
 from tests.laws.law import make_config
 
 LOSSES = {step: 5.0 - step / 100 for step in range(1, 31)}
@@ -34,14 +34,14 @@ def make_rows(first: int, last: int, changes: dict[int, float] | None = None) ->
 def test_the_first_steps_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = make_config(1, {})
     earlier = EarlierSteps.read(write_run(tmp_path, config), 8, config)
-    assert list(earlier.losses) == list(range(9, 9 + NUM_STEPS))
+    assert list(earlier.losses) == list(range(9, 9 + NUM_COMPARED_STEPS))
     with caplog.at_level(logging.INFO):
         assert earlier.compare([{"step": 9, "heldout_loss": 3.0}]) == []
     earlier = EarlierSteps.read(tmp_path, 8, config)
     with caplog.at_level(logging.INFO):
         assert earlier.compare(make_rows(9, 12, {10: LOSSES[10] * (1 + 5e-5)})) == [], "within rounding"
         assert earlier.compare(make_rows(13, 30, {30: 1.0})) == [], "only the first steps are compared"
-    assert f"{NUM_STEPS} steps that were taken before have the same losses again" in caplog.text
+    assert f"{NUM_COMPARED_STEPS} repeated steps have the same losses as before the restart" in caplog.text
 
 
 @pytest.mark.parametrize("loss", [LOSSES[10] * 1.001, float("nan")])
@@ -73,10 +73,10 @@ def test_steps_of_another_config_are_not_compared(
     )
     with caplog.at_level(logging.INFO):
         assert EarlierSteps.read(write_run(tmp_path, make_config(1, {})), 8, config).losses == {}
-    assert f"resumed steps are not compared with those before: {name} changed" in caplog.text
+    assert f"the losses of repeated steps are not compared with the earlier ones: {name} changed" in caplog.text
 
 
 def test_another_layout_or_checkpoint_interval_is_compared(tmp_path: Path) -> None:
     config = make_config(2, {}, parallel={"tp": 2}, checkpoint={"every": 3}, data={"micro_batch": 4})
-    assert len(EarlierSteps.read(write_run(tmp_path, make_config(1, {})), 8, config).losses) == NUM_STEPS
+    assert len(EarlierSteps.read(write_run(tmp_path, make_config(1, {})), 8, config).losses) == NUM_COMPARED_STEPS
     assert EarlierSteps.read(tmp_path / "nowhere", 8, config).losses == {}

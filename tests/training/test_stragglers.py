@@ -18,7 +18,7 @@ def report_of_rank_0(counts: list[tuple[int, int]], seconds: float = 4.0) -> lis
     num_samples, num_waiting = ([each[index] for each in counts] for index in (0, 1))
     answers = iter([num_samples, num_waiting, num_samples, num_waiting])
     monitor = StragglerMonitor(
-        World(rank=0, size=len(counts)), SimpleNamespace(all_gather_ints=lambda value: next(answers)), seconds
+        World(rank=0, world_size=len(counts)), SimpleNamespace(all_gather_ints=lambda value: next(answers)), seconds
     )  # type: ignore[arg-type]
     monitor.num_samples, monitor.num_waiting = counts[0]
     first = monitor.report(make_rows(2))

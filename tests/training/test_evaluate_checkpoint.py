@@ -11,7 +11,7 @@ from dist_llm.convert import hf_convert
 from dist_llm.convert.weights import LazyWeights
 from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.world import World
-from dist_llm.training.score import Windows, _with_seq_len, score
+from dist_llm.training.evaluate_checkpoint import EvaluationOptions, _with_seq_len, evaluate_checkpoint
 from tests.test_fuzz import BYTES, make_config, make_weights, write_corpus
 from tests.tools import command
 
@@ -61,7 +61,7 @@ def test_errors_name_the_option_to_change(
 ) -> None:
     def error_of(data: str | None) -> str:
         with pytest.raises((ConfigError, DataError)) as error:
-            score(str(imported_model), data, "heldout", Windows(), World())
+            evaluate_checkpoint(str(imported_model), data, "heldout", EvaluationOptions(), World())
         assert "data.path" not in str(error.value)
         return str(error.value)
 
@@ -69,7 +69,9 @@ def test_errors_name_the_option_to_change(
     assert re.match(r"--data .*nowhere: .* not a prepared corpus", error_of(str(tmp_path / "nowhere")))
     (tmp_path / "corpus").mkdir()
     write_corpus(tmp_path / "corpus")
-    result = score(str(imported_model), str(tmp_path / "corpus"), "heldout", Windows(micro_batch=3), World())
+    result = evaluate_checkpoint(
+        str(imported_model), str(tmp_path / "corpus"), "heldout", EvaluationOptions(micro_batch=3), World()
+    )
     assert result.tokens == 111
     out = capsys.readouterr().out
     assert f"{imported_model} has no tokenizer: assuming that of the corpus" in out

@@ -1,4 +1,7 @@
-"""The common base of engines whose ranks all hold full sequences and read different samples: plain data parallelism."""
+"""The base class of engines with data parallelism only: each rank reads different samples, in full sequences.
+
+The DeepSpeed and accelerate engines derive from it.
+"""
 
 from collections.abc import Iterator
 
@@ -17,7 +20,7 @@ from dist_llm.sharded import is_sharded
 
 
 class DataParallelEngine:
-    """A partial `Engine`. A process group exists."""
+    """The methods of `Engine` that data-parallel engines share. A process group must exist."""
 
     loss_scale: LossScale | None = None
     model: Decoder
@@ -36,13 +39,13 @@ class DataParallelEngine:
     def replicated_params(self) -> ReplicaGroups:
         """All parameters, if every rank holds them unsharded."""
         parameters = dict(self.named_parameters())
-        if any(is_sharded(p) for p in parameters.values()):
+        if any(is_sharded(parameter) for parameter in parameters.values()):
             return []  # sharded by FSDP or by ZeRO stage 3
         return [(self.replica_group, parameters)]
 
     @property
     def replica_group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold the same parameters; None: all ranks."""
+        """The process group of the ranks that hold the same parameters; None for all ranks."""
         return None
 
     @property
@@ -51,7 +54,7 @@ class DataParallelEngine:
 
     @property
     def coordinates(self) -> tuple[int, ...]:
-        """The rank's coordinates in the native engine's mesh: pp, dp_replicate, dp_shard, cp."""
+        """The coordinates (pp, dp_replicate, dp_shard, cp) that this rank has in a mesh of the native engine."""
         return 0, 0, dist.get_rank(), 0
 
     def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
@@ -68,5 +71,5 @@ class DataParallelEngine:
     def seed_dropout(self, step: int, microbatch: int) -> None:
         """Seed dropout as the native engine does on a mesh with as many dp_shard ranks."""
         if self.config.model.dropout:
-            tensor = (0,) if self.config.parallel.sequence_parallel else ()
-            torch.manual_seed(hash_seed(self.config.run.seed, step, microbatch, *self.coordinates, *tensor))
+            tp_coordinate = (0,) if self.config.parallel.sequence_parallel else ()
+            torch.manual_seed(hash_seed(self.config.run.seed, step, microbatch, *self.coordinates, *tp_coordinate))

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
-from dist_llm.checkpoint.folder import Folder
 from dist_llm.config.derive import resolve_config
 from dist_llm.config.load import dump
 from dist_llm.config.schema import Config, UnresolvedConfig
 from dist_llm.optim.schedule import learning_rate
-from dist_llm.training.rate import plan_rate
+from dist_llm.training.learning_rate_plan import plan_learning_rate
 from tests.laws.law import MODEL
 
 
 def make_config(steps: int, **schedule: object) -> Config:
-    """Return a config as `read_config` does: resolved, except for a decay_steps of 0."""
+    """Return a config as `read_config` does: resolved, except for a decay_steps of null."""
     raw = {
         "run": {"dir": "run", "steps": steps},
         "model": MODEL,
@@ -29,10 +29,10 @@ def make_config(steps: int, **schedule: object) -> Config:
     return resolve_config(config, 1, 0).model_copy(update={"schedule": config.schedule})
 
 
-def write_checkpoint(config: Config, step: int, directory: Path) -> Folder:
-    (directory / "config.yaml").write_text(dump(plan_rate(config, None)))
+def write_checkpoint(config: Config, step: int, directory: Path) -> CheckpointFolder:
+    (directory / "config.yaml").write_text(dump(plan_learning_rate(config, None)))
     (directory / "progress.json").write_text(json.dumps(Progress(step=step).as_dict()))
-    return Folder(directory)
+    return CheckpointFolder(directory)
 
 
 def learning_rate_of(config: Config, step: int) -> float:
@@ -40,8 +40,8 @@ def learning_rate_of(config: Config, step: int) -> float:
 
 
 def test_a_start_plans_the_decay_to_the_last_step() -> None:
-    assert plan_rate(make_config(100), None).schedule.decay_steps == 100
-    assert plan_rate(make_config(100, decay_steps=30), None).schedule.decay_steps == 30
+    assert plan_learning_rate(make_config(100), None).schedule.decay_steps == 100
+    assert plan_learning_rate(make_config(100, decay_steps=30), None).schedule.decay_steps == 30
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
@@ -50,18 +50,18 @@ def test_an_extended_run_stays_at_the_minimum_and_logs_it(
 ) -> None:
     caplog.set_level(logging.INFO)
     checkpoint = write_checkpoint(make_config(100, name=name), 100, tmp_path)
-    planned = plan_rate(make_config(200, name=name), checkpoint)
+    planned = plan_learning_rate(make_config(200, name=name), checkpoint)
     assert planned.schedule.decay_steps == 100
     assert learning_rate_of(planned, 101) == pytest.approx(1e-3)
     (line,) = caplog.messages
-    replanned = learning_rate_of(plan_rate(make_config(200, name=name), None), 101)
+    replanned = learning_rate_of(plan_learning_rate(make_config(200, name=name), None), 101)
     assert "planned to end at step 100 and still does, although run.steps is now 200: step 101 has 0.001" in line
     assert line.endswith(f"With schedule.on_extend=replan it would have {replanned:.3g}")
 
 
 def test_a_replanned_run_logs_both_rates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = write_checkpoint(make_config(100), 100, tmp_path)
-    planned = plan_rate(make_config(200, on_extend="replan"), checkpoint)
+    planned = plan_learning_rate(make_config(200, on_extend="replan"), checkpoint)
     assert planned.schedule.decay_steps == 200
     assert caplog.messages == [
         f"learning rate of step 101: 0.001 by the checkpoint's config, {learning_rate_of(planned, 101):.3g} by this one"
@@ -70,13 +70,13 @@ def test_a_replanned_run_logs_both_rates(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_explicit_decay_steps_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = write_checkpoint(make_config(100), 100, tmp_path)
-    assert plan_rate(make_config(200, decay_steps=200), checkpoint).schedule.decay_steps == 200
+    assert plan_learning_rate(make_config(200, decay_steps=200), checkpoint).schedule.decay_steps == 200
     assert "0.001 by the checkpoint's config" in caplog.text
 
 
 def test_a_changed_peak_or_warmup_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = write_checkpoint(make_config(100), 10, tmp_path)
-    plan_rate(make_config(100, warmup_steps=50), checkpoint)
+    plan_learning_rate(make_config(100, warmup_steps=50), checkpoint)
     assert "by the checkpoint's config, 0.0022 by this one" in caplog.text
 
 
@@ -86,14 +86,14 @@ def test_an_unchanged_rate_is_not_logged(
 ) -> None:
     caplog.set_level(logging.INFO)
     steps = 200 if before else 100
-    plan_rate(make_config(steps, **after), write_checkpoint(make_config(100, **before), 50, tmp_path))
+    plan_learning_rate(make_config(steps, **after), write_checkpoint(make_config(100, **before), 50, tmp_path))
     assert caplog.messages == []
 
 
 def test_the_next_resume_keeps_the_plan(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(make_config(100), 100, tmp_path)
-    extended = plan_rate(make_config(200), checkpoint)
+    extended = plan_learning_rate(make_config(200), checkpoint)
     (tmp_path / "config.yaml").write_text(dump(extended))
-    assert plan_rate(make_config(300), checkpoint) == make_config(300).model_copy(
+    assert plan_learning_rate(make_config(300), checkpoint) == make_config(300).model_copy(
         update={"schedule": extended.schedule}
     )

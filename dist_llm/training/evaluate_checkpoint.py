@@ -1,11 +1,11 @@
-"""Compute a checkpoint's loss on a corpus, on any number of ranks (`dist-llm evaluate`)."""
+"""Compute the loss of a checkpoint on a corpus, on any number of ranks. `dist-llm evaluate` runs this."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_llm.checkpoint import store
-from dist_llm.checkpoint.folder import Folder
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.config.lengths import all_lengths
 from dist_llm.config.load import load_saved
 from dist_llm.config.parallel_section import ParallelConfig
@@ -16,52 +16,58 @@ from dist_llm.data.streams import masks_prompts, open_corpora
 from dist_llm.data.tokenizer_file import same_tokenizer
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError, DataError
-from dist_llm.launch.group import process_group, select_device
+from dist_llm.launch.process_group import process_group, select_device
 from dist_llm.launch.world import World
 from dist_llm.objectives.build_objective import build_objective
 from dist_llm.text.tokenizer import TOKENIZER_FILE
-from dist_llm.training.evaluate import Evaluation, Heldout, evaluate
+from dist_llm.training.evaluate import Evaluation, HeldoutData, evaluate
 from dist_llm.training.settings import read_vocabulary
 
-IMPORTED_SEQ_LEN = 2048  # default for imported models, which have no configured length
+IMPORTED_SEQ_LEN = 2048  # default window in tokens for imported models, which have no data.seq_len of a run
 
 
 @dataclass(frozen=True)
-class Windows:
-    """The number of tokens per window and of windows per batch; 0: the default."""
+class EvaluationOptions:
+    """Tokens per window (`seq_len`) and windows per batch (`micro_batch`); 0 selects the default."""
 
     seq_len: int = 0
     micro_batch: int = 0
 
 
-def score(checkpoint: str, data: str | None, split: Split, windows: Windows, world: World) -> Evaluation:
-    """Evaluate and print on rank 0. The model is sharded over all ranks, independent of its training layout.
+def evaluate_checkpoint(
+    checkpoint: str, data: str | None, split: Split, options: EvaluationOptions, world: World
+) -> Evaluation:
+    """Evaluate a checkpoint on `data`, or on the corpus of its run, and print the result on rank 0.
 
-    Raises ConfigError or DataError, which names the option to change.
+    The model is sharded over all ranks, whatever its layout in training was. Raises ConfigError or DataError that names
+    the option to change.
     """
-    path = store.open_checkpoint(checkpoint, world.rank, world.size)
-    config, why = _with_seq_len(load_saved(path), windows.seq_len, store.read_progress(Folder(path)).tokens > 0)
-    corpora = _open(config, data, split)
+    path = store.open_checkpoint(checkpoint, world.rank, world.world_size)
+    is_trained = store.read_progress(CheckpointFolder(path)).tokens > 0  # else the model was imported
+    config, seq_len_origin = _with_seq_len(load_saved(path), options.seq_len, is_trained)
+    corpora = _open_corpora(config, data, split)
     _check_tokenizer(path, config, corpora.values(), world)
-    prompts = masks_prompts(config.data, corpora.values())
+    has_prompts = masks_prompts(config.data, corpora.values())
     vocabulary = read_vocabulary(config, path if (path / TOKENIZER_FILE).exists() else _first_directory(corpora))
-    objective = build_objective(config, vocabulary, prompts)
+    objective = build_objective(config, vocabulary, has_prompts)
     score_prompts = config.data.score_prompts
-    heldout = Heldout(corpora, objective, windows.micro_batch or config.data.micro_batch, score_prompts=score_prompts)
+    heldout = HeldoutData(
+        corpora, objective, options.micro_batch or config.data.micro_batch, score_prompts=score_prompts
+    )
     heldout.check()
     # Models trained in float8 are scored in bf16 on all devices, as in `generate`.
-    config = config.model_copy(update={"parallel": ParallelConfig(dp_shard=world.size), "fp8": False})
+    config = config.model_copy(update={"parallel": ParallelConfig(dp_shard=world.world_size), "fp8": False})
     device = select_device(world)
     with process_group(world, device):
         engine = NativeEngine(config, device)
-        progress = store.load(path, engine.state, moments=False)
+        progress = store.load_checkpoint(path, engine.state, with_moments=False)
         result = evaluate(engine, heldout)
         del engine
     if world.is_main:
         print(
             f"{path} at step {progress.step}, {split} text of "
             f"{', '.join(str(corpus.directory) for corpus in corpora.values())} in windows of {config.data.seq_len} "
-            f"({why}): {result.tokens:,} tokens\n"
+            f"({seq_len_origin}): {result.tokens:,} tokens\n"
             f"loss {result.loss:.4f} nats per token\nperplexity {result.perplexity:.3f}"
         )
         for name, loss in result.breakdown.items():
@@ -72,48 +78,50 @@ def score(checkpoint: str, data: str | None, split: Split, windows: Windows, wor
 
 
 def _first_directory(corpora: Mapping[str, Corpus]) -> Path:
-    """Return the directory of the first corpus; all have one tokenizer."""
+    """Return the directory of the first corpus. All corpora have the same tokenizer."""
     return next(iter(corpora.values())).directory
 
 
-def _with_seq_len(config: Config, seq_len: int, trained: bool) -> tuple[Config, str]:
-    """Return (the config for windows of `seq_len` tokens, the origin of the number). Raises ConfigError if it is not
-    possible."""
-    longest, why = config.model.max_seq_len, "--seq-len"
-    if seq_len > longest:
-        raise ConfigError(f"--seq-len {seq_len}: the model takes at most {longest} tokens; lower it")
+def _with_seq_len(config: Config, seq_len: int, is_trained: bool) -> tuple[Config, str]:
+    """Return (the config for windows of `seq_len` tokens, where that number comes from). 0 selects the default.
+
+    Raises ConfigError if the model or the objective does not support the length.
+    """
+    max_seq_len, origin = config.model.max_seq_len, "--seq-len"
+    if seq_len > max_seq_len:
+        raise ConfigError(f"--seq-len {seq_len}: the model takes at most {max_seq_len} tokens; lower it")
     if not seq_len:
-        seq_len, why = config.data.seq_len, "as in the run"
-        if not trained and seq_len > IMPORTED_SEQ_LEN:
-            seq_len, why = IMPORTED_SEQ_LEN, f"the default; the model takes up to {longest}, see --seq-len"
-    changed = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": seq_len})})
+        seq_len, origin = config.data.seq_len, "as in the run"
+        if not is_trained and seq_len > IMPORTED_SEQ_LEN:
+            seq_len, origin = IMPORTED_SEQ_LEN, f"the default; the model takes up to {max_seq_len}, see --seq-len"
+    updated = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": seq_len})})
     try:
-        all_lengths(changed)
+        all_lengths(updated)
     except ValueError as error:
         raise ConfigError(f"--seq-len {seq_len}: {error}; raise it") from None
-    return changed, why
+    return updated, origin
 
 
-def _open(config: Config, data: str | None, split: Split) -> dict[str, Corpus]:
+def _open_corpora(config: Config, data: str | None, split: Split) -> dict[str, Corpus]:
     """Open the corpora of the run, or the corpus of --data."""
-    chosen = config.data.model_copy(update={"path": data, "sources": ()}) if data else config.data
-    whose = f"--data {data}" if data else "the corpus of the run (choose another with --data)"
-    if not (chosen.path or chosen.sources):
+    data_config = config.data.model_copy(update={"path": data, "sources": ()}) if data else config.data
+    corpus_origin = f"--data {data}" if data else "the corpus of the run (choose another with --data)"
+    if not (data_config.path or data_config.sources):
         raise ConfigError("--data: this model was imported and has no corpus of its own; give a corpus directory")
     try:
-        corpora = open_corpora(chosen, split)
+        corpora = open_corpora(data_config, split)
     except DataError as error:
-        raise DataError(f"{whose}: {error}") from None
+        raise DataError(f"{corpus_origin}: {error}") from None
     for corpus in corpora.values():
         if not corpus.n_tokens:
             raise DataError(
-                f"{whose}: {corpus.directory} has no {split} text; choose another corpus with --data, or "
+                f"{corpus_origin}: {corpus.directory} has no {split} text; choose another corpus with --data, or "
                 f"--split {'train' if split == 'heldout' else 'heldout'}"
             )
         if (config.data.document_mask or config.data.windows == "packed") and not corpus.manifest.has_document_bounds:
             raise DataError(
-                f"{whose}: {corpus.directory}: document boundaries are unknown, but the model was trained with a "
-                "document mask; choose a corpus with document boundaries"
+                f"{corpus_origin}: {corpus.directory}: document boundaries are unknown, but the model was trained with "
+                "a document mask; choose a corpus with document boundaries"
             )
     return corpora
 

@@ -1,6 +1,7 @@
-"""A checkpoint directory, on a disk or at a URL that fsspec opens, and torch's reader and writer for it.
+"""A directory for checkpoints, on a disk or at a URL, and the DCP reader and writer for it.
 
-Files are hashed while they are written, so the manifest needs no second read.
+All access goes through fsspec. Files are hashed while they are written, so the manifest needs no second read. DCP is
+torch.distributed.checkpoint.
 """
 
 import errno
@@ -28,17 +29,17 @@ from dist_llm.io.atomic import sync_directory, sync_file
 from dist_llm.io.hashing import create_hash, format_digest
 
 READ_BYTES = 1 << 22  # bytes per read request of a remote file
-WRITE_BYTES = 1 << 20  # bytes per write: they are still in the CPU cache when they are hashed
-WRITEBACK_BYTES = 1 << 23  # bytes after which the system is advised to start writing to the disk
-METADATA = ".metadata"  # torch's metadata file
+WRITE_BYTES = 1 << 20  # bytes per write; they are still in the CPU cache when they are hashed
+WRITEBACK_BYTES = 1 << 23  # after this many bytes, the system is advised to start writing to the disk
+METADATA = ".metadata"  # metadata file of DCP
 CANCELLED = "another thread could not write"
-NUM_WRITE_THREADS = 2  # each has its own file: one writes and hashes while the other waits for the disk
+NUM_WRITE_THREADS = 2  # each thread has its own file; one hashes while the other waits for the disk
 
 
-class Folder:
-    """A directory, given by a path or a URL."""
+class CheckpointFolder:
+    """A directory of a checkpoint, or of several checkpoints, given by a path or a URL."""
 
-    def __init__(self, location: "Folder | Path | str") -> None:
+    def __init__(self, location: "CheckpointFolder | Path | str") -> None:
         self.location = str(location).rstrip("/")
         self.fs, self.path = fsspec.core.url_to_fs(self.location)
 
@@ -46,20 +47,20 @@ class Folder:
         return self.location
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Folder) and other.location == self.location
+        return isinstance(other, CheckpointFolder) and other.location == self.location
 
     def __hash__(self) -> int:
         return hash(self.location)
 
-    def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.location}/{name}")
+    def __truediv__(self, name: str) -> "CheckpointFolder":
+        return CheckpointFolder(f"{self.location}/{name}")
 
     @property
     def name(self) -> str:
         return self.location.rpartition("/")[2]
 
     @property
-    def local(self) -> Path | None:
+    def local_path(self) -> Path | None:
         """The path, if the directory is on a local disk; else None."""
         return Path(self.path) if isinstance(self.fs, LocalFileSystem) else None
 
@@ -72,15 +73,17 @@ class Folder:
             return []
 
     def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
         return int(self.fs.size(f"{self.path}/{name}"))
 
     def read(self, name: str) -> bytes:
+        """Read a file."""
         content: bytes = self.fs.cat_file(f"{self.path}/{name}")
         return content
 
-    def compute_hash(self, name: str, like: str) -> str:
-        """Read a file in blocks and return its hash. `like` is a hash whose algorithm is used."""
-        digest = create_hash(like)
+    def compute_hash(self, name: str, reference_hash: str) -> str:
+        """Read a file in blocks and return its hash, by the algorithm of `reference_hash`."""
+        digest = create_hash(reference_hash)
         with self.fs.open(f"{self.path}/{name}", "rb", block_size=READ_BYTES) as file:
             while block := file.read(READ_BYTES):
                 digest.update(block)
@@ -90,19 +93,20 @@ class Folder:
         """Write a file. On a local disk it is durable on return."""
         with self.fs.open(f"{self.path}/{name}", "wb") as file:
             file.write(content)
-            with suppress(AttributeError, io.UnsupportedOperation):  # a remote file
+            with suppress(AttributeError, io.UnsupportedOperation):  # remote files raise these
                 sync_file(file)
 
     def create(self) -> None:
+        """Create the directory if it does not exist."""
         self.fs.makedirs(self.path, exist_ok=True)
 
     def sync(self) -> None:
-        """Make the names in the directory durable, if it is on a local disk."""
-        if self.local is not None:
-            sync_directory(self.local)
+        """Make the file names in the directory durable, if it is on a local disk."""
+        if self.local_path is not None:
+            sync_directory(self.local_path)
 
     def remove(self, name: str = "") -> None:
-        """Remove one file, or the folder and its content. Does nothing if it does not exist."""
+        """Remove one file, or without `name` the directory and its content. Do nothing if it does not exist."""
         with suppress(FileNotFoundError):
             if name:
                 self.fs.rm_file(f"{self.path}/{name}")
@@ -112,23 +116,23 @@ class Folder:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file's size, and its hash in the format of `format_digest`."""
+    """The size of a file, and its hash in the format of `format_digest`."""
 
     bytes: int
     hash: str
 
 
 class FolderReader(filesystem.FileSystemReader):
-    """torch's reader, for any `Folder`."""
+    """The DCP reader of a `CheckpointFolder`."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: CheckpointFolder) -> None:
         super().__init__(folder.path)
         self.path = folder.path
-        self.fs = _HashingFileSystem(folder.fs)  # type: ignore[assignment]  # declared as a file system of disks
+        self.fs = _HashingFileSystem(folder.fs)  # type: ignore[assignment]  # torch declares a class for local disks
         self.folder = folder
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read the metadata without unpickling arbitrary classes. Raises CheckpointError."""
+        """Read the metadata without unpickling arbitrary classes. Raises CheckpointError if it is damaged."""
         metadata = load_metadata(self.folder.read(METADATA), f"{self.folder}/{METADATA}")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -136,47 +140,55 @@ class FolderReader(filesystem.FileSystemReader):
 
 
 class FolderWriter(filesystem.FileSystemWriter):
-    """torch's writer, into any `Folder`; `file_records` has the files that this rank wrote, by name."""
+    """The DCP writer of a `CheckpointFolder`. `file_records` has the files that this rank has written, by name."""
 
-    def __init__(self, folder: Folder, few_files: bool = True) -> None:
-        # No copy-ahead: it would run in a thread, on the stream of another device than this rank's.
-        durable, threads = folder.local is not None, NUM_WRITE_THREADS if few_files else 1
-        super().__init__(folder.path, few_files, durable, thread_count=threads, per_thread_copy_ahead=0)
+    def __init__(self, folder: CheckpointFolder, few_files: bool = True) -> None:
+        # No copy-ahead, because it would run in a thread, on the stream of another device.
+        super().__init__(
+            folder.path,
+            single_file_per_rank=few_files,
+            sync_files=folder.local_path is not None,
+            thread_count=NUM_WRITE_THREADS if few_files else 1,
+            per_thread_copy_ahead=0,
+        )
         self.path = folder.path
         self.files = _HashingFileSystem(folder.fs)
         self.fs = self.files  # type: ignore[assignment]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write the tensors. Raises the error of any thread, which torch would lose; the other threads then stop."""
-        before = torch.serialization.get_crc32_options()
+        """Write the tensors. If a thread fails, stop the other threads and raise its error, which torch would lose."""
+        crc32_options = torch.serialization.get_crc32_options()
         try:
-            done = super().write_data(plan, planner)
-            if len(done.value()) < len(plan.items):
+            results = super().write_data(plan, planner)
+            if len(results.value()) < len(plan.items):
                 raise self.error or CheckpointError("a thread that writes tensors failed; its error is above")
         except BaseException:
             self.files.stop()
             raise
         finally:
-            torch.serialization.set_crc32_options(before)
-        return done
+            torch.serialization.set_crc32_options(crc32_options)
+        return results
 
     @property
     def error(self) -> OSError | None:
-        """The operating system's error, if a write failed."""
+        """The error of the operating system, if a write failed."""
         return self.files.error
 
     @property
     def file_records(self) -> dict[str, FileRecord]:
-        return {path.rpartition("/")[2]: written for path, written in self.files.file_records.items()}
+        """{file name: record} of the files that this rank has written."""
+        return {path.rpartition("/")[2]: record for path, record in self.files.file_records.items()}
 
 
 class _HashingFileSystem(filesystem.FileSystemBase):
+    """A file system for DCP on top of fsspec, which hashes the files that it writes."""
+
     def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
         self.fs = fs
         self.on_disk = isinstance(fs, LocalFileSystem) and hasattr(os, "posix_fadvise")
         self.file_records: dict[str, FileRecord] = {}
         self.error: OSError | None = None
-        self.streams: set[_HashingStream] = set()  # that are open
+        self.streams: set[_HashingStream] = set()  # open streams
         self.stopped = False
 
     def stop(self) -> None:
@@ -193,8 +205,8 @@ class _HashingFileSystem(filesystem.FileSystemBase):
             if mode != "wb":
                 yield file
                 return
-            # torch.save's CRC32 takes longer than the write, and all bytes are hashed here. The option is thread-local;
-            # in older versions of torch it is global, and `write_data` restores it.
+            # The CRC32 of torch.save takes longer than the write and is not needed. The option is thread-local; in
+            # older versions of torch it is global, so `write_data` restores it.
             torch.serialization.set_crc32_options(False)
             stream = _HashingStream(file, self)
             self.streams.add(stream)
@@ -203,7 +215,7 @@ class _HashingFileSystem(filesystem.FileSystemBase):
             finally:
                 self.error = self.error or stream.error
                 self.streams.discard(stream)
-            self.file_records[str(path)] = FileRecord(stream.length, format_digest(stream.digest))
+            self.file_records[str(path)] = FileRecord(stream.num_bytes, format_digest(stream.digest))
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         return f"{path}/{suffix}"
@@ -234,11 +246,11 @@ class _HashingFileSystem(filesystem.FileSystemBase):
 
 
 class _HashingStream(io.RawIOBase):
-    """Forward writes to a file, and hash them."""
+    """Forwards writes to a file and hashes them."""
 
     def __init__(self, file: IO[bytes], files: _HashingFileSystem) -> None:
-        self.file, self.files, self.length, self.digest = file, files, 0, create_hash()
-        self.writeback_bytes = 0  # bytes that the system was advised to write
+        self.file, self.files, self.num_bytes, self.digest = file, files, 0, create_hash()
+        self.writeback_bytes = 0  # the system has been advised to write this many bytes to the disk
         self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
@@ -256,15 +268,17 @@ class _HashingStream(io.RawIOBase):
             self.error = error
             raise
         self.digest.update(block)
-        self.length += len(block)
-        if self.files.on_disk and self.length - self.writeback_bytes >= WRITEBACK_BYTES:
-            file = self.fileno()
-            with suppress(OSError):  # start writing to the disk now, not at fsync
-                os.posix_fadvise(file, self.writeback_bytes, self.length - self.writeback_bytes, os.POSIX_FADV_DONTNEED)
-            self.writeback_bytes = self.length
+        self.num_bytes += len(block)
+        if self.files.on_disk and self.num_bytes - self.writeback_bytes >= WRITEBACK_BYTES:
+            fd = self.fileno()
+            with suppress(OSError):  # lets the system start writing to the disk before fsync
+                os.posix_fadvise(
+                    fd, self.writeback_bytes, self.num_bytes - self.writeback_bytes, os.POSIX_FADV_DONTNEED
+                )
+            self.writeback_bytes = self.num_bytes
 
     def tell(self) -> int:
-        return self.length
+        return self.num_bytes
 
     def flush(self) -> None:
         try:
@@ -274,8 +288,8 @@ class _HashingStream(io.RawIOBase):
             raise
 
     def fileno(self) -> int:
-        self.flush()  # torch calls this before fsync, and does not always flush first
-        return self.file.fileno()  # remote files raise, which torch handles
+        self.flush()  # torch calls this before fsync, and does not always flush before
+        return self.file.fileno()  # remote files raise an error, which torch handles
 
     def close(self) -> None:
         pass  # torch closes a stream after each tensor; the file stays open

@@ -1,4 +1,4 @@
-"""This rank's device, and the process group of a run."""
+"""Select the device of this rank, and create the process group of a run."""
 
 import ctypes
 import gc
@@ -17,12 +17,12 @@ from dist_llm.compat import use_one_thread_per_gloo_group
 from dist_llm.errors import ConfigError
 from dist_llm.launch.world import World
 
-_stores: list[dist.Store] = []  # this process's connection to the other ranks, after the rendezvous
-_group_numbers = count()
+_rendezvous_stores: list[dist.Store] = []  # empty, or the store that the rendezvous of this process created
+_group_indices = count()
 
 
 def select_device(world: World) -> torch.device:
-    """This rank's GPU, or the CPU on a machine without GPUs."""
+    """Return the GPU of this rank, or the CPU on a machine without GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if world.local_rank >= torch.cuda.device_count():
@@ -36,8 +36,8 @@ def select_device(world: World) -> torch.device:
 def keep_freed_memory(device: torch.device) -> None:
     """On a CPU, reuse freed memory instead of returning it to the system.
 
-    By default glibc maps each large tensor anew, and the kernel zeroes it page by page: a tenth of a step's time and
-    more. All threads share one heap, so that backward, which runs in its own thread, reuses memory of forward.
+    By default glibc maps each large tensor anew, and the kernel zeroes its pages, which takes 10% of a step or more.
+    All threads share one heap, so that backward, which runs in its own thread, reuses the memory of forward.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if device.type == "cpu" and mallopt is not None:  # glibc only; the constants are those of malloc.h
@@ -52,24 +52,24 @@ def process_group(
 ) -> Iterator[None]:
     """Create the default process group for the block. A single process gets one only with `even_if_single`.
 
-    Drop all models that were built inside before the block ends. A 4-rank FSDP job that still holds a model at
-    interpreter exit crashes one time in five ("terminate called without an active exception").
+    The caller must drop all models before the block ends. A 4-rank FSDP job that still holds a model at interpreter
+    exit crashes one time in five ("terminate called without an active exception").
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world.size == 1 and not even_if_single:
+    if world.world_size == 1 and not even_if_single:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # c10d warns of each barrier without a device id; on GPUs we pass the device.
+    # Silences the warning of c10d for each barrier without a device id. On GPUs, the group below has the device.
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     use_one_thread_per_gloo_group(filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")))
-    with _rendezvous_errors():
+    with _convert_rendezvous_errors():
         dist.init_process_group(
             backend,
-            store=_new_store(world, timeout_seconds),
+            store=_create_store(world, timeout_seconds),
             rank=world.rank,
-            world_size=world.size,
+            world_size=world.world_size,
             timeout=timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )
@@ -80,23 +80,25 @@ def process_group(
         dist.destroy_process_group()
 
 
-def _new_store(world: World, timeout_seconds: float) -> dist.Store:
-    """Return a store without keys for one process group.
+def _create_store(world: World, timeout_seconds: float) -> dist.Store:
+    """Return an empty store for one process group.
 
-    The ranks rendezvous once per process. A second group in the same process, as in a script that trains and
-    evaluates, uses the same connection with a new prefix, so that it does not read the addresses of the first group.
+    The ranks rendezvous once per process. A second process group, as in a script that trains and evaluates, uses the
+    same store with a new prefix. Otherwise it would read the addresses of the first group.
     """
-    if world.size == 1:
+    if world.world_size == 1:
         return dist.HashStore()
-    if not _stores:
-        store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timedelta(seconds=timeout_seconds)))
+    if not _rendezvous_stores:
+        store, _, _ = next(
+            rendezvous("env://", world.rank, world.world_size, timeout=timedelta(seconds=timeout_seconds))
+        )
         store.set_timeout(timedelta(seconds=timeout_seconds))
-        _stores.append(store)
-    return dist.PrefixStore(f"group_{next(_group_numbers)}", _stores[0])
+        _rendezvous_stores.append(store)
+    return dist.PrefixStore(f"group_{next(_group_indices)}", _rendezvous_stores[0])
 
 
 @contextmanager
-def _rendezvous_errors() -> Iterator[None]:
+def _convert_rendezvous_errors() -> Iterator[None]:
     """Convert rendezvous failures to ConfigError: the port is in use, the host is unknown, or a rank is missing."""
     try:
         yield
@@ -118,7 +120,7 @@ def barrier() -> None:
 
 
 def make_synchronous() -> None:
-    """For debugging: wait for each kernel, and use deterministic kernels. Call it before CUDA is initialised."""
+    """For debugging, wait for each kernel and use deterministic kernels. Call this before CUDA is initialized."""
     os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
