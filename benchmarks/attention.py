@@ -33,7 +33,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from dist_llm.models.attention import materialize_mask, scaled_dot_product
 from dist_llm.models.attention_mask import CAUSAL, FULL, AttentionMask
-from measure import DTYPES, any_device, precisions, seconds, take_turns
+from measure import DTYPES, choose_device, choose_precisions, measure_seconds, take_turns
 from results import Results, format_table, make_parser
 
 SDPA = {
@@ -49,10 +49,10 @@ Heads = tuple[Tensor, Tensor, Tensor]
 def main() -> None:
     """Measure and print each case."""
     options = parse_arguments()
-    device = any_device()
+    device = choose_device()
     results = Results("attention", device)
     for mask, seq_len, precision in itertools.product(
-        options.masks, options.seq_len, precisions(options.precision, device)
+        options.masks, options.seq_len, choose_precisions(options.precision, device)
     ):
         for row in measure_case(mask, seq_len, precision, options, device):
             results.add({"mask": mask, "seq_len": seq_len, "precision": precision, **row})
@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def document_mask(batch: int, seq_len: int, device: torch.device) -> AttentionMask:
+def make_document_mask(batch: int, seq_len: int, device: torch.device) -> AttentionMask:
     """Mask four documents of equal length."""
     ids = torch.arange(seq_len, device=device) * 4 // seq_len
     return AttentionMask(causal=True, documents_BT=ids.expand(batch, -1))
@@ -100,7 +100,7 @@ MASKS: dict[str, Callable[[int, int, torch.device], AttentionMask]] = {
     "prefix": lambda batch, seq_len, device: AttentionMask(
         causal=True, prefix_B=torch.full((batch,), seq_len // 4, device=device)
     ),
-    "documents": document_mask,
+    "documents": make_document_mask,
     "bidirectional": lambda batch, seq_len, device: FULL,
 }
 
@@ -114,9 +114,9 @@ def measure_case(
     heads = make_heads(seq_len, precision, options, device)
     steps = {}
     for kernel in KERNELS:
-        step = kernel_step(kernel, heads, mask_for(kernel, attention_mask, shape, device))
+        step = make_kernel_step(kernel, heads, materialize_for_kernel(kernel, attention_mask, shape, device))
         if is_supported(step):
-            steps[kernel] = lambda step=step: seconds(step, device)
+            steps[kernel] = lambda step=step: measure_seconds(step, device)
     seconds_by_kernel = take_turns(steps, options.rounds)
     chosen_kernel = choose_kernel(heads, materialize_mask(attention_mask, shape, device, dense=False))
     cpu = torch.device("cpu")
@@ -146,7 +146,7 @@ def make_heads(seq_len: int, precision: str, options: argparse.Namespace, device
     return random_heads(options.heads), random_heads(options.kv_heads), random_heads(options.kv_heads)
 
 
-def mask_for(
+def materialize_for_kernel(
     kernel: str, attention_mask: AttentionMask, shape: tuple[int, int, int], device: torch.device
 ) -> AttentionMask:
     """Return the mask in the form that the kernel takes."""
@@ -160,7 +160,7 @@ def mask_for(
     return replace(attention_mask, materialized=create_block_mask(allows, B, None, S, T, device=device))
 
 
-def kernel_step(kernel: str, heads: Heads, attention_mask: AttentionMask) -> Callable[[], None]:
+def make_kernel_step(kernel: str, heads: Heads, attention_mask: AttentionMask) -> Callable[[], None]:
     """Return a function that runs forward and backward."""
 
     def step() -> None:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_llm.parallel.p2p_collectives import P2PAllGather, P2PReduceScatter
-from measure import ResourceUsage, any_device, seconds, take_turns
+from measure import ResourceUsage, choose_device, measure_seconds, take_turns
 from results import Results, format_table, make_parser
 
 REPETITIONS = 4  # of a collective in one turn
@@ -35,11 +35,11 @@ Collective = Callable[[], object]
 def main() -> None:
     """Measure and print each case."""
     options = parse_arguments()
-    device = any_device()
+    device = choose_device()
     results = Results("collectives", device)
     with tempfile.TemporaryDirectory() as scratch:
         rank = (options.ranks, device.type, options.megabytes, options.rounds, scratch)
-        torch.multiprocessing.spawn(_rank, rank, nprocs=options.ranks)
+        torch.multiprocessing.spawn(_run_rank, rank, nprocs=options.ranks)
         for row in json.loads((Path(scratch) / "rows.json").read_text()):
             results.add(row)
     results.finish(f"{options.ranks} ranks; {options.rounds} rounds\n\n{make_report(results)}", options.write)
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _rank(rank: int, ranks: int, kind: str, megabytes: list[float], rounds: int, scratch: str) -> None:
+def _run_rank(rank: int, ranks: int, kind: str, megabytes: list[float], rounds: int, scratch: str) -> None:
     torch.set_num_threads(1)
     device = torch.device(f"cuda:{rank}" if kind == "cuda" else "cpu")
     backend = "nccl" if kind == "cuda" else "gloo"
@@ -86,8 +86,8 @@ def time_collective(collective: Collective, device: torch.device) -> tuple[float
     """Time one call: its seconds, and this rank's CPU seconds."""
     dist.barrier()
     usage = ResourceUsage()
-    elapsed = seconds(lambda: [collective() for _ in range(REPETITIONS)], device)
-    return elapsed / REPETITIONS, usage.elapsed()["cpu_seconds"] / REPETITIONS
+    elapsed = measure_seconds(lambda: [collective() for _ in range(REPETITIONS)], device)
+    return elapsed / REPETITIONS, usage.read()["cpu_seconds"] / REPETITIONS
 
 
 def make_collectives(full_tensor: Tensor, shard: Tensor) -> dict[str, Collective]:

@@ -28,7 +28,15 @@ from torch import Tensor, nn
 from dist_llm.config.schema import Config
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.decoder import Head
-from measure import PeakMemory, any_device, matmul_rate, precisions, seconds, take_turns, workers
+from measure import (
+    PeakMemory,
+    choose_device,
+    choose_precisions,
+    measure_matmul_rate,
+    measure_seconds,
+    start_workers,
+    take_turns,
+)
 from models import make_config
 from results import Results, format_table, make_parser, parse_options
 
@@ -38,24 +46,26 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def main() -> None:
     """Measure and print each case."""
     options = parse_arguments()
-    device = any_device()
+    device = choose_device()
     results = Results("loss", device)
     limits = {}
-    for precision in precisions(options.precision, device):
+    for precision in choose_precisions(options.precision, device):
         keys = [f"model.d_model={options.d_model}", f"model.vocab_size={options.vocabulary}", f"precision={precision}"]
         config = make_config("llama-cpu", [*keys, "model.n_heads=1", "model.n_kv_heads=1", *options.overrides])
         names = [name for name in LOSSES if name != "liger" or (device.type == "cuda" and find_spec("liger_kernel"))]
-        with workers({name: (make_turn, name, config, options.tokens, device) for name in names}) as workers_by_name:
-            turns: dict[str, Callable[[], Any]] = {name: worker.turn for name, worker in workers_by_name.items()}
+        with start_workers(
+            {name: (make_turn, name, config, options.tokens, device) for name in names}
+        ) as workers_by_name:
+            turns: dict[str, Callable[[], Any]] = {name: worker.take_turn for name, worker in workers_by_name.items()}
             take_turns(turns, 1)
-            turns["limit"] = partial(matmul_rate, device, precision)
+            turns["limit"] = partial(measure_matmul_rate, device, precision)
             results_by_case = take_turns(turns, options.rounds)
         limits[precision] = max(results_by_case["limit"])
         for name in names:
             results.add({"case": name, "precision": precision, **make_row(name, results_by_case, options)})
     rates = ", ".join(f"{rate / 1e12:.2f} TFLOP/s in {precision}" for precision, rate in limits.items())
     sizes = f"{options.tokens} tokens x {options.d_model} x {options.vocabulary}; {options.rounds} rounds; "
-    results.finish(f"{sizes}a matrix product: {rates}\n\n{report(results)}", options.write)
+    results.finish(f"{sizes}a matrix product: {rates}\n\n{make_report(results)}", options.write)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -96,9 +106,9 @@ def make_turn(name: str, config: Config, tokens: int, device: torch.device) -> C
         x_BSD.grad = None
         head.zero_grad()
         values: list[float] = []
-        elapsed = seconds(lambda: values.append(run_once()), device)
+        elapsed = measure_seconds(lambda: values.append(run_once()), device)
         assert x_BSD.grad is not None
-        return {"seconds": elapsed, "peak": peak.bytes(), "loss": values[0], "grad_norm": x_BSD.grad.norm().item()}
+        return {"seconds": elapsed, "peak": peak.read_bytes(), "loss": values[0], "grad_norm": x_BSD.grad.norm().item()}
 
     return take_turn
 
@@ -154,7 +164,7 @@ def make_row(name: str, results_by_case: dict[str, list[Any]], options: argparse
     }
 
 
-def report(results: Results) -> str:
+def make_report(results: Results) -> str:
     """Format the table."""
     rows = [
         (

@@ -38,7 +38,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from measure import any_device
+from measure import choose_device
 from results import Results, format_table, make_parser, parse_options
 
 REPOSITORY = Path(__file__).parents[1]
@@ -90,7 +90,7 @@ OWN_STAGES = ("config", "data", "model", "loader")
 def main() -> None:
     """Measure and print."""
     options = parse_arguments()
-    results = Results("startup", any_device())
+    results = Results("startup", choose_device())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder)
@@ -109,7 +109,7 @@ def main() -> None:
     for module, seconds in sorted(imports_by_kind["modules"].items(), key=lambda item: -item[1])[: options.top]:
         results.add({"module": module, "seconds": seconds})
     results.add(summary)
-    results.finish(report(results, summary), options.write)
+    results.finish(make_report(results, summary), options.write)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -215,7 +215,7 @@ def summarize(medians: dict[str, float], imports_by_kind: dict[str, dict[str, fl
     return {"to_first_step": to_first, "own": own, "ours": our_imports, "command": medians["command"]}
 
 
-def report(results: Results, summary: dict[str, Any]) -> str:
+def make_report(results: Results, summary: dict[str, Any]) -> str:
     """Format the tables and the goals."""
     sections = []
     for kind in ("stage", "package", "module"):

@@ -49,7 +49,16 @@ from dist_llm.models.init import init_param_, init_rule
 from dist_llm.objectives.batch import Batch
 from dist_llm.observe.flops import CONVENTION, flops_per_token, matmul_weights, peak_flops
 from dist_llm.training.step import train_step
-from measure import PeakMemory, ResourceUsage, any_device, matmul_rate, precisions, seconds, take_turns, workers
+from measure import (
+    PeakMemory,
+    ResourceUsage,
+    choose_device,
+    choose_precisions,
+    measure_matmul_rate,
+    measure_seconds,
+    start_workers,
+    take_turns,
+)
 from models import MODELS, make_config
 from results import Results, format_table, make_parser, parse_options
 
@@ -61,12 +70,12 @@ def main() -> None:
     """Measure and print each case."""
     options = parse_arguments()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler logs its starts and stops
-    device = any_device()
+    device = choose_device()
     models = options.models or (["gpt2-124m", "llama-160m"] if device.type == "cuda" else ["gpt2-cpu", "llama-cpu"])
     results = Results("train", device)
     profiles: list[str] = []
     grid = itertools.product(
-        models, precisions(options.precision, device), options.compile, options.recompute, options.seq_len
+        models, choose_precisions(options.precision, device), options.compile, options.recompute, options.seq_len
     )
     for name, precision, compiled, recompute, seq_len in grid:
         keys = [f"precision={precision}", f"compile={compiled == 'yes'}", f"parallel.recompute={recompute}"]
@@ -75,7 +84,7 @@ def main() -> None:
         measured_row, profiles_by_case = measure_case(make_config(name, [*keys, *options.overrides]), options, device)
         results.add({"model": name, **measured_row})
         profiles += [f"\n{name}, {precision}, {side}\n{text}" for side, text in profiles_by_case.items()]
-    results.finish("\n".join([report(results, options), *profiles]), options.write)
+    results.finish("\n".join([make_report(results, options), *profiles]), options.write)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -104,15 +113,15 @@ def measure_case(
     config: Config, options: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Measure one row, and the profiles with --profile."""
-    with workers({side: (make, config, device) for side, make in MAKERS.items()}) as workers_by_case:
-        first = {side: worker.turn(WARM_UP) for side, worker in workers_by_case.items()}
+    with start_workers({side: (make, config, device) for side, make in MAKERS.items()}) as workers_by_case:
+        first = {side: worker.take_turn(WARM_UP) for side, worker in workers_by_case.items()}
         turns: dict[str, Callable[[], Any]] = {
-            side: partial(each.turn, options.steps) for side, each in workers_by_case.items()
+            side: partial(worker.take_turn, options.steps) for side, worker in workers_by_case.items()
         }
-        turns["limit"] = partial(matmul_rate, device, config.precision)
+        turns["limit"] = partial(measure_matmul_rate, device, config.precision)
         results_by_case = take_turns(turns, options.rounds)
         profiles_by_case = (
-            {side: worker.turn(1, True)["profile"] for side, worker in workers_by_case.items()}
+            {side: worker.take_turn(1, True)["profile"] for side, worker in workers_by_case.items()}
             if options.profile
             else {}
         )
@@ -230,8 +239,8 @@ def make_turn(step: Callable[[], Tensor], device: torch.device, peak: PeakMemory
         if profiling:
             return {"profile": make_profile(work, device)}
         usage = ResourceUsage()
-        elapsed = seconds(work, device)
-        return {"seconds": elapsed, "peak": peak.bytes(), "loss": losses[0].item(), **usage.elapsed()}
+        elapsed = measure_seconds(work, device)
+        return {"seconds": elapsed, "peak": peak.read_bytes(), "loss": losses[0].item(), **usage.read()}
 
     return turn
 
@@ -240,7 +249,7 @@ def make_profile(work: Callable[[], object], device: torch.device, max_rows: int
     """Format the operators in which `work` spends most time themselves, with their shares."""
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=kinds) as profiler:
-        seconds(work, device)
+        measure_seconds(work, device)
     name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     times = sorted(((getattr(e, name), e.key, e.count) for e in profiler.key_averages()), reverse=True)
     total = sum(each[0] for each in times)
@@ -250,7 +259,7 @@ def make_profile(work: Callable[[], object], device: torch.device, max_rows: int
     return format_table(("operator", "calls", "ms", "share"), rows)
 
 
-def report(results: Results, options: argparse.Namespace) -> str:
+def make_report(results: Results, options: argparse.Namespace) -> str:
     """Format the table."""
     names = ("ratio", "least", "most", "cpu_ratio", "mfu", "of_matmul", "bare_of_matmul", "memory")
     header = ["model", "precision", "compile", "recompute", "tokens", "ours tok/s", "bare tok/s", *names]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.communication import Case, busiest, count, make_case
+from benchmarks.communication import Case, count_traffic, make_case, select_busiest_rank
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.parallel import mesh, p2p_collectives
@@ -157,7 +157,7 @@ def test_compiled_blocks_use_collectives_besides_messages() -> None:
 
 def count_messages(case_to_count: Case) -> dict[str, Any]:
     with use_messages():
-        return count(case_to_count)
+        return count_traffic(case_to_count)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,8 @@ def count_messages(case_to_count: Case) -> dict[str, Any]:
 def test_a_rank_sends_no_more_bytes_than_with_collectives(case_to_count: Case) -> None:
     """Bytes of collectives are counted as a ring algorithm sends them, messages as they are sent."""
     collectives, messages = (
-        busiest(world(case_to_count.ranks).run(each, case_to_count)) for each in (count, count_messages)
+        select_busiest_rank(world(case_to_count.ranks).run(each, case_to_count))
+        for each in (count_traffic, count_messages)
     )
     assert messages["bytes"] == collectives["bytes"]
     kinds = {entry["kind"] for entry in messages["by_axis"]}
