@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from attention import MASKS, SDPA, Heads, materialize_for_kernel
+from attention import MASKS, SDPA_BACKENDS, Heads, materialize_for_kernel
 from dist_llm.losses import fused_linear_cross_entropy
 from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
 from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
@@ -75,7 +75,7 @@ def _compute_attention(kernel: str, heads: Heads, attention_mask: AttentionMask)
     """Compute the output and the gradients of q, k and v with a kernel."""
     q, k = heads[0], heads[1]
     shape = (len(q), q.shape[1], k.shape[1])
-    with sdpa_kernel(SDPA[kernel]) if kernel in SDPA else nullcontext():
+    with sdpa_kernel(SDPA_BACKENDS[kernel]) if kernel in SDPA_BACKENDS else nullcontext():
         mask = (
             materialize_mask(attention_mask, shape, q.device, dense=False)
             if kernel == "chosen"

@@ -127,7 +127,7 @@ def test_attention_prints_a_line_per_kernel_and_marks_the_chosen_one() -> None:
     for mask, count in pairs.items():
         row = by_mask[mask]["math"]
         assert row["tflops"] * row["seconds"] * 1e12 == pytest.approx(14 * 16 * 2 * 2 * count, rel=1e-3)
-    assert "*: what the model chooses" in completed.stderr
+    assert "*: the choice of the model" in completed.stderr
 
 
 def test_optimizer_prints_a_line_per_variant_and_a_table() -> None:
