@@ -122,7 +122,9 @@ def measure_case(corpus: Corpus, options: argparse.Namespace, batch_size: int, o
     ratios = {}
     for name in GOALS:
         pairs = zip(seconds["ours"], seconds[name], strict=True)
-        ratios[f"over_{name}"] = round(statistics.median(theirs / ours for ours, theirs in pairs), 3)
+        ratios[f"over_{name}"] = round(
+            statistics.median(other_seconds / our_seconds for our_seconds, other_seconds in pairs), 3
+        )
     return {"rows": batch_size, "order": order, **rates, **ratios}
 
 

@@ -167,7 +167,9 @@ def make_row(
         "ratio": statistics.median(ratios),
         "least": min(ratios),
         "most": max(ratios),
-        "cpu_ratio": statistics.median(bare["cpu_seconds"] / ours["cpu_seconds"] for ours, bare in pairs),
+        "cpu_ratio": statistics.median(
+            bare_turn["cpu_seconds"] / our_turn["cpu_seconds"] for our_turn, bare_turn in pairs
+        ),
         "mfu": our_rate * flops_per_token(config.model, data.seq_len) / peak_flops_per_second,
         "mfu_of": peak_source,
         "limit": limit,
