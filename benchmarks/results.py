@@ -57,7 +57,7 @@ class Results:
         """Return what a run writes to environment.json, plus the CPU; `machine` has no host name here."""
         return {
             **environment(),
-            "machine": f"{platform.system()} {platform.describe_machine()}",
+            "machine": f"{platform.system()} {platform.machine()}",
             "cpu": read_cpu_name(),
             "cores": count_cores(),
             "threads": torch.get_num_threads(),

@@ -21,7 +21,7 @@ from benchmarks.communication import (
     select_busiest_rank,
 )
 from dist_llm.config.derive import AXES
-from tests.laws.worlds import WorldError, world
+from tests.laws.worlds import WorldError, get_world
 
 D, V, L = MODEL["d_model"], MODEL["vocab_size"], MODEL["n_layers"]
 BLOCK = D * 64 + 2 * D * 32 + 64 * D + 3 * D * MODEL["d_ff"] + 2 * D  # q, k and v, out, feed-forward, norms
@@ -30,7 +30,7 @@ ACTIVATIONS = 4 * GLOBAL_BATCH * SEQ_LEN * D
 
 
 def count_busiest(**keys: Any) -> dict[str, Any]:
-    return select_busiest_rank(world(2).run(count_traffic, make_case(**keys)))
+    return select_busiest_rank(get_world(2).run(count_traffic, make_case(**keys)))
 
 
 def sum_sent(row: dict[str, Any], kind: str) -> tuple[int, int]:
@@ -104,7 +104,7 @@ def count_each_kind() -> dict[tuple[str, str], float]:
 
 def test_each_kind_sends_as_much_as_a_ring() -> None:
     kinds = {"all-reduce": 40, "all-gather": 20, "reduce-scatter": 20, "send": 40}
-    assert world(2).run(count_each_kind) == [{("dp_shard", kind): size for kind, size in kinds.items()}] * 2
+    assert get_world(2).run(count_each_kind) == [{("dp_shard", kind): size for kind, size in kinds.items()}] * 2
 
 
 def count_unknown_kind() -> None:
@@ -115,7 +115,7 @@ def count_unknown_kind() -> None:
 
 def test_an_unknown_call_is_an_error() -> None:
     with pytest.raises(WorldError, match="c10d::broadcast_"):
-        world(2).run(count_unknown_kind)
+        get_world(2).run(count_unknown_kind)
 
 
 def make_rows(excess: dict[str, float]) -> list[dict[str, Any]]:

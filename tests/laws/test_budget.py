@@ -24,7 +24,7 @@ from dist_llm.sharded import to_local
 from dist_llm.training.step import train_step
 from tests.laws.law import assert_matches_one_process, make_batches, make_config
 from tests.laws.layouts import MODELS, SGD, Layout
-from tests.laws.worlds import restart_world, world
+from tests.laws.worlds import get_world, restart_world
 
 # torch 2.14 warns that tensors saved by selective checkpointing bypass the saved-tensor hooks that measure here.
 pytestmark = pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
@@ -137,35 +137,37 @@ def run_budgeted_step(config: Config) -> BudgetReport:
 
 def budget_config(layout: Layout, gib: float, **sections: Any) -> Config:
     parallel = layout.parallel | {"activations_gib": gib}
-    data = {"micro_batch": layout.micro} | layout.extra.get("data", {})
+    data = {"micro_batch": layout.micro_batch} | layout.extra.get("data", {})
     model = MODELS[layout.model] | sections.pop("model", {})
     return make_config(layout.ranks, model, **{**layout.extra, **sections, "data": data, "parallel": parallel})
 
 
 def run_on_all_ranks(layout: Layout, gib: float, **sections: Any) -> list[BudgetReport]:
     config = budget_config(layout, gib, **sections)
-    return world(layout.ranks).run(run_budgeted_step, config) if layout.ranks > 1 else [run_budgeted_step(config)]
+    return get_world(layout.ranks).run(run_budgeted_step, config) if layout.ranks > 1 else [run_budgeted_step(config)]
 
 
 BF16 = {"precision": "bf16"}
 DOCUMENTS = {"data": {"document_mask": True}}
 CASES: list[Any] = [
-    (Layout(1, {}, micro=6), {}),
-    (Layout(1, {}, micro=6), BF16),
-    (Layout(1, {}, "gpt", micro=6), {"model": {"dropout": 0.1}}),
-    (Layout(1, {}, "t5", micro=6), {}),
-    (Layout(1, {}, "bounded", micro=6, extra=DOCUMENTS), {}),
-    (Layout(2, {"dp_shard": 2}, micro=6), BF16),
-    (Layout(2, {"tp": 2}, "tied", micro=6), BF16),
-    (Layout(2, {"tp": 2, "sequence_parallel": False}, "bert", micro=6), {}),
-    (Layout(2, {"cp": 2}, micro=6), {}),
-    (Layout(2, {"pp": 2}, micro=6), {}),
-    (Layout(2, {"pp": 2, "pp_schedule": "gpipe"}, "two", micro=6), {}),
-    (Layout(2, {"pp": 2, "pp_schedule": "interleaved_1f1b"}, micro=6), {}),
-    (Layout(2, {"pp": 2, "pp_schedule": "zbv"}, micro=3), {}),
-    pytest.param(Layout(2, {"pp": 2, "pp_schedule": "interleaved_zero_bubble"}, micro=3), {}, marks=pytest.mark.slow),
-    pytest.param(Layout(4, {"dp_shard": 2, "tp": 2}, micro=6), {}, marks=pytest.mark.slow),
-    pytest.param(Layout(4, {"pp": 2, "dp_shard": 2}, micro=3), BF16, marks=pytest.mark.slow),
+    (Layout(1, {}, micro_batch=6), {}),
+    (Layout(1, {}, micro_batch=6), BF16),
+    (Layout(1, {}, "gpt", micro_batch=6), {"model": {"dropout": 0.1}}),
+    (Layout(1, {}, "t5", micro_batch=6), {}),
+    (Layout(1, {}, "bounded", micro_batch=6, extra=DOCUMENTS), {}),
+    (Layout(2, {"dp_shard": 2}, micro_batch=6), BF16),
+    (Layout(2, {"tp": 2}, "tied", micro_batch=6), BF16),
+    (Layout(2, {"tp": 2, "sequence_parallel": False}, "bert", micro_batch=6), {}),
+    (Layout(2, {"cp": 2}, micro_batch=6), {}),
+    (Layout(2, {"pp": 2}, micro_batch=6), {}),
+    (Layout(2, {"pp": 2, "pp_schedule": "gpipe"}, "encoder_decoder", micro_batch=6), {}),
+    (Layout(2, {"pp": 2, "pp_schedule": "interleaved_1f1b"}, micro_batch=6), {}),
+    (Layout(2, {"pp": 2, "pp_schedule": "zbv"}, micro_batch=3), {}),
+    pytest.param(
+        Layout(2, {"pp": 2, "pp_schedule": "interleaved_zero_bubble"}, micro_batch=3), {}, marks=pytest.mark.slow
+    ),
+    pytest.param(Layout(4, {"dp_shard": 2, "tp": 2}, micro_batch=6), {}, marks=pytest.mark.slow),
+    pytest.param(Layout(4, {"pp": 2, "dp_shard": 2}, micro_batch=3), BF16, marks=pytest.mark.slow),
 ]
 
 
@@ -191,7 +193,7 @@ def test_saved_activations_fit_the_budget_and_the_prediction(layout: Layout, sec
 @pytest.mark.parametrize("parallel", [{"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"pp": 2, "pp_schedule": "zbv"}], ids=str)
 def test_a_budget_does_not_change_the_step(parallel: dict[str, Any]) -> None:
     """The blocks of one model use different recompute modes."""
-    layout = Layout(2, parallel, "tied", micro=6)
+    layout = Layout(2, parallel, "tied", micro_batch=6)
     free = run_on_all_ranks(layout, 1.0)
     all_saved, least = max(report.all_saved for report in free), max(report.least for report in free)
     gib = (least + 0.4 * (all_saved - least)) / GIB
@@ -202,7 +204,7 @@ def test_a_budget_does_not_change_the_step(parallel: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_a_budget_under_compilation() -> None:
     """Compiled blocks are measured as compiled."""
-    layout = Layout(2, {"dp_shard": 2}, micro=6)
+    layout = Layout(2, {"dp_shard": 2}, micro_batch=6)
     restart_world(2)
     free, _ = run_on_all_ranks(layout, 1.0, compile=True)
     for report in run_on_all_ranks(layout, (free.least + 0.9 * (free.all_saved - free.least)) / GIB, compile=True):
@@ -214,7 +216,7 @@ def test_a_budget_under_compilation() -> None:
 def test_compiled_blocks_save_no_more_than_eager_ones(precision: str) -> None:
     """Compiled selective blocks save at most what eager ones do, and far more than their input: no repeated
     products."""
-    (eager,), (compiled,) = (world(1).run(saved_bytes_by_mode, precision, each) for each in (False, True))
+    (eager,), (compiled,) = (get_world(1).run(saved_bytes_by_mode, precision, each) for each in (False, True))
     for block in (eager, compiled):
         assert 3 * block["full"] < block["selective"] < 0.8 * block["none"]
     assert 0.8 * eager["selective"] < compiled["selective"] <= eager["selective"]
@@ -240,9 +242,9 @@ def saved_bytes_by_mode(precision: str, compiled: bool) -> dict[RecomputeMode, i
 @pytest.mark.parametrize("parallel", [{}, {"pp": 2}], ids=str)
 def test_a_budget_below_the_minimum_is_refused_and_the_message_gives_the_minimum(parallel: dict[str, Any]) -> None:
     """All ranks refuse it with the same message, although a pipeline's first rank saves more than its last."""
-    layout = Layout(2 if parallel else 1, parallel, micro=6)
+    layout = Layout(2 if parallel else 1, parallel, micro_batch=6)
     (message,) = set(
-        world(2).run(refusal_message, budget_config(layout, 1e-6))
+        get_world(2).run(refusal_message, budget_config(layout, 1e-6))
         if parallel
         else [refusal_message(budget_config(layout, 1e-6))]
     )

@@ -21,12 +21,12 @@ from dist_llm.training.step import train_step
 from tests.laws.engines import ENGINES, open_engine
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW, MODELS, Layout
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
 REPLICATED = [
     Layout(2, {"dp_replicate": 2}, "gpt", 4),
-    Layout(4, {"dp_replicate": 2, "dp_shard": 2}, micro=3),
+    Layout(4, {"dp_replicate": 2, "dp_shard": 2}, micro_batch=3),
     Layout(4, {"dp_replicate": 2, "tp": 2}, "tied", 4),
     Layout(4, {"pp": 2, "dp_replicate": 2}, "tied", 3),
     Layout(2, {"tp": 2}, "bounded", 8),
@@ -50,15 +50,15 @@ def mismatches_after_steps(config: Config, rank: int) -> list[str]:
 
 
 def config(layout: Layout, **more: Any) -> Config:
-    data = {"micro_batch": layout.micro}
+    data = {"micro_batch": layout.micro_batch}
     return make_config(layout.ranks, MODELS[layout.model], optim=ADAMW, data=data, parallel=layout.parallel, **more)
 
 
 @pytest.mark.parametrize("layout", REPLICATED, ids=str)
 def test_replicas_are_bitwise_equal_until_a_bit_is_flipped(layout: Layout) -> None:
     ranks = layout.ranks
-    assert world(ranks).run(mismatches_after_steps, config(layout), -1) == [[]] * ranks
-    by_rank = world(ranks).run(mismatches_after_steps, config(layout), ranks - 1)
+    assert get_world(ranks).run(mismatches_after_steps, config(layout), -1) == [[]] * ranks
+    by_rank = get_world(ranks).run(mismatches_after_steps, config(layout), ranks - 1)
     assert by_rank == [by_rank[0]] * ranks, "all ranks report the same"
     *lines, hosts = by_rank[0]
     for line in lines:
@@ -72,8 +72,8 @@ def test_replicas_are_bitwise_equal_until_a_bit_is_flipped(layout: Layout) -> No
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "ddp"])
 def test_replicas_of_third_party_engines_are_compared(engine: str) -> None:
     engine_config = make_config(3, {}, optim=ADAMW, data={"micro_batch": 4}, **ENGINES[engine])
-    assert world(3).run(mismatches_after_steps, engine_config, -1) == [[]] * 3
-    (line, hosts), *_ = world(3).run(mismatches_after_steps, engine_config, 1)
+    assert get_world(3).run(mismatches_after_steps, engine_config, -1) == [[]] * 3
+    (line, hosts), *_ = get_world(3).run(mismatches_after_steps, engine_config, 1)
     assert line == "blocks.0.norm_attention.weight: differs on rank 1 of ranks 0, 1, 2"
     assert "rank 1 is on here" in hosts
 
@@ -123,20 +123,20 @@ def replay_and_step(config: Config, rank: int, fault_in: str) -> tuple[list[str]
     [
         Layout(2, {"dp_shard": 2}, "tied", 4),
         Layout(2, {"dp_replicate": 2}, "gpt", 4),
-        Layout(3, {"dp_shard": 3}, micro=4),
-        Layout(4, {"dp_shard": 2, "tp": 2}, micro=4),
-        Layout(4, {"dp_shard": 2, "cp": 2}, micro=4),
+        Layout(3, {"dp_shard": 3}, micro_batch=4),
+        Layout(4, {"dp_shard": 2, "tp": 2}, micro_batch=4),
+        Layout(4, {"dp_shard": 2, "cp": 2}, micro_batch=4),
         Layout(4, {"pp": 2, "dp_shard": 2}, "tied", 3),
     ],
     ids=str,
 )
 def test_a_replayed_step_differs_only_if_a_rank_is_faulty(layout: Layout) -> None:
     ranks = layout.ranks
-    by_rank = world(ranks).run(replay_and_step, config(layout), -1, "")
+    by_rank = get_world(ranks).run(replay_and_step, config(layout), -1, "")
     assert [mismatches for mismatches, _ in by_rank] == [[]] * ranks
     loss_without_fault = by_rank[0][1]
     for fault_in in ("forward", "backward"):
-        by_rank = world(ranks).run(replay_and_step, config(layout), ranks - 1, fault_in)
+        by_rank = get_world(ranks).run(replay_and_step, config(layout), ranks - 1, fault_in)
         summary, *losses = by_rank[0][0]
         assert summary.startswith("a step computed twice has other gradients, of ")
         assert all(mismatches == by_rank[0][0] for mismatches, _ in by_rank), "all ranks report the same"

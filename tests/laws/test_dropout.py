@@ -14,7 +14,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config, merge_ranks, record_trace
 from tests.laws.layouts import MODELS, SGD, Layout
-from tests.laws.worlds import restart_world, world
+from tests.laws.worlds import get_world, restart_world
 
 DROPOUT = {"dropout": 0.5}
 
@@ -50,9 +50,9 @@ def digests_by_coordinates(layout: Layout) -> MaskDigests:
         MODELS[layout.model] | DROPOUT,
         optim=SGD,
         parallel=layout.parallel,
-        data={"micro_batch": layout.micro},
+        data={"micro_batch": layout.micro_batch},
     )
-    return dict(world(layout.ranks).run(mask_digests, config))
+    return dict(get_world(layout.ranks).run(mask_digests, config))
 
 
 def count_distinct(digests: MaskDigests, kind: str) -> int:
@@ -89,7 +89,7 @@ def test_microbatches_of_a_step_do_not_share_a_mask(bug: bool) -> None:
 
 
 def test_stages_do_not_share_a_seed() -> None:
-    digests = digests_by_coordinates(Layout(2, {"pp": 2}, micro=6))
+    digests = digests_by_coordinates(Layout(2, {"pp": 2}, micro_batch=6))
     assert count_distinct(digests, "residual") == count_distinct(digests, "attention") == 2
 
 
@@ -120,9 +120,9 @@ def test_replicated_and_tied_parameters_stay_bitwise_equal_for_ten_steps_of_drop
         MODELS[layout.model] | DROPOUT,
         optim=adamw,
         parallel=layout.parallel,
-        data={"micro_batch": layout.micro},
+        data={"micro_batch": layout.micro_batch},
     )
-    merged = merge_ranks(world(layout.ranks).run(record_trace, config, 10))
+    merged = merge_ranks(get_world(layout.ranks).run(record_trace, config, 10))
     assert all(torch.isfinite(value).all() for value in merged.parameters[-1].values())
 
 
@@ -140,7 +140,7 @@ def test_recomputation_repeats_the_masks(recompute: str, compiled: bool) -> None
             )
             if compiled:
                 restart_world(2)
-            traces.append(merge_ranks(world(2).run(record_trace, config, 2)))
+            traces.append(merge_ranks(get_world(2).run(record_trace, config, 2)))
         assert traces[0].losses == traces[1].losses
         for name, gradient in traces[0].gradients[0].items():
             assert torch.equal(gradient, traces[1].gradients[0][name]), name

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from dist_llm.parallel import fp8
-from tests.laws.law import ROWS, Trace, make_config, merge_ranks, record_trace, reference
+from tests.laws.law import GLOBAL_BATCH, Trace, make_config, merge_ranks, record_trace, trace_one_process
 from tests.laws.layouts import MODELS, SGD, Layout, by_name
-from tests.laws.worlds import restart_world, world
+from tests.laws.worlds import get_world, restart_world
 
 SIZES = {"n_kv_heads": 8, "d_ff": 64}  # the sizes on each of two tensor ranks are multiples of 16
 LAYOUTS = by_name(
-    Layout(2, {"dp_shard": 2}, micro=4),
+    Layout(2, {"dp_shard": 2}, micro_batch=4),
     Layout(2, {"dp_replicate": 2}, "gpt"),
     Layout(2, {"tp": 2}, "tied"),
     Layout(2, {"tp": 2, "sequence_parallel": False}, "gpt"),
     Layout(2, {"cp": 2}),
     Layout(2, {"pp": 2}, "tied", 6),
-    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, micro=6),
+    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, micro_batch=6),
     Layout(2, {"dp_shard": 2, "recompute": "selective"}),
     Layout(2, {"tp": 2, "recompute": "full"}, "gpt"),
     Layout(4, {"dp_shard": 2, "tp": 2}, "tied"),
@@ -49,7 +49,7 @@ def config(layout: Layout, precision: str = "bf16", fp8: bool = True) -> Any:
         MODELS[layout.model] | SIZES,
         optim=SGD,
         parallel=layout.parallel,
-        data={"micro_batch": layout.micro},
+        data={"micro_batch": layout.micro_batch},
         precision=precision,
         fp8=fp8,
     )
@@ -59,7 +59,7 @@ def trace_one_step(layout: Layout, on: bool = True) -> Trace:
     """Return the trace of one step of the layout."""
     if layout.ranks == 1:
         return merge_ranks([record_trace(config(layout, fp8=on), 1)])
-    return merge_ranks(world(layout.ranks).run(record_trace, config(layout, fp8=on), 1))
+    return merge_ranks(get_world(layout.ranks).run(record_trace, config(layout, fp8=on), 1))
 
 
 def least_cosine(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
@@ -73,7 +73,7 @@ def least_cosine(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> t
 
 def assert_near_fp32(actual: Trace, layout: Layout) -> None:
     """Compare with fp32: loss within 1e-3, norm within 2e-2, each gradient with a cosine above 0.98 (bf16: 0.9999)."""
-    expected = reference(config(layout, "fp32", False), 1)
+    expected = trace_one_process(config(layout, "fp32", False), 1)
     assert actual.losses[0] == pytest.approx(expected.losses[0], rel=1e-3)
     assert actual.norms[0] == pytest.approx(expected.norms[0], rel=2e-2)
     cosine, name = least_cosine(actual.gradients[0], expected.gradients[0])
@@ -93,7 +93,7 @@ def test_compiled_float8_is_fp32_within_its_rounding(name: str) -> None:
     layout = LAYOUTS[name]
     restart_world(layout.ranks)
     compiled = config(layout).model_copy(update={"compile": True})
-    assert_near_fp32(merge_ranks(world(layout.ranks).run(record_trace, compiled, 1)), layout)
+    assert_near_fp32(merge_ranks(get_world(layout.ranks).run(record_trace, compiled, 1)), layout)
 
 
 def largest_difference(trace: Trace, expected_trace: Trace) -> float:
@@ -102,16 +102,16 @@ def largest_difference(trace: Trace, expected_trace: Trace) -> float:
     return max(float((actual - expected).norm() / expected.norm()) for actual, expected in pairs)
 
 
-ONE = Layout(1, {}, micro=ROWS)
+ONE = Layout(1, {}, micro_batch=GLOBAL_BATCH)
 TWO = Layout(2, {"dp_shard": 2})  # each rank's rows as one microbatch
 SPLITS = [
-    (Layout(1, {}, micro=1), ONE),
-    (Layout(1, {}, micro=12), ONE),
-    (Layout(2, {"pp": 2}, micro=6), ONE),
-    (Layout(2, {"dp_shard": 2}, micro=3), TWO),
-    (Layout(2, {"dp_replicate": 2}, micro=4), TWO),
+    (Layout(1, {}, micro_batch=1), ONE),
+    (Layout(1, {}, micro_batch=12), ONE),
+    (Layout(2, {"pp": 2}, micro_batch=6), ONE),
+    (Layout(2, {"dp_shard": 2}, micro_batch=3), TWO),
+    (Layout(2, {"dp_replicate": 2}, micro_batch=4), TWO),
     (Layout(4, {"dp_shard": 4}), TWO),
-    (Layout(4, {"dp_replicate": 2, "dp_shard": 2}, micro=2), TWO),
+    (Layout(4, {"dp_replicate": 2, "dp_shard": 2}, micro_batch=2), TWO),
 ]
 
 
@@ -134,7 +134,7 @@ def test_a_scale_that_is_no_power_of_two_is_detected(monkeypatch: pytest.MonkeyP
         return (x.float() * scale).to(kind), scale.reciprocal()
 
     monkeypatch.setattr(fp8, "quantize", quantize_with_exact_scale)
-    uncut, cut = trace_one_step(ONE), trace_one_step(Layout(1, {}, micro=12))
+    uncut, cut = trace_one_step(ONE), trace_one_step(Layout(1, {}, micro_batch=12))
     with pytest.raises(AssertionError):
         assert_rounded_alike(cut, uncut)
     assert largest_difference(cut, uncut) > 0.05

@@ -22,21 +22,21 @@ from tests.laws.law import (
     make_config,
     merge_ranks,
     record_trace,
-    reference,
+    trace_one_process,
 )
 from tests.laws.layouts import ADAMW, MODELS, Layout, by_name
-from tests.laws.worlds import restart_world, world
+from tests.laws.worlds import get_world, restart_world
 
 LAYOUTS = by_name(
     Layout(2, {"dp_shard": 2}),
-    Layout(4, {"dp_shard": 4}, "tied", micro=3),
-    Layout(4, {"dp_shard": 4, "reshard": "always"}, "bert", micro=3),
-    Layout(4, {"dp_replicate": 2, "dp_shard": 2, "reduce_each_microbatch": True}, "gpt", micro=3),
+    Layout(4, {"dp_shard": 4}, "tied", micro_batch=3),
+    Layout(4, {"dp_shard": 4, "reshard": "always"}, "bert", micro_batch=3),
+    Layout(4, {"dp_replicate": 2, "dp_shard": 2, "reduce_each_microbatch": True}, "gpt", micro_batch=3),
     Layout(4, {"dp_shard": 2, "cp": 2, "recompute": "full"}),
-    Layout(2, {"tp": 2}, "bounded", micro=3),
-    Layout(2, {"tp": 2, "sequence_parallel": False}, "gpt", micro=3),
+    Layout(2, {"tp": 2}, "bounded", micro_batch=3),
+    Layout(2, {"tp": 2, "sequence_parallel": False}, "gpt", micro_batch=3),
     Layout(4, {"dp_shard": 2, "tp": 2, "recompute": "selective"}, "t5"),
-    Layout(4, {"pp": 2, "dp_shard": 2, "pp_schedule": "interleaved_1f1b"}, micro=3),
+    Layout(4, {"pp": 2, "dp_shard": 2, "pp_schedule": "interleaved_1f1b"}, micro_batch=3),
 )
 
 
@@ -92,16 +92,18 @@ def test_messages_of_two_ranks_are_bitwise_equal_to_collectives(precision: str) 
     """A sum of two numbers has only one order, and weights gathered in bf16 are not summed."""
     config = make_config(2, {}, optim=ADAMW, parallel={"dp_shard": 2}, precision=precision, data={"micro_batch": 6})
     (losses, weights), (p2p_losses, p2p_weights) = (
-        world(2).run(losses_and_weights, config, each)[0] for each in (False, True)
+        get_world(2).run(losses_and_weights, config, each)[0] for each in (False, True)
     )
     assert losses == p2p_losses
     assert all(torch.equal(weights[name], p2p_weights[name]) for name in weights)
 
 
 def assert_messages_match_one_process(layout: Layout, bug: tuple[str, type] | None = None) -> None:
-    data = {"micro_batch": layout.micro}
+    data = {"micro_batch": layout.micro_batch}
     config = make_config(layout.ranks, MODELS[layout.model], optim=ADAMW, parallel=layout.parallel, data=data)
-    assert_traces_match(merge_ranks(world(layout.ranks).run(trace_with_messages, config, bug)), reference(config, 3))
+    assert_traces_match(
+        merge_ranks(get_world(layout.ranks).run(trace_with_messages, config, bug)), trace_one_process(config, 3)
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -142,9 +144,9 @@ def trace_with_broken_activations(config: Config, bug: tuple[str, type]) -> Rank
 )
 def test_a_bug_in_messages_of_activations_breaks_the_law(bug: tuple[str, type], parallel: dict[str, Any]) -> None:
     config = make_config(2, {}, optim=ADAMW, parallel=parallel)
-    traces = world(2).run(trace_with_broken_activations, config, bug)
+    traces = get_world(2).run(trace_with_broken_activations, config, bug)
     with pytest.raises(AssertionError, match="off by"):
-        assert_traces_match(merge_ranks(traces), reference(config, 3))
+        assert_traces_match(merge_ranks(traces), trace_one_process(config, 3))
 
 
 @pytest.mark.slow
@@ -152,7 +154,7 @@ def test_compiled_blocks_use_collectives_besides_messages() -> None:
     """On the same process groups."""
     config = make_config(4, MODELS["tied"], optim=ADAMW, parallel={"dp_shard": 2, "tp": 2}, compile=True)
     restart_world(4)
-    assert_traces_match(merge_ranks(world(4).run(trace_with_messages, config, None)), reference(config, 3))
+    assert_traces_match(merge_ranks(get_world(4).run(trace_with_messages, config, None)), trace_one_process(config, 3))
 
 
 def count_messages(case_to_count: Case) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def count_messages(case_to_count: Case) -> dict[str, Any]:
 def test_a_rank_sends_no_more_bytes_than_with_collectives(case_to_count: Case) -> None:
     """Bytes of collectives are counted as a ring algorithm sends them, messages as they are sent."""
     collectives, messages = (
-        select_busiest_rank(world(case_to_count.ranks).run(each, case_to_count))
+        select_busiest_rank(get_world(case_to_count.ranks).run(each, case_to_count))
         for each in (count_traffic, count_messages)
     )
     assert messages["bytes"] == collectives["bytes"]
@@ -184,7 +186,7 @@ def test_a_rank_sends_no_more_bytes_than_with_collectives(case_to_count: Case) -
 
 def test_sums_are_deterministic() -> None:
     """The sums are deterministic bit for bit, for numbers whose sum depends on the order."""
-    first, second = (world(4).run(reduce_scatter_numbers) for _ in range(2))
+    first, second = (get_world(4).run(reduce_scatter_numbers) for _ in range(2))
     assert all(torch.equal(one, replacement) for one, replacement in zip(first, second, strict=True))
     total = torch.stack([make_numbers(rank) for rank in range(4)]).double().sum(0)
     torch.testing.assert_close(torch.cat(first).double(), total, rtol=0, atol=1e-6 * float(total.abs().max()))
