@@ -57,12 +57,12 @@ class Job:
             launcher += ["--max-restarts=1000", "--monitor-interval=0.2", "--rdzv-backend=c10d", "--rdzv-id=chaos"]
             launcher += [f"--rdzv-endpoint=n1:{PORT}", f"--rdzv-conf={RENDEZVOUS}"]
             arguments = ["-m", "tests.chaos.rank", str(self.directory), str(self.paced)]
-            arguments += map(str, commands.train_arguments(self.corpus, *OVERRIDES, *self.overrides))
+            arguments += map(str, commands.make_train_arguments(self.corpus, *OVERRIDES, *self.overrides))
             with (self.directory / f"node{node}.txt").open("a") as output:
                 self.torchruns[node] = subprocess.Popen(
                     self.net.on(node, [*launcher, *arguments]),
                     cwd=self.directory,
-                    env={**commands.environment(), **ENVIRONMENT},
+                    env={**commands.make_environment(), **ENVIRONMENT},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,

@@ -64,11 +64,11 @@ def test_random_faults_change_no_result(
         finally:
             calm.close()
         expected = commands.read_metrics(calm.run)
-        assert commands.column(actual, "step") == list(range(1, len(actual) + 1)), "each step once"
+        assert commands.get_column(actual, "step") == list(range(1, len(actual) + 1)), "each step once"
         for name in ("step", "loss", "grad_norm", "lr", "tokens"):
-            assert commands.column(actual, name) == commands.column(expected, name), name
+            assert commands.get_column(actual, name) == commands.get_column(expected, name), name
         assert_same_weights(run, calm.run)
-    step_seconds = median(commands.column(expected[:CALM], "step_seconds"))
+    step_seconds = median(commands.get_column(expected[:CALM], "step_seconds"))
     report |= {"step_seconds": step_seconds, "goodput": round(report["steps"] * step_seconds / report["seconds"], 3)}
     (tmp_path / "chaos.json").write_text(json.dumps(report, indent=1) + "\n")
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():

@@ -186,11 +186,11 @@ def test_write_stores_the_rows_with_the_machine_and_the_command(tmp_path: Path) 
 def run_benchmark(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, program, *arguments],
-        env=commands.environment(),
+        env=commands.make_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=commands.LIMIT_SECONDS,
+        timeout=commands.TIMEOUT_SECONDS,
         check=True,
     )
 

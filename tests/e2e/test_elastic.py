@@ -40,13 +40,13 @@ def run_node(name: str, rendezvous: str, corpus: Path, cwd: Path, job: Job = JOB
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes=1:{job.nodes}", "--nproc-per-node=1"]
     launcher += ["--max-restarts=10", "--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", "--rdzv-id=test"]
     launcher += [f"--rdzv-conf={rendezvous_options}", "--monitor-interval=0.2"]
-    arguments = commands.train_arguments(corpus, f"run.steps={job.steps}", "checkpoint.every=1", *job.overrides)
+    arguments = commands.make_train_arguments(corpus, f"run.steps={job.steps}", "checkpoint.every=1", *job.overrides)
     with (cwd / f"{name}.txt").open("w") as output:
         process = subprocess.Popen(
             job.run_on([*launcher, "-m", "tests.e2e.paced", "0.15", *map(str, arguments)]),
             cwd=cwd,
             env={
-                **commands.environment(),
+                **commands.make_environment(),
                 "PYTHONPATH": str(commands.REPOSITORY),
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
                 **job.environment,
@@ -64,7 +64,7 @@ def run_node(name: str, rendezvous: str, corpus: Path, cwd: Path, job: Job = JOB
 
 def kill_node(process: subprocess.Popen[bytes]) -> None:
     """Kill all processes of a node at once."""
-    commands.kill_processes(commands.process_tree(process.pid))
+    commands.kill_processes(commands.list_process_tree(process.pid))
     process.wait()
 
 
@@ -93,7 +93,7 @@ def count_in_output(cwd: Path, text: str) -> int:
 @pytest.mark.slow  # tests/netns tests it with a network by default
 @pytest.mark.timeout(400)
 def test_a_node_dies_and_comes_back(corpus: Path, tmp_path: Path) -> None:
-    port = commands.free_port()
+    port = commands.find_free_port()
     with run_node("first", f"localhost:{port}", corpus, tmp_path) as first:
         wait_until(lambda: is_listening(port), tmp_path)  # the node of the rendezvous must outlive the other
         with run_node("second", f"localhost:{port}", corpus, tmp_path):
@@ -115,6 +115,6 @@ def test_a_node_dies_and_comes_back(corpus: Path, tmp_path: Path) -> None:
         commands.read_metrics(tmp_path / "run"),
         commands.read_metrics(commands.train(reference, corpus, f"run.steps={STEPS}")),
     )
-    assert commands.column(actual, "step") == list(range(1, STEPS + 1))
-    assert commands.column(actual, "loss") == pytest.approx(commands.column(expected, "loss"), rel=TOLERANCE)
-    assert commands.latest_checkpoint(tmp_path / "run").name == f"step_{STEPS:08d}"
+    assert commands.get_column(actual, "step") == list(range(1, STEPS + 1))
+    assert commands.get_column(actual, "loss") == pytest.approx(commands.get_column(expected, "loss"), rel=TOLERANCE)
+    assert commands.find_latest_checkpoint(tmp_path / "run").name == f"step_{STEPS:08d}"

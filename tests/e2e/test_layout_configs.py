@@ -75,9 +75,9 @@ def test_losses_are_those_of_one_process(
         reference_runs[steps] = train("one", steps, corpus, tmp_path / "one", ranks=0)
     expected = commands.read_metrics(reference_runs[steps])
     actual = commands.read_metrics(train(name, steps, corpus, tmp_path, ranks=8))
-    assert commands.column(actual, "step") == commands.column(expected, "step") == list(range(1, steps + 1))
-    assert commands.column(actual, "loss") == pytest.approx(commands.column(expected, "loss"), rel=1e-4, abs=0)
-    actual_norms, expected_norms = commands.column(actual, "grad_norm"), commands.column(expected, "grad_norm")
+    assert commands.get_column(actual, "step") == commands.get_column(expected, "step") == list(range(1, steps + 1))
+    assert commands.get_column(actual, "loss") == pytest.approx(commands.get_column(expected, "loss"), rel=1e-4, abs=0)
+    actual_norms, expected_norms = commands.get_column(actual, "grad_norm"), commands.get_column(expected, "grad_norm")
     assert actual_norms[:20] == pytest.approx(expected_norms[:20], rel=1e-4, abs=0)
     assert actual_norms == pytest.approx(expected_norms, rel=1e-3, abs=0), "rounding errors grow with the steps"
     if steps == 50:
@@ -89,7 +89,7 @@ def test_losses_are_those_of_one_process(
 def test_the_program_that_plots_the_curves(corpus: Path, tmp_path: Path) -> None:
     completed = subprocess.run(
         [sys.executable, REPOSITORY / "benchmarks" / "curves.py", "--data", corpus, "--docs", tmp_path, "run.steps=2"],
-        env=commands.environment(),
+        env=commands.make_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -40,7 +40,7 @@ def start(*arguments: str, code: str = "", program: Path = BENCHMARKS / "gpu.py"
     program_args = ["-c", code] if code else [str(program)]
     return subprocess.Popen(
         [sys.executable, *program_args, *arguments],
-        env=commands.environment(),
+        env=commands.make_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -84,7 +84,7 @@ def test_results_survive_hangs_crashes_and_sigkill(tmp_path: Path) -> None:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        children = commands.process_tree(process.pid)[1:]
+        children = commands.list_process_tree(process.pid)[1:]
         assert children
         os.kill(process.pid, signal.SIGKILL)
     rows = read_rows(path)
@@ -190,7 +190,7 @@ def test_the_complete_command_runs_on_the_cpu(tmp_path: Path) -> None:
     completed = subprocess.run(
         ["make", "gpu", "DEVICE=cpu", f"RESULTS={tmp_path}", f"GPU_PYTHON={sys.executable}"],
         cwd=REPOSITORY,
-        env=commands.environment(),
+        env=commands.make_environment(),
         capture_output=True,
         text=True,
         timeout=1100,

@@ -66,8 +66,8 @@ def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path)
     reference.mkdir()
     expected = commands.read_metrics(commands.train(reference, corpus, f"run.steps={STEPS}", "data.global_batch=12"))
     actual = commands.read_metrics(tmp_path / "run")
-    assert commands.column(actual, "step") == list(range(1, STEPS + 1))
-    assert commands.column(actual, "loss") == pytest.approx(commands.column(expected, "loss"), rel=1e-4)
+    assert commands.get_column(actual, "step") == list(range(1, STEPS + 1))
+    assert commands.get_column(actual, "loss") == pytest.approx(commands.get_column(expected, "loss"), rel=1e-4)
 
 
 @pytest.mark.timeout(200)
@@ -88,11 +88,11 @@ def test_a_run_over_a_slow_link_is_bound_by_its_bandwidth(corpus: Path, tmp_path
     with running_network(2) as net:
         net.limit(2, "10mbit")
         start_time = time.monotonic()
-        arguments = ("-m", "dist_llm", *map(str, commands.train_arguments(corpus, "run.steps=8")))
+        arguments = ("-m", "dist_llm", *map(str, commands.make_train_arguments(corpus, "run.steps=8")))
         completed = run_on_nodes(net, 2, arguments, tmp_path)
         seconds, least_seconds = time.monotonic() - start_time, net.sent(2) * 8 / 10e6
     assert [each.returncode for each in completed] == [0, 0], completed[0].stderr
-    steps = sum(commands.column(commands.read_metrics(tmp_path / "run"), "step_seconds"))
+    steps = sum(commands.get_column(commands.read_metrics(tmp_path / "run"), "step_seconds"))
     assert 0.7 * least_seconds < steps < seconds, "steps send most bytes, the final evaluation some"
     assert least_seconds < seconds < least_seconds + 40, "the start sends few bytes"
 
@@ -106,7 +106,7 @@ def run_on_nodes(
         subprocess.Popen(
             net.on(node, [sys.executable, *arguments]),
             cwd=cwd,
-            env={**commands.environment(), **JOB.environment, **variables, "RANK": str(node - 1)},
+            env={**commands.make_environment(), **JOB.environment, **variables, "RANK": str(node - 1)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

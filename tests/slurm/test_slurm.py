@@ -37,7 +37,7 @@ def paced(seconds: float) -> str:
 
 def train(corpus: Path, run: str, steps: int) -> tuple[object, ...]:
     """Return the arguments of the batch script."""
-    return commands.train_arguments(corpus, f"run.dir={run}", f"run.steps={steps}")[1:]
+    return commands.make_train_arguments(corpus, f"run.dir={run}", f"run.steps={steps}")[1:]
 
 
 def train_uninterrupted(corpus: Path, directory: Path, steps: int, ranks: int) -> Path:
@@ -46,7 +46,7 @@ def train_uninterrupted(corpus: Path, directory: Path, steps: int, ranks: int) -
 
 
 def assert_same_results(run: Path, expected: Path) -> None:
-    assert commands.column(commands.read_metrics(run), "loss") == commands.column(
+    assert commands.get_column(commands.read_metrics(run), "loss") == commands.get_column(
         commands.read_metrics(expected), "loss"
     )
     assert_same_weights(run, expected)
