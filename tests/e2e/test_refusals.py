@@ -1,4 +1,4 @@
-"""Errors as a user sees them: the exit code, the message, and no files left behind."""
+"""A command that refuses its input exits with code 2, explains the error, and leaves no file behind."""
 
 import re
 import shutil
