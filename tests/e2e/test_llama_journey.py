@@ -19,7 +19,7 @@ from dist_llm.checkpoint.probe import PROBE
 from dist_llm.data.tokenizer_file import identity
 from dist_llm.generation import load_model
 from dist_llm.text.tokenizer import Tokenizer
-from tests.hf_folders import DIFFICULT, GENERATION, ORIGINALS, PROSE, write_folder
+from tests.hf_folders import GENERATION, MORE_DIFFICULT_TEXTS, ORIGINALS, PROSE, write_folder
 from tests.tools import command
 
 from . import commands
@@ -112,7 +112,7 @@ def test_fifty_difficult_texts_have_the_same_ids(journey: Journey) -> None:
         for directory in (journey.corpus, commands.find_latest_checkpoint(journey.run), journey.imported)
     ]
     assert len({identity(tokenizer.file_bytes()) for tokenizer in tokenizers}) == 1
-    for text in DIFFICULT:
+    for text in MORE_DIFFICULT_TEXTS:
         ids = source(text)["input_ids"]
         assert exported(text)["input_ids"] == ids
         assert [tokenizer.encode_prompt(text) for tokenizer in tokenizers] == [ids] * 3

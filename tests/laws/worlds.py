@@ -19,7 +19,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.warm import fork_server_context
+from tests.warm import get_fork_server_context
 
 COLLECTIVE_TIMEOUT_SECONDS = 90
 RESULT_TIMEOUT_SECONDS = 240
@@ -37,8 +37,8 @@ class GlooWorld:
         self.store = tempfile.NamedTemporaryFile(prefix="dist_llm_world_")  # noqa: SIM115
         self.pipes, self.processes = [], []
         for rank in range(size):
-            parent_end, child_end = fork_server_context().Pipe()
-            process = fork_server_context().Process(
+            parent_end, child_end = get_fork_server_context().Pipe()
+            process = get_fork_server_context().Process(
                 target=_serve, args=(rank, size, self.store.name, child_end, timeout_factor), daemon=True
             )
             process.start()
