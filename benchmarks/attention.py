@@ -1,17 +1,19 @@
 """Time attention kernels, forward and backward, for each kind of mask.
 
-The kernels are the backends of F.scaled_dot_product_attention (math, flash, efficient, cudnn) and a compiled
-FlexAttention. All run through dist_llm.models.attention.scaled_dot_product, with a mask from `materialize_mask`.
-Kernels that do not support a device or a mask are left out. `chosen` is the kernel that the model uses.
+The kernels are the backends of F.scaled_dot_product_attention (math, flash, efficient, cudnn) and compiled
+FlexAttention (flex). All run through dist_llm.models.attention.scaled_dot_product, with a mask from `materialize_mask`.
+A kernel that does not support the device or the mask is left out. `chosen` marks the kernel that the model uses.
 
-  causal         each token attends to itself and earlier ones
-  prefix         causal, and all tokens attend to the first quarter
+  causal         each token attends to itself and to earlier tokens
+  prefix         causal, and all tokens attend to the first quarter of the sequence
   documents      causal, within four documents of equal length
-  bidirectional  all tokens attend to all
+  bidirectional  all tokens attend to all tokens
 
-TFLOP/s count the pairs of tokens that attend to each other, with 7 products each (2 forward and 5 backward, as in flash
-kernels); what a kernel computes and then masks is not counted. `ratio` is the time of the chosen kernel over the time
-of this one, by round: above 1, this kernel is faster.
+TFLOP/s count only pairs of tokens that the mask allows, with 7 matrix products (2 forward and 5 backward, as in flash
+kernels); work on masked pairs is not counted. `ratio` is the time of the chosen kernel over the time of this kernel,
+the median over the rounds: above 1, this kernel is faster.
+
+Shape suffixes: B, batch; S, queries; T, keys; H, heads; E, head dimension.
 
   python benchmarks/attention.py
   python benchmarks/attention.py --seq-len 2048 8192 --batch 4 --heads 32 --kv-heads 8 --head-dim 128
@@ -33,26 +35,26 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from dist_llm.models.attention import materialize_mask, scaled_dot_product
 from dist_llm.models.attention_mask import CAUSAL, FULL, AttentionMask
-from measure import DTYPES, any_device, precisions, seconds, take_turns
+from measure import DTYPES, choose_device, choose_precisions, measure_seconds, take_turns
 from results import Results, format_table, make_parser
 
-SDPA = {
+SDPA_BACKENDS = {
     "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-KERNELS = (*SDPA, "flex")
-Heads = tuple[Tensor, Tensor, Tensor]
+KERNELS = (*SDPA_BACKENDS, "flex")
+Heads = tuple[Tensor, Tensor, Tensor]  # q [B, S, H, E]; k and v [B, T, KV heads, E]
 
 
 def main() -> None:
     """Measure and print each case."""
     options = parse_arguments()
-    device = any_device()
+    device = choose_device()
     results = Results("attention", device)
     for mask, seq_len, precision in itertools.product(
-        options.masks, options.seq_len, precisions(options.precision, device)
+        options.masks, options.seq_len, choose_precisions(options.precision, device)
     ):
         for row in measure_case(mask, seq_len, precision, options, device):
             results.add({"mask": mask, "seq_len": seq_len, "precision": precision, **row})
@@ -65,34 +67,34 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS), help="default: all")
+    has_gpu = torch.cuda.is_available()
+    parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS), help="kinds of mask; default: all")
     parser.add_argument(
         "--seq-len",
         nargs="+",
         type=int,
-        default=[1024, 4096] if cuda else [256, 1024],
-        help="tokens; default: 1024 4096, on a CPU 256 1024",
+        default=[1024, 4096] if has_gpu else [256, 1024],
+        help="tokens of a sequence; default: 1024 4096, on a CPU 256 1024",
     )
     parser.add_argument(
         "--precision",
         nargs="+",
         choices=DTYPES,
-        default=["bf16"] if cuda else None,
-        help="default: bf16; on a CPU both, without bf16 where it has none",
+        default=["bf16"] if has_gpu else None,
+        help="default: bf16; on a CPU both, without bf16 if the CPU lacks bf16 instructions",
     )
-    parser.add_argument("--batch", type=int, default=4 if cuda else 2, help="sequences; default: %(default)s")
-    parser.add_argument("--heads", type=int, default=16 if cuda else 8, help="default: %(default)s")
-    parser.add_argument("--kv-heads", type=int, default=4, help="default: %(default)s")
-    parser.add_argument("--head-dim", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=4 if has_gpu else 2, help="sequences; default: %(default)s")
+    parser.add_argument("--heads", type=int, default=16 if has_gpu else 8, help="query heads; default: %(default)s")
+    parser.add_argument("--kv-heads", type=int, default=4, help="key and value heads; default: %(default)s")
+    parser.add_argument("--head-dim", type=int, default=64, help="dimension of a head; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=10, help="turns of each kernel; default: %(default)s")
     return parser.parse_args()
 
 
-def document_mask(batch: int, seq_len: int, device: torch.device) -> AttentionMask:
-    """Mask four documents of equal length."""
-    ids = torch.arange(seq_len, device=device) * 4 // seq_len
-    return AttentionMask(causal=True, documents_BT=ids.expand(batch, -1))
+def make_document_mask(batch: int, seq_len: int, device: torch.device) -> AttentionMask:
+    """Make the causal mask of sequences that consist of four documents of equal length."""
+    document_ids = torch.arange(seq_len, device=device) * 4 // seq_len
+    return AttentionMask(causal=True, documents_BT=document_ids.expand(batch, -1))
 
 
 MASKS: dict[str, Callable[[int, int, torch.device], AttentionMask]] = {
@@ -100,7 +102,7 @@ MASKS: dict[str, Callable[[int, int, torch.device], AttentionMask]] = {
     "prefix": lambda batch, seq_len, device: AttentionMask(
         causal=True, prefix_B=torch.full((batch,), seq_len // 4, device=device)
     ),
-    "documents": document_mask,
+    "documents": make_document_mask,
     "bidirectional": lambda batch, seq_len, device: FULL,
 }
 
@@ -108,29 +110,31 @@ MASKS: dict[str, Callable[[int, int, torch.device], AttentionMask]] = {
 def measure_case(
     mask: str, seq_len: int, precision: str, options: argparse.Namespace, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Measure a case: one row per kernel that supports it."""
+    """Measure all kernels that support a mask on this device; return one row per kernel."""
     attention_mask = MASKS[mask](options.batch, seq_len, device)
     shape = (options.batch, seq_len, seq_len)
     heads = make_heads(seq_len, precision, options, device)
-    steps = {}
+    timers = {}
     for kernel in KERNELS:
-        step = kernel_step(kernel, heads, mask_for(kernel, attention_mask, shape, device))
-        if is_supported(step):
-            steps[kernel] = lambda step=step: seconds(step, device)
-    seconds_by_kernel = take_turns(steps, options.rounds)
-    chosen_kernel = choose_kernel(heads, materialize_mask(attention_mask, shape, device, dense=False))
+        run_kernel = make_kernel_step(kernel, heads, materialize_for_kernel(kernel, attention_mask, shape, device))
+        if is_supported(run_kernel):
+            timers[kernel] = lambda run_kernel=run_kernel: measure_seconds(run_kernel, device)
+    seconds_by_kernel = take_turns(timers, options.rounds)
+    chosen_kernel = find_chosen_kernel(heads, materialize_mask(attention_mask, shape, device, dense=False))
     cpu = torch.device("cpu")
-    flops = 14 * options.head_dim * options.heads * count_pairs(MASKS[mask](options.batch, seq_len, cpu), shape, cpu)
+    num_pairs = count_pairs(MASKS[mask](options.batch, seq_len, cpu), shape, cpu)
+    flops = 7 * 2 * options.head_dim * options.heads * num_pairs
     rows = []
     for kernel, kernel_seconds in seconds_by_kernel.items():
-        median = statistics.median(kernel_seconds)
-        row = {"kernel": kernel, "chosen": kernel == chosen_kernel, "seconds": median, "tflops": flops / median / 1e12}
+        median_seconds = statistics.median(kernel_seconds)
+        pairs_of_seconds = zip(seconds_by_kernel[chosen_kernel], kernel_seconds, strict=True)
         rows.append(
             {
-                **row,
-                "ratio": statistics.median(
-                    a / b for a, b in zip(seconds_by_kernel[chosen_kernel], kernel_seconds, strict=True)
-                ),
+                "kernel": kernel,
+                "chosen": kernel == chosen_kernel,
+                "seconds": median_seconds,
+                "tflops": flops / median_seconds / 1e12,
+                "ratio": statistics.median(chosen / seconds for chosen, seconds in pairs_of_seconds),
             }
         )
     return rows
@@ -139,17 +143,17 @@ def measure_case(
 def make_heads(seq_len: int, precision: str, options: argparse.Namespace, device: torch.device) -> Heads:
     """Make random queries, keys and values."""
 
-    def random_heads(heads: int) -> Tensor:
-        values = torch.randn(options.batch, seq_len, heads, options.head_dim, device=device)
+    def make_random(num_heads: int) -> Tensor:
+        values = torch.randn(options.batch, seq_len, num_heads, options.head_dim, device=device)
         return values.to(DTYPES[precision]).requires_grad_()
 
-    return random_heads(options.heads), random_heads(options.kv_heads), random_heads(options.kv_heads)
+    return make_random(options.heads), make_random(options.kv_heads), make_random(options.kv_heads)
 
 
-def mask_for(
+def materialize_for_kernel(
     kernel: str, attention_mask: AttentionMask, shape: tuple[int, int, int], device: torch.device
 ) -> AttentionMask:
-    """Return the mask in the form that the kernel takes."""
+    """Return the mask in the form that the kernel takes: a block mask for FlexAttention, else a dense tensor."""
     if kernel != "flex":
         return materialize_mask(attention_mask, shape, device, dense=True)
     B, S, T = shape
@@ -160,41 +164,41 @@ def mask_for(
     return replace(attention_mask, materialized=create_block_mask(allows, B, None, S, T, device=device))
 
 
-def kernel_step(kernel: str, heads: Heads, attention_mask: AttentionMask) -> Callable[[], None]:
-    """Return a function that runs forward and backward."""
+def make_kernel_step(kernel: str, heads: Heads, attention_mask: AttentionMask) -> Callable[[], None]:
+    """Return a function that runs a kernel forward and backward."""
 
-    def step() -> None:
-        with sdpa_kernel(SDPA[kernel]) if kernel in SDPA else nullcontext():
+    def run_kernel() -> None:
+        with sdpa_kernel(SDPA_BACKENDS[kernel]) if kernel in SDPA_BACKENDS else nullcontext():
             out_BSHE = scaled_dot_product(*heads, attention_mask, dropout=0.0)
         torch.autograd.grad(out_BSHE, heads, torch.ones_like(out_BSHE))
 
-    return step
+    return run_kernel
 
 
-def is_supported(step: Callable[[], None]) -> bool:
-    """Return whether the step runs, after two warm-up calls."""
+def is_supported(run_kernel: Callable[[], None]) -> bool:
+    """Return whether the kernel runs. The two calls are also the warm-up."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # each backend warns why it does not run
+        warnings.simplefilter("ignore")  # a backend warns why it does not run
         try:
-            step()
-            step()
+            run_kernel()
+            run_kernel()
         except (RuntimeError, NotImplementedError):
             return False
     return True
 
 
-def choose_kernel(heads: Heads, attention_mask: AttentionMask) -> str:
-    """Return the kernel that `scaled_dot_product` chooses by itself."""
-    q, k, v = (each.transpose(1, 2) for each in heads)
+def find_chosen_kernel(heads: Heads, attention_mask: AttentionMask) -> str:
+    """Return the kernel that `scaled_dot_product` chooses for this mask if no backend is forced."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in heads)
     if attention_mask.materialized is not None and not isinstance(attention_mask.materialized, Tensor):
         return "flex"
-    causal, grouped = attention_mask.causal and attention_mask.materialized is None, q.shape[1] != k.shape[1]
-    number = torch._fused_sdp_choice(q, k, v, attention_mask.materialized, 0.0, causal, enable_gqa=grouped)
-    return next(name for name, backend in SDPA.items() if backend.value == number)
+    is_causal, is_grouped = attention_mask.causal and attention_mask.materialized is None, q.shape[1] != k.shape[1]
+    backend_id = torch._fused_sdp_choice(q, k, v, attention_mask.materialized, 0.0, is_causal, enable_gqa=is_grouped)
+    return next(name for name, backend in SDPA_BACKENDS.items() if backend.value == backend_id)
 
 
 def count_pairs(attention_mask: AttentionMask, shape: tuple[int, int, int], device: torch.device) -> int:
-    """Count the (query, key) pairs that the mask allows, over all rows."""
+    """Count the (query, key) pairs that the mask allows, over all sequences."""
     B, S, T = shape
     q, k = torch.arange(S, device=device)[:, None], torch.arange(T, device=device)
     return sum(int(attention_mask.allows(S, T, torch.tensor(b, device=device), q, k).sum()) for b in range(B))

@@ -1,9 +1,9 @@
-"""A bare training loop, as an engineer writes it in an afternoon: the baseline of other programs, not a program itself.
+"""A minimal model and training loop in plain PyTorch: the baseline of train.py and overhead.py.
 
-GPT-2 and Llama in the manner of nanoGPT: torch's attention, F.cross_entropy over all logits, fused AdamW,
-clip_grad_norm_. `Model` shares no code with dist_llm.models, only the config's names of sizes;
-`iter_dist_llm_parameters` maps its weights to those of dist_llm, so that both may start from the same values. `Loop`
-takes any module that returns logits.
+`Model` is GPT-2 or Llama in the manner of nanoGPT. It uses F.scaled_dot_product_attention and shares no code with
+dist_llm.models, only the config. `Model.iter_dist_llm_parameters` maps its weights to those of dist_llm, so that both
+can start from the same values. `Loop` trains any module that returns logits: F.cross_entropy, clip_grad_norm_ and fused
+AdamW.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from dist_llm.config.optim_sections import OptimConfig
 
 
 class Attention(nn.Module):
-    """Multi-head attention with one product for queries, keys and values, and rotary positions if angles are given."""
+    """Multi-head attention with one projection for q, k and v; applies rotary encoding if angles are given."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -30,7 +30,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
         B, S, _ = x.shape
-        q, k, v = (part.view(B, S, -1, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(self.sizes, -1))
+        projections = self.qkv(x).split(self.sizes, -1)
+        q, k, v = (projection.view(B, S, -1, self.head_dim).transpose(1, 2) for projection in projections)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.groups)
@@ -38,7 +39,7 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + E/2) by its angle, in fp32."""
+    """Rotate each pair (i, i + E/2) of a head by its angle, in fp32; E is the head dimension."""
     left, right = x.float().chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x)
 
@@ -60,7 +61,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with norms before each layer."""
+    """A transformer block with a norm before attention and before the feed-forward layer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -73,14 +74,14 @@ class Block(nn.Module):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """Make the norm that the config names, over d_model."""
+    """Make a norm over d_model: LayerNorm or RMSNorm, as the config says."""
     if config.norm == "layernorm":
         return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
     return nn.RMSNorm(config.d_model, eps=config.norm_eps)
 
 
 class Model(nn.Module):
-    """A decoder: token ids [B, S] -> logits [B, S, V]. With `recompute`, only the inputs of blocks are kept."""
+    """A decoder: token ids [B, S] -> logits [B, S, V]. `recompute` uses activation checkpointing for each block."""
 
     def __init__(self, config: ModelConfig, recompute: bool = False) -> None:
         super().__init__()
@@ -112,34 +113,33 @@ class Model(nn.Module):
         return self.head(self.norm(x))
 
     def iter_dist_llm_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name of each parameter in dist_llm, with the corresponding parameter or slice of one here."""
+        """Yield (name of a parameter in dist_llm, the corresponding parameter of this model or a slice of it)."""
         yield "embed.tokens.weight", self.tokens.weight
         if self.positions is not None:
             yield "embed.positions.weight", self.positions.weight
-        for number, block in enumerate(self.blocks):
+        for block_index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             for name, parameter in block.named_parameters():
                 module, _, kind = name.rpartition(".")
                 if module == "attention.qkv":
                     projections = parameter.split(block.attention.sizes)
-                    yield from (
-                        (f"blocks.{number}.attention.{n}.{kind}", p) for n, p in zip("qkv", projections, strict=True)
-                    )
+                    for projection_name, projection in zip("qkv", projections, strict=True):
+                        yield f"blocks.{block_index}.attention.{projection_name}.{kind}", projection
                 else:
                     module = {"norm_1": "norm_attention", "norm_2": "norm_feedforward"}.get(module, module)
-                    yield f"blocks.{number}.{module}.{kind}", parameter
+                    yield f"blocks.{block_index}.{module}.{kind}", parameter
         yield from ((f"head.norm.{name}", parameter) for name, parameter in self.norm.named_parameters())
         if not self.config.tie_embeddings:
             yield "head.out.weight", self.head.weight
 
 
 class Loop:
-    """A training loop of torch alone, around a module that returns logits."""
+    """A training loop in plain PyTorch around a module that returns logits."""
 
     def __init__(self, model: nn.Module, optim: OptimConfig, precision: str, device: torch.device) -> None:
         self.model = model
         self.autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-        assert optim.name != "sgd", "this loop is AdamW's"
+        assert optim.name != "sgd", "this loop always uses AdamW"
         groups = [
             {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": optim.weight_decay},
             {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
@@ -147,7 +147,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Take one optimizer step and return the loss without waiting for it."""
+        """Take one optimizer step and return the loss as a tensor, without waiting for the device."""
         with self.autocast:
             logits = self.model(inputs)
             loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))

@@ -1,13 +1,14 @@
-"""Measure how long a save delays the step, and how fast it is written.
+"""Measure how long a checkpoint save delays the next training step, and how fast the checkpoint is written.
 
-One process takes steps alone, saves alone, and takes steps while a save is written. `stall` is the time that `save`
-takes before the next step may begin, relative to a step. `slower` is a step during the write relative to one alone.
-`bandwidth` is that of a save alone, with copy, hashes and fsync, relative to `dd conv=fsync` of as many bytes into the
-same directory. The first save, which allocates the copies, is left out. `probe` is the time of the probe's loss and
-logits, at each save and at a start, relative to a step, and `probe_seconds` the same in seconds. `lock_seconds` is the
-time to take the lock of a run directory and to release it, once per start.
+One process takes steps without a write, saves without steps, and takes steps while a save is written. Each round has:
+  stall          time that `save` takes before the next step can begin, over the time of a step
+  slower         time of a step during the write, over the time of a step without a write
+  bandwidth      bytes/s of a save without steps (copy, hashes and fsync), over those of `dd conv=fsync` in this folder
+  probe          time of the probe (a loss and logits on fixed tokens) over the time of a step; once per save and start
+  lock_seconds   seconds to take and release the lock of a run directory, once per start
+The first round, which allocates the staging buffers, is left out.
 
-Prints one JSON line per save on stdout, then a table on stderr. The goal is a stall below 1.
+Prints one JSON line per round on stdout, then a table on stderr. The goal is a stall below 1.
 """
 
 import argparse
@@ -35,95 +36,103 @@ from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.training.step import train_step
 
-VOCAB = 8192
+VOCAB_SIZE = 8192
+SEQ_LEN = 256
 
 
 def main() -> None:
-    """Run and print the saves."""
+    """Measure the saves, and print the rows and the table."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--saves", type=int, default=8, help="default: %(default)s, after one to warm up")
-    parser.add_argument("--d-model", type=int, default=512, help="default: %(default)s")
-    parser.add_argument("--layers", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a step, in sequences of 256; default: %(default)s")
-    parser.add_argument("--directory", type=Path, help="where to write; default: the system's temporary directory")
+    parser.add_argument("--saves", type=int, default=8, help="rounds, after one to warm up; default: %(default)s")
+    parser.add_argument("--d-model", type=int, default=512, help="width of the model; default: %(default)s")
+    parser.add_argument("--layers", type=int, default=8, help="blocks of the model; default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help=f"tokens of a step, in sequences of {SEQ_LEN}; default: %(default)s"
+    )
+    parser.add_argument("--directory", type=Path, help="where to write; default: the temporary directory of the system")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        rows = run(options, Path(directory))
-    for number, row in enumerate(rows, start=1):
-        print(json.dumps({"save": number, **row}))
+        rows = measure_saves(options, Path(directory))
+    for save_number, row in enumerate(rows, start=1):
+        print(json.dumps({"save": save_number, **row}))
     sys.stdout.flush()
     table = Table("", "median", "least", "most", title=f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name in rows[0]:
         values = [row[name] for row in rows]
-        table.add_row(name, *(f"{each:.4g}" for each in (statistics.median(values), min(values), max(values))))
+        table.add_row(name, *(f"{value:.4g}" for value in (statistics.median(values), min(values), max(values))))
     Console(stderr=True).print(table)
 
 
-def run(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
-    """Measure the saves, one row each."""
-    sequences = max(1, options.tokens // 256)
+def measure_saves(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
+    """Measure all rounds and return one row per round, without the first."""
+    num_sequences = max(1, options.tokens // SEQ_LEN)
     raw = {
         "run": {"dir": "unused", "steps": 1000},
-        "model": {"d_model": options.d_model, "n_layers": options.layers, "n_heads": 8, "vocab_size": VOCAB},
-        "data": {"path": "unused", "seq_len": 256, "global_batch": sequences},
+        "model": {"d_model": options.d_model, "n_layers": options.layers, "n_heads": 8, "vocab_size": VOCAB_SIZE},
+        "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": num_sequences},
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = resolve_config(UnresolvedConfig.model_validate(raw), 1, 0)
     engine = NativeEngine(config, device)
-    tokens = torch.randint(VOCAB, (sequences, 257))
+    tokens = torch.randint(VOCAB_SIZE, (num_sequences, SEQ_LEN + 1))
     batch = Batch.of(tokens[:, :-1], tokens[:, 1:], CAUSAL)
 
-    def step() -> float:
+    def measure_step() -> float:
         start_time = time.perf_counter()
-        train_step(engine, [batch], 1e-4, 0).loss.item()
+        train_step(engine, [batch], lr=1e-4, step=0).loss.item()
         return time.perf_counter() - start_time
 
     store = CheckpointStore(directory / "checkpoints", CheckpointConfig(keep=1))
-    step()
-    shard_bytes = sum(tensor.nbytes for tensor in (engine.state.weights() | engine.state.moments()).values())
+    measure_step()
+    state_bytes = sum(tensor.nbytes for tensor in (engine.state.weights() | engine.state.moments()).values())
     rows = []
-    for number in range(options.saves + 1):
-        step_seconds = statistics.median(step() for _ in range(3))
+    for round_index in range(options.saves + 1):
+        step_seconds = statistics.median(measure_step() for _ in range(3))
         start_time = time.perf_counter()
         probe = measure_probe(engine, config)
         probe_seconds = time.perf_counter() - start_time
 
         start_time = time.perf_counter()
-        store.save(engine.state, Progress(2 * number + 1), {PROBE: probe.dump()})
+        store.save(engine.state, Progress(2 * round_index + 1), {PROBE: probe.dump()})
         store.finish()
-        bytes_per_second = shard_bytes / (time.perf_counter() - start_time)
+        bytes_per_second = state_bytes / (time.perf_counter() - start_time)
 
         start_time = time.perf_counter()
-        store.save(engine.state, Progress(2 * number + 2), {})
-        stall, concurrent_steps = time.perf_counter() - start_time, []
+        store.save(engine.state, Progress(2 * round_index + 2), {})
+        stall_seconds, concurrent_step_seconds = time.perf_counter() - start_time, []
         while store.current_write is not None and store.current_write.is_alive():
-            concurrent_steps.append(step())
+            concurrent_step_seconds.append(measure_step())
         store.finish()
-        row = {"step_seconds": step_seconds, "megabytes": shard_bytes / 1e6, "stall": stall / step_seconds}
-        row |= {"slower": statistics.median(concurrent_steps) / step_seconds if concurrent_steps else 1.0}
+        slowdown = statistics.median(concurrent_step_seconds) / step_seconds if concurrent_step_seconds else 1.0
+
         start_time = time.perf_counter()
         with RunLock(directory / "run", describe_this_process("localhost")):
             pass
-        row |= {"probe": probe_seconds / step_seconds, "probe_seconds": probe_seconds}
-        row |= {"lock_seconds": time.perf_counter() - start_time}
+        lock_seconds = time.perf_counter() - start_time
         rows.append(
             {
-                **row,
+                "step_seconds": step_seconds,
+                "megabytes": state_bytes / 1e6,
+                "stall": stall_seconds / step_seconds,
+                "slower": slowdown,
+                "probe": probe_seconds / step_seconds,
+                "probe_seconds": probe_seconds,
+                "lock_seconds": lock_seconds,
                 "megabytes_per_second": bytes_per_second / 1e6,
-                "bandwidth": bytes_per_second / measure_dd(directory / "dd", shard_bytes),
+                "bandwidth": bytes_per_second / measure_dd(directory / "dd", state_bytes),
             }
         )
     return rows[1:]
 
 
-def measure_dd(target: Path, size: int) -> float:
-    """Write as many zeros with dd; return bytes per second."""
+def measure_dd(target: Path, num_bytes: int) -> float:
+    """Write `num_bytes` zeros with dd, in blocks of 1 MiB; return bytes per second."""
     start_time = time.perf_counter()
-    blocks = max(1, size // (1 << 20))
-    command = ["dd", "if=/dev/zero", f"of={target}", "bs=1M", f"count={blocks}", "conv=fsync"]
+    num_blocks = max(1, num_bytes // (1 << 20))
+    command = ["dd", "if=/dev/zero", f"of={target}", "bs=1M", f"count={num_blocks}", "conv=fsync"]
     subprocess.run(command, check=True, capture_output=True)
-    return blocks * (1 << 20) / (time.perf_counter() - start_time)
+    return num_blocks * (1 << 20) / (time.perf_counter() - start_time)
 
 
 if __name__ == "__main__":

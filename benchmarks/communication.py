@@ -1,13 +1,13 @@
-"""Count the collectives and bytes that each rank sends per optimizer step, for each layout, and compare with a minimum.
+"""Count the collectives and bytes that each rank sends per optimizer step in each layout; compare with a minimum.
 
-Bytes are those that one rank sends in a ring. Over p ranks, an all-gather or reduce-scatter of a full tensor of n bytes
-costs n (p - 1) / p, an all-reduce twice that, and a point-to-point message n at its sender. A collective over one rank
-sends nothing and is not counted. Of ranks that differ, the one that sends most is shown.
+The bytes are those that one rank sends in a ring. Over p ranks, an all-gather or reduce-scatter of a full tensor of n
+bytes costs n (p - 1) / p, an all-reduce twice that, and a point-to-point message n at its sender. A collective over one
+rank sends nothing and is not counted. If ranks differ, the rank that sends most is shown.
 
-A small decoder takes one step to warm up and one that is counted, in gloo processes that this program starts.
+The program starts gloo processes, in which a small decoder takes one step to warm up and one step that is counted.
 
-Prints one JSON line per layout on stdout, then the tables on stderr. --write puts them into docs/communication.md and
-fails if it does not explain an excess over 5%.
+Prints one JSON line per layout on stdout, then the tables on stderr. --write writes docs/communication.md. It fails if
+a layout sends over 5% more than its minimum and REASONS does not explain it.
 """
 
 import argparse
@@ -47,9 +47,9 @@ from dist_llm.training.step import train_step
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "communication.md"
 ALLOWED_EXCESS = 0.05
-FP32 = 4  # bytes of an element
+FP32_BYTES = 4  # of an element
 
-# Vocabulary over width, and hidden units over width, near those of Llama 3 8B; nothing is padded.
+# The ratios of vocabulary and hidden units to width are near those of Llama 3 8B; no dimension needs padding.
 MODEL: dict[str, Any] = {
     "d_model": 64,
     "n_layers": 4,
@@ -58,15 +58,19 @@ MODEL: dict[str, Any] = {
     "d_ff": 192,
     "vocab_size": 2048,
 }
-ROWS, SEQ_LEN = 8, 128
+GLOBAL_BATCH, SEQ_LEN = 8, 128
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layout; `micro` is the number of rows in a microbatch, with 0 for all rows of the data rank."""
+    """A layout and a precision.
+
+    `parallel` has the keys of the config section. `micro_batch` is the number of sequences in a microbatch; with 0 a
+    microbatch has all sequences of the data-parallel rank.
+    """
 
     parallel: dict[str, Any]
-    micro: int = 0
+    micro_batch: int = 0
     precision: str = "fp32"
 
     @property
@@ -77,36 +81,36 @@ class Case:
     def name(self) -> str:
         labels = [" x ".join(f"{axis} {self.parallel[axis]}" for axis in AXES if axis in self.parallel)]
         labels += [f"{key}={json.dumps(value)}" for key, value in self.parallel.items() if key not in AXES]
-        data_ranks = self.parallel.get("dp_replicate", 1) * self.parallel.get("dp_shard", 1)
-        labels += [f"{ROWS // data_ranks // self.micro} microbatches"] if self.micro else []
+        dp_size = self.parallel.get("dp_replicate", 1) * self.parallel.get("dp_shard", 1)
+        labels += [f"{GLOBAL_BATCH // dp_size // self.micro_batch} microbatches"] if self.micro_batch else []
         labels += [self.precision] if self.precision != "fp32" else []
         return ", ".join(labels).replace('"', "")
 
 
-def make_case(micro: int = 0, precision: str = "fp32", **parallel: Any) -> Case:
-    """Make a case from `parallel` keys given as keywords."""
-    return Case(parallel, micro, precision)
+def make_case(micro_batch: int = 0, precision: str = "fp32", **parallel: Any) -> Case:
+    """Make a case; the keywords are keys of the config section `parallel`."""
+    return Case(parallel, micro_batch, precision)
 
 
 CASES = (
     make_case(dp_replicate=2),
-    make_case(dp_replicate=2, micro=2),
-    make_case(dp_replicate=2, micro=2, reduce_each_microbatch=True),
+    make_case(dp_replicate=2, micro_batch=2),
+    make_case(dp_replicate=2, micro_batch=2, reduce_each_microbatch=True),
     make_case(dp_shard=2),
     make_case(dp_shard=2, reshard="always"),
     make_case(dp_shard=2, reshard="never"),
     make_case(dp_shard=4),
     make_case(dp_shard=4, reshard="always"),
     make_case(dp_shard=4, reshard="never"),
-    make_case(dp_shard=2, micro=2),
-    make_case(dp_shard=2, micro=2, reshard="never"),
+    make_case(dp_shard=2, micro_batch=2),
+    make_case(dp_shard=2, micro_batch=2, reshard="never"),
     make_case(dp_replicate=2, dp_shard=2),
     make_case(tp=2),
     make_case(tp=2, sequence_parallel=False),
     make_case(cp=2),
-    make_case(pp=2, micro=2),
+    make_case(pp=2, micro_batch=2),
     make_case(dp_shard=2, tp=2),
-    make_case(pp=2, dp_shard=2, micro=2),
+    make_case(pp=2, dp_shard=2, micro_batch=2),
     make_case(dp_shard=2, recompute="full"),
     make_case(tp=2, recompute="full"),
     make_case(tp=2, recompute="selective"),
@@ -114,7 +118,7 @@ CASES = (
     make_case(dp_shard=2, precision="bf16"),
     make_case(tp=2, precision="bf16"),
     make_case(cp=2, precision="bf16"),
-    make_case(pp=2, micro=2, precision="bf16"),
+    make_case(pp=2, micro_batch=2, precision="bf16"),
     make_case(dp_shard=2, tp=2, precision="bf16"),
 )
 
@@ -127,7 +131,8 @@ EMBEDDING = (
     "one group. Backward reads the head's weights but not the embedding's, so the V D elements of the embedding are "
     "gathered once more than needed: 4 V D f(s) bytes."
 )
-# Why a layout sends more than 5% over its minimum, by name; `document` requires exactly these reasons.
+# Why a layout sends over 5% more than its minimum, by the name of the case. `format_explanations` requires a reason
+# for each of these layouts and for no other.
 REASONS = {
     "dp_shard 2, reshard=always": EMBEDDING,
     "dp_shard 4, reshard=always": EMBEDDING,
@@ -146,55 +151,56 @@ REASONS = {
 
 
 def main() -> None:
-    """Count and print all cases, and write the document with --write."""
+    """Count all cases, print the rows and tables, and write the document with --write."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
     options = parser.parse_args()
-    rows = [row for ranks in sorted({each.ranks for each in CASES}) for row in count_in_world(ranks)]
-    names = [each.name for each in CASES]
+    rows = [row for ranks in sorted({case.ranks for case in CASES}) for row in count_in_processes(ranks)]
+    names = [case.name for case in CASES]
     rows.sort(key=lambda row: names.index(row["layout"]))
     for row in rows:
         print(json.dumps(row))
     sys.stdout.flush()
-    print(overview(rows), by_axis(rows), sep="\n", file=sys.stderr)
+    print(format_overview(rows), format_by_axis(rows), sep="\n", file=sys.stderr)
     if options.write:
-        DOCUMENT.write_text(document(rows))
+        DOCUMENT.write_text(format_document(rows))
 
 
-def count_in_world(ranks: int) -> list[dict[str, Any]]:
-    """Count the cases of that many ranks, in processes started for them."""
+def count_in_processes(ranks: int) -> list[dict[str, Any]]:
+    """Start `ranks` gloo processes, count all cases of that size in them, and return one row per case."""
     with tempfile.TemporaryDirectory() as scratch:
-        torch.multiprocessing.spawn(_rank, (ranks, scratch), nprocs=ranks)
+        torch.multiprocessing.spawn(_run_rank, (ranks, scratch), nprocs=ranks)
         rows_by_rank = [json.loads((Path(scratch) / f"{rank}.json").read_text()) for rank in range(ranks)]
-    return [busiest(rows) for rows in zip(*rows_by_rank, strict=True)]
+    return [select_busiest_rank(rows) for rows in zip(*rows_by_rank, strict=True)]
 
 
-def _rank(rank: int, ranks: int, scratch: str) -> None:
+def _run_rank(rank: int, ranks: int, scratch: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{scratch}/store", ranks), rank=rank, world_size=ranks)
     with patch.object(p2p_collectives, "uses_p2p", lambda device: False):
-        rows = [count(each) for each in CASES if each.ranks == ranks]
+        rows = [count_traffic(case) for case in CASES if case.ranks == ranks]
     (Path(scratch) / f"{rank}.json").write_text(json.dumps(rows))
-    gc.collect()  # models must be deleted before the group
+    gc.collect()  # models must be deleted before the process group
     dist.destroy_process_group()
 
 
-def busiest(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the row of the rank that sends most."""
+def select_busiest_rank(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the row of the rank that sends most; `rows` has one row per rank."""
     return max(rows, key=lambda row: row["bytes"])
 
 
-def count(case: Case) -> dict[str, Any]:
-    """Count one step of a case on this rank of a running process group."""
+def count_traffic(case: Case) -> dict[str, Any]:
+    """Count the traffic of one step of a case on this rank, in a running process group; return the row."""
     config = make_config(case)
     engine = NativeEngine(config, torch.device("cpu"))
     assert engine.mesh is not None
-    train_step(engine, make_batches(config, engine), config.optim.lr, step=0)  # pipelines exchange shapes once
+    # In the first step pipeline stages also exchange shapes, so the second step is counted.
+    train_step(engine, make_batches(config, engine), config.optim.lr, step=0)
     mask = patch.object(attention, "causal_lower_right", _outside_modes(attention.causal_lower_right))
     with mask, WireCounter(engine.mesh) as wire:
         train_step(engine, make_batches(config, engine), config.optim.lr, step=1)
-    min_bytes = minimum(config, engine)
+    min_bytes = compute_minimum(config, engine)
     return {
         "layout": case.name,
         "ranks": case.ranks,
@@ -215,7 +221,7 @@ def make_config(case: Case) -> Config:
     raw = {
         "run": {"dir": "unused", "steps": 2},
         "model": MODEL,
-        "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": ROWS, "micro_batch": case.micro},
+        "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": GLOBAL_BATCH, "micro_batch": case.micro_batch},
         "parallel": case.parallel,
         "precision": case.precision,
     }
@@ -225,42 +231,45 @@ def make_config(case: Case) -> Config:
 
 
 def make_batches(config: Config, engine: NativeEngine) -> list[Batch]:
-    """Make this data rank's microbatches of random tokens."""
-    rank, ranks = engine.dp_rank_and_size
-    generator = torch.Generator().manual_seed(rank)
-    tokens = torch.randint(config.model.vocab_size, (ROWS // ranks, SEQ_LEN + 1), generator=generator)
-    return [Batch.of(rows[:, :-1], rows[:, 1:], CAUSAL) for rows in tokens.split(config.data.micro_batch)]
+    """Make the microbatches of this data-parallel rank from random tokens."""
+    dp_rank, dp_size = engine.dp_rank_and_size
+    generator = torch.Generator().manual_seed(dp_rank)
+    windows = torch.randint(config.model.vocab_size, (GLOBAL_BATCH // dp_size, SEQ_LEN + 1), generator=generator)
+    return [Batch.of(ids[:, :-1], ids[:, 1:], CAUSAL) for ids in windows.split(config.data.micro_batch)]
 
 
 # --- counting
 
 
-def _bytes(tensors: Tensor | Iterable[Any]) -> int:
+def _tensor_bytes(tensors: Tensor | Iterable[Any]) -> int:
     if isinstance(tensors, Tensor):
         return tensors.numel() * tensors.element_size()
-    return sum(_bytes(each) for each in tensors)
+    return sum(_tensor_bytes(tensor) for tensor in tensors)
 
 
 FullBytes = Callable[[Sequence[Any], int], int]
 
-# Each call that layouts make: its kind, and a function of (arguments, ranks) for the bytes of the full tensor.
+# The communication operators that layouts call: (kind, function of (arguments, ranks) -> bytes of the full tensor).
 CALLS: dict[str, tuple[str, FullBytes]] = {
-    "c10d::allreduce_": ("all-reduce", lambda args, p: _bytes(args[0])),
-    "c10d::_allgather_base_": ("all-gather", lambda args, p: _bytes(args[0])),
-    "c10d::_reduce_scatter_base_": ("reduce-scatter", lambda args, p: _bytes(args[1])),
-    "c10d::send": ("send", lambda args, p: _bytes(args[0])),
-    "_c10d_functional::all_reduce": ("all-reduce", lambda args, p: _bytes(args[0])),
-    "_c10d_functional::all_gather_into_tensor": ("all-gather", lambda args, p: _bytes(args[0]) * p),
-    "_c10d_functional::reduce_scatter_tensor": ("reduce-scatter", lambda args, p: _bytes(args[0])),
+    "c10d::allreduce_": ("all-reduce", lambda args, p: _tensor_bytes(args[0])),
+    "c10d::_allgather_base_": ("all-gather", lambda args, p: _tensor_bytes(args[0])),
+    "c10d::_reduce_scatter_base_": ("reduce-scatter", lambda args, p: _tensor_bytes(args[1])),
+    "c10d::send": ("send", lambda args, p: _tensor_bytes(args[0])),
+    "_c10d_functional::all_reduce": ("all-reduce", lambda args, p: _tensor_bytes(args[0])),
+    "_c10d_functional::all_gather_into_tensor": ("all-gather", lambda args, p: _tensor_bytes(args[0]) * p),
+    "_c10d_functional::reduce_scatter_tensor": ("reduce-scatter", lambda args, p: _tensor_bytes(args[0])),
 }
-# Calls that send nothing; a receive is counted at its sender.
-SILENT = {"c10d::recv_", "_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"}
+# Operators that send nothing. The sender counts the bytes of a message, so a receive counts nothing.
+SILENT_CALLS = {"c10d::recv_", "_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"}
 NAMESPACES = {"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor"}
-RING = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
+RING_FACTORS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # times n (p - 1) / p bytes
 
 
 class WireCounter(TorchDispatchMode):
-    """Counts calls and bytes that this rank sends, by (axis, kind); an unknown call is an error."""
+    """Counts the calls and the bytes that this rank sends, by (mesh dimension, kind).
+
+    An unknown communication operator raises KeyError.
+    """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -271,44 +280,44 @@ class WireCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any(issubclass(each, DTensor) for each in types):
-            return NotImplemented  # a DTensor calls collectives on plain tensors, which come here in turn
+        if any(issubclass(tensor_type, DTensor) for tensor_type in types):
+            return NotImplemented  # DTensor calls the collectives again, on local tensors
         if isinstance(func, torch._ops.OpOverload) and func.namespace in NAMESPACES:
             self._count(func, args)
         return func(*args, **(kwargs or {}))
 
     def _count(self, func: torch._ops.OpOverload, args: Sequence[Any]) -> None:
         name = func._schema.name
-        if name in SILENT:
+        if name in SILENT_CALLS:
             return
-        kind, full_bytes = CALLS[name]
-        group = _group(func, args)
+        kind, compute_full_bytes = CALLS[name]
+        group = _find_group(func, args)
         ranks = group.size()
         if ranks == 1:
             return
-        key = self._axes(group), kind
-        ring_factor = RING[kind] * (ranks - 1) / ranks if kind in RING else 1
+        key = self._name_axes(group), kind
+        ring_factor = RING_FACTORS[kind] * (ranks - 1) / ranks if kind in RING_FACTORS else 1
         self.calls[key] += 1
-        self.bytes[key] += ring_factor * full_bytes(args, ranks)  # type: ignore[assignment]
+        self.bytes[key] += ring_factor * compute_full_bytes(args, ranks)  # type: ignore[assignment]
 
-    def _axes(self, group: dist.ProcessGroup) -> str:
-        """Return the axes along which the group's ranks differ."""
+    def _name_axes(self, group: dist.ProcessGroup) -> str:
+        """Return the names of the mesh dimensions in which the ranks of the group differ."""
         coords = zip(*(self.coords[rank] for rank in dist.get_process_group_ranks(group)), strict=True)
         return " x ".join(axis for axis, values in zip(AXES, coords, strict=True) if len(set(values)) > 1)
 
 
 def _outside_modes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `function` to run outside of all modes, in which torch cannot make its causal mask."""
+    """Wrap `function` to run without dispatch modes: torch cannot make its causal mask within a mode."""
 
-    def run(*args: Any) -> Any:
+    def run_without_modes(*args: Any) -> Any:
         with _disable_current_modes():
             return function(*args)
 
-    return run
+    return run_without_modes
 
 
-def _group(func: torch._ops.OpOverload, args: Sequence[Any]) -> dist.ProcessGroup:
-    """Return a call's group: an object in older calls, a name in functional ones."""
+def _find_group(func: torch._ops.OpOverload, args: Sequence[Any]) -> dist.ProcessGroup:
+    """Return the process group of a call: c10d operators take the object, functional collectives its name."""
     for parameter, value in zip(func._schema.arguments, args, strict=False):
         if parameter.name == "process_group":
             return dist.ProcessGroup.unbox(value)
@@ -320,83 +329,91 @@ def _group(func: torch._ops.OpOverload, args: Sequence[Any]) -> dist.ProcessGrou
 # --- the minimum of a layout
 
 
-def minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
-    """Compute the bytes that this rank must send in a step, by axis, for its layout.
+def compute_minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
+    """Compute the bytes that this rank must send in a step, by mesh dimension, for its layout.
 
-    Weights. P: parameters of this rank's stage and tensor shard; s = dp_shard * cp; r = dp_replicate; f(p) = (p - 1) /
-    p. Gradients are reduce-scattered once, 4 P f(s) bytes, and their shards are all-reduced over the replicas, 8 P / s
-    f(r). A gather of all weights is 4 P f(s), and half of that in bf16. Weights do not change within a step, so with
-    `reshard` never they are gathered once. Weights that are freed after forward are gathered twice a microbatch, except
-    for the embedding, whose backward reads no weights; others are gathered once a microbatch.
+    Symbols: P, the parameters of the pipeline stage and tensor shard of this rank; A, the bytes of the activations
+    [B, S, D] of this rank in the step; s = dp_shard * cp; r = dp_replicate; f(p) = (p - 1) / p.
 
-    Tensor. A: bytes of the activations [B, S, D] in the rank's share of the step. Each of a block's two pairs of
-    matrices needs full inputs and produces partial sums. With a split sequence, that is an all-gather and a
-    reduce-scatter of A in forward and the same in backward, 8 A f(tp) a block; without, an all-reduce of A in each,
-    which is as much. Embedding and head take 2 A f(tp) each. With a split sequence the norms' gradients are partial
-    sums, of which a rank reduces its 1 / s. The loss needs three numbers per token: the largest logit, the sum of
-    exponentials and the target's logit.
+    Weights (dp_shard, cp): the gradients are reduce-scattered once, 4 P f(s) bytes. An all-gather of all weights takes
+    4 P f(s) bytes, in bf16 half of that. With `reshard` never, weights are gathered once per step, since they do not
+    change within a step. Weights that are freed after forward are gathered twice per microbatch, except for the
+    embedding, whose backward reads no weights. All other weights are gathered once per microbatch.
 
-    Context. Each block gathers all keys and values, [2, B, S, K, E], in forward, and reduce-scatters their gradients in
-    backward. Pipeline. A goes to the next stage, and as much to the previous one.
+    Replicas (dp_replicate): the shards of the gradients are all-reduced, 8 P / s f(r) bytes.
 
-    The minimum excludes the counts, losses and norms that a step sums up, which are a few scalars, and recomputation.
-    With a pipeline it supports only `reshard` default, which frees nothing until the step ends.
+    Tensor parallel (tp): a block has two pairs of matrices, each of which needs full inputs and produces partial sums.
+    With sequence parallelism, each pair takes an all-gather and a reduce-scatter of A in forward and in backward:
+    8 A f(tp) bytes per block. Without, an all-reduce of A in forward and in backward takes as much. Embedding and head
+    take 2 A f(tp) each. With sequence parallelism the gradients of the norms are partial sums, of which a rank reduces
+    1 / s. The loss needs three numbers per token: the largest logit, the sum of exponentials, and the target logit.
+
+    Context parallel (cp): each block all-gathers keys and values, [2, B, S, K, E], in forward, and reduce-scatters
+    their gradients in backward. Pipeline (pp): A goes to the next stage, and its gradient to the previous stage.
+
+    The minimum excludes recomputation and the few scalars that a step sums up: token counts, losses and norms. With a
+    pipeline it supports only `reshard` default, which frees no weights until the step ends.
     """
     model, parallel = config.model, config.parallel
-    rows = config.data.global_batch // engine.dp_rank_and_size[1]
-    blocks = sum(len(part.blocks) for part in engine.model_parts)
-    first, last = (
-        any(part.is_first_stage for part in engine.model_parts),
-        any(part.is_last_stage for part in engine.model_parts),
-    )
-    tokens = rows * config.data.seq_len // parallel.cp
-    width = FP32 if config.precision == "fp32" else 2
-    activations = width * tokens * model.d_model
+    num_sequences = config.data.global_batch // engine.dp_rank_and_size[1]
+    num_blocks = sum(len(part.blocks) for part in engine.model_parts)
+    is_first = any(part.is_first_stage for part in engine.model_parts)
+    is_last = any(part.is_last_stage for part in engine.model_parts)
+    num_tokens = num_sequences * config.data.seq_len // parallel.cp
+    element_bytes = FP32_BYTES if config.precision == "fp32" else 2
+    activation_bytes = element_bytes * num_tokens * model.d_model
 
-    min_bytes = _weights(config, blocks, first, last, microbatches=rows // config.data.micro_batch)
-    norms = model.d_model * (2 * blocks + last) / (parallel.dp_shard * parallel.cp) if parallel.sequence_parallel else 0
-    min_bytes["tp"] = (
-        (parallel.tp - 1)
-        / parallel.tp
-        * (activations * (8 * blocks + 2 * first + 2 * last) + 2 * FP32 * (norms + 3 * tokens * last))
-    )
-    keys_and_values = 2 * width * tokens * parallel.cp * model.n_kv_heads * model.head_dim / parallel.tp
-    min_bytes["cp"] = min_bytes.get("cp", 0) + blocks * 2 * keys_and_values * (parallel.cp - 1) / parallel.cp
-    slices = parallel.tp if parallel.sequence_parallel else 1
-    min_bytes["pp"] = activations / slices * (2 - first - last)
-    return {axis: value for axis, value in min_bytes.items() if value}
+    num_microbatches = num_sequences // config.data.micro_batch
+    min_bytes = _compute_weight_bytes(config, num_blocks, is_first, is_last, num_microbatches)
+
+    num_norm_params = 0.0
+    if parallel.sequence_parallel:
+        num_norm_params = model.d_model * (2 * num_blocks + is_last) / (parallel.dp_shard * parallel.cp)
+    num_all_reduced = num_norm_params + 3 * num_tokens * is_last
+    tp_activation_bytes = activation_bytes * (8 * num_blocks + 2 * is_first + 2 * is_last)
+    min_bytes["tp"] = (parallel.tp - 1) / parallel.tp * (tp_activation_bytes + 2 * FP32_BYTES * num_all_reduced)
+
+    kv_bytes = 2 * element_bytes * num_tokens * parallel.cp * model.n_kv_heads * model.head_dim / parallel.tp
+    min_bytes["cp"] = min_bytes.get("cp", 0) + num_blocks * 2 * kv_bytes * (parallel.cp - 1) / parallel.cp
+
+    num_sequence_shards = parallel.tp if parallel.sequence_parallel else 1
+    min_bytes["pp"] = activation_bytes / num_sequence_shards * (2 - is_first - is_last)
+    return {axis: num_bytes for axis, num_bytes in min_bytes.items() if num_bytes}
 
 
-def _weights(config: Config, blocks: int, first: bool, last: bool, microbatches: int) -> dict[str, float]:
-    """Compute gathers of weights and reductions of gradients, by axis."""
+def _compute_weight_bytes(
+    config: Config, num_blocks: int, is_first: bool, is_last: bool, num_microbatches: int
+) -> dict[str, float]:
+    """Compute the bytes of all-gathers of weights and reductions of gradients, by mesh dimension."""
     model, parallel = config.model, config.parallel
     matrix_params = (
         2 * model.d_model * model.head_dim * (model.n_heads + model.n_kv_heads) + 3 * model.d_model * model.d_ff
     )
     vocab_params = model.vocab_size * model.d_model / parallel.tp
-    block, embedding = matrix_params / parallel.tp + 2 * model.d_model, vocab_params * first
-    stored_params = blocks * block + embedding + (vocab_params + model.d_model) * last
+    block_params, embedding_params = matrix_params / parallel.tp + 2 * model.d_model, vocab_params * is_first
+    stored_params = num_blocks * block_params + embedding_params + (vocab_params + model.d_model) * is_last
     assert parallel.pp == 1 or parallel.reshard == "default"
     if parallel.reshard == "always":
-        gathered = microbatches * (2 * stored_params - embedding)
-    elif parallel.reshard == "default" and parallel.pp == 1:  # the last block and parameters outside of blocks stay
-        gathered = microbatches * (stored_params + (blocks - 1) * block)
+        gathered_params = num_microbatches * (2 * stored_params - embedding_params)
+    elif parallel.reshard == "default" and parallel.pp == 1:
+        # The last block and the parameters outside of blocks are not freed after forward.
+        gathered_params = num_microbatches * (stored_params + (num_blocks - 1) * block_params)
     else:
-        gathered = stored_params
-    reduced = stored_params * (microbatches if parallel.reduce_each_microbatch and parallel.pp == 1 else 1)
-    shards, replicas = parallel.dp_shard * parallel.cp, parallel.dp_replicate
-    width = FP32 if config.precision == "fp32" else 2
-    sharded = " x ".join(axis for axis in ("dp_shard", "cp") if getattr(parallel, axis) > 1)
+        gathered_params = stored_params
+    reduced_params = stored_params * (num_microbatches if parallel.reduce_each_microbatch and parallel.pp == 1 else 1)
+    num_shards, num_replicas = parallel.dp_shard * parallel.cp, parallel.dp_replicate
+    element_bytes = FP32_BYTES if config.precision == "fp32" else 2
+    shard_axes = " x ".join(axis for axis in ("dp_shard", "cp") if getattr(parallel, axis) > 1)
     return {
-        sharded: (width * gathered + FP32 * reduced) * (shards - 1) / shards,
-        "dp_replicate": 2 * FP32 * reduced / shards * (replicas - 1) / replicas,
+        shard_axes: (element_bytes * gathered_params + FP32_BYTES * reduced_params) * (num_shards - 1) / num_shards,
+        "dp_replicate": 2 * FP32_BYTES * reduced_params / num_shards * (num_replicas - 1) / num_replicas,
     }
 
 
 # --- the document
 
 
-def overview(rows: Sequence[dict[str, Any]]) -> str:
+def format_overview(rows: Sequence[dict[str, Any]]) -> str:
     """Format a Markdown table with a line per layout."""
     lines = ["| layout | ranks | calls | bytes | minimum | excess |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
     for row in rows:
@@ -407,8 +424,8 @@ def overview(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def by_axis(rows: Sequence[dict[str, Any]]) -> str:
-    """Format a Markdown table with a line per layout, axis and kind of call."""
+def format_by_axis(rows: Sequence[dict[str, Any]]) -> str:
+    """Format a Markdown table with a line per layout, mesh dimension and kind of call."""
     lines = ["| layout | dimension | kind | calls | bytes |", "| --- | --- | --- | ---: | ---: |"]
     for row in rows:
         for entry in row["by_axis"]:
@@ -418,34 +435,35 @@ def by_axis(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def explanations(rows: Sequence[dict[str, Any]]) -> str:
-    """Format a line per reason.
+def format_explanations(rows: Sequence[dict[str, Any]]) -> str:
+    """Format a line per reason, with the layouts to which it applies.
 
-    Raises SystemExit if an excess has no reason, or a reason no excess.
+    Raises SystemExit if a layout has an excess over ALLOWED_EXCESS but no reason, or a reason but no such excess.
     """
-    large = {row["layout"]: row["excess"] for row in rows if row["excess"] > ALLOWED_EXCESS}
-    if unmatched := large.keys() ^ REASONS.keys():
-        raise SystemExit(f"excess without a reason, or a reason without an excess: {sorted(unmatched)}")
+    large_excesses = {row["layout"]: row["excess"] for row in rows if row["excess"] > ALLOWED_EXCESS}
+    if unmatched := large_excesses.keys() ^ REASONS.keys():
+        raise SystemExit(
+            f"error: these layouts have an excess over {ALLOWED_EXCESS:.0%} without an entry in REASONS, or an entry "
+            f"without this excess: {sorted(unmatched)}. Update REASONS"
+        )
     names_by_reason: dict[str, list[str]] = {}
-    for name, excess in large.items():
+    for name, excess in large_excesses.items():
         names_by_reason.setdefault(REASONS[name], []).append(f"{name}: {excess:.1%}")
-    return (
-        "\n".join(_wrapped(f"- **{'; '.join(names)}.** {reason}") for reason, names in names_by_reason.items()) + "\n"
-    )
+    return "\n".join(_wrap(f"- **{'; '.join(names)}.** {reason}") for reason, names in names_by_reason.items()) + "\n"
 
 
-def _wrapped(text: str, indent: str = "  ") -> str:
+def _wrap(text: str, indent: str = "  ") -> str:
     return textwrap.fill(text, 115, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-def document(rows: Sequence[dict[str, Any]]) -> str:
-    """Format docs/communication.md."""
+def format_document(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the text of docs/communication.md."""
     with torch.device("meta"):
-        parameters = sum(each.numel() for each in Decoder(make_config(CASES[0]).model).parameters())
+        num_parameters = sum(parameter.numel() for parameter in Decoder(make_config(CASES[0]).model).parameters())
     model = ", ".join(f"{key} {value}" for key, value in MODEL.items())
-    counted = (
-        f"The model: {model}; {parameters:,} parameters. {ROWS} sequences of {SEQ_LEN} tokens per step; fp32 unless "
-        "stated otherwise."
+    workload = (
+        f"The model: {model}; {num_parameters:,} parameters. {GLOBAL_BATCH} sequences of {SEQ_LEN} tokens per step; "
+        "fp32 unless stated otherwise."
     )
     return f"""\
 # Communication
@@ -456,18 +474,18 @@ layout, use the formulas in [layouts.md](layouts.md#traffic).
 `python benchmarks/communication.py --write` writes this page; edit `benchmarks/communication.py` instead. The counts
 are from torch {torch.__version__} and Python {platform.python_version()}, with gloo on a CPU.
 
-{_wrapped(counted, indent="")}
+{_wrap(workload, indent="")}
 
 - Over p ranks, an all-gather or a reduce-scatter of n bytes in total costs n (p - 1) / p, as in a ring. An all-reduce
   costs twice that. A message of n bytes costs its sender n.
 - If ranks differ, the table shows the rank that sends most.
 - `calls` are collectives and sends over two or more ranks.
-- `benchmarks/communication.py:minimum` computes the minimum.
+- `benchmarks/communication.py:compute_minimum` computes the minimum.
 - `reshard` says when the weights that dp_shard gathers are freed. By default the blocks except the last are freed after
   forward and gathered again for backward; the last block, the embedding and the head stay in memory. With pp nothing
   is freed by default. `always` frees all of them after forward, and `never` frees none until the step ends.
 
-{overview(rows)}
+{format_overview(rows)}
 ## Layouts with an excess over 5%
 
 - V: vocabulary size; D: model width.
@@ -475,7 +493,7 @@ are from torch {torch.__version__} and Python {platform.python_version()}, with 
 - s: number of ranks over which the weights are sharded, dp_shard x cp.
 - f(p) = (p - 1) / p: the share of a tensor that an all-gather or a reduce-scatter over p ranks sends.
 
-{explanations(rows)}
+{format_explanations(rows)}
 In all other layouts the remaining excess is a few scalars per step: the number of valid tokens, the loss, the gradient
 norm.
 
@@ -485,7 +503,7 @@ Each mesh dimension has its own traffic. dp_shard gathers weights and reduce-sca
 all-reduces gradients, tp gathers and reduce-scatters activations, cp does the same with keys and values and also shards
 the weights, and pp sends activations. All-reduces of up to 24 bytes are the scalars of the step.
 
-{by_axis(rows)}
+{format_by_axis(rows)}
 ## How it is counted
 
 A `TorchDispatchMode` sees each operator of torch's communication namespaces before the backend runs it

@@ -1,14 +1,16 @@
-"""Measure what a batch costs: tokens/s of our loader, of nanoGPT's code, and of a plain copy of the same bytes.
+"""Measure the time of loading a batch: tokens/s of our loader, of the loader of nanoGPT, and of a plain copy.
 
-ours      the loader as training uses it: it selects samples, finds, reads and checks them, and returns tensors of the
-          corpus's type, which become int64 on the device
-nanogpt   a memory map per batch and random starts; each window is sliced, widened and stacked, inputs and targets
-          separately
-copy      a copy of the same windows of the mapped file, row by row, and nothing else: the limit
+A window is seq_len + 1 consecutive tokens.
 
-All read one file of random uint16 ids from the page cache, on one thread, at random offsets. They take turns batch by
-batch, so that a machine that slows down affects all alike. Prints one JSON line per case on stdout, then a table on
-stderr: medians over the turns, and the median over the turns of the ratios.
+ours      the loader of training: it chooses samples, finds, reads and checks their windows, and returns tensors in the
+          integer type of the corpus, which become int64 on the device
+nanogpt   a new memory map per batch and random windows; each window is sliced, converted to int64 and stacked, for
+          inputs and for targets
+copy      a copy of as many windows from the mapped file, window by window: the limit
+
+All three read one file of random uint16 ids from the page cache, on one thread, at random offsets. They take turns,
+batch by batch, so that a change in the speed of the machine affects all alike. Prints one JSON line per case on stdout,
+then a table on stderr. All figures are medians over the turns.
 """
 
 import argparse
@@ -32,24 +34,28 @@ from dist_llm.data.loader import Loader, build_loader
 from dist_llm.data.shard import Manifest, Shard
 from dist_llm.objectives.objective_vocabulary import Vocabulary
 
-VOCABULARY = 50257
-WARM_UP = 5
-GOALS = {"nanogpt": 5.0, "copy": 0.5}  # the smallest ratio of ours to theirs
+VOCAB_SIZE = 50257
+WARM_UP_TURNS = 5
+GOALS = {"nanogpt": 5.0, "copy": 0.5}  # minimum tokens/s of ours over theirs
 
-BatchMaker = Callable[[], object]
+LoadFunction = Callable[[], object]
 
 
 def main() -> None:
-    """Measure and print each batch size."""
+    """Measure each batch size with each order, print the rows and the table."""
     options = make_parser().parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         corpus = write_corpus(Path(scratch), options.tokens)
-        cases = [measure_case(corpus, options, rows, order) for rows in options.rows for order in ("shuffle", "random")]
-    for row in cases:
+        rows = [
+            measure_case(corpus, options, batch_size, order)
+            for batch_size in options.batch_sizes
+            for order in ("shuffle", "random")
+        ]
+    for row in rows:
         print(json.dumps(row))
     sys.stdout.flush()
-    print_report(options, cases)
+    print_report(options, rows)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,28 +63,33 @@ def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=[8, 64, 512], help="sequences per batch; default: 8 64 512"
+        "--rows",
+        dest="batch_sizes",
+        type=int,
+        nargs="+",
+        default=[8, 64, 512],
+        help="sequences per batch; default: 8 64 512",
     )
-    parser.add_argument("--seq-len", type=int, default=2048, help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=100_000_000, help="in the file; default: %(default)s")
-    parser.add_argument("--turns", type=int, default=200, help="batches of each; default: %(default)s")
+    parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a sequence; default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=100_000_000, help="tokens in the file; default: %(default)s")
+    parser.add_argument("--turns", type=int, default=200, help="batches that each loads; default: %(default)s")
     parser.add_argument(
         "--scratch", type=Path, help="where the file is written; default: the system's temporary folder"
     )
     return parser
 
 
-def write_corpus(directory: Path, tokens: int) -> Corpus:
+def write_corpus(directory: Path, num_tokens: int) -> Corpus:
     """Write a corpus of one shard of random ids."""
-    ids = np.random.default_rng(0).integers(0, VOCABULARY, tokens, dtype="<u2")
+    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, num_tokens, dtype="<u2")
     ids.tofile(directory / "train-00000.bin")
-    shard = Shard("train-00000.bin", tokens, 1, 4 * tokens, "")
-    Manifest("uint16", VOCABULARY, "", ("random",), {"train": (shard,), "heldout": ()}).save(directory)
+    shard = Shard("train-00000.bin", num_tokens, 1, 4 * num_tokens, "")
+    Manifest("uint16", VOCAB_SIZE, "", ("random",), {"train": (shard,), "heldout": ()}).save(directory)
     return Corpus(directory)
 
 
-def measure_case(corpus: Corpus, options: argparse.Namespace, rows: int, order: str) -> dict[str, object]:
-    """Measure tokens/s of the three, and the ratios of ours to the others."""
+def measure_case(corpus: Corpus, options: argparse.Namespace, batch_size: int, order: str) -> dict[str, object]:
+    """Measure tokens/s of the three loaders, and the ratios of ours to the others; return the row."""
     path = corpus.directory / corpus.shards[0].file
     raw = {
         "run": {"dir": "unused", "steps": 1, "seed": 1},
@@ -86,85 +97,80 @@ def measure_case(corpus: Corpus, options: argparse.Namespace, rows: int, order: 
         "data": {
             "path": str(corpus.directory),
             "seq_len": options.seq_len,
-            "global_batch": rows,
+            "global_batch": batch_size,
             "order": order,
             "prefetch": 0,
         },
     }
-    config = resolve_config(UnresolvedConfig.model_validate(raw), 1, VOCABULARY)
-    loader = build_loader(config, build_fresh_plan(config), Vocabulary(VOCABULARY, 0), 0, 1, pin=False)
-    makers = {
-        "ours": make_loader_batches(loader, rows),
-        "nanogpt": make_nanogpt_batches(path, rows, options.seq_len),
-        "copy": copy_batches(path, rows, options.seq_len),
+    config = resolve_config(UnresolvedConfig.model_validate(raw), 1, VOCAB_SIZE)
+    loader = build_loader(config, build_fresh_plan(config), Vocabulary(VOCAB_SIZE, 0), 0, 1, pin=False)
+    load_functions = {
+        "ours": make_dist_llm_loader(loader, batch_size),
+        "nanogpt": make_nanogpt_loader(path, batch_size, options.seq_len),
+        "copy": make_copier(path, batch_size, options.seq_len),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in makers}
-    orders = list(permutations(makers))  # the order decides what is in the processor's caches
-    for turn in range(options.turns + WARM_UP):
+    seconds: dict[str, list[float]] = {name: [] for name in load_functions}
+    orders = list(permutations(load_functions))  # the order affects what is in the caches of the processor
+    for turn in range(options.turns + WARM_UP_TURNS):
         for name in orders[turn % len(orders)]:
             start_time = time.perf_counter()
-            makers[name]()
+            load_functions[name]()
             seconds[name].append(time.perf_counter() - start_time)
-    seconds_after_warm_up = {name: times[WARM_UP:] for name, times in seconds.items()}
-    tokens = rows * options.seq_len
-    return {
-        "rows": rows,
-        "order": order,
-        **{name: round(tokens / statistics.median(times)) for name, times in seconds_after_warm_up.items()},
-        **{
-            f"over_{name}": round(
-                statistics.median(
-                    b / a for a, b in zip(seconds_after_warm_up["ours"], seconds_after_warm_up[name], strict=True)
-                ),
-                3,
-            )
-            for name in GOALS
-        },
-    }
+    seconds = {name: times[WARM_UP_TURNS:] for name, times in seconds.items()}
+    tokens_per_batch = batch_size * options.seq_len
+    rates = {name: round(tokens_per_batch / statistics.median(times)) for name, times in seconds.items()}
+    ratios = {}
+    for name in GOALS:
+        pairs = zip(seconds["ours"], seconds[name], strict=True)
+        ratios[f"over_{name}"] = round(
+            statistics.median(other_seconds / our_seconds for our_seconds, other_seconds in pairs), 3
+        )
+    return {"rows": batch_size, "order": order, **rates, **ratios}
 
 
-def make_loader_batches(loader: Loader, rows: int) -> BatchMaker:
-    """Load the batch of one step after another, as in training but without the thread that works ahead."""
-    steps = iter(range(0, 1 << 62, rows))
-    return lambda: loader.load_batches(next(steps))
+def make_dist_llm_loader(loader: Loader, batch_size: int) -> LoadFunction:
+    """Return a function that loads the next batch as in training, but without the prefetch thread."""
+    first_samples = iter(range(0, 1 << 62, batch_size))
+    return lambda: loader.load_batches(next(first_samples))
 
 
-def make_nanogpt_batches(path: Path, rows: int, length: int) -> BatchMaker:
-    """Make batches as nanoGPT does, with a new memory map for each."""
+def make_nanogpt_loader(path: Path, batch_size: int, seq_len: int) -> LoadFunction:
+    """Return a function that loads a random batch as nanoGPT does, with a new memory map."""
 
-    def make() -> object:
+    def load() -> object:
         tokens = np.memmap(path, dtype="<u2", mode="r")
-        starts = torch.randint(len(tokens) - length, (rows,))
-        inputs = torch.stack([torch.from_numpy(tokens[i : i + length].astype(np.int64)) for i in starts])
-        targets = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + length].astype(np.int64)) for i in starts])
+        starts = torch.randint(len(tokens) - seq_len, (batch_size,))
+        inputs = torch.stack([torch.from_numpy(tokens[i : i + seq_len].astype(np.int64)) for i in starts])
+        targets = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + seq_len].astype(np.int64)) for i in starts])
         return inputs, targets
 
-    return make
+    return load
 
 
-def copy_batches(path: Path, rows: int, length: int) -> BatchMaker:
-    """Copy bytes from the page cache to a new array."""
+def make_copier(path: Path, batch_size: int, seq_len: int) -> LoadFunction:
+    """Return a function that copies random windows from the page cache to a new array."""
     tokens = np.asarray(np.memmap(path, dtype="<u2", mode="r"))
     random = np.random.default_rng(2)
 
-    def make() -> object:
-        batch = np.empty((rows, length + 1), "<u2")
-        for row, start in zip(batch, random.integers(len(tokens) - length, size=rows).tolist(), strict=True):
-            row[:] = tokens[start : start + length + 1]
-        return batch
+    def copy_windows() -> object:
+        windows = np.empty((batch_size, seq_len + 1), "<u2")
+        starts = random.integers(len(tokens) - seq_len, size=batch_size).tolist()
+        for window, start in zip(windows, starts, strict=True):
+            window[:] = tokens[start : start + seq_len + 1]
+        return windows
 
-    return make
+    return copy_windows
 
 
-def print_report(options: argparse.Namespace, cases: list[dict[str, object]]) -> None:
+def print_report(options: argparse.Namespace, rows: list[dict[str, object]]) -> None:
     """Print the table and the goals."""
     print(
-        f"{options.seq_len} tokens per row, {options.tokens:,} in the file, {options.turns} turns, 1 thread, "
+        f"{options.seq_len} tokens per sequence, {options.tokens:,} in the file, {options.turns} turns, 1 thread, "
         f"torch {torch.__version__}, numpy {np.__version__}; millions of tokens/s\n\n"
         f"{'rows':>6} {'order':>8} {'ours':>8} {'nanogpt':>8} {'copy':>8} {'over nanogpt':>13} {'over copy':>10}",
         file=sys.stderr,
     )
-    for row in cases:
+    for row in rows:
         rates = " ".join(f"{float(str(row[name])) / 1e6:8.1f}" for name in ("ours", "nanogpt", "copy"))
         ratios = f"{row['over_nanogpt']:13} {row['over_copy']:10}"
         print(f"{row['rows']:>6} {row['order']:>8} {rates} {ratios}", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""Compare engines on the same work: tokens/s, peak memory and bytes sent, with two ranks on one machine.
+"""Compare the engines on the same work with two ranks on one machine: tokens/s, peak memory and bytes sent.
 
-Each case is two processes of one thread that train one model for the same steps. Engines take turns, round by round, so
-that a machine that slows down affects all alike. Tokens/s are also given relative to the native engine in the same
-round. Memory is the highest resident size of a rank above its size after all imports. Bytes are those that the loopback
-device sends meanwhile, by rank and step, which includes traffic of other programs on this machine.
+Each case starts two processes of one thread, which train the same model for the same steps. The engines take turns,
+round by round, so that a change in the speed of the machine affects all engines alike. `ratio` is tokens/s relative to
+the native engine in the same round. `peak_bytes` is the growth of the resident memory of a rank after all imports.
+`wire_bytes` are the bytes that the loopback device sends per rank and step, with the traffic of other programs.
 
-Prints one JSON line per case and round on stdout, and a table on stderr. `--write` puts it into docs/engines.md.
+Prints one JSON line per case and round on stdout, and a table on stderr. `--write` writes the table to docs/engines.md.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from dist_llm.training.step import train_step
 from measure import PeakMemory
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "engines.md"
-BEGIN, END = "<!-- table: benchmarks/engines.py -->\n", "<!-- /table -->\n"
+TABLE_BEGIN, TABLE_END = "<!-- table: benchmarks/engines.py -->\n", "<!-- /table -->\n"
 RANKS = 2
 BASELINE = "native, dp_shard 2"
 CASES: dict[str, dict[str, Any]] = {
@@ -51,21 +51,24 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Measure, print, and write the table with --write."""
+    """Measure all cases in turns, print the rows, and write the table with --write."""
     options = make_parser().parse_args()
     rows: list[dict[str, Any]] = []
-    for number in range(options.rounds):
+    baseline_rate = float("nan")
+    for round_index in range(options.rounds):
         for name in CASES:
-            row: dict[str, Any] = {"round": number, "case": name, **measure_case(name, options)}
-            base = next(each for each in reversed([*rows, row]) if each["case"] == BASELINE)
-            row["ratio"] = row["tokens_per_second"] / base["tokens_per_second"]
+            row: dict[str, Any] = {"round": round_index, "case": name, **measure_case(name, options)}
+            if name == BASELINE:  # the first case of each round
+                baseline_rate = row["tokens_per_second"]
+            row["ratio"] = row["tokens_per_second"] / baseline_rate
             rows.append(row)
             print(json.dumps(row), flush=True)
-    text = make_table(rows, options)
-    print(text, file=sys.stderr)
+    table = make_table(rows, options)
+    print(table, file=sys.stderr)
     if options.write:
-        before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-        DOCUMENT.write_text(before + BEGIN + text + END + rest.partition(END)[2])
+        before, _, table_and_after = DOCUMENT.read_text().partition(TABLE_BEGIN)
+        _, _, after = table_and_after.partition(TABLE_END)
+        DOCUMENT.write_text(before + TABLE_BEGIN + table + TABLE_END + after)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -73,11 +76,11 @@ def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     for name, default, text in (
-        ("rounds", 3, "how often each engine has its turn"),
-        ("steps", 8, "timed steps of each turn, after two others"),
-        ("d-model", 384, "width"),
-        ("layers", 6, "blocks"),
-        ("vocabulary", 8192, "token ids"),
+        ("rounds", 3, "turns of each engine"),
+        ("steps", 8, "timed steps of a turn, after two to warm up"),
+        ("d-model", 384, "width of the model"),
+        ("layers", 6, "blocks of the model"),
+        ("vocabulary", 8192, "number of token ids"),
         ("seq-len", 256, "tokens of a sequence"),
         ("batch", 8, "sequences of a step, over both ranks"),
     ):
@@ -98,19 +101,19 @@ def make_config(name: str, options: argparse.Namespace) -> Config:
 
 
 def measure_case(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Measure one turn of a case, in processes started for it."""
+    """Start the ranks of a case and measure one turn."""
     with tempfile.TemporaryDirectory() as scratch:
-        torch.multiprocessing.spawn(_rank, (make_config(name, options), options.steps, scratch), nprocs=RANKS)
+        torch.multiprocessing.spawn(_run_rank, (make_config(name, options), options.steps, scratch), nprocs=RANKS)
         results = [json.loads((Path(scratch) / f"{rank}.json").read_text()) for rank in range(RANKS)]
     return {
         "tokens_per_second": options.batch * options.seq_len * options.steps / results[0]["seconds"],
-        "peak_bytes": max(each["peak_bytes"] for each in results),
+        "peak_bytes": max(result["peak_bytes"] for result in results),
         "wire_bytes": results[0]["wire_bytes"] / RANKS / options.steps,
         "loss": results[0]["loss"],
     }
 
 
-def _rank(rank: int, config: Config, steps: int, scratch: str) -> None:
+def _run_rank(rank: int, config: Config, steps: int, scratch: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{scratch}/store", RANKS), rank=rank, world_size=RANKS)
     if config.engine == "accelerate":
@@ -127,21 +130,21 @@ def _rank(rank: int, config: Config, steps: int, scratch: str) -> None:
     for step in range(2):
         train_step(engine, batches, config.optim.lr, step)
     dist.barrier()
-    start_time, sent = time.perf_counter(), _read_sent_bytes()
+    start_time, sent_bytes_before = time.perf_counter(), _read_sent_bytes()
     for step in range(2, 2 + steps):
         report = train_step(engine, batches, config.optim.lr, step)
     loss = report.loss.item()
     dist.barrier()
     result = {
         "seconds": time.perf_counter() - start_time,
-        "wire_bytes": _read_sent_bytes() - sent,
-        "peak_bytes": peak.bytes(),
+        "wire_bytes": _read_sent_bytes() - sent_bytes_before,
+        "peak_bytes": peak.read_bytes(),
         "loss": loss,
     }
     (Path(scratch) / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     del engine, report
-    gc.collect()  # models must be deleted before the group
+    gc.collect()  # models must be deleted before the process group
     dist.destroy_process_group()
 
 
@@ -152,7 +155,7 @@ def _read_sent_bytes() -> int:
 
 
 def make_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """Format medians over the rounds as Markdown."""
+    """Format the medians over the rounds as a Markdown table with a heading."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate"))
     lines = [
         f"{options.layers} blocks of width {options.d_model}, vocabulary {options.vocabulary}, fp32, AdamW; "

@@ -1,13 +1,14 @@
-"""A fake GPU, and several fake ranks, so that a step shows what it would do there; this needs a C++ compiler.
+"""A fake GPU, on which a training step allocates memory as on a GPU but computes nothing. It needs a C++ compiler.
 
-Tensors on the fake GPU have a shape, a type and a device, but no values: of each operator only the shape function
-runs. So a step shows what it allocates and when (`FakeGpu.peak`), and fails if it mixes devices or reads a value. It
-does not show numbers, time, the memory that kernels need themselves, and gaps in the allocator's memory. Blocks are not
-compiled. Attention without a mask and FlexAttention allocate what FlashAttention does; with a mask, all scores are
-computed, which takes more memory than on a GPU. Collectives end at once, in torch's fake group.
+memory.py, gpu.py and tests/gpu/traced.py use this module. Tensors on the fake GPU have a shape, a dtype and a device,
+but no values: each operator runs only its shape function. A step shows what it allocates (`FakeGpu.peak_bytes`) and
+fails if it mixes devices or reads a value. It does not show values, times, the workspace memory of kernels, or
+fragmentation. Blocks are not compiled. Attention without a mask and FlexAttention allocate what FlashAttention does.
+Attention with a mask computes all scores, which takes more memory than on a GPU. With several ranks, the process is the
+first of them; collectives complete at once, in the fake process group of torch.
 
-torch's build for CPUs cannot run backward on a GPU, not even on one without values. `preload` restarts the program with
-a library that reports a GPU. Not a program itself: memory.py and tests/gpu/traced.py use it.
+The CPU build of torch cannot run backward on a CUDA device, so `preload` restarts the program with a library that
+reports a GPU.
 """
 
 import contextlib
@@ -35,8 +36,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("cuda", 0)
-SCRATCH_VARIABLE = "DIST_LLM_FAKE_GPU"
-SOURCE = """
+SCRATCH_VARIABLE = "DIST_LLM_FAKE_GPU"  # environment variable: the folder of the library, set by `preload`
+# A device guard and CUDA hooks that report one GPU.
+LIBRARY_SOURCE = """
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -85,16 +87,19 @@ REGISTER_CUDA_HOOKS(CUDAHooks);
 
 
 def preload() -> None:
-    """Restart this program with a library loaded before torch, unless it was; SystemExit if that is not possible."""
+    """Restart this program with the library of the fake GPU loaded before torch; return if it is already loaded.
+
+    Raises SystemExit if torch is a CUDA build or the library cannot be compiled.
+    """
     if scratch := os.environ.pop(SCRATCH_VARIABLE, ""):
         del os.environ["LD_PRELOAD"]
         shutil.rmtree(scratch)
         return
     if torch.version.cuda is not None:
-        raise SystemExit("error: the fake GPU needs torch's CPU build, and this is a build for CUDA")
+        raise SystemExit("error: the fake GPU needs the CPU build of torch, but this is a CUDA build")
     scratch, torch_folder = tempfile.mkdtemp(prefix="dist_llm_gpu_"), torch.__path__[0]
     source, library = Path(scratch) / "gpu.cpp", Path(scratch) / "gpu.so"
-    source.write_text(SOURCE)
+    source.write_text(LIBRARY_SOURCE)
     command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include", str(source), "-o", str(library)]
     try:
         subprocess.run(
@@ -102,20 +107,24 @@ def preload() -> None:
         )
     except (OSError, subprocess.CalledProcessError) as error:
         shutil.rmtree(scratch)
-        raise SystemExit(f"error: a fake GPU needs g++, and it failed: {error}") from None
+        raise SystemExit(f"error: the fake GPU needs g++, which failed: {error}") from None
     environ = os.environ | {SCRATCH_VARIABLE: scratch, "LD_PRELOAD": str(library)}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)
 
 
 class FakeGpu(TorchDispatchMode):
-    """A mode that handles all operators on `DEVICE`; tensors on the CPU remain real."""
+    """A dispatch mode that runs all operators on `DEVICE` without values; tensors on the CPU remain real.
+
+    `allocated_bytes` is the memory in use, `peak_bytes` its highest value, and `peak_operator` the operator that
+    reached the peak.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.storage_bytes: dict[int, int] = {}  # of each existing storage
-        self.now = self.peak = 0
-        self.at = ""  # the operator at the peak, and whether it was in backward
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.storage_bytes: dict[int, int] = {}  # by the address of the storage
+        self.allocated_bytes = self.peak_bytes = 0
+        self.peak_operator = ""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -123,72 +132,73 @@ class FakeGpu(TorchDispatchMode):
         kwargs = kwargs or {}
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}  # there is no driver to pin host memory
-        if any(issubclass(each, DTensor) for each in types):
-            return NotImplemented  # its local tensors are dispatched again
-        flat = pytree.tree_leaves((args, kwargs))
-        if not any(isinstance(each, FakeTensor) or _is_gpu(each) for each in flat):
+        if any(issubclass(tensor_type, DTensor) for tensor_type in types):
+            return NotImplemented  # DTensor dispatches the operator again, on its local tensors
+        inputs = pytree.tree_leaves((args, kwargs))
+        if not any(isinstance(value, FakeTensor) or _is_gpu(value) for value in inputs):
             return func(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(Tensor, self._to_fake, (args, kwargs))
-        with self.fake:
+        with self.fake_mode:
             output = func(*args, **kwargs)
-        for each in pytree.tree_leaves(output):
-            if isinstance(each, FakeTensor) and each.device.type == "cuda":
-                self._track(each.untyped_storage(), func)
+        for value in pytree.tree_leaves(output):
+            if isinstance(value, FakeTensor) and value.device.type == "cuda":
+                self._track(value.untyped_storage(), func)
         return output
 
     def reset_peak(self, device: Any = None) -> None:
-        self.peak = self.now
+        self.peak_bytes = self.allocated_bytes
 
     def _to_fake(self, tensor: Tensor) -> Tensor:
-        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
+        return tensor if isinstance(tensor, FakeTensor) else self.fake_mode.from_tensor(tensor)
 
-    def _track(self, storage: torch.UntypedStorage, func: Any) -> None:
-        key = storage._cdata
-        if key not in self.storage_bytes:
-            weakref.finalize(storage, self._resize, key, None)
-        self._resize(key, storage.nbytes(), func)
+    def _track(self, storage: torch.UntypedStorage, operator: Any) -> None:
+        """Record the size of a storage, and its deletion when that happens."""
+        address = storage._cdata
+        if address not in self.storage_bytes:
+            weakref.finalize(storage, self._record_size, address, None)
+        self._record_size(address, storage.nbytes(), operator)
 
-    def _resize(self, key: int, size: int | None, func: Any = None) -> None:
-        """Record the new size of a storage; `None` if it was deleted."""
-        change = (size or 0) - self.storage_bytes.pop(key, 0)
-        self.now += change
-        if size is not None:
-            self.storage_bytes[key] = size
-        if self.now > self.peak:
-            self.peak = self.now
-            self.at = f"{func}{', backward' if torch._C._current_graph_task_id() >= 0 else ''}"
+    def _record_size(self, address: int, num_bytes: int | None, operator: Any = None) -> None:
+        """Record the new size of a storage; None if the storage was deleted."""
+        self.allocated_bytes += (num_bytes or 0) - self.storage_bytes.pop(address, 0)
+        if num_bytes is not None:
+            self.storage_bytes[address] = num_bytes
+        if self.allocated_bytes > self.peak_bytes:
+            self.peak_bytes = self.allocated_bytes
+            is_backward = torch._C._current_graph_task_id() >= 0
+            self.peak_operator = f"{operator}{', backward' if is_backward else ''}"
 
-    def resize(self, storage: torch.UntypedStorage, size: int) -> Any:
-        """Resize a storage, in place of UntypedStorage.resize_, by which FSDP frees and allocates."""
-        result = RESIZE(storage, size)
+    def resize(self, storage: torch.UntypedStorage, num_bytes: int) -> Any:
+        """Resize a storage. Replaces UntypedStorage.resize_, with which FSDP frees and allocates."""
+        result = TORCH_RESIZE(storage, num_bytes)
         if storage._cdata in self.storage_bytes:
-            self._resize(storage._cdata, size, "resize_")
+            self._record_size(storage._cdata, num_bytes, "resize_")
         return result
 
 
-RESIZE, ATTENTION = torch.UntypedStorage.resize_, F.scaled_dot_product_attention
+TORCH_RESIZE, TORCH_ATTENTION = torch.UntypedStorage.resize_, F.scaled_dot_product_attention
 
 
 @contextlib.contextmanager
 def activate(ranks: int = 1) -> Iterator[FakeGpu]:
-    """Use the fake GPU of the first of `ranks` ranks in the block."""
+    """Use the fake GPU of rank 0 within the block; with several ranks, in a fake process group of that size."""
     gpu_mode = FakeGpu()
     with contextlib.ExitStack() as patches:
-        for owner, name, value in _patches(gpu_mode):
+        for owner, name, value in iter_patches(gpu_mode):
             patches.enter_context(patch.object(owner, name, value))
         if ranks > 1:
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
             patches.callback(dist.destroy_process_group)
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) is created on the CPU, and moved
+        torch._C._set_only_lift_cpu_tensors(True)  # create torch.tensor(..., device=) on the CPU, then move it
         patches.callback(torch._C._set_only_lift_cpu_tensors, False)
         with gpu_mode:
             yield gpu_mode
 
 
-def _patches(gpu_mode: FakeGpu) -> Iterator[tuple[Any, str, Any]]:
-    """Yield patches for the parts of torch that ask the driver."""
+def iter_patches(gpu_mode: FakeGpu) -> Iterator[tuple[Any, str, Any]]:
+    """Yield patches (owner, name, replacement) for functions of torch that query the driver."""
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 << 30)
     yield torch.cuda, "is_available", lambda: True
     yield torch.cuda, "is_initialized", lambda: True
@@ -203,9 +213,9 @@ def _patches(gpu_mode: FakeGpu) -> Iterator[tuple[Any, str, Any]]:
     yield torch.cuda, "synchronize", lambda device=None: None
     yield torch.cuda, "empty_cache", lambda: None
     yield torch.cuda, "mem_get_info", lambda device=None: (properties.total_memory, properties.total_memory)
-    yield torch.cuda, "max_memory_allocated", lambda device=None: gpu_mode.peak
+    yield torch.cuda, "max_memory_allocated", lambda device=None: gpu_mode.peak_bytes
     yield torch.cuda, "reset_peak_memory_stats", gpu_mode.reset_peak
-    yield torch.cuda, "set_sync_debug_mode", lambda mode: None  # reads of values fail anyway
+    yield torch.cuda, "set_sync_debug_mode", lambda mode: None  # reading a value raises here
     yield torch.cuda, "Stream", _Stream
     yield torch.cuda, "Event", _Event
     yield torch.cuda, "current_stream", _Stream
@@ -218,13 +228,13 @@ def _patches(gpu_mode: FakeGpu) -> Iterator[tuple[Any, str, Any]]:
     yield torch, "_fused_sdp_choice", lambda q, k, v, mask, *rest, **options: int(mask is None)  # flash or math
     yield Tensor, "record_stream", lambda tensor, stream: None
     yield Tensor, "pin_memory", lambda tensor: tensor
-    yield torch.UntypedStorage, "resize_", lambda storage, size: gpu_mode.resize(storage, size)
+    yield torch.UntypedStorage, "resize_", lambda storage, num_bytes: gpu_mode.resize(storage, num_bytes)
     yield nn.Module, "to_empty", _to_empty
     yield F, "scaled_dot_product_attention", _attention
 
 
 class _Stream:
-    """A stream on which work is complete as soon as it is queued."""
+    """A CUDA stream on which work is complete as soon as it is queued."""
 
     device, device_index, device_type, stream_id, cuda_stream = DEVICE, 0, 1, 0, 0
 
@@ -240,6 +250,8 @@ class _Stream:
 
 
 class _Event:
+    """A CUDA event that has always happened."""
+
     def __init__(self, *arguments: Any, **options: Any) -> None: ...
     def record(self, stream: Any = None) -> None: ...
     def wait(self, stream: Any = None) -> None: ...
@@ -249,45 +261,49 @@ class _Event:
 
 
 def _compile(model: Any = None, **options: Any) -> Any:
-    """Return the function itself, but for FlexAttention one that allocates no full scores."""
+    """Replace torch.compile: return the function itself, or for FlexAttention a function that allocates no scores."""
     if model is None:
         return _compile
-    return _flex if model is flex_attention else model
+    return _flex_attention if model is flex_attention else model
 
 
-def _flex(
+def _flex_attention(
     q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: Any = None, enable_gqa: bool = False
 ) -> Tensor:
+    """Replace the compiled FlexAttention by FlashAttention, which allocates the same tensors."""
     if block_mask.kv_num_blocks.device.type != q.device.type:
         raise RuntimeError(f"the block mask is on {block_mask.kv_num_blocks.device}, and the queries on {q.device}")
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=scale)[0]
 
 
 def _to_empty(module: nn.Module, *, device: Any, recurse: bool = True) -> nn.Module:
-    """Do the same as torch's, which cannot swap tensors without values."""
+    """Replace nn.Module.to_empty, which cannot swap tensors without values."""
     new_parameters: dict[Any, nn.Parameter] = {}
-    for each in module.modules():
-        for name, parameter in each._parameters.items():
+    for submodule in module.modules():
+        for name, parameter in submodule._parameters.items():
             if parameter is not None:
                 if parameter not in new_parameters:
                     new_parameters[parameter] = nn.Parameter(torch.empty_like(parameter.detach(), device=device))
-                each._parameters[name] = new_parameters[parameter]
-        for name, buffer in each._buffers.items():
+                submodule._parameters[name] = new_parameters[parameter]
+        for name, buffer in submodule._buffers.items():
             if buffer is not None:
-                each._buffers[name] = torch.empty_like(buffer, device=device)
+                submodule._buffers[name] = torch.empty_like(buffer, device=device)
     return module
 
 
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any
 ) -> Tensor:
-    """Use FlashAttention without a mask or with a causal one, since torch's build for CPUs has no kernels of a GPU."""
+    """Replace F.scaled_dot_product_attention: without a dense mask, use the shapes of FlashAttention.
+
+    The CPU build of torch would not choose a kernel of a GPU.
+    """
     if q.device.type != "cuda" or (isinstance(attn_mask, Tensor) and not isinstance(attn_mask, CausalBias)):
-        return ATTENTION(q, k, v, attn_mask, dropout_p, **options)
+        return TORCH_ATTENTION(q, k, v, attn_mask, dropout_p, **options)
     if torch.is_autocast_enabled("cuda"):
-        q, k, v = (each.to(torch.get_autocast_dtype("cuda")) for each in (q, k, v))
-    causal, scale = attn_mask is not None or options.get("is_causal", False), options.get("scale")
-    outputs = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, causal, scale=scale)
+        q, k, v = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (q, k, v))
+    is_causal, scale = attn_mask is not None or options.get("is_causal", False), options.get("scale")
+    outputs = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)
     return outputs[0]
 
 

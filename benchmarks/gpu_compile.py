@@ -1,12 +1,12 @@
-"""Compile the kernels that torch.compile writes for a GPU to machine code of sm_90, without a GPU.
+"""Compile the kernels that torch.compile generates for a GPU to machine code of sm_90, without a GPU.
 
 For each case Dynamo and Inductor run as on an H200, forward and backward, on tensors without values, and Triton
-compiles each configuration of each resulting kernel. Nothing is launched and no value is computed: it shows that the
-toolchain accepts our code. It needs torch's CPU build with g++ (fake_gpu.py), and a triton of about the same age.
-Libraries are not compiled here: cuBLAS, cuDNN, FlashAttention and NCCL.
+compiles each configuration of each generated kernel. The program launches nothing and computes no value: it shows that
+the toolchain accepts our code. It needs the CPU build of torch, g++ (fake_gpu.py), and a release of triton that fits
+this torch. It does not cover libraries: cuBLAS, cuDNN, FlashAttention and NCCL.
 
-Prints a JSON line per case: `kernels`, their number; `configurations`, how many were compiled; `bytes` of machine code.
-Exit code 1 if a case compiles no kernel, or raises before its last one.
+Prints a JSON line per case: the numbers of `kernels` and of compiled `configurations`, and the `bytes` of machine code.
+Exit code 1: a case compiles no kernel, or raises before its last kernel is compiled.
 
   pip install --target /tmp/triton --no-deps triton
   PYTHONPATH=/tmp/triton python benchmarks/gpu_compile.py
@@ -38,7 +38,7 @@ from dist_llm.models.block import Block
 from dist_llm.parallel.fp8 import Float8Linear
 from models import make_config
 
-TARGET = ("cuda", 90, 32)  # Hopper, and the threads of a warp
+TARGET = ("cuda", 90, 32)  # backend, compute capability of Hopper, threads of a warp
 DEVICE = fake_gpu.DEVICE
 # The properties of an H200 that Inductor reads.
 PROPERTIES = SimpleNamespace(
@@ -56,11 +56,12 @@ PROPERTIES = SimpleNamespace(
     shared_memory_per_multiprocessor=233472,
     L2_cache_size=50 << 20,
 )
-LAUNCH_ERROR = "compiled without support for the specified device"  # the error of the generated code after compilation
+# After compilation the generated code raises this error, since there is no GPU to run it.
+LAUNCH_ERROR = "compiled without support for the specified device"
 
 
-class Driver:
-    """A replacement for Triton's driver, which needs a GPU."""
+class TritonDriverStub:
+    """A replacement for the driver of Triton, which needs a GPU."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -72,34 +73,34 @@ class Driver:
 
 
 @contextlib.contextmanager
-def toolchain(compiled: list[tuple[str, int]]) -> Iterator[None]:
-    """Run Inductor as on an H200, and append (kernel, bytes of machine code) of each configuration to `compiled`."""
+def patch_toolchain(compiled: list[tuple[str, int]]) -> Iterator[None]:
+    """Let Inductor compile as on an H200. `compiled` gets (kernel, bytes of machine code) of each configuration."""
     import triton
     from torch._inductor.fx_passes import joint_graph
     from torch._inductor.runtime import triton_helpers, triton_heuristics
 
     tuner = triton_heuristics.CachingAutotuner
-    compile_one = tuner._precompile_config
+    precompile_config = tuner._precompile_config
 
-    def compile_and_note(self: Any, configuration: Any) -> Any:
-        result = compile_one(self, configuration)
+    def compile_and_record(self: Any, configuration: Any) -> Any:
+        result = precompile_config(self, configuration)
         compiled.append((self.fn.__name__, len(result.kernel.asm["cubin"])))
         return result
 
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(TritonDriverStub())
     patches: list[tuple[Any, str, Any]] = [
-        (tuner, "_precompile_config", compile_and_note),
+        (tuner, "_precompile_config", compile_and_record),
         (tuner, "_make_launchers", lambda self: None),
         (tuner, "_dynamic_scale_rblock", lambda self: None),
         (triton_heuristics.StaticTritonCompileResult, "can_statically_launch", staticmethod(lambda *options: None)),
         (triton_helpers, "set_driver_to_gpu", lambda: None),
-        (joint_graph, "lazy_init", lambda *options: None),  # it runs its patterns on the device
+        (joint_graph, "lazy_init", lambda *options: None),  # lazy_init runs its patterns on the device
         *device_patches(),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, value in patches:
             stack.enter_context(patch.object(owner, name, value, create=True))
-        # Compile in this process without caches, and compile backward at once rather than when it first runs.
+        # Compile in this process without caches, and compile backward together with forward, not at its first run.
         stack.enter_context(inductor.patch(compile_threads=1, joint_graph_constant_folding=False))
         stack.enter_context(inductor.patch(force_disable_caches=True))
         stack.enter_context(functorch.patch(force_non_lazy_backward_lowering=True))
@@ -107,13 +108,13 @@ def toolchain(compiled: list[tuple[str, int]]) -> Iterator[None]:
 
 
 def device_patches() -> Iterator[tuple[Any, str, Any]]:
-    """Yield patches for the parts of torch that ask the driver; they answer with `PROPERTIES`."""
-    gpu_stub: Any = SimpleNamespace(peak=0, reset_peak=None, resize=None)
-    left_out = ("compile", "_fused_sdp_choice", "resize_", "Stream", "Event", "stream", "current_stream")
-    answers = {"is_initialized": lambda: False, "get_device_properties": lambda device=None: PROPERTIES}
-    for owner, name, value in fake_gpu._patches(gpu_stub):
-        if name not in left_out:
-            yield owner, name, answers.get(name, value)
+    """Yield patches (owner, name, replacement) for functions of torch that query the driver."""
+    gpu_stub: Any = SimpleNamespace(peak_bytes=0, reset_peak=None, resize=None)
+    omitted_names = ("compile", "_fused_sdp_choice", "resize_", "Stream", "Event", "stream", "current_stream")
+    replacements = {"is_initialized": lambda: False, "get_device_properties": lambda device=None: PROPERTIES}
+    for owner, name, value in fake_gpu.iter_patches(gpu_stub):
+        if name not in omitted_names:
+            yield owner, name, replacements.get(name, value)
     yield torch.cuda, "get_rng_state", lambda device=None: torch.zeros(16, dtype=torch.uint8)
     yield torch.cuda, "set_rng_state", lambda state, device=None: None
     yield torch.cuda, "_exchange_device", lambda device: 0
@@ -130,7 +131,7 @@ def device_patches() -> Iterator[tuple[Any, str, Any]]:
 
 
 def compile_loss(compiler: Callable[..., Any]) -> None:
-    """Compile a slice of the logits of llama-1b."""
+    """Compile the loss and the gradients of one slice of the logits of llama-1b (1,024 tokens)."""
     logits_nW = torch.randn(1024, 128256, device=DEVICE)
     targets_n = torch.zeros(1024, dtype=torch.long, device=DEVICE)
     compiler(_losses_and_logit_grads_)(
@@ -151,7 +152,7 @@ def compile_flex(compiler: Callable[..., Any], **fields: Any) -> None:
 
 
 def compile_block(compiler: Callable[..., Any], model: str, precision: str = "bf16", fp8: bool = False) -> None:
-    """Compile a block of a named model on 4,096 tokens."""
+    """Compile a block of a named model (models.py) on 4 sequences of 1,024 tokens."""
     config: Config = make_config(model)
     with torch.device(DEVICE):
         block = Block(config.model, 0)
@@ -165,6 +166,7 @@ def compile_block(compiler: Callable[..., Any], model: str, precision: str = "bf
         compiler(block.forward)(x_BSD, rotation, CAUSAL)
 
 
+# Each case is a function of the compiler, torch.compile.
 CASES: dict[str, Callable[[Callable[..., Any]], None]] = {
     "the sliced loss": compile_loss,
     "FlexAttention, prefix": lambda compiler: compile_flex(compiler, prefix_B=torch.full((2,), 256, device=DEVICE)),
@@ -178,24 +180,24 @@ CASES: dict[str, Callable[[Callable[..., Any]], None]] = {
 }
 
 
-def run(name: str, compiler: Callable[..., Any]) -> dict[str, Any]:
-    """Compile a case; the generated code then fails, since there is no GPU to run it."""
+def compile_case(name: str, compiler: Callable[..., Any]) -> dict[str, Any]:
+    """Compile a case and return its row. The generated code then raises LAUNCH_ERROR, which is not an error here."""
     compiled: list[tuple[str, int]] = []
     error = "the generated code ran"
     torch._dynamo.reset()
-    with toolchain(compiled):
+    with patch_toolchain(compiled):
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 CASES[name](compiler)
         except Exception as raised:
             error = "" if LAUNCH_ERROR in str(raised) else f"{type(raised).__name__}: {raised}"[:2000]
     kernels = {kernel for kernel, _ in compiled}
-    sizes = sum(size for _, size in compiled)
-    return {"case": name, "kernels": len(kernels), "configurations": len(compiled), "bytes": sizes, "error": error}
+    code_bytes = sum(kernel_bytes for _, kernel_bytes in compiled)
+    return {"case": name, "kernels": len(kernels), "configurations": len(compiled), "bytes": code_bytes, "error": error}
 
 
 def main() -> int:
-    """Compile all cases."""
+    """Compile all cases and print a row for each."""
     if find_spec("triton") is None:
         print(
             "error: triton is missing: pip install --target DIR --no-deps triton, and PYTHONPATH=DIR", file=sys.stderr
@@ -204,7 +206,7 @@ def main() -> int:
     fake_gpu.preload()
     rows = []
     for name in CASES:
-        rows.append(run(name, torch.compile))
+        rows.append(compile_case(name, torch.compile))
         print(json.dumps(rows[-1]), flush=True)
     return int(any(row["error"] or not row["kernels"] for row in rows))
 

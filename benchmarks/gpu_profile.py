@@ -1,8 +1,8 @@
-"""A profile of one training step for `gpu.py`: the times of kernels, and the ten largest gaps between them.
+"""Profile one training step for `gpu.py`: the times of kernels, and the ten largest gaps between kernels.
 
-A gap is a time in which the device runs nothing, between the end of all earlier kernels and the start of the next one.
-On a CPU, operators that call no other operator stand for kernels. A fake GPU runs no kernels: there the result is only
-the predicted peak memory.
+A gap is a time in which the device runs nothing, between the end of all earlier kernels and the start of the next
+kernel. On a CPU, operators that call no other operator stand for kernels. A fake GPU runs no kernels: the result is
+only the predicted peak memory. Times are in microseconds (`micros`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,8 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import memory
-from gpu_context import Context
-from gpu_figures import training_config
+from gpu_context import CaseContext
+from gpu_figures import make_training_config
 from train import make_native_stepper
 
 MAX_ROWS = 10
@@ -31,8 +31,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Gap:
-    """A time without a kernel, in microseconds: the kernels around it and the last host operator that starts before its
-    end."""
+    """A time without a kernel, in microseconds, and the kernels before and after it.
+
+    `last_host_operator` is the last operator on the host that starts before the end of the gap.
+    """
 
     start: float
     micros: float
@@ -41,43 +43,45 @@ class Gap:
     last_host_operator: str
 
 
-def profile_step(context: Context, model: str, seq_len: int, batch: int, overrides: tuple[str, ...]) -> dict[str, Any]:
+def profile_step(
+    context: CaseContext, model: str, seq_len: int, batch: int, overrides: tuple[str, ...]
+) -> dict[str, Any]:
     """Profile one step after two warm-up steps, and save the trace for Perfetto or chrome://tracing beside the results.
 
     On a fake GPU, return only the predicted peak memory.
     """
-    config = training_config(context, model, seq_len, batch, overrides)
+    config = make_training_config(context, model, seq_len, batch, overrides)
     if context.fake_gpu is not None:
         return {"traced_peak": memory.trace_steps(config, context.fake_gpu)["peak"]}
     run_steps = make_native_stepper(config, context.device)
     run_steps(2)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.kind == "cuda" else [])]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.device_kind == "cuda" else [])]
     with profile(activities=activities) as profiler:
         run_steps(1)
-    device_spans, host_spans = collect_spans(profiler.events() or [], context.kind)
-    trace = context.folder / f"gpu-{context.kind}-{'compiled' if config.compile else 'eager'}-trace.json.gz"
+    device_spans, host_spans = collect_spans(profiler.events() or [], context.device_kind)
+    trace = context.folder / f"gpu-{context.device_kind}-{'compiled' if config.compile else 'eager'}-trace.json.gz"
     context.folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
-    return {"trace": trace.name, **summarize(device_spans, host_spans)}
+    return {"trace": trace.name, **summarize_spans(device_spans, host_spans)}
 
 
-def collect_spans(events: Iterable[Any], kind: str) -> tuple[list[Span], list[Span]]:
+def collect_spans(events: Iterable[Any], device_kind: str) -> tuple[list[Span], list[Span]]:
     """Return (device spans, host spans), each sorted by start."""
     device_spans, host_spans = [], []
     for event in events:
-        if event.is_user_annotation:  # a range of record_function, which hides the gaps within it
+        if event.is_user_annotation:  # a range of record_function; it would hide the gaps within the range
             continue
         span = Span(event.name, event.time_range.start, event.time_range.end)
-        on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if on_device or (kind == "cpu" and not event.cpu_children):
+        is_on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        if is_on_gpu or (device_kind == "cpu" and not event.cpu_children):
             device_spans.append(span)
-        if not on_device:
+        if not is_on_gpu:
             host_spans.append(span)
     return sorted(device_spans, key=lambda span: span.start), sorted(host_spans, key=lambda span: span.start)
 
 
-def summarize(device_spans: Sequence[Span], host_spans: Sequence[Span]) -> dict[str, Any]:
-    """Add up busy and idle time, and list the largest kernels and the largest gaps.
+def summarize_spans(device_spans: Sequence[Span], host_spans: Sequence[Span]) -> dict[str, Any]:
+    """Sum up the idle time, and list the kernels that take most time and the largest gaps.
 
     `kernel_window_micros` is the time from the start of the first kernel to the end of the last one.
     """
@@ -85,11 +89,11 @@ def summarize(device_spans: Sequence[Span], host_spans: Sequence[Span]) -> dict[
     last_end = max((span.end for span in device_spans), default=0)
     window_micros = last_end - min((span.start for span in device_spans), default=0)
     idle_micros = sum(gap.micros for gap in gaps)
-    times: dict[str, tuple[float, int]] = {}
+    micros_and_calls: dict[str, tuple[float, int]] = {}  # by the name of the kernel
     for span in device_spans:
-        micros, calls = times.get(span.name, (0.0, 0))
-        times[span.name] = micros + span.end - span.start, calls + 1
-    largest_times = sorted(times.items(), key=lambda item: -item[1][0])[:MAX_ROWS]
+        micros, calls = micros_and_calls.get(span.name, (0.0, 0))
+        micros_and_calls[span.name] = micros + span.end - span.start, calls + 1
+    largest_kernels = sorted(micros_and_calls.items(), key=lambda item: -item[1][0])[:MAX_ROWS]
     largest_gaps = sorted(gaps, key=lambda gap: -gap.micros)[:MAX_ROWS]
     failures = [] if device_spans else ["the profile has no kernel"]
     return {
@@ -98,7 +102,7 @@ def summarize(device_spans: Sequence[Span], host_spans: Sequence[Span]) -> dict[
         "idle_fraction": idle_micros / window_micros if window_micros else 0.0,
         "kernels": len(device_spans),
         "largest_kernels": [
-            {"name": name[:80], "micros": micros, "calls": calls} for name, (micros, calls) in largest_times
+            {"name": name[:80], "micros": micros, "calls": calls} for name, (micros, calls) in largest_kernels
         ],
         "gaps": [{**vars(gap), "start": round(gap.start - device_spans[0].start, 1)} for gap in largest_gaps],
         "broken": failures,
@@ -106,7 +110,7 @@ def summarize(device_spans: Sequence[Span], host_spans: Sequence[Span]) -> dict[
 
 
 def find_gaps(device_spans: Sequence[Span], host_spans: Sequence[Span]) -> list[Gap]:
-    """Return all gaps in order. Kernels of several streams may overlap."""
+    """Return all gaps in order of time. Kernels of several streams may overlap."""
     gaps: list[Gap] = []
     if not device_spans:
         return gaps

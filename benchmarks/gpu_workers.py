@@ -1,8 +1,8 @@
-"""Run rows of `gpu.py` in child processes. A process that hangs is killed and one that dies is replaced.
+"""Run the cases of `gpu.py` in child processes: a process that hangs is killed, and a process that dies is replaced.
 
-A row's outcome is a dict: `outcome` is ok, failed, skipped or out of memory, and `error` gives the reason. A process in
-which a row raised runs no other row, since a CUDA error may persist in the process. On a GPU a spare process with all
-imports is ready to replace it, so that its start takes none of the time budget.
+The outcome of a case is a dict: `outcome` is ok, failed, skipped or out of memory, and `error` gives the reason. After
+a case has raised, its process runs no other case, since a CUDA error may persist in the process. On a GPU a spare
+process with all imports is ready to replace it. The start of the spare process takes none of the time budget.
 """
 
 import ctypes
@@ -22,114 +22,120 @@ from typing import Any
 import torch
 
 import fake_gpu
-from gpu_context import Context, SkippedError
-from gpu_rows import ROWS, Row
+from gpu_cases import CASES, BenchmarkCase
+from gpu_context import CaseContext, SkippedError
 
-# Timings of rows other than training rows; a fake GPU has none.
-TIMED = {"seconds", "ratio", "tflops", "chosen", "bytes_per_second", "copy", "of_copy"}
-TIMED |= {"bf16_matmul", "fp32_matmul", "copy_bytes_per_second"}
-PDEATHSIG = 1  # of linux/prctl.h
-MAX_LEAKED_BYTES = 1 << 28  # if a row leaves more on the device, its process runs no other row
-START_SECONDS = 150.0  # for a process to import everything, from a cold disk
-GRACE_SECONDS = 2.0  # for a hung process to write its stacks
+# Keys of an outcome that depend on time; they mean nothing on a fake GPU. Training cases report none there.
+TIMED_KEYS = {"seconds", "ratio", "tflops", "chosen", "bytes_per_second", "copy", "of_copy"}
+TIMED_KEYS |= {"bf16_matmul", "fp32_matmul", "copy_bytes_per_second"}
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+MAX_LEAKED_BYTES = 1 << 28  # if a case leaves more allocated on the device, its process runs no other case
+START_TIMEOUT_SECONDS = 150.0  # for a process to import everything, from a cold disk
+GRACE_SECONDS = 2.0  # for a hung process to write its stacks, and for a dead process to report its exit code
 REPOSITORY = str(Path(__file__).resolve().parents[1])
 Outcome = dict[str, Any]
 
 
-def run_row(row: Row, context: Context) -> list[Outcome]:
-    """Run a row in this process; an exception becomes its outcome."""
+def run_case(case: BenchmarkCase, context: CaseContext) -> list[Outcome]:
+    """Run a case in this process; an exception becomes its outcome."""
     try:
-        outcomes = row.function(context, **row.options)
+        results = case.function(context, **case.options)
     except SkippedError as reason:
         return [{"outcome": "skipped", "error": str(reason)}]
     except torch.OutOfMemoryError as error:
         return [{"outcome": "out of memory", "error": str(error).split(". ")[0]}]
     except Exception:
         return [{"outcome": "failed", "error": traceback.format_exc().replace(REPOSITORY + "/", "")[-6000:]}]
-    results = outcomes if isinstance(outcomes, list) else [outcomes]
+    results = results if isinstance(results, list) else [results]
     return [{"outcome": "failed" if result.get("broken") else "ok", **result} for result in results]
 
 
-def run_on_fake_gpu(row: Row, context: Context) -> list[Outcome]:
-    """Run a row on a new fake GPU and drop its timings, which mean nothing there."""
+def run_on_fake_gpu(case: BenchmarkCase, context: CaseContext) -> list[Outcome]:
+    """Run a case on a new fake GPU and drop its timings, which mean nothing there."""
     with fake_gpu.activate() as active_gpu:
-        outcomes = run_row(row, replace(context, fake_gpu=active_gpu))
+        outcomes = run_case(case, replace(context, fake_gpu=active_gpu))
     gc.collect()
-    return [{name: value for name, value in outcome.items() if name not in TIMED} for outcome in outcomes]
+    return [{key: value for key, value in outcome.items() if key not in TIMED_KEYS} for outcome in outcomes]
 
 
-class RowProcess:
-    """A child process that runs rows, one at a time."""
+class CaseProcess:
+    """A child process that runs cases, one at a time.
 
-    def __init__(self, context: Context) -> None:
+    `is_ready` is set when the process has finished its imports, and `is_usable` is cleared when it must be replaced.
+    """
+
+    def __init__(self, context: CaseContext) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.pipe, child_pipe = spawn.Pipe()
-        self.stacks = context.folder / f".stacks-{os.getpid()}-{time.monotonic_ns()}"
-        self.process = spawn.Process(target=_serve, args=(child_pipe, context, self.stacks), daemon=True)
+        self.stacks_path = context.folder / f".stacks-{os.getpid()}-{time.monotonic_ns()}"
+        self.process = spawn.Process(target=_serve, args=(child_pipe, context, self.stacks_path), daemon=True)
         self.process.start()
         child_pipe.close()
-        self.usable, self.ready = True, False
+        self.is_usable, self.is_ready = True, False
 
-    def run(self, row: Row, seconds: float) -> list[Outcome]:
-        """Return the row's outcomes, after at most so many seconds."""
+    def run(self, case: BenchmarkCase, timeout_seconds: float) -> list[Outcome]:
+        """Return the outcomes of a case; a case that runs longer than the timeout has failed."""
         try:
-            if not self._wait_ready(seconds):
+            if not self._wait_ready(timeout_seconds):
                 return [{"outcome": "failed", "error": "its process was still starting when time was up"}]
-            self.pipe.send(row.name)
-            if not self.pipe.poll(seconds):
-                self.usable = False
-                return [{"outcome": "failed", "error": f"cut off after {seconds:.0f} s\n{self._read_stacks()}"}]
-            outcomes, self.usable = self.pipe.recv()
+            self.pipe.send(case.name)
+            if not self.pipe.poll(timeout_seconds):
+                self.is_usable = False
+                return [{"outcome": "failed", "error": f"cut off after {timeout_seconds:.0f} s\n{self._read_stacks()}"}]
+            outcomes, self.is_usable = self.pipe.recv()
             return list(outcomes)
         except (EOFError, OSError):
-            self.usable = False
+            self.is_usable = False
             self.process.join(GRACE_SECONDS)
             return [{"outcome": "failed", "error": f"its process died, exit code {self.process.exitcode}"}]
 
-    def _wait_ready(self, seconds: float) -> bool:
-        """Wait until it has started or died, at most START_SECONDS, which do not count for the row."""
-        if not self.ready:
-            self.usable = self.ready = self.pipe.poll(max(seconds, START_SECONDS))
-            if self.ready:
+    def _wait_ready(self, timeout_seconds: float) -> bool:
+        """Wait until the process has started or died, for START_TIMEOUT_SECONDS or the timeout if that is longer.
+
+        The time of the start does not count for the case.
+        """
+        if not self.is_ready:
+            self.is_usable = self.is_ready = self.pipe.poll(max(timeout_seconds, START_TIMEOUT_SECONDS))
+            if self.is_ready:
                 self.pipe.recv()
-        return self.ready
+        return self.is_ready
 
     def _read_stacks(self) -> str:
-        """Return the stack of each of its threads."""
+        """Return the stacks of all threads of the process."""
         assert self.process.pid is not None
         os.kill(self.process.pid, signal.SIGUSR1)
         time.sleep(GRACE_SECONDS / 4)
-        return self.stacks.read_text().replace(REPOSITORY + "/", "")[:6000]
+        return self.stacks_path.read_text().replace(REPOSITORY + "/", "")[:6000]
 
     def close(self) -> None:
-        """Kill it with all processes that it has started."""
+        """Kill the process and all processes that it has started."""
         if self.process.pid is not None and self.process.is_alive():
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except ProcessLookupError:
-                self.process.kill()  # it has no process group yet
+                self.process.kill()  # the process has not called setsid yet
         self.process.join()
         self.pipe.close()
-        self.stacks.unlink(missing_ok=True)
+        self.stacks_path.unlink(missing_ok=True)
 
 
-class RowProcesses:
-    """The process that runs the next row, and on a GPU a spare one."""
+class CaseProcesses:
+    """The process that runs the next case, and on a GPU a spare process."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: CaseContext) -> None:
         self.context = context
         context.folder.mkdir(parents=True, exist_ok=True)
-        self.active: RowProcess | None = None
-        self.spare: RowProcess | None = None
+        self.active: CaseProcess | None = None
+        self.spare: CaseProcess | None = None
 
-    def run(self, row: Row, seconds: float) -> list[Outcome]:
-        """Return the row's outcomes."""
+    def run(self, case: BenchmarkCase, timeout_seconds: float) -> list[Outcome]:
+        """Run a case and return its outcomes; replace the process if it is no longer usable."""
         if self.active is None:
-            self.active, self.spare = self.spare or RowProcess(self.context), None
-        if self.spare is None and self.context.kind == "cuda":
-            self.spare = RowProcess(self.context)
-        outcomes = self.active.run(row, seconds)
-        if not self.active.usable:
+            self.active, self.spare = self.spare or CaseProcess(self.context), None
+        if self.spare is None and self.context.device_kind == "cuda":
+            self.spare = CaseProcess(self.context)
+        outcomes = self.active.run(case, timeout_seconds)
+        if not self.active.is_usable:
             self.active.close()
             self.active = None
         return outcomes
@@ -141,13 +147,13 @@ class RowProcesses:
                 process.close()
 
 
-def _serve(pipe: Connection, context: Context, stacks: Path) -> None:
-    """Run the rows whose names arrive, until the pipe is closed: the child process."""
+def _serve(pipe: Connection, context: CaseContext, stacks_path: Path) -> None:
+    """In the child process: run the cases whose names arrive, until the pipe is closed."""
     os.setsid()
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    rows: dict[str, Row] = {row.name: row for row in ROWS}
-    with stacks.open("w") as file:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends this process
+    cases_by_name: dict[str, BenchmarkCase] = {case.name: case for case in CASES}
+    with stacks_path.open("w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         pipe.send(None)
         while True:
@@ -155,16 +161,17 @@ def _serve(pipe: Connection, context: Context, stacks: Path) -> None:
                 name = pipe.recv()
             except EOFError:
                 return
-            outcomes = run_row(rows[name], context)
-            no_row_raised = all(result["outcome"] == "skipped" or "error" not in result for result in outcomes)
-            pipe.send((outcomes, no_row_raised and _clean(context)))
+            outcomes = run_case(cases_by_name[name], context)
+            has_raised = any(outcome["outcome"] != "skipped" and "error" in outcome for outcome in outcomes)
+            is_usable = not has_raised and _free_memory(context)
+            pipe.send((outcomes, is_usable))
 
 
-def _clean(context: Context) -> bool:
-    """Free the memory of the row, and return whether that worked."""
+def _free_memory(context: CaseContext) -> bool:
+    """Free the memory of the case; return whether at most MAX_LEAKED_BYTES remain allocated."""
     torch._dynamo.reset()
     gc.collect()
-    if context.kind != "cuda":
+    if context.device_kind != "cuda":
         return True
     try:
         torch.cuda.empty_cache()
@@ -177,4 +184,4 @@ def die_with_parent() -> None:
     """Let Linux kill this process when its parent has ended."""
     prctl: Callable[..., int] | None = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
-        prctl(PDEATHSIG, signal.SIGKILL)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,13 +1,13 @@
-"""Trace the peak memory of a training step on one GPU of a run, without a GPU (fake_gpu.py), by sizes alone.
+"""Trace the peak memory of a training step on one GPU of a run, without a GPU: from the sizes of tensors (fake_gpu.py).
 
-  weights  GiB between two steps: this rank's parameters, and the optimizer's moments
+  weights  GiB in use between two steps: the parameters of this rank and their optimizer moments
   peak     GiB, the peak within the second step
   at       the operator that runs at the peak
-  whole    the peak if the loss were F.cross_entropy over all logits (not with tp)
+  whole    the peak if the loss were F.cross_entropy over all logits at once (not with tp)
 
-The rank is the first of --ranks; the key=value arguments `parallel.*` define its layout. Sequences are causal without
-another mask. Not counted: what kernels and NCCL need themselves, and gaps in the allocator's memory. Blocks are not
-compiled, and so need more.
+The traced rank is rank 0 of --ranks; the key=value arguments `parallel.*` define its layout. The attention mask is
+causal. The peak excludes the workspace of kernels, the buffers of NCCL, and fragmentation. Blocks are not compiled, so
+they need more memory than compiled blocks.
 
   python benchmarks/memory.py
   python benchmarks/memory.py --models llama-1b --recompute none selective full data.seq_len=4096
@@ -47,8 +47,8 @@ def main() -> None:
     for model in options.models:
         for precision in options.precision:
             for recompute in options.recompute:
-                keys = [f"precision={precision}", f"parallel.recompute={recompute}", *options.overrides]
-                config = make_config(model, keys, options.ranks)
+                overrides = [f"precision={precision}", f"parallel.recompute={recompute}", *options.overrides]
+                config = make_config(model, overrides, options.ranks)
                 check_traceable(config)
                 row = {"model": model, "precision": precision, "recompute": recompute, "tokens": count_tokens(config)}
                 result = trace(config, options.ranks)
@@ -56,7 +56,7 @@ def main() -> None:
                     with full_logits():
                         result["whole"] = trace(config, options.ranks)["peak"]
                 results.add({**row, **result})
-    results.finish(f"one of {options.ranks} GPUs, traced\n\n{report(results)}", options.write)
+    results.finish(f"one of {options.ranks} GPUs, traced\n\n{make_report(results)}", options.write)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,23 +68,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--recompute", nargs="+", choices=recomputes, default=["none"], help="default: none")
     parser.add_argument("--ranks", type=int, default=1, help="GPUs of the run; default: %(default)s")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="as for train: parallel.tp=4 data.seq_len=8192"
+        "overrides", nargs="*", metavar="key=value", help="config keys, as for train: parallel.tp=4 data.seq_len=8192"
     )
     return parse_options(parser)
 
 
 def check_traceable(config: Config) -> None:
-    """Raise SystemExit if the trace would not follow the config."""
+    """Raise SystemExit if the config uses a feature that the trace does not cover."""
     unsupported = {
         "parallel.pp": config.parallel.pp > 1,
         "parallel.activations_gib": config.parallel.activations_gib is not None,
         "data.document_mask": config.data.document_mask,
-        "objective": [each.name for each in config.objective.components] != ["causal"],
+        "objective": [component.name for component in config.objective.components] != ["causal"],
     }
-    if keys := [key for key, is_set in unsupported.items() if is_set]:
+    if keys := [key for key, is_used in unsupported.items() if is_used]:
         raise SystemExit(
-            f"error: not traced: {', '.join(keys)}. Causal rows are, and of a pipeline a stage by itself: "
-            "model.n_layers=<blocks of a stage>"
+            f"error: this program cannot trace {', '.join(keys)}. Remove these keys. To trace a pipeline stage, trace "
+            "a model of its blocks: model.n_layers=<blocks of a stage>"
         )
 
 
@@ -94,43 +94,46 @@ def count_tokens(config: Config) -> int:
 
 
 def trace(config: Config, ranks: int) -> dict[str, Any]:
-    """Trace two steps of one of so many ranks."""
+    """Trace two steps of rank 0 of `ranks` ranks."""
     with fake_gpu.activate(ranks) as active_gpu:
         return trace_steps(config, active_gpu)
 
 
 def trace_steps(config: Config, active_gpu: fake_gpu.FakeGpu) -> dict[str, Any]:
-    """Trace two steps with one microbatch after another; the first allocates the optimizer's moments."""
-    data, shards = config.data, config.parallel.dp_replicate * config.parallel.dp_shard
-    rows = torch.zeros(data.global_batch // shards, data.seq_len + 1, dtype=torch.long)
-    batches = [Batch.of(each[:, :-1], each[:, 1:], CAUSAL) for each in rows.split(data.micro_batch)]
+    """Trace two steps. The first step allocates the optimizer moments; the second step is measured.
+
+    Returns bytes: `weights`, what is allocated between the steps, and `peak`; and `at`, the operator at the peak.
+    """
+    data, dp_size = config.data, config.parallel.dp_replicate * config.parallel.dp_shard
+    windows = torch.zeros(data.global_batch // dp_size, data.seq_len + 1, dtype=torch.long)
+    microbatches = [Batch.of(ids[:, :-1], ids[:, 1:], CAUSAL) for ids in windows.split(data.micro_batch)]
     engine = NativeEngine(config, fake_gpu.DEVICE)
-    train_step(engine, batches, config.optim.lr)
-    weights = active_gpu.peak = active_gpu.now
-    active_gpu.at = ""
-    train_step(engine, batches, config.optim.lr, step=1)
-    return {"weights": weights, "peak": active_gpu.peak, "at": active_gpu.at}
+    train_step(engine, microbatches, config.optim.lr)
+    weights_bytes = active_gpu.peak_bytes = active_gpu.allocated_bytes
+    active_gpu.peak_operator = ""
+    train_step(engine, microbatches, config.optim.lr, step=1)
+    return {"weights": weights_bytes, "peak": active_gpu.peak_bytes, "at": active_gpu.peak_operator}
 
 
 @contextmanager
 def full_logits() -> Iterator[None]:
     """Patch the last layer to compute its loss over all logits at once."""
 
-    def loss(x_BSD: Tensor, weight_WD: Tensor, bias_W: Any, targets_BS: Tensor, *rest: Any) -> Tensor:
+    def full_logits_loss(x_BSD: Tensor, weight_WD: Tensor, bias_W: Any, targets_BS: Tensor, *args: Any) -> Tensor:
         logits_BSW = F.linear(x_BSD, weight_WD, bias_W)
         losses = F.cross_entropy(logits_BSW.flatten(0, -2), targets_BS.flatten(), ignore_index=IGNORE, reduction="none")
         return losses.view(targets_BS.shape).sum(-1)
 
-    with patch.object(decoder, "linear_cross_entropy", loss):
+    with patch.object(decoder, "linear_cross_entropy", full_logits_loss):
         yield
 
 
-def report(results: Results) -> str:
+def make_report(results: Results) -> str:
     """Format the table."""
     rows = []
     for row in results.rows:
-        sizes = [f"{row[name] / GIB:.1f}" if name in row else "" for name in ("weights", "peak", "whole")]
-        rows.append((row["model"], row["precision"], row["recompute"], f"{row['tokens']:,}", *sizes, row["at"]))
+        gib_cells = [f"{row[name] / GIB:.1f}" if name in row else "" for name in ("weights", "peak", "whole")]
+        rows.append((row["model"], row["precision"], row["recompute"], f"{row['tokens']:,}", *gib_cells, row["at"]))
     return format_table(("model", "precision", "recompute", "tokens", "weights", "peak", "whole", "at"), rows)
 
 

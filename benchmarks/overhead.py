@@ -1,14 +1,16 @@
 """Measure the overhead of the framework: tokens/s of `dist-llm train` on one process, relative to a bare loop.
 
-The bare loop has the same model module, a batch from a memory map as nanoGPT makes it, F.cross_entropy, backward,
-clip_grad_norm_ and fused AdamW, and reads the loss every few steps. Ours is the real training loop with its loader,
-schedule, metrics file, TensorBoard and progress lines. Both run in this process and take turns of a few steps in the
-order ours, bare, bare, ours, so that a change in the machine's speed affects both alike. Neither evaluates, saves
-checkpoints or uses torch.compile.
+ours   the training loop with its loader, schedule, metrics file, TensorBoard and progress lines
+bare   the same model module in the loop of bare.py, with batches from a memory map as in nanoGPT; it reads the loss
+       once per turn
 
-Prints one JSON line per pair on stdout, then a table on stderr. A ratio of 1 is no cost; below 1 the framework is
-slower. `cpu_ratio` compares CPU seconds of all threads in place of elapsed time: it is more reliable on a machine that
-others use, with OMP_NUM_THREADS=1 so that no thread spins while it waits.
+Both run in this process and take turns of a few steps in the order ours, bare, bare, ours, so that a change in the
+speed of the machine affects both alike. A pair is one turn of each. Neither evaluates, saves checkpoints or uses
+torch.compile.
+
+Prints one JSON line per pair on stdout, then a table on stderr. `ratio` is tokens/s of ours over bare: below 1 the
+framework is slower. `cpu_ratio` compares CPU seconds of all threads instead of elapsed time. It is more reliable on a
+busy machine, with OMP_NUM_THREADS=1 so that no thread spins while it waits.
 """
 
 import argparse
@@ -36,24 +38,23 @@ from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.world import World
 from dist_llm.models.decoder import Decoder
 from dist_llm.observe.console import start_logging, stop_logging
-from dist_llm.observe.metrics import MetricsRow
 from dist_llm.parallel.parallelize import init_parameters
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.training.settings import read_config, read_vocabulary
 from dist_llm.training.trainer import Trainer
 
 WARM_UP_PAIRS = 2
-CLAIM = 0.98  # the smallest ratio that we promise
+CLAIM = 0.98  # the minimum ratio
 
 
 def main() -> None:
-    """Run and print the pairs."""
+    """Measure the pairs, and print the rows and the table."""
     options = make_parser().parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        config = read_config_and_corpus(options, Path(scratch))
-        turns = run(config, options.pairs, Path(scratch))
-    for number, pair in enumerate(turns.pairs(), start=1):
-        print(json.dumps({"pair": number, **pair}))
+        config = prepare_config_and_corpus(options, Path(scratch))
+        turns = measure_turns(config, Path(scratch))
+    for pair_number, pair in enumerate(turns.make_pairs(), start=1):
+        print(json.dumps({"pair": pair_number, **pair}))
     sys.stdout.flush()
     print_report(config, turns)
 
@@ -62,22 +63,25 @@ def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"), help="default: %(default)s")
-    parser.add_argument("--pairs", type=int, default=20, help="pairs measured, after a warm-up; default: %(default)s")
+    parser.add_argument(
+        "--config", type=Path, default=Path("configs/demo.yaml"), help="config of the run; default: %(default)s"
+    )
+    parser.add_argument("--pairs", type=int, default=20, help="measured pairs, after a warm-up; default: %(default)s")
     parser.add_argument("--steps", type=int, default=5, help="steps of each turn; default: %(default)s")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="as for train: model.d_model=512 precision=bf16"
+        "overrides", nargs="*", metavar="key=value", help="config keys: model.d_model=512 precision=bf16"
     )
     return parser
 
 
-def read_config_and_corpus(options: argparse.Namespace, scratch: Path) -> Config:
-    """Read the config and make a corpus of bytes; the vocabulary has the config's size, or 4096."""
-    quiet = (scratch / "prepare.txt").open("w")
-    prepare(PrepareOptions(("python-stdlib",), "byte", scratch / "corpus", heldout_fraction=0.0), quiet)
-    plain, _ = load_config(options.config)
+def prepare_config_and_corpus(options: argparse.Namespace, scratch: Path) -> Config:
+    """Prepare a corpus of bytes in `scratch` and read the config; model.vocab_size is 4096 if the config has none."""
+    prepare_log = (scratch / "prepare.txt").open("w")
+    prepare(PrepareOptions(("python-stdlib",), "byte", scratch / "corpus", heldout_fraction=0.0), prepare_log)
+    file_config, _ = load_config(options.config)
+    vocab_size = file_config.model.vocab_size if file_config and file_config.model.vocab_size else 4096
     overrides = [
-        f"model.vocab_size={plain.model.vocab_size if plain and plain.model.vocab_size else 4096}",
+        f"model.vocab_size={vocab_size}",
         *options.overrides,
         f"data.path={scratch / 'corpus'}",
         f"run.dir={scratch / 'run'}",
@@ -91,8 +95,8 @@ def read_config_and_corpus(options: argparse.Namespace, scratch: Path) -> Config
     return config.model_copy(update={"schedule": resolve_schedule(config)})
 
 
-def run(config: Config, pairs: int, scratch: Path) -> "Turns":
-    """Train as `dist-llm train` does, with turns of the bare loop in between."""
+def measure_turns(config: Config, scratch: Path) -> "Turns":
+    """Train as `dist-llm train` does, with turns of the bare loop in between, and return the times of all turns."""
     world = World()
     device = select_device(world)
     plan = build_fresh_plan(config)
@@ -103,7 +107,7 @@ def run(config: Config, pairs: int, scratch: Path) -> "Turns":
     trainer = Trainer(config, world, engine, loader, CheckpointStore(scratch / "checkpoints"), None, {})
     turns = Turns(BareLoop(config, device), config)
     trainer.recorder.sinks = [*trainer.recorder.sinks, turns]
-    turns.start()
+    turns.start_clock()
     with StopSignals() as signals:
         trainer.run(signals)
     loader.close()
@@ -112,7 +116,7 @@ def run(config: Config, pairs: int, scratch: Path) -> "Turns":
 
 
 class BareLoop:
-    """The bare loop around the model, with its batches."""
+    """The loop of bare.py around the model of dist_llm, with batches from a memory map."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -124,84 +128,89 @@ class BareLoop:
         self.random = np.random.default_rng(config.run.seed)
         self.loss = float("nan")
 
-    def steps(self, count: int) -> None:
+    def take_steps(self, num_steps: int) -> None:
         """Take steps; read the loss once, at the end."""
-        for _ in range(count):
-            loss = self.loop.step(*self.batch())
+        for _ in range(num_steps):
+            loss = self.loop.step(*self.load_batch())
         self.loss = loss.item()
 
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read random windows from a memory map."""
-        data, length = self.config.data, self.config.data.seq_len
+    def load_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read random windows from a new memory map; return inputs and targets."""
+        data, seq_len = self.config.data, self.config.data.seq_len
         tokens = np.memmap(Path(data.path) / "train-00000.bin", dtype="<u2", mode="r")
-        starts = self.random.integers(len(tokens) - length, size=data.global_batch)
-        inputs = torch.stack([torch.from_numpy(tokens[i : i + length].astype(np.int64)) for i in starts])
-        targets = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + length].astype(np.int64)) for i in starts])
+        starts = self.random.integers(len(tokens) - seq_len, size=data.global_batch)
+        inputs = torch.stack([torch.from_numpy(tokens[i : i + seq_len].astype(np.int64)) for i in starts])
+        targets = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + seq_len].astype(np.int64)) for i in starts])
         if self.device.type == "cuda":
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
 
 class Turns:
-    """A sink of the training loop that lets the bare loop take a turn after each turn of the training loop."""
+    """A metrics sink of the training loop that runs the bare loop between two turns of the training loop.
+
+    The training loop calls the sink at the end of each of its turns, every `log.every` steps.
+    """
 
     def __init__(self, bare: BareLoop, config: Config) -> None:
-        self.bare, self.steps = bare, config.log.every
-        self.tokens = config.data.global_batch * config.data.seq_len * self.steps
-        self.our_times: list[tuple[float, float]] = []  # seconds, CPU seconds
+        self.bare, self.steps_per_turn = bare, config.log.every
+        self.tokens_per_turn = config.data.global_batch * config.data.seq_len * self.steps_per_turn
+        self.our_times: list[tuple[float, float]] = []  # (elapsed seconds, CPU seconds)
         self.bare_times: list[tuple[float, float]] = []
         self.loss = float("nan")
 
-    def start(self) -> None:
+    def start_clock(self) -> None:
         self.start_times = time.perf_counter(), time.process_time()
 
-    def elapsed(self) -> tuple[float, float]:
+    def read_clock(self) -> tuple[float, float]:
         return time.perf_counter() - self.start_times[0], time.process_time() - self.start_times[1]
 
     def __call__(self, rows: Sequence[MetricsRow]) -> None:
-        self.our_times.append(self.elapsed())
+        self.our_times.append(self.read_clock())
         self.loss = rows[-1]["loss"]
         if len(self.our_times) % 2:
             for _ in range(2):
-                self.start()
-                self.bare.steps(self.steps)
-                self.bare_times.append(self.elapsed())
-        self.start()
+                self.start_clock()
+                self.bare.take_steps(self.steps_per_turn)
+                self.bare_times.append(self.read_clock())
+        self.start_clock()
 
-    def pairs(self) -> list[dict[str, float]]:
-        """Return tokens/s of both and the ratios, without the warm-up."""
+    def make_pairs(self) -> list[dict[str, float]]:
+        """Return tokens/s of both and the ratios for each pair, without the warm-up."""
         pairs_after_warm_up = list(zip(self.our_times, self.bare_times, strict=False))[WARM_UP_PAIRS:]
         return [
             {
-                "ours": round(self.tokens / our_seconds, 1),
-                "bare": round(self.tokens / bare_seconds, 1),
+                "ours": round(self.tokens_per_turn / our_seconds, 1),
+                "bare": round(self.tokens_per_turn / bare_seconds, 1),
                 "ratio": round(bare_seconds / our_seconds, 4),
-                "cpu_ratio": round(bare_cpu / our_cpu, 4),
+                "cpu_ratio": round(bare_cpu_seconds / our_cpu_seconds, 4),
             }
-            for (our_seconds, our_cpu), (bare_seconds, bare_cpu) in pairs_after_warm_up
+            for (our_seconds, our_cpu_seconds), (bare_seconds, bare_cpu_seconds) in pairs_after_warm_up
         ]
 
 
 def print_report(config: Config, turns: Turns) -> None:
-    """Print the table and what was measured."""
-    model, data, pairs = config.model, config.data, turns.pairs()
+    """Print the conditions of the measurement and the table."""
+    model, data, pairs = config.model, config.data, turns.make_pairs()
     device_name = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     )
     lines = [
         f"d_model {model.d_model}, {model.n_layers} layers, vocabulary {model.vocab_size}, {data.global_batch} x "
         f"{data.seq_len} tokens, {config.precision}, torch {torch.__version__}, {device_name}",
-        f"{len(pairs)} pairs of {turns.steps} + {turns.steps} steps; "
+        f"{len(pairs)} pairs of {turns.steps_per_turn} + {turns.steps_per_turn} steps; "
         f"last losses {turns.loss:.3f} (ours) and {turns.bare.loss:.3f} (bare)",
         "",
         f"{'':12}{'median':>12}{'min':>12}{'max':>12}",
     ]
     for name, unit in (("ours", " tok/s"), ("bare", " tok/s"), ("ratio", ""), ("cpu_ratio", "")):
         column = [pair[name] for pair in pairs]
-        form = ",.0f" if unit else ".4f"
-        cells = (format(value, form) for value in (statistics.median(column), min(column), max(column)))
-        lines.append(f"{name + unit:12}" + "".join(f"{value:>12}" for value in cells))
-    lines.append(f"the claim, a ratio of at least {CLAIM}: median {statistics.median(p['ratio'] for p in pairs):.4f}")
+        number_format = ",.0f" if unit else ".4f"
+        cells = (format(value, number_format) for value in (statistics.median(column), min(column), max(column)))
+        lines.append(f"{name + unit:12}" + "".join(f"{cell:>12}" for cell in cells))
+    lines.append(
+        f"the claim, a ratio of at least {CLAIM}: median {statistics.median(pair['ratio'] for pair in pairs):.4f}"
+    )
     print("\n".join(lines), file=sys.stderr)
 
 

@@ -1,8 +1,9 @@
-"""Measure what faults cost: seconds from a rank's death or halt to the next step, and goodput.
+"""Measure the cost of faults: seconds from the death or the stop of a rank to the next step, and goodput.
 
-Runs of two ranks on this machine under `torchrun --max-restarts` have a fault at some step: one rank is killed by
-SIGKILL, or stopped by SIGSTOP and then ended by the watchdog. Goodput is relative to a run without a fault. Steps take
-at least --pace seconds, like those of a large model. Prints one JSON line per fault on stdout, then a table on stderr.
+The program starts runs of two ranks on this machine under `torchrun --max-restarts`. At step --at, one rank is killed
+(SIGKILL), or stopped (SIGSTOP) until the watchdog kills it. Goodput is the duration of a run without a fault over the
+duration of the run with the fault. Steps take at least --pace seconds, like steps of a large model. Prints one JSON
+line per fault on stdout, then a table on stderr.
 """
 
 import argparse
@@ -27,15 +28,15 @@ from dist_llm.training.trainer import Trainer
 step = Trainer.take_step
 
 
-def slow(self):
+def slow_step(self):
     time.sleep({pace})
     step(self)
 
 
-Trainer.take_step = slow
+Trainer.take_step = slow_step
 sys.exit(main())
 """
-HANG_SECONDS = 3.0
+HANG_SECONDS = 3.0  # the timeout of the watchdog, run.hang_seconds
 
 
 def main() -> None:
@@ -43,17 +44,16 @@ def main() -> None:
     options = make_parser().parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        prepare(folder)
-        uninterrupted_run = run(folder, "uninterrupted", options, None)
+        prepare_corpus(folder)
+        undisturbed = measure_run(folder, "uninterrupted", options, fault=None)
         rows = []
         for fault in options.faults:
-            result = run(folder, fault, options, fault)
-            rows.append(
-                {"fault": fault, **result, "goodput": round(uninterrupted_run["seconds"] / result["seconds"], 3)}
-            )
+            result = measure_run(folder, fault, options, fault)
+            goodput = round(undisturbed["seconds"] / result["seconds"], 3)
+            rows.append({"fault": fault, **result, "goodput": goodput})
             print(json.dumps(rows[-1]), flush=True)
-    what = f"steps of {options.pace} s, a checkpoint every {options.every} steps, watchdog after {HANG_SECONDS} s"
-    print(f"\n{what}", file=sys.stderr)
+    conditions = f"steps of {options.pace} s, a checkpoint every {options.every} steps, watchdog after {HANG_SECONDS} s"
+    print(f"\n{conditions}", file=sys.stderr)
     print(f"{'fault':>8} {'to the next step, s':>20} {'steps lost':>11} {'goodput':>8}", file=sys.stderr)
     for row in rows:
         figures = f"{row['recovery_seconds']:>20.1f} {row['steps_lost']:>11} {row['goodput']:>8}"
@@ -65,36 +65,39 @@ def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="default: all")
-    parser.add_argument("--steps", type=int, default=60, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=60, help="steps of a run; default: %(default)s")
     parser.add_argument(
         "--at",
         type=int,
         default=23,
-        help="the step after which the fault comes, none that is saved; default: %(default)s",
+        help="step after which the fault happens, not a step with a checkpoint; default: %(default)s",
     )
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints; default: %(default)s")
-    parser.add_argument("--pace", type=float, default=0.3, help="least seconds of a step; default: %(default)s")
+    parser.add_argument("--pace", type=float, default=0.3, help="minimum seconds of a step; default: %(default)s")
     return parser
 
 
-def prepare(folder: Path) -> None:
-    """Prepare a small corpus."""
+def prepare_corpus(folder: Path) -> None:
+    """Prepare a small corpus in `folder/data`."""
     (folder / "text").mkdir()
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:20]:
         (folder / "text" / file.name).write_bytes(file.read_bytes())
     arguments = ["prepare", "--source", "text", "--tokenizer", "byte", "--out", "data"]
     command = [sys.executable, "-m", "dist_llm", *arguments]
-    subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True)
+    subprocess.run(command, cwd=folder, env=make_environment(), check=True, capture_output=True)
 
 
-def environment() -> dict[str, str]:
-    """Make torchrun's environment, in which restarted ranks use a new store, without addresses of dead ranks."""
+def make_environment() -> dict[str, str]:
+    """Make the environment of torchrun. Restarted ranks use a new store, which has no addresses of dead ranks."""
     changes = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return {**os.environ, **changes}
 
 
-def run(folder: Path, name: str, options: argparse.Namespace, fault: str | None) -> dict[str, float]:
-    """Return the seconds of the run; with a fault, also those until the first new step, and the steps lost."""
+def measure_run(folder: Path, name: str, options: argparse.Namespace, fault: str | None) -> dict[str, float]:
+    """Run training under torchrun and return its `seconds`.
+
+    With a fault, also return `recovery_seconds`, from the fault to the first new step, and `steps_lost`.
+    """
     program = folder / "paced.py"
     program.write_text(PACED_TRAINING.format(pace=options.pace))
     arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3", str(program)]
@@ -103,40 +106,41 @@ def run(folder: Path, name: str, options: argparse.Namespace, fault: str | None)
     arguments += [f"run.hang_seconds={HANG_SECONDS}"]
     start_time = time.monotonic()
     devnull = subprocess.DEVNULL
-    process = subprocess.Popen(arguments, cwd=folder, env=environment(), stdout=devnull, stderr=devnull)
+    process = subprocess.Popen(arguments, cwd=folder, env=make_environment(), stdout=devnull, stderr=devnull)
     figures: dict[str, float] = {}
     if fault:
         wait_until(process, lambda: read_last_step(folder / name) >= options.at)
         steps_before, fault_time = read_last_step(folder / name), time.monotonic()
         os.kill(list_ranks(process.pid)[1], FAULTS[fault])
-        # Metrics after the checkpoint from which the run resumes are dropped first, so the count falls.
+        # A resumed run first drops the metrics after its checkpoint, so the last step in the metrics falls.
         wait_until(process, lambda: read_last_step(folder / name) < steps_before)
-        resumed = read_last_step(folder / name)
-        wait_until(process, lambda: read_last_step(folder / name) > resumed)
-        figures = {"recovery_seconds": round(time.monotonic() - fault_time, 2), "steps_lost": steps_before - resumed}
+        resume_step = read_last_step(folder / name)
+        wait_until(process, lambda: read_last_step(folder / name) > resume_step)
+        recovery_seconds = round(time.monotonic() - fault_time, 2)
+        figures = {"recovery_seconds": recovery_seconds, "steps_lost": steps_before - resume_step}
     if process.wait():
-        raise SystemExit(f"{name}: torchrun ended with {process.returncode}")
+        raise SystemExit(f"{name}: torchrun ended with exit code {process.returncode}")
     return {**figures, "seconds": round(time.monotonic() - start_time, 2)}
 
 
-def read_last_step(run: Path) -> int:
-    """Return the newest step in the run's metrics, or 0."""
-    path = run / "metrics.jsonl"
+def read_last_step(run_dir: Path) -> int:
+    """Return the last step in the metrics of a run, or 0."""
+    path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return max((json.loads(line)["step"] for line in lines if '"loss"' in line), default=0)
 
 
-def list_ranks(torchrun: int) -> list[int]:
-    """List the processes that torchrun started."""
-    children = [path.read_text().split() for path in Path(f"/proc/{torchrun}/task").glob("*/children")]
-    return sorted(int(child) for each in children for child in each)
+def list_ranks(torchrun_pid: int) -> list[int]:
+    """List the process ids of the ranks that torchrun started."""
+    child_ids = [path.read_text().split() for path in Path(f"/proc/{torchrun_pid}/task").glob("*/children")]
+    return sorted(int(child_id) for ids_of_thread in child_ids for child_id in ids_of_thread)
 
 
-def wait_until(process: "subprocess.Popen[bytes]", ready: Callable[[], bool]) -> None:
-    """Wait until `ready` returns true or the run ends."""
-    while not ready():
+def wait_until(process: "subprocess.Popen[bytes]", is_ready: Callable[[], bool]) -> None:
+    """Wait until `is_ready` returns true; raise SystemExit if the run ends before."""
+    while not is_ready():
         if process.poll() is not None:
-            raise SystemExit("the run ended before the fault could be measured; give it more --steps")
+            raise SystemExit("the run ended before the fault could be measured; increase --steps")
         time.sleep(0.02)
 
 

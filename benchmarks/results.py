@@ -1,6 +1,6 @@
-"""Results of a program: JSON lines on stdout, a table on stderr, and a file with --write.
+"""The output that benchmark programs share: JSON lines on stdout, a table on stderr, and a file with --write.
 
-The file is results/<program>-<device>.json, with the rows, the machine, the versions, the commit and the command.
+The file results/<program>-<device>.json contains the rows, the machine, the versions, the commit and the command.
 """
 
 import argparse
@@ -16,61 +16,62 @@ from typing import Any
 import torch
 
 from dist_llm.training.run import describe_environment
-from measure import cores, cpu_name
+from measure import count_cores, read_cpu_name
 
 DIRECTORY = Path(__file__).parent / "results"
 Row = Mapping[str, Any]
 
 
 class Results:
-    """The rows of one run of one program."""
+    """The rows that one run of a benchmark program has measured; a row is one line of JSON."""
 
     def __init__(self, program: str, device: torch.device) -> None:
         self.program, self.device = program, device
         self.rows: list[Row] = []
 
     def add(self, row: Row) -> None:
-        """Print a row, with floats of six digits, and store it."""
-        self.rows.append({name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in row.items()})
-        print(json.dumps(self.rows[-1]), flush=True)
+        """Print a row, with floats rounded to six digits, and store it."""
+        rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
+        self.rows.append(rounded)
+        print(json.dumps(rounded), flush=True)
 
-    def finish(self, text: str, directory: Path | None) -> None:
-        """Print a table with the machine; write the rows if there is a directory."""
-        print(f"{self.machine()}\n\n{text}", file=sys.stderr)
+    def finish(self, table: str, directory: Path | None) -> None:
+        """Print the machine and a table; write the rows if `directory` is not None."""
+        print(f"{self.describe_machine()}\n\n{table}", file=sys.stderr)
         if directory is not None:
-            path = directory / f"{self.program}-{self.slug()}.json"
+            path = directory / f"{self.program}-{self.make_device_slug()}.json"
             path.parent.mkdir(exist_ok=True)
             command = f"python benchmarks/{self.program}.py {shlex.join(sys.argv[1:])}".strip()
-            content = {"command": command, "machine": self.facts(), "rows": self.rows}
+            content = {"command": command, "machine": self.collect_environment(), "rows": self.rows}
             path.write_text(json.dumps(content, indent=1) + "\n")
             print(f"\nwritten: {path.name}", file=sys.stderr)
 
-    def machine(self) -> str:
+    def describe_machine(self) -> str:
         """Describe the machine in one line."""
-        where = f"{cores()} cores of {cpu_name()}, {torch.get_num_threads()} threads"
+        hardware = f"{count_cores()} cores of {read_cpu_name()}, {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
-            where = f"{torch.cuda.get_device_name(self.device)}, {where}"
-        return f"torch {torch.__version__}, {where}"
+            hardware = f"{torch.cuda.get_device_name(self.device)}, {hardware}"
+        return f"torch {torch.__version__}, {hardware}"
 
-    def facts(self) -> dict[str, Any]:
-        """Return the facts of a run's environment.json, with the processor and only the kind of system."""
+    def collect_environment(self) -> dict[str, Any]:
+        """Return what a run writes to environment.json, plus the CPU; `machine` has no host name here."""
         return {
             **describe_environment(),
             "machine": f"{platform.system()} {platform.machine()}",
-            "cpu": cpu_name(),
-            "cores": cores(),
+            "cpu": read_cpu_name(),
+            "cores": count_cores(),
             "threads": torch.get_num_threads(),
         }
 
-    def slug(self) -> str:
-        """Return the device in the form for a file name."""
+    def make_device_slug(self) -> str:
+        """Return the name of the device in the form for a file name."""
         if self.device.type == "cpu":
             return "cpu"
         return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(self.device).lower()).strip("-")
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Make a parser that shows the program's docstring, with --write."""
+    """Make a parser with the option --write; `description` is the docstring of the program."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=raw)
     parser.add_argument(
@@ -79,13 +80,13 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         type=Path,
         const=DIRECTORY,
         metavar="DIR",
-        help="keep the rows in benchmarks/results/, or DIR",
+        help="write the rows to a file in benchmarks/results/, or DIR",
     )
     return parser
 
 
 def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line, with its key=value arguments, at any position, in `overrides`."""
+    """Parse the command line; arguments of the form key=value may stand anywhere and become `overrides`."""
     overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
     options = parser.parse_args([argument for argument in sys.argv[1:] if argument not in overrides])
     options.overrides = overrides
@@ -93,13 +94,12 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Format columns as wide as needed: the first to the left, the others to the right."""
-    cells = [[*map(str, header)], *([*map(str, row)] for row in rows)]
-    widths = [max(len(line[number]) for line in cells) for number in range(len(header))]
+    """Format a table as text: the first column is aligned to the left, the others to the right."""
+    lines_of_cells = [[*map(str, header)], *([*map(str, row)] for row in rows)]
+    widths = [max(len(cells[column]) for cells in lines_of_cells) for column in range(len(header))]
     lines = []
-    for line in cells:
-        first, *rest = (
-            f"{c:<{w}}" if n == 0 else f"{c:>{w}}" for n, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        lines.append("  ".join((first, *rest)).rstrip())
+    for cells in lines_of_cells:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        padded[0] = cells[0].ljust(widths[0])
+        lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)

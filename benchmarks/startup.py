@@ -1,27 +1,26 @@
 """Measure how long a run takes to its first step, and which stages take that time.
 
-Each round runs `train` twice on a small corpus for one step, in new processes: once as a command, timed from its start
-to its exit (`command`), and once through a short program that imports in a fixed order and prints when each stage ends,
-by the clock of the parent process:
+Each round runs `train` twice on a small corpus for one step, in new processes. The first process is the command, timed
+from its start to its exit (`command`). The second is a short program that imports in a fixed order and prints the time
+at the end of each stage:
 
-  interpreter    to the first line of Python
+  interpreter    until the first line of Python runs
   torch          import torch
-  imports        all other imports of training: ours, and what ours needs
-  config         the command line and the YAML file: read, checked and resolved
-  data           devices, corpus, history, log files
+  imports        all other imports of training: dist_llm and its dependencies
+  config         read, check and resolve the command line and the YAML file
+  data           devices, corpus, data history, log files
   model          the engine: model, initial values, optimizer
-  loader         the loader and the loop: metrics, TensorBoard, the rate for MFU
+  loader         the loader and the trainer: metrics, TensorBoard, the matrix product rate for MFU
   first_step     batch, forward, backward, update
-  end            the checkpoint; there is no held-out text
-  exit           to the end of the process
+  end            the checkpoint; the corpus has no held-out text
+  exit           until the process has ended
 
-An earlier process runs with -X importtime, which reports the time of each module: `ours` is that of dist_llm's modules,
-and `late` that of modules imported after the stage `imports`, within another stage; the reports make these times
-slightly too large. `own` is all of our code until the first step: the stages from config to loader without late
-imports, and the import of our modules.
+Before the rounds, one process runs with -X importtime, which reports the time of each module and slightly increases it.
+`ours` is the time of the modules of dist_llm. `late` is the time of modules that a stage after `imports` imports. `own`
+is the time of our own code until the first step: `ours`, and the stages from config to loader without late imports.
 
-Prints one JSON line per stage (medians over the rounds), and one per package that takes long to import. The goal: the
-first step within 8 seconds, of which our own code takes less than 1.
+Prints one JSON line per stage (medians over the rounds), and one per package and per module of dist_llm that takes
+longest to import. The goal: the first step within 8 seconds, of which our own code takes less than 1 second.
 
   python benchmarks/startup.py
   python benchmarks/startup.py --rounds 1 --config configs/gpt2-124m.yaml data.micro_batch=1 data.global_batch=1
@@ -38,18 +37,18 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from measure import any_device
+from measure import choose_device
 from results import Results, format_table, make_parser, parse_options
 
 REPOSITORY = Path(__file__).parents[1]
 GOAL_SECONDS, GOAL_OWN_SECONDS = 8.0, 1.0
-PREFIX = "startup.py: "
+STAGE_PREFIX = "startup.py: "  # of a line on stderr: the prefix, the stage, the time of its end in seconds
 STAGED_TRAINING = f"""\
 import sys, time
 
 
 def mark(stage):
-    print(f"{PREFIX}{{stage}} {{time.time()}}", file=sys.stderr, flush=True)
+    print(f"{STAGE_PREFIX}{{stage}} {{time.time()}}", file=sys.stderr, flush=True)
 
 
 mark("interpreter")
@@ -88,42 +87,50 @@ OWN_STAGES = ("config", "data", "model", "loader")
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all rounds, and print the rows and the tables."""
     options = parse_arguments()
-    results = Results("startup", any_device())
+    results = Results("startup", choose_device())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        prepare(folder)
-        _, import_lines = measure_stages(folder, options, "noted", ["-X", "importtime"])
+        prepare_corpus(folder)
+        _, import_lines = measure_stages(folder, options, "imports", python_flags=["-X", "importtime"])
         rounds: list[dict[str, float]] = []
-        for number in range(options.rounds):
-            stage_seconds, _ = measure_stages(folder, options, f"staged{number}", [])
-            rounds.append({**stage_seconds, "command": measure_command(folder, options, f"plain{number}")})
-    medians = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
-    imports_by_kind = sum_imports(import_lines)
-    summary = summarize(medians, imports_by_kind)
+        for round_index in range(options.rounds):
+            stage_seconds, _ = measure_stages(folder, options, f"stages-{round_index}", python_flags=[])
+            command_seconds = measure_command(folder, options, f"command-{round_index}")
+            rounds.append({**stage_seconds, "command": command_seconds})
+    medians = {name: statistics.median(seconds[name] for seconds in rounds) for name in rounds[0]}
+    import_seconds = sum_imports(import_lines)
+    summary = summarize(medians, import_seconds)
     for stage in STAGES:
-        results.add({"stage": stage, "seconds": medians[stage], "late": imports_by_kind["late"].get(stage, 0.0)})
-    for package, seconds in sorted(imports_by_kind["packages"].items(), key=lambda item: -item[1])[: options.top]:
+        results.add({"stage": stage, "seconds": medians[stage], "late": import_seconds["late"].get(stage, 0.0)})
+    for package, seconds in sorted(import_seconds["packages"].items(), key=lambda item: -item[1])[: options.top]:
         results.add({"package": package, "seconds": seconds})
-    for module, seconds in sorted(imports_by_kind["modules"].items(), key=lambda item: -item[1])[: options.top]:
+    for module, seconds in sorted(import_seconds["modules"].items(), key=lambda item: -item[1])[: options.top]:
         results.add({"module": module, "seconds": seconds})
     results.add(summary)
-    results.finish(report(results, summary), options.write)
+    results.finish(make_report(results, summary), options.write)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--config", type=Path, default=REPOSITORY / "configs/debug.yaml", help="default: debug.yaml")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--top", type=int, default=10, help="packages and modules shown; default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: compile=true")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=REPOSITORY / "configs/debug.yaml",
+        help="config of the run; default: configs/debug.yaml",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind; default: %(default)s")
+    parser.add_argument(
+        "--top", type=int, default=10, help="number of packages and modules to show; default: %(default)s"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys: compile=true")
     return parse_options(parser)
 
 
-def prepare(folder: Path) -> None:
-    """Prepare a small corpus: the repository's README, repeated."""
+def prepare_corpus(folder: Path) -> None:
+    """Prepare a small corpus in `folder/data` from the README of this repository, repeated."""
     (folder / "text.txt").write_bytes((REPOSITORY / "README.md").read_bytes() * 40)
     arguments = [
         "prepare",
@@ -139,90 +146,92 @@ def prepare(folder: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "dist_llm", *arguments],
         cwd=folder,
-        env=environment(),
+        env=make_environment(),
         check=True,
         capture_output=True,
     )
 
 
-def environment() -> dict[str, str]:
-    """Return the environment, with this source tree first in the path."""
+def make_environment() -> dict[str, str]:
+    """Return the environment with this source tree first in PYTHONPATH."""
     return {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
-def train_arguments(options: argparse.Namespace, name: str) -> list[str]:
-    """Return the arguments of `train`."""
-    keys = ["data.path=data", f"run.dir={name}", "run.steps=1", "log.every=1"]
+def make_train_arguments(options: argparse.Namespace, run_name: str) -> list[str]:
+    """Return the command-line arguments of `train` for one step."""
+    keys = ["data.path=data", f"run.dir={run_name}", "run.steps=1", "log.every=1"]
     return ["train", "--config", str(options.config.resolve()), *options.overrides, *keys]
 
 
-def measure_command(folder: Path, options: argparse.Namespace, name: str) -> float:
-    """Time the command itself."""
+def measure_command(folder: Path, options: argparse.Namespace, run_name: str) -> float:
+    """Run `train` as a command and return its seconds."""
     start_time = time.perf_counter()
-    command = [sys.executable, "-m", "dist_llm", *train_arguments(options, name)]
-    subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True)
+    command = [sys.executable, "-m", "dist_llm", *make_train_arguments(options, run_name)]
+    subprocess.run(command, cwd=folder, env=make_environment(), check=True, capture_output=True)
     return time.perf_counter() - start_time
 
 
 def measure_stages(
-    folder: Path, options: argparse.Namespace, name: str, flags: list[str]
+    folder: Path, options: argparse.Namespace, run_name: str, python_flags: list[str]
 ) -> tuple[dict[str, float], list[str]]:
-    """Return the seconds of each stage, and the lines on stderr."""
+    """Run the program that prints the stages; return the seconds of each stage, and the lines on stderr."""
     stage_start = time.time()
-    command = [sys.executable, *flags, "-c", STAGED_TRAINING, *train_arguments(options, name)]
-    completed = subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True, text=True)
+    command = [sys.executable, *python_flags, "-c", STAGED_TRAINING, *make_train_arguments(options, run_name)]
+    completed = subprocess.run(command, cwd=folder, env=make_environment(), check=True, capture_output=True, text=True)
+    exit_time = time.time()
     lines = completed.stderr.splitlines()
-    ends = [line.removeprefix(PREFIX).split() for line in lines if line.startswith(PREFIX)] + [
-        ["exit", str(time.time())]
-    ]
+    stages_and_ends = [line.removeprefix(STAGE_PREFIX).split() for line in lines if line.startswith(STAGE_PREFIX)]
     stage_seconds: dict[str, float] = {}
-    for stage, end in ends:
+    for stage, end in [*stages_and_ends, ["exit", str(exit_time)]]:
         stage_seconds[stage], stage_start = float(end) - stage_start, float(end)
     assert list(stage_seconds) == list(STAGES), f"stages in another order: {list(stage_seconds)}"
     return stage_seconds, lines
 
 
 def sum_imports(lines: list[str]) -> dict[str, dict[str, float]]:
-    """Sum up seconds of imports by package, by module of dist_llm, and by the stage in which late imports occur.
+    """Sum up the seconds of imports by package, by module of dist_llm, and by stage for late imports.
 
-    A line is `import time: own microseconds | cumulative | name`, with the name indented by its depth.
+    A line is `import time: microseconds of the module | cumulative | name`, with the name indented by its depth.
     """
-    packages: dict[str, float] = defaultdict(float)
-    modules: dict[str, float] = {}
-    late: dict[str, float] = {}
-    pending = 0.0
+    seconds_by_package: dict[str, float] = defaultdict(float)
+    seconds_by_module: dict[str, float] = {}
+    late_seconds_by_stage: dict[str, float] = {}
+    seconds_in_stage = 0.0
     for line in lines:
-        if line.startswith(PREFIX):
-            stage = line.removeprefix(PREFIX).split()[0]
+        if line.startswith(STAGE_PREFIX):
+            stage = line.removeprefix(STAGE_PREFIX).split()[0]
             if stage not in STAGES[:3]:
-                late[stage] = pending
-            pending = 0.0
+                late_seconds_by_stage[stage] = seconds_in_stage
+            seconds_in_stage = 0.0
         elif line.startswith("import time:") and "self [us]" not in line:
-            own, _, name = (field.strip() for field in line.removeprefix("import time:").split("|"))
-            seconds = int(own) / 1e6
-            pending += seconds
-            packages[name.partition(".")[0]] += seconds
+            module_micros, _, name = (field.strip() for field in line.removeprefix("import time:").split("|"))
+            seconds = int(module_micros) / 1e6
+            seconds_in_stage += seconds
+            seconds_by_package[name.partition(".")[0]] += seconds
             if name.startswith("dist_llm"):
-                modules[name] = seconds
-    return {"packages": dict(packages), "modules": modules, "late": late}
+                seconds_by_module[name] = seconds
+    return {"packages": dict(seconds_by_package), "modules": seconds_by_module, "late": late_seconds_by_stage}
 
 
-def summarize(medians: dict[str, float], imports_by_kind: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Sum up the stages to the first step, and our own part."""
-    to_first = sum(medians[stage] for stage in STAGES[: STAGES.index("first_step") + 1])
-    our_imports = imports_by_kind["packages"].get("dist_llm", 0.0)
-    own = our_imports + sum(max(0.0, medians[stage] - imports_by_kind["late"].get(stage, 0.0)) for stage in OWN_STAGES)
-    return {"to_first_step": to_first, "own": own, "ours": our_imports, "command": medians["command"]}
+def summarize(medians: dict[str, float], import_seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Sum up the seconds until the first step ends, and those of our own code; see the docstring of the module."""
+    to_first_step = sum(medians[stage] for stage in STAGES[: STAGES.index("first_step") + 1])
+    our_imports, late_seconds = import_seconds["packages"].get("dist_llm", 0.0), import_seconds["late"]
+    own_seconds = our_imports + sum(max(0.0, medians[stage] - late_seconds.get(stage, 0.0)) for stage in OWN_STAGES)
+    return {"to_first_step": to_first_step, "own": own_seconds, "ours": our_imports, "command": medians["command"]}
 
 
-def report(results: Results, summary: dict[str, Any]) -> str:
+def make_report(results: Results, summary: dict[str, Any]) -> str:
     """Format the tables and the goals."""
     sections = []
     for kind in ("stage", "package", "module"):
         rows = [row for row in results.rows if kind in row]
-        late = ["late imports"] if kind == "stage" else []
-        cells = [[r[kind], f"{r['seconds']:.3f}", *([f"{r['late']:.3f}"] if late else [])] for r in rows]
-        sections.append(format_table([kind, "seconds", *late], cells))
+        if kind == "stage":
+            cells = [[row[kind], f"{row['seconds']:.3f}", f"{row['late']:.3f}"] for row in rows]
+            sections.append(format_table([kind, "seconds", "late imports"], cells))
+        else:
+            cells = [[row[kind], f"{row['seconds']:.3f}"] for row in rows]
+            sections.append(format_table([kind, "seconds"], cells))
     sections.append(
         f"to the first step: {summary['to_first_step']:.2f} s (the goal: {GOAL_SECONDS}), of which our own code "
         f"{summary['own']:.2f} s (the goal: {GOAL_OWN_SECONDS}); the command, to its exit: {summary['command']:.2f} s"

@@ -1,9 +1,8 @@
-"""Plot what warm-up does for post-norm, and that pre-norm hardly needs it: loss curves of one small decoder.
+"""Plot loss curves of a small decoder that show that post-norm needs learning-rate warmup and pre-norm hardly does.
 
-Trains a deep, narrow decoder with the norm before and after each sublayer, with and without warm-up, and post-norm with
-initial values designed for training without (depth, tfixup). All runs read the same samples. On two cores it takes some
-minutes. Prints one JSON line per run with its last held-out loss. With --docs DIR, also writes warmup.md and
-warmup.png.
+Trains a deep, narrow decoder with pre-norm and post-norm, with and without warmup, and with post-norm initializations
+that need no warmup (depth, tfixup). All runs read the same samples. On two cores the program takes some minutes. It
+prints one JSON line per run, with the last held-out loss. With --docs DIR it also writes warmup.md and warmup.png.
 
 The question is that of Xiong et al. 2020 (On layer normalization in the transformer architecture), figure 2.
 """
@@ -43,12 +42,12 @@ KEYS = (
     "log.tensorboard=false",
 )
 WARMUP = "schedule.warmup_steps=200"
-NONE = "schedule.warmup_steps=0"
+NO_WARMUP = "schedule.warmup_steps=0"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A name for the legend, and the keys in which the run differs."""
+    """A training run: its name in the legend, its config keys in addition to KEYS, and the style of its curve."""
 
     name: str
     keys: tuple[str, ...]
@@ -58,20 +57,22 @@ class Run:
 
 RUNS = (
     Run("pre-norm, warm-up", ("model.norm_order=pre", WARMUP), "C0"),
-    Run("pre-norm, none", ("model.norm_order=pre", NONE), "C0", dashed=True),
+    Run("pre-norm, none", ("model.norm_order=pre", NO_WARMUP), "C0", dashed=True),
     Run("post-norm, warm-up", ("model.norm_order=post", "model.init=xavier", WARMUP), "C1"),
-    Run("post-norm, none", ("model.norm_order=post", "model.init=xavier", NONE), "C1", dashed=True),
-    Run("post-norm, none, depth-scaled", ("model.norm_order=post", "model.init=depth", NONE), "C2", dashed=True),
-    Run("post-norm, none, T-Fixup values", ("model.norm_order=post", "model.init=tfixup", NONE), "C3", dashed=True),
+    Run("post-norm, none", ("model.norm_order=post", "model.init=xavier", NO_WARMUP), "C1", dashed=True),
+    Run("post-norm, none, depth-scaled", ("model.norm_order=post", "model.init=depth", NO_WARMUP), "C2", dashed=True),
+    Run(
+        "post-norm, none, T-Fixup values", ("model.norm_order=post", "model.init=tfixup", NO_WARMUP), "C3", dashed=True
+    ),
 )
 
 
 def main() -> None:
-    """Train, print, and write with --docs."""
+    """Train all runs, print their last losses, and write the page with --docs."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--docs", type=Path, metavar="DIR", help="write warmup.md and warmup.png into it")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train: run.steps=20")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys: run.steps=20")
     options = parser.parse_args()
     torch.set_num_threads(max(1, torch.get_num_threads()))
     evaluations = []
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 def train_run(run: Run, scratch: Path, corpus: Path, overrides: list[str]) -> list[dict[str, Any]]:
-    """Train a run and return its evaluations."""
+    """Train a run and return its evaluations: {step, heldout_loss}."""
     directory = scratch / run.name.replace(" ", "_")
     keys = [f"run.dir={directory}", f"data.path={corpus}", *KEYS, *run.keys, *overrides]
     train(read_config(REPOSITORY / "configs" / "debug.yaml", keys, 1), World())
@@ -104,8 +105,8 @@ def plot(evaluations: list[list[dict[str, Any]]], file: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="tight")
     for run, rows in zip(RUNS, evaluations, strict=True):
-        line = "--" if run.dashed else "-"
-        axes.plot([r["step"] for r in rows], [r["heldout_loss"] for r in rows], line, color=run.color, label=run.name)
+        steps, losses = [row["step"] for row in rows], [row["heldout_loss"] for row in rows]
+        axes.plot(steps, losses, "--" if run.dashed else "-", color=run.color, label=run.name)
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss, nats per token")
     axes.legend()
@@ -113,7 +114,7 @@ def plot(evaluations: list[list[dict[str, Any]]], file: Path) -> None:
 
 
 def make_page(evaluations: list[list[dict[str, Any]]]) -> str:
-    """Format warmup.md."""
+    """Return the text of warmup.md."""
     table = [
         f"| {run.name} | {rows[0]['heldout_loss']:.3f} | {rows[-1]['heldout_loss']:.3f} |"
         for run, rows in zip(RUNS, evaluations, strict=True)

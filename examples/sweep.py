@@ -1,4 +1,4 @@
-"""A sweep over learning rates in one process: train each, compare the held-out losses.
+"""Train a small model with several learning rates in one process and compare the held-out losses.
 
     python examples/sweep.py --corpus data/stdlib --lr 1e-3 3e-3 1e-2
 
@@ -17,11 +17,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of config keys")
     options = parser.parse_args()
-    losses = {}
+    heldout_losses = {}
     for lr in options.lr:
         overrides = (f"data.path={options.corpus}", f"optim.lr={lr}", f"run.dir=runs/sweep/lr={lr:g}")
-        losses[lr] = dist_llm.evaluate(dist_llm.train("debug", *overrides, *options.overrides)).loss
-    for lr, loss in sorted(losses.items(), key=lambda item: item[1]):
+        run = dist_llm.train("debug", *overrides, *options.overrides)
+        heldout_losses[lr] = dist_llm.evaluate(run).loss
+    for lr, loss in sorted(heldout_losses.items(), key=lambda item: item[1]):
         print(f"lr {lr:g}: held-out loss {loss:.4f}")
 
 

@@ -3,7 +3,7 @@
     python examples/train_from_python.py
     torchrun --nproc-per-node 2 examples/train_from_python.py --corpus data/stdlib parallel.dp_shard=2
 
-With --corpus, an existing corpus is used; a corpus is prepared by one process, so torchrun needs one.
+--corpus names an existing corpus. torchrun needs it, because only a single process prepares a corpus.
 """
 
 import argparse

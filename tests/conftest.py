@@ -8,10 +8,10 @@ from hypothesis import settings
 
 from dist_llm.config.derive import SPLIT_BACKWARD, splits_backward
 
-# A shell job in the background, or nohup, ignores these signals, and child processes inherit that.
+# In a background job of a shell, or under nohup, these signals are ignored, also in child processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# Tests share their cores: how long an example takes says nothing.
+# Tests share their cores, so examples of hypothesis have no time limit.
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 

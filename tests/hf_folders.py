@@ -1,4 +1,7 @@
-"""Write folders as Hugging Face's tools do: tokenizers of every kind, and texts that are difficult to tokenize."""
+"""Build tokenizers of each kind and write them as Hugging Face folders, for tests of the import and export.
+
+MORE_DIFFICULT_TEXTS are difficult to tokenize. ORIGINALS are the names of the files that an export must reproduce.
+"""
 
 import json
 from pathlib import Path
@@ -23,7 +26,7 @@ GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 3], "do_sample": True, "tem
 ADDED = ["ship", "ailed", "<think>"]
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>"]
 
-DIFFICULT = (
+MORE_DIFFICULT_TEXTS = (
     *("", " ", "  ", "\n", "\t", "\r\n", "\n\n\n", " \n \n", "a", "A", " a", "a ", "  a  ", "a  b", "a   b"),
     *("ship", "ships", "shipship", "warship", " ship ", "sailed", "the ship sailed", "SHIP", "<think>ship</think>"),
     *("<s>", "</s>", "a</s>b", "<|im_start|>user", "<s><s>", "<|endoftext|>", "<unk>", "text </s> text", "< s>"),
@@ -44,7 +47,7 @@ DIFFICULT = (
 )
 
 
-def byte_level() -> Tokenizer:
+def build_byte_level() -> Tokenizer:
     """Build a byte-level BPE like those of Llama 3 and Qwen: NFC, a split pattern, then bytes."""
     tokenizer = Tokenizer(models.BPE())
     pattern = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -53,50 +56,62 @@ def byte_level() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(PROSE, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, **_training()))
+    tokenizer.train_from_iterator(
+        PROSE, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, **_make_trainer_options())
+    )
     return tokenizer
 
 
-def sentencepiece_bpe() -> Tokenizer:
+def build_sentencepiece_bpe() -> Tokenizer:
     """Build a BPE like that of Llama 2: spaces become ▁, characters without a token become bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
     special = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer.train_from_iterator(PROSE, trainers.BpeTrainer(vocab_size=500, **_training(special)))
+    tokenizer.train_from_iterator(PROSE, trainers.BpeTrainer(vocab_size=500, **_make_trainer_options(special)))
     content = json.loads(tokenizer.to_str())  # byte tokens belong to the model and are not special
-    content["added_tokens"] = [each for each in content["added_tokens"] if not each["content"].startswith("<0x")]
+    content["added_tokens"] = [token for token in content["added_tokens"] if not token["content"].startswith("<0x")]
     return Tokenizer.from_str(json.dumps(content))
 
 
-def unigram() -> Tokenizer:
+def build_unigram() -> Tokenizer:
     """Build a Unigram tokenizer like that of T5: SentencePiece, with ▁ in front of each word."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer.train_from_iterator(PROSE, trainers.UnigramTrainer(vocab_size=150, unk_token="<unk>", **_training()))
+    tokenizer.train_from_iterator(
+        PROSE, trainers.UnigramTrainer(vocab_size=150, unk_token="<unk>", **_make_trainer_options())
+    )
     return tokenizer
 
 
-def wordpiece() -> Tokenizer:
-    """Build a WordPiece tokenizer like that of BERT: lower case, with ## in front of a word's continuation."""
+def build_wordpiece() -> Tokenizer:
+    """Build a WordPiece tokenizer like that of BERT: lower case, with ## in front of the continuation of a word."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    tokenizer.train_from_iterator(PROSE, trainers.WordPieceTrainer(vocab_size=200, **_training()))
+    tokenizer.train_from_iterator(PROSE, trainers.WordPieceTrainer(vocab_size=200, **_make_trainer_options()))
     return tokenizer
 
 
-KINDS = {each.__name__: each for each in (byte_level, sentencepiece_bpe, unigram, wordpiece)}
+KINDS = {
+    "byte_level": build_byte_level,
+    "sentencepiece_bpe": build_sentencepiece_bpe,
+    "unigram": build_unigram,
+    "wordpiece": build_wordpiece,
+}
 
 
-def _training(special: list[str] = SPECIAL) -> dict[str, Any]:
+def _make_trainer_options(special: list[str] = SPECIAL) -> dict[str, Any]:
     return {"special_tokens": special, "show_progress": False}
 
 
 def write_folder(folder: Path, kind: str, added: list[str] = ADDED, bos: bool = True) -> Tokenizer:
-    """Write the tokenizer's files with a chat template and generation settings; return the tokenizer."""
+    """Write the files of a tokenizer with a chat template and generation settings; return the tokenizer.
+
+    `kind` is a key of KINDS. With `bos`, the tokenizer adds <s> at the start of a text.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = KINDS[kind]()
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
@@ -116,7 +131,8 @@ def write_folder(folder: Path, kind: str, added: list[str] = ADDED, bos: bool = 
         "special_tokens_map.json": json.dumps({"bos_token": "<s>", "eos_token": "</s>"}),
         "added_tokens.json": json.dumps({token: tokenizer.token_to_id(token) for token in added}),
         "chat_template.jinja": CHAT_TEMPLATE,
-        "generation_config.json": json.dumps(GENERATION, indent=3) + "\r\n",  # formatted unlike our own writer
+        "generation_config.json": json.dumps(GENERATION, indent=3)
+        + "\r\n",  # formatted in another way than our writer does
     }
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode())

@@ -1,4 +1,4 @@
-"""Modules that the fork server of tests/warm.py imports, and environment variables that libraries read at import."""
+"""Preload the modules of the fork server of tests/warm.py, with the environment variables that libraries read."""
 # ruff: noqa: F401
 
 import gc
@@ -6,7 +6,7 @@ import os
 
 os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
 
-import pytest  # each forked process imports the main module of the process that requested it
+import pytest  # a forked process imports the main module of its parent, which is pytest
 import torch._inductor.compile_fx
 import torch.utils.tensorboard.writer
 

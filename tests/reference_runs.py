@@ -1,10 +1,10 @@
-"""Short training runs whose metrics are compared digit by digit before and after a change that must not alter them.
+"""Train short reference runs and compare their metrics digit by digit, before and after a refactoring.
 
-    python -m tests.reference_runs --out before.json          # train, and write the metrics of every run
+    python -m tests.reference_runs --out before.json          # train all runs and write their metrics
     python -m tests.reference_runs --compare before.json after.json   # exit code 1 if a digit differs
 
-The program depends on the command line, the config keys and metrics.jsonl alone, so it runs unchanged on older commits.
-The corpus is built from generated text and does not depend on the machine's files.
+The program uses only the command line, the config keys and metrics.jsonl, so it also runs on older commits. The corpus
+is generated text, which is the same on each machine.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LIMIT_SECONDS = 400
-COMPARED = ("step", "loss", "grad_norm", "lr", "heldout_loss", "loss_scale", "tokens")
+TIMEOUT_SECONDS = 400
+COMPARED_METRICS = ("step", "loss", "grad_norm", "lr", "heldout_loss", "loss_scale", "tokens")
 
-BASE: dict[str, Any] = {
+BASE_CONFIG: dict[str, Any] = {
     "run": {"dir": "run", "steps": 6, "seed": 3},
     "model": {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2},
     "data": {"seq_len": 64, "global_batch": 8, "micro_batch": 2},
@@ -37,11 +37,11 @@ BASE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run, or two where a second set of overrides resumes it."""
+    """A run; with `resume_overrides` it is resumed once. 0 ranks are one process without torchrun."""
 
     overrides: tuple[str, ...]
     ranks: int = 0
-    resume: tuple[str, ...] | None = None
+    resume_overrides: tuple[str, ...] | None = None
     resume_ranks: int = 0
 
 
@@ -81,7 +81,7 @@ RUNS: dict[str, Run] = {
     "resume_on_another_layout": Run(
         ("parallel.dp_replicate=2", "optim.moments=bf16", "checkpoint.every=4", "run.steps=4"),
         ranks=2,
-        resume=("run.steps=8", "schedule.on_extend=replan", "optim.moments=bf16"),
+        resume_overrides=("run.steps=8", "schedule.on_extend=replan", "optim.moments=bf16"),
     ),
     "sgd_document_mask": Run(
         ("optim.name=sgd", "optim.momentum=0.9", "optim.lr=0.1", "data.windows=packed", "data.document_mask=true"),
@@ -150,39 +150,39 @@ def main() -> int:
 
 
 def compare_metrics(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return one line per run or number that differs."""
+    """Return one line per run, number of rows or metric that differs."""
     lines = [f"{name}: only in one of the files" for name in sorted(set(old) ^ set(new))]
     for name in sorted(set(old) & set(new)):
         if len(old[name]) != len(new[name]):
             lines.append(f"{name}: {len(old[name])} rows before, {len(new[name])} after")
-        for before, after in zip(old[name], new[name], strict=False):
-            for key in sorted(set(before) | set(after)):
-                if before.get(key) != after.get(key):
-                    lines.append(f"{name}: step {before['step']}: {key}: {before.get(key)} -> {after.get(key)}")
+        for old_row, new_row in zip(old[name], new[name], strict=False):
+            for key in sorted(set(old_row) | set(new_row)):
+                if old_row.get(key) != new_row.get(key):
+                    lines.append(f"{name}: step {old_row['step']}: {key}: {old_row.get(key)} -> {new_row.get(key)}")
     return lines
 
 
 def train_all(names: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of each named run."""
+    """Train the named runs and return the rows of metrics of each."""
     metrics = {}
     with tempfile.TemporaryDirectory() as directory:
         corpus = build_corpus(Path(directory))
         for name in names:
-            start = time.monotonic()
+            start_time = time.monotonic()
             metrics[name] = train_run(RUNS[name], corpus, Path(directory, name))
-            print(f"{name}: {len(metrics[name])} rows, {time.monotonic() - start:.0f} s", flush=True)
+            print(f"{name}: {len(metrics[name])} rows, {time.monotonic() - start_time:.0f} s", flush=True)
     return metrics
 
 
 def build_corpus(directory: Path) -> Path:
     """Prepare a corpus of generated sentences."""
-    draw = random.Random(5)
-    vocabulary = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 7))) for _ in range(300)]
-    text = directory / "text"
-    text.mkdir()
-    for number in range(60):
-        sentences = (" ".join(draw.choices(vocabulary, k=draw.randint(4, 14))) for _ in range(draw.randint(5, 40)))
-        (text / f"{number:03}.txt").write_text(".\n".join(sentences) + ".\n", encoding="utf-8")
+    rng = random.Random(5)
+    vocabulary = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(300)]
+    text_folder = directory / "text"
+    text_folder.mkdir()
+    for document_index in range(60):
+        sentences = (" ".join(rng.choices(vocabulary, k=rng.randint(4, 14))) for _ in range(rng.randint(5, 40)))
+        (text_folder / f"{document_index:03}.txt").write_text(".\n".join(sentences) + ".\n", encoding="utf-8")
     options = ["--source", "text", "--tokenizer", "bpe:400", "--heldout-fraction", "0.2", "--out", "corpus"]
     run_command(["-m", "dist_llm", "prepare", *options], directory)
     return directory / "corpus"
@@ -191,23 +191,24 @@ def build_corpus(directory: Path) -> Path:
 def train_run(run: Run, corpus: Path, directory: Path) -> list[dict[str, Any]]:
     """Train in a new directory; return the compared metrics of all rows."""
     directory.mkdir()
-    base = {**BASE, "data": {**BASE["data"], "path": str(corpus)}}
-    (directory / "config.yaml").write_text(json.dumps(base), encoding="utf-8")  # JSON is YAML
-    run_command([*launcher_arguments(run.ranks), "train", "--config", "config.yaml", *run.overrides], directory)
-    if run.resume is not None:
-        run_command([*launcher_arguments(run.resume_ranks), "train", "--config", "config.yaml", *run.resume], directory)
+    config = {**BASE_CONFIG, "data": {**BASE_CONFIG["data"], "path": str(corpus)}}
+    (directory / "config.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is a subset of YAML
+    train = ("train", "--config", "config.yaml")
+    run_command([*make_launcher_arguments(run.ranks), *train, *run.overrides], directory)
+    if run.resume_overrides is not None:
+        run_command([*make_launcher_arguments(run.resume_ranks), *train, *run.resume_overrides], directory)
     rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in COMPARED if key in row} for row in rows]
+    return [{key: row[key] for key in COMPARED_METRICS if key in row} for row in rows]
 
 
-def launcher_arguments(ranks: int) -> list[str]:
-    """The interpreter's arguments before the subcommand."""
+def make_launcher_arguments(ranks: int) -> list[str]:
+    """Return the arguments of Python before the subcommand; torchrun starts the ranks unless `ranks` is 0."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     return [*torchrun, "-m", "dist_llm"]
 
 
 def run_command(arguments: list[str], directory: Path) -> None:
-    """Run the interpreter with these arguments; raise with its output if it fails."""
+    """Run Python with these arguments; if it fails, raise RuntimeError with its output."""
     path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
     completed = subprocess.run(
@@ -216,7 +217,7 @@ def run_command(arguments: list[str], directory: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=LIMIT_SECONDS,
+        timeout=TIMEOUT_SECONDS,
     )
     if completed.returncode:
         raise RuntimeError(f"{arguments} exited with {completed.returncode}\n{completed.stdout}\n{completed.stderr}")

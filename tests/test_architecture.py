@@ -36,7 +36,7 @@ def test_every_package_of_the_rules_is_a_box_with_a_description(tool: ModuleType
     descriptions = tool.read_tree(tool.TREE.read_text())
     levels = tool.read_levels(tool.RULES.read_text())
     assert [set(names) for names in levels] == [names - {"__main__"} for names in LEVELS if names != {"__main__"}]
-    boxes = {box.title: box for box in tool.layer_boxes(levels, descriptions, 0)}
+    boxes = {box.title: box for box in tool.iter_layer_boxes(levels, descriptions, 0)}
     assert boxes.keys() == LEVEL.keys() - {"__main__"}
     assert [title for title, box in boxes.items() if not box.lines] == []
 

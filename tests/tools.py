@@ -1,4 +1,4 @@
-"""Commands of `dist-llm`, run in this process."""
+"""Run commands of `dist-llm` in the process of a test."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from dist_llm.cli import main
 
 
 def command(name: str) -> Callable[..., int]:
-    """A function that runs `dist-llm NAME ARGUMENTS` and returns its exit code."""
+    """Return a function that runs `dist-llm NAME ARGUMENTS` and returns the exit code."""
 
     def run(*arguments: object) -> int:
         return main([name, *map(str, arguments)])

@@ -1,7 +1,6 @@
 """Start test processes from a fork server that has already imported torch.
 
-A new interpreter takes seconds to import torch. Without the fork server, this import dominates the time of most tests
-of commands and of worlds.
+A new interpreter takes seconds to import torch, which would dominate the time of most end-to-end and law tests.
 """
 
 import atexit
@@ -14,7 +13,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 
-def fork_server_context() -> ForkServerContext:
+def get_fork_server_context() -> ForkServerContext:
     """Return the multiprocessing context whose fork server preloads `tests.preload`."""
     server_context = multiprocessing.get_context("forkserver")
     server_context.set_forkserver_preload(["tests.preload"])
@@ -24,11 +23,11 @@ def fork_server_context() -> ForkServerContext:
 def start_process(
     arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path, errors: Path
 ) -> ForkServerProcess:
-    """Start `python -m ARGUMENTS`, or `python ARGUMENTS` if the first is a .py file, in a new session.
+    """Start `python -m ARGUMENTS`, or `python ARGUMENTS` if the first argument is a .py file, in a new session.
 
-    Its stdout and stderr are appended to the files `output` and `errors`.
+    The process appends its stdout to the file `output` and its stderr to `errors`.
     """
-    process = fork_server_context().Process(
+    process = get_fork_server_context().Process(
         target=_run_command, args=(arguments, dict(environment), cwd, output, errors)
     )
     process.start()
@@ -51,4 +50,4 @@ def _run_command(
         else:
             runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     finally:
-        atexit._run_exitfuncs()  # multiprocessing ends a forked process without them
+        atexit._run_exitfuncs()  # multiprocessing ends a forked process without the functions of atexit

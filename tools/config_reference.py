@@ -1,6 +1,6 @@
-"""Write docs/config.md, the reference of all config keys, from the schema.
+"""Generate docs/config.md, the reference of all config keys, from the schema.
 
-python tools/config_reference.py            # print it
+python tools/config_reference.py            # print the page
 python tools/config_reference.py --write    # write docs/config.md
 """
 
@@ -21,7 +21,7 @@ of an entry in a list. This page is generated from the schema by `tools/config_r
 def main() -> None:
     """Print or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/config.md")
+    parser.add_argument("--write", action="store_true", help="write the page to docs/config.md")
     page = "\n".join((TITLE, *format_markdown())).rstrip() + "\n"
     if parser.parse_args().write:
         PAGE.write_text(page)

@@ -1,4 +1,4 @@
-"""The former name of `dist-llm convert`."""
+"""An alias of `dist-llm convert`, which replaces this script."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The former name of `dist-llm data`."""
+"""An alias of `dist-llm data`, which replaces this script."""
 
 import sys
 

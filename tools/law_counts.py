@@ -1,7 +1,7 @@
-"""Count what tests/laws covers, from the tests themselves. Part of a release: CONTRIBUTING.md.
+"""Count the layouts, planted bugs and tests of tests/laws for the table in the README; a step of each release.
 
-Prints a table whose heading names the version. With --write FILE, replaces the text between the lines
-`<!-- law counts -->` and `<!-- /law counts -->` of that file. No test pins the counts.
+Prints a Markdown table, whose heading names the version. With --write FILE, replaces the text between the lines
+`<!-- law counts -->` and `<!-- /law counts -->` of the file. No test checks the counts in the README.
 
   python tools/law_counts.py --write README.md
 """
@@ -24,23 +24,23 @@ MARKED_TEXT = re.compile(r"(<!-- law counts -->\n).*?(<!-- /law counts -->)", re
 def main() -> int:
     """Print the table or write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="the file to update")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="update the table in this file")
     file = parser.parse_args().write
     if file is None:
         print(format_table(), end="")
         return 0
     text = file.read_text(encoding="utf-8")
-    if (count := len(MARKED_TEXT.findall(text))) != 1:
-        print(f"error: {file}: needs one pair of lines {MARKED_TEXT.pattern!r}, has {count}", file=sys.stderr)
+    if (num_pairs := len(MARKED_TEXT.findall(text))) != 1:
+        print(f"error: {file}: needs one pair of lines {MARKED_TEXT.pattern!r}, has {num_pairs}", file=sys.stderr)
         return 2
-    rows = format_table()
-    file.write_text(MARKED_TEXT.sub(lambda match: f"{match[1]}{rows}{match[2]}", text), encoding="utf-8")
+    table = format_table()
+    file.write_text(MARKED_TEXT.sub(lambda match: f"{match[1]}{table}{match[2]}", text), encoding="utf-8")
     print(f"{file}: table of counts replaced", file=sys.stderr)
     return 0
 
 
 def format_table() -> str:
-    """Return the counts as rows of a Markdown table."""
+    """Return the counts as a Markdown table."""
     sys.path.insert(0, str(REPOSITORY))
     from dist_llm import __version__
     from tests.laws import covering
@@ -49,20 +49,20 @@ def format_table() -> str:
     from tests.laws.space import FACTORS
 
     layouts = {str(layout): layout for layout in LAYOUTS.values()}.values()
-    ranks = Counter(layout.ranks for layout in layouts)
-    default, slow = count_tests()
+    num_layouts_by_ranks = Counter(layout.ranks for layout in layouts)
+    num_default_tests, num_slow_tests = count_tests()
     counts = {
         f"cases of the covering array; each compatible pair of values of {len(FACTORS)} factors occurs in a case": len(
             covering.load_array()[0]
         ),
         "layouts compared with one process": len(layouts),
-        **{f"... on {number} ranks": ranks[number] for number in sorted(ranks)},
+        **{f"... on {ranks} ranks": num_layouts_by_ranks[ranks] for ranks in sorted(num_layouts_by_ranks)},
         "... with three or more mesh dimensions larger than 1": sum(layout.axes >= 3 for layout in layouts),
         "layouts of other architectures and objectives": len({str(layout) for layout in ARCHITECTURE_LAYOUTS.values()}),
         "layouts with `torch.compile` and recomputation": len({str(layout) for layout in COMPILED_LAYOUTS.values()}),
         "planted bugs; each makes the comparison fail": len(BUGS),
-        "tests of `tests/laws` in `make test`": default,
-        "additional tests with `pytest -m slow`, skipped combinations included": slow,
+        "tests of `tests/laws` in `make test`": num_default_tests,
+        "additional tests with `pytest -m slow`, skipped combinations included": num_slow_tests,
     }
     heading = [f"| in version {__version__} | count |", "| --- | --- |"]
     return "\n".join([*heading, *(f"| {label} | {count} |" for label, count in counts.items())]) + "\n"
@@ -81,8 +81,8 @@ def count_tests() -> tuple[int, int]:
                 counts["slow" if "slow" in markers else "default" if markers.isdisjoint({"gpu", "slurm"}) else ""] += 1
 
     with redirect_stdout(StringIO()) as output:
-        code = pytest.main(["--collect-only", "-p", "no:cacheprovider", str(LAWS)], [TestCounter()])
-    if code != pytest.ExitCode.OK or not counts:
+        exit_code = pytest.main(["--collect-only", "-p", "no:cacheprovider", str(LAWS)], [TestCounter()])
+    if exit_code != pytest.ExitCode.OK or not counts:
         raise RuntimeError(f"pytest cannot collect {LAWS}:\n{output.getvalue()}")
     return counts["default"], counts["slow"]
 

@@ -1,10 +1,10 @@
-"""Reject retired words as identifiers, so that one concept keeps one name, the field's.
+"""Reject retired words as identifiers, so that each concept has one name, the standard term of the field.
 
     python tools/lint_names.py                 # check the packages below
     python tools/lint_names.py dist_llm/data   # check other files or folders
 
-A name is checked where it is defined: functions, classes, arguments, variables, attributes, import aliases and file
-names. Uses are not checked, so names of other packages and of libraries may appear. Exit code 1 if a name is retired.
+The program checks names where they are defined: functions, classes, arguments, variables, attributes, import aliases
+and file names. It does not check uses, so names of libraries may appear. Exit code 1: a name is retired.
 """
 
 import ast
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Packages, folders and files whose names have been revised. Add one once it passes.
+# The folders and files that are checked. Add a folder once it passes.
 CHECKED = (
     "dist_llm/checkpoint",
     "dist_llm/config",
@@ -44,7 +44,7 @@ CHECKED = (
     "tools/lint_names.py",
 )
 
-# Retired word -> what to write instead.
+# {retired word: what to write instead}
 RETIRED = {
     **dict.fromkeys(("told", "asked", "meant", "noted", "agreed"), "the value itself, such as stop_signal"),
     **dict.fromkeys(("held", "Held"), "state, or in_flight"),
@@ -67,7 +67,7 @@ RETIRED = {
     **dict.fromkeys(("straight", "begun", "here", "there", "who", "whom"), "the noun of the value"),
 }
 
-# Config keys, and names that an interface of another library dictates.
+# Exceptions: config keys, keys of files, and names that an interface of another library requires.
 ALLOWED = {
     ("dist_llm/config/schema.py", "every"),
     ("dist_llm/checkpoint/checkpoint_folder.py", "tell"),  # a method of io.IOBase, which torch calls
@@ -80,13 +80,13 @@ ALLOWED = {
 def main() -> int:
     """Check the files of the command line, or CHECKED; print one line per retired name."""
     paths = [Path(argument) for argument in sys.argv[1:]] or [ROOT / name for name in CHECKED]
-    lines = [line for path in paths for line in check_path(path)]
-    print("\n".join(lines) if lines else "names: no retired word")
-    return int(bool(lines))
+    reports = [report for path in paths for report in check_path(path)]
+    print("\n".join(reports) if reports else "names: no retired word")
+    return int(bool(reports))
 
 
 def check_path(path: Path) -> Iterator[str]:
-    """Yield a line for each retired name in a file, or in all Python files of a folder."""
+    """Yield a report for each retired name in a file, or in all Python files of a folder."""
     for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
         file = file.resolve()
         name = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else file.as_posix()
@@ -98,7 +98,7 @@ def check_path(path: Path) -> Iterator[str]:
 
 
 def strip_suffix(identifier: str) -> str:
-    """Remove leading underscores and a shape suffix such as _BSD."""
+    """Remove leading and trailing underscores, and a shape suffix such as _BSD."""
     word, _, suffix = identifier.strip("_").rpartition("_")
     return word if word and suffix and suffix.upper() == suffix else identifier.strip("_")
 

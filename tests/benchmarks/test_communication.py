@@ -9,18 +9,28 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks import communication
-from benchmarks.communication import CASES, MODEL, ROWS, SEQ_LEN, WireCounter, busiest, count, document, make_case
+from benchmarks.communication import (
+    CASES,
+    GLOBAL_BATCH,
+    MODEL,
+    SEQ_LEN,
+    WireCounter,
+    count_traffic,
+    format_document,
+    make_case,
+    select_busiest_rank,
+)
 from dist_llm.config.derive import AXES
-from tests.laws.worlds import WorldError, world
+from tests.laws.worlds import WorldError, get_world
 
 D, V, L = MODEL["d_model"], MODEL["vocab_size"], MODEL["n_layers"]
 BLOCK = D * 64 + 2 * D * 32 + 64 * D + 3 * D * MODEL["d_ff"] + 2 * D  # q, k and v, out, feed-forward, norms
 PARAMETERS = L * BLOCK + 2 * V * D + D
-ACTIVATIONS = 4 * ROWS * SEQ_LEN * D
+ACTIVATIONS = 4 * GLOBAL_BATCH * SEQ_LEN * D
 
 
 def count_busiest(**keys: Any) -> dict[str, Any]:
-    return busiest(world(2).run(count, make_case(**keys)))
+    return select_busiest_rank(get_world(2).run(count_traffic, make_case(**keys)))
 
 
 def sum_sent(row: dict[str, Any], kind: str) -> tuple[int, int]:
@@ -30,7 +40,7 @@ def sum_sent(row: dict[str, Any], kind: str) -> tuple[int, int]:
 
 
 def test_replicas_all_reduce_each_gradient_once() -> None:
-    row = count_busiest(dp_replicate=2, micro=2)
+    row = count_busiest(dp_replicate=2, micro_batch=2)
     # Over two ranks an all-reduce sends as many bytes as it reduces: a group per block and one for the rest, the
     # count of scored tokens (int64) and the loss.
     assert sum_sent(row, "all-reduce") == (L + 1 + 2, 4 * PARAMETERS + 8 + 4)
@@ -57,7 +67,7 @@ def test_shards_are_gathered_as_often_as_they_are_freed(reshard: str, gathered: 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_tensor_ranks_send_eight_activations_a_block(sequence_parallel: bool) -> None:
     row = count_busiest(tp=2, sequence_parallel=sequence_parallel)
-    loss = 3 * 4 * ROWS * SEQ_LEN + 4  # three numbers a token; the norm
+    loss = 3 * 4 * GLOBAL_BATCH * SEQ_LEN + 4  # three numbers a token; the norm
     if sequence_parallel:
         calls, size = 4 * L + 2, (4 * L + 2) * ACTIVATIONS // 2
         assert sum_sent(row, "all-gather") == sum_sent(row, "reduce-scatter") == (calls, size)
@@ -68,8 +78,8 @@ def test_tensor_ranks_send_eight_activations_a_block(sequence_parallel: bool) ->
 
 
 def test_stages_send_activations_on_and_their_gradient_back() -> None:
-    row = count_busiest(pp=2, micro=2)
-    assert sum_sent(row, "send") == (ROWS // 2, ACTIVATIONS)
+    row = count_busiest(pp=2, micro_batch=2)
+    assert sum_sent(row, "send") == (GLOBAL_BATCH // 2, ACTIVATIONS)
     assert sum_sent(row, "all-reduce") == (3, 8 + 4 + 4)
     assert row["minimum"] == ACTIVATIONS
 
@@ -94,7 +104,7 @@ def count_each_kind() -> dict[tuple[str, str], float]:
 
 def test_each_kind_sends_as_much_as_a_ring() -> None:
     kinds = {"all-reduce": 40, "all-gather": 20, "reduce-scatter": 20, "send": 40}
-    assert world(2).run(count_each_kind) == [{("dp_shard", kind): size for kind, size in kinds.items()}] * 2
+    assert get_world(2).run(count_each_kind) == [{("dp_shard", kind): size for kind, size in kinds.items()}] * 2
 
 
 def count_unknown_kind() -> None:
@@ -105,7 +115,7 @@ def count_unknown_kind() -> None:
 
 def test_an_unknown_call_is_an_error() -> None:
     with pytest.raises(WorldError, match="c10d::broadcast_"):
-        world(2).run(count_unknown_kind)
+        get_world(2).run(count_unknown_kind)
 
 
 def make_rows(excess: dict[str, float]) -> list[dict[str, Any]]:
@@ -115,12 +125,12 @@ def make_rows(excess: dict[str, float]) -> list[dict[str, Any]]:
 
 def test_an_excess_needs_a_reason_and_a_reason_an_excess() -> None:
     explained = dict.fromkeys(communication.REASONS, 0.5)
-    document(make_rows(explained))
+    format_document(make_rows(explained))
     with pytest.raises(SystemExit, match=r"\['tp 2'\]"):
-        document(make_rows({**explained, "tp 2": 0.051}))
+        format_document(make_rows({**explained, "tp 2": 0.051}))
     stale = next(iter(explained))
     with pytest.raises(SystemExit, match=re.escape(stale)):
-        document(make_rows({**explained, stale: 0.049}))
+        format_document(make_rows({**explained, stale: 0.049}))
 
 
 def test_the_document_has_every_layout() -> None:

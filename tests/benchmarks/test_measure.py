@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(("bf16", "precisions"), [(2e12, ["fp32", "bf16"]), (1e9, ["fp32"])])
 def test_bf16_is_skipped_where_a_cpu_has_none(bf16, precisions, monkeypatch, capsys) -> None:
     rates = {"fp32": 1.5e11, "bf16": bf16}
-    monkeypatch.setattr(measure, "matmul_rate", lambda device, precision, size, tries: rates[precision])
-    assert measure.precisions(None, CPU) == precisions
+    monkeypatch.setattr(measure, "measure_matmul_rate", lambda device, precision, size, tries: rates[precision])
+    assert measure.choose_precisions(None, CPU) == precisions
     assert ("bf16 is left out" in capsys.readouterr().err) == (precisions == ["fp32"])
-    assert measure.precisions(["bf16"], CPU) == ["bf16"], "an explicit choice is kept"
+    assert measure.choose_precisions(["bf16"], CPU) == ["bf16"], "an explicit choice is kept"

@@ -1,7 +1,7 @@
-"""`python -m tests.chaos.rank DIRECTORY PACED train ...`: run the command with two additions to each step.
+"""Run `dist-llm` with two additions to each step: `python -m tests.chaos.rank DIRECTORY NUM_SLOW_STEPS train ...`.
 
-Up to step PACED a step takes 0.15 s longer. If DIRECTORY contains the file `nan_HOST`, a rank on that host removes the
-file and sets one of its weights to NaN.
+The first NUM_SLOW_STEPS steps take 0.15 s longer. If DIRECTORY contains the file `nan_HOST`, a rank on that host
+removes the file and sets one of its weights to NaN.
 """
 
 import socket
@@ -19,23 +19,24 @@ from dist_llm.training.trainer import Trainer
 PACE_SECONDS = 0.15
 
 
-def nan_request(directory: Path, host: str) -> Path:
-    """Return the file whose existence requests a NaN on this host."""
+def get_nan_request_path(directory: Path, host: str) -> Path:
+    """Return the path of the file that requests a NaN on this host."""
     return directory / f"nan_{host}"
 
 
 def run() -> int:
-    directory, paced, *arguments = sys.argv[1:]
-    request, step = nan_request(Path(directory), socket.gethostname()), Trainer.take_step
+    """Run the command of the command line; return its exit code."""
+    directory, num_slow_steps, *arguments = sys.argv[1:]
+    request, original_step = get_nan_request_path(Path(directory), socket.gethostname()), Trainer.take_step
 
     def step_with_fault(self: Trainer) -> None:
-        if self.progress.step < int(paced):
+        if self.progress.step < int(num_slow_steps):
             time.sleep(PACE_SECONDS)
         if request.exists():
             request.unlink()
             weight = to_local(next(self.engine.named_parameters())[1].detach())
             weight.view(-1)[0] = torch.nan
-        step(self)
+        original_step(self)
 
     with patch.object(Trainer, "take_step", step_with_fault):
         return main(arguments)

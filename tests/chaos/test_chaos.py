@@ -1,7 +1,6 @@
-"""Random faults, one of each kind or for minutes: no checkpoint is lost, nothing hangs, and all results are bitwise
-equal.
+"""Under random faults no checkpoint is lost, nothing hangs, and the results equal those of a calm run bit for bit.
 
-The seed is printed; CHAOS_SEED=... repeats the faults.
+The test prints its seed; CHAOS_SEED=... repeats the faults.
 """
 
 import json
@@ -18,32 +17,32 @@ from typing import Any
 
 import pytest
 
+from tests.chaos.checkpoint_monitor import CheckpointMonitor
+from tests.chaos.fault_injector import DISK_FULL_MESSAGE, KINDS, FaultInjector, summarize_by_kind
 from tests.chaos.job import CHECKPOINT_EVERY, CHECKPOINTS_KEPT, NODES, Job
-from tests.chaos.monkey import FULL, KINDS, Monkey, summarize_by_kind
-from tests.chaos.watch import CheckpointMonitor
 from tests.e2e import commands
 from tests.e2e.test_kill import assert_same_weights
-from tests.netns.network import Network, missing, running_network
+from tests.netns.network import Network, find_obstacle, running_network
 
-UNLIMITED = 10**9
-MORE_STEPS = 5  # after the last start
-CALM = 60  # steps of the undisturbed run that are paced as those of the other
+UNLIMITED_STEPS = 10**9
+STEPS_AFTER_STOP = 5
+NUM_SLOW_CALM_STEPS = 60  # steps of the calm run that are as slow as those of the run with faults
 
-# Log messages of a fault; the other kinds have an effect that is checked elsewhere.
+# The log message that each kind of fault must cause. The effects of the other kinds are checked elsewhere.
 MESSAGES = {
     "stop": "has made no progress for",
-    "full": FULL,
+    "full": DISK_FULL_MESSAGE,
     "flip": "skipping it; an older checkpoint",
     "nan": "rewound to step",
 }
 
-pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(missing()), reason=missing() or "there are")]
+pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(find_obstacle()), reason=find_obstacle() or "no obstacle")]
 
 
 @pytest.mark.parametrize(
     ("minutes", "kinds"),
     [
-        # A stopped rank takes as long as all other faults together; tests/e2e/test_stop.py has one.
+        # The recovery from a stopped rank takes as long as all others together; tests/e2e/test_stop.py tests it.
         pytest.param(0, [kind for kind in KINDS if kind != "stop"], marks=pytest.mark.timeout(600), id="one of each"),
         pytest.param(3, KINDS, marks=[pytest.mark.slow, pytest.mark.timeout(600)], id="3 minutes"),
         pytest.param(30, KINDS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)], id="30 minutes"),
@@ -55,20 +54,20 @@ def test_random_faults_change_no_result(
     seed = int(os.environ.get("CHAOS_SEED") or random.randrange(10**6))
     print(f"CHAOS_SEED={seed}")
     with running_network(len(NODES)) as net, small_disk(tmp_path / "disk") as disk:
-        run, report = run_with_faults(net, disk, corpus, tmp_path / "storm", 60 * minutes, seed, kinds)
+        run, report = run_with_faults(net, disk, corpus, tmp_path / "faults", 60 * minutes, seed, kinds)
         actual = commands.read_metrics(run)
-        calm = Job(net, corpus, tmp_path / "calm", CALM, f"run.steps={len(actual)}")
+        calm_job = Job(net, corpus, tmp_path / "calm", NUM_SLOW_CALM_STEPS, f"run.steps={len(actual)}")
         try:
-            calm.start(*NODES)
-            assert calm.wait(60 + len(actual)) == [0, 0], calm.tails()
+            calm_job.start(*NODES)
+            assert calm_job.wait(60 + len(actual)) == [0, 0], calm_job.read_log_tails()
         finally:
-            calm.close()
-        expected = commands.read_metrics(calm.run)
-        assert commands.column(actual, "step") == list(range(1, len(actual) + 1)), "each step once"
+            calm_job.close()
+        expected = commands.read_metrics(calm_job.run)
+        assert commands.get_column(actual, "step") == list(range(1, len(actual) + 1)), "each step once"
         for name in ("step", "loss", "grad_norm", "lr", "tokens"):
-            assert commands.column(actual, name) == commands.column(expected, name), name
-        assert_same_weights(run, calm.run)
-    step_seconds = median(commands.column(expected[:CALM], "step_seconds"))
+            assert commands.get_column(actual, name) == commands.get_column(expected, name), name
+        assert_same_weights(run, calm_job.run)
+    step_seconds = median(commands.get_column(expected[:NUM_SLOW_CALM_STEPS], "step_seconds"))
     report |= {"step_seconds": step_seconds, "goodput": round(report["steps"] * step_seconds / report["seconds"], 3)}
     (tmp_path / "chaos.json").write_text(json.dumps(report, indent=1) + "\n")
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -78,53 +77,55 @@ def test_random_faults_change_no_result(
 def run_with_faults(
     net: Network, disk: Path, corpus: Path, directory: Path, seconds: float, seed: int, kinds: Sequence[str]
 ) -> tuple[Path, dict[str, Any]]:
-    """Run with faults of these kinds for this time, stop it by a signal, start it again and let it end.
+    """Run a job with faults of these kinds for `seconds`, stop it by a signal, start it again and let it end.
 
-    Return run and report.
+    Return the run directory and the report.
     """
     checkpoints = disk / "checkpoints"
-    job = Job(net, corpus, directory, UNLIMITED, f"checkpoint.dir={checkpoints}", f"run.steps={UNLIMITED}")
+    overrides = (f"checkpoint.dir={checkpoints}", f"run.steps={UNLIMITED_STEPS}")
+    job = Job(net, corpus, directory, UNLIMITED_STEPS, *overrides)
     monitor = CheckpointMonitor(job, checkpoints)
-    monkey = Monkey(seed, job, monitor, net, disk, kinds)
+    injector = FaultInjector(seed, job, monitor, net, disk, kinds)
     try:
         job.start(*NODES)
         with monitor.running():
-            monkey.wait(lambda: monitor.step > 2 * CHECKPOINT_EVERY, "the first steps")
-            monkey.run_faults(seconds)
+            injector.wait(lambda: monitor.step > 2 * CHECKPOINT_EVERY, "the first steps")
+            injector.inject_faults(seconds)
             with monitor.lock:
-                job.restarting, seconds, step = False, monkey.elapsed, monitor.step
+                job.should_restart, elapsed_seconds, step = False, injector.elapsed_seconds, monitor.step
             job.send_signal(signal.SIGTERM)
-            assert job.wait(30) == [1, 1], job.tails()  # torchrun's exit code does not depend on the ranks'
+            # The exit code of torchrun does not depend on those of the ranks.
+            assert job.wait(30) == [1, 1], job.read_log_tails()
             monitor.check()
             marker = json.loads((job.run / "stopped.json").read_text())
             assert marker == {"signal": "SIGTERM", "step": monitor.step}, "all ranks stop after the agreed step"
-            assert monitor.saved == monitor.step
-            job.overrides = (*job.overrides, f"run.steps={monitor.step + MORE_STEPS}")
+            assert monitor.saved_step == monitor.step
+            job.overrides = (*job.overrides, f"run.steps={monitor.step + STEPS_AFTER_STOP}")
             job.start(*NODES)
-            assert job.wait(120) == [0, 0], job.tails()
+            assert job.wait(120) == [0, 0], job.read_log_tails()
             monitor.check()
-        monkey.check()
-        assert job.remaining_processes(*NODES) == [], "no process remains"
+        injector.check()
+        assert job.wait_for_exit(*NODES) == [], "no process remains"
     finally:
         job.close()
     for kind, message in MESSAGES.items():
         assert kind not in kinds or job.count_in_logs(message), f"{kind}: no rank logged it"
-    assert len(monitor.verified_steps()) == len(list(checkpoints.iterdir())) == CHECKPOINTS_KEPT, (
-        "only the newest, and no other files"
+    assert len(monitor.list_verified_steps()) == len(list(checkpoints.iterdir())) == CHECKPOINTS_KEPT, (
+        "the newest checkpoints remain, and no other files"
     )
     return job.run, {
         "seed": seed,
-        "seconds": round(seconds, 1),
+        "seconds": round(elapsed_seconds, 1),
         "steps": step,
         "steps_retaken": monitor.num_repeated_steps,
         "starts_of_torchrun": job.num_starts,
-        "faults": summarize_by_kind(monkey.faults),
+        "faults": summarize_by_kind(injector.faults),
     }
 
 
 @contextmanager
 def small_disk(directory: Path) -> Iterator[Path]:
-    """Mount a small file system with room for some checkpoints."""
+    """Mount a file system of 24 MB at `directory`, with room for some checkpoints; unmount it after the block."""
     directory.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(directory)], capture_output=True)
     if mounted.returncode:

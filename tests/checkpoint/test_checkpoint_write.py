@@ -29,7 +29,7 @@ from dist_llm.sharded import to_local
 from dist_llm.training.step import train_step
 from tests.laws.law import copy_full_tensor, make_batches, make_config
 from tests.laws.layouts import ADAMW
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
 CONFIG = make_config(1, {}, optim=ADAMW)
@@ -181,7 +181,7 @@ def save_with_limit(directory: Path, limited_rank: int) -> str:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_ranks_report_the_rank_that_cannot_write(rank: int, tmp_path: Path) -> None:
     """One rank reaches its quota. The older checkpoint stays, and the step is saved once there is space."""
-    first, second = world(2).run(save_with_limit, tmp_path, rank)
+    first, second = get_world(2).run(save_with_limit, tmp_path, rank)
     assert first == second
     assert f"step_00000002: cannot be written: rank {rank}: [Errno 27] File too large" in first
     assert "Free some space" in first

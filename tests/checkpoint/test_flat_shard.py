@@ -15,7 +15,7 @@ from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.flat_shard import FlatShard, flat_range_to_boxes, local_chunks
 from dist_llm.checkpoint.store import CheckpointStore
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 SHAPES = {"model.a": (7, 5), "model.b": (3, 2, 4), "model.c": (11,), "model.d": ()}
 
@@ -91,10 +91,10 @@ def load_flat_state(directory: Path) -> bool:
 
 @pytest.mark.parametrize("background", [True, False])
 def test_three_ranks_write_and_two_ranks_or_one_read(background: bool, tmp_path: Path) -> None:
-    world(3).run(save_flat_state, tmp_path, background)
+    get_world(3).run(save_flat_state, tmp_path, background)
     newest = CheckpointStore(tmp_path).list_committed()[-1]
     assert newest.local_path is not None
-    assert all(world(2).run(load_flat_state, newest.local_path))
+    assert all(get_world(2).run(load_flat_state, newest.local_path))
     full = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     store.read_tensors(newest, dict(full))
     for name, value in make_tensors().items():

@@ -14,7 +14,7 @@ from dist_llm.errors import CheckpointError
 from dist_llm.training.step import train_step
 from tests.laws.law import copy_full_tensor, make_batches, make_config, save_checkpoint
 from tests.laws.layouts import ADAMW, Layout
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
 OLD, NEW = 97, 111  # both are padded to multiples of 4: 100 and 112 rows
@@ -60,7 +60,7 @@ def test_known_rows_are_copied_and_new_rows_initialized(
     if layout.ranks == 1:
         actual = init_state(resolved, path, keep_optimizer, OLD)
     else:
-        actual = world(layout.ranks).run(init_state, resolved, path, keep_optimizer, OLD)[0]
+        actual = get_world(layout.ranks).run(init_state, resolved, path, keep_optimizer, OLD)[0]
     assert any(name.startswith("optim.") for name in actual) == keep_optimizer
     for name, tensor in actual.items():
         if not name.split(".", 1)[1].startswith(TABLES) or not tensor.ndim:

@@ -22,7 +22,7 @@ from dist_llm.errors import CheckpointError
 from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config, save_checkpoint
 from tests.laws.layouts import ADAMW
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 FILES = {"config.yaml": b"run: {}\n", "tokenizer.json": b"{}\n"}
 
@@ -160,12 +160,12 @@ def latest_verified_name(directory: Path) -> str:
 def test_ranks_split_verification_and_agree(two_copies: Path) -> None:
     """All ranks treat a file as damaged that only one rank verifies."""
     names = list(read_manifest(CheckpointFolder(two_copies / "step_00000002")))
-    assert world(2).run(latest_verified_name, two_copies) == ["step_00000002"] * 2
+    assert get_world(2).run(latest_verified_name, two_copies) == ["step_00000002"] * 2
     for name in (names[0], names[1]):
         file = two_copies / "step_00000002" / name
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert world(2).run(latest_verified_name, two_copies) == ["step_00000001"] * 2, name
+        assert get_world(2).run(latest_verified_name, two_copies) == ["step_00000001"] * 2, name
         file.write_bytes(content)
 
 

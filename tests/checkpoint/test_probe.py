@@ -18,7 +18,7 @@ from dist_llm.errors import CheckpointError
 from dist_llm.training.step import train_step
 from tests.laws.law import SEQ_LEN, make_batches, make_config
 from tests.laws.layouts import ADAMW, BART, BERT, MODELS, T5, Layout
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
 
@@ -87,7 +87,7 @@ def test_every_layout_measures_the_probe_of_one_process(layout: Layout) -> None:
     config = make_config(
         layout.ranks, model, **{**sections, "data": data | {"micro_batch": layout.micro}}, parallel=layout.parallel
     )
-    for actual in world(layout.ranks).run(measure_twice, config):
+    for actual in get_world(layout.ranks).run(measure_twice, config):
         assert actual.loss == pytest.approx(expected.loss, rel=2e-5)
         assert (actual.logits is None) == ("dp_shard" not in layout.parallel or "pp" in layout.parallel)
         compare_probes(expected, actual, "x")

@@ -18,7 +18,7 @@ from dist_llm.optim.loss_scale import LossScale
 from dist_llm.training.step import train_step
 from tests.laws.law import copy_full_tensor, make_batches, make_config, save_checkpoint
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, MODELS, MUON, SGD, Layout
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
 FILES = {"config.yaml": b"run: {}\n"}
@@ -78,7 +78,7 @@ def test_resume_equals_an_uninterrupted_run(optim: dict[str, Any], layout: Layou
     if layout.ranks == 1:
         results = [train_with_and_without_stop(config, tmp_path)]
     else:
-        results = world(layout.ranks).run(train_with_and_without_stop, config, tmp_path)
+        results = get_world(layout.ranks).run(train_with_and_without_stop, config, tmp_path)
     for uninterrupted, resumed in results:
         assert uninterrupted.keys() == resumed.keys()
         for name, value in uninterrupted.items():
@@ -192,7 +192,7 @@ def layout_config(layout: Layout) -> Config:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_checkpoint_of_any_layout_loads_into_one_process(layout: Layout, tmp_path: Path) -> None:
     state: dict[str, torch.Tensor] = {}
-    for rank_state in world(layout.ranks).run(save_in_world, layout_config(layout), tmp_path):
+    for rank_state in get_world(layout.ranks).run(save_in_world, layout_config(layout), tmp_path):
         state |= rank_state
     engine = NativeEngine(make_config(1, MODELS["tied"], optim=ADAMW), CPU)
     assert store.load_checkpoint(CheckpointStore(tmp_path).list_committed()[-1], engine.state).step == 2
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_one_process_loads_into_any_layout(layout: Layout, tmp_p
     engine = build_trained_engine(make_config(1, MODELS["tied"], optim=ADAMW))
     path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(2), FILES)
     expected = copy_state(engine)
-    for rank_state in world(layout.ranks).run(load_in_world, layout_config(layout), path):
+    for rank_state in get_world(layout.ranks).run(load_in_world, layout_config(layout), path):
         for name, value in rank_state.items():
             assert torch.equal(value, expected[name]), name
 

@@ -65,8 +65,8 @@ class Ranks:
 
     def run(self, run: Run, size: int = 2) -> tuple[Named, Named]:
         for other_size, workers in self.worlds.items():
-            workers.pause(other_size != size)
-        if size not in self.worlds or not self.worlds[size].alive:
+            workers.set_paused(other_size != size)
+        if size not in self.worlds or not self.worlds[size].is_alive:
             self.worlds[size] = GlooWorld(size)
         return self.worlds[size].run(run_deepspeed, run)[0]
 

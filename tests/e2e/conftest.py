@@ -13,7 +13,7 @@ from . import commands
 
 @dataclass(frozen=True)
 class Layout:
-    """The ranks that torchrun starts (0: without torchrun) and the overrides on the command line."""
+    """The number of ranks (0: one process without torchrun) and the overrides on the command line."""
 
     ranks: int = 0
     overrides: tuple[str, ...] = ()
@@ -29,7 +29,7 @@ REPLICATED = Layout(2, ("parallel.dp_replicate=2",))
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty files of the standard library, prepared by the command."""
+    """A corpus of forty files of the standard library, prepared by `dist-llm prepare`."""
     directory = tmp_path_factory.mktemp("corpus")
     text = directory / "text"
     text.mkdir()
@@ -42,13 +42,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def uninterrupted_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Path]:
-    """Return a function: the uninterrupted run of 20 steps of a layout. Each run is made once and is read-only."""
+    """Return a function that trains 20 steps in a layout, once per session, and returns the run directory.
+
+    Tests must not change the run.
+    """
     runs: dict[Layout, Path] = {}
 
-    def run_of(layout: Layout) -> Path:
+    def get_run(layout: Layout) -> Path:
         if layout not in runs:
             directory = tmp_path_factory.mktemp(str(layout).replace("=", ""))
             runs[layout] = commands.train(directory, corpus, *layout.overrides, ranks=layout.ranks)
         return runs[layout]
 
-    return run_of
+    return get_run

@@ -1,10 +1,17 @@
-"""`python -m tests.e2e.faulty FAULT RANK STEP train ...`: run the command with a fault planted before a step of one
-rank.
+"""Run `dist-llm` with a fault before a step of one rank: `python -m tests.e2e.faulty FAULT RANK STEP train ...`.
 
-Faults: `raise`: an exception. `sleep`: no further progress. `stop`: SIGSTOP. `usr1`, `term`, `int`, `hup`: a signal to
-the rank itself. `nan`: a NaN weight, once; `nan_always`: each time. `nan_gradient`: NaN gradients after their
-reduction. `garbage`: random targets. `flip`: a flipped bit of a weight. `garbled`: wrong results of a block in this
-step. `slow`: each step takes 0.3 s longer, whatever STEP is. Two faults in sequence are written as `nan+usr1 0 12+10`.
+The faults:
+  raise                  an exception
+  sleep                  no further progress
+  stop                   SIGSTOP to the rank
+  usr1, term, int, hup   this signal to the rank
+  nan, nan_always        a NaN in a weight, once or each time that the step runs
+  nan_gradient           NaN gradients after their reduction
+  random_targets         random targets in this step
+  flip                   a flipped bit of a weight
+  wrong_block            wrong outputs of all blocks in this step
+  slow                   each step of the rank takes 0.3 s longer; STEP is ignored
+Two faults in sequence are written as `nan+usr1 0 12+10`: nan before step 12, then usr1 before step 10.
 """
 
 import os
@@ -29,32 +36,33 @@ SIGNALS |= {"int": signal.SIGINT, "hup": signal.SIGHUP}
 
 
 def run() -> int:
-    fault, rank, steps, *arguments = sys.argv[1:]
-    step = Trainer.take_step
-    faults = list(zip(fault.split("+"), map(int, steps.split("+")), strict=True))
+    """Run the command with the faults of the command line; return its exit code."""
+    fault_names, rank, steps, *arguments = sys.argv[1:]
+    original_step = Trainer.take_step
+    faults = list(zip(fault_names.split("+"), map(int, steps.split("+")), strict=True))
 
     def step_with_fault(self: Trainer) -> None:
-        if fault == "slow":
+        if fault_names == "slow":
             time.sleep(0.3 * (self.world.rank == int(rank)))
         elif self.world.rank == int(rank) and faults and self.progress.step + 1 == faults[0][1]:
-            current = faults[0][0] if faults[0][0] == "nan_always" else faults.pop(0)[0]
-            if current == "raise":
+            fault = faults[0][0] if faults[0][0] == "nan_always" else faults.pop(0)[0]
+            if fault == "raise":
                 raise ValueError("planted")
-            if current == "sleep":
+            if fault == "sleep":
                 time.sleep(3600)
-            if current in ("nan", "nan_always"):
+            if fault in ("nan", "nan_always"):
                 next(self.engine.named_parameters())[1].data.fill_(torch.nan)
-            elif current == "flip":
+            elif fault == "flip":
                 to_local(next(self.engine.named_parameters())[1].data).view(-1).view(torch.int32)[:1] ^= 1 << 20
-            elif current == "garbled":
+            elif fault == "wrong_block":
                 with patch.object(Block, "forward", lambda *args: 1.01 * original_forward(*args).roll(1, -1)):
-                    return step(self)
-            elif current in FAULTY_ACCUMULATE:
-                with patch.object(NativeEngine, "accumulate", FAULTY_ACCUMULATE[current]):
-                    return step(self)
+                    return original_step(self)
+            elif fault in FAULTY_ACCUMULATE:
+                with patch.object(NativeEngine, "accumulate", FAULTY_ACCUMULATE[fault]):
+                    return original_step(self)
             else:
-                os.kill(os.getpid(), SIGNALS[current])
-        return step(self)
+                os.kill(os.getpid(), SIGNALS[fault])
+        return original_step(self)
 
     with patch.object(Trainer, "take_step", step_with_fault):
         return main(arguments)
@@ -72,12 +80,12 @@ def accumulate_nan_gradients(self: NativeEngine, *args: object) -> Tensor:
 
 
 def accumulate_random_targets(self: NativeEngine, batches: list[object], *args: object) -> Tensor:
-    ids = self.config.model.vocab_size
-    corrupted = [replace(batch, targets_BS=torch.randint_like(batch.targets_BS, ids)) for batch in batches]  # type: ignore[type-var, attr-defined]
+    vocab_size = self.config.model.vocab_size
+    corrupted = [replace(batch, targets_BS=torch.randint_like(batch.targets_BS, vocab_size)) for batch in batches]  # type: ignore[type-var, attr-defined]
     return original_accumulate(self, corrupted, *args)
 
 
-FAULTY_ACCUMULATE = {"nan_gradient": accumulate_nan_gradients, "garbage": accumulate_random_targets}
+FAULTY_ACCUMULATE = {"nan_gradient": accumulate_nan_gradients, "random_targets": accumulate_random_targets}
 
 if __name__ == "__main__":
     sys.exit(run())

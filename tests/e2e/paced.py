@@ -1,4 +1,4 @@
-"""`python -m tests.e2e.paced SECONDS ...`: run the command with steps that take SECONDS longer."""
+"""Run `dist-llm` with training steps that take SECONDS longer: `python -m tests.e2e.paced SECONDS ARGUMENTS`."""
 
 import signal
 import sys
@@ -7,19 +7,19 @@ from unittest.mock import patch
 
 
 def run() -> None:
-    # The command blocks SIGUSR1, too, but this program must block it before it imports the patched modules.
+    # The command also blocks SIGUSR1, but only after the imports of this program.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    from dist_llm.cli import run as command
+    from dist_llm.cli import run as run_command
     from dist_llm.training.trainer import Trainer
 
-    step, seconds = Trainer.take_step, float(sys.argv.pop(1))
+    original_step, delay_seconds = Trainer.take_step, float(sys.argv.pop(1))
 
     def slow_step(self: Trainer) -> None:
-        time.sleep(seconds)
-        step(self)
+        time.sleep(delay_seconds)
+        original_step(self)
 
     with patch.object(Trainer, "take_step", slow_step):
-        command()
+        run_command()
 
 
 if __name__ == "__main__":

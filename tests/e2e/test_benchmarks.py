@@ -127,7 +127,7 @@ def test_attention_prints_a_line_per_kernel_and_marks_the_chosen_one() -> None:
     for mask, count in pairs.items():
         row = by_mask[mask]["math"]
         assert row["tflops"] * row["seconds"] * 1e12 == pytest.approx(14 * 16 * 2 * 2 * count, rel=1e-3)
-    assert "*: what the model chooses" in completed.stderr
+    assert "*: the choice of the model" in completed.stderr
 
 
 def test_optimizer_prints_a_line_per_variant_and_a_table() -> None:
@@ -186,11 +186,11 @@ def test_write_stores_the_rows_with_the_machine_and_the_command(tmp_path: Path) 
 def run_benchmark(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, program, *arguments],
-        env=commands.environment(),
+        env=commands.make_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=commands.LIMIT_SECONDS,
+        timeout=commands.TIMEOUT_SECONDS,
         check=True,
     )
 

@@ -26,7 +26,7 @@ RANKS = {"debug": 1, "demo": 2, "gpt2-124m": 8, "gpt2-xl": 16, "llama3-8b": 64, 
 def test_a_config_fits_its_world_size(name: str) -> None:
     config, violations = load_config(CONFIGS[name])
     assert config is not None
-    ranks = RANKS[name] if name in RANKS else layout_size(config)
+    ranks = RANKS[name] if name in RANKS else count_ranks(config)
     tokenizer_size = config.model.vocab_size or 4096
     assert violations + check(config, ranks, tokenizer_size) == []
     resolved = resolve_config(config, ranks, tokenizer_size)
@@ -39,18 +39,19 @@ def test_a_config_names_the_command_that_prepares_its_corpus(name: str) -> None:
     config, _ = load_config(CONFIGS[name])
     assert config is not None
     prepared_corpora = {
-        str(build_options(build_parser().parse_args(arguments)).out) for arguments in prepare_commands(CONFIGS[name])
+        str(build_options(build_parser().parse_args(arguments)).out)
+        for arguments in find_prepare_commands(CONFIGS[name])
     }
     assert config.data.path in prepared_corpora
 
 
-def layout_size(config: Config) -> int:
-    """Return the number of ranks that the config asks for; -1 (derived from the world size) counts as one."""
+def count_ranks(config: Config) -> int:
+    """Return the number of ranks of the layout; -1 (derived from the world size) counts as one."""
     return math.prod(max(1, getattr(config.parallel, axis)) for axis in AXES)
 
 
-def prepare_commands(path: Path) -> list[list[str]]:
-    """Return the arguments of each `dist-llm prepare` in a config's comments, its base's comments, and the README."""
+def find_prepare_commands(path: Path) -> list[list[str]]:
+    """Return the arguments of each `dist-llm prepare` in the README and in the comments of a config and its base."""
     base = yaml.safe_load(path.read_text()).get("base")
     files = [path, REPOSITORY / "README.md", *([path.parent / base] if base else [])]
     prepare_lines = re.findall(r"dist-llm (prepare .+)", "\n".join(file.read_text() for file in files))

@@ -10,7 +10,7 @@ from . import commands
 
 
 def test_debug_shows_the_batch_and_passes_for_any_layout(corpus: Path, tmp_path: Path) -> None:
-    completed = commands.run("train", "--debug", *arguments(corpus, "parallel.dp_shard=8"), cwd=tmp_path)
+    completed = commands.run("train", "--debug", *make_arguments(corpus, "parallel.dp_shard=8"), cwd=tmp_path)
     rows = re.findall(
         r"│ (\d+) +│ (\d+) ('.*?'|\".*?\") +│ (\S+) +│ (\d+) ('.*?'|\".*?\") +│ (yes|no) +│", completed.stdout
     )
@@ -18,21 +18,21 @@ def test_debug_shows_the_batch_and_passes_for_any_layout(corpus: Path, tmp_path:
     tokenizer = Tokenizer.load(corpus)
     for index, (position, token, text, visible_range, target, target_text, scored) in enumerate(rows):
         assert (int(position), visible_range, scored) == (index, f"0..{index}", "yes")
-        assert (text, target_text) == tuple(repr(tokenizer.decode([int(each)])) for each in (token, target))
-    for row, following in itertools.pairwise(rows):
-        assert row[4] == following[1], "the target is the next input"
+        assert (text, target_text) == tuple(repr(tokenizer.decode([int(token_id)])) for token_id in (token, target))
+    for row, next_row in itertools.pairwise(rows):
+        assert row[4] == next_row[1], "the target is the next input"
     assert re.search(r"one batch, 30 steps at lr 0\.003: loss \d+\.\d+ -> \d+\.\d+", completed.stdout)
     assert "debug run passed" in completed.stdout
     assert list(tmp_path.iterdir()) == [], "a debug run writes no files"
 
 
 def test_debug_fails_if_the_loss_does_not_fall(corpus: Path, tmp_path: Path) -> None:
-    completed = commands.run("train", "--debug", *arguments(corpus, "optim.lr=1e-9"), cwd=tmp_path, succeed=False)
+    completed = commands.run("train", "--debug", *make_arguments(corpus, "optim.lr=1e-9"), cwd=tmp_path, succeed=False)
     assert completed.returncode == 1
     assert "debug run passed" not in completed.stdout
     assert re.search(r"DebugError: the loss on one repeated batch went from \S+ to \S+ in 30 steps", completed.stderr)
     assert "optim.lr (1e-09)" in completed.stderr
 
 
-def arguments(corpus: Path, *overrides: str) -> tuple[object, ...]:
+def make_arguments(corpus: Path, *overrides: str) -> tuple[object, ...]:
     return (commands.DEBUG_CONFIG, "run.dir=run", f"data.path={corpus}", *commands.TINY, *overrides)

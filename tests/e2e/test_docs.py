@@ -143,7 +143,7 @@ def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
     completed = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", "\n".join(text for name, text in find_blocks(run=True) if name == document)],
         cwd=tmp_path,
-        env=commands.environment(),
+        env=commands.make_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

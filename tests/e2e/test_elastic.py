@@ -1,4 +1,4 @@
-"""A node dies and comes back: torchrun continues with the remaining nodes, and the run with the same batches."""
+"""If a node dies and comes back, torchrun continues with the remaining nodes, and the run reads the same batches."""
 
 import socket
 import subprocess
@@ -14,18 +14,18 @@ import pytest
 from . import commands
 
 STEPS = 80
-TOLERANCE = 1e-4  # of losses that another number of ranks computed than in the reference run
+TOLERANCE = 1e-4  # relative; the reference run has another number of ranks
 
 
 @dataclass(frozen=True)
 class Job:
-    """The settings that all nodes share; `run_on` wraps a command so that it runs on a node."""
+    """The settings of a job. `wrap_command` wraps a command so that it runs on another node."""
 
-    nodes: int
+    max_nodes: int
     steps: int
     overrides: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
-    run_on: Callable[[list[str]], list[str]] = list
+    wrap_command: Callable[[list[str]], list[str]] = list
 
 
 JOB = Job(2, STEPS, ("run.hang_seconds=20",))
@@ -33,20 +33,23 @@ JOB = Job(2, STEPS, ("run.hang_seconds=20",))
 
 @contextmanager
 def run_node(name: str, rendezvous: str, corpus: Path, cwd: Path, job: Job = JOB) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a torchrun with one rank, for a job of one to `job.nodes` nodes that meet at `rendezvous`."""
+    """Start torchrun with one rank, for a job of one to `job.max_nodes` nodes; kill it after the block.
+
+    `rendezvous` is host:port. The output goes to `cwd/NAME.txt`.
+    """
     rendezvous_options = (
         "last_call_timeout=2,join_timeout=60,read_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=3"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes=1:{job.nodes}", "--nproc-per-node=1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes=1:{job.max_nodes}", "--nproc-per-node=1"]
     launcher += ["--max-restarts=10", "--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", "--rdzv-id=test"]
     launcher += [f"--rdzv-conf={rendezvous_options}", "--monitor-interval=0.2"]
-    arguments = commands.train_arguments(corpus, f"run.steps={job.steps}", "checkpoint.every=1", *job.overrides)
+    arguments = commands.make_train_arguments(corpus, f"run.steps={job.steps}", "checkpoint.every=1", *job.overrides)
     with (cwd / f"{name}.txt").open("w") as output:
         process = subprocess.Popen(
-            job.run_on([*launcher, "-m", "tests.e2e.paced", "0.15", *map(str, arguments)]),
+            job.wrap_command([*launcher, "-m", "tests.e2e.paced", "0.15", *map(str, arguments)]),
             cwd=cwd,
             env={
-                **commands.environment(),
+                **commands.make_environment(),
                 "PYTHONPATH": str(commands.REPOSITORY),
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
                 **job.environment,
@@ -64,18 +67,20 @@ def run_node(name: str, rendezvous: str, corpus: Path, cwd: Path, job: Job = JOB
 
 def kill_node(process: subprocess.Popen[bytes]) -> None:
     """Kill all processes of a node at once."""
-    commands.kill_processes(commands.process_tree(process.pid))
+    commands.kill_processes(commands.list_process_tree(process.pid))
     process.wait()
 
 
 def count_rows(cwd: Path) -> int:
+    """Return the number of training steps in the metrics of the run."""
     path = cwd / "run" / "metrics.jsonl"
     return len(commands.read_metrics(cwd / "run")) if path.exists() else 0
 
 
-def wait_until(ready: Callable[[], bool], cwd: Path, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
+def wait_until(is_ready: Callable[[], bool], cwd: Path, timeout_seconds: float = 90) -> None:
+    """Wait until `is_ready()` returns true; raise AssertionError with the logs after the timeout."""
+    deadline = time.monotonic() + timeout_seconds
+    while not is_ready():
         logs = "\n".join(path.read_text() for path in cwd.glob("*.txt"))
         assert time.monotonic() < deadline, f"never ready:\n{logs}"
         time.sleep(0.1)
@@ -87,13 +92,14 @@ def is_listening(port: int) -> bool:
 
 
 def count_in_output(cwd: Path, text: str) -> int:
+    """Count the occurrences of a text in the output of all nodes."""
     return sum(path.read_text().count(text) for path in cwd.glob("*.txt"))
 
 
-@pytest.mark.slow  # tests/netns tests it with a network by default
+@pytest.mark.slow  # tests/netns has the same test with separate network namespaces
 @pytest.mark.timeout(400)
-def test_a_node_dies_and_comes_back(corpus: Path, tmp_path: Path) -> None:
-    port = commands.free_port()
+def test_a_job_survives_a_node_that_dies_and_comes_back(corpus: Path, tmp_path: Path) -> None:
+    port = commands.find_free_port()
     with run_node("first", f"localhost:{port}", corpus, tmp_path) as first:
         wait_until(lambda: is_listening(port), tmp_path)  # the node of the rendezvous must outlive the other
         with run_node("second", f"localhost:{port}", corpus, tmp_path):
@@ -115,6 +121,6 @@ def test_a_node_dies_and_comes_back(corpus: Path, tmp_path: Path) -> None:
         commands.read_metrics(tmp_path / "run"),
         commands.read_metrics(commands.train(reference, corpus, f"run.steps={STEPS}")),
     )
-    assert commands.column(actual, "step") == list(range(1, STEPS + 1))
-    assert commands.column(actual, "loss") == pytest.approx(commands.column(expected, "loss"), rel=TOLERANCE)
-    assert commands.latest_checkpoint(tmp_path / "run").name == f"step_{STEPS:08d}"
+    assert commands.get_column(actual, "step") == list(range(1, STEPS + 1))
+    assert commands.get_column(actual, "loss") == pytest.approx(commands.get_column(expected, "loss"), rel=TOLERANCE)
+    assert commands.find_latest_checkpoint(tmp_path / "run").name == f"step_{STEPS:08d}"

@@ -19,7 +19,7 @@ ENGINES = {
 
 
 def read_files_and_rows(run: Path) -> tuple[set[str], list[dict[str, Any]]]:
-    """Return (names of files, without the ranks' own checkpoint shards; rows of metrics)."""
+    """Return (names of files, rows of metrics); checkpoint shards and TensorBoard files are left out."""
     files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     names = {name for name in files if "tensorboard" not in name and ".distcp" not in name}
     return names, [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -27,8 +27,8 @@ def read_files_and_rows(run: Path) -> tuple[set[str], list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def native_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Native runs on one process, with a tied head and an untied one."""
-    directories = {name: tmp_path_factory.mktemp("plain") for name in ("tied", "untied")}
+    """Two native runs on one process: with tied and with untied embeddings."""
+    directories = {name: tmp_path_factory.mktemp("native") for name in ("tied", "untied")}
     options = ("run.steps=6", "checkpoint.every=3")
     return {
         name: commands.train(directory, corpus, *options, f"model.tie_embeddings={str(name == 'tied').lower()}")
@@ -53,12 +53,12 @@ def test_every_engine_writes_the_same_files_and_metrics(
 
 
 def test_an_engine_of_another_package_trains(corpus: Path, native_runs: dict[str, Path], tmp_path: Path) -> None:
-    """It runs the native step; the run and its files are those of a native run, but for the name in its config."""
+    """The engine of the package computes the native step, so the run has the files and losses of a native run."""
     install_engine(tmp_path)
     script = tmp_path / "with_other.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nfrom dist_llm.cli import run\nrun()\n")
     options = ("run.steps=6", "checkpoint.every=3", "engine=standin", "model.tie_embeddings=true")
-    commands.run(*commands.train_arguments(corpus, *options), cwd=tmp_path, module=str(script))
+    commands.run(*commands.make_train_arguments(corpus, *options), cwd=tmp_path, module=str(script))
     files, rows = read_files_and_rows(tmp_path / "run")
     expected_files, expected_rows = read_files_and_rows(native_runs["tied"])
     assert files == expected_files

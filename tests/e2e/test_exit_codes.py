@@ -1,8 +1,8 @@
-"""Sharded jobs of four ranks end with exit code 0, repeatedly.
+"""Sharded jobs of four ranks end with exit code 0, also sixty times in a row.
 
-FSDP objects that outlive the process group abort some jobs after their last step, so that a successful run counts as
-failed. Before the model was dropped first (`dist_llm/launch/process_group.py:process_group`), one job in five aborted;
-sixty successes in a row would then have had a probability of 1 in 650,000.
+FSDP objects that outlive the process group abort some jobs after the last step, and a successful run counts as failed.
+`dist_llm/launch/process_group.py:process_group` therefore deletes the model first. Without this, one job in five
+aborted, and sixty successes in a row had a probability of 1 in 650,000.
 """
 
 from collections import Counter
@@ -17,19 +17,19 @@ QUIET = ("log.tensorboard=false", "parallel.dp_shard=4")
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("jobs", [1, pytest.param(60, marks=pytest.mark.slow)])
-def test_four_rank_jobs_in_a_row_end_with_exit_code_0(jobs: int, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_jobs", [1, pytest.param(60, marks=pytest.mark.slow)])
+def test_jobs_of_four_ranks_end_with_exit_code_0(num_jobs: int, corpus: Path, tmp_path: Path) -> None:
     codes: Counter[int] = Counter()
     last_error = ""
-    for job in range(jobs):
+    for job in range(num_jobs):
         directory = tmp_path / str(job)
         directory.mkdir()
-        arguments = commands.train_arguments(corpus, *SMALL, *QUIET)
+        arguments = commands.make_train_arguments(corpus, *SMALL, *QUIET)
         completed = commands.run(*arguments, ranks=4, cwd=directory, succeed=False)
         codes[completed.returncode] += 1
-        print(f"job {job + 1} of {jobs}: exit code {completed.returncode}", flush=True)  # visible with -s
+        print(f"job {job + 1} of {num_jobs}: exit code {completed.returncode}", flush=True)  # visible with -s
         if completed.returncode:
             last_error = completed.stderr
         else:
-            assert commands.latest_checkpoint(directory / "run").name == "step_00000002"
-    assert codes == {0: jobs}, f"{dict(codes)}; output of the last failure:\n{last_error}"
+            assert commands.find_latest_checkpoint(directory / "run").name == "step_00000002"
+    assert codes == {0: num_jobs}, f"{dict(codes)}; output of the last failure:\n{last_error}"

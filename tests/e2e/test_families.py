@@ -16,10 +16,10 @@ FAMILIES = [pytest.param(name, marks=pytest.mark.slow if name in ("fim", "prefix
 
 @pytest.fixture(scope="module")
 def trained_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function: the run of 100 steps of a family. Each run is made once."""
+    """Return a function that trains a config of configs/families, once per module, and returns the run directory."""
     runs: dict[str, Path] = {}
 
-    def run_of(family: str) -> Path:
+    def get_run(family: str) -> Path:
         if family not in runs:
             directory = tmp_path_factory.mktemp(family)
             keys = ("run.dir=run", f"data.path={corpus}", "eval.every=25", "eval.windows=16")
@@ -27,14 +27,14 @@ def trained_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
             runs[family] = directory / "run"
         return runs[family]
 
-    return run_of
+    return get_run
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_heldout_loss_falls(family: str, trained_run: Callable[[str], Path]) -> None:
     rows = [row for row in commands.read_rows(trained_run(family)) if "heldout_loss" in row]
-    losses = commands.column(rows, "heldout_loss")
-    assert commands.column(rows, "step") == [25, 50, 75, 100]
+    losses = commands.get_column(rows, "heldout_loss")
+    assert commands.get_column(rows, "step") == [25, 50, 75, 100]
     assert losses[-1] < losses[0] - 0.05
     assert losses[-1] == min(losses)
     assert ("heldout_bits_per_byte" in rows[-1]) == (family == "causal")
@@ -82,11 +82,11 @@ def test_another_objective_starts_from_trained_weights(
         directory = tmp_path / name
         directory.mkdir()
         run = commands.train(directory, corpus, *keys, *start)
-        losses[name] = commands.column(commands.read_metrics(run), "loss")
-        assert commands.column(commands.read_metrics(run), "step") == [1, 2, 3]
+        losses[name] = commands.get_column(commands.read_metrics(run), "loss")
+        assert commands.get_column(commands.read_metrics(run), "step") == [1, 2, 3]
     assert losses["adapted"][0] < losses["fresh"][0] - 0.5, "the trained weights help from the first step"
     sharded = commands.train(tmp_path, corpus, *keys, *adapted, "parallel.dp_shard=2", ranks=2)
-    assert commands.column(commands.read_metrics(sharded), "loss") == pytest.approx(losses["adapted"], rel=1e-4)
+    assert commands.get_column(commands.read_metrics(sharded), "loss") == pytest.approx(losses["adapted"], rel=1e-4)
 
 
 def test_debug_shows_the_inputs_of_both_stacks(corpus: Path, tmp_path: Path) -> None:

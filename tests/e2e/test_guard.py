@@ -1,4 +1,4 @@
-"""Bad steps by policy: the run rewinds and skips samples, or skips the update; all other steps stay the same."""
+"""The guard handles a bad step by its policy: it rewinds and skips samples, or skips the update, or ends the run."""
 
 import json
 import math
@@ -17,16 +17,16 @@ REWIND = ("guard.not_finite=rewind", "checkpoint.every=4", "log.every=3")
 
 
 def train_with_fault(fault: tuple[object, ...], corpus: Path, cwd: Path, *overrides: object, ranks: int = 0) -> str:
-    """Train with a fault; return the output."""
-    arguments = commands.train_arguments(corpus, "run.steps=20", *overrides)
+    """Train with a fault of faulty.py; return stdout and stderr."""
+    arguments = commands.make_train_arguments(corpus, "run.steps=20", *overrides)
     completed = commands.run(*fault, *arguments, ranks=ranks, cwd=cwd, module="tests.e2e.faulty")
     return completed.stdout + completed.stderr
 
 
 def read_losses(run: Path) -> list[float]:
     rows = commands.read_metrics(run)
-    assert commands.column(rows, "step") == list(range(1, len(rows) + 1)), "each step once"
-    values: list[float] = commands.column(rows, "loss")
+    assert commands.get_column(rows, "step") == list(range(1, len(rows) + 1)), "each step once"
+    values: list[float] = commands.get_column(rows, "loss")
     return values
 
 
@@ -35,7 +35,7 @@ def read_events(run: Path) -> list[tuple[int, str]]:
 
 
 def train_skipping(corpus: Path, cwd: Path, ranges: list[list[int]], *overrides: object, ranks: int = 0) -> Path:
-    """Train with these samples skipped from the start."""
+    """Train without these ranges of samples (data.skip) and return the run directory."""
     return commands.train(cwd, corpus, f"data.skip={json.dumps(ranges)}", *overrides, ranks=ranks)
 
 
@@ -53,13 +53,13 @@ def test_a_rewound_run_equals_one_that_never_read_the_samples(ranks: int, corpus
     reference = train_skipping(corpus, tmp_path / "reference", [left_out], *layout, ranks=ranks)
     assert read_losses(run) == read_losses(reference)
     assert_same_weights(run, reference)
-    progress = json.loads((commands.latest_checkpoint(run) / "progress.json").read_text())
+    progress = json.loads((commands.find_latest_checkpoint(run) / "progress.json").read_text())
     assert (progress["guard"]["num_used"], progress["guard"]["left_out"]) == (1, [left_out])
-    assert progress["samples"] == commands.read_progress(commands.latest_checkpoint(reference))["samples"]
+    assert progress["samples"] == commands.read_progress(commands.find_latest_checkpoint(reference))["samples"]
 
 
 def test_a_machine_fault_skips_no_samples(corpus: Path, tmp_path: Path, uninterrupted_run: Any) -> None:
-    """It also works before the first periodic checkpoint, because step 0 has a checkpoint."""
+    """With skip_steps 0 the run repeats the samples. Before the first periodic checkpoint it rewinds to step 0."""
     output = train_with_fault(("nan", 0, 3), corpus, tmp_path, *REWIND, "guard.skip_steps=0")
     assert "rewound to step 0, to repeat the same samples" in output
     assert read_losses(tmp_path / "run") == read_losses(uninterrupted_run(ONE))
@@ -68,17 +68,14 @@ def test_a_machine_fault_skips_no_samples(corpus: Path, tmp_path: Path, uninterr
 
 @pytest.mark.slow
 def test_samples_stay_skipped_after_a_stop(corpus: Path, tmp_path: Path) -> None:
-    """The run is stopped between the checkpoint that it rewound to and the skipped samples.
-
-    A resume still skips them.
-    """
+    """The run rewinds, then stops before the samples to skip. A resume skips them."""
     options = (*REWIND, "log.every=20")
     code, output, _ = wait_for_end(start_with_fault(("nan+usr1", 0, "12+10"), corpus, tmp_path, *options, ranks=0), 120)
     assert code == 138, output
     run = tmp_path / "run"
     batch = yaml.safe_load((run / "config.yaml").read_text())["data"]["global_batch"]
-    assert commands.latest_checkpoint(run).name in ("step_00000010", "step_00000011")
-    commands.run(*commands.train_arguments(corpus, *options), cwd=tmp_path)
+    assert commands.find_latest_checkpoint(run).name in ("step_00000010", "step_00000011")
+    commands.run(*commands.make_train_arguments(corpus, *options), cwd=tmp_path)
     (tmp_path / "reference").mkdir()
     reference = train_skipping(corpus, tmp_path / "reference", [[11 * batch, 12 * batch]])
     assert read_losses(run) == read_losses(reference)
@@ -99,7 +96,7 @@ def test_a_skipped_step_still_consumes_its_samples(corpus: Path, tmp_path: Path)
 
 def test_a_spike_is_rewound(corpus: Path, tmp_path: Path) -> None:
     options = ("guard.spike=rewind", "guard.window=4", "guard.spike_z=20", "checkpoint.every=4")
-    train_with_fault(("garbage", 0, 15), corpus, tmp_path, *options)
+    train_with_fault(("random_targets", 0, 15), corpus, tmp_path, *options)
     ((step, event),) = read_events(tmp_path / "run")
     assert step == 12
     assert event.startswith("step 15: a loss of ")
@@ -120,7 +117,7 @@ def test_a_flipped_bit_in_one_replica_is_never_saved(
     assert message in output
     if policy == "stop":
         assert code == 1
-        assert commands.latest_checkpoint(tmp_path / "run").name == "step_00000008"
+        assert commands.find_latest_checkpoint(tmp_path / "run").name == "step_00000008"
         assert "take out the faulty machine" in output
         return
     assert code == 0, output
@@ -133,13 +130,13 @@ def test_a_flipped_bit_in_one_replica_is_never_saved(
 @pytest.mark.slow
 def test_a_step_whose_replay_differs_ends_the_run(corpus: Path, tmp_path: Path) -> None:
     options = ("guard.replay_every=5", "guard.digest_every=0", *SHARDED.overrides)
-    code, output, remaining = wait_for_end(start_with_fault(("garbled", 1, 10), corpus, tmp_path, *options), 120)
+    code, output, remaining = wait_for_end(start_with_fault(("wrong_block", 1, 10), corpus, tmp_path, *options), 120)
     assert (code, remaining) == (1, []), output
     assert "step 10: ranks do not agree: a step computed twice has other gradients" in output
     assert "resumed" not in output
-    (tmp_path / "well").mkdir()
-    commands.train(tmp_path / "well", corpus, *options, ranks=2)
-    assert read_losses(tmp_path / "well" / "run")[:9] == read_losses(tmp_path / "run")[:9], (
+    (tmp_path / "healthy").mkdir()
+    commands.train(tmp_path / "healthy", corpus, *options, ranks=2)
+    assert read_losses(tmp_path / "healthy" / "run")[:9] == read_losses(tmp_path / "run")[:9], (
         "replays do not change the steps"
     )
 
@@ -149,7 +146,7 @@ def test_the_budget_ends_a_run_with_endless_bad_steps(corpus: Path, tmp_path: Pa
     code, output, _ = wait_for_end(start_with_fault(("nan_always", 0, 5), corpus, tmp_path, *options, ranks=0), 120)
     assert code == 2, output
     assert "step 5: the loss is nan, and guard.budget of 3 bad steps is used up" in output
-    assert commands.latest_checkpoint(tmp_path / "run").name == "step_00000004"
+    assert commands.find_latest_checkpoint(tmp_path / "run").name == "step_00000004"
     assert len(read_events(tmp_path / "run")) == 3
 
 
@@ -172,7 +169,7 @@ def test_network_variables_are_set_before_the_rendezvous(device: str, corpus: Pa
 
 @pytest.mark.slow
 def test_a_signal_during_a_rewind_still_stops_the_run(corpus: Path, tmp_path: Path) -> None:
-    """The signal comes in the step at whose end the bad step is detected."""
+    """The signal arrives in the step at the end of which the guard detects the bad step."""
     options = ("guard.not_finite=rewind", "checkpoint.every=4", "log.every=4")
     code, output, remaining = wait_for_end(
         start_with_fault(("nan+usr1", 0, "6+8"), corpus, tmp_path, *options, *SHARDED.overrides), 60
@@ -181,4 +178,4 @@ def test_a_signal_during_a_rewind_still_stops_the_run(corpus: Path, tmp_path: Pa
     run = tmp_path / "run"
     assert "rewound to step 4" in output
     assert json.loads((run / "stopped.json").read_text())["signal"] == "SIGUSR1"
-    assert commands.latest_checkpoint(run).name in ("step_00000004", "step_00000005")
+    assert commands.find_latest_checkpoint(run).name in ("step_00000004", "step_00000005")

@@ -1,4 +1,4 @@
-"""From raw text to a sample with the four commands, and the files that other programs rely on."""
+"""The four commands lead from raw text to a sample, and a run writes the files that other programs rely on."""
 
 import re
 from collections.abc import Callable
@@ -30,15 +30,15 @@ def test_a_run_writes_its_files(uninterrupted_run: Callable[[Layout], Path], cor
 
 def test_metrics_have_each_step_once_with_the_documented_keys(uninterrupted_run: Callable[[Layout], Path]) -> None:
     rows = commands.read_metrics(uninterrupted_run(ONE))
-    assert commands.column(rows, "step") == list(range(1, 21))
-    assert commands.column(rows, "tokens") == [16 * 128 * step for step in range(1, 21)]
+    assert commands.get_column(rows, "step") == list(range(1, 21))
+    assert commands.get_column(rows, "tokens") == [16 * 128 * step for step in range(1, 21)]
     for row in rows:
         assert set(row) >= DOCUMENTED_KEYS
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5, "the loss falls"
 
 
 def test_a_run_logs_its_progress(uninterrupted_run: Callable[[Layout], Path], corpus: Path, tmp_path: Path) -> None:
-    completed = commands.run(*commands.train_arguments(corpus, "run.steps=2"), cwd=tmp_path)
+    completed = commands.run(*commands.make_train_arguments(corpus, "run.steps=2"), cwd=tmp_path)
     line = r"step +1/2 +loss \d+\.\d+ +lr \S+ +grad norm \S+ +[\d,]+ tokens/s +MFU \S+% +ETA \d+:\d\d:\d\d"
     assert re.search(line, completed.stderr), completed.stderr
     assert re.search(r"step +2 +held-out loss \d+\.\d+ +perplexity \S+ +bits per byte \d+\.\d+", completed.stderr)
@@ -61,7 +61,7 @@ def test_generate_prints_each_prompt_and_is_deterministic_by_seed(
 ) -> None:
     prompts = ("--prompt", "def ", "--prompt", "import ")
     sampling = ("--max-tokens", 16, "--temperature", 0.8, "--top-p", 0.95)
-    first, again, other = (
+    first, same_seed, other_seed = (
         commands.run(
             "generate", "--checkpoint", uninterrupted_run(ONE), *prompts, *sampling, "--seed", seed, cwd=tmp_path
         ).stdout
@@ -70,5 +70,5 @@ def test_generate_prints_each_prompt_and_is_deterministic_by_seed(
     assert first.startswith("def ")
     assert "\nimport " in first
     assert len(first) > len("def import ") + 8
-    assert again == first
-    assert other != first
+    assert same_seed == first
+    assert other_seed != first

@@ -1,4 +1,4 @@
-"""20 uninterrupted steps, and 7 + 6 + 7 steps with `kill -9` between them, give bitwise equal results."""
+"""A run that is killed twice (`kill -9`) ends with the weights and metrics of an uninterrupted run, bit for bit."""
 
 import shutil
 from collections.abc import Callable
@@ -20,41 +20,42 @@ def test_a_run_killed_twice_ends_with_equal_results(
 ) -> None:
     run = tmp_path / "run"
     for step in (7, 13):
-        arguments = commands.train_arguments(corpus, *layout.overrides, f"checkpoint.every={step}")
-        saved = run / "checkpoints" / f"step_{step:08d}"
+        arguments = commands.make_train_arguments(corpus, *layout.overrides, f"checkpoint.every={step}")
+        checkpoint = run / "checkpoints" / f"step_{step:08d}"
 
-        def two_steps_later(saved: Path = saved, step: int = step) -> bool:
-            return (saved / "COMMITTED").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step + 2
+        def is_two_steps_later(checkpoint: Path = checkpoint, step: int = step) -> bool:
+            num_rows = len((run / "metrics.jsonl").read_text().splitlines())
+            return (checkpoint / "COMMITTED").exists() and num_rows >= step + 2
 
-        commands.kill_when(two_steps_later, arguments, layout.ranks, tmp_path)
-        assert commands.latest_checkpoint(run) == saved, "the kill came too late to prove anything"
+        commands.kill_when(is_two_steps_later, arguments, layout.ranks, tmp_path)
+        assert commands.find_latest_checkpoint(run) == checkpoint, "the kill came after the next checkpoint"
         assert len(commands.read_metrics(run)) > step, "some steps are computed again"
-    resumed = commands.run(*commands.train_arguments(corpus, *layout.overrides), ranks=layout.ranks, cwd=tmp_path)
+    resumed = commands.run(*commands.make_train_arguments(corpus, *layout.overrides), ranks=layout.ranks, cwd=tmp_path)
     assert "resumed from run/checkpoints/step_00000013" in resumed.stderr
 
     expected = uninterrupted_run(layout)
     for name in ("step", "loss", "grad_norm", "lr", "tokens"):
-        assert commands.column(commands.read_metrics(run), name) == commands.column(
+        assert commands.get_column(commands.read_metrics(run), name) == commands.get_column(
             commands.read_metrics(expected), name
         ), name
     assert_same_weights(run, expected)
-    assert commands.read_progress(commands.latest_checkpoint(run)) == commands.read_progress(
-        commands.latest_checkpoint(expected)
+    assert commands.read_progress(commands.find_latest_checkpoint(run)) == commands.read_progress(
+        commands.find_latest_checkpoint(expected)
     )
-    assert tensorboard_steps(run) == list(range(1, 21)), "a curve shows each step once"
+    assert read_tensorboard_steps(run) == list(range(1, 21)), "the TensorBoard curve has each step once"
 
 
 def test_an_incomplete_checkpoint_is_ignored_and_removed(corpus: Path, tmp_path: Path) -> None:
-    """A directory without a marker is not used as a checkpoint and is removed with the next save."""
+    """The marker is the file COMMITTED. The next save removes directories without it."""
     run = commands.train(tmp_path, corpus, "run.steps=2")
     for incomplete in ("step_00000003", "step_00000004"):
-        shutil.copytree(commands.latest_checkpoint(run), run / "checkpoints" / incomplete)
+        shutil.copytree(commands.find_latest_checkpoint(run), run / "checkpoints" / incomplete)
         (run / "checkpoints" / incomplete / "COMMITTED").unlink()
 
-    resumed = commands.run(*commands.train_arguments(corpus, "run.steps=5"), cwd=tmp_path)
+    resumed = commands.run(*commands.make_train_arguments(corpus, "run.steps=5"), cwd=tmp_path)
 
     assert "resumed from run/checkpoints/step_00000002" in resumed.stderr
-    assert commands.column(commands.read_metrics(run), "step") == [1, 2, 3, 4, 5]
+    assert commands.get_column(commands.read_metrics(run), "step") == [1, 2, 3, 4, 5]
     assert not (run / "checkpoints" / "step_00000003").exists()
 
 
@@ -67,7 +68,7 @@ def assert_same_weights(run: Path, expected: Path) -> None:
         assert torch.equal(weight, expected_weights[name]), name
 
 
-def tensorboard_steps(run: Path) -> list[int]:
+def read_tensorboard_steps(run: Path) -> list[int]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"))

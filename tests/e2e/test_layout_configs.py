@@ -16,41 +16,38 @@ from .commands import REPOSITORY
 
 FOLDER = REPOSITORY / "configs" / "layouts"
 LAYOUTS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "one")
-LIMIT_SECONDS = 900  # eight interpreters may share two cores
+TIMEOUT_SECONDS = 900  # eight interpreters may share two cores
 
 
 @pytest.fixture(autouse=True)
-def _longer_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "LIMIT_SECONDS", LIMIT_SECONDS)
+def _longer_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "TIMEOUT_SECONDS", TIMEOUT_SECONDS)
 
 
 @pytest.fixture(scope="module")
 def reference_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Runs of one process by number of steps; each is made once and is read-only."""
+    """A cache of the runs of one process, by number of steps."""
     return {}
 
 
 def train(name: str, steps: int, corpus: Path, directory: Path, ranks: int) -> Path:
+    """Train configs/layouts/NAME.yaml on `ranks` processes (0: one process) and return the run directory."""
     overrides = ("run.dir=run", f"data.path={corpus}", f"run.steps={steps}", "schedule.decay_steps=50")
     commands.run("train", "--config", FOLDER / f"{name}.yaml", *overrides, ranks=ranks, cwd=directory)
     return directory / "run"
 
 
 @pytest.mark.parametrize("name", ["one", *LAYOUTS])
-def test_a_layout_fits_its_world_size_and_differs_in_the_layout_only(name: str) -> None:
+def test_the_configs_differ_only_in_their_layout(name: str) -> None:
     config, violations = load_config(FOLDER / f"{name}.yaml")
     reference_config, _ = load_config(FOLDER / "one.yaml")
     assert config is not None
     assert reference_config is not None
     assert violations + check(config, 1 if name == "one" else 8, 4096) == []
     assert config.run.dir == f"runs/layouts/{name}"
-    micro = {"micro_batch": reference_config.data.micro_batch}
-    same = {
-        "run": reference_config.run,
-        "parallel": reference_config.parallel,
-        "data": config.data.model_copy(update=micro),
-    }
-    assert config.model_copy(update=same) == reference_config
+    data = config.data.model_copy(update={"micro_batch": reference_config.data.micro_batch})
+    layout_sections = {"run": reference_config.run, "parallel": reference_config.parallel, "data": data}
+    assert config.model_copy(update=layout_sections) == reference_config
 
 
 def test_each_layout_has_three_axes() -> None:
@@ -75,9 +72,9 @@ def test_losses_are_those_of_one_process(
         reference_runs[steps] = train("one", steps, corpus, tmp_path / "one", ranks=0)
     expected = commands.read_metrics(reference_runs[steps])
     actual = commands.read_metrics(train(name, steps, corpus, tmp_path, ranks=8))
-    assert commands.column(actual, "step") == commands.column(expected, "step") == list(range(1, steps + 1))
-    assert commands.column(actual, "loss") == pytest.approx(commands.column(expected, "loss"), rel=1e-4, abs=0)
-    actual_norms, expected_norms = commands.column(actual, "grad_norm"), commands.column(expected, "grad_norm")
+    assert commands.get_column(actual, "step") == commands.get_column(expected, "step") == list(range(1, steps + 1))
+    assert commands.get_column(actual, "loss") == pytest.approx(commands.get_column(expected, "loss"), rel=1e-4, abs=0)
+    actual_norms, expected_norms = commands.get_column(actual, "grad_norm"), commands.get_column(expected, "grad_norm")
     assert actual_norms[:20] == pytest.approx(expected_norms[:20], rel=1e-4, abs=0)
     assert actual_norms == pytest.approx(expected_norms, rel=1e-3, abs=0), "rounding errors grow with the steps"
     if steps == 50:
@@ -86,14 +83,14 @@ def test_losses_are_those_of_one_process(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_program_that_plots_the_curves(corpus: Path, tmp_path: Path) -> None:
+def test_curves_writes_the_page_and_the_picture(corpus: Path, tmp_path: Path) -> None:
     completed = subprocess.run(
         [sys.executable, REPOSITORY / "benchmarks" / "curves.py", "--data", corpus, "--docs", tmp_path, "run.steps=2"],
-        env=commands.environment(),
+        env=commands.make_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=4 * LIMIT_SECONDS,
+        timeout=4 * TIMEOUT_SECONDS,
     )
     assert completed.returncode == 0, completed.stderr
     lines = [json.loads(line) for line in completed.stdout.splitlines()]

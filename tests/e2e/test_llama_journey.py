@@ -19,7 +19,7 @@ from dist_llm.checkpoint.probe import PROBE
 from dist_llm.data.tokenizer_file import identity
 from dist_llm.generation import load_model
 from dist_llm.text.tokenizer import Tokenizer
-from tests.hf_folders import DIFFICULT, GENERATION, ORIGINALS, PROSE, write_folder
+from tests.hf_folders import GENERATION, MORE_DIFFICULT_TEXTS, ORIGINALS, PROSE, write_folder
 from tests.tools import command
 
 from . import commands
@@ -109,10 +109,10 @@ def test_fifty_difficult_texts_have_the_same_ids(journey: Journey) -> None:
     source, exported = load(journey.source), load(journey.exported)
     tokenizers = [
         Tokenizer.load(directory)
-        for directory in (journey.corpus, commands.latest_checkpoint(journey.run), journey.imported)
+        for directory in (journey.corpus, commands.find_latest_checkpoint(journey.run), journey.imported)
     ]
     assert len({identity(tokenizer.file_bytes()) for tokenizer in tokenizers}) == 1
-    for text in DIFFICULT:
+    for text in MORE_DIFFICULT_TEXTS:
         ids = source(text)["input_ids"]
         assert exported(text)["input_ids"] == ids
         assert [tokenizer.encode_prompt(text) for tokenizer in tokenizers] == [ids] * 3
@@ -153,11 +153,11 @@ def test_logits_are_equal_to_1e_5(journey: Journey) -> None:
         source, untrained, trained = (model(ids).logits for model in models)
     assert source.shape[-1] == VOCAB_SIZE
     torch.testing.assert_close(untrained, source, rtol=0, atol=1e-5)
-    native_model, _, _ = load_model(commands.latest_checkpoint(journey.run), torch.device("cpu"))
+    native_model, _, _ = load_model(commands.find_latest_checkpoint(journey.run), torch.device("cpu"))
     with torch.no_grad():
         torch.testing.assert_close(native_model(ids)[..., :VOCAB_SIZE], trained, rtol=0, atol=1e-5)
     assert (trained - source).abs().max() > 1e-3
-    stored = read_json(commands.latest_checkpoint(journey.run), PROBE)
+    stored = read_json(commands.find_latest_checkpoint(journey.run), PROBE)
     exported = read_json(journey.exported, PROBE)
     assert abs(stored["loss"] - exported["loss"]) < 1e-5
 
@@ -179,6 +179,6 @@ def test_generate_adds_bos_and_decodes_as_the_original(journey: Journey, tmp_pat
 
 def test_a_run_copies_the_files_of_the_imported_checkpoint(journey: Journey) -> None:
     for name in ("generation_config.json", "token_ids.json", "tokenizer.json"):
-        assert (commands.latest_checkpoint(journey.run) / name).read_bytes() == (
+        assert (commands.find_latest_checkpoint(journey.run) / name).read_bytes() == (
             journey.imported / name
         ).read_bytes(), name

@@ -26,9 +26,9 @@ def test_terms_sum_to_the_loss_and_evaluate_agrees_with_the_run(corpus: Path, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["deepspeed", "pipeline", "accelerate"])
 def test_every_engine_logs_the_same_terms(engine: str, corpus: Path, tmp_path: Path) -> None:
-    values = []
-    for number, (options, ranks) in enumerate(((ENGINES[engine], 2), (("model.tie_embeddings=false",), 0))):
-        directory = tmp_path / str(number)
+    values = []  # of the engine, then of a native run
+    for run_index, (options, ranks) in enumerate(((ENGINES[engine], 2), (("model.tie_embeddings=false",), 0))):
+        directory = tmp_path / str(run_index)
         directory.mkdir()
         tied = () if engine == "pipeline" else ("model.tie_embeddings=true",)
         run = commands.train(directory, corpus, *OPTIONS, *options, *tied, ranks=ranks)

@@ -1,4 +1,4 @@
-"""Two corpora in one run: weights, stages, skipped samples, other world sizes, and the inspection tool."""
+"""A run on two corpora follows its weights and stages on any world size, and `dist-llm data` shows its samples."""
 
 import json
 import re
@@ -16,7 +16,10 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def mixture_overrides(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str, ...]]:
-    """Return a function: overrides of a run on `code`, the shared corpus, and `qa`, short documents with prompts."""
+    """Return a function that makes the overrides of a run on two corpora.
+
+    `code` is the shared corpus. `qa` has short documents with prompts, whose tokens are not scored.
+    """
     directory = tmp_path_factory.mktemp("qa")
     rows = [{"q": f"What is {n} plus {n}? ", "a": f"It is {2 * n}, as everybody knows."} for n in range(100)]
     (directory / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -39,7 +42,7 @@ def mixture_overrides(corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def mixed_run(
     corpus: Path, mixture_overrides: Callable[..., tuple[str, ...]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """An uninterrupted run."""
+    """An uninterrupted run, whose last stage has no `code`."""
     stages = f"[{{from_tokens: {6 * 12 * 128}, weights: {{code: 0.0, qa: 1.0}}}}]"
     overrides = mixture_overrides(stages=stages, skip="[[12, 18]]")
     return commands.train(
@@ -48,6 +51,7 @@ def mixed_run(
 
 
 def inspect(*arguments: object, succeed: bool = True) -> str:
+    """Run `dist-llm data ARGUMENTS`; return stdout and stderr."""
     completed = commands.run("data", *arguments, cwd=REPOSITORY, succeed=succeed)
     assert (completed.returncode == 0) == succeed, completed.stdout + completed.stderr
     return completed.stdout + completed.stderr
@@ -69,7 +73,7 @@ def test_metrics_have_loss_and_tokens_of_each_source(mixed_run: Path) -> None:
     (heldout_row,) = [row for row in commands.read_rows(mixed_run) if "heldout_loss" in row]
     assert {"heldout_loss_code", "heldout_loss_qa"} <= heldout_row.keys()
     assert "heldout_bits_per_byte" not in heldout_row, "prompts are part of the text but not scored"
-    assert commands.read_progress(commands.latest_checkpoint(mixed_run))["samples"] == STEPS * 12 + 6, (
+    assert commands.read_progress(commands.find_latest_checkpoint(mixed_run))["samples"] == STEPS * 12 + 6, (
         "six samples were skipped"
     )
 
@@ -83,7 +87,7 @@ def test_a_resume_on_other_world_sizes_reads_the_same_samples(
     for ranks, steps in ((4, 4), (3, 8), (2, 12)):
         run = commands.train(tmp_path, corpus, *overrides, f"run.steps={steps}", ranks=ranks)
     for name in ("loss", "tokens_code", "tokens_qa", "tokens"):
-        expected, actual = (commands.column(commands.read_metrics(each), name) for each in (mixed_run, run))
+        expected, actual = (commands.get_column(commands.read_metrics(run_dir), name) for run_dir in (mixed_run, run))
         assert actual == pytest.approx(expected, rel=1e-5)
     assert (run / "data.json").read_bytes() == (mixed_run / "data.json").read_bytes(), (
         "there is one segment, because nothing changed"
@@ -98,7 +102,7 @@ def test_a_resume_accepts_other_weights_and_refuses_another_seed(
     history = json.loads((tmp_path / "run" / "data.json").read_text())
     assert [segment["step"] for segment in history] == [0, STEPS]
     assert history[0] == json.loads((mixed_run / "data.json").read_text())[0]
-    changed = commands.train_arguments(corpus, *mixture_overrides(code=1.0, qa=1.0), "run.steps=14", "run.seed=9")
+    changed = commands.make_train_arguments(corpus, *mixture_overrides(code=1.0, qa=1.0), "run.steps=14", "run.seed=9")
     refused = commands.run(*changed, cwd=tmp_path, succeed=False)
     assert refused.returncode == 2
     assert "until step 13:\n  run.seed: 1 -> 9\nRestore it; or set data.on_change: new_segment" in refused.stderr
@@ -134,7 +138,7 @@ def test_find_lists_the_steps_that_read_a_text(mixed_run: Path) -> None:
     )
 
 
-def test_verify_and_stats(mixed_run: Path, corpus: Path, tmp_path: Path) -> None:
+def test_verify_finds_a_changed_byte_and_stats_draws_a_picture(mixed_run: Path, corpus: Path, tmp_path: Path) -> None:
     assert inspect("verify", "--run", mixed_run).count("all hashes, ids and document boundaries are correct") == 2
     broken = tmp_path / "broken"
     shutil.copytree(corpus, broken)

@@ -1,4 +1,4 @@
-"""Errors as a user sees them: the exit code, the message, and no files left behind."""
+"""A command that refuses its input exits with code 2, explains the error, and leaves no file behind."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from .conftest import ONE, Layout
 
 def test_all_config_errors_are_in_one_message(corpus: Path, tmp_path: Path) -> None:
     overrides = ("model.n_head=3", "optim.lr=fast", "parallel.dp_shard=3")
-    completed = commands.run(*commands.train_arguments(corpus, *overrides), cwd=tmp_path, succeed=False)
+    completed = commands.run(*commands.make_train_arguments(corpus, *overrides), cwd=tmp_path, succeed=False)
     assert completed.returncode == 2
     assert "model.n_head: unknown key; did you mean model.n_heads?" in completed.stderr
     assert "optim.lr: input should be a valid number, found 'fast'" in completed.stderr
@@ -24,7 +24,7 @@ def test_all_config_errors_are_in_one_message(corpus: Path, tmp_path: Path) -> N
 
 
 def test_under_torchrun_the_error_is_printed_once(corpus: Path, tmp_path: Path) -> None:
-    arguments = commands.train_arguments(corpus, "parallel.dp_shard=4")
+    arguments = commands.make_train_arguments(corpus, "parallel.dp_shard=4")
     completed = commands.run(*arguments, ranks=2, cwd=tmp_path, succeed=False)
     assert completed.returncode != 0
     assert completed.stderr.count("parallel.dp_shard: the layout (dp_shard 4) needs 4 ranks, but 2 were started") == 1
@@ -54,7 +54,7 @@ def test_a_command_explains_its_error(arguments: tuple[object, ...], message: st
 def test_an_unfinished_corpus_is_refused(corpus: Path, tmp_path: Path) -> None:
     unfinished = shutil.copytree(corpus, tmp_path / "unfinished")
     (unfinished / "manifest.json").unlink()
-    completed = commands.run(*commands.train_arguments(unfinished), cwd=tmp_path, succeed=False)
+    completed = commands.run(*commands.make_train_arguments(unfinished), cwd=tmp_path, succeed=False)
     assert completed.returncode == 2
     assert "not a prepared corpus (manifest.json is missing)" in completed.stderr
     assert not (tmp_path / "run").exists()
@@ -66,7 +66,7 @@ def test_a_damaged_shard_is_reported_with_its_byte(ranks: int, corpus: Path, tmp
     tokens = np.memmap(damaged / "train-00000.bin", dtype="<u2", mode="r+")
     tokens[:] = 60_000
     tokens.flush()
-    completed = commands.run(*commands.train_arguments(damaged), ranks=ranks, cwd=tmp_path, succeed=False)
+    completed = commands.run(*commands.make_train_arguments(damaged), ranks=ranks, cwd=tmp_path, succeed=False)
     assert completed.returncode == (1 if ranks else 2)
     assert re.search(
         r"train-00000\.bin: token \d+ \(byte \d+\) is 60000, but the tokenizer has 512 ids", completed.stderr
@@ -77,7 +77,7 @@ def test_a_damaged_shard_is_reported_with_its_byte(ranks: int, corpus: Path, tmp
 
 def test_a_failure_ends_with_rank_host_and_reason(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "logs" / "rank_00001.log").mkdir(parents=True)  # only rank 1 cannot open its log
-    completed = commands.run(*commands.train_arguments(corpus), ranks=2, cwd=tmp_path, succeed=False)
+    completed = commands.run(*commands.make_train_arguments(corpus), ranks=2, cwd=tmp_path, succeed=False)
     assert completed.returncode == 1
     report = completed.stderr[completed.stderr.index("Root Cause") :]
     assert re.search(r"host +: \S+\n +rank +: 1 .*\n +exitcode +: 2 ", report), report
@@ -88,7 +88,7 @@ def test_a_run_is_not_resumed_with_another_model(
     uninterrupted_run: Callable[[Layout], Path], corpus: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(uninterrupted_run(ONE), tmp_path / "run")
-    completed = commands.run(*commands.train_arguments(corpus, "model.d_model=32"), cwd=tmp_path, succeed=False)
+    completed = commands.run(*commands.make_train_arguments(corpus, "model.d_model=32"), cwd=tmp_path, succeed=False)
     assert completed.returncode == 2
     assert "model.d_model: 64 in the checkpoint, 32 in this config" in completed.stderr
 
@@ -101,7 +101,7 @@ def test_a_second_job_does_not_write_into_a_running_run(corpus: Path, tmp_path: 
         if not (run / "metrics.jsonl").exists() or len(commands.read_metrics(run)) < 3:
             return False
         config = (run / "config.yaml").read_bytes()
-        second_job = commands.train_arguments(corpus, "optim.lr=1", "run.steps=2")
+        second_job = commands.make_train_arguments(corpus, "optim.lr=1", "run.steps=2")
         completed = commands.run(*second_job, *overrides, cwd=tmp_path, succeed=False)
         assert completed.returncode == 2, completed.stderr
         assert re.search(r"run\.dir: run is in use by process \d+ on \S+, started ", completed.stderr)
@@ -114,7 +114,7 @@ def test_a_second_job_does_not_write_into_a_running_run(corpus: Path, tmp_path: 
         assert (run / "config.yaml").read_bytes() == config
         return True
 
-    long_run = commands.train_arguments(corpus, "run.steps=100000", "checkpoint.every=2")
+    long_run = commands.make_train_arguments(corpus, "run.steps=100000", "checkpoint.every=2")
     commands.kill_when(second_job_is_refused, long_run, 0, tmp_path)
     assert (run / "run.lock").exists()
     completed = commands.run(*long_run, "run.steps=2", cwd=tmp_path)

@@ -1,7 +1,4 @@
-"""After a stop signal all ranks save after the same step and exit.
-
-A rank that fails or hangs is named and ends the job.
-"""
+"""After a stop signal all ranks save a checkpoint of the same step and exit; a rank that fails or hangs is reported."""
 
 import json
 import os
@@ -24,12 +21,16 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 def start_with_fault(
     fault: tuple[object, ...], corpus: Path, cwd: Path, *overrides: object, ranks: int = 2
 ) -> subprocess.Popen[str]:
+    """Start training with a fault (faulty.py: name, rank, step), with two ranks under torchrun or in one process.
+
+    Returns the process of torchrun or of training.
+    """
     launcher = TORCHRUN if ranks else [sys.executable]
-    arguments = commands.train_arguments(corpus, "run.steps=20", *overrides)
+    arguments = commands.make_train_arguments(corpus, "run.steps=20", *overrides)
     return subprocess.Popen(
         [*launcher, "-m", "tests.e2e.faulty", *map(str, fault), *map(str, arguments)],
         cwd=cwd,
-        env={**commands.environment(), "PYTHONPATH": str(commands.REPOSITORY)},
+        env={**commands.make_environment(), "PYTHONPATH": str(commands.REPOSITORY)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -38,20 +39,21 @@ def start_with_fault(
     )
 
 
-def wait_for_end(process: subprocess.Popen[str], seconds: float) -> tuple[int, str, list[int]]:
-    """Wait for the process; return (exit code, output, remaining processes)."""
-    processes = commands.process_tree(process.pid)
+def wait_for_end(process: subprocess.Popen[str], timeout_seconds: float) -> tuple[int, str, list[int]]:
+    """Wait for the process and kill its remaining descendants; return (exit code, output, ids of the killed)."""
+    pids = commands.list_process_tree(process.pid)
     try:
-        output, _ = process.communicate(timeout=seconds)
+        output, _ = process.communicate(timeout=timeout_seconds)
     finally:
-        remaining = [pid for pid in commands.process_tree(process.pid) + processes if is_alive(pid)]
-        commands.kill_processes(remaining)
-    return process.returncode, output, remaining
+        remaining_pids = [pid for pid in commands.list_process_tree(process.pid) + pids if is_alive(pid)]
+        commands.kill_processes(remaining_pids)
+    return process.returncode, output, remaining_pids
 
 
-def is_alive(process: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Return whether the process exists and is not a zombie."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
@@ -63,7 +65,7 @@ def read_stop_marker(run: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize(
     ("fault", "code"),
-    [("usr1", 138), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("term", 143), ("int", 130)))],
+    [("usr1", 138), *(pytest.param(*values, marks=pytest.mark.slow) for values in (("term", 143), ("int", 130)))],
 )
 def test_one_process_saves_after_the_step_and_resumes_with_equal_results(
     fault: str, code: int, uninterrupted_run: Callable[[Layout], Path], corpus: Path, tmp_path: Path
@@ -73,19 +75,19 @@ def test_one_process_saves_after_the_step_and_resumes_with_equal_results(
     assert (exit_code, remaining) == (code, []), output
     step = int(str(read_stop_marker(tmp_path / "run")["step"]))
     assert step in (7, 8), "within one step"
-    assert commands.latest_checkpoint(tmp_path / "run").name == f"step_{step:08d}"
+    assert commands.find_latest_checkpoint(tmp_path / "run").name == f"step_{step:08d}"
     assert f"stopped by SIG{fault.upper()} after step {step}, saved" in output
-    commands.run(*commands.train_arguments(corpus), cwd=tmp_path)
+    commands.run(*commands.make_train_arguments(corpus), cwd=tmp_path)
     assert not (tmp_path / "run" / "stopped.json").exists(), "the run has resumed"
     expected = uninterrupted_run(ONE)
-    assert commands.column(commands.read_metrics(tmp_path / "run"), "loss") == commands.column(
+    assert commands.get_column(commands.read_metrics(tmp_path / "run"), "loss") == commands.get_column(
         commands.read_metrics(expected), "loss"
     )
     assert_same_weights(tmp_path / "run", expected)
 
 
-# The command receives a signal while it imports torch ("torch") or at Python's exit: in a thread that blocks the
-# signals that the main thread blocks ("end"), or in one that does not, like threads that training started ("thread").
+# The command receives a signal while it imports torch ("torch"), or at the exit of Python: with the signal mask of the
+# main thread ("end"), or with SIGUSR1 unblocked, as in threads that training has started ("thread").
 SIGNAL_SCRIPT = """
 import atexit, os, signal, sys
 
@@ -111,17 +113,17 @@ run()
 def test_signals_before_and_after_training_are_handled(
     when: str, code: int, step: int, corpus: Path, tmp_path: Path
 ) -> None:
-    arguments = map(str, commands.train_arguments(corpus, "run.steps=3"))
+    arguments = map(str, commands.make_train_arguments(corpus, "run.steps=3"))
     completed = subprocess.run(
         [sys.executable, "-c", SIGNAL_SCRIPT, when, *arguments],
         cwd=tmp_path,
-        env=commands.environment(),
+        env=commands.make_environment(),
         capture_output=True,
         text=True,
-        timeout=commands.LIMIT_SECONDS,
+        timeout=commands.TIMEOUT_SECONDS,
     )
     assert completed.returncode == code, completed.stderr
-    assert commands.latest_checkpoint(tmp_path / "run").name == f"step_{step:08d}"
+    assert commands.find_latest_checkpoint(tmp_path / "run").name == f"step_{step:08d}"
     assert (tmp_path / "run" / "stopped.json").exists() == bool(code)
 
 
@@ -133,27 +135,29 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(rank: int, corpus: P
     step = int(str(read_stop_marker(tmp_path / "run")["step"]))
     assert step in (5, 6)
     assert read_stop_marker(tmp_path / "run")["signal"] == "SIGUSR1"
-    assert commands.column(commands.read_metrics(tmp_path / "run"), "step") == list(range(1, step + 1))
-    assert commands.latest_checkpoint(tmp_path / "run").name == f"step_{step:08d}", output
+    assert commands.get_column(commands.read_metrics(tmp_path / "run"), "step") == list(range(1, step + 1))
+    assert commands.find_latest_checkpoint(tmp_path / "run").name == f"step_{step:08d}", output
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT], ids=lambda number: number.name
+    "stop_signal",
+    [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT],
+    ids=lambda stop_signal: stop_signal.name,
 )
-def test_a_signal_to_torchrun_stops_the_run(number: signal.Signals, corpus: Path, tmp_path: Path) -> None:
+def test_a_signal_to_torchrun_stops_the_run(stop_signal: signal.Signals, corpus: Path, tmp_path: Path) -> None:
     process = start_with_fault(("none", 9, 9), corpus, tmp_path, "run.steps=100000", *SHARDED.overrides)
     wait_for_steps(process, tmp_path / "run")
-    os.kill(process.pid, number)
+    os.kill(process.pid, stop_signal)
     _, output, remaining = wait_for_end(process, 60)
     assert not remaining
-    assert read_stop_marker(tmp_path / "run")["signal"] == number.name
+    assert read_stop_marker(tmp_path / "run")["signal"] == stop_signal.name
     step = int(str(read_stop_marker(tmp_path / "run")["step"]))
-    assert commands.latest_checkpoint(tmp_path / "run").name == f"step_{step:08d}", output
+    assert commands.find_latest_checkpoint(tmp_path / "run").name == f"step_{step:08d}", output
 
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_to_torchrun_ends_ranks_that_cannot_save(corpus: Path, tmp_path: Path) -> None:
-    """Rank 1 hangs, so rank 0 waits in a collective. After one Ctrl-C, torchrun waits for 30 s."""
+    """Rank 1 hangs, and rank 0 waits in a collective. After the first Ctrl-C, torchrun waits for up to 30 s."""
     process = start_with_fault(("sleep", 1, 5), corpus, tmp_path, *SHARDED.overrides)
     wait_for_steps(process, tmp_path / "run")
     time.sleep(1)
@@ -166,9 +170,10 @@ def test_a_second_ctrl_c_to_torchrun_ends_ranks_that_cannot_save(corpus: Path, t
 
 
 def wait_for_steps(process: subprocess.Popen[str], run: Path) -> None:
-    rows = run / "metrics.jsonl"
+    """Wait until the run has written three rows of metrics."""
+    metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + 60
-    while not rows.exists() or rows.read_text().count("\n") < 3:
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
@@ -208,11 +213,11 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(fault: str, message: str, c
 
 
 def test_a_rank_that_never_joins_is_named_and_the_others_exit(corpus: Path, tmp_path: Path) -> None:
-    """Before the first step the time limit is 30 times as long."""
+    """Before the first step the watchdog multiplies its timeout by 30."""
     completed = subprocess.run(
-        commands.command_line(*commands.train_arguments(corpus, "run.hang_seconds=0.1")),
+        commands.make_command(*commands.make_train_arguments(corpus, "run.hang_seconds=0.1")),
         cwd=tmp_path,
-        env=commands.environment() | commands.rank_environments(2)[0],
+        env=commands.make_environment() | commands.make_rank_environments(2)[0],
         capture_output=True,
         text=True,
         timeout=60,
@@ -229,7 +234,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(ranks: int, c
     assert code == (1 if ranks else 2), output
     assert not remaining
     assert "step 5: the loss is nan; nothing was saved since" in output
-    assert commands.latest_checkpoint(tmp_path / "run").name == "step_00000004"
+    assert commands.find_latest_checkpoint(tmp_path / "run").name == "step_00000004"
     assert [str(row["loss"]) for row in commands.read_metrics(tmp_path / "run")][4:] == ["nan", "nan"]
 
 

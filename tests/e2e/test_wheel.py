@@ -1,4 +1,4 @@
-"""The package as a user installs it: a wheel in an environment of its own, used from another directory."""
+"""An installed wheel does what the source tree does: the commands run in a new environment and another directory."""
 
 import os
 import shutil
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.commands import REPOSITORY, environment
+from tests.e2e.commands import REPOSITORY, make_environment
 
 SMALL = "run.steps=4 data.seq_len=64 data.global_batch=4 data.micro_batch=2 eval.every=0 checkpoint.every=4"
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment that has the wheel, and otherwise the packages of this one."""
+    """Build the wheel, install it in a new environment with the libraries of this one; return the bin directory."""
     root = tmp_path_factory.mktemp("wheel")
     source = root / "source"
     source.mkdir()
@@ -29,7 +29,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(source)
     venv.create(root / "environment", symlinks=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(root / "environment")}))
-    # A path file adds packages, but not their path files: the editable install of this repository is not among them.
+    # A .pth file adds the packages of this environment but does not read their .pth files, of which one is the editable
+    # install of this repository.
     (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))
     python = root / "environment/bin/python"
     subprocess.run([*pip, "--python", python, "install", "--no-deps", *root.glob("dist_llm-*.whl")], check=True)
@@ -37,11 +38,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, cwd: Path, *arguments: str) -> str:
-    """Run a program of the environment from `cwd`; returns its standard output."""
+    """Run a program of the new environment in `cwd`; return its standard output."""
     completed = subprocess.run(
         [installed / arguments[0], *arguments[1:]],
         cwd=cwd,
-        env={**environment(), "PATH": f"{installed}{os.pathsep}{os.environ['PATH']}"},
+        env={**make_environment(), "PATH": f"{installed}{os.pathsep}{os.environ['PATH']}"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -52,9 +53,9 @@ def run(installed: Path, cwd: Path, *arguments: str) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_the_wheel_does_what_the_clone_does(installed: Path, tmp_path: Path) -> None:
-    where = run(installed, tmp_path, "python", "-c", "import dist_llm; print(dist_llm.__file__)")
-    assert Path(where.strip()).is_relative_to(installed.parent)
+def test_the_commands_of_an_installed_wheel_run(installed: Path, tmp_path: Path) -> None:
+    package_path = run(installed, tmp_path, "python", "-c", "import dist_llm; print(dist_llm.__file__)")
+    assert Path(package_path.strip()).is_relative_to(installed.parent)
     assert "dist-llm prepare" in run(installed, tmp_path, "dist-llm", "--help")
     (tmp_path / "text.txt").write_text("\n\n".join(f"The number {i} comes before {i + 1}." for i in range(2000)))
     run(

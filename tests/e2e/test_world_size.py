@@ -1,4 +1,4 @@
-"""The same global batch on 1, 2 or 4 ranks, sharded, replicated or both, gives the same losses and samples."""
+"""Runs on 1, 2 or 4 ranks, sharded, replicated or both, have the losses of a run on one process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +17,14 @@ HYBRID = Layout(4, ("parallel.dp_replicate=2", "parallel.dp_shard=2"))
 def test_twenty_losses_do_not_depend_on_the_layout(layout: Layout, uninterrupted_run: Callable[[Layout], Path]) -> None:
     expected, actual = commands.read_metrics(uninterrupted_run(ONE)), commands.read_metrics(uninterrupted_run(layout))
 
-    assert commands.column(actual, "loss") == pytest.approx(commands.column(expected, "loss"), rel=1e-5, abs=0)
-    assert commands.column(actual, "grad_norm") == pytest.approx(
-        commands.column(expected, "grad_norm"), rel=1e-4, abs=0
+    assert commands.get_column(actual, "loss") == pytest.approx(commands.get_column(expected, "loss"), rel=1e-5, abs=0)
+    assert commands.get_column(actual, "grad_norm") == pytest.approx(
+        commands.get_column(expected, "grad_norm"), rel=1e-4, abs=0
     )
     for metric in ("step", "lr", "tokens"):
-        assert commands.column(actual, metric) == commands.column(expected, metric)
+        assert commands.get_column(actual, metric) == commands.get_column(expected, metric)
     assert (
-        commands.read_progress(commands.latest_checkpoint(uninterrupted_run(layout))).items()
+        commands.read_progress(commands.find_latest_checkpoint(uninterrupted_run(layout))).items()
         >= {"samples": 320, "tokens": 40960}.items()
     )
     assert len(list((uninterrupted_run(layout) / "logs").glob("rank_*.log"))) == max(1, layout.ranks)

@@ -11,25 +11,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gpu
-from gpu_context import Context
-from gpu_rows import ROWS, Row
+from gpu_cases import CASES, BenchmarkCase
+from gpu_context import CaseContext
 
 
-def hang(context: Context) -> None:
+def hang(context: CaseContext) -> None:
     time.sleep(600)
 
 
-def crash(context: Context) -> None:
+def crash(context: CaseContext) -> None:
     os._exit(3)
 
 
-row_by_name = {row.name: row for row in ROWS}
-ROWS[:] = [
+row_by_name = {row.name: row for row in CASES}
+CASES[:] = [
     row_by_name["environment"],
-    Row("check", "hangs", hang, limit_seconds=0.3),
-    Row("check", "crashes", crash),
+    BenchmarkCase("check", "hangs", hang, limit_seconds=0.3),
+    BenchmarkCase("check", "crashes", crash),
     row_by_name["loss"],
-    Row("check", "hangs for long", hang, limit_seconds=600),
+    BenchmarkCase("check", "hangs for long", hang, limit_seconds=600),
 ]
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ import gpu_figures
 import gpu_kernels
 import gpu_profile
 import gpu_steps
-from gpu_context import Comparison, Context
+from gpu_context import CaseContext, Comparison
 from gpu_profile import Gap, Span
 
-CPU = Context("cpu", True, Path("unused"))
+CPU = CaseContext("cpu", True, Path("unused"))
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_a_wrong_step_of_one_rank_breaks_the_check(long_steps: None) -> None:
 
 
 def test_bf16_that_is_fp32_breaks_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = gpu_steps.small_config
-    monkeypatch.setattr(gpu_steps, "small_config", lambda *overrides: original(*overrides, "precision=fp32"))
+    original = gpu_steps.make_small_config
+    monkeypatch.setattr(gpu_steps, "make_small_config", lambda *overrides: original(*overrides, "precision=fp32"))
     assert gpu_steps.check_step_bf16(CPU)["broken"] == ["bf16 computed what fp32 computes"]
 
 
@@ -129,16 +129,16 @@ def test_too_small_a_loss_breaks_a_training_row(monkeypatch: pytest.MonkeyPatch)
     """A loss of zero, for example, would be fast to compute."""
     measurement = {"seconds": 0.1, "peak": 1, "loss": 0.0}
     monkeypatch.setattr(gpu_figures, "make_native_stepper", lambda config, device: lambda steps: measurement)
-    row = gpu_figures.training(CPU, "llama-1b", 4096, 4)
+    row = gpu_figures.measure_training(CPU, "llama-1b", 4096, 4)
     assert row["broken"]
     assert row["tokens_per_second"] == pytest.approx(4 * 64 / 0.1)
 
 
 def test_nan_and_another_shape_break_a_comparison() -> None:
     comparison = Comparison(CPU)
-    comparison.close("nan", torch.tensor([torch.nan]), torch.ones(1), 1e30)
-    comparison.close("shape", torch.ones(2), torch.ones(1), 1e30)
-    comparison.equal("bits", torch.ones(1), torch.ones(1, dtype=torch.float64))
+    comparison.check_close("nan", torch.tensor([torch.nan]), torch.ones(1), 1e30)
+    comparison.check_close("shape", torch.ones(2), torch.ones(1), 1e30)
+    comparison.check_equal("bits", torch.ones(1), torch.ones(1, dtype=torch.float64))
     assert [line.partition(":")[0] for line in comparison.failures] == ["nan", "shape", "bits"]
 
 
@@ -147,6 +147,6 @@ def test_a_gap_lies_between_the_end_of_all_earlier_kernels_and_the_next_start() 
     host_spans = [Span("aten::mm", 1, 3), Span("aten::item", 31, 33), Span("aten::add", 39, 40)]
     (gap,) = gpu_profile.find_gaps(device_spans, host_spans)
     assert gap == Gap(30, 4, previous_kernel="long", next_kernel="b", last_host_operator="aten::item")
-    summary = gpu_profile.summarize(device_spans, host_spans)
+    summary = gpu_profile.summarize_spans(device_spans, host_spans)
     assert (summary["kernel_window_micros"], summary["idle_micros"], summary["kernels"]) == (50, 4, 5)
-    assert gpu_profile.summarize([], [])["broken"] == ["the profile has no kernel"]
+    assert gpu_profile.summarize_spans([], [])["broken"] == ["the profile has no kernel"]

@@ -26,10 +26,10 @@ import gpu_report  # noqa: E402
 import gpu_start  # noqa: E402
 import gpu_workers  # noqa: E402
 from dist_llm.losses import fused_linear_cross_entropy  # noqa: E402
-from gpu_context import Context  # noqa: E402
-from gpu_rows import ROWS, Row  # noqa: E402
+from gpu_cases import CASES, BenchmarkCase  # noqa: E402
+from gpu_context import CaseContext  # noqa: E402
 
-CPU = Context("cpu", True, Path("unused"))
+CPU = CaseContext("cpu", True, Path("unused"))
 # Packages that the machine with the GPU lacks; no row may need them.
 ABSENT_PACKAGES = ("datasets", "datasketch", "hypothesis", "deepspeed", "zstandard")
 HIDE_ABSENT_PACKAGES = f"import sys; sys.modules.update(dict.fromkeys({ABSENT_PACKAGES})); "
@@ -40,7 +40,7 @@ def start(*arguments: str, code: str = "", program: Path = BENCHMARKS / "gpu.py"
     program_args = ["-c", code] if code else [str(program)]
     return subprocess.Popen(
         [sys.executable, *program_args, *arguments],
-        env=commands.environment(),
+        env=commands.make_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -52,9 +52,9 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     return {row["row"]: row for row in json.loads(path.read_text())["rows"]}
 
 
-def row_name_of(name: str) -> str:
+def case_name_of(name: str) -> str:
     """Return the name of the row that produced a result: a row with several results names each."""
-    return max((row.name for row in ROWS if name == row.name or name.startswith(f"{row.name}, ")), key=len)
+    return max((row.name for row in CASES if name == row.name or name.startswith(f"{row.name}, ")), key=len)
 
 
 @without_cuda
@@ -67,9 +67,9 @@ def test_every_row_runs_on_a_fake_gpu(tmp_path: Path) -> None:
     assert {name: row["error"] for name, row in rows.items() if row["outcome"] == "failed"} == {}
     assert process.returncode == 0, errors
     assert [json.loads(line)["row"] for line in output.splitlines()] == list(rows)
-    assert {row_name_of(name) for name in rows} == {row.name for row in ROWS}
+    assert {case_name_of(name) for name in rows} == {row.name for row in CASES}
     assert [name for name, row in rows.items() if row["outcome"] != "ok"] == ["pytest -m gpu"]
-    assert all(rows[row.name]["traced_peak"] > 0 for row in ROWS if row.kind == "train")
+    assert all(rows[row.name]["traced_peak"] > 0 for row in CASES if row.kind == "train")
     assert rows["environment"]["missing"].keys() >= {"datasets", "datasketch"}
     assert "traced GiB" in errors
 
@@ -84,7 +84,7 @@ def test_results_survive_hangs_crashes_and_sigkill(tmp_path: Path) -> None:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        children = commands.process_tree(process.pid)[1:]
+        children = commands.list_process_tree(process.pid)[1:]
         assert children
         os.kill(process.pid, signal.SIGKILL)
     rows = read_rows(path)
@@ -101,34 +101,34 @@ def test_results_survive_hangs_crashes_and_sigkill(tmp_path: Path) -> None:
 class InProcessRunner:
     """Runs rows in this process instead of in child processes."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: CaseContext) -> None:
         self.context = context
 
-    def run(self, row: Row, seconds: float) -> list[dict[str, Any]]:
-        return gpu_workers.run_row(row, self.context)
+    def run(self, row: BenchmarkCase, seconds: float) -> list[dict[str, Any]]:
+        return gpu_workers.run_case(row, self.context)
 
     def close(self) -> None: ...
 
 
-def run_out_of_memory(context: Context) -> None:
+def run_out_of_memory(context: CaseContext) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB.")
 
 
-def interrupt(context: Context) -> None:
+def interrupt(context: CaseContext) -> None:
     raise KeyboardInterrupt
 
 
-SHORT_ROWS = ("environment", "loss", "generation", "llama-1b, 4k x 4", "profile, eager")
+SHORT_CASES = ("environment", "loss", "generation", "llama-1b, 4k x 4", "profile, eager")
 
 
 @pytest.fixture
 def run_gpu_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """A function that runs gpu.py on the CPU in this process, with the given rows and then SHORT_ROWS."""
+    """A function that runs gpu.py on the CPU in this process, with the given rows and then SHORT_CASES."""
     handler = signal.getsignal(signal.SIGTERM)
 
-    def run(*rows: Row) -> int:
-        monkeypatch.setattr(gpu, "ROWS", [*rows, *(row for row in ROWS if row.name in SHORT_ROWS)])
-        monkeypatch.setattr(gpu, "RowProcesses", InProcessRunner)
+    def run(*rows: BenchmarkCase) -> int:
+        monkeypatch.setattr(gpu, "CASES", [*rows, *(row for row in CASES if row.name in SHORT_CASES)])
+        monkeypatch.setattr(gpu, "CaseProcesses", InProcessRunner)
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--write", str(tmp_path), "--commit=abc"])
         return gpu.main()
 
@@ -139,11 +139,11 @@ def run_gpu_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 def test_the_rows_run_and_the_table_shows_them(
     run_gpu_command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_gpu_command(Row("train", "memory", run_out_of_memory)) == 0
+    assert run_gpu_command(BenchmarkCase("train", "memory", run_out_of_memory)) == 0
     output, errors = capsys.readouterr()
     report = json.loads((tmp_path / "gpu-cpu.json").read_text())
     rows = {row["row"]: row for row in report["rows"]}
-    assert list(rows) == [json.loads(line)["row"] for line in output.splitlines()] == ["memory", *SHORT_ROWS]
+    assert list(rows) == [json.loads(line)["row"] for line in output.splitlines()] == ["memory", *SHORT_CASES]
     assert rows["memory"]["outcome"] == "out of memory"
     assert rows["llama-1b, 4k x 4"]["tokens_per_second"] > 0
     assert 0 < len(rows["profile, eager"]["gaps"]) <= 10
@@ -167,7 +167,12 @@ def test_a_wrong_value_is_reported_and_fails_the_command(
 
 
 def test_an_interrupted_run_prints_finished_rows(run_gpu_command: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_gpu_command(Row("check", "finished", lambda context: {}), Row("check", "stopped", interrupt)) == 130
+    assert (
+        run_gpu_command(
+            BenchmarkCase("check", "finished", lambda context: {}), BenchmarkCase("check", "stopped", interrupt)
+        )
+        == 130
+    )
     assert "rows: 1 ok" in capsys.readouterr().err
 
 
@@ -185,14 +190,14 @@ def test_the_complete_command_runs_on_the_cpu(tmp_path: Path) -> None:
     completed = subprocess.run(
         ["make", "gpu", "DEVICE=cpu", f"RESULTS={tmp_path}", f"GPU_PYTHON={sys.executable}"],
         cwd=REPOSITORY,
-        env=commands.environment(),
+        env=commands.make_environment(),
         capture_output=True,
         text=True,
         timeout=1100,
     )
     assert completed.returncode == 0, completed.stderr
     rows = read_rows(tmp_path / "gpu-cpu.json")
-    assert {row_name_of(name) for name in rows} == {row.name for row in ROWS}
+    assert {case_name_of(name) for name in rows} == {row.name for row in CASES}
     skipped_names = {name for name, row in rows.items() if row["outcome"] != "ok"}
     gpu_only_names = {name for name in rows if name.startswith(("host syncs", "attention flex", "pytest"))}
     assert skipped_names == gpu_only_names | {"attention efficient", "attention cudnn"}
@@ -203,8 +208,8 @@ def test_the_complete_command_runs_on_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_committed_memory_peaks_are_current(tmp_path: Path) -> None:
     """Trace one training row at its full size and compare its peak with that of the committed file."""
-    peaks = gpu_report.traced_peaks()
-    names = [row.name for row in ROWS if row.kind == "train"]
+    peaks = gpu_report.read_traced_peaks()
+    names = [row.name for row in CASES if row.kind == "train"]
     assert peaks.keys() >= set(names)
     process = start("--device", "fake", "--write", str(tmp_path), "--rows", names[0])
     process.communicate(timeout=1100)
@@ -213,10 +218,10 @@ def test_committed_memory_peaks_are_current(tmp_path: Path) -> None:
 
 
 def test_checks_and_the_first_training_row_come_within_two_minutes() -> None:
-    first_train_index = next(index for index, row in enumerate(ROWS) if row.kind == "train")
-    assert ROWS[first_train_index].name == "llama-1b, 4k x 4"
-    assert sum(row.expected_seconds for row in ROWS[: first_train_index + 1]) <= 120
-    earlier_names = {row.name for row in ROWS[:first_train_index]}
+    first_train_index = next(index for index, row in enumerate(CASES) if row.kind == "train")
+    assert CASES[first_train_index].name == "llama-1b, 4k x 4"
+    assert sum(row.expected_seconds for row in CASES[: first_train_index + 1]) <= 120
+    earlier_names = {row.name for row in CASES[:first_train_index]}
     assert earlier_names >= {
         "step fp32",
         "step bf16",
@@ -234,7 +239,7 @@ class FakeRunner:
     def __init__(self, seconds: float) -> None:
         self.seconds_left = seconds
 
-    def run(self, row: Row, seconds: float) -> list[dict[str, Any]]:
+    def run(self, row: BenchmarkCase, seconds: float) -> list[dict[str, Any]]:
         self.seconds_left -= row.expected_seconds
         return [{"outcome": "ok", "limit_seconds": seconds}]
 
@@ -242,9 +247,9 @@ class FakeRunner:
 def test_a_row_starts_only_if_enough_time_is_left() -> None:
     records: list[dict[str, Any]] = []
     results: Any = SimpleNamespace(add=records.append, context=SimpleNamespace(kind="cuda"))
-    rows = [Row("check", f"row {index}", len, expected_seconds=10, limit_seconds=25) for index in range(4)]
+    rows = [BenchmarkCase("check", f"row {index}", len, expected_seconds=10, limit_seconds=25) for index in range(4)]
     runner = FakeRunner(32)
-    gpu.run_rows(rows, results, runner.run, lambda: runner.seconds_left)
+    gpu.run_cases(rows, results, runner.run, lambda: runner.seconds_left)
     assert [row["outcome"] for row in records] == ["ok", "ok", "ok", "skipped"]
     assert [row.get("limit_seconds") for row in records[:3]] == [25, 22, 12]
     assert "needs about 10 s, but 2 s of the time budget are left" in records[3]["error"]

@@ -51,7 +51,7 @@ def iter_cases() -> Iterator[tuple[str, int, dict[str, Any]]]:
     yield "fp8", 1, {"model": {"d_model": 64, "d_ff": 64}, "precision": "bf16", "fp8": True}
     for name, parallel in LAYOUTS.items():
         yield name, 8, {"precision": "bf16", "parallel": parallel}
-    for model in ("t5", "bert", "two"):
+    for model in ("t5", "bert", "encoder_decoder"):
         yield f"{model}, tp", 8, {"model": MODELS[model], "precision": "bf16", "parallel": LAYOUTS["tp"]}
     yield "muon, dp_shard", 8, {"optim": MUON, "precision": "bf16", "parallel": {"dp_shard": 8}}
     yield "dropout, tp", 8, {"model": {"dropout": 0.1}, "precision": "bf16", "parallel": {"dp_shard": 2, "tp": 4}}

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.e2e.commands import free_port
+from tests.e2e.commands import find_free_port
 
 # Prints the number of worker threads of each group, the timeout, and whether torch knows the backend as gloo's.
 PROGRAM = """
@@ -35,7 +35,7 @@ def test_each_group_has_one_thread(interface: str) -> None:
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(find_free_port()),
     }
     environment = {**os.environ, **ranks} | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})
     completed = subprocess.run(

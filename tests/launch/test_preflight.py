@@ -19,7 +19,7 @@ from dist_llm.launch import preflight
 from dist_llm.launch.node_report import NodeReport, diagnose_nodes, format_table
 from dist_llm.launch.preflight import PreflightTimeout, run_preflight
 from dist_llm.launch.world import World
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
 VERSIONS = {"torch": "2.11.0", "NCCL": "2.27.5", "driver": "570.86"}
@@ -124,7 +124,7 @@ def measure_as_two_nodes(directory: Path) -> list[NodeReport]:
 
 
 def test_two_ranks_measure_and_agree(tmp_path):
-    reports, reports_of_rank_1 = world(2).run(measure_as_two_nodes, tmp_path)
+    reports, reports_of_rank_1 = get_world(2).run(measure_as_two_nodes, tmp_path)
     assert [repr(each) for each in reports] == [repr(each) for each in reports_of_rank_1]
     assert [(each.rank, each.host) for each in reports] == [(0, "node0"), (1, "node1")]
     assert [line for line in diagnose_nodes(reports) if "TFLOP/s" not in line] == [], "two cores may differ in speed"
@@ -165,10 +165,10 @@ def devices_used(directory: Path, gpus: list[str]) -> tuple[list[NodeReport], se
 
 
 def test_nccl_is_used_only_if_all_nodes_have_gpus(tmp_path):
-    for reports, used in world(2).run(devices_used, tmp_path, ["H100", "H100"]):
+    for reports, used in get_world(2).run(devices_used, tmp_path, ["H100", "H100"]):
         assert used == {"cuda", "nccl"}
         assert diagnose_nodes(reports) == []
-    for reports, used in world(2).run(devices_used, tmp_path, ["H100", "none"]):
+    for reports, used in get_world(2).run(devices_used, tmp_path, ["H100", "none"]):
         assert used == {"cpu", "gloo"}
         assert diagnose_nodes(reports) == ["node1: GPU is none, elsewhere H100"]
 
@@ -184,8 +184,8 @@ def measure_shifted_clock(seconds: float) -> float:
 
 
 def test_a_clock_offset_is_measured():
-    assert world(2).run(measure_shifted_clock, 5.0) == [0, pytest.approx(5, abs=0.5)]
-    assert world(2).run(measure_shifted_clock, -5.0) == [0, pytest.approx(-5, abs=0.5)]
+    assert get_world(2).run(measure_shifted_clock, 5.0) == [0, pytest.approx(5, abs=0.5)]
+    assert get_world(2).run(measure_shifted_clock, -5.0) == [0, pytest.approx(-5, abs=0.5)]
 
 
 def check_shared_file_of_rank(directories: list[Path]) -> tuple[bool | None, list[str]]:
@@ -199,12 +199,12 @@ def test_a_directory_that_is_not_shared_is_detected_and_left_unchanged(tmp_path)
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    assert world(2).run(check_shared_file_of_rank, [first, first]) == [(True, []), (True, [])]
-    assert world(2).run(check_shared_file_of_rank, [first, second]) == [(True, []), (False, [])]
-    assert world(2).run(check_shared_file_of_rank, [first, tmp_path / "nowhere"]) == [(True, []), (False, [])]
+    assert get_world(2).run(check_shared_file_of_rank, [first, first]) == [(True, []), (True, [])]
+    assert get_world(2).run(check_shared_file_of_rank, [first, second]) == [(True, []), (False, [])]
+    assert get_world(2).run(check_shared_file_of_rank, [first, tmp_path / "nowhere"]) == [(True, []), (False, [])]
     nowhere = tmp_path / "nowhere"
     message = f"--directory {nowhere} cannot be written to: No such file or directory"
-    assert world(2).run(check_shared_file_of_rank, [nowhere, first]) == [(None, [message]), (None, [])]
+    assert get_world(2).run(check_shared_file_of_rank, [nowhere, first]) == [(None, [message]), (None, [])]
     assert [*first.iterdir(), *second.iterdir()] == []
 
 
@@ -256,7 +256,7 @@ def bandwidth_at_fixed_rate() -> tuple[float, float]:
 @pytest.mark.parametrize(("ranks", "traffic_factor"), [(2, 1.0), (4, 1.5)])
 def test_the_bandwidth_is_that_of_a_link(ranks, traffic_factor):
     """8 MiB in a second: with two ranks each link carries the tensor once, with four ranks 1.5 times."""
-    for latency, rate in world(ranks).run(bandwidth_at_fixed_rate):
+    for latency, rate in get_world(ranks).run(bandwidth_at_fixed_rate):
         assert latency == pytest.approx(4 / 2**23 * 1e6)
         assert rate == pytest.approx(traffic_factor * 2**23 / 1e9)
 
@@ -279,7 +279,7 @@ def neighbour_bandwidth_with_slow_link(hosts: list[str], slow: list[int], second
 
 def test_neighbours_are_measured_pairwise():
     """Three nodes; the last has two ranks and a slow link."""
-    first, second, *last = world(4).run(neighbour_bandwidth_with_slow_link, ["a", "b", "c", "c"], [1, 2, 3], 0.2)
+    first, second, *last = get_world(4).run(neighbour_bandwidth_with_slow_link, ["a", "b", "c", "c"], [1, 2, 3], 0.2)
     assert second < 2**23 * 4 / 3 / 0.2 / 1e9
     assert first > 0
     assert all(map(math.isnan, last))

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from dist_llm.launch.stop import MARKER, StopSignals, clear_stop_marker, write_stop_marker
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
@@ -53,7 +53,7 @@ def signals_by_step_of(rank: int) -> list[int]:
 
 
 def test_all_ranks_agree_on_the_step() -> None:
-    assert world(2).run(signals_by_step_of, 1) == [[0, 0, signal.SIGUSR1]] * 2
+    assert get_world(2).run(signals_by_step_of, 1) == [[0, 0, signal.SIGUSR1]] * 2
 
 
 # One forked child for each case. "stuck": the main thread waits in C for a mutex that is never released, as it may wait

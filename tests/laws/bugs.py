@@ -1,6 +1,7 @@
-"""Planted bugs. Each one occurred in a public trainer, or could, and must make the law fail.
+"""Planted bugs: faults of parallel training, each of which must make the comparison with one process fail.
 
-A bug is a context manager that changes our code in this process while it is open.
+A bug is a context manager that patches dist_llm or torch in this process while it is open. Its name says the fault.
+test_planted_bugs.py and test_optimizers.py check that each bug is detected.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,15 +31,18 @@ BUGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
 
 
 def plant_bug(name: str) -> AbstractContextManager[Any]:
+    """Return the context manager of a bug."""
     return BUGS[name]()
 
 
 def register_bug(function: Callable[[], Iterator[Any]]) -> Callable[[], Iterator[Any]]:
+    """Add a bug to BUGS under the name of the function."""
     BUGS[function.__name__] = contextmanager(function)
     return function
 
 
-def _shard_at_zero(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+def _local_with_zero_offset(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Return the shard of this rank, as if it were the first shard of the tensor."""
     return sharded.to_local(tensor), (0,) * tensor.ndim
 
 
@@ -47,39 +51,39 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 @register_bug
-def replicas_gradients_are_not_reduced() -> Iterator[Any]:
-    class Silent:
+def gradients_are_not_reduced_over_replicas() -> Iterator[Any]:
+    class DistWithoutReduction:
         def __getattr__(self, name: str) -> Any:
             return getattr(dist, name) if name != "all_reduce" else lambda *args, **kwargs: None
 
-    with patch.object(_fsdp_collectives, "dist", Silent()):
+    with patch.object(_fsdp_collectives, "dist", DistWithoutReduction()):
         yield
 
 
 @register_bug
-def shards_gradients_are_not_reduced() -> Iterator[Any]:
+def gradients_are_not_reduced_over_shards() -> Iterator[Any]:
     def keep_local_chunk(output: torch.Tensor, input: torch.Tensor, op: Any, group: Any, **kwargs: Any) -> None:
         output.copy_(input.view(dist.get_world_size(group), -1)[dist.get_rank(group)])
 
     names = [name for name in ("reduce_scatter_single", "reduce_scatter_tensor") if name in vars(dist)]
 
-    class Silent:
+    class DistWithoutReduction:
         def __getattr__(self, name: str) -> Any:
             if name not in names:
                 return getattr(dist, name)
             return lambda output, input, op=None, group=None, **kwargs: keep_local_chunk(output, input, op, group)
 
-    with patch.object(_fsdp_collectives, "dist", Silent()):
+    with patch.object(_fsdp_collectives, "dist", DistWithoutReduction()):
         yield
 
 
 @register_bug
-def context_gradients_are_not_reduced() -> Iterator[Any]:
-    """Weights are sharded over dp_shard only, so context ranks keep the gradients of their own tokens."""
+def gradients_are_not_reduced_over_context_ranks() -> Iterator[Any]:
+    """Weights are sharded over dp_shard only, so each context rank keeps the gradients of its own tokens."""
     original = fsdp.fully_shard
 
-    def fully_shard_over_data(module: Any, mesh: Any, **keywords: Any) -> None:
-        original(module, mesh=mesh._get_root_mesh()["dp_replicate", "dp_shard"], **keywords)
+    def fully_shard_over_data(module: Any, mesh: Any, **kwargs: Any) -> None:
+        original(module, mesh=mesh._get_root_mesh()["dp_replicate", "dp_shard"], **kwargs)
 
     with patch.object(fsdp, "fully_shard", fully_shard_over_data):
         yield
@@ -87,14 +91,14 @@ def context_gradients_are_not_reduced() -> Iterator[Any]:
 
 @register_bug
 def gathered_input_gradients_are_not_reduce_scattered() -> Iterator[Any]:
-    """Each tensor rank continues with the partial gradient of its own heads, hidden units or vocabulary rows."""
+    """Each tensor rank continues backward with the partial gradient of its own heads, hidden units or vocabulary."""
     with patch.object(tensor_parallel.TensorParallelRegion, "all_gather_sequence", _gather_local_gradients_only):
         yield
 
 
 @register_bug
 def head_gradients_are_not_reduced_over_tensor_ranks() -> Iterator[Any]:
-    """The gradient of the head's input: each rank's vocabulary rows give a partial sum."""
+    """The gradient of the input of the head is a partial sum over the vocabulary shard of each rank."""
     original = tensor_parallel.VocabParallelHead.forward
 
     def forward(self: Any, *inputs: Any) -> Any:
@@ -110,15 +114,15 @@ def _gather_local_gradients_only(region: tensor_parallel.TensorParallelRegion, x
 
 
 @register_bug
-def token_shards_use_the_depth_scale_of_full_rows() -> Iterator[Any]:
-    """With stochastic depth. A row of a rank's token shard is not part of one sequence."""
+def token_shards_use_the_depth_scale_of_full_sequences() -> Iterator[Any]:
+    """With stochastic depth. The tokens of a token shard may belong to several sequences."""
     with patch.object(tensor_parallel.TensorParallelRegion, "shard_depth_scale", lambda self, block, inputs: inputs):
         yield
 
 
 @register_bug
-def tensor_ranks_take_the_positions_of_the_first() -> Iterator[Any]:
-    """With learned positions. A rank's token shard may start within a sequence."""
+def tensor_ranks_use_the_positions_of_the_first_rank() -> Iterator[Any]:
+    """With learned positions. The token shard of a rank may start within a sequence."""
 
     def take_first_chunk(self: Any, numbers_BS: torch.Tensor) -> torch.Tensor:
         return numbers_BS.flatten(0, 1).chunk(self.ranks)[0].unflatten(0, (len(numbers_BS), -1))
@@ -146,7 +150,7 @@ def gradients_are_averaged_over_ranks() -> Iterator[Any]:
 
 
 @register_bug
-def mean_of_rank_means() -> Iterator[Any]:
+def loss_is_the_mean_of_rank_means() -> Iterator[Any]:
     def skip_all_reduce(self: NativeEngine, value: Any) -> torch.Tensor:
         return torch.as_tensor(value) * self.dp_rank_and_size[1] if isinstance(value, int) else original(self, value)
 
@@ -156,7 +160,7 @@ def mean_of_rank_means() -> Iterator[Any]:
 
 
 @register_bug
-def mean_of_microbatch_means() -> Iterator[Any]:
+def loss_is_the_mean_of_microbatch_means() -> Iterator[Any]:
     def normalize_each_microbatch(self: NativeEngine, batches: Any, scored: torch.Tensor, step: int) -> torch.Tensor:
         losses = [
             original(self, [batch], self.all_reduce_over_data(batch.num_valid_tokens) * len(batches), step)
@@ -170,16 +174,16 @@ def mean_of_microbatch_means() -> Iterator[Any]:
 
 
 @register_bug
-def loss_divided_twice() -> Iterator[Any]:
+def loss_is_divided_twice() -> Iterator[Any]:
     original = NativeEngine.accumulate
     with patch.object(NativeEngine, "accumulate", lambda self, b, scored, s: original(self, b, scored * scored, s)):
         yield
 
 
 @register_bug
-def loss_averaged_over_padding() -> Iterator[Any]:
-    def count_padding(engine: Any, batches: Any, *rest: Any) -> Any:
-        return original(engine, [replace(batch, num_valid_tokens=batch.targets_BS.numel()) for batch in batches], *rest)
+def loss_is_averaged_over_padding() -> Iterator[Any]:
+    def count_padding(engine: Any, batches: Any, *args: Any) -> Any:
+        return original(engine, [replace(batch, num_valid_tokens=batch.targets_BS.numel()) for batch in batches], *args)
 
     original = step.train_step
     with patch("tests.laws.law.train_step", count_padding):
@@ -187,7 +191,7 @@ def loss_averaged_over_padding() -> Iterator[Any]:
 
 
 @register_bug
-def last_microbatch_only() -> Iterator[Any]:
+def only_the_last_microbatch_is_accumulated() -> Iterator[Any]:
     original = NativeEngine.accumulate
     with patch.object(NativeEngine, "accumulate", lambda self, b, scored, s: original(self, b[-1:], scored, s)):
         yield
@@ -201,7 +205,7 @@ def all_ranks_read_the_same_samples() -> Iterator[Any]:
 
 
 @register_bug
-def clipping_by_the_local_norm() -> Iterator[Any]:
+def gradients_are_clipped_by_the_local_norm() -> Iterator[Any]:
     original = mesh.all_reduce_over
 
     def skip_tp_all_reduce(value: torch.Tensor, mesh: Any, axes: Any) -> torch.Tensor:
@@ -212,13 +216,13 @@ def clipping_by_the_local_norm() -> Iterator[Any]:
 
 
 @register_bug
-def replicated_parameters_counted_once_per_tensor_rank() -> Iterator[Any]:
+def norm_counts_replicated_parameters_once_per_tensor_rank() -> Iterator[Any]:
     with patch("dist_llm.engines.gradient_norm.is_sharded_over", lambda parameter, axis: True):
         yield
 
 
 @register_bug
-def tied_embedding_counted_by_both_stages() -> Iterator[Any]:
+def norm_counts_the_tied_embedding_in_both_stages() -> Iterator[Any]:
     def count_both_stages(self: NativeEngine) -> torch.Tensor:
         original_flags = [model_part.is_first_stage for model_part in self.model_parts]
         for model_part in self.model_parts:
@@ -234,7 +238,7 @@ def tied_embedding_counted_by_both_stages() -> Iterator[Any]:
 
 
 @register_bug
-def clipping_never_happens() -> Iterator[Any]:
+def gradients_are_not_clipped() -> Iterator[Any]:
     with patch.object(gradient_clipping, "clip_grads_", _do_nothing):
         yield
 
@@ -242,8 +246,9 @@ def clipping_never_happens() -> Iterator[Any]:
 @register_bug
 def context_ranks_count_positions_from_zero() -> Iterator[Any]:
     def number_from_zero(batch: Any, rank: int, ranks: int) -> Any:
-        cut = shard_sequences(batch, rank, ranks)
-        return replace(cut, positions_BS=torch.arange(cut.inputs_BS.shape[1]).expand_as(cut.inputs_BS))
+        local_batch = shard_sequences(batch, rank, ranks)
+        positions = torch.arange(local_batch.inputs_BS.shape[1])
+        return replace(local_batch, positions_BS=positions.expand_as(local_batch.inputs_BS))
 
     shard_sequences = context_parallel.shard_sequences
     with patch("dist_llm.engines.native.shard_sequences", number_from_zero):
@@ -251,8 +256,8 @@ def context_ranks_count_positions_from_zero() -> Iterator[Any]:
 
 
 @register_bug
-def causal_mask_aligned_to_the_start() -> Iterator[Any]:
-    """SDPA's is_causal with fewer queries than keys is aligned top-left."""
+def causal_mask_is_aligned_to_the_first_key() -> Iterator[Any]:
+    """With fewer queries than keys, is_causal of SDPA aligns the mask with the first key instead of the last."""
 
     def align_top_left(q: Any, k: Any, v: Any, mask: Any, dropout: float, scale: Any) -> torch.Tensor:
         heads = {"enable_gqa": q.shape[2] != k.shape[2]}
@@ -269,8 +274,8 @@ def causal_mask_aligned_to_the_start() -> Iterator[Any]:
 
 
 @register_bug
-def tied_head_untied_by_the_tensor_split() -> Iterator[Any]:
-    """The head projects with a copy of the embedding: its gradient never reaches the weight."""
+def tied_head_uses_a_copy_of_the_embedding() -> Iterator[Any]:
+    """The head projects with a detached copy of the embedding, so its gradient does not reach the weight."""
     forward = tensor_parallel.VocabParallelHead.forward
 
     def project_with_copy(self: Any, x: Any, tied: Any, targets: Any) -> Any:
@@ -281,8 +286,8 @@ def tied_head_untied_by_the_tensor_split() -> Iterator[Any]:
 
 
 @register_bug
-def vocabulary_maximum_is_not_shared() -> Iterator[Any]:
-    class Local:
+def vocabulary_maximum_is_not_reduced_over_tensor_ranks() -> Iterator[Any]:
+    class DistWithLocalMaximum:
         def __getattr__(self, name: str) -> Any:
             return getattr(dist, name)
 
@@ -290,7 +295,7 @@ def vocabulary_maximum_is_not_shared() -> Iterator[Any]:
             if op != dist.ReduceOp.MAX:
                 dist.all_reduce(value, op, group)
 
-    with patch.object(tensor_parallel, "dist", Local()):
+    with patch.object(tensor_parallel, "dist", DistWithLocalMaximum()):
         yield
 
 
@@ -306,8 +311,8 @@ def vocabulary_padding_is_scored() -> Iterator[Any]:
 
 
 @register_bug
-def every_rank_initialised_with_the_same_shard() -> Iterator[Any]:
-    with patch.object(parallelize, "local_with_offset", _shard_at_zero):
+def all_ranks_initialize_the_same_shard() -> Iterator[Any]:
+    with patch.object(parallelize, "local_with_offset", _local_with_zero_offset):
         yield
 
 
@@ -324,8 +329,8 @@ def pipeline_rescales_gradients() -> Iterator[Any]:
 
 
 @register_bug
-def context_ranks_treat_their_queries_as_the_last() -> Iterator[Any]:
-    """Document and prefix masks then describe other tokens than this rank's."""
+def context_ranks_mask_their_queries_as_the_last_ones() -> Iterator[Any]:
+    """Document and prefix masks then describe tokens of another rank."""
     with patch.object(
         AttentionMask, "with_query_positions", lambda self, _, num_keys: replace(self, num_keys=num_keys)
     ):
@@ -334,7 +339,7 @@ def context_ranks_treat_their_queries_as_the_last() -> Iterator[Any]:
 
 @register_bug
 def every_microbatch_uses_the_mask_of_the_first() -> Iterator[Any]:
-    """A pipeline gets all microbatches at once, with the mask of the first."""
+    """A pipeline gets all microbatches at once; here all of them get the mask of the first microbatch."""
     original = Batch.concatenate
 
     def use_first_mask(batches: Any) -> Any:
@@ -349,35 +354,35 @@ def every_microbatch_uses_the_mask_of_the_first() -> Iterator[Any]:
 def stochastic_depth_differs_between_tensor_ranks() -> Iterator[Any]:
     original = decoder.stochastic_depth_scale
     with patch.object(
-        decoder, "stochastic_depth_scale", lambda sample_hash_B, *rest: original(sample_hash_B + dist.get_rank(), *rest)
+        decoder, "stochastic_depth_scale", lambda sample_hash_B, *args: original(sample_hash_B + dist.get_rank(), *args)
     ):
         yield
 
 
 @register_bug
-def encoders_table_is_not_reduced_over_stages() -> Iterator[Any]:
-    """The stage where the decoder begins embeds tokens with the same matrix as the first stage."""
+def encoder_embedding_is_not_reduced_over_stages() -> Iterator[Any]:
+    """The first stage of the decoder embeds tokens with the matrix of the first stage of the encoder."""
     with patch.object(pipeline_parallel.TiedEmbeddingGroup, "reduce_grads", _do_nothing):
         yield
 
 
 @register_bug
 def gradients_of_head_norms_are_not_reduced() -> Iterator[Any]:
-    """Each tensor rank normalizes the queries and keys of its own heads with weights that all ranks hold."""
+    """With QK norm. Each tensor rank normalizes queries and keys of its own heads with replicated weights."""
     with patch("dist_llm.engines.native.all_reduce_replicated_grads", _do_nothing):
         yield
 
 
 @register_bug
 def weights_stay_gathered_after_the_last_backward() -> Iterator[Any]:
-    """FSDP then leaves the gradients on the unsharded parameters, where the optimizer does not see them."""
+    """FSDP then leaves the gradients on the unsharded parameters, which the optimizer does not read."""
     original = FSDPModule.set_reshard_after_backward
-    with patch.object(FSDPModule, "set_reshard_after_backward", lambda self, *rest, **named: original(self, False)):
+    with patch.object(FSDPModule, "set_reshard_after_backward", lambda self, *args, **kwargs: original(self, False)):
         yield
 
 
 @register_bug
-def shards_orthogonalized_separately() -> Iterator[Any]:
+def shards_are_orthogonalized_separately() -> Iterator[Any]:
     def orthogonalize_shards(self: DistributedOrthogonalize, updates: Any) -> Any:
         shards = [sharded.to_local(update) for update in updates]
         for shard, result in zip(shards, orthogonalize(shards), strict=True):
@@ -389,8 +394,8 @@ def shards_orthogonalized_separately() -> Iterator[Any]:
 
 
 @register_bug
-def shards_returned_to_the_wrong_rank() -> Iterator[Any]:
-    """All shards have the same shape, so only the values are wrong."""
+def shards_are_returned_to_the_wrong_rank() -> Iterator[Any]:
+    """All shards have the same shape, so only their values are wrong."""
     original = DistributedOrthogonalize.__init__
 
     def init_reversed(self: DistributedOrthogonalize, *args: Any) -> None:
@@ -424,6 +429,6 @@ def _before_sgd_steps(action: Callable[[LocalSGD], None]) -> AbstractContextMana
 
 
 @register_bug
-def moments_rounded_by_the_local_index() -> Iterator[Any]:
-    with patch("dist_llm.engines.native.local_with_offset", _shard_at_zero):
+def moments_are_rounded_by_the_local_index() -> Iterator[Any]:
+    with patch("dist_llm.engines.native.local_with_offset", _local_with_zero_offset):
         yield

@@ -1,4 +1,4 @@
-"""The law's worlds are shared by the session and stopped at its end."""
+"""Fixtures of the law tests: stop the worlds at the end of the session, and restart them after some modules."""
 
 from collections.abc import Iterator
 
@@ -17,8 +17,8 @@ def _worlds() -> Iterator[None]:
 def restart_worlds_afterwards() -> Iterator[None]:
     """Restart the worlds after the module.
 
-    Third-party engines change global state of a process: ZeRO 3 replaces `linear`, the pipeline engine stores its own
-    topology.
+    Third-party engines change the global state of a process. ZeRO 3 replaces F.linear, and the pipeline engine stores
+    its topology.
     """
     yield
     for size in (1, 2, 3, 4):

@@ -1,7 +1,8 @@
-"""A covering array of the law's cases: each compatible pair of values and each triple of axes is in at least one case.
+"""The covering array of the law tests: a list of cases that contains each compatible pair of values.
 
-`covering.json` contains the cases and the incompatible pairs, which no run can have. After a change of the factors in
-`space.py` or of the config rules, write it again, which takes some minutes:
+A target is a combination of values that at least one case must have: a pair of values of two factors (space.py), or a
+triple of axes. `covering.json` contains the cases, and the incompatible targets, which no valid run can have. After a
+change of the factors or of the config rules, write the file again, which takes some minutes:
 
   python -m tests.laws.covering
 """
@@ -14,28 +15,39 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tests.laws.space import AXES, FACTORS, Case, complete_case, count_ranks, describe, draw_valid_case, find_violations
+from tests.laws.space import (
+    AXES,
+    FACTORS,
+    Case,
+    complete_case,
+    count_ranks,
+    draw_valid_case,
+    find_violations,
+    format_case,
+)
 
 FILE = Path(__file__).with_suffix(".json")
-CANDIDATES = 60
+NUM_CANDIDATES = 60  # random cases from which each next case of the array is chosen
 
-Target = tuple[tuple[str, Any], ...]  # values that at least one case must combine
+Target = tuple[tuple[str, Any], ...]  # ((factor, value), ...)
 
 
 def iter_targets() -> Iterator[Target]:
-    """Yield all triples of axes and all pairs of values of two factors, the rarest first."""
+    """Yield all triples of axes larger than 1, then all pairs of values of two factors."""
     yield from (tuple((axis, 2) for axis in axes) for axes in combinations(AXES, 3))
-    for first, second in combinations(FACTORS, 2):
-        yield from (((first, a), (second, b)) for a in FACTORS[first] for b in FACTORS[second])
+    for first_factor, second_factor in combinations(FACTORS, 2):
+        for first_value in FACTORS[first_factor]:
+            for second_value in FACTORS[second_factor]:
+                yield (first_factor, first_value), (second_factor, second_value)
 
 
 def is_covered(target: Target, cases: Iterable[Case]) -> bool:
-    """Whether at least one case combines the values of the target."""
+    """Return whether at least one case has all values of the target."""
     return any(all(case[factor] == value for factor, value in target) for case in cases)
 
 
 def load_array() -> tuple[list[Case], list[Target]]:
-    """Return the cases, and the targets that no run can have."""
+    """Read covering.json: return the cases, and the targets that no valid run can have."""
     content = json.loads(FILE.read_text())
     defaults = {factor: values[0] for factor, values in FACTORS.items()}
     return [defaults | case for case in content["cases"]], [_to_target(target) for target in content["incompatible"]]
@@ -46,12 +58,12 @@ def _to_target(values: dict[str, Any]) -> Target:
 
 
 def estimate_seconds(case: Case) -> float:
-    """Return a rough estimate of a case's seconds on two cores."""
+    """Return a rough estimate of the seconds that a case takes on two cores."""
     return 0.5 + count_ranks(case) * (0.6 + 8 * case["compile"])
 
 
 def build_array(seed: int = 0) -> tuple[list[Case], list[Target]]:
-    """Build the array greedily: each step adds the candidate that covers most targets for its cost."""
+    """Build the array greedily: each step adds the candidate that covers most targets per second of its run."""
     rng = random.Random(seed)
     cases: list[Case] = []
     incompatible: list[Target] = []
@@ -63,54 +75,54 @@ def build_array(seed: int = 0) -> tuple[list[Case], list[Target]]:
             incompatible.append(target)
             del remaining[target]
             continue
-        best = max(
-            candidates,
-            key=lambda case: (
-                sum(is_covered(candidate_target, [case]) for candidate_target in remaining) / estimate_seconds(case)
-            ),
-        )
-        cases.append(best)
-        for candidate_target in [
-            candidate_target for candidate_target in remaining if is_covered(candidate_target, [best])
-        ]:
-            del remaining[candidate_target]
-        print(f"{len(cases)} cases, {len(remaining)} targets left: {describe(best)}", file=sys.stderr)
+
+        def count_targets_per_second(case: Case) -> float:
+            return sum(is_covered(open_target, [case]) for open_target in remaining) / estimate_seconds(case)
+
+        best_case = max(candidates, key=count_targets_per_second)
+        cases.append(best_case)
+        for covered_target in [open_target for open_target in remaining if is_covered(open_target, [best_case])]:
+            del remaining[covered_target]
+        print(f"{len(cases)} cases, {len(remaining)} targets left: {format_case(best_case)}", file=sys.stderr)
     return _drop_redundant(cases, incompatible), incompatible
 
 
 def _iter_candidates(target: Target, remaining: Iterable[Target], rng: random.Random) -> Iterator[Case]:
-    fixed, pool = dict(target), list(remaining)
-    for number in range(CANDIDATES):
-        preferred = dict(value for each in rng.sample(pool, min(6, len(pool))) for value in each)
-        # Each rank compiles on its own, so compiled cases use few ranks.
-        cheap = dict.fromkeys(AXES, 1) if number % 2 else {"compile": False}
+    """Yield random valid cases with the values of the target, and if possible with those of other targets."""
+    fixed, open_targets = dict(target), list(remaining)
+    for index in range(NUM_CANDIDATES):
+        sampled_targets = rng.sample(open_targets, min(6, len(open_targets)))
+        preferred = dict(value for sampled_target in sampled_targets for value in sampled_target)
+        # Each rank compiles separately, so compiled cases use few ranks.
+        cheap = dict.fromkeys(AXES, 1) if index % 2 else {"compile": False}
         case = complete_case(fixed, rng, preferred | cheap)
         if not any(find_violations(case)):
             yield case
-    if (rare := draw_valid_case(rng, fixed, prefer={"compile": False})) is not None:
-        yield rare
+    if (last_case := draw_valid_case(rng, fixed, preferred={"compile": False})) is not None:
+        yield last_case
 
 
 def _drop_redundant(cases: list[Case], incompatible: list[Target]) -> list[Case]:
     """Drop each case whose targets other cases cover, the most expensive case first."""
-    compatible = [each for each in iter_targets() if each not in incompatible]
-    needed = list(cases)
+    compatible = [target for target in iter_targets() if target not in incompatible]
+    required_cases = list(cases)
     for case in sorted(cases, key=estimate_seconds, reverse=True):
-        rest = [each for each in needed if each is not case]
-        if all(is_covered(each, rest) for each in compatible if is_covered(each, [case])):
-            needed = rest
-    return needed
+        other_cases = [required_case for required_case in required_cases if required_case is not case]
+        if all(is_covered(target, other_cases) for target in compatible if is_covered(target, [case])):
+            required_cases = other_cases
+    return required_cases
 
 
 def main() -> None:
+    """Build the array and write covering.json."""
     cases, incompatible = build_array()
     defaults = {factor: values[0] for factor, values in FACTORS.items()}
     content = {
         "cases": [{key: value for key, value in case.items() if value != defaults[key]} for case in cases],
-        "incompatible": [dict(each) for each in incompatible],
+        "incompatible": [dict(target) for target in incompatible],
     }
-    rows = ",\n".join(f'"{name}": [\n' + ",\n".join(map(json.dumps, each)) + "\n]" for name, each in content.items())
-    FILE.write_text("{\n" + rows + "\n}\n")
+    lists = ",\n".join(f'"{name}": [\n' + ",\n".join(map(json.dumps, items)) + "\n]" for name, items in content.items())
+    FILE.write_text("{\n" + lists + "\n}\n")
     print(f"{FILE}: {len(cases)} cases, {len(incompatible)} incompatible pairs", file=sys.stderr)
 
 

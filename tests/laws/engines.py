@@ -1,4 +1,8 @@
-"""Steps of third-party engines on the ranks of a world, with the traces that the law compares."""
+"""Run steps of DeepSpeed and accelerate on the ranks of a world, and compare them with one native process.
+
+Used by test_engines.py, test_engines_pipeline.py and space.py. The learning rate changes in each step, so that a rate
+that is set too late is detected.
+"""
 
 import json
 import os
@@ -29,12 +33,13 @@ from tests.laws.law import (
     copy_local_shards,
     make_batches,
     merge_shards,
-    reference,
     save_checkpoint,
+    trace_one_process,
 )
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
+LR_DECAY = 0.7  # each learning rate over that of the previous step
 
 
 def deepspeed_sections(stage: int, **options: Any) -> dict[str, Any]:
@@ -61,17 +66,17 @@ OFFLOADED = {
 
 @dataclass
 class EngineTrace:
-    """One rank's record of its steps.
+    """What one rank records: loss, scored tokens, gradient norm and learning rates of each step.
 
-    Per step: loss, scored tokens, norm and learning rates. Further: shards of weights and moments, and a held-out loss.
+    Also the shards of weights and moments after the first and the last step, and a held-out loss after all steps.
     """
 
     losses: list[float] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
-    rates: list[list[float]] = field(default_factory=list)
-    states: list[ShardsByName] = field(default_factory=list)  # after the first step, and after the last
-    heldout: float = 0.0
+    rates: list[list[float]] = field(default_factory=list)  # by parameter group
+    states: list[ShardsByName] = field(default_factory=list)
+    heldout_loss: float = 0.0
 
 
 def run_steps(
@@ -82,9 +87,10 @@ def run_steps(
     save: Path | None = None,
     skip: bool = False,
 ) -> EngineTrace:
-    """Run steps on this rank, from a checkpoint if `load` is given, and save one if `save` is given.
+    """Run the steps with these numbers on this rank and return the trace.
 
-    With `skip`, the guard skips a step that is not finite.
+    `bug` names a planted bug. `load` is a checkpoint to start from, `save` the directory for a checkpoint at the end.
+    With `skip`, the guard skips a step whose gradients are not finite.
     """
     with open_engine(config) as engine, ExitStack() as planted:
         if bug:
@@ -105,32 +111,32 @@ def run_steps(
             if step in (steps[0], steps[-1]):
                 trace.states.append(copy_local_shards((engine.state.weights() | engine.state.moments()).items()))
         (batch, *_) = make_batches(config, engine, 1000)
-        trace.heldout = engine.all_reduce_over_data(engine.score(engine.to_local_batch(batch)).sum()).item()
+        trace.heldout_loss = engine.all_reduce_over_data(engine.score(engine.to_local_batch(batch)).sum()).item()
         if save is not None:
             save_checkpoint(store.CheckpointStore(save), engine, Progress(steps[-1] + 1), {})
         return trace
 
 
 def native_reference(config: Config, steps: int) -> Trace:
-    """Return the steps of one native process with the same learning rates as `run_steps`."""
+    """Return the trace of one native process with the learning rates of `run_steps`."""
     native = config.model_copy(update={"engine": "native"})
-    return reference(native, steps, decay=0.7)
+    return trace_one_process(native, steps, lr_decay=LR_DECAY)
 
 
 def assert_engine_matches_one_process(
-    ranks: int, config: Config, steps: int, bug: str | None = None, first: float = 1e-5
+    ranks: int, config: Config, steps: int, bug: str | None = None, first_tolerance: float = 1e-5
 ) -> None:
-    """Raise AssertionError unless the engine's steps are those of one native process."""
-    by_rank = world(ranks).run(run_steps, config, range(steps), bug)
+    """Run the engine on its ranks; raise AssertionError unless its steps are those of one native process."""
+    by_rank = get_world(ranks).run(run_steps, config, range(steps), bug)
     expected = native_reference(config, steps)
-    assert_traces_match(merge_engine_traces(by_rank, expected), expected, first=first)
+    assert_traces_match(merge_engine_traces(by_rank, expected), expected, first_tolerance=first_tolerance)
     for step, rates in enumerate(by_rank[0].rates):
-        assert rates == [config.optim.lr * 0.7**step] * len(rates), "the rate of each step, in each group"
+        assert rates == [config.optim.lr * LR_DECAY**step] * len(rates), "the rate of each step, in each group"
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Return a different learning rate for each step, so that a rate that is set too late is detected."""
-    return config.optim.lr * 0.7**step
+    """Return the learning rate of a step."""
+    return config.optim.lr * LR_DECAY**step
 
 
 @contextmanager
@@ -151,19 +157,20 @@ def open_engine(config: Config) -> Iterator[Engine]:
 
 
 def merge_engine_traces(by_rank: list[EngineTrace], expected: Trace) -> Trace:
-    """Merge the ranks' steps into a trace of the law."""
-    first = by_rank[0]
-    for rank, steps in enumerate(by_rank[1:], 1):
+    """Merge the traces of all ranks into a trace that `assert_traces_match` compares.
+
+    Third-party engines do not expose gradients, so the trace gets the expected gradients; the weights are compared.
+    """
+    rank_0 = by_rank[0]
+    for rank, rank_trace in enumerate(by_rank[1:], 1):
         for name in ("losses", "scored", "norms"):
-            assert getattr(steps, name) == getattr(first, name), f"{name} of rank {rank} differ from rank 0's"
-    trace = Trace(first.losses, first.scored, first.norms)
+            assert getattr(rank_trace, name) == getattr(rank_0, name), f"{name} of rank {rank} differ from rank 0"
+    trace = Trace(rank_0.losses, rank_0.scored, rank_0.norms)
     shapes = {f"model.{name}": tuple(value.shape) for name, value in expected.parameters[0].items()}
-    for index in range(len(first.states)):
-        full = merge_shards([steps.states[index] for steps in by_rank], shapes)
-        trace.parameters.append({name.removeprefix("model."): value for name, value in full.items()})
-    trace.gradients = (
-        expected.gradients
-    )  # third-party engines do not expose gradients; the updated weights are compared
+    for index in range(len(rank_0.states)):
+        full_tensors = merge_shards([rank_trace.states[index] for rank_trace in by_rank], shapes)
+        trace.parameters.append({name.removeprefix("model."): value for name, value in full_tensors.items()})
+    trace.gradients = expected.gradients
     return trace
 
 
@@ -173,46 +180,46 @@ def write_json(path: Path, content: dict[str, Any]) -> str:
     return str(path)
 
 
-def patch_accumulate(accumulate: Callable[..., Callable[..., Tensor]]) -> Callable[[], Iterator[None]]:
-    """Return a planted bug that replaces `accumulate` of both engines by `accumulate(original)`."""
+def patch_accumulate(make_accumulate: Callable[..., Callable[..., Tensor]]) -> Callable[[], Iterator[None]]:
+    """Return a planted bug that replaces `accumulate` of both engines by `make_accumulate(original)`."""
 
     @contextmanager
     def bug() -> Iterator[None]:
         with (
-            patch.object(DeepSpeedEngine, "accumulate", accumulate(DeepSpeedEngine.accumulate)),
-            patch.object(AccelerateEngine, "accumulate", accumulate(AccelerateEngine.accumulate)),
+            patch.object(DeepSpeedEngine, "accumulate", make_accumulate(DeepSpeedEngine.accumulate)),
+            patch.object(AccelerateEngine, "accumulate", make_accumulate(AccelerateEngine.accumulate)),
         ):
             yield
 
-    bug.__name__ = accumulate.__name__
+    bug.__name__ = make_accumulate.__name__
     return bug
 
 
 @patch_accumulate
-def losses_are_averaged_over_ranks(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def losses_are_averaged_over_ranks(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The loss is not multiplied by the number of ranks, although the engine averages gradients."""
 
     def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
         ranks = torch.distributed.get_world_size()
-        return real(self, batches, scored * ranks, step) * ranks
+        return original(self, batches, scored * ranks, step) * ranks
 
     return accumulate
 
 
 @patch_accumulate
-def only_the_last_microbatch_counts(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def only_the_last_microbatch_is_accumulated(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
         with torch.no_grad():
             scores = [self.model(batch.inputs_BS, **batch.forward_arguments()) / scored for batch in batches[:-1]]
-        return torch.cat([*scores, real(self, batches[-1:], scored, step)])
+        return torch.cat([*scores, original(self, batches[-1:], scored, step)])
 
     return accumulate
 
 
 @patch_accumulate
-def the_second_step_is_not_finite(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def the_second_step_is_not_finite(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
-        return real(self, batches, scored * (torch.nan if step == 1 else 1.0), step)
+        return original(self, batches, scored * (torch.nan if step == 1 else 1.0), step)
 
     return accumulate
 
@@ -220,18 +227,20 @@ def the_second_step_is_not_finite(real: Callable[..., Tensor]) -> Callable[..., 
 @contextmanager
 def losses_are_divided_by_the_microbatches() -> Iterator[None]:
     import accelerate
-    from deepspeed import DeepSpeedEngine as Theirs
+    import deepspeed
 
-    real, real_accelerate = Theirs.backward, accelerate.Accelerator.backward
+    deepspeed_backward, accelerate_backward = deepspeed.DeepSpeedEngine.backward, accelerate.Accelerator.backward
     with (
-        patch.object(Theirs, "backward", lambda self, loss, **options: real(self, loss)),
-        patch.object(accelerate.Accelerator, "backward", lambda self, loss: real_accelerate(self, loss / 3)),
+        patch.object(
+            deepspeed.DeepSpeedEngine, "backward", lambda self, loss, **options: deepspeed_backward(self, loss)
+        ),
+        patch.object(accelerate.Accelerator, "backward", lambda self, loss: accelerate_backward(self, loss / 3)),
     ):
         yield
 
 
 @contextmanager
-def the_rate_is_set_after_the_step() -> Iterator[None]:
+def the_learning_rate_is_set_after_the_step() -> Iterator[None]:
     with (
         patch.object(DeepSpeedEngine, "update", delay_learning_rate(DeepSpeedEngine.update)),
         patch.object(AccelerateEngine, "update", delay_learning_rate(AccelerateEngine.update)),
@@ -240,23 +249,24 @@ def the_rate_is_set_after_the_step() -> Iterator[None]:
 
 
 def delay_learning_rate(update: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Apply each learning rate one step late."""
+    """Return an update that applies each learning rate one step late."""
 
-    def with_the_last(self: Any, lr: float, should_apply: Any) -> Tensor:
-        norm = update(self, getattr(self, "before", self.config.optim.lr), should_apply)
+    def update_with_previous_rate(self: Any, lr: float, should_apply: Any) -> Tensor:
+        norm = update(self, getattr(self, "previous_lr", self.config.optim.lr), should_apply)
         self.previous_lr = lr
         return norm
 
-    return with_the_last
+    return update_with_previous_rate
 
 
 BUGS = {
-    each.__name__: each
-    for each in (
+    bug.__name__: bug
+    for bug in (
         losses_are_averaged_over_ranks,
         losses_are_divided_by_the_microbatches,
-        the_rate_is_set_after_the_step,
-        only_the_last_microbatch_counts,
+        the_learning_rate_is_set_after_the_step,
+        only_the_last_microbatch_is_accumulated,
     )
 }
+# Faults of a step that the guard handles; they are no bugs.
 FAULTS = {"the_second_step_is_not_finite": the_second_step_is_not_finite}

@@ -1,10 +1,10 @@
-"""The law: a layout computes the same steps as one process.
+"""The helpers of the law tests. The law: a parallel layout computes the same training steps as one process.
 
-`record_trace` runs steps on random batches and records the loss, the number of scored tokens, each parameter's full
-gradient before clipping, the gradient norm, and each parameter after the step. `assert_traces_match` compares two
-traces.
+`record_trace` runs steps on random batches and records a trace: the loss, the number of scored tokens, the gradient
+norm, the gradients before clipping, and the parameters after the step. `merge_ranks` assembles full tensors from the
+traces of the ranks. `assert_traces_match` compares the merged trace with that of one process.
 
-An fp32 run is compared in fp64 (`comparison_dtype`): rounding is then about 1e-15 and cannot hide a fault.
+An fp32 run is compared in fp64 (`comparison_dtype`). Rounding errors are then about 1e-15 and cannot hide a bug.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,10 +37,10 @@ from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.training.step import train_step
 from tests.laws import bugs
 from tests.laws.layouts import MODELS, OBJECTIVES, Layout
-from tests.laws.worlds import restart_world, world
+from tests.laws.worlds import get_world, restart_world
 
-# d_ff and the number of heads are multiples of 4; grouped-query attention; the vocabulary size is not a multiple of 4,
-# so two of its 132 rows are padding.
+# d_ff and the number of heads are multiples of 4, for up to 4 tensor ranks. The vocabulary size is not a multiple of 4,
+# so 2 of the 132 rows of the embedding are padding.
 MODEL: dict[str, Any] = {
     "d_model": 32,
     "n_layers": 4,
@@ -50,19 +50,19 @@ MODEL: dict[str, Any] = {
     "vocab_size": 130,
     "vocab_multiple": 4,
 }
-ROWS, SEQ_LEN = 24, 32
-TEXT_IDS = 97  # of the 130; the remaining ids are an objective's special tokens
+GLOBAL_BATCH, SEQ_LEN = 24, 32
+TEXT_IDS = 97  # number of ids in random text; the ids from 97 to 129 are special tokens of an objective
 
 
-# A rank's shards of tensors, by name: (offset in the full tensor, shard).
+# The shards of one rank, by the name of the tensor: [(offset in the full tensor, shard)].
 ShardsByName = dict[str, list[tuple[tuple[int, ...], Tensor]]]
 
 
 @dataclass
 class RankTrace:
-    """One rank's record of its steps.
+    """What one rank records: loss, number of scored tokens and gradient norm of each step.
 
-    Per step: loss, scored tokens, gradient norm, and the rank's shards of gradients and parameters.
+    Also the shards of gradients and parameters of this rank, in the first and in the last step.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -81,7 +81,7 @@ class RankTrace:
 
 @dataclass
 class Trace:
-    """Per step: loss, scored tokens, gradient norm, {name: full gradient}, {name: full parameter}."""
+    """A trace of all ranks, with full tensors: {name: gradient} and {name: parameter} per recorded step."""
 
     losses: list[float] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
@@ -91,13 +91,16 @@ class Trace:
 
 
 def make_raw_config(model: dict[str, Any], **sections: Any) -> dict[str, Any]:
-    """Return a config as a user writes it. Keys of `sections` are sections or scalars of the schema."""
+    """Return a config as a user writes it; `model` and `sections` override the defaults of the law tests.
+
+    The keys of `sections` are sections or top-level keys of the schema.
+    """
     architecture = model.get("architecture", "decoder")
     raw: dict[str, Any] = {
         "objective": OBJECTIVES[architecture],
         "run": {"dir": "unused", "steps": 20, "seed": 3},
         "model": MODEL | model,
-        "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": ROWS, "micro_batch": 0},
+        "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": GLOBAL_BATCH, "micro_batch": 0},
         "optim": {"name": "sgd", "lr": 1.0, "weight_decay": 0.0, "clip": 0.0},
     }
     for name, value in sections.items():
@@ -108,56 +111,58 @@ def make_raw_config(model: dict[str, Any], **sections: Any) -> dict[str, Any]:
 
 
 def make_config(ranks: int, model: dict[str, Any], **sections: Any) -> Config:
-    """Return a resolved config; arguments as in `make_raw_config`."""
+    """Return a resolved config for `ranks` ranks; the other arguments are those of `make_raw_config`."""
     config = UnresolvedConfig.model_validate(make_raw_config(model, **sections))
     assert not (broken := broken_rules(config, ranks, 0)), broken
     return resolve_config(config, ranks, 0)
 
 
-def make_random_rows(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets [ROWS, SEQ_LEN].
+def make_random_sequences(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:
+    """Return random inputs and targets [GLOBAL_BATCH, SEQ_LEN].
 
-    Rows differ much in their number of targets, so a mean of means is far off.
+    The sequences have very different numbers of targets, so that a mean of means would be far off.
     """
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(vocab_size, (ROWS, SEQ_LEN + 1), generator=generator)
+    tokens = torch.randint(vocab_size, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
-    keep = torch.rand(ROWS, 1, generator=generator, dtype=torch.float32) ** 2  # the same numbers for fp32 and fp64
-    targets[torch.rand(ROWS, SEQ_LEN, generator=generator, dtype=torch.float32) > keep] = IGNORE
+    # The dtype is fixed, so that fp32 and fp64 runs draw the same numbers.
+    target_probability = torch.rand(GLOBAL_BATCH, 1, generator=generator, dtype=torch.float32) ** 2
+    draws = torch.rand(GLOBAL_BATCH, SEQ_LEN, generator=generator, dtype=torch.float32)
+    targets[draws > target_probability] = IGNORE
     targets[0, : SEQ_LEN // 2] = IGNORE  # a context-parallel rank without a target
     return inputs, targets
 
 
 def make_batches(config: Config, engine: Engine, step: int) -> list[Batch]:
-    """Return this data rank's microbatches of the step, as the loader would cut them."""
-    rank, ranks = engine.dp_rank_and_size
-    share, micro_batch = ROWS // ranks, config.data.micro_batch
-    if not is_plain_causal(config):
-        return [
-            build_samples(config, step, range(i, i + micro_batch))
-            for i in range(rank * share, (rank + 1) * share, micro_batch)
-        ]
-    inputs, targets = make_random_rows(step)
+    """Return the microbatches of this data-parallel rank in a step, split as the loader splits them."""
+    dp_rank, dp_size = engine.dp_rank_and_size
+    local_batch, micro_batch = GLOBAL_BATCH // dp_size, config.data.micro_batch
+    starts = range(dp_rank * local_batch, (dp_rank + 1) * local_batch, micro_batch)
+    if not uses_random_sequences(config):
+        return [build_samples(config, step, range(start, start + micro_batch)) for start in starts]
+    inputs, targets = make_random_sequences(step)
     return [
-        Batch.of(inputs[i : i + micro_batch], targets[i : i + micro_batch], CAUSAL)
-        for i in range(rank * share, (rank + 1) * share, micro_batch)
+        Batch.of(inputs[start : start + micro_batch], targets[start : start + micro_batch], CAUSAL) for start in starts
     ]
 
 
-def is_plain_causal(config: Config) -> bool:
-    """Whether the config trains on next tokens only.
+def uses_random_sequences(config: Config) -> bool:
+    """Whether the batches come from `make_random_sequences`: for a causal objective with a plain causal mask.
 
-    Rows of such a config differ more in their number of targets than rows of text do.
+    The numbers of targets differ more than in the samples that an objective builds.
     """
-    model = config.model
-    causal = model.architecture == "decoder" and all(each.name == "causal" for each in config.objective.components)
-    return causal and not config.data.document_mask and not model.stochastic_depth
+    model, components = config.model, config.objective.components
+    is_causal = model.architecture == "decoder" and all(component.name == "causal" for component in components)
+    return is_causal and not config.data.document_mask and not model.stochastic_depth
 
 
-def build_samples(config: Config, step: int, rows: range) -> Batch:
-    """Build these samples of the step with the config's objective, from random text with short documents."""
+def build_samples(config: Config, step: int, indices: range) -> Batch:
+    """Build the samples of a step with these indices in the batch, with the objective of the config.
+
+    The text is random and has short documents.
+    """
     objective = build_objective(config, Vocabulary(TEXT_IDS, TEXT_IDS - 1))
-    samples = np.arange(step * ROWS + rows.start, step * ROWS + rows.stop)
+    samples = np.arange(step * GLOBAL_BATCH + indices.start, step * GLOBAL_BATCH + indices.stop)
     component_ids = (samples % len(objective.components)).tolist()
     windows = []
     for sample, component in zip(samples.tolist(), component_ids, strict=True):
@@ -166,14 +171,16 @@ def build_samples(config: Config, step: int, rows: range) -> Batch:
         windows.append(np.where(rng.random(len(window)) < 0.1, TEXT_IDS - 1, window))
     if objective.is_plain_causal:
         return objective(windows, samples, component_ids)
-    windows_with_ids = [TokenWindow(window, document_ids_W=document_ids(window, TEXT_IDS - 1)) for window in windows]
+    windows_with_ids = [
+        TokenWindow(window, document_ids_W=compute_document_ids(window, TEXT_IDS - 1)) for window in windows
+    ]
     return objective(windows_with_ids, samples, component_ids)
 
 
-def document_ids(window: np.ndarray, eot: int) -> np.ndarray:
-    """Return the document index of each token, from 0; `eot` is the last token of a document."""
-    ends = (window == eot).astype(np.int64)
-    return np.cumsum(ends) - ends
+def compute_document_ids(window: np.ndarray, end_token: int) -> np.ndarray:
+    """Return the document index of each token, from 0; each document ends with `end_token`."""
+    is_end = (window == end_token).astype(np.int64)
+    return np.cumsum(is_end) - is_end
 
 
 class RecordingEngine(NativeEngine):
@@ -183,13 +190,13 @@ class RecordingEngine(NativeEngine):
 
     def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
         self.last_gradients = copy_local_shards(
-            (name, p.grad) for name, p in self.named_parameters() if p.grad is not None
+            (name, parameter.grad) for name, parameter in self.named_parameters() if parameter.grad is not None
         )
         return super().update(lr, should_apply)
 
 
 def copy_local_shards(tensors: Iterable[tuple[str, Any]]) -> ShardsByName:
-    """Copy this rank's shards of the tensors."""
+    """Copy the shards of the tensors on this rank."""
     return {
         name: [(offset, shard.detach().clone()) for offset, shard in local_chunks(value)] for name, value in tensors
     }
@@ -201,13 +208,16 @@ def copy_full_tensor(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def record_trace(config: Config, steps: int, bug: str | None = None, decay: float = 1.0) -> RankTrace:
-    """Run `steps` steps, in one process or on this rank of a world; `bug` names a planted bug."""
+def record_trace(config: Config, steps: int, bug: str | None = None, lr_decay: float = 1.0) -> RankTrace:
+    """Run `steps` steps in one process or on this rank of a world (worlds.py).
+
+    `bug` is the name of a planted bug (bugs.py). Each learning rate is `lr_decay` times that of the previous step.
+    """
     with ExitStack() as planted:
         planted.enter_context(default_dtype(comparison_dtype(config)))
         if bug:
             planted.enter_context(bugs.plant_bug(bug))
-        return _record_trace(config, steps, decay)
+        return _record_trace(config, steps, lr_decay)
 
 
 def comparison_dtype(config: Config) -> torch.dtype:
@@ -226,10 +236,10 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def _record_trace(config: Config, steps: int, decay: float = 1.0) -> RankTrace:
+def _record_trace(config: Config, steps: int, lr_decay: float) -> RankTrace:
     engine, rank_trace = RecordingEngine(config, torch.device("cpu")), RankTrace()
     for step in range(steps):
-        report = train_step(engine, make_batches(config, engine, step), config.optim.lr * decay**step, step)
+        report = train_step(engine, make_batches(config, engine, step), config.optim.lr * lr_decay**step, step)
         rank_trace.losses.append(report.loss.item())
         rank_trace.scored.append(int(report.num_valid_tokens))
         rank_trace.norms.append(report.grad_norm.item())
@@ -238,27 +248,27 @@ def _record_trace(config: Config, steps: int, decay: float = 1.0) -> RankTrace:
     return rank_trace
 
 
-def reference(config: Config, steps: int, decay: float = 1.0) -> Trace:
-    """Run one process on the full batch as one microbatch: no parallelism, no accumulation, no recomputation.
+def trace_one_process(config: Config, steps: int, lr_decay: float = 1.0) -> Trace:
+    """Return the reference: the trace of one process without parallelism, accumulation, recomputation or compilation.
 
-    The learning rate of each step is `decay` times the previous one.
+    The full batch is one microbatch. Each learning rate is `lr_decay` times that of the previous step.
     """
-    data = config.data.model_copy(update={"micro_batch": ROWS})
+    data = config.data.model_copy(update={"micro_batch": GLOBAL_BATCH})
     one_process = config.model_copy(update={"data": data, "parallel": ParallelConfig(dp_shard=1), "compile": False})
-    return _reference(one_process.model_dump_json(), steps, decay)
+    return _trace_one_process(one_process.model_dump_json(), steps, lr_decay)
 
 
 @lru_cache(maxsize=64)
-def _reference(config: str, steps: int, decay: float) -> Trace:
-    return merge_ranks([record_trace(Config.model_validate_json(config), steps, decay=decay)])
+def _trace_one_process(config_json: str, steps: int, lr_decay: float) -> Trace:
+    return merge_ranks([record_trace(Config.model_validate_json(config_json), steps, lr_decay=lr_decay)])
 
 
 def merge_ranks(by_rank: Sequence[RankTrace]) -> Trace:
-    """Merge the ranks' traces. Values that several ranks report must be equal bit for bit."""
-    first = by_rank[0]
+    """Merge the traces of all ranks. Values that several ranks report must be equal bit for bit."""
+    rank_0 = by_rank[0]
     for rank, rank_trace in enumerate(by_rank[1:], 1):
         for name in ("losses", "scored", "norms"):
-            assert getattr(rank_trace, name) == getattr(first, name), f"{name} of rank {rank} differ from rank 0's"
+            assert getattr(rank_trace, name) == getattr(rank_0, name), f"{name} of rank {rank} differ from rank 0"
     shapes = {name: shape for rank_trace in by_rank for name, shape in rank_trace.shapes.items()}
     gradients = [
         merge_shards(shards, shapes) for shards in zip(*(rank_trace.gradients for rank_trace in by_rank), strict=True)
@@ -266,11 +276,14 @@ def merge_ranks(by_rank: Sequence[RankTrace]) -> Trace:
     parameters = [
         merge_shards(shards, shapes) for shards in zip(*(rank_trace.parameters for rank_trace in by_rank), strict=True)
     ]
-    return Trace(first.losses, first.scored, first.norms, gradients, parameters)
+    return Trace(rank_0.losses, rank_0.scored, rank_0.norms, gradients, parameters)
 
 
 def merge_shards(by_rank: Sequence[ShardsByName], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Assemble full tensors from the ranks' shards. Overlapping shards must be equal and no element may be missing."""
+    """Assemble full tensors from the shards of all ranks.
+
+    Overlapping shards must be equal bit for bit, and no element may be missing.
+    """
     full_tensors = {}
     for name in (name for name in shapes if any(name in shards for shards in by_rank)):
         dtype = next(shard.dtype for shards in by_rank for _, shard in shards.get(name, []))
@@ -279,10 +292,10 @@ def merge_shards(by_rank: Sequence[ShardsByName], shapes: dict[str, tuple[int, .
             for offset, shard in shards.get(name, []):
                 region = tuple(slice(start, start + size) for start, size in zip(offset, shard.shape, strict=True))
                 previous = full[region]
-                same = previous.isnan().all() or torch.equal(previous, shard)
-                assert same, f"{name} of rank {rank} differs from an earlier rank's"
+                is_equal = previous.isnan().all() or torch.equal(previous, shard)
+                assert is_equal, f"{name} of rank {rank} differs from the copy of an earlier rank"
                 full[region] = shard
-        assert not full.isnan().any(), f"{name}: no rank holds some of its elements"
+        assert not full.isnan().any(), f"{name}: some elements are on no rank"
         full_tensors[name] = full
     return full_tensors
 
@@ -290,7 +303,10 @@ def merge_shards(by_rank: Sequence[ShardsByName], shapes: dict[str, tuple[int, .
 def assert_matches_one_process(
     layout: Layout, optim: dict[str, Any], steps: int, bug: str | None = None, **sections: Any
 ) -> None:
-    """Raise AssertionError unless the layout computes the steps that one process computes."""
+    """Run the layout on its number of ranks; raise AssertionError unless it computes the steps of one process.
+
+    `sections` are further config sections, as in `make_raw_config`.
+    """
     config = make_config(
         layout.ranks,
         MODELS[layout.model],
@@ -298,7 +314,7 @@ def assert_matches_one_process(
         **{
             **layout.extra,
             **sections,
-            "data": {"micro_batch": layout.micro} | layout.extra.get("data", {}),
+            "data": {"micro_batch": layout.micro_batch} | layout.extra.get("data", {}),
             "parallel": layout.parallel | sections.get("parallel", {}),
         },
     )
@@ -306,50 +322,49 @@ def assert_matches_one_process(
 
 
 def assert_config_matches_one_process(
-    config: Config, ranks: int, steps: int, bug: str | None = None, later: float | None = None
+    config: Config, ranks: int, steps: int, bug: str | None = None, later_tolerance: float | None = None
 ) -> None:
-    """Same as `assert_matches_one_process` for a resolved config; `later` as in `assert_traces_match`."""
+    """Do the same as `assert_matches_one_process` for a resolved config.
+
+    `later_tolerance` is that of `assert_traces_match`.
+    """
     if config.compile:
         restart_world(ranks)
-    assert_traces_match(
-        merge_ranks(world(ranks).run(record_trace, config, steps, bug)), reference(config, steps), later=later
-    )
+    actual_trace = merge_ranks(get_world(ranks).run(record_trace, config, steps, bug))
+    assert_traces_match(actual_trace, trace_one_process(config, steps), later_tolerance=later_tolerance)
 
 
 def assert_traces_match(
-    actual_trace: Trace, expected_trace: Trace, first: float | None = None, later: float | None = None
+    actual_trace: Trace,
+    expected_trace: Trace,
+    first_tolerance: float | None = None,
+    later_tolerance: float | None = None,
 ) -> None:
-    """Compare relative to the largest element of each tensor: tolerance `first` at step 1, `later` at the last step.
+    """Compare two traces, with a tolerance for step 1 and a tolerance for all later steps.
 
-    The defaults are 1e-11 for fp64, otherwise 1e-5 at step 1 and 1e-4 at the last step.
+    Tolerances are relative to the largest element of each tensor. The defaults are 1e-11 for fp64, otherwise 1e-5 at
+    step 1 and 1e-4 later.
     """
-    exact = next(iter(actual_trace.parameters[0].values())).dtype == torch.float64
-    first = first or (1e-11 if exact else 1e-5)
-    later = later or (1e-11 if exact else 1e-4)
+    is_fp64 = next(iter(actual_trace.parameters[0].values())).dtype == torch.float64
+    first_tolerance = first_tolerance or (1e-11 if is_fp64 else 1e-5)
+    later_tolerance = later_tolerance or (1e-11 if is_fp64 else 1e-4)
     assert actual_trace.scored == expected_trace.scored, (
         f"scored tokens {actual_trace.scored}, one process {expected_trace.scored}"
     )
-    for step, (actual_value, expected_value) in enumerate(zip(actual_trace.losses, expected_trace.losses, strict=True)):
-        assert_close(
-            f"loss of step {step + 1}",
-            to_scalar(actual_value),
-            to_scalar(expected_value),
-            first if step == 0 else later,
-        )
-    for step, (actual_value, expected_value) in enumerate(zip(actual_trace.norms, expected_trace.norms, strict=True)):
-        assert_close(
-            f"norm of step {step + 1}",
-            to_scalar(actual_value),
-            to_scalar(expected_value),
-            first if step == 0 else later,
-        )
-    for index, tolerance in ((0, first), (-1, later)):
+    for label, actual_values, expected_values in (
+        ("loss", actual_trace.losses, expected_trace.losses),
+        ("norm", actual_trace.norms, expected_trace.norms),
+    ):
+        for step, (actual_value, expected_value) in enumerate(zip(actual_values, expected_values, strict=True)):
+            tolerance = first_tolerance if step == 0 else later_tolerance
+            assert_close(f"{label} of step {step + 1}", to_scalar(actual_value), to_scalar(expected_value), tolerance)
+    for index, tolerance in ((0, first_tolerance), (-1, later_tolerance)):
         for kind in ("gradients", "parameters"):
             actual, expected = getattr(actual_trace, kind)[index], getattr(expected_trace, kind)[index]
             assert actual.keys() == expected.keys(), f"{kind}: {actual.keys() ^ expected.keys()}"
-            # A gradient that is zero in exact arithmetic (of a key bias without RoPE) is the rounding error of its
-            # summands.
-            rounding = 1e-14 if exact else 1e-7
+            # A gradient that is zero in exact arithmetic, such as that of a key bias without RoPE, consists of the
+            # rounding errors of its summands.
+            rounding = 1e-14 if is_fp64 else 1e-7
             noise = rounding * max(float(value.abs().max()) for value in expected.values())
             for name in expected:
                 assert_close(f"{kind[:-1]} {name}, record {index}", actual[name], expected[name], tolerance, noise)
@@ -360,10 +375,12 @@ def to_scalar(value: float) -> Tensor:
 
 
 def assert_close(label: str, actual: Tensor, expected: Tensor, tolerance: float, noise: float = 0.0) -> None:
-    largest = float(expected.abs().max())
-    off = float((actual - expected).abs().max())
-    assert off <= tolerance * largest + noise, (
-        f"{label}: off by {off:.2e} where the largest element is {largest:.2e}, allowed {tolerance:.0e} of it"
+    """Raise AssertionError if the largest difference exceeds `tolerance` times the largest element plus `noise`."""
+    largest_element = float(expected.abs().max())
+    difference = float((actual - expected).abs().max())
+    assert difference <= tolerance * largest_element + noise, (
+        f"{label}: off by {difference:.2e}; the largest element is {largest_element:.2e}, "
+        f"the relative tolerance {tolerance:.0e}"
     )
 
 

@@ -1,8 +1,8 @@
-"""The space of runs that the law covers: factors, their values, and the config of each combination.
+"""The space of runs that the law tests cover: factors, their values, and the config of each combination.
 
-A `Case` assigns one value to each factor. `find_violations` lists why a case is not a valid run: a config rule refuses
-it, or one of its values has no effect in it (a pipeline option without a pipeline), so that the case would cover
-nothing.
+A factor is a property of a run, such as `tp`, `model` or `optimizer`. A `Case` assigns a value to each factor.
+covering.py and random_runs.py choose cases. `find_violations` says why a case is no valid run: a config rule refuses
+it, or a value has no effect in it, such as a pipeline schedule without a pipeline.
 """
 
 import math
@@ -14,7 +14,7 @@ from dist_llm.config.check import check
 from dist_llm.config.derive import AXES
 from dist_llm.config.schema import UnresolvedConfig
 from tests.laws.engines import ENGINES, OFFLOADED, assert_engine_matches_one_process
-from tests.laws.law import ROWS, assert_config_matches_one_process, make_config, make_raw_config
+from tests.laws.law import GLOBAL_BATCH, assert_config_matches_one_process, make_config, make_raw_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, CLIPPED_SGD, DOCUMENTS, MODELS, MUON, PREFIX, UL2
 
 Case = dict[str, Any]
@@ -27,8 +27,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": MUON,
     "bf16_moments": BF16_MOMENTS,
 }
-# The rounding of a moment to bf16 may go either way where the fp32 sums of two layouts are neighbouring numbers.
-ROUNDED_MOMENTS = 1e-4
+# Relative tolerance of later steps with bf16 moments: where the fp32 sums of two layouts differ in the last bit, a
+# moment may be rounded up in one layout and down in the other.
+BF16_MOMENTS_TOLERANCE = 1e-4
 OBJECTIVES: dict[str, dict[str, Any]] = {"default": {}, "prefix": PREFIX, "mixture": UL2, "documents": DOCUMENTS}
 LOSSES: dict[str, dict[str, Any]] = {"plain": {}, "smoothed": {"loss": {"label_smoothing": 0.1, "z_loss": 1e-2}}}
 
@@ -53,7 +54,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "recompute": ("none", "full", "selective", "budget"),
     "compile": (False, True),
 }
-# For random runs: also wider axes, and the third-party engines.
+# For random runs: also mesh dimensions of 4, and the third-party engines.
 WIDE_FACTORS = FACTORS | {
     "dp_shard": (1, 2, 3, 4),
     "cp": (1, 2, 4),
@@ -63,10 +64,11 @@ WIDE_FACTORS = FACTORS | {
 }
 NOT_PARALLEL = ("model", "objective", "loss", "optimizer", "microbatches", "recompute", "compile", "engine")
 PARALLEL_KEYS = tuple(key for key in FACTORS if key not in NOT_PARALLEL)
-# Bytes that the blocks of all ranks together may save for backward. Some blocks are recomputed, others are not.
-ACTIVATION_BUDGET = 10 << 20
-# Options that have an effect only where one of these axes is in use.
-NEEDS: dict[str, tuple[str, ...]] = {
+# Bytes that the blocks of all ranks together may save for backward. With this budget some blocks are recomputed and
+# others are not.
+ACTIVATION_BUDGET_BYTES = 10 << 20
+# Options that have an effect only if one of these axes is larger than 1.
+REQUIRED_AXES: dict[str, tuple[str, ...]] = {
     "sequence_parallel": ("tp",),
     "pp_schedule": ("pp",),
     "pp_split": ("pp",),
@@ -81,98 +83,99 @@ def count_ranks(case: Mapping[str, Any]) -> int:
     return math.prod(case[axis] for axis in AXES)
 
 
-def rows_per_microbatch(case: Case) -> int:
-    """Return the rows of a microbatch: all rows of a data rank, or few enough for the case's pipeline schedule."""
-    rows = ROWS // (case["dp_replicate"] * case["dp_shard"])
+def choose_micro_batch(case: Case) -> int:
+    """Return the sequences of a microbatch: all of a data-parallel rank, or few enough for several microbatches."""
+    local_batch = GLOBAL_BATCH // (case["dp_replicate"] * case["dp_shard"])
     if case["microbatches"] == "one":
-        return rows
-    count = 4 if case["pp"] > 1 else 3
-    return rows // count if rows % count == 0 else rows // 2
+        return local_batch
+    num_microbatches = 4 if case["pp"] > 1 else 3
+    return local_batch // num_microbatches if local_batch % num_microbatches == 0 else local_batch // 2
 
 
-def config_sections(case: Case) -> dict[str, Any]:
+def make_config_sections(case: Case) -> dict[str, Any]:
     """Return the config sections of a case, as `make_raw_config` takes them."""
-    extra = {**OBJECTIVES[case["objective"]], **LOSSES[case["loss"]]}
+    sections = {**OBJECTIVES[case["objective"]], **LOSSES[case["loss"]]}
     return {
-        **extra,
+        **sections,
         "optim": OPTIMIZERS[case["optimizer"]],
-        "data": {**extra.get("data", {}), "micro_batch": rows_per_microbatch(case)},
-        "parallel": {key: case[key] for key in PARALLEL_KEYS} | recompute_keys(case),
+        "data": {**sections.get("data", {}), "micro_batch": choose_micro_batch(case)},
+        "parallel": {key: case[key] for key in PARALLEL_KEYS} | make_recompute_keys(case),
         "compile": case["compile"],
         **(ENGINES | OFFLOADED).get(case.get("engine", "native"), {}),
     }
 
 
-def recompute_keys(case: Case) -> dict[str, Any]:
-    """Return the keys of activation checkpointing. A budget applies to one rank."""
+def make_recompute_keys(case: Case) -> dict[str, Any]:
+    """Return the config keys of activation checkpointing; the key of the budget is per rank."""
     if case["recompute"] == "budget":
-        return {"activations_gib": ACTIVATION_BUDGET / count_ranks(case) / (1 << 30)}
+        return {"activations_gib": ACTIVATION_BUDGET_BYTES / count_ranks(case) / (1 << 30)}
     return {"recompute": case["recompute"]}
 
 
 def assert_case_matches_one_process(case: Case) -> None:
-    """Raise AssertionError unless the case's two steps are those of one process."""
-    later = ROUNDED_MOMENTS if case["optimizer"] == "bf16_moments" else None
-    config = make_config(count_ranks(case), MODELS[case["model"]], **config_sections(case))
+    """Run two steps of the case on its ranks; raise AssertionError unless they are those of one process."""
+    later_tolerance = BF16_MOMENTS_TOLERANCE if case["optimizer"] == "bf16_moments" else None
+    config = make_config(count_ranks(case), MODELS[case["model"]], **make_config_sections(case))
     if config.engine != "native":
         assert_engine_matches_one_process(count_ranks(case), config, steps=2)
         return
-    assert_config_matches_one_process(config, count_ranks(case), steps=2, later=later)
+    assert_config_matches_one_process(config, count_ranks(case), steps=2, later_tolerance=later_tolerance)
 
 
 def find_violations(case: Case) -> Iterator[str]:
-    """Yield why the case is not a valid run or covers nothing."""
+    """Yield the reasons why the case is not a valid run, or has a value without effect."""
     if count_ranks(case) > MAX_RANKS:
         yield f"{count_ranks(case)} ranks, more than {MAX_RANKS}"
         return
-    for option, axes in NEEDS.items():
+    for option, axes in REQUIRED_AXES.items():
         if case[option] != FACTORS[option][0] and all(case[axis] == 1 for axis in axes):
             yield f"{option}={case[option]} has no effect without {' or '.join(axes)}"
     if case["reduce_each_microbatch"] and case["microbatches"] == "one":
         yield "reduce_each_microbatch has no effect on one microbatch"
     if count_ranks(case) == 1:
         yield "one process is the reference"
-    config = UnresolvedConfig.model_validate(make_raw_config(MODELS[case["model"]], **config_sections(case)))
-    yield from (str(each) for each in check(config, count_ranks(case), 0))
+    config = UnresolvedConfig.model_validate(make_raw_config(MODELS[case["model"]], **make_config_sections(case)))
+    yield from (str(violation) for violation in check(config, count_ranks(case), 0))
 
 
 def complete_case(
     fixed: Mapping[str, Any],
     rng: random.Random,
-    prefer: Mapping[str, Any],
+    preferred: Mapping[str, Any],
     factors: Mapping[str, Sequence[Any]] = FACTORS,
 ) -> Case:
-    """Return a random case with the `fixed` values, which uses the axes that its options need.
+    """Return a random case with the `fixed` values.
 
-    `prefer` replaces random values where nothing else decides.
+    Factors without a fixed value get their value in `preferred`, or else a random value. If a fixed option needs an
+    axis larger than 1, a free axis becomes 2. Other options without effect get their defaults.
     """
-    case = {factor: prefer.get(factor, rng.choice(values)) for factor, values in factors.items()} | dict(fixed)
-    for option, axes in NEEDS.items():
+    case = {factor: preferred.get(factor, rng.choice(values)) for factor, values in factors.items()} | dict(fixed)
+    for option, axes in REQUIRED_AXES.items():
         if case[option] == FACTORS[option][0] or any(case[axis] > 1 for axis in axes):
             continue
-        free = [axis for axis in axes if axis not in fixed]
-        if option in fixed and free:
-            case[rng.choice(free)] = 2
+        free_axes = [axis for axis in axes if axis not in fixed]
+        if option in fixed and free_axes:
+            case[rng.choice(free_axes)] = 2
     return drop_inert_options(case) | dict(fixed)
 
 
 def drop_inert_options(case: Case) -> Case:
-    """Return the case with the default of each option that has no effect on its axes."""
-    inert = [option for option, axes in NEEDS.items() if all(case[axis] == 1 for axis in axes)]
-    return case | {option: FACTORS[option][0] for option in inert}
+    """Return the case with the default of each option that has no effect on the axes of the case."""
+    inert_options = [option for option, axes in REQUIRED_AXES.items() if all(case[axis] == 1 for axis in axes)]
+    return case | {option: FACTORS[option][0] for option in inert_options}
 
 
 def draw_valid_case(
-    rng: random.Random, fixed: Mapping[str, Any], prefer: Mapping[str, Any] | None = None, tries: int = 2000
+    rng: random.Random, fixed: Mapping[str, Any], preferred: Mapping[str, Any] | None = None, tries: int = 2000
 ) -> Case | None:
-    """Return a valid case with the `fixed` values, otherwise as in `complete_case`; None if no valid case is found."""
+    """Draw cases as `complete_case` does and return the first valid one; None if no draw is valid."""
     for _ in range(tries):
-        case = complete_case(fixed, rng, prefer or {})
+        case = complete_case(fixed, rng, preferred or {})
         if not any(find_violations(case)):
             return case
     return None
 
 
-def describe(case: Case) -> str:
-    """Return the values that are not defaults: `dp_shard=2 tp=2 optimizer=muon`."""
+def format_case(case: Case) -> str:
+    """Format the values of a case that are not defaults, such as `dp_shard=2 tp=2 optimizer=muon`."""
     return " ".join(f"{key}={value}" for key, value in case.items() if value != WIDE_FACTORS[key][0])

@@ -17,9 +17,9 @@ from torch.distributed import _symmetric_memory as symmetric
 from dist_llm.config.schema import Config
 from dist_llm.parallel import parallelize
 from dist_llm.parallel.async_tp import enable_fused_collectives
-from tests.laws.law import RankTrace, assert_traces_match, make_config, merge_ranks, record_trace, reference
+from tests.laws.law import RankTrace, assert_traces_match, make_config, merge_ranks, record_trace, trace_one_process
 from tests.laws.layouts import SGD
-from tests.laws.worlds import restart_world, world
+from tests.laws.worlds import get_world, restart_world
 
 FUSED = {
     "fused_all_gather_matmul": symmetric._fused_all_gather_matmul_fallback,
@@ -43,7 +43,7 @@ class FusedOpCounter(CustomGraphPass):
 def trace_fused_steps(config: Config, reverse_shards: bool) -> tuple[RankTrace, dict[str, int]]:
     """Return the trace of two steps and the count of each fused operation.
 
-    `backwards` plants a bug: shards in reverse order.
+    `reverse_shards` plants a bug: the gathered shards are in reverse order.
     """
     counter, library = FusedOpCounter(), torch.library.Library("symm_mem", "IMPL")
     for name, function in (FUSED | ({"fused_all_gather_matmul": _gather_reversed} if reverse_shards else {})).items():
@@ -70,17 +70,17 @@ def test_fused_collectives_compute_the_step_of_one_process(recompute: str) -> No
     parallel = {"tp": 2, "async_tp": True, "recompute": recompute}
     config = make_config(2, {}, optim=SGD, compile=True, parallel=parallel)
     restart_world(2)
-    traces, counts = zip(*world(2).run(trace_fused_steps, config, False), strict=True)
+    traces, counts = zip(*get_world(2).run(trace_fused_steps, config, False), strict=True)
     # Forward: before q, k, v and before gate, up; after attention and after down. Backward: before the latter two.
     assert counts[0] == counts[1]
     assert counts[0]["fused_all_gather_matmul"] >= 4
     assert counts[0]["fused_matmul_reduce_scatter"] >= 2
-    assert_traces_match(merge_ranks(traces), reference(config, 2))
+    assert_traces_match(merge_ranks(traces), trace_one_process(config, 2))
 
 
 def test_shards_in_the_wrong_order_break_the_law() -> None:
     config = make_config(2, {}, optim=SGD, compile=True, parallel={"tp": 2, "async_tp": True})
     restart_world(2)
-    traces = [rank_trace for rank_trace, _ in world(2).run(trace_fused_steps, config, True)]
+    traces = [rank_trace for rank_trace, _ in get_world(2).run(trace_fused_steps, config, True)]
     with pytest.raises(AssertionError, match="off by"):
-        assert_traces_match(merge_ranks(traces), reference(config, 2))
+        assert_traces_match(merge_ranks(traces), trace_one_process(config, 2))

@@ -1,4 +1,4 @@
-"""The sample audit ends the run on all ranks if a rank reads unplanned samples, and names those ranks."""
+"""The sample audit ends the run on all ranks if a rank reads samples that are not planned, and names the rank."""
 
 from collections.abc import Callable
 from unittest.mock import patch
@@ -18,30 +18,30 @@ from dist_llm.objectives.batch import Batch
 from dist_llm.training.sample_audit import SampleAudit
 
 from .law import make_config
-from .worlds import world
+from .worlds import get_world
 
 
-def audit_message(config: Config, shift: Callable[[int], int] | None) -> str:
-    """Audit the samples of six steps, every three steps; return the error message of the audit.
+def run_audit(config: Config, shift: Callable[[int], int] | None) -> str:
+    """Audit the samples of six steps, every three steps; return the error message of the audit, or "".
 
-    `off` plants a bug: it changes the offset that the loader reads at.
+    `shift` plants a bug: a function that changes the offset at which the loader reads.
     """
     engine = NativeEngine(config, torch.device("cpu"))
     mixture = Mixture(0, (1,))
     source = DataSource("", None, (WindowStream(None, ShuffledOrder(0, 9, 4), 5),), mixture)  # type: ignore[arg-type]
     plan = SamplePlan([source], [MixtureStage(0, mixture, (0,))], ((20, 30),))
-    rank, ranks = engine.dp_rank_and_size
-    loader = Loader(plan, None, config.data, rank, ranks, pin=False)  # type: ignore[arg-type]
-    audit, first = SampleAudit(engine, loader, 3), 0
+    dp_rank, dp_size = engine.dp_rank_and_size
+    loader = Loader(plan, None, config.data, dp_rank, dp_size, pin=False)  # type: ignore[arg-type]
+    audit, first_sample = SampleAudit(engine, loader, 3), 0
     with patch.object(loader, "offset", shift(loader.offset)) if shift else patch.object(loader, "pin", False):
         for _ in range(6):
-            samples = torch.from_numpy(np.ascontiguousarray(loader.local_samples(first)))
+            samples = torch.from_numpy(np.ascontiguousarray(loader.local_samples(first_sample)))
             empty = torch.zeros(len(samples), 1)
             try:
-                audit.add(first, [Batch(empty, empty, None, 0, sample_ids_B=samples)])  # type: ignore[arg-type]
+                audit.add(first_sample, [Batch(empty, empty, None, 0, sample_ids_B=samples)])  # type: ignore[arg-type]
             except DataError as error:
                 return str(error)
-            first = loader.advance(first)
+            first_sample = loader.advance(first_sample)
     return ""
 
 
@@ -54,14 +54,15 @@ def shift_later_offsets(offset: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "parallel", [{"dp_shard": 2}, {"dp_replicate": 2}, {"dp_shard": 2, "tp": 2}, {"pp": 2, "dp_shard": 2}]
+    "parallel", [{"dp_shard": 2}, {"dp_replicate": 2}, {"dp_shard": 2, "tp": 2}, {"pp": 2, "dp_shard": 2}], ids=str
 )
 def test_the_audit_reports_shifted_samples_only(parallel: dict[str, int]) -> None:
     ranks = 4 if len(parallel) == 2 else 2
     config = make_config(ranks, {}, parallel=parallel, data={"micro_batch": 3})
-    assert world(ranks).run(audit_message, config, None) == [""] * ranks
-    bad_ranks = {"pp": (1, 3), "tp": (2, 3)}.get(next((axis for axis in parallel if axis in ("pp", "tp")), ""), (1,))
+    assert get_world(ranks).run(run_audit, config, None) == [""] * ranks
+    # The ranks of the second data-parallel rank, whose offset is not 0
+    bad_ranks = (1, 3) if "pp" in parallel else (2, 3) if "tp" in parallel else (1,)
     for bug in (zero_offset, shift_later_offsets):
-        for message in world(ranks).run(audit_message, config, bug):
+        for message in get_world(ranks).run(run_audit, config, bug):
             assert message.startswith("samples 0 to ")
             assert f"ranks {', '.join(map(str, bad_ranks))} did not read their planned samples" in message

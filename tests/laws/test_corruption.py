@@ -1,4 +1,4 @@
-"""A flipped bit in a replica, or a wrong result of a rank, is detected and the rank is named."""
+"""A flipped bit in a replica, or a wrong result of a rank, is detected, and the message names the rank."""
 
 import re
 from contextlib import nullcontext
@@ -21,12 +21,12 @@ from dist_llm.training.step import train_step
 from tests.laws.engines import ENGINES, open_engine
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW, MODELS, Layout
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
 REPLICATED = [
     Layout(2, {"dp_replicate": 2}, "gpt", 4),
-    Layout(4, {"dp_replicate": 2, "dp_shard": 2}, micro=3),
+    Layout(4, {"dp_replicate": 2, "dp_shard": 2}, micro_batch=3),
     Layout(4, {"dp_replicate": 2, "tp": 2}, "tied", 4),
     Layout(4, {"pp": 2, "dp_replicate": 2}, "tied", 3),
     Layout(2, {"tp": 2}, "bounded", 8),
@@ -34,31 +34,27 @@ REPLICATED = [
 ]
 
 
-def mismatches_after_steps(config: Config, rank: int) -> list[str]:
-    """Compare the replicas after three steps; return the mismatches.
-
-    On `rank` (-1: no rank) the last bit of one element of a norm weight is flipped before.
-    """
+def find_mismatches_after_steps(config: Config, faulty_rank: int) -> list[str]:
+    """Take three steps, flip a bit of a norm weight on `faulty_rank` (-1: none), and return the mismatches."""
     with open_engine(config) as engine:
         for step in range(3):
             train_step(engine, make_batches(config, engine, step), 1e-3, step)
-        if torch.distributed.get_rank() == rank:
-            name = next(name for name, _ in engine.named_parameters() if "norm" in name)
-            (weight,) = (each for other, each in engine.named_parameters() if other == name)
+        if torch.distributed.get_rank() == faulty_rank:
+            weight = next(parameter for name, parameter in engine.named_parameters() if "norm" in name)
             to_local(weight.detach()).view(-1).view(torch.int32)[:1] ^= 1
         return find_mismatches(engine.replicated_params, "here")
 
 
-def config(layout: Layout, **more: Any) -> Config:
-    data = {"micro_batch": layout.micro}
-    return make_config(layout.ranks, MODELS[layout.model], optim=ADAMW, data=data, parallel=layout.parallel, **more)
+def make_layout_config(layout: Layout) -> Config:
+    data = {"micro_batch": layout.micro_batch}
+    return make_config(layout.ranks, MODELS[layout.model], optim=ADAMW, data=data, parallel=layout.parallel)
 
 
 @pytest.mark.parametrize("layout", REPLICATED, ids=str)
 def test_replicas_are_bitwise_equal_until_a_bit_is_flipped(layout: Layout) -> None:
     ranks = layout.ranks
-    assert world(ranks).run(mismatches_after_steps, config(layout), -1) == [[]] * ranks
-    by_rank = world(ranks).run(mismatches_after_steps, config(layout), ranks - 1)
+    assert get_world(ranks).run(find_mismatches_after_steps, make_layout_config(layout), -1) == [[]] * ranks
+    by_rank = get_world(ranks).run(find_mismatches_after_steps, make_layout_config(layout), ranks - 1)
     assert by_rank == [by_rank[0]] * ranks, "all ranks report the same"
     *lines, hosts = by_rank[0]
     for line in lines:
@@ -72,8 +68,8 @@ def test_replicas_are_bitwise_equal_until_a_bit_is_flipped(layout: Layout) -> No
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "ddp"])
 def test_replicas_of_third_party_engines_are_compared(engine: str) -> None:
     engine_config = make_config(3, {}, optim=ADAMW, data={"micro_batch": 4}, **ENGINES[engine])
-    assert world(3).run(mismatches_after_steps, engine_config, -1) == [[]] * 3
-    (line, hosts), *_ = world(3).run(mismatches_after_steps, engine_config, 1)
+    assert get_world(3).run(find_mismatches_after_steps, engine_config, -1) == [[]] * 3
+    (line, hosts), *_ = get_world(3).run(find_mismatches_after_steps, engine_config, 1)
     assert line == "blocks.0.norm_attention.weight: differs on rank 1 of ranks 0, 1, 2"
     assert "rank 1 is on here" in hosts
 
@@ -90,29 +86,32 @@ def test_a_digest_depends_on_each_bit() -> None:
 
 
 class StepLoader:
-    """A stand-in for the loader that `replay_step` uses."""
+    """A stand-in for the data loader with the only method that `replay_step` calls."""
 
     def __init__(self, config: Config, dp_size: int) -> None:
         self.config, self.dp_size = config, dp_size
 
-    def load_batches_of_rank(self, dp_rank: int, first: int) -> list[Batch]:
-        return make_batches(self.config, SimpleNamespace(dp_rank_and_size=(dp_rank, self.dp_size)), first)  # type: ignore[arg-type]
+    def load_batches_of_rank(self, dp_rank: int, first_sample: int) -> list[Batch]:
+        return make_batches(self.config, SimpleNamespace(dp_rank_and_size=(dp_rank, self.dp_size)), first_sample)  # type: ignore[arg-type]
 
 
-def replay_and_step(config: Config, rank: int, fault_in: str) -> tuple[list[str], float]:
-    """Return (the mismatches of a step that `rank` computes slightly wrong, the loss of the step after it)."""
+def replay_and_step(config: Config, faulty_rank: int, fault_in: str) -> tuple[list[str], float]:
+    """Replay a step in which `faulty_rank` computes slightly wrong values in forward or backward, then take a step.
+
+    Returns the mismatches of the replay and the loss of the step.
+    """
     forward = Block.forward
 
     def corrupt_forward(self: Block, *args: Any) -> Tensor:
         out = forward(self, *args)
         if fault_in == "forward":
             return out * 1.001
-        if out.requires_grad:  # not while torch before 2.13 infers shapes
+        if out.requires_grad:  # torch before 2.13 infers the shapes of pipeline stages without gradients
             out.register_hook(lambda gradient: gradient * 1.001)
         return out
 
     engine = NativeEngine(config, CPU)
-    is_faulty = torch.distributed.get_rank() == rank
+    is_faulty = torch.distributed.get_rank() == faulty_rank
     with patch.object(Block, "forward", corrupt_forward) if is_faulty else nullcontext():
         mismatches = replay_step(engine, StepLoader(config, engine.dp_rank_and_size[1]), 0, 0, "fp32")  # type: ignore[arg-type]
     return mismatches, train_step(engine, make_batches(config, engine, 0), 1e-3, 0).loss.item()
@@ -123,20 +122,20 @@ def replay_and_step(config: Config, rank: int, fault_in: str) -> tuple[list[str]
     [
         Layout(2, {"dp_shard": 2}, "tied", 4),
         Layout(2, {"dp_replicate": 2}, "gpt", 4),
-        Layout(3, {"dp_shard": 3}, micro=4),
-        Layout(4, {"dp_shard": 2, "tp": 2}, micro=4),
-        Layout(4, {"dp_shard": 2, "cp": 2}, micro=4),
+        Layout(3, {"dp_shard": 3}, micro_batch=4),
+        Layout(4, {"dp_shard": 2, "tp": 2}, micro_batch=4),
+        Layout(4, {"dp_shard": 2, "cp": 2}, micro_batch=4),
         Layout(4, {"pp": 2, "dp_shard": 2}, "tied", 3),
     ],
     ids=str,
 )
 def test_a_replayed_step_differs_only_if_a_rank_is_faulty(layout: Layout) -> None:
     ranks = layout.ranks
-    by_rank = world(ranks).run(replay_and_step, config(layout), -1, "")
+    by_rank = get_world(ranks).run(replay_and_step, make_layout_config(layout), -1, "")
     assert [mismatches for mismatches, _ in by_rank] == [[]] * ranks
     loss_without_fault = by_rank[0][1]
     for fault_in in ("forward", "backward"):
-        by_rank = world(ranks).run(replay_and_step, config(layout), ranks - 1, fault_in)
+        by_rank = get_world(ranks).run(replay_and_step, make_layout_config(layout), ranks - 1, fault_in)
         summary, *losses = by_rank[0][0]
         assert summary.startswith("a step computed twice has other gradients, of ")
         assert all(mismatches == by_rank[0][0] for mismatches, _ in by_rank), "all ranks report the same"

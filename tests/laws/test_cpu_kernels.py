@@ -1,4 +1,4 @@
-"""The law holds with the kernels of other CPUs and with one and two threads; it does not depend on rounding."""
+"""The law tests pass with the kernels of other CPUs and with one or two threads: they do not depend on rounding."""
 
 import os
 import subprocess

@@ -14,45 +14,49 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config, merge_ranks, record_trace
 from tests.laws.layouts import MODELS, SGD, Layout
-from tests.laws.worlds import restart_world, world
+from tests.laws.worlds import get_world, restart_world
 
 DROPOUT = {"dropout": 0.5}
 
 MaskDigests = dict[tuple[int, ...], dict[str, str]]  # mesh coordinates -> digest of each kind of mask
 
 
-def mask_digests(config: Any) -> tuple[tuple[int, ...], dict[str, str]]:
-    """Return this rank's coordinates and digests of its residual dropout mask and of its RNG state in attention."""
+def compute_mask_digests(config: Any) -> tuple[tuple[int, ...], dict[str, str]]:
+    """Take a step; return the mesh coordinates of this rank, and digests of its dropout randomness.
+
+    The digests are those of the residual dropout mask, and of the RNG state before attention.
+    """
     engine, digests = NativeEngine(config, torch.device("cpu")), {}
 
-    def after_dropout(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        digests.setdefault("residual", digest(output == 0))
+    def record_residual_mask(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        digests.setdefault("residual", compute_digest(output == 0))
 
-    def in_attention(module: nn.Module, inputs: Any) -> None:
-        digests.setdefault("attention", digest(torch.get_rng_state()))
+    def record_attention_state(module: nn.Module, inputs: Any) -> None:
+        digests.setdefault("attention", compute_digest(torch.get_rng_state()))
 
     for part in engine.model_parts:
         block = next(iter(part.blocks.values()))
-        block.dropout.register_forward_hook(after_dropout)
-        block.attention.kernel.register_forward_pre_hook(in_attention)
+        block.dropout.register_forward_hook(record_residual_mask)
+        block.attention.kernel.register_forward_pre_hook(record_attention_state)
     train_step(engine, make_batches(config, engine, 0), 1.0, step=7)
     assert engine.mesh is not None
     return tuple(engine.mesh.get_local_rank(axis) for axis in AXES), digests
 
 
-def digest(tensor: torch.Tensor) -> str:
+def compute_digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.to(torch.uint8).contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def digests_by_coordinates(layout: Layout) -> MaskDigests:
+def run_step_with_dropout(layout: Layout) -> MaskDigests:
+    """Take a step on all ranks of the layout; return the digests by mesh coordinates."""
     config = make_config(
         layout.ranks,
         MODELS[layout.model] | DROPOUT,
         optim=SGD,
         parallel=layout.parallel,
-        data={"micro_batch": layout.micro},
+        data={"micro_batch": layout.micro_batch},
     )
-    return dict(world(layout.ranks).run(mask_digests, config))
+    return dict(get_world(layout.ranks).run(compute_mask_digests, config))
 
 
 def count_distinct(digests: MaskDigests, kind: str) -> int:
@@ -73,30 +77,30 @@ def count_distinct(digests: MaskDigests, kind: str) -> int:
 )
 def test_ranks_with_different_activations_have_different_masks(parallel: dict[str, int]) -> None:
     ranks = 2 if len(parallel) == 1 else 4
-    digests = digests_by_coordinates(Layout(ranks, parallel))
+    digests = run_step_with_dropout(Layout(ranks, parallel))
     assert count_distinct(digests, "residual") == count_distinct(digests, "attention") == ranks
 
 
-@pytest.mark.parametrize("bug", [False, True])
+@pytest.mark.parametrize("bug", [False, True], ids=["correct", "microbatches share a seed"])
 def test_microbatches_of_a_step_do_not_share_a_mask(bug: bool) -> None:
-    """Two microbatches have the same rows, so equal losses would mean equal masks."""
+    """The two microbatches are equal, so their losses are equal only if their masks are."""
     engine = NativeEngine(make_config(1, DROPOUT, optim=SGD, data={"micro_batch": 12}), torch.device("cpu"))
-    batch, seed = make_batches(engine.config, engine, 0)[0], engine._seed_dropout
-    with patch.object(engine, "_seed_dropout", lambda step, _: seed(step, 0)) if bug else nullcontext():
+    batch, seed_dropout = make_batches(engine.config, engine, 0)[0], engine._seed_dropout
+    with patch.object(engine, "_seed_dropout", lambda step, _: seed_dropout(step, 0)) if bug else nullcontext():
         losses = engine.accumulate([batch, batch], torch.tensor(batch.num_valid_tokens), step=3)
     first, second = losses.chunk(2)
     assert torch.equal(first, second) == bug
 
 
 def test_stages_do_not_share_a_seed() -> None:
-    digests = digests_by_coordinates(Layout(2, {"pp": 2}, micro=6))
+    digests = run_step_with_dropout(Layout(2, {"pp": 2}, micro_batch=6))
     assert count_distinct(digests, "residual") == count_distinct(digests, "attention") == 2
 
 
 @pytest.mark.parametrize("data", [{}, {"dp_shard": 2}], ids=["tp", "dp_shard x tp"])
 def test_without_sequence_parallel_tensor_ranks_share_residual_masks_only(data: dict[str, int]) -> None:
     ranks = 4 if data else 2
-    digests = digests_by_coordinates(Layout(ranks, {"tp": 2, "sequence_parallel": False, **data}))
+    digests = run_step_with_dropout(Layout(ranks, {"tp": 2, "sequence_parallel": False, **data}))
     assert count_distinct(digests, "residual") == ranks // 2
     assert count_distinct(digests, "attention") == ranks
 
@@ -112,17 +116,17 @@ def test_without_sequence_parallel_tensor_ranks_share_residual_masks_only(data: 
     ],
     ids=str,
 )
-def test_replicated_and_tied_parameters_stay_bitwise_equal_for_ten_steps_of_dropout(layout: Layout) -> None:
-    """`merge_ranks` compares replicated parameters bit for bit."""
+def test_copies_of_a_parameter_stay_bitwise_equal_with_dropout(layout: Layout) -> None:
+    """After ten steps `merge_ranks` compares replicated and tied parameters bit for bit."""
     adamw = {"name": "adamw", "lr": 1e-3, "clip": 1.0}
     config = make_config(
         layout.ranks,
         MODELS[layout.model] | DROPOUT,
         optim=adamw,
         parallel=layout.parallel,
-        data={"micro_batch": layout.micro},
+        data={"micro_batch": layout.micro_batch},
     )
-    merged = merge_ranks(world(layout.ranks).run(record_trace, config, 10))
+    merged = merge_ranks(get_world(layout.ranks).run(record_trace, config, 10))
     assert all(torch.isfinite(value).all() for value in merged.parameters[-1].values())
 
 
@@ -140,7 +144,7 @@ def test_recomputation_repeats_the_masks(recompute: str, compiled: bool) -> None
             )
             if compiled:
                 restart_world(2)
-            traces.append(merge_ranks(world(2).run(record_trace, config, 2)))
+            traces.append(merge_ranks(get_world(2).run(record_trace, config, 2)))
         assert traces[0].losses == traces[1].losses
         for name, gradient in traces[0].gradients[0].items():
             assert torch.equal(gradient, traces[1].gradients[0][name]), name

@@ -1,4 +1,4 @@
-"""DeepSpeed's pipeline computes the steps of one native process."""
+"""The pipeline engine of DeepSpeed computes the steps of one native process."""
 
 from typing import Any
 
@@ -6,23 +6,23 @@ import pytest
 
 from tests.laws.engines import assert_engine_matches_one_process, deepspeed_sections
 from tests.laws.layouts import ADAMW, SGD
-from tests.laws.test_engines import CLIPPED_MOMENTUM_SGD, engine_config_of
+from tests.laws.test_engines import CLIPPED_MOMENTUM_SGD, make_engine_config
 
 pytestmark = pytest.mark.usefixtures("restart_worlds_afterwards")
 PIPELINE = {**deepspeed_sections(1), "parallel": {"pp": 2}}
 
 
-@pytest.mark.parametrize(("ranks", "micro"), [(2, 6), (4, 4)], ids=["pp 2", "pp 2 x dp 2"])
-@pytest.mark.parametrize("model", ["llama", "post"])
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(2, 6), (4, 4)], ids=["pp 2", "pp 2 x dp 2"])
+@pytest.mark.parametrize("model", ["llama", "post_norm"])
 @pytest.mark.parametrize("optim", [CLIPPED_MOMENTUM_SGD, ADAMW], ids=["sgd", "adamw"])
 def test_the_pipeline_computes_the_steps_of_one_process(
-    optim: dict[str, Any], model: str, ranks: int, micro: int
+    optim: dict[str, Any], model: str, ranks: int, micro_batch: int
 ) -> None:
-    assert_engine_matches_one_process(ranks, engine_config_of(ranks, PIPELINE, model, optim, micro), steps=3)
+    assert_engine_matches_one_process(ranks, make_engine_config(ranks, PIPELINE, model, optim, micro_batch), steps=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", [SGD, CLIPPED_MOMENTUM_SGD, ADAMW], ids=["sgd", "clipped", "adamw"])
-@pytest.mark.parametrize(("ranks", "micro"), [(2, 8), (4, 4)])
-def test_twenty_steps(ranks: int, micro: int, optim: dict[str, Any]) -> None:
-    assert_engine_matches_one_process(ranks, engine_config_of(ranks, PIPELINE, "llama", optim, micro), steps=20)
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(2, 8), (4, 4)], ids=["pp 2", "pp 2 x dp 2"])
+def test_the_pipeline_computes_twenty_steps(ranks: int, micro_batch: int, optim: dict[str, Any]) -> None:
+    assert_engine_matches_one_process(ranks, make_engine_config(ranks, PIPELINE, "llama", optim, micro_batch), steps=20)

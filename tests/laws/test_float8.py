@@ -1,12 +1,11 @@
-"""Matrix products in float8 are near fp32 on every layout, and splitting rows changes no more than in bf16.
+"""Training in float8 is near fp32 on every layout, and splitting the batch changes no more than in bf16.
 
-Scales are powers of two, so all ranks round a tensor's rows alike, except elements that are 2^14 times smaller than the
-largest. Losses are therefore equal for all microbatch sizes and for data and pipeline ranks. Gradients are equal up to
-rounding each microbatch's contribution to bf16, as without float8.
+Scales are powers of two, so all ranks round the rows of a tensor alike, except elements that are 2^14 times smaller
+than the largest. Losses are therefore equal for all microbatch sizes, and on data-parallel and pipeline ranks.
+Gradients are equal up to the bf16 rounding of the contribution of each microbatch, as without float8.
 
-Tensor and context ranks differ more: they sum in another order, and FSDP gathers embeddings and norms in bf16, which
-one process keeps in fp32. Activations then differ in the last bit of bf16, and in float8 where they round the other
-way.
+Tensor and context ranks differ more. They sum in another order, and FSDP gathers embeddings and norms in bf16, which
+one process keeps in fp32. Activations then differ in the last bit of bf16, and more where float8 rounds the other way.
 """
 
 from typing import Any
@@ -16,19 +15,19 @@ import torch
 from torch import Tensor
 
 from dist_llm.parallel import fp8
-from tests.laws.law import ROWS, Trace, make_config, merge_ranks, record_trace, reference
+from tests.laws.law import GLOBAL_BATCH, Trace, make_config, merge_ranks, record_trace, trace_one_process
 from tests.laws.layouts import MODELS, SGD, Layout, by_name
-from tests.laws.worlds import restart_world, world
+from tests.laws.worlds import get_world, restart_world
 
 SIZES = {"n_kv_heads": 8, "d_ff": 64}  # the sizes on each of two tensor ranks are multiples of 16
 LAYOUTS = by_name(
-    Layout(2, {"dp_shard": 2}, micro=4),
+    Layout(2, {"dp_shard": 2}, micro_batch=4),
     Layout(2, {"dp_replicate": 2}, "gpt"),
     Layout(2, {"tp": 2}, "tied"),
     Layout(2, {"tp": 2, "sequence_parallel": False}, "gpt"),
     Layout(2, {"cp": 2}),
     Layout(2, {"pp": 2}, "tied", 6),
-    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, micro=6),
+    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, micro_batch=6),
     Layout(2, {"dp_shard": 2, "recompute": "selective"}),
     Layout(2, {"tp": 2, "recompute": "full"}, "gpt"),
     Layout(4, {"dp_shard": 2, "tp": 2}, "tied"),
@@ -43,98 +42,102 @@ COMPILED = (
 )
 
 
-def config(layout: Layout, precision: str = "bf16", fp8: bool = True) -> Any:
+def make_layout_config(layout: Layout, precision: str = "bf16", fp8: bool = True) -> Any:
     return make_config(
         layout.ranks,
         MODELS[layout.model] | SIZES,
         optim=SGD,
         parallel=layout.parallel,
-        data={"micro_batch": layout.micro},
+        data={"micro_batch": layout.micro_batch},
         precision=precision,
         fp8=fp8,
     )
 
 
-def trace_one_step(layout: Layout, on: bool = True) -> Trace:
-    """Return the trace of one step of the layout."""
+def trace_one_step(layout: Layout) -> Trace:
+    """Return the trace of one float8 step of the layout."""
     if layout.ranks == 1:
-        return merge_ranks([record_trace(config(layout, fp8=on), 1)])
-    return merge_ranks(world(layout.ranks).run(record_trace, config(layout, fp8=on), 1))
+        return merge_ranks([record_trace(make_layout_config(layout), 1)])
+    return merge_ranks(get_world(layout.ranks).run(record_trace, make_layout_config(layout), 1))
 
 
-def least_cosine(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """Return the least cosine similarity of the gradients, except almost zero ones, and the parameter's name."""
-    largest = max(float(each.norm()) for each in expected.values())
-    counted = [name for name, each in expected.items() if each.norm() > 1e-3 * largest]
+def find_least_cosine(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """Return (least cosine similarity of the gradients, name of the parameter), without gradients near zero."""
+    largest_norm = max(float(gradient.norm()) for gradient in expected.values())
+    names = [name for name, gradient in expected.items() if gradient.norm() > 1e-3 * largest_norm]
     return min(
-        (float(torch.cosine_similarity(gradients[n].flatten(), expected[n].flatten(), dim=0)), n) for n in counted
+        (float(torch.cosine_similarity(gradients[name].flatten(), expected[name].flatten(), dim=0)), name)
+        for name in names
     )
 
 
 def assert_near_fp32(actual: Trace, layout: Layout) -> None:
     """Compare with fp32: loss within 1e-3, norm within 2e-2, each gradient with a cosine above 0.98 (bf16: 0.9999)."""
-    expected = reference(config(layout, "fp32", False), 1)
+    expected = trace_one_process(make_layout_config(layout, "fp32", fp8=False), 1)
     assert actual.losses[0] == pytest.approx(expected.losses[0], rel=1e-3)
     assert actual.norms[0] == pytest.approx(expected.norms[0], rel=2e-2)
-    cosine, name = least_cosine(actual.gradients[0], expected.gradients[0])
+    cosine, name = find_least_cosine(actual.gradients[0], expected.gradients[0])
     assert 0.98 < cosine < 0.999, f"{name}: cosine {cosine:.4f}"
     for name, parameter in expected.parameters[0].items():
         assert (actual.parameters[0][name] - parameter).abs().max() < 6e-2 * expected.norms[0], name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_float8_is_fp32_within_its_rounding(layout: Layout) -> None:
+def test_float8_is_near_fp32(layout: Layout) -> None:
     assert_near_fp32(trace_one_step(layout), layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_float8_is_fp32_within_its_rounding(name: str) -> None:
+def test_compiled_float8_is_near_fp32(name: str) -> None:
     layout = LAYOUTS[name]
     restart_world(layout.ranks)
-    compiled = config(layout).model_copy(update={"compile": True})
-    assert_near_fp32(merge_ranks(world(layout.ranks).run(record_trace, compiled, 1)), layout)
+    compiled_config = make_layout_config(layout).model_copy(update={"compile": True})
+    assert_near_fp32(merge_ranks(get_world(layout.ranks).run(record_trace, compiled_config, 1)), layout)
 
 
-def largest_difference(trace: Trace, expected_trace: Trace) -> float:
-    """Return the largest relative difference of the gradients, by norm."""
+def find_largest_difference(trace: Trace, expected_trace: Trace) -> float:
+    """Return the largest norm of a difference of gradients, relative to the norm of the expected gradient."""
     pairs = [(trace.gradients[0][name], gradient) for name, gradient in expected_trace.gradients[0].items()]
     return max(float((actual - expected).norm() / expected.norm()) for actual, expected in pairs)
 
 
-ONE = Layout(1, {}, micro=ROWS)
-TWO = Layout(2, {"dp_shard": 2})  # each rank's rows as one microbatch
+ONE = Layout(1, {}, micro_batch=GLOBAL_BATCH)
+TWO = Layout(2, {"dp_shard": 2})  # one microbatch per rank
 SPLITS = [
-    (Layout(1, {}, micro=1), ONE),
-    (Layout(1, {}, micro=12), ONE),
-    (Layout(2, {"pp": 2}, micro=6), ONE),
-    (Layout(2, {"dp_shard": 2}, micro=3), TWO),
-    (Layout(2, {"dp_replicate": 2}, micro=4), TWO),
+    (Layout(1, {}, micro_batch=1), ONE),
+    (Layout(1, {}, micro_batch=12), ONE),
+    (Layout(2, {"pp": 2}, micro_batch=6), ONE),
+    (Layout(2, {"dp_shard": 2}, micro_batch=3), TWO),
+    (Layout(2, {"dp_replicate": 2}, micro_batch=4), TWO),
     (Layout(4, {"dp_shard": 4}), TWO),
-    (Layout(4, {"dp_replicate": 2, "dp_shard": 2}, micro=2), TWO),
+    (Layout(4, {"dp_replicate": 2, "dp_shard": 2}, micro_batch=2), TWO),
 ]
 
 
-def assert_rounded_alike(cut: Trace, uncut: Trace) -> None:
-    """The losses are equal, and gradients differ by at most 3.9e-3 (measured), as without float8: about 2^-8."""
-    assert cut.losses[0] == pytest.approx(uncut.losses[0], rel=1e-7)
-    assert largest_difference(cut, uncut) < 6e-3
+def assert_rounded_alike(split: Trace, unsplit: Trace) -> None:
+    """Compare a step of a split batch with one of the full batch: equal losses, and gradients within 6e-3.
+
+    The measured difference of gradients is at most 3.9e-3, about 2^-8, as without float8.
+    """
+    assert split.losses[0] == pytest.approx(unsplit.losses[0], rel=1e-7)
+    assert find_largest_difference(split, unsplit) < 6e-3
 
 
-@pytest.mark.parametrize(("cut", "uncut"), SPLITS, ids=str)
-def test_rows_are_rounded_alike_for_every_split(cut: Layout, uncut: Layout) -> None:
-    assert_rounded_alike(trace_one_step(cut), trace_one_step(uncut))
+@pytest.mark.parametrize(("split", "unsplit"), SPLITS, ids=str)
+def test_a_split_batch_is_rounded_as_the_full_batch(split: Layout, unsplit: Layout) -> None:
+    assert_rounded_alike(trace_one_step(split), trace_one_step(unsplit))
 
 
 def test_a_scale_that_is_no_power_of_two_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exact scale is correct for each tensor on its own, but gradients then differ by 0.1."""
+    """With the exact scale of each tensor, the gradients of a split batch differ by 0.1."""
 
     def quantize_with_exact_scale(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
         scale = torch.finfo(kind).max / x.abs().amax().float().clamp(min=fp8.MIN_AMAX)
         return (x.float() * scale).to(kind), scale.reciprocal()
 
     monkeypatch.setattr(fp8, "quantize", quantize_with_exact_scale)
-    uncut, cut = trace_one_step(ONE), trace_one_step(Layout(1, {}, micro=12))
+    unsplit, split = trace_one_step(ONE), trace_one_step(Layout(1, {}, micro_batch=12))
     with pytest.raises(AssertionError):
-        assert_rounded_alike(cut, uncut)
-    assert largest_difference(cut, uncut) > 0.05
+        assert_rounded_alike(split, unsplit)
+    assert find_largest_difference(split, unsplit) > 0.05

@@ -1,4 +1,4 @@
-"""After a skipped step the run continues as if the step had never been computed."""
+"""A step that the guard skips has no effect: the run continues as a run without the step."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,32 +18,40 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.sharded import to_local
 from dist_llm.training.guard import Guard
 from dist_llm.training.step import train_step
-from tests.laws.law import ROWS, RankTrace, RecordingEngine, assert_traces_match, make_batches, make_config, merge_ranks
+from tests.laws.law import (
+    GLOBAL_BATCH,
+    RankTrace,
+    RecordingEngine,
+    assert_traces_match,
+    make_batches,
+    make_config,
+    merge_ranks,
+)
 from tests.laws.layouts import ADAMW, MODELS, Layout, by_name
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 LAYOUTS = by_name(
     Layout(2, {"dp_shard": 2}, "tied", 4),
     Layout(2, {"dp_replicate": 2}, "gpt", 4),
     Layout(2, {"tp": 2}, "bert", 8),
-    Layout(2, {"cp": 2}, micro=8),
+    Layout(2, {"cp": 2}, micro_batch=8),
     Layout(2, {"pp": 2}, "tied", 6),
-    Layout(4, {"dp_shard": 2, "tp": 2}, micro=4),
+    Layout(4, {"dp_shard": 2, "tp": 2}, micro_batch=4),
 )
 BAD_STEP = 1
 
 
-def run_steps(config: Config, numbers: Sequence[int], bug: bool = False) -> RankTrace:
-    """Run these steps; in step BAD the gradients of the last rank are NaN."""
+def run_steps(config: Config, steps: Sequence[int], bug: bool = False) -> RankTrace:
+    """Run the steps with these numbers; in BAD_STEP the gradients of the last rank are NaN."""
     engine, rank_trace = RecordingEngine(config, torch.device("cpu")), RankTrace()
     guard = Guard(GuardConfig(not_finite="skip"), GuardState(), engine, Path("unused"))
     with zero_gradient_update() if bug else nullcontext():
-        for step in numbers:
+        for step in steps:
             batches = make_batches(config, engine, step)
             with nan_gradients() if step == BAD_STEP else nullcontext():
                 report = train_step(engine, batches, 1e-3, step, should_apply=partial(guard.should_apply, step))
             assert bool(guard.checked[step]) == (step == BAD_STEP), (
-                "all ranks skip it, even if only one replica has the NaN"
+                "all ranks skip the step, although only one rank has the NaN"
             )
             if step != BAD_STEP:
                 rank_trace.losses.append(report.loss.item())
@@ -55,6 +63,7 @@ def run_steps(config: Config, numbers: Sequence[int], bug: bool = False) -> Rank
 
 @contextmanager
 def nan_gradients() -> Iterator[None]:
+    """Set the gradients of the last rank to NaN."""
     original = NativeEngine.accumulate
 
     def accumulate(self: Any, *args: Any) -> Tensor:
@@ -86,16 +95,17 @@ def zero_gradient_update() -> Iterator[None]:
 
 
 def assert_skipped_without_effect(layout: Layout, bug: bool = False) -> None:
+    """Compare a layout that skips BAD_STEP with one process that never runs it."""
     config = make_config(
         layout.ranks,
         MODELS[layout.model],
         optim=ADAMW,
-        data={"micro_batch": layout.micro},
+        data={"micro_batch": layout.micro_batch},
         parallel=layout.parallel,
     )
-    data = config.data.model_copy(update={"micro_batch": ROWS})
+    data = config.data.model_copy(update={"micro_batch": GLOBAL_BATCH})
     one_process = config.model_copy(update={"data": data, "parallel": ParallelConfig(dp_shard=1)})
-    skipped = merge_ranks(world(layout.ranks).run(run_steps, config, (0, BAD_STEP, 2, 3), bug))
+    skipped = merge_ranks(get_world(layout.ranks).run(run_steps, config, (0, BAD_STEP, 2, 3), bug))
     assert_traces_match(skipped, merge_ranks([run_steps(one_process, (0, 2, 3))]))
 
 

@@ -1,6 +1,6 @@
-"""Every layout computes the step of one process: loss, each gradient, norm, each weight.
+"""Each layout of layouts.py computes the steps of one process: loss, gradients, gradient norm and weights.
 
-These lists are written by hand and are slow; `test_covering.py` has the cases that run by default.
+Most of these tests are marked slow; the cases of `test_covering.py` run by default.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from tests.laws.layouts import ADAMW, ARCHITECTURE_LAYOUTS, CLIPPED_SGD, COMPILE
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_layout_computes_the_step_of_one_process(layout: Layout) -> None:
-    """With SGD at lr 1 and clipping, a wrong scale or a wrong norm changes the weights."""
+    """With SGD at a learning rate of 1 and clipping, a wrong gradient scale or norm changes the weights."""
     assert_matches_one_process(layout, CLIPPED_SGD, steps=2)
 
 
@@ -40,7 +40,7 @@ def test_recomputation_does_not_change_the_step(layout: Layout, recompute: str) 
 
 
 @pytest.mark.slow
-def test_selective_recomputation_and_context_parallel() -> None:
+def test_selective_recomputation_does_not_change_the_step_of_context_parallel() -> None:
     assert_matches_one_process(Layout(2, {"cp": 2}), SGD, steps=2, parallel={"recompute": "selective"})
 
 
@@ -78,14 +78,14 @@ def test_compilation_does_not_change_the_step(recompute: str) -> None:
 
 
 @pytest.mark.slow
-def test_label_smoothing_and_z_loss_with_a_split_vocabulary() -> None:
+def test_a_split_vocabulary_computes_label_smoothing_and_z_loss() -> None:
     assert_matches_one_process(
         Layout(2, {"tp": 2}, "tied"), SGD, steps=2, loss={"label_smoothing": 0.1, "z_loss": 1e-2}
     )
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in TWENTY_STEPS.items()])
-def test_twenty_steps_of_adamw(name: str) -> None:
+def test_a_layout_computes_twenty_steps_of_adamw(name: str) -> None:
     assert_matches_one_process(LAYOUTS[name], ADAMW, steps=20)
 
 
@@ -93,14 +93,16 @@ def test_twenty_steps_of_adamw(name: str) -> None:
 @pytest.mark.parametrize("optim", [SGD, CLIPPED_SGD, ADAMW], ids=["sgd", "clipped", "adamw"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_the_full_matrix(layout: Layout, accumulation: int, optim: dict[str, object]) -> None:
-    """Twenty steps; layouts without a pipeline with one and with three microbatches."""
-    data_ranks = layout.parallel.get("dp_replicate", 1) * layout.parallel.get("dp_shard", 1)
-    micro = layout.micro if "pp" in layout.parallel else 24 // data_ranks // accumulation
+def test_a_layout_computes_many_steps_with_each_optimizer(
+    layout: Layout, accumulation: int, optim: dict[str, object]
+) -> None:
+    """Twenty steps of AdamW, three of SGD. Layouts without a pipeline run with one and with three microbatches."""
+    dp_size = layout.parallel.get("dp_replicate", 1) * layout.parallel.get("dp_shard", 1)
+    micro_batch = layout.micro_batch if "pp" in layout.parallel else 24 // dp_size // accumulation
     if "pp" in layout.parallel and accumulation == 3:
         pytest.skip("the pipeline schedule sets the number of microbatches")
     steps = 20 if optim["name"] == "adamw" else 3
-    assert_matches_one_process(Layout(layout.ranks, layout.parallel, layout.model, micro), optim, steps)
+    assert_matches_one_process(Layout(layout.ranks, layout.parallel, layout.model, micro_batch), optim, steps)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Microbatches, ranks and full steps without a scored token produce no NaN and no deadlock."""
+"""A microbatch, a rank or a full step without a scored token produces no NaN and no deadlock."""
 
 import math
 from dataclasses import replace
@@ -12,27 +12,35 @@ from dist_llm.losses.cross_entropy import IGNORE
 from dist_llm.training.step import train_step
 from tests.laws.law import copy_full_tensor, make_batches, make_config
 from tests.laws.layouts import MODELS, SGD, Layout
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 LAYOUTS = [
-    Layout(1, {}, micro=4),
+    Layout(1, {}, micro_batch=4),
     Layout(2, {"dp_shard": 2}, "bert", 4),
     Layout(2, {"dp_replicate": 2}, "t5", 4),
     Layout(2, {"tp": 2}, "bert", 8),
-    Layout(2, {"cp": 2}, micro=8),
-    Layout(2, {"pp": 2}, "two", 6),
+    Layout(2, {"cp": 2}, micro_batch=8),
+    Layout(2, {"pp": 2}, "encoder_decoder", 6),
 ]
 
 
 def run_steps(config: Any) -> tuple[list[float], list[int], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Run three steps: with an empty microbatch and an empty rank, with no scored token at all, with a normal batch."""
+    """Run three steps; return losses and numbers of scored tokens, and the weights after the first and second step.
+
+    In step 0 the last data-parallel rank has no scored token, and the first microbatch of the other ranks has none. In
+    step 1 no token is scored. Step 2 is normal.
+    """
     engine = NativeEngine(config, torch.device("cpu"))
     losses, scored, weights = [], [], []
+    dp_rank, dp_size = engine.dp_rank_and_size
+    is_last_of_several = dp_rank == dp_size - 1 and dp_size > 1
     for step in range(3):
         batches = make_batches(config, engine, step)
-        last = engine.dp_rank_and_size[0] == engine.dp_rank_and_size[1] - 1 and engine.dp_rank_and_size[1] > 1
-        empty = [0] if step == 0 and not last else list(range(len(batches))) if step < 2 else []
-        for index in empty:
+        if step == 0 and not is_last_of_several:
+            empty_indices = [0]
+        else:
+            empty_indices = list(range(len(batches))) if step < 2 else []
+        for index in empty_indices:
             ignored_targets = torch.full_like(batches[index].targets_BS, IGNORE)
             batches[index] = replace(batches[index], targets_BS=ignored_targets, num_valid_tokens=0)
         report = train_step(engine, batches, 1.0, step)
@@ -50,9 +58,9 @@ def test_a_step_without_scored_tokens_changes_no_weight(layout: Layout) -> None:
         MODELS[layout.model],
         optim=SGD,
         parallel=layout.parallel,
-        data={"micro_batch": layout.micro},
+        data={"micro_batch": layout.micro_batch},
     )
-    by_rank = world(layout.ranks).run(run_steps, config) if layout.ranks > 1 else [run_steps(config)]
+    by_rank = get_world(layout.ranks).run(run_steps, config) if layout.ranks > 1 else [run_steps(config)]
     for losses, scored, before, after in by_rank:
         assert (losses, scored) == by_rank[0][:2], "all ranks report the same"
         assert all(map(math.isfinite, losses))

@@ -17,13 +17,13 @@ from dist_llm.parallel import p2p_collectives
 from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import MODELS
-from tests.laws.space import ACTIVATION_BUDGET
-from tests.laws.worlds import world
+from tests.laws.space import ACTIVATION_BUDGET_BYTES
+from tests.laws.worlds import get_world
 
 RANKS = 4
 ROUNDS = 12
 STEPS = 20  # per engine
-BUDGET_GIB = ACTIVATION_BUDGET / RANKS / (1 << 30)
+BUDGET_GIB = ACTIVATION_BUDGET_BYTES / RANKS / (1 << 30)
 PARALLEL = (
     {"pp": 2, "tp": 2, "pp_schedule": "gpipe", "activations_gib": BUDGET_GIB},
     {"pp": 2, "tp": 2},
@@ -32,7 +32,7 @@ PARALLEL = (
     {"pp": 2, "dp_shard": 2, "recompute": "selective"},
     {"dp_replicate": 2, "dp_shard": 2, "reshard": "always"},
 )
-LAYOUTS = list(itertools.product(PARALLEL, ("bart", "two")))
+LAYOUTS = list(itertools.product(PARALLEL, ("bart", "encoder_decoder")))
 
 
 def train(config: Config, messages: bool) -> list[float]:
@@ -45,14 +45,14 @@ def train(config: Config, messages: bool) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("messages", [False, True])
-def test_many_engines_in_one_world(messages: bool) -> None:
-    ranks = world(RANKS)
+@pytest.mark.parametrize("messages", [False, True], ids=["collectives", "messages"])
+def test_many_engines_in_one_world_compute_the_same_losses(messages: bool) -> None:
+    ranks = get_world(RANKS)
     first_losses: dict[int, list[float]] = {}
     for _ in range(ROUNDS):
-        for number, (parallel, model) in enumerate(LAYOUTS):
+        for layout_index, (parallel, model) in enumerate(LAYOUTS):
             config = make_config(RANKS, MODELS[model], data={"micro_batch": 3}, parallel=parallel)
             by_rank = ranks.run(train, config, messages)
             assert all(losses == by_rank[0] for losses in by_rank)
-            assert by_rank[0] == first_losses.setdefault(number, by_rank[0]), "each round computes the same"
-    assert ranks.alive
+            assert by_rank[0] == first_losses.setdefault(layout_index, by_rank[0]), "each round computes the same"
+    assert ranks.is_alive

@@ -1,4 +1,4 @@
-"""On CPUs, point-to-point messages replace collectives: the step is that of one process, and no more bytes are sent."""
+"""The point-to-point messages that replace collectives on CPUs compute the same step and send no more bytes."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.communication import Case, busiest, count, make_case
+from benchmarks.communication import Case, count_traffic, make_case, select_busiest_rank
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.parallel import mesh, p2p_collectives
@@ -22,26 +22,26 @@ from tests.laws.law import (
     make_config,
     merge_ranks,
     record_trace,
-    reference,
+    trace_one_process,
 )
 from tests.laws.layouts import ADAMW, MODELS, Layout, by_name
-from tests.laws.worlds import restart_world, world
+from tests.laws.worlds import get_world, restart_world
 
 LAYOUTS = by_name(
     Layout(2, {"dp_shard": 2}),
-    Layout(4, {"dp_shard": 4}, "tied", micro=3),
-    Layout(4, {"dp_shard": 4, "reshard": "always"}, "bert", micro=3),
-    Layout(4, {"dp_replicate": 2, "dp_shard": 2, "reduce_each_microbatch": True}, "gpt", micro=3),
+    Layout(4, {"dp_shard": 4}, "tied", micro_batch=3),
+    Layout(4, {"dp_shard": 4, "reshard": "always"}, "bert", micro_batch=3),
+    Layout(4, {"dp_replicate": 2, "dp_shard": 2, "reduce_each_microbatch": True}, "gpt", micro_batch=3),
     Layout(4, {"dp_shard": 2, "cp": 2, "recompute": "full"}),
-    Layout(2, {"tp": 2}, "bounded", micro=3),
-    Layout(2, {"tp": 2, "sequence_parallel": False}, "gpt", micro=3),
+    Layout(2, {"tp": 2}, "bounded", micro_batch=3),
+    Layout(2, {"tp": 2, "sequence_parallel": False}, "gpt", micro_batch=3),
     Layout(4, {"dp_shard": 2, "tp": 2, "recompute": "selective"}, "t5"),
-    Layout(4, {"pp": 2, "dp_shard": 2, "pp_schedule": "interleaved_1f1b"}, micro=3),
+    Layout(4, {"pp": 2, "dp_shard": 2, "pp_schedule": "interleaved_1f1b"}, micro_batch=3),
 )
 
 
 class ReduceScatterWithoutSum(p2p_collectives.P2PReduceScatter):
-    """Planted bug: the contributions of other ranks are received but not added."""
+    """Planted bug: a rank does not add the contributions of other ranks."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, *rest: Any, **kwargs: Any
@@ -76,8 +76,8 @@ def trace_with_messages(config: Config, bug: tuple[str, type] | None) -> RankTra
         return record_trace(config, 3)
 
 
-def losses_and_weights(config: Config, messages: bool) -> tuple[list[float], dict[str, Tensor]]:
-    """Return losses of steps and of evaluations between them, and the weights afterwards."""
+def train_and_evaluate(config: Config, messages: bool) -> tuple[list[float], dict[str, Tensor]]:
+    """Take three steps with evaluations in between; return (losses of both, weights afterwards)."""
     with use_messages() if messages else nullcontext():
         engine, losses = NativeEngine(config, torch.device("cpu")), []
     for step in range(3):
@@ -92,16 +92,18 @@ def test_messages_of_two_ranks_are_bitwise_equal_to_collectives(precision: str) 
     """A sum of two numbers has only one order, and weights gathered in bf16 are not summed."""
     config = make_config(2, {}, optim=ADAMW, parallel={"dp_shard": 2}, precision=precision, data={"micro_batch": 6})
     (losses, weights), (p2p_losses, p2p_weights) = (
-        world(2).run(losses_and_weights, config, each)[0] for each in (False, True)
+        get_world(2).run(train_and_evaluate, config, messages)[0] for messages in (False, True)
     )
     assert losses == p2p_losses
     assert all(torch.equal(weights[name], p2p_weights[name]) for name in weights)
 
 
 def assert_messages_match_one_process(layout: Layout, bug: tuple[str, type] | None = None) -> None:
-    data = {"micro_batch": layout.micro}
+    data = {"micro_batch": layout.micro_batch}
     config = make_config(layout.ranks, MODELS[layout.model], optim=ADAMW, parallel=layout.parallel, data=data)
-    assert_traces_match(merge_ranks(world(layout.ranks).run(trace_with_messages, config, bug)), reference(config, 3))
+    assert_traces_match(
+        merge_ranks(get_world(layout.ranks).run(trace_with_messages, config, bug)), trace_one_process(config, 3)
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -120,7 +122,7 @@ def test_a_planted_bug_breaks_the_law(bug: tuple[str, type]) -> None:
 
 
 class ModuleWithBug:
-    """`p2p_collectives` with a planted bug; FSDP keeps using the original module."""
+    """`p2p_collectives` with a planted bug for collectives of activations; FSDP uses the original module."""
 
     def __init__(self, name: str, replacement: type) -> None:
         setattr(self, name, replacement)
@@ -142,22 +144,22 @@ def trace_with_broken_activations(config: Config, bug: tuple[str, type]) -> Rank
 )
 def test_a_bug_in_messages_of_activations_breaks_the_law(bug: tuple[str, type], parallel: dict[str, Any]) -> None:
     config = make_config(2, {}, optim=ADAMW, parallel=parallel)
-    traces = world(2).run(trace_with_broken_activations, config, bug)
+    traces = get_world(2).run(trace_with_broken_activations, config, bug)
     with pytest.raises(AssertionError, match="off by"):
-        assert_traces_match(merge_ranks(traces), reference(config, 3))
+        assert_traces_match(merge_ranks(traces), trace_one_process(config, 3))
 
 
 @pytest.mark.slow
 def test_compiled_blocks_use_collectives_besides_messages() -> None:
-    """On the same process groups."""
+    """Compiled blocks use collectives, and the rest of the step uses messages, on the same process groups."""
     config = make_config(4, MODELS["tied"], optim=ADAMW, parallel={"dp_shard": 2, "tp": 2}, compile=True)
     restart_world(4)
-    assert_traces_match(merge_ranks(world(4).run(trace_with_messages, config, None)), reference(config, 3))
+    assert_traces_match(merge_ranks(get_world(4).run(trace_with_messages, config, None)), trace_one_process(config, 3))
 
 
 def count_messages(case_to_count: Case) -> dict[str, Any]:
     with use_messages():
-        return count(case_to_count)
+        return count_traffic(case_to_count)
 
 
 @pytest.mark.parametrize(
@@ -174,17 +176,18 @@ def count_messages(case_to_count: Case) -> dict[str, Any]:
 def test_a_rank_sends_no_more_bytes_than_with_collectives(case_to_count: Case) -> None:
     """Bytes of collectives are counted as a ring algorithm sends them, messages as they are sent."""
     collectives, messages = (
-        busiest(world(case_to_count.ranks).run(each, case_to_count)) for each in (count, count_messages)
+        select_busiest_rank(get_world(case_to_count.ranks).run(count_function, case_to_count))
+        for count_function in (count_traffic, count_messages)
     )
     assert messages["bytes"] == collectives["bytes"]
     kinds = {entry["kind"] for entry in messages["by_axis"]}
-    assert kinds == {"send", "all-reduce"}  # all-reduce: of the norm and of token counts
+    assert kinds == {"send", "all-reduce"}, "only the norm and token counts are all-reduced"
 
 
 def test_sums_are_deterministic() -> None:
-    """The sums are deterministic bit for bit, for numbers whose sum depends on the order."""
-    first, second = (world(4).run(reduce_scatter_numbers) for _ in range(2))
-    assert all(torch.equal(one, replacement) for one, replacement in zip(first, second, strict=True))
+    """The result is equal bit for bit in two runs, for numbers whose sum depends on the order."""
+    first, second = (get_world(4).run(reduce_scatter_numbers) for _ in range(2))
+    assert all(torch.equal(first_shard, second_shard) for first_shard, second_shard in zip(first, second, strict=True))
     total = torch.stack([make_numbers(rank) for rank in range(4)]).double().sum(0)
     torch.testing.assert_close(torch.cat(first).double(), total, rtol=0, atol=1e-6 * float(total.abs().max()))
 

@@ -13,7 +13,7 @@ from tests.laws.engines import CPU, ENGINES, open_engine
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW
 from tests.laws.test_engines_pipeline import PIPELINE
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 pytestmark = pytest.mark.usefixtures("restart_worlds_afterwards")
 MODEL = {"init_std": 0.4}  # so that every module affects the loss
@@ -33,7 +33,7 @@ def test_an_engine_measures_the_probe_of_one_process(name: str) -> None:
     expected = measure_probe(NativeEngine(native_config, CPU), native_config)
     engine = {**ENGINES, "pipeline": PIPELINE}[name]
     config = make_config(2, MODEL, optim=ADAMW, data={"micro_batch": 6}, **engine, **losses)
-    for rank_probes in world(2).run(measure_probes, config):
+    for rank_probes in get_world(2).run(measure_probes, config):
         for probe in rank_probes:
             assert probe.loss == pytest.approx(expected.loss, rel=2e-5)
             compare_probes(expected, probe, name)

@@ -1,4 +1,4 @@
-"""Reading parameters changes nothing, so that the law sees what a run would do; loading replaces all of the weights."""
+"""Reading parameters has no side effect on FSDP modules, and loading weights replaces gathered copies too."""
 
 import math
 from unittest.mock import patch
@@ -12,30 +12,38 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.sharded import to_local
 from tests.laws.law import make_batches, make_config
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 
 def read_after_a_forward(config: Config) -> tuple[int, int, int, bool]:
-    """(gathered parameters of the modules, those after reading, reshards by reading, whether shards were read)"""
+    """Read the parameters after a forward pass without backward.
+
+    Returns the number of gathered parameters before and after reading, the number of reshards that reading causes, and
+    whether all parameters that were read are shards.
+    """
     engine = NativeEngine(config, torch.device("cpu"))
     (model,) = engine.model_parts
     engine.score(make_batches(config, engine, 0)[0])
-    before = sum(not isinstance(parameter, DTensor) for parameter in model.parameters())
-    with patch.object(FSDPModule, "reshard") as resharded:
+    num_gathered_before = sum(not isinstance(parameter, DTensor) for parameter in model.parameters())
+    with patch.object(FSDPModule, "reshard") as reshard_mock:
         shards = [parameter for _, parameter in engine.named_parameters()]
         assert len(engine.state.weights()) == len(shards)
-    after = sum(not isinstance(parameter, DTensor) for parameter in model.parameters())
-    return before, after, resharded.call_count, all(isinstance(parameter, DTensor) for parameter in shards)
+    num_gathered_after = sum(not isinstance(parameter, DTensor) for parameter in model.parameters())
+    are_shards = all(isinstance(parameter, DTensor) for parameter in shards)
+    return num_gathered_before, num_gathered_after, reshard_mock.call_count, are_shards
 
 
 def test_reading_parameters_has_no_side_effect() -> None:
-    for before, after, num_reshards, are_shards in world(2).run(read_after_a_forward, make_config(2, {})):
+    for before, after, num_reshards, are_shards in get_world(2).run(read_after_a_forward, make_config(2, {})):
         assert before > 0, "a forward without backward leaves weights gathered"
         assert (after, num_reshards, are_shards) == (before, 0, True)
 
 
 def load_zeros_after_a_forward(config: Config, bug: bool) -> float:
-    """The mean loss of zero weights, which are read into an engine that has scored before."""
+    """Load zero weights into an engine that has computed a score before; return the mean loss of the next score.
+
+    `bug` plants a bug: the weights that the first score gathered stay in use.
+    """
     engine = NativeEngine(config, torch.device("cpu"))
     batch = make_batches(config, engine, 0)[0]
     engine.score(batch)
@@ -47,10 +55,10 @@ def load_zeros_after_a_forward(config: Config, bug: bool) -> float:
     return float(engine.score(batch).sum() / batch.num_valid_tokens)
 
 
-@pytest.mark.parametrize("bug", [False, True])
+@pytest.mark.parametrize("bug", [False, True], ids=["correct", "gathered weights stay in use"])
 def test_weights_loaded_after_a_forward_are_used(bug: bool) -> None:
-    """As a rewind does after an evaluation. `bug`: weights that the evaluation gathered stay in use."""
+    """A rewind loads weights after an evaluation. With zero weights the loss is that of a uniform distribution."""
     config = make_config(2, {})
-    for loss in world(2).run(load_zeros_after_a_forward, config, bug):
+    for loss in get_world(2).run(load_zeros_after_a_forward, config, bug):
         is_uniform = abs(loss - math.log(config.model.vocab_size)) < 1e-5
         assert is_uniform != bug, loss

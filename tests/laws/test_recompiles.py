@@ -1,4 +1,4 @@
-"""Blocks are compiled in the first steps only: no layout has shapes or flags that change later."""
+"""Blocks are compiled in the first three steps only, on each layout, also with evaluations and probes in between."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW
-from tests.laws.worlds import restart_world, world
+from tests.laws.worlds import get_world, restart_world
 
 LAYOUTS: list[Any] = [
     (1, {}),
@@ -45,6 +45,6 @@ def count_graphs(config: Config) -> list[int]:
 def test_no_graph_is_compiled_after_step_3(ranks: int, parallel: dict[str, Any]) -> None:
     config = make_config(ranks, {}, optim=ADAMW, data={"micro_batch": 4}, parallel=parallel, compile=True)
     restart_world(ranks)
-    for graphs in world(ranks).run(count_graphs, config):
+    for graphs in get_world(ranks).run(count_graphs, config):
         assert graphs[0] > 0, "blocks are compiled"
         assert graphs[3:] == [graphs[2]] * 3

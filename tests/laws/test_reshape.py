@@ -1,6 +1,6 @@
-"""A run saved after two steps in one layout and resumed in another equals an uninterrupted run of one process.
+"""A checkpoint of one layout resumes in another layout: losses, weights and optimizer state match one process.
 
-The comparison covers losses, weights and the full optimizer state.
+A run takes two steps in the first layout and two in the second, and is compared with four steps of one process.
 """
 
 from functools import lru_cache
@@ -18,17 +18,17 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.training.step import train_step
 from tests.laws.law import assert_close, copy_full_tensor, make_batches, make_config
 from tests.laws.layouts import ADAMW, MODELS, Layout
-from tests.laws.worlds import world
+from tests.laws.worlds import get_world
 
 ONE = Layout(1, {})
 SHARDED_2, SHARDED_4, SHARDED_8 = Layout(2, {"dp_shard": 2}), Layout(4, {"dp_shard": 4}), Layout(8, {"dp_shard": 8})
 REPLICATED = Layout(2, {"dp_replicate": 2})
 TENSOR, CONTEXT = Layout(2, {"tp": 2}), Layout(2, {"cp": 2})
-PIPELINE = Layout(2, {"pp": 2}, micro=6)
-ZBV = Layout(2, {"pp": 2, "pp_schedule": "zbv"}, micro=6)
-TENSOR_PIPELINE = Layout(4, {"tp": 2, "pp": 2}, micro=6)
+PIPELINE = Layout(2, {"pp": 2}, micro_batch=6)
+ZBV = Layout(2, {"pp": 2, "pp_schedule": "zbv"}, micro_batch=6)
+TENSOR_PIPELINE = Layout(4, {"tp": 2, "pp": 2}, micro_batch=6)
 SHARDED_TENSOR = Layout(4, {"dp_shard": 2, "tp": 2})
-SHARDED_PIPELINE = Layout(4, {"pp": 2, "dp_shard": 2}, micro=3)
+SHARDED_PIPELINE = Layout(4, {"pp": 2, "dp_shard": 2}, micro_batch=3)
 HYBRID_TENSOR = Layout(8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2})
 UNEVEN = Layout(3, {"dp_shard": 3})
 
@@ -52,21 +52,22 @@ MORE_PAIRS = [
 
 
 def make_layout_config(layout: Layout) -> Config:
-    """The embeddings are tied, so that a pipeline has two copies of one weight."""
-    data = {"micro_batch": layout.micro}
+    """Make the config of a layout with tied embeddings, of which a pipeline has two copies."""
+    data = {"micro_batch": layout.micro_batch}
     return make_config(layout.ranks, MODELS["tied"], optim=ADAMW, parallel=layout.parallel, data=data)
 
 
 def run_two_steps(
-    config: Config, directory: Path | None, first: int, bug: bool = False
+    config: Config, directory: Path | None, first_step: int, bug: bool = False
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Run steps `first` and `first` + 1; return (losses, full state afterwards).
+    """Run steps `first_step` and `first_step` + 1; return (losses, full state afterwards).
 
-    With a directory, steps after the first two start from its newest checkpoint, and the state is saved to it.
+    With a directory, save a checkpoint there at the end; if `first_step` is not 0, first load its newest checkpoint.
+    `bug` plants a bug: the moments are lost.
     """
     engine = NativeEngine(config, torch.device("cpu"))
     checkpoints = CheckpointStore(directory) if directory else None
-    if checkpoints and first:
+    if checkpoints and first_step:
         newest = checkpoints.latest_verified()
         assert newest is not None
         store.load_checkpoint(newest, engine.state)
@@ -74,29 +75,31 @@ def run_two_steps(
             for _, moment in engine.state.moments().items():
                 moment.zero_()
     losses = [
-        train_step(engine, make_batches(config, engine, step), 1e-2, step).loss.item() for step in (first, first + 1)
+        train_step(engine, make_batches(config, engine, step), 1e-2, step).loss.item()
+        for step in (first_step, first_step + 1)
     ]
     if checkpoints:
-        checkpoints.save(engine.state, Progress(first + 2), {})
+        checkpoints.save(engine.state, Progress(first_step + 2), {})
         checkpoints.finish()
     tensors = engine.state.weights() | engine.state.moments()
     return losses, {name: copy_full_tensor(tensor) for name, tensor in tensors.items()}
 
 
 def run_two_steps_on_world(
-    layout: Layout, directory: Path, first: int, bug: bool = False
+    layout: Layout, directory: Path, first_step: int, bug: bool = False
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Run `run_two_steps` on a world of the layout's size; all ranks' losses must agree. Return the merged state."""
+    """Call `run_two_steps` on all ranks of the layout, whose losses must be equal; return (losses, merged state)."""
     config = make_layout_config(layout)
     if layout.ranks == 1:
-        return run_two_steps(config, directory, first, bug)
-    results = world(layout.ranks).run(run_two_steps, config, directory, first, bug)
+        return run_two_steps(config, directory, first_step, bug)
+    results = get_world(layout.ranks).run(run_two_steps, config, directory, first_step, bug)
     assert all(losses == results[0][0] for losses, _ in results)
     return results[0][0], {name: value for _, tensors in results for name, value in tensors.items()}
 
 
 @lru_cache(maxsize=1)
-def uninterrupted_run() -> tuple[list[float], dict[str, Tensor]]:
+def run_uninterrupted() -> tuple[list[float], dict[str, Tensor]]:
+    """Run four steps in one process; return (losses, full state afterwards)."""
     engine = NativeEngine(make_layout_config(ONE), torch.device("cpu"))
     losses = [
         train_step(engine, make_batches(engine.config, engine, step), 1e-2, step).loss.item() for step in range(4)
@@ -106,16 +109,19 @@ def uninterrupted_run() -> tuple[list[float], dict[str, Tensor]]:
 
 
 def assert_reshape_matches_one_process(pair: tuple[Layout, Layout], directory: Path, bug: bool = False) -> None:
-    first, _ = run_two_steps_on_world(pair[0], directory, 0)
-    second, tensors = run_two_steps_on_world(pair[1], directory, 2, bug)
-    losses, expected = uninterrupted_run()
-    assert first + second == pytest.approx(losses, rel=1e-5)
-    assert tensors.keys() == expected.keys()
-    for name, value in expected.items():
-        # As in the law: the moments of an almost zero gradient are rounding errors of much larger summands.
-        same_kind = [each for other, each in expected.items() if other.rpartition(".")[2] == name.rpartition(".")[2]]
-        noise = 1e-7 * max(float(each.abs().max()) for each in same_kind)
-        assert_close(name, tensors[name], value, 2e-5, noise)
+    """Run two steps in each layout of the pair; compare losses and the final state with one process."""
+    first_losses, _ = run_two_steps_on_world(pair[0], directory, first_step=0)
+    second_losses, actual_state = run_two_steps_on_world(pair[1], directory, 2, bug)
+    expected_losses, expected_state = run_uninterrupted()
+    assert first_losses + second_losses == pytest.approx(expected_losses, rel=1e-5)
+    assert actual_state.keys() == expected_state.keys()
+    for name, expected in expected_state.items():
+        # The moments of an almost zero gradient are rounding errors of much larger summands; see assert_traces_match.
+        kind = name.rpartition(".")[2]
+        largest_of_kind = max(
+            float(tensor.abs().max()) for key, tensor in expected_state.items() if key.rpartition(".")[2] == kind
+        )
+        assert_close(name, actual_state[name], expected, tolerance=2e-5, noise=1e-7 * largest_of_kind)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Worlds: process groups of gloo ranks on this machine that run one test function after another.
+"""Worlds: gloo process groups on this machine, in which law tests run functions on all ranks.
 
-Each world size has one world, started on first use. A world that fails or hangs is stopped, and the next call starts a
-new one.
+`get_world(size).run(function, *args)` calls a function on each rank and returns the results. The session shares one
+world per size, started on first use. A world that fails or hangs is stopped, and the next call starts a new world.
 """
 
 import atexit
@@ -19,11 +19,11 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.warm import fork_server_context
+from tests.warm import get_fork_server_context
 
 COLLECTIVE_TIMEOUT_SECONDS = 90
-ANSWER_TIMEOUT_SECONDS = 240
-timeout_factor = 1  # factor of both timeouts; raise it where other work delays a run
+RESULT_TIMEOUT_SECONDS = 240
+timeout_factor = 1  # multiplies both timeouts; random_runs.py raises it
 
 
 class WorldError(RuntimeError):
@@ -31,14 +31,14 @@ class WorldError(RuntimeError):
 
 
 class GlooWorld:
-    """`size` processes with a default process group."""
+    """`size` processes on this machine, the ranks of one gloo process group."""
 
     def __init__(self, size: int) -> None:
         self.store = tempfile.NamedTemporaryFile(prefix="dist_llm_world_")  # noqa: SIM115
         self.pipes, self.processes = [], []
         for rank in range(size):
-            parent_end, child_end = fork_server_context().Pipe()
-            process = fork_server_context().Process(
+            parent_end, child_end = get_fork_server_context().Pipe()
+            process = get_fork_server_context().Process(
                 target=_serve, args=(rank, size, self.store.name, child_end, timeout_factor), daemon=True
             )
             process.start()
@@ -47,42 +47,45 @@ class GlooWorld:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call `function(*args)` on all ranks; return the results by rank."""
-        timeout = ANSWER_TIMEOUT_SECONDS * timeout_factor
+        """Call `function(*args)` on all ranks; return the results by rank.
+
+        Raises WorldError if a rank raises, dies or does not answer in time.
+        """
+        timeout_seconds = RESULT_TIMEOUT_SECONDS * timeout_factor
         for pipe in self.pipes:
             pipe.send((function, args))
         results, errors = [], []
         for rank, pipe in enumerate(self.pipes):
             try:
-                if not pipe.poll(timeout):
-                    raise EOFError(f"no answer in {timeout} s")
-                ok, value = pickle.loads(pipe.recv_bytes())
+                if not pipe.poll(timeout_seconds):
+                    raise EOFError(f"no answer in {timeout_seconds} s")
+                has_succeeded, value = pickle.loads(pipe.recv_bytes())
             except (EOFError, OSError) as error:
                 self.processes[rank].join(1)
-                ok, value = (
-                    False,
-                    f"{error or 'the process died'} (exit code {self.processes[rank].exitcode}: -N is signal N)",
-                )
+                exit_code = self.processes[rank].exitcode
+                has_succeeded = False
+                value = f"{error or 'the process died'} (exit code {exit_code}: -N is signal N)"
             results.append(value)
-            if not ok:
+            if not has_succeeded:
                 errors.append(f"--- rank {rank}\n{value}")
-                timeout = 5
+                timeout_seconds = 5
         if errors:
             self.stop()
             raise WorldError("\n".join(errors))
         return results
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return bool(self.processes) and all(process.is_alive() for process in self.processes)
 
-    def pause(self, pause: bool) -> None:
-        """Stop or continue the processes. gloo's threads poll all the time, even when the world is idle."""
+    def set_paused(self, paused: bool) -> None:
+        """Pause the processes or let them continue. The threads of gloo poll all the time, also in an idle world."""
         for process in self.processes:
             if process.pid is not None and process.is_alive():
-                os.kill(process.pid, signal.SIGSTOP if pause else signal.SIGCONT)
+                os.kill(process.pid, signal.SIGSTOP if paused else signal.SIGCONT)
 
     def stop(self) -> None:
+        """Kill all processes."""
         for process in self.processes:
             process.kill()
             process.join()
@@ -94,20 +97,20 @@ class GlooWorld:
 _worlds: dict[int, GlooWorld] = {}
 
 
-def world(size: int) -> GlooWorld:
-    """Return the shared world of this size, started on first use. All other worlds are paused."""
-    for other_size, shared in _worlds.items():
-        shared.pause(other_size != size)
-    if size not in _worlds or not _worlds[size].alive:
+def get_world(size: int) -> GlooWorld:
+    """Return the shared world of this size, started on first use, and pause all other worlds."""
+    for shared_size, shared_world in _worlds.items():
+        shared_world.set_paused(shared_size != size)
+    if size not in _worlds or not _worlds[size].is_alive:
         _worlds[size] = GlooWorld(size)
     return _worlds[size]
 
 
 def restart_world(size: int) -> None:
-    """Stop the world of this size, so that the next call starts a new one.
+    """Stop the world of this size, so that the next call starts a new world.
 
-    Tests of compiled models need it: torch may reuse what it traced for an earlier model's mesh, which then fails with
-    "device_mesh._get_submesh is not an OpOverload" (torch 2.13). A user's process has one model.
+    Tests of compiled models call this function. Within one process torch may reuse a graph traced for the mesh of an
+    earlier model, and then fails with "device_mesh._get_submesh is not an OpOverload" (torch 2.13).
     """
     if size in _worlds:
         _worlds.pop(size).stop()
@@ -115,12 +118,14 @@ def restart_world(size: int) -> None:
 
 @atexit.register
 def stop_all() -> None:
-    for shared in _worlds.values():
-        shared.stop()
+    """Stop all worlds."""
+    for shared_world in _worlds.values():
+        shared_world.stop()
 
 
 def _serve(rank: int, size: int, store: str, pipe: Connection, timeout_factor: int) -> None:
-    faulthandler.enable()  # a crash in torch shows every thread's stack
+    """In a process of a world: join the process group, then run the functions that arrive until the pipe closes."""
+    faulthandler.enable()  # a crash in torch prints the stacks of all threads
     import torch
     import torch.distributed as dist
 
@@ -144,22 +149,19 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, timeout_factor: i
         except EOFError:
             os._exit(0)
         try:
-            answer = True, function(*args)
+            result = True, function(*args)
         except BaseException:
-            answer = False, traceback.format_exc()
-        # Pickled by value: torch's own tensor pickling opens a file for each tensor.
-        pipe.send_bytes(pickle.dumps(answer))
-        del answer
+            result = False, traceback.format_exc()
+        # Plain pickle copies tensors by value. The pickling of torch.multiprocessing opens a file for each tensor.
+        pipe.send_bytes(pickle.dumps(result))
+        del result
         gc.collect()
-        gc.freeze()  # the remaining objects are excluded from later collections
+        gc.freeze()  # exclude the remaining objects from later collections, which are then faster
         torch.compiler.reset()
 
 
 def _share_meshes_and_groups() -> None:
-    """Reuse one mesh per shape and one process group per set of ranks.
-
-    Each gloo group has threads that poll all the time.
-    """
+    """Reuse one mesh per shape and one process group per set of ranks: each gloo group has threads that poll."""
     import torch.distributed as dist
 
     from dist_llm.config.derive import AXES
@@ -170,24 +172,24 @@ def _share_meshes_and_groups() -> None:
     groups: dict[Any, Any] = {}
     new_group = dist.new_group
 
-    def shared_mesh(parallel: Any, device_type: str) -> Any:
+    def get_shared_mesh(parallel: Any, device_type: str) -> Any:
         shape = tuple(getattr(parallel, axis) for axis in AXES)
         if shape not in meshes:
             meshes[shape] = build_mesh(parallel, device_type)
         return meshes[shape]
 
-    def shared_group(ranks: Any = None, **options: Any) -> Any:
+    def get_shared_group(ranks: Any = None, **options: Any) -> Any:
         key = None if ranks is None else tuple(ranks), repr(sorted(options.items()))
         if key not in groups:
             groups[key] = new_group(ranks, **options)
         return groups[key]
 
-    native.build_mesh = shared_mesh
-    dist.new_group = shared_group
+    native.build_mesh = get_shared_mesh
+    dist.new_group = get_shared_group
 
 
 def _use_collectives_as_on_gpus() -> None:
-    """Use collectives, as GPUs do. test_p2p_collectives.py covers the point-to-point messages that CPUs use instead."""
+    """Use collectives, as on GPUs. test_p2p_collectives.py tests the point-to-point messages that CPUs use instead."""
     from dist_llm.parallel import p2p_collectives
 
     p2p_collectives.uses_p2p = lambda device: False

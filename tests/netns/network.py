@@ -1,4 +1,7 @@
-"""Nodes on one machine: network namespaces with host names and addresses, connected by a bridge."""
+"""A network of simulated nodes on one machine: network namespaces with host names, connected by a bridge.
+
+test_netns.py and tests/chaos run processes on the nodes, cut links and limit their bandwidth. It needs root.
+"""
 
 import os
 import shutil
@@ -10,8 +13,8 @@ from pathlib import Path
 HOSTS = Path("/etc/netns")
 
 
-def missing() -> str:
-    """Return why network namespaces cannot be created here; empty if they can."""
+def find_obstacle() -> str:
+    """Return the reason why network namespaces cannot be created here; empty if they can."""
     if os.geteuid():
         return "needs root, to make network namespaces"
     if missing_programs := [name for name in ("ip", "tc", "unshare") if shutil.which(name) is None]:
@@ -23,70 +26,94 @@ def missing() -> str:
 
 
 class Network:
-    """A network of `count` nodes, numbered from 1."""
+    """A network of nodes n1, n2, ... The names of its namespaces contain the id of this process."""
 
-    def __init__(self, count: int) -> None:
-        self.count, self.tag = count, f"dl{os.getpid() % 100_000}"
+    def __init__(self, num_nodes: int) -> None:
+        self.num_nodes, self.tag = num_nodes, f"dl{os.getpid() % 100_000}"
         self.subnet = f"10.{os.getpid() % 200 + 20}.{os.getpid() // 200 % 250}"
 
-    def space(self, node: int) -> str:
+    def get_namespace(self, node: int) -> str:
         return f"{self.tag}n{node}"
 
-    def address(self, node: int) -> str:
+    def get_address(self, node: int) -> str:
         return f"{self.subnet}.{node}"
 
     def start(self) -> None:
+        """Create the bridge, and for each node a namespace with a link to the bridge."""
         _run_ip("netns", "add", f"{self.tag}hub")
         _run_in_namespace(f"{self.tag}hub", "ip", "link", "add", "bridge", "type", "bridge")
         _run_in_namespace(f"{self.tag}hub", "ip", "link", "set", "bridge", "up")
-        names = "".join(f"{self.address(node)} n{node}\n" for node in range(1, self.count + 1))
-        for node in range(1, self.count + 1):
-            space = self.space(node)
-            _run_ip("netns", "add", space)
-            folder = HOSTS / space
+        names = "".join(f"{self.get_address(node)} n{node}\n" for node in range(1, self.num_nodes + 1))
+        for node in range(1, self.num_nodes + 1):
+            namespace = self.get_namespace(node)
+            _run_ip("netns", "add", namespace)
+            folder = HOSTS / namespace
             folder.mkdir(parents=True)
             (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
             _run_ip(
-                "link", "add", "eth0", "netns", space, "type", "veth", "peer", f"port{node}", "netns", f"{self.tag}hub"
+                "link",
+                "add",
+                "eth0",
+                "netns",
+                namespace,
+                "type",
+                "veth",
+                "peer",
+                f"port{node}",
+                "netns",
+                f"{self.tag}hub",
             )
             _run_in_namespace(f"{self.tag}hub", "ip", "link", "set", f"port{node}", "master", "bridge", "up")
-            _run_in_namespace(space, "ip", "address", "add", f"{self.address(node)}/24", "dev", "eth0")
+            _run_in_namespace(namespace, "ip", "address", "add", f"{self.get_address(node)}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
-                _run_in_namespace(space, "ip", "link", "set", device, "up")
+                _run_in_namespace(namespace, "ip", "link", "set", device, "up")
 
     def stop(self) -> None:
-        for space in (*(self.space(node) for node in range(1, self.count + 1)), f"{self.tag}hub"):
-            subprocess.run(["ip", "netns", "delete", space], capture_output=True, check=False)
+        for namespace in (*(self.get_namespace(node) for node in range(1, self.num_nodes + 1)), f"{self.tag}hub"):
+            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
             with suppress(FileNotFoundError):
-                shutil.rmtree(HOSTS / space)
+                shutil.rmtree(HOSTS / namespace)
 
-    def link(self, node: int, up: bool) -> None:
-        """Connect or disconnect a node's cable. No process is notified."""
+    def set_link(self, node: int, up: bool) -> None:
+        """Connect or disconnect a node, as if its cable is pulled: no process is notified."""
         _run_in_namespace(f"{self.tag}hub", "ip", "link", "set", f"port{node}", "up" if up else "down")
 
-    def limit(self, node: int, rate: str) -> None:
-        """Limit a node's bandwidth in each direction, in tc's units (`5mbit`: 5 million bits per second)."""
+    def limit_bandwidth(self, node: int, rate: str) -> None:
+        """Limit the bandwidth of a node in each direction; `rate` has the units of tc (`5mbit`: 5 Mbit/s)."""
         bucket = ("root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms")
-        for space, device in ((self.space(node), "eth0"), (f"{self.tag}hub", f"port{node}")):
-            _run_in_namespace(space, "tc", "qdisc", "replace", "dev", device, *bucket)
+        for namespace, device in ((self.get_namespace(node), "eth0"), (f"{self.tag}hub", f"port{node}")):
+            _run_in_namespace(namespace, "tc", "qdisc", "replace", "dev", device, *bucket)
 
-    def sent(self, node: int) -> int:
-        """Return the bytes that the node has sent."""
-        return int(_run_in_namespace(self.space(node), "cat", "/sys/class/net/eth0/statistics/tx_bytes"))
+    def read_sent_bytes(self, node: int) -> int:
+        """Return the number of bytes that the node has sent."""
+        return int(_run_in_namespace(self.get_namespace(node), "cat", "/sys/class/net/eth0/statistics/tx_bytes"))
 
-    def processes(self, node: int) -> list[int]:
-        """Return all processes that run on a node."""
-        return [int(process) for process in _run_ip("netns", "pids", self.space(node)).split()]
+    def list_processes(self, node: int) -> list[int]:
+        """Return the ids of all processes that run on a node."""
+        return [int(pid) for pid in _run_ip("netns", "pids", self.get_namespace(node)).split()]
 
-    def on(self, node: int, arguments: Sequence[str]) -> list[str]:
-        """Return a command that runs on the node with the node's host name."""
+    def wrap_command(self, node: int, arguments: Sequence[str]) -> list[str]:
+        """Return a command that runs `arguments` on the node, with the host name of the node."""
         script = f'hostname n{node}; exec "$@"'
-        return ["ip", "netns", "exec", self.space(node), "unshare", "--uts", "bash", "-c", script, "node", *arguments]
+        return [
+            "ip",
+            "netns",
+            "exec",
+            self.get_namespace(node),
+            "unshare",
+            "--uts",
+            "bash",
+            "-c",
+            script,
+            "node",
+            *arguments,
+        ]
 
 
 @contextmanager
-def running_network(count: int) -> Iterator[Network]:
-    net = Network(count)
+def running_network(num_nodes: int) -> Iterator[Network]:
+    """Create a network for the block and delete it afterwards."""
+    net = Network(num_nodes)
     try:
         net.start()
         yield net
@@ -98,5 +125,5 @@ def _run_ip(*arguments: str) -> str:
     return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _run_in_namespace(space: str, *arguments: str) -> str:
-    return _run_ip("netns", "exec", space, *arguments)
+def _run_in_namespace(namespace: str, *arguments: str) -> str:
+    return _run_ip("netns", "exec", namespace, *arguments)

@@ -1,4 +1,4 @@
-"""Nodes with a network between them: a cut link during a step, a killed node, both restored; a slow link."""
+"""A job on several nodes survives a cut link and a killed node, and the preflight reports a slow link."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ import pytest
 from dist_llm.training.trainer import SLOW_FACTOR
 from tests.e2e import commands
 from tests.e2e.test_elastic import Job, count_in_output, count_rows, kill_node, run_node, wait_until
-from tests.netns.network import Network, missing, running_network
+from tests.netns.network import Network, find_obstacle, running_network
 
 STEPS = 150
 PORT = 29400
@@ -25,14 +25,17 @@ JOB = Job(
     {"GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0"},
 )
 
-pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(missing()), reason=missing() or "there are")]
+pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(find_obstacle()), reason=find_obstacle() or "no obstacle")]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path) -> None:
     with running_network(3) as net:
-        jobs = [replace(JOB, run_on=lambda arguments, number=number: net.on(number, arguments)) for number in (1, 2, 3)]
+        jobs = [
+            replace(JOB, wrap_command=lambda arguments, node=node: net.wrap_command(node, arguments))
+            for node in (1, 2, 3)
+        ]
         with run_node("one", f"n1:{PORT}", corpus, tmp_path, jobs[0]) as one:
             with (
                 run_node("two", f"n1:{PORT}", corpus, tmp_path, jobs[1]) as two,
@@ -42,8 +45,8 @@ def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path)
                     lambda: count_in_output(tmp_path, "ranks: 3 (dp_shard 3)") >= 1 and count_rows(tmp_path) >= 6,
                     tmp_path,
                 )
-                net.link(3, up=False)
-                # Between two steps the run may write a checkpoint, for which the watchdog multiplies its timeout.
+                net.set_link(3, up=False)
+                # While the run writes a checkpoint, the watchdog multiplies its timeout by SLOW_FACTOR.
                 wait_until(
                     lambda: count_in_output(tmp_path, "ranks: 2 (dp_shard 2)") >= 1,
                     tmp_path,
@@ -51,76 +54,76 @@ def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path)
                 )
                 assert count_in_output(tmp_path, "does not answer: its process is stopped, or its node is gone") >= 1
                 kill_node(three)
-                after = count_rows(tmp_path)
-                wait_until(lambda: count_rows(tmp_path) >= after + 3, tmp_path)
+                rows_before = count_rows(tmp_path)
+                wait_until(lambda: count_rows(tmp_path) >= rows_before + 3, tmp_path)
                 kill_node(two)
                 wait_until(lambda: count_in_output(tmp_path, "ranks: 1 (dp_shard 1)") >= 1, tmp_path)
-            net.link(3, up=True)
+            net.set_link(3, up=True)
             with (
                 run_node("two_again", f"n1:{PORT}", corpus, tmp_path, jobs[1]) as two,
                 run_node("three_again", f"n1:{PORT}", corpus, tmp_path, jobs[2]) as three,
             ):
                 wait_until(lambda: count_in_output(tmp_path, "ranks: 3 (dp_shard 3)") >= 2, tmp_path)
-                assert [each.wait(120) for each in (one, two, three)] == [0, 0, 0]
+                assert [torchrun.wait(120) for torchrun in (one, two, three)] == [0, 0, 0]
     reference = tmp_path / "reference"
     reference.mkdir()
     expected = commands.read_metrics(commands.train(reference, corpus, f"run.steps={STEPS}", "data.global_batch=12"))
     actual = commands.read_metrics(tmp_path / "run")
-    assert commands.column(actual, "step") == list(range(1, STEPS + 1))
-    assert commands.column(actual, "loss") == pytest.approx(commands.column(expected, "loss"), rel=1e-4)
+    assert commands.get_column(actual, "step") == list(range(1, STEPS + 1))
+    assert commands.get_column(actual, "loss") == pytest.approx(commands.get_column(expected, "loss"), rel=1e-4)
 
 
 @pytest.mark.timeout(200)
 def test_preflight_reports_a_slow_link(tmp_path: Path) -> None:
-    """100 million bits per second are 0.0125 GB/s; without the limit, all links are alike."""
+    """The limit of 100 Mbit/s is 0.0125 GB/s; the other links have no limit."""
     with running_network(3) as net:
-        net.limit(3, "100mbit")
+        net.limit_bandwidth(3, "100mbit")
         completed = run_on_nodes(net, 3, ["-m", "dist_llm", "check", "--directory", str(tmp_path)], tmp_path)
     errors = completed[0].stderr
     (rate,) = re.findall(r"n2: all-reduce with n3 alone reaches ([\d.e-]+) GB/s, the median pair reaches", errors)
     assert 0.005 < float(rate) < 0.015, errors
-    assert [each.returncode for each in completed] == [2, 2, 2]
+    assert [process.returncode for process in completed] == [2, 2, 2]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_run_over_a_slow_link_is_bound_by_its_bandwidth(corpus: Path, tmp_path: Path) -> None:
     with running_network(2) as net:
-        net.limit(2, "10mbit")
+        net.limit_bandwidth(2, "10mbit")
         start_time = time.monotonic()
-        arguments = ("-m", "dist_llm", *map(str, commands.train_arguments(corpus, "run.steps=8")))
+        arguments = ("-m", "dist_llm", *map(str, commands.make_train_arguments(corpus, "run.steps=8")))
         completed = run_on_nodes(net, 2, arguments, tmp_path)
-        seconds, least_seconds = time.monotonic() - start_time, net.sent(2) * 8 / 10e6
-    assert [each.returncode for each in completed] == [0, 0], completed[0].stderr
-    steps = sum(commands.column(commands.read_metrics(tmp_path / "run"), "step_seconds"))
-    assert 0.7 * least_seconds < steps < seconds, "steps send most bytes, the final evaluation some"
-    assert least_seconds < seconds < least_seconds + 40, "the start sends few bytes"
+        run_seconds, min_seconds = time.monotonic() - start_time, net.read_sent_bytes(2) * 8 / 10e6
+    assert [process.returncode for process in completed] == [0, 0], completed[0].stderr
+    step_seconds = sum(commands.get_column(commands.read_metrics(tmp_path / "run"), "step_seconds"))
+    assert 0.7 * min_seconds < step_seconds < run_seconds, "steps send most bytes, the final evaluation some"
+    assert min_seconds < run_seconds < min_seconds + 40, "the start sends few bytes"
 
 
 def run_on_nodes(
-    net: Network, count: int, arguments: Sequence[str], cwd: Path
+    net: Network, num_nodes: int, arguments: Sequence[str], cwd: Path
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run one rank on each node, without restarts."""
-    variables = {"WORLD_SIZE": str(count), "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": str(PORT)}
+    """Run `python ARGUMENTS` as one rank on each node, without torchrun; return the results by rank."""
+    variables = {"WORLD_SIZE": str(num_nodes), "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": str(PORT)}
     ranks = [
         subprocess.Popen(
-            net.on(node, [sys.executable, *arguments]),
+            net.wrap_command(node, [sys.executable, *arguments]),
             cwd=cwd,
-            env={**commands.environment(), **JOB.environment, **variables, "RANK": str(node - 1)},
+            env={**commands.make_environment(), **JOB.environment, **variables, "RANK": str(node - 1)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for node in range(1, count + 1)
+        for node in range(1, num_nodes + 1)
     ]
     try:
-        outputs = [each.communicate(timeout=120) for each in ranks]
+        outputs = [process.communicate(timeout=120) for process in ranks]
     finally:
-        for each in ranks:
-            each.kill()
-            each.wait()
+        for process in ranks:
+            process.kill()
+            process.wait()
     return [
-        subprocess.CompletedProcess(each.args, each.returncode, *texts)
-        for each, texts in zip(ranks, outputs, strict=True)
+        subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+        for process, (stdout, stderr) in zip(ranks, outputs, strict=True)
     ]

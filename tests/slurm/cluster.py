@@ -1,4 +1,4 @@
-"""A private Slurm on this machine: a controller and several slurmds, each of which is a node with two processors."""
+"""A private Slurm cluster on this machine for test_slurm.py: a controller, and slurmds as nodes with two CPUs each."""
 
 import os
 import shutil
@@ -14,8 +14,8 @@ from pathlib import Path
 from tests.e2e.commands import REPOSITORY
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
-NODES = 2
-CONF = """\
+NUM_NODES = 2
+SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
@@ -50,8 +50,8 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def missing() -> str:
-    """Return why no cluster can run here; empty if one can."""
+def find_obstacle() -> str:
+    """Return the reason why no cluster can run here; empty if a cluster can run."""
     if os.geteuid():
         return "needs root, to start slurmd"
     missing_programs = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -63,69 +63,83 @@ def missing() -> str:
 
 
 class Cluster:
-    """A cluster with its files in `base`; jobs are submitted from `home`."""
+    """A cluster with its files in `base`; commands run in `home`."""
 
     def __init__(self, base: Path, home: Path) -> None:
         self.base, self.home = base, home
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         self.environment = {
-            **clean,
+            **environment,
             "SLURM_CONF": str(base / "slurm.conf"),
             "PYTHONPATH": str(REPOSITORY),
             "PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",
-            "PATH": f"{Path(sys.executable).parent}:{clean['PATH']}:/usr/sbin",
+            "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}:/usr/sbin",
         }
 
-    def call(self, *arguments: object, check: bool = True, seconds: float = 60) -> str:
+    def call(self, *arguments: object, check: bool = True, timeout_seconds: float = 60) -> str:
+        """Run a command in `home` and return its stdout; with `check`, it must succeed."""
         completed = subprocess.run(
             list(map(str, arguments)),
             cwd=self.home,
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=seconds,
+            timeout=timeout_seconds,
         )
         assert not check or completed.returncode == 0, f"{arguments}: {completed.stdout}{completed.stderr}"
         return completed.stdout
 
     def submit(self, *arguments: object, **environment: str) -> int:
-        previous, self.environment = self.environment, {**self.environment, **environment}
+        """Submit a job with sbatch, with additional environment variables; return the id of the job."""
+        previous_environment, self.environment = self.environment, {**self.environment, **environment}
         try:
             return int(self.call("sbatch", "--parsable", *arguments))
         finally:
-            self.environment = previous
+            self.environment = previous_environment
 
-    def job(self, number: int) -> dict[str, str]:
-        arguments = self.call("scontrol", "--oneliner", "show", "job", number).split()
-        return dict(item.split("=", 1) for item in arguments if "=" in item)
+    def read_job(self, job_id: int) -> dict[str, str]:
+        """Return the fields that scontrol shows for a job."""
+        items = self.call("scontrol", "--oneliner", "show", "job", job_id).split()
+        return dict(item.split("=", 1) for item in items if "=" in item)
 
-    def wait(self, number: int, seconds: float) -> dict[str, str]:
-        """Wait for the end of the job; return its fields. The error message contains the job's log."""
-        deadline = time.monotonic() + seconds
+    def wait(self, job_id: int, timeout_seconds: float) -> dict[str, str]:
+        """Wait for the end of a job and return its fields; after the timeout raise AssertionError with its log."""
+        deadline = time.monotonic() + timeout_seconds
         while True:
-            fields = self.job(number)
+            fields = self.read_job(job_id)
             if fields["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
                 return fields
-            assert time.monotonic() < deadline, f"{fields['JobState']} after {seconds} s:\n{self.log(number)}"
+            assert time.monotonic() < deadline, (
+                f"{fields['JobState']} after {timeout_seconds} s:\n{self.read_log(job_id)}"
+            )
             time.sleep(0.3)
 
-    def log(self, number: int) -> str:
-        path = self.home / f"slurm-{number}.log"
+    def read_log(self, job_id: int) -> str:
+        """Return the log of a job; empty if it has none."""
+        path = self.home / f"slurm-{job_id}.log"
         return path.read_text() if path.exists() else ""
 
     def start(self) -> None:
-        for name in ("state", "log", "munge", *(f"spool-n{node}" for node in range(1, NODES + 1))):
+        """Write the configuration, start all daemons, and wait until all nodes are idle."""
+        for name in ("state", "log", "munge", *(f"spool-n{node}" for node in range(1, NUM_NODES + 1))):
             (self.base / name).mkdir()
         self.base.chmod(0o755)
         (self.base / "munge").chmod(0o711)
         key = self.base / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        port = _find_free_ports(NODES + 1)
+        port = _find_free_ports(NUM_NODES + 1)
         host = socket.gethostname().split(".")[0]
-        names = {"base": self.base, "host": host, "port": port, "first": port + 1, "last": port + NODES, "nodes": NODES}
-        (self.base / "slurm.conf").write_text(CONF.format(**names))
+        names = {
+            "base": self.base,
+            "host": host,
+            "port": port,
+            "first": port + 1,
+            "last": port + NUM_NODES,
+            "nodes": NUM_NODES,
+        }
+        (self.base / "slurm.conf").write_text(SLURM_CONF.format(**names))
         munge = self.base / "munge"
         self.call(
             *("munged", "--force", f"--key-file={key}", f"--socket={munge}/munge.socket"),
@@ -136,14 +150,15 @@ class Cluster:
             ),
         )
         self.call("slurmctld", "-c")
-        for node in range(1, NODES + 1):
+        for node in range(1, NUM_NODES + 1):
             self.call("slurmd", "-N", f"n{node}")
         deadline = time.monotonic() + 30
-        while self.call("sinfo", "-h", "-t", "idle", "-o", "%D", check=False).strip() != str(NODES):
+        while self.call("sinfo", "-h", "-t", "idle", "-o", "%D", check=False).strip() != str(NUM_NODES):
             assert time.monotonic() < deadline, self.call("sinfo", check=False)
             time.sleep(0.2)
 
     def stop(self) -> None:
+        """Cancel all jobs and stop all daemons."""
         subprocess.run(["scancel", "--user=root"], env=self.environment, timeout=10, check=False)
         time.sleep(0.5)
         for path in (*self.base.glob("n*.pid"), self.base / "slurmctld.pid", self.base / "munged.pid"):
@@ -151,31 +166,32 @@ class Cluster:
 
 
 def _stop_daemon(path: Path) -> None:
-    """Stop the daemon whose process id is in the file."""
+    """Stop the daemon with the process id in this file, with SIGKILL if it does not end within 5 s."""
     try:
-        process = int(path.read_text())
-        os.kill(process, signal.SIGTERM)
+        pid = int(path.read_text())
+        os.kill(pid, signal.SIGTERM)
     except (FileNotFoundError, ValueError, ProcessLookupError):
         return
     for _ in range(50):
-        stat = Path(f"/proc/{process}/stat")
+        stat = Path(f"/proc/{pid}/stat")
         if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
             return
         time.sleep(0.1)
-    os.kill(process, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
 
 
-def _find_free_ports(count: int) -> int:
-    """Return the first of `count` consecutive free ports."""
-    for first in range(17_100, 18_000, 10):
+def _find_free_ports(num_ports: int) -> int:
+    """Return the first of `num_ports` consecutive free ports."""
+    for first_port in range(17_100, 18_000, 10):
         with socket.socket() as probe:
-            if all(probe.connect_ex(("127.0.0.1", first + offset)) for offset in range(count)):
-                return first
-    raise RuntimeError("no free ports")
+            if all(probe.connect_ex(("127.0.0.1", first_port + offset)) for offset in range(num_ports)):
+                return first_port
+    raise RuntimeError("no free ports from 17100 to 17999")
 
 
 @contextmanager
-def running(base: Path, home: Path) -> Iterator[Cluster]:
+def running_cluster(base: Path, home: Path) -> Iterator[Cluster]:
+    """Start a cluster for the block and stop it afterwards."""
     cluster = Cluster(base, home)
     try:
         cluster.start()

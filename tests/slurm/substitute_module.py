@@ -1,4 +1,7 @@
-"""`python substitute_module.py MODULE,ARG,... ARGUMENTS`: run python with `dist_llm` replaced by MODULE,ARG,..."""
+"""Run Python with another module in place of `dist_llm`: `python substitute_module.py MODULE,ARG,... ARGUMENTS`.
+
+In ARGUMENTS, which are those of a Python command, the word `dist_llm` is replaced by MODULE ARG ...
+"""
 
 import os
 import sys

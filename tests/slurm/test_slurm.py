@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm train, are requeued before their time limit, and end with bitwise equal results."""
+"""Jobs on a real Slurm train, are requeued before their time limit, and end with the results of a torchrun job."""
 
 import re
 import sys
@@ -10,43 +10,43 @@ import pytest
 
 from tests.e2e import commands
 from tests.e2e.test_kill import assert_same_weights
-from tests.slurm.cluster import Cluster, missing, running
+from tests.slurm.cluster import Cluster, find_obstacle, running_cluster
 
 SCRIPT = commands.REPOSITORY / "slurm" / "train.sbatch"
 DEBUG = commands.REPOSITORY / "slurm" / "debug.sbatch"
 
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(missing()), reason=missing() or "there is one")]
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(find_obstacle()), reason=find_obstacle() or "no obstacle")]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     base, home = (tmp_path_factory.mktemp(name) for name in ("slurm", "home"))
-    with running(base, home) as started_cluster:
+    with running_cluster(base, home) as started_cluster:
         yield started_cluster
 
 
-def python_running(*arguments: str) -> str:
-    """Return a python command that runs these arguments in place of the module dist_llm."""
+def make_python_command(*arguments: str) -> str:
+    """Return a Python command that runs these arguments in place of the module dist_llm (substitute_module.py)."""
     return f"{sys.executable} {Path(__file__).with_name('substitute_module.py')} {','.join(arguments)}"
 
 
-def paced(seconds: float) -> str:
-    """Return a python command whose steps take this many seconds longer."""
-    return python_running("tests.e2e.paced", str(seconds))
+def make_paced_command(delay_seconds: float) -> str:
+    """Return a Python command whose training steps take `delay_seconds` longer."""
+    return make_python_command("tests.e2e.paced", str(delay_seconds))
 
 
-def train(corpus: Path, run: str, steps: int) -> tuple[object, ...]:
+def make_script_arguments(corpus: Path, run: str, steps: int) -> tuple[object, ...]:
     """Return the arguments of the batch script."""
-    return commands.train_arguments(corpus, f"run.dir={run}", f"run.steps={steps}")[1:]
+    return commands.make_train_arguments(corpus, f"run.dir={run}", f"run.steps={steps}")[1:]
 
 
 def train_uninterrupted(corpus: Path, directory: Path, steps: int, ranks: int) -> Path:
-    """Return the uninterrupted run with the same configuration, under torchrun."""
+    """Train the same configuration without interruption under torchrun; return the run directory."""
     return commands.train(directory, corpus, f"run.steps={steps}", ranks=ranks)
 
 
 def assert_same_results(run: Path, expected: Path) -> None:
-    assert commands.column(commands.read_metrics(run), "loss") == commands.column(
+    assert commands.get_column(commands.read_metrics(run), "loss") == commands.get_column(
         commands.read_metrics(expected), "loss"
     )
     assert_same_weights(run, expected)
@@ -57,11 +57,11 @@ def assert_same_results(run: Path, expected: Path) -> None:
 def test_two_nodes_stopped_by_their_time_limit_end_with_equal_results(
     cluster: Cluster, corpus: Path, tmp_path: Path
 ) -> None:
-    steps, run = 60, "limited"  # more than fit into Slurm's time limit on any machine
+    steps, run = 60, "limited"  # 60 steps take longer than the time limit of the job on any machine
     limits = ("--nodes=2", "--ntasks-per-node=2", "--time=1", "--signal=USR1@40")
-    job = cluster.submit(*limits, SCRIPT, *train(corpus, run, steps), PYTHON=paced(1))
+    job = cluster.submit(*limits, SCRIPT, *make_script_arguments(corpus, run, steps), PYTHON=make_paced_command(1))
     fields = cluster.wait(job, 540)
-    log = cluster.log(job)
+    log = cluster.read_log(job)
     assert fields["JobState"] == "COMPLETED", log
     assert int(fields["Restarts"]) >= 2, log
     assert log.count("stopped by SIGUSR1") == int(fields["Restarts"]) == log.count("queued again"), (
@@ -78,16 +78,21 @@ def test_a_signal_requeues_the_job_with_either_launcher(
 ) -> None:
     steps, run = 60, f"by_{launch}"
     job = cluster.submit(
-        "--nodes=2", "--ntasks-per-node=1", SCRIPT, *train(corpus, run, steps), PYTHON=paced(0.15), LAUNCH=launch
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        SCRIPT,
+        *make_script_arguments(corpus, run, steps),
+        PYTHON=make_paced_command(0.15),
+        LAUNCH=launch,
     )
-    rows = cluster.home / run / "metrics.jsonl"
+    metrics = cluster.home / run / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not rows.exists() or rows.read_text().count("\n") < 5:
-        assert time.monotonic() < deadline, cluster.log(job)
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert time.monotonic() < deadline, cluster.read_log(job)
         time.sleep(0.1)
     cluster.call("scancel", "--signal=USR1", job)
     fields = cluster.wait(job, 200)
-    log = cluster.log(job)
+    log = cluster.read_log(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
     assert log.count("stopped by SIGUSR1") == 1
     assert "resumed from" in log
@@ -98,9 +103,9 @@ def test_a_signal_requeues_the_job_with_either_launcher(
 @pytest.mark.slow
 def test_nodes_may_have_different_numbers_of_tasks(cluster: Cluster, corpus: Path) -> None:
     options = ("--nodes=2", "--ntasks=3", "--ntasks-per-node=2")
-    job = cluster.submit(*options, SCRIPT, *train(corpus, "uneven", 3), "data.global_batch=12")
-    assert cluster.wait(job, 120)["JobState"] == "COMPLETED", cluster.log(job)
-    assert "ranks: 3 (dp_shard 3)" in cluster.log(job)
+    job = cluster.submit(*options, SCRIPT, *make_script_arguments(corpus, "uneven", 3), "data.global_batch=12")
+    assert cluster.wait(job, 120)["JobState"] == "COMPLETED", cluster.read_log(job)
+    assert "ranks: 3 (dp_shard 3)" in cluster.read_log(job)
     nodes = {path.read_text().split(" INFO ")[0].split()[-1] for path in (cluster.home / "uneven/logs").glob("*.log")}
     assert nodes == {"n1", "n2"}
 
@@ -108,25 +113,25 @@ def test_nodes_may_have_different_numbers_of_tasks(cluster: Cluster, corpus: Pat
 def test_a_rank_that_raises_ends_the_job_at_once_and_is_named(cluster: Cluster, corpus: Path) -> None:
     start_time = time.monotonic()
     options = ("--nodes=2", "--ntasks-per-node=1")
-    python = python_running("tests.e2e.faulty", "raise", "1", "3")
-    job = cluster.submit(*options, SCRIPT, *train(corpus, "raising", 9), PYTHON=python)
+    python = make_python_command("tests.e2e.faulty", "raise", "1", "3")
+    job = cluster.submit(*options, SCRIPT, *make_script_arguments(corpus, "raising", 9), PYTHON=python)
     fields = cluster.wait(job, 100)
     assert fields["JobState"] == "FAILED"
     assert fields["Restarts"] == "0"
     assert time.monotonic() - start_time < 60
-    assert "rank 1 on n2, in step 3: ValueError: planted" in cluster.log(job)
+    assert "rank 1 on n2, in step 3: ValueError: planted" in cluster.read_log(job)
 
 
 @pytest.mark.slow
 def test_the_debug_script_runs(cluster: Cluster, corpus: Path) -> None:
     job = cluster.submit(DEBUG, commands.DEBUG_CONFIG, f"data.path={corpus}")
-    assert cluster.wait(job, 100)["JobState"] == "COMPLETED", cluster.log(job)
-    assert "first batch" in cluster.log(job)
+    assert cluster.wait(job, 100)["JobState"] == "COMPLETED", cluster.read_log(job)
+    assert "first batch" in cluster.read_log(job)
 
 
 @pytest.mark.slow
 def test_tasks_without_a_rendezvous_address_are_refused(cluster: Cluster, corpus: Path) -> None:
-    arguments = [sys.executable, "-m", "dist_llm", "train", *map(str, train(corpus, "lost", 1))]
+    arguments = [sys.executable, "-m", "dist_llm", "train", *map(str, make_script_arguments(corpus, "lost", 1))]
     output = cluster.call("srun", "--ntasks=2", "bash", "-c", f"{' '.join(arguments)} 2>&1; true")
     assert "MASTER_ADDR and MASTER_PORT are not set; start with: dist-llm submit" in output
 
@@ -162,7 +167,7 @@ def test_the_commands_of_the_page_run(cluster: Cluster) -> None:
     (block,) = re.findall(r"<!-- slurm -->\n```sh\n(.*?)```", text, re.DOTALL)
     for folder in ("configs", "slurm"):
         (cluster.home / folder).symlink_to(commands.REPOSITORY / folder)
-    cluster.call("bash", "-euo", "pipefail", "-c", block, seconds=120)
+    cluster.call("bash", "-euo", "pipefail", "-c", block, timeout_seconds=120)
     deadline = time.monotonic() + 250
     while cluster.call("squeue", "-h").strip():
         assert time.monotonic() < deadline, cluster.call("squeue")

@@ -17,9 +17,9 @@ from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
 from dist_llm.text.hf_tokenizer import HFTokenizer
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
-from tests.hf_folders import ADDED, DIFFICULT, KINDS, ORIGINALS, PROSE, write_folder
+from tests.hf_folders import ADDED, KINDS, MORE_DIFFICULT_TEXTS, ORIGINALS, PROSE, write_folder
 
-TEXTS = (*DIFFICULT, *DIFFICULT_TEXTS, *PROSE[:5])
+TEXTS = (*MORE_DIFFICULT_TEXTS, *DIFFICULT_TEXTS, *PROSE[:5])
 GPT2 = os.environ.get("GPT2_VOCABULARY")  # a folder with the published gpt2_vocab.json and gpt2_merges.txt
 
 
@@ -38,7 +38,7 @@ def folders(tmp_path_factory):
 
 
 def test_there_are_fifty_difficult_texts():
-    assert len(set(DIFFICULT)) >= 50
+    assert len(set(MORE_DIFFICULT_TEXTS)) >= 50
 
 
 @pytest.mark.parametrize("kind", KINDS)
