@@ -38,6 +38,7 @@ from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.world import World
 from dist_llm.models.decoder import Decoder
 from dist_llm.observe.console import start_logging, stop_logging
+from dist_llm.observe.metrics import MetricsRow
 from dist_llm.parallel.parallelize import init_parameters
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.training.settings import read_config, read_vocabulary
