@@ -86,7 +86,7 @@ class CheckpointStore:
         group = self._get_group()
         committed = group.run_on_all_ranks(lambda: self.list_committed() if group.is_main else [])[0]
         for folder in reversed(committed):
-            problems = group.run_on_all_ranks(lambda folder=folder: _find_damage(folder, group.rank, group.size))  # type: ignore[misc]
+            problems = group.run_on_all_ranks(lambda folder=folder: _find_damage(folder, group.rank, group.world_size))  # type: ignore[misc]
             if not (problem := next(filter(None, problems), "")):
                 return folder
             log.warning("%s; skipping it; an older checkpoint is used if there is one", problem)

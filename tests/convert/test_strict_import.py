@@ -8,7 +8,7 @@ import torch
 
 from dist_llm.config.compare import function_of
 from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
-from dist_llm.convert.hf_config_fields import HARMLESS
+from dist_llm.convert.hf_config_fields import HARMLESS_FIELDS
 from dist_llm.convert.hf_convert import find_unused_heads, from_huggingface, model_shapes, to_huggingface
 from dist_llm.convert.nanogpt import from_nanogpt
 from dist_llm.convert.weights import DictWeights, open_huggingface
@@ -58,7 +58,7 @@ def test_every_field_is_used_or_reported(family: str) -> None:
     """With another value of a field, the model's function differs, or an error names the field."""
     hf = make_fields(family)
     expected = function_of(parse_hf_config(hf))
-    for name in hf.keys() - {"model_type"} - HARMLESS - NO_EFFECT:
+    for name in hf.keys() - {"model_type"} - HARMLESS_FIELDS - NO_EFFECT:
         assert function_or_error({**hf, name: another_value(hf[name])}) != expected, name
 
 

@@ -61,7 +61,7 @@ def test_loss_terms_are_separate_columns(clock):
     recorder = MetricsRecorder([], 1.0, 1.0, CPU)
     for step in (1, 2):
         terms = {"cross_entropy": torch.tensor(step - 0.5), "z_loss": torch.tensor(0.5)}
-        recorder.add(replace(step_metrics(step), terms=terms))
+        recorder.add(replace(step_metrics(step), loss_terms=terms))
     clock[0] += 1.0
     rows = recorder.flush()
     assert [(row["loss"], row["cross_entropy"], row["z_loss"]) for row in rows] == [

@@ -40,11 +40,11 @@ class StepRecorder:
         self.collections, self.remaining = 0, list[int]()
         self.nodes: WeakSet[Node] = WeakSet()
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.in_step = True
         for _ in range(CYCLES):
             self.nodes.add(Node())
-        report = self.step(*args)
+        report = self.step(*args, **kwargs)
         self.in_step = False
         self.remaining.append(len(self.nodes))
         return report
@@ -100,7 +100,7 @@ def test_without_control_the_collector_runs_within_steps(
 def test_the_collectors_state_is_restored_after_a_failure(
     config: Config, enabled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "train_step", lambda *rest: 1 / 0)
+    monkeypatch.setattr(trainer, "train_step", lambda *args, **kwargs: 1 / 0)
     frozen = gc.get_freeze_count()
     if not enabled:
         gc.disable()
