@@ -1,6 +1,6 @@
-"""Each private interface of torch and DeepSpeed exists with the signature that is relied on, and is used once.
+"""Each private interface of torch and DeepSpeed that we use exists with the expected signature.
 
-A change of torch that breaks one shows here, by name, and not as a failure somewhere in a step.
+If a new version changes an interface, a test here names it.
 """
 
 import ast
@@ -78,17 +78,17 @@ def resolve(path):
 
 
 @pytest.mark.parametrize("path", SIGNATURES)
-def test_torch_has_each_function(path):
+def test_torch_has_each_private_function(path):
     check_signature(path, SIGNATURES[path])
 
 
 @pytest.mark.parametrize("path", DEEPSPEED_SIGNATURES)
-def test_deepspeed_has_each_function(path):
+def test_deepspeed_has_each_private_function(path):
     check_signature(path, DEEPSPEED_SIGNATURES[path])
 
 
 def check_signature(path, names):
-    """The function has these parameters first, and requires no other."""
+    """Check that a function begins with these parameters and requires no others."""
     function = resolve(path)
     if tuple(inspect.signature(function).parameters) == ("args", "kwargs"):  # a decorator that does not tell
         (function,) = (cell.cell_contents for cell in function.__closure__ if inspect.isfunction(cell.cell_contents))
@@ -126,7 +126,7 @@ def test_foreach_kernels_compute_as_expected():
     assert [tensor.tolist() for tensor in tensors] == [[6.0, 8.0], [10.0]]
 
 
-def test_a_selective_checkpoint_tells_what_it_saves():
+def test_a_selective_checkpoint_stores_its_outputs():
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     contexts = create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
@@ -136,7 +136,7 @@ def test_a_selective_checkpoint_tells_what_it_saves():
     assert [tensor.shape for tensor in compat.saved_tensors(saved) if tensor is not None].count(product.shape) == 1
 
 
-def test_a_pipeline_of_deepspeed_has_a_step_to_postpone():
+def test_a_deepspeed_pipeline_schedule_has_an_optimizer_step():
     engine = import_module("deepspeed.runtime.pipe.engine").PipelineEngine
     assert [kind.__name__ for kind in engine._INSTRUCTION_MAP].count("OptimizerStep") == 1
 
@@ -207,12 +207,12 @@ def test_only_compat_uses_private_names():
         "class A(B):\n    def _init_group(self, *group):\n        return super()._init_group(*group)",
     ],
 )
-def test_a_private_use_is_caught(line, tmp_path):
+def test_a_private_use_is_detected(line, tmp_path):
     (tmp_path / "planted.py").write_text(line + "\n", encoding="utf-8")
     assert len(wrong_uses(tmp_path)) == 1, wrong_uses(tmp_path)
 
 
-def test_own_private_names_and_operations_are_no_uses(tmp_path):
+def test_our_own_private_names_are_allowed(tmp_path):
     text = "import torch\nclass A:\n    def __init__(self):\n        self._a = torch.ops.aten._scaled_mm\n"
     text += "def f(a):\n    return a._a\n"
     (tmp_path / "planted.py").write_text(text, encoding="utf-8")

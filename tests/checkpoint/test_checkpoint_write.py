@@ -92,12 +92,12 @@ def save_while_training(directory: Path, write_gate: threading.Event) -> tuple[d
     return expected, directory / "step_00000002"
 
 
-def test_background_save_contains_the_values_of_its_step(tmp_path: Path, write_gate: threading.Event) -> None:
+def test_a_background_save_contains_the_values_of_its_step(tmp_path: Path, write_gate: threading.Event) -> None:
     expected, path = save_while_training(tmp_path, write_gate)
     assert states_equal(load_state(path), expected)
 
 
-def test_background_save_without_staging_has_later_values(
+def test_a_background_save_without_staging_has_later_values(
     tmp_path: Path, write_gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -109,7 +109,7 @@ def test_background_save_without_staging_has_later_values(
     assert not states_equal(load_state(path), expected)
 
 
-def test_two_saves_in_a_row_differ(tmp_path: Path) -> None:
+def test_consecutive_saves_contain_different_values(tmp_path: Path) -> None:
     engine, checkpoints, expected = engine_at(1), CheckpointStore(tmp_path), {}
     for number in (1, 2):
         expected[number] = copy_state(engine)
@@ -120,7 +120,7 @@ def test_two_saves_in_a_row_differ(tmp_path: Path) -> None:
         assert states_equal(load_state(tmp_path / f"step_{number:08d}"), expected[number])
 
 
-def test_foreground_save_is_committed_on_return(tmp_path: Path) -> None:
+def test_a_foreground_save_is_committed_on_return(tmp_path: Path) -> None:
     engine, checkpoints = engine_at(1), CheckpointStore(tmp_path, CheckpointConfig(background=False))
     checkpoints.save(engine.state, Progress(1), {})
     assert checkpoints.latest_verified() is not None
@@ -128,7 +128,7 @@ def test_foreground_save_is_committed_on_return(tmp_path: Path) -> None:
     assert states_equal(load_state(tmp_path / "step_00000001"), copy_state(engine))
 
 
-def test_checkpoints_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_can_be_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "CACHE", str(tmp_path / "cache"))
     url = f"memory://{tmp_path.name}/checkpoints"
     engine, checkpoints = engine_at(1), CheckpointStore(url, CheckpointConfig(keep=2))
@@ -179,7 +179,7 @@ def save_with_limit(directory: Path, limited_rank: int) -> str:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_all_ranks_report_the_rank_that_cannot_write(rank: int, tmp_path: Path) -> None:
+def test_all_ranks_name_the_rank_that_cannot_write(rank: int, tmp_path: Path) -> None:
     """One rank reaches its quota. The older checkpoint stays, and the step is saved once there is space."""
     first, second = world(2).run(save_with_limit, tmp_path, rank)
     assert first == second
@@ -212,7 +212,7 @@ def test_a_failed_writer_thread_fails_the_save(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_failing_thread_stops_the_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_thread_stops_the_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other threads do not create files that the failed save has removed."""
     original, checkpoints, write_times = filesystem._write_item, CheckpointStore(tmp_path), list[float]()
 
@@ -236,7 +236,7 @@ def test_failing_thread_stops_the_other_threads(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-def test_impossible_directory_is_reported(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     engine, checkpoints = engine_at(1), CheckpointStore(tmp_path / "file" / "checkpoints")
     checkpoints.save(engine.state, Progress(1), {})
@@ -272,13 +272,13 @@ print(json.dumps([peak - before, 3 * sum(p.numel() * 4 for p in model.parameters
 """
 
 
-def test_a_save_needs_at_most_one_and_a_half_times_the_shard(tmp_path: Path) -> None:
+def test_a_save_needs_at_most_1_5_shards_of_extra_memory(tmp_path: Path) -> None:
     completed = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
-    extra, shard = json.loads(completed.stdout)
-    assert 0.5 * shard < extra < 1.5 * shard, "a save needs the staging buffers and little else"
+    extra_bytes, shard_bytes = json.loads(completed.stdout)
+    assert 0.5 * shard_bytes < extra_bytes < 1.5 * shard_bytes, "a save needs the staging buffers and little else"
 
 
-def test_writeback_of_a_large_file_is_advised_and_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writeback_of_a_large_file_is_advised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def record_and_fail(file: int, offset: int, length: int, advice: int) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or does not exist; it has the same names for every layout, and loads into any layout."""
+"""A checkpoint is complete or does not exist. A checkpoint of any layout loads into any layout."""
 
 import shutil
 from pathlib import Path
@@ -48,7 +48,7 @@ def load_in_world(config: Config, path: Path) -> dict[str, torch.Tensor]:
     return copy_state(engine)
 
 
-def test_load_restores_what_save_wrote(tmp_path: Path) -> None:
+def test_load_restores_the_saved_state(tmp_path: Path) -> None:
     config = make_config(1, {}, optim=ADAMW)
     engine = build_trained_engine(config)
     progress = Progress(step=2, samples=48, tokens=1536, loss_scale=LossScale(8.0, 3))
@@ -64,15 +64,15 @@ def test_load_restores_what_save_wrote(tmp_path: Path) -> None:
 def test_optimizer_settings_come_from_the_config(tmp_path: Path) -> None:
     engine = build_trained_engine(make_config(1, {}, optim=ADAMW))
     path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(2), FILES)
-    other = NativeEngine(make_config(1, {}, optim=ADAMW | {"weight_decay": 0.3, "beta2": 0.9}), CPU)
-    store.load_checkpoint(path, other.state)
-    assert other.optimizer.param_groups[0]["weight_decay"] == 0.3
-    assert other.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+    other_engine = NativeEngine(make_config(1, {}, optim=ADAMW | {"weight_decay": 0.3, "beta2": 0.9}), CPU)
+    store.load_checkpoint(path, other_engine.state)
+    assert other_engine.optimizer.param_groups[0]["weight_decay"] == 0.3
+    assert other_engine.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
 
 
 @pytest.mark.parametrize("optim", [MUON, BF16_MOMENTS], ids=["muon", "bf16 moments"])
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2})], ids=str)
-def test_resume_equals_an_uninterrupted_run(optim: dict[str, Any], layout: Layout, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(optim: dict[str, Any], layout: Layout, tmp_path: Path) -> None:
     """Bitwise: random numbers are a function of the step."""
     config = make_config(layout.ranks, {}, optim=optim, parallel=layout.parallel)
     if layout.ranks == 1:

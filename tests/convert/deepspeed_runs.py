@@ -1,6 +1,6 @@
-"""Steps of DeepSpeed on the ranks of a world: load, train, save, and return DeepSpeed's state.
+"""Train with DeepSpeed on several ranks: load, take steps, save, and return the state of DeepSpeed.
 
-`run_plain_torch` trains the same steps in one process with plain torch.
+`run_plain_torch` takes the same steps in one process with plain torch.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""DeepSpeed checkpoints: our reader returns exactly DeepSpeed's state, and DeepSpeed resumes from our writer's."""
+"""Our reader returns exactly the state of DeepSpeed, and DeepSpeed resumes from checkpoints that our writer wrote."""
 
 import importlib.util
 import os
@@ -156,7 +156,7 @@ def test_reader_handles_other_world_sizes(key: str, size: int, saved_run: Any) -
     assert_equal_state(open_deepspeed(directory), expected)
 
 
-def test_the_runs_have_padding() -> None:
+def test_some_runs_have_partition_padding() -> None:
     """Otherwise the tests above could not detect wrong padding."""
     model, _, groups = build_trained_model("odd")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -211,7 +211,7 @@ def test_a_planted_bug_is_detected(
         assert_equal_state(open_deepspeed(directory), expected)
 
 
-def test_stage_0_without_groups_gives_only_weights(saved_run: Any) -> None:
+def test_stage_0_without_groups_has_only_weights(saved_run: Any) -> None:
     directory, expected = saved_run("0")
     assert_equal_state(
         open_deepspeed(directory), {name: tensor for name, tensor in expected.items() if name.startswith("model.")}
@@ -317,7 +317,7 @@ def test_deepspeed_resumes_from_written_universal_checkpoint(
 
 
 @pytest.mark.slow
-def test_deepspeeds_converter_reads_written_checkpoints(tmp_path: Path) -> None:
+def test_the_deepspeed_converter_reads_written_checkpoints(tmp_path: Path) -> None:
     before = final_plain_state("odd", 3)
     groups, settings = optimizer_groups("odd")
     tag = write_deepspeed(tmp_path / "zero", InMemoryWeights(before), 1, 4, groups=groups, settings=settings, step=3)
@@ -440,7 +440,7 @@ class MaliciousObject:
 
 
 @pytest.mark.parametrize(("function", "is_refused"), [(make_directory, False), (os.mkdir, True)])
-def test_no_code_in_a_file_is_run(function: Any, is_refused: bool, tmp_path: Path) -> None:
+def test_reading_a_file_runs_no_code(function: Any, is_refused: bool, tmp_path: Path) -> None:
     content = {"module": {"w": torch.ones(2)}, "param_shapes": None}
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({**content, "client": MaliciousObject(function, tmp_path / "evil")}, path)
@@ -524,7 +524,7 @@ def test_unsupported_writes_are_refused(tmp_path: Path) -> None:
         write()
 
 
-def test_layouts_equal_those_computed_by_hand() -> None:
+def test_layouts_match_manual_examples() -> None:
     shapes = {"a": (3,), "b": (2, 2)}
     flat = contiguous_layout(shapes, 2)  # 7 elements, 8 with padding, 4 per rank
     assert flat.sizes == [4, 4]

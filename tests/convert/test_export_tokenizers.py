@@ -1,4 +1,4 @@
-"""Our tokenizers and their Hugging Face counterparts give the same ids in both directions; others are refused."""
+"""Exported and imported tokenizers give the same ids as the originals. Tokenizers without an equivalent are refused."""
 
 import ast
 import json
@@ -166,7 +166,7 @@ def test_a_model_config_does_not_change_the_tokenizer_class(bpe, family, tmp_pat
         assert_same_ids(bpe, hf_tokenizer, text)
 
 
-def test_a_special_tokens_string_is_the_token_by_default(bpe, tmp_path):
+def test_hugging_face_encodes_special_strings_as_special_tokens(bpe, tmp_path):
     export_tokenizer(bpe, tmp_path)
     ids = load(tmp_path)(f"the{ENDOFTEXT}ship")["input_ids"]
     assert ids == [*bpe.encode("the"), bpe.eot, *bpe.encode("ship")]
@@ -248,7 +248,7 @@ def test_a_fault_in_the_written_content_is_detected(bpe, fault, monkeypatch, tmp
 
 
 @pytest.mark.parametrize("fault", ["swapped merges", "another pattern"])
-def test_running_both_libraries_detects_faults(bpe, fault):
+def test_comparing_both_libraries_detects_faults(bpe, fault):
     content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, None)))
     prove_equal(bpe, content)
     CONTENT_FAULTS[fault](content)
@@ -454,7 +454,7 @@ def test_unreadable_files_are_not_imported(bpe, change, message, tmp_path):
         (with_swapped_ids, "do not ascend in the order of its merges"),
     ],
 )
-def test_a_tokenizer_that_tiktoken_cannot_run_stays_with_tokenizers(bpe, change, message, tmp_path):
+def test_a_tokenizer_that_tiktoken_cannot_express_uses_tokenizers(bpe, change, message, tmp_path):
     """`convert_bpe` refuses it, so that no corpus ever has ids other than the original's."""
     content = change(bpe)
     with pytest.raises(CheckpointError, match=message):

@@ -1,4 +1,4 @@
-"""Conversion to Hugging Face and back gives the same bits, logits, tokens and texts.
+"""Conversion to Hugging Face and back preserves weights, logits and tokens.
 
 Models without an equivalent are refused.
 """
@@ -206,7 +206,7 @@ def test_missing_rotary_permutation_is_detected(tool: Callable[..., int], tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
 
-def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Path) -> None:
+def test_weights_are_written_in_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Path) -> None:
     native = write_native_checkpoint(tmp_path / "ours", NATIVE_MODELS["llama"])
     arguments = ("--dtype", "bf16", "--shard-gb", "1e-5", "--check")
     assert tool("to-hf", native, tmp_path / "theirs", *arguments) == 0
@@ -383,7 +383,9 @@ def test_torch_file_round_trip(tool: Callable[..., int], tmp_path: Path) -> None
     assert tool("from-torch", tmp_path / "bad.pt", tmp_path / "third") == 2
 
 
-def test_average_diff_and_inspect(tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_are_averaged_compared_and_inspected(
+    tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = (
         write_native_checkpoint(tmp_path / "1", NATIVE_MODELS["llama"]),
         write_native_checkpoint(tmp_path / "2", NATIVE_MODELS["llama"]),

@@ -1,4 +1,4 @@
-"""Native models equal Hugging Face's: equal weights give equal logits and losses, padded and packed."""
+"""Our models and those of Hugging Face compute the same logits and losses from the same weights."""
 
 from itertools import pairwise
 

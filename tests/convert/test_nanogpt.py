@@ -1,6 +1,6 @@
-"""nanoGPT's train.bin, val.bin and ckpt.pt in both directions: the same ids, logits and losses.
+"""Corpora and checkpoints of nanoGPT are converted in both directions with the same ids, logits and losses.
 
-The model below reimplements nanoGPT's architecture and is the reference for logits and losses.
+The model below reimplements the architecture of nanoGPT, and is the reference for logits and losses.
 """
 
 import io
@@ -192,7 +192,7 @@ def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
         assert (tmp_path / "bins" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_a_model_that_nanogpt_lacks_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_nanogpt_cannot_express_is_refused(tmp_path: Path) -> None:
     tool = command("convert")
     save_nanogpt_checkpoint(build_reference(True), True, tmp_path / "ckpt.pt")
     assert tool("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "ours") == 0

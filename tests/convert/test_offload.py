@@ -1,4 +1,4 @@
-"""A model whose blocks are offloaded to disk gives the same bits as one in memory."""
+"""A model with blocks on disk computes exactly the same as a model in memory."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Every conversion measures the probe again, and refuses weights or a config that compute something else."""
+"""Every conversion measures the probe again, and refuses weights or a config with another result."""
 
 import json
 import shutil
@@ -120,7 +120,7 @@ def test_a_torch_file_is_compared_with_its_probe(
     assert ERROR in capsys.readouterr().err
 
 
-def test_new_weights_get_their_own_probe(
+def test_weights_without_a_saved_probe_get_a_new_one(
     tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An average, and the export of a checkpoint of 0.1.0, which has no probe."""

@@ -1,4 +1,4 @@
-"""An import names every tensor and every config field of the source that it cannot use."""
+"""An import reports each tensor and each config field that it cannot use."""
 
 from pathlib import Path
 from typing import Any

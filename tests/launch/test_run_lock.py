@@ -1,4 +1,4 @@
-"""Only one run at a time writes to a directory; a stale lock is replaced, a lock in use is not."""
+"""Only one run at a time writes to a directory. A stale lock is replaced; a lock in use is not."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_another_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> 
     ],
     ids=str,
 )
-def test_a_holder_on_another_machine_is_gone_if_its_job_or_launch_ended(
+def test_a_holder_on_another_machine_has_ended_with_its_job(
     holder: dict[str, object], own_changes: dict[str, object], expected: bool | None
 ) -> None:
     actual = has_ended(replace(ELSEWHERE, **holder), own_holder(**own_changes), lambda job: job == "ended")  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def test_an_incomplete_lock_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert read_holder(tmp_path).host == "here"
 
 
-def test_one_of_many_processes_replaces_a_stale_lock(tmp_path: Path) -> None:
+def test_only_one_process_replaces_a_stale_lock(tmp_path: Path) -> None:
     for number in range(20):
         directory = tmp_path / str(number)
         write_lock(directory, own_holder(start_time="1"))
@@ -144,9 +144,7 @@ def test_one_of_many_processes_replaces_a_stale_lock(tmp_path: Path) -> None:
         assert list(directory.iterdir()) == []
 
 
-def test_a_run_that_lost_its_lock_exits_and_keeps_the_new_lock(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_lost_its_lock_exits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     codes: list[int] = []
     lock = RunLock(tmp_path, own_holder(), exit_process=codes.append)
     with lock:
@@ -165,7 +163,7 @@ def test_a_run_that_lost_its_lock_exits_and_keeps_the_new_lock(
     assert read_holder(tmp_path) == ELSEWHERE
 
 
-def test_the_identity_of_a_process() -> None:
+def test_this_process_is_described() -> None:
     holder = describe_this_process(
         "n3", {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "none"}
     )
@@ -188,7 +186,7 @@ def test_the_identity_of_a_process() -> None:
         (None, False),
     ],
 )
-def test_a_jobs_end_is_read_from_squeue(
+def test_squeue_reports_the_end_of_a_job(
     answer: str | None, ended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if answer is not None:

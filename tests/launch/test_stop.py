@@ -1,4 +1,4 @@
-"""A signal is recorded and shared; a second one ends the process; the stop marker is written and cleared."""
+"""All ranks agree on a stop signal. A second signal ends the process. The stop marker is written and cleared."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.laws.worlds import world
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_is_recorded_and_known_after_the_next_sync(number: signal.Signals) -> None:
+def test_a_signal_is_agreed_after_the_next_sync(number: signal.Signals) -> None:
     handler_before = signal.getsignal(number)
     with StopSignals() as signals:
         signals.start_sync()
@@ -105,7 +105,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
 
 
 @pytest.mark.parametrize("from_environment", [False, True])
-def test_the_stop_marker_is_where_the_batch_script_looks(
+def test_the_batch_script_finds_the_stop_marker(
     from_environment: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / ("elsewhere" if from_environment else "stopped.json")

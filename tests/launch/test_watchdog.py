@@ -34,13 +34,13 @@ def test_a_rank_outside_collectives_holds_up_the_others() -> None:
     ]
 
 
-def test_a_rank_without_a_report_is_stopped_or_gone() -> None:
+def test_a_rank_without_a_report_is_named() -> None:
     assert diagnose_stall({0: report(), 2: report()}, 3) == [
         "rank 1 does not answer: its process is stopped, or its node is gone"
     ]
 
 
-def test_no_rank_is_blamed_if_all_wait() -> None:
+def test_no_rank_is_named_if_all_ranks_wait() -> None:
     (line,) = diagnose_stall({0: report("gloo:send [[2]] of pp"), 1: report()}, 2)
     assert line.startswith("all ranks wait for each other: 0 in gloo:send [[2]] of pp, 1 in gloo:all_reduce")
 
@@ -63,7 +63,7 @@ def test_a_run_without_progress_is_ended() -> None:
     assert run_watchdog(0.2, NUM_FIRST_STEPS + 1, 0.8) == [EXIT_CODE]
 
 
-def test_a_run_is_ended_even_if_the_store_does_not_answer(
+def test_a_run_is_ended_if_the_store_does_not_answer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Rank 0 holds the store, and may be the rank that is stopped."""
@@ -86,9 +86,7 @@ def test_a_run_is_ended_even_if_the_store_does_not_answer(
     assert STORE_UNREACHABLE in caplog.messages
 
 
-def test_a_resumed_run_continues_and_its_next_stall_ends_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_that_resumes_is_not_ended(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The network recovers while the diagnosis is collected."""
     monkeypatch.setattr("dist_llm.launch.watchdog.GRACE_SECONDS", 1.0)
     codes: list[int] = []
@@ -105,7 +103,7 @@ def test_a_resumed_run_continues_and_its_next_stall_ends_it(
     assert codes == [EXIT_CODE]
 
 
-def test_another_rank_that_resumed_too_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_rank_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stall ended before the other rank's watchdog checked: that rank has no report, but has heartbeats."""
     store, own_world = dist.HashStore(), World(rank=0, world_size=2)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -133,11 +131,11 @@ def test_another_rank_that_resumed_too_is_not_killed(monkeypatch: pytest.MonkeyP
     [(0.2, 1, 1), (0.2, NUM_FIRST_STEPS + 1, 30), (0.0, NUM_FIRST_STEPS + 1, 1)],
     ids=["the first steps", "a long activity", "no limit"],
 )
-def test_a_longer_timeout_applies(limit: float, heartbeats: int, factor: int) -> None:
+def test_a_longer_timeout_applies_to_slow_activities(limit: float, heartbeats: int, factor: int) -> None:
     assert run_watchdog(limit, heartbeats, 0.8, factor) == []
 
 
-def test_long_steps_may_be_ten_times_as_long() -> None:
+def test_the_timeout_is_ten_times_the_median_of_long_steps() -> None:
     watchdog = Watchdog(World(), 1.0)
     for number in range(NUM_FIRST_STEPS):
         watchdog.heartbeat(f"step {number}")
@@ -150,7 +148,7 @@ def test_long_steps_may_be_ten_times_as_long() -> None:
     assert watchdog.timeout_now == pytest.approx(70.0, rel=0.01), "one long step does not raise the timeout"
 
 
-def test_a_process_is_killed_only_if_it_is_the_registered_one() -> None:
+def test_only_the_registered_process_is_killed() -> None:
     with subprocess.Popen(["sleep", "60"]) as sleeper:
         identity = read_process_identity(sleeper.pid)
         for wrong_identity in (

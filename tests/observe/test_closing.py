@@ -1,4 +1,4 @@
-"""A run closes all of its sinks at its end, also after a failure."""
+"""A run closes all its sinks at the end, also after a failure."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Plain lines into a pipe, a progress bar on a terminal, and a log file per rank."""
+"""Output is plain lines in a pipe and a progress bar on a terminal. Each rank has a log file."""
 
 import io
 import math
