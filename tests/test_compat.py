@@ -69,7 +69,7 @@ OPERATIONS = {
 }
 
 
-def resolve(path):
+def resolve_name(path):
     module, _, names = path.partition(":")
     attribute = import_module(module)
     for name in names.split("."):
@@ -89,7 +89,7 @@ def test_deepspeed_has_each_private_function(path):
 
 def check_signature(path, names):
     """Check that a function begins with these parameters and requires no others."""
-    function = resolve(path)
+    function = resolve_name(path)
     if tuple(inspect.signature(function).parameters) == ("args", "kwargs"):  # a decorator that does not tell
         (function,) = (cell.cell_contents for cell in function.__closure__ if inspect.isfunction(cell.cell_contents))
     parameters = list(inspect.signature(function).parameters.values())
@@ -141,7 +141,7 @@ def test_a_deepspeed_pipeline_schedule_has_an_optimizer_step():
     assert [kind.__name__ for kind in engine._INSTRUCTION_MAP].count("OptimizerStep") == 1
 
 
-def defined_names(tree: ast.Module) -> set[str]:
+def list_defined_names(tree: ast.Module) -> set[str]:
     """Names that a module defines itself: functions, classes, variables, and attributes of its objects."""
     names = set()
     for node in ast.walk(tree):
@@ -161,7 +161,7 @@ def is_private(name: str) -> bool:
 TORCH_HOOKS = {"_init_group"}  # private methods of torch's classes that a subclass of ours could override
 
 
-def private_uses(tree: ast.Module, own: set[str]) -> Iterator[str]:
+def find_private_uses(tree: ast.Module, own: set[str]) -> Iterator[str]:
     """Yield each use of a private name that is not our own: imports of modules or names, attributes, operations."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -177,20 +177,20 @@ def private_uses(tree: ast.Module, own: set[str]) -> Iterator[str]:
                 yield dotted
 
 
-def wrong_uses(root: Path) -> list[str]:
+def find_forbidden_uses(root: Path) -> list[str]:
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(root.rglob("*.py"))}
-    own = set().union(*map(defined_names, trees.values()))
+    own = set().union(*map(list_defined_names, trees.values()))
     return [
         f"{file}: {use}"
         for path, tree in trees.items()
         if (file := str(path.relative_to(root))) not in COMPAT
-        for use in private_uses(tree, own)
+        for use in find_private_uses(tree, own)
         if (file, use.rpartition(".")[2]) not in ALLOWED
     ]
 
 
 def test_only_compat_uses_private_names():
-    assert wrong_uses(PACKAGE) == []
+    assert find_forbidden_uses(PACKAGE) == []
 
 
 @pytest.mark.parametrize(
@@ -209,11 +209,11 @@ def test_only_compat_uses_private_names():
 )
 def test_a_private_use_is_detected(line, tmp_path):
     (tmp_path / "planted.py").write_text(line + "\n", encoding="utf-8")
-    assert len(wrong_uses(tmp_path)) == 1, wrong_uses(tmp_path)
+    assert len(find_forbidden_uses(tmp_path)) == 1, find_forbidden_uses(tmp_path)
 
 
 def test_our_own_private_names_are_allowed(tmp_path):
     text = "import torch\nclass A:\n    def __init__(self):\n        self._a = torch.ops.aten._scaled_mm\n"
     text += "def f(a):\n    return a._a\n"
     (tmp_path / "planted.py").write_text(text, encoding="utf-8")
-    assert wrong_uses(tmp_path) == []
+    assert find_forbidden_uses(tmp_path) == []

@@ -153,7 +153,7 @@ def test_all_damaged_checkpoints_raise_an_error(two_copies: Path) -> None:
     assert CheckpointStore(two_copies / "empty").latest_verified() is None
 
 
-def latest_verified_name(directory: Path) -> str:
+def find_latest_verified_name(directory: Path) -> str:
     newest = CheckpointStore(directory).latest_verified()
     assert newest is not None
     return newest.name
@@ -162,12 +162,12 @@ def latest_verified_name(directory: Path) -> str:
 def test_ranks_share_the_verification(two_copies: Path) -> None:
     """All ranks treat a file as damaged that only one rank verifies."""
     names = list(read_manifest(CheckpointFolder(two_copies / "step_00000002")))
-    assert world(2).run(latest_verified_name, two_copies) == ["step_00000002"] * 2
+    assert world(2).run(find_latest_verified_name, two_copies) == ["step_00000002"] * 2
     for name in (names[0], names[1]):
         file = two_copies / "step_00000002" / name
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert world(2).run(latest_verified_name, two_copies) == ["step_00000001"] * 2, name
+        assert world(2).run(find_latest_verified_name, two_copies) == ["step_00000001"] * 2, name
         file.write_bytes(content)
 
 

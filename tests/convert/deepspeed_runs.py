@@ -116,7 +116,7 @@ def run_deepspeed(run: Run) -> tuple[Named, Named]:
         path, _ = engine.load_checkpoint(str(run.load), load_optimizer_states=run.moments)
         assert path is not None, f"DeepSpeed finds no checkpoint in {run.load}"
         loaded = gather_state(engine, model, run)
-        for state in torch_optimizer(engine).state.values():
+        for state in build_torch_optimizer(engine).state.values():
             # Stage 3 of a universal checkpoint has one step tensor for all groups, which each group would increment.
             state.update({key: value.clone() for key, value in state.items() if key == "step"})
     for step in run.steps:
@@ -139,7 +139,7 @@ def gather_state(engine: Any, model: nn.Module, run: Run) -> Named:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     tensors: Named = {}
-    steps = {float(state["step"]) for state in torch_optimizer(engine).state.values() if "step" in state}
+    steps = {float(state["step"]) for state in build_torch_optimizer(engine).state.values() if "step" in state}
     assert len(steps) <= 1
     if run.stage in (
         1,
@@ -165,6 +165,6 @@ def gather_state(engine: Any, model: nn.Module, run: Run) -> Named:
     return tensors
 
 
-def torch_optimizer(engine: Any) -> optim.Optimizer:
+def build_torch_optimizer(engine: Any) -> optim.Optimizer:
     """Return torch's optimizer inside DeepSpeed's."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)

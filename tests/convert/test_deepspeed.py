@@ -166,7 +166,7 @@ def test_some_runs_have_partition_padding() -> None:
     assert any(parameter.numel() % 2 for parameter in model.parameters())
 
 
-def layout_without_padding(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> PartitionLayout:
+def make_layout_without_padding(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> PartitionLayout:
     """Planted bug for stages 1 and 2: partitions without padding."""
     full = contiguous_layout(shapes, 1, gaps)
     size = -(-full.unpadded_sizes[0] // world)
@@ -180,11 +180,11 @@ def layout_without_padding(shapes: Shapes, world: int, gaps: Sequence[int] = ())
     return PartitionLayout(slices, [size] * world, contiguous_layout(shapes, world, gaps).unpadded_sizes)
 
 
-def layout_in_reversed_order(layout: Any) -> Any:
+def make_layout_in_reversed_order(layout: Any) -> Any:
     return lambda shapes, *rest: layout(dict(reversed(shapes.items())), *rest)
 
 
-def layout_with_padding(shapes: Shapes, world: int) -> PartitionLayout:
+def make_layout_with_padding(shapes: Shapes, world: int) -> PartitionLayout:
     """Planted bug for stage 3: the padding of the last shards is read as elements."""
     correct = per_param_layout(shapes, world)
     return replace(correct, slices={name: [slices[0]] * world for name, slices in correct.slices.items()})
@@ -193,11 +193,11 @@ def layout_with_padding(shapes: Shapes, world: int) -> PartitionLayout:
 @pytest.mark.parametrize(
     ("key", "function", "faulty"),
     [
-        ("1", "contiguous_layout", layout_without_padding),
-        ("1", "contiguous_layout", layout_in_reversed_order(contiguous_layout)),
+        ("1", "contiguous_layout", make_layout_without_padding),
+        ("1", "contiguous_layout", make_layout_in_reversed_order(contiguous_layout)),
         ("2 aligned", "contiguous_layout", lambda shapes, world, gaps: contiguous_layout(shapes, world)),
-        ("3", "per_param_layout", layout_with_padding),
-        ("3", "per_param_layout", layout_in_reversed_order(per_param_layout)),
+        ("3", "per_param_layout", make_layout_with_padding),
+        ("3", "per_param_layout", make_layout_in_reversed_order(per_param_layout)),
     ],
     ids=["no padding", "order", "no gaps", "parts with padding", "order of parts"],
 )
@@ -454,7 +454,7 @@ def test_reading_a_file_runs_no_code(function: Any, is_refused: bool, tmp_path: 
     assert (tmp_path / "evil").exists(), "the usual way of loading runs the code"
 
 
-def resident_bytes() -> int:
+def read_resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -470,11 +470,11 @@ def test_memory_does_not_depend_on_the_checkpoint_size(tmp_path: Path, monkeypat
         "dist_llm.convert.deepspeed_write._scatter_to_views",
         lambda tensor, views: views[-1].fill_(7) if len(tensor) == 3 else None,
     )
-    before = resident_bytes()
+    before = read_resident_bytes()
     write_deepspeed(tmp_path, state, 3, 2, groups=[["big", "small"]], settings=[{}], step=0)
     weights = open_deepspeed(tmp_path)
     assert weights.read("model.small").tolist() == [0.0, 0.0, 7.0]
-    assert resident_bytes() - before < 2**27
+    assert read_resident_bytes() - before < 2**27
 
 
 def test_failed_write_leaves_no_files(tmp_path: Path) -> None:

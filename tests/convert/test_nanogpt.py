@@ -138,7 +138,7 @@ def write_bins(directory: Path) -> dict[str, np.ndarray]:
     return written
 
 
-def adopt_bins(directory: Path) -> Path:
+def adopt_bin_files(directory: Path) -> Path:
     out = directory / "corpus"
     data, heldout = (str(directory / "train.bin"),), (str(directory / "val.bin"),)
     adopt(AdoptOptions("bin", data, "byte", out, heldout, dtype="uint16"), io.StringIO())
@@ -149,7 +149,7 @@ def adopt_bins(directory: Path) -> Path:
 def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tool = command("convert")
     nanogpt_model, written = build_reference(bias), write_bins(tmp_path)
-    corpus = adopt_bins(tmp_path)
+    corpus = adopt_bin_files(tmp_path)
     save_nanogpt_checkpoint(nanogpt_model, bias, tmp_path / "ckpt.pt")
     assert tool("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "ours", "--tokenizer", corpus) == 0
 
@@ -211,7 +211,7 @@ def test_a_model_that_nanogpt_cannot_express_is_refused(tmp_path: Path) -> None:
 
 def test_a_corpus_with_too_many_ids_is_not_exported(tmp_path: Path) -> None:
     write_bins(tmp_path)
-    corpus = adopt_bins(tmp_path)
+    corpus = adopt_bin_files(tmp_path)
     path = corpus / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100_000}))
     with pytest.raises(DataError, match=r"has 100000 ids, but nanoGPT's \.bin files hold at most 65536"):

@@ -41,7 +41,7 @@ def test_ignored_signals_stay_ignored(number: signal.Signals) -> None:
         signal.signal(number, handler_before)
 
 
-def signals_by_step_of(rank: int) -> list[int]:
+def agree_on_signals(rank: int) -> list[int]:
     signals_by_step = []
     with StopSignals() as signals:
         for step in range(3):
@@ -53,7 +53,7 @@ def signals_by_step_of(rank: int) -> list[int]:
 
 
 def test_all_ranks_agree_on_the_step() -> None:
-    assert world(2).run(signals_by_step_of, 1) == [[0, 0, signal.SIGUSR1]] * 2
+    assert world(2).run(agree_on_signals, 1) == [[0, 0, signal.SIGUSR1]] * 2
 
 
 # One forked child for each case. "stuck": the main thread waits in C for a mutex that is never released, as it may wait

@@ -41,7 +41,7 @@ def compute_products(x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor, T
     return y.detach().float(), *torch.autograd.grad(y, (x, w), g.bfloat16())
 
 
-def factor_pairs(x: Tensor, w: Tensor, g: Tensor) -> list[tuple[Tensor, torch.dtype, Tensor, torch.dtype]]:
+def list_factor_pairs(x: Tensor, w: Tensor, g: Tensor) -> list[tuple[Tensor, torch.dtype, Tensor, torch.dtype]]:
     """The three products as pairs of factors a and b with their dtypes, for a b^T."""
     return [
         (x, INPUT_DTYPE, w, INPUT_DTYPE),
@@ -50,7 +50,7 @@ def factor_pairs(x: Tensor, w: Tensor, g: Tensor) -> list[tuple[Tensor, torch.dt
     ]
 
 
-def error_bound(a: Tensor, a_dtype: torch.dtype, b: Tensor, b_dtype: torch.dtype) -> Tensor:
+def compute_error_bound(a: Tensor, a_dtype: torch.dtype, b: Tensor, b_dtype: torch.dtype) -> Tensor:
     """Bound the error of each element of a b^T, computed exactly except for rounding of a, b and the result.
 
     Rounding changes an element a by at most e_a = u |a| + s. Here u is half a unit in the last place, and s is the
@@ -58,12 +58,12 @@ def error_bound(a: Tensor, a_dtype: torch.dtype, b: Tensor, b_dtype: torch.dtype
     products therefore errs by at most the sum of |a| e_b + e_a |b| + e_a e_b, plus the rounding of the result to bf16.
     """
 
-    def element_error(x: Tensor, dtype: torch.dtype) -> Tensor:
+    def compute_element_error(x: Tensor, dtype: torch.dtype) -> Tensor:
         u, smallest = ULP[dtype]
         return u * x.abs() + smallest * x.abs().max() / (torch.finfo(dtype).max / 2)
 
     a, b = a.double(), b.double()
-    e_a, e_b = element_error(a, a_dtype), element_error(b, b_dtype)
+    e_a, e_b = compute_element_error(a, a_dtype), compute_element_error(b, b_dtype)
     sums = a.abs() @ e_b.t() + e_a @ b.abs().t() + e_a @ e_b.t()
     return sums + BF16_ULP * ((a @ b.t()).abs() + sums)
 
@@ -74,9 +74,9 @@ def check_errors(x: Tensor, w: Tensor, g: Tensor) -> None:
     The relative rounding error of a random number is half a unit times 0.425 in root mean square, which is sqrt(1/3 * 3
     / (8 ln 2)): 2.65% in e4m3, 5.3% in e5m2. A product has the root of the sum of both squares.
     """
-    for actual, (a, a_dtype, b, b_dtype) in zip(compute_products(x, w, g), factor_pairs(x, w, g), strict=True):
+    for actual, (a, a_dtype, b, b_dtype) in zip(compute_products(x, w, g), list_factor_pairs(x, w, g), strict=True):
         exact = a.double() @ b.double().t()
-        assert ((actual - exact).abs() <= error_bound(a, a_dtype, b, b_dtype)).all()
+        assert ((actual - exact).abs() <= compute_error_bound(a, a_dtype, b, b_dtype)).all()
         expected_error = 0.425 * math.hypot(ULP[a_dtype][0], ULP[b_dtype][0])
         assert float((actual - exact).norm() / exact.norm()) == pytest.approx(expected_error, rel=0.2)
 
@@ -85,8 +85,8 @@ def check_errors(x: Tensor, w: Tensor, g: Tensor) -> None:
 def test_a_product_has_the_error_of_rounded_factors(tokens: int) -> None:
     """The number of tokens need not be a multiple of 16."""
     x, w, g = make_factors(tokens)
-    for actual, (a, a_dtype, b, b_dtype) in zip(compute_products(x, w, g), factor_pairs(x, w, g), strict=True):
-        assert ((actual - a.double() @ b.double().t()).abs() <= error_bound(a, a_dtype, b, b_dtype)).all()
+    for actual, (a, a_dtype, b, b_dtype) in zip(compute_products(x, w, g), list_factor_pairs(x, w, g), strict=True):
+        assert ((actual - a.double() @ b.double().t()).abs() <= compute_error_bound(a, a_dtype, b, b_dtype)).all()
 
 
 def test_the_error_has_the_size_of_float8_rounding() -> None:
