@@ -52,7 +52,7 @@ def scale_tensor(directory: Path, name: str) -> None:
 def test_an_export_has_a_probe_that_an_import_compares(
     dtype: str, tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    native = write_checkpoint_with_probe(tmp_path / "ours")
+    native = write_checkpoint_with_probe(tmp_path / "native")
     assert tool("to-hf", native, tmp_path / "hf", "--dtype", dtype) == 0
     out = capsys.readouterr().out
     assert out.count("the probe's loss was") == 2, "of the checkpoint and of the output"
@@ -74,7 +74,7 @@ def test_an_export_has_a_probe_that_an_import_compares(
 def test_a_changed_config_of_an_export_is_refused(
     tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool("to-hf", write_checkpoint_with_probe(tmp_path / "ours"), tmp_path / "hf") == 0
+    assert tool("to-hf", write_checkpoint_with_probe(tmp_path / "native"), tmp_path / "hf") == 0
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 5e5
@@ -88,7 +88,7 @@ def test_weights_that_differ_from_the_probe_are_refused(
     command: str, tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     native, other = (
-        write_checkpoint_with_probe(tmp_path / "ours"),
+        write_checkpoint_with_probe(tmp_path / "native"),
         write_checkpoint_with_probe(tmp_path / "other", logit_cap=2.0),
     )
     files = {entry.name: entry.read_bytes() for entry in native.iterdir() if entry.suffix in (".json", ".yaml")}
@@ -110,7 +110,7 @@ def test_weights_that_differ_from_the_probe_are_refused(
 def test_a_torch_file_is_compared_with_its_probe(
     tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool("to-torch", write_checkpoint_with_probe(tmp_path / "ours"), tmp_path / "one.pt") == 0
+    assert tool("to-torch", write_checkpoint_with_probe(tmp_path / "native"), tmp_path / "one.pt") == 0
     content = torch.load(tmp_path / "one.pt", weights_only=True)
     assert tool("from-torch", tmp_path / "one.pt", tmp_path / "again") == 0
     content["model"]["blocks.0.attention.q.weight"] *= 3
