@@ -147,11 +147,11 @@ def adopt_bin_files(directory: Path) -> Path:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = command("convert")
+    run_convert = command("convert")
     nanogpt_model, written = build_reference(bias), write_bins(tmp_path)
     corpus = adopt_bin_files(tmp_path)
     save_nanogpt_checkpoint(nanogpt_model, bias, tmp_path / "ckpt.pt")
-    assert tool("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native", "--tokenizer", corpus) == 0
+    assert run_convert("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native", "--tokenizer", corpus) == 0
 
     config = load_saved(tmp_path / "native")
     native = build_model(config.model).eval()
@@ -172,7 +172,7 @@ def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
     assert result.loss == pytest.approx(float(torch.stack(losses).sum().detach()) / result.tokens, rel=1e-5)
     assert "in windows of 16 (as in the run): " in capsys.readouterr().out
 
-    assert tool("to-nanogpt", tmp_path / "native", tmp_path / "back.pt") == 0
+    assert run_convert("to-nanogpt", tmp_path / "native", tmp_path / "back.pt") == 0
     exported = torch.load(tmp_path / "back.pt", weights_only=True)
     before = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert exported.keys() == before.keys()
@@ -193,9 +193,9 @@ def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_model_that_nanogpt_cannot_express_is_refused(tmp_path: Path) -> None:
-    tool = command("convert")
+    run_convert = command("convert")
     save_nanogpt_checkpoint(build_reference(True), True, tmp_path / "ckpt.pt")
-    assert tool("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native") == 0
+    assert run_convert("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native") == 0
     config, weights = load_saved(tmp_path / "native"), None
     for change in ({"activation": "gelu_tanh"}, {"tie_embeddings": False}, {"d_ff": 64}, {"positions": "rope"}):
         other = config.model_copy(update={"model": config.model.model_copy(update=change)})
@@ -206,7 +206,7 @@ def test_a_model_that_nanogpt_cannot_express_is_refused(tmp_path: Path) -> None:
     content = load_torch(tmp_path / "ckpt.pt")
     content["model_args"]["n_head"] = 5
     torch.save(content, tmp_path / "odd.pt")
-    assert tool("from-nanogpt", tmp_path / "odd.pt", tmp_path / "odd") == 2
+    assert run_convert("from-nanogpt", tmp_path / "odd.pt", tmp_path / "odd") == 2
 
 
 def test_a_corpus_with_too_many_ids_is_not_exported(tmp_path: Path) -> None:
