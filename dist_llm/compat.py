@@ -80,8 +80,8 @@ def use_one_thread_per_gloo_group(interfaces: Iterable[str] = ()) -> None:
 
     `interfaces` are the network interfaces in GLOO_SOCKET_IFNAME. Two threads of a group that end an operation at the
     same time assign its name to a string without a lock (`lastCompletedWorkName` in ProcessGroupGloo::runLoop, seen
-    with torch 2.13). This writes to freed memory, and a later allocation crashes: about one in ten runs of 20 steps
-    with tensor and pipeline parallelism. Point-to-point messages do not use these threads.
+    with torch 2.13). This writes to freed memory, and a later allocation crashes, in about one of ten
+    runs of 20 steps with tensor and pipeline parallelism. Point-to-point messages do not use these threads.
     """
     base, interface_names = dist.distributed_c10d.ProcessGroupGloo, tuple(interfaces)
     if getattr(base, "one_thread", False):

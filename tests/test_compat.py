@@ -1,6 +1,6 @@
-"""Each private interface of torch and DeepSpeed exists with the signature that is relied on, and is used once.
+"""Each private interface of torch and DeepSpeed that we use exists with the expected signature.
 
-A change of torch that breaks one shows here, by name, and not as a failure somewhere in a step.
+If a new version changes an interface, a test here names it.
 """
 
 import ast
@@ -69,7 +69,7 @@ OPERATIONS = {
 }
 
 
-def resolve(path):
+def resolve_name(path):
     module, _, names = path.partition(":")
     attribute = import_module(module)
     for name in names.split("."):
@@ -78,18 +78,18 @@ def resolve(path):
 
 
 @pytest.mark.parametrize("path", SIGNATURES)
-def test_torch_has_each_function(path):
+def test_torch_has_each_private_function(path):
     check_signature(path, SIGNATURES[path])
 
 
 @pytest.mark.parametrize("path", DEEPSPEED_SIGNATURES)
-def test_deepspeed_has_each_function(path):
+def test_deepspeed_has_each_private_function(path):
     check_signature(path, DEEPSPEED_SIGNATURES[path])
 
 
 def check_signature(path, names):
-    """The function has these parameters first, and requires no other."""
-    function = resolve(path)
+    """Check that a function begins with these parameters and requires no others."""
+    function = resolve_name(path)
     if tuple(inspect.signature(function).parameters) == ("args", "kwargs"):  # a decorator that does not tell
         (function,) = (cell.cell_contents for cell in function.__closure__ if inspect.isfunction(cell.cell_contents))
     parameters = list(inspect.signature(function).parameters.values())
@@ -126,7 +126,7 @@ def test_foreach_kernels_compute_as_expected():
     assert [tensor.tolist() for tensor in tensors] == [[6.0, 8.0], [10.0]]
 
 
-def test_a_selective_checkpoint_tells_what_it_saves():
+def test_a_selective_checkpoint_stores_its_outputs():
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     contexts = create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
@@ -136,12 +136,12 @@ def test_a_selective_checkpoint_tells_what_it_saves():
     assert [tensor.shape for tensor in compat.saved_tensors(saved) if tensor is not None].count(product.shape) == 1
 
 
-def test_a_pipeline_of_deepspeed_has_a_step_to_postpone():
+def test_a_deepspeed_pipeline_schedule_has_an_optimizer_step():
     engine = import_module("deepspeed.runtime.pipe.engine").PipelineEngine
     assert [kind.__name__ for kind in engine._INSTRUCTION_MAP].count("OptimizerStep") == 1
 
 
-def defined_names(tree: ast.Module) -> set[str]:
+def list_defined_names(tree: ast.Module) -> set[str]:
     """Names that a module defines itself: functions, classes, variables, and attributes of its objects."""
     names = set()
     for node in ast.walk(tree):
@@ -161,7 +161,7 @@ def is_private(name: str) -> bool:
 TORCH_HOOKS = {"_init_group"}  # private methods of torch's classes that a subclass of ours could override
 
 
-def private_uses(tree: ast.Module, own: set[str]) -> Iterator[str]:
+def find_private_uses(tree: ast.Module, own: set[str]) -> Iterator[str]:
     """Yield each use of a private name that is not our own: imports of modules or names, attributes, operations."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -177,20 +177,20 @@ def private_uses(tree: ast.Module, own: set[str]) -> Iterator[str]:
                 yield dotted
 
 
-def wrong_uses(root: Path) -> list[str]:
+def find_forbidden_uses(root: Path) -> list[str]:
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(root.rglob("*.py"))}
-    own = set().union(*map(defined_names, trees.values()))
+    own = set().union(*map(list_defined_names, trees.values()))
     return [
         f"{file}: {use}"
         for path, tree in trees.items()
         if (file := str(path.relative_to(root))) not in COMPAT
-        for use in private_uses(tree, own)
+        for use in find_private_uses(tree, own)
         if (file, use.rpartition(".")[2]) not in ALLOWED
     ]
 
 
 def test_only_compat_uses_private_names():
-    assert wrong_uses(PACKAGE) == []
+    assert find_forbidden_uses(PACKAGE) == []
 
 
 @pytest.mark.parametrize(
@@ -207,13 +207,13 @@ def test_only_compat_uses_private_names():
         "class A(B):\n    def _init_group(self, *group):\n        return super()._init_group(*group)",
     ],
 )
-def test_a_private_use_is_caught(line, tmp_path):
+def test_a_private_use_is_detected(line, tmp_path):
     (tmp_path / "planted.py").write_text(line + "\n", encoding="utf-8")
-    assert len(wrong_uses(tmp_path)) == 1, wrong_uses(tmp_path)
+    assert len(find_forbidden_uses(tmp_path)) == 1, find_forbidden_uses(tmp_path)
 
 
-def test_own_private_names_and_operations_are_no_uses(tmp_path):
+def test_our_own_private_names_are_allowed(tmp_path):
     text = "import torch\nclass A:\n    def __init__(self):\n        self._a = torch.ops.aten._scaled_mm\n"
     text += "def f(a):\n    return a._a\n"
     (tmp_path / "planted.py").write_text(text, encoding="utf-8")
-    assert wrong_uses(tmp_path) == []
+    assert find_forbidden_uses(tmp_path) == []

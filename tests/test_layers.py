@@ -1,4 +1,4 @@
-"""Rules for imports and modules, read from the source: which package may import which others."""
+"""Import rules: which package may import which other packages."""
 
 import ast
 import re
@@ -121,7 +121,7 @@ def find_violations(root: Path) -> list[str]:
     return violations
 
 
-def test_every_rule_holds():
+def test_no_module_violates_the_import_rules():
     assert find_violations(PACKAGE) == []
 
 
@@ -149,7 +149,7 @@ def test_every_rule_holds():
         ("fresh/thing.py", "", "no place in the order"),
     ],
 )
-def test_a_planted_violation_is_caught(file, statement, message, tmp_path):
+def test_a_planted_violation_is_detected(file, statement, message, tmp_path):
     copy = tmp_path / "dist_llm"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     module_path = copy / file

@@ -1,4 +1,4 @@
-"""Views of a DTensor on one of four ranks, without a message between ranks."""
+"""Local shards of a DTensor on four ranks are accessible without communication."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def mesh():
         ((Replicate(), Replicate()), (6, 8), (0, 0), set()),
     ],
 )
-def test_views_of_a_dtensor(placements, shape, offset, over, mesh):
+def test_a_dtensor_has_a_local_shard_with_offset(placements, shape, offset, over, mesh):
     full = torch.arange(48.0).view(6, 8)
     local = full[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
     tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
@@ -46,7 +46,7 @@ def test_views_of_a_dtensor(placements, shape, offset, over, mesh):
     assert messages.get_total_counts() == 0
 
 
-def test_views_of_a_plain_tensor():
+def test_a_plain_tensor_is_its_own_shard():
     tensor = torch.ones(2, 3)
     assert local_with_offset(tensor) == (tensor, (0, 0))
     assert to_local(tensor) is tensor
@@ -54,7 +54,7 @@ def test_views_of_a_plain_tensor():
     assert coordinate(None, "tp") == 0
 
 
-def test_a_parameter_that_zero_3_partitions():
+def test_a_zero_3_parameter_is_sharded():
     parameter = nn.Parameter(torch.empty(0))
     parameter.ds_id, parameter.ds_shape = 0, torch.Size((4, 5))
     assert (full_shape(parameter), is_sharded(parameter)) == ((4, 5), True)

@@ -1,4 +1,4 @@
-"""Initialize a run's weights from a checkpoint of another run, whose vocabulary may differ.
+"""Initialize the weights of a run from a checkpoint of another run, whose vocabulary may differ.
 
 An objective adds token ids (masks, sentinels, modes) after the ids of the tokenizer. Embedding and head have one row
 per id. Rows of ids that the checkpoint knows are copied. Rows of new ids keep their initial values.

@@ -83,7 +83,7 @@ def _check_sizes(metadata: Metadata, location: str) -> None:
 
 @contextmanager
 def convert_read_errors(folder: object) -> Iterator[None]:
-    """Within the block, convert torch's read errors to a CheckpointError that names the first failing rank."""
+    """Within the block, convert read errors of torch to a CheckpointError that names the first failing rank."""
     try:
         yield
     except CheckpointException as error:  # not a subclass of Exception

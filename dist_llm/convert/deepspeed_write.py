@@ -64,7 +64,7 @@ def write_deepspeed(
     shared = shared or {}
     _check_groups(weights, groups, settings, shared)
     shapes: list[Shapes] = [{name: weights.shapes[f"model.{name}"] for name in group} for group in groups]
-    group_of_flat = list(range(len(groups)))  # the optimizer's group of each flat tensor
+    group_of_flat = list(range(len(groups)))  # parameter group of each flat tensor
     if stage == 3:
         sub_groups = [
             (group, sub_group_shapes)

@@ -51,7 +51,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         return super().all_reduce_over_data(value * self.is_last_stage)  # only the last stage has losses
 
     def build_model_part(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
-        """Build this rank's pipeline stage."""
+        """Build the pipeline stage of this rank."""
         config, stage = self.config, dist.get_rank() // self.dp_rank_and_size[1]
         with torch.device("meta"):
             model_part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))

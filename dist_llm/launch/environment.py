@@ -79,7 +79,7 @@ def check_accelerate(
         "ACCELERATE_USE_FSDP": (plugin_key, [str(plugin == "fsdp2").lower()]),
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("deepspeed.stage", [str(deepspeed.stage)]),
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("deepspeed.config", [deepspeed.config or "none"]),
-        # accelerate divides the loss by its number of accumulation steps.
+        # accelerate would divide the loss by this number.
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("data.micro_batch", ["1"]),
         "ACCELERATE_GRADIENT_CLIPPING": ("optim.clip", [str(config.optim.clip or 0.0), "none"]),
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("deepspeed.offload_optimizer", [deepspeed.offload_optimizer]),

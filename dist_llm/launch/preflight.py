@@ -53,6 +53,7 @@ class PreflightTimeout:
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        """Limit the duration of the block."""
         timer = threading.Timer(self.seconds, self._end)
         timer.daemon = True
         timer.start()
@@ -66,6 +67,7 @@ class PreflightTimeout:
         return format_problems([*self.problems, f"{self.world.host}: rank {self.world.rank} {problem}"])
 
     def remove_file(self) -> None:
+        """Remove the test file, if there is one."""
         with suppress(OSError):
             if self.file:
                 self.file.unlink(missing_ok=True)
@@ -315,7 +317,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _first_line(*command: str) -> str:
-    """Return the first line of a program's output; empty if the program is missing or fails."""
+    """Return the first line of the output of a program; an empty string if the program is missing or fails."""
     try:
         completed = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

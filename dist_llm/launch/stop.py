@@ -47,9 +47,9 @@ class StopSignals:
         threading.Thread(target=_end_on_second_signal, args=self._pipe[:1], name="stop signals", daemon=True).start()
         self._previous_wakeup_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         handled = [
-            number for number in STOPPING if number not in IGNORABLE or signal.getsignal(number) != signal.SIG_IGN
+            signum for signum in STOPPING if signum not in IGNORABLE or signal.getsignal(signum) != signal.SIG_IGN
         ]
-        self._previous_handlers = {number: signal.signal(number, self._handle) for number in handled}
+        self._previous_handlers = {signum: signal.signal(signum, self._handle) for signum in handled}
         self._previous_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         return self
 
@@ -57,16 +57,16 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._previous_mask)
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+        for signum, handler in self._previous_handlers.items():
+            signal.signal(signum, handler)
         signal.set_wakeup_fd(self._previous_wakeup_fd)
         os.close(self._pipe[1])  # the signal thread reads end-of-file and ends
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.local_signal and number in TERMINATING:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.local_signal = self.local_signal or number
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.local_signal and signum in TERMINATING:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        self.local_signal = self.local_signal or signum
 
     def start_sync(self) -> None:
         """Start the all-reduce of the signals that the ranks have received so far."""
@@ -92,18 +92,18 @@ def _end_on_second_signal(read_fd: int) -> None:
     is_first = True
     with os.fdopen(read_fd, "rb", buffering=0) as pipe:
         while content := pipe.read(1):
-            number = content[0]
-            if number not in STOPPING:
+            signum = content[0]
+            if signum not in STOPPING:
                 continue
-            if not is_first and number in TERMINATING:
+            if not is_first and signum in TERMINATING:
                 time.sleep(GRACE_SECONDS)
-                os._exit(128 + number)
+                os._exit(128 + signum)
             is_first = False
 
 
-def write_stop_marker(number: int, step: int, directory: Path) -> None:
+def write_stop_marker(signum: int, step: int, directory: Path) -> None:
     """Write the signal, and the step after which the run stopped, to the marker file for a batch script."""
-    content = json.dumps({"signal": signal.Signals(number).name, "step": step}) + "\n"
+    content = json.dumps({"signal": signal.Signals(signum).name, "step": step}) + "\n"
     replace_file(_marker_path(directory), content.encode())
 
 

@@ -41,7 +41,7 @@ def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def all_reduce_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
-    """Sum `value` in place over the ranks whose coordinates differ from this rank's only in `axes`."""
+    """Sum `value` in place over the ranks whose coordinates differ from those of this rank only in `axes`."""
     for axis in axes:
         if mesh[axis].size() > 1:
             dist.all_reduce(value, group=mesh.get_group(axis))
@@ -116,7 +116,7 @@ def all_gather_ints(value: int, device: torch.device) -> list[int]:
     local = torch.tensor([value], device=device)
     by_rank = [torch.empty_like(local) for _ in range(dist.get_world_size())]
     dist.all_gather(by_rank, local)
-    return [int(number) for number in torch.cat(by_rank).tolist()]
+    return [int(rank_value) for rank_value in torch.cat(by_rank).tolist()]
 
 
 def stage_group(mesh: DeviceMesh) -> dist.ProcessGroup:

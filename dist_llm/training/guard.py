@@ -62,8 +62,10 @@ class Guard:
         self.last_warned_step = 0
 
     def should_apply(self, step: int, loss: Tensor, norm: Tensor) -> bool:
-        """Return whether to apply the update of this step. Called only if `can_skip`: it waits for the device and all
-        ranks."""
+        """Return whether to apply the update of this step.
+
+        Called only if `can_skip`, because it waits for the device and all ranks.
+        """
         anomaly = self._agree(self._find_anomaly(*torch.stack((loss.float(), norm.float())).tolist()))
         self.checked[step] = anomaly
         return anomaly is None or self._policy(anomaly) != "skip"

@@ -202,7 +202,7 @@ class RunContext:
     def rewind(self, trainer: Trainer, error: RewindError) -> Trainer:
         """Return a trainer that starts from the latest checkpoint and leaves out the samples of the bad steps.
 
-        These are the samples of the last guard.skip_steps steps, unless the anomaly allows to repeat them.
+        These are the samples of the last guard.skip_steps steps, unless the anomaly is a difference between ranks.
         """
         self.watchdog.heartbeat("the rewind", SLOW_FACTOR)
         trainer.loader.close()

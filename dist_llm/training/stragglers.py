@@ -24,7 +24,8 @@ MIN_LAG = 0.15
 class StragglerMonitor:
     """While open, samples whether this rank waits, and reports a slow rank every `interval_seconds`.
 
-    `interval_seconds` is log.stragglers_seconds. The monitor does nothing if it is None, or if there is only one rank.
+    `interval_seconds` is log.stragglers_seconds. The monitor does nothing if the interval is None or there is only one
+    rank.
     """
 
     def __init__(self, world: World, engine: Engine, interval_seconds: float | None) -> None:

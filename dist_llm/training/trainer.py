@@ -257,7 +257,7 @@ class Trainer:
         return progress
 
     def _open_heldout(self, objective: Objective) -> HeldoutData | None:
-        """Open the held-out text of each data source that has enough of it. Return None if no source has."""
+        """Open the held-out text of each data source with enough tokens. Return None if there is no such source."""
         data, corpora = self.config.data, {}
         for source in self.loader.plan.sources:
             corpus = Corpus(source.corpus.directory, "heldout", data.verify, data.cache)

@@ -1,4 +1,4 @@
-"""The size of a checkpoint is known to the byte before the model exists."""
+"""The size of a checkpoint is computed exactly from the config."""
 
 import pytest
 import torch

@@ -39,7 +39,7 @@ def step(engine: NativeEngine, number: int) -> None:
     train_step(engine, make_batches(engine.config, engine, number), 1e-3, number)
 
 
-def engine_at(steps: int) -> NativeEngine:
+def build_engine_at_step(steps: int) -> NativeEngine:
     engine = NativeEngine(CONFIG, CPU)
     for number in range(steps):
         step(engine, number)
@@ -58,7 +58,7 @@ def load_state(folder: CheckpointFolder | Path) -> dict[str, torch.Tensor]:
     return copy_state(engine)
 
 
-def states_equal(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+def are_states_equal(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     assert result.keys() == expected.keys()
     return all(torch.equal(result[name], expected[name]) for name in expected)
 
@@ -79,7 +79,7 @@ def write_gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 def save_while_training(directory: Path, write_gate: threading.Event) -> tuple[dict[str, torch.Tensor], Path]:
     """Return (the state at the start of the save, the path of the checkpoint written after two more steps)."""
-    engine, checkpoints = engine_at(2), CheckpointStore(directory)
+    engine, checkpoints = build_engine_at_step(2), CheckpointStore(directory)
     expected = copy_state(engine)
     checkpoints.save(engine.state, Progress(2), {})
     for number in (2, 3):
@@ -88,16 +88,16 @@ def save_while_training(directory: Path, write_gate: threading.Event) -> tuple[d
         assert checkpoints.current_write is not None, "the write is still in progress"
     write_gate.set()
     checkpoints.finish()
-    assert not states_equal(copy_state(engine), expected)
+    assert not are_states_equal(copy_state(engine), expected)
     return expected, directory / "step_00000002"
 
 
-def test_background_save_contains_the_values_of_its_step(tmp_path: Path, write_gate: threading.Event) -> None:
+def test_a_background_save_contains_the_values_of_its_step(tmp_path: Path, write_gate: threading.Event) -> None:
     expected, path = save_while_training(tmp_path, write_gate)
-    assert states_equal(load_state(path), expected)
+    assert are_states_equal(load_state(path), expected)
 
 
-def test_background_save_without_staging_has_later_values(
+def test_a_background_save_without_staging_has_later_values(
     tmp_path: Path, write_gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -106,43 +106,43 @@ def test_background_save_without_staging_has_later_values(
         lambda _, state: {name: to_local(tensor) for name, tensor in state.items()},
     )
     expected, path = save_while_training(tmp_path, write_gate)
-    assert not states_equal(load_state(path), expected)
+    assert not are_states_equal(load_state(path), expected)
 
 
-def test_two_saves_in_a_row_differ(tmp_path: Path) -> None:
-    engine, checkpoints, expected = engine_at(1), CheckpointStore(tmp_path), {}
+def test_consecutive_saves_contain_different_values(tmp_path: Path) -> None:
+    engine, checkpoints, expected = build_engine_at_step(1), CheckpointStore(tmp_path), {}
     for number in (1, 2):
         expected[number] = copy_state(engine)
         checkpoints.save(engine.state, Progress(number), {})
         step(engine, number)
     checkpoints.finish()
     for number in (1, 2):
-        assert states_equal(load_state(tmp_path / f"step_{number:08d}"), expected[number])
+        assert are_states_equal(load_state(tmp_path / f"step_{number:08d}"), expected[number])
 
 
-def test_foreground_save_is_committed_on_return(tmp_path: Path) -> None:
-    engine, checkpoints = engine_at(1), CheckpointStore(tmp_path, CheckpointConfig(background=False))
+def test_a_foreground_save_is_committed_on_return(tmp_path: Path) -> None:
+    engine, checkpoints = build_engine_at_step(1), CheckpointStore(tmp_path, CheckpointConfig(background=False))
     checkpoints.save(engine.state, Progress(1), {})
     assert checkpoints.latest_verified() is not None
     assert not checkpoints.staging.buffers
-    assert states_equal(load_state(tmp_path / "step_00000001"), copy_state(engine))
+    assert are_states_equal(load_state(tmp_path / "step_00000001"), copy_state(engine))
 
 
-def test_checkpoints_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_can_be_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "CACHE", str(tmp_path / "cache"))
     url = f"memory://{tmp_path.name}/checkpoints"
-    engine, checkpoints = engine_at(1), CheckpointStore(url, CheckpointConfig(keep=2))
+    engine, checkpoints = build_engine_at_step(1), CheckpointStore(url, CheckpointConfig(keep=2))
     for number in (1, 2, 3):
         checkpoints.save(engine.state, Progress(number), {"config.yaml": b"run: {}\n"})
         checkpoints.finish()
     assert [folder.name for folder in checkpoints.list_committed()] == ["step_00000002", "step_00000003"]
     newest = checkpoints.latest_verified()
     assert newest is not None
-    assert states_equal(load_state(newest), copy_state(engine))
+    assert are_states_equal(load_state(newest), copy_state(engine))
 
     result = store.open_checkpoint(str(newest))
     assert result.is_relative_to(tmp_path / "cache")
-    assert states_equal(load_state(result), copy_state(engine))
+    assert are_states_equal(load_state(result), copy_state(engine))
 
     memory = fsspec.filesystem("memory")
     name = f"{newest.path}/__0_0.distcp"
@@ -179,7 +179,7 @@ def save_with_limit(directory: Path, limited_rank: int) -> str:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_all_ranks_report_the_rank_that_cannot_write(rank: int, tmp_path: Path) -> None:
+def test_all_ranks_name_the_rank_that_cannot_write(rank: int, tmp_path: Path) -> None:
     """One rank reaches its quota. The older checkpoint stays, and the step is saved once there is space."""
     first, second = get_world(2).run(save_with_limit, tmp_path, rank)
     assert first == second
@@ -204,7 +204,7 @@ def test_a_failed_writer_thread_fails_the_save(tmp_path: Path, monkeypatch: pyte
         return original(*args, **keywords)
 
     monkeypatch.setattr(filesystem, "_write_item", write_or_fail)
-    checkpoints.save(engine_at(1).state, Progress(1), {})
+    checkpoints.save(build_engine_at_step(1).state, Progress(1), {})
     with pytest.raises(CheckpointError, match="a thread that writes tensors failed; its error is above"):
         checkpoints.finish()
     assert failure.is_set()
@@ -212,7 +212,7 @@ def test_a_failed_writer_thread_fails_the_save(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_failing_thread_stops_the_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_thread_stops_the_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other threads do not create files that the failed save has removed."""
     original, checkpoints, write_times = filesystem._write_item, CheckpointStore(tmp_path), list[float]()
 
@@ -226,7 +226,7 @@ def test_failing_thread_stops_the_other_threads(tmp_path: Path, monkeypatch: pyt
         return result
 
     monkeypatch.setattr(filesystem, "_write_item", write_or_fail)
-    checkpoints.save(engine_at(1).state, Progress(1), {})
+    checkpoints.save(build_engine_at_step(1).state, Progress(1), {})
     with pytest.raises(CheckpointError, match="no such luck"):
         checkpoints.finish()
     end_time = time.monotonic()
@@ -236,9 +236,9 @@ def test_failing_thread_stops_the_other_threads(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
-def test_impossible_directory_is_reported(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    engine, checkpoints = engine_at(1), CheckpointStore(tmp_path / "file" / "checkpoints")
+    engine, checkpoints = build_engine_at_step(1), CheckpointStore(tmp_path / "file" / "checkpoints")
     checkpoints.save(engine.state, Progress(1), {})
     with pytest.raises(CheckpointError, match=r"cannot be written: .*Not a directory"):
         checkpoints.finish()
@@ -272,13 +272,13 @@ print(json.dumps([peak - before, 3 * sum(p.numel() * 4 for p in model.parameters
 """
 
 
-def test_a_save_needs_at_most_one_and_a_half_times_the_shard(tmp_path: Path) -> None:
+def test_a_save_needs_at_most_1_5_shards_of_extra_memory(tmp_path: Path) -> None:
     completed = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
-    extra, shard = json.loads(completed.stdout)
-    assert 0.5 * shard < extra < 1.5 * shard, "a save needs the staging buffers and little else"
+    extra_bytes, shard_bytes = json.loads(completed.stdout)
+    assert 0.5 * shard_bytes < extra_bytes < 1.5 * shard_bytes, "a save needs the staging buffers and little else"
 
 
-def test_writeback_of_a_large_file_is_advised_and_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writeback_of_a_large_file_is_advised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def record_and_fail(file: int, offset: int, length: int, advice: int) -> None:

@@ -1,4 +1,4 @@
-"""A resume, or a start from other weights, needs the checkpoint's model, or changes that the config requests."""
+"""Resume and init_from require the model of the checkpoint, except for changes that the config requests."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def write_config(directory: Path, model: dict[str, Any], **sections: Any) -> Pat
 
 
 @pytest.mark.parametrize("case", INCOMPATIBLE)
-def test_a_resume_refuses_another_function(case: str, tmp_path: Path) -> None:
+def test_resume_refuses_a_model_of_another_function(case: str, tmp_path: Path) -> None:
     before, current, message = INCOMPATIBLE[case]
     path = write_config(tmp_path, before)
     check_resume(CheckpointFolder(path), make_config(1, before))
@@ -44,7 +44,7 @@ def test_a_resume_refuses_another_function(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", INCOMPATIBLE)
-def test_a_start_refuses_changes_that_were_not_requested(case: str, tmp_path: Path) -> None:
+def test_init_from_refuses_changes_without_a_request(case: str, tmp_path: Path) -> None:
     before, current, message = INCOMPATIBLE[case]
     path = write_config(tmp_path, before)
     assert check_init_from(path, make_config(1, before)) == []

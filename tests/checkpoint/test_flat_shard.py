@@ -1,4 +1,4 @@
-"""A range of a tensor's elements becomes boxes that contain each element once; other ranks can read what some wrote."""
+"""A flat range becomes boxes that contain each element once, and other world sizes can read the shards."""
 
 from math import prod
 from pathlib import Path
@@ -90,7 +90,7 @@ def load_flat_state(directory: Path) -> bool:
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_three_ranks_write_and_two_ranks_or_one_read(background: bool, tmp_path: Path) -> None:
+def test_other_world_sizes_read_flat_shards(background: bool, tmp_path: Path) -> None:
     get_world(3).run(save_flat_state, tmp_path, background)
     newest = CheckpointStore(tmp_path).list_committed()[-1]
     assert newest.local_path is not None

@@ -50,9 +50,7 @@ def init_state(resolved: Config, path: Path, keep_optimizer: bool, num_known: in
 
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2}), Layout(2, {"tp": 2})], ids=str)
 @pytest.mark.parametrize("keep_optimizer", [False, True], ids=["fresh", "keep"])
-def test_known_rows_are_copied_and_new_rows_initialized(
-    layout: Layout, keep_optimizer: bool, old_checkpoint: tuple
-) -> None:
+def test_only_known_rows_are_copied(layout: Layout, keep_optimizer: bool, old_checkpoint: tuple) -> None:
     path, old = old_checkpoint
     resolved = make_model_config(NEW, layout.ranks, **layout.parallel)
     fresh = NativeEngine(make_model_config(NEW), CPU)
@@ -71,7 +69,7 @@ def test_known_rows_are_copied_and_new_rows_initialized(
         assert torch.equal(tensor[OLD:], start), name
 
 
-def test_a_smaller_vocabulary_copies_the_first_rows(old_checkpoint: tuple) -> None:
+def test_a_smaller_vocabulary_gets_the_first_rows(old_checkpoint: tuple) -> None:
     path, old = old_checkpoint
     actual = init_state(make_model_config(50), path, keep_optimizer=False, num_known=50)
     assert torch.equal(actual["model.embed.tokens.weight"][:50], old["model.embed.tokens.weight"][:50])

@@ -62,14 +62,14 @@ def flip_random_bit(newest: Path, draw: random.Random) -> None:
 
 
 @pytest.mark.parametrize("draws", [pytest.param(10), pytest.param(50, marks=pytest.mark.slow)])
-def test_flipped_bit_anywhere_is_detected(two_checkpoints: Path, tmp_path: Path, draws: int) -> None:
+def test_a_flipped_bit_at_a_random_position_is_detected(two_checkpoints: Path, tmp_path: Path, draws: int) -> None:
     for number in range(draws):
         copy = Path(shutil.copytree(two_checkpoints, tmp_path / str(number)))
         flip_random_bit(copy / "step_00000002", random.Random(number))
         assert CheckpointStore(copy).latest_verified() == CheckpointFolder(copy / "step_00000001"), number
 
 
-def test_flipped_bit_in_each_file_is_detected(two_checkpoints: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_each_file_is_detected(two_checkpoints: Path, tmp_path: Path) -> None:
     names = sorted(file.name for file in (two_checkpoints / "step_00000002").iterdir())
     assert {MANIFEST, MARKER, ".metadata", "__0_0.distcp", "progress.json", *FILES} <= set(names)
     for name in names:
@@ -117,15 +117,17 @@ def truncate(path: Path) -> None:
         (lambda newest: truncate(newest / MARKER), "do not belong together"),
     ],
 )
-def test_missing_or_truncated_file_is_reported(two_copies: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_a_missing_or_truncated_file_is_reported(
+    two_copies: Path, damage: Callable[[Path], None], message: str
+) -> None:
     damage(two_copies / "step_00000002")
     with pytest.raises(CheckpointError, match=message):
         verify_checkpoint(CheckpointFolder(two_copies / "step_00000002"))
     assert CheckpointStore(two_copies).latest_verified() == CheckpointFolder(two_copies / "step_00000001")
 
 
-def test_unreadable_file_is_not_reported_as_damaged(two_copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start from the checkpoint before it would later overwrite the newer one."""
+def test_an_unreadable_file_is_not_reported_as_damaged(two_copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the run used the checkpoint before, it would later overwrite the newer one."""
 
     def raise_permission_error(folder: CheckpointFolder, name: str, like: str) -> str:
         raise PermissionError(13, "Permission denied", f"{folder}/{name}")
@@ -151,25 +153,25 @@ def test_all_damaged_checkpoints_raise_an_error(two_copies: Path) -> None:
     assert CheckpointStore(two_copies / "empty").latest_verified() is None
 
 
-def latest_verified_name(directory: Path) -> str:
+def find_latest_verified_name(directory: Path) -> str:
     newest = CheckpointStore(directory).latest_verified()
     assert newest is not None
     return newest.name
 
 
-def test_ranks_split_verification_and_agree(two_copies: Path) -> None:
+def test_ranks_share_the_verification(two_copies: Path) -> None:
     """All ranks treat a file as damaged that only one rank verifies."""
     names = list(read_manifest(CheckpointFolder(two_copies / "step_00000002")))
-    assert get_world(2).run(latest_verified_name, two_copies) == ["step_00000002"] * 2
+    assert get_world(2).run(find_latest_verified_name, two_copies) == ["step_00000002"] * 2
     for name in (names[0], names[1]):
         file = two_copies / "step_00000002" / name
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert get_world(2).run(latest_verified_name, two_copies) == ["step_00000001"] * 2, name
+        assert get_world(2).run(find_latest_verified_name, two_copies) == ["step_00000001"] * 2, name
         file.write_bytes(content)
 
 
-def test_pruning_keeps_newest_multiples_and_best(tmp_path: Path) -> None:
+def test_pruning_keeps_the_configured_checkpoints(tmp_path: Path) -> None:
     engine = build_engine()
     losses = {1: math.nan, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: 4.0, 7: 5.0}
     checkpoints = CheckpointStore(tmp_path, CheckpointConfig(keep=2, keep_every=3, keep_best=2))

@@ -1,4 +1,4 @@
-"""The metadata of a checkpoint is read without running code, and invalid metadata raise only our own errors."""
+"""Reading the metadata of a checkpoint runs no code, and invalid metadata raise a CheckpointError."""
 
 import os
 import pickle
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_metadata_equal_those_of_torch(folder: Path) -> None:
+def test_metadata_equal_the_result_of_pickle(folder: Path) -> None:
     content = (folder / METADATA).read_bytes()
     actual, expected = load_metadata(content, "here"), pickle.loads(content)
     assert actual.state_dict_metadata == expected.state_dict_metadata
@@ -46,7 +46,7 @@ class Command:
         return os.system, (f"touch {self.file}",)
 
 
-def test_loading_runs_nothing(folder: Path, tmp_path: Path) -> None:
+def test_loading_metadata_runs_no_code(folder: Path, tmp_path: Path) -> None:
     malicious = tmp_path / "malicious"
     malicious.mkdir()
     (malicious / METADATA).write_bytes(pickle.dumps(Command(tmp_path / "ran")))
@@ -85,6 +85,6 @@ def test_damaged_metadata_raise_only_checkpoint_errors(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"text", pickle.dumps({"a": 1}), pickle.dumps(None)])
-def test_other_content_is_refused(content: bytes) -> None:
+def test_content_other_than_metadata_is_refused(content: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"^here: "):
         load_metadata(content, "here")

@@ -1,4 +1,4 @@
-"""The probe distinguishes weights and functions on every layout, and tolerates rounding."""
+"""The probe detects other weights and other functions on every layout, and tolerates rounding."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def measure_streamed(engine: NativeEngine, dtype: str = "fp32", **changes: Any) 
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_engine_and_the_streamed_probe_agree(model: str) -> None:
+def test_the_layerwise_probe_equals_that_of_the_engine(model: str) -> None:
     config = make_config(1, MODELS[model], optim=ADAMW, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
     engine = build_engine(config)
     actual, expected = measure_probe(engine, config), measure_streamed(engine)
@@ -77,7 +77,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_measures_the_probe_of_one_process(layout: Layout) -> None:
+def test_every_layout_measures_the_same_probe(layout: Layout) -> None:
     """Also if the probe's sequences are padded beyond the last position: for three context ranks, to 42."""
     model, data = MODELS[layout.model], {}
     if layout.ranks == 3:
@@ -108,7 +108,7 @@ def test_every_layout_measures_the_probe_of_one_process(layout: Layout) -> None:
     ],
     ids=str,
 )
-def test_another_function_of_the_same_weights_is_refused(model: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_a_model_of_another_function_is_refused(model: dict[str, Any], changes: dict[str, Any]) -> None:
     engine = build_engine(make_config(1, model, optim=ADAMW))
     with pytest.raises(CheckpointError, match=r"(?s)x: the weights do not compute.*loss was [\d.]+ and is [\d.]+"):
         compare_probes(measure_streamed(engine), measure_streamed(engine, **changes), "x")
@@ -126,7 +126,7 @@ def test_one_changed_parameter_is_refused() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_rounding_of_the_precision_is_tolerated(precision: str) -> None:
+def test_rounding_errors_are_tolerated(precision: str) -> None:
     engine = build_engine(make_config(1, {}))
     expected = measure_streamed(engine)
     rounded = measure_streamed(engine, precision)
@@ -145,7 +145,7 @@ def test_rounding_of_the_precision_is_tolerated(precision: str) -> None:
     compare_probes(expected, actual, "x")
 
 
-def test_a_probe_survives_a_round_trip() -> None:
+def test_a_probe_file_is_parsed_back_unchanged() -> None:
     for probe in (Probe(1.5, (1.0, 2.0), "bf16", "fp16"), Probe(2.0)):
         assert parse_probe(probe.dump(), "x") == probe
     nan_probe = parse_probe(Probe(math.nan, (math.inf,)).dump(), "x")
@@ -165,7 +165,7 @@ def test_a_probe_survives_a_round_trip() -> None:
             parse_probe(invalid_content, "x")
 
 
-def test_the_probes_batch_depends_only_on_the_vocabulary() -> None:
+def test_the_probe_batch_depends_only_on_the_vocabulary_size() -> None:
     small, large = make_config(1, {}), make_config(1, {"d_model": 64, "n_layers": 1}, run={"seed": 9})
     assert torch.equal(probe_batch(small.model).inputs_BS, probe_batch(large.model).inputs_BS)
     ids = probe_batch(small.model).inputs_BS

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or does not exist; it has the same names for every layout, and loads into any layout."""
+"""A checkpoint is complete or does not exist. A checkpoint of any layout loads into any layout."""
 
 import shutil
 from pathlib import Path
@@ -24,9 +24,9 @@ CPU = torch.device("cpu")
 FILES = {"config.yaml": b"run: {}\n"}
 
 
-def build_trained_engine(config: Config, steps: int = 2) -> NativeEngine:
+def build_trained_engine(config: Config, num_steps: int = 2) -> NativeEngine:
     engine = NativeEngine(config, CPU)
-    for step in range(steps):
+    for step in range(num_steps):
         train_step(engine, make_batches(config, engine, step), 1e-3, step)
     return engine
 
@@ -48,32 +48,32 @@ def load_in_world(config: Config, path: Path) -> dict[str, torch.Tensor]:
     return copy_state(engine)
 
 
-def test_load_restores_what_save_wrote(tmp_path: Path) -> None:
+def test_load_restores_the_saved_state(tmp_path: Path) -> None:
     config = make_config(1, {}, optim=ADAMW)
     engine = build_trained_engine(config)
     progress = Progress(step=2, samples=48, tokens=1536, loss_scale=LossScale(8.0, 3))
     path = save_checkpoint(CheckpointStore(tmp_path), engine, progress, FILES)
 
-    fresh = NativeEngine(config, CPU)
-    assert store.load_checkpoint(path, fresh.state) == progress
+    new_engine = NativeEngine(config, CPU)
+    assert store.load_checkpoint(path, new_engine.state) == progress
     for name, value in copy_state(engine).items():
-        assert torch.equal(copy_state(fresh)[name], value), name
+        assert torch.equal(copy_state(new_engine)[name], value), name
     assert (path / "config.yaml").read_bytes() == FILES["config.yaml"]
 
 
 def test_optimizer_settings_come_from_the_config(tmp_path: Path) -> None:
     engine = build_trained_engine(make_config(1, {}, optim=ADAMW))
     path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(2), FILES)
-    other = NativeEngine(make_config(1, {}, optim=ADAMW | {"weight_decay": 0.3, "beta2": 0.9}), CPU)
-    store.load_checkpoint(path, other.state)
-    assert other.optimizer.param_groups[0]["weight_decay"] == 0.3
-    assert other.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+    other_engine = NativeEngine(make_config(1, {}, optim=ADAMW | {"weight_decay": 0.3, "beta2": 0.9}), CPU)
+    store.load_checkpoint(path, other_engine.state)
+    assert other_engine.optimizer.param_groups[0]["weight_decay"] == 0.3
+    assert other_engine.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
 
 
 @pytest.mark.parametrize("optim", [MUON, BF16_MOMENTS], ids=["muon", "bf16 moments"])
 @pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2})], ids=str)
-def test_resume_equals_an_uninterrupted_run(optim: dict[str, Any], layout: Layout, tmp_path: Path) -> None:
-    """Bitwise: random numbers are a function of the step."""
+def test_a_resumed_run_equals_an_uninterrupted_run(optim: dict[str, Any], layout: Layout, tmp_path: Path) -> None:
+    """The states are bitwise equal, because random numbers are a function of the step."""
     config = make_config(layout.ranks, {}, optim=optim, parallel=layout.parallel)
     if layout.ranks == 1:
         results = [train_with_and_without_stop(config, tmp_path)]
@@ -92,12 +92,12 @@ def train_with_and_without_stop(
     """Return the state after four steps, and after four steps with a checkpoint in the middle."""
     engine = build_trained_engine(config)
     path = save_checkpoint(CheckpointStore(directory), engine, Progress(step=2), FILES)
-    resumed = NativeEngine(config, CPU)
-    store.load_checkpoint(path, resumed.state)
-    for trained in (engine, resumed):
+    resumed_engine = NativeEngine(config, CPU)
+    store.load_checkpoint(path, resumed_engine.state)
+    for trained_engine in (engine, resumed_engine):
         for step in (2, 3):
-            train_step(trained, make_batches(config, trained, step), 1e-3, step)
-    return copy_state(engine), copy_state(resumed)
+            train_step(trained_engine, make_batches(config, trained_engine, step), 1e-3, step)
+    return copy_state(engine), copy_state(resumed_engine)
 
 
 def test_moments_are_converted_to_the_configured_dtype(tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_moments_are_converted_to_the_configured_dtype(tmp_path: Path) -> None:
     engine, checkpoints = build_trained_engine(fp32_config), CheckpointStore(tmp_path)
     bf16_state = load_in_world(bf16_config, save_checkpoint(checkpoints, engine, Progress(step=2), FILES))
     for name, value in copy_state(engine).items():
-        moment = name.startswith("optim.") and value.ndim > 0
-        assert bf16_state[name].dtype == (torch.bfloat16 if moment else torch.float32)
+        is_moment = name.startswith("optim.") and value.ndim > 0
+        assert bf16_state[name].dtype == (torch.bfloat16 if is_moment else torch.float32)
         assert torch.equal(bf16_state[name], value.to(bf16_state[name].dtype)), name
     fp32_state = load_in_world(
         fp32_config, save_checkpoint(checkpoints, build_trained_engine(bf16_config), Progress(step=3), FILES)
@@ -183,7 +183,7 @@ LAYOUTS = [
 ]
 
 
-def layout_config(layout: Layout) -> Config:
+def make_layout_config(layout: Layout) -> Config:
     return make_config(
         layout.ranks, MODELS[layout.model], optim=ADAMW, parallel=layout.parallel, data={"micro_batch": layout.micro}
     )
@@ -192,7 +192,7 @@ def layout_config(layout: Layout) -> Config:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_checkpoint_of_any_layout_loads_into_one_process(layout: Layout, tmp_path: Path) -> None:
     state: dict[str, torch.Tensor] = {}
-    for rank_state in get_world(layout.ranks).run(save_in_world, layout_config(layout), tmp_path):
+    for rank_state in get_world(layout.ranks).run(save_in_world, make_layout_config(layout), tmp_path):
         state |= rank_state
     engine = NativeEngine(make_config(1, MODELS["tied"], optim=ADAMW), CPU)
     assert store.load_checkpoint(CheckpointStore(tmp_path).list_committed()[-1], engine.state).step == 2
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_one_process_loads_into_any_layout(layout: Layout, tmp_p
     engine = build_trained_engine(make_config(1, MODELS["tied"], optim=ADAMW))
     path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(2), FILES)
     expected = copy_state(engine)
-    for rank_state in get_world(layout.ranks).run(load_in_world, layout_config(layout), path):
+    for rank_state in get_world(layout.ranks).run(load_in_world, make_layout_config(layout), path):
         for name, value in rank_state.items():
             assert torch.equal(value, expected[name]), name
 

@@ -1,6 +1,6 @@
-"""Steps of DeepSpeed on the ranks of a world: load, train, save, and return DeepSpeed's state.
+"""Train with DeepSpeed on several ranks: load, take steps, save, and return the state of DeepSpeed.
 
-`run_plain_torch` trains the same steps in one process with plain torch.
+`run_plain_torch` takes the same steps in one process with plain torch.
 """
 
 import os
@@ -39,13 +39,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 FROZEN = {"shared": "blocks.0.norm_attention.weight"}
 OPTIM = AdamWConfig(lr=1e-2, implementation="foreach")
-ROWS, S = 4, 8
-Named = dict[str, Tensor]
+NUM_ROWS, SEQ_LEN = 4, 8
+NamedTensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Run:
-    """`load` and `save` are directories with tags; `steps` are the indices of the batches."""
+    """A DeepSpeed run. `load` and `save` are checkpoint directories; `steps` are the indices of the batches."""
 
     stage: int
     model: str = "odd"
@@ -60,8 +60,8 @@ class Run:
 def build_trained_model(name: str) -> tuple[nn.Module, optim.Optimizer, list[list[str]]]:
     """Return (model, optimizer, names of the parameters of each optimizer group)."""
     model = build_model(ModelConfig(**{**SIZES, **MODELS[name]}))
-    for number, parameter in enumerate(model.parameters()):
-        nn.init.uniform_(parameter, -0.5, 0.5, generator=torch.Generator().manual_seed(number))
+    for seed, parameter in enumerate(model.parameters()):
+        nn.init.uniform_(parameter, -0.5, 0.5, generator=torch.Generator().manual_seed(seed))
     trained = [
         (param_name, parameter) for param_name, parameter in model.named_parameters() if param_name != FROZEN.get(name)
     ]
@@ -72,17 +72,17 @@ def build_trained_model(name: str) -> tuple[nn.Module, optim.Optimizer, list[lis
     return model, optimizer, [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def compute_loss(model: Any, name: str, step: int, rank: int, world: int) -> Tensor:
-    """Return the mean loss over this rank's rows of the batch of a step."""
-    ids = torch.randint(0, 13, (ROWS, S + 1), generator=torch.Generator().manual_seed(step))[rank::world]
+def compute_loss(model: Any, name: str, step: int, rank: int, world_size: int) -> Tensor:
+    """Return the mean loss over the rows of one rank in the batch of a step."""
+    ids = torch.randint(0, 13, (NUM_ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(step))[rank::world_size]
     kwargs = {"encoder_input": EncoderInput(ids.flip(1))} if name == "shared" else {}
     return model(ids[:, :-1], targets_BS=ids[:, 1:], **kwargs).sum() / ids[:, 1:].numel()
 
 
-def run_plain_torch(name: str, steps: int) -> Iterator[Named]:
+def run_plain_torch(name: str, num_steps: int) -> Iterator[NamedTensors]:
     """Yield weights and moments after each step, with the names of our checkpoints."""
     model, optimizer, _ = build_trained_model(name)
-    for step in range(steps):
+    for step in range(num_steps):
         compute_loss(model, name, step, 0, 1).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -96,28 +96,29 @@ def run_plain_torch(name: str, steps: int) -> Iterator[Named]:
         yield tensors
 
 
-def run_deepspeed(run: Run) -> tuple[Named, Named]:
-    """Return (DeepSpeed's state after loading, its state at the end); called on every rank."""
+def run_deepspeed(run: Run) -> tuple[NamedTensors, NamedTensors]:
+    """Return (state of DeepSpeed after loading, state at the end). Every rank must call this."""
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK="0")
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler
     model, optimizer, _ = build_trained_model(run.model)
     config = {
-        "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": NUM_ROWS // dist.get_world_size(),
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": run.stage, **run.zero},
         "zero_allow_untested_optimizer": True,
         **run.config,
     }
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    loaded: Named = {}
+    loaded: NamedTensors = {}
     if run.load is not None:
         path, _ = engine.load_checkpoint(str(run.load), load_optimizer_states=run.moments)
         assert path is not None, f"DeepSpeed finds no checkpoint in {run.load}"
         loaded = gather_state(engine, model, run)
-        for state in torch_optimizer(engine).state.values():
-            # Stage 3 of a universal checkpoint has one step tensor for all groups, which each group would increment.
+        for state in get_torch_optimizer(engine).state.values():
+            # At stage 3, a universal checkpoint gives all groups the same step tensor, which each group would
+            # increment.
             state.update({key: value.clone() for key, value in state.items() if key == "step"})
     for step in run.steps:
         loss = compute_loss(engine, run.model, step, dist.get_rank(), dist.get_world_size())
@@ -130,21 +131,19 @@ def run_deepspeed(run: Run) -> tuple[Named, Named]:
     return loaded, final
 
 
-def gather_state(engine: Any, model: nn.Module, run: Run) -> Named:
-    """Return DeepSpeed's state with the names of our checkpoints: fp32 weights, moments, steps.
+def gather_state(engine: Any, model: nn.Module, run: Run) -> NamedTensors:
+    """Return the state of DeepSpeed with the names of our checkpoints: fp32 weights, moments, steps.
 
-    Only weights with `round_robin_gradients`, because DeepSpeed then looks up optimizer tensors at wrong offsets.
+    With `round_robin_gradients`, return only weights: DeepSpeed then looks up optimizer tensors at wrong offsets.
     """
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    tensors: Named = {}
-    steps = {float(state["step"]) for state in torch_optimizer(engine).state.values() if "step" in state}
+    tensors: NamedTensors = {}
+    steps = {float(state["step"]) for state in get_torch_optimizer(engine).state.values() if "step" in state}
     assert len(steps) <= 1
-    if run.stage in (
-        1,
-        2,
-    ):  # DeepSpeed links the states after the first group's first step, before the second group has moments
+    if run.stage in (1, 2):
+        # DeepSpeed links the states after the first step of the first group, before the second group has moments.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in model.named_parameters():
@@ -165,6 +164,6 @@ def gather_state(engine: Any, model: nn.Module, run: Run) -> Named:
     return tensors
 
 
-def torch_optimizer(engine: Any) -> optim.Optimizer:
-    """Return torch's optimizer inside DeepSpeed's."""
+def get_torch_optimizer(engine: Any) -> optim.Optimizer:
+    """Return the torch optimizer inside the DeepSpeed optimizer."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)

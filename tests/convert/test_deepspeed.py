@@ -1,4 +1,4 @@
-"""DeepSpeed checkpoints: our reader returns exactly DeepSpeed's state, and DeepSpeed resumes from our writer's."""
+"""Our reader returns exactly the state of DeepSpeed, and DeepSpeed resumes from checkpoints that our writer wrote."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ from dist_llm.convert.deepspeed_layout import PartitionLayout, Shapes, contiguou
 from dist_llm.convert.deepspeed_read import open_deepspeed
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
 from dist_llm.errors import CheckpointError
-from tests.convert.deepspeed_runs import FROZEN, Named, Run, build_trained_model, run_deepspeed, run_plain_torch
+from tests.convert.deepspeed_runs import FROZEN, NamedTensors, Run, build_trained_model, run_deepspeed, run_plain_torch
 from tests.laws.worlds import GlooWorld
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -47,9 +47,9 @@ RUNS = {
 
 
 class InMemoryWeights:
-    """Tensors in memory with the interface of weights that can be written."""
+    """The `Weights` interface for tensors in memory."""
 
-    def __init__(self, tensors: Named) -> None:
+    def __init__(self, tensors: NamedTensors) -> None:
         self.tensors = tensors
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
@@ -57,52 +57,52 @@ class InMemoryWeights:
         return self.tensors[name]
 
 
-class Ranks:
-    """Worlds for this module only, because DeepSpeed changes torch in its processes."""
+class DeepSpeedWorlds:
+    """Processes for DeepSpeed, by world size. Only this module uses them, because DeepSpeed changes torch in them."""
 
     def __init__(self) -> None:
         self.worlds: dict[int, GlooWorld] = {}
 
-    def run(self, run: Run, size: int = 2) -> tuple[Named, Named]:
-        for other_size, workers in self.worlds.items():
-            workers.set_paused(other_size != size)
-        if size not in self.worlds or not self.worlds[size].is_alive:
-            self.worlds[size] = GlooWorld(size)
-        return self.worlds[size].run(run_deepspeed, run)[0]
+    def run(self, run: Run, world_size: int = 2) -> tuple[NamedTensors, NamedTensors]:
+        for other_world_size, workers in self.worlds.items():
+            workers.set_paused(other_world_size != world_size)
+        if world_size not in self.worlds or not self.worlds[world_size].is_alive:
+            self.worlds[world_size] = GlooWorld(world_size)
+        return self.worlds[world_size].run(run_deepspeed, run)[0]
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    ranks = Ranks()
-    yield ranks
-    for workers in ranks.worlds.values():
+def deepspeed_worlds() -> Iterator[DeepSpeedWorlds]:
+    worlds = DeepSpeedWorlds()
+    yield worlds
+    for workers in worlds.worlds.values():
         workers.stop()
 
 
 @pytest.fixture(scope="module")
-def saved_run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return a function: (key, world size) -> (directory of a run of RUNS, DeepSpeed's state when it saved).
+def saved_run(deepspeed_worlds: DeepSpeedWorlds, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function (key of RUNS, world size) -> (directory of the run, state of DeepSpeed at the save).
 
-    Runs are cached.
+    The function caches runs.
     """
-    runs_by_key: dict[tuple[str, int], tuple[Path, Named]] = {}
+    runs_by_key: dict[tuple[str, int], tuple[Path, NamedTensors]] = {}
 
-    def save(key: str, size: int = 2) -> tuple[Path, Named]:
-        if (key, size) not in runs_by_key:
+    def save(key: str, world_size: int = 2) -> tuple[Path, NamedTensors]:
+        if (key, world_size) not in runs_by_key:
             path = tmp_path_factory.mktemp("saved")
-            runs_by_key[key, size] = path, ranks.run(replace(RUNS[key], save=path), size)[1]
-        return runs_by_key[key, size]
+            runs_by_key[key, world_size] = path, deepspeed_worlds.run(replace(RUNS[key], save=path), world_size)[1]
+        return runs_by_key[key, world_size]
 
     return save
 
 
 @pytest.fixture
 def copy_run(saved_run: Any, tmp_path: Path) -> Any:
-    """Return a function: key -> a copy of a run's directory, which the test may damage."""
+    """Return a function (key of RUNS) -> a copy of the directory of that run, which the test may damage."""
     return lambda key: Path(shutil.copytree(saved_run(key)[0], tmp_path / "copy"))
 
 
-def assert_equal_state(actual: Any, expected: Named) -> None:
+def assert_equal_state(actual: Any, expected: NamedTensors) -> None:
     """Compare names, shapes and bits."""
     assert sorted(actual.shapes) == sorted(expected)
     for name, tensor in expected.items():
@@ -110,53 +110,54 @@ def assert_equal_state(actual: Any, expected: Named) -> None:
         assert torch.equal(actual.read(name), tensor.float()), name
 
 
-def optimizer_groups(model: str) -> tuple[list[list[str]], list[dict[str, Any]]]:
+def get_optimizer_groups(model: str) -> tuple[list[list[str]], list[dict[str, Any]]]:
     """Return the parameter groups and their settings, as the writer needs them."""
     _, optimizer, groups = build_trained_model(model)
-    return groups, [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return groups, [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
-def final_plain_state(model: str, steps: int) -> Named:
-    return list(run_plain_torch(model, steps))[-1]
+def train_with_plain_torch(model: str, num_steps: int) -> NamedTensors:
+    """Return the state after `num_steps` steps of plain torch."""
+    return list(run_plain_torch(model, num_steps))[-1]
 
 
-def tag_directory(directory: Path) -> Path:
+def resolve_tag_directory(directory: Path) -> Path:
     return directory / (directory / "latest").read_text()
 
 
 @pytest.mark.parametrize("key", RUNS)
 def test_reader_matches_deepspeed_state(key: str, saved_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, expected = saved_run(key)
-    monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it would fail
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # an import of deepspeed would fail
     model = RUNS[key].model
-    actual = open_deepspeed(directory, optimizer_groups(model)[0] if RUNS[key].stage == 0 else ())
+    actual = open_deepspeed(directory, get_optimizer_groups(model)[0] if RUNS[key].stage == 0 else ())
     if model == "shared":
         expected = {**expected, "model.source_embed.tokens.weight": expected["model.embed.tokens.weight"]}
     assert_equal_state(actual, expected)
-    assert_equal_state(open_deepspeed(tag_directory(directory), optimizer_groups(model)[0]), expected)
+    assert_equal_state(open_deepspeed(resolve_tag_directory(directory), get_optimizer_groups(model)[0]), expected)
 
 
 @pytest.mark.slow
-def test_reader_handles_round_robin_gradients(ranks: Ranks, tmp_path: Path) -> None:
-    """DeepSpeed cannot look up the moments, so those of plain torch are the reference."""
-    _, state = ranks.run(Run(2, save=tmp_path, zero={"round_robin_gradients": True}))
+def test_reader_handles_round_robin_gradients(deepspeed_worlds: DeepSpeedWorlds, tmp_path: Path) -> None:
+    """The moments of plain torch are the reference, because DeepSpeed cannot look up its moments here."""
+    _, state = deepspeed_worlds.run(Run(2, save=tmp_path, zero={"round_robin_gradients": True}))
     actual = open_deepspeed(tmp_path)
-    for name, tensor in final_plain_state("odd", 3).items():
+    for name, tensor in train_with_plain_torch("odd", 3).items():
         torch.testing.assert_close(actual.read(name), tensor, rtol=1e-4, atol=1e-6)
         assert name not in state or torch.equal(actual.read(name), state[name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("world_size", [1, 4])
 @pytest.mark.parametrize("key", ["1", "2", "3", "3 shared", "2 aligned"])
-def test_reader_handles_other_world_sizes(key: str, size: int, saved_run: Any) -> None:
-    directory, expected = saved_run(key, size)
+def test_reader_handles_other_world_sizes(key: str, world_size: int, saved_run: Any) -> None:
+    directory, expected = saved_run(key, world_size)
     if "shared" in key:
         expected = {**expected, "model.source_embed.tokens.weight": expected["model.embed.tokens.weight"]}
     assert_equal_state(open_deepspeed(directory), expected)
 
 
-def test_the_runs_have_padding() -> None:
+def test_some_runs_have_partition_padding() -> None:
     """Otherwise the tests above could not detect wrong padding."""
     model, _, groups = build_trained_model("odd")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -166,38 +167,43 @@ def test_the_runs_have_padding() -> None:
     assert any(parameter.numel() % 2 for parameter in model.parameters())
 
 
-def layout_without_padding(shapes: Shapes, world: int, gaps: Sequence[int] = ()) -> PartitionLayout:
+def make_layout_without_padding(shapes: Shapes, world_size: int, gaps: Sequence[int] = ()) -> PartitionLayout:
     """Planted bug for stages 1 and 2: partitions without padding."""
     full = contiguous_layout(shapes, 1, gaps)
-    size = -(-full.unpadded_sizes[0] // world)
+    partition_size = -(-full.unpadded_sizes[0] // world_size)
     slices = {
         name: [
-            slice(max(elements.start - rank * size, 0), max(min(elements.stop - rank * size, size), 0))
-            for rank in range(world)
+            slice(
+                max(elements.start - rank * partition_size, 0),
+                max(min(elements.stop - rank * partition_size, partition_size), 0),
+            )
+            for rank in range(world_size)
         ]
         for name, (elements,) in full.slices.items()
     }
-    return PartitionLayout(slices, [size] * world, contiguous_layout(shapes, world, gaps).unpadded_sizes)
+    return PartitionLayout(
+        slices, [partition_size] * world_size, contiguous_layout(shapes, world_size, gaps).unpadded_sizes
+    )
 
 
-def layout_in_reversed_order(layout: Any) -> Any:
+def make_layout_in_reversed_order(layout: Any) -> Any:
     return lambda shapes, *rest: layout(dict(reversed(shapes.items())), *rest)
 
 
-def layout_with_padding(shapes: Shapes, world: int) -> PartitionLayout:
+def make_layout_with_padding(shapes: Shapes, world_size: int) -> PartitionLayout:
     """Planted bug for stage 3: the padding of the last shards is read as elements."""
-    correct = per_param_layout(shapes, world)
-    return replace(correct, slices={name: [slices[0]] * world for name, slices in correct.slices.items()})
+    correct = per_param_layout(shapes, world_size)
+    return replace(correct, slices={name: [slices[0]] * world_size for name, slices in correct.slices.items()})
 
 
 @pytest.mark.parametrize(
     ("key", "function", "faulty"),
     [
-        ("1", "contiguous_layout", layout_without_padding),
-        ("1", "contiguous_layout", layout_in_reversed_order(contiguous_layout)),
-        ("2 aligned", "contiguous_layout", lambda shapes, world, gaps: contiguous_layout(shapes, world)),
-        ("3", "per_param_layout", layout_with_padding),
-        ("3", "per_param_layout", layout_in_reversed_order(per_param_layout)),
+        ("1", "contiguous_layout", make_layout_without_padding),
+        ("1", "contiguous_layout", make_layout_in_reversed_order(contiguous_layout)),
+        ("2 aligned", "contiguous_layout", lambda shapes, world_size, gaps: contiguous_layout(shapes, world_size)),
+        ("3", "per_param_layout", make_layout_with_padding),
+        ("3", "per_param_layout", make_layout_in_reversed_order(per_param_layout)),
     ],
     ids=["no padding", "order", "no gaps", "parts with padding", "order of parts"],
 )
@@ -211,12 +217,12 @@ def test_a_planted_bug_is_detected(
         assert_equal_state(open_deepspeed(directory), expected)
 
 
-def test_stage_0_without_groups_gives_only_weights(saved_run: Any) -> None:
+def test_stage_0_without_groups_has_only_weights(saved_run: Any) -> None:
     directory, expected = saved_run("0")
     assert_equal_state(
         open_deepspeed(directory), {name: tensor for name, tensor in expected.items() if name.startswith("model.")}
     )
-    groups, _ = optimizer_groups("odd")
+    groups, _ = get_optimizer_groups("odd")
     with pytest.raises(CheckpointError, match="give its groups"):
         open_deepspeed(directory, groups[:1])
     with pytest.raises(CheckpointError, match="in order"):
@@ -239,7 +245,7 @@ def convert_to_universal(tag: Path, output: Path) -> Path:
 )
 def test_reader_handles_universal_checkpoints(key: str, saved_run: Any, tmp_path: Path) -> None:
     directory, expected = saved_run(key)
-    actual = open_deepspeed(convert_to_universal(tag_directory(directory), tmp_path))
+    actual = open_deepspeed(convert_to_universal(resolve_tag_directory(directory), tmp_path))
     if "shared" in key:
         expected = {**expected, "model.source_embed.tokens.weight": expected["model.embed.tokens.weight"]}
     if key == "3 shared":  # the converter omits frozen parameters
@@ -252,14 +258,14 @@ def test_reader_handles_universal_checkpoints(key: str, saved_run: Any, tmp_path
     ("model", "moments"), [("odd", True), ("odd", False), pytest.param("even", True, marks=pytest.mark.slow)]
 )
 def test_deepspeed_resumes_from_written_checkpoint(
-    stage: int, model: str, moments: bool, ranks: Ranks, tmp_path: Path
+    stage: int, model: str, moments: bool, deepspeed_worlds: DeepSpeedWorlds, tmp_path: Path
 ) -> None:
     before, after = list(run_plain_torch(model, 4))[-2:]
     if not moments:
         before = {name: tensor for name, tensor in before.items() if name.startswith("model.")}
-    groups, settings = optimizer_groups(model)
+    groups, settings = get_optimizer_groups(model)
     write_deepspeed(tmp_path, InMemoryWeights(before), stage, 2, groups=groups, settings=settings, step=3)
-    loaded, end = ranks.run(Run(stage, model, steps=range(3, 4), load=tmp_path))
+    loaded, end = deepspeed_worlds.run(Run(stage, model, steps=range(3, 4), load=tmp_path))
     assert_equal_state(InMemoryWeights(loaded), before)
     if moments:
         assert end.keys() == after.keys()
@@ -269,71 +275,73 @@ def test_deepspeed_resumes_from_written_checkpoint(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("size", [1, 4])
-def test_deepspeed_resumes_at_other_world_sizes(stage: int, size: int, ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_deepspeed_resumes_at_other_world_sizes(
+    stage: int, world_size: int, deepspeed_worlds: DeepSpeedWorlds, tmp_path: Path
+) -> None:
     before, after = list(run_plain_torch("odd", 4))[-2:]
-    groups, settings = optimizer_groups("odd")
-    write_deepspeed(tmp_path, InMemoryWeights(before), stage, size, groups=groups, settings=settings, step=3)
-    loaded, end = ranks.run(Run(stage, steps=range(3, 4), load=tmp_path), size)
+    groups, settings = get_optimizer_groups("odd")
+    write_deepspeed(tmp_path, InMemoryWeights(before), stage, world_size, groups=groups, settings=settings, step=3)
+    loaded, end = deepspeed_worlds.run(Run(stage, steps=range(3, 4), load=tmp_path), world_size)
     assert_equal_state(InMemoryWeights(loaded), before)
     for name, tensor in after.items():
         torch.testing.assert_close(end[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_deepspeed_loads_only_weights(stage: int, ranks: Ranks, tmp_path: Path) -> None:
-    before = final_plain_state("odd", 3)
-    groups, settings = optimizer_groups("odd")
+def test_deepspeed_loads_only_weights(stage: int, deepspeed_worlds: DeepSpeedWorlds, tmp_path: Path) -> None:
+    before = train_with_plain_torch("odd", 3)
+    groups, settings = get_optimizer_groups("odd")
     write_deepspeed(tmp_path, InMemoryWeights(before), stage, 2, groups=groups, settings=settings, step=3)
-    loaded, _ = ranks.run(Run(stage, steps=range(0), load=tmp_path, moments=False))
+    loaded, _ = deepspeed_worlds.run(Run(stage, steps=range(0), load=tmp_path, moments=False))
     assert_equal_state(
         InMemoryWeights(loaded), {name: tensor for name, tensor in before.items() if name.startswith("model.")}
     )
 
 
-def test_deepspeed_loads_sub_groups(ranks: Ranks, tmp_path: Path) -> None:
-    before = final_plain_state("odd", 3)
-    groups, settings = optimizer_groups("odd")
+def test_deepspeed_loads_sub_groups(deepspeed_worlds: DeepSpeedWorlds, tmp_path: Path) -> None:
+    before = train_with_plain_torch("odd", 3)
+    groups, settings = get_optimizer_groups("odd")
     write_deepspeed(
         tmp_path, InMemoryWeights(before), 3, 2, groups=groups, settings=settings, step=3, sub_group_size=100
     )
-    loaded, _ = ranks.run(Run(3, steps=range(0), load=tmp_path, zero={"sub_group_size": 100}))
+    loaded, _ = deepspeed_worlds.run(Run(3, steps=range(0), load=tmp_path, zero={"sub_group_size": 100}))
     assert_equal_state(InMemoryWeights(loaded), before)
 
 
 @pytest.mark.parametrize(("stage", "moments"), [(1, True), (2, True), (3, True), (1, False)])  # stage 3 needs moments
 def test_deepspeed_resumes_from_written_universal_checkpoint(
-    stage: int, moments: bool, ranks: Ranks, tmp_path: Path
+    stage: int, moments: bool, deepspeed_worlds: DeepSpeedWorlds, tmp_path: Path
 ) -> None:
     before, after = list(run_plain_torch("odd", 4))[-2:]
     if not moments:
         before = {name: tensor for name, tensor in before.items() if name.startswith("model.")}
     write_universal(tmp_path, InMemoryWeights(before), step=3)
     universal = {"checkpoint": {"load_universal": True}}
-    loaded, end = ranks.run(Run(stage, steps=range(3, 4), load=tmp_path, config=universal))
+    loaded, end = deepspeed_worlds.run(Run(stage, steps=range(3, 4), load=tmp_path, config=universal))
     assert_equal_state(InMemoryWeights(loaded), before)
     for name, tensor in after.items() if moments else ():
         torch.testing.assert_close(end[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_deepspeeds_converter_reads_written_checkpoints(tmp_path: Path) -> None:
-    before = final_plain_state("odd", 3)
-    groups, settings = optimizer_groups("odd")
+def test_the_deepspeed_converter_reads_written_checkpoints(tmp_path: Path) -> None:
+    before = train_with_plain_torch("odd", 3)
+    groups, settings = get_optimizer_groups("odd")
     tag = write_deepspeed(tmp_path / "zero", InMemoryWeights(before), 1, 4, groups=groups, settings=settings, step=3)
     assert_equal_state(open_deepspeed(convert_to_universal(tag, tmp_path / "universal")), before)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_reader_reads_written_checkpoints(stage: int, size: int, tmp_path: Path) -> None:
-    before = final_plain_state("odd", 2)
-    groups, settings = optimizer_groups("odd")
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_reader_reads_written_checkpoints(stage: int, world_size: int, tmp_path: Path) -> None:
+    before = train_with_plain_torch("odd", 2)
+    groups, settings = get_optimizer_groups("odd")
     write_deepspeed(
         tmp_path,
         InMemoryWeights(before),
         stage,
-        size,
+        world_size,
         groups=groups,
         settings=settings,
         step=2,
@@ -345,17 +353,19 @@ def test_reader_reads_written_checkpoints(stage: int, size: int, tmp_path: Path)
 
 
 def test_reader_reads_written_universal_checkpoints(tmp_path: Path) -> None:
-    before = final_plain_state("odd", 2)
+    before = train_with_plain_torch("odd", 2)
     write_universal(tmp_path, InMemoryWeights(before), step=2)
     assert_equal_state(open_deepspeed(tmp_path), before)
 
 
-def test_a_shared_parameter_is_written_under_both_names(ranks: Ranks, saved_run: Any, tmp_path: Path) -> None:
+def test_a_shared_parameter_is_written_under_both_names(
+    deepspeed_worlds: DeepSpeedWorlds, saved_run: Any, tmp_path: Path
+) -> None:
     """The loaded state can be written again without the frozen parameters, which DeepSpeed does not allow."""
     directory, _ = saved_run("2 shared")
     weights = open_deepspeed(directory)
     state = {name: weights.read(name) for name in weights.shapes}
-    groups, settings = optimizer_groups("shared")
+    groups, settings = get_optimizer_groups("shared")
     shared = {"source_embed.tokens.weight": "embed.tokens.weight"}
     with pytest.raises(CheckpointError, match=f"{FROZEN['shared']} is in no group"):
         write_deepspeed(tmp_path, InMemoryWeights(state), 2, 2, groups=groups, settings=settings, step=3, shared=shared)
@@ -366,28 +376,28 @@ def test_a_shared_parameter_is_written_under_both_names(ranks: Ranks, saved_run:
 
 def test_a_missing_rank_is_reported(copy_run: Any) -> None:
     directory = copy_run("1")
-    (tag_directory(directory) / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"saved by 2 ranks; the optim states of 1 are missing"):
+    (resolve_tag_directory(directory) / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"saved by 2 deepspeed_worlds; the optim states of 1 are missing"):
         open_deepspeed(directory)
 
 
 def test_a_missing_model_state_of_stage_3_is_reported(copy_run: Any) -> None:
     directory = copy_run("3")
-    (tag_directory(directory) / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"saved by 2 ranks; the model states of 1 are missing"):
+    (resolve_tag_directory(directory) / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"saved by 2 deepspeed_worlds; the model states of 1 are missing"):
         open_deepspeed(directory)
 
 
 def test_an_additional_rank_is_reported(copy_run: Any) -> None:
-    tag = tag_directory(copy_run("2"))
+    tag = resolve_tag_directory(copy_run("2"))
     shutil.copy(tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt", tag / "zero_pp_rank_2_mp_rank_00_optim_states.pt")
-    with pytest.raises(CheckpointError, match=r"saved by 2 ranks, but has optim states of 2"):
+    with pytest.raises(CheckpointError, match=r"saved by 2 deepspeed_worlds, but has optim states of 2"):
         open_deepspeed(tag)
 
 
 @pytest.mark.parametrize("key", ["0", "1", "3"])
 def test_a_truncated_file_is_reported(key: str, copy_run: Any) -> None:
-    path = sorted(tag_directory(copy_run(key)).glob("*_states.pt"))[-1]
+    path = sorted(resolve_tag_directory(copy_run(key)).glob("*_states.pt"))[-1]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=f"{path.name}: cannot be read"):
         open_deepspeed(path.parent)
@@ -396,7 +406,7 @@ def test_a_truncated_file_is_reported(key: str, copy_run: Any) -> None:
 @pytest.mark.parametrize(("key", "flats"), [("1", "single_partition_of_fp32_groups"), ("3", "fp32_flat_groups")])
 @pytest.mark.parametrize("change", [-1, 7])
 def test_a_partition_of_a_wrong_size_is_reported(key: str, flats: str, change: int, copy_run: Any) -> None:
-    path = tag_directory(copy_run(key)) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    path = resolve_tag_directory(copy_run(key)) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = load_mapped(path)["optimizer_state_dict"]
     unneeded = ("param_slice_mappings", "loss_scaler", "zero_stage")  # instances of DeepSpeed's classes
     trimmed = {name: value for name, value in content.items() if name not in unneeded}
@@ -409,7 +419,7 @@ def test_a_partition_of_a_wrong_size_is_reported(key: str, flats: str, change: i
 
 
 def test_tensor_parallel_ranks_are_refused(copy_run: Any) -> None:
-    tag = tag_directory(copy_run("1"))
+    tag = resolve_tag_directory(copy_run("1"))
     shutil.copy(tag / "mp_rank_00_model_states.pt", tag / "mp_rank_01_model_states.pt")
     with pytest.raises(CheckpointError, match="tensor, pipeline or expert parallelism"):
         open_deepspeed(tag)
@@ -419,7 +429,7 @@ def test_directory_without_a_checkpoint_is_refused(copy_run: Any, tmp_path: Path
     with pytest.raises(CheckpointError, match="not a DeepSpeed checkpoint; give the directory"):
         open_deepspeed(tmp_path)
     directory = copy_run("1")
-    tag_directory(directory).rename(directory / "elsewhere")
+    resolve_tag_directory(directory).rename(directory / "elsewhere")
     with pytest.raises(CheckpointError, match="names global_step3, which is missing"):
         open_deepspeed(directory)
 
@@ -440,7 +450,7 @@ class MaliciousObject:
 
 
 @pytest.mark.parametrize(("function", "is_refused"), [(make_directory, False), (os.mkdir, True)])
-def test_no_code_in_a_file_is_run(function: Any, is_refused: bool, tmp_path: Path) -> None:
+def test_reading_a_file_runs_no_code(function: Any, is_refused: bool, tmp_path: Path) -> None:
     content = {"module": {"w": torch.ones(2)}, "param_shapes": None}
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({**content, "client": MaliciousObject(function, tmp_path / "evil")}, path)
@@ -454,7 +464,7 @@ def test_no_code_in_a_file_is_run(function: Any, is_refused: bool, tmp_path: Pat
     assert (tmp_path / "evil").exists(), "the usual way of loading runs the code"
 
 
-def resident_bytes() -> int:
+def read_resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -470,16 +480,16 @@ def test_memory_does_not_depend_on_the_checkpoint_size(tmp_path: Path, monkeypat
         "dist_llm.convert.deepspeed_write._scatter_to_views",
         lambda tensor, views: views[-1].fill_(7) if len(tensor) == 3 else None,
     )
-    before = resident_bytes()
+    before = read_resident_bytes()
     write_deepspeed(tmp_path, state, 3, 2, groups=[["big", "small"]], settings=[{}], step=0)
     weights = open_deepspeed(tmp_path)
     assert weights.read("model.small").tolist() == [0.0, 0.0, 7.0]
-    assert resident_bytes() - before < 2**27
+    assert read_resident_bytes() - before < 2**27
 
 
 def test_failed_write_leaves_no_files(tmp_path: Path) -> None:
-    tensors = final_plain_state("odd", 1)
-    groups, settings = optimizer_groups("odd")
+    tensors = train_with_plain_torch("odd", 1)
+    groups, settings = get_optimizer_groups("odd")
 
     class FailingWeights(InMemoryWeights):
         def read(self, name: str) -> Tensor:
@@ -497,11 +507,11 @@ def test_failed_write_leaves_no_files(tmp_path: Path) -> None:
 
 
 def test_unsupported_writes_are_refused(tmp_path: Path) -> None:
-    tensors = final_plain_state("odd", 1)
-    groups, settings = optimizer_groups("odd")
+    tensors = train_with_plain_torch("odd", 1)
+    groups, settings = get_optimizer_groups("odd")
     first = groups[0][0]
 
-    def write(tensors: Named = tensors, stage: int = 2, groups: Any = groups, settings: Any = settings) -> None:
+    def write(tensors: NamedTensors = tensors, stage: int = 2, groups: Any = groups, settings: Any = settings) -> None:
         write_deepspeed(tmp_path, InMemoryWeights(tensors), stage, 2, groups=groups, settings=settings, step=1)
 
     with pytest.raises(CheckpointError, match=r"stage 0: .* universal"):
@@ -524,7 +534,7 @@ def test_unsupported_writes_are_refused(tmp_path: Path) -> None:
         write()
 
 
-def test_layouts_equal_those_computed_by_hand() -> None:
+def test_layouts_match_manual_examples() -> None:
     shapes = {"a": (3,), "b": (2, 2)}
     flat = contiguous_layout(shapes, 2)  # 7 elements, 8 with padding, 4 per rank
     assert flat.sizes == [4, 4]

@@ -1,4 +1,4 @@
-"""Our tokenizers and their Hugging Face counterparts give the same ids in both directions; others are refused."""
+"""Exported and imported tokenizers give the same ids as the originals. Tokenizers without an equivalent are refused."""
 
 import ast
 import json
@@ -166,7 +166,7 @@ def test_a_model_config_does_not_change_the_tokenizer_class(bpe, family, tmp_pat
         assert_same_ids(bpe, hf_tokenizer, text)
 
 
-def test_a_special_tokens_string_is_the_token_by_default(bpe, tmp_path):
+def test_hugging_face_encodes_special_strings_as_special_tokens(bpe, tmp_path):
     export_tokenizer(bpe, tmp_path)
     ids = load(tmp_path)(f"the{ENDOFTEXT}ship")["input_ids"]
     assert ids == [*bpe.encode("the"), bpe.eot, *bpe.encode("ship")]
@@ -248,7 +248,7 @@ def test_a_fault_in_the_written_content_is_detected(bpe, fault, monkeypatch, tmp
 
 
 @pytest.mark.parametrize("fault", ["swapped merges", "another pattern"])
-def test_running_both_libraries_detects_faults(bpe, fault):
+def test_comparing_both_libraries_detects_faults(bpe, fault):
     content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, None)))
     prove_equal(bpe, content)
     CONTENT_FAULTS[fault](content)
@@ -307,7 +307,7 @@ def test_patterns_are_rewritten_only_where_engines_differ():
         assert to_oniguruma(to_oniguruma(shared_pattern)) == shared_pattern
 
 
-def hf_content_of(bpe, **changes):
+def read_hf_content(bpe, **changes):
     """Return the content of a published tokenizer.json: that of `bpe` with changes."""
     content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, None)))
     content["model"].update(changes.pop("model", {}))
@@ -321,7 +321,7 @@ def write_files(directory, content, **settings):
 
 def rename_end(bpe, name, **changes):
     """Return changes that give the end-of-document token another name."""
-    vocab = {token: rank for token, rank in hf_content_of(bpe)["model"]["vocab"].items() if token != ENDOFTEXT}
+    vocab = {token: rank for token, rank in read_hf_content(bpe)["model"]["vocab"].items() if token != ENDOFTEXT}
     return {"model": {"vocab": vocab, **changes}, "added_tokens": [{"id": 599, "content": name, **FLAGS}]}
 
 
@@ -331,7 +331,7 @@ FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) 
 def test_a_tokenizer_like_gpt2s_is_imported(tmp_path):
     """GPT-2's form: ByteLevel contains the pattern, merges are lines, and the two files are equivalent."""
     bpe = build_native("bpe:600 gpt2")
-    model = hf_content_of(bpe)["model"]
+    model = read_hf_content(bpe)["model"]
     lines = [" ".join(pair) for pair in model["merges"]]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
@@ -341,7 +341,7 @@ def test_a_tokenizer_like_gpt2s_is_imported(tmp_path):
     assert identity(two_files.file_bytes()) == identity(
         build_tokenizer(str(tmp_path), None, training_texts).file_bytes()
     )
-    hf_content = hf_content_of(
+    hf_content = read_hf_content(
         bpe, pre_tokenizer={**BYTE_LEVEL, "use_regex": True}, model={"merges": lines, "ignore_merges": False}
     )
     write_files(tmp_path, hf_content)
@@ -352,11 +352,11 @@ def test_a_tokenizer_like_gpt2s_is_imported(tmp_path):
 def test_a_tokenizer_like_llama3s_is_imported(bpe, eos, tmp_path):
     """Llama 3's form: all possible merges are listed, ids precede a text, and the end token has another name."""
     name = eos if isinstance(eos, str) else eos["content"]
-    ranks = {token: rank for token, rank in hf_content_of(bpe)["model"]["vocab"].items() if rank < 599}
+    ranks = {token: rank for token, rank in read_hf_content(bpe)["model"]["vocab"].items() if rank < 599}
     splits = [(token[:position], token[position:]) for token in ranks for position in range(1, len(token))]
     merges = [[left, original] for left, original in splits if left in ranks and original in ranks]
     merges.sort(key=lambda pair: ranks["".join(pair)])
-    assert len(merges) > len(hf_content_of(bpe)["model"]["merges"])
+    assert len(merges) > len(read_hf_content(bpe)["model"]["merges"])
     post_processor = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name, "type_id": 0}}]}
     post_processor["single"].append({"Sequence": {"id": "A", "type_id": 0}})
     post_processor |= {
@@ -365,7 +365,7 @@ def test_a_tokenizer_like_llama3s_is_imported(bpe, eos, tmp_path):
     }
     write_files(
         tmp_path,
-        hf_content_of(bpe, post_processor=post_processor, **rename_end(bpe, name, merges=merges)),
+        read_hf_content(bpe, post_processor=post_processor, **rename_end(bpe, name, merges=merges)),
         eos_token=eos,
     )
     imported = import_tokenizer(tmp_path)
@@ -377,7 +377,7 @@ def test_a_tokenizer_like_llama3s_is_imported(bpe, eos, tmp_path):
 
 def test_a_tokenizer_like_qwens_is_imported(bpe, tmp_path):
     """Qwen's form: NFC, no ignore_merges, an end of a turn, and an added token that is not special."""
-    content = hf_content_of(bpe, normalizer={"type": "NFC"}, model={"ignore_merges": False})
+    content = read_hf_content(bpe, normalizer={"type": "NFC"}, model={"ignore_merges": False})
     content["added_tokens"] += [{"id": 600, "content": "<|im_end|>", **FLAGS}]
     content["added_tokens"] += [{"id": 601, "content": "<think>", **FLAGS, "special": False}]
     write_files(tmp_path, content, eos_token="<|im_end|>")
@@ -389,28 +389,28 @@ def test_a_tokenizer_like_qwens_is_imported(bpe, tmp_path):
     assert 600 not in imported.encode("a<think>b<|im_end|>")
 
 
-def with_swapped_ids(bpe):
-    vocab = hf_content_of(bpe)["model"]["vocab"]
+def swap_ids(bpe):
+    vocab = read_hf_content(bpe)["model"]["vocab"]
     swap_items(vocab, "th", "Ġs")
-    return hf_content_of(bpe, model={"vocab": vocab})
+    return read_hf_content(bpe, model={"vocab": vocab})
 
 
-def with_duplicate_merge(bpe):
+def duplicate_merge(bpe):
     """Return a tokenizer in which an early merge makes the same token as the late merge that it needs."""
-    ranks, merges = hf_content_of(bpe)["model"]["vocab"], hf_content_of(bpe)["model"]["merges"]
+    ranks, merges = read_hf_content(bpe)["model"]["vocab"], read_hf_content(bpe)["model"]["merges"]
     token = next("".join(pair) for pair in merges if len("".join(pair)) == 3 and "".join(pair)[1:] in ranks)
     index = next(index for index, pair in enumerate(merges) if "".join(pair) == token)
-    return hf_content_of(
+    return read_hf_content(
         bpe, model={"merges": [*merges[:index], [token[:1], token[1:]], *merges[index + 1 :], merges[index]]}
     )
 
 
-def with_unreachable_token(bpe):
+def add_unreachable_token(bpe):
     """Return a tokenizer with a token that merging never makes, without ignore_merges."""
-    model = hf_content_of(bpe)["model"]
+    model = read_hf_content(bpe)["model"]
     vocab = model["vocab"] | {"qzq": 601, "zq": 602}
     model_changes = {"vocab": vocab, "merges": [*model["merges"], ["qz", "q"]], "ignore_merges": False}
-    return hf_content_of(bpe, model={**model_changes, "vocab": vocab | {"qz": 603}})
+    return read_hf_content(bpe, model={**model_changes, "vocab": vocab | {"qz": 603}})
 
 
 @pytest.mark.parametrize(
@@ -419,8 +419,8 @@ def with_unreachable_token(bpe):
         (lambda bpe: None, "no tokenizer.json, nor vocab.json"),
         (lambda bpe: [], "cannot be read"),
         (lambda bpe: {"model": {}}, "cannot be read"),
-        (lambda bpe: hf_content_of(bpe, model={"merges": [["a", "漢"]]}), "cannot be read"),
-        (lambda bpe: hf_content_of(bpe, **rename_end(bpe, "<|stop|>")), "no token that ends a document"),
+        (lambda bpe: read_hf_content(bpe, model={"merges": [["a", "漢"]]}), "cannot be read"),
+        (lambda bpe: read_hf_content(bpe, **rename_end(bpe, "<|stop|>")), "no token that ends a document"),
     ],
 )
 def test_unreadable_files_are_not_imported(bpe, change, message, tmp_path):
@@ -436,25 +436,28 @@ def test_unreadable_files_are_not_imported(bpe, change, message, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda bpe: hf_content_of(bpe, model={"type": "Unigram"}), "is Unigram, not byte-level BPE"),
-        (lambda bpe: hf_content_of(bpe, model={"type": "WordPiece"}), "is WordPiece, not"),
-        (lambda bpe: hf_content_of(bpe, model={"byte_fallback": True}), "BPE with byte_fallback"),
-        (lambda bpe: hf_content_of(bpe, model={"end_of_word_suffix": "</w>"}), "BPE with end_of_word_suffix"),
-        (lambda bpe: hf_content_of(bpe, pre_tokenizer=None), "not by one split pattern"),
-        (lambda bpe: hf_content_of(bpe, pre_tokenizer={**BYTE_LEVEL, "add_prefix_space": True}), "a space in front"),
-        (lambda bpe: hf_content_of(bpe, normalizer={"type": "NFKC"}), "NFKC"),
-        (lambda bpe: hf_content_of(bpe, pre_tokenizer=split_content(r"\p{N}{1,3}+|.")), "not known to mean the same"),
+        (lambda bpe: read_hf_content(bpe, model={"type": "Unigram"}), "is Unigram, not byte-level BPE"),
+        (lambda bpe: read_hf_content(bpe, model={"type": "WordPiece"}), "is WordPiece, not"),
+        (lambda bpe: read_hf_content(bpe, model={"byte_fallback": True}), "BPE with byte_fallback"),
+        (lambda bpe: read_hf_content(bpe, model={"end_of_word_suffix": "</w>"}), "BPE with end_of_word_suffix"),
+        (lambda bpe: read_hf_content(bpe, pre_tokenizer=None), "not by one split pattern"),
+        (lambda bpe: read_hf_content(bpe, pre_tokenizer={**BYTE_LEVEL, "add_prefix_space": True}), "a space in front"),
+        (lambda bpe: read_hf_content(bpe, normalizer={"type": "NFKC"}), "NFKC"),
+        (lambda bpe: read_hf_content(bpe, pre_tokenizer=split_content(r"\p{N}{1,3}+|.")), "not known to mean the same"),
         (
-            lambda bpe: hf_content_of(bpe, pre_tokenizer=split_content(r"\p{N}{1,3}+|\s|\S")),
+            lambda bpe: read_hf_content(bpe, pre_tokenizer=split_content(r"\p{N}{1,3}+|\s|\S")),
             "tiktoken reads it differently",
         ),
-        (with_duplicate_merge, "do not ascend in the order of its merges"),
-        (lambda bpe: hf_content_of(bpe, model={"merges": hf_content_of(bpe)["model"]["merges"][:-1]}), "do not ascend"),
-        (with_unreachable_token, "do not ascend in the order of its merges"),
-        (with_swapped_ids, "do not ascend in the order of its merges"),
+        (duplicate_merge, "do not ascend in the order of its merges"),
+        (
+            lambda bpe: read_hf_content(bpe, model={"merges": read_hf_content(bpe)["model"]["merges"][:-1]}),
+            "do not ascend",
+        ),
+        (add_unreachable_token, "do not ascend in the order of its merges"),
+        (swap_ids, "do not ascend in the order of its merges"),
     ],
 )
-def test_a_tokenizer_that_tiktoken_cannot_run_stays_with_tokenizers(bpe, change, message, tmp_path):
+def test_a_tokenizer_that_tiktoken_cannot_express_uses_tokenizers(bpe, change, message, tmp_path):
     """`convert_bpe` refuses it, so that no corpus ever has ids other than the original's."""
     content = change(bpe)
     with pytest.raises(CheckpointError, match=message):

@@ -1,4 +1,4 @@
-"""Conversion to Hugging Face and back gives the same bits, logits, tokens and texts.
+"""Conversion to Hugging Face and back preserves weights, logits and tokens.
 
 Models without an equivalent are refused.
 """
@@ -45,8 +45,8 @@ CAUSAL = [family for family in FAMILIES if family not in ("bert", "t5", "bart")]
 
 
 @pytest.fixture(scope="module")
-def tool() -> Callable[..., int]:
-    """`dist-llm convert ...`, in this process; returns its exit code."""
+def run_convert() -> Callable[..., int]:
+    """Return a function that runs `dist-llm convert` in this process and returns the exit code."""
     return command("convert")
 
 
@@ -63,15 +63,15 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_import_then_export_gives_the_same_bits(
-    family: str, tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, run_convert: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`--check` compares logits in fp32 and distributions in fp64 in both directions."""
-    save_hf_model(family, tmp_path / "theirs")
-    assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours", "--check") == 0
-    assert tool("to-hf", tmp_path / "ours", tmp_path / "again", "--family", family, "--check") == 0
+    save_hf_model(family, tmp_path / "hf_model")
+    assert run_convert("from-hf", tmp_path / "hf_model", tmp_path / "native", "--check") == 0
+    assert run_convert("to-hf", tmp_path / "native", tmp_path / "round_trip", "--family", family, "--check") == 0
     assert capsys.readouterr().out.count("logits differ by") == 2
-    verify_checkpoint(CheckpointFolder(tmp_path / "ours"))
-    before, after = read_tensors(tmp_path / "theirs"), read_tensors(tmp_path / "again")
+    verify_checkpoint(CheckpointFolder(tmp_path / "native"))
+    before, after = read_tensors(tmp_path / "hf_model"), read_tensors(tmp_path / "round_trip")
     # Tensors that are always zero, or copies of another tensor, are not written.
     assert after.keys() <= before.keys()
     for name, tensor in before.items():
@@ -139,36 +139,36 @@ def write_native_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     return directory
 
 
-def test_encoder_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
-    native = write_native_checkpoint(tmp_path / "ours", {**BERT, "n_kv_heads": 4})
-    assert tool("to-hf", native, tmp_path / "theirs", "--check") == 0
-    assert tool("from-hf", tmp_path / "theirs", tmp_path / "again", "--check") == 0
-    first, reimported = NativeWeights(native), NativeWeights(tmp_path / "again")
+def test_encoder_round_trip(run_convert: Callable[..., int], tmp_path: Path) -> None:
+    native = write_native_checkpoint(tmp_path / "native", {**BERT, "n_kv_heads": 4})
+    assert run_convert("to-hf", native, tmp_path / "hf_model", "--check") == 0
+    assert run_convert("from-hf", tmp_path / "hf_model", tmp_path / "round_trip", "--check") == 0
+    first, reimported = NativeWeights(native), NativeWeights(tmp_path / "round_trip")
     for name in first.shapes:
         rows = slice(257) if name in ("model.embed.tokens.weight", "model.head.bias") else slice(None)
         assert torch.equal(first.read(name)[rows], reimported.read(name)[rows]), name
 
 
-def test_token_ids_survive_a_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
-    hf = save_hf_model("t5", tmp_path / "theirs")
+def test_token_ids_survive_a_round_trip(run_convert: Callable[..., int], tmp_path: Path) -> None:
+    hf = save_hf_model("t5", tmp_path / "hf_model")
     assert hf.config.decoder_start_token_id == 1
-    assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours") == 0
-    assert tool("to-hf", tmp_path / "ours", tmp_path / "again") == 0
-    actual = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert run_convert("from-hf", tmp_path / "hf_model", tmp_path / "native") == 0
+    assert run_convert("to-hf", tmp_path / "native", tmp_path / "round_trip") == 0
+    actual = json.loads((tmp_path / "round_trip" / "generation_config.json").read_text())
     assert [actual[key] for key in hf_convert.TOKEN_IDS] == [1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("family", NATIVE_MODELS)
 def test_transformers_generates_the_same_tokens_from_an_export(
-    family: str, tool: Callable[..., int], tmp_path: Path
+    family: str, run_convert: Callable[..., int], tmp_path: Path
 ) -> None:
-    native = write_native_checkpoint(tmp_path / "ours", NATIVE_MODELS[family])
-    assert tool("to-hf", native, tmp_path / "theirs", "--check") == 0
-    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == family
+    native = write_native_checkpoint(tmp_path / "native", NATIVE_MODELS[family])
+    assert run_convert("to-hf", native, tmp_path / "hf_model", "--check") == 0
+    assert json.loads((tmp_path / "hf_model" / "config.json").read_text())["model_type"] == family
     is_encoder_decoder = family in ("t5", "bart")
     loader = transformers.AutoModelForSeq2SeqLM if is_encoder_decoder else transformers.AutoModelForCausalLM
-    hf = loader.from_pretrained(tmp_path / "theirs")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    hf = loader.from_pretrained(tmp_path / "hf_model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf_model")
 
     model, our_tokenizer, config = load_model(native, torch.device("cpu"))
     tokens_seen: set[int] = set()
@@ -190,9 +190,11 @@ def test_transformers_generates_the_same_tokens_from_an_export(
     assert len(tokens_seen) >= 3, "the model generates several tokens"
 
 
-def test_missing_rotary_permutation_is_detected(tool: Callable[..., int], tmp_path: Path, monkeypatch: Any) -> None:
+def test_missing_rotary_permutation_is_detected(
+    run_convert: Callable[..., int], tmp_path: Path, monkeypatch: Any
+) -> None:
     """With queries in Meta's pairing of rotary dimensions the bits match but the logits do not."""
-    save_hf_model("llama", tmp_path / "theirs")
+    save_hf_model("llama", tmp_path / "hf_model")
     original = hf_convert.to_native
 
     def permute_queries(pair: Any, hf: Any) -> Tensor:
@@ -202,22 +204,24 @@ def test_missing_rotary_permutation_is_detected(tool: Callable[..., int], tmp_pa
         return tensor
 
     monkeypatch.setattr(hf_convert, "to_native", permute_queries)
-    assert tool("from-hf", tmp_path / "theirs", tmp_path / "ours", "--check") == 2
-    assert not (tmp_path / "ours").exists(), "no wrong output is left"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+    assert run_convert("from-hf", tmp_path / "hf_model", tmp_path / "native", "--check") == 2
+    assert not (tmp_path / "native").exists(), "no wrong output is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf_model"]
 
 
-def test_half_precision_and_several_files(tool: Callable[..., int], tmp_path: Path) -> None:
-    native = write_native_checkpoint(tmp_path / "ours", NATIVE_MODELS["llama"])
+def test_weights_are_written_in_half_precision_and_several_files(
+    run_convert: Callable[..., int], tmp_path: Path
+) -> None:
+    native = write_native_checkpoint(tmp_path / "native", NATIVE_MODELS["llama"])
     arguments = ("--dtype", "bf16", "--shard-gb", "1e-5", "--check")
-    assert tool("to-hf", native, tmp_path / "theirs", *arguments) == 0
-    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 3
-    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert run_convert("to-hf", native, tmp_path / "hf_model", *arguments) == 0
+    assert len(list((tmp_path / "hf_model").glob("*.safetensors"))) > 3
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf_model")
     assert hf.dtype == torch.bfloat16
     with torch.no_grad():
         hf.lm_head.weight[3].zero_()
-    assert tool("from-hf", tmp_path / "theirs", tmp_path / "again") == 0
-    first, reimported = NativeWeights(native), NativeWeights(tmp_path / "again")
+    assert run_convert("from-hf", tmp_path / "hf_model", tmp_path / "round_trip") == 0
+    first, reimported = NativeWeights(native), NativeWeights(tmp_path / "round_trip")
     for name, shape in reimported.shapes.items():
         assert first.shapes[name] == shape, "the vocabulary is padded again"
         rows = slice(257) if name in ("model.embed.tokens.weight", "model.head.out.weight") else slice(None)
@@ -278,27 +282,27 @@ def test_unsupported_config_fields_are_refused(
         hf_convert.read_config(tmp_path)
 
 
-def test_unmapped_or_missing_tensors_are_refused(tool: Callable[..., int], tmp_path: Path) -> None:
-    save_hf_model("llama", tmp_path / "theirs")
-    file = tmp_path / "theirs" / "model.safetensors"
+def test_unmapped_or_missing_tensors_are_refused(run_convert: Callable[..., int], tmp_path: Path) -> None:
+    save_hf_model("llama", tmp_path / "hf_model")
+    file = tmp_path / "hf_model" / "model.safetensors"
     full = load_file(file)
     for name, tensors in {
         "extra": {**full, "model.layers.0.mlp.extra.weight": torch.ones(2, 2)},
         "missing": {name: tensor for name, tensor in full.items() if "layers.1.mlp.up" not in name},
         "cut": {**full, "model.norm.weight": full["model.norm.weight"][:-1].clone()},
     }.items():
-        changed = shutil.copytree(tmp_path / "theirs", tmp_path / name)
+        changed = shutil.copytree(tmp_path / "hf_model", tmp_path / name)
         save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
-        assert tool("from-hf", changed, tmp_path / "ours") == 2, name
-        assert not (tmp_path / "ours").exists()
+        assert run_convert("from-hf", changed, tmp_path / "native") == 2, name
+        assert not (tmp_path / "native").exists()
 
 
-def test_existing_output_is_never_overwritten(tool: Callable[..., int], tmp_path: Path) -> None:
-    native = write_native_checkpoint(tmp_path / "ours", NATIVE_MODELS["llama"])
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "precious").write_text("mine")
-    assert tool("to-hf", native, tmp_path / "theirs") == 2
-    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["precious"]
+def test_existing_output_is_never_overwritten(run_convert: Callable[..., int], tmp_path: Path) -> None:
+    native = write_native_checkpoint(tmp_path / "native", NATIVE_MODELS["llama"])
+    (tmp_path / "hf_model").mkdir()
+    (tmp_path / "hf_model" / "precious").write_text("mine")
+    assert run_convert("to-hf", native, tmp_path / "hf_model") == 2
+    assert [path.name for path in (tmp_path / "hf_model").iterdir()] == ["precious"]
 
 
 def test_verification_detects_wrong_output(tmp_path: Path) -> None:
@@ -323,7 +327,9 @@ NANOGPT = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_siz
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_nanogpt_checkpoint_gives_the_logits_of_gpt2(bias: bool, tool: Callable[..., int], tmp_path: Path) -> None:
+def test_a_nanogpt_checkpoint_gives_the_logits_of_gpt2(
+    bias: bool, run_convert: Callable[..., int], tmp_path: Path
+) -> None:
     """nanoGPT's tensors are GPT-2's, not transposed; a Hugging Face GPT-2 with exact GELU is the reference."""
     sizes = {
         "n_layer": 2,
@@ -350,9 +356,9 @@ def test_a_nanogpt_checkpoint_gives_the_logits_of_gpt2(bias: bool, tool: Callabl
     file = tmp_path / "ckpt.pt"
     content = {"model": tensors, "model_args": {**NANOGPT, "bias": bias}, "iter_num": 7, "config": {"out_dir": "out"}}
     torch.save(content, file)
-    assert tool("from-nanogpt", file, tmp_path / "ours") == 0
+    assert run_convert("from-nanogpt", file, tmp_path / "native") == 0
 
-    model, config = load_native_model(tmp_path / "ours")
+    model, config = load_native_model(tmp_path / "native")
     assert config.model.bias == bias
     ids = torch.randint(61, (2, 16))
     with torch.no_grad():
@@ -369,22 +375,24 @@ def load_native_model(path: Path) -> tuple[Any, Config]:
     return model, config
 
 
-def test_torch_file_round_trip(tool: Callable[..., int], tmp_path: Path) -> None:
-    native = write_native_checkpoint(tmp_path / "ours", NATIVE_MODELS["t5"])
-    assert tool("to-torch", native, tmp_path / "one.pt") == 0
-    content = torch.load(tmp_path / "one.pt", weights_only=True)
+def test_torch_file_round_trip(run_convert: Callable[..., int], tmp_path: Path) -> None:
+    native = write_native_checkpoint(tmp_path / "native", NATIVE_MODELS["t5"])
+    assert run_convert("to-torch", native, tmp_path / "native.pt") == 0
+    content = torch.load(tmp_path / "native.pt", weights_only=True)
     model, _ = load_native_model(native)
     model.load_state_dict(content["model"], strict=False)
-    assert tool("from-torch", tmp_path / "one.pt", tmp_path / "again") == 0
-    assert tool("diff", native, tmp_path / "again") == 0
-    assert tool("diff", native, tmp_path / "one.pt") == 0
+    assert run_convert("from-torch", tmp_path / "native.pt", tmp_path / "round_trip") == 0
+    assert run_convert("diff", native, tmp_path / "round_trip") == 0
+    assert run_convert("diff", native, tmp_path / "native.pt") == 0
     for name in ("config.yaml", "tokenizer.json", "progress.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (native / name).read_bytes()
-    (tmp_path / "bad.pt").write_bytes((tmp_path / "one.pt").read_bytes()[:1000])
-    assert tool("from-torch", tmp_path / "bad.pt", tmp_path / "third") == 2
+        assert (tmp_path / "round_trip" / name).read_bytes() == (native / name).read_bytes()
+    (tmp_path / "truncated.pt").write_bytes((tmp_path / "native.pt").read_bytes()[:1000])
+    assert run_convert("from-torch", tmp_path / "truncated.pt", tmp_path / "refused") == 2
 
 
-def test_average_diff_and_inspect(tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_are_averaged_compared_and_inspected(
+    run_convert: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = (
         write_native_checkpoint(tmp_path / "1", NATIVE_MODELS["llama"]),
         write_native_checkpoint(tmp_path / "2", NATIVE_MODELS["llama"]),
@@ -396,42 +404,42 @@ def test_average_diff_and_inspect(tool: Callable[..., int], tmp_path: Path, caps
     write_native(
         second, DictWeights(doubled), {name: tensor for name, tensor in files.items() if name != "manifest.json"}
     )
-    assert tool("average", tmp_path / "mean", first, second) == 0
+    assert run_convert("average", tmp_path / "mean", first, second) == 0
     mean = NativeWeights(tmp_path / "mean")
     for name in weights.shapes:
         torch.testing.assert_close(mean.read(name), weights.read(name) * 1.5)
-    assert tool("diff", first, second) == 1
+    assert run_convert("diff", first, second) == 1
     out = capsys.readouterr().out
     assert f"{len(weights.shapes)} of {len(weights.shapes)} tensors differ" in out
     assert "1.000e+00" in out, "relative to each tensor's norm"
 
     other = write_native_checkpoint(tmp_path / "3", NATIVE_MODELS["llama"] | {"rope_theta": 5e5})
-    assert tool("average", tmp_path / "other", first, other) == 2, "models of equal shapes may differ"
+    assert run_convert("average", tmp_path / "other", first, other) == 2, "models of equal shapes may differ"
     assert "model.rope_theta 500000.0, 10000.0" in capsys.readouterr().err
 
-    assert tool("inspect", first) == 0
+    assert run_convert("inspect", first) == 0
     out = capsys.readouterr().out
     total = sum(weights.read(name).numel() for name in weights.shapes)
     assert f"{len(weights.shapes)} tensors, {total:,} elements, 0 of them not finite" in out
-    assert tool("verify", first) == 0
+    assert run_convert("verify", first) == 0
     next(first.glob("*.distcp")).write_bytes(b"")
-    assert tool("verify", first) == 2
+    assert run_convert("verify", first) == 2
     infinite_weights = {name: tensor.fill_(torch.inf) for name, tensor in doubled.items()}
     write_native(tmp_path / "broken", DictWeights(infinite_weights), {})
-    assert tool("inspect", tmp_path / "broken") == 2
+    assert run_convert("inspect", tmp_path / "broken") == 2
 
 
 @pytest.mark.parametrize(
     "options", [("--stage", 1), ("--stage", 2, "--world", 3), ("--stage", 3), ("--universal",)], ids=str
 )
-def test_deepspeed_round_trip(options: tuple[Any, ...], tool: Callable[..., int], tmp_path: Path) -> None:
+def test_deepspeed_round_trip(options: tuple[Any, ...], run_convert: Callable[..., int], tmp_path: Path) -> None:
     """test_deepspeed.py tests that DeepSpeed loads the output."""
-    native = write_native_checkpoint(tmp_path / "ours", NATIVE_MODELS["t5"])
-    assert tool("to-deepspeed", native, tmp_path / "ds", *options) == 0
-    assert tool("from-deepspeed", tmp_path / "ds", tmp_path / "again", "--like", native) == 0
-    assert tool("diff", native, tmp_path / "again") == 0
+    native = write_native_checkpoint(tmp_path / "native", NATIVE_MODELS["t5"])
+    assert run_convert("to-deepspeed", native, tmp_path / "ds", *options) == 0
+    assert run_convert("from-deepspeed", tmp_path / "ds", tmp_path / "round_trip", "--like", native) == 0
+    assert run_convert("diff", native, tmp_path / "round_trip") == 0
     other = write_native_checkpoint(tmp_path / "other", NATIVE_MODELS["bart"])
-    assert tool("from-deepspeed", tmp_path / "ds", tmp_path / "third", "--like", other) == 2
+    assert run_convert("from-deepspeed", tmp_path / "ds", tmp_path / "refused", "--like", other) == 2
 
 
 LARGE = """
@@ -465,10 +473,10 @@ def test_conversion_of_two_gigabytes_needs_little_memory(tmp_path: Path) -> None
         {f"model.{name}": shape for name, shape in shapes.items()}, lambda name: torch.randn(shapes[name[6:]])
     )
     files = {"config.yaml": dump(config).encode(), "progress.json": b'{"step": 0}'}
-    write_native(tmp_path / "ours", weights, files)
+    write_native(tmp_path / "native", weights, files)
     for arguments in (
-        ("to-hf", tmp_path / "ours", tmp_path / "theirs"),
-        ("from-hf", tmp_path / "theirs", tmp_path / "again"),
+        ("to-hf", tmp_path / "native", tmp_path / "hf_model"),
+        ("from-hf", tmp_path / "hf_model", tmp_path / "round_trip"),
     ):
         completed = subprocess.run(
             [sys.executable, "-c", LARGE, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""Native models equal Hugging Face's: equal weights give equal logits and losses, padded and packed."""
+"""Our models and those of Hugging Face compute the same logits and losses from the same weights."""
 
 from itertools import pairwise
 
@@ -14,11 +14,11 @@ from tests.convert.families import ENCODER_DECODERS, FAMILIES, SINGLE_STACKS, VO
 pytest.importorskip("transformers")
 
 
-def random_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+def make_random_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def lengths_mask(rows: int, length: int) -> Tensor:
+def make_lengths_mask(rows: int, length: int) -> Tensor:
     """Return 1 for text and 0 for padding at the end; rows have all lengths from 1 to `length`."""
     ends = torch.linspace(1, length, rows).long()
     return (torch.arange(length) < ends[:, None]).long()
@@ -28,7 +28,7 @@ def lengths_mask(rows: int, length: int) -> Tensor:
 @torch.no_grad()
 def test_single_stack_logits_match_with_and_without_padding(family: str) -> None:
     hf, native, config = build_models(family)
-    ids, mask = random_tokens(4, S), lengths_mask(4, S)
+    ids, mask = make_random_tokens(4, S), make_lengths_mask(4, S)
     causal = config.architecture == "decoder"
     full = native(ids, mask=AttentionMask(causal))
     torch.testing.assert_close(full, hf(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
@@ -50,7 +50,7 @@ def test_single_stack_packed_documents_match_separate_ones(family: str) -> None:
     """Three documents in one row equal the Hugging Face model's logits of each document alone."""
     hf, native, config = build_models(family)
     edges = [0, 3, 4, S]
-    ids = random_tokens(2, S)
+    ids = make_random_tokens(2, S)
     documents = torch.bucketize(torch.arange(S), torch.tensor(edges[1:-1]), right=True).expand(2, S)
     positions = torch.cat([torch.arange(end - start) for start, end in pairwise(edges)]).expand(2, S)
     mask = AttentionMask(config.architecture == "decoder", documents_BT=documents)
@@ -64,7 +64,7 @@ def test_single_stack_packed_documents_match_separate_ones(family: str) -> None:
 @torch.no_grad()
 def test_encoder_decoder_logits_match(family: str) -> None:
     hf, native, _ = build_models(family)
-    source, inputs, mask = random_tokens(4, T), random_tokens(4, S, 1), lengths_mask(4, T)
+    source, inputs, mask = make_random_tokens(4, T), make_random_tokens(4, S, 1), make_lengths_mask(4, T)
     actual = native(inputs, encoder_input=EncoderInput(source))
     expected = hf(input_ids=source, decoder_input_ids=inputs).logits
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
@@ -73,7 +73,7 @@ def test_encoder_decoder_logits_match(family: str) -> None:
     expected = hf(input_ids=source, attention_mask=mask, decoder_input_ids=inputs).logits
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
-    targets = random_tokens(4, S, 2)
+    targets = make_random_tokens(4, S, 2)
     loss = native(
         inputs, targets_BS=targets, encoder_input=EncoderInput(source, AttentionMask(False, documents_BT=mask - 1))
     )
@@ -124,7 +124,7 @@ def test_wrong_rotary_pairing_is_detected() -> None:
         for block in native.blocks.values():
             q = block.attention.q.weight
             q.copy_(q.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32))
-    ids = random_tokens(2, S)
+    ids = make_random_tokens(2, S)
     assert (native(ids) - hf(input_ids=ids).logits).abs().max() > 1e-2
 
 

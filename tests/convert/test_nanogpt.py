@@ -1,6 +1,6 @@
-"""nanoGPT's train.bin, val.bin and ckpt.pt in both directions: the same ids, logits and losses.
+"""Corpora and checkpoints of nanoGPT are converted in both directions with the same ids, logits and losses.
 
-The model below reimplements nanoGPT's architecture and is the reference for logits and losses.
+The model below reimplements the architecture of nanoGPT, and is the reference for logits and losses.
 """
 
 import io
@@ -138,7 +138,7 @@ def write_bins(directory: Path) -> dict[str, np.ndarray]:
     return written
 
 
-def adopt_bins(directory: Path) -> Path:
+def adopt_bin_files(directory: Path) -> Path:
     out = directory / "corpus"
     data, heldout = (str(directory / "train.bin"),), (str(directory / "val.bin"),)
     adopt(AdoptOptions("bin", data, "byte", out, heldout, dtype="uint16"), io.StringIO())
@@ -147,21 +147,21 @@ def adopt_bins(directory: Path) -> Path:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = command("convert")
+    run_convert = command("convert")
     nanogpt_model, written = build_reference(bias), write_bins(tmp_path)
-    corpus = adopt_bins(tmp_path)
+    corpus = adopt_bin_files(tmp_path)
     save_nanogpt_checkpoint(nanogpt_model, bias, tmp_path / "ckpt.pt")
-    assert tool("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "ours", "--tokenizer", corpus) == 0
+    assert run_convert("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native", "--tokenizer", corpus) == 0
 
-    config = load_saved(tmp_path / "ours")
+    config = load_saved(tmp_path / "native")
     native = build_model(config.model).eval()
-    store.load_checkpoint(tmp_path / "ours", TorchState(native), with_moments=False)
+    store.load_checkpoint(tmp_path / "native", TorchState(native), with_moments=False)
     ids = torch.randint(257, (3, 16))
     with torch.no_grad():
         torch.testing.assert_close(native(ids), nanogpt_model(ids), rtol=1e-5, atol=1e-5)
 
     # The held-out loss of val.bin in the windows that nanoGPT would use.
-    result = evaluate_checkpoint(str(tmp_path / "ours"), str(corpus), "heldout", EvaluationOptions(), World())
+    result = evaluate_checkpoint(str(tmp_path / "native"), str(corpus), "heldout", EvaluationOptions(), World())
     tokens = torch.from_numpy(written["val.bin"].astype(np.int64))
     losses = [
         F.cross_entropy(nanogpt_model(tokens[None, start : start + 16][:, : len(tokens) - 1 - start])[0],
@@ -172,7 +172,7 @@ def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
     assert result.loss == pytest.approx(float(torch.stack(losses).sum().detach()) / result.tokens, rel=1e-5)
     assert "in windows of 16 (as in the run): " in capsys.readouterr().out
 
-    assert tool("to-nanogpt", tmp_path / "ours", tmp_path / "back.pt") == 0
+    assert run_convert("to-nanogpt", tmp_path / "native", tmp_path / "back.pt") == 0
     exported = torch.load(tmp_path / "back.pt", weights_only=True)
     before = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert exported.keys() == before.keys()
@@ -192,11 +192,11 @@ def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
         assert (tmp_path / "bins" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_a_model_that_nanogpt_lacks_is_refused(tmp_path: Path) -> None:
-    tool = command("convert")
+def test_a_model_that_nanogpt_cannot_express_is_refused(tmp_path: Path) -> None:
+    run_convert = command("convert")
     save_nanogpt_checkpoint(build_reference(True), True, tmp_path / "ckpt.pt")
-    assert tool("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "ours") == 0
-    config, weights = load_saved(tmp_path / "ours"), None
+    assert run_convert("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native") == 0
+    config, weights = load_saved(tmp_path / "native"), None
     for change in ({"activation": "gelu_tanh"}, {"tie_embeddings": False}, {"d_ff": 64}, {"positions": "rope"}):
         other = config.model_copy(update={"model": config.model.model_copy(update=change)})
         with pytest.raises(
@@ -206,12 +206,12 @@ def test_a_model_that_nanogpt_lacks_is_refused(tmp_path: Path) -> None:
     content = load_torch(tmp_path / "ckpt.pt")
     content["model_args"]["n_head"] = 5
     torch.save(content, tmp_path / "odd.pt")
-    assert tool("from-nanogpt", tmp_path / "odd.pt", tmp_path / "odd") == 2
+    assert run_convert("from-nanogpt", tmp_path / "odd.pt", tmp_path / "odd") == 2
 
 
 def test_a_corpus_with_too_many_ids_is_not_exported(tmp_path: Path) -> None:
     write_bins(tmp_path)
-    corpus = adopt_bins(tmp_path)
+    corpus = adopt_bin_files(tmp_path)
     path = corpus / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100_000}))
     with pytest.raises(DataError, match=r"has 100000 ids, but nanoGPT's \.bin files hold at most 65536"):

@@ -1,4 +1,4 @@
-"""A model whose blocks are offloaded to disk gives the same bits as one in memory."""
+"""A model with blocks on disk computes exactly the same as a model in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def build_native(model: str, tmp_path: Path) -> tuple[NativeEngine, Path]:
     return engine, save_checkpoint(CheckpointStore(tmp_path / "checkpoints"), engine, Progress(1), {})
 
 
-def parameter_bytes(module: torch.nn.Module) -> int:
+def count_parameter_bytes(module: torch.nn.Module) -> int:
     return sum(parameter.numel() * 4 for parameter in module.parameters())
 
 
@@ -35,7 +35,10 @@ def test_offloaded_model_generates_the_same_tokens(model: str, num_loaded: int, 
     (full,) = engine.model_parts
     blocks = list(full.blocks.values())
     memory = (
-        parameter_bytes(full) - sum(map(parameter_bytes, blocks)) + sum(map(parameter_bytes, blocks[:num_loaded])) + 100
+        count_parameter_bytes(full)
+        - sum(map(count_parameter_bytes, blocks))
+        + sum(map(count_parameter_bytes, blocks[:num_loaded]))
+        + 100
     )
     actual = load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", memory)
     num_offloaded = sum(all(p.is_meta for p in block.parameters()) for block in actual.blocks.values())

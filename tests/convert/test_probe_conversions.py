@@ -1,4 +1,4 @@
-"""Every conversion measures the probe again, and refuses weights or a config that compute something else."""
+"""Every conversion measures the probe again, and refuses weights or a config with another result."""
 
 import json
 import shutil
@@ -16,9 +16,9 @@ from dist_llm.config.load import load_saved
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import DictWeights
 from dist_llm.convert.write_weights import write_native
-from tests.convert.test_hf_convert import NATIVE_MODELS, tool, write_native_checkpoint
+from tests.convert.test_hf_convert import NATIVE_MODELS, run_convert, write_native_checkpoint
 
-__all__ = ["tool"]  # a fixture
+__all__ = ["run_convert"]  # a fixture
 ERROR = "the weights do not compute what they computed when they were saved: the probe's loss was "
 
 
@@ -50,45 +50,45 @@ def scale_tensor(directory: Path, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_export_has_a_probe_that_an_import_compares(
-    dtype: str, tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dtype: str, run_convert: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    native = write_checkpoint_with_probe(tmp_path / "ours")
-    assert tool("to-hf", native, tmp_path / "hf", "--dtype", dtype) == 0
+    native = write_checkpoint_with_probe(tmp_path / "native")
+    assert run_convert("to-hf", native, tmp_path / "hf", "--dtype", dtype) == 0
     out = capsys.readouterr().out
     assert out.count("the probe's loss was") == 2, "of the checkpoint and of the output"
     assert read_probe(tmp_path / "hf").weights == dtype
     assert read_probe(tmp_path / "hf").loss == pytest.approx(
         read_probe(native).loss, rel=5e-3 if dtype == "bf16" else 1e-6
     )
-    assert tool("from-hf", tmp_path / "hf", tmp_path / "again") == 0
+    assert run_convert("from-hf", tmp_path / "hf", tmp_path / "round_trip") == 0
     assert "the probe's loss was" in capsys.readouterr().out
-    assert read_probe(tmp_path / "again").loss == read_probe(tmp_path / "hf").loss
-    assert tool("verify", tmp_path / "again") == 0
+    assert read_probe(tmp_path / "round_trip").loss == read_probe(tmp_path / "hf").loss
+    assert run_convert("verify", tmp_path / "round_trip") == 0
 
     scale_tensor(tmp_path / "hf", "model.layers.1.self_attn.o_proj.weight")
-    assert tool("from-hf", tmp_path / "hf", tmp_path / "wrong") == 2
+    assert run_convert("from-hf", tmp_path / "hf", tmp_path / "wrong") == 2
     assert ERROR in capsys.readouterr().err
     assert not (tmp_path / "wrong").exists()
 
 
 def test_a_changed_config_of_an_export_is_refused(
-    tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_convert: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool("to-hf", write_checkpoint_with_probe(tmp_path / "ours"), tmp_path / "hf") == 0
+    assert run_convert("to-hf", write_checkpoint_with_probe(tmp_path / "native"), tmp_path / "hf") == 0
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 5e5
     path.write_text(json.dumps(config))
-    assert tool("from-hf", tmp_path / "hf", tmp_path / "wrong") == 2
+    assert run_convert("from-hf", tmp_path / "hf", tmp_path / "wrong") == 2
     assert ERROR in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["verify", "to-hf", "to-torch", "to-deepspeed"])
 def test_weights_that_differ_from_the_probe_are_refused(
-    command: str, tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, run_convert: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     native, other = (
-        write_checkpoint_with_probe(tmp_path / "ours"),
+        write_checkpoint_with_probe(tmp_path / "native"),
         write_checkpoint_with_probe(tmp_path / "other", logit_cap=2.0),
     )
     files = {entry.name: entry.read_bytes() for entry in native.iterdir() if entry.suffix in (".json", ".yaml")}
@@ -98,45 +98,45 @@ def test_weights_that_differ_from_the_probe_are_refused(
     changed = {name: weights.read(name) * (1.5 if "blocks.1.feedforward" in name else 1) for name in weights.shapes}
     write_native(other, DictWeights(changed), files)
     out = {"verify": [], "to-deepspeed": [tmp_path / "out", "--universal"]}.get(command, [tmp_path / "out"])
-    assert tool(command, native, *out) == 0
+    assert run_convert(command, native, *out) == 0
     if (tmp_path / "out").exists():
         (tmp_path / "out").rename(tmp_path / "first")
     capsys.readouterr()
-    assert tool(command, other, *out) == 2
+    assert run_convert(command, other, *out) == 2
     assert ERROR in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_torch_file_is_compared_with_its_probe(
-    tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_convert: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool("to-torch", write_checkpoint_with_probe(tmp_path / "ours"), tmp_path / "one.pt") == 0
-    content = torch.load(tmp_path / "one.pt", weights_only=True)
-    assert tool("from-torch", tmp_path / "one.pt", tmp_path / "again") == 0
+    assert run_convert("to-torch", write_checkpoint_with_probe(tmp_path / "native"), tmp_path / "native.pt") == 0
+    content = torch.load(tmp_path / "native.pt", weights_only=True)
+    assert run_convert("from-torch", tmp_path / "native.pt", tmp_path / "round_trip") == 0
     content["model"]["blocks.0.attention.q.weight"] *= 3
-    torch.save(content, tmp_path / "two.pt")
+    torch.save(content, tmp_path / "changed.pt")
     capsys.readouterr()
-    assert tool("from-torch", tmp_path / "two.pt", tmp_path / "wrong") == 2
+    assert run_convert("from-torch", tmp_path / "changed.pt", tmp_path / "wrong") == 2
     assert ERROR in capsys.readouterr().err
 
 
-def test_new_weights_get_their_own_probe(
-    tool: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_weights_without_a_saved_probe_get_a_new_one(
+    run_convert: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An average, and the export of a checkpoint of 0.1.0, which has no probe."""
     first, old = (
         write_checkpoint_with_probe(tmp_path / "1"),
         write_native_checkpoint(tmp_path / "2", NATIVE_MODELS["llama"]),
     )
-    assert tool("verify", old) == 0
+    assert run_convert("verify", old) == 0
     assert "has no probe that this version can compare" in capsys.readouterr().out
     weights = NativeWeights(first)
     shutil.rmtree(old)
     files = {entry.name: entry.read_bytes() for entry in first.iterdir() if entry.suffix in (".json", ".yaml")}
     files = {name: entry for name, entry in files.items() if name not in ("manifest.json", PROBE)}
     write_native(old, DictWeights({name: weights.read(name) * 2 for name in weights.shapes}), files)
-    assert tool("average", tmp_path / "mean", old, first) == 0
-    assert tool("verify", tmp_path / "mean") == 0
+    assert run_convert("average", tmp_path / "mean", old, first) == 0
+    assert run_convert("verify", tmp_path / "mean") == 0
     assert read_probe(tmp_path / "mean").loss != pytest.approx(read_probe(first).loss, rel=1e-3)
-    assert tool("to-hf", old, tmp_path / "hf") == 0
+    assert run_convert("to-hf", old, tmp_path / "hf") == 0
     assert PROBE in {path.name for path in (tmp_path / "hf").iterdir()}

@@ -1,4 +1,4 @@
-"""An import names every tensor and every config field of the source that it cannot use."""
+"""An import reports each tensor and each config field that it cannot use."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def make_fields(family: str) -> dict[str, Any]:
     }
 
 
-def another_value(value: Any) -> Any:
+def make_other_value(value: Any) -> Any:
     """Return another value of the same type."""
     if isinstance(value, bool) or value is None:
         return not value
@@ -59,10 +59,10 @@ def test_every_field_is_used_or_reported(family: str) -> None:
     hf = make_fields(family)
     expected = function_of(parse_hf_config(hf))
     for name in hf.keys() - {"model_type"} - HARMLESS_FIELDS - NO_EFFECT:
-        assert function_or_error({**hf, name: another_value(hf[name])}) != expected, name
+        assert import_function_or_error({**hf, name: make_other_value(hf[name])}) != expected, name
 
 
-def function_or_error(hf: dict[str, Any]) -> dict[str, Any] | None:
+def import_function_or_error(hf: dict[str, Any]) -> dict[str, Any] | None:
     """Return the function that the config describes; None if an error names a field."""
     try:
         return function_of(parse_hf_config(hf))

@@ -1,4 +1,4 @@
-"""Write a package that registers an engine, as pip would install it."""
+"""Install a fake package that registers an engine."""
 
 from pathlib import Path
 
@@ -22,7 +22,10 @@ def check_config(config, device):
 
 
 def install_engine(directory: Path, name: str = "standin", module: str = MODULE, package: str = "other") -> None:
-    """Make `directory`, once it is on sys.path, offer the engine `name` of a module of that name."""
+    """Write a package to `directory` that registers the engine `name`, if `directory` is on sys.path.
+
+    `module` is the source code of the engine.
+    """
     (directory / f"{package}_{name}.py").write_text(module, encoding="utf-8")
     metadata = directory / f"{package}-1.0.dist-info"
     metadata.mkdir()

@@ -1,4 +1,4 @@
-"""Engines are found by their entry points; a native run imports no other engine; errors come before a process group."""
+"""Entry points register engines. A native run imports no other engine. A broken engine is reported early."""
 
 import sys
 from importlib.metadata import EntryPoints
@@ -23,14 +23,14 @@ from tests.laws.law import make_config
 CPU = torch.device("cpu")
 
 
-def config_with(engine: str, **sections: Any) -> Config:
+def make_engine_config(engine: str, **sections: Any) -> Config:
     """A resolved config that no rule was applied to."""
     config = make_config(1, {})
     parallel = config.parallel.model_copy(update=sections.pop("parallel", {}))
     return config.model_copy(update={"engine": engine, "parallel": parallel, **sections})
 
 
-def problems(config: Config) -> list[str]:
+def list_problems(config: Config) -> list[str]:
     return [str(violation) for violation in check(config, 1, 130)]
 
 
@@ -40,30 +40,30 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_an_engine_of_another_package(site: Path) -> None:
+def test_an_engine_of_another_package_is_built(site: Path) -> None:
     install_engine(site)
-    config = config_with("standin")
-    assert problems(config) == []
+    config = make_engine_config("standin")
+    assert list_problems(config) == []
     check_engine_config(config, CPU)
     engine = build_engine(config, CPU)
     assert (type(engine).__name__, type(engine).__module__) == ("StandIn", "other_standin")
     assert isinstance(engine, NativeEngine)
     with pytest.raises(ConfigError, match=r"parallel\.tp: standin cannot do that on cpu; set 1"):
-        check_engine_config(config_with("standin", parallel={"tp": 2}), CPU)
+        check_engine_config(make_engine_config("standin", parallel={"tp": 2}), CPU)
 
 
-def test_an_engine_without_check_config(site: Path) -> None:
+def test_an_engine_without_check_config_is_accepted(site: Path) -> None:
     install_engine(site, "unchecked", MODULE.partition("def check_config")[0])
-    config = config_with("unchecked", parallel={"tp": 2})
+    config = make_engine_config("unchecked", parallel={"tp": 2})
     check_engine_config(config, CPU)
 
 
-def test_an_unknown_engine_names_the_known_ones(site: Path) -> None:
+def test_an_unknown_engine_error_lists_the_known_engines(site: Path) -> None:
     install_engine(site)
     message = "engine: no installed package has naitve; set one of accelerate, deepspeed, native, standin, or install"
-    assert [line for line in problems(config_with("naitve")) if line.startswith(message)]
+    assert [line for line in list_problems(make_engine_config("naitve")) if line.startswith(message)]
     with pytest.raises(ConfigError, match=message):
-        check_engine_config(config_with("naitve"), CPU)
+        check_engine_config(make_engine_config("naitve"), CPU)
 
 
 @pytest.mark.parametrize(
@@ -74,34 +74,34 @@ def test_an_unknown_engine_names_the_known_ones(site: Path) -> None:
         ("build = 1", r"engine: broken: other_broken has no function build_engine\(config, device\)"),
     ],
 )
-def test_a_broken_engine(module: str, message: str, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_engine_is_refused(module: str, message: str, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "other_broken", raising=False)
     install_engine(site, "broken", module)
     with pytest.raises(ConfigError, match=message):
-        check_engine_config(config_with("broken"), CPU)
+        check_engine_config(make_engine_config("broken"), CPU)
 
 
-def test_two_packages_with_one_name(site: Path) -> None:
+def test_two_packages_with_the_same_engine_name_are_refused(site: Path) -> None:
     install_engine(site, package="one")
     install_engine(site, package="two")
     message = "engine: standin is registered more than once: one_standin, two_standin; uninstall all but one package"
-    assert message in problems(config_with("standin"))
+    assert message in list_problems(make_engine_config("standin"))
     with pytest.raises(ConfigError, match=message):
-        build_engine(config_with("standin"), CPU)
+        build_engine(make_engine_config("standin"), CPU)
 
 
-def test_older_metadata_of_our_own_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source tree whose `pip install -e .` was before engines had entry points."""
+def test_outdated_metadata_of_our_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source tree was installed with `pip install -e .` before engines had entry points."""
     monkeypatch.setattr(engine_names, "entry_points", lambda **_: EntryPoints())
     message = "engine: no installed package has deepspeed; set one of native, or install dist_llm again, whose metadata"
-    assert [line for line in problems(config_with("deepspeed")) if line.startswith(message)]
+    assert [line for line in list_problems(make_engine_config("deepspeed")) if line.startswith(message)]
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "accelerate"])
-def test_our_own_are_registered(name: str) -> None:
-    point = find_engine(name)
-    assert point is not None, f"the metadata of dist_llm is older than pyproject.toml: install it again ({GROUP})"
-    assert callable(point.load().build_engine)
+def test_our_engines_are_registered(name: str) -> None:
+    entry_point = find_engine(name)
+    assert entry_point is not None, f"the metadata of dist_llm is older than pyproject.toml: install it again ({GROUP})"
+    assert callable(entry_point.load().build_engine)
 
 
 def test_the_help_lists_the_known_engines() -> None:
@@ -109,7 +109,7 @@ def test_the_help_lists_the_known_engines() -> None:
 
 
 def test_a_native_run_imports_no_other_engine(tmp_path: Path) -> None:
-    """In a process that has imported the whole command, and nothing else."""
+    """The process has imported only the command line and the modules of a run."""
     script = tmp_path / "native.py"
     script.write_text(
         """

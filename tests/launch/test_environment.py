@@ -1,4 +1,4 @@
-"""Network variables are set from the config, or the config is refused."""
+"""The config sets network variables. A config that contradicts the environment is refused."""
 
 import os
 

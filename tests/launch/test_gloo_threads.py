@@ -1,4 +1,4 @@
-"""A gloo group has one worker thread: torch's two threads damage the heap (`compat.use_one_thread_per_gloo_group`)."""
+"""A gloo group has one worker thread, because two threads damage the heap (`compat.use_one_thread_per_gloo_group`)."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ for _ in range(2):
 
 
 @pytest.mark.parametrize("interface", ["", "lo"])
-def test_each_group_has_one_thread(interface: str) -> None:
+def test_each_gloo_group_has_one_thread(interface: str) -> None:
     ranks = {
         "RANK": "0",
         "WORLD_SIZE": "1",

@@ -1,4 +1,4 @@
-"""Preflight measures each node; each kind of problem is reported with its node, and nothing else is."""
+"""Preflight measures each node and reports each kind of problem with the name of the node."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 VERSIONS = {"torch": "2.11.0", "NCCL": "2.27.5", "driver": "570.86"}
 
 
-def healthy_reports() -> list[NodeReport]:
+def make_healthy_reports() -> list[NodeReport]:
     """Return reports of four healthy nodes with two ranks each: GPUs within 10 %, links within 30 %."""
     rates = [650, 640, 700, 660, 655, 648, 652, 630]
     links = [40, 40, 30, 31, 41, 42, math.nan, math.nan]
@@ -37,12 +37,12 @@ def healthy_reports() -> list[NodeReport]:
     ]
 
 
-def changed_reports(*ranks: int, **values: object) -> list[NodeReport]:
-    return [replace(each, **values) if each.rank in ranks else each for each in healthy_reports()]
+def make_changed_reports(*ranks: int, **values: object) -> list[NodeReport]:
+    return [replace(report, **values) if report.rank in ranks else report for report in make_healthy_reports()]
 
 
 def test_healthy_nodes_have_no_problems():
-    assert diagnose_nodes(healthy_reports()) == []
+    assert diagnose_nodes(make_healthy_reports()) == []
     assert diagnose_nodes([NodeReport(0, "alone", VERSIONS, 0.0, 1.0, True, 0.1, 10.0)]) == []
     assert diagnose_nodes([NodeReport(rank, f"node{rank}") for rank in range(3)]) == [], (
         "reports without measurements have no problems"
@@ -52,25 +52,31 @@ def test_healthy_nodes_have_no_problems():
 @pytest.mark.parametrize(
     ("reports", "problems"),
     [
-        (changed_reports(4, 5, versions={**VERSIONS, "NCCL": "2.21.5"}), ["node2: NCCL is 2.21.5, elsewhere 2.27.5"]),
-        (changed_reports(7, versions={**VERSIONS, "driver": "none"}), ["node3: driver is none, elsewhere 570.86"]),
         (
-            changed_reports(0, 1, versions={"torch": "2.12.0", "NCCL": "2.27.5"}),
+            make_changed_reports(4, 5, versions={**VERSIONS, "NCCL": "2.21.5"}),
+            ["node2: NCCL is 2.21.5, elsewhere 2.27.5"],
+        ),
+        (make_changed_reports(7, versions={**VERSIONS, "driver": "none"}), ["node3: driver is none, elsewhere 570.86"]),
+        (
+            make_changed_reports(0, 1, versions={"torch": "2.12.0", "NCCL": "2.27.5"}),
             ["node0: torch is 2.12.0, elsewhere 2.11.0", "node0: driver is unknown, elsewhere 570.86"],
         ),
-        (changed_reports(2, 3, clock_offset_seconds=5.0), ["node1: its clock is 5.0 s ahead of rank 0's"]),
-        (changed_reports(5, clock_offset_seconds=-1.2), ["node2: its clock is 1.2 s behind rank 0's"]),
-        (changed_reports(6, matmul_tflops=500.0), ["node3: rank 6 reaches 500 matmul TFLOP/s, the median rank 649"]),
+        (make_changed_reports(2, 3, clock_offset_seconds=5.0), ["node1: its clock is 5.0 s ahead of rank 0's"]),
+        (make_changed_reports(5, clock_offset_seconds=-1.2), ["node2: its clock is 1.2 s behind rank 0's"]),
         (
-            changed_reports(2, 3, sees_shared_file=False),
+            make_changed_reports(6, matmul_tflops=500.0),
+            ["node3: rank 6 reaches 500 matmul TFLOP/s, the median rank 649"],
+        ),
+        (
+            make_changed_reports(2, 3, sees_shared_file=False),
             ["node1: does not see the file that rank 0 wrote to --directory"],
         ),
         (
-            changed_reports(5, neighbour_gb_per_second=14.0),
+            make_changed_reports(5, neighbour_gb_per_second=14.0),
             ["node2: all-reduce with node3 alone reaches 14 GB/s, the median pair reaches 30"],
         ),
         (
-            changed_reports(3, failures=("CUDA out of memory",), matmul_tflops=math.nan),
+            make_changed_reports(3, failures=("CUDA out of memory",), matmul_tflops=math.nan),
             ["node1: rank 3: CUDA out of memory"],
         ),
     ],
@@ -82,25 +88,25 @@ def test_each_problem_is_reported_with_its_node(reports, problems):
         assert line.startswith(start)
 
 
-def test_each_slow_measurement_has_its_line():
-    reports = changed_reports(2, 3, matmul_tflops=300.0, clock_offset_seconds=9.0)
+def test_each_slow_measurement_is_reported():
+    reports = make_changed_reports(2, 3, matmul_tflops=300.0, clock_offset_seconds=9.0)
     assert [line.partition(":")[0] for line in diagnose_nodes(reports)] == ["node1"] * 3
 
 
-def test_a_slow_rank_is_found_if_half_of_the_others_have_no_rate():
-    reports = changed_reports(0, 1, 2, 3, matmul_tflops=math.nan)
+def test_a_slow_rank_is_found_among_missing_measurements():
+    reports = make_changed_reports(0, 1, 2, 3, matmul_tflops=math.nan)
     reports[6] = replace(reports[6], matmul_tflops=400.0)
     assert diagnose_nodes(reports) == ["node3: rank 6 reaches 400 matmul TFLOP/s, the median rank 639"]
 
 
-def test_with_two_nodes_rank_0_is_the_reference():
-    reports = changed_reports(2, 3, versions={**VERSIONS, "torch": "2.12.0"})[:4]
+def test_rank_0_is_the_reference_of_two_nodes():
+    reports = make_changed_reports(2, 3, versions={**VERSIONS, "torch": "2.12.0"})[:4]
     assert diagnose_nodes(reports) == ["node1: torch is 2.12.0, elsewhere 2.11.0"]
 
 
-def test_the_table_has_a_row_per_node_with_its_worst_rank():
+def test_the_table_has_one_row_per_node():
     console = Console(file=io.StringIO(), width=120)
-    reports = changed_reports(2, 3, versions={**VERSIONS, "torch": "2.12.0"})
+    reports = make_changed_reports(2, 3, versions={**VERSIONS, "torch": "2.12.0"})
     reports[1] = replace(reports[1], clock_offset_seconds=-3.25, free_gib=12.5, all_reduce_us=77.0)
     console.print(format_table(reports))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines()[3:-1]]
@@ -110,7 +116,7 @@ def test_the_table_has_a_row_per_node_with_its_worst_rank():
     assert rows[3][-1] == "-"
 
 
-def test_interleaved_ranks_are_shown_one_by_one():
+def test_interleaved_ranks_are_listed_individually():
     console = Console(file=io.StringIO(), width=120)
     console.print(format_table([NodeReport(rank, "ab"[rank % 2]) for rank in range(4)]))
     assert "0, 2" in console.file.getvalue()
@@ -123,33 +129,33 @@ def measure_as_two_nodes(directory: Path) -> list[NodeReport]:
     return preflight.measure_ranks(own_world, directory, PreflightTimeout(own_world, 60))
 
 
-def test_two_ranks_measure_and_agree(tmp_path):
+def test_two_ranks_measure_the_same_reports(tmp_path):
     reports, reports_of_rank_1 = get_world(2).run(measure_as_two_nodes, tmp_path)
-    assert [repr(each) for each in reports] == [repr(each) for each in reports_of_rank_1]
-    assert [(each.rank, each.host) for each in reports] == [(0, "node0"), (1, "node1")]
+    assert list(map(repr, reports)) == list(map(repr, reports_of_rank_1))
+    assert [(report.rank, report.host) for report in reports] == [(0, "node0"), (1, "node1")]
     assert [line for line in diagnose_nodes(reports) if "TFLOP/s" not in line] == [], "two cores may differ in speed"
     assert reports[0].clock_offset_seconds == 0
     assert 0 < abs(reports[1].clock_offset_seconds) < 0.5
     assert reports[0].versions["torch"] == torch.__version__
     assert {"Python", "CUDA", "NCCL", "driver", "GPU", "dist_llm", "deepspeed", "accelerate"} < set(reports[0].versions)
-    for each in reports:
-        assert each.sees_shared_file is True
-        assert min(each.free_gib, each.matmul_tflops, each.all_reduce_us, each.all_reduce_gb_per_second) > 0
+    for report in reports:
+        assert report.sees_shared_file is True
+        assert min(report.free_gib, report.matmul_tflops, report.all_reduce_us, report.all_reduce_gb_per_second) > 0
     assert reports[0].neighbour_gb_per_second > 0
     assert math.isnan(reports[1].neighbour_gb_per_second), "the last node has no neighbour"
     assert list(tmp_path.iterdir()) == []
 
 
-def devices_used(directory: Path, gpus: list[str]) -> tuple[list[NodeReport], set[str]]:
+def measure_with_fake_gpus(directory: Path, gpus: list[str]) -> tuple[list[NodeReport], set[str]]:
     """Measure with fake GPUs by rank; return the reports and the devices and backends of the collectives."""
     gpu, used, new_group = gpus[dist.get_rank()], set(), dist.new_group
     device = CPU if gpu == "none" else torch.device("cuda", 0)
 
-    def all_reduce(device, group):
+    def record_device(device, group):
         used.add(device.type)
         return 1.0, 1.0
 
-    def group_of(ranks=None, backend=""):
+    def create_gloo_group(ranks=None, backend=""):
         used.add(backend)
         return new_group(ranks, backend="gloo")
 
@@ -158,17 +164,17 @@ def devices_used(directory: Path, gpus: list[str]) -> tuple[list[NodeReport], se
         mock.patch.object(torch.cuda, "set_device"),
         mock.patch.object(preflight, "measure_matmul_tflops", return_value=650.0),
         mock.patch.object(preflight, "collect_versions", return_value={"GPU": gpu}),
-        mock.patch.object(preflight, "measure_all_reduce", all_reduce),
-        mock.patch.object(dist, "new_group", group_of),
+        mock.patch.object(preflight, "measure_all_reduce", record_device),
+        mock.patch.object(dist, "new_group", create_gloo_group),
     ):
         return measure_as_two_nodes(directory), used
 
 
 def test_nccl_is_used_only_if_all_nodes_have_gpus(tmp_path):
-    for reports, used in get_world(2).run(devices_used, tmp_path, ["H100", "H100"]):
+    for reports, used in get_world(2).run(measure_with_fake_gpus, tmp_path, ["H100", "H100"]):
         assert used == {"cuda", "nccl"}
         assert diagnose_nodes(reports) == []
-    for reports, used in get_world(2).run(devices_used, tmp_path, ["H100", "none"]):
+    for reports, used in get_world(2).run(measure_with_fake_gpus, tmp_path, ["H100", "none"]):
         assert used == {"cpu", "gloo"}
         assert diagnose_nodes(reports) == ["node1: GPU is none, elsewhere H100"]
 
@@ -195,7 +201,7 @@ def check_shared_file_of_rank(directories: list[Path]) -> tuple[bool | None, lis
     )
 
 
-def test_a_directory_that_is_not_shared_is_detected_and_left_unchanged(tmp_path):
+def test_a_directory_that_is_not_shared_is_detected(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
@@ -219,7 +225,7 @@ def test_the_shared_file_is_removed_after_a_failure(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hanging_rank_reports_its_phase_and_removes_its_file(tmp_path, monkeypatch, capsys):
+def test_a_hanging_rank_reports_its_phase(tmp_path, monkeypatch, capsys):
     exit_codes = []
     monkeypatch.setattr(preflight.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(preflight.os, "_exit", exit_codes.append)
@@ -245,7 +251,7 @@ def test_a_hanging_rank_reports_its_phase_and_removes_its_file(tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def bandwidth_at_fixed_rate() -> tuple[float, float]:
+def measure_all_reduce_at_fixed_rate() -> tuple[float, float]:
     preflight._all_reduce_seconds, original = (lambda size, *rest: size / 2**23), preflight._all_reduce_seconds
     try:
         return preflight.measure_all_reduce(CPU, dist.group.WORLD)
@@ -254,22 +260,22 @@ def bandwidth_at_fixed_rate() -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("ranks", "traffic_factor"), [(2, 1.0), (4, 1.5)])
-def test_the_bandwidth_is_that_of_a_link(ranks, traffic_factor):
+def test_the_bandwidth_is_the_traffic_of_one_link(ranks, traffic_factor):
     """8 MiB in a second: with two ranks each link carries the tensor once, with four ranks 1.5 times."""
-    for latency, rate in get_world(ranks).run(bandwidth_at_fixed_rate):
+    for latency, rate in get_world(ranks).run(measure_all_reduce_at_fixed_rate):
         assert latency == pytest.approx(4 / 2**23 * 1e6)
         assert rate == pytest.approx(traffic_factor * 2**23 / 1e9)
 
 
-def neighbour_bandwidth_with_slow_link(hosts: list[str], slow: list[int], seconds: float) -> float:
+def measure_neighbour_with_slow_link(hosts: list[str], slow: list[int], seconds: float) -> float:
     rank, original = dist.get_rank(), dist.all_reduce
 
-    def all_reduce(tensor, group):
+    def slow_all_reduce(tensor, group):
         if tensor.numel() > 1 and dist.get_process_group_ranks(group) == slow:
             time.sleep(seconds)
         return original(tensor, group=group)
 
-    dist.all_reduce = all_reduce
+    dist.all_reduce = slow_all_reduce
     try:
         own_world = World(rank=rank, world_size=len(hosts), local_rank=0, host=hosts[rank])
         return preflight.measure_neighbour_bandwidth(own_world, hosts, CPU, PreflightTimeout(own_world, 60))
@@ -277,9 +283,9 @@ def neighbour_bandwidth_with_slow_link(hosts: list[str], slow: list[int], second
         dist.all_reduce = original
 
 
-def test_neighbours_are_measured_pairwise():
+def test_neighbor_nodes_are_measured_in_pairs():
     """Three nodes; the last has two ranks and a slow link."""
-    first, second, *last = get_world(4).run(neighbour_bandwidth_with_slow_link, ["a", "b", "c", "c"], [1, 2, 3], 0.2)
+    first, second, *last = get_world(4).run(measure_neighbour_with_slow_link, ["a", "b", "c", "c"], [1, 2, 3], 0.2)
     assert second < 2**23 * 4 / 3 / 0.2 / 1e9
     assert first > 0
     assert all(map(math.isnan, last))
@@ -310,11 +316,11 @@ def test_problems_before_a_failed_collective_are_reported(tmp_path, monkeypatch)
     ]
 
 
-def test_rank_0_reports_and_the_others_exit_with_its_code(tmp_path, monkeypatch, capsys):
+def test_only_rank_0_reports_problems(tmp_path, monkeypatch, capsys):
     pauses = []
     monkeypatch.setattr(preflight.time, "sleep", pauses.append)
     monkeypatch.setattr(preflight, "process_group", lambda *rest, **kwargs: contextlib.nullcontext())
-    monkeypatch.setattr(preflight, "measure_ranks", lambda *rest: changed_reports(2, 3, clock_offset_seconds=5.0))
+    monkeypatch.setattr(preflight, "measure_ranks", lambda *rest: make_changed_reports(2, 3, clock_offset_seconds=5.0))
     with pytest.raises(ConfigError, match=r"1 problem found:\n  node1: its clock is 5.0 s ahead"):
         run_preflight(tmp_path, 60, World(rank=0, world_size=8, local_rank=0, host="node0"))
     assert "node3" in capsys.readouterr().out

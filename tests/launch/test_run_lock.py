@@ -1,4 +1,4 @@
-"""Only one run at a time writes to a directory; a stale lock is replaced, a lock in use is not."""
+"""Only one run at a time writes to a directory. A stale lock is replaced; a lock in use is not."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from dist_llm.launch.run_lock import LOCK_FILE, LockHolder, RunLock, describe_th
 ELSEWHERE = LockHolder("t", "n7", 12, "another machine", "99", "yesterday")
 
 
-def own_holder(**changes: object) -> LockHolder:
+def make_holder(**changes: object) -> LockHolder:
     return replace(describe_this_process("here", {}), **changes)  # type: ignore[arg-type]
 
 
@@ -40,15 +40,15 @@ def job_is_running(job: str) -> bool:
 
 
 def test_a_second_run_is_refused_with_the_holder(tmp_path: Path) -> None:
-    with RunLock(tmp_path / "run", own_holder(job="77")):
-        with pytest.raises(ConfigError) as excinfo, RunLock(tmp_path / "run", own_holder()):
+    with RunLock(tmp_path / "run", make_holder(job="77")):
+        with pytest.raises(ConfigError) as excinfo, RunLock(tmp_path / "run", make_holder()):
             pass
         assert read_holder(tmp_path / "run").job == "77", "the first run still has the lock"
     message = str(excinfo.value)
     assert f"run.dir: {tmp_path}/run is in use by process {os.getpid()} on here (Slurm job 77), started 20" in message
     assert "Set another run.dir, or wait until that run ends, or let it save and stop: scancel" in message
     assert not (tmp_path / "run" / LOCK_FILE).exists()
-    with RunLock(tmp_path / "run", own_holder()):
+    with RunLock(tmp_path / "run", make_holder()):
         pass
 
 
@@ -63,19 +63,19 @@ def test_the_lock_of_a_killed_process_is_replaced_at_once(tmp_path: Path) -> Non
         other.stdout.readline()
         with (
             pytest.raises(ConfigError, match=f"in use by process {other.pid} on here"),
-            RunLock(tmp_path, own_holder()),
+            RunLock(tmp_path, make_holder()),
         ):
             pass
         os.kill(other.pid, signal.SIGKILL)
         os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
-        with RunLock(tmp_path, own_holder()):
+        with RunLock(tmp_path, make_holder()):
             assert read_holder(tmp_path).process == os.getpid()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> None:
-    write_lock(tmp_path, own_holder(start_time="1"))
-    with RunLock(tmp_path, own_holder()) as lock:
+    write_lock(tmp_path, make_holder(start_time="1"))
+    with RunLock(tmp_path, make_holder()) as lock:
         assert read_holder(tmp_path) == lock.this_process, "the stale lock is replaced"
 
 
@@ -95,10 +95,10 @@ def test_another_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> 
     ],
     ids=str,
 )
-def test_a_holder_on_another_machine_is_gone_if_its_job_or_launch_ended(
+def test_a_holder_on_another_machine_has_ended_with_its_job(
     holder: dict[str, object], own_changes: dict[str, object], expected: bool | None
 ) -> None:
-    actual = has_ended(replace(ELSEWHERE, **holder), own_holder(**own_changes), lambda job: job == "ended")  # type: ignore[arg-type]
+    actual = has_ended(replace(ELSEWHERE, **holder), make_holder(**own_changes), lambda job: job == "ended")  # type: ignore[arg-type]
     assert actual is expected
 
 
@@ -108,25 +108,25 @@ def test_a_lock_of_another_machine_is_stale_without_heartbeats(tmp_path: Path, m
     touches = iter(range(100))
     monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: os.utime(path, ns=(0, next(touches))))
     with pytest.raises(ConfigError, match=r"in use by process 12 on n7.*kill -TERM 12, on n7"):
-        RunLock(tmp_path, own_holder()).__enter__()
+        RunLock(tmp_path, make_holder()).__enter__()
     monkeypatch.undo()
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.1)
-    with RunLock(tmp_path, own_holder()):
+    with RunLock(tmp_path, make_holder()):
         assert read_holder(tmp_path).host == "here"
 
 
 def test_an_incomplete_lock_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.1)
     (tmp_path / LOCK_FILE).write_text('{"token": "a')
-    with RunLock(tmp_path, own_holder()):
+    with RunLock(tmp_path, make_holder()):
         assert read_holder(tmp_path).host == "here"
 
 
-def test_one_of_many_processes_replaces_a_stale_lock(tmp_path: Path) -> None:
+def test_only_one_process_replaces_a_stale_lock(tmp_path: Path) -> None:
     for number in range(20):
         directory = tmp_path / str(number)
-        write_lock(directory, own_holder(start_time="1"))
-        locks = [RunLock(directory, own_holder()) for _ in range(8)]
+        write_lock(directory, make_holder(start_time="1"))
+        locks = [RunLock(directory, make_holder()) for _ in range(8)]
         entered, barrier = [], threading.Barrier(len(locks))
 
         def enter(lock: RunLock, barrier: threading.Barrier = barrier, entered: list[RunLock] = entered) -> None:
@@ -144,11 +144,9 @@ def test_one_of_many_processes_replaces_a_stale_lock(tmp_path: Path) -> None:
         assert list(directory.iterdir()) == []
 
 
-def test_a_run_that_lost_its_lock_exits_and_keeps_the_new_lock(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_lost_its_lock_exits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     codes: list[int] = []
-    lock = RunLock(tmp_path, own_holder(), exit_process=codes.append)
+    lock = RunLock(tmp_path, make_holder(), exit_process=codes.append)
     with lock:
         mtime_before = (tmp_path / LOCK_FILE).stat().st_mtime_ns
         os.utime(tmp_path / LOCK_FILE, ns=(0, 0))
@@ -165,7 +163,7 @@ def test_a_run_that_lost_its_lock_exits_and_keeps_the_new_lock(
     assert read_holder(tmp_path) == ELSEWHERE
 
 
-def test_the_identity_of_a_process() -> None:
+def test_this_process_is_described() -> None:
     holder = describe_this_process(
         "n3", {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "none"}
     )
@@ -188,7 +186,7 @@ def test_the_identity_of_a_process() -> None:
         (None, False),
     ],
 )
-def test_a_jobs_end_is_read_from_squeue(
+def test_squeue_reports_the_end_of_a_job(
     answer: str | None, ended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if answer is not None:
@@ -201,6 +199,6 @@ def test_a_jobs_end_is_read_from_squeue(
 def test_a_directory_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run\.dir: .*file.* cannot be written: .*set another run\.dir"):
-        RunLock(tmp_path / "file" / "run", own_holder()).__enter__()
+        RunLock(tmp_path / "file" / "run", make_holder()).__enter__()
     with pytest.raises(ConfigError, match=r"checkpoint\.dir: .*file cannot be written"):
-        RunLock(tmp_path / "file", own_holder(), "checkpoint.dir").__enter__()
+        RunLock(tmp_path / "file", make_holder(), "checkpoint.dir").__enter__()

@@ -1,4 +1,4 @@
-"""A signal is recorded and shared; a second one ends the process; the stop marker is written and cleared."""
+"""All ranks agree on a stop signal. A second signal ends the process. The stop marker is written and cleared."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.laws.worlds import get_world
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_is_recorded_and_known_after_the_next_sync(number: signal.Signals) -> None:
+def test_a_signal_is_agreed_after_the_next_sync(number: signal.Signals) -> None:
     handler_before = signal.getsignal(number)
     with StopSignals() as signals:
         signals.start_sync()
@@ -41,7 +41,7 @@ def test_ignored_signals_stay_ignored(number: signal.Signals) -> None:
         signal.signal(number, handler_before)
 
 
-def signals_by_step_of(rank: int) -> list[int]:
+def agree_on_signals(rank: int) -> list[int]:
     signals_by_step = []
     with StopSignals() as signals:
         for step in range(3):
@@ -53,7 +53,7 @@ def signals_by_step_of(rank: int) -> list[int]:
 
 
 def test_all_ranks_agree_on_the_step() -> None:
-    assert get_world(2).run(signals_by_step_of, 1) == [[0, 0, signal.SIGUSR1]] * 2
+    assert get_world(2).run(agree_on_signals, 1) == [[0, 0, signal.SIGUSR1]] * 2
 
 
 # One forked child for each case. "stuck": the main thread waits in C for a mutex that is never released, as it may wait
@@ -105,7 +105,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
 
 
 @pytest.mark.parametrize("from_environment", [False, True])
-def test_the_stop_marker_is_where_the_batch_script_looks(
+def test_the_batch_script_finds_the_stop_marker(
     from_environment: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / ("elsewhere" if from_environment else "stopped.json")

@@ -34,21 +34,21 @@ def read_run_arguments(script: str, number: str = "") -> list[str]:
     return completed.stdout.splitlines()
 
 
-def test_given_options_come_last_and_before_any_command() -> None:
+def test_sbatch_options_come_before_the_first_command() -> None:
     script = render_batch_script(SlurmJob(CONFIG, nodes=4, tasks_per_node=8, options=("--time=1:00:00",)), ["runs/a"])
     assert read_sbatch_options(script)[-3:] == ["--nodes=4", "--ntasks-per-node=8", "--time=1:00:00"]
     assert "--signal=USR1@180" in read_sbatch_options(script)
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
-def test_overrides_reach_the_run_unchanged() -> None:
+def test_overrides_are_passed_to_the_run_unchanged() -> None:
     job = SlurmJob(CONFIG, ("eval.sample_prompt=a 'b' $HOME", "optim.lr=1e-3"))
     assert read_run_arguments(render_batch_script(job, ["runs/a b"])) == [
         "configs/debug.yaml", "eval.sample_prompt=a 'b' $HOME", "optim.lr=1e-3", "run.dir=runs/a b"
     ]  # fmt: skip
 
 
-def test_a_sweep_is_an_array_of_all_combinations() -> None:
+def test_a_sweep_becomes_a_job_array() -> None:
     job = SlurmJob(CONFIG, ("run.steps=2",), sweep=parse_sweep(["optim.lr=1e-3,3e-4", "init_from=a/b"]))
     run_dirs = run_directories(job, "runs/x")
     assert run_dirs == ["runs/x/lr=1e-3_init_from=a-b", "runs/x/lr=3e-4_init_from=a-b"]
@@ -65,13 +65,13 @@ def test_a_sweep_without_values_is_refused(argument: str) -> None:
         parse_sweep([argument])
 
 
-def test_without_slurm_the_error_names_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_sbatch_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submitting.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="sbatch is not on PATH"):
         submit_script("")
 
 
-def test_the_scripts_in_slurm_equal_those_of_the_package() -> None:
+def test_the_slurm_scripts_equal_those_of_the_package() -> None:
     repository = SCRIPT.parents[3]
     for name in ("train.sbatch", "debug.sbatch"):
         assert (repository / "slurm" / name).read_text() == (SCRIPT.parent / name).read_text()

@@ -22,40 +22,40 @@ from dist_llm.launch.watchdog import (
 from dist_llm.launch.world import World
 
 
-def report(
+def make_report(
     collective: str = "gloo:all_reduce [[4]] of default_pg", activity: str = "step 5", host: str = "n1"
 ) -> dict[str, Any]:
     return {"host": host, "activity": activity, "collective": collective, "location": "train.py, in forward"}
 
 
 def test_a_rank_outside_collectives_holds_up_the_others() -> None:
-    assert diagnose_stall({0: report(), 1: report("", host="n2"), 2: report()}, 3) == [
+    assert diagnose_stall({0: make_report(), 1: make_report("", host="n2"), 2: make_report()}, 3) == [
         "rank 1 on n2 holds up the run, in step 5: train.py, in forward"
     ]
 
 
-def test_a_rank_without_a_report_is_stopped_or_gone() -> None:
-    assert diagnose_stall({0: report(), 2: report()}, 3) == [
+def test_a_rank_without_a_report_is_named() -> None:
+    assert diagnose_stall({0: make_report(), 2: make_report()}, 3) == [
         "rank 1 does not answer: its process is stopped, or its node is gone"
     ]
 
 
-def test_no_rank_is_blamed_if_all_wait() -> None:
-    (line,) = diagnose_stall({0: report("gloo:send [[2]] of pp"), 1: report()}, 2)
+def test_no_rank_is_named_if_all_ranks_wait() -> None:
+    (line,) = diagnose_stall({0: make_report("gloo:send [[2]] of pp"), 1: make_report()}, 2)
     assert line.startswith("all ranks wait for each other: 0 in gloo:send [[2]] of pp, 1 in gloo:all_reduce")
 
 
-def run_watchdog(limit: float, heartbeats: int, seconds: float, factor: int = 1) -> list[int]:
-    codes: list[int] = []
-    with Watchdog(World(), limit, exit_process=codes.append) as watchdog:
-        for number in range(heartbeats):
-            watchdog.heartbeat(f"step {number}", factor)
-        time.sleep(seconds)
-    return codes
+def run_watchdog(limit_seconds: float, num_heartbeats: int, run_seconds: float, factor: int = 1) -> list[int]:
+    exit_codes: list[int] = []
+    with Watchdog(World(), limit_seconds, exit_process=exit_codes.append) as watchdog:
+        for step in range(num_heartbeats):
+            watchdog.heartbeat(f"step {step}", factor)
+        time.sleep(run_seconds)
+    return exit_codes
 
 
 @pytest.fixture(autouse=True)
-def no_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
+def disable_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_llm.launch.watchdog.GRACE_SECONDS", 0.0)
 
 
@@ -63,68 +63,66 @@ def test_a_run_without_progress_is_ended() -> None:
     assert run_watchdog(0.2, NUM_FIRST_STEPS + 1, 0.8) == [EXIT_CODE]
 
 
-def test_a_run_is_ended_even_if_the_store_does_not_answer(
+def test_a_run_is_ended_if_the_store_does_not_answer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Rank 0 holds the store, and may be the rank that is stopped."""
+    """Rank 0 hosts the store, and may be the stopped rank."""
 
-    class Stopped:
+    class StoppedStore:
         def set(self, key: str, value: str) -> None:
             threading.Event().wait()
 
     monkeypatch.setattr("dist_llm.launch.watchdog.REPORT_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Stopped)
-    codes: list[int] = []
-    with Watchdog(World(rank=1, world_size=2), 0.2, exit_process=codes.append) as watchdog:
-        for number in range(NUM_FIRST_STEPS + 1):
-            watchdog.heartbeat(f"step {number}")
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", StoppedStore)
+    exit_codes: list[int] = []
+    with Watchdog(World(rank=1, world_size=2), 0.2, exit_process=exit_codes.append) as watchdog:
+        for step in range(NUM_FIRST_STEPS + 1):
+            watchdog.heartbeat(f"step {step}")
         deadline = time.monotonic() + 10
-        while not codes and time.monotonic() < deadline:
+        while not exit_codes and time.monotonic() < deadline:
             time.sleep(0.05)
-    assert codes == [EXIT_CODE]
+    assert exit_codes == [EXIT_CODE]
     assert STORE_UNREACHABLE in caplog.messages
 
 
-def test_a_resumed_run_continues_and_its_next_stall_ends_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_that_resumes_is_not_ended(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The network recovers while the diagnosis is collected."""
     monkeypatch.setattr("dist_llm.launch.watchdog.GRACE_SECONDS", 1.0)
-    codes: list[int] = []
-    with Watchdog(World(), 0.2, exit_process=codes.append) as watchdog:
-        for number in range(NUM_FIRST_STEPS + 1):
-            watchdog.heartbeat(f"step {number}")
+    exit_codes: list[int] = []
+    with Watchdog(World(), 0.2, exit_process=exit_codes.append) as watchdog:
+        for step in range(NUM_FIRST_STEPS + 1):
+            watchdog.heartbeat(f"step {step}")
         time.sleep(0.6)
         for _ in range(4):  # short steps keep the timeout short
             watchdog.heartbeat("the step after")
         time.sleep(0.9)
-        assert codes == []
+        assert exit_codes == []
         assert "has resumed, with the step after" in caplog.text
         time.sleep(1.2)
-    assert codes == [EXIT_CODE]
+    assert exit_codes == [EXIT_CODE]
 
 
-def test_another_rank_that_resumed_too_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_rank_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stall ended before the other rank's watchdog checked: that rank has no report, but has heartbeats."""
     store, own_world = dist.HashStore(), World(rank=0, world_size=2)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr("dist_llm.launch.watchdog.pending_collective", lambda: "")
     monkeypatch.setattr("dist_llm.launch.watchdog.REPORT_TIMEOUT_SECONDS", 0.5)
-    codes: list[int] = []
+    exit_codes: list[int] = []
     with subprocess.Popen(["sleep", "60"]) as sleeper:
         store.set("dist_llm/process/1", json.dumps((own_world.host, sleeper.pid, read_process_identity(sleeper.pid))))
-        with Watchdog(own_world, 0.4, exit_process=codes.append) as watchdog:
-            for number in range(NUM_FIRST_STEPS + 1):
-                watchdog.heartbeat(f"step {number}")
+        with Watchdog(own_world, 0.4, exit_process=exit_codes.append) as watchdog:
+            for step in range(NUM_FIRST_STEPS + 1):
+                watchdog.heartbeat(f"step {step}")
             time.sleep(0.7)
             for _ in range(20):
                 watchdog.heartbeat("going on")
                 time.sleep(0.1)
         assert sleeper.poll() is None
         sleeper.kill()
-    assert codes == []
+    assert exit_codes == []
     assert store.get("dist_llm/stalled/0") == b"null", "the report is withdrawn"
 
 
@@ -133,14 +131,14 @@ def test_another_rank_that_resumed_too_is_not_killed(monkeypatch: pytest.MonkeyP
     [(0.2, 1, 1), (0.2, NUM_FIRST_STEPS + 1, 30), (0.0, NUM_FIRST_STEPS + 1, 1)],
     ids=["the first steps", "a long activity", "no limit"],
 )
-def test_a_longer_timeout_applies(limit: float, heartbeats: int, factor: int) -> None:
+def test_a_longer_timeout_applies_to_slow_activities(limit: float, heartbeats: int, factor: int) -> None:
     assert run_watchdog(limit, heartbeats, 0.8, factor) == []
 
 
-def test_long_steps_may_be_ten_times_as_long() -> None:
+def test_the_timeout_is_ten_times_the_median_of_long_steps() -> None:
     watchdog = Watchdog(World(), 1.0)
-    for number in range(NUM_FIRST_STEPS):
-        watchdog.heartbeat(f"step {number}")
+    for step in range(NUM_FIRST_STEPS):
+        watchdog.heartbeat(f"step {step}")
     for _ in range(3):
         watchdog.last_time -= 7.0
         watchdog.heartbeat("a step")
@@ -150,7 +148,7 @@ def test_long_steps_may_be_ten_times_as_long() -> None:
     assert watchdog.timeout_now == pytest.approx(70.0, rel=0.01), "one long step does not raise the timeout"
 
 
-def test_a_process_is_killed_only_if_it_is_the_registered_one() -> None:
+def test_only_the_registered_process_is_killed() -> None:
     with subprocess.Popen(["sleep", "60"]) as sleeper:
         identity = read_process_identity(sleeper.pid)
         for wrong_identity in (

@@ -24,7 +24,7 @@ SLURM_ENVIRON = {
 RENDEZVOUS_ENVIRON = {"MASTER_ADDR": "n1", "MASTER_PORT": "20001"}
 
 
-def test_read_world_from_torchrun_variables():
+def test_read_world_reads_torchrun_variables():
     world = read_world({**TORCHRUN_ENVIRON, "MASTER_ADDR": "elsewhere", "GROUP_RANK": "2"})
     assert world == World(rank=5, world_size=8, local_rank=1, host=socket.gethostname())
     assert not world.is_main
@@ -60,7 +60,7 @@ def test_a_batch_script_or_a_single_task_is_one_process(changes):
 
 
 @pytest.mark.parametrize("present_names", [c for n in (1, 2) for c in combinations(TORCHRUN_ENVIRON, n)], ids="+".join)
-def test_incomplete_variables_are_an_error_that_names_the_missing_ones(present_names):
+def test_missing_variables_are_named(present_names):
     with pytest.raises(ConfigError, match="start with torchrun, or unset them all") as excinfo:
         read_world({name: TORCHRUN_ENVIRON[name] for name in present_names})
     missing = [name for name in TORCHRUN_ENVIRON if name not in present_names]
@@ -85,7 +85,7 @@ def test_invalid_values_are_refused(name, value, expected_text):
         read_world({**TORCHRUN_ENVIRON, name: value})
 
 
-def test_select_device_by_local_rank(monkeypatch):
+def test_the_local_rank_selects_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert select_device(World(rank=3, world_size=4, local_rank=3)) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -124,8 +124,8 @@ def token_shards_use_the_depth_scale_of_full_sequences() -> Iterator[Any]:
 def tensor_ranks_use_the_positions_of_the_first_rank() -> Iterator[Any]:
     """With learned positions. The token shard of a rank may start within a sequence."""
 
-    def take_first_chunk(self: Any, numbers_BS: torch.Tensor) -> torch.Tensor:
-        return numbers_BS.flatten(0, 1).chunk(self.ranks)[0].unflatten(0, (len(numbers_BS), -1))
+    def take_first_chunk(self: Any, values_BS: torch.Tensor) -> torch.Tensor:
+        return values_BS.flatten(0, 1).chunk(self.tp_size)[0].unflatten(0, (len(values_BS), -1))
 
     with patch.object(tensor_parallel.TensorParallelRegion, "local_tokens", take_first_chunk):
         yield
@@ -301,12 +301,12 @@ def vocabulary_maximum_is_not_reduced_over_tensor_ranks() -> Iterator[Any]:
 
 @register_bug
 def vocabulary_padding_is_scored() -> Iterator[Any]:
-    original = tensor_parallel.VocabParallelHead._vocab_shard
+    original = tensor_parallel.VocabParallelHead._build_vocab_shard
 
     def include_padding_rows(self: Any, weight_WD: Any) -> Any:
         return replace(original(self, weight_WD), width=len(weight_WD))
 
-    with patch.object(tensor_parallel.VocabParallelHead, "_vocab_shard", include_padding_rows):
+    with patch.object(tensor_parallel.VocabParallelHead, "_build_vocab_shard", include_padding_rows):
         yield
 
 

@@ -41,8 +41,8 @@ def measure_loss_terms(config: Config) -> list[float]:
     heldout = [engine.to_local_batch(batch) for batch in make_batches(config, engine, 100)]
     heldout_loss = sum(engine.all_reduce_over_data(engine.score(batch).sum()).item() for batch in heldout)
     report = train_step(engine, make_batches(config, engine, 0), config.optim.lr, with_loss_terms=True)
-    assert report.terms is not None
-    return [heldout_loss, report.loss.item(), *report.terms.tolist()]
+    assert report.loss_terms is not None
+    return [heldout_loss, report.loss.item(), *report.loss_terms.tolist()]
 
 
 def list_optimizer_state_names(config: Config) -> tuple[set[str], set[str]]:

@@ -1,4 +1,4 @@
-"""A run closes all of its sinks at its end, also after a failure."""
+"""A run closes all its sinks at the end, also after a failure."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_a_run_closes_its_sinks(config, closed_sinks):
 
 
 def test_a_failed_run_closes_its_sinks(config, closed_sinks, monkeypatch):
-    monkeypatch.setattr(trainer, "train_step", lambda *rest: 1 / 0)
+    monkeypatch.setattr(trainer, "train_step", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(config, World())
     assert sorted(closed_sinks, key=SINKS.index) == [*SINKS]

@@ -1,4 +1,4 @@
-"""Plain lines into a pipe, a progress bar on a terminal, and a log file per rank."""
+"""Output is plain lines in a pipe and a progress bar on a terminal. Each rank has a log file."""
 
 import io
 import math
@@ -23,7 +23,7 @@ HELDOUT = {"step": 30, "heldout_loss": 2.5, "heldout_perplexity": 12.1825, "held
 
 
 @pytest.fixture(autouse=True)
-def end_logging(monkeypatch):
+def stop_logging_after_test(monkeypatch):
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     yield

@@ -1,4 +1,4 @@
-"""Model FLOPs equal a count by hand and torch's counter."""
+"""Model FLOPs equal a manual count and the FLOP counter of torch."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SWIGLU = ModelConfig(**SHAPE, activation="swiglu", vocab_multiple=64)
 GELU = ModelConfig(**SHAPE, activation="gelu", positions="learned", bias=True, norm="layernorm", tie_embeddings=True)
 
 
-def test_the_count_by_hand():
+def test_the_weight_count_matches_a_manual_count():
     """One token of the tiny model, multiply-adds of each product.
 
     q    8 x 8   = 64     (2 heads of 4)
@@ -41,7 +41,7 @@ IN_PLACE = {torch.ops.aten.addmm_: count_product}  # unknown to torch's counter
 
 
 @pytest.mark.parametrize("config", [SWIGLU, GELU], ids=["swiglu", "gelu"])
-def test_the_count_equals_torchs_counter(config):
+def test_the_flop_count_matches_the_counter_of_torch(config):
     """The forward pass is a third of the FLOPs of forward and backward."""
     torch.manual_seed(0)
     model = Decoder(config)
@@ -55,7 +55,7 @@ def test_the_count_equals_torchs_counter(config):
     assert both.get_total_flops() == expected
 
 
-def test_the_count_of_gpt3_equals_the_published_one():
+def test_the_flop_count_of_gpt3_matches_the_published_one():
     """Brown et al. 2020, table D.1: 6 * 174,600 M per token; our count includes the head (0.6 G) and no positions."""
     gpt3 = ModelConfig(
         d_model=12288,
@@ -85,7 +85,7 @@ def test_the_count_of_gpt3_equals_the_published_one():
         ("NVIDIA B200", 2250),
     ],
 )
-def test_published_peaks_are_the_dense_ones(name, tflops, monkeypatch):
+def test_published_peaks_are_dense_rates(name, tflops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     rate, source = peak_flops(torch.device("cuda", 0), "bf16")
     assert rate == tflops * 1e12

@@ -1,4 +1,4 @@
-"""The matmul rate is the best of several measurements, is cached per machine, and never fails a run."""
+"""The matmul rate is the best of several measurements and is cached. A cache that fails does not end a run."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rows reach every sink once, with one device synchronization; files survive kills and resumes."""
+"""Each row reaches every sink once, with one device synchronization. Metrics files survive kills and resumes."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def reset_file_counter(monkeypatch):
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
-def step_metrics(step, tokens=None):
+def make_step_metrics(step, tokens=None):
     value = torch.tensor(float(step), dtype=torch.float64)
     return StepMetrics(
         step, value, 10 * value, torch.tensor(7), lr=step / 100, tokens=tokens or 50 * step, data_wait_seconds=0.5
@@ -37,13 +37,13 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_flush_gives_each_step_its_numbers_and_the_intervals_rates(clock):
+def test_a_flush_writes_one_row_per_step(clock):
     first_sink, second_sink = [], []
     recorder = MetricsRecorder(
         [first_sink.extend, second_sink.extend], flops_per_token=6.0, peak_flops=3000.0, device=CPU
     )
     for step in (1, 2, 3, 4):
-        recorder.add(step_metrics(step))
+        recorder.add(make_step_metrics(step))
     clock[0] += 2.0
     rows = recorder.flush()
     assert rows == first_sink == second_sink
@@ -61,7 +61,7 @@ def test_loss_terms_are_separate_columns(clock):
     recorder = MetricsRecorder([], 1.0, 1.0, CPU)
     for step in (1, 2):
         terms = {"cross_entropy": torch.tensor(step - 0.5), "z_loss": torch.tensor(0.5)}
-        recorder.add(replace(step_metrics(step), terms=terms))
+        recorder.add(replace(make_step_metrics(step), loss_terms=terms))
     clock[0] += 1.0
     rows = recorder.flush()
     assert [(row["loss"], row["cross_entropy"], row["z_loss"]) for row in rows] == [
@@ -70,18 +70,18 @@ def test_loss_terms_are_separate_columns(clock):
     ]
 
 
-def test_rates_cover_the_interval_between_flushes_without_pauses(clock):
+def test_rates_exclude_evaluations_and_checkpoints(clock):
     recorder = MetricsRecorder([], 1.0, 1.0, CPU)
-    recorder.add(step_metrics(1))
+    recorder.add(make_step_metrics(1))
     clock[0] += 1.0
     assert recorder.flush()[0]["tokens_per_second"] == 50.0
     assert recorder.flush() == [], "no row is written twice"
-    recorder.add(step_metrics(2))
+    recorder.add(make_step_metrics(2))
     clock[0] += 2.0
     assert recorder.flush()[0]["tokens_per_second"] == 25.0
     clock[0] += 1000.0  # an evaluation
     recorder.restart_clock(100)
-    recorder.add(step_metrics(3))
+    recorder.add(make_step_metrics(3))
     clock[0] += 1.0
     assert recorder.flush()[0]["tokens_per_second"] == 50.0
 
@@ -89,14 +89,14 @@ def test_rates_cover_the_interval_between_flushes_without_pauses(clock):
 def test_a_resumed_run_counts_only_its_own_tokens(clock):
     recorder = MetricsRecorder([], 1.0, 1.0, CPU)
     recorder.restart_clock(tokens=1000)
-    recorder.add(step_metrics(21, tokens=1050))
+    recorder.add(make_step_metrics(21, tokens=1050))
     clock[0] += 1.0
     assert recorder.flush()[0]["tokens_per_second"] == 50.0
 
 
-def test_without_a_known_peak_mfu_is_nan(clock):
+def test_mfu_is_nan_without_a_known_peak(clock):
     recorder = MetricsRecorder([], 1.0, 0.0, CPU)
-    recorder.add(step_metrics(1))
+    recorder.add(make_step_metrics(1))
     clock[0] += 1.0
     assert math.isnan(recorder.flush()[0]["mfu"])
 
@@ -111,7 +111,7 @@ def test_a_flush_synchronizes_with_the_device_once(monkeypatch):
     recorder = MetricsRecorder([lambda rows: None], 1.0, 1.0, CPU)
     for steps in (1, 10):
         for step in range(1, steps + 1):
-            recorder.add(step_metrics(step))
+            recorder.add(make_step_metrics(step))
         assert calls == [], "adding a step does not synchronize"
         recorder.flush()
         assert len(calls) == 1
@@ -140,14 +140,14 @@ def write(tmp_path):
     return write
 
 
-def test_rows_are_on_disk_once_written(tmp_path):
+def test_rows_are_on_disk_after_a_flush(tmp_path):
     sink = MetricsFile(tmp_path / "metrics.jsonl", 0)
     sink([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}])
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
     sink.close()
 
 
-def test_each_step_occurs_once_after_a_resume(write):
+def test_a_resumed_run_removes_later_rows(write):
     write(0, range(1, 8))
     actual = write(4, range(5, 10))
     assert [row["step"] for row in actual] == list(range(1, 10))
@@ -180,7 +180,7 @@ def read_curve(directory, name):
     return [(event.step, event.value) for event in EventAccumulator(str(directory)).Reload().Scalars(name)]
 
 
-def test_tensorboard_reads_the_curves_back(tmp_path):
+def test_tensorboard_can_read_the_curves(tmp_path):
     heldout = {"step": 2, "heldout_loss": 3.0, "heldout_perplexity": 20.0, "sample": "def f():\n    pass"}
     write_tensorboard(tmp_path, 0, [make_row(1, 0.5), make_row(2, 0.25), heldout])
     assert read_curve(tmp_path, "train/loss") == [(1, 0.5), (2, 0.25)]

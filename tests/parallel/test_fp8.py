@@ -1,4 +1,4 @@
-"""Float8 products: their distance to exact ones, and that a wrong scale shows."""
+"""Float8 products have the error of float8 rounding, and a wrong scale is detected."""
 
 import math
 import warnings
@@ -41,7 +41,7 @@ def compute_products(x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor, T
     return y.detach().float(), *torch.autograd.grad(y, (x, w), g.bfloat16())
 
 
-def factor_pairs(x: Tensor, w: Tensor, g: Tensor) -> list[tuple[Tensor, torch.dtype, Tensor, torch.dtype]]:
+def list_factor_pairs(x: Tensor, w: Tensor, g: Tensor) -> list[tuple[Tensor, torch.dtype, Tensor, torch.dtype]]:
     """The three products as pairs of factors a and b with their dtypes, for a b^T."""
     return [
         (x, INPUT_DTYPE, w, INPUT_DTYPE),
@@ -50,7 +50,7 @@ def factor_pairs(x: Tensor, w: Tensor, g: Tensor) -> list[tuple[Tensor, torch.dt
     ]
 
 
-def error_bound(a: Tensor, a_kind: torch.dtype, b: Tensor, b_kind: torch.dtype) -> Tensor:
+def compute_error_bound(a: Tensor, a_dtype: torch.dtype, b: Tensor, b_dtype: torch.dtype) -> Tensor:
     """Bound the error of each element of a b^T, computed exactly except for rounding of a, b and the result.
 
     Rounding changes an element a by at most e_a = u |a| + s. Here u is half a unit in the last place, and s is the
@@ -58,12 +58,12 @@ def error_bound(a: Tensor, a_kind: torch.dtype, b: Tensor, b_kind: torch.dtype) 
     products therefore errs by at most the sum of |a| e_b + e_a |b| + e_a e_b, plus the rounding of the result to bf16.
     """
 
-    def element_error(x: Tensor, kind: torch.dtype) -> Tensor:
-        u, smallest = ULP[kind]
-        return u * x.abs() + smallest * x.abs().max() / (torch.finfo(kind).max / 2)
+    def compute_element_error(x: Tensor, dtype: torch.dtype) -> Tensor:
+        u, smallest = ULP[dtype]
+        return u * x.abs() + smallest * x.abs().max() / (torch.finfo(dtype).max / 2)
 
     a, b = a.double(), b.double()
-    e_a, e_b = element_error(a, a_kind), element_error(b, b_kind)
+    e_a, e_b = compute_element_error(a, a_dtype), compute_element_error(b, b_dtype)
     sums = a.abs() @ e_b.t() + e_a @ b.abs().t() + e_a @ e_b.t()
     return sums + BF16_ULP * ((a @ b.t()).abs() + sums)
 
@@ -74,29 +74,29 @@ def check_errors(x: Tensor, w: Tensor, g: Tensor) -> None:
     The relative rounding error of a random number is half a unit times 0.425 in root mean square, which is sqrt(1/3 * 3
     / (8 ln 2)): 2.65% in e4m3, 5.3% in e5m2. A product has the root of the sum of both squares.
     """
-    for actual, (a, a_kind, b, b_kind) in zip(compute_products(x, w, g), factor_pairs(x, w, g), strict=True):
+    for actual, (a, a_dtype, b, b_dtype) in zip(compute_products(x, w, g), list_factor_pairs(x, w, g), strict=True):
         exact = a.double() @ b.double().t()
-        assert ((actual - exact).abs() <= error_bound(a, a_kind, b, b_kind)).all()
-        expected_error = 0.425 * math.hypot(ULP[a_kind][0], ULP[b_kind][0])
+        assert ((actual - exact).abs() <= compute_error_bound(a, a_dtype, b, b_dtype)).all()
+        expected_error = 0.425 * math.hypot(ULP[a_dtype][0], ULP[b_dtype][0])
         assert float((actual - exact).norm() / exact.norm()) == pytest.approx(expected_error, rel=0.2)
 
 
 @pytest.mark.parametrize("tokens", [48, 1, 21])
-def test_a_product_errs_as_its_rounding_does(tokens: int) -> None:
-    """Also where tokens are no multiple of 16."""
+def test_a_product_has_the_error_of_rounded_factors(tokens: int) -> None:
+    """The number of tokens need not be a multiple of 16."""
     x, w, g = make_factors(tokens)
-    for actual, (a, a_kind, b, b_kind) in zip(compute_products(x, w, g), factor_pairs(x, w, g), strict=True):
-        assert ((actual - a.double() @ b.double().t()).abs() <= error_bound(a, a_kind, b, b_kind)).all()
+    for actual, (a, a_dtype, b, b_dtype) in zip(compute_products(x, w, g), list_factor_pairs(x, w, g), strict=True):
+        assert ((actual - a.double() @ b.double().t()).abs() <= compute_error_bound(a, a_dtype, b, b_dtype)).all()
 
 
-def test_the_error_is_that_of_float8() -> None:
+def test_the_error_has_the_size_of_float8_rounding() -> None:
     check_errors(*make_factors(512, 128, 256))
 
 
 def compute_torchao_products(x: Tensor, w: Tensor, g: Tensor, powers_of_two: bool) -> tuple[Tensor, ...]:
-    """Compute outputs and both gradients by torchao's layer, which is emulated, too."""
+    """Compute the output and both gradients with the float8 layer of torchao, which is also emulated."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # which torchao's use of torch raises
+        warnings.simplefilter("ignore")  # warnings of torch that torchao causes
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     layer = nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=torch.bfloat16)
     layer.weight.data.copy_(w)
@@ -108,8 +108,8 @@ def compute_torchao_products(x: Tensor, w: Tensor, g: Tensor, powers_of_two: boo
 
 
 @pytest.mark.parametrize("sizes", [(48, 64, 96), (512, 256, 384)], ids=str)
-def test_products_are_those_of_torchao(sizes: tuple[int, int, int]) -> None:
-    """They differ only by the order of sums from torchao's with power-of-two scales; exact scales would show."""
+def test_products_equal_those_of_torchao(sizes: tuple[int, int, int]) -> None:
+    """With power-of-two scales, only the order of sums differs from torchao. Exact scales give other products."""
     x, w, g = make_factors(*sizes)
     actual = compute_products(x.bfloat16(), w.bfloat16(), g)
     for product, power_of_two_scaled, exactly_scaled in zip(
@@ -120,70 +120,72 @@ def test_products_are_those_of_torchao(sizes: tuple[int, int, int]) -> None:
         assert float((product.double() - exactly_scaled.double()).norm() / size) > 1e-3
 
 
-def _double_unit(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    rounded, unit = quantize(x, kind)
+def _double_unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rounded, unit = quantize(x, dtype)
     return rounded, 2 * unit
 
 
-def _no_scale(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.float().to(kind), torch.ones(())
+def _no_scale(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.float().to(dtype), torch.ones(())
 
 
-def _too_large(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+def _too_large(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale 64 times too large, as for a tensor that has grown since; values out of range are clamped."""
-    scale, dtype_max = 64 / quantize(x, kind)[1], torch.finfo(kind).max
-    return (x.float() * scale).clamp(-dtype_max, dtype_max).to(kind), scale.reciprocal()
+    scale, dtype_max = 64 / quantize(x, dtype)[1], torch.finfo(dtype).max
+    return (x.float() * scale).clamp(-dtype_max, dtype_max).to(dtype), scale.reciprocal()
 
 
-def _too_small(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    scale = 2.0**-14 / quantize(x, kind)[1]
-    return (x.float() * scale).to(kind), scale.reciprocal()
+def _too_small(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale = 2.0**-14 / quantize(x, dtype)[1]
+    return (x.float() * scale).to(dtype), scale.reciprocal()
 
 
-def _coarse(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+def _coarse(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Quantize everything to e5m2."""
     return quantize(x, GRAD_DTYPE)
 
 
-def _exact(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+def _exact(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Round nothing."""
     return x, torch.ones(())
 
 
 @pytest.mark.parametrize("wrong_quantize", [_double_unit, _no_scale, _too_large, _too_small, _coarse, _exact])
-def test_a_wrong_scale_or_kind_shows(wrong_quantize: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_scale_or_dtype_is_detected(
+    wrong_quantize: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fp8, "quantize", wrong_quantize)
     with pytest.raises(AssertionError):
         check_errors(*make_factors(512, 128, 256))
 
 
-@pytest.mark.parametrize("kind", [INPUT_DTYPE, GRAD_DTYPE])
+@pytest.mark.parametrize("dtype", [INPUT_DTYPE, GRAD_DTYPE])
 @pytest.mark.parametrize("size", [1e-20, 1.0, 447.0, 448.0, 449.0, 57344.0, 3e38])
-def test_the_largest_element_fills_the_range(size: float, kind: torch.dtype) -> None:
+def test_the_largest_element_fills_the_range(size: float, dtype: torch.dtype) -> None:
     x = torch.tensor([size, -size / 3, 0.0]).bfloat16()
-    rounded, unit = quantize(x, kind)
-    dtype_max = torch.finfo(kind).max
+    rounded, unit = quantize(x, dtype)
+    dtype_max = torch.finfo(dtype).max
     assert dtype_max / 2 < float(x.float().abs().max() / unit) <= dtype_max
     assert math.frexp(float(unit))[0] == 0.5, "a power of two"
-    torch.testing.assert_close(rounded.float() * unit, x.float(), rtol=ULP[kind][0], atol=0.0)
+    torch.testing.assert_close(rounded.float() * unit, x.float(), rtol=ULP[dtype][0], atol=0.0)
 
 
 def test_zeros_remain_zeros_and_huge_values_remain_finite() -> None:
     x, w, g = make_factors()
     y, x_grad, w_grad = compute_products(torch.zeros_like(x), w, torch.zeros_like(g))
-    assert not any(each.any() for each in (y, x_grad, w_grad))
+    assert not any(product.any() for product in (y, x_grad, w_grad))
     for size in (1e34, 1e-34):  # not the limits of bf16, so that products neither overflow nor vanish
         y, x_grad, w_grad = compute_products(size * torch.sign(x), w, g)
         assert float(y.double().norm() / size) == pytest.approx(float((torch.sign(x) @ w.t()).norm()), rel=0.05)
         assert x_grad.isfinite().all()
-    assert all(torch.isfinite(each).all() for each in compute_products(torch.full_like(x, 1e-44), w, g))
+    assert all(torch.isfinite(product).all() for product in compute_products(torch.full_like(x, 1e-44), w, g))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_values_reach_the_products(value: float) -> None:
     """The guard must see non-finite values."""
     for index in range(3):
-        operands = [each.clone() for each in make_factors()]
+        operands = [factor.clone() for factor in make_factors()]
         operands[index][3, 3] = value
         y, x_grad, w_grad = compute_products(*operands)
         assert y.isnan().all() == (index < 2)
@@ -191,7 +193,7 @@ def test_non_finite_values_reach_the_products(value: float) -> None:
         assert w_grad.isnan().all() == (index != 1)
 
 
-def test_an_element_is_rounded_alike_whatever_its_neighbours() -> None:
+def test_the_rounding_of_an_element_ignores_its_neighbors() -> None:
     """Unless it is 2^14 times smaller than the largest: normal numbers of e4m3 reach from 2^-6 to 448."""
     x = make_factors(256)[0]
     x *= 2.0 ** torch.randint(-3, 4, (256, 1), generator=torch.Generator().manual_seed(0))
@@ -216,9 +218,7 @@ def _has_kernel() -> bool:
 
 @pytest.mark.parametrize(("tokens", "padded_tokens"), [(512, 512), (21, 32)])
 @pytest.mark.skipif(not _has_kernel(), reason="this torch has no _scaled_mm on a CPU")
-def test_the_kernel_computes_what_the_emulation_does(
-    tokens: int, padded_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kernel_equals_the_emulation(tokens: int, padded_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's kernel call, on a CPU: operands have the layout and the sizes that it requires."""
     operands = make_factors(tokens, 128, 256)
     expected = compute_products(*operands)
@@ -238,7 +238,7 @@ def test_the_kernel_computes_what_the_emulation_does(
     ]
 
 
-def test_the_blocks_layers_alone_are_in_float8_under_their_own_names() -> None:
+def test_only_linear_layers_of_blocks_use_float8() -> None:
     plain, changed = (build_model_parts(fp8_config(on), None, CPU)[0] for on in (False, True))
     assert [name for name, _ in changed.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert all(parameter.dtype == torch.float32 for parameter in changed.parameters())
@@ -260,14 +260,14 @@ def test_a_bias_is_added_in_bf16() -> None:
     assert torch.equal(layer.bias.grad, torch.full((96,), 10.0))
 
 
-def test_the_input_is_saved_in_float8_and_the_weight_is_not_copied() -> None:
+def test_backward_saves_the_input_in_float8() -> None:
     x, w, _ = make_factors()
     w.requires_grad_()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
         float8_linear(x.requires_grad_(), w)
-    assert [each.dtype for each in saved if each.ndim == 2] == [INPUT_DTYPE, torch.float32]
-    assert any(each.data_ptr() == w.data_ptr() for each in saved)
+    assert [tensor.dtype for tensor in saved if tensor.ndim == 2] == [INPUT_DTYPE, torch.float32]
+    assert any(tensor.data_ptr() == w.data_ptr() for tensor in saved)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_the_input_is_saved_in_float8_and_the_weight_is_not_copied() -> None:
         ((10, 0), "12.8", ""),
     ],
 )
-def test_an_old_gpu_is_refused_before_anything_is_built(
+def test_an_old_gpu_is_refused_before_the_model_is_built(
     capability: tuple[int, int], cuda: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -318,18 +318,18 @@ def bf16_losses() -> list[float]:
 def check_parity(actual: list[float], expected: list[float]) -> None:
     """Check that the mean over all steps agrees within 1% (the worst of five seeds: 0.27%, of single steps 3%)."""
     assert expected[-1] < 0.6 * expected[0], "it learns"
-    assert all(math.isfinite(each) for each in actual)
+    assert all(math.isfinite(loss) for loss in actual)
     assert sum(actual) == pytest.approx(sum(expected), rel=0.01)
     assert actual == pytest.approx(expected, rel=0.06)
     assert actual != expected
 
 
-def test_a_run_in_float8_learns_as_one_in_bf16(bf16_losses: list[float]) -> None:
+def test_a_float8_run_learns_like_a_bf16_run(bf16_losses: list[float]) -> None:
     check_parity(train_losses(True), bf16_losses)
 
 
 @pytest.mark.parametrize("wrong_quantize", [_double_unit, _too_large])
-def test_a_run_with_a_wrong_scale_does_not(
+def test_a_float8_run_with_a_wrong_scale_does_not_learn(
     wrong_quantize: Callable[..., object], bf16_losses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fp8, "quantize", wrong_quantize)
@@ -337,7 +337,7 @@ def test_a_run_with_a_wrong_scale_does_not(
         check_parity(train_losses(True), bf16_losses)
 
 
-def test_a_layer_is_a_linear_layer_of_rounded_factors() -> None:
+def test_a_float8_layer_equals_a_linear_layer_of_rounded_factors() -> None:
     """Small whole numbers are exact in float8, so the two are equal."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randint(-4, 5, shape, generator=generator).float() for shape in ((3, 7, 32), (48, 32)))

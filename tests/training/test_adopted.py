@@ -35,7 +35,9 @@ def write_megatron_corpus(directory: Path, end_tokens: bool) -> Path:
         documents = make_documents(split, end_tokens)
         np.concatenate(documents).astype("<u2").tofile(directory / f"{split}.bin")
         bounds = range(len(documents) + 1)
-        (directory / f"{split}.idx").write_bytes(build_megatron_index([len(each) for each in documents], bounds))
+        (directory / f"{split}.idx").write_bytes(
+            build_megatron_index([len(document) for document in documents], bounds)
+        )
     files = (str(directory / "train.bin"),), "byte", directory / "adopted", (str(directory / "heldout"),)
     adopt(AdoptOptions("megatron", *files), io.StringIO())
     return directory / "adopted"
@@ -63,7 +65,7 @@ def read_losses(run: Path, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("end_tokens", [True, False])
-def test_adopted_megatron_files_train_as_a_native_corpus(
+def test_megatron_files_train_like_our_own_corpus(
     end_tokens: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpora = {
@@ -74,7 +76,7 @@ def test_adopted_megatron_files_train_as_a_native_corpus(
         documents = make_documents(split, end_tokens)
         corpus = Corpus(corpora["megatron"], split)
         row = corpus.compute_document_ids(np.array([0]), corpus.n_tokens)[0]
-        expected = np.repeat(np.arange(len(documents)), [len(each) for each in documents])
+        expected = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
         assert np.array_equal(row, expected), "document ids change where documents start"
         assert corpus.read(np.array([0]), corpus.n_tokens)[0].tolist() == np.concatenate(documents).tolist()
     inspect = command("data")
@@ -91,7 +93,7 @@ def test_adopted_megatron_files_train_as_a_native_corpus(
         keys = [f"run.dir={tmp_path / 'runs' / name}", f"data.path={corpus}"]
         assert train(read_config(config, keys, 1), World()) == 0
     for name in ("loss", "heldout_loss"):
-        megatron_losses, native_losses = (read_losses(tmp_path / "runs" / each, name) for each in corpora)
+        megatron_losses, native_losses = (read_losses(tmp_path / "runs" / run_name, name) for run_name in corpora)
         assert megatron_losses == native_losses, name
         assert len(megatron_losses) == (6 if name == "loss" else 1)
 

@@ -1,4 +1,4 @@
-"""A directory that a run cannot write to is found at its start, and the error names the config key."""
+"""A run refuses a directory that it cannot write to, and the error names the config key."""
 
 import shutil
 from collections import namedtuple
@@ -14,12 +14,12 @@ from dist_llm.training import directories
 from dist_llm.training.directories import check_free_space, check_writable, open_directories
 from tests.laws.law import make_config
 
-Usage = namedtuple("Usage", "total used free")
+DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_checkpoint_directory_that_cannot_be_written_is_refused(rank: int, tmp_path: Path) -> None:
-    """Each node checks it."""
+    """Every node checks the directory."""
     (tmp_path / "file").write_text("")
     config = make_config(1, {}, run={"dir": str(tmp_path / "run")}, checkpoint={"dir": str(tmp_path / "file/here")})
     with (
@@ -43,17 +43,17 @@ def test_a_url_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPatch
         check_writable(folder, "checkpoint.dir")
 
 
-def test_too_little_room_for_one_checkpoint_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(5000, 4001, 999))
+def test_a_disk_too_small_for_one_checkpoint_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(5000, 4001, 999))
     check_free_space(tmp_path, 999, "run.dir")
     with pytest.raises(ConfigError, match=r"run\.dir: .* has room for 999 bytes, but one checkpoint takes 1,000"):
         check_free_space(tmp_path, 1000, "run.dir")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(0, 0, 0))
     check_free_space(tmp_path, 1000, "run.dir")  # a file system that reports no sizes
 
 
-def test_a_run_that_does_not_save_needs_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(5000, 5000, 0))
+def test_a_finished_run_needs_no_free_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(5000, 5000, 0))
     monkeypatch.setattr(directories, "count_checkpoint_bytes", lambda config: 1)
     config = make_config(1, {}, run={"dir": str(tmp_path / "run")})
     folder = CheckpointFolder(tmp_path / "run" / "checkpoints")

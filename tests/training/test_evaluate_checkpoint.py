@@ -1,4 +1,4 @@
-"""`evaluate`: the window length and its source, and errors that name the option to change."""
+"""`dist-llm evaluate` selects the window length, and its errors name the option to change."""
 
 import re
 from pathlib import Path

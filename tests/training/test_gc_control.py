@@ -30,9 +30,9 @@ class Node:
 
 
 class StepRecorder:
-    """Wraps train_step: each step creates cycles.
+    """Wraps train_step so that each step creates reference cycles.
 
-    Counts collections within steps and the remaining cycles after each step.
+    It counts the collections within steps, and the objects that remain after each step.
     """
 
     def __init__(self, step: Callable[..., Any]) -> None:
@@ -40,11 +40,11 @@ class StepRecorder:
         self.collections, self.remaining = 0, list[int]()
         self.nodes: WeakSet[Node] = WeakSet()
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.in_step = True
         for _ in range(CYCLES):
             self.nodes.add(Node())
-        report = self.step(*args)
+        report = self.step(*args, **kwargs)
         self.in_step = False
         self.remaining.append(len(self.nodes))
         return report
@@ -79,7 +79,7 @@ def step_recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[StepRecorder]:
     gc.callbacks.remove(recorder.on_collection)
 
 
-def test_no_collection_within_a_step_and_no_accumulated_cycles(config: Config, step_recorder: StepRecorder) -> None:
+def test_no_collection_runs_within_a_step(config: Config, step_recorder: StepRecorder) -> None:
     assert train(config, World()) == 0
     assert len(step_recorder.remaining) == STEPS
     assert step_recorder.collections == 0
@@ -87,7 +87,7 @@ def test_no_collection_within_a_step_and_no_accumulated_cycles(config: Config, s
     assert gc.isenabled()
 
 
-def test_without_control_the_collector_runs_within_steps(
+def test_the_collector_runs_within_steps_without_gc_control(
     config: Config, step_recorder: StepRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without GCControl the collector runs within steps, so the test above can fail."""
@@ -97,10 +97,8 @@ def test_without_control_the_collector_runs_within_steps(
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_collectors_state_is_restored_after_a_failure(
-    config: Config, enabled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trainer, "train_step", lambda *rest: 1 / 0)
+def test_a_failure_restores_the_collector_state(config: Config, enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "train_step", lambda *args, **kwargs: 1 / 0)
     frozen = gc.get_freeze_count()
     if not enabled:
         gc.disable()
@@ -113,7 +111,7 @@ def test_the_collectors_state_is_restored_after_a_failure(
     assert gc.get_freeze_count() == frozen
 
 
-def test_objects_that_survive_a_collection_are_freed_by_a_full_one() -> None:
+def test_a_full_collection_frees_old_objects() -> None:
     with GCControl() as gc_control:
         nodes: WeakSet[Node] = WeakSet()
         node = Node()

@@ -1,4 +1,4 @@
-"""The guard detects bad steps and applies the policy."""
+"""The guard detects anomalies and applies the policy of the config."""
 
 import json
 import math
@@ -18,74 +18,76 @@ from dist_llm.errors import DivergedError
 from dist_llm.optim.loss_scale import LossScale
 from dist_llm.training.guard import Guard, RewindError, robust_z_score
 
-STEADY = [2.0 + 0.01 * (number % 5) for number in range(20)]
+STEADY_LOSSES = [2.0 + 0.01 * (step % 5) for step in range(20)]
 
 
-def build_guard(losses: list[float] = STEADY, checks_norm: bool = True, num_used: int = 0, **config: Any) -> Guard:
+def build_guard(
+    losses: list[float] = STEADY_LOSSES, checks_norm: bool = True, num_used: int = 0, **config: Any
+) -> Guard:
     engine = SimpleNamespace(all_gather_ints=lambda value: [value], loss_scale=None if checks_norm else LossScale())
     return Guard(GuardConfig(window=20, **config), GuardState(list(losses), num_used), engine, Path("runs/a"))  # type: ignore[arg-type]
 
 
-def row(step: int, loss: float, norm: float = 1.0) -> dict[str, Any]:
+def make_row(step: int, loss: float, norm: float = 1.0) -> dict[str, Any]:
     return {"step": step, "loss": loss, "grad_norm": norm}
 
 
-def test_good_steps_move_the_window() -> None:
+def test_good_steps_enter_the_loss_window() -> None:
     state = (guard := build_guard()).state
-    assert guard.check_metrics([row(21, 2.03), row(22, 1.5)]) == []
-    assert state.losses == [*STEADY[2:], 2.03, 1.5]
+    assert guard.check_metrics([make_row(21, 2.03), make_row(22, 1.5)]) == []
+    assert state.losses == [*STEADY_LOSSES[2:], 2.03, 1.5]
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (row(21, math.nan), "step 21: the loss is nan"),
-        (row(21, math.inf), "step 21: the loss is inf"),
-        (row(21, 2.0, math.nan), "step 21: the gradient's norm is nan"),
+        (make_row(21, math.nan), "step 21: the loss is nan"),
+        (make_row(21, math.inf), "step 21: the loss is inf"),
+        (make_row(21, 2.0, math.nan), "step 21: the gradient's norm is nan"),
     ],
 )
 def test_non_finite_values_end_the_run_by_default(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(DivergedError) as error:
-        build_guard().check_metrics([row(20, 2.0), bad, row(22, math.nan)])
+        build_guard().check_metrics([make_row(20, 2.0), bad, make_row(22, math.nan)])
     assert str(error.value).startswith(message)
     assert "--run runs/a --step 21" in str(error.value)
 
 
 def test_under_fp16_a_non_finite_norm_is_accepted() -> None:
-    assert build_guard(checks_norm=False).check_metrics([row(21, 2.0, math.inf)]) == []
+    assert build_guard(checks_norm=False).check_metrics([make_row(21, 2.0, math.inf)]) == []
     with pytest.raises(DivergedError, match="the loss is nan"):
-        build_guard(checks_norm=False).check_metrics([row(21, math.nan, math.nan)])
+        build_guard(checks_norm=False).check_metrics([make_row(21, math.nan, math.nan)])
 
 
-def test_a_spike_is_reported_once_and_its_level_becomes_normal() -> None:
+def test_a_lasting_spike_is_reported_once() -> None:
     actual = build_guard()
-    notes = actual.check_metrics([row(step, 4.0) for step in range(21, 24)])
+    notes = actual.check_metrics([make_row(step, 4.0) for step in range(21, 24)])
     assert [note["step"] for note in notes] == [21]
     assert "a loss of 4.0000 is " in notes[0]["event"]
-    assert actual.check_metrics([row(step, 4.0) for step in range(24, 60)]) == [], "one event per series"
-    assert actual.check_metrics([row(60, 8.0)])[0]["step"] == 60
+    assert actual.check_metrics([make_row(step, 4.0) for step in range(24, 60)]) == [], "one event per series"
+    assert actual.check_metrics([make_row(60, 8.0)])[0]["step"] == 60
 
 
 @pytest.mark.parametrize(
-    ("key", "bad"), [("not_finite", row(21, math.nan)), ("spike", row(21, 4.0))], ids=["not_finite", "spike"]
+    ("key", "bad"), [("not_finite", make_row(21, math.nan)), ("spike", make_row(21, 4.0))], ids=["not_finite", "spike"]
 )
-def test_policies(key: str, bad: dict[str, Any]) -> None:
+def test_each_policy_takes_its_action(key: str, bad: dict[str, Any]) -> None:
     with pytest.raises(DivergedError):
         build_guard(**{key: "stop"}).check_metrics([bad])
     rewinding = build_guard(**{key: "rewind"})
     with pytest.raises(RewindError, match=r"^step 21: ") as error:
-        rewinding.check_metrics([bad, row(22, 2.0)])
+        rewinding.check_metrics([bad, make_row(22, 2.0)])
     assert (error.value.step, rewinding.state.num_used) == (21, 1)
     skipping = build_guard(**{key: "skip"})
     (note,) = skipping.check_metrics([bad])
     assert note["event"].endswith("its update was skipped")
-    assert (skipping.state.num_used, skipping.state.losses) == (1, STEADY)
+    assert (skipping.state.num_used, skipping.state.losses) == (1, STEADY_LOSSES)
 
 
 @pytest.mark.parametrize("policy", ["skip", "rewind"])
-def test_the_budget_ends_the_run(policy: str) -> None:
+def test_a_used_up_budget_ends_the_run(policy: str) -> None:
     with pytest.raises(DivergedError, match=r"step 21: the loss is nan, and guard.budget of 3 bad steps is used up"):
-        build_guard(num_used=3, budget=3, not_finite=policy).check_metrics([row(21, math.nan)])
+        build_guard(num_used=3, budget=3, not_finite=policy).check_metrics([make_row(21, math.nan)])
 
 
 def test_a_step_is_checked_once_before_its_update() -> None:
@@ -95,14 +97,16 @@ def test_a_step_is_checked_once_before_its_update() -> None:
     assert not actual.should_apply(22, torch.tensor(2.0), torch.tensor(math.inf))
     assert not actual.should_apply(23, torch.tensor(math.nan), finite_loss)
     assert actual.should_apply(24, torch.tensor(9.0), finite_loss), "should_apply does not check for spikes"
-    notes = actual.check_metrics([row(21, 2.0625), row(22, 2.0, math.inf), row(23, math.nan), row(24, 9.0)])
+    notes = actual.check_metrics(
+        [make_row(21, 2.0625), make_row(22, 2.0, math.inf), make_row(23, math.nan), make_row(24, 9.0)]
+    )
     assert [note["step"] for note in notes] == [22, 23, 24]
     assert actual.state.num_used == 2
-    assert actual.state.losses == [*STEADY[2:], 2.0625, 9.0]
+    assert actual.state.losses == [*STEADY_LOSSES[2:], 2.0625, 9.0]
 
 
 def test_no_step_is_a_spike_before_the_window_is_full() -> None:
-    assert build_guard(STEADY[:19], spike="stop").check_metrics([row(20, 100.0)]) == []
+    assert build_guard(STEADY_LOSSES[:19], spike="stop").check_metrics([make_row(20, 100.0)]) == []
 
 
 @given(st.lists(st.floats(0.1, 20), min_size=4, max_size=40), st.floats(0.1, 20), st.floats(0.5, 8))
@@ -110,7 +114,7 @@ def test_the_z_score_is_scale_invariant(losses: list[float], loss: float, factor
     z_score = robust_z_score(loss, losses)
     assert math.isfinite(z_score)
     assert (z_score > 0) == (loss > statistics.median(losses))
-    assert robust_z_score(loss * factor, [each * factor for each in losses]) == pytest.approx(
+    assert robust_z_score(loss * factor, [recent_loss * factor for recent_loss in losses]) == pytest.approx(
         z_score, rel=1e-6, abs=1e-9
     )
 
@@ -121,7 +125,7 @@ def test_the_z_score_matches_a_normal_distribution() -> None:
     assert robust_z_score(3.003, [3.0] * 10) == pytest.approx(1.0), "a deviation of zero has a minimum"
 
 
-def test_progress_stores_the_guards_state() -> None:
+def test_progress_stores_the_guard_state() -> None:
     before = Progress(3, 30, 300, guard=GuardState([1.0, 2.0], 4, [(3, 9)]))
     assert Progress.parse(json.dumps(before.as_dict()).encode()) == before
     without_guard = {key: value for key, value in before.as_dict().items() if key != "guard"}

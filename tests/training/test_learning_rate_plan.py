@@ -1,4 +1,4 @@
-"""A schedule is planned when a run starts; a resume with another run.steps keeps it, or replans it on request."""
+"""The schedule is planned when a run starts. A resumed run keeps the plan, or replans it on request."""
 
 import json
 import logging

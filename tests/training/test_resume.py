@@ -1,4 +1,4 @@
-"""Steps that a run repeats after a kill are compared with the earlier ones if the config is the same."""
+"""The losses of repeated steps are compared with the earlier ones, if the config is the same."""
 
 import json
 import logging
@@ -27,8 +27,10 @@ def write_run(directory: Path, config: Config) -> Path:
     return directory
 
 
-def make_rows(first: int, last: int, changes: dict[int, float] | None = None) -> list[dict[str, Any]]:
-    return [{"step": step, "loss": (changes or {}).get(step, LOSSES[step])} for step in range(first, last + 1)]
+def make_rows(first_step: int, last_step: int, changes: dict[int, float] | None = None) -> list[dict[str, Any]]:
+    return [
+        {"step": step, "loss": (changes or {}).get(step, LOSSES[step])} for step in range(first_step, last_step + 1)
+    ]
 
 
 def test_the_first_steps_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -69,7 +71,7 @@ def test_steps_of_another_config_are_not_compared(
     sections: dict[str, Any], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = make_config(
-        1, sections.get("model", {}), **{key: each for key, each in sections.items() if key != "model"}
+        1, sections.get("model", {}), **{key: section for key, section in sections.items() if key != "model"}
     )
     with caplog.at_level(logging.INFO):
         assert EarlierSteps.read(write_run(tmp_path, make_config(1, {})), 8, config).losses == {}

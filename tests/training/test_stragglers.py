@@ -1,4 +1,4 @@
-"""The straggler is the rank that is sampled least often in collectives."""
+"""The straggler is the rank that waits least often in collectives."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +14,15 @@ def make_rows(step: int) -> list[dict[str, Any]]:
 
 
 def report_of_rank_0(counts: list[tuple[int, int]], seconds: float = 4.0) -> list[dict[str, Any]]:
-    """Return rank 0's rows; `counts` is a list by rank: (number of samples, number of samples within a collective)."""
-    num_samples, num_waiting = ([each[index] for each in counts] for index in (0, 1))
+    """Return the rows of rank 0. `counts` has (number of samples, samples within a collective) of each rank."""
+    num_samples, num_waiting = map(list, zip(*counts, strict=True))
     answers = iter([num_samples, num_waiting, num_samples, num_waiting])
     monitor = StragglerMonitor(
         World(rank=0, world_size=len(counts)), SimpleNamespace(all_gather_ints=lambda value: next(answers)), seconds
     )  # type: ignore[arg-type]
     monitor.num_samples, monitor.num_waiting = counts[0]
-    first = monitor.report(make_rows(2))
-    return first or monitor.report(make_rows(4))
+    first_rows = monitor.report(make_rows(2))
+    return first_rows or monitor.report(make_rows(4))
 
 
 def test_the_slow_rank_is_named() -> None:
