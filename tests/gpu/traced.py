@@ -83,7 +83,7 @@ def take_step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
         with MatmulDtypes() as matmuls:
             report = train_step(engine, batches, 1e-3)
         engine.score(engine.to_local_batch(batches[0]))
-        devices = {each.device.type for each in (report.loss, report.grad_norm, report.scored)}
+        devices = {value.device.type for value in (report.loss, report.grad_norm, report.scored)}
         return {"devices": sorted(devices), "products": sorted(matmuls.dtypes)}
 
 

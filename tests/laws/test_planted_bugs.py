@@ -1,4 +1,4 @@
-"""The law detects planted bugs: each bug, on a layout that it affects, makes the law fail."""
+"""Each planted bug of bugs.py makes the comparison with one process fail, on a layout that the bug affects."""
 
 import pytest
 
@@ -65,7 +65,7 @@ def test_a_planted_bug_breaks_the_law(name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", {str(layout): layout for layout in LAYOUT_OF_BUG.values()}.values(), ids=str)
-def test_the_law_holds_on_these_layouts_without_a_bug(layout: Layout) -> None:
+def test_the_layouts_of_the_bugs_match_one_process_without_a_bug(layout: Layout) -> None:
     assert_matches_one_process(layout, CLIPPED_SGD, steps=2)
 
 
