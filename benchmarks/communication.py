@@ -489,7 +489,7 @@ are from torch {torch.__version__} and Python {platform.python_version()}, with 
 ## Layouts with an excess over 5%
 
 - V: vocabulary size; D: model width.
-- A: bytes of one activation tensor [B, S, D], where B and S are a rank's sequences in the step and their length.
+- A: bytes of one activation tensor [B, S, D], where B and S are the sequences of a rank in the step and their length.
 - s: number of ranks over which the weights are sharded, dp_shard x cp.
 - f(p) = (p - 1) / p: the share of a tensor that an all-gather or a reduce-scatter over p ranks sends.
 
@@ -506,10 +506,10 @@ the weights, and pp sends activations. All-reduces of up to 24 bytes are the sca
 {format_by_axis(rows)}
 ## How it is counted
 
-A `TorchDispatchMode` sees each operator of torch's communication namespaces before the backend runs it
-(`benchmarks/communication.py:WireCounter`). An unknown operator is an error, so none is missed. The ranks of the
-process group determine the mesh dimensions. The bytes are computed from the shapes with the cost of a ring, so the
-counts do not depend on the backend.
+A `TorchDispatchMode` sees each operator of the communication namespaces of torch before the backend runs it
+(`benchmarks/communication.py:WireCounter`). An unknown operator raises an error. The ranks of the process group
+determine the mesh dimensions. The bytes are computed from the shapes with the cost of a ring, so the counts do not
+depend on the backend.
 
 What a backend sends depends on its algorithms. gloo implements a reduce-scatter as an all-reduce, which sends more than
 a ring. On CPUs, training therefore replaces gathers and reductions by point-to-point messages, which send as many bytes

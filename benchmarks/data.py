@@ -73,9 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens of a sequence; default: %(default)s")
     parser.add_argument("--tokens", type=int, default=100_000_000, help="tokens in the file; default: %(default)s")
     parser.add_argument("--turns", type=int, default=200, help="batches that each loads; default: %(default)s")
-    parser.add_argument(
-        "--scratch", type=Path, help="where the file is written; default: the system's temporary folder"
-    )
+    parser.add_argument("--scratch", type=Path, help="folder for the file; default: the temporary folder of the system")
     return parser
 
 

@@ -65,7 +65,10 @@ def make_training_case(
     expected_seconds: float = 12.0,
     limit_seconds: float = 90.0,
 ) -> BenchmarkCase:
-    """Make a training case. Its name lists what differs from the default: bf16, eager, the loss computed in slices."""
+    """Make a training case with `batch` sequences in a step.
+
+    The name lists what differs from the default: bf16, eager, the loss computed in slices.
+    """
     labels = [model, f"{seq_len // K}k x {batch}"]
     labels += [label for label, key in (("fp8", "fp8=true"), ("compiled", "compile=true")) if key in overrides]
     labels += [key.partition("=")[2] for key in overrides if key.startswith("parallel.recompute=")]

@@ -56,7 +56,7 @@ class CaseContext:
 
     @contextmanager
     def process_group(self) -> Iterator[None]:
-        """Make a process group of one process: NCCL on a GPU, gloo on a CPU, torch's fake one on a fake GPU."""
+        """Make a process group of one process: NCCL on a GPU, gloo on a CPU, a fake group of torch on a fake GPU."""
         if self.has_values:
             with process_group(World(), self.device, even_if_single=True):
                 yield

@@ -10,7 +10,7 @@ The variants (`way` in the rows):
 All variants use the same parameters and gradients and take turns. The bytes per parameter are those read and written if
 each value is touched once. AdamW: 28, since it reads weight, gradient and two moments and writes all but the gradient;
 20 with bf16 moments. Muon counts as AdamW, although its time goes into matrix products. The norm: 4, scaling: 8, both:
-12. `of_copy` is bytes/s of the variant over bytes/s of torch's copy of 28 bytes per parameter. It can exceed 1, because
+12. `of_copy` is bytes/s of the variant over bytes/s of a copy of 28 bytes per parameter. It can exceed 1, because
 a CPU also reads the memory that a copy overwrites, and these bytes are not counted. `ratio` is the time of `fused` over
 the time of the variant, as the median over the rounds.
 

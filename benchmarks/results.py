@@ -80,7 +80,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         type=Path,
         const=DIRECTORY,
         metavar="DIR",
-        help="write the rows to a file in benchmarks/results/, or DIR",
+        help="write the rows to a file in benchmarks/results/, or in DIR",
     )
     return parser
 

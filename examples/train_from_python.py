@@ -14,7 +14,7 @@ import dist_llm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, help="default: prepare the standard library's source code")
+    parser.add_argument("--corpus", type=Path, help="default: prepare the source code of the standard library")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of config keys")
     options = parser.parse_args()
     corpus = options.corpus or Path("data/example")

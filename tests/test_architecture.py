@@ -1,4 +1,4 @@
-"""docs/architecture.svg is what tools/draw_architecture.py draws from the rules of the tree."""
+"""docs/architecture.svg is up to date: tools/draw_architecture.py draws it from the layers in test_layers.py."""
 
 import importlib.util
 import sys
@@ -20,7 +20,7 @@ def tool() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up there
+    sys.modules[spec.name] = module  # the dataclass decorator reads sys.modules
     spec.loader.exec_module(module)
     return module
 
@@ -32,7 +32,7 @@ def test_the_picture_is_up_to_date(tool: ModuleType, monkeypatch: pytest.MonkeyP
     assert new == old, "run: python tools/draw_architecture.py --write docs/architecture.svg"
 
 
-def test_every_package_of_the_rules_is_a_box_with_a_description(tool: ModuleType) -> None:
+def test_every_package_of_the_layers_is_a_box_with_a_description(tool: ModuleType) -> None:
     descriptions = tool.read_tree(tool.TREE.read_text())
     levels = tool.read_levels(tool.RULES.read_text())
     assert [set(names) for names in levels] == [names - {"__main__"} for names in LEVELS if names != {"__main__"}]
@@ -41,7 +41,7 @@ def test_every_package_of_the_rules_is_a_box_with_a_description(tool: ModuleType
     assert [title for title, box in boxes.items() if not box.lines] == []
 
 
-def test_the_path_names_packages_of_the_rules(tool: ModuleType) -> None:
+def test_the_path_names_packages_of_the_layers(tool: ModuleType) -> None:
     assert {package for _, packages, _ in tool.PATH for package in packages} <= LEVEL.keys()
 
 

@@ -1,4 +1,4 @@
-"""The command line: fast help, exit codes, and errors that need no torch."""
+"""The command line has fast help, documented exit codes, and config errors that need no import of torch."""
 
 import errno
 import os
@@ -13,18 +13,19 @@ from dist_llm.config.describe import describe
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import ConfigError, DataError
 
-RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 @pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    for name in RANKS:
+def remove_rank_variables(monkeypatch):
+    """Run each test as a single process, also if pytest runs under torchrun."""
+    for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def config(tmp_path):
-    """Write a valid config for an empty corpus."""
+    """Write a valid config and an empty corpus; return the path of the config."""
     Manifest("uint16", 300, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(
@@ -32,12 +33,6 @@ def config(tmp_path):
         f"data: {{path: '{tmp_path}', seq_len: 8, global_batch: 4}}\n"
     )
     return path
-
-
-def run(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name not in RANKS}
-    command = [sys.executable, "-m", "dist_llm", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
 
 def test_help_is_fast_and_has_examples():
@@ -49,7 +44,7 @@ def test_help_is_fast_and_has_examples():
     completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert completed.returncode == 0, completed.stderr
     for command in ("prepare", "train", "evaluate", "generate", "convert"):
-        assert f"dist-llm {command} " in completed.stdout, "an example of each"
+        assert f"dist-llm {command} " in completed.stdout, "the help has an example of each command"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -79,7 +74,7 @@ def test_help_config_searches_names_and_descriptions(capsys):
     assert out.startswith("optim: optimizer\n  optim.muon_momentum\n      float; default: 0.95\n      muon: Nesterov")
     assert "optim.lr" not in out
     assert cli.main(["train", "--help-config", "sources"]) == 0
-    assert "  data.sources.*.weight\n" in capsys.readouterr().out, "keys of a list's entries"
+    assert "  data.sources.*.weight\n" in capsys.readouterr().out, "keys of the entries of a list"
     assert cli.main(["train", "--help-config", "no such key"]) == 2
     assert "no key contains 'no such key'" in capsys.readouterr().err
 
@@ -126,7 +121,9 @@ def test_an_input_error_exits_with_2(arguments, message, capsys, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["evaluate"], ["train", "--nonsense"], ["generate", "--top-k", "x"]]
+    "arguments",
+    [[], ["fly"], ["evaluate"], ["train", "--nonsense"], ["generate", "--top-k", "x"]],
+    ids=["no command", "unknown command", "missing option", "unknown option", "wrong value"],
 )
 def test_a_wrong_option_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as excinfo:
@@ -143,8 +140,8 @@ def raise_in_train(monkeypatch, error):
 
 
 def test_an_internal_error_keeps_its_traceback(monkeypatch):
-    raise_in_train(monkeypatch, ZeroDivisionError("ours"))
-    with pytest.raises(ZeroDivisionError, match="ours"):
+    raise_in_train(monkeypatch, ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
         cli.main(["train"])
 
 
@@ -154,13 +151,13 @@ def test_an_interrupt_exits_with_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_rank_0_prints_first_and_other_ranks_name_themselves(monkeypatch, capsys):
-    """Ranks usually fail alike: rank 0 prints first, and torchrun ends the others while they pause."""
+def test_rank_0_prints_an_error_before_other_ranks(monkeypatch, capsys):
+    """Ranks usually fail with the same error. Other ranks pause, so torchrun ends them before they print."""
     pauses = []
     monkeypatch.setattr(cli.time, "sleep", pauses.append)
     for rank, error in ((0, ConfigError("bad config")), (3, DataError("bad shard"))):
         raise_in_train(monkeypatch, error)
-        for name, value in zip(RANKS, (rank, 4, rank), strict=True):
+        for name, value in zip(RANK_VARIABLES, (rank, 4, rank), strict=True):
             monkeypatch.setenv(name, str(value))
         assert cli.main(["train"]) == 2
         errors = capsys.readouterr().err
@@ -178,8 +175,9 @@ def test_rank_0_prints_first_and_other_ranks_name_themselves(monkeypatch, capsys
         ({"RANK": "0"}, "environment: not set: WORLD_SIZE, LOCAL_RANK"),
         ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "environment: RANK=x, "),
     ],
+    ids=["missing", "not a number"],
 )
-def test_a_wrong_environment_is_an_error_like_any_other(variables, message, config, monkeypatch, capsys):
+def test_wrong_rank_variables_are_a_user_error(variables, message, config, monkeypatch, capsys):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["train", "--config", str(config)]) == 2
@@ -189,7 +187,7 @@ def test_a_wrong_environment_is_an_error_like_any_other(variables, message, conf
 
 
 def test_a_closed_pipe_is_no_error():
-    """As in `dist-llm train --help-config | head -1`: nobody reads the pipe."""
+    """The reader of the pipe has exited, as in `dist-llm train --help-config | head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "dist_llm", "train", "--help-config"]
@@ -217,7 +215,7 @@ def test_overrides_and_the_config_may_come_in_any_order(config, monkeypatch):
     assert calls == [(config, ["a.b=1", "c=2"], 1)] * 3
 
 
-def test_debug_is_one_rank_whatever_the_config_says(config, monkeypatch):
+def test_debug_replaces_the_layout_by_one_rank(config, monkeypatch):
     import dist_llm.training.debug as debug
 
     configs = []
@@ -253,8 +251,12 @@ def test_a_system_error_that_the_user_can_fix_exits_with_2(error, message, monke
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EBADF, "Bad file descriptor"), OSError("odd"), "\ud800".encode])
-def test_a_possible_internal_error_keeps_its_traceback(error, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EBADF, "Bad file descriptor"), OSError("without errno"), "\ud800".encode],
+    ids=["bad descriptor", "no errno", "surrogate"],
+)
+def test_a_system_error_that_may_be_a_bug_keeps_its_traceback(error, monkeypatch):
     def fail(options):
         if isinstance(error, OSError):
             raise error

@@ -1,4 +1,4 @@
-"""The documentation site builds in strict mode: no broken link, no page without a place, no missing module."""
+"""The documentation site builds in strict mode: no broken link, no page outside the navigation, no missing module."""
 
 import importlib
 import importlib.util
@@ -15,8 +15,8 @@ REPOSITORY = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is in the extra `docs`")
 
 
-def build(config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Without --quiet: it would hide the warnings from strict mode."""
+def build_site(config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site of a MkDocs config in strict mode, without --quiet, which would hide warnings from strict mode."""
     return subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", config, "--site-dir", folder],
         cwd=REPOSITORY,
@@ -30,21 +30,25 @@ def build(config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    done = build(REPOSITORY / "mkdocs.yml", folder)
-    assert done.returncode == 0, done.stderr
+    completed = build_site(REPOSITORY / "mkdocs.yml", folder)
+    assert completed.returncode == 0, completed.stderr
     return folder
 
 
-@pytest.mark.parametrize(("link", "broken"), [("b.md#title", False), ("c.md", True), ("b.md#other", True)])
-def test_a_planted_broken_link_fails_the_build(link: str, broken: bool, tmp_path: Path) -> None:
-    rules = re.search(r"^validation:\n(?:  .*\n)+", (REPOSITORY / "mkdocs.yml").read_text(), re.MULTILINE)
-    assert rules is not None
+@pytest.mark.parametrize(
+    ("link", "is_broken"),
+    [("b.md#title", False), ("c.md", True), ("b.md#other", True)],
+    ids=["correct", "missing page", "missing heading"],
+)
+def test_a_planted_broken_link_fails_the_build(link: str, is_broken: bool, tmp_path: Path) -> None:
+    validation = re.search(r"^validation:\n(?:  .*\n)+", (REPOSITORY / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert validation is not None
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text(f"[link]({link})\n")
     (tmp_path / "docs" / "b.md").write_text("# Title\n")
-    (tmp_path / "mkdocs.yml").write_text(f"site_name: a\nplugins: []\n{rules[0]}")
-    done = build(tmp_path / "mkdocs.yml", tmp_path / "site")
-    assert (done.returncode != 0) == broken, done.stderr
+    (tmp_path / "mkdocs.yml").write_text(f"site_name: a\nplugins: []\n{validation[0]}")
+    completed = build_site(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert (completed.returncode != 0) == is_broken, completed.stderr
 
 
 def test_every_document_is_a_page(site: Path) -> None:
@@ -62,7 +66,7 @@ def test_links_between_documents_become_links_between_pages(site: Path) -> None:
 
 
 def test_links_to_files_that_are_no_pages_keep_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A link to a file that does not exist stays, so that strict mode finds it."""
+    """A link to a file that does not exist remains a link, so that strict mode reports it."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
     hooks = importlib.import_module("docs_site")
     page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))

@@ -12,13 +12,13 @@ TOOL = REPOSITORY / "tools" / "law_counts.py"
 START, END = "<!-- law counts -->\n", "<!-- /law counts -->"
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
 def table() -> str:
-    completed = run()
+    completed = run_tool()
     assert completed.returncode == 0, completed.stderr
     return completed.stdout
 
@@ -35,8 +35,8 @@ def test_the_counts_match_the_lists(table: str) -> None:
     from tests.laws.layouts import LAYOUTS
 
     rows = dict(line.strip("| ").split(" | ") for line in table.splitlines()[2:])
-    by_ranks = [int(count) for label, count in rows.items() if label.startswith("... on ")]
-    assert int(rows["layouts compared with one process"]) == sum(by_ranks) == len(LAYOUTS)
+    counts_by_ranks = [int(count) for label, count in rows.items() if label.startswith("... on ")]
+    assert int(rows["layouts compared with one process"]) == sum(counts_by_ranks) == len(LAYOUTS)
     assert int(rows["... with three or more mesh dimensions larger than 1"]) >= 12
     assert int(rows["planted bugs; each makes the comparison fail"]) == len(BUGS)
 
@@ -55,14 +55,17 @@ def test_the_number_of_tests_matches_pytest(table: str) -> None:
     assert int(rows["tests of `tests/laws` in `make test`"]) == len(selected), completed.stdout[-1000:]
 
 
-def test_writing_keeps_the_surrounding_text_and_refuses_a_file_without_markers(table: str, tmp_path: Path) -> None:
+def test_write_keeps_the_text_around_the_table(table: str, tmp_path: Path) -> None:
     file = tmp_path / "a.md"
     file.write_text(f"before\n{START}old\n{END}\nafter\n")
-    assert run("--write", file).returncode == 0
+    assert run_tool("--write", file).returncode == 0
     assert file.read_text() == f"before\n{START}{table}{END}\nafter\n"
 
+
+def test_write_refuses_a_file_without_markers(tmp_path: Path) -> None:
+    file = tmp_path / "a.md"
     file.write_text("nothing here\n")
-    refused = run("--write", file)
+    refused = run_tool("--write", file)
     assert refused.returncode == 2
     assert "a.md" in refused.stderr
     assert file.read_text() == "nothing here\n"

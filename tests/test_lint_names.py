@@ -1,4 +1,4 @@
-"""The lint of names: revised packages pass, and a planted retired word is reported."""
+"""The lint of names reports retired words, and the checked packages have none."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tools.lint_names import CHECKED, ROOT, check_path
 
 
 @pytest.mark.parametrize("name", CHECKED)
-def test_a_revised_package_has_no_retired_word(name: str) -> None:
+def test_a_checked_package_has_no_retired_word(name: str) -> None:
     assert (ROOT / name).exists()
     assert list(check_path(ROOT / name)) == []
 
@@ -29,6 +29,20 @@ def test_a_revised_package_has_no_retired_word(name: str) -> None:
         ("if (mine := 1):\n    pass\n", 1, "mine"),
         ("class A:\n    parts: int\n", 2, "parts"),
     ],
+    ids=[
+        "function",
+        "class",
+        "argument",
+        "variable",
+        "loop",
+        "comprehension",
+        "attribute",
+        "shape suffix",
+        "import alias",
+        "exception",
+        "walrus",
+        "annotation",
+    ],
 )
 def test_a_planted_retired_word_is_reported(source: str, line: int, identifier: str, tmp_path: Path) -> None:
     file = tmp_path / "planted.py"
@@ -45,6 +59,6 @@ def test_a_retired_file_name_is_reported(tmp_path: Path) -> None:
 
 
 def test_uses_and_parts_of_names_are_not_reported(tmp_path: Path) -> None:
-    """Names of libraries and of packages that are not revised may be used; a word within a name has a context."""
+    """A use may be a name of a library. A retired word within a longer name has a context."""
     (tmp_path / "fine.py").write_text("import state\nmodel_parts = state.held + len(state.parts)\nstate.load(told=1)\n")
     assert list(check_path(tmp_path)) == []

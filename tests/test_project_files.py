@@ -1,4 +1,4 @@
-"""The project files agree with the repository: versions, paths and commands that they name."""
+"""The project files (CI, containers, hooks, citation) name versions, paths and commands that exist."""
 
 import re
 import shutil
@@ -24,10 +24,10 @@ def read_yaml(name: str) -> dict[Any, Any]:
 
 
 def test_the_version_is_the_same_everywhere() -> None:
-    changes = (REPOSITORY / "CHANGELOG.md").read_text()
-    newest = re.search(r"^## (\d+\.\d+\.\d+)", changes, re.MULTILINE)
-    assert newest is not None
-    versions = {PROJECT["version"], dist_llm.__version__, read_yaml("CITATION.cff")["version"], newest[1]}
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text()
+    newest_heading = re.search(r"^## (\d+\.\d+\.\d+)", changelog, re.MULTILINE)
+    assert newest_heading is not None
+    versions = {PROJECT["version"], dist_llm.__version__, read_yaml("CITATION.cff")["version"], newest_heading[1]}
     assert len(versions) == 1, versions
 
 
@@ -36,7 +36,7 @@ def test_the_workflow_runs_the_script_of_ci() -> None:
     assert any(".ci/run" in step.get("run", "") for step in job["steps"])
 
 
-def test_the_hooks_are_the_checks_of_make() -> None:
+def test_the_commit_hooks_run_the_checks_of_make_check() -> None:
     hooks = [hook for repo in read_yaml(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
     recipe = (REPOSITORY / "Makefile").read_text().split("\ncheck:")[1].split("\n\n")[0]
     for program in ("ruff format", "ruff check", "mypy", "tools/lint_names.py"):
@@ -44,17 +44,17 @@ def test_the_hooks_are_the_checks_of_make() -> None:
         assert any(program in hook["entry"] for hook in hooks)
 
 
-def test_the_containers_copy_files_that_exist_and_run_the_command() -> None:
-    docker = (REPOSITORY / "Dockerfile").read_text()
-    copied = {name for line in re.findall(r"^COPY (.*)$", docker, re.MULTILINE) for name in line.split()[:-1]}
-    apptainer = (REPOSITORY / "apptainer.def").read_text()
-    files = apptainer.split("%files\n")[1].split("\n\n")[0].splitlines()
-    assert {line.split()[0] for line in files} == copied
-    assert all((REPOSITORY / name).exists() for name in copied)
-    assert {"pyproject.toml", "dist_llm", PROJECT["readme"]} <= copied
+def test_the_containers_copy_existing_files_and_run_the_command() -> None:
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    copied_names = {name for line in re.findall(r"^COPY (.*)$", dockerfile, re.MULTILINE) for name in line.split()[:-1]}
+    apptainer_file = (REPOSITORY / "apptainer.def").read_text()
+    file_lines = apptainer_file.split("%files\n")[1].split("\n\n")[0].splitlines()
+    assert {line.split()[0] for line in file_lines} == copied_names
+    assert all((REPOSITORY / name).exists() for name in copied_names)
+    assert {"pyproject.toml", "dist_llm", PROJECT["readme"]} <= copied_names
     (program,) = PROJECT["scripts"]
-    assert f'ENTRYPOINT ["{program}"]' in docker
-    assert f"exec {program} " in apptainer
+    assert f'ENTRYPOINT ["{program}"]' in dockerfile
+    assert f"exec {program} " in apptainer_file
 
 
 @pytest.mark.slow
@@ -67,8 +67,10 @@ def test_the_docker_image_builds() -> None:
     subprocess.run(["docker", "run", "--rm", "dist-llm-test", "--help"], check=True)
 
 
-def test_the_config_reference_is_that_of_the_schema() -> None:
+def test_the_config_reference_is_up_to_date() -> None:
     completed = subprocess.run(
         [sys.executable, "tools/config_reference.py"], cwd=REPOSITORY, capture_output=True, text=True
     )
-    assert completed.stdout == (REPOSITORY / "docs/config.md").read_text(), "python tools/config_reference.py --write"
+    assert completed.stdout == (REPOSITORY / "docs/config.md").read_text(), (
+        "run: python tools/config_reference.py --write"
+    )

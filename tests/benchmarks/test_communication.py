@@ -1,4 +1,4 @@
-"""Byte counts of benchmarks/communication.py equal counts by hand, on two ranks."""
+"""benchmarks/communication.py counts the calls and bytes that formulas predict for two ranks."""
 
 import re
 from typing import Any
@@ -24,9 +24,9 @@ from dist_llm.config.derive import AXES
 from tests.laws.worlds import WorldError, get_world
 
 D, V, L = MODEL["d_model"], MODEL["vocab_size"], MODEL["n_layers"]
-BLOCK = D * 64 + 2 * D * 32 + 64 * D + 3 * D * MODEL["d_ff"] + 2 * D  # q, k and v, out, feed-forward, norms
-PARAMETERS = L * BLOCK + 2 * V * D + D
-ACTIVATIONS = 4 * GLOBAL_BATCH * SEQ_LEN * D
+BLOCK_PARAMS = D * 64 + 2 * D * 32 + 64 * D + 3 * D * MODEL["d_ff"] + 2 * D  # q, k and v, out, feed-forward, norms
+PARAMS = L * BLOCK_PARAMS + 2 * V * D + D
+ACTIVATION_BYTES = 4 * GLOBAL_BATCH * SEQ_LEN * D
 
 
 def count_busiest(**keys: Any) -> dict[str, Any]:
@@ -43,25 +43,25 @@ def test_replicas_all_reduce_each_gradient_once() -> None:
     row = count_busiest(dp_replicate=2, micro_batch=2)
     # Over two ranks an all-reduce sends as many bytes as it reduces: a group per block and one for the rest, the
     # count of scored tokens (int64) and the loss.
-    assert sum_sent(row, "all-reduce") == (L + 1 + 2, 4 * PARAMETERS + 8 + 4)
-    assert row["minimum"] == 4 * PARAMETERS
-    assert row["bytes"] == 4 * PARAMETERS + 12
+    assert sum_sent(row, "all-reduce") == (L + 1 + 2, 4 * PARAMS + 8 + 4)
+    assert row["minimum"] == 4 * PARAMS
+    assert row["bytes"] == 4 * PARAMS + 12
 
 
 @pytest.mark.parametrize(
     ("reshard", "gathered", "calls"),
     [
-        ("never", PARAMETERS, L + 1),
-        ("default", PARAMETERS + (L - 1) * BLOCK, 2 * L),
-        ("always", 2 * PARAMETERS, 2 * (L + 1)),
+        ("never", PARAMS, L + 1),
+        ("default", PARAMS + (L - 1) * BLOCK_PARAMS, 2 * L),
+        ("always", 2 * PARAMS, 2 * (L + 1)),
     ],
 )
 def test_shards_are_gathered_as_often_as_they_are_freed(reshard: str, gathered: int, calls: int) -> None:
     row = count_busiest(dp_shard=2, reshard=reshard)
     assert sum_sent(row, "all-gather") == (calls, 4 * gathered // 2)
-    assert sum_sent(row, "reduce-scatter") == (L + 1, 4 * PARAMETERS // 2)
+    assert sum_sent(row, "reduce-scatter") == (L + 1, 4 * PARAMS // 2)
     embedding_size = V * D if reshard == "always" else 0  # the embedding's backward reads no weights
-    assert row["minimum"] == 4 * (gathered - embedding_size + PARAMETERS) // 2
+    assert row["minimum"] == 4 * (gathered - embedding_size + PARAMS) // 2
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
@@ -69,19 +69,19 @@ def test_tensor_ranks_send_eight_activations_a_block(sequence_parallel: bool) ->
     row = count_busiest(tp=2, sequence_parallel=sequence_parallel)
     loss = 3 * 4 * GLOBAL_BATCH * SEQ_LEN + 4  # three numbers a token; the norm
     if sequence_parallel:
-        calls, size = 4 * L + 2, (4 * L + 2) * ACTIVATIONS // 2
+        calls, size = 4 * L + 2, (4 * L + 2) * ACTIVATION_BYTES // 2
         assert sum_sent(row, "all-gather") == sum_sent(row, "reduce-scatter") == (calls, size)
         assert sum_sent(row, "all-reduce") == (1 + 3, 4 * D * (2 * L + 1) + loss)  # the norms' gradients in one
     else:
-        assert sum_sent(row, "all-reduce") == (4 * L + 2 + 3, (4 * L + 2) * ACTIVATIONS + loss)
+        assert sum_sent(row, "all-reduce") == (4 * L + 2 + 3, (4 * L + 2) * ACTIVATION_BYTES + loss)
     assert row["excess"] < 0.002
 
 
 def test_stages_send_activations_on_and_their_gradient_back() -> None:
     row = count_busiest(pp=2, micro_batch=2)
-    assert sum_sent(row, "send") == (GLOBAL_BATCH // 2, ACTIVATIONS)
+    assert sum_sent(row, "send") == (GLOBAL_BATCH // 2, ACTIVATION_BYTES)
     assert sum_sent(row, "all-reduce") == (3, 8 + 4 + 4)
-    assert row["minimum"] == ACTIVATIONS
+    assert row["minimum"] == ACTIVATION_BYTES
 
 
 def count_each_kind() -> dict[tuple[str, str], float]:
@@ -120,7 +120,7 @@ def test_an_unknown_call_is_an_error() -> None:
 
 def make_rows(excess: dict[str, float]) -> list[dict[str, Any]]:
     fields = {"ranks": 2, "calls": 1, "bytes": 1, "minimum": 1, "by_axis": []}
-    return [{**fields, "layout": each.name, "excess": excess.get(each.name, 0.0)} for each in CASES]
+    return [{**fields, "layout": case.name, "excess": excess.get(case.name, 0.0)} for case in CASES]
 
 
 def test_an_excess_needs_a_reason_and_a_reason_an_excess() -> None:
@@ -138,4 +138,4 @@ def test_the_document_has_every_layout() -> None:
     table = [
         line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ") and line.endswith("% |")
     ]
-    assert table == [each.name for each in CASES]
+    assert table == [case.name for case in CASES]

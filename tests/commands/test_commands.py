@@ -50,7 +50,7 @@ def test_an_unknown_action_is_a_user_error(command: str, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("script", "action"), [("convert_checkpoint", "to-hf"), ("inspect_data", "stats")])
-def test_the_former_scripts_are_aliases(script: str, action: str) -> None:
+def test_the_scripts_of_tools_are_aliases_of_commands(script: str, action: str) -> None:
     completed = subprocess.run(
         [sys.executable, f"tools/{script}.py", action, "--help"], cwd=REPOSITORY, capture_output=True, text=True
     )
@@ -58,7 +58,7 @@ def test_the_former_scripts_are_aliases(script: str, action: str) -> None:
     assert f"dist-llm {'convert' if action == 'to-hf' else 'data'} {action}" in completed.stdout
 
 
-def test_corpora_come_from_the_command_line_or_from_a_run(tmp_path: Path) -> None:
+def test_corpora_come_either_from_the_command_line_or_from_a_run(tmp_path: Path) -> None:
     for corpora, run in (((), None), ((tmp_path,), tmp_path)):
         with pytest.raises(DataError, match="give either corpora or a run"):
             select_corpora(corpora, run)

@@ -1,4 +1,4 @@
-"""`dist-llm data find` counts each document once and says that it stopped only if other documents match."""
+"""`dist-llm data find` lists each matching document once, and reports that it stopped only if more documents match."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ def run_find_text(monkeypatch, capsys, num_documents, segment_steps=(0,), corpor
 
 
 @pytest.mark.parametrize("num_documents", [1, MAX_DOCUMENTS, MAX_DOCUMENTS + 1])
-def test_it_stops_only_if_more_documents_match(monkeypatch, capsys, num_documents):
+def test_the_search_reports_a_stop_only_if_more_documents_match(monkeypatch, capsys, num_documents):
     code, output = run_find_text(monkeypatch, capsys, num_documents)
     assert code == 0
     assert output.count("step 1 (was read), sample 7") == min(num_documents, MAX_DOCUMENTS)

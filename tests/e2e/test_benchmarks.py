@@ -1,4 +1,4 @@
-"""The programs in benchmarks/ run and print the documented rows. No figure is asserted, because machines are noisy."""
+"""The programs in benchmarks/ print the documented rows and tables. The tests check no figure, since times vary."""
 
 import json
 import subprocess
@@ -184,6 +184,7 @@ def test_write_stores_the_rows_with_the_machine_and_the_command(tmp_path: Path) 
 
 
 def run_benchmark(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a benchmark program, which must succeed; return its output."""
     return subprocess.run(
         [sys.executable, program, *arguments],
         env=commands.make_environment(),
@@ -222,10 +223,7 @@ def test_recovery_prints_a_line_per_fault_and_a_table() -> None:
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the fake GPU needs torch's CPU build")
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_memory_traces_a_rank_of_any_layout(ranks: int) -> None:
-    """Weights and moments in fp32 take 12 bytes per parameter, divided by the ranks.
-
-    A step needs more memory on top.
-    """
+    """Weights and moments in fp32 take 12 bytes per parameter, divided by the ranks; a step needs more memory."""
     keys = (*TINY, "model.d_ff=96", "model.vocab_size=4096", "data.global_batch=8", "data.seq_len=64")
     completed = run_benchmark(
         MEMORY, "--models", "llama-cpu", "--ranks", str(ranks), "--recompute", "none", "full", *keys
@@ -247,5 +245,5 @@ def test_collectives_prints_a_line_per_kind_and_size() -> None:
     kinds = ["all_reduce", "all_gather", "reduce_scatter", "gather by messages", "reduce by messages"]
     assert [(row["kind"], row["bytes"]) for row in rows] == [(kind, size) for size in (10**4, 10**5) for kind in kinds]
     for row in rows:
-        twice = 2 if row["kind"] == "all_reduce" else 1
-        assert row["rate"] == pytest.approx(twice * row["bytes"] / 2 / row["seconds"] / 1e9, rel=1e-3)
+        ring_factor = 2 if row["kind"] == "all_reduce" else 1
+        assert row["rate"] == pytest.approx(ring_factor * row["bytes"] / 2 / row["seconds"] / 1e9, rel=1e-3)

@@ -1,6 +1,6 @@
-"""The documents are correct: commands parse, their keys exist, and the files and functions they name exist.
+"""The documents name commands, config keys, files and functions that exist, and their links lead somewhere.
 
-The ```sh blocks of a page that follow a line `<!-- run -->` also run.
+A ```sh block that follows a line `<!-- run -->` also runs.
 """
 
 import ast
@@ -33,7 +33,7 @@ REFERENCE = re.compile(r"`([\w./-]+\.(?:py|yaml|md|toml|txt))(?::(\w+))?`")
 
 
 def find_blocks(run: bool) -> list[tuple[str, str]]:
-    """Return (document, text) of each ```sh block; with `run`, only of those that run."""
+    """Return (document, text) of each ```sh block; with `run`, only of the blocks marked to run."""
     return [
         (document.relative_to(REPOSITORY).as_posix(), text)
         for document in DOCUMENTS
@@ -43,7 +43,7 @@ def find_blocks(run: bool) -> list[tuple[str, str]]:
 
 
 def iter_commands(text: str) -> Iterator[list[str]]:
-    """Yield the arguments of each command. Continued lines are joined; comments and leading variables are dropped."""
+    """Yield the arguments of each command in a block, without comments and leading variables; join continued lines."""
     for line in text.replace("\\\n", " ").splitlines():
         arguments = shlex.split(line, comments=True)
         arguments = list(itertools.dropwhile(lambda argument: re.match(r"[A-Z_]+=", argument), arguments))
@@ -104,7 +104,7 @@ def test_a_command_parses_and_its_keys_exist(arguments: list[str]) -> None:
     ids=" ".join,
 )
 def test_a_command_of_the_gpu_program_parses(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows that a document names exist."""
+    """The cases that a document names exist."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     monkeypatch.setattr(sys, "argv", arguments[1:])
     importlib.import_module("gpu").parse_arguments()
@@ -124,7 +124,7 @@ def count_ranks(arguments: list[str]) -> int:
     return counts.get("--nnodes", 1) * counts.get("--nproc-per-node", 1)
 
 
-# Their commands take at least a quarter of a minute.
+# The commands of these documents take at least 15 s.
 SLOW_DOCUMENTS = ("docs/checkpoints.md", "docs/corpora.md", "docs/engines.md", "docs/optimizers.md")
 
 
@@ -137,7 +137,7 @@ SLOW_DOCUMENTS = ("docs/checkpoints.md", "docs/corpora.md", "docs/engines.md", "
     ],
 )
 def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
-    """The blocks run in sequence, in one directory."""
+    """The blocks of a document run in sequence, in one directory."""
     for folder in ("configs", "tools"):
         (tmp_path / folder).symlink_to(REPOSITORY / folder)
     completed = subprocess.run(
@@ -152,62 +152,64 @@ def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
     assert completed.returncode == 0, f"{document}:\n{completed.stdout}\n{completed.stderr}"
 
 
-def name_of(document: Path) -> str:
+def get_name(document: Path) -> str:
     return document.relative_to(REPOSITORY).as_posix()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=get_name)
 def test_links_lead_to_files_and_headings(document: Path) -> None:
-    assert broken_links(document) == []
+    assert find_broken_links(document) == []
 
 
-def test_a_broken_link_is_found(tmp_path: Path) -> None:
+def test_a_broken_link_is_reported(tmp_path: Path) -> None:
     (tmp_path / "b.md").write_text("# A `key` and more\n")
     page = tmp_path / "a.md"
     page.write_text(
         "[x](b.md#a-key-and-more) [x](https://host/a) [x](#no) [x](b.md#no) [x](c.md)\n```sh\n[x](d.md)\n```\n"
     )
-    assert broken_links(page) == ["#no", "b.md#no", "c.md"]
+    assert find_broken_links(page) == ["#no", "b.md#no", "c.md"]
 
 
-def broken_links(document: Path) -> list[str]:
-    """The relative links of a page whose file or heading does not exist."""
+def find_broken_links(document: Path) -> list[str]:
+    """Return the relative links of a page whose file or heading does not exist."""
     text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
     broken = []
     for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
         name, _, anchor = link.partition("#")
         file = document.parent / name if name else document
-        if not file.exists() or (anchor and anchor not in anchors(file)):
+        if not file.exists() or (anchor and anchor not in find_anchors(file)):
             broken.append(link)
     return broken
 
 
-def anchors(document: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+def find_anchors(document: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=get_name)
 def test_lines_are_short(document: Path) -> None:
-    """At most 120 characters, but for tables, links, commands and quoted output."""
+    """The limit is 120 characters, except for tables, headings, links and fenced blocks."""
     text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
-    lines = [line for line in text.splitlines() if len(line) > 120 and not re.match(r"\||#+ |.*\]\(", line)]
-    assert lines == []
+    long_lines = [line for line in text.splitlines() if len(line) > 120 and not re.match(r"\||#+ |.*\]\(", line)]
+    assert long_lines == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=get_name)
 def test_named_files_and_functions_exist(document: Path) -> None:
     for name, symbol in REFERENCE.findall(document.read_text()):
         paths = [path for path in (REPOSITORY / name, document.parent / name) if path.is_file()]
         if "/" not in name and not paths:
-            continue  # a run's or a corpus's file, such as config.yaml
+            continue  # a file of a run or of a corpus, such as config.yaml
         assert paths, f"{document.name} names {name}, which does not exist"
         if symbol:
-            assert symbol in defined_names(paths[0]), f"{document.name} names {name}:{symbol}, which does not exist"
+            assert symbol in find_defined_names(paths[0]), (
+                f"{document.name} names {name}:{symbol}, which does not exist"
+            )
 
 
-def defined_names(file: Path) -> set[str]:
+def find_defined_names(file: Path) -> set[str]:
     """Return the functions, classes, methods and module constants of a Python file."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -218,8 +220,8 @@ def defined_names(file: Path) -> set[str]:
     return names
 
 
-def test_the_tree_in_the_design_is_the_tree() -> None:
-    """Each entry exists, and each package is an entry."""
+def test_the_tree_in_the_design_matches_the_repository() -> None:
+    """Each entry of the tree exists, and each package is an entry."""
     text = re.search(r"```text tree\n(.*?)```", TREE.read_text(), re.DOTALL)
     assert text is not None
     parents: list[str] = []

@@ -1,4 +1,4 @@
-"""Every architecture and objective works from the command line: training, evaluation and generation."""
+"""Each config of configs/families trains, evaluates and generates from the command line."""
 
 import re
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def test_an_encoder_does_not_generate(trained_run: Callable[[str], Path], tmp_pa
 def test_another_objective_starts_from_trained_weights(
     objective: str, optimizer: str, uninterrupted_run: Callable[[Layout], Path], corpus: Path, tmp_path: Path
 ) -> None:
-    """Start another objective from causal weights, sharded or not, as in finding 3 of Wang et al. 2022."""
+    """Weights of a causal run help another objective from the first step (finding 3 of Wang et al. 2022)."""
     keys = (f"objective={objective}", "run.steps=3")
     allow = "init_allow=[objective,model.vocab_size]"
     adapted = (f"init_from={uninterrupted_run(ONE)}", f"init_optimizer={optimizer}", allow)

@@ -14,11 +14,11 @@ from tests.e2e import commands
 
 def test_each_step_uses_its_own_learning_rate(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    update = NativeEngine.update
+    original_update = NativeEngine.update
 
-    def update_and_record(self: NativeEngine, lr: float, *rest: Any) -> Any:
+    def update_and_record(self: NativeEngine, lr: float, *args: Any) -> Any:
         rates.append(lr)
-        norm = update(self, lr, *rest)
+        norm = original_update(self, lr, *args)
         assert {group["lr"] for group in self.optimizer.param_groups} == {lr}
         return norm
 

@@ -1,7 +1,7 @@
-"""A published model is imported, trained on two ranks and exported, and its users see the same model.
+"""A published Llama model survives import, training and export: users find the same tokenizer, settings and files.
 
-The checkpoint is built here as publishers build it: Llama, bf16, several files with an index, added tokens, BOS from a
-template, a chat template, sampling settings, and more embedding rows than the tokenizer has ids.
+The tests build the checkpoint as publishers do: bf16, several files with an index, added tokens, BOS from a template, a
+chat template, sampling settings, and more embedding rows than the tokenizer has ids.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer as Reference
+from tokenizers import Tokenizer as HFTokenizer
 
 from dist_llm.checkpoint.probe import PROBE
 from dist_llm.data.tokenizer_file import identity
@@ -33,7 +33,7 @@ IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 @dataclass(frozen=True)
 class Journey:
-    """The directories of each stage."""
+    """The directory of each stage of the test run."""
 
     source: Path
     imported: Path
@@ -44,7 +44,7 @@ class Journey:
 
 
 def convert(*arguments: object) -> None:
-    """`dist-llm convert ...`, in this process, which has imported transformers."""
+    """Run `dist-llm convert ARGUMENTS` in this process, which has imported transformers."""
     assert command("convert")(*arguments) == 0
 
 
@@ -89,8 +89,8 @@ def save_model(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(content))
 
 
-def load_reference(folder: Path) -> Reference:
-    return Reference.from_file(str(folder / "tokenizer.json"))
+def load_hf_tokenizer(folder: Path) -> HFTokenizer:
+    return HFTokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def read_json(folder: Path, name: str) -> Any:
@@ -104,7 +104,7 @@ def test_the_tokenizer_files_are_bytewise_equal(journey: Journey) -> None:
 
 
 def test_fifty_difficult_texts_have_the_same_ids(journey: Journey) -> None:
-    """In the source and the export (as transformers loads them), the corpus, the checkpoint and the import."""
+    """Compare the source and the export, as transformers loads them, with the corpus, the checkpoint and the import."""
     load = transformers.PreTrainedTokenizerFast.from_pretrained
     source, exported = load(journey.source), load(journey.exported)
     tokenizers = [
@@ -132,7 +132,7 @@ def test_special_ids_and_settings_equal_those_of_the_source(journey: Journey) ->
 
 
 def test_the_corpus_has_bos_added_and_end_tokens(journey: Journey) -> None:
-    reference = load_reference(journey.source)
+    reference = load_hf_tokenizer(journey.source)
     ids = np.fromfile(journey.corpus / "train-00000.bin", "<u2")
     starts = np.fromfile(journey.corpus / "train-00000.offsets", "<u8").astype(int)
     assert (ids[starts] == IDS["bos_token_id"]).all()
@@ -144,7 +144,7 @@ def test_the_corpus_has_bos_added_and_end_tokens(journey: Journey) -> None:
 
 def test_logits_are_equal_to_1e_5(journey: Journey) -> None:
     """The untrained export equals the source; the trained export equals the run's model and differs from the source."""
-    ids = torch.tensor([load_reference(journey.source).encode("The ship sailed to port 7; 漢字").ids])
+    ids = torch.tensor([load_hf_tokenizer(journey.source).encode("The ship sailed to port 7; 漢字").ids])
     models = [
         transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         for folder in (journey.source, journey.untrained, journey.exported)
@@ -163,14 +163,14 @@ def test_logits_are_equal_to_1e_5(journey: Journey) -> None:
 
 
 def test_generate_adds_bos_and_decodes_as_the_original(journey: Journey, tmp_path: Path) -> None:
-    prompt, count = "The ship", 8
-    arguments = ("--prompt", prompt, "--max-tokens", count, "--temperature", 0)
+    prompt, max_tokens = "The ship", 8
+    arguments = ("--prompt", prompt, "--max-tokens", max_tokens, "--temperature", 0)
     output = commands.run("generate", "--checkpoint", journey.run, *arguments, cwd=tmp_path).stdout
     hf_model = transformers.AutoModelForCausalLM.from_pretrained(journey.exported, dtype=torch.float32)
-    reference = load_reference(journey.source)
+    reference = load_hf_tokenizer(journey.source)
     prompt_ids = reference.encode(prompt).ids
     assert prompt_ids[0] == IDS["bos_token_id"]
-    settings = {"max_new_tokens": count, "do_sample": False, "temperature": None, "top_p": None}
+    settings = {"max_new_tokens": max_tokens, "do_sample": False, "temperature": None, "top_p": None}
     ids = hf_model.generate(torch.tensor([prompt_ids]), **settings, eos_token_id=IDS["eos_token_id"], pad_token_id=0)[0]
     new_ids = [token for token in ids[len(prompt_ids) :].tolist() if token != IDS["eos_token_id"]]
     expected = reference.decode(prompt_ids[1:] + new_ids, skip_special_tokens=False)

@@ -27,15 +27,15 @@ def mixture_overrides(corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     options = ("--source", "qa.jsonl", "--prompt-key", "q", "--text-key", "a", "--heldout-fraction", 0.3)
     commands.run("prepare", *options, "--tokenizer", "code", "--workers", 1, "--out", "qa", cwd=directory)
 
-    def make(code: float = 3.0, qa: float = 1.0, **extra: object) -> tuple[str, ...]:
+    def make_overrides(code: float = 3.0, qa: float = 1.0, **data_keys: object) -> tuple[str, ...]:
         sources = [
             f"{{name: {name}, path: {directory / name}, weight: {weight}}}"
             for name, weight in (("code", code), ("qa", qa))
         ]
-        values = {"path": '""', "sources": f"[{', '.join(sources)}]", "global_batch": 12, "audit_every": 2, **extra}
+        values = {"path": '""', "sources": f"[{', '.join(sources)}]", "global_batch": 12, "audit_every": 2, **data_keys}
         return tuple(f"data.{key}={value}" for key, value in values.items())
 
-    return make
+    return make_overrides
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ def rewrite_checkpoint(checkpoint: Path, change: Callable[[str, Tensor], Tensor]
     """Rewrite a checkpoint with changed tensors and correct hashes."""
     weights = NativeWeights(checkpoint)
     tensors = {name: change(name, weights.read(name)) for name in weights.shapes}
-    files = {each.name: each.read_bytes() for each in checkpoint.iterdir() if each.suffix in (".json", ".yaml")}
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.suffix in (".json", ".yaml")}
     for name in ("manifest.json", without):
         files.pop(name, None)
     shutil.rmtree(checkpoint)

@@ -1,6 +1,6 @@
-"""Run `gpu.py` on the CPU with rows that hang or crash; test_gpu_command.py checks the results.
+"""Run `gpu.py` on the CPU with cases that hang or crash; test_gpu_command.py checks the results.
 
-Child processes import this file under another module name, so they have the same rows.
+Child processes import this file under another module name, so they have the same cases.
 """
 
 import os
@@ -23,12 +23,12 @@ def crash(context: CaseContext) -> None:
     os._exit(3)
 
 
-row_by_name = {row.name: row for row in CASES}
+cases_by_name = {case.name: case for case in CASES}
 CASES[:] = [
-    row_by_name["environment"],
+    cases_by_name["environment"],
     BenchmarkCase("check", "hangs", hang, limit_seconds=0.3),
     BenchmarkCase("check", "crashes", crash),
-    row_by_name["loss"],
+    cases_by_name["loss"],
     BenchmarkCase("check", "hangs for long", hang, limit_seconds=600),
 ]
 

@@ -1,4 +1,4 @@
-"""The checks and figures of `make gpu` on the CPU: correct values pass, and a planted wrong value fails."""
+"""The checks of `make gpu` pass with correct values and fail with a planted wrong value, here on the CPU."""
 
 import itertools
 import sys
@@ -68,14 +68,14 @@ CPU = CaseContext("cpu", True, Path("unused"))
     ids=["loss", "attention", "fp8", "generation", "checkpoint"],
 )
 def test_a_wrong_value_breaks_the_check(owner: Any, name: str, bug: Any, check: Any, options: dict[str, Any]) -> None:
-    """Without the bug the check passes."""
+    """The check passes without the bug and fails with it."""
     assert check(CPU, **options)["broken"] == []
     with patch.object(owner, name, bug(getattr(owner, name))):
         assert check(CPU, **options)["broken"]
 
 
 def _shift_norms(module: torch.nn.Module) -> None:
-    """Move the weights of the norms."""
+    """Add 0.01 to the weights of a norm."""
     if isinstance(module, torch.nn.RMSNorm):
         module.weight.data += 0.01
 
@@ -86,21 +86,21 @@ def _load_shifted(load: Any, folder: Any, state: Any) -> None:
 
 
 class LongStepEngine(NativeEngine):
-    """An engine of which every second instance, that on the device, takes steps too long by a thousandth."""
+    """Planted bug: each second engine, the one on the device, has a learning rate that is too large by 0.1%."""
 
-    count = itertools.count()
+    instance_numbers = itertools.count()
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.factor = 1.001 if next(self.count) % 2 else 1.0
+        self.lr_factor = 1.001 if next(self.instance_numbers) % 2 else 1.0
 
     def update(self, lr: float, should_apply: Any = None) -> torch.Tensor:
-        return super().update(lr * self.factor, should_apply)
+        return super().update(lr * self.lr_factor, should_apply)
 
 
 @pytest.fixture
 def long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    LongStepEngine.count = itertools.count()
+    LongStepEngine.instance_numbers = itertools.count()
     monkeypatch.setattr(gpu_steps, "NativeEngine", LongStepEngine)
 
 
@@ -125,8 +125,8 @@ def test_a_wrong_step_breaks_the_check(long_steps: None) -> None:
     assert any("gpt2-cpu adamw: updates" in line for line in failures)
 
 
-def test_too_small_a_loss_breaks_a_training_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss of zero, for example, would be fast to compute."""
+def test_a_loss_of_zero_breaks_a_training_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that computes nothing would be fast, so a training case checks the first loss."""
     measurement = {"seconds": 0.1, "peak": 1, "loss": 0.0}
     monkeypatch.setattr(gpu_figures, "make_native_stepper", lambda config, device: lambda steps: measurement)
     row = gpu_figures.measure_training(CPU, "llama-1b", 4096, 4)
@@ -134,7 +134,7 @@ def test_too_small_a_loss_breaks_a_training_row(monkeypatch: pytest.MonkeyPatch)
     assert row["tokens_per_second"] == pytest.approx(4 * 64 / 0.1)
 
 
-def test_nan_and_another_shape_break_a_comparison() -> None:
+def test_nan_and_a_wrong_shape_break_a_comparison() -> None:
     comparison = Comparison(CPU)
     comparison.check_close("nan", torch.tensor([torch.nan]), torch.ones(1), 1e30)
     comparison.check_close("shape", torch.ones(2), torch.ones(1), 1e30)
@@ -142,7 +142,7 @@ def test_nan_and_another_shape_break_a_comparison() -> None:
     assert [line.partition(":")[0] for line in comparison.failures] == ["nan", "shape", "bits"]
 
 
-def test_a_gap_lies_between_the_end_of_all_earlier_kernels_and_the_next_start() -> None:
+def test_a_gap_begins_at_the_end_of_all_earlier_kernels() -> None:
     device_spans = [Span("a", 0, 10), Span("long", 2, 30), Span("short", 5, 6), Span("b", 34, 40), Span("c", 40, 50)]
     host_spans = [Span("aten::mm", 1, 3), Span("aten::item", 31, 33), Span("aten::add", 39, 40)]
     (gap,) = gpu_profile.find_gaps(device_spans, host_spans)

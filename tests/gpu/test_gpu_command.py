@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: every row runs, results survive a killed run, and a wrong value is reported."""
+"""`make gpu` runs all cases, keeps the results of a killed run, and reports a wrong value, here without a GPU."""
 
 import json
 import os
@@ -30,13 +30,14 @@ from gpu_cases import CASES, BenchmarkCase  # noqa: E402
 from gpu_context import CaseContext  # noqa: E402
 
 CPU = CaseContext("cpu", True, Path("unused"))
-# Packages that the machine with the GPU lacks; no row may need them.
+# Packages that a machine with a GPU may lack; no case may need them.
 ABSENT_PACKAGES = ("datasets", "datasketch", "hypothesis", "deepspeed", "zstandard")
 HIDE_ABSENT_PACKAGES = f"import sys; sys.modules.update(dict.fromkeys({ABSENT_PACKAGES})); "
 without_cuda = pytest.mark.skipif(torch.version.cuda is not None, reason="the fake GPU needs torch's CPU build")
 
 
 def start(*arguments: str, code: str = "", program: Path = BENCHMARKS / "gpu.py") -> subprocess.Popen[str]:
+    """Start a program, or with `code` this Python code, with these arguments."""
     program_args = ["-c", code] if code else [str(program)]
     return subprocess.Popen(
         [sys.executable, *program_args, *arguments],
@@ -53,13 +54,13 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def case_name_of(name: str) -> str:
-    """Return the name of the row that produced a result: a row with several results names each."""
-    return max((row.name for row in CASES if name == row.name or name.startswith(f"{row.name}, ")), key=len)
+    """Return the name of the case that produced a row: a case with several rows adds a name to its own."""
+    return max((case.name for case in CASES if name == case.name or name.startswith(f"{case.name}, ")), key=len)
 
 
 @without_cuda
-def test_every_row_runs_on_a_fake_gpu(tmp_path: Path) -> None:
-    """At tiny sizes. A row fails if tensors are not on the fake GPU, or if it reads values where a step must not."""
+def test_every_case_runs_on_a_fake_gpu(tmp_path: Path) -> None:
+    """The sizes are tiny. A case fails if a tensor is not on the fake GPU, or if a step reads a value."""
     code = f"{HIDE_ABSENT_PACKAGES} sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu; sys.exit(gpu.main())"
     process = start("--device", "fake", "--tiny", "--write", str(tmp_path), code=code)
     output, errors = process.communicate(timeout=280)
@@ -67,15 +68,15 @@ def test_every_row_runs_on_a_fake_gpu(tmp_path: Path) -> None:
     assert {name: row["error"] for name, row in rows.items() if row["outcome"] == "failed"} == {}
     assert process.returncode == 0, errors
     assert [json.loads(line)["row"] for line in output.splitlines()] == list(rows)
-    assert {case_name_of(name) for name in rows} == {row.name for row in CASES}
+    assert {case_name_of(name) for name in rows} == {case.name for case in CASES}
     assert [name for name, row in rows.items() if row["outcome"] != "ok"] == ["pytest -m gpu"]
-    assert all(rows[row.name]["traced_peak"] > 0 for row in CASES if row.kind == "train")
+    assert all(rows[case.name]["traced_peak"] > 0 for case in CASES if case.kind == "train")
     assert rows["environment"]["missing"].keys() >= {"datasets", "datasketch"}
     assert "traced GiB" in errors
 
 
 def test_results_survive_hangs_crashes_and_sigkill(tmp_path: Path) -> None:
-    """One row hangs, one crashes, and the next succeeds. Then SIGKILL leaves a complete file and no child process."""
+    """One case hangs, one crashes, and the next succeeds. Then SIGKILL leaves a complete file and no child process."""
     path = tmp_path / "gpu-cpu.json"
     program = Path(__file__).parent / "failing_cases.py"
     with start("--device", "cpu", "--write", str(tmp_path), program=program) as process:
@@ -99,13 +100,13 @@ def test_results_survive_hangs_crashes_and_sigkill(tmp_path: Path) -> None:
 
 
 class InProcessRunner:
-    """Runs rows in this process instead of in child processes."""
+    """Runs cases in this process instead of in child processes."""
 
     def __init__(self, context: CaseContext) -> None:
         self.context = context
 
-    def run(self, row: BenchmarkCase, seconds: float) -> list[dict[str, Any]]:
-        return gpu_workers.run_case(row, self.context)
+    def run(self, case: BenchmarkCase, timeout_seconds: float) -> list[dict[str, Any]]:
+        return gpu_workers.run_case(case, self.context)
 
     def close(self) -> None: ...
 
@@ -123,11 +124,11 @@ SHORT_CASES = ("environment", "loss", "generation", "llama-1b, 4k x 4", "profile
 
 @pytest.fixture
 def run_gpu_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """A function that runs gpu.py on the CPU in this process, with the given rows and then SHORT_CASES."""
+    """Return a function that runs gpu.py on the CPU in this process, with these cases and then SHORT_CASES."""
     handler = signal.getsignal(signal.SIGTERM)
 
-    def run(*rows: BenchmarkCase) -> int:
-        monkeypatch.setattr(gpu, "CASES", [*rows, *(row for row in CASES if row.name in SHORT_CASES)])
+    def run(*cases: BenchmarkCase) -> int:
+        monkeypatch.setattr(gpu, "CASES", [*cases, *(case for case in CASES if case.name in SHORT_CASES)])
         monkeypatch.setattr(gpu, "CaseProcesses", InProcessRunner)
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--write", str(tmp_path), "--commit=abc"])
         return gpu.main()
@@ -136,7 +137,7 @@ def run_gpu_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     signal.signal(signal.SIGTERM, handler)
 
 
-def test_the_rows_run_and_the_table_shows_them(
+def test_the_table_shows_the_results_of_all_cases(
     run_gpu_command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_gpu_command(BenchmarkCase("train", "memory", run_out_of_memory)) == 0
@@ -166,7 +167,7 @@ def test_a_wrong_value_is_reported_and_fails_the_command(
     assert "rows: 1 failed, 4 ok" in errors
 
 
-def test_an_interrupted_run_prints_finished_rows(run_gpu_command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_run_prints_the_finished_cases(run_gpu_command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         run_gpu_command(
             BenchmarkCase("check", "finished", lambda context: {}), BenchmarkCase("check", "stopped", interrupt)
@@ -176,9 +177,9 @@ def test_an_interrupted_run_prints_finished_rows(run_gpu_command: Any, capsys: p
     assert "rows: 1 ok" in capsys.readouterr().err
 
 
-def read_command_line(process: int) -> str:
+def read_command_line(pid: int) -> str:
     try:
-        return Path(f"/proc/{process}/cmdline").read_text()
+        return Path(f"/proc/{pid}/cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return ""
 
@@ -197,7 +198,7 @@ def test_the_complete_command_runs_on_the_cpu(tmp_path: Path) -> None:
     )
     assert completed.returncode == 0, completed.stderr
     rows = read_rows(tmp_path / "gpu-cpu.json")
-    assert {case_name_of(name) for name in rows} == {row.name for row in CASES}
+    assert {case_name_of(name) for name in rows} == {case.name for case in CASES}
     skipped_names = {name for name, row in rows.items() if row["outcome"] != "ok"}
     gpu_only_names = {name for name in rows if name.startswith(("host syncs", "attention flex", "pytest"))}
     assert skipped_names == gpu_only_names | {"attention efficient", "attention cudnn"}
@@ -207,9 +208,9 @@ def test_the_complete_command_runs_on_the_cpu(tmp_path: Path) -> None:
 @without_cuda
 @pytest.mark.timeout(1200)
 def test_committed_memory_peaks_are_current(tmp_path: Path) -> None:
-    """Trace one training row at its full size and compare its peak with that of the committed file."""
+    """Trace one training case at its full size and compare its peak with the peak in the committed file."""
     peaks = gpu_report.read_traced_peaks()
-    names = [row.name for row in CASES if row.kind == "train"]
+    names = [case.name for case in CASES if case.kind == "train"]
     assert peaks.keys() >= set(names)
     process = start("--device", "fake", "--write", str(tmp_path), "--rows", names[0])
     process.communicate(timeout=1100)
@@ -217,11 +218,12 @@ def test_committed_memory_peaks_are_current(tmp_path: Path) -> None:
     assert traced == pytest.approx(peaks[names[0]], rel=0.01)
 
 
-def test_checks_and_the_first_training_row_come_within_two_minutes() -> None:
-    first_train_index = next(index for index, row in enumerate(CASES) if row.kind == "train")
+def test_the_first_training_case_runs_within_two_minutes() -> None:
+    """The most important checks run before it."""
+    first_train_index = next(index for index, case in enumerate(CASES) if case.kind == "train")
     assert CASES[first_train_index].name == "llama-1b, 4k x 4"
-    assert sum(row.expected_seconds for row in CASES[: first_train_index + 1]) <= 120
-    earlier_names = {row.name for row in CASES[:first_train_index]}
+    assert sum(case.expected_seconds for case in CASES[: first_train_index + 1]) <= 120
+    earlier_names = {case.name for case in CASES[:first_train_index]}
     assert earlier_names >= {
         "step fp32",
         "step bf16",
@@ -234,25 +236,25 @@ def test_checks_and_the_first_training_row_come_within_two_minutes() -> None:
 
 
 class FakeRunner:
-    """A runner whose rows take exactly `expected_seconds` of a simulated time budget."""
+    """A runner whose cases take exactly `expected_seconds` of a simulated time budget."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds_left = seconds
+    def __init__(self, budget_seconds: float) -> None:
+        self.seconds_left = budget_seconds
 
-    def run(self, row: BenchmarkCase, seconds: float) -> list[dict[str, Any]]:
-        self.seconds_left -= row.expected_seconds
-        return [{"outcome": "ok", "limit_seconds": seconds}]
+    def run(self, case: BenchmarkCase, timeout_seconds: float) -> list[dict[str, Any]]:
+        self.seconds_left -= case.expected_seconds
+        return [{"outcome": "ok", "limit_seconds": timeout_seconds}]
 
 
-def test_a_row_starts_only_if_enough_time_is_left() -> None:
-    records: list[dict[str, Any]] = []
-    results: Any = SimpleNamespace(add=records.append, context=SimpleNamespace(kind="cuda"))
-    rows = [BenchmarkCase("check", f"row {index}", len, expected_seconds=10, limit_seconds=25) for index in range(4)]
-    runner = FakeRunner(32)
-    gpu.run_cases(rows, results, runner.run, lambda: runner.seconds_left)
-    assert [row["outcome"] for row in records] == ["ok", "ok", "ok", "skipped"]
-    assert [row.get("limit_seconds") for row in records[:3]] == [25, 22, 12]
-    assert "needs about 10 s, but 2 s of the time budget are left" in records[3]["error"]
+def test_a_case_starts_only_if_enough_time_is_left() -> None:
+    rows: list[dict[str, Any]] = []
+    results: Any = SimpleNamespace(add=rows.append, context=SimpleNamespace(device_kind="cuda"))
+    cases = [BenchmarkCase("check", f"case {index}", len, expected_seconds=10, limit_seconds=25) for index in range(4)]
+    runner = FakeRunner(budget_seconds=32)
+    gpu.run_cases(cases, results, runner.run, lambda: runner.seconds_left)
+    assert [row["outcome"] for row in rows] == ["ok", "ok", "ok", "skipped"]
+    assert [row.get("limit_seconds") for row in rows[:3]] == [25, 22, 12]
+    assert "needs about 10 s, but 2 s of the time budget are left" in rows[3]["error"]
 
 
 def test_compatible_wheels_are_unpacked_once(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Run the engine's steps on a fake GPU (benchmarks/fake_gpu.py) and print a JSON line per case.
+"""Take training steps on a fake GPU (benchmarks/fake_gpu.py) and print a JSON line per case.
 
-`python -m tests.gpu.traced [--plant BUG]`; test_traced.py says what it must print.
+`python -m tests.gpu.traced [--plant BUG]`. test_traced.py runs this program and checks the lines.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, DOCUMENTS, MODELS, MUON, PREFIX
 
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.out}
+MATMUL_OPERATORS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.out}
 LAYOUTS = {
     "dp_shard": {"dp_shard": 8},
     "dp_replicate": {"dp_replicate": 8},
@@ -57,53 +57,56 @@ def iter_cases() -> Iterator[tuple[str, int, dict[str, Any]]]:
     yield "dropout, tp", 8, {"model": {"dropout": 0.1}, "precision": "bf16", "parallel": {"dp_shard": 2, "tp": 4}}
 
 
-class ProductTypes(TorchDispatchMode):
-    """Collects the dtypes of matrix products other than attention's."""
+class MatmulDtypes(TorchDispatchMode):
+    """Collects the dtypes of matrix products on the GPU, except those of attention."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.types: set[str] = set()
+        self.dtypes: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(each, DTensor) for each in types):
+        if any(issubclass(tensor_type, DTensor) for tensor_type in types):
             return NotImplemented
-        if func in PRODUCTS and args[0].device.type == "cuda":
-            self.types.add(str(args[-1].dtype).removeprefix("torch."))
+        if func in MATMUL_OPERATORS and args[0].device.type == "cuda":
+            self.dtypes.add(str(args[-1].dtype).removeprefix("torch."))
         return func(*args, **(kwargs or {}))
 
 
 def take_step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
-    """Take a step and compute a score without gradients."""
+    """Take a step and evaluate a batch on rank 0 of `ranks`; return the devices and the matrix product dtypes."""
     sections = {"optim": ADAMW, **sections}
     config = make_config(ranks, {"n_layers": 2} | sections.pop("model", {}), **sections)
-    data_ranks = config.parallel.dp_replicate * config.parallel.dp_shard
-    batches = make_batches(config, SimpleNamespace(dp_rank_and_size=(0, data_ranks)), 0)  # type: ignore[arg-type]
+    dp_size = config.parallel.dp_replicate * config.parallel.dp_shard
+    batches = make_batches(config, SimpleNamespace(dp_rank_and_size=(0, dp_size)), 0)  # type: ignore[arg-type]
     with fake_gpu.activate(ranks):
         engine = NativeEngine(config, fake_gpu.DEVICE)
-        with ProductTypes() as products:
+        with MatmulDtypes() as matmuls:
             report = train_step(engine, batches, 1e-3)
         engine.score(engine.to_local_batch(batches[0]))
-        devices = {each.device.type for each in (report.loss, report.grad_norm, report.num_valid_tokens)}
-        return {"devices": sorted(devices), "products": sorted(products.types)}
+        devices = {value.device.type for value in (report.loss, report.grad_norm, report.num_valid_tokens)}
+        return {"devices": sorted(devices), "products": sorted(matmuls.dtypes)}
 
 
-def norm_that_waits(self: NativeEngine) -> Any:
-    """Read the norm's value in each step: a planted bug."""
-    norm = GRAD_NORM(self)
+def compute_grad_norm_on_host(self: NativeEngine) -> Any:
+    """Planted bug: read the value of the gradient norm in each step."""
+    norm = original_grad_norm(self)
     return torch.full_like(norm, norm.item())
 
 
-APPLY_ROTARY, GRAD_NORM = attention.apply_rotary, NativeEngine._compute_grad_norm
+original_apply_rotary, original_grad_norm = attention.apply_rotary, NativeEngine._compute_grad_norm
 BUGS = {
     "none": nullcontext,
-    "host": lambda: patch.object(attention, "apply_rotary", lambda x, cos, sin: APPLY_ROTARY(x, cos.cpu(), sin)),
-    "waits": lambda: patch.object(NativeEngine, "_compute_grad_norm", norm_that_waits),
+    "angles_on_cpu": lambda: patch.object(
+        attention, "apply_rotary", lambda x, cos, sin: original_apply_rotary(x, cos.cpu(), sin)
+    ),
+    "norm_is_read": lambda: patch.object(NativeEngine, "_compute_grad_norm", compute_grad_norm_on_host),
 }
 
 
 def main() -> None:
+    """Run all cases, or one case with a planted bug, and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plant", choices=BUGS, default="none")
+    parser.add_argument("--plant", choices=BUGS, default="none", help="a bug; default: none")
     bug = parser.parse_args().plant
     fake_gpu.preload()
     for name, ranks, sections in iter_cases() if bug == "none" else [("planted", 1, {})]:

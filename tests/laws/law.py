@@ -312,9 +312,9 @@ def assert_matches_one_process(
         MODELS[layout.model],
         optim=optim,
         **{
-            **layout.extra,
+            **layout.sections,
             **sections,
-            "data": {"micro_batch": layout.micro_batch} | layout.extra.get("data", {}),
+            "data": {"micro_batch": layout.micro_batch} | layout.sections.get("data", {}),
             "parallel": layout.parallel | sections.get("parallel", {}),
         },
     )

@@ -78,14 +78,14 @@ class Layout:
     """A parallel layout, the model that it trains, and further config sections.
 
     `parallel` has the keys of the config section. `model` is a key of MODELS. `micro_batch` is the number of sequences
-    in a microbatch, or 0 for all sequences of a data-parallel rank. `extra` has other config sections.
+    in a microbatch, or 0 for all sequences of a data-parallel rank. `sections` has further config sections.
     """
 
     ranks: int
     parallel: dict[str, Any]
     model: str = "llama"
     micro_batch: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, Any] = field(default_factory=dict)
 
     @property
     def axes(self) -> int:
@@ -93,7 +93,7 @@ class Layout:
         return sum(self.parallel.get(axis, 1) > 1 for axis in AXES)
 
     def __str__(self) -> str:
-        settings = [f"{name}={value}" for name, value in {**self.parallel, **self.extra}.items()]
+        settings = [f"{name}={value}" for name, value in {**self.parallel, **self.sections}.items()]
         return f"{self.ranks} ranks, {' '.join(settings)}, {self.model}"
 
     @property
@@ -101,9 +101,9 @@ class Layout:
         """A short name such as `pp2_tp2_schedule-zbv_tied`."""
         axes = [f"{axis}{size}" for axis in AXES if (size := self.parallel.get(axis, 1)) > 1]
         options = [f"{key.removeprefix('pp_')}-{value}" for key, value in self.parallel.items() if key not in AXES]
-        objective = self.extra.get("objective", {})
+        objective = self.sections.get("objective", {})
         objectives = [objective["name"]] if "name" in objective else list(objective)
-        masks = ["documents"] if "data" in self.extra else []
+        masks = ["documents"] if "data" in self.sections else []
         microbatches = [f"micro{self.micro_batch}"] if self.micro_batch else []
         return "_".join((*axes, *options, *microbatches, *objectives, *masks, self.model))
 
@@ -198,8 +198,8 @@ UL2 = {
 DOCUMENTS = {"data": {"document_mask": True}}
 
 
-def _with_extra(layout: Layout, **extra: Any) -> Layout:
-    return replace(layout, extra=extra)
+def _with_sections(layout: Layout, **sections: Any) -> Layout:
+    return replace(layout, sections=sections)
 
 
 ARCHITECTURE_LAYOUTS = by_name(
@@ -211,7 +211,7 @@ ARCHITECTURE_LAYOUTS = by_name(
     _layout(2, "bert", cp=2),
     _layout(2, "bert", micro_batch=6, pp=2),
     _layout(4, "bert", micro_batch=4, dp_shard=2, tp=2),
-    _with_extra(_layout(4, "bert", cp=2, tp=2), **DOCUMENTS),
+    _with_sections(_layout(4, "bert", cp=2, tp=2), **DOCUMENTS),
     _layout(4, "bert", micro_batch=3, pp=2, dp_shard=2),
     # encoder-decoders
     _layout(2, "t5", micro_batch=4, dp_shard=2),
@@ -219,21 +219,21 @@ ARCHITECTURE_LAYOUTS = by_name(
     _layout(2, "t5", tp=2, sequence_parallel=False),
     _layout(2, "bart", micro_batch=4, dp_shard=2),
     _layout(2, "bart", tp=2),
-    _with_extra(_layout(2, "bart", micro_batch=6, pp=2), **PREFIX),
+    _with_sections(_layout(2, "bart", micro_batch=6, pp=2), **PREFIX),
     _layout(2, "encoder_decoder", micro_batch=6, pp=2, pp_schedule="gpipe"),
     _layout(2, "bart", micro_batch=6, pp=2, pp_schedule="interleaved_1f1b"),
-    _with_extra(_layout(2, "encoder_decoder", micro_batch=4, dp_shard=2), **DOCUMENTS),
+    _with_sections(_layout(2, "encoder_decoder", micro_batch=4, dp_shard=2), **DOCUMENTS),
     _layout(4, "t5", micro_batch=4, dp_shard=2, tp=2),
-    _with_extra(_layout(4, "bart", dp_replicate=2, dp_shard=2), **PREFIX),
+    _with_sections(_layout(4, "bart", dp_replicate=2, dp_shard=2), **PREFIX),
     _layout(4, "encoder_decoder", micro_batch=6, pp=2, tp=2),
     _layout(4, "bart", micro_batch=3, pp=2, dp_shard=2),
     # decoders with prefix, document and mixed masks
-    _with_extra(_layout(2, micro_batch=4, dp_shard=2), **PREFIX),
-    _with_extra(_layout(2, cp=2), **PREFIX),
-    _with_extra(_layout(2, "tied", cp=2), **DOCUMENTS),
-    _with_extra(_layout(2, micro_batch=6, pp=2), **UL2),
-    _with_extra(_layout(2, "gpt", tp=2), **DOCUMENTS, **UL2),
-    _with_extra(_layout(4, "tied", cp=2, tp=2), **DOCUMENTS, **PREFIX),
+    _with_sections(_layout(2, micro_batch=4, dp_shard=2), **PREFIX),
+    _with_sections(_layout(2, cp=2), **PREFIX),
+    _with_sections(_layout(2, "tied", cp=2), **DOCUMENTS),
+    _with_sections(_layout(2, micro_batch=6, pp=2), **UL2),
+    _with_sections(_layout(2, "gpt", tp=2), **DOCUMENTS, **UL2),
+    _with_sections(_layout(4, "tied", cp=2, tp=2), **DOCUMENTS, **PREFIX),
     # bounded logits and stochastic depth
     _layout(2, "bounded", micro_batch=4, dp_shard=2),
     _layout(2, "bounded", micro_batch=3, tp=2),

@@ -149,9 +149,9 @@ def run_budgeted_step(config: Config) -> BudgetReport:
 
 def make_budget_config(layout: Layout, gib: float, **sections: Any) -> Config:
     parallel = layout.parallel | {"activations_gib": gib}
-    data = {"micro_batch": layout.micro_batch} | layout.extra.get("data", {})
+    data = {"micro_batch": layout.micro_batch} | layout.sections.get("data", {})
     model = MODELS[layout.model] | sections.pop("model", {})
-    return make_config(layout.ranks, model, **{**layout.extra, **sections, "data": data, "parallel": parallel})
+    return make_config(layout.ranks, model, **{**layout.sections, **sections, "data": data, "parallel": parallel})
 
 
 def run_on_all_ranks(layout: Layout, gib: float, **sections: Any) -> list[BudgetReport]:
@@ -167,7 +167,7 @@ CASES: list[Any] = [
     (Layout(1, {}, micro_batch=6), BF16),
     (Layout(1, {}, "gpt", micro_batch=6), {"model": {"dropout": 0.1}}),
     (Layout(1, {}, "t5", micro_batch=6), {}),
-    (Layout(1, {}, "bounded", micro_batch=6, extra=DOCUMENTS), {}),
+    (Layout(1, {}, "bounded", micro_batch=6, sections=DOCUMENTS), {}),
     (Layout(2, {"dp_shard": 2}, micro_batch=6), BF16),
     (Layout(2, {"tp": 2}, "tied", micro_batch=6), BF16),
     (Layout(2, {"tp": 2, "sequence_parallel": False}, "bert", micro_batch=6), {}),

@@ -1,7 +1,7 @@
-"""Many engines and thousands of steps in one world do not crash.
+"""Many engines and thousands of steps in the same processes do not crash, and repeat their losses.
 
-With two worker threads in a gloo group, an encoder-decoder with pp 2 and tp 2 ended with a segmentation fault in about
-one of ten runs of 20 steps: `dist_llm/compat.py:use_one_thread_per_gloo_group`.
+With two worker threads per gloo group, one of ten runs of 20 steps of an encoder-decoder with pp 2 and tp 2 ended with
+a segmentation fault. `dist_llm/compat.py:use_one_thread_per_gloo_group` prevents this.
 """
 
 import itertools

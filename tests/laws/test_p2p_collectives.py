@@ -44,9 +44,9 @@ class ReduceScatterWithoutSum(p2p_collectives.P2PReduceScatter):
     """Planted bug: a rank does not add the contributions of other ranks."""
 
     def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, *rest: Any, **kwargs: Any
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, *args: Any, **kwargs: Any
     ) -> None:
-        super().__call__(output_tensor, input_tensor, group, *rest, **kwargs)
+        super().__call__(output_tensor, input_tensor, group, *args, **kwargs)
         output_tensor.copy_(input_tensor.chunk(group.size())[group.rank()])
 
 

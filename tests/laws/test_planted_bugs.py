@@ -1,4 +1,4 @@
-"""The law detects planted bugs: each bug, on a layout that it affects, makes the law fail."""
+"""Each planted bug of bugs.py makes the comparison with one process fail, on a layout that the bug affects."""
 
 import pytest
 
@@ -35,8 +35,8 @@ LAYOUT_OF_BUG = {
     "vocabulary_padding_is_scored": Layout(2, {"tp": 2}),
     "all_ranks_initialize_the_same_shard": Layout(2, {"dp_shard": 2}),
     "pipeline_rescales_gradients": Layout(2, {"pp": 2}, micro_batch=6),
-    "context_ranks_mask_their_queries_as_the_last_ones": Layout(2, {"cp": 2}, extra=PREFIX),
-    "every_microbatch_uses_the_mask_of_the_first": Layout(2, {"pp": 2}, micro_batch=6, extra=UL2),
+    "context_ranks_mask_their_queries_as_the_last_ones": Layout(2, {"cp": 2}, sections=PREFIX),
+    "every_microbatch_uses_the_mask_of_the_first": Layout(2, {"pp": 2}, micro_batch=6, sections=UL2),
     "stochastic_depth_differs_between_tensor_ranks": Layout(2, {"tp": 2}, "bounded"),
     "encoder_embedding_is_not_reduced_over_stages": Layout(2, {"pp": 2}, "encoder_decoder", 6),
     "weights_stay_gathered_after_the_last_backward": Layout(2, {"dp_shard": 2}),
@@ -65,7 +65,7 @@ def test_a_planted_bug_breaks_the_law(name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", {str(layout): layout for layout in LAYOUT_OF_BUG.values()}.values(), ids=str)
-def test_the_law_holds_on_these_layouts_without_a_bug(layout: Layout) -> None:
+def test_the_layouts_of_the_bugs_match_one_process_without_a_bug(layout: Layout) -> None:
     assert_matches_one_process(layout, CLIPPED_SGD, steps=2)
 
 
