@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, directory: Path) -> list[dict[str, float]]:
     config = resolve(Config.model_validate(raw), 1, 0)
     engine = NativeEngine(config, device)
     tokens = torch.randint(VOCAB, (sequences, 257))
-    batch = Batch.of(tokens[:, :-1], tokens[:, 1:], CAUSAL)
+    batch = Batch.build(tokens[:, :-1], tokens[:, 1:], CAUSAL)
 
     def step() -> float:
         start_time = time.perf_counter()

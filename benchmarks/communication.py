@@ -49,7 +49,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "communication.md"
 ALLOWED_EXCESS = 0.05
 FP32 = 4  # bytes of an element
 
-# Vocabulary over width, and hidden units over width, near those of Llama 3 8B; nothing is padded.
+# ObjectiveVocabulary over width, and hidden units over width, near those of Llama 3 8B; nothing is padded.
 MODEL: dict[str, Any] = {
     "d_model": 64,
     "n_layers": 4,
@@ -229,7 +229,7 @@ def make_batches(config: Config, engine: NativeEngine) -> list[Batch]:
     rank, ranks = engine.dp_rank_and_size
     generator = torch.Generator().manual_seed(rank)
     tokens = torch.randint(config.model.vocab_size, (ROWS // ranks, SEQ_LEN + 1), generator=generator)
-    return [Batch.of(rows[:, :-1], rows[:, 1:], CAUSAL) for rows in tokens.split(config.data.micro_batch)]
+    return [Batch.build(rows[:, :-1], rows[:, 1:], CAUSAL) for rows in tokens.split(config.data.micro_batch)]
 
 
 # --- counting

@@ -30,7 +30,7 @@ from dist_llm.data.corpus import Corpus
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import Loader, build_loader
 from dist_llm.data.shard import Manifest, Shard
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 
 VOCABULARY = 50257
 WARM_UP = 5
@@ -92,7 +92,7 @@ def measure_case(corpus: Corpus, options: argparse.Namespace, rows: int, order: 
         },
     }
     config = resolve(Config.model_validate(raw), 1, VOCABULARY)
-    loader = build_loader(config, build_fresh_plan(config), Vocabulary(VOCABULARY, 0), 0, 1, pin=False)
+    loader = build_loader(config, build_fresh_plan(config), ObjectiveVocabulary(VOCABULARY, 0), 0, 1, pin=False)
     makers = {
         "ours": make_loader_batches(loader, rows),
         "nanogpt": make_nanogpt_batches(path, rows, options.seq_len),

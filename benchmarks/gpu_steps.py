@@ -47,7 +47,7 @@ def make_batch(config: Config, step: int, attention_mask: AttentionMask = CAUSAL
     targets = ids[:, 1:].clone()
     for row in range(len(ids)):
         targets[row, : row * 5] = -100
-    return Batch.of(ids[:, :-1].contiguous(), targets, attention_mask)
+    return Batch.build(ids[:, :-1].contiguous(), targets, attention_mask)
 
 
 def take_steps(

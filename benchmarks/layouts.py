@@ -104,7 +104,7 @@ def _rank(rank: int, model: str, layout: str, overrides: list[str], steps: int, 
     _, ranks = engine.dp_rank_and_size
     data = config.data
     rows = torch.randint(config.model.vocab_size, (data.global_batch // ranks, data.seq_len + 1))
-    batches = [Batch.of(each[:, :-1], each[:, 1:], CAUSAL) for each in rows.split(data.micro_batch)]
+    batches = [Batch.build(each[:, :-1], each[:, 1:], CAUSAL) for each in rows.split(data.micro_batch)]
     for step in range(2):
         train_step(engine, batches, config.optim.lr, step)
     _wait_for_all(store, "begin")

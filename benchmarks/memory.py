@@ -27,7 +27,7 @@ from torch import Tensor
 import fake_gpu
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models import decoder
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
@@ -103,7 +103,7 @@ def trace_steps(config: Config, active_gpu: fake_gpu.FakeGpu) -> dict[str, Any]:
     """Trace two steps with one microbatch after another; the first allocates the optimizer's moments."""
     data, shards = config.data, config.parallel.dp_replicate * config.parallel.dp_shard
     rows = torch.zeros(data.global_batch // shards, data.seq_len + 1, dtype=torch.long)
-    batches = [Batch.of(each[:, :-1], each[:, 1:], CAUSAL) for each in rows.split(data.micro_batch)]
+    batches = [Batch.build(each[:, :-1], each[:, 1:], CAUSAL) for each in rows.split(data.micro_batch)]
     engine = NativeEngine(config, fake_gpu.DEVICE)
     train_step(engine, batches, config.optim.lr)
     weights = active_gpu.peak = active_gpu.now
@@ -118,7 +118,9 @@ def full_logits() -> Iterator[None]:
 
     def loss(x_BSD: Tensor, weight_WD: Tensor, bias_W: Any, targets_BS: Tensor, *rest: Any) -> Tensor:
         logits_BSW = F.linear(x_BSD, weight_WD, bias_W)
-        losses = F.cross_entropy(logits_BSW.flatten(0, -2), targets_BS.flatten(), ignore_index=IGNORE, reduction="none")
+        losses = F.cross_entropy(
+            logits_BSW.flatten(0, -2), targets_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        )
         return losses.view(targets_BS.shape).sum(-1)
 
     with patch.object(decoder, "linear_cross_entropy", loss):

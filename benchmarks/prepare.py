@@ -37,7 +37,7 @@ from dist_llm.text.bpe_tokenizer import BPETokenizer
 from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.input_files import iter_documents, open_inputs
 from dist_llm.text.prepare import PrepareOptions, prepare
-from dist_llm.text.rows import Tally
+from dist_llm.text.rows import RowCounts
 
 CLAIM = 0.8  # the smallest ratio that we promise
 FILE_CHARS = 1_000_000
@@ -109,7 +109,7 @@ def run(case: str, options: argparse.Namespace, scratch: Path) -> Iterator[dict[
 
 def iter_texts(spec: str, total: int, size: int) -> Iterator[str]:
     """Yield `total` characters of the source in documents of `size`, repeated as needed, from memory."""
-    text = "".join(document.text for document in iter_documents(open_inputs([spec]), Tally(1.0)))
+    text = "".join(document.text for document in iter_documents(open_inputs([spec]), RowCounts(1.0)))
     text *= -(-total // max(len(text), 1))
     for start in range(0, total, size):
         yield text[start : min(start + size, total)]

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer as Reference
 
 from dist_llm.config.schema import ModelConfig
 from dist_llm.errors import CheckpointError, DataError
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.text.bpe_tokenizer import BPETokenizer
 from dist_llm.text.char_tokenizer import CharTokenizer
-from dist_llm.text.hf_bpe import EXPORT_KEY, convert_bpe, iter_merges, prove_equal, to_printable
+from dist_llm.text.hf_bpe import EXPORT_KEY, check_same_ids, convert_bpe, iter_merges, to_printable
 from dist_llm.text.hf_folder import SETTINGS_FILE, read_hf_folder
 from dist_llm.text.split_pattern import BYTE_LEVEL, build_pre_tokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer
@@ -43,9 +43,9 @@ def export_tokenizer(
     extra = (model.vocab_size - size if model is not None else 0) if extra is None else extra
     if extra < 0:
         raise CheckpointError(f"model.vocab_size: {size + extra}, but tokenizer {tokenizer.name} has {size} ids.")
-    known, special = Vocabulary(size, tokenizer.eot), dict(tokenizer.special_tokens)
+    known, special = ObjectiveVocabulary(size, tokenizer.eot), dict(tokenizer.special_tokens)
     for token in range(size, size + extra):
-        name = f"{known.describe(token)}"
+        name = f"{known.describe_added_id(token)}"
         special[name if name not in special else f"<{EXPORT_KEY} {name[1:]}"] = token
     name_of = {token: name for name, token in special.items()}
     settings: dict[str, Any] = {
@@ -81,7 +81,7 @@ def import_tokenizer(directory: Path) -> Tokenizer:
 
 def export_files(tokenizer: Tokenizer, directory: Path) -> list[str]:
     """Write the files that the tokenizer was imported with, byte for byte; return their names."""
-    files = tokenizer.original_files()
+    files = tokenizer.get_original_files()
     for name, content in files.items():
         (directory / name).write_bytes(content)
     return sorted(files)
@@ -128,7 +128,7 @@ def _verify_written(tokenizer: BPETokenizer, special: Mapping[str, int], directo
     settings = json.loads((directory / SETTINGS_FILE).read_bytes())[EXPORT_KEY]
     try:
         reopened = convert_bpe(content, ENDOFTEXT, settings, tokenizer.name)
-        prove_equal(reopened, content)
+        check_same_ids(reopened, content)
     except Exception as error:  # `tokenizers` raises plain exceptions
         raise CheckpointError(f"{directory}: {error}") from None
     if reopened.sha256 != tokenizer.sha256:

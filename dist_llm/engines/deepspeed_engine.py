@@ -19,7 +19,7 @@ from dist_llm.launch.environment import prepare_deepspeed
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.init import init_param_, init_rule
+from dist_llm.models.init import get_init_rule, init_param_
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import gradient_clipping
 from dist_llm.optim.build_optimizer import build_optimizer
@@ -199,7 +199,7 @@ def _init_partitions(state: CheckpointState, config: Config) -> None:
     """Initialize the partitions, each rank its own."""
     for name, boxes in state.weights().items():
         name = name.removeprefix("model.")
-        rule = init_rule(name, boxes.shape, config.model)
+        rule = get_init_rule(name, boxes.shape, config.model)
         for offset, box in boxes.chunks.items():
             init_param_(box, name, rule, config.run.seed, boxes.shape, offset)
     state.after_load()

@@ -57,7 +57,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         with torch.device("meta"):
             part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
         layers = split_layers(config.model, self.stages, config.parallel.pp_split)[stage]
-        part.trim_to_stage(layers, first=stage == 0, last=self.is_last_stage)
+        part.trim_to_stage(layers, is_first=stage == 0, is_last=self.is_last_stage)
         parallelize_model(part, config, None)
         part.to_empty(device=self.device)
         init_parameters(part, config)
@@ -97,7 +97,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
 
     def _loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
         assert self.model.head is not None
-        loss, terms = self.model.head.loss_for_mode()
+        loss, terms = self.model.head.select_loss()
         losses_B = loss(logits_BSV, targets_BS, terms) / self.num_valid_tokens
         self.losses.append(losses_B.detach().float())
         return losses_B.sum() * self.loss_factor

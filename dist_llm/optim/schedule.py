@@ -1,4 +1,4 @@
-"""The learning-rate schedule, a pure function of the step."""
+"""The learning-rate schedule: the learning rate as a function of the step."""
 
 import math
 
@@ -15,11 +15,13 @@ from dist_llm.config.optim_sections import (
 
 
 def learning_rate(optim: OptimKeys, schedule: ScheduleConfig, step: int) -> float:
-    """Return the learning rate of update `step`, counted from 1. T_w is warmup_steps, T_c is decay_steps.
+    """Return the learning rate of update `step`, counted from 1.
 
-    step < T_w: step * lr / T_w. After that, by name: cosine and linear decay to the floor at T_c and stay there;
-    inverse_sqrt is lr * sqrt(T_w / step) (Vaswani et al. 2017, 5.3); wsd holds lr and decays linearly over the last
-    decay_fraction of T_c (Hu et al. 2024); constant holds lr.
+    During warm-up (step < warmup_steps) it is lr * step / warmup_steps. After that it depends on the schedule:
+    cosine, linear: decay to lr * min_ratio at decay_steps, and stay there.
+    inverse_sqrt: lr * sqrt(warmup_steps / step) (Vaswani et al. 2017, 5.3), but at least lr * min_ratio.
+    wsd: stay at lr, then decay linearly over the last decay_fraction of decay_steps (Hu et al. 2024).
+    constant: stay at lr.
     """
     peak, warmup = optim.lr, schedule.warmup_steps
     assert not isinstance(schedule, DecayKeys) or schedule.decay_steps, "decay_steps is not resolved"
@@ -41,5 +43,5 @@ def learning_rate(optim: OptimKeys, schedule: ScheduleConfig, step: int) -> floa
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """0 up to `start`, 1 from `end` on, linear between."""
+    """Return 0 up to step `start`, 1 from step `end` on, and a linear function of the step between them."""
     return min(1.0, max(0.0, (step - start) / max(end - start, 1)))

@@ -32,7 +32,7 @@ def shard_sequences(batch: Batch, rank: int, ranks: int) -> Batch:
     """Return this rank's two chunks of each sequence, [B, S / cp], with their positions in the full sequence."""
     if ranks == 1:
         return batch
-    batch = batch.to(batch.inputs_BS.device)  # converts ids to int64: unsigned ids cannot be compared with IGNORE
+    batch = batch.to(batch.inputs_BS.device)  # converts ids to int64: unsigned ids cannot be compared with IGNORE_INDEX
     B, S = batch.inputs_BS.shape
     indices_BS = torch.arange(S).expand(B, S)
     positions_BS = batch.positions_BS if batch.positions_BS is not None else indices_BS

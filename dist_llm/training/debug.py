@@ -19,9 +19,9 @@ from dist_llm.data.loader import build_loader
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.group import make_synchronous, select_device
 from dist_llm.launch.world import World
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.objectives.batch import Batch
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.training.settings import read_vocabulary
 from dist_llm.training.step import train_step
@@ -64,11 +64,11 @@ def debug(config: Config) -> None:
     console.print("debug run passed")
 
 
-def show(console: Console, batch: Batch, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+def show(console: Console, batch: Batch, tokenizer: Tokenizer, vocabulary: ObjectiveVocabulary) -> None:
     """Print the first row of the batch, token by token: inputs, targets, and which tokens attend to which."""
 
     def named(token: int) -> str:
-        return escape(f"{token} {vocabulary.describe(token) or repr(tokenizer.decode([token]))}")
+        return escape(f"{token} {vocabulary.describe_added_id(token) or repr(tokenizer.decode([token]))}")
 
     if batch.encoder_input is not None:
         console.print(
@@ -85,8 +85,10 @@ def show(console: Console, batch: Batch, tokenizer: Tokenizer, vocabulary: Vocab
         if position == SHOWN_TOKENS:
             table.add_row("...", "", "", "", "")
             break
-        aim = "" if target == IGNORE else named(target)
-        table.add_row(str(position), named(token), ranges(seen_ST[position]), aim, "no" if target == IGNORE else "yes")
+        aim = "" if target == IGNORE_INDEX else named(target)
+        table.add_row(
+            str(position), named(token), ranges(seen_ST[position]), aim, "no" if target == IGNORE_INDEX else "yes"
+        )
     console.print(table)
 
 

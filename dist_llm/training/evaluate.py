@@ -12,7 +12,7 @@ from dist_llm.data.corpus import Corpus
 from dist_llm.data.streams import read_windows
 from dist_llm.engines.base import Engine
 from dist_llm.errors import DataError
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build_objective import Objective
@@ -48,14 +48,14 @@ class Heldout:
 
     def check(self) -> None:
         """Raise DataError if there is too little text to score."""
-        needed = 2 if self.objective.is_plain_causal else max(size.window for _, size in self.objective.components)
+        needed = 2 if self.objective.is_causal_only else max(size.window for _, size in self.objective.components)
         for corpus in self.corpora.values():
-            if self.objective.layout.document_mask:
+            if self.objective.layout.has_document_mask:
                 corpus.check_document_bounds()
-            if corpus.n_tokens < needed:
+            if corpus.num_tokens < needed:
                 raise DataError(
                     f"{corpus.directory}: the objective needs {needed} tokens of {corpus.split} text, but there are "
-                    f"{corpus.n_tokens}; prepare more, or with a larger --heldout-fraction"
+                    f"{corpus.num_tokens}; prepare more, or with a larger --heldout-fraction"
                 )
 
 
@@ -81,8 +81,8 @@ def evaluate(engine: Engine, heldout: Heldout, alive: Callable[[], None] = lambd
         breakdown[name] = _mean([each for (_, of), each in sums.items() if of == name])
     text_bytes = sum(
         count
-        * heldout.corpora[source].manifest.text_bytes(heldout.corpora[source].split)
-        / heldout.corpora[source].n_tokens
+        * heldout.corpora[source].manifest.count_text_bytes(heldout.corpora[source].split)
+        / heldout.corpora[source].num_tokens
         for (source, _), (_, count) in sums.items()
     )
     predicts_all_text = all(spec.name == "causal" for spec, _ in heldout.objective.components)
@@ -122,8 +122,8 @@ def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ra
     """
     objective = heldout.objective
     size = objective.components[member][1]
-    if objective.is_plain_causal:
-        n_windows = max(1, -(-(corpus.n_tokens - 1) // size.stride))
+    if objective.is_causal_only:
+        n_windows = max(1, -(-(corpus.num_tokens - 1) // size.stride))
     else:
         n_windows = corpus.count_windows(size.window, size.stride)
     n_windows = min(heldout.limit, n_windows) if heldout.limit else n_windows
@@ -131,22 +131,22 @@ def heldout_batches(heldout: Heldout, corpus: Corpus, member: int, rank: int, ra
     for first in range(rank * share, (rank + 1) * share, heldout.micro_batch):
         window_ids = np.arange(first, min(first + heldout.micro_batch, (rank + 1) * share))
         is_window = window_ids < n_windows
-        if objective.is_plain_causal:
+        if objective.is_causal_only:
             yield _plain(corpus, size.stride, window_ids, is_window)
         else:
             numbers = np.where(is_window, window_ids, 0)
-            starts, documents = numbers * size.stride, objective.layout.document_mask
+            starts, documents = numbers * size.stride, objective.layout.has_document_mask
             windows = read_windows(corpus, starts, size.window, heldout.score_prompts, documents)
             batch = objective(windows, numbers, [member] * len(numbers))
-            targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(is_window)[:, None], IGNORE)
-            yield replace(batch, targets_BS=targets_BS, num_valid_tokens=int((targets_BS != IGNORE).sum()))
+            targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(is_window)[:, None], IGNORE_INDEX)
+            yield replace(batch, targets_BS=targets_BS, num_valid_tokens=int((targets_BS != IGNORE_INDEX).sum()))
 
 
 def _plain(corpus: Corpus, stride: int, window_ids: np.ndarray, is_window: np.ndarray) -> Batch:
-    windows = np.full((len(window_ids), stride + 1), IGNORE, dtype=np.int64)
+    windows = np.full((len(window_ids), stride + 1), IGNORE_INDEX, dtype=np.int64)
     for row in np.flatnonzero(is_window).tolist():
         start = int(window_ids[row]) * stride
-        length = min(stride + 1, corpus.n_tokens - start)
+        length = min(stride + 1, corpus.num_tokens - start)
         windows[row, :length] = corpus.read(np.array([start]), length)[0]
     tokens = torch.from_numpy(windows)
-    return Batch.of(tokens[:, :-1].clamp(min=0), tokens[:, 1:], CAUSAL)
+    return Batch.build(tokens[:, :-1].clamp(min=0), tokens[:, 1:], CAUSAL)

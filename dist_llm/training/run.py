@@ -32,7 +32,7 @@ from dist_llm.data.data_history import (
 from dist_llm.data.loader import build_loader
 from dist_llm.data.plan import merge_ranges
 from dist_llm.data.streams import DataSource, open_sources
-from dist_llm.data.tokenizer_file import same_tokenizer
+from dist_llm.data.tokenizer_file import is_same_tokenizer
 from dist_llm.engines.base import Engine
 from dist_llm.engines.build_engine import build_engine, check_engine_config
 from dist_llm.errors import CheckpointError, DataError, UserError, to_user_error
@@ -43,7 +43,7 @@ from dist_llm.launch.group import keep_freed_memory, process_group, select_devic
 from dist_llm.launch.stop import StopSignals, clear_stop_marker, write_stop_marker
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE
 from dist_llm.training.directories import open_directories
@@ -146,7 +146,7 @@ class RunContext:
     config: Config
     world: World
     sources: Sequence[DataSource]
-    vocabulary: Vocabulary
+    vocabulary: ObjectiveVocabulary
     store: CheckpointStore
     engine: Engine
     watchdog: Watchdog
@@ -221,7 +221,7 @@ def _refuse_moved(store: CheckpointStore, run: Path) -> None:
 
 def _check_tokenizer(path: Path, tokenizer_sha256: str, corpus: Path) -> None:
     """Raise DataError if the weights were trained with another tokenizer than the corpus."""
-    if not same_tokenizer(path, corpus, tokenizer_sha256):
+    if not is_same_tokenizer(path, corpus, tokenizer_sha256):
         raise DataError(f"{corpus}: was prepared with another tokenizer than the one in init_from {path}")
 
 

@@ -15,14 +15,14 @@ from dist_llm.config.schema import Config
 from dist_llm.data.mirror import localize_corpus
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import DataError, UserError
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.text.tokenizer import Tokenizer
 
 
-def read_vocabulary(config: Config, directory: Path) -> Vocabulary:
+def read_vocabulary(config: Config, directory: Path) -> ObjectiveVocabulary:
     """Return the token ids of the config's objective. `directory` has the tokenizer."""
     with_words = any(isinstance(each, MaskedSpec) and each.whole_words for each in config.objective.components)
-    return Tokenizer.load(directory).vocabulary(with_words)
+    return Tokenizer.load(directory).build_objective_vocabulary(with_words)
 
 
 def read_model(own: dict[str, Any], allowed: object) -> tuple[dict[str, Any], list[Violation]]:

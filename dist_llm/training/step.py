@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dist_llm.config.schema import LossConfig
 from dist_llm.engines.base import Engine
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.objectives.batch import Batch
 
 
@@ -68,7 +68,7 @@ def _terms(engine: Engine, microbatches: int, losses: Tensor) -> Tensor:
 def _by_source(batches: Sequence[Batch], losses: Tensor, sources: int) -> Tensor:
     """Return this rank's contribution to [2, sources]: loss and number of valid tokens by source."""
     owners = torch.cat([batch.source_ids_B for batch in batches if batch.source_ids_B is not None])
-    counts = torch.cat([(batch.targets_BS != IGNORE).sum(-1) for batch in batches])
+    counts = torch.cat([(batch.targets_BS != IGNORE_INDEX).sum(-1) for batch in batches])
     rows = torch.stack((losses, counts.to(losses)))
     return rows.new_zeros(2, sources).index_add_(1, owners, rows)
 

@@ -27,12 +27,12 @@ from dist_llm.config.derive import resolve
 from dist_llm.config.schema import Config, ParallelConfig
 from dist_llm.engines.base import Engine
 from dist_llm.engines.native import NativeEngine
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build_objective import build_objective
 from dist_llm.objectives.examples import TokenWindow
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.training.step import train_step
 from tests.laws import bugs
 from tests.laws.layouts import MODELS, OBJECTIVES, Layout
@@ -122,8 +122,8 @@ def make_random_rows(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:
     tokens = torch.randint(vocab_size, (ROWS, SEQ_LEN + 1), generator=generator)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
     keep = torch.rand(ROWS, 1, generator=generator, dtype=torch.float32) ** 2  # the same numbers for fp32 and fp64
-    targets[torch.rand(ROWS, SEQ_LEN, generator=generator, dtype=torch.float32) > keep] = IGNORE
-    targets[0, : SEQ_LEN // 2] = IGNORE  # a context-parallel rank without a target
+    targets[torch.rand(ROWS, SEQ_LEN, generator=generator, dtype=torch.float32) > keep] = IGNORE_INDEX
+    targets[0, : SEQ_LEN // 2] = IGNORE_INDEX  # a context-parallel rank without a target
     return inputs, targets
 
 
@@ -131,19 +131,19 @@ def make_batches(config: Config, engine: Engine, step: int) -> list[Batch]:
     """Return this data rank's microbatches of the step, as the loader would cut them."""
     rank, ranks = engine.dp_rank_and_size
     share, micro_batch = ROWS // ranks, config.data.micro_batch
-    if not is_plain_causal(config):
+    if not is_causal_only(config):
         return [
             build_samples(config, step, range(i, i + micro_batch))
             for i in range(rank * share, (rank + 1) * share, micro_batch)
         ]
     inputs, targets = make_random_rows(step)
     return [
-        Batch.of(inputs[i : i + micro_batch], targets[i : i + micro_batch], CAUSAL)
+        Batch.build(inputs[i : i + micro_batch], targets[i : i + micro_batch], CAUSAL)
         for i in range(rank * share, (rank + 1) * share, micro_batch)
     ]
 
 
-def is_plain_causal(config: Config) -> bool:
+def is_causal_only(config: Config) -> bool:
     """Whether the config trains on next tokens only.
 
     Rows of such a config differ more in their number of targets than rows of text do.
@@ -155,7 +155,7 @@ def is_plain_causal(config: Config) -> bool:
 
 def build_samples(config: Config, step: int, rows: range) -> Batch:
     """Build these samples of the step with the config's objective, from random text with short documents."""
-    objective = build_objective(config, Vocabulary(TEXT_IDS, TEXT_IDS - 1))
+    objective = build_objective(config, ObjectiveVocabulary(TEXT_IDS, TEXT_IDS - 1))
     samples = np.arange(step * ROWS + rows.start, step * ROWS + rows.stop)
     component_ids = (samples % len(objective.components)).tolist()
     windows = []
@@ -163,7 +163,7 @@ def build_samples(config: Config, step: int, rows: range) -> Batch:
         rng = np.random.default_rng(sample)
         window = rng.integers(0, TEXT_IDS - 1, objective.components[component][1].window)
         windows.append(np.where(rng.random(len(window)) < 0.1, TEXT_IDS - 1, window))
-    if objective.is_plain_causal:
+    if objective.is_causal_only:
         return objective(windows, samples, component_ids)
     windows_with_ids = [TokenWindow(window, document_ids_W=document_ids(window, TEXT_IDS - 1)) for window in windows]
     return objective(windows_with_ids, samples, component_ids)

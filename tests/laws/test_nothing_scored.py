@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dist_llm.engines.native import NativeEngine
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.training.step import train_step
 from tests.laws.law import copy_full_tensor, make_batches, make_config
 from tests.laws.layouts import MODELS, SGD, Layout
@@ -33,7 +33,7 @@ def run_steps(config: Any) -> tuple[list[float], list[int], dict[str, torch.Tens
         last = engine.dp_rank_and_size[0] == engine.dp_rank_and_size[1] - 1 and engine.dp_rank_and_size[1] > 1
         empty = [0] if step == 0 and not last else list(range(len(batches))) if step < 2 else []
         for index in empty:
-            ignored_targets = torch.full_like(batches[index].targets_BS, IGNORE)
+            ignored_targets = torch.full_like(batches[index].targets_BS, IGNORE_INDEX)
             batches[index] = replace(batches[index], targets_BS=ignored_targets, num_valid_tokens=0)
         report = train_step(engine, batches, 1.0, step)
         losses.append(report.loss.item())
