@@ -73,7 +73,7 @@ def test_all_parameters_have_the_rule_of_their_kind(settings):
             elif "norm" in name:
                 assert (rule.scale, rule.constant) == (0, 1)
             elif name.startswith("embed.") or name == "head.out.weight":
-                assert (rule.kind, rule.scale) == ("normal", 0.02)
+                assert (rule.distribution, rule.scale) == ("normal", 0.02)
             else:
                 assert rule.scale > 0
                 assert rule.num_used_rows is None
